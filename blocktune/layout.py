@@ -1,0 +1,197 @@
+"""What each row of a forward pass is, and which rows it may see.
+
+Everything else in blocktune reads this file: masks, training, caches and serving never decide
+visibility themselves. A forward pass has one *row* per token that is computed; a token that is
+recomputed has two rows (the original its own chunk saw, and the fresh one that supersedes it).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+GLOBAL = -1
+"""``group`` of a row that sees everything before it (prefix, links, query, answer, fresh rows)."""
+NO_CHUNK = -1
+"""``chunk`` of a row that belongs to no chunk."""
+NO_ROW = -1
+"""``supersedes`` of a row that replaces none."""
+FOREVER = 1 << 30
+"""``until`` of a row that lives in every layer."""
+
+
+class Kind(IntEnum):
+    """What a row is. Visibility reads only PAD and GHOST; the rest is for those who count."""
+
+    PAD = 0
+    PREFIX = 1
+    CHUNK = 2
+    LINK = 3
+    QUERY = 4
+    ANSWER = 5
+    GHOST = 6
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Per-row facts, every field an int64 tensor of one common shape.
+
+    The shape is ``(B, S)`` in a `Layout`; masks are built from two views that broadcast,
+    ``(..., R, 1)`` against ``(..., 1, N)``.
+
+    Attributes:
+        kind: A `Kind`.
+        chunk: Index of the row's chunk in its prompt, or `NO_CHUNK`. A link belongs to the
+            chunk it follows.
+        offset: Index of the token in its piece (chunk, prefix, query); link slot for links.
+        position: What RoPE is told. May repeat (parallel placement) or jump.
+        order: Place in the causal order, in tokens. Never inferred from ``position``; original
+            and fresh row of a token share it. Sliding windows are measured in it.
+        group: Who is mutually visible: `GLOBAL` sees all before it, other values see only
+            their own group (a chunk by default, several under block dropout).
+        sample: Which packed prompt the row belongs to.
+        supersedes: Row index of the original that this row replaces for later global rows,
+            or `NO_ROW`.
+        until: First layer (0-based) at which the row no longer exists, or `FOREVER`. Lets
+            CacheBlend compute all tokens afresh in its first layers and few in the others.
+    """
+
+    kind: Tensor
+    chunk: Tensor
+    offset: Tensor
+    position: Tensor
+    order: Tensor
+    group: Tensor
+    sample: Tensor
+    supersedes: Tensor
+    until: Tensor
+
+    def map(self, function) -> Rows:
+        """Applies ``function`` to every field."""
+        return replace(self, **{f.name: function(getattr(self, f.name)) for f in fields(self)})
+
+
+@dataclass(frozen=True)
+class Layout(Rows):
+    """The rows of one batch, each field ``(B, S)``.
+
+    Raises:
+        ValueError: If the fields are not int64 tensors of one two-dimensional shape.
+    """
+
+    def __post_init__(self):
+        shape = self.kind.shape
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value.shape != shape or value.ndim != 2 or value.dtype != torch.int64:
+                raise ValueError(
+                    f"layout fields must be int64 tensors of one shape (batch, rows); "
+                    f"'kind' is {tuple(shape)}, '{field.name}' is {tuple(value.shape)} {value.dtype}"
+                )
+
+    @property
+    def batch_size(self) -> int:
+        return self.kind.shape[0]
+
+    @property
+    def num_rows(self) -> int:
+        return self.kind.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.kind.device
+
+    @property
+    def is_pad(self) -> Tensor:
+        """Rows that hold nothing, ``(B, S)`` bool."""
+        return self.kind == Kind.PAD
+
+    @property
+    def is_fresh(self) -> Tensor:
+        """Second rows of recomputed tokens, ``(B, S)`` bool."""
+        return self.supersedes != NO_ROW
+
+    @property
+    def is_context(self) -> Tensor:
+        """Original chunk tokens, the denominator of ``recompute_ratio``, ``(B, S)`` bool."""
+        return (self.kind == Kind.CHUNK) & ~self.is_fresh
+
+    @property
+    def is_global(self) -> Tensor:
+        """Rows that see everything before them, ``(B, S)`` bool; pads are neither."""
+        return (self.group == GLOBAL) & ~self.is_pad
+
+    @property
+    def superseded_until(self) -> Tensor:
+        """First layer at which each row is visible to global rows again, ``(B, S)``.
+
+        0 where nothing supersedes the row; `FOREVER` where a fresh row does so in all layers.
+        """
+        result = torch.zeros_like(self.supersedes)
+        target = torch.where(self.is_fresh, self.supersedes, 0)
+        life = torch.where(self.is_fresh, self.until, 0)
+        return result.scatter_reduce(1, target, life, "amax")
+
+    def to(self, device: torch.device | str) -> Layout:
+        """Moves every field."""
+        return self.map(lambda field: field.to(device))
+
+    def pack(self) -> Tensor:
+        """One tensor ``(B, S, fields)`` for collators and process boundaries; see `unpack`."""
+        return torch.stack([getattr(self, f.name) for f in fields(self)], dim=-1)
+
+    @classmethod
+    def unpack(cls, packed: Tensor) -> Layout:
+        """Inverse of `pack`."""
+        return cls(*packed.unbind(-1))
+
+    def take(self, index: Tensor) -> Rows:
+        """Gathers rows: ``index`` is ``(B, R)``; returns `Rows` of ``(B, R)`` fields."""
+        values = {f.name: getattr(self, f.name).gather(1, index) for f in fields(self)}
+        return Rows(**values)
+
+
+@dataclass(frozen=True)
+class LayerRule:
+    """What of the rule depends on the layer.
+
+    Attributes:
+        layer: 0-based layer index; only rows with ``until > layer`` exist.
+        window: Sliding window in tokens of ``order`` (a row sees itself and ``window - 1``
+            before it), or None.
+    """
+
+    layer: int = 0
+    window: int | None = None
+
+
+def visible(
+    query: Rows, key: Rows, superseded_until: Tensor, rule: LayerRule = LayerRule()
+) -> Tensor:
+    """The one rule of who sees whom. Everything that masks attention calls this function.
+
+    Args:
+        query: Facts of the seeing rows, each field broadcastable, e.g. ``(B, R, 1)``.
+        key: Facts of the seen rows, e.g. ``(B, 1, N)``.
+        superseded_until: `Layout.superseded_until` of the seen rows, like ``key``'s fields.
+        rule: The layer's part of the rule.
+
+    Returns:
+        Bool, the broadcast shape: True where the query row sees the key row. Pads and rows
+        whose life has ended see nothing here; an execution must keep them finite.
+
+    Source: Block-Attention arXiv:2409.15355 and KVLink arXiv:2502.16002 (documents see only
+    themselves, links and query see all before); superseding rows are ours (DESIGN: a
+    recomputed token is two rows).
+    """
+    exists = (query.kind != Kind.PAD) & (key.kind != Kind.PAD)
+    exists &= (query.until > rule.layer) & (key.until > rule.layer)
+    before = (query.sample == key.sample) & (key.order <= query.order)
+    if rule.window is not None:
+        before &= query.order - key.order < rule.window
+    in_group = query.group == key.group
+    current = (key.kind != Kind.GHOST) & (superseded_until <= rule.layer)
+    return exists & before & torch.where(query.group == GLOBAL, current, in_group)
