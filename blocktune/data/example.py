@@ -1,0 +1,188 @@
+"""One question over retrieved chunks: the record that every source turns into."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from blocktune.prompt.chunk import Chunk
+
+CHUNKS_WANTED = 'a non-empty list of strings or {"text", "title"?}'
+
+
+@dataclass(frozen=True)
+class RagExample:
+    """A question, the chunks it is asked over, and what counts as an answer.
+
+    Attributes:
+        question: The question, never blank.
+        chunks: Retrieved passages in prompt order, at least one.
+        answers: Accepted answers, the preferred one first; empty when they are unknown.
+        response: What a model should write when it differs from ``answers[0]``
+            (``'Anna Belt. Answer: Port Alder'``), or None.
+        kind: Reported separately, e.g. ``'2-hop'`` or ``'comparison'``.
+        id: The source's identifier.
+        supporting: Indices of the chunks that hold the evidence.
+        meta: Whatever else the source knows; must survive JSON.
+
+    Raises:
+        ValueError: If a field is not of its type, in one line that names the field.
+    """
+
+    question: str
+    chunks: tuple[Chunk, ...]
+    answers: tuple[str, ...] = ()
+    response: str | None = None
+    kind: str = ""
+    id: str = ""
+    supporting: tuple[int, ...] = ()
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        _check_field(self, "question", _is_text, "a non-blank string")
+        _check_field(self, "chunks", _is_chunks, "a non-empty tuple of Chunk")
+        _check_field(self, "answers", _is_texts, "a list of non-blank strings")
+        _check_field(self, "response", lambda v: v is None or _is_text(v), "a string or null")
+        _check_field(self, "kind", lambda v: isinstance(v, str), "a string")
+        _check_field(self, "id", lambda v: isinstance(v, str), "a string")
+        wanted = f"a list of chunk indices from 0 to {len(self.chunks) - 1}"
+        _check_field(self, "supporting", lambda v: _is_indices(v, len(self.chunks)), wanted)
+        _check_field(self, "meta", lambda v: isinstance(v, dict), "an object")
+
+    @property
+    def target(self) -> str:
+        """What training asks the model to write: ``response``, else the first answer.
+
+        Raises:
+            ValueError: If the example has neither.
+        """
+        if self.response is None and not self.answers:
+            name = self.id or self.question
+            raise ValueError(f"example '{name}' has no answer to train on; give it 'answers'")
+        return self.answers[0] if self.response is None else self.response
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain JSON types; fields that hold their default are left out."""
+        chunks = [
+            {"title": c.title, "text": c.text} if c.title else {"text": c.text} for c in self.chunks
+        ]
+        record = {"id": self.id, "kind": self.kind, "question": self.question, "chunks": chunks}
+        record |= {"answers": list(self.answers), "response": self.response}
+        record |= {"supporting": list(self.supporting), "meta": self.meta}
+        return {key: value for key, value in record.items() if value not in ("", None, [], {})}
+
+    @classmethod
+    def from_json(cls, record: Any, where: str = "example") -> RagExample:
+        """Reads one record strictly: no unknown keys, no conversions but chunks as strings.
+
+        Args:
+            record: A decoded JSON object.
+            where: Named in errors, e.g. ``'docs.jsonl, line 7'``.
+
+        Raises:
+            ValueError: In one line: where, which field, what was wanted and what came.
+        """
+        try:
+            return cls(**_decode(cls, record))
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+
+
+def read_jsonl(path: str | Path) -> Iterable[tuple[str, Any]]:
+    """Yields ``(where, record)`` for every line that is not blank.
+
+    Raises:
+        ValueError: If a line is not JSON; names file and line.
+    """
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            where = f"{Path(path).name}, line {number}"
+            if not line.strip():
+                continue
+            try:
+                yield where, json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{where}: not JSON ({error}); one object a line") from None
+
+
+def write_jsonl(path: str | Path, examples: Iterable[RagExample]) -> int:
+    """Writes one example a line and returns their number."""
+    count = 0
+    with open(path, "w", encoding="utf-8") as out:
+        for example in examples:
+            out.write(json.dumps(example.to_json(), ensure_ascii=False) + "\n")
+            count += 1
+    return count
+
+
+def brief(value: Any) -> str:
+    """``value`` as JSON on one short line, for error messages."""
+    text = json.dumps(value, ensure_ascii=False, default=repr)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def field_error(name: str, wanted: str, got: Any) -> ValueError:
+    """The one shape of a field's error."""
+    return ValueError(f'field "{name}" must be {wanted}, got {brief(got)}')
+
+
+def parse_chunk(value: Any, name: str) -> Chunk:
+    """Reads a chunk: a plain string or ``{"text", "title"?}``.
+
+    Raises:
+        ValueError: If it is neither; ``name`` is the field in the message.
+    """
+    if isinstance(value, str):
+        value = {"text": value}
+    known = isinstance(value, Mapping) and "text" in value and not value.keys() - {"text", "title"}
+    if not known:
+        raise field_error(name, 'a string or {"text", "title"?}', value)
+    try:
+        return Chunk(**value)
+    except ValueError as error:
+        raise ValueError(f'field "{name}": {error}') from None
+
+
+def _decode(cls, record: Any) -> dict[str, Any]:
+    if not isinstance(record, Mapping):
+        raise ValueError(f"must be an object, got {brief(record)}")
+    known = [f.name for f in fields(cls)]
+    if unknown := [key for key in record if key not in known]:
+        raise ValueError(f'unknown field "{unknown[0]}"; known: {", ".join(known)}')
+    if missing := [key for key in ("question", "chunks") if key not in record]:
+        raise ValueError(f'field "{missing[0]}" is missing; known: {", ".join(known)}')
+    values = dict(record)
+    chunks = values["chunks"]
+    if not isinstance(chunks, list) or not chunks:
+        hint = "a question needs at least one retrieved chunk"
+        raise ValueError(f"{field_error('chunks', CHUNKS_WANTED, chunks)}; {hint}")
+    values["chunks"] = tuple(parse_chunk(c, f"chunks[{i}]") for i, c in enumerate(chunks))
+    for name in ("answers", "supporting"):
+        if isinstance(values.get(name), list):
+            values[name] = tuple(values[name])
+    return values
+
+
+def _check_field(example: RagExample, name: str, accepts, wanted: str) -> None:
+    value = getattr(example, name)
+    if not accepts(value):
+        raise field_error(name, wanted, value)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, tuple) and all(map(_is_text, value))
+
+
+def _is_chunks(value: Any) -> bool:
+    return isinstance(value, tuple) and bool(value) and all(isinstance(c, Chunk) for c in value)
+
+
+def _is_indices(value: Any, count: int) -> bool:
+    return isinstance(value, tuple) and all(type(i) is int and 0 <= i < count for i in value)
