@@ -1,0 +1,68 @@
+# `make` lists the targets. Each sets up what it needs, from Python 3.11+ and a package index alone.
+
+# The first interpreter that is new enough; `make PYTHON=/path/to/python3 ...` takes another.
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV ?= .venv
+EXTRAS ?= train,eval,dev
+# The torch build: any pip requirement, e.g. torch==2.11.0. TORCH_INDEX is one more index URL to
+# look for it on, e.g. PyTorch's index of CPU-only wheels; empty means pip's own configuration.
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+# Test processes; the tests marked `alone` run by themselves.
+JOBS ?= 2
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet \
+	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --constraint $(VENV)/constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint bench clean python
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## make .venv with the console script and everything the other targets need
+
+python:
+	@test -n "$(PYTHON)" || { \
+	  echo "blocktune needs Python 3.11 or later, none was found; name one: make setup PYTHON=..."; \
+	  exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "blocktune needs Python 3.11 or later, $(PYTHON) is not; name another: PYTHON=..."; \
+	  exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "$(PYTHON) has no venv module; install it (Debian and Ubuntu: python3-venv)"; \
+	  exit 2; }
+
+# A torch build named by the user is installed even where an earlier one is already there.
+ifneq ($(origin TORCH),file)
+.PHONY: $(STAMP)
+endif
+
+# torch goes first and alone: later requirements find it in place and pull no second build.
+$(STAMP): pyproject.toml constraints.txt | python
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
+	$(PIP) "$(TORCH)"
+	$(PIP) "$(TORCH)" --editable ".[$(EXTRAS)]"
+	touch $@
+
+demo: setup ## fine-tune two adapters, answer with every method, print the table (20 minutes, 2 cores)
+	$(BIN)/python recipes/demo.py
+
+test: setup ## the whole suite, offline
+	$(BIN)/python -m pytest -q -m alone
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not alone" -n $(JOBS)
+
+lint: setup ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: setup ## speed: split attention on this machine, and eval/bench/gpu.sh where there is CUDA
+	$(BIN)/blocktune bench attention --json
+	PATH="$(abspath $(BIN)):$$PATH" bash eval/bench/gpu.sh $(if $(wildcard /dev/nvidia0),,--tiny)
+
+clean: ## remove what setup, builds and tests made
+	rm -rf $(VENV) build dist out .pytest_cache .ruff_cache *.egg-info

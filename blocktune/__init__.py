@@ -1,0 +1,47 @@
+"""Fine-tune, cache and reuse retrieved chunks with any RoPE decoder on the Hugging Face stack.
+
+The public names below are imported on first use, so that ``import blocktune`` and
+``blocktune --help`` load neither torch nor transformers::
+
+    from blocktune import Engine, load_examples
+
+    engine = Engine.from_pretrained("data/tiny")
+    examples = load_examples("worlds:test?seed=1&n=8")
+    for answer in engine.answer(examples, "cacheblend"):
+        print(answer.text, answer.account.recompute_ratio)
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Account": "blocktune.engine:Account",
+    "Answer": "blocktune.engine:Answer",
+    "Chunk": "blocktune.prompt:Chunk",
+    "Engine": "blocktune.engine:Engine",
+    "Layout": "blocktune.layout:Layout",
+    "LayoutSpec": "blocktune.prompt:LayoutSpec",
+    "PromptFormat": "blocktune.prompt:PromptFormat",
+    "RagExample": "blocktune.data:RagExample",
+    "Sampling": "blocktune.engine:Sampling",
+    "available_methods": "blocktune.reuse:available",
+    "build_method": "blocktune.reuse:build",
+    "load_examples": "blocktune.data:load_examples",
+}
+
+__all__ = [*sorted(_HOMES), "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'blocktune' has no attribute '{name}'")
+    module, attribute = _HOMES[name].split(":")
+    value = getattr(import_module(module), attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

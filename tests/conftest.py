@@ -1,0 +1,48 @@
+"""What holds for every test: no network, and no skip but a `gpu` test where there is no GPU."""
+
+import functools
+import os
+
+import pytest
+
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+    TOKENIZERS_PARALLELISM="false",
+)
+
+NO_GPU = "gpu: no CUDA device here"
+
+
+@functools.cache
+def has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not has_gpu():
+        pytest.skip(NO_GPU)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Fails whatever skips itself for another reason than the one this file gives."""
+    report = yield
+    if report.skipped and not hasattr(report, "wasxfail") and NO_GPU not in str(report.longrepr):
+        report.outcome = "failed"
+        report.longrepr = f"only the marker `gpu` may skip a test, not {report.longrepr}"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    """Fails a file that skips itself as a whole, by `importorskip` for one."""
+    report = yield
+    if report.outcome == "skipped":
+        report.outcome = "failed"
+        report.longrepr = f"a test file must not skip itself: {report.longrepr}"
+    return report
