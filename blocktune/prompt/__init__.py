@@ -1,5 +1,35 @@
 """Prompts: one way from text to token pieces, and from pieces to the rows of a forward pass."""
 
+from blocktune.prompt.batch import Batch, pack, stack
 from blocktune.prompt.chunk import Chunk
+from blocktune.prompt.format import PromptFormat
+from blocktune.prompt.pieces import (
+    Pieces,
+    answer_ids,
+    chunk_ids,
+    end_of_turn,
+    make_pieces,
+    prefix_ids,
+)
+from blocktune.prompt.rows import IGNORED, Prompt, lay_out
+from blocktune.prompt.show import show
+from blocktune.prompt.spec import LayoutSpec
 
-__all__ = ["Chunk"]
+__all__ = [
+    "IGNORED",
+    "Batch",
+    "Chunk",
+    "LayoutSpec",
+    "Pieces",
+    "Prompt",
+    "PromptFormat",
+    "answer_ids",
+    "chunk_ids",
+    "end_of_turn",
+    "lay_out",
+    "make_pieces",
+    "pack",
+    "prefix_ids",
+    "show",
+    "stack",
+]

@@ -1,0 +1,92 @@
+"""Several prompts in one tensor: side by side with padding, or one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from blocktune.layout import FOREVER, GLOBAL, NO_CHUNK, NO_ROW, Kind, Layout
+from blocktune.prompt.rows import IGNORED, Prompt
+
+SIDES = ("right", "left")
+_PAD_ROW = {"kind": int(Kind.PAD), "chunk": NO_CHUNK, "group": GLOBAL, "until": FOREVER}
+_PAD_ROW |= {"supersedes": NO_ROW, "offset": 0, "position": 0, "order": 0, "sample": 0}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a forward pass reads and the loss compares: every tensor ``(B, S)`` int64."""
+
+    input_ids: Tensor
+    layout: Layout
+    labels: Tensor
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Moves every tensor."""
+        return Batch(self.input_ids.to(device), self.layout.to(device), self.labels.to(device))
+
+
+def stack(prompts: Sequence[Prompt], pad_id: int, side: str = "right") -> Batch:
+    """Pads prompts to the longest, one row of the batch each.
+
+    Args:
+        prompts: At least one.
+        pad_id: Token id of pad rows; they see nothing and nothing sees them.
+        side: Where the pads go, ``'right'`` or ``'left'``.
+
+    Raises:
+        ValueError: If there is no prompt or ``side`` is unknown.
+    """
+    if not prompts:
+        raise ValueError("stack needs at least one prompt, got none")
+    if side not in SIDES:
+        raise ValueError(f"padding side must be {' or '.join(SIDES)}, got {side!r}")
+    length = max(len(prompt.ids) for prompt in prompts)
+
+    def padded(values: Tensor, fill: int) -> Tensor:
+        missing = length - values.shape[-1]
+        around = (missing, 0) if side == "left" else (0, missing)
+        return torch.nn.functional.pad(values, around, value=fill)
+
+    layouts = [prompt.layout for prompt in prompts]
+    if side == "left":
+        layouts = [_renumber(layout, length - layout.num_rows) for layout in layouts]
+    rows = {
+        f.name: torch.cat([padded(getattr(layout, f.name), _PAD_ROW[f.name]) for layout in layouts])
+        for f in fields(Layout)
+    }
+    ids = torch.stack([padded(torch.tensor(prompt.ids), pad_id) for prompt in prompts])
+    labels = torch.stack([padded(torch.tensor(prompt.labels), IGNORED) for prompt in prompts])
+    return Batch(ids, Layout(**rows), labels)
+
+
+def pack(prompts: Sequence[Prompt]) -> Prompt:
+    """Joins prompts into one row of a batch that never see each other.
+
+    Positions start afresh with every prompt, ``order`` runs on and ``sample`` counts them.
+
+    Raises:
+        ValueError: If there is no prompt.
+    """
+    if not prompts:
+        raise ValueError("pack needs at least one prompt, got none")
+    layouts, row, order, sample = [], 0, 0, 0
+    for prompt in prompts:
+        layout = _renumber(prompt.layout, row)
+        layout = replace(layout, order=layout.order + order, sample=layout.sample + sample)
+        layouts.append(layout)
+        row += layout.num_rows
+        order, sample = int(layout.order.max()) + 1, int(layout.sample.max()) + 1
+    rows = {f.name: torch.cat([getattr(p, f.name) for p in layouts], 1) for f in fields(Layout)}
+    ids = tuple(token for prompt in prompts for token in prompt.ids)
+    labels = tuple(label for prompt in prompts for label in prompt.labels)
+    return Prompt(ids, Layout(**rows), labels)
+
+
+def _renumber(layout: Layout, rows_before: int) -> Layout:
+    """``supersedes`` holds row numbers, which rows put in front move."""
+    moved = torch.where(layout.is_fresh, layout.supersedes + rows_before, layout.supersedes)
+    return replace(layout, supersedes=moved)

@@ -1,0 +1,94 @@
+"""How chunks and question are worded; the chat template around them is the tokenizer's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from string import Formatter
+from typing import Any
+
+from blocktune.prompt.chunk import Chunk
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """The wording of a prompt: instruction, then the chunks, then the question.
+
+    Attributes:
+        instruction: Opens the user turn, before the chunks; may be empty.
+        system: Text of the system turn, or None for the template's own default.
+        titled: A chunk that has a title; holds ``{title}`` and ``{text}``.
+        untitled: A chunk without a title; holds ``{text}``.
+        question: What follows the chunks; holds ``{question}``.
+
+    Raises:
+        ValueError: If a field is no string or lacks its placeholders.
+    """
+
+    instruction: str = "Answer the question from the passages below."
+    system: str | None = None
+    titled: str = "{title}\n{text}\n\n"
+    untitled: str = "{text}\n\n"
+    question: str = "Question: {question}"
+
+    def __post_init__(self):
+        if not isinstance(self.instruction, str):
+            raise ValueError(f"format 'instruction' must be a string, got {self.instruction!r}")
+        if not isinstance(self.system, str | None):
+            raise ValueError(f"format 'system' must be a string or null, got {self.system!r}")
+        for name, wanted in _PLACEHOLDERS.items():
+            _check_placeholders(name, getattr(self, name), wanted)
+
+    def render_chunk(self, chunk: Chunk) -> str:
+        """The text of one chunk, the same wherever it stands."""
+        if chunk.title is None:
+            return self.untitled.format(text=chunk.text)
+        return self.titled.format(title=chunk.title, text=chunk.text)
+
+    def render_question(self, question: str) -> str:
+        """The text between the chunks and the end of the user turn."""
+        return self.question.format(question=question)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, every field."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> PromptFormat:
+        """Inverse of `to_dict`; fields left out keep their default.
+
+        Raises:
+            ValueError: If a key is unknown or a value is not accepted.
+        """
+        return build_strict(cls, values, "prompt format")
+
+
+_PLACEHOLDERS = {"titled": {"title", "text"}, "untitled": {"text"}, "question": {"question"}}
+
+
+def build_strict(cls, values: Mapping[str, Any], what: str):
+    """Builds a dataclass from a mapping whose keys must all be its fields.
+
+    Raises:
+        ValueError: If ``values`` is no mapping or has an unknown key; ``what`` names it.
+    """
+    known = [f.name for f in fields(cls)]
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{what} must be a mapping of {', '.join(known)}, got {values!r}")
+    if unknown := sorted(values.keys() - set(known), key=str):
+        raise ValueError(f"unknown {what} key '{unknown[0]}'; known: {', '.join(known)}")
+    return cls(**values)
+
+
+def _check_placeholders(name: str, template: Any, wanted: set[str]) -> None:
+    shape = " and ".join(f"{{{key}}}" for key in sorted(wanted))
+    if not isinstance(template, str):
+        raise ValueError(f"format '{name}' must be a string that holds {shape}, got {template!r}")
+    try:
+        parts = list(Formatter().parse(template))
+    except ValueError as error:
+        raise ValueError(f"format '{name}' is no template: {error}, in {template!r}") from None
+    found = {field for _, field, _, _ in parts if field is not None}
+    plain = all(not spec and conversion is None for _, _, spec, conversion in parts)
+    if found != wanted or not plain:
+        raise ValueError(f"format '{name}' must hold {shape} and no other, got {template!r}")

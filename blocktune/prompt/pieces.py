@@ -1,0 +1,152 @@
+"""From text to token pieces: the one function that training, caching and serving call.
+
+The pieces are the truth. They are tokenised one by one and joined as they are, so what is
+trained on, stored, relocated and shown is the same; a tokenizer that would have merged across
+a seam is never asked to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from blocktune.prompt.chunk import Chunk
+from blocktune.prompt.format import PromptFormat
+from blocktune.prompt.template import render_frame, reply_end
+
+
+class Pieces(NamedTuple):
+    """Token ids of one prompt, piece by piece.
+
+    Attributes:
+        prefix: BOS (if the model has one), system turn, opening of the user turn, instruction.
+        chunks: One tuple a chunk; depends on nothing but the chunk, the format and the tokenizer.
+        query: Question, end of the user turn, opening of the assistant's.
+        answer: Response and end of turn; empty when serving.
+    """
+
+    prefix: tuple[int, ...]
+    chunks: tuple[tuple[int, ...], ...]
+    query: tuple[int, ...]
+    answer: tuple[int, ...] = ()
+
+
+def make_pieces(
+    tokenizer: PreTrainedTokenizerBase,
+    fmt: PromptFormat,
+    chunks: Sequence[Chunk],
+    question: str,
+    response: str | None = None,
+) -> Pieces:
+    """Tokenises prefix, chunks, query and answer, through the tokenizer's chat template.
+
+    Args:
+        tokenizer: Tokenizer of the model; without a chat template the prompt is plain text.
+        fmt: The wording.
+        chunks: Retrieved passages in prompt order, at least one.
+        question: The question.
+        response: What the model is trained to write, or None when serving.
+
+    Raises:
+        ValueError: If there is no chunk, a chunk has no tokens, the template does not hold user
+            text, or the pieces together do not hold BOS exactly once where the model has one.
+    """
+    if not chunks:
+        raise ValueError("a prompt needs at least one chunk, got an empty list")
+    head = f"{fmt.instruction}\n\n" if fmt.instruction else ""
+    frame = render_frame(tokenizer, fmt.system, head, fmt.render_question(question))
+    prefix = _with_bos(tokenizer, _encode(tokenizer, frame.before))
+    bodies = tuple(chunk_ids(tokenizer, fmt, chunk) for chunk in chunks)
+    query = _encode(tokenizer, frame.after)
+    answer = () if response is None else answer_ids(tokenizer, response)
+    pieces = Pieces(prefix, bodies, query, answer)
+    _check_bos(tokenizer, pieces)
+    return pieces
+
+
+def prefix_ids(tokenizer: PreTrainedTokenizerBase, fmt: PromptFormat) -> tuple[int, ...]:
+    """The prefix of every prompt of this tokenizer and format, ``make_pieces(...).prefix``."""
+    return make_pieces(tokenizer, fmt, [Chunk("any")], "any").prefix
+
+
+def chunk_ids(
+    tokenizer: PreTrainedTokenizerBase, fmt: PromptFormat, chunk: Chunk
+) -> tuple[int, ...]:
+    """Tokens of one chunk, wherever it stands: what is encoded, stored and looked up.
+
+    Special tokens written out in retrieved text (``<|eot_id|>``) stay text: a passage cannot
+    end the user's turn.
+
+    Raises:
+        ValueError: If the chunk has no tokens.
+    """
+    ids = _encode(tokenizer, fmt.render_chunk(chunk), split_special_tokens=True)
+    if not ids:
+        raise ValueError(f"the tokenizer makes no token of chunk {chunk!r:.60}")
+    return ids
+
+
+def answer_ids(tokenizer: PreTrainedTokenizerBase, response: str) -> tuple[int, ...]:
+    """Tokens the model is trained to write: the response and the end of its turn."""
+    lead = " " if tokenizer.chat_template is None else ""  # "Answer:" wants a space
+    body = _encode(tokenizer, lead + response, split_special_tokens=True)
+    return body + end_of_turn(tokenizer)
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Tokens that end the assistant's turn; generation stops at the last of them.
+
+    What the template writes after the assistant's text, up to its first special token, else
+    the tokenizer's EOS.
+
+    Raises:
+        ValueError: If there is neither.
+    """
+    ids = _encode(tokenizer, reply_end(tokenizer))
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special.add(tokenizer.eos_token_id)
+    ends = [index for index, token in enumerate(ids) if token in special]
+    if ends:
+        return ids[: ends[0] + 1]
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"tokenizer '{tokenizer.name_or_path}' has neither an EOS token nor a chat template "
+            f"that ends the assistant's turn; set tokenizer.eos_token"
+        )
+    return (tokenizer.eos_token_id,)
+
+
+def _encode(tokenizer, text: str, split_special_tokens: bool = False) -> tuple[int, ...]:
+    encoded = tokenizer(
+        text, add_special_tokens=False, split_special_tokens=split_special_tokens, verbose=False
+    )
+    return tuple(encoded["input_ids"])
+
+
+def _with_bos(tokenizer, prefix: tuple[int, ...]) -> tuple[int, ...]:
+    """Adds BOS where the template leaves it to the tokenizer, and to plain text."""
+    bos = tokenizer.bos_token_id
+    if bos is None or bos in prefix:
+        return prefix
+    wanted = tokenizer.chat_template is None or tokenizer("a")["input_ids"][0] == bos
+    return (bos, *prefix) if wanted else prefix
+
+
+def _check_bos(tokenizer, pieces: Pieces) -> None:
+    bos = tokenizer.bos_token_id
+    if bos is None or _marks_turns(tokenizer):
+        return
+    count = sum(piece.count(bos) for piece in (pieces.prefix, *pieces.chunks, pieces.query))
+    if count > 1 or (count == 1 and pieces.prefix[:1] != (bos,)):
+        raise ValueError(
+            f"the prompt holds the BOS token {tokenizer.bos_token!r} {count} times, it must open "
+            f"the prompt and stand nowhere else; take it out of the instruction, the system text, "
+            f"the question or the chat template"
+        )
+
+
+def _marks_turns(tokenizer) -> bool:
+    """Whether the template opens every turn with BOS (SmolLM2's ``<|im_start|>``)."""
+    return bool(tokenizer.chat_template) and tokenizer.bos_token in tokenizer.get_chat_template()

@@ -1,0 +1,99 @@
+"""The text around the chunks, read off any chat template by rendering a sentinel.
+
+Most templates ignore ``documents``, so the chunks stand in the user turn. A sentinel takes
+their place while the template renders; what it leaves before and after the sentinel is the
+text of the prefix and of the query. Chunk text itself never passes through a template, so a
+template that trims or rewrites user text cannot touch it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+SENTINEL = "BlocktuneChunksStandHere"
+REPLY = "BlocktuneReplyStandsHere"
+PLAIN_REPLY_CUE = "\nAnswer:"
+"""Asks for the answer where there is no chat template to open the assistant's turn."""
+
+
+class Frame(NamedTuple):
+    """The text around the chunks."""
+
+    before: str
+    after: str
+
+
+def render_frame(
+    tokenizer: PreTrainedTokenizerBase, system: str | None, head: str, tail: str
+) -> Frame:
+    """Renders one user turn ``head + chunks + tail`` and opens the assistant's turn.
+
+    A template that refuses or drops the system turn (Gemma) gets its text at the start of the
+    user turn. Without a chat template the frame is plain text.
+
+    Args:
+        tokenizer: Its chat template is used.
+        system: Text of the system turn, or None for the template's own default.
+        head: User text before the chunks.
+        tail: User text after the chunks.
+
+    Raises:
+        ValueError: If the template does not render the user's text exactly once.
+    """
+    if tokenizer.chat_template is None:
+        parts = [part for part in (system, head) if part]
+        return Frame("\n\n".join(parts), tail + PLAIN_REPLY_CUE)
+    content = head + SENTINEL + tail
+    for messages in _conversations(system, content):
+        text = _render(tokenizer, messages, add_generation_prompt=True)
+        whole = text is not None and text.count(SENTINEL) == 1
+        if whole and (not system or system.strip() in text):
+            return Frame(*text.split(SENTINEL))
+    raise ValueError(
+        f"the chat template of '{tokenizer.name_or_path}' does not render a user turn with "
+        f"text in it exactly once; set tokenizer.chat_template to one that does"
+    )
+
+
+def reply_end(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the template writes after the assistant's text; empty where it cannot be told."""
+    if tokenizer.chat_template is None:
+        return ""
+    for messages in _conversations(None, "Hello."):
+        for reply in ({"content": REPLY}, {"content": [{"type": "text", "text": REPLY}]}):
+            text = _render(tokenizer, [*messages, {"role": "assistant", **reply}])
+            if text is not None and text.count(REPLY) == 1:
+                return text.split(REPLY)[1]
+    return ""
+
+
+def _conversations(system: str | None, content: str):
+    """The ways to say it, in order of preference; image templates want lists of parts."""
+    folded = [{"role": "user", "content": f"{system}\n\n{content}" if system else content}]
+    spoken = [{"role": "system", "content": system}, {"role": "user", "content": content}]
+    for messages in [spoken, folded] if system else [folded]:
+        yield messages
+        yield [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+
+
+def _render(tokenizer, messages: list[dict[str, Any]], **kwargs) -> str | None:
+    """The rendered text, or None where the template refuses these messages."""
+    try:
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, **_switches(tokenizer.get_chat_template()), **kwargs
+        )
+    except (TemplateError, TypeError):
+        return None
+
+
+def _switches(template: str) -> dict[str, Any]:
+    """No thinking before a short answer, and no date of today in a prefix that is cached."""
+    switches: dict[str, Any] = {}
+    if "enable_thinking" in template:
+        switches["enable_thinking"] = False
+    if "date_string" in template:
+        switches["date_string"] = "26 Jul 2024"  # the default of Llama 3.1
+    return switches
