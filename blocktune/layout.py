@@ -35,6 +35,10 @@ class Kind(IntEnum):
     GHOST = 6
 
 
+# Plain ints: a compiled mask silently misreads a comparison with an enum member.
+_PAD, _GHOST = int(Kind.PAD), int(Kind.GHOST)
+
+
 @dataclass(frozen=True)
 class Rows:
     """Per-row facts, every field an int64 tensor of one common shape.
@@ -125,6 +129,11 @@ class Layout(Rows):
         return (self.group == GLOBAL) & ~self.is_pad
 
     @property
+    def is_layered(self) -> bool:
+        """Whether some row ends before the last layer, so that layers differ in their rows."""
+        return bool((self.until != FOREVER).any())
+
+    @property
     def superseded_until(self) -> Tensor:
         """First layer at which each row is visible to global rows again, ``(B, S)``.
 
@@ -148,10 +157,9 @@ class Layout(Rows):
         """Inverse of `pack`."""
         return cls(*packed.unbind(-1))
 
-    def take(self, index: Tensor) -> Rows:
-        """Gathers rows: ``index`` is ``(B, R)``; returns `Rows` of ``(B, R)`` fields."""
-        values = {f.name: getattr(self, f.name).gather(1, index) for f in fields(self)}
-        return Rows(**values)
+    def rows(self) -> Rows:
+        """The same facts without the shape contract, for indexing and broadcasting."""
+        return Rows(**{f.name: getattr(self, f.name) for f in fields(self)})
 
 
 @dataclass(frozen=True)
@@ -187,11 +195,11 @@ def visible(
     themselves, links and query see all before); superseding rows are ours (DESIGN: a
     recomputed token is two rows).
     """
-    exists = (query.kind != Kind.PAD) & (key.kind != Kind.PAD)
-    exists &= (query.until > rule.layer) & (key.until > rule.layer)
+    exists = (query.kind != _PAD) & (key.kind != _PAD)
+    exists = exists & (query.until > rule.layer) & (key.until > rule.layer)
     before = (query.sample == key.sample) & (key.order <= query.order)
     if rule.window is not None:
-        before &= query.order - key.order < rule.window
+        before = before & (query.order - key.order < rule.window)
     in_group = query.group == key.group
-    current = (key.kind != Kind.GHOST) & (superseded_until <= rule.layer)
+    current = (key.kind != _GHOST) & (superseded_until <= rule.layer)
     return exists & before & torch.where(query.group == GLOBAL, current, in_group)

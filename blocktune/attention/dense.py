@@ -1,0 +1,41 @@
+"""The oracle: visibility as one N x N mask. For tests, `blocktune check` and small inputs."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from blocktune.attention.kernels import Knobs, plain_attention
+from blocktune.layout import Layout, LayerRule, visible
+
+
+def dense_mask(layout: Layout, rule: LayerRule = LayerRule()) -> Tensor:
+    """Visibility of every row for every row.
+
+    Args:
+        layout: Rows ``(B, S)``.
+        rule: Which layer it is and how far its window reaches.
+
+    Returns:
+        Bool ``(B, 1, S, S)``, True where the row (third axis) sees the key (last axis). Fit for
+        stock models as a 4-D ``attention_mask`` with ``sdpa`` (with ``eager`` it must be made
+        additive: a bool mask is silently added there).
+    """
+    query = layout.rows().map(lambda field: field[:, None, :, None])
+    key = layout.rows().map(lambda field: field[:, None, None, :])
+    return visible(query, key, layout.superseded_until[:, None, None, :], rule)
+
+
+class DensePlan:
+    """Attention by the dense mask, in float32, layer by layer."""
+
+    def __init__(self, layout: Layout):
+        """Keeps ``layout``; masks are made per layer and forgotten."""
+        self.layout = layout
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, rule: LayerRule, knobs: Knobs
+    ) -> Tensor:
+        """See `Plan.attend`."""
+        return plain_attention(query, key, value, dense_mask(self.layout, rule), knobs).transpose(
+            1, 2
+        )

@@ -1,0 +1,157 @@
+"""The rule as a FlexAttention ``BlockMask``, built from block summaries.
+
+PyTorch's ``create_block_mask`` evaluates the rule on N x N cells. Here each 128-row block is
+summarised by the ranges of what its rows are, and the summaries decide which pairs of blocks
+the kernel visits: (N / 128) ** 2 cells. The kernel then applies the exact rule inside them.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from blocktune.attention.kernels import Knobs
+from blocktune.layout import GLOBAL, Layout, LayerRule, visible
+
+BLOCK = 128
+
+
+class _Range(NamedTuple):
+    """Smallest and largest value of a field in each block, ``(B, blocks)``; pads left out."""
+
+    low: Tensor
+    high: Tensor
+
+    def meets(self, other: _Range) -> Tensor:
+        """Whether the ranges of two blocks overlap, ``(B, query blocks, key blocks)``."""
+        return (self.low[:, :, None] <= other.high[:, None]) & (
+            other.low[:, None] <= self.high[:, :, None]
+        )
+
+
+def _range(field: Tensor, keep: Tensor) -> _Range:
+    pad = -field.shape[1] % BLOCK
+    huge = torch.iinfo(field.dtype).max
+    low = F.pad(field.masked_fill(~keep, huge), (0, pad), value=huge)
+    high = F.pad(field.masked_fill(~keep, -huge), (0, pad), value=-huge)
+    return _Range(low.unflatten(1, (-1, BLOCK)).amin(-1), high.unflatten(1, (-1, BLOCK)).amax(-1))
+
+
+def block_pairs(layout: Layout, rule: LayerRule) -> Tensor:
+    """Pairs of 128-row blocks that may hold a visible cell.
+
+    Args:
+        layout: Rows ``(B, S)``.
+        rule: The layer's part of the rule.
+
+    Returns:
+        Bool ``(B, ceil(S / 128), ceil(S / 128))``. Never False where a cell is visible; may be
+        True where none is (the exact rule decides inside the block).
+    """
+    alive = ~layout.is_pad & (layout.until > rule.layer)
+    local = alive & (layout.group != GLOBAL)
+    order, sample = _range(layout.order, alive), _range(layout.sample, alive)
+    group = _range(layout.group, local)
+    has_global = _range((layout.group == GLOBAL).long(), alive).high == 1
+    pairs = sample.meets(sample) & (order.low[:, None] <= order.high[:, :, None])
+    if rule.window is not None:
+        nearest = order.low[:, :, None] - order.high[:, None]
+        pairs &= nearest < rule.window
+    return pairs & (has_global[:, :, None] | group.meets(group))
+
+
+def flex_block_mask(layout: Layout, rule: LayerRule = LayerRule()) -> BlockMask:
+    """The rule as a ``BlockMask`` of 128 x 128 blocks, with the exact rule as its ``mask_mod``.
+
+    Args:
+        layout: Rows ``(B, S)``.
+        rule: The layer's part of the rule.
+    """
+    rows, superseded = layout.rows(), layout.superseded_until
+
+    def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return visible(
+            rows.map(lambda field: field[batch, query]),
+            rows.map(lambda field: field[batch, key]),
+            superseded[batch, key],
+            rule,
+        )
+
+    pairs = block_pairs(layout, rule)[:, None]
+    counts = pairs.sum(-1, dtype=torch.int32)
+    columns = torch.argsort(pairs.int(), dim=-1, descending=True, stable=True).to(torch.int32)
+    return BlockMask.from_kv_blocks(
+        counts,
+        columns,
+        BLOCK_SIZE=BLOCK,
+        mask_mod=mask_mod,
+        seq_lengths=(layout.num_rows, layout.num_rows),
+    )
+
+
+@functools.cache
+def _compiled():
+    return torch.compile(flex_attention, dynamic=False)
+
+
+class FlexPlan:
+    """Attention by FlexAttention: one kernel over the visible blocks. CUDA, or CPU forward."""
+
+    def __init__(self, layout: Layout):
+        """Keeps ``layout``; a block mask is built once per kind of layer and kept."""
+        self.layout = layout
+        self._layered = layout.is_layered
+        self._masks: dict[LayerRule, BlockMask] = {}
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, rule: LayerRule, knobs: Knobs
+    ) -> Tensor:
+        """See `Plan.attend`.
+
+        Raises:
+            ValueError: If asked to drop attention weights (FlexAttention cannot), or to train
+                on a CPU (PyTorch has no backward there).
+        """
+        if knobs.dropout:
+            raise ValueError(
+                f"FlexAttention has no dropout, the model asks for {knobs.dropout}; set "
+                "attention_dropout to 0 or use the 'split' execution"
+            )
+        on_cuda = query.is_cuda
+        if not on_cuda and torch.is_grad_enabled() and query.requires_grad:
+            raise ValueError(
+                "FlexAttention has no backward on a CPU; use attention_execution: split"
+            )
+        attention = _compiled() if on_cuda else flex_attention
+        out = attention(
+            query,
+            key,
+            value,
+            score_mod=_softcap(knobs.softcap),
+            block_mask=self._mask(rule),
+            scale=knobs.scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        return out.transpose(1, 2)
+
+    def _mask(self, rule: LayerRule) -> BlockMask:
+        if not self._layered:
+            rule = LayerRule(window=rule.window)
+        if rule not in self._masks:
+            self._masks[rule] = flex_block_mask(self.layout, rule)
+        return self._masks[rule]
+
+
+def _softcap(bound: float | None):
+    if bound is None:
+        return None
+
+    def score_mod(score, batch, head, query, key):
+        return torch.tanh(score / bound) * bound
+
+    return score_mod

@@ -1,0 +1,82 @@
+"""Any rows over any keys under the rule, a block of rows at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from blocktune.attention.kernels import ROW_BLOCK, Knobs, masked_attention
+from blocktune.layout import LayerRule, Rows, visible
+
+
+@dataclass(frozen=True)
+class RowBand:
+    """Query rows and the keys they may see, both sorted by order.
+
+    Blocks of rows see only the keys up to their last row (and, in a window, from the first one
+    that reaches into it), so neither the mask nor the work covers keys that nobody sees.
+
+    Attributes:
+        query: Facts of the query rows, ``(G, R)``.
+        key: Facts of the keys, ``(G, N)``.
+        superseded_until: `Layout.superseded_until` of the keys, ``(G, N)``.
+        query_exists: False for padding among the query rows, ``(G, R)``.
+        key_exists: False for padding among the keys, ``(G, N)``.
+    """
+
+    query: Rows
+    key: Rows
+    superseded_until: Tensor
+    query_exists: Tensor
+    key_exists: Tensor
+    _masks: dict = field(default_factory=dict, repr=False)
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, rule: LayerRule, knobs: Knobs
+    ) -> Tensor:
+        """Attends ``query`` ``(G, H, R, D)`` over ``(G, K, N, D)``; returns ``(G, H, R, D)``."""
+        if rule not in self._masks:
+            self._masks[rule] = self._blocks(rule)
+        outs = []
+        for rows, keys, mask in self._masks[rule]:
+            block = masked_attention(
+                query[:, :, rows], key[:, :, keys], value[:, :, keys], mask, knobs
+            )
+            outs.append(block)
+        return torch.cat(outs, dim=2) if len(outs) > 1 else outs[0]
+
+    def _blocks(self, rule: LayerRule) -> list[tuple[slice, slice, Tensor]]:
+        count = self.query.kind.shape[1]
+        starts = range(0, count, ROW_BLOCK)
+        return [self._block(slice(a, min(a + ROW_BLOCK, count)), rule) for a in starts]
+
+    def _block(self, rows: slice, rule: LayerRule) -> tuple[slice, slice, Tensor]:
+        exists = self.query_exists[:, rows]
+        order = self.query.order[:, rows]
+        seen = self.key_exists & (self.key.order <= _last(order, exists)[:, None])
+        if rule.window is not None:
+            seen &= self.key.order > _first(order, exists)[:, None] - rule.window
+        columns = seen.any(0).nonzero().squeeze(1)
+        keys = slice(int(columns[0]), int(columns[-1]) + 1) if len(columns) else slice(0, 1)
+        mask = visible(
+            self.query.map(lambda f: f[:, rows, None]),
+            self.key.map(lambda f: f[:, None, keys]),
+            self.superseded_until[:, None, keys],
+            rule,
+        )
+        mask = mask & exists[:, :, None] & self.key_exists[:, None, keys]
+        # Rows that see nothing (padding, ended rows) get one key: a kernel may return NaN for
+        # an empty row, and nobody reads theirs.
+        mask[..., 0] |= ~mask.any(-1)
+        return rows, keys, mask[:, None]
+
+
+def _last(order: Tensor, exists: Tensor) -> Tensor:
+    return order.masked_fill(~exists, torch.iinfo(order.dtype).min).amax(1)
+
+
+def _first(order: Tensor, exists: Tensor) -> Tensor:
+    # Half the range: a window is subtracted from it.
+    return order.masked_fill(~exists, torch.iinfo(order.dtype).max // 2).amin(1)
