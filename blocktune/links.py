@@ -1,0 +1,229 @@
+"""Link tokens: trained rows beside a chunk that see every earlier chunk.
+
+By default they live in a table of their own. Their ids are *virtual*, ``vocab_size + slot``, and
+two hooks on the input embedding look them up, so the vocabulary, the tokenizer and the tied output
+head stay what they were. `add_link_tokens` makes them real tokens instead.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import AddedToken
+
+LINKS_FILE = "links.safetensors"
+LINKS_MODULE = "blocktune_links"
+"""Name under which the table is registered in the model, so that it trains, moves and syncs."""
+NOISE = 0.1
+"""Spread of new link rows around the mean embedding, in standard deviations of an embedding."""
+
+
+class LinkTable(nn.Module):
+    """Embeddings of link slots: ``weight`` is ``(num_links, hidden)``, as the embedding puts out.
+
+    A model that scales inside its lookup (Gemma 3) finds scaled rows here; one that scales after
+    it (Gemma 2, Granite) scales these rows too.
+
+    Raises:
+        ValueError: If there is no slot.
+    """
+
+    def __init__(self, num_links: int, hidden: int, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        if num_links < 1:
+            raise ValueError(f"a link table needs at least 1 link, got {num_links}")
+        self.weight = nn.Parameter(torch.zeros(num_links, hidden, dtype=dtype))
+
+    @property
+    def num_links(self) -> int:
+        """Slots per chunk."""
+        return self.weight.shape[0]
+
+    def forward(self, slots: Tensor) -> Tensor:
+        """Rows of ``slots``, any shape of int64; returns ``(*slots.shape, hidden)``."""
+        return F.embedding(slots, self.weight)
+
+
+@dataclass
+class LinkHandle:
+    """What `install_links` did to a model; `remove` undoes it."""
+
+    model: nn.Module
+    table: LinkTable
+    link_base: int
+    hooks: tuple
+
+    def remove(self) -> None:
+        """Takes the hooks off and the table out of the model."""
+        for hook in self.hooks:
+            hook.remove()
+        delattr(self.model, LINKS_MODULE)
+
+
+def link_base(model: PreTrainedModel) -> int:
+    """Virtual id of link slot 0: the size of the model's vocabulary."""
+    return model.config.get_text_config().vocab_size
+
+
+def new_links(model: PreTrainedModel, num_links: int, seed: int = 0) -> LinkTable:
+    """Makes a table of rows near the mean embedding.
+
+    Args:
+        model: Base model or PEFT wrapper.
+        num_links: Slots.
+        seed: Of the noise that tells the slots apart.
+
+    Returns:
+        A float32 table on the model's device; not installed.
+    """
+    embedding = model.get_input_embeddings()
+    mean, std = _moments(embedding, link_base(model))
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(num_links, mean.numel(), generator=generator).to(mean.device)
+    table = LinkTable(num_links, mean.numel()).to(mean.device)
+    table.weight.data.copy_(mean + NOISE * std * noise)
+    return table
+
+
+def install_links(model: PreTrainedModel, table: LinkTable) -> LinkHandle:
+    """Makes ``model`` look ids ``vocab_size + slot`` up in ``table``; nothing else changes.
+
+    Install after PEFT has wrapped the model: PEFT replaces embeddings that it trains. The table
+    becomes a submodule of the base model, so DDP, ZeRO and ``.to()`` treat it as a parameter.
+
+    Args:
+        model: Base model or PEFT wrapper.
+        table: Rows as wide as the embedding's.
+
+    Raises:
+        ValueError: If links are installed already, the width differs, or the model has a second
+            table over the same ids (Gemma 3n), which could not look virtual ids up.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    _check_model(base, table)
+    first = link_base(model)
+    embedding = model.get_input_embeddings()
+    table.to(embedding.weight.device)
+    base.add_module(LINKS_MODULE, table)
+    seen: list[Tensor] = []
+
+    def hide(module, args):
+        seen[:] = [args[0]]
+        return (args[0].masked_fill(args[0] >= first, 0), *args[1:])
+
+    def look_up(module, args, output):
+        ids = seen.pop()
+        is_link = ids >= first
+        # Through torch.where the table is in the graph of every batch: DDP wants all gradients.
+        rows = table(torch.where(is_link, ids - first, 0)).to(output.dtype)
+        return torch.where(is_link.unsqueeze(-1), rows, output)
+
+    hooks = (
+        embedding.register_forward_pre_hook(hide),
+        embedding.register_forward_hook(look_up, prepend=True),
+    )
+    return LinkHandle(base, table, first, hooks)
+
+
+def installed_links(model: nn.Module) -> LinkTable | None:
+    """The table that `install_links` put into ``model``, or None."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return getattr(base, LINKS_MODULE, None)
+
+
+def save_links(table: LinkTable, folder: str | Path) -> Path:
+    """Writes ``links.safetensors`` into ``folder``, whole or not at all."""
+    path = Path(folder) / LINKS_FILE
+    partial = path.with_suffix(".partial")
+    save_file({"weight": table.weight.detach().cpu().contiguous()}, partial)
+    os.replace(partial, path)
+    return path
+
+
+def load_links(folder: str | Path) -> LinkTable:
+    """Reads `save_links`' file.
+
+    Raises:
+        ValueError: If there is none, or it holds no ``(num_links, hidden)`` weight.
+    """
+    path = Path(folder) / LINKS_FILE
+    if not path.is_file():
+        raise ValueError(f"no {LINKS_FILE} in {folder}; its adapter was trained with link tokens")
+    with safe_open(path, "pt") as file:
+        names = list(file.keys())
+        weight = file.get_tensor("weight") if names == ["weight"] else None
+    if weight is None or weight.ndim != 2:
+        raise ValueError(f"{path} must hold one (num_links, hidden) tensor 'weight', got {names}")
+    table = LinkTable(*weight.shape, dtype=weight.dtype)
+    table.weight.data.copy_(weight)
+    return table
+
+
+def add_link_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, num_links: int, seed: int = 0
+) -> range:
+    """Adds real tokens ``<|link_0|>`` ... instead of a table; the base must be bare, not PEFT.
+
+    Deterministic, so that a loader rebuilds the very rows training started from. Train the rows
+    with PEFT's ``trainable_token_indices`` and save with ``save_embedding_layers=False``.
+
+    Returns:
+        Their ids, contiguous; the first is the prompt's ``link_base``.
+
+    Raises:
+        ValueError: If the tokenizer does not give the new tokens contiguous ids.
+    """
+    tokens = [AddedToken(f"<|link_{slot}|>", special=True) for slot in range(num_links)]
+    tokenizer.add_tokens(tokens, special_tokens=True)
+    ids = tokenizer.convert_tokens_to_ids([token.content for token in tokens])
+    if ids != list(range(ids[0], ids[0] + num_links)):
+        raise ValueError(f"link tokens must get contiguous ids, this tokenizer gave {ids}")
+    rows = new_links(model, num_links, seed).weight.data
+    old = link_base(model)
+    if ids[-1] >= old:
+        head = model.get_output_embeddings().weight.data.float().mean(0)
+        model.resize_token_embeddings(ids[-1] + 1, mean_resizing=False)
+        model.get_output_embeddings().weight.data[old:] = head  # a stock row, never trained
+    weight = model.get_input_embeddings().weight
+    # Rows are stored as the lookup reads them, before any scaling inside it (Gemma 3).
+    scale = float(getattr(model.get_input_embeddings(), "embed_scale", 1.0))
+    weight.data[ids[0] : ids[-1] + 1] = (rows / scale).to(weight.dtype)
+    return range(ids[0], ids[-1] + 1)
+
+
+@torch.no_grad()
+def _moments(embedding: nn.Module, vocab_size: int) -> tuple[Tensor, float]:
+    """Mean row and overall standard deviation of what the lookup puts out, in float32."""
+    device = embedding.weight.device
+    total, square = 0.0, 0.0
+    for ids in torch.arange(vocab_size, device=device).split(8192):
+        rows = embedding(ids).float()
+        total, square = total + rows.sum(0), square + rows.square().mean(1).sum()
+    mean = total / vocab_size
+    return mean, float((square / vocab_size - mean.square().mean()).clamp(min=0).sqrt())
+
+
+def _check_model(base: PreTrainedModel, table: LinkTable) -> None:
+    if hasattr(base, LINKS_MODULE):
+        raise ValueError("this model has link tokens installed already; remove() them first")
+    embedding = base.get_input_embeddings()
+    if table.weight.shape[1] != embedding.weight.shape[1]:
+        raise ValueError(
+            f"link rows are {table.weight.shape[1]} wide, this model's embeddings "
+            f"{embedding.weight.shape[1]}; the links were trained for another base"
+        )
+    inner = set(embedding.modules())
+    others = [m for m in base.modules() if isinstance(m, nn.Embedding) and m not in inner]
+    if any(other.num_embeddings >= link_base(base) for other in others):
+        raise ValueError(
+            f"{type(base).__name__} looks token ids up in more than one table, so link ids outside "
+            f"the vocabulary cannot work; use link_mode 'added_tokens'"
+        )
