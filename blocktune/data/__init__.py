@@ -10,11 +10,10 @@ _HOMES = {
     "RagExample": "blocktune.data.example",
     "load_chunks": "blocktune.data.sources",
     "load_examples": "blocktune.data.sources",
-    "read_jsonl": "blocktune.data.example",
     "write_jsonl": "blocktune.data.example",
 }
 
-__all__ = ["RagExample", "load_chunks", "load_examples", "read_jsonl", "write_jsonl"]
+__all__ = ["RagExample", "load_chunks", "load_examples", "write_jsonl"]
 
 
 def __getattr__(name: str) -> Any:

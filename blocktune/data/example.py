@@ -75,12 +75,12 @@ class RagExample:
         return {key: value for key, value in record.items() if value not in ("", None, [], {})}
 
     @classmethod
-    def from_json(cls, record: Any, where: str = "example") -> RagExample:
+    def from_json(cls, record: Any, where: str = "") -> RagExample:
         """Reads one record strictly: no unknown keys, no conversions but chunks as strings.
 
         Args:
             record: A decoded JSON object.
-            where: Named in errors, e.g. ``'docs.jsonl, line 7'``.
+            where: Named first in errors, e.g. ``'docs.jsonl, line 7'``.
 
         Raises:
             ValueError: In one line: where, which field, what was wanted and what came.
@@ -88,24 +88,7 @@ class RagExample:
         try:
             return cls(**_decode(cls, record))
         except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
-
-
-def read_jsonl(path: str | Path) -> Iterable[tuple[str, Any]]:
-    """Yields ``(where, record)`` for every line that is not blank.
-
-    Raises:
-        ValueError: If a line is not JSON; names file and line.
-    """
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            where = f"{Path(path).name}, line {number}"
-            if not line.strip():
-                continue
-            try:
-                yield where, json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: not JSON ({error}); one object a line") from None
+            raise ValueError(f"{where}: {error}" if where else str(error)) from None
 
 
 def write_jsonl(path: str | Path, examples: Iterable[RagExample]) -> int:

@@ -1,0 +1,155 @@
+"""The record shapes of public multi-hop sets, each turned into `RagExample`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+from blocktune.data.example import RagExample, field_error
+from blocktune.prompt.chunk import Chunk
+
+
+class LeftOut(Exception):
+    """A row that the source is known to hold and that cannot be asked; says why."""
+
+
+class Schema(NamedTuple):
+    """One record shape.
+
+    Attributes:
+        name: As errors call it.
+        keys: Fields that tell it from the others.
+        parse: Turns a record into an example; raises `LeftOut`, or ValueError that names a field.
+    """
+
+    name: str
+    keys: tuple[str, ...]
+    parse: Callable[[Mapping[str, Any]], RagExample]
+
+    def fits(self, value: Any) -> bool:
+        """Whether ``value`` is a record of this shape."""
+        return isinstance(value, Mapping) and all(value.get(key) is not None for key in self.keys)
+
+
+def parse_musique(record: Mapping[str, Any]) -> RagExample:
+    """MuSiQue: 20 paragraphs, the hops in the id (``'3hop1__...'``).
+
+    Source: https://github.com/StonyBrookNLP/musique, ``musique_*_v1.0_*.jsonl``.
+    """
+    if record.get("answerable") is False:
+        raise LeftOut("not answerable from its paragraphs")
+    hops = len(record.get("question_decomposition") or ())
+    named = re.match(r"(\d+)hop", str(record.get("id", "")))
+    hops = int(named[1]) if named else hops
+    passages = [
+        _Passage(p.get("title"), p.get("paragraph_text"), bool(p.get("is_supporting")))
+        for p in _items(record, "paragraphs", Mapping, '{"title", "paragraph_text"}')
+    ]
+    answers = [record.get("answer"), *(record.get("answer_aliases") or ())]
+    return _example(record, passages, answers, kind=f"{hops}-hop" if hops else "")
+
+
+def parse_wiki(record: Mapping[str, Any]) -> RagExample:
+    """HotpotQA and 2WikiMultihopQA, as released (lists) and as on the Hub (dicts of lists).
+
+    Rows without a context are known in 2WikiMultihopQA extracts and left out.
+
+    Source: https://hotpotqa.github.io, https://github.com/Alab-NII/2wikimultihop.
+    """
+    if not record.get("context"):
+        raise LeftOut("no context")
+    facts = record.get("supporting_facts") or ()
+    titles = facts["title"] if isinstance(facts, Mapping) else [fact[0] for fact in facts]
+    passages = [_Passage(title, text, title in titles) for title, text in _documents(record)]
+    return _example(record, passages, [record.get("answer")], kind=record.get("type") or "")
+
+
+def parse_ctxs(record: Mapping[str, Any]) -> RagExample:
+    """CacheBlend's and FiD's ``ctxs``.
+
+    Source: https://github.com/YaoJiayi/CacheBlend, ``inputs/``.
+    """
+    passages = [
+        _Passage(c.get("title"), c.get("text"), False)
+        for c in _items(record, "ctxs", Mapping, '{"title", "text"}')
+    ]
+    answers = record.get("answers")
+    if not isinstance(answers, list):
+        raise field_error("answers", "a list of strings", answers)
+    return _example(record, passages, answers, kind=record.get("type") or "")
+
+
+SCHEMAS = (
+    Schema("blocktune", ("question", "chunks"), RagExample.from_json),
+    Schema("MuSiQue", ("question", "paragraphs"), parse_musique),
+    Schema("HotpotQA or 2WikiMultihopQA", ("question", "context"), parse_wiki),
+    Schema("CacheBlend", ("question", "ctxs"), parse_ctxs),
+)
+
+
+def find_schema(values: Iterable[Any], source: str) -> Schema:
+    """The first shape that any of the records has.
+
+    Raises:
+        ValueError: If none fits; lists the shapes.
+    """
+    values = list(values)
+    for value in values:
+        for schema in SCHEMAS:
+            if schema.fits(value):
+                return schema
+    wanted = "; ".join(f"{schema.name}: {', '.join(schema.keys)}" for schema in SCHEMAS)
+    first = values[0] if values else None
+    found = ", ".join(map(str, first)) if isinstance(first, Mapping) else type(first).__name__
+    raise ValueError(
+        f"{source} holds no questions in a known shape; looked for the fields of {wanted}; "
+        f"the first record has: {found or 'nothing'}"
+    )
+
+
+class _Passage(NamedTuple):
+    title: Any
+    text: Any
+    supporting: bool
+
+
+def _documents(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """``[[title, [sentence, ...]], ...]`` or ``{"title": [...], "sentences": [[...], ...]}``."""
+    context = record["context"]
+    wanted = 'a list of [title, [sentences]] or {"title", "sentences"}'
+    try:
+        if isinstance(context, Mapping):
+            sentences = context["sentences" if "sentences" in context else "content"]
+            pairs = zip(context["title"], sentences, strict=True)
+        else:
+            pairs = ((title, sentences) for title, sentences in context)
+        return [(title, " ".join(s.strip() for s in sentences)) for title, sentences in pairs]
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise field_error("context", wanted, context) from None
+
+
+def _items(record: Mapping[str, Any], name: str, kind: type, wanted: str) -> list[Any]:
+    value = record.get(name)
+    if not isinstance(value, list) or not value or not all(isinstance(v, kind) for v in value):
+        raise field_error(name, f"a non-empty list of {wanted}", value)
+    return value
+
+
+def _example(
+    record: Mapping[str, Any], passages: list[_Passage], answers: list[Any], kind: str
+) -> RagExample:
+    """Builds the example; a blank passage has nothing to encode and is counted in ``meta``."""
+    full = [p for p in passages if not (isinstance(p.text, str) and not p.text.strip())]
+    if not full:
+        raise LeftOut("no passage with text")
+    blank = len(passages) - len(full)
+    return RagExample(
+        question=record.get("question"),
+        chunks=tuple(Chunk(p.text, p.title) for p in full),
+        answers=tuple(dict.fromkeys(answers)),
+        kind=kind,
+        id=str(record.get("_id") or record.get("id") or ""),
+        supporting=tuple(index for index, p in enumerate(full) if p.supporting),
+        meta={"blank_passages": blank} if blank else {},
+    )
