@@ -92,20 +92,23 @@ class Layout(Rows):
             value = getattr(self, field.name)
             if value.shape != shape or value.ndim != 2 or value.dtype != torch.int64:
                 raise ValueError(
-                    f"layout fields must be int64 tensors of one shape (batch, rows); "
-                    f"'kind' is {tuple(shape)}, '{field.name}' is {tuple(value.shape)} {value.dtype}"
+                    f"layout fields must be int64 tensors of one shape (batch, rows); 'kind' is "
+                    f"{tuple(shape)}, '{field.name}' is {tuple(value.shape)} {value.dtype}"
                 )
 
     @property
     def batch_size(self) -> int:
+        """Number of prompts or packed rows of prompts, B."""
         return self.kind.shape[0]
 
     @property
     def num_rows(self) -> int:
+        """Rows per batch entry, S; with fresh rows more than there are tokens."""
         return self.kind.shape[1]
 
     @property
     def device(self) -> torch.device:
+        """Where the fields live."""
         return self.kind.device
 
     @property
@@ -176,8 +179,12 @@ class LayerRule:
     window: int | None = None
 
 
+FIRST_LAYER = LayerRule()
+"""Layer 0 without a window; every layer's rule where no row ends and no window slides."""
+
+
 def visible(
-    query: Rows, key: Rows, superseded_until: Tensor, rule: LayerRule = LayerRule()
+    query: Rows, key: Rows, superseded_until: Tensor, rule: LayerRule = FIRST_LAYER
 ) -> Tensor:
     """The one rule of who sees whom. Everything that masks attention calls this function.
 

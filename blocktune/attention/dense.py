@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from blocktune.attention.kernels import Knobs, plain_attention
-from blocktune.layout import Layout, LayerRule, visible
+from blocktune.attention.kernels import Knobs, check_rows, plain_attention
+from blocktune.layout import FIRST_LAYER, LayerRule, Layout, visible
 
 
-def dense_mask(layout: Layout, rule: LayerRule = LayerRule()) -> Tensor:
+def dense_mask(layout: Layout, rule: LayerRule = FIRST_LAYER) -> Tensor:
     """Visibility of every row for every row.
 
     Args:
@@ -36,6 +36,6 @@ class DensePlan:
         self, query: Tensor, key: Tensor, value: Tensor, rule: LayerRule, knobs: Knobs
     ) -> Tensor:
         """See `Plan.attend`."""
-        return plain_attention(query, key, value, dense_mask(self.layout, rule), knobs).transpose(
-            1, 2
-        )
+        check_rows(self.layout.kind.shape, query, key)
+        out = plain_attention(query, key, value, dense_mask(self.layout, rule), knobs)
+        return out.transpose(1, 2)

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from blocktune.attention.kernels import Knobs
-from blocktune.layout import GLOBAL, Layout, LayerRule, visible
+from blocktune.attention.kernels import Knobs, check_rows
+from blocktune.layout import FIRST_LAYER, GLOBAL, LayerRule, Layout, visible
 
 BLOCK = 128
 
@@ -65,7 +65,7 @@ def block_pairs(layout: Layout, rule: LayerRule) -> Tensor:
     return pairs & (has_global[:, :, None] | group.meets(group))
 
 
-def flex_block_mask(layout: Layout, rule: LayerRule = LayerRule()) -> BlockMask:
+def flex_block_mask(layout: Layout, rule: LayerRule = FIRST_LAYER) -> BlockMask:
     """The rule as a ``BlockMask`` of 128 x 128 blocks, with the exact rule as its ``mask_mod``.
 
     Args:
@@ -117,6 +117,7 @@ class FlexPlan:
             ValueError: If asked to drop attention weights (FlexAttention cannot), or to train
                 on a CPU (PyTorch has no backward there).
         """
+        check_rows(self.layout.kind.shape, query, key)
         if knobs.dropout:
             raise ValueError(
                 f"FlexAttention has no dropout, the model asks for {knobs.dropout}; set "

@@ -16,7 +16,7 @@ from blocktune.attention.dense import DensePlan
 from blocktune.attention.flex import FlexPlan
 from blocktune.attention.kernels import Knobs
 from blocktune.attention.split import SplitPlan
-from blocktune.layout import Layout, LayerRule
+from blocktune.layout import LayerRule, Layout
 
 NAME = "blocktune"
 """The attention implementation's name in transformers."""

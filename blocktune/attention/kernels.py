@@ -28,6 +28,20 @@ class Knobs(NamedTuple):
     dropout: float = 0.0
 
 
+def check_rows(shape: torch.Size, query: Tensor, key: Tensor) -> None:
+    """Requires q and k to have the rows of the layout that a plan was made for.
+
+    Raises:
+        ValueError: If they do not.
+    """
+    batch, rows = query.shape[0], query.shape[2]
+    if (batch, rows) != tuple(shape) or key.shape[2] != rows:
+        raise ValueError(
+            f"the plan was made for {tuple(shape)} (batch, rows); attention got {(batch, rows)} "
+            f"query and {key.shape[2]} key rows; make a plan of this input's own layout"
+        )
+
+
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, knobs: Knobs) -> Tensor:
     """Row ``i`` attends to rows ``0..i``.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from itertools import pairwise
 from typing import NamedTuple
 
 from blocktune.layout import FOREVER, GLOBAL, NO_ROW, Kind, Layout
@@ -41,16 +42,15 @@ def find_segments(layout: Layout) -> list[Segment]:
         for row in rows:
             groups[row.group].append(row)
         spread = groups.pop(GLOBAL, [])
-        segments += [_causal(group) for group in groups.values()]
-        special = [row for row in spread if row.fresh or row.until != FOREVER]
-        start = min((row.order for row in special + sum(groups.values(), [])), default=FOREVER)
-        lead = [row for row in spread if row.order < start]
-        tail = [row for row in spread if row.order >= start]
+        segments += [_own(group) for group in groups.values()]
+        start = min((row.order for row in rows if row.special or row.group != GLOBAL), default=None)
+        lead = [row for row in spread if start is None or row.order < start]
+        tail = spread[len(lead) :]
         if lead:
-            segments.append(_causal(lead))
+            segments.append(_own(lead))
         if tail:
             keys = [row.index for row in rows if not row.ghost]
-            segments.append(Segment([row.index for row in tail], keys, causal=False))
+            segments.append(Segment([row.index for row in tail], keys or _index(tail), False))
     return segments
 
 
@@ -59,8 +59,13 @@ class _Row(NamedTuple):
     fresh: bool
     index: int
     group: int
-    until: int
+    ends: bool
     ghost: bool
+
+    @property
+    def special(self) -> bool:
+        """Whether global rows after this one may not see it in every layer."""
+        return self.fresh or self.ends or self.ghost
 
 
 def _rows_by_sample(layout: Layout) -> dict[tuple[int, int], list[_Row]]:
@@ -68,13 +73,20 @@ def _rows_by_sample(layout: Layout) -> dict[tuple[int, int], list[_Row]]:
     fields = ("kind", "sample", "order", "group", "supersedes", "until")
     columns = [getattr(layout, name).flatten().tolist() for name in fields]
     samples = defaultdict(list)
-    for index, (kind, sample, order, group, supersedes, until) in enumerate(zip(*columns)):
+    rows = enumerate(zip(*columns, strict=True))
+    for index, (kind, sample, order, group, supersedes, until) in rows:
         if kind != Kind.PAD:
-            row = _Row(order, supersedes != NO_ROW, index, group, until, kind == Kind.GHOST)
+            fresh, ends, ghost = supersedes != NO_ROW, until != FOREVER, kind == Kind.GHOST
+            row = _Row(order, fresh, index, group, ends, ghost)
             samples[index // layout.num_rows, sample].append(row)
     return {sample: sorted(rows) for sample, rows in samples.items()}
 
 
-def _causal(rows: list[_Row]) -> Segment:
-    index = [row.index for row in rows]
-    return Segment(index, index, causal=True)
+def _own(rows: list[_Row]) -> Segment:
+    """Rows that see none but themselves; causal unless some end early or share an order."""
+    in_order = all(a.order < b.order for a, b in pairwise(rows))
+    return Segment(_index(rows), _index(rows), in_order and not any(row.ends for row in rows))
+
+
+def _index(rows: list[_Row]) -> list[int]:
+    return [row.index for row in rows]

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from blocktune.attention.kernels import Knobs, causal_attention
+from blocktune.attention.kernels import Knobs, causal_attention, check_rows
 from blocktune.attention.rows import RowBand
 from blocktune.attention.segments import Segment, find_segments
-from blocktune.layout import Layout, LayerRule
+from blocktune.layout import LayerRule, Layout
 
 
 @dataclass(frozen=True)
@@ -52,18 +52,13 @@ class SplitPlan:
         self, query: Tensor, key: Tensor, value: Tensor, rule: LayerRule, knobs: Knobs
     ) -> Tensor:
         """See `Plan.attend`; the query rows and the keys are the layout's rows."""
-        batch, heads, rows, _ = query.shape
-        if (batch, rows) != self.shape or key.shape[2] != rows:
-            raise ValueError(
-                f"the plan was made for {tuple(self.shape)} (batch, rows); attention got "
-                f"{(batch, rows)} query and {key.shape[2]} key rows"
-            )
+        check_rows(self.shape, query, key)
         if not self._layered:
             rule = LayerRule(window=rule.window)  # one mask serves all layers
         flat = [tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value)]
         outs = [_attend_bucket(bucket, *flat, rule, knobs) for bucket in self._buckets]
-        outs.append(outs[0].new_zeros(1, heads, value.shape[-1]))
-        return torch.cat(outs).index_select(0, self._restore).unflatten(0, (batch, rows))
+        outs.append(outs[0].new_zeros(1, *outs[0].shape[1:]))
+        return torch.cat(outs).index_select(0, self._restore).unflatten(0, self.shape)
 
 
 def _attend_bucket(
