@@ -23,8 +23,14 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
+def pytest_addoption(parser):
+    help = "cpu runs the `gpu` tests without a GPU, in small sizes, so that they cannot rot"
+    parser.addoption("--gpu-tests-on", choices=["cuda", "cpu"], default="cuda", help=help)
+
+
 def pytest_runtest_setup(item):
-    if item.get_closest_marker("gpu") and not has_gpu():
+    on_cuda = item.config.getoption("--gpu-tests-on") == "cuda"
+    if item.get_closest_marker("gpu") and on_cuda and not has_gpu():
         pytest.skip(NO_GPU)
 
 

@@ -1,0 +1,72 @@
+"""Measures the GPU path at the shape of Llama 3.1 8B with random weights, as JSON.
+
+`eval/bench/gpu.sh` runs it after the GPU tests; `--tiny` shrinks every size to run on a CPU.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+import transformers
+from measure import measure_attention, measure_training
+from shape import LLAMA_8B, TINY, Shape
+
+import blocktune
+
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "gpu"
+
+
+def main() -> None:
+    args = parse()
+    shape = args.shape
+    report = {
+        "attention": measure_attention(shape),
+        "training": measure_training(shape),
+        "shape": asdict(shape),
+        "provenance": provenance(shape),
+    }
+    text = json.dumps(report, indent=2)
+    output = args.output or RESULTS / f"{'tiny' if args.tiny else 'llama-8b'}.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(text + "\n")
+    print(text)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tiny", action="store_true", help="small sizes, on a CPU")
+    parser.add_argument("--layers", type=int, help="depth of the model")
+    parser.add_argument("--tokens", type=int, help="context tokens, a multiple of the chunk")
+    parser.add_argument("--output", type=Path, help="JSON file; default: under eval/results/gpu/")
+    args = parser.parse_args()
+    changes = {"layers": args.layers, "tokens": args.tokens}
+    try:
+        base = TINY if args.tiny else LLAMA_8B
+        args.shape = replace(base, **{k: v for k, v in changes.items() if v is not None})
+    except ValueError as error:
+        parser.error(str(error))
+    if not args.tiny and not torch.cuda.is_available():
+        parser.error("no CUDA device here; --tiny runs the same code on a CPU")
+    return args
+
+
+def provenance(shape: Shape) -> dict:
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    cuda = shape.device == "cuda"
+    return {
+        "command": " ".join(["eval/bench/gpu.sh", *sys.argv[1:]]),
+        "commit": commit.stdout.strip() or None,
+        "versions": {p.__name__: p.__version__ for p in (blocktune, torch, transformers)},
+        "hardware": torch.cuda.get_device_name() if cuda else platform.machine(),
+    }
+
+
+if __name__ == "__main__":
+    main()
