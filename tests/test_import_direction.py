@@ -8,12 +8,13 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "blocktune"
 
 # What each part may import besides itself; whatever is not named here is not allowed.
-GROUND = {"layout", "positions", "attention", "select", "links"}
+GROUND = {"layout", "probe", "positions", "attention", "select", "links"}
 SPEAKING = GROUND | {"prompt", "identity", "adapter"}
 SERVING = SPEAKING | {"cache", "reuse", "engine"}
 ALLOWED = {
     "layout": set(),
-    "positions": {"layout"},
+    "probe": {"layout"},
+    "positions": {"layout", "probe"},
     "attention": {"layout", "positions"},
     "select": {"layout", "positions"},
     "links": {"layout", "positions"},
