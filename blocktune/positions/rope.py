@@ -1,58 +1,17 @@
-"""Where chunks stand, and how cached keys are moved there."""
+"""How a model rotates its keys, and how cached keys are moved by one more rotation."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-PLACEMENTS = ("sequential", "parallel", "composite")
+from blocktune.positions.probe import key_layers, probe_keys
+
 FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """RoPE types whose frequencies do not depend on the length of the prompt."""
-
-
-class Placement(NamedTuple):
-    """First position of each piece.
-
-    Attributes:
-        chunks: Of each chunk (with the links that belong to it).
-        query: Of the query.
-    """
-
-    chunks: tuple[int, ...]
-    query: int
-
-
-def place(placement: str, prefix_length: int, chunk_lengths: Sequence[int]) -> Placement:
-    """Positions at which the pieces of a prompt start.
-
-    Args:
-        placement: ``sequential`` (one after the other, as in an ordinary prompt), ``parallel``
-            (every chunk right after the prefix, the query after the longest; APE) or
-            ``composite`` (every chunk where it was encoded, from 0, and the query where the
-            cache ends; TurboRAG).
-        prefix_length: Tokens of the prefix.
-        chunk_lengths: Tokens of each chunk, its links included.
-
-    Raises:
-        ValueError: If the placement is unknown.
-
-    Source: APE arXiv:2502.05431 (parallel), TurboRAG arXiv:2410.07590 (composite).
-    """
-    total = prefix_length + sum(chunk_lengths)
-    if placement == "sequential":
-        ends = torch.tensor([prefix_length, *chunk_lengths]).cumsum(0).tolist()
-        return Placement(tuple(ends[:-1]), total)
-    if placement == "parallel":
-        longest = max(chunk_lengths, default=0)
-        return Placement((prefix_length,) * len(chunk_lengths), prefix_length + longest)
-    if placement == "composite":
-        return Placement((0,) * len(chunk_lengths), total)
-    raise ValueError(f"unknown placement '{placement}'; available: {', '.join(PLACEMENTS)}")
 
 
 @dataclass(frozen=True)
@@ -61,18 +20,24 @@ class RopeSpec:
 
     Attributes:
         inv_freq: Per layer, radians per position, float32 ``(R / 2,)`` where ``R <= D`` is the
-            number of rotated dimensions (the first ones of the head).
+            number of rotated dimensions (the first ones of the head); empty in a layer that
+            does not rotate its keys.
     """
 
     inv_freq: tuple[Tensor, ...]
 
     @classmethod
     def from_model(cls, model: PreTrainedModel) -> RopeSpec:
-        """Reads the frequencies that the model itself rotates with.
+        """Reads the frequencies that the model itself rotates with, and tries them on its keys.
+
+        Every layer's own key of one random state at two positions is compared with the moved
+        one (two tokens through each key projection), so that a model which rotates otherwise
+        (adjacent pairs as Cohere and GLM, latent keys) cannot be served silently wrong.
 
         Raises:
-            ValueError: If the model has no rotary embedding, or one whose frequencies depend
-                on the prompt's length (dynamic, longrope): a rotated key cannot be moved then.
+            ValueError: If the model has no rotary embedding, one whose frequencies depend on
+                the prompt's length (dynamic, longrope), or one that `relocate_keys` does not
+                reproduce: a rotated key cannot be moved then.
         """
         config = model.config.get_text_config()
         rotary = _find_rotary(model)
@@ -81,13 +46,18 @@ class RopeSpec:
                 f"{type(model).__name__} has no rotary position embedding; blocktune moves "
                 "cached chunks by rotating their keys and needs a RoPE model"
             )
+        kinds: list[str | None] = [None] * config.num_hidden_layers
         if isinstance(rotary.rope_type, dict):  # Gemma 3: one set of frequencies a layer type
             kinds = config.layer_types
-            for kind in set(kinds):
-                _require_fixed(rotary.rope_type[kind], model)
-            return cls(tuple(getattr(rotary, f"{kind}_inv_freq").float() for kind in kinds))
-        _require_fixed(rotary.rope_type, model)
-        return cls((rotary.inv_freq.float(),) * config.num_hidden_layers)
+        for kind in set(kinds):
+            _require_fixed(rotary.rope_type[kind] if kind else rotary.rope_type, model)
+        layers = key_layers(model)
+        if sorted(layers) != list(range(len(kinds))):
+            raise ValueError(
+                f"{type(model).__name__} has {len(kinds)} layers, of which {len(layers)} make "
+                "keys from rotary embeddings; blocktune needs a decoder whose layers all do"
+            )
+        return cls(tuple(_frequencies(layers[i], rotary, kinds[i]) for i in range(len(kinds))))
 
 
 def _find_rotary(model: nn.Module) -> nn.Module | None:
@@ -102,6 +72,27 @@ def _require_fixed(rope_type: str, model: PreTrainedModel) -> None:
             f"the prompt's length, so a rotated key cannot be moved; supported: "
             f"{', '.join(FIXED_ROPE_TYPES)} (set rope_parameters in the config if one of them fits)"
         )
+
+
+def _frequencies(attention: nn.Module, rotary: nn.Module, kind: str | None) -> Tensor:
+    """The layer's frequencies, if moving its keys by them gives what the layer itself makes."""
+    inv_freq = (getattr(rotary, f"{kind}_inv_freq") if kind else rotary.inv_freq).float()
+    first, second = 3, 10
+    keys = probe_keys(attention, rotary, torch.tensor([[first, second]]), kind)
+    old, new = keys[:, :, :1], keys[:, :, 1:]
+    change = (new - old).abs().max()
+    if change == 0:
+        return inv_freq[:0]
+    error = (relocate_keys(old, torch.tensor([[second - first]]), inv_freq) - new).abs().max()
+    # bfloat16 rounds by 0.4 % of a key, which changes by about itself; a wrong rotation is off
+    # by about the change.
+    if error <= 0.1 * change:
+        return inv_freq
+    raise ValueError(
+        f"{type(attention).__name__} (layer {attention.layer_idx}) does not rotate its keys by "
+        "halves as Llama does (adjacent pairs or latent keys?), so cached keys cannot be moved; "
+        "blocktune supports half-split RoPE"
+    )
 
 
 def relocate_keys(keys: Tensor, shift: Tensor, inv_freq: Tensor) -> Tensor:
@@ -132,7 +123,8 @@ def relocate_keys(keys: Tensor, shift: Tensor, inv_freq: Tensor) -> Tensor:
             f"shift must be (batch, tokens) = {(keys.shape[0], keys.shape[2])} to match keys, "
             f"got {tuple(shift.shape)}"
         )
-    angle = shift[:, None, :, None].float() * inv_freq.float().to(keys.device)
+    shift, inv_freq = shift.to(keys.device), inv_freq.to(keys.device)
+    angle = shift[:, None, :, None].float() * inv_freq.float()
     cos, sin = angle.cos().repeat(1, 1, 1, 2), angle.sin().repeat(1, 1, 1, 2)
     rotated, passed = keys.split([cos.shape[-1], keys.shape[-1] - cos.shape[-1]], dim=-1)
     left, right = rotated.float().chunk(2, dim=-1)

@@ -1,0 +1,92 @@
+"""What keys a model's own attention layers make, read without running the model."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class _Keys(Exception):
+    """Carries the keys out of a layer, before it attends."""
+
+    def __init__(self, keys: Tensor):
+        super().__init__("keys")
+        self.keys = keys
+
+
+class _Tap:
+    """Stands where the layer expects its cache."""
+
+    def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> None:
+        raise _Keys(keys)
+
+
+def key_layers(model: nn.Module) -> dict[int, nn.Module]:
+    """The attention modules that are handed rotary embeddings, by layer index."""
+    found = {}
+    for module in model.modules():
+        takes = inspect.signature(module.forward).parameters
+        attends = hasattr(module, "layer_idx") and hasattr(module, "scaling")
+        if attends and {"position_embeddings", "past_key_values"} <= takes.keys():
+            found[module.layer_idx] = module
+    return found
+
+
+@torch.no_grad()
+def probe_keys(
+    attention: nn.Module, rotary: nn.Module, position: Tensor, kind: str | None = None
+) -> Tensor:
+    """The keys that a layer makes of one random state at several positions.
+
+    Args:
+        attention: One of `key_layers`.
+        rotary: The module that makes cos and sin.
+        position: ``(1, S)``.
+        kind: The layer's type, where ``rotary`` has several sets of frequencies.
+
+    Returns:
+        Float32 ``(1, K, S, D)`` on the CPU, rotated as the layer rotates.
+
+    Raises:
+        ValueError: If the layer does not hand keys to a cache.
+    """
+    weight = next(p for p in attention.parameters() if p.is_floating_point())
+    state = torch.randn(1, 1, _width(attention), generator=torch.Generator().manual_seed(0))
+    state = state.expand(1, position.shape[1], -1).to(weight)
+    angles = rotary(state, position.to(state.device), *([kind] if kind else []))
+    try:
+        with _evaluating(attention):
+            attention(
+                hidden_states=state,
+                position_embeddings=angles,
+                attention_mask=None,
+                past_key_values=_Tap(),
+            )
+    except _Keys as tap:
+        return tap.keys.float().cpu()
+    except Exception as error:
+        raise ValueError(f"{type(attention).__name__} hides its keys: {error}") from error
+    raise ValueError(
+        f"{type(attention).__name__} (layer {attention.layer_idx}) keeps no keys of its own; "
+        "blocktune caches the keys of every layer"
+    )
+
+
+def _width(attention: nn.Module) -> int:
+    return attention.config.get_text_config().hidden_size
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Without dropout (of a LoRA, for one), which would make equal states differ."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
