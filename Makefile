@@ -14,6 +14,9 @@ JOBS ?= 2
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup
+# Tools that packages start by name (ninja for DeepSpeed, accelerate) come from .venv.
+RUN := PATH="$(abspath $(BIN)):$$PATH"
+PYTEST := $(RUN) $(BIN)/python -m pytest -q
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet \
 	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --constraint $(VENV)/constraints.txt
 
@@ -50,11 +53,11 @@ $(STAMP): pyproject.toml constraints.txt | python
 	touch $@
 
 demo: setup ## fine-tune two adapters, answer with every method, print the table (20 minutes, 2 cores)
-	$(BIN)/python recipes/demo.py
+	$(RUN) $(BIN)/python recipes/demo.py
 
-test: setup ## the whole suite, offline
-	$(BIN)/python -m pytest -q -m alone
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not alone" -n $(JOBS)
+test: setup ## the whole suite, offline: first what needs the machine to itself, then the rest
+	$(PYTEST) -m alone; alone=$$?; \
+	OMP_NUM_THREADS=1 $(PYTEST) -m "not alone" -n $(JOBS) && exit $$alone
 
 lint: setup ## ruff: rules and format
 	$(BIN)/ruff check .
@@ -62,7 +65,7 @@ lint: setup ## ruff: rules and format
 
 bench: setup ## speed: split attention on this machine, and eval/bench/gpu.sh where there is CUDA
 	$(BIN)/blocktune bench attention --json
-	PATH="$(abspath $(BIN)):$$PATH" bash eval/bench/gpu.sh $(if $(wildcard /dev/nvidia0),,--tiny)
+	$(RUN) bash eval/bench/gpu.sh $(if $(wildcard /dev/nvidia0),,--tiny)
 
 clean: ## remove what setup, builds and tests made
 	rm -rf $(VENV) build dist out .pytest_cache .ruff_cache *.egg-info
