@@ -1,0 +1,1 @@
+"""Training: models that answer from chunks which never saw each other."""

@@ -1,0 +1,88 @@
+"""What a run leaves on disk: a folder appears whole, under its name, or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from blocktune.adapter import AdapterInfo
+from blocktune.links import LINKS_FILE, LINKS_MODULE, installed_links, load_links, save_links
+
+STAGING = ".saving"
+CONFIG_FILE = "resolved_config.yaml"
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """Writes and restores what is blocktune's own in an adapter's folder.
+
+    Attributes:
+        info: Becomes ``blocktune.json``.
+        config: Every setting of the run; becomes ``resolved_config.yaml``.
+        links_only: The base is frozen and has no PEFT adapter, so it is not written.
+    """
+
+    info: AdapterInfo
+    config: dict[str, Any]
+    links_only: bool = False
+
+    def write_weights(self, model: nn.Module, folder: Path, state: dict[str, Tensor] | None):
+        """Writes the trained weights: the PEFT adapter or the full model, and the links."""
+        table = installed_links(model)
+        if hasattr(model, "peft_config"):
+            # Left to itself PEFT writes whole embeddings after a resize, not the trained rows.
+            model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
+        elif not self.links_only:
+            state = model.state_dict() if state is None else state
+            kept = {name: w for name, w in state.items() if not name.startswith(LINKS_MODULE)}
+            model.save_pretrained(folder, state_dict=kept)
+        if table is not None:
+            save_links(table, folder)
+
+    def write_info(self, folder: Path) -> None:
+        """Writes configuration and info, which makes the folder an adapter."""
+        (folder / CONFIG_FILE).write_text(yaml.safe_dump(self.config, sort_keys=False))
+        self.info.save(folder)
+
+    @torch.no_grad()
+    def restore_links(self, model: nn.Module, folder: str | Path) -> None:
+        """Reads the link table of a checkpoint into the installed one."""
+        table = installed_links(model)
+        if table is not None:
+            table.weight.copy_(load_links(folder).weight.to(table.weight))
+
+    @property
+    def has_links(self) -> bool:
+        """Whether there is a table."""
+        return self.info.num_links > 0 and self.info.link_mode == "table"
+
+
+def move_into_place(source: Path, target: Path) -> None:
+    """Renames a whole folder to its final name, replacing one of that name."""
+    if target.exists():
+        shutil.rmtree(target)
+    os.replace(source, target)
+
+
+def move_files(source: Path, target: Path, last: str) -> None:
+    """Moves a folder's entries one by one, the file ``last`` at the end."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in sorted(source.iterdir(), key=lambda path: path.name == last):
+        if path.is_dir():
+            move_into_place(path, target / path.name)
+        else:
+            os.replace(path, target / path.name)
+    source.rmdir()
+
+
+def is_links_only(folder: str | Path) -> bool:
+    """Whether a checkpoint holds links and no other weights."""
+    names = {path.name for path in Path(folder).glob("*.safetensors")}
+    return names == {LINKS_FILE}

@@ -1,0 +1,121 @@
+"""A base model made ready to train: links, PEFT, what is frozen, and whose base it is."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from accelerate import PartialState
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+from trl import ModelConfig, get_peft_config, get_quantization_config
+
+from blocktune.adapter import AdapterInfo
+from blocktune.identity import base_fingerprint, tokenizer_hash
+from blocktune.links import add_link_tokens, install_links, new_links
+from blocktune.prompt import PromptFormat
+from blocktune.training.config import BlockSFTConfig
+from blocktune.training.provenance import provenance
+
+
+class Ready(NamedTuple):
+    """What the trainer starts from."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    info: AdapterInfo
+
+
+def load_base(choice: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads the base and its tokenizer by TRL's `ModelConfig`.
+
+    Raises:
+        ValueError: If no model is named, it cannot be loaded, or an attention implementation is
+            asked for: blocktune attaches its own.
+    """
+    name = choice.model_name_or_path
+    if not name:
+        raise ValueError("model_name_or_path is missing; name a folder or a Hub repository")
+    if choice.attn_implementation is not None:
+        raise ValueError(
+            f"attn_implementation '{choice.attn_implementation}' knows no chunks; leave it out and "
+            "choose attention_execution: split, flex or dense"
+        )
+    quantization = get_quantization_config(choice)
+    kwargs = {"revision": choice.model_revision}
+    if quantization is not None:
+        device = PartialState().device  # each process quantises onto its own
+        kwargs |= {"quantization_config": quantization, "device_map": {"": device}}
+    dtype = choice.dtype if choice.dtype in (None, "auto") else getattr(torch, choice.dtype)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=choice.model_revision)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **kwargs)
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"cannot load base model '{name}': {reason}") from None
+    return model, tokenizer
+
+
+def make_ready(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    args: BlockSFTConfig,
+    choice: ModelConfig,
+    fmt: PromptFormat,
+) -> Ready:
+    """Wraps a bare base for training: link tokens or table, PEFT, frozen parts.
+
+    Raises:
+        ValueError: If nothing would be trained.
+    """
+    info = _info(model, tokenizer, args, choice, fmt)
+    has_links = args.num_links > 0
+    added = range(0)
+    if has_links and args.link_mode == "added_tokens":
+        added = add_link_tokens(model, tokenizer, args.num_links, args.seed)
+    table = new_links(model, args.num_links, args.seed) if has_links and not added else None
+    model = _wrap(model, args, choice, added)
+    if table is not None:
+        install_links(model, table)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("nothing to train; set use_peft: true, or num_links with freeze_base")
+    return Ready(model, tokenizer, info)
+
+
+def _info(model, tokenizer, args, choice, fmt) -> AdapterInfo:
+    revision = choice.model_revision if choice.model_revision != "main" else None
+    return AdapterInfo(
+        base_model=choice.model_name_or_path,
+        base_revision=revision,
+        base_fingerprint=base_fingerprint(model),
+        tokenizer_hash=tokenizer_hash(tokenizer),
+        layout=args.layout,
+        format=fmt,
+        link_mode=args.link_mode,
+        link_seed=args.seed,
+        training=provenance(),
+    )
+
+
+def _wrap(model, args: BlockSFTConfig, choice: ModelConfig, added: range) -> PreTrainedModel:
+    if args.freeze_base and choice.use_peft:
+        raise ValueError("freeze_base trains the link table alone; drop it or use_peft")
+    if args.freeze_base:
+        return model.requires_grad_(False)
+    peft_config = get_peft_config(choice)
+    if peft_config is None:
+        return model
+    from peft import get_peft_model, prepare_model_for_kbit_training
+
+    if choice.load_in_4bit or choice.load_in_8bit:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    if added:
+        name = next(n for n, m in model.named_modules() if m is model.get_input_embeddings())
+        peft_config.trainable_token_indices = {name.split(".")[-1]: list(added)}
+    set_seed(args.seed)  # LoRA's random half; the Trainer seeds after this
+    return get_peft_model(model, peft_config)
