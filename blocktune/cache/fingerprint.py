@@ -1,0 +1,176 @@
+"""Names of what is cached: a key that changes whenever the cached numbers would.
+
+Two digests. The *fingerprint* stands for everything that all chunks of an engine share: model,
+weights, adapter, tokenizer, prompt format, dtype, RoPE. The *chunk key* adds the token ids and how
+they were encoded. Nothing here names a path or a date, so the same model on two machines agrees.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from blocktune.identity import tokenizer_hash
+
+CACHE_FORMAT = 1
+"""Version of what is stored and of how it is named; part of every fingerprint and file."""
+
+_SAMPLES = 4096
+_VOLATILE = {
+    "_name_or_path",
+    "_attn_implementation",
+    "_attn_implementation_internal",
+    "attn_implementation",
+    "architectures",
+    "dtype",  # the dtype that counts is the one the model runs in
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+}
+_ADAPTER_FILES = (".safetensors", ".bin", "adapter_config.json", "blocktune.json")
+
+
+def model_fingerprint(
+    model: nn.Module,
+    adapter: str | Path | None,
+    tokenizer,
+    prompt_format: Mapping,
+    dtype: torch.dtype | None = None,
+) -> str:
+    """Digest of everything but the chunk itself that decides a chunk's keys and values.
+
+    Args:
+        model: The model as it will run: base, or with its adapter attached or merged.
+        adapter: Folder the adapter was loaded from, or None. Its weights and configuration
+            files count, not its path.
+        tokenizer: Its vocabulary, merges, added tokens, special tokens and chat template count.
+        prompt_format: Fields of the prompt format, e.g. ``dataclasses.asdict(format)``.
+        dtype: Dtype the model computes in; None: the dtype of its parameters.
+
+    Returns:
+        64 hex digits. Take it anew after any change of the weights.
+
+    Raises:
+        ValueError: If a weight is not in memory, or the format is not plain JSON.
+    """
+    return _digest(
+        cache_format=CACHE_FORMAT,
+        config=_config(model),
+        weights=weights_hash(model),
+        adapter=None if adapter is None else _adapter_hash(Path(adapter)),
+        tokenizer=tokenizer_hash(tokenizer),
+        prompt_format=dict(prompt_format),
+        dtype=str(dtype or model.dtype),
+    )
+
+
+def chunk_key(
+    fingerprint: str, token_ids: Sequence[int] | Tensor, encoding: Mapping | None = None
+) -> str:
+    """Digest under which one encoded chunk is stored.
+
+    Args:
+        fingerprint: From `model_fingerprint`.
+        token_ids: The chunk's tokens, ``(S,)``.
+        encoding: How it was encoded, as plain JSON values: ghosts and their token, ids of a
+            shared prefix, BOS kept or dropped. Empty: alone.
+
+    Returns:
+        64 hex digits.
+    """
+    ids = torch.as_tensor(token_ids, dtype=torch.int64).tolist()
+    return _digest(fingerprint=fingerprint, token_ids=ids, encoding=dict(encoding or {}))
+
+
+def weights_hash(model: nn.Module) -> str:
+    """Digest of names, shapes, dtypes and contents of all parameters and buffers.
+
+    Reading a model of 8 B parameters through SHA-256 takes more than ten seconds, so of each
+    tensor it takes 4,096 elements at even strides and the wrapping sum of all its bytes read
+    as 64-bit integers (at memory speed). A change of any single weight changes the sum, a
+    reordering changes the sample unless it moves only elements between the samples: not proof
+    against an adversary, who could as well replace the cache.
+
+    Quantised weights count with their scales, adapters with their scaling and state.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in _tensors(model):
+        if tensor.is_meta:
+            raise ValueError(
+                f"cannot fingerprint '{name}': its weights are not in memory; "
+                "load the model without offloading to disk"
+            )
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(_content(tensor.detach()))
+    for name, module in model.named_modules():
+        if hasattr(module, "scaling") and hasattr(module, "active_adapters"):
+            state = (module.scaling, module.active_adapters, module.disable_adapters)
+            digest.update(f"{name} {state}".encode())
+    return digest.hexdigest()
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for name, parameter in model.named_parameters():
+        yield name, parameter
+        # bitsandbytes: the stored codes mean nothing without their scales.
+        state = getattr(parameter, "quant_state", None)
+        scales = state.as_dict(packed=True) if state is not None else {}
+        scales["SCB"] = getattr(parameter, "SCB", None)
+        for key, value in scales.items():
+            if isinstance(value, Tensor):
+                yield f"{name}.{key}", value
+    yield from model.named_buffers()  # inverse RoPE frequencies; GPTQ and AWQ weights
+
+
+def _content(tensor: Tensor) -> bytes:
+    flat = tensor.contiguous().reshape(-1)
+    step = max(1, -(-flat.numel() // _SAMPLES))
+    sample = flat[::step].contiguous().view(torch.uint8).cpu().numpy().tobytes()
+    raw = flat.view(torch.uint8)
+    if raw.storage_offset() % 8:
+        raw = raw.clone()
+    words = raw[: raw.numel() // 8 * 8].view(torch.int64)
+    total = int(words.sum()) if words.numel() else 0
+    tail = raw[words.numel() * 8 :].cpu().numpy().tobytes()
+    return sample + total.to_bytes(8, "little", signed=True) + tail
+
+
+def _config(model: nn.Module) -> dict:
+    def clean(value):
+        if isinstance(value, Mapping):
+            return {str(k): clean(v) for k, v in value.items() if k not in _VOLATILE}
+        if isinstance(value, list | tuple):
+            return [clean(item) for item in value]
+        return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+    return clean(model.config.to_dict())
+
+
+def _adapter_hash(folder: Path) -> dict[str, str]:
+    files = sorted(f for f in folder.iterdir() if f.name.endswith(_ADAPTER_FILES))
+    if not files:
+        raise ValueError(f"no adapter in {folder}: it holds no weights and no adapter_config.json")
+    return {file.name: _file_hash(file) for file in files}
+
+
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(**parts) -> str:
+    try:
+        text = json.dumps(parts, sort_keys=True, ensure_ascii=True)
+    except TypeError as error:
+        raise ValueError(
+            f"a cache key is made of plain JSON values (text, numbers, lists): {error}"
+        ) from None
+    return hashlib.sha256(text.encode()).hexdigest()

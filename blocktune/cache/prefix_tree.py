@@ -1,0 +1,199 @@
+"""Exact prefix caching: what the plain engines do, and the baseline that reuse is measured by.
+
+A tree whose edges are whole pieces of a prompt (prefix, first chunk, second chunk, ...): a node's
+state was computed after exactly the pieces on the path to it. Like SGLang's RadixAttention
+(lookup along a path, locks while a request runs, eviction of unlocked leaves, least recently
+used first), but by pieces, not pages: prompts here are cut at chunks anyway.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from blocktune.cache.exact import ExactKV, context_digest
+from blocktune.cache.prompt_cache import RowCache
+
+Piece = tuple[int, ...]
+
+
+@dataclass(eq=False)
+class _Node:
+    parent: _Node | None = None
+    piece: Piece = ()
+    exact: ExactKV | None = None  # None in roots
+    children: dict[Piece, _Node] = field(default_factory=dict)
+    locks: int = 0
+    used: int = 0
+
+
+class PrefixStats(NamedTuple):
+    """What the tree holds and did. ``declined``: pieces for which no room could be made."""
+
+    num_bytes: int
+    num_pieces: int
+    hit_tokens: int
+    missed_tokens: int
+    evictions: int
+    declined: int
+
+
+class PrefixMatch:
+    """The longest known prefix of a prompt, locked against eviction until the block ends.
+
+    Attributes:
+        exacts: States of the matched pieces, in order; together they hold ``num_tokens`` tokens,
+            the prompt is computed from there on, and ``num_bytes`` bytes.
+    """
+
+    def __init__(self, tree: PrefixTree, path: list[_Node]):
+        self._tree, self._path = tree, path
+        self.exacts = tuple(node.exact for node in path)
+        self.num_tokens = sum(exact.kv.num_tokens for exact in self.exacts)
+        self.num_bytes = sum(exact.kv.num_bytes for exact in self.exacts)
+
+    def load(self, cache: RowCache, prompt: int) -> None:
+        """Puts the matched states into the first columns of one prompt of ``cache``."""
+        for exact in self.exacts:
+            cache.load_exact(prompt, exact)
+
+    def release(self) -> None:
+        """Lets the pieces be evicted again; leaving the ``with`` block calls it."""
+        path, self._path = self._path, []
+        self._tree._unlock(path)
+
+    def __enter__(self) -> PrefixMatch:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.release()
+
+
+class PrefixTree:
+    """Exact states of prompt prefixes, least recently used first out. Thread-safe.
+
+    Args:
+        max_bytes: Memory for them, in bytes.
+
+    """
+
+    def __init__(self, max_bytes: int = 4 << 30):
+        if max_bytes <= 0:
+            raise ValueError(f"a prefix cache needs memory; got {max_bytes} bytes")
+        self.max_bytes = max_bytes
+        self._roots: dict[tuple[str, str], _Node] = {}
+        self._clock = itertools.count(1)
+        self._lock = threading.RLock()
+        self._bytes = self._hits = self._misses = self._evictions = self._declined = 0
+
+    def match(
+        self, fingerprint: str, pieces: Sequence[Sequence[int]], *, salt: str = ""
+    ) -> PrefixMatch:
+        """Finds the longest path of whole pieces; use it in a ``with`` block.
+
+        Args:
+            fingerprint: Of the model that runs; others' states are never seen.
+            pieces: Token ids of prefix, first chunk, second chunk and so on.
+            salt: Separates tenants that must not see each other's hits.
+        """
+        with self._lock:
+            path, node = [], self._roots.get((fingerprint, salt))
+            for piece in pieces:
+                node = node and node.children.get(tuple(piece))
+                if node is None:
+                    break
+                path.append(node)
+            self._touch(path)
+            self._hits += sum(len(node.piece) for node in path)
+            self._misses += sum(map(len, pieces[len(path) :]))
+            return PrefixMatch(self, path)
+
+    def insert(self, exacts: Sequence[ExactKV], *, salt: str = "") -> int:
+        """Adds the pieces of a prompt, from its very first on; known ones stay as they are.
+
+        Args:
+            exacts: From `cut_exact`, in order, without gaps.
+            salt: As in `match`.
+
+        Returns:
+            Pieces added. Fewer than are new if no room can be made for the others, because
+            they are too large or all that could go is in use (`PrefixStats.declined`).
+
+        Raises:
+            ValueError: If a state is not exact, or not the continuation of those before it.
+        """
+        pieces = self._check(exacts)
+        if not pieces:
+            return 0
+        with self._lock:
+            root = self._roots.setdefault((exacts[0].kv.fingerprint, salt), _Node())
+            node, path, added = root, [], 0
+            for piece, exact in zip(pieces, exacts, strict=True):
+                child = node.children.get(piece)
+                if child is None and not self._make_room(exact.kv.num_bytes):
+                    self._declined += len(pieces) - len(path)
+                    break
+                if child is None:
+                    child = node.children[piece] = _Node(node, piece, exact)
+                    self._bytes += exact.kv.num_bytes
+                    added += 1
+                self._touch([child])
+                path.append(child)
+                node = child
+            self._unlock(path)
+            return added
+
+    def stats(self) -> PrefixStats:
+        """Counters since the tree was made."""
+        with self._lock:
+            pieces = sum(1 for _ in self._nodes())
+            counters = (self._hits, self._misses, self._evictions, self._declined)
+            return PrefixStats(self._bytes, pieces, *counters)
+
+    def _check(self, exacts: Sequence[ExactKV]) -> list[Piece]:
+        pieces: list[Piece] = []
+        for index, exact in enumerate(exacts):
+            if not isinstance(exact, ExactKV):
+                raise ValueError(
+                    f"piece {index} is a {type(exact).__name__}, which may be approximate; "
+                    "the prefix cache takes only `ExactKV` of a full prefill"
+                )
+            origin = (exact.context, exact.kv.fingerprint)
+            if origin != (context_digest(pieces), exacts[0].kv.fingerprint):
+                raise ValueError(f"piece {index} comes from another context or another model")
+            pieces.append(tuple(exact.kv.token_ids.tolist()))
+        return pieces
+
+    def _make_room(self, num_bytes: int) -> bool:
+        while self._bytes + num_bytes > self.max_bytes:
+            leaves = [n for n in self._nodes() if not n.children and not n.locks]
+            if num_bytes > self.max_bytes or not leaves:
+                return False
+            leaf = min(leaves, key=lambda node: node.used)
+            del leaf.parent.children[leaf.piece]
+            self._bytes -= leaf.exact.kv.num_bytes
+            self._evictions += 1
+        return True
+
+    def _nodes(self) -> Iterator[_Node]:
+        waiting = list(self._roots.values())
+        while waiting:
+            node = waiting.pop()
+            waiting.extend(node.children.values())
+            if node.exact is not None:
+                yield node
+
+    def _touch(self, path: list[_Node]) -> None:
+        # A shared prefix is used whenever one of its continuations is: same time for the path.
+        now = next(self._clock)
+        for node in path:
+            node.used = now
+            node.locks += 1
+
+    def _unlock(self, path: list[_Node]) -> None:
+        with self._lock:
+            for node in path:
+                node.locks -= 1

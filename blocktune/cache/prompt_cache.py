@@ -1,0 +1,144 @@
+"""The cache of one batch of prompts, in a form that stock transformers models accept.
+
+transformers' caches only append, and those of sliding-window layers drop what leaves the window.
+Reuse needs neither: rows arrive out of order (some chunks are cached, some tokens recomputed) and
+the window is a matter of the mask. Here every layer has one column per row of the prompt from
+the start, and a forward pass *writes into the columns selected for it* and sees all columns.
+What of them it may look at is the mask's business, never the cache's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from blocktune.cache.exact import ExactKV
+from blocktune.cache.row_layer import SKIP, Observer, RowLayer, Target
+
+
+class RowCache(Cache):
+    """Keys and values of a batch of prompts, every column addressable, no layer truncated.
+
+    Columns are the engine's rows, in any order it likes; a recomputed token writes over the
+    column of its original. Use: `load` what is cached, `select` the columns of the rows to be
+    computed, run the model with ``past_key_values=cache`` and an explicit mask over all columns
+    (or blocktune's attention plan), `append` and run again for every decoded token.
+
+    Args:
+        num_layers: Layers of the model.
+        batch_size: Prompts, ``B``.
+        num_columns: Columns of every layer, ``N``.
+        spare: Columns to allocate besides, e.g. the number of tokens to decode.
+        exact: Declares that all rows will be computed in the context of everything before them,
+            i.e. a full prefill. Only such a cache may feed the exact prefix cache; `load` of
+            approximate states takes the mark away for good.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        batch_size: int,
+        num_columns: int,
+        *,
+        spare: int = 0,
+        exact: bool = False,
+    ):
+        layers = [RowLayer(i, batch_size, num_columns, spare) for i in range(num_layers)]
+        super().__init__(layers=layers)
+        self.exact = exact
+
+    @property
+    def num_columns(self) -> int:
+        """Columns of every layer, ``N``."""
+        return self.layers[0].num_columns
+
+    def select(self, columns: Tensor, layers: Iterable[int] | None = None) -> None:
+        """Says where the rows of the following forward passes go.
+
+        Args:
+            columns: ``(B, R)`` int64, each row's column, or `SKIP` for a padding row. No column
+                twice in a prompt.
+            layers: Layers it holds for, where the set of rows changes on the way; None: all.
+
+        Raises:
+            ValueError: If a column does not exist or comes twice.
+        """
+        target = self._target(columns)
+        for layer in range(len(self)) if layers is None else layers:
+            self.layers[layer].target = target
+
+    def append(self, count: int = 1) -> Tensor:
+        """Adds columns at the end of every prompt and selects them in all layers.
+
+        Returns:
+            The new columns, ``(B, count)``.
+        """
+        start = self.num_columns
+        for layer in self.layers:
+            layer.grow(count)
+        device = self.layers[0].device if self.layers[0].is_initialized else None
+        columns = torch.arange(start, start + count, device=device)
+        columns = columns.expand(self.layers[0].batch_size, -1)
+        self.select(columns)
+        return columns
+
+    def load(self, layer: int, prompt: int, column: int, keys: Tensor, values: Tensor) -> None:
+        """Puts cached states of one chunk into consecutive columns; the cache is not exact then.
+
+        Args:
+            layer: Layer index.
+            prompt: Index in the batch.
+            column: First column.
+            keys: ``(K, S, D)``, rotated to where the chunk stands in this prompt.
+            values: ``(K, S, D)``.
+        """
+        self.exact = False
+        self._write(layer, prompt, column, keys, values)
+
+    def load_exact(self, prompt: int, exact: ExactKV) -> None:
+        """Puts a piece of an exact prefix where it belongs; the cache stays as exact as it was.
+
+        Column and position are the same number in an exact prefix, so there is no choice.
+        """
+        for layer, (keys, values) in enumerate(zip(exact.kv.keys, exact.kv.values, strict=True)):
+            self._write(layer, prompt, exact.kv.origin, keys, values)
+
+    def observe(self, layer: int, observer: Observer | None) -> None:
+        """Shows every update of a layer to ``observer``, or to nobody.
+
+        It is called before anything is written, with the fresh keys and those in the selected
+        columns, ``(B, K, R, D)`` each (padding rows: arbitrary). Raising from it ends the
+        forward pass with the layer as it was.
+        """
+        self.layers[layer].observer = observer
+
+    def _write(self, layer: int, prompt: int, column: int, keys: Tensor, values: Tensor) -> None:
+        row_layer, end = self.layers[layer], column + keys.shape[1]
+        if not 0 <= column < end <= self.num_columns:
+            raise ValueError(
+                f"columns {column}..{end - 1} do not exist; the cache has {self.num_columns}"
+            )
+        if not row_layer.is_initialized:
+            row_layer.lazy_initialization(keys[None], values[None])
+        row_layer.keys[prompt, :, column:end] = keys
+        row_layer.values[prompt, :, column:end] = values
+
+    def _target(self, columns: Tensor) -> Target:
+        expected = self.layers[0].batch_size
+        if columns.ndim != 2 or columns.shape[0] != expected or columns.dtype != torch.int64:
+            raise ValueError(
+                f"columns must be int64 ({expected}, rows); "
+                f"got {tuple(columns.shape)} {columns.dtype}"
+            )
+        ordered = columns.sort(dim=1).values
+        twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != SKIP)
+        if twice.any() or (columns < SKIP).any() or (columns >= self.num_columns).any():
+            raise ValueError(
+                f"columns must lie in 0..{self.num_columns - 1} (or {SKIP} for padding), "
+                "each at most once in a prompt"
+            )
+        batch, row = (columns != SKIP).nonzero(as_tuple=True)
+        return Target(columns, batch, row, columns[batch, row])

@@ -1,0 +1,134 @@
+"""One layer of the prompt cache, behind transformers' interface for cache layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+SKIP = -1
+"""Column of a padding row: its keys and values are not stored."""
+
+Observer = Callable[[int, Tensor, Tensor], None]
+"""Called as ``observer(layer, fresh keys, cached keys)``, both ``(B, K, R, D)``."""
+
+
+class Target(NamedTuple):
+    """Where the rows of a forward pass go: ``row[i]`` of prompt ``batch[i]`` to ``column[i]``.
+
+    Attributes:
+        columns: As selected, ``(B, R)``.
+        batch: The ``P`` rows that are stored, ``(P,)``, as are ``row`` and ``column``.
+        row: Row in the forward pass.
+        column: Column in the cache.
+    """
+
+    columns: Tensor
+    batch: Tensor
+    row: Tensor
+    column: Tensor
+
+
+class RowLayer(CacheLayerMixin):
+    """One layer of a `RowCache`: keys and values ``(B, K, N, D)``, made at the first write."""
+
+    is_sliding = False
+    is_compileable = False
+    supports_early_init = False
+
+    def __init__(self, index: int, batch_size: int, num_columns: int, spare: int):
+        super().__init__()
+        self.index = index
+        self.batch_size = batch_size
+        self.num_columns = num_columns
+        self.spare = spare
+        self.target: Target | None = None
+        self.observer: Observer | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocates all columns and the spare ones; zeros, so that masked ones are finite."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self._stores = tuple(
+            states.new_zeros(
+                self.batch_size, states.shape[1], self.num_columns + self.spare, states.shape[3]
+            )
+            for states in (key_states, value_states)
+        )
+        self.is_initialized = True
+        self._show()
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args, **kwargs
+    ) -> tuple[Tensor, Tensor]:
+        """Writes the pass's rows into their columns; an observer sees both states before that.
+
+        Args:
+            key_states: ``(B, K, R, D)``, RoPE applied.
+            value_states: ``(B, K, R, D)``.
+            *args: What some models pass besides; not needed.
+            **kwargs: Likewise.
+
+        Returns:
+            Keys and values of all columns, ``(B, K, N, D)``: views, not to be written into.
+
+        Raises:
+            ValueError: If no columns were selected for this many rows.
+        """
+        wanted = None if self.target is None else tuple(self.target.columns.shape)
+        if wanted != (key_states.shape[0], key_states.shape[2]):
+            raise ValueError(
+                f"layer {self.index} computed {key_states.shape[2]} rows for "
+                f"{key_states.shape[0]} prompts, but columns were selected for {wanted}; "
+                "call `RowCache.select` or `append` before every forward pass"
+            )
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if self.observer is not None:
+            self.observer(self.index, key_states, self._selected_keys())
+        _, batch, row, column = self.target
+        self.keys[batch, :, column] = key_states[batch, :, row]
+        self.values[batch, :, column] = value_states[batch, :, row]
+        return self.keys, self.values
+
+    def grow(self, count: int) -> None:
+        """Adds columns at the end, copying only when the spare ones are used up."""
+        self.num_columns += count
+        if not self.is_initialized:
+            return
+        missing = self.num_columns - self._stores[0].shape[2]
+        if missing > 0:
+            # By half as much again: decoding copies each column a bounded number of times.
+            extra = missing + self.num_columns // 2
+            self._stores = tuple(
+                torch.cat([s, s.new_zeros(*s.shape[:2], extra, s.shape[3])], dim=2)
+                for s in self._stores
+            )
+        self._show()
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """All columns are seen, from the first: a window lives in the mask."""
+        return self.num_columns, 0
+
+    def get_seq_length(self) -> int:
+        """Columns that the selected rows follow, were they the last: what `generate` asks."""
+        selected = 0 if self.target is None else self.target.columns.shape[1]
+        return self.num_columns - selected
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Refused: the engine decodes one path per prompt."""
+        raise ValueError("a RowCache does not serve beam search; use greedy decoding or sampling")
+
+    def _selected_keys(self) -> Tensor:
+        columns = self.target.columns.clamp(min=0)[:, None, :, None]
+        shape = (-1, self.keys.shape[1], -1, self.keys.shape[3])
+        return self.keys.gather(2, columns.expand(shape))
+
+    def _show(self) -> None:
+        self.keys, self.values = (store[:, :, : self.num_columns] for store in self._stores)

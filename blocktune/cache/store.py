@@ -1,0 +1,202 @@
+"""Where encoded chunks are kept: in memory, least recently used first out, and in a folder."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from blocktune.cache.chunk_file import chunk_path, open_folder, read_chunk, write_chunk
+from blocktune.cache.chunk_kv import ChunkKV
+
+_LOG = logging.getLogger(__name__)
+
+Tier = Literal["memory", "disk", "none"]
+
+
+class Lookup(NamedTuple):
+    """What one look into the store found, and what it took.
+
+    Attributes:
+        kv: The chunk, or None: encode it and `ChunkStore.put` it.
+        tier: Where it was found; ``"none"`` on a miss.
+        bytes_read: Bytes of keys, values and ids that the chunk has; 0 on a miss.
+        lookup_s: Seconds spent finding out whether it is there.
+        load_s: Seconds spent reading, verifying and moving it.
+    """
+
+    kv: ChunkKV | None
+    tier: Tier
+    bytes_read: int
+    lookup_s: float
+    load_s: float
+
+
+@dataclass
+class StoreStats:
+    """Counters since the store was opened. ``rejected`` ones are also counted as misses."""
+
+    memory_hits: int = 0
+    disk_hits: int = 0
+    misses: int = 0
+    rejected: int = 0
+    evictions: int = 0
+    memory_bytes_read: int = 0
+    disk_bytes_read: int = 0
+    disk_bytes_written: int = 0
+    memory_bytes: int = 0
+    memory_chunks: int = 0
+
+
+class ChunkStore:
+    """Keeps `ChunkKV` under `chunk_key`s, for several threads; processes may share a folder.
+
+    What is found is compared with what is wanted (token ids and fingerprint) before it is handed
+    out. A file or entry that differs, or does not verify, is logged in one line, counted as
+    ``rejected`` and answered as a miss; the `put` that follows replaces it.
+
+    Args:
+        max_bytes: Memory for chunks, in bytes; 0 keeps none. Chunks that must leave memory stay
+            in the folder, or are lost without one.
+        folder: Every chunk put is also written here, one file each; None: memory only.
+        device: Where chunks in memory live, and onto which those from the folder are loaded.
+
+    Raises:
+        ValueError: If there is nowhere to keep anything, or the folder cannot be written.
+    """
+
+    def __init__(
+        self,
+        max_bytes: int = 4 << 30,
+        folder: str | Path | None = None,
+        device: torch.device | str = "cpu",
+    ):
+        if max_bytes < 0 or (max_bytes == 0 and folder is None):
+            raise ValueError(
+                f"a chunk store needs memory or a folder; got {max_bytes} bytes, folder {folder}"
+            )
+        self.max_bytes = max_bytes
+        self.folder = None if folder is None else Path(folder)
+        self.device = torch.device(device)
+        self._chunks: OrderedDict[str, ChunkKV] = OrderedDict()
+        self._stats = StoreStats()
+        self._lock = threading.RLock()
+        if self.folder is not None:
+            open_folder(self.folder)
+
+    def get(self, key: str, token_ids: Sequence[int] | Tensor, fingerprint: str) -> ChunkKV | None:
+        """The chunk stored under ``key``, or None; see `lookup`."""
+        return self.lookup(key, token_ids, fingerprint).kv
+
+    def lookup(self, key: str, token_ids: Sequence[int] | Tensor, fingerprint: str) -> Lookup:
+        """Looks for a chunk and says where it was and how long that took.
+
+        Args:
+            key: From `chunk_key`.
+            token_ids: The tokens it must hold, ``(S,)``.
+            fingerprint: The model it must come from, `model_fingerprint`.
+        """
+        started = time.perf_counter()
+        with self._lock:
+            kv = self._chunks.get(key)
+            if kv is not None and self._accept(kv, key, token_ids, fingerprint):
+                self._chunks.move_to_end(key)
+                self._stats.memory_hits += 1
+                self._stats.memory_bytes_read += kv.num_bytes
+                return Lookup(kv, "memory", kv.num_bytes, time.perf_counter() - started, 0.0)
+        found = time.perf_counter()
+        # Outside the lock: a slow disk must not stop hits in memory.
+        kv = self._read(key, token_ids, fingerprint)
+        loaded = time.perf_counter()
+        with self._lock:
+            if kv is None:
+                self._stats.misses += 1
+                return Lookup(None, "none", 0, loaded - started, 0.0)
+            self._stats.disk_hits += 1
+            self._stats.disk_bytes_read += kv.num_bytes
+            self._remember(key, kv)
+        return Lookup(kv, "disk", kv.num_bytes, found - started, loaded - found)
+
+    def put(self, key: str, kv: ChunkKV) -> None:
+        """Keeps a chunk, in the folder first, then in memory; replaces what was there.
+
+        Raises:
+            ValueError: If it is larger than the memory allowed and there is no folder, or the
+                folder cannot be written.
+        """
+        if self.folder is None and kv.num_bytes > self.max_bytes:
+            raise ValueError(
+                f"a chunk of {kv.num_tokens} tokens takes {kv.num_bytes:,} bytes, the store may "
+                f"hold {self.max_bytes:,}; allow more memory or give the store a folder"
+            )
+        kept = kv.to(self.device).compact()
+        written = 0 if self.folder is None else write_chunk(self.folder, key, kept)
+        with self._lock:
+            self._stats.disk_bytes_written += written
+            self._remember(key, kept)
+
+    def stats(self) -> StoreStats:
+        """A copy of the counters."""
+        with self._lock:
+            return replace(self._stats, memory_chunks=len(self._chunks))
+
+    def __contains__(self, key: str) -> bool:
+        """Whether something lies under ``key``; only `get` verifies it."""
+        with self._lock:
+            in_memory = key in self._chunks
+        return in_memory or (self.folder is not None and chunk_path(self.folder, key).is_file())
+
+    def __len__(self) -> int:
+        """Chunks in memory or in the folder, each counted once."""
+        with self._lock:
+            keys = set(self._chunks)
+        if self.folder is not None:
+            keys |= {path.stem for path in self.folder.glob("??/??/*.safetensors")}
+        return len(keys)
+
+    def _read(self, key: str, token_ids, fingerprint: str) -> ChunkKV | None:
+        if self.folder is None:
+            return None
+        try:
+            kv = read_chunk(self.folder, key).to(self.device)
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            self._reject(f"{chunk_path(self.folder, key)}: {error}")
+            return None
+        return kv if self._accept(kv, key, token_ids, fingerprint) else None
+
+    def _accept(self, kv: ChunkKV, key: str, token_ids, fingerprint: str) -> bool:
+        if kv.matches(token_ids, fingerprint):
+            return True
+        what = "model" if kv.fingerprint != fingerprint else "tokens"
+        self._reject(f"{key[:12]}: it holds other {what} than wanted")
+        return False
+
+    def _reject(self, reason: str) -> None:
+        with self._lock:
+            self._stats.rejected += 1
+        _LOG.warning("cached chunk not used, it is encoded again: %s", reason.replace("\n", " "))
+
+    def _remember(self, key: str, kv: ChunkKV) -> None:
+        self._forget(key)
+        if kv.num_bytes > self.max_bytes:
+            return  # it lies in the folder: `put` refuses such chunks without one
+        while self._stats.memory_bytes + kv.num_bytes > self.max_bytes:
+            self._forget(next(iter(self._chunks)))
+            self._stats.evictions += 1
+        self._chunks[key] = kv
+        self._stats.memory_bytes += kv.num_bytes
+
+    def _forget(self, key: str) -> None:
+        old = self._chunks.pop(key, None)
+        if old is not None:
+            self._stats.memory_bytes -= old.num_bytes

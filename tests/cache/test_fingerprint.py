@@ -1,0 +1,209 @@
+"""Whatever changes a chunk's keys and values changes its name; nothing else does."""
+
+import copy
+import os
+import subprocess
+import sys
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from training.toy import toy_config, toy_model, toy_tokenizer
+
+from blocktune.cache import chunk_key, model_fingerprint, weights_hash
+from blocktune.prompt import PromptFormat
+
+FORMAT = asdict(PromptFormat())
+
+
+def fingerprint(
+    model=None, adapter=None, tokenizer=None, prompt_format=FORMAT, dtype=torch.float32
+):
+    return model_fingerprint(
+        model or toy_model(), adapter, tokenizer or toy_tokenizer(), prompt_format, dtype
+    )
+
+
+def with_one_weight_moved(model):
+    # A weight between the samples, by the least step there is.
+    weight = model.model.layers[1].mlp.down_proj.weight.data
+    weight[-1, -2] = torch.nextafter(weight[-1, -2], torch.tensor(torch.inf))
+    return model
+
+
+def with_config(**fields):
+    model = toy_model(config=toy_config(**fields))
+    model.load_state_dict(toy_model().state_dict())
+    return model
+
+
+def with_token(token):
+    tokenizer = toy_tokenizer()
+    tokenizer.add_tokens([token])
+    return tokenizer
+
+
+def with_template(template):
+    tokenizer = toy_tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+ROPE = {"rope_type": "default", "rope_theta": 20_000.0}
+SCALED = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 2.0}
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        lambda: {"model": toy_model(seed=1)},
+        lambda: {"model": with_one_weight_moved(toy_model())},
+        lambda: {"model": with_config(rope_parameters=ROPE)},
+        lambda: {"model": with_config(rope_parameters=SCALED)},
+        lambda: {"model": with_config(rms_norm_eps=1e-5)},
+        lambda: {"model": toy_model().to(torch.bfloat16)},
+        lambda: {"dtype": torch.bfloat16},
+        lambda: {"tokenizer": with_token("<extra>")},
+        lambda: {"tokenizer": with_template("{{ messages[0]['content'] }}")},
+        lambda: {"prompt_format": asdict(replace(PromptFormat(), system="Be brief."))},
+        lambda: {"prompt_format": asdict(replace(PromptFormat(), untitled="{text}\n"))},
+    ],
+    ids="weights weight theta scaling eps cast dtype token template system separator".split(),
+)
+def test_every_part_changes_the_fingerprint(changed):
+    assert fingerprint(**changed()) != fingerprint()
+
+
+def test_the_same_model_agrees_with_itself_across_loads_and_processes(tmp_path):
+    model, tokenizer = toy_model(), toy_tokenizer()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    code = (
+        "import sys; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T\n"
+        "import torch; from dataclasses import asdict\n"
+        "from blocktune.cache import model_fingerprint; from blocktune.prompt import PromptFormat\n"
+        "m, t = (c.from_pretrained(sys.argv[1]) for c in (M, T))\n"
+        "print(model_fingerprint(m, None, t, asdict(PromptFormat()), torch.float32))"
+    )
+    environment = os.environ | {"PYTHONHASHSEED": "7"}
+    printed = [
+        subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+        for _ in range(2)
+    ]
+    assert printed[0] == printed[1]
+    assert len(printed[0]) == 64
+
+
+def test_what_does_not_matter_does_not_change_it():
+    model, tokenizer = toy_model(), toy_tokenizer()
+    before = fingerprint(model, tokenizer=tokenizer)
+    tokenizer(["one", "one two three"], padding=True, truncation=True, max_length=2)
+    model.config.use_cache = False
+    model.config._attn_implementation = "eager"
+    model(torch.tensor([[1, 2, 3]]))
+    assert fingerprint(model, tokenizer=tokenizer) == before
+
+
+def lora(model, **fields):
+    torch.manual_seed(3)
+    config = LoraConfig(target_modules=["q_proj"], init_lora_weights=False, **fields)
+    return get_peft_model(model, config)
+
+
+def test_an_adapter_changes_it_attached_merged_scaled_or_switched_off():
+    base = toy_model()
+    adapted = lora(copy.deepcopy(base), r=4, lora_alpha=8)
+    scaled = lora(copy.deepcopy(base), r=4, lora_alpha=16)
+    other = lora(copy.deepcopy(base), r=4, lora_alpha=8)
+    other.base_model.model.model.layers[0].self_attn.q_proj.lora_B["default"].weight.data[0, 0] += 1
+    seen = {weights_hash(m) for m in (base, adapted, scaled, other)}
+    with adapted.disable_adapter():
+        seen.add(weights_hash(adapted))
+    seen.add(weights_hash(adapted.merge_and_unload()))
+    assert len(seen) == 6
+
+
+def test_the_adapter_folder_counts_by_content_not_by_name(tmp_path):
+    one, same, other = (tmp_path / name for name in ("one", "same", "other"))
+    for folder, alpha in ((one, 8), (same, 8), (other, 16)):
+        lora(toy_model(), r=4, lora_alpha=alpha).save_pretrained(folder)
+    (same / "README.md").write_text("another card")
+    assert fingerprint(adapter=one) == fingerprint(adapter=str(same))
+    assert fingerprint(adapter=one) != fingerprint(adapter=other)
+    assert fingerprint(adapter=one) != fingerprint()
+    with pytest.raises(ValueError, match="no adapter in"):
+        fingerprint(adapter=tmp_path)
+
+
+class Quantised(torch.nn.Parameter):
+    """Stands for a 4-bit weight: codes that mean nothing without their scales."""
+
+    def __new__(cls, codes, scales):
+        self = super().__new__(cls, codes, requires_grad=False)
+        self.quant_state = self
+        self.scales = scales
+        return self
+
+    def as_dict(self, packed):
+        return {"absmax": self.scales}
+
+
+@pytest.mark.parametrize("changed", [(1, 1.0), (0, 2.0)], ids=["codes", "scales"])
+def test_quantised_weights_count_with_their_scales(changed):
+    def model(code, scale):
+        module = torch.nn.Module()
+        codes = torch.full((8, 1), code, dtype=torch.uint8)
+        module.weight = Quantised(codes, torch.full((2,), scale))
+        return module
+
+    assert weights_hash(model(0, 1.0)) == weights_hash(model(0, 1.0))
+    assert weights_hash(model(*changed)) != weights_hash(model(0, 1.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.uint8])
+@pytest.mark.parametrize("size", [1, 3, 4097, 70_001])
+def test_any_single_element_changes_the_hash(dtype, size):
+    module = torch.nn.Module()
+    module.register_buffer("weight", torch.zeros(size + 1, dtype=dtype)[1:])
+    before = weights_hash(module)
+    for index in {0, size // 2, size - 1}:
+        module.weight[index] = 1
+        assert weights_hash(module) != before
+        module.weight[index] = 0
+    assert weights_hash(module) == before
+
+
+def test_weights_that_are_not_in_memory_are_refused():
+    with pytest.raises(ValueError, match=r"'0.weight': its weights are not in memory"):
+        weights_hash(torch.nn.Sequential(torch.nn.Linear(2, 2, device="meta")))
+
+
+def test_the_chunk_key_depends_on_model_tokens_and_encoding():
+    keys = [
+        chunk_key("ab", [1, 2, 3]),
+        chunk_key("ac", [1, 2, 3]),
+        chunk_key("ab", [1, 2, 4]),
+        chunk_key("ab", [1, 2]),
+        chunk_key("ab", [12, 3]),
+        chunk_key("ab", [1, 2, 3], {"num_ghosts": 1, "ghost_id": 5}),
+        chunk_key("ab", [1, 2, 3], {"num_ghosts": 2, "ghost_id": 5}),
+        chunk_key("ab", [1, 2, 3], {"shared_prefix": (7, 8)}),
+    ]
+    assert len(set(keys)) == len(keys)
+    assert all(len(key) == 64 for key in keys)
+    assert chunk_key("ab", torch.tensor([1, 2, 3]), {}) == keys[0]
+    reordered = chunk_key("ab", (1, 2, 3), {"ghost_id": 5, "num_ghosts": 1})
+    assert reordered == keys[5]
+
+
+@pytest.mark.parametrize("value", [torch.tensor(1), {1, 2}, object()])
+def test_an_encoding_that_is_not_plain_is_refused(value):
+    with pytest.raises(ValueError, match="plain JSON values"):
+        chunk_key("ab", [1], {"ghosts": value})
