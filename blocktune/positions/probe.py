@@ -1,4 +1,4 @@
-"""What keys a model's own attention layers make, read without running the model."""
+"""What a model's own attention layers put into a cache, read without running the model."""
 
 from __future__ import annotations
 
@@ -10,19 +10,15 @@ import torch
 from torch import Tensor, nn
 
 
-class _Keys(Exception):
-    """Carries the keys out of a layer, before it attends."""
-
-    def __init__(self, keys: Tensor):
-        super().__init__("keys")
-        self.keys = keys
+class _Cached(Exception):
+    """Carries keys and values out of a layer, before it attends."""
 
 
 class _Tap:
     """Stands where the layer expects its cache."""
 
     def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> None:
-        raise _Keys(keys)
+        raise _Cached(keys, values)
 
 
 def key_layers(model: nn.Module) -> dict[int, nn.Module]:
@@ -37,10 +33,10 @@ def key_layers(model: nn.Module) -> dict[int, nn.Module]:
 
 
 @torch.no_grad()
-def probe_keys(
+def probe_cache(
     attention: nn.Module, rotary: nn.Module, position: Tensor, kind: str | None = None
-) -> Tensor:
-    """The keys that a layer makes of one random state at several positions.
+) -> tuple[Tensor, Tensor]:
+    """What a layer caches of one random state at several positions.
 
     Args:
         attention: One of `key_layers`.
@@ -49,7 +45,8 @@ def probe_keys(
         kind: The layer's type, where ``rotary`` has several sets of frequencies.
 
     Returns:
-        Float32 ``(1, K, S, D)`` on the CPU, rotated as the layer rotates.
+        Keys and values, float32 ``(1, K, S, D)`` on the CPU, the keys rotated as the layer
+        rotates them.
 
     Raises:
         ValueError: If the layer does not hand keys to a cache.
@@ -66,8 +63,9 @@ def probe_keys(
                 attention_mask=None,
                 past_key_values=_Tap(),
             )
-    except _Keys as tap:
-        return tap.keys.float().cpu()
+    except _Cached as cached:
+        keys, values = cached.args
+        return keys.float().cpu(), values.float().cpu()
     except Exception as error:
         raise ValueError(f"{type(attention).__name__} hides its keys: {error}") from error
     raise ValueError(

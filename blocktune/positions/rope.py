@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from blocktune.positions.probe import key_layers, probe_keys
+from blocktune.positions.probe import key_layers, probe_cache
 
 FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """RoPE types whose frequencies do not depend on the length of the prompt."""
@@ -78,15 +78,16 @@ def _frequencies(attention: nn.Module, rotary: nn.Module, kind: str | None) -> T
     """The layer's frequencies, if moving its keys by them gives what the layer itself makes."""
     inv_freq = (getattr(rotary, f"{kind}_inv_freq") if kind else rotary.inv_freq).float()
     first, second = 3, 10
-    keys = probe_keys(attention, rotary, torch.tensor([[first, second]]), kind)
+    keys, values = probe_cache(attention, rotary, torch.tensor([[first, second]]), kind)
     old, new = keys[:, :, :1], keys[:, :, 1:]
     change = (new - old).abs().max()
-    if change == 0:
+    fixed = torch.equal(values[:, :, :1], values[:, :, 1:])
+    if change == 0 and fixed:
         return inv_freq[:0]
     error = (relocate_keys(old, torch.tensor([[second - first]]), inv_freq) - new).abs().max()
     # bfloat16 rounds by 0.4 % of a key, which changes by about itself; a wrong rotation is off
     # by about the change.
-    if error <= 0.1 * change:
+    if error <= 0.1 * change and fixed:
         return inv_freq
     raise ValueError(
         f"{type(attention).__name__} (layer {attention.layer_idx}) does not rotate its keys by "
