@@ -12,6 +12,7 @@ os.environ.update(
     HF_HUB_DISABLE_PROGRESS_BARS="1",
     TOKENIZERS_PARALLELISM="false",
 )
+os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 NO_GPU = "gpu: no CUDA device here"
 
@@ -26,6 +27,14 @@ def has_gpu() -> bool:
 def pytest_addoption(parser):
     help = "cpu runs the `gpu` tests without a GPU, in small sizes, so that they cannot rot"
     parser.addoption("--gpu-tests-on", choices=["cuda", "cpu"], default="cuda", help=help)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """A small byte-level BPE tokenizer with a chat template; copy it before you change it."""
+    from tiny_tokenizer import build_tokenizer
+
+    return build_tokenizer()
 
 
 def pytest_runtest_setup(item):

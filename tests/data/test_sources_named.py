@@ -1,0 +1,127 @@
+"""Sources that are named, not files: the Hub (a folder stands in for it) and worlds."""
+
+import json
+
+import pytest
+from source_records import HUB_HOTPOT, MUSIQUE, WIKI
+
+from blocktune.data import load_examples
+from blocktune.data.sources import SHORT_NAMES, hub
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A data set as the Hub stores it: files by split, read through `datasets`."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+    def make(records: list[dict], kind: str = "json"):
+        import datasets
+
+        path = tmp_path / "set"
+        path.mkdir()
+        if kind == "parquet":
+            datasets.Dataset.from_list(records).to_parquet(path / "validation.parquet")
+        else:
+            lines = "\n".join(map(json.dumps, records))
+            (path / "validation.json").write_text(lines, encoding="utf-8")
+        return path
+
+    return make
+
+
+@pytest.mark.parametrize("kind", ["json", "parquet"])
+@pytest.mark.parametrize("record", [HUB_HOTPOT, MUSIQUE], ids=["hotpotqa", "musique"])
+def test_hub_matches_file(folder, tmp_path, record, kind):
+    (tmp_path / "set.json").write_text(json.dumps([record]), encoding="utf-8")
+    from_file = load_examples(tmp_path / "set.json")
+    path = folder([record] * 3, kind)
+    assert load_examples(f"hf:{path}") == from_file * 3
+    assert load_examples(f"hf:{path}?split=validation", limit=2) == from_file * 2
+    assert load_examples(f"hf:{path}:default", split="validation") == from_file * 3
+
+
+def test_two_wiki_rows_without_context(folder):
+    dicts = {"context": {"title": ["A"], "sentences": [["One."]]}}
+    dicts |= {"supporting_facts": {"title": ["A"], "sent_id": [0]}, "evidences": []}
+    path = folder([WIKI | dicts | {"context": None}, WIKI | dicts], "parquet")
+    assert [example.id for example in load_examples(f"hf:{path}")] == ["w1"]
+
+
+def test_wrong_record_is_named(folder):
+    path = folder([MUSIQUE, MUSIQUE | {"question": " "}])
+    message = r'set \(validation\), record 2: field "question" must be a non-blank string'
+    with pytest.raises(ValueError, match=message):
+        load_examples(f"hf:{path}")
+
+
+@pytest.mark.parametrize("name", SHORT_NAMES)
+def test_short_names(folder, monkeypatch, name):
+    asked = []
+    local = folder([HUB_HOTPOT])
+
+    def load_dataset(path, config, split):
+        asked.append((path, config, split))
+        return real(str(local), split="validation")
+
+    import datasets
+
+    real = datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert load_examples(f"{name}?split=train")[0].id == "h1"
+    path, _, config = SHORT_NAMES[name].partition(":")
+    assert asked == [(path, config or None, "train")]
+
+
+def test_unreachable_set_is_one_line():
+    with pytest.raises(
+        ValueError, match=r"^cannot load 'hf:nobody/no-set' \(split 'train'\): "
+    ) as e:
+        load_examples("hf:nobody/no-set", split="train")
+    assert "\n" not in str(e.value)
+
+
+def test_unknown_split_is_one_line(folder):
+    path = folder([HUB_HOTPOT])
+    with pytest.raises(ValueError, match=r"cannot load .*\(split 'dev'\): ") as error:
+        load_examples(f"hf:{path}", split="dev")
+    assert "\n" not in str(error.value)
+
+
+def test_missing_datasets_package(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    with pytest.raises(ValueError, match=r"pip install 'blocktune\[eval\]'"):
+        next(hub.read_hub("owner/name"))
+
+
+def test_worlds():
+    examples = load_examples("worlds:test?seed=1&n=6&kinds=2-hop,comparison&passages=4-6")
+    assert len(examples) == 6
+    assert {example.kind for example in examples} <= {"2-hop", "comparison"}
+    assert all(4 <= len(example.chunks) <= 6 for example in examples)
+    again = load_examples("worlds:test?seed=1&n=6&kinds=2-hop,comparison&passages=4-6", limit=2)
+    assert again == examples[:2]
+    assert load_examples("worlds:dev?seed=2&n=1") != load_examples("worlds:dev?seed=3&n=1")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("worlds:test?sed=1", "unknown option 'sed' of 'worlds:test'; known: seed"),
+        ("worlds:test?seed=x", "worlds: 'seed' must be a whole number, got 'x'"),
+        ("worlds:test?passages=a-b", "worlds: 'passages' must be a number of chunks or LOW-HIGH"),
+        ("worlds:test?seed", "has a query that is not key=value&key=value"),
+        ("worlds:tset", "unknown split 'tset'"),
+        ("hf:owner/name?seed=1", "unknown option 'seed' of 'hf:owner/name"),
+        ("missing.jsonl", "no file 'missing.jsonl'; a source is a JSON or JSONL file, 'hf:NAME"),
+    ],
+)
+def test_bad_name_is_refused(source, message):
+    with pytest.raises(ValueError, match=message):
+        load_examples(source)
+
+
+def test_bad_arguments_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="limit must be at least 1 or None, got 0"):
+        load_examples("worlds:test", limit=0)
+    with pytest.raises(ValueError, match="has no splits to choose from; drop split='train'"):
+        load_examples("worlds:test", split="train")

@@ -1,0 +1,68 @@
+"""Formats, layout specs and chunks refuse what they do not understand."""
+
+import pytest
+
+from blocktune.prompt import Chunk, LayoutSpec, PromptFormat
+
+
+def test_chunk_text_is_not_a_template():
+    chunk = Chunk("{title} {0} %s", "{text}")
+    assert PromptFormat().render_chunk(chunk) == "{text}\n{title} {0} %s\n\n"
+
+
+def test_empty_title_is_no_title():
+    assert PromptFormat().render_chunk(Chunk("text", "")) == "text\n\n"
+
+
+@pytest.mark.parametrize(
+    "value", [PromptFormat(system="s", titled="{text} ({title})"), LayoutSpec()]
+)
+def test_dict_round_trip(value):
+    assert type(value).from_dict(value.to_dict()) == value
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"titled": "{title}"}, "format 'titled' must hold {text} and {title} and no other"),
+        ({"question": "{question} {text}"}, "format 'question' must hold {question} and no other"),
+        ({"untitled": "{text"}, "format 'untitled' is no template"),
+        ({"untitled": "{text!r}"}, "format 'untitled' must hold {text} and no other"),
+        ({"untitled": 3}, "format 'untitled' must be a string that holds {text}, got 3"),
+        ({"instruction": None}, "format 'instruction' must be a string, got None"),
+        ({"system": 1}, "format 'system' must be a string or null, got 1"),
+        ({"sytem": "x"}, "unknown prompt format key 'sytem'; known: instruction, system"),
+        (["x"], "prompt format must be a mapping of instruction, system"),
+    ],
+)
+def test_bad_format_is_refused(values, message):
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - the whole message is compared
+        PromptFormat.from_dict(values)
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_links": -1}, "layout 'num_links' must be an integer of at least 0, got -1"),
+        ({"num_ghosts": 1.0}, "layout 'num_ghosts' must be an integer of at least 0, got 1.0"),
+        ({"num_links": True}, "layout 'num_links' must be an integer of at least 0, got True"),
+        ({"block": 1}, "layout 'block' must be true or false, got 1"),
+        ({"link_side": "left"}, "layout 'link_side' must be after or before, got 'left'"),
+        ({"placement": "ape"}, "layout 'placement' must be sequential or parallel or composite"),
+        ({"num_ghosts": 1, "shared_prefix": True}, "layout: chunks are encoded after blanks"),
+        ({"block": False, "num_ghosts": 1}, "layout: ghosts are hidden from other chunks"),
+        ({"block": False, "shared_prefix": True}, "layout: ghosts are hidden from other chunks"),
+        ({"links": 1}, "unknown layout key 'links'; known: block, num_links"),
+    ],
+)
+def test_bad_layout_spec_is_refused(values, message):
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - the whole message is compared
+        LayoutSpec.from_dict(values)
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize("values", [("",), (" \n",), (None,), ("text", 3)])
+def test_bad_chunk_is_refused(values):
+    with pytest.raises(ValueError, match="a chunk's t"):
+        Chunk(*values)

@@ -1,0 +1,195 @@
+"""Pieces hold what the chat template would have rendered, cut where the chunks begin and end."""
+
+import functools
+import random
+
+import pytest
+from tiny_tokenizer import build_tokenizer, trl_template
+
+from blocktune.prompt import (
+    Chunk,
+    LayoutSpec,
+    PromptFormat,
+    answer_ids,
+    chunk_ids,
+    end_of_turn,
+    lay_out,
+    make_pieces,
+    prefix_ids,
+)
+
+# Trims user text: llama3. No system role: gemma. Thinks unless told not to: qwen3, qwen3_5_think.
+# Today's date: llama3_2. Wants lists of parts: PARTS. No BOS of its own: qwen2_5, phi3.
+FAMILIES = ("llama3", "llama3_1", "llama3_2", "qwen2_5", "qwen3", "qwen3_5_think", "gemma")
+FAMILIES += ("gemma3", "phi3", "cohere", "deepseekv3", "llava_next", "smolvlm")
+PARTS = ("llava_next", "smolvlm")
+CHUNKS = (
+    Chunk("Anna Belt was born in Port Alder.\n\nShe studied there.", "Anna Belt"),
+    Chunk("  indented, and with a line's end\n"),
+    Chunk("The film was shot in {Port} Alder; 100% of it. Größe, 東京.", "Frozen Shore"),
+)
+QUESTION = "Where was the film shot?"
+
+
+@functools.cache
+def family(name: str):
+    """The template of a family on a tokenizer that puts BOS before text by itself."""
+    return build_tokenizer(trl_template(name), adds_bos=True)
+
+
+def joined(pieces) -> list[int]:
+    return [*pieces.prefix, *sum(pieces.chunks, ()), *pieces.query]
+
+
+def direct_render(name: str, text: str) -> str:
+    """What the template itself makes of a user turn with ``text``; BOS where it leaves it out."""
+    content = [{"type": "text", "text": text}] if name in PARTS else text
+    rendered = family(name).apply_chat_template(
+        [{"role": "user", "content": content}],
+        tokenize=False,
+        add_generation_prompt=True,
+        enable_thinking=False,
+        date_string="26 Jul 2024",
+    )
+    return rendered if rendered.startswith("<s>") else f"<s>{rendered}"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_joined_pieces_match_direct_render(name):
+    tokenizer, fmt = family(name), PromptFormat()
+    text = f"{fmt.instruction}\n\n" + "".join(map(fmt.render_chunk, CHUNKS))
+    expected = direct_render(name, f"{text}Question: {QUESTION}")
+    assert tokenizer.decode(joined(make_pieces(tokenizer, fmt, CHUNKS, QUESTION))) == expected
+
+
+@pytest.mark.parametrize("system", [None, "Be brief."])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_pieces_of_every_family(name, system):
+    tokenizer, fmt = family(name), PromptFormat(system=system)
+    pieces = make_pieces(tokenizer, fmt, CHUNKS, QUESTION)
+    ids = joined(pieces)
+    assert ids[0] == tokenizer.bos_token_id
+    assert ids.count(tokenizer.bos_token_id) == 1
+    texts = [fmt.render_chunk(chunk) for chunk in CHUNKS]
+    assert [tokenizer.decode(chunk) for chunk in pieces.chunks] == texts
+    assert tokenizer.decode(pieces.prefix).endswith(f"{fmt.instruction}\n\n")
+    assert tokenizer.decode(pieces.prefix).count("Be brief.") == (system is not None)
+    opened = direct_render(name, "hello").rpartition("hello")[2]
+    assert tokenizer.decode(pieces.query) == f"Question: {QUESTION}{opened}"
+    assert pieces.answer == ()
+
+
+@pytest.mark.parametrize("name", ["llama3", "gemma", "qwen3", None])
+@pytest.mark.parametrize("seed", range(8))
+def test_training_caching_and_serving_agree(name, seed):
+    """The same chunk is the same tokens in training, alone in a cache, and in any prompt served."""
+    tokenizer = family(name) if name else build_tokenizer(None)
+    rng = random.Random(seed)
+    alphabet = ["Port Alder", "\n", "\n\n", " ", "a", "é", "<s>", "<|eot_id|>", "{x}", ".", "1966"]
+    chunks = []
+    for index in range(rng.randint(1, 6)):
+        title = f"T{index}" if rng.random() < 0.5 else None
+        chunks.append(Chunk("w" + "".join(rng.choices(alphabet, k=rng.randint(1, 30))), title))
+    fmt = PromptFormat(system=rng.choice([None, "Be brief."]))
+    trained = make_pieces(tokenizer, fmt, chunks, QUESTION, "Port Alder")
+    served = make_pieces(tokenizer, fmt, chunks, QUESTION)
+    assert served == trained._replace(answer=())
+    assert trained.answer == answer_ids(tokenizer, "Port Alder")
+    cached = [chunk_ids(tokenizer, fmt, chunk) for chunk in chunks]
+    assert list(trained.chunks) == cached
+    assert trained.prefix == prefix_ids(tokenizer, fmt)
+    order = rng.sample(range(len(chunks)), len(chunks))
+    other = make_pieces(tokenizer, fmt, [chunks[i] for i in order], "And who?")
+    assert list(other.chunks) == [cached[i] for i in order]
+    assert other.prefix == trained.prefix
+    ids = (*trained.prefix, *sum(trained.chunks, ()), *trained.query, *trained.answer)
+    assert lay_out(trained, LayoutSpec()).ids == ids
+
+
+def test_trimming_template_does_not_touch_chunks():
+    tokenizer, fmt = family("llama3"), PromptFormat(instruction="", question="\n{question}\n ")
+    pieces = make_pieces(tokenizer, fmt, [Chunk("  a  ")], QUESTION)
+    assert tokenizer.decode(pieces.chunks[0]) == "  a  \n\n"
+    assert tokenizer.decode(pieces.prefix) == "<s><|start_header_id|>user<|end_header_id|>\n\n"
+    assert tokenizer.decode(pieces.query).startswith(f"\n{QUESTION}<|eot_id|>")
+
+
+def test_special_tokens_in_retrieved_text_stay_text():
+    tokenizer = family("llama3")
+    text = "he wrote <|eot_id|> and <s> and <|start_header_id|>system"
+    ids = chunk_ids(tokenizer, PromptFormat(), Chunk(text))
+    assert tokenizer.decode(ids) == f"{text}\n\n"
+    assert not set(ids) & set(tokenizer.added_tokens_decoder)
+    assert not set(answer_ids(tokenizer, text)[:-1]) & set(tokenizer.added_tokens_decoder)
+
+
+def test_system_text_that_a_template_drops_is_folded():
+    template = (
+        "{{ bos_token }}{% for m in messages if m.role == 'user' %}[{{ m.content }}]{% endfor %}"
+    )
+    prefix = prefix_ids(build_tokenizer(template), PromptFormat(system="Be brief."))
+    folded = "<s>[Be brief.\n\nAnswer the question from the passages below.\n\n"
+    assert build_tokenizer(template).decode(prefix) == folded
+
+
+def test_plain_text_without_a_template():
+    tokenizer = build_tokenizer(None)
+    pieces = make_pieces(tokenizer, PromptFormat(system="Be brief."), CHUNKS[:1], QUESTION, "Here")
+    assert tokenizer.decode(joined(pieces)) == (
+        "<s>Be brief.\n\nAnswer the question from the passages below.\n\n"
+        "Anna Belt\nAnna Belt was born in Port Alder.\n\nShe studied there.\n\n"
+        f"Question: {QUESTION}\nAnswer:"
+    )
+    assert tokenizer.decode(pieces.answer) == " Here</s>"
+
+
+def test_model_without_bos_gets_none():
+    tokenizer = build_tokenizer(trl_template("qwen2_5"), bos_token=None)
+    pieces = make_pieces(tokenizer, PromptFormat(), CHUNKS, QUESTION)
+    assert tokenizer.decode(pieces.prefix).startswith("<|im_start|>system")
+
+
+def test_bos_that_opens_every_turn():
+    template = trl_template("qwen2_5")
+    tokenizer = build_tokenizer(template, bos_token="<|im_start|>", eos_token="<|im_end|>")
+    ids = joined(make_pieces(tokenizer, PromptFormat(system="Be brief."), CHUNKS, QUESTION))
+    assert ids.count(tokenizer.bos_token_id) == 3  # system, user, assistant
+
+
+@pytest.mark.parametrize(
+    ("name", "end"),
+    [
+        *(("llama3", "<|eot_id|>"), ("qwen3", "<|im_end|>"), ("gemma", "<end_of_turn>")),
+        *(("phi3", "<|end|>"), ("llava_next", "</s>"), (None, "</s>")),
+    ],
+)
+def test_answer_ends_the_turn(name, end):
+    tokenizer = family(name) if name else build_tokenizer(None)
+    assert tokenizer.decode(end_of_turn(tokenizer)) == end
+    lead = "" if name else " "
+    assert tokenizer.decode(answer_ids(tokenizer, "Port Alder")) == f"{lead}Port Alder{end}"
+
+
+def test_no_end_of_turn_is_refused():
+    with pytest.raises(ValueError, match="neither an EOS token nor a chat template"):
+        end_of_turn(build_tokenizer(None, eos_token=None))
+
+
+def test_no_chunk_is_refused():
+    with pytest.raises(ValueError, match="at least one chunk, got an empty list"):
+        make_pieces(build_tokenizer(), PromptFormat(), [], QUESTION)
+
+
+def test_second_bos_is_refused():
+    twice = "{{ bos_token }}" + trl_template("llama3")
+    for template, question in ((trl_template("llama3"), "What is <s>?"), (twice, QUESTION)):
+        with pytest.raises(ValueError, match="the BOS token '<s>' 2 times"):
+            make_pieces(build_tokenizer(template), PromptFormat(), CHUNKS, question)
+
+
+@pytest.mark.parametrize("template", ["{{ bos_token }}hello", "{{ messages[0].content * 2 }}"])
+def test_template_that_does_not_hold_user_text_is_refused(template):
+    with pytest.raises(
+        ValueError, match="does not render a user turn with text in it exactly once"
+    ):
+        make_pieces(build_tokenizer(template), PromptFormat(), CHUNKS, QUESTION)

@@ -1,0 +1,182 @@
+"""Rows, literally: what `lay_out`, `pack`, `stack` and `show` make of pieces."""
+
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from tiny_tokenizer import build_tokenizer
+
+from blocktune.attention.dense import dense_mask
+from blocktune.layout import FOREVER, GLOBAL, NO_ROW, Kind, Layout
+from blocktune.prompt import LayoutSpec, Pieces, Prompt, lay_out, pack, show, stack
+
+PAD, PREFIX, CHUNK, LINK, QUERY, ANSWER, GHOST = (int(kind) for kind in Kind)
+PIECES = Pieces(prefix=(1, 2), chunks=((3, 4, 5), (6,)), query=(7, 8), answer=(9,))
+SHORT = Pieces(prefix=(1,), chunks=((3,),), query=(7,), answer=(9, 10))
+LINK_BASE, BLANK = 100, 50
+
+
+def rows(prompt: Prompt, *names: str) -> dict[str, list[int]]:
+    return {name: getattr(prompt.layout, name)[0].tolist() for name in names}
+
+
+def test_sequential():
+    prompt = lay_out(PIECES, LayoutSpec())
+    assert prompt.ids == (1, 2, 3, 4, 5, 6, 7, 8, 9)
+    assert prompt.labels == (-100,) * 8 + (9,)
+    assert rows(prompt, *(f.name for f in fields(Layout))) == {
+        "kind": [PREFIX, PREFIX, CHUNK, CHUNK, CHUNK, CHUNK, QUERY, QUERY, ANSWER],
+        "chunk": [-1, -1, 0, 0, 0, 1, -1, -1, -1],
+        "offset": [0, 1, 0, 1, 2, 0, 0, 1, 0],
+        "position": [0, 1, 2, 3, 4, 5, 6, 7, 8],
+        "order": [0, 1, 2, 3, 4, 5, 6, 7, 8],
+        "group": [-1, -1, 0, 0, 0, 1, -1, -1, -1],
+        "sample": [0] * 9,
+        "supersedes": [NO_ROW] * 9,
+        "until": [FOREVER] * 9,
+    }
+
+
+def test_full_attention_differs_in_group_only():
+    block, full = lay_out(PIECES, LayoutSpec()), lay_out(PIECES, LayoutSpec(block=False))
+    assert rows(full, "group")["group"] == [GLOBAL] * 9
+    same = replace(full.layout, group=block.layout.group)
+    assert torch.equal(same.pack(), block.layout.pack())
+
+
+def test_links_after_parallel():
+    spec = LayoutSpec(num_links=2, placement="parallel")
+    prompt = lay_out(PIECES, spec, link_base=LINK_BASE)
+    assert prompt.ids == (1, 2, 3, 4, 5, 100, 101, 6, 100, 101, 7, 8, 9)
+    assert prompt.labels == (-100,) * 12 + (9,)
+    assert rows(prompt, "kind", "chunk", "offset", "position", "order", "group") == {
+        "kind": [1, 1, 2, 2, 2, LINK, LINK, 2, LINK, LINK, 4, 4, 5],
+        "chunk": [-1, -1, 0, 0, 0, 0, 0, 1, 1, 1, -1, -1, -1],
+        "offset": [0, 1, 0, 1, 2, 0, 1, 0, 0, 1, 0, 1, 0],
+        "position": [0, 1, 2, 3, 4, 5, 6, 2, 3, 4, 7, 8, 9],
+        "order": [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12],
+        "group": [-1, -1, 0, 0, 0, -1, -1, 1, -1, -1, -1, -1, -1],
+    }
+
+
+def test_links_before_and_blanks_composite():
+    spec = LayoutSpec(num_links=2, link_side="before", num_ghosts=2, placement="composite")
+    prompt = lay_out(PIECES, spec, link_base=LINK_BASE, ghost_id=BLANK)
+    assert prompt.ids == (1, 2, 100, 101, 50, 50, 3, 4, 5, 100, 101, 50, 50, 6, 7, 8, 9)
+    assert rows(prompt, "kind", "chunk", "offset", "position", "order", "group") == {
+        "kind": [1, 1, 3, 3, GHOST, GHOST, 2, 2, 2, 3, 3, GHOST, GHOST, 2, 4, 4, 5],
+        "chunk": [-1, -1, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, -1, -1, -1],
+        "offset": [0, 1, 0, 1, 0, 1, 0, 1, 2, 0, 1, 0, 1, 0, 0, 1, 0],
+        "position": [0, 1, 0, 1, 0, 1, 2, 3, 4, 0, 1, 0, 1, 2, 10, 11, 12],
+        "order": [0, 1, 2, 3, 2, 3, 4, 5, 6, 7, 8, 7, 8, 9, 10, 11, 12],
+        "group": [-1, -1, -1, -1, 0, 0, 0, 0, 0, -1, -1, 1, 1, 1, -1, -1, -1],
+    }
+
+
+def test_shared_prefix():
+    prompt = lay_out(PIECES, LayoutSpec(shared_prefix=True))
+    assert prompt.ids == (1, 2, 1, 2, 3, 4, 5, 1, 2, 6, 7, 8, 9)
+    assert rows(prompt, "kind", "chunk", "offset", "position", "order", "group") == {
+        "kind": [1, 1, GHOST, GHOST, 2, 2, 2, GHOST, GHOST, 2, 4, 4, 5],
+        "chunk": [-1, -1, 0, 0, 0, 0, 0, 1, 1, 1, -1, -1, -1],
+        "offset": [0, 1, 0, 1, 0, 1, 2, 0, 1, 0, 0, 1, 0],
+        "position": [0, 1, 0, 1, 2, 3, 4, 3, 4, 5, 6, 7, 8],
+        "order": [0, 1, 0, 1, 2, 3, 4, 3, 4, 5, 6, 7, 8],
+        "group": [-1, -1, 0, 0, 0, 0, 0, 1, 1, 1, -1, -1, -1],
+    }
+
+
+def test_ghosts_are_seen_by_their_chunk_only():
+    layout = lay_out(PIECES, LayoutSpec(shared_prefix=True)).layout
+    seen = dense_mask(layout)[0, 0]
+    assert seen[9].nonzero()[:, 0].tolist() == [7, 8, 9]  # the token of the second chunk
+    assert seen[12].nonzero()[:, 0].tolist() == [0, 1, 4, 5, 6, 9, 10, 11, 12]  # the answer
+
+
+def test_serving_has_no_labels():
+    prompt = lay_out(PIECES._replace(answer=()), LayoutSpec())
+    assert prompt.labels == (-100,) * 8
+
+
+@pytest.mark.parametrize(
+    ("spec", "missing"),
+    [(LayoutSpec(num_links=1), "link_base"), (LayoutSpec(num_ghosts=1), "ghost_id")],
+)
+def test_missing_id_is_refused(spec, missing):
+    with pytest.raises(ValueError, match=f"lay_out needs {missing}"):
+        lay_out(PIECES, spec)
+
+
+def test_pack():
+    packed = pack([lay_out(SHORT, LayoutSpec()), lay_out(SHORT, LayoutSpec(num_links=1), 100)])
+    assert packed.ids == (1, 3, 7, 9, 10, 1, 3, 100, 7, 9, 10)
+    assert packed.labels == (-100, -100, -100, 9, 10, -100, -100, -100, -100, 9, 10)
+    assert rows(packed, "kind", "chunk", "position", "order", "group", "sample") == {
+        "kind": [1, 2, 4, 5, 5, 1, 2, 3, 4, 5, 5],
+        "chunk": [-1, 0, -1, -1, -1, -1, 0, 0, -1, -1, -1],
+        "position": [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5],
+        "order": [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10],
+        "group": [-1, 0, -1, -1, -1, -1, 0, -1, -1, -1, -1],
+        "sample": [0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1],
+    }
+
+
+def with_fresh_row(pieces: Pieces) -> Prompt:
+    """The prompt with its last row superseding row 1."""
+    prompt = lay_out(pieces, LayoutSpec())
+    supersedes = prompt.layout.supersedes.clone()
+    supersedes[0, -1] = 1
+    return replace(prompt, layout=replace(prompt.layout, supersedes=supersedes))
+
+
+def test_pack_moves_superseded_row_numbers():
+    packed = pack([lay_out(SHORT, LayoutSpec()), with_fresh_row(SHORT)])
+    assert rows(packed, "supersedes")["supersedes"] == [-1] * 9 + [6]
+
+
+def test_stack_right():
+    batch = stack([lay_out(SHORT, LayoutSpec()), lay_out(PIECES, LayoutSpec())], pad_id=0)
+    assert batch.input_ids.tolist() == [[1, 3, 7, 9, 10, 0, 0, 0, 0], [1, 2, 3, 4, 5, 6, 7, 8, 9]]
+    assert batch.labels.tolist() == [[-100] * 3 + [9, 10] + [-100] * 4, [-100] * 8 + [9]]
+    assert batch.layout.kind.tolist()[0] == [1, 2, 4, 5, 5, PAD, PAD, PAD, PAD]
+    assert batch.layout.group.tolist()[0] == [-1, 0, -1, -1, -1, -1, -1, -1, -1]
+    assert batch.layout.position.tolist()[0] == [0, 1, 2, 3, 4, 0, 0, 0, 0]
+
+
+def test_stack_left_moves_superseded_row_numbers():
+    batch = stack([with_fresh_row(SHORT), lay_out(PIECES, LayoutSpec())], pad_id=0, side="left")
+    assert batch.input_ids.tolist()[0] == [0, 0, 0, 0, 1, 3, 7, 9, 10]
+    assert batch.labels.tolist()[0] == [-100] * 7 + [9, 10]
+    assert batch.layout.kind.tolist()[0] == [PAD, PAD, PAD, PAD, 1, 2, 4, 5, 5]
+    assert batch.layout.supersedes.tolist() == [[-1] * 8 + [5], [-1] * 9]
+
+
+def test_bad_stack_and_pack_are_refused():
+    with pytest.raises(ValueError, match="stack needs at least one prompt"):
+        stack([], pad_id=0)
+    with pytest.raises(ValueError, match="padding side must be right or left, got 'top'"):
+        stack([lay_out(SHORT, LayoutSpec())], pad_id=0, side="top")
+    with pytest.raises(ValueError, match="pack needs at least one prompt"):
+        pack([])
+
+
+def test_show_marks_what_rows_are():
+    tokenizer = build_tokenizer()
+
+    def encode(text):
+        return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    pieces = Pieces(encode("<s>Hi "), (encode("one "), encode("two ")), encode("who?"), (2,))
+    spec = LayoutSpec(num_links=2, num_ghosts=1)
+    text = show(tokenizer, lay_out(pieces, spec, link_base=len(tokenizer), ghost_id=0))
+    lines = text.splitlines()
+    assert [line.partition(":")[0] for line in lines[::2]] == [
+        *("[prefix", "[ghost 0", "[chunk 0", "[link 0", "[ghost 1", "[chunk 1", "[link 1"),
+        *("[query", "[answer"),
+    ]
+    assert lines[1::2] == [
+        *("<s>Hi ", "<pad>", "one ", "<link 0><link 1>", "<pad>", "two ", "<link 0><link 1>"),
+        *("who?", "</s>"),
+    ]
+    assert "sees itself" in lines[4]
+    assert "sees all before" in lines[6]
