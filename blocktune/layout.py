@@ -77,6 +77,11 @@ class Rows:
         """Applies ``function`` to every field."""
         return replace(self, **{f.name: function(getattr(self, f.name)) for f in fields(self)})
 
+    def concat(self, other: Rows) -> Rows:
+        """These rows, then ``other``'s, along the last axis."""
+        pairs = ((f.name, getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+        return Rows(**{name: torch.cat((left, right), dim=-1) for name, left, right in pairs})
+
 
 @dataclass(frozen=True)
 class Layout(Rows):

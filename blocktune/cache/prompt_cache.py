@@ -98,6 +98,25 @@ class RowCache(Cache):
         self.exact = False
         self._write(layer, prompt, column, keys, values)
 
+    def load_columns(
+        self, layer: int, prompt: int, columns: Tensor, keys: Tensor, values: Tensor
+    ) -> None:
+        """Puts cached states into ``columns`` ``(S,)`` of a prompt; the cache is not exact then.
+
+        Args:
+            layer: Layer index.
+            prompt: Index in the batch.
+            columns: Where each token goes.
+            keys: ``(K, S, D)``, rotated to where the tokens stand in this prompt.
+            values: ``(K, S, D)``.
+        """
+        self.exact = False
+        row_layer = self.layers[layer]
+        if not row_layer.is_initialized:
+            row_layer.lazy_initialization(keys[None], values[None])
+        row_layer.keys[prompt].index_copy_(1, columns, keys)
+        row_layer.values[prompt].index_copy_(1, columns, values)
+
     def load_exact(self, prompt: int, exact: ExactKV) -> None:
         """Puts a piece of an exact prefix where it belongs; the cache stays as exact as it was.
 

@@ -1,0 +1,112 @@
+"""What an answer cost, counted where the work is done."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, fields
+
+import torch
+
+
+@dataclass(frozen=True)
+class Ttft:
+    """Seconds from request to first token, split by what they were spent on.
+
+    Prompts of one batch are served together: each carries the batch's times.
+
+    Attributes:
+        lookup_s: Finding out which chunks are cached.
+        load_s: Reading, verifying and moving them.
+        encode_s: Encoding the chunks that were not cached (0 when warm).
+        relocate_s: Rotating keys to their positions and joining caches.
+        select_s: Choosing tokens to recompute.
+        recompute_s: Computing them, the links and the question.
+        first_token_s: Picking the first token.
+    """
+
+    lookup_s: float = 0.0
+    load_s: float = 0.0
+    encode_s: float = 0.0
+    relocate_s: float = 0.0
+    select_s: float = 0.0
+    recompute_s: float = 0.0
+    first_token_s: float = 0.0
+
+    @property
+    def total_s(self) -> float:
+        """All of it."""
+        return sum(getattr(self, f.name) for f in fields(self))
+
+
+@dataclass(frozen=True)
+class Account:
+    """The cost of one answer.
+
+    Attributes:
+        prompt_tokens: Tokens of prefix, chunks, links and question.
+        context_tokens: Tokens of chunks.
+        layer_tokens: Context tokens computed at answering time, per layer.
+        probed_tokens: Context tokens for which only keys were made, at a check layer.
+        bytes_read: Bytes of cached keys and values that were put into the prompt.
+        chunk_hits: Chunks found in the cache.
+        chunk_misses: Chunks that had to be encoded first.
+        answer_tokens: Tokens decoded.
+        ttft: Times to the first token.
+    """
+
+    prompt_tokens: int
+    context_tokens: int
+    layer_tokens: tuple[int, ...]
+    probed_tokens: int
+    bytes_read: int
+    chunk_hits: int
+    chunk_misses: int
+    answer_tokens: int
+    ttft: Ttft
+
+    @property
+    def recompute_ratio(self) -> float:
+        """Share of the context's layer-tokens that were computed, in [0, 1].
+
+        All layers count alike, so CacheBlend's fully computed first layer is in it.
+        """
+        whole = self.context_tokens * len(self.layer_tokens)
+        return sum(self.layer_tokens) / whole if whole else 0.0
+
+    @property
+    def ttft_s(self) -> float:
+        """Seconds from request to first token."""
+        return self.ttft.total_s
+
+
+@dataclass
+class Stopwatch:
+    """Adds up seconds by name; on CUDA it waits for the kernels it is timing."""
+
+    device: torch.device
+    seconds: dict[str, float] = field(default_factory=dict)
+    _since: float = 0.0
+
+    def start(self) -> None:
+        """Begins the next span."""
+        self._since = self._now()
+
+    def stop(self, name: str) -> None:
+        """Books the time since the last `start` or `stop` under ``name``."""
+        now = self._now()
+        self.add(name, now - self._since)
+        self._since = now
+
+    def add(self, name: str, seconds: float) -> None:
+        """Books a time measured elsewhere."""
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+
+    def move(self, source: str, target: str, seconds: float) -> None:
+        """Books ``seconds`` of ``source``, within which they were spent, under ``target``."""
+        self.add(source, -seconds)
+        self.add(target, seconds)
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()

@@ -1,0 +1,88 @@
+"""Which rows of a batch are columns of its cache, and which are computed."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from blocktune.cache import SKIP
+from blocktune.layout import GLOBAL, NO_ROW, Kind, Layout, Rows
+from blocktune.prompt import Batch
+
+
+class Computed(NamedTuple):
+    """Rows to compute, by order, padded on the left so that the last row is every prompt's last.
+
+    Attributes:
+        ids: Token ids, ``(B, R)``.
+        rows: Their facts, ``(B, R)``; padding has kind PAD. All are global: what is computed at
+            answering time sees everything before it.
+        columns: Column of each row in the cache, `SKIP` for padding, ``(B, R)``.
+    """
+
+    ids: Tensor
+    rows: Rows
+    columns: Tensor
+
+    def take(self, index: Tensor, exists: Tensor) -> Computed:
+        """The rows at ``index`` ``(B, R')``, padding where ``exists`` is False."""
+        rows = self.rows.map(lambda field: field.gather(1, index))
+        kind = rows.kind.masked_fill(~exists, Kind.PAD)
+        columns = self.columns.gather(1, index).masked_fill(~exists, SKIP)
+        return Computed(self.ids.gather(1, index), _replace(rows, kind=kind), columns)
+
+
+def computed_rows(batch: Batch, chosen: Tensor) -> Computed:
+    """Gathers the ``chosen`` rows ``(B, S)`` of a batch for computing."""
+    index, exists = left_padded(chosen, batch.layout.order)
+    rows = batch.layout.rows().map(lambda field: field.gather(1, index))
+    rows = _replace(
+        rows,
+        kind=rows.kind.masked_fill(~exists, Kind.PAD),
+        group=torch.full_like(rows.group, GLOBAL),
+    )
+    # Ghosts apart, a prompt's order counts its rows from 0: it is the column.
+    columns = rows.order.masked_fill(~exists, SKIP)
+    return Computed(batch.input_ids.gather(1, index), rows, columns)
+
+
+def column_rows(layout: Layout) -> Rows:
+    """Facts of the cache's columns, ``(B, N)``: the rows that are no ghosts, by order."""
+    stored = ~layout.is_pad & (layout.kind != Kind.GHOST)
+    count = int(stored.sum(1).max())
+    last = layout.order.max() + 1
+    index = torch.where(stored, layout.order, last).argsort(dim=1, stable=True)[:, :count]
+    rows = layout.rows().map(lambda field: field.gather(1, index))
+    exists = torch.arange(count, device=layout.device) < stored.sum(1)[:, None]
+    return _replace(rows, kind=rows.kind.masked_fill(~exists, Kind.PAD))
+
+
+def decoded_rows(last: Rows, steps: int) -> Rows:
+    """Facts of the rows that ``steps`` tokens after the prompts' ``last`` rows ``(B, 1)`` have."""
+    ahead = torch.arange(1, steps + 1, device=last.order.device)
+    return Rows(
+        kind=torch.full_like(last.kind, Kind.ANSWER).expand(-1, steps),
+        chunk=last.chunk.expand(-1, steps),
+        offset=(ahead - 1).expand(len(last.kind), -1),
+        position=last.position + ahead,
+        order=last.order + ahead,
+        group=torch.full_like(last.group, GLOBAL).expand(-1, steps),
+        sample=last.sample.expand(-1, steps),
+        supersedes=torch.full_like(last.supersedes, NO_ROW).expand(-1, steps),
+        until=last.until.expand(-1, steps),
+    )
+
+
+def left_padded(chosen: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices of the chosen rows by order, ``(B, R)``, and which of them are no padding."""
+    count = chosen.sum(1)
+    width = int(count.max())
+    index = torch.where(chosen, order, -1).argsort(dim=1, stable=True)[:, chosen.shape[1] - width :]
+    exists = torch.arange(width, device=chosen.device) >= width - count[:, None]
+    return index, exists
+
+
+def _replace(rows: Rows, **changed: Tensor) -> Rows:
+    return Rows(**{**vars(rows), **changed})

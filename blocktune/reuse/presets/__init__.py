@@ -1,0 +1,1 @@
+"""Published methods, one file each; importing a file enters it into the table."""

@@ -1,0 +1,25 @@
+"""Recompute the opening tokens of each chunk."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from blocktune.reuse.base import Method, register
+from blocktune.select import FirstK, Selection
+
+
+@register("epic")
+@dataclass(frozen=True)
+class Epic(Method):
+    """Computes the first tokens of every chunk afresh, which breaks its private attention sink.
+
+    By count (``k``, the paper) or by share of the chunk (``share``, the matched budget of the
+    study arXiv:2603.20218).
+    """
+
+    source: ClassVar[str] = "https://arxiv.org/abs/2410.15332"
+    k: int = 16
+    share: float | None = None
+
+    def selection(self) -> Selection:
+        """The first tokens of each chunk."""
+        return FirstK(k=self.k, share=self.share)

@@ -1,0 +1,25 @@
+"""Exact prefix caching: what serving engines do today."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from blocktune.prompt import LayoutSpec
+from blocktune.reuse.base import Cached, Method, register
+from blocktune.select import Everything, Selection
+
+
+@register("prefix-cache")
+@dataclass(frozen=True)
+class PrefixCache(Method):
+    """Reuses the longest prefix computed before, in the same order; exact, rarely a hit in RAG."""
+
+    source: ClassVar[str] = "https://arxiv.org/abs/2312.07104"
+    cached: ClassVar[Cached] = Cached.EXACT_PREFIX
+
+    def layout(self, trained: LayoutSpec | None) -> LayoutSpec:
+        """Full attention: only then is a prefix's state what a full prefill would make."""
+        return LayoutSpec(block=False)
+
+    def selection(self) -> Selection:
+        """Everything that the cached prefix does not hold."""
+        return Everything()
