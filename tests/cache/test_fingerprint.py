@@ -54,23 +54,22 @@ ROPE = {"rope_type": "default", "rope_theta": 20_000.0}
 SCALED = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 2.0}
 
 
-@pytest.mark.parametrize(
-    "changed",
-    [
-        lambda: {"model": toy_model(seed=1)},
-        lambda: {"model": with_one_weight_moved(toy_model())},
-        lambda: {"model": with_config(rope_parameters=ROPE)},
-        lambda: {"model": with_config(rope_parameters=SCALED)},
-        lambda: {"model": with_config(rms_norm_eps=1e-5)},
-        lambda: {"model": toy_model().to(torch.bfloat16)},
-        lambda: {"dtype": torch.bfloat16},
-        lambda: {"tokenizer": with_token("<extra>")},
-        lambda: {"tokenizer": with_template("{{ messages[0]['content'] }}")},
-        lambda: {"prompt_format": asdict(replace(PromptFormat(), system="Be brief."))},
-        lambda: {"prompt_format": asdict(replace(PromptFormat(), untitled="{text}\n"))},
-    ],
-    ids="weights weight theta scaling eps cast dtype token template system separator".split(),
-)
+CHANGES = {
+    "weights": lambda: {"model": toy_model(seed=1)},
+    "weight": lambda: {"model": with_one_weight_moved(toy_model())},
+    "theta": lambda: {"model": with_config(rope_parameters=ROPE)},
+    "scaling": lambda: {"model": with_config(rope_parameters=SCALED)},
+    "eps": lambda: {"model": with_config(rms_norm_eps=1e-5)},
+    "cast": lambda: {"model": toy_model().to(torch.bfloat16)},
+    "dtype": lambda: {"dtype": torch.bfloat16},
+    "token": lambda: {"tokenizer": with_token("<extra>")},
+    "template": lambda: {"tokenizer": with_template("{{ messages[0]['content'] }}")},
+    "system": lambda: {"prompt_format": asdict(replace(PromptFormat(), system="Be brief."))},
+    "separator": lambda: {"prompt_format": asdict(replace(PromptFormat(), untitled="{text}\n"))},
+}
+
+
+@pytest.mark.parametrize("changed", CHANGES.values(), ids=CHANGES)
 def test_every_part_changes_the_fingerprint(changed):
     assert fingerprint(**changed()) != fingerprint()
 
