@@ -14,12 +14,14 @@ class Segment(NamedTuple):
 
     Attributes:
         query: The seeing rows.
-        key: The rows they may see; the same list in a causal segment.
+        key: The rows they may see.
+        own: Whether the keys are the query rows themselves.
         causal: Whether each row sees exactly the segment's rows up to itself.
     """
 
     query: list[int]
     key: list[int]
+    own: bool
     causal: bool
 
 
@@ -49,8 +51,8 @@ def find_segments(layout: Layout) -> list[Segment]:
         if lead:
             segments.append(_own(lead))
         if tail:
-            keys = [row.index for row in rows if not row.ghost]
-            segments.append(Segment([row.index for row in tail], keys or _index(tail), False))
+            keys = _index([row for row in rows if not row.ghost])
+            segments.append(Segment(_index(tail), keys or _index(tail), own=False, causal=False))
     return segments
 
 
@@ -85,7 +87,8 @@ def _rows_by_sample(layout: Layout) -> dict[tuple[int, int], list[_Row]]:
 def _own(rows: list[_Row]) -> Segment:
     """Rows that see none but themselves; causal unless some end early or share an order."""
     in_order = all(a.order < b.order for a, b in pairwise(rows))
-    return Segment(_index(rows), _index(rows), in_order and not any(row.ends for row in rows))
+    causal = in_order and not any(row.ends for row in rows)
+    return Segment(_index(rows), _index(rows), own=True, causal=causal)
 
 
 def _index(rows: list[_Row]) -> list[int]:

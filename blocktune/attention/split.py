@@ -9,12 +9,14 @@ memory grow with N x chunk length + global rows x N, never with N x N.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from blocktune.attention.kernels import Knobs, causal_attention, check_rows
+from blocktune.attention.rowmap import RowMap
 from blocktune.attention.rows import RowBand
 from blocktune.attention.segments import Segment, find_segments
 from blocktune.layout import LayerRule, Layout
@@ -22,14 +24,29 @@ from blocktune.layout import LayerRule, Layout
 
 @dataclass(frozen=True)
 class _Bucket:
-    """Segments of similar length, stacked; row indices are into the flattened ``B * S`` rows."""
+    """Segments of similar length, stacked; indices are into the flattened ``B * S`` rows.
 
-    query: Tensor  # (G, R), padded on the right by repeating row 0 of the segment
-    keep: Tensor  # (kept,) which of the G * R rows are real
-    rows: Tensor  # (kept,) the rows that they are
+    Lists are padded on the right with -1. Padding is never seen by a real row and its output is
+    dropped, so zeros do and no gradient reaches them.
+    """
+
+    query: Tensor  # (G, R)
+    key: Tensor  # (G, N)
     causal: bool
-    key: Tensor  # (G, N); the same tensor as query in causal segments
+    own: bool  # whether the keys are the query rows
     band: RowBand
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, rule: LayerRule, knobs: Knobs
+    ) -> Tensor:
+        """From stacked rows ``(G * R, heads, D)`` and ``(G * N, heads, D)`` to the former."""
+        query = query.unflatten(0, self.query.shape).transpose(1, 2)
+        key, value = (x.unflatten(0, self.key.shape).transpose(1, 2) for x in (key, value))
+        if self.causal and (rule.window is None or rule.window >= self.query.shape[1]):
+            out = causal_attention(query, key, value, knobs)
+        else:
+            out = self.band.attend(query, key, value, rule, knobs)
+        return out.transpose(1, 2).flatten(0, 1)
 
 
 class SplitPlan:
@@ -40,13 +57,13 @@ class SplitPlan:
         self.shape = layout.kind.shape
         self._layered = layout.is_layered
         segments = find_segments(layout.to("cpu"))
-        self._buckets = [_stack(bucket, layout) for bucket in _by_length(segments)]
-        total = layout.kind.numel()
-        rows = torch.cat([bucket.rows for bucket in self._buckets])
-        # Rows of no segment (padding) read the zero row that is appended after the others.
-        restore = torch.full((total,), len(rows), device=layout.device)
-        restore[rows] = torch.arange(len(rows), device=layout.device)
-        self._restore = restore
+        buckets = [_stack(bucket, layout) for bucket in _by_length(segments)]
+        self._own = [bucket for bucket in buckets if bucket.own]
+        self._wide = [bucket for bucket in buckets if not bucket.own]
+        # Each row is the query of one segment, and a key in its own segment and in one wide one.
+        self._queries = _row_map([b.query for b in self._own + self._wide], layout)
+        self._own_keys = _row_map([b.key for b in self._own], layout)
+        self._wide_keys = _row_map([b.key for b in self._wide], layout)
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, rule: LayerRule, knobs: Knobs
@@ -55,37 +72,36 @@ class SplitPlan:
         check_rows(self.shape, query, key)
         if not self._layered:
             rule = LayerRule(window=rule.window)  # one mask serves all layers
-        flat = [tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value)]
-        outs = [_attend_bucket(bucket, *flat, rule, knobs) for bucket in self._buckets]
-        outs.append(outs[0].new_zeros(1, *outs[0].shape[1:]))
-        return torch.cat(outs).index_select(0, self._restore).unflatten(0, self.shape)
+        q, k, v = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
+        buckets = self._own + self._wide
+        queries = self._queries(q).split([bucket.query.numel() for bucket in buckets])
+        keys, values = (self._stacked_keys(tensor) for tensor in (k, v))
+        outs = [
+            bucket.attend(*rows, rule, knobs)
+            for bucket, *rows in zip(buckets, queries, keys, values, strict=True)
+        ]
+        return self._queries.back(torch.cat(outs)).unflatten(0, self.shape)
+
+    def _stacked_keys(self, rows: Tensor) -> list[Tensor]:
+        """The keys or values ``(B * S, K, D)`` of each bucket."""
+        own = self._own_keys(rows).split([bucket.key.numel() for bucket in self._own])
+        wide = self._wide_keys(rows).split([bucket.key.numel() for bucket in self._wide])
+        return [*own, *wide]
 
 
-def _attend_bucket(
-    bucket: _Bucket, query: Tensor, key: Tensor, value: Tensor, rule: LayerRule, knobs: Knobs
-) -> Tensor:
-    """Attends one bucket: flattened rows ``(B * S, heads, D)`` to ``(kept, H, D)``."""
-
-    def take(tensor: Tensor, index: Tensor) -> Tensor:
-        picked = tensor.index_select(0, index.flatten()).unflatten(0, index.shape)
-        return picked.transpose(1, 2)
-
-    q, k, v = take(query, bucket.query), take(key, bucket.key), take(value, bucket.key)
-    if bucket.causal and (rule.window is None or rule.window >= bucket.query.shape[1]):
-        out = causal_attention(q, k, v, knobs)
-    else:
-        out = bucket.band.attend(q, k, v, rule, knobs)
-    return out.transpose(1, 2).flatten(0, 1).index_select(0, bucket.keep)
+def _row_map(index: Iterable[Tensor], layout: Layout) -> RowMap:
+    none = torch.empty(0, dtype=torch.int64, device=layout.device)
+    return RowMap(torch.cat([none, *(part.flatten() for part in index)]), layout.kind.numel())
 
 
 def _by_length(segments: list[Segment], slack: float = 1.25) -> list[list[Segment]]:
     """Groups segments so that padding wastes at most a quarter of any bucket's rows."""
     buckets: list[list[Segment]] = []
-    for segment in sorted(segments, key=lambda s: (s.causal, len(s.key), len(s.query))):
+    for segment in sorted(segments, key=lambda s: (*_sort(s), len(s.key), len(s.query))):
         first = buckets[-1][0] if buckets else None
         if (
             first is not None
-            and first.causal == segment.causal
+            and _sort(first) == _sort(segment)
             and len(segment.key) <= slack * len(first.key)
             and len(segment.query) <= slack * len(first.query)
         ):
@@ -95,33 +111,25 @@ def _by_length(segments: list[Segment], slack: float = 1.25) -> list[list[Segmen
     return buckets
 
 
+def _sort(segment: Segment) -> tuple[bool, bool]:
+    return segment.own, segment.causal
+
+
 def _stack(segments: list[Segment], layout: Layout) -> _Bucket:
-    device = layout.device
-    query, real_query = _pad([segment.query for segment in segments])
-    key, real_key = _pad([segment.key for segment in segments])
+    query = _pad([segment.query for segment in segments]).to(layout.device)
+    key = _pad([segment.key for segment in segments]).to(layout.device)
     flat = layout.rows().map(lambda field: field.flatten())
-    query, key, real_query, real_key = (x.to(device) for x in (query, key, real_query, real_key))
     band = RowBand(
         query=flat.map(lambda field: field[query]),
         key=flat.map(lambda field: field[key]),
         superseded_until=layout.superseded_until.flatten()[key],
-        query_exists=real_query,
-        key_exists=real_key,
+        query_exists=query >= 0,
+        key_exists=key >= 0,
     )
-    keep = real_query.flatten().nonzero().squeeze(1)
-    return _Bucket(
-        query=query,
-        keep=keep,
-        rows=query.flatten()[keep],
-        causal=segments[0].causal,
-        key=key,
-        band=band,
-    )
+    return _Bucket(query, key, segments[0].causal, segments[0].own, band)
 
 
-def _pad(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Right-pads index lists: indices ``(G, M)`` and which of them are real, ``(G, M)``."""
+def _pad(rows: list[list[int]]) -> Tensor:
+    """Right-pads index lists with -1, ``(G, M)``."""
     length = max(len(row) for row in rows)
-    index = torch.tensor([row + [row[0]] * (length - len(row)) for row in rows])
-    real = torch.tensor([[True] * len(row) + [False] * (length - len(row)) for row in rows])
-    return index, real
+    return torch.tensor([row + [-1] * (length - len(row)) for row in rows])

@@ -1,0 +1,59 @@
+"""Rows moved to other places and back, each at most once."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+class RowMap:
+    """Where each target row comes from; a source row goes to one place at most.
+
+    That makes the gradient a gather as well. Autograd's own gradient of ``index_select`` has to
+    add, because it cannot know this, and took longer than attention itself.
+    """
+
+    def __init__(self, source: Tensor, num_sources: int):
+        """Prepares the map.
+
+        Args:
+            source: Of each target row its source row, or a negative number for a row of zeros;
+                int64 ``(T,)``.
+            num_sources: Number of source rows.
+        """
+        self._source = source
+        self._num_sources = num_sources
+        self._index = source.clamp(min=0)
+        self._blank = (source < 0).nonzero().squeeze(1)
+        there = torch.arange(len(source), device=source.device)
+        self._is_identity = len(source) == num_sources and torch.equal(source, there)
+
+    @cached_property
+    def back(self) -> RowMap:
+        """The way back: zeros for the source rows that went nowhere."""
+        real = (self._source >= 0).nonzero().squeeze(1)
+        source = torch.full((self._num_sources,), -1, device=self._source.device)
+        source[self._source[real]] = real
+        return RowMap(source, len(self._source))
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Moves ``rows`` ``(sources, ...)`` to ``(T, ...)``, differentiably."""
+        return rows if self._is_identity else _Move.apply(rows, self)
+
+    def move(self, rows: Tensor) -> Tensor:
+        """The same without a gradient."""
+        moved = rows.index_select(0, self._index)
+        return moved.index_fill_(0, self._blank, 0) if len(self._blank) else moved
+
+
+class _Move(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows: Tensor, row_map: RowMap) -> Tensor:
+        ctx.row_map = row_map
+        return row_map.move(rows)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.row_map.back.move(grad), None
