@@ -47,9 +47,8 @@ def resampled_means(
     means = np.empty((values.shape[0], num_resamples))
     for start in range(0, num_resamples, _BLOCK):
         stop = min(start + _BLOCK, num_resamples)
-        drawn = rng.integers(values.shape[1], size=(stop - start, values.shape[1]))
-        means[:, start:stop] = values[:, drawn].mean(axis=-1)
-    return means
+        means[:, start:stop] = values @ _draw(rng, stop - start, values.shape[1]).T
+    return means / values.shape[1]
 
 
 def mean_interval(
@@ -153,6 +152,12 @@ def mcnemar_exact(correct: ArrayLike, baseline: ArrayLike) -> float:
         return 1.0
     tail = sum(comb(wins + losses, k) for k in range(min(wins, losses) + 1))
     return min(1.0, 2 * tail / 2 ** (wins + losses))
+
+
+def _draw(rng: np.random.Generator, num_draws: int, n: int) -> NDArray[np.float64]:
+    """How often each of ``n`` questions is drawn in each draw of ``n``, ``(num_draws, n)``."""
+    picked = rng.integers(n, size=(num_draws, n)) + n * np.arange(num_draws)[:, None]
+    return np.bincount(picked.ravel(), minlength=num_draws * n).reshape(num_draws, n).astype(float)
 
 
 def _percentiles(values: NDArray[np.float64], confidence: float) -> tuple[float, float]:

@@ -1,0 +1,82 @@
+"""What a result needs to be believed and repeated: command, commit, versions, hardware, seed."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "tokenizers", "numpy")
+
+
+def provenance(seed: int, command: list[str] | None = None) -> dict[str, Any]:
+    """Describes this process; machine paths are left out, so that results can be published.
+
+    Args:
+        seed: Recorded as it is.
+        command: What the user typed; by default ``sys.argv`` with the bare program name.
+    """
+    typed = [Path(sys.argv[0]).name, *sys.argv[1:]] if command is None else command
+    return {
+        "command": shlex.join(typed),
+        "commit": commit(),
+        "versions": versions(),
+        "hardware": hardware(),
+        "seed": seed,
+    }
+
+
+def commit() -> str | None:
+    """The checkout's commit, with ``+changes`` if tracked files differ; None if there is none."""
+    head = _git("rev-parse", "HEAD")
+    if head is None:
+        return None
+    return head + ("+changes" if _git("status", "--porcelain", "--untracked-files=no") else "")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, blocktune and the packages that decide numbers."""
+    import blocktune
+
+    found = {"python": platform.python_version(), "blocktune": blocktune.__version__}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, cores this process may use, threads torch uses, and GPUs."""
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "processor": _processor(),
+        "cores": len(cores),
+        "torch_threads": torch.get_num_threads(),
+        "gpus": gpus,
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _git(*arguments: str) -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

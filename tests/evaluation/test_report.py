@@ -1,0 +1,104 @@
+"""Results, table and picture: the same numbers, and nothing lost at the terminal's edge."""
+
+import json
+
+import pytest
+from evaluation.fake_results import KINDS, METHODS, fake_results, fake_rows, fake_suite
+from matplotlib.image import imread
+from rich.console import Console
+
+from blocktune.evaluation.figures import draw_results
+from blocktune.evaluation.results import build_results
+from blocktune.evaluation.table import results_table
+
+SCHEMA = {
+    "em",
+    "f1",
+    "substring_em",
+    "adjusted_f1",
+    "ci95",
+    "n",
+    "n_kept",
+    "recompute_ratio",
+}
+
+
+def test_results_hold_the_promised_schema():
+    results = json.loads(json.dumps(fake_results(), allow_nan=False))
+    assert list(results["methods"]) == list(METHODS)
+    assert results["provenance"] == {"command": "test", "seed": 0, "ci95_of": "em"}
+    for summary in results["methods"].values():
+        assert summary.keys() >= SCHEMA | {"ttft_s", "tasks"}
+        assert list(summary["tasks"]) == list(KINDS)
+        assert all(task.keys() >= SCHEMA for task in summary["tasks"].values())
+
+
+def test_summaries_are_worked_by_hand():
+    methods = fake_results()["methods"]
+    naive, kvlink = methods["naive"], methods["kvlink"]
+    assert naive["em"] == (0.94 + 0.52 + 0.44 + 0.60) / 4
+    assert naive["n"] == 400
+    assert naive["n_kept"] == 97 + 93 + 81 + 78
+    assert naive["adjusted_f1"] == pytest.approx(250 / 349)  # naive is right on a subset of full's
+    assert naive["gap_recovered"] == 0
+    assert kvlink["gap_recovered"] == pytest.approx((344 - 250) / (349 - 250))
+    assert kvlink["ttft_over_full_prefill"] == pytest.approx(0.3)
+    assert naive["tasks"]["2-hop"]["em"] == pytest.approx(0.44)
+    low, high = naive["tasks"]["2-hop"]["ci95"]
+    assert low < 0.44 < high
+    assert methods["full-prefill"]["p_against_full_prefill"] == 1
+    assert kvlink["p_against_full_prefill"] == pytest.approx(2 / 2**5)  # five losses, no win
+
+
+def test_without_baselines_what_needs_them_is_null():
+    suite = fake_suite()
+    tuned = [spec for spec in suite.methods if spec.label in ("kvlink", "block-attention")]
+    object.__setattr__(suite, "methods", tuple(tuned))
+    results = build_results(suite, fake_rows(), {}, {})
+    summary = results["methods"]["kvlink"]
+    assert summary["adjusted_f1"] is summary["n_kept"] is summary["ttft_s"] is None
+    assert "gap_recovered" not in summary
+    Console(width=100, file=open("/dev/null", "w")).print(results_table(results))  # noqa: SIM115
+
+
+def test_several_tasks_name_their_kinds():
+    suite = fake_suite()
+    tasks = (suite.tasks[0], suite.tasks[0].__class__("plain", "x", by_kind=False))
+    object.__setattr__(suite, "tasks", tasks)
+    rows = fake_rows()
+    for own in rows.values():
+        for row in own[:100]:
+            object.__setattr__(row, "task", "plain")
+    tasks = build_results(suite, rows, {}, {})["methods"]["naive"]["tasks"]
+    assert list(tasks) == ["plain", "worlds/cross-chunk", "worlds/2-hop", "worlds/comparison"]
+
+
+def test_the_table_fits_100_columns_and_shows_every_number():
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(results_table(fake_results()))
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= 100
+    assert "…" not in text
+    rows = {line.split()[0]: line.split() for line in text.splitlines() if line.strip()}
+    numbers = " ".join(rows["kvlink"][1:])
+    assert numbers == "97.0 ±3 92.0 ±5 79.0 ±8 76.0 ±8 98.6 0% 12.0 0.30x 95 %"
+    assert set(METHODS) <= rows.keys()
+
+
+@pytest.mark.parametrize("timed", [True, False])
+def test_the_picture_is_drawn_with_and_without_times(tmp_path, timed):
+    results = json.loads(json.dumps(fake_results()))
+    if not timed:
+        for summary in results["methods"].values():
+            summary["ttft_over_full_prefill"] = None
+    path = draw_results(results, tmp_path / "sub" / "figure.png")
+    picture = imread(path)
+    assert picture.shape[0] > 500
+    assert picture.shape[1] > 1200
+    assert [p.name for p in path.parent.iterdir()] == ["figure.png"]
+
+
+def test_a_picture_that_fails_leaves_nothing(tmp_path):
+    with pytest.raises(KeyError):
+        draw_results({"methods": {"naive": {"tasks": {"2-hop": {}}}}}, tmp_path / "figure.png")
+    assert list(tmp_path.iterdir()) == []

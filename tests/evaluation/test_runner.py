@@ -1,0 +1,146 @@
+"""A suite runs whole, goes on where it was stopped, and refuses before it starts."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_tokenizer import build_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from blocktune.data import load_examples, write_jsonl
+from blocktune.engine import Engine
+from blocktune.evaluation.runner import run_suite
+from blocktune.evaluation.suite import parse_suite
+
+METHODS = ["full-prefill", "no-context", "naive", {"name": "epic", "params": {"k": 2}}]
+SOURCE = "worlds:test?seed=1&n=7&passages=2&kinds=self-contained,cross-chunk"
+
+
+class CountingEngine(Engine):
+    """Counts the questions it answers, and can be stopped after some."""
+
+    answered = 0
+    stop_after = 10**9
+
+    def answer(self, examples, method="naive", **kwargs):
+        if self.answered >= self.stop_after:
+            raise KeyboardInterrupt
+        self.answered += len(examples)
+        return super().answer(examples, method, **kwargs)
+
+
+def make_engine() -> CountingEngine:
+    tokenizer = build_tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=2048,
+    )
+    return CountingEngine(LlamaForCausalLM(config), tokenizer)
+
+
+def make_suite(**changes):
+    tasks = [{"name": "worlds", "source": SOURCE, "max_new_tokens": 4}]
+    record = {"model": "random", "methods": METHODS, "tasks": tasks, "batch_size": 3}
+    return parse_suite(record | {"ttft": {"num": 2}} | changes)
+
+
+def run(output, engine, **changes):
+    return run_suite(make_suite(**changes), output, command=["test"], load=lambda *_: engine)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    output = tmp_path_factory.mktemp("whole")
+    return output, run(output, make_engine())
+
+
+def test_a_run_writes_a_row_per_question_and_method(whole):
+    output, results = whole
+    assert json.loads((output / "results.json").read_text()) == results
+    assert sorted(p.stem for p in (output / "rows").iterdir()) == sorted(results["methods"])
+    examples = load_examples(SOURCE)
+    for path in (output / "rows").iterdir():
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        assert [(row["id"], row["kind"]) for row in rows] == [(e.id, e.kind) for e in examples]
+        assert all(row["account"]["layer_tokens"] for row in rows)
+
+
+def test_a_run_measures_cost_and_time(whole):
+    methods = whole[1]["methods"]
+    assert methods["full-prefill"]["recompute_ratio"] == 1
+    assert methods["naive"]["recompute_ratio"] == methods["no-context"]["recompute_ratio"] == 0
+    assert 0 < methods["epic"]["recompute_ratio"] < 0.2
+    assert methods["full-prefill"]["ttft_over_full_prefill"] == 1
+    assert all(m["ttft_s"] > 0 and m["ttft_n"] == 2 and m["n"] == 7 for m in methods.values())
+    assert set(methods["naive"]["tasks"]) == {"self-contained", "cross-chunk"}
+    assert whole[1]["provenance"].keys() >= {"command", "commit", "versions", "hardware", "seed"}
+
+
+def test_a_stopped_run_goes_on_and_ends_the_same(whole, tmp_path):
+    stopped = make_engine()
+    stopped.stop_after = 10  # in the second batch of the second method
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, stopped)
+    assert not (tmp_path / "results.json").exists()
+    half_line = '{"key": "0123", "ta'
+    with (tmp_path / "rows" / "no-context.jsonl").open("a") as out:
+        out.write(half_line)
+    resumed = make_engine()
+    results = run(tmp_path, resumed)
+    assert resumed.answered == 4 * 7 - stopped.answered + 2 * 2 * 4  # the rest, and the timing
+    for path in (whole[0] / "rows").iterdir():
+        assert (tmp_path / "rows" / path.name).read_text() == path.read_text()
+    assert _scores(results) == _scores(whole[1])
+
+
+def test_a_finished_run_computes_nothing_again(whole, tmp_path):
+    first = run(tmp_path, make_engine())
+    again = make_engine()
+    assert run(tmp_path, again) == first
+    assert again.answered == 0
+
+
+def test_other_decoding_is_another_run(tmp_path):
+    run(tmp_path, make_engine(), methods=["naive"], ttft={"num": 0})
+    engine = make_engine()
+    tasks = [{"name": "worlds", "source": SOURCE, "max_new_tokens": 5}]
+    run(tmp_path, engine, methods=["naive"], tasks=tasks, ttft={"num": 0})
+    assert engine.answered == 7
+    assert len((tmp_path / "rows" / "naive.jsonl").read_text().splitlines()) == 7
+
+
+@pytest.mark.parametrize(
+    ("methods", "message"),
+    [
+        (["naive", "telepathy"], "unknown reuse method 'telepathy'; available: "),
+        ([{"name": "epic", "params": {"kk": 3}}], "'epic' takes k, share, got unknown kk"),
+        (["kvlink"], "'kvlink' needs an adapter trained with link tokens, got none"),
+    ],
+)
+def test_a_method_that_cannot_run_is_refused_before_anything_is_written(tmp_path, methods, message):
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "out", make_engine(), methods=methods)
+    assert not (tmp_path / "out").exists()
+
+
+def test_questions_without_answers_are_refused(tmp_path):
+    [example, *_] = load_examples(SOURCE)
+    write_jsonl(tmp_path / "q.jsonl", [example, replace(example, answers=())])
+    tasks = [{"name": "mine", "source": str(tmp_path / "q.jsonl")}]
+    with pytest.raises(ValueError, match=r"question 2 has no answer to score with"):
+        run(tmp_path / "out", make_engine(), tasks=tasks)
+
+
+def _scores(results):
+    timed = ("ttft_s", "ttft_s_quartiles", "ttft_over_full_prefill")
+    return [
+        {key: value for key, value in summary.items() if key not in timed}
+        for summary in results["methods"].values()
+    ]
