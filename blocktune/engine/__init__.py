@@ -2,8 +2,10 @@
 
 from blocktune.engine.account import Account, Ttft
 from blocktune.engine.decode import Sampling
-from blocktune.engine.engine import Answer, EncodeReport, Engine
+from blocktune.engine.engine import EncodeReport, Engine
 from blocktune.engine.load import Loaded, load_model
+from blocktune.engine.prompts import Request
+from blocktune.engine.run import Answer
 
 __all__ = [
     "Account",
@@ -11,6 +13,7 @@ __all__ = [
     "EncodeReport",
     "Engine",
     "Loaded",
+    "Request",
     "Sampling",
     "Ttft",
     "load_model",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,47 +13,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blocktune.adapter import AdapterInfo
 from blocktune.attention import attach
-from blocktune.cache import ChunkStore, PrefixTree, RowCache, cut_exact, model_fingerprint
-from blocktune.data.example import RagExample
-from blocktune.engine.account import Account, Stopwatch, Ttft
-from blocktune.engine.assemble import Assembled, from_chunks, from_prefix
-from blocktune.engine.decode import Sampling, decode
-from blocktune.engine.encode import Encoder, Piece
+from blocktune.cache import ChunkStore, PrefixTree, model_fingerprint
+from blocktune.engine.account import Stopwatch
+from blocktune.engine.decode import Sampling
+from blocktune.engine.encode import Encoder
 from blocktune.engine.load import load_model
-from blocktune.engine.prefill import Prefill, prefill
-from blocktune.engine.rows import column_rows, computed_rows
-from blocktune.layout import Rows
+from blocktune.engine.prompts import PromptMaker, Request
+from blocktune.engine.run import Answer, Server
 from blocktune.positions import RopeSpec
-from blocktune.prompt import (
-    Batch,
-    Chunk,
-    LayoutSpec,
-    Pieces,
-    Prompt,
-    PromptFormat,
-    chunk_ids,
-    end_of_turn,
-    lay_out,
-    make_pieces,
-    prefix_ids,
-    stack,
-)
-from blocktune.reuse import Cached, Method, build
-
-
-@dataclass(frozen=True)
-class Answer:
-    """An answer and what it cost.
-
-    Attributes:
-        text: Decoded, without the end of turn.
-        token_ids: As generated, the end of turn included.
-        account: The cost.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    account: Account
+from blocktune.prompt import Chunk, Pieces, Prompt, PromptFormat
+from blocktune.reuse import Method, build
 
 
 class EncodeReport(NamedTuple):
@@ -63,19 +32,6 @@ class EncodeReport(NamedTuple):
     num_encoded: int
     num_tokens: int
     encode_s: float
-
-
-@dataclass
-class _Run:
-    """One batch after its prefill."""
-
-    prefill: Prefill
-    assembled: Assembled
-    cache: RowCache
-    columns: Rows
-    last: Rows
-    batch: Batch
-    watch: Stopwatch
 
 
 class Engine:
@@ -114,7 +70,7 @@ class Engine:
             ValueError: If the model cannot be served from moved chunk caches, or ``format``
                 differs from what the adapter was trained with.
         """
-        self.rope = RopeSpec.from_model(model)
+        rope = RopeSpec.from_model(model)
         attach(model)
         self.model, self.tokenizer = model.eval(), tokenizer
         self.adapter = adapter
@@ -125,14 +81,25 @@ class Engine:
                 f"{self.format}; leave the format out to use the adapter's"
             )
         self.store = store or ChunkStore(device=model.device)
-        self.prefix_tree = prefix_tree or PrefixTree()
         words = dataclasses.asdict(self.format)
         self.fingerprint = model_fingerprint(model, adapter_folder, tokenizer, words)
-        self._pad_id = _pad_id(tokenizer)
-        self._encoder = Encoder(model, self.store, self.fingerprint, self._pad_id)
-        self._link_base = adapter.link_base(model, tokenizer) if adapter else None
+        pad_id = _pad_id(tokenizer)
+        self._server = Server(
+            model,
+            tokenizer,
+            Encoder(model, self.store, self.fingerprint, pad_id),
+            prefix_tree or PrefixTree(),
+            rope,
+            pad_id,
+        )
         config = model.config.get_text_config()
-        self.num_layers, self.max_tokens = config.num_hidden_layers, config.max_position_embeddings
+        self.prompts = PromptMaker(
+            tokenizer,
+            self.format,
+            trained=adapter.layout if adapter else None,
+            link_base=adapter.link_base(model, tokenizer) if adapter else None,
+            max_tokens=config.max_position_embeddings,
+        )
 
     @classmethod
     def from_pretrained(
@@ -175,22 +142,15 @@ class Engine:
     def encode(self, chunks: Sequence[Chunk]) -> EncodeReport:
         """Encodes chunks (and the prefix of all prompts) into the store ahead of any request."""
         watch = Stopwatch(self.model.device)
-        spec = self.adapter.layout if self.adapter else LayoutSpec()
-        prefix = prefix_ids(self.tokenizer, self.format)
-        ghosts = self._ghosts(spec, prefix)
-        pieces = [Piece(prefix)] if prefix else []
-        for chunk in chunks:
-            ids = chunk_ids(self.tokenizer, self.format, chunk)
-            self._require_length(len(ids), f"chunk {chunk.title or chunk.text!r:.40}")
-            pieces.append(Piece(ids, ghosts))
-        found = self._encoder.find(pieces, watch)
-        new = [piece for piece in found.misses if piece.ids != prefix]
+        prefix, pieces = self.prompts.encodable(chunks)
+        found = self._server.encoder.find([*([prefix] if prefix else []), *pieces], watch)
+        new = [piece for piece in found.misses if piece != prefix]
         tokens = sum(len(piece.ids) for piece in new)
         return EncodeReport(len(chunks), len(new), tokens, watch.seconds["encode_s"])
 
     def answer(
         self,
-        examples: Sequence[RagExample],
+        examples: Sequence[Request],
         method: str | Method = "naive",
         *,
         max_new_tokens: int = 32,
@@ -214,22 +174,22 @@ class Engine:
                 does not fit the model's context.
         """
         method = build(method) if isinstance(method, str) else method
-        spec = method.layout(self.adapter.layout if self.adapter else None)
-        pieces = [self.pieces(example, method) for example in examples]
-        prompts = [self._lay_out(piece, spec, max_new_tokens) for piece in pieces]
+        pieces, prompts = self._read(examples, method, max_new_tokens)
         order = sorted(range(len(examples)), key=lambda index: len(prompts[index].ids))
         answers: list[Answer | None] = [None] * len(examples)
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            run = self._prefill([prompts[i] for i in batch], [pieces[i] for i in batch], method)
-            tokens = list(self._decode(run, sampling or Sampling(), max_new_tokens))
-            for index, answer in zip(batch, self._finish(run, tokens), strict=True):
+            run = self._server.start(
+                [prompts[i] for i in batch], [pieces[i] for i in batch], method
+            )
+            made = run.answers(sampling or Sampling(), max_new_tokens)
+            for index, answer in zip(batch, made, strict=True):
                 answers[index] = answer
         return answers
 
     def stream(
         self,
-        example: RagExample,
+        example: Request,
         method: str | Method = "naive",
         *,
         max_new_tokens: int = 32,
@@ -237,142 +197,50 @@ class Engine:
     ) -> Iterator[str]:
         """Yields an answer's text as it is made; the pieces join to `answer`'s text."""
         method = build(method) if isinstance(method, str) else method
-        spec = method.layout(self.adapter.layout if self.adapter else None)
-        pieces = self.pieces(example, method)
-        run = self._prefill([self._lay_out(pieces, spec, max_new_tokens)], [pieces], method)
+        pieces, prompts = self._read([example], method, max_new_tokens)
+        run = self._server.start(prompts, pieces, method)
         ids: list[int] = []
         shown = ""
-        for token in self._decode(run, sampling or Sampling(), max_new_tokens):
+        for token in run.tokens(sampling or Sampling(), max_new_tokens):
             ids.append(int(token))
-            text = self._text(ids)
+            text = self._server.text(ids)
             # A character may need several tokens; until then its bytes do not decode.
             if not text.endswith("\ufffd"):
                 yield text[len(shown) :]
                 shown = text
-        if tail := self._text(ids)[len(shown) :]:
+        if tail := self._server.text(ids)[len(shown) :]:
             yield tail
 
-    def next_logits(
-        self, examples: Sequence[RagExample], method: str | Method = "naive"
-    ) -> torch.Tensor:
+    def next_logits(self, examples: Sequence[Request], method: str | Method) -> torch.Tensor:
         """Logits of the first answer token, ``(B, V)``: what equivalence is checked on."""
         method = build(method) if isinstance(method, str) else method
-        spec = method.layout(self.adapter.layout if self.adapter else None)
-        pieces = [self.pieces(example, method) for example in examples]
-        prompts = [self._lay_out(piece, spec, 1) for piece in pieces]
-        return self._prefill(prompts, pieces, method).prefill.logits
+        pieces, prompts = self._read(examples, method)
+        return self._server.start(prompts, pieces, method).prefill.logits
 
-    def pieces(self, example: RagExample, method: Method) -> Pieces:
-        """Token pieces of an example as ``method`` reads it."""
-        pieces = make_pieces(self.tokenizer, self.format, example.chunks, example.question)
-        return pieces if method.keeps_context else pieces._replace(chunks=())
+    def continued_logits(
+        self, example: Request, method: str | Method, num_tokens: int
+    ) -> tuple[tuple[int, ...], torch.Tensor]:
+        """Decodes ``num_tokens`` greedily; their ids, and the logits ``(1, V)`` after them."""
+        method = build(method) if isinstance(method, str) else method
+        pieces, prompts = self._read([example], method, num_tokens + 1)
+        run = self._server.start(prompts, pieces, method)
+        return run.continued(num_tokens)
 
-    def _lay_out(self, pieces: Pieces, spec: LayoutSpec, max_new_tokens: int) -> Prompt:
-        ghost_id = self._blank() if spec.num_ghosts else None
-        prompt = lay_out(pieces, spec, self._link_base, ghost_id)
-        self._require_length(
-            len(prompt.ids) + max_new_tokens, f"a prompt of {len(pieces.chunks)} chunks"
-        )
-        return prompt
+    @contextmanager
+    def stock_attention(self) -> Iterator[PreTrainedModel]:
+        """The model with its own attention, for comparing; blocktune's again after the block."""
+        self.model.set_attn_implementation("sdpa")
+        try:
+            yield self.model
+        finally:
+            attach(self.model)
 
-    def _require_length(self, tokens: int, what: str) -> None:
-        if tokens > self.max_tokens:
-            raise ValueError(
-                f"{what} needs {tokens} tokens, the model's context holds {self.max_tokens}; "
-                "cut the chunks smaller or retrieve fewer"
-            )
-
-    def _ghosts(self, spec: LayoutSpec, prefix: tuple[int, ...]) -> tuple[int, ...]:
-        return prefix if spec.shared_prefix else (self._blank(),) * spec.num_ghosts
-
-    def _blank(self) -> int:
-        return self.tokenizer(" ", add_special_tokens=False)["input_ids"][0]
-
-    @torch.no_grad()
-    def _prefill(self, prompts: list[Prompt], pieces: list[Pieces], method: Method) -> _Run:
-        watch = Stopwatch(self.model.device)
-        batch = stack(prompts, self._pad_id).to(self.model.device)
-        columns = column_rows(batch.layout)
-        shape = (self.num_layers, *columns.kind.shape)
-        exact = method.cached is not Cached.CHUNKS
-        cache = RowCache(*shape, spare=64, exact=exact)
-        assembled = self._assemble(method, batch, pieces, cache, watch)
-        layout, selection = batch.layout, method.selection()
-        watch.start()
-        fresh = selection.start(layout) & layout.is_context
-        # Whatever sees everything is computed, unless an exact cache holds it.
-        compute = (layout.is_global & ~layout.is_context) | fresh
-        compute &= (
-            ~assembled.cached | fresh if method.cached is Cached.CHUNKS else ~assembled.cached
-        )
-        watch.stop("select_s")
-        computed = computed_rows(batch, compute)
-        result = prefill(self.model, computed, columns, cache, selection, layout.is_context.sum(1))
-        watch.stop("recompute_s")
-        watch.move("recompute_s", "select_s", result.select_s)
-        if method.cached is Cached.EXACT_PREFIX:
-            self._remember(cache, pieces)
-        last = computed.rows.map(lambda field: field[:, -1:])
-        return _Run(result, assembled, cache, columns, last, batch, watch)
-
-    def _assemble(self, method: Method, batch, pieces, cache, watch) -> Assembled:
-        if method.cached is Cached.CHUNKS:
-            return from_chunks(batch, pieces, cache, self._encoder, self.rope, watch)
-        if method.cached is Cached.EXACT_PREFIX:
-            return from_prefix(batch, pieces, cache, self.prefix_tree, self.fingerprint, watch)
-        return Assembled.empty(batch)
-
-    def _remember(self, cache: RowCache, pieces: list[Pieces]) -> None:
-        for index, prompt in enumerate(pieces):
-            path = [prompt.prefix, *prompt.chunks]
-            self.prefix_tree.insert(cut_exact(cache, index, path, self.fingerprint))
-
-    def _decode(self, run: _Run, sampling: Sampling, max_new_tokens: int):
-        stops = frozenset({end_of_turn(self.tokenizer)[-1], *self._eos()})
-        steps = decode(
-            self.model,
-            run.cache,
-            run.columns,
-            run.last,
-            run.prefill.logits,
-            sampling,
-            max_new_tokens,
-            stops,
-        )
-        run.watch.start()
-        first = next(steps)
-        run.watch.stop("first_token_s")
-        yield first
-        yield from steps
-
-    def _eos(self) -> set[int]:
-        eos = self.model.generation_config.eos_token_id
-        ids = eos if isinstance(eos, list) else [eos]
-        return {token for token in [*ids, self.tokenizer.eos_token_id] if token is not None}
-
-    def _finish(self, run: _Run, tokens: list[torch.Tensor]) -> list[Answer]:
-        ttft = Ttft(**run.watch.seconds)
-        layer_tokens = run.prefill.layer_tokens(self.num_layers)
-        context, total = run.batch.layout.is_context.sum(1), (run.columns.kind != 0).sum(1)
-        answers = []
-        for index, ids in enumerate(torch.stack(tokens, dim=1).tolist()):
-            ids = tuple(token for token in ids if token >= 0)
-            account = Account(
-                prompt_tokens=int(total[index]),
-                context_tokens=int(context[index]),
-                layer_tokens=tuple(layer_tokens[index].tolist()),
-                probed_tokens=int(run.prefill.probed[index]),
-                bytes_read=run.assembled.bytes_read[index],
-                chunk_hits=run.assembled.hits[index],
-                chunk_misses=run.assembled.misses[index],
-                answer_tokens=len(ids),
-                ttft=ttft,
-            )
-            answers.append(Answer(self._text(ids), ids, account))
-        return answers
-
-    def _text(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+    def _read(
+        self, examples: Sequence[Request], method: Method, max_new_tokens: int = 0
+    ) -> tuple[list[Pieces], list[Prompt]]:
+        spec = self.prompts.spec(method)
+        pieces = [self.prompts.pieces(example, method) for example in examples]
+        return pieces, [self.prompts.prompt(piece, spec, max_new_tokens) for piece in pieces]
 
 
 def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
