@@ -64,7 +64,7 @@ def cut_exact(
         fingerprint: Of the model that ran.
 
     Returns:
-        One `ExactKV` a piece, in memory of its own.
+        One `ExactKV` a piece that has tokens, in memory of its own.
 
     Raises:
         ValueError: If approximate states were ever loaded into the cache, or it was not
@@ -78,6 +78,7 @@ def cut_exact(
     total = sum(map(len, pieces))
     if total > cache.num_columns:
         raise ValueError(f"the pieces have {total} tokens, the cache {cache.num_columns} columns")
+    pieces = [piece for piece in pieces if len(piece)]
     layers = [layer for layer in cache.layers if layer.is_initialized]
     cuts, start = [], 0
     for index, piece in enumerate(pieces):

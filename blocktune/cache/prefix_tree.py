@@ -101,14 +101,14 @@ class PrefixTree:
         """
         with self._lock:
             path, node = [], self._roots.get((fingerprint, salt))
-            for piece in pieces:
+            for piece in filter(len, pieces):
                 node = node and node.children.get(tuple(piece))
                 if node is None:
                     break
                 path.append(node)
             self._touch(path)
             self._hits += sum(len(node.piece) for node in path)
-            self._misses += sum(map(len, pieces[len(path) :]))
+            self._misses += sum(map(len, pieces)) - sum(len(node.piece) for node in path)
             return PrefixMatch(self, path)
 
     def insert(self, exacts: Sequence[ExactKV], *, salt: str = "") -> int:

@@ -23,9 +23,9 @@ class RowCache(Cache):
     """Keys and values of a batch of prompts, every column addressable, no layer truncated.
 
     Columns are the engine's rows, in any order it likes; a recomputed token writes over the
-    column of its original. Use: `load` what is cached, `select` the columns of the rows to be
-    computed, run the model with ``past_key_values=cache`` and an explicit mask over all columns
-    (or blocktune's attention plan), `append` and run again for every decoded token.
+    column of its original. Use: `load_columns` what is cached, `select` the columns of the rows
+    to be computed, run the model with ``past_key_values=cache`` and an explicit mask over all
+    columns (or blocktune's attention plan), `append` and run again for every decoded token.
 
     Args:
         num_layers: Layers of the model.
@@ -33,8 +33,8 @@ class RowCache(Cache):
         num_columns: Columns of every layer, ``N``.
         spare: Columns to allocate besides, e.g. the number of tokens to decode.
         exact: Declares that all rows will be computed in the context of everything before them,
-            i.e. a full prefill. Only such a cache may feed the exact prefix cache; `load` of
-            approximate states takes the mark away for good.
+            i.e. a full prefill. Only such a cache may feed the exact prefix cache;
+            `load_columns` of approximate states takes the mark away for good.
     """
 
     def __init__(
@@ -85,45 +85,31 @@ class RowCache(Cache):
         self.select(columns)
         return columns
 
-    def load(self, layer: int, prompt: int, column: int, keys: Tensor, values: Tensor) -> None:
-        """Puts cached states of one chunk into consecutive columns; the cache is not exact then.
-
-        Args:
-            layer: Layer index.
-            prompt: Index in the batch.
-            column: First column.
-            keys: ``(K, S, D)``, rotated to where the chunk stands in this prompt.
-            values: ``(K, S, D)``.
-        """
-        self.exact = False
-        self._write(layer, prompt, column, keys, values)
-
     def load_columns(
         self, layer: int, prompt: int, columns: Tensor, keys: Tensor, values: Tensor
     ) -> None:
-        """Puts cached states into ``columns`` ``(S,)`` of a prompt; the cache is not exact then.
+        """Puts cached states of chunks where they stand in a prompt; the cache is not exact then.
 
         Args:
             layer: Layer index.
             prompt: Index in the batch.
-            columns: Where each token goes.
+            columns: Where each token goes, ``(S,)`` int64. Not checked beyond what torch
+                checks, since that would wait for the device in every layer.
             keys: ``(K, S, D)``, rotated to where the tokens stand in this prompt.
             values: ``(K, S, D)``.
         """
         self.exact = False
-        row_layer = self.layers[layer]
-        if not row_layer.is_initialized:
-            row_layer.lazy_initialization(keys[None], values[None])
-        row_layer.keys[prompt].index_copy_(1, columns, keys)
-        row_layer.values[prompt].index_copy_(1, columns, values)
+        self._write(layer, prompt, columns, keys, values)
 
     def load_exact(self, prompt: int, exact: ExactKV) -> None:
         """Puts a piece of an exact prefix where it belongs; the cache stays as exact as it was.
 
         Column and position are the same number in an exact prefix, so there is no choice.
         """
-        for layer, (keys, values) in enumerate(zip(exact.kv.keys, exact.kv.values, strict=True)):
-            self._write(layer, prompt, exact.kv.origin, keys, values)
+        kv = exact.kv
+        columns = torch.arange(kv.num_tokens, device=kv.keys[0].device) + kv.origin
+        for layer, (keys, values) in enumerate(zip(kv.keys, kv.values, strict=True)):
+            self._write(layer, prompt, columns, keys, values)
 
     def observe(self, layer: int, observer: Observer | None) -> None:
         """Shows every update of a layer to ``observer``, or to nobody.
@@ -134,16 +120,12 @@ class RowCache(Cache):
         """
         self.layers[layer].observer = observer
 
-    def _write(self, layer: int, prompt: int, column: int, keys: Tensor, values: Tensor) -> None:
-        row_layer, end = self.layers[layer], column + keys.shape[1]
-        if not 0 <= column < end <= self.num_columns:
-            raise ValueError(
-                f"columns {column}..{end - 1} do not exist; the cache has {self.num_columns}"
-            )
+    def _write(self, layer: int, prompt: int, columns: Tensor, keys: Tensor, values: Tensor):
+        row_layer = self.layers[layer]
         if not row_layer.is_initialized:
             row_layer.lazy_initialization(keys[None], values[None])
-        row_layer.keys[prompt, :, column:end] = keys
-        row_layer.values[prompt, :, column:end] = values
+        row_layer.keys[prompt].index_copy_(1, columns, keys)
+        row_layer.values[prompt].index_copy_(1, columns, values)
 
     def _target(self, columns: Tensor) -> Target:
         expected = self.layers[0].batch_size

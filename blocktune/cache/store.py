@@ -156,11 +156,9 @@ class ChunkStore:
 
     def __len__(self) -> int:
         """Chunks in memory or in the folder, each counted once."""
+        files = self.folder.glob("??/??/*.safetensors") if self.folder is not None else ()
         with self._lock:
-            keys = set(self._chunks)
-        if self.folder is not None:
-            keys |= {path.stem for path in self.folder.glob("??/??/*.safetensors")}
-        return len(keys)
+            return len({*self._chunks, *(path.stem for path in files)})
 
     def _read(self, key: str, token_ids, fingerprint: str) -> ChunkKV | None:
         if self.folder is None:

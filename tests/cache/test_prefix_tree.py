@@ -146,7 +146,8 @@ def test_exact_states_cannot_be_made_by_hand():
 
 def test_a_cache_that_reused_a_chunk_gives_no_exact_states():
     cache = prefill(PREFIX, ONE)
-    cache.load(0, prompt=0, column=2, keys=torch.ones(HEADS, 3, DIM), values=torch.ones(1, 3, DIM))
+    chunk = torch.ones(HEADS, 3, DIM)
+    cache.load_columns(0, 0, torch.tensor([2, 3, 4]), keys=chunk, values=chunk)
     # Not even after everything was computed again: nobody can prove that it was everything.
     cache.select(torch.arange(5)[None])
     cache.update(torch.ones(1, HEADS, 5, DIM), torch.ones(1, HEADS, 5, DIM), 0)
@@ -168,6 +169,13 @@ def test_states_of_another_context_or_model_are_refused():
 def test_more_pieces_than_were_computed_are_refused():
     with pytest.raises(ValueError, match="the pieces have 6 tokens, the cache 5 columns"):
         cut_exact(prefill(PREFIX, ONE), 0, [PREFIX, ONE, TWO], MODEL)
+
+
+def test_an_empty_piece_is_no_piece():
+    tree = PrefixTree()
+    assert tree.insert(exacts_of((), ONE, (), TWO)) == 2
+    assert tree.insert([]) == 0
+    assert matched(tree, ONE, (), TWO) == [ONE, TWO]
 
 
 def test_a_tree_needs_memory():

@@ -241,15 +241,15 @@ def test_an_observer_sees_fresh_and_cached_keys_and_may_stop_the_pass():
 def test_loaded_chunks_lie_where_they_were_put_and_end_exactness():
     keys, values = torch.randn(2, 2, 3, 4).unbind()
     cache = RowCache(2, 2, 6, exact=True)
-    cache.load(1, prompt=1, column=2, keys=keys, values=values)
+    cache.load_columns(1, 1, torch.tensor([4, 0, 2]), keys, values)
     assert not cache.exact
-    assert torch.equal(cache.layers[1].keys[1, :, 2:5], keys)
-    assert torch.equal(cache.layers[1].values[1, :, 2:5], values)
+    assert torch.equal(cache.layers[1].keys[1, :, [4, 0, 2]], keys)
+    assert torch.equal(cache.layers[1].values[1, :, [4, 0, 2]], values)
     assert not cache.layers[1].keys[0].any()
-    assert not cache.layers[1].keys[1, :, [0, 1, 5]].any()
-    for column in (-1, 4):
-        with pytest.raises(ValueError, match="do not exist; the cache has 6"):
-            cache.load(1, prompt=1, column=column, keys=keys, values=values)
+    assert not cache.layers[1].keys[1, :, [1, 3, 5]].any()
+    for columns in ([-1, 0, 1], [4, 5, 6]):
+        with pytest.raises(IndexError):
+            cache.load_columns(1, 1, torch.tensor(columns), keys, values)
 
 
 @pytest.mark.parametrize(
