@@ -2,7 +2,8 @@
 
 The pieces are the truth. They are tokenised one by one and joined as they are, so what is
 trained on, stored, relocated and shown is the same; a tokenizer that would have merged across
-a seam is never asked to.
+a seam is never asked to. (SentencePiece tokenizers that put a space before text, Llama 2's for
+one, put it before every piece.)
 """
 
 from __future__ import annotations

@@ -143,8 +143,10 @@ def test_plain_text_without_a_template():
     assert tokenizer.decode(pieces.answer) == " Here</s>"
 
 
-def test_model_without_bos_gets_none():
-    tokenizer = build_tokenizer(trl_template("qwen2_5"), bos_token=None)
+@pytest.mark.parametrize("bos", [None, "<s>"])
+def test_bos_that_nobody_writes_is_not_added(bos):
+    """Qwen has no BOS; Phi-4 names one that neither its template nor its tokenizer puts first."""
+    tokenizer = build_tokenizer(trl_template("qwen2_5"), bos_token=bos)
     pieces = make_pieces(tokenizer, PromptFormat(), CHUNKS, QUESTION)
     assert tokenizer.decode(pieces.prefix).startswith("<|im_start|>system")
 
