@@ -7,7 +7,8 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "blocktune"
 
-# What each part may import besides itself; whatever is not named here is not allowed.
+# What each part may import besides itself; whatever is not named here is not allowed. A dotted
+# name is one module of a part: the engine is asked by RagExamples, and needs no more of data.
 GROUND = {"layout", "probe", "positions", "attention", "select", "links"}
 SPEAKING = GROUND | {"prompt", "identity", "adapter"}
 SERVING = SPEAKING | {"cache", "reuse", "engine"}
@@ -25,11 +26,12 @@ ALLOWED = {
     "training": SPEAKING | {"data"},
     "cache": SPEAKING,
     "reuse": SPEAKING | {"cache"},
-    "engine": SPEAKING | {"cache", "reuse"},
+    "engine": SPEAKING | {"cache", "reuse", "data.example"},
+    "check": SERVING | {"data"},
     "evaluation": SERVING | {"data"},
     "serve": SERVING | {"data"},
     "hub": SERVING | {"data", "training", "evaluation", "serve"},
-    "commands": SERVING | {"data", "training", "evaluation", "serve", "hub", "checks"},
+    "commands": SERVING | {"data", "training", "evaluation", "serve", "hub", "check"},
     "cli": {"commands"},
     "__init__": set(),
 }
@@ -76,11 +78,15 @@ def package_of(path: Path) -> str:
 
 
 def neighbours(path: Path, tree: ast.AST) -> set[str]:
-    """Parts of blocktune that a file imports, its own not counted."""
-    names = (name.split(".") for name in imported(tree, package_of(path)))
-    parts = {name[1] for name in names if name[0] == "blocktune" and len(name) > 1}
-    known = {part_of(source) for source in sources()}
-    return (parts & known) - {part_of(path)}
+    """What a file imports from blocktune, as ``part.module``, its own part left out."""
+    known = {part_of(source) for source in sources()} - {part_of(path)}
+    names = (name.partition(".") for name in imported(tree, package_of(path)))
+    inner = {rest for top, _, rest in names if top == "blocktune"}
+    return {name for name in inner if name.split(".")[0] in known}
+
+
+def is_allowed(name: str, part: str) -> bool:
+    return any(name == other or name.startswith(f"{other}.") for other in ALLOWED[part])
 
 
 def at_import(tree: ast.Module) -> ast.Module:
@@ -104,7 +110,7 @@ def read(path: Path) -> ast.Module:
 def test_imports_point_left(path):
     part = part_of(path)
     assert part in ALLOWED, f"'{part}' has no place in the direction; give it one here"
-    wrong = neighbours(path, read(path)) - ALLOWED[part]
+    wrong = [name for name in neighbours(path, read(path)) if not is_allowed(name, part)]
     assert not wrong, f"{part} must not import {sorted(wrong)}"
 
 

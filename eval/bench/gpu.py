@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from cached_answer import measure_cached_answer
 from measure import measure_attention, measure_training
 from shape import LLAMA_8B, TINY, Shape
 
@@ -27,6 +28,7 @@ def main() -> None:
     report = {
         "attention": measure_attention(shape),
         "training": measure_training(shape),
+        "cached_answer": measure_cached_answer(shape),
         "shape": asdict(shape),
         "provenance": provenance(shape),
     }

@@ -26,6 +26,7 @@ def test_tiny_runs_everything_on_a_cpu(tmp_path):
     report = json.loads(output.read_text())
     assert report["attention"]["split_max_abs_diff"] < 1e-5
     assert report["training"]["losses"][-1] < report["training"]["losses"][0]
+    assert report["cached_answer"]["naive"]["recompute_ratio"] == 0
     assert " skipped" not in done.stdout
 
 
