@@ -1,0 +1,56 @@
+"""`blocktune check`."""
+
+from __future__ import annotations
+
+import json
+
+import typer
+
+from blocktune.commands.options import Adapter, AsJson, Device, Dtype, Model, load_engine, teach
+
+
+def add_to(app: typer.Typer) -> None:
+    """Registers the command."""
+    app.command(
+        "check",
+        epilog=teach(
+            "blocktune check --model data/tiny",
+            "blocktune check --model meta-llama/Llama-3.1-8B-Instruct --dtype float32 --json",
+            "The exit code is 0 if every check passed, else 1.",
+        ),
+    )(check)
+
+
+def check(
+    model: Model,
+    adapter: Adapter = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check on your own model that reuse is sound: masks, relocation, caches, all against dense."""
+    from blocktune.check import check_model
+
+    checks = check_model(load_engine(model, adapter, None, dtype, device))
+    if as_json:
+        typer.echo(json.dumps({"checks": [one.to_dict() for one in checks]}, indent=2))
+    else:
+        _print_table(checks)
+    raise typer.Exit(0 if all(one.passed for one in checks) else 1)
+
+
+def _print_table(checks: list) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("", "check", "difference", "tolerance"):
+        table.add_column(heading, justify="left" if heading in ("", "check") else "right")
+    for one in checks:
+        verdict = "[green]ok[/green]" if one.passed else "[red]FAILED[/red]"
+        table.add_row(verdict, one.name, f"{one.max_abs_diff:.1e}", f"{one.tolerance:.1e}")
+    console = Console()
+    console.print(table)
+    sound = all(one.passed for one in checks)
+    console.print("Reuse is sound on this model." if sound else "Do not serve this model by reuse.")

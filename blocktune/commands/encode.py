@@ -1,0 +1,49 @@
+"""`blocktune encode`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from blocktune.commands.options import Adapter, Device, Dtype, Model, load_engine, teach
+
+
+def add_to(app: typer.Typer) -> None:
+    """Registers the command."""
+    app.command(
+        "encode",
+        epilog=teach(
+            "blocktune encode --input docs.jsonl --store cache/ --model data/tiny",
+            "blocktune encode --input questions.jsonl --store cache/ --model M --adapter out/block",
+            'A line of docs.jsonl: {"text": "...", "title": "..."}, or a question with "chunks".',
+        ),
+    )(encode)
+
+
+def encode(
+    documents: Annotated[Path, typer.Option("--input", "-i", help="Chunks or questions, JSONL.")],
+    store: Annotated[Path, typer.Option(help="Folder to keep the encoded chunks in.")],
+    model: Model,
+    adapter: Adapter = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+) -> None:
+    """Encode chunks ahead of time into a folder that `answer --store` reads."""
+    from rich.console import Console
+
+    from blocktune.data import load_chunks
+
+    chunks = load_chunks(documents)
+    if not chunks:
+        raise ValueError(f"{documents}: no chunk in it; give one per line")
+    engine = load_engine(model, adapter, store, dtype, device)
+    with Console(stderr=True).status(f"encoding {len(chunks):,} chunks"):
+        report = engine.encode(chunks)
+    known = report.num_chunks - report.num_encoded
+    written = engine.store.stats().disk_bytes_written
+    typer.echo(
+        f"encoded {report.num_encoded:,} chunks ({report.num_tokens:,} tokens) in "
+        f"{report.encode_s:.1f} s, {known:,} were there; {written / 1e6:,.1f} MB written to {store}"
+    )

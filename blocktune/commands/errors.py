@@ -1,0 +1,46 @@
+"""Mistakes as one line on standard error and exit code 2; tracebacks only when asked for."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+from typer.core import TyperGroup
+
+EXTRAS = {"trl": "train", "peft": "train", "accelerate": "train", "matplotlib": "eval"}
+"""Packages that come with an extra, and its name."""
+
+
+class OneLineErrors(TyperGroup):
+    """Shows what a user can mend as one line: wrong values, missing files, missing extras."""
+
+    def invoke(self, ctx):
+        """Runs the command.
+
+        Raises:
+            typer.Exit: With code 2 after the line was printed.
+        """
+        try:
+            return super().invoke(ctx)
+        except (ValueError, OSError, ModuleNotFoundError) as error:
+            line = explain(error)
+            if ctx.params["debug"] or line is None:
+                raise
+            # Of several processes that fail alike, one says so.
+            if os.environ.get("RANK", "0") == "0":
+                print(f"error: {line}", file=sys.stderr)
+            raise typer.Exit(2) from None
+
+
+def explain(error: Exception) -> str | None:
+    """What went wrong on one line, or None for a bug of ours: a module that no extra brings."""
+    if isinstance(error, ModuleNotFoundError):
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            return None
+        extra = EXTRAS[package]
+        return f"this needs the package '{package}'; run pip install 'blocktune[{extra}]'"
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.strerror}: '{error.filename}'"
+    return " ".join(str(error).split())

@@ -1,0 +1,48 @@
+"""Options that several commands share, and the engine they describe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from blocktune.engine import Engine
+
+Model = Annotated[
+    str,
+    typer.Option("--model", "-m", help="Base model: a folder or a name on the HF Hub."),
+]
+Adapter = Annotated[
+    str | None, typer.Option(help="Adapter made by `blocktune train`; none runs the base model.")
+]
+Store = Annotated[
+    Path | None, typer.Option(help="Folder of encoded chunks; none keeps them in memory.")
+]
+Dtype = Annotated[
+    str, typer.Option(help="float32, bfloat16, float16, or auto: as the model was saved.")
+]
+Device = Annotated[
+    str | None, typer.Option(help="Such as cuda:0 or cpu; by default a GPU if there is one.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+
+
+def teach(*lines: str) -> str:
+    """An epilogue of examples; lines that are commands stand out from those that explain."""
+    shown = (f"  [cyan]{x}[/cyan]" if x.startswith(("blocktune", " ")) else x for x in lines)
+    return "\n".join(["[bold]Examples[/bold]", *shown])
+
+
+def load_engine(
+    model: str, adapter: str | None, store: Path | None, dtype: str, device: str | None
+) -> Engine:
+    """Loads an engine without the progress bars and notes of the libraries below."""
+    from transformers.utils import logging
+
+    from blocktune.engine import Engine
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    return Engine.from_pretrained(model, adapter, store=store, dtype=dtype, device=device)

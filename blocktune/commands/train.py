@@ -1,0 +1,58 @@
+"""`blocktune train`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Annotated
+
+import typer
+
+from blocktune.commands.options import teach
+
+PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+def add_to(app: typer.Typer) -> None:
+    """Registers the command."""
+    app.command(
+        "train",
+        context_settings=PASS_ON,
+        epilog=teach(
+            "blocktune train --config recipes/block_attention.yaml",
+            "blocktune train --config recipes/kvlink.yaml --learning_rate 1e-3 --output_dir out/k",
+            "blocktune train --config recipes/kvlink.yaml --dry_run true   # only show the plan",
+            "blocktune train --launcher recipes/accelerate/zero2.yaml --config R.yaml",
+            "Any key of the YAML is an option too, and wins over the file.",
+        ),
+    )(train)
+
+
+def train(
+    ctx: typer.Context,
+    config: Annotated[str | None, typer.Option(help="YAML file of the run.")] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Processes that accelerate starts on this machine.")
+    ] = None,
+    launcher: Annotated[
+        str | None, typer.Option(help="Configuration of accelerate: DeepSpeed, several machines.")
+    ] = None,
+) -> None:
+    """Fine-tune a model so that its chunks can be cached alone (or with link tokens between)."""
+    arguments = [*(["--config", config] if config else []), *ctx.args]
+    from blocktune.training.run import parse, train
+
+    if processes is None and launcher is None:
+        train(arguments)
+        return
+    parse(arguments)  # a mistake is said here once, not by every process
+    done = subprocess.run(_launch(processes, launcher, arguments), check=False)
+    raise typer.Exit(done.returncode)
+
+
+def _launch(processes: int | None, launcher: str | None, arguments: list[str]) -> list[str]:
+    """The command line that starts this very command in several processes."""
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command += ["--config_file", launcher] if launcher else []
+    command += ["--num_processes", str(processes)] if processes else []
+    return [*command, "-m", "blocktune.cli", "train", *arguments]
