@@ -36,7 +36,7 @@ class _Range(NamedTuple):
 
 def _range(field: Tensor, keep: Tensor) -> _Range:
     pad = -field.shape[1] % BLOCK
-    huge = torch.iinfo(field.dtype).max
+    huge = 1 << 40  # beyond any order, far from overflow, and exact as the float that pad takes
     low = F.pad(field.masked_fill(~keep, huge), (0, pad), value=huge)
     high = F.pad(field.masked_fill(~keep, -huge), (0, pad), value=-huge)
     return _Range(low.unflatten(1, (-1, BLOCK)).amin(-1), high.unflatten(1, (-1, BLOCK)).amax(-1))

@@ -34,6 +34,7 @@ class _Bucket:
     key: Tensor  # (G, N)
     causal: bool
     own: bool  # whether the keys are the query rows
+    span: int  # distance in order from first to last row: a window that covers it hides nothing
     band: RowBand
 
     def attend(
@@ -42,7 +43,7 @@ class _Bucket:
         """From stacked rows ``(G * R, heads, D)`` and ``(G * N, heads, D)`` to the former."""
         query = query.unflatten(0, self.query.shape).transpose(1, 2)
         key, value = (x.unflatten(0, self.key.shape).transpose(1, 2) for x in (key, value))
-        if self.causal and (rule.window is None or rule.window >= self.query.shape[1]):
+        if self.causal and (rule.window is None or rule.window > self.span):
             out = causal_attention(query, key, value, knobs)
         else:
             out = self.band.attend(query, key, value, rule, knobs)
@@ -126,7 +127,9 @@ def _stack(segments: list[Segment], layout: Layout) -> _Bucket:
         query_exists=query >= 0,
         key_exists=key >= 0,
     )
-    return _Bucket(query, key, segments[0].causal, segments[0].own, band)
+    order = layout.order.flatten().tolist()
+    span = max(order[segment.query[-1]] - order[segment.query[0]] for segment in segments)
+    return _Bucket(query, key, segments[0].causal, segments[0].own, span, band)
 
 
 def _pad(rows: list[list[int]]) -> Tensor:
