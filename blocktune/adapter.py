@@ -25,6 +25,8 @@ from blocktune.prompt.format import build_strict
 INFO_FILE = "blocktune.json"
 PEFT_FILE = "adapter_config.json"
 FORMAT_VERSION = 1
+OWN_WEIGHTS = "the model in its own folder"
+"""``base_model`` of a fully trained model, which needs no other base."""
 LINK_MODES = ("table", "added_tokens")
 
 
@@ -33,7 +35,7 @@ class AdapterInfo:
     """All that serving needs to know of an adapter: the contents of ``blocktune.json``.
 
     Attributes:
-        base_model: Name or path of the base, as the training run was given it.
+        base_model: Name or path of the base as the run was given it, or `OWN_WEIGHTS`.
         base_fingerprint: See `blocktune.identity.base_fingerprint`.
         tokenizer_hash: See `blocktune.identity.tokenizer_hash`; before link tokens were added.
         layout: How prompts were laid out in training, and must be in serving.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from blocktune.adapter import AdapterInfo
+from blocktune.adapter import OWN_WEIGHTS, AdapterInfo
+from blocktune.identity import base_fingerprint
 from blocktune.links import LINKS_FILE, LINKS_MODULE, installed_links, load_links, save_links
 
 STAGING = ".saving"
@@ -33,6 +34,11 @@ class AdapterFiles:
     config: dict[str, Any]
     links_only: bool = False
 
+    def launched(self, world_size: int, launch: str) -> AdapterFiles:
+        """With the processes of the run in the provenance, as they are, not as they were asked."""
+        training = {**self.info.training, "world_size": world_size, "launch": launch}
+        return replace(self, info=replace(self.info, training=training))
+
     def write_weights(self, model: nn.Module, folder: Path, state: dict[str, Tensor] | None):
         """Writes the trained weights: the PEFT adapter or the full model, and the links."""
         table = installed_links(model)
@@ -46,10 +52,22 @@ class AdapterFiles:
         if table is not None:
             save_links(table, folder)
 
-    def write_info(self, folder: Path) -> None:
-        """Writes configuration and info, which makes the folder an adapter."""
+    def write_info(self, model: nn.Module, folder: Path) -> None:
+        """Writes configuration and info, which makes the folder an adapter.
+
+        A fully trained model is its own base: its folder serves as model and as adapter.
+        """
         (folder / CONFIG_FILE).write_text(yaml.safe_dump(self.config, sort_keys=False))
-        self.info.save(folder)
+        info = self.info
+        if not self.links_only and not hasattr(model, "peft_config"):
+            origin = {**info.training, "started_from": info.base_model}
+            info = replace(
+                info,
+                base_model=OWN_WEIGHTS,
+                base_fingerprint=base_fingerprint(model),
+                training=origin,
+            )
+        info.save(folder)
 
     @torch.no_grad()
     def restore_links(self, model: nn.Module, folder: str | Path) -> None:

@@ -61,6 +61,7 @@ class DataArgs:
     def __post_init__(self):
         if not self.train_data:
             raise ValueError("train_data is missing; name a source, e.g. 'worlds:train?seed=1'")
+        _ = self.format  # checks the wording before anything is loaded
 
     @property
     def format(self) -> PromptFormat:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from datasets import Dataset, Features, Sequence as ListOf, Value
+from datasets import Dataset, Features, Value
+from datasets import Sequence as ListOf
 from transformers import PreTrainedTokenizerBase
 
 from blocktune.data.example import RagExample

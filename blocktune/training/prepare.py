@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import PartialState
@@ -20,7 +20,6 @@ from blocktune.identity import base_fingerprint, tokenizer_hash
 from blocktune.links import add_link_tokens, install_links, new_links
 from blocktune.prompt import PromptFormat
 from blocktune.training.config import BlockSFTConfig
-from blocktune.training.provenance import provenance
 
 
 class Ready(NamedTuple):
@@ -67,13 +66,22 @@ def make_ready(
     args: BlockSFTConfig,
     choice: ModelConfig,
     fmt: PromptFormat,
+    training: dict[str, Any],
 ) -> Ready:
     """Wraps a bare base for training: link tokens or table, PEFT, frozen parts.
+
+    Args:
+        model: The bare base.
+        tokenizer: Its own; gets link tokens where they are added.
+        args: Layout, links, seed, what is frozen.
+        choice: Name of the base and settings of LoRA.
+        fmt: The wording, for the adapter's info.
+        training: Provenance, for the adapter's info.
 
     Raises:
         ValueError: If nothing would be trained.
     """
-    info = _info(model, tokenizer, args, choice, fmt)
+    info = _info(model, tokenizer, args, choice, fmt, training)
     has_links = args.num_links > 0
     added = range(0)
     if has_links and args.link_mode == "added_tokens":
@@ -87,7 +95,7 @@ def make_ready(
     return Ready(model, tokenizer, info)
 
 
-def _info(model, tokenizer, args, choice, fmt) -> AdapterInfo:
+def _info(model, tokenizer, args, choice, fmt, training) -> AdapterInfo:
     revision = choice.model_revision if choice.model_revision != "main" else None
     return AdapterInfo(
         base_model=choice.model_name_or_path,
@@ -98,7 +106,7 @@ def _info(model, tokenizer, args, choice, fmt) -> AdapterInfo:
         format=fmt,
         link_mode=args.link_mode,
         link_seed=args.seed,
-        training=provenance(),
+        training=training,
     )
 
 

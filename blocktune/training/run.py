@@ -17,6 +17,7 @@ from blocktune.training.config import BlockSFTConfig, DataArgs
 from blocktune.training.dataset import Prepared, prepare
 from blocktune.training.plan import LogLines, make_plan_of, print_plan
 from blocktune.training.prepare import Ready, load_base, make_ready
+from blocktune.training.provenance import provenance
 from blocktune.training.trainer import BlockSFTTrainer
 
 
@@ -79,7 +80,9 @@ def build(
     eval_set = None
     if data.eval_data:
         eval_set = _prepared(data.eval_data, data.eval_limit, data, args, tokenizer, limit).dataset
-    ready = make_ready(model, tokenizer, args, choice, data.format)
+    ready = make_ready(
+        model, tokenizer, args, choice, data.format, _provenance(data, args, len(train_set.dataset))
+    )
     trainer = BlockSFTTrainer(
         model=ready.model,
         args=args,
@@ -112,6 +115,14 @@ def _collator(ready: Ready, args: BlockSFTConfig) -> BlockCollator:
     tokenizer = ready.tokenizer
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return BlockCollator(args.layout, pad or 0, ready.info.link_base(ready.model, tokenizer))
+
+
+def _provenance(data: DataArgs, args: BlockSFTConfig, num_examples: int) -> dict:
+    return provenance() | {
+        "data": data.train_data,
+        "examples": num_examples,
+        "seed": args.seed,
+    }
 
 
 def _resolved(data: DataArgs, args: BlockSFTConfig, choice: ModelConfig) -> dict:

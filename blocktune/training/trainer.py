@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,10 @@ class BlockSFTTrainer(SFTTrainer):
         # The Trainer then counts the answer tokens of all accumulation steps and ranks.
         self.model_accepts_loss_kwargs = True
         self._refuse_parallelism()
+        self._refuse_lost_launch()
+        self.files = self.files.launched(
+            self.accelerator.num_processes, self.accelerator.distributed_type.value
+        )
 
     def compute_loss(
         self,
@@ -122,6 +127,21 @@ class BlockSFTTrainer(SFTTrainer):
                     f"{kind}_size > 1 splits prompts over devices and drops the layout's mask; "
                     f"set {kind}_size to 1"
                 )
+
+    def _refuse_lost_launch(self) -> None:
+        """A launch that quietly runs alone trains, saves over its twins and looks well."""
+        started = int(os.environ.get("WORLD_SIZE", "1"))
+        if started != self.accelerator.num_processes:
+            raise ValueError(
+                f"the launcher started {started} processes and each of them trains alone; "
+                "on CPUs set use_cpu: true (or --use_cpu true)"
+            )
+        asked = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+        if asked and not self.is_deepspeed_enabled:
+            raise ValueError(
+                "the launcher asked for DeepSpeed and the Trainer runs without it; launch with "
+                "recipes/accelerate/zero2.yaml and pass no deepspeed option to the recipe"
+            )
 
     # Saving. A checkpoint is written in a staging folder and renamed when every rank has written
     # its part, so that a kill leaves the older checkpoints and no half of a new one.
@@ -170,7 +190,7 @@ class BlockSFTTrainer(SFTTrainer):
         self.files.write_weights(model, folder, state_dict)
         self.processing_class.save_pretrained(folder)
         torch.save(self.args, folder / TRAINING_ARGS_NAME)
-        self.files.write_info(folder)
+        self.files.write_info(model, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         model = self.model if model is None else model

@@ -1,0 +1,14 @@
+"""Trains an adapter: `accelerate launch recipes/train.py --config recipes/block_attention.yaml`."""
+
+import os
+import sys
+
+from blocktune.training.run import train
+
+if __name__ == "__main__":
+    try:
+        train(sys.argv[1:])
+    except ValueError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,204 @@
+"""What a run leaves behind: adapters that reload exactly, checkpoints that resume exactly."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from training.runs import losses, make_trainer, write_run
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from blocktune.adapter import AdapterInfo, load_adapter
+from blocktune.attention import attach, make_plan
+from blocktune.layout import Layout
+from blocktune.links import installed_links, load_links
+
+MODES = {
+    "lora": {},
+    "lora+table": {"num_links": 2},
+    "lora+tokens": {"num_links": 2, "link_mode": "added_tokens"},
+    "table alone": {"num_links": 2, "freeze_base": True, "use_peft": False},
+    "full": {"use_peft": False},
+}
+
+
+def logits_of(model, batch):
+    layout = Layout.unpack(batch["layout"])
+    plan = make_plan("dense", layout)
+    with torch.no_grad():
+        return model.eval()(
+            batch["input_ids"], position_ids=layout.position, plan=plan, use_cache=False
+        ).logits
+
+
+def first_batch(trainer):
+    return trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+
+
+def reload(base, adapter):
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model, info = load_adapter(model, AutoTokenizer.from_pretrained(base), adapter)
+    attach(model)
+    return model, info
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_trained_adapter_reloads_to_the_same_logits(tmp_path, mode):
+    trainer = make_trainer(tmp_path, **MODES[mode])
+    batch = first_batch(trainer)
+    before = logits_of(trainer.model, batch)
+    trainer.train()
+    trainer.save_model()
+    trained = logits_of(trainer.model, batch)
+    assert (trained - before).abs().max() > 1e-3
+
+    out = tmp_path / "out"
+    model, info = reload(out if mode == "full" else tmp_path / "base", out)
+    assert torch.equal(logits_of(model, batch), trained)
+    assert info == AdapterInfo.load(out)
+    assert info.num_links == MODES[mode].get("num_links", 0)
+    assert info.training["world_size"] == 1
+
+
+@pytest.mark.parametrize("mode", ["lora+table", "table alone"])
+def test_link_rows_train_on_tied_embeddings(tmp_path, mode):
+    trainer = make_trainer(tmp_path, **MODES[mode])
+    base = trainer.accelerator.unwrap_model(trainer.model)
+    assert base.config.tie_word_embeddings
+    start = installed_links(base).weight.detach().clone()
+    vocabulary = base.get_input_embeddings().weight.detach().clone()
+    trainer.train()
+    moved = (installed_links(base).weight - start).abs()
+    assert (moved.amax(1) > 1e-4).all()
+    assert torch.equal(base.get_input_embeddings().weight, vocabulary)
+
+
+def test_added_link_tokens_save_only_their_rows(tmp_path):
+    trainer = make_trainer(tmp_path, **MODES["lora+tokens"])
+    trainer.train()
+    trainer.save_model()
+    from safetensors import safe_open
+
+    with safe_open(tmp_path / "out/adapter_model.safetensors", "pt") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    assert [s for n, s in shapes.items() if "lora_" not in n] == [[2, 32]]
+
+
+def test_an_adapter_folder_holds_its_run(tmp_path):
+    import yaml
+
+    trainer = make_trainer(tmp_path, **MODES["lora+table"])
+    trainer.train()
+    trainer.save_model()
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"blocktune.json", "links.safetensors", "resolved_config.yaml"} <= names
+    assert ".saving" not in names
+    config = yaml.safe_load((tmp_path / "out/resolved_config.yaml").read_text())
+    assert config["training"]["num_links"] == 2
+    assert config["model"]["lora_r"] == 4
+    assert AdapterInfo.load(tmp_path / "out").training["commit"]
+
+
+def test_num_tokens_counts_rows_that_are_no_padding(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=2, num_links=1)
+    seen = []
+    inner = trainer.data_collator
+
+    def counting(records):
+        seen.append(sum(record["length"] for record in records))
+        return inner(records)
+
+    trainer.data_collator = counting
+    trainer.train()
+    logged = [e["num_tokens"] for e in trainer.state.log_history if "num_tokens" in e]
+    assert logged[:2] == [seen[0], seen[0] + seen[1]]
+
+
+def test_evaluation_reports_the_loss(tmp_path):
+    write_run(tmp_path)
+    trainer = make_trainer(tmp_path, eval_data=str(tmp_path / "train.jsonl"), eval_limit=4)
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] > 0
+    assert 0 <= metrics["eval_mean_token_accuracy"] <= 1
+
+
+RESUMABLE = {mode: MODES[mode] for mode in ("lora+table", "table alone", "lora+tokens", "full")}
+
+
+@pytest.mark.parametrize("mode", RESUMABLE)
+def test_resume_matches_no_stop(tmp_path, mode):
+    options = RESUMABLE[mode] | {"max_steps": 6, "block_share": 0.5, "seed": 7}
+    options |= {"save_strategy": "steps", "save_steps": 3}
+    if options.get("use_peft", True):
+        options["lora_dropout"] = 0.1  # the random state must come back too
+    whole = make_trainer(tmp_path, **options)
+    whole.train()
+    expected = losses(whole)
+    assert len(set(expected)) == 6
+
+    shutil.rmtree(tmp_path / "out/checkpoint-6")
+    resumed = make_trainer(tmp_path, **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert losses(resumed) == expected
+    for one, other in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+class _Killed(Exception):
+    pass
+
+
+def test_a_kill_while_saving_leaves_the_older_checkpoint(tmp_path):
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "num_links": 1}
+    trainer = make_trainer(tmp_path, **options, save_total_limit=1)
+    save = trainer._save_optimizer_and_scheduler
+
+    def die_at_step_4(folder):
+        if trainer.state.global_step == 4:
+            raise _Killed
+        save(folder)
+
+    trainer._save_optimizer_and_scheduler = die_at_step_4
+    with pytest.raises(_Killed):
+        trainer.train()
+    out = tmp_path / "out"
+    assert sorted(p.name for p in out.glob("checkpoint-*")) == ["checkpoint-2"]
+
+    resumed = make_trainer(tmp_path, **options, save_total_limit=1)
+    resumed.train(resume_from_checkpoint=True)
+    assert sorted(p.name for p in out.glob("checkpoint-*")) == ["checkpoint-4"]
+    assert load_links(out / "checkpoint-4").num_links == 1
+    assert json.loads((out / "checkpoint-4/trainer_state.json").read_text())["global_step"] == 4
+
+
+def test_context_parallelism_is_refused(tmp_path):
+    trainer = make_trainer(tmp_path)
+
+    class Parallel:
+        cp_enabled, sp_enabled = True, False
+
+    trainer.accelerator.state.parallelism_config = Parallel()
+    with pytest.raises(ValueError, match="cp_size > 1 splits prompts over devices"):
+        trainer._refuse_parallelism()
+
+
+def test_the_command_trains_saves_and_says_what_it_does(tmp_path, capsys):
+    from blocktune.training.run import train
+
+    path = write_run(tmp_path, num_links=2)
+    folder = train(["--config", str(path)])
+    assert folder == Path(tmp_path / "out")
+    assert (folder / "blocktune.json").is_file()
+    printed = capsys.readouterr().out
+    for words in ("trainable", "tokens per step", "steps", "2 links after each", "step     4/4"):
+        assert words in printed
+
+
+def test_a_dry_run_writes_nothing(tmp_path, capsys):
+    from blocktune.training.run import train
+
+    assert train(["--config", str(write_run(tmp_path)), "--dry_run", "true"]) is None
+    assert "training plan" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists() or not os.listdir(tmp_path / "out")
