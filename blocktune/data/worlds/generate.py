@@ -1,0 +1,135 @@
+"""Draws worlds and turns them into examples; the same configuration gives the same examples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from random import Random
+from types import MappingProxyType
+from typing import NamedTuple
+
+from blocktune.data.example import RagExample
+from blocktune.data.worlds.names import SPLITS
+from blocktune.data.worlds.passages import write_passages
+from blocktune.data.worlds.questions import QUESTION_KINDS, Question, ask, candidates, state
+from blocktune.data.worlds.world import draw_world
+from blocktune.prompt import Chunk
+
+DEFAULT_KINDS = MappingProxyType(
+    {"self-contained": 0.3, "cross-chunk": 0.3, "2-hop": 0.3, "3-hop": 0.05, "comparison": 0.05}
+)
+
+
+@dataclass(frozen=True)
+class WorldConfig:
+    """What to generate.
+
+    Attributes:
+        split: Whose names to use: ``train``, ``dev`` or ``test``; no two splits share a name.
+        seed: Another seed gives other worlds of the same names.
+        num_examples: Number of questions in all.
+        num_passages: Chunks in each context: a number, or the smallest and the largest.
+        kinds: Weight of each kind of question; kinds left out are not asked.
+        questions_per_world: Questions that share a context.
+        plain: Every sentence names its entity and no document goes on in another chunk; the
+            first lessons of pre-training.
+    """
+
+    split: str = "train"
+    seed: int = 0
+    num_examples: int = 1000
+    num_passages: int | tuple[int, int] = 10
+    kinds: Mapping[str, float] = field(default_factory=lambda: DEFAULT_KINDS)
+    questions_per_world: int = 1
+    plain: bool = False
+
+    def __post_init__(self):
+        if self.split not in SPLITS:
+            raise ValueError(f"unknown split '{self.split}'; available: {', '.join(SPLITS)}")
+        if unknown := set(self.kinds) - set(QUESTION_KINDS):
+            raise ValueError(
+                f"unknown kind '{min(unknown)}'; available: {', '.join(QUESTION_KINDS)}"
+            )
+        if not self.kinds or min(self.kinds.values()) <= 0:
+            raise ValueError(f"kinds must have positive weights, got {dict(self.kinds)}")
+        low, high = self.passage_range
+        if not 1 <= low <= high:
+            raise ValueError(f"num_passages must be at least 1 and ascending, got {(low, high)}")
+        if set(self.kinds) == {"cross-chunk"} and (high < 2 or self.plain):
+            raise ValueError("kind 'cross-chunk' needs two passages, and worlds that are not plain")
+        if self.questions_per_world < 1:
+            raise ValueError(
+                f"questions_per_world must be at least 1, got {self.questions_per_world}"
+            )
+
+    @property
+    def passage_range(self) -> tuple[int, int]:
+        """Smallest and largest number of chunks."""
+        both = self.num_passages
+        return (both, both) if isinstance(both, int) else both
+
+
+def generate_examples(config: WorldConfig) -> Iterator[RagExample]:
+    """Yields ``config.num_examples`` examples; example ``i`` is the same however many are drawn."""
+    left, index = config.num_examples, 0
+    while left > 0:
+        examples = _one_world(config, index)[:left]
+        yield from examples
+        left -= len(examples)
+        index += 1
+
+
+class Context(NamedTuple):
+    """Chunks, different questions about them, and all their facts restated with full names.
+
+    A statement is split into what leads up to the value, the value, and the rest.
+    """
+
+    chunks: tuple[Chunk, ...]
+    questions: tuple[Question, ...]
+    statements: tuple[tuple[str, str, str], ...]
+
+
+def draw_context(rng: Random, config: WorldConfig, num_questions: int) -> Context:
+    """Draws worlds until one can answer a question of the kind that is due; that one stands first.
+
+    Args:
+        rng: Source of everything; ``config.seed`` is not read.
+        config: Split, number of passages and weights of the kinds.
+        num_questions: Questions wanted; fewer come back if the world has no more.
+    """
+    wanted = rng.choices(list(config.kinds), list(config.kinds.values()))[0]
+    while True:
+        size = rng.randint(*config.passage_range)
+        world = draw_world(rng, config.split, size, plain=config.plain)
+        passages = write_passages(rng, world)
+        pools = candidates(world, passages)
+        if wanted in pools:
+            break
+    pools = {k: rng.sample(pool, len(pool)) for k, pool in pools.items() if k in config.kinds}
+    questions: list[Question] = []
+    while pools and len(questions) < num_questions:
+        weights = [config.kinds[kind] for kind in pools]
+        kind = rng.choices(list(pools), weights)[0] if questions else wanted
+        questions.append(ask(rng, kind, pools[kind].pop(), passages))
+        pools = {kind: pool for kind, pool in pools.items() if pool}
+    facts = rng.sample(list(world.facts.values()), len(world.facts))
+    return Context(passages.chunks, tuple(questions), tuple(state(rng, fact) for fact in facts))
+
+
+def _one_world(config: WorldConfig, index: int) -> list[RagExample]:
+    rng = Random(f"{config.split}/{config.seed}/{index}")
+    context = draw_context(rng, config, config.questions_per_world)
+    return [
+        RagExample(
+            question=question.text,
+            chunks=context.chunks,
+            answers=(question.answer,),
+            response=question.response,
+            kind=question.kind,
+            id=f"{config.split}-{config.seed}-{index}-{number}",
+            supporting=question.supporting,
+            meta=question.meta,
+        )
+        for number, question in enumerate(context.questions)
+    ]

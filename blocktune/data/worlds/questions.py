@@ -1,0 +1,130 @@
+"""The questions that a world can answer, by kind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import combinations
+from random import Random
+from typing import Any
+
+from blocktune.data.worlds.passages import Passages, Place
+from blocktune.data.worlds.relations import COMPARED, ORDINALS
+from blocktune.data.worlds.world import Fact, World
+
+QUESTION_KINDS = ("self-contained", "cross-chunk", "2-hop", "3-hop", "comparison")
+MARKER = "Answer: "
+"""What stands before the scored answer in every response."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question of a world.
+
+    Attributes:
+        kind: One of ``QUESTION_KINDS``.
+        text: The question.
+        answer: The one correct answer.
+        response: What a model is trained to say: the values on the way, ``MARKER``, the answer.
+        supporting: Chunks that are needed, ascending.
+        meta: Sub-kind and hops; see ``ask``.
+    """
+
+    kind: str
+    text: str
+    answer: str
+    response: str
+    supporting: tuple[int, ...]
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+def chains(world: World, hops: int) -> Iterator[tuple[Fact, ...]]:
+    """Yields every chain of facts whose values are the next facts' subjects, never going back."""
+    paths = [(fact,) for fact in world.facts.values()]
+    by_subject: dict[str, list[Fact]] = {}
+    for fact in world.facts.values():
+        by_subject.setdefault(fact.subject.name, []).append(fact)
+    for _ in range(hops - 1):
+        paths = [
+            (*path, fact)
+            for path in paths
+            if path[-1].target and path[-1].relation.role
+            for fact in by_subject.get(path[-1].value, ())
+            if fact.value not in {past.subject.name for past in path}
+        ]
+    yield from paths
+
+
+def comparable(world: World) -> Iterator[tuple[Fact, Fact]]:
+    """Yields every pair of facts whose years can be compared."""
+    dated = [fact for fact in world.facts.values() if fact.relation.name in COMPARED]
+    for one, other in combinations(dated, 2):
+        if one.relation == other.relation and one.value != other.value:
+            yield one, other
+
+
+def candidates(world: World, passages: Passages) -> dict[str, list[tuple[Fact, ...]]]:
+    """Groups everything that can be asked about a world by the kind of the question."""
+    found: dict[str, list[tuple[Fact, ...]]] = {kind: [] for kind in QUESTION_KINDS}
+    for (fact,) in chains(world, 1):
+        place = _place(passages, fact)
+        kind = "self-contained" if place.chunk == place.first else "cross-chunk"
+        found[kind].append((fact,))
+    found["2-hop"] = list(chains(world, 2))
+    found["3-hop"] = list(chains(world, 3))
+    found["comparison"] = list(comparable(world))
+    return {kind: facts for kind, facts in found.items() if facts}
+
+
+def ask(rng: Random, kind: str, facts: tuple[Fact, ...], passages: Passages) -> Question:
+    """Words a question.
+
+    Its ``meta`` holds ``relations``; ``mentions``, how each fact's chunk refers to its subject
+    (``name`` if titled); ``fact_chunks``, the chunk that states each fact; and for chains
+    ``bridges``, the names between the question and the answer.
+    """
+    places = [_place(passages, fact) for fact in facts]
+    meta: dict[str, Any] = {
+        "relations": [fact.relation.name for fact in facts],
+        "mentions": [place.mention for place in places],
+        "fact_chunks": [place.chunk for place in places],
+    }
+    if kind == "comparison":
+        text, answer, said = _compare(rng, *facts)
+    else:
+        text, answer = _chain_text(rng, facts), facts[-1].value
+        said = [fact.value for fact in facts[:-1]]
+        meta["bridges"] = said
+    response = (", ".join(said) + ". " if said else "") + MARKER + answer
+    supporting = tuple(sorted({i for place in places for i in place.supporting}))
+    return Question(kind, text, answer, response, supporting, meta)
+
+
+def state(rng: Random, fact: Fact) -> tuple[str, str, str]:
+    """States a fact in full: the words up to the value, the value, and the rest."""
+    relation = fact.relation
+    part = f"The {ORDINALS[relation.place]} part in {{s}} is played by {{o}}."
+    wording = part if relation.place else rng.choice(relation.facts)
+    before, after = wording.format(s=fact.subject.name, o="|").split("|")
+    return before, fact.value, after
+
+
+def _place(passages: Passages, fact: Fact) -> Place:
+    return passages.places[fact.subject.name, fact.relation.name]
+
+
+def _chain_text(rng: Random, facts: tuple[Fact, ...]) -> str:
+    subject = facts[0].subject.name
+    for fact in facts[:-1]:
+        subject = fact.relation.role.format(s=subject)
+    return rng.choice(facts[-1].relation.questions).format(s=subject)
+
+
+def _compare(rng: Random, one: Fact, other: Fact) -> tuple[str, str, list[str]]:
+    if rng.random() < 0.5:
+        one, other = other, one
+    later = rng.random() < 0.5
+    names = {"a": one.subject.name, "b": other.subject.name}
+    text = COMPARED[one.relation.name].format(when="later" if later else "earlier", **names)
+    winner = (max if later else min)(one, other, key=lambda fact: int(fact.value))
+    return text, winner.subject.name, [one.value, other.value]

@@ -1,0 +1,188 @@
+"""A synthetic world: entities with one document each, and the facts that the documents state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from random import Random
+
+from blocktune.data.worlds.names import NICKNAME, YEARS, draw_name
+from blocktune.data.worlds.relations import KINDS, NOUNS, Relation, relations_of
+
+
+@dataclass(frozen=True)
+class Entity:
+    """Someone or something with a name; equal by name and kind.
+
+    Attributes:
+        name: Full name, unique in a world.
+        kind: ``person``, ``film``, ``book``, ``company`` or ``city``.
+        pronoun: ``she``, ``he`` or ``it``.
+        noun: What it is (``painter``), for definite descriptions.
+        alias: A second name, which its first passage explains.
+    """
+
+    name: str
+    kind: str
+    pronoun: str
+    noun: str
+    alias: str
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One relation of one entity; ``target`` is the entity that ``value`` names, if any."""
+
+    subject: Entity
+    relation: Relation
+    value: str
+    target: Entity | None = None
+
+
+@dataclass(frozen=True)
+class Style:
+    """How one world is laid out; drawn anew for each world, since a rigid format teaches positions.
+
+    Attributes:
+        kind_weights: How often each of ``KINDS`` is drawn.
+        split: Probability that a document goes on in another chunk.
+        facts: Most facts in a chunk.
+        linked: Probability that a value names an entity of this world.
+        filler: Probability of a filler sentence before a fact.
+        named: Probability that a later sentence of a first chunk repeats the name.
+        introduced: Probability that a document of one chunk opens with an introduction.
+        variety: Most relations of one kind of entity in this world; few make many candidates.
+    """
+
+    kind_weights: tuple[float, ...]
+    split: float
+    facts: int
+    linked: float
+    filler: float
+    named: float
+    introduced: float
+    variety: int
+
+
+def draw_style(rng: Random) -> Style:
+    """Draws a style: some worlds are mixed, most mainly of one kind, so that candidates compete."""
+    main = rng.choice(KINDS)
+    boost = rng.choice((1, 4, 20))
+    return Style(
+        kind_weights=tuple(rng.expovariate(1) + boost * (kind == main) for kind in KINDS),
+        split=rng.choice((0.2, 0.5, 0.8)),
+        facts=rng.choice((1, 2, 2, 3)),
+        linked=rng.choice((0.4, 0.8)),
+        filler=rng.choice((0, 0, 0.15, 0.3)),
+        named=rng.random(),
+        introduced=0.5,
+        variety=rng.choice((2, 3, 9)),
+    )
+
+
+def plain_style(rng: Random) -> Style:
+    """Draws a style for first lessons: one kind of entity and few relations, always with the name.
+
+    Which *kind* of value is meant is learnt within minutes, and in a mixed world that alone is
+    often enough. Here every passage holds a candidate of the same kind, so only the name tells.
+    """
+    main = rng.choice(KINDS)
+    return Style(
+        kind_weights=tuple(float(kind == main) for kind in KINDS),
+        split=0,
+        facts=rng.choice((1, 1, 2)),
+        linked=0,
+        filler=0,
+        named=1,
+        introduced=0.2,
+        variety=rng.choice((1, 1, 2)),
+    )
+
+
+@dataclass
+class Document:
+    """An entity, and its facts by chunk: the first chunk is titled, the others go on from it."""
+
+    entity: Entity
+    parts: list[list[Fact]] = field(default_factory=list)
+    listed: bool = False  # the facts are items of a list, in order
+
+
+@dataclass(frozen=True)
+class World:
+    """Documents in the order of their passages, and every fact by (entity name, relation name)."""
+
+    documents: tuple[Document, ...]
+    facts: dict[tuple[str, str], Fact]
+    style: Style
+
+
+def draw_entity(rng: Random, kind: str, split: str, taken: set[str]) -> Entity:
+    """Draws an entity whose name, and whose alias, are new in this world."""
+    form = rng.choice(("woman", "man")) if kind == "person" else kind
+    name = draw_name(rng, form, split, taken)
+    alias = rng.choice([word for word in NICKNAME if word not in taken])
+    taken.add(alias)
+    pronoun = {"woman": "she", "man": "he"}.get(form, "it")
+    return Entity(name, kind, pronoun, rng.choice(NOUNS[kind]), alias)
+
+
+def draw_world(rng: Random, split: str, num_passages: int, *, plain: bool = False) -> World:
+    """Draws a world whose documents make exactly ``num_passages`` chunks."""
+    style, taken = (plain_style if plain else draw_style)(rng), set()
+    themes = {kind: _theme(rng, kind, style.variety) for kind in KINDS}
+    documents, room = [], num_passages
+    while room:
+        entity = draw_entity(rng, rng.choices(KINDS, style.kind_weights)[0], split, taken)
+        document = _outline(rng, entity, themes[entity.kind], style, room)
+        documents.append(document)
+        room -= len(document.parts)
+    entities = [document.entity for document in documents]
+    facts = {}
+    for document in documents:
+        for part in document.parts:
+            for i, fact in enumerate(part):
+                part[i] = _fill(rng, fact, entities, style, split, taken)
+                facts[fact.subject.name, fact.relation.name] = part[i]
+    return World(tuple(documents), facts, style)
+
+
+def _theme(rng: Random, kind: str, variety: int) -> list[Relation]:
+    """The relations of a kind that a world speaks of: some of its sentences, or its list."""
+    if kind == "film" and variety > 1 and rng.random() < 0.25:
+        return list(relations_of(kind, listed=True))
+    relations = relations_of(kind)
+    return rng.sample(relations, min(variety, len(relations)))
+
+
+def _outline(
+    rng: Random, entity: Entity, theme: list[Relation], style: Style, room: int
+) -> Document:
+    """Chooses a document's chunks and which relations they state, still without values."""
+    listed = bool(theme[0].place)
+    available = list(theme) if listed else rng.sample(theme, len(theme))
+    size = 1
+    while size < min(3, room, len(available)) and rng.random() < style.split:
+        size += 1
+    document = Document(entity, listed=listed)
+    for part in range(size):
+        later = size - part - 1
+        count = min(rng.randint(1, style.facts), len(available) - later)
+        document.parts.append([Fact(entity, relation, "") for relation in available[:count]])
+        available = available[count:]
+    return document
+
+
+def _fill(
+    rng: Random, fact: Fact, entities: list[Entity], style: Style, split: str, taken: set[str]
+) -> Fact:
+    """Gives a fact its value: often an entity with a document, which makes a second hop."""
+    kind = fact.relation.target
+    if kind == "year":
+        return Fact(fact.subject, fact.relation, rng.choice(YEARS))
+    linkable = [e for e in entities if e.kind == kind and e != fact.subject]
+    linkable = [] if fact.relation.place > 1 else linkable  # nobody plays two parts
+    if linkable and rng.random() < style.linked:
+        target = rng.choice(linkable)
+        return Fact(fact.subject, fact.relation, target.name, target)
+    form = rng.choice(("woman", "man")) if kind == "person" else kind
+    return Fact(fact.subject, fact.relation, draw_name(rng, form, split, taken))

@@ -1,0 +1,206 @@
+"""The pre-training loop: a few single-threaded processes that average their gradients."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from blocktune.data.worlds import WorldConfig, generate_examples
+from blocktune.prompt import PromptFormat
+from blocktune.training.pretraining.config import Curriculum, PretrainConfig
+from blocktune.training.pretraining.contexts import ContextSource, MicroBatch, micro_batches
+from blocktune.training.pretraining.measure import by_kind, correct
+from blocktune.training.pretraining.muon import Muon
+from blocktune.training.pretraining.tokenizer import train_tokenizer, world_texts
+
+
+def pretrain(config: PretrainConfig, output: Path) -> None:
+    """Trains tokenizer and model from nothing and saves both, the model in bfloat16.
+
+    Args:
+        config: What to train; the same configuration draws the same data.
+        output: Folder for model, tokenizer and ``log.jsonl``.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "log.jsonl").write_text(json.dumps({"config": asdict(config)}) + "\n")
+    texts = world_texts(PromptFormat(), config.seed)
+    train_tokenizer(texts, config.vocab_size).save_pretrained(output)
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(_worker, (config, output, folder), nprocs=config.workers)
+
+
+def new_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A model with random weights, where a word starts out alike with and without its space.
+
+    Byte-level BPE has two tokens for a word, one for the start of a text (a title), one for
+    elsewhere; without this the model must first learn that they are one name.
+    """
+    torch.manual_seed(config.seed)
+    special = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    model = LlamaForCausalLM(config.model_config(len(tokenizer), *special))
+    vocabulary, rows = tokenizer.get_vocab(), model.get_input_embeddings().weight.data
+    rows.normal_(0, config.embedding_std)
+    for token, index in vocabulary.items():
+        if len(token) > 2 and token[0] == "Ġ" and token[1:] in vocabulary:
+            rows[vocabulary[token[1:]]] = rows[index]
+    return model
+
+
+def keep_memory() -> None:
+    """Tells glibc to keep freed memory, else every step pays for page faults (twice the time)."""
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+    except OSError:  # not glibc: slower, nothing else
+        return
+    trim, top_pad, mmap = -1, -2, -3  # M_TRIM_THRESHOLD and so on, in <malloc.h>
+    for option, size in ((mmap, 2_000_000_000), (trim, 2_000_000_000), (top_pad, 100_000_000)):
+        libc.mallopt(option, size)
+
+
+class Tally(NamedTuple):
+    """Sums over one step, all processes: weighted loss, weights, answer tokens right and in all."""
+
+    loss: float
+    weight: float
+    right: float
+    answers: float
+    tokens: float
+
+
+def _worker(rank: int, config: PretrainConfig, output: Path, folder: str) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    torch.set_num_threads(1)
+    keep_memory()
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=config.workers
+    )
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(output)
+    model = new_model(config, tokenizer)
+    try:
+        _train(rank, config, output, model, tokenizer)
+    finally:
+        dist.destroy_process_group()
+
+
+def _train(rank, config, output, model, tokenizer) -> None:
+    source = ContextSource(config, tokenizer, rank)
+    optimizers = _optimizers(model, config)
+    started, tokens, console = time.perf_counter(), 0, Console(quiet=rank > 0)
+    dev, curriculum = dev_examples(config), Curriculum(config.stages)
+    for step in range(config.total_steps):
+        stage = curriculum.stage
+        sequences = source.draw(stage, config.tokens_per_step // config.workers)
+        tally = _backward(model, config, sequences, tokenizer.pad_token_id)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        for optimizer, peak in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = peak * config.rate(step)
+            optimizer.step()
+        model.zero_grad()
+        curriculum.advance(tally.right / tally.answers)
+        tokens += int(tally.tokens)
+        entry = {"step": step + 1, "passages": stage.passages}
+        entry |= {"loss": tally.loss / tally.weight, "answer_accuracy": tally.right / tally.answers}
+        last = step + 1 == config.total_steps
+        if last or (step + 1) % config.eval_every == 0:
+            entry["dev"] = _measure(rank, config, model, tokenizer, dev)
+            if rank == 0:
+                save(model, output)
+        seconds = time.perf_counter() - started
+        entry |= {"tokens": tokens, "tokens_per_s": tokens / seconds, "seconds": seconds}
+        if rank == 0 and (last or (step + 1) % 20 == 0):
+            _report(entry, config, output, console)
+
+
+def _optimizers(model, config) -> list[tuple[torch.optim.Optimizer, float]]:
+    """Muon for the matrices, AdamW for embeddings and norms, each with its peak rate."""
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
+    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
+    muon = Muon(matrices, lr=config.muon_lr)
+    adam = torch.optim.AdamW(others, lr=config.adam_lr, betas=(0.9, 0.98), weight_decay=0.0)
+    return [(muon, config.muon_lr), (adam, config.adam_lr)]
+
+
+def _backward(model, config, sequences, pad_id: int) -> Tally:
+    """Leaves the gradient of the weighted mean loss over all processes' tokens in the model."""
+    sums = torch.zeros(len(Tally._fields), dtype=torch.float64)
+    for batch in micro_batches(sequences, config.micro_tokens, pad_id):
+        sums += _accumulate(model, batch)
+    dist.all_reduce(sums)
+    tally = Tally(*sums.tolist())
+    flat = torch.cat([p.grad.flatten() for p in model.parameters()])
+    dist.all_reduce(flat)
+    start = 0
+    for p in model.parameters():
+        p.grad.copy_(flat[start : start + p.numel()].view_as(p) / tally.weight)
+        start += p.numel()
+    return tally
+
+
+def _accumulate(model, batch: MicroBatch) -> Tensor:
+    """Adds the gradient of the weighted loss sum; causal masking makes right pads harmless."""
+    logits = model(input_ids=batch.ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+    target, weight = batch.ids[:, 1:].flatten(), batch.weights[:, 1:].flatten()
+    loss = (cross_entropy(logits, target, reduction="none") * weight).sum()
+    loss.backward()
+    answer = weight > 1
+    right = (logits.detach().argmax(-1) == target)[answer].sum()
+    tokens = (batch.weights > 0).sum()
+    sums = loss.detach(), weight.sum(), right, answer.sum(), tokens
+    return torch.stack([value.double() for value in sums])
+
+
+def dev_examples(config: PretrainConfig):
+    """Questions over 10 chunks whose names no training world holds."""
+    worlds = WorldConfig(split="dev", seed=config.seed, num_examples=config.eval_examples)
+    return list(generate_examples(worlds))
+
+
+def _measure(rank, config, model, tokenizer, examples) -> dict[str, dict]:
+    """Each process answers its share; all get the result."""
+    model.eval()
+    result = {}
+    for setting in ("full", "naive"):
+        share = correct(model, tokenizer, examples[rank :: config.workers], setting)
+        shares: list = [None] * config.workers
+        dist.all_gather_object(shares, share)
+        right = [shares[i % config.workers][i // config.workers] for i in range(len(examples))]
+        result[setting] = by_kind(examples, right)
+    model.train()
+    return result
+
+
+def save(model: LlamaForCausalLM, output: Path) -> None:
+    """Writes the weights in bfloat16, which halves the download; training goes on in float32."""
+    state = {name: value.to(torch.bfloat16) for name, value in model.state_dict().items()}
+    state.pop("lm_head.weight", None)  # tied
+    dtype, model.config.dtype = model.config.dtype, torch.bfloat16
+    model.save_pretrained(output, state_dict=state)
+    model.config.dtype = dtype
+
+
+def _report(entry: dict, config: PretrainConfig, output: Path, console: Console) -> None:
+    rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in entry.items()}
+    with open(output / "log.jsonl", "a", encoding="utf-8") as log:
+        log.write(json.dumps(rounded) + "\n")
+    console.print(
+        f"step [bold]{entry['step']}[/]/{config.total_steps}  passages 1-{entry['passages']}  "
+        f"loss {entry['loss']:.3f}  answers {entry['answer_accuracy']:.3f}  "
+        f"{entry['tokens_per_s']:,.0f} tokens/s  {entry['seconds'] / 60:.1f} min"
+    )
+    for setting, kinds in entry.get("dev", {}).items():
+        line = "  ".join(f"{k} {v['em']:.2f}" for k, v in kinds.items() if "/" not in k)
+        console.print(f"   [cyan]dev, {setting:6}[/] {line}")

@@ -1,0 +1,140 @@
+"""Final numbers of the shipped model, its curves, and the README that states both."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from blocktune.data.worlds import QUESTION_KINDS, WorldConfig, generate_examples
+from blocktune.training.pretraining.measure import SETTINGS, by_kind, chance, correct
+from blocktune.training.provenance import provenance
+
+
+def write_report(folder: Path, num_examples: int) -> None:
+    """Measures the model in ``folder`` as saved, and writes ``numbers.json``, picture and README.
+
+    Args:
+        folder: What `pretrain` wrote.
+        num_examples: Test questions of each kind, over contexts of 10 chunks.
+    """
+    torch.set_num_threads(os.cpu_count() or 1)
+    started = time.perf_counter()
+    numbers = final_numbers(folder, num_examples)
+    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    config, *log = map(json.loads, lines)
+    numbers["training_minutes"] = round(log[-1]["seconds"] / 60, 1)
+    numbers["evaluation_minutes"] = round((time.perf_counter() - started) / 60, 1)
+    numbers["config"] = config["config"]
+    numbers["provenance"] = provenance() | {"hardware": hardware(), "threads": "one a process"}
+    (folder / "numbers.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    draw_curves(log, folder / "curves.png")
+    (folder / "README.md").write_text(readme(numbers, log))
+
+
+def final_numbers(folder: Path, num_examples: int) -> dict[str, Any]:
+    """Greedy exact match by setting and kind on test worlds, from the saved weights in float32."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tables: dict[str, Any] = {setting: {} for setting in SETTINGS}
+    guess = {}
+    for kind in QUESTION_KINDS:
+        worlds = WorldConfig("test", seed=1, num_examples=num_examples, kinds={kind: 1.0})
+        examples = list(generate_examples(worlds))
+        for setting in SETTINGS:
+            if setting == "bridge-deleted" and kind not in ("2-hop", "3-hop"):
+                continue
+            right = correct(model, tokenizer, examples, setting)
+            tables[setting] |= by_kind(examples, right)
+        guess[kind] = round(chance(examples), 4)
+    return {"parameters": model.num_parameters(), "em": tables, "answer_elsewhere": guess}
+
+
+def hardware() -> str:
+    """Cores and instruction sets that matter; no machine names."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text().split()
+    except OSError:
+        flags = []
+    sets = [name for name in ("avx2", "avx512f", "avx512_bf16") if name in flags]
+    return f"{os.cpu_count()} CPU cores ({', '.join(sets) or 'unknown'}), no GPU, shared machine"
+
+
+def draw_curves(log: list[dict], path: Path) -> None:
+    """Draws loss and dev exact match over steps."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    steps = [entry["step"] for entry in log]
+    left.plot(steps, [entry["loss"] for entry in log], label="loss (answers weigh 5)")
+    left.plot(steps, [entry["answer_accuracy"] for entry in log], label="answer token accuracy")
+    measured = [entry for entry in log if "dev" in entry]
+    for number, kind in enumerate(("self-contained", "cross-chunk", "2-hop")):
+        for setting, line in (("full", "-"), ("naive", ":")):
+            values = [entry["dev"][setting].get(kind, {}).get("em") for entry in measured]
+            right.plot(
+                [entry["step"] for entry in measured], values, line, color=f"C{number}",
+                label=kind if setting == "full" else None,
+            )  # fmt: skip
+    left.set(xlabel="step", title="training", ylim=(0, 2.5))
+    right.set(xlabel="step", ylim=(0, 1), title="exact match, 10 dev chunks: full (-), naive (··)")
+    for axis in (left, right):
+        axis.legend(frameon=False)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def readme(numbers: dict[str, Any], log: list[dict]) -> str:
+    """The model card."""
+    em, made = numbers["em"], numbers["provenance"]
+    command = " ".join(["python", "recipes/" + Path(sys.argv[0]).name, *sys.argv[1:]])
+    rows = [
+        f"| {kind} | {cell['n']} | "
+        + " | ".join(f"{em[s][kind]['em']:.3f}" if kind in em[s] else "" for s in SETTINGS)
+        + " |"
+        for kind, cell in em["full"].items()
+    ]
+    shape = numbers["config"]
+    return f"""# The tiny model
+
+A Llama-style decoder with {numbers["parameters"]:,} parameters ({shape["layers"]} layers of width
+{shape["width"]}, {shape["heads"]} query and {shape["kv_heads"]} key-value heads, tied embeddings,
+RoPE), trained from scratch in full causal attention on generated English worlds (`blocktune/data/worlds`). It answers
+questions over ten short passages, and exists to make the cost of reusing cached chunks measurable.
+It knows nothing else.
+
+Made by `{command}` at commit `{made["commit"]}`:
+{log[-1]["step"]} steps, {log[-1]["tokens"] / 1e6:.1f} M tokens,
+{numbers["training_minutes"]} minutes of training and {numbers["evaluation_minutes"]} of evaluation on {made["hardware"]}. Weights are saved in bfloat16;
+the numbers below are of the saved weights, computed in float32.
+
+## Exact match
+
+Greedy decoding, what follows the last `Answer:`; test worlds (no name in common with training),
+exactly 10 chunks. *full*: full attention. *naive*: every chunk encoded alone, no tuning.
+*no-context*: no chunks. *bridge-deleted*: without the chunk that states the last hop's fact.
+
+| kind | n | full | naive | no-context | bridge-deleted |
+|---|---|---|---|---|---|
+{chr(10).join(rows)}
+
+After the bridge is deleted, the answer still stands somewhere else in the context for
+{numbers["answer_elsewhere"]["2-hop"]:.1%} of the 2-hop questions: an upper bound of what a guesser
+who reads can reach by chance.
+
+Files: `model.safetensors`, `config.json`, tokenizer and chat template; `log.jsonl` and
+`curves.png` (training), `numbers.json` (the table with its provenance).
+
+![curves](curves.png)
+"""

@@ -1,0 +1,19 @@
+"""Makes the shipped model from nothing: `python recipes/pretrain_tiny.py --output data/tiny`."""
+
+import argparse
+from pathlib import Path
+
+from blocktune.training.pretraining.config import PretrainConfig
+from blocktune.training.pretraining.loop import pretrain
+from blocktune.training.pretraining.report import write_report
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, required=True, help="folder of the model")
+    parser.add_argument("--seed", type=int, default=0, help="seeds weights, worlds and tokenizer")
+    parser.add_argument("--scale", type=float, default=1.0, help="all stages' steps times this")
+    parser.add_argument("--eval-examples", type=int, default=500, help="questions per kind")
+    args = parser.parse_args()
+    config = PretrainConfig(seed=args.seed).scaled(args.scale)
+    pretrain(config, args.output)
+    write_report(args.output, args.eval_examples)

@@ -1,0 +1,143 @@
+"""Generated worlds: the same twice, disjoint splits, answers where the example says they are."""
+
+import itertools
+
+import pytest
+
+from blocktune.data.worlds import MARKER, QUESTION_KINDS, WorldConfig, generate_examples
+from blocktune.data.worlds.names import SPLITS, names
+
+
+def draw(**kwargs):
+    return list(generate_examples(WorldConfig(**({"num_examples": 60, "seed": 3} | kwargs))))
+
+
+def text(example, index):
+    chunk = example.chunks[index]
+    return f"{chunk.title or ''}\n{chunk.text}"
+
+
+@pytest.fixture(scope="module")
+def examples():
+    return [e for kind in QUESTION_KINDS for e in draw(kinds={kind: 1.0}, num_examples=40)]
+
+
+def test_the_same_configuration_draws_the_same_examples():
+    assert draw() == draw()
+    assert draw() != draw(seed=4)
+
+
+def test_an_example_does_not_depend_on_how_many_are_drawn():
+    assert draw(num_examples=5) == draw(num_examples=20)[:5]
+
+
+@pytest.mark.parametrize("kind", ["woman", "man", "city", "film", "book", "company"])
+def test_splits_share_no_name(kind):
+    owned = {split: set(itertools.chain(*names(kind, split))) for split in SPLITS}
+    assert all(owned.values())
+    for one, other in itertools.combinations(SPLITS, 2):
+        assert not owned[one] & owned[other]
+
+
+def test_examples_of_two_splits_share_no_entity():
+    titles = {split: {c.title for e in draw(split=split) for c in e.chunks} for split in SPLITS}
+    for one, other in itertools.combinations(SPLITS, 2):
+        assert titles[one] & titles[other] <= {None}
+
+
+@pytest.mark.parametrize("size", [2, 10])
+def test_contexts_have_the_number_of_chunks_asked_for(size):
+    assert {len(e.chunks) for e in draw(num_passages=size, kinds={"cross-chunk": 1})} == {size}
+
+
+def test_a_range_of_chunks_is_used_in_full():
+    assert {len(e.chunks) for e in draw(num_passages=(2, 4))} == {2, 3, 4}
+
+
+def test_two_examples_never_share_a_context_unless_asked():
+    assert len({e.chunks for e in draw()}) == 60
+    assert len({e.chunks for e in draw(questions_per_world=4)}) <= 20
+
+
+def test_every_kind_is_drawn_and_the_response_ends_in_the_answer(examples):
+    assert {e.kind for e in examples} == set(QUESTION_KINDS)
+    for example in examples:
+        assert example.response.split(MARKER)[-1] == example.answers[0]
+
+
+def test_the_answer_stands_in_the_chunk_of_the_last_fact_and_that_is_supporting(examples):
+    for example in examples:
+        facts = example.meta["fact_chunks"]
+        assert set(facts) <= set(example.supporting)
+        if example.kind != "comparison":
+            assert example.answers[0] in text(example, facts[-1])
+
+
+def test_bridges_stand_in_the_chunks_before_and_are_said_first(examples):
+    chains = [e for e in examples if e.kind in ("2-hop", "3-hop")]
+    assert chains
+    for example in chains:
+        bridges = example.meta["bridges"]
+        assert example.response.startswith(", ".join(bridges) + ". ")
+        for bridge, chunk in zip(bridges, example.meta["fact_chunks"], strict=False):
+            assert bridge in text(example, chunk)
+            assert bridge not in example.question
+
+
+def test_cross_chunk_facts_stand_in_an_untitled_chunk_that_does_not_name_its_entity(examples):
+    cross = [e for e in examples if e.kind == "cross-chunk"]
+    assert {m for e in cross for m in e.meta["mentions"]} == {
+        "pronoun", "description", "alias", "list",
+    }  # fmt: skip
+    for example in cross:
+        first, chunk = example.supporting
+        title = example.chunks[first].title
+        assert title in example.question
+        assert all(example.chunks[i].title is None for i in range(first + 1, chunk + 1))
+        assert title not in example.chunks[chunk].text
+
+
+def test_self_contained_facts_stand_in_a_titled_chunk(examples):
+    for example in (e for e in examples if e.kind == "self-contained"):
+        (chunk,) = example.supporting
+        assert example.chunks[chunk].title in example.question
+
+
+def test_a_description_or_alias_is_explained_by_the_first_chunk(examples):
+    for example in (e for e in examples if e.kind == "cross-chunk"):
+        first, chunk = example.supporting
+        subject = example.chunks[chunk].text
+        if example.meta["mentions"] == ["alias"]:
+            opening = example.chunks[first].text
+            alias = opening.split(", known as ")[-1].split(", often called ")[-1].split(",")[0]
+            assert (
+                f"{alias} " in subject or "He " in subject or "She " in subject or "It " in subject
+            )
+
+
+def test_without_the_bridge_chunk_nothing_says_the_last_fact(examples):
+    for example in (e for e in examples if e.kind == "2-hop"):
+        chunk = example.meta["fact_chunks"][-1]
+        title = next(
+            example.chunks[i].title for i in range(chunk, -1, -1) if example.chunks[i].title
+        )
+        assert title == example.meta["bridges"][-1]
+        own = [c for c in example.chunks if c.title == title]
+        assert len(own) == 1
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"split": "val"}, "unknown split 'val'; available: train, dev, test"),
+        ({"kinds": {"4-hop": 1}}, "unknown kind '4-hop'"),
+        ({"kinds": {}}, "positive weights"),
+        ({"num_passages": 0}, "at least 1"),
+        ({"num_passages": (4, 2)}, "ascending"),
+        ({"questions_per_world": 0}, "at least 1"),
+        ({"kinds": {"cross-chunk": 1}, "num_passages": 1}, "needs two passages"),
+    ],
+)
+def test_bad_configurations_are_refused(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        WorldConfig(**kwargs)
