@@ -18,12 +18,14 @@ class CachePlan:
     rule's. The plan counts what it executes: the account of an answer reads it here.
 
     Attributes:
+        query: Facts of the computed rows, ``(B, R)``.
         context_rows: Rows of chunk tokens among the query rows, per prompt, ``(B,)``.
         executed: Layers whose attention ran with this plan, in order.
     """
 
     def __init__(self, query: Rows, key: Rows):
         """Prepares ``query`` ``(B, R)`` over the columns ``key`` ``(B, N)``, by order."""
+        self.query = query
         self.context_rows = (query.kind == Kind.CHUNK).sum(1)
         self.executed: list[int] = []
         exists, stored = query.kind != Kind.PAD, key.kind != Kind.PAD

@@ -80,7 +80,7 @@ class Engine:
                 f"the adapter was trained with the prompt format {adapter.format}, got "
                 f"{self.format}; leave the format out to use the adapter's"
             )
-        self.store = store or ChunkStore(device=model.device)
+        self.store = ChunkStore(device=model.device) if store is None else store
         words = dataclasses.asdict(self.format)
         self.fingerprint = model_fingerprint(model, adapter_folder, tokenizer, words)
         pad_id = _pad_id(tokenizer)
@@ -88,7 +88,7 @@ class Engine:
             model,
             tokenizer,
             Encoder(model, self.store, self.fingerprint, pad_id),
-            prefix_tree or PrefixTree(),
+            PrefixTree() if prefix_tree is None else prefix_tree,
             rope,
             pad_id,
         )
