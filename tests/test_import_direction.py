@@ -31,7 +31,8 @@ ALLOWED = {
     "evaluation": SERVING | {"data"},
     "serve": SERVING | {"data"},
     "hub": SERVING | {"data", "training", "evaluation", "serve"},
-    "commands": SERVING | {"data", "training", "evaluation", "serve", "hub", "check"},
+    "bench": GROUND | {"evaluation"},
+    "commands": SERVING | {"data", "training", "evaluation", "serve", "hub", "check", "bench"},
     "cli": {"commands"},
     "__init__": set(),
 }
