@@ -68,7 +68,7 @@ def test_adapters_are_served_as_they_were_trained():
     assert build("kvlink").layout(linked) == linked
     assert build("epic").layout(linked) == linked
     assert build("full-prefill").layout(linked) == LayoutSpec(block=False)
-    with pytest.raises(ValueError, match="'block-attention' needs .* got one with link tokens"):
+    with pytest.raises(ValueError, match=r"'block-attention' needs .* got one with link tokens"):
         build("block-attention").layout(linked)
-    with pytest.raises(ValueError, match="'kvlink' needs .* got one without"):
+    with pytest.raises(ValueError, match=r"'kvlink' needs .* got one without"):
         build("kvlink").layout(LayoutSpec())
