@@ -1,0 +1,161 @@
+"""What a user can get wrong: one clear line, exit code 2, nothing half-written."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+from blocktune.adapter import AdapterInfo
+from blocktune.data import RagExample, write_jsonl
+from blocktune.identity import base_fingerprint, tokenizer_hash
+from blocktune.prompt import Chunk, LayoutSpec, PromptFormat
+
+QUESTION = ("--question", "Where was Anna born?")
+CHUNK = ("--chunk", "Anna was born in Kirby.")
+
+
+@pytest.fixture
+def questions(tmp_path):
+    path = tmp_path / "questions.jsonl"
+    chunks = (Chunk("Anna was born in Kirby."), Chunk("Kirby is small."))
+    write_jsonl(path, [RagExample(f"Where? {i}", chunks, ("Kirby",)) for i in range(9)])
+    return path
+
+
+@pytest.fixture
+def suite(model, questions, tmp_path):
+    def write(**changes):
+        tasks = [{"name": "mine", "source": str(questions)}]
+        record = {"model": model, "methods": ["naive"], "tasks": tasks} | changes
+        (tmp_path / "suite.yaml").write_text(yaml.safe_dump(record))
+        return ("eval", "--suite", tmp_path / "suite.yaml", "--output", tmp_path / "out")
+
+    return write
+
+
+def test_an_empty_chunk_list(refused, model, tmp_path):
+    assert "at least one chunk" in refused("answer", "--model", model, *QUESTION)
+    path = tmp_path / "q.jsonl"
+    path.write_text(json.dumps({"question": "Where?", "chunks": []}) + "\n")
+    line = refused("answer", "--model", model, "--input", path)
+    assert 'q.jsonl, line 1: field "chunks" must be a non-empty list' in line
+
+
+def test_a_chunk_longer_than_the_context(refused, model, tmp_path):
+    text = "Anna was born in Kirby. " * 200
+    line = refused("answer", "--model", model, *QUESTION, "--chunk", text)
+    assert "context holds 512" in line
+    path, store = tmp_path / "docs.jsonl", tmp_path / "store"
+    lines = [{"text": "Kirby is small."}, {"text": text}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    line = refused("encode", "--model", model, "--input", path, "--store", store)
+    assert "context holds 512" in line
+    assert not list(tmp_path.glob("store/**/*.safetensors"))
+
+
+@pytest.mark.parametrize("command", ["answer", "encode", "eval"])
+def test_a_wrong_field_on_line_7(refused, model, questions, suite, tmp_path, command):
+    lines = questions.read_text().splitlines()
+    lines[6] = json.dumps({"question": "Where?", "chunks": ["Kirby."], "answer": "Kirby"})
+    questions.write_text("\n".join(lines) + "\n")
+    output = tmp_path / "out"
+    arguments = {
+        "answer": ("answer", "--model", model, "-i", questions, "-o", output),
+        "encode": ("encode", "--model", model, "-i", questions, "--store", output),
+        "eval": suite(),
+    }
+    line = refused(*arguments[command])
+    assert 'questions.jsonl, line 7: unknown field "answer"; known: ' in line
+    assert not output.exists()
+
+
+def test_an_adapter_made_for_another_base(refused, model, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(model)
+    base.model.embed_tokens.weight.data += 1
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    AdapterInfo(
+        base_model="somebody/else",
+        base_fingerprint=base_fingerprint(base),
+        tokenizer_hash=tokenizer_hash(tokenizer),
+        layout=LayoutSpec(),
+        format=PromptFormat(),
+    ).save(folder)
+    line = refused("answer", "--model", model, "--adapter", folder, *QUESTION, *CHUNK)
+    assert "was made for base 'somebody/else'" in line
+    assert "is no blocktune adapter" in refused(
+        "answer", "--model", model, "--adapter", tmp_path, *QUESTION, *CHUNK
+    )
+
+
+def test_an_unknown_method_or_parameter(refused, model, suite, tmp_path):
+    ask = ("answer", "--model", model, *QUESTION, *CHUNK)
+    assert "unknown reuse method 'magic'; available: " in refused(*ask, "--method", "magic")
+    assert "got unknown kk" in refused(*ask, "--method", "epic", "--param", "kk=3")
+    assert "--param must be name=value" in refused(*ask, "--method", "epic", "--param", "k")
+    assert "unknown reuse method 'magic'" in refused(*suite(methods=["naive", "magic"]))
+    assert "adapter trained with link tokens" in refused(*suite(methods=["naive", "kvlink"]))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_yaml_key(refused, suite, tmp_path):
+    line = refused(*suite(metods=["naive"]))
+    assert "suite.yaml: unknown key 'metods'; known: model, methods, tasks" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_cannot_be_served_this_way(refused, model, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=1)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    for command in (("answer", *QUESTION, *CHUNK), ("check",)):
+        assert "RoPE" in refused(command[0], "--model", tmp_path / "gpt2", *command[1:])
+
+
+def test_a_model_that_is_not_there(refused, tmp_path):
+    line = refused("answer", "--model", tmp_path / "none", *QUESTION, *CHUNK)
+    assert "cannot load a language model from" in line
+
+
+def test_questions_given_twice_or_not_at_all(refused, model, questions):
+    assert "either --input FILE or --question" in refused("answer", "--model", model)
+    both = refused("answer", "--model", model, *QUESTION, *CHUNK, "--input", questions)
+    assert "either --input FILE or --question" in both
+    assert "no file 'none.jsonl'" in refused("answer", "--model", model, "--input", "none.jsonl")
+
+
+def test_a_failed_generation_leaves_the_old_file(refused, tmp_path):
+    path = tmp_path / "worlds.jsonl"
+    path.write_text("old")
+    assert "unknown kind 'magic'" in refused("data", "worlds", "-o", path, "--kinds", "magic")
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["worlds.jsonl"]
+
+
+def test_a_training_config_with_an_unknown_key(refused, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("train_data: worlds:train\nlearning_rat: 1e-3\n")
+    assert "learning_rat" in refused("train", "--config", path)
+    assert "none.yaml" in refused("train", "--config", tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(("debug", "shown"), [({}, False), ({"BLOCKTUNE_DEBUG": "1"}, True)])
+def test_a_process_ends_with_2_and_a_traceback_only_when_asked(tmp_path, debug, shown):
+    command = [sys.executable, "-m", "blocktune.cli", "eval", "--suite", "none.yaml"]
+    done = subprocess.run(
+        [*command, "--output", "out"],
+        cwd=tmp_path,
+        env={"PATH": ""} | debug,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "no suite at 'none.yaml'" in done.stderr
+    assert ("Traceback" in done.stderr) is shown
+    assert done.returncode == (1 if shown else 2)
+    assert list(tmp_path.iterdir()) == []
