@@ -47,9 +47,9 @@ class PretrainConfig:
         tokens_per_step: Tokens of one optimiser step, all processes together, about.
         micro_tokens: Most tokens of one forward pass, padding included; small ones stay in cache.
         muon_lr: Peak learning rate of the matrices.
-        embedding_std: Initial spread of the embeddings. AdamW moves every number by about its rate a
-            step, and words of one class together: from the usual 0.02 their differences drown
-            within 20 steps, and names can no longer be told apart.
+        embedding_std: Initial spread of the embeddings. AdamW moves every number by about its
+            rate a step, and words of one class together: from the usual 0.02 their differences
+            soon drown, and names can no longer be told apart.
         adam_lr: Peak learning rate of embeddings and norms.
         warmup: Steps of linear warm-up.
         decay_from: Share of the run after which the rates fall linearly.
