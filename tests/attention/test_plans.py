@@ -3,9 +3,9 @@
 import pytest
 import torch
 from families import FAMILIES, HEAD, VOCAB, build
+from largest_tensor import LargestTensor
 from layouts import LAYOUTS, layout, prompt, random_layout
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from transformers import GptOssConfig
 
 from blocktune.attention import DensePlan, FlexPlan, SplitPlan, attach, dense_mask, make_plan
 from blocktune.attention.flex import BLOCK, block_pairs, flex_block_mask
@@ -78,21 +78,6 @@ def test_later_tokens_never_change_earlier_rows(family):
         assert torch.equal(before[earlier], after[earlier]), execution
         assert not torch.equal(before[later], after[later])
     torch.set_num_threads(threads)
-
-
-class LargestTensor(TorchDispatchMode):
-    """Records the number of elements of the largest tensor that any operation returns."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                # What lies in memory: an expanded view is as small as what it views.
-                held = leaf.untyped_storage().nbytes() // leaf.element_size()
-                self.numel = max(self.numel, held)
-        return result
 
 
 def long_layout(tokens=4096, chunk=256, query=64):
@@ -171,11 +156,7 @@ def test_unknown_execution_is_named():
 
 
 def test_attention_sinks_are_refused():
-    from families import EXPERTS
-    from transformers import AutoModelForCausalLM, GptOssConfig
-
-    config = GptOssConfig(**HEAD, num_local_experts=EXPERTS["num_experts"])
-    model = AutoModelForCausalLM.from_config(config)
+    model = build(GptOssConfig(**HEAD, num_local_experts=4))
     some = LAYOUTS["ragged"]()
     attach(model)
     with pytest.raises(ValueError, match="attention sinks"):
