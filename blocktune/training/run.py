@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,9 +31,16 @@ def parse(argv: Sequence[str]) -> tuple[DataArgs, BlockSFTConfig, ModelConfig]:
     parser = TrlParser((DataArgs, BlockSFTConfig, ModelConfig), prog="blocktune train")
     parser.error = _raise
     try:
-        return parser.parse_args_and_config(list(argv))
+        *parsed, unknown = parser.parse_args_and_config(list(argv), return_remaining_strings=True)
     except OSError as error:
         raise ValueError(f"cannot read the config: {error}") from None
+    if unknown:
+        name = next((word for word in unknown if word.startswith("--")), unknown[0])
+        known = [action.dest for action in parser._actions]
+        close = difflib.get_close_matches(name.lstrip("-"), known, n=1)
+        hint = f"did you mean '{close[0]}'?" if close else "see blocktune/training/config.py"
+        raise ValueError(f"unknown key or option '{name.lstrip('-')}'; {hint}")
+    return tuple(parsed)
 
 
 def train(argv: Sequence[str], callbacks: Sequence[TrainerCallback] = ()) -> Path | None:
