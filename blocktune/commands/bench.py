@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Annotated
 
 import typer
 
@@ -16,11 +17,16 @@ def add_to(app: typer.Typer) -> None:
     app.add_typer(group, name="bench")
 
 
-def attention(as_json: AsJson = False) -> None:
+def attention(
+    tokens: Annotated[int, typer.Option(min=2, help="Length of the prompt.")] = 8192,
+    chunk: Annotated[int, typer.Option(min=1, help="Tokens per chunk.")] = 512,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds; medians are shown.")] = 5,
+    as_json: AsJson = False,
+) -> None:
     """Time split attention, forward and backward, against full causal and dense-mask SDPA."""
     from blocktune.bench import bench_attention
 
-    found = bench_attention()
+    found = bench_attention(tokens, chunk, repeats=repeats)
     typer.echo(json.dumps(found, indent=2) if as_json else "\n".join(map(_line, found.items())))
 
 

@@ -42,8 +42,15 @@ def evaluate(
     run_and_show(loaded, output, title=suite.stem)
 
 
-def run_and_show(suite, output: Path, title: str) -> dict:
-    """Runs a suite, prints its table and draws its picture; returns the results."""
+def run_and_show(suite, output: Path, title: str, command: list[str] | None = None) -> dict:
+    """Runs a suite, prints its table and draws its picture; returns the results.
+
+    Args:
+        suite: A `Suite`.
+        output: Folder for all of it.
+        title: Above the table.
+        command: What the user typed, for the provenance; by default ``sys.argv``.
+    """
     from rich.console import Console
     from transformers.utils import logging
 
@@ -53,7 +60,7 @@ def run_and_show(suite, output: Path, title: str) -> dict:
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    results = run_suite(suite, output)
+    results = run_suite(suite, output, command=command)
     picture = draw_results(results, output / "results.png", _caption(results, suite.model))
     console = Console()
     console.print(results_table(results, title))

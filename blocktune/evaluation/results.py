@@ -8,12 +8,13 @@ from typing import Any
 
 from blocktune.evaluation.metrics import adjusted_f1
 from blocktune.evaluation.rows import Row
-from blocktune.evaluation.statistics import mcnemar_exact, mean_interval, recovered_gap
-from blocktune.evaluation.suite import MethodSpec, Suite
+from blocktune.evaluation.statistics import PairedBootstrap, mcnemar_exact
+from blocktune.evaluation.suite import Suite
 from blocktune.evaluation.ttft import TtftSummary
 
 CI95_OF = "em"
 """The score that ``ci95`` is the interval of, here and in every task."""
+ORACLE, FLOOR = "full-prefill", "naive"
 
 
 def build_results(
@@ -26,7 +27,7 @@ def build_results(
 
     The baselines are full prefill and naive reuse *on the base model*: adjusted F1 keeps the
     questions that the first scores on, and ``gap_recovered`` is the share of the way from the
-    second to the first. Both are None where the suite lacks a baseline.
+    second to the first. Both are None where the suite lacks a baseline or there is no gap.
 
     Args:
         suite: What was run.
@@ -37,61 +38,69 @@ def build_results(
     Returns:
         Plain JSON types: ``{"methods": {LABEL: {...}}, "provenance": {...}}``.
     """
-    full, naive = (_baseline(suite, rows, name) for name in ("full-prefill", "naive"))
+    full, naive = _base_label(suite, ORACLE), _base_label(suite, FLOOR)
+    whole = _summaries(rows, full, naive, suite.seed)
+    groups = {
+        name: _summaries(_take(rows, members), full, naive, suite.seed)
+        for name, members in _groups(suite, next(iter(rows.values()))).items()
+    }
     methods = {}
     for spec in suite.methods:
-        groups = _groups(suite, rows[spec.label])
-        summary = _summary(spec.label, rows, full, naive, suite.seed, range(len(rows[spec.label])))
-        summary |= _times(spec, ttft, suite)
-        summary["tasks"] = {
-            name: _summary(spec.label, rows, full, naive, suite.seed, members)
-            for name, members in groups.items()
-        }
-        methods[spec.label] = {"method": spec.name, "adapter": spec.adapter} | summary
+        label = spec.label
+        tasks = {name: summaries[label] for name, summaries in groups.items()}
+        methods[label] = (
+            {"method": spec.name, "adapter": spec.adapter}
+            | whole[label]
+            | _times(ttft.get(label), ttft.get(full))
+            | {"tasks": tasks}
+        )
     return {"methods": methods, "provenance": {**provenance, "ci95_of": CI95_OF}}
 
 
-def _summary(
-    label: str,
-    rows: Mapping[str, Sequence[Row]],
-    full: Sequence[Row] | None,
-    naive: Sequence[Row] | None,
-    seed: int,
-    members: Sequence[int],
+def _summaries(
+    rows: Mapping[str, Sequence[Row]], full: str | None, naive: str | None, seed: int
+) -> dict[str, dict[str, Any]]:
+    """Label -> scores over all of ``rows``; one bootstrap serves every method."""
+    em = {label: [row.em for row in own] for label, own in rows.items()}
+    bootstrap = PairedBootstrap(em, seed=seed)
+    summaries = {}
+    for label, own in rows.items():
+        kept, num_kept = None, None
+        if full:
+            kept, num_kept = adjusted_f1([r.f1 for r in own], [r.f1 for r in rows[full]])
+        gap = bootstrap.recovered_gap(label, naive, full) if full and naive else None
+        mean, low, high = bootstrap.mean(label)
+        summaries[label] = {
+            "em": mean,
+            "f1": fmean(row.f1 for row in own),
+            "substring_em": fmean(row.substring_em for row in own),
+            "adjusted_f1": kept,
+            "ci95": [low, high],
+            "n": len(own),
+            "n_kept": num_kept,
+            "recompute_ratio": fmean(row.recompute_ratio for row in own),
+            "gap_recovered": gap and gap.mean,
+            "gap_recovered_ci95": gap and [gap.low, gap.high],
+            "em_minus": {
+                other: _difference(bootstrap, em, label, other) for other in em if other != label
+            },
+        }
+    return summaries
+
+
+def _difference(
+    bootstrap: PairedBootstrap, em: Mapping[str, Sequence[float]], label: str, other: str
 ) -> dict[str, Any]:
-    def column(source: Sequence[Row], name: str) -> list[float]:
-        return [getattr(source[i], name) for i in members]
-
-    own = rows[label]
-    em, f1 = column(own, "em"), column(own, "f1")
-    kept = adjusted_f1(f1, column(full, "f1")) if full else (None, None)
-    summary = {
-        "em": fmean(em),
-        "f1": fmean(f1),
-        "substring_em": fmean(column(own, "substring_em")),
-        "adjusted_f1": kept[0],
-        "ci95": list(mean_interval(em, seed=seed)[1:]),
-        "n": len(members),
-        "n_kept": kept[1],
-        "recompute_ratio": fmean(column(own, "recompute_ratio")),
-    }
-    if full and naive:
-        gap = recovered_gap(em, column(naive, "em"), column(full, "em"), seed=seed)
-        summary["gap_recovered"] = gap and gap.mean
-        summary["gap_recovered_ci95"] = gap and list(gap[1:])
-    if full:
-        summary["p_against_full_prefill"] = mcnemar_exact(em, column(full, "em"))
-    return summary
+    """How far one method is above another; p is McNemar's, for one comparison, not for many."""
+    mean, low, high = bootstrap.difference(label, other)
+    return {"mean": mean, "ci95": [low, high], "p": mcnemar_exact(em[label], em[other])}
 
 
-def _times(spec: MethodSpec, ttft: Mapping[str, TtftSummary], suite: Suite) -> dict[str, Any]:
-    own = ttft.get(spec.label)
-    full = next((m.label for m in suite.methods if _is_base(m, "full-prefill")), None)
-    ratio = own.median / ttft[full].median if own and full else None
+def _times(own: TtftSummary | None, full: TtftSummary | None) -> dict[str, Any]:
     return {
         "ttft_s": own and own.median,
         "ttft_s_quartiles": own and [own.q25, own.q75],
-        "ttft_over_full_prefill": ratio,
+        "ttft_over_full_prefill": own.median / full.median if own and full else None,
         "ttft_n": own and own.num,
     }
 
@@ -108,9 +117,11 @@ def _groups(suite: Suite, rows: Sequence[Row]) -> dict[str, list[int]]:
     return groups
 
 
-def _baseline(suite: Suite, rows: Mapping[str, Sequence[Row]], name: str) -> Sequence[Row] | None:
-    return next((rows[m.label] for m in suite.methods if _is_base(m, name)), None)
+def _take(rows: Mapping[str, Sequence[Row]], members: Sequence[int]) -> dict[str, list[Row]]:
+    return {label: [own[index] for index in members] for label, own in rows.items()}
 
 
-def _is_base(spec: MethodSpec, name: str) -> bool:
-    return spec.name == name and spec.adapter is None and not spec.params
+def _base_label(suite: Suite, name: str) -> str | None:
+    """Label of a method on the base model with its default parameters."""
+    plain = (m for m in suite.methods if m.name == name and m.adapter is None and not m.params)
+    return next((spec.label for spec in plain), None)

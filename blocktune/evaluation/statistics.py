@@ -6,6 +6,7 @@ and all methods are read on the same draw.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import comb
 from typing import NamedTuple
 
@@ -24,114 +25,92 @@ class Interval(NamedTuple):
     high: float
 
 
+class PairedBootstrap:
+    """Scores of several methods on the same questions, resampled once for all.
+
+    Intervals are percentile intervals. Where all scores are equal an interval has no width:
+    resampling cannot know the unseen.
+
+    Args:
+        scores: Method -> one score per question, ``(n,)``, n at least 1, in the same order.
+        seed: Equal seeds give equal draws.
+        num_resamples: How often questions are drawn, with replacement.
+        confidence: Coverage in (0, 1).
+
+    Raises:
+        ValueError: If there is no question, or methods differ in their number.
+
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13; paired as
+    in Koehn, Statistical Significance Tests for Machine Translation Evaluation (2004).
+    """
+
+    def __init__(
+        self,
+        scores: Mapping[str, ArrayLike],
+        *,
+        seed: int = 0,
+        num_resamples: int = NUM_RESAMPLES,
+        confidence: float = 0.95,
+    ):
+        if not 0 < confidence < 1:
+            raise ValueError(f"confidence must lie between 0 and 1, got {confidence}")
+        counts = {name: len(values) for name, values in scores.items()}
+        if len(set(counts.values())) != 1 or 0 in counts.values():
+            raise ValueError(f"paired scores need one number of questions, 1 or more, got {counts}")
+        table = np.stack([np.asarray(values, dtype=np.float64) for values in scores.values()])
+        means = resampled_means(table, num_resamples=num_resamples, seed=seed)
+        self._confidence = confidence
+        self._means = dict(zip(scores, table.mean(axis=1).tolist(), strict=True))
+        self._resampled = dict(zip(scores, means, strict=True))
+
+    def mean(self, name: str) -> Interval:
+        """A method's mean."""
+        return self._interval(self._means[name], self._resampled[name])
+
+    def difference(self, name: str, other: str) -> Interval:
+        """How much the first mean is above the second, on the same questions."""
+        drawn = self._resampled[name] - self._resampled[other]
+        return self._interval(self._means[name] - self._means[other], drawn)
+
+    def recovered_gap(self, name: str, floor: str, ceiling: str) -> Interval | None:
+        """``(name - floor) / (ceiling - floor)``: the share of a gap that a method closes.
+
+        Returns:
+            None where the interval of the gap itself reaches zero: a share of nothing says
+            nothing.
+        """
+        if self.difference(ceiling, floor).low <= 0:
+            return None
+        gap = self._resampled[ceiling] - self._resampled[floor]
+        part = self._resampled[name] - self._resampled[floor]
+        share = self.difference(name, floor).mean / self.difference(ceiling, floor).mean
+        return self._interval(share, part[gap > 0] / gap[gap > 0])
+
+    def _interval(self, mean: float, drawn: NDArray[np.float64]) -> Interval:
+        tail = (1 - self._confidence) / 2
+        low, high = np.quantile(drawn, [tail, 1 - tail]).tolist()
+        return Interval(mean, low, high)
+
+
 def resampled_means(
-    scores: ArrayLike, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0
+    scores: NDArray[np.float64], *, num_resamples: int, seed: int
 ) -> NDArray[np.float64]:
     """Means over questions drawn with replacement, the same draw for every method.
 
     Args:
         scores: Scores per method and question, ``(M, n)``.
         num_resamples: How many draws.
-        seed: Equal seeds give equal draws.
+        seed: Of the draws.
 
     Returns:
         Means, ``(M, num_resamples)``.
-
-    Raises:
-        ValueError: If there is no question.
     """
-    values = np.asarray(scores, dtype=np.float64)
-    if values.ndim != 2 or values.shape[1] == 0:
-        raise ValueError(f"scores must be (methods, questions >= 1), got shape {values.shape}")
-    rng = np.random.default_rng(seed)
-    means = np.empty((values.shape[0], num_resamples))
+    rng, n = np.random.default_rng(seed), scores.shape[1]
+    means = np.empty((len(scores), num_resamples))
     for start in range(0, num_resamples, _BLOCK):
         stop = min(start + _BLOCK, num_resamples)
-        means[:, start:stop] = values @ _draw(rng, stop - start, values.shape[1]).T
-    return means / values.shape[1]
-
-
-def mean_interval(
-    scores: ArrayLike,
-    *,
-    confidence: float = 0.95,
-    num_resamples: int = NUM_RESAMPLES,
-    seed: int = 0,
-) -> Interval:
-    """A mean and its percentile bootstrap interval.
-
-    When all scores are equal the interval has no width: resampling cannot know the unseen.
-
-    Args:
-        scores: One score per question, ``(n,)``.
-        confidence: Coverage in (0, 1).
-        num_resamples: How many draws.
-        seed: Of the draws.
-
-    Source: Efron & Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
-    """
-    values = np.asarray(scores, dtype=np.float64)
-    means = resampled_means(values[None], num_resamples=num_resamples, seed=seed)[0]
-    return Interval(float(values.mean()), *_percentiles(means, confidence))
-
-
-def difference_interval(
-    scores: ArrayLike,
-    baseline: ArrayLike,
-    *,
-    confidence: float = 0.95,
-    num_resamples: int = NUM_RESAMPLES,
-    seed: int = 0,
-) -> Interval:
-    """The paired difference ``mean(scores) - mean(baseline)`` and its bootstrap interval.
-
-    Args:
-        scores: One method's scores, ``(n,)``.
-        baseline: The other's on the same questions, ``(n,)``.
-        confidence: Coverage in (0, 1).
-        num_resamples: How many draws.
-        seed: Of the draws.
-
-    Raises:
-        ValueError: If the two are not of one length.
-
-    Source: Koehn, Statistical Significance Tests for Machine Translation Evaluation (2004).
-    """
-    left, right = _paired(scores, baseline)
-    return mean_interval(
-        left - right, confidence=confidence, num_resamples=num_resamples, seed=seed
-    )
-
-
-def recovered_gap(
-    scores: ArrayLike,
-    floor: ArrayLike,
-    ceiling: ArrayLike,
-    *,
-    confidence: float = 0.95,
-    num_resamples: int = NUM_RESAMPLES,
-    seed: int = 0,
-) -> Interval | None:
-    """``(scores - floor) / (ceiling - floor)`` of the means, and its paired bootstrap interval.
-
-    Args:
-        scores: The method's scores, ``(n,)``.
-        floor: Naive reuse on the same questions, ``(n,)``.
-        ceiling: Full prefill on the same questions, ``(n,)``.
-        confidence: Coverage in (0, 1).
-        num_resamples: How many draws.
-        seed: Of the draws.
-
-    Returns:
-        None where the interval of the gap itself reaches zero: a share of nothing says nothing.
-    """
-    left, low = _paired(scores, floor)
-    stacked = np.stack([left - low, _paired(ceiling, floor)[0] - low])
-    part, gap = resampled_means(stacked, num_resamples=num_resamples, seed=seed)
-    if _percentiles(gap, confidence)[0] <= 0:
-        return None
-    shares = part[gap > 0] / gap[gap > 0]
-    return Interval(float(stacked[0].mean() / stacked[1].mean()), *_percentiles(shares, confidence))
+        means[:, start:stop] = scores @ _draw(rng, stop - start, n).T
+    return means / n
 
 
 def mcnemar_exact(correct: ArrayLike, baseline: ArrayLike) -> float:
@@ -158,13 +137,6 @@ def _draw(rng: np.random.Generator, num_draws: int, n: int) -> NDArray[np.float6
     """How often each of ``n`` questions is drawn in each draw of ``n``, ``(num_draws, n)``."""
     picked = rng.integers(n, size=(num_draws, n)) + n * np.arange(num_draws)[:, None]
     return np.bincount(picked.ravel(), minlength=num_draws * n).reshape(num_draws, n).astype(float)
-
-
-def _percentiles(values: NDArray[np.float64], confidence: float) -> tuple[float, float]:
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie between 0 and 1, got {confidence}")
-    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high)
 
 
 def _paired(left: ArrayLike, right: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

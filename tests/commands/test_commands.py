@@ -120,6 +120,13 @@ def test_eval_writes_results_table_and_picture(blocktune, model, questions, tmp_
     ]
 
 
+def test_bench_gives_the_ratios(blocktune):
+    arguments = ("--tokens", 256, "--chunk", 64, "--repeats", 1, "--json")
+    found = json.loads(blocktune("bench", "attention", *arguments).stdout)
+    assert found["split_over_full"] > 0
+    assert found["split_over_dense"] > 0
+
+
 def test_check_says_whether_reuse_is_sound(blocktune, model):
     done = blocktune("check", "--model", model, "--json")
     checks = json.loads(done.stdout)["checks"]

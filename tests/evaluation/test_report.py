@@ -8,6 +8,7 @@ from matplotlib.image import imread
 from rich.console import Console
 
 from blocktune.evaluation.figures import draw_results
+from blocktune.evaluation.findings import findings
 from blocktune.evaluation.results import build_results
 from blocktune.evaluation.table import results_table
 
@@ -46,18 +47,21 @@ def test_summaries_are_worked_by_hand():
     assert naive["tasks"]["2-hop"]["em"] == pytest.approx(0.44)
     low, high = naive["tasks"]["2-hop"]["ci95"]
     assert low < 0.44 < high
-    assert methods["full-prefill"]["p_against_full_prefill"] == 1
-    assert kvlink["p_against_full_prefill"] == pytest.approx(2 / 2**5)  # five losses, no win
+    above = kvlink["em_minus"]["full-prefill"]
+    assert above["mean"] == pytest.approx((344 - 349) / 400)
+    assert above["ci95"][0] < above["mean"] < above["ci95"][1] <= 0
+    assert above["p"] == pytest.approx(2 / 2**5)  # five losses, no win
 
 
 def test_without_baselines_what_needs_them_is_null():
     suite = fake_suite()
     tuned = [spec for spec in suite.methods if spec.label in ("kvlink", "block-attention")]
     object.__setattr__(suite, "methods", tuple(tuned))
-    results = build_results(suite, fake_rows(), {}, {})
+    rows = {label: fake_rows()[label] for label in ("block-attention", "kvlink")}
+    results = build_results(suite, rows, {}, {})
     summary = results["methods"]["kvlink"]
     assert summary["adjusted_f1"] is summary["n_kept"] is summary["ttft_s"] is None
-    assert "gap_recovered" not in summary
+    assert summary["gap_recovered"] is None
     Console(width=100, file=open("/dev/null", "w")).print(results_table(results))  # noqa: SIM115
 
 
@@ -83,6 +87,28 @@ def test_the_table_fits_100_columns_and_shows_every_number():
     numbers = " ".join(rows["kvlink"][1:])
     assert numbers == "97.0 ±3 92.0 ±5 79.0 ±8 76.0 ±8 98.6 0% 12.0 0.30x 95 %"
     assert set(METHODS) <= rows.keys()
+
+
+def test_findings_say_gaps_with_intervals_and_what_is_chance():
+    sentences = findings(fake_results())
+    assert len(sentences) == 1 + 4 + 1
+    assert sentences[0].startswith("Naive reuse loses 24.8 (")
+    assert "41.0 on cross-chunk, 37.0 on 2-hop" in sentences[0]
+    assert "kvlink closes 95 % of that gap (" in sentences[2]
+    assert sentences[2].endswith(
+        "recomputing nothing, first token after 0.30 of full prefill's time."
+    )
+    assert "recomputing 15% of the context" in sentences[3]
+    assert sentences[5].startswith("kvlink minus block-attention: 2.0 (")
+    assert "chance" not in sentences[5]
+
+
+def test_a_difference_within_chance_is_called_so():
+    results = json.loads(json.dumps(fake_results()))
+    results["methods"]["kvlink"]["em_minus"]["block-attention"]["ci95"] = [-0.01, 0.04]
+    assert findings(results)[5].endswith(": within chance at this number of questions.")
+    del results["methods"]["naive"]
+    assert findings(results) == []
 
 
 @pytest.mark.parametrize("timed", [True, False])

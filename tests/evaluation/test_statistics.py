@@ -3,18 +3,15 @@
 import numpy as np
 import pytest
 
-from blocktune.evaluation.statistics import (
-    difference_interval,
-    mcnemar_exact,
-    mean_interval,
-    recovered_gap,
-    resampled_means,
-)
+from blocktune.evaluation.statistics import Interval, PairedBootstrap, mcnemar_exact
 
 
-def test_bootstrap_interval_matches_the_normal_approximation():
-    scores = np.repeat([0.0, 1.0], [120, 280])  # p = 0.7, n = 400
-    mean, low, high = mean_interval(scores)
+def scores(right: int, wrong: int) -> list[float]:
+    return [1.0] * right + [0.0] * wrong
+
+
+def test_the_interval_matches_the_normal_approximation():
+    mean, low, high = PairedBootstrap({"a": scores(280, 120)}).mean("a")
     half_width = 1.96 * np.sqrt(0.7 * 0.3 / 400)
     assert mean == pytest.approx(0.7)
     # The sampling error of a 2.5 % quantile over 10,000 draws is about 2 % of the half width.
@@ -22,43 +19,40 @@ def test_bootstrap_interval_matches_the_normal_approximation():
 
 
 def test_equal_seeds_give_equal_draws_and_others_do_not():
-    scores = np.random.default_rng(1).random(30)
-    assert mean_interval(scores, seed=3) == mean_interval(scores, seed=3)
-    assert mean_interval(scores, seed=3) != mean_interval(scores, seed=4)
-
-
-def test_methods_share_each_draw():
-    scores = np.random.default_rng(1).random(25)
-    means = resampled_means(np.stack([scores, scores + 0.5]), num_resamples=700)
-    np.testing.assert_allclose(means[1] - means[0], 0.5)
+    values = {"a": np.random.default_rng(1).random(30)}
+    means = [PairedBootstrap(values, seed=seed).mean("a") for seed in (3, 3, 4)]
+    assert means[0] == means[1] != means[2]
 
 
 def test_a_constant_difference_has_no_width():
-    scores = np.random.default_rng(2).random(40)
-    assert difference_interval(scores + 0.25, scores) == pytest.approx((0.25, 0.25, 0.25))
+    values = np.random.default_rng(2).random(40)
+    bootstrap = PairedBootstrap({"a": values + 0.25, "b": values}, num_resamples=700)
+    assert bootstrap.difference("a", "b") == pytest.approx((0.25, 0.25, 0.25))
 
 
 def test_a_paired_difference_is_narrower_than_two_intervals():
     rng = np.random.default_rng(0)
     base = rng.random(200)
     better = base + 0.05 + 0.01 * rng.standard_normal(200)
-    paired, alone = difference_interval(better, base), mean_interval(better)
+    bootstrap = PairedBootstrap({"better": better, "base": base})
+    paired, alone = bootstrap.difference("better", "base"), bootstrap.mean("better")
     assert paired.low > 0
     assert paired.high - paired.low < 0.1 * (alone.high - alone.low)
 
 
-def test_recovered_gap_is_the_share_of_the_means():
-    floor, ceiling = np.repeat([1.0, 0.0], [50, 50]), np.repeat([1.0, 0.0], [90, 10])
-    halfway = np.repeat([1.0, 0.0], [70, 30])
-    share = recovered_gap(halfway, floor, ceiling)
+def test_the_recovered_gap_is_the_share_of_the_means():
+    names = {"floor": scores(50, 50), "half": scores(70, 30), "ceiling": scores(90, 10)}
+    bootstrap = PairedBootstrap(names)
+    share = bootstrap.recovered_gap("half", "floor", "ceiling")
     assert share.mean == pytest.approx(0.5)
     assert 0.3 < share.low < 0.5 < share.high < 0.7
-    assert recovered_gap(ceiling, floor, ceiling) == pytest.approx((1, 1, 1))
+    assert bootstrap.recovered_gap("ceiling", "floor", "ceiling") == Interval(1, 1, 1)
+    assert bootstrap.recovered_gap("floor", "floor", "ceiling") == Interval(0, 0, 0)
 
 
 def test_no_gap_recovers_nothing():
-    even, odd = np.tile([1.0, 0.0], 20), np.tile([0.0, 1.0], 20)
-    assert recovered_gap(even, even, odd) is None
+    bootstrap = PairedBootstrap({"even": [1.0, 0.0] * 20, "odd": [0.0, 1.0] * 20})
+    assert bootstrap.recovered_gap("even", "even", "odd") is None
 
 
 @pytest.mark.parametrize(
@@ -71,12 +65,10 @@ def test_mcnemar_matches_the_binomial_by_hand(wins, losses, p_value):
     assert mcnemar_exact(left, right) == pytest.approx(p_value)
 
 
-@pytest.mark.parametrize("call", [difference_interval, mcnemar_exact])
-def test_unpaired_scores_are_refused(call):
+def test_unpaired_scores_are_refused():
     with pytest.raises(ValueError, match="one length"):
-        call([1, 0], [1])
-
-
-def test_no_question_is_refused():
-    with pytest.raises(ValueError, match="questions >= 1"):
-        mean_interval([])
+        mcnemar_exact([1, 0], [1])
+    with pytest.raises(ValueError, match=r"1 or more, got \{'a': 1, 'b': 2"):
+        PairedBootstrap({"a": [1], "b": [1, 0]})
+    with pytest.raises(ValueError, match="one number of questions"):
+        PairedBootstrap({"a": []})

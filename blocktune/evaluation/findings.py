@@ -1,0 +1,78 @@
+"""What a table says, in sentences: gaps with their intervals, and what is within noise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from blocktune.evaluation.results import FLOOR, ORACLE
+
+
+def findings(results: Mapping[str, Any]) -> list[str]:
+    """Sentences about results: what naive reuse loses, what each other method wins back.
+
+    Methods with an adapter are also compared with one another. Without both baselines there is
+    nothing to say.
+
+    Args:
+        results: What `build_results` returned.
+    """
+    methods = results["methods"]
+    baselines = (_base(methods, ORACLE), _base(methods, FLOOR))
+    if None in baselines:
+        return []
+    full, naive = baselines
+    tuned = [label for label, summary in methods.items() if summary["adapter"]]
+    others = [n for n in methods if n not in baselines and methods[n]["method"] != "no-context"]
+    return [
+        _loss(methods, full, naive),
+        *(_gain(methods, label, full) for label in others),
+        *_between(methods, tuned),
+    ]
+
+
+def _base(methods: Mapping[str, Any], name: str) -> str | None:
+    plain = (n for n, m in methods.items() if m["method"] == name and m["adapter"] is None)
+    return next(plain, None)
+
+
+def _loss(methods: Mapping[str, Any], full: str, naive: str) -> str:
+    by_kind = ", ".join(
+        f"{_points(methods[full]['tasks'][kind]['em'] - cell['em'])} on {kind}"
+        for kind, cell in methods[naive]["tasks"].items()
+    )
+    loss = methods[full]["em_minus"][naive]
+    return f"Naive reuse loses {_with_interval(loss)} points of exact match ({by_kind})."
+
+
+def _gain(methods: Mapping[str, Any], label: str, full: str) -> str:
+    summary = methods[label]
+    if summary["gap_recovered"] is None:
+        return f"{label}: there is no gap to close beyond chance."
+    low, high = summary["gap_recovered_ci95"]
+    fresh = summary["recompute_ratio"]
+    cost = f"recomputing {fresh:.0%} of the context" if fresh else "recomputing nothing"
+    ratio = summary["ttft_over_full_prefill"]
+    time = f", first token after {ratio:.2f} of full prefill's time" if ratio else ""
+    share = (
+        f"{100 * summary['gap_recovered']:.0f} % of that gap ({100 * low:.0f} to {100 * high:.0f})"
+    )
+    return f"{label} closes {share}, {cost}{time}."
+
+
+def _between(methods: Mapping[str, Any], tuned: list[str]) -> Iterator[str]:
+    for index, other in enumerate(tuned):
+        for label in tuned[index + 1 :]:
+            difference = methods[label]["em_minus"][other]
+            low, high = difference["ci95"]
+            verdict = "" if low > 0 or high < 0 else ": within chance at this number of questions"
+            yield f"{label} minus {other}: {_with_interval(difference)} points{verdict}."
+
+
+def _with_interval(difference: Mapping[str, Any]) -> str:
+    low, high = difference["ci95"]
+    return f"{_points(difference['mean'])} ({_points(low)} to {_points(high)})"
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:.1f}"
