@@ -165,7 +165,7 @@ def _time(attention: Attention, states: list[Tensor]) -> float:
     return time.perf_counter() - start
 
 
-def _matmul_rate(size: int = 1024, repeats: int = 5) -> float:
+def _matmul_rate(size: int = 2048, repeats: int = 5) -> float:
     """Floating-point operations per second of a square float32 product, the best of some."""
     left, right = torch.randn(size, size), torch.randn(size, size)
     best = float("inf")

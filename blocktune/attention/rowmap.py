@@ -27,8 +27,10 @@ class RowMap:
         self._num_sources = num_sources
         self._index = source.clamp(min=0)
         self._blank = (source < 0).nonzero().squeeze(1)
-        there = torch.arange(len(source), device=source.device)
-        self._is_identity = len(source) == num_sources and torch.equal(source, there)
+        self._start = int(source[0]) if len(source) else 0
+        run = torch.arange(self._start, self._start + len(source), device=source.device)
+        # Rows that follow one another are a view: nothing is copied.
+        self._is_run = self._start >= 0 and torch.equal(source, run)
 
     @cached_property
     def back(self) -> RowMap:
@@ -40,7 +42,9 @@ class RowMap:
 
     def __call__(self, rows: Tensor) -> Tensor:
         """Moves ``rows`` ``(sources, ...)`` to ``(T, ...)``, differentiably."""
-        return rows if self._is_identity else _Move.apply(rows, self)
+        if self._is_run:
+            return rows.narrow(0, self._start, len(self._source))
+        return _Move.apply(rows, self)
 
     def move(self, rows: Tensor) -> Tensor:
         """The same without a gradient."""

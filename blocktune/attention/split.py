@@ -75,7 +75,7 @@ class SplitPlan:
             rule = LayerRule(window=rule.window)  # one mask serves all layers
         q, k, v = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
         buckets = self._own + self._wide
-        queries = self._queries(q).split([bucket.query.numel() for bucket in buckets])
+        queries = _cut(self._queries(q), [bucket.query for bucket in buckets])
         keys, values = (self._stacked_keys(tensor) for tensor in (k, v))
         outs = [
             bucket.attend(*rows, rule, knobs)
@@ -85,9 +85,13 @@ class SplitPlan:
 
     def _stacked_keys(self, rows: Tensor) -> list[Tensor]:
         """The keys or values ``(B * S, K, D)`` of each bucket."""
-        own = self._own_keys(rows).split([bucket.key.numel() for bucket in self._own])
-        wide = self._wide_keys(rows).split([bucket.key.numel() for bucket in self._wide])
-        return [*own, *wide]
+        own = _cut(self._own_keys(rows), [bucket.key for bucket in self._own])
+        return own + _cut(self._wide_keys(rows), [bucket.key for bucket in self._wide])
+
+
+def _cut(rows: Tensor, parts: list[Tensor]) -> list[Tensor]:
+    """Rows of each part, one after the other; a single one needs no copy in backward."""
+    return [rows] if len(parts) == 1 else list(rows.split([part.numel() for part in parts]))
 
 
 def _row_map(index: Iterable[Tensor], layout: Layout) -> RowMap:
