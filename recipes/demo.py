@@ -28,7 +28,7 @@ in another.
 
 This demo trains that away on a tiny model, then measures what every method costs and saves."""
 
-console = Console(width=min(100, Console().width))
+console = Console(width=100)
 
 
 def step(number: int, title: str) -> None:

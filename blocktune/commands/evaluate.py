@@ -63,6 +63,8 @@ def run_and_show(suite, output: Path, title: str, command: list[str] | None = No
     results = run_suite(suite, output, command=command)
     picture = draw_results(results, output / "results.png", _caption(results, suite.model))
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=100)  # what the table is made for, in a file or a pipe
     console.print(results_table(results, title))
     console.print(f"[dim]{output / RESULTS}  {picture}  {output / 'rows'}/[/dim]")
     return results

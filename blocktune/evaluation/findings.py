@@ -54,10 +54,8 @@ def _gain(methods: Mapping[str, Any], label: str, full: str) -> str:
     cost = f"recomputing {fresh:.0%} of the context" if fresh else "recomputing nothing"
     ratio = summary["ttft_over_full_prefill"]
     time = f", first token after {ratio:.2f} of full prefill's time" if ratio else ""
-    share = (
-        f"{100 * summary['gap_recovered']:.0f} % of that gap ({100 * low:.0f} to {100 * high:.0f})"
-    )
-    return f"{label} closes {share}, {cost}{time}."
+    share = f"{100 * summary['gap_recovered']:.0f} % ({100 * low:.0f} to {100 * high:.0f})"
+    return f"{label} closes {share} of that gap, {cost}{time}."
 
 
 def _between(methods: Mapping[str, Any], tuned: list[str]) -> Iterator[str]:
