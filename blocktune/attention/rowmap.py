@@ -1,4 +1,4 @@
-"""Rows moved to other places and back, each at most once."""
+"""Rows moved to other places and back, each at most once per map."""
 
 from __future__ import annotations
 
@@ -29,7 +29,6 @@ class RowMap:
         self._blank = (source < 0).nonzero().squeeze(1)
         self._start = int(source[0]) if len(source) else 0
         run = torch.arange(self._start, self._start + len(source), device=source.device)
-        # Rows that follow one another are a view: nothing is copied.
         self._is_run = self._start >= 0 and torch.equal(source, run)
 
     @cached_property
@@ -41,23 +40,41 @@ class RowMap:
         return RowMap(source, len(self._source))
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """Moves ``rows`` ``(sources, ...)`` to ``(T, ...)``, differentiably."""
+        """Moves ``rows`` ``(sources, ...)`` to ``(T, ...)``; a view where rows stay in a run."""
         if self._is_run:
             return rows.narrow(0, self._start, len(self._source))
-        return _Move.apply(rows, self)
-
-    def move(self, rows: Tensor) -> Tensor:
-        """The same without a gradient."""
         moved = rows.index_select(0, self._index)
         return moved.index_fill_(0, self._blank, 0) if len(self._blank) else moved
+
+    def add_back(self, total: Tensor, rows: Tensor) -> None:
+        """Adds ``rows`` ``(T, ...)`` to where they came from in ``total`` ``(sources, ...)``."""
+        if self._is_run:
+            total.narrow(0, self._start, len(self._source)).add_(rows)
+        else:
+            total.add_(self.back(rows))
+
+
+def move_rows(rows: Tensor, *maps: RowMap) -> tuple[Tensor, ...]:
+    """Moves the same ``rows`` ``(sources, ...)`` by each map, differentiably."""
+    return _Move.apply(rows, *maps)
 
 
 class _Move(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows: Tensor, row_map: RowMap) -> Tensor:
-        ctx.row_map = row_map
-        return row_map.move(rows)
+    def forward(ctx, rows: Tensor, *maps: RowMap) -> tuple[Tensor, ...]:
+        ctx.maps = maps
+        ctx.set_materialize_grads(False)
+        return tuple(row_map(rows) for row_map in maps)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.row_map.back.move(grad), None
+    def backward(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        used = [pair for pair in zip(ctx.maps, grads, strict=True) if pair[1] is not None]
+        total = None
+        for row_map, grad in used:
+            if total is not None:
+                row_map.add_back(total, grad)
+            else:
+                total = row_map.back(grad)
+                # The gradient that came in is not ours to add to.
+                total = total.clone() if len(used) > 1 and total._is_view() else total
+        return (total, *(None for _ in ctx.maps))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from blocktune.attention.kernels import Knobs, causal_attention, check_rows
-from blocktune.attention.rowmap import RowMap
+from blocktune.attention.rowmap import RowMap, move_rows
 from blocktune.attention.rows import RowBand
 from blocktune.attention.segments import Segment, find_segments
 from blocktune.layout import LayerRule, Layout
@@ -75,18 +75,20 @@ class SplitPlan:
             rule = LayerRule(window=rule.window)  # one mask serves all layers
         q, k, v = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
         buckets = self._own + self._wide
-        queries = _cut(self._queries(q), [bucket.query for bucket in buckets])
+        queries = _cut(*move_rows(q, self._queries), [bucket.query for bucket in buckets])
         keys, values = (self._stacked_keys(tensor) for tensor in (k, v))
         outs = [
             bucket.attend(*rows, rule, knobs)
             for bucket, *rows in zip(buckets, queries, keys, values, strict=True)
         ]
-        return self._queries.back(torch.cat(outs)).unflatten(0, self.shape)
+        (out,) = move_rows(torch.cat(outs), self._queries.back)
+        return out.unflatten(0, self.shape)
 
     def _stacked_keys(self, rows: Tensor) -> list[Tensor]:
         """The keys or values ``(B * S, K, D)`` of each bucket."""
-        own = _cut(self._own_keys(rows), [bucket.key for bucket in self._own])
-        return own + _cut(self._wide_keys(rows), [bucket.key for bucket in self._wide])
+        wide, own = move_rows(rows, self._wide_keys, self._own_keys)
+        parts = _cut(own, [bucket.key for bucket in self._own])
+        return parts + _cut(wide, [bucket.key for bucket in self._wide])
 
 
 def _cut(rows: Tensor, parts: list[Tensor]) -> list[Tensor]:
