@@ -19,69 +19,52 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 FEMALE = _words("""
-    Anna Clara Dora Edith Fiona Greta Helen Iris Julia Karen Laura Maria Nora Olga Paula
-    Rita Sara Tessa Ursula Vera Wanda Yvonne Zelda Betty
+    Anna Clara Dora Edith Fiona Greta Helen Iris Julia Karen Laura Maria
 """)
 MALE = _words("""
-    Adam Boris Carl David Evan Frank George Henry Ivan Jack Kevin Leo Martin Noel Oscar
-    Peter Quentin Robert Simon Thomas Victor Walter Xavier Bruno
-""")
-MIDDLE = _words("""
-    Ash Bay Cole Dale Elm Fay Gray Hale
+    Adam Boris Carl David Evan Frank George Henry Ivan Jack Kevin Leo
 """)
 LAST = _words("""
-    Abbot Baker Belt Carter Cross Dalton Doyle Ellis Falk Finch Fisher Garner Grant Hansen
-    Harper Holt Hunter Jensen Keller Kemp Lang Lowell Marsh Mason Miller Nash Norris Olsen
-    Parker Pike Quill Reed Rhodes Sawyer Sharp Stone Sutton Tanner Tate Turner Vance Wade
-    Walsh Weaver Webb Wolf Yates York
+    Abbot Baker Carter Dalton Ellis Fisher Garner Harper Jensen Keller Lang Mason Norris Olsen
+    Parker Quill Reed Sawyer Tanner Vance Walsh Webb Yates York
 """)
 NICKNAME = _words("""
-    Ace Badger Bear Duke Falcon Flint Fox Ghost Hawk Jinx Lucky Moose Otter Panda Raven
-    Robin Rocket Rusty Scout Shadow Sparrow Tiger Ziggy Wren
+    Ace Badger Bear Duke Falcon Fox Ghost Hawk Lucky Moose Otter Panda Raven Rocket Tiger Wren
 """)
 
 PLACE = _words("""
-    Port Lake New Old Fort Mount East West North South Saint Upper
+    Port Lake New Old Fort Mount East West North South
 """)
 ROOT = _words("""
-    Alder Arden Barrow Blyth Calder Corran Darby Denver Elgin Esk Fenwick Garth Hollow
-    Humber Jarrow Kelso Kirby Linden Lorne Malden Melrose Nairn Newbury Oban Orford Penrith
-    Perth Ripley Ross Selby Skye Stirling Tarn Thorne Troon Ulster Verwood Wexford Whitby
-    Yarrow
+    Alder Barrow Calder Denver Elgin Fenwick Garth Hollow Jarrow Kirby Linden Melrose Newbury
+    Orford Penrith Ross Selby Tarn Whitby Yarrow
 """)
 
 MOOD = _words("""
-    Silent Broken Golden Hidden Crimson Frozen Bitter Burning Distant Empty Fallen Gentle
-    Hollow Iron Lonely Narrow Pale Quiet Restless Scarlet Secret Velvet Wild Winter
+    Silent Broken Golden Hidden Crimson Frozen Bitter Burning Distant Empty Gentle Iron Lonely
+    Pale Quiet Secret
 """)
 THING = _words("""
-    Harbor Garden River Mirror Island Forest Bridge Castle Desert Engine Feather Ladder
-    Lantern Market Meadow Mountain Ocean Orchard Palace Piano Road Signal Station Summer
-    Tower Train Valley Window Storm Shore
+    Harbor Garden Mirror Island Forest Bridge Castle Desert Engine Lantern Market Mountain Palace
+    Piano Road Signal Station Tower Train Valley
 """)
 
 WORK = _words("""
-    Letters Songs Tales Maps Shores Clocks Roads Birds Bells Doors Rivers Stars Stones Walls
-    Winds Wolves Ships Seeds Roots Rooms
+    Letters Songs Tales Maps Clocks Birds Bells Doors Rivers Stars Walls Winds Ships Roots
 """)
 MATTER = _words("""
-    Salt Ash Glass Silver Smoke Dust Amber Clay Copper Snow Rain Sand Ice Wood Paper Bronze
-    Wool Steel Honey Fire
+    Salt Ash Glass Silver Smoke Dust Amber Clay Copper Snow Rain Sand Paper Steel
 """)
 
 FIRM = _words("""
-    Norvex Zentra Lumina Corvex Delphi Quanta Vireo Apex Boreal Cobalt Dynamo Ember Fulcrum
-    Helix Ionix Kestrel Lyra Magna Nimbus Onyx Prism Rondo Sirius Tundra Umbra Vector Wavex
-    Xenon Zephyr Orion
+    Norvex Zentra Lumina Delphi Quanta Vireo Apex Boreal Cobalt Dynamo Ember Helix Kestrel Magna
+    Nimbus Onyx Prism Sirius Tundra Vector Xenon Zephyr
 """)
 BRANCH = _words("""
     Labs Works Group Media Press Motors Foods Films Bank Energy
 """)
-HOLDING = _words("""
-    United Royal General First Global Modern
-""")
 
-YEARS = tuple(str(year) for year in range(1930, 1990))
+YEARS = tuple(str(year) for year in range(1950, 1990))
 
 
 def split_of(name: str) -> str:
@@ -99,15 +82,15 @@ def _forms(kind: str) -> tuple[list[str], ...]:
 
     if kind in ("woman", "man"):
         first = FEMALE if kind == "woman" else MALE
-        return joined(first, LAST), joined(first, LAST), joined(first, MIDDLE, LAST)
+        return (joined(first, LAST),)
     if kind == "city":
         return (joined(PLACE, ROOT),)
     if kind == "film":
         return joined(MOOD, THING), joined(MOOD, THING, pattern="The {} {}")
     if kind == "book":
-        return joined(WORK, MATTER, pattern="{} of {}"), joined(WORK, THING, pattern="{} of the {}")
+        return (joined(WORK, MATTER, pattern="{} of {}"),)
     if kind == "company":
-        return joined(FIRM, BRANCH), joined(HOLDING, FIRM, BRANCH)
+        return (joined(FIRM, BRANCH),)
     raise ValueError(f"unknown kind of name '{kind}'")
 
 

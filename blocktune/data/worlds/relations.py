@@ -7,15 +7,12 @@ from dataclasses import dataclass
 KINDS = ("person", "film", "book", "company", "city")
 
 NOUNS = {
-    "person": (
-        "painter", "actor", "lawyer", "poet", "chemist",
-        "singer", "pilot", "doctor", "dancer", "judge",
-    ),
-    "film": ("western", "drama", "comedy", "thriller", "musical", "documentary"),
-    "book": ("novel", "memoir", "diary", "play", "satire", "romance"),
-    "company": ("firm", "brewery", "bakery", "lender", "carrier", "retailer"),
-    "city": ("town", "port", "village", "resort", "capital"),
-}  # fmt: skip
+    "person": ("painter", "lawyer", "poet", "singer", "pilot", "doctor"),
+    "film": ("western", "drama", "comedy", "thriller"),
+    "book": ("novel", "memoir", "diary", "satire"),
+    "company": ("firm", "brewery", "bakery", "carrier"),
+    "city": ("town", "port", "village", "resort"),
+}
 
 
 @dataclass(frozen=True)
@@ -52,66 +49,42 @@ ORDINALS = ("", "first", "second", "third", "fourth")
 
 RELATIONS = (
     _relation("person", "birthplace", "city",
-              "{s} was born in {o}. | {s} comes from {o}. | {s} is a native of {o}.",
+              "{s} was born in {o}. | {s} comes from {o}.",
               "Where was {s} born? | Where does {s} come from?", "the birthplace of {s}"),
-    _relation("person", "home", "city",
-              "{s} lives in {o}. | {s} has a house in {o}. | {s} moved to {o}.",
-              "Where does {s} live? | Which city is the home of {s}?", "the home of {s}"),
     _relation("person", "employer", "company",
-              "{s} works for {o}. | {s} has a job at {o}. | {s} is employed by {o}.",
+              "{s} works for {o}. | {s} is employed by {o}.",
               "Who does {s} work for? | Who employs {s}?", "the employer of {s}"),
     _relation("person", "teacher", "person",
-              "{s} studied under {o}. | {s} was taught by {o}. | {s} was a pupil of {o}.",
+              "{s} studied under {o}. | {s} was taught by {o}.",
               "Who taught {s}? | Who did {s} study under?", "the teacher of {s}"),
-    _relation("person", "birth_year", "year",
-              "{s} was born in {o}. | {s} was born in the year {o}.",
-              "When was {s} born? | In which year was {s} born?"),
     _relation("film", "director", "person",
-              "{s} was directed by {o}. | {s} was filmed by {o}. | {s} had {o} as director.",
+              "{s} was directed by {o}. | {s} had {o} as director.",
               "Who directed {s}? | Who was the director of {s}?", "the director of {s}"),
-    _relation("film", "producer", "company",
-              "{s} was produced by {o}. | {s} was paid for by {o}.",
-              "Who produced {s}? | Who paid for {s}?", "the producer of {s}"),
     _relation("film", "scene", "city",
-              "{s} is set in {o}. | {s} takes place in {o}. | {s} tells a story from {o}.",
+              "{s} is set in {o}. | {s} takes place in {o}.",
               "Where is {s} set? | Where does {s} take place?", "the setting of {s}"),
     _relation("film", "year", "year",
-              "{s} was released in {o}. | {s} came out in {o}. | {s} was first shown in {o}.",
+              "{s} was released in {o}. | {s} came out in {o}.",
               "When was {s} released? | When did {s} come out?"),
     _relation("book", "writer", "person",
-              "{s} was written by {o}. | {s} is the work of {o}. | {s} was composed by {o}.",
+              "{s} was written by {o}. | {s} is the work of {o}.",
               "Who wrote {s}? | Who was the writer of {s}?", "the writer of {s}"),
     _relation("book", "publisher", "company",
               "{s} was published by {o}. | {s} was printed by {o}.",
               "Who published {s}? | Who printed {s}?", "the publisher of {s}"),
-    _relation("book", "scene", "city",
-              "{s} is set in {o}. | {s} takes place in {o}. | {s} tells a story from {o}.",
-              "Where is {s} set? | Where does {s} take place?", "the setting of {s}"),
-    _relation("book", "year", "year",
-              "{s} appeared in {o}. | {s} came out in {o}. | {s} was first sold in {o}.",
-              "When did {s} appear? | When did {s} come out?"),
     _relation("company", "founder", "person",
-              "{s} was founded by {o}. | {s} was started by {o}. | {s} was set up by {o}.",
+              "{s} was founded by {o}. | {s} was started by {o}.",
               "Who founded {s}? | Who started {s}?", "the founder of {s}"),
     _relation("company", "seat", "city",
-              "{s} is based in {o}. | {s} has its head office in {o}. | {s} has its seat in {o}.",
+              "{s} is based in {o}. | {s} has its head office in {o}.",
               "Where is {s} based? | Where is the head office of {s}?", "the seat of {s}"),
-    _relation("company", "owner", "company",
-              "{s} is owned by {o}. | {s} belongs to {o}. | {s} was bought by {o}.",
-              "Who owns {s}? | Who bought {s}?", "the owner of {s}"),
-    _relation("company", "year", "year",
-              "{s} was founded in {o}. | {s} dates from {o}. | {s} opened in {o}.",
-              "When was {s} founded? | When did {s} open?"),
     _relation("city", "mayor", "person",
-              "{s} is led by mayor {o}. | {s} elected {o} as mayor. | {s} is run by {o}.",
+              "{s} elected {o} as mayor. | {s} is run by mayor {o}.",
               "Who is the mayor of {s}? | Who runs {s}?", "the mayor of {s}"),
     _relation("city", "twin", "city",
               "{s} is twinned with {o}. | {s} has a twin city in {o}.",
               "Which city is twinned with {s}? | What is the twin city of {s}?",
               "the twin city of {s}"),
-    _relation("city", "year", "year",
-              "{s} was founded in {o}. | {s} dates from {o}. | {s} was built in {o}.",
-              "When was {s} founded? | When was {s} built?"),
     *(
         _relation("film", f"part_{place}", "person", f"{ordinal}, {{o}}",
                   f"Who plays the {ordinal} part in {{s}}? | "
@@ -120,27 +93,14 @@ RELATIONS = (
     ),
 )  # fmt: skip
 
-COMPARED = {
-    "person.birth_year": "Who was born {when}, {a} or {b}?",
-    "film.year": "Which film came out {when}, {a} or {b}?",
-    "book.year": "Which book came out {when}, {a} or {b}?",
-    "company.year": "Which company opened {when}, {a} or {b}?",
-}
+COMPARED = {"film.year": "Which film came out {when}, {a} or {b}?"}
 """Questions about two years of one relation; ``{when}`` is ``earlier`` or ``later``."""
 
 FILLERS = (
     "The weather was mild that year.",
     "Little else is known.",
-    "The records are not complete.",
     "Many people remember this well.",
-    "The local paper wrote about it.",
-    "Nobody expected this at the time.",
-    "Some details are still debated.",
-    "A short note was added later.",
     "The archive keeps a copy.",
-    "This was a quiet time.",
-    "More is told in the notes below.",
-    "Visitors often ask about this.",
 )
 
 

@@ -66,9 +66,10 @@ class PretrainConfig:
     ffn: int = 384
     heads: int = 4
     kv_heads: int = 2
-    vocab_size: int = 1792
+    vocab_size: int = 1280
     stages: tuple[Stage, ...] = (
-        Stage(4, 250, plain=True, until=0.92), Stage(5, 300, until=0.92), Stage(12, 650),
+        Stage(3, 500, plain=True, until=0.95), Stage(5, 900, until=0.95),
+        Stage(8, 600, until=0.95), Stage(12, 1000),
     )  # fmt: skip
     questions: int = 6
     kinds: dict[str, float] = field(default_factory=lambda: dict(KINDS))
