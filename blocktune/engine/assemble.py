@@ -111,7 +111,7 @@ def from_prefix(
                 batch.layout.order[index] < match.num_tokens
             )
             result.bytes_read[index] = match.num_bytes
-            result.hits[index] = max(0, len(match.exacts) - 1)
+            result.hits[index] = max(0, len(match.exacts) - bool(prompt.prefix))
             result.misses[index] = len(prompt.chunks) - result.hits[index]
             watch.stop("load_s")
     return result
