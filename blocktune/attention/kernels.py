@@ -89,8 +89,9 @@ def masked_attention(
         query: ``(G, H, R, D)``.
         key: ``(G, K, N, D)``.
         value: ``(G, K, N, D)``.
-        mask: Bool, broadcastable to ``(G, 1, R, N)``; True where visible. A row without any
-            visible key gets zeros.
+        mask: Broadcastable to ``(G, 1, R, N)``. Bool, True where visible, or (without
+            soft-capping) additive in the dtype of ``query``. No row may be without a visible
+            key.
         knobs: Scaling, soft-capping and dropout.
 
     Returns:

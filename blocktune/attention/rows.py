@@ -37,20 +37,23 @@ class RowBand:
         self, query: Tensor, key: Tensor, value: Tensor, rule: LayerRule, knobs: Knobs
     ) -> Tensor:
         """Attends ``query`` ``(G, H, R, D)`` over ``(G, K, N, D)``; returns ``(G, H, R, D)``."""
-        if rule not in self._masks:
-            self._masks[rule] = self._blocks(rule)
+        # Fused kernels add their mask: made here, all layers keep the same one for backward.
+        kind = torch.bool if knobs.softcap is not None else query.dtype
+        if (rule, kind) not in self._masks:
+            self._masks[rule, kind] = self._blocks(rule, kind)
         outs = []
-        for rows, keys, mask in self._masks[rule]:
+        for rows, keys, mask in self._masks[rule, kind]:
             block = masked_attention(
                 query[:, :, rows], key[:, :, keys], value[:, :, keys], mask, knobs
             )
             outs.append(block)
         return torch.cat(outs, dim=2) if len(outs) > 1 else outs[0]
 
-    def _blocks(self, rule: LayerRule) -> list[tuple[slice, slice, Tensor]]:
+    def _blocks(self, rule: LayerRule, kind: torch.dtype) -> list[tuple[slice, slice, Tensor]]:
         count = self.query.kind.shape[1]
         starts = range(0, count, ROW_BLOCK)
-        return [self._block(slice(a, min(a + ROW_BLOCK, count)), rule) for a in starts]
+        blocks = (self._block(slice(a, min(a + ROW_BLOCK, count)), rule) for a in starts)
+        return [(rows, keys, _as(kind, mask)) for rows, keys, mask in blocks]
 
     def _block(self, rows: slice, rule: LayerRule) -> tuple[slice, slice, Tensor]:
         exists = self.query_exists[:, rows]
@@ -71,6 +74,13 @@ class RowBand:
         # an empty row, and nobody reads theirs.
         mask[..., 0] |= ~mask.any(-1)
         return rows, keys, mask[:, None]
+
+
+def _as(kind: torch.dtype, mask: Tensor) -> Tensor:
+    if kind == torch.bool:
+        return mask
+    hidden = torch.zeros(mask.shape, dtype=kind, device=mask.device)
+    return hidden.masked_fill_(~mask, float("-inf"))
 
 
 def _last(order: Tensor, exists: Tensor) -> Tensor:
