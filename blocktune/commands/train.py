@@ -32,7 +32,7 @@ def train(
     ctx: typer.Context,
     config: Annotated[str | None, typer.Option(help="YAML file of the run.")] = None,
     processes: Annotated[
-        int | None, typer.Option(min=1, help="Processes that accelerate starts on this machine.")
+        int | None, typer.Option(min=1, help="Processes to start on this machine.")
     ] = None,
     launcher: Annotated[
         str | None, typer.Option(help="Configuration of accelerate: DeepSpeed, several machines.")
@@ -52,7 +52,9 @@ def train(
 
 def _launch(processes: int | None, launcher: str | None, arguments: list[str]) -> list[str]:
     """The command line that starts this very command in several processes."""
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += ["--config_file", launcher] if launcher else []
-    command += ["--num_processes", str(processes)] if processes else []
-    return [*command, "-m", "blocktune.cli", "train", *arguments]
+    if launcher is None:  # accelerate would start one process on a machine without GPUs
+        start = ["torch.distributed.run", "--nproc_per_node", str(processes)]
+    else:
+        start = ["accelerate.commands.launch", "--config_file", launcher]
+        start += ["--num_processes", str(processes)] if processes else []
+    return [sys.executable, "-m", *start, "-m", "blocktune.cli", "train", *arguments]
