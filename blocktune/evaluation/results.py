@@ -102,6 +102,7 @@ def _times(own: TtftSummary | None, full: TtftSummary | None) -> dict[str, Any]:
         "ttft_s_quartiles": own and [own.q25, own.q75],
         "ttft_over_full_prefill": own.median / full.median if own and full else None,
         "ttft_n": own and own.num,
+        "ttft_context_tokens": own and own.context_tokens,
     }
 
 

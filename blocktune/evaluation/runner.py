@@ -18,14 +18,13 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from blocktune.cache import PrefixTree
 from blocktune.evaluation.files import replace_json
 from blocktune.evaluation.prepare import Load, Question, Ready, load_engine, prepare
 from blocktune.evaluation.provenance import provenance
 from blocktune.evaluation.results import build_results
 from blocktune.evaluation.rows import Row, RowFile, make_row, row_key
 from blocktune.evaluation.suite import MethodSpec, Suite
-from blocktune.evaluation.ttft import TtftSummary, measure_ttft
+from blocktune.evaluation.ttft import TtftSummary, fill, measure_ttft
 
 RESULTS = "results.json"
 TTFT = "ttft.json"
@@ -104,18 +103,20 @@ def _batches(
 def _time_all(
     ready: Ready, rows: Mapping[str, Sequence[Row]], output: Path, progress: Progress
 ) -> dict[str, TtftSummary]:
-    first = ready.questions[0].task
-    asked = [q for q in ready.questions[: ready.suite.ttft.num] if q.task is first]
-    if not asked:
+    num, chunks = ready.suite.ttft.num, ready.suite.ttft.chunks
+    if num == 0:
         return {}
-    path, keys = output / TTFT, {n: [r.key for r in own[: len(asked)]] for n, own in rows.items()}
+    first = ready.questions[0].task
+    asked = fill([q.example for q in ready.questions if q.task is first], num, chunks)
+    keys = {label: [chunks, *(row.key for row in own[:num])] for label, own in rows.items()}
+    path = output / TTFT
     if path.exists() and (known := json.loads(path.read_text(encoding="utf-8")))["keys"] == keys:
         return {label: TtftSummary(*times) for label, times in known["ttft"].items()}
     for engine in ready.engines.values():
-        engine.prefix_tree = PrefixTree()  # the answers above left these very prompts in it
+        engine.forget_prefixes()  # the answers above left these very prompts there
     bar = progress.add_task("time to first token", total=2 * len(asked) * len(rows))
     methods = {spec.label: _asking(ready, spec) for spec in ready.suite.methods}
-    ttft = measure_ttft(methods, [q.example for q in asked], lambda: progress.advance(bar))
+    ttft = measure_ttft(methods, asked, lambda: progress.advance(bar))
     replace_json(path, {"keys": keys, "ttft": ttft})
     return ttft
 

@@ -71,13 +71,22 @@ class TaskSpec:
 
 @dataclass(frozen=True)
 class TtftSpec:
-    """How time to first token is measured: ``num`` prompts of the first task; 0 measures none."""
+    """How time to first token is measured.
+
+    Attributes:
+        num: Prompts of the first task; 0 measures none.
+        chunks: Fill each prompt up to so many chunks with those of the questions that follow it;
+            None leaves prompts as they are. Short prompts measure overhead, not attention.
+    """
 
     num: int = 20
+    chunks: int | None = None
 
     def __post_init__(self):
         if self.num < 0:
             raise ValueError(f"num must not be negative, got {self.num}")
+        if self.chunks is not None and self.chunks < 1:
+            raise ValueError(f"chunks must be at least 1, got {self.chunks}")
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ def results_table(results: Mapping[str, Any], title: str | None = None) -> Table
     kinds = list(next(iter(methods.values()))["tasks"])
     table = Table(
         title=title,
-        caption=NOTE,
+        caption=NOTE + _timed(methods),
         box=box.SIMPLE_HEAD,
         padding=(0, 1),
         collapse_padding=True,
@@ -42,6 +42,16 @@ def results_table(results: Mapping[str, Any], title: str | None = None) -> Table
     for label, summary in methods.items():
         table.add_row(label, *(_score(summary["tasks"][kind]) for kind in kinds), *_costs(summary))
     return table
+
+
+def _timed(methods: Mapping[str, Any]) -> str:
+    lengths = (summary["ttft_context_tokens"] for summary in methods.values())
+    longest = max(filter(None, lengths), default=None)
+    if longest is None:
+        return ""
+    return (
+        f" TTFT: median time to first token over contexts of {longest:,.0f} tokens, chunks cached."
+    )
 
 
 def _score(summary: Mapping[str, Any]) -> Text:

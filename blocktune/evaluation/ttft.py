@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
+from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,12 +14,16 @@ from blocktune.data import RagExample
 
 
 class TtftSummary(NamedTuple):
-    """Seconds from request to first token over ``num`` prompts: median and quartiles."""
+    """Seconds from request to first token over ``num`` prompts: median and quartiles.
+
+    ``context_tokens`` is the median length of their contexts.
+    """
 
     median: float
     q25: float
     q75: float
     num: int
+    context_tokens: float
 
 
 Ask = Callable[[RagExample], Any]
@@ -40,7 +46,7 @@ def measure_ttft(
         examples: At least one prompt.
         step: Called after every answer, for a progress bar.
     """
-    seconds: dict[str, list[float]] = {label: [] for label in methods}
+    accounts: dict[str, list[Any]] = {label: [] for label in methods}
     for turn, example in enumerate(examples):
         labels = np.roll(list(methods), -turn).tolist()
         warming = replace(example, chunks=example.chunks[1:] + example.chunks[:1], supporting=())
@@ -48,12 +54,31 @@ def measure_ttft(
             methods[label](warming)
             step()
         for label in labels:
-            seconds[label].append(methods[label](example).account.ttft_s)
+            accounts[label].append(methods[label](example).account)
             step()
-    return {label: summarise(values) for label, values in seconds.items()}
+    return {label: _summarise(own) for label, own in accounts.items()}
 
 
-def summarise(seconds: Sequence[float]) -> TtftSummary:
-    """Median and quartiles of at least one time."""
-    q25, median, q75 = np.quantile(seconds, [0.25, 0.5, 0.75]).tolist()
-    return TtftSummary(median, q25, q75, len(seconds))
+def fill(examples: Sequence[RagExample], num: int, chunks: int | None) -> list[RagExample]:
+    """The first ``num`` examples, each with ``chunks`` chunks, taken from those that follow it.
+
+    Raises:
+        ValueError: If all examples together do not hold so many chunks.
+    """
+    if chunks is None:
+        return list(examples[:num])
+    held = sum(len(example.chunks) for example in examples)
+    if held < chunks:
+        raise ValueError(f"ttft wants prompts of {chunks} chunks, the task holds only {held}")
+    filled = []
+    for index, example in enumerate(examples[:num]):
+        following = (c for e in (*examples[index:], *examples[:index]) for c in e.chunks)
+        filled.append(replace(example, chunks=tuple(islice(following, chunks)), supporting=()))
+    return filled
+
+
+def _summarise(accounts: Sequence[Any]) -> TtftSummary:
+    seconds = [account.ttft_s for account in accounts]
+    q25, middle, q75 = np.quantile(seconds, [0.25, 0.5, 0.75]).tolist()
+    tokens = median(account.context_tokens for account in accounts)
+    return TtftSummary(middle, q25, q75, len(accounts), tokens)

@@ -39,7 +39,7 @@ def fake_rows() -> dict[str, list[Row]]:
 
 @functools.cache
 def fake_results() -> dict:
-    ttft = {n: TtftSummary(s, 0.9 * s, 1.1 * s, 20) for n, (_, _, s) in METHODS.items()}
+    ttft = {n: TtftSummary(s, 0.9 * s, 1.1 * s, 20, 800) for n, (_, _, s) in METHODS.items()}
     return build_results(fake_suite(), fake_rows(), ttft, {"command": "test", "seed": 0})
 
 

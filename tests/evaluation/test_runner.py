@@ -107,6 +107,21 @@ def test_a_finished_run_computes_nothing_again(whole, tmp_path):
     assert again.answered == 0
 
 
+def test_prompts_are_timed_as_if_they_had_not_been_answered_before(tmp_path, monkeypatch):
+    """An exact prefix cache that holds the very prompt would be timed at nothing."""
+    engine, timed = make_engine(), []
+
+    def answer(examples, method, *, max_new_tokens, **kwargs):
+        made = Engine.answer(engine, examples, method, max_new_tokens=max_new_tokens, **kwargs)
+        timed.extend(one.account for one in made if max_new_tokens == 1)
+        return made
+
+    monkeypatch.setattr(engine, "answer", answer)
+    run(tmp_path, engine, methods=["prefix-cache"])
+    assert len(timed) == 2 * 2
+    assert all(account.chunk_misses > 0 for account in timed)
+
+
 def test_other_decoding_is_another_run(tmp_path):
     run(tmp_path, make_engine(), methods=["naive"], ttft={"num": 0})
     engine = make_engine()

@@ -39,6 +39,7 @@ def test_names_and_mappings_are_both_methods():
         ({"tasks": [{"name": "w", "source": "x", "limit": 0}]}, "limit must be at least 1, got 0"),
         ({"tasks": [{"name": "w", "source": "x", "limit": True}]}, "'limit' must be a whole"),
         ({"ttft": {"num": -1}}, "ttft: num must not be negative"),
+        ({"ttft": {"chunks": 0}}, "ttft: chunks must be at least 1, got 0"),
         ({"ttft": 20}, "ttft: must be a mapping of keys to values, got 20"),
         ({"batch_size": "8"}, "'batch_size' must be a whole number, got '8'"),
         ({"seed": 1.5}, "'seed' must be a whole number, got 1.5"),
