@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -86,7 +86,7 @@ class Encoder:
         return chunk_key(self.fingerprint, piece.ids, {"ghosts": list(piece.ghosts)})
 
     def _encode(self, pieces: list[Piece]) -> Iterator[tuple[Piece, ChunkKV]]:
-        for group in _groups(pieces):
+        for group in grouped(pieces):
             yield from zip(group, self._encode_together(group), strict=True)
 
     @torch.no_grad()
@@ -125,7 +125,7 @@ def _alone(piece: Piece) -> Prompt:
     return Prompt(tuple(ids), dataclasses.replace(layout, position=moved), tuple(labels))
 
 
-def _groups(pieces: list[Piece]) -> Iterator[list[Piece]]:
+def grouped(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
     """Pieces of similar length, as many as fit into a pass."""
     group: list[Piece] = []
     for piece in sorted(pieces, key=_size):

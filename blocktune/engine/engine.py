@@ -16,7 +16,7 @@ from blocktune.attention import attach
 from blocktune.cache import ChunkStore, PrefixTree, model_fingerprint
 from blocktune.engine.account import Stopwatch
 from blocktune.engine.decode import Sampling
-from blocktune.engine.encode import Encoder
+from blocktune.engine.encode import Encoder, Piece, grouped
 from blocktune.engine.load import load_model
 from blocktune.engine.prompts import PromptMaker, Request
 from blocktune.engine.run import Answer, Server
@@ -143,10 +143,18 @@ class Engine:
         """Encodes chunks (and the prefix of all prompts) into the store ahead of any request."""
         watch = Stopwatch(self.model.device)
         prefix, pieces = self.prompts.encodable(chunks)
-        found = self._server.encoder.find([*([prefix] if prefix else []), *pieces], watch)
-        new = [piece for piece in found.misses if piece != prefix]
+        wanted = dict.fromkeys([*([prefix] if prefix else []), *pieces])
+        new: set[Piece] = set()
+        for group in grouped(wanted):  # only the store keeps them: a corpus does not fit in memory
+            new |= self._server.encoder.find(group, watch).misses
+        new.discard(prefix)
         tokens = sum(len(piece.ids) for piece in new)
-        return EncodeReport(len(chunks), len(new), tokens, watch.seconds["encode_s"])
+        return EncodeReport(len(chunks), len(new), tokens, watch.seconds.get("encode_s", 0.0))
+
+    def forget_prefixes(self) -> None:
+        """Empties the exact prefix cache: the next prompt finds nothing of those before it."""
+        tree = PrefixTree(self._server.prefix_tree.max_bytes)
+        self._server = dataclasses.replace(self._server, prefix_tree=tree)
 
     def answer(
         self,

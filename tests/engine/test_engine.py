@@ -61,6 +61,22 @@ def test_chunks_are_encoded_once_and_their_bytes_are_counted(engine):
     assert account.bytes_read == cached * (4 * states + 8)  # float32, and an int64 token id
 
 
+def test_encoding_a_corpus_holds_one_pass_of_it_at_a_time(engine, monkeypatch):
+    monkeypatch.setattr("blocktune.engine.encode.TOKENS_PER_PASS", 40)
+    encoder, held = engine._server.encoder, []
+    find = encoder.find
+
+    def seen(group, watch):
+        held.append(sum(len(piece.ids) for piece in group))
+        return find(group, watch)
+
+    monkeypatch.setattr(encoder, "find", seen)
+    report = engine.encode([Chunk(f"Anna Belt has {count} films.") for count in range(20)] * 2)
+    assert (report.num_chunks, report.num_encoded) == (40, 20)
+    assert len(held) > 1
+    assert max(held) <= 40
+
+
 def test_a_chunk_answers_alike_wherever_and_whenever_it_was_encoded(engine, tokenizer):
     expected = engine.next_logits([ASK], "naive")
     other = engine_of(FAMILIES["llama"](), tokenizer)
