@@ -10,6 +10,7 @@ from blocktune.data import RagExample, load_examples
 from blocktune.engine import Engine
 from blocktune.evaluation.sanity import check_prompts
 from blocktune.evaluation.suite import MethodSpec, Suite, TaskSpec
+from blocktune.evaluation.ttft import fill
 from blocktune.reuse import Method, build
 
 Load = Callable[[Suite, str | None], Any]
@@ -33,12 +34,14 @@ class Ready:
         methods: Label -> built method.
         engines: Adapter (None is the base) -> engine; all stay loaded, to be timed in turn.
         questions: Of all tasks, in order.
+        timed: Examples that time to first token is measured on; empty if it is not.
     """
 
     suite: Suite
     methods: Mapping[str, Method]
     engines: Mapping[str | None, Any]
     questions: tuple[Question, ...]
+    timed: tuple[RagExample, ...]
 
     def answer(self, spec: MethodSpec, examples: list[RagExample], **decoding) -> list[Any]:
         """Asks the engine that has the method's weights; see `Engine.answer`."""
@@ -61,7 +64,7 @@ def prepare(suite: Suite, load: Load = load_engine) -> Ready:
     questions = _questions(suite)
     adapters = dict.fromkeys(spec.adapter for spec in suite.methods)
     engines = {adapter: load(suite, adapter) for adapter in adapters}
-    ready = Ready(suite, methods, engines, questions)
+    ready = Ready(suite, methods, engines, questions, _timed(suite, questions))
     check_prompts({name or "base": e for name, e in engines.items()}, questions[0].example)
     _check_fit(ready)
     return ready
@@ -79,6 +82,13 @@ def _questions(suite: Suite) -> tuple[Question, ...]:
     return tuple(questions)
 
 
+def _timed(suite: Suite, questions: tuple[Question, ...]) -> tuple[RagExample, ...]:
+    if suite.ttft.num == 0:
+        return ()
+    first = [example for task, example, _ in questions if task is questions[0].task]
+    return tuple(fill(first, suite.ttft.num, suite.ttft.chunks))
+
+
 def _check_fit(ready: Ready) -> None:
     """Lays out every prompt once for each set of weights and kind of layout."""
     done = set()
@@ -90,3 +100,5 @@ def _check_fit(ready: Ready) -> None:
         done.add((spec.adapter, layout))
         for task, example, _ in ready.questions:
             make.prompt(make.pieces(example, method), layout, task.max_new_tokens)
+        for example in ready.timed:
+            make.prompt(make.pieces(example, method), layout, 1)

@@ -35,8 +35,10 @@ def provenance(seed: int, command: list[str] | None = None) -> dict[str, Any]:
 
 def commit() -> str | None:
     """The checkout's commit, with ``+changes`` if tracked files differ; None if there is none."""
+    # A package installed inside someone else's checkout is not that checkout's commit.
+    tracked = _git("ls-files", "--error-unmatch", Path(__file__).name)
     head = _git("rev-parse", "HEAD")
-    if head is None:
+    if head is None or tracked is None:
         return None
     return head + ("+changes" if _git("status", "--porcelain", "--untracked-files=no") else "")
 

@@ -24,7 +24,7 @@ from blocktune.evaluation.provenance import provenance
 from blocktune.evaluation.results import build_results
 from blocktune.evaluation.rows import Row, RowFile, make_row, row_key
 from blocktune.evaluation.suite import MethodSpec, Suite
-from blocktune.evaluation.ttft import TtftSummary, fill, measure_ttft
+from blocktune.evaluation.ttft import TtftSummary, measure_ttft
 
 RESULTS = "results.json"
 TTFT = "ttft.json"
@@ -103,20 +103,18 @@ def _batches(
 def _time_all(
     ready: Ready, rows: Mapping[str, Sequence[Row]], output: Path, progress: Progress
 ) -> dict[str, TtftSummary]:
-    num, chunks = ready.suite.ttft.num, ready.suite.ttft.chunks
-    if num == 0:
+    if not ready.timed:
         return {}
-    first = ready.questions[0].task
-    asked = fill([q.example for q in ready.questions if q.task is first], num, chunks)
-    keys = {label: [chunks, *(row.key for row in own[:num])] for label, own in rows.items()}
+    count, chunks = len(ready.timed), ready.suite.ttft.chunks
+    keys = {label: [chunks, *(row.key for row in own[:count])] for label, own in rows.items()}
     path = output / TTFT
     if path.exists() and (known := json.loads(path.read_text(encoding="utf-8")))["keys"] == keys:
         return {label: TtftSummary(*times) for label, times in known["ttft"].items()}
     for engine in ready.engines.values():
         engine.forget_prefixes()  # the answers above left these very prompts there
-    bar = progress.add_task("time to first token", total=2 * len(asked) * len(rows))
+    bar = progress.add_task("time to first token", total=2 * count * len(rows))
     methods = {spec.label: _asking(ready, spec) for spec in ready.suite.methods}
-    ttft = measure_ttft(methods, asked, lambda: progress.advance(bar))
+    ttft = measure_ttft(methods, ready.timed, lambda: progress.advance(bar))
     replace_json(path, {"keys": keys, "ttft": ttft})
     return ttft
 

@@ -145,6 +145,12 @@ def test_a_method_that_cannot_run_is_refused_before_anything_is_written(tmp_path
     assert not (tmp_path / "out").exists()
 
 
+def test_timing_with_more_chunks_than_there_are_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="prompts of 99 chunks, the task holds only 14"):
+        run(tmp_path / "out", make_engine(), ttft={"num": 1, "chunks": 99})
+    assert not (tmp_path / "out").exists()
+
+
 def test_questions_without_answers_are_refused(tmp_path):
     [example, *_] = load_examples(SOURCE)
     write_jsonl(tmp_path / "q.jsonl", [example, replace(example, answers=())])
