@@ -133,6 +133,7 @@ def load_adapter(
     tokenizer: PreTrainedTokenizerBase,
     adapter: str | Path,
     revision: str | None = None,
+    merge: bool = False,
 ) -> tuple[PreTrainedModel, AdapterInfo]:
     """Puts an adapter on a bare base model: LoRA through PEFT, link table or link tokens.
 
@@ -141,6 +142,8 @@ def load_adapter(
         tokenizer: The base's; gets the link tokens where the adapter added some.
         adapter: A local folder, or a repository's name on the Hugging Face Hub.
         revision: Of the repository.
+        merge: Merge LoRA weights into the base; links are installed after that, since merging
+            replaces an embedding that PEFT trained.
 
     Returns:
         The model to run and the adapter's info.
@@ -160,6 +163,7 @@ def load_adapter(
         from peft import PeftModel  # serving without an adapter needs no PEFT
 
         model = PeftModel.from_pretrained(model, folder)
+        model = model.merge_and_unload() if merge else model
     if table is not None:
         install_links(model, table.to(model.dtype))
     return model.eval(), info

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from training.toy import toy_config, toy_model, toy_tokenizer
 
 from blocktune.adapter import AdapterInfo, load_adapter
@@ -80,6 +81,15 @@ def test_links_alone_are_an_adapter(links_adapter):
     model, info = load_adapter(toy_model(), toy_tokenizer(), links_adapter)
     assert info.num_links == installed_links(model).num_links == 2
     assert info.link_base(model, toy_tokenizer()) == len(toy_tokenizer())
+
+
+def test_links_survive_the_merge_of_an_embedding_that_peft_trained(links_adapter):
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    get_peft_model(toy_model(), config).save_pretrained(links_adapter)
+    model, info = load_adapter(toy_model(), toy_tokenizer(), links_adapter, merge=True)
+    first = info.link_base(model, toy_tokenizer())
+    rows = model.get_input_embeddings()(torch.tensor([[1, first, first + 1]]))
+    assert torch.equal(rows[0, 1:], installed_links(model).weight)
 
 
 def test_links_take_the_dtype_of_the_base(links_adapter):

@@ -60,8 +60,6 @@ def load_model(
     if adapter is None:
         return Loaded(base.eval(), tokenizer, None, None)
     folder = adapter_folder(adapter)
-    tuned, info = load_adapter(base, tokenizer, folder)
     quantised = getattr(base, "is_quantized", False)
-    if hasattr(tuned, "merge_and_unload") and not quantised:
-        tuned = tuned.merge_and_unload()
+    tuned, info = load_adapter(base, tokenizer, folder, merge=not quantised)
     return Loaded(tuned.eval(), tokenizer, info, folder)
