@@ -140,6 +140,29 @@ def test_every_family_can_be_moved_in_float32_and_bfloat16(family):
     assert all(module.training for module in model.modules())
 
 
+def test_weights_that_are_codes_are_probed_in_the_models_dtype():
+    """A 4-bit base without biases has no floating weight in its attention."""
+
+    class Codes(torch.nn.Module):
+        def __init__(self, linear):
+            super().__init__()
+            self.plain = linear.weight.detach().t()
+            codes = torch.zeros(linear.weight.numel() // 2, dtype=torch.uint8)
+            self.weight = torch.nn.Parameter(codes, requires_grad=False)
+
+        def forward(self, states):
+            return states @ self.plain.to(states.dtype)
+
+    model = build(FAMILIES["llama"]())
+    plain = RopeSpec.from_model(model).inv_freq
+    for layer in model.model.layers:
+        for name, linear in list(layer.self_attn.named_children()):
+            if isinstance(linear, torch.nn.Linear):
+                setattr(layer.self_attn, name, Codes(linear))
+    for found, expected in zip(RopeSpec.from_model(model).inv_freq, plain, strict=True):
+        assert torch.equal(found, expected)
+
+
 LONGROPE = rope(
     "longrope",
     short_factor=[1.0] * 4,

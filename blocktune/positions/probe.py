@@ -51,9 +51,12 @@ def probe_cache(
     Raises:
         ValueError: If the layer does not hand keys to a cache.
     """
-    weight = next(p for p in attention.parameters() if p.is_floating_point())
+    weights = list(attention.parameters())
+    # The codes of a quantised base are no dtype to compute in, and may be all there is.
+    plain = [p.dtype for p in weights if p.is_floating_point() and p.element_size() > 1]
+    dtype = plain[0] if plain else attention.config.dtype or torch.get_default_dtype()
     state = torch.randn(1, 1, _width(attention), generator=torch.Generator().manual_seed(0))
-    state = state.expand(1, position.shape[1], -1).to(weight)
+    state = state.expand(1, position.shape[1], -1).to(weights[0].device, dtype)
     angles = rotary(state, position.to(state.device), *([kind] if kind else []))
     try:
         with _evaluating(attention):
