@@ -136,6 +136,12 @@ class BlockSFTTrainer(SFTTrainer):
                 f"the launcher started {started} processes and each of them trains alone; "
                 "on CPUs set use_cpu: true (or --use_cpu true)"
             )
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"one process sees {self.args.n_gpu} GPUs and would cut prompts from their layouts "
+                f"between them; start one per GPU (blocktune train --processes {self.args.n_gpu}) "
+                "or show it one (CUDA_VISIBLE_DEVICES=0)"
+            )
         asked = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
         if asked and not self.is_deepspeed_enabled:
             raise ValueError(

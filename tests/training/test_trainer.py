@@ -173,6 +173,14 @@ def test_a_kill_while_saving_leaves_the_older_checkpoint(tmp_path):
     assert json.loads((out / "checkpoint-4/trainer_state.json").read_text())["global_step"] == 4
 
 
+def test_several_gpus_in_one_process_are_refused(tmp_path, monkeypatch):
+    """The Trainer would wrap the model in DataParallel, which cuts tensors and not plans."""
+    trainer = make_trainer(tmp_path)
+    monkeypatch.setattr(type(trainer.args), "n_gpu", property(lambda args: 4))
+    with pytest.raises(ValueError, match=r"sees 4 GPUs .* blocktune train --processes 4"):
+        trainer._refuse_lost_launch()
+
+
 def test_context_parallelism_is_refused(tmp_path):
     trainer = make_trainer(tmp_path)
 
