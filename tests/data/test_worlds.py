@@ -141,3 +141,9 @@ def test_without_the_bridge_chunk_nothing_says_the_last_fact(examples):
 def test_bad_configurations_are_refused(kwargs, message):
     with pytest.raises(ValueError, match=message):
         WorldConfig(**kwargs)
+
+
+def test_a_question_that_no_world_of_the_size_holds_is_refused():
+    config = WorldConfig(num_passages=1, kinds={"3-hop": 1.0}, plain=True, num_examples=1)
+    with pytest.raises(ValueError, match="no question of kind '3-hop' in 5000 worlds of 1 passage"):
+        list(generate_examples(config))

@@ -24,7 +24,7 @@ SMALL = PretrainConfig(
     ffn=16,
     heads=2,
     kv_heads=1,
-    stages=(Stage(2, 2),),
+    stages=(Stage(5, 2),),
     tokens_per_step=200,
     eval_every=10,
     eval_examples=2,
@@ -58,7 +58,7 @@ def test_a_training_conversation_opens_with_the_pieces_that_serving_makes(tokeni
 
 
 def test_answers_weigh_more_and_padding_nothing(tokenizer):
-    sequences = ContextSource(SMALL, tokenizer).draw(Stage(3, 1), 600)
+    sequences = ContextSource(SMALL, tokenizer).draw(Stage(5, 1), 600)
     for batch in micro_batches(sequences, 400, tokenizer.pad_token_id):
         assert set(batch.weights.unique().tolist()) <= {0.0, 1.0, SMALL.answer_weight}
         assert torch.equal(batch.weights == 0, batch.ids == tokenizer.pad_token_id)

@@ -79,6 +79,10 @@ def generate_examples(config: WorldConfig) -> Iterator[RagExample]:
         index += 1
 
 
+MOST_WORLDS = 5000
+"""Worlds drawn in search of a question, before the search is given up."""
+
+
 class Context(NamedTuple):
     """Chunks, different questions about them, and all their facts restated with full names.
 
@@ -97,15 +101,23 @@ def draw_context(rng: Random, config: WorldConfig, num_questions: int) -> Contex
         rng: Source of everything; ``config.seed`` is not read.
         config: Split, number of passages and weights of the kinds.
         num_questions: Questions wanted; fewer come back if the world has no more.
+
+    Raises:
+        ValueError: If worlds of this size hold no such question.
     """
     wanted = rng.choices(list(config.kinds), list(config.kinds.values()))[0]
-    while True:
+    for _ in range(MOST_WORLDS):
         size = rng.randint(*config.passage_range)
         world = draw_world(rng, config.split, size, plain=config.plain)
         passages = write_passages(rng, world)
         pools = candidates(world, passages)
         if wanted in pools:
             break
+    else:
+        raise ValueError(
+            f"no question of kind '{wanted}' in {MOST_WORLDS} worlds of {config.num_passages} "
+            "passages; ask for more passages, or leave the kind out"
+        )
     pools = {k: rng.sample(pool, len(pool)) for k, pool in pools.items() if k in config.kinds}
     questions: list[Question] = []
     while pools and len(questions) < num_questions:
