@@ -15,6 +15,7 @@ class Ttft:
     Prompts of one batch are served together: each carries the batch's times.
 
     Attributes:
+        prompt_s: Tokenising and laying the prompt out.
         lookup_s: Finding out which chunks are cached.
         load_s: Reading, verifying and moving them.
         encode_s: Encoding the chunks that were not cached (0 when warm).
@@ -24,6 +25,7 @@ class Ttft:
         first_token_s: Picking the first token.
     """
 
+    prompt_s: float = 0.0
     lookup_s: float = 0.0
     load_s: float = 0.0
     encode_s: float = 0.0

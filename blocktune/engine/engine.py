@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -99,6 +100,7 @@ class Engine:
             trained=adapter.layout if adapter else None,
             link_base=adapter.link_base(model, tokenizer) if adapter else None,
             max_tokens=config.max_position_embeddings,
+            num_layers=config.num_hidden_layers,
         )
 
     @classmethod
@@ -182,7 +184,10 @@ class Engine:
                 does not fit the model's context.
         """
         method = build(method) if isinstance(method, str) else method
+        _require_tokens(max_new_tokens)
+        started = time.perf_counter()
         pieces, prompts = self._read(examples, method, max_new_tokens)
+        read_s = (time.perf_counter() - started) / max(1, len(examples))
         order = sorted(range(len(examples)), key=lambda index: len(prompts[index].ids))
         answers: list[Answer | None] = [None] * len(examples)
         for start in range(0, len(order), batch_size):
@@ -190,6 +195,7 @@ class Engine:
             run = self._server.start(
                 [prompts[i] for i in batch], [pieces[i] for i in batch], method
             )
+            run.watch.add("prompt_s", read_s * len(batch))
             made = run.answers(sampling or Sampling(), max_new_tokens)
             for index, answer in zip(batch, made, strict=True):
                 answers[index] = answer
@@ -205,6 +211,7 @@ class Engine:
     ) -> Iterator[str]:
         """Yields an answer's text as it is made; the pieces join to `answer`'s text."""
         method = build(method) if isinstance(method, str) else method
+        _require_tokens(max_new_tokens)
         pieces, prompts = self._read([example], method, max_new_tokens)
         run = self._server.start(prompts, pieces, method)
         ids: list[int] = []
@@ -249,6 +256,11 @@ class Engine:
         spec = self.prompts.spec(method)
         pieces = [self.prompts.pieces(example, method) for example in examples]
         return pieces, [self.prompts.prompt(piece, spec, max_new_tokens) for piece in pieces]
+
+
+def _require_tokens(max_new_tokens: int) -> None:
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
 
 
 def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

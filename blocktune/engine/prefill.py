@@ -118,10 +118,6 @@ class _Narrowing:
         if check is None:
             yield
             return
-        if check >= len(layers):
-            raise ValueError(
-                f"check_layer must be below the model's {len(layers)} layers, got {check}"
-            )
         hooks = [layers[check].register_forward_pre_hook(self._narrow, with_kwargs=True)]
         for layer in layers[check + 1 :]:
             hooks.append(layer.register_forward_pre_hook(self._replace, with_kwargs=True))

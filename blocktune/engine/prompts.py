@@ -45,6 +45,7 @@ class PromptMaker:
         trained: Layout that the model's adapter was trained for, or None.
         link_base: Id of link slot 0, or None without links.
         max_tokens: Tokens that the model's context holds.
+        num_layers: Decoder layers of the model.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -52,6 +53,7 @@ class PromptMaker:
     trained: LayoutSpec | None
     link_base: int | None
     max_tokens: int
+    num_layers: int
 
     def pieces(self, request: Request, method: Method) -> Pieces:
         """Token pieces of a request as ``method`` reads it."""
@@ -62,8 +64,13 @@ class PromptMaker:
         """The rows that ``method`` wants.
 
         Raises:
-            ValueError: If the method needs another adapter than the model's.
+            ValueError: If the method needs another adapter than the model's, or more layers.
         """
+        check = method.selection().check_layer
+        if check is not None and check >= self.num_layers:
+            raise ValueError(
+                f"check_layer must be below the model's {self.num_layers} layers, got {check}"
+            )
         return method.layout(self.trained)
 
     def prompt(self, pieces: Pieces, spec: LayoutSpec, max_new_tokens: int = 0) -> Prompt:

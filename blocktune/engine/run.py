@@ -57,10 +57,12 @@ class Server:
     def start(self, prompts: Sequence[Prompt], pieces: Sequence[Pieces], method: Method) -> Run:
         """Assembles what is cached, computes the rest, and stops before the first token."""
         watch = Stopwatch(self.model.device)
+        watch.start()
         batch = stack(prompts, self.pad_id).to(self.model.device)
         layout, columns = batch.layout, column_rows(batch.layout)
         exact = method.cached is not Cached.CHUNKS
         cache = RowCache(self.num_layers, *columns.kind.shape, spare=64, exact=exact)
+        watch.stop("prompt_s")
         assembled = self._assemble(method, batch, pieces, cache, watch)
         watch.start()
         selection = method.selection()
@@ -76,13 +78,9 @@ class Server:
         result = prefill(self.model, computed, columns, cache, selection, layout.is_context.sum(1))
         watch.stop("recompute_s")
         watch.move("recompute_s", "select_s", result.select_s)
-        if method.cached is Cached.EXACT_PREFIX:
-            for index, prompt in enumerate(pieces):
-                path = [prompt.prefix, *prompt.chunks]
-                fingerprint = self.encoder.fingerprint
-                self.prefix_tree.insert(cut_exact(cache, index, path, fingerprint))
         last = computed.rows.map(lambda field: field[:, -1:])
-        return Run(self, batch, columns, last, cache, assembled, result, watch)
+        keep = tuple(pieces) if method.cached is Cached.EXACT_PREFIX else ()
+        return Run(self, batch, columns, last, cache, assembled, result, watch, keep)
 
     def _assemble(self, method: Method, batch, pieces, cache, watch) -> Assembled:
         if method.cached is Cached.CHUNKS:
@@ -91,6 +89,12 @@ class Server:
             fingerprint = self.encoder.fingerprint
             return from_prefix(batch, pieces, cache, self.prefix_tree, fingerprint, watch)
         return Assembled.empty(batch)
+
+    def remember(self, cache: RowCache, pieces: Sequence[Pieces]) -> None:
+        """Enters the prompts of an exact prefill into the prefix cache."""
+        for index, prompt in enumerate(pieces):
+            path = [prompt.prefix, *prompt.chunks]
+            self.prefix_tree.insert(cut_exact(cache, index, path, self.encoder.fingerprint))
 
     def stop_ids(self) -> frozenset[int]:
         """Tokens that end an answer: the template's end of turn and the model's own."""
@@ -105,7 +109,7 @@ class Server:
 
 @dataclass
 class Run:
-    """A batch after its prefill."""
+    """A batch after its prefill; ``keep`` are the prompts that the prefix cache shall hold."""
 
     server: Server
     batch: Batch
@@ -115,6 +119,7 @@ class Run:
     assembled: Assembled
     prefill: Prefill
     watch: Stopwatch
+    keep: tuple[Pieces, ...] = ()
 
     def tokens(self, sampling: Sampling, max_new_tokens: int) -> Iterator[Tensor]:
         """Decodes: one token per prompt and step, ``(B,)``, -1 for prompts that have ended."""
@@ -131,6 +136,7 @@ class Run:
         self.watch.start()
         first = next(steps)
         self.watch.stop("first_token_s")
+        self.server.remember(self.cache, self.keep)  # nobody waits for it any more
         yield first
         yield from steps
 

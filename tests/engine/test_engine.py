@@ -1,5 +1,8 @@
 """The engine's answers, its caches and its accounts."""
 
+import dataclasses
+import time
+
 import pytest
 import torch
 from engine.served import ASK, SHORT, Ask, engine_of
@@ -129,6 +132,23 @@ def test_a_chunk_longer_than_the_context_is_refused(engine):
         engine.answer([long], "naive")
     with pytest.raises(ValueError, match=r"chunk 0 .* tokens, the model's context holds 512"):
         engine.encode(long.chunks)
+
+
+def test_what_cannot_run_is_refused_before_anything_does(engine):
+    with pytest.raises(ValueError, match="check_layer must be below the model's 2 layers, got 7"):
+        engine.answer([ASK], build("cacheblend", check_layer=7))
+    with pytest.raises(ValueError, match="max_new_tokens must be at least 1, got 0"):
+        engine.answer([ASK], "naive", max_new_tokens=0)
+    assert len(engine.store) == 0
+
+
+def test_time_to_first_token_counts_every_part_of_the_way(engine):
+    started = time.perf_counter()
+    account = engine.answer([ASK], "naive", max_new_tokens=1)[0].account
+    spent = time.perf_counter() - started
+    parts = dataclasses.asdict(account.ttft)
+    assert all(seconds > 0 for name, seconds in parts.items() if name != "load_s")
+    assert sum(parts.values()) == account.ttft_s <= spent
 
 
 @pytest.mark.parametrize("name", ["block-attention", "kvlink"])
