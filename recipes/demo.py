@@ -39,11 +39,12 @@ def train(recipe: str) -> None:
     arguments = ["train", "--config", f"recipes/{recipe}.yaml", "--output_dir"]
     arguments.append(str(OUTPUT / recipe))
     console.print(f"[cyan]$ blocktune {' '.join(arguments)}")
-    subprocess.run([sys.executable, "-m", "blocktune.cli", *arguments], check=True)
+    subprocess.run([sys.executable, "-u", "-m", "blocktune.cli", *arguments], check=True)
 
 
 def main() -> None:
     start = time.monotonic()
+    sys.stdout.reconfigure(line_buffering=True)  # in order with the runs below, also in a pipe
     shutil.rmtree(OUTPUT, ignore_errors=True)  # all numbers below are made in this run
     console.print(Panel(INTRODUCTION, title="blocktune", title_align="left"))
     step(1, "Fine-tune: chunks that see only themselves (block attention)")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from blocktune.commands.options import teach
+from blocktune.commands.options import quiet_libraries, teach
 
 
 def add_to(app: typer.Typer) -> None:
@@ -52,14 +52,12 @@ def run_and_show(suite, output: Path, title: str, command: list[str] | None = No
         command: What the user typed, for the provenance; by default ``sys.argv``.
     """
     from rich.console import Console
-    from transformers.utils import logging
 
     from blocktune.evaluation.figures import draw_results
     from blocktune.evaluation.runner import RESULTS, run_suite
     from blocktune.evaluation.table import results_table
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    quiet_libraries()
     results = run_suite(suite, output, command=command)
     picture = draw_results(results, output / "results.png", _caption(results, suite.model))
     console = Console()

@@ -35,14 +35,24 @@ def teach(*lines: str) -> str:
     return "\n".join(["[bold]Examples[/bold]", *shown])
 
 
+def quiet_libraries() -> None:
+    """Silences the progress bars and notes of the libraries below; their errors still come."""
+    import logging
+    import warnings
+
+    from transformers.utils import logging as transformers_logging
+
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+
+
 def load_engine(
     model: str, adapter: str | None, store: Path | None, dtype: str, device: str | None
 ) -> Engine:
-    """Loads an engine without the progress bars and notes of the libraries below."""
-    from transformers.utils import logging
-
+    """Loads an engine."""
+    quiet_libraries()
     from blocktune.engine import Engine
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
     return Engine.from_pretrained(model, adapter, store=store, dtype=dtype, device=device)

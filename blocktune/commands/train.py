@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from blocktune.commands.options import teach
+from blocktune.commands.options import quiet_libraries, teach
 
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
@@ -40,6 +40,7 @@ def train(
 ) -> None:
     """Fine-tune a model so that its chunks can be cached alone (or with link tokens between)."""
     arguments = [*(["--config", config] if config else []), *ctx.args]
+    quiet_libraries()
     from blocktune.training.run import parse, train
 
     if processes is None and launcher is None:
