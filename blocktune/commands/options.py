@@ -43,7 +43,9 @@ def quiet_libraries() -> None:
     from transformers.utils import logging as transformers_logging
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true")
+    for name in ("bitsandbytes", "DeepSpeed"):  # a filter, since they set their own level on import
+        logging.getLogger(name).addFilter(lambda record: record.levelno >= logging.ERROR)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from blocktune.data.worlds import QUESTION_KINDS
 from blocktune.evaluation.metrics import adjusted_f1
 from blocktune.evaluation.rows import Row
 from blocktune.evaluation.statistics import PairedBootstrap, mcnemar_exact
@@ -110,12 +111,19 @@ def _groups(suite: Suite, rows: Sequence[Row]) -> dict[str, list[int]]:
     """Kinds of each task; of a task without kinds, or not split by them, the task itself."""
     several = len(suite.tasks) > 1
     by_kind = {task.name: task.by_kind for task in suite.tasks}
-    groups: dict[str, list[int]] = {}
+    groups: dict[tuple[str, int, str], list[int]] = {}
     for index, row in enumerate(rows):
         kind = row.kind if by_kind[row.task] else ""
         name = "/".join(filter(None, [row.task if several or not kind else "", kind]))
-        groups.setdefault(name, []).append(index)
-    return groups
+        groups.setdefault((row.task, _rank(kind), name), []).append(index)
+    order = [task.name for task in suite.tasks]
+    ranked = sorted(groups, key=lambda group: (order.index(group[0]), group[1]))
+    return {name: groups[task, rank, name] for task, rank, name in ranked}
+
+
+def _rank(kind: str) -> int:
+    """Kinds of our own worlds from easy to hard; others follow as they come."""
+    return QUESTION_KINDS.index(kind) if kind in QUESTION_KINDS else len(QUESTION_KINDS)
 
 
 def _take(rows: Mapping[str, Sequence[Row]], members: Sequence[int]) -> dict[str, list[Row]]:

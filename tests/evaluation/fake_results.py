@@ -30,7 +30,7 @@ def fake_rows() -> dict[str, list[Row]]:
     return {
         label: [
             _row(kind, index, float((37 * index) % 100 < percent), recomputed)
-            for kind, percent in zip(KINDS, percents, strict=True)
+            for kind, percent in reversed(list(zip(KINDS, percents, strict=True)))
             for index in range(100)
         ]
         for label, (percents, recomputed, _) in METHODS.items()

@@ -71,10 +71,10 @@ def test_several_tasks_name_their_kinds():
     object.__setattr__(suite, "tasks", tasks)
     rows = fake_rows()
     for own in rows.values():
-        for row in own[:100]:
+        for row in own[300:]:
             object.__setattr__(row, "task", "plain")
     tasks = build_results(suite, rows, {}, {})["methods"]["naive"]["tasks"]
-    assert list(tasks) == ["plain", "worlds/cross-chunk", "worlds/2-hop", "worlds/comparison"]
+    assert list(tasks) == ["worlds/cross-chunk", "worlds/2-hop", "worlds/comparison", "plain"]
 
 
 def test_the_table_fits_100_columns_and_shows_every_number():
