@@ -90,13 +90,8 @@ def _draw_costs(axes: Axes, methods: Mapping[str, Any]) -> None:
     axes.set_xlabel("time to first token, of full prefill's" if timed else "tokens recomputed")
     _as_accuracy(axes)
     axes.set_title("Exact match against cost")
-    axes.annotate(
-        "better",
-        xy=(0.66, 0.3),
-        xytext=(0.74, 0.18),
-        xycoords="axes fraction",
-        color="#777777",
-        arrowprops={"arrowstyle": "->", "color": "#777777"},
+    axes.text(
+        1, 1.03, "up and left is better", transform=axes.transAxes, ha="right", color="#777777"
     )
 
 
