@@ -177,7 +177,7 @@ def test_several_gpus_in_one_process_are_refused(tmp_path, monkeypatch):
     """The Trainer would wrap the model in DataParallel, which cuts tensors and not plans."""
     trainer = make_trainer(tmp_path)
     monkeypatch.setattr(type(trainer.args), "n_gpu", property(lambda args: 4))
-    with pytest.raises(ValueError, match=r"sees 4 GPUs .* blocktune train --processes 4"):
+    with pytest.raises(ValueError, match=r"sees 4 GPUs .*blocktune train --processes 4"):
         trainer._refuse_lost_launch()
 
 
