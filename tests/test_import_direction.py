@@ -9,29 +9,33 @@ PACKAGE = Path(__file__).resolve().parents[1] / "blocktune"
 
 # What each part may import besides itself; whatever is not named here is not allowed. A dotted
 # name is one module of a part: the engine is asked by RagExamples, and needs no more of data.
-GROUND = {"layout", "probe", "positions", "attention", "select", "links"}
-SPEAKING = GROUND | {"prompt", "identity", "adapter"}
+GROUND = {"registry", "layout", "probe", "positions", "attention", "select", "links"}
+SPEAKING = GROUND | {"prompt", "identity", "quantize", "adapter"}
 SERVING = SPEAKING | {"cache", "reuse", "engine"}
 ALLOWED = {
+    "plugins": set(),
+    "registry": {"plugins"},
+    "provenance": set(),
     "layout": set(),
     "probe": {"layout"},
     "positions": {"layout", "probe"},
     "attention": {"layout", "positions"},
-    "select": {"layout", "positions"},
+    "select": {"registry", "layout", "positions"},
     "links": {"layout", "positions"},
     "prompt": GROUND,
     "identity": GROUND | {"prompt"},
-    "adapter": GROUND | {"prompt", "identity"},
+    "quantize": set(),
+    "adapter": GROUND | {"prompt", "identity", "quantize"},
     "data": SPEAKING,
-    "training": SPEAKING | {"data"},
+    "training": SPEAKING | {"provenance", "data"},
     "cache": SPEAKING,
     "reuse": SPEAKING | {"cache"},
     "engine": SPEAKING | {"cache", "reuse", "data.example"},
     "check": SERVING | {"data"},
-    "evaluation": SERVING | {"data"},
+    "evaluation": SERVING | {"provenance", "data"},
     "serve": SERVING | {"data"},
     "hub": SERVING | {"data", "training", "evaluation", "serve"},
-    "bench": GROUND | {"evaluation"},
+    "bench": GROUND | {"provenance"},
     "commands": SERVING | {"data", "training", "evaluation", "serve", "hub", "check", "bench"},
     "cli": {"commands"},
     "__init__": set(),

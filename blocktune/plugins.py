@@ -1,0 +1,97 @@
+"""Files of other people that add a method, a selector or a reshape.
+
+A plug-in is a Python module that registers something when it is imported. It is found by an entry
+point of the group ``blocktune.plugins``, by ``blocktune --plugin FILE|MODULE``, or by the variable
+``BLOCKTUNE_PLUGINS`` (several with the path separator between), which child processes inherit.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import importlib.util
+import os
+import sys
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+
+GROUP = "blocktune.plugins"
+VARIABLE = "BLOCKTUNE_PLUGINS"
+
+_loaded: set[str] = set()
+
+
+def add(plugin: str) -> None:
+    """Names a plug-in for this process and those it starts; it is imported when first needed.
+
+    Args:
+        plugin: A Python file, or the dotted name of a module.
+
+    Raises:
+        ValueError: If there is no such file.
+    """
+    if _is_file(plugin):
+        if not Path(plugin).is_file():
+            raise ValueError(f"no plug-in at '{plugin}'; give a Python file or a module's name")
+        plugin = str(Path(plugin).resolve())  # a child process may start elsewhere
+    known = named()
+    if plugin not in known:
+        os.environ[VARIABLE] = os.pathsep.join([*known, plugin])
+
+
+def named() -> list[str]:
+    """The plug-ins that the variable names, in its order."""
+    return [part for part in os.environ.get(VARIABLE, "").split(os.pathsep) if part]
+
+
+def load_all() -> None:
+    """Imports the plug-ins of all entry points and those that are named, each once.
+
+    Raises:
+        ValueError: If one cannot be imported: which, and why.
+    """
+    for module in _installed(tuple(sys.path)):
+        _load(module)
+    for plugin in named():
+        _load(plugin)
+
+
+@functools.cache
+def _installed(path: tuple[str, ...]) -> list[str]:
+    """Modules of the entry points; reading them anew would take milliseconds at every look-up."""
+    return [entry.value.partition(":")[0] for entry in metadata.entry_points(group=GROUP)]
+
+
+def _load(plugin: str) -> None:
+    if plugin in _loaded:
+        return
+    _loaded.add(plugin)  # before the import: the plug-in may ask a table itself
+    try:
+        _import_file(Path(plugin)) if _is_file(plugin) else importlib.import_module(plugin)
+    except Exception as error:
+        _loaded.discard(plugin)
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"plug-in '{plugin}' cannot be loaded: {reason}") from error
+
+
+def _import_file(path: Path) -> ModuleType:
+    """Imports a file under a name made of its path, so that two ``methods.py`` do not collide."""
+    digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]
+    name = f"blocktune_plugin_{path.stem}_{digest}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or not path.is_file():
+        raise ValueError("there is no such Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up there
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _is_file(plugin: str) -> bool:
+    return plugin.endswith(".py") or os.sep in plugin
