@@ -1,17 +1,22 @@
 """Everything that is kept between requests or passes: chunks, exact prefixes, prompts."""
 
 from blocktune.cache.chunk_kv import ChunkKV
+from blocktune.cache.entry import Entry
 from blocktune.cache.exact import ExactKV, cut_exact
 from blocktune.cache.fingerprint import chunk_key, model_fingerprint, weights_hash
+from blocktune.cache.lookup import Lookup, StoreStats
 from blocktune.cache.prefix_tree import PrefixMatch, PrefixTree
 from blocktune.cache.prompt_cache import RowCache
 from blocktune.cache.row_layer import SKIP
-from blocktune.cache.store import ChunkStore, Lookup, StoreStats
+from blocktune.cache.states import ChunkStates, states_key
+from blocktune.cache.store import ChunkStore
 
 __all__ = [
     "SKIP",
     "ChunkKV",
+    "ChunkStates",
     "ChunkStore",
+    "Entry",
     "ExactKV",
     "Lookup",
     "PrefixMatch",
@@ -21,5 +26,6 @@ __all__ = [
     "chunk_key",
     "cut_exact",
     "model_fingerprint",
+    "states_key",
     "weights_hash",
 ]

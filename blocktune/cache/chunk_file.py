@@ -1,23 +1,20 @@
-"""One chunk in one safetensors file: written whole or not at all, verified when read."""
+"""One entry in one safetensors file: written whole or not at all, verified when read."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
-from torch import Tensor
 
-from blocktune.cache.chunk_kv import ChunkKV
-from blocktune.cache.fingerprint import CACHE_FORMAT
+from blocktune.cache.chunk_format import AnyEntry, ChunkFile, metadata, named, readable
+from blocktune.cache.entry import Entry
 
 WRITING = ".writing"
 """Folder inside a store for files not finished yet; same file system, so renaming is atomic."""
@@ -58,8 +55,8 @@ def open_folder(folder: Path) -> None:
         ) from None
 
 
-def write_chunk(folder: Path, key: str, kv: ChunkKV) -> int:
-    """Writes a chunk so that readers see the old file, none, or the whole new one.
+def write_chunk(folder: Path, key: str, entry: Entry) -> int:
+    """Writes an entry so that readers see the old file, none, or the whole new one.
 
     Several processes may write the same key at once: each writes a file of its own, the last
     rename stays.
@@ -70,10 +67,9 @@ def write_chunk(folder: Path, key: str, kv: ChunkKV) -> int:
     Raises:
         ValueError: If the disk refuses; nothing is left behind.
     """
-    path, kv = chunk_path(folder, key), kv.to("cpu").compact()
+    path, entry = chunk_path(folder, key), entry.to("cpu").compact()
     unfinished = folder / WRITING / f"{key[:16]}-{os.getpid()}-{uuid.uuid4().hex}"
-    metadata = _header(key, kv) | {"checksum": _checksum(key, kv)}
-    data = save(dict(_tensors(kv)), metadata=metadata)
+    data = save(dict(named(entry)), metadata=metadata(key, entry))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with unfinished.open("xb") as file:
@@ -91,75 +87,32 @@ def write_chunk(folder: Path, key: str, kv: ChunkKV) -> int:
     return len(data)
 
 
-def read_chunk(folder: Path, key: str) -> ChunkKV:
-    """Reads one chunk into memory of its own and verifies every bit of it.
+def read_chunk(folder: Path, key: str, kind: type[AnyEntry]) -> AnyEntry:
+    """Reads one entry into memory of its own and verifies every bit of it.
 
     Returns:
-        The chunk, on the CPU.
+        The entry, on the CPU.
 
     Raises:
-        FileNotFoundError: If there is no such chunk.
+        FileNotFoundError: If there is no such entry.
         ValueError: If the file is not what was written under this key; says why.
     """
-    path = chunk_path(folder, key)
-    try:
-        kv, header = _load(path)
-    except FileNotFoundError:
-        raise
-    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ValueError(f"unreadable ({error})") from None
-    checksum = header.pop("checksum", None)
-    if header != _header(key, kv):
-        raise ValueError("its header names another chunk or cache format")
-    if checksum != _checksum(key, kv):
-        raise ValueError("its contents do not match its checksum")
-    return kv
+    with open_chunk(folder, key, kind) as file:
+        return file.whole()
 
 
-def _load(path: Path) -> tuple[ChunkKV, dict[str, str]]:
-    with safe_open(path, framework="pt") as file:
-        header = dict(file.metadata() or {})
-        layers = range(int(header["num_layers"]))
+@contextmanager
+def open_chunk(folder: Path, key: str, kind: type[AnyEntry]) -> Iterator[ChunkFile[AnyEntry]]:
+    """Opens an entry's file to read its tensors one by one, each verified when it is read.
 
-        def copy(name: str) -> Tensor:
-            # Out of the mapping: what is verified must be what is used, whatever happens to the
-            # file later.
-            return file.get_tensor(name).clone()
-
-        kv = ChunkKV(
-            keys=tuple(copy(f"key.{layer}") for layer in layers),
-            values=tuple(copy(f"value.{layer}") for layer in layers),
-            token_ids=copy("token_ids"),
-            fingerprint=header["fingerprint"],
-            origin=int(header["origin"]),
-        )
-    return kv, header
-
-
-def _header(key: str, kv: ChunkKV) -> dict[str, str]:
-    return {
-        "format": f"blocktune chunk {CACHE_FORMAT}",
-        "key": key,
-        "fingerprint": kv.fingerprint,
-        "num_tokens": str(kv.num_tokens),
-        "num_layers": str(kv.num_layers),
-        "origin": str(kv.origin),
-    }
-
-
-def _tensors(kv: ChunkKV) -> Iterator[tuple[str, Tensor]]:
-    for layer, (key, value) in enumerate(zip(kv.keys, kv.values, strict=True)):
-        yield f"key.{layer}", key
-        yield f"value.{layer}", value
-    yield "token_ids", kv.token_ids
-
-
-def _checksum(key: str, kv: ChunkKV) -> str:
-    digest = hashlib.sha256(json.dumps(_header(key, kv), sort_keys=True).encode())
-    for name, tensor in _tensors(kv):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(memoryview(tensor.view(torch.uint8).numpy()).cast("B"))
-    return digest.hexdigest()
+    Raises:
+        FileNotFoundError: If there is no such entry.
+        ValueError: If the file is not what was written under this key; says why.
+    """
+    with readable():
+        opened = safe_open(chunk_path(folder, key), framework="pt")
+    with opened as file:
+        yield ChunkFile(file, key, kind)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
+
+from blocktune.cache.entry import Entry, Read
 
 _HEX = re.compile(r"[0-9a-f]+")
 
 
 @dataclass(frozen=True, eq=False)
-class ChunkKV:
+class ChunkKV(Entry):
     """The attention state of one encoded chunk. Tensors are shared: never write into them.
 
     Attributes:
@@ -29,6 +32,7 @@ class ChunkKV:
         ValueError: If the tensors do not describe one chunk.
     """
 
+    kind: ClassVar[str] = "chunk"
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
     token_ids: Tensor
@@ -72,11 +76,6 @@ class ChunkKV:
             )
 
     @property
-    def num_tokens(self) -> int:
-        """Tokens stored, ghosts and shared prefix not counted."""
-        return self.token_ids.shape[0]
-
-    @property
     def num_layers(self) -> int:
         """Layers that store keys of their own."""
         return len(self.keys)
@@ -86,34 +85,24 @@ class ChunkKV:
         """The dtype of all keys and values."""
         return self.keys[0].dtype
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of keys, values and token ids: what it costs to hold or to read."""
-        return sum(t.nbytes for t in (*self.keys, *self.values, self.token_ids))
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Layer by layer, ``key.0``, ``value.0``, ``key.1`` and so on."""
+        for layer, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
+            yield f"key.{layer}", key
+            yield f"value.{layer}", value
 
-    def matches(self, token_ids: Sequence[int] | Tensor, fingerprint: str) -> bool:
-        """Whether this is the state of exactly these tokens under exactly this model."""
-        wanted = torch.as_tensor(token_ids, dtype=torch.int64)
-        return fingerprint == self.fingerprint and torch.equal(wanted.cpu(), self.token_ids.cpu())
+    def facts(self) -> dict[str, int]:
+        """See `Entry.facts`."""
+        return {"num_layers": self.num_layers, "origin": self.origin}
 
-    def to(self, device: torch.device | str) -> ChunkKV:
-        """Moves keys and values; token ids stay where comparing is cheap, on the CPU."""
-        return self._map(lambda tensor: tensor.to(device))
-
-    def compact(self) -> ChunkKV:
-        """Copies tensors that are views, so that holding a chunk never holds its batch."""
-        return self._map(_own)
-
-    def _map(self, function) -> ChunkKV:
-        return replace(
-            self,
-            keys=tuple(map(function, self.keys)),
-            values=tuple(map(function, self.values)),
-            token_ids=_own(self.token_ids.cpu()),
+    @classmethod
+    def restore(cls, facts: Mapping, read: Read, token_ids: Tensor, fingerprint: str) -> Self:
+        """See `Entry.restore`."""
+        layers = range(int(facts["num_layers"]))
+        return cls(
+            keys=tuple(read(f"key.{layer}") for layer in layers),
+            values=tuple(read(f"value.{layer}") for layer in layers),
+            token_ids=token_ids,
+            fingerprint=fingerprint,
+            origin=int(facts["origin"]),
         )
-
-
-def _own(tensor: Tensor) -> Tensor:
-    if tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes:
-        return tensor
-    return tensor.clone(memory_format=torch.contiguous_format)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from blocktune.identity import tokenizer_hash
 
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 """Version of what is stored and of how it is named; part of every fingerprint and file."""
 
 _SAMPLES = 4096

@@ -7,57 +7,25 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from blocktune.cache.chunk_file import chunk_path, open_folder, read_chunk, write_chunk
 from blocktune.cache.chunk_kv import ChunkKV
+from blocktune.cache.entry import Entry
+from blocktune.cache.lookup import Lookup, StoreStats
 
 _LOG = logging.getLogger(__name__)
 
-Tier = Literal["memory", "disk", "none"]
-
-
-class Lookup(NamedTuple):
-    """What one look into the store found, and what it took.
-
-    Attributes:
-        kv: The chunk, or None: encode it and `ChunkStore.put` it.
-        tier: Where it was found; ``"none"`` on a miss.
-        bytes_read: Bytes of keys, values and ids that the chunk has; 0 on a miss.
-        lookup_s: Seconds spent finding out whether it is there.
-        load_s: Seconds spent reading, verifying and moving it.
-    """
-
-    kv: ChunkKV | None
-    tier: Tier
-    bytes_read: int
-    lookup_s: float
-    load_s: float
-
-
-@dataclass
-class StoreStats:
-    """Counters since the store was opened. ``rejected`` ones are also counted as misses."""
-
-    memory_hits: int = 0
-    disk_hits: int = 0
-    misses: int = 0
-    rejected: int = 0
-    evictions: int = 0
-    memory_bytes_read: int = 0
-    disk_bytes_read: int = 0
-    disk_bytes_written: int = 0
-    memory_bytes: int = 0
-    memory_chunks: int = 0
-
 
 class ChunkStore:
-    """Keeps `ChunkKV` under `chunk_key`s, for several threads; processes may share a folder.
+    """Keeps entries of chunks under their keys, for several threads; processes may share a folder.
+
+    A chunk's keys and values (`ChunkKV`) and the states that enter a layer (`ChunkStates`) are
+    entries of their own; all share the memory.
 
     What is found is compared with what is wanted (token ids and fingerprint) before it is handed
     out. A file or entry that differs, or does not verify, is logged in one line, counted as
@@ -86,35 +54,48 @@ class ChunkStore:
         self.max_bytes = max_bytes
         self.folder = None if folder is None else Path(folder)
         self.device = torch.device(device)
-        self._chunks: OrderedDict[str, ChunkKV] = OrderedDict()
+        self._chunks: OrderedDict[str, Entry] = OrderedDict()
         self._stats = StoreStats()
         self._lock = threading.RLock()
         if self.folder is not None:
             open_folder(self.folder)
 
-    def get(self, key: str, token_ids: Sequence[int] | Tensor, fingerprint: str) -> ChunkKV | None:
-        """The chunk stored under ``key``, or None; see `lookup`."""
-        return self.lookup(key, token_ids, fingerprint).kv
+    def get(
+        self,
+        key: str,
+        token_ids: Sequence[int] | Tensor,
+        fingerprint: str,
+        kind: type[Entry] = ChunkKV,
+    ) -> Entry | None:
+        """The entry stored under ``key``, or None; see `lookup`."""
+        return self.lookup(key, token_ids, fingerprint, kind).kv
 
-    def lookup(self, key: str, token_ids: Sequence[int] | Tensor, fingerprint: str) -> Lookup:
+    def lookup(
+        self,
+        key: str,
+        token_ids: Sequence[int] | Tensor,
+        fingerprint: str,
+        kind: type[Entry] = ChunkKV,
+    ) -> Lookup:
         """Looks for a chunk and says where it was and how long that took.
 
         Args:
-            key: From `chunk_key`.
+            key: From `chunk_key` or `states_key`.
             token_ids: The tokens it must hold, ``(S,)``.
             fingerprint: The model it must come from, `model_fingerprint`.
+            kind: What the entry must be.
         """
         started = time.perf_counter()
         with self._lock:
             kv = self._chunks.get(key)
-            if kv is not None and self._accept(kv, key, token_ids, fingerprint):
+            if kv is not None and self._accept(kv, key, token_ids, fingerprint, kind):
                 self._chunks.move_to_end(key)
                 self._stats.memory_hits += 1
                 self._stats.memory_bytes_read += kv.num_bytes
                 return Lookup(kv, "memory", kv.num_bytes, time.perf_counter() - started, 0.0)
         found = time.perf_counter()
         # Outside the lock: a slow disk must not stop hits in memory.
-        kv = self._read(key, token_ids, fingerprint)
+        kv = self._read(key, token_ids, fingerprint, kind)
         loaded = time.perf_counter()
         with self._lock:
             if kv is None:
@@ -125,7 +106,7 @@ class ChunkStore:
             self._remember(key, kv)
         return Lookup(kv, "disk", kv.num_bytes, found - started, loaded - found)
 
-    def put(self, key: str, kv: ChunkKV) -> None:
+    def put(self, key: str, kv: Entry) -> None:
         """Keeps a chunk, in the folder first, then in memory; replaces what was there.
 
         Raises:
@@ -142,6 +123,12 @@ class ChunkStore:
         with self._lock:
             self._stats.disk_bytes_written += written
             self._remember(key, kept)
+
+    def clear(self) -> None:
+        """Empties the memory; a folder keeps its files."""
+        with self._lock:
+            for key in list(self._chunks):
+                self._forget(key)
 
     def stats(self) -> StoreStats:
         """A copy of the counters."""
@@ -160,22 +147,23 @@ class ChunkStore:
         with self._lock:
             return len({*self._chunks, *(path.stem for path in files)})
 
-    def _read(self, key: str, token_ids, fingerprint: str) -> ChunkKV | None:
+    def _read(self, key: str, token_ids, fingerprint: str, kind: type[Entry]) -> Entry | None:
         if self.folder is None:
             return None
         try:
-            kv = read_chunk(self.folder, key).to(self.device)
+            kv = read_chunk(self.folder, key, kind).to(self.device)
         except FileNotFoundError:
             return None
         except ValueError as error:
             self._reject(f"{chunk_path(self.folder, key)}: {error}")
             return None
-        return kv if self._accept(kv, key, token_ids, fingerprint) else None
+        return kv if self._accept(kv, key, token_ids, fingerprint, kind) else None
 
-    def _accept(self, kv: ChunkKV, key: str, token_ids, fingerprint: str) -> bool:
-        if kv.matches(token_ids, fingerprint):
+    def _accept(self, kv: Entry, key: str, token_ids, fingerprint: str, kind: type[Entry]) -> bool:
+        if kv.kind == kind.kind and kv.matches(token_ids, fingerprint):
             return True
         what = "model" if kv.fingerprint != fingerprint else "tokens"
+        what = what if kv.kind == kind.kind else "kind of entry"
         self._reject(f"{key[:12]}: it holds other {what} than wanted")
         return False
 
@@ -184,7 +172,7 @@ class ChunkStore:
             self._stats.rejected += 1
         _LOG.warning("cached chunk not used, it is encoded again: %s", reason.replace("\n", " "))
 
-    def _remember(self, key: str, kv: ChunkKV) -> None:
+    def _remember(self, key: str, kv: Entry) -> None:
         self._forget(key)
         if kv.num_bytes > self.max_bytes:
             return  # it lies in the folder: `put` refuses such chunks without one

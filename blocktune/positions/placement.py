@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-PLACEMENTS = ("sequential", "parallel", "composite")
+PLACEMENTS = ("sequential", "parallel", "composite", "reserved")
 
 
 class Placement(NamedTuple):
@@ -22,21 +22,26 @@ class Placement(NamedTuple):
     query: int
 
 
-def place(placement: str, prefix_length: int, chunk_lengths: Sequence[int]) -> Placement:
+def place(
+    placement: str, prefix_length: int, chunk_lengths: Sequence[int], slot: int = 0
+) -> Placement:
     """Positions at which the pieces of a prompt start.
 
     Args:
         placement: ``sequential`` (one after the other, as in an ordinary prompt), ``parallel``
-            (every chunk right after the prefix, the query after the longest; APE) or
-            ``composite`` (every chunk where it was encoded, from 0, and the query where the
-            cache ends; TurboRAG).
+            (every chunk right after the prefix, the query after the longest; APE), ``composite``
+            (every chunk where it was encoded, from 0, and the query where the cache ends;
+            TurboRAG) or ``reserved`` (every chunk at the start of its slot, the query after the
+            last slot; PromptCache).
         prefix_length: Tokens of the prefix.
         chunk_lengths: Tokens of each chunk, its links included.
+        slot: Positions reserved for each chunk; only read by ``reserved``.
 
     Raises:
-        ValueError: If the placement is unknown.
+        ValueError: If the placement is unknown, or a chunk does not fit into its slot.
 
-    Source: APE arXiv:2502.05431 (parallel), TurboRAG arXiv:2410.07590 (composite).
+    Source: APE arXiv:2502.05431 (parallel), TurboRAG arXiv:2410.07590 (composite), PromptCache
+    arXiv:2311.04934 (reserved).
     """
     total = prefix_length + sum(chunk_lengths)
     if placement == "sequential":
@@ -47,4 +52,13 @@ def place(placement: str, prefix_length: int, chunk_lengths: Sequence[int]) -> P
         return Placement((prefix_length,) * len(chunk_lengths), prefix_length + longest)
     if placement == "composite":
         return Placement((0,) * len(chunk_lengths), total)
+    if placement == "reserved":
+        longest = max(chunk_lengths, default=0)
+        if longest > slot:
+            raise ValueError(
+                f"chunk {list(chunk_lengths).index(longest)} takes {longest} positions, the schema "
+                f"reserves {slot} for each; cut chunks smaller or reserve more (slot)"
+            )
+        starts = tuple(prefix_length + index * slot for index in range(len(chunk_lengths)))
+        return Placement(starts, prefix_length + slot * len(chunk_lengths))
     raise ValueError(f"unknown placement '{placement}'; available: {', '.join(PLACEMENTS)}")
