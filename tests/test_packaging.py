@@ -65,7 +65,8 @@ def test_wheel_metadata_states_version_licence_and_extras(wheel):
     metadata = Parser().parsestr(archive.read(name).decode())
     assert metadata["Version"] == blocktune.__version__
     assert metadata["License-Expression"] == "Apache-2.0"
-    assert set(metadata.get_all("Provides-Extra")) == {"train", "serve", "eval", "gpu", "dev"}
+    extras = {"train", "serve", "eval", "data", "gpu", "dev"}
+    assert set(metadata.get_all("Provides-Extra")) == extras
 
 
 def test_installed_package_is_the_wheels(elsewhere, tmp_path):
@@ -119,6 +120,7 @@ def test_constraints_pin_every_dependency_exactly():
     assert pins["torch"].replace(".", "").isdigit(), "no local suffix: it must resolve anywhere"
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *extras["train"], *extras["eval"], *extras["gpu"]]
+    wanted = [*project["dependencies"], *extras["train"], *extras["eval"], *extras["data"]]
+    wanted += extras["gpu"]
     pinned = {name.lower().replace("_", "-") for name in pins}
     assert [r for r in wanted if r.split(">=")[0].lower().replace("_", "-") not in pinned] == []

@@ -7,13 +7,18 @@ from importlib import import_module
 from typing import Any
 
 _HOMES = {
+    "Augment": "blocktune.data.augment",
+    "Mixture": "blocktune.data.mixture",
     "RagExample": "blocktune.data.example",
+    "build_chunker": "blocktune.data.chunking",
     "load_chunks": "blocktune.data.sources",
     "load_examples": "blocktune.data.sources",
+    "load_mixture": "blocktune.data.mixture",
+    "mix": "blocktune.data.mixture",
     "write_jsonl": "blocktune.data.example",
 }
 
-__all__ = ["RagExample", "load_chunks", "load_examples", "write_jsonl"]
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

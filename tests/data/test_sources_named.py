@@ -6,7 +6,8 @@ import pytest
 from source_records import HUB_HOTPOT, MUSIQUE, WIKI
 
 from blocktune.data import load_examples
-from blocktune.data.sources import SHORT_NAMES, hub
+from blocktune.data.sources import hub
+from blocktune.data.sources.catalog import data_set
 
 
 @pytest.fixture
@@ -54,24 +55,6 @@ def test_wrong_record_is_named(folder):
         load_examples(f"hf:{path}")
 
 
-@pytest.mark.parametrize("name", SHORT_NAMES)
-def test_short_names(folder, monkeypatch, name):
-    asked = []
-    local = folder([HUB_HOTPOT])
-
-    def load_dataset(path, config, split):
-        asked.append((path, config, split))
-        return real(str(local), split="validation")
-
-    import datasets
-
-    real = datasets.load_dataset
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert load_examples(f"{name}?split=train")[0].id == "h1"
-    path, _, config = SHORT_NAMES[name].partition(":")
-    assert asked == [(path, config or None, "train")]
-
-
 def test_unreachable_set_is_one_line():
     with pytest.raises(
         ValueError, match=r"^cannot load 'hf:nobody/no-set' \(split 'train'\): "
@@ -89,8 +72,8 @@ def test_unknown_split_is_one_line(folder):
 
 def test_missing_datasets_package(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
-    with pytest.raises(ValueError, match=r"pip install 'blocktune\[eval\]'"):
-        next(hub.read_hub("owner/name"))
+    with pytest.raises(ValueError, match=r"pip install 'blocktune\[data\]'"):
+        next(hub.read_hub(data_set("owner/name")))
 
 
 def test_worlds():
@@ -111,7 +94,13 @@ def test_worlds():
         ("worlds:test?passages=a-b", "worlds: 'passages' must be a number of chunks or LOW-HIGH"),
         ("worlds:test?seed", "has a query that is not key=value&key=value"),
         ("worlds:tset", "unknown split 'tset'"),
-        ("hf:owner/name?seed=1", "unknown option 'seed' of 'hf:owner/name"),
+        ("hf:owner/name?sed=1", "unknown option 'sed' of 'hf:owner/name"),
+        ("hf:owner/name?shots=x", "'shots' must be a whole number, got 'x'"),
+        ("hf:owner/name?shots=0", "'shots' must be at least 1, got 0"),
+        ("hf:owner/name?chunker=x", "unknown chunker 'x'; available: delimiter"),
+        ("hf:owner/name?chunker=fixed&sise=3", "takes size, overlap, got unknown sise"),
+        ("hf:owner/name?split=a&split=b", "has an option twice"),
+        ("fineweb", "is too large to load as a whole; give a limit"),
         ("missing.jsonl", "no file 'missing.jsonl'; a source is a JSON or JSONL file, 'hf:NAME"),
     ],
 )

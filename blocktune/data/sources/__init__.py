@@ -1,13 +1,16 @@
-"""Sources of examples: files of public sets, the Hugging Face Hub, generated worlds."""
+"""Sources of examples: files of public sets, the Hugging Face Hub, generated ones."""
 
+from blocktune.data.sources.catalog import CATALOG, DataSet
 from blocktune.data.sources.files import Record, read_records
-from blocktune.data.sources.hub import SHORT_NAMES
+from blocktune.data.sources.generated import GENERATORS
 from blocktune.data.sources.load import Loaded, load_chunks, load_examples, load_source
-from blocktune.data.sources.schemas import SCHEMAS
+from blocktune.data.sources.shapes import SHAPES
 
 __all__ = [
-    "SCHEMAS",
-    "SHORT_NAMES",
+    "CATALOG",
+    "GENERATORS",
+    "SHAPES",
+    "DataSet",
     "Loaded",
     "Record",
     "load_chunks",

@@ -38,6 +38,25 @@ def read_records(path: str | Path) -> Iterator[Record]:
         raise ValueError(f"{path.name} is empty; give a JSON list or JSON lines")
 
 
+def read_json(path: str | Path) -> Any:
+    """Reads a file that is one JSON value, such as SQuAD's.
+
+    Raises:
+        ValueError: If the file is missing or not JSON; names file and line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"'{path}' is not a file; give a JSON file")
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rt", encoding="utf-8") as stream:
+            return json.load(stream)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path.name} is not UTF-8 text ({error})") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path.name}, line {error.lineno}: not JSON ({error.msg})") from None
+
+
 def _from_list(name: str, stream) -> Iterator[Record]:
     try:
         values = json.load(stream)

@@ -4,36 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from blocktune.data.sources.catalog import DataSet
 from blocktune.data.sources.files import Record
 
-SHORT_NAMES = {
-    "musique": "dgslibisey/MuSiQue",
-    "2wikimultihopqa": "framolfese/2WikiMultihopQA",
-    "hotpotqa": "hotpotqa/hotpot_qa:distractor",
-}
 
-
-def read_hub(name: str, split: str = "validation") -> Iterator[Record]:
+def read_hub(
+    source: DataSet, split: str = "validation", limit: int | None = None
+) -> Iterator[Record]:
     """Reads a data set with ``datasets``.
 
     Args:
-        name: ``owner/name``, a folder, either with ``:config``.
+        source: Repository or folder, configuration, revision.
         split: As the data set names it.
+        limit: How many examples are wanted; only large sets must know.
 
     Raises:
-        ValueError: If ``datasets`` is not installed or cannot load it; says why in one line.
+        ValueError: If ``datasets`` is not installed, cannot load it, or a large set is asked for
+            without a limit; says why in one line.
     """
+    name = source.hub + (f":{source.config}" if source.config else "")
+    if source.streamed and limit is None:
+        raise ValueError(f"'{name}' is too large to load as a whole; give a limit")
     try:
         from datasets import load_dataset
     except ImportError:
         raise ValueError(
-            f"'hf:{name}' needs the datasets package: pip install 'blocktune[eval]'"
+            f"'hf:{name}' needs the datasets package: pip install 'blocktune[data]'"
         ) from None
-    path, _, config = name.partition(":")
     try:
-        rows = load_dataset(path, config or None, split=split)
+        rows = load_dataset(
+            source.hub,
+            source.config,
+            split=split,
+            revision=source.revision,
+            streaming=source.streamed,
+        )
+        for number, row in enumerate(rows, start=1):
+            yield Record(f"{name} ({split}), record {number}", row)
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"cannot load 'hf:{name}' (split '{split}'): {reason}") from None
-    for number, row in enumerate(rows, start=1):
-        yield Record(f"{name} ({split}), record {number}", row)

@@ -1,9 +1,9 @@
-"""The record shapes of public multi-hop sets, each turned into `RagExample`."""
+"""Records of public multi-hop sets, each turned into a `RagExample`."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from blocktune.data.example import RagExample, field_error
@@ -12,24 +12,6 @@ from blocktune.prompt.chunk import Chunk
 
 class LeftOut(Exception):
     """A row that the source is known to hold and that cannot be asked; says why."""
-
-
-class Schema(NamedTuple):
-    """One record shape.
-
-    Attributes:
-        name: As errors call it.
-        keys: Fields that tell it from the others.
-        parse: Turns a record into an example; raises `LeftOut`, or ValueError that names a field.
-    """
-
-    name: str
-    keys: tuple[str, ...]
-    parse: Callable[[Mapping[str, Any]], RagExample]
-
-    def fits(self, value: Any) -> bool:
-        """Whether ``value`` is a record of this shape."""
-        return isinstance(value, Mapping) and all(value.get(key) is not None for key in self.keys)
 
 
 def parse_musique(record: Mapping[str, Any]) -> RagExample:
@@ -78,34 +60,6 @@ def parse_ctxs(record: Mapping[str, Any]) -> RagExample:
     if not isinstance(answers, list):
         raise field_error("answers", "a list of strings", answers)
     return _example(record, passages, answers, kind=record.get("type") or "")
-
-
-SCHEMAS = (
-    Schema("blocktune", ("question", "chunks"), RagExample.from_json),
-    Schema("MuSiQue", ("question", "paragraphs"), parse_musique),
-    Schema("HotpotQA or 2WikiMultihopQA", ("question", "context"), parse_wiki),
-    Schema("CacheBlend", ("question", "ctxs"), parse_ctxs),
-)
-
-
-def find_schema(values: Iterable[Any], source: str) -> Schema:
-    """The first shape that any of the records has.
-
-    Raises:
-        ValueError: If none fits; lists the shapes.
-    """
-    values = list(values)
-    for value in values:
-        for schema in SCHEMAS:
-            if schema.fits(value):
-                return schema
-    wanted = "; ".join(f"{schema.name}: {', '.join(schema.keys)}" for schema in SCHEMAS)
-    first = values[0] if values else None
-    found = ", ".join(map(str, first)) if isinstance(first, Mapping) else type(first).__name__
-    raise ValueError(
-        f"{source} holds no questions in a known shape; looked for the fields of {wanted}; "
-        f"the first record has: {found or 'nothing'}"
-    )
 
 
 class _Passage(NamedTuple):

@@ -1,0 +1,138 @@
+"""Other contexts for the same question: chunk order, chunk count, number of distractors.
+
+(Block dropout and position offsets change the layout, not the text; they are options of the
+layout.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from random import Random
+from typing import Any
+
+from blocktune.data.answers import chunk_mentions, evidence
+from blocktune.data.example import RagExample
+from blocktune.prompt.chunk import Chunk
+from blocktune.prompt.format import build_strict
+
+Range = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Augment:
+    """How contexts are varied; what holds evidence (`evidence`) is never dropped.
+
+    Attributes:
+        shuffle: Put the chunks into a random order.
+        num_chunks: Chunks in the context: a number or the smallest and the largest, one of which
+            is drawn per example; None leaves the number as it is.
+        num_distractors: The same for chunks that hold no evidence. Not both.
+        seed: Of all draws; example ``i`` of a source is varied in the same way every time.
+
+    Raises:
+        ValueError: If a value is not accepted.
+    """
+
+    shuffle: bool = False
+    num_chunks: Range | None = None
+    num_distractors: Range | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        if type(self.shuffle) is not bool:
+            raise ValueError(f"augment 'shuffle' must be true or false, got {self.shuffle!r}")
+        if type(self.seed) is not int:
+            raise ValueError(f"augment 'seed' must be a whole number, got {self.seed!r}")
+        for name, least in (("num_chunks", 1), ("num_distractors", 0)):
+            object.__setattr__(self, name, _range(name, getattr(self, name), least))
+        if self.num_chunks and self.num_distractors:
+            raise ValueError("augment: give num_chunks or num_distractors, not both")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Augment:
+        """Reads YAML: ``{shuffle: true, num_chunks: [4, 10]}``.
+
+        Raises:
+            ValueError: If a key is unknown or a value is not accepted.
+        """
+        return build_strict(cls, values, "augment")
+
+
+def augment(
+    example: RagExample, index: int, how: Augment, pool: Sequence[Chunk] = ()
+) -> RagExample:
+    """Varies the context of one example.
+
+    Args:
+        example: Never changed; a new one comes back.
+        index: Its number in the source, which with ``how.seed`` decides all draws.
+        how: What to vary.
+        pool: Chunks of other examples, taken as distractors where its own are too few; one that
+            mentions an accepted answer, or is in the context already, is not taken.
+
+    Raises:
+        ValueError: If the pool holds too few distractors for the number that was drawn.
+    """
+    rng = Random(f"augment/{how.seed}/{index}")
+    needed = evidence(example)
+    chosen = [(chunk, i in example.supporting) for i, chunk in enumerate(example.chunks)]
+    count = _num_distractors(rng, how, len(needed))
+    if count is not None:
+        own = [i for i in range(len(chosen)) if i not in needed]
+        kept = needed.union(rng.sample(own, min(count, len(own))))
+        chosen = [pair for i, pair in enumerate(chosen) if i in kept]
+        added = _draw(rng, example, count + len(needed) - len(chosen), pool)
+        for chunk in added:  # wherever it falls, so that those of others do not always come last
+            chosen.insert(rng.randint(0, len(chosen)), (chunk, False))
+    if how.shuffle:
+        rng.shuffle(chosen)
+    supporting = tuple(i for i, (_, supports) in enumerate(chosen) if supports)
+    return replace(example, chunks=tuple(chunk for chunk, _ in chosen), supporting=supporting)
+
+
+def _num_distractors(rng: Random, how: Augment, num_needed: int) -> int | None:
+    if how.num_distractors:
+        return rng.randint(*how.num_distractors)
+    if how.num_chunks:
+        return max(0, rng.randint(*how.num_chunks) - num_needed)
+    return None
+
+
+def _draw(rng: Random, example: RagExample, count: int, pool: Sequence[Chunk]) -> list[Chunk]:
+    present = set(example.chunks)
+    drawn: list[Chunk] = []
+    for index in _shuffled(rng, len(pool)):
+        if len(drawn) >= count:
+            break
+        chunk = pool[index]
+        if chunk not in present and not chunk_mentions(chunk, example.answers):
+            present.add(chunk)
+            drawn.append(chunk)
+    if len(drawn) < count:
+        raise ValueError(
+            f"augment: example '{example.id or example.question:.40}' wants {count} chunks of "
+            f"other examples and {len(drawn)} fit; load more examples, or ask for fewer chunks"
+        )
+    return drawn
+
+
+def _shuffled(rng: Random, size: int) -> Iterator[int]:
+    """A random order of ``range(size)``, worked out only as far as it is read: pools are large."""
+    moved: dict[int, int] = {}
+    for here in range(size):
+        there = rng.randrange(here, size)
+        yield moved.get(there, there)
+        moved[there] = moved.get(here, here)
+
+
+def _range(name: str, value: Any, least: int) -> Range | None:
+    if value is None:
+        return None
+    both = (value, value) if type(value) is int else value
+    whole = isinstance(both, list | tuple) and [type(v) for v in both] == [int, int]
+    if not whole or not least <= both[0] <= both[1]:
+        raise ValueError(
+            f"augment '{name}' must be a number of at least {least} or [low, high], got {value!r}"
+        )
+    return tuple(both)

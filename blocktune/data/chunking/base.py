@@ -1,0 +1,94 @@
+"""What a chunker is: text in, spans out that join to the text again."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from blocktune.prompt.chunk import Chunk
+from blocktune.registry import Registry
+
+CHUNKERS = Registry("chunker", "blocktune.data.chunking")
+"""A file of this folder, or a plug-in, enters its chunker with ``@CHUNKERS.register("name")``."""
+
+SPEAKERS = {"user": "User", "assistant": "Assistant", "system": "System", "tool": "Tool"}
+"""How a message's role is written in front of its text."""
+
+
+class Message(NamedTuple):
+    """One message of a conversation; ``role`` is a key of `SPEAKERS`."""
+
+    role: str
+    text: str
+
+    def __str__(self):
+        return f"{SPEAKERS[self.role]}: {self.text}"
+
+
+@dataclass(frozen=True)
+class Chunker(ABC):
+    """Cuts text into spans; what is cut is never changed, so the spans join to the text.
+
+    A subclass is one file; its fields, all with defaults, are its keys in YAML.
+    """
+
+    needs_tokenizer: ClassVar[bool] = False
+
+    @abstractmethod
+    def split(self, text: str, tokenizer: PreTrainedTokenizerBase | None = None) -> list[str]:
+        """Spans of a text, in order.
+
+        Args:
+            text: Any text.
+            tokenizer: For chunkers that count tokens.
+
+        Raises:
+            ValueError: If the chunker counts tokens and there is no tokenizer.
+        """
+
+    def split_messages(
+        self, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> list[str]:
+        """Spans of a conversation; by default every message is cut as a text of its own."""
+        return [span for message in messages for span in self.split(str(message), tokenizer)]
+
+    def _require(self, field: str, accepted: bool, wanted: str) -> None:
+        if not accepted:
+            name = CHUNKERS.name_of(self)
+            raise ValueError(
+                f"chunker '{name}': {field} must be {wanted}, got {getattr(self, field)!r}"
+            )
+
+
+def chunks_of(spans: Iterable[str], title: str | None = None) -> tuple[Chunk, ...]:
+    """Chunks of the spans that hold text, without the space around them."""
+    return tuple(Chunk(span.strip(), title) for span in spans if span.strip())
+
+
+def build_chunker(name: str, **parameters: Any) -> Chunker:
+    """Builds a chunker by its name.
+
+    Raises:
+        ValueError: If the name or a parameter is unknown, or a value is not accepted.
+    """
+    return CHUNKERS.build(name, **parameters)
+
+
+def parse_chunker(value: Any, where: str = "chunker") -> Chunker:
+    """Reads a chunker from YAML: its name, or ``{name: fixed, size: 100}``.
+
+    Raises:
+        ValueError: In one line that opens with ``where``.
+    """
+    entry = {"name": value} if isinstance(value, str) else value
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str):
+        raise ValueError(f"{where}: must be a name or {{name, ...}}, got {value!r:.60}")
+    parameters = {key: given for key, given in entry.items() if key != "name"}
+    try:
+        return CHUNKERS.build(entry["name"], **parameters)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from None

@@ -1,0 +1,142 @@
+"""Answers written anew by a model, batch by batch, so that a stopped run goes on where it was.
+
+Training on the base model's own words, not on a data set's, is what keeps the rest of its ability;
+Block-Attention and KVLink took a larger model's words.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from blocktune.data.answers import mentions
+from blocktune.data.example import RagExample
+
+Answerer = Callable[[Sequence[RagExample], int], Sequence[str]]
+"""From a batch and its number to one answer each; the number seeds what is drawn."""
+
+
+@dataclass(frozen=True)
+class Regenerated:
+    """What a run came to.
+
+    Attributes:
+        written: Examples in the output.
+        resumed: Answers that an earlier run had made.
+        empty: Left out, the model wrote nothing.
+        wrong: Left out, the answer mentions no accepted one.
+    """
+
+    written: int
+    resumed: int
+    empty: int
+    wrong: int
+
+
+def regenerate(
+    examples: Sequence[RagExample],
+    answer: Answerer,
+    output: str | Path,
+    *,
+    facts: Mapping[str, Any],
+    batch_size: int,
+    only_correct: bool = False,
+    on_batch: Callable[[int], None] = lambda done: None,
+) -> Regenerated:
+    """Writes the examples with the model's answers as their ``response``.
+
+    Answers are kept in ``OUTPUT.part`` a batch at a time; the same command goes on after the last
+    whole batch, and the file it ends with is the one that a run without a stop writes. Only then
+    does ``OUTPUT`` appear and the part vanish.
+
+    Args:
+        examples: What to answer.
+        answer: The model.
+        output: JSONL file to write.
+        facts: All else that decides the answers (model, decoding), recorded in ``meta`` and
+            compared before a run goes on.
+        batch_size: Examples per batch; part of what must be the same.
+        only_correct: Leave out answers that mention no accepted answer.
+        on_batch: Told how many examples are done, after each batch.
+
+    Raises:
+        ValueError: If the part was begun by another command.
+    """
+    output = Path(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    part = output.with_name(output.name + ".part")
+    key = _key(examples, facts, batch_size)
+    answers = _resume(part, key)
+    resumed = len(answers)
+    on_batch(resumed)
+    with open(part, "a", encoding="utf-8") as lines:
+        for start in range(resumed, len(examples), batch_size):
+            batch = examples[start : start + batch_size]
+            texts = list(answer(batch, start // batch_size))
+            if len(texts) != len(batch):
+                raise RuntimeError(f"{len(batch)} questions got {len(texts)} answers")
+            lines.write(json.dumps(texts, ensure_ascii=False) + "\n")
+            lines.flush()
+            os.fsync(lines.fileno())
+            answers += texts
+            on_batch(len(answers))
+    kept = list(_kept(examples, answers, dict(facts), only_correct))
+    _finish(part, output, [example for example in kept if isinstance(example, RagExample)])
+    return Regenerated(
+        sum(isinstance(example, RagExample) for example in kept),
+        resumed,
+        kept.count("empty"),
+        kept.count("wrong"),
+    )
+
+
+def _kept(
+    examples: Sequence[RagExample], answers: Sequence[str], facts: dict[str, Any], correct: bool
+) -> Iterator[RagExample | str]:
+    """Each example with its answer, or why it is left out."""
+    for example, text in zip(examples, answers, strict=True):
+        if not text.strip():
+            yield "empty"
+        elif correct and not mentions(text, example.answers):
+            yield "wrong"
+        else:
+            meta = example.meta | {"answered_by": facts}
+            yield replace(example, response=text.strip(), meta=meta)
+
+
+def _finish(part: Path, output: Path, examples: Sequence[RagExample]) -> None:
+    """The output is whole or not there; the part goes last, so that nothing is ever lost."""
+    text = "".join(json.dumps(e.to_json(), ensure_ascii=False) + "\n" for e in examples)
+    done = part.with_suffix(".done")
+    done.write_text(text, encoding="utf-8")
+    done.replace(output)
+    part.unlink()
+
+
+def _resume(part: Path, key: str) -> list[str]:
+    """Answers of the whole batches in the part; a torn last line is cut off."""
+    header = json.dumps({"key": key}).encode() + b"\n"
+    lines = part.read_bytes().splitlines(keepends=True) if part.exists() else []
+    whole = [line for line in lines if line.endswith(b"\n")]
+    if not whole:  # stopped before the first line was whole
+        part.write_bytes(header)
+        return []
+    if whole[0] != header:
+        raise ValueError(
+            f"{part.name} was begun with other questions, another model or other decoding; repeat "
+            f"that command, or remove '{part}' to begin anew"
+        )
+    answers = [text for line in whole[1:] for text in json.loads(line)]
+    os.truncate(part, sum(map(len, whole)))
+    return answers
+
+
+def _key(examples: Sequence[RagExample], facts: Mapping[str, Any], batch_size: int) -> str:
+    record = [[example.to_json() for example in examples], dict(facts), batch_size]
+    text = json.dumps(record, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,105 @@
+"""Every chunker: its spans join to the text, and it cuts where its paper cuts."""
+
+import pytest
+
+from blocktune.data.chunking import CHUNKERS, Message, build_chunker, chunks_of, parse_chunker
+from blocktune.prompt import Chunk
+
+TEXTS = [
+    "Dr. Belt lives in Port Alder. She moved there in 1966!  Why? Nobody asked.\n\nNew page.",
+    "one\ntwo\n\n\nthree---four\n===\nfive",
+    "no delimiter and no full stop",
+    " \n ",
+    "naïve café, 東京は雨です。 🎬🎬 done.",
+]
+CHAT = [
+    Message("system", "Be brief."),
+    Message("user", "Who?"),
+    Message("assistant", "Anna."),
+    Message("assistant", "Anna Belt."),
+    Message("user", "Where?"),
+]
+
+
+@pytest.mark.parametrize("name", CHUNKERS.available())
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("size", [1, 3])
+def test_spans_join_to_the_text(tokenizer, name, text, size):
+    parameters = {"size": size} if name in ("fixed", "sentence") else {}
+    spans = build_chunker(name, **parameters).split(text, tokenizer)
+    assert "".join(spans) == text
+
+
+def test_the_strongest_delimiter_cuts_and_stays_on_the_left():
+    split = build_chunker("delimiter").split
+    assert split("a\nb\n\nc\n\nd") == ["a\nb\n\n", "c\n\n", "d"]
+    assert split("a---b\nc") == ["a---", "b\nc"]
+    assert split("\n\na\n\n\n\nb\n\n") == ["\n\na\n\n\n\n", "b\n\n"]
+    assert build_chunker("delimiter", delimiter="|").split("a|b\n\nc|") == ["a|", "b\n\nc|"]
+
+
+def test_the_shortest_neighbours_are_joined():
+    text = "aaaa\n\nb\n\nc\n\ndddd\n\neeee"
+    spans = build_chunker("delimiter", max_chunks=3).split(text)
+    assert spans == ["aaaa\n\n", "b\n\nc\n\n", "dddd\n\neeee"]
+
+
+def test_fixed_spans_have_so_many_tokens_and_overlap(tokenizer):
+    text = "Anna Belt was born in Port Alder and studied chemistry at the college there."
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    spans = build_chunker("fixed", size=5).split(text, tokenizer)
+    decoded = [tokenizer.decode(ids[start : start + 5]) for start in range(0, len(ids), 5)]
+    assert spans == decoded
+    overlapping = build_chunker("fixed", size=5, overlap=2).split(text, tokenizer)
+    assert overlapping[1] == tokenizer.decode(ids[3:8])
+    assert overlapping[-1].endswith("there.")
+
+
+def test_sentences_are_grouped_and_abbreviations_do_not_end_them():
+    text = "Dr. Smith went to Washington, D.C. in Jan. 1999. He paid $3.50. Then he left."
+    assert build_chunker("sentence", size=2).split(text) == [
+        "Dr. Smith went to Washington, D.C. in Jan. 1999. He paid $3.50. ",
+        "Then he left.",
+    ]
+
+
+def test_turns_and_messages():
+    assert build_chunker("message").split_messages(CHAT) == [
+        "System: Be brief.",
+        "User: Who?\nAssistant: Anna.\nAssistant: Anna Belt.",
+        "User: Where?",
+    ]
+    assert len(build_chunker("message", unit="message").split_messages(CHAT)) == 5
+    assert build_chunker("message").split("a\n\nb") == ["a\n\n", "b"]
+    by_sentence = build_chunker("sentence", size=1).split_messages(CHAT[:2])
+    assert by_sentence == ["System: Be brief.", "User: Who?"]
+
+
+def test_chunks_hold_no_space_around_them():
+    assert chunks_of([" a\n", "\n", "b"], "T") == (Chunk("a", "T"), Chunk("b", "T"))
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("magic", "unknown chunker 'magic'; available: delimiter, fixed, message, sentence"),
+        ({"size": 3}, "must be a name or {name, ...}, got {'size': 3}"),
+        ({"name": "fixed", "sise": 3}, "chunker 'fixed' takes size, overlap, got unknown sise"),
+        ({"name": "fixed", "size": 0}, "chunker 'fixed': size must be an integer of at least 1"),
+        ({"name": "fixed", "size": 4, "overlap": 4}, "overlap must be an integer from 0 to 3"),
+        ({"name": "sentence", "size": "x"}, "chunker 'sentence': size must be an integer of"),
+        ({"name": "delimiter", "delimiter": ""}, "delimiter must be a non-empty string or null"),
+        ({"name": "delimiter", "max_chunks": 0}, "max_chunks must be an integer of at least 1"),
+        ({"name": "message", "unit": "day"}, "unit must be turn or message, got 'day'"),
+    ],
+)
+def test_bad_chunker_is_refused(value, message):
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - the whole message is compared
+        parse_chunker(value, "mixture.yaml: parts[1]: chunker")
+    assert str(error.value).startswith("mixture.yaml: parts[1]: chunker: ")
+    assert message in str(error.value)
+
+
+def test_counting_tokens_needs_a_fast_tokenizer():
+    with pytest.raises(ValueError, match="chunker 'fixed' counts tokens and has no tokenizer"):
+        build_chunker("fixed").split("text")

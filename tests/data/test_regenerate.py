@@ -1,0 +1,95 @@
+"""A run that is stopped anywhere ends with the file of a run that was not."""
+
+import json
+
+import pytest
+
+from blocktune.data import RagExample, load_examples
+from blocktune.data.regenerate import regenerate
+from blocktune.prompt import Chunk
+
+EXAMPLES = [RagExample(f"Q{i}?", (Chunk(f"C{i}"),), (f"a{i}",), id=str(i)) for i in range(10)]
+FACTS = {"model": "m", "seed": 0}
+
+
+class Model:
+    """Answers with the batch's number; stops like a killed process before a given batch."""
+
+    def __init__(self, stop_at=None):
+        self.stop_at = stop_at
+        self.asked = []
+
+    def __call__(self, batch, number):
+        if number == self.stop_at:
+            raise KeyboardInterrupt
+        self.asked.append(number)
+        return [f" It is a{e.id} ({number}) " if e.id != "4" else " \n" for e in batch]
+
+
+def run(path, model, **changes):
+    options = {"facts": FACTS, "batch_size": 3} | changes
+    return regenerate(EXAMPLES, model, path, **options)
+
+
+def test_answers_become_the_response(tmp_path):
+    path = tmp_path / "deep" / "out.jsonl"
+    seen = []
+    done = run(path, Model(), on_batch=seen.append)
+    assert (done.written, done.resumed, done.empty, done.wrong) == (9, 0, 1, 0)
+    assert seen == [0, 3, 6, 9, 10]
+    examples = load_examples(path)
+    assert examples[1].response == examples[1].target == "It is a1 (0)"
+    assert examples[1].answers == ("a1",)
+    assert examples[1].meta == {"answered_by": FACTS}
+    assert "4" not in [example.id for example in examples]
+    assert [p.name for p in path.parent.iterdir()] == ["out.jsonl"]
+
+
+@pytest.mark.parametrize("stop_at", [0, 1, 3])
+@pytest.mark.parametrize("torn", [0, 5])
+def test_stopped_and_resumed_matches_whole(tmp_path, stop_at, torn):
+    run(tmp_path / "whole.jsonl", Model())
+    path, part = tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"
+    with pytest.raises(KeyboardInterrupt):
+        run(path, Model(stop_at))
+    assert not path.exists()
+    if torn:  # killed while it wrote a line
+        part.write_bytes(part.read_bytes() + b'["It is'[:torn])
+    model = Model()
+    done = run(path, model)
+    assert done.resumed == 3 * stop_at
+    assert model.asked == list(range(stop_at, 4))
+    assert path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert not part.exists()
+
+
+def test_a_part_with_a_torn_header_begins_anew(tmp_path):
+    (tmp_path / "out.jsonl.part").write_text('{"ke')
+    assert run(tmp_path / "out.jsonl", Model()).resumed == 0
+
+
+@pytest.mark.parametrize("changes", [{"facts": {"model": "other"}}, {"batch_size": 2}])
+def test_another_command_does_not_go_on(tmp_path, changes):
+    path = tmp_path / "out.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        run(path, Model(2))
+    with pytest.raises(ValueError, match=r"out\.jsonl\.part was begun with other questions"):
+        run(path, Model(), **changes)
+    with pytest.raises(ValueError, match="remove"):
+        regenerate(EXAMPLES[:5], Model(), path, facts=FACTS, batch_size=3)
+
+
+def test_only_correct_answers(tmp_path):
+    path = tmp_path / "out.jsonl"
+
+    def model(batch, number):
+        return [f"A{e.id}!" if int(e.id) % 2 else f"a{e.id}0" for e in batch]
+
+    done = regenerate(EXAMPLES, model, path, facts=FACTS, batch_size=4, only_correct=True)
+    assert (done.written, done.wrong) == (5, 5)
+    assert [json.loads(line)["response"] for line in path.open()][:2] == ["A1!", "A3!"]
+
+
+def test_a_model_that_skips_a_question_is_our_bug(tmp_path):
+    with pytest.raises(RuntimeError, match="3 questions got 1 answers"):
+        run(tmp_path / "out.jsonl", lambda batch, number: ["x"])

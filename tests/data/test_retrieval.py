@@ -1,0 +1,137 @@
+"""Passages for questions: BM25, a retriever's file, the best of their own."""
+
+import json
+
+import pytest
+from source_records import CTXS, MUSIQUE
+
+from blocktune.data import RagExample
+from blocktune.data.retrieval import (
+    Bm25,
+    Question,
+    from_corpus,
+    from_own,
+    from_retriever,
+    read_questions,
+    read_retrieved,
+)
+from blocktune.prompt import Chunk
+
+CORPUS = [
+    Chunk("The harbour town has a lighthouse and a museum.", "Port Alder"),
+    Chunk("Anna Belt studied chemistry."),
+    Chunk("Chemistry is a science, and chemistry is taught at the college.", "Chemistry"),
+    Chunk("Nothing to see here."),
+]
+
+
+def lines(path, *records):
+    path.write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
+    return path
+
+
+def test_bm25_finds_words_in_text_and_title_and_keeps_order_on_ties():
+    index = Bm25(CORPUS)
+    found = index.search(["Where is port alder?", "chemistry", "zebra", "the of"], 2)
+    assert [[hit.index for hit in hits] for hits in found] == [[0, 1], [2, 1], [0, 1], [0, 1]]
+    assert found[0][0].score > 0 == found[2][0].score
+    assert len(index.search(["x"], 99)[0]) == 4
+    with pytest.raises(ValueError, match="a BM25 index needs at least one chunk"):
+        Bm25([])
+
+
+def test_bm25_scores_match_the_formula():
+    """Lucene's: ln(1 + (N - n + 0.5) / (n + 0.5)) times tf / (tf + k1 (1 - b + b len / mean))."""
+    import math
+
+    chunks = [Chunk("red red blue"), Chunk("blue"), Chunk("green green green green")]
+    ((best, second, third),) = Bm25(chunks).search(["red"], 3)
+    idf = math.log(1 + (3 - 1 + 0.5) / (1 + 0.5))
+    tf = 2 / (2 + 1.5 * (1 - 0.75 + 0.75 * 3 / (8 / 3)))
+    assert best.index == 0
+    assert best.score == pytest.approx(idf * tf, rel=1e-5)
+    assert second.score == third.score == 0
+
+
+def test_from_corpus():
+    (example,) = from_corpus([Question("Who studied chemistry?", ("Anna Belt",), "q1")], CORPUS, 2)
+    assert example.chunks == (CORPUS[1], CORPUS[2])
+    assert (example.id, example.answers) == ("q1", ("Anna Belt",))
+    assert example.meta["retriever"] == "bm25"
+    assert example.meta["scores"] == sorted(example.meta["scores"], reverse=True)
+
+
+def test_own_passages_are_ranked_and_keep_their_evidence():
+    example = RagExample("Who studied chemistry?", tuple(CORPUS), ("Anna Belt",), supporting=(1, 3))
+    (best,) = from_own([example], 2)
+    assert best.chunks == (CORPUS[1], CORPUS[2])
+    assert best.supporting == (0,)
+
+
+def test_from_retriever(tmp_path):
+    path = lines(
+        tmp_path / "dpr.jsonl",
+        {"id": "q1", "passages": ["one", {"title": "T", "text": "two", "score": 3}, "three"]},
+        {"question": "Where?", "ctxs": [{"id": "7", "title": "", "text": "here"}]},
+    )
+    asked = [Question("Who?", ("Anna",), "q1"), Question("Where?", (), "q2")]
+    first, second = from_retriever(asked, read_retrieved(path), 2)
+    assert first.chunks == (Chunk("one"), Chunk("two", "T"))
+    assert second.chunks == (Chunk("here"),)
+    with pytest.raises(ValueError, match=r"dpr\.jsonl has no passages for question 'q3'"):
+        list(from_retriever([Question("Why?", (), "q3")], read_retrieved(path), 2))
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"id": "q", "passages": []}, 'field "passages" must be a non-empty list of strings or'),
+        ({"passages": ["x"]}, 'needs the question\'s "id" or the "question"'),
+        ({"id": "q", "ctxs": [{"body": "x"}]}, r'field "ctxs\[0\]" must be a string or'),
+        ({"id": "q", "passages": ["a", " "]}, r'field "passages\[1\]": a chunk\'s text must be'),
+        (3, "must be an object"),
+    ],
+)
+def test_wrong_retrieved_line_is_named(tmp_path, record, message):
+    path = lines(tmp_path / "dpr.jsonl", {"id": "a", "passages": ["x"]}, record)
+    with pytest.raises(ValueError, match=rf"^dpr\.jsonl, line 2: {message}"):
+        read_retrieved(path)
+
+
+def test_questions_of_every_shape(tmp_path):
+    value = {"value": "Anna", "aliases": ["Ann", "Anna"]}
+    path = lines(
+        tmp_path / "q.jsonl",
+        {"question": "who?", "answer": ["Anna", "Ann"]},
+        {"question": "who? ", "answer": value, "question_id": "tc_1"},
+        {"question": "who?", "answer": "Anna", "type": "bridge", "_id": "h"},
+        MUSIQUE,
+        CTXS,
+    )
+    assert list(read_questions(path)) == [
+        Question("who?", ("Anna", "Ann")),
+        Question("who?", ("Anna", "Ann"), "tc_1"),
+        Question("who?", ("Anna",), "h", "bridge"),
+        Question("Who?", ("Ann", "Anna"), MUSIQUE["id"]),
+        Question("who?", ("ann", "anna")),
+    ]
+    assert len(list(read_questions(path, limit=2))) == 2
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"answer": "x"}, 'field "question" must be a non-blank string, got null'),
+        ({"question": "q", "answer": 3}, 'field "answer" must be text, a list of texts, or'),
+        ({"question": "q", "answer": {"x": 1}}, 'field "answer" must be {"value", "aliases"}'),
+    ],
+)
+def test_wrong_question_is_named(tmp_path, record, message):
+    path = lines(tmp_path / "q.jsonl", {"question": "q", "answer": "a"}, record)
+    with pytest.raises(ValueError, match=rf"^q\.jsonl, line 2: {message}"):
+        list(read_questions(path))
+
+
+def test_questions_of_a_missing_file():
+    with pytest.raises(ValueError, match=r"no file 'none\.jsonl'; give a file, 'hf:NAME', or"):
+        read_questions("none.jsonl")
