@@ -114,11 +114,23 @@ class RowCache(Cache):
     def observe(self, layer: int, observer: Observer | None) -> None:
         """Shows every update of a layer to ``observer``, or to nobody.
 
-        It is called before anything is written, with the fresh keys and those in the selected
-        columns, ``(B, K, R, D)`` each (padding rows: arbitrary). Raising from it ends the
-        forward pass with the layer as it was.
+        It is called with the fresh keys and values, ``(B, K, R, D)`` each, before anything is
+        written. Raising from it ends the forward pass with the layer as it was.
         """
         self.layers[layer].observer = observer
+
+    def bytes_per_column(self, layer: int) -> int:
+        """Bytes of one token's keys and values in a layer that holds any."""
+        states = (self.layers[layer].keys, self.layers[layer].values)
+        return sum(s.shape[1] * s.shape[3] * s.element_size() for s in states)
+
+    def held(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer's selected columns, ``(B, K, R, D)``."""
+        return self.layers[layer].held()
+
+    def store(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Writes rows ``(B, K, R, D)`` into a layer's selected columns without a forward pass."""
+        self.layers[layer].store(keys, values)
 
     def _write(self, layer: int, prompt: int, columns: Tensor, keys: Tensor, values: Tensor):
         row_layer = self.layers[layer]

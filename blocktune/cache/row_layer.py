@@ -12,8 +12,8 @@ from transformers.cache_utils import CacheLayerMixin
 SKIP = -1
 """Column of a padding row: its keys and values are not stored."""
 
-Observer = Callable[[int, Tensor, Tensor], None]
-"""Called as ``observer(layer, fresh keys, cached keys)``, both ``(B, K, R, D)``."""
+Observer = Callable[[Tensor, Tensor], None]
+"""Called as ``observer(keys, values)``, both ``(B, K, R, D)``, before they are written."""
 
 
 class Target(NamedTuple):
@@ -63,7 +63,7 @@ class RowLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args, **kwargs
     ) -> tuple[Tensor, Tensor]:
-        """Writes the pass's rows into their columns; an observer sees both states before that.
+        """Writes the pass's rows into their columns; an observer sees them before that.
 
         Args:
             key_states: ``(B, K, R, D)``, RoPE applied.
@@ -87,11 +87,23 @@ class RowLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.observer is not None:
-            self.observer(self.index, key_states, self._selected_keys())
+            self.observer(key_states, value_states)
+        self.store(key_states, value_states)
+        return self.keys, self.values
+
+    def store(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Writes rows ``(B, K, R, D)`` into the selected columns."""
         _, batch, row, column = self.target
         self.keys[batch, :, column] = key_states[batch, :, row]
         self.values[batch, :, column] = value_states[batch, :, row]
-        return self.keys, self.values
+
+    def held(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of the selected columns, ``(B, K, R, D)``; padding rows: arbitrary."""
+        columns = self.target.columns.clamp(min=0)[:, None, :, None]
+        return tuple(
+            states.gather(2, columns.expand(-1, states.shape[1], -1, states.shape[3]))
+            for states in (self.keys, self.values)
+        )
 
     def grow(self, count: int) -> None:
         """Adds columns at the end, copying only when the spare ones are used up."""
@@ -124,11 +136,6 @@ class RowLayer(CacheLayerMixin):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Refused: the engine decodes one path per prompt."""
         raise ValueError("a RowCache does not serve beam search; use greedy decoding or sampling")
-
-    def _selected_keys(self) -> Tensor:
-        columns = self.target.columns.clamp(min=0)[:, None, :, None]
-        shape = (-1, self.keys.shape[1], -1, self.keys.shape[3])
-        return self.keys.gather(2, columns.expand(shape))
 
     def _show(self) -> None:
         self.keys, self.values = (store[:, :, : self.num_columns] for store in self._stores)

@@ -20,7 +20,7 @@ class Ttft:
         load_s: Reading, verifying and moving them.
         encode_s: Encoding the chunks that were not cached (0 when warm).
         relocate_s: Rotating keys to their positions and joining caches.
-        select_s: Choosing tokens to recompute.
+        select_s: Choosing tokens to recompute, with the passes and probes it takes.
         recompute_s: Computing them, the links and the question.
         first_token_s: Picking the first token.
     """
@@ -48,23 +48,32 @@ class Account:
         prompt_tokens: Tokens of prefix, chunks, links and question.
         context_tokens: Tokens of chunks.
         layer_tokens: Context tokens computed at answering time, per layer.
-        probed_tokens: Context tokens for which only keys were made, at a check layer.
+        probed_tokens: Context tokens for which only keys and values were made, at check layers.
+        flops: Floating-point operations up to the first token: matrices and attention, passes
+            for choosing tokens included, encoding of chunks that were not cached left out.
         bytes_read: Bytes of cached keys and values that were put into the prompt.
+        bytes_moved: Bytes read from chunk caches and written into the prompt's, by loading and
+            by computing.
         chunk_hits: Chunks found in the cache.
         chunk_misses: Chunks that had to be encoded first.
         answer_tokens: Tokens decoded.
         ttft: Times to the first token.
+        query_entropy: Entropy of the question's attention in nats, mean over its rows, the heads
+            and the layers that were reshaped; None if the method reshapes nothing.
     """
 
     prompt_tokens: int
     context_tokens: int
     layer_tokens: tuple[int, ...]
     probed_tokens: int
+    flops: int
     bytes_read: int
+    bytes_moved: int
     chunk_hits: int
     chunk_misses: int
     answer_tokens: int
     ttft: Ttft
+    query_entropy: float | None = None
 
     @property
     def recompute_ratio(self) -> float:
@@ -102,11 +111,6 @@ class Stopwatch:
     def add(self, name: str, seconds: float) -> None:
         """Books a time measured elsewhere."""
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
-
-    def move(self, source: str, target: str, seconds: float) -> None:
-        """Books ``seconds`` of ``source``, within which they were spent, under ``target``."""
-        self.add(source, -seconds)
-        self.add(target, seconds)
 
     def _now(self) -> float:
         if self.device.type == "cuda":

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from blocktune.cache import ChunkKV, PrefixTree, RowCache
+from blocktune.cache import ChunkKV, ChunkStates, PrefixTree, RowCache
 from blocktune.engine.account import Stopwatch
 from blocktune.engine.encode import Encoder, Piece
-from blocktune.layout import Kind
+from blocktune.layout import GLOBAL, Kind, Layout
 from blocktune.positions import RopeSpec, relocate_keys
 from blocktune.prompt import Batch, Pieces
 
@@ -25,12 +25,15 @@ class Assembled:
         bytes_read: Bytes put into the cache, per prompt.
         hits: Chunks found, per prompt.
         misses: Chunks encoded first, per prompt.
+        states: What each column's token carried into the layers asked for, ``(B, N, hidden)``, by
+            layer; zeros where nothing is stored.
     """
 
     cached: Tensor
     bytes_read: list[int]
     hits: list[int]
     misses: list[int]
+    states: dict[int, Tensor] = field(default_factory=dict)
 
     @classmethod
     def empty(cls, batch: Batch) -> Assembled:
@@ -46,13 +49,17 @@ def from_chunks(
     encoder: Encoder,
     rope: RopeSpec,
     watch: Stopwatch,
+    layers: Sequence[int] = (),
 ) -> Assembled:
-    """Fills the cache with the prefix and the chunks, each encoded alone and moved into place."""
+    """Fills the cache with the prefix and the chunks, each encoded alone and moved into place.
+
+    What they carried into ``layers`` is laid out beside it.
+    """
     layout = batch.layout
-    wanted = [_wanted(batch, index, prompt) for index, prompt in enumerate(pieces)]
-    found = encoder.find([piece for prompt in wanted for piece in prompt], watch)
+    wanted = [wanted_pieces(batch, index) for index in range(layout.batch_size)]
+    found = encoder.find([piece for prompt in wanted for piece in prompt], watch, layers)
     result = Assembled.empty(batch)
-    result.cached = (layout.kind == Kind.PREFIX) | layout.is_context
+    result.cached = (layout.kind == Kind.PREFIX) | is_held(layout)
     watch.start()
     for index, prompt in enumerate(wanted):
         kvs = [found.kvs[piece] for piece in prompt]
@@ -60,20 +67,35 @@ def from_chunks(
         _place(cache, index, kvs, layout.order[index, rows], layout.position[index, rows], rope)
         chunks = prompt[1:] if pieces[index].prefix else prompt
         result.bytes_read[index] = sum(kv.num_bytes for kv in kvs)
+        for layer in layers:
+            stored = [found.states[piece, layer] for piece in prompt]
+            _lay_states(result.states, layer, index, stored, layout.order[index, rows], cache)
+            result.bytes_read[index] += sum(states.num_bytes for states in stored)
         result.hits[index] = sum(piece in found.hits for piece in chunks)
         result.misses[index] = len(chunks) - result.hits[index]
     watch.stop("relocate_s")
     return result
 
 
-def _wanted(batch: Batch, index: int, pieces: Pieces) -> list[Piece]:
+def wanted_pieces(batch: Batch, index: int) -> list[Piece]:
     """The prefix (if any), then the chunks, each with the ghosts it is encoded after."""
-    layout = batch.layout
-    ghost = layout.kind[index] == Kind.GHOST
-    first = batch.input_ids[index, ghost & (layout.chunk[index] == 0)]  # alike for all chunks
-    ghosts = tuple(first.tolist())
-    prefix = [Piece(pieces.prefix)] if pieces.prefix else []
-    return prefix + [Piece(chunk, ghosts) for chunk in pieces.chunks]
+    layout, ids = batch.layout, batch.input_ids[index]
+    kind, chunk = layout.kind[index], layout.chunk[index]
+    encoded, ghost = is_held(layout)[index], kind == Kind.GHOST
+
+    def piece(own: Tensor, ghosts: Tensor) -> Piece:
+        return Piece(tuple(ids[own].tolist()), tuple(ids[ghosts].tolist()))
+
+    prefix = tuple(ids[kind == Kind.PREFIX].tolist())
+    chunks = chunk[encoded].unique().tolist()
+    return ([Piece(prefix)] if prefix else []) + [
+        piece(encoded & (chunk == c), ghost & (chunk == c)) for c in chunks
+    ]
+
+
+def is_held(layout: Layout) -> Tensor:
+    """Rows that chunk caches hold; in a prompt of full attention there are none, ``(B, S)``."""
+    return layout.is_encoded & (layout.group != GLOBAL)
 
 
 def _place(
@@ -89,6 +111,22 @@ def _place(
         if moves:
             keys = relocate_keys(keys[None], shift, rope.inv_freq[layer])[0]
         cache.load_columns(layer, prompt, columns, keys, values)
+
+
+def _lay_states(
+    states: dict[int, Tensor],
+    layer: int,
+    prompt: int,
+    stored: list[ChunkStates],
+    columns: Tensor,
+    cache: RowCache,
+) -> None:
+    """Writes what one prompt's pieces carried into ``layer`` at their ``columns`` ``(S,)``."""
+    joined = torch.cat([piece.states for piece in stored]).to(columns.device)
+    if layer not in states:
+        shape = (len(cache.layers[0].keys), cache.num_columns, joined.shape[-1])
+        states[layer] = joined.new_zeros(shape)
+    states[layer][prompt].index_copy_(0, columns, joined)
 
 
 def from_prefix(

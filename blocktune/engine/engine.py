@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
@@ -16,13 +17,16 @@ from blocktune.adapter import AdapterInfo
 from blocktune.attention import attach
 from blocktune.cache import ChunkStore, PrefixTree, model_fingerprint
 from blocktune.engine.account import Stopwatch
+from blocktune.engine.auxiliary import Auxiliaries
 from blocktune.engine.decode import Sampling
 from blocktune.engine.encode import Encoder, Piece, grouped
+from blocktune.engine.layers import install
 from blocktune.engine.load import load_model
 from blocktune.engine.prompts import PromptMaker, Request
-from blocktune.engine.run import Answer, Server
+from blocktune.engine.recall import contexts_of
+from blocktune.engine.run import Answer, Run, Server
 from blocktune.positions import RopeSpec
-from blocktune.prompt import Chunk, Pieces, Prompt, PromptFormat
+from blocktune.prompt import Chunk, LayoutSpec, Pieces, Prompt, PromptFormat
 from blocktune.reuse import Method, build
 
 
@@ -43,6 +47,9 @@ class Engine:
     answer = engine.answer([example], method="block-attention")[0]
     print(answer.text, answer.account.recompute_ratio, answer.account.ttft_s)
     ```
+
+    Several threads may answer at once: what a request changes is its own, and its caches are
+    locked. Not so inside `stock_attention`, which switches the model for everybody.
     """
 
     def __init__(
@@ -73,6 +80,7 @@ class Engine:
         """
         rope = RopeSpec.from_model(model)
         attach(model)
+        install(model)
         self.model, self.tokenizer = model.eval(), tokenizer
         self.adapter = adapter
         self.format = format or (adapter.format if adapter else PromptFormat())
@@ -92,6 +100,7 @@ class Engine:
             PrefixTree() if prefix_tree is None else prefix_tree,
             rope,
             pad_id,
+            Auxiliaries(model, tokenizer),
         )
         config = model.config.get_text_config()
         self.prompts = PromptMaker(
@@ -106,30 +115,34 @@ class Engine:
     @classmethod
     def from_pretrained(
         cls,
-        model: str,
+        model: str | None = None,
         adapter: str | Path | None = None,
         *,
         store: str | Path | ChunkStore | None = None,
         dtype: str = "auto",
         device: str | None = None,
         revision: str | None = None,
+        quantize: str | None = None,
         format: PromptFormat | None = None,
     ) -> Engine:
         """Loads a model (and an adapter trained by blocktune) from a folder or the HF Hub.
 
         Args:
-            model: Folder or repository name.
+            model: Folder or repository name; None: the base that the adapter was trained on.
             adapter: Folder or repository name of an adapter, or None.
             store: Folder to keep encoded chunks in (or a store); None: memory only.
             dtype: As `from_pretrained` of transformers takes it.
             device: Such as ``cuda:0``; default: CUDA if there is one.
             revision: Of the model's repository.
+            quantize: One of `blocktune.quantize.QUANTIZATIONS`; None: as saved.
             format: Wording of prompts; default: the adapter's.
 
         Raises:
             ValueError: If there is no such model or adapter, or they do not fit.
         """
-        loaded = load_model(model, adapter, dtype=dtype, device=device, revision=revision)
+        loaded = load_model(
+            model, adapter, dtype=dtype, device=device, revision=revision, quantize=quantize
+        )
         if isinstance(store, str | Path):
             store = ChunkStore(folder=store, device=loaded.model.device)
         return cls(
@@ -152,6 +165,29 @@ class Engine:
         new.discard(prefix)
         tokens = sum(len(piece.ids) for piece in new)
         return EncodeReport(len(chunks), len(new), tokens, watch.seconds.get("encode_s", 0.0))
+
+    def add_auxiliary(
+        self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        """Gives a loaded model a name by which selectors may ask it (``cacheclip``).
+
+        Folders and repository names need no adding: they are loaded when first asked for.
+
+        Raises:
+            ValueError: If its tokenizer is not the served model's.
+        """
+        self._server.auxiliaries.add(name, model, tokenizer)
+
+    def forget(self) -> None:
+        """Empties the memory of chunks and of exact prefixes: the next answer finds nothing."""
+        self.store.clear()
+        self.forget_prefixes()
+
+    def reworded(self, format: PromptFormat) -> Engine:
+        """The same model and caches, asked in another wording, whatever the adapter's was."""
+        other = copy.copy(self)
+        other.format, other.prompts = format, dataclasses.replace(self.prompts, format=format)
+        return other
 
     def forget_prefixes(self) -> None:
         """Empties the exact prefix cache: the next prompt finds nothing of those before it."""
@@ -188,15 +224,18 @@ class Engine:
         started = time.perf_counter()
         pieces, prompts = self._read(examples, method, max_new_tokens)
         read_s = (time.perf_counter() - started) / max(1, len(examples))
-        order = sorted(range(len(examples)), key=lambda index: len(prompts[index].ids))
+        order = list(range(len(examples)))
+        if not method.recalls:  # what one prompt leaves behind serves the next
+            order.sort(key=lambda index: len(prompts[index].ids))
         answers: list[Answer | None] = [None] * len(examples)
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            run = self._server.start(
-                [prompts[i] for i in batch], [pieces[i] for i in batch], method
-            )
+            laid = [prompts[i] for i in batch]
+            if method.recalls:
+                laid = [self._lay_out(pieces[i], method, max_new_tokens) for i in batch]
+            run = self._server.start(laid, [pieces[i] for i in batch], method)
             run.watch.add("prompt_s", read_s * len(batch))
-            made = run.answers(sampling or Sampling(), max_new_tokens)
+            made = run.answers(sampling or Sampling(), max_new_tokens, streams=batch)
             for index, answer in zip(batch, made, strict=True):
                 answers[index] = answer
         return answers
@@ -226,11 +265,26 @@ class Engine:
         if tail := self._server.text(ids)[len(shown) :]:
             yield tail
 
+    def start(self, pieces: Sequence[Pieces], method: str | Method) -> Run:
+        """Serves prompts given as token pieces up to their first logits.
+
+        What checks compare and benchmarks time: the run holds the logits, the cache, the rows
+        that were computed and the time that each part took.
+        """
+        method = build(method) if isinstance(method, str) else method
+        return self._server.start([self._lay_out(p, method) for p in pieces], pieces, method)
+
+    def prefilled(self, examples: Sequence[Request], method: str | Method) -> Run:
+        """A batch after its prefill: its cache, the facts of its columns and the next logits."""
+        method = build(method) if isinstance(method, str) else method
+        pieces, prompts = self._read(examples, method)
+        return self._server.start(prompts, pieces, method)
+
     def next_logits(self, examples: Sequence[Request], method: str | Method) -> torch.Tensor:
         """Logits of the first answer token, ``(B, V)``: what equivalence is checked on."""
         method = build(method) if isinstance(method, str) else method
-        pieces, prompts = self._read(examples, method)
-        return self._server.start(prompts, pieces, method).prefill.logits
+        pieces = [self.prompts.pieces(example, method) for example in examples]
+        return self.start(pieces, method).prefill.logits
 
     def continued_logits(
         self, example: Request, method: str | Method, num_tokens: int
@@ -253,9 +307,16 @@ class Engine:
     def _read(
         self, examples: Sequence[Request], method: Method, max_new_tokens: int = 0
     ) -> tuple[list[Pieces], list[Prompt]]:
-        spec = self.prompts.spec(method)
         pieces = [self.prompts.pieces(example, method) for example in examples]
-        return pieces, [self.prompts.prompt(piece, spec, max_new_tokens) for piece in pieces]
+        return pieces, [self._lay_out(piece, method, max_new_tokens) for piece in pieces]
+
+    def _lay_out(self, pieces: Pieces, method: Method, max_new_tokens: int = 0) -> Prompt:
+        spec = self.prompts.spec(method)
+        if not method.recalls:
+            return self.prompts.prompt(pieces, spec, max_new_tokens)
+        contexts = contexts_of(self._server.encoder.variants, pieces)
+        spec = LayoutSpec(block=False) if contexts is None else spec
+        return self.prompts.prompt(pieces, spec, max_new_tokens, contexts)
 
 
 def _require_tokens(max_new_tokens: int) -> None:

@@ -20,18 +20,25 @@ class Computed(NamedTuple):
         rows: Their facts, ``(B, R)``; padding has kind PAD. All are global: what is computed at
             answering time sees everything before it.
         columns: Column of each row in the cache, `SKIP` for padding, ``(B, R)``.
+        index: Row of the layout that each one is, ``(B, R)``.
     """
 
     ids: Tensor
     rows: Rows
     columns: Tensor
+    index: Tensor
+
+    def of(self, chosen: Tensor) -> Tensor:
+        """Of rows of the layout ``(B, S)`` bool, the computed ones that are chosen, ``(B, R)``."""
+        return chosen.gather(1, self.index) & (self.rows.kind != Kind.PAD)
 
     def take(self, index: Tensor, exists: Tensor) -> Computed:
         """The rows at ``index`` ``(B, R')``, padding where ``exists`` is False."""
         rows = self.rows.map(lambda field: field.gather(1, index))
         kind = rows.kind.masked_fill(~exists, Kind.PAD)
         columns = self.columns.gather(1, index).masked_fill(~exists, SKIP)
-        return Computed(self.ids.gather(1, index), _replace(rows, kind=kind), columns)
+        rows = _replace(rows, kind=kind)
+        return Computed(self.ids.gather(1, index), rows, columns, self.index.gather(1, index))
 
 
 def computed_rows(batch: Batch, chosen: Tensor) -> Computed:
@@ -45,7 +52,7 @@ def computed_rows(batch: Batch, chosen: Tensor) -> Computed:
     )
     # Ghosts apart, a prompt's order counts its rows from 0: it is the column.
     columns = rows.order.masked_fill(~exists, SKIP)
-    return Computed(batch.input_ids.gather(1, index), rows, columns)
+    return Computed(batch.input_ids.gather(1, index), rows, columns, index)
 
 
 def column_rows(layout: Layout) -> Rows:
@@ -57,6 +64,13 @@ def column_rows(layout: Layout) -> Rows:
     rows = layout.rows().map(lambda field: field.gather(1, index))
     exists = torch.arange(count, device=layout.device) < stored.sum(1)[:, None]
     return _replace(rows, kind=rows.kind.masked_fill(~exists, Kind.PAD))
+
+
+def of_columns(scores: Tensor, layout: Layout) -> Tensor:
+    """Scores of columns ``(..., B, N)`` at the rows they stand for, ``(..., B, S)``; others 0."""
+    stored = ~layout.is_pad & (layout.kind != Kind.GHOST)
+    column = torch.where(stored, layout.order, 0).expand(*scores.shape[:-1], -1)
+    return scores.gather(-1, column) * stored
 
 
 def decoded_rows(last: Rows, steps: int) -> Rows:

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from engine.served import ASK, FOREVER, SHORT, dense_logits, engine_of, until
+from engine.served import ASK, FOREVER, SHORT, dense_logits, engine_of, served_spans
 from families import EXPERT_FAMILIES, FAMILIES, ROPES
 
-from blocktune.layout import Kind
 from blocktune.reuse import build
 
 MODELS = {**FAMILIES, **{f"rope-{name}": config for name, config in ROPES.items()}}
@@ -21,15 +20,6 @@ def engine(request, tokenizer):
     return engine_of(config, tokenizer)
 
 
-def chosen_rows(engine, ask, method) -> dict[int, int]:
-    """Which tokens a method computed, and the layer at which each was dropped."""
-    pieces, prompts = engine._read([ask], method)
-    run = engine._server.start(prompts, pieces, method)
-    ends = [plan.executed[-1] + 1 for plan in run.prefill.plans[:-1]] + [FOREVER]
-    rows = [plan.query.order[plan.query.kind == Kind.CHUNK].tolist() for plan in run.prefill.plans]
-    return until(list(zip(rows, ends, strict=True)))
-
-
 METHODS = {
     "naive": build("naive"),
     "epic": build("epic", k=3),
@@ -40,13 +30,12 @@ METHODS = {
 @pytest.mark.parametrize("name", METHODS)
 def test_served_logits_match_one_dense_forward(engine, name):
     method = METHODS[name]
-    served = engine.next_logits([ASK], method)[0]
-    fresh = chosen_rows(engine, ASK, method)
+    served, spans = served_spans(engine, ASK, method)
 
-    torch.testing.assert_close(served, dense_logits(engine, ASK, method, fresh), **TOLERANCE)
-    if name != "naive":  # one fresh token less, or one that ends a layer too soon, is seen
-        kept = [order for order, end in fresh.items() if end == FOREVER]
-        wrong = {order: end for order, end in fresh.items() if order != kept[-1]}
+    torch.testing.assert_close(served, dense_logits(engine, ASK, method, spans), **TOLERANCE)
+    if name != "naive":  # one fresh token less is seen
+        last = max(span.column for span in spans if span.until == FOREVER)
+        wrong = [span for span in spans if span.column != last]
         moved = (served - dense_logits(engine, ASK, method, wrong)).abs().max()
         assert moved > 10 * TOLERANCE["atol"]
 

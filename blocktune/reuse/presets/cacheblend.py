@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from blocktune.reuse.base import Method, register
-from blocktune.select import KeyDeviation, Selection
+from blocktune.select import Deviation, Selection
 
 
 @register("cacheblend")
@@ -13,7 +13,7 @@ class CacheBlend(Method):
     """Computes the layers before the check layer in full, then the tokens whose keys deviate most.
 
     The form of the study arXiv:2603.20218: distance of keys at layer 1, one selection for all
-    later layers. The authors' code compares values and keeps layers 0 and 1 fresh for all tokens.
+    later layers. ``cacheblend-paper``, ``-repo`` and ``-lmcache`` are the other forms.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2405.16444"
@@ -22,4 +22,4 @@ class CacheBlend(Method):
 
     def selection(self) -> Selection:
         """Key deviation at the check layer."""
-        return KeyDeviation(ratio=self.ratio, check_layer=self.check_layer)
+        return Deviation(ratio=self.ratio, check_layer=self.check_layer)

@@ -12,14 +12,17 @@ from blocktune.select import FirstK, Selection
 class Epic(Method):
     """Computes the first tokens of every chunk afresh, which breaks its private attention sink.
 
-    By count (``k``, the paper) or by share of the chunk (``share``, the matched budget of the
-    study arXiv:2603.20218).
+    By count (``k``, the paper; ``k`` and ``last`` tokens, its code) or by share of the chunk
+    (``share``, the matched budget of the study arXiv:2603.20218; ``last_share`` is the part of it
+    that is taken from the chunk's end).
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2410.15332"
     k: int = 16
     share: float | None = None
+    last: int = 0
+    last_share: float = 0.0
 
     def selection(self) -> Selection:
-        """The first tokens of each chunk."""
-        return FirstK(k=self.k, share=self.share)
+        """The first tokens of each chunk, and maybe the last."""
+        return FirstK(k=self.k, share=self.share, last=self.last, last_share=self.last_share)

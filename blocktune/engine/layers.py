@@ -1,0 +1,69 @@
+"""A model's decoder layers, and the one hook on each of them.
+
+The hooks stay for good and hold no state: they hand the layer's input to the plan that came with
+the forward pass, if that plan wants it. So passes of several threads over one model do not meet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The model's decoder layers, through a PEFT wrapper or not.
+
+    Raises:
+        ValueError: If there is no list of as many layers as the config says.
+    """
+    depth = model.config.get_text_config().num_hidden_layers
+    for name, module in model.named_modules():
+        if name.endswith("layers") and isinstance(module, nn.ModuleList) and len(module) == depth:
+            return module
+    raise ValueError(
+        f"{type(model).__name__} has no list of {depth} decoder layers to hook into; "
+        "blocktune serves decoders whose layers stand in one list"
+    )
+
+
+@dataclass(frozen=True)
+class Enter:
+    """Hands a layer's input to the plan's ``enter``, where it has one."""
+
+    index: int
+
+    def __call__(self, layer: nn.Module, args: tuple, kwargs: dict) -> Any:
+        """A forward pre-hook."""
+        enter = getattr(kwargs.get("plan"), "enter", None)
+        return None if enter is None else enter(self.index, layer, args, kwargs)
+
+
+def install(model: nn.Module) -> None:
+    """Puts the hooks on, once; without a plan that enters they change nothing.
+
+    Raises:
+        ValueError: See `decoder_layers`.
+    """
+    for index, layer in enumerate(decoder_layers(model)):
+        if Enter(index) not in layer._forward_pre_hooks.values():
+            layer.register_forward_pre_hook(Enter(index), with_kwargs=True)
+
+
+@contextmanager
+def inputs_of(modules: Sequence[nn.Module], layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """Collects the hidden states ``(B, S, hidden)`` that enter ``layers``, while the block runs."""
+    seen: dict[int, Tensor] = {}
+
+    def keep(layer: int):
+        return lambda module, args: seen.__setitem__(layer, args[0])
+
+    hooks = [modules[layer].register_forward_pre_hook(keep(layer)) for layer in layers]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()

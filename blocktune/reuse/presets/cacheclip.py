@@ -1,0 +1,32 @@
+"""A small model says which tokens matter."""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from blocktune.prompt import LayoutSpec
+from blocktune.reuse.base import Method, register
+from blocktune.select import AuxiliaryAttention, Selection
+
+
+@register("cacheclip")
+@dataclass(frozen=True)
+class CacheClip(Method):
+    """Recomputes windows of tokens that a small model's last layer attends to from the question.
+
+    Chunks are encoded after the prompt's own prefix. ``auxiliary`` is a folder or repository name
+    of a model with the same tokenizer (Llama-3.2-1B for Llama-3.1-8B; Qwen3-0.6B for Qwen3-8B);
+    ``self`` asks the served model, which costs a full prefill and is a bound, not a method.
+    """
+
+    source: ClassVar[str] = "https://arxiv.org/abs/2510.10129"
+    ratio: float = 0.2
+    auxiliary: str = "self"
+    window: int = 8
+
+    def arrange(self, spec: LayoutSpec) -> LayoutSpec:
+        """A shared prefix before every chunk."""
+        return replace(spec, block=True, shared_prefix=True, num_ghosts=0)
+
+    def selection(self) -> Selection:
+        """Windows by the auxiliary model's attention."""
+        return AuxiliaryAttention(ratio=self.ratio, model=self.auxiliary, window=self.window)
