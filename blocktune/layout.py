@@ -33,6 +33,8 @@ class Kind(IntEnum):
     QUERY = 4
     ANSWER = 5
     GHOST = 6
+    WRAP = 7
+    """A learned token that opens or closes its chunk, encoded and cached with it."""
 
 
 # Plain ints: a compiled mask silently misreads a comparison with an enum member.
@@ -130,6 +132,11 @@ class Layout(Rows):
     def is_context(self) -> Tensor:
         """Original chunk tokens, the denominator of ``recompute_ratio``, ``(B, S)`` bool."""
         return (self.kind == Kind.CHUNK) & ~self.is_fresh
+
+    @property
+    def is_encoded(self) -> Tensor:
+        """Rows that a chunk's cache holds: its tokens and what wraps them, ``(B, S)`` bool."""
+        return ((self.kind == Kind.CHUNK) | (self.kind == Kind.WRAP)) & ~self.is_fresh
 
     @property
     def is_global(self) -> Tensor:

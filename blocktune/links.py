@@ -1,4 +1,4 @@
-"""Link tokens: trained rows beside a chunk that see every earlier chunk.
+"""Learned tokens: links beside a chunk, which see every earlier chunk, and what wraps a chunk.
 
 By default they live in a table of their own. Their ids are *virtual*, ``vocab_size + slot``, and
 two hooks on the input embedding look them up, so the vocabulary, the tokenizer and the tied output
@@ -19,6 +19,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import AddedToken
 
+from blocktune.sharded import gathered, whole_shape
+
 LINKS_FILE = "links.safetensors"
 LINKS_MODULE = "blocktune_links"
 """Name under which the table is registered in the model, so that it trains, moves and syncs."""
@@ -27,7 +29,9 @@ NOISE = 0.1
 
 
 class LinkTable(nn.Module):
-    """Embeddings of link slots: ``weight`` is ``(num_links, hidden)``, as the embedding puts out.
+    """Embeddings of learned tokens: ``weight`` is ``(num_links, hidden)``, as the embedding's.
+
+    Which row stands where is `LayoutSpec`'s: links first, then headers, then trailers.
 
     A model that scales inside its lookup (Gemma 3) finds scaled rows here; one that scales after
     it (Gemma 2, Granite) scales these rows too.
@@ -44,7 +48,7 @@ class LinkTable(nn.Module):
 
     @property
     def num_links(self) -> int:
-        """Slots per chunk."""
+        """Learned tokens, of every sort."""
         return self.weight.shape[0]
 
     def forward(self, slots: Tensor) -> Tensor:
@@ -168,12 +172,23 @@ def load_links(folder: str | Path) -> LinkTable:
 
 
 def add_link_tokens(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, num_links: int, seed: int = 0
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    num_links: int,
+    seed: int = 0,
+    rows: Tensor | None = None,
 ) -> range:
     """Adds real tokens ``<|link_0|>`` ... instead of a table; the base must be bare, not PEFT.
 
     Deterministic, so that a loader rebuilds the very rows training started from. Train the rows
     with PEFT's ``trainable_token_indices`` and save with ``save_embedding_layers=False``.
+
+    Args:
+        model: The bare base; resized where its embedding has no room.
+        tokenizer: Its own; gets the tokens.
+        num_links: How many.
+        seed: Of new rows, see `new_links`.
+        rows: Trained ones of a table, ``(num_links, hidden)``, instead of new ones.
 
     Returns:
         Their ids, contiguous; the first is the prompt's ``link_base``.
@@ -186,16 +201,19 @@ def add_link_tokens(
     ids = tokenizer.convert_tokens_to_ids([token.content for token in tokens])
     if ids != list(range(ids[0], ids[0] + num_links)):
         raise ValueError(f"link tokens must get contiguous ids, this tokenizer gave {ids}")
-    rows = new_links(model, num_links, seed).weight.data
+    rows = new_links(model, num_links, seed).weight.data if rows is None else rows
     old = link_base(model)
     if ids[-1] >= old:
-        head = model.get_output_embeddings().weight.data.float().mean(0)
+        with gathered(model.get_output_embeddings().weight):
+            head = model.get_output_embeddings().weight.data.float().mean(0)
         model.resize_token_embeddings(ids[-1] + 1, mean_resizing=False)
-        model.get_output_embeddings().weight.data[old:] = head  # a stock row, never trained
+        with gathered(model.get_output_embeddings().weight, write=True):
+            model.get_output_embeddings().weight.data[old:] = head  # a stock row, never trained
     weight = model.get_input_embeddings().weight
     # Rows are stored as the lookup reads them, before any scaling inside it (Gemma 3).
     scale = float(getattr(model.get_input_embeddings(), "embed_scale", 1.0))
-    weight.data[ids[0] : ids[-1] + 1] = (rows / scale).to(weight.dtype)
+    with gathered(weight, write=True):
+        weight.data[ids[0] : ids[-1] + 1] = (rows / scale).to(weight)
     return range(ids[0], ids[-1] + 1)
 
 
@@ -204,9 +222,10 @@ def _moments(embedding: nn.Module, vocab_size: int) -> tuple[Tensor, float]:
     """Mean row and overall standard deviation of what the lookup puts out, in float32."""
     device = embedding.weight.device
     total, square = 0.0, 0.0
-    for ids in torch.arange(vocab_size, device=device).split(8192):
-        rows = embedding(ids).float()
-        total, square = total + rows.sum(0), square + rows.square().mean(1).sum()
+    with gathered(embedding.weight):
+        for ids in torch.arange(vocab_size, device=device).split(8192):
+            rows = embedding(ids).float()
+            total, square = total + rows.sum(0), square + rows.square().mean(1).sum()
     mean = total / vocab_size
     return mean, float((square / vocab_size - mean.square().mean()).clamp(min=0).sqrt())
 
@@ -215,10 +234,11 @@ def _check_model(base: PreTrainedModel, table: LinkTable) -> None:
     if hasattr(base, LINKS_MODULE):
         raise ValueError("this model has link tokens installed already; remove() them first")
     embedding = base.get_input_embeddings()
-    if table.weight.shape[1] != embedding.weight.shape[1]:
+    width = whole_shape(embedding.weight)[1]
+    if table.weight.shape[1] != width:
         raise ValueError(
-            f"link rows are {table.weight.shape[1]} wide, this model's embeddings "
-            f"{embedding.weight.shape[1]}; the links were trained for another base"
+            f"link rows are {table.weight.shape[1]} wide, this model's embeddings {width}; the "
+            "links were trained for another base"
         )
     inner = set(embedding.modules())
     others = [m for m in base.modules() if isinstance(m, nn.Embedding) and m not in inner]

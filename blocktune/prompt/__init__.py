@@ -11,7 +11,7 @@ from blocktune.prompt.pieces import (
     make_pieces,
     prefix_ids,
 )
-from blocktune.prompt.rows import IGNORED, Prompt, lay_out
+from blocktune.prompt.rows import IGNORED, Prompt, lay_out, sink_ids, wrapped
 from blocktune.prompt.show import show
 from blocktune.prompt.spec import LayoutSpec
 
@@ -31,5 +31,7 @@ __all__ = [
     "pack",
     "prefix_ids",
     "show",
+    "sink_ids",
     "stack",
+    "wrapped",
 ]

@@ -20,6 +20,9 @@ class PromptFormat:
         titled: A chunk that has a title; holds ``{title}`` and ``{text}``.
         untitled: A chunk without a title; holds ``{text}``.
         question: What follows the chunks; holds ``{question}``.
+        block_tag: Opens the user turn where chunks see only themselves, so that the model knows
+            (Block-Attention: ``[Block-Attention]``); may be empty.
+        full_tag: The same in full attention.
 
     Raises:
         ValueError: If a field is no string or lacks its placeholders.
@@ -30,14 +33,22 @@ class PromptFormat:
     titled: str = "{title}\n{text}\n\n"
     untitled: str = "{text}\n\n"
     question: str = "Question: {question}"
+    block_tag: str = ""
+    full_tag: str = ""
 
     def __post_init__(self):
-        if not isinstance(self.instruction, str):
-            raise ValueError(f"format 'instruction' must be a string, got {self.instruction!r}")
+        for name in ("instruction", "block_tag", "full_tag"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"format '{name}' must be a string, got {getattr(self, name)!r}")
         if not isinstance(self.system, str | None):
             raise ValueError(f"format 'system' must be a string or null, got {self.system!r}")
         for name, wanted in _PLACEHOLDERS.items():
             _check_placeholders(name, getattr(self, name), wanted)
+
+    def opening(self, block: bool) -> str:
+        """What opens the user turn: the mode's tag, if it has one, and the instruction."""
+        tag = self.block_tag if block else self.full_tag
+        return " ".join(part for part in (tag, self.instruction) if part)
 
     def render_chunk(self, chunk: Chunk) -> str:
         """The text of one chunk, the same wherever it stands."""

@@ -40,6 +40,7 @@ def make_pieces(
     chunks: Sequence[Chunk],
     question: str,
     response: str | None = None,
+    block: bool = True,
 ) -> Pieces:
     """Tokenises prefix, chunks, query and answer, through the tokenizer's chat template.
 
@@ -49,6 +50,7 @@ def make_pieces(
         chunks: Retrieved passages in prompt order, at least one.
         question: The question.
         response: What the model is trained to write, or None when serving.
+        block: Whether chunks see only themselves, which the format may have a tag for.
 
     Raises:
         ValueError: If there is no chunk, a chunk has no tokens, the template does not hold user
@@ -56,7 +58,8 @@ def make_pieces(
     """
     if not chunks:
         raise ValueError("a prompt needs at least one chunk, got an empty list")
-    head = f"{fmt.instruction}\n\n" if fmt.instruction else ""
+    opening = fmt.opening(block)
+    head = f"{opening}\n\n" if opening else ""
     frame = render_frame(tokenizer, fmt.system, head, fmt.render_question(question))
     prefix = _with_bos(tokenizer, _encode(tokenizer, frame.before))
     bodies = tuple(chunk_ids(tokenizer, fmt, chunk) for chunk in chunks)
@@ -67,9 +70,11 @@ def make_pieces(
     return pieces
 
 
-def prefix_ids(tokenizer: PreTrainedTokenizerBase, fmt: PromptFormat) -> tuple[int, ...]:
+def prefix_ids(
+    tokenizer: PreTrainedTokenizerBase, fmt: PromptFormat, block: bool = True
+) -> tuple[int, ...]:
     """The prefix of every prompt of this tokenizer and format, ``make_pieces(...).prefix``."""
-    return make_pieces(tokenizer, fmt, [Chunk("any")], "any").prefix
+    return make_pieces(tokenizer, fmt, [Chunk("any")], "any", block=block).prefix
 
 
 def chunk_ids(

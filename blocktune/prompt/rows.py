@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -34,30 +34,62 @@ class Prompt:
 
 
 def lay_out(
-    pieces: Pieces, spec: LayoutSpec, link_base: int | None = None, ghost_id: int | None = None
+    pieces: Pieces,
+    spec: LayoutSpec,
+    link_base: int | None = None,
+    ghost_id: int | None = None,
+    bos_id: int | None = None,
+    contexts: Sequence[tuple[int, ...]] | None = None,
 ) -> Prompt:
     """Lays pieces out: prefix, per chunk its ghosts, tokens and links, query, answer.
 
-    With links before, a chunk's rows are its links, ghosts and tokens. ``order`` counts the rows
-    that are not ghosts. The ``p`` ghosts of a chunk whose first token has order ``o`` and position
-    ``s`` have orders ``o - p ...`` and positions ``s - p ...``, in the group of the chunk.
+    Headers and trailers stand around a chunk's tokens, in its group. With links before, they come
+    before its ghosts. ``order`` counts the rows that are not ghosts. The ``p`` ghosts of a chunk
+    whose first row has order ``o`` and position ``s`` have orders ``o - p ...`` and positions
+    ``s - p ...``, in the group of the chunk.
 
     Args:
         pieces: Token ids, see `make_pieces`.
         spec: Which rows there are.
-        link_base: Id of link slot 0, the model's vocabulary size; every chunk has the same links.
+        link_base: Id of the first learned token, such as the model's vocabulary size.
         ghost_id: Token id of a blank.
+        bos_id: Token id of BOS.
+        contexts: What each chunk was encoded after in an earlier prompt, as ghosts of its own;
+            None: what ``spec`` says, the same for all.
 
     Raises:
         ValueError: If the layout needs an id that was not given.
     """
-    if spec.num_links and link_base is None:
+    if spec.num_learned and link_base is None:
         raise ValueError("this layout has link tokens: lay_out needs link_base (vocabulary size)")
     if spec.num_ghosts and ghost_id is None:
         raise ValueError("this layout has blank ghosts: lay_out needs ghost_id (a blank token)")
-    links = tuple(range(link_base, link_base + spec.num_links)) if spec.num_links else ()
-    ghosts = pieces.prefix if spec.shared_prefix else (ghost_id,) * spec.num_ghosts
-    return _to_prompt(list(_segments(pieces, spec, links, ghosts)))
+    if spec.bos != "none" and bos_id is None:
+        raise ValueError(f"this layout has chunks with BOS (bos: {spec.bos}): lay_out needs bos_id")
+    if contexts is None:
+        ghosts = sink_ids(spec, pieces.prefix, ghost_id, bos_id)
+        contexts = [ghosts] * len(pieces.chunks)
+    if spec.bos == "keep":
+        pieces = pieces._replace(chunks=tuple((bos_id, *chunk) for chunk in pieces.chunks))
+    return _to_prompt(list(_segments(pieces, spec, link_base or 0, contexts)))
+
+
+def sink_ids(
+    spec: LayoutSpec, prefix: tuple[int, ...], ghost_id: int | None, bos_id: int | None
+) -> tuple[int, ...]:
+    """Tokens that every chunk is encoded after and that are hidden then."""
+    if spec.bos == "drop":
+        return (bos_id,)
+    return prefix if spec.shared_prefix else (ghost_id,) * spec.num_ghosts
+
+
+def wrapped(
+    chunk: tuple[int, ...], spec: LayoutSpec, link_base: int | None, bos_id: int | None = None
+) -> tuple[int, ...]:
+    """A chunk's tokens with its own BOS, between header and trailer: what is stored together."""
+    base = link_base or 0
+    kept = (bos_id,) if spec.bos == "keep" else ()
+    return _ids(base, spec.header_rows) + kept + chunk + _ids(base, spec.trailer_rows)
 
 
 class _Segment(NamedTuple):
@@ -72,14 +104,15 @@ class _Segment(NamedTuple):
 
 
 def _segments(
-    pieces: Pieces, spec: LayoutSpec, links: tuple[int, ...], ghosts: tuple[int, ...]
+    pieces: Pieces, spec: LayoutSpec, base: int, contexts: Sequence[tuple[int, ...]]
 ) -> Iterator[_Segment]:
-    lengths = [len(chunk) + len(links) for chunk in pieces.chunks]
-    starts, query_start = place(spec.placement, len(pieces.prefix), lengths)
+    around = spec.num_headers + spec.num_trailers + spec.num_links
+    lengths = [len(chunk) + around for chunk in pieces.chunks]
+    starts, query_start = place(spec.placement, len(pieces.prefix), lengths, spec.slot)
     yield _Segment(pieces.prefix, Kind.PREFIX, 0, 0)
     order = len(pieces.prefix)
-    for index, chunk in enumerate(pieces.chunks):
-        yield from _chunk_segments(index, chunk, spec, links, ghosts, starts[index], order)
+    for index, (chunk, ghosts) in enumerate(zip(pieces.chunks, contexts, strict=True)):
+        yield from _chunk_segments(index, chunk, spec, base, ghosts, starts[index], order)
         order += lengths[index]
     yield _Segment(pieces.query, Kind.QUERY, query_start, order)
     after = len(pieces.query)
@@ -87,18 +120,26 @@ def _segments(
 
 
 def _chunk_segments(
-    index: int, chunk: tuple[int, ...], spec: LayoutSpec, links, ghosts, position: int, order: int
+    index: int, chunk: tuple[int, ...], spec: LayoutSpec, base: int, ghosts, start: int, order: int
 ) -> Iterator[_Segment]:
     group = index if spec.block else GLOBAL
-    lead = len(links) if spec.link_side == "before" else 0
-    first, back = lead, len(ghosts)
-    if lead:
-        yield _Segment(links, Kind.LINK, position, order, index)
-    at, when = position + first, order + first
-    yield _Segment(ghosts, Kind.GHOST, at - back, when - back, index, group)
-    yield _Segment(chunk, Kind.CHUNK, at, when, index, group)
-    if not lead:
-        yield _Segment(links, Kind.LINK, at + len(chunk), when + len(chunk), index)
+    links = _Segment(_ids(base, spec.link_rows(index)), Kind.LINK, 0, 0, index)
+    body = [
+        _Segment(_ids(base, spec.header_rows), Kind.WRAP, 0, 0, index, group),
+        _Segment(chunk, Kind.CHUNK, 0, 0, index, group),
+        _Segment(_ids(base, spec.trailer_rows), Kind.WRAP, 0, 0, index, group),
+    ]
+    at = 0
+    for segment in [links, *body] if spec.link_side == "before" else [*body, links]:
+        if segment is body[0]:
+            back = at - len(ghosts)
+            yield _Segment(ghosts, Kind.GHOST, start + back, order + back, index, group)
+        yield segment._replace(position=start + at, order=order + at)
+        at += len(segment.ids)
+
+
+def _ids(base: int, rows: Iterable[int]) -> tuple[int, ...]:
+    return tuple(base + row for row in rows)
 
 
 def _to_prompt(segments: list[_Segment]) -> Prompt:

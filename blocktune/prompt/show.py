@@ -13,7 +13,7 @@ from blocktune.prompt.rows import Prompt
 def show(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
     """Decodes a prompt run by run, each under a line that says what its rows are.
 
-    Link tokens have no text; they are written as ``<link 0>``. Pads are left out.
+    Learned tokens have no text; they are written as ``<link 0>``. Pads are left out.
     """
     layout = prompt.layout
     facts = zip(
@@ -37,6 +37,6 @@ def _run(tokenizer, key: tuple[int, int, int, int], rows: list[tuple[int, ...]])
     sees = "sees all before" if group == GLOBAL else "sees itself"
     sees = "hidden from others" if kind == Kind.GHOST else sees
     title = f"[{name}: {len(rows)} tokens at positions {rows[0][4]}-{rows[-1][4]}, {sees}]"
-    if kind == Kind.LINK:
-        return title + "\n" + "".join(f"<link {row[5]}>" for row in rows)
+    if kind in (Kind.LINK, Kind.WRAP):
+        return title + "\n" + "".join(f"<{Kind(kind).name.lower()} {row[5]}>" for row in rows)
     return f"{title}\n{tokenizer.decode([row[6] for row in rows])}"

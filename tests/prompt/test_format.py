@@ -66,3 +66,10 @@ def test_bad_layout_spec_is_refused(values, message):
 def test_bad_chunk_is_refused(values):
     with pytest.raises(ValueError, match="a chunk's t"):
         Chunk(*values)
+
+
+def test_a_mode_tag_opens_the_turn_of_its_mode():
+    fmt = PromptFormat(instruction="Answer.", block_tag="[Block]")
+    assert (fmt.opening(True), fmt.opening(False)) == ("[Block] Answer.", "Answer.")
+    assert PromptFormat(instruction="", full_tag="[Full]").opening(False) == "[Full]"
+    assert PromptFormat.from_dict(fmt.to_dict()) == fmt

@@ -8,9 +8,9 @@ from tiny_tokenizer import build_tokenizer
 
 from blocktune.attention.dense import dense_mask
 from blocktune.layout import FOREVER, GLOBAL, NO_ROW, Kind, Layout
-from blocktune.prompt import LayoutSpec, Pieces, Prompt, lay_out, pack, show, stack
+from blocktune.prompt import LayoutSpec, Pieces, Prompt, lay_out, pack, show, stack, wrapped
 
-PAD, PREFIX, CHUNK, LINK, QUERY, ANSWER, GHOST = (int(kind) for kind in Kind)
+PAD, PREFIX, CHUNK, LINK, QUERY, ANSWER, GHOST, WRAP = (int(kind) for kind in Kind)
 PIECES = Pieces(prefix=(1, 2), chunks=((3, 4, 5), (6,)), query=(7, 8), answer=(9,))
 SHORT = Pieces(prefix=(1,), chunks=((3,),), query=(7,), answer=(9, 10))
 LINK_BASE, BLANK = 100, 50
@@ -73,6 +73,58 @@ def test_links_before_and_blanks_composite():
     }
 
 
+def test_packets():
+    """A header and a trailer belong to their chunk: same group, later positions, links outside."""
+    spec = LayoutSpec(num_links=1, num_headers=2, num_trailers=1)
+    prompt = lay_out(PIECES, spec, link_base=LINK_BASE)
+    assert prompt.ids == (1, 2, *(101, 102, 3, 4, 5, 103, 100), *(101, 102, 6, 103, 100), 7, 8, 9)
+    assert rows(prompt, "kind", "chunk", "offset", "position", "order", "group") == {
+        "kind": [1, 1, WRAP, WRAP, 2, 2, 2, WRAP, LINK, WRAP, WRAP, 2, WRAP, LINK, 4, 4, 5],
+        "chunk": [-1, -1, *[0] * 7, *[1] * 5, -1, -1, -1],
+        "offset": [0, 1, 0, 1, 0, 1, 2, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0],
+        "position": list(range(17)),
+        "order": list(range(17)),
+        "group": [-1, -1, *[0] * 6, -1, *[1] * 4, -1, -1, -1, -1],
+    }
+    encoded = prompt.layout.is_encoded[0].nonzero().flatten().tolist()
+    assert encoded == [2, 3, 4, 5, 6, 7, 9, 10, 11, 12]
+    assert wrapped((3, 4, 5), spec, LINK_BASE) == prompt.ids[2:8]
+
+
+@pytest.mark.parametrize(
+    ("table", "more", "first", "second"),
+    [
+        ("shared", {}, (100, 100), (100, 100)),
+        ("slot", {}, (100, 101), (100, 101)),
+        ("chunk", {"max_chunks": 3}, (100, 101), (102, 103)),
+    ],
+)
+def test_link_tables(table, more, first, second):
+    spec = LayoutSpec(num_links=2, link_table=table, **more)
+    prompt = lay_out(PIECES, spec, link_base=LINK_BASE)
+    assert prompt.ids == (1, 2, 3, 4, 5, *first, 6, *second, 7, 8, 9)
+    assert spec.num_learned == {"shared": 1, "slot": 2, "chunk": 6}[table]
+
+
+def test_more_chunks_than_link_rows_are_refused():
+    spec = LayoutSpec(num_links=2, link_table="chunk", max_chunks=1)
+    with pytest.raises(ValueError, match=r"has rows for 1 chunks .* a prompt has more"):
+        lay_out(PIECES, spec, link_base=LINK_BASE)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"num_links": 1, "link_table": "chunk"},
+        {"num_links": 1, "max_chunks": 4},
+        {"link_table": "chunk", "max_chunks": 4},
+    ],
+)
+def test_max_chunks_goes_with_a_table_by_chunk(values):
+    with pytest.raises(ValueError, match="a link table by chunk, and only that, needs max_chunks"):
+        LayoutSpec(**values)
+
+
 def test_shared_prefix():
     prompt = lay_out(PIECES, LayoutSpec(shared_prefix=True))
     assert prompt.ids == (1, 2, 1, 2, 3, 4, 5, 1, 2, 6, 7, 8, 9)
@@ -100,7 +152,11 @@ def test_serving_has_no_labels():
 
 @pytest.mark.parametrize(
     ("spec", "missing"),
-    [(LayoutSpec(num_links=1), "link_base"), (LayoutSpec(num_ghosts=1), "ghost_id")],
+    [
+        (LayoutSpec(num_links=1), "link_base"),
+        (LayoutSpec(num_headers=1), "link_base"),
+        (LayoutSpec(num_ghosts=1), "ghost_id"),
+    ],
 )
 def test_missing_id_is_refused(spec, missing):
     with pytest.raises(ValueError, match=f"lay_out needs {missing}"):
