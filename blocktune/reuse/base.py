@@ -1,22 +1,25 @@
 """A reuse method as a choice on independent axes, and the table of the named ones.
 
 Place and Encode are fields of the prompt's `LayoutSpec` (where chunks stand; what they are encoded
-after), Select is a `Selection`, and Weights says what the model must have been trained for. A
-published method is one file in ``presets/`` that makes these choices.
+after), Select is a `Selection`, Reshape a `Reshape`, and Weights says what the model must have been
+trained for. A published method is one file in ``presets/`` that makes these choices.
 """
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import pkgutil
 from abc import ABC
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import Enum
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar
 
 from blocktune.prompt import LayoutSpec
+from blocktune.registry import Registry
+from blocktune.reshape import Reshape
 from blocktune.select import Nothing, Selection
+
+METHODS = Registry("reuse method", "blocktune.reuse.presets")
+register = METHODS.register
+available = METHODS.available
 
 
 class Cached(Enum):
@@ -33,6 +36,15 @@ class Weights(Enum):
     ANY = "any"
     BLOCK = "block attention"
     LINKS = "link tokens"
+    WRAPS = "learned tokens around chunks"
+
+
+class Axis(Enum):
+    """A choice that a method makes; the value is the method of `Method` that makes it."""
+
+    LAYOUT = "arrange"
+    SELECT = "selection"
+    RESHAPE = "reshape"
 
 
 @dataclass(frozen=True)
@@ -43,6 +55,7 @@ class Method(ABC):
         source: Paper or code it follows.
         weights: What the model must be trained for.
         cached: What comes from caches.
+        recalls: Whether chunks come from earlier full prompts, see `blocktune.engine.recall`.
         keeps_context: False only for the baseline that answers without chunks.
         exact_on_one_chunk: Whether one chunk with nothing before it equals full prefill.
     """
@@ -50,126 +63,79 @@ class Method(ABC):
     source: ClassVar[str]
     weights: ClassVar[Weights] = Weights.ANY
     cached: ClassVar[Cached] = Cached.CHUNKS
+    recalls: ClassVar[bool] = False
     keeps_context: ClassVar[bool] = True
     exact_on_one_chunk: ClassVar[bool] = True
 
+    @property
+    def name(self) -> str:
+        """What it is registered under."""
+        return METHODS.name_of(self)
+
+    @property
+    def axes(self) -> frozenset[Axis]:
+        """The axes that it decides; on the others it is plain reuse."""
+        own = type(self)
+        return frozenset(a for a in Axis if getattr(own, a.value) is not getattr(Method, a.value))
+
     def layout(self, trained: LayoutSpec | None) -> LayoutSpec:
-        """Place and Encode: how the prompt's rows are laid out.
+        """How the prompt's rows are laid out, for a model's weights.
 
         Args:
             trained: The layout that the model's adapter was trained for, or None without one.
 
         Raises:
-            ValueError: If the method needs an adapter that this is not.
+            ValueError: If the method needs an adapter that this is not, or would serve link
+                tokens without saying so.
         """
-        self.require(trained)
-        return trained or LayoutSpec()
+        self._require(trained)
+        # An adapter that was trained in full attention has no layout of chunks to serve.
+        is_block = trained is not None and trained.block
+        spec = self.arrange(trained if is_block else LayoutSpec())
+        if spec.num_links and self.weights is not Weights.LINKS:
+            raise ValueError(
+                f"method '{self.name}' does not say that it serves link tokens, which the adapter "
+                f"was trained with; use 'kvlink', or compose them: 'kvlink + {self.name}'"
+            )
+        if (spec.num_headers or spec.num_trailers) and self.weights is not Weights.WRAPS:
+            raise ValueError(
+                f"method '{self.name}' does not say that it serves learned tokens around chunks, "
+                f"which the adapter was trained with; use 'kv-packet', or compose them: "
+                f"'kv-packet + {self.name}'"
+            )
+        return spec
+
+    def arrange(self, spec: LayoutSpec) -> LayoutSpec:
+        """Place and Encode: what the method changes of the layout that the weights ask for."""
+        return spec
 
     def selection(self) -> Selection:
         """Select: which tokens are computed afresh."""
         return Nothing()
 
-    def require(self, trained: LayoutSpec | None) -> None:
-        """Refuses weights that the method does not stand for.
+    def reshape(self) -> Reshape | None:
+        """Reshape: how later rows see reused keys; None leaves them as they are."""
+        return None
 
-        Raises:
-            ValueError: Saying what adapter is wanted.
-        """
+    def _require(self, trained: LayoutSpec | None) -> None:
         is_block = trained is not None and trained.block
+        has_wraps = is_block and trained.num_headers + trained.num_trailers > 0
+        if self.weights is Weights.WRAPS and not has_wraps:
+            raise ValueError(
+                f"method '{self.name}' needs an adapter trained with learned tokens around chunks, "
+                f"got {'one without' if is_block else 'none'}; train one with num_headers and "
+                "num_trailers and pass --adapter"
+            )
         has_links = is_block and trained.num_links > 0
         if self.weights is Weights.BLOCK and (not is_block or has_links):
             came = "one with link tokens (use 'kvlink')" if has_links else "none"
             raise ValueError(
-                f"method '{name_of(self)}' needs an adapter trained with block attention, got "
+                f"method '{self.name}' needs an adapter trained with block attention, got "
                 f"{came}; train one with recipes/block_attention.yaml and pass --adapter"
             )
         if self.weights is Weights.LINKS and not has_links:
             raise ValueError(
-                f"method '{name_of(self)}' needs an adapter trained with link tokens, got "
+                f"method '{self.name}' needs an adapter trained with link tokens, got "
                 f"{'one without' if is_block else 'none'}; train one with recipes/kvlink.yaml and "
                 "pass --adapter"
             )
-
-
-_METHODS: dict[str, type[Method]] = {}
-
-
-def register(name: str):
-    """Enters a preset into the table of methods under its published name.
-
-    Raises:
-        ValueError: If the name is taken.
-    """
-
-    def enter(cls: type[Method]) -> type[Method]:
-        taken = _METHODS.get(name)
-        # A module imported anew (a reload, a plug-in found twice) may replace its own entry.
-        if taken is not None and taken.__qualname__ != cls.__qualname__:
-            raise ValueError(f"reuse method '{name}' is already taken by {taken.__qualname__}")
-        _METHODS[name] = cls
-        return cls
-
-    return enter
-
-
-def _table() -> dict[str, type[Method]]:
-    """All presets; importing the package's modules is what finds them."""
-    from blocktune.reuse import presets
-
-    for module in pkgutil.iter_modules(presets.__path__):
-        importlib.import_module(f"{presets.__name__}.{module.name}")
-    return _METHODS
-
-
-def available() -> list[str]:
-    """Names of all methods, sorted."""
-    return sorted(_table())
-
-
-def build(name: str, **parameters: Any) -> Method:
-    """Builds a method from a YAML entry such as ``{name: epic, k: 8}``.
-
-    Raises:
-        ValueError: If the name or a parameter is unknown, or a value is out of range.
-    """
-    if name not in _table():
-        raise ValueError(f"unknown reuse method '{name}'; available: {', '.join(available())}")
-    cls = _METHODS[name]
-    known = [field.name for field in fields(cls)]
-    if unknown := sorted(parameters.keys() - set(known)):
-        takes = f"takes {', '.join(known)}" if known else "takes no parameters"
-        raise ValueError(f"reuse method '{name}' {takes}, got unknown {', '.join(unknown)}")
-    method = cls(**parameters)
-    method.selection()  # a value out of range is refused here, not in the middle of a run
-    return method
-
-
-def name_of(method: Method) -> str:
-    """The name a method is registered under."""
-    return next((n for n, cls in _METHODS.items() if cls is type(method)), type(method).__name__)
-
-
-class Description(NamedTuple):
-    """A row of the table of methods.
-
-    Attributes:
-        name: What to call it by.
-        summary: First line of its docstring.
-        weights: What the model must be trained for.
-        parameters: Defaults by name.
-        source: Paper or code.
-    """
-
-    name: str
-    summary: str
-    weights: str
-    parameters: dict[str, Any]
-    source: str
-
-
-def describe(name: str) -> Description:
-    """What `blocktune methods` and the README say of a method."""
-    method = build(name)
-    summary = inspect.getdoc(type(method)).splitlines()[0]
-    parameters = {field.name: getattr(method, field.name) for field in fields(method)}
-    return Description(name, summary, method.weights.value, parameters, method.source)

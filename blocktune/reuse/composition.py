@@ -1,0 +1,202 @@
+"""Methods put together from others, and from values of single axes.
+
+``compose("block-attention", select="deviation")`` serves block-tuned weights and recomputes by key
+deviation; ``compose("kvlink", "epic")`` joins two presets that decide different axes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from enum import Enum
+from functools import reduce
+from typing import Any, Literal
+
+from blocktune.prompt import LayoutSpec
+from blocktune.reshape import Reshape
+from blocktune.reuse.axes import Choice, choose, say
+from blocktune.reuse.base import METHODS, Axis, Cached, Method, Weights
+from blocktune.select import Nothing, Selection
+
+PLACE_AND_ENCODE = ("placement", "slot", "num_ghosts", "shared_prefix", "bos")
+"""Fields of `LayoutSpec` that a method chooses; the others are facts of what was trained."""
+
+
+class Keep(Enum):
+    """Says that an axis stays as the presets decide it; None means plain reuse on that axis."""
+
+    KEEP = "keep"
+
+
+KEEP = Keep.KEEP
+
+
+@dataclass(frozen=True)
+class Composition(Method):
+    """Several presets, and axes decided for them; made by `compose`.
+
+    Attributes:
+        label: Its name in tables and results.
+        terms: The presets.
+        select: Which tokens are computed afresh.
+        reshaped: How later rows see reused keys, or None.
+        changes: Fields of the layout that are set, after the presets' own arrangement.
+        decided: The axes that any of it decides.
+    """
+
+    label: str
+    terms: tuple[Method, ...]
+    select: Selection
+    reshaped: Reshape | None
+    changes: tuple[tuple[str, Any], ...]
+    decided: frozenset[Axis]
+
+    @property
+    def name(self) -> str:
+        """Its label."""
+        return self.label
+
+    @property
+    def axes(self) -> frozenset[Axis]:
+        """See `Method.axes`."""
+        return self.decided
+
+    @property
+    def source(self) -> str:
+        """Of the first preset."""
+        return self.terms[0].source
+
+    @property
+    def weights(self) -> Weights:
+        """What one of the presets needs, if one needs any."""
+        return next(iter(_needs(self.terms)), Weights.ANY)
+
+    @property
+    def cached(self) -> Cached:
+        """See `Method`."""
+        return self.terms[0].cached
+
+    @property
+    def recalls(self) -> bool:
+        """Whether one of the presets does."""
+        return any(term.recalls for term in self.terms)
+
+    @property
+    def keeps_context(self) -> bool:
+        """See `Method`."""
+        return True
+
+    @property
+    def exact_on_one_chunk(self) -> bool:
+        """Whether all presets are, and later rows see the chunk as it is: on the safe side."""
+        neutral = self.reshaped is None or self.reshaped == self.reshaped.neutral()
+        return neutral and all(term.exact_on_one_chunk for term in self.terms)
+
+    def arrange(self, spec: LayoutSpec) -> LayoutSpec:
+        """The presets' arrangements, then the changes."""
+        arranged = reduce(lambda made, term: term.arrange(made), self.terms, spec)
+        return replace(arranged, **dict(self.changes))
+
+    def selection(self) -> Selection:
+        """See `Method.selection`."""
+        return self.select
+
+    def reshape(self) -> Reshape | None:
+        """See `Method.reshape`."""
+        return self.reshaped
+
+
+def compose(
+    base: str | Method,
+    *others: str | Method,
+    select: Choice | Literal[Keep.KEEP] = KEEP,
+    reshape: Choice | Literal[Keep.KEEP] = KEEP,
+    layout: Mapping[str, Any] | None = None,
+    budget: float | None = None,
+    name: str | None = None,
+) -> Composition:
+    """Puts a method together.
+
+    Args:
+        base: A preset, by name or built.
+        others: More presets, each of which decides axes that the others leave open.
+        select: Which tokens are fresh, instead of what the presets select.
+        reshape: How later rows see reused keys, instead of what the presets do.
+        layout: Fields of `LayoutSpec` to set, of those in `PLACE_AND_ENCODE`.
+        budget: Share of the context tokens that the selector may choose, in [0, 1].
+        name: What tables call it; by default it is written as one would say it.
+
+    Returns:
+        A method like any other.
+
+    Raises:
+        ValueError: In one line, if a name, a key or a value is unknown, presets decide the same
+            axis or need different weights, or a preset takes nothing from chunk caches.
+    """
+    terms = tuple(
+        METHODS.build(term) if isinstance(term, str) else term for term in (base, *others)
+    )
+    _require_composable(terms)
+    given = _given({Axis.SELECT: select, Axis.RESHAPE: reshape})
+    _require_one_each(terms, given)
+    selection = _decide(terms, given, Axis.SELECT) or Nothing()
+    if budget is not None:
+        given[Axis.SELECT] = selection = selection.with_budget(budget)
+    if layout:
+        _require_fields(layout)
+        given[Axis.LAYOUT] = layout
+    made = Composition(
+        label=name or say(terms, given),
+        terms=terms,
+        select=selection,
+        reshaped=_decide(terms, given, Axis.RESHAPE),
+        changes=tuple((layout or {}).items()),
+        decided=frozenset(given).union(*(term.axes for term in terms)),
+    )
+    made.arrange(LayoutSpec())  # a value out of range is refused here
+    return made
+
+
+def _given(choices: Mapping[Axis, Choice | Keep]) -> dict[Axis, Any]:
+    kept = {axis: choice for axis, choice in choices.items() if choice is not KEEP}
+    return {axis: choose(axis, choice) for axis, choice in kept.items()}
+
+
+def _decide(terms: tuple[Method, ...], given: Mapping[Axis, Any], axis: Axis) -> Any:
+    if axis in given:
+        return given[axis]
+    decider = next((term for term in terms if axis in term.axes), terms[0])
+    return getattr(decider, axis.value)()
+
+
+def _require_fields(layout: Mapping[str, Any]) -> None:
+    if unknown := sorted(layout.keys() - set(PLACE_AND_ENCODE)):
+        known = ", ".join(PLACE_AND_ENCODE)
+        raise ValueError(f"layout: cannot set '{unknown[0]}' of a method; known: {known}")
+
+
+def _require_composable(terms: tuple[Method, ...]) -> None:
+    for term in terms:
+        if term.cached in (Cached.NOTHING, Cached.EXACT_PREFIX):
+            raise ValueError(
+                f"'{term.name}' takes no chunk from a cache, so there is nothing to compose it "
+                "with; start from a method that does, such as 'naive'"
+            )
+    if len(needs := _needs(terms)) > 1:
+        wanted = " and ".join(sorted(f"'{need.value}'" for need in needs))
+        raise ValueError(f"one model cannot be trained for {wanted} at once; drop one preset")
+
+
+def _needs(terms: tuple[Method, ...]) -> set[Weights]:
+    return {term.weights for term in terms} - {Weights.ANY}
+
+
+def _require_one_each(terms: tuple[Method, ...], given: Mapping[Axis, Any]) -> None:
+    """Layouts add up: each preset changes what the one before it left."""
+    for axis in set(Axis) - set(given) - {Axis.LAYOUT}:
+        deciders = [f"'{term.name}'" for term in terms if axis in term.axes]
+        if len(deciders) > 1:
+            raise ValueError(
+                f"{' and '.join(deciders)} both decide the axis '{axis.name.lower()}'; drop one, "
+                f"or say which: compose(..., {axis.name.lower()}=...)"
+            )
