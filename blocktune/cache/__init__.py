@@ -1,6 +1,7 @@
 """Everything that is kept between requests or passes: chunks, exact prefixes, prompts."""
 
 from blocktune.cache.chunk_kv import ChunkKV
+from blocktune.cache.craft import cache_fix_overhead
 from blocktune.cache.entry import Entry
 from blocktune.cache.exact import ExactKV, cut_exact
 from blocktune.cache.fingerprint import chunk_key, model_fingerprint, weights_hash
@@ -10,12 +11,15 @@ from blocktune.cache.prompt_cache import RowCache
 from blocktune.cache.row_layer import SKIP
 from blocktune.cache.states import ChunkStates, states_key
 from blocktune.cache.store import ChunkStore
+from blocktune.cache.variant_store import VariantStore
+from blocktune.cache.variants import ChunkVariants, Variant
 
 __all__ = [
     "SKIP",
     "ChunkKV",
     "ChunkStates",
     "ChunkStore",
+    "ChunkVariants",
     "Entry",
     "ExactKV",
     "Lookup",
@@ -23,6 +27,9 @@ __all__ = [
     "PrefixTree",
     "RowCache",
     "StoreStats",
+    "Variant",
+    "VariantStore",
+    "cache_fix_overhead",
     "chunk_key",
     "cut_exact",
     "model_fingerprint",

@@ -97,5 +97,6 @@ def _digest(header: dict[str, str]) -> str:
 
 def _checksum(name: str, tensor: Tensor) -> str:
     digest = hashlib.sha256(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-    digest.update(memoryview(tensor.view(torch.uint8).numpy()).cast("B"))
+    if tensor.numel():  # nothing has no buffer to view
+        digest.update(memoryview(tensor.view(torch.uint8).numpy()).cast("B"))
     return digest.hexdigest()

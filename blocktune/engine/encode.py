@@ -8,12 +8,21 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import DynamicCache
 
 from blocktune.attention import SplitPlan
-from blocktune.cache import ChunkKV, ChunkStore, chunk_key
+from blocktune.cache import (
+    ChunkKV,
+    ChunkStates,
+    ChunkStore,
+    Entry,
+    VariantStore,
+    chunk_key,
+    states_key,
+)
 from blocktune.engine.account import Stopwatch
+from blocktune.engine.layers import decoder_layers, inputs_of
 from blocktune.layout import GLOBAL
 from blocktune.prompt import LayoutSpec, Pieces, Prompt, lay_out, stack
 
@@ -42,11 +51,16 @@ class Found(NamedTuple):
         kvs: By piece.
         hits: Pieces that were in the store.
         misses: Pieces that had to be encoded.
+        states: What each piece carried into the layers that were asked for, by piece and layer.
     """
 
     kvs: dict[Piece, ChunkKV]
     hits: frozenset[Piece]
     misses: frozenset[Piece]
+    states: dict[tuple[Piece, int], ChunkStates]
+
+
+_Encoded = tuple[Piece, ChunkKV, dict[int, ChunkStates]]
 
 
 class Encoder:
@@ -56,55 +70,86 @@ class Encoder:
         """Encodes with ``model`` (attached to blocktune's attention) and keeps in ``store``."""
         self.model, self.store = model, store
         self.fingerprint, self.pad_id = fingerprint, pad_id
+        self.variants = VariantStore(store, fingerprint)
 
-    def find(self, pieces: Sequence[Piece], watch: Stopwatch) -> Found:
+    def find(self, pieces: Sequence[Piece], watch: Stopwatch, layers: Sequence[int] = ()) -> Found:
         """Looks every piece up and encodes what is missing, each piece once.
 
         Args:
             pieces: What is wanted; repeats are welcome.
             watch: Gets ``lookup_s``, ``load_s`` and ``encode_s``.
+            layers: Layers (0-based) whose input states are wanted besides; a piece that was
+                encoded without them is encoded once more.
         """
         kvs: dict[Piece, ChunkKV] = {}
+        states: dict[tuple[Piece, int], ChunkStates] = {}
         missing = []
         for piece in dict.fromkeys(pieces):
-            found = self.store.lookup(self._key(piece), piece.ids, self.fingerprint)
-            watch.add("lookup_s", found.lookup_s)
-            watch.add("load_s", found.load_s)
-            if found.kv is None:
+            entry = self._look_up(self.key(piece), piece, ChunkKV, watch)
+            inputs = {
+                layer: self._look_up(self._states_key(piece, layer), piece, ChunkStates, watch)
+                for layer in layers
+            }
+            if entry is None or None in inputs.values():
                 missing.append(piece)
-            else:
-                kvs[piece] = found.kv
+                continue
+            kvs[piece] = entry
+            states |= {(piece, layer): found for layer, found in inputs.items()}
         hits = frozenset(kvs)
         watch.start()
-        for piece, kv in self._encode(missing):
-            self.store.put(self._key(piece), kv)
+        for piece, kv, inputs in self._encode(missing, layers):
+            self.store.put(self.key(piece), kv)
             kvs[piece] = kv
+            for layer, made in inputs.items():
+                self.store.put(self._states_key(piece, layer), made)
+                states[piece, layer] = made
         watch.stop("encode_s")
-        return Found(kvs, hits, frozenset(missing))
+        return Found(kvs, hits, frozenset(missing), states)
 
-    def _key(self, piece: Piece) -> str:
+    def _look_up(self, key: str, piece: Piece, kind: type[Entry], watch: Stopwatch) -> Entry | None:
+        found = self.store.lookup(key, piece.ids, self.fingerprint, kind)
+        watch.add("lookup_s", found.lookup_s)
+        watch.add("load_s", found.load_s)
+        return found.kv
+
+    def key(self, piece: Piece) -> str:
+        """Under which the store keeps a piece."""
         return chunk_key(self.fingerprint, piece.ids, {"ghosts": list(piece.ghosts)})
 
-    def _encode(self, pieces: list[Piece]) -> Iterator[tuple[Piece, ChunkKV]]:
+    def _states_key(self, piece: Piece, layer: int) -> str:
+        return states_key(self.key(piece), layer)
+
+    def _encode(self, pieces: list[Piece], layers: Sequence[int]) -> Iterator[_Encoded]:
         for group in grouped(pieces):
-            yield from zip(group, self._encode_together(group), strict=True)
+            yield from self._encode_together(group, layers)
 
     @torch.no_grad()
-    def _encode_together(self, pieces: list[Piece]) -> list[ChunkKV]:
-        batch = stack([_alone(piece) for piece in pieces], self.pad_id).to(self.model.device)
+    def _encode_together(self, pieces: list[Piece], layers: Sequence[int]) -> list[_Encoded]:
+        batch = stack([alone(piece) for piece in pieces], self.pad_id).to(self.model.device)
         cache = DynamicCache()
-        self.model(
-            batch.input_ids,
-            position_ids=batch.layout.position,
-            plan=SplitPlan(batch.layout),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return [self._cut(cache, index, piece) for index, piece in enumerate(pieces)]
+        with inputs_of(decoder_layers(self.model) if layers else (), layers) as inputs:
+            self.model(
+                batch.input_ids,
+                position_ids=batch.layout.position,
+                plan=SplitPlan(batch.layout),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        return [
+            (piece, self._cut(cache, index, piece), self._cut_states(inputs, index, piece))
+            for index, piece in enumerate(pieces)
+        ]
+
+    def _cut_states(self, inputs: dict[int, Tensor], index: int, piece: Piece):
+        span, ids = _span(piece), torch.tensor(piece.ids)
+        return {
+            layer: ChunkStates(states[index, span], layer, ids, self.fingerprint).compact()
+            for layer, states in inputs.items()
+        }
 
     def _cut(self, cache: DynamicCache, index: int, piece: Piece) -> ChunkKV:
-        span = slice(len(piece.ghosts), len(piece.ghosts) + len(piece.ids))
+        span = _span(piece)
         return ChunkKV(
             keys=tuple(layer.keys[index, :, span] for layer in cache.layers),
             values=tuple(layer.values[index, :, span] for layer in cache.layers),
@@ -113,7 +158,12 @@ class Encoder:
         ).compact()
 
 
-def _alone(piece: Piece) -> Prompt:
+def _span(piece: Piece) -> slice:
+    """The rows of a piece's own tokens, after its ghosts."""
+    return slice(len(piece.ghosts), len(piece.ghosts) + len(piece.ids))
+
+
+def alone(piece: Piece) -> Prompt:
     """The rows of a piece by itself: its tokens from position 0, its ghosts before that."""
     spec = LayoutSpec(shared_prefix=bool(piece.ghosts))
     prompt = lay_out(Pieces(prefix=piece.ghosts, chunks=(piece.ids,), query=()), spec)

@@ -9,6 +9,7 @@ from typing import Protocol
 from transformers import PreTrainedTokenizerBase
 
 from blocktune.engine.encode import Piece
+from blocktune.layout import Kind
 from blocktune.prompt import (
     Chunk,
     LayoutSpec,
@@ -19,6 +20,8 @@ from blocktune.prompt import (
     lay_out,
     make_pieces,
     prefix_ids,
+    sink_ids,
+    wrapped,
 )
 from blocktune.reuse import Method
 
@@ -57,7 +60,10 @@ class PromptMaker:
 
     def pieces(self, request: Request, method: Method) -> Pieces:
         """Token pieces of a request as ``method`` reads it."""
-        pieces = make_pieces(self.tokenizer, self.format, request.chunks, request.question)
+        block = self.spec(method).block
+        pieces = make_pieces(
+            self.tokenizer, self.format, request.chunks, request.question, block=block
+        )
         return pieces if method.keeps_context else pieces._replace(chunks=())
 
     def spec(self, method: Method) -> LayoutSpec:
@@ -66,25 +72,35 @@ class PromptMaker:
         Raises:
             ValueError: If the method needs another adapter than the model's, or more layers.
         """
-        check = method.selection().check_layer
-        if check is not None and check >= self.num_layers:
+        wanted = method.selection().min_layers
+        if wanted > self.num_layers:
             raise ValueError(
-                f"check_layer must be below the model's {self.num_layers} layers, got {check}"
+                f"method '{method.name}' needs a model of at least {wanted} layers, this one has "
+                f"{self.num_layers}; choose an earlier layer"
             )
         return method.layout(self.trained)
 
-    def prompt(self, pieces: Pieces, spec: LayoutSpec, max_new_tokens: int = 0) -> Prompt:
-        """Lays pieces out.
+    def prompt(
+        self,
+        pieces: Pieces,
+        spec: LayoutSpec,
+        max_new_tokens: int = 0,
+        contexts: Sequence[tuple[int, ...]] | None = None,
+    ) -> Prompt:
+        """Lays pieces out; ``contexts`` as in `blocktune.prompt.lay_out`.
 
         Raises:
             ValueError: If they and the answer do not fit into the model's context.
         """
-        ghost_id = self._blank() if spec.num_ghosts else None
-        prompt = lay_out(pieces, spec, self.link_base, ghost_id)
+        prompt = lay_out(
+            pieces, spec, self.link_base, self._ghost_id(spec), self._bos_id(spec), contexts
+        )
         longest = max(map(len, pieces.chunks), default=0)
         self._require_room(longest, "the longest chunk")
         what = f"a prompt of {len(pieces.chunks)} chunks with {max_new_tokens} tokens to answer"
-        self._require_room(len(prompt.ids) + max_new_tokens, what)
+        stored = int((prompt.layout.kind != Kind.GHOST).sum())
+        reach = int(prompt.layout.position.max()) + 1  # reserved slots leave positions unused
+        self._require_room(max(stored, reach) + max_new_tokens, what)
         return prompt
 
     def encodable(self, chunks: Sequence[Chunk]) -> tuple[Piece | None, list[Piece]]:
@@ -93,13 +109,14 @@ class PromptMaker:
         Raises:
             ValueError: If a chunk does not fit into the model's context.
         """
-        spec = self.trained or LayoutSpec()
+        spec = self.trained if self.trained and self.trained.block else LayoutSpec()
         prefix = prefix_ids(self.tokenizer, self.format)
-        blank = (self._blank(),) if spec.num_ghosts else ()
-        ghosts = prefix if spec.shared_prefix else blank * spec.num_ghosts
+        bos_id = self._bos_id(spec)
+        ghosts = sink_ids(spec, prefix, self._ghost_id(spec), bos_id)
         pieces = []
         for index, chunk in enumerate(chunks):
             ids = chunk_ids(self.tokenizer, self.format, chunk)
+            ids = wrapped(ids, spec, self.link_base, bos_id)
             name = chunk.title or chunk.text.strip()[:40]
             self._require_room(len(ghosts) + len(ids), f"chunk {index} ({name!r})")
             pieces.append(Piece(ids, ghosts))
@@ -112,5 +129,15 @@ class PromptMaker:
                 "cut chunks smaller or retrieve fewer"
             )
 
-    def _blank(self) -> int:
+    def _ghost_id(self, spec: LayoutSpec) -> int | None:
+        if not spec.num_ghosts:
+            return None
         return self.tokenizer(" ", add_special_tokens=False)["input_ids"][0]
+
+    def _bos_id(self, spec: LayoutSpec) -> int | None:
+        if spec.bos != "none" and self.tokenizer.bos_token_id is None:
+            raise ValueError(
+                f"layout 'bos' is '{spec.bos}', but tokenizer '{self.tokenizer.name_or_path}' has "
+                "no BOS token; use bos: none, or num_ghosts for blanks"
+            )
+        return self.tokenizer.bos_token_id

@@ -1,0 +1,100 @@
+"""Serving chunks from earlier full prompts, and learning from those computed in full."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from blocktune.cache import ChunkKV, RowCache, Variant, VariantStore, cache_fix_overhead
+from blocktune.engine.chunk_mass import ChunkMass
+from blocktune.engine.encode import Encoder, Piece
+from blocktune.layout import GLOBAL, Kind
+from blocktune.prompt import Batch, Pieces
+from blocktune.select import Stored
+
+Ids = tuple[int, ...]
+
+
+def contexts_of(variants: VariantStore, pieces: Pieces) -> list[Ids] | None:
+    """What each chunk of a prompt was encoded after, in the variant that fits this prompt best.
+
+    Returns:
+        Ghosts of every chunk, or None where a chunk has no variant: such a prompt is computed in
+        full, which is exact and leaves a variant of each of its chunks behind.
+    """
+    found = [variants.recall(c, pieces.chunks[:i]) for i, c in enumerate(pieces.chunks)]
+    if None in found:
+        return None
+    contexts = [recalled.variant.ghosts for recalled in found]
+    for chunk, ghosts in zip(pieces.chunks, contexts, strict=True):
+        variants.used(chunk, ghosts)
+    return contexts
+
+
+def stored_context(
+    variants: VariantStore, batch: Batch, pieces: Sequence[Pieces], alpha: float
+) -> Stored:
+    """Looks up, for every chunk of a batch, what is stored of the variant it is served from."""
+    layout = batch.layout
+    result = Stored(torch.ones_like(layout.kind).float(), torch.zeros_like(layout.kind).float())
+    for index, prompt in enumerate(pieces):
+        for number, chunk in enumerate(prompt.chunks):
+            own = layout.chunk[index] == number
+            ghosts = batch.input_ids[index, own & (layout.kind[index] == Kind.GHOST)]
+            variant = variants.of(chunk, tuple(ghosts.tolist()))
+            if variant is None:
+                continue
+            context = prompt.chunks[:number]
+            share = cache_fix_overhead(variant, len(chunk), context, alpha)
+            rows = own & layout.is_context[index]
+            result.overhead[index, rows] = share
+            result.tokens[index, rows] = variant.tokens.to(result.tokens.device)
+    return result
+
+
+def learn(encoder: Encoder, cache: RowCache, mass: ChunkMass, pieces: Sequence[Pieces]) -> None:
+    """Keeps every chunk of the prompts that were computed in full, and what it attended to.
+
+    Args:
+        encoder: Its variants learn the statistics. Its store keeps the keys and values, under the
+            key that encoding the chunk after these very ghosts would have.
+        cache: After the prefill.
+        mass: What rows paid chunks, all layers read.
+        pieces: The prompts; those served from caches are passed over.
+    """
+    columns = mass.columns
+    for index, prompt in enumerate(pieces):
+        ghosts = prompt.prefix
+        for number, chunk in enumerate(prompt.chunks):
+            own = (columns.chunk[index] == number) & (columns.kind[index] == Kind.CHUNK)
+            if int(columns.group[index][own][0]) != GLOBAL:
+                break
+            piece = Piece(chunk, ghosts)
+            kv = _cut(cache, index, own, piece, encoder.fingerprint)
+            encoder.store.put(encoder.key(piece), kv)
+            paid = mass.mass[index, own].cpu() / mass.layers
+            outside = paid[:, :number]
+            encoder.variants.learn(
+                chunk,
+                Variant(
+                    prefix=prompt.prefix,
+                    context=prompt.chunks[:number],
+                    inter=outside.sum(0),
+                    tokens=outside.sum(1),
+                    intra=float(paid[:, number].sum()),
+                ),
+            )
+            ghosts = ghosts + chunk
+
+
+def _cut(cache: RowCache, prompt: int, own: Tensor, piece: Piece, fingerprint: str) -> ChunkKV:
+    """One chunk out of a full prefill, at the position where it stood."""
+    return ChunkKV(
+        keys=tuple(layer.keys[prompt][:, own] for layer in cache.layers),
+        values=tuple(layer.values[prompt][:, own] for layer in cache.layers),
+        token_ids=torch.tensor(piece.ids),
+        fingerprint=fingerprint,
+        origin=len(piece.ghosts),
+    ).compact()

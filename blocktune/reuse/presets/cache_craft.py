@@ -1,0 +1,36 @@
+"""Chunks from earlier full prompts, with statistics of what they leant on."""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from blocktune.prompt import LayoutSpec
+from blocktune.reuse.base import Method, register
+from blocktune.select import Selection, StoredContext
+
+
+@register("cache-craft")
+@dataclass(frozen=True)
+class CacheCraft(Method):
+    """Takes chunks from earlier full prompts and recomputes what leant on a context now missing.
+
+    Of a chunk's variants the one is taken whose context overlaps most, in order. A prompt with a
+    chunk that no earlier one held is computed in full, and all its chunks are remembered; so
+    variants are always exact where they come from (the paper also stores chunks of mixed
+    prompts). ``focus: 1`` switches early termination off.
+    """
+
+    source: ClassVar[str] = "https://arxiv.org/abs/2502.15734"
+    recalls: ClassVar[bool] = True
+    alpha: float = 1.0
+    focus: float = 0.4
+    hold: float = 0.8
+
+    def arrange(self, spec: LayoutSpec) -> LayoutSpec:
+        """Chunks after the ghosts of their own earlier prompts, one after the other."""
+        return replace(
+            spec, block=True, num_ghosts=0, shared_prefix=False, bos="none", placement="sequential"
+        )
+
+    def selection(self) -> Selection:
+        """By what is stored of the chunks."""
+        return StoredContext(alpha=self.alpha, focus=self.focus, hold=self.hold)

@@ -1,0 +1,104 @@
+"""Cache-Craft's arithmetic by hand, and what the variant store remembers."""
+
+import math
+
+import pytest
+import torch
+from cache.made import MODEL, OTHER_MODEL
+
+from blocktune.cache import ChunkStore, ChunkVariants, Variant, VariantStore, cache_fix_overhead
+from blocktune.cache.craft import cache_context_impact, order_penalty, prefix_overlap
+
+A, B, C, D = (1, 1), (2, 2, 2, 2), (3,), (4, 4)
+CHUNK = (7, 8, 9, 10)
+
+
+def made(context=(A, B), inter=(3.0, 1.0), intra=2.0, prefix=(0,)):
+    return Variant(prefix, context, torch.tensor(inter), torch.ones(4), intra)
+
+
+def test_impact_by_hand():
+    # a = 3 / (4 * 2) + 1 / (4 * 4), b = 2 / 16
+    outside, inside = 3 / 8 + 1 / 16, 2 / 16
+    expected = 1 / (1 + math.exp(-outside / inside))
+    assert cache_context_impact(made(), 4) == pytest.approx(expected)
+    assert cache_context_impact(made((), ()), 4) == 0.5
+    assert cache_context_impact(made(intra=0.0), 4) == 1.0
+    assert cache_context_impact(made((), (), intra=0.0), 4) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("context", "overlap"),
+    [((A, B), 1.0), ((A,), 0.75), ((B, C), 0.25), ((C,), 0.0), ((), 0.0)],
+)
+def test_overlap_weighs_old_chunks_by_the_attention_they_got(context, overlap):
+    assert prefix_overlap(made(), context) == overlap
+
+
+def test_overlap_with_nothing_to_miss_is_whole():
+    assert prefix_overlap(made((), ()), (A,)) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "penalty"),
+    [
+        ((A, B, C), (A, B, C), 0.0),
+        ((A, B, C), (C, B, A), 1.0),
+        ((A, B, C), (B, A, C), 1 / 3),
+        ((A, B), (B, D), 0.0),
+        ((A,), (B,), 0.0),
+    ],
+)
+def test_order_penalty_is_the_share_of_turned_pairs(old, new, penalty):
+    assert order_penalty(old, new) == pytest.approx(penalty)
+
+
+def test_fix_overhead_is_nothing_in_the_old_context_and_capped():
+    assert cache_fix_overhead(made(), 4, (A, B)) == 0.0
+    impact = cache_context_impact(made(), 4)
+    assert cache_fix_overhead(made(), 4, (A,), alpha=0.5) == pytest.approx(0.5 * impact * 0.25)
+    assert cache_fix_overhead(made(), 4, (B, A)) == pytest.approx(impact)
+    assert cache_fix_overhead(made(), 4, (), alpha=9) == 1.0
+    assert cache_fix_overhead(made(), 4, (), alpha=0) == 0.0
+
+
+@pytest.mark.parametrize("tier", ["memory", "folder"])
+def test_the_variant_that_fits_best_is_recalled(tmp_path, tier):
+    store = ChunkStore() if tier == "memory" else ChunkStore(max_bytes=0, folder=tmp_path)
+    variants = VariantStore(store, MODEL)
+    assert variants.recall(CHUNK, (A,)) is None
+    variants.learn(CHUNK, made((A, B)))
+    variants.learn(CHUNK, made((C, D)))
+    recalled = variants.recall(CHUNK, (C, D))
+    assert (recalled.variant.context, recalled.overhead) == ((C, D), 0.0)
+    assert recalled.variant.ghosts == (0, 3, 4, 4)
+    assert variants.recall(CHUNK, (A, B)).variant.context == (A, B)
+    assert variants.recall((7, 8, 9, 11), (A, B)) is None
+    assert VariantStore(store, OTHER_MODEL).recall(CHUNK, (A, B)) is None
+
+
+def test_learning_again_replaces_and_the_least_used_leaves():
+    variants = VariantStore(ChunkStore(), MODEL)
+    contexts = [((number,),) for number in range(5)]
+    for context in contexts:
+        variants.learn(CHUNK, made(context, (1.0,)))
+        variants.used(CHUNK, (0, *context[0]))
+    variants.learn(CHUNK, made(contexts[0], (2.0,)))
+    assert float(variants.of(CHUNK, (0, 0)).inter) == 2.0
+    variants.used(CHUNK, (0, 0))
+    variants.learn(CHUNK, made(((9,),), (1.0,)))
+    assert variants.of(CHUNK, (0, 1)) is None
+    assert variants.of(CHUNK, (0, 0)) is not None
+    assert variants.of(CHUNK, (0, 9)) is not None
+
+
+def test_statistics_of_another_shape_are_refused():
+    with pytest.raises(ValueError, match=r"chunk of 3 tokens after 2 others must be one number"):
+        ChunkVariants((made(),), torch.tensor([1, 2, 3]), MODEL)
+
+
+def test_a_variant_without_prefix_or_context_is_stored_too(tmp_path):
+    store = ChunkStore(max_bytes=0, folder=tmp_path)
+    VariantStore(store, MODEL).learn(CHUNK, made((), (), prefix=()))
+    variant = VariantStore(store, MODEL).of(CHUNK, ())
+    assert (variant.prefix, variant.context, variant.intra) == ((), (), 2.0)
