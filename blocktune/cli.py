@@ -5,8 +5,19 @@ from typing import Annotated
 import typer
 
 import blocktune
-from blocktune.commands import answer, bench, check, data, encode, evaluate, methods, train
-from blocktune.commands.errors import OneLineErrors
+from blocktune.commands import (
+    answer,
+    bench,
+    check,
+    data,
+    encode,
+    evaluate,
+    merge,
+    methods,
+    push,
+    train,
+)
+from blocktune.commands.errors import PLUGIN, OneLineErrors
 from blocktune.commands.options import teach
 
 app = typer.Typer(
@@ -29,8 +40,17 @@ check.add_to(app)
 data.add_to(app)
 encode.add_to(app)
 evaluate.add_to(app)
+merge.add_to(app)
 methods.add_to(app)
+push.add_to(app)
 train.add_to(app)
+
+
+def _add_plugins(named: list[str] | None) -> None:
+    from blocktune import plugins
+
+    for plugin in named or ():
+        plugins.add(plugin)
 
 
 def _show_version(wanted: bool) -> None:
@@ -53,8 +73,18 @@ def root(
             help="Show tracebacks, not one line.",
         ),
     ] = False,
+    plugin: Annotated[
+        list[str] | None,
+        typer.Option(
+            PLUGIN,
+            metavar="FILE|MODULE",
+            help="Python that adds a method, a selector or a reshape; repeatable, for any command. "
+            "Also $BLOCKTUNE_PLUGINS and entry points of the group blocktune.plugins.",
+        ),
+    ] = None,
 ) -> None:
     """Fine-tune, cache and reuse retrieved chunks with any RoPE decoder of Hugging Face."""
+    _add_plugins(plugin)
 
 
 def main() -> None:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from blocktune.sharded import gathered, whole_shape
+
 SAMPLES = 64
 """Elements read of each weight, at even strides."""
 QUANTISED = "quantised"
@@ -31,7 +33,7 @@ _ARCHITECTURE = (
 _TRAINED = ("lora_", "trainable_tokens", "blocktune_links", "modules_to_save.")
 
 
-def base_fingerprint(model: PreTrainedModel) -> str:
+def base_fingerprint(model: PreTrainedModel, state: Mapping[str, Tensor] | None = None) -> str:
     """Digest of a base model, the same with and without a PEFT adapter or links around it.
 
     Weights are sampled and compared as bfloat16, so a float32 and a bfloat16 load of one
@@ -39,6 +41,7 @@ def base_fingerprint(model: PreTrainedModel) -> str:
 
     Args:
         model: Base model or PEFT wrapper; not merged, not resized.
+        state: Its weights by name, where a launch has split those in ``model`` over processes.
 
     Returns:
         Three parts joined by ``-``: architecture, plain weights, linear weights or `QUANTISED`.
@@ -50,10 +53,11 @@ def base_fingerprint(model: PreTrainedModel) -> str:
     shape = {name: config.get(name) for name in _ARCHITECTURE}
     plain, linear = hashlib.sha256(), hashlib.sha256()
     quantised = False
-    for name, weight in _base_weights(model):
-        is_linear = weight.ndim != 1 and "embed" not in name
+    for name, weight in _base_weights(model, state):
+        is_linear = len(whole_shape(weight)) != 1 and "embed" not in name
         quantised |= not weight.is_floating_point()
-        (linear if is_linear else plain).update(name.encode() + _sample(name, weight))
+        with gathered(weight):
+            (linear if is_linear else plain).update(name.encode() + _sample(name, weight))
     parts = (_digest(shape), plain.hexdigest()[:16], linear.hexdigest()[:16])
     return "-".join((*parts[:2], QUANTISED if quantised else parts[2]))
 
@@ -79,9 +83,12 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return _digest({"rules": rules, "special": special, "template": tokenizer.chat_template})
 
 
-def _base_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+def _base_weights(
+    model: PreTrainedModel, state: Mapping[str, Tensor] | None
+) -> Iterator[tuple[str, Tensor]]:
     for name, weight in model.named_parameters():
         if not any(mark in name for mark in _TRAINED):
+            weight = weight if state is None else state[name]
             name = name.removeprefix("base_model.model.").replace(".base_layer", "")
             yield name.replace(".token_adapter", "").replace(".original_module", ""), weight
 

@@ -79,7 +79,7 @@ def test_an_unknown_name_is_one_line():
 
 def test_links_alone_are_an_adapter(links_adapter):
     model, info = load_adapter(toy_model(), toy_tokenizer(), links_adapter)
-    assert info.num_links == installed_links(model).num_links == 2
+    assert info.num_learned == installed_links(model).num_links == 2
     assert info.link_base(model, toy_tokenizer()) == len(toy_tokenizer())
 
 

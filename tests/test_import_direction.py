@@ -9,35 +9,40 @@ PACKAGE = Path(__file__).resolve().parents[1] / "blocktune"
 
 # What each part may import besides itself; whatever is not named here is not allowed. A dotted
 # name is one module of a part: the engine is asked by RagExamples, and needs no more of data.
-GROUND = {"registry", "layout", "probe", "positions", "attention", "select", "links"}
-SPEAKING = GROUND | {"prompt", "identity", "quantize", "adapter"}
-SERVING = SPEAKING | {"cache", "reuse", "engine"}
+GROUND = {"registry", "sharded", "layout", "probe", "positions", "attention", "select", "links"}
+SPEAKING = GROUND | {"prompt", "fetch", "identity", "quantize", "adapter"}
+SERVING = SPEAKING | {"cache", "reshape", "reuse", "engine"}
 ALLOWED = {
     "plugins": set(),
     "registry": {"plugins"},
     "provenance": set(),
+    "sharded": set(),
     "layout": set(),
     "probe": {"layout"},
     "positions": {"layout", "probe"},
     "attention": {"layout", "positions"},
     "select": {"registry", "layout", "positions"},
-    "links": {"layout", "positions"},
+    "reshape": {"registry", "layout", "attention"},
+    "links": {"sharded", "layout", "positions"},
     "prompt": GROUND,
     "identity": GROUND | {"prompt"},
+    "fetch": set(),
     "quantize": set(),
-    "adapter": GROUND | {"prompt", "identity", "quantize"},
+    "adapter": GROUND | {"prompt", "fetch", "identity"},
     "data": SPEAKING,
     "training": SPEAKING | {"provenance", "data"},
     "cache": SPEAKING,
-    "reuse": SPEAKING | {"cache"},
-    "engine": SPEAKING | {"cache", "reuse", "data.example"},
+    "reuse": SPEAKING | {"cache", "reshape"},
+    "engine": SPEAKING | {"cache", "reshape", "reuse", "data.example"},
     "check": SERVING | {"data"},
     "evaluation": SERVING | {"provenance", "data"},
     "serve": SERVING | {"data"},
-    "hub": SERVING | {"data", "training", "evaluation", "serve"},
-    "bench": GROUND | {"provenance"},
-    "commands": SERVING | {"data", "training", "evaluation", "serve", "hub", "check", "bench"},
-    "cli": {"commands"},
+    "merge": SPEAKING | {"engine"},
+    "hub": SERVING | {"data", "check"},
+    "bench": GROUND | {"provenance", "evaluation"},
+    "commands": SERVING
+    | {"data", "training", "evaluation", "serve", "hub", "merge", "check", "bench"},
+    "cli": {"commands", "plugins"},
     "__init__": set(),
 }
 # `blocktune --help` runs these at import; the rest is loaded inside functions.

@@ -13,6 +13,7 @@ from blocktune.commands.options import (
     Device,
     Dtype,
     Model,
+    Quantize,
     Store,
     load_engine,
     teach,
@@ -26,6 +27,7 @@ def add_to(app: typer.Typer) -> None:
         epilog=teach(
             "blocktune answer -m data/tiny -q 'Where is Anna?' -c 'Anna is in Kirby.'",
             "blocktune answer -m M -i q.jsonl --method cacheblend --param ratio=0.3",
+            "blocktune answer -m M -i q.jsonl --adapter A --method 'kvlink + deviation 15 %'",
             "blocktune answer -m M -i 'worlds:test?n=3' --method naive --show-prompt",
             "Chunks encoded once and read again, with an adapter; the answers go to a file:",
             "blocktune answer -m M --adapter out/block --method block-attention",
@@ -35,10 +37,12 @@ def add_to(app: typer.Typer) -> None:
 
 
 def answer(
-    model: Model,
+    model: Model = None,
     adapter: Adapter = None,
     store: Store = None,
-    method: Annotated[str, typer.Option(help="See `blocktune methods`.")] = "naive",
+    method: Annotated[str, typer.Option(help="See `blocktune methods`; 'A + B 15 %' composes.")] = (
+        "naive"
+    ),
     param: Annotated[
         list[str] | None, typer.Option(help="Parameter of the method, as name=value; repeatable.")
     ] = None,
@@ -66,6 +70,7 @@ def answer(
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions answered at a time.")] = 8,
     dtype: Dtype = "auto",
+    quantize: Quantize = None,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
@@ -77,7 +82,7 @@ def answer(
         raise ValueError("--stream prints one answer; leave out --output and --json")
     built = ways.build_method(method, param or [])
     sampling = ways.build_sampling(temperature, top_k, top_p, seed)
-    engine = load_engine(model, adapter, store, dtype, device)
+    engine = load_engine(model, adapter, store, dtype, device, quantize)
     if show_prompt:
         ways.print_prompts(engine, examples, built)
     decoding = {"max_new_tokens": max_new_tokens, "sampling": sampling}
@@ -85,4 +90,4 @@ def answer(
         ways.print_stream(engine.stream(examples[0], built, **decoding))
         return
     answers = ways.answer_all(engine, examples, built, batch_size=batch_size, **decoding)
-    ways.deliver(examples, answers, method, output, as_json)
+    ways.deliver(examples, answers, built.name, output, as_json)

@@ -20,7 +20,7 @@ from blocktune.data import RagExample, load_examples
 from blocktune.engine import Account, Answer, Engine, Sampling
 from blocktune.evaluation.files import replace_text
 from blocktune.prompt import Chunk, show
-from blocktune.reuse import Method, build
+from blocktune.reuse import Method, parse_method
 
 
 def read_examples(
@@ -45,7 +45,7 @@ def read_examples(
 
 
 def build_method(name: str, parameters: Sequence[str]) -> Method:
-    """Builds a method from its name and ``name=value`` pairs, read as YAML.
+    """Builds a method from what one says of it and ``name=value`` pairs, read as YAML.
 
     Raises:
         ValueError: If one is not a pair, or the method refuses it.
@@ -56,7 +56,7 @@ def build_method(name: str, parameters: Sequence[str]) -> Method:
         if not equals:
             raise ValueError(f"--param must be name=value, got '{parameter}'")
         values[key] = yaml.safe_load(value)
-    return build(name, **values)
+    return parse_method(name, values)
 
 
 def build_sampling(temperature: float, top_k: int, top_p: float, seed: int) -> Sampling:

@@ -6,7 +6,16 @@ import json
 
 import typer
 
-from blocktune.commands.options import Adapter, AsJson, Device, Dtype, Model, load_engine, teach
+from blocktune.commands.options import (
+    Adapter,
+    AsJson,
+    Device,
+    Dtype,
+    Model,
+    Quantize,
+    load_engine,
+    teach,
+)
 
 
 def add_to(app: typer.Typer) -> None:
@@ -22,16 +31,17 @@ def add_to(app: typer.Typer) -> None:
 
 
 def check(
-    model: Model,
+    model: Model = None,
     adapter: Adapter = None,
     dtype: Dtype = "auto",
+    quantize: Quantize = None,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Check on your own model that reuse is sound: masks, relocation, caches, all against dense."""
     from blocktune.check import check_model
 
-    checks = check_model(load_engine(model, adapter, None, dtype, device))
+    checks = check_model(load_engine(model, adapter, None, dtype, device, quantize))
     if as_json:
         typer.echo(json.dumps({"checks": [one.to_dict() for one in checks]}, indent=2))
     else:

@@ -7,7 +7,15 @@ from typing import Annotated
 
 import typer
 
-from blocktune.commands.options import Adapter, Device, Dtype, Model, load_engine, teach
+from blocktune.commands.options import (
+    Adapter,
+    Device,
+    Dtype,
+    Model,
+    Quantize,
+    load_engine,
+    teach,
+)
 
 
 def add_to(app: typer.Typer) -> None:
@@ -25,9 +33,10 @@ def add_to(app: typer.Typer) -> None:
 def encode(
     documents: Annotated[Path, typer.Option("--input", "-i", help="Chunks or questions, JSONL.")],
     store: Annotated[Path, typer.Option(help="Folder to keep the encoded chunks in.")],
-    model: Model,
+    model: Model = None,
     adapter: Adapter = None,
     dtype: Dtype = "auto",
+    quantize: Quantize = None,
     device: Device = None,
 ) -> None:
     """Encode chunks ahead of time into a folder that `answer --store` reads."""
@@ -38,7 +47,7 @@ def encode(
     chunks = load_chunks(documents)
     if not chunks:
         raise ValueError(f"{documents}: no chunk in it; give one per line")
-    engine = load_engine(model, adapter, store, dtype, device)
+    engine = load_engine(model, adapter, store, dtype, device, quantize)
     with Console(stderr=True).status(f"encoding {len(chunks):,} chunks"):
         report = engine.encode(chunks)
     known = report.num_chunks - report.num_encoded

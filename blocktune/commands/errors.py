@@ -8,12 +8,28 @@ import sys
 import typer
 from typer.core import TyperGroup
 
-EXTRAS = {"trl": "train", "peft": "train", "accelerate": "train", "matplotlib": "eval"}
+EXTRAS = {
+    "trl": "train",
+    "peft": "train",
+    "accelerate": "train",
+    "matplotlib": "eval",
+    "bm25s": "data",
+    "datasets": "data",
+    "sentencex": "data",
+    "wonderwords": "data",
+}
 """Packages that come with an extra, and its name."""
+
+
+PLUGIN = "--plugin"
 
 
 class OneLineErrors(TyperGroup):
     """Shows what a user can mend as one line: wrong values, missing files, missing extras."""
+
+    def parse_args(self, ctx, args):
+        """Takes ``--plugin X`` wherever it stands, before the command or among its options."""
+        return super().parse_args(ctx, plugins_first(args))
 
     def invoke(self, ctx):
         """Runs the command.
@@ -31,6 +47,18 @@ class OneLineErrors(TyperGroup):
             if os.environ.get("RANK", "0") == "0":
                 print(f"error: {line}", file=sys.stderr)
             raise typer.Exit(2) from None
+
+
+def plugins_first(args: list[str]) -> list[str]:
+    """The same arguments with every ``--plugin X`` and ``--plugin=X`` in front."""
+    moved, rest, waiting = [], [], list(args)
+    while waiting:
+        one = waiting.pop(0)
+        if one == PLUGIN and waiting:
+            moved += [one, waiting.pop(0)]
+        else:
+            (moved if one.startswith(f"{PLUGIN}=") else rest).append(one)
+    return moved + rest
 
 
 def explain(error: Exception) -> str | None:

@@ -11,17 +11,29 @@ if TYPE_CHECKING:
     from blocktune.engine import Engine
 
 Model = Annotated[
-    str,
-    typer.Option("--model", "-m", help="Base model: a folder or a name on the HF Hub."),
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        help="Base model: a folder or a name on the HF Hub; by default the adapter's own.",
+    ),
 ]
 Adapter = Annotated[
-    str | None, typer.Option(help="Adapter made by `blocktune train`; none runs the base model.")
+    str | None,
+    typer.Option(
+        help="Made by `blocktune train`: a folder, or USER/NAME[@REVISION] on the HF Hub; none "
+        "runs the base model."
+    ),
 ]
 Store = Annotated[
     Path | None, typer.Option(help="Folder of encoded chunks; none keeps them in memory.")
 ]
 Dtype = Annotated[
     str, typer.Option(help="float32, bfloat16, float16, or auto: as the model was saved.")
+]
+Quantize = Annotated[
+    str | None,
+    typer.Option(help="Quantise the base while it loads: nf4 (4 bits) or int8; see QLoRA."),
 ]
 Device = Annotated[
     str | None, typer.Option(help="Such as cuda:0 or cpu; by default a GPU if there is one.")
@@ -44,17 +56,25 @@ def quiet_libraries() -> None:
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true")
-    for name in ("bitsandbytes", "DeepSpeed"):  # a filter, since they set their own level on import
+    # A filter, since they set their own level on import; it does not reach a logger's children.
+    for name in ("bitsandbytes", "bitsandbytes.autograd._functions", "DeepSpeed"):
         logging.getLogger(name).addFilter(lambda record: record.levelno >= logging.ERROR)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
 
 
 def load_engine(
-    model: str, adapter: str | None, store: Path | None, dtype: str, device: str | None
+    model: str | None,
+    adapter: str | None,
+    store: Path | None,
+    dtype: str,
+    device: str | None,
+    quantize: str | None = None,
 ) -> Engine:
     """Loads an engine."""
     quiet_libraries()
     from blocktune.engine import Engine
 
-    return Engine.from_pretrained(model, adapter, store=store, dtype=dtype, device=device)
+    return Engine.from_pretrained(
+        model, adapter, store=store, dtype=dtype, device=device, quantize=quantize
+    )

@@ -1,4 +1,4 @@
-"""One process, two processes and ZeRO-2 train the same: launched as a user launches them."""
+"""One process and two, however they share the work, train the same: launched as a user does."""
 
 import json
 import os
@@ -7,24 +7,50 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from training.launching.trained_logits import FILE, probe
 from training.runs import make_trainer, write_run
 
 from blocktune.adapter import AdapterInfo
+from blocktune.engine.load import load_model
+from blocktune.training.guards import refuse_lost_launch
 
 ROOT = Path(__file__).resolve().parents[2]
+RECIPE = ROOT / "recipes/train.py"
+LAUNCHING = Path(__file__).parent / "launching"
 STEPS = 20
 GLOBAL_BATCH = 4
 TIMEOUT_S = 1800  # DeepSpeed compiles an operator the first time
 
 pytestmark = pytest.mark.alone
 
-LAUNCHES = {"single": (1, "NO"), "ddp": (2, "MULTI_CPU"), "zero2": (2, "DEEPSPEED")}
+LAUNCHES = {
+    "single": (1, "NO"),
+    "ddp": (2, "MULTI_CPU"),
+    "zero2": (2, "DEEPSPEED stage 2"),
+    "zero3": (2, "DEEPSPEED stage 3"),
+    "fsdp2": (2, "FSDP version 2"),
+}
+PROGRAMS = {"fsdp2": LAUNCHING / "fsdp_on_cpu.py"}
+
+
+def run(name: str, program: Path, config: Path) -> subprocess.CompletedProcess:
+    """A program under one of the recipes' accelerate configs."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+    command += [str(ROOT / f"recipes/accelerate/{name}.yaml"), "--main_process_port", "0"]
+    command += [str(program), "--config", str(config)]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # ninja
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PATH": path, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=TIMEOUT_S, env=env, check=False
+    )
 
 
 def launch(name: str, folder: Path) -> tuple[list[float], AdapterInfo]:
-    """Runs the recipe under an accelerate config; its losses and the adapter's metadata."""
+    """Runs the recipe; its losses and the adapter's metadata."""
     world_size, _ = LAUNCHES[name]
-    path = write_run(
+    config = write_run(
         folder,
         max_steps=STEPS,
         per_device_train_batch_size=GLOBAL_BATCH // world_size,
@@ -33,25 +59,28 @@ def launch(name: str, folder: Path) -> tuple[list[float], AdapterInfo]:
         learning_rate=2e-3,
         seed=5,
     )
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
-    command += [str(ROOT / f"recipes/accelerate/{name}.yaml"), "--main_process_port", "0"]
-    command += [str(ROOT / "recipes/train.py"), "--config", str(path)]
-    path_variable = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # ninja
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PATH": path_variable}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, env=env)
+    done = run(name, PROGRAMS.get(name, RECIPE), config)
     assert done.returncode == 0, done.stderr[-3000:]
     state = json.loads((folder / "out/trainer_state.json").read_text())
     losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
     return losses, AdapterInfo.load(folder / "out")
 
 
+def logits_of(folder: Path) -> torch.Tensor:
+    """The saved adapter's, on a base loaded here."""
+    model = load_model(str(folder / "base"), folder / "out").model
+    with torch.no_grad():
+        return model(probe(model.config.vocab_size, 2), use_cache=False).logits
+
+
 @pytest.fixture(scope="module")
 def single(tmp_path_factory):
-    return launch("single", tmp_path_factory.mktemp("single"))
+    folder = tmp_path_factory.mktemp("single")
+    return *launch("single", folder), logits_of(folder)
 
 
 def test_one_process_is_one_process(single):
-    losses, info = single
+    losses, info, _ = single
     assert (info.training["world_size"], info.training["launch"]) == LAUNCHES["single"]
     assert len(losses) == STEPS
     assert losses[-1] < 0.7 * losses[0]
@@ -62,17 +91,41 @@ def test_one_process_is_one_process(single):
     [
         ("WORLD_SIZE", "2", "started 2 processes and each of them trains alone"),
         ("ACCELERATE_USE_DEEPSPEED", "true", "asked for DeepSpeed and the Trainer runs without"),
+        ("ACCELERATE_USE_FSDP", "true", "asked for FSDP, and accelerate has it for GPUs only"),
     ],
 )
 def test_no_launch_is_lost_in_silence(tmp_path, monkeypatch, variable, value, line):
     trainer = make_trainer(tmp_path)
     monkeypatch.setenv(variable, value)
     with pytest.raises(ValueError, match=line):
-        trainer._refuse_lost_launch()
+        refuse_lost_launch(trainer.accelerator, 0, False)
 
 
-@pytest.mark.parametrize("name", ["ddp", "zero2"])
+@pytest.mark.parametrize("name", ["ddp", "zero2", "zero3", "fsdp2"])
 def test_two_processes_match_one(name, single, tmp_path):
     losses, info = launch(name, tmp_path)
     assert (info.training["world_size"], info.training["launch"]) == LAUNCHES[name]
     assert losses == pytest.approx(single[0], abs=1e-3)
+    assert info.base_fingerprint == single[1].base_fingerprint
+    # What was saved is what was trained: 20 steps of float32 rounding apart, not a lost shard.
+    torch.testing.assert_close(logits_of(tmp_path), single[2], rtol=0, atol=5e-2)
+
+
+def test_fsdp_on_cpus_is_refused(tmp_path):
+    done = run("fsdp2", RECIPE, write_run(tmp_path))
+    assert done.returncode != 0
+    assert "error: the launcher asked for FSDP" in done.stderr
+
+
+def test_qlora_with_links_under_zero2_reloads_elsewhere(tmp_path):
+    quantised = {"load_in_4bit": True, "dtype": "float32", "num_links": 2}
+    done = run("zero2", LAUNCHING / "trained_logits.py", write_run(tmp_path, **quantised))
+    assert done.returncode == 0, done.stderr[-3000:]
+    out = tmp_path / "out"
+    info = AdapterInfo.load(out)
+    assert (info.training["world_size"], info.training["launch"]) == LAUNCHES["zero2"]
+    assert info.quantization == "nf4"
+    loaded = load_model(str(tmp_path / "base"), out, quantize="nf4")
+    with torch.no_grad():
+        logits = loaded.model(probe(loaded.model.config.vocab_size, 2), use_cache=False).logits
+    torch.testing.assert_close(logits, load_file(out / FILE)["logits"], rtol=0, atol=1e-5)

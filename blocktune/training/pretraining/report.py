@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from blocktune.data.worlds import QUESTION_KINDS, WorldConfig, generate_examples
+from blocktune.provenance import provenance
 from blocktune.training.pretraining.measure import SETTINGS, by_kind, chance, correct
-from blocktune.training.provenance import provenance
 
 COMMAND = "python recipes/pretrain_tiny.py --output data/tiny"
 

@@ -1,4 +1,4 @@
-"""Adapters: what was trained, for which base, and the layout and prompt it must be served with.
+"""What was trained, for which base, and the layout and prompt it must be served with.
 
 An adapter is a folder: PEFT's files (unless only links were trained), ``links.safetensors`` (if it
 has a link table) and ``blocktune.json``, which is written last and without which nothing loads.
@@ -13,17 +13,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from blocktune.identity import base_fingerprint, same_base, tokenizer_hash
-from blocktune.links import add_link_tokens, install_links, link_base, load_links
+from blocktune.links import link_base
 from blocktune.prompt import LayoutSpec, PromptFormat
 from blocktune.prompt.format import build_strict
 
 INFO_FILE = "blocktune.json"
-PEFT_FILE = "adapter_config.json"
 FORMAT_VERSION = 1
 OWN_WEIGHTS = "the model in its own folder"
 """``base_model`` of a fully trained model, which needs no other base."""
@@ -40,9 +36,12 @@ class AdapterInfo:
         tokenizer_hash: See `blocktune.identity.tokenizer_hash`; before link tokens were added.
         layout: How prompts were laid out in training, and must be in serving.
         format: How prompts were worded.
-        link_mode: ``table`` or ``added_tokens``; means nothing without links.
+        link_mode: ``table`` or ``added_tokens``; means nothing without learned tokens.
         link_seed: Seed the rows of added link tokens started from.
-        base_revision: The base's revision on the Hub, or None.
+        base_revision: The base's commit on the Hub, or the revision that was asked for, or None.
+        quantization: How the base was quantised in training, see `blocktune.quantize`, or None.
+        rope: The base's RoPE, as its configuration states it; for readers, `base_fingerprint`
+            is what is compared.
         training: Provenance: commit, versions, data, seed, steps.
         format_version: Of this file.
 
@@ -58,6 +57,8 @@ class AdapterInfo:
     link_mode: str = "table"
     link_seed: int = 0
     base_revision: str | None = None
+    quantization: str | None = None
+    rope: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
@@ -72,13 +73,24 @@ class AdapterInfo:
             raise ValueError(f"unknown link_mode '{self.link_mode}'; available: {modes}")
 
     @property
-    def num_links(self) -> int:
-        """Link rows per chunk."""
-        return self.layout.num_links
+    def num_learned(self) -> int:
+        """Learned tokens: links of all chunks, headers and trailers."""
+        return self.layout.num_learned
+
+    @property
+    def has_table(self) -> bool:
+        """Whether the learned tokens lie in ``links.safetensors``."""
+        return self.num_learned > 0 and self.link_mode == "table"
+
+    @property
+    def adds_tokens(self) -> bool:
+        """Whether the base must get the learned tokens before the adapter fits it."""
+        in_base = self.base_model == OWN_WEIGHTS
+        return self.num_learned > 0 and self.link_mode == "added_tokens" and not in_base
 
     def link_base(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
-        """Id of link slot 0 for `blocktune.prompt.lay_out`, or None without links."""
-        if not self.num_links:
+        """Id of the first learned token for `blocktune.prompt.lay_out`, or None without any."""
+        if not self.num_learned:
             return None
         if self.link_mode == "table":
             return link_base(model)
@@ -126,78 +138,3 @@ class AdapterInfo:
             return cls.from_dict(json.loads(path.read_text()))
         except (json.JSONDecodeError, TypeError) as error:
             raise ValueError(f"{path} is not a {INFO_FILE} of blocktune: {error}") from None
-
-
-def load_adapter(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    adapter: str | Path,
-    revision: str | None = None,
-    merge: bool = False,
-) -> tuple[PreTrainedModel, AdapterInfo]:
-    """Puts an adapter on a bare base model: LoRA through PEFT, link table or link tokens.
-
-    Args:
-        model: The base, as loaded; its weights are wrapped in place.
-        tokenizer: The base's; gets the link tokens where the adapter added some.
-        adapter: A local folder, or a repository's name on the Hugging Face Hub.
-        revision: Of the repository.
-        merge: Merge LoRA weights into the base; links are installed after that, since merging
-            replaces an embedding that PEFT trained.
-
-    Returns:
-        The model to run and the adapter's info.
-
-    Raises:
-        ValueError: If there is no such adapter, it is damaged, or it was made for another base
-            or tokenizer; nothing is changed then.
-    """
-    folder = adapter_folder(adapter, revision)
-    info = AdapterInfo.load(folder)
-    _check_base(info, model, tokenizer, adapter)
-    has_table = info.num_links > 0 and info.link_mode == "table"
-    table = load_links(folder) if has_table else None
-    if info.num_links and info.link_mode == "added_tokens":
-        add_link_tokens(model, tokenizer, info.num_links, info.link_seed)
-    if (folder / PEFT_FILE).is_file():
-        from peft import PeftModel  # serving without an adapter needs no PEFT
-
-        model = PeftModel.from_pretrained(model, folder)
-        model = model.merge_and_unload() if merge else model
-    if table is not None:
-        install_links(model, table.to(model.dtype))
-    return model.eval(), info
-
-
-def adapter_folder(adapter: str | Path, revision: str | None = None) -> Path:
-    """The adapter's local folder, fetched from the Hub if it is not one already.
-
-    Raises:
-        ValueError: If it is neither a folder nor a repository that can be reached.
-    """
-    if Path(adapter).is_dir():
-        return Path(adapter)
-    try:
-        patterns = ["*.json", "*.safetensors", "*.jinja"]
-        return Path(snapshot_download(str(adapter), revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"no adapter '{adapter}': it is no local folder, and the Hub says: {reason}"
-        ) from None
-
-
-def _check_base(info: AdapterInfo, model, tokenizer, adapter) -> None:
-    came = model.config._name_or_path or type(model).__name__
-    if not same_base(info.base_fingerprint, base_fingerprint(model)):
-        raise ValueError(
-            f"adapter '{adapter}' was made for base '{info.base_model}' "
-            f"({info.base_fingerprint}), got '{came}' ({base_fingerprint(model)}); "
-            f"load '{info.base_model}', or train an adapter for '{came}'"
-        )
-    if info.tokenizer_hash != tokenizer_hash(tokenizer):
-        raise ValueError(
-            f"adapter '{adapter}' was trained with the tokenizer and chat template of "
-            f"'{info.base_model}' ({info.tokenizer_hash}), got another from "
-            f"'{tokenizer.name_or_path}' ({tokenizer_hash(tokenizer)}); use the base's own"
-        )

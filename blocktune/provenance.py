@@ -1,4 +1,4 @@
-"""What a result needs to be believed and repeated: command, commit, versions, hardware, seed."""
+"""What a result or an adapter needs to be believed and repeated: command, commit, versions."""
 
 from __future__ import annotations
 
@@ -13,17 +13,28 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "tokenizers", "numpy")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "numpy",
+    "peft",
+    "trl",
+    "accelerate",
+    "datasets",
+    "deepspeed",
+    "bitsandbytes",
+)
 
 
-def provenance(seed: int, command: list[str] | None = None) -> dict[str, Any]:
+def provenance(seed: int | None = None, command: list[str] | None = None) -> dict[str, Any]:
     """Describes this process; machine paths are left out, so that results can be published.
 
     Args:
-        seed: Recorded as it is.
+        seed: Recorded as it is, where one was used.
         command: What the user typed; by default ``sys.argv`` with the bare program name.
     """
-    typed = [Path(sys.argv[0]).name, *sys.argv[1:]] if command is None else command
+    typed = [_program(), *sys.argv[1:]] if command is None else command
     return {
         "command": shlex.join(typed),
         "commit": commit(),
@@ -31,6 +42,11 @@ def provenance(seed: int, command: list[str] | None = None) -> dict[str, Any]:
         "hardware": hardware(),
         "seed": seed,
     }
+
+
+def _program() -> str:
+    name = Path(sys.argv[0]).name
+    return "blocktune" if name == "cli.py" else name  # several processes run it as a module
 
 
 def commit() -> str | None:

@@ -1,0 +1,183 @@
+"""The model card: what was trained on what, how it is served, and what was measured."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from blocktune.adapter import OWN_WEIGHTS, AdapterInfo
+from blocktune.check import Check
+from blocktune.hub.files import public
+from blocktune.hub.table import results_section
+from blocktune.prompt import LayoutSpec
+from blocktune.reuse import Weights, available, build
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What the adapter's folder does not know.
+
+    Attributes:
+        base_model: The base's name on the Hub; None: as the adapter says.
+        license: Identifier that the Hub knows; None: the base's own.
+        datasets: Names on the Hub, besides those that the adapter's provenance names.
+        results: ``results.json`` of `blocktune eval`, or None.
+    """
+
+    base_model: str | None = None
+    license: str | None = None
+    datasets: tuple[str, ...] = ()
+    results: Path | None = None
+
+
+def card(repo: str, info: AdapterInfo, base: str, facts: CardFacts, checks: list[Check]) -> str:
+    """The whole ``README.md`` of a repository.
+
+    Args:
+        repo: ``USER/NAME``.
+        info: The adapter's.
+        base: The base's name on the Hub.
+        facts: With the licence filled in.
+        checks: What `blocktune.check` found; all passed.
+
+    Raises:
+        ValueError: If the results are not those of `blocktune eval`.
+    """
+    sections = (
+        f"---\n{_metadata(info, base, facts)}\n---",
+        f"# {repo.partition('/')[2]}",
+        _what(info, base),
+        _use(repo, info),
+        results_section(facts.results),
+        _layout(info),
+        _training(info, facts),
+        _checks(checks),
+    )
+    return "\n\n".join(sections) + "\n"
+
+
+def served_by(layout: LayoutSpec) -> str:
+    """The preset that serves an adapter as it was trained, with nothing computed afresh.
+
+    Raises:
+        ValueError: If none does.
+    """
+    if not layout.block:
+        return "full-prefill"
+    for name in available():
+        method = build(name)
+        if method.weights is not Weights.ANY and _arranged(method, layout) == layout:
+            return name
+    raise ValueError(f"no method of blocktune serves the layout {layout}; see `blocktune methods`")
+
+
+def datasets_of(training: Mapping[str, Any]) -> list[str]:
+    """Names on the Hub in an adapter's provenance: ``hf:OWNER/NAME`` wherever one stands."""
+    text = json.dumps(training.get("data", ""))
+    return list(dict.fromkeys(re.findall(r"hf:([\w.-]+/[\w.-]+)", text)))
+
+
+def _arranged(method, layout: LayoutSpec) -> LayoutSpec | None:
+    try:
+        return method.layout(layout)
+    except ValueError:
+        return None
+
+
+def _metadata(info: AdapterInfo, base: str, facts: CardFacts) -> str:
+    datasets = list(dict.fromkeys([*datasets_of(info.training), *facts.datasets]))
+    whole = info.base_model == OWN_WEIGHTS
+    return ModelCardData(
+        base_model=base,
+        datasets=datasets or None,
+        license=facts.license,
+        library_name="transformers" if whole else "peft",
+        pipeline_tag="text-generation",
+        tags=["blocktune", "rag", "kv-cache", served_by(info.layout)],
+    ).to_yaml()
+
+
+def _what(info: AdapterInfo, base: str) -> str:
+    kind = "A model made from" if info.base_model == OWN_WEIGHTS else "An adapter for"
+    told = (
+        "in which retrieved passages are encoded once, each by itself, and reused in any prompt"
+        if info.layout.block
+        else "trained on the same prompts in full attention: the control of such adapters"
+    )
+    return f"{kind} [{base}](https://huggingface.co/{base}), {told}, by blocktune."
+
+
+def _use(repo: str, info: AdapterInfo) -> str:
+    method = served_by(info.layout)
+    quantised = f" --quantize {info.quantization}" if info.quantization else ""
+    note = (
+        f"\n\nIt was trained on a base in {info.quantization}: `--quantize {info.quantization}` "
+        "serves that; the plain base is another model, and a little off."
+        if info.quantization
+        else ""
+    )
+    return f"""## Use
+
+```bash
+pip install blocktune[serve]
+blocktune answer --adapter {repo} --method {method}{quantised} \\
+  --question "Where was Anna born?" --chunk "Anna was born in Kirby." --chunk "Kirby is a harbour."
+```
+
+```python
+from blocktune import Chunk, Engine, RagExample
+
+engine = Engine.from_pretrained(adapter="{repo}"{_argument(info.quantization)})
+chunks = (Chunk("Anna was born in Kirby."), Chunk("Kirby is a harbour."))
+print(engine.answer([RagExample("Where was Anna born?", chunks)], "{method}")[0].text)
+```{note}"""
+
+
+def _argument(quantization: str | None) -> str:
+    return f', quantize="{quantization}"' if quantization else ""
+
+
+def _layout(info: AdapterInfo) -> str:
+    spec = info.layout.to_dict()
+    changed = {name: value for name, value in spec.items() if value != getattr(LayoutSpec(), name)}
+    rows = changed or {"layout": "block attention, sequential positions"}
+    if info.num_learned:
+        rows |= {"learned tokens": info.num_learned, "kept as": info.link_mode}
+    if info.rope:
+        rows |= {"RoPE": info.rope.get("rope_type", "by layer type")}
+    rows |= {"base revision": info.base_revision or "not pinned"}
+    return "## Served as trained\n\n`blocktune.json` carries all of it.\n\n" + _table(rows.items())
+
+
+def _training(info: AdapterInfo, facts: CardFacts) -> str:
+    made = public(info.training)
+    versions = made.get("versions", {})
+    rows = {
+        "command": f"`{made['command']}`" if made.get("command") else None,
+        "data": made.get("data"),
+        "examples": made.get("examples"),
+        "seed": made.get("seed"),
+        "processes": made.get("world_size"),
+        "quantised base": info.quantization,
+        "blocktune": versions.get("blocktune"),
+        "commit": made.get("commit"),
+    }
+    known = [(name, value) for name, value in rows.items() if value is not None]
+    return "## Training\n\n" + _table(known)
+
+
+def _checks(checks: list[Check]) -> str:
+    rows = [(one.name, f"{one.max_abs_diff:.1e}") for one in checks]
+    told = "`blocktune check` holds cached serving to dense attention on this very model.\n\n"
+    return "## Checks\n\n" + told + _table(rows, ("claim", "difference of logits"))
+
+
+def _table(rows: Iterable[tuple[str, Any]], heading: tuple[str, str] = ("", "")) -> str:
+    lines = [f"| {heading[0]} | {heading[1]} |", "|---|---|"]
+    return "\n".join([*lines, *(f"| {name} | {value} |" for name, value in rows)])

@@ -1,0 +1,186 @@
+"""From an adapter's folder to a repository: checked first, sent in one commit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import httpx, validate_repo_id
+from rich.console import Console
+
+from blocktune.adapter import OWN_WEIGHTS, AdapterInfo
+from blocktune.check import Check, check_model
+from blocktune.engine import Engine
+from blocktune.hub.card import CardFacts, card
+from blocktune.hub.files import Source, files_of, is_published
+
+CARD_FILE = "README.md"
+
+
+@dataclass(frozen=True)
+class Publication:
+    """All that a repository will hold.
+
+    Attributes:
+        repo: ``USER/NAME``.
+        files: Name -> a file's path, or its content where it was rewritten; the card among them.
+    """
+
+    repo: str
+    files: dict[str, Source]
+
+    @property
+    def card(self) -> str:
+        """The model card."""
+        return self.files[CARD_FILE].decode()
+
+
+class Sent(NamedTuple):
+    """Where a publication went: address of the repository and the commit."""
+
+    url: str
+    revision: str
+
+
+def prepare(
+    adapter: str | Path,
+    repo: str,
+    facts: CardFacts,
+    *,
+    model: str | None = None,
+    dtype: str = "auto",
+    device: str | None = None,
+) -> Publication:
+    """Checks an adapter and gathers what is published of it; nothing is sent.
+
+    Args:
+        adapter: Its folder.
+        repo: ``USER/NAME``.
+        facts: For the card.
+        model: Where the base is, for the check; None: where the adapter says.
+        dtype: Of the check.
+        device: Of the check.
+
+    Raises:
+        ValueError: In one line, if a check fails, the base is nobody else's to load, the licence
+            is unknown, the folder is no adapter or holds pickled weights.
+    """
+    folder = Path(adapter)
+    info = AdapterInfo.load(folder)
+    _check_repo(repo)
+    base = _base_name(info, facts)
+    files = files_of(folder, info, base)
+    facts = replace(facts, license=facts.license or _license_of(base))
+    checks = _checked(folder, info, model, dtype, device)
+    text = card(repo, info, base, facts, checks)
+    return Publication(repo, files | {CARD_FILE: text.encode()})
+
+
+def send(publication: Publication, *, private: bool = False) -> Sent:
+    """Creates the repository if needed and commits all files at once.
+
+    Files of an earlier push that this one does not have are deleted: weights left over would be
+    loaded with the new ones.
+
+    Raises:
+        ValueError: If the Hub refuses.
+    """
+    api = HfApi()
+    try:
+        url = api.create_repo(publication.repo, private=private or None, exist_ok=True)
+        operations = [CommitOperationAdd(n, source) for n, source in publication.files.items()]
+        there = api.list_repo_files(publication.repo)
+        gone = [n for n in there if is_published(n) and n not in publication.files]
+        operations += [CommitOperationDelete(name) for name in gone]
+        done = api.create_commit(publication.repo, operations, commit_message="Push with blocktune")
+    except (httpx.HTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"the Hub refused '{publication.repo}': {reason}; log in with `hf auth login` or set "
+            "HF_TOKEN to a token that may write there"
+        ) from None
+    return Sent(str(url), done.oid)
+
+
+class Publisher:
+    """What ``push_to_hub`` of a training run asks; see `blocktune.training.run.Publisher`."""
+
+    def check(self, repo: str, base_model: str) -> None:
+        """Refuses before the run what could not be published after it.
+
+        Raises:
+            ValueError: If the name is none, the base is a local folder, or its licence unknown.
+        """
+        _check_repo(repo)
+        _license_of(_on_the_hub(base_model))
+
+    def publish(self, folder: Path, repo: str, private: bool) -> None:
+        """Checks and pushes; says where to.
+
+        Raises:
+            ValueError: As `prepare` and `send` do.
+        """
+        sent = send(prepare(folder, repo, CardFacts()), private=private)
+        Console().print(f"pushed to {sent.url}, commit {sent.revision}", soft_wrap=True)
+
+
+def show(publication: Publication, console: Console) -> None:
+    """Prints every file with its size, and the card."""
+    console.print(f"{publication.repo}: {len(publication.files)} files, nothing sent", style="bold")
+    for name, source in sorted(publication.files.items()):
+        size = len(source) if isinstance(source, bytes) else source.stat().st_size
+        console.print(f"  {size:>13,} bytes  {name}", highlight=False)
+    console.print(f"\n{publication.card}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _check_repo(repo: str) -> None:
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise ValueError(f"--repo must be USER/NAME: {str(error).splitlines()[0]}") from None
+    if "/" not in repo:
+        raise ValueError(f"--repo must be USER/NAME, got '{repo}'")
+
+
+def _base_name(info: AdapterInfo, facts: CardFacts) -> str:
+    named = info.base_model
+    if named == OWN_WEIGHTS:
+        named = info.training.get("started_from", "")
+    return _on_the_hub(facts.base_model or named)
+
+
+def _on_the_hub(name: str) -> str:
+    if not name or Path(name).exists() or name.count("/") > 1 or name.startswith((".", "/")):
+        raise ValueError(
+            f"the base is the local folder '{name}', which nobody else can load; give its name on "
+            "the Hub: --base-model ORG/NAME"
+        )
+    return name
+
+
+def _license_of(base: str) -> str:
+    try:
+        data = HfApi().model_info(base).card_data
+    except (httpx.HTTPError, HFValidationError, OSError):
+        data = None
+    if data is None or not data.license:
+        raise ValueError(f"the licence of '{base}' is not known; give one: --license apache-2.0")
+    return data.license
+
+
+def _checked(folder: Path, info: AdapterInfo, model, dtype, device) -> list[Check]:
+    engine = Engine.from_pretrained(
+        model, folder, dtype=dtype, device=device, quantize=info.quantization
+    )
+    checks = check_model(engine)
+    if failed := [one for one in checks if not one.passed]:
+        first = failed[0]
+        raise ValueError(
+            f"'{folder}' is not pushed: {len(failed)} of {len(checks)} checks fail, first "
+            f"'{first.name}' ({first.max_abs_diff:.1e}, tolerance {first.tolerance:.1e}); see "
+            "`blocktune check`"
+        )
+    return checks

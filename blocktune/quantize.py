@@ -1,0 +1,73 @@
+"""Quantised bases: bitsandbytes' 4-bit and 8-bit weights, on CUDA and on CPUs alike."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig, PreTrainedModel
+
+QUANTIZATIONS = ("nf4", "nf4-double", "fp4", "fp4-double", "int8")
+"""What a base can be loaded in; ``double`` quantises the scales of 4-bit weights too."""
+
+
+def quantization_config(name: str, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """How transformers quantises a base while it loads it.
+
+    Args:
+        name: One of `QUANTIZATIONS`.
+        dtype: What 4-bit weights are computed in; 8-bit ones are multiplied as integers.
+
+    Raises:
+        ValueError: If the name is unknown, or bitsandbytes is not installed.
+
+    Source: QLoRA, arXiv:2305.14314; LLM.int8(), arXiv:2208.07339.
+    """
+    if name not in QUANTIZATIONS:
+        raise ValueError(f"unknown quantization '{name}'; available: {', '.join(QUANTIZATIONS)}")
+    from transformers import BitsAndBytesConfig
+    from transformers.utils import is_accelerate_available, is_bitsandbytes_available
+
+    if not (is_bitsandbytes_available() and is_accelerate_available()):
+        raise ValueError(
+            f"'{name}' needs bitsandbytes and accelerate; run pip install 'blocktune[gpu,train]'"
+        )
+    if name == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    kind, _, double = name.partition("-")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=kind,
+        bnb_4bit_use_double_quant=bool(double),
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def quantization_of(model: PreTrainedModel) -> str | None:
+    """How a loaded model is quantised: one of `QUANTIZATIONS`, another library's name, or None."""
+    config = getattr(model.config, "quantization_config", None)
+    if config is None:
+        return None
+    values = config if isinstance(config, dict) else config.to_dict()
+    if values.get("load_in_4bit"):
+        double = "-double" if values["bnb_4bit_use_double_quant"] else ""
+        return values["bnb_4bit_quant_type"] + double
+    if values.get("load_in_8bit"):
+        return "int8"
+    return str(values["quant_method"])
+
+
+def keep_stored_codes(model: nn.Module) -> None:
+    """Keeps 4-bit weights as they were stored, whatever the CPU.
+
+    On a CPU with AVX512-BF16, bitsandbytes 0.50 rewrites them in place at the first forward pass
+    without gradients: their scales lose 16 bits, products are bfloat16 even in a float32 model,
+    and a later pass with gradients runs through a kernel that has none. So training would not be
+    served as it was, and a cache would be named after weights that are no more.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False

@@ -1,0 +1,45 @@
+"""Parameters that DeepSpeed's ZeRO-3 has split over processes, read and written as wholes.
+
+Every process must come along: what puts a parameter together is an exchange between all of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+
+
+@contextmanager
+def gathered(*weights: Tensor, write: bool = False) -> Iterator[None]:
+    """Inside the block, split parameters are whole; others are left as they are.
+
+    Args:
+        weights: Parameters, split or not.
+        write: Keep what the block writes, as process 0 wrote it.
+    """
+    split = [weight for weight in weights if is_split(weight)]
+    if not split:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(split, modifier_rank=0 if write else None):
+        yield
+
+
+def is_split(weight: Tensor) -> bool:
+    """Whether ZeRO-3 holds a part of the parameter in each process."""
+    return hasattr(weight, "ds_id")
+
+
+def whole_shape(weight: Tensor) -> tuple[int, ...]:
+    """The shape of a parameter, whether it is split or not."""
+    return tuple(weight.ds_shape if is_split(weight) else weight.shape)
+
+
+def num_elements(weight: Tensor) -> int:
+    """How many elements a parameter has, whether it is split or not."""
+    return math.prod(whole_shape(weight))

@@ -1,0 +1,208 @@
+"""Publishing, against a local stand-in for the Hub: pushed, refused, and loaded back."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hub.stand_in import TOKEN, running_hub
+from rich.console import Console
+from training.runs import make_trainer
+
+from blocktune.check import Check
+from blocktune.data import RagExample
+from blocktune.engine import Engine
+from blocktune.hub import CardFacts, Publication, prepare, send, show
+from blocktune.hub.card import datasets_of, served_by
+from blocktune.prompt import Chunk, LayoutSpec
+
+FACTS = CardFacts(base_model="org/base", license="apache-2.0")
+RESULTS = {
+    "methods": {
+        "full-prefill": {"n": 600, "em": 0.615, "ci95": [0.58, 0.65], "f1": 0.64},
+        "kvlink": {"n": 600, "em": 0.6, "ci95": [0.56, 0.64], "adjusted_f1": 0.97},
+    },
+    "provenance": {"command": "blocktune eval --suite s.yaml", "commit": "0123456789abcdef"},
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A folder with a base, and an adapter with links trained on it."""
+    folder = tmp_path_factory.mktemp("run")
+    trainer = make_trainer(folder, num_links=2)
+    trainer.train()
+    trainer.save_model()
+    return folder
+
+
+@pytest.fixture
+def results(tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(RESULTS))
+    return path
+
+
+@pytest.fixture
+def adapter(run, tmp_path):
+    """A copy that a test may damage."""
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    for path in (run / "out").iterdir():
+        if path.is_file():
+            (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+def blocktune(hub, home: Path, *arguments):
+    """The command line in a process of its own, with the stand-in as its Hub."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    env |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_TOKEN": TOKEN}
+    env |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "COLUMNS": "200"}
+    command = [sys.executable, "-m", "blocktune.cli", *(str(part) for part in arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+
+
+def test_a_dry_run_shows_every_file_and_the_card(run, results, tmp_path):
+    publication = prepare(run / "out", "me/mine", replace(FACTS, results=results))
+    console = Console(record=True, width=200, file=(tmp_path / "shown").open("w"))
+    show(publication, console)
+    shown = console.export_text()
+    assert set(publication.files) == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "blocktune.json",
+        "chat_template.jinja",
+        "links.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert all(name in shown for name in publication.files)
+    assert publication.card in re.sub(r" +\n", "\n", shown)
+    sent = b"".join(
+        s if isinstance(s, bytes) else s.read_bytes() for s in publication.files.values()
+    )
+    assert str(run).encode() not in sent, "a path of this machine would be published"
+
+
+def test_the_card_says_what_it_must(run, results):
+    facts = replace(FACTS, results=results, datasets=("org/data",))
+    card = prepare(run / "out", "me/mine", facts).card
+    head = card.split("---\n")[1]
+    for line in ("base_model: org/base", "license: apache-2.0", "- org/data", "- kvlink"):
+        assert line in head
+    assert "| kvlink | 600 | 60.0 (56.0 to 64.0) |  | 97.0 |  |  |" in card
+    assert "Made by `blocktune eval --suite s.yaml`, at commit `0123456789ab`." in card
+    assert 'Engine.from_pretrained(adapter="me/mine")' in card
+    assert "| seed | 42 |" in card
+    assert "| split = dense mask |" in card
+    assert "Not evaluated." in prepare(run / "out", "me/mine", FACTS).card
+
+
+def test_what_was_pushed_comes_back(run, tmp_path):
+    passage = "Anna lives in Elm."
+    question = ("--question", "Where does Anna live?", "--chunk", passage)
+    with running_hub() as hub:
+        base = {path.name: path.read_bytes() for path in (run / "base").iterdir()}
+        hub.put("org/base", base | {"README.md": b"---\nlicense: mit\n---\n"})
+        hub.put("me/mine", {"adapter_model.bin.safetensors": b"old", "notes.txt": b"kept"})
+        pushed = blocktune(
+            *(hub, tmp_path, "push", run / "out", "--repo", "me/mine"),
+            *("--base-model", "org/base", "--model", run / "base"),
+        )
+        assert pushed.returncode == 0, pushed.stderr
+        files = hub.files("me/mine")
+        assert files["links.safetensors"] == (run / "out/links.safetensors").read_bytes()
+        assert files["notes.txt"] == b"kept"
+        assert "adapter_model.bin.safetensors" not in files, "stale weights must go"
+        assert b"license: mit" in files["README.md"]
+        revision = hub.repos["me/mine"].commits[-1][0]
+        assert f"--adapter me/mine@{revision}" in pushed.stdout
+
+        hub.put("me/mine", {"blocktune.json": b"{}"})  # a later commit that cannot be loaded
+        ask = ("answer", "--adapter", f"me/mine@{revision}", "--method", "kvlink", *question)
+        came = blocktune(hub, tmp_path, *ask, "--json")
+        assert came.returncode == 0, came.stderr
+        assert hub.unknown == []
+    here = Engine.from_pretrained(str(run / "base"), run / "out")
+    [answer] = here.answer([RagExample(question[1], (Chunk(passage),))], "kvlink")
+    assert json.loads(came.stdout)["answer"] == answer.text
+
+
+def test_a_token_that_may_not_write_is_one_line(monkeypatch):
+    with running_hub() as hub:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("HF_TOKEN", "hf_other")
+        with pytest.raises(ValueError, match="the Hub refused 'me/mine': ") as caught:
+            send(Publication("me/mine", {"README.md": b"---\nlicense: mit\n---\n"}))
+        assert hub.repos == {}
+    assert "\n" not in str(caught.value)
+    assert "set HF_TOKEN" in str(caught.value)
+
+
+def test_a_failing_check_stops_the_push(run, monkeypatch):
+    checks = [Check("split = dense mask", False, 0.5, 1e-4), Check("ratio 1", True, 0.0, 1e-4)]
+    monkeypatch.setattr("blocktune.hub.push.check_model", lambda engine: checks)
+    with pytest.raises(ValueError, match="is not pushed: 1 of 2 checks fail") as caught:
+        prepare(run / "out", "me/mine", FACTS)
+    assert "'split = dense mask' (5.0e-01, tolerance 1.0e-04)" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("facts", "repo", "line"),
+    [
+        (replace(FACTS, base_model=None), "me/mine", "which nobody else can load"),
+        (FACTS, "mine", "--repo must be USER/NAME, got 'mine'"),
+        (FACTS, "me/mi ne", "--repo must be USER/NAME: "),
+        (replace(FACTS, license=None), "me/mine", "the licence of 'org/base' is not known"),
+        (replace(FACTS, results=Path("none.json")), "me/mine", "no results at 'none.json'"),
+    ],
+)
+def test_what_is_missing_is_named_in_one_line(run, facts, repo, line):
+    with pytest.raises(ValueError, match=line) as caught:
+        prepare(run / "out", repo, facts)
+    assert "\n" not in str(caught.value)
+
+
+def test_pickled_weights_are_refused(adapter):
+    (adapter / "adapter_model.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"holds 'adapter_model\.bin', a pickle"):
+        prepare(adapter, "me/mine", FACTS)
+
+
+def test_a_folder_without_weights_is_refused(adapter):
+    for path in adapter.glob("*.safetensors"):
+        path.unlink()
+    with pytest.raises(ValueError, match="holds no weights"):
+        prepare(adapter, "me/mine", FACTS)
+
+
+def test_results_of_something_else_are_refused(run, tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text('{"methods": {"naive": {"em": 1.0}}}')
+    with pytest.raises(ValueError, match=r"not a results\.json of `blocktune eval`"):
+        prepare(run / "out", "me/mine", replace(FACTS, results=path))
+
+
+@pytest.mark.parametrize(
+    ("layout", "method"),
+    [
+        (LayoutSpec(), "block-attention"),
+        (LayoutSpec(num_links=3), "kvlink"),
+        (LayoutSpec(block=False), "full-prefill"),
+    ],
+)
+def test_the_card_names_the_method_that_serves(layout, method):
+    assert served_by(layout) == method
+
+
+def test_data_sets_are_named_as_the_hub_knows_them():
+    data = ["hf:dgslibisey/MuSiQue?split=train", "worlds:train", {"data": "hf:a/b"}]
+    assert datasets_of({"data": data}) == ["dgslibisey/MuSiQue", "a/b"]
+    assert datasets_of({}) == []
