@@ -2,12 +2,37 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple, Protocol
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from blocktune.attention.kernels import Knobs, causal_attention
+from blocktune.attention.kernels import Knobs, tail_attention
 from blocktune.attention.rows import RowBand
 from blocktune.layout import Kind, LayerRule, Rows
+
+ROW_BLOCK = 128
+"""Computed rows are few and far between: a block of them spans many columns after its first row."""
+
+
+class Reshaping(Protocol):
+    """What changes scores before softmax; `blocktune.reshape.Reshaping` is one."""
+
+    def wrote(self, layer: int, columns: Tensor) -> None:
+        """Says that a layer's keys in ``columns`` ``(B, R)`` were made afresh; -1 is none."""
+
+    def attend(
+        self,
+        band: RowBand,
+        columns: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rule: LayerRule,
+        knobs: Knobs,
+    ) -> Tensor | None:
+        """Attends, ``(B, H, R, D)``, or returns None where plain attention is what it wants."""
 
 
 class CachePlan:
@@ -23,24 +48,111 @@ class CachePlan:
         executed: Layers whose attention ran with this plan, in order.
     """
 
-    def __init__(self, query: Rows, key: Rows):
-        """Prepares ``query`` ``(B, R)`` over the columns ``key`` ``(B, N)``, by order."""
+    def __init__(
+        self,
+        query: Rows,
+        key: Rows,
+        reshaping: Reshaping | None = None,
+        columns: Tensor | None = None,
+    ):
+        """Prepares ``query`` ``(B, R)`` over the columns ``key`` ``(B, N)``, by order.
+
+        Args:
+            query: Facts of the computed rows.
+            key: Facts of the columns.
+            reshaping: How these rows see reused keys, one object for all plans of a batch; None:
+                as they are.
+            columns: Columns that the rows were written into, ``(B, R)``, -1 for padding; None:
+                a row's order is its column.
+        """
         self.query = query
         self.context_rows = (query.kind == Kind.CHUNK).sum(1)
         self.executed: list[int] = []
+        self._windows: list[int | None] = []
         exists, stored = query.kind != Kind.PAD, key.kind != Kind.PAD
-        self._band = RowBand(query, key, torch.zeros_like(key.kind), exists, stored)
-        # All columns computed at once (a full prefill) is the plain causal triangle.
-        self._causal = query.order.shape == key.order.shape and bool(
-            exists.all() and stored.all() and (query.order == key.order).all()
-        )
+        self._reshaping = reshaping
+        self._columns = query.order.masked_fill(~exists, -1) if columns is None else columns
+        nothing = torch.zeros_like(key.kind)
+        self._band = RowBand(query, key, nothing, exists, stored, row_block=ROW_BLOCK)
+        self._tails = find_tails(query, key)
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, rule: LayerRule, knobs: Knobs
     ) -> Tensor:
         """See `Plan.attend`; rows end by not being computed, so the layer itself is no matter."""
         self.executed.append(rule.layer)
-        if self._causal and (rule.window is None or rule.window >= key.shape[2]):
-            return causal_attention(query, key, value, knobs).transpose(1, 2)
+        self._windows.append(rule.window)
+        if self._reshaping is not None:
+            out = self._reshaping.attend(self._band, self._columns, query, key, value, rule, knobs)
+            if out is not None:
+                return out.transpose(1, 2)
+        if self._tails and (rule.window is None or rule.window >= key.shape[2]):
+            outs = [tail.attend(query, key, value, knobs) for tail in self._tails]
+            return torch.cat(outs).transpose(1, 2)
         rule = LayerRule(window=rule.window)
         return self._band.attend(query, key, value, rule, knobs).transpose(1, 2)
+
+    def pairs(self) -> list[Tensor]:
+        """Scores made in each of the `executed` layers, masked ones too: per prompt, ``(B,)``."""
+        return [self._pairs(window) for window in self._windows]
+
+    def _pairs(self, window: int | None) -> Tensor:
+        made = self._band.pairs(window)
+        if made is not None:
+            return made
+        columns = (self._band.key.kind != Kind.PAD).sum(1)
+        rows = (self.query.kind != Kind.PAD).sum(1)
+        return torch.where(rows == 1, columns, columns * (columns + 1) // 2)
+
+
+class Tail(NamedTuple):
+    """Prompts whose computed rows are the last of their columns: causal, without any mask.
+
+    Attributes:
+        prompts: Of the batch.
+        rows: Computed rows, without the padding before them.
+        columns: Columns, without the padding after them.
+    """
+
+    prompts: slice
+    rows: slice
+    columns: slice
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, knobs: Knobs) -> Tensor:
+        """Attends these prompts of a batch; ``(prompts, H, R, D)``, zeros in padding rows."""
+        keys, values = (states[self.prompts, :, self.columns] for states in (key, value))
+        out = tail_attention(query[self.prompts, :, self.rows], keys, values, knobs)
+        return F.pad(out, (0, 0, self.rows.start, 0))
+
+
+def find_tails(query: Rows, key: Rows) -> list[Tail]:
+    """Tails that hold the whole batch, or none if some prompt computes other rows than its last.
+
+    Few rows after many columns are left to a mask: it is small, and causal kernels would have
+    to be given rows for the columns too. One row of each prompt needs neither, where all are
+    equally long.
+
+    Args:
+        query: Facts of the computed rows, ``(B, R)``, padding before them.
+        key: Facts of the columns, ``(B, N)``, by order, padding after them.
+    """
+    rows = (query.kind != Kind.PAD).sum(1)
+    columns = (key.kind != Kind.PAD).sum(1)
+    counts = torch.stack([rows, columns], dim=1).tolist()
+    width = query.kind.shape[1]
+    if all(pair == counts[0] for pair in counts):
+        parts = [(slice(0, len(counts)), *counts[0])]
+    else:
+        parts = [(slice(i, i + 1), *pair) for i, pair in enumerate(counts)]
+    tails = [Tail(p, slice(width - r, width), slice(0, n)) for p, r, n in parts]
+    few = [rows for _, rows, n in parts if 4 * rows < 3 * n]
+    if few and (few != [1] or len(parts) > 1):
+        return []
+    return tails if all(_is_tail(query, key, tail) for tail in tails) else []
+
+
+def _is_tail(query: Rows, key: Rows, tail: Tail) -> bool:
+    count = tail.rows.stop - tail.rows.start
+    order = key.order[tail.prompts, tail.columns][:, -count:]
+    dense = (key.kind[tail.prompts, tail.columns] != Kind.PAD).all()
+    return bool(dense) and count > 0 and torch.equal(query.order[tail.prompts, tail.rows], order)

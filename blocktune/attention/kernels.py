@@ -1,6 +1,6 @@
 """Attention over given tensors: a causal square, or any rows under any mask.
 
-The only place that calls a kernel. Both functions honour soft-capping, which PyTorch's fused
+The only place that calls a kernel. All functions honour soft-capping, which PyTorch's fused
 kernel does not know, and share K/V heads among query heads without copying K/V.
 """
 
@@ -76,12 +76,32 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, knobs: Knobs) ->
     return torch.cat(blocks, dim=2)
 
 
+def tail_attention(query: Tensor, key: Tensor, value: Tensor, knobs: Knobs) -> Tensor:
+    """The last rows of a sequence attend causally over all of it.
+
+    Args:
+        query: ``(G, H, R, D)``, the last ``R`` of ``N`` rows.
+        key: ``(G, K, N, D)``.
+        value: ``(G, K, N, D)``.
+        knobs: Scaling, soft-capping and dropout.
+
+    Returns:
+        ``(G, H, R, D)``. One row alone sees everything; more get blank rows before them, since
+        PyTorch's causal kernel aligns rows and keys at the first of each.
+    """
+    rows, missing = query.shape[2], key.shape[2] - query.shape[2]
+    if rows == 1:
+        return masked_attention(query, key, value, None, knobs)
+    blank = F.pad(query, (0, 0, missing, 0))
+    return causal_attention(blank, key, value, knobs)[:, :, missing:]
+
+
 ROW_BLOCK = 512
 """Rows attended at a time where a mask is needed: bounds what is in memory at once."""
 
 
 def masked_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, knobs: Knobs
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, knobs: Knobs
 ) -> Tensor:
     """Rows attend to the keys that ``mask`` shows them.
 
@@ -91,7 +111,7 @@ def masked_attention(
         value: ``(G, K, N, D)``.
         mask: Broadcastable to ``(G, 1, R, N)``. Bool, True where visible, or (without
             soft-capping) additive in the dtype of ``query``. No row may be without a visible
-            key.
+            key. None shows all keys to all rows.
         knobs: Scaling, soft-capping and dropout.
 
     Returns:
@@ -102,6 +122,8 @@ def masked_attention(
             # Scores are recomputed in backward: kept, they would be rows x keys x heads.
             return checkpoint(plain_attention, query, key, value, mask, knobs, use_reentrant=False)
         return plain_attention(query, key, value, mask, knobs)
+    if query.is_cuda:
+        return folded_attention(query, key, value, mask, knobs)
     return F.scaled_dot_product_attention(
         query,
         key,
@@ -113,18 +135,60 @@ def masked_attention(
     )
 
 
+def folded_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, knobs: Knobs
+) -> Tensor:
+    """The fused kernel under a mask, query heads of one K/V head as rows below each other.
+
+    On CUDA no fused kernel takes both a mask and fewer K/V heads than query heads: with
+    ``enable_gqa`` PyTorch falls back to the one that copies K/V for every query head and keeps all
+    scores. Takes and returns what `masked_attention` does, without soft-capping.
+    """
+    groups, heads, rows, dim = query.shape
+    shared = heads // key.shape[1]
+    if shared > 1:
+        query = query.reshape(groups, key.shape[1], shared * rows, dim)
+        if mask is not None:
+            mask = mask.expand(groups, 1, rows, key.shape[2]).repeat(1, 1, shared, 1)
+    out = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, scale=knobs.scaling, dropout_p=knobs.dropout
+    )
+    return out.reshape(groups, heads, rows, -1)
+
+
 def plain_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, knobs: Knobs
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, knobs: Knobs
 ) -> Tensor:
     """Plain attention in float32 with capped scores; K/V heads are broadcast, not copied."""
+    scores = plain_scores(query, key, mask, knobs)
+    # A row that sees nothing (padding) would be NaN; it is nobody's key, so zeros do.
+    weights = torch.softmax(scores, dim=-1).masked_fill(scores == float("-inf"), 0.0)
+    return weighted_values(F.dropout(weights, knobs.dropout), value).to(query.dtype)
+
+
+def plain_scores(query: Tensor, key: Tensor, mask: Tensor | None, knobs: Knobs) -> Tensor:
+    """What softmax is taken of: scaled and capped, -inf where hidden.
+
+    Args:
+        query: ``(G, H, R, D)``.
+        key: ``(G, K, N, D)``.
+        mask: Bool, broadcastable to ``(G, 1, R, N)``, True where visible; None: everywhere.
+        knobs: Scaling and soft-capping.
+
+    Returns:
+        ``(G, H, R, N)`` float32.
+    """
     groups, heads, rows, dim = query.shape
-    shared = query.view(groups, key.shape[1], -1, rows, dim).float()
-    scores = shared @ key.float().transpose(-1, -2)[:, :, None] * knobs.scaling
+    shared = query.reshape(groups, key.shape[1], -1, dim).float()
+    scores = shared @ key.float().transpose(-1, -2) * knobs.scaling
     if knobs.softcap is not None:
         scores = torch.tanh(scores / knobs.softcap) * knobs.softcap
-    mask = mask.expand(groups, 1, rows, key.shape[2])[:, :, None]
-    scores = scores.masked_fill(~mask, float("-inf"))
-    # A row that sees nothing (padding) would be NaN; it is nobody's key, so zeros do.
-    weights = torch.softmax(scores, dim=-1).masked_fill(~mask, 0.0)
-    weights = F.dropout(weights, knobs.dropout)
-    return (weights @ value.float()[:, :, None]).to(query.dtype).reshape(groups, heads, rows, -1)
+    scores = scores.view(groups, heads, rows, -1)
+    return scores if mask is None else scores.masked_fill(~mask, float("-inf"))
+
+
+def weighted_values(weights: Tensor, value: Tensor) -> Tensor:
+    """Averages values ``(G, K, N, D)`` by ``(G, H, R, N)``, float32; returns ``(G, H, R, D)``."""
+    groups, heads, rows, keys = weights.shape
+    shared = weights.reshape(groups, value.shape[1], -1, keys)
+    return (shared @ value.float()).view(groups, heads, rows, -1)

@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from blocktune.attention.kernels import ROW_BLOCK, Knobs, masked_attention
 from blocktune.layout import LayerRule, Rows, visible
+
+
+class Block(NamedTuple):
+    """Rows next to each other, the keys that any of them sees, and who sees whom.
+
+    Attributes:
+        rows: Of the query rows.
+        keys: Of the keys.
+        mask: ``(G, 1, rows, keys)``, bool or additive.
+    """
+
+    rows: slice
+    keys: slice
+    mask: Tensor
 
 
 @dataclass(frozen=True)
@@ -24,6 +39,7 @@ class RowBand:
         superseded_until: `Layout.superseded_until` of the keys, ``(G, N)``.
         query_exists: False for padding among the query rows, ``(G, R)``.
         key_exists: False for padding among the keys, ``(G, N)``.
+        row_block: Rows of a block: the fewer, the fewer keys after a row it pays for.
     """
 
     query: Rows
@@ -31,6 +47,7 @@ class RowBand:
     superseded_until: Tensor
     query_exists: Tensor
     key_exists: Tensor
+    row_block: int = ROW_BLOCK
     _masks: dict = field(default_factory=dict, repr=False)
 
     def attend(
@@ -39,23 +56,39 @@ class RowBand:
         """Attends ``query`` ``(G, H, R, D)`` over ``(G, K, N, D)``; returns ``(G, H, R, D)``."""
         # Fused kernels add their mask: made here, all layers keep the same one for backward.
         kind = torch.bool if knobs.softcap is not None else query.dtype
-        if (rule, kind) not in self._masks:
-            self._masks[rule, kind] = self._blocks(rule, kind)
         outs = []
-        for rows, keys, mask in self._masks[rule, kind]:
+        for rows, keys, mask in self.blocks(rule, kind):
             block = masked_attention(
                 query[:, :, rows], key[:, :, keys], value[:, :, keys], mask, knobs
             )
             outs.append(block)
         return torch.cat(outs, dim=2) if len(outs) > 1 else outs[0]
 
-    def _blocks(self, rule: LayerRule, kind: torch.dtype) -> list[tuple[slice, slice, Tensor]]:
-        count = self.query.kind.shape[1]
-        starts = range(0, count, ROW_BLOCK)
-        blocks = (self._block(slice(a, min(a + ROW_BLOCK, count)), rule) for a in starts)
-        return [(rows, keys, _as(kind, mask)) for rows, keys, mask in blocks]
+    def blocks(self, rule: LayerRule, kind: torch.dtype) -> list[Block]:
+        """Blocks of rows with the keys they may see; made once per rule and kept.
 
-    def _block(self, rows: slice, rule: LayerRule) -> tuple[slice, slice, Tensor]:
+        Args:
+            rule: The layer's part of the rule.
+            kind: Of the masks: bool, or the dtype of an additive mask.
+        """
+        if (rule, kind) not in self._masks:
+            self._masks[rule, kind] = self._cut(rule, kind)
+        return self._masks[rule, kind]
+
+    def pairs(self, window: int | None) -> Tensor | None:
+        """Scores that one layer makes for each of ``G``, ``(G,)``; None if none did by blocks."""
+        made = (blocks for (rule, _), blocks in self._masks.items() if rule.window == window)
+        if (blocks := next(made, None)) is None:
+            return None
+        spans = (self.query_exists[:, b.rows].sum(1) * (b.keys.stop - b.keys.start) for b in blocks)
+        return sum(spans)
+
+    def _cut(self, rule: LayerRule, kind: torch.dtype) -> list[Block]:
+        count, step = self.query.kind.shape[1], self.row_block
+        blocks = (self._block(slice(a, min(a + step, count)), rule) for a in range(0, count, step))
+        return [Block(rows, keys, _as(kind, mask)) for rows, keys, mask in blocks]
+
+    def _block(self, rows: slice, rule: LayerRule) -> Block:
         exists = self.query_exists[:, rows]
         order = self.query.order[:, rows]
         seen = self.key_exists & (self.key.order <= _last(order, exists)[:, None])
@@ -73,7 +106,7 @@ class RowBand:
         # Rows that see nothing (padding, ended rows) get one key: a kernel may return NaN for
         # an empty row, and nobody reads theirs.
         mask[..., 0] |= ~mask.any(-1)
-        return rows, keys, mask[:, None]
+        return Block(rows, keys, mask[:, None])
 
 
 def _as(kind: torch.dtype, mask: Tensor) -> Tensor:

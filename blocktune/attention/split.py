@@ -54,10 +54,19 @@ class SplitPlan:
     """Attention by segments; exact, differentiable, on any device."""
 
     def __init__(self, layout: Layout):
-        """Finds the segments of ``layout`` (on the CPU, once per batch) and stacks them."""
+        """Finds the segments of ``layout`` (on the CPU, once per batch) and stacks them.
+
+        Raises:
+            ValueError: If the layout holds nothing but padding.
+        """
         self.shape = layout.kind.shape
         self._layered = layout.is_layered
         segments = find_segments(layout.to("cpu"))
+        if not segments:
+            raise ValueError(
+                f"all {layout.batch_size} x {layout.num_rows} rows (batch x rows) are padding: "
+                "there is nothing to attend; leave empty prompts out of the batch"
+            )
         buckets = [_stack(bucket, layout) for bucket in _by_length(segments)]
         self._own = [bucket for bucket in buckets if bucket.own]
         self._wide = [bucket for bucket in buckets if not bucket.own]

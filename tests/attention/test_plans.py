@@ -1,5 +1,7 @@
 """What every plan promises besides equality: no future, no N x N tensor, clear refusals."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from families import FAMILIES, HEAD, VOCAB, build
@@ -148,6 +150,13 @@ def test_flex_refuses_what_it_cannot_do():
         FlexPlan(some).attend(query, key, value, LayerRule(), Knobs(0.25, dropout=0.1))
     with pytest.raises(ValueError, match="no backward on a CPU"):
         FlexPlan(some).attend(query.requires_grad_(), key, value, LayerRule(), KNOBS)
+
+
+def test_a_batch_of_nothing_but_padding_is_refused():
+    some = LAYOUTS["ragged"]()
+    empty = replace(some, kind=torch.zeros_like(some.kind))
+    with pytest.raises(ValueError, match=r"all 1 x 48 rows .* are padding"):
+        SplitPlan(empty)
 
 
 def test_unknown_execution_is_named():
