@@ -12,6 +12,8 @@ from blocktune.commands import (
     data,
     encode,
     evaluate,
+    intervals,
+    figure,
     merge,
     methods,
     push,
@@ -40,6 +42,8 @@ check.add_to(app)
 data.add_to(app)
 encode.add_to(app)
 evaluate.add_to(app)
+intervals.add_to(app)
+figure.add_to(app)
 merge.add_to(app)
 methods.add_to(app)
 push.add_to(app)

@@ -1,4 +1,4 @@
-"""`blocktune eval`."""
+"""`blocktune eval`, `eval compare`, `eval report`, `eval traces`."""
 
 from __future__ import annotations
 
@@ -8,66 +8,120 @@ from typing import Annotated
 
 import typer
 
-from blocktune.commands.options import quiet_libraries, teach
+from blocktune.commands.options import AsJson, Device, Dtype, quiet_libraries, teach
+
+EXAMPLES = teach(
+    "blocktune eval --suite eval/suites/quick.yaml --output out/quick",
+    "blocktune eval --suite eval/suites/quick.yaml --output out/try --limit 20",
+    "A run that was stopped goes on where it was: repeat the command. On several GPUs:",
+    "  accelerate launch -m blocktune.evaluation --suite SUITE --output out/run",
+    "blocktune eval compare out/before out/after",
+    "blocktune eval report out/quick",
+)
+Run = Annotated[Path, typer.Argument(help="The --output folder of a finished run.")]
 
 
 def add_to(app: typer.Typer) -> None:
-    """Registers the command."""
-    app.command(
-        "eval",
+    """Registers the command and what stands under it."""
+    group = typer.Typer(rich_markup_mode="rich")
+    group.callback(invoke_without_command=True, epilog=EXAMPLES)(evaluate)
+    group.command("compare", epilog=teach("blocktune eval compare out/before out/after"))(compare)
+    group.command("report", epilog=teach("blocktune eval report out/quick"))(report)
+    group.command(
+        "traces",
         epilog=teach(
-            "blocktune eval --suite eval/suites/quick.yaml --output out/quick",
-            "blocktune eval --suite eval/suites/quick.yaml --output out/try --limit 20",
-            "A run that was stopped goes on where it was: repeat the command.",
+            "blocktune eval traces --trace eval/suites/traces.yaml --output out/traces",
         ),
-    )(evaluate)
+    )(traces)
+    app.add_typer(group, name="eval")
 
 
 def evaluate(
-    suite: Annotated[Path, typer.Option(help="YAML of what to run; see eval/suites/.")],
-    output: Annotated[Path, typer.Option(help="Folder for rows, results.json and the picture.")],
+    context: typer.Context,
+    suite: Annotated[
+        Path | None, typer.Option(help="YAML of what to run; see eval/suites/.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for rows, results.json and the picture.")
+    ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Only the first questions of each task.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="Instead of the suite's model.")] = None,
     device: Annotated[str | None, typer.Option(help="Instead of the suite's device.")] = None,
+    quantize: Annotated[
+        str | None, typer.Option(help="nf4 or int8, instead of the suite's quantisation.")
+    ] = None,
 ) -> None:
     """Compare methods on the same questions: accuracy with intervals, cost, time to first token."""
-    from blocktune.evaluation.suite import load_suite
+    if context.invoked_subcommand is not None:
+        return
+    if suite is None or output is None:
+        raise ValueError("`blocktune eval` needs --suite FILE and --output FOLDER")
+    from blocktune.evaluation.suite import changed, load_suite
 
-    loaded = load_suite(suite)
-    if limit:
-        loaded = replace(loaded, tasks=tuple(replace(task, limit=limit) for task in loaded.tasks))
-    loaded = replace(loaded, model=model or loaded.model, device=device or loaded.device)
+    loaded = changed(load_suite(suite), limit, model, device, quantize)
     run_and_show(loaded, output, title=suite.stem)
 
 
-def run_and_show(suite, output: Path, title: str, command: list[str] | None = None) -> dict:
-    """Runs a suite, prints its table and draws its picture; returns the results.
+def run_and_show(suite, output: Path, title: str, command: list[str] | None = None) -> dict | None:
+    """Runs a suite, prints its table and draws its picture; see `evaluation.show`."""
+    quiet_libraries()
+    from blocktune.evaluation import show
 
-    Args:
-        suite: A `Suite`.
-        output: Folder for all of it.
-        title: Above the table.
-        command: What the user typed, for the provenance; by default ``sys.argv``.
-    """
+    return show.run_and_show(suite, output, title, command)
+
+
+def compare(
+    before: Run,
+    after: Run,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Compare two runs method by method, on the questions that both answered."""
+    import json
+
     from rich.console import Console
 
-    from blocktune.evaluation.figures import draw_results
-    from blocktune.evaluation.runner import RESULTS, run_suite
-    from blocktune.evaluation.table import results_table
+    from blocktune.evaluation.compare import compare, compare_table
 
-    quiet_libraries()
-    results = run_suite(suite, output, command=command)
-    picture = draw_results(results, output / "results.png", _caption(results, suite.model))
+    changes = compare(before, after, seed=seed)
+    if as_json:
+        typer.echo(json.dumps([change._asdict() for change in changes], indent=2))
+        return
     console = Console()
-    if not console.is_terminal:
-        console = Console(width=100)  # what the table is made for, in a file or a pipe
-    console.print(results_table(results, title))
-    console.print(f"[dim]{output / RESULTS}  {picture}  {output / 'rows'}/[/dim]")
-    return results
+    console = console if console.is_terminal else Console(width=110)
+    console.print(compare_table(changes, {"before": before.name, "after": after.name}))
 
 
-def _caption(results: dict, model: str) -> str:
-    count = max(summary["n"] for summary in results["methods"].values())
-    return f"{Path(model).name}, {count:,} questions; bars are 95 % intervals"
+def report(
+    run: Run,
+    title: Annotated[str | None, typer.Option(help="Of the page; by default the folder's.")] = None,
+) -> None:
+    """Write the report of a run: one HTML file without network, and its pictures as PNGs."""
+    from blocktune.evaluation.report import write_report
+
+    typer.echo(write_report(run, title))
+
+
+def traces(
+    trace: Annotated[Path, typer.Option(help="YAML of the traces; see eval/suites/traces.yaml.")],
+    output: Annotated[Path, typer.Option(help="Folder for traces.json and the picture.")],
+    model: Annotated[str | None, typer.Option(help="Instead of the file's model.")] = None,
+    requests: Annotated[int | None, typer.Option(min=1, help="Only the first requests.")] = None,
+    dtype: Dtype | None = None,
+    device: Device = None,
+) -> None:
+    """Serve traces in which chunks return: storage against accuracy against time."""
+    quiet_libraries()
+    from rich.console import Console
+
+    from blocktune.evaluation.trace_run import run_traces, traces_table
+    from blocktune.evaluation.traces import load_traces
+
+    loaded = load_traces(trace)
+    given = {"model": model, "requests": requests, "dtype": dtype, "device": device}
+    loaded = replace(loaded, **{name: value for name, value in given.items() if value is not None})
+    console = Console()
+    console = console if console.is_terminal else Console(width=110)
+    console.print(traces_table(run_traces(loaded, output)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from blocktune.evaluation.results import FLOOR, ORACLE
+from blocktune.evaluation.results import FLOOR, ORACLE, plain_label
 
 
 def findings(results: Mapping[str, Any]) -> list[str]:
@@ -18,7 +18,7 @@ def findings(results: Mapping[str, Any]) -> list[str]:
         results: What `build_results` returned.
     """
     methods = results["methods"]
-    baselines = (_base(methods, ORACLE), _base(methods, FLOOR))
+    baselines = (plain_label(results, ORACLE), plain_label(results, FLOOR))
     if None in baselines:
         return []
     full, naive = baselines
@@ -31,9 +31,33 @@ def findings(results: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _base(methods: Mapping[str, Any], name: str) -> str | None:
-    plain = (n for n, m in methods.items() if m["method"] == name and m["adapter"] is None)
-    return next(plain, None)
+def power_notes(results: Mapping[str, Any]) -> list[str]:
+    """Sentences about what this many questions cannot tell apart.
+
+    Methods are compared with full prefill and naive reuse; a difference that Holm's correction
+    leaves within chance is named with the number of questions that would show it.
+
+    Args:
+        results: What `build_results` returned.
+    """
+    notes = []
+    for other in filter(None, (plain_label(results, name) for name in (ORACLE, FLOOR))):
+        unclear = [
+            (label, minus["mean"], minus["n_needed"])
+            for label, summary in results["methods"].items()
+            if (minus := summary["score_minus"].get(other)) and _is_unclear(minus, summary["n"])
+        ]
+        if unclear:
+            named = "; ".join(
+                f"{n}: {_points(mean)}, needs {needed:,}" for n, mean, needed in unclear
+            )
+            count = next(iter(results["methods"].values()))["n"]
+            notes.append(f"{count:,} questions are too few to tell from {other}: {named}.")
+    return notes
+
+
+def _is_unclear(minus: Mapping[str, Any], n: int) -> bool:
+    return minus["p_holm"] >= 0.05 and minus["n_needed"] is not None and minus["n_needed"] > n
 
 
 def _loss(methods: Mapping[str, Any], full: str, naive: str) -> str:

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 from blocktune.data import RagExample, load_examples
 from blocktune.engine import Engine
 from blocktune.evaluation.sanity import check_prompts
-from blocktune.evaluation.suite import MethodSpec, Suite, TaskSpec
+from blocktune.evaluation.suite import MethodSpec, Suite
+from blocktune.evaluation.task import TaskSpec
 from blocktune.evaluation.ttft import fill
-from blocktune.reuse import Method, build
+from blocktune.reuse import Method, build_entry
 
 Load = Callable[[Suite, str | None], Any]
 """``(suite, adapter) -> engine``."""
@@ -35,6 +36,7 @@ class Ready:
         engines: Adapter (None is the base) -> engine; all stay loaded, to be timed in turn.
         questions: Of all tasks, in order.
         timed: Examples that time to first token is measured on; empty if it is not.
+        worded: (adapter, task) -> the engine in the task's wording.
     """
 
     suite: Suite
@@ -42,15 +44,26 @@ class Ready:
     engines: Mapping[str | None, Any]
     questions: tuple[Question, ...]
     timed: tuple[RagExample, ...]
+    worded: Mapping[tuple[str | None, str], Any]
 
-    def answer(self, spec: MethodSpec, examples: list[RagExample], **decoding) -> list[Any]:
-        """Asks the engine that has the method's weights; see `Engine.answer`."""
-        return self.engines[spec.adapter].answer(examples, self.methods[spec.label], **decoding)
+    def engine(self, spec: MethodSpec, task: TaskSpec) -> Any:
+        """The engine that has the method's weights and asks in the task's wording."""
+        return self.worded[spec.adapter, task.name]
+
+    def of(self, task: TaskSpec, limit: int | None = None) -> list[RagExample]:
+        """The examples of a task."""
+        return [q.example for q in self.questions if q.task is task][:limit]
 
 
 def load_engine(suite: Suite, adapter: str | None) -> Engine:
     """The base model of a suite, with one of its adapters or none."""
-    return Engine.from_pretrained(suite.model, adapter, dtype=suite.dtype, device=suite.device)
+    return Engine.from_pretrained(
+        suite.model,
+        adapter,
+        dtype=suite.dtype,
+        device=suite.device,
+        quantize=suite.quantize,
+    )
 
 
 def prepare(suite: Suite, load: Load = load_engine) -> Ready:
@@ -60,25 +73,49 @@ def prepare(suite: Suite, load: Load = load_engine) -> Ready:
         ValueError: If a method is unknown or not made for its weights, a question has no answer,
             a prompt is unsound, or one does not fit into the model's context.
     """
-    methods = {spec.label: build(spec.name, **spec.params) for spec in suite.methods}
-    questions = _questions(suite)
+    methods = {spec.label: built(spec) for spec in suite.methods}
     adapters = dict.fromkeys(spec.adapter for spec in suite.methods)
     engines = {adapter: load(suite, adapter) for adapter in adapters}
-    ready = Ready(suite, methods, engines, questions, _timed(suite, questions))
-    check_prompts({name or "base": e for name, e in engines.items()}, questions[0].example)
+    questions = _questions(suite, next(iter(engines.values())).tokenizer)
+    worded = _worded(suite, engines)
+    timed = _timed(suite, questions)
+    ready = Ready(suite, methods, engines, questions, timed, worded)
+    for task in suite.tasks:
+        named = {adapter or "base": worded[adapter, task.name] for adapter in adapters}
+        check_prompts(named, ready.of(task, 1)[0])
     _check_fit(ready)
     return ready
 
 
-def _questions(suite: Suite) -> tuple[Question, ...]:
+def built(spec: MethodSpec) -> Method:
+    """The method that an entry of a suite names."""
+    return build_entry(spec.entry())
+
+
+def _worded(suite: Suite, engines: Mapping[str | None, Any]) -> dict[tuple[str | None, str], Any]:
+    """One engine for each wording: tasks that share it share the caches of exact prefixes too."""
+    made: dict[tuple, Any] = {}
+    worded = {}
+    for task in suite.tasks:
+        for adapter, engine in engines.items():
+            words = task.format()
+            if (adapter, words) not in made:
+                made[adapter, words] = engine if words is None else engine.reworded(words)
+            worded[adapter, task.name] = made[adapter, words]
+    return worded
+
+
+def _questions(suite: Suite, tokenizer: Any) -> tuple[Question, ...]:
     questions = []
     for task in suite.tasks:
-        for index, example in enumerate(load_examples(task.source, limit=task.limit)):
+        source = task.full_source()
+        examples = load_examples(source, limit=task.limit, tokenizer=tokenizer)
+        if not examples:
+            raise ValueError(f"no question in {source}")
+        for index, example in enumerate(examples):
             if not example.answers:
-                raise ValueError(f"{task.source}: question {index + 1} has no answer to score with")
+                raise ValueError(f"{source}: question {index + 1} has no answer to score with")
             questions.append(Question(task, example, f"{task.name}/{index}"))
-    if not questions:
-        raise ValueError(f"no question in {', '.join(task.source for task in suite.tasks)}")
     return tuple(questions)
 
 
@@ -90,15 +127,17 @@ def _timed(suite: Suite, questions: tuple[Question, ...]) -> tuple[RagExample, .
 
 
 def _check_fit(ready: Ready) -> None:
-    """Lays out every prompt once for each set of weights and kind of layout."""
+    """Lays out every prompt once for each set of weights, wording and kind of layout."""
     done = set()
     for spec in ready.suite.methods:
-        method, make = ready.methods[spec.label], ready.engines[spec.adapter].prompts
-        layout = make.spec(method)
+        method, first = ready.methods[spec.label], ready.suite.tasks[0]
+        layout = ready.engine(spec, first).prompts.spec(method)
         if (spec.adapter, layout) in done or not method.keeps_context:
             continue
         done.add((spec.adapter, layout))
         for task, example, _ in ready.questions:
+            make = ready.engine(spec, task).prompts
             make.prompt(make.pieces(example, method), layout, task.max_new_tokens)
+        make = ready.engine(spec, first).prompts
         for example in ready.timed:
             make.prompt(make.pieces(example, method), layout, 1)

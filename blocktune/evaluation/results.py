@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from statistics import fmean
 from typing import Any
 
 from blocktune.data.worlds import QUESTION_KINDS
-from blocktune.evaluation.metrics import adjusted_f1
+from blocktune.evaluation.budget import matched, pareto
 from blocktune.evaluation.rows import Row
-from blocktune.evaluation.statistics import PairedBootstrap, mcnemar_exact
 from blocktune.evaluation.suite import Suite
+from blocktune.evaluation.summary import summarize
+from blocktune.evaluation.sweeps import sweeps
 from blocktune.evaluation.ttft import TtftSummary
 
 CI95_OF = "em"
@@ -23,26 +23,30 @@ def build_results(
     rows: Mapping[str, Sequence[Row]],
     ttft: Mapping[str, TtftSummary],
     provenance: Mapping[str, Any],
+    fidelity: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Summarises a finished run.
 
     The baselines are full prefill and naive reuse *on the base model*: adjusted F1 keeps the
     questions that the first scores on, and ``gap_recovered`` is the share of the way from the
     second to the first. Both are None where the suite lacks a baseline or there is no gap.
+    ``score`` is each task's own headline metric; ``em`` is always exact match.
 
     Args:
         suite: What was run.
         rows: Label -> one row per question, in the same order for all.
         ttft: Label -> measured times; labels may be missing.
         provenance: Where the numbers come from.
+        fidelity: Label -> closeness to full prefill; empty if it was not measured.
 
     Returns:
-        Plain JSON types: ``{"methods": {LABEL: {...}}, "provenance": {...}}``.
+        Plain JSON types: ``{"methods": {LABEL: {...}}, "tasks": {NAME: {...}}, "budget": {...},
+        "sweeps": {...}, "provenance": {...}}``.
     """
-    full, naive = _base_label(suite, ORACLE), _base_label(suite, FLOOR)
-    whole = _summaries(rows, full, naive, suite.seed)
+    full, naive = base_label(suite, ORACLE), base_label(suite, FLOOR)
+    whole = summarize(rows, full, naive, suite.seed)
     groups = {
-        name: _summaries(_take(rows, members), full, naive, suite.seed)
+        name: summarize(_take(rows, members), full, naive, suite.seed)
         for name, members in _groups(suite, next(iter(rows.values()))).items()
     }
     methods = {}
@@ -53,48 +57,26 @@ def build_results(
             {"method": spec.name, "adapter": spec.adapter}
             | whole[label]
             | _times(ttft.get(label), ttft.get(full))
-            | {"tasks": tasks}
+            | {"fidelity": (fidelity or {}).get(label), "tasks": tasks}
         )
-    return {"methods": methods, "provenance": {**provenance, "ci95_of": CI95_OF}}
+    return {
+        "methods": methods,
+        "tasks": {task.name: _about(task) for task in suite.tasks},
+        "budget": {"pareto": pareto(methods), "matched": matched(methods)},
+        "sweeps": sweeps(rows),
+        "provenance": {**provenance, "ci95_of": CI95_OF},
+    }
 
 
-def _summaries(
-    rows: Mapping[str, Sequence[Row]], full: str | None, naive: str | None, seed: int
-) -> dict[str, dict[str, Any]]:
-    """Label -> scores over all of ``rows``; one bootstrap serves every method."""
-    em = {label: [row.em for row in own] for label, own in rows.items()}
-    bootstrap = PairedBootstrap(em, seed=seed)
-    summaries = {}
-    for label, own in rows.items():
-        kept, num_kept = None, None
-        if full:
-            kept, num_kept = adjusted_f1([r.f1 for r in own], [r.f1 for r in rows[full]])
-        gap = bootstrap.recovered_gap(label, naive, full) if full and naive else None
-        mean, low, high = bootstrap.mean(label)
-        summaries[label] = {
-            "em": mean,
-            "f1": fmean(row.f1 for row in own),
-            "substring_em": fmean(row.substring_em for row in own),
-            "adjusted_f1": kept,
-            "ci95": [low, high],
-            "n": len(own),
-            "n_kept": num_kept,
-            "recompute_ratio": fmean(row.recompute_ratio for row in own),
-            "gap_recovered": gap and gap.mean,
-            "gap_recovered_ci95": gap and [gap.low, gap.high],
-            "em_minus": {
-                other: _difference(bootstrap, em, label, other) for other in em if other != label
-            },
-        }
-    return summaries
-
-
-def _difference(
-    bootstrap: PairedBootstrap, em: Mapping[str, Sequence[float]], label: str, other: str
-) -> dict[str, Any]:
-    """How far one method is above another; p is McNemar's, for one comparison, not for many."""
-    mean, low, high = bootstrap.difference(label, other)
-    return {"mean": mean, "ci95": [low, high], "p": mcnemar_exact(em[label], em[other])}
+def _about(task: Any) -> dict[str, Any]:
+    """What a reader needs to know a task by."""
+    return {
+        "metric": task.metric,
+        "title": task.headline.title,
+        "version": task.version,
+        "source": task.full_source(),
+        "cite": task.cite,
+    }
 
 
 def _times(own: TtftSummary | None, full: TtftSummary | None) -> dict[str, Any]:
@@ -130,7 +112,14 @@ def _take(rows: Mapping[str, Sequence[Row]], members: Sequence[int]) -> dict[str
     return {label: [own[index] for index in members] for label, own in rows.items()}
 
 
-def _base_label(suite: Suite, name: str) -> str | None:
+def base_label(suite: Suite, name: str) -> str | None:
     """Label of a method on the base model with its default parameters."""
-    plain = (m for m in suite.methods if m.name == name and m.adapter is None and not m.params)
+    plain = (m for m in suite.methods if m.name == name and m.is_plain)
     return next((spec.label for spec in plain), None)
+
+
+def plain_label(results: Mapping[str, Any], name: str) -> str | None:
+    """Label of a method on the base model in finished results."""
+    methods = results["methods"]
+    plain = (n for n, m in methods.items() if m["method"] == name and m["adapter"] is None)
+    return next(plain, None)

@@ -1,18 +1,18 @@
-"""One row per question and method, on disk as soon as it is known, so that a run can resume."""
+"""One row per question and method: what was asked, answered, scored and spent."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from blocktune.data import RagExample
-from blocktune.evaluation.files import replace_text
-from blocktune.evaluation.metrics import extract_answer, score
-from blocktune.evaluation.suite import MethodSpec, TaskSpec
+from blocktune.evaluation.code import code_digest
+from blocktune.evaluation.metrics import METRICS, extract_answer, score
+from blocktune.evaluation.suite import MethodSpec
+from blocktune.evaluation.task import TaskSpec
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,11 @@ class Row:
         f1: Word F1.
         substring_em: Substring match, 0 or 1.
         recompute_ratio: Share of context tokens recomputed, over all layers.
-        account: Context tokens, tokens recomputed per layer, cache hits and misses.
+        account: Everything that `Account` counts; no times.
+        score: The task's headline metric.
+        scores: Its further metrics, by name.
+        prompt_hash: Digest of the prompt's token ids.
+        place: Where the evidence stands among the chunks, from 0 (first) to 1 (last), or None.
     """
 
     key: str
@@ -44,31 +48,41 @@ class Row:
     substring_em: float
     recompute_ratio: float
     account: Mapping[str, Any]
+    score: float
+    scores: Mapping[str, float] = field(default_factory=dict)
+    prompt_hash: str = ""
+    place: float | None = None
 
 
 def row_key(method: MethodSpec, task: TaskSpec, example: RagExample, fingerprint: str) -> str:
-    """Digest of weights, method, decoding and question: equal keys mean equal answers.
+    """Digest of weights, method, code, wording, decoding and question: equal keys, equal rows.
 
     Args:
         method: What answers; its label and the adapter's path do not count.
-        task: How the answer is decoded and scored.
+        task: How the answer is asked, decoded and scored.
         example: The question with its chunks and accepted answers.
         fingerprint: Of the weights, tokenizer, prompt format and dtype; see `Engine`.
     """
+    entry = method.entry()
+    if "preset" in entry:  # then the name is but a label
+        del entry["name"]
     parts = {
-        "method": [method.name, dict(method.params)],
-        "task": [task.name, task.answer_marker, task.max_new_tokens],
+        "method": entry,
+        "task": task.decides(),
         "example": example.to_json(),
         "weights": fingerprint,
+        "code": code_digest(),
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+    return digest_of(parts)
 
 
-def make_row(key: str, task: TaskSpec, example: RagExample, name: str, answer: Any) -> Row:
+def make_row(
+    key: str, task: TaskSpec, example: RagExample, name: str, answer: Any, engine: Any, method: Any
+) -> Row:
     """Scores an `Answer` of the engine; ``name`` identifies a question that has no id."""
     account = answer.account
-    extracted = extract_answer(answer.text, task.answer_marker)
-    counted = ("context_tokens", "layer_tokens", "bytes_read", "chunk_hits", "chunk_misses")
+    extracted = extract_answer(task.cut(answer.text), task.answer_marker)
+    scores = scores_of(task, answer.text, example, engine.tokenizer)
     return Row(
         key=key,
         task=task.name,
@@ -78,55 +92,39 @@ def make_row(key: str, task: TaskSpec, example: RagExample, name: str, answer: A
         answer=extracted,
         **score(extracted, example.answers)._asdict(),
         recompute_ratio=account.recompute_ratio,
-        account={field: getattr(account, field) for field in counted},
+        account={
+            f.name: getattr(account, f.name)
+            for f in fields(account)
+            if not f.name.startswith("ttft")
+        },
+        score=scores[task.metric],
+        scores={metric: scores[metric] for metric in task.metrics},
+        prompt_hash=prompt_hash(engine, method, example),
+        place=place_of(example),
     )
 
 
-class RowFile:
-    """The rows of one method: a JSONL file that only grows while a run lasts.
-
-    Opening it keeps the rows of this run, drops those of another one (other weights, other
-    questions), and a last line that a stopped run left half-written.
-
-    Args:
-        path: The file; made with its folder when it does not exist.
-        keys: `row_key` of every row of this run, in order.
-    """
-
-    def __init__(self, path: Path, keys: Iterable[str]):
-        self._path, self._keys = path, list(keys)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        wanted = set(self._keys)
-        self._rows = {row.key: row for row in _read(path) if row.key in wanted}
-        replace_text(path, "".join(map(_line, self._rows.values())))
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._rows
-
-    def append(self, rows: Iterable[Row]) -> None:
-        """Adds rows and hands them to the operating system before it returns."""
-        new = [row for row in rows if row.key not in self._rows]
-        with self._path.open("a", encoding="utf-8") as out:
-            out.write("".join(map(_line, new)))
-        self._rows |= {row.key: row for row in new}
-
-    def rows(self) -> list[Row]:
-        """All rows in the order of the questions; a `KeyError` if one is not answered yet."""
-        return [self._rows[key] for key in self._keys]
+def scores_of(task: TaskSpec, text: str, example: RagExample, tokenizer: Any) -> dict[str, float]:
+    """The task's headline metric and its further ones, of one output."""
+    scored = task.cut(text)
+    names = dict.fromkeys((task.metric, *task.metrics))
+    return {name: METRICS[name].score(scored, example.answers, tokenizer) for name in names}
 
 
-def _line(row: Row) -> str:
-    return json.dumps(asdict(row), ensure_ascii=False) + "\n"
+def prompt_hash(engine: Any, method: Any, example: RagExample) -> str:
+    """Digest of the token ids that the method reads: prefix, chunks and question."""
+    return digest_of(engine.prompts.pieces(example, method)[:3])
 
 
-def _read(path: Path) -> Iterable[Row]:
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    for number, line in enumerate(lines, start=1):
-        if not line.endswith("\n"):
-            return  # the run was stopped while it wrote this line
-        try:
-            yield Row(**json.loads(line))
-        except (json.JSONDecodeError, TypeError) as error:
-            raise ValueError(
-                f"{path}, line {number}: not a row of this version ({error}); move it away"
-            ) from None
+def place_of(example: RagExample) -> float | None:
+    """Mean place of the supporting chunks, 0 for the first and 1 for the last chunk."""
+    last = len(example.chunks) - 1
+    if not example.supporting or last == 0:
+        return None
+    return sum(example.supporting) / len(example.supporting) / last
+
+
+def digest_of(value: Any) -> str:
+    """Sixteen hexadecimal digits that stand for a JSON value."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -9,25 +9,24 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress
 
+from blocktune.evaluation.code import code_digest
+from blocktune.evaluation.fidelity import measure_fidelity
 from blocktune.evaluation.files import replace_json
 from blocktune.evaluation.prepare import Load, Question, Ready, load_engine, prepare
-from blocktune.evaluation.provenance import provenance
+from blocktune.evaluation.processes import Processes
+from blocktune.evaluation.progress import progress_bars
 from blocktune.evaluation.results import build_results
-from blocktune.evaluation.rows import Row, RowFile, make_row, row_key
+from blocktune.evaluation.row_files import ROWS, RowFile
+from blocktune.evaluation.rows import Row, digest_of, make_row, row_key
 from blocktune.evaluation.suite import MethodSpec, Suite
 from blocktune.evaluation.ttft import TtftSummary, measure_ttft
+from blocktune.provenance import hardware, provenance, versions
 
 RESULTS = "results.json"
 TTFT = "ttft.json"
+FIDELITY = "fidelity.json"
 
 
 def run_suite(
@@ -37,8 +36,12 @@ def run_suite(
     command: list[str] | None = None,
     console: Console | None = None,
     load: Load = load_engine,
-) -> dict[str, Any]:
+    processes: Processes | None = None,
+) -> dict[str, Any] | None:
     """Answers, times and scores; a run that was stopped goes on where it was.
+
+    Rows do not depend on where a run was stopped nor on how many processes share it: batches are
+    always the same ones, and each is answered from empty caches.
 
     Args:
         suite: What to run.
@@ -46,46 +49,80 @@ def run_suite(
         command: What the user typed, for the provenance.
         console: Where progress is shown; standard error by default.
         load: How weights are loaded.
+        processes: Those that share the run; by default this one alone.
 
     Returns:
-        What ``results.json`` holds; see `build_results`.
+        What ``results.json`` holds, see `build_results`; None in all processes but the main one.
 
     Raises:
         ValueError: In one line and before the first question, if anything cannot be run.
     """
+    processes = processes or Processes()
     output, ready = Path(output), prepare(suite, load)
-    with _progress(console or Console(stderr=True)) as progress:
-        rows = {s.label: _answer_all(ready, s, output, progress) for s in suite.methods}
+    files = {spec.label: _open(ready, spec, output, processes) for spec in suite.methods}
+    processes.wait()  # nobody writes before all have read
+    with progress_bars(console, shown=processes.is_main) as progress:
+        _answer_all(ready, files, processes, progress)
+        processes.wait()
+        if not processes.is_main:
+            return None
+        rows = {label: file.merge() for label, file in files.items()}
         ttft = _time_all(ready, rows, output, progress)
-    results = build_results(suite, rows, ttft, provenance(suite.seed, command))
+        fidelity = _measure_fidelity(ready, rows, output, progress)
+    results = build_results(suite, rows, ttft, provenance(suite.seed, command), fidelity)
     replace_json(output / RESULTS, results)
     return results
 
 
-def _answer_all(ready: Ready, spec: MethodSpec, output: Path, progress: Progress) -> list[Row]:
+def keys_of(measured: str, spec: Any, rows: Mapping[str, Sequence[Row]], num: int) -> str:
+    """Digest of what decides a measurement: its rows, how it is made, the machine and versions."""
+    first = {label: [row.key for row in own[:num]] for label, own in rows.items()}
+    return digest_of([measured, spec, first, code_digest(), hardware(), versions()])
+
+
+def _open(ready: Ready, spec: MethodSpec, output: Path, processes: Processes) -> RowFile:
     fingerprint = ready.engines[spec.adapter].fingerprint
     keys = [row_key(spec, q.task, q.example, fingerprint) for q in ready.questions]
-    file = RowFile(output / "rows" / f"{spec.label}.jsonl", keys)
-    bar = progress.add_task(spec.label, total=len(keys))
-    keyed = list(zip(keys, ready.questions, strict=True))
-    for batch in _batches(keyed, ready.suite.batch_size):
-        if not all(key in file for key, _ in batch):
-            file.append(_answer_batch(ready, spec, batch))
-        progress.advance(bar, len(batch))
-    return file.rows()
+    (output / ROWS).mkdir(parents=True, exist_ok=True)
+    return RowFile(output / ROWS, spec.label, keys, processes.rank)
+
+
+def _answer_all(
+    ready: Ready, files: Mapping[str, RowFile], processes: Processes, progress: Progress
+) -> None:
+    methods = ready.suite.methods
+    work = [_missing(ready, files[spec.label], processes) for spec in methods]
+    whole = progress.add_task("all methods", total=sum(map(_count, work)))
+    for spec, batches in zip(methods, work, strict=True):
+        bar = progress.add_task(spec.label, total=_count(batches))
+        for batch in batches:
+            files[spec.label].append(_answer_batch(ready, spec, batch))
+            progress.advance(bar, len(batch))
+            progress.advance(whole, len(batch))
 
 
 def _answer_batch(
     ready: Ready, spec: MethodSpec, batch: Sequence[tuple[str, Question]]
 ) -> list[Row]:
     task, examples = batch[0][1].task, [question.example for _, question in batch]
-    answers = ready.answer(
-        spec, examples, max_new_tokens=task.max_new_tokens, batch_size=len(examples)
+    engine, method = ready.engine(spec, task), ready.methods[spec.label]
+    engine.forget()  # what other questions left in the caches must not show in a row
+    answers = engine.answer(
+        examples, method, max_new_tokens=task.max_new_tokens, batch_size=len(examples)
     )
     return [
-        make_row(key, task, question.example, question.name, answer)
+        make_row(key, task, question.example, question.name, answer, engine, method)
         for (key, question), answer in zip(batch, answers, strict=True)
     ]
+
+
+def _missing(
+    ready: Ready, file: RowFile, processes: Processes
+) -> Sequence[list[tuple[str, Question]]]:
+    """This process's share of the batches that are not answered yet."""
+    keyed = list(zip(file.keys, ready.questions, strict=True))
+    batches = _batches(keyed, ready.suite.batch_size)
+    return processes.share([b for b in batches if not all(key in file for key, _ in b)])
 
 
 def _batches(
@@ -100,17 +137,20 @@ def _batches(
         start += len(batch)
 
 
+def _count(batches: Sequence[Sequence]) -> int:
+    return sum(map(len, batches))
+
+
 def _time_all(
     ready: Ready, rows: Mapping[str, Sequence[Row]], output: Path, progress: Progress
 ) -> dict[str, TtftSummary]:
     if not ready.timed:
         return {}
-    count, chunks = len(ready.timed), ready.suite.ttft.chunks
-    keys = {label: [chunks, *(row.key for row in own[:count])] for label, own in rows.items()}
-    path = output / TTFT
-    if path.exists() and (known := json.loads(path.read_text(encoding="utf-8")))["keys"] == keys:
+    count, path = len(ready.timed), output / TTFT
+    keys = keys_of(TTFT, ready.suite.ttft, rows, count)
+    if (known := _read(path)).get("keys") == keys:
         return {label: TtftSummary(*times) for label, times in known["ttft"].items()}
-    for engine in ready.engines.values():
+    for engine in ready.worded.values():
         engine.forget_prefixes()  # the answers above left these very prompts there
     bar = progress.add_task("time to first token", total=2 * count * len(rows))
     methods = {spec.label: _asking(ready, spec) for spec in ready.suite.methods}
@@ -120,16 +160,24 @@ def _time_all(
 
 
 def _asking(ready: Ready, spec: MethodSpec):
-    return lambda example: ready.answer(spec, [example], max_new_tokens=1, batch_size=1)[0]
+    engine, method = ready.engine(spec, ready.suite.tasks[0]), ready.methods[spec.label]
+    return lambda example: engine.answer([example], method, max_new_tokens=1, batch_size=1)[0]
 
 
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-    )
+def _measure_fidelity(
+    ready: Ready, rows: Mapping[str, Sequence[Row]], output: Path, progress: Progress
+) -> dict[str, dict[str, float]]:
+    spec, path = ready.suite.fidelity, output / FIDELITY
+    if spec.num == 0:
+        return {}
+    keys = keys_of(FIDELITY, spec, rows, len(ready.questions))
+    if (known := _read(path)).get("keys") == keys:
+        return known["fidelity"]
+    bar = progress.add_task("fidelity", total=None)
+    fidelity = measure_fidelity(ready, lambda: progress.advance(bar))
+    replace_json(path, {"keys": keys, "fidelity": fidelity})
+    return fidelity
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

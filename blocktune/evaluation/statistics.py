@@ -6,7 +6,7 @@ and all methods are read on the same draw.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from math import comb
 from typing import NamedTuple
 
@@ -46,7 +46,7 @@ class PairedBootstrap:
 
     def __init__(
         self,
-        scores: Mapping[str, ArrayLike],
+        scores: Mapping[Hashable, ArrayLike],
         *,
         seed: int = 0,
         num_resamples: int = NUM_RESAMPLES,
@@ -63,16 +63,16 @@ class PairedBootstrap:
         self._means = dict(zip(scores, table.mean(axis=1).tolist(), strict=True))
         self._resampled = dict(zip(scores, means, strict=True))
 
-    def mean(self, name: str) -> Interval:
+    def mean(self, name: Hashable) -> Interval:
         """A method's mean."""
         return self._interval(self._means[name], self._resampled[name])
 
-    def difference(self, name: str, other: str) -> Interval:
+    def difference(self, name: Hashable, other: Hashable) -> Interval:
         """How much the first mean is above the second, on the same questions."""
         drawn = self._resampled[name] - self._resampled[other]
         return self._interval(self._means[name] - self._means[other], drawn)
 
-    def recovered_gap(self, name: str, floor: str, ceiling: str) -> Interval | None:
+    def recovered_gap(self, name: Hashable, floor: Hashable, ceiling: Hashable) -> Interval | None:
         """``(name - floor) / (ceiling - floor)``: the share of a gap that a method closes.
 
         Returns:
@@ -125,7 +125,7 @@ def mcnemar_exact(correct: ArrayLike, baseline: ArrayLike) -> float:
 
     Source: McNemar (1947), in the exact binomial form.
     """
-    left, right = _paired(correct, baseline)
+    left, right = paired(correct, baseline)
     wins, losses = int((left > right).sum()), int((left < right).sum())
     if wins + losses == 0:
         return 1.0
@@ -139,7 +139,12 @@ def _draw(rng: np.random.Generator, num_draws: int, n: int) -> NDArray[np.float6
     return np.bincount(picked.ravel(), minlength=num_draws * n).reshape(num_draws, n).astype(float)
 
 
-def _paired(left: ArrayLike, right: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def paired(left: ArrayLike, right: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Two lists of scores of the same questions as arrays, ``(n,)`` each.
+
+    Raises:
+        ValueError: If they differ in length.
+    """
     first, second = np.asarray(left, dtype=np.float64), np.asarray(right, dtype=np.float64)
     if first.shape != second.shape or first.ndim != 1:
         raise ValueError(

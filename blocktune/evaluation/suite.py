@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-_WANTED = {  # annotation of a field below -> what YAML must hold; others are read before
-    "str": (str, "text"),
-    "str | None": (str | None, "text or null"),
-    "int": (int, "a whole number"),
-    "int | None": (int | None, "a whole number or null"),
-    "bool": (bool, "true or false"),
-    "Mapping[str, Any]": (Mapping, "a mapping"),
-}
+from blocktune.evaluation.strict import entries, load_yaml, mapping, read, refuse_doubles
+from blocktune.evaluation.task import TaskSpec, parse_task
+from blocktune.reuse.composition import KEEP
 
 
 @dataclass(frozen=True)
@@ -25,16 +17,26 @@ class MethodSpec:
     """One row of the table: a method, its parameters, and the weights it runs on.
 
     Attributes:
-        name: A registered method.
+        name: A registered method, or a composition as one says it (``kvlink + epic``).
         adapter: Folder of the adapter it runs with; None runs the base.
         label: Its name in results; ``name`` unless given.
         params: Fields of the method that differ from their defaults.
+        preset: The method, where ``name`` is but a name for what the keys below make of it.
+        select: Which tokens are fresh: a selector's name, or ``{name: {parameter: value}}``.
+        reshape: How later rows see reused keys, likewise; null leaves them as they are.
+        layout: Fields of the layout to set: where chunks stand, what they are encoded after.
+        budget: Share of the context tokens that the selector may choose.
     """
 
     name: str
     adapter: str | None = None
     label: str = ""
     params: Mapping[str, Any] = field(default_factory=dict)
+    preset: str | None = None
+    select: Any = KEEP
+    reshape: Any = KEEP
+    layout: Mapping[str, Any] = field(default_factory=dict)
+    budget: float | None = None
 
     def __post_init__(self):
         if not self.label:
@@ -42,31 +44,17 @@ class MethodSpec:
         if "/" in self.label or self.label.startswith("."):
             raise ValueError(f"label must name a file, got '{self.label}'; leave out slashes")
 
+    def entry(self) -> dict[str, Any]:
+        """What `blocktune.reuse.build_entry` makes the method of: the keys that were given."""
+        given = {"name": self.name, "select": self.select, "reshape": self.reshape}
+        for key in ("preset", "params", "layout", "budget"):
+            given[key] = KEEP if getattr(self, key) in (None, {}) else getattr(self, key)
+        return {key: value for key, value in given.items() if value is not KEEP}
 
-@dataclass(frozen=True)
-class TaskSpec:
-    """One set of questions and how they are decoded and scored.
-
-    Attributes:
-        name: Its name in results.
-        source: What `load_examples` reads: a path, ``hf:NAME``, ``worlds:test?n=300``.
-        limit: Use only the first ones; None uses all.
-        answer_marker: The text after it is scored; None scores the whole output.
-        max_new_tokens: Longest answer, in tokens.
-        by_kind: Whether results are also given for each kind of question.
-    """
-
-    name: str
-    source: str
-    limit: int | None = None
-    answer_marker: str | None = None
-    max_new_tokens: int = 32
-    by_kind: bool = True
-
-    def __post_init__(self):
-        for name in ("limit", "max_new_tokens"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is a registered method with its defaults, on the base model."""
+        return self.adapter is None and set(self.entry()) == {"name"}
 
 
 @dataclass(frozen=True)
@@ -90,6 +78,25 @@ class TtftSpec:
 
 
 @dataclass(frozen=True)
+class FidelitySpec:
+    """How closeness of the answer's distribution to full prefill's is measured.
+
+    Attributes:
+        num: Questions of each task; 0 measures none.
+        tokens: Tokens of full prefill's own answer that are compared, each given those before it.
+    """
+
+    num: int = 0
+    tokens: int = 4
+
+    def __post_init__(self):
+        if self.num < 0:
+            raise ValueError(f"num must not be negative, got {self.num}")
+        if self.tokens < 1:
+            raise ValueError(f"tokens must be at least 1, got {self.tokens}")
+
+
+@dataclass(frozen=True)
 class Suite:
     """A whole comparison; see ``eval/suites/`` for examples.
 
@@ -98,26 +105,30 @@ class Suite:
         methods: What is compared, in the order of the table.
         tasks: What is asked.
         dtype: Of weights and caches; ``auto`` takes the checkpoint's.
+        quantize: How the base is quantised as it is loaded, ``nf4`` or ``int8``; None: not.
         device: Where to run; None takes a GPU when there is one.
         seed: Of the bootstrap, and recorded beside the results.
         batch_size: Prompts answered at a time; timing always runs one.
         ttft: How time to first token is measured.
+        fidelity: How closeness to full prefill is measured.
     """
 
     model: str
     methods: tuple[MethodSpec, ...]
     tasks: tuple[TaskSpec, ...]
     dtype: str = "auto"
+    quantize: str | None = None
     device: str | None = None
     seed: int = 0
     batch_size: int = 16
     ttft: TtftSpec = TtftSpec()
+    fidelity: FidelitySpec = FidelitySpec()
 
     def __post_init__(self):
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
-        _refuse_doubles("method label", [m.label for m in self.methods], "give one a 'label'")
-        _refuse_doubles("task name", [t.name for t in self.tasks], "rename one")
+        refuse_doubles("method label", [m.label for m in self.methods], "give one a 'label'")
+        refuse_doubles("task name", [t.name for t in self.tasks], "rename one")
 
 
 def load_suite(path: str | Path) -> Suite:
@@ -127,13 +138,27 @@ def load_suite(path: str | Path) -> Suite:
         FileNotFoundError: If there is no such file.
         ValueError: In one line: the file, the place in it, what was wanted and what came.
     """
-    try:
-        record = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no suite at '{path}'; see eval/suites/ for examples") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
-    return parse_suite(record, str(path))
+    return parse_suite(load_yaml(path, "suite", "see eval/suites/ for examples"), str(path))
+
+
+def changed(
+    suite: Suite,
+    limit: int | None = None,
+    model: str | None = None,
+    device: str | None = None,
+    quantize: str | None = None,
+) -> Suite:
+    """A suite with what the command line says instead; None keeps the suite's own."""
+    tasks = suite.tasks
+    if limit is not None:
+        tasks = tuple(replace(task, limit=limit) for task in tasks)
+    return replace(
+        suite,
+        tasks=tasks,
+        model=model or suite.model,
+        device=device or suite.device,
+        quantize=quantize or suite.quantize,
+    )
 
 
 def parse_suite(record: Any, where: str = "suite") -> Suite:
@@ -142,46 +167,23 @@ def parse_suite(record: Any, where: str = "suite") -> Suite:
     Raises:
         ValueError: If a key is unknown or missing, or a value is not of its type.
     """
-    values = dict(_mapping(record, where))
-    for name, spec in (("methods", MethodSpec), ("tasks", TaskSpec)):
+    values = dict(mapping(record, where))
+    if "methods" in values:
+        found = enumerate(entries(values["methods"], f"{where}: methods"))
+        values["methods"] = tuple(parse_method(e, f"{where}: methods[{i}]") for i, e in found)
+    if "tasks" in values:
+        found = enumerate(entries(values["tasks"], f"{where}: tasks"))
+        values["tasks"] = tuple(parse_task(e, f"{where}: tasks[{i}]") for i, e in found)
+    for name, spec in (("ttft", TtftSpec), ("fidelity", FidelitySpec)):
         if name in values:
-            values[name] = _read_list(spec, values[name], f"{where}: {name}")
-    if "ttft" in values:
-        values["ttft"] = _read(TtftSpec, values["ttft"], f"{where}: ttft")
-    return _read(Suite, values, where)
+            values[name] = read(spec, values[name], f"{where}: {name}")
+    return read(Suite, values, where)
 
 
-def _read_list(spec: type, entries: Any, where: str) -> tuple:
-    if not isinstance(entries, list) or not entries:
-        raise ValueError(f"{where}: must be a list with at least one entry, got {entries!r:.60}")
-    named = [{"name": entry} if isinstance(entry, str) else entry for entry in entries]
-    return tuple(_read(spec, entry, f"{where}[{i}]") for i, entry in enumerate(named))
+def parse_method(entry: Any, where: str) -> MethodSpec:
+    """Builds a method's entry: its name alone, or its keys.
 
-
-def _read(spec: type, record: Any, where: str) -> Any:
-    record, known = _mapping(record, where), {f.name: f for f in fields(spec)}
-    for key, value in record.items():
-        if key not in known:
-            raise ValueError(f"{where}: unknown key '{key}'; known: {', '.join(known)}")
-        accepted, wanted = _WANTED.get(known[key].type, (object, "given"))
-        if not isinstance(value, accepted) or (accepted is not bool and isinstance(value, bool)):
-            raise ValueError(f"{where}: '{key}' must be {wanted}, got {value!r:.60}")
-    needed = [f.name for f in fields(spec) if f.default is f.default_factory is MISSING]
-    if missing := [name for name in needed if name not in record]:
-        raise ValueError(f"{where}: '{missing[0]}' is missing; known: {', '.join(known)}")
-    try:
-        return spec(**record)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
-
-
-def _mapping(record: Any, where: str) -> Mapping:
-    if not isinstance(record, Mapping):
-        raise ValueError(f"{where}: must be a mapping of keys to values, got {record!r:.60}")
-    return record
-
-
-def _refuse_doubles(what: str, names: list[str], fix: str) -> None:
-    name, count = Counter(names).most_common(1)[0]
-    if count > 1:
-        raise ValueError(f"{what} '{name}' stands {count} times; {fix}")
+    Raises:
+        ValueError: If a key is unknown or a value is not of its type.
+    """
+    return read(MethodSpec, {"name": entry} if isinstance(entry, str) else entry, where)

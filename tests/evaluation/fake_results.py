@@ -46,4 +46,6 @@ def fake_results() -> dict:
 def _row(kind: str, index: int, right: float, recomputed: float) -> Row:
     text = "yes" if right else "no"
     key = f"{kind}-{index}"
-    return Row(key, "worlds", key, kind, text, text, right, right, right, recomputed, {})
+    return Row(
+        key, "worlds", key, kind, text, text, right, right, right, recomputed, {}, score=right
+    )

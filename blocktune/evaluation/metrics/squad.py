@@ -1,4 +1,4 @@
-"""How an answer is scored: exact match, word F1, substring match, adjusted F1.
+"""SQuAD's scores of a short answer: exact match and word F1; and the substring match.
 
 A score is a float in [0, 1] and, over several accepted answers, the best of them.
 """
@@ -16,18 +16,11 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 class Scores(NamedTuple):
-    """The scores of one prediction, each in [0, 1]."""
+    """The scores that every question gets, each in [0, 1]."""
 
     em: float
     f1: float
     substring_em: float
-
-
-class AdjustedF1(NamedTuple):
-    """Mean F1 over the examples that full prefill does not fail; None when it fails all."""
-
-    mean: float | None
-    num_kept: int
 
 
 def normalize_answer(text: str) -> str:
@@ -45,17 +38,25 @@ def exact_match(prediction: str, answers: Sequence[str]) -> float:
     Source: ``compute_exact`` of SQuAD's evaluation script.
     """
     predicted = normalize_answer(prediction)
-    return _best(lambda answer: float(predicted == normalize_answer(answer)), answers)
+    return best(lambda answer: float(predicted == normalize_answer(answer)), answers)
 
 
 def word_f1(prediction: str, answers: Sequence[str]) -> float:
     """F1 of the bags of normalised words; two empty bags agree, one empty bag scores 0.
 
-    Source: ``compute_f1`` of SQuAD's evaluation script, v2.0. LongBench's ``qa_f1_score`` is the
-    same but for two empty bags, which it scores 0.
+    Source: ``compute_f1`` of SQuAD's evaluation script, v2.0.
     """
     predicted = normalize_answer(prediction).split()
-    return _best(lambda answer: _bag_f1(predicted, normalize_answer(answer).split()), answers)
+    return best(lambda answer: bag_f1(predicted, normalize_answer(answer).split()), answers)
+
+
+def qa_f1(prediction: str, answers: Sequence[str]) -> float:
+    """`word_f1`, except that two empty bags score 0.
+
+    Source: ``qa_f1_score`` of LongBench, arXiv:2308.14508, as EPIC and kvpress report it.
+    """
+    found = word_f1(prediction, answers)
+    return found if normalize_answer(prediction) else 0.0
 
 
 def substring_em(prediction: str, answers: Sequence[str]) -> float:
@@ -71,7 +72,7 @@ def substring_em(prediction: str, answers: Sequence[str]) -> float:
         wanted = normalize_answer(answer)
         return float(wanted in predicted if wanted else not predicted)
 
-    return _best(contained, answers)
+    return best(contained, answers)
 
 
 def extract_answer(text: str, marker: str | None = None) -> str:
@@ -99,31 +100,28 @@ def score(prediction: str, answers: Sequence[str]) -> Scores:
     return Scores(*(metric(prediction, answers) for metric in metrics))
 
 
-def adjusted_f1(f1: Sequence[float], full_prefill_f1: Sequence[float]) -> AdjustedF1:
-    """Mean F1 over the examples on which full prefill scores above zero.
+def best(metric: Callable[[str], float], answers: Sequence[str]) -> float:
+    """The highest score over the accepted answers.
 
-    It asks what reuse loses of what the model could do, and so drops questions that the model
-    cannot answer. The filter looks at full prefill's own luck and thus favours it: read it
-    beside the raw F1.
-
-    Args:
-        f1: The method's F1 per example.
-        full_prefill_f1: Full prefill's F1 on the same examples.
-
-    Source: arXiv:2603.20218, evaluation set-up.
+    Raises:
+        ValueError: If there is none.
     """
-    pairs = zip(f1, full_prefill_f1, strict=True)
-    kept = [own for own, full in pairs if full > 0]
-    return AdjustedF1(sum(kept) / len(kept) if kept else None, len(kept))
-
-
-def _best(metric: Callable[[str], float], answers: Sequence[str]) -> float:
-    if not answers:
-        raise ValueError("cannot score without an accepted answer; give the example 'answers'")
+    require_answers(answers)
     return max(map(metric, answers))
 
 
-def _bag_f1(predicted: list[str], wanted: list[str]) -> float:
+def require_answers(answers: Sequence[str]) -> None:
+    """Refuses a question that nothing could be right for.
+
+    Raises:
+        ValueError: If there is no accepted answer.
+    """
+    if not answers:
+        raise ValueError("cannot score without an accepted answer; give the example 'answers'")
+
+
+def bag_f1(predicted: Sequence, wanted: Sequence) -> float:
+    """F1 of two bags; two empty ones agree, one empty one scores 0."""
     if not predicted or not wanted:
         return float(predicted == wanted)
     shared = (Counter(predicted) & Counter(wanted)).total()

@@ -1,0 +1,41 @@
+"""``accelerate launch -m blocktune.evaluation``: `blocktune eval` over processes and GPUs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from blocktune.evaluation.show import run_and_show
+from blocktune.evaluation.suite import changed, load_suite
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a suite in this process and those that were launched with it.
+
+    Returns:
+        The exit code: 2 after a mistake of the user's, said in one line by the main process.
+    """
+    parser = argparse.ArgumentParser("blocktune.evaluation", description=__doc__)
+    parser.add_argument("--suite", type=Path, required=True, help="YAML of what to run")
+    parser.add_argument("--output", type=Path, required=True, help="folder for rows and results")
+    parser.add_argument("--limit", type=int, help="only the first questions of each task")
+    parser.add_argument("--model", help="instead of the suite's model")
+    parser.add_argument("--device", help="instead of the suite's device")
+    parser.add_argument("--quantize", help="nf4 or int8, instead of the suite's quantisation")
+    given = parser.parse_args(arguments)
+    try:
+        suite = changed(
+            load_suite(given.suite), given.limit, given.model, given.device, given.quantize
+        )
+        run_and_show(suite, given.output, given.suite.stem)
+    except (ValueError, OSError) as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

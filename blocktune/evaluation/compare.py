@@ -1,0 +1,158 @@
+"""Two finished runs side by side: who changed, by how much, on the same questions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich import box
+from rich.table import Table
+
+from blocktune.evaluation.row_files import read_all
+from blocktune.evaluation.rows import Row
+from blocktune.evaluation.significance import holm, power
+from blocktune.evaluation.statistics import PairedBootstrap
+from blocktune.evaluation.summary import p_value
+
+RESULTS = "results.json"
+
+
+class Change(NamedTuple):
+    """One method in two runs, B minus A over the questions that both answered.
+
+    Attributes:
+        label: Of the method.
+        n: Questions.
+        before: Score in A.
+        after: Score in B.
+        mean: The difference.
+        ci95: Its interval.
+        p: For this comparison alone.
+        p_holm: For all methods of the table together.
+        wins: Questions on which B is better.
+        losses: Questions on which A is better.
+        n_needed: Questions that would show this difference, or None.
+    """
+
+    label: str
+    n: int
+    before: float
+    after: float
+    mean: float
+    ci95: tuple[float, float]
+    p: float
+    p_holm: float
+    wins: int
+    losses: int
+    n_needed: int | None
+
+
+def load_results(folder: str | Path) -> dict[str, Any]:
+    """What ``results.json`` of a finished run holds.
+
+    Raises:
+        ValueError: If the folder has none.
+    """
+    path = Path(folder) / RESULTS
+    if not path.is_file():
+        raise ValueError(f"no {RESULTS} in '{folder}'; give the --output of a finished run")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def compare(before: str | Path, after: str | Path, *, seed: int = 0) -> list[Change]:
+    """Compares the methods that two runs share.
+
+    Args:
+        before: Folder of run A.
+        after: Folder of run B.
+        seed: Of the bootstrap.
+
+    Raises:
+        ValueError: If they share no method, or no question of one.
+    """
+    old, new = load_results(before)["methods"], load_results(after)["methods"]
+    shared = [label for label in old if label in new]
+    if not shared:
+        raise ValueError(
+            f"the runs share no method: '{before}' has {', '.join(old)}; '{after}' has "
+            f"{', '.join(new)}"
+        )
+    left, right = read_all(Path(before), shared), read_all(Path(after), shared)
+    changes = {label: _change(label, left[label], right[label], seed) for label in shared}
+    adjusted = holm({label: change.p for label, change in changes.items()})
+    return [change._replace(p_holm=adjusted[label]) for label, change in changes.items()]
+
+
+def _change(label: str, left: Sequence[Row], right: Sequence[Row], seed: int) -> Change:
+    old, new = _paired(label, left, right)
+    drawn = PairedBootstrap({"old": old, "new": new}, seed=seed)
+    mean, low, high = drawn.difference("new", "old")
+    able = power(new, old)
+    return Change(
+        label=label,
+        n=len(old),
+        before=drawn.mean("old").mean,
+        after=drawn.mean("new").mean,
+        mean=mean,
+        ci95=(low, high),
+        p=p_value(new, old),
+        p_holm=1.0,
+        wins=sum(b > a for a, b in zip(old, new, strict=True)),
+        losses=sum(b < a for a, b in zip(old, new, strict=True)),
+        n_needed=able and able.num_needed,
+    )
+
+
+def _paired(
+    label: str, left: Sequence[Row], right: Sequence[Row]
+) -> tuple[list[float], list[float]]:
+    known = {(row.task, row.id): row.score for row in left}
+    pairs = [(known[key], r.score) for r in right if (key := (r.task, r.id)) in known]
+    if not pairs:
+        raise ValueError(f"the runs asked '{label}' no common question; compare runs of one task")
+    return [a for a, _ in pairs], [b for _, b in pairs]
+
+
+def compare_table(changes: Sequence[Change], names: Mapping[str, str]) -> Table:
+    """The comparison for a terminal.
+
+    Args:
+        changes: What `compare` returned.
+        names: ``before`` and ``after``: headings.
+    """
+    note = (
+        "Score in %; the difference with its 95 % interval; p after Holm's correction for all rows."
+    )
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=note)
+    table.add_column("method", no_wrap=True)
+    for heading in (names["before"], names["after"], "difference", "+/-", "p", "n", "verdict"):
+        table.add_column(heading, justify="left" if heading == "verdict" else "right")
+    for change in changes:
+        table.add_row(change.label, *_cells(change))
+    return table
+
+
+def _cells(change: Change) -> tuple[str, ...]:
+    low, high = change.ci95
+    return (
+        f"{100 * change.before:.1f}",
+        f"{100 * change.after:.1f}",
+        f"{100 * change.mean:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})",
+        f"{change.wins}/{change.losses}",
+        f"{change.p_holm:.2g}",
+        f"{change.n:,}",
+        verdict(change.mean, change.p_holm, change.n, change.n_needed),
+    )
+
+
+def verdict(mean: float, p: float, n: int, needed: int | None) -> str:
+    """What a difference says, in a few words: real, none, or too few questions to tell."""
+    if mean == 0:
+        return "the same"
+    if p < 0.05:
+        return "differs"
+    if needed is not None and needed > n:
+        return f"chance at this n; needs about {needed:,}"
+    return "within chance"

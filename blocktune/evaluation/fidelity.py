@@ -1,0 +1,128 @@
+"""How close a method's next-token distributions are to full prefill's, on the same weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from blocktune.data import RagExample
+from blocktune.evaluation.prepare import Ready
+from blocktune.evaluation.probe import attention_entropy, deviation
+from blocktune.reuse import Cached, build
+
+
+class Agreement(NamedTuple):
+    """Closeness over the tokens of full prefill's own answer.
+
+    Attributes:
+        kl: Mean of KL(full prefill || method), in nats.
+        top1: Share of tokens that both find likeliest.
+        tokens: How many were compared.
+    """
+
+    kl: float
+    top1: float
+    tokens: int
+
+
+def agreement(full: Tensor, own: Tensor) -> Agreement:
+    """Compares next-token distributions.
+
+    Args:
+        full: Logits of full prefill after the same tokens, ``(T, V)``.
+        own: The method's, ``(T, V)``.
+    """
+    wanted, given = full.double().log_softmax(-1), own.double().log_softmax(-1)
+    kl = (wanted.exp() * (wanted - given)).sum(-1).mean().item()
+    same = (wanted.argmax(-1) == given.argmax(-1)).double().mean().item()
+    return Agreement(max(0.0, kl), same, len(full))
+
+
+class Forced:
+    """Stands for `Sampling`: decodes given tokens, or greedily, and keeps the logits of each.
+
+    Args:
+        ids: Tokens to write; None picks the likeliest.
+    """
+
+    def __init__(self, ids: list[int] | None = None):
+        self.ids, self.logits = ids, []
+
+    def picker(self, device: torch.device, *streams: Any) -> Callable[[Tensor], Tensor]:
+        """See `Sampling.picker`; for a batch of one prompt."""
+
+        def pick(logits: Tensor) -> Tensor:
+            step = len(self.logits)
+            self.logits.append(logits[0].float().cpu())
+            if self.ids is None:
+                return logits.argmax(-1, keepdim=True)
+            return torch.tensor([[self.ids[step]]], device=logits.device)
+
+        return pick
+
+
+def forced_logits(run: Any, num_tokens: int, ids: list[int] | None = None) -> Forced:
+    """Decodes after a prefill of one prompt and keeps the logits of each step."""
+    forced = Forced(ids)
+    made = [int(token[0]) for token in run.tokens(forced, len(ids) if ids else num_tokens)]
+    forced.ids = forced.ids or made
+    return forced
+
+
+def measure_fidelity(ready: Ready, step: Callable[[], None]) -> dict[str, dict[str, float]]:
+    """Every method against full prefill on the same weights, on the first questions of each task.
+
+    Tuning moves distributions too; here only what reuse changes is measured.
+
+    Args:
+        ready: A suite with ``fidelity``.
+        step: Called after every prompt, for a progress bar.
+
+    Returns:
+        Label -> ``kl``, ``top1``, ``tokens``; and, where the method joins chunk caches, ``values``
+        and ``keys`` (mean deviation by layer) and ``entropy`` (of the question's attention by
+        layer). Means over prompts.
+    """
+    found: dict[str, list[dict[str, Any]]] = {spec.label: [] for spec in ready.suite.methods}
+    for task in ready.suite.tasks:
+        for example in ready.of(task, ready.suite.fidelity.num):
+            for spec in ready.suite.methods:
+                engine, method = ready.engine(spec, task), ready.methods[spec.label]
+                found[spec.label].append(
+                    _compare(engine, example, method, ready.suite.fidelity.tokens)
+                )
+                step()
+    return {label: _mean(compared) for label, compared in found.items()}
+
+
+def _compare(engine: Any, example: RagExample, method: Any, num_tokens: int) -> dict[str, Any]:
+    oracle = build("full-prefill")
+    wanted = forced_logits(engine.prefilled([example], oracle), num_tokens)
+    run = engine.prefilled([example], method)
+    own = forced_logits(run, num_tokens, wanted.ids)
+    compared = agreement(torch.stack(wanted.logits), torch.stack(own.logits))._asdict()
+    if method.cached is not Cached.CHUNKS:
+        return compared
+    away = deviation(engine, example, method, oracle)
+    for name in ("keys", "values"):
+        states = getattr(away, name)
+        compared[name] = None if states is None else states.mean(1).tolist()
+    compared["entropy"] = attention_entropy(engine.prefilled([example], method)).tolist()
+    return compared
+
+
+def _mean(compared: list[dict[str, Any]]) -> dict[str, Any]:
+    first = compared[0]
+    return {name: _mean_of([one[name] for one in compared]) for name in first}
+
+
+def _mean_of(values: list[Any]) -> Any:
+    if any(value is None for value in values):
+        return None
+    if isinstance(values[0], list):
+        return [fmean(layer) for layer in zip(*values, strict=True)]
+    return fmean(values)

@@ -1,0 +1,58 @@
+"""Several processes, each with a device of its own, share the batches of one run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import TypeVar
+
+from blocktune.evaluation.suite import Suite
+
+Item = TypeVar("Item")
+PATIENCE = timedelta(days=7)
+"""How long one process waits for another before the run is given up."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of the run.
+
+    Attributes:
+        rank: Its number, from 0.
+        count: How many there are.
+        device: Where it runs; None leaves that to the suite.
+        wait: Returns once every process has called it.
+    """
+
+    rank: int = 0
+    count: int = 1
+    device: str | None = None
+    wait: Callable[[], None] = lambda: None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process merges, times and reports."""
+        return self.rank == 0
+
+    def placed(self, suite: Suite) -> Suite:
+        """The suite on this process's own device."""
+        return suite if self.device is None else replace(suite, device=self.device)
+
+    def share(self, items: Sequence[Item]) -> Sequence[Item]:
+        """This process's part of ``items``; all processes must be given the same ones."""
+        return items[self.rank :: self.count]
+
+
+def launched() -> Processes:
+    """The processes that ``accelerate launch`` or ``torchrun`` started, or this one alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return Processes()
+    import torch
+    from accelerate import PartialState
+
+    on_cpu = not torch.cuda.is_available()
+    state = PartialState(cpu=on_cpu, timeout=PATIENCE)
+    device = "cpu" if on_cpu else f"cuda:{state.local_process_index}"
+    return Processes(state.process_index, state.num_processes, device, state.wait_for_everyone)

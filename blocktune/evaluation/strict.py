@@ -1,0 +1,125 @@
+"""YAML into frozen dataclasses, strictly: whatever does not fit is said in one line."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import yaml
+
+Spec = TypeVar("Spec")
+
+
+class Wanted(NamedTuple):
+    """What YAML must hold for a field: accepted types, and how an error names them."""
+
+    types: Any
+    what: str
+    items: type | None = None
+
+
+WANTED = {  # by the annotation of a field; others are read by their owners before
+    "str": Wanted(str, "text"),
+    "str | None": Wanted(str | None, "text or null"),
+    "int": Wanted(int, "a whole number"),
+    "int | None": Wanted(int | None, "a whole number or null"),
+    "float": Wanted(int | float, "a number"),
+    "float | None": Wanted(int | float | None, "a number or null"),
+    "bool": Wanted(bool, "true or false"),
+    "Mapping[str, Any]": Wanted(Mapping, "a mapping"),
+    "Mapping[str, Any] | None": Wanted(Mapping | None, "a mapping or null"),
+    "tuple[str, ...]": Wanted(list | tuple, "a list of texts", str),
+    "tuple[int, ...]": Wanted(list | tuple, "a list of whole numbers", int),
+}
+
+
+def load_yaml(path: str | Path, what: str, hint: str) -> Any:
+    """Reads a YAML file.
+
+    Args:
+        path: The file.
+        what: What it should be, for the error: ``suite``.
+        hint: Where to look instead.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not YAML; names the file.
+    """
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no {what} at '{path}'; {hint}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+
+
+def read(spec: type[Spec], record: Any, where: str) -> Spec:
+    """Builds ``spec`` from a mapping whose keys are its fields.
+
+    Args:
+        spec: A dataclass; fields of a type that `WANTED` does not know are taken as they are.
+        record: Decoded YAML.
+        where: Opens every error.
+
+    Raises:
+        ValueError: If a key is unknown or missing, or a value is not of its type.
+    """
+    record, known = mapping(record, where), {f.name: f for f in fields(spec)}
+    for key in record:
+        if key not in known:
+            raise ValueError(f"{where}: unknown key '{key}'; known: {', '.join(known)}")
+    values = {key: _value(known[key], value, where) for key, value in record.items()}
+    needed = [f.name for f in fields(spec) if f.default is f.default_factory is MISSING]
+    if missing := [name for name in needed if name not in record]:
+        raise ValueError(f"{where}: '{missing[0]}' is missing; known: {', '.join(known)}")
+    try:
+        return spec(**values)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _value(field: Field, value: Any, where: str) -> Any:
+    accepted, what, items = WANTED.get(field.type, Wanted(object, "given"))
+    listed = items is None or (
+        isinstance(value, list | tuple) and all(type(item) is items for item in value)
+    )
+    numeric = accepted is not bool and accepted is not object and isinstance(value, bool)
+    if not isinstance(value, accepted) or numeric or not listed:
+        raise ValueError(f"{where}: '{field.name}' must be {what}, got {value!r:.60}")
+    return tuple(value) if items else value
+
+
+def mapping(record: Any, where: str) -> Mapping:
+    """``record`` if it is a mapping.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if not isinstance(record, Mapping):
+        raise ValueError(f"{where}: must be a mapping of keys to values, got {record!r:.60}")
+    return record
+
+
+def entries(record: Any, where: str) -> list:
+    """``record`` if it is a list with something in it.
+
+    Raises:
+        ValueError: If it is none, or empty.
+    """
+    if not isinstance(record, list) or not record:
+        raise ValueError(f"{where}: must be a list with at least one entry, got {record!r:.60}")
+    return record
+
+
+def refuse_doubles(what: str, names: list[str], fix: str) -> None:
+    """Refuses names that stand twice.
+
+    Raises:
+        ValueError: Naming the one that stands most often, and the fix.
+    """
+    name, count = Counter(names).most_common(1)[0]
+    if count > 1:
+        raise ValueError(f"{what} '{name}' stands {count} times; {fix}")

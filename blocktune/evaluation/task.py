@@ -1,0 +1,136 @@
+"""Tasks: what is asked, how it is worded, cut, decoded and scored; versioned YAML files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl, urlencode
+
+from blocktune.evaluation.metrics import METRICS, Metric, require_metrics
+from blocktune.evaluation.strict import load_yaml, mapping, read
+from blocktune.prompt import PromptFormat
+
+HINT = "see eval/tasks/ for examples"
+FILE_KEYS = ("task", "variant")
+"""Keys of a suite's entry that are not the task's own."""
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """One set of questions and how they are asked and scored.
+
+    Attributes:
+        name: Its name in results.
+        source: What `load_examples` reads: a path, ``musique``, ``worlds:test?n=300``.
+        version: Of the task file; raised whenever a change moves scores.
+        limit: Use only the first ones; None uses all.
+        prompt: Wording, the keys of `PromptFormat`; None asks each model in its own.
+        chunking: How the source cuts: a chunker and its parameters, ``{chunker: fixed, size:
+            512}``, or a generator's ``{chunk: 128}``; empty leaves it to the source.
+        answer_marker: The text after it is scored; None scores the whole output.
+        stop: The output ends before the first of these texts.
+        max_new_tokens: Longest answer, in tokens.
+        metric: Its headline score, a name of `METRICS`.
+        metrics: Further scores.
+        by_kind: Whether results are also given for each kind of question.
+        cite: Where data and wording come from.
+    """
+
+    name: str
+    source: str
+    version: int = 1
+    limit: int | None = None
+    prompt: Mapping[str, Any] | None = None
+    chunking: Mapping[str, Any] = field(default_factory=dict)
+    answer_marker: str | None = None
+    stop: tuple[str, ...] = ()
+    max_new_tokens: int = 32
+    metric: str = "em"
+    metrics: tuple[str, ...] = ()
+    by_kind: bool = True
+    cite: str = ""
+
+    def __post_init__(self):
+        for name in ("limit", "max_new_tokens", "version"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        require_metrics((self.metric, *self.metrics))
+        self.format()  # a wrong key is refused here, not in the middle of a run
+
+    @property
+    def headline(self) -> Metric:
+        """The metric that tables and pictures show."""
+        return METRICS[self.metric]
+
+    def format(self) -> PromptFormat | None:
+        """The wording, or None for each model's own."""
+        return None if self.prompt is None else PromptFormat.from_dict(self.prompt)
+
+    def full_source(self) -> str:
+        """The source with the chunking among its options."""
+        name, _, options = self.source.partition("?")
+        if not self.chunking:
+            return self.source
+        merged = dict(parse_qsl(options)) | dict(self.chunking)
+        return f"{name}?{urlencode(merged, safe='/:,')}"
+
+    def cut(self, text: str) -> str:
+        """The part of an output that is scored by metrics with rules of their own."""
+        for stop in self.stop:
+            text = text.partition(stop)[0]
+        return text.rpartition(self.answer_marker)[2] if self.answer_marker else text
+
+    def decides(self) -> dict[str, Any]:
+        """All that decides a row, as JSON; where questions come from and how many does not."""
+        ignored = ("source", "limit", "by_kind", "cite", "chunking")
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ignored}
+
+
+def parse_task(record: Any, where: str = "task") -> TaskSpec:
+    """Builds a task from an entry of a suite.
+
+    Args:
+        record: The task's own keys; or ``task`` (a file), ``variant`` (one of its variants) and
+            keys that replace the file's.
+        where: Opens every error.
+
+    Raises:
+        ValueError: If a key is unknown or missing, or a value is not accepted.
+        FileNotFoundError: If there is no such task file.
+    """
+    record = dict(mapping(record, where))
+    path, variant = (record.pop(key, None) for key in FILE_KEYS)
+    if path is None:
+        if variant is not None:
+            raise ValueError(f"{where}: 'variant' needs 'task', the file that has the variants")
+        return read(TaskSpec, record, where)
+    return read(TaskSpec, {**load_task(path, variant), **record}, where)
+
+
+def load_task(path: str | Path, variant: str | None = None) -> dict[str, Any]:
+    """Keys of a task file, with those of one of its variants over them.
+
+    Args:
+        path: The file; besides the keys of `TaskSpec` it may hold ``variants``: name -> keys.
+        variant: The variant's name; its results are named ``NAME-VARIANT``.
+
+    Raises:
+        ValueError: If it is not YAML, has unknown keys, or no such variant.
+        FileNotFoundError: If there is no such file.
+    """
+    values = dict(mapping(load_yaml(path, "task", HINT), str(path)))
+    variants = mapping(values.pop("variants", {}), f"{path}: variants")
+    if variant is None:
+        return values
+    if variant not in variants:
+        known = ", ".join(variants) or "none"
+        raise ValueError(f"{path}: unknown variant '{variant}'; it has: {known}")
+    changed = {"name": f"{values.get('name')}-{variant}", **mapping(variants[variant], str(path))}
+    return values | changed
+
+
+def variants_of(path: str | Path) -> list[str]:
+    """Names of a task file's variants."""
+    return list(mapping(load_yaml(path, "task", HINT), str(path)).get("variants", {}))

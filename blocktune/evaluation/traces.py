@@ -1,0 +1,192 @@
+"""Traces of requests in which the same chunks return: in other contexts, orders and mixes.
+
+The benchmark that arXiv:2603.20218 asks for (section 6): what a cache of one state per chunk, of
+several variants, or a tuned model makes of chunks that come back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from blocktune.data import RagExample
+from blocktune.evaluation.strict import entries, load_yaml, mapping, read, refuse_doubles
+from blocktune.evaluation.suite import MethodSpec, parse_method
+from blocktune.evaluation.task import TaskSpec, parse_task
+from blocktune.prompt import Chunk
+
+ORDERS = ("kept", "shuffled")
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """How chunks return from one request to the next.
+
+    Attributes:
+        name: In results.
+        order: ``kept``: as retrieved; ``shuffled``: anew in every request.
+        fresh: Share of a request's chunks, those with the evidence apart, that are exchanged for
+            chunks of other questions, in [0, 1].
+        popularity: Exponent of the Zipf law by which those are drawn; 0 draws all alike.
+    """
+
+    name: str
+    order: str = "kept"
+    fresh: float = 0.0
+    popularity: float = 1.0
+
+    def __post_init__(self):
+        if self.order not in ORDERS:
+            raise ValueError(f"order must be {' or '.join(ORDERS)}, got '{self.order}'")
+        if not 0 <= self.fresh <= 1:
+            raise ValueError(f"fresh must be a share in [0, 1], got {self.fresh}")
+        if self.popularity < 0:
+            raise ValueError(f"popularity must not be negative, got {self.popularity}")
+
+
+@dataclass(frozen=True)
+class TraceSuite:
+    """Traces, the methods that serve them, and the memory that they are given.
+
+    Attributes:
+        model: Path or hub name of the base model.
+        task: What is asked; its questions return ``requests / questions`` times each.
+        methods: What serves.
+        patterns: How chunks return.
+        questions: Different questions in a trace.
+        requests: Requests of a trace.
+        warmup: Requests at its start that fill the caches and do not count.
+        store_mib: Memory for chunks, in MiB, each a run of its own; 0 is as much as is needed.
+        dtype: Of weights and caches.
+        device: Where to run; None takes a GPU when there is one.
+        seed: Of the traces and the bootstrap.
+    """
+
+    model: str
+    task: TaskSpec
+    methods: tuple[MethodSpec, ...]
+    patterns: tuple[Pattern, ...]
+    questions: int = 20
+    requests: int = 100
+    warmup: int = 20
+    store_mib: tuple[int, ...] = (0,)
+    dtype: str = "auto"
+    device: str | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.questions < 1:
+            raise ValueError(f"questions must be at least 1, got {self.questions}")
+        if not 0 <= self.warmup < self.requests:
+            raise ValueError(
+                f"warmup must leave requests that count: below {self.requests}, got {self.warmup}"
+            )
+        if not self.store_mib or min(self.store_mib) < 0:
+            raise ValueError(f"store_mib must hold sizes of at least 0, got {self.store_mib}")
+        refuse_doubles("method label", [m.label for m in self.methods], "give one a 'label'")
+        refuse_doubles("pattern", [p.name for p in self.patterns], "rename one")
+
+
+def load_traces(path: str | Path) -> TraceSuite:
+    """Reads a trace suite.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: In one line: the file, the place in it, what was wanted and what came.
+    """
+    return parse_traces(load_yaml(path, "trace suite", "see eval/suites/traces.yaml"), str(path))
+
+
+def parse_traces(record: Any, where: str = "traces") -> TraceSuite:
+    """Builds a trace suite from decoded YAML.
+
+    Raises:
+        ValueError: If a key is unknown or missing, or a value is not accepted.
+    """
+    values = dict(mapping(record, where))
+    if "task" in values:
+        values["task"] = parse_task(values["task"], f"{where}: task")
+    for name, parse in (("methods", parse_method), ("patterns", _pattern)):
+        if name in values:
+            found = enumerate(entries(values[name], f"{where}: {name}"))
+            values[name] = tuple(parse(entry, f"{where}: {name}[{i}]") for i, entry in found)
+    return read(TraceSuite, values, where)
+
+
+def _pattern(record: Any, where: str) -> Pattern:
+    return read(Pattern, record, where)
+
+
+def make_trace(
+    examples: Sequence[RagExample], pattern: Pattern, requests: int, seed: int
+) -> list[RagExample]:
+    """The requests of one trace, in order.
+
+    Every question returns equally often. Its evidence is always among its chunks; the others are
+    its own or, by the pattern, popular ones of other questions.
+
+    Args:
+        examples: The questions, each with its chunks and which of them hold the evidence.
+        pattern: How chunks return.
+        requests: How many.
+        seed: Equal seeds give equal traces, and all methods the same one.
+    """
+    rng = Random(f"trace/{pattern.name}/{seed}")
+    pool = list(dict.fromkeys(chunk for example in examples for chunk in example.chunks))
+    rng.shuffle(pool)
+    weights = [1 / (rank + 1) ** pattern.popularity for rank in range(len(pool))]
+    order = [index % len(examples) for index in range(requests)]
+    rng.shuffle(order)
+    return [_request(examples[index], pattern, pool, weights, rng) for index in order]
+
+
+def _request(
+    example: RagExample,
+    pattern: Pattern,
+    pool: Sequence[Chunk],
+    weights: Sequence[float],
+    rng: Random,
+) -> RagExample:
+    chunks = list(example.chunks)
+    evidence = {chunks[index] for index in example.supporting}
+    others = [index for index, chunk in enumerate(chunks) if chunk not in evidence]
+    for index in rng.sample(others, round(pattern.fresh * len(others))):
+        chunks[index] = _drawn(pool, weights, set(chunks), rng)
+    if pattern.order == "shuffled":
+        rng.shuffle(chunks)
+    supporting = tuple(index for index, chunk in enumerate(chunks) if chunk in evidence)
+    return replace(example, chunks=tuple(chunks), supporting=supporting)
+
+
+def _drawn(
+    pool: Sequence[Chunk], weights: Sequence[float], taken: set[Chunk], rng: Random
+) -> Chunk:
+    free = [
+        (chunk, weight) for chunk, weight in zip(pool, weights, strict=True) if chunk not in taken
+    ]
+    if not free:
+        raise ValueError(
+            f"a trace needs chunks of several questions to mix, the task has only {len(pool)}; "
+            "raise 'questions' or lower 'fresh'"
+        )
+    [chosen] = rng.choices([chunk for chunk, _ in free], [weight for _, weight in free])
+    return chosen
+
+
+def reuse_of(trace: Sequence[RagExample]) -> Mapping[str, float]:
+    """How much returns: chunks a chunk is met again, and the share that stands where it stood."""
+    seen: set[Chunk] = set()
+    last: dict[Chunk, tuple[Chunk, ...]] = {}
+    met = again = same = 0
+    for request in trace:
+        for index, chunk in enumerate(request.chunks):
+            before = request.chunks[:index]
+            met += 1
+            again += chunk in seen
+            same += last.get(chunk) == before
+            seen.add(chunk)
+            last[chunk] = before
+    return {"chunks": met, "returning": again / met, "same_context": same / met}
