@@ -44,10 +44,17 @@ def train(
     from blocktune.training.run import parse, train
 
     if processes is None and launcher is None:
-        train(arguments)
+        from blocktune.hub import Publisher
+
+        train(arguments, publisher=Publisher())
         return
     parse(arguments)  # a mistake is said here once, not by every process
     done = subprocess.run(_launch(processes, launcher, arguments), check=False)
+    if done.returncode < 0:  # killed, mostly for memory: nobody else says so
+        raise ValueError(
+            f"the launcher was ended by signal {-done.returncode} and nothing was saved after its "
+            "last checkpoint; with signal 9 look at the machine's memory first"
+        )
     raise typer.Exit(done.returncode)
 
 

@@ -14,7 +14,14 @@ from torch import Tensor, nn
 
 from blocktune.adapter import OWN_WEIGHTS, AdapterInfo
 from blocktune.identity import base_fingerprint
-from blocktune.links import LINKS_FILE, LINKS_MODULE, installed_links, load_links, save_links
+from blocktune.links import (
+    LINKS_FILE,
+    LINKS_MODULE,
+    LinkTable,
+    installed_links,
+    load_links,
+    save_links,
+)
 
 STAGING = ".saving"
 CONFIG_FILE = "resolved_config.yaml"
@@ -40,7 +47,13 @@ class AdapterFiles:
         return replace(self, info=replace(self.info, training=training))
 
     def write_weights(self, model: nn.Module, folder: Path, state: dict[str, Tensor] | None):
-        """Writes the trained weights: the PEFT adapter or the full model, and the links."""
+        """Writes the trained weights: the PEFT adapter or the full model, and the links.
+
+        Args:
+            model: Unwrapped.
+            folder: Where to.
+            state: Weights by name, where a launch has split those in ``model`` over processes.
+        """
         table = installed_links(model)
         if hasattr(model, "peft_config"):
             # Left to itself PEFT writes whole embeddings after a resize, not the trained rows.
@@ -50,9 +63,11 @@ class AdapterFiles:
             kept = {name: w for name, w in state.items() if not name.startswith(LINKS_MODULE)}
             model.save_pretrained(folder, state_dict=kept)
         if table is not None:
-            save_links(table, folder)
+            save_links(table if state is None else _whole_table(state), folder)
 
-    def write_info(self, model: nn.Module, folder: Path) -> None:
+    def write_info(
+        self, model: nn.Module, folder: Path, state: dict[str, Tensor] | None = None
+    ) -> None:
         """Writes configuration and info, which makes the folder an adapter.
 
         A fully trained model is its own base: its folder serves as model and as adapter.
@@ -64,7 +79,7 @@ class AdapterFiles:
             info = replace(
                 info,
                 base_model=OWN_WEIGHTS,
-                base_fingerprint=base_fingerprint(model),
+                base_fingerprint=base_fingerprint(model, state),
                 training=origin,
             )
         info.save(folder)
@@ -79,7 +94,14 @@ class AdapterFiles:
     @property
     def has_links(self) -> bool:
         """Whether there is a table."""
-        return self.info.num_links > 0 and self.info.link_mode == "table"
+        return self.info.has_table
+
+
+def _whole_table(state: dict[str, Tensor]) -> LinkTable:
+    [weight] = [w for name, w in state.items() if name.endswith(f"{LINKS_MODULE}.weight")]
+    table = LinkTable(*weight.shape, dtype=weight.dtype)
+    table.weight.data.copy_(weight)
+    return table
 
 
 def move_into_place(source: Path, target: Path) -> None:

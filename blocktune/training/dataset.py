@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from datasets import Dataset, Features, Value
 from datasets import Sequence as ListOf
@@ -14,17 +15,24 @@ from transformers import PreTrainedTokenizerBase
 from blocktune.data.example import RagExample
 from blocktune.prompt import LayoutSpec, Pieces, PromptFormat, make_pieces
 
-FEATURES = Features(
-    {
-        "prefix": ListOf(Value("int32")),
-        "chunks": ListOf(ListOf(Value("int32"))),
-        "query": ListOf(Value("int32")),
-        "answer": ListOf(Value("int32")),
-        "block": Value("bool"),
-        "length": Value("int32"),
-    }
-)
+PART = {
+    "prefix": ListOf(Value("int32")),
+    "chunks": ListOf(ListOf(Value("int32"))),
+    "query": ListOf(Value("int32")),
+    "answer": ListOf(Value("int32")),
+    "block": Value("bool"),
+    "index": Value("int32"),
+    "length": Value("int32"),
+}
+FEATURES = Features({"parts": [PART], "length": Value("int32")})
 COLUMNS = list(FEATURES)
+
+
+class Sample(NamedTuple):
+    """An example in one mode: block layout, or full attention."""
+
+    example: RagExample
+    block: bool
 
 
 @dataclass(frozen=True)
@@ -32,77 +40,135 @@ class Prepared:
     """A dataset of pieces and what was left out of it.
 
     Attributes:
-        dataset: Columns `COLUMNS`; ``length`` counts rows that are no ghosts.
+        dataset: Columns `COLUMNS`: a row is the examples packed into it, one without packing;
+            ``length`` counts rows that are neither ghosts nor fresh.
         num_dropped: Examples longer than the limit.
     """
 
     dataset: Dataset
     num_dropped: int
 
+    @property
+    def num_examples(self) -> int:
+        """Examples in the dataset; one in both modes counts twice."""
+        return sum(map(len, self.dataset["parts"]))
+
+
+def in_modes(
+    examples: Sequence[RagExample], block_share: float = 1.0, both: bool = False, seed: int = 0
+) -> list[Sample]:
+    """Says which examples are trained in block layout.
+
+    Args:
+        examples: In any order; it is kept.
+        block_share: Exactly this share, rounded, is in block layout, the rest in full attention
+            (KVLink: 0.4).
+        both: Every example in both modes instead (Block-Attention).
+        seed: Chooses which.
+    """
+    if both:
+        return [Sample(example, block) for example in examples for block in (True, False)]
+    order = list(range(len(examples)))
+    random.Random(seed).shuffle(order)
+    chosen = set(order[: round(block_share * len(examples))])
+    return [Sample(example, index in chosen) for index, example in enumerate(examples)]
+
 
 def prepare(
-    examples: Sequence[RagExample],
+    samples: Sequence[Sample],
     tokenizer: PreTrainedTokenizerBase,
     fmt: PromptFormat,
     spec: LayoutSpec,
     *,
     limit: int,
     drop_long: bool = False,
-    block_share: float = 1.0,
-    seed: int = 0,
+    pack_length: int | None = None,
+    position_gap: int = 0,
 ) -> Prepared:
-    """Tokenises examples and decides which are trained in block layout.
+    """Tokenises examples, and packs them where asked.
 
     Args:
-        examples: With an answer each.
+        samples: Examples with an answer each, and their modes.
         tokenizer: The base's.
         fmt: The wording.
-        spec: The block layout, for the count of links.
-        limit: Longest example, in rows that are no ghosts.
+        spec: The block layout, for the count of learned tokens.
+        limit: Longest example, in rows that are neither ghosts nor fresh, and in positions.
         drop_long: Leave longer examples out instead of refusing them.
-        block_share: Exactly this share, rounded, is in block layout.
-        seed: Chooses which.
+        pack_length: Rows of a packed row at most; None does not pack.
+        position_gap: Positions that a block example may jump at each of its chunks.
 
     Raises:
         ValueError: If an example is too long, has no answer, or none is left.
     """
-    is_block = _choose_block(len(examples), block_share, seed)
-    records, num_dropped = [], 0
-    for index, example in enumerate(examples):
-        record = _record(example, tokenizer, fmt, spec, is_block[index])
-        if record["length"] <= limit:
-            records.append(record)
+    parts, num_dropped = [], 0
+    limit = limit if pack_length is None else min(limit, pack_length)
+    for index, sample in enumerate(samples):
+        part = _part(index, sample, tokenizer, fmt, spec)
+        gaps = position_gap * (len(part["chunks"]) + 1) if sample.block else 0
+        if part["length"] + gaps <= limit:
+            parts.append(part)
         elif drop_long:
             num_dropped += 1
         else:
-            raise ValueError(
-                f"example {index} ('{example.id or example.question:.40}') has {record['length']} "
-                f"tokens, the limit is {limit} (max_length, or the model's context); shorten it "
-                "or set long_examples: drop"
-            )
-    if not records:
+            raise ValueError(_too_long(index, sample.example, part["length"] + gaps, limit))
+    if not parts:
         raise ValueError(
-            f"no example to train on: {len(examples)} came, {num_dropped} had more than {limit} "
+            f"no example to train on: {len(samples)} came, {num_dropped} had more than {limit} "
             "tokens; check the source and max_length"
         )
+    rows = [[part] for part in parts] if pack_length is None else best_fit(parts, pack_length)
+    records = [{"parts": row, "length": sum(part["length"] for part in row)} for row in rows]
     return Prepared(Dataset.from_list(records, features=FEATURES), num_dropped)
 
 
-def to_pieces(record: dict[str, Any]) -> Pieces:
-    """The pieces of one row of the dataset."""
-    chunks = tuple(tuple(chunk) for chunk in record["chunks"])
-    return Pieces(tuple(record["prefix"]), chunks, tuple(record["query"]), tuple(record["answer"]))
+def best_fit(parts: Sequence[dict[str, Any]], room: int) -> list[list[dict[str, Any]]]:
+    """Packs parts into rows: the longest first, each into the fullest row that it still fits.
+
+    Args:
+        parts: Each of a ``length`` of at most ``room``.
+        room: Of a row.
+
+    Returns:
+        Rows of parts, the parts of a row in their first order; the same for the same input.
+    """
+    order = sorted(range(len(parts)), key=lambda index: (-parts[index]["length"], index))
+    rows: list[list[int]] = []
+    free: list[tuple[int, int]] = []  # (room left, row), sorted
+    for index in order:
+        length = parts[index]["length"]
+        place = bisect.bisect_left(free, (length, -1))
+        left, row = free.pop(place) if place < len(free) else (room, len(rows))
+        if row == len(rows):
+            rows.append([])
+        rows[row].append(index)
+        bisect.insort(free, (left - length, row))
+    return [[parts[index] for index in sorted(row)] for row in rows]
 
 
-def _choose_block(count: int, share: float, seed: int) -> list[bool]:
-    order = list(range(count))
-    random.Random(seed).shuffle(order)
-    chosen = set(order[: round(share * count)])
-    return [index in chosen for index in range(count)]
+def to_pieces(part: dict[str, Any]) -> Pieces:
+    """The pieces of one example of a row."""
+    chunks = tuple(tuple(chunk) for chunk in part["chunks"])
+    return Pieces(tuple(part["prefix"]), chunks, tuple(part["query"]), tuple(part["answer"]))
 
 
-def _record(example, tokenizer, fmt, spec: LayoutSpec, block: bool) -> dict[str, Any]:
-    pieces = make_pieces(tokenizer, fmt, example.chunks, example.question, example.target)
+def _part(index: int, sample: Sample, tokenizer, fmt, spec: LayoutSpec) -> dict[str, Any]:
+    example, block = sample
+    pieces = make_pieces(
+        tokenizer, fmt, example.chunks, example.question, example.target, block=block
+    )
     tokens = sum(map(len, (pieces.prefix, *pieces.chunks, pieces.query, pieces.answer)))
-    links = spec.num_links * len(pieces.chunks) if block else 0
-    return {**pieces._asdict(), "block": block, "length": tokens + links}
+    around = spec.num_links + spec.num_headers + spec.num_trailers
+    return {
+        **pieces._asdict(),
+        "block": block,
+        "index": index,
+        "length": tokens + (around * len(pieces.chunks) if block else 0),
+    }
+
+
+def _too_long(index: int, example: RagExample, length: int, limit: int) -> str:
+    return (
+        f"example {index} ('{example.id or example.question:.40}') has {length} tokens, the limit "
+        f"is {limit} (max_length, pack_length, or the model's context); shorten it or set "
+        "long_examples: drop"
+    )

@@ -1,14 +1,14 @@
-"""Cross-entropy over answer tokens, from no more logits than those."""
+"""Answer rows: their logits, and cross-entropy from no more logits than those."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from blocktune.attention import make_plan
+from blocktune.attention import Plan, make_plan
 from blocktune.layout import Layout
 from blocktune.prompt import IGNORED
 
@@ -27,6 +27,28 @@ class AnswerLoss(NamedTuple):
     num_correct: Tensor
 
 
+class AnswerRows(NamedTuple):
+    """What a model says where answer tokens are to follow, prompt by prompt in their order.
+
+    Attributes:
+        logits: ``(T, V)``, T answer tokens.
+        targets: The tokens, ``(T,)``.
+        hidden: Every layer's output ``(B, S, hidden)`` after the embeddings', if asked for.
+    """
+
+    logits: Tensor
+    targets: Tensor
+    hidden: tuple[Tensor, ...] | None = None
+
+    def cross_entropy(self) -> AnswerLoss:
+        """Scores the answers."""
+        logits = self.logits.float()
+        total = F.cross_entropy(logits, self.targets, reduction="sum")
+        with torch.no_grad():
+            correct = (logits.argmax(-1) == self.targets).sum()
+        return AnswerLoss(total, torch.tensor(len(self.targets), device=total.device), correct)
+
+
 def answer_loss(
     model: nn.Module, input_ids: Tensor, layout: Layout, labels: Tensor, execution: str = "split"
 ) -> AnswerLoss:
@@ -42,24 +64,50 @@ def answer_loss(
     Returns:
         Sums; divide by the tokens of the whole step, over accumulation and ranks.
     """
+    plan = make_plan(execution, layout)
+    return answer_rows(model, input_ids, layout, labels, plan).cross_entropy()
+
+
+def answer_rows(
+    model: nn.Module,
+    input_ids: Tensor,
+    layout: Layout,
+    labels: Tensor,
+    plan: Plan,
+    hidden: bool = False,
+) -> AnswerRows:
+    """Runs a model and keeps the logits of the rows before answer tokens.
+
+    Args:
+        model: See `answer_loss`.
+        input_ids: ``(B, S)``.
+        layout: ``(B, S)``.
+        labels: ``(B, S)``, not shifted.
+        plan: Prepared for ``layout``.
+        hidden: Whether every layer's output is wanted.
+
+    Raises:
+        ValueError: If the model does not honour ``logits_to_keep``.
+    """
     targets = labels[:, 1:]
     # One index for all prompts of the batch: the rows before any prompt's answer tokens.
     keep = (targets != IGNORED).any(0).nonzero().squeeze(1)
-    logits = model(
+    more: dict[str, Any] = {"output_hidden_states": True} if hidden else {}
+    output = model(
         input_ids=input_ids,
         position_ids=layout.position,
-        plan=make_plan(execution, layout),
+        plan=plan,
         use_cache=False,
         logits_to_keep=keep,
-    ).logits
-    if logits.shape[1] != keep.numel():
+        **more,
+    )
+    if output.logits.shape[1] != keep.numel():
         raise ValueError(
-            f"the model gave logits of {logits.shape[1]} rows, {keep.numel()} were asked for; "
-            "its forward must honour logits_to_keep, as transformers' decoders do"
+            f"the model gave logits of {output.logits.shape[1]} rows, {keep.numel()} were asked "
+            "for; its forward must honour logits_to_keep, as transformers' decoders do"
         )
-    targets = targets[:, keep].flatten()
-    logits = logits.flatten(0, 1).float()
-    total = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
-    with torch.no_grad():
-        correct = (logits.argmax(-1) == targets).sum()  # -100 is never the argmax
-    return AnswerLoss(total, (targets != IGNORED).sum(), correct)
+    targets = targets[:, keep]
+    learnt = targets != IGNORED
+    return AnswerRows(
+        output.logits[learnt], targets[learnt], output.hidden_states if hidden else None
+    )

@@ -1,16 +1,21 @@
-"""What a run is going to do, before it does it, and one line per log after."""
+"""What a run is going to do, before it does it."""
 
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
-from transformers import TrainerCallback
 
-from blocktune.training.trainer import BlockSFTTrainer
+from blocktune.prompt import LayoutSpec
+from blocktune.sharded import num_elements
+from blocktune.training.console import SteadyConsole, amount, duration
+from blocktune.training.cost import EFFICIENCY, peak_bytes
+
+if TYPE_CHECKING:
+    from blocktune.training.trainer import BlockSFTTrainer
 
 
 @dataclass(frozen=True)
@@ -20,30 +25,38 @@ class TrainingPlan:
     Attributes:
         base_model: What is trained.
         layout: Of block examples, with the share of the rest.
+        objective: What the loss is.
         execution: Of attention.
         trainable: Parameters that get gradients.
         parameters: All parameters.
-        examples: In the training set.
+        examples: In the training set; one in both modes counts twice.
+        rows: What they are packed into, the same number without packing.
         dropped: Left out as too long.
-        mean_tokens: Per example.
-        max_tokens: Of the longest example.
+        mean_tokens: Per row.
+        max_tokens: Of the longest row.
         world_size: Processes.
-        global_batch: Examples per optimizer step, over accumulation and processes.
+        global_batch: Rows per optimizer step, over accumulation and processes.
         steps: Optimizer steps.
+        peak_bytes: Expected peak memory of a process without sharding, estimated.
+        eta_s: Expected seconds, estimated at `EFFICIENCY` of the measured matmul rate.
     """
 
     base_model: str
     layout: str
+    objective: str
     execution: str
     trainable: int
     parameters: int
     examples: int
+    rows: int
     dropped: int
     mean_tokens: float
     max_tokens: int
     world_size: int
     global_batch: int
     steps: int
+    peak_bytes: float
+    eta_s: float
 
     @property
     def tokens_per_step(self) -> int:
@@ -51,33 +64,75 @@ class TrainingPlan:
         return round(self.mean_tokens * self.global_batch)
 
 
-def make_plan_of(trainer: BlockSFTTrainer, num_dropped: int = 0) -> TrainingPlan:
+def make_plan_of(trainer: BlockSFTTrainer, examples: int, num_dropped: int = 0) -> TrainingPlan:
     """Reads the plan off a trainer that has not started."""
     args, info = trainer.args, trainer.files.info
     lengths = trainer.train_dataset["length"]
-    counts = [(p.numel(), p.requires_grad) for p in trainer.model.parameters()]
+    counts = [(num_elements(p), p.requires_grad) for p in trainer.model.parameters()]
     per_rank = math.ceil(len(lengths) / (args.per_device_train_batch_size * args.world_size))
     per_epoch = math.ceil(per_rank / args.gradient_accumulation_steps)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
-    spec = info.layout
-    links = f", {spec.num_links} links {spec.link_side} each ({info.link_mode})"
-    layout = f"block {args.block_share:.0%}, {spec.placement}{links if spec.num_links else ''}"
+    mean = sum(lengths) / len(lengths)
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    speed = trainer.speed
+    operations = speed.flops_per_token * mean * batch * steps
     return TrainingPlan(
         base_model=info.base_model,
-        layout=layout + (", shared prefix" if spec.shared_prefix else ""),
+        layout=describe_layout(info.layout, args.block_share, args.both_modes, info.link_mode),
+        objective=describe_objective(args),
         execution=args.attention_execution,
         trainable=sum(count for count, trained in counts if trained),
         parameters=sum(count for count, _ in counts),
-        examples=len(lengths),
+        examples=examples,
+        rows=len(lengths),
         dropped=num_dropped,
-        mean_tokens=sum(lengths) / len(lengths),
+        mean_tokens=mean,
         max_tokens=max(lengths),
         world_size=args.world_size,
-        global_batch=args.per_device_train_batch_size
-        * args.gradient_accumulation_steps
-        * args.world_size,
+        global_batch=batch,
         steps=steps,
+        peak_bytes=_peak(trainer, max(lengths)),
+        eta_s=operations / (EFFICIENCY * speed.rate),
     )
+
+
+def _peak(trainer: BlockSFTTrainer, longest: int) -> float:
+    args = trainer.args
+    rows = longest * args.per_device_train_batch_size
+    answers = max(
+        sum(len(part["answer"]) for part in parts) for parts in trainer.train_dataset["parts"]
+    )
+    answers *= args.per_device_train_batch_size
+    return peak_bytes(trainer.size, rows, answers, args.gradient_checkpointing)
+
+
+def describe_layout(spec: LayoutSpec, block_share: float, both: bool, link_mode: str) -> str:
+    """One line: modes, placement, learned tokens."""
+    if not spec.block:
+        return "full attention"
+    words = ["block and full, each example in both" if both else f"block {block_share:.0%}"]
+    words.append(spec.placement)
+    if spec.num_links:
+        table = f"{link_mode}, by {spec.link_table}" if spec.link_table != "slot" else link_mode
+        words.append(f"{spec.num_links} links {spec.link_side} each ({table})")
+    if spec.num_headers or spec.num_trailers:
+        words.append(f"{spec.num_headers} headers, {spec.num_trailers} trailers")
+    return ", ".join(words + (["shared prefix"] if spec.shared_prefix else []))
+
+
+def describe_objective(args) -> str:
+    """One line: cross-entropy, divergence, states, fresh rows."""
+    how, words = args.distillation, []
+    if how.weight < 1:
+        words.append("cross-entropy")
+    if how.weight > 0:
+        words.append(f"{how.weight:.0%} KL to the teacher '{args.distill_teacher}'")
+    if how.matches_states:
+        words.append(f"{how.states} states x {how.states_weight:g}")
+    if args.recompute != "none":
+        span = f"{args.recompute_min:.0%} to {args.recompute_max:.0%}"
+        words.append(f"{span} of the tokens fresh ({args.recompute})")
+    return ", ".join(words)
 
 
 def print_plan(plan: TrainingPlan, console: Console | None = None) -> None:
@@ -86,44 +141,15 @@ def print_plan(plan: TrainingPlan, console: Console | None = None) -> None:
     table = Table("", "", title="training plan", show_header=False, title_justify="left")
     table.add_row("base", plan.base_model)
     table.add_row("layout", plan.layout)
+    table.add_row("objective", plan.objective)
     table.add_row("attention", plan.execution)
     table.add_row("trainable", f"{plan.trainable:,} of {plan.parameters:,} ({share:.2%})")
     table.add_row("examples", f"{plan.examples:,} ({plan.dropped:,} dropped as too long)")
-    table.add_row("tokens", f"{plan.mean_tokens:,.0f} an example, longest {plan.max_tokens:,}")
-    table.add_row("batch", f"{plan.global_batch} examples over {plan.world_size} process(es)")
+    packed = f"{plan.rows:,} packed rows, " if plan.rows != plan.examples else ""
+    table.add_row("tokens", f"{packed}{plan.mean_tokens:,.0f} a row, longest {plan.max_tokens:,}")
+    table.add_row("batch", f"{plan.global_batch} rows over {plan.world_size} process(es)")
     table.add_row("tokens per step", f"{plan.tokens_per_step:,}")
     table.add_row("steps", f"{plan.steps:,}")
-    (console or Console()).print(table)
-
-
-class LogLines(TrainerCallback):
-    """One line per log: step, loss, accuracy, learning rate, tokens per second."""
-
-    def __init__(self, console: Console | None = None):
-        self.console = console or Console()
-        self._last = (0.0, 0.0)
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        """Starts the clock."""
-        self._last = (time.perf_counter(), 0.0)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        """Prints what was logged, on the main process."""
-        if not state.is_world_process_zero or not logs:
-            return
-        if "loss" in logs:
-            self.console.print(self._line(state, logs), highlight=False)
-        elif "eval_loss" in logs:
-            self.console.print(f"evaluation loss {logs['eval_loss']:.4f}", highlight=False)
-        elif "train_runtime" in logs:
-            self.console.print(f"trained in {logs['train_runtime']:.1f} s", highlight=False)
-
-    def _line(self, state, logs) -> str:
-        now, tokens = time.perf_counter(), float(logs.get("num_tokens", 0))
-        speed = (tokens - self._last[1]) / max(now - self._last[0], 1e-9)
-        self._last = (now, tokens)
-        return (
-            f"step {state.global_step:>5}/{state.max_steps}  loss {float(logs['loss']):.4f}  "
-            f"accuracy {float(logs.get('mean_token_accuracy', 0)):.3f}  "
-            f"lr {float(logs['learning_rate']):.2e}  {speed:,.0f} tokens/s"
-        )
+    table.add_row("peak memory", f"about {amount(plan.peak_bytes)} a process, unsharded")
+    table.add_row("time", f"about {duration(plan.eta_s)}; the log says what it really is")
+    (console or SteadyConsole()).print(table)

@@ -19,6 +19,7 @@ from blocktune.adapter import AdapterInfo
 from blocktune.identity import base_fingerprint, tokenizer_hash
 from blocktune.links import add_link_tokens, install_links, new_links
 from blocktune.prompt import PromptFormat
+from blocktune.quantize import keep_stored_codes, quantization_of
 from blocktune.training.config import BlockSFTConfig
 
 
@@ -45,6 +46,12 @@ def load_base(choice: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizer
             f"attn_implementation '{choice.attn_implementation}' knows no chunks; leave it out and "
             "choose attention_execution: split, flex or dense"
         )
+    quantised = choice.load_in_4bit or choice.load_in_8bit
+    if quantised and choice.dtype in (None, "auto"):
+        raise ValueError(
+            "a quantised base is computed in a dtype that must be named; set dtype: bfloat16 "
+            "(on GPUs) or dtype: float32 (on CPUs)"
+        )
     quantization = get_quantization_config(choice)
     kwargs = {"revision": choice.model_revision}
     if quantization is not None:
@@ -57,6 +64,7 @@ def load_base(choice: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizer
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"cannot load base model '{name}': {reason}") from None
+    keep_stored_codes(model)
     return model, tokenizer
 
 
@@ -82,24 +90,26 @@ def make_ready(
         ValueError: If nothing would be trained.
     """
     info = _info(model, tokenizer, args, choice, fmt, training)
-    has_links = args.num_links > 0
-    added = range(0)
-    if has_links and args.link_mode == "added_tokens":
-        added = add_link_tokens(model, tokenizer, args.num_links, args.seed)
-    table = new_links(model, args.num_links, args.seed) if has_links and not added else None
+    learned, added = info.num_learned, range(0)
+    if learned and args.link_mode == "added_tokens":
+        added = add_link_tokens(model, tokenizer, learned, args.seed)
+    table = new_links(model, learned, args.seed) if info.has_table else None
     model = _wrap(model, args, choice, added)
     if table is not None:
         install_links(model, table)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError("nothing to train; set use_peft: true, or num_links with freeze_base")
+        raise ValueError("nothing to train; set use_peft: true, or links with freeze_base")
     return Ready(model, tokenizer, info)
 
 
 def _info(model, tokenizer, args, choice, fmt, training) -> AdapterInfo:
-    revision = choice.model_revision if choice.model_revision != "main" else None
+    asked = choice.model_revision if choice.model_revision != "main" else None
+    config = model.config.get_text_config()
     return AdapterInfo(
         base_model=choice.model_name_or_path,
-        base_revision=revision,
+        base_revision=getattr(model.config, "_commit_hash", None) or asked,
+        quantization=quantization_of(model),
+        rope=dict(config.rope_parameters or {}),
         base_fingerprint=base_fingerprint(model),
         tokenizer_hash=tokenizer_hash(tokenizer),
         layout=args.layout,

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 from transformers import TrainerCallback
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import ModelConfig, TrlParser
 
-from blocktune.data import load_examples
-from blocktune.training.checkpoint import AdapterFiles
-from blocktune.training.collator import BlockCollator
+from blocktune.training.build import build
 from blocktune.training.config import BlockSFTConfig, DataArgs
-from blocktune.training.dataset import Prepared, prepare
-from blocktune.training.plan import LogLines, make_plan_of, print_plan
-from blocktune.training.prepare import Ready, load_base, make_ready
-from blocktune.training.provenance import provenance
-from blocktune.training.trainer import BlockSFTTrainer
+from blocktune.training.plan import make_plan_of, print_plan
 
 
 def parse(argv: Sequence[str]) -> tuple[DataArgs, BlockSFTConfig, ModelConfig]:
@@ -43,12 +38,27 @@ def parse(argv: Sequence[str]) -> tuple[DataArgs, BlockSFTConfig, ModelConfig]:
     return tuple(parsed)
 
 
-def train(argv: Sequence[str], callbacks: Sequence[TrainerCallback] = ()) -> Path | None:
-    """Trains as told and saves the adapter.
+class Publisher(Protocol):
+    """Publishes adapters; handed in, since training knows nothing of serving and checking."""
+
+    def check(self, repo: str, base_model: str) -> None:
+        """Refuses before the run what could not be published after it."""
+
+    def publish(self, folder: Path, repo: str, private: bool) -> None:
+        """Publishes a finished run."""
+
+
+def train(
+    argv: Sequence[str],
+    callbacks: Sequence[TrainerCallback] = (),
+    publisher: Publisher | None = None,
+) -> Path | None:
+    """Trains as told, saves the adapter, and publishes it where ``push_to_hub`` says so.
 
     Args:
         argv: Command line without the program's name, e.g. ``["--config", "run.yaml"]``.
         callbacks: More callbacks of transformers' Trainer, e.g. evaluation.
+        publisher: What ``push_to_hub`` is served by.
 
     Returns:
         The adapter's folder, or None after a dry run.
@@ -57,85 +67,37 @@ def train(argv: Sequence[str], callbacks: Sequence[TrainerCallback] = ()) -> Pat
         ValueError: On anything a user can mend, in one line.
     """
     data, args, choice = parse(argv)
+    repo = _repo(args, choice, publisher)
+    folder = _train(data, args, choice, callbacks)
+    if repo and folder and os.environ.get("RANK", "0") == "0":
+        publisher.publish(folder, repo, bool(args.hub_private_repo))
+    return folder
+
+
+def _repo(args: BlockSFTConfig, choice: ModelConfig, publisher: Publisher | None) -> str | None:
+    """Where the run is pushed to; the Trainer, which would push unchecked, is not told."""
+    if not args.push_to_hub:
+        return None
+    if publisher is None or not args.hub_model_id:
+        raise ValueError(
+            "push_to_hub needs hub_model_id: USER/NAME, and a program that publishes: "
+            "`blocktune train` or recipes/train.py"
+        )
+    publisher.check(args.hub_model_id, choice.model_name_or_path)
+    args.push_to_hub = False
+    return args.hub_model_id
+
+
+def _train(data, args, choice, callbacks) -> Path | None:
     trainer, prepared = build(data, args, choice, callbacks)
     if trainer.is_world_process_zero():
-        print_plan(make_plan_of(trainer, prepared.num_dropped))
+        print_plan(make_plan_of(trainer, prepared.num_examples, prepared.num_dropped))
     if args.dry_run:
         return None
     trainer.train(resume_from_checkpoint=_resume(args.resume_from_checkpoint))
     trainer.save_model()
     trainer.save_state()
     return Path(args.output_dir)
-
-
-def build(
-    data: DataArgs,
-    args: BlockSFTConfig,
-    choice: ModelConfig,
-    callbacks: Sequence[TrainerCallback] = (),
-) -> tuple[BlockSFTTrainer, Prepared]:
-    """Loads base and data and makes the trainer.
-
-    Returns:
-        The trainer, and the training set with the count of examples left out.
-
-    Raises:
-        ValueError: As `load_base`, `prepare` and the loaders do.
-    """
-    model, tokenizer = load_base(choice)
-    limit = args.max_length or model.config.get_text_config().max_position_embeddings
-    train_set = _prepared(data.train_data, data.train_limit, data, args, tokenizer, limit)
-    eval_set = None
-    if data.eval_data:
-        eval_set = _prepared(data.eval_data, data.eval_limit, data, args, tokenizer, limit).dataset
-    ready = make_ready(
-        model, tokenizer, args, choice, data.format, _provenance(data, args, len(train_set.dataset))
-    )
-    trainer = BlockSFTTrainer(
-        model=ready.model,
-        args=args,
-        files=AdapterFiles(ready.info, _resolved(data, args, choice), args.freeze_base),
-        collator=_collator(ready, args),
-        train_dataset=train_set.dataset,
-        eval_dataset=eval_set,
-        tokenizer=tokenizer,
-        callbacks=[LogLines(), *callbacks],
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
-    return trainer, train_set
-
-
-def _prepared(source, count, data: DataArgs, args: BlockSFTConfig, tokenizer, limit) -> Prepared:
-    return prepare(
-        load_examples(source, limit=count),
-        tokenizer,
-        data.format,
-        args.layout,
-        limit=limit,
-        drop_long=args.long_examples == "drop",
-        block_share=args.block_share,
-        seed=args.seed,
-    )
-
-
-def _collator(ready: Ready, args: BlockSFTConfig) -> BlockCollator:
-    tokenizer = ready.tokenizer
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return BlockCollator(args.layout, pad or 0, ready.info.link_base(ready.model, tokenizer))
-
-
-def _provenance(data: DataArgs, args: BlockSFTConfig, num_examples: int) -> dict:
-    return provenance() | {
-        "data": data.train_data,
-        "examples": num_examples,
-        "seed": args.seed,
-    }
-
-
-def _resolved(data: DataArgs, args: BlockSFTConfig, choice: ModelConfig) -> dict:
-    training = {k: v for k, v in args.to_sanitized_dict().items() if not k.endswith("token")}
-    return {"data": vars(data).copy(), "model": vars(choice).copy(), "training": training}
 
 
 def _resume(value: str | bool | None) -> str | bool | None:

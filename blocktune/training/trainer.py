@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer import TRAINING_ARGS_NAME, rotate_checkpoints
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import SFTTrainer
 
-from blocktune.adapter import INFO_FILE
 from blocktune.attention import attach
 from blocktune.layout import Layout
-from blocktune.training.checkpoint import (
-    STAGING,
-    AdapterFiles,
-    is_links_only,
-    move_files,
-    move_into_place,
-)
+from blocktune.training.augment import Augmentation
+from blocktune.training.checkpoint import AdapterFiles
 from blocktune.training.collator import BlockCollator
 from blocktune.training.config import BlockSFTConfig
+from blocktune.training.cost import matmul_rate, row_flops, size_of
 from blocktune.training.dataset import COLUMNS
-from blocktune.training.loss import answer_loss
+from blocktune.training.distillation import evaluating
+from blocktune.training.fresh_rows import narrowed, states_at
+from blocktune.training.guards import launch_name, refuse_lost_launch, refuse_parallelism
+from blocktune.training.objective import Objective, StepLoss
+from blocktune.training.precision import precision_kept
+from blocktune.training.saving import StagedSaving
+from blocktune.training.speed import Speedometer
 
 
-class BlockSFTTrainer(SFTTrainer):
+class BlockSFTTrainer(StagedSaving, SFTTrainer):
     """Trains a model on layouts.
 
     The loss is the sum over answer tokens divided by their number in the whole step, so it is
@@ -40,6 +40,7 @@ class BlockSFTTrainer(SFTTrainer):
         args: The run's configuration.
         files: Writes and restores adapters.
         collator: Lays the dataset's pieces out.
+        objective: The loss of a batch.
         train_dataset: See `blocktune.training.dataset.prepare`.
         tokenizer: Saved beside the adapter.
         eval_dataset: For the evaluation loss, or None.
@@ -59,29 +60,37 @@ class BlockSFTTrainer(SFTTrainer):
         args: BlockSFTConfig,
         files: AdapterFiles,
         collator: BlockCollator,
+        objective: Objective,
         train_dataset: Dataset,
         tokenizer: PreTrainedTokenizerBase,
         eval_dataset: Dataset | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ):
         attach(model)
-        self.files = files
-        self._staging = False
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=tokenizer,
-            callbacks=callbacks,
-        )
+        self.files, self.objective = files, objective
+        with precision_kept(model):
+            super().__init__(
+                model=model,
+                args=args,
+                data_collator=collator,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=tokenizer,
+                callbacks=callbacks,
+            )
         # The Trainer then counts the answer tokens of all accumulation steps and ranks.
         self.model_accepts_loss_kwargs = True
-        self._refuse_parallelism()
-        self._refuse_lost_launch()
+        refuse_parallelism(self.accelerator)
+        refuse_lost_launch(self.accelerator, args.n_gpu, self.is_deepspeed_enabled)
+        state_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.dtype
+        self.size = size_of(self.model, state_dtype.itemsize)
+        self.speed = Speedometer(
+            row_flops(self.size, objective.teacher is not None),
+            matmul_rate(args.device, state_dtype) * self.accelerator.num_processes,
+        )
+        self.add_callback(_Rhythm(self))
         self.files = self.files.launched(
-            self.accelerator.num_processes, self.accelerator.distributed_type.value
+            self.accelerator.num_processes, launch_name(self.accelerator)
         )
 
     def compute_loss(
@@ -94,24 +103,66 @@ class BlockSFTTrainer(SFTTrainer):
         """Cross-entropy of the answers under each prompt's layout."""
         if return_outputs:
             raise ValueError("block training evaluates the loss only; leave compute_metrics out")
-        layout = Layout.unpack(inputs["layout"])
-        result = answer_loss(
-            model, inputs["input_ids"], layout, inputs["labels"], self.args.attention_execution
-        )
-        self._count(result, (~layout.is_pad).sum())
+        bare = self.accelerator.unwrap_model(model)
+        inputs = self._narrowed(bare, inputs)
+        result = self.objective(model, inputs, bare)
+        self._count(result, Layout.unpack(inputs["layout"]))
         if num_items_in_batch is None:
-            return result.total / result.num_tokens
+            return result.total / result.answers.num_tokens
         # Both DDP and DeepSpeed average gradients over ranks; the token count is over all ranks.
         return result.total * self.accelerator.num_processes / num_items_in_batch
 
-    def _count(self, result, num_rows: Tensor) -> None:
+    def _narrowed(self, model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Asks the selector of fresh rows, where it chooses by what the model makes of them."""
+        collator: BlockCollator = self.data_collator
+        if collator.check_layer is None:
+            return inputs
+        layout, layer = Layout.unpack(inputs["layout"]), collator.check_layer
+        with evaluating(model):
+            states = states_at(
+                model,
+                inputs["input_ids"],
+                layout,
+                layer,
+                self.args.attention_execution,
+                stop=not (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()),
+            )
+        layout = narrowed(
+            layout, states, layer, self.size.layers, collator.sampler, inputs["shares"]
+        )
+        return {**inputs, "layout": layout.pack()}
+
+    def _count(self, result: StepLoss, layout: Layout) -> None:
         mode = "train" if self.model.training else "eval"
-        counts = torch.stack([result.num_tokens, result.num_correct, num_rows])
-        tokens, correct, rows = self.accelerator.gather(counts).view(-1, 3).sum(0).tolist()
+        answers = result.answers
+        counts = [answers.num_tokens, answers.num_correct, (~layout.is_pad).sum()]
+        sums = [answers.total.detach(), result.divergence, result.states]
+        both = torch.stack([value.double() for value in (*counts, *sums)])
+        tokens, correct, rows, *nats = self.accelerator.gather(both).view(-1, 6).sum(0).tolist()
         if mode == "train":
-            self._total_train_tokens += rows
-        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
-        self._metrics[mode]["mean_token_accuracy"].append(correct / max(tokens, 1))
+            self._total_train_tokens += int(rows)
+        metrics = self._metrics[mode]
+        metrics["num_tokens"] = [self._total_train_tokens]
+        metrics["mean_token_accuracy"].append(correct / max(tokens, 1))
+        if self.objective.teacher is not None:
+            for name, value in zip(("cross_entropy", "divergence", "states"), nats, strict=True):
+                metrics[name].append(value / max(tokens, 1))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds speed in real tokens, utilisation and the time that is left."""
+        if "loss" in logs:
+            step, last = self.state.global_step, self.state.max_steps
+            logs |= self.speed.read(self._total_train_tokens, step, last)
+        super().log(logs, start_time)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Evaluation without augmentation, the same in every epoch."""
+        varied = self.data_collator
+        self.data_collator = replace(varied, augmentation=Augmentation(), epoch=0)
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = varied
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = COLUMNS
@@ -119,88 +170,16 @@ class BlockSFTTrainer(SFTTrainer):
     def _send_telemetry(self) -> None:
         """None is sent."""
 
-    def _refuse_parallelism(self) -> None:
-        parallel = self.accelerator.parallelism_config
-        for kind in ("cp", "sp"):
-            if parallel is not None and getattr(parallel, f"{kind}_enabled", False):
-                raise ValueError(
-                    f"{kind}_size > 1 splits prompts over devices and drops the layout's mask; "
-                    f"set {kind}_size to 1"
-                )
 
-    def _refuse_lost_launch(self) -> None:
-        """A launch that quietly runs alone trains, saves over its twins and looks well."""
-        started = int(os.environ.get("WORLD_SIZE", "1"))
-        if started != self.accelerator.num_processes:
-            raise ValueError(
-                f"the launcher started {started} processes and each of them trains alone; "
-                "on CPUs set use_cpu: true (or --use_cpu true)"
-            )
-        if self.args.n_gpu > 1:
-            raise ValueError(
-                f"one process sees {self.args.n_gpu} GPUs and would cut prompts from their layouts "
-                f"between them; start one per GPU (blocktune train --processes {self.args.n_gpu}) "
-                "or show it one (CUDA_VISIBLE_DEVICES=0)"
-            )
-        asked = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-        if asked and not self.is_deepspeed_enabled:
-            raise ValueError(
-                "the launcher asked for DeepSpeed and the Trainer runs without it; launch with "
-                "recipes/accelerate/zero2.yaml and pass no deepspeed option to the recipe"
-            )
+class _Rhythm(TrainerCallback):
+    """Starts the clock, and tells the collator its epoch before the first batch is laid out."""
 
-    # Saving. A checkpoint is written in a staging folder and renamed when every rank has written
-    # its part, so that a kill leaves the older checkpoints and no half of a new one.
+    def __init__(self, trainer: BlockSFTTrainer):
+        self.trainer = trainer
 
-    def _get_output_dir(self, trial: Any) -> str:
-        run_dir = super()._get_output_dir(trial)
-        return str(Path(run_dir) / STAGING) if self._staging else run_dir
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.speed.start(self.trainer._total_train_tokens, state.global_step)
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self._staging = True
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._staging = False
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            run_dir = Path(self._get_output_dir(trial))
-            name = f"checkpoint-{self.state.global_step}"
-            move_into_place(run_dir / STAGING / name, run_dir / name)
-            rotate_checkpoints(
-                output_dir=str(run_dir),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
-        self.accelerator.wait_for_everyone()
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves the adapter into ``output_dir``, its ``blocktune.json`` last."""
-        target = Path(output_dir or self.args.output_dir)
-        if _internal_call:
-            super().save_model(str(target), _internal_call=True)
-            return
-        super().save_model(str(target / STAGING / "adapter"), _internal_call=True)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            move_files(target / STAGING / "adapter", target, last=INFO_FILE)
-            (target / STAGING).rmdir()
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        model = self.accelerator.unwrap_model(self.model)
-        self.files.write_weights(model, folder, state_dict)
-        self.processing_class.save_pretrained(folder)
-        torch.save(self.args, folder / TRAINING_ARGS_NAME)
-        self.files.write_info(model, folder)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        model = self.model if model is None else model
-        if not is_links_only(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.files.has_links:
-            self.files.restore_links(self.accelerator.unwrap_model(model), resume_from_checkpoint)
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        # A resumed run counts epochs in fractions; rounding must not fall into the one before.
+        self.trainer.data_collator.epoch = int((state.epoch or 0) + 1e-6)

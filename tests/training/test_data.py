@@ -7,15 +7,20 @@ from training.toy import toy_examples, toy_tokenizer
 from blocktune.layout import GLOBAL, Kind, Layout
 from blocktune.prompt import LayoutSpec, PromptFormat
 from blocktune.training.collator import BlockCollator
-from blocktune.training.dataset import prepare, to_pieces
+from blocktune.training.dataset import best_fit, in_modes, prepare, to_pieces
 
-RECORD = {"prefix": [9], "chunks": [[11, 12], [13]], "query": [14, 15], "answer": [16, 17]}
+PART = {"prefix": [9], "chunks": [[11, 12], [13]], "query": [14, 15], "answer": [16, 17]}
 SHORT = {"prefix": [9], "chunks": [[11]], "query": [14], "answer": [16]}
+
+
+def row(*parts: dict) -> dict:
+    """A row of the dataset."""
+    return {"parts": [{"index": i, "length": 0, **part} for i, part in enumerate(parts)]}
 
 
 def test_collated_block_batch():
     batch = BlockCollator(LayoutSpec(num_links=1), pad_id=2, link_base=100)(
-        [{**RECORD, "block": True}, {**SHORT, "block": False}]
+        [row({**PART, "block": True}), row({**SHORT, "block": False})]
     )
     assert batch["input_ids"].tolist() == [
         [9, 11, 12, 100, 13, 100, 14, 15, 16, 17],
@@ -29,15 +34,22 @@ def test_collated_block_batch():
     assert (layout.kind[1] == Kind.PAD).tolist() == [False] * 4 + [True] * 6
 
 
-def prepared(examples, **options):
+def prepared(examples, fmt=None, both=False, block_share=1.0, seed=0, **options):
+    samples = in_modes(examples, block_share, both, seed)
     options = {"limit": 500} | options
-    return prepare(examples, toy_tokenizer(), PromptFormat(), LayoutSpec(num_links=2), **options)
+    return prepare(
+        samples, toy_tokenizer(), fmt or PromptFormat(), LayoutSpec(num_links=2), **options
+    )
+
+
+def parts(dataset) -> list[dict]:
+    return [part for record in dataset for part in record["parts"]]
 
 
 def test_pieces_survive_the_dataset_and_lengths_count_links():
     dataset = prepared(toy_examples(3)).dataset
     for record in dataset:
-        pieces = to_pieces(record)
+        pieces = to_pieces(record["parts"][0])
         tokens = sum(map(len, (pieces.prefix, *pieces.chunks, pieces.query, pieces.answer)))
         assert record["length"] == tokens + 2 * 3
 
@@ -62,14 +74,24 @@ def test_nothing_left_is_an_error():
 
 @pytest.mark.parametrize(("share", "count"), [(0.0, 0), (0.25, 5), (1.0, 20)])
 def test_the_block_share_is_exact_and_seeded(share, count):
-    chosen = prepared(toy_examples(20), block_share=share, seed=3).dataset["block"]
+    chosen = [sample.block for sample in in_modes(toy_examples(20), share, seed=3)]
     assert sum(chosen) == count
-    assert chosen == prepared(toy_examples(20), block_share=share, seed=3).dataset["block"]
+    assert chosen == [sample.block for sample in in_modes(toy_examples(20), share, seed=3)]
 
 
 def test_the_seed_chooses_other_examples():
-    halves = [prepared(toy_examples(20), block_share=0.5, seed=s).dataset["block"] for s in (1, 2)]
+    halves = [[s.block for s in in_modes(toy_examples(20), 0.5, seed=seed)] for seed in (1, 2)]
     assert halves[0] != halves[1]
+
+
+def test_both_modes_are_every_example_twice_with_the_tag_of_its_mode():
+    fmt = PromptFormat(block_tag="[Block]", full_tag="[Full]")
+    made = parts(prepared(toy_examples(3), fmt, both=True).dataset)
+    assert [part["block"] for part in made] == [True, False] * 3
+    assert [made[i]["query"] for i in (0, 2, 4)] == [made[i]["query"] for i in (1, 3, 5)]
+    text = toy_tokenizer().decode(made[0]["prefix"]), toy_tokenizer().decode(made[1]["prefix"])
+    assert "[Block] Answer" in text[0]
+    assert "[Full] Answer" in text[1]
 
 
 def test_labels_are_the_response_and_its_end():
@@ -78,3 +100,47 @@ def test_labels_are_the_response_and_its_end():
     learnt = batch["labels"][batch["labels"] != -100]
     assert toy_tokenizer().decode(learnt) == "Alder<|end|>"
     assert torch.equal(learnt, batch["input_ids"][batch["labels"] != -100])
+
+
+def lengths(rows: list[list[dict]]) -> list[list[int]]:
+    return [[part["length"] for part in row] for row in rows]
+
+
+def test_best_fit_takes_the_fullest_row_that_has_room():
+    sizes = [{"length": length} for length in (3, 6, 4, 5, 2)]
+    # 6, then 5, then 4 beside 6, then 3 beside 5, then 2 beside 5 and 3
+    assert lengths(best_fit(sizes, 10)) == [[6, 4], [3, 5, 2]]
+
+
+def test_packing_loses_nothing_and_never_overfills():
+    plain = prepared(toy_examples(30))
+    room = 2 * max(plain.dataset["length"])
+    packed = prepared(toy_examples(30), pack_length=room)
+    assert packed.num_examples == 30 > len(packed.dataset)
+    assert max(packed.dataset["length"]) <= room
+    assert sum(packed.dataset["length"]) == sum(plain.dataset["length"])
+    indices = sorted(part["index"] for part in parts(packed.dataset))
+    assert indices == list(range(30))
+
+
+def test_packed_rows_hold_several_prompts_that_do_not_see_each_other():
+    batch = BlockCollator(LayoutSpec(), pad_id=2)(
+        [row({**SHORT, "block": True}, {**PART, "block": False}), row({**SHORT, "block": True})]
+    )
+    assert batch["input_ids"].tolist()[0] == [9, 11, 14, 16, 9, 11, 12, 13, 14, 15, 16, 17]
+    layout = Layout.unpack(batch["layout"])
+    assert layout.sample[0].tolist() == [0] * 4 + [1] * 8
+    assert layout.position[0].tolist() == [*range(4), *range(8)]
+
+
+def test_a_teacher_reads_the_plain_prompt_in_full_attention():
+    spec = LayoutSpec(num_links=1, num_headers=1)
+    collator = BlockCollator(spec, pad_id=2, link_base=100, teacher_prefix=(7, 8))
+    batch = collator([row({**PART, "block": True})])
+    assert batch["input_ids"].tolist() == [
+        [9, 101, 11, 12, 100, 101, 13, 100, 14, 15, 16, 17],
+    ]
+    assert batch["teacher_input_ids"].tolist() == [[7, 8, 11, 12, 13, 14, 15, 16, 17]]
+    assert batch["teacher_labels"].tolist() == [[-100] * 7 + [16, 17]]
+    taught = Layout.unpack(batch["teacher_layout"])
+    assert taught.group.tolist() == [[GLOBAL] * 9]

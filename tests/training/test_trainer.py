@@ -14,13 +14,29 @@ from blocktune.adapter import AdapterInfo, load_adapter
 from blocktune.attention import attach, make_plan
 from blocktune.layout import Layout
 from blocktune.links import installed_links, load_links
+from blocktune.training.guards import refuse_lost_launch, refuse_parallelism
 
 MODES = {
     "lora": {},
     "lora+table": {"num_links": 2},
     "lora+tokens": {"num_links": 2, "link_mode": "added_tokens"},
     "table alone": {"num_links": 2, "freeze_base": True, "use_peft": False},
+    "dora": {"use_dora": True},
+    "rslora": {"use_rslora": True},
+    "packets": {"num_headers": 2, "num_trailers": 1, "freeze_base": True, "use_peft": False},
+    "lora+markers": {"num_headers": 1, "num_trailers": 1, "placement": "composite"},
+    "links by chunk": {"num_links": 2, "link_table": "chunk", "max_chunks": 3},
+    "shared link": {"num_links": 2, "link_table": "shared", "link_side": "before"},
     "full": {"use_peft": False},
+}
+LEARNED = {
+    "lora+table": 2,
+    "lora+tokens": 2,
+    "table alone": 2,
+    "packets": 3,
+    "lora+markers": 2,
+    "links by chunk": 6,
+    "shared link": 1,
 }
 
 
@@ -58,7 +74,7 @@ def test_a_trained_adapter_reloads_to_the_same_logits(tmp_path, mode):
     model, info = reload(out if mode == "full" else tmp_path / "base", out)
     assert torch.equal(logits_of(model, batch), trained)
     assert info == AdapterInfo.load(out)
-    assert info.num_links == MODES[mode].get("num_links", 0)
+    assert info.num_learned == LEARNED.get(mode, 0)
     assert info.training["world_size"] == 1
 
 
@@ -173,12 +189,11 @@ def test_a_kill_while_saving_leaves_the_older_checkpoint(tmp_path):
     assert json.loads((out / "checkpoint-4/trainer_state.json").read_text())["global_step"] == 4
 
 
-def test_several_gpus_in_one_process_are_refused(tmp_path, monkeypatch):
+def test_several_gpus_in_one_process_are_refused(tmp_path):
     """The Trainer would wrap the model in DataParallel, which cuts tensors and not plans."""
     trainer = make_trainer(tmp_path)
-    monkeypatch.setattr(type(trainer.args), "n_gpu", property(lambda args: 4))
     with pytest.raises(ValueError, match=r"sees 4 GPUs .*blocktune train --processes 4"):
-        trainer._refuse_lost_launch()
+        refuse_lost_launch(trainer.accelerator, n_gpu=4, uses_deepspeed=False)
 
 
 def test_context_parallelism_is_refused(tmp_path):
@@ -189,7 +204,7 @@ def test_context_parallelism_is_refused(tmp_path):
 
     trainer.accelerator.state.parallelism_config = Parallel()
     with pytest.raises(ValueError, match="cp_size > 1 splits prompts over devices"):
-        trainer._refuse_parallelism()
+        refuse_parallelism(trainer.accelerator)
 
 
 def test_the_command_trains_saves_and_says_what_it_does(tmp_path, capsys):
@@ -200,8 +215,10 @@ def test_the_command_trains_saves_and_says_what_it_does(tmp_path, capsys):
     assert folder == Path(tmp_path / "out")
     assert (folder / "blocktune.json").is_file()
     printed = capsys.readouterr().out
-    for words in ("trainable", "tokens per step", "steps", "2 links after each", "step     4/4"):
-        assert words in printed
+    words = ["trainable", "tokens per step", "steps", "2 links after each", "step     4/4"]
+    words += ["peak memory", "time", "cross-entropy", "tokens/s", "MFU", "0 s left"]
+    for word in words:
+        assert word in printed
 
 
 def test_a_dry_run_writes_nothing(tmp_path, capsys):

@@ -1,0 +1,146 @@
+"""From options to a trainer: base, data, layout, objective."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from trl import ModelConfig
+
+from blocktune.data import load_examples
+from blocktune.data.mixture import BLOCK, load_mixture, mix
+from blocktune.positions import RopeSpec
+from blocktune.prompt import prefix_ids
+from blocktune.provenance import provenance
+from blocktune.training.checkpoint import AdapterFiles
+from blocktune.training.collator import BlockCollator
+from blocktune.training.config import BlockSFTConfig, DataArgs
+from blocktune.training.console import LogLines
+from blocktune.training.dataset import Prepared, Sample, in_modes, prepare
+from blocktune.training.objective import Objective
+from blocktune.training.plan import describe_objective
+from blocktune.training.prepare import Ready, load_base, make_ready
+from blocktune.training.teacher import find_teacher
+from blocktune.training.trainer import BlockSFTTrainer
+
+
+def build(
+    data: DataArgs,
+    args: BlockSFTConfig,
+    choice: ModelConfig,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> tuple[BlockSFTTrainer, Prepared]:
+    """Loads base and data and makes the trainer.
+
+    Returns:
+        The trainer, and the training set with the count of examples left out.
+
+    Raises:
+        ValueError: As `load_base`, `prepare`, `find_teacher` and the loaders do.
+    """
+    model, tokenizer = load_base(choice)
+    train_set, eval_set = _datasets(data, args, model, tokenizer)
+    origin = _origin(data, args, train_set.num_examples)
+    ready = make_ready(model, tokenizer, args, choice, data.format, origin)
+    trainer = BlockSFTTrainer(
+        model=ready.model,
+        args=args,
+        files=AdapterFiles(ready.info, _resolved(data, args, choice), args.freeze_base),
+        collator=_collator(data, args, ready),
+        objective=_objective(args, choice, ready),
+        train_dataset=train_set.dataset,
+        eval_dataset=eval_set.dataset if eval_set else None,
+        tokenizer=tokenizer,
+        callbacks=[LogLines(), *callbacks],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    return trainer, train_set
+
+
+def samples_of(
+    data: DataArgs, args: BlockSFTConfig, tokenizer: PreTrainedTokenizerBase
+) -> list[Sample]:
+    """The training examples and the modes they are trained in.
+
+    Raises:
+        ValueError: If a mixture and the options of one source are mixed, or disagree.
+    """
+    if data.mixture is None:
+        examples = load_examples(data.train_data, limit=data.train_limit, tokenizer=tokenizer)
+        return in_modes(examples, args.block_share, args.both_modes, args.seed)
+    if args.both_modes:
+        raise ValueError("a mixture says the mode of each source; leave both_modes out")
+    mixed = mix(load_mixture(data.mixture), tokenizer=tokenizer).examples
+    samples = [Sample(example.example, example.mode == BLOCK) for example in mixed]
+    if args.has_block != any(sample.block for sample in samples):
+        wanted = "0 (full attention alone)" if args.has_block else "left out"
+        raise ValueError(f"the mixture's modes and block_share disagree: it should be {wanted}")
+    return samples
+
+
+def _datasets(data, args, model, tokenizer) -> tuple[Prepared, Prepared | None]:
+    limit = args.max_length or model.config.get_text_config().max_position_embeddings
+
+    def prepared(samples: list[Sample], pack_length: int | None) -> Prepared:
+        return prepare(
+            samples,
+            tokenizer,
+            data.format,
+            args.layout,
+            limit=limit,
+            drop_long=args.long_examples == "drop",
+            pack_length=pack_length,
+            position_gap=args.position_jitter,
+        )
+
+    train_set = prepared(samples_of(data, args, tokenizer), args.pack_length)
+    if not data.eval_data:
+        return train_set, None
+    examples = load_examples(data.eval_data, limit=data.eval_limit, tokenizer=tokenizer)
+    modes = in_modes(examples, args.block_share, args.both_modes, args.seed)
+    return train_set, prepared(modes, None)
+
+
+def _collator(data: DataArgs, args: BlockSFTConfig, ready: Ready) -> BlockCollator:
+    tokenizer, sampler = ready.tokenizer, args.sampler
+    layers = ready.model.config.get_text_config().num_hidden_layers
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    plain = prefix_ids(tokenizer, data.untagged) if args.distillation.is_on else None
+    return BlockCollator(
+        args.layout,
+        pad or 0,
+        ready.info.link_base(ready.model, tokenizer),
+        augmentation=args.augmentation,
+        sampler=sampler,
+        check_layer=sampler.check_layer(layers) if sampler else None,
+        teacher_prefix=plain,
+        seed=args.seed,
+    )
+
+
+def _objective(args: BlockSFTConfig, choice: ModelConfig, ready: Ready) -> Objective:
+    how = args.distillation
+    frozen = args.freeze_base or choice.use_peft
+    teacher = find_teacher(args.distill_teacher, how, ready.model, ready.tokenizer, frozen)
+    matches_keys = how.matches_states and how.states == "kv"
+    rope = RopeSpec.from_model(ready.model) if matches_keys else None
+    return Objective(args.attention_execution, how, teacher, rope)
+
+
+def _origin(data: DataArgs, args: BlockSFTConfig, num_examples: int) -> dict:
+    """Where an adapter comes from, for its ``blocktune.json``."""
+    source = data.train_data or load_mixture(data.mixture).to_dict()
+    modes = {"block_share": args.block_share, "both": args.both_modes}
+    return provenance(args.seed) | {
+        "data": source,
+        "examples": num_examples,
+        "modes": modes,
+        "objective": describe_objective(args),
+    }
+
+
+def _resolved(data: DataArgs, args: BlockSFTConfig, choice: ModelConfig) -> dict:
+    training = {k: v for k, v in args.to_sanitized_dict().items() if not k.endswith("token")}
+    return {"data": vars(data).copy(), "model": vars(choice).copy(), "training": training}

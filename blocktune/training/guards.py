@@ -1,0 +1,70 @@
+"""Launches that would train something else than was asked for, refused in one line."""
+
+from __future__ import annotations
+
+import os
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+
+
+def launch_name(accelerator: Accelerator) -> str:
+    """How the processes share the work, e.g. ``DEEPSPEED stage 3``: as it is, not as asked."""
+    kind, state = accelerator.distributed_type, accelerator.state
+    if kind == DistributedType.DEEPSPEED:
+        return f"{kind.value} stage {state.deepspeed_plugin.zero_stage}"
+    if kind == DistributedType.FSDP:
+        return f"{kind.value} version {state.fsdp_plugin.fsdp_version}"
+    return kind.value
+
+
+def refuse_parallelism(accelerator: Accelerator) -> None:
+    """Refuses what splits prompts over devices.
+
+    Raises:
+        ValueError: Under context or sequence parallelism, which drop the layout's mask.
+    """
+    parallel = accelerator.parallelism_config
+    for kind in ("cp", "sp"):
+        if parallel is not None and getattr(parallel, f"{kind}_enabled", False):
+            raise ValueError(
+                f"{kind}_size > 1 splits prompts over devices and drops the layout's mask; "
+                f"set {kind}_size to 1"
+            )
+
+
+def refuse_lost_launch(accelerator: Accelerator, n_gpu: int, uses_deepspeed: bool) -> None:
+    """Refuses a launch that quietly runs alone: it trains, saves over its twins and looks well.
+
+    Args:
+        accelerator: Of the Trainer.
+        n_gpu: GPUs that the Trainer would spread one process over.
+        uses_deepspeed: Whether the Trainer does.
+
+    Raises:
+        ValueError: If the processes, GPUs or DeepSpeed that were asked for are not used.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != accelerator.num_processes:
+        raise ValueError(
+            f"the launcher started {started} processes and each of them trains alone; "
+            "on CPUs set use_cpu: true (or --use_cpu true)"
+        )
+    if n_gpu > 1:
+        raise ValueError(
+            f"one process sees {n_gpu} GPUs and would cut prompts from their layouts "
+            f"between them; start one per GPU (blocktune train --processes {n_gpu}) "
+            "or show it one (CUDA_VISIBLE_DEVICES=0)"
+        )
+    asked = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    if asked and not uses_deepspeed:
+        raise ValueError(
+            "the launcher asked for DeepSpeed and the Trainer runs without it; launch with "
+            "recipes/accelerate/zero2.yaml and pass no deepspeed option to the recipe"
+        )
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if asked and accelerator.distributed_type.value != "FSDP":
+        raise ValueError(
+            "the launcher asked for FSDP, and accelerate has it for GPUs only: on CPUs it would "
+            "train as plain DDP; use recipes/accelerate/ddp.yaml, zero2.yaml or zero3.yaml there"
+        )

@@ -1,0 +1,77 @@
+"""A run that was killed goes on as if nothing had happened."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from training.runs import write_run
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMEOUT_S = 900
+STEPS, SAVE = 24, 10
+
+pytestmark = pytest.mark.alone
+
+# Everything that draws: dropout, the order of data, modes, fresh rows, groups, gaps. Eight steps an
+# epoch, so that the checkpoint lies in the middle of the second.
+OPTIONS = {
+    "train_limit": 8,
+    "both_modes": True,
+    "num_links": 1,
+    "lora_dropout": 0.1,
+    "recompute": "random",
+    "recompute_min": 0.0,
+    "recompute_max": 0.5,
+    "block_dropout": 0.3,
+    "position_jitter": 4,
+    "distill_weight": 0.5,
+    "max_steps": STEPS,
+    "save_strategy": "steps",
+    "save_steps": SAVE,
+    "seed": 11,
+}
+
+
+def start(path: Path, *more: str) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / "recipes/train.py"), "--config", str(path), *more]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=env, cwd=ROOT
+    )
+
+
+def finish(process: subprocess.Popen) -> None:
+    _, error = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 0, error.decode()[-2000:]
+
+
+def history(folder: Path) -> list[tuple[int, float]]:
+    log = json.loads((folder / "out/trainer_state.json").read_text())["log_history"]
+    return [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
+
+
+def test_a_killed_run_resumes_to_the_same_trajectory(tmp_path):
+    whole = start(write_run(tmp_path / "whole", **OPTIONS))
+    path = write_run(tmp_path / "killed", **OPTIONS)
+    out = tmp_path / "killed/out"
+    killed = start(path)
+    deadline = time.monotonic() + TIMEOUT_S
+    while not (out / f"checkpoint-{SAVE}").exists():
+        assert killed.poll() is None, killed.stderr.read().decode()[-2000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert not (out / "blocktune.json").exists()  # it had not finished
+
+    finish(start(path, "--resume_from_checkpoint", "true"))
+    finish(whole)
+    expected = history(tmp_path / "whole")
+    assert [step for step, _ in expected] == list(range(1, STEPS + 1))
+    assert history(tmp_path / "killed") == expected
+    assert len({loss for _, loss in expected}) == STEPS

@@ -1,0 +1,157 @@
+"""The plan before a run and the log during it: what they count; a closed pipe ends nothing."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from training.runs import make_trainer, write_run
+from training.toy import toy_model
+
+from blocktune.training.console import LogLines, SteadyConsole, amount, duration
+from blocktune.training.cost import matmul_rate, peak_bytes, row_flops, size_of
+from blocktune.training.plan import make_plan_of, print_plan
+from blocktune.training.speed import Speedometer
+
+
+def test_operations_are_those_of_the_weights():
+    """Counted from the shapes of a Llama layer, in floating point operations."""
+    model = toy_model()
+    hidden, kv, ffn, layers = 32, 16, 64, 2
+    weights = layers * (2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * ffn)
+    size = size_of(model, state_bytes=4)
+    assert (size.matmul, size.trained, size.trainable) == (
+        weights,
+        weights,
+        sum(p.numel() for p in model.parameters()),
+    )
+    assert row_flops(size, has_teacher=False) == 6 * weights
+    assert row_flops(size, has_teacher=True) == 8 * weights
+    frozen = size_of(model.requires_grad_(False), state_bytes=4)
+    assert row_flops(frozen, has_teacher=False) == 4 * weights
+
+
+def test_memory_grows_with_what_is_kept():
+    size = size_of(toy_model(), state_bytes=4)
+    fixed = peak_bytes(size, rows=0, answer_rows=0, checkpointing=False)
+    assert fixed == size.weight_bytes + size.gradient_bytes + 8 * size.trainable
+    kept = [peak_bytes(size, 1000, 0, checkpointing) - fixed for checkpointing in (False, True)]
+    assert kept[1] < kept[0]
+    logits = peak_bytes(size, 0, 10, False) - fixed
+    assert logits == 10 * size.vocab * 12
+
+
+def test_expected_states_are_near_what_autograd_keeps():
+    """Saved tensors of a real forward pass, against the formula: within a factor of two."""
+    model, rows, saved = toy_model().train(), 64, {}
+
+    def keep(tensor):
+        saved[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+        return tensor
+
+    weights = {p.data_ptr() for p in model.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.model(torch.randint(0, model.config.vocab_size, (1, rows)), use_cache=False)
+    real = sum(size for pointer, size in saved.items() if pointer not in weights)
+    size = size_of(model, state_bytes=4)
+    fixed = peak_bytes(size, 0, 0, checkpointing=False)
+    expected = peak_bytes(size, rows, 0, checkpointing=False) - fixed
+    assert expected / 2 < real < expected * 2
+
+
+def test_the_matmul_rate_is_a_rate():
+    assert matmul_rate("cpu", torch.float32, seconds=0.01) > 1e6
+
+
+def test_speed_is_tokens_over_time(monkeypatch):
+    times = iter([10.0, 12.0, 13.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(times))
+    speed = Speedometer(flops_per_token=50.0, rate=1000.0)
+    speed.start(tokens=100, step=4)
+    assert speed.read(tokens=120, step=6, last_step=10) == {
+        "tokens_per_second": 10.0,
+        "mfu": 0.5,
+        "eta_s": 4.0,
+    }
+    assert speed.read(tokens=123, step=7, last_step=10)["tokens_per_second"] == 3.0
+
+
+def test_trackers_get_speed_too(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=2)
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert all(e["tokens_per_second"] > 0 and e["mfu"] > 0 and e["eta_s"] >= 0 for e in logged)
+    assert logged[-1]["eta_s"] == 0
+
+
+def test_the_plan_says_what_is_trained_and_how(tmp_path):
+    trainer = make_trainer(
+        tmp_path,
+        num_headers=2,
+        distill_weight=0.5,
+        recompute="random",
+        recompute_max=0.3,
+        pack_length=300,
+    )
+    console = Console(record=True, width=120, file=open(os.devnull, "w"))  # noqa: SIM115
+    print_plan(make_plan_of(trainer, examples=64), console)
+    text = console.export_text()
+    for words in (
+        "2 headers, 0 trailers",
+        "cross-entropy, 50% KL to the teacher 'self', 15% to 30% of the tokens fresh (random)",
+        "packed rows",
+        "peak memory",
+    ):
+        assert words in text
+
+
+def test_a_dry_run_needs_no_value(tmp_path, capsys):
+    from blocktune.training.run import train
+
+    assert train(["--config", str(write_run(tmp_path)), "--dry-run"]) is None
+    assert "training plan" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(12, "12 s"), (600, "10 min"), (7200, "2.0 h"), (89.6, "90 s")]
+)
+def test_durations_read_well(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_amounts_read_well():
+    assert [amount(2**20 * 5), amount(2**30 * 3.26)] == ["5 MiB", "3.3 GiB"]
+
+
+CLOSED_PIPE = """
+import os, sys
+from blocktune.training.console import {console} as console
+reader, writer = os.pipe()
+os.dup2(writer, 1)
+os.close(reader)
+console().print("nobody reads this")
+os.write(2, b"went on")
+"""
+
+
+@pytest.mark.parametrize(("console", "goes_on"), [("Console", False), ("SteadyConsole", True)])
+def test_a_closed_pipe_ends_no_run(console, goes_on):
+    """`blocktune train ... | head`: rich alone would leave the process, with no error."""
+    code = CLOSED_PIPE.format(console=console)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        cwd=Path(__file__).resolve().parents[2],
+    )
+    assert (done.stderr.endswith("went on")) is goes_on
+
+
+def test_runs_print_to_steady_consoles(tmp_path):
+    trainer = make_trainer(tmp_path)
+    lines = [c for c in trainer.callback_handler.callbacks if type(c) is LogLines]
+    assert [type(line.console) for line in lines] == [SteadyConsole]
