@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from blocktune.sharded import num_elements
+from blocktune.sharded import num_elements, whole_shape
 
 ADAM_BYTES = 8
 """Two float32 moments a trainable parameter."""
@@ -60,9 +61,9 @@ def size_of(model: nn.Module, state_bytes: int) -> Size:
     # Shapes, not storage: the codes of a 4-bit weight are half a byte each.
     matmul = sum(m.in_features * m.out_features for m in linear)
     trained = sum(m.in_features * m.out_features for m in linear if m.weight.requires_grad)
-    experts = [p for p in model.parameters() if p.ndim == 3]
+    shapes = [whole_shape(p) for p in model.parameters()]
     active = getattr(config, "num_experts_per_tok", None) or 1
-    matmul += sum(num_elements(p) // p.shape[0] * active for p in experts)
+    matmul += sum(math.prod(shape[1:]) * active for shape in shapes if len(shape) == 3)
     learnt = [p for p in model.parameters() if p.requires_grad]
     return Size(
         matmul=matmul,

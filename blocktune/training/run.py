@@ -89,15 +89,20 @@ def _repo(args: BlockSFTConfig, choice: ModelConfig, publisher: Publisher | None
 
 
 def _train(data, args, choice, callbacks) -> Path | None:
+    folder = Path(args.output_dir)
+    was_there = folder.exists()
     trainer, prepared = build(data, args, choice, callbacks)
     if trainer.is_world_process_zero():
         print_plan(make_plan_of(trainer, prepared.num_examples, prepared.num_dropped))
     if args.dry_run:
+        if not was_there:  # the Trainer makes it, and an empty folder looks like a lost run
+            with contextlib.suppress(OSError):
+                folder.rmdir()
         return None
     trainer.train(resume_from_checkpoint=_resume(args.resume_from_checkpoint))
     trainer.save_model()
     trainer.save_state()
-    return Path(args.output_dir)
+    return folder
 
 
 def _resume(value: str | bool | None) -> str | bool | None:
