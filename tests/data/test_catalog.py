@@ -50,9 +50,9 @@ def hub(tmp_path, monkeypatch):
         entry = CATALOG[name]
         folder = tmp_path / entry.hub / (entry.config or "default")
         folder.mkdir(parents=True)
-        datasets.Dataset.from_list(records).to_parquet(folder / "validation.parquet")
+        datasets.Dataset.from_list(records).to_parquet(folder / f"{entry.split}.parquet")
         config = f"configs:\n- config_name: {entry.config or 'default'}\n  data_files:\n"
-        config += f"  - split: validation\n    path: {folder.name}/validation.parquet\n"
+        config += f"  - split: {entry.split}\n    path: {folder.name}/{entry.split}.parquet\n"
         (tmp_path / entry.hub / "README.md").write_text(f"---\n{config}---\n")
 
     return make
@@ -80,6 +80,27 @@ def test_questions_without_passages_say_what_to_do(hub, name):
     hub(name, [record])
     with pytest.raises(ValueError, match=r"add (them: |passages with )`blocktune data passages`"):
         load_examples(name)
+
+
+def test_shots_of_another_split(hub, tmp_path):
+    import datasets
+
+    hub("samsum", [RECORDS["samsum"] | {"dialogue": f"A: {i}"} for i in range(3)])
+    solved = [RECORDS["samsum"] | {"dialogue": f"B: {i}"} for i in range(9)]
+    folder = tmp_path / CATALOG["samsum"].hub
+    datasets.Dataset.from_list(solved).to_parquet(folder / "default" / "train.parquet")
+    card = folder / "README.md"
+    split = "  - split: train\n    path: default/train.parquet\n---\n"
+    card.write_text(card.read_text().removesuffix("---\n") + split)
+    examples = load_examples("samsum?shots_from=train&shots=4")
+    assert len(examples) == 3
+    for example in examples:
+        assert "A: " in example.question
+        assert len(set(example.chunks)) == 4
+        assert all("B: " in chunk.text for chunk in example.chunks)
+    assert len({example.chunks for example in examples}) > 1
+    with pytest.raises(ValueError, match="10 shots need 10 instances, got 9"):
+        load_examples("samsum?shots_from=train&shots=10")
 
 
 def test_catalog_says_what_a_user_must_know():

@@ -2,12 +2,16 @@
 
 import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
 from blocktune.data import RagExample, load_mixture, write_jsonl
 from blocktune.data.mixture import BLOCK, FULL, mix, parse_mixture
+from blocktune.data.sources import CATALOG, GENERATORS
 from blocktune.prompt import Chunk
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -156,3 +160,34 @@ def test_bad_file_is_one_line(tmp_path):
 def test_a_part_that_gives_nothing_is_refused(sources):
     with pytest.raises(ValueError, match=r"of 'b\.jsonl' is taken: it has 4, weight 0\.1; give"):
         mix(read(parts=[{"source": "b.jsonl", "weight": 0.1}]))
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "recipes" / "mixtures").iterdir()), ids=lambda path: path.name
+)
+def test_shipped_mixture_reads_and_names_known_sources(path):
+    mixture = load_mixture(path)
+    assert path.read_text().startswith(f"# blocktune data mix recipes/mixtures/{path.name}")
+    for part in mixture.parts:
+        name = part.source.partition("?")[0].partition(":")[0]
+        assert name in CATALOG or name in GENERATORS or name.startswith("out/data/")
+
+
+def test_kvlink_is_60_to_40():
+    parts = load_mixture(ROOT / "recipes" / "mixtures" / "kvlink.yaml").parts
+    weights = Counter()
+    for part in parts:
+        weights[part.mode] += part.weight
+    assert weights == {FULL: 60, BLOCK: 40}
+
+
+def test_licences_of_the_parts():
+    licences = load_mixture(ROOT / "recipes" / "mixtures" / "block_attention.yaml").licences()
+    assert licences["framolfese/2WikiMultihopQA"] == "Apache-2.0"
+    assert licences["allenai/tulu-3-sft-mixture"].startswith("ODC-BY")
+    assert len(licences) == 2
+
+
+def test_generated_mixture_draws():
+    mixed = mix(load_mixture(ROOT / "recipes" / "mixtures" / "generated.yaml"))
+    assert Counter(item.mode for item in mixed.examples) == {BLOCK: 600, FULL: 500}

@@ -31,7 +31,7 @@ SQUAD = {
                 for p in range(4)
             ]
         }
-        for a in range(1, 21)
+        for a in range(1, 51)
     ]
 }
 HOTPOT = [
@@ -43,7 +43,7 @@ HOTPOT = [
         "supporting_facts": [[f"T{i}", 0]],
         "type": "bridge",
     }
-    for i in range(60)
+    for i in range(300)
 ]
 
 
@@ -94,7 +94,7 @@ def test_seed_alone_decides(make, task):
 def test_example_says_how_it_is_scored(make, task):
     for example in make(task):
         assert example.kind == task
-        scorer = "string_match_part" if task.startswith("qa_") else "string_match_all"
+        scorer = "ruler_any" if task.startswith("qa_") else "ruler_recall"
         assert example.meta["scorer"] == scorer
         assert example.meta["max_new_tokens"] == RULER_TASKS[task].max_new_tokens
         assert example.meta["instruction"] == RULER_TASKS[task].instruction
@@ -200,6 +200,12 @@ def test_gold_documents_are_among_others(make, task):
     assert len({example.supporting for example in examples}) > 1
 
 
+def test_a_file_too_small_for_the_length_is_refused(tokenizer, files):
+    source = f"ruler:qa_2?file={files['qa_2']}&length=90000&n=1"
+    with pytest.raises(ValueError, match="601 or more documents are needed to fill the length"):
+        load_examples(source, tokenizer=tokenizer)
+
+
 def test_own_haystack(tokenizer, tmp_path):
     (tmp_path / "essay.json").write_text(json.dumps({"text": "I like tea. You like it too. "}))
     source = f"ruler:niah_single_2?length=900&n=1&haystack={tmp_path / 'essay.json'}"
@@ -238,6 +244,7 @@ def test_largest_and_shrunk():
         ("ruler:vt?n=0", "ruler:vt: 'n' must be at least 1, got 0"),
         ("ruler:vt?length=90", r"ruler: the smallest 'vt' has \d+ tokens with its answer, length"),
         ("ruler:qa_1", "ruler:qa_1: 'qa_1' needs file=PATH, questions in SQuAD's format"),
+        ("ruler:vt?haystack=x", "'haystack' is prose for the essay tasks, 'vt' has none"),
         ("ruler:vt?file=x", "'file' belongs to qa_1 and qa_2, not to 'vt'"),
         ("ruler:qa_1?file=none.json", "'none.json' is not a file; give a JSON file"),
         ("ruler:niah_single_2?haystack=none.txt", "no haystack at 'none.txt'; give a text file"),
@@ -257,8 +264,8 @@ def test_files_of_another_shape_are_named(tokenizer, files, tmp_path):
     wrong.write_text(json.dumps([HOTPOT[0], {"question": "q", "context": [["A"]]}]))
     with pytest.raises(ValueError, match=r'wrong\.json, record 2: field "context" must be a list'):
         load_examples(f"ruler:qa_2?file={wrong}", tokenizer=tokenizer)
-    with pytest.raises(ValueError, match="n=100 questions are wanted, the file has 60"):
-        load_examples(f"ruler:qa_2?file={files['qa_2']}&n=100", tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="n=301 questions are wanted, the file has 300"):
+        load_examples(f"ruler:qa_2?file={files['qa_2']}&n=301", tokenizer=tokenizer)
 
 
 def test_lengths_need_a_tokenizer():

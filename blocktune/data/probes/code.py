@@ -98,7 +98,7 @@ def _project(rng: Random, config: CodeConfig, kind: str, index: int) -> RagExamp
         kind=kind,
         id=f"code-{config.seed}-{index}",
         supporting=tuple(i for i, module in enumerate(sources) if module in needed),
-        meta={"scorer": "string_match_part"},
+        meta={"scorer": "ruler_any"},
     )
 
 

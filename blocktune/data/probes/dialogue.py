@@ -114,7 +114,7 @@ def _dialogue(rng: Random, config: DialogueConfig, kind: str, index: int) -> Rag
         kind=kind,
         id=f"dialogue-{config.seed}-{index}",
         supporting=tuple(i for i in places if held[i].said.startswith(needed)),
-        meta={"scorer": "string_match_part"},
+        meta={"scorer": "ruler_any"},
     )
 
 

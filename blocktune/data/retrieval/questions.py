@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 from blocktune.data.example import field_error
 from blocktune.data.sources.catalog import CATALOG
-from blocktune.data.sources.load import at, open_records
+from blocktune.data.sources.load import open_records
 from blocktune.data.sources.options import parse_source
+from blocktune.data.sources.parsing import at
 from blocktune.data.sources.reading import read_options
 from blocktune.data.sources.texts import trivia_answers
 

@@ -36,14 +36,17 @@ def make_qa(library: Library, asked: Asked, rng: Random, size: int) -> Problem:
     """The question over ``size`` documents in random order, its own among them.
 
     RULER numbers the documents; here they carry no number, so that a chunk is the same wherever
-    it stands.
+    it stands. Where a file has too few for the length, RULER repeats them; here it is refused.
 
     Raises:
         ValueError: If the file has fewer documents.
     """
     own = list(asked.documents)
     if size > len(library.documents):
-        raise ValueError(f"ruler: {size} documents are needed, the file has less; shorten length")
+        raise ValueError(
+            f"ruler: {size} or more documents are needed to fill the length, the file has "
+            f"{len(library.documents)}; give a larger file or a smaller length"
+        )
     chosen = own + _others(library, asked, rng, max(0, size - len(own)))
     rng.shuffle(chosen)
     gold = set(asked.gold)

@@ -62,6 +62,9 @@ class RulerConfig:
             raise ValueError(f"'{self.task}' needs file=PATH, questions in {wanted}'s format")
         if not is_qa and self.file is not None:
             raise ValueError(f"'file' belongs to qa_1 and qa_2, not to '{self.task}'")
+        niah = RULER_TASKS[self.task].niah
+        if self.haystack is not None and (niah is None or niah.haystack != "essay"):
+            raise ValueError(f"'haystack' is prose for the essay tasks, '{self.task}' has none")
 
 
 def generate_ruler(config: RulerConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[RagExample]:
@@ -129,6 +132,7 @@ def _size_for(config: RulerConfig, task: RulerTask, make: Maker, tokenizer) -> i
             f"ruler: the smallest '{config.task}' has {needed} tokens with its answer, length is "
             f"{config.length}; give more"
         )
+    make(_rng(config, 0), size + 1)  # refuses where only the file's end kept the prompt short
     return size
 
 
@@ -162,7 +166,7 @@ def _example(
         question=problem.question,
         chunks=pieces.chunks,
         answers=problem.answers,
-        response=", ".join(problem.answers) if task.scorer == "string_match_all" else None,
+        response=", ".join(problem.answers) if task.scorer == "ruler_recall" else None,
         kind=config.task,
         id=f"{config.task}-{config.length}-{config.seed}-{index}",
         supporting=pieces.supporting,

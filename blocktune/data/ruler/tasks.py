@@ -9,8 +9,9 @@ from blocktune.data.ruler.counting import CWE_INSTRUCTION
 from blocktune.data.ruler.niah import Niah
 from blocktune.prompt.format import PromptFormat
 
-ALL, ANY = "string_match_all", "string_match_part"
-"""RULER's scorers: the share of answers that the output holds; whether it holds any of them."""
+ALL, ANY = "ruler_recall", "ruler_any"
+"""The evaluation's names of RULER's scorers: ``string_match_all``, the share of answers that the
+output holds, and ``string_match_part``, whether it holds any of them."""
 
 _FWE_INSTRUCTION = (
     "Read the following coded text and track the frequency of each coded word. Find the three most "
@@ -29,7 +30,7 @@ class RulerTask:
     Attributes:
         family: ``niah``, ``vt``, ``cwe``, ``fwe``, ``squad`` or ``hotpotqa``: what makes it.
         instruction: What RULER says before the context.
-        scorer: ``string_match_all`` or ``string_match_part``.
+        scorer: ``ruler_recall`` or ``ruler_any``.
         max_new_tokens: Longest answer, counted in the length of the prompt as RULER does.
         least: Smallest size of the context: lines, sentences, words or documents.
         niah: The variant of a needle task, else None.

@@ -3,7 +3,8 @@
 from blocktune.data.sources.catalog import CATALOG, DataSet
 from blocktune.data.sources.files import Record, read_records
 from blocktune.data.sources.generated import GENERATORS
-from blocktune.data.sources.load import Loaded, load_chunks, load_examples, load_source
+from blocktune.data.sources.load import load_chunks, load_examples, load_source
+from blocktune.data.sources.parsing import Loaded
 from blocktune.data.sources.shapes import SHAPES
 
 __all__ = [

@@ -24,6 +24,7 @@ class DataSet:
         shape: Record shape, as ``as=`` names it; None if told by the fields, or if the records
             are questions without passages.
         revision: Branch, if not the main one.
+        split: Read unless another is asked for.
         streamed: Too large to download as a whole; a limit is needed.
         home: Where the authors describe it.
     """
@@ -35,6 +36,7 @@ class DataSet:
     config: str | None = None
     shape: str | None = None
     revision: str | None = None
+    split: str = "validation"
     streamed: bool = False
 
 
@@ -88,6 +90,7 @@ CATALOG = {
         becomes="conversation, a chunk per earlier turn or piece of the message",
         home="https://arxiv.org/abs/2411.15124",
         shape="chat",
+        split="train",
     ),
     "xsum": DataSet(
         hub="EdinburghNLP/xsum",
@@ -119,6 +122,7 @@ CATALOG = {
         becomes="web page, cut; the model writes the last piece",
         home="https://arxiv.org/abs/2406.17557",
         shape="document",
+        split="train",
         streamed=True,
     ),
 }

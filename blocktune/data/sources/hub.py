@@ -9,19 +9,20 @@ from blocktune.data.sources.files import Record
 
 
 def read_hub(
-    source: DataSet, split: str = "validation", limit: int | None = None
+    source: DataSet, split: str | None = None, limit: int | None = None
 ) -> Iterator[Record]:
     """Reads a data set with ``datasets``.
 
     Args:
         source: Repository or folder, configuration, revision.
-        split: As the data set names it.
+        split: As the data set names it; None takes ``source.split``.
         limit: How many examples are wanted; only large sets must know.
 
     Raises:
         ValueError: If ``datasets`` is not installed, cannot load it, or a large set is asked for
             without a limit; says why in one line.
     """
+    split = split or source.split
     name = source.hub + (f":{source.config}" if source.config else "")
     if source.streamed and limit is None:
         raise ValueError(f"'{name}' is too large to load as a whole; give a limit")

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from blocktune.data.chunking import Chunker, build_chunker
 from blocktune.data.sources.options import SourceName
 
-KNOWN = ("split", "as", "chunker", "tokenizer", "shots", "seed")
+KNOWN = ("split", "as", "chunker", "tokenizer", "shots", "shots_from", "seed")
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Reading:
         chunker: What cuts records that have no chunks of their own.
         tokenizer: Counts tokens for the chunker.
         shots: Solved examples given as chunks, for the shape ``few-shot``; None gives 5.
+        shots_from: Split that they are drawn from; None takes the one that is read.
         seed: Chooses them; None is 0.
     """
 
@@ -32,6 +33,7 @@ class Reading:
     chunker: Chunker | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
     shots: int | None = None
+    shots_from: str | None = None
     seed: int | None = None
 
     def __post_init__(self):
@@ -64,6 +66,7 @@ def read_options(
         return Reading(
             split=split or own.get("split"),
             shape=own.get("as"),
+            shots_from=own.get("shots_from"),
             chunker=chunker,
             tokenizer=load_tokenizer(own["tokenizer"]) if "tokenizer" in own else tokenizer,
             **{key: _whole(key, own[key]) for key in ("shots", "seed") if key in own},

@@ -123,15 +123,19 @@ def parse_trivia(record: Mapping[str, Any], cutter: Cutter) -> RagExample:
     """
     chunks: tuple[Chunk, ...] = ()
     for field, texts in (("entity_pages", "wiki_context"), ("search_results", "search_context")):
-        pages = record.get(field) or {}
-        if not isinstance(pages, Mapping) or not isinstance(pages.get(texts, []), list):
-            raise field_error(field, f'an object of lists "title", "{texts}"', pages)
-        titled = zip(pages.get("title", []), pages.get(texts, []), strict=False)
-        for title, text in titled:
+        for title, text in _pages(record, field, texts):
             chunks += chunks_of(cutter.text(text), title)
     if not chunks:
         raise LeftOut("no evidence; add passages with `blocktune data passages`")
     return RagExample(record.get("question"), chunks, trivia_answers(record), id=_id(record))
+
+
+def _pages(record: Mapping[str, Any], field: str, texts: str) -> list[tuple[str | None, str]]:
+    pages = record.get(field) or {}
+    found = pages.get(texts, []) if isinstance(pages, Mapping) else None
+    if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+        raise field_error(field, f'an object of lists "title", "{texts}"', pages)
+    return list(zip(pages.get("title", [None] * len(found)), found, strict=False))
 
 
 def trivia_answers(record: Mapping[str, Any]) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""`blocktune data`."""
+"""`blocktune data worlds`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ import typer
 from blocktune.commands.options import teach
 
 
-def add_to(app: typer.Typer) -> None:
-    """Registers the group."""
-    group = typer.Typer(no_args_is_help=True, help="Make data.")
+def add_to(group: typer.Typer) -> None:
+    """Registers the command."""
     group.command(
         "worlds",
         epilog=teach(
@@ -21,7 +20,6 @@ def add_to(app: typer.Typer) -> None:
             "blocktune data worlds -o hop.jsonl --kinds 2-hop,comparison --passages 4-10 --seed 3",
         ),
     )(worlds)
-    app.add_typer(group, name="data")
 
 
 def worlds(

@@ -1,0 +1,167 @@
+"""`blocktune data`: every command teaches itself, does its work, and refuses in one line."""
+
+import json
+
+import pytest
+from transformers import AutoTokenizer
+
+from blocktune.data import load_examples
+
+DOCS = [
+    {"text": "Anna Belt was born in Kirby.", "title": "Anna Belt"},
+    {"text": "Kirby is a small town with a museum."},
+    {"text": "Nothing to see here."},
+]
+QUESTIONS = [
+    {"question": "Where was Anna Belt born?", "answer": ["Kirby"]},
+    {"question": "Who paid?", "answer": ["nobody known"]},
+]
+COMMANDS = ("list", "show", "write", "worlds", "passages", "answer", "mix")
+
+
+def lines(path, records):
+    path.write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def questions(tmp_path):
+    return lines(tmp_path / "q.jsonl", QUESTIONS)
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    return lines(tmp_path / "wiki.jsonl", DOCS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_teaches(blocktune, command):
+    shown = blocktune("data", command, "--help").stdout
+    assert "Examples" in shown
+    assert f"blocktune data {command}" in shown
+
+
+def test_help_of_the_group_says_what_a_source_is(blocktune):
+    shown = blocktune("data", "--help").stdout
+    assert all(command in shown for command in COMMANDS)
+    assert "A source is one word" in shown
+
+
+def test_list_names_sets_licences_generators_shapes_and_chunkers(blocktune):
+    shown = blocktune("data", "list").stdout
+    for word in ("musique", "CC BY 4.0", "ruler:", "as=", "few-shot", "sentence"):
+        assert word in shown
+    facts = json.loads(blocktune("data", "list", "--json").stdout)
+    assert facts["data_sets"]["nq"]["hub"] == "google-research-datasets/nq_open"
+    assert facts.keys() == {"data_sets", "generators", "shapes", "chunkers"}
+
+
+def test_show_as_text(blocktune):
+    shown = blocktune("data", "show", "code:?n=4&files=3", "--index", "2").stdout
+    assert "[chunk 0" in shown
+    assert ", evidence]" in shown
+    assert "[question]\nWhat does " in shown
+    assert "[accepted answers]" in shown
+
+
+@pytest.mark.parametrize(("mode", "sees"), [("block", "sees itself"), ("full", "sees all before")])
+def test_show_as_the_model_sees_it(blocktune, model, mode, sees):
+    shown = blocktune(
+        *("data", "show", "code:?n=1&files=2", "--model", model, "--mode", mode)
+    ).stdout
+    assert "[chunk 1: " in shown
+    assert sees in shown.split("[chunk 1: ")[1].split("]")[0]
+    assert "[answer: " in shown
+    assert " tokens in 2 chunks; " in shown
+
+
+def test_write(blocktune, tmp_path, model):
+    out = tmp_path / "out.jsonl"
+    result = blocktune("data", "write", "dialogue:?n=5&turns=4", "-o", out, "--limit", 3)
+    assert result.stdout == f"wrote 3 examples to {out}\n"
+    assert load_examples(out) == load_examples("dialogue:?n=3&turns=4")
+    source = "ruler:niah_single_1?length=500&n=2"
+    blocktune("data", "write", source, "-o", out, "--tokenizer", model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    assert load_examples(out) == load_examples(source, tokenizer=tokenizer)
+
+
+def test_passages_from_a_corpus(blocktune, questions, corpus, tmp_path):
+    out = tmp_path / "out.jsonl"
+    result = blocktune("data", "passages", questions, "--corpus", corpus, "--k", 2, "-o", out)
+    assert "wrote 2 questions" in result.stdout
+    assert "of 50.0% of 2" in result.stdout
+    first = load_examples(out)[0]
+    assert first.chunks[0].title == "Anna Belt"
+    assert len(first.chunks) == 2
+    command = ("data", "passages", questions, "--corpus", corpus, "-o", out, "--answerable")
+    assert "wrote 1 questions" in blocktune(*command).stdout
+
+
+def test_passages_from_a_retriever_and_of_their_own(blocktune, questions, tmp_path):
+    found = [{"question": q["question"], "passages": ["one", "two"]} for q in QUESTIONS]
+    retrieved = lines(tmp_path / "dpr.jsonl", found)
+    out = tmp_path / "out.jsonl"
+    blocktune("data", "passages", questions, "--retrieved", retrieved, "--k", 1, "-o", out)
+    assert [[c.text for c in e.chunks] for e in load_examples(out)] == [["one"], ["one"]]
+    again = tmp_path / "again.jsonl"
+    blocktune("data", "passages", "code:?n=3&files=5", "--own", "--k", 2, "-o", again)
+    assert [len(e.chunks) for e in load_examples(again)] == [2, 2, 2]
+
+
+def test_mix(blocktune, tmp_path):
+    path, out = tmp_path / "m.yaml", tmp_path / "out.jsonl"
+    part = {"source": "code:?n=6", "mode": "both"}
+    path.write_text(json.dumps({"parts": [part, {"source": "dialogue:?n=4", "mode": "full"}]}))
+    shown = blocktune("data", "mix", path, "-o", out).stdout
+    assert "75.0%" in shown
+    assert "wrote 16 examples" in shown
+    modes = [example.meta["mode"] for example in load_examples(out)]
+    assert (modes.count("block"), modes.count("full")) == (6, 10)
+
+
+def test_answer_is_the_models_own_and_resumes(blocktune, model, tmp_path):
+    command = ("data", "answer", "code:?n=5&files=2", "--model", model, "--batch-size", 2)
+    command += ("--max-new-tokens", 4, "--temperature", 0.9)
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    result = blocktune(*command, "-o", whole)
+    assert "0 answered before" in result.stdout
+    examples = load_examples(whole)
+    facts = examples[0].meta["answered_by"]
+    assert (facts["model"], facts["temperature"], facts["max_new_tokens"]) == (model, 0.9, 4)
+    part = tmp_path / "out.jsonl.part"
+    blocktune(*command, "-o", out)
+    assert out.read_bytes() == whole.read_bytes()
+    assert not part.exists()
+
+
+def test_answer_in_the_words_of_the_engine(blocktune, model, tmp_path):
+    from blocktune.engine import Engine
+
+    out = tmp_path / "out.jsonl"
+    source = "code:?n=3&files=2"
+    blocktune(*("data", "answer", source, "-m", model, "--max-new-tokens", 3, "-o", out))
+    engine = Engine.from_pretrained(model)
+    answers = engine.answer(load_examples(source), "full-prefill", max_new_tokens=3)
+    wanted = [answer.text.strip() for answer in answers if answer.text.strip()]
+    assert [example.response for example in load_examples(out)] == wanted
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("show", "none.jsonl"), "no file 'none.jsonl'; a source is"),
+        (("show", "code:?n=2", "--index", "5"), "code:?n=2 has 2 examples; --index starts from 0"),
+        (("show", "code:", "--adapter", "x"), "--adapter says how rows are laid out; add --model"),
+        (("show", "code:", "--model", "none"), "cannot load a tokenizer from 'none'"),
+        (("write", "ruler:vt", "-o", "x"), "ruler: lengths are in tokens; say whose"),
+        (("passages", "nq", "-o", "x"), "give one of --corpus FILE, --retrieved FILE and --own"),
+        (("mix", "none.yaml"), "no mixture at 'none.yaml'"),
+    ],
+)
+def test_mistakes_are_one_line_and_write_nothing(
+    refused, tmp_path, monkeypatch, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    assert message in refused("data", *arguments)
+    assert list(tmp_path.iterdir()) == []
