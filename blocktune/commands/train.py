@@ -21,7 +21,7 @@ def add_to(app: typer.Typer) -> None:
         epilog=teach(
             "blocktune train --config recipes/block_attention.yaml",
             "blocktune train --config recipes/kvlink.yaml --learning_rate 1e-3 --output_dir out/k",
-            "blocktune train --config recipes/kvlink.yaml --dry_run true   # only show the plan",
+            "blocktune train --config recipes/kvlink.yaml --dry-run   # only show the plan",
             "blocktune train --launcher recipes/accelerate/zero2.yaml --config R.yaml",
             "Any key of the YAML is an option too, and wins over the file.",
         ),

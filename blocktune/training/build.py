@@ -16,8 +16,8 @@ from blocktune.provenance import provenance
 from blocktune.training.checkpoint import AdapterFiles
 from blocktune.training.collator import BlockCollator
 from blocktune.training.config import BlockSFTConfig, DataArgs
-from blocktune.training.console import LogLines
 from blocktune.training.dataset import Prepared, Sample, in_modes, prepare
+from blocktune.training.log_lines import LogLines
 from blocktune.training.objective import Objective
 from blocktune.training.plan import describe_objective
 from blocktune.training.prepare import Ready, load_base, make_ready

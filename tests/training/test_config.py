@@ -51,7 +51,7 @@ def test_the_command_line_overrides_the_yaml(tmp_path):
         ({"num_links": 1, "link_table": "chunk"}, "needs max_chunks"),
         ({"block_dropout": 0.1, "shared_prefix": True}, "drop it or shared_prefix"),
         ({"position_jitter": 3, "placement": "parallel"}, "puts them in one place"),
-        ({"distill_states": "all"}, "argument --distill_states/--distill-states: invalid choice"),
+        ({"distill_states": "all"}, "distill_states must be none, hidden, kv"),
         ({"mixture": "mix.yaml"}, "a mixture names its own sources"),
         ({"titled": "{title}"}, "format 'titled' must hold {text} and {title}"),
         ({"train_data": ""}, "train_data is missing"),

@@ -24,6 +24,11 @@ MODES = {
     "rslora": {"use_rslora": True},
     "packets": {"num_headers": 2, "num_trailers": 1, "freeze_base": True, "use_peft": False},
     "lora+markers": {"num_headers": 1, "num_trailers": 1, "placement": "composite"},
+    "markers in the vocabulary": {
+        "num_headers": 1,
+        "num_trailers": 1,
+        "link_mode": "added_tokens",
+    },
     "links by chunk": {"num_links": 2, "link_table": "chunk", "max_chunks": 3},
     "shared link": {"num_links": 2, "link_table": "shared", "link_side": "before"},
     "full": {"use_peft": False},
@@ -36,6 +41,7 @@ LEARNED = {
     "table alone": 2,
     "packets": 3,
     "lora+markers": 2,
+    "markers in the vocabulary": 2,
     "links by chunk": 6,
     "shared link": 1,
 }
