@@ -13,6 +13,8 @@ EXTRAS = {
     "peft": "train",
     "accelerate": "train",
     "matplotlib": "eval",
+    "rouge_score": "eval",
+    "lm_eval": "eval",
     "bm25s": "data",
     "datasets": "data",
     "sentencex": "data",

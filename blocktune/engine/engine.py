@@ -275,16 +275,13 @@ class Engine:
         return self._server.start([self._lay_out(p, method) for p in pieces], pieces, method)
 
     def prefilled(self, examples: Sequence[Request], method: str | Method) -> Run:
-        """A batch after its prefill: its cache, the facts of its columns and the next logits."""
+        """Like `start`, of examples."""
         method = build(method) if isinstance(method, str) else method
-        pieces, prompts = self._read(examples, method)
-        return self._server.start(prompts, pieces, method)
+        return self.start([self.prompts.pieces(example, method) for example in examples], method)
 
     def next_logits(self, examples: Sequence[Request], method: str | Method) -> torch.Tensor:
         """Logits of the first answer token, ``(B, V)``: what equivalence is checked on."""
-        method = build(method) if isinstance(method, str) else method
-        pieces = [self.prompts.pieces(example, method) for example in examples]
-        return self.start(pieces, method).prefill.logits
+        return self.prefilled(examples, method).prefill.logits
 
     def continued_logits(
         self, example: Request, method: str | Method, num_tokens: int

@@ -73,8 +73,7 @@ def deviation(engine: Any, example: RagExample, method: Any, oracle: Any) -> Dev
 
     Source: arXiv:2603.20218, section 4.1 (delta K), measured after the whole prefill.
     """
-    own = states_of(engine.prefilled([example], method))
-    full = states_of(engine.prefilled([example], oracle))
+    own, full = (states_of(engine.prefilled([example], one)) for one in (method, oracle))
     if own.chunk.shape != full.chunk.shape:
         raise ValueError(
             f"the method keeps {len(own.chunk)} context tokens, full prefill {len(full.chunk)}; "

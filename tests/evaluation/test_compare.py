@@ -1,0 +1,68 @@
+"""Two runs side by side, over the questions that both answered."""
+
+import json
+
+import pytest
+from evaluation.fake_results import fake_results, fake_rows
+from rich.console import Console
+
+from blocktune.evaluation.compare import compare, compare_table, load_results, verdict
+from blocktune.evaluation.files import replace_json
+from blocktune.evaluation.row_files import RowFile
+
+
+def write_run(folder, rows) -> None:
+    for label, own in rows.items():
+        (folder / "rows").mkdir(parents=True, exist_ok=True)
+        file = RowFile(folder / "rows", label, [row.key for row in own])
+        file.append(own)
+        file.merge()
+    replace_json(folder / "results.json", fake_results())
+
+
+@pytest.fixture
+def runs(tmp_path):
+    rows = fake_rows()
+    write_run(tmp_path / "a", rows)
+    better = {**rows, "naive": rows["kvlink"][:300]}  # fewer questions, other answers
+    write_run(tmp_path / "b", better)
+    return tmp_path / "a", tmp_path / "b"
+
+
+def test_a_method_is_compared_on_shared_questions(runs):
+    changes = {change.label: change for change in compare(*runs)}
+    naive, kvlink = changes["naive"], changes["kvlink"]
+    assert naive.n == 300
+    rows = fake_rows()
+    wins = sum(b.em > a.em for a, b in zip(rows["naive"], rows["kvlink"][:300], strict=False))
+    assert (naive.wins, naive.losses) == (wins, 0)
+    assert naive.mean == pytest.approx(wins / 300)
+    assert naive.ci95[0] > 0
+    assert naive.p < naive.p_holm < 0.05
+    assert (kvlink.mean, kvlink.p, kvlink.n_needed) == (0, 1, None)
+
+
+def test_the_table_says_what_differs(runs):
+    console = Console(width=110, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(compare_table(compare(*runs), {"before": "a", "after": "b"}))
+    text = console.export_text()
+    assert "differs" in text
+    assert "the same" in text
+    assert max(map(len, text.splitlines())) <= 110
+
+
+def test_verdicts_name_the_questions_that_are_missing():
+    assert verdict(0.01, 0.4, 100, 5000) == "chance at this n; needs about 5,000"
+    assert verdict(0.01, 0.06, 100, 90) == "within chance"
+    assert verdict(-0.2, 0.01, 100, 20) == "differs"
+    assert verdict(0.0, 1.0, 100, None) == "the same"
+
+
+def test_runs_that_do_not_compare_are_refused(runs, tmp_path):
+    with pytest.raises(ValueError, match=r"no results\.json in"):
+        load_results(tmp_path)
+    other = fake_results() | {"methods": {"mine": {}}}
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "results.json").write_text(json.dumps(other))
+    with pytest.raises(ValueError, match="share no method"):
+        compare(runs[0], tmp_path / "c")

@@ -1,0 +1,100 @@
+"""Task files: every one loads with all its variants, and mistakes are one line."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from blocktune.data.ruler.tasks import RULER_TASKS
+from blocktune.evaluation.task import TaskSpec, load_task, parse_task, variants_of
+
+TASKS = sorted(Path("eval/tasks").glob("*.yaml"))
+NAMED = {"musique", "2wikimultihopqa", "hotpotqa", "nq-open", "triviaqa", "samsum", "multi-news"}
+
+
+@pytest.mark.parametrize("path", TASKS, ids=lambda path: path.stem)
+def test_every_task_file_loads_with_its_variants(path):
+    plain = parse_task({"task": str(path)})
+    assert plain.name == path.stem
+    assert plain.version >= 1
+    for variant in variants_of(path):
+        task = parse_task({"task": str(path), "variant": variant})
+        assert task.name == f"{path.stem}-{variant}"
+        assert task.format() is not None
+
+
+def test_the_fields_tasks_are_all_there():
+    stems = {path.stem for path in TASKS}
+    assert stems >= NAMED | {"ruler", "needle", "chat", "code", "jsonl"}
+    for name in ("musique", "2wikimultihopqa", "hotpotqa"):
+        assert variants_of(f"eval/tasks/{name}.yaml") == ["cacheblend", "kvlink", "block-attention"]
+
+
+def test_ruler_is_asked_and_scored_as_its_generator_says():
+    assert variants_of("eval/tasks/ruler.yaml") == list(RULER_TASKS)
+    for name, wanted in RULER_TASKS.items():
+        task = parse_task({"task": "eval/tasks/ruler.yaml", "variant": name})
+        assert task.format() == wanted.format
+        assert task.metric == wanted.scorer
+        assert task.max_new_tokens == wanted.max_new_tokens
+        assert task.source.startswith(f"ruler:{name}?")
+
+
+def test_cacheblends_wording_is_its_codes():
+    task = parse_task({"task": "eval/tasks/musique.yaml", "variant": "cacheblend"})
+    words = task.format()
+    assert words.instruction.endswith("The answer should be within 5 words..\nPassages:")
+    assert words.render_question("who?") == (
+        "\n\nAnswer the question directly based on the given passages. Do NOT repeat the question. "
+        "The answer should be within 5 words. \nQuestion:who?\nAnswer:"
+    )
+    assert (task.metric, task.max_new_tokens, task.stop) == ("token_f1", 32, ("\n",))
+
+
+def test_an_entry_replaces_keys_of_the_file():
+    task = parse_task({"task": "eval/tasks/musique.yaml", "name": "mine", "limit": 3})
+    assert (task.name, task.limit, task.metric) == ("mine", 3, "f1")
+    cut = parse_task({"name": "x", "source": "a.json?as=document", "chunking": {"size": 9}})
+    assert cut.full_source() == "a.json?as=document&size=9"
+    longer = parse_task({"name": "x", "source": "ruler:vt?length=1&n=2", "chunking": {"length": 8}})
+    assert longer.full_source() == "ruler:vt?length=8&n=2"
+
+
+def test_outputs_are_cut_before_they_are_scored():
+    task = TaskSpec("x", "y", stop=("\n", "Question:"), answer_marker="Answer:")
+    assert task.cut("so. Answer: Kirby Question: who\nmore") == " Kirby "
+    assert TaskSpec("x", "y").cut("all\nof it. ") == "all\nof it. "
+
+
+def test_what_decides_a_row_is_all_but_where_questions_come_from():
+    task = TaskSpec("x", "y", prompt={"instruction": "Be brief."})
+    assert task.decides().keys() >= {"prompt", "metric", "version", "stop", "max_new_tokens"}
+    assert not task.decides().keys() & {"source", "limit", "by_kind", "cite", "chunking"}
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"task": "none.yaml"}, "no task at 'none.yaml'; see eval/tasks/"),
+        ({"variant": "x", "name": "a", "source": "b"}, "'variant' needs 'task'"),
+        ({"task": "eval/tasks/musique.yaml", "variant": "x"}, "unknown variant 'x'; it has: cache"),
+        ({"task": "eval/tasks/musique.yaml", "metrc": "f1"}, "unknown key 'metrc'"),
+        ({"name": "a", "source": "b", "metric": "bleu"}, "unknown metric 'bleu'"),
+        ({"name": "a", "source": "b", "metrics": "f1"}, "'metrics' must be a list of texts"),
+        ({"name": "a", "source": "b", "stop": [1]}, "'stop' must be a list of texts"),
+        ({"name": "a", "source": "b", "prompt": {"x": ""}}, "unknown prompt format key 'x'"),
+        ({"name": "a", "source": "b", "version": 0}, "version must be at least 1"),
+    ],
+)
+def test_mistakes_are_one_clear_line(entry, message):
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        parse_task(entry)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_keeps_its_variants_to_itself(tmp_path):
+    path = tmp_path / "t.yaml"
+    path.write_text(yaml.safe_dump({"name": "t", "source": "s", "variants": {"v": {"limit": 2}}}))
+    assert load_task(path) == {"name": "t", "source": "s"}
+    assert load_task(path, "v") == {"name": "t-v", "source": "s", "limit": 2}
