@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blocktune.attention.kernels import Knobs, plain_scores, weighted_values
+from blocktune.attention.kernels import Knobs, weighted_values
 from blocktune.attention.rows import Block, RowBand
 from blocktune.layout import Kind, LayerRule, Rows
 from blocktune.reshape.base import Reshape, Seen, in_chunk
+from blocktune.reshape.blocks import States, cut
 
 
 class _Pass(NamedTuple):
@@ -102,7 +103,8 @@ class Reshaping:
         if not self._acts[rule.layer]:
             return None
         blocks = band.blocks(LayerRule(window=rule.window), torch.bool)
-        states = _States(query, key.float(), value.float(), knobs)
+        blocks = [part for block in blocks for part in cut(block, len(query) * query.shape[1])]
+        states = States(query, key.float(), value.float(), knobs)
         choice = self._choice(blocks, seen, states)
         outs, entropy = [], []
         for block in blocks:
@@ -140,7 +142,7 @@ class Reshaping:
             self._acts[layer] = self.reshape.acts(seen)
         return seen
 
-    def _choice(self, blocks: list[Block], seen: Seen, states: _States) -> Tensor | None:
+    def _choice(self, blocks: list[Block], seen: Seen, states: States) -> Tensor | None:
         if not self.reshape.surveys:
             return None
         if self.reshape.looks_ahead and not self._looking:
@@ -162,24 +164,6 @@ class Reshaping:
             asks = self._pass.asks
             rows = torch.cat(entropy, dim=1).masked_fill(~asks, 0.0)
             self._entropy.append(rows.sum(1) / asks.sum(1))
-
-
-class _States(NamedTuple):
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    knobs: Knobs
-
-    def scores(self, block: Block, seen: Seen) -> tuple[Tensor, Seen]:
-        """Scores of a block, ``(B, H, R, N)``, and what the reshape is told about them."""
-        rows, keys, mask = block
-        query, key = self.query[:, :, rows], self.key[:, :, keys]
-        part = seen._replace(
-            query=seen.query.map(lambda field: field[:, rows]),
-            key=seen.key.map(lambda field: field[:, keys]),
-            reused=seen.reused[:, keys],
-        )
-        return plain_scores(query, key, mask, self.knobs), part
 
 
 def _read(band: RowBand) -> _Pass:

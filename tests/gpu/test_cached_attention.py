@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cached_answer import random_example, word_tokenizer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from blocktune.attention.cached import CachePlan
@@ -43,8 +44,6 @@ def test_cached_rows_attend_by_a_fused_kernel(shape, dtype, window, which):
 
 @torch.no_grad()
 def test_a_neutral_reshape_changes_no_more_than_rounding(shape):
-    from cached_answer import random_example, word_tokenizer
-
     engine = Engine(shape.model(), word_tokenizer(shape.vocabulary))
     example = random_example(shape)
     neutral = {"scaled-context": {"temperature": 1.0, "scale": 1.0}}

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from engine.served import ASK, FOREVER, SHORT, Span, engine_of
+from engine.served import ASK, FOREVER, SHORT, engine_of, served_spans
 from families import FAMILIES
 from reshape.oracle import BestChunks, TwoSoftmaxes, logits_by, rows_of
 
-from blocktune.layout import Kind
+from blocktune.reshape import blocks
 from blocktune.reuse import build, compose
 
 # Logits of these models reach about 10; prompts have fewer than 256 positions.
@@ -37,15 +37,6 @@ def start(engine, asks, method):
     return engine._server.start(prompts, pieces, method)
 
 
-def fresh_of(run) -> list[Span]:
-    """Recomputed columns of a single prompt, and the layer at which each was dropped."""
-    plans = run.prefill.plans
-    ends = [plan.executed[-1] + 1 for plan in plans[:-1]] + [FOREVER]
-    rows = [plan.query.order[plan.query.kind == Kind.CHUNK].tolist() for plan in plans]
-    last = {column: end for columns, end in zip(rows, ends, strict=True) for column in columns}
-    return [Span(column, 0, end) for column, end in last.items()]
-
-
 def merged(engine, method, answer=(), fresh=None, moved=None):
     """Logits by the two softmaxes; ``moved`` is a column that is put into the wrong one."""
     ids, layout, last = rows_of(engine, ASK, method, fresh, answer)
@@ -69,7 +60,7 @@ METHODS = {
 def test_prefill_and_decode_match_the_merge_of_two_softmaxes(engine, name):
     method = METHODS[name]
     run = start(engine, [ASK], method)
-    first, fresh = run.prefill.logits[0], fresh_of(run)
+    first, fresh = served_spans(engine, ASK, method)
     torch.testing.assert_close(first, merged(engine, method, fresh=fresh), **TOLERANCE)
     ids, later = run.continued(3)
     torch.testing.assert_close(later[0], merged(engine, method, ids, fresh), **TOLERANCE)
@@ -79,6 +70,18 @@ def test_prefill_and_decode_match_the_merge_of_two_softmaxes(engine, name):
     reused = set(order[run.batch.layout.is_context[0]].tolist()) - kept
     wrong = merged(engine, method, fresh=fresh, moved=max(reused))
     assert (first - wrong).abs().max() > 10 * TOLERANCE["atol"]
+
+
+def test_keys_that_were_made_for_a_choice_only_are_fresh_too(tokenizer):
+    config = FAMILIES["llama"]()
+    config.num_hidden_layers = 3
+    engine = engine_of(config, tokenizer)
+    method = compose("cacheblend-repo", reshape={"scaled-context": SCALED})
+    logits, fresh = served_spans(engine, ASK, method)
+    assert {span.until for span in fresh} == {2, FOREVER}
+    torch.testing.assert_close(logits, merged(engine, method, fresh=fresh), **TOLERANCE)
+    sooner = [s._replace(until=1) if s.until == 2 else s for s in fresh]
+    assert (logits - merged(engine, method, fresh=sooner)).abs().max() > 10 * TOLERANCE["atol"]
 
 
 @pytest.mark.parametrize("name", ["ape", "psr"])
@@ -130,8 +133,7 @@ def test_prefill_and_decode_match_a_choice_of_chunks(family, aggregation, tokeni
     for base in ("sel", "epic"):
         method = compose(base, reshape={"top-chunks": {"chunks": 1, "aggregation": aggregation}})
         run = start(engine, [ASK], method)
-        fresh = fresh_of(run)
-        first = run.prefill.logits[0]
+        first, fresh = served_spans(engine, ASK, method)
         torch.testing.assert_close(first, chosen(engine, method, fresh=fresh), **TOLERANCE)
         ids, later = run.continued(3)
         torch.testing.assert_close(later[0], chosen(engine, method, ids, fresh), **TOLERANCE)
@@ -174,3 +176,11 @@ def test_a_reshaped_prefix_never_enters_the_exact_cache(llama):
     run = start(llama, [ASK], build("prefix-cache"))
     assert run.assembled.hits == [0]
     torch.testing.assert_close(run.prefill.logits, before, rtol=0, atol=1e-5)
+
+
+def test_rows_may_be_reshaped_a_few_at_a_time(llama, monkeypatch):
+    methods = [METHODS["psr"], build("sel", chunks=1)]
+    whole = [llama.next_logits([ASK, SHORT], method) for method in methods]
+    monkeypatch.setattr(blocks, "CELLS", 1 << 11)  # two prompts of four heads: a row or two
+    parts = [llama.next_logits([ASK, SHORT], method) for method in methods]
+    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-5)
