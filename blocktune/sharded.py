@@ -1,4 +1,4 @@
-"""Parameters that DeepSpeed's ZeRO-3 has split over processes, read and written as wholes.
+"""Parameters that a launch has split over processes, read and written as wholes.
 
 Every process must come along: what puts a parameter together is an exchange between all of them.
 """
@@ -28,6 +28,21 @@ def gathered(*weights: Tensor, write: bool = False) -> Iterator[None]:
 
     with deepspeed.zero.GatheredParameters(split, modifier_rank=0 if write else None):
         yield
+
+
+def fill(weight: Tensor, values: Tensor) -> None:
+    """Writes whole values into a parameter, which ZeRO-3 or FSDP2 may have split.
+
+    Args:
+        weight: The parameter.
+        values: The same in every process, of the whole parameter's shape.
+    """
+    if hasattr(weight, "device_mesh"):  # FSDP2's
+        from torch.distributed.tensor import distribute_tensor
+
+        values = distribute_tensor(values, weight.device_mesh, weight.placements)
+    with gathered(weight, write=True):
+        weight.copy_(values)
 
 
 def is_split(weight: Tensor) -> bool:

@@ -7,6 +7,7 @@ from training.toy import save_toy, toy_examples
 
 from blocktune.adapter import AdapterInfo
 from blocktune.cache import model_fingerprint
+from blocktune.check import check_model
 from blocktune.data.example import write_jsonl
 from blocktune.engine import Engine
 from blocktune.engine.load import load_base, load_model
@@ -89,6 +90,15 @@ def test_cached_chunks_match_the_dense_mask_on_four_bits(base):
     together = engine.next_logits(examples, "naive")
     alone = torch.cat([engine.next_logits([example], "naive") for example in examples])
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["nf4", "int8"])
+def test_reuse_is_sound_on_a_quantised_base(base, name):
+    checks = check_model(Engine.from_pretrained(base, quantize=name))
+    assert [one.name for one in checks if not one.passed] == []
+    # 8-bit activations differ between a chunk alone and among others; 4-bit weights do not.
+    cached = next(one for one in checks if one.name == "cached chunks = dense mask")
+    assert (cached.max_abs_diff < 1e-5) is (name == "nf4")
 
 
 @pytest.mark.parametrize("links", [{}, {"link_mode": "added_tokens"}])

@@ -28,7 +28,7 @@ PUBLISHED = (
 """Names of what is published; checkpoints, logs and optimizer states stay at home."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _OF_THE_RUN = ("training_args.bin",)
-_ABSOLUTE = re.compile(r"(?<![\w:/.])/(?:[^\s'\"?,:/]+/)+([^\s'\"?,:/]+)")
+_ABSOLUTE = re.compile(r"(?<![\w/.])/(?!/)(?:[^\s'\"?,:/]+/)+([^\s'\"?,:/]+)")
 
 Source = Path | bytes
 

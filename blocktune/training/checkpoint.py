@@ -11,9 +11,10 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor, nn
+from transformers import AutoTokenizer
 
 from blocktune.adapter import OWN_WEIGHTS, AdapterInfo
-from blocktune.identity import base_fingerprint
+from blocktune.identity import base_fingerprint, tokenizer_hash
 from blocktune.links import (
     LINKS_FILE,
     LINKS_MODULE,
@@ -22,6 +23,7 @@ from blocktune.links import (
     load_links,
     save_links,
 )
+from blocktune.sharded import fill
 
 STAGING = ".saving"
 CONFIG_FILE = "resolved_config.yaml"
@@ -80,6 +82,8 @@ class AdapterFiles:
                 info,
                 base_model=OWN_WEIGHTS,
                 base_fingerprint=base_fingerprint(model, state),
+                # With the tokens that were added: the folder's tokenizer is the base's from now on.
+                tokenizer_hash=tokenizer_hash(AutoTokenizer.from_pretrained(folder)),
                 training=origin,
             )
         info.save(folder)
@@ -89,7 +93,8 @@ class AdapterFiles:
         """Reads the link table of a checkpoint into the installed one."""
         table = installed_links(model)
         if table is not None:
-            table.weight.copy_(load_links(folder).weight.to(table.weight))
+            saved = load_links(folder).to(table.weight.device, table.weight.dtype)
+            fill(table.weight, saved.weight)
 
     @property
     def has_links(self) -> bool:

@@ -11,46 +11,13 @@ import json
 import re
 import threading
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
+from hub.held import Hub, Repo, entry, oid
 
 TOKEN = "hf_standin"
-
-
-@dataclass
-class Repo:
-    private: bool = False
-    commits: list[tuple[str, dict[str, bytes]]] = field(default_factory=list)
-
-    def commit(self, files: dict[str, bytes]) -> str:
-        text = repr((len(self.commits), sorted(files.items())))
-        self.commits.append((hashlib.sha1(text.encode()).hexdigest(), files))
-        return self.commits[-1][0]
-
-    def at(self, revision: str) -> tuple[str, dict[str, bytes]] | None:
-        if revision == "main":
-            return self.commits[-1]
-        return next((commit for commit in self.commits if commit[0] == revision), None)
-
-
-@dataclass
-class Hub:
-    """What the server holds; `url` is its HF_ENDPOINT."""
-
-    url: str = ""
-    repos: dict[str, Repo] = field(default_factory=dict)
-    objects: dict[str, bytes] = field(default_factory=dict)
-    unknown: list[str] = field(default_factory=list)
-
-    def put(self, name: str, files: dict[str, bytes]) -> str:
-        """Makes a repository as if it had been pushed; its commit."""
-        return self.repos.setdefault(name, Repo()).commit(files)
-
-    def files(self, name: str) -> dict[str, bytes]:
-        return self.repos[name].commits[-1][1]
 
 
 @contextmanager
@@ -120,9 +87,8 @@ class Handler(BaseHTTPRequestHandler):
             sha, files = commit
             record = {"id": name, "sha": sha, "private": self.hub.repos[name].private}
             record["siblings"] = [{"rfilename": path} for path in files]
-            card = files.get("README.md", b"").decode().split("---\n")
-            record["cardData"] = yaml.safe_load(card[1]) if len(card) > 2 else {}
-            self.json(record)
+            card = files.get("README.md", b"---\n{}\n---\n").decode()
+            self.json(record | {"cardData": yaml.safe_load(card.split("---\n")[1])})
 
     def tree(self, name, revision, folder):
         if commit := self.found(name, revision):
@@ -164,11 +130,12 @@ class Handler(BaseHTTPRequestHandler):
         self.json({"errors": errors, "warnings": []}, 400 if errors else 200)
 
     def preupload(self, name, revision):
-        modes = []
-        for file in json.loads(self.body)["files"]:
-            mode = "lfs" if file["path"].endswith(".safetensors") else "regular"
-            modes.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False})
-        self.json({"files": modes})
+        def mode(path):
+            return "lfs" if path.endswith(".safetensors") else "regular"
+
+        paths = [file["path"] for file in json.loads(self.body)["files"]]
+        told = [{"path": p, "uploadMode": mode(p), "shouldIgnore": False} for p in paths]
+        self.json({"files": told})
 
     def batch(self, name):
         objects = []
@@ -188,8 +155,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def verify(self):
         asked = json.loads(self.body)
-        known = self.hub.objects.get(asked["oid"])
-        return self.reply(200 if known and len(known) == asked["size"] else 400)
+        known = self.hub.objects.get(asked["oid"], b"")
+        self.reply(200 if len(known) == asked["size"] else 400)
 
     def commit(self, name, revision):
         if not self.may_write():
@@ -208,8 +175,7 @@ class Handler(BaseHTTPRequestHandler):
             elif record["key"] != "header":
                 return self.error(400, f"UnknownKey {record['key']}")
         sha = repo.commit(files)
-        url = f"{self.hub.url}/{name}/commit/{sha}"
-        return self.json({"commitUrl": url, "commitOid": sha})
+        return self.json({"commitUrl": f"{self.hub.url}/{name}", "commitOid": sha})
 
     # Replies
 
@@ -217,12 +183,8 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(status, json.dumps(value).encode(), "application/json")
 
     def error(self, status, code, headers=None):
-        self.reply(
-            status,
-            json.dumps({"error": code}).encode(),
-            "application/json",
-            {"X-Error-Code": code, "X-Error-Message": code, **(headers or {})},
-        )
+        told = {"X-Error-Code": code, "X-Error-Message": code} | (headers or {})
+        self.reply(status, json.dumps({"error": code}).encode(), "application/json", told)
 
     def reply(self, status, body=b"", kind="text/plain", headers=None):
         self.send_response(status)
@@ -236,15 +198,3 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *arguments):
         """Nothing on standard error."""
-
-
-def oid(content: bytes) -> str:
-    return hashlib.sha1(content).hexdigest()
-
-
-def entry(path: str, content: bytes) -> dict:
-    record = {"type": "file", "path": path, "size": len(content), "oid": oid(content)}
-    if path.endswith(".safetensors"):
-        digest = hashlib.sha256(content).hexdigest()
-        record["lfs"] = {"oid": digest, "size": len(content), "pointerSize": 130}
-    return record

@@ -17,8 +17,7 @@ from blocktune.check import Check
 from blocktune.data import RagExample
 from blocktune.engine import Engine
 from blocktune.hub import CardFacts, Publication, prepare, send, show
-from blocktune.hub.card import datasets_of, served_by
-from blocktune.prompt import Chunk, LayoutSpec
+from blocktune.prompt import Chunk
 
 FACTS = CardFacts(base_model="org/base", license="apache-2.0")
 RESULTS = {
@@ -188,21 +187,3 @@ def test_results_of_something_else_are_refused(run, tmp_path):
     path.write_text('{"methods": {"naive": {"em": 1.0}}}')
     with pytest.raises(ValueError, match=r"not a results\.json of `blocktune eval`"):
         prepare(run / "out", "me/mine", replace(FACTS, results=path))
-
-
-@pytest.mark.parametrize(
-    ("layout", "method"),
-    [
-        (LayoutSpec(), "block-attention"),
-        (LayoutSpec(num_links=3), "kvlink"),
-        (LayoutSpec(block=False), "full-prefill"),
-    ],
-)
-def test_the_card_names_the_method_that_serves(layout, method):
-    assert served_by(layout) == method
-
-
-def test_data_sets_are_named_as_the_hub_knows_them():
-    data = ["hf:dgslibisey/MuSiQue?split=train", "worlds:train", {"data": "hf:a/b"}]
-    assert datasets_of({"data": data}) == ["dgslibisey/MuSiQue", "a/b"]
-    assert datasets_of({}) == []
