@@ -22,7 +22,7 @@ from blocktune.cache import (
     states_key,
 )
 from blocktune.engine.account import Stopwatch
-from blocktune.engine.layers import decoder_layers, inputs_of
+from blocktune.engine.layers import Recorder
 from blocktune.layout import GLOBAL
 from blocktune.prompt import LayoutSpec, Pieces, Prompt, lay_out, stack
 
@@ -127,17 +127,17 @@ class Encoder:
     def _encode_together(self, pieces: list[Piece], layers: Sequence[int]) -> list[_Encoded]:
         batch = stack([alone(piece) for piece in pieces], self.pad_id).to(self.model.device)
         cache = DynamicCache()
-        with inputs_of(decoder_layers(self.model) if layers else (), layers) as inputs:
-            self.model(
-                batch.input_ids,
-                position_ids=batch.layout.position,
-                plan=SplitPlan(batch.layout),
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
+        plan = Recorder(SplitPlan(batch.layout), layers)
+        self.model(
+            batch.input_ids,
+            position_ids=batch.layout.position,
+            plan=plan,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
         return [
-            (piece, self._cut(cache, index, piece), self._cut_states(inputs, index, piece))
+            (piece, self._cut(cache, index, piece), self._cut_states(plan.inputs, index, piece))
             for index, piece in enumerate(pieces)
         ]
 

@@ -6,12 +6,15 @@ the forward pass, if that plan wants it. So passes of several threads over one m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+
+from blocktune.attention import Plan
+from blocktune.attention.kernels import Knobs
+from blocktune.layout import LayerRule
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -53,17 +56,25 @@ def install(model: nn.Module) -> None:
             layer.register_forward_pre_hook(Enter(index), with_kwargs=True)
 
 
-@contextmanager
-def inputs_of(modules: Sequence[nn.Module], layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-    """Collects the hidden states ``(B, S, hidden)`` that enter ``layers``, while the block runs."""
-    seen: dict[int, Tensor] = {}
+class Recorder:
+    """A plan that attends by another one, and keeps what entered some layers.
 
-    def keep(layer: int):
-        return lambda module, args: seen.__setitem__(layer, args[0])
+    Attributes:
+        inputs: Hidden states ``(B, S, hidden)``, by layer.
+    """
 
-    hooks = [modules[layer].register_forward_pre_hook(keep(layer)) for layer in layers]
-    try:
-        yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
+    def __init__(self, plan: Plan, layers: Container[int]):
+        """Keeps what enters ``layers``."""
+        self.plan, self.layers = plan, layers
+        self.inputs: dict[int, Tensor] = {}
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, rule: LayerRule, knobs: Knobs
+    ) -> Tensor:
+        """See `Plan.attend`."""
+        return self.plan.attend(query, key, value, rule, knobs)
+
+    def enter(self, index: int, layer: nn.Module, args: tuple, kwargs: dict) -> None:
+        """A forward pre-hook that changes nothing."""
+        if index in self.layers:
+            self.inputs[index] = args[0]

@@ -133,3 +133,13 @@ def test_check_says_whether_reuse_is_sound(blocktune, model):
     assert len(checks) >= 4
     assert all(check.keys() == {"name", "passed", "max_abs_diff", "tolerance"} for check in checks)
     assert done.exit_code == 0 if all(check["passed"] for check in checks) else 1
+
+
+def test_layer_ranges_are_profiled(blocktune, model, questions):
+    result = blocktune("intervals", "--model", model, "--input", questions, "--json")
+    found = json.loads(result.stdout)
+    assert [(one["first_layer"], one["num_layers"]) for one in found] == [(0, 1), (1, 1), (0, 2)]
+    assert found[-1]["efficient"]
+    shown = blocktune("intervals", "--model", model, "--input", questions, "--limit", 1).stdout
+    assert shown.split()[:5] == ["first_layer", "ratio", "layers", "divergence", "agreement"]
+    assert "100%" in shown

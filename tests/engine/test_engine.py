@@ -1,17 +1,23 @@
 """The engine's answers, its caches and its accounts."""
 
+import copy
 import dataclasses
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from engine.served import ASK, SHORT, Ask, engine_of
+from engine.test_selection import deep
 from families import FAMILIES
+from families import build as build_model
 
 from blocktune.cache import ChunkStore
 from blocktune.engine import Sampling
+from blocktune.engine.auxiliary import require_same_tokenizer
+from blocktune.layout import Kind
 from blocktune.prompt import Chunk
-from blocktune.reuse import available, build
+from blocktune.reuse import Weights, available, build, compose
 
 
 @pytest.fixture
@@ -126,6 +132,62 @@ def test_sampling_repeats_by_seed_and_is_not_greedy(engine):
     assert len({draw(seed) for seed in range(4)}) > 1
 
 
+def test_sampling_does_not_depend_on_the_batches_and_draws_anew_for_every_request(engine):
+    sampling = Sampling(temperature=2.0, seed=5)
+    asks = [ASK, SHORT, ASK, ASK]
+    ids = [
+        [a.token_ids for a in engine.answer(asks, "naive", sampling=sampling, batch_size=size)]
+        for size in (1, 2, 4)
+    ]
+    assert ids[0] == ids[1] == ids[2]
+    assert len({ids[0][index] for index in (0, 2, 3)}) == 3
+
+
+def test_threads_over_one_engine_do_not_meet(engine):
+    """Methods that drop rows on the way, that probe and that do neither, all at once."""
+    methods = ["cacheblend", "naive", "cacheblend-repo", "query-attention", "full-prefill"]
+    asks = [ASK, SHORT]
+    expected = {(m, ask): engine.next_logits([ask], m) for m in methods for ask in asks}
+    jobs = list(expected) * 3
+    with ThreadPoolExecutor(max_workers=6) as pool:
+        served = pool.map(lambda job: engine.next_logits([job[1]], job[0]), jobs)
+        for job, logits in zip(jobs, served, strict=True):
+            torch.testing.assert_close(logits, expected[job], rtol=0, atol=1e-6)
+
+
+def test_an_auxiliary_model_must_read_the_served_models_ids_as_the_same_text(tokenizer):
+    larger = copy.deepcopy(tokenizer)
+    larger.add_tokens(["<|extra|>"])
+    require_same_tokenizer("small", tokenizer, larger)
+    with pytest.raises(
+        ValueError,
+        match=rf"'small' has another tokenizer .* 1 of .* differ, such as id {len(tokenizer)}, ",
+    ):
+        require_same_tokenizer("small", larger, tokenizer)
+
+
+def test_an_auxiliary_model_is_asked_by_name(engine):
+    other = build_model(engine.model.config, seed=7)
+    engine.add_auxiliary("small", other, engine.tokenizer)
+    method = build("cacheclip", auxiliary="small", window=2)
+    account = engine.answer([ASK], method)[0].account
+    assert account.recompute_ratio == pytest.approx(0.2, abs=0.05)
+    by_itself, by_other = (
+        engine.next_logits([ASK], build("cacheclip", auxiliary=name)) for name in ("self", "small")
+    )
+    assert not torch.allclose(by_itself, by_other)
+    with pytest.raises(ValueError, match="cannot load a language model from 'nowhere'"):
+        engine.answer([ASK], build("cacheclip", auxiliary="nowhere"))
+
+
+def test_a_prompt_too_long_for_the_auxiliary_model_is_refused(engine):
+    config = type(engine.model.config)(**engine.model.config.to_dict())
+    config.max_position_embeddings = 8
+    engine.add_auxiliary("short", build_model(config), engine.tokenizer)
+    with pytest.raises(ValueError, match=r"tokens does not fit into auxiliary model 'short', .* 8"):
+        engine.answer([ASK], build("cacheclip", auxiliary="short"))
+
+
 def test_a_chunk_longer_than_the_context_is_refused(engine):
     long = Ask("Who?", (Chunk("Anna Belt was born in Port Alder. " * 200),))
     with pytest.raises(ValueError, match=r"longest chunk has \d+ tokens, .* context holds 512"):
@@ -135,7 +197,7 @@ def test_a_chunk_longer_than_the_context_is_refused(engine):
 
 
 def test_what_cannot_run_is_refused_before_anything_does(engine):
-    with pytest.raises(ValueError, match="check_layer must be below the model's 2 layers, got 7"):
+    with pytest.raises(ValueError, match=r"'cacheblend' needs .* at least 8 layers, .* 2"):
         engine.answer([ASK], build("cacheblend", check_layer=7))
     with pytest.raises(ValueError, match="max_new_tokens must be at least 1, got 0"):
         engine.answer([ASK], "naive", max_new_tokens=0)
@@ -157,16 +219,30 @@ def test_methods_that_need_an_adapter_say_which(engine, name):
         engine.answer([ASK], name)
 
 
-@pytest.mark.parametrize("name", sorted(set(available()) - {"block-attention", "kvlink"}))
-def test_later_text_never_changes_an_earlier_column(engine, name):
-    """Not for CacheBlend's choice of tokens: it spends one budget over the whole prompt."""
-    method = build(name, ratio=1.0) if name == "cacheblend" else build(name)
+@pytest.fixture(scope="module")
+def tall(tokenizer):
+    """Layers enough for every method's defaults."""
+    config = deep("llama", layers=8)
+    config.max_position_embeddings = 4096
+    return engine_of(config, tokenizer)
+
+
+def untuned() -> list[str]:
+    return [name for name in available() if build(name).weights is Weights.ANY]
+
+
+@pytest.mark.parametrize("name", untuned())
+def test_later_text_never_changes_an_earlier_column(tall, name):
+    """Which tokens are fresh may depend on what follows them; what is made of them may not."""
+    method = build(name)
+    if "ratio" in {field.name for field in dataclasses.fields(method.selection())}:
+        method = compose(name, budget=1.0)
     later = Ask("And who wrote the music of it?", ASK.chunks)
     keys = []
     for ask in (ASK, later):
-        pieces, prompts = engine._read([ask], method)
-        run = engine._server.start(prompts, pieces, method)
-        until = len(pieces[0].prefix) + sum(map(len, pieces[0].chunks))
+        pieces, prompts = tall._read([ask], method)
+        run = tall._server.start(prompts, pieces, method)
+        until = int((run.columns.kind == Kind.QUERY).long().argmax())
         keys.append([layer.keys[0, :, :until].clone() for layer in run.cache.layers])
     for left, right in zip(*keys, strict=True):
         torch.testing.assert_close(left, right, rtol=0, atol=2e-6)

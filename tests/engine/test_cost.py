@@ -1,0 +1,122 @@
+"""An answer's account, against what hooks and wrapped kernels saw executed."""
+
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn.functional as F
+from engine.served import ASK, SHORT, Ask, engine_of
+from engine.test_selection import METHODS, deep, label
+from families import FAMILIES
+
+from blocktune.engine import watching
+from blocktune.prompt import Chunk
+from blocktune.reuse import build
+
+PLAIN = [build("naive"), build("epic", k=2), build("cacheblend"), build("full-prefill")]
+
+
+@pytest.fixture
+def executed(monkeypatch):
+    """Multiply-adds of matrices and attention, as they happen."""
+    counted: Counter = Counter()
+    sdpa, scores = F.scaled_dot_product_attention, watching.plain_scores
+
+    def attend(query, key, value, is_causal=False, **more):
+        groups, heads, rows, dim = query.shape
+        keys = key.shape[2]
+        pairs = rows * (rows + 1) // 2 if is_causal else rows * keys
+        assert not is_causal or rows == keys
+        counted["attention"] += groups * heads * pairs * (dim + value.shape[3])
+        return sdpa(query, key, value, is_causal=is_causal, **more)
+
+    def score(query, key, mask, knobs):
+        asks = query.shape[2]
+        counted["watching"] += query.shape[0] * query.shape[1] * asks * key.shape[2] * key.shape[3]
+        return scores(query, key, mask, knobs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
+    monkeypatch.setattr(watching, "plain_scores", score)
+    return counted
+
+
+def count_matrices(model, counted) -> None:
+    def count(module, args, output):
+        rows = args[0].numel() // module.in_features
+        counted["matrices"] += rows * module.in_features * module.out_features
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(count)
+
+
+@pytest.mark.parametrize("method", PLAIN + METHODS, ids=label)
+def test_flops_are_what_was_executed(tokenizer, executed, method):
+    engine = engine_of(deep("llama"), tokenizer)
+    engine.answer([ASK], method, max_new_tokens=1)  # encodes the chunks
+    count_matrices(engine.model, executed)
+    executed.clear()
+    account = engine.answer([ASK], method, max_new_tokens=1)[0].account
+    assert account.flops == 2 * sum(executed.values())
+    assert executed["attention"] > 0
+
+
+def test_flops_of_experts_are_those_of_the_ones_that_a_row_is_sent_to(tokenizer):
+    config = FAMILIES["qwen3-moe"]()
+    few, all_of_them = (
+        engine_of(type(config)(**{**config.to_dict(), "num_experts_per_tok": k}), tokenizer)
+        for k in (1, 4)
+    )
+    rows = sum(len(ids) for ids in few.prompts.pieces(ASK, build("naive"))[2:3])
+    spent = [
+        engine.answer([ASK], "naive", max_new_tokens=1)[0].account.flops
+        for engine in (few, all_of_them)
+    ]
+    expert = 3 * config.hidden_size * config.moe_intermediate_size
+    assert spent[1] - spent[0] == 2 * 3 * expert * rows * config.num_hidden_layers
+
+
+def test_bytes_moved_are_those_read_and_those_written(tokenizer):
+    engine = engine_of(deep("llama"), tokenizer)
+    method = build("epic", k=2)
+    account = engine.answer([ASK], method, max_new_tokens=1)[0].account
+    pieces = engine.prompts.pieces(ASK, method)
+    config = engine.model.config
+    token = 4 * 2 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers
+    computed = 2 * len(pieces.chunks) + len(pieces.query)
+    assert account.bytes_moved == 2 * account.bytes_read + computed * token
+
+
+def test_stored_states_count_as_read(tokenizer):
+    engine = engine_of(deep("llama"), tokenizer)
+    plain = engine.answer([ASK], "naive", max_new_tokens=1)[0].account
+    method = build("droidspeak", first_layer=1)
+    account = engine.answer([ASK], method, max_new_tokens=1)[0].account
+    pieces = engine.prompts.pieces(ASK, method)
+    tokens = len(pieces.prefix) + account.context_tokens
+    states = tokens * (4 * engine.model.config.hidden_size + 8)  # an int64 id each
+    assert account.bytes_read - plain.bytes_read == states
+
+
+@pytest.mark.parametrize("method", METHODS, ids=label)
+def test_prompts_of_a_batch_are_charged_what_they_cost_alone(tokenizer, method):
+    """Rows, that is; scores under the mask of a ragged batch are more."""
+    engine = engine_of(deep("llama"), tokenizer)
+    asks = [ASK, SHORT, Ask("What?", (Chunk("It rained."), *ASK.chunks[:1]))]
+    together = [a.account for a in engine.answer(asks, method, max_new_tokens=1)]
+    alone = [engine.answer([ask], method, max_new_tokens=1)[0].account for ask in asks]
+    for one, other in zip(together, alone, strict=True):
+        assert one.layer_tokens == other.layer_tokens
+        assert one.probed_tokens == other.probed_tokens
+        assert one.bytes_moved == other.bytes_moved
+        assert one.flops >= other.flops
+
+
+@pytest.mark.parametrize("method", METHODS, ids=label)
+def test_a_method_spends_what_its_selector_says(tokenizer, method):
+    engine = engine_of(deep("llama"), tokenizer)
+    account = engine.answer([ASK], method, max_new_tokens=1)[0].account
+    said = method.selection().spends(4)
+    # Whole tokens, whole windows; a share of the prompt is not one of the context.
+    if said is not None and method.name != "cacheblend-lmcache":
+        assert account.recompute_ratio == pytest.approx(said, abs=0.05)
