@@ -2,12 +2,16 @@
 
 from blocktune.adapter.info import INFO_FILE, OWN_WEIGHTS, AdapterInfo
 from blocktune.adapter.load import PEFT_FILE, attach_links, load_adapter
+from blocktune.adapter.releases import RELEASES, Release, find_release
 
 __all__ = [
     "INFO_FILE",
     "OWN_WEIGHTS",
     "PEFT_FILE",
+    "RELEASES",
     "AdapterInfo",
+    "Release",
     "attach_links",
+    "find_release",
     "load_adapter",
 ]

@@ -38,6 +38,7 @@ class AdapterInfo:
         format: How prompts were worded.
         link_mode: ``table`` or ``added_tokens``; means nothing without learned tokens.
         link_seed: Seed the rows of added link tokens started from.
+        link_token: The first learned token, where they are tokens.
         base_revision: The base's commit on the Hub, or the revision that was asked for, or None.
         quantization: How the base was quantised in training, see `blocktune.quantize`, or None.
         rope: The base's RoPE, as its configuration states it; for readers, `base_fingerprint`
@@ -56,6 +57,7 @@ class AdapterInfo:
     format: PromptFormat
     link_mode: str = "table"
     link_seed: int = 0
+    link_token: str = "<|link_0|>"
     base_revision: str | None = None
     quantization: str | None = None
     rope: dict[str, Any] = field(default_factory=dict)
@@ -94,7 +96,7 @@ class AdapterInfo:
             return None
         if self.link_mode == "table":
             return link_base(model)
-        return tokenizer.convert_tokens_to_ids("<|link_0|>")
+        return tokenizer.convert_tokens_to_ids(self.link_token)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, every field."""

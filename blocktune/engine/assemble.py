@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from blocktune.cache import ChunkKV, ChunkStates, PrefixTree, RowCache
 from blocktune.engine.account import Stopwatch
 from blocktune.engine.encode import Encoder, Piece
 from blocktune.layout import GLOBAL, Kind, Layout
-from blocktune.positions import RopeSpec, relocate_keys
+from blocktune.positions import RopeSpec, Turn, turn_keys
 from blocktune.prompt import Batch, Pieces
 
 
@@ -62,6 +63,9 @@ def from_chunks(
     result.cached = (layout.kind == Kind.PREFIX) | is_held(layout)
     watch.start()
     for index, prompt in enumerate(wanted):
+        result.misses[index] = len(pieces[index].chunks)
+        if not prompt:  # computed in full, and without a prefix
+            continue
         kvs = [found.kvs[piece] for piece in prompt]
         rows = (result.cached[index]).nonzero().squeeze(1)
         _place(cache, index, kvs, layout.order[index, rows], layout.position[index, rows], rope)
@@ -72,7 +76,7 @@ def from_chunks(
             _lay_states(result.states, layer, index, stored, layout.order[index, rows], cache)
             result.bytes_read[index] += sum(states.num_bytes for states in stored)
         result.hits[index] = sum(piece in found.hits for piece in chunks)
-        result.misses[index] = len(chunks) - result.hits[index]
+        result.misses[index] -= result.hits[index]
     watch.stop("relocate_s")
     return result
 
@@ -103,14 +107,44 @@ def _place(
 ) -> None:
     """Moves one prompt's pieces to ``positions`` ``(S,)`` and writes them into ``columns``."""
     encoded_at = torch.cat([torch.arange(kv.num_tokens) + kv.origin for kv in kvs])
-    shift = (positions - encoded_at.to(positions.device))[None]
-    moves = bool(shift.any())
+    shift = positions - encoded_at.to(positions.device)
+    turns = _Turns(shift, rope) if bool(shift.any()) else None
+    starts = columns[_offsets(kvs)].tolist()
+    runs = [(slice(a, a + kv.num_tokens), kv) for a, kv in zip(starts, kvs, strict=True)]
     for layer in range(len(cache)):
-        keys = torch.cat([kv.keys[layer] for kv in kvs], dim=1).to(positions.device)
-        values = torch.cat([kv.values[layer] for kv in kvs], dim=1).to(positions.device)
-        if moves:
-            keys = relocate_keys(keys[None], shift, rope.inv_freq[layer])[0]
-        cache.load_columns(layer, prompt, columns, keys, values)
+        done = 0
+        for run, kv in runs:
+            keys = kv.keys[layer].to(positions.device, non_blocking=True)
+            values = kv.values[layer].to(positions.device, non_blocking=True)
+            own_keys, own_values = cache.room(layer, prompt, run, keys, values)
+            own_values.copy_(values)
+            if turns is None:
+                own_keys.copy_(keys)
+            else:
+                turn_keys(keys, turns.of(layer).cut(slice(done, done + kv.num_tokens)), own_keys)
+            done += kv.num_tokens
+
+
+def _offsets(kvs: list[ChunkKV]) -> list[int]:
+    """Of each piece its first token's place among all."""
+    return list(accumulate((kv.num_tokens for kv in kvs[:-1]), initial=0))
+
+
+class _Turns:
+    """Rotations by layer; layers that share their frequencies share the rotation."""
+
+    def __init__(self, shift: Tensor, rope: RopeSpec):
+        self.shift, self.rope = shift, rope
+        self._made: dict[tuple[float, ...], Turn] = {}
+        self._keys = [tuple(freq.tolist()) for freq in rope.inv_freq]
+
+    def of(self, layer: int) -> Turn:
+        """Axes ``(1, S, R / 2)``."""
+        key = self._keys[layer]
+        if key not in self._made:
+            turn = Turn.of(self.shift[None], self.rope.inv_freq[layer])
+            self._made[key] = Turn(turn.cos[0], turn.sin[0])
+        return self._made[key]
 
 
 def _lay_states(

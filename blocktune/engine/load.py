@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from blocktune.adapter import OWN_WEIGHTS, AdapterInfo, load_adapter
+from blocktune.adapter import OWN_WEIGHTS, AdapterInfo, find_release, load_adapter
 from blocktune.fetch import adapter_folder, pinned
 from blocktune.quantize import keep_stored_codes, quantization_config
 
@@ -44,7 +44,8 @@ def load_model(
     Args:
         model: Folder or repository name on the HF Hub, with ``@REVISION`` if one is wanted; None:
             the adapter's own base, at the revision it was trained on.
-        adapter: Folder or repository name, with ``@REVISION`` if one is wanted, or None.
+        adapter: Folder or repository name, with ``@REVISION`` if one is wanted, or
+            ``release:NAME`` for one of `blocktune.adapter.RELEASES`, or None.
         dtype: ``auto`` (as saved), ``float32``, ``bfloat16`` or ``float16``.
         device: Default: CUDA if there is one, else the CPU.
         revision: Of the model's repository.
@@ -53,6 +54,13 @@ def load_model(
     Raises:
         ValueError: If there is no such model or adapter, or they do not fit each other.
     """
+    release = None if adapter is None else find_release(str(adapter))
+    if release is not None:
+        model = model or release.repository
+        base, tokenizer = load_base(
+            model, dtype=dtype, device=device, revision=revision, quantize=quantize
+        )
+        return Loaded(base, tokenizer, release.fit(base, tokenizer), None)
     folder = None if adapter is None else adapter_folder(adapter)
     info = None if folder is None else AdapterInfo.load(folder)
     if model is None:

@@ -41,8 +41,10 @@ def test_a_chunk_of_an_earlier_prompt_matches_the_dense_oracle_with_ghost_rows(f
         assert 0 < len(spans) < int(prompt.layout.is_context.sum())
         wanted = dense_logits(engine, TURNED, method, spans)
         torch.testing.assert_close(served, wanted, **TOLERANCE)
-        moved = (served - dense_logits(engine, TURNED, method, spans[:-1])).abs().max()
-        assert moved > 10 * TOLERANCE["atol"]
+    # One layer's fresh rows alone change nothing: what layer 0 stores knows no context.
+    served, spans = served_spans(engine, TURNED, CRAFT)
+    moved = (served - dense_logits(engine, TURNED, CRAFT, spans[: len(spans) // 2])).abs().max()
+    assert moved > 10 * TOLERANCE["atol"]
 
 
 def test_the_first_prompt_is_a_full_prefill_and_the_same_prompt_again_needs_nothing(engine):

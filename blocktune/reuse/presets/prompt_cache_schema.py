@@ -13,14 +13,14 @@ class PromptCacheSchema(Method):
     """Places each chunk at the start of a reserved slot, so that positions never depend on others.
 
     PromptCache's schema reserves for every module the length of its longest alternative, and leaves
-    the positions after a shorter one unused. ``slot`` is that length, in tokens; a longer chunk is
-    refused.
+    the positions after a shorter one unused. ``slot`` is that length, in tokens (the paper has
+    no default, it depends on the corpus); a longer chunk is refused.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2311.04934"
     # The question stands after the slot, not after the chunk.
     exact_on_one_chunk: ClassVar[bool] = False
-    slot: int = 512
+    slot: int = 128
 
     def __post_init__(self):
         if type(self.slot) is not int or self.slot < 1:

@@ -1,0 +1,175 @@
+"""Models that others trained and released: what they are served with, stated as an adapter is.
+
+Their weights need no other base, and no file of ours lies beside them. ``--adapter release:NAME``
+(with ``--model`` for a copy of one's own) puts the release's prompt and layout on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from blocktune.adapter.info import OWN_WEIGHTS, AdapterInfo
+from blocktune.identity import base_fingerprint, tokenizer_hash
+from blocktune.prompt import LayoutSpec, PromptFormat
+
+PREFIX = "release:"
+"""What an adapter's name begins with that is a release's name."""
+
+
+@dataclass(frozen=True)
+class Release:
+    """A released model.
+
+    Attributes:
+        repository: On the Hugging Face Hub.
+        source: Code or paper that states layout and wording.
+        layout: How prompts were laid out in training.
+        format: How they were worded.
+        chat_template: Renders the turns around the chunks.
+        begins_with_bos: Whether a prompt begins with BOS.
+        tokens: Special tokens that the layout or the template uses, with the ids they must have.
+        link_token: The first link token, where the layout has links.
+    """
+
+    repository: str
+    source: str
+    layout: LayoutSpec
+    format: PromptFormat
+    chat_template: str
+    begins_with_bos: bool = True
+    tokens: Mapping[str, int] = field(default_factory=dict)
+    link_token: str | None = None
+
+    def fit(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> AdapterInfo:
+        """Puts the release's template on a tokenizer and says what the model is served with.
+
+        Args:
+            model: The release's weights.
+            tokenizer: The model's; its chat template (and BOS, if prompts have none) is changed.
+
+        Raises:
+            ValueError: If the tokenizer has other ids for the tokens that were trained, or the
+                model has no embeddings for them.
+        """
+        for token, wanted in self.tokens.items():
+            came = tokenizer.convert_tokens_to_ids(token)
+            if came != wanted:
+                raise ValueError(
+                    f"'{self.repository}' was trained with {token} as id {wanted}, this tokenizer "
+                    f"has {came}; load the tokenizer that lies beside the model"
+                )
+        rows = model.get_input_embeddings().weight.shape[0]
+        if self.link_token and self._last_link() >= rows:
+            raise ValueError(
+                f"'{self.repository}' has link tokens up to id {self._last_link()}, this model "
+                f"embeds {rows} tokens; load the released weights"
+            )
+        tokenizer.chat_template = self.chat_template
+        if not self.begins_with_bos:
+            tokenizer.bos_token = None
+        return AdapterInfo(
+            base_model=OWN_WEIGHTS,
+            base_fingerprint=base_fingerprint(model),
+            tokenizer_hash=tokenizer_hash(tokenizer),
+            layout=self.layout,
+            format=self.format,
+            link_mode="added_tokens",
+            link_token=self.link_token or "",
+            training={"released as": self.repository, "stated by": self.source},
+        )
+
+    def _last_link(self) -> int:
+        return self.tokens[self.link_token] + self.layout.num_learned - 1
+
+
+BLOCK_ATTENTION = Release(
+    repository="ldsjmdy/Tulu3-Block-FT",
+    source="https://github.com/TemporaryLoRA/Block-Attention",
+    layout=LayoutSpec(),
+    format=PromptFormat(
+        instruction=(
+            "You are an intelligent AI assistant. Please answer questions based on the user's "
+            "instructions. Below are some reference documents that may help you in answering the "
+            "user's question."
+        ),
+        titled="- Title: {title}\n{text}\n",
+        untitled="- {text}\n",
+        question=(
+            "\n\nPlease write a high-quality answer for the given question using only the provided "
+            "search documents (some of which might be irrelevant).\nQuestion: {question}"
+        ),
+    ),
+    chat_template=(
+        "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}"
+        "{{ eos_token if m.role == 'assistant' else '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    ),
+    begins_with_bos=False,
+)
+
+_KVLINK_TOKENS = {
+    "<|reserved_special_token_3|>": 128_011,  # the first link
+    "<|reserved_special_token_246|>": 128_254,  # opens the documents
+    "<|reserved_special_token_247|>": 128_255,  # closes them
+}
+
+
+def _kvlink(repository: str) -> Release:
+    """KVLink with 5 links a document; documents stand between the system turn and the user's.
+
+    The authors number the documents of a prompt; a number that depends on the place cannot be
+    cached, so all are number 1 here. Their training draws one of four system prompts.
+    """
+    return Release(
+        repository=repository,
+        source="https://github.com/UCSB-NLP-Chang/KVLink",
+        layout=LayoutSpec(num_links=5, link_table="chunk", max_chunks=40),
+        format=PromptFormat(
+            instruction="",
+            system=(
+                "You are an AI assistant. Use the provided documents to answer the user\u2019s "
+                "question. If the information is insufficient, acknowledge the gap or request "
+                "clarification."
+            ),
+            titled="Document [1](Title: {title}) {text}\n",
+            untitled="Document [1] {text}\n",
+            question=(
+                "<|reserved_special_token_247|><|eot_id|>"
+                "<|start_header_id|>user<|end_header_id|>\n\n{question}"
+            ),
+        ),
+        chat_template=(
+            "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}"
+            "{% else %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content }}"
+            "{% endif %}<|eot_id|>"
+            "{{ '<|reserved_special_token_246|>' if m.role == 'system' else '' }}{% endfor %}"
+            "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n"
+            "{% endif %}"
+        ),
+        tokens=_KVLINK_TOKENS,
+        link_token="<|reserved_special_token_3|>",
+    )
+
+
+RELEASES = {
+    "tulu3-block-ft": BLOCK_ATTENTION,
+    "kvlink-1b": _kvlink("Shiyu-Lab/Llama1B-KVLink5"),
+    "kvlink-3b": _kvlink("Shiyu-Lab/Llama3B-KVLink5"),
+}
+
+
+def find_release(adapter: str) -> Release | None:
+    """The release that an adapter's name names, or None if it is no ``release:NAME``.
+
+    Raises:
+        ValueError: If there is no such release.
+    """
+    if not adapter.startswith(PREFIX):
+        return None
+    name = adapter.removeprefix(PREFIX)
+    if name not in RELEASES:
+        raise ValueError(f"unknown release '{name}'; available: {', '.join(RELEASES)}")
+    return RELEASES[name]
