@@ -1,0 +1,159 @@
+"""The report: every number is results.json's, nothing is fetched, nothing is wider than a phone."""
+
+import base64
+import json
+import re
+import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
+
+import pytest
+from evaluation.fake_results import METHODS, fake_results
+from matplotlib.image import imread
+
+from blocktune.evaluation.files import replace_json
+from blocktune.evaluation.findings import power_notes
+from blocktune.evaluation.report import write_report
+from blocktune.evaluation.report.charts import charts_of
+from blocktune.evaluation.report.numbers import FORMS, look_up, pointer
+from blocktune.evaluation.report.style import PHONE_INCHES
+
+
+class Page(HTMLParser):
+    """Collects what a test asks of the page: numbers with their origin, and what it loads."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.numbers, self.loaded, self.styles, self.text = [], [], "", []
+        self._open = None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        found = dict(attributes)
+        self._open = tag
+        if tag == "data":
+            self.numbers.append([found["data-path"], found["value"], found["data-form"], ""])
+        self.loaded += [v for k, v in found.items() if k in ("src", "srcset", "href", "action")]
+
+    def handle_endtag(self, tag):
+        self._open = None
+
+    def handle_data(self, data):
+        self.text.append(data)
+        if self._open == "data":
+            self.numbers[-1][3] += data
+        if self._open == "style":
+            self.styles += data
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    results = json.loads(json.dumps(fake_results()))
+    kl = {"kl": 0.25, "top1": 0.9, "tokens": 4, "values": [0.1, 0.4], "entropy": [2.0, 1.0]}
+    results["methods"]["naive"]["fidelity"] = kl
+    point = {"score": 0.5, "ci95": [0.4, 0.6]}
+    bins = [
+        {"from": a, "to": a + 0.5, "n": 9, "scores": dict.fromkeys(METHODS, point)}
+        for a in (0.0, 0.5)
+    ]
+    results["sweeps"] = {"place": bins, "context_tokens": bins}
+    replace_json(folder / "results.json", results)
+    write_report(folder)
+    return folder
+
+
+def read_page(run) -> Page:
+    return Page((run / "report.html").read_text(encoding="utf-8"))
+
+
+def test_every_number_is_the_one_in_results_json(run):
+    results = json.loads((run / "results.json").read_text())
+    numbers = read_page(run).numbers
+    assert len(numbers) > 200
+    for path, value, form, text in numbers:
+        found = look_up(results, path)
+        assert float(value) == found
+        assert text == FORMS[form](found)
+
+
+def test_every_method_and_group_has_its_score_with_interval(run):
+    paths = {path for path, *_ in read_page(run).numbers}
+    for label, summary in fake_results()["methods"].items():
+        assert pointer("methods", label, "score") in paths
+        assert pointer("methods", label, "score_ci95", 1) in paths
+        for group in summary["tasks"]:
+            assert pointer("methods", label, "tasks", group, "score") in paths
+        assert pointer("methods", label, "adjusted_f1_bias") in paths
+    assert pointer("methods", "naive", "score_minus", "full-prefill", "p_holm") in paths
+    assert pointer("methods", "naive", "fidelity", "kl") in paths
+
+
+def test_nothing_is_fetched(run):
+    page = read_page(run)
+    assert page.loaded
+    assert all(source.startswith("data:image/svg+xml;base64,") for source in page.loaded)
+    text = (run / "report.html").read_text()
+    assert "@import" not in text
+    assert "url(" not in page.styles
+    assert "<script" not in text
+
+
+def test_nothing_is_wider_than_a_phone(run):
+    text, page = (run / "report.html").read_text(), read_page(run)
+    assert 'name="viewport" content="width=device-width' in text
+    assert "overflow-wrap: anywhere" in page.styles
+    assert re.search(r"img \{[^}]*width: 100%", page.styles)
+    widths = [float(w) for w in re.findall(r"min-width:\s*([\d.]+)", page.styles)]
+    assert not widths
+    # Tables turn into cards before their columns need more room than a phone has.
+    assert "@media (max-width: 40rem)" in page.styles
+    assert PHONE_INCHES * 72 < 390
+
+
+def test_pictures_come_light_and_dark_and_are_sound(run):
+    page = read_page(run)
+    results = json.loads((run / "results.json").read_text())
+    assert len(page.loaded) == 2 * len(charts_of(results))
+    for source in page.loaded:
+        svg = base64.b64decode(source.partition(",")[2])
+        assert ET.fromstring(svg).tag.endswith("svg")
+    assert len(set(page.loaded)) == len(page.loaded)
+
+
+def test_pngs_lie_beside_the_page(run):
+    results = json.loads((run / "results.json").read_text())
+    names = {path.stem for path in (run / "report").glob("*.png")}
+    assert names == {chart.name for chart in charts_of(results)}
+    picture = imread(run / "report" / "score-by-ttft_s.png")
+    assert min(picture.shape[:2]) > 500
+
+
+def test_a_report_is_the_same_file_every_time(run):
+    first = (run / "report.html").read_bytes()
+    write_report(run)
+    assert (run / "report.html").read_bytes() == first
+
+
+def test_labels_cannot_break_the_page(tmp_path):
+    results = json.loads(json.dumps(fake_results()))
+    odd = "<b>k & 'v'</b>"
+    results["methods"] = {odd if k == "kvlink" else k: v for k, v in results["methods"].items()}
+    for summary in results["methods"].values():
+        for minus in (summary["em_minus"], summary["score_minus"]):
+            if "kvlink" in minus:
+                minus[odd] = minus.pop("kvlink")
+    results["budget"]["pareto"] = {k: [] for k in results["budget"]["pareto"]}
+    results["budget"]["matched"] = []
+    replace_json(tmp_path / "results.json", results)
+    text = write_report(tmp_path).read_text()
+    assert "<b>k" not in text
+    assert odd in "".join(Page(text).text)
+
+
+def test_too_few_questions_are_said_to_be_too_few():
+    results = json.loads(json.dumps(fake_results()))
+    minus = results["methods"]["kvlink"]["score_minus"]["full-prefill"]
+    minus |= {"mean": -0.0125, "p_holm": 0.4, "n_needed": 1200}
+    [note, *_] = power_notes(results)
+    assert note.startswith("400 questions are too few to tell from full-prefill: ")
+    assert "kvlink: -1.2, needs 1,200" in note

@@ -1,0 +1,88 @@
+"""Two processes give the rows of one, also when one run is continued by the other kind."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from tiny_tokenizer import build_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from blocktune.evaluation.__main__ import main
+from blocktune.evaluation.processes import Processes, launched
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("suite")
+    tokenizer = build_tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=1024,
+        initializer_range=0.2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    source = "worlds:test?seed=1&n=7&passages=2&kinds=self-contained"
+    record = {
+        "model": str(folder / "model"),
+        "methods": ["full-prefill", "naive", "cacheblend"],
+        "tasks": [{"name": "worlds", "source": source, "max_new_tokens": 4}],
+        "batch_size": 2,
+        "dtype": "float32",
+        "ttft": {"num": 0},
+    }
+    (folder / "suite.yaml").write_text(yaml.safe_dump(record))
+    return folder / "suite.yaml"
+
+
+def rows_of(output) -> dict[str, str]:
+    return {path.name: path.read_text() for path in sorted((output / "rows").iterdir())}
+
+
+def test_batches_are_dealt_out_in_turn():
+    batches = list(range(7))
+    shares = [Processes(rank, 3).share(batches) for rank in range(3)]
+    assert shares == [[0, 3, 6], [1, 4], [2, 5]]
+    assert [Processes(rank).is_main for rank in (0, 1)] == [True, False]
+
+
+def test_one_process_needs_no_launcher(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert (launched().rank, launched().count, launched().device) == (0, 1, None)
+
+
+def test_mistakes_end_with_2_and_one_line(tmp_path, capsys):
+    given = ["--suite", str(tmp_path / "none.yaml"), "--output", str(tmp_path)]
+    assert main(given) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.alone
+def test_two_processes_give_the_rows_of_one(suite, tmp_path):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    arguments = ["-m", "blocktune.evaluation", "--suite", str(suite), "--output"]
+    launch = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2")
+    for name, command in (("one", ()), ("two", (*launch, "--num_machines", "1"))):
+        given = arguments[1:] if command else arguments
+        module = ("-m",) if command else ()
+        done = subprocess.run(
+            [sys.executable, *command, *module, *given, str(tmp_path / name)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+    assert rows_of(tmp_path / "one") == rows_of(tmp_path / "two")
+    one, two = (json.loads((tmp_path / n / "results.json").read_text()) for n in ("one", "two"))
+    assert one["methods"] == two["methods"]

@@ -1,0 +1,113 @@
+"""Traces: the same chunks return as the pattern says, and serving them is summed up by hand."""
+
+import json
+from pathlib import Path
+
+import pytest
+from evaluation.test_runner import make_engine
+from rich.console import Console
+
+from blocktune.data import RagExample, load_examples
+from blocktune.evaluation.trace_run import run_traces, traces_table
+from blocktune.evaluation.traces import Pattern, load_traces, make_trace, parse_traces, reuse_of
+from blocktune.prompt import Chunk
+
+SOURCE = "worlds:test?seed=1&n=4&passages=3&kinds=self-contained"
+RECORD = {
+    "model": "random",
+    "task": {"name": "worlds", "source": SOURCE, "max_new_tokens": 2},
+    "methods": ["full-prefill", "naive"],
+    "patterns": [{"name": "kept"}, {"name": "mixed", "order": "shuffled", "fresh": 0.5}],
+    "questions": 3,
+    "requests": 6,
+    "warmup": 3,
+}
+
+
+@pytest.fixture(scope="module")
+def examples():
+    return load_examples(SOURCE)
+
+
+def test_every_question_returns_equally_often(examples):
+    trace = make_trace(examples, Pattern("kept"), 12, seed=0)
+    asked = [request.question for request in trace]
+    assert {asked.count(example.question) for example in examples} == {3}
+    assert all(request in examples for request in trace)
+    assert trace == make_trace(examples, Pattern("kept"), 12, seed=0)
+    assert trace != make_trace(examples, Pattern("kept"), 12, seed=1)
+
+
+def test_a_mixed_trace_keeps_the_evidence_and_exchanges_the_rest(examples):
+    trace = make_trace(examples, Pattern("m", order="shuffled", fresh=1.0), 20, seed=0)
+    known = {example.question: example for example in examples}
+    exchanged = 0
+    for request in trace:
+        example = known[request.question]
+        evidence = {example.chunks[i] for i in example.supporting}
+        assert {request.chunks[i] for i in request.supporting} == evidence
+        assert len(set(request.chunks)) == len(request.chunks) == len(example.chunks)
+        exchanged += len(set(request.chunks) - set(example.chunks))
+    assert exchanged > 0
+
+
+def test_reuse_is_counted_by_hand():
+    one, two, three = (Chunk(text) for text in "abc")
+    trace = [
+        RagExample("q", (one, two), ("x",)),
+        RagExample("q", (one, three), ("x",)),
+        RagExample("q", (two, one), ("x",)),
+    ]
+    # Of six chunks three were met before; one of them (a, opening again) stands where it stood.
+    assert reuse_of(trace) == {"chunks": 6, "returning": 3 / 6, "same_context": 1 / 6}
+
+
+def test_too_few_chunks_to_mix_are_refused():
+    chunks = (Chunk("a"), Chunk("b"))
+    lonely = [RagExample("q", chunks, ("x",), supporting=(0,))]
+    with pytest.raises(ValueError, match="the task has only 2; raise 'questions'"):
+        make_trace(lonely, Pattern("m", fresh=1.0), 1, seed=0)
+
+
+def test_traces_are_served_from_empty_caches_and_summed_up(tmp_path):
+    engine = make_engine()
+    results = run_traces(parse_traces(RECORD), tmp_path, load=lambda *_: engine)
+    written = json.loads((tmp_path / "traces.json").read_text())
+    assert written["traces"] == results["traces"]
+    assert list(results["traces"]) == ["kept", "mixed"]
+    cells = {cell["method"]: cell for cell in results["traces"]["kept"]["cells"]}
+    full, naive = cells["full-prefill"], cells["naive"]
+    assert (naive["n"], full["recompute_ratio"], naive["recompute_ratio"]) == (3, 1, 0)
+    trace = make_trace(load_examples(SOURCE, limit=3), Pattern("kept"), 6, seed=0)
+    before = [{c for r in trace[:i] for c in r.chunks} for i in range(6)]
+    hits = [chunk in before[i] for i in (3, 4, 5) for chunk in trace[i].chunks]
+    assert naive["hit_rate"] == sum(hits) / len(hits)
+    assert naive["stored_bytes"] > full["stored_bytes"] == 0
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "traces.json",
+        "traces-kept.png",
+        "traces-mixed.png",
+    }
+    console = Console(width=110, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(traces_table(results))
+    assert max(map(len, console.export_text().splitlines())) <= 110
+
+
+def test_the_shipped_suite_loads():
+    assert load_traces(Path("eval/suites/traces.yaml")).patterns
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"patterns": [{"name": "x", "order": "odd"}]}, "order must be kept or shuffled"),
+        ({"patterns": [{"name": "x", "fresh": 2}]}, "fresh must be a share"),
+        ({"warmup": 6}, "warmup must leave requests that count: below 6, got 6"),
+        ({"store_mib": []}, "store_mib must hold sizes"),
+        ({"methods": ["naive", "naive"]}, "stands 2 times"),
+        ({"pattern": []}, "unknown key 'pattern'"),
+    ],
+)
+def test_mistakes_are_one_clear_line(change, message):
+    with pytest.raises(ValueError, match=message):
+        parse_traces(RECORD | change, "t.yaml")
