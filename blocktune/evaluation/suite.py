@@ -26,6 +26,7 @@ class MethodSpec:
         reshape: How later rows see reused keys, likewise; null leaves them as they are.
         layout: Fields of the layout to set: where chunks stand, what they are encoded after.
         budget: Share of the context tokens that the selector may choose.
+        layer_budget: Share of the context's layer-tokens that the method shall spend instead.
     """
 
     name: str
@@ -37,6 +38,7 @@ class MethodSpec:
     reshape: Any = KEEP
     layout: Mapping[str, Any] = field(default_factory=dict)
     budget: float | None = None
+    layer_budget: float | None = None
 
     def __post_init__(self):
         if not self.label:
@@ -47,7 +49,7 @@ class MethodSpec:
     def entry(self) -> dict[str, Any]:
         """What `blocktune.reuse.build_entry` makes the method of: the keys that were given."""
         given = {"name": self.name, "select": self.select, "reshape": self.reshape}
-        for key in ("preset", "params", "layout", "budget"):
+        for key in ("preset", "params", "layout", "budget", "layer_budget"):
             given[key] = KEEP if getattr(self, key) in (None, {}) else getattr(self, key)
         return {key: value for key, value in given.items() if value is not KEEP}
 
