@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from blocktune.evaluation.pooling import check_pools
 from blocktune.evaluation.strict import entries, load_yaml, mapping, read, refuse_doubles
 from blocktune.evaluation.task import TaskSpec, parse_task
 from blocktune.reuse.composition import KEEP
@@ -113,6 +114,8 @@ class Suite:
         batch_size: Prompts answered at a time; timing always runs one.
         ttft: How time to first token is measured.
         fidelity: How closeness to full prefill is measured.
+        pool: Name -> labels of methods that differ in the seed of their training only; their mean
+            is one more method of the results.
     """
 
     model: str
@@ -125,11 +128,13 @@ class Suite:
     batch_size: int = 16
     ttft: TtftSpec = TtftSpec()
     fidelity: FidelitySpec = FidelitySpec()
+    pool: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
         refuse_doubles("method label", [m.label for m in self.methods], "give one a 'label'")
+        check_pools(self.pool, [m.label for m in self.methods])
         refuse_doubles("task name", [t.name for t in self.tasks], "rename one")
 
 
