@@ -13,7 +13,7 @@ from blocktune.cache import Damaged, PrefixTree, RowCache, Stream, cut_exact
 from blocktune.engine.account import Stopwatch
 from blocktune.engine.assemble import Assembled, from_chunks, from_prefix
 from blocktune.engine.auxiliary import Auxiliaries
-from blocktune.engine.cost import Executed, ModelCost
+from blocktune.engine.cost import Executed
 from blocktune.engine.encode import Encoder
 from blocktune.engine.loading import LoadingChoice, LoadingController
 from blocktune.engine.passes import ServedPasses
@@ -117,7 +117,7 @@ class Server:
         executed = [*passes.executed, result.executed(self.model)]
         if reshaping is not None:
             surveys = reshaping.multiply_adds.clone()  # decoding will add its own
-            executed.append(Executed(ModelCost.of(self.model), heads=0, extra=surveys))
+            executed.append(Executed(self.model, heads=0, extra=surveys))
         return Run(
             self,
             batch,
