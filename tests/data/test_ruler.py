@@ -134,6 +134,14 @@ def test_needles_stand_in_the_supporting_chunks(make, task):
             assert total == max(variant.num_keys, variant.num_queries) * variant.num_values
 
 
+def test_needles_stand_in_no_order_of_their_own(make):
+    orders = []
+    for example in make("niah_multivalue"):
+        text = text_of(example)
+        orders.append(sorted(range(4), key=[text.index(a) for a in example.answers].__getitem__))
+    assert any(order != [0, 1, 2, 3] for order in orders)
+
+
 def test_wording_is_singular_for_one_and_plural_for_several(make):
     one, several = make("niah_single_1")[0], make("niah_multiquery")[0]
     assert re.fullmatch(
