@@ -3,8 +3,8 @@
     python -m blocktune.evaluation.lm_eval_backend --model blocktune \
       --model_args pretrained=MODEL,adapter=ADAPTER,mode=block --tasks mmlu --num_fewshot 5
 
-What a fine-tuning for reuse costs elsewhere shows in both modes. A prompt's parts, which the harness
-joins by blank lines (few-shot examples), are its chunks; the last part is the query.
+What tuning for reuse costs elsewhere shows in both modes. A prompt's parts, which the harness joins
+by blank lines (few-shot examples), are its chunks; the last part is the query.
 """
 
 from __future__ import annotations
