@@ -14,7 +14,7 @@ from blocktune.data.worlds.world import Fact, World
 
 QUESTION_KINDS = ("self-contained", "cross-chunk", "2-hop", "3-hop", "comparison")
 MARKER = "Answer: "
-"""What stands before the scored answer in every response."""
+"""What stands before the scored answer when a response names other values first."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class Question:
         kind: One of ``QUESTION_KINDS``.
         text: The question.
         answer: The one correct answer.
-        response: What a model is trained to say: the values on the way, ``MARKER``, the answer.
+        response: What a model is trained to say: the answer, or the values on the way, then
+            ``MARKER`` and the answer.
         supporting: Chunks that are needed, ascending.
         meta: Sub-kind and hops; see ``ask``.
     """
@@ -95,7 +96,7 @@ def ask(rng: Random, kind: str, facts: tuple[Fact, ...], passages: Passages) -> 
         text, answer = _chain_text(rng, facts), facts[-1].value
         said = [fact.value for fact in facts[:-1]]
         meta["bridges"] = said
-    response = (", ".join(said) + ". " if said else "") + MARKER + answer
+    response = f"{', '.join(said)}. {MARKER}{answer}" if said else answer
     supporting = tuple(sorted({i for place in places for i in place.supporting}))
     return Question(kind, text, answer, response, supporting, meta)
 
