@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from functools import cache
-from itertools import count, product
+from itertools import product
 from random import Random
 
 SPLITS = ("train", "dev", "test")
@@ -34,7 +34,7 @@ MOOD = _words(
     "Silent Broken Golden Hidden Crimson Frozen Bitter Burning Distant Empty Gentle Lonely"
 )
 WORK = _words("Letters Songs Tales Maps Clocks Birds Bells Doors Rivers Stars Walls Winds")
-BRANCH = _words("Labs Works Group Media Press Motors Foods Films Bank Energy Optics Tools")
+FIRM = _words("Studio Bank House Radio Hotel Circus Theatre Garage Mill Press Gallery Casino")
 NICKNAME = _words("""
     Ace Badger Bear Duke Falcon Fox Ghost Hawk Lucky Moose Otter Panda Raven Rocket Tiger Wren
 """)
@@ -64,7 +64,7 @@ def _forms(kind: str) -> tuple[list[str], ...]:
     if kind == "book":
         return (joined(WORK, ROOT, pattern="{} of {}"),)
     if kind == "company":
-        return (joined(ROOT, BRANCH),)
+        return (joined(FIRM, ROOT),)
     raise ValueError(f"unknown kind of name '{kind}'")
 
 
@@ -82,21 +82,25 @@ def names(kind: str, split: str) -> tuple[tuple[str, ...], ...]:
 
 
 _ROOTS = frozenset(ROOT)
-TRIES = 40
-"""Draws in search of a name whose words are new; a large world may have to share some."""
+_PATIENCE, _MOST_DRAWS = 40, 2000
 
 
 def draw_name(rng: Random, kind: str, split: str, taken: set[str]) -> str:
-    """Draws a name for one world, and takes it and its words.
+    """Draws a name for one world, and takes it and its root.
 
     Within a world no two names have their root in common, as long as there are roots left: telling
     apart Anna Baker and Port Baker is more than a model of a million parameters learns in an
     hour, and it is not what is measured.
+
+    Raises:
+        ValueError: If the world has used up the names of this kind.
     """
-    for tried in count():
+    for drawn in range(_MOST_DRAWS):
         name = rng.choice(rng.choice(names(kind, split)))
-        words = _ROOTS.intersection(name.split())
-        if name not in taken and (tried >= TRIES or not words & taken):
-            taken |= words | {name}
+        roots = _ROOTS.intersection(name.split())
+        if name not in taken and (drawn >= _PATIENCE or not roots & taken):
+            taken |= roots | {name}
             return name
-    raise AssertionError("unreachable")
+    raise ValueError(
+        f"split '{split}' has no names of kind '{kind}' left for this world; ask for fewer passages"
+    )

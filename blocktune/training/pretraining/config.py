@@ -18,7 +18,8 @@ class Stage:
     Attributes:
         passages: Most chunks of a context.
         steps: Most optimiser steps; what a stage leaves over goes to the last one.
-        until: Accuracy of the answers' values, averaged over about 20 steps, that ends the stage early.
+        until: Accuracy of the answers' values, averaged over about 20 steps, that ends the
+            stage early.
         plain: First lessons: see `WorldConfig`; only questions of one passage.
     """
 
@@ -38,8 +39,8 @@ class PretrainConfig:
         width: Hidden size.
         ffn: Inner size of the MLP.
         heads: Query heads, H.
-        kv_heads: Key and value heads, K; with two, or with smaller heads, retrieval is learnt later:
-            what a head moves must tell some hundred words apart.
+        kv_heads: Key and value heads, K; with two, or with smaller heads, retrieval is learnt
+            later: what a head moves must tell some hundred words apart.
         head_dim: Dimensions of a head, D.
         rope_theta: Base of RoPE; large, so that enough dimensions hardly turn over a context.
         vocab_size: Most tokens of the tokenizer.
@@ -64,7 +65,7 @@ class PretrainConfig:
     """
 
     seed: int = 0
-    layers: int = 5
+    layers: int = 4
     width: int = 128
     ffn: int = 384
     heads: int = 8
@@ -73,8 +74,8 @@ class PretrainConfig:
     rope_theta: float = 1e6
     vocab_size: int = 1152
     stages: tuple[Stage, ...] = (
-        Stage(4, 500, plain=True, until=0.9), Stage(5, 600, until=0.92),
-        Stage(8, 500, until=0.92), Stage(12, 1200),
+        Stage(4, 500, plain=True, until=0.96), Stage(5, 500, until=0.95),
+        Stage(8, 500, until=0.95), Stage(12, 1300),
     )  # fmt: skip
     questions: int = 8
     kinds: dict[str, float] = field(default_factory=lambda: dict(KINDS))

@@ -43,10 +43,13 @@ def pretrain(config: PretrainConfig, output: Path) -> None:
 
 
 def new_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A model with random weights, where a word starts out alike with and without its space.
+    """A model with random weights, whose embeddings spare it two detours.
 
-    Byte-level BPE has two tokens for a word, one for the start of a text (a title), one for
-    elsewhere; without this the model must first learn that they are one name.
+    A word starts out alike with and without its space: byte-level BPE has two tokens for it, one
+    for the start of a text (a title), and the model would first have to learn that they are one
+    name. And all embeddings have a vector in common (which no softmax over tied embeddings sees):
+    with it queries and keys have a constant part, the only thing that RoPE can turn into "the
+    token before", so that heads that look back are found early.
     """
     torch.manual_seed(config.seed)
     special = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
@@ -56,6 +59,7 @@ def new_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast) -> Lla
     for token, index in vocabulary.items():
         if len(token) > 2 and token[0] == "Ġ" and token[1:] in vocabulary:
             rows[vocabulary[token[1:]]] = rows[index]
+    rows += config.embedding_std * torch.randn(config.width)
     return model
 
 

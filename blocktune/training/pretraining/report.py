@@ -130,9 +130,10 @@ Weights are saved in bfloat16; the numbers are of the saved weights, computed in
 
 ## Exact match
 
-Greedy decoding; what follows the last `Answer:`, if there is one, is scored. Test worlds (no name in common with training),
-exactly 10 chunks. *full*: full attention. *naive*: every chunk encoded alone, no tuning.
-*no-context*: no chunks. *bridge-deleted*: without the chunk that states the last hop's fact.
+Greedy decoding; what follows the last `Answer:`, if there is one, is scored. Test worlds (no name
+in common with training), exactly 10 chunks. *full*: full attention. *naive*: every chunk encoded
+alone, no tuning. *no-context*: no chunks. *bridge-deleted*: without the chunk that states the last
+hop's fact.
 
 | kind | n | full | naive | no-context | bridge-deleted |
 |---|---|---|---|---|---|
