@@ -18,7 +18,8 @@ class Stage:
     Attributes:
         passages: Most chunks of a context.
         steps: Most optimiser steps; what a stage leaves over goes to the last one.
-        until: Accuracy of answer tokens, averaged over about 20 steps, that ends the stage early.
+        until: Accuracy of the answers' values, averaged over about 20 steps, that ends the
+            stage early.
         plain: First lessons: see `WorldConfig`; only questions of one passage.
     """
 
@@ -35,10 +36,13 @@ class PretrainConfig:
     Attributes:
         seed: Seeds weights, tokenizer corpus and worlds.
         layers: Decoder layers, L.
-        width: Hidden size; heads have ``width / heads`` dimensions.
+        width: Hidden size.
         ffn: Inner size of the MLP.
         heads: Query heads, H.
-        kv_heads: Key and value heads, K.
+        kv_heads: Key and value heads, K; with two, or with smaller heads, retrieval is learnt
+            later: what a head moves must tell some hundred words apart.
+        head_dim: Dimensions of a head, D.
+        rope_theta: Base of RoPE; large, so that enough dimensions hardly turn over a context.
         vocab_size: Most tokens of the tokenizer.
         stages: Curriculum; short contexts first, or retrieval is not learnt.
         questions: Most questions asked about one context, in successive turns.
@@ -61,17 +65,19 @@ class PretrainConfig:
     """
 
     seed: int = 0
-    layers: int = 5
+    layers: int = 4
     width: int = 128
     ffn: int = 384
-    heads: int = 4
-    kv_heads: int = 2
-    vocab_size: int = 1280
+    heads: int = 8
+    kv_heads: int = 4
+    head_dim: int = 64
+    rope_theta: float = 1e6
+    vocab_size: int = 1152
     stages: tuple[Stage, ...] = (
-        Stage(3, 500, plain=True, until=0.95), Stage(5, 900, until=0.95),
-        Stage(8, 600, until=0.95), Stage(12, 1000),
+        Stage(4, 500, plain=True, until=0.96), Stage(5, 500, until=0.95),
+        Stage(8, 500, until=0.95), Stage(12, 1300),
     )  # fmt: skip
-    questions: int = 6
+    questions: int = 8
     kinds: dict[str, float] = field(default_factory=lambda: dict(KINDS))
     answer_weight: float = 5.0
     tokens_per_step: int = 8000
@@ -111,10 +117,10 @@ class PretrainConfig:
             num_hidden_layers=self.layers,
             num_attention_heads=self.heads,
             num_key_value_heads=self.kv_heads,
-            head_dim=self.width // self.heads,
+            head_dim=self.head_dim,
             vocab_size=vocab_size,
             max_position_embeddings=32768,
-            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+            rope_parameters={"rope_type": "default", "rope_theta": self.rope_theta},
             tie_word_embeddings=True,
             bos_token_id=bos,
             eos_token_id=eos,

@@ -43,10 +43,13 @@ def pretrain(config: PretrainConfig, output: Path) -> None:
 
 
 def new_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A model with random weights, where a word starts out alike with and without its space.
+    """A model with random weights, whose embeddings spare it two detours.
 
-    Byte-level BPE has two tokens for a word, one for the start of a text (a title), one for
-    elsewhere; without this the model must first learn that they are one name.
+    A word starts out alike with and without its space: byte-level BPE has two tokens for it, one
+    for the start of a text (a title), and the model would first have to learn that they are one
+    name. And all embeddings have a vector in common (which no softmax over tied embeddings sees):
+    with it queries and keys have a constant part, the only thing that RoPE can turn into "the
+    token before", so that heads that look back are found early.
     """
     torch.manual_seed(config.seed)
     special = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
@@ -56,6 +59,7 @@ def new_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast) -> Lla
     for token, index in vocabulary.items():
         if len(token) > 2 and token[0] == "Ġ" and token[1:] in vocabulary:
             rows[vocabulary[token[1:]]] = rows[index]
+    rows += config.embedding_std * torch.randn(config.width)
     return model
 
 
@@ -103,7 +107,7 @@ def _train(rank, config, output, model, tokenizer) -> None:
     for step in range(config.total_steps):
         stage = curriculum.stage
         sequences = source.draw(stage, config.tokens_per_step // config.workers)
-        tally = _backward(model, config, sequences, tokenizer.pad_token_id)
+        tally = _backward(model, config, sequences, tokenizer.pad_token_id, source.given)
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         for optimizer, peak in optimizers:
             for group in optimizer.param_groups:
@@ -134,11 +138,11 @@ def _optimizers(model, config) -> list[tuple[torch.optim.Optimizer, float]]:
     return [(muon, config.muon_lr), (adam, config.adam_lr)]
 
 
-def _backward(model, config, sequences, pad_id: int) -> Tally:
+def _backward(model, config, sequences, pad_id: int, given: Tensor) -> Tally:
     """Leaves the gradient of the weighted mean loss over all processes' tokens in the model."""
     sums = torch.zeros(len(Tally._fields), dtype=torch.float64)
     for batch in micro_batches(sequences, config.micro_tokens, pad_id):
-        sums += _accumulate(model, batch)
+        sums += _accumulate(model, batch, given)
     dist.all_reduce(sums)
     tally = Tally(*sums.tolist())
     flat = torch.cat([p.grad.flatten() for p in model.parameters()])
@@ -150,13 +154,13 @@ def _backward(model, config, sequences, pad_id: int) -> Tally:
     return tally
 
 
-def _accumulate(model, batch: MicroBatch) -> Tensor:
+def _accumulate(model, batch: MicroBatch, given: Tensor) -> Tensor:
     """Adds the gradient of the weighted loss sum; causal masking makes right pads harmless."""
     logits = model(input_ids=batch.ids, use_cache=False).logits[:, :-1].flatten(0, 1)
     target, weight = batch.ids[:, 1:].flatten(), batch.weights[:, 1:].flatten()
     loss = (cross_entropy(logits, target, reduction="none") * weight).sum()
     loss.backward()
-    answer = weight > 1
+    answer = (weight > 1) & ~torch.isin(target, given)
     right = (logits.detach().argmax(-1) == target)[answer].sum()
     tokens = (batch.weights > 0).sum()
     sums = loss.detach(), weight.sum(), right, answer.sum(), tokens
