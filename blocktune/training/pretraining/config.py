@@ -10,6 +10,9 @@ KINDS = {
     "self-contained": 0.35, "cross-chunk": 0.3, "2-hop": 0.3, "3-hop": 0.06, "comparison": 0.06,
 }  # fmt: skip
 
+ANNEAL_WARMUP = 10
+"""Steps in which new optimisers gather their first averages."""
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -56,7 +59,8 @@ class PretrainConfig:
             soon drown, and names can no longer be told apart.
         adam_lr: Peak learning rate of embeddings and norms.
         warmup: Steps of linear warm-up.
-        decay_from: Share of the run after which the rates fall linearly.
+        anneal_steps: Steps after the stages, from the saved weights and with new optimisers, in
+            which the rates fall linearly.
         final_lr: Last learning rate, relative to the peak.
         clip: Largest gradient norm.
         workers: Processes, one thread each: on few cores faster than threads.
@@ -75,7 +79,7 @@ class PretrainConfig:
     vocab_size: int = 1152
     stages: tuple[Stage, ...] = (
         Stage(4, 500, plain=True, until=0.96), Stage(5, 500, until=0.95),
-        Stage(8, 500, until=0.95), Stage(12, 1300),
+        Stage(8, 300, until=0.95), Stage(12, 100),
     )  # fmt: skip
     questions: int = 8
     kinds: dict[str, float] = field(default_factory=lambda: dict(KINDS))
@@ -86,7 +90,7 @@ class PretrainConfig:
     embedding_std: float = 0.25
     adam_lr: float = 2e-3
     warmup: int = 50
-    decay_from: float = 0.6
+    anneal_steps: int = 450
     final_lr: float = 0.05
     clip: float = 1.0
     workers: int = 2
@@ -96,18 +100,26 @@ class PretrainConfig:
     def scaled(self, factor: float) -> PretrainConfig:
         """The same run with every stage ``factor`` times as long, for trials."""
         stages = tuple(replace(s, steps=max(1, round(s.steps * factor))) for s in self.stages)
-        return replace(self, stages=stages)
+        return replace(self, stages=stages, anneal_steps=max(1, round(self.anneal_steps * factor)))
+
+    @property
+    def steady_steps(self) -> int:
+        """Steps of all stages, at the peak rates after a warm-up."""
+        return sum(stage.steps for stage in self.stages)
 
     @property
     def total_steps(self) -> int:
-        """Steps of all stages."""
-        return sum(stage.steps for stage in self.stages)
+        """Steps of the whole run."""
+        return self.steady_steps + self.anneal_steps
 
     def rate(self, step: int) -> float:
         """Learning rate at a 0-based step, relative to the peak."""
-        start = self.decay_from * self.total_steps
-        done = max(0.0, (step - start) / (self.total_steps - start))
-        return min(1.0, (step + 1) / self.warmup) * (1 - (1 - self.final_lr) * done)
+        if step < self.steady_steps:
+            return min(1.0, (step + 1) / self.warmup)
+        since = step - self.steady_steps
+        return min(1.0, (since + 1) / ANNEAL_WARMUP) * (
+            1 - (1 - self.final_lr) * since / self.anneal_steps
+        )
 
     def model_config(self, vocab_size: int, bos: int, eos: int, pad: int) -> LlamaConfig:
         """The model's shape: a stock Llama with grouped-query attention and tied embeddings."""

@@ -54,12 +54,14 @@ def turns(context: Context, fmt: PromptFormat) -> Iterator[tuple[str, bool]]:
 class ContextSource:
     """Endless training sequences from one random stream."""
 
-    def __init__(self, config: PretrainConfig, tokenizer: PreTrainedTokenizerFast, rank: int = 0):
-        """Starts the stream of process ``rank``; streams of different ranks differ."""
+    def __init__(
+        self, config: PretrainConfig, tokenizer: PreTrainedTokenizerFast, stream: str = "0"
+    ):
+        """Starts a stream; those of different names differ."""
         self.config = config
         self.backend = tokenizer.backend_tokenizer
         self.fmt = PromptFormat()
-        self.rng = Random(f"pretrain/{config.seed}/{rank}")
+        self.rng = Random(f"pretrain/{config.seed}/{stream}")
         self.given = torch.tensor(given_ids(tokenizer))
 
     def draw(self, stage: Stage, num_tokens: int) -> list[Conversation]:

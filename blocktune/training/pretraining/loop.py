@@ -26,20 +26,47 @@ from blocktune.training.pretraining.measure import by_kind, correct
 from blocktune.training.pretraining.muon import Muon
 from blocktune.training.pretraining.tokenizer import train_tokenizer, world_texts
 
+LOG = "log.jsonl"
+
 
 def pretrain(config: PretrainConfig, output: Path) -> None:
-    """Trains tokenizer and model from nothing and saves both, the model in bfloat16.
+    """Trains tokenizer and model from nothing, then anneals; saves both, the model in bfloat16.
 
     Args:
         config: What to train; the same configuration draws the same data.
         output: Folder for model, tokenizer and ``log.jsonl``.
     """
     output.mkdir(parents=True, exist_ok=True)
-    (output / "log.jsonl").write_text(json.dumps({"config": asdict(config)}) + "\n")
+    (output / LOG).write_text(json.dumps({"config": asdict(config)}) + "\n")
     texts = world_texts(PromptFormat(), config.seed)
     train_tokenizer(texts, config.vocab_size).save_pretrained(output)
+    _launch(config, output, range(config.steady_steps))
+    anneal(config, output)
+
+
+def anneal(config: PretrainConfig, output: Path) -> None:
+    """Goes on from the weights that the stages left in ``output``, at falling rates.
+
+    Raises:
+        ValueError: If ``output`` does not hold the stages' last weights and their log.
+    """
+    lines = (output / LOG).read_text().splitlines()
+    kept = [line for line in lines[1:] if json.loads(line)["step"] <= config.steady_steps]
+    if (
+        not kept
+        or json.loads(kept[-1])["step"] != config.steady_steps
+        or len(kept) + 1 < len(lines)
+    ):
+        raise ValueError(
+            f"{output} holds no model of step {config.steady_steps}, where annealing starts; "
+            "train from nothing"
+        )
+    _launch(config, output, range(config.steady_steps, config.total_steps))
+
+
+def _launch(config: PretrainConfig, output: Path, steps: range) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_worker, (config, output, folder), nprocs=config.workers)
+        torch.multiprocessing.spawn(_worker, (config, output, folder, steps), nprocs=config.workers)
 
 
 def new_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
@@ -84,7 +111,7 @@ class Tally(NamedTuple):
     tokens: float
 
 
-def _worker(rank: int, config: PretrainConfig, output: Path, folder: str) -> None:
+def _worker(rank: int, config: PretrainConfig, output: Path, folder: str, steps: range) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
     keep_memory()
@@ -92,19 +119,24 @@ def _worker(rank: int, config: PretrainConfig, output: Path, folder: str) -> Non
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=config.workers
     )
     tokenizer = PreTrainedTokenizerFast.from_pretrained(output)
-    model = new_model(config, tokenizer)
+    if steps.start:
+        model = LlamaForCausalLM.from_pretrained(output, dtype=torch.float32)
+    else:
+        model = new_model(config, tokenizer)
     try:
-        _train(rank, config, output, model, tokenizer)
+        _train(rank, config, output, model, tokenizer, steps)
     finally:
         dist.destroy_process_group()
 
 
-def _train(rank, config, output, model, tokenizer) -> None:
-    source = ContextSource(config, tokenizer, rank)
+def _train(rank, config, output, model, tokenizer, steps: range) -> None:
+    source = ContextSource(config, tokenizer, f"{rank}/{steps.start}" if steps.start else f"{rank}")
     optimizers = _optimizers(model, config)
-    started, tokens, console = time.perf_counter(), 0, Console(quiet=rank > 0)
-    dev, curriculum = dev_examples(config), Curriculum(config.stages)
-    for step in range(config.total_steps):
+    tokens, seconds = _so_far(output)
+    started, console = time.perf_counter() - seconds, Console(quiet=rank > 0)
+    dev = dev_examples(config)
+    curriculum = Curriculum(config.stages[-1:] if steps.start else config.stages)
+    for step in steps:
         stage = curriculum.stage
         sequences = source.draw(stage, config.tokens_per_step // config.workers)
         tally = _backward(model, config, sequences, tokenizer.pad_token_id, source.given)
@@ -118,7 +150,7 @@ def _train(rank, config, output, model, tokenizer) -> None:
         tokens += int(tally.tokens)
         entry = {"step": step + 1, "passages": stage.passages}
         entry |= {"loss": tally.loss / tally.weight, "answer_accuracy": tally.right / tally.answers}
-        last = step + 1 == config.total_steps
+        last = step + 1 == steps.stop
         if last or (step + 1) % config.eval_every == 0:
             entry["dev"] = _measure(rank, config, model, tokenizer, dev)
             if rank == 0:
@@ -127,6 +159,12 @@ def _train(rank, config, output, model, tokenizer) -> None:
         entry |= {"tokens": tokens, "tokens_per_s": tokens / seconds, "seconds": seconds}
         if rank == 0 and (last or (step + 1) % 20 == 0):
             _report(entry, config, output, console)
+
+
+def _so_far(output: Path) -> tuple[int, float]:
+    """Tokens and seconds of the run before."""
+    last = json.loads((output / LOG).read_text().splitlines()[-1])
+    return last.get("tokens", 0), last.get("seconds", 0.0)
 
 
 def _optimizers(model, config) -> list[tuple[torch.optim.Optimizer, float]]:
@@ -198,7 +236,7 @@ def save(model: LlamaForCausalLM, output: Path) -> None:
 
 def _report(entry: dict, config: PretrainConfig, output: Path, console: Console) -> None:
     rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in entry.items()}
-    with open(output / "log.jsonl", "a", encoding="utf-8") as log:
+    with open(output / LOG, "a", encoding="utf-8") as log:
         log.write(json.dumps(rounded) + "\n")
     console.print(
         f"step [bold]{entry['step']}[/]/{config.total_steps}  passages 1-{entry['passages']}  "
