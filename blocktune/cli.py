@@ -18,6 +18,7 @@ from blocktune.commands import (
     methods,
     push,
     train,
+    tune,
 )
 from blocktune.commands.errors import PLUGIN, OneLineErrors
 from blocktune.commands.options import teach
@@ -48,6 +49,7 @@ merge.add_to(app)
 methods.add_to(app)
 push.add_to(app)
 train.add_to(app)
+tune.add_to(app)
 
 
 def _add_plugins(named: list[str] | None) -> None:

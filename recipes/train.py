@@ -3,11 +3,12 @@
 import os
 import sys
 
+from blocktune.hub import Publisher
 from blocktune.training.run import train
 
 if __name__ == "__main__":
     try:
-        train(sys.argv[1:])
+        train(sys.argv[1:], publisher=Publisher())
     except ValueError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

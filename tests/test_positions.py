@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from blocktune.attention import SplitPlan, attach
-from blocktune.positions import RopeSpec, place, relocate_keys
+from blocktune.positions import RopeSpec, Turn, place, relocate_keys, turn_keys
 from blocktune.positions.probe import key_layers, probe_cache
 
 SHIFTS = [1, -3, 1000, 30_000]
@@ -81,6 +81,21 @@ def test_bfloat16_keys_are_moved_in_float32():
     expected = relocate_keys(keys.float(), shift, inv_freq)
     assert moved.dtype == torch.bfloat16
     assert torch.equal(moved, expected.bfloat16())  # one rounding, at the end
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["default", "partial"])
+def test_keys_turned_into_place_are_the_relocated_ones(name, dtype):
+    inv_freq = RopeSpec.from_model(build(ROPES[name]())).inv_freq[0]
+    keys = torch.randn(1, 2, 5, 8).to(dtype)
+    shift = torch.tensor([[4, -2, 9, 0, 300]])
+    store = torch.zeros(1, 2, 9, 8, dtype=dtype)
+    turn = Turn.of(shift, inv_freq)
+    turn_keys(keys[:, :, 1:4], turn.cut(slice(1, 4)), store[:, :, 2:5])
+    expected = relocate_keys(keys, shift, inv_freq)[:, :, 1:4]
+    torch.testing.assert_close(store[:, :, 2:5], expected, rtol=0, atol=1e-6)
+    assert not store[:, :, :2].any()
+    assert not store[:, :, 5:].any()
 
 
 def test_shift_of_another_shape_is_refused():

@@ -56,6 +56,10 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, knobs: Knobs) ->
         scores, and there one block of rows at a time.
     """
     if knobs.softcap is None:
+        if query.is_cuda and query.dtype == torch.float32:
+            # The fused kernel that takes float32 on CUDA shares no heads: it gets copies.
+            shared = query.shape[1] // key.shape[1]
+            key, value = (states.repeat_interleave(shared, dim=1) for states in (key, value))
         return F.scaled_dot_product_attention(
             query,
             key,

@@ -11,6 +11,7 @@ from blocktune.cache.prompt_cache import RowCache
 from blocktune.cache.row_layer import SKIP
 from blocktune.cache.states import ChunkStates, states_key
 from blocktune.cache.store import ChunkStore
+from blocktune.cache.streaming import Damaged, Stream
 from blocktune.cache.variant_store import VariantStore
 from blocktune.cache.variants import ChunkVariants, Variant
 
@@ -20,6 +21,7 @@ __all__ = [
     "ChunkStates",
     "ChunkStore",
     "ChunkVariants",
+    "Damaged",
     "Entry",
     "ExactKV",
     "Lookup",
@@ -27,6 +29,7 @@ __all__ = [
     "PrefixTree",
     "RowCache",
     "StoreStats",
+    "Stream",
     "Variant",
     "VariantStore",
     "cache_fix_overhead",

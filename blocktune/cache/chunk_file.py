@@ -10,10 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import safe_open
 from safetensors.torch import save
 
-from blocktune.cache.chunk_format import AnyEntry, ChunkFile, metadata, named, readable
+from blocktune.cache.chunk_format import AnyEntry, ChunkFile, metadata, named, open_file
 from blocktune.cache.entry import Entry
 
 WRITING = ".writing"
@@ -109,9 +108,7 @@ def open_chunk(folder: Path, key: str, kind: type[AnyEntry]) -> Iterator[ChunkFi
         FileNotFoundError: If there is no such entry.
         ValueError: If the file is not what was written under this key; says why.
     """
-    with readable():
-        opened = safe_open(chunk_path(folder, key), framework="pt")
-    with opened as file:
+    with open_file(chunk_path(folder, key)) as file:
         yield ChunkFile(file, key, kind)
 
 

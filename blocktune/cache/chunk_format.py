@@ -6,10 +6,11 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from blocktune.cache.entry import Entry
@@ -46,6 +47,10 @@ class ChunkFile(Generic[AnyEntry]):
         """Of the model that made it."""
         return self._header["fingerprint"]
 
+    def fact(self, name: str) -> int:
+        """A number of the header."""
+        return int(self._header[name])
+
     def read(self, name: str) -> Tensor:
         """One tensor, in memory of its own, verified."""
         with readable():
@@ -59,6 +64,17 @@ class ChunkFile(Generic[AnyEntry]):
     def whole(self) -> AnyEntry:
         """All of it."""
         return self.kind.restore(self._header, self.read, self.token_ids, self.fingerprint)
+
+
+def open_file(path: Path):
+    """Opens a file for `ChunkFile`.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it is no safetensors file.
+    """
+    with readable():
+        return safe_open(path, framework="pt")
 
 
 @contextmanager
@@ -80,6 +96,7 @@ def metadata(key: str, entry: Entry) -> dict[str, str]:
         "kind": entry.kind,
         "key": key,
         "fingerprint": entry.fingerprint,
+        "num_bytes": str(entry.num_bytes),
         "checksums": json.dumps(sums, sort_keys=True),
     } | {name: str(fact) for name, fact in entry.facts().items()}
     return header | {"checksum": _digest(header)}

@@ -9,7 +9,7 @@ What of them it may look at is the mask's business, never the cache's.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -100,6 +100,36 @@ class RowCache(Cache):
         """
         self.exact = False
         self._write(layer, prompt, columns, keys, values)
+
+    def room(
+        self, layer: int, prompt: int, columns: slice, keys: Tensor, values: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """A run of columns of a prompt, to write cached states into; the cache is not exact then.
+
+        Args:
+            layer: Layer index.
+            prompt: Index in the batch.
+            columns: Which; as `load_columns`, for states that stand side by side.
+            keys: Any of the model's keys in that layer, ``(K, S, D)``.
+            values: Likewise.
+
+        Returns:
+            Views ``(K, columns, D)`` of keys and values.
+        """
+        self.exact = False
+        row_layer = self.layers[layer]
+        if not row_layer.is_initialized:
+            row_layer.lazy_initialization(keys[None], values[None])
+        return row_layer.keys[prompt, :, columns], row_layer.values[prompt, :, columns]
+
+    def defer(self, layer: int, fill: Callable[[], None]) -> None:
+        """Puts writing cached states into a layer off until a forward pass comes to it.
+
+        Args:
+            layer: Layer index.
+            fill: Writes them, by `room` or `load_columns`.
+        """
+        self.layers[layer].pending.append(fill)
 
     def load_exact(self, prompt: int, exact: ExactKV) -> None:
         """Puts a piece of an exact prefix where it belongs; the cache stays as exact as it was.

@@ -40,6 +40,7 @@ class RowLayer(CacheLayerMixin):
     supports_early_init = False
 
     def __init__(self, index: int, batch_size: int, num_columns: int, spare: int):
+        self.pending: list[Callable[[], None]] = []
         super().__init__()
         self.index = index
         self.batch_size = batch_size
@@ -47,6 +48,22 @@ class RowLayer(CacheLayerMixin):
         self.spare = spare
         self.target: Target | None = None
         self.observer: Observer | None = None
+
+    @property
+    def keys(self) -> Tensor | None:
+        """Of all columns, ``(B, K, N, D)``, or None before the first write."""
+        self.settle()
+        return self._keys
+
+    @keys.setter
+    def keys(self, keys: Tensor | None) -> None:
+        self._keys = keys
+
+    def settle(self) -> None:
+        """Writes what was put off until somebody looks, see `RowCache.defer`."""
+        pending, self.pending = self.pending, []
+        for fill in pending:
+            fill()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocates all columns and the spare ones; zeros, so that masked ones are finite."""
@@ -84,6 +101,7 @@ class RowLayer(CacheLayerMixin):
                 f"{key_states.shape[0]} prompts, but columns were selected for {wanted}; "
                 "call `RowCache.select` or `append` before every forward pass"
             )
+        self.settle()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.observer is not None:

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -76,6 +76,9 @@ class ChunkStore:
         token_ids: Sequence[int] | Tensor,
         fingerprint: str,
         kind: type[Entry] = ChunkKV,
+        *,
+        read: Callable[[Path, str, type[Entry]], Entry] = read_chunk,
+        keep: bool = True,
     ) -> Lookup:
         """Looks for a chunk and says where it was and how long that took.
 
@@ -84,6 +87,8 @@ class ChunkStore:
             token_ids: The tokens it must hold, ``(S,)``.
             fingerprint: The model it must come from, `model_fingerprint`.
             kind: What the entry must be.
+            read: Reads it from the folder, raising what `read_chunk` raises.
+            keep: Whether what was read is kept in memory.
         """
         started = time.perf_counter()
         with self._lock:
@@ -95,7 +100,7 @@ class ChunkStore:
                 return Lookup(kv, "memory", kv.num_bytes, time.perf_counter() - started, 0.0)
         found = time.perf_counter()
         # Outside the lock: a slow disk must not stop hits in memory.
-        kv = self._read(key, token_ids, fingerprint, kind)
+        kv = self._read(key, token_ids, fingerprint, kind, read)
         loaded = time.perf_counter()
         with self._lock:
             if kv is None:
@@ -103,7 +108,8 @@ class ChunkStore:
                 return Lookup(None, "none", 0, loaded - started, 0.0)
             self._stats.disk_hits += 1
             self._stats.disk_bytes_read += kv.num_bytes
-            self._remember(key, kv)
+            if keep:
+                self._remember(key, kv)
         return Lookup(kv, "disk", kv.num_bytes, found - started, loaded - found)
 
     def put(self, key: str, kv: Entry) -> None:
@@ -147,11 +153,16 @@ class ChunkStore:
         with self._lock:
             return len({*self._chunks, *(path.stem for path in files)})
 
-    def _read(self, key: str, token_ids, fingerprint: str, kind: type[Entry]) -> Entry | None:
+    def remember(self, key: str, kv: Entry) -> None:
+        """Keeps in memory what was read from the folder."""
+        with self._lock:
+            self._remember(key, kv)
+
+    def _read(self, key: str, token_ids, fingerprint: str, kind, read) -> Entry | None:
         if self.folder is None:
             return None
         try:
-            kv = read_chunk(self.folder, key, kind).to(self.device)
+            kv = read(self.folder, key, kind).to(self.device)
         except FileNotFoundError:
             return None
         except ValueError as error:

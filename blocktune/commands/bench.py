@@ -3,33 +3,67 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Annotated
 
 import typer
 
 from blocktune.commands.options import AsJson, teach
 
+Tokens = Annotated[int, typer.Option(min=2, help="Length of the prompt.")]
+ChunkTokens = Annotated[int, typer.Option(min=1, help="Tokens per chunk.")]
+Repeats = Annotated[int, typer.Option(min=1, help="Rounds; medians are shown.")]
+
 
 def add_to(app: typer.Typer) -> None:
     """Registers the group."""
     group = typer.Typer(no_args_is_help=True, help="Measure speed on this machine.")
     group.command("attention", epilog=teach("blocktune bench attention --json"))(attention)
+    group.command(
+        "reuse",
+        epilog=teach(
+            "blocktune bench reuse --json",
+            "blocktune bench reuse --tokens 4096 --repeats 3",
+            "blocktune bench reuse --tiny   # seconds; only to see that it runs",
+        ),
+    )(reuse)
     app.add_typer(group, name="bench")
 
 
 def attention(
-    tokens: Annotated[int, typer.Option(min=2, help="Length of the prompt.")] = 8192,
-    chunk: Annotated[int, typer.Option(min=1, help="Tokens per chunk.")] = 512,
-    repeats: Annotated[int, typer.Option(min=1, help="Rounds; medians are shown.")] = 5,
-    as_json: AsJson = False,
+    tokens: Tokens = 8192, chunk: ChunkTokens = 512, repeats: Repeats = 5, as_json: AsJson = False
 ) -> None:
     """Time split attention, forward and backward, against full causal and dense-mask SDPA."""
-    from blocktune.bench import bench_attention
+    from blocktune.bench import AttentionBench, bench_attention
 
-    found = bench_attention(tokens, chunk, repeats=repeats)
-    typer.echo(json.dumps(found, indent=2) if as_json else "\n".join(map(_line, found.items())))
+    _show(bench_attention(AttentionBench(tokens, chunk, repeats=repeats)), as_json)
 
 
-def _line(item: tuple[str, object]) -> str:
-    name, value = item
-    return f"{name:>24}  {value:.3f}" if isinstance(value, float) else f"{name:>24}  {value}"
+def reuse(
+    tokens: Tokens = 8192,
+    chunk: ChunkTokens = 512,
+    repeats: Repeats = 5,
+    tiny: Annotated[bool, typer.Option("--tiny", help="A model and prompt of toy size.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Time cacheblend, epic and naive reuse of cached chunks against a full prefill."""
+    from blocktune.bench import TINY, ReuseBench, bench_reuse
+
+    setting = replace(TINY, repeats=repeats) if tiny else ReuseBench(tokens, chunk, repeats=repeats)
+    _show(bench_reuse(setting), as_json)
+
+
+def _show(found: dict, as_json: bool) -> None:
+    typer.echo(json.dumps(found, indent=2) if as_json else "\n".join(_lines(found)))
+
+
+def _lines(found: dict, indent: str = "") -> list[str]:
+    """Names and values, mappings as indented blocks."""
+    lines = []
+    for name, value in found.items():
+        if isinstance(value, dict):
+            lines += [f"{indent}{name}", *_lines(value, indent + "  ")]
+        else:
+            shown = f"{value:.4g}" if isinstance(value, float) else value
+            lines.append(f"{indent}{name}: {shown}")
+    return lines

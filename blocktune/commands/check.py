@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Annotated
 
 import typer
 
@@ -24,6 +25,8 @@ def add_to(app: typer.Typer) -> None:
         "check",
         epilog=teach(
             "blocktune check --model data/tiny",
+            "blocktune check --method 'naive + first-k 8'   # the contract of one method",
+            "blocktune check --method mine --plugin mine.py",
             "blocktune check --model meta-llama/Llama-3.1-8B-Instruct --dtype float32 --json",
             "The exit code is 0 if every check passed, else 1.",
         ),
@@ -33,23 +36,32 @@ def add_to(app: typer.Typer) -> None:
 def check(
     model: Model = None,
     adapter: Adapter = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="Check what every method must keep of this one; no model: a small one."),
+    ] = None,
     dtype: Dtype = "auto",
     quantize: Quantize = None,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Check on your own model that reuse is sound: masks, relocation, caches, all against dense."""
-    from blocktune.check import check_model
+    from blocktune.check import check_method, check_model
+    from blocktune.reuse import parse_method
 
-    checks = check_model(load_engine(model, adapter, None, dtype, device, quantize))
+    built = None if method is None else parse_method(method)
+    engine = None
+    if built is None or model is not None or adapter is not None:
+        engine = load_engine(model, adapter, None, dtype, device, quantize)
+    checks = check_model(engine) if built is None else check_method(built, engine)
     if as_json:
         typer.echo(json.dumps({"checks": [one.to_dict() for one in checks]}, indent=2))
     else:
-        _print_table(checks)
+        _print_table(checks, "on this model" if built is None else f"by '{built.name}'")
     raise typer.Exit(0 if all(one.passed for one in checks) else 1)
 
 
-def _print_table(checks: list) -> None:
+def _print_table(checks: list, where: str) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -63,4 +75,4 @@ def _print_table(checks: list) -> None:
     console = Console()
     console.print(table)
     sound = all(one.passed for one in checks)
-    console.print("Reuse is sound on this model." if sound else "Do not serve this model by reuse.")
+    console.print(f"Reuse {where} is sound." if sound else f"Do not serve: reuse {where} is wrong.")

@@ -30,7 +30,7 @@ def add_to(app: typer.Typer) -> None:
     group.command(
         "traces",
         epilog=teach(
-            "blocktune eval traces --trace eval/suites/traces.yaml --output out/traces",
+            "blocktune eval traces --trace eval/traces.yaml --output out/traces",
         ),
     )(traces)
     app.add_typer(group, name="eval")
@@ -105,7 +105,7 @@ def report(
 
 
 def traces(
-    trace: Annotated[Path, typer.Option(help="YAML of the traces; see eval/suites/traces.yaml.")],
+    trace: Annotated[Path, typer.Option(help="YAML of the traces; see eval/traces.yaml.")],
     output: Annotated[Path, typer.Option(help="Folder for traces.json and the picture.")],
     model: Annotated[str | None, typer.Option(help="Instead of the file's model.")] = None,
     requests: Annotated[int | None, typer.Option(min=1, help="Only the first requests.")] = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Annotated, Any
 
 import typer
 
@@ -12,33 +13,81 @@ from blocktune.commands.options import AsJson, teach
 def add_to(app: typer.Typer) -> None:
     """Registers the command."""
     app.command(
-        "methods", epilog=teach("blocktune methods", "blocktune methods --json | jq '.[].name'")
+        "methods",
+        epilog=teach(
+            "blocktune methods",
+            "blocktune methods --plugin mine.py",
+            "blocktune methods --json | jq '.[] | select(.kind == \"method\") | .name'",
+            "Any of them can be composed: 'kvlink + epic', 'block-attention + deviation 15 %'.",
+        ),
     )(methods)
 
 
-def methods(as_json: AsJson = False) -> None:
-    """List the methods of reuse: what they do, need and take."""
-    from blocktune.reuse import available, describe
+def methods(
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the README's table of methods.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """List methods, selectors, reshapes and layouts: what they do, need and take."""
+    from blocktune.reuse.describe import describe_all
 
-    found = [describe(name) for name in available()]
+    found = describe_all()
     if as_json:
         typer.echo(json.dumps([entry._asdict() for entry in found], indent=2))
-        return
-    _print_table(found)
+    elif markdown:
+        typer.echo(markdown_table(found))
+    else:
+        _print_groups(found)
 
 
-def _print_table(found: list) -> None:
-    from rich import box
+def markdown_table(found: list) -> str:
+    """Methods as a table for a README, a group after the other."""
+    from blocktune.reuse.describe import GROUPS
+
+    lines = ["| method | what it does | decides | source |", "|---|---|---|---|"]
+    for group in GROUPS:
+        for entry in found:
+            if entry.group == group and entry.kind == "method":
+                lines.append(_row(entry))
+    return "\n".join(lines)
+
+
+def _row(entry: Any) -> str:
+    decides = [*entry.axes, *([f"weights: {entry.weights}"] if entry.weights != "any" else [])]
+    place = entry.source.removeprefix("https://").removeprefix("arxiv.org/abs/")
+    source = f"[{place}]({entry.source})"
+    return f"| `{entry.name}` | {entry.summary} | {', '.join(decides) or '-'} | {source} |"
+
+
+def _print_groups(found: list) -> None:
+    """One line with name, weights and parameters, then what it does, indented."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.padding import Padding
+    from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("method", no_wrap=True, style="bold")
-    table.add_column("what it does", overflow="fold")
-    table.add_column("weights")
-    table.add_column("parameters")
-    for entry in found:
-        parameters = "\n".join(f"{name}: {value}" for name, value in entry.parameters.items())
-        summary = f"{entry.summary}\n[dim]{entry.source}[/dim]"
-        table.add_row(entry.name, summary, entry.weights, parameters)
-    Console().print(table)
+    from blocktune.reuse.describe import GROUPS
+
+    console = Console(highlight=False)
+    for group, heading in GROUPS.items():
+        entries = [entry for entry in found if entry.group == group]
+        if not entries:
+            continue
+        console.print(Text(f"\n{heading}", style="bold"))
+        for entry in entries:
+            console.print(Padding(_heading(entry), (0, 0, 0, 2)))
+            console.print(Padding(Text(entry.summary, style="dim"), (0, 0, 0, 6)))
+
+
+def _heading(entry: Any) -> Any:
+    from rich.text import Text
+
+    parts = [(entry.name, "cyan")]
+    if entry.weights != "any":
+        parts.append((f"  for {entry.weights}", "magenta"))
+    parts += [(f"  {name}={_value(value)}", "") for name, value in entry.parameters.items()]
+    return Text.assemble(*parts)
+
+
+def _value(value: Any) -> str:
+    return json.dumps(value).strip('"')

@@ -65,8 +65,11 @@ def regenerate(
         on_batch: Told how many examples are done, after each batch.
 
     Raises:
-        ValueError: If the part was begun by another command.
+        ValueError: If the part was begun by another command, an example has no accepted answer
+            to compare with, or no answer is left.
     """
+    if only_correct:
+        _require_answers(examples)
     output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     part = output.with_name(output.name + ".part")
@@ -76,23 +79,39 @@ def regenerate(
     on_batch(resumed)
     with open(part, "a", encoding="utf-8") as lines:
         for start in range(resumed, len(examples), batch_size):
-            batch = examples[start : start + batch_size]
-            texts = list(answer(batch, start // batch_size))
-            if len(texts) != len(batch):
-                raise RuntimeError(f"{len(batch)} questions got {len(texts)} answers")
+            texts = _ask(answer, examples[start : start + batch_size], start // batch_size)
             lines.write(json.dumps(texts, ensure_ascii=False) + "\n")
             lines.flush()
             os.fsync(lines.fileno())
             answers += texts
             on_batch(len(answers))
     kept = list(_kept(examples, answers, dict(facts), only_correct))
-    _finish(part, output, [example for example in kept if isinstance(example, RagExample)])
-    return Regenerated(
-        sum(isinstance(example, RagExample) for example in kept),
-        resumed,
-        kept.count("empty"),
-        kept.count("wrong"),
-    )
+    written = [example for example in kept if isinstance(example, RagExample)]
+    empty, wrong = kept.count("empty"), kept.count("wrong")
+    if not written:
+        raise ValueError(
+            f"nothing to write to {output.name}: of {len(kept)} answers {empty} are empty and "
+            f"{wrong} mention no accepted one"
+        )
+    _finish(part, output, written)
+    return Regenerated(len(written), resumed, empty, wrong)
+
+
+def _ask(answer: Answerer, batch: Sequence[RagExample], number: int) -> list[str]:
+    texts = list(answer(batch, number))
+    if len(texts) != len(batch):
+        raise RuntimeError(f"{len(batch)} questions got {len(texts)} answers")
+    return texts
+
+
+def _require_answers(examples: Sequence[RagExample]) -> None:
+    for example in examples:
+        if not example.answers:
+            name = example.id or example.question
+            raise ValueError(
+                f"example '{name:.40}' has no accepted answer to compare with; leave only_correct "
+                "out, or give it 'answers'"
+            )
 
 
 def _kept(

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, fields
 
 import torch
 
+from blocktune.engine.loading import LoadingChoice
+
 
 @dataclass(frozen=True)
 class Ttft:
@@ -60,6 +62,7 @@ class Account:
         ttft: Times to the first token.
         query_entropy: Entropy of the question's attention in nats, mean over its rows, the heads
             and the layers that were reshaped; None if the method reshapes nothing.
+        loading: What the loading controller chose; None if the method has none.
     """
 
     prompt_tokens: int
@@ -74,6 +77,7 @@ class Account:
     answer_tokens: int
     ttft: Ttft
     query_entropy: float | None = None
+    loading: LoadingChoice | None = None
 
     @property
     def recompute_ratio(self) -> float:

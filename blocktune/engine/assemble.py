@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from blocktune.cache import ChunkKV, ChunkStates, PrefixTree, RowCache
+from blocktune.cache import ChunkStates, PrefixTree, RowCache, Stream
 from blocktune.engine.account import Stopwatch
-from blocktune.engine.encode import Encoder, Piece
+from blocktune.engine.encode import Encoder
+from blocktune.engine.piece import Piece
+from blocktune.engine.placing import placer
 from blocktune.layout import GLOBAL, Kind, Layout
-from blocktune.positions import RopeSpec, Turn, turn_keys
+from blocktune.positions import RopeSpec
 from blocktune.prompt import Batch, Pieces
 
 
@@ -51,24 +53,34 @@ def from_chunks(
     rope: RopeSpec,
     watch: Stopwatch,
     layers: Sequence[int] = (),
+    stream: Stream | None = None,
 ) -> Assembled:
     """Fills the cache with the prefix and the chunks, each encoded alone and moved into place.
 
-    What they carried into ``layers`` is laid out beside it.
+    What they carried into ``layers`` is laid out beside it. With a ``stream`` a layer is filled
+    when the forward pass comes to it.
     """
     layout = batch.layout
     wanted = [wanted_pieces(batch, index) for index in range(layout.batch_size)]
-    found = encoder.find([piece for prompt in wanted for piece in prompt], watch, layers)
+    found = encoder.find([piece for prompt in wanted for piece in prompt], watch, layers, stream)
     result = Assembled.empty(batch)
     result.cached = (layout.kind == Kind.PREFIX) | is_held(layout)
     watch.start()
+    if stream is not None:
+        stream.start()
     for index, prompt in enumerate(wanted):
         result.misses[index] = len(pieces[index].chunks)
         if not prompt:  # computed in full, and without a prefix
             continue
         kvs = [found.kvs[piece] for piece in prompt]
         rows = (result.cached[index]).nonzero().squeeze(1)
-        _place(cache, index, kvs, layout.order[index, rows], layout.position[index, rows], rope)
+        columns, positions = layout.order[index, rows], layout.position[index, rows]
+        fill = placer(cache, index, kvs, columns, positions, rope)
+        for layer in range(len(cache)):
+            if stream is None:
+                fill(layer)
+            else:
+                cache.defer(layer, partial(fill, layer))
         chunks = prompt[1:] if pieces[index].prefix else prompt
         result.bytes_read[index] = sum(kv.num_bytes for kv in kvs)
         for layer in layers:
@@ -100,51 +112,6 @@ def wanted_pieces(batch: Batch, index: int) -> list[Piece]:
 def is_held(layout: Layout) -> Tensor:
     """Rows that chunk caches hold; in a prompt of full attention there are none, ``(B, S)``."""
     return layout.is_encoded & (layout.group != GLOBAL)
-
-
-def _place(
-    cache: RowCache, prompt: int, kvs: list[ChunkKV], columns: Tensor, positions: Tensor, rope
-) -> None:
-    """Moves one prompt's pieces to ``positions`` ``(S,)`` and writes them into ``columns``."""
-    encoded_at = torch.cat([torch.arange(kv.num_tokens) + kv.origin for kv in kvs])
-    shift = positions - encoded_at.to(positions.device)
-    turns = _Turns(shift, rope) if bool(shift.any()) else None
-    starts = columns[_offsets(kvs)].tolist()
-    runs = [(slice(a, a + kv.num_tokens), kv) for a, kv in zip(starts, kvs, strict=True)]
-    for layer in range(len(cache)):
-        done = 0
-        for run, kv in runs:
-            keys = kv.keys[layer].to(positions.device, non_blocking=True)
-            values = kv.values[layer].to(positions.device, non_blocking=True)
-            own_keys, own_values = cache.room(layer, prompt, run, keys, values)
-            own_values.copy_(values)
-            if turns is None:
-                own_keys.copy_(keys)
-            else:
-                turn_keys(keys, turns.of(layer).cut(slice(done, done + kv.num_tokens)), own_keys)
-            done += kv.num_tokens
-
-
-def _offsets(kvs: list[ChunkKV]) -> list[int]:
-    """Of each piece its first token's place among all."""
-    return list(accumulate((kv.num_tokens for kv in kvs[:-1]), initial=0))
-
-
-class _Turns:
-    """Rotations by layer; layers that share their frequencies share the rotation."""
-
-    def __init__(self, shift: Tensor, rope: RopeSpec):
-        self.shift, self.rope = shift, rope
-        self._made: dict[tuple[float, ...], Turn] = {}
-        self._keys = [tuple(freq.tolist()) for freq in rope.inv_freq]
-
-    def of(self, layer: int) -> Turn:
-        """Axes ``(1, S, R / 2)``."""
-        key = self._keys[layer]
-        if key not in self._made:
-            turn = Turn.of(self.shift[None], self.rope.inv_freq[layer])
-            self._made[key] = Turn(turn.cos[0], turn.sin[0])
-        return self._made[key]
 
 
 def _lay_states(

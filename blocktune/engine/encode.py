@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,31 +15,15 @@ from blocktune.cache import (
     ChunkStates,
     ChunkStore,
     Entry,
+    Stream,
     VariantStore,
     chunk_key,
     states_key,
 )
 from blocktune.engine.account import Stopwatch
 from blocktune.engine.layers import Recorder
-from blocktune.layout import GLOBAL
-from blocktune.prompt import LayoutSpec, Pieces, Prompt, lay_out, stack
-
-Ids = tuple[int, ...]
-TOKENS_PER_PASS = 16_384
-"""Rows, padding included, that are encoded in one forward pass."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Something that is encoded by itself and kept: the prefix, or a chunk after its ghosts.
-
-    Attributes:
-        ids: Tokens that are stored.
-        ghosts: Tokens it is encoded after and that are then forgotten.
-    """
-
-    ids: Ids
-    ghosts: Ids = ()
+from blocktune.engine.piece import Piece, alone, grouped
+from blocktune.prompt import stack
 
 
 class Found(NamedTuple):
@@ -72,7 +54,13 @@ class Encoder:
         self.fingerprint, self.pad_id = fingerprint, pad_id
         self.variants = VariantStore(store, fingerprint)
 
-    def find(self, pieces: Sequence[Piece], watch: Stopwatch, layers: Sequence[int] = ()) -> Found:
+    def find(
+        self,
+        pieces: Sequence[Piece],
+        watch: Stopwatch,
+        layers: Sequence[int] = (),
+        stream: Stream | None = None,
+    ) -> Found:
         """Looks every piece up and encodes what is missing, each piece once.
 
         Args:
@@ -80,12 +68,13 @@ class Encoder:
             watch: Gets ``lookup_s``, ``load_s`` and ``encode_s``.
             layers: Layers (0-based) whose input states are wanted besides; a piece that was
                 encoded without them is encoded once more.
+            stream: Opens chunks that lie in the folder, to be read later; None: read here.
         """
         kvs: dict[Piece, ChunkKV] = {}
         states: dict[tuple[Piece, int], ChunkStates] = {}
         missing = []
         for piece in dict.fromkeys(pieces):
-            entry = self._look_up(self.key(piece), piece, ChunkKV, watch)
+            entry = self._look_up(self.key(piece), piece, ChunkKV, watch, stream)
             inputs = {
                 layer: self._look_up(self._states_key(piece, layer), piece, ChunkStates, watch)
                 for layer in layers
@@ -106,8 +95,18 @@ class Encoder:
         watch.stop("encode_s")
         return Found(kvs, hits, frozenset(missing), states)
 
-    def _look_up(self, key: str, piece: Piece, kind: type[Entry], watch: Stopwatch) -> Entry | None:
-        found = self.store.lookup(key, piece.ids, self.fingerprint, kind)
+    def _look_up(
+        self,
+        key: str,
+        piece: Piece,
+        kind: type[Entry],
+        watch: Stopwatch,
+        stream: Stream | None = None,
+    ) -> Entry | None:
+        if stream is None:
+            found = self.store.lookup(key, piece.ids, self.fingerprint, kind)
+        else:
+            found = stream.lookup(key, piece.ids, self.fingerprint)
         watch.add("lookup_s", found.lookup_s)
         watch.add("load_s", found.load_s)
         return found.kv
@@ -161,31 +160,3 @@ class Encoder:
 def _span(piece: Piece) -> slice:
     """The rows of a piece's own tokens, after its ghosts."""
     return slice(len(piece.ghosts), len(piece.ghosts) + len(piece.ids))
-
-
-def alone(piece: Piece) -> Prompt:
-    """The rows of a piece by itself: its tokens from position 0, its ghosts before that."""
-    spec = LayoutSpec(shared_prefix=bool(piece.ghosts))
-    prompt = lay_out(Pieces(prefix=piece.ghosts, chunks=(piece.ids,), query=()), spec)
-    keep = (prompt.layout.group != GLOBAL)[0]
-    layout = prompt.layout.map(lambda field: field[:, keep])
-    moved = layout.position - len(piece.ghosts)
-    ids = torch.tensor(prompt.ids)[keep].tolist()
-    labels = torch.tensor(prompt.labels)[keep].tolist()
-    return Prompt(tuple(ids), dataclasses.replace(layout, position=moved), tuple(labels))
-
-
-def grouped(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """Pieces of similar length, as many as fit into a pass."""
-    group: list[Piece] = []
-    for piece in sorted(pieces, key=_size):
-        if group and (len(group) + 1) * _size(piece) > TOKENS_PER_PASS:
-            yield group
-            group = []
-        group.append(piece)
-    if group:
-        yield group
-
-
-def _size(piece: Piece) -> int:
-    return len(piece.ghosts) + len(piece.ids)

@@ -24,7 +24,8 @@ from blocktune.engine.layers import install
 from blocktune.engine.load import load_model
 from blocktune.engine.prompts import PromptMaker, Request
 from blocktune.engine.recall import contexts_of
-from blocktune.engine.run import Answer, Run, Server
+from blocktune.engine.run import Answer, Run
+from blocktune.engine.server import Server
 from blocktune.positions import RopeSpec
 from blocktune.prompt import Chunk, LayoutSpec, Pieces, Prompt, PromptFormat
 from blocktune.reuse import Method, build

@@ -78,6 +78,7 @@ class PromptMaker:
                 f"method '{method.name}' needs a model of at least {wanted} layers, this one has "
                 f"{self.num_layers}; choose an earlier layer"
             )
+        method.selection_for(self.num_layers)  # a budget that cannot be met is refused here
         return method.layout(self.trained)
 
     def prompt(

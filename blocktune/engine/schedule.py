@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from blocktune.attention.cached import CachePlan, Reshaping
 from blocktune.attention.kernels import Knobs
-from blocktune.cache import SKIP, RowCache
+from blocktune.cache import RowCache
 from blocktune.engine.account import Stopwatch
 from blocktune.engine.chunk_mass import ChunkMass
-from blocktune.engine.rows import Computed, left_padded
+from blocktune.engine.current import CurrentRows, as_index
+from blocktune.engine.rows import Computed
 from blocktune.layout import GLOBAL, Kind, LayerRule, Rows
 from blocktune.select import Check, Selection, States
 
@@ -71,12 +72,8 @@ class Schedule:
         self.plans: list[CachePlan] = []
         self.probes: dict[int, CachePlan] = {}
         self._checks = frozenset(course.selection.checks(len(cache)))
-        self._exists = universe.rows.kind != Kind.PAD
-        self._context = universe.rows.kind == Kind.CHUNK
-        self._index: Tensor | None = None  # of the current rows in the universe; None: all
-        self._picked: dict[int, tuple] = {}
         self.mass = ChunkMass(columns) if course.selection.watches_chunks else None
-        self._go_on(0, universe)
+        self._go_on(0, CurrentRows(universe))
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, rule: LayerRule, knobs: Knobs
@@ -89,20 +86,19 @@ class Schedule:
     def enter(self, index: int, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """What layer ``index`` is fed instead of what the model hands it: a forward pre-hook."""
         hidden = args[0]
-        if index == 0 and not torch.equal(self.course.start, self._exists):
+        if index == 0 and not torch.equal(self.course.start, self._current.exists):
             hidden = self._change(index, hidden, self.course.start)
         if index in self._checks:
             hidden = self._narrow(index, layer, (hidden, *args[1:]), kwargs)
         if index in self.course.widen:
-            widened = self._mask() | self.course.widen[index]
+            widened = self._current.of_universe(self._current.exists) | self.course.widen[index]
             hidden = self._change(index, hidden, widened)
-        return (hidden, *args[1:]), self._of_current_rows(kwargs)
+        return (hidden, *args[1:]), self._current.arguments(kwargs)
 
     def _narrow(self, index: int, layer: nn.Module, args: tuple, kwargs: dict) -> Tensor:
         """Asks the selection which rows stay."""
         self.watch.stop("recompute_s")
-        rows = self.plans[-1].query
-        exists = rows.kind != Kind.PAD
+        rows, exists = self._current.rows.rows, self._current.exists
         column = rows.order.clamp(min=0)
         # What no cache holds cannot be dropped: nothing would take its place.
         is_cached = self.columns.group.gather(1, column) != GLOBAL
@@ -110,7 +106,7 @@ class Schedule:
         made: list[States] = []
 
         def probe() -> tuple[States, States]:
-            made.append(self._probe(index, layer, args, self._of_current_rows(kwargs)))
+            made.append(self._probe(index, layer, args, self._current.arguments(kwargs)))
             self.probes[index] = self.plans[-1]
             return made[0], States(*self.cache.held(index))
 
@@ -129,9 +125,8 @@ class Schedule:
         if made and self.course.selection.keeps_keys:
             self.cache.store(index, *made[0])
             if self.reshaping is not None:
-                written = self.universe.columns.gather(1, self._current()[0])
-                self.reshaping.wrote(index, written.masked_fill(~exists, SKIP))
-        mask = self._spread(kept | (exists & ~eligible))
+                self.reshaping.wrote(index, self._current.rows.columns)
+        mask = self._current.of_universe(kept | (exists & ~eligible))
         hidden = self._change(index, args[0], mask)
         self.watch.stop("select_s")
         return hidden
@@ -155,73 +150,21 @@ class Schedule:
         if layer in self.course.states and layer in self.course.widen:
             columns = self.universe.columns.clamp(min=0)
             states = self.course.states[layer]
-            whole = states.gather(1, _as_index(columns, states)).to(hidden.dtype)
-        index, exists = self._current()
-        prompt, row = exists.nonzero(as_tuple=True)
-        whole[prompt, index[prompt, row]] = hidden[prompt, row]
-        self._index, exists = left_padded(mask, self.universe.rows.order)
-        self._picked = {}
-        self._go_on(layer, self.universe.take(self._index, exists))
-        return whole.gather(1, _as_index(self._index, whole))
+            whole = states.gather(1, as_index(columns, states)).to(hidden.dtype)
+        self._current.put(hidden, whole)
+        self._go_on(layer, CurrentRows(self.universe, mask))
+        return self._current.pick(whole)
 
-    def _go_on(self, layer: int, rows: Computed) -> None:
-        """Computes ``rows`` from ``layer`` on."""
+    def _go_on(self, layer: int, current: CurrentRows) -> None:
+        """Computes these rows from ``layer`` on."""
         if self.plans and not self.plans[-1].executed:
             self.plans.pop()  # the universe, where the first layer computes less of it
+        self._current, rows = current, current.rows
         facts = rows.rows
         if self.course.selection.sees_future and layer >= min(self._checks, default=0):
             facts = _seeing_future(facts, self.columns)
         self.plans.append(CachePlan(facts, self.columns, self.reshaping, rows.columns))
         self.cache.select(rows.columns, range(layer, len(self.cache)))
-
-    def _current(self) -> tuple[Tensor, Tensor]:
-        """Index in the universe of the current rows, and which of them are no padding."""
-        if self._index is None:
-            count = self._exists.shape[1]
-            return torch.arange(count, device=self._exists.device).expand_as(self._exists), (
-                self._exists
-            )
-        return self._index, self.plans[-1].query.kind != Kind.PAD
-
-    def _mask(self) -> Tensor:
-        """The current rows, ``(B, U)`` bool."""
-        return self._spread(self._current()[1])
-
-    def _spread(self, chosen: Tensor) -> Tensor:
-        """Of the current rows ``(B, R)`` those that are chosen, as ``(B, U)``."""
-        prompt, row = chosen.nonzero(as_tuple=True)
-        mask = torch.zeros_like(self._exists)
-        mask[prompt, self._current()[0][prompt, row]] = True
-        return mask
-
-    def _of_current_rows(self, kwargs: dict) -> dict:
-        """What the model hands to every layer was made for the universe: picks current rows."""
-        if self._index is None:
-            return kwargs
-        picked = {
-            name: self._pick_once(kwargs[name])
-            for name in ("position_embeddings", "position_ids")
-            if kwargs.get(name) is not None
-        }
-        return kwargs | picked
-
-    def _pick_once(self, value: Tensor | tuple) -> Tensor | tuple:
-        # Layers share these tensors: each is picked once (and held, so that ids stay unique).
-        if id(value) not in self._picked:
-            parts = tuple(map(self._pick, value)) if isinstance(value, tuple) else self._pick(value)
-            self._picked[id(value)] = (value, parts)
-        return self._picked[id(value)][1]
-
-    def _pick(self, tensor: Tensor) -> Tensor:
-        """Rows ``(B, U, ...)``, or ``(1, U, ...)`` for all prompts, to the current ones."""
-        whole = tensor.expand(len(self._index), *tensor.shape[1:])
-        return whole.gather(1, _as_index(self._index, whole))
-
-
-def _as_index(index: Tensor, rows: Tensor) -> Tensor:
-    """``index`` ``(B, R)`` for gathering from ``rows`` ``(B, U, ...)``."""
-    shape = (*index.shape, *rows.shape[2:])
-    return index.view(*index.shape, *[1] * (rows.ndim - 2)).expand(shape)
 
 
 def _seeing_future(query: Rows, columns: Rows) -> Rows:

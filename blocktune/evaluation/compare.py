@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -108,11 +109,22 @@ def _change(label: str, left: Sequence[Row], right: Sequence[Row], seed: int) ->
 def _paired(
     label: str, left: Sequence[Row], right: Sequence[Row]
 ) -> tuple[list[float], list[float]]:
-    known = {(row.task, row.id): row.score for row in left}
-    pairs = [(known[key], r.score) for r in right if (key := (r.task, r.id)) in known]
+    known = _scores(left)
+    pairs = [(known[key], score) for key, score in _scores(right).items() if key in known]
     if not pairs:
         raise ValueError(f"the runs asked '{label}' no common question; compare runs of one task")
     return [a for a, _ in pairs], [b for _, b in pairs]
+
+
+def _scores(rows: Sequence[Row]) -> dict[tuple[str, str, int], float]:
+    """Scores by task, identifier and, since a source may repeat it, how often it came before."""
+    seen: Counter[tuple[str, str]] = Counter()
+    found = {}
+    for row in rows:
+        name = (row.task, row.id)
+        found[*name, seen[name]] = row.score
+        seen[name] += 1
+    return found
 
 
 def compare_table(changes: Sequence[Change], names: Mapping[str, str]) -> Table:

@@ -60,7 +60,7 @@ def draw_bars(
                 label=label,
                 color=ground.series[index % len(ground.series)],
                 yerr=_reach(cells, score),
-                error_kw={"ecolor": ground.faint, "elinewidth": 1.2},
+                error_kw={"ecolor": "#7f7f7f", "elinewidth": 1.4},
             )
         axes.set_xticks(range(len(groups)), [group.replace("/", "/\n") for group in groups])
         axes.tick_params(axis="x", length=0)

@@ -129,7 +129,7 @@ def draw_cumulative(
         for index, (label, deviation) in enumerate(deviations.items()):
             accrued = cumulative_of(deviation)[layer]
             places = np.arange(1, len(accrued) + 1) / len(accrued)
-            axes.plot(places, accrued, label=label, color=mark(ground, index)["color"])
+            axes.plot(places, accrued, label=label, color=mark(ground, index + 2)["color"])
         as_share(axes.xaxis)
         axes.set_xlim(0, 1)
         axes.set_ylim(bottom=0)

@@ -33,8 +33,8 @@ STYLE = {
 def draw_results(results: Mapping[str, Any], path: str | Path, title: str = "") -> Path:
     """Draws `build_results` to a PNG (or what the suffix says), whole or not at all.
 
-    Left: exact match by kind with 95 % intervals. Right: exact match against time to first
-    token as a share of full prefill's or, where that was not measured, the recomputed share.
+    Left: the headline score by kind with 95 % intervals. Right: it against time to first token
+    as a share of full prefill's or, where that was not measured, the recomputed share.
 
     Returns:
         The path.
@@ -42,8 +42,8 @@ def draw_results(results: Mapping[str, Any], path: str | Path, title: str = "") 
     with mpl.rc_context(STYLE), replacing(path) as temporary:
         figure = Figure(figsize=(10.5, 4.4), layout="constrained")
         by_kind, by_cost = figure.subplots(1, 2, width_ratios=(1.45, 1))
-        _draw_kinds(by_kind, results["methods"])
-        _draw_costs(by_cost, results["methods"])
+        _draw_kinds(by_kind, results["methods"], _titled(results))
+        _draw_costs(by_cost, results["methods"], _titled(results))
         handles, labels = by_kind.get_legend_handles_labels()
         columns = len(labels) if len(labels) <= 7 else -(-len(labels) // 2)
         figure.legend(
@@ -60,13 +60,22 @@ def draw_results(results: Mapping[str, Any], path: str | Path, title: str = "") 
     return Path(path)
 
 
-def _draw_kinds(axes: Axes, methods: Mapping[str, Any]) -> None:
+def _titled(results: Mapping[str, Any]) -> str:
+    """The metric's name where all tasks share one."""
+    titles = {task["title"] for task in results["tasks"].values()}
+    [title, *others] = titles
+    if others:
+        return "Score"
+    return "Exact match" if title == "EM" else title
+
+
+def _draw_kinds(axes: Axes, methods: Mapping[str, Any], title: str) -> None:
     kinds = list(next(iter(methods.values()))["tasks"])
     step = 0.8 / len(methods)
     for index, (label, summary) in enumerate(methods.items()):
         cells = [summary["tasks"][kind] for kind in kinds]
         if summary["method"] == "full-prefill":
-            _reference(axes, [cell["em"] for cell in cells])
+            _reference(axes, [cell["score"] for cell in cells])
         places = [k + (index - (len(methods) - 1) / 2) * step for k in range(len(kinds))]
         _dots(axes, index, label, places, cells)
     for edge in range(1, len(kinds)):
@@ -76,10 +85,10 @@ def _draw_kinds(axes: Axes, methods: Mapping[str, Any]) -> None:
     axes.grid(axis="x", visible=False)
     axes.tick_params(axis="x", length=0)
     _as_accuracy(axes)
-    axes.set_title("Exact match by kind of question")
+    axes.set_title(f"{title} by kind of question")
 
 
-def _draw_costs(axes: Axes, methods: Mapping[str, Any]) -> None:
+def _draw_costs(axes: Axes, methods: Mapping[str, Any], title: str) -> None:
     timed = all(m["ttft_over_full_prefill"] is not None for m in methods.values())
     cost = "ttft_over_full_prefill" if timed else "recompute_ratio"
     for index, (label, summary) in enumerate(methods.items()):
@@ -89,7 +98,7 @@ def _draw_costs(axes: Axes, methods: Mapping[str, Any]) -> None:
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.set_xlabel("time to first token, of full prefill's" if timed else "tokens recomputed")
     _as_accuracy(axes)
-    axes.set_title("Exact match against cost")
+    axes.set_title(f"{title} against cost")
     axes.text(
         1, 1.03, "up and left is better", transform=axes.transAxes, ha="right", color="#777777"
     )
@@ -102,10 +111,10 @@ def _reference(axes: Axes, heights: list[float]) -> None:
 
 
 def _dots(axes: Axes, index: int, label: str, places: list[float], cells: list[Mapping]) -> None:
-    heights = [cell["em"] for cell in cells]
+    heights = [cell["score"] for cell in cells]
     reach = [
-        [max(0.0, cell["em"] - cell["ci95"][0]) for cell in cells],
-        [max(0.0, cell["ci95"][1] - cell["em"]) for cell in cells],
+        [max(0.0, cell["score"] - cell["score_ci95"][0]) for cell in cells],
+        [max(0.0, cell["score_ci95"][1] - cell["score"]) for cell in cells],
     ]
     axes.errorbar(
         places,

@@ -25,7 +25,7 @@ def findings(results: Mapping[str, Any]) -> list[str]:
     tuned = [label for label, summary in methods.items() if summary["adapter"]]
     others = [n for n in methods if n not in baselines and methods[n]["method"] != "no-context"]
     return [
-        _loss(methods, full, naive),
+        _loss(methods, full, naive, _named(results)),
         *(_gain(methods, label, full) for label in others),
         *_between(methods, tuned),
     ]
@@ -60,32 +60,40 @@ def _is_unclear(minus: Mapping[str, Any], n: int) -> bool:
     return minus["p_holm"] >= 0.05 and minus["n_needed"] is not None and minus["n_needed"] > n
 
 
-def _loss(methods: Mapping[str, Any], full: str, naive: str) -> str:
+def _named(results: Mapping[str, Any]) -> str:
+    """The headline metric, where all tasks share one."""
+    titles = {task["title"] for task in results["tasks"].values()}
+    if len(titles) > 1:
+        return "score"
+    return "exact match" if titles == {"EM"} else next(iter(titles))
+
+
+def _loss(methods: Mapping[str, Any], full: str, naive: str, named: str) -> str:
     by_kind = ", ".join(
-        f"{_points(methods[full]['tasks'][kind]['em'] - cell['em'])} on {kind}"
+        f"{_points(methods[full]['tasks'][kind]['score'] - cell['score'])} on {kind}"
         for kind, cell in methods[naive]["tasks"].items()
     )
-    loss = methods[full]["em_minus"][naive]
-    return f"Naive reuse loses {_with_interval(loss)} points of exact match ({by_kind})."
+    loss = methods[full]["score_minus"][naive]
+    return f"Naive reuse loses {_with_interval(loss)} points of {named} ({by_kind})."
 
 
 def _gain(methods: Mapping[str, Any], label: str, full: str) -> str:
     summary = methods[label]
-    if summary["gap_recovered"] is None:
+    if summary["score_gap_recovered"] is None:
         return f"{label}: there is no gap to close beyond chance."
-    low, high = summary["gap_recovered_ci95"]
+    low, high = summary["score_gap_recovered_ci95"]
     fresh = summary["recompute_ratio"]
     cost = f"recomputing {fresh:.0%} of the context" if fresh else "recomputing nothing"
     ratio = summary["ttft_over_full_prefill"]
     time = f", first token after {ratio:.2f} of full prefill's time" if ratio else ""
-    share = f"{100 * summary['gap_recovered']:.0f} % ({100 * low:.0f} to {100 * high:.0f})"
+    share = f"{100 * summary['score_gap_recovered']:.0f} % ({100 * low:.0f} to {100 * high:.0f})"
     return f"{label} closes {share} of that gap, {cost}{time}."
 
 
 def _between(methods: Mapping[str, Any], tuned: list[str]) -> Iterator[str]:
     for index, other in enumerate(tuned):
         for label in tuned[index + 1 :]:
-            difference = methods[label]["em_minus"][other]
+            difference = methods[label]["score_minus"][other]
             low, high = difference["ci95"]
             verdict = "" if low > 0 or high < 0 else ": within chance at this number of questions"
             yield f"{label} minus {other}: {_with_interval(difference)} points{verdict}."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -54,5 +55,6 @@ def launched() -> Processes:
 
     on_cpu = not torch.cuda.is_available()
     state = PartialState(cpu=on_cpu, timeout=PATIENCE)
+    atexit.register(state.destroy_process_group)
     device = "cpu" if on_cpu else f"cuda:{state.local_process_index}"
     return Processes(state.process_index, state.num_processes, device, state.wait_for_everyone)

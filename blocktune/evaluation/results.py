@@ -7,6 +7,7 @@ from typing import Any
 
 from blocktune.data.worlds import QUESTION_KINDS
 from blocktune.evaluation.budget import matched, pareto
+from blocktune.evaluation.pooling import with_pools
 from blocktune.evaluation.rows import Row
 from blocktune.evaluation.suite import Suite
 from blocktune.evaluation.summary import summarize
@@ -44,19 +45,22 @@ def build_results(
         "sweeps": {...}, "provenance": {...}}``.
     """
     full, naive = base_label(suite, ORACLE), base_label(suite, FLOOR)
+    rows = with_pools(rows, suite.pool)
     whole = summarize(rows, full, naive, suite.seed)
     groups = {
         name: summarize(_take(rows, members), full, naive, suite.seed)
         for name, members in _groups(suite, next(iter(rows.values()))).items()
     }
     methods = {}
-    for spec in suite.methods:
-        label = spec.label
+    first = {name: members[0] for name, members in suite.pool.items()}
+    specs = {spec.label: spec for spec in suite.methods}
+    for label in (*specs, *first):
+        spec = specs[first.get(label, label)]
         tasks = {name: summaries[label] for name, summaries in groups.items()}
         methods[label] = (
-            {"method": spec.name, "adapter": spec.adapter}
+            {"method": spec.name, "adapter": spec.adapter, "pool": suite.pool.get(label)}
             | whole[label]
-            | _times(ttft.get(label), ttft.get(full))
+            | _times(ttft.get(first.get(label, label)), ttft.get(full))
             | {"fidelity": (fidelity or {}).get(label), "tasks": tasks}
         )
     return {

@@ -69,7 +69,8 @@ def run_suite(
         rows = {label: file.merge() for label, file in files.items()}
         ttft = _time_all(ready, rows, output, progress)
         fidelity = _measure_fidelity(ready, rows, output, progress)
-    results = build_results(suite, rows, ttft, provenance(suite.seed, command), fidelity)
+    origin = provenance(suite.seed, command) | {"processes": processes.count}
+    results = build_results(suite, rows, ttft, origin, fidelity)
     replace_json(output / RESULTS, results)
     return results
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from blocktune.evaluation.pooling import check_pools
 from blocktune.evaluation.strict import entries, load_yaml, mapping, read, refuse_doubles
 from blocktune.evaluation.task import TaskSpec, parse_task
 from blocktune.reuse.composition import KEEP
@@ -26,6 +27,7 @@ class MethodSpec:
         reshape: How later rows see reused keys, likewise; null leaves them as they are.
         layout: Fields of the layout to set: where chunks stand, what they are encoded after.
         budget: Share of the context tokens that the selector may choose.
+        layer_budget: Share of the context's layer-tokens that the method shall spend instead.
     """
 
     name: str
@@ -37,6 +39,7 @@ class MethodSpec:
     reshape: Any = KEEP
     layout: Mapping[str, Any] = field(default_factory=dict)
     budget: float | None = None
+    layer_budget: float | None = None
 
     def __post_init__(self):
         if not self.label:
@@ -47,7 +50,7 @@ class MethodSpec:
     def entry(self) -> dict[str, Any]:
         """What `blocktune.reuse.build_entry` makes the method of: the keys that were given."""
         given = {"name": self.name, "select": self.select, "reshape": self.reshape}
-        for key in ("preset", "params", "layout", "budget"):
+        for key in ("preset", "params", "layout", "budget", "layer_budget"):
             given[key] = KEEP if getattr(self, key) in (None, {}) else getattr(self, key)
         return {key: value for key, value in given.items() if value is not KEEP}
 
@@ -111,6 +114,8 @@ class Suite:
         batch_size: Prompts answered at a time; timing always runs one.
         ttft: How time to first token is measured.
         fidelity: How closeness to full prefill is measured.
+        pool: Name -> labels of methods that differ in the seed of their training only; their mean
+            is one more method of the results.
     """
 
     model: str
@@ -123,11 +128,13 @@ class Suite:
     batch_size: int = 16
     ttft: TtftSpec = TtftSpec()
     fidelity: FidelitySpec = FidelitySpec()
+    pool: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
         refuse_doubles("method label", [m.label for m in self.methods], "give one a 'label'")
+        check_pools(self.pool, [m.label for m in self.methods])
         refuse_doubles("task name", [t.name for t in self.tasks], "rename one")
 
 

@@ -97,7 +97,7 @@ def load_traces(path: str | Path) -> TraceSuite:
         FileNotFoundError: If there is no such file.
         ValueError: In one line: the file, the place in it, what was wanted and what came.
     """
-    return parse_traces(load_yaml(path, "trace suite", "see eval/suites/traces.yaml"), str(path))
+    return parse_traces(load_yaml(path, "trace suite", "see eval/traces.yaml"), str(path))
 
 
 def parse_traces(record: Any, where: str = "traces") -> TraceSuite:

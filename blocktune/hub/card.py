@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +11,7 @@ from huggingface_hub import ModelCardData
 
 from blocktune.adapter import OWN_WEIGHTS, AdapterInfo
 from blocktune.check import Check
+from blocktune.hub.datasets import datasets_of
 from blocktune.hub.files import public
 from blocktune.hub.table import results_section
 from blocktune.prompt import LayoutSpec
@@ -77,12 +76,6 @@ def served_by(layout: LayoutSpec) -> str:
     raise ValueError(f"no method of blocktune serves the layout {layout}; see `blocktune methods`")
 
 
-def datasets_of(training: Mapping[str, Any]) -> list[str]:
-    """Names on the Hub in an adapter's provenance: ``hf:OWNER/NAME`` wherever one stands."""
-    text = json.dumps(training.get("data", ""))
-    return list(dict.fromkeys(re.findall(r"hf:([\w.-]+/[\w.-]+)", text)))
-
-
 def _arranged(method, layout: LayoutSpec) -> LayoutSpec | None:
     try:
         return method.layout(layout)
@@ -91,7 +84,7 @@ def _arranged(method, layout: LayoutSpec) -> LayoutSpec | None:
 
 
 def _metadata(info: AdapterInfo, base: str, facts: CardFacts) -> str:
-    datasets = list(dict.fromkeys([*datasets_of(info.training), *facts.datasets]))
+    datasets = sorted({*datasets_of(info.training), *facts.datasets})
     whole = info.base_model == OWN_WEIGHTS
     return ModelCardData(
         base_model=base,
@@ -157,10 +150,11 @@ def _layout(info: AdapterInfo) -> str:
 
 def _training(info: AdapterInfo, facts: CardFacts) -> str:
     made = public(info.training)
-    versions = made.get("versions", {})
+    versions, licences = made.get("versions", {}), datasets_of(info.training)
     rows = {
         "command": f"`{made['command']}`" if made.get("command") else None,
-        "data": made.get("data"),
+        "data": _sources(info.training),
+        "licences of the data": "; ".join(f"{k}: {v}" for k, v in licences.items()) or None,
         "examples": made.get("examples"),
         "seed": made.get("seed"),
         "processes": made.get("world_size"),
@@ -170,6 +164,14 @@ def _training(info: AdapterInfo, facts: CardFacts) -> str:
     }
     known = [(name, value) for name, value in rows.items() if value is not None]
     return "## Training\n\n" + _table(known)
+
+
+def _sources(training: Mapping[str, Any]) -> str | None:
+    """The one source, or those of a mixture's parts."""
+    data = public(training.get("data"))
+    if not isinstance(data, Mapping):
+        return data
+    return ", ".join(f"`{part.get('source')}`" for part in data.get("parts", ()))
 
 
 def _checks(checks: list[Check]) -> str:

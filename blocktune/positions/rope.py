@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -124,10 +125,49 @@ def relocate_keys(keys: Tensor, shift: Tensor, inv_freq: Tensor) -> Tensor:
             f"shift must be (batch, tokens) = {(keys.shape[0], keys.shape[2])} to match keys, "
             f"got {tuple(shift.shape)}"
         )
-    shift, inv_freq = shift.to(keys.device), inv_freq.to(keys.device)
-    angle = shift[:, None, :, None].float() * inv_freq.float()
-    cos, sin = angle.cos().repeat(1, 1, 1, 2), angle.sin().repeat(1, 1, 1, 2)
-    rotated, passed = keys.split([cos.shape[-1], keys.shape[-1] - cos.shape[-1]], dim=-1)
-    left, right = rotated.float().chunk(2, dim=-1)
-    moved = rotated.float() * cos + torch.cat((-right, left), dim=-1) * sin
-    return torch.cat((moved.to(keys.dtype), passed), dim=-1)
+    return turn_keys(keys, Turn.of(shift.to(keys.device), inv_freq))
+
+
+class Turn(NamedTuple):
+    """The rotation that moves each token, the same for all heads.
+
+    Attributes:
+        cos: ``(..., S, R / 2)`` float32, of unit norm with ``sin``.
+        sin: Likewise.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    @classmethod
+    def of(cls, shift: Tensor, inv_freq: Tensor) -> Turn:
+        """By ``shift`` ``(B, S)`` positions; cos and sin have axes ``(B, 1, S, R / 2)``."""
+        angle = shift[:, None, :, None].float() * inv_freq.to(shift.device).float()
+        return cls(angle.cos(), angle.sin())
+
+    def cut(self, rows: slice) -> Turn:
+        """Of some of the tokens."""
+        return Turn(self.cos[..., rows, :], self.sin[..., rows, :])
+
+
+def turn_keys(keys: Tensor, turn: Turn, out: Tensor | None = None) -> Tensor:
+    """Rotates keys; see `relocate_keys`.
+
+    Args:
+        keys: ``(B, K, S, D)``.
+        turn: Broadcastable to the rotated dimensions.
+        out: Where the result goes, shaped like ``keys`` and no part of them; not differentiable.
+    """
+    half = turn.cos.shape[-1]
+    left, right, passed = keys.split([half, half, keys.shape[-1] - 2 * half], dim=-1)
+    if out is None:
+        left, right = left.float(), right.float()
+        moved = (left * turn.cos - right * turn.sin, right * turn.cos + left * turn.sin)
+        return torch.cat((*(part.to(keys.dtype) for part in moved), passed), dim=-1)
+    if keys.dtype != torch.float32:
+        return out.copy_(turn_keys(keys, turn))
+    first, second, rest = out.split([half, half, passed.shape[-1]], dim=-1)
+    torch.mul(left, turn.cos, out=first).addcmul_(right, turn.sin, value=-1)
+    torch.mul(right, turn.cos, out=second).addcmul_(left, turn.sin)
+    rest.copy_(passed)
+    return out

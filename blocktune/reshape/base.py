@@ -47,6 +47,7 @@ class Reshape(ABC):
     Class attributes:
         source: Paper or code it follows.
         surveys: Whether `scores` needs what `choose` decides from the `survey` of all rows.
+        exact_on_one_chunk: Whether a chunk alone is seen as it is, whatever the parameters.
         keeps_causality: False where the rows of a question decide together, so that a later
             token of the question changes an earlier row of it (and never a row before it).
 
@@ -58,6 +59,7 @@ class Reshape(ABC):
 
     source: ClassVar[str] = ""
     surveys: ClassVar[bool] = False
+    exact_on_one_chunk: ClassVar[bool] = False
     keeps_causality: bool = True
     looks_ahead: bool = False
 

@@ -75,6 +75,7 @@ class TopChunks(Reshape):
 
     source: ClassVar[str] = "https://arxiv.org/abs/2412.16545"
     surveys: ClassVar[bool] = True
+    exact_on_one_chunk: ClassVar[bool] = True
     chunks: int = 2
     aggregation: str = "HT"
 

@@ -15,7 +15,7 @@ from typing import ClassVar
 from blocktune.prompt import LayoutSpec
 from blocktune.registry import Registry
 from blocktune.reshape import Reshape
-from blocktune.select import Nothing, Selection
+from blocktune.select import Nothing, Selection, matched
 
 METHODS = Registry("reuse method", "blocktune.reuse.presets")
 register = METHODS.register
@@ -56,16 +56,22 @@ class Method(ABC):
         weights: What the model must be trained for.
         cached: What comes from caches.
         recalls: Whether chunks come from earlier full prompts, see `blocktune.engine.recall`.
+        paced: Whether chunks are loaded layer by layer while it computes, and how much it computes
+            is chosen by how long that takes, see `blocktune.engine.loading`.
         keeps_context: False only for the baseline that answers without chunks.
         exact_on_one_chunk: Whether one chunk with nothing before it equals full prefill.
+        layer_budget: Share of the context's layer-tokens that it shall spend, or None: what comes
+            of its selector's own parameters.
     """
 
     source: ClassVar[str]
     weights: ClassVar[Weights] = Weights.ANY
     cached: ClassVar[Cached] = Cached.CHUNKS
     recalls: ClassVar[bool] = False
+    paced: ClassVar[bool] = False
     keeps_context: ClassVar[bool] = True
     exact_on_one_chunk: ClassVar[bool] = True
+    layer_budget: ClassVar[float | None] = None
 
     @property
     def name(self) -> str:
@@ -112,6 +118,17 @@ class Method(ABC):
     def selection(self) -> Selection:
         """Select: which tokens are computed afresh."""
         return Nothing()
+
+    def selection_for(self, num_layers: int) -> Selection:
+        """The selection in a model of so many layers, at the layer budget if there is one.
+
+        Raises:
+            ValueError: If the budget cannot be met.
+        """
+        selection = self.selection()
+        if self.layer_budget is None:
+            return selection
+        return matched(selection, self.layer_budget, num_layers)
 
     def reshape(self) -> Reshape | None:
         """Reshape: how later rows see reused keys; None leaves them as they are."""

@@ -17,6 +17,7 @@ from blocktune.reshape import Reshape
 from blocktune.reuse.axes import Choice, choose, say
 from blocktune.reuse.base import METHODS, Axis, Cached, Method, Weights
 from blocktune.select import Nothing, Selection
+from blocktune.select.budget import require_share
 
 PLACE_AND_ENCODE = ("placement", "slot", "num_ghosts", "shared_prefix", "bos")
 """Fields of `LayoutSpec` that a method chooses; the others are facts of what was trained."""
@@ -42,6 +43,7 @@ class Composition(Method):
         reshaped: How later rows see reused keys, or None.
         changes: Fields of the layout that are set, after the presets' own arrangement.
         decided: The axes that any of it decides.
+        spending: Its layer budget, or None.
     """
 
     label: str
@@ -50,6 +52,12 @@ class Composition(Method):
     reshaped: Reshape | None
     changes: tuple[tuple[str, Any], ...]
     decided: frozenset[Axis]
+    spending: float | None = None
+
+    @property
+    def layer_budget(self) -> float | None:
+        """See `Method`."""
+        return self.spending
 
     @property
     def name(self) -> str:
@@ -113,6 +121,7 @@ def compose(
     reshape: Choice | Literal[Keep.KEEP] = KEEP,
     layout: Mapping[str, Any] | None = None,
     budget: float | None = None,
+    layer_budget: float | None = None,
     name: str | None = None,
 ) -> Composition:
     """Puts a method together.
@@ -124,6 +133,8 @@ def compose(
         reshape: How later rows see reused keys, instead of what the presets do.
         layout: Fields of `LayoutSpec` to set, of those in `PLACE_AND_ENCODE`.
         budget: Share of the context tokens that the selector may choose, in [0, 1].
+        layer_budget: Share of the context's layer-tokens that it shall spend, in [0, 1]: what
+            `recompute_ratio` says of an answer, layers that are computed in full included.
         name: What tables call it; by default it is written as one would say it.
 
     Returns:
@@ -142,19 +153,28 @@ def compose(
     selection = _decide(terms, given, Axis.SELECT) or Nothing()
     if budget is not None:
         given[Axis.SELECT] = selection = selection.with_budget(budget)
+    if layer_budget is not None:
+        require_share("layer_budget", layer_budget)
+        if budget is not None:
+            raise ValueError("budget and layer_budget exclude each other; drop one")
     if layout:
         _require_fields(layout)
         given[Axis.LAYOUT] = layout
     made = Composition(
-        label=name or say(terms, given),
+        label=name or say(terms, given) + _spending(layer_budget),
         terms=terms,
         select=selection,
         reshaped=_decide(terms, given, Axis.RESHAPE),
         changes=tuple((layout or {}).items()),
         decided=frozenset(given).union(*(term.axes for term in terms)),
+        spending=layer_budget,
     )
     made.arrange(LayoutSpec())  # a value out of range is refused here
     return made
+
+
+def _spending(layer_budget: float | None) -> str:
+    return "" if layer_budget is None else f" at {layer_budget:.1%} of the layer-tokens"
 
 
 def _given(choices: Mapping[Axis, Choice | Keep]) -> dict[Axis, Any]:

@@ -31,7 +31,7 @@ TERM = re.compile(
 )
 FORM = "a method is written 'preset + selector 15 % key=value'"
 LAYOUT = "layout"
-ENTRY_KEYS = ("name", "preset", "params", "select", "reshape", "layout", "budget")
+ENTRY_KEYS = ("name", "preset", "params", "select", "reshape", "layout", "budget", "layer_budget")
 
 
 def build(method: str, **parameters: Any) -> Method:
@@ -68,8 +68,7 @@ def build_entry(entry: str | Mapping[str, Any]) -> Method:
     Args:
         entry: A name, a composition as one says it, or a mapping such as ``{name: mine, preset:
             block-attention, select: {deviation: {ratio: 0.15}}}``. Without ``preset``, ``name``
-            says the method; ``params`` are the preset's; ``select``, ``layout`` and ``budget`` are
-            those of `compose`.
+            says the method; ``params`` are the preset's; the other keys are those of `compose`.
 
     Raises:
         ValueError: If a key is unknown or a value is not accepted.
@@ -82,7 +81,7 @@ def build_entry(entry: str | Mapping[str, Any]) -> Method:
     if not isinstance(preset, str):
         raise ValueError(f"a method needs a 'name' or a 'preset', got {dict(entry)!r:.60}")
     base = build(preset, **(entry.get("params") or {}))
-    given = {key: entry[key] for key in ("select", "reshape", "layout", "budget") if key in entry}
+    given = {key: entry[key] for key in ENTRY_KEYS[3:] if key in entry}
     if not given:
         return base
     name = entry["name"] if "name" in entry and "preset" in entry else None

@@ -47,6 +47,8 @@ class Augmentation:
 
     def vary(self, layout: Layout, draw: random.Random) -> Layout:
         """The rows of one block example ``(1, S)`` with wider groups and gaps in positions."""
+        if not self.block_dropout and not self.position_jitter:
+            return layout
         groups, starts, gap = [], [], 0
         for index in range(int(layout.chunk.max()) + 1):
             joins = index > 0 and draw.random() < self.block_dropout

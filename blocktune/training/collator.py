@@ -57,6 +57,13 @@ class BlockCollator:
     seed: int = 0
     epoch: int = 0
 
+    @property
+    def row_growth(self) -> float:
+        """Rows over tokens that fresh rows make of a block example, at most."""
+        if self.sampler is None:
+            return 1.0
+        return 2.0 if self.check_layer is not None else 1.0 + self.sampler.high
+
     def __call__(self, records: list[dict[str, Any]]) -> dict[str, Tensor]:
         """Returns ``input_ids`` and ``labels`` ``(B, S)`` and ``layout`` ``(B, S, fields)``.
 

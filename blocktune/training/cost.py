@@ -88,7 +88,7 @@ def row_flops(size: Size, has_teacher: bool) -> float:
     return 4.0 * size.matmul + 2.0 * size.trained + (2.0 * size.matmul if has_teacher else 0.0)
 
 
-def peak_bytes(size: Size, rows: int, answer_rows: int, checkpointing: bool) -> float:
+def peak_bytes(size: Size, rows: float, answer_rows: int, checkpointing: bool) -> float:
     """Expected peak of one process without sharding: weights, gradients, Adam, activations.
 
     Args:

@@ -24,7 +24,7 @@ PART = {
     "index": Value("int32"),
     "length": Value("int32"),
 }
-FEATURES = Features({"parts": [PART], "length": Value("int32")})
+FEATURES = Features({"parts": [PART], "length": Value("int32"), "answer_length": Value("int32")})
 COLUMNS = list(FEATURES)
 
 
@@ -42,16 +42,13 @@ class Prepared:
     Attributes:
         dataset: Columns `COLUMNS`: a row is the examples packed into it, one without packing;
             ``length`` counts rows that are neither ghosts nor fresh.
+        num_examples: In the dataset; one in both modes counts twice.
         num_dropped: Examples longer than the limit.
     """
 
     dataset: Dataset
+    num_examples: int
     num_dropped: int
-
-    @property
-    def num_examples(self) -> int:
-        """Examples in the dataset; one in both modes counts twice."""
-        return sum(map(len, self.dataset["parts"]))
 
 
 def in_modes(
@@ -101,24 +98,27 @@ def prepare(
         ValueError: If an example is too long, has no answer, or none is left.
     """
     parts, num_dropped = [], 0
-    limit = limit if pack_length is None else min(limit, pack_length)
     for index, sample in enumerate(samples):
         part = _part(index, sample, tokenizer, fmt, spec)
         gaps = position_gap * (len(part["chunks"]) + 1) if sample.block else 0
-        if part["length"] + gaps <= limit:
+        over = _over(part["length"], gaps, limit, pack_length)
+        if over is None:
             parts.append(part)
         elif drop_long:
             num_dropped += 1
         else:
-            raise ValueError(_too_long(index, sample.example, part["length"] + gaps, limit))
+            raise ValueError(
+                f"example {index} ('{sample.example.id or sample.example.question:.40}') has {over}"
+                "; shorten it or set long_examples: drop"
+            )
     if not parts:
         raise ValueError(
-            f"no example to train on: {len(samples)} came, {num_dropped} had more than {limit} "
-            "tokens; check the source and max_length"
+            f"no example to train on: {len(samples)} came, {num_dropped} had more than "
+            f"{min(limit, pack_length or limit)} tokens; check source, max_length and pack_length"
         )
     rows = [[part] for part in parts] if pack_length is None else best_fit(parts, pack_length)
-    records = [{"parts": row, "length": sum(part["length"] for part in row)} for row in rows]
-    return Prepared(Dataset.from_list(records, features=FEATURES), num_dropped)
+    dataset = Dataset.from_list([_record(row) for row in rows], features=FEATURES)
+    return Prepared(dataset, len(parts), num_dropped)
 
 
 def best_fit(parts: Sequence[dict[str, Any]], room: int) -> list[list[dict[str, Any]]]:
@@ -166,9 +166,20 @@ def _part(index: int, sample: Sample, tokenizer, fmt, spec: LayoutSpec) -> dict[
     }
 
 
-def _too_long(index: int, example: RagExample, length: int, limit: int) -> str:
-    return (
-        f"example {index} ('{example.id or example.question:.40}') has {length} tokens, the limit "
-        f"is {limit} (max_length, pack_length, or the model's context); shorten it or set "
-        "long_examples: drop"
-    )
+def _record(row: list[dict[str, Any]]) -> dict[str, Any]:
+    length = sum(part["length"] for part in row)
+    return {
+        "parts": row,
+        "length": length,
+        "answer_length": sum(len(part["answer"]) for part in row),
+    }
+
+
+def _over(length: int, gaps: int, limit: int, pack_length: int | None) -> str | None:
+    """Why an example does not fit, or None."""
+    if length + gaps > limit:
+        jumps = f" and positions that may jump by {gaps}" if gaps else ""
+        return f"{length} tokens{jumps}, the limit is {limit} (max_length, or the model's context)"
+    if pack_length is not None and length > pack_length:
+        return f"{length} tokens, a packed row holds {pack_length} (pack_length)"
+    return None

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from blocktune.attention import Plan, make_plan
 from blocktune.layout import Layout
-from blocktune.prompt import IGNORED
+from blocktune.prompt import IGNORED, Batch
 
 
 class AnswerLoss(NamedTuple):
@@ -64,38 +64,29 @@ def answer_loss(
     Returns:
         Sums; divide by the tokens of the whole step, over accumulation and ranks.
     """
-    plan = make_plan(execution, layout)
-    return answer_rows(model, input_ids, layout, labels, plan).cross_entropy()
+    batch = Batch(input_ids, layout, labels)
+    return answer_rows(model, batch, make_plan(execution, layout)).cross_entropy()
 
 
-def answer_rows(
-    model: nn.Module,
-    input_ids: Tensor,
-    layout: Layout,
-    labels: Tensor,
-    plan: Plan,
-    hidden: bool = False,
-) -> AnswerRows:
+def answer_rows(model: nn.Module, batch: Batch, plan: Plan, hidden: bool = False) -> AnswerRows:
     """Runs a model and keeps the logits of the rows before answer tokens.
 
     Args:
         model: See `answer_loss`.
-        input_ids: ``(B, S)``.
-        layout: ``(B, S)``.
-        labels: ``(B, S)``, not shifted.
-        plan: Prepared for ``layout``.
+        batch: Ids, layout and labels.
+        plan: Prepared for its layout.
         hidden: Whether every layer's output is wanted.
 
     Raises:
         ValueError: If the model does not honour ``logits_to_keep``.
     """
-    targets = labels[:, 1:]
+    targets = batch.labels[:, 1:]
     # One index for all prompts of the batch: the rows before any prompt's answer tokens.
     keep = (targets != IGNORED).any(0).nonzero().squeeze(1)
     more: dict[str, Any] = {"output_hidden_states": True} if hidden else {}
     output = model(
-        input_ids=input_ids,
-        position_ids=layout.position,
+        input_ids=batch.input_ids,
+        position_ids=batch.layout.position,
         plan=plan,
         use_cache=False,
         logits_to_keep=keep,

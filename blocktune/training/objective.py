@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from blocktune.attention import make_plan
 from blocktune.layout import Layout
 from blocktune.positions import RopeSpec
+from blocktune.prompt import Batch
 from blocktune.training.distillation import Beliefs, Distillation, beliefs, divergence
 from blocktune.training.loss import AnswerLoss, answer_rows
 from blocktune.training.states import (
@@ -22,20 +23,6 @@ from blocktune.training.states import (
     question_rows,
     row_weights,
 )
-
-
-class Rows(NamedTuple):
-    """A batch of prompts: ids, labels ``(B, S)`` and layout."""
-
-    input_ids: Tensor
-    layout: Layout
-    labels: Tensor
-
-    @classmethod
-    def of(cls, inputs: dict[str, Tensor], prefix: str = "") -> Rows:
-        """The student's rows of a collated batch, or the teacher's (``prefix="teacher_"``)."""
-        layout = Layout.unpack(inputs[f"{prefix}layout"])
-        return cls(inputs[f"{prefix}input_ids"], layout, inputs[f"{prefix}labels"])
 
 
 class StepLoss(NamedTuple):
@@ -86,50 +73,56 @@ class Objective:
             inputs: See `blocktune.training.collator`.
             bare: The same model unwrapped, for the teacher's forward.
         """
-        student = Rows.of(inputs)
+        student = batch_of(inputs)
         if self.teacher is None:
             plan = make_plan(self.execution, student.layout)
-            answers = answer_rows(model, *student, plan).cross_entropy()
+            answers = answer_rows(model, student, plan).cross_entropy()
             none = torch.zeros_like(answers.total)
             return StepLoss(answers.total, answers, none, none)
-        taught = Rows.of(inputs, "teacher_")
+        taught = batch_of(inputs, "teacher_")
         # The teacher goes first: activation checkpointing runs the student's layers again later.
         with self.teacher(bare) as teacher:
             lesson = self._lesson(teacher, taught)
         return self._learn(model, student, taught, lesson)
 
-    def _lesson(self, teacher: nn.Module, rows: Rows) -> Lesson:
+    def _lesson(self, teacher: nn.Module, batch: Batch) -> Lesson:
         how = self.distillation
-        plan, recorder = self._plan(rows)
-        said = answer_rows(teacher, *rows, plan, how.states == "hidden")
+        plan, recorder = self._plan(batch)
+        said = answer_rows(teacher, batch, plan, how.states == "hidden")
         return Lesson(beliefs(said.logits, how.temperature, how.top_k), recorder, said.hidden)
 
-    def _learn(self, model: nn.Module, rows: Rows, taught: Rows, lesson: Lesson) -> StepLoss:
+    def _learn(self, model: nn.Module, batch: Batch, taught: Batch, lesson: Lesson) -> StepLoss:
         how = self.distillation
-        plan, recorder = self._plan(rows)
-        said = answer_rows(model, *rows, plan, how.states == "hidden")
+        plan, recorder = self._plan(batch)
+        said = answer_rows(model, batch, plan, how.states == "hidden")
         answers = said.cross_entropy()
         apart = divergence(said.logits, lesson.beliefs, how.temperature)
         total = (1 - how.weight) * answers.total + how.weight * apart
         states = torch.zeros_like(total)
         if how.matches_states:
-            states = self._states(rows, taught, recorder, said.hidden, lesson)
+            states = self._states(batch, taught, recorder, said.hidden, lesson)
             total = total + how.states_weight * states
         return StepLoss(total, answers, apart.detach(), states.detach())
 
-    def _plan(self, rows: Rows):
-        """The plan of ``rows``, and its recorder where keys and values are matched."""
-        plan = make_plan(self.execution, rows.layout)
+    def _plan(self, batch: Batch):
+        """The plan of a batch, and its recorder where keys and values are matched."""
+        plan = make_plan(self.execution, batch.layout)
         if self.distillation.states != "kv":
             return plan, None
-        recorder = Recorder(plan, question_rows(rows.layout))
+        recorder = Recorder(plan, question_rows(batch.layout))
         return recorder, recorder
 
-    def _states(self, rows: Rows, taught: Rows, recorder, hidden, lesson: Lesson) -> Tensor:
-        own, other = question_rows(rows.layout), question_rows(taught.layout)
+    def _states(self, batch: Batch, taught: Batch, recorder, hidden, lesson: Lesson) -> Tensor:
+        own, other = question_rows(batch.layout), question_rows(taught.layout)
         if recorder is None:
             errors = hidden_errors(hidden, lesson.hidden, own, other)
         else:
-            shift = taught.layout.position[other] - rows.layout.position[own]
+            shift = taught.layout.position[other] - batch.layout.position[own]
             errors = kv_errors(recorder, lesson.recorder, shift, self.rope)
-        return (errors * row_weights(rows.layout, rows.labels, own)).sum()
+        return (errors * row_weights(batch.layout, batch.labels, own)).sum()
+
+
+def batch_of(inputs: dict[str, Tensor], prefix: str = "") -> Batch:
+    """The student's rows of a collated batch, or the teacher's (``prefix="teacher_"``)."""
+    layout = Layout.unpack(inputs[f"{prefix}layout"])
+    return Batch(inputs[f"{prefix}input_ids"], layout, inputs[f"{prefix}labels"])

@@ -75,7 +75,7 @@ def make_plan_of(trainer: BlockSFTTrainer, examples: int, num_dropped: int = 0) 
     mean = sum(lengths) / len(lengths)
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     speed = trainer.speed
-    operations = speed.flops_per_token * mean * batch * steps
+    operations = speed.flops_per_token * mean * batch * steps * trainer.collator.row_growth
     return TrainingPlan(
         base_model=info.base_model,
         layout=describe_layout(info.layout, args.block_share, args.both_modes, info.link_mode),
@@ -98,11 +98,8 @@ def make_plan_of(trainer: BlockSFTTrainer, examples: int, num_dropped: int = 0) 
 
 def _peak(trainer: BlockSFTTrainer, longest: int) -> float:
     args = trainer.args
-    rows = longest * args.per_device_train_batch_size
-    answers = max(
-        sum(len(part["answer"]) for part in parts) for parts in trainer.train_dataset["parts"]
-    )
-    answers *= args.per_device_train_batch_size
+    rows = longest * args.per_device_train_batch_size * trainer.collator.row_growth
+    answers = max(trainer.train_dataset["answer_length"]) * args.per_device_train_batch_size
     return peak_bytes(trainer.size, rows, answers, args.gradient_checkpointing)
 
 

@@ -67,7 +67,7 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
         callbacks: list[TrainerCallback] | None = None,
     ):
         attach(model)
-        self.files, self.objective = files, objective
+        self.files, self.objective, self.collator = files, objective, collator
         with precision_kept(model):
             super().__init__(
                 model=model,
@@ -114,10 +114,9 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
 
     def _narrowed(self, model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Asks the selector of fresh rows, where it chooses by what the model makes of them."""
-        collator: BlockCollator = self.data_collator
-        if collator.check_layer is None:
+        layout, layer = Layout.unpack(inputs["layout"]), self.collator.check_layer
+        if layer is None:
             return inputs
-        layout, layer = Layout.unpack(inputs["layout"]), collator.check_layer
         with evaluating(model):
             states = states_at(
                 model,
@@ -128,7 +127,7 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
                 stop=not (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()),
             )
         layout = narrowed(
-            layout, states, layer, self.size.layers, collator.sampler, inputs["shares"]
+            layout, states, layer, self.size.layers, self.collator.sampler, inputs["shares"]
         )
         return {**inputs, "layout": layout.pack()}
 
@@ -158,7 +157,7 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Evaluation without augmentation, the same in every epoch."""
         varied = self.data_collator
-        self.data_collator = replace(varied, augmentation=Augmentation(), epoch=0)
+        self.data_collator = replace(self.collator, augmentation=Augmentation(), epoch=0)
         try:
             return super().get_eval_dataloader(eval_dataset)
         finally:
@@ -182,4 +181,4 @@ class _Rhythm(TrainerCallback):
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         # A resumed run counts epochs in fractions; rounding must not fall into the one before.
-        self.trainer.data_collator.epoch = int((state.epoch or 0) + 1e-6)
+        self.trainer.collator.epoch = int((state.epoch or 0) + 1e-6)

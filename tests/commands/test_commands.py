@@ -35,10 +35,14 @@ def questions(blocktune, tmp_path):
 
 def test_methods_are_listed_for_programs_and_people(blocktune):
     listed = json.loads(blocktune("methods", "--json").stdout)
-    assert [entry["name"] for entry in listed] == available()
-    assert all(entry["summary"] and entry["source"].startswith("http") for entry in listed)
-    text = blocktune("methods").stdout
-    assert all(name in text for name in available())
+    methods = [entry for entry in listed if entry["kind"] == "method"]
+    assert [entry["name"] for entry in methods] == available()
+    assert all(entry["summary"] and entry["source"].startswith("http") for entry in methods)
+    assert {entry["kind"] for entry in listed} == {"method", "selector", "reshape", "layout"}
+    lines = blocktune("methods").stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    starts = {line.split()[0] for line in lines if line.startswith("  ") and line[2] != " "}
+    assert {entry["name"] for entry in listed} <= starts
 
 
 def test_worlds_are_what_the_source_of_that_name_gives(questions):

@@ -1,11 +1,14 @@
 """`blocktune data`: every command teaches itself, does its work, and refuses in one line."""
 
 import json
+import sys
 
 import pytest
 from transformers import AutoTokenizer
 
 from blocktune.data import load_examples
+from blocktune.data.ruler.words import words_of
+from blocktune.engine import Engine
 
 DOCS = [
     {"text": "Anna Belt was born in Kirby.", "title": "Anna Belt"},
@@ -120,24 +123,31 @@ def test_mix(blocktune, tmp_path):
     assert (modes.count("block"), modes.count("full")) == (6, 10)
 
 
-def test_answer_is_the_models_own_and_resumes(blocktune, model, tmp_path):
+def test_answer_goes_on_after_a_stop(blocktune, model, tmp_path, monkeypatch):
     command = ("data", "answer", "code:?n=5&files=2", "--model", model, "--batch-size", 2)
     command += ("--max-new-tokens", 4, "--temperature", 0.9)
     whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
-    result = blocktune(*command, "-o", whole)
-    assert "0 answered before" in result.stdout
-    examples = load_examples(whole)
-    facts = examples[0].meta["answered_by"]
+    assert "0 answered before" in blocktune(*command, "-o", whole).stdout
+    facts = load_examples(whole)[0].meta["answered_by"]
     assert (facts["model"], facts["temperature"], facts["max_new_tokens"]) == (model, 0.9, 4)
-    part = tmp_path / "out.jsonl.part"
-    blocktune(*command, "-o", out)
+    answer, batches = Engine.answer, []
+
+    def stops_at_the_second_batch(self, batch, *args, **options):
+        batches.append(len(batch))
+        if len(batches) == 2:
+            raise KeyboardInterrupt
+        return answer(self, batch, *args, **options)
+
+    monkeypatch.setattr(Engine, "answer", stops_at_the_second_batch)
+    assert blocktune(*command, "-o", out).exit_code != 0
+    assert not out.exists()
+    result = blocktune(*command, "-o", out)
+    assert "2 answered before" in result.stdout
+    assert batches == [2, 2, 2, 1]
     assert out.read_bytes() == whole.read_bytes()
-    assert not part.exists()
 
 
 def test_answer_in_the_words_of_the_engine(blocktune, model, tmp_path):
-    from blocktune.engine import Engine
-
     out = tmp_path / "out.jsonl"
     source = "code:?n=3&files=2"
     blocktune(*("data", "answer", source, "-m", model, "--max-new-tokens", 3, "-o", out))
@@ -165,3 +175,24 @@ def test_mistakes_are_one_line_and_write_nothing(
     monkeypatch.chdir(tmp_path)
     assert message in refused("data", *arguments)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("package", "arguments"),
+    [
+        ("bm25s", ("passages", "code:?n=1", "--own", "-o", "x")),
+        ("sentencex", ("show", "docs.jsonl?as=document&chunker=sentence")),
+        ("wonderwords", ("write", "ruler:niah_single_1?length=900&n=1", "-o", "x")),
+    ],
+)
+def test_a_missing_package_names_its_extra(
+    refused, model, tmp_path, monkeypatch, package, arguments
+):
+    monkeypatch.chdir(tmp_path)
+    lines(tmp_path / "docs.jsonl", [{"text": "One. Two. Three. Four. Five. Six."}])
+    monkeypatch.setitem(sys.modules, package, None)
+    if package == "wonderwords":
+        arguments += ("--tokenizer", model)
+        words_of.cache_clear()
+    line = refused("data", *arguments)
+    assert f"this needs the package '{package}'; run pip install 'blocktune[data]'" in line

@@ -93,3 +93,19 @@ def test_only_correct_answers(tmp_path):
 def test_a_model_that_skips_a_question_is_our_bug(tmp_path):
     with pytest.raises(RuntimeError, match="3 questions got 1 answers"):
         run(tmp_path / "out.jsonl", lambda batch, number: ["x"])
+
+
+def test_nothing_right_writes_nothing(tmp_path):
+    path = tmp_path / "out.jsonl"
+    for _ in range(2):  # the answers are kept, to be read again with another filter
+        with pytest.raises(ValueError, match="of 10 answers 0 are empty and 10 mention no accep"):
+            run(path, lambda batch, number: ["x"] * len(batch), only_correct=True)
+    assert not path.exists()
+    assert run(path, None).written == 10
+
+
+def test_only_correct_needs_accepted_answers(tmp_path):
+    asked = [RagExample("Q?", (Chunk("C"),))]
+    with pytest.raises(ValueError, match=r"example 'Q\?' has no accepted answer to compare with"):
+        regenerate(asked, None, tmp_path / "o", facts={}, batch_size=1, only_correct=True)
+    assert list(tmp_path.iterdir()) == []

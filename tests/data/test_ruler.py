@@ -149,6 +149,16 @@ def test_wording_is_singular_for_one_and_plural_for_several(make):
     assert several.meta["instruction"].startswith("Some special magic numbers are hidden within")
 
 
+def test_formats_word_prompts_as_ruler_does():
+    niah, qa = RULER_TASKS["niah_multivalue"].format, RULER_TASKS["qa_2"].format
+    assert niah.render_question("What are all?") == "What are all?"
+    asked = "Answer the question based on the given documents. Only give me the answer and do not "
+    asked += "output any other words."
+    assert qa.instruction == f"{asked}\n\nThe following are given documents."
+    assert qa.render_question("Who?") == f"{asked}\n\nQuestion: Who?"
+    assert RULER_TASKS["vt"].format.render_question("Find.") == "Question: Find."
+
+
 def test_keys_and_values_are_of_their_kind(make):
     assert re.fullmatch(r"\d{7}", make("niah_single_2")[0].answers[0])
     uuid = r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"

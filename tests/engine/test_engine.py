@@ -71,7 +71,7 @@ def test_chunks_are_encoded_once_and_their_bytes_are_counted(engine):
 
 
 def test_encoding_a_corpus_holds_one_pass_of_it_at_a_time(engine, monkeypatch):
-    monkeypatch.setattr("blocktune.engine.encode.TOKENS_PER_PASS", 40)
+    monkeypatch.setattr("blocktune.engine.piece.TOKENS_PER_PASS", 40)
     encoder, held = engine._server.encoder, []
     find = encoder.find
 

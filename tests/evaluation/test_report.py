@@ -104,7 +104,7 @@ def test_findings_say_gaps_with_intervals_and_what_is_chance():
 
 def test_a_difference_within_chance_is_called_so():
     results = json.loads(json.dumps(fake_results()))
-    results["methods"]["kvlink"]["em_minus"]["block-attention"]["ci95"] = [-0.01, 0.04]
+    results["methods"]["kvlink"]["score_minus"]["block-attention"]["ci95"] = [-0.01, 0.04]
     assert findings(results)[5].endswith(": within chance at this number of questions.")
     del results["methods"]["naive"]
     assert findings(results) == []

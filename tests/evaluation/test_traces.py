@@ -94,7 +94,7 @@ def test_traces_are_served_from_empty_caches_and_summed_up(tmp_path):
 
 
 def test_the_shipped_suite_loads():
-    assert load_traces(Path("eval/suites/traces.yaml")).patterns
+    assert load_traces(Path("eval/traces.yaml")).patterns
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,8 @@
 
 import pytest
 
-from blocktune.hub.card import datasets_of, served_by
+from blocktune.hub.card import served_by
+from blocktune.hub.datasets import datasets_of
 from blocktune.hub.files import public
 from blocktune.prompt import LayoutSpec
 
@@ -20,9 +21,13 @@ def test_the_card_names_the_method_that_serves(layout, method):
 
 
 def test_data_sets_are_named_as_the_hub_knows_them():
-    data = ["hf:dgslibisey/MuSiQue?split=train", "worlds:train", {"data": "hf:a/b"}]
-    assert datasets_of({"data": data}) == ["dgslibisey/MuSiQue", "a/b"]
-    assert datasets_of({}) == []
+    parts = [{"source": "musique", "split": "train"}, {"source": "hf:a/b", "mode": "block"}]
+    assert datasets_of({"data": {"parts": parts, "seed": 1}}) == {
+        "dgslibisey/MuSiQue": "CC BY 4.0",
+        "a/b": "see its card",
+    }
+    assert list(datasets_of({"data": "hf:org/name?split=train"})) == ["org/name"]
+    assert datasets_of({"data": "worlds:train?seed=1"}) == datasets_of({}) == {}
 
 
 @pytest.mark.parametrize(

@@ -1,36 +1,16 @@
-"""The table of methods, and the contract that every one in it keeps."""
+"""The table of methods; what each of them keeps is in `test_contract`."""
+
+from pathlib import Path
 
 import pytest
-from engine.served import Ask, engine_of
-from families import FAMILIES
-from tiny_tokenizer import build_tokenizer
 
-from blocktune.prompt import Chunk, LayoutSpec, PromptFormat
-from blocktune.reuse import Weights, available, build, describe
+from blocktune.commands.methods import markdown_table
+from blocktune.prompt import LayoutSpec
+from blocktune.reuse import available, build, describe
+from blocktune.reuse.composition import PLACE_AND_ENCODE
+from blocktune.reuse.describe import GROUPS, LAYOUT_WORDS, describe_all
 
-
-def untuned() -> list[str]:
-    return [name for name in available() if build(name).weights is Weights.ANY]
-
-
-@pytest.fixture(scope="module")
-def bare():
-    """No template, no BOS, no instruction: a chunk is the first thing there is."""
-    tokenizer = build_tokenizer(None, bos_token=None)
-    words = PromptFormat(instruction="", question="Question: {question}")
-    return engine_of(FAMILIES["llama"](), tokenizer, words)
-
-
-@pytest.mark.parametrize("name", untuned())
-def test_one_chunk_alone_matches_full_prefill_or_says_it_does_not(bare, name):
-    ask = Ask("Who directed it?", (Chunk("The film Frozen Shore was directed by Noel Fisher."),))
-    full = bare.next_logits([ask], "full-prefill")
-    difference = (bare.next_logits([ask], name) - full).abs().max()
-    assert (difference < 1e-5) == build(name).exact_on_one_chunk
-
-
-def test_the_declared_exceptions_are_these():
-    assert [n for n in available() if not build(n).exact_on_one_chunk] == ["kvlink", "no-context"]
+README = Path(__file__).resolve().parents[2] / "README.md"
 
 
 @pytest.mark.parametrize("name", available())
@@ -41,6 +21,22 @@ def test_every_method_says_what_it_is(name):
     assert row.source.startswith("https://")
 
 
+def test_the_readme_holds_the_table_of_methods():
+    text = README.read_text(encoding="utf-8")
+    _, start, rest = text.partition("<!-- methods: blocktune methods --markdown -->\n")
+    table, end, _ = rest.partition("\n<!-- end of methods -->")
+    assert start
+    assert end
+    assert table == markdown_table(describe_all()), "put `blocktune methods --markdown` there"
+
+
+def test_everything_that_is_described_has_a_group_and_a_summary():
+    found = describe_all()
+    assert {entry.group for entry in found} <= GROUPS.keys()
+    assert all(entry.summary.endswith(".") for entry in found)
+    assert set(LAYOUT_WORDS) == set(PLACE_AND_ENCODE)
+
+
 def test_the_methods_of_the_spine_exist():
     wanted = {"full-prefill", "no-context", "prefix-cache", "naive", "block-attention", "kvlink"}
     assert wanted | {"cacheblend", "epic"} <= set(available())
@@ -49,8 +45,8 @@ def test_the_methods_of_the_spine_exist():
 @pytest.mark.parametrize(
     ("name", "parameters", "message"),
     [
-        ("cacheblnd", {}, "unknown reuse method 'cacheblnd'; available: block-attention, "),
-        ("epic", {"n": 3}, "'epic' takes k, share, got unknown n"),
+        ("cacheblnd", {}, "unknown reuse method 'cacheblnd'; available: ape, block-attention, "),
+        ("epic", {"n": 3}, "'epic' takes k, share, .* got unknown n"),
         ("naive", {"k": 3}, "'naive' takes no parameters, got unknown k"),
         ("epic", {"k": -1}, "k must be a number of tokens per chunk, at least 0, got -1"),
         ("epic", {"share": 15}, r"share must be a share .* \[0, 1\], got 15"),
@@ -66,7 +62,9 @@ def test_bad_names_and_values_are_refused_when_built(name, parameters, message):
 def test_adapters_are_served_as_they_were_trained():
     linked = LayoutSpec(num_links=2)
     assert build("kvlink").layout(linked) == linked
-    assert build("epic").layout(linked) == linked
+    assert build("kvlink + epic").layout(linked) == linked
+    with pytest.raises(ValueError, match=r"'epic' does not say .*compose them: 'kvlink \+ epic'"):
+        build("epic").layout(linked)
     assert build("full-prefill").layout(linked) == LayoutSpec(block=False)
     with pytest.raises(ValueError, match=r"'block-attention' needs .* got one with link tokens"):
         build("block-attention").layout(linked)

@@ -60,6 +60,15 @@ def test_long_examples_are_refused_by_name():
         prepared(toy_examples(8), limit=longest - 1)
 
 
+def test_examples_that_only_a_gap_or_a_packed_row_makes_too_long():
+    longest = max(prepared(toy_examples(8)).dataset["length"])
+    with pytest.raises(ValueError, match=rf"{longest} tokens, a packed row holds {longest - 1}"):
+        prepared(toy_examples(8), pack_length=longest - 1)
+    with pytest.raises(ValueError, match="positions that may jump by 8, the limit is"):
+        prepared(toy_examples(8), limit=longest + 7, position_gap=2)
+    prepared(toy_examples(8), limit=longest + 8, position_gap=2)
+
+
 def test_long_examples_are_dropped_and_counted():
     lengths = prepared(toy_examples(8)).dataset["length"]
     kept = prepared(toy_examples(8), limit=max(lengths) - 1, drop_long=True)

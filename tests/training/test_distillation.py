@@ -79,13 +79,14 @@ DISTILL = {"distill_weight": 0.6, "distill_top_k": 8, "distill_temperature": 2.0
 
 @pytest.mark.parametrize("states", ["none", "hidden", "kv"])
 def test_a_batch_may_be_cut_or_packed_in_any_way(tmp_path, states):
-    options = DISTILL | {"distill_states": states, "block_share": 0.75}
+    options = DISTILL | {"distill_states": states, "block_share": 0.75, "train_limit": 8}
     whole, gradients, _ = loss_of_step(tmp_path, **options, **{SIZE: 8, STEPS: 1})
-    cut, summed, _ = loss_of_step(tmp_path, **options, **{SIZE: 1, STEPS: 8})
-    assert cut == pytest.approx(whole, rel=1e-5)
-    assert set(summed) == set(gradients)
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(summed[name], gradient, rtol=1e-4, atol=1e-6)
+    for other in ({SIZE: 1, STEPS: 8}, {SIZE: 8, STEPS: 1, "pack_length": 250}):
+        cut, summed, _ = loss_of_step(tmp_path, **options, **other)
+        assert cut == pytest.approx(whole, rel=1e-5)
+        assert set(summed) == set(gradients)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(summed[name], gradient, rtol=1e-4, atol=1e-6)
 
 
 def test_one_forward_each_and_no_second_model(tmp_path):

@@ -47,8 +47,8 @@ def run(name: str, program: Path, config: Path) -> subprocess.CompletedProcess:
     )
 
 
-def launch(name: str, folder: Path) -> tuple[list[float], AdapterInfo]:
-    """Runs the recipe; its losses and the adapter's metadata."""
+def launch(name: str, folder: Path, **more) -> tuple[list[float], AdapterInfo]:
+    """Runs the recipe, with ``more`` options; its losses and the adapter's metadata."""
     world_size, _ = LAUNCHES[name]
     config = write_run(
         folder,
@@ -58,6 +58,7 @@ def launch(name: str, folder: Path) -> tuple[list[float], AdapterInfo]:
         block_share=0.5,
         learning_rate=2e-3,
         seed=5,
+        **more,
     )
     done = run(name, PROGRAMS.get(name, RECIPE), config)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -26,7 +26,7 @@ def add_to(group: typer.Typer) -> None:
 def answer(
     source: Source,
     output: Output,
-    model: Model,
+    model: Model = None,
     adapter: Adapter = None,
     limit: Limit = None,
     split: Split = None,

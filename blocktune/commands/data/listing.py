@@ -57,24 +57,32 @@ def _facts() -> dict:
 
 
 def _tables():
-    from rich.table import Table
-
     facts = _facts()
-    table = Table("name", "on the Hub", "licence", "a record becomes", title="data sets")
+    table = _table("data sets", "name", "on the Hub", "licence", "a record becomes")
     for name, entry in facts["data_sets"].items():
         hub = entry["hub"] + (f":{entry['config']}" if entry["config"] else "")
         table.add_row(name, hub, entry["licence"], entry["becomes"])
     yield table
-    table = Table("source", "an example is", title="generators")
+    table = _table("generators", "source", "an example is")
     for entry in facts["generators"].values():
         table.add_row(entry["example"], entry["becomes"])
     yield table
-    table = Table("as=", "told by the fields", "cut by", title="record shapes of files")
+    table = _table("record shapes of files", "as=", "told by the fields", "cut by")
     for name, entry in facts["shapes"].items():
         fields = " or ".join(", ".join(keys) for keys in entry["fields"])
         table.add_row(name, fields or "(name it)", entry["chunker"] or "(has chunks)")
     yield table
-    table = Table("chunker=", "what it does", title="chunkers")
+    table = _table("chunkers", "chunker=", "what it does")
     for name, summary in facts["chunkers"].items():
-        table.add_row(name, summary)
+        table.add_row(name, summary.replace("``", ""))
     yield table
+
+
+def _table(title: str, *columns: str):
+    """A table that folds what is too long: names are there to be copied."""
+    from rich.table import Table
+
+    table = Table(title=title)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table

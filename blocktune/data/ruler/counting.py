@@ -33,7 +33,8 @@ def make_common_words(rng: Random, size: int, length: int) -> Problem:
     Args:
         rng: Source of everything.
         size: Different words, more than ten.
-        length: Tokens of the whole prompt: short ones repeat 6 to 1, others 30 to 3 times.
+        length: Tokens of the prompt with its answer; short ones repeat words 6 to 1 times, others
+            30 to 3.
     """
     few = length < SHORT
     shown, answer = _list(rng, 20 if few else 40, (3, 1) if few else (10, 3))
@@ -51,7 +52,7 @@ def make_frequent_words(rng: Random, size: int, length: int) -> Problem:
     Args:
         rng: Source of everything.
         size: About as many words, the noise included.
-        length: Tokens of the whole prompt; a fiftieth of it is the vocabulary.
+        length: Tokens of the prompt without its answer; a fiftieth of it is the vocabulary.
     """
 
     def draw() -> str:

@@ -100,7 +100,9 @@ def _makers(config: RulerConfig, task: RulerTask) -> Callable[[int], Maker]:
         "niah": lambda rng, size: make_niah(task.niah, rng, size, essay),
         "vt": make_chain,
         "cwe": lambda rng, size: make_common_words(rng, size, config.length),
-        "fwe": lambda rng, size: make_frequent_words(rng, size, config.length),
+        "fwe": lambda rng, size: make_frequent_words(
+            rng, size, config.length - task.max_new_tokens
+        ),
     }
     return lambda index: makers[task.family]
 

@@ -17,10 +17,6 @@ _FWE_INSTRUCTION = (
     "Read the following coded text and track the frequency of each coded word. Find the three most "
     "frequently appeared coded words."
 )
-_QA_INSTRUCTION = (
-    "Answer the question based on the given documents. Only give me the answer and do not output "
-    "any other words.\n\nThe following are given documents."
-)
 
 
 @dataclass(frozen=True)
@@ -34,6 +30,7 @@ class RulerTask:
         max_new_tokens: Longest answer, counted in the length of the prompt as RULER does.
         least: Smallest size of the context: lines, sentences, words or documents.
         niah: The variant of a needle task, else None.
+        question: What RULER says around the question, after the context.
     """
 
     family: str
@@ -42,6 +39,7 @@ class RulerTask:
     max_new_tokens: int
     least: int = 1
     niah: Niah | None = None
+    question: str = "Question: {question}"
 
     @property
     def format(self) -> PromptFormat:
@@ -50,7 +48,7 @@ class RulerTask:
             instruction=self.instruction,
             titled="{title}\n{text}\n",
             untitled="{text}\n",
-            question="Question: {question}",
+            question=self.question,
         )
 
 
@@ -63,7 +61,15 @@ def _niah(haystack: str, **changes) -> RulerTask:
         f"{some} special magic {kind} {are} hidden within the following text. Make sure to "
         f"memorize it. I will quiz you about the {kind} afterwards."
     )
-    return RulerTask("niah", instruction, ALL, 128, niah=variant)
+    return RulerTask("niah", instruction, ALL, 128, niah=variant, question="{question}")
+
+
+def _qa(dataset: str) -> RulerTask:
+    asked = "Answer the question based on the given documents. Only give me the answer and do not "
+    asked += "output any other words."
+    instruction = f"{asked}\n\nThe following are given documents."
+    question = f"{asked}\n\nQuestion: {{question}}"
+    return RulerTask(dataset, instruction, ANY, 32, question=question)
 
 
 RULER_TASKS = {
@@ -78,7 +84,7 @@ RULER_TASKS = {
     "vt": RulerTask("vt", VT_INSTRUCTION, ALL, 30),
     "cwe": RulerTask("cwe", CWE_INSTRUCTION, ALL, 120, least=11),
     "fwe": RulerTask("fwe", _FWE_INSTRUCTION, ALL, 50, least=64),
-    "qa_1": RulerTask("squad", _QA_INSTRUCTION, ANY, 32),
-    "qa_2": RulerTask("hotpotqa", _QA_INSTRUCTION, ANY, 32),
+    "qa_1": _qa("squad"),
+    "qa_2": _qa("hotpotqa"),
 }
 """By RULER's name. Source: ``scripts/synthetic.yaml`` and ``constants.py`` of its repository."""

@@ -70,17 +70,10 @@ def _several(read: Callable[[str], Any]) -> Callable[[str], tuple]:
     return lambda text: tuple(read(part) for part in text.split(","))
 
 
-def _flag(text: str) -> bool:
-    if text not in ("true", "false"):
-        raise ValueError
-    return text == "true"
-
-
 _READERS: dict[str, tuple[Callable[[str], Any], str]] = {
     "int": (int, "a whole number"),
     "int | None": (int, "a whole number"),
     "float": (float, "a number"),
-    "bool": (_flag, "true or false"),
     "str": (str, "text"),
     "str | None": (str, "text"),
     "tuple[int, ...]": (_several(int), "whole numbers with commas between"),

@@ -16,7 +16,7 @@ class FullPrefill(Method):
     source: ClassVar[str] = "https://arxiv.org/abs/1706.03762"
     cached: ClassVar[Cached] = Cached.NOTHING
 
-    def layout(self, trained: LayoutSpec | None) -> LayoutSpec:
+    def arrange(self, spec: LayoutSpec) -> LayoutSpec:
         """Full attention, whatever the adapter was trained for."""
         return LayoutSpec(block=False)
 

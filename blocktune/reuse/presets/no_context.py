@@ -17,6 +17,6 @@ class NoContext(Method):
     keeps_context: ClassVar[bool] = False
     exact_on_one_chunk: ClassVar[bool] = False
 
-    def layout(self, trained: LayoutSpec | None) -> LayoutSpec:
+    def arrange(self, spec: LayoutSpec) -> LayoutSpec:
         """Full attention over prefix and question."""
         return LayoutSpec(block=False)

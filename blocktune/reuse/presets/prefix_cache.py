@@ -16,7 +16,7 @@ class PrefixCache(Method):
     source: ClassVar[str] = "https://arxiv.org/abs/2312.07104"
     cached: ClassVar[Cached] = Cached.EXACT_PREFIX
 
-    def layout(self, trained: LayoutSpec | None) -> LayoutSpec:
+    def arrange(self, spec: LayoutSpec) -> LayoutSpec:
         """Full attention: only then is a prefix's state what a full prefill would make."""
         return LayoutSpec(block=False)
 

@@ -9,7 +9,6 @@ from blocktune.reuse.base import Method, register
 from blocktune.select import Deviation, Selection
 
 
-@register("p+s+r")
 @register("psr")
 @dataclass(frozen=True)
 class Psr(Method):
@@ -40,3 +39,9 @@ class Psr(Method):
     def reshape(self) -> Reshape:
         """A softmax of their own for reused tokens."""
         return ScaledContext(temperature=self.temperature, scale=self.scale)
+
+
+@register("p+s+r")
+@dataclass(frozen=True)
+class Whole(Psr):
+    """PSR by the name that it has among its own ablations: blanks, recompute and scale."""

@@ -1,0 +1,7 @@
+"""Speed on this machine, with what the machine can at best beside it."""
+
+from blocktune.bench.attention import AttentionBench, bench_attention
+from blocktune.bench.reuse import bench_reuse
+from blocktune.bench.setting import TARGETS, TINY, ReuseBench
+
+__all__ = ["TARGETS", "TINY", "AttentionBench", "ReuseBench", "bench_attention", "bench_reuse"]

@@ -1,0 +1,132 @@
+"""Time to the first logits of reuse methods, against a full prefill and what is the least to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from blocktune.attention.cached import CachePlan
+from blocktune.bench.setting import TARGETS, ReuseBench
+from blocktune.bench.timing import Times, copy_rate, matmul_rate, ratio, spread, take_turns, threads
+from blocktune.engine import Account, Engine, Sampling
+from blocktune.engine.rows import computed_rows
+from blocktune.engine.run import Run
+from blocktune.layout import Kind
+from blocktune.prompt import Pieces
+from blocktune.provenance import hardware, versions
+from blocktune.reuse import Method
+
+
+def bench_reuse(bench: ReuseBench | None = None) -> dict[str, Any]:
+    """Times prefills by several methods in turn, chunks encoded beforehand and kept in memory.
+
+    A method's time is all from token pieces to the logits after the question: finding the chunks,
+    moving their keys, joining the caches, choosing, computing. ``full`` is the faster of this
+    engine's and the stock model's full prefill in each round; ``query_only`` computes the question
+    over a cache that is already assembled.
+
+    Returns:
+        The ratios of `TARGETS` (medians of the ratios within each round) and the targets;
+        ``seconds`` of each (median, least, greatest); and per method what it moved and computed:
+        its bytes, its operations, and the seconds that they would take at the measured copy and
+        matmul rates; the setting, the hardware and the versions.
+    """
+    bench = bench or ReuseBench()
+    with threads(bench.threads), torch.no_grad():
+        engine = bench.engine()
+        pieces = bench.pieces(len(engine.tokenizer))
+        methods = bench.methods()
+        accounts = {name: _account(engine, pieces, method) for name, method in methods.items()}
+        times = take_turns(_works(engine, pieces, methods), bench.repeats)
+        rates = (copy_rate(), matmul_rate())
+    times["full"] = [
+        min(pair) for pair in zip(times["full_engine"], times["full_stock"], strict=True)
+    ]
+    return _report(bench, times, accounts, rates)
+
+
+def _works(
+    engine: Engine, pieces: Pieces, methods: dict[str, Method]
+) -> dict[str, Callable[[], object]]:
+    def of(method: Method) -> Callable[[], object]:
+        return lambda: engine.start([pieces], method)
+
+    works = {name: of(method) for name, method in methods.items()}
+    works["full_engine"] = works.pop("full")
+    works["full_stock"] = _stock(engine, pieces)
+    works["query_only"] = _query_only(engine, engine.start([pieces], methods["naive"]))
+    return works
+
+
+def _stock(engine: Engine, pieces: Pieces) -> Callable[[], object]:
+    """The model by itself, with the attention it comes with."""
+    ids = torch.tensor([sum(pieces.chunks, ()) + pieces.query])
+
+    def work() -> None:
+        with engine.stock_attention() as model:
+            model(ids, use_cache=True, logits_to_keep=1)
+
+    return work
+
+
+def _query_only(engine: Engine, run: Run) -> Callable[[], object]:
+    """Computes the question again over the cache of a run, writing over its own columns."""
+    asked = run.batch.layout.kind == Kind.QUERY
+    rows = computed_rows(run.batch, asked)
+
+    def work() -> None:
+        run.cache.select(rows.columns)
+        engine.model(
+            rows.ids,
+            position_ids=rows.rows.position,
+            plan=CachePlan(rows.rows, run.columns),
+            past_key_values=run.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+
+    return work
+
+
+def _account(engine: Engine, pieces: Pieces, method: Method) -> Account:
+    """What a method costs once its chunks are cached."""
+    engine.start([pieces], "naive")
+    return engine.start([pieces], method).answers(Sampling(), 1, (0,))[0].account
+
+
+def _report(
+    bench: ReuseBench,
+    times: Times,
+    accounts: dict[str, Account],
+    rates: tuple[float, float],
+) -> dict[str, Any]:
+    """The numbers as `bench_reuse` returns them; rates are bytes and operations per second."""
+    copy, matmul = rates
+    return {
+        "cacheblend_over_full": ratio(times, "cacheblend", "full"),
+        "epic_over_full": ratio(times, "epic", "full"),
+        "naive_over_query_only": ratio(times, "naive", "query_only"),
+        "targets": TARGETS,
+        "seconds": {name: spread(values) for name, values in times.items()},
+        "bytes_per_s_copied": copy,
+        "flops_per_s_matmul": matmul,
+        "cost": {name: _cost(account, copy, matmul) for name, account in accounts.items()},
+        "setting": {**asdict(bench), "dtype": "float32"},
+        "hardware": hardware(),
+        "versions": versions(),
+    }
+
+
+def _cost(account: Account, copy: float, matmul: float) -> dict[str, float]:
+    """What a method moved and computed, and the least seconds that this takes here."""
+    return {
+        "recompute_ratio": account.recompute_ratio,
+        "bytes_read": account.bytes_read,
+        "bytes_moved": account.bytes_moved,
+        "bytes_over_copy_rate_s": account.bytes_read / copy,
+        "flops": account.flops,
+        "flops_over_matmul_rate_s": account.flops / matmul,
+    }

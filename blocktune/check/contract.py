@@ -1,0 +1,193 @@
+"""What every method keeps, whoever wrote it: the invariants, as claims about one method.
+
+Each claim compares what the engine serves with something that needs no trust: one dense forward,
+the same rows in another order, the same answer in one piece. A method whose rules differ says so
+in attributes of its class (`Method`, `Selection`, `Reshape`), which the claims read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from blocktune.check.claim import Check, difference, tolerance_of
+from blocktune.check.requests import ALONE, ASK, OTHER, SHORT, Ask
+from blocktune.check.serving import Subject, chosen_rows, dense_logits, reach
+from blocktune.engine import Engine
+from blocktune.layout import Kind
+from blocktune.reuse import Cached, Method, Weights, compose
+from blocktune.select import Everything, FirstK, Selection
+from blocktune.specimen import specimen_engine
+
+Pairs = Iterator[tuple[Tensor, Tensor]]
+"""Tensors that must be equal."""
+Claim = Callable[[Subject], Check]
+ALONE_CLAIM = "one chunk alone = full prefill, or a declared exception"
+
+
+def check_method(method: Method, engine: Engine | None = None) -> list[Check]:
+    """Holds a method to every claim that applies to it.
+
+    Args:
+        method: A preset, or a composition.
+        engine: Of a model with the weights the method needs; None: a small random one. Its caches
+            are emptied. That one chunk alone is a full prefill is always checked on a small one.
+
+    Returns:
+        One `Check` per claim; the method keeps its contract if all passed.
+    """
+    bare = specimen_engine(method.weights, bare=True)
+    subject = Subject(method, engine or specimen_engine(method.weights), bare)
+    with torch.no_grad():
+        return [check(subject) for check in claims(method).values()]
+
+
+def claims(method: Method) -> dict[str, Claim]:
+    """The claims that apply to a method, by name; a `Subject` to a `Check` each."""
+    pairs: dict[str, Callable[[Subject], Pairs]] = {
+        "no token sees a later one": _no_future,
+        "batch = single": _batch_is_single,
+        "decoding = one forward": _decoding_is_one_forward,
+    }
+    if method.cached is Cached.CHUNKS:
+        pairs |= _of_reuse(method)
+    else:
+        pairs["served = one dense forward"] = _exact_is_dense
+    return {ALONE_CLAIM: _one_chunk_alone} | {n: _equal(n, made) for n, made in pairs.items()}
+
+
+def _of_reuse(method: Method) -> dict[str, Callable[[Subject], Pairs]]:
+    """What is claimed of methods that take chunks from caches."""
+    pairs = {}
+    if method.weights is not Weights.WRAPS:  # what wraps a chunk stays as it was stored
+        pairs["everything fresh = full prefill of the same rows"] = _everything_fresh
+    if not method.recalls:  # what those store depends on what came before
+        pairs["nothing fresh = plain reuse, as one dense forward"] = _nothing_fresh
+        pairs["order of stored chunks does not matter"] = _order_of_storing
+        if _takes_budget(method.selection()):
+            pairs["a budget of nothing or all = nothing or all"] = _budget_ends
+    if method.reshape() is not None:
+        pairs["a neutral reshape = none"] = _neutral_reshape
+    return pairs
+
+
+def _one_chunk_alone(subject: Subject) -> Check:
+    """Equal to a full prefill where the method says so, and different where it says not."""
+    method, bare = subject.method, subject.bare
+    bare.forget()
+    full = bare.next_logits([ALONE], "full-prefill")
+    moved = difference(bare.next_logits([ALONE], method), full)
+    tolerance = tolerance_of(bare, full) * reach(bare, method, ALONE)
+    return Check(ALONE_CLAIM, (moved <= tolerance) == method.exact_on_one_chunk, moved, tolerance)
+
+
+def _equal(name: str, pairs: Callable[[Subject], Pairs]) -> Claim:
+    """The claim that all pairs are equal; what is no number is equal to nothing."""
+
+    def check(subject: Subject) -> Check:
+        seen, tolerance = [], 0.0
+        for left, right in pairs(subject):
+            seen.append(difference(left, right))
+            tolerance = max(tolerance, tolerance_of(subject.engine, right))
+        tolerance *= reach(subject.engine, subject.method, ASK)
+        return Check(name, all(moved <= tolerance for moved in seen), max(seen), tolerance)
+
+    return check
+
+
+def _everything_fresh(subject: Subject) -> Pairs:
+    method = _neutral(compose(subject.method, select=Everything()))
+    yield subject.logits(method), dense_logits(subject, method, everything_visible=True)
+
+
+def _nothing_fresh(subject: Subject) -> Pairs:
+    method = compose(subject.method, select=None, reshape=None)
+    yield subject.logits(method), dense_logits(subject, method)
+
+
+def _exact_is_dense(subject: Subject) -> Pairs:
+    yield subject.logits(subject.method), dense_logits(subject, subject.method)
+
+
+def _budget_ends(subject: Subject) -> Pairs:
+    method = subject.method
+    everything, all_of_it = compose(method, select=Everything()), compose(method, budget=1.0)
+    yield subject.logits(all_of_it), subject.logits(everything)
+    if not method.selection().keeps_keys:  # what judged the tokens then stays in the cache
+        yield (
+            subject.logits(compose(method, budget=0.0)),
+            subject.logits(compose(method, select=None)),
+        )
+
+
+def _neutral_reshape(subject: Subject) -> Pairs:
+    neutral, none = _neutral(subject.method), compose(subject.method, reshape=None)
+    left, right = subject.run(neutral), subject.run(none)
+    yield left.prefill.logits, right.prefill.logits
+    (ids, after), (same, expected) = left.continued(3), right.continued(3)
+    assert ids == same, "equal logits decode alike"
+    yield after, expected
+
+
+def _no_future(subject: Subject) -> Pairs:
+    """Columns before the question, when another question is asked."""
+    for method in _with_fixed_choices(subject.method):
+        left, right = subject.run(method), subject.run(method, OTHER)
+        if chosen_rows(left) != chosen_rows(right):
+            continue  # the question may choose; then it shows under the choices that are fixed
+        until = int(left.batch.layout.order[left.batch.layout.kind == Kind.QUERY].min())
+        for one, other in zip(left.cache.layers, right.cache.layers, strict=True):
+            yield one.keys[:, :, :until], other.keys[:, :, :until]
+            yield one.values[:, :, :until], other.values[:, :, :until]
+
+
+def _order_of_storing(subject: Subject) -> Pairs:
+    engine, method = subject.engine, subject.method
+    expected = subject.logits(method)
+    engine.forget()
+    for chunk in reversed(ASK.chunks):
+        engine.next_logits([Ask("Why?", (chunk, *SHORT.chunks))], method)
+    yield engine.next_logits([ASK], method)[0], expected
+
+
+def _batch_is_single(subject: Subject) -> Pairs:
+    engine, asks = subject.engine, [ASK, SHORT]
+    engine.forget()
+    alone = [engine.next_logits([ask], subject.method) for ask in asks]
+    engine.forget()
+    yield engine.next_logits(asks, subject.method), torch.cat(alone)
+
+
+def _decoding_is_one_forward(subject: Subject) -> Pairs:
+    """A few decoded tokens, and the same tokens given behind the question."""
+    for method in _with_fixed_choices(subject.method):
+        run = subject.run(method)
+        chosen = chosen_rows(run)
+        ids, logits = run.continued(3)
+        whole = subject.run(method, answer=ids)
+        if chosen_rows(whole) == chosen:  # a share of the whole prompt is of more tokens now
+            yield logits, whole.prefill.logits
+            return
+    raise AssertionError("no choice of tokens stayed the same")
+
+
+def _with_fixed_choices(method: Method) -> list[Method]:
+    """The method, and its place, encoding and reshape under choices that no question changes."""
+    if method.cached is not Cached.CHUNKS:
+        return [method]
+    return [method, *(compose(method, select=one) for one in (FirstK(k=3), Everything()))]
+
+
+def _takes_budget(selection: Selection) -> bool:
+    try:
+        selection.with_budget(1.0)
+    except ValueError:
+        return False
+    return True
+
+
+def _neutral(method: Method) -> Method:
+    reshape = method.reshape()
+    return compose(method, reshape=None if reshape is None else reshape.neutral())

@@ -1,0 +1,28 @@
+"""The requests that methods are checked on: short, ragged, one of them a single chunk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from blocktune.prompt import Chunk
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A question over chunks; the engine's `Request`."""
+
+    question: str
+    chunks: tuple[Chunk, ...]
+
+
+ASK = Ask(
+    "Who directed it?",
+    (
+        Chunk("Anna Belt was born in Port Alder.", "Anna Belt"),
+        Chunk("She moved to Kirby."),
+        Chunk("The film was directed by Noel Fisher.", "Frozen Shore"),
+    ),
+)
+OTHER = Ask("And where was the music written?", ASK.chunks)
+SHORT = Ask("Who?", (Chunk("It was shot in 1966."), Chunk("The company is in Lorne.")))
+ALONE = Ask("Who directed it?", ASK.chunks[2:])

@@ -1,0 +1,77 @@
+"""Serving a method for a check, and what it must equal: one dense forward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from blocktune.attention import DensePlan
+from blocktune.check.requests import ASK, Ask
+from blocktune.engine import Engine
+from blocktune.engine.run import Run
+from blocktune.layout import GLOBAL, Kind, Layout
+from blocktune.prompt import stack
+from blocktune.reuse import Method
+
+POSITIONS = 256
+"""Up to here the tolerance holds; float32 angles are wrong in proportion to the position."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A method on an engine.
+
+    Attributes:
+        method: Whose contract it is.
+        engine: With the weights that the method needs.
+        bare: Another one, in whose prompts nothing stands before the first chunk.
+    """
+
+    method: Method
+    engine: Engine
+    bare: Engine
+
+    def run(self, method: Method, ask: Ask = ASK, answer: tuple[int, ...] = ()) -> Run:
+        """A request up to its first logits, or those after ``answer`` given beforehand."""
+        self.engine.forget()
+        pieces = self.engine.prompts.pieces(ask, method)._replace(answer=answer)
+        return self.engine.start([pieces], method)
+
+    def logits(self, method: Method) -> Tensor:
+        """``(V,)`` after the prompt of `ASK`."""
+        return self.run(method).prefill.logits[0]
+
+
+def chosen_rows(run: Run) -> list[list[int]]:
+    """Chunk tokens that were computed, by pass, as columns of the first prompt."""
+    plans = run.prefill.plans
+    return [plan.query.order[0][plan.query.kind[0] == Kind.CHUNK].tolist() for plan in plans]
+
+
+def dense_logits(subject: Subject, method: Method, everything_visible: bool = False) -> Tensor:
+    """Logits ``(V,)`` after the prompt, in one forward under the dense mask of its layout."""
+    engine = subject.engine
+    engine.forget()
+    prompt = engine.prompts.prompt(engine.prompts.pieces(ASK, method), engine.prompts.spec(method))
+    batch = stack([prompt], pad_id=0).to(engine.model.device)
+    ids, layout = batch.input_ids, batch.layout
+    if everything_visible:
+        ids, layout = _without_ghosts(ids, layout)
+    position = layout.position
+    output = engine.model(ids, position_ids=position, plan=DensePlan(layout), use_cache=False)
+    return output.logits[0, -1]
+
+
+def _without_ghosts(ids: Tensor, layout: Layout) -> tuple[Tensor, Layout]:
+    """The same rows in full attention: nothing hidden, each row sees all before it."""
+    kept = layout.kind[0] != Kind.GHOST
+    layout = layout.map(lambda field: field[:, kept])
+    return ids[:, kept], replace(layout, group=torch.full_like(layout.group, GLOBAL))
+
+
+def reach(engine: Engine, method: Method, ask: Ask) -> float:
+    """How much larger than usual the tolerance is, for the positions that a prompt reaches."""
+    prompt = engine.prompts.prompt(engine.prompts.pieces(ask, method), engine.prompts.spec(method))
+    return max(1.0, int(prompt.layout.position.max()) / POSITIONS)

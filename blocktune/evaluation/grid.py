@@ -1,0 +1,145 @@
+"""What a tuner tries: a method, the values of its parameters, and held-out questions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from blocktune.data.sources.catalog import CATALOG
+from blocktune.evaluation.strict import entries, load_yaml, mapping, read
+from blocktune.evaluation.suite import MethodSpec, Suite, TtftSpec
+from blocktune.evaluation.task import TaskSpec, parse_task
+from blocktune.reuse import build_entry
+
+OWN_KEYS = ("budget",)
+"""Keys of a method's entry that a path without a dot may name; others are the preset's."""
+TEST = re.compile(r"(?<![a-z])test(?![a-z])")
+
+
+class Point(NamedTuple):
+    """One choice of values: its label, the values by path, and the method's entry."""
+
+    label: str
+    values: dict[str, Any]
+    entry: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TuneSpec:
+    """A tuning run.
+
+    Attributes:
+        model: Path or hub name of the base model.
+        method: A name, a composition as one says it, or an entry as in a suite.
+        grid: Values to try, by what they are of: a parameter of the preset (``ratio``), ``budget``,
+            or a path into the entry (``layout.num_ghosts``, ``select.deviation.ratio``).
+        task: Held-out questions to choose by; its ``metric`` decides.
+        adapter: Folder of the adapter, or None.
+        dtype: Of weights and caches.
+        quantize: As in a suite.
+        device: As in a suite.
+        seed: Of the bootstrap.
+        batch_size: Prompts answered at a time.
+
+    Raises:
+        ValueError: If the grid is empty, a value is no list, a method cannot be built, or the
+            questions are of a test split.
+    """
+
+    model: str
+    method: Any
+    grid: Mapping[str, Any]
+    task: TaskSpec
+    adapter: str | None = None
+    dtype: str = "auto"
+    quantize: str | None = None
+    device: str | None = None
+    seed: int = 0
+    batch_size: int = 16
+
+    def __post_init__(self):
+        refuse_test(self.task.source)
+        if not self.grid:
+            raise ValueError("grid must name at least one parameter with its values")
+        for path, values in self.grid.items():
+            entries(values, f"grid '{path}'")
+        for point in self.points():
+            build_entry(point.entry)  # a wrong name or value is refused before anything runs
+
+    def points(self) -> Iterator[Point]:
+        """Every combination of the grid's values, the last path changing fastest."""
+        for values in product(*self.grid.values()):
+            chosen = dict(zip(self.grid, values, strict=True))
+            label = ",".join(f"{path}={value}" for path, value in chosen.items())
+            yield Point(label, chosen, _entry(self.method, chosen))
+
+    def suite(self) -> Suite:
+        """The run as a suite with a method per point, nothing timed."""
+        keys = ("model", "dtype", "quantize", "device", "seed", "batch_size")
+        methods = tuple(
+            MethodSpec(**p.entry, adapter=self.adapter, label=p.label) for p in self.points()
+        )
+        given = {key: getattr(self, key) for key in keys}
+        return Suite(**given, methods=methods, tasks=(self.task,), ttft=TtftSpec(num=0))
+
+
+def load_tuning(path: str | Path) -> TuneSpec:
+    """Reads a tuning run from strict YAML.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: In one line: the file, the place in it, what was wanted and what came.
+    """
+    return parse_tuning(load_yaml(path, "tuning run", "see eval/tuning/ for examples"), str(path))
+
+
+def parse_tuning(record: Any, where: str = "tuning run") -> TuneSpec:
+    """Builds a run from decoded YAML; ``where`` opens every error.
+
+    Raises:
+        ValueError: If a key is unknown or missing, or a value is not accepted.
+    """
+    values = dict(mapping(record, where))
+    if "task" in values:
+        values["task"] = parse_task(values["task"], f"{where}: task")
+    return read(TuneSpec, values, where)
+
+
+def refuse_test(source: str) -> None:
+    """Refuses questions that a final comparison is made on.
+
+    Raises:
+        ValueError: If the split, an option or the file's name says ``test``.
+    """
+    name, _, options = source.partition("?")
+    default = CATALOG[name].split if name in CATALOG and "split=" not in options else ""
+    shown = f"{Path(name).name}?{options}?{default}".lower()  # not the folders above a file
+    if TEST.search(shown):
+        raise ValueError(
+            f"'{source}' is a test split; parameters are tuned on held-out questions, such as "
+            "'worlds:dev', and compared on the test split once"
+        )
+
+
+def _entry(method: Any, chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """The method's entry with the chosen values in it."""
+    entry = {"name": method} if isinstance(method, str) else deepcopy(dict(method))
+    entry.setdefault("name", entry.get("preset"))
+    for path, value in chosen.items():
+        first, *rest = path.split(".")
+        keys = [first, *rest] if rest or first in OWN_KEYS else ["params", first]
+        _set(entry, keys, value, path)
+    return entry
+
+
+def _set(entry: dict[str, Any], keys: list[str], value: Any, path: str) -> None:
+    for key in keys[:-1]:
+        entry = entry.setdefault(key, {})
+        if not isinstance(entry, dict):
+            raise ValueError(f"grid '{path}': '{key}' of the method is no mapping, got {entry!r}")
+    entry[keys[-1]] = value

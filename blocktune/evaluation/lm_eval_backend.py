@@ -1,0 +1,201 @@
+"""blocktune as a model of lm-evaluation-harness, with chunks apart or in full attention.
+
+    python -m blocktune.evaluation.lm_eval_backend --model blocktune \
+      --model_args pretrained=MODEL,adapter=ADAPTER,mode=block --tasks mmlu --num_fewshot 5
+
+General abilities are measured by the standard harness in both modes, so what a fine-tuning for
+reuse costs elsewhere shows. A prompt's parts, which the harness joins by blank lines (few-shot
+examples), are its chunks; the last part is the query. Both modes read the same tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from lm_eval.api.registry import register_model
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from blocktune.attention import make_plan
+from blocktune.engine import Engine, Sampling
+from blocktune.prompt import IGNORED, Pieces, stack
+from blocktune.reuse import build
+
+MODES = ("block", "full")
+
+
+@register_model("blocktune")
+class BlocktuneLM(LM):
+    """The harness's interface over an `Engine`.
+
+    Args:
+        pretrained: Folder or hub name of the base model.
+        adapter: Of an adapter, or None.
+        mode: ``block``: chunks see only themselves, as the adapter was trained (plain chunks on a
+            base model); ``full``: full attention.
+        separator: Parts of a prompt end with it; escaped line breaks are understood.
+        dtype: Of weights and caches.
+        device: Where to run; None takes a GPU when there is one.
+        batch_size: Prompts in a forward pass.
+        max_gen_toks: Longest generation where a task does not say.
+        engine: A loaded one, instead of all of the above but the mode.
+        **ignored: What the harness passes to every model, such as ``max_batch_size``.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | None = None,
+        adapter: str | None = None,
+        mode: str = "block",
+        separator: str = "\n\n",
+        dtype: str = "auto",
+        device: str | None = None,
+        batch_size: int | str = 8,
+        max_gen_toks: int = 256,
+        engine: Engine | None = None,
+        **ignored: Any,
+    ):
+        super().__init__()
+        if mode not in MODES:
+            raise ValueError(f"mode must be {' or '.join(MODES)}, got '{mode}'")
+        if engine is None:
+            engine = Engine.from_pretrained(pretrained, adapter, dtype=dtype, device=device)
+        self.engine, self.separator = engine, separator.replace("\\n", "\n")
+        self.method = build("full-prefill" if mode == "full" else _block_method(engine))
+        self.batch_size = 8 if batch_size == "auto" else int(batch_size)
+        self.max_gen_toks = max_gen_toks
+
+    @property
+    def tokenizer_name(self) -> str:
+        """For the harness's cache of requests."""
+        return self.engine.tokenizer.name_or_path.replace("/", "__")
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """The tokenizer's own."""
+        return self.engine.tokenizer.chat_template or ""
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """The conversation as text; BOS is added later, once."""
+        text = self.engine.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+        return text.removeprefix(self.engine.tokenizer.bos_token or "")
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """Of each continuation after its context, and whether it is the likeliest one."""
+        pieces = [self.pieces(*request.args) for request in requests]
+        return [
+            scored for batch in _batches(pieces, self.batch_size) for scored in self._score(batch)
+        ]
+
+    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
+        """Of whole texts, in windows of the model's context; they have no chunks."""
+        return [self._rolling(request.args[0]) for request in requests]
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """Greedy continuations up to one of the task's stop strings."""
+        texts = []
+        for request in requests:
+            context, options = request.args
+            _require_greedy(options)
+            pieces = self.pieces(context)
+            run = self.engine.start([pieces], self.method)
+            count = options.get("max_gen_toks") or self.max_gen_toks
+            ids = [int(token[0]) for token in run.tokens(Sampling(), count)]
+            text = self.engine.tokenizer.decode(ids, skip_special_tokens=True)
+            texts.append(_until(text, options.get("until") or ()))
+        return texts
+
+    def pieces(self, context: str, continuation: str = "") -> Pieces:
+        """Chunks, query and continuation as tokens, the same in both modes.
+
+        White space between context and continuation is tokenised with the continuation, as the
+        harness does.
+        """
+        stripped = context.rstrip() if continuation else context
+        continuation = context[len(stripped) :] + continuation
+        *parts, last = stripped.split(self.separator)
+        chunks = tuple(self._ids(part + self.separator) for part in parts if part.strip())
+        query = self._ids(last)
+        answer = self._ids(last + continuation)[len(query) :]
+        bos = self.engine.tokenizer.bos_token_id
+        start = self.engine.tokenizer.eos_token_id if bos is None else bos
+        if not query:  # something must stand before the first token that is scored
+            return Pieces((), chunks, (start,), answer)
+        return Pieces(() if bos is None else (bos,), chunks, query, answer)
+
+    @torch.no_grad()
+    def _score(self, pieces: Sequence[Pieces]) -> list[tuple[float, bool]]:
+        make, model = self.engine.prompts, self.engine.model
+        spec = make.spec(self.method)
+        batch = stack([make.prompt(one, spec) for one in pieces], pad_id=0).to(model.device)
+        logits = model(
+            batch.input_ids,
+            position_ids=batch.layout.position,
+            plan=make_plan("split", batch.layout),
+            use_cache=False,
+        ).logits
+        scored = []
+        for index in range(len(pieces)):
+            rows = (batch.labels[index] != IGNORED).nonzero().squeeze(1)
+            log = logits[index, rows - 1].float().log_softmax(-1)
+            wanted = batch.labels[index, rows]
+            picked = log.gather(1, wanted[:, None])
+            scored.append((picked.sum().item(), bool((log.argmax(1) == wanted).all())))
+        return scored
+
+    def _rolling(self, text: str) -> float:
+        bos, eos = self.engine.tokenizer.bos_token_id, self.engine.tokenizer.eos_token_id
+        windows = get_rolling_token_windows(
+            token_list=list(self._ids(text)),
+            prefix_token=eos if bos is None else bos,
+            max_seq_len=self.engine.prompts.max_tokens - 1,
+            context_len=1,
+        )
+        pairs = (make_disjoint_window(window) for window in windows)
+        pieces = [Pieces((), (), tuple(before), tuple(after)) for before, after in pairs]
+        batches = _batches(pieces, self.batch_size)
+        return sum(score for batch in batches for score, _ in self._score(batch))
+
+    def _ids(self, text: str) -> tuple[int, ...]:
+        return tuple(self.engine.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _block_method(engine: Engine) -> str:
+    """Plain reuse under the name that the engine's weights stand for."""
+    layout = engine.adapter.layout if engine.adapter else None
+    if layout is None or not layout.block:
+        return "naive"
+    return "kvlink" if layout.num_links else "block-attention"
+
+
+def _require_greedy(options: dict[str, Any]) -> None:
+    if options.get("do_sample") and options.get("temperature", 1.0) > 0:
+        raise ValueError(
+            "this backend generates greedily; set the task's do_sample: false or temperature: 0"
+        )
+
+
+def _until(text: str, stops: str | Sequence[str]) -> str:
+    for stop in [stops] if isinstance(stops, str) else stops:
+        text = text.partition(stop)[0] if stop else text
+    return text
+
+
+def _batches(pieces: Sequence[Pieces], size: int) -> Iterator[Sequence[Pieces]]:
+    for start in range(0, len(pieces), size):
+        yield pieces[start : start + size]
+
+
+if __name__ == "__main__":
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()
