@@ -9,21 +9,19 @@ import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from torch import Tensor
-from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from blocktune.data.worlds import WorldConfig, generate_examples
 from blocktune.prompt import PromptFormat
 from blocktune.training.pretraining.config import Curriculum, PretrainConfig
-from blocktune.training.pretraining.contexts import ContextSource, MicroBatch, micro_batches
+from blocktune.training.pretraining.contexts import ContextSource
+from blocktune.training.pretraining.gradients import backward, make_optimizers
 from blocktune.training.pretraining.measure import by_kind, correct
-from blocktune.training.pretraining.muon import Muon
+from blocktune.training.pretraining.model import new_model, save
 from blocktune.training.pretraining.tokenizer import train_tokenizer, world_texts
 
 LOG = "log.jsonl"
@@ -50,13 +48,8 @@ def anneal(config: PretrainConfig, output: Path) -> None:
     Raises:
         ValueError: If ``output`` does not hold the stages' last weights and their log.
     """
-    lines = (output / LOG).read_text().splitlines()
-    kept = [line for line in lines[1:] if json.loads(line)["step"] <= config.steady_steps]
-    if (
-        not kept
-        or json.loads(kept[-1])["step"] != config.steady_steps
-        or len(kept) + 1 < len(lines)
-    ):
+    last = json.loads((output / LOG).read_text().splitlines()[-1])
+    if last.get("step") != config.steady_steps:
         raise ValueError(
             f"{output} holds no model of step {config.steady_steps}, where annealing starts; "
             "train from nothing"
@@ -69,27 +62,6 @@ def _launch(config: PretrainConfig, output: Path, steps: range) -> None:
         torch.multiprocessing.spawn(_worker, (config, output, folder, steps), nprocs=config.workers)
 
 
-def new_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A model with random weights, whose embeddings spare it two detours.
-
-    A word starts out alike with and without its space: byte-level BPE has two tokens for it, one
-    for the start of a text (a title), and the model would first have to learn that they are one
-    name. And all embeddings have a vector in common (which no softmax over tied embeddings sees):
-    with it queries and keys have a constant part, the only thing that RoPE can turn into "the
-    token before", so that heads that look back are found early.
-    """
-    torch.manual_seed(config.seed)
-    special = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
-    model = LlamaForCausalLM(config.model_config(len(tokenizer), *special))
-    vocabulary, rows = tokenizer.get_vocab(), model.get_input_embeddings().weight.data
-    rows.normal_(0, config.embedding_std)
-    for token, index in vocabulary.items():
-        if len(token) > 2 and token[0] == "Ġ" and token[1:] in vocabulary:
-            rows[vocabulary[token[1:]]] = rows[index]
-    rows += config.embedding_std * torch.randn(config.width)
-    return model
-
-
 def keep_memory() -> None:
     """Tells glibc to keep freed memory, else every step pays for page faults (twice the time)."""
     try:
@@ -99,16 +71,6 @@ def keep_memory() -> None:
     trim, top_pad, mmap = -1, -2, -3  # M_TRIM_THRESHOLD and so on, in <malloc.h>
     for option, size in ((mmap, 2_000_000_000), (trim, 2_000_000_000), (top_pad, 100_000_000)):
         libc.mallopt(option, size)
-
-
-class Tally(NamedTuple):
-    """Sums over one step, all processes: weighted loss, weights, answer tokens right and in all."""
-
-    loss: float
-    weight: float
-    right: float
-    answers: float
-    tokens: float
 
 
 def _worker(rank: int, config: PretrainConfig, output: Path, folder: str, steps: range) -> None:
@@ -131,7 +93,7 @@ def _worker(rank: int, config: PretrainConfig, output: Path, folder: str, steps:
 
 def _train(rank, config, output, model, tokenizer, steps: range) -> None:
     source = ContextSource(config, tokenizer, f"{rank}/{steps.start}" if steps.start else f"{rank}")
-    optimizers = _optimizers(model, config)
+    optimizers = make_optimizers(model, config)
     tokens, seconds = _so_far(output)
     started, console = time.perf_counter() - seconds, Console(quiet=rank > 0)
     dev = dev_examples(config)
@@ -139,7 +101,7 @@ def _train(rank, config, output, model, tokenizer, steps: range) -> None:
     for step in steps:
         stage = curriculum.stage
         sequences = source.draw(stage, config.tokens_per_step // config.workers)
-        tally = _backward(model, config, sequences, tokenizer.pad_token_id, source.given)
+        tally = backward(model, config, sequences, tokenizer.pad_token_id, source.given)
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         for optimizer, peak in optimizers:
             for group in optimizer.param_groups:
@@ -167,44 +129,6 @@ def _so_far(output: Path) -> tuple[int, float]:
     return last.get("tokens", 0), last.get("seconds", 0.0)
 
 
-def _optimizers(model, config) -> list[tuple[torch.optim.Optimizer, float]]:
-    """Muon for the matrices, AdamW for embeddings and norms, each with its peak rate."""
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
-    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
-    muon = Muon(matrices, lr=config.muon_lr)
-    adam = torch.optim.AdamW(others, lr=config.adam_lr, betas=(0.9, 0.98), weight_decay=0.0)
-    return [(muon, config.muon_lr), (adam, config.adam_lr)]
-
-
-def _backward(model, config, sequences, pad_id: int, given: Tensor) -> Tally:
-    """Leaves the gradient of the weighted mean loss over all processes' tokens in the model."""
-    sums = torch.zeros(len(Tally._fields), dtype=torch.float64)
-    for batch in micro_batches(sequences, config.micro_tokens, pad_id):
-        sums += _accumulate(model, batch, given)
-    dist.all_reduce(sums)
-    tally = Tally(*sums.tolist())
-    flat = torch.cat([p.grad.flatten() for p in model.parameters()])
-    dist.all_reduce(flat)
-    start = 0
-    for p in model.parameters():
-        p.grad.copy_(flat[start : start + p.numel()].view_as(p) / tally.weight)
-        start += p.numel()
-    return tally
-
-
-def _accumulate(model, batch: MicroBatch, given: Tensor) -> Tensor:
-    """Adds the gradient of the weighted loss sum; causal masking makes right pads harmless."""
-    logits = model(input_ids=batch.ids, use_cache=False).logits[:, :-1].flatten(0, 1)
-    target, weight = batch.ids[:, 1:].flatten(), batch.weights[:, 1:].flatten()
-    loss = (cross_entropy(logits, target, reduction="none") * weight).sum()
-    loss.backward()
-    answer = (weight > 1) & ~torch.isin(target, given)
-    right = (logits.detach().argmax(-1) == target)[answer].sum()
-    tokens = (batch.weights > 0).sum()
-    sums = loss.detach(), weight.sum(), right, answer.sum(), tokens
-    return torch.stack([value.double() for value in sums])
-
-
 def dev_examples(config: PretrainConfig):
     """Questions over 10 chunks whose names no training world holds."""
     worlds = WorldConfig(split="dev", seed=config.seed, num_examples=config.eval_examples)
@@ -223,15 +147,6 @@ def _measure(rank, config, model, tokenizer, examples) -> dict[str, dict]:
         result[setting] = by_kind(examples, right)
     model.train()
     return result
-
-
-def save(model: LlamaForCausalLM, output: Path) -> None:
-    """Writes the weights in bfloat16, which halves the download; training goes on in float32."""
-    state = {name: value.to(torch.bfloat16) for name, value in model.state_dict().items()}
-    state.pop("lm_head.weight", None)  # tied
-    dtype, model.config.dtype = model.config.dtype, torch.bfloat16
-    model.save_pretrained(output, state_dict=state)
-    model.config.dtype = dtype
 
 
 def _report(entry: dict, config: PretrainConfig, output: Path, console: Console) -> None:
