@@ -63,8 +63,9 @@ lint: setup ## ruff: rules and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: setup ## speed: split attention on this machine, and eval/bench/gpu.sh where there is CUDA
+bench: setup ## speed: attention and reuse here, and eval/bench/gpu.sh where there is CUDA
 	$(BIN)/blocktune bench attention --json
+	$(BIN)/blocktune bench reuse --json
 	$(RUN) bash eval/bench/gpu.sh $(if $(wildcard /dev/nvidia0),,--tiny)
 
 clean: ## remove what setup, builds and tests made

@@ -27,7 +27,7 @@ TRAINED = {
 TINY = {
     "hidden_size": 32,
     "intermediate_size": 48,
-    "num_hidden_layers": 8,
+    "num_hidden_layers": 7,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 4096,
@@ -35,7 +35,7 @@ TINY = {
 
 
 def specimen_engine(weights: Weights = Weights.ANY, *, bare: bool = False, seed: int = 0) -> Engine:
-    """An engine over a random Llama of eight layers, as if it had been trained for ``weights``.
+    """An engine over a random Llama of seven layers, as if it had been trained for ``weights``.
 
     Args:
         weights: What a method asks of its weights.

@@ -1,5 +1,7 @@
 """A merged model answers as the adapter on its base does, and says how far it is off."""
 
+import json
+
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
@@ -7,8 +9,10 @@ from safetensors.torch import load_file
 from training.runs import make_trainer
 from training.toy import toy_examples
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
 from blocktune.adapter import OWN_WEIGHTS, AdapterInfo, attach_links
+from blocktune.cli import app
 from blocktune.engine import Engine
 from blocktune.engine.load import load_model
 from blocktune.links import installed_links, load_links
@@ -124,3 +128,15 @@ def test_stock_peft_and_one_call_serve_an_adapter(trained, mode):
     torch.testing.assert_close(
         answers(stock, mode)[:, :width], answers(ours, mode)[:, :width], rtol=0, atol=1e-5
     )
+
+
+def test_the_command_says_what_merging_cost(trained, tmp_path):
+    command = ["merge", str(trained("table") / "out"), "--output", str(tmp_path / "merged")]
+    done = CliRunner().invoke(app, [*command, "--json"])
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    assert report["max_abs_diff"] < 1e-5
+    assert (report["link_mode"], report["quantization"]) == ("table", None)
+    again = CliRunner().invoke(app, command)
+    assert again.exit_code == 2
+    assert "is not empty; name a new folder" in again.stderr

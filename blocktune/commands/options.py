@@ -21,8 +21,8 @@ Model = Annotated[
 Adapter = Annotated[
     str | None,
     typer.Option(
-        help="Made by `blocktune train`: a folder, or USER/NAME[@REVISION] on the HF Hub; none "
-        "runs the base model."
+        help="Made by `blocktune train`: a folder, or USER/NAME[@REVISION] on the HF Hub; "
+        "release:kvlink-1b and the like for models that others trained; none runs the base model."
     ),
 ]
 Store = Annotated[

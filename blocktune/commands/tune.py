@@ -62,7 +62,7 @@ def _print_points(found: dict) -> None:
     for heading in (found["task"]["metric"], "95 %", "fresh"):
         table.add_column(heading, justify="right", no_wrap=True)
     for point in found["points"]:
-        low, high = point["ci95"]
+        low, high = point["score_ci95"]
         scores = (f"{100 * point['score']:.1f}", f"{100 * low:.1f} to {100 * high:.1f}")
         fresh = f"{point['recompute_ratio']:.0%}"
         table.add_row(*map(str, point["values"].values()), *scores, fresh)

@@ -59,14 +59,14 @@ class Executed:
     """What one pass of a model computed, for `flops`.
 
     Attributes:
-        cost: Of the model that ran.
+        model: The one that ran; its modules are only counted when somebody asks.
         plans: Attention plans, which say in which layers they ran.
         probes: Plans whose rows' keys and values a layer made for a choice only, by layer.
         heads: Rows of each prompt that went through the head.
         extra: Multiply-adds besides, per prompt, ``(B,)``.
     """
 
-    cost: ModelCost
+    model: nn.Module
     plans: list[CachePlan] = field(default_factory=list)
     probes: Mapping[int, CachePlan] = field(default_factory=dict)
     heads: int = 1
@@ -77,14 +77,15 @@ class Executed:
 
         Rows that pad a batch are nobody's; scores that a mask hides are made, and counted.
         """
-        macs = self.cost.head * self.heads + (0 if self.extra is None else self.extra)
+        model = ModelCost.of(self.model)
+        macs = model.head * self.heads + (0 if self.extra is None else self.extra)
         for plan in self.plans:
             rows = _rows(plan)
             for layer, pairs in zip(plan.executed, plan.pairs(), strict=True):
-                cost = self.cost.layers[layer]
+                cost = model.layers[layer]
                 macs = macs + rows * cost.row + pairs.cpu() * cost.pair
         for layer, plan in self.probes.items():
-            macs = macs + _rows(plan) * self.cost.layers[layer].probe
+            macs = macs + _rows(plan) * model.layers[layer].probe
         return 2 * macs
 
 

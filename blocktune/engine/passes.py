@@ -75,7 +75,7 @@ class ServedPasses:
         cost = ModelCost.of(self.model)
         rows = (computed.rows.kind != Kind.PAD).sum(1).cpu()
         spent = watch.multiply_adds + rows * cost.layers[0].probe
-        self.executed.append(Executed(cost, heads=0, extra=spent))
+        self.executed.append(Executed(self.model, heads=0, extra=spent))
         return torch.zeros_like(self.cached, dtype=torch.float32).scatter_add(
             1, computed.index, watch.scores
         )
@@ -103,7 +103,7 @@ class ServedPasses:
         plan = CachePlan(computed.rows, self.columns, reshaping)
         with reshaping.looking_ahead():
             self._run(self.model, computed.ids, computed.rows.position, plan, self.cache)
-        self.executed.append(Executed(ModelCost.of(self.model), [plan]))
+        self.executed.append(Executed(self.model, [plan]))
 
     @property
     def _rows(self) -> Tensor:
@@ -118,8 +118,7 @@ class ServedPasses:
         layers = range(len(cache))
         watch = QueryWatch(plan, computed.rows, self.columns, layers, last=len(cache))
         self._run(self.model, computed.ids, computed.rows.position, watch, cache)
-        cost = ModelCost.of(self.model)
-        self.executed.append(Executed(cost, [plan], extra=watch.multiply_adds))
+        self.executed.append(Executed(self.model, [plan], extra=watch.multiply_adds))
         scores = torch.stack([watch.scores[layer] for layer in layers])
         return of_columns(scores, self.batch.layout)
 
@@ -145,7 +144,7 @@ def _all_but_last(model: PreTrainedModel, rows: Rows, watch: QueryWatch) -> Exec
     pairs = count * (count + 1) // 2
     below = sum(count * layer.row + pairs * layer.pair for layer in cost.layers[:-1])
     extra = below + count * cost.layers[-1].probe + watch.multiply_adds
-    return Executed(cost, heads=0, extra=extra)
+    return Executed(model, heads=0, extra=extra)
 
 
 def _require_room(name: str, model: PreTrainedModel, tokens: int) -> None:

@@ -11,7 +11,7 @@ from blocktune.attention.cached import CachePlan, Reshaping
 from blocktune.cache import RowCache
 from blocktune.engine.account import Stopwatch
 from blocktune.engine.chunk_mass import ChunkMass
-from blocktune.engine.cost import Executed, ModelCost
+from blocktune.engine.cost import Executed
 from blocktune.engine.rows import Computed
 from blocktune.engine.schedule import Course, Schedule
 from blocktune.layout import Kind, Rows
@@ -57,7 +57,7 @@ class Prefill:
     def executed(self, model: nn.Module) -> Executed:
         """The same for counting its arithmetic; ``model`` is the one that ran."""
         extra = None if self.mass is None else self.mass.multiply_adds
-        return Executed(ModelCost.of(model), self.plans, self.probes, extra=extra)
+        return Executed(model, self.plans, self.probes, extra=extra)
 
 
 @torch.no_grad()

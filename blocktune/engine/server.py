@@ -13,15 +13,15 @@ from blocktune.cache import Damaged, PrefixTree, RowCache, Stream, cut_exact
 from blocktune.engine.account import Stopwatch
 from blocktune.engine.assemble import Assembled, from_chunks, from_prefix
 from blocktune.engine.auxiliary import Auxiliaries
-from blocktune.engine.cost import Executed, ModelCost
+from blocktune.engine.cost import Executed
 from blocktune.engine.encode import Encoder
-from blocktune.engine.loading import LoadingController
+from blocktune.engine.loading import LoadingChoice, LoadingController
 from blocktune.engine.passes import ServedPasses
 from blocktune.engine.prefill import Prefill, prefill
 from blocktune.engine.rows import column_rows, computed_rows
 from blocktune.engine.run import Run
 from blocktune.engine.schedule import Course
-from blocktune.layout import Kind
+from blocktune.layout import Kind, Layout
 from blocktune.positions import RopeSpec
 from blocktune.prompt import Pieces, Prompt, end_of_turn, stack
 from blocktune.reshape import Reshaping
@@ -78,11 +78,8 @@ class Server:
         widens = selection.widens(self.num_layers)
         assembled = self._assemble(method, batch, pieces, cache, watch, widens, stream)
         watch.start()
-        choice = None
-        if method.paced:
-            tokens, floor = int(layout.is_context.sum()), getattr(selection, "ratio", 0.0)
-            num_bytes = 0 if stream is None else stream.num_bytes
-            choice = self.controller.choose(floor, tokens, self.num_layers, num_bytes)
+        choice = self._pace(method, selection, layout, stream)
+        if choice is not None:
             selection = selection.with_budget(choice.ratio)
         passes = ServedPasses(
             self.model,
@@ -120,7 +117,7 @@ class Server:
         executed = [*passes.executed, result.executed(self.model)]
         if reshaping is not None:
             surveys = reshaping.multiply_adds.clone()  # decoding will add its own
-            executed.append(Executed(ModelCost.of(self.model), heads=0, extra=surveys))
+            executed.append(Executed(self.model, heads=0, extra=surveys))
         return Run(
             self,
             batch,
@@ -137,6 +134,14 @@ class Server:
             choice,
         )
 
+    def _pace(self, method: Method, selection, layout: Layout, stream) -> LoadingChoice | None:
+        """How much to recompute while chunks load; None where that is fixed."""
+        floor = getattr(selection, "ratio", None)
+        if not method.paced or floor is None or method.layer_budget is not None:
+            return None
+        tokens, num_bytes = int(layout.is_context.sum()), stream.num_bytes if stream else 0
+        return self.controller.choose(floor, tokens, self.num_layers, num_bytes)
+
     def _learn_speeds(self, stream: Stream, result: Prefill, choice, watch: Stopwatch) -> None:
         """Books the time spent on waiting, tells the controller, keeps what it wants in memory."""
         watch.add("recompute_s", -stream.waited_s)
@@ -144,7 +149,7 @@ class Server:
         rows = sum(int((p.query.kind != Kind.PAD).sum()) * len(p.executed) for p in result.plans)
         self.controller.saw_computing(rows, watch.seconds["recompute_s"])
         self.controller.saw_reading(stream.num_bytes, stream.read_s)
-        if choice.tier == "memory":
+        if choice is None or choice.tier == "memory":
             stream.keep()
 
     def _assemble(self, method: Method, batch, pieces, cache, watch, layers, stream) -> Assembled:

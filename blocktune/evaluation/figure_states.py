@@ -39,7 +39,7 @@ class Chosen(NamedTuple):
 
 
 def chosen_tokens(away: Deviation, ratio: float) -> Chosen:
-    """Ranks the tokens of a prompt by deviation, layer by layer.
+    """Ranks the tokens of a prompt by deviation, layer by layer; layer 0 chooses none.
 
     Args:
         away: What `deviation` measured for a method that keeps positions.
@@ -59,13 +59,14 @@ def chosen_tokens(away: Deviation, ratio: float) -> Chosen:
     everywhere = keys.new_ones(keys.shape).bool()
     total = keys.new_full((len(keys),), keys.shape[1]).long()
     top = top_share(keys, everywhere, total, ratio)
+    top[0] = False  # keys of layer 0 know no context: what differs there is rounding
     return Chosen(keys.double().numpy(), top.numpy(), away.offset.numpy(), away.chunk.numpy())
 
 
 def overlap_of(chosen: Chosen) -> NDArray[np.float64]:
     """Share of the tokens chosen in layer i that are chosen in layer j too, ``(L, L)``."""
     top = chosen.top.astype(float)
-    return (top @ top.T) / top.sum(1, keepdims=True)
+    return (top @ top.T) / top.sum(1, keepdims=True).clip(1)
 
 
 def cumulative_of(deviation: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -76,7 +77,7 @@ def cumulative_of(deviation: NDArray[np.float64]) -> NDArray[np.float64]:
 def beginnings_of(chosen: Chosen) -> NDArray[np.float64]:
     """Share of each layer's choice that are first tokens of their chunk, ``(L,)``."""
     first = chosen.offset < FIRST_TOKENS
-    return chosen.top[:, first].sum(1) / chosen.top.sum(1)
+    return chosen.top[:, first].sum(1) / chosen.top.sum(1).clip(1)
 
 
 def draw_deviation(chosen: Chosen, path: Path, title: str) -> Path:

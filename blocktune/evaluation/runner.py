@@ -174,7 +174,8 @@ def _measure_fidelity(
     keys = keys_of(FIDELITY, spec, rows, len(ready.questions))
     if (known := _read(path)).get("keys") == keys:
         return known["fidelity"]
-    bar = progress.add_task("fidelity", total=None)
+    asked = sum(len(ready.of(task, spec.num)) for task in ready.suite.tasks)
+    bar = progress.add_task("fidelity", total=asked * len(rows))
     fidelity = measure_fidelity(ready, lambda: progress.advance(bar))
     replace_json(path, {"keys": keys, "fidelity": fidelity})
     return fidelity

@@ -55,7 +55,7 @@ def tune(
 
 def _ranked(spec: TuneSpec, results: Mapping[str, Any]) -> dict[str, Any]:
     """Points by score, the cheaper one first where two are equal."""
-    kept = ("score", "ci95", "n", "recompute_ratio")
+    kept = ("score", "score_ci95", "n", "recompute_ratio")
     points = [
         {"label": point.label, "values": point.values, "entry": point.entry}
         | {key: results["methods"][point.label][key] for key in kept}

@@ -90,6 +90,11 @@ class Composition(Method):
         return any(term.recalls for term in self.terms)
 
     @property
+    def paced(self) -> bool:
+        """Whether one of the presets is."""
+        return any(term.paced for term in self.terms)
+
+    @property
     def keeps_context(self) -> bool:
         """See `Method`."""
         return True
@@ -97,8 +102,9 @@ class Composition(Method):
     @property
     def exact_on_one_chunk(self) -> bool:
         """Whether all presets are, and later rows see the chunk as it is: on the safe side."""
-        neutral = self.reshaped is None or self.reshaped == self.reshaped.neutral()
-        return neutral and all(term.exact_on_one_chunk for term in self.terms)
+        shape = self.reshaped
+        kept = shape is None or shape.exact_on_one_chunk or shape == shape.neutral()
+        return kept and all(term.exact_on_one_chunk for term in self.terms)
 
     def arrange(self, spec: LayoutSpec) -> LayoutSpec:
         """The presets' arrangements, then the changes."""

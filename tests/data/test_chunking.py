@@ -1,6 +1,8 @@
 """Every chunker: its spans join to the text, and it cuts where its paper cuts."""
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from blocktune.data.chunking import CHUNKERS, Message, build_chunker, chunks_of, parse_chunker
 from blocktune.prompt import Chunk
@@ -53,6 +55,14 @@ def test_fixed_spans_have_so_many_tokens_and_overlap(tokenizer):
     overlapping = build_chunker("fixed", size=5, overlap=2).split(text, tokenizer)
     assert overlapping[1] == tokenizer.decode(ids[3:8])
     assert overlapping[-1].endswith("there.")
+
+
+def test_what_the_tokenizer_leaves_out_stays_in_the_spans():
+    backend = Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    words = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]")
+    spans = build_chunker("fixed", size=2).split("  one two  three\n", words)
+    assert spans == ["  one two  ", "three\n"]
 
 
 def test_sentences_are_grouped_and_abbreviations_do_not_end_them():

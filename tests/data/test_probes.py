@@ -35,6 +35,7 @@ def test_conversation_ends_with_what_holds():
     assert {example.kind for example in examples} == {"recall", "update", "reference"}
     for example in examples:
         assert len(example.chunks) == 7
+        assert list(example.supporting) == sorted(example.supporting)
         needed = [example.chunks[i].text for i in example.supporting]
         event = example.question.removeprefix("On which day is the ").removesuffix("?")
         [answer] = example.answers

@@ -63,6 +63,17 @@ def test_stopped_and_resumed_matches_whole(tmp_path, stop_at, torn):
     assert not part.exists()
 
 
+def test_torn_and_stopped_again(tmp_path):
+    run(tmp_path / "whole.jsonl", Model())
+    path, part = tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"
+    for stop_at in (1, 2):
+        with pytest.raises(KeyboardInterrupt):
+            run(path, Model(stop_at))
+        part.write_bytes(part.read_bytes() + b'["It i')
+    assert run(path, Model()).resumed == 6
+    assert path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
 def test_a_part_with_a_torn_header_begins_anew(tmp_path):
     (tmp_path / "out.jsonl.part").write_text('{"ke')
     assert run(tmp_path / "out.jsonl", Model()).resumed == 0

@@ -61,6 +61,27 @@ def test_a_layer_damaged_on_the_disk_is_never_used(tokenizer, tmp_path, caplog):
     assert engine.store.stats().rejected == 1  # it was written anew
 
 
+def test_another_chunk_under_the_key_is_never_streamed(tokenizer, tmp_path):
+    engine = on_disk(tokenizer, tmp_path)
+    sound = engine.next_logits([ASK], build("cacheblend", ratio=0.25))
+    first, second, _ = engine.prompts.encodable(ASK.chunks)[1]
+    encoder = engine._server.encoder
+    other = engine.store.get(encoder.key(second), second.ids, engine.fingerprint)
+    engine.store.put(encoder.key(first), other)
+    run = engine.prefilled([ASK], build("cacheblend-pipelined", ratio=0.25))
+    assert (run.assembled.hits, run.assembled.misses) == ([2], [1])
+    assert engine.store.stats().rejected == 1
+    torch.testing.assert_close(run.prefill.logits, sound, **TOLERANCE)
+
+
+def test_a_selector_without_a_ratio_is_streamed_all_the_same(tokenizer, tmp_path):
+    engine = on_disk(tokenizer, tmp_path)
+    plain = engine.next_logits([ASK], "naive + first-k 3")
+    run = engine.prefilled([ASK], "cacheblend-pipelined + first-k 3")
+    assert run.choice is None
+    torch.testing.assert_close(run.prefill.logits, plain, **TOLERANCE)
+
+
 def test_slow_loading_leaves_time_to_recompute_everything(tokenizer, tmp_path):
     engine = on_disk(tokenizer, tmp_path)
     controller = engine._server.controller

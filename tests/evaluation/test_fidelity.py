@@ -111,13 +111,14 @@ def test_measured_fidelity_has_all_methods_and_layers(engine):
 
 
 def test_choices_and_their_overlap_are_worked_by_hand(tmp_path):
-    keys = torch.tensor([[4.0, 1, 2, 0], [0, 3.0, 4, 1]])
+    keys = torch.tensor([[0.0, 0, 0, 1e-6], [4, 1, 2, 0], [0, 3, 4, 1]])
     away = Deviation(keys, keys, torch.tensor([0, 0, 1, 1]), torch.tensor([0, 9, 0, 9]))
     chosen = chosen_tokens(away, 0.5)
-    assert chosen.top.tolist() == [[True, False, True, False], [False, True, True, False]]
-    assert overlap_of(chosen).tolist() == [[1, 0.5], [0.5, 1]]
-    assert beginnings_of(chosen).tolist() == [1, 0.5]
-    assert cumulative_of(chosen.deviation).tolist() == [[4, 6, 7, 7], [4, 7, 8, 8]]
+    assert not chosen.top[0].any()
+    assert chosen.top[1:].tolist() == [[True, False, True, False], [False, True, True, False]]
+    assert overlap_of(chosen).tolist() == [[0, 0, 0], [0, 1, 0.5], [0, 0.5, 1]]
+    assert beginnings_of(chosen).tolist() == [0, 1, 0.5]
+    assert cumulative_of(chosen.deviation)[1:].tolist() == [[4, 6, 7, 7], [4, 7, 8, 8]]
     draw_deviation(chosen, tmp_path / "d.png", "d")
     draw_overlap(chosen, tmp_path / "o.png", "o")
     draw_cumulative({"naive": chosen.deviation}, tmp_path / "c.png", 1, "c")

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.commands import launch
 from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
@@ -15,10 +15,21 @@ ZERO |= {"zero3": (3, False), "zero3_offload": (3, True)}
 FSDP = {"fsdp2": False, "fsdp2_offload": True}
 
 
-def launched(name: str):
-    """What `accelerate launch` makes of a file, before it starts anything."""
-    command = ["--config_file", str(FOLDER / f"{name}.yaml"), "train.py"]
-    return _validate_launch_command(launch_command_parser().parse_args(command))[0]
+@pytest.fixture
+def launched(monkeypatch):
+    """What `accelerate launch` hands to which launcher, before that starts anything."""
+    seen = {}
+    for launcher in ("deepspeed_launcher", "multi_gpu_launcher", "simple_launcher"):
+        monkeypatch.setattr(launch, launcher, lambda args, own=launcher: seen.update({own: args}))
+
+    def run(name, *more):
+        seen.clear()
+        command = [*more, "--config_file", str(FOLDER / f"{name}.yaml"), "train.py"]
+        launch.launch_command(launch.launch_command_parser().parse_args(command))
+        [(launcher, args)] = seen.items()
+        return launcher, args
+
+    return run
 
 
 def test_every_file_is_looked_at():
@@ -28,16 +39,17 @@ def test_every_file_is_looked_at():
         assert first.startswith(f"# accelerate launch --config_file recipes/accelerate/{path.name}")
 
 
-def test_one_process_or_one_per_gpu():
-    assert not launched("single").multi_gpu
-    assert launched("ddp").multi_gpu
+def test_one_process_or_one_per_gpu(launched):
+    assert launched("single")[0] == "simple_launcher"
+    assert launched("ddp")[0] == "multi_gpu_launcher"
 
 
 @pytest.mark.parametrize("name", ZERO)
-def test_deepspeed_reads_its_stage_and_offload(name, monkeypatch):
+def test_deepspeed_reads_its_stage_and_offload(name, launched, monkeypatch):
     stage, offload = ZERO[name]
-    _, env = prepare_deepspeed_cmd_env(launched(name))
-    for variable, value in env.items():
+    launcher, args = launched(name)
+    assert launcher == "deepspeed_launcher"
+    for variable, value in prepare_deepspeed_cmd_env(args)[1].items():
         monkeypatch.setenv(variable, value)
     plugin = DeepSpeedPlugin()
     zero = DeepSpeedZeroConfig(**plugin.deepspeed_config["zero_optimization"])
@@ -49,10 +61,19 @@ def test_deepspeed_reads_its_stage_and_offload(name, monkeypatch):
     assert plugin.deepspeed_config["gradient_accumulation_steps"] == "auto"
 
 
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
+def test_deepspeed_on_several_machines_needs_no_hostfile(name, launched):
+    machines = ("--num_machines", "2", "--num_processes", "16", "--machine_rank", "1")
+    _, args = launched(name, *machines, "--main_process_ip", "10.0.0.1")
+    command, _ = prepare_deepspeed_cmd_env(args)
+    assert command is None, "accelerate would start the other machines itself"
+    assert (args.nproc_per_node, args.nnodes, args.node_rank) == ("8", "2", 1)
+
+
 @pytest.mark.parametrize("name", FSDP)
-def test_fsdp_reads_its_version_and_offload(name, monkeypatch):
-    args = launched(name)
-    assert args.use_fsdp
+def test_fsdp_reads_its_version_and_offload(name, launched, monkeypatch):
+    launcher, args = launched(name)
+    assert launcher == "multi_gpu_launcher"
     for variable, value in prepare_multi_gpu_env(args).items():
         monkeypatch.setenv(variable, value)
     plugin = FullyShardedDataParallelPlugin()

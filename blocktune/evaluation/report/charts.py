@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from blocktune.evaluation.report.style import Draw, Ground, as_share, legend_below, mark
 
@@ -76,6 +77,7 @@ def _cost(results: Results, cost: str, rows: float) -> Chart:
             as_share(axes.xaxis)
         as_share(axes.yaxis)
         axes.set_xlim(left=min(0, *axes.get_xlim()))
+        axes.set_ylim(bottom=0)
         legend_below(figure, axes)
 
     return Chart(
@@ -104,6 +106,7 @@ def _by_group(results: Results, group: str, rows: float) -> Chart:
                 axes.axvline(cell["score"], color=ground.ink, linestyle=":", linewidth=1)
         axes.set_yticks(range(len(methods)), list(reversed(methods)))
         axes.grid(axis="y", visible=False)
+        axes.set_xlim(-0.03, 1.03)  # the same for all tasks, so that they compare
         as_share(axes.xaxis)
 
     return Chart(
@@ -148,6 +151,7 @@ def _by_layer(results: Results, what: str, rows: float) -> Chart:
             if layers:
                 style = mark(ground, index)
                 axes.plot(layers, label=label, markersize=4, linewidth=1.2, **style)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("layer")
         axes.set_ylabel("distance" if what == "values" else "nats")
         legend_below(figure, axes)

@@ -1,0 +1,80 @@
+"""The bench of reuse, run small: its keys, its costs, and that it times what it says."""
+
+import json
+
+import pytest
+import torch
+from commands.conftest import blocktune  # noqa: F401
+
+from blocktune.bench import TARGETS, TINY, ReuseBench, bench_reuse
+from blocktune.bench.reuse import _query_only
+from blocktune.bench.timing import ratio, spread, take_turns
+from blocktune.reuse import build
+
+METHODS = {"full", "naive", "epic", "cacheblend"}
+
+
+@pytest.fixture(scope="module")
+def found():
+    return bench_reuse(TINY)
+
+
+def test_the_ratios_stand_beside_their_targets(found):
+    assert found["targets"] == TARGETS
+    assert all(found[name] > 0 for name in TARGETS)
+    assert found["seconds"].keys() == METHODS | {"full_engine", "full_stock", "query_only"}
+    assert found["setting"]["tokens"] == TINY.tokens
+
+
+def test_costs_are_those_of_the_methods(found):
+    cost = found["cost"]
+    assert cost.keys() == METHODS
+    context = TINY.tokens - TINY.question
+    states = 2 * TINY.layers * TINY.kv_heads * (TINY.width // TINY.heads)
+    assert cost["naive"]["bytes_read"] == context * (4 * states + 8)  # and an int64 token id
+    assert cost["naive"]["recompute_ratio"] == 0
+    assert cost["full"]["recompute_ratio"] == 1
+    assert cost["full"]["bytes_read"] == 0
+    flops = [cost[name]["flops"] for name in ("naive", "epic", "cacheblend", "full")]
+    assert flops == sorted(flops)
+    copied = cost["naive"]["bytes_over_copy_rate_s"] * found["bytes_per_s_copied"]
+    assert copied == pytest.approx(cost["naive"]["bytes_read"])
+
+
+@torch.no_grad()
+def test_the_question_alone_gives_the_logits_of_naive_reuse():
+    engine = TINY.engine()
+    run = engine.start([TINY.pieces(len(engine.tokenizer))], build("naive"))
+    seen = []
+    hook = engine.model.register_forward_hook(lambda m, a, out: seen.append(out.logits[:, -1]))
+    _query_only(engine, run)()
+    hook.remove()
+    torch.testing.assert_close(seen[0], run.prefill.logits, rtol=0, atol=1e-5)
+
+
+def test_the_default_setting_is_the_one_that_the_targets_are_for():
+    bench = ReuseBench()
+    pieces = bench.pieces(258)
+    assert sum(map(len, (*pieces.chunks, pieces.query))) == 8192
+    assert {len(chunk) for chunk in pieces.chunks[:-1]} == {512}
+    assert (bench.layers, bench.width, bench.heads, bench.kv_heads) == (12, 768, 12, 4)
+    assert (bench.threads, bench.k, bench.ratio) == (2, 16, 0.15)
+
+
+def test_a_prompt_without_room_is_refused():
+    with pytest.raises(ValueError, match="needs two chunks and a question; 512 tokens hold no two"):
+        ReuseBench(tokens=512, chunk=512)
+
+
+def test_rounds_are_compared_within_and_the_first_is_not_counted():
+    seconds = iter([9.0, 9.0, 1.0, 2.0, 3.0, 4.0, 1.0, 4.0])
+    times = take_turns({"a": lambda: next(seconds), "b": lambda: next(seconds)}, 3)
+    assert times == {"a": [1.0, 3.0, 1.0], "b": [2.0, 4.0, 4.0]}
+    assert ratio(times, "a", "b") == 0.5
+    assert spread(times["a"]) == {"median": 1.0, "least": 1.0, "greatest": 3.0}
+
+
+def test_the_command_prints_them(blocktune):  # noqa: F811
+    result = json.loads(blocktune("bench", "reuse", "--tiny", "--repeats", 1, "--json").stdout)
+    assert set(TARGETS) <= result.keys()
+    assert "naive_over_query_only: " in blocktune("bench", "reuse", "--tiny", "--repeats", 1).stdout
