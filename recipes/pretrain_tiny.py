@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from blocktune.training.pretraining.config import PretrainConfig
-from blocktune.training.pretraining.loop import pretrain
+from blocktune.training.pretraining.loop import anneal, pretrain
 from blocktune.training.pretraining.report import write_report
 
 if __name__ == "__main__":
@@ -13,7 +13,8 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0, help="seeds weights, worlds and tokenizer")
     parser.add_argument("--scale", type=float, default=1.0, help="all stages' steps times this")
     parser.add_argument("--eval-examples", type=int, default=500, help="questions per kind")
+    parser.add_argument("--anneal", action="store_true", help="where the stages have ended")
     args = parser.parse_args()
     config = PretrainConfig(seed=args.seed).scaled(args.scale)
-    pretrain(config, args.output)
+    (anneal if args.anneal else pretrain)(config, args.output)
     write_report(args.output, args.eval_examples)

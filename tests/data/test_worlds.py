@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from blocktune.data.worlds import MARKER, QUESTION_KINDS, WorldConfig, generate_examples
-from blocktune.data.worlds.names import SPLITS, names
+from blocktune.data.worlds.names import ROOT, SPLITS, names
 
 
 def draw(**kwargs):
@@ -63,6 +63,26 @@ def test_every_kind_is_drawn_and_the_response_ends_in_the_answer(examples):
     assert {e.kind for e in examples} == set(QUESTION_KINDS)
     for example in examples:
         assert example.response.split(MARKER)[-1] == example.answers[0]
+
+
+def test_one_hop_answers_begin_with_the_value(examples):
+    for example in (e for e in examples if e.kind in ("self-contained", "cross-chunk")):
+        assert example.response == example.answers[0]
+
+
+def test_no_two_titles_of_a_world_share_a_root():
+    for example in draw(num_passages=10):
+        roots = [r for c in example.chunks if c.title for r in ROOT if r in c.title.split()]
+        assert len(roots) == len(set(roots))
+
+
+def test_a_world_larger_than_its_names_is_refused_in_one_line():
+    with pytest.raises(ValueError, match=r"no names of kind .* left .* fewer passages"):
+        draw(num_passages=4000, num_examples=1, split="dev")
+
+
+def test_a_world_with_more_documents_than_nicknames_is_written():
+    assert len(draw(num_passages=60, num_examples=1)[0].chunks) == 60
 
 
 def test_the_answer_stands_in_the_chunk_of_the_last_fact_and_that_is_supporting(examples):

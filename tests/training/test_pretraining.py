@@ -1,6 +1,7 @@
 """Pre-training of the tiny model: tokenizer, training sequences, optimiser, and what is shipped."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -11,9 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from blocktune.data.worlds import WorldConfig, draw_context, generate_examples
 from blocktune.prompt import PromptFormat, make_pieces
 from blocktune.training.pretraining.config import Curriculum, PretrainConfig, Stage
-from blocktune.training.pretraining.contexts import ContextSource, micro_batches, turns
-from blocktune.training.pretraining.loop import new_model, pretrain
+from blocktune.training.pretraining.contexts import ContextSource, given_ids, micro_batches, turns
+from blocktune.training.pretraining.loop import anneal, pretrain
 from blocktune.training.pretraining.measure import correct
+from blocktune.training.pretraining.model import new_model
 from blocktune.training.pretraining.muon import orthogonal
 from blocktune.training.pretraining.tokenizer import train_tokenizer, world_texts
 
@@ -25,6 +27,7 @@ SMALL = PretrainConfig(
     heads=2,
     kv_heads=1,
     stages=(Stage(5, 2),),
+    anneal_steps=2,
     tokens_per_step=200,
     eval_every=10,
     eval_examples=2,
@@ -94,7 +97,35 @@ def test_the_same_seed_makes_the_same_model(tmp_path):
         assert torch.equal(left, right)
     steps = [json.loads(line) for line in (tmp_path / "one" / "log.jsonl").open()]
     assert steps[0]["config"]["seed"] == 0
-    assert steps[-1]["step"] == 2
+    assert steps[-1]["step"] == 4
+
+
+def test_annealing_can_be_done_again_from_the_stages_weights_and_from_nothing_else(tmp_path):
+    steady = replace(SMALL, anneal_steps=0)
+    pretrain(steady, tmp_path)
+    for _ in range(2):
+        start = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+        anneal(SMALL, tmp_path)
+        ends = [(tmp_path / "model.safetensors").read_bytes()]
+        assert ends[0] != start["model.safetensors"]
+        with pytest.raises(ValueError, match="no model of step 2, where annealing starts"):
+            anneal(SMALL, tmp_path)
+        for name, content in start.items():
+            (tmp_path / name).write_bytes(content)
+
+
+def test_rates_rise_stay_and_fall():
+    config = replace(SMALL, stages=(Stage(5, 100),), anneal_steps=100, warmup=10, final_lr=0.1)
+    rates = [config.rate(step) for step in range(config.total_steps)]
+    assert rates[:10] == sorted(rates[:10])
+    assert set(rates[10:100]) == {1.0}
+    assert rates[110:] == sorted(rates[110:], reverse=True)
+    assert 0.1 <= rates[-1] < 0.12
+
+
+def test_accuracy_counts_only_what_must_be_found(tokenizer):
+    given = {tokenizer.decode([i]).strip() for i in given_ids(tokenizer)}
+    assert given == {"Answer", ":", ",", ".", "</s>"}
 
 
 def test_the_shipped_model_is_small_and_its_numbers_can_be_made_again():

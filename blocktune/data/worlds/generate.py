@@ -31,8 +31,8 @@ class WorldConfig:
         num_passages: Chunks in each context: a number, or the smallest and the largest.
         kinds: Weight of each kind of question; kinds left out are not asked.
         questions_per_world: Questions that share a context.
-        plain: Every sentence names its entity and no document goes on in another chunk; the
-            first lessons of pre-training.
+        plain: Every sentence names its entity, in one wording, and no document goes on in another
+            chunk; the first lessons of pre-training.
     """
 
     split: str = "train"
@@ -126,7 +126,9 @@ def draw_context(rng: Random, config: WorldConfig, num_questions: int) -> Contex
         questions.append(ask(rng, kind, pools[kind].pop(), passages))
         pools = {kind: pool for kind, pool in pools.items() if pool}
     facts = rng.sample(list(world.facts.values()), len(world.facts))
-    return Context(passages.chunks, tuple(questions), tuple(state(rng, fact) for fact in facts))
+    return Context(
+        passages.chunks, tuple(questions), tuple(state(rng, fact, passages.roles) for fact in facts)
+    )
 
 
 def _one_world(config: WorldConfig, index: int) -> list[RagExample]:

@@ -18,50 +18,25 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
-FEMALE = _words("""
-    Anna Clara Dora Edith Fiona Greta Helen Iris Julia Karen Laura Maria
+ROOT = _words("""
+    Abbot Alder Archer Baker Barrow Bishop Calder Carter Corby Dalton Denver Draper Elgin Ellis
+    Emery Fenwick Fisher Foster Garner Garth Gibson Harper Hexham Hollow Ingram Irving Jarrow
+    Jensen Jordan Keller Kirby Knight Lang Linden Ludlow Mason Melrose Miller Newbury Nolan Norris
+    Oakham Olsen Orford Parker Penrith Quill Ramsey Reed Ross Sawyer Selby Sutton Tanner Tarn
+    Turner Upton Vance Walsh Webb Whitby Yarrow Yates York
 """)
-MALE = _words("""
-    Adam Boris Carl David Evan Frank George Henry Ivan Jack Kevin Leo
-""")
-LAST = _words("""
-    Abbot Baker Carter Dalton Ellis Fisher Garner Harper Jensen Keller Lang Mason Norris Olsen
-    Parker Quill Reed Sawyer Tanner Vance Walsh Webb Yates York
-""")
+"""What tells one name from another, whatever its kind; the other word tells the kind."""
+
+FEMALE = _words("Anna Clara Dora Edith Fiona Greta Helen Iris Julia Karen Laura Maria")
+MALE = _words("Adam Boris Carl David Evan Frank George Henry Ivan Jack Kevin Leo")
+PLACE = _words("Port Lake New Old Fort Mount East West North South Upper Lower")
+MOOD = _words(
+    "Silent Broken Golden Hidden Crimson Frozen Bitter Burning Distant Empty Gentle Lonely"
+)
+WORK = _words("Letters Songs Tales Maps Clocks Birds Bells Doors Rivers Stars Walls Winds")
+FIRM = _words("Studio Bank House Radio Hotel Circus Theatre Garage Mill Press Gallery Casino")
 NICKNAME = _words("""
     Ace Badger Bear Duke Falcon Fox Ghost Hawk Lucky Moose Otter Panda Raven Rocket Tiger Wren
-""")
-
-PLACE = _words("""
-    Port Lake New Old Fort Mount East West North South
-""")
-ROOT = _words("""
-    Alder Barrow Calder Denver Elgin Fenwick Garth Hollow Jarrow Kirby Linden Melrose Newbury
-    Orford Penrith Ross Selby Tarn Whitby Yarrow
-""")
-
-MOOD = _words("""
-    Silent Broken Golden Hidden Crimson Frozen Bitter Burning Distant Empty Gentle Iron Lonely
-    Pale Quiet Secret
-""")
-THING = _words("""
-    Harbor Garden Mirror Island Forest Bridge Castle Desert Engine Lantern Market Mountain Palace
-    Piano Road Signal Station Tower Train Valley
-""")
-
-WORK = _words("""
-    Letters Songs Tales Maps Clocks Birds Bells Doors Rivers Stars Walls Winds Ships Roots
-""")
-MATTER = _words("""
-    Salt Ash Glass Silver Smoke Dust Amber Clay Copper Snow Rain Sand Paper Steel
-""")
-
-FIRM = _words("""
-    Norvex Zentra Lumina Delphi Quanta Vireo Apex Boreal Cobalt Dynamo Ember Helix Kestrel Magna
-    Nimbus Onyx Prism Sirius Tundra Vector Xenon Zephyr
-""")
-BRANCH = _words("""
-    Labs Works Group Media Press Motors Foods Films Bank Energy
 """)
 
 YEARS = tuple(str(year) for year in range(1950, 1990))
@@ -81,16 +56,15 @@ def _forms(kind: str) -> tuple[list[str], ...]:
         return [pattern.format(*choice) for choice in product(*words)]
 
     if kind in ("woman", "man"):
-        first = FEMALE if kind == "woman" else MALE
-        return (joined(first, LAST),)
+        return (joined(FEMALE if kind == "woman" else MALE, ROOT),)
     if kind == "city":
         return (joined(PLACE, ROOT),)
     if kind == "film":
-        return joined(MOOD, THING), joined(MOOD, THING, pattern="The {} {}")
+        return joined(MOOD, ROOT), joined(MOOD, ROOT, pattern="The {} {}")
     if kind == "book":
-        return (joined(WORK, MATTER, pattern="{} of {}"),)
+        return (joined(WORK, ROOT, pattern="{} of {}"),)
     if kind == "company":
-        return (joined(FIRM, BRANCH),)
+        return (joined(FIRM, ROOT),)
     raise ValueError(f"unknown kind of name '{kind}'")
 
 
@@ -107,10 +81,26 @@ def names(kind: str, split: str) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(n for n in form if split_of(n) == split) for form in _forms(kind))
 
 
+_ROOTS = frozenset(ROOT)
+_PATIENCE, _MOST_DRAWS = 40, 2000
+
+
 def draw_name(rng: Random, kind: str, split: str, taken: set[str]) -> str:
-    """Draws a name that is not taken yet in this world, and takes it."""
-    while True:
+    """Draws a name for one world, and takes it and its root.
+
+    Within a world no two names have their root in common, as long as there are roots left: telling
+    apart Anna Baker and Port Baker is more than a model of a million parameters learns in an
+    hour, and it is not what is measured.
+
+    Raises:
+        ValueError: If the world has used up the names of this kind.
+    """
+    for drawn in range(_MOST_DRAWS):
         name = rng.choice(rng.choice(names(kind, split)))
-        if name not in taken:
-            taken.add(name)
+        roots = _ROOTS.intersection(name.split())
+        if name not in taken and (drawn >= _PATIENCE or not roots & taken):
+            taken |= roots | {name}
             return name
+    raise ValueError(
+        f"split '{split}' has no names of kind '{kind}' left for this world; ask for fewer passages"
+    )

@@ -29,10 +29,14 @@ class Place:
 
 @dataclass(frozen=True)
 class Passages:
-    """A world's chunks in order, and each fact's place by (entity name, relation name)."""
+    """A world's chunks in order, and each fact's place by (entity name, relation name).
+
+    ``roles`` is the world's `Style.roles`, for its questions.
+    """
 
     chunks: tuple[Chunk, ...]
     places: dict[tuple[str, str], Place]
+    roles: float
 
 
 def write_passages(rng: Random, world: World) -> Passages:
@@ -49,7 +53,7 @@ def write_passages(rng: Random, world: World) -> Passages:
                 places[key] = Place(len(chunks), first, shown)
             text = _write(rng, document, facts, part, mention, world.style)
             chunks.append(Chunk(text, document.entity.name if part == 0 else None))
-    return Passages(tuple(chunks), places)
+    return Passages(tuple(chunks), places, world.style.roles)
 
 
 def _write(
@@ -66,7 +70,10 @@ def _write(
             subject = entity.name if i == 0 or rng.random() < style.named else entity.pronoun
         else:
             subject = _mention(entity, mention if i == 0 else rng.choice((mention, "pronoun")))
-        sentence = rng.choice(fact.relation.facts).format(s=subject, o=fact.value)
+        wordings = fact.relation.facts
+        if subject == entity.name and rng.random() < style.roles:
+            wordings = (fact.relation.plain_fact,)
+        sentence = rng.choice(wordings).format(s=subject, o=fact.value)
         sentences.append(sentence[0].upper() + sentence[1:])
     return " ".join(s for s in sentences if s)
 

@@ -9,12 +9,12 @@ from random import Random
 from typing import Any
 
 from blocktune.data.worlds.passages import Passages, Place
-from blocktune.data.worlds.relations import COMPARED, ORDINALS
+from blocktune.data.worlds.relations import COMPARED
 from blocktune.data.worlds.world import Fact, World
 
 QUESTION_KINDS = ("self-contained", "cross-chunk", "2-hop", "3-hop", "comparison")
 MARKER = "Answer: "
-"""What stands before the scored answer in every response."""
+"""What stands before the scored answer when a response names other values first."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class Question:
         kind: One of ``QUESTION_KINDS``.
         text: The question.
         answer: The one correct answer.
-        response: What a model is trained to say: the values on the way, ``MARKER``, the answer.
+        response: What a model is trained to say: the answer, or the values on the way, then
+            ``MARKER`` and the answer.
         supporting: Chunks that are needed, ascending.
         meta: Sub-kind and hops; see ``ask``.
     """
@@ -48,7 +49,7 @@ def chains(world: World, hops: int) -> Iterator[tuple[Fact, ...]]:
         paths = [
             (*path, fact)
             for path in paths
-            if path[-1].target and path[-1].relation.role
+            if path[-1].target and not path[-1].relation.place
             for fact in by_subject.get(path[-1].value, ())
             if fact.value not in {past.subject.name for past in path}
         ]
@@ -92,19 +93,19 @@ def ask(rng: Random, kind: str, facts: tuple[Fact, ...], passages: Passages) -> 
     if kind == "comparison":
         text, answer, said = _compare(rng, *facts)
     else:
-        text, answer = _chain_text(rng, facts), facts[-1].value
+        text, answer = _chain_text(rng, facts, passages.roles), facts[-1].value
         said = [fact.value for fact in facts[:-1]]
         meta["bridges"] = said
-    response = (", ".join(said) + ". " if said else "") + MARKER + answer
+    response = f"{', '.join(said)}. {MARKER}{answer}" if said else answer
     supporting = tuple(sorted({i for place in places for i in place.supporting}))
     return Question(kind, text, answer, response, supporting, meta)
 
 
-def state(rng: Random, fact: Fact) -> tuple[str, str, str]:
+def state(rng: Random, fact: Fact, roles: float) -> tuple[str, str, str]:
     """States a fact in full: the words up to the value, the value, and the rest."""
     relation = fact.relation
-    part = f"The {ORDINALS[relation.place]} part in {{s}} is played by {{o}}."
-    wording = part if relation.place else rng.choice(relation.facts)
+    by_role = relation.place or rng.random() < roles
+    wording = relation.plain_fact if by_role else rng.choice(relation.facts)
     before, after = wording.format(s=fact.subject.name, o="|").split("|")
     return before, fact.value, after
 
@@ -113,11 +114,13 @@ def _place(passages: Passages, fact: Fact) -> Place:
     return passages.places[fact.subject.name, fact.relation.name]
 
 
-def _chain_text(rng: Random, facts: tuple[Fact, ...]) -> str:
+def _chain_text(rng: Random, facts: tuple[Fact, ...], roles: float) -> str:
     subject = facts[0].subject.name
     for fact in facts[:-1]:
         subject = fact.relation.role.format(s=subject)
-    return rng.choice(facts[-1].relation.questions).format(s=subject)
+    relation = facts[-1].relation
+    wordings = (relation.plain_question,) if rng.random() < roles else relation.questions
+    return rng.choice(wordings).format(s=subject)
 
 
 def _compare(rng: Random, one: Fact, other: Fact) -> tuple[str, str, list[str]]:

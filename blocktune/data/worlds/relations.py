@@ -25,7 +25,7 @@ class Relation:
         target: Kind of the value: a kind of entity, or ``year``.
         facts: Sentences with ``{s}`` (always first, so that a pronoun fits) and ``{o}``.
         questions: Questions with ``{s}``, whose answer is the value.
-        role: Noun phrase with ``{s}`` that stands for the value inside a longer question.
+        role: Noun phrase with ``{s}`` that stands for the value, alone or in a longer question.
         place: Number of the list item, 0 if the relation is not an item of a list.
     """
 
@@ -34,11 +34,21 @@ class Relation:
     target: str
     facts: tuple[str, ...]
     questions: tuple[str, ...]
-    role: str | None = None
+    role: str
     place: int = 0
 
+    @property
+    def plain_fact(self) -> str:
+        """The wording with the name at the end, right before the value."""
+        return f"T{self.role[1:]} is {{o}}."
 
-def _relation(subject, name, target, facts, questions, role=None, place=0) -> Relation:
+    @property
+    def plain_question(self) -> str:
+        """The wording with the name at the end."""
+        return f"{'Who' if self.target == 'person' else 'What'} is {self.role}?"
+
+
+def _relation(subject, name, target, facts, questions, role, place=0) -> Relation:
     split = lambda text: tuple(part.strip() for part in text.split("|"))  # noqa: E731
     return Relation(
         f"{subject}.{name}", subject, target, split(facts), split(questions), role, place
@@ -65,7 +75,7 @@ RELATIONS = (
               "Where is {s} set? | Where does {s} take place?", "the setting of {s}"),
     _relation("film", "year", "year",
               "{s} was released in {o}. | {s} came out in {o}.",
-              "When was {s} released? | When did {s} come out?"),
+              "When was {s} released? | When did {s} come out?", "the year of {s}"),
     _relation("book", "writer", "person",
               "{s} was written by {o}. | {s} is the work of {o}.",
               "Who wrote {s}? | Who was the writer of {s}?", "the writer of {s}"),
@@ -88,7 +98,8 @@ RELATIONS = (
     *(
         _relation("film", f"part_{place}", "person", f"{ordinal}, {{o}}",
                   f"Who plays the {ordinal} part in {{s}}? | "
-                  f"Who is {ordinal} in the cast of {{s}}?", place=place)
+                  f"Who is {ordinal} in the cast of {{s}}?",
+                  f"the {ordinal} player in {{s}}", place=place)
         for place, ordinal in enumerate(ORDINALS) if place
     ),
 )  # fmt: skip

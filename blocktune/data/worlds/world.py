@@ -51,6 +51,8 @@ class Style:
         named: Probability that a later sentence of a first chunk repeats the name.
         introduced: Probability that a document of one chunk opens with an introduction.
         variety: Most relations of one kind of entity in this world; few make many candidates.
+        roles: Probability that a sentence that names its entity begins with the relation
+            (`Relation.plain_fact`), and that a question ends in the name.
     """
 
     kind_weights: tuple[float, ...]
@@ -61,6 +63,7 @@ class Style:
     named: float
     introduced: float
     variety: int
+    roles: float
 
 
 def draw_style(rng: Random) -> Style:
@@ -76,11 +79,15 @@ def draw_style(rng: Random) -> Style:
         named=rng.random(),
         introduced=0.5,
         variety=rng.choice((2, 3, 9)),
+        roles=0.3,
     )
 
 
 def plain_style(rng: Random) -> Style:
-    """Draws a style for first lessons: one kind of entity and few relations, always with the name.
+    """Draws a style for first lessons: one kind of entity and few relations, one wording.
+
+    The name always stands right before the value and at the question's end: matching the two is
+    then found within 250 steps, with other wordings not within 1,000.
 
     Which *kind* of value is meant is learnt within minutes, and in a mixed world that alone is
     often enough. Here every passage holds a candidate of the same kind, so only the name tells.
@@ -95,6 +102,7 @@ def plain_style(rng: Random) -> Style:
         named=1,
         introduced=0.2,
         variety=rng.choice((1, 1, 2)),
+        roles=1,
     )
 
 
@@ -117,10 +125,10 @@ class World:
 
 
 def draw_entity(rng: Random, kind: str, split: str, taken: set[str]) -> Entity:
-    """Draws an entity whose name, and whose alias, are new in this world."""
+    """Draws an entity with a new name; its alias is new too, while a world has new ones."""
     form = rng.choice(("woman", "man")) if kind == "person" else kind
     name = draw_name(rng, form, split, taken)
-    alias = rng.choice([word for word in NICKNAME if word not in taken])
+    alias = rng.choice([word for word in NICKNAME if word not in taken] or NICKNAME)
     taken.add(alias)
     pronoun = {"woman": "she", "man": "he"}.get(form, "it")
     return Entity(name, kind, pronoun, rng.choice(NOUNS[kind]), alias)

@@ -10,6 +10,9 @@ KINDS = {
     "self-contained": 0.35, "cross-chunk": 0.3, "2-hop": 0.3, "3-hop": 0.06, "comparison": 0.06,
 }  # fmt: skip
 
+ANNEAL_WARMUP = 10
+"""Steps in which new optimisers gather their first averages."""
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -18,7 +21,8 @@ class Stage:
     Attributes:
         passages: Most chunks of a context.
         steps: Most optimiser steps; what a stage leaves over goes to the last one.
-        until: Accuracy of answer tokens, averaged over about 20 steps, that ends the stage early.
+        until: Accuracy of the answers' values, averaged over about 20 steps, that ends the
+            stage early.
         plain: First lessons: see `WorldConfig`; only questions of one passage.
     """
 
@@ -35,10 +39,13 @@ class PretrainConfig:
     Attributes:
         seed: Seeds weights, tokenizer corpus and worlds.
         layers: Decoder layers, L.
-        width: Hidden size; heads have ``width / heads`` dimensions.
+        width: Hidden size.
         ffn: Inner size of the MLP.
         heads: Query heads, H.
-        kv_heads: Key and value heads, K.
+        kv_heads: Key and value heads, K; with two, or with smaller heads, retrieval is learnt
+            later: what a head moves must tell some hundred words apart.
+        head_dim: Dimensions of a head, D.
+        rope_theta: Base of RoPE; large, so that enough dimensions hardly turn over a context.
         vocab_size: Most tokens of the tokenizer.
         stages: Curriculum; short contexts first, or retrieval is not learnt.
         questions: Most questions asked about one context, in successive turns.
@@ -52,7 +59,8 @@ class PretrainConfig:
             soon drown, and names can no longer be told apart.
         adam_lr: Peak learning rate of embeddings and norms.
         warmup: Steps of linear warm-up.
-        decay_from: Share of the run after which the rates fall linearly.
+        anneal_steps: Steps after the stages, from the saved weights and with new optimisers, in
+            which the rates fall linearly.
         final_lr: Last learning rate, relative to the peak.
         clip: Largest gradient norm.
         workers: Processes, one thread each: on few cores faster than threads.
@@ -61,17 +69,19 @@ class PretrainConfig:
     """
 
     seed: int = 0
-    layers: int = 5
+    layers: int = 4
     width: int = 128
     ffn: int = 384
-    heads: int = 4
-    kv_heads: int = 2
-    vocab_size: int = 1280
+    heads: int = 8
+    kv_heads: int = 4
+    head_dim: int = 64
+    rope_theta: float = 1e6
+    vocab_size: int = 1152
     stages: tuple[Stage, ...] = (
-        Stage(3, 500, plain=True, until=0.95), Stage(5, 900, until=0.95),
-        Stage(8, 600, until=0.95), Stage(12, 1000),
+        Stage(4, 500, plain=True, until=0.96), Stage(5, 500, until=0.95),
+        Stage(8, 300, until=0.95), Stage(12, 100),
     )  # fmt: skip
-    questions: int = 6
+    questions: int = 8
     kinds: dict[str, float] = field(default_factory=lambda: dict(KINDS))
     answer_weight: float = 5.0
     tokens_per_step: int = 8000
@@ -80,7 +90,7 @@ class PretrainConfig:
     embedding_std: float = 0.25
     adam_lr: float = 2e-3
     warmup: int = 50
-    decay_from: float = 0.6
+    anneal_steps: int = 450
     final_lr: float = 0.05
     clip: float = 1.0
     workers: int = 2
@@ -90,18 +100,26 @@ class PretrainConfig:
     def scaled(self, factor: float) -> PretrainConfig:
         """The same run with every stage ``factor`` times as long, for trials."""
         stages = tuple(replace(s, steps=max(1, round(s.steps * factor))) for s in self.stages)
-        return replace(self, stages=stages)
+        return replace(self, stages=stages, anneal_steps=max(1, round(self.anneal_steps * factor)))
+
+    @property
+    def steady_steps(self) -> int:
+        """Steps of all stages, at the peak rates after a warm-up."""
+        return sum(stage.steps for stage in self.stages)
 
     @property
     def total_steps(self) -> int:
-        """Steps of all stages."""
-        return sum(stage.steps for stage in self.stages)
+        """Steps of the whole run."""
+        return self.steady_steps + self.anneal_steps
 
     def rate(self, step: int) -> float:
         """Learning rate at a 0-based step, relative to the peak."""
-        start = self.decay_from * self.total_steps
-        done = max(0.0, (step - start) / (self.total_steps - start))
-        return min(1.0, (step + 1) / self.warmup) * (1 - (1 - self.final_lr) * done)
+        if step < self.steady_steps:
+            return min(1.0, (step + 1) / self.warmup)
+        since = step - self.steady_steps
+        return min(1.0, (since + 1) / ANNEAL_WARMUP) * (
+            1 - (1 - self.final_lr) * since / self.anneal_steps
+        )
 
     def model_config(self, vocab_size: int, bos: int, eos: int, pad: int) -> LlamaConfig:
         """The model's shape: a stock Llama with grouped-query attention and tied embeddings."""
@@ -111,10 +129,10 @@ class PretrainConfig:
             num_hidden_layers=self.layers,
             num_attention_heads=self.heads,
             num_key_value_heads=self.kv_heads,
-            head_dim=self.width // self.heads,
+            head_dim=self.head_dim,
             vocab_size=vocab_size,
             max_position_embeddings=32768,
-            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+            rope_parameters={"rope_type": "default", "rope_theta": self.rope_theta},
             tie_word_embeddings=True,
             bos_token_id=bos,
             eos_token_id=eos,

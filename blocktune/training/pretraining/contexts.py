@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from blocktune.data.worlds import Context, WorldConfig, draw_context
+from blocktune.data.worlds import MARKER, Context, WorldConfig, draw_context
 from blocktune.prompt import PromptFormat
 from blocktune.training.pretraining.config import PretrainConfig, Stage
 from blocktune.training.pretraining.tokenizer import ASSISTANT, BOS, EOS, RESTATE, USER
@@ -54,12 +54,15 @@ def turns(context: Context, fmt: PromptFormat) -> Iterator[tuple[str, bool]]:
 class ContextSource:
     """Endless training sequences from one random stream."""
 
-    def __init__(self, config: PretrainConfig, tokenizer: PreTrainedTokenizerFast, rank: int = 0):
-        """Starts the stream of process ``rank``; streams of different ranks differ."""
+    def __init__(
+        self, config: PretrainConfig, tokenizer: PreTrainedTokenizerFast, stream: str = "0"
+    ):
+        """Starts a stream; those of different names differ."""
         self.config = config
         self.backend = tokenizer.backend_tokenizer
         self.fmt = PromptFormat()
-        self.rng = Random(f"pretrain/{config.seed}/{rank}")
+        self.rng = Random(f"pretrain/{config.seed}/{stream}")
+        self.given = torch.tensor(given_ids(tokenizer))
 
     def draw(self, stage: Stage, num_tokens: int) -> list[Conversation]:
         """Draws sequences of a stage until they hold ``num_tokens`` tokens."""
@@ -80,6 +83,12 @@ class ContextSource:
             ids += encoding.ids
             weights += [self.config.answer_weight if answer else 1.0] * len(encoding.ids)
         return Conversation(ids, weights)
+
+
+def given_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Ids of answer tokens that need no context: the marker, punctuation, EOS."""
+    words = f"{MARKER.strip()} {MARKER.strip()},.", tokenizer.eos_token
+    return sorted({i for word in words for i in tokenizer.encode(word, add_special_tokens=False)})
 
 
 def micro_batches(

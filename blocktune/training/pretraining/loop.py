@@ -9,54 +9,57 @@ import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from torch import Tensor
-from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from blocktune.data.worlds import WorldConfig, generate_examples
 from blocktune.prompt import PromptFormat
 from blocktune.training.pretraining.config import Curriculum, PretrainConfig
-from blocktune.training.pretraining.contexts import ContextSource, MicroBatch, micro_batches
+from blocktune.training.pretraining.contexts import ContextSource
+from blocktune.training.pretraining.gradients import backward, make_optimizers
 from blocktune.training.pretraining.measure import by_kind, correct
-from blocktune.training.pretraining.muon import Muon
+from blocktune.training.pretraining.model import new_model, save
 from blocktune.training.pretraining.tokenizer import train_tokenizer, world_texts
+
+LOG = "log.jsonl"
 
 
 def pretrain(config: PretrainConfig, output: Path) -> None:
-    """Trains tokenizer and model from nothing and saves both, the model in bfloat16.
+    """Trains tokenizer and model from nothing, then anneals; saves both, the model in bfloat16.
 
     Args:
         config: What to train; the same configuration draws the same data.
         output: Folder for model, tokenizer and ``log.jsonl``.
     """
     output.mkdir(parents=True, exist_ok=True)
-    (output / "log.jsonl").write_text(json.dumps({"config": asdict(config)}) + "\n")
+    (output / LOG).write_text(json.dumps({"config": asdict(config)}) + "\n")
     texts = world_texts(PromptFormat(), config.seed)
     train_tokenizer(texts, config.vocab_size).save_pretrained(output)
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_worker, (config, output, folder), nprocs=config.workers)
+    _launch(config, output, range(config.steady_steps))
+    anneal(config, output)
 
 
-def new_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A model with random weights, where a word starts out alike with and without its space.
+def anneal(config: PretrainConfig, output: Path) -> None:
+    """Goes on from the weights that the stages left in ``output``, at falling rates.
 
-    Byte-level BPE has two tokens for a word, one for the start of a text (a title), one for
-    elsewhere; without this the model must first learn that they are one name.
+    Raises:
+        ValueError: If ``output`` does not hold the stages' last weights and their log.
     """
-    torch.manual_seed(config.seed)
-    special = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
-    model = LlamaForCausalLM(config.model_config(len(tokenizer), *special))
-    vocabulary, rows = tokenizer.get_vocab(), model.get_input_embeddings().weight.data
-    rows.normal_(0, config.embedding_std)
-    for token, index in vocabulary.items():
-        if len(token) > 2 and token[0] == "Ġ" and token[1:] in vocabulary:
-            rows[vocabulary[token[1:]]] = rows[index]
-    return model
+    last = json.loads((output / LOG).read_text().splitlines()[-1])
+    if last.get("step") != config.steady_steps:
+        raise ValueError(
+            f"{output} holds no model of step {config.steady_steps}, where annealing starts; "
+            "train from nothing"
+        )
+    _launch(config, output, range(config.steady_steps, config.total_steps))
+
+
+def _launch(config: PretrainConfig, output: Path, steps: range) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(_worker, (config, output, folder, steps), nprocs=config.workers)
 
 
 def keep_memory() -> None:
@@ -70,17 +73,7 @@ def keep_memory() -> None:
         libc.mallopt(option, size)
 
 
-class Tally(NamedTuple):
-    """Sums over one step, all processes: weighted loss, weights, answer tokens right and in all."""
-
-    loss: float
-    weight: float
-    right: float
-    answers: float
-    tokens: float
-
-
-def _worker(rank: int, config: PretrainConfig, output: Path, folder: str) -> None:
+def _worker(rank: int, config: PretrainConfig, output: Path, folder: str, steps: range) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
     keep_memory()
@@ -88,22 +81,27 @@ def _worker(rank: int, config: PretrainConfig, output: Path, folder: str) -> Non
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=config.workers
     )
     tokenizer = PreTrainedTokenizerFast.from_pretrained(output)
-    model = new_model(config, tokenizer)
+    if steps.start:
+        model = LlamaForCausalLM.from_pretrained(output, dtype=torch.float32)
+    else:
+        model = new_model(config, tokenizer)
     try:
-        _train(rank, config, output, model, tokenizer)
+        _train(rank, config, output, model, tokenizer, steps)
     finally:
         dist.destroy_process_group()
 
 
-def _train(rank, config, output, model, tokenizer) -> None:
-    source = ContextSource(config, tokenizer, rank)
-    optimizers = _optimizers(model, config)
-    started, tokens, console = time.perf_counter(), 0, Console(quiet=rank > 0)
-    dev, curriculum = dev_examples(config), Curriculum(config.stages)
-    for step in range(config.total_steps):
+def _train(rank, config, output, model, tokenizer, steps: range) -> None:
+    source = ContextSource(config, tokenizer, f"{rank}/{steps.start}" if steps.start else f"{rank}")
+    optimizers = make_optimizers(model, config)
+    tokens, seconds = _so_far(output)
+    started, console = time.perf_counter() - seconds, Console(quiet=rank > 0)
+    dev = dev_examples(config)
+    curriculum = Curriculum(config.stages[-1:] if steps.start else config.stages)
+    for step in steps:
         stage = curriculum.stage
         sequences = source.draw(stage, config.tokens_per_step // config.workers)
-        tally = _backward(model, config, sequences, tokenizer.pad_token_id)
+        tally = backward(model, config, sequences, tokenizer.pad_token_id, source.given)
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         for optimizer, peak in optimizers:
             for group in optimizer.param_groups:
@@ -114,7 +112,7 @@ def _train(rank, config, output, model, tokenizer) -> None:
         tokens += int(tally.tokens)
         entry = {"step": step + 1, "passages": stage.passages}
         entry |= {"loss": tally.loss / tally.weight, "answer_accuracy": tally.right / tally.answers}
-        last = step + 1 == config.total_steps
+        last = step + 1 == steps.stop
         if last or (step + 1) % config.eval_every == 0:
             entry["dev"] = _measure(rank, config, model, tokenizer, dev)
             if rank == 0:
@@ -125,42 +123,10 @@ def _train(rank, config, output, model, tokenizer) -> None:
             _report(entry, config, output, console)
 
 
-def _optimizers(model, config) -> list[tuple[torch.optim.Optimizer, float]]:
-    """Muon for the matrices, AdamW for embeddings and norms, each with its peak rate."""
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
-    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
-    muon = Muon(matrices, lr=config.muon_lr)
-    adam = torch.optim.AdamW(others, lr=config.adam_lr, betas=(0.9, 0.98), weight_decay=0.0)
-    return [(muon, config.muon_lr), (adam, config.adam_lr)]
-
-
-def _backward(model, config, sequences, pad_id: int) -> Tally:
-    """Leaves the gradient of the weighted mean loss over all processes' tokens in the model."""
-    sums = torch.zeros(len(Tally._fields), dtype=torch.float64)
-    for batch in micro_batches(sequences, config.micro_tokens, pad_id):
-        sums += _accumulate(model, batch)
-    dist.all_reduce(sums)
-    tally = Tally(*sums.tolist())
-    flat = torch.cat([p.grad.flatten() for p in model.parameters()])
-    dist.all_reduce(flat)
-    start = 0
-    for p in model.parameters():
-        p.grad.copy_(flat[start : start + p.numel()].view_as(p) / tally.weight)
-        start += p.numel()
-    return tally
-
-
-def _accumulate(model, batch: MicroBatch) -> Tensor:
-    """Adds the gradient of the weighted loss sum; causal masking makes right pads harmless."""
-    logits = model(input_ids=batch.ids, use_cache=False).logits[:, :-1].flatten(0, 1)
-    target, weight = batch.ids[:, 1:].flatten(), batch.weights[:, 1:].flatten()
-    loss = (cross_entropy(logits, target, reduction="none") * weight).sum()
-    loss.backward()
-    answer = weight > 1
-    right = (logits.detach().argmax(-1) == target)[answer].sum()
-    tokens = (batch.weights > 0).sum()
-    sums = loss.detach(), weight.sum(), right, answer.sum(), tokens
-    return torch.stack([value.double() for value in sums])
+def _so_far(output: Path) -> tuple[int, float]:
+    """Tokens and seconds of the run before."""
+    last = json.loads((output / LOG).read_text().splitlines()[-1])
+    return last.get("tokens", 0), last.get("seconds", 0.0)
 
 
 def dev_examples(config: PretrainConfig):
@@ -183,18 +149,9 @@ def _measure(rank, config, model, tokenizer, examples) -> dict[str, dict]:
     return result
 
 
-def save(model: LlamaForCausalLM, output: Path) -> None:
-    """Writes the weights in bfloat16, which halves the download; training goes on in float32."""
-    state = {name: value.to(torch.bfloat16) for name, value in model.state_dict().items()}
-    state.pop("lm_head.weight", None)  # tied
-    dtype, model.config.dtype = model.config.dtype, torch.bfloat16
-    model.save_pretrained(output, state_dict=state)
-    model.config.dtype = dtype
-
-
 def _report(entry: dict, config: PretrainConfig, output: Path, console: Console) -> None:
     rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in entry.items()}
-    with open(output / "log.jsonl", "a", encoding="utf-8") as log:
+    with open(output / LOG, "a", encoding="utf-8") as log:
         log.write(json.dumps(rounded) + "\n")
     console.print(
         f"step [bold]{entry['step']}[/]/{config.total_steps}  passages 1-{entry['passages']}  "

@@ -78,7 +78,9 @@ def draw_curves(log: list[dict], path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
     steps = [entry["step"] for entry in log]
     left.plot(steps, [entry["loss"] for entry in log], label="loss (answers weigh 5)")
-    left.plot(steps, [entry["answer_accuracy"] for entry in log], label="answer token accuracy")
+    left.plot(
+        steps, [entry["answer_accuracy"] for entry in log], label="accuracy of the answers' values"
+    )
     measured = [entry for entry in log if "dev" in entry]
     for number, kind in enumerate(("self-contained", "cross-chunk", "2-hop")):
         for setting, line in (("full", "-"), ("naive", ":")):
@@ -128,9 +130,10 @@ Weights are saved in bfloat16; the numbers are of the saved weights, computed in
 
 ## Exact match
 
-Greedy decoding, what follows the last `Answer:`; test worlds (no name in common with training),
-exactly 10 chunks. *full*: full attention. *naive*: every chunk encoded alone, no tuning.
-*no-context*: no chunks. *bridge-deleted*: without the chunk that states the last hop's fact.
+Greedy decoding; what follows the last `Answer:`, if there is one, is scored. Test worlds (no name
+in common with training), exactly 10 chunks. *full*: full attention. *naive*: every chunk encoded
+alone, no tuning. *no-context*: no chunks. *bridge-deleted*: without the chunk that states the last
+hop's fact.
 
 | kind | n | full | naive | no-context | bridge-deleted |
 |---|---|---|---|---|---|
