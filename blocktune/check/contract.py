@@ -13,10 +13,16 @@ import torch
 from torch import Tensor
 
 from blocktune.check.claim import Check, difference, tolerance_of
-from blocktune.check.requests import ALONE, ASK, OTHER, SHORT, Ask
-from blocktune.check.serving import Subject, chosen_rows, dense_logits, reach
+from blocktune.check.requests import ALONE, ASK, LAST, OTHER, SHORT, Ask
+from blocktune.check.serving import (
+    Subject,
+    chosen_rows,
+    dense_logits,
+    last_chunk_start,
+    question_start,
+    reach,
+)
 from blocktune.engine import Engine
-from blocktune.layout import Kind
 from blocktune.reuse import Cached, Method, Weights, compose
 from blocktune.select import Everything, FirstK, Selection
 from blocktune.specimen import specimen_engine
@@ -132,15 +138,16 @@ def _neutral_reshape(subject: Subject) -> Pairs:
 
 
 def _no_future(subject: Subject) -> Pairs:
-    """Columns before the question, when another question is asked."""
+    """Columns before the question or the last chunk, when that is another one."""
     for method in _with_fixed_choices(subject.method):
-        left, right = subject.run(method), subject.run(method, OTHER)
-        if chosen_rows(left) != chosen_rows(right):
-            continue  # the question may choose; then it shows under the choices that are fixed
-        until = int(left.batch.layout.order[left.batch.layout.kind == Kind.QUERY].min())
-        for one, other in zip(left.cache.layers, right.cache.layers, strict=True):
-            yield one.keys[:, :, :until], other.keys[:, :, :until]
-            yield one.values[:, :, :until], other.values[:, :, :until]
+        one = subject.run(method)
+        for ask, start in ((OTHER, question_start(one)), (LAST, last_chunk_start(one))):
+            other = subject.run(method, ask)
+            if chosen_rows(one, start) != chosen_rows(other, start):
+                continue  # what comes later may choose; it shows under the choices that are fixed
+            for left, right in zip(one.cache.layers, other.cache.layers, strict=True):
+                yield left.keys[:, :, :start], right.keys[:, :, :start]
+                yield left.values[:, :, :start], right.values[:, :, :start]
 
 
 def _order_of_storing(subject: Subject) -> Pairs:

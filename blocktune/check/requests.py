@@ -26,3 +26,7 @@ ASK = Ask(
 OTHER = Ask("And where was the music written?", ASK.chunks)
 SHORT = Ask("Who?", (Chunk("It was shot in 1966."), Chunk("The company is in Lorne.")))
 ALONE = Ask("Who directed it?", ASK.chunks[2:])
+LAST = Ask(
+    ASK.question, (*ASK.chunks[:2], Chunk("The song was written by Walter Green.", "Frozen Lorne"))
+)
+"""`ASK` with another last chunk of the same length in bytes, the specimen's tokens."""

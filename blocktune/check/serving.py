@@ -44,10 +44,23 @@ class Subject:
         return self.run(method).prefill.logits[0]
 
 
-def chosen_rows(run: Run) -> list[list[int]]:
-    """Chunk tokens that were computed, by pass, as columns of the first prompt."""
-    plans = run.prefill.plans
-    return [plan.query.order[0][plan.query.kind[0] == Kind.CHUNK].tolist() for plan in plans]
+def chosen_rows(run: Run, until: int = 1 << 30) -> list[list[int]]:
+    """Chunk tokens that were computed, by pass, as columns of the first prompt below ``until``."""
+    rows = [plan.query.map(lambda field: field[0]) for plan in run.prefill.plans]
+    return [one.order[(one.kind == Kind.CHUNK) & (one.order < until)].tolist() for one in rows]
+
+
+def question_start(run: Run) -> int:
+    """Column at which the question begins."""
+    layout = run.batch.layout
+    return int(layout.order[layout.kind == Kind.QUERY].min())
+
+
+def last_chunk_start(run: Run) -> int:
+    """Column at which the last chunk's tokens begin, or the question where there is no chunk."""
+    layout = run.batch.layout
+    last = layout.is_context & (layout.chunk == layout.chunk.max())
+    return int(layout.order[last].min()) if bool(last.any()) else question_start(run)
 
 
 def dense_logits(subject: Subject, method: Method, everything_visible: bool = False) -> Tensor:
