@@ -21,10 +21,12 @@ from blocktune.check.serving import (
     last_chunk_start,
     question_start,
     reach,
+    takes_budget,
 )
 from blocktune.engine import Engine
+from blocktune.prompt import LayoutSpec
 from blocktune.reuse import Cached, Method, Weights, compose
-from blocktune.select import Everything, FirstK, Selection
+from blocktune.select import Everything, FirstK
 from blocktune.specimen import specimen_engine
 
 Pairs = Iterator[tuple[Tensor, Tensor]]
@@ -61,7 +63,10 @@ def claims(method: Method) -> dict[str, Claim]:
         pairs |= _of_reuse(method)
     else:
         pairs["served = one dense forward"] = _exact_is_dense
-    return {ALONE_CLAIM: _one_chunk_alone} | {n: _equal(n, made) for n, made in pairs.items()}
+    equal = {name: _equal(name, made) for name, made in pairs.items()}
+    if method.arrange(LayoutSpec()).bos != "none":  # a chunk with a BOS of its own is never alone
+        return equal
+    return {ALONE_CLAIM: _one_chunk_alone} | equal
 
 
 def _of_reuse(method: Method) -> dict[str, Callable[[Subject], Pairs]]:
@@ -72,7 +77,7 @@ def _of_reuse(method: Method) -> dict[str, Callable[[Subject], Pairs]]:
     if not method.recalls:  # what those store depends on what came before
         pairs["nothing fresh = plain reuse, as one dense forward"] = _nothing_fresh
         pairs["order of stored chunks does not matter"] = _order_of_storing
-        if _takes_budget(method.selection()):
+        if takes_budget(method.selection()):
             pairs["a budget of nothing or all = nothing or all"] = _budget_ends
     if method.reshape() is not None:
         pairs["a neutral reshape = none"] = _neutral_reshape
@@ -185,14 +190,6 @@ def _with_fixed_choices(method: Method) -> list[Method]:
     if method.cached is not Cached.CHUNKS:
         return [method]
     return [method, *(compose(method, select=one) for one in (FirstK(k=3), Everything()))]
-
-
-def _takes_budget(selection: Selection) -> bool:
-    try:
-        selection.with_budget(1.0)
-    except ValueError:
-        return False
-    return True
 
 
 def _neutral(method: Method) -> Method:

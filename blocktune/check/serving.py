@@ -14,6 +14,7 @@ from blocktune.engine.run import Run
 from blocktune.layout import GLOBAL, Kind, Layout
 from blocktune.prompt import stack
 from blocktune.reuse import Method
+from blocktune.select import Selection
 
 POSITIONS = 256
 """Up to here the tolerance holds; float32 angles are wrong in proportion to the position."""
@@ -82,6 +83,15 @@ def _without_ghosts(ids: Tensor, layout: Layout) -> tuple[Tensor, Layout]:
     kept = layout.kind[0] != Kind.GHOST
     layout = layout.map(lambda field: field[:, kept])
     return ids[:, kept], replace(layout, group=torch.full_like(layout.group, GLOBAL))
+
+
+def takes_budget(selection: Selection) -> bool:
+    """Whether it can be told how much to spend."""
+    try:
+        selection.with_budget(1.0)
+    except ValueError:
+        return False
+    return True
 
 
 def reach(engine: Engine, method: Method, ask: Ask) -> float:

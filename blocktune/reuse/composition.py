@@ -16,11 +16,9 @@ from blocktune.prompt import LayoutSpec
 from blocktune.reshape import Reshape
 from blocktune.reuse.axes import Choice, choose, say
 from blocktune.reuse.base import METHODS, Axis, Cached, Method, Weights
+from blocktune.reuse.composable import needs, require_composable, require_fields, require_one_each
 from blocktune.select import Nothing, Selection
 from blocktune.select.budget import require_share
-
-PLACE_AND_ENCODE = ("placement", "slot", "num_ghosts", "shared_prefix", "bos")
-"""Fields of `LayoutSpec` that a method chooses; the others are facts of what was trained."""
 
 
 class Keep(Enum):
@@ -77,7 +75,7 @@ class Composition(Method):
     @property
     def weights(self) -> Weights:
         """What one of the presets needs, if one needs any."""
-        return next(iter(_needs(self.terms)), Weights.ANY)
+        return next(iter(needs(self.terms)), Weights.ANY)
 
     @property
     def cached(self) -> Cached:
@@ -104,7 +102,14 @@ class Composition(Method):
         """Whether all presets are, and later rows see the chunk as it is: on the safe side."""
         shape = self.reshaped
         kept = shape is None or shape.exact_on_one_chunk or shape == shape.neutral()
-        return kept and all(term.exact_on_one_chunk for term in self.terms)
+        plain = LayoutSpec()
+        # Blanks and a BOS stand before the chunk, an unfilled slot between it and the question.
+        alone = all(
+            value == getattr(plain, name)
+            for name, value in self.changes
+            if name in ("num_ghosts", "bos", "slot")
+        )
+        return kept and alone and all(term.exact_on_one_chunk for term in self.terms)
 
     def arrange(self, spec: LayoutSpec) -> LayoutSpec:
         """The presets' arrangements, then the changes."""
@@ -153,9 +158,9 @@ def compose(
     terms = tuple(
         METHODS.build(term) if isinstance(term, str) else term for term in (base, *others)
     )
-    _require_composable(terms)
+    require_composable(terms)
     given = _given({Axis.SELECT: select, Axis.RESHAPE: reshape})
-    _require_one_each(terms, given)
+    require_one_each(terms, given)
     selection = _decide(terms, given, Axis.SELECT) or Nothing()
     if budget is not None:
         given[Axis.SELECT] = selection = selection.with_budget(budget)
@@ -164,7 +169,7 @@ def compose(
         if budget is not None:
             raise ValueError("budget and layer_budget exclude each other; drop one")
     if layout:
-        _require_fields(layout)
+        require_fields(layout)
         given[Axis.LAYOUT] = layout
     made = Composition(
         label=name or say(terms, given) + _spending(layer_budget),
@@ -193,36 +198,3 @@ def _decide(terms: tuple[Method, ...], given: Mapping[Axis, Any], axis: Axis) ->
         return given[axis]
     decider = next((term for term in terms if axis in term.axes), terms[0])
     return getattr(decider, axis.value)()
-
-
-def _require_fields(layout: Mapping[str, Any]) -> None:
-    if unknown := sorted(layout.keys() - set(PLACE_AND_ENCODE)):
-        known = ", ".join(PLACE_AND_ENCODE)
-        raise ValueError(f"layout: cannot set '{unknown[0]}' of a method; known: {known}")
-
-
-def _require_composable(terms: tuple[Method, ...]) -> None:
-    for term in terms:
-        if term.cached in (Cached.NOTHING, Cached.EXACT_PREFIX):
-            raise ValueError(
-                f"'{term.name}' takes no chunk from a cache, so there is nothing to compose it "
-                "with; start from a method that does, such as 'naive'"
-            )
-    if len(needs := _needs(terms)) > 1:
-        wanted = " and ".join(sorted(f"'{need.value}'" for need in needs))
-        raise ValueError(f"one model cannot be trained for {wanted} at once; drop one preset")
-
-
-def _needs(terms: tuple[Method, ...]) -> set[Weights]:
-    return {term.weights for term in terms} - {Weights.ANY}
-
-
-def _require_one_each(terms: tuple[Method, ...], given: Mapping[Axis, Any]) -> None:
-    """Layouts add up: each preset changes what the one before it left."""
-    for axis in set(Axis) - set(given) - {Axis.LAYOUT}:
-        deciders = [f"'{term.name}'" for term in terms if axis in term.axes]
-        if len(deciders) > 1:
-            raise ValueError(
-                f"{' and '.join(deciders)} both decide the axis '{axis.name.lower()}'; drop one, "
-                f"or say which: compose(..., {axis.name.lower()}=...)"
-            )

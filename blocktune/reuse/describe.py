@@ -9,7 +9,7 @@ from blocktune.prompt import LayoutSpec
 from blocktune.registry import summary_of
 from blocktune.reuse.axes import TABLES
 from blocktune.reuse.base import METHODS, Axis, Cached, Method, Weights
-from blocktune.reuse.composition import PLACE_AND_ENCODE
+from blocktune.reuse.composable import PLACE_AND_ENCODE
 
 GROUPS = {
     "bounds": "Bounds and exact caches",

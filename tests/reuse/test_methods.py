@@ -7,7 +7,7 @@ import pytest
 from blocktune.commands.methods import markdown_table
 from blocktune.prompt import LayoutSpec
 from blocktune.reuse import available, build, describe
-from blocktune.reuse.composition import PLACE_AND_ENCODE
+from blocktune.reuse.composable import PLACE_AND_ENCODE
 from blocktune.reuse.describe import GROUPS, LAYOUT_WORDS, describe_all
 
 README = Path(__file__).resolve().parents[2] / "README.md"
