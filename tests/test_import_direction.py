@@ -19,7 +19,7 @@ ALLOWED = {
     "sharded": set(),
     "layout": set(),
     "probe": {"layout"},
-    "positions": {"layout", "probe"},
+    "positions": {"sharded", "layout", "probe"},
     "attention": {"layout", "positions"},
     "select": {"registry", "layout", "positions"},
     "reshape": {"registry", "layout", "attention"},

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from blocktune.sharded import gathered
+
 
 class _Cached(Exception):
     """Carries keys and values out of a layer, before it attends."""
@@ -59,7 +61,7 @@ def probe_cache(
     state = state.expand(1, position.shape[1], -1).to(weights[0].device, dtype)
     angles = rotary(state, position.to(state.device), *([kind] if kind else []))
     try:
-        with _evaluating(attention):
+        with _evaluating(attention), gathered(*weights):
             attention(
                 hidden_states=state,
                 position_embeddings=angles,
