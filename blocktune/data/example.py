@@ -25,8 +25,10 @@ class RagExample:
             (``'Anna Belt. Answer: Port Alder'``), or None.
         kind: Reported separately, e.g. ``'2-hop'`` or ``'comparison'``.
         id: The source's identifier.
-        supporting: Indices of the chunks that hold the evidence.
+        supporting: Indices of the chunks that hold the evidence, of all turns.
         meta: Whatever else the source knows; must survive JSON.
+        followups: Further questions about the same chunks, each with what a model should write;
+            training takes them as turns after the first. Serving asks ``question`` alone.
 
     Raises:
         ValueError: If a field is not of its type, in one line that names the field.
@@ -40,6 +42,7 @@ class RagExample:
     id: str = ""
     supporting: tuple[int, ...] = ()
     meta: dict[str, Any] = field(default_factory=dict)
+    followups: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self):
         _check_field(self, "question", _is_text, "a non-blank string")
@@ -51,6 +54,7 @@ class RagExample:
         wanted = f"a list of chunk indices from 0 to {len(self.chunks) - 1}"
         _check_field(self, "supporting", lambda v: _is_indices(v, len(self.chunks)), wanted)
         _check_field(self, "meta", lambda v: isinstance(v, dict), "an object")
+        _check_field(self, "followups", _is_turns, "a list of [question, response]")
 
     @property
     def target(self) -> str:
@@ -72,6 +76,7 @@ class RagExample:
         record = {"id": self.id, "kind": self.kind, "question": self.question, "chunks": chunks}
         record |= {"answers": list(self.answers), "response": self.response}
         record |= {"supporting": list(self.supporting), "meta": self.meta}
+        record["followups"] = [list(turn) for turn in self.followups]
         return {key: value for key, value in record.items() if value not in ("", None, [], {})}
 
     @classmethod
@@ -146,6 +151,8 @@ def _decode(cls, record: Any) -> dict[str, Any]:
     for name in ("answers", "supporting"):
         if isinstance(values.get(name), list):
             values[name] = tuple(values[name])
+    if isinstance(turns := values.get("followups"), list):
+        values["followups"] = tuple(tuple(t) if isinstance(t, list) else t for t in turns)
     return values
 
 
@@ -161,6 +168,10 @@ def _is_text(value: Any) -> bool:
 
 def _is_texts(value: Any) -> bool:
     return isinstance(value, tuple) and all(map(_is_text, value))
+
+
+def _is_turns(value: Any) -> bool:
+    return isinstance(value, tuple) and all(_is_texts(turn) and len(turn) == 2 for turn in value)
 
 
 def _is_chunks(value: Any) -> bool:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from blocktune.prompt.chunk import Chunk
 from blocktune.prompt.format import PromptFormat
-from blocktune.prompt.template import render_frame, reply_end
+from blocktune.prompt.template import render_frame, render_next, reply_end
 
 
 class Pieces(NamedTuple):
@@ -26,12 +26,20 @@ class Pieces(NamedTuple):
         chunks: One tuple a chunk; depends on nothing but the chunk, the format and the tokenizer.
         query: Question, end of the user turn, opening of the assistant's.
         answer: Response and end of turn; empty when serving.
+        followups: Further turns of training: the ids of a query, as above, and of its answer.
     """
 
     prefix: tuple[int, ...]
     chunks: tuple[tuple[int, ...], ...]
     query: tuple[int, ...]
     answer: tuple[int, ...] = ()
+    followups: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all pieces."""
+        turns = [piece for turn in self.followups for piece in turn]
+        return sum(map(len, (self.prefix, *self.chunks, self.query, self.answer, *turns)))
 
 
 def make_pieces(
@@ -41,6 +49,7 @@ def make_pieces(
     question: str,
     response: str | None = None,
     block: bool = True,
+    followups: Sequence[tuple[str, str]] = (),
 ) -> Pieces:
     """Tokenises prefix, chunks, query and answer, through the tokenizer's chat template.
 
@@ -51,10 +60,12 @@ def make_pieces(
         question: The question.
         response: What the model is trained to write, or None when serving.
         block: Whether chunks see only themselves, which the format may have a tag for.
+        followups: Questions that are asked after the answer, and their responses.
 
     Raises:
         ValueError: If there is no chunk, a chunk has no tokens, the template does not hold user
-            text, or the pieces together do not hold BOS exactly once where the model has one.
+            text, there are turns after one that has no response, or the pieces together do not
+            hold BOS exactly once where the model has one.
     """
     if not chunks:
         raise ValueError("a prompt needs at least one chunk, got an empty list")
@@ -65,7 +76,13 @@ def make_pieces(
     bodies = tuple(chunk_ids(tokenizer, fmt, chunk) for chunk in chunks)
     query = _encode(tokenizer, frame.after)
     answer = () if response is None else answer_ids(tokenizer, response)
-    pieces = Pieces(prefix, bodies, query, answer)
+    if followups and response is None:
+        raise ValueError("followups come after an answer, and the first question has no response")
+    turns = tuple(
+        (next_query_ids(tokenizer, fmt, asked), answer_ids(tokenizer, said))
+        for asked, said in followups
+    )
+    pieces = Pieces(prefix, bodies, query, answer, turns)
     _check_bos(tokenizer, pieces)
     return pieces
 
@@ -99,6 +116,26 @@ def answer_ids(tokenizer: PreTrainedTokenizerBase, response: str) -> tuple[int, 
     lead = " " if tokenizer.chat_template is None else ""  # "Answer:" wants a space
     body = _encode(tokenizer, lead + response, split_special_tokens=True)
     return body + end_of_turn(tokenizer)
+
+
+def next_query_ids(
+    tokenizer: PreTrainedTokenizerBase, fmt: PromptFormat, question: str
+) -> tuple[int, ...]:
+    """Tokens from the end of an assistant's turn to the start of its next, a question between.
+
+    Raises:
+        ValueError: If the template does not end the assistant's turn as `end_of_turn` does.
+    """
+    ids = _encode(tokenizer, render_next(tokenizer, fmt.render_question(question)))
+    if tokenizer.chat_template is None:
+        return ids
+    end = end_of_turn(tokenizer)
+    if ids[: len(end)] != end:
+        raise ValueError(
+            f"the chat template of '{tokenizer.name_or_path}' ends a reply in another way when "
+            "the user goes on; leave followups out"
+        )
+    return ids[len(end) :]
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -144,7 +181,9 @@ def _check_bos(tokenizer, pieces: Pieces) -> None:
     bos = tokenizer.bos_token_id
     if bos is None or _marks_turns(tokenizer):
         return
-    count = sum(piece.count(bos) for piece in (pieces.prefix, *pieces.chunks, pieces.query))
+    asked = [query for query, _ in pieces.followups]
+    held = (pieces.prefix, *pieces.chunks, pieces.query, *asked)
+    count = sum(piece.count(bos) for piece in held)
     if count > 1 or (count == 1 and pieces.prefix[:1] != (bos,)):
         raise ValueError(
             f"the prompt holds the BOS token {tokenizer.bos_token!r} {count} times, it must open "

@@ -41,7 +41,7 @@ def lay_out(
     bos_id: int | None = None,
     contexts: Sequence[tuple[int, ...]] | None = None,
 ) -> Prompt:
-    """Lays pieces out: prefix, per chunk its ghosts, tokens and links, query, answer.
+    """Lays pieces out: prefix, per chunk its ghosts, tokens and links, query, answer, followups.
 
     Headers and trailers stand around a chunk's tokens, in its group. With links before, they come
     before its ghosts. ``order`` counts the rows that are not ghosts. The ``p`` ghosts of a chunk
@@ -114,9 +114,11 @@ def _segments(
     for index, (chunk, ghosts) in enumerate(zip(pieces.chunks, contexts, strict=True)):
         yield from _chunk_segments(index, chunk, spec, base, ghosts, starts[index], order)
         order += lengths[index]
-    yield _Segment(pieces.query, Kind.QUERY, query_start, order)
-    after = len(pieces.query)
-    yield _Segment(pieces.answer, Kind.ANSWER, query_start + after, order + after)
+    at = 0
+    for query, answer in ((pieces.query, pieces.answer), *pieces.followups):
+        for ids, kind in ((query, Kind.QUERY), (answer, Kind.ANSWER)):
+            yield _Segment(ids, kind, query_start + at, order + at)
+            at += len(ids)
 
 
 def _chunk_segments(

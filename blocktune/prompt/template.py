@@ -70,6 +70,27 @@ def reply_end(tokenizer: PreTrainedTokenizerBase) -> str:
     return ""
 
 
+def render_next(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
+    """What follows an assistant's text when the user asks again, up to the next reply.
+
+    Raises:
+        ValueError: If the template does not render a second user turn after a reply.
+    """
+    if tokenizer.chat_template is None:
+        return f"\n\n{question}{PLAIN_REPLY_CUE}"
+    for first in _conversations(None, "Hello."):
+        listed = isinstance(first[0]["content"], list)
+        said = [[{"type": "text", "text": t}] if listed else t for t in (REPLY, question)]
+        more = [{"role": "assistant", "content": said[0]}, {"role": "user", "content": said[1]}]
+        text = _render(tokenizer, [*first, *more], add_generation_prompt=True)
+        if text is not None and text.count(REPLY) == 1 and question.strip() in text:
+            return text.split(REPLY)[1]
+    raise ValueError(
+        f"the chat template of '{tokenizer.name_or_path}' does not render a second user turn; "
+        "leave followups out, or set tokenizer.chat_template to one that does"
+    )
+
+
 def _conversations(system: str | None, content: str):
     """The ways to say it, in order of preference; image templates want lists of parts."""
     folded = [{"role": "user", "content": f"{system}\n\n{content}" if system else content}]

@@ -15,11 +15,13 @@ from transformers import PreTrainedTokenizerBase
 from blocktune.data.example import RagExample
 from blocktune.prompt import LayoutSpec, Pieces, PromptFormat, make_pieces
 
+IDS = ListOf(Value("int32"))
 PART = {
-    "prefix": ListOf(Value("int32")),
-    "chunks": ListOf(ListOf(Value("int32"))),
-    "query": ListOf(Value("int32")),
-    "answer": ListOf(Value("int32")),
+    "prefix": IDS,
+    "chunks": ListOf(IDS),
+    "query": IDS,
+    "answer": IDS,
+    "followups": ListOf({"query": IDS, "answer": IDS}),
     "block": Value("bool"),
     "index": Value("int32"),
     "length": Value("int32"),
@@ -148,21 +150,29 @@ def best_fit(parts: Sequence[dict[str, Any]], room: int) -> list[list[dict[str, 
 def to_pieces(part: dict[str, Any]) -> Pieces:
     """The pieces of one example of a row."""
     chunks = tuple(tuple(chunk) for chunk in part["chunks"])
-    return Pieces(tuple(part["prefix"]), chunks, tuple(part["query"]), tuple(part["answer"]))
+    turns = tuple((tuple(t["query"]), tuple(t["answer"])) for t in part["followups"])
+    return Pieces(tuple(part["prefix"]), chunks, tuple(part["query"]), tuple(part["answer"]), turns)
 
 
 def _part(index: int, sample: Sample, tokenizer, fmt, spec: LayoutSpec) -> dict[str, Any]:
     example, block = sample
     pieces = make_pieces(
-        tokenizer, fmt, example.chunks, example.question, example.target, block=block
+        tokenizer,
+        fmt,
+        example.chunks,
+        example.question,
+        example.target,
+        block=block,
+        followups=example.followups,
     )
-    tokens = sum(map(len, (pieces.prefix, *pieces.chunks, pieces.query, pieces.answer)))
+    turns = [{"query": query, "answer": answer} for query, answer in pieces.followups]
     around = spec.num_links + spec.num_headers + spec.num_trailers
     return {
         **pieces._asdict(),
+        "followups": turns,
         "block": block,
         "index": index,
-        "length": tokens + (around * len(pieces.chunks) if block else 0),
+        "length": pieces.num_tokens + (around * len(pieces.chunks) if block else 0),
     }
 
 
@@ -171,7 +181,9 @@ def _record(row: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "parts": row,
         "length": length,
-        "answer_length": sum(len(part["answer"]) for part in row),
+        "answer_length": sum(
+            len(turn["answer"]) for part in row for turn in (part, *part["followups"])
+        ),
     }
 
 

@@ -1,9 +1,9 @@
 """Pieces hold what the chat template would have rendered, cut where the chunks begin and end."""
 
-import functools
 import random
 
 import pytest
+from chat_families import FAMILIES, PARTS, family
 from tiny_tokenizer import build_tokenizer, trl_template
 
 from blocktune.prompt import (
@@ -18,23 +18,12 @@ from blocktune.prompt import (
     prefix_ids,
 )
 
-# Trims user text: llama3. No system role: gemma. Thinks unless told not to: qwen3, qwen3_5_think.
-# Today's date: llama3_2. Wants lists of parts: PARTS. No BOS of its own: qwen2_5, phi3.
-FAMILIES = ("llama3", "llama3_1", "llama3_2", "qwen2_5", "qwen3", "qwen3_5_think", "gemma")
-FAMILIES += ("gemma3", "phi3", "cohere", "deepseekv3", "llava_next", "smolvlm")
-PARTS = ("llava_next", "smolvlm")
 CHUNKS = (
     Chunk("Anna Belt was born in Port Alder.\n\nShe studied there.", "Anna Belt"),
     Chunk("  indented, and with a line's end\n"),
     Chunk("The film was shot in {Port} Alder; 100% of it. Größe, 東京.", "Frozen Shore"),
 )
 QUESTION = "Where was the film shot?"
-
-
-@functools.cache
-def family(name: str):
-    """The template of a family on a tokenizer that puts BOS before text by itself."""
-    return build_tokenizer(trl_template(name), adds_bos=True)
 
 
 def joined(pieces) -> list[int]:

@@ -1,5 +1,7 @@
 """From examples to the tensors of a step, as literal values."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from training.toy import toy_examples, toy_tokenizer
@@ -9,8 +11,11 @@ from blocktune.prompt import LayoutSpec, PromptFormat
 from blocktune.training.collator import BlockCollator
 from blocktune.training.dataset import best_fit, in_modes, prepare, to_pieces
 
-PART = {"prefix": [9], "chunks": [[11, 12], [13]], "query": [14, 15], "answer": [16, 17]}
-SHORT = {"prefix": [9], "chunks": [[11]], "query": [14], "answer": [16]}
+PART = {
+    "prefix": [9], "chunks": [[11, 12], [13]], "query": [14, 15], "answer": [16, 17],
+    "followups": [],
+}  # fmt: skip
+SHORT = PART | {"chunks": [[11]], "query": [14], "answer": [16]}
 
 
 def row(*parts: dict) -> dict:
@@ -52,6 +57,22 @@ def test_pieces_survive_the_dataset_and_lengths_count_links():
         pieces = to_pieces(record["parts"][0])
         tokens = sum(map(len, (pieces.prefix, *pieces.chunks, pieces.query, pieces.answer)))
         assert record["length"] == tokens + 2 * 3
+
+
+def test_every_turn_of_an_example_is_learnt():
+    followups = (("Who else?", "Nobody at all"), ("Why?", "It is so"))
+    examples = [replace(example, followups=followups) for example in toy_examples(2)]
+    prepared_rows = prepared(examples).dataset
+    single = prepared(toy_examples(2)).dataset
+    collate = BlockCollator(LayoutSpec(num_links=2), pad_id=0, link_base=5000)
+    for record, alone in zip(prepared_rows, single, strict=True):
+        pieces = to_pieces(record["parts"][0])
+        learnt = [*pieces.answer, *pieces.followups[0][1], *pieces.followups[1][1]]
+        labels = collate([record])["labels"]
+        assert labels[labels != -100].tolist() == learnt
+        assert record["answer_length"] == len(learnt) > alone["answer_length"]
+        turns = sum(len(ids) for turn in pieces.followups for ids in turn)
+        assert record["length"] == alone["length"] + turns
 
 
 def test_long_examples_are_refused_by_name():

@@ -87,9 +87,15 @@ def _as_rows(example, tokenizer, adapter: str | None, mode: Mode) -> None:
     known = example.response is not None or example.answers
     target = example.target if known else None
     pieces = make_pieces(
-        tokenizer, fmt, example.chunks, example.question, target, block=mode == Mode.block
+        tokenizer,
+        fmt,
+        example.chunks,
+        example.question,
+        target,
+        block=mode == Mode.block,
+        followups=example.followups,
     )
     prompt = lay_out(pieces, spec, link_base=len(tokenizer), bos_id=tokenizer.bos_token_id)
     typer.echo(rows_of(tokenizer, prompt))
-    total = sum(map(len, (pieces.prefix, *pieces.chunks, pieces.query, pieces.answer)))
+    total = pieces.num_tokens
     typer.echo(f"\n{total:,} tokens in {len(pieces.chunks)} chunks; {len(prompt.ids):,} rows")

@@ -12,6 +12,7 @@ _KEYS = {
     "kinds": "names with commas between",
     "passages": "a number of chunks or LOW-HIGH",
     "questions_per_world": "a whole number",
+    "turns": "the number of questions asked in turn of one context",
 }
 
 
@@ -37,6 +38,8 @@ def read_worlds(split: str, options: Mapping[str, str]) -> Iterator[RagExample]:
         values["num_examples"] = _number(options, "n")
     if "questions_per_world" in options:
         values["questions_per_world"] = _number(options, "questions_per_world")
+    if "turns" in options:
+        values["turns"] = _number(options, "turns")
     if "kinds" in options:
         values["kinds"] = dict.fromkeys(options["kinds"].split(","), 1.0)
     if "passages" in options:

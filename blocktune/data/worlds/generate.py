@@ -31,6 +31,8 @@ class WorldConfig:
         num_passages: Chunks in each context: a number, or the smallest and the largest.
         kinds: Weight of each kind of question; kinds left out are not asked.
         questions_per_world: Questions that share a context.
+        turns: Questions that each example asks in turn of its context, for training: the first,
+            then its followups; fewer where the world has no more.
         plain: Every sentence names its entity, in one wording, and no document goes on in another
             chunk; the first lessons of pre-training.
     """
@@ -41,6 +43,7 @@ class WorldConfig:
     num_passages: int | tuple[int, int] = 10
     kinds: Mapping[str, float] = field(default_factory=lambda: DEFAULT_KINDS)
     questions_per_world: int = 1
+    turns: int = 1
     plain: bool = False
 
     def __post_init__(self):
@@ -57,9 +60,13 @@ class WorldConfig:
             raise ValueError(f"num_passages must be at least 1 and ascending, got {(low, high)}")
         if set(self.kinds) == {"cross-chunk"} and (high < 2 or self.plain):
             raise ValueError("kind 'cross-chunk' needs two passages, and worlds that are not plain")
-        if self.questions_per_world < 1:
+        for name in ("questions_per_world", "turns"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.questions_per_world > 1 and self.turns > 1:
             raise ValueError(
-                f"questions_per_world must be at least 1, got {self.questions_per_world}"
+                "a world's questions are examples or turns of one: set only one of "
+                "questions_per_world and turns"
             )
 
     @property
@@ -133,7 +140,13 @@ def draw_context(rng: Random, config: WorldConfig, num_questions: int) -> Contex
 
 def _one_world(config: WorldConfig, index: int) -> list[RagExample]:
     rng = Random(f"{config.split}/{config.seed}/{index}")
-    context = draw_context(rng, config, config.questions_per_world)
+    context = draw_context(rng, config, max(config.questions_per_world, config.turns))
+    asked = context.questions[:1] if config.turns > 1 else context.questions
+    later = context.questions[len(asked) :]
+    followups = tuple((question.text, question.response) for question in later)
+    # What no augmentation may drop: the evidence of every turn.
+    turns = context.questions if later else ()
+    evidence = tuple(sorted({index for turn in turns for index in turn.supporting}))
     return [
         RagExample(
             question=question.text,
@@ -142,8 +155,9 @@ def _one_world(config: WorldConfig, index: int) -> list[RagExample]:
             response=question.response,
             kind=question.kind,
             id=f"{config.split}-{config.seed}-{index}-{number}",
-            supporting=question.supporting,
+            supporting=evidence or question.supporting,
             meta=question.meta,
+            followups=followups,
         )
-        for number, question in enumerate(context.questions)
+        for number, question in enumerate(asked)
     ]
