@@ -33,6 +33,9 @@ class WorldConfig:
         questions_per_world: Questions that share a context.
         turns: Questions that each example asks in turn of its context, for training: the first,
             then its followups; fewer where the world has no more.
+        cited: Responses first name every reference that they follow ("the poet", an alias), as
+            they name bridges: the answer then does in words the hop that full attention does in
+            the passages.
         plain: Every sentence names its entity, in one wording, and no document goes on in another
             chunk; the first lessons of pre-training.
     """
@@ -44,6 +47,7 @@ class WorldConfig:
     kinds: Mapping[str, float] = field(default_factory=lambda: DEFAULT_KINDS)
     questions_per_world: int = 1
     turns: int = 1
+    cited: bool = False
     plain: bool = False
 
     def __post_init__(self):
@@ -130,7 +134,7 @@ def draw_context(rng: Random, config: WorldConfig, num_questions: int) -> Contex
     while pools and len(questions) < num_questions:
         weights = [config.kinds[kind] for kind in pools]
         kind = rng.choices(list(pools), weights)[0] if questions else wanted
-        questions.append(ask(rng, kind, pools[kind].pop(), passages))
+        questions.append(ask(rng, kind, pools[kind].pop(), passages, cited=config.cited))
         pools = {kind: pool for kind, pool in pools.items() if pool}
     facts = rng.sample(list(world.facts.values()), len(world.facts))
     return Context(

@@ -69,7 +69,7 @@ def _write(
         if part == 0:
             subject = entity.name if i == 0 or rng.random() < style.named else entity.pronoun
         else:
-            subject = _mention(entity, mention if i == 0 else rng.choice((mention, "pronoun")))
+            subject = refer(entity, mention if i == 0 else rng.choice((mention, "pronoun")))
         wordings = fact.relation.facts
         if subject == entity.name and rng.random() < style.roles:
             wordings = (fact.relation.plain_fact,)
@@ -78,8 +78,10 @@ def _write(
     return " ".join(s for s in sentences if s)
 
 
-def _mention(entity: Entity, mention: str) -> str:
+def refer(entity: Entity, mention: str) -> str:
+    """The words that stand for an entity in a chunk that does not name it."""
     return {
+        "list": "the list",
         "pronoun": entity.pronoun,
         "description": f"the {entity.noun}",
         "alias": entity.alias,
