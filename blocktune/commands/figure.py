@@ -51,7 +51,8 @@ def deviation(
     device: Device = None,
 ) -> None:
     """Which tokens' keys deviate most from full prefill's, layer by layer (figure 3)."""
-    from blocktune.evaluation.figure_states import beginnings_of, chosen_tokens, draw_deviation
+    from blocktune.evaluation.choice import beginnings_of, chosen_tokens
+    from blocktune.evaluation.figure_states import draw_deviation
 
     [(name, away)] = _measured(model, source, index, [method], adapter, dtype, device).items()
     chosen = chosen_tokens(away, ratio)
@@ -72,7 +73,8 @@ def cumulative(
     device: Device = None,
 ) -> None:
     """Deviation accrued over tokens, the highest first (figure 4, middle)."""
-    from blocktune.evaluation.figure_states import chosen_tokens, draw_cumulative
+    from blocktune.evaluation.choice import chosen_tokens
+    from blocktune.evaluation.figure_states import draw_cumulative
 
     names = method or ["naive", "link0"]
     found = _measured(model, source, index, names, adapter, dtype, device)
@@ -95,7 +97,8 @@ def overlap(
     device: Device = None,
 ) -> None:
     """How many tokens chosen at one layer are chosen at another (figure 5)."""
-    from blocktune.evaluation.figure_states import chosen_tokens, draw_overlap
+    from blocktune.evaluation.choice import chosen_tokens
+    from blocktune.evaluation.figure_states import draw_overlap
 
     [(name, away)] = _measured(model, source, index, [method], adapter, dtype, device).items()
     typer.echo(draw_overlap(chosen_tokens(away, ratio), output, f"{name}: highest {ratio:.0%}"))

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from rich import box
 from rich.table import Table
 
+from blocktune.evaluation.pooling import with_pools
 from blocktune.evaluation.row_files import read_all
 from blocktune.evaluation.rows import Row
 from blocktune.evaluation.significance import holm, power
@@ -80,10 +81,19 @@ def compare(before: str | Path, after: str | Path, *, seed: int = 0) -> list[Cha
             f"the runs share no method: '{before}' has {', '.join(old)}; '{after}' has "
             f"{', '.join(new)}"
         )
-    left, right = read_all(Path(before), shared), read_all(Path(after), shared)
+    left, right = _rows(before, old, shared), _rows(after, new, shared)
     changes = {label: _change(label, left[label], right[label], seed) for label in shared}
     adjusted = holm({label: change.p for label, change in changes.items()})
     return [change._replace(p_holm=adjusted[label]) for label, change in changes.items()]
+
+
+def _rows(
+    folder: str | Path, methods: Mapping[str, Any], labels: Sequence[str]
+) -> dict[str, Sequence[Row]]:
+    """Rows of a run by label; of seeds that stand together, their means."""
+    pools = {label: list(seeds) for label in labels if (seeds := methods[label].get("seeds"))}
+    read = [one for label in labels for one in pools.get(label, [label])]
+    return with_pools(read_all(Path(folder), read), pools)
 
 
 def _change(label: str, left: Sequence[Row], right: Sequence[Row], seed: int) -> Change:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from blocktune.data import RagExample
+from blocktune.evaluation.choice import choice_of
+from blocktune.evaluation.pooling import mean_of
 from blocktune.evaluation.prepare import Ready
 from blocktune.evaluation.probe import attention_entropy, deviation
 from blocktune.reuse import Cached, build
@@ -84,8 +85,8 @@ def measure_fidelity(ready: Ready, step: Callable[[], None]) -> dict[str, dict[s
 
     Returns:
         Label -> ``kl``, ``top1``, ``tokens``; and, where the method joins chunk caches, ``values``
-        and ``keys`` (mean deviation by layer) and ``entropy`` (of the question's attention by
-        layer). Means over prompts.
+        and ``keys`` (mean deviation by layer), ``entropy`` (of the question's attention by layer)
+        and ``choice`` (see `choice_of`; None where keys do not compare). Means over prompts.
     """
     found: dict[str, list[dict[str, Any]]] = {spec.label: [] for spec in ready.suite.methods}
     for task in ready.suite.tasks:
@@ -96,7 +97,7 @@ def measure_fidelity(ready: Ready, step: Callable[[], None]) -> dict[str, dict[s
                     _compare(engine, example, method, ready.suite.fidelity.tokens)
                 )
                 step()
-    return {label: _mean(compared) for label, compared in found.items()}
+    return {label: mean_of(compared) for label, compared in found.items()}
 
 
 def _compare(engine: Any, example: RagExample, method: Any, num_tokens: int) -> dict[str, Any]:
@@ -111,18 +112,6 @@ def _compare(engine: Any, example: RagExample, method: Any, num_tokens: int) -> 
     for name in ("keys", "values"):
         states = getattr(away, name)
         compared[name] = None if states is None else states.mean(1).tolist()
+    compared["choice"] = None if away.keys is None else choice_of(away)
     compared["entropy"] = attention_entropy(engine.prefilled([example], method)).tolist()
     return compared
-
-
-def _mean(compared: list[dict[str, Any]]) -> dict[str, Any]:
-    first = compared[0]
-    return {name: _mean_of([one[name] for one in compared]) for name in first}
-
-
-def _mean_of(values: list[Any]) -> Any:
-    if any(value is None for value in values):
-        return None
-    if isinstance(values[0], list):
-        return [fmean(layer) for layer in zip(*values, strict=True)]
-    return fmean(values)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from blocktune.data.worlds import QUESTION_KINDS
 from blocktune.evaluation.budget import matched, pareto
-from blocktune.evaluation.pooling import with_pools
+from blocktune.evaluation.pooling import mean_of, with_pools
 from blocktune.evaluation.rows import Row
 from blocktune.evaluation.suite import Suite
 from blocktune.evaluation.summary import summarize
@@ -41,27 +42,29 @@ def build_results(
         fidelity: Label -> closeness to full prefill; empty if it was not measured.
 
     Returns:
-        Plain JSON types: ``{"methods": {LABEL: {...}}, "tasks": {NAME: {...}}, "budget": {...},
-        "sweeps": {...}, "provenance": {...}}``.
+        Plain JSON types; a pool stands in the place of its members, whose scores are its ``seeds``,
+        and takes the time of the first: ``{"methods": {LABEL: {...}}, "tasks":
+        {NAME: {...}}, "budget": {...}, "sweeps": {...}, "provenance": {...}}``.
     """
     full, naive = base_label(suite, ORACLE), base_label(suite, FLOOR)
-    rows = with_pools(rows, suite.pool)
+    seeds, rows = _means(rows), with_pools(rows, suite.pool)
     whole = summarize(rows, full, naive, suite.seed)
     groups = {
         name: summarize(_take(rows, members), full, naive, suite.seed)
         for name, members in _groups(suite, next(iter(rows.values()))).items()
     }
-    methods = {}
-    first = {name: members[0] for name, members in suite.pool.items()}
     specs = {spec.label: spec for spec in suite.methods}
-    for label in (*specs, *first):
-        spec = specs[first.get(label, label)]
-        tasks = {name: summaries[label] for name, summaries in groups.items()}
+    methods = {}
+    for label, summary in whole.items():
+        members = suite.pool.get(label, [label])
+        spec = specs[members[0]]
         methods[label] = (
-            {"method": spec.name, "adapter": spec.adapter, "pool": suite.pool.get(label)}
-            | whole[label]
-            | _times(ttft.get(first.get(label, label)), ttft.get(full))
-            | {"fidelity": (fidelity or {}).get(label), "tasks": tasks}
+            {"method": spec.name, "adapter": spec.adapter}
+            | {"seeds": {one: seeds[one] for one in suite.pool.get(label, [])}}
+            | summary
+            | _times(ttft.get(members[0]), ttft.get(full))
+            | {"fidelity": mean_of([(fidelity or {}).get(one) for one in members])}
+            | {"tasks": {name: summaries[label] for name, summaries in groups.items()}}
         )
     return {
         "methods": methods,
@@ -70,6 +73,10 @@ def build_results(
         "sweeps": sweeps(rows),
         "provenance": {**provenance, "ci95_of": CI95_OF},
     }
+
+
+def _means(rows: Mapping[str, Sequence[Row]]) -> dict[str, float]:
+    return {label: fmean(row.score for row in own) for label, own in rows.items()}
 
 
 def _about(task: Any) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from blocktune.evaluation.pooling import check_pools
+from blocktune.evaluation.pooling import check_pools, spread_seeds
 from blocktune.evaluation.strict import entries, load_yaml, mapping, read, refuse_doubles
 from blocktune.evaluation.task import TaskSpec, parse_task
 from blocktune.reuse.composition import KEEP
@@ -114,8 +114,8 @@ class Suite:
         batch_size: Prompts answered at a time; timing always runs one.
         ttft: How time to first token is measured.
         fidelity: How closeness to full prefill is measured.
-        pool: Name -> labels of methods that differ in the seed of their training only; their mean
-            is one more method of the results.
+        pool: Name -> labels of methods that differ in a seed only; in the results their mean stands
+            in their place. An entry of a method with ``seeds`` makes its own, see `parse_methods`.
     """
 
     model: str
@@ -176,8 +176,8 @@ def parse_suite(record: Any, where: str = "suite") -> Suite:
     """
     values = dict(mapping(record, where))
     if "methods" in values:
-        found = enumerate(entries(values["methods"], f"{where}: methods"))
-        values["methods"] = tuple(parse_method(e, f"{where}: methods[{i}]") for i, e in found)
+        values["methods"], seeds = parse_methods(values["methods"], f"{where}: methods")
+        values["pool"] = seeds | dict(mapping(values.get("pool", {}), f"{where}: pool"))
     if "tasks" in values:
         found = enumerate(entries(values["tasks"], f"{where}: tasks"))
         values["tasks"] = tuple(parse_task(e, f"{where}: tasks[{i}]") for i, e in found)
@@ -185,6 +185,16 @@ def parse_suite(record: Any, where: str = "suite") -> Suite:
         if name in values:
             values[name] = read(spec, values[name], f"{where}: {name}")
     return read(Suite, values, where)
+
+
+def parse_methods(record: Any, where: str) -> tuple[tuple[MethodSpec, ...], dict[str, list[str]]]:
+    """Builds a list of methods, and the pools that those with ``seeds`` make.
+
+    Raises:
+        ValueError: If there is none, or an entry is wrong.
+    """
+    spread, pools = spread_seeds(record, where)
+    return tuple(parse_method(e, f"{where}[{i}]") for i, e in enumerate(spread)), pools
 
 
 def parse_method(entry: Any, where: str) -> MethodSpec:

@@ -29,6 +29,19 @@ def runs(tmp_path):
     return tmp_path / "a", tmp_path / "b"
 
 
+def test_seeds_that_stand_together_are_compared_together(tmp_path):
+    rows, results = fake_rows(), json.loads(json.dumps(fake_results()))
+    members = {"block-attention": 0.84, "kvlink": 0.86}
+    results["methods"] = {"tuned": {"seeds": members}, "naive": {"seeds": {}}}
+    for name, own in (("a", rows), ("b", rows | {"kvlink": rows["naive"]})):
+        write_run(tmp_path / name, own)
+        replace_json(tmp_path / name / "results.json", results)
+    tuned, naive = compare(tmp_path / "a", tmp_path / "b")
+    lost = [a.score - b.score for a, b in zip(rows["kvlink"], rows["naive"], strict=True)]
+    assert (tuned.label, naive.mean) == ("tuned", 0)
+    assert tuned.mean == pytest.approx(-sum(lost) / 400 / 2)
+
+
 def test_a_method_is_compared_on_shared_questions(runs):
     changes = {change.label: change for change in compare(*runs)}
     naive, kvlink = changes["naive"], changes["kvlink"]

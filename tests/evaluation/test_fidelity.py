@@ -1,5 +1,6 @@
 """Closeness to full prefill: zero where nothing differs, by hand where it can be."""
 
+import json
 import math
 from types import SimpleNamespace
 
@@ -9,16 +10,15 @@ from engine.served import ASK, engine_of
 from families import FAMILIES
 
 from blocktune.data import RagExample
-from blocktune.evaluation.fidelity import agreement, forced_logits, measure_fidelity
-from blocktune.evaluation.figure_states import (
+from blocktune.evaluation.choice import (
     beginnings_of,
+    choice_of,
     chosen_tokens,
     cumulative_of,
-    draw_cumulative,
-    draw_deviation,
-    draw_overlap,
     overlap_of,
 )
+from blocktune.evaluation.fidelity import agreement, forced_logits, measure_fidelity
+from blocktune.evaluation.figure_states import draw_cumulative, draw_deviation, draw_overlap
 from blocktune.evaluation.probe import Deviation, attention_entropy, deviation, states_of
 from blocktune.layout import Kind
 from blocktune.reuse import build
@@ -108,6 +108,8 @@ def test_measured_fidelity_has_all_methods_and_layers(engine):
     assert found["full-prefill"].keys() == {"kl", "top1", "tokens"}
     assert len(found["naive"]["values"]) == len(found["naive"]["entropy"]) == 2
     assert found["naive"]["kl"] > 0
+    assert len(found["naive"]["choice"]["beginnings"]) == 2
+    json.dumps(found, allow_nan=False)
 
 
 def test_choices_and_their_overlap_are_worked_by_hand(tmp_path):
@@ -119,6 +121,9 @@ def test_choices_and_their_overlap_are_worked_by_hand(tmp_path):
     assert overlap_of(chosen).tolist() == [[0, 0, 0], [0, 1, 0.5], [0, 0.5, 1]]
     assert beginnings_of(chosen).tolist() == [0, 1, 0.5]
     assert cumulative_of(chosen.deviation)[1:].tolist() == [[4, 6, 7, 7], [4, 7, 8, 8]]
+    said = choice_of(away, 0.5)
+    assert (said["first_share"], said["constant"]) == (0.5, 0.5)  # the third token, of two
+    assert said["accrued"][1:] == [6 / 7, 7 / 8]
     draw_deviation(chosen, tmp_path / "d.png", "d")
     draw_overlap(chosen, tmp_path / "o.png", "o")
     draw_cumulative({"naive": chosen.deviation}, tmp_path / "c.png", 1, "c")

@@ -1,10 +1,14 @@
 """Seeds of one method are averaged question by question."""
 
+import re
+
 import pytest
-from evaluation.fake_results import fake_rows, fake_suite
+from evaluation.fake_results import fake_results, fake_rows, fake_suite
+from evaluation.test_suite import MINIMAL
 
 from blocktune.evaluation.pooling import check_pools, with_pools
 from blocktune.evaluation.results import build_results
+from blocktune.evaluation.suite import parse_suite
 from blocktune.evaluation.ttft import TtftSummary
 
 
@@ -12,14 +16,51 @@ def test_a_pool_is_the_mean_over_questions_not_more_questions():
     suite, rows = fake_suite(), fake_rows()
     object.__setattr__(suite, "pool", {"tuned": ["block-attention", "kvlink"]})
     times = TtftSummary(0.01, 0.01, 0.01, 1, 10)
-    methods = build_results(suite, rows, dict.fromkeys(rows, times), {})["methods"]
-    pool, one, two = (methods[label] for label in ("tuned", "block-attention", "kvlink"))
-    assert pool["n"] == one["n"] == 400
-    assert pool["score"] == pytest.approx((one["score"] + two["score"]) / 2)
-    assert pool["pool"] == ["block-attention", "kvlink"]
-    assert (one["pool"], pool["ttft_s"]) == (None, 0.01)  # seeds take the same time
-    assert list(methods)[-1] == "tuned"
+    fidelity = {"block-attention": {"kl": 1.0, "keys": [1.0]}, "kvlink": {"kl": 2.0, "keys": [3.0]}}
+    methods = build_results(suite, rows, dict.fromkeys(rows, times), {}, fidelity)["methods"]
+    alone = fake_results()["methods"]
+    assert list(methods) == ["full-prefill", "no-context", "naive", "tuned", "cacheblend", "epic"]
+    pool, members = methods["tuned"], ("block-attention", "kvlink")
+    assert pool["n"] == 400
+    assert pool["seeds"] == {label: alone[label]["score"] for label in members}
+    assert pool["score"] == pytest.approx(sum(pool["seeds"].values()) / 2)
+    assert methods["naive"]["seeds"] == {}
+    assert pool["ttft_s"] == 0.01  # seeds take the same time
+    assert pool["fidelity"] == {"kl": 1.5, "keys": [2.0]}
+    assert methods["naive"]["fidelity"] is None
     assert 0 < pool["score_minus"]["naive"]["p"] < 0.001
+
+
+def test_an_entry_with_seeds_is_one_entry_a_seed_and_their_pool():
+    entry = {"name": "kvlink + epic", "adapter": "out/link-{seed}", "seeds": [0, 2]}
+    other = {"name": "naive", "label": "mine", "adapter": "{seed}/a", "seeds": [1, 3]}
+    suite = parse_suite(MINIMAL | {"methods": ["naive", entry, other]})
+    assert [(spec.label, spec.adapter) for spec in suite.methods] == [
+        ("naive", None),
+        ("kvlink + epic-0", "out/link-0"),
+        ("kvlink + epic-2", "out/link-2"),
+        ("mine-1", "1/a"),
+        ("mine-3", "3/a"),
+    ]
+    assert suite.pool == {
+        "kvlink + epic": ["kvlink + epic-0", "kvlink + epic-2"],
+        "mine": ["mine-1", "mine-3"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"name": "kvlink", "adapter": "a", "seeds": [0, 1]}, "must hold {seed}, such as"),
+        ({"name": "kvlink", "seeds": [0, 1]}, "got None"),
+        ({"name": "kvlink", "adapter": "a-{seed}", "seeds": ["0"]}, "list of whole numbers"),
+        ({"name": "kvlink", "adapter": "a-{seed}", "seeds": 3}, "must be a list"),
+        ({"name": "kvlink", "adapter": "a-{seed}", "seeds": [1]}, "two or more method labels"),
+    ],
+)
+def test_wrong_seeds_are_refused(entry, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse_suite(MINIMAL | {"methods": [entry]}, "s.yaml")
 
 
 def test_further_scores_are_averaged_too():
