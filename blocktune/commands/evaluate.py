@@ -116,7 +116,8 @@ def traces(
     quiet_libraries()
     from rich.console import Console
 
-    from blocktune.evaluation.trace_run import run_traces, traces_table
+    from blocktune.evaluation.trace_run import run_traces
+    from blocktune.evaluation.trace_show import traces_table
     from blocktune.evaluation.traces import load_traces
 
     loaded = load_traces(trace)

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from blocktune.data.sources.catalog import CATALOG
-from blocktune.evaluation.strict import entries, load_yaml, mapping, read
+from blocktune.evaluation.strict import entries, load_spec, read
 from blocktune.evaluation.suite import MethodSpec, Suite, TtftSpec
-from blocktune.evaluation.task import TaskSpec, parse_task
+from blocktune.evaluation.task import TaskSpec, with_task
 from blocktune.reuse import build_entry
 
 OWN_KEYS = ("budget",)
@@ -89,13 +89,8 @@ class TuneSpec:
 
 
 def load_tuning(path: str | Path) -> TuneSpec:
-    """Reads a tuning run from strict YAML.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: In one line: the file, the place in it, what was wanted and what came.
-    """
-    return parse_tuning(load_yaml(path, "tuning run", "see eval/tuning/ for examples"), str(path))
+    """Reads a tuning run from strict YAML; see `load_spec` for its errors."""
+    return load_spec(path, "tuning run", "see eval/tuning/ for examples", parse_tuning)
 
 
 def parse_tuning(record: Any, where: str = "tuning run") -> TuneSpec:
@@ -104,10 +99,7 @@ def parse_tuning(record: Any, where: str = "tuning run") -> TuneSpec:
     Raises:
         ValueError: If a key is unknown or missing, or a value is not accepted.
     """
-    values = dict(mapping(record, where))
-    if "task" in values:
-        values["task"] = parse_task(values["task"], f"{where}: task")
-    return read(TuneSpec, values, where)
+    return read(TuneSpec, with_task(record, where), where)
 
 
 def refuse_test(source: str) -> None:

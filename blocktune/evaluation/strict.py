@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -54,6 +54,22 @@ def load_yaml(path: str | Path, what: str, hint: str) -> Any:
         raise FileNotFoundError(f"no {what} at '{path}'; {hint}") from None
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+
+
+def load_spec(path: str | Path, what: str, hint: str, parse: Callable[[Any, str], Spec]) -> Spec:
+    """Reads what a YAML file describes.
+
+    Args:
+        path: The file.
+        what: What it should be, for the error: ``suite``.
+        hint: Where to look instead.
+        parse: Builds it from the decoded YAML and the file's name, which opens every error.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: In one line: the file, the place in it, what was wanted and what came.
+    """
+    return parse(load_yaml(path, what, hint), str(path))
 
 
 def read(spec: type[Spec], record: Any, where: str) -> Spec:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from blocktune.evaluation.pooling import check_pools, spread_seeds
-from blocktune.evaluation.strict import entries, load_yaml, mapping, read, refuse_doubles
+from blocktune.evaluation.strict import entries, load_spec, mapping, read, refuse_doubles
 from blocktune.evaluation.task import TaskSpec, parse_task
 from blocktune.reuse.composition import KEEP
 
@@ -141,11 +141,9 @@ class Suite:
 def load_suite(path: str | Path) -> Suite:
     """Reads a suite; relative paths in it start from the current directory.
 
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: In one line: the file, the place in it, what was wanted and what came.
+    See `load_spec` for its errors.
     """
-    return parse_suite(load_yaml(path, "suite", "see eval/suites/ for examples"), str(path))
+    return load_spec(path, "suite", "see eval/suites/ for examples", parse_suite)
 
 
 def changed(

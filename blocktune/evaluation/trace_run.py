@@ -2,33 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any
+from typing import Any, NamedTuple
 
-from matplotlib.figure import Figure
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from blocktune.data import RagExample, load_examples
 from blocktune.engine import Engine
+from blocktune.evaluation.code import code_digest
 from blocktune.evaluation.files import replace_json
 from blocktune.evaluation.progress import progress_bars
-from blocktune.evaluation.report.style import Ground, as_share, legend_below, mark, to_png
-from blocktune.evaluation.rows import scores_of
+from blocktune.evaluation.rows import digest_of, scores_of
 from blocktune.evaluation.sanity import check_prompts
-from blocktune.evaluation.statistics import PairedBootstrap
 from blocktune.evaluation.suite import MethodSpec
-from blocktune.evaluation.traces import TraceSuite, make_trace, reuse_of
-from blocktune.provenance import provenance
+from blocktune.evaluation.trace_show import draw_trace
+from blocktune.evaluation.trace_sum import summed_up
+from blocktune.evaluation.traces import Pattern, TraceSuite, make_trace, reuse_of
+from blocktune.provenance import hardware, provenance, versions
 from blocktune.reuse import build_entry
 
-TRACES = "traces.json"
+TRACES, CELLS = "traces.json", "cells"
 UNBOUNDED_MIB = 1 << 20
 """Stands for as much memory as is needed: a TiB."""
+
+
+class Server(NamedTuple):
+    """What answers in one cell: an entry of the suite, its built method, its weights."""
+
+    spec: MethodSpec
+    method: Any
+    engine: Any
 
 
 def load_engine(suite: TraceSuite, adapter: str | None) -> Engine:
@@ -45,44 +55,51 @@ def run_traces(
 ) -> dict[str, Any]:
     """Serves every trace by every method in every size of memory, each from empty caches.
 
+    A run that was stopped goes on with the first cell that was not finished; a cell is kept as
+    long as weights, method, requests, code and machine are the same.
+
     Args:
         suite: What to run.
-        output: Folder for ``traces.json`` and ``traces.png``.
+        output: Folder for ``traces.json``, its pictures and ``cells/``.
         console: Where progress is shown; standard error by default.
         load: How weights are loaded.
 
     Returns:
         What ``traces.json`` holds: ``{"traces": {PATTERN: {"reuse", "cells": [...]}}, ...}``; a
-        cell is a method in one size of memory.
+        cell is a method in one size of memory, see `summed_up`.
 
     Raises:
         ValueError: If a method, a question or a prompt cannot be run.
     """
+    servers = _servers(suite, load)
+    examples = _questions(suite, servers[0].engine.tokenizer)
+    check_prompts({s.spec.adapter or "base": s.engine for s in servers}, examples[0])
+    output, found = Path(output), {}
+    with progress_bars(console) as progress:
+        total = len(suite.patterns) * len(servers) * len(suite.store_mib) * suite.requests
+        bar = progress.add_task("requests", total=total)
+        step = partial(progress.advance, bar)
+        for pattern in suite.patterns:
+            trace = make_trace(examples, pattern, suite.requests, suite.seed)
+            cells = list(_cells(suite, pattern, servers, trace, output / CELLS, step))
+            found[pattern.name] = {
+                "reuse": reuse_of(trace),
+                "cells": summed_up(cells, suite.pool, suite.seed),
+            }
+    results = {"traces": found, "metric": suite.task.metric, "provenance": provenance(suite.seed)}
+    replace_json(output / TRACES, results)
+    for name, trace in found.items():
+        draw_trace(trace["cells"], output / f"traces-{name}.png", name)
+    return results
+
+
+def _servers(suite: TraceSuite, load: Any) -> list[Server]:
     methods = {spec.label: build_entry(spec.entry()) for spec in suite.methods}
     engines = {adapter: load(suite, adapter) for adapter in {s.adapter: 0 for s in suite.methods}}
     words = suite.task.format()
     if words is not None:
         engines = {adapter: engine.reworded(words) for adapter, engine in engines.items()}
-    examples = _questions(suite, next(iter(engines.values())).tokenizer)
-    check_prompts({name or "base": engine for name, engine in engines.items()}, examples[0])
-    found = {}
-    with progress_bars(console) as progress:
-        total = len(suite.patterns) * len(suite.methods) * len(suite.store_mib) * suite.requests
-        bar = progress.add_task("requests", total=total)
-        step = partial(progress.advance, bar)
-        for pattern in suite.patterns:
-            trace = make_trace(examples, pattern, suite.requests, suite.seed)
-            cells = [
-                _served(suite, spec, methods[spec.label], engines[spec.adapter], trace, mib, step)
-                for spec in suite.methods
-                for mib in suite.store_mib
-            ]
-            found[pattern.name] = {"reuse": reuse_of(trace), "cells": cells}
-    results = {"traces": found, "metric": suite.task.metric, "provenance": provenance(suite.seed)}
-    replace_json(Path(output) / TRACES, results)
-    for name, trace in found.items():
-        draw_trace(trace["cells"], Path(output) / f"traces-{name}.png", name)
-    return results
+    return [Server(spec, methods[spec.label], engines[spec.adapter]) for spec in suite.methods]
 
 
 def _questions(suite: TraceSuite, tokenizer: Any) -> list[RagExample]:
@@ -97,19 +114,42 @@ def _questions(suite: TraceSuite, tokenizer: Any) -> list[RagExample]:
     return examples
 
 
+def _cells(
+    suite: TraceSuite,
+    pattern: Pattern,
+    servers: Sequence[Server],
+    trace: Sequence[RagExample],
+    folder: Path,
+    step: Callable[..., None],
+) -> Iterator[dict[str, Any]]:
+    """The cells of one trace: those that are on disk, and the others, which are served now."""
+    asked = [asdict(pattern), suite.warmup, [request.to_json() for request in trace]]
+    for server, mib in product(servers, suite.store_mib):
+        spec, weights = server.spec, server.engine.fingerprint
+        parts = [asked, suite.task.decides(), spec.entry(), weights, mib, code_digest()]
+        key = digest_of([*parts, hardware(), versions()])
+        path = folder / f"{pattern.name}-{spec.label}-{mib}.json"
+        cell = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if cell.get("key") == key:
+            step(len(trace))
+        else:
+            cell = {"key": key} | _served(suite, server, trace, mib, step)
+            replace_json(path, cell)
+        yield cell
+
+
 def _served(
     suite: TraceSuite,
-    spec: MethodSpec,
-    method: Any,
-    engine: Any,
+    server: Server,
     trace: Sequence[RagExample],
     mib: int,
-    step: Any,
+    step: Callable[..., None],
 ) -> dict[str, Any]:
-    """One method over one trace in one size of memory."""
+    """One method over one trace in one size of memory; ``scores`` has a mean for each question."""
+    spec, method, engine = server
     engine.forget()
     engine.store.max_bytes = (mib or UNBOUNDED_MIB) << 20
-    scores, accounts = [], []
+    scores, accounts = defaultdict(list), []
     for number, request in enumerate(trace):
         [answer] = engine.answer(
             [request], method, max_new_tokens=suite.task.max_new_tokens, batch_size=1
@@ -117,72 +157,23 @@ def _served(
         step()
         if number >= suite.warmup:
             scored = scores_of(suite.task, answer.text, request, engine.tokenizer)
-            scores.append(scored[suite.task.metric])
+            scores[request.id].append(scored[suite.task.metric])
             accounts.append(answer.account)
-    mean, low, high = PairedBootstrap({0: scores}, seed=suite.seed).mean(0)
-    held = sum(account.chunk_hits + account.chunk_misses for account in accounts)
     return {
         "method": spec.label,
         "adapter": spec.adapter,
         "store_mib": mib,
-        "score": mean,
-        "ci95": [low, high],
-        "n": len(scores),
+        "scores": [fmean(own) for own in scores.values()],
+        "n": len(accounts),
+        **_spent(accounts),
         "stored_bytes": engine.store.stats().memory_bytes,
+    }
+
+
+def _spent(accounts: Sequence[Any]) -> Mapping[str, float | None]:
+    held = sum(account.chunk_hits + account.chunk_misses for account in accounts)
+    return {
         "hit_rate": sum(account.chunk_hits for account in accounts) / held if held else None,
         "recompute_ratio": fmean(account.recompute_ratio for account in accounts),
         "ttft_s": median(account.ttft_s for account in accounts),
     }
-
-
-def traces_table(results: Mapping[str, Any]) -> Table:
-    """The cells of all traces for a terminal."""
-    note = (
-        "Score in % with half its 95 % interval. Stored: bytes of chunk states in memory at the "
-        "end. TTFT: median, with the encoding of chunks that were not cached."
-    )
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=note)
-    for heading in ("trace", "method"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("memory\nMiB", "score", "stored\nMiB", "hits", "fresh", "TTFT\nms"):
-        table.add_column(heading, justify="right")
-    for name, trace in results["traces"].items():
-        for cell in trace["cells"]:
-            table.add_row(name, cell["method"], *_cells(cell))
-    return table
-
-
-def _cells(cell: Mapping[str, Any]) -> tuple[str, ...]:
-    low, high = cell["ci95"]
-    return (
-        str(cell["store_mib"] or "any"),
-        f"{100 * cell['score']:.1f} ±{50 * (high - low):.0f}",
-        f"{cell['stored_bytes'] / (1 << 20):.1f}",
-        "-" if cell["hit_rate"] is None else f"{cell['hit_rate']:.0%}",
-        f"{cell['recompute_ratio']:.0%}",
-        f"{1000 * cell['ttft_s']:.1f}",
-    )
-
-
-def draw_trace(cells: Sequence[Mapping[str, Any]], path: Path, title: str) -> Path:
-    """Score against bytes stored; a larger point waits longer for its first token."""
-    slowest = max(cell["ttft_s"] for cell in cells)
-    labels = list(dict.fromkeys(cell["method"] for cell in cells))
-
-    def draw(figure: Figure, ground: Ground) -> None:
-        axes = figure.subplots()
-        for index, label in enumerate(labels):
-            own = [cell for cell in cells if cell["method"] == label]
-            style = mark(ground, index)
-            places = [cell["stored_bytes"] / (1 << 20) for cell in own]
-            heights = [cell["score"] for cell in own]
-            sizes = [20 + 130 * cell["ttft_s"] / slowest for cell in own]
-            axes.plot(places, heights, color=style["color"], linewidth=1, zorder=1)
-            axes.scatter(places, heights, s=sizes, label=label, zorder=2, clip_on=False, **style)
-        axes.set_xlabel("MiB stored")
-        axes.set_ylabel("score")
-        as_share(axes.yaxis)
-        axes.set_title(f"{title} (larger: slower first token)")
-        legend_below(figure, axes)
-
-    return to_png(draw, path, 3.2 + 0.19 * -(-len(labels) // 2))

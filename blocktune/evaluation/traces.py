@@ -7,15 +7,16 @@ several variants, or a tuned model makes of chunks that come back.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from blocktune.data import RagExample
-from blocktune.evaluation.strict import entries, load_yaml, mapping, read, refuse_doubles
-from blocktune.evaluation.suite import MethodSpec, parse_method
-from blocktune.evaluation.task import TaskSpec, parse_task
+from blocktune.evaluation.pooling import check_pools
+from blocktune.evaluation.strict import entries, load_spec, read, refuse_doubles
+from blocktune.evaluation.suite import MethodSpec, parse_methods
+from blocktune.evaluation.task import TaskSpec, with_task
 from blocktune.prompt import Chunk
 
 ORDERS = ("kept", "shuffled")
@@ -63,6 +64,7 @@ class TraceSuite:
         dtype: Of weights and caches.
         device: Where to run; None takes a GPU when there is one.
         seed: Of the traces and the bootstrap.
+        pool: As in a suite.
     """
 
     model: str
@@ -76,6 +78,7 @@ class TraceSuite:
     dtype: str = "auto"
     device: str | None = None
     seed: int = 0
+    pool: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
         if self.questions < 1:
@@ -88,16 +91,12 @@ class TraceSuite:
             raise ValueError(f"store_mib must hold sizes of at least 0, got {self.store_mib}")
         refuse_doubles("method label", [m.label for m in self.methods], "give one a 'label'")
         refuse_doubles("pattern", [p.name for p in self.patterns], "rename one")
+        check_pools(self.pool, [m.label for m in self.methods])
 
 
 def load_traces(path: str | Path) -> TraceSuite:
-    """Reads a trace suite.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: In one line: the file, the place in it, what was wanted and what came.
-    """
-    return parse_traces(load_yaml(path, "trace suite", "see eval/traces.yaml"), str(path))
+    """Reads a trace suite; see `load_spec` for its errors."""
+    return load_spec(path, "trace suite", "see eval/traces.yaml", parse_traces)
 
 
 def parse_traces(record: Any, where: str = "traces") -> TraceSuite:
@@ -106,13 +105,13 @@ def parse_traces(record: Any, where: str = "traces") -> TraceSuite:
     Raises:
         ValueError: If a key is unknown or missing, or a value is not accepted.
     """
-    values = dict(mapping(record, where))
-    if "task" in values:
-        values["task"] = parse_task(values["task"], f"{where}: task")
-    for name, parse in (("methods", parse_method), ("patterns", _pattern)):
-        if name in values:
-            found = enumerate(entries(values[name], f"{where}: {name}"))
-            values[name] = tuple(parse(entry, f"{where}: {name}[{i}]") for i, entry in found)
+    values = with_task(record, where)
+    if "methods" in values:
+        values["methods"], seeds = parse_methods(values["methods"], f"{where}: methods")
+        values["pool"] = seeds | values.get("pool", {})
+    if "patterns" in values:
+        found = enumerate(entries(values["patterns"], f"{where}: patterns"))
+        values["patterns"] = tuple(_pattern(e, f"{where}: patterns[{i}]") for i, e in found)
     return read(TraceSuite, values, where)
 
 

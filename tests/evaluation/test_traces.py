@@ -8,7 +8,9 @@ from evaluation.test_runner import make_engine
 from rich.console import Console
 
 from blocktune.data import RagExample, load_examples
-from blocktune.evaluation.trace_run import run_traces, traces_table
+from blocktune.evaluation.trace_run import run_traces
+from blocktune.evaluation.trace_show import traces_table
+from blocktune.evaluation.trace_sum import summed_up
 from blocktune.evaluation.traces import Pattern, load_traces, make_trace, parse_traces, reuse_of
 from blocktune.prompt import Chunk
 
@@ -84,6 +86,7 @@ def test_traces_are_served_from_empty_caches_and_summed_up(tmp_path):
     assert naive["hit_rate"] == sum(hits) / len(hits)
     assert naive["stored_bytes"] > full["stored_bytes"] == 0
     assert {path.name for path in tmp_path.iterdir()} == {
+        "cells",
         "traces.json",
         "traces-kept.png",
         "traces-mixed.png",
@@ -91,6 +94,48 @@ def test_traces_are_served_from_empty_caches_and_summed_up(tmp_path):
     console = Console(width=110, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(traces_table(results))
     assert max(map(len, console.export_text().splitlines())) <= 110
+
+
+def test_a_stopped_run_goes_on_with_the_first_cell_that_is_missing(tmp_path):
+    engine, suite = make_engine(), parse_traces(RECORD)
+    first = run_traces(suite, tmp_path, load=lambda *_: engine)
+    (tmp_path / "cells" / "mixed-naive-0.json").unlink()
+    answered, answer = [], engine.answer
+    engine.answer = lambda *given, **more: answered.append(given[1]) or answer(*given, **more)
+    again = run_traces(suite, tmp_path, load=lambda *_: engine)
+    assert len(answered) == suite.requests
+    times = {"ttft_s": None}
+    for pattern in first["traces"]:
+        cells = [run["traces"][pattern]["cells"] for run in (first, again)]
+        assert [c | times for c in cells[0]] == [c | times for c in cells[1]]
+
+
+def cell(method, scores, mib=0):
+    spent = {"stored_bytes": 8, "hit_rate": None, "recompute_ratio": 0.5, "ttft_s": 1.0}
+    fixed = {"method": method, "adapter": None, "store_mib": mib, "n": 2 * len(scores)}
+    return fixed | spent | {"scores": scores}
+
+
+def test_cells_are_paired_over_questions_and_seeds_are_one_method():
+    even = [0.0, 1.0] * 10
+    served = [
+        cell("naive", [0.0] * 20),
+        cell("tuned-0", even),
+        cell("tuned-1", [1.0] * 20),
+        cell("naive", even, mib=4),
+    ]
+    naive, tuned, small = summed_up(served, {"tuned": ["tuned-0", "tuned-1"]}, seed=0)
+    assert (tuned["method"], tuned["score"], tuned["n"], tuned["questions"]) == (
+        "tuned",
+        0.75,
+        40,
+        20,
+    )
+    assert tuned["seeds"] == {"tuned-0": 0.5, "tuned-1": 1.0}
+    assert tuned["minus"]["naive"]["mean"] == 0.75 == -naive["minus"]["tuned"]["mean"]
+    assert tuned["minus"]["naive"]["p"] < 0.01
+    assert (small["store_mib"], small["minus"]) == (4, {})
+    assert naive["hit_rate"] is None
 
 
 def test_the_shipped_suite_loads():
