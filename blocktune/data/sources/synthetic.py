@@ -14,6 +14,7 @@ _KEYS = {
     "questions_per_world": "a whole number",
     "turns": "the number of questions asked in turn of one context",
     "cited": "1 if responses name the references that they follow, else 0",
+    "restate": "1 if a last turn asks for every fact, else 0",
 }
 
 
@@ -41,8 +42,9 @@ def read_worlds(split: str, options: Mapping[str, str]) -> Iterator[RagExample]:
         values["questions_per_world"] = _number(options, "questions_per_world")
     if "turns" in options:
         values["turns"] = _number(options, "turns")
-    if "cited" in options:
-        values["cited"] = bool(_number(options, "cited"))
+    for switch in ("cited", "restate"):
+        if switch in options:
+            values[switch] = bool(_number(options, switch))
     if "kinds" in options:
         values["kinds"] = dict.fromkeys(options["kinds"].split(","), 1.0)
     if "passages" in options:

@@ -7,12 +7,13 @@ from blocktune.data.worlds.generate import (
     draw_context,
     generate_examples,
 )
-from blocktune.data.worlds.questions import MARKER, QUESTION_KINDS
+from blocktune.data.worlds.questions import MARKER, QUESTION_KINDS, RESTATE
 
 __all__ = [
     "DEFAULT_KINDS",
     "MARKER",
     "QUESTION_KINDS",
+    "RESTATE",
     "Context",
     "WorldConfig",
     "draw_context",

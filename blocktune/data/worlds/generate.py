@@ -11,7 +11,14 @@ from typing import NamedTuple
 from blocktune.data.example import RagExample
 from blocktune.data.worlds.names import SPLITS
 from blocktune.data.worlds.passages import write_passages
-from blocktune.data.worlds.questions import QUESTION_KINDS, Question, ask, candidates, state
+from blocktune.data.worlds.questions import (
+    QUESTION_KINDS,
+    RESTATE,
+    Question,
+    ask,
+    candidates,
+    state,
+)
 from blocktune.data.worlds.world import draw_world
 from blocktune.prompt import Chunk
 
@@ -36,6 +43,8 @@ class WorldConfig:
         cited: Responses first name every reference that they follow ("the poet", an alias), as
             they name bridges: the answer then does in words the hop that full attention does in
             the passages.
+        restate: A last turn asks for every fact, each with its full names: the densest signal
+            that a context gives.
         plain: Every sentence names its entity, in one wording, and no document goes on in another
             chunk; the first lessons of pre-training.
     """
@@ -48,6 +57,7 @@ class WorldConfig:
     questions_per_world: int = 1
     turns: int = 1
     cited: bool = False
+    restate: bool = False
     plain: bool = False
 
     def __post_init__(self):
@@ -148,6 +158,9 @@ def _one_world(config: WorldConfig, index: int) -> list[RagExample]:
     asked = context.questions[:1] if config.turns > 1 else context.questions
     later = context.questions[len(asked) :]
     followups = tuple((question.text, question.response) for question in later)
+    if config.restate:
+        facts = " ".join("".join(parts) for parts in context.statements)
+        followups += ((RESTATE, facts),)
     # What no augmentation may drop: the evidence of every turn.
     turns = context.questions if later else ()
     evidence = tuple(sorted({index for turn in turns for index in turn.supporting}))

@@ -31,18 +31,21 @@ class Place:
 class Passages:
     """A world's chunks in order, and each fact's place by (entity name, relation name).
 
-    ``roles`` is the world's `Style.roles`, for its questions.
+    ``roles`` is the world's `Style.roles`, for its questions; ``references``, by the name of a
+    document's entity, the words by which its later chunks speak of it, or would.
     """
 
     chunks: tuple[Chunk, ...]
     places: dict[tuple[str, str], Place]
     roles: float
+    references: dict[str, str]
 
 
 def write_passages(rng: Random, world: World) -> Passages:
     """Writes every document of a world, in order; ``rng`` is the source of all wording."""
     chunks: list[Chunk] = []
     places: dict[tuple[str, str], Place] = {}
+    references: dict[str, str] = {}
     for document in world.documents:
         first = len(chunks)
         mention = rng.choice(MENTIONS)
@@ -51,16 +54,25 @@ def write_passages(rng: Random, world: World) -> Passages:
             for fact in facts:
                 key = fact.subject.name, fact.relation.name
                 places[key] = Place(len(chunks), first, shown)
-            text = _write(rng, document, facts, part, mention, world.style)
+            opening = _introduction(rng, document, mention, world.style) if part == 0 else ""
+            if part == 0:
+                later = "list" if document.listed else mention if opening else "pronoun"
+                references[document.entity.name] = _refer(document.entity, later)
+            text = _write(rng, document, facts, part, mention, world.style, opening)
             chunks.append(Chunk(text, document.entity.name if part == 0 else None))
-    return Passages(tuple(chunks), places, world.style.roles)
+    return Passages(tuple(chunks), places, world.style.roles, references)
 
 
 def _write(
-    rng: Random, document: Document, facts: list[Fact], part: int, mention: str, style: Style
+    rng: Random,
+    document: Document,
+    facts: list[Fact],
+    part: int,
+    mention: str,
+    style: Style,
+    opening: str,
 ) -> str:
-    entity = document.entity
-    sentences = [_introduction(rng, document, mention, style)] if part == 0 else []
+    entity, sentences = document.entity, [opening]
     if document.listed:
         return " ".join([*sentences, _listing(facts, goes_on=part > 0)]).strip()
     for i, fact in enumerate(facts):
@@ -69,7 +81,7 @@ def _write(
         if part == 0:
             subject = entity.name if i == 0 or rng.random() < style.named else entity.pronoun
         else:
-            subject = refer(entity, mention if i == 0 else rng.choice((mention, "pronoun")))
+            subject = _refer(entity, mention if i == 0 else rng.choice((mention, "pronoun")))
         wordings = fact.relation.facts
         if subject == entity.name and rng.random() < style.roles:
             wordings = (fact.relation.plain_fact,)
@@ -78,24 +90,28 @@ def _write(
     return " ".join(s for s in sentences if s)
 
 
-def refer(entity: Entity, mention: str) -> str:
-    """The words that stand for an entity in a chunk that does not name it."""
+def _refer(entity: Entity, mention: str) -> str:
     return {
-        "list": "the list",
         "pronoun": entity.pronoun,
         "description": f"the {entity.noun}",
         "alias": entity.alias,
+        "list": "the list",
     }[mention]
 
 
 def _introduction(rng: Random, document: Document, mention: str, style: Style) -> str:
-    """The opening sentence; it must explain the description or the alias that later chunks use."""
+    """The opening sentence, which tells how later chunks will refer to the entity.
+
+    It gives an alias or says what the entity is, where they use that, and there is none where
+    they say "she" or "it".
+    """
     entity = document.entity
-    if len(document.parts) == 1 and rng.random() >= style.introduced:
+    alone = len(document.parts) == 1 and rng.random() >= style.introduced
+    if alone or (mention == "pronoun" and not document.listed):
         return ""
     article = "an" if entity.noun[0] in "aeiou" else "a"
     what = f"{article} {entity.noun}"
-    if mention == "alias" or rng.random() < 0.2:
+    if mention == "alias" and not document.listed:
         known = rng.choice(("known as", "often called"))
         return f"{entity.name}, {known} {entity.alias}, is {what}."
     return f"{entity.name} is {what}."

@@ -8,13 +8,15 @@ from itertools import combinations
 from random import Random
 from typing import Any
 
-from blocktune.data.worlds.passages import Passages, Place, refer
+from blocktune.data.worlds.passages import Passages, Place
 from blocktune.data.worlds.relations import COMPARED
 from blocktune.data.worlds.world import Fact, World
 
-QUESTION_KINDS = ("self-contained", "cross-chunk", "2-hop", "3-hop", "comparison")
+QUESTION_KINDS = ("self-contained", "cross-chunk", "2-hop", "3-hop", "comparison", "reference")
 MARKER = "Answer: "
 """What stands before the scored answer when a response names other values first."""
+RESTATE = "Repeat the facts."
+"""Asks for all facts of the context, in the last turn of a training conversation."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,13 @@ def comparable(world: World) -> Iterator[tuple[Fact, Fact]]:
             yield one, other
 
 
+def _firsts(world: World) -> Iterator[tuple[Fact]]:
+    """Yields the first fact of every document that is not a list."""
+    for document in world.documents:
+        if not document.listed:
+            yield (document.parts[0][0],)
+
+
 def candidates(world: World, passages: Passages) -> dict[str, list[tuple[Fact, ...]]]:
     """Groups everything that can be asked about a world by the kind of the question."""
     found: dict[str, list[tuple[Fact, ...]]] = {kind: [] for kind in QUESTION_KINDS}
@@ -73,6 +82,7 @@ def candidates(world: World, passages: Passages) -> dict[str, list[tuple[Fact, .
         found[kind].append((fact,))
     found["2-hop"] = list(chains(world, 2))
     found["3-hop"] = list(chains(world, 3))
+    found["reference"] = list(_firsts(world))
     found["comparison"] = list(comparable(world))
     return {kind: facts for kind, facts in found.items() if facts}
 
@@ -94,11 +104,15 @@ def ask(
     }
     if kind == "comparison":
         text, answer, said = _compare(rng, *facts)
+    elif kind == "reference":
+        subject = facts[0].subject
+        text = f"{'Who' if subject.kind == 'person' else 'What'} is {subject.name}?"
+        answer, said = passages.references[subject.name], []
     else:
         text, answer = _chain_text(rng, facts, passages.roles), facts[-1].value
         bridges = [fact.value for fact in facts[:-1]]
         meta["bridges"] = bridges
-        said = _steps(facts, places) if cited else bridges
+        said = _steps(facts, places, passages) if cited else bridges
     response = f"{', '.join(said)}. {MARKER}{answer}" if said else answer
     supporting = tuple(sorted({i for place in places for i in place.supporting}))
     return Question(kind, text, answer, response, supporting, meta)
@@ -113,11 +127,11 @@ def state(rng: Random, fact: Fact, roles: float) -> tuple[str, str, str]:
     return before, fact.value, after
 
 
-def _steps(facts: tuple[Fact, ...], places: list[Place]) -> list[str]:
+def _steps(facts: tuple[Fact, ...], places: list[Place], passages: Passages) -> list[str]:
     """What leads to the last value: a reference where a passage has no name, and each bridge."""
-    steps = []
+    steps: list[str] = []
     for fact, place in zip(facts, places, strict=True):
-        steps += [refer(fact.subject, place.mention)] if place.mention != "name" else []
+        steps += [passages.references[fact.subject.name]] if place.mention != "name" else []
         steps.append(fact.value)
     return steps[:-1]
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from blocktune.data.worlds import MARKER, Context, WorldConfig, draw_context
+from blocktune.data.worlds import MARKER, RESTATE, Context, WorldConfig, draw_context
 from blocktune.prompt import PromptFormat
 from blocktune.training.pretraining.config import PretrainConfig, Stage
-from blocktune.training.pretraining.tokenizer import ASSISTANT, BOS, EOS, RESTATE, USER
+from blocktune.training.pretraining.tokenizer import ASSISTANT, BOS, EOS, USER
 
 
 class Conversation(NamedTuple):
