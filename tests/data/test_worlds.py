@@ -4,8 +4,10 @@ import itertools
 
 import pytest
 
-from blocktune.data.worlds import MARKER, QUESTION_KINDS, WorldConfig, generate_examples
+from blocktune.data.worlds import MARKER, QUESTION_KINDS, RESTATE, WorldConfig, generate_examples
 from blocktune.data.worlds.names import ROOT, SPLITS, names
+
+KNOWN = ("known as", "often called")
 
 
 def draw(**kwargs):
@@ -89,8 +91,46 @@ def test_the_answer_stands_in_the_chunk_of_the_last_fact_and_that_is_supporting(
     for example in examples:
         facts = example.meta["fact_chunks"]
         assert set(facts) <= set(example.supporting)
-        if example.kind != "comparison":
+        if example.kind not in ("comparison", "reference"):
             assert example.answers[0] in text(example, facts[-1])
+
+
+def test_the_first_chunk_tells_how_later_ones_refer(examples):
+    seen = set()
+    for example in (e for e in examples if e.kind == "reference"):
+        (first,) = example.supporting
+        opening, answer = example.chunks[first].text, example.answers[0]
+        noun = answer.removeprefix("the ")
+        if noun != answer:
+            assert f" is a {noun}." in opening or f" is an {noun}." in opening
+        elif answer in ("she", "he", "it"):
+            assert " is a" not in opening.split(".")[0]
+        else:
+            assert any(f", {words} {answer}, is a" in opening for words in KNOWN)
+        seen.add(answer if noun == answer and answer.islower() else noun == answer)
+    assert seen >= {True, False, "it"}
+
+
+def test_a_cited_response_names_the_reference_by_which_the_chunk_speaks():
+    plain, cited = (draw(kinds={"cross-chunk": 1}, cited=on) for on in (False, True))
+    for one, other in zip(plain, cited, strict=True):
+        reference, answer = other.response.split(f". {MARKER}")
+        assert answer == one.response
+        assert reference.lower() in other.chunks[other.meta["fact_chunks"][0]].text.lower()
+    chains = draw(kinds={"2-hop": 1}, cited=True)
+    for example in chains:
+        hops = sum(mention != "name" for mention in example.meta["mentions"])
+        said = example.response.split(f". {MARKER}")[0].split(", ")
+        assert len(said) == len(example.meta["bridges"]) + hops
+
+
+def test_a_last_turn_restates_every_fact_with_full_names():
+    for example in draw(turns=3, restate=True, num_examples=10):
+        question, restated = example.followups[-1]
+        assert question == RESTATE
+        assert example.answers[0] in restated
+        titles = [chunk.title for chunk in example.chunks if chunk.title]
+        assert all(title in restated for title in titles)
 
 
 def test_bridges_stand_in_the_chunks_before_and_are_said_first(examples):
@@ -121,18 +161,6 @@ def test_self_contained_facts_stand_in_a_titled_chunk(examples):
     for example in (e for e in examples if e.kind == "self-contained"):
         (chunk,) = example.supporting
         assert example.chunks[chunk].title in example.question
-
-
-def test_a_description_or_alias_is_explained_by_the_first_chunk(examples):
-    for example in (e for e in examples if e.kind == "cross-chunk"):
-        first, chunk = example.supporting
-        subject = example.chunks[chunk].text
-        if example.meta["mentions"] == ["alias"]:
-            opening = example.chunks[first].text
-            alias = opening.split(", known as ")[-1].split(", often called ")[-1].split(",")[0]
-            assert (
-                f"{alias} " in subject or "He " in subject or "She " in subject or "It " in subject
-            )
 
 
 def test_without_the_bridge_chunk_nothing_says_the_last_fact(examples):
