@@ -1,4 +1,4 @@
-"""`blocktune eval`, `eval compare`, `eval report`, `eval traces`."""
+"""`blocktune eval`, `eval compare`, `eval report`, `eval traces`, `eval page`."""
 
 from __future__ import annotations
 
@@ -33,6 +33,9 @@ def add_to(app: typer.Typer) -> None:
             "blocktune eval traces --trace eval/traces.yaml --output out/traces",
         ),
     )(traces)
+    group.command(
+        "page", epilog=teach("blocktune eval page eval/results/STUDY.md --runs out/study")
+    )(page)
     app.add_typer(group, name="eval")
 
 
@@ -126,3 +129,16 @@ def traces(
     console = Console()
     console = console if console.is_terminal else Console(width=110)
     console.print(traces_table(run_traces(loaded, output)))
+
+
+def page(
+    path: Annotated[Path, typer.Argument(help="Markdown with blocks of tables and figures.")],
+    runs: Annotated[
+        Path | None, typer.Option(help="Folder of finished runs to take new results from.")
+    ] = None,
+) -> None:
+    """Make a page's tables and figures anew from results; what is written around them stays."""
+    from blocktune.evaluation.study import refresh
+
+    missing = refresh(path, runs)
+    typer.echo(f"{path}: " + (f"not measured yet: {', '.join(missing)}" if missing else "whole"))

@@ -19,7 +19,7 @@ from blocktune.evaluation.suite import MethodSpec, parse_methods
 from blocktune.evaluation.task import TaskSpec, with_task
 from blocktune.prompt import Chunk
 
-ORDERS = ("kept", "shuffled")
+ORDERS = ("kept", "shuffled", "rotated")
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,9 @@ class Pattern:
 
     Attributes:
         name: In results.
-        order: ``kept``: as retrieved; ``shuffled``: anew in every request.
+        order: ``kept``: as retrieved; ``shuffled``: anew in every request; ``rotated``: from
+            another chunk on, evidence in its order and every chunk but the first after the one that
+            it followed, for text in which chunks point back ("she").
         fresh: Share of a request's chunks, those with the evidence apart, that are exchanged for
             chunks of other questions, in [0, 1].
         popularity: Exponent of the Zipf law by which those are drawn; 0 draws all alike.
@@ -41,7 +43,7 @@ class Pattern:
 
     def __post_init__(self):
         if self.order not in ORDERS:
-            raise ValueError(f"order must be {' or '.join(ORDERS)}, got '{self.order}'")
+            raise ValueError(f"order must be one of {', '.join(ORDERS)}, got '{self.order}'")
         if not 0 <= self.fresh <= 1:
             raise ValueError(f"fresh must be a share in [0, 1], got {self.fresh}")
         if self.popularity < 0:
@@ -156,8 +158,18 @@ def _request(
         chunks[index] = _drawn(pool, weights, set(chunks), rng)
     if pattern.order == "shuffled":
         rng.shuffle(chunks)
+    if pattern.order == "rotated":
+        chunks = _rotated(chunks, evidence, rng)
     supporting = tuple(index for index, chunk in enumerate(chunks) if chunk in evidence)
     return replace(example, chunks=tuple(chunks), supporting=supporting)
+
+
+def _rotated(chunks: Sequence[Chunk], evidence: set[Chunk], rng: Random) -> list[Chunk]:
+    """The chunks from another one on; never cut between the first and the last of the evidence."""
+    places = [index for index, chunk in enumerate(chunks) if chunk in evidence]
+    inside = range(min(places) + 1, max(places) + 1)
+    start = rng.choice([index for index in range(len(chunks)) if index not in inside])
+    return [*chunks[start:], *chunks[:start]]
 
 
 def _drawn(

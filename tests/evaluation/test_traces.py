@@ -53,6 +53,17 @@ def test_a_mixed_trace_keeps_the_evidence_and_exchanges_the_rest(examples):
     assert exchanged > 0
 
 
+def test_rotated_chunks_follow_the_one_they_followed_and_keep_the_evidence_in_order():
+    chunks = tuple(map(Chunk, "abcde"))
+    example = RagExample("q", chunks, ("x",), supporting=(1, 3))
+    trace = make_trace([example], Pattern("r", order="rotated"), 40, seed=0)
+    texts = {"".join(chunk.text for chunk in request.chunks) for request in trace}
+    assert texts == {"abcde", "bcdea", "eabcd"}
+    for request in trace:
+        evidence = [request.chunks[index].text for index in request.supporting]
+        assert evidence == ["b", "d"]
+
+
 def test_reuse_is_counted_by_hand():
     one, two, three = (Chunk(text) for text in "abc")
     trace = [
@@ -138,14 +149,19 @@ def test_cells_are_paired_over_questions_and_seeds_are_one_method():
     assert naive["hit_rate"] is None
 
 
-def test_the_shipped_suite_loads():
-    assert load_traces(Path("eval/traces.yaml")).patterns
+@pytest.mark.parametrize("path", sorted(Path("eval").glob("traces*.yaml")), ids=lambda p: p.stem)
+def test_shipped_suites_load(path):
+    assert load_traces(path).patterns
+    assert path.read_text().startswith("# blocktune eval traces --trace ")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"patterns": [{"name": "x", "order": "odd"}]}, "order must be kept or shuffled"),
+        (
+            {"patterns": [{"name": "x", "order": "odd"}]},
+            "order must be one of kept, shuffled, ",
+        ),
         ({"patterns": [{"name": "x", "fresh": 2}]}, "fresh must be a share"),
         ({"warmup": 6}, "warmup must leave requests that count: below 6, got 6"),
         ({"store_mib": []}, "store_mib must hold sizes"),

@@ -37,8 +37,8 @@ def charts_of(results: Results) -> list[Chart]:
     rows = -(-len(methods) // 2) * 0.19
     found = []
     if "ttft_s" in results["budget"]["pareto"]:
-        found.append(_cost(results, "ttft_s", rows))
-    found.append(_cost(results, "recompute_ratio", rows))
+        found.append(cost_chart(results, "ttft_s", rows))
+    found.append(cost_chart(results, "recompute_ratio", rows))
     found += [_by_group(results, name, rows) for name in _groups(methods)]
     for name, title, label in _SWEEPS:
         if results["sweeps"][name]:
@@ -59,7 +59,8 @@ _COSTS = {
 }
 
 
-def _cost(results: Results, cost: str, rows: float) -> Chart:
+def cost_chart(results: Results, cost: str, rows: float) -> Chart:
+    """Score of every method against one of its costs, and the Pareto front."""
     methods = results["methods"]
     name, label, factor = _COSTS[cost]
     front = results["budget"]["pareto"][cost]

@@ -1,0 +1,108 @@
+"""Refreshes the blocks of a Markdown page from results; everything outside of them stays.
+
+```text
+<!-- table: {show: scores, run: study/untuned, methods: [naive, epic]} -->
+...made anew each time...
+<!-- end of table -->
+```
+``run`` is a JSON file beside the page, without its suffix. A ``figure`` has ``file``, the picture's
+path beside the page, and ``about``, which is said of it; further keys are those of its kind.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from blocktune.evaluation.files import replace_text
+from blocktune.evaluation.study.figures import FIGURES
+from blocktune.evaluation.study.kept import keep
+from blocktune.evaluation.study.tables import TABLES
+
+BLOCK = re.compile(
+    r"(?P<open><!-- (?P<kind>table|figure): (?P<keys>\{.*?\}) -->\n)"
+    r"(?P<body>.*?)(?P<close><!-- end of (?P=kind) -->)",
+    re.DOTALL,
+)
+KINDS: Mapping[str, Mapping[str, Callable]] = {"table": TABLES, "figure": FIGURES}
+
+
+def refresh(path: str | Path, runs: str | Path | None = None) -> list[str]:
+    """Writes a page's tables and pictures anew.
+
+    Args:
+        path: The page.
+        runs: Folder of runs; those that the page names (by the last part of ``run``) and that are
+            finished there become the results beside the page first.
+
+    Returns:
+        The runs of the page that have no results yet.
+
+    Raises:
+        ValueError: If a block cannot be read or asks for what its results do not have.
+        FileNotFoundError: If there is no page.
+    """
+    path = Path(path)
+    text = path.read_text(encoding="utf-8")
+    named = dict.fromkeys(_keys(block, path)["run"] for block in BLOCK.finditer(text))
+    for name in named if runs else ():
+        keep(Path(runs) / Path(name).name, path.parent / f"{name}.json")
+    replace_text(path, refreshed(text, path, draw=True))
+    return [name for name in named if not (path.parent / f"{name}.json").is_file()]
+
+
+def refreshed(text: str, path: str | Path, *, draw: bool = False) -> str:
+    """A page's text with every block made anew; the same text if nothing has changed.
+
+    Args:
+        text: Of the page.
+        path: Where it lies: results and pictures are looked up from there.
+        draw: Whether pictures are written too.
+
+    Raises:
+        ValueError: See `refresh`.
+    """
+    return BLOCK.sub(lambda block: _made(block, Path(path), draw), text)
+
+
+def _made(block: re.Match, path: Path, draw: bool) -> str:
+    keys = _keys(block, path)
+    show, run = keys.pop("show"), keys.pop("run")
+    source = path.parent / f"{run}.json"
+    if not source.is_file():
+        body = f"*Not measured yet: there is no `{run}.json`.*"
+    else:
+        results = json.loads(source.read_text(encoding="utf-8"))
+        try:
+            body = _body(block["kind"], show, results, keys, path.parent, draw)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path}: '{show}' of {run}: {error!r}; see {source}") from None
+    return f"{block['open']}{body}\n{block['close']}"
+
+
+def _body(
+    kind: str, show: str, results: Mapping[str, Any], keys: dict, folder: Path, draw: bool
+) -> str:
+    if kind == "table":
+        return TABLES[show](results, **keys)
+    file, about = keys.pop("file"), keys.pop("about")
+    if draw:
+        FIGURES[show](results, folder / file, **keys)
+    return f"![{about}]({file})"
+
+
+def _keys(block: re.Match, path: Path) -> dict[str, Any]:
+    kind, keys = block["kind"], yaml.safe_load(block["keys"])
+    wanted = {"show", "run"} | ({"file", "about"} if kind == "figure" else set())
+    if missing := sorted(wanted - keys.keys()):
+        raise ValueError(f"{path}: a {kind} lacks '{missing[0]}': {block['keys']:.60}")
+    if keys["show"] not in KINDS[kind]:
+        raise ValueError(
+            f"{path}: no {kind} shows '{keys['show']}'; available: {', '.join(KINDS[kind])}"
+        )
+    return keys
