@@ -6,11 +6,9 @@ import copy
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blocktune.adapter import AdapterInfo
@@ -23,12 +21,13 @@ from blocktune.engine.encode import Encoder, Piece, grouped
 from blocktune.engine.layers import install
 from blocktune.engine.load import load_model
 from blocktune.engine.prompts import PromptMaker, Request
-from blocktune.engine.recall import contexts_of
-from blocktune.engine.run import Answer, Run
+from blocktune.engine.recall import rehearsals
+from blocktune.engine.run import Answer
+from blocktune.engine.served import Served, built
 from blocktune.engine.server import Server
 from blocktune.positions import RopeSpec
-from blocktune.prompt import Chunk, LayoutSpec, Pieces, Prompt, PromptFormat
-from blocktune.reuse import Method, build
+from blocktune.prompt import Chunk, LayoutSpec, Pieces, PromptFormat
+from blocktune.reuse import Method
 
 
 class EncodeReport(NamedTuple):
@@ -40,7 +39,7 @@ class EncodeReport(NamedTuple):
     encode_s: float
 
 
-class Engine:
+class Engine(Served):
     """Answers questions over chunks by any reuse method.
 
     ```python
@@ -220,7 +219,7 @@ class Engine:
             ValueError: If the method is unknown or does not fit the model's adapter, or a prompt
                 does not fit the model's context.
         """
-        method = build(method) if isinstance(method, str) else method
+        method = built(method)
         _require_tokens(max_new_tokens)
         started = time.perf_counter()
         pieces, prompts = self._read(examples, method, max_new_tokens)
@@ -231,9 +230,10 @@ class Engine:
         answers: list[Answer | None] = [None] * len(examples)
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
+            self._rehearse([pieces[i] for i in batch], method)
             laid = [prompts[i] for i in batch]
             if method.recalls:
-                laid = [self._lay_out(pieces[i], method, max_new_tokens) for i in batch]
+                laid = [self.lay_out(pieces[i], method, max_new_tokens) for i in batch]
             run = self._server.start(laid, [pieces[i] for i in batch], method)
             run.watch.add("prompt_s", read_s * len(batch))
             made = run.answers(sampling or Sampling(), max_new_tokens, streams=batch)
@@ -250,8 +250,9 @@ class Engine:
         sampling: Sampling | None = None,
     ) -> Iterator[str]:
         """Yields an answer's text as it is made; the pieces join to `answer`'s text."""
-        method = build(method) if isinstance(method, str) else method
+        method = built(method)
         _require_tokens(max_new_tokens)
+        self._rehearse([self.prompts.pieces(example, method)], method)
         pieces, prompts = self._read([example], method, max_new_tokens)
         run = self._server.start(prompts, pieces, method)
         ids: list[int] = []
@@ -266,55 +267,11 @@ class Engine:
         if tail := self._server.text(ids)[len(shown) :]:
             yield tail
 
-    def start(self, pieces: Sequence[Pieces], method: str | Method) -> Run:
-        """Serves prompts given as token pieces up to their first logits.
-
-        What checks compare and benchmarks time: the run holds the logits, the cache, the rows
-        that were computed and the time that each part took.
-        """
-        method = build(method) if isinstance(method, str) else method
-        return self._server.start([self._lay_out(p, method) for p in pieces], pieces, method)
-
-    def prefilled(self, examples: Sequence[Request], method: str | Method) -> Run:
-        """Like `start`, of examples."""
-        method = build(method) if isinstance(method, str) else method
-        return self.start([self.prompts.pieces(example, method) for example in examples], method)
-
-    def next_logits(self, examples: Sequence[Request], method: str | Method) -> torch.Tensor:
-        """Logits of the first answer token, ``(B, V)``: what equivalence is checked on."""
-        return self.prefilled(examples, method).prefill.logits
-
-    def continued_logits(
-        self, example: Request, method: str | Method, num_tokens: int
-    ) -> tuple[tuple[int, ...], torch.Tensor]:
-        """Decodes ``num_tokens`` greedily; their ids, and the logits ``(1, V)`` after them."""
-        method = build(method) if isinstance(method, str) else method
-        pieces, prompts = self._read([example], method, num_tokens + 1)
-        run = self._server.start(prompts, pieces, method)
-        return run.continued(num_tokens)
-
-    @contextmanager
-    def stock_attention(self) -> Iterator[PreTrainedModel]:
-        """The model with its own attention, for comparing; blocktune's again after the block."""
-        self.model.set_attn_implementation("sdpa")
-        try:
-            yield self.model
-        finally:
-            attach(self.model)
-
-    def _read(
-        self, examples: Sequence[Request], method: Method, max_new_tokens: int = 0
-    ) -> tuple[list[Pieces], list[Prompt]]:
-        pieces = [self.prompts.pieces(example, method) for example in examples]
-        return pieces, [self._lay_out(piece, method, max_new_tokens) for piece in pieces]
-
-    def _lay_out(self, pieces: Pieces, method: Method, max_new_tokens: int = 0) -> Prompt:
-        spec = self.prompts.spec(method)
-        if not method.recalls:
-            return self.prompts.prompt(pieces, spec, max_new_tokens)
-        contexts = contexts_of(self._server.encoder.variants, pieces)
-        spec = LayoutSpec(block=False) if contexts is None else spec
-        return self.prompts.prompt(pieces, spec, max_new_tokens, contexts)
+    def _rehearse(self, pieces: Sequence[Pieces], method: Method) -> None:
+        """Serves the earlier prompts that the method wants behind it, each in full."""
+        for earlier in rehearsals(pieces, method.rehearse):
+            laid = [self.prompts.prompt(one, LayoutSpec(block=False), 1) for one in earlier]
+            next(self._server.start(laid, earlier, method).tokens(Sampling(), 1))
 
 
 def _require_tokens(max_new_tokens: int) -> None:

@@ -25,7 +25,7 @@ class Prefill:
         logits: After each prompt's last row, ``(B, V)``.
         plans: The attention plans that ran, each with the layers it ran in.
         probes: Plans of whose rows a layer made keys and values for a choice only, by layer.
-        mass: What rows paid chunks, where the selector watches them; else None.
+        mass: What rows paid chunks, where that is watched; else None.
     """
 
     logits: Tensor

@@ -33,6 +33,16 @@ def contexts_of(variants: VariantStore, pieces: Pieces) -> list[Ids] | None:
     return contexts
 
 
+def rehearsals(pieces: Sequence[Pieces], count: int) -> list[list[Pieces]]:
+    """``count`` earlier batches over the same chunks, each time turned by one place more."""
+    return [[_turned(prompt, by) for prompt in pieces] for by in range(1, count + 1)]
+
+
+def _turned(pieces: Pieces, by: int) -> Pieces:
+    by = by % max(1, len(pieces.chunks))
+    return pieces._replace(chunks=pieces.chunks[by:] + pieces.chunks[:by])
+
+
 def stored_context(
     variants: VariantStore, batch: Batch, pieces: Sequence[Pieces], alpha: float
 ) -> Stored:

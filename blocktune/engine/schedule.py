@@ -40,12 +40,14 @@ class Course:
         widen: Rows that are added at the entry of a layer, ``(B, U)`` bool, by layer.
         states: What each column's token carried into that layer, ``(B, N, hidden)``, by layer.
         selection: Asked at its check layers.
+        watches_chunks: Whether what rows pay chunks is read, for the selection or to be learnt.
     """
 
     start: Tensor
     widen: Mapping[int, Tensor]
     states: Mapping[int, Tensor]
     selection: Selection
+    watches_chunks: bool = False
 
 
 class Schedule:
@@ -53,7 +55,7 @@ class Schedule:
 
     Attributes:
         plans: What attended, each with the layers it did so in.
-        mass: What the question paid chunks, where the selector watches them; else None.
+        mass: What rows paid chunks, where that is watched; else None.
         probes: Plans of whose rows a layer made keys and values for a choice only, by layer.
     """
 
@@ -72,7 +74,7 @@ class Schedule:
         self.plans: list[CachePlan] = []
         self.probes: dict[int, CachePlan] = {}
         self._checks = frozenset(course.selection.checks(len(cache)))
-        self.mass = ChunkMass(columns) if course.selection.watches_chunks else None
+        self.mass = ChunkMass(columns) if course.watches_chunks else None
         self._go_on(0, CurrentRows(universe))
 
     def attend(

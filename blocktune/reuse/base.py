@@ -47,6 +47,16 @@ class Axis(Enum):
     RESHAPE = "reshape"
 
 
+def require_count(name: str, value: int) -> None:
+    """Refuses a parameter that is no whole number of things.
+
+    Raises:
+        ValueError: If it is negative or no integer.
+    """
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{name} must be a whole number, at least 0, got {value!r}")
+
+
 @dataclass(frozen=True)
 class Method(ABC):
     """A composition. Subclasses are presets: their fields, all with defaults, are their YAML keys.
@@ -56,6 +66,8 @@ class Method(ABC):
         weights: What the model must be trained for.
         cached: What comes from caches.
         recalls: Whether chunks come from earlier full prompts, see `blocktune.engine.recall`.
+        rehearse: Prompts over the same chunks that are served before each one, in full, in another
+            order and off the clock: a history for measurements that begin with empty caches.
         paced: Whether chunks are loaded layer by layer while it computes, and how much it computes
             is chosen by how long that takes, see `blocktune.engine.loading`.
         keeps_context: False only for the baseline that answers without chunks.
@@ -68,6 +80,7 @@ class Method(ABC):
     weights: ClassVar[Weights] = Weights.ANY
     cached: ClassVar[Cached] = Cached.CHUNKS
     recalls: ClassVar[bool] = False
+    rehearse: ClassVar[int] = 0
     paced: ClassVar[bool] = False
     keeps_context: ClassVar[bool] = True
     exact_on_one_chunk: ClassVar[bool] = True

@@ -88,6 +88,11 @@ class Composition(Method):
         return any(term.recalls for term in self.terms)
 
     @property
+    def rehearse(self) -> int:
+        """The most that one of the presets wants."""
+        return max(term.rehearse for term in self.terms)
+
+    @property
     def paced(self) -> bool:
         """Whether one of the presets is."""
         return any(term.paced for term in self.terms)

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from blocktune.layout import GLOBAL, Layout
+from blocktune.layout import Layout
 from blocktune.select.base import Scored, selectable
 from blocktune.select.budget import require_share, top_share
 from blocktune.select.check import Check
@@ -63,11 +63,10 @@ class StoredContext(Scored):
     def begin(self, layout: Layout, passes: Passes) -> Tensor:
         """See `Selection.begin`."""
         stored = passes.stored_context(self.alpha)
-        whole = layout.is_context & (layout.group == GLOBAL)
         if self.ratio is not None:
             total = layout.is_context.sum(1)
-            return whole | top_share(stored.tokens, selectable(layout), total, self.ratio)
-        chosen = torch.zeros_like(whole)
+            return top_share(stored.tokens, selectable(layout), total, self.ratio)
+        chosen = torch.zeros_like(layout.is_context)
         for chunk in range(int(layout.chunk.max()) + 1):
             own = selectable(layout) & (layout.chunk == chunk)
             count = own.sum(1)
@@ -76,7 +75,7 @@ class StoredContext(Scored):
             ranked = stored.tokens.masked_fill(~own, float("-inf"))
             rank = ranked.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
             chosen |= own & (rank < wanted[:, None])
-        return whole | chosen
+        return chosen
 
     def checks(self, num_layers: int) -> tuple[int, ...]:
         """See `Selection.checks`."""

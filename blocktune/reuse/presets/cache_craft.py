@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from blocktune.prompt import LayoutSpec
-from blocktune.reuse.base import Method, register
+from blocktune.reuse.base import Method, register, require_count
 from blocktune.select import Selection, StoredContext
 
 
@@ -16,14 +16,21 @@ class CacheCraft(Method):
     Of a chunk's variants the one is taken whose context overlaps most, in order. A prompt with a
     chunk that no earlier one held is computed in full, and all its chunks are remembered; so
     variants are always exact where they come from (the paper also stores chunks of mixed
-    prompts). ``focus: 1`` switches early termination off.
+    prompts). ``focus: 1`` switches early termination off. ``rehearse`` gives a single question the
+    history that it lives on: so many prompts of the same chunks, each turned by one place more.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2502.15734"
     recalls: ClassVar[bool] = True
+    # It may come from the middle of an earlier prompt, and only a share of it is computed again.
+    exact_on_one_chunk: ClassVar[bool] = False
     alpha: float = 1.0
     focus: float = 0.4
     hold: float = 0.8
+    rehearse: int = 0
+
+    def __post_init__(self):
+        require_count("rehearse", self.rehearse)
 
     def arrange(self, spec: LayoutSpec) -> LayoutSpec:
         """Chunks after the ghosts of their own earlier prompts, one after the other."""
