@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 
 from blocktune.check.claim import Check, difference, tolerance_of
-from blocktune.check.requests import ALONE, ASK, LAST, OTHER, SHORT, Ask
+from blocktune.check.requests import ALONE, ASK, HISTORY, LAST, OTHER, SHORT, Ask
 from blocktune.check.serving import (
     Subject,
+    all_fresh,
+    all_visible,
+    begun,
     chosen_rows,
     dense_logits,
     last_chunk_start,
@@ -71,14 +74,18 @@ def claims(method: Method) -> dict[str, Claim]:
 
 def _of_reuse(method: Method) -> dict[str, Callable[[Subject], Pairs]]:
     """What is claimed of methods that take chunks from caches."""
-    pairs = {}
-    if method.weights is not Weights.WRAPS:  # what wraps a chunk stays as it was stored
+    pairs = {
+        "nothing fresh = plain reuse, as one dense forward": _nothing_fresh,
+        "order of stored chunks does not matter": _order_of_storing,
+    }
+    if method.weights is Weights.WRAPS:  # what wraps a chunk stays as it was stored
+        pairs["all but what wraps chunks fresh = one dense forward"] = _everything_but_wraps_fresh
+    else:
         pairs["everything fresh = full prefill of the same rows"] = _everything_fresh
-    if not method.recalls:  # what those store depends on what came before
-        pairs["nothing fresh = plain reuse, as one dense forward"] = _nothing_fresh
-        pairs["order of stored chunks does not matter"] = _order_of_storing
-        if takes_budget(method.selection()):
-            pairs["a budget of nothing or all = nothing or all"] = _budget_ends
+    if method.recalls:
+        pairs["without a history = full prefill"] = _without_history
+    if takes_budget(method.selection()):
+        pairs["a budget of nothing or all = nothing or all"] = _budget_ends
     if method.reshape() is not None:
         pairs["a neutral reshape = none"] = _neutral_reshape
     return pairs
@@ -86,8 +93,7 @@ def _of_reuse(method: Method) -> dict[str, Callable[[Subject], Pairs]]:
 
 def _one_chunk_alone(subject: Subject) -> Check:
     """Equal to a full prefill where the method says so, and different where it says not."""
-    method, bare = subject.method, subject.bare
-    bare.forget()
+    method, bare = subject.method, begun(subject.bare, subject.method)
     full = bare.next_logits([ALONE], "full-prefill")
     moved = difference(bare.next_logits([ALONE], method), full)
     tolerance = tolerance_of(bare, full) * reach(bare, method, ALONE)
@@ -110,7 +116,19 @@ def _equal(name: str, pairs: Callable[[Subject], Pairs]) -> Claim:
 
 def _everything_fresh(subject: Subject) -> Pairs:
     method = _neutral(compose(subject.method, select=Everything()))
-    yield subject.logits(method), dense_logits(subject, method, everything_visible=True)
+    yield subject.logits(method), dense_logits(subject, method, all_visible)
+
+
+def _everything_but_wraps_fresh(subject: Subject) -> Pairs:
+    method = _neutral(compose(subject.method, select=Everything()))
+    yield subject.logits(method), dense_logits(subject, method, all_fresh)
+
+
+def _without_history(subject: Subject) -> Pairs:
+    """Also under a choice of tokens that leaves most of them out."""
+    for method in _with_fixed_choices(subject.method)[:2]:
+        engine = subject.begin(history=())
+        yield engine.next_logits([ASK], method), engine.next_logits([ASK], "full-prefill")
 
 
 def _nothing_fresh(subject: Subject) -> Pairs:
@@ -156,20 +174,18 @@ def _no_future(subject: Subject) -> Pairs:
 
 
 def _order_of_storing(subject: Subject) -> Pairs:
-    engine, method = subject.engine, subject.method
-    expected = subject.logits(method)
-    engine.forget()
+    method, expected = subject.method, subject.logits(subject.method)
+    engine = subject.begin(HISTORY[::-1])
     for chunk in reversed(ASK.chunks):
         engine.next_logits([Ask("Why?", (chunk, *SHORT.chunks))], method)
     yield engine.next_logits([ASK], method)[0], expected
 
 
 def _batch_is_single(subject: Subject) -> Pairs:
-    engine, asks = subject.engine, [ASK, SHORT]
-    engine.forget()
-    alone = [engine.next_logits([ask], subject.method) for ask in asks]
-    engine.forget()
-    yield engine.next_logits(asks, subject.method), torch.cat(alone)
+    asks, method = [ASK, SHORT], subject.method
+    engine = subject.begin()
+    alone = [engine.next_logits([ask], method) for ask in asks]
+    yield subject.begin().next_logits(asks, method), torch.cat(alone)
 
 
 def _decoding_is_one_forward(subject: Subject) -> Pairs:

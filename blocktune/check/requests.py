@@ -30,3 +30,9 @@ LAST = Ask(
     ASK.question, (*ASK.chunks[:2], Chunk("The song was written by Walter Green.", "Frozen Lorne"))
 )
 """`ASK` with another last chunk of the same length in bytes, the specimen's tokens."""
+HISTORY = (
+    Ask("Who was she?", (ASK.chunks[1], ASK.chunks[2], ASK.chunks[0])),
+    Ask("Where?", (*SHORT.chunks[::-1], *LAST.chunks[2:])),
+)
+"""Earlier prompts, for methods that live on them: all chunks of the others, in other contexts, and
+none of them twice."""

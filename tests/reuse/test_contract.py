@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from blocktune.check import Subject, check_method, claims, subjects
+from blocktune.check.serving import chosen_rows
 from blocktune.reshape import Reshape
 from blocktune.reuse import Method, build, compose
 from blocktune.select import Selection
@@ -18,11 +19,13 @@ COMPOSITIONS = (
     "kvlink + epic 4",
     "kvlink + link0 + deviation 30 % + scaled-context",
     "kv-packet + first-k 4",
+    "cache-craft + first-k 4",
 )
 SUBJECTS = subjects() | {name: build(name) for name in COMPOSITIONS}
 CASES = [(name, claim) for name, method in SUBJECTS.items() for claim in claims(method)]
 EXCEPTIONS = {
     "ape",
+    "cache-craft",
     "kv-packet",
     "kvlink",
     "link0",
@@ -129,6 +132,9 @@ BROKEN = {
     "no token sees a later one": lambda: compose("naive", select=Leaky()),
     "a budget of nothing or all = nothing or all": lambda: compose("naive", select=Greedy()),
     "everything fresh = full prefill of the same rows": lambda: compose("naive", reshape=Loud()),
+    "all but what wraps chunks fresh = one dense forward": lambda: compose(
+        "kv-packet", reshape=Loud()
+    ),
     "decoding = one forward": lambda: compose("naive", reshape=Late()),
     "a neutral reshape = none": lambda: compose("naive", reshape=Loud()),
     "batch = single": lambda: compose("naive", select=Forgetful()),
@@ -148,6 +154,14 @@ def test_a_method_that_breaks_a_claim_is_found_out(claim):
 def test_keys_that_stay_where_they_were_made_are_found_out(claim, monkeypatch):
     monkeypatch.setattr("blocktune.engine.placing.turn_keys", lambda k, turn, out: out.copy_(k))
     assert not claims(build("naive"))[claim](subject(build("naive"))).passed
+
+
+@torch.no_grad()
+def test_what_recalls_is_checked_on_chunks_that_it_recalls():
+    checked = subject(build("cache-craft"))
+    run = checked.run(checked.method)
+    assert run.assembled.hits == [3]
+    assert 0 < len(chosen_rows(run)[0]) < int(run.batch.layout.is_context.sum())
 
 
 def test_the_contract_of_one_method_can_be_asked_for():
