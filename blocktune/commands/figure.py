@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from blocktune.commands.options import Adapter, Device, Dtype, Model, quiet_libraries, teach
+
+if TYPE_CHECKING:
+    from blocktune.evaluation.choice import Chosen
+
+Draw = Callable[["Chosen", Path, str], None]
 
 Source = Annotated[
     str, typer.Option("--input", "-i", help="Questions: a file, a set's name or a generator.")
@@ -29,9 +35,9 @@ def add_to(app: typer.Typer) -> None:
     )
     ask = "--model data/tiny -i 'worlds:test?n=1'"
     for function, example in (
-        (deviation, f"blocktune figure deviation {ask} -o out/deviation.png"),
+        (_of_choice("deviation", _deviation), f"blocktune figure deviation {ask} -o out/d.png"),
         (cumulative, f"blocktune figure cumulative {ask} --layer 1 -o out/cumulative.png"),
-        (overlap, f"blocktune figure overlap {ask} -o out/overlap.png"),
+        (_of_choice("overlap", _overlap), f"blocktune figure overlap {ask} -o out/overlap.png"),
         (bars, "blocktune figure bars out/quick -o out/bars.png"),
         (psr, "blocktune figure psr out/psr -o out/psr.png"),
     ):
@@ -39,26 +45,44 @@ def add_to(app: typer.Typer) -> None:
     app.add_typer(group, name="figure")
 
 
-def deviation(
-    model: Model,
-    source: Source,
-    output: Output,
-    index: Index = 0,
-    method: Method = "naive",
-    ratio: Ratio = 0.15,
-    adapter: Adapter = None,
-    dtype: Dtype = "auto",
-    device: Device = None,
-) -> None:
+def _of_choice(name: str, draw: Draw) -> Callable[..., None]:
+    """The command that draws which tokens of one question deviate most; its help is ``draw``'s."""
+
+    def command(
+        model: Model,
+        source: Source,
+        output: Output,
+        index: Index = 0,
+        method: Method = "naive",
+        ratio: Ratio = 0.15,
+        adapter: Adapter = None,
+        dtype: Dtype = "auto",
+        device: Device = None,
+    ) -> None:
+        from blocktune.evaluation.choice import chosen_tokens
+
+        found = _measured(model, source, index, [method], adapter, dtype, device)
+        draw(chosen_tokens(found[method], ratio), output, f"{method}: highest {ratio:.0%}")
+
+    command.__name__, command.__doc__ = name, draw.__doc__
+    return command
+
+
+def _deviation(chosen: Chosen, output: Path, title: str) -> None:
     """Which tokens' keys deviate most from full prefill's, layer by layer (figure 3)."""
-    from blocktune.evaluation.choice import beginnings_of, chosen_tokens
+    from blocktune.evaluation.choice import beginnings_of
     from blocktune.evaluation.figure_states import draw_deviation
 
-    [(name, away)] = _measured(model, source, index, [method], adapter, dtype, device).items()
-    chosen = chosen_tokens(away, ratio)
-    typer.echo(draw_deviation(chosen, output, f"{name}: highest {ratio:.0%} by layer"))
+    typer.echo(draw_deviation(chosen, output, f"{title} by layer"))
     shares = ", ".join(f"{share:.0%}" for share in beginnings_of(chosen))
     typer.echo(f"of them first tokens of a chunk, by layer: {shares}")
+
+
+def _overlap(chosen: Chosen, output: Path, title: str) -> None:
+    """How many tokens chosen at one layer are chosen at another (figure 5)."""
+    from blocktune.evaluation.figure_states import draw_overlap
+
+    typer.echo(draw_overlap(chosen, output, title))
 
 
 def cumulative(
@@ -83,25 +107,6 @@ def cumulative(
     if layer >= layers:
         raise ValueError(f"--layer must be below the model's {layers} layers, got {layer}")
     typer.echo(draw_cumulative(keys, output, layer, f"Layer {layer}"))
-
-
-def overlap(
-    model: Model,
-    source: Source,
-    output: Output,
-    index: Index = 0,
-    method: Method = "naive",
-    ratio: Ratio = 0.15,
-    adapter: Adapter = None,
-    dtype: Dtype = "auto",
-    device: Device = None,
-) -> None:
-    """How many tokens chosen at one layer are chosen at another (figure 5)."""
-    from blocktune.evaluation.choice import chosen_tokens
-    from blocktune.evaluation.figure_states import draw_overlap
-
-    [(name, away)] = _measured(model, source, index, [method], adapter, dtype, device).items()
-    typer.echo(draw_overlap(chosen_tokens(away, ratio), output, f"{name}: highest {ratio:.0%}"))
 
 
 def bars(

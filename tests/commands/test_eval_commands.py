@@ -32,6 +32,14 @@ def test_runs_are_compared_and_reported(blocktune, suite, tmp_path):
     assert blocktune("eval", "report", tmp_path / "a").exit_code == 0
     page = (tmp_path / "a" / "report.html").read_text()
     assert "Closeness to full prefill" in page
+    (tmp_path / "PAGE.md").write_text(
+        "<!-- table: {show: scores, run: kept/a} -->\n<!-- end of table -->\n"
+        "<!-- table: {show: scores, run: kept/c} -->\n<!-- end of table -->\n"
+    )
+    made = blocktune("eval", "page", tmp_path / "PAGE.md", "--runs", tmp_path)
+    assert made.stdout.endswith("not measured yet: kept/c\n")
+    assert "| full-prefill | " in (tmp_path / "PAGE.md").read_text()
+    assert (tmp_path / "kept" / "a.json").is_file()
     assert (tmp_path / "a" / "report" / "fidelity-values.png").is_file()
     done = blocktune("figure", "bars", tmp_path / "a", "-o", tmp_path / "bars.png")
     assert done.exit_code == 0, done.output

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from blocktune.commands.data.options import Limit, Output, Source, Split
 from blocktune.commands.options import Adapter, Device, Dtype, Model, load_engine, teach
+
+if TYPE_CHECKING:
+    from blocktune.data import RagExample
+    from blocktune.data.regenerate import Regenerated
+    from blocktune.engine import Engine, Sampling
+
+Ask = Callable[[Sequence["RagExample"], int], list[str]]
+"""``(batch, its number) -> answers``."""
 
 
 def add_to(group: typer.Typer) -> None:
@@ -44,44 +55,57 @@ def answer(
 ) -> None:
     """Let a model write the answers that it will be trained on, reading all chunks in full."""
     engine = load_engine(model, adapter, None, dtype, device)
-    from dataclasses import replace
-
-    from rich.console import Console
-    from rich.progress import Progress
-
     from blocktune.data import load_examples
-    from blocktune.data.regenerate import regenerate
     from blocktune.engine import Sampling
 
     examples = load_examples(source, limit=limit, split=split, tokenizer=engine.tokenizer)
     sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
-
-    def ask(batch, number: int) -> list[str]:
-        drawn = replace(sampling, seed=seed + number)  # else every batch would draw alike
-        answers = engine.answer(
-            batch,
-            "full-prefill",
-            max_new_tokens=max_new_tokens,
-            sampling=drawn,
-            batch_size=batch_size,
-        )
-        return [answer.text for answer in answers]
-
     facts = {"model": model, "adapter": adapter, "weights": engine.fingerprint}
     facts |= {"max_new_tokens": max_new_tokens, "temperature": temperature}
     facts |= {"top_p": top_p, "seed": seed}
-    with Progress(console=Console(stderr=True)) as progress:
-        bar = progress.add_task("answering", total=len(examples))
-        done = regenerate(
-            examples,
-            ask,
-            output,
-            facts={key: value for key, value in facts.items() if value is not None},
-            batch_size=batch_size,
-            only_correct=only_correct,
-            on_batch=lambda count: progress.update(bar, completed=count),
-        )
+    done = _regenerated(
+        examples,
+        _asking(engine, sampling, max_new_tokens),
+        output,
+        facts={key: value for key, value in facts.items() if value is not None},
+        batch_size=batch_size,
+        only_correct=only_correct,
+    )
     typer.echo(
         f"wrote {done.written:,} examples to {output} ({done.resumed:,} answered before, "
         f"{done.empty:,} empty and {done.wrong:,} wrong ones left out)"
     )
+
+
+def _asking(engine: Engine, sampling: Sampling, max_new_tokens: int) -> Ask:
+    """How a batch is answered; its number moves the seed, else every batch would draw alike."""
+
+    def ask(batch: Sequence[RagExample], number: int) -> list[str]:
+        answers = engine.answer(
+            batch,
+            "full-prefill",
+            max_new_tokens=max_new_tokens,
+            sampling=replace(sampling, seed=sampling.seed + number),
+            batch_size=len(batch),
+        )
+        return [answer.text for answer in answers]
+
+    return ask
+
+
+def _regenerated(examples: Sequence[RagExample], ask: Ask, output: Path, **how: Any) -> Regenerated:
+    """Runs `regenerate` under a progress bar."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from blocktune.data.regenerate import regenerate
+
+    with Progress(console=Console(stderr=True)) as progress:
+        bar = progress.add_task("answering", total=len(examples))
+        return regenerate(
+            examples,
+            ask,
+            output,
+            on_batch=lambda count: progress.update(bar, completed=count),
+            **how,
+        )
