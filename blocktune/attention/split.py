@@ -15,11 +15,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from blocktune.attention.kernels import Knobs, causal_attention, check_rows
+from blocktune.attention.kernels import ROW_BLOCK, Knobs, causal_attention, check_rows
 from blocktune.attention.rowmap import RowMap, move_rows
 from blocktune.attention.rows import RowBand
 from blocktune.attention.segments import Segment, find_segments
 from blocktune.layout import LayerRule, Layout
+
+NARROW_BLOCK = 64
+"""Rows attended at a time on a CPU where many rows share few keys; see `_row_block`."""
 
 
 @dataclass(frozen=True)
@@ -141,10 +144,21 @@ def _stack(segments: list[Segment], layout: Layout) -> _Bucket:
         superseded_until=layout.superseded_until.flatten()[key],
         query_exists=query >= 0,
         key_exists=key >= 0,
+        row_block=_row_block(query, key),
     )
     order = layout.order.flatten().tolist()
     span = max(order[segment.query[-1]] - order[segment.query[0]] for segment in segments)
     return _Bucket(query, key, segments[0].causal, segments[0].own, span, band)
+
+
+def _row_block(query: Tensor, key: Tensor) -> int:
+    """Rows of a block: of a conversation's many turns, early rows need not pay for late keys.
+
+    On a GPU the blocks are too small to fill it, and where rows are few against their keys there
+    is less to save than each block's own gradient of the keys costs.
+    """
+    saves = 4 * query.shape[1] > key.shape[1]
+    return NARROW_BLOCK if saves and query.device.type == "cpu" else ROW_BLOCK
 
 
 def _pad(rows: list[list[int]]) -> Tensor:

@@ -21,6 +21,7 @@ from blocktune.links import add_link_tokens, install_links, new_links
 from blocktune.prompt import PromptFormat
 from blocktune.quantize import keep_stored_codes, quantization_of
 from blocktune.training.config import BlockSFTConfig
+from blocktune.training.lora import add_in_product
 
 
 class Ready(NamedTuple):
@@ -135,5 +136,6 @@ def _wrap(model, args: BlockSFTConfig, choice: ModelConfig, added: range) -> Pre
     if added:
         name = next(n for n, m in model.named_modules() if m is model.get_input_embeddings())
         peft_config.trainable_token_indices = {name.split(".")[-1]: list(added)}
+    add_in_product(peft_config, model)
     set_seed(args.seed)  # LoRA's random half; the Trainer seeds after this
     return get_peft_model(model, peft_config)
