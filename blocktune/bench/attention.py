@@ -16,7 +16,7 @@ from blocktune.attention import SplitPlan, dense_mask
 from blocktune.attention.kernels import Knobs
 from blocktune.bench.timing import Times, matmul_rate, ratio, spread, take_turns, threads
 from blocktune.layout import FOREVER, GLOBAL, NO_CHUNK, NO_ROW, Kind, LayerRule, Layout
-from blocktune.provenance import hardware, versions
+from blocktune.provenance import provenance
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 OPERATIONS = 14
@@ -69,7 +69,7 @@ def bench_attention(bench: AttentionBench | None = None) -> dict[str, Any]:
         ``split_over_full`` and ``split_over_dense`` (medians of the ratios within each round),
         ``bound`` (the same two ratios if time were visible cells alone), ``seconds`` per
         attention (median, least, greatest), the measured matmul rate and the share of it that
-        each attention reaches, the setting, the hardware and the versions.
+        each attention reaches, the setting and the provenance.
     """
     bench = bench or AttentionBench()
     layout = _chunked(bench.tokens, bench.chunk)
@@ -102,8 +102,7 @@ def _report(
         "matmul_gflops": rate / 1e9,
         "share_of_matmul": {n: flops[n] / seconds[n]["median"] / rate for n in flops},
         "setting": {**asdict(bench), "passes": "forward and backward", "dtype": "float32"},
-        "hardware": hardware(),
-        "versions": versions(),
+        **provenance(bench.seed),
     }
 
 

@@ -10,13 +10,21 @@ import torch
 
 from blocktune.attention.cached import CachePlan
 from blocktune.bench.setting import TARGETS, ReuseBench
-from blocktune.bench.timing import Times, copy_rate, matmul_rate, ratio, spread, take_turns, threads
+from blocktune.bench.timing import (
+    Times,
+    copy_rate,
+    matmul_rate,
+    ratios,
+    spread,
+    take_turns,
+    threads,
+)
 from blocktune.engine import Account, Engine, Sampling
 from blocktune.engine.rows import computed_rows
 from blocktune.engine.run import Run
 from blocktune.layout import Kind
 from blocktune.prompt import Pieces
-from blocktune.provenance import hardware, versions
+from blocktune.provenance import provenance
 from blocktune.reuse import Method
 
 
@@ -29,10 +37,10 @@ def bench_reuse(bench: ReuseBench | None = None) -> dict[str, Any]:
     over a cache that is already assembled.
 
     Returns:
-        The ratios of `TARGETS` (medians of the ratios within each round) and the targets;
-        ``seconds`` of each (median, least, greatest); and per method what it moved and computed:
-        its bytes, its operations, and the seconds that they would take at the measured copy and
-        matmul rates; the setting, the hardware and the versions.
+        The ratios of `TARGETS` (medians of the ratios within each round), their ``spread`` over
+        the rounds (median, least, greatest) and the targets; ``seconds`` of each, likewise; and
+        per method what it moved and computed: its bytes, its operations, and the seconds that
+        they would take at the measured copy and matmul rates; the setting and the provenance.
     """
     bench = bench or ReuseBench()
     with threads(bench.threads), torch.no_grad():
@@ -105,18 +113,17 @@ def _report(
 ) -> dict[str, Any]:
     """The numbers as `bench_reuse` returns them; rates are bytes and operations per second."""
     copy, matmul = rates
+    found = {name: spread(ratios(times, *name.split("_over_"))) for name in TARGETS}
     return {
-        "cacheblend_over_full": ratio(times, "cacheblend", "full"),
-        "epic_over_full": ratio(times, "epic", "full"),
-        "naive_over_query_only": ratio(times, "naive", "query_only"),
+        **{name: over["median"] for name, over in found.items()},
+        "spread": found,
         "targets": TARGETS,
         "seconds": {name: spread(values) for name, values in times.items()},
         "bytes_per_s_copied": copy,
         "flops_per_s_matmul": matmul,
         "cost": {name: _cost(account, copy, matmul) for name, account in accounts.items()},
         "setting": {**asdict(bench), "dtype": "float32"},
-        "hardware": hardware(),
-        "versions": versions(),
+        **provenance(bench.seed),
     }
 
 

@@ -37,9 +37,14 @@ def take_turns(works: Mapping[str, Work], repeats: int) -> dict[str, list[float]
     return times
 
 
+def ratios(times: Times, over: str, under: str) -> list[float]:
+    """The ratio within each round."""
+    return [a / b for a, b in zip(times[over], times[under], strict=True)]
+
+
 def ratio(times: Times, over: str, under: str) -> float:
-    """Median of the ratios within each round."""
-    return statistics.median(a / b for a, b in zip(times[over], times[under], strict=True))
+    """Median of the `ratios` within each round."""
+    return statistics.median(ratios(times, over, under))
 
 
 def spread(values: list[float]) -> dict[str, float]:

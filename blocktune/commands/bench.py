@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,6 +14,7 @@ from blocktune.commands.options import AsJson, teach
 Tokens = Annotated[int, typer.Option(min=2, help="Length of the prompt.")]
 ChunkTokens = Annotated[int, typer.Option(min=1, help="Tokens per chunk.")]
 Repeats = Annotated[int, typer.Option(min=1, help="Rounds; medians are shown.")]
+Output = Annotated[Path | None, typer.Option(help="JSON file to write too.")]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -23,6 +25,7 @@ def add_to(app: typer.Typer) -> None:
         "reuse",
         epilog=teach(
             "blocktune bench reuse --json",
+            "blocktune bench reuse --output eval/results/bench/reuse.json",
             "blocktune bench reuse --tokens 4096 --repeats 3",
             "blocktune bench reuse --tiny   # seconds; only to see that it runs",
         ),
@@ -31,12 +34,16 @@ def add_to(app: typer.Typer) -> None:
 
 
 def attention(
-    tokens: Tokens = 8192, chunk: ChunkTokens = 512, repeats: Repeats = 5, as_json: AsJson = False
+    tokens: Tokens = 8192,
+    chunk: ChunkTokens = 512,
+    repeats: Repeats = 5,
+    output: Output = None,
+    as_json: AsJson = False,
 ) -> None:
     """Time split attention, forward and backward, against full causal and dense-mask SDPA."""
     from blocktune.bench import AttentionBench, bench_attention
 
-    _show(bench_attention(AttentionBench(tokens, chunk, repeats=repeats)), as_json)
+    _show(bench_attention(AttentionBench(tokens, chunk, repeats=repeats)), as_json, output)
 
 
 def reuse(
@@ -44,16 +51,20 @@ def reuse(
     chunk: ChunkTokens = 512,
     repeats: Repeats = 5,
     tiny: Annotated[bool, typer.Option("--tiny", help="A model and prompt of toy size.")] = False,
+    output: Output = None,
     as_json: AsJson = False,
 ) -> None:
     """Time cacheblend, epic and naive reuse of cached chunks against a full prefill."""
     from blocktune.bench import TINY, ReuseBench, bench_reuse
 
     setting = replace(TINY, repeats=repeats) if tiny else ReuseBench(tokens, chunk, repeats=repeats)
-    _show(bench_reuse(setting), as_json)
+    _show(bench_reuse(setting), as_json, output)
 
 
-def _show(found: dict, as_json: bool) -> None:
+def _show(found: dict, as_json: bool, output: Path | None) -> None:
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     typer.echo(json.dumps(found, indent=2) if as_json else "\n".join(_lines(found)))
 
 

@@ -24,6 +24,9 @@ def test_the_ratios_stand_beside_their_targets(found):
     assert all(found[name] > 0 for name in TARGETS)
     assert found["seconds"].keys() == METHODS | {"full_engine", "full_stock", "query_only"}
     assert found["setting"]["tokens"] == TINY.tokens
+    assert {name: found["spread"][name]["median"] for name in TARGETS} == {
+        name: found[name] for name in TARGETS
+    }
 
 
 def test_costs_are_those_of_the_methods(found):
@@ -74,7 +77,11 @@ def test_rounds_are_compared_within_and_the_first_is_not_counted():
     assert spread(times["a"]) == {"median": 1.0, "least": 1.0, "greatest": 3.0}
 
 
-def test_the_command_prints_them(blocktune):  # noqa: F811
+def test_the_command_prints_them_and_writes_them(blocktune, tmp_path):  # noqa: F811
     result = json.loads(blocktune("bench", "reuse", "--tiny", "--repeats", 1, "--json").stdout)
     assert set(TARGETS) <= result.keys()
-    assert "naive_over_query_only: " in blocktune("bench", "reuse", "--tiny", "--repeats", 1).stdout
+    written = tmp_path / "new" / "reuse.json"
+    shown = blocktune("bench", "reuse", "--tiny", "--repeats", 1, "--output", written).stdout
+    assert "naive_over_query_only: " in shown
+    assert json.loads(written.read_text()).keys() == result.keys()
+    assert {"command", "commit", "hardware", "versions"} <= result.keys()
