@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -10,6 +11,10 @@ from torch import Tensor
 from blocktune.layout import Layout
 from blocktune.select.base import Selection
 
+MATCHED = 0.005
+"""Shares of layer-tokens that differ by no more are the same budget."""
+SMALLEST = 1e-9
+"""A ratio above 0 that chooses no token."""
 Selector = TypeVar("Selector", bound=Selection)
 
 
@@ -99,17 +104,47 @@ def matched(selection: Selector, layer_share: float, num_layers: int) -> Selecto
     """The selector at the ratio with which it spends ``layer_share`` of the context's layer-tokens.
 
     Layers that a method computes in full count: CacheBlend at a ratio of 15 % in a model of 12
-    layers spends 22 %. What is matched is what `Selection.spends` says.
+    layers spends 22 %. What is matched is what `Selection.spends` says, to `MATCHED`.
 
     Raises:
         ValueError: If it spends more, or less, at any ratio, or the prompt decides what it spends.
     """
+
+    def spends(ratio: float) -> float | None:
+        return selection.with_budget(ratio).spends(num_layers)
+
     # Without any budget nothing runs at all; from the smallest one on, the first layers do.
-    least, most = (selection.with_budget(r).spends(num_layers) for r in (1e-9, 1.0))
-    if least is None or most is None or not least <= layer_share <= most:
-        spends = "what the prompt decides" if least is None else f"{least:.3f} to {most:.3f}"
-        raise ValueError(
-            f"a budget of {layer_share} of the layer-tokens cannot be met by {selection}: in a "
-            f"model of {num_layers} layers it spends {spends}"
-        )
-    return selection.with_budget((layer_share - least) / (most - least))
+    least, most = spends(SMALLEST), spends(1.0)
+    if least is None or most is None:
+        raise ValueError(_unmet(selection, layer_share, num_layers, "what the prompt decides"))
+    if not least - MATCHED <= layer_share <= most + MATCHED:
+        found = f"{least:.3f} to {most:.3f}"
+        raise ValueError(_unmet(selection, layer_share, num_layers, found))
+    ratio = min(1.0, max(0.0, (layer_share - least) / max(most - least, SMALLEST)))
+    if not _near(spends(ratio), layer_share):  # it does not grow evenly: whole layers, or capped
+        below, ratio = _around(spends, layer_share)
+        ratio = below if _near(spends(below), layer_share) else ratio
+        if not _near(spends(ratio), layer_share):
+            found = f"{spends(below):.3f} or {spends(ratio):.3f}, and nothing between"
+            raise ValueError(_unmet(selection, layer_share, num_layers, found))
+    return selection.with_budget(ratio)
+
+
+def _near(spent: float, wanted: float) -> bool:
+    return abs(spent - wanted) <= MATCHED
+
+
+def _around(spends: Callable[[float], float], wanted: float) -> tuple[float, float]:
+    """Two ratios side by side: the lower spends less than ``wanted``, the other as much or more."""
+    below, above = 0.0, 1.0
+    while above - below > SMALLEST:
+        middle = (below + above) / 2
+        below, above = (middle, above) if spends(middle) < wanted else (below, middle)
+    return below, above
+
+
+def _unmet(selection: Selection, layer_share: float, num_layers: int, spends: str) -> str:
+    return (
+        f"a budget of {layer_share} of the layer-tokens cannot be met by {selection}: in a "
+        f"model of {num_layers} layers it spends {spends}"
+    )

@@ -95,10 +95,12 @@ class Deviation(Selection):
         """See `Selection.min_layers`."""
         return self.check_layer + 1
 
-    def spends(self, num_layers: int) -> float:
-        """See `Selection.spends`."""
+    def spends(self, num_layers: int) -> float | None:
+        """See `Selection.spends`; a share of more than the context is none of the context's."""
         if not self.ratio:
             return 0.0
+        if self.of != "context" and self.ratio < 1:
+            return None
         return (self.check_layer + self.ratio * (num_layers - self.check_layer)) / num_layers
 
     def start(self, layout: Layout) -> Tensor:

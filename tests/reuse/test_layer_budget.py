@@ -5,6 +5,7 @@ from engine.served import ASK, engine_of
 from engine.test_selection import deep
 
 from blocktune.reuse import build_entry, compose
+from blocktune.select import Deviation, FirstK, GradualDeviation, LayerRange, matched
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +21,32 @@ def test_methods_at_one_layer_budget_spend_it(engine, name):
     assert method.name == f"{name} at 40.0% of the layer-tokens"
     account = engine.answer([ASK], method, max_new_tokens=1)[0].account
     assert account.recompute_ratio == pytest.approx(0.4, abs=0.04)  # whole tokens of each chunk
+
+
+@pytest.mark.parametrize(
+    ("selection", "share", "layers"),
+    [
+        (Deviation(), 0.25, 4),  # the first layer in full, and nothing chosen after it
+        (GradualDeviation(), 0.9, 4),  # its first shares are at 1 already
+        (LayerRange(), 0.25, 4),
+        (LayerRange(), 0.5, 4),
+        (FirstK(), 0.15, 4),
+    ],
+)
+def test_a_matched_selector_spends_the_share(selection, share, layers):
+    assert matched(selection, share, layers).spends(layers) == pytest.approx(share, abs=0.005)
+
+
+@pytest.mark.parametrize(
+    ("selection", "message"),
+    [
+        (LayerRange(), "spends 0.250 or 0.500, and nothing between"),
+        (Deviation(of="prompt"), "spends what the prompt decides"),
+    ],
+)
+def test_a_share_that_cannot_be_met_is_refused(selection, message):
+    with pytest.raises(ValueError, match=message):
+        matched(selection, 0.4, 4)
 
 
 def test_a_layer_budget_below_the_first_layers_is_refused_before_anything_runs(engine):
