@@ -137,6 +137,30 @@ def test_a_budget_replaces_the_fix_overhead(engine):
         assert account.layer_tokens[0] == -(-account.context_tokens * ratio // 1)
 
 
+@pytest.mark.parametrize("name", ["cache-craft", "cache-craft + first-k 2"])
+def test_a_rehearsed_prompt_finds_its_chunks_in_an_earlier_order(engine, name):
+    rehearsed, plain = (f"cache-craft{word}" + name[11:] for word in (" rehearse=1", ""))
+    account = serve(engine, ASK, method_of(rehearsed))
+    assert account.chunk_hits == 3
+    assert 0 < account.recompute_ratio < 1
+    served = engine.next_logits([ASK], method_of(rehearsed))
+    engine.forget()
+    earlier = dataclasses.replace(ASK, chunks=(*ASK.chunks[1:], ASK.chunks[0]))
+    assert serve(engine, earlier, method_of(plain)).recompute_ratio == 1
+    torch.testing.assert_close(engine.next_logits([ASK], method_of(plain)), served, **TOLERANCE)
+
+
+def test_a_rehearsed_prompt_shares_its_prefix_with_an_exact_cache(engine):
+    cold, warm = (serve(engine, ASK, method_of("prefix-cache", rehearse=n)) for n in (0, 1))
+    engine.forget_prefixes()
+    assert cold.chunk_hits == warm.chunk_hits - 3 == 0  # the first answer left this very prompt
+    account = serve(engine, ASK, method_of("prefix-cache", rehearse=1))
+    assert account.chunk_hits == 0
+    assert account.bytes_read > 0
+    with pytest.raises(ValueError, match="rehearse must be a whole number, at least 0, got -1"):
+        method_of("prefix-cache", rehearse=-1)
+
+
 def test_without_statistics_everything_is_computed(engine):
     account = serve(engine, ASK, method_of("naive + stored-context"))
     assert account.layer_tokens[0] > 0

@@ -9,7 +9,7 @@ from engine.served import ASK, SHORT, Ask, engine_of
 from engine.test_selection import METHODS, deep, label
 from families import FAMILIES
 
-from blocktune.engine import watching
+from blocktune.engine import chunk_mass, watching
 from blocktune.prompt import Chunk
 from blocktune.reuse import build
 
@@ -37,6 +37,7 @@ def executed(monkeypatch):
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
     monkeypatch.setattr(watching, "plain_scores", score)
+    monkeypatch.setattr(chunk_mass, "plain_scores", score)
     return counted
 
 
@@ -59,6 +60,18 @@ def test_flops_are_what_was_executed(tokenizer, executed, method):
     account = engine.answer([ASK], method, max_new_tokens=1)[0].account
     assert account.flops == 2 * sum(executed.values())
     assert executed["attention"] > 0
+
+
+@pytest.mark.parametrize("name", ["cache-craft", "cache-craft + first-k 2"])
+def test_statistics_of_chunks_are_in_the_flops(tokenizer, executed, name):
+    engine, method = engine_of(deep("llama"), tokenizer), build(name)
+    engine.answer([SHORT], method, max_new_tokens=1)  # encodes the prefix
+    count_matrices(engine.model, executed)
+    for ask in (ASK, Ask(ASK.question, ASK.chunks[::-1])):  # in full, then recalled
+        executed.clear()
+        account = engine.answer([ask], method, max_new_tokens=1)[0].account
+        assert account.flops == 2 * sum(executed.values())
+        assert executed["watching"] > 0
 
 
 def test_flops_of_experts_are_those_of_the_ones_that_a_row_is_sent_to(tokenizer):

@@ -4,10 +4,16 @@ import ast
 from pathlib import Path
 
 import pytest
+import yaml
 
+import blocktune
 from blocktune import reuse
-from blocktune.reuse import available, build
+from blocktune.reshape import RESHAPES
+from blocktune.reuse import Weights, available, build
+from blocktune.reuse.base import METHODS
+from blocktune.select import SELECTORS
 
+ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted((Path(reuse.__file__).parent / "presets").glob("*.py"))
 WANTED = [
     "ape",
@@ -53,6 +59,27 @@ def test_a_preset_is_a_few_lines_and_knows_no_other(path):
 
 def test_the_presets_of_the_field_exist():
     assert not set(WANTED) - set(available())
+
+
+def test_nothing_asks_what_kind_of_method_or_axis_value_it_has():
+    tables = (METHODS, SELECTORS, RESHAPES)
+    kinds = {cls.__name__ for table in tables for cls in table.table().values()}
+    kinds |= {"Method", "Composition", "Selection", "Scored", "Reshape"}
+    for path in Path(blocktune.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "isinstance":
+                asked = {n.id for n in ast.walk(node.args[1]) if isinstance(n, ast.Name)}
+                assert not asked & kinds, f"{path.name}:{node.lineno}"
+
+
+def test_the_suite_of_all_presets_has_them_all_or_says_why_not():
+    text = (ROOT / "eval" / "suites" / "presets.yaml").read_text(encoding="utf-8")
+    methods = yaml.safe_load(text)["methods"]
+    named = {entry if isinstance(entry, str) else entry["name"] for entry in methods}
+    assert named == {name for name in available() if build(name).weights is Weights.ANY}
+    _, _, reason = text.partition("# Not here, since they need weights that were trained for them")
+    left_out = reason.partition("\nmodel:")[0]
+    assert all(name in left_out for name in set(available()) - named)
 
 
 def test_presets_choose_what_their_sources_say():
