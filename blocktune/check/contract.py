@@ -24,12 +24,11 @@ from blocktune.check.serving import (
     last_chunk_start,
     question_start,
     reach,
-    takes_budget,
 )
 from blocktune.engine import Engine
 from blocktune.prompt import LayoutSpec
 from blocktune.reuse import Cached, Method, Weights, compose
-from blocktune.select import Everything, FirstK
+from blocktune.select import Everything, FirstK, takes_budget
 from blocktune.specimen import specimen_engine
 
 Pairs = Iterator[tuple[Tensor, Tensor]]

@@ -15,7 +15,6 @@ from blocktune.engine.run import Run
 from blocktune.layout import GLOBAL, Kind, Layout
 from blocktune.prompt import stack
 from blocktune.reuse import Method
-from blocktune.select import Selection
 
 POSITIONS = 256
 """Up to here the tolerance holds; float32 angles are wrong in proportion to the position."""
@@ -118,15 +117,6 @@ def all_fresh(ids: Tensor, layout: Layout) -> tuple[Tensor, Layout]:
     )
     both = torch.cat([layout.pack(), again.pack()], dim=1)
     return torch.cat([ids, ids[:, rows]], dim=1), Layout.unpack(both)
-
-
-def takes_budget(selection: Selection) -> bool:
-    """Whether it can be told how much to spend."""
-    try:
-        selection.with_budget(1.0)
-    except ValueError:
-        return False
-    return True
 
 
 def reach(engine: Engine, method: Method, ask: Ask) -> float:

@@ -13,6 +13,7 @@ from blocktune.commands.options import AsJson, Device, Dtype, quiet_libraries, t
 EXAMPLES = teach(
     "blocktune eval --suite eval/suites/quick.yaml --output out/quick",
     "blocktune eval --suite eval/suites/quick.yaml --output out/try --limit 20",
+    "blocktune eval --suite eval/suites/quick.yaml --output out/matched --layer-budget 0.4",
     "A run that was stopped goes on where it was: repeat the command. On several GPUs:",
     "  accelerate launch -m blocktune.evaluation --suite SUITE --output out/run",
     "blocktune eval compare out/before out/after",
@@ -55,6 +56,14 @@ def evaluate(
     quantize: Annotated[
         str | None, typer.Option(help="nf4 or int8, instead of the suite's quantisation.")
     ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Share of the context tokens for all that choose some."),
+    ] = None,
+    layer_budget: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="The same as a share of the layer-tokens they spend."),
+    ] = None,
 ) -> None:
     """Compare methods on the same questions: accuracy with intervals, cost, time to first token."""
     if context.invoked_subcommand is not None:
@@ -64,7 +73,23 @@ def evaluate(
     from blocktune.evaluation.suite import changed, load_suite
 
     loaded = changed(load_suite(suite), limit, model, device, quantize)
+    loaded = at_one_budget(loaded, budget, layer_budget)
     run_and_show(loaded, output, title=suite.stem)
+
+
+def at_one_budget(suite, budget: float | None, layer_budget: float | None):
+    """The suite with one budget for every method that chooses tokens; the others stay."""
+    from blocktune.reuse import build_entry
+    from blocktune.select import takes_budget
+
+    def spending(spec):
+        if not takes_budget(build_entry(spec.entry()).selection()):
+            return spec
+        return replace(spec, budget=budget, layer_budget=layer_budget)
+
+    if budget is None and layer_budget is None:
+        return suite
+    return replace(suite, methods=tuple(map(spending, suite.methods)))
 
 
 def run_and_show(suite, output: Path, title: str, command: list[str] | None = None) -> dict | None:

@@ -3,7 +3,7 @@
 from blocktune.select.auxiliary import AuxiliaryAttention
 from blocktune.select.base import Everything, Nothing, Scored, Selection, selectable
 from blocktune.select.bounds import Oracle, Random
-from blocktune.select.budget import matched, top_share
+from blocktune.select.budget import matched, takes_budget, top_share
 from blocktune.select.check import Check, States
 from blocktune.select.deviation import Deviation, deviation, distance
 from blocktune.select.first_k import FirstK
@@ -43,5 +43,6 @@ __all__ = [
     "distance",
     "matched",
     "selectable",
+    "takes_budget",
     "top_share",
 ]

@@ -100,6 +100,15 @@ def top_windows(scores: Tensor, layout: Layout, eligible: Tensor, ratio: float, 
     return eligible & chosen.gather(1, group)
 
 
+def takes_budget(selection: Selection) -> bool:
+    """Whether it can be told how much to spend."""
+    try:
+        selection.with_budget(1.0)
+    except ValueError:
+        return False
+    return True
+
+
 def matched(selection: Selector, layer_share: float, num_layers: int) -> Selector:
     """The selector at the ratio with which it spends ``layer_share`` of the context's layer-tokens.
 

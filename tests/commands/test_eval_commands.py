@@ -46,6 +46,21 @@ def test_runs_are_compared_and_reported(blocktune, suite, tmp_path):
     assert imread(tmp_path / "bars.png").shape[1] > 500
 
 
+def test_one_flag_makes_all_that_choose_tokens_spend_alike(blocktune, refused, model, tmp_path):
+    task = {"name": "worlds", "source": WORLDS, "max_new_tokens": 2}
+    methods = ["full-prefill", "naive", "epic", {"name": "random", "budget": 0.9}]
+    record = {"model": model, "methods": methods, "tasks": [task], "ttft": {"num": 0}}
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(record))
+    run = ("eval", "--suite", tmp_path / "s.yaml", "--output", tmp_path / "out")
+    done = blocktune(*run, "--layer-budget", 0.4)
+    assert done.exit_code == 0, done.output
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["methods"]
+    spent = [found[name]["recompute_ratio"] for name in found]
+    assert spent[:2] == [1, 0]
+    assert spent[2:] == [pytest.approx(0.4, abs=0.05)] * 2
+    assert "exclude each other" in refused(*run, "--layer-budget", 0.4, "--budget", 0.4)
+
+
 def test_the_studys_figures_are_drawn_on_a_model(blocktune, model, tmp_path):
     ask = ("--model", model, "-i", WORLDS)
     for name, more in (("deviation", ()), ("overlap", ()), ("cumulative", ("--layer", 1))):
