@@ -1,0 +1,104 @@
+"""The verdict: adjusted F1 with paired intervals over questions, seeds averaged first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from asked import BLEND, FULL, JOINED, NAIVE, in_full
+
+from blocktune.evaluation.rows import Row
+from blocktune.evaluation.significance import pooled
+from blocktune.evaluation.statistics import Interval, PairedBootstrap
+
+SHARE = 0.97
+"""Of full prefill's adjusted F1 that is asked for."""
+LOSS = 0.01
+"""Of accuracy in full attention that an adapter may cost."""
+Rows = Mapping[str, Sequence[Row]]
+
+
+class Judge:
+    """Reads all methods on the questions that the base answers by full prefill.
+
+    Args:
+        rows: Label -> rows of the same questions; the seeds of a recipe are ``RECIPE-SEED``.
+        recipes: Names -> labels of their seeds.
+    """
+
+    def __init__(self, rows: Rows, recipes: Mapping[str, Sequence[str]]):
+        self.rows, self.recipes = rows, recipes
+        asked = [i for i, row in enumerate(rows[FULL]) if row.task == JOINED]
+        self.asked, self.kept = len(asked), [i for i in asked if rows[FULL][i].f1 > 0]
+        scores = {label: [own[i].f1 for i in self.kept] for label, own in rows.items()}
+        for name, labels in recipes.items():
+            scores[name] = pooled([scores[label] for label in labels])
+        scores["wanted"] = [SHARE * score for score in scores[FULL]]
+        scores["nothing"] = [0.0] * len(self.kept)
+        self.drawn = PairedBootstrap(scores)
+
+    def score(self, label: str) -> dict[str, Any]:
+        """Adjusted F1 of a method, or of a recipe over its seeds."""
+        mean, *ci95 = self.drawn.mean(label)
+        labels = self.recipes.get(label, [label])
+        return {
+            "adjusted_f1": mean,
+            "ci95": ci95,
+            "n": len(self.kept),
+            "asked": self.asked,
+            "em": _by_kind([self.rows[one] for one in labels]),
+        }
+
+    def recipe(self, name: str, control: str | None) -> dict[str, Any]:
+        """A recipe beside full prefill, CacheBlend, naive reuse and the control."""
+        wanted, blend, naive = (
+            self.drawn.difference(name, other) for other in ("wanted", BLEND, NAIVE)
+        )
+        full = self._full_attention(name)
+        return {
+            **self.score(name),
+            "seeds": {one: self.drawn.mean(one).mean for one in self.recipes[name]},
+            "of_full_prefill": _plain(self.drawn.recovered_gap(name, "nothing", FULL)),
+            "minus_97_percent_of_full_prefill": _plain(wanted) | {"met": wanted.low >= 0},
+            "minus_cacheblend": _plain(blend) | {"met": blend.low > 0},
+            "minus_naive": _plain(naive) | {"met": naive.low > 0},
+            "gap_recovered": _plain(self.drawn.recovered_gap(name, NAIVE, FULL)),
+            "of_control": control and _plain(self.drawn.recovered_gap(name, "nothing", control)),
+            "full_attention": full,
+        }
+
+    def _full_attention(self, name: str) -> dict[str, Any]:
+        """Exact match of the adapter in full attention over all questions, minus the base's."""
+        base = [row.em for row in self.rows[FULL]]
+        runs = [
+            self.rows[f"{in_full(name)}-{one.rpartition('-')[2]}"] for one in self.recipes[name]
+        ]
+        own = pooled([[row.em for row in run] for run in runs])
+        drawn = PairedBootstrap({"base": base, "own": own})
+        change = drawn.difference("own", "base")
+        return {
+            "em": drawn.mean("own").mean,
+            "base_em": drawn.mean("base").mean,
+            "change": _plain(change) | {"met": change.low >= -LOSS},
+            "n": len(base),
+        }
+
+
+def choose(rows: Rows, recipes: Mapping[str, Sequence[str]]) -> tuple[str, dict[str, float]]:
+    """The recipe with the highest adjusted F1 over its seeds, and that of all."""
+    kept = [i for i, row in enumerate(rows[FULL]) if row.f1 > 0]
+    found = {
+        name: fmean(rows[label][i].f1 for label in labels for i in kept)
+        for name, labels in recipes.items()
+    }
+    return max(found, key=found.__getitem__), found
+
+
+def _by_kind(runs: Sequence[Sequence[Row]]) -> dict[str, float]:
+    kinds = dict.fromkeys(row.kind for row in runs[0])
+    return {k: fmean(row.em for run in runs for row in run if row.kind == k) for k in kinds}
+
+
+def _plain(interval: Interval | None) -> dict[str, Any] | None:
+    return interval and {"mean": interval.mean, "ci95": [interval.low, interval.high]}

@@ -1,0 +1,150 @@
+"""The experiment that the study failed: LoRA on 2,000 samples, judged on worlds never seen.
+
+    python eval/training/lora_2000.py --jobs 2
+
+Trains every recipe with every seed into out/study/RECIPE-SEED, chooses the best recipe on dev
+worlds, asks all of them the same questions on test worlds, and writes lora-2000.json and
+lora-2000.md. Stopped anywhere, the same command goes on; recipes are taken as they are when it
+starts, and an adapter of a recipe that has changed since is refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import yaml
+from asked import BATCH, BLEND, FULL, NAIVE, ask, method_of, suite_of
+from judged import Judge, choose
+from page import page_of
+from trained import Run, cost_of, train_all
+
+from blocktune.adapter import AdapterInfo
+from blocktune.evaluation.files import replace_json, replace_text
+from blocktune.provenance import provenance
+
+RECIPES = (
+    "block_attention", "kvlink", "turborag", "kv_packet", "block_distill", "dual_mode",
+    "recompute_aware", "full_control",
+)  # fmt: skip
+PROGRAM = "python eval/training/lora_2000.py"
+
+
+def main() -> int:
+    args = parse()
+    runs = [Run(path, seed, args.output) for path in args.recipes for seed in args.seeds]
+    try:
+        train_all(runs, args.jobs)
+        if not args.train_only:
+            write(report(args, runs), args.results)
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--recipes", nargs="+", default=RECIPES, help="names in recipes/, or YAML files")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="two or more")
+    add("--jobs", type=int, default=1, help="trainings, and processes that answer, at a time")
+    add("--questions", type=int, default=2400, help="cross-chunk and 2-hop test questions")
+    add("--alone", type=int, default=800, help="self-contained test questions")
+    add("--dev-questions", type=int, default=600, help="questions that choose the best recipe")
+    add("--train-only", action="store_true", help="stop before the first question")
+    add("--output", type=Path, default=Path("out/study"), help="adapters and rows")
+    add("--results", type=Path, default=Path("eval/results/training"), help="JSON and table")
+    args = parser.parse_args()
+    args.recipes = [_recipe(name) for name in args.recipes]
+    if len(args.seeds) < 2:
+        parser.error("--seeds needs two or more: one training says little of a recipe")
+    if missing := [str(path) for path in args.recipes if not path.is_file()]:
+        parser.error(f"no recipe {missing[0]}")
+    return args
+
+
+def report(args: argparse.Namespace, runs: Sequence[Run]) -> dict[str, Any]:
+    """Chooses on dev worlds, asks on test worlds, and judges."""
+    served = {run.name: method_of(run) for run in runs}
+    labels = {name: [f"{name}-{seed}" for seed in args.seeds] for name in served}
+    reusing = {name: own for name, own in labels.items() if served[name] != FULL}
+    if not reusing:
+        raise ValueError("no recipe trains for reuse; name one besides the control")
+    control = next((name for name in served if served[name] == FULL), None)
+    model = _base(runs)
+    dev = suite_of(model, runs, "dev", args.dev_questions, 0, whole=False)
+    best, on_dev = choose(ask(dev, args.output / "lora-2000-dev", args.jobs), reusing)
+    test = suite_of(model, runs, "test", args.questions, args.alone, whole=True)
+    judge = Judge(ask(test, args.output / "lora-2000-test", args.jobs), labels)
+    costs = {run.folder.name: cost_of(run) for run in runs}
+    recipes = {
+        name: {"recipe": name, "method": served[name]}
+        | judge.recipe(name, control)
+        | {"cost": _mean_cost(costs, own)}
+        for name, own in reusing.items()
+    }
+    return {
+        "best": recipes[best],
+        "full_prefill": judge.score(FULL),
+        "cacheblend": judge.score(BLEND) | {"ratio": 0.15},
+        "naive": judge.score(NAIVE),
+        "control": control and _control(judge, control, costs, labels[control]),
+        "recipes": recipes,
+        "runs": [_run(judge, run, served, costs) for run in runs],
+        "chosen_on": {"source": dev["tasks"][0]["source"], "adjusted_f1": on_dev},
+        "asked_on": [task["source"] for task in test["tasks"]],
+        "provenance": provenance(0, [*PROGRAM.split(), *sys.argv[1:]])
+        | {"batch_size": BATCH, "adapters": _origins(runs)},
+    }
+
+
+def write(found: dict[str, Any], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_json(folder / "lora-2000.json", found)
+    replace_text(folder / "lora-2000.md", page_of(found))
+    print(page_of(found))
+
+
+def _control(judge: Judge, name: str, costs: dict, labels: Sequence[str]) -> dict[str, Any]:
+    seeds = {label: judge.score(label)["adjusted_f1"] for label in labels}
+    cost = _mean_cost(costs, labels)
+    return {"recipe": name, "method": FULL, **judge.score(name), "seeds": seeds, "cost": cost}
+
+
+def _run(judge: Judge, run: Run, served: dict[str, str], costs: dict) -> dict[str, Any]:
+    name = run.folder.name
+    about = {"recipe": run.name, "seed": run.seed, "method": served[run.name]}
+    return about | judge.score(name) | {"cost": costs[name]}
+
+
+def _mean_cost(costs: dict[str, dict], labels: Sequence[str]) -> dict[str, float]:
+    own = [costs[label] for label in labels]
+    return {key: round(fmean(cost[key] for cost in own)) for key in own[0]}
+
+
+def _origins(runs: Sequence[Run]) -> dict[str, Any]:
+    """Commits and data of the trainings: an adapter may be older than the code that judges it."""
+    infos = {run.folder.name: AdapterInfo.load(run.folder).training for run in runs}
+    return {
+        name: {key: info.get(key) for key in ("commit", "data")} for name, info in infos.items()
+    }
+
+
+def _base(runs: Sequence[Run]) -> str:
+    said = {yaml.safe_load(run.recipe.read_text())["model_name_or_path"] for run in runs}
+    if len(said) != 1:
+        raise ValueError(f"the recipes train different bases: {', '.join(sorted(said))}")
+    return said.pop()
+
+
+def _recipe(name: str) -> Path:
+    return Path(name) if name.endswith((".yaml", ".yml")) else Path("recipes") / f"{name}.yaml"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
