@@ -17,6 +17,9 @@ from blocktune.hub.table import results_section
 from blocktune.prompt import LayoutSpec
 from blocktune.reuse import Weights, available, build
 
+MARKED = "turborag"
+"""What one learned token on each side of a chunk is: a document marker. KV Packet has several."""
+
 
 @dataclass(frozen=True)
 class CardFacts:
@@ -69,18 +72,19 @@ def served_by(layout: LayoutSpec) -> str:
     """
     if not layout.block:
         return "full-prefill"
+    if _serves(MARKED, layout) and layout.num_headers == layout.num_trailers == 1:
+        return MARKED
     for name in available():
-        method = build(name)
-        if method.weights is not Weights.ANY and _arranged(method, layout) == layout:
+        if build(name).weights is not Weights.ANY and _serves(name, layout):
             return name
     raise ValueError(f"no method of blocktune serves the layout {layout}; see `blocktune methods`")
 
 
-def _arranged(method, layout: LayoutSpec) -> LayoutSpec | None:
+def _serves(name: str, layout: LayoutSpec) -> bool:
     try:
-        return method.layout(layout)
+        return build(name).layout(layout) == layout
     except ValueError:
-        return None
+        return False
 
 
 def _metadata(info: AdapterInfo, base: str, facts: CardFacts) -> str:

@@ -13,6 +13,8 @@ from blocktune.prompt import LayoutSpec
     [
         (LayoutSpec(), "block-attention"),
         (LayoutSpec(num_links=3), "kvlink"),
+        (LayoutSpec(num_headers=1, num_trailers=1), "turborag"),
+        (LayoutSpec(num_headers=8, num_trailers=8), "kv-packet"),
         (LayoutSpec(block=False), "full-prefill"),
     ],
 )
