@@ -46,7 +46,7 @@ def build(
     trainer = BlockSFTTrainer(
         model=ready.model,
         args=args,
-        files=AdapterFiles(ready.info, _resolved(data, args, choice), args.freeze_base),
+        files=AdapterFiles(ready.info, resolved(data, args, choice), args.freeze_base),
         collator=_collator(data, args, ready),
         objective=_objective(args, choice, ready),
         train_dataset=train_set.dataset,
@@ -141,6 +141,7 @@ def _origin(data: DataArgs, args: BlockSFTConfig, num_examples: int) -> dict:
     }
 
 
-def _resolved(data: DataArgs, args: BlockSFTConfig, choice: ModelConfig) -> dict:
+def resolved(data: DataArgs, args: BlockSFTConfig, choice: ModelConfig) -> dict[str, dict]:
+    """Every setting of a run, by group, as ``resolved_config.yaml`` holds it."""
     training = {k: v for k, v in args.to_sanitized_dict().items() if not k.endswith("token")}
     return {"data": vars(data).copy(), "model": vars(choice).copy(), "training": training}

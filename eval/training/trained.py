@@ -16,11 +16,13 @@ import yaml
 from safetensors import safe_open
 
 from blocktune.adapter import INFO_FILE, AdapterInfo
+from blocktune.training.build import resolved
 from blocktune.training.checkpoint import CONFIG_FILE
+from blocktune.training.run import parse
 
 STATE_FILE = "trainer_state.json"
-PLACE = ("output_dir", "resume_from_checkpoint")
-"""Keys of a recipe that do not decide what is learnt."""
+ASIDE = ("output_dir", "resume_from_checkpoint", "report_to", "logging_steps", "disable_tqdm")
+"""Keys of a recipe that say where a run lies and how it is told; what is learnt is the same."""
 
 
 @dataclass(frozen=True)
@@ -49,24 +51,23 @@ class Run:
         steps = self.folder.glob("checkpoint-*")
         return sorted(steps, key=lambda path: int(path.name.rpartition("-")[2]))
 
-    def settings(self) -> dict[str, Any]:
-        """What the recipe says now, with this run's seed."""
-        said = yaml.safe_load(self.recipe.read_text(encoding="utf-8"))
-        return {key: value for key, value in said.items() if key not in PLACE} | {"seed": self.seed}
-
     def refuse_other_recipe(self) -> None:
         """Raises ValueError if what lies there was trained by a recipe that has changed since."""
         found = [self.folder] if self.is_complete else self.checkpoints[-1:]
         for folder in found:
-            saved: dict[str, Any] = {}
-            for group in yaml.safe_load((folder / CONFIG_FILE).read_text()).values():
-                saved |= group
-            for key, value in self.settings().items():
-                if key in saved and not _same(saved[key], value):
+            saved = _flat(yaml.safe_load((folder / CONFIG_FILE).read_text()))
+            now = self._settings()
+            for key in _deciding(self.recipe):
+                if key in saved and str(saved[key]) != str(now[key]):
                     raise ValueError(
                         f"{folder} was trained with {key}: {saved[key]!r}, {self.recipe} says "
-                        f"{value!r}; move the folder away to train it again"
+                        f"{now[key]!r}; move the folder away to train it again"
                     )
+
+    def _settings(self) -> dict[str, Any]:
+        """What the recipe says now, as a run writes it down."""
+        parsed = parse(["--config", str(self.recipe), "--seed", str(self.seed)])
+        return _flat(yaml.safe_load(yaml.safe_dump(resolved(*parsed))))
 
     def command(self) -> list[str]:
         options = {"config": self.recipe, "seed": self.seed, "output_dir": self.folder}
@@ -134,9 +135,11 @@ def _numbers(path: Path) -> int:
     return total
 
 
-def _same(saved: Any, said: Any) -> bool:
-    """YAML reads 2.0e-3 as a number and 2e-3 as text; names of enums are saved as they are."""
-    try:
-        return float(saved) == float(said)
-    except (TypeError, ValueError):
-        return str(saved) == str(said)
+def _flat(groups: dict[str, dict]) -> dict[str, Any]:
+    return {key: value for group in groups.values() for key, value in group.items()}
+
+
+def _deciding(recipe: Path) -> list[str]:
+    """The keys of a recipe that decide what is learnt."""
+    said = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    return ["seed", *(key for key in said if key not in ASIDE and not key.startswith("save_"))]
