@@ -40,11 +40,11 @@ class WorldConfig:
         questions_per_world: Questions that share a context.
         turns: Questions that each example asks in turn of its context, for training: the first,
             then its followups; fewer where the world has no more.
-        cited: Responses first name every reference that they follow ("the poet", an alias), as
-            they name bridges: the answer then does in words the hop that full attention does in
-            the passages.
         restate: A last turn asks for every fact, each with its full names: the densest signal
             that a context gives.
+        shuffled: Share of contexts whose chunks stand in any order. What a chunk leans on may then
+            come after it, so that no chunk can be understood when it is read, only when it is
+            asked about.
         plain: Every sentence names its entity, in one wording, and no document goes on in another
             chunk; the first lessons of pre-training.
     """
@@ -56,8 +56,8 @@ class WorldConfig:
     kinds: Mapping[str, float] = field(default_factory=lambda: DEFAULT_KINDS)
     questions_per_world: int = 1
     turns: int = 1
-    cited: bool = False
     restate: bool = False
+    shuffled: float = 0.0
     plain: bool = False
 
     def __post_init__(self):
@@ -74,6 +74,8 @@ class WorldConfig:
             raise ValueError(f"num_passages must be at least 1 and ascending, got {(low, high)}")
         if set(self.kinds) == {"cross-chunk"} and (high < 2 or self.plain):
             raise ValueError("kind 'cross-chunk' needs two passages, and worlds that are not plain")
+        if not 0 <= self.shuffled <= 1:
+            raise ValueError(f"shuffled is a share from 0 to 1, got {self.shuffled}")
         for name in ("questions_per_world", "turns"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -130,7 +132,8 @@ def draw_context(rng: Random, config: WorldConfig, num_questions: int) -> Contex
     for _ in range(MOST_WORLDS):
         size = rng.randint(*config.passage_range)
         world = draw_world(rng, config.split, size, plain=config.plain)
-        passages = write_passages(rng, world)
+        shuffled = config.shuffled > 0 and rng.random() < config.shuffled
+        passages = write_passages(rng, world, shuffled=shuffled)
         pools = candidates(world, passages)
         if wanted in pools:
             break
@@ -144,7 +147,7 @@ def draw_context(rng: Random, config: WorldConfig, num_questions: int) -> Contex
     while pools and len(questions) < num_questions:
         weights = [config.kinds[kind] for kind in pools]
         kind = rng.choices(list(pools), weights)[0] if questions else wanted
-        questions.append(ask(rng, kind, pools[kind].pop(), passages, cited=config.cited))
+        questions.append(ask(rng, kind, pools[kind].pop(), passages))
         pools = {kind: pool for kind, pool in pools.items() if pool}
     facts = rng.sample(list(world.facts.values()), len(world.facts))
     return Context(

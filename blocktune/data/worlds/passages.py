@@ -41,8 +41,14 @@ class Passages:
     references: dict[str, str]
 
 
-def write_passages(rng: Random, world: World) -> Passages:
-    """Writes every document of a world, in order; ``rng`` is the source of all wording."""
+def write_passages(rng: Random, world: World, *, shuffled: bool = False) -> Passages:
+    """Writes every document of a world.
+
+    Args:
+        rng: Source of all wording.
+        world: What to write, in its order.
+        shuffled: Chunks stand in any order; what a chunk leans on may come later, or far before.
+    """
     chunks: list[Chunk] = []
     places: dict[tuple[str, str], Place] = {}
     references: dict[str, str] = {}
@@ -60,6 +66,13 @@ def write_passages(rng: Random, world: World) -> Passages:
                 references[document.entity.name] = _refer(document.entity, later)
             text = _write(rng, document, facts, part, mention, world.style, opening)
             chunks.append(Chunk(text, document.entity.name if part == 0 else None))
+    if shuffled:
+        order = rng.sample(range(len(chunks)), len(chunks))
+        chunks = [chunks[index] for index in order]
+        places = {
+            key: Place(order.index(place.chunk), order.index(place.first), place.mention)
+            for key, place in places.items()
+        }
     return Passages(tuple(chunks), places, world.style.roles, references)
 
 
@@ -109,12 +122,10 @@ def _introduction(rng: Random, document: Document, mention: str, style: Style) -
     alone = len(document.parts) == 1 and rng.random() >= style.introduced
     if alone or (mention == "pronoun" and not document.listed):
         return ""
-    article = "an" if entity.noun[0] in "aeiou" else "a"
-    what = f"{article} {entity.noun}"
     if mention == "alias" and not document.listed:
-        known = rng.choice(("known as", "often called"))
-        return f"{entity.name}, {known} {entity.alias}, is {what}."
-    return f"{entity.name} is {what}."
+        return f"{entity.name} is {rng.choice(('known as', 'often called'))} {entity.alias}."
+    article = "an" if entity.noun[0] in "aeiou" else "a"
+    return f"{entity.name} is {article} {entity.noun}."
 
 
 def _listing(facts: list[Fact], *, goes_on: bool) -> str:

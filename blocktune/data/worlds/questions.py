@@ -87,10 +87,8 @@ def candidates(world: World, passages: Passages) -> dict[str, list[tuple[Fact, .
     return {kind: facts for kind, facts in found.items() if facts}
 
 
-def ask(
-    rng: Random, kind: str, facts: tuple[Fact, ...], passages: Passages, *, cited: bool = False
-) -> Question:
-    """Words a question; with ``cited`` its response names every reference on the way, too.
+def ask(rng: Random, kind: str, facts: tuple[Fact, ...], passages: Passages) -> Question:
+    """Words a question.
 
     Its ``meta`` holds ``relations``; ``mentions``, how each fact's chunk refers to its subject
     (``name`` if titled); ``fact_chunks``, the chunk that states each fact; and for chains
@@ -110,9 +108,8 @@ def ask(
         answer, said = passages.references[subject.name], []
     else:
         text, answer = _chain_text(rng, facts, passages.roles), facts[-1].value
-        bridges = [fact.value for fact in facts[:-1]]
-        meta["bridges"] = bridges
-        said = _steps(facts, places, passages) if cited else bridges
+        said = [fact.value for fact in facts[:-1]]
+        meta["bridges"] = said
     response = f"{', '.join(said)}. {MARKER}{answer}" if said else answer
     supporting = tuple(sorted({i for place in places for i in place.supporting}))
     return Question(kind, text, answer, response, supporting, meta)
@@ -125,15 +122,6 @@ def state(rng: Random, fact: Fact, roles: float) -> tuple[str, str, str]:
     wording = relation.plain_fact if by_role else rng.choice(relation.facts)
     before, after = wording.format(s=fact.subject.name, o="|").split("|")
     return before, fact.value, after
-
-
-def _steps(facts: tuple[Fact, ...], places: list[Place], passages: Passages) -> list[str]:
-    """What leads to the last value: a reference where a passage has no name, and each bridge."""
-    steps: list[str] = []
-    for fact, place in zip(facts, places, strict=True):
-        steps += [passages.references[fact.subject.name]] if place.mention != "name" else []
-        steps.append(fact.value)
-    return steps[:-1]
 
 
 def _place(passages: Passages, fact: Fact) -> Place:

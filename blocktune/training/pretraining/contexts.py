@@ -67,7 +67,12 @@ class ContextSource:
     def draw(self, stage: Stage, num_tokens: int) -> list[Conversation]:
         """Draws sequences of a stage until they hold ``num_tokens`` tokens."""
         kinds = {"self-contained": 1.0} if stage.plain else self.config.kinds
-        worlds = WorldConfig(num_passages=(1, stage.passages), kinds=kinds, plain=stage.plain)
+        worlds = WorldConfig(
+            num_passages=(1, stage.passages),
+            kinds=kinds,
+            plain=stage.plain,
+            shuffled=0.0 if stage.plain else self.config.shuffled,
+        )
         drawn: list[Conversation] = []
         while num_tokens > 0:
             asked = self.rng.randint((self.config.questions + 1) // 2, self.config.questions)
