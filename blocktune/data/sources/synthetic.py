@@ -13,8 +13,6 @@ _KEYS = {
     "passages": "a number of chunks or LOW-HIGH",
     "questions_per_world": "a whole number",
     "turns": "the number of questions asked in turn of one context",
-    "shuffled": "the share of contexts whose chunks stand in any order, from 0 to 1",
-    "restate": "1 if a last turn asks for every fact, else 0",
 }
 
 
@@ -42,10 +40,6 @@ def read_worlds(split: str, options: Mapping[str, str]) -> Iterator[RagExample]:
         values["questions_per_world"] = _number(options, "questions_per_world")
     if "turns" in options:
         values["turns"] = _number(options, "turns")
-    if "shuffled" in options:
-        values["shuffled"] = _share(options, "shuffled")
-    if "restate" in options:
-        values["restate"] = bool(_number(options, "restate"))
     if "kinds" in options:
         values["kinds"] = dict.fromkeys(options["kinds"].split(","), 1.0)
     if "passages" in options:
@@ -56,13 +50,6 @@ def read_worlds(split: str, options: Mapping[str, str]) -> Iterator[RagExample]:
 def _number(options: Mapping[str, str], key: str) -> int:
     try:
         return int(options[key])
-    except ValueError:
-        raise ValueError(f"worlds: '{key}' must be {_KEYS[key]}, got '{options[key]}'") from None
-
-
-def _share(options: Mapping[str, str], key: str) -> float:
-    try:
-        return float(options[key])
     except ValueError:
         raise ValueError(f"worlds: '{key}' must be {_KEYS[key]}, got '{options[key]}'") from None
 

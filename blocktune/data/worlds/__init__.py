@@ -7,13 +7,12 @@ from blocktune.data.worlds.generate import (
     draw_context,
     generate_examples,
 )
-from blocktune.data.worlds.questions import MARKER, QUESTION_KINDS, RESTATE
+from blocktune.data.worlds.questions import MARKER, QUESTION_KINDS
 
 __all__ = [
     "DEFAULT_KINDS",
     "MARKER",
     "QUESTION_KINDS",
-    "RESTATE",
     "Context",
     "WorldConfig",
     "draw_context",

@@ -11,14 +11,7 @@ from typing import NamedTuple
 from blocktune.data.example import RagExample
 from blocktune.data.worlds.names import SPLITS
 from blocktune.data.worlds.passages import write_passages
-from blocktune.data.worlds.questions import (
-    QUESTION_KINDS,
-    RESTATE,
-    Question,
-    ask,
-    candidates,
-    state,
-)
+from blocktune.data.worlds.questions import QUESTION_KINDS, Question, ask, candidates, state
 from blocktune.data.worlds.world import draw_world
 from blocktune.prompt import Chunk
 
@@ -40,11 +33,6 @@ class WorldConfig:
         questions_per_world: Questions that share a context.
         turns: Questions that each example asks in turn of its context, for training: the first,
             then its followups; fewer where the world has no more.
-        restate: A last turn asks for every fact, each with its full names: the densest signal
-            that a context gives.
-        shuffled: Share of contexts whose chunks stand in any order. What a chunk leans on may then
-            come after it, so that no chunk can be understood when it is read, only when it is
-            asked about.
         plain: Every sentence names its entity, in one wording, and no document goes on in another
             chunk; the first lessons of pre-training.
     """
@@ -56,8 +44,6 @@ class WorldConfig:
     kinds: Mapping[str, float] = field(default_factory=lambda: DEFAULT_KINDS)
     questions_per_world: int = 1
     turns: int = 1
-    restate: bool = False
-    shuffled: float = 0.0
     plain: bool = False
 
     def __post_init__(self):
@@ -74,8 +60,6 @@ class WorldConfig:
             raise ValueError(f"num_passages must be at least 1 and ascending, got {(low, high)}")
         if set(self.kinds) == {"cross-chunk"} and (high < 2 or self.plain):
             raise ValueError("kind 'cross-chunk' needs two passages, and worlds that are not plain")
-        if not 0 <= self.shuffled <= 1:
-            raise ValueError(f"shuffled is a share from 0 to 1, got {self.shuffled}")
         for name in ("questions_per_world", "turns"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -132,8 +116,7 @@ def draw_context(rng: Random, config: WorldConfig, num_questions: int) -> Contex
     for _ in range(MOST_WORLDS):
         size = rng.randint(*config.passage_range)
         world = draw_world(rng, config.split, size, plain=config.plain)
-        shuffled = config.shuffled > 0 and rng.random() < config.shuffled
-        passages = write_passages(rng, world, shuffled=shuffled)
+        passages = write_passages(rng, world)
         pools = candidates(world, passages)
         if wanted in pools:
             break
@@ -161,9 +144,6 @@ def _one_world(config: WorldConfig, index: int) -> list[RagExample]:
     asked = context.questions[:1] if config.turns > 1 else context.questions
     later = context.questions[len(asked) :]
     followups = tuple((question.text, question.response) for question in later)
-    if config.restate:
-        facts = " ".join("".join(parts) for parts in context.statements)
-        followups += ((RESTATE, facts),)
     # What no augmentation may drop: the evidence of every turn.
     turns = context.questions if later else ()
     evidence = tuple(sorted({index for turn in turns for index in turn.supporting}))

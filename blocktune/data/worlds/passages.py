@@ -31,27 +31,18 @@ class Place:
 class Passages:
     """A world's chunks in order, and each fact's place by (entity name, relation name).
 
-    ``roles`` is the world's `Style.roles`, for its questions; ``references``, by the name of a
-    document's entity, the words by which its later chunks speak of it, or would.
+    ``roles`` is the world's `Style.roles`, for its questions.
     """
 
     chunks: tuple[Chunk, ...]
     places: dict[tuple[str, str], Place]
     roles: float
-    references: dict[str, str]
 
 
-def write_passages(rng: Random, world: World, *, shuffled: bool = False) -> Passages:
-    """Writes every document of a world.
-
-    Args:
-        rng: Source of all wording.
-        world: What to write, in its order.
-        shuffled: Chunks stand in any order; what a chunk leans on may come later, or far before.
-    """
+def write_passages(rng: Random, world: World) -> Passages:
+    """Writes every document of a world, in order; ``rng`` is the source of all wording."""
     chunks: list[Chunk] = []
     places: dict[tuple[str, str], Place] = {}
-    references: dict[str, str] = {}
     for document in world.documents:
         first = len(chunks)
         mention = rng.choice(MENTIONS)
@@ -60,32 +51,16 @@ def write_passages(rng: Random, world: World, *, shuffled: bool = False) -> Pass
             for fact in facts:
                 key = fact.subject.name, fact.relation.name
                 places[key] = Place(len(chunks), first, shown)
-            opening = _introduction(rng, document, mention, world.style) if part == 0 else ""
-            if part == 0:
-                later = "list" if document.listed else mention if opening else "pronoun"
-                references[document.entity.name] = _refer(document.entity, later)
-            text = _write(rng, document, facts, part, mention, world.style, opening)
+            text = _write(rng, document, facts, part, mention, world.style)
             chunks.append(Chunk(text, document.entity.name if part == 0 else None))
-    if shuffled:
-        order = rng.sample(range(len(chunks)), len(chunks))
-        chunks = [chunks[index] for index in order]
-        places = {
-            key: Place(order.index(place.chunk), order.index(place.first), place.mention)
-            for key, place in places.items()
-        }
-    return Passages(tuple(chunks), places, world.style.roles, references)
+    return Passages(tuple(chunks), places, world.style.roles)
 
 
 def _write(
-    rng: Random,
-    document: Document,
-    facts: list[Fact],
-    part: int,
-    mention: str,
-    style: Style,
-    opening: str,
+    rng: Random, document: Document, facts: list[Fact], part: int, mention: str, style: Style
 ) -> str:
-    entity, sentences = document.entity, [opening]
+    entity = document.entity
+    sentences = [_introduction(rng, document, mention, style)] if part == 0 else []
     if document.listed:
         return " ".join([*sentences, _listing(facts, goes_on=part > 0)]).strip()
     for i, fact in enumerate(facts):
@@ -94,7 +69,7 @@ def _write(
         if part == 0:
             subject = entity.name if i == 0 or rng.random() < style.named else entity.pronoun
         else:
-            subject = _refer(entity, mention if i == 0 else rng.choice((mention, "pronoun")))
+            subject = _mention(entity, mention if i == 0 else rng.choice((mention, "pronoun")))
         wordings = fact.relation.facts
         if subject == entity.name and rng.random() < style.roles:
             wordings = (fact.relation.plain_fact,)
@@ -103,29 +78,25 @@ def _write(
     return " ".join(s for s in sentences if s)
 
 
-def _refer(entity: Entity, mention: str) -> str:
+def _mention(entity: Entity, mention: str) -> str:
     return {
         "pronoun": entity.pronoun,
         "description": f"the {entity.noun}",
         "alias": entity.alias,
-        "list": "the list",
     }[mention]
 
 
 def _introduction(rng: Random, document: Document, mention: str, style: Style) -> str:
-    """The opening sentence, which tells how later chunks will refer to the entity.
-
-    It gives an alias or says what the entity is, where they use that, and there is none where
-    they say "she" or "it".
-    """
+    """The opening sentence; it must explain the description or the alias that later chunks use."""
     entity = document.entity
-    alone = len(document.parts) == 1 and rng.random() >= style.introduced
-    if alone or (mention == "pronoun" and not document.listed):
+    if len(document.parts) == 1 and rng.random() >= style.introduced:
         return ""
-    if mention == "alias" and not document.listed:
-        return f"{entity.name} is {rng.choice(('known as', 'often called'))} {entity.alias}."
     article = "an" if entity.noun[0] in "aeiou" else "a"
-    return f"{entity.name} is {article} {entity.noun}."
+    what = f"{article} {entity.noun}"
+    if mention == "alias" or rng.random() < 0.2:
+        known = rng.choice(("known as", "often called"))
+        return f"{entity.name}, {known} {entity.alias}, is {what}."
+    return f"{entity.name} is {what}."
 
 
 def _listing(facts: list[Fact], *, goes_on: bool) -> str:

@@ -12,11 +12,9 @@ from blocktune.data.worlds.passages import Passages, Place
 from blocktune.data.worlds.relations import COMPARED
 from blocktune.data.worlds.world import Fact, World
 
-QUESTION_KINDS = ("self-contained", "cross-chunk", "2-hop", "3-hop", "comparison", "reference")
+QUESTION_KINDS = ("self-contained", "cross-chunk", "2-hop", "3-hop", "comparison")
 MARKER = "Answer: "
 """What stands before the scored answer when a response names other values first."""
-RESTATE = "Repeat the facts."
-"""Asks for all facts of the context, in the last turn of a training conversation."""
 
 
 @dataclass(frozen=True)
@@ -66,13 +64,6 @@ def comparable(world: World) -> Iterator[tuple[Fact, Fact]]:
             yield one, other
 
 
-def _firsts(world: World) -> Iterator[tuple[Fact]]:
-    """Yields the first fact of every document that is not a list."""
-    for document in world.documents:
-        if not document.listed:
-            yield (document.parts[0][0],)
-
-
 def candidates(world: World, passages: Passages) -> dict[str, list[tuple[Fact, ...]]]:
     """Groups everything that can be asked about a world by the kind of the question."""
     found: dict[str, list[tuple[Fact, ...]]] = {kind: [] for kind in QUESTION_KINDS}
@@ -82,7 +73,6 @@ def candidates(world: World, passages: Passages) -> dict[str, list[tuple[Fact, .
         found[kind].append((fact,))
     found["2-hop"] = list(chains(world, 2))
     found["3-hop"] = list(chains(world, 3))
-    found["reference"] = list(_firsts(world))
     found["comparison"] = list(comparable(world))
     return {kind: facts for kind, facts in found.items() if facts}
 
@@ -102,10 +92,6 @@ def ask(rng: Random, kind: str, facts: tuple[Fact, ...], passages: Passages) -> 
     }
     if kind == "comparison":
         text, answer, said = _compare(rng, *facts)
-    elif kind == "reference":
-        subject = facts[0].subject
-        text = f"{'Who' if subject.kind == 'person' else 'What'} is {subject.name}?"
-        answer, said = passages.references[subject.name], []
     else:
         text, answer = _chain_text(rng, facts, passages.roles), facts[-1].value
         said = [fact.value for fact in facts[:-1]]

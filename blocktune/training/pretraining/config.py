@@ -8,7 +8,6 @@ from transformers import LlamaConfig
 
 KINDS = {
     "self-contained": 0.35, "cross-chunk": 0.3, "2-hop": 0.3, "3-hop": 0.06, "comparison": 0.06,
-    "reference": 0.12,
 }  # fmt: skip
 
 ANNEAL_WARMUP = 10
@@ -51,8 +50,6 @@ class PretrainConfig:
         stages: Curriculum; short contexts first, or retrieval is not learnt.
         questions: Most questions asked about one context, in successive turns.
         kinds: Weight of each kind of question.
-        shuffled: Share of contexts whose chunks stand in any order, so that some references are
-            understood when they are asked about, as a language model of real texts must.
         answer_weight: Weight of an answer token in the loss; all others weigh 1.
         tokens_per_step: Tokens of one optimiser step, all processes together, about.
         micro_tokens: Most tokens of one forward pass, padding included; small ones stay in cache.
@@ -86,7 +83,6 @@ class PretrainConfig:
     )  # fmt: skip
     questions: int = 8
     kinds: dict[str, float] = field(default_factory=lambda: dict(KINDS))
-    shuffled: float = 0.6
     answer_weight: float = 5.0
     tokens_per_step: int = 8000
     micro_tokens: int = 1200

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from blocktune.data.worlds import MARKER, RESTATE, Context, WorldConfig, draw_context
+from blocktune.data.worlds import MARKER, Context, WorldConfig, draw_context
 from blocktune.prompt import PromptFormat
 from blocktune.training.pretraining.config import PretrainConfig, Stage
-from blocktune.training.pretraining.tokenizer import ASSISTANT, BOS, EOS, USER
+from blocktune.training.pretraining.tokenizer import ASSISTANT, BOS, EOS, RESTATE, USER
 
 
 class Conversation(NamedTuple):
@@ -67,12 +67,7 @@ class ContextSource:
     def draw(self, stage: Stage, num_tokens: int) -> list[Conversation]:
         """Draws sequences of a stage until they hold ``num_tokens`` tokens."""
         kinds = {"self-contained": 1.0} if stage.plain else self.config.kinds
-        worlds = WorldConfig(
-            num_passages=(1, stage.passages),
-            kinds=kinds,
-            plain=stage.plain,
-            shuffled=0.0 if stage.plain else self.config.shuffled,
-        )
+        worlds = WorldConfig(num_passages=(1, stage.passages), kinds=kinds, plain=stage.plain)
         drawn: list[Conversation] = []
         while num_tokens > 0:
             asked = self.rng.randint((self.config.questions + 1) // 2, self.config.questions)

@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from blocktune.data.worlds import RESTATE, WorldConfig, generate_examples
+from blocktune.data.worlds import WorldConfig, generate_examples
 from blocktune.prompt import PromptFormat
 
 BOS, EOS, PAD, SYSTEM, USER, ASSISTANT = SPECIAL = (
     "<s>", "</s>", "<pad>", "<|system|>", "<|user|>", "<|assistant|>",
 )  # fmt: skip
+RESTATE = "Repeat the facts."
+"""Asks for all facts of the context, in the last turn of a training conversation."""
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] not in ('system', 'user', 'assistant') %}"
