@@ -151,11 +151,12 @@ def test_mistakes_are_one_clear_line(page, made, message):
     assert "\n" not in str(caught.value)
 
 
-def test_the_study_s_tables_are_those_of_the_committed_results():
-    text = STUDY.read_text(encoding="utf-8")
-    assert refreshed(text, STUDY) == text, "run `blocktune eval page eval/results/STUDY.md`"
+@pytest.mark.parametrize("path", sorted(STUDY.parent.glob("*.md")), ids=lambda path: path.stem)
+def test_a_page_s_tables_are_those_of_the_committed_results(path):
+    text = path.read_text(encoding="utf-8")
+    assert refreshed(text, path) == text, f"run `blocktune eval page {path}`"
     for found in re.findall(r"!\[.*?\]\((.*?)\)", text):
-        assert (STUDY.parent / found).is_file()
+        assert (path.parent / found).is_file()
 
 
 def test_the_study_asks_for_methods_that_its_suites_have():
