@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from blocktune.check import Subject, check_method, claims, subjects
+from blocktune.check.contract import ALONE_CLAIM
 from blocktune.check.serving import chosen_rows
 from blocktune.reshape import Reshape
 from blocktune.reuse import Method, build, compose
@@ -58,6 +59,12 @@ def test_every_method_keeps_its_contract(name, claim):
 def test_the_exceptions_on_one_chunk_are_these():
     presets = {name for name in subjects() if " + " not in name}
     assert {name for name in presets if not build(name).exact_on_one_chunk} == EXCEPTIONS
+
+
+def test_nothing_but_a_bos_of_its_own_keeps_a_chunk_from_being_alone():
+    never = {name for name, method in SUBJECTS.items() if ALONE_CLAIM not in claims(method)}
+    assert never == {"naive + layout bos=drop", "naive + layout bos=keep"}
+    assert not any(SUBJECTS[name].exact_on_one_chunk for name in never)
 
 
 def test_what_keeps_or_hides_more_than_the_rule_says_so():
