@@ -49,6 +49,7 @@ def summarize(
             "score_ci95": score95,
             "n": len(own),
             "recompute_ratio": fmean(row.recompute_ratio for row in own),
+            "flops_over_full_prefill": _flops_over(own, full and rows[full]),
             **_recovered(drawn, label, full, naive),
             "em_minus": _em_minus(drawn, scores["em"], label),
             "score_minus": _score_minus(drawn, scores["score"], label, p_values),
@@ -60,6 +61,13 @@ def p_value(own: Sequence[float], other: Sequence[float]) -> float:
     """McNemar's exact test where scores are right or wrong, else sign flips."""
     binary = set(own) | set(other) <= {0.0, 1.0}
     return mcnemar_exact(own, other) if binary else sign_flip(own, other)
+
+
+def _flops_over(own: Sequence[Row], full: Sequence[Row] | None) -> float | None:
+    """Operations up to the first token, choosing included, over full prefill's; None if unknown."""
+    if full is None or any("flops" not in row.account for row in (*own, *full)):
+        return None
+    return sum(row.account["flops"] for row in own) / sum(row.account["flops"] for row in full)
 
 
 def _further(own: Sequence[Row]) -> dict[str, float]:

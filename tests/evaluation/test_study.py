@@ -2,15 +2,17 @@
 
 import json
 import re
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
 import pytest
 import yaml
-from evaluation.fake_results import METHODS, fake_results
+from evaluation.fake_results import METHODS, fake_results, fake_rows, fake_suite
 from evaluation.test_traces import cell
 
 from blocktune.evaluation.files import replace_json
+from blocktune.evaluation.results import build_results
 from blocktune.evaluation.study import refresh, refreshed
 from blocktune.evaluation.study.kept import kept
 from blocktune.evaluation.study.page import BLOCK
@@ -133,6 +135,19 @@ def test_a_run_without_results_is_named(tmp_path):
     assert refresh(path, tmp_path) == ["r/later"]
     assert "*Not measured yet: there is no `r/later.json`.*" in path.read_text()
     assert refreshed(path.read_text(), path) == path.read_text()
+
+
+def test_without_times_a_table_of_scores_shows_operations():
+    full, naive = (
+        [replace(row, account={"flops": flops}) for row in fake_rows()[label]]
+        for label, flops in (("full-prefill", 400), ("naive", 100))
+    )
+    rows = {"full-prefill": full, "naive": naive}
+    results = build_results(fake_suite(), fake_rows() | rows, {}, {"command": "test", "seed": 0})
+    lines = TABLES["scores"](results, ["full-prefill", "naive", "kvlink"]).splitlines()
+    assert lines[0].endswith("| recomputed | FLOPs, of full | gap recovered |")
+    spent = [line.split(" | ")[-2] for line in lines[2:]]
+    assert spent == ["1.00x", "0.25x", "-"]
 
 
 @pytest.mark.parametrize(

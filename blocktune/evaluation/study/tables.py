@@ -14,17 +14,28 @@ Results = Mapping[str, Any]
 
 
 def scores(results: Results, methods: Sequence[str] | None = None) -> str:
-    """A row a method: score by kind with half its interval, cost, and what it wins back."""
+    """A row a method: score by kind with half its interval, cost, and what it wins back.
+
+    Where no time was measured, the operations up to the first token stand in its place.
+    """
     shown = chosen(results, methods)
+    timed = any(summary["ttft_over_full_prefill"] is not None for summary in shown.values())
+    cost = "ttft_over_full_prefill" if timed else "flops_over_full_prefill"
     kinds = list(next(iter(shown.values()))["tasks"])
     kinds = kinds if len(kinds) > 1 else []
-    headings = ("method", *kinds, "all", "recomputed", "TTFT, of full", "gap recovered")
+    headings = (
+        "method",
+        *kinds,
+        "all",
+        "recomputed",
+        "TTFT, of full" if timed else "FLOPs, of full",
+    )
+    headings += ("gap recovered",)
     rows = []
     for label, summary in shown.items():
         cells = [with_reach(summary["tasks"][kind]) for kind in kinds]
-        cost = (shown_as("share", summary["recompute_ratio"]),)
-        cost += (shown_as("ratio", summary["ttft_over_full_prefill"]), _gap(summary))
-        rows.append((label, *cells, with_reach(summary), *cost))
+        spent = shown_as("share", summary["recompute_ratio"]), shown_as("ratio", summary.get(cost))
+        rows.append((label, *cells, with_reach(summary), *spent, _gap(summary)))
     return table(headings, rows)
 
 

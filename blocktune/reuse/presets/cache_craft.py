@@ -13,11 +13,15 @@ from blocktune.select import Selection, StoredContext
 class CacheCraft(Method):
     """Takes chunks from earlier full prompts and recomputes what leant on a context now missing.
 
-    Of a chunk's variants the one is taken whose context overlaps most, in order. A prompt with a
-    chunk that no earlier one held is computed in full, and all its chunks are remembered; so
-    variants are always exact where they come from (the paper also stores chunks of mixed
-    prompts). ``focus: 1`` switches early termination off. ``rehearse`` gives a single question the
-    history that it lives on: so many prompts of the same chunks, each turned by one place more.
+    Of a chunk's variants the one is taken that needs the least computed again, by how much of its
+    context returns, in order (CFO). A prompt with a chunk that no earlier one held is computed in
+    full, and all its chunks are remembered; so variants are always exact where they come from (the
+    paper also stores chunks of mixed prompts), and none is added once all chunks are known. The
+    least used is given up first (the paper weighs in what it cost). A budget takes the place of
+    both the share by CFO and early termination, which ``focus: 1`` switches off.
+
+    ``rehearse`` gives a single question the history that it lives on: so many prompts of the same
+    chunks, each turned by one place more.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2502.15734"

@@ -16,7 +16,8 @@ class CacheBlendRepo(Method):
     chunks rounded down. ``sees_future`` reproduces the code's mask, by which a token that is
     recomputed sees tokens after it (issue 21 of the repository); never serve with it. Not
     reproduced: question tokens compete for the share and may stay stale in some of its scripts
-    (a suffix length of 1), and sliding windows are dropped.
+    (a suffix length of 1), sliding windows are dropped, and every chunk is encoded after a BOS
+    whose own state is dropped (``layout: {bos: drop}`` does that to any method).
     """
 
     source: ClassVar[str] = "https://github.com/YaoJiayi/CacheBlend"

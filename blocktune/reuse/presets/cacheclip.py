@@ -13,7 +13,8 @@ from blocktune.select import AuxiliaryAttention, Selection
 class CacheClip(Method):
     """Recomputes windows of tokens that a small model's last layer attends to from the question.
 
-    Chunks are encoded after the prompt's own prefix. ``auxiliary`` is a folder or repository name
+    Chunks are encoded after the prompt's own prefix, all of it (the study arXiv:2603.20218 takes 1
+    to 10 tokens). ``auxiliary`` is a folder or repository name
     of a model with the same tokenizer (Llama-3.2-1B for Llama-3.1-8B; Qwen3-0.6B for Qwen3-8B);
     ``self`` asks the served model, which costs a full prefill and is a bound, not a method.
     """

@@ -14,7 +14,10 @@ class DroidSpeak(Method):
 
     The paper reuses another model's caches; here they are the chunks' own. Which layers are worth
     computing is measured per model: `blocktune.engine.intervals`. ``ratio`` is the share
-    of the layers, 11 % on average in the paper.
+    of the layers, 11 % on average in the paper. Keys and values follow from a layer's input, so the
+    first layer of the range keeps those that were stored: a range of one layer, which is what 11 %
+    of nine layers or fewer is, changes nothing. (That the paper loads the stored activations first
+    and the rest meanwhile is a matter of time, not of values, and not done.)
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2411.02820"

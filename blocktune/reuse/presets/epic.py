@@ -14,7 +14,8 @@ class Epic(Method):
 
     By count (``k``, the paper; ``k`` and ``last`` tokens, its code) or by share of the chunk
     (``share``, the matched budget of the study arXiv:2603.20218; ``last_share`` is the part of it
-    that is taken from the chunk's end).
+    that is taken from the chunk's end). Its scripts leave a BOS in every chunk, which the paper
+    does not ask for; ``layout: {bos: keep}`` does that.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2410.15332"

@@ -15,6 +15,7 @@ class PromptCacheSchema(Method):
     PromptCache's schema reserves for every module the length of its longest alternative, and leaves
     the positions after a shorter one unused. ``slot`` is that length, in tokens (the paper has
     no default, it depends on the corpus); a longer chunk is refused.
+    Of its markup only slots are here: no unions, parameters or nested modules.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2311.04934"
