@@ -265,8 +265,10 @@ def test_a_budget_of_layer_tokens_is_met(selection):
     assert matched(selection, 0.3, 12).spends(12) == pytest.approx(0.3)
 
 
-def test_a_layer_range_meets_a_budget_down_to_a_whole_layer():
-    assert matched(LayerRange(), 0.3, 12).spends(12) == 3 / 12
+def test_a_layer_range_meets_a_budget_of_whole_layers_and_refuses_one_between():
+    assert matched(LayerRange(), 0.25, 12).spends(12) == 3 / 12
+    with pytest.raises(ValueError, match=r"12 layers it spends 0.250 or 0.333, and nothing"):
+        matched(LayerRange(), 0.3, 12)
 
 
 def test_a_budget_below_what_the_first_layers_cost_is_refused():

@@ -60,4 +60,5 @@ def test_a_chunk_whose_states_were_lost_is_encoded_again(tokenizer):
     engine.store.put(key, foreign)
     after = found(engine)
     assert after.misses == {PIECES[0]}
-    assert torch.equal(after.states[PIECES[0], 1].states, before[PIECES[0], 1].states)
+    new, old = after.states[PIECES[0], 1].states, before[PIECES[0], 1].states
+    torch.testing.assert_close(new, old, rtol=0, atol=1e-5)  # of another batch: rounding differs
