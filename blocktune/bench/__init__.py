@@ -1,7 +1,16 @@
 """Speed on this machine, with what the machine can at best beside it."""
 
 from blocktune.bench.attention import AttentionBench, bench_attention
+from blocktune.bench.loading import bench_loading
 from blocktune.bench.reuse import bench_reuse
 from blocktune.bench.setting import TARGETS, TINY, ReuseBench
 
-__all__ = ["TARGETS", "TINY", "AttentionBench", "ReuseBench", "bench_attention", "bench_reuse"]
+__all__ = [
+    "TARGETS",
+    "TINY",
+    "AttentionBench",
+    "ReuseBench",
+    "bench_attention",
+    "bench_loading",
+    "bench_reuse",
+]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from blocktune.cache import ChunkStore
 from blocktune.engine import Engine
 from blocktune.prompt import Pieces
 from blocktune.reuse import Method, build
@@ -68,8 +69,8 @@ class ReuseBench:
             "cacheblend": build("cacheblend", ratio=self.ratio),
         }
 
-    def engine(self) -> Engine:
-        """The model, behind an engine with empty caches."""
+    def engine(self, store: ChunkStore | None = None) -> Engine:
+        """The model, behind an engine with empty caches; chunks go to ``store`` if one is given."""
         tokenizer = byte_tokenizer()
         model = random_llama(
             len(tokenizer),
@@ -81,7 +82,7 @@ class ReuseBench:
             num_key_value_heads=self.kv_heads,
             max_position_embeddings=self.tokens + 1,
         )
-        return Engine(model, tokenizer)
+        return Engine(model, tokenizer, store=store)
 
     def pieces(self, vocab_size: int) -> Pieces:
         """Random chunks and a random question, no prefix."""

@@ -12,7 +12,7 @@ from blocktune.cache.row_layer import SKIP
 from blocktune.cache.states import ChunkStates, states_key
 from blocktune.cache.store import ChunkStore
 from blocktune.cache.streaming import Damaged, Stream
-from blocktune.cache.variant_store import VariantStore
+from blocktune.cache.variant_store import Recall, VariantStore
 from blocktune.cache.variants import ChunkVariants, Variant
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "Lookup",
     "PrefixMatch",
     "PrefixTree",
+    "Recall",
     "RowCache",
     "StoreStats",
     "Stream",

@@ -15,8 +15,28 @@ from blocktune.cache.fingerprint import chunk_key
 from blocktune.cache.store import ChunkStore
 from blocktune.cache.variants import ChunkVariants, Ids, Variant
 
-MAX_VARIANTS = 5
-"""Contexts that are remembered of one chunk."""
+
+class Recall(NamedTuple):
+    """How a method lives on earlier prompts.
+
+    Attributes:
+        refresh: A prompt of which a greater share of the chunks' tokens would be recomputed is
+            computed in full: its chunks are then known in this context too.
+        most: Variants that are kept of one chunk.
+        alpha: Of `cache_fix_overhead`.
+    """
+
+    refresh: float
+    most: int
+    alpha: float
+
+    @property
+    def exact_alone(self) -> bool:
+        """Whether one chunk with nothing before it is always computed in full, or never leant.
+
+        The least fix overhead of a chunk that leant on what is missing is ``alpha / 2``.
+        """
+        return self.refresh < self.alpha / 2
 
 
 class Recalled(NamedTuple):
@@ -42,7 +62,7 @@ class VariantStore:
         self._uses: Counter[tuple[Ids, Ids]] = Counter()
         self._lock = threading.Lock()
 
-    def recall(self, chunk: Ids, context: Sequence[Ids]) -> Recalled | None:
+    def recall(self, chunk: Ids, context: Sequence[Ids], alpha: float = 1.0) -> Recalled | None:
         """The variant with the least to recompute after ``context``; None if there is none.
 
         Of equals, the latest.
@@ -50,11 +70,12 @@ class VariantStore:
         Args:
             chunk: Its tokens, as stored.
             context: Those of the chunks before it in the new prompt, in order.
+            alpha: Of `cache_fix_overhead`.
         """
         found = self._find(chunk)
         if found is None:
             return None
-        costs = [cache_fix_overhead(v, len(chunk), context) for v in found.variants]
+        costs = [cache_fix_overhead(v, len(chunk), context, alpha) for v in found.variants]
         best = min(range(len(costs)), key=lambda index: (costs[index], -index))
         return Recalled(found.variants[best], costs[best])
 
@@ -69,12 +90,18 @@ class VariantStore:
         with self._lock:
             self._uses[chunk, ghosts] += 1
 
-    def learn(self, chunk: Ids, variant: Variant) -> None:
-        """Remembers a variant, in place of one in the same context or of the least used one."""
+    def learn(self, chunk: Ids, variant: Variant, most: int) -> None:
+        """Remembers a variant, in place of one in the same context or of the least used one.
+
+        Args:
+            chunk: Its tokens, as stored.
+            variant: What to remember.
+            most: Variants of the chunk that are kept, this one included.
+        """
         with self._lock:
             found = self._find(chunk)
             known = [v for v in found.variants if v.ghosts != variant.ghosts] if found else []
-            while len(known) >= MAX_VARIANTS:
+            while len(known) >= most:
                 known.remove(min(known, key=lambda v: self._uses[chunk, v.ghosts]))
             entry = ChunkVariants((*known, variant), torch.tensor(chunk), self.fingerprint)
             self.store.put(self._key(chunk), entry)

@@ -30,6 +30,14 @@ def add_to(app: typer.Typer) -> None:
             "blocktune bench reuse --tiny   # seconds; only to see that it runs",
         ),
     )(reuse)
+    group.command(
+        "loading",
+        epilog=teach(
+            "blocktune bench loading --json",
+            "blocktune bench loading --folder /mnt/slow   # the disk that is meant",
+            "blocktune bench loading --tiny",
+        ),
+    )(loading)
     app.add_typer(group, name="bench")
 
 
@@ -59,6 +67,24 @@ def reuse(
 
     setting = replace(TINY, repeats=repeats) if tiny else ReuseBench(tokens, chunk, repeats=repeats)
     _show(bench_reuse(setting), as_json, output)
+
+
+def loading(
+    tokens: Tokens = 8192,
+    chunk: ChunkTokens = 512,
+    repeats: Repeats = 5,
+    folder: Annotated[
+        Path | None, typer.Option(help="Where chunks are written; the system's default if none.")
+    ] = None,
+    tiny: Annotated[bool, typer.Option("--tiny", help="A model and prompt of toy size.")] = False,
+    output: Output = None,
+    as_json: AsJson = False,
+) -> None:
+    """Time cacheblend over chunks on disk, loaded before it computes and while it does."""
+    from blocktune.bench import TINY, ReuseBench, bench_loading
+
+    setting = replace(TINY, repeats=repeats) if tiny else ReuseBench(tokens, chunk, repeats=repeats)
+    _show(bench_loading(setting, folder), as_json, output)
 
 
 def _show(found: dict, as_json: bool, output: Path | None) -> None:

@@ -225,14 +225,14 @@ class Engine(Served):
         pieces, prompts = self._read(examples, method, max_new_tokens)
         read_s = (time.perf_counter() - started) / max(1, len(examples))
         order = list(range(len(examples)))
-        if not method.recalls:  # what one prompt leaves behind serves the next
+        if method.recall is None:  # what one prompt leaves behind serves the next
             order.sort(key=lambda index: len(prompts[index].ids))
         answers: list[Answer | None] = [None] * len(examples)
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             self._rehearse([pieces[i] for i in batch], method)
             laid = [prompts[i] for i in batch]
-            if method.recalls:
+            if method.recall is not None:
                 laid = [self.lay_out(pieces[i], method, max_new_tokens) for i in batch]
             run = self._server.start(laid, [pieces[i] for i in batch], method)
             run.watch.add("prompt_s", read_s * len(batch))

@@ -95,7 +95,8 @@ class Opening:
             watch=watch,
             reshaping=self.reshaping,
             keep=tuple(self.pieces) if self._keeps_prefixes else (),
-            lessons=tuple(self.pieces) if self.method.recalls else (),
+            lessons=tuple(self.pieces),
+            recall=self.method.recall,
             choice=choice,
         )
 
@@ -156,7 +157,7 @@ class Opening:
             widen={layer: universe.of(mask) for layer, mask in widened.items()},
             states=assembled.states,
             selection=selection,
-            watches_chunks=selection.watches_chunks or self.method.recalls,
+            watches_chunks=selection.watches_chunks or self.method.recall is not None,
         )
         return universe, course
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from blocktune.cache import ChunkKV, RowCache, Variant, VariantStore, cache_fix_overhead
+from blocktune.cache import ChunkKV, Recall, RowCache, Variant, VariantStore, cache_fix_overhead
 from blocktune.engine.chunk_mass import ChunkMass
 from blocktune.engine.encode import Encoder, Piece
 from blocktune.layout import GLOBAL, Kind
@@ -17,15 +17,20 @@ from blocktune.select import Stored
 Ids = tuple[int, ...]
 
 
-def contexts_of(variants: VariantStore, pieces: Pieces) -> list[Ids] | None:
+def contexts_of(variants: VariantStore, pieces: Pieces, how: Recall) -> list[Ids] | None:
     """What each chunk of a prompt was encoded after, in the variant that fits this prompt best.
 
     Returns:
-        Ghosts of every chunk, or None where a chunk has no variant: such a prompt is computed in
-        full, which is exact and leaves a variant of each of its chunks behind.
+        Ghosts of every chunk, or None where a chunk has no variant, or where so much would have to
+        be recomputed that little is saved: such a prompt is computed in full, which is exact and
+        leaves a variant of each of its chunks behind.
     """
-    found = [variants.recall(c, pieces.chunks[:i]) for i, c in enumerate(pieces.chunks)]
+    chunks = pieces.chunks
+    found = [variants.recall(c, chunks[:i], how.alpha) for i, c in enumerate(chunks)]
     if None in found:
+        return None
+    afresh = sum(r.overhead * len(c) for r, c in zip(found, chunks, strict=True))
+    if afresh > how.refresh * sum(map(len, chunks)):
         return None
     contexts = [recalled.variant.ghosts for recalled in found]
     for chunk, ghosts in zip(pieces.chunks, contexts, strict=True):
@@ -64,7 +69,9 @@ def stored_context(
     return result
 
 
-def learn(encoder: Encoder, cache: RowCache, mass: ChunkMass, pieces: Sequence[Pieces]) -> None:
+def learn(
+    encoder: Encoder, cache: RowCache, mass: ChunkMass, pieces: Sequence[Pieces], how: Recall
+) -> None:
     """Keeps every chunk of the prompts that were computed in full, and what it attended to.
 
     Args:
@@ -73,6 +80,7 @@ def learn(encoder: Encoder, cache: RowCache, mass: ChunkMass, pieces: Sequence[P
         cache: After the prefill.
         mass: What rows paid chunks, all layers read.
         pieces: The prompts; those served from caches are passed over.
+        how: Says how many variants of a chunk are kept.
     """
     columns = mass.columns
     for index, prompt in enumerate(pieces):
@@ -95,6 +103,7 @@ def learn(encoder: Encoder, cache: RowCache, mass: ChunkMass, pieces: Sequence[P
                     tokens=outside.sum(1),
                     intra=float(paid[:, number].sum()),
                 ),
+                how.most,
             )
             ghosts = ghosts + chunk
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from blocktune.cache import RowCache
+from blocktune.cache import Recall, RowCache
 from blocktune.engine.account import Account, Stopwatch, Ttft
 from blocktune.engine.assemble import Assembled
 from blocktune.engine.cost import Executed
@@ -45,7 +45,7 @@ class Run:
     """A batch after its prefill.
 
     ``keep`` are the prompts that the prefix cache shall hold, ``lessons`` those whose chunks shall
-    be served again with what they attended to.
+    be served again with what they attended to, as ``recall`` says.
     """
 
     server: Server
@@ -60,6 +60,7 @@ class Run:
     reshaping: Reshaping | None = None
     keep: tuple[Pieces, ...] = ()
     lessons: tuple[Pieces, ...] = ()
+    recall: Recall | None = None
     choice: LoadingChoice | None = None
 
     def tokens(
@@ -92,8 +93,9 @@ class Run:
         self.watch.stop("first_token_s")
         # Nobody waits for it any more.
         self.server.remember(self.cache, self.keep)
-        if self.lessons:
-            learn(self.server.encoder, self.cache, self.prefill.mass, self.lessons)
+        if self.recall is not None:
+            mass = self.prefill.mass
+            learn(self.server.encoder, self.cache, mass, self.lessons, self.recall)
         yield first
         yield from steps
 

@@ -62,9 +62,9 @@ class Served:
             ValueError: If the method does not fit the model's adapter, or the prompt its context.
         """
         spec = self.prompts.spec(method)
-        if not method.recalls:
+        if method.recall is None:
             return self.prompts.prompt(pieces, spec, max_new_tokens)
-        contexts = contexts_of(self._server.encoder.variants, pieces)
+        contexts = contexts_of(self._server.encoder.variants, pieces, method.recall)
         spec = LayoutSpec(block=False) if contexts is None else spec
         return self.prompts.prompt(pieces, spec, max_new_tokens, contexts)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import ClassVar
 
+from blocktune.cache import Recall
 from blocktune.prompt import LayoutSpec
 from blocktune.registry import Registry
 from blocktune.reshape import Reshape
@@ -47,14 +48,14 @@ class Axis(Enum):
     RESHAPE = "reshape"
 
 
-def require_count(name: str, value: int) -> None:
+def require_count(name: str, value: int, least: int = 0) -> None:
     """Refuses a parameter that is no whole number of things.
 
     Raises:
-        ValueError: If it is negative or no integer.
+        ValueError: If it is no integer or below ``least``.
     """
-    if type(value) is not int or value < 0:
-        raise ValueError(f"{name} must be a whole number, at least 0, got {value!r}")
+    if type(value) is not int or value < least:
+        raise ValueError(f"{name} must be a whole number, at least {least}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Method(ABC):
         source: Paper or code it follows.
         weights: What the model must be trained for.
         cached: What comes from caches.
-        recalls: Whether chunks come from earlier full prompts, see `blocktune.engine.recall`.
+        recall: How chunks come from earlier full prompts, see `blocktune.engine.recall`, or None.
         rehearse: Prompts over the same chunks that are served before each one, in full, in another
             order and off the clock: a history for measurements that begin with empty caches.
         paced: Whether chunks are loaded layer by layer while it computes, and how much it computes
@@ -79,7 +80,7 @@ class Method(ABC):
     source: ClassVar[str]
     weights: ClassVar[Weights] = Weights.ANY
     cached: ClassVar[Cached] = Cached.CHUNKS
-    recalls: ClassVar[bool] = False
+    recall: ClassVar[Recall | None] = None
     rehearse: ClassVar[int] = 0
     paced: ClassVar[bool] = False
     keeps_context: ClassVar[bool] = True

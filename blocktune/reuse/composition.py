@@ -12,6 +12,7 @@ from enum import Enum
 from functools import reduce
 from typing import Any, Literal
 
+from blocktune.cache import Recall
 from blocktune.prompt import LayoutSpec
 from blocktune.reshape import Reshape
 from blocktune.reuse.axes import Choice, choose, say
@@ -83,9 +84,13 @@ class Composition(Method):
         return self.terms[0].cached
 
     @property
-    def recalls(self) -> bool:
-        """Whether one of the presets does."""
-        return any(term.recalls for term in self.terms)
+    def recall(self) -> Recall | None:
+        """As one of the presets does; never in full where the tokens are chosen otherwise."""
+        found = [term for term in self.terms if term.recall is not None]
+        if not found:
+            return None
+        own = self.spending is None and self.select == found[0].selection()
+        return found[0].recall if own else found[0].recall._replace(refresh=1.0)
 
     @property
     def rehearse(self) -> int:
@@ -114,7 +119,8 @@ class Composition(Method):
             for name, value in self.changes
             if name in ("num_ghosts", "bos", "slot")
         )
-        return kept and alone and all(term.exact_on_one_chunk for term in self.terms)
+        recalled = self.recall is None or self.recall.exact_alone
+        return kept and alone and recalled and all(t.exact_on_one_chunk for t in self.terms)
 
     def arrange(self, spec: LayoutSpec) -> LayoutSpec:
         """The presets' arrangements, then the changes."""

@@ -67,8 +67,8 @@ def test_the_variant_that_fits_best_is_recalled(tmp_path, tier):
     store = ChunkStore() if tier == "memory" else ChunkStore(max_bytes=0, folder=tmp_path)
     variants = VariantStore(store, MODEL)
     assert variants.recall(CHUNK, (A,)) is None
-    variants.learn(CHUNK, made((A, B)))
-    variants.learn(CHUNK, made((C, D)))
+    variants.learn(CHUNK, made((A, B)), 5)
+    variants.learn(CHUNK, made((C, D)), 5)
     recalled = variants.recall(CHUNK, (C, D))
     assert (recalled.variant.context, recalled.overhead) == ((C, D), 0.0)
     assert recalled.variant.ghosts == (0, 3, 4, 4)
@@ -81,12 +81,12 @@ def test_learning_again_replaces_and_the_least_used_leaves():
     variants = VariantStore(ChunkStore(), MODEL)
     contexts = [((number,),) for number in range(5)]
     for context in contexts:
-        variants.learn(CHUNK, made(context, (1.0,)))
+        variants.learn(CHUNK, made(context, (1.0,)), 5)
         variants.used(CHUNK, (0, *context[0]))
-    variants.learn(CHUNK, made(contexts[0], (2.0,)))
+    variants.learn(CHUNK, made(contexts[0], (2.0,)), 5)
     assert float(variants.of(CHUNK, (0, 0)).inter) == 2.0
     variants.used(CHUNK, (0, 0))
-    variants.learn(CHUNK, made(((9,),), (1.0,)))
+    variants.learn(CHUNK, made(((9,),), (1.0,)), 5)
     assert variants.of(CHUNK, (0, 1)) is None
     assert variants.of(CHUNK, (0, 0)) is not None
     assert variants.of(CHUNK, (0, 9)) is not None
@@ -99,6 +99,6 @@ def test_statistics_of_another_shape_are_refused():
 
 def test_a_variant_without_prefix_or_context_is_stored_too(tmp_path):
     store = ChunkStore(max_bytes=0, folder=tmp_path)
-    VariantStore(store, MODEL).learn(CHUNK, made((), (), prefix=()))
+    VariantStore(store, MODEL).learn(CHUNK, made((), (), prefix=()), 1)
     variant = VariantStore(store, MODEL).of(CHUNK, ())
     assert (variant.prefix, variant.context, variant.intra) == ((), (), 2.0)

@@ -11,6 +11,7 @@ from tiny_tokenizer import build_tokenizer
 from blocktune.cache import ChunkStore
 from blocktune.engine import Engine
 from blocktune.layout import Kind
+from blocktune.prompt import Chunk
 from blocktune.reuse import build as method_of
 
 TOLERANCE = {"rtol": 0, "atol": 1e-4}
@@ -173,3 +174,45 @@ def test_one_chunk_alone_is_exact():
     full = engine.next_logits([one], "full-prefill")
     serve(engine, one)
     torch.testing.assert_close(engine.next_logits([one], CRAFT), full, **TOLERANCE)
+
+
+def chunks_of(engine, *numbers):
+    """An ask over some of five chunks."""
+    texts = [chunk.text for chunk in ASK.chunks] + [
+        "Kites fly over Lima.",
+        "Nobody asked about it.",
+    ]
+    return dataclasses.replace(ASK, chunks=tuple(Chunk(texts[number]) for number in numbers))
+
+
+def test_known_chunks_in_a_foreign_context_are_computed_in_full_and_learnt(engine):
+    """Online: a corpus whose chunks are all known goes on to be learnt."""
+    method = method_of("cache-craft", focus=1.0, refresh=0.2)
+    serve(engine, chunks_of(engine, 3, 0), method)
+    serve(engine, chunks_of(engine, 1, 4), method)
+    mixed = chunks_of(engine, 1, 0, 4)
+    never = method_of("cache-craft", focus=1.0, refresh=1.0)
+    assert 0.2 < serve(engine, mixed, never).recompute_ratio < 1
+    assert serve(engine, mixed, never).recompute_ratio < 1  # and it leaves nothing behind
+    assert serve(engine, mixed, method).recompute_ratio == 1
+    for how in (method, never):
+        assert serve(engine, mixed, how).recompute_ratio == 0
+
+
+def test_no_more_variants_of_a_chunk_are_kept_than_asked_for(engine):
+    def known(variants):
+        engine.forget()
+        method = method_of("cache-craft", focus=1.0, refresh=0.0, variants=variants)
+        for numbers in ((1, 0), (2, 0), (3, 0)):
+            serve(engine, chunks_of(engine, *numbers), method)
+        return [serve(engine, chunks_of(engine, n, 0), method).recompute_ratio for n in (3, 2, 1)]
+
+    assert known(3) == [0, 0, 0]
+    assert known(1) == [0, 1, 1]
+
+
+def test_a_budget_is_never_broken_by_a_refresh(engine):
+    serve(engine, chunks_of(engine, 3, 0))
+    serve(engine, chunks_of(engine, 1, 4))
+    method = method_of("cache-craft refresh=0.0 + stored-context 25%")
+    assert serve(engine, chunks_of(engine, 1, 0, 4), method).recompute_ratio < 0.4
