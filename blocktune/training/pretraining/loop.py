@@ -131,7 +131,9 @@ def _so_far(output: Path) -> tuple[int, float]:
 
 def dev_examples(config: PretrainConfig):
     """Questions over 10 chunks whose names no training world holds."""
-    worlds = WorldConfig(split="dev", seed=config.seed, num_examples=config.eval_examples)
+    worlds = WorldConfig(
+        split="dev", seed=config.seed, num_examples=config.eval_examples, kinds=config.kinds
+    )
     return list(generate_examples(worlds))
 
 
