@@ -1,17 +1,10 @@
 """Generated worlds: the same twice, disjoint splits, answers where the example says they are."""
 
 import itertools
-import re
 
 import pytest
 
-from blocktune.data.worlds import (
-    DEFAULT_KINDS,
-    MARKER,
-    QUESTION_KINDS,
-    WorldConfig,
-    generate_examples,
-)
+from blocktune.data.worlds import MARKER, QUESTION_KINDS, WorldConfig, generate_examples
 from blocktune.data.worlds.names import ROOT, SPLITS, names
 
 
@@ -88,15 +81,8 @@ def test_a_world_larger_than_its_names_is_refused_in_one_line():
         draw(num_passages=4000, num_examples=1, split="dev")
 
 
-def test_names_of_documents_have_no_word_in_common_and_references_have_none_of_a_name():
-    for example in draw(num_passages=8):
-        titles = [c.title for c in example.chunks if c.title]
-        words = [w for title in titles for w in set(title.split()) - {"The", "of"}]
-        assert len(words) == len(set(words))
-
-
-def test_a_world_with_more_documents_than_roots_is_written():
-    assert len(draw(num_passages=80, num_examples=1)[0].chunks) == 80
+def test_a_world_with_more_documents_than_nicknames_is_written():
+    assert len(draw(num_passages=60, num_examples=1)[0].chunks) == 60
 
 
 def test_the_answer_stands_in_the_chunk_of_the_last_fact_and_that_is_supporting(examples):
@@ -118,8 +104,8 @@ def test_bridges_stand_in_the_chunks_before_and_are_said_first(examples):
             assert bridge not in example.question
 
 
-def test_cross_chunk_facts_stand_in_an_untitled_chunk_that_does_not_name_its_entity():
-    cross = draw(kinds={"cross-chunk": 1.0}, num_examples=150)
+def test_cross_chunk_facts_stand_in_an_untitled_chunk_that_does_not_name_its_entity(examples):
+    cross = [e for e in examples if e.kind == "cross-chunk"]
     assert {m for e in cross for m in e.meta["mentions"]} == {
         "pronoun", "description", "alias", "list",
     }  # fmt: skip
@@ -137,54 +123,16 @@ def test_self_contained_facts_stand_in_a_titled_chunk(examples):
         assert example.chunks[chunk].title in example.question
 
 
-OPENING = re.compile(r"(?P<name>.+?) (is (known as |often called )?|has )(?P<words>the [^.]+)\.")
-
-
-def test_the_first_chunk_tells_the_words_that_later_chunks_use(examples):
-    told = 0
+def test_a_description_or_alias_is_explained_by_the_first_chunk(examples):
     for example in (e for e in examples if e.kind == "cross-chunk"):
         first, chunk = example.supporting
-        opening = OPENING.match(example.chunks[first].text)
-        [mention] = example.meta["mentions"]
-        if mention == "pronoun":
-            assert opening is None
-            continue
-        told += 1
-        assert opening["name"] == example.chunks[first].title
-        said = example.chunks[chunk].text
-        assert opening["words"][1:] in said  # "the" may begin a sentence
-        assert not set(opening["words"].split()) & set(opening["name"].split())
-    assert told > 10
-
-
-def test_a_question_for_the_reference_is_answered_by_the_opening():
-    for example in draw(kinds={"reference": 1.0}):
-        [answer] = example.answers
-        opening = OPENING.match(example.chunks[example.supporting[0]].text)
-        assert (opening["name"] in example.question, opening["words"]) == (True, answer)
-
-
-def test_a_question_by_reference_names_no_title_and_has_one_answer():
-    for example in draw(kinds={"referred": 1.0}):
-        assert not any(c.title and c.title in example.question for c in example.chunks)
-        assert example.answers[0] in example.chunks[example.meta["fact_chunks"][0]].text
-
-
-def test_responses_say_references_first_only_where_chunks_use_them():
-    plain, said = (draw(kinds=DEFAULT_KINDS, num_examples=200, references=r) for r in (False, True))
-    told = 0
-    for before, after in zip(plain, said, strict=True):
-        assert (after.question, after.answers) == (before.question, before.answers)
-        assert after.response.endswith(before.answers[0])
-        if set(after.meta["mentions"]) <= {"name", "pronoun"}:
-            assert after.response == before.response
-        else:
-            told += 1
-            first, *_ = after.response.split(MARKER)
-            assert first.count("the ") == sum(
-                m not in ("name", "pronoun") for m in after.meta["mentions"]
+        subject = example.chunks[chunk].text
+        if example.meta["mentions"] == ["alias"]:
+            opening = example.chunks[first].text
+            alias = opening.split(", known as ")[-1].split(", often called ")[-1].split(",")[0]
+            assert (
+                f"{alias} " in subject or "He " in subject or "She " in subject or "It " in subject
             )
-    assert told > 20
 
 
 def test_without_the_bridge_chunk_nothing_says_the_last_fact(examples):

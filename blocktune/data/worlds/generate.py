@@ -33,8 +33,6 @@ class WorldConfig:
         questions_per_world: Questions that share a context.
         turns: Questions that each example asks in turn of its context, for training: the first,
             then its followups; fewer where the world has no more.
-        references: Where a fact's chunk speaks of its subject by another word, the response says
-            that word first: what a model that reads each chunk alone has to look for.
         plain: Every sentence names its entity, in one wording, and no document goes on in another
             chunk; the first lessons of pre-training.
     """
@@ -46,7 +44,6 @@ class WorldConfig:
     kinds: Mapping[str, float] = field(default_factory=lambda: DEFAULT_KINDS)
     questions_per_world: int = 1
     turns: int = 1
-    references: bool = False
     plain: bool = False
 
     def __post_init__(self):
@@ -133,8 +130,7 @@ def draw_context(rng: Random, config: WorldConfig, num_questions: int) -> Contex
     while pools and len(questions) < num_questions:
         weights = [config.kinds[kind] for kind in pools]
         kind = rng.choices(list(pools), weights)[0] if questions else wanted
-        facts = pools[kind].pop()
-        questions.append(ask(rng, kind, facts, passages, references=config.references))
+        questions.append(ask(rng, kind, pools[kind].pop(), passages))
         pools = {kind: pool for kind, pool in pools.items() if pool}
     facts = rng.sample(list(world.facts.values()), len(world.facts))
     return Context(

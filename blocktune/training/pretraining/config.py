@@ -8,7 +8,6 @@ from transformers import LlamaConfig
 
 KINDS = {
     "self-contained": 0.35, "cross-chunk": 0.3, "2-hop": 0.3, "3-hop": 0.06, "comparison": 0.06,
-    "reference": 0.15, "referred": 0.3,
 }  # fmt: skip
 
 ANNEAL_WARMUP = 10

@@ -131,9 +131,7 @@ def _so_far(output: Path) -> tuple[int, float]:
 
 def dev_examples(config: PretrainConfig):
     """Questions over 10 chunks whose names no training world holds."""
-    worlds = WorldConfig(
-        split="dev", seed=config.seed, num_examples=config.eval_examples, kinds=config.kinds
-    )
+    worlds = WorldConfig(split="dev", seed=config.seed, num_examples=config.eval_examples)
     return list(generate_examples(worlds))
 
 
