@@ -3,9 +3,10 @@
 from blocktune.bench.attention import AttentionBench, bench_attention
 from blocktune.bench.loading import bench_loading
 from blocktune.bench.reuse import bench_reuse
-from blocktune.bench.setting import TARGETS, TINY, ReuseBench
+from blocktune.bench.setting import LOADING, TARGETS, TINY, ReuseBench
 
 __all__ = [
+    "LOADING",
     "TARGETS",
     "TINY",
     "AttentionBench",

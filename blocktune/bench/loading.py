@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from blocktune.bench.setting import ReuseBench
+from blocktune.bench.setting import LOADING, ReuseBench
 from blocktune.bench.timing import ratios, spread, take_turns, threads
 from blocktune.cache import ChunkStore
 from blocktune.engine import Engine, Sampling
@@ -31,7 +31,7 @@ def bench_loading(bench: ReuseBench | None = None, folder: Path | None = None) -
     the system allows it: Linux). Both methods recompute the same share of layer-tokens.
 
     Args:
-        bench: The setting.
+        bench: The setting; `LOADING` if None.
         folder: Where the chunks are written, on the disk that is meant; a temporary one if None.
 
     Returns:
@@ -39,7 +39,7 @@ def bench_loading(bench: ReuseBench | None = None, folder: Path | None = None) -
         leave: the longer of loading and the rest; medians of the ratios within each round, their
         ``spread``, ``seconds`` likewise; bytes that a prompt reads; the setting and the provenance.
     """
-    bench = bench or ReuseBench()
+    bench = bench or LOADING
     with (
         TemporaryDirectory(dir=folder) as temporary,
         threads(bench.threads),

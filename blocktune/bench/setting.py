@@ -94,6 +94,9 @@ class ReuseBench:
         return Pieces((), chunks, ids[-self.question :])
 
 
+LOADING = ReuseBench(width=256, intermediate=512, heads=4, kv_heads=4, threads=1)
+"""One core computes, another can load; so narrow that loading is a tenth of the whole."""
+
 TINY = ReuseBench(
     tokens=256,
     chunk=64,

@@ -81,10 +81,10 @@ def loading(
     as_json: AsJson = False,
 ) -> None:
     """Time cacheblend over chunks on disk, loaded before it computes and while it does."""
-    from blocktune.bench import TINY, ReuseBench, bench_loading
+    from blocktune.bench import LOADING, TINY, bench_loading
 
-    setting = replace(TINY, repeats=repeats) if tiny else ReuseBench(tokens, chunk, repeats=repeats)
-    _show(bench_loading(setting, folder), as_json, output)
+    setting = TINY if tiny else replace(LOADING, tokens=tokens, chunk=chunk)
+    _show(bench_loading(replace(setting, repeats=repeats), folder), as_json, output)
 
 
 def _show(found: dict, as_json: bool, output: Path | None) -> None:
