@@ -133,7 +133,7 @@ def _cost(account: Account, copy: float, matmul: float) -> dict[str, float]:
         "recompute_ratio": account.recompute_ratio,
         "bytes_read": account.bytes_read,
         "bytes_moved": account.bytes_moved,
-        "bytes_over_copy_rate_s": account.bytes_read / copy,
+        "bytes_over_copy_rate_s": account.bytes_moved / 2 / copy,  # read and written, see copy_rate
         "flops": account.flops,
         "flops_over_matmul_rate_s": account.flops / matmul,
     }

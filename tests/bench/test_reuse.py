@@ -41,7 +41,8 @@ def test_costs_are_those_of_the_methods(found):
     flops = [cost[name]["flops"] for name in ("naive", "epic", "cacheblend", "full")]
     assert flops == sorted(flops)
     copied = cost["naive"]["bytes_over_copy_rate_s"] * found["bytes_per_s_copied"]
-    assert copied == pytest.approx(cost["naive"]["bytes_read"])
+    assert 2 * copied == pytest.approx(cost["naive"]["bytes_moved"])
+    assert copied >= cost["naive"]["bytes_read"]
 
 
 @torch.no_grad()
