@@ -17,6 +17,7 @@ from blocktune.prompt import (
     Prompt,
     PromptFormat,
     chunk_ids,
+    encode,
     lay_out,
     make_pieces,
     prefix_ids,
@@ -133,7 +134,7 @@ class PromptMaker:
     def _ghost_id(self, spec: LayoutSpec) -> int | None:
         if not spec.num_ghosts:
             return None
-        return self.tokenizer(" ", add_special_tokens=False)["input_ids"][0]
+        return encode(self.tokenizer, " ")[0]
 
     def _bos_id(self, spec: LayoutSpec) -> int | None:
         if spec.bos != "none" and self.tokenizer.bos_token_id is None:

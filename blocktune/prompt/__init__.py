@@ -2,6 +2,7 @@
 
 from blocktune.prompt.batch import Batch, pack, stack
 from blocktune.prompt.chunk import Chunk
+from blocktune.prompt.encoding import encode
 from blocktune.prompt.format import PromptFormat
 from blocktune.prompt.pieces import (
     Pieces,
@@ -25,6 +26,7 @@ __all__ = [
     "PromptFormat",
     "answer_ids",
     "chunk_ids",
+    "encode",
     "end_of_turn",
     "lay_out",
     "make_pieces",

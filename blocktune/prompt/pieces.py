@@ -14,6 +14,7 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from blocktune.prompt.chunk import Chunk
+from blocktune.prompt.encoding import encode
 from blocktune.prompt.format import PromptFormat
 from blocktune.prompt.template import render_frame, render_next, reply_end
 
@@ -72,9 +73,9 @@ def make_pieces(
     opening = fmt.opening(block)
     head = f"{opening}\n\n" if opening else ""
     frame = render_frame(tokenizer, fmt.system, head, fmt.render_question(question))
-    prefix = _with_bos(tokenizer, _encode(tokenizer, frame.before))
+    prefix = _with_bos(tokenizer, encode(tokenizer, frame.before))
     bodies = tuple(chunk_ids(tokenizer, fmt, chunk) for chunk in chunks)
-    query = _encode(tokenizer, frame.after)
+    query = encode(tokenizer, frame.after)
     answer = () if response is None else answer_ids(tokenizer, response)
     if followups and response is None:
         raise ValueError("followups come after an answer, and the first question has no response")
@@ -105,7 +106,7 @@ def chunk_ids(
     Raises:
         ValueError: If the chunk has no tokens.
     """
-    ids = _encode(tokenizer, fmt.render_chunk(chunk), split_special_tokens=True)
+    ids = encode(tokenizer, fmt.render_chunk(chunk), split_special_tokens=True)
     if not ids:
         raise ValueError(f"the tokenizer makes no token of chunk {chunk!r:.60}")
     return ids
@@ -114,7 +115,7 @@ def chunk_ids(
 def answer_ids(tokenizer: PreTrainedTokenizerBase, response: str) -> tuple[int, ...]:
     """Tokens the model is trained to write: the response and the end of its turn."""
     lead = " " if tokenizer.chat_template is None else ""  # "Answer:" wants a space
-    body = _encode(tokenizer, lead + response, split_special_tokens=True)
+    body = encode(tokenizer, lead + response, split_special_tokens=True)
     return body + end_of_turn(tokenizer)
 
 
@@ -126,7 +127,7 @@ def next_query_ids(
     Raises:
         ValueError: If the template does not end the assistant's turn as `end_of_turn` does.
     """
-    ids = _encode(tokenizer, render_next(tokenizer, fmt.render_question(question)))
+    ids = encode(tokenizer, render_next(tokenizer, fmt.render_question(question)))
     if tokenizer.chat_template is None:
         return ids
     end = end_of_turn(tokenizer)
@@ -147,7 +148,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     Raises:
         ValueError: If there is neither.
     """
-    ids = _encode(tokenizer, reply_end(tokenizer))
+    ids = encode(tokenizer, reply_end(tokenizer))
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     special.add(tokenizer.eos_token_id)
     ends = [index for index, token in enumerate(ids) if token in special]
@@ -161,20 +162,13 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     return (tokenizer.eos_token_id,)
 
 
-def _encode(tokenizer, text: str, split_special_tokens: bool = False) -> tuple[int, ...]:
-    encoded = tokenizer(
-        text, add_special_tokens=False, split_special_tokens=split_special_tokens, verbose=False
-    )
-    return tuple(encoded["input_ids"])
-
-
 def _with_bos(tokenizer, prefix: tuple[int, ...]) -> tuple[int, ...]:
     """Adds BOS where the template leaves it to the tokenizer, and to plain text."""
     bos = tokenizer.bos_token_id
     if bos is None or bos in prefix:
         return prefix
-    wanted = tokenizer.chat_template is None or tokenizer("a")["input_ids"][0] == bos
-    return (bos, *prefix) if wanted else prefix
+    puts = encode(tokenizer, "a", add_special_tokens=True)[0] == bos
+    return (bos, *prefix) if puts or tokenizer.chat_template is None else prefix
 
 
 def _check_bos(tokenizer, pieces: Pieces) -> None:

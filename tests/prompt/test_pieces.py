@@ -1,6 +1,7 @@
 """Pieces hold what the chat template would have rendered, cut where the chunks begin and end."""
 
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from chat_families import FAMILIES, PARTS, family
@@ -184,3 +185,14 @@ def test_template_that_does_not_hold_user_text_is_refused(template):
         ValueError, match="does not render a user turn with text in it exactly once"
     ):
         make_pieces(build_tokenizer(template), PromptFormat(), CHUNKS, QUESTION)
+
+
+def test_threads_over_one_tokenizer_read_every_text_their_own_way(tokenizer):
+    """One thread's chunks keep special tokens as text while another's template means them."""
+    fmt, special = PromptFormat(), tokenizer.eos_token
+    chunks = [Chunk(f"A passage that says {special} and goes on."), Chunk("Another.")]
+    read = lambda _: make_pieces(tokenizer, fmt, chunks, "Who?")  # noqa: E731
+    expected = read(0)
+    assert tokenizer.eos_token_id not in expected.chunks[0]
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        assert set(pool.map(read, range(400))) == {expected}

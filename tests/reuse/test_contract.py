@@ -21,12 +21,12 @@ COMPOSITIONS = (
     "kvlink + link0 + deviation 30 % + scaled-context",
     "kv-packet + first-k 4",
     "cache-craft + first-k 4",
+    "cache-craft refresh=1.0",
 )
 SUBJECTS = subjects() | {name: build(name) for name in COMPOSITIONS}
 CASES = [(name, claim) for name, method in SUBJECTS.items() for claim in claims(method)]
 EXCEPTIONS = {
     "ape",
-    "cache-craft",
     "kv-packet",
     "kvlink",
     "link0",
