@@ -34,7 +34,7 @@ def provenance(seed: int | None = None, command: list[str] | None = None) -> dic
         seed: Recorded as it is, where one was used.
         command: What the user typed; by default ``sys.argv`` with the bare program name.
     """
-    typed = [_program(), *sys.argv[1:]] if command is None else command
+    typed = [*_program(), *sys.argv[1:]] if command is None else command
     return {
         "command": shlex.join(typed),
         "commit": commit(),
@@ -44,9 +44,11 @@ def provenance(seed: int | None = None, command: list[str] | None = None) -> dic
     }
 
 
-def _program() -> str:
-    name = Path(sys.argv[0]).name
-    return "blocktune" if name == "cli.py" else name  # several processes run it as a module
+def _program() -> list[str]:
+    path, package = Path(sys.argv[0]), Path(__file__).parent
+    if path.name == "__main__.py" and path.is_relative_to(package):
+        return ["python", "-m", f"{package.name}.{path.parent.name}"]  # by several processes
+    return ["blocktune" if path.name == "cli.py" else path.name]
 
 
 def commit() -> str | None:
