@@ -18,7 +18,7 @@ from blocktune.evaluation.trace_show import draw_trace
 Results = Mapping[str, Any]
 LAYERED = {
     "beginnings": "of the choice, first 8 tokens of a chunk",
-    "accrued": "of the deviation, in the top 15 % of tokens",
+    "accrued": "deviation in the top 15 % of tokens",
 }
 """Shares by layer that `choice_of` measures."""
 
