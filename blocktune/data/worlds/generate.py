@@ -33,6 +33,10 @@ class WorldConfig:
         questions_per_world: Questions that share a context.
         turns: Questions that each example asks in turn of its context, for training: the first,
             then its followups; fewer where the world has no more.
+        references: Where a fact's chunk speaks of its subject by another word, the response says
+            that word first: what a model that reads each chunk alone has to look for.
+        shuffled: Share of the contexts whose chunks stand in any order, a document's later chunks
+            before its first too; none of theirs leans on a pronoun.
         plain: Every sentence names its entity, in one wording, and no document goes on in another
             chunk; the first lessons of pre-training.
     """
@@ -44,6 +48,8 @@ class WorldConfig:
     kinds: Mapping[str, float] = field(default_factory=lambda: DEFAULT_KINDS)
     questions_per_world: int = 1
     turns: int = 1
+    references: bool = False
+    shuffled: float = 0.0
     plain: bool = False
 
     def __post_init__(self):
@@ -116,7 +122,7 @@ def draw_context(rng: Random, config: WorldConfig, num_questions: int) -> Contex
     for _ in range(MOST_WORLDS):
         size = rng.randint(*config.passage_range)
         world = draw_world(rng, config.split, size, plain=config.plain)
-        passages = write_passages(rng, world)
+        passages = write_passages(rng, world, shuffled=rng.random() < config.shuffled)
         pools = candidates(world, passages)
         if wanted in pools:
             break
@@ -130,7 +136,8 @@ def draw_context(rng: Random, config: WorldConfig, num_questions: int) -> Contex
     while pools and len(questions) < num_questions:
         weights = [config.kinds[kind] for kind in pools]
         kind = rng.choices(list(pools), weights)[0] if questions else wanted
-        questions.append(ask(rng, kind, pools[kind].pop(), passages))
+        facts = pools[kind].pop()
+        questions.append(ask(rng, kind, facts, passages, references=config.references))
         pools = {kind: pool for kind, pool in pools.items() if pool}
     facts = rng.sample(list(world.facts.values()), len(world.facts))
     return Context(
