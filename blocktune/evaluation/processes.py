@@ -1,4 +1,4 @@
-"""Several processes, each with a device of its own, share the batches of one run."""
+"""Several processes share the batches of one run, each on a GPU of its own or several on one."""
 
 from __future__ import annotations
 
@@ -47,14 +47,18 @@ class Processes:
 
 
 def launched() -> Processes:
-    """The processes that ``accelerate launch`` or ``torchrun`` started, or this one alone."""
+    """The processes that ``accelerate launch`` or ``torchrun`` started, or this one alone.
+
+    More processes than GPUs take turns on them: a small model leaves most of one idle.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Processes()
     import torch
     from accelerate import PartialState
 
-    on_cpu = not torch.cuda.is_available()
-    state = PartialState(cpu=on_cpu, timeout=PATIENCE)
+    gpus = torch.cuda.device_count()
+    crowded = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > gpus  # NCCL wants one process a GPU
+    state = PartialState(cpu=crowded, timeout=PATIENCE)
     atexit.register(state.destroy_process_group)
-    device = "cpu" if on_cpu else f"cuda:{state.local_process_index}"
+    device = f"cuda:{state.local_process_index % gpus}" if gpus else "cpu"
     return Processes(state.process_index, state.num_processes, device, state.wait_for_everyone)

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from blocktune.data.worlds import WorldConfig, draw_context, generate_examples
 from blocktune.prompt import PromptFormat, make_pieces
-from blocktune.training.pretraining.config import Curriculum, PretrainConfig, Stage
-from blocktune.training.pretraining.contexts import ContextSource, given_ids, micro_batches, turns
+from blocktune.training.pretraining.config import PretrainConfig, Stage
+from blocktune.training.pretraining.contexts import Lessons, given_ids, loader, turns
 from blocktune.training.pretraining.loop import anneal, pretrain
 from blocktune.training.pretraining.measure import correct
 from blocktune.training.pretraining.model import new_model
@@ -26,9 +26,10 @@ SMALL = PretrainConfig(
     ffn=16,
     heads=2,
     kv_heads=1,
-    stages=(Stage(5, 2),),
+    stages=(Stage(5, 2, 300),),
     anneal_steps=2,
-    tokens_per_step=200,
+    rows_per_step=600,
+    micro_rows=400,
     eval_every=10,
     eval_examples=2,
 )
@@ -61,19 +62,30 @@ def test_a_training_conversation_opens_with_the_pieces_that_serving_makes(tokeni
 
 
 def test_answers_weigh_more_and_padding_nothing(tokenizer):
-    sequences = ContextSource(SMALL, tokenizer).draw(Stage(5, 1), 600)
-    for batch in micro_batches(sequences, 400, tokenizer.pad_token_id):
+    for batch in Lessons(SMALL, tokenizer)[0]:
         assert set(batch.weights.unique().tolist()) <= {0.0, 1.0, SMALL.answer_weight}
         assert torch.equal(batch.weights == 0, batch.ids == tokenizer.pad_token_id)
 
 
-def test_a_stage_ends_when_it_is_learnt_or_used_up():
-    curriculum = Curriculum((Stage(2, 100, until=0.5), Stage(4, 3, until=0.5), Stage(6, 1)))
-    seen = []
-    for accuracy in [1.0] * 7 + [0.0] * 4:
-        seen.append(curriculum.stage.passages)
-        curriculum.advance(accuracy)
-    assert seen == [2] * 7 + [4] * 3 + [6]
+def test_lessons_are_the_same_whoever_draws_them_and_on_a_gpu_of_one_shape(tokenizer):
+    config = replace(SMALL, stages=(Stage(2, 2, 200, plain=True), Stage(5, 2, 300)))
+    alone = list(loader(Lessons(config, tokenizer), range(4)))
+    ahead = list(loader(Lessons(replace(config, readers=2), tokenizer), range(4)))
+    on_gpu = Lessons(replace(config, device="cuda", workers=1), tokenizer)
+    assert len(alone) == 4
+    for step, (mine, other) in enumerate(zip(alone, ahead, strict=True)):
+        for one, two in zip(mine, other, strict=True):
+            assert torch.equal(one.ids, two.ids)
+        (fixed,) = on_gpu[step]
+        length = config.stage(step).length
+        assert fixed.ids.shape == (600 // length, length)
+        assert torch.equal(fixed.weights == 0, fixed.ids == tokenizer.pad_token_id)
+
+
+def test_a_batch_of_orthogonal_updates_is_each_alone():
+    matrices = torch.randn(3, 8, 24, generator=torch.Generator().manual_seed(0))
+    each = torch.stack([orthogonal(matrix) for matrix in matrices])
+    assert torch.allclose(orthogonal(matrices), each, atol=1e-5)
 
 
 def test_an_orthogonal_update_has_singular_values_near_one():
@@ -115,7 +127,7 @@ def test_annealing_can_be_done_again_from_the_stages_weights_and_from_nothing_el
 
 
 def test_rates_rise_stay_and_fall():
-    config = replace(SMALL, stages=(Stage(5, 100),), anneal_steps=100, warmup=10, final_lr=0.1)
+    config = replace(SMALL, stages=(Stage(5, 100, 300),), anneal_steps=100, warmup=10, final_lr=0.1)
     rates = [config.rate(step) for step in range(config.total_steps)]
     assert rates[:10] == sorted(rates[:10])
     assert set(rates[10:100]) == {1.0}

@@ -8,6 +8,7 @@ from transformers import LlamaConfig
 
 KINDS = {
     "self-contained": 0.35, "cross-chunk": 0.3, "2-hop": 0.3, "3-hop": 0.06, "comparison": 0.06,
+    "reference": 0.15, "referred": 0.3,
 }  # fmt: skip
 
 ANNEAL_WARMUP = 10
@@ -20,16 +21,15 @@ class Stage:
 
     Attributes:
         passages: Most chunks of a context.
-        steps: Most optimiser steps; what a stage leaves over goes to the last one.
-        until: Accuracy of the answers' values, averaged over about 20 steps, that ends the
-            stage early.
+        steps: Optimiser steps.
+        length: Most tokens of a sequence, S; longer ones are not drawn.
         plain: First lessons: see `WorldConfig`; only questions of one passage.
     """
 
     passages: int
     steps: int
+    length: int
     plain: bool = False
-    until: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,9 @@ class PretrainConfig:
         questions: Most questions asked about one context, in successive turns.
         kinds: Weight of each kind of question.
         answer_weight: Weight of an answer token in the loss; all others weigh 1.
-        tokens_per_step: Tokens of one optimiser step, all processes together, about.
-        micro_tokens: Most tokens of one forward pass, padding included; small ones stay in cache.
+        rows_per_step: Rows of one optimiser step if all sequences were of the stage's length; half
+            of them are pads.
+        micro_rows: Most rows of one forward pass on a CPU, padding included; few stay in cache.
         muon_lr: Peak learning rate of the matrices.
         embedding_std: Initial spread of the embeddings. AdamW moves every number by about its
             rate a step, and words of one class together: from the usual 0.02 their differences
@@ -63,7 +64,11 @@ class PretrainConfig:
             which the rates fall linearly.
         final_lr: Last learning rate, relative to the peak.
         clip: Largest gradient norm.
-        workers: Processes, one thread each: on few cores faster than threads.
+        device: ``cpu``, or ``cuda`` for one GPU, which computes in bfloat16: the lessons are the
+            same, the weights are not.
+        workers: Processes on a CPU, one thread each: on few cores faster than threads.
+        shuffled: Share of contexts whose chunks stand in any order, as retrieved ones may.
+        readers: Processes that draw the lessons; without, each worker draws its own in between.
         eval_every: Steps between measurements on dev worlds.
         eval_examples: Questions in such a measurement.
     """
@@ -78,24 +83,27 @@ class PretrainConfig:
     rope_theta: float = 1e6
     vocab_size: int = 1152
     stages: tuple[Stage, ...] = (
-        Stage(4, 500, plain=True, until=0.96), Stage(5, 500, until=0.95),
-        Stage(8, 300, until=0.95), Stage(12, 100),
+        Stage(4, 600, 256, plain=True), Stage(5, 400, 320), Stage(8, 500, 480),
+        Stage(12, 2500, 704),
     )  # fmt: skip
     questions: int = 8
     kinds: dict[str, float] = field(default_factory=lambda: dict(KINDS))
     answer_weight: float = 5.0
-    tokens_per_step: int = 8000
-    micro_tokens: int = 1200
+    rows_per_step: int = 20000
+    micro_rows: int = 1200
     muon_lr: float = 0.02
     embedding_std: float = 0.25
     adam_lr: float = 2e-3
     warmup: int = 50
-    anneal_steps: int = 450
+    anneal_steps: int = 1700
     final_lr: float = 0.05
     clip: float = 1.0
+    device: str = "cpu"
     workers: int = 2
-    eval_every: int = 200
-    eval_examples: int = 200
+    readers: int = 0
+    shuffled: float = 0.1
+    eval_every: int = 500
+    eval_examples: int = 300
 
     def scaled(self, factor: float) -> PretrainConfig:
         """The same run with every stage ``factor`` times as long, for trials."""
@@ -111,6 +119,14 @@ class PretrainConfig:
     def total_steps(self) -> int:
         """Steps of the whole run."""
         return self.steady_steps + self.anneal_steps
+
+    def stage(self, step: int) -> Stage:
+        """The stage of a 0-based step; annealing goes on with the last one's lessons."""
+        for stage in self.stages:
+            if step < stage.steps:
+                return stage
+            step -= stage.steps
+        return self.stages[-1]
 
     def rate(self, step: int) -> float:
         """Learning rate at a 0-based step, relative to the peak."""
@@ -138,26 +154,3 @@ class PretrainConfig:
             eos_token_id=eos,
             pad_token_id=pad,
         )
-
-
-class Curriculum:
-    """Where a run stands in its stages; a stage ends when it is learnt or its steps are used up."""
-
-    def __init__(self, stages: tuple[Stage, ...]):
-        """Starts with the first of ``stages``."""
-        self.stages = list(stages)
-        self.step, self.accuracy = 0, 0.0
-
-    @property
-    def stage(self) -> Stage:
-        """The stage of the next step."""
-        return self.stages[0]
-
-    def advance(self, accuracy: float) -> None:
-        """Counts a step, given the accuracy of its answer tokens."""
-        self.step += 1
-        self.accuracy += 0.1 * (accuracy - self.accuracy)
-        learnt = self.accuracy >= self.stage.until or self.step >= self.stage.steps
-        if learnt and len(self.stages) > 1:
-            del self.stages[0]
-            self.step, self.accuracy = 0, 0.0
