@@ -237,8 +237,6 @@ def test_shuffled_chunks_stand_in_any_order_and_lean_on_no_pronoun():
 
 def test_a_pronoun_stands_for_one_document_of_a_world():
     for example in draw(kinds=DEFAULT_KINDS, num_examples=200):
-        openings = [
-            chunk.text.split()[0] for chunk in example.chunks if chunk.title is None
-        ]
+        openings = [chunk.text.split()[0] for chunk in example.chunks if chunk.title is None]
         for pronoun in ("She", "He", "It"):
             assert openings.count(pronoun) <= 2  # both later chunks of one document

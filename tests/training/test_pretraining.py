@@ -13,7 +13,7 @@ from blocktune.data.worlds import WorldConfig, draw_context, generate_examples
 from blocktune.prompt import PromptFormat, make_pieces
 from blocktune.training.pretraining.config import PretrainConfig, Stage
 from blocktune.training.pretraining.contexts import Lessons, given_ids, loader, turns
-from blocktune.training.pretraining.loop import anneal, pretrain
+from blocktune.training.pretraining.loop import go_on, pretrain
 from blocktune.training.pretraining.measure import correct
 from blocktune.training.pretraining.model import new_model
 from blocktune.training.pretraining.muon import orthogonal
@@ -26,8 +26,7 @@ SMALL = PretrainConfig(
     ffn=16,
     heads=2,
     kv_heads=1,
-    stages=(Stage(5, 2, 300),),
-    anneal_steps=2,
+    stages=(Stage(5, 2, 300), Stage(5, 2, 300, falls=True)),
     rows_per_step=600,
     micro_rows=400,
     eval_every=10,
@@ -68,7 +67,7 @@ def test_answers_weigh_more_and_padding_nothing(tokenizer):
 
 
 def test_lessons_are_the_same_whoever_draws_them_and_on_a_gpu_of_one_shape(tokenizer):
-    config = replace(SMALL, stages=(Stage(2, 2, 200, plain=True), Stage(5, 2, 300)))
+    config = replace(SMALL, stages=(Stage(2, 2, 200, plain=True), Stage(5, 2, 300, shuffled=0.5)))
     alone = list(loader(Lessons(config, tokenizer), range(4)))
     ahead = list(loader(Lessons(replace(config, readers=2), tokenizer), range(4)))
     on_gpu = Lessons(replace(config, device="cuda", workers=1), tokenizer)
@@ -112,27 +111,30 @@ def test_the_same_seed_makes_the_same_model(tmp_path):
     assert steps[-1]["step"] == 4
 
 
-def test_annealing_can_be_done_again_from_the_stages_weights_and_from_nothing_else(tmp_path):
-    steady = replace(SMALL, anneal_steps=0)
-    pretrain(steady, tmp_path)
+def test_one_can_go_on_from_a_segments_end_and_from_nowhere_else(tmp_path):
+    pretrain(replace(SMALL, stages=SMALL.stages[:1]), tmp_path)
+    start = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    ends = []
     for _ in range(2):
-        start = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-        anneal(SMALL, tmp_path)
-        ends = [(tmp_path / "model.safetensors").read_bytes()]
-        assert ends[0] != start["model.safetensors"]
-        with pytest.raises(ValueError, match="no model of step 2, where annealing starts"):
-            anneal(SMALL, tmp_path)
+        go_on(SMALL, tmp_path)
+        ends.append((tmp_path / "model.safetensors").read_bytes())
+        with pytest.raises(ValueError, match="holds step 4; one can go on from steps 3, 6 only"):
+            go_on(replace(SMALL, stages=(Stage(5, 3, 300), Stage(5, 3, 300, falls=True))), tmp_path)
         for name, content in start.items():
             (tmp_path / name).write_bytes(content)
+    assert ends[0] == ends[1] != start["model.safetensors"]
 
 
-def test_rates_rise_stay_and_fall():
-    config = replace(SMALL, stages=(Stage(5, 100, 300),), anneal_steps=100, warmup=10, final_lr=0.1)
+def test_rates_rise_stay_fall_and_rise_again():
+    steady, falling = Stage(5, 50, 300), Stage(5, 100, 300, falls=True)
+    config = replace(SMALL, stages=(steady, steady, falling, steady), warmup=10, final_lr=0.1)
+    assert config.segments == [range(100), range(100, 200), range(200, 250)]
     rates = [config.rate(step) for step in range(config.total_steps)]
     assert rates[:10] == sorted(rates[:10])
     assert set(rates[10:100]) == {1.0}
-    assert rates[110:] == sorted(rates[110:], reverse=True)
-    assert 0.1 <= rates[-1] < 0.12
+    assert rates[110:200] == sorted(rates[110:200], reverse=True)
+    assert 0.1 <= rates[199] < 0.12
+    assert rates[200:210] == rates[:10]
 
 
 def test_accuracy_counts_only_what_must_be_found(tokenizer):

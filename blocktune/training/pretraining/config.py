@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 from transformers import LlamaConfig
 
@@ -11,8 +12,8 @@ KINDS = {
     "reference": 0.15, "referred": 0.3,
 }  # fmt: skip
 
-ANNEAL_WARMUP = 10
-"""Steps in which new optimisers gather their first averages."""
+FALLING_WARMUP = 10
+"""Steps in which new optimisers gather their first averages, before rates that fall."""
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,17 @@ class Stage:
         steps: Optimiser steps.
         length: Most tokens of a sequence, S; longer ones are not drawn.
         plain: First lessons: see `WorldConfig`; only questions of one passage.
+        shuffled: Share of contexts whose chunks stand in any order, as retrieved ones may.
+        falls: Whether the rates fall linearly. Such a stage starts from the saved weights with new
+            optimisers, and so does the one after it.
     """
 
     passages: int
     steps: int
     length: int
     plain: bool = False
+    shuffled: float = 0.0
+    falls: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,9 @@ class PretrainConfig:
         head_dim: Dimensions of a head, D.
         rope_theta: Base of RoPE; large, so that enough dimensions hardly turn over a context.
         vocab_size: Most tokens of the tokenizer.
-        stages: Curriculum; short contexts first, or retrieval is not learnt.
+        stages: Curriculum; short contexts first, or retrieval is not learnt. Shuffled contexts
+            teach to follow a reference instead of the order of the chunks; the last stage, in
+            order, makes the order the first thing to look at again, as it is in most texts.
         questions: Most questions asked about one context, in successive turns.
         kinds: Weight of each kind of question.
         answer_weight: Weight of an answer token in the loss; all others weigh 1.
@@ -60,14 +68,11 @@ class PretrainConfig:
             soon drown, and names can no longer be told apart.
         adam_lr: Peak learning rate of embeddings and norms.
         warmup: Steps of linear warm-up.
-        anneal_steps: Steps after the stages, from the saved weights and with new optimisers, in
-            which the rates fall linearly.
         final_lr: Last learning rate, relative to the peak.
         clip: Largest gradient norm.
         device: ``cpu``, or ``cuda`` for one GPU, which computes in bfloat16: the lessons are the
             same, the weights are not.
         workers: Processes on a CPU, one thread each: on few cores faster than threads.
-        shuffled: Share of contexts whose chunks stand in any order, as retrieved ones may.
         readers: Processes that draw the lessons; without, each worker draws its own in between.
         eval_every: Steps between measurements on dev worlds.
         eval_examples: Questions in such a measurement.
@@ -84,7 +89,8 @@ class PretrainConfig:
     vocab_size: int = 1152
     stages: tuple[Stage, ...] = (
         Stage(4, 600, 256, plain=True), Stage(5, 400, 320), Stage(8, 500, 480),
-        Stage(12, 2500, 704),
+        Stage(12, 2500, 704), Stage(12, 1700, 704, falls=True),
+        Stage(12, 1500, 704, shuffled=0.3), Stage(12, 1000, 704, falls=True),
     )  # fmt: skip
     questions: int = 8
     kinds: dict[str, float] = field(default_factory=lambda: dict(KINDS))
@@ -95,46 +101,50 @@ class PretrainConfig:
     embedding_std: float = 0.25
     adam_lr: float = 2e-3
     warmup: int = 50
-    anneal_steps: int = 1700
     final_lr: float = 0.05
     clip: float = 1.0
     device: str = "cpu"
     workers: int = 2
     readers: int = 0
-    shuffled: float = 0.1
     eval_every: int = 500
     eval_examples: int = 300
 
     def scaled(self, factor: float) -> PretrainConfig:
         """The same run with every stage ``factor`` times as long, for trials."""
         stages = tuple(replace(s, steps=max(1, round(s.steps * factor))) for s in self.stages)
-        return replace(self, stages=stages, anneal_steps=max(1, round(self.anneal_steps * factor)))
-
-    @property
-    def steady_steps(self) -> int:
-        """Steps of all stages, at the peak rates after a warm-up."""
-        return sum(stage.steps for stage in self.stages)
+        return replace(self, stages=stages)
 
     @property
     def total_steps(self) -> int:
-        """Steps of the whole run."""
-        return self.steady_steps + self.anneal_steps
+        """Steps of all stages."""
+        return sum(stage.steps for stage in self.stages)
+
+    @property
+    def segments(self) -> list[range]:
+        """The steps between one start with new optimisers and the next."""
+        starts, step = [0], 0
+        for before, stage in pairwise(self.stages):
+            step += before.steps
+            if before.falls or stage.falls:
+                starts.append(step)
+        return [range(*ends) for ends in pairwise([*starts, self.total_steps])]
 
     def stage(self, step: int) -> Stage:
-        """The stage of a 0-based step; annealing goes on with the last one's lessons."""
+        """The stage of a 0-based step."""
         for stage in self.stages:
             if step < stage.steps:
                 return stage
             step -= stage.steps
-        return self.stages[-1]
+        raise IndexError(f"step {step} past the last stage")
 
     def rate(self, step: int) -> float:
         """Learning rate at a 0-based step, relative to the peak."""
-        if step < self.steady_steps:
-            return min(1.0, (step + 1) / self.warmup)
-        since = step - self.steady_steps
-        return min(1.0, (since + 1) / ANNEAL_WARMUP) * (
-            1 - (1 - self.final_lr) * since / self.anneal_steps
+        stage = self.stage(step)
+        since = step - next(part.start for part in self.segments if step in part)
+        if not stage.falls:
+            return min(1.0, (since + 1) / self.warmup)
+        return min(1.0, (since + 1) / FALLING_WARMUP) * (
+            1 - (1 - self.final_lr) * since / stage.steps
         )
 
     def model_config(self, vocab_size: int, bos: int, eos: int, pad: int) -> LlamaConfig:

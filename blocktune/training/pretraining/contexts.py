@@ -80,9 +80,11 @@ class Lessons(Dataset):
     def draw(self, rng: Random, stage: Stage, count: int) -> list[Conversation]:
         """Draws ``count`` sequences of a stage, at least one, none longer than it allows."""
         kinds = {"self-contained": 1.0} if stage.plain else self.config.kinds
-        shuffled = 0.0 if stage.plain else self.config.shuffled
         worlds = WorldConfig(
-            num_passages=(1, stage.passages), kinds=kinds, shuffled=shuffled, plain=stage.plain
+            num_passages=(1, stage.passages),
+            kinds=kinds,
+            shuffled=stage.shuffled,
+            plain=stage.plain,
         )
         drawn: list[Conversation] = []
         while len(drawn) < max(1, count):

@@ -30,7 +30,7 @@ LOG_EVERY = 50
 
 
 def pretrain(config: PretrainConfig, output: Path) -> None:
-    """Trains tokenizer and model from nothing, then anneals; saves both, the model in bfloat16.
+    """Trains tokenizer and model from nothing; saves both, the model in bfloat16.
 
     Args:
         config: What to train; the same configuration draws the same data.
@@ -40,23 +40,22 @@ def pretrain(config: PretrainConfig, output: Path) -> None:
     (output / LOG).write_text(json.dumps({"config": asdict(config)}) + "\n")
     texts = world_texts(PromptFormat(), config.seed)
     train_tokenizer(texts, config.vocab_size).save_pretrained(output)
-    _launch(config, output, range(config.steady_steps))
-    anneal(config, output)
+    go_on(config, output)
 
 
-def anneal(config: PretrainConfig, output: Path) -> None:
-    """Goes on from the weights that the stages left in ``output``, at falling rates.
+def go_on(config: PretrainConfig, output: Path) -> None:
+    """Goes on from the weights in ``output``, which must be those of a segment's end.
 
     Raises:
-        ValueError: If ``output`` does not hold the stages' last weights and their log.
+        ValueError: If the log's last step is no segment's end.
     """
-    last = json.loads((output / LOG).read_text().splitlines()[-1])
-    if last.get("step") != config.steady_steps:
-        raise ValueError(
-            f"{output} holds no model of step {config.steady_steps}, where annealing starts; "
-            "train from nothing"
-        )
-    _launch(config, output, range(config.steady_steps, config.total_steps))
+    done = json.loads((output / LOG).read_text().splitlines()[-1]).get("step", 0)
+    left = [part for part in config.segments if part.start >= done]
+    if done < config.total_steps and (not left or left[0].start != done):
+        ends = ", ".join(str(part.stop) for part in config.segments)
+        raise ValueError(f"{output} holds step {done}; one can go on from steps {ends} only")
+    for steps in left:
+        _launch(config, output, steps)
 
 
 def _launch(config: PretrainConfig, output: Path, steps: range) -> None:
