@@ -33,8 +33,10 @@ class WorldConfig:
         questions_per_world: Questions that share a context.
         turns: Questions that each example asks in turn of its context, for training: the first,
             then its followups; fewer where the world has no more.
-        references: Where a fact's chunk speaks of its subject by another word, the response says
-            that word first: what a model that reads each chunk alone has to look for.
+        references: Where a document tells the words by which its later chunks speak of its
+            subject, the response says them before the fact: what a model that reads each chunk
+            alone has to look for. In first chunks too, so that nothing but the words has to be
+            known to say them.
         shuffled: Share of the contexts whose chunks stand in any order, a document's later chunks
             before its first too; none of theirs leans on a pronoun.
         plain: Every sentence names its entity, in one wording, and no document goes on in another

@@ -137,10 +137,7 @@ def ask(
         said = [fact.value for fact in facts[:-1]]
         meta["bridges"] = said
     if references and kind not in ABOUT_REFERENCES:
-        words = [
-            None if place.chunk == place.first else passages.references.get(fact.subject.name)
-            for fact, place in zip(facts, places, strict=True)
-        ]
+        words = [passages.references.get(fact.subject.name) for fact in facts]
         values = [*said, *[None] * (len(facts) - len(said))]
         said = [word for pair in zip(words, values, strict=True) for word in pair if word]
     response = f"{', '.join(said)}. {MARKER}{answer}" if said else answer
