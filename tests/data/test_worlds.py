@@ -1,17 +1,10 @@
 """Generated worlds: the same twice, disjoint splits, answers where the example says they are."""
 
 import itertools
-import re
 
 import pytest
 
-from blocktune.data.worlds import (
-    DEFAULT_KINDS,
-    MARKER,
-    QUESTION_KINDS,
-    WorldConfig,
-    generate_examples,
-)
+from blocktune.data.worlds import MARKER, QUESTION_KINDS, WorldConfig, generate_examples
 from blocktune.data.worlds.names import ROOT, SPLITS, names
 
 
@@ -88,15 +81,8 @@ def test_a_world_larger_than_its_names_is_refused_in_one_line():
         draw(num_passages=4000, num_examples=1, split="dev")
 
 
-def test_names_of_documents_have_no_word_in_common_and_references_have_none_of_a_name():
-    for example in draw(num_passages=8):
-        titles = [c.title for c in example.chunks if c.title]
-        words = [w for title in titles for w in set(title.split()) - {"The", "of"}]
-        assert len(words) == len(set(words))
-
-
-def test_a_world_with_more_documents_than_roots_is_written():
-    assert len(draw(num_passages=80, num_examples=1)[0].chunks) == 80
+def test_a_world_with_more_documents_than_nicknames_is_written():
+    assert len(draw(num_passages=60, num_examples=1)[0].chunks) == 60
 
 
 def test_the_answer_stands_in_the_chunk_of_the_last_fact_and_that_is_supporting(examples):
@@ -118,8 +104,8 @@ def test_bridges_stand_in_the_chunks_before_and_are_said_first(examples):
             assert bridge not in example.question
 
 
-def test_cross_chunk_facts_stand_in_an_untitled_chunk_that_does_not_name_its_entity():
-    cross = draw(kinds={"cross-chunk": 1.0}, num_examples=150)
+def test_cross_chunk_facts_stand_in_an_untitled_chunk_that_does_not_name_its_entity(examples):
+    cross = [e for e in examples if e.kind == "cross-chunk"]
     assert {m for e in cross for m in e.meta["mentions"]} == {
         "pronoun", "description", "alias", "list",
     }  # fmt: skip
@@ -137,52 +123,16 @@ def test_self_contained_facts_stand_in_a_titled_chunk(examples):
         assert example.chunks[chunk].title in example.question
 
 
-OPENING = re.compile(r"(?P<name>.+?) (is (known as |often called )?|has )(?P<words>the [^.]+)\.")
-
-
-def test_the_first_chunk_tells_the_words_that_later_chunks_use(examples):
-    told = 0
+def test_a_description_or_alias_is_explained_by_the_first_chunk(examples):
     for example in (e for e in examples if e.kind == "cross-chunk"):
         first, chunk = example.supporting
-        opening = OPENING.match(example.chunks[first].text)
-        [mention] = example.meta["mentions"]
-        if mention == "pronoun":
-            assert opening is None
-            continue
-        told += 1
-        assert opening["name"] == example.chunks[first].title
-        said = example.chunks[chunk].text
-        assert opening["words"][1:] in said  # "the" may begin a sentence
-        assert not set(opening["words"].split()) & set(opening["name"].split())
-    assert told > 10
-
-
-def test_a_question_for_the_reference_is_answered_by_the_opening():
-    for example in draw(kinds={"reference": 1.0}):
-        [answer] = example.answers
-        opening = OPENING.match(example.chunks[example.supporting[0]].text)
-        assert (opening["name"] in example.question, opening["words"]) == (True, answer)
-
-
-def test_a_question_by_reference_names_no_title_and_has_one_answer():
-    for example in draw(kinds={"referred": 1.0}):
-        assert not any(c.title and c.title in example.question for c in example.chunks)
-        assert example.answers[0] in example.chunks[example.meta["fact_chunks"][0]].text
-
-
-def test_responses_say_the_words_for_their_subjects_first_where_a_document_tells_them():
-    plain, said = (draw(kinds=DEFAULT_KINDS, num_examples=200, references=r) for r in (False, True))
-    told = 0
-    for before, after in zip(plain, said, strict=True):
-        assert (after.question, after.answers) == (before.question, before.answers)
-        first, _, answer = after.response.rpartition(MARKER)
-        assert answer == before.answers[0]
-        told += first.startswith("the ")
-        for words in re.findall(r"the [^,.]+", first):
-            assert any(re.search(rf"\b(is|has)\b.* {words}\b", c.text) for c in after.chunks)
-        if "description" in after.meta["mentions"] or "alias" in after.meta["mentions"]:
-            assert "the " in first
-    assert told > 60
+        subject = example.chunks[chunk].text
+        if example.meta["mentions"] == ["alias"]:
+            opening = example.chunks[first].text
+            alias = opening.split(", known as ")[-1].split(", often called ")[-1].split(",")[0]
+            assert (
+                f"{alias} " in subject or "He " in subject or "She " in subject or "It " in subject
+            )
 
 
 def test_without_the_bridge_chunk_nothing_says_the_last_fact(examples):
@@ -217,24 +167,3 @@ def test_a_question_that_no_world_of_the_size_holds_is_refused():
     config = WorldConfig(num_passages=1, kinds={"3-hop": 1.0}, plain=True, num_examples=1)
     with pytest.raises(ValueError, match="no question of kind '3-hop' in 5000 worlds of 1 passage"):
         list(generate_examples(config))
-
-
-def test_shuffled_chunks_stand_in_any_order_and_lean_on_no_pronoun():
-    late = 0
-    for example in draw(kinds={"cross-chunk": 1.0}, num_examples=100, shuffled=1.0):
-        (chunk,), (mention,) = example.meta["fact_chunks"], example.meta["mentions"]
-        assert mention != "pronoun"
-        assert chunk in example.supporting
-        assert len(example.supporting) == 2
-        assert example.answers[0] in example.chunks[chunk].text
-        late += chunk == max(example.supporting)
-    assert 25 < late < 75
-    (ordered,) = draw(kinds={"cross-chunk": 1.0}, num_examples=1, shuffled=0.0)
-    assert ordered.meta["fact_chunks"][0] == max(ordered.supporting)
-
-
-def test_a_pronoun_stands_for_one_document_of_a_world():
-    for example in draw(kinds=DEFAULT_KINDS, num_examples=200):
-        openings = [chunk.text.split()[0] for chunk in example.chunks if chunk.title is None]
-        for pronoun in ("She", "He", "It"):
-            assert openings.count(pronoun) <= 2  # both later chunks of one document

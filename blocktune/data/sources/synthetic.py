@@ -13,7 +13,6 @@ _KEYS = {
     "passages": "a number of chunks or LOW-HIGH",
     "questions_per_world": "a whole number",
     "turns": "the number of questions asked in turn of one context",
-    "references": "1: answers first say the words by which a chunk speaks of its subject",
 }
 
 
@@ -41,8 +40,6 @@ def read_worlds(split: str, options: Mapping[str, str]) -> Iterator[RagExample]:
         values["questions_per_world"] = _number(options, "questions_per_world")
     if "turns" in options:
         values["turns"] = _number(options, "turns")
-    if "references" in options:
-        values["references"] = bool(_number(options, "references"))
     if "kinds" in options:
         values["kinds"] = dict.fromkeys(options["kinds"].split(","), 1.0)
     if "passages" in options:

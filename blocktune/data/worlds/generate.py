@@ -33,12 +33,6 @@ class WorldConfig:
         questions_per_world: Questions that share a context.
         turns: Questions that each example asks in turn of its context, for training: the first,
             then its followups; fewer where the world has no more.
-        references: Where a document tells the words by which its later chunks speak of its
-            subject, the response says them before the fact: what a model that reads each chunk
-            alone has to look for. In first chunks too, so that nothing but the words has to be
-            known to say them.
-        shuffled: Share of the contexts whose chunks stand in any order, a document's later chunks
-            before its first too; none of theirs leans on a pronoun.
         plain: Every sentence names its entity, in one wording, and no document goes on in another
             chunk; the first lessons of pre-training.
     """
@@ -50,8 +44,6 @@ class WorldConfig:
     kinds: Mapping[str, float] = field(default_factory=lambda: DEFAULT_KINDS)
     questions_per_world: int = 1
     turns: int = 1
-    references: bool = False
-    shuffled: float = 0.0
     plain: bool = False
 
     def __post_init__(self):
@@ -124,7 +116,7 @@ def draw_context(rng: Random, config: WorldConfig, num_questions: int) -> Contex
     for _ in range(MOST_WORLDS):
         size = rng.randint(*config.passage_range)
         world = draw_world(rng, config.split, size, plain=config.plain)
-        passages = write_passages(rng, world, shuffled=rng.random() < config.shuffled)
+        passages = write_passages(rng, world)
         pools = candidates(world, passages)
         if wanted in pools:
             break
@@ -138,8 +130,7 @@ def draw_context(rng: Random, config: WorldConfig, num_questions: int) -> Contex
     while pools and len(questions) < num_questions:
         weights = [config.kinds[kind] for kind in pools]
         kind = rng.choices(list(pools), weights)[0] if questions else wanted
-        facts = pools[kind].pop()
-        questions.append(ask(rng, kind, facts, passages, references=config.references))
+        questions.append(ask(rng, kind, pools[kind].pop(), passages))
         pools = {kind: pool for kind, pool in pools.items() if pool}
     facts = rng.sample(list(world.facts.values()), len(world.facts))
     return Context(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from random import Random
 
 from blocktune.data.worlds.relations import FILLERS, ORDINALS
@@ -11,7 +11,6 @@ from blocktune.prompt import Chunk
 
 MENTIONS = ("pronoun", "description", "alias")
 """How a continuation chunk refers to its entity, besides going on with a list."""
-_WEIGHTS = (1, 2, 2)
 
 
 @dataclass(frozen=True)
@@ -25,117 +24,82 @@ class Place:
     @property
     def supporting(self) -> tuple[int, ...]:
         """The chunks that a reader needs for this fact."""
-        return tuple(sorted({self.first, self.chunk}))
+        return (self.chunk,) if self.chunk == self.first else (self.first, self.chunk)
 
 
 @dataclass(frozen=True)
 class Passages:
     """A world's chunks in order, and each fact's place by (entity name, relation name).
 
-    ``roles`` is the world's `Style.roles`, for its questions. ``references`` holds the words by
-    which a document's later chunks speak of its entity, or would, by the entity's name; documents
-    whose first chunk does not tell are left out, as theirs say "she" or "it".
+    ``roles`` is the world's `Style.roles`, for its questions.
     """
 
     chunks: tuple[Chunk, ...]
     places: dict[tuple[str, str], Place]
     roles: float
-    references: dict[str, str]
 
 
-def write_passages(rng: Random, world: World, *, shuffled: bool = False) -> Passages:
-    """Writes every document of a world; ``rng`` is the source of all wording.
-
-    In order, or ``shuffled``: chunks in any order, none of which leans on a pronoun.
-    """
+def write_passages(rng: Random, world: World) -> Passages:
+    """Writes every document of a world, in order; ``rng`` is the source of all wording."""
     chunks: list[Chunk] = []
     places: dict[tuple[str, str], Place] = {}
-    references: dict[str, str] = {}
-    pronouns: set[str] = set()
     for document in world.documents:
         first = len(chunks)
-        mention = _choose_mention(rng, document, pronouns, shuffled)
-        later = "list" if document.listed else mention
-        opening = _introduction(rng, document, later, world.style)
-        if opening:
-            references[document.entity.name] = refer(document.entity, later)
+        mention = rng.choice(MENTIONS)
         for part, facts in enumerate(document.parts):
+            shown = "name" if part == 0 else "list" if document.listed else mention
             for fact in facts:
                 key = fact.subject.name, fact.relation.name
-                places[key] = Place(len(chunks), first, later if part else "name")
-            opened = [opening] if opening and part == 0 else []
-            text = " ".join(opened + _write(rng, document, facts, part, mention, world.style))
+                places[key] = Place(len(chunks), first, shown)
+            text = _write(rng, document, facts, part, mention, world.style)
             chunks.append(Chunk(text, document.entity.name if part == 0 else None))
-    passages = Passages(tuple(chunks), places, world.style.roles, references)
-    return _shuffled(rng, passages) if shuffled else passages
-
-
-def _choose_mention(rng: Random, document: Document, pronouns: set[str], shuffled: bool) -> str:
-    """How later chunks speak of the entity: by a pronoun only if no other document does by it."""
-    mention = rng.choices(MENTIONS, _WEIGHTS)[0]
-    if mention != "pronoun" or len(document.parts) == 1 or document.listed:
-        return mention
-    if shuffled or document.entity.pronoun in pronouns:
-        return rng.choice(MENTIONS[1:])
-    pronouns.add(document.entity.pronoun)
-    return mention
-
-
-def _shuffled(rng: Random, passages: Passages) -> Passages:
-    order = rng.sample(range(len(passages.chunks)), len(passages.chunks))
-    moved = {old: new for new, old in enumerate(order)}
-    places = {
-        key: Place(moved[place.chunk], moved[place.first], place.mention)
-        for key, place in passages.places.items()
-    }
-    return replace(passages, chunks=tuple(passages.chunks[i] for i in order), places=places)
+    return Passages(tuple(chunks), places, world.style.roles)
 
 
 def _write(
     rng: Random, document: Document, facts: list[Fact], part: int, mention: str, style: Style
-) -> list[str]:
-    """A chunk's sentences, but for the opening."""
-    entity, sentences = document.entity, []
+) -> str:
+    entity = document.entity
+    sentences = [_introduction(rng, document, mention, style)] if part == 0 else []
     if document.listed:
-        return [_listing(document, facts)]
+        return " ".join([*sentences, _listing(facts, goes_on=part > 0)]).strip()
     for i, fact in enumerate(facts):
         if rng.random() < style.filler:
             sentences.append(rng.choice(FILLERS))
         if part == 0:
             subject = entity.name if i == 0 or rng.random() < style.named else entity.pronoun
         else:
-            subject = refer(entity, mention if i == 0 else rng.choice((mention, "pronoun")))
+            subject = _mention(entity, mention if i == 0 else rng.choice((mention, "pronoun")))
         wordings = fact.relation.facts
         if subject == entity.name and rng.random() < style.roles:
             wordings = (fact.relation.plain_fact,)
         sentence = rng.choice(wordings).format(s=subject, o=fact.value)
         sentences.append(sentence[0].upper() + sentence[1:])
-    return sentences
+    return " ".join(s for s in sentences if s)
 
 
-def refer(entity: Entity, mention: str) -> str:
-    """The words for an entity that a chunk uses after the first."""
+def _mention(entity: Entity, mention: str) -> str:
     return {
         "pronoun": entity.pronoun,
-        "description": f"the {entity.root} {entity.noun}",
-        "alias": f"the {entity.root}",
-        "list": f"the {entity.root} cast",
+        "description": f"the {entity.noun}",
+        "alias": entity.alias,
     }[mention]
 
 
 def _introduction(rng: Random, document: Document, mention: str, style: Style) -> str:
-    """The opening sentence, which tells the words that later chunks use; none for a pronoun."""
-    words = refer(document.entity, mention)
-    if mention == "list":
-        return f"{document.entity.name} has {words}."
-    alone = len(document.parts) == 1 and rng.random() >= style.introduced
-    if alone or mention == "pronoun":
+    """The opening sentence; it must explain the description or the alias that later chunks use."""
+    entity = document.entity
+    if len(document.parts) == 1 and rng.random() >= style.introduced:
         return ""
-    known = rng.choice(("known as ", "often called ")) if mention == "alias" else ""
-    return f"{document.entity.name} is {known}{words}."
+    article = "an" if entity.noun[0] in "aeiou" else "a"
+    what = f"{article} {entity.noun}"
+    if mention == "alias" or rng.random() < 0.2:
+        known = rng.choice(("known as", "often called"))
+        return f"{entity.name}, {known} {entity.alias}, is {what}."
+    return f"{entity.name} is {what}."
 
 
-def _listing(document: Document, facts: list[Fact]) -> str:
+def _listing(facts: list[Fact], *, goes_on: bool) -> str:
     items = "; ".join(fact.relation.facts[0].format(o=fact.value) for fact in facts)
-    ended = facts[-1].relation.place == len(ORDINALS) - 1
-    return f"The {document.entity.root} cast: {items}" + ("." if ended else ";")
+    opening = f"The list goes on: {items}" if goes_on else f"The cast, in order: {items}"
+    return opening + (";" if facts[-1].relation.place < len(ORDINALS) - 1 else ".")

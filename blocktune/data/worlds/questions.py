@@ -8,16 +8,11 @@ from itertools import combinations
 from random import Random
 from typing import Any
 
-from blocktune.data.worlds.passages import MENTIONS, Passages, Place, refer
+from blocktune.data.worlds.passages import Passages, Place
 from blocktune.data.worlds.relations import COMPARED
 from blocktune.data.worlds.world import Fact, World
 
-ABOUT_REFERENCES = ("reference", "referred")
-"""Asked for the words that later chunks use of an entity, and by these words instead of its name:
-what following a reference takes, each by itself. For training; no default asks them."""
-QUESTION_KINDS = (
-    "self-contained", "cross-chunk", "2-hop", "3-hop", "comparison", *ABOUT_REFERENCES,
-)  # fmt: skip
+QUESTION_KINDS = ("self-contained", "cross-chunk", "2-hop", "3-hop", "comparison")
 MARKER = "Answer: "
 """What stands before the scored answer when a response names other values first."""
 
@@ -69,29 +64,6 @@ def comparable(world: World) -> Iterator[tuple[Fact, Fact]]:
             yield one, other
 
 
-def _firsts(world: World, passages: Passages) -> Iterator[tuple[Fact]]:
-    """Yields the first fact of every document that tells how it will be referred to."""
-    for document in world.documents:
-        if document.entity.name in passages.references:
-            yield (document.parts[0][0],)
-
-
-def _referred(world: World, passages: Passages) -> Iterator[tuple[Fact]]:
-    """Yields the facts that can be asked for by their chunk's words for the subject alone."""
-    for fact in world.facts.values():
-        mention = _place(passages, fact).mention
-        if mention not in MENTIONS:
-            continue
-        words = refer(fact.subject, mention)
-        alike = [
-            other
-            for other in world.facts.values()
-            if other.relation == fact.relation and words == refer(other.subject, mention)
-        ]
-        if len(alike) == 1:
-            yield (fact,)
-
-
 def candidates(world: World, passages: Passages) -> dict[str, list[tuple[Fact, ...]]]:
     """Groups everything that can be asked about a world by the kind of the question."""
     found: dict[str, list[tuple[Fact, ...]]] = {kind: [] for kind in QUESTION_KINDS}
@@ -101,16 +73,12 @@ def candidates(world: World, passages: Passages) -> dict[str, list[tuple[Fact, .
         found[kind].append((fact,))
     found["2-hop"] = list(chains(world, 2))
     found["3-hop"] = list(chains(world, 3))
-    found["reference"] = list(_firsts(world, passages))
-    found["referred"] = list(_referred(world, passages))
     found["comparison"] = list(comparable(world))
     return {kind: facts for kind, facts in found.items() if facts}
 
 
-def ask(
-    rng: Random, kind: str, facts: tuple[Fact, ...], passages: Passages, *, references: bool = False
-) -> Question:
-    """Words a question; ``references``: see `WorldConfig`.
+def ask(rng: Random, kind: str, facts: tuple[Fact, ...], passages: Passages) -> Question:
+    """Words a question.
 
     Its ``meta`` holds ``relations``; ``mentions``, how each fact's chunk refers to its subject
     (``name`` if titled); ``fact_chunks``, the chunk that states each fact; and for chains
@@ -124,22 +92,10 @@ def ask(
     }
     if kind == "comparison":
         text, answer, said = _compare(rng, *facts)
-    elif kind == "reference":
-        subject = facts[0].subject
-        text = f"{'Who' if subject.kind == 'person' else 'What'} is {subject.name}?"
-        answer, said = passages.references[subject.name], []
-    elif kind == "referred":
-        (fact,) = facts
-        words = refer(fact.subject, places[0].mention)
-        text, answer, said = rng.choice(fact.relation.questions).format(s=words), fact.value, []
     else:
         text, answer = _chain_text(rng, facts, passages.roles), facts[-1].value
         said = [fact.value for fact in facts[:-1]]
         meta["bridges"] = said
-    if references and kind not in ABOUT_REFERENCES:
-        words = [passages.references.get(fact.subject.name) for fact in facts]
-        values = [*said, *[None] * (len(facts) - len(said))]
-        said = [word for pair in zip(words, values, strict=True) for word in pair if word]
     response = f"{', '.join(said)}. {MARKER}{answer}" if said else answer
     supporting = tuple(sorted({i for place in places for i in place.supporting}))
     return Question(kind, text, answer, response, supporting, meta)

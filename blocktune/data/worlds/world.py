@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from random import Random
 
-from blocktune.data.worlds.names import YEARS, draw_name, draw_root
+from blocktune.data.worlds.names import NICKNAME, YEARS, draw_name
 from blocktune.data.worlds.relations import KINDS, NOUNS, Relation, relations_of
 
 
@@ -18,15 +18,14 @@ class Entity:
         kind: ``person``, ``film``, ``book``, ``company`` or ``city``.
         pronoun: ``she``, ``he`` or ``it``.
         noun: What it is (``painter``), for definite descriptions.
-        root: Not of its name: what later passages call it by (``the Webb painter``, ``the Webb``),
-            which its first passage explains.
+        alias: A second name, which its first passage explains.
     """
 
     name: str
     kind: str
     pronoun: str
     noun: str
-    root: str
+    alias: str
 
 
 @dataclass(frozen=True)
@@ -125,15 +124,14 @@ class World:
     style: Style
 
 
-def draw_entity(
-    rng: Random, kind: str, split: str, taken: set[str], *, apart: bool = True
-) -> Entity:
-    """Draws an entity with a new name; see `draw_name` for ``apart``."""
+def draw_entity(rng: Random, kind: str, split: str, taken: set[str]) -> Entity:
+    """Draws an entity with a new name; its alias is new too, while a world has new ones."""
     form = rng.choice(("woman", "man")) if kind == "person" else kind
-    name = draw_name(rng, form, split, taken, apart=apart)
-    root = draw_root(rng, taken)
+    name = draw_name(rng, form, split, taken)
+    alias = rng.choice([word for word in NICKNAME if word not in taken] or NICKNAME)
+    taken.add(alias)
     pronoun = {"woman": "she", "man": "he"}.get(form, "it")
-    return Entity(name, kind, pronoun, rng.choice(NOUNS[kind]), root)
+    return Entity(name, kind, pronoun, rng.choice(NOUNS[kind]), alias)
 
 
 def draw_world(rng: Random, split: str, num_passages: int, *, plain: bool = False) -> World:
@@ -142,9 +140,7 @@ def draw_world(rng: Random, split: str, num_passages: int, *, plain: bool = Fals
     themes = {kind: _theme(rng, kind, style.variety) for kind in KINDS}
     documents, room = [], num_passages
     while room:
-        entity = draw_entity(
-            rng, rng.choices(KINDS, style.kind_weights)[0], split, taken, apart=not plain
-        )
+        entity = draw_entity(rng, rng.choices(KINDS, style.kind_weights)[0], split, taken)
         document = _outline(rng, entity, themes[entity.kind], style, room)
         documents.append(document)
         room -= len(document.parts)
