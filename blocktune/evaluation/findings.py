@@ -7,11 +7,15 @@ from typing import Any
 
 from blocktune.evaluation.results import FLOOR, ORACLE, plain_label
 
+MOST = 8
+"""Methods that are worth a sentence each; more are worth a table."""
+
 
 def findings(results: Mapping[str, Any]) -> list[str]:
     """Sentences about results: what naive reuse loses, what each other method wins back.
 
-    Methods with an adapter are also compared with one another. Without both baselines there is
+    Methods with an adapter are also compared with one another. Of more than `MOST` methods only
+    those are named that nothing beats at less recomputation. Without both baselines there is
     nothing to say.
 
     Args:
@@ -24,11 +28,15 @@ def findings(results: Mapping[str, Any]) -> list[str]:
     full, naive = baselines
     tuned = [label for label, summary in methods.items() if summary["adapter"]]
     others = [n for n in methods if n not in baselines and methods[n]["method"] != "no-context"]
-    return [
-        _loss(methods, full, naive, _named(results)),
-        *(_gain(methods, label, full) for label in others),
-        *_between(methods, tuned),
-    ]
+    loss = _loss(methods, full, naive, _named(results))
+    if len(others) <= MOST:
+        return [loss, *(_gain(methods, label, full) for label in others), *_between(methods, tuned)]
+    front = [n for n in results["budget"]["pareto"]["recompute_ratio"] if n in others]
+    rest = (
+        f"{len(others) - len(front)} other methods score no higher than one of these, or than a "
+        "baseline, that recomputes no more; the table holds them."
+    )
+    return [loss, *(_gain(methods, label, full) for label in front), rest]
 
 
 def power_notes(results: Mapping[str, Any]) -> list[str]:

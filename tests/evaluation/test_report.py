@@ -127,3 +127,15 @@ def test_a_picture_that_fails_leaves_nothing(tmp_path):
     with pytest.raises(KeyError):
         draw_results({"methods": {"naive": {"tasks": {"2-hop": {}}}}}, tmp_path / "figure.png")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_of_many_methods_only_the_front_is_worth_a_sentence():
+    results, baselines = fake_results(), ("full-prefill", "naive", "no-context")
+    labels = [n for n, m in results["methods"].items() if m["method"] not in baselines]
+    for number in range(9):
+        results["methods"][f"copy {number}"] = results["methods"][labels[0]]
+    loss, *gains, rest = findings(results)
+    front = [n for n in results["budget"]["pareto"]["recompute_ratio"] if n in labels]
+    assert loss.startswith("Naive reuse loses")
+    assert [gain.split(" closes")[0] for gain in gains] == front
+    assert rest.startswith(f"{len(labels) + 9 - len(front)} other methods score no higher")
