@@ -1,7 +1,9 @@
 """Pieces hold what the chat template would have rendered, cut where the chunks begin and end."""
 
+import copy
 import random
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 from chat_families import FAMILIES, PARTS, family
@@ -190,9 +192,13 @@ def test_template_that_does_not_hold_user_text_is_refused(template):
 def test_threads_over_one_tokenizer_read_every_text_their_own_way(tokenizer):
     """One thread's chunks keep special tokens as text while another's template means them."""
     fmt, special = PromptFormat(), tokenizer.eos_token
-    chunks = [Chunk(f"A passage that says {special} and goes on."), Chunk("Another.")]
-    read = lambda _: make_pieces(tokenizer, fmt, chunks, "Who?")  # noqa: E731
-    expected = read(0)
-    assert tokenizer.eos_token_id not in expected.chunks[0]
+
+    def read(with_tokenizer, number):
+        text = f"Passage {number} says {special} and goes on."  # never read before, so not recalled
+        return make_pieces(with_tokenizer, fmt, [Chunk(text)], f"Who is number {number}?")
+
+    alone = copy.deepcopy(tokenizer)
+    expected = [read(alone, number) for number in range(400)]
+    assert not any(tokenizer.eos_token_id in pieces.chunks[0] for pieces in expected)
     with ThreadPoolExecutor(max_workers=8) as pool:
-        assert set(pool.map(read, range(400))) == {expected}
+        assert list(pool.map(partial(read, tokenizer), range(400))) == expected
