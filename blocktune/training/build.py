@@ -17,6 +17,7 @@ from blocktune.training.checkpoint import AdapterFiles
 from blocktune.training.collator import BlockCollator
 from blocktune.training.config import BlockSFTConfig, DataArgs
 from blocktune.training.dataset import Prepared, Sample, in_modes, prepare
+from blocktune.training.guards import refuse_missing_trackers
 from blocktune.training.log_lines import LogLines
 from blocktune.training.objective import Objective
 from blocktune.training.plan import describe_objective
@@ -37,8 +38,10 @@ def build(
         The trainer, and the training set with the count of examples left out.
 
     Raises:
-        ValueError: As `load_base`, `prepare`, `find_teacher` and the loaders do.
+        ValueError: As `refuse_missing_trackers`, `load_base`, `prepare`, `find_teacher` and the
+            loaders do.
     """
+    refuse_missing_trackers(args.report_to)
     model, tokenizer = load_base(choice)
     train_set, eval_set = _datasets(data, args, model, tokenizer)
     origin = _origin(data, args, train_set.num_examples)

@@ -1,11 +1,13 @@
-"""Launches that would train something else than was asked for, refused in one line."""
+"""Runs that could not start, or would train something else than was asked for: refused at once."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from transformers.integrations import get_reporting_integration_callbacks
 
 
 def launch_name(accelerator: Accelerator) -> str:
@@ -16,6 +18,25 @@ def launch_name(accelerator: Accelerator) -> str:
     if kind == DistributedType.FSDP:
         return f"{kind.value} version {state.fsdp_plugin.fsdp_version}"
     return kind.value
+
+
+def refuse_missing_trackers(names: Sequence[str]) -> None:
+    """Refuses trackers that are unknown or not installed, before a model is loaded.
+
+    Args:
+        names: What ``report_to`` says.
+
+    Raises:
+        ValueError: If there is no such tracker, or its package is missing.
+    """
+    for name, callback in zip(names, get_reporting_integration_callbacks(names), strict=True):
+        try:
+            callback()
+        except (RuntimeError, ImportError) as error:
+            raise ValueError(
+                f"report_to: {name} cannot be used ({str(error).strip()}); install it, or set "
+                "report_to: none"
+            ) from None
 
 
 def refuse_parallelism(accelerator: Accelerator) -> None:
