@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -59,6 +60,32 @@ def test_batches_are_dealt_out_in_turn():
 def test_one_process_needs_no_launcher(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert (launched().rank, launched().count, launched().device) == (0, 1, None)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "local", "device", "on_cpu"),
+    [(2, 2, "cuda:1", False), (2, 4, "cuda:1", True), (1, 4, "cuda:0", True), (0, 4, "cpu", True)],
+)
+def test_more_processes_than_gpus_take_turns_on_them(monkeypatch, gpus, local, device, on_cpu):
+    """Such processes cannot meet by NCCL, which wants a GPU for each: they meet on the CPU."""
+    asked = []
+
+    def state(cpu, timeout):
+        asked.append(cpu)
+        return SimpleNamespace(
+            local_process_index=3 if local > 2 else 1,
+            process_index=3,
+            num_processes=local,
+            wait_for_everyone=None,
+            destroy_process_group=lambda: None,
+        )
+
+    monkeypatch.setattr("accelerate.PartialState", state)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setenv("WORLD_SIZE", str(local))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
+    assert launched().device == device
+    assert asked == [on_cpu]
 
 
 def test_mistakes_end_with_2_and_one_line(tmp_path, capsys):
