@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import transformers
 from cached_answer import measure_cached_answer
-from measure import measure_attention, measure_training
+from measure import measure_attention, measure_machine, measure_training
 from shape import LLAMA_8B, TINY, Shape
 
 import blocktune
@@ -25,9 +25,12 @@ RESULTS = Path(__file__).resolve().parents[1] / "results" / "gpu"
 def main() -> None:
     args = parse()
     shape = args.shape
+    machine = measure_machine(shape)
+    matmul = machine["matmul_flops_per_s"]
     report = {
-        "attention": measure_attention(shape),
-        "training": measure_training(shape),
+        "machine": machine,
+        "attention": measure_attention(shape, matmul),
+        "training": measure_training(shape, matmul),
         "cached_answer": measure_cached_answer(shape),
         "shape": asdict(shape),
         "provenance": provenance(shape),

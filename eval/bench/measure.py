@@ -1,4 +1,4 @@
-"""Seconds and bytes of attention and of a training step."""
+"""Seconds and bytes of attention and of a training step, and what the machine could do at most."""
 
 import time
 from collections.abc import Callable
@@ -11,6 +11,10 @@ from shape import Shape
 from blocktune.attention import attach, dense_mask, make_plan
 from blocktune.attention.kernels import Knobs
 from blocktune.layout import LayerRule
+from blocktune.training.cost import matmul_rate
+
+FORWARD, BACKWARD = 4, 10
+"""Operations of attention for each visible pair of rows and dimension: two products, then five."""
 
 
 def seconds(work: Callable[[], object], device: str, repeats: int = 5) -> float:
@@ -28,10 +32,25 @@ def seconds(work: Callable[[], object], device: str, repeats: int = 5) -> float:
     return min(timed() for _ in range(repeats))
 
 
-def measure_attention(shape: Shape) -> dict:
+def measure_machine(shape: Shape) -> dict:
+    """Rates of a plain matrix product and of a plain copy: what bounds everything else."""
+    source = torch.zeros(2**28 if shape.device == "cuda" else 2**22, device=shape.device)
+    target = torch.empty_like(source)
+    copy_s = seconds(lambda: target.copy_(source), shape.device)
+    return {
+        "matmul_flops_per_s": matmul_rate(shape.device, shape.torch_dtype, seconds=0.5),
+        "copy_bytes_per_s": 2 * source.numel() * source.element_size() / copy_s,
+    }
+
+
+def measure_attention(shape: Shape, matmul: float) -> dict:
     """Forward and backward of one attention layer: split and flex against SDPA, causal and masked.
 
     Flex is measured on CUDA only, the one place where it trains.
+
+    Args:
+        shape: Of the layer and the prompt.
+        matmul: Operations per second, for the time that the visible pairs alone would take.
     """
     layout = shape.prompt().layout.to(shape.device)
     dim, draw = shape.hidden // shape.heads, torch.Generator(shape.device).manual_seed(0)
@@ -54,8 +73,14 @@ def measure_attention(shape: Shape) -> dict:
     def trained(forward: Callable[[], torch.Tensor]) -> float:
         return seconds(lambda: forward().float().sum().backward(), shape.device)
 
+    def bound_s(pairs: float) -> float:
+        return (FORWARD + BACKWARD) * pairs * shape.hidden / matmul
+
+    visible = mask.sum().item()
     result = {
         "rows": layout.num_rows,
+        "full_bound_s": bound_s(layout.num_rows**2 / 2),
+        "visible_bound_s": bound_s(visible),
         "full_s": trained(lambda: sdpa(is_causal=True)),
         "dense_s": trained(lambda: sdpa(attn_mask=mask)),
     }
@@ -69,8 +94,13 @@ def measure_attention(shape: Shape) -> dict:
     return result
 
 
-def measure_training(shape: Shape) -> dict:
-    """One LoRA step under split attention: forward, loss on the answer, backward, AdamW."""
+def measure_training(shape: Shape, matmul: float) -> dict:
+    """One LoRA step under split attention: forward, loss on the answer, backward, AdamW.
+
+    Args:
+        shape: Of the model and the prompt.
+        matmul: Operations per second, for the time that products with weights alone would take.
+    """
     answer = shape.question
     prompt = shape.prompt(answer)
     base = shape.model()
@@ -98,8 +128,12 @@ def measure_training(shape: Shape) -> dict:
         optimizer.zero_grad()
         losses.append(loss.detach())
 
-    step_s = seconds(step, shape.device, repeats=3)
-    result = {"rows": len(prompt.ids), "step_s": step_s, "tokens_per_s": len(prompt.ids) / step_s}
+    step_s, rows = seconds(step, shape.device, repeats=3), len(prompt.ids)
+    result = {"rows": rows, "step_s": step_s, "tokens_per_s": rows / step_s}
+    # Forward, forward again for the checkpoints, and gradients of states but not of weights.
+    layers = shape.hidden * (2 * shape.hidden + 2 * shape.hidden * shape.kv_heads // shape.heads)
+    layers += 3 * shape.hidden * shape.intermediate
+    result["weights_bound_s"] = 3 * 2 * shape.layers * layers * rows / matmul
     result["losses"] = [loss.item() for loss in losses]
     if shape.device == "cuda":
         result["peak_bytes"] = torch.cuda.max_memory_allocated()

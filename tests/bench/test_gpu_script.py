@@ -25,6 +25,9 @@ def test_tiny_runs_everything_on_a_cpu(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(output.read_text())
     assert report["attention"]["split_max_abs_diff"] < 1e-5
+    assert 0 < report["attention"]["visible_bound_s"] < report["attention"]["full_bound_s"]
+    assert report["training"]["weights_bound_s"] > 0
+    assert report["machine"]["copy_bytes_per_s"] > 0
     assert report["training"]["losses"][-1] < report["training"]["losses"][0]
     assert report["cached_answer"]["naive"]["recompute_ratio"] == 0
     assert " skipped" not in done.stdout
