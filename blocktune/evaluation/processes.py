@@ -61,4 +61,6 @@ def launched() -> Processes:
     state = PartialState(cpu=crowded, timeout=PATIENCE)
     atexit.register(state.destroy_process_group)
     device = f"cuda:{state.local_process_index % gpus}" if gpus else "cpu"
-    return Processes(state.process_index, state.num_processes, device, state.wait_for_everyone)
+    # accelerate's barrier names the GPU of the process's number, which a shared one is not.
+    wait = torch.distributed.barrier if crowded else state.wait_for_everyone
+    return Processes(state.process_index, state.num_processes, device, wait)

@@ -76,7 +76,7 @@ def test_more_processes_than_gpus_take_turns_on_them(monkeypatch, gpus, local, d
             local_process_index=3 if local > 2 else 1,
             process_index=3,
             num_processes=local,
-            wait_for_everyone=None,
+            wait_for_everyone="of accelerate",
             destroy_process_group=lambda: None,
         )
 
@@ -84,7 +84,9 @@ def test_more_processes_than_gpus_take_turns_on_them(monkeypatch, gpus, local, d
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setenv("WORLD_SIZE", str(local))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
-    assert launched().device == device
+    found = launched()
+    assert found.device == device
+    assert found.wait == (torch.distributed.barrier if on_cpu else "of accelerate")
     assert asked == [on_cpu]
 
 
