@@ -15,6 +15,8 @@ from blocktune.evaluation.report.style import Ground, as_share, legend_below, to
 
 ABLATION = ("r", "s", "s+p", "psr")
 """Recompute; blanks; blanks and scaled attention; all three."""
+_SWATCH, _LETTER = 0.5, 0.073
+"""Inches that a legend's entry takes: its patch, and each letter."""
 SCORES = ("score", "em", "f1", "substring_em", "adjusted_f1")
 
 
@@ -59,6 +61,8 @@ def draw_bars(
                 width=0.92 * step,
                 label=label,
                 color=ground.series[index % len(ground.series)],
+                hatch="///" * (index // len(ground.series)),
+                edgecolor="#7f7f7f" if index >= len(ground.series) else None,
                 yerr=_reach(cells, score),
                 error_kw={"ecolor": "#7f7f7f", "elinewidth": 1.4},
             )
@@ -68,10 +72,11 @@ def draw_bars(
         axes.set_ylabel(score)
         axes.set_title(title)
         as_share(axes.yaxis)
-        legend_below(figure, axes, columns=4)
+        legend_below(figure, axes, columns)
 
-    width = max(4.6, 1.1 + 0.16 * len(shown) * len(groups))
-    return to_png(draw, path, height=3.6 + 0.1 * len(shown), width=min(width, 14))
+    width = min(max(4.6, 1.1 + 0.16 * len(shown) * len(groups)), 14)
+    columns = min(4, max(1, int(width / (_SWATCH + _LETTER * max(map(len, shown))))))
+    return to_png(draw, path, height=3.6 + 0.1 * len(shown), width=width)
 
 
 def psr_methods(results: Mapping[str, Any]) -> list[str]:
