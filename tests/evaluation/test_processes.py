@@ -1,16 +1,11 @@
 """Two processes give the rows of one, also when one run is continued by the other kind."""
 
 import json
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-import yaml
-from tiny_tokenizer import build_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from evaluation.launches import SHARED, rows_of, start, write_suite
 
 from blocktune.evaluation.__main__ import main
 from blocktune.evaluation.processes import Processes, launched
@@ -18,36 +13,7 @@ from blocktune.evaluation.processes import Processes, launched
 
 @pytest.fixture(scope="module")
 def suite(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("suite")
-    tokenizer = build_tokenizer()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=1024,
-        initializer_range=0.2,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    source = "worlds:test?seed=1&n=7&passages=2&kinds=self-contained"
-    record = {
-        "model": str(folder / "model"),
-        "methods": ["full-prefill", "naive", "cacheblend"],
-        "tasks": [{"name": "worlds", "source": source, "max_new_tokens": 4}],
-        "batch_size": 2,
-        "dtype": "float32",
-        "ttft": {"num": 0},
-    }
-    (folder / "suite.yaml").write_text(yaml.safe_dump(record))
-    return folder / "suite.yaml"
-
-
-def rows_of(output) -> dict[str, str]:
-    return {path.name: path.read_text() for path in sorted((output / "rows").iterdir())}
+    return write_suite(tmp_path_factory.mktemp("suite"))
 
 
 def test_batches_are_dealt_out_in_turn():
@@ -96,23 +62,10 @@ def test_mistakes_end_with_2_and_one_line(tmp_path, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def start(output, suite, *launcher) -> None:
-    command = [*launcher, "-m", "blocktune.evaluation", "--suite", suite, "--output", output]
-    done = subprocess.run(
-        [sys.executable, *map(str, command)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.mark.alone
 def test_two_processes_give_the_rows_of_one(suite, tmp_path):
-    """By torchrun: on CPUs `accelerate launch` starts one process, whatever it is asked for."""
     start(tmp_path / "one", suite)
-    start(tmp_path / "two", suite, "-m", "torch.distributed.run", "--nproc_per_node", 2)
+    start(tmp_path / "two", suite, *SHARED)
     assert rows_of(tmp_path / "one") == rows_of(tmp_path / "two")
     one, two = (json.loads((tmp_path / n / "results.json").read_text()) for n in ("one", "two"))
     assert one["methods"] == two["methods"]

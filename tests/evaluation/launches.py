@@ -1,0 +1,59 @@
+"""Runs of the evaluation in processes of their own, on a tiny random model."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import yaml
+from tiny_tokenizer import build_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
+
+SHARED = "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2
+"""By torchrun: on CPUs `accelerate launch` starts one process, whatever it is asked for."""
+
+
+def write_suite(folder: Path) -> Path:
+    """A model, and a suite of three methods and seven questions."""
+    tokenizer = build_tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=1024,
+        initializer_range=0.2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    source = "worlds:test?seed=1&n=7&passages=2&kinds=self-contained"
+    record = {
+        "model": str(folder / "model"),
+        "methods": ["full-prefill", "naive", "cacheblend"],
+        "tasks": [{"name": "worlds", "source": source, "max_new_tokens": 4}],
+        "batch_size": 2,
+        "dtype": "float32",
+        "ttft": {"num": 0},
+    }
+    (folder / "suite.yaml").write_text(yaml.safe_dump(record))
+    return folder / "suite.yaml"
+
+
+def rows_of(output) -> dict[str, str]:
+    return {path.name: path.read_text() for path in sorted((output / "rows").iterdir())}
+
+
+def start(output, suite, *launcher) -> None:
+    command = [*launcher, "-m", "blocktune.evaluation", "--suite", suite, "--output", output]
+    done = subprocess.run(
+        [sys.executable, *map(str, command)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
