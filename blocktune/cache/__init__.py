@@ -4,7 +4,7 @@ from blocktune.cache.chunk_kv import ChunkKV
 from blocktune.cache.craft import cache_fix_overhead
 from blocktune.cache.entry import Entry
 from blocktune.cache.exact import ExactKV, cut_exact
-from blocktune.cache.fingerprint import chunk_key, model_fingerprint, weights_hash
+from blocktune.cache.fingerprint import chunk_key, key_after, model_fingerprint, weights_hash
 from blocktune.cache.lookup import Lookup, StoreStats
 from blocktune.cache.prefix_tree import PrefixMatch, PrefixTree
 from blocktune.cache.prompt_cache import RowCache
@@ -36,6 +36,7 @@ __all__ = [
     "cache_fix_overhead",
     "chunk_key",
     "cut_exact",
+    "key_after",
     "model_fingerprint",
     "states_key",
     "weights_hash",

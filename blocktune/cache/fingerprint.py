@@ -90,6 +90,11 @@ def chunk_key(
     return _digest(fingerprint=fingerprint, token_ids=ids, encoding=dict(encoding or {}))
 
 
+def key_after(fingerprint: str, token_ids: Sequence[int] | Tensor, ghosts: Sequence[int]) -> str:
+    """`chunk_key` of a chunk that was encoded after these tokens, without keeping them."""
+    return chunk_key(fingerprint, token_ids, {"ghosts": list(ghosts)})
+
+
 def weights_hash(model: nn.Module) -> str:
     """Digest of names, shapes, dtypes and contents of all parameters and buffers.
 

@@ -130,6 +130,13 @@ class ChunkStore:
             self._stats.disk_bytes_written += written
             self._remember(key, kept)
 
+    def discard(self, key: str) -> None:
+        """Drops what lies under ``key``, in memory and in the folder, if there is anything."""
+        with self._lock:
+            self._forget(key)
+        if self.folder is not None:
+            chunk_path(self.folder, key).unlink(missing_ok=True)
+
     def clear(self) -> None:
         """Empties the memory; a folder keeps its files."""
         with self._lock:

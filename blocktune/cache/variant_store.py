@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from blocktune.cache.craft import cache_fix_overhead
-from blocktune.cache.fingerprint import chunk_key
+from blocktune.cache.fingerprint import chunk_key, key_after
 from blocktune.cache.store import ChunkStore
 from blocktune.cache.variants import ChunkVariants, Ids, Variant
 
@@ -93,6 +93,9 @@ class VariantStore:
     def learn(self, chunk: Ids, variant: Variant, most: int) -> None:
         """Remembers a variant, in place of one in the same context or of the least used one.
 
+        The keys and values of one that leaves are dropped too, unless it had no context: so
+        encoded a chunk serves other methods.
+
         Args:
             chunk: Its tokens, as stored.
             variant: What to remember.
@@ -102,7 +105,10 @@ class VariantStore:
             found = self._find(chunk)
             known = [v for v in found.variants if v.ghosts != variant.ghosts] if found else []
             while len(known) >= most:
-                known.remove(min(known, key=lambda v: self._uses[chunk, v.ghosts]))
+                least = min(known, key=lambda v: self._uses[chunk, v.ghosts])
+                known.remove(least)
+                if least.context:
+                    self.store.discard(key_after(self.fingerprint, chunk, least.ghosts))
             entry = ChunkVariants((*known, variant), torch.tensor(chunk), self.fingerprint)
             self.store.put(self._key(chunk), entry)
 

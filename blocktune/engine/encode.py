@@ -17,7 +17,7 @@ from blocktune.cache import (
     Entry,
     Stream,
     VariantStore,
-    chunk_key,
+    key_after,
     states_key,
 )
 from blocktune.engine.account import Stopwatch
@@ -113,7 +113,7 @@ class Encoder:
 
     def key(self, piece: Piece) -> str:
         """Under which the store keeps a piece."""
-        return chunk_key(self.fingerprint, piece.ids, {"ghosts": list(piece.ghosts)})
+        return key_after(self.fingerprint, piece.ids, piece.ghosts)
 
     def _states_key(self, piece: Piece, layer: int) -> str:
         return states_key(self.key(piece), layer)

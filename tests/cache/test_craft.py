@@ -4,9 +4,16 @@ import math
 
 import pytest
 import torch
-from cache.made import MODEL, OTHER_MODEL
+from cache.made import MODEL, OTHER_MODEL, made_chunk
 
-from blocktune.cache import ChunkStore, ChunkVariants, Variant, VariantStore, cache_fix_overhead
+from blocktune.cache import (
+    ChunkStore,
+    ChunkVariants,
+    Variant,
+    VariantStore,
+    cache_fix_overhead,
+    key_after,
+)
 from blocktune.cache.craft import cache_context_impact, order_penalty, prefix_overlap
 
 A, B, C, D = (1, 1), (2, 2, 2, 2), (3,), (4, 4)
@@ -90,6 +97,26 @@ def test_learning_again_replaces_and_the_least_used_leaves():
     assert variants.of(CHUNK, (0, 1)) is None
     assert variants.of(CHUNK, (0, 0)) is not None
     assert variants.of(CHUNK, (0, 9)) is not None
+
+
+@pytest.mark.parametrize("tier", ["memory", "folder"])
+def test_what_leaves_takes_its_keys_and_values_along(tmp_path, tier):
+    store = ChunkStore() if tier == "memory" else ChunkStore(folder=tmp_path)
+    variants = VariantStore(store, MODEL)
+    for context in ((A, B), (A,), (), (B,)):
+        variant = made(context, (1.0,) * len(context))
+        store.put(
+            key_after(MODEL, CHUNK, variant.ghosts), made_chunk(4, token_ids=torch.tensor(CHUNK))
+        )
+        variants.learn(CHUNK, variant, 2)
+    kept = {(A, B): False, (A,): False, (): True, (B,): True}
+    # What was encoded alone serves others too.
+    for context, there in kept.items():
+        key = key_after(MODEL, CHUNK, made(context, (1.0,) * len(context)).ghosts)
+        assert (key in store) is there
+    variants.learn(CHUNK, made((C,), (1.0,)), 1)
+    assert key_after(MODEL, CHUNK, (0,)) in store
+    assert variants.of(CHUNK, (0,)) is None
 
 
 def test_statistics_of_another_shape_are_refused():
