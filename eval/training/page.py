@@ -14,25 +14,36 @@ HEADINGS = (
 def page_of(report: Mapping[str, Any]) -> str:
     """Title, verdicts, table, provenance."""
     lines = ["# 2,000 samples, LoRA, disjoint worlds", "", _verdict(report), ""]
-    lines += [_line(HEADINGS), _line(["---"] * len(HEADINGS))]
-    for name in ("full_prefill", "cacheblend", "naive"):
-        lines.append(_line(_baseline(name.replace("_", "-"), report[name])))
+    rows = [
+        _baseline(name.replace("_", "-"), report[name])
+        for name in ("full_prefill", "cacheblend", "naive")
+    ]
     for name, found in report["recipes"].items():
         bold = f"**{name}**" if name == report["best"]["recipe"] else name
-        lines.append(_line(_recipe(bold, found)))
+        rows.append(_recipe(bold, found))
     if control := report["control"]:
-        lines.append(_line(_recipe(f"{control['recipe']}, by full prefill", control)))
+        rows.append(_recipe(f"{control['recipe']}, by full prefill", control))
+    filled = [i for i in range(len(HEADINGS)) if any(row[i] for row in rows)]
+    table = [HEADINGS, ["---"] * len(HEADINGS), *rows]
+    lines += [_line([row[i] for i in filled]) for row in table]
     origin = report["provenance"]
+    sources = sorted({adapter["data"] for adapter in origin["adapters"].values()})
     lines += [
         "",
         "Zero tokens recomputed; adjusted F1 in % over the questions that the base answers by full "
         "prefill, ± half the 95 % interval; differences in points with their paired intervals over "
-        "questions, seeds averaged first. Tokens and seconds of one seed, on "
-        f"{origin['hardware']['processor']}, {origin['hardware']['cores']} cores.",
+        "questions, seeds averaged first. Tokens and seconds of one seed, as its training logged "
+        f"them. Trained on {', '.join(sources)}: a sample is a context, with as many questions as "
+        "`turns` says.",
         "",
-        f"Made by `{origin['command']}` at commit `{origin['commit']}`.",
+        f"Made by `{origin['command']}` at commit `{origin['commit']}`, on {_machine(origin)}.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _machine(origin: Mapping[str, Any]) -> str:
+    found = origin["hardware"]
+    return ", ".join([*found["gpus"], f"{found['processor']} with {found['cores']} cores"])
 
 
 def _verdict(report: Mapping[str, Any]) -> str:

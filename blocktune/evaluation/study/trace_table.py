@@ -7,11 +7,14 @@ from typing import Any
 
 from blocktune.evaluation.report.numbers import ABSENT, FORMS
 
-HEADINGS = ("trace", "method", "score", "over naive", "stored, MiB", "recomputed", "TTFT, ms")
+HEADINGS = (
+    "trace", "method", "score", "over naive", "over full prefill", "stored, MiB", "recomputed",
+    "TTFT, ms",
+)  # fmt: skip
 
 
 def traces(results: Mapping[str, Any], methods: Sequence[str] | None = None) -> str:
-    """A row a method and trace: score, gain over naive reuse, storage and time."""
+    """A row a method and trace: score, gain over naive reuse and full prefill, storage and time."""
     lines = [f"| {' | '.join(HEADINGS)} |", "|---" * len(HEADINGS) + "|"]
     for name, trace in results["traces"].items():
         for cell in trace["cells"]:
@@ -27,6 +30,7 @@ def _cells(cell: Mapping[str, Any]) -> tuple[str, ...]:
         cell["method"],
         f"{FORMS['score'](cell['score'])} ±{50 * (high - low):.1f}",
         _gain(cell["minus"].get("naive")),
+        _gain(cell["minus"].get("full-prefill")),
         f"{cell['stored_bytes'] / (1 << 20):.1f}{limit}",
         FORMS["share"](cell["recompute_ratio"]),
         FORMS["ms"](cell["ttft_s"]),
