@@ -91,7 +91,16 @@ def chunk_key(
 
 
 def key_after(fingerprint: str, token_ids: Sequence[int] | Tensor, ghosts: Sequence[int]) -> str:
-    """`chunk_key` of a chunk that was encoded after these tokens, without keeping them."""
+    """`chunk_key` of a chunk that was encoded after other tokens, whose own states were dropped.
+
+    Args:
+        fingerprint: From `model_fingerprint`.
+        token_ids: The chunk's tokens, ``(S,)``.
+        ghosts: The tokens before it, in order; none if it was encoded alone.
+
+    Returns:
+        64 hex digits.
+    """
     return chunk_key(fingerprint, token_ids, {"ghosts": list(ghosts)})
 
 

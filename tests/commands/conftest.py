@@ -1,9 +1,8 @@
 """A model on disk, and the command line in this process."""
 
 import pytest
-import torch
+from tiny_llama import tiny_llama
 from tiny_tokenizer import build_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from blocktune.cli import app
@@ -14,17 +13,7 @@ def model(tmp_path_factory) -> str:
     """A random Llama of two layers whose context holds 512 tokens."""
     folder = tmp_path_factory.mktemp("model")
     tokenizer = build_tokenizer()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=512,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    tiny_llama(tokenizer, 512).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 

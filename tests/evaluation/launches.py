@@ -5,10 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
 import yaml
+from tiny_llama import tiny_llama
 from tiny_tokenizer import build_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
 
 SHARED = "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2
 """By torchrun: on CPUs `accelerate launch` starts one process, whatever it is asked for."""
@@ -17,18 +16,7 @@ SHARED = "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2
 def write_suite(folder: Path) -> Path:
     """A model, and a suite of three methods and seven questions."""
     tokenizer = build_tokenizer()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=1024,
-        initializer_range=0.2,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    tiny_llama(tokenizer, 1024, initializer_range=0.2).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     source = "worlds:test?seed=1&n=7&passages=2&kinds=self-contained"
     record = {

@@ -4,9 +4,8 @@ import json
 from dataclasses import replace
 
 import pytest
-import torch
+from tiny_llama import tiny_llama
 from tiny_tokenizer import build_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from blocktune.data import load_examples, write_jsonl
 from blocktune.engine import Engine
@@ -32,17 +31,7 @@ class CountingEngine(Engine):
 
 def make_engine() -> CountingEngine:
     tokenizer = build_tokenizer()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=2048,
-    )
-    return CountingEngine(LlamaForCausalLM(config), tokenizer)
+    return CountingEngine(tiny_llama(tokenizer, 2048), tokenizer)
 
 
 def make_suite(**changes):
