@@ -1,20 +1,26 @@
 """Makes the shipped model from nothing: `python recipes/pretrain_tiny.py --output data/tiny`."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from blocktune.training.pretraining.config import PretrainConfig
-from blocktune.training.pretraining.loop import anneal, pretrain
+from blocktune.training.pretraining.loop import go_on, pretrain
 from blocktune.training.pretraining.report import write_report
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder of the model")
     parser.add_argument("--seed", type=int, default=0, help="seeds weights, worlds and tokenizer")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="or one GPU")
+    parser.add_argument("--readers", type=int, default=0, help="processes that draw the lessons")
     parser.add_argument("--scale", type=float, default=1.0, help="all stages' steps times this")
     parser.add_argument("--eval-examples", type=int, default=500, help="questions per kind")
-    parser.add_argument("--anneal", action="store_true", help="where the stages have ended")
+    parser.add_argument("--go-on", action="store_true", help="where a segment has ended")
     args = parser.parse_args()
-    config = PretrainConfig(seed=args.seed).scaled(args.scale)
-    (anneal if args.anneal else pretrain)(config, args.output)
-    write_report(args.output, args.eval_examples)
+    config = replace(PretrainConfig(seed=args.seed), device=args.device, readers=args.readers)
+    if args.device == "cuda":
+        config = replace(config, workers=1)
+    config = config.scaled(args.scale)
+    (go_on if args.go_on else pretrain)(config, args.output)
+    write_report(args.output, args.eval_examples, args.device)

@@ -1,11 +1,20 @@
 """Generated worlds: the same twice, disjoint splits, answers where the example says they are."""
 
 import itertools
+import re
+from random import Random
 
 import pytest
 
-from blocktune.data.worlds import MARKER, QUESTION_KINDS, WorldConfig, generate_examples
+from blocktune.data.worlds import (
+    DEFAULT_KINDS,
+    MARKER,
+    QUESTION_KINDS,
+    WorldConfig,
+    generate_examples,
+)
 from blocktune.data.worlds.names import ROOT, SPLITS, names
+from blocktune.data.worlds.world import draw_world
 
 
 def draw(**kwargs):
@@ -81,8 +90,15 @@ def test_a_world_larger_than_its_names_is_refused_in_one_line():
         draw(num_passages=4000, num_examples=1, split="dev")
 
 
-def test_a_world_with_more_documents_than_nicknames_is_written():
-    assert len(draw(num_passages=60, num_examples=1)[0].chunks) == 60
+def test_names_of_documents_have_no_word_in_common():
+    for example in draw(num_passages=8):
+        titles = [c.title for c in example.chunks if c.title]
+        words = [w for title in titles for w in set(title.split()) - {"The", "of"}]
+        assert len(words) == len(set(words))
+
+
+def test_a_world_with_more_documents_than_roots_is_written():
+    assert len(draw(num_passages=80, num_examples=1)[0].chunks) == 80
 
 
 def test_the_answer_stands_in_the_chunk_of_the_last_fact_and_that_is_supporting(examples):
@@ -104,8 +120,8 @@ def test_bridges_stand_in_the_chunks_before_and_are_said_first(examples):
             assert bridge not in example.question
 
 
-def test_cross_chunk_facts_stand_in_an_untitled_chunk_that_does_not_name_its_entity(examples):
-    cross = [e for e in examples if e.kind == "cross-chunk"]
+def test_cross_chunk_facts_stand_in_an_untitled_chunk_that_does_not_name_its_entity():
+    cross = draw(kinds={"cross-chunk": 1.0}, num_examples=150)
     assert {m for e in cross for m in e.meta["mentions"]} == {
         "pronoun", "description", "alias", "list",
     }  # fmt: skip
@@ -123,16 +139,27 @@ def test_self_contained_facts_stand_in_a_titled_chunk(examples):
         assert example.chunks[chunk].title in example.question
 
 
-def test_a_description_or_alias_is_explained_by_the_first_chunk(examples):
-    for example in (e for e in examples if e.kind == "cross-chunk"):
+ALIAS = re.compile(r"(^|\. )(?P<name>[^.]+) is (known as|often called) (?P<words>the [^.]+)\.")
+
+
+def test_an_alias_is_explained_by_the_first_chunk():
+    told = 0
+    for example in draw(kinds={"cross-chunk": 1.0}, num_examples=150):
         first, chunk = example.supporting
-        subject = example.chunks[chunk].text
-        if example.meta["mentions"] == ["alias"]:
-            opening = example.chunks[first].text
-            alias = opening.split(", known as ")[-1].split(", often called ")[-1].split(",")[0]
-            assert (
-                f"{alias} " in subject or "He " in subject or "She " in subject or "It " in subject
-            )
+        opening = ALIAS.search(example.chunks[first].text)
+        assert (opening is not None) == (example.meta["mentions"] == ["alias"])
+        if opening:
+            told += 1
+            assert opening["name"] == example.chunks[first].title
+            assert opening["words"][1:] in example.chunks[chunk].text  # "the" may begin a sentence
+            assert not set(opening["words"].split()) & set(opening["name"].split())
+    assert told > 10
+
+
+def test_a_question_by_reference_names_no_title_and_has_one_answer():
+    for example in draw(kinds={"referred": 1.0}):
+        assert not any(c.title and c.title in example.question for c in example.chunks)
+        assert example.answers[0] in example.chunks[example.meta["fact_chunks"][0]].text
 
 
 def test_without_the_bridge_chunk_nothing_says_the_last_fact(examples):
@@ -167,3 +194,41 @@ def test_a_question_that_no_world_of_the_size_holds_is_refused():
     config = WorldConfig(num_passages=1, kinds={"3-hop": 1.0}, plain=True, num_examples=1)
     with pytest.raises(ValueError, match="no question of kind '3-hop' in 5000 worlds of 1 passage"):
         list(generate_examples(config))
+
+
+WORDS = {
+    "She": "person", "He": "person", "The woman": "person", "The man": "person", "It": "it",
+    "The film": "film", "The cast goes": "film", "The book": "book", "The company": "company",
+    "The city": "city",
+}  # fmt: skip
+
+
+def test_general_words_stand_for_one_document_of_a_world():
+    seen = set()
+    for example in draw(kinds=DEFAULT_KINDS, num_examples=200):
+        owners: dict[str, set[str]] = {}
+        title = None
+        for chunk in example.chunks:
+            title = chunk.title or title
+            for words, kind in WORDS.items():
+                if chunk.title is None and re.search(rf"(^|\. ){words}\b", chunk.text):
+                    owners.setdefault(kind, set()).add(title)
+                    seen.add(words)
+        assert all(len(titles) == 1 for titles in owners.values())
+    assert seen == set(WORDS)
+
+
+def test_one_document_of_a_kind_at_most_goes_on_in_other_chunks():
+    going_on = 0
+    for seed in range(100):
+        documents = draw_world(Random(seed), "test", 10).documents
+        kinds = [d.entity.kind for d in documents if len(d.parts) > 1]
+        assert len(kinds) == len(set(kinds))
+        going_on += len(kinds)
+    assert going_on > 100
+
+
+def test_first_chunks_name_their_entity_in_every_sentence():
+    for example in draw(kinds=DEFAULT_KINDS, num_examples=100):
+        for chunk in example.chunks:
+            assert chunk.title is None or not re.search(r"(^|\. )(She|He|It)\b", chunk.text)

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from blocktune.data.worlds import WorldConfig, draw_context, generate_examples
 from blocktune.prompt import PromptFormat, make_pieces
-from blocktune.training.pretraining.config import Curriculum, PretrainConfig, Stage
-from blocktune.training.pretraining.contexts import ContextSource, given_ids, micro_batches, turns
-from blocktune.training.pretraining.loop import anneal, pretrain
+from blocktune.training.pretraining.config import PretrainConfig, Stage
+from blocktune.training.pretraining.contexts import Lessons, given_ids, loader, turns
+from blocktune.training.pretraining.loop import go_on, pretrain
 from blocktune.training.pretraining.measure import correct
 from blocktune.training.pretraining.model import new_model
 from blocktune.training.pretraining.muon import orthogonal
@@ -26,9 +26,9 @@ SMALL = PretrainConfig(
     ffn=16,
     heads=2,
     kv_heads=1,
-    stages=(Stage(5, 2),),
-    anneal_steps=2,
-    tokens_per_step=200,
+    stages=(Stage(5, 2, 300), Stage(5, 2, 300, falls=True)),
+    rows_per_step=600,
+    micro_rows=400,
     eval_every=10,
     eval_examples=2,
 )
@@ -61,19 +61,30 @@ def test_a_training_conversation_opens_with_the_pieces_that_serving_makes(tokeni
 
 
 def test_answers_weigh_more_and_padding_nothing(tokenizer):
-    sequences = ContextSource(SMALL, tokenizer).draw(Stage(5, 1), 600)
-    for batch in micro_batches(sequences, 400, tokenizer.pad_token_id):
+    for batch in Lessons(SMALL, tokenizer)[0]:
         assert set(batch.weights.unique().tolist()) <= {0.0, 1.0, SMALL.answer_weight}
         assert torch.equal(batch.weights == 0, batch.ids == tokenizer.pad_token_id)
 
 
-def test_a_stage_ends_when_it_is_learnt_or_used_up():
-    curriculum = Curriculum((Stage(2, 100, until=0.5), Stage(4, 3, until=0.5), Stage(6, 1)))
-    seen = []
-    for accuracy in [1.0] * 7 + [0.0] * 4:
-        seen.append(curriculum.stage.passages)
-        curriculum.advance(accuracy)
-    assert seen == [2] * 7 + [4] * 3 + [6]
+def test_lessons_are_the_same_whoever_draws_them_and_on_a_gpu_of_one_shape(tokenizer):
+    config = replace(SMALL, stages=(Stage(2, 2, 200, plain=True), Stage(5, 2, 300)))
+    alone = list(loader(Lessons(config, tokenizer), range(4)))
+    ahead = list(loader(Lessons(replace(config, readers=2), tokenizer), range(4)))
+    on_gpu = Lessons(replace(config, device="cuda", workers=1), tokenizer)
+    assert len(alone) == 4
+    for step, (mine, other) in enumerate(zip(alone, ahead, strict=True)):
+        for one, two in zip(mine, other, strict=True):
+            assert torch.equal(one.ids, two.ids)
+        (fixed,) = on_gpu[step]
+        length = config.stage(step).length
+        assert fixed.ids.shape == (600 // length, length)
+        assert torch.equal(fixed.weights == 0, fixed.ids == tokenizer.pad_token_id)
+
+
+def test_a_batch_of_orthogonal_updates_is_each_alone():
+    matrices = torch.randn(3, 8, 24, generator=torch.Generator().manual_seed(0))
+    each = torch.stack([orthogonal(matrix) for matrix in matrices])
+    assert torch.allclose(orthogonal(matrices), each, atol=1e-5)
 
 
 def test_an_orthogonal_update_has_singular_values_near_one():
@@ -100,27 +111,47 @@ def test_the_same_seed_makes_the_same_model(tmp_path):
     assert steps[-1]["step"] == 4
 
 
-def test_annealing_can_be_done_again_from_the_stages_weights_and_from_nothing_else(tmp_path):
-    steady = replace(SMALL, anneal_steps=0)
-    pretrain(steady, tmp_path)
+def test_one_can_go_on_from_a_segments_end_and_from_nowhere_else(tmp_path):
+    pretrain(replace(SMALL, stages=SMALL.stages[:1]), tmp_path)
+    start = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    ends = []
     for _ in range(2):
-        start = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-        anneal(SMALL, tmp_path)
-        ends = [(tmp_path / "model.safetensors").read_bytes()]
-        assert ends[0] != start["model.safetensors"]
-        with pytest.raises(ValueError, match="no model of step 2, where annealing starts"):
-            anneal(SMALL, tmp_path)
+        go_on(SMALL, tmp_path)
+        ends.append((tmp_path / "model.safetensors").read_bytes())
+        with pytest.raises(ValueError, match="holds step 4; one can go on from steps 3, 6 only"):
+            go_on(replace(SMALL, stages=(Stage(5, 3, 300), Stage(5, 3, 300, falls=True))), tmp_path)
         for name, content in start.items():
             (tmp_path / name).write_bytes(content)
+    assert ends[0] == ends[1] != start["model.safetensors"]
 
 
-def test_rates_rise_stay_and_fall():
-    config = replace(SMALL, stages=(Stage(5, 100),), anneal_steps=100, warmup=10, final_lr=0.1)
+def test_a_stage_is_over_when_its_accuracy_is_reached(tmp_path):
+    stages = Stage(5, 40, 300, until=0.0), Stage(5, 2, 300), Stage(5, 1, 300, falls=True)
+    pretrain(replace(SMALL, stages=stages, eval_every=1), tmp_path)
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").open()]
+    assert [entry["step"] for entry in log[1:]] == [1, 41, 42, 43]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_in_one_line(tmp_path):
+    with pytest.raises(Exception, match=r"loss is nan by step \d; start anew with another --seed"):
+        pretrain(replace(SMALL, adam_lr=float("inf")), tmp_path)
+
+
+def test_embeddings_have_a_fixed_size_whatever_the_tokenizer_holds(tokenizer):
+    model = new_model(SMALL, tokenizer)
+    assert len(tokenizer) < model.get_input_embeddings().num_embeddings == SMALL.vocab_size
+
+
+def test_rates_rise_stay_fall_and_rise_again():
+    steady, falling = Stage(5, 50, 300), Stage(5, 100, 300, falls=True)
+    config = replace(SMALL, stages=(steady, steady, falling, steady), warmup=10, final_lr=0.1)
+    assert config.segments == [range(100), range(100, 200), range(200, 250)]
     rates = [config.rate(step) for step in range(config.total_steps)]
     assert rates[:10] == sorted(rates[:10])
     assert set(rates[10:100]) == {1.0}
-    assert rates[110:] == sorted(rates[110:], reverse=True)
-    assert 0.1 <= rates[-1] < 0.12
+    assert rates[110:200] == sorted(rates[110:200], reverse=True)
+    assert 0.1 <= rates[199] < 0.12
+    assert rates[200:210] == rates[:10]
 
 
 def test_accuracy_counts_only_what_must_be_found(tokenizer):
@@ -139,5 +170,6 @@ def test_the_shipped_model_is_small_and_its_numbers_can_be_made_again():
     config = WorldConfig(split="test", seed=11, num_examples=60, kinds={kind: 1.0})
     right = correct(model, tokenizer, list(generate_examples(config)), "full")
     stated = numbers["em"]["full"][kind]["em"]
-    spread = 4 * (stated * (1 - stated) / len(right)) ** 0.5
+    # The constant: a share of nearly all or nothing is not known to be exactly that.
+    spread = 4 * ((stated * (1 - stated) + 0.01) / len(right)) ** 0.5
     assert abs(sum(right) / len(right) - stated) < spread

@@ -130,7 +130,8 @@ def draw_context(rng: Random, config: WorldConfig, num_questions: int) -> Contex
     while pools and len(questions) < num_questions:
         weights = [config.kinds[kind] for kind in pools]
         kind = rng.choices(list(pools), weights)[0] if questions else wanted
-        questions.append(ask(rng, kind, pools[kind].pop(), passages))
+        facts = pools[kind].pop()
+        questions.append(ask(rng, kind, facts, passages))
         pools = {kind: pool for kind, pool in pools.items() if pool}
     facts = rng.sample(list(world.facts.values()), len(world.facts))
     return Context(

@@ -35,9 +35,6 @@ MOOD = _words(
 )
 WORK = _words("Letters Songs Tales Maps Clocks Birds Bells Doors Rivers Stars Walls Winds")
 FIRM = _words("Studio Bank House Radio Hotel Circus Theatre Garage Mill Press Gallery Casino")
-NICKNAME = _words("""
-    Ace Badger Bear Duke Falcon Fox Ghost Hawk Lucky Moose Otter Panda Raven Rocket Tiger Wren
-""")
 
 YEARS = tuple(str(year) for year in range(1950, 1990))
 
@@ -85,22 +82,31 @@ _ROOTS = frozenset(ROOT)
 _PATIENCE, _MOST_DRAWS = 40, 2000
 
 
-def draw_name(rng: Random, kind: str, split: str, taken: set[str]) -> str:
-    """Draws a name for one world, and takes it and its root.
+def draw_name(rng: Random, kind: str, split: str, taken: set[str], *, apart: bool = False) -> str:
+    """Draws a name for one world, and takes it and its root; if ``apart``, its other word too.
 
     Within a world no two names have their root in common, as long as there are roots left: telling
     apart Anna Baker and Port Baker is more than a model of a million parameters learns in an
-    hour, and it is not what is measured.
+    hour, and it is not what is measured. Names that are drawn apart have no word in common with
+    one another.
 
     Raises:
         ValueError: If the world has used up the names of this kind.
     """
     for drawn in range(_MOST_DRAWS):
         name = rng.choice(rng.choice(names(kind, split)))
-        roots = _ROOTS.intersection(name.split())
-        if name not in taken and (drawn >= _PATIENCE or not roots & taken):
-            taken |= roots | {name}
+        words = set(name.split()) - {"The", "of"}
+        own = words if apart else words & _ROOTS
+        if name not in taken and (drawn >= _PATIENCE or not own & taken):
+            taken |= own | {name}
             return name
     raise ValueError(
         f"split '{split}' has no names of kind '{kind}' left for this world; ask for fewer passages"
     )
+
+
+def draw_root(rng: Random, taken: set[str]) -> str:
+    """Draws a root that no name of a world has, as long as there are any, and takes it."""
+    root = rng.choice([word for word in ROOT if word not in taken] or ROOT)
+    taken.add(root)
+    return root

@@ -8,11 +8,13 @@ from itertools import combinations
 from random import Random
 from typing import Any
 
-from blocktune.data.worlds.passages import Passages, Place
+from blocktune.data.worlds.passages import Passages, Place, refer
 from blocktune.data.worlds.relations import COMPARED
 from blocktune.data.worlds.world import Fact, World
 
-QUESTION_KINDS = ("self-contained", "cross-chunk", "2-hop", "3-hop", "comparison")
+QUESTION_KINDS = ("self-contained", "cross-chunk", "2-hop", "3-hop", "comparison", "referred")
+"""The last asks by the words of a later chunk ("Where was she born?"): following a reference, by
+itself, for pre-training."""
 MARKER = "Answer: "
 """What stands before the scored answer when a response names other values first."""
 
@@ -64,6 +66,21 @@ def comparable(world: World) -> Iterator[tuple[Fact, Fact]]:
             yield one, other
 
 
+def _referred(world: World, passages: Passages) -> Iterator[tuple[Fact]]:
+    """Yields the facts that can be asked for by their chunk's words for the subject alone."""
+    facts = world.facts.values()
+    mentions = {fact: _place(passages, fact).mention for fact in facts}
+    for fact, mention in mentions.items():
+        if mention in ("name", "list"):
+            continue
+        words = refer(fact.subject, mention)
+        alike = [
+            f for f in facts if f.relation == fact.relation and words == refer(f.subject, mention)
+        ]
+        if len(alike) == 1:
+            yield (fact,)
+
+
 def candidates(world: World, passages: Passages) -> dict[str, list[tuple[Fact, ...]]]:
     """Groups everything that can be asked about a world by the kind of the question."""
     found: dict[str, list[tuple[Fact, ...]]] = {kind: [] for kind in QUESTION_KINDS}
@@ -73,6 +90,7 @@ def candidates(world: World, passages: Passages) -> dict[str, list[tuple[Fact, .
         found[kind].append((fact,))
     found["2-hop"] = list(chains(world, 2))
     found["3-hop"] = list(chains(world, 3))
+    found["referred"] = list(_referred(world, passages))
     found["comparison"] = list(comparable(world))
     return {kind: facts for kind, facts in found.items() if facts}
 
@@ -92,6 +110,10 @@ def ask(rng: Random, kind: str, facts: tuple[Fact, ...], passages: Passages) -> 
     }
     if kind == "comparison":
         text, answer, said = _compare(rng, *facts)
+    elif kind == "referred":
+        (fact,) = facts
+        words = refer(fact.subject, places[0].mention)
+        text, answer, said = rng.choice(fact.relation.questions).format(s=words), fact.value, []
     else:
         text, answer = _chain_text(rng, facts, passages.roles), facts[-1].value
         said = [fact.value for fact in facts[:-1]]

@@ -6,14 +6,6 @@ from dataclasses import dataclass
 
 KINDS = ("person", "film", "book", "company", "city")
 
-NOUNS = {
-    "person": ("painter", "lawyer", "poet", "singer", "pilot", "doctor"),
-    "film": ("western", "drama", "comedy", "thriller"),
-    "book": ("novel", "memoir", "diary", "satire"),
-    "company": ("firm", "brewery", "bakery", "carrier"),
-    "city": ("town", "port", "village", "resort"),
-}
-
 
 @dataclass(frozen=True)
 class Relation:

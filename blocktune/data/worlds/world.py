@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from random import Random
 
-from blocktune.data.worlds.names import NICKNAME, YEARS, draw_name
-from blocktune.data.worlds.relations import KINDS, NOUNS, Relation, relations_of
+from blocktune.data.worlds.names import YEARS, draw_name, draw_root
+from blocktune.data.worlds.relations import KINDS, Relation, relations_of
 
 
 @dataclass(frozen=True)
@@ -17,15 +17,16 @@ class Entity:
         name: Full name, unique in a world.
         kind: ``person``, ``film``, ``book``, ``company`` or ``city``.
         pronoun: ``she``, ``he`` or ``it``.
-        noun: What it is (``painter``), for definite descriptions.
-        alias: A second name, which its first passage explains.
+        noun: What a definite description calls it: ``woman``, ``man``, or its kind.
+        root: Not of its name: what later passages may call it by (``the Webb``), which its first
+            passage explains.
     """
 
     name: str
     kind: str
     pronoun: str
     noun: str
-    alias: str
+    root: str
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,8 @@ class Style:
         split: Probability that a document goes on in another chunk.
         facts: Most facts in a chunk.
         linked: Probability that a value names an entity of this world.
+        introduced: Probability that a document opens with what its entity is.
         filler: Probability of a filler sentence before a fact.
-        named: Probability that a later sentence of a first chunk repeats the name.
-        introduced: Probability that a document of one chunk opens with an introduction.
         variety: Most relations of one kind of entity in this world; few make many candidates.
         roles: Probability that a sentence that names its entity begins with the relation
             (`Relation.plain_fact`), and that a question ends in the name.
@@ -59,9 +59,8 @@ class Style:
     split: float
     facts: int
     linked: float
-    filler: float
-    named: float
     introduced: float
+    filler: float
     variety: int
     roles: float
 
@@ -75,9 +74,8 @@ def draw_style(rng: Random) -> Style:
         split=rng.choice((0.2, 0.5, 0.8)),
         facts=rng.choice((1, 2, 2, 3)),
         linked=rng.choice((0.4, 0.8)),
+        introduced=0.2,
         filler=rng.choice((0, 0, 0.15, 0.3)),
-        named=rng.random(),
-        introduced=0.5,
         variety=rng.choice((2, 3, 9)),
         roles=0.3,
     )
@@ -98,12 +96,18 @@ def plain_style(rng: Random) -> Style:
         split=0,
         facts=rng.choice((1, 1, 2)),
         linked=0,
-        filler=0,
-        named=1,
-        introduced=0.2,
+        introduced=0.3,  # distances must vary, or they are learnt instead of names
+        filler=0.1,
         variety=rng.choice((1, 1, 2)),
         roles=1,
     )
+
+
+MENTIONS = ("pronoun", "description", "alias", "list")
+"""How a document's later chunks refer to its entity: "she", "the woman", "the Webb" (which its
+first chunk explains), or by going on with its list."""
+_ALIASED = 0.1
+"""Share of the documents that go on by an alias, where "she" or "the film" would do."""
 
 
 @dataclass
@@ -112,7 +116,7 @@ class Document:
 
     entity: Entity
     parts: list[list[Fact]] = field(default_factory=list)
-    listed: bool = False  # the facts are items of a list, in order
+    mention: str = "alias"  # how later chunks speak of the entity: one of MENTIONS, or as a list
 
 
 @dataclass(frozen=True)
@@ -124,24 +128,36 @@ class World:
     style: Style
 
 
-def draw_entity(rng: Random, kind: str, split: str, taken: set[str]) -> Entity:
-    """Draws an entity with a new name; its alias is new too, while a world has new ones."""
+def draw_entity(
+    rng: Random, kind: str, split: str, taken: set[str], *, apart: bool = True
+) -> Entity:
+    """Draws an entity with a new name; see `draw_name` for ``apart``."""
     form = rng.choice(("woman", "man")) if kind == "person" else kind
-    name = draw_name(rng, form, split, taken)
-    alias = rng.choice([word for word in NICKNAME if word not in taken] or NICKNAME)
-    taken.add(alias)
+    name = draw_name(rng, form, split, taken, apart=apart)
+    root = draw_root(rng, taken)
     pronoun = {"woman": "she", "man": "he"}.get(form, "it")
-    return Entity(name, kind, pronoun, rng.choice(NOUNS[kind]), alias)
+    return Entity(name, kind, pronoun, form, root)
 
 
 def draw_world(rng: Random, split: str, num_passages: int, *, plain: bool = False) -> World:
-    """Draws a world whose documents make exactly ``num_passages`` chunks."""
+    """Draws a world whose documents make exactly ``num_passages`` chunks.
+
+    Of each kind one document at most goes on in other chunks, so that "she", "the film", an alias
+    or "the cast" can mean one document only: which, a reader of the whole context sees by the chunk
+    before, and a reader of single chunks can tell by the kind of thing that is asked about.
+    """
     style, taken = (plain_style if plain else draw_style)(rng), set()
     themes = {kind: _theme(rng, kind, style.variety) for kind in KINDS}
     documents, room = [], num_passages
+    spoken: set[str] = set()  # kinds that have such a document, and pronouns that stand for one
     while room:
-        entity = draw_entity(rng, rng.choices(KINDS, style.kind_weights)[0], split, taken)
-        document = _outline(rng, entity, themes[entity.kind], style, room)
+        entity = draw_entity(
+            rng, rng.choices(KINDS, style.kind_weights)[0], split, taken, apart=not plain
+        )
+        theme = themes[entity.kind]
+        document = _outline(rng, entity, theme, style, 1 if entity.kind in spoken else room)
+        if len(document.parts) > 1:
+            _choose_mention(rng, document, spoken)
         documents.append(document)
         room -= len(document.parts)
     entities = [document.entity for document in documents]
@@ -152,6 +168,22 @@ def draw_world(rng: Random, split: str, num_passages: int, *, plain: bool = Fals
                 part[i] = _fill(rng, fact, entities, style, split, taken)
                 facts[fact.subject.name, fact.relation.name] = part[i]
     return World(tuple(documents), facts, style)
+
+
+def _is_list(theme: list[Relation]) -> bool:
+    return bool(theme[0].place)
+
+
+def _choose_mention(rng: Random, document: Document, spoken: set[str]) -> None:
+    entity = document.entity
+    if document.parts[0][0].relation.place:
+        document.mention = "list"
+    elif rng.random() >= _ALIASED:
+        free = entity.pronoun not in spoken
+        document.mention = rng.choice(("pronoun", "description")) if free else "description"
+    spoken.add(entity.kind)
+    if document.mention == "pronoun":
+        spoken.add(entity.pronoun)
 
 
 def _theme(rng: Random, kind: str, variety: int) -> list[Relation]:
@@ -166,12 +198,11 @@ def _outline(
     rng: Random, entity: Entity, theme: list[Relation], style: Style, room: int
 ) -> Document:
     """Chooses a document's chunks and which relations they state, still without values."""
-    listed = bool(theme[0].place)
-    available = list(theme) if listed else rng.sample(theme, len(theme))
+    available = list(theme) if _is_list(theme) else rng.sample(theme, len(theme))
     size = 1
     while size < min(3, room, len(available)) and rng.random() < style.split:
         size += 1
-    document = Document(entity, listed=listed)
+    document = Document(entity)
     for part in range(size):
         later = size - part - 1
         count = min(rng.randint(1, style.facts), len(available) - later)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerFast
 
 from blocktune.data.worlds import MARKER, Context, WorldConfig, draw_context
@@ -51,28 +52,45 @@ def turns(context: Context, fmt: PromptFormat) -> Iterator[tuple[str, bool]]:
     yield EOS, False
 
 
-class ContextSource:
-    """Endless training sequences from one random stream."""
+class Lessons(Dataset):
+    """The batches of every step, for one of the processes that share it; each step on its own.
 
-    def __init__(
-        self, config: PretrainConfig, tokenizer: PreTrainedTokenizerFast, stream: str = "0"
-    ):
-        """Starts a stream; those of different names differ."""
+    A step draws from a random stream of its own, so that it is the same wherever and in whatever
+    order steps are drawn.
+    """
+
+    def __init__(self, config: PretrainConfig, tokenizer: PreTrainedTokenizerFast, rank: int = 0):
+        """Draws the share of process ``rank`` of ``config.workers``."""
         self.config = config
         self.backend = tokenizer.backend_tokenizer
         self.fmt = PromptFormat()
-        self.rng = Random(f"pretrain/{config.seed}/{stream}")
-        self.given = torch.tensor(given_ids(tokenizer))
+        self.rank, self.pad_id = rank, tokenizer.pad_token_id
 
-    def draw(self, stage: Stage, num_tokens: int) -> list[Conversation]:
-        """Draws sequences of a stage until they hold ``num_tokens`` tokens."""
+    def __len__(self):
+        return self.config.total_steps
+
+    def __getitem__(self, step: int) -> list[MicroBatch]:
+        stage, config = self.config.stage(step), self.config
+        rng = Random(f"pretrain/{config.seed}/{step}/{self.rank}")
+        drawn = self.draw(rng, stage, config.rows_per_step // stage.length // config.workers)
+        if config.device == "cuda":  # one shape a stage, for a graph of all kernels
+            return [_pad(drawn, self.pad_id, stage.length)]
+        return list(micro_batches(drawn, config.micro_rows, self.pad_id))
+
+    def draw(self, rng: Random, stage: Stage, count: int) -> list[Conversation]:
+        """Draws ``count`` sequences of a stage, at least one, none longer than it allows."""
         kinds = {"self-contained": 1.0} if stage.plain else self.config.kinds
-        worlds = WorldConfig(num_passages=(1, stage.passages), kinds=kinds, plain=stage.plain)
+        worlds = WorldConfig(
+            num_passages=(1, stage.passages),
+            kinds=kinds,
+            plain=stage.plain,
+        )
         drawn: list[Conversation] = []
-        while num_tokens > 0:
-            asked = self.rng.randint((self.config.questions + 1) // 2, self.config.questions)
-            drawn.append(self._encode(draw_context(self.rng, worlds, asked)))
-            num_tokens -= len(drawn[-1].ids)
+        while len(drawn) < max(1, count):
+            asked = rng.randint((self.config.questions + 1) // 2, self.config.questions)
+            sequence = self._encode(draw_context(rng, worlds, asked))
+            if len(sequence.ids) <= stage.length:
+                drawn.append(sequence)
         return drawn
 
     def _encode(self, context: Context) -> Conversation:
@@ -85,6 +103,13 @@ class ContextSource:
         return Conversation(ids, weights)
 
 
+def loader(lessons: Lessons, steps: range) -> DataLoader:
+    """Yields the batches of ``steps`` in order, drawn ahead by ``config.readers`` processes."""
+    readers = lessons.config.readers
+    ahead = {"num_workers": readers, "prefetch_factor": 8} if readers else {}
+    return DataLoader(lessons, batch_size=None, sampler=steps, **ahead)
+
+
 def given_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     """Ids of answer tokens that need no context: the marker, punctuation, EOS."""
     words = f"{MARKER.strip()} {MARKER.strip()},.", tokenizer.eos_token
@@ -92,20 +117,20 @@ def given_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
 
 
 def micro_batches(
-    sequences: Sequence[Conversation], max_tokens: int, pad_id: int
+    sequences: Sequence[Conversation], max_rows: int, pad_id: int
 ) -> Iterator[MicroBatch]:
-    """Groups sequences of similar length into batches of at most ``max_tokens`` rows with pads."""
+    """Groups sequences of similar length into batches of at most ``max_rows`` rows with pads."""
     group: list[Conversation] = []
     for sequence in sorted(sequences, key=lambda s: len(s.ids)):
-        if group and (len(group) + 1) * len(sequence.ids) > max_tokens:
+        if group and (len(group) + 1) * len(sequence.ids) > max_rows:
             yield _pad(group, pad_id)
             group = []
         group.append(sequence)
     yield _pad(group, pad_id)
 
 
-def _pad(group: list[Conversation], pad_id: int) -> MicroBatch:
-    length = max(len(sequence.ids) for sequence in group)
+def _pad(group: list[Conversation], pad_id: int, length: int | None = None) -> MicroBatch:
+    length = length or max(len(sequence.ids) for sequence in group)
     ids = torch.full((len(group), length), pad_id)
     weights = torch.zeros(len(group), length)
     for row, sequence in enumerate(group):

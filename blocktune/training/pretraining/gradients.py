@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from blocktune.training.pretraining.config import PretrainConfig
-from blocktune.training.pretraining.contexts import Conversation, MicroBatch, micro_batches
+from blocktune.training.pretraining.contexts import MicroBatch
 from blocktune.training.pretraining.muon import Muon
 
 
@@ -28,52 +28,56 @@ class Tally(NamedTuple):
 def make_optimizers(
     model: nn.Module, config: PretrainConfig
 ) -> list[tuple[torch.optim.Optimizer, float]]:
-    """Muon for the matrices, AdamW for embeddings and norms, each with its peak rate."""
+    """Muon for the matrices, AdamW for embeddings and norms, each with its peak rate.
+
+    Their rates are scalar tensors on the model's device, to be filled before each step: a number
+    would be fixed in a CUDA graph.
+    """
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
-    muon = Muon(matrices, lr=config.muon_lr)
-    adam = torch.optim.AdamW(others, lr=config.adam_lr, betas=(0.9, 0.98), weight_decay=0.0)
-    return [(muon, config.muon_lr), (adam, config.adam_lr)]
+    cuda = others[0].is_cuda
+    rates = [torch.zeros((), device=others[0].device) for _ in range(2)]
+    adam = torch.optim.AdamW(
+        others, lr=rates[1], betas=(0.9, 0.98), weight_decay=0.0, foreach=cuda, capturable=cuda
+    )
+    return [(Muon(matrices, lr=rates[0]), config.muon_lr), (adam, config.adam_lr)]
 
 
-def backward(
-    model: nn.Module,
-    config: PretrainConfig,
-    sequences: Sequence[Conversation],
-    pad_id: int,
-    given: Tensor,
-) -> Tally:
+def backward(model: nn.Module, batches: Sequence[MicroBatch], given: Tensor) -> Tensor:
     """Leaves the gradient of the weighted mean loss over all processes' tokens in the model.
 
     Args:
-        model: Without gradients yet.
-        config: Of the run.
-        sequences: This process's share of the step.
-        pad_id: Id of pad rows.
+        model: Whose gradients are zero or None.
+        batches: This process's share of the step, on the model's device.
         given: Answer tokens that need no context, `given_ids`; accuracy leaves them out.
+
+    Returns:
+        A `Tally` as a tensor ``(5,)`` float64, so that nothing waits for a GPU.
     """
-    sums = torch.zeros(len(Tally._fields), dtype=torch.float64)
-    for batch in micro_batches(sequences, config.micro_tokens, pad_id):
+    sums = torch.zeros(len(Tally._fields), dtype=torch.float64, device=given.device)
+    for batch in batches:
         sums += _accumulate(model, batch, given)
-    dist.all_reduce(sums)
-    tally = Tally(*sums.tolist())
-    flat = torch.cat([p.grad.flatten() for p in model.parameters()])
-    dist.all_reduce(flat)
-    start = 0
-    for p in model.parameters():
-        p.grad.copy_(flat[start : start + p.numel()].view_as(p) / tally.weight)
-        start += p.numel()
-    return tally
+    grads = [p.grad for p in model.parameters()]
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+        flat = torch.cat([grad.flatten() for grad in grads])
+        dist.all_reduce(flat)
+        parts = flat.split([grad.numel() for grad in grads])
+        torch._foreach_copy_(grads, [p.view_as(g) for p, g in zip(parts, grads, strict=True)])
+    weight = sums[Tally._fields.index("weight")].float()
+    torch._foreach_div_(grads, weight.clamp(min=1))
+    return sums
 
 
 def _accumulate(model, batch: MicroBatch, given: Tensor) -> Tensor:
     """Adds the gradient of the weighted loss sum; causal masking makes right pads harmless."""
-    logits = model(input_ids=batch.ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+    with torch.autocast("cuda", torch.bfloat16, enabled=batch.ids.is_cuda):
+        logits = model(input_ids=batch.ids, use_cache=False).logits[:, :-1].flatten(0, 1)
     target, weight = batch.ids[:, 1:].flatten(), batch.weights[:, 1:].flatten()
-    loss = (cross_entropy(logits, target, reduction="none") * weight).sum()
+    loss = (cross_entropy(logits.float(), target, reduction="none") * weight).sum()
     loss.backward()
     answer = (weight > 1) & ~torch.isin(target, given)
-    right = (logits.detach().argmax(-1) == target)[answer].sum()
+    right = ((logits.detach().argmax(-1) == target) & answer).sum()
     tokens = (batch.weights > 0).sum()
     sums = loss.detach(), weight.sum(), right, answer.sum(), tokens
     return torch.stack([value.double() for value in sums])

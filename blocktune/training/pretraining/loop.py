@@ -1,9 +1,10 @@
-"""The pre-training loop: a few single-threaded processes that average their gradients."""
+"""The pre-training loop: one GPU, or a few processes of one thread that share their gradients."""
 
 from __future__ import annotations
 
 import ctypes
 import json
+import math
 import os
 import tempfile
 import time
@@ -17,18 +18,20 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from blocktune.data.worlds import WorldConfig, generate_examples
 from blocktune.prompt import PromptFormat
-from blocktune.training.pretraining.config import Curriculum, PretrainConfig
-from blocktune.training.pretraining.contexts import ContextSource
-from blocktune.training.pretraining.gradients import backward, make_optimizers
+from blocktune.training.pretraining.config import PretrainConfig
+from blocktune.training.pretraining.contexts import Lessons, given_ids, loader
+from blocktune.training.pretraining.gradients import Tally
 from blocktune.training.pretraining.measure import by_kind, correct
 from blocktune.training.pretraining.model import new_model, save
+from blocktune.training.pretraining.stepping import Stepper
 from blocktune.training.pretraining.tokenizer import train_tokenizer, world_texts
 
 LOG = "log.jsonl"
+LOG_EVERY = 50
 
 
 def pretrain(config: PretrainConfig, output: Path) -> None:
-    """Trains tokenizer and model from nothing, then anneals; saves both, the model in bfloat16.
+    """Trains tokenizer and model from nothing; saves both, the model in bfloat16.
 
     Args:
         config: What to train; the same configuration draws the same data.
@@ -38,28 +41,32 @@ def pretrain(config: PretrainConfig, output: Path) -> None:
     (output / LOG).write_text(json.dumps({"config": asdict(config)}) + "\n")
     texts = world_texts(PromptFormat(), config.seed)
     train_tokenizer(texts, config.vocab_size).save_pretrained(output)
-    _launch(config, output, range(config.steady_steps))
-    anneal(config, output)
+    go_on(config, output)
 
 
-def anneal(config: PretrainConfig, output: Path) -> None:
-    """Goes on from the weights that the stages left in ``output``, at falling rates.
+def go_on(config: PretrainConfig, output: Path) -> None:
+    """Goes on from the weights in ``output``, which must be those of a segment's end.
 
     Raises:
-        ValueError: If ``output`` does not hold the stages' last weights and their log.
+        ValueError: If the log's last step is no segment's end.
     """
-    last = json.loads((output / LOG).read_text().splitlines()[-1])
-    if last.get("step") != config.steady_steps:
-        raise ValueError(
-            f"{output} holds no model of step {config.steady_steps}, where annealing starts; "
-            "train from nothing"
-        )
-    _launch(config, output, range(config.steady_steps, config.total_steps))
+    done = json.loads((output / LOG).read_text().splitlines()[-1]).get("step", 0)
+    left = [part for part in config.segments if part.start >= done]
+    if done < config.total_steps and (not left or left[0].start != done):
+        ends = ", ".join(str(part.stop) for part in config.segments)
+        raise ValueError(f"{output} holds step {done}; one can go on from steps {ends} only")
+    for steps in left:
+        _launch(config, output, steps)
 
 
 def _launch(config: PretrainConfig, output: Path, steps: range) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_worker, (config, output, folder, steps), nprocs=config.workers)
+    if config.device == "cuda":
+        torch.set_float32_matmul_precision("high")
+        _train(0, config, output, steps)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            args = config, output, folder, steps
+            torch.multiprocessing.spawn(_worker, args, nprocs=config.workers)
 
 
 def keep_memory() -> None:
@@ -80,47 +87,58 @@ def _worker(rank: int, config: PretrainConfig, output: Path, folder: str, steps:
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=config.workers
     )
+    try:
+        _train(rank, config, output, steps)
+    finally:
+        dist.destroy_process_group()
+
+
+def _train(rank: int, config: PretrainConfig, output: Path, steps: range) -> None:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(output)
     if steps.start:
         model = LlamaForCausalLM.from_pretrained(output, dtype=torch.float32)
     else:
         model = new_model(config, tokenizer)
-    try:
-        _train(rank, config, output, model, tokenizer, steps)
-    finally:
-        dist.destroy_process_group()
-
-
-def _train(rank, config, output, model, tokenizer, steps: range) -> None:
-    source = ContextSource(config, tokenizer, f"{rank}/{steps.start}" if steps.start else f"{rank}")
-    optimizers = make_optimizers(model, config)
+    model.to(config.device)
+    lessons = Lessons(config, tokenizer, rank)
+    given = torch.tensor(given_ids(tokenizer), device=config.device)
+    step_with = Stepper(model, config, given)
     tokens, seconds = _so_far(output)
     started, console = time.perf_counter() - seconds, Console(quiet=rank > 0)
-    dev = dev_examples(config)
-    curriculum = Curriculum(config.stages[-1:] if steps.start else config.stages)
-    for step in steps:
-        stage = curriculum.stage
-        sequences = source.draw(stage, config.tokens_per_step // config.workers)
-        tally = backward(model, config, sequences, tokenizer.pad_token_id, source.given)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-        for optimizer, peak in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = peak * config.rate(step)
-            optimizer.step()
-        model.zero_grad()
-        curriculum.advance(tally.right / tally.answers)
-        tokens += int(tally.tokens)
-        entry = {"step": step + 1, "passages": stage.passages}
-        entry |= {"loss": tally.loss / tally.weight, "answer_accuracy": tally.right / tally.answers}
-        last = step + 1 == steps.stop
-        if last or (step + 1) % config.eval_every == 0:
-            entry["dev"] = _measure(rank, config, model, tokenizer, dev)
+    dev, recent = dev_examples(config), []
+    for stage, span in zip(config.stages, config.spans, strict=True):
+        if span.start not in steps:
+            continue
+        for step, batches in zip(span, loader(lessons, span), strict=True):
+            recent.append(step_with(batches, config.rate(step)))
+            done, last = step + 1, step + 1 == steps.stop
+            measured = last or done % config.eval_every == 0
+            if not measured and done % LOG_EVERY:
+                continue
+            tally = Tally(*torch.stack(recent).sum(0).tolist())
+            recent.clear()
+            _must_be_finite(tally.loss, done, output)
+            tokens, right = tokens + int(tally.tokens), tally.right / tally.answers
+            entry = {"step": done, "passages": stage.passages}
+            entry |= {"loss": tally.loss / tally.weight, "answer_accuracy": right}
+            if measured:
+                entry["dev"] = _measure(rank, config, model, tokenizer, dev)
+                if rank == 0:
+                    save(model, output)
+            seconds = time.perf_counter() - started
+            entry |= {"tokens": tokens, "tokens_per_s": tokens / seconds, "seconds": seconds}
             if rank == 0:
-                save(model, output)
-        seconds = time.perf_counter() - started
-        entry |= {"tokens": tokens, "tokens_per_s": tokens / seconds, "seconds": seconds}
-        if rank == 0 and (last or (step + 1) % 20 == 0):
-            _report(entry, config, output, console)
+                _report(entry, config, output, console)
+            if right >= stage.until and span.stop < steps.stop:
+                break
+
+
+def _must_be_finite(loss: float, step: int, output: Path) -> None:
+    if not math.isfinite(loss):
+        raise FloatingPointError(
+            f"the loss is {loss} by step {step}; start anew with another --seed, or --go-on from "
+            f"the last segment's end in {output}"
+        )
 
 
 def _so_far(output: Path) -> tuple[int, float]:
@@ -131,7 +149,9 @@ def _so_far(output: Path) -> tuple[int, float]:
 
 def dev_examples(config: PretrainConfig):
     """Questions over 10 chunks whose names no training world holds."""
-    worlds = WorldConfig(split="dev", seed=config.seed, num_examples=config.eval_examples)
+    worlds = WorldConfig(
+        split="dev", seed=config.seed, num_examples=config.eval_examples, kinds=config.kinds
+    )
     return list(generate_examples(worlds))
 
 
@@ -141,8 +161,9 @@ def _measure(rank, config, model, tokenizer, examples) -> dict[str, dict]:
     result = {}
     for setting in ("full", "naive"):
         share = correct(model, tokenizer, examples[rank :: config.workers], setting)
-        shares: list = [None] * config.workers
-        dist.all_gather_object(shares, share)
+        shares: list = [share] * config.workers
+        if dist.is_initialized():
+            dist.all_gather_object(shares, share)
         right = [shares[i % config.workers][i // config.workers] for i in range(len(examples))]
         result[setting] = by_kind(examples, right)
     model.train()

@@ -49,8 +49,11 @@ def greedy(
         limit: Most new tokens.
     """
     batch = stack(prompts, pad_id, side="left")
+    batch = batch.to(model.device)
     seen = ~batch.layout.is_pad[:, None, None]  # (B, 1, 1, S): all that is decoded sees all rows
-    mask = dense_mask(batch.layout) | torch.eye(batch.layout.num_rows, dtype=torch.bool)
+    mask = dense_mask(batch.layout) | torch.eye(
+        batch.layout.num_rows, dtype=torch.bool, device=model.device
+    )
     cache, ids, position = DynamicCache(), batch.input_ids, batch.layout.position
     new: list[Tensor] = []
     while len(new) < limit:
@@ -78,7 +81,7 @@ def correct(
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[RagExample],
     setting: str,
-    batch_size: int = 16,
+    batch_size: int = 32,
 ) -> list[bool]:
     """Answers every example greedily and says which answers are right, in order."""
     prompts = [prompt_for(tokenizer, example, setting) for example in examples]

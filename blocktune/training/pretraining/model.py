@@ -21,7 +21,7 @@ def new_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast) -> Lla
     """
     torch.manual_seed(config.seed)
     special = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
-    model = LlamaForCausalLM(config.model_config(len(tokenizer), *special))
+    model = LlamaForCausalLM(config.model_config(*special))
     vocabulary, rows = tokenizer.get_vocab(), model.get_input_embeddings().weight.data
     rows.normal_(0, config.embedding_std)
     for token, index in vocabulary.items():

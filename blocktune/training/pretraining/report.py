@@ -19,30 +19,31 @@ from blocktune.training.pretraining.measure import SETTINGS, by_kind, chance, co
 COMMAND = "python recipes/pretrain_tiny.py --output data/tiny"
 
 
-def write_report(folder: Path, num_examples: int) -> None:
+def write_report(folder: Path, num_examples: int, device: str = "cpu") -> None:
     """Measures the model in ``folder`` as saved, and writes ``numbers.json``, picture and README.
 
     Args:
         folder: What `pretrain` wrote.
         num_examples: Test questions of each kind, over contexts of 10 chunks.
+        device: Where the model was trained, and is measured.
     """
     torch.set_num_threads(os.cpu_count() or 1)
     started = time.perf_counter()
-    numbers = final_numbers(folder, num_examples)
+    numbers = final_numbers(folder, num_examples, device)
     lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
     config, *log = map(json.loads, lines)
     numbers["training_minutes"] = round(log[-1]["seconds"] / 60, 1)
     numbers["evaluation_minutes"] = round((time.perf_counter() - started) / 60, 1)
     numbers["config"] = config["config"]
-    numbers["provenance"] = provenance() | {"hardware": hardware(), "threads": "one a process"}
+    numbers["provenance"] = provenance() | {"hardware": hardware(device)}
     (folder / "numbers.json").write_text(json.dumps(numbers, indent=1) + "\n")
     draw_curves(log, folder / "curves.png")
     (folder / "README.md").write_text(readme(numbers, log))
 
 
-def final_numbers(folder: Path, num_examples: int) -> dict[str, Any]:
+def final_numbers(folder: Path, num_examples: int, device: str) -> dict[str, Any]:
     """Greedy exact match by setting and kind on test worlds, from the saved weights in float32."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().to(device)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tables: dict[str, Any] = {setting: {} for setting in SETTINGS}
     guess = {}
@@ -58,8 +59,10 @@ def final_numbers(folder: Path, num_examples: int) -> dict[str, Any]:
     return {"parameters": model.num_parameters(), "em": tables, "answer_elsewhere": guess}
 
 
-def hardware() -> str:
-    """Cores and instruction sets that matter; no machine names."""
+def hardware(device: str) -> str:
+    """The GPU, or cores and the instruction sets that matter; no machine names."""
+    if device == "cuda":
+        return f"one {torch.cuda.get_device_name()} and {os.cpu_count()} CPU cores"
     try:
         flags = Path("/proc/cpuinfo").read_text().split()
     except OSError:
@@ -102,6 +105,7 @@ def draw_curves(log: list[dict], path: Path) -> None:
 def readme(numbers: dict[str, Any], log: list[dict]) -> str:
     """The model card."""
     em, made, shape = numbers["em"], numbers["provenance"], numbers["config"]
+    command = COMMAND + (" --device cuda" if shape["device"] == "cuda" else "")
     rows = [
         f"| {kind} | {cell['n']} | "
         + " | ".join(f"{em[s][kind]['em']:.3f}" if kind in em[s] else "" for s in SETTINGS)
@@ -116,7 +120,7 @@ RoPE), trained from scratch in full causal attention on generated English worlds
 (`blocktune/data/worlds`). It answers questions over ten short passages, and exists to make the
 cost of reusing cached chunks measurable. It knows nothing else.
 
-Made by `{COMMAND}` at commit `{made["commit"]}`:
+Made by `{command}` at commit `{made["commit"]}`:
 {log[-1]["step"]} steps, {log[-1]["tokens"] / 1e6:.1f} M tokens,
 {numbers["training_minutes"]} minutes of training and
 {numbers["evaluation_minutes"]} of evaluation on {made["hardware"]}.
