@@ -182,6 +182,7 @@ def test_without_the_bridge_chunk_nothing_says_the_last_fact(examples):
         ({"num_passages": 0}, "at least 1"),
         ({"num_passages": (4, 2)}, "ascending"),
         ({"questions_per_world": 0}, "at least 1"),
+        ({"aliased": 1.5}, "share from 0 to 1, got 1.5"),
         ({"kinds": {"cross-chunk": 1}, "num_passages": 1}, "needs two passages"),
     ],
 )
@@ -221,11 +222,22 @@ def test_general_words_stand_for_one_document_of_a_world():
 def test_one_document_of_a_kind_at_most_goes_on_in_other_chunks():
     going_on = 0
     for seed in range(100):
-        documents = draw_world(Random(seed), "test", 10).documents
+        documents = draw_world(Random(seed), "test", 10, aliased=0.5).documents
         kinds = [d.entity.kind for d in documents if len(d.parts) > 1]
         assert len(kinds) == len(set(kinds))
         going_on += len(kinds)
     assert going_on > 100
+
+
+def test_aliased_is_the_share_of_documents_that_go_on_by_an_alias():
+    for aliased, low, high in ((0.0, 0, 0), (0.5, 0.4, 0.6), (1.0, 1, 1)):
+        spoken = [
+            document.mention
+            for seed in range(300)
+            for document in draw_world(Random(seed), "test", 10, aliased=aliased).documents
+            if len(document.parts) > 1 and document.mention != "list"
+        ]
+        assert low <= spoken.count("alias") / len(spoken) <= high
 
 
 def test_first_chunks_name_their_entity_in_every_sentence():

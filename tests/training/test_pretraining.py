@@ -36,7 +36,7 @@ SMALL = PretrainConfig(
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer(world_texts(PromptFormat(), seed=0, num_worlds=300), 1280)
+    return train_tokenizer(world_texts(PromptFormat(), seed=0, aliased=0.1, num_worlds=300), 1280)
 
 
 @pytest.mark.parametrize("text", ["Anna Ellis was born in Port Ross.", "naïve — 東京 🙂\n\t x  y"])

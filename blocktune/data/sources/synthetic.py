@@ -12,6 +12,7 @@ _KEYS = {
     "kinds": "names with commas between",
     "passages": "a number of chunks or LOW-HIGH",
     "questions_per_world": "a whole number",
+    "aliased": "a share from 0 to 1",
     "turns": "the number of questions asked in turn of one context",
 }
 
@@ -40,6 +41,8 @@ def read_worlds(split: str, options: Mapping[str, str]) -> Iterator[RagExample]:
         values["questions_per_world"] = _number(options, "questions_per_world")
     if "turns" in options:
         values["turns"] = _number(options, "turns")
+    if "aliased" in options:
+        values["aliased"] = _number(options, "aliased", float)
     if "kinds" in options:
         values["kinds"] = dict.fromkeys(options["kinds"].split(","), 1.0)
     if "passages" in options:
@@ -47,9 +50,9 @@ def read_worlds(split: str, options: Mapping[str, str]) -> Iterator[RagExample]:
     return generate_examples(WorldConfig(split=split, **values))
 
 
-def _number(options: Mapping[str, str], key: str) -> int:
+def _number(options: Mapping[str, str], key: str, number: type = int) -> int | float:
     try:
-        return int(options[key])
+        return number(options[key])
     except ValueError:
         raise ValueError(f"worlds: '{key}' must be {_KEYS[key]}, got '{options[key]}'") from None
 

@@ -33,6 +33,8 @@ class WorldConfig:
         questions_per_world: Questions that share a context.
         turns: Questions that each example asks in turn of its context, for training: the first,
             then its followups; fewer where the world has no more.
+        aliased: Share of the documents that go on in other chunks by an alias, lists aside; the
+            others say "she" or "the film", which the question gives away.
         plain: Every sentence names its entity, in one wording, and no document goes on in another
             chunk; the first lessons of pre-training.
     """
@@ -44,6 +46,7 @@ class WorldConfig:
     kinds: Mapping[str, float] = field(default_factory=lambda: DEFAULT_KINDS)
     questions_per_world: int = 1
     turns: int = 1
+    aliased: float = 0.5
     plain: bool = False
 
     def __post_init__(self):
@@ -60,6 +63,8 @@ class WorldConfig:
             raise ValueError(f"num_passages must be at least 1 and ascending, got {(low, high)}")
         if set(self.kinds) == {"cross-chunk"} and (high < 2 or self.plain):
             raise ValueError("kind 'cross-chunk' needs two passages, and worlds that are not plain")
+        if not 0 <= self.aliased <= 1:
+            raise ValueError(f"aliased must be a share from 0 to 1, got {self.aliased}")
         for name in ("questions_per_world", "turns"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -115,7 +120,7 @@ def draw_context(rng: Random, config: WorldConfig, num_questions: int) -> Contex
     wanted = rng.choices(list(config.kinds), list(config.kinds.values()))[0]
     for _ in range(MOST_WORLDS):
         size = rng.randint(*config.passage_range)
-        world = draw_world(rng, config.split, size, plain=config.plain)
+        world = draw_world(rng, config.split, size, aliased=config.aliased, plain=config.plain)
         passages = write_passages(rng, world)
         pools = candidates(world, passages)
         if wanted in pools:

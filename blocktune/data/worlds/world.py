@@ -106,8 +106,6 @@ def plain_style(rng: Random) -> Style:
 MENTIONS = ("pronoun", "description", "alias", "list")
 """How a document's later chunks refer to its entity: "she", "the woman", "the Webb" (which its
 first chunk explains), or by going on with its list."""
-_ALIASED = 0.1
-"""Share of the documents that go on by an alias, where "she" or "the film" would do."""
 
 
 @dataclass
@@ -139,12 +137,21 @@ def draw_entity(
     return Entity(name, kind, pronoun, form, root)
 
 
-def draw_world(rng: Random, split: str, num_passages: int, *, plain: bool = False) -> World:
+def draw_world(
+    rng: Random, split: str, num_passages: int, *, aliased: float, plain: bool = False
+) -> World:
     """Draws a world whose documents make exactly ``num_passages`` chunks.
 
     Of each kind one document at most goes on in other chunks, so that "she", "the film", an alias
     or "the cast" can mean one document only: which, a reader of the whole context sees by the chunk
     before, and a reader of single chunks can tell by the kind of thing that is asked about.
+
+    Args:
+        rng: Source of everything.
+        split: Whose names to use.
+        num_passages: Chunks.
+        aliased: Share of the documents that go on by an alias, lists aside.
+        plain: Whether to draw a `plain_style`.
     """
     style, taken = (plain_style if plain else draw_style)(rng), set()
     themes = {kind: _theme(rng, kind, style.variety) for kind in KINDS}
@@ -157,7 +164,7 @@ def draw_world(rng: Random, split: str, num_passages: int, *, plain: bool = Fals
         theme = themes[entity.kind]
         document = _outline(rng, entity, theme, style, 1 if entity.kind in spoken else room)
         if len(document.parts) > 1:
-            _choose_mention(rng, document, spoken)
+            _choose_mention(rng, document, spoken, aliased)
         documents.append(document)
         room -= len(document.parts)
     entities = [document.entity for document in documents]
@@ -174,11 +181,13 @@ def _is_list(theme: list[Relation]) -> bool:
     return bool(theme[0].place)
 
 
-def _choose_mention(rng: Random, document: Document, spoken: set[str]) -> None:
+def _choose_mention(
+    rng: Random, document: Document, spoken: set[str], aliased: float
+) -> None:
     entity = document.entity
     if document.parts[0][0].relation.place:
         document.mention = "list"
-    elif rng.random() >= _ALIASED:
+    elif rng.random() >= aliased:
         free = entity.pronoun not in spoken
         document.mention = rng.choice(("pronoun", "description")) if free else "description"
     spoken.add(entity.kind)

@@ -59,6 +59,7 @@ class PretrainConfig:
         stages: Curriculum; short contexts first, or retrieval is not learnt.
         questions: Most questions asked about one context, in successive turns.
         kinds: Weight of each kind of question.
+        aliased: As in `WorldConfig`, also for the tokenizer's worlds and the dev questions.
         answer_weight: Weight of an answer token in the loss; all others weigh 1.
         rows_per_step: Rows of one optimiser step if all sequences were of the stage's length; half
             of them are pads.
@@ -94,6 +95,7 @@ class PretrainConfig:
     )  # fmt: skip
     questions: int = 8
     kinds: dict[str, float] = field(default_factory=lambda: dict(KINDS))
+    aliased: float = 0.1
     answer_weight: float = 5.0
     rows_per_step: int = 20000
     micro_rows: int = 1200

@@ -83,6 +83,7 @@ class Lessons(Dataset):
         worlds = WorldConfig(
             num_passages=(1, stage.passages),
             kinds=kinds,
+            aliased=self.config.aliased,
             plain=stage.plain,
         )
         drawn: list[Conversation] = []

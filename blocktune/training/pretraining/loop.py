@@ -39,7 +39,7 @@ def pretrain(config: PretrainConfig, output: Path) -> None:
     """
     output.mkdir(parents=True, exist_ok=True)
     (output / LOG).write_text(json.dumps({"config": asdict(config)}) + "\n")
-    texts = world_texts(PromptFormat(), config.seed)
+    texts = world_texts(PromptFormat(), config.seed, config.aliased)
     train_tokenizer(texts, config.vocab_size).save_pretrained(output)
     go_on(config, output)
 
@@ -150,7 +150,11 @@ def _so_far(output: Path) -> tuple[int, float]:
 def dev_examples(config: PretrainConfig):
     """Questions over 10 chunks whose names no training world holds."""
     worlds = WorldConfig(
-        split="dev", seed=config.seed, num_examples=config.eval_examples, kinds=config.kinds
+        split="dev",
+        seed=config.seed,
+        num_examples=config.eval_examples,
+        kinds=config.kinds,
+        aliased=config.aliased,
     )
     return list(generate_examples(worlds))
 

@@ -26,9 +26,13 @@ CHAT_TEMPLATE = (
 """One BOS, then each turn after its role's token; nothing is trimmed; EOS ends the assistant's."""
 
 
-def world_texts(fmt: PromptFormat, seed: int, num_worlds: int = 8000) -> Iterator[str]:
+def world_texts(
+    fmt: PromptFormat, seed: int, aliased: float, num_worlds: int = 8000
+) -> Iterator[str]:
     """Yields the texts of training worlds, piece by piece, as prompts hold them."""
-    config = WorldConfig(seed=seed, num_examples=num_worlds * 5, questions_per_world=5)
+    config = WorldConfig(
+        seed=seed, num_examples=num_worlds * 5, questions_per_world=5, aliased=aliased
+    )
     for example in generate_examples(config):
         if example.id.endswith("-0"):
             yield fmt.instruction + "\n\n"
