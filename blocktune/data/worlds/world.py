@@ -181,9 +181,7 @@ def _is_list(theme: list[Relation]) -> bool:
     return bool(theme[0].place)
 
 
-def _choose_mention(
-    rng: Random, document: Document, spoken: set[str], aliased: float
-) -> None:
+def _choose_mention(rng: Random, document: Document, spoken: set[str], aliased: float) -> None:
     entity = document.entity
     if document.parts[0][0].relation.place:
         document.mention = "list"
