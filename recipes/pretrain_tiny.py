@@ -1,7 +1,6 @@
 """Makes the shipped model from nothing: `python recipes/pretrain_tiny.py --output data/tiny`."""
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 
 from blocktune.training.pretraining.config import PretrainConfig
@@ -16,11 +15,14 @@ if __name__ == "__main__":
     parser.add_argument("--readers", type=int, default=0, help="processes that draw the lessons")
     parser.add_argument("--scale", type=float, default=1.0, help="all stages' steps times this")
     parser.add_argument("--eval-examples", type=int, default=500, help="questions per kind")
-    parser.add_argument("--go-on", action="store_true", help="where a segment has ended")
+    parser.add_argument(
+        "--go-on", action="store_true", help="where a segment has ended; at the end, measure again"
+    )
     args = parser.parse_args()
-    config = replace(PretrainConfig(seed=args.seed), device=args.device, readers=args.readers)
-    if args.device == "cuda":
-        config = replace(config, workers=1)
+    workers = 1 if args.device == "cuda" else PretrainConfig.workers
+    config = PretrainConfig(
+        seed=args.seed, device=args.device, readers=args.readers, workers=workers
+    )
     config = config.scaled(args.scale)
     (go_on if args.go_on else pretrain)(config, args.output)
     write_report(args.output, args.eval_examples, args.device)

@@ -14,6 +14,8 @@ from blocktune.data.worlds import (
     generate_examples,
 )
 from blocktune.data.worlds.names import ROOT, SPLITS, names
+from blocktune.data.worlds.passages import write_passages
+from blocktune.data.worlds.questions import candidates
 from blocktune.data.worlds.world import draw_world
 
 
@@ -91,7 +93,7 @@ def test_a_world_larger_than_its_names_is_refused_in_one_line():
 
 
 def test_names_of_documents_have_no_word_in_common():
-    for example in draw(num_passages=8):
+    for example in draw(num_passages=10):
         titles = [c.title for c in example.chunks if c.title]
         words = [w for title in titles for w in set(title.split()) - {"The", "of"}]
         assert len(words) == len(set(words))
@@ -162,6 +164,30 @@ def test_a_question_by_reference_names_no_title_and_has_one_answer():
         assert example.answers[0] in example.chunks[example.meta["fact_chunks"][0]].text
 
 
+def test_what_is_asked_by_reference_is_true_of_one_thing_only():
+    asked, left_out = 0, 0
+    for seed in range(100):
+        world = draw_world(Random(seed), "test", 10, aliased=0.2)
+        passages = write_passages(Random(seed), world)
+        found = {fact for (fact,) in candidates(world, passages).get("referred", [])}
+        for fact in world.facts.values():
+            mention = passages.places[fact.subject.name, fact.relation.name].mention
+            if mention in ("name", "list"):
+                assert fact not in found
+                continue
+            called = {"pronoun": "pronoun", "description": "noun", "alias": "root"}[mention]
+            alike = [
+                other
+                for other in world.facts.values()
+                if other.relation == fact.relation
+                and getattr(other.subject, called) == getattr(fact.subject, called)
+            ]
+            assert (fact in found) == (alike == [fact])
+            asked, left_out = asked + (fact in found), left_out + (fact not in found)
+    assert asked > 50
+    assert left_out > 50
+
+
 def test_without_the_bridge_chunk_nothing_says_the_last_fact(examples):
     for example in (e for e in examples if e.kind == "2-hop"):
         chunk = example.meta["fact_chunks"][-1]
@@ -217,6 +243,21 @@ def test_general_words_stand_for_one_document_of_a_world():
                     seen.add(words)
         assert all(len(titles) == 1 for titles in owners.values())
     assert seen == set(WORDS)
+
+
+def continued(seed: int, crowded: bool) -> list[str]:
+    """The relations of the facts that a chunk states without naming its subject."""
+    world = draw_world(Random(seed), "test", 10, aliased=0.5, crowded=crowded)
+    places = write_passages(Random(seed), world).places
+    return [relation for (_, relation), place in places.items() if place.mention != "name"]
+
+
+def test_the_only_continued_chunk_that_states_the_relation_is_right_unless_crowded():
+    """What a reader of single chunks can go by: README and docs say so beside the results."""
+    for crowded in (False, True):
+        relations = [continued(seed, crowded) for seed in range(100)]
+        assert sum(map(len, relations)) > 100
+        assert all(len(set(names)) == len(names) for names in relations) is not crowded
 
 
 def test_one_document_of_a_kind_at_most_goes_on_in_other_chunks():

@@ -125,6 +125,30 @@ def test_one_can_go_on_from_a_segments_end_and_from_nowhere_else(tmp_path):
     assert ends[0] == ends[1] != start["model.safetensors"]
 
 
+def test_one_cannot_go_on_with_other_settings(tmp_path):
+    pretrain(replace(SMALL, stages=SMALL.stages[:1]), tmp_path)
+    with pytest.raises(ValueError, match="begun with seed = 0, not 1; go on with the same"):
+        go_on(replace(SMALL, seed=1), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"device": "tpu"}, "device must be cpu or cuda, got 'tpu'"),
+        ({"device": "cuda", "workers": 2}, "set workers to 1, not 2"),
+        ({"rows_per_step": 100}, "does not fit into 100 rows a step of 2"),
+    ],
+)
+def test_settings_that_cannot_be_trained_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        replace(SMALL, **values)
+
+
+def test_steps_that_a_stage_left_out_are_not_counted():
+    config = replace(SMALL, stages=(Stage(2, 800, 200), Stage(5, 500, 300)))
+    assert config.taken([50, 300, 850, 900]) == [50, 300, 350, 400]
+
+
 def test_a_stage_is_over_when_its_accuracy_is_reached(tmp_path):
     stages = Stage(5, 40, 300, until=0.0), Stage(5, 2, 300), Stage(5, 1, 300, falls=True)
     pretrain(replace(SMALL, stages=stages, eval_every=1), tmp_path)
@@ -133,7 +157,7 @@ def test_a_stage_is_over_when_its_accuracy_is_reached(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_in_one_line(tmp_path):
-    with pytest.raises(Exception, match=r"loss is nan by step \d; start anew with another --seed"):
+    with pytest.raises(Exception, match=r"loss is nan by step \d of .*; start anew with another --seed"):
         pretrain(replace(SMALL, adam_lr=float("inf")), tmp_path)
 
 

@@ -13,6 +13,7 @@ _KEYS = {
     "passages": "a number of chunks or LOW-HIGH",
     "questions_per_world": "a whole number",
     "aliased": "a share from 0 to 1",
+    "crowded": "1 or 0: whether any number of documents go on in other chunks",
     "turns": "the number of questions asked in turn of one context",
 }
 
@@ -43,6 +44,8 @@ def read_worlds(split: str, options: Mapping[str, str]) -> Iterator[RagExample]:
         values["turns"] = _number(options, "turns")
     if "aliased" in options:
         values["aliased"] = _number(options, "aliased", float)
+    if "crowded" in options:
+        values["crowded"] = bool(_number(options, "crowded"))
     if "kinds" in options:
         values["kinds"] = dict.fromkeys(options["kinds"].split(","), 1.0)
     if "passages" in options:

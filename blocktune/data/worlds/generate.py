@@ -35,7 +35,9 @@ class WorldConfig:
             then its followups; fewer where the world has no more.
         aliased: Share of the documents that go on in other chunks by an alias, lists aside; the
             others say "she" or "the film", which the question gives away.
-        plain: Every sentence names its entity, in one wording, and no document goes on in another
+        crowded: Any number of documents of a kind go on in other chunks, not one: then which one
+            a later chunk belongs to is told by the chunks before it alone.
+        plain: Every statement names its entity, in one wording, and no document goes on in another
             chunk; the first lessons of pre-training.
     """
 
@@ -47,6 +49,7 @@ class WorldConfig:
     questions_per_world: int = 1
     turns: int = 1
     aliased: float = 0.5
+    crowded: bool = False
     plain: bool = False
 
     def __post_init__(self):
@@ -120,7 +123,14 @@ def draw_context(rng: Random, config: WorldConfig, num_questions: int) -> Contex
     wanted = rng.choices(list(config.kinds), list(config.kinds.values()))[0]
     for _ in range(MOST_WORLDS):
         size = rng.randint(*config.passage_range)
-        world = draw_world(rng, config.split, size, aliased=config.aliased, plain=config.plain)
+        world = draw_world(
+            rng,
+            config.split,
+            size,
+            aliased=config.aliased,
+            crowded=config.crowded,
+            plain=config.plain,
+        )
         passages = write_passages(rng, world)
         pools = candidates(world, passages)
         if wanted in pools:
@@ -135,8 +145,7 @@ def draw_context(rng: Random, config: WorldConfig, num_questions: int) -> Contex
     while pools and len(questions) < num_questions:
         weights = [config.kinds[kind] for kind in pools]
         kind = rng.choices(list(pools), weights)[0] if questions else wanted
-        facts = pools[kind].pop()
-        questions.append(ask(rng, kind, facts, passages))
+        questions.append(ask(rng, kind, pools[kind].pop(), passages))
         pools = {kind: pool for kind, pool in pools.items() if pool}
     facts = rng.sample(list(world.facts.values()), len(world.facts))
     return Context(

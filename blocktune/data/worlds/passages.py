@@ -16,11 +16,11 @@ class Place:
 
     chunk: int
     first: int
-    mention: str  # "name" in a first chunk, else one of MENTIONS or "list"
+    mention: str  # "name" in a first chunk, else `Document.mention`
 
     @property
     def supporting(self) -> tuple[int, ...]:
-        """The chunks that a reader needs for this fact."""
+        """The chunk that states the fact, and the one that says whose it is."""
         return tuple(sorted({self.first, self.chunk}))
 
 

@@ -103,18 +103,17 @@ def plain_style(rng: Random) -> Style:
     )
 
 
-MENTIONS = ("pronoun", "description", "alias", "list")
-"""How a document's later chunks refer to its entity: "she", "the woman", "the Webb" (which its
-first chunk explains), or by going on with its list."""
-
-
 @dataclass
 class Document:
-    """An entity, and its facts by chunk: the first chunk is titled, the others go on from it."""
+    """An entity, and its facts by chunk: the first chunk is titled, the others go on from it.
+
+    ``mention`` is how those refer to the entity: ``pronoun`` ("she"), ``description`` ("the film"),
+    ``alias`` ("the Webb", which the first chunk explains), or ``list``, by going on with its list.
+    """
 
     entity: Entity
     parts: list[list[Fact]] = field(default_factory=list)
-    mention: str = "alias"  # how later chunks speak of the entity: one of MENTIONS, or as a list
+    mention: str = "alias"
 
 
 @dataclass(frozen=True)
@@ -138,19 +137,27 @@ def draw_entity(
 
 
 def draw_world(
-    rng: Random, split: str, num_passages: int, *, aliased: float, plain: bool = False
+    rng: Random,
+    split: str,
+    num_passages: int,
+    *,
+    aliased: float,
+    crowded: bool = False,
+    plain: bool = False,
 ) -> World:
     """Draws a world whose documents make exactly ``num_passages`` chunks.
 
-    Of each kind one document at most goes on in other chunks, so that "she", "the film", an alias
-    or "the cast" can mean one document only: which, a reader of the whole context sees by the chunk
-    before, and a reader of single chunks can tell by the kind of thing that is asked about.
+    Of each kind one document at most goes on in other chunks, unless the world is crowded, so that
+    "she", "the film", an alias or "the cast" can mean one document only: which, a reader of the
+    whole context sees by the chunk before. A reader of single chunks need not know: what is asked
+    for and not stated in a titled chunk can stand in one chunk only.
 
     Args:
         rng: Source of everything.
         split: Whose names to use.
         num_passages: Chunks.
         aliased: Share of the documents that go on by an alias, lists aside.
+        crowded: Whether any number of documents go on in other chunks.
         plain: Whether to draw a `plain_style`.
     """
     style, taken = (plain_style if plain else draw_style)(rng), set()
@@ -165,6 +172,8 @@ def draw_world(
         document = _outline(rng, entity, theme, style, 1 if entity.kind in spoken else room)
         if len(document.parts) > 1:
             _choose_mention(rng, document, spoken, aliased)
+            if not crowded:
+                spoken |= {entity.kind, entity.pronoun if document.mention == "pronoun" else ""}
         documents.append(document)
         room -= len(document.parts)
     entities = [document.entity for document in documents]
@@ -188,9 +197,6 @@ def _choose_mention(rng: Random, document: Document, spoken: set[str], aliased: 
     elif rng.random() >= aliased:
         free = entity.pronoun not in spoken
         document.mention = rng.choice(("pronoun", "description")) if free else "description"
-    spoken.add(entity.kind)
-    if document.mention == "pronoun":
-        spoken.add(entity.pronoun)
 
 
 def _theme(rng: Random, kind: str, variety: int) -> list[Relation]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 
@@ -28,6 +29,7 @@ class Stage:
         plain: First lessons: see `WorldConfig`; only questions of one passage.
         until: Share of right answer tokens, over the steps between two lines of the log, with which
             the stage is over before its steps are: when matching is found is a matter of chance.
+            The last stage of a segment takes all its steps.
         falls: Whether the rates fall linearly. Such a stage starts from the saved weights with new
             optimisers, and so does the one after it.
     """
@@ -111,6 +113,18 @@ class PretrainConfig:
     eval_every: int = 500
     eval_examples: int = 300
 
+    def __post_init__(self):
+        if self.device not in ("cpu", "cuda"):
+            raise ValueError(f"device must be cpu or cuda, got '{self.device}'")
+        if self.device == "cuda" and self.workers != 1:
+            raise ValueError(f"one process trains on a GPU: set workers to 1, not {self.workers}")
+        longest = max(stage.length for stage in self.stages)
+        if longest > self.rows_per_step // self.workers:
+            raise ValueError(
+                f"a sequence of {longest} tokens does not fit into {self.rows_per_step} rows a "
+                f"step of {self.workers} processes; raise rows_per_step"
+            )
+
     def scaled(self, factor: float) -> PretrainConfig:
         """The same run with every stage ``factor`` times as long, for trials."""
         stages = tuple(replace(s, steps=max(1, round(s.steps * factor))) for s in self.stages)
@@ -136,6 +150,20 @@ class PretrainConfig:
             if before.falls or stage.falls:
                 starts.append(step)
         return [range(*ends) for ends in pairwise([*starts, self.total_steps])]
+
+    def taken(self, steps: Sequence[int]) -> list[int]:
+        """How many steps had really been taken at each of ``steps``, the lines of a log.
+
+        A stage that ends early leaves its other steps out: those of the next are numbered, and
+        drawn, as if it had not.
+        """
+        taken, before, counts = 0, 0, []
+        for step in steps:
+            start = next(span.start for span in self.spans if step - 1 in span)
+            taken += step - max(before, start)
+            before = step
+            counts.append(taken)
+        return counts
 
     def stage(self, step: int) -> Stage:
         """The stage of a 0-based step."""

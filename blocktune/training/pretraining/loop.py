@@ -18,6 +18,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from blocktune.data.worlds import WorldConfig, generate_examples
 from blocktune.prompt import PromptFormat
+from blocktune.provenance import provenance
 from blocktune.training.pretraining.config import PretrainConfig
 from blocktune.training.pretraining.contexts import Lessons, given_ids, loader
 from blocktune.training.pretraining.gradients import Tally
@@ -38,7 +39,9 @@ def pretrain(config: PretrainConfig, output: Path) -> None:
         output: Folder for model, tokenizer and ``log.jsonl``.
     """
     output.mkdir(parents=True, exist_ok=True)
-    (output / LOG).write_text(json.dumps({"config": asdict(config)}) + "\n")
+    made = provenance()
+    head = {"config": asdict(config), "command": made["command"], "commit": made["commit"]}
+    (output / LOG).write_text(json.dumps(head) + "\n")
     texts = world_texts(PromptFormat(), config.seed, config.aliased)
     train_tokenizer(texts, config.vocab_size).save_pretrained(output)
     go_on(config, output)
@@ -48,11 +51,14 @@ def go_on(config: PretrainConfig, output: Path) -> None:
     """Goes on from the weights in ``output``, which must be those of a segment's end.
 
     Raises:
-        ValueError: If the log's last step is no segment's end.
+        ValueError: If the log's last step is no segment's end, or if the run was begun with other
+            settings; stages may be added, and it may go on on another device.
     """
-    done = json.loads((output / LOG).read_text().splitlines()[-1]).get("step", 0)
+    lines = (output / LOG).read_text().splitlines()
+    _must_be_of_this_run(json.loads(lines[0])["config"], config, output)
+    done = json.loads(lines[-1]).get("step", 0)
     left = [part for part in config.segments if part.start >= done]
-    if done < config.total_steps and (not left or left[0].start != done):
+    if done != config.total_steps and (not left or left[0].start != done):
         ends = ", ".join(str(part.stop) for part in config.segments)
         raise ValueError(f"{output} holds step {done}; one can go on from steps {ends} only")
     for steps in left:
@@ -136,9 +142,21 @@ def _train(rank: int, config: PretrainConfig, output: Path, steps: range) -> Non
 def _must_be_finite(loss: float, step: int, output: Path) -> None:
     if not math.isfinite(loss):
         raise FloatingPointError(
-            f"the loss is {loss} by step {step}; start anew with another --seed, or --go-on from "
-            f"the last segment's end in {output}"
+            f"the loss is {loss} by step {step} of {output}; start anew with another --seed"
         )
+
+
+_MAY_CHANGE = ("stages", "device", "workers", "readers", "eval_every", "eval_examples")
+
+
+def _must_be_of_this_run(begun: dict, config: PretrainConfig, output: Path) -> None:
+    now = json.loads(json.dumps(asdict(config)))
+    for key in now.keys() - set(_MAY_CHANGE):
+        if begun.get(key) != now[key]:
+            raise ValueError(
+                f"{output} was begun with {key} = {begun.get(key)}, not {now[key]}; go on with the "
+                "same settings, or start anew in another folder"
+            )
 
 
 def _so_far(output: Path) -> tuple[int, float]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -132,10 +131,3 @@ def chance(examples: Iterable[RagExample]) -> float:
         others = [chunk for i, chunk in enumerate(example.chunks) if i != gone]
         left.append(any(example.answers[0] in f"{c.title}\n{c.text}" for c in others))
     return sum(left) / max(1, len(left))
-
-
-def without_last_fact(example: RagExample) -> RagExample:
-    """The example without the chunk that states its last fact, for those who want to look."""
-    gone = example.meta["fact_chunks"][-1]
-    chunks = tuple(chunk for i, chunk in enumerate(example.chunks) if i != gone)
-    return replace(example, chunks=chunks, supporting=())

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from blocktune.data.worlds import QUESTION_KINDS, WorldConfig, generate_examples
 from blocktune.provenance import provenance
+from blocktune.training.pretraining.config import PretrainConfig, Stage
 from blocktune.training.pretraining.measure import SETTINGS, by_kind, chance, correct
 
 COMMAND = "python recipes/pretrain_tiny.py --output data/tiny"
@@ -31,18 +32,32 @@ def write_report(folder: Path, num_examples: int, device: str = "cpu") -> None:
     started = time.perf_counter()
     numbers = final_numbers(folder, num_examples, device)
     lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    config, *log = map(json.loads, lines)
+    head, *log = map(json.loads, lines)
     numbers["training_minutes"] = round(log[-1]["seconds"] / 60, 1)
     numbers["evaluation_minutes"] = round((time.perf_counter() - started) / 60, 1)
-    numbers["config"] = config["config"]
+    numbers["config"] = head["config"]
+    numbers["trained"] = {"command": head["command"], "commit": head["commit"]}
+    taken = taken_steps(head["config"], log)
+    numbers["steps"] = taken[-1]
     numbers["provenance"] = provenance() | {"hardware": hardware(device)}
     (folder / "numbers.json").write_text(json.dumps(numbers, indent=1) + "\n")
-    draw_curves(log, folder / "curves.png")
+    draw_curves(log, taken, folder / "curves.png")
     (folder / "README.md").write_text(readme(numbers, log))
 
 
+def taken_steps(config: dict[str, Any], log: list[dict]) -> list[int]:
+    """Steps that had been taken at each line of the log."""
+    stages = tuple(Stage(**stage) for stage in config["stages"])
+    return PretrainConfig(stages=stages).taken([entry["step"] for entry in log])
+
+
 def final_numbers(folder: Path, num_examples: int, device: str) -> dict[str, Any]:
-    """Greedy exact match by setting and kind on test worlds, from the saved weights in float32."""
+    """Greedy exact match by setting and kind on test worlds, from the saved weights in float32.
+
+    ``em`` is that on worlds as they are by default; ``other`` that of full attention and naive
+    reuse on worlds with as few aliases as pre-training had, and on crowded worlds.
+    """
+    torch.set_float32_matmul_precision("highest")  # on a GPU, training has lowered it
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().to(device)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tables: dict[str, Any] = {setting: {} for setting in SETTINGS}
@@ -56,7 +71,21 @@ def final_numbers(folder: Path, num_examples: int, device: str) -> dict[str, Any
             right = correct(model, tokenizer, examples, setting)
             tables[setting] |= by_kind(examples, right)
         guess[kind] = round(chance(examples), 4)
-    return {"parameters": model.num_parameters(), "em": tables, "answer_elsewhere": guess}
+    few = json.loads((folder / "log.jsonl").read_text().splitlines()[0])["config"]["aliased"]
+    other: dict[str, Any] = {}
+    for name, options in ((f"aliased={few}", {"aliased": few}), ("crowded=1", {"crowded": True})):
+        kinds = {"cross-chunk": 1.0, "2-hop": 1.0}
+        worlds = WorldConfig("test", seed=1, num_examples=2 * num_examples, kinds=kinds, **options)
+        examples = list(generate_examples(worlds))
+        for setting in ("full", "naive"):
+            right = correct(model, tokenizer, examples, setting)
+            other.setdefault(name, {})[setting] = by_kind(examples, right)
+    return {
+        "parameters": model.num_parameters(),
+        "em": tables,
+        "other": other,
+        "answer_elsewhere": guess,
+    }
 
 
 def hardware(device: str) -> str:
@@ -71,25 +100,24 @@ def hardware(device: str) -> str:
     return f"{os.cpu_count()} CPU cores ({', '.join(sets) or 'unknown'}), no GPU, shared machine"
 
 
-def draw_curves(log: list[dict], path: Path) -> None:
-    """Draws loss and dev exact match over steps."""
+def draw_curves(log: list[dict], steps: list[int], path: Path) -> None:
+    """Draws loss and dev exact match over the steps that had been taken at each line."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
-    steps = [entry["step"] for entry in log]
     left.plot(steps, [entry["loss"] for entry in log], label="loss (answers weigh 5)")
     left.plot(
         steps, [entry["answer_accuracy"] for entry in log], label="accuracy of the answers' values"
     )
-    measured = [entry for entry in log if "dev" in entry]
+    measured = [(step, e["dev"]) for step, e in zip(steps, log, strict=True) if "dev" in e]
     for number, kind in enumerate(("self-contained", "cross-chunk", "2-hop")):
         for setting, line in (("full", "-"), ("naive", ":")):
-            values = [entry["dev"][setting].get(kind, {}).get("em") for entry in measured]
+            values = [dev[setting].get(kind, {}).get("em") for _, dev in measured]
             right.plot(
-                [entry["step"] for entry in measured], values, line, color=f"C{number}",
+                [step for step, _ in measured], values, line, color=f"C{number}",
                 label=kind if setting == "full" else None,
             )  # fmt: skip
     left.set(xlabel="step", title="training", ylim=(0, 2.5))
@@ -106,6 +134,11 @@ def readme(numbers: dict[str, Any], log: list[dict]) -> str:
     """The model card."""
     em, made, shape = numbers["em"], numbers["provenance"], numbers["config"]
     command = COMMAND + (" --device cuda" if shape["device"] == "cuda" else "")
+    other = [
+        f"| `{name}`, {kind} | {of['full'][kind]['em']:.3f} | {of['naive'][kind]['em']:.3f} |"
+        for name, of in numbers["other"].items()
+        for kind in ("cross-chunk", "2-hop")
+    ]
     rows = [
         f"| {kind} | {cell['n']} | "
         + " | ".join(f"{em[s][kind]['em']:.3f}" if kind in em[s] else "" for s in SETTINGS)
@@ -120,10 +153,11 @@ RoPE), trained from scratch in full causal attention on generated English worlds
 (`blocktune/data/worlds`). It answers questions over ten short passages, and exists to make the
 cost of reusing cached chunks measurable. It knows nothing else.
 
-Made by `{command}` at commit `{made["commit"]}`:
-{log[-1]["step"]} steps, {log[-1]["tokens"] / 1e6:.1f} M tokens,
-{numbers["training_minutes"]} minutes of training and
-{numbers["evaluation_minutes"]} of evaluation on {made["hardware"]}.
+Made by `{command}` at commit `{numbers["trained"]["commit"]}`:
+{numbers["steps"]} steps, {log[-1]["tokens"] / 1e6:.1f} M tokens,
+{numbers["training_minutes"]} minutes on {made["hardware"]};
+measured at commit `{made["commit"]}` in {numbers["evaluation_minutes"]} minutes (the same command
+with `--go-on` measures again).
 Weights are saved in bfloat16; the numbers are of the saved weights, computed in float32.
 
 ## What was wanted, and what it does
@@ -146,6 +180,14 @@ hop's fact.
 After the bridge is deleted, the answer still stands somewhere else in the context for
 {numbers["answer_elsewhere"]["2-hop"]:.1%} of the 2-hop questions: an upper bound of what a guesser
 who reads can reach by chance.
+
+Cross-chunk questions ask for what stands in a chunk that does not name its subject. In these worlds
+one document of a kind at most goes on in such chunks, half of them by an alias; pre-training had
+an alias in {shape["aliased"]:.0%} of them. On other worlds of the same test names:
+
+| worlds | full | naive |
+|---|---|---|
+{chr(10).join(other)}
 
 Files: `model.safetensors`, `config.json`, tokenizer and chat template; `log.jsonl` and
 `curves.png` (training), `numbers.json` (the table with its provenance).
