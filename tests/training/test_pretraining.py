@@ -157,7 +157,7 @@ def test_a_stage_is_over_when_its_accuracy_is_reached(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_in_one_line(tmp_path):
-    with pytest.raises(Exception, match=r"loss is nan by step \d of .*; start anew with another --seed"):
+    with pytest.raises(Exception, match=r"loss is nan by step \d of .*; start anew with another"):
         pretrain(replace(SMALL, adam_lr=float("inf")), tmp_path)
 
 
