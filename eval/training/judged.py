@@ -8,6 +8,7 @@ from typing import Any
 
 from asked import BLEND, FULL, JOINED, NAIVE, in_full
 
+from blocktune.evaluation.metrics import filter_bias
 from blocktune.evaluation.rows import Row
 from blocktune.evaluation.significance import pooled
 from blocktune.evaluation.statistics import Interval, PairedBootstrap
@@ -20,53 +21,77 @@ Rows = Mapping[str, Sequence[Row]]
 
 
 class Judge:
-    """Reads all methods on the questions that the base answers by full prefill.
+    """Reads all methods on the questions that the base answers by full prefill, and on all.
 
     Args:
         rows: Label -> rows of the same questions; the seeds of a recipe are ``RECIPE-SEED``.
         recipes: Names -> labels of their seeds.
+        plain: The recipe that every other one is measured against, or None.
     """
 
-    def __init__(self, rows: Rows, recipes: Mapping[str, Sequence[str]]):
-        self.rows, self.recipes = rows, recipes
-        asked = [i for i, row in enumerate(rows[FULL]) if row.task == JOINED]
-        self.asked, self.kept = len(asked), [i for i in asked if rows[FULL][i].f1 > 0]
-        scores = {label: [own[i].f1 for i in self.kept] for label, own in rows.items()}
-        for name, labels in recipes.items():
+    def __init__(self, rows: Rows, recipes: Mapping[str, Sequence[str]], plain: str | None = None):
+        self.rows, self.recipes, self.plain = rows, recipes, plain
+        self.asked = [i for i, row in enumerate(rows[FULL]) if row.task == JOINED]
+        self.kept = [i for i in self.asked if rows[FULL][i].f1 > 0]
+        self.drawn, self.raw = self._draw(self.kept), self._draw(self.asked)
+
+    def _draw(self, questions: Sequence[int]) -> PairedBootstrap:
+        scores = {label: [own[i].f1 for i in questions] for label, own in self.rows.items()}
+        for name, labels in self.recipes.items():
             scores[name] = pooled([scores[label] for label in labels])
         scores["wanted"] = [SHARE * score for score in scores[FULL]]
-        scores["nothing"] = [0.0] * len(self.kept)
-        self.drawn = PairedBootstrap(scores)
+        scores["nothing"] = [0.0] * len(questions)
+        return PairedBootstrap(scores)
 
     def score(self, label: str) -> dict[str, Any]:
-        """Adjusted F1 of a method, or of a recipe over its seeds."""
+        """Adjusted F1 of a method, or of a recipe over its seeds; raw F1 is over all questions."""
         mean, *ci95 = self.drawn.mean(label)
+        raw, *raw_ci95 = self.raw.mean(label)
         labels = self.recipes.get(label, [label])
         return {
             "adjusted_f1": mean,
             "ci95": ci95,
             "n": len(self.kept),
-            "asked": self.asked,
+            "asked": len(self.asked),
+            "raw_f1": raw,
+            "raw_ci95": raw_ci95,
+            "filter_bias": self._bias(labels),
             "em": _by_kind([self.rows[one] for one in labels]),
         }
 
     def recipe(self, name: str, control: str | None) -> dict[str, Any]:
         """A recipe beside full prefill, CacheBlend, naive reuse and the control."""
-        wanted, blend, naive = (
-            self.drawn.difference(name, other) for other in ("wanted", BLEND, NAIVE)
-        )
+        blend, naive = (self.drawn.difference(name, other) for other in (BLEND, NAIVE))
         full = self._full_attention(name)
+        compared = self.plain if self.plain != name else None
         return {
             **self.score(name),
             "seeds": {one: self.drawn.mean(one).mean for one in self.recipes[name]},
             "of_full_prefill": _plain(self.drawn.recovered_gap(name, "nothing", FULL)),
-            "minus_97_percent_of_full_prefill": _plain(wanted) | {"met": wanted.low >= 0},
+            "minus_97_percent_of_full_prefill": self._wanted(name),
+            "seeds_minus_97_percent": {one: self._wanted(one) for one in self.recipes[name]},
+            "raw_of_full_prefill": _plain(self.raw.recovered_gap(name, "nothing", FULL)),
             "minus_cacheblend": _plain(blend) | {"met": blend.low > 0},
             "minus_naive": _plain(naive) | {"met": naive.low > 0},
+            "minus_plain": compared and _plain(self.drawn.difference(name, compared)),
             "gap_recovered": _plain(self.drawn.recovered_gap(name, NAIVE, FULL)),
             "of_control": control and _plain(self.drawn.recovered_gap(name, "nothing", control)),
             "full_attention": full,
         }
+
+    def _wanted(self, label: str) -> dict[str, Any]:
+        found = self.drawn.difference(label, "wanted")
+        return _plain(found) | {"met": found.low >= 0}
+
+    def _bias(self, labels: Sequence[str]) -> dict[str, float | None]:
+        """What the filter of adjusted F1 hides, the seeds' mean."""
+        full = [self.rows[FULL][i].f1 for i in self.asked]
+        found = [filter_bias([self.rows[one][i].f1 for i in self.asked], full) for one in labels]
+        means = {}
+        for key in ("bias", "reverse"):
+            values = [value for one in found if (value := getattr(one, key)) is not None]
+            means[key] = fmean(values) if values else None
+        return means
 
     def _full_attention(self, name: str) -> dict[str, Any]:
         """Exact match of the adapter in full attention over all questions, minus the base's."""

@@ -31,6 +31,8 @@ RECIPES = (
     "block_attention", "kvlink", "turborag", "kv_packet", "block_distill", "dual_mode",
     "recompute_aware", "full_control",
 )  # fmt: skip
+PLAIN = "block_attention"
+"""The recipe that the others add something to."""
 PROGRAM = "python eval/training/lora_2000.py"
 
 
@@ -80,7 +82,8 @@ def report(args: argparse.Namespace, runs: Sequence[Run]) -> dict[str, Any]:
     dev = suite_of(model, runs, "dev", args.dev_questions, 0, whole=False)
     best, on_dev = choose(ask(dev, args.output / "lora-2000-dev", args.jobs), reusing)
     test = suite_of(model, runs, "test", args.questions, args.alone, whole=True)
-    judge = Judge(ask(test, args.output / "lora-2000-test", args.jobs), labels)
+    plain = PLAIN if PLAIN in reusing else None
+    judge = Judge(ask(test, args.output / "lora-2000-test", args.jobs), labels, plain)
     costs = {run.folder.name: cost_of(run) for run in runs}
     recipes = {
         name: {"recipe": name, "method": served[name]}
