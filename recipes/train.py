@@ -9,7 +9,7 @@ from blocktune.training.run import train
 if __name__ == "__main__":
     try:
         train(sys.argv[1:], publisher=Publisher())
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

@@ -2,7 +2,7 @@
 
 from blocktune.attention.dense import DensePlan, dense_mask
 from blocktune.attention.flex import FlexPlan
-from blocktune.attention.interface import NAME, Plan, attach, make_plan
+from blocktune.attention.interface import NAME, Plan, attach, detach, make_plan
 from blocktune.attention.split import SplitPlan
 
 __all__ = [
@@ -13,5 +13,6 @@ __all__ = [
     "SplitPlan",
     "attach",
     "dense_mask",
+    "detach",
     "make_plan",
 ]

@@ -66,7 +66,7 @@ def attach(model: PreTrainedModel) -> None:
     """Switches ``model`` (or the base model under a PEFT wrapper) to attention by plan.
 
     Every later forward needs ``plan=``; without one it raises instead of attending causally in
-    silence. Undo with ``model.set_attn_implementation("sdpa")``.
+    silence. `detach` undoes it.
 
     Raises:
         ValueError: If the model cannot switch its attention implementation.
@@ -79,6 +79,11 @@ def attach(model: PreTrainedModel) -> None:
             f"{type(model).__name__} does not take transformers' attention interface; "
             "blocktune needs a model whose attention can be switched by set_attn_implementation"
         )
+
+
+def detach(model: PreTrainedModel) -> None:
+    """Gives ``model`` back its own attention: PyTorch's, or eager where it has none (Gemma 2)."""
+    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
 
 
 def _no_mask(*args, **kwargs) -> None:
@@ -102,7 +107,7 @@ def _attend(
     if plan is None:
         raise ValueError(
             "this model attends by a blocktune plan and got none; pass plan=make_plan('split', "
-            "layout) to forward, or model.set_attn_implementation('sdpa') to go back"
+            "layout) to forward, or blocktune.attention.detach(model) to go back"
         )
     if attention_mask is not None:
         raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -48,6 +49,8 @@ def train(
 
         train(arguments, publisher=Publisher())
         return
+    if launcher is not None and not Path(launcher).is_file():
+        raise ValueError(f"no launcher configuration '{launcher}'; see recipes/accelerate")
     parse(arguments)  # a mistake is said here once, not by every process
     done = subprocess.run(_launch(processes, launcher, arguments), check=False)
     if done.returncode < 0:  # killed, mostly for memory: nobody else says so

@@ -12,10 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from blocktune.adapter import OWN_WEIGHTS, AdapterInfo, find_release, load_adapter
+from blocktune.dtypes import check_dtype
 from blocktune.fetch import adapter_folder, pinned
 from blocktune.quantize import keep_stored_codes, quantization_config
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 class Loaded(NamedTuple):
@@ -90,16 +89,13 @@ def load_base(
     """
     name, revision = pinned(model, revision)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if dtype not in DTYPES:
-        raise ValueError(f"unknown dtype '{dtype}'; available: {', '.join(DTYPES)}")
+    check_dtype(dtype)
     with _explained(name):
         config = AutoConfig.from_pretrained(name, revision=revision)
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
     kwargs = _placement(config, dtype, device, quantize)
     with _explained(name):
-        base = AutoModelForCausalLM.from_pretrained(
-            name, revision=revision, dtype=dtype, attn_implementation="sdpa", **kwargs
-        )
+        base = AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=dtype, **kwargs)
     keep_stored_codes(base)
     return (base if kwargs else base.to(device)).eval(), tokenizer
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from transformers import PreTrainedModel
 
-from blocktune.attention import attach
+from blocktune.attention import attach, detach
 from blocktune.engine.prompts import PromptMaker, Request
 from blocktune.engine.recall import contexts_of
 from blocktune.engine.run import Run
@@ -71,7 +71,7 @@ class Served:
     @contextmanager
     def stock_attention(self) -> Iterator[PreTrainedModel]:
         """The model with its own attention, for comparing; blocktune's again after the block."""
-        self.model.set_attn_implementation("sdpa")
+        detach(self.model)
         try:
             yield self.model
         finally:

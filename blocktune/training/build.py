@@ -10,6 +10,7 @@ from trl import ModelConfig
 
 from blocktune.data import load_examples
 from blocktune.data.mixture import BLOCK, load_mixture, mix
+from blocktune.data.sources import training_split
 from blocktune.positions import RopeSpec
 from blocktune.prompt import prefix_ids
 from blocktune.provenance import provenance
@@ -17,7 +18,7 @@ from blocktune.training.checkpoint import AdapterFiles
 from blocktune.training.collator import BlockCollator
 from blocktune.training.config import BlockSFTConfig, DataArgs
 from blocktune.training.dataset import Prepared, Sample, in_modes, prepare
-from blocktune.training.guards import refuse_missing_trackers
+from blocktune.training.guards import refuse_frozen_quantised, refuse_missing_trackers
 from blocktune.training.log_lines import LogLines
 from blocktune.training.objective import Objective
 from blocktune.training.plan import describe_objective
@@ -42,9 +43,10 @@ def build(
             loaders do.
     """
     refuse_missing_trackers(args.report_to)
+    refuse_frozen_quantised(args, choice)
     model, tokenizer = load_base(choice)
     train_set, eval_set = _datasets(data, args, model, tokenizer)
-    origin = _origin(data, args, train_set.num_examples)
+    origin = _origin(data, args, train_set)
     ready = make_ready(model, tokenizer, args, choice, data.format, origin)
     trainer = BlockSFTTrainer(
         model=ready.model,
@@ -71,7 +73,12 @@ def samples_of(
         ValueError: If a mixture and the options of one source are mixed, or disagree.
     """
     if data.mixture is None:
-        examples = load_examples(data.train_data, limit=data.train_limit, tokenizer=tokenizer)
+        examples = load_examples(
+            data.train_data,
+            limit=data.train_limit,
+            split=training_split(data.train_data),
+            tokenizer=tokenizer,
+        )
         return in_modes(examples, args.block_share, args.both_modes, args.seed)
     if args.both_modes:
         raise ValueError("a mixture says the mode of each source; leave both_modes out")
@@ -86,7 +93,7 @@ def samples_of(
 def _datasets(data, args, model, tokenizer) -> tuple[Prepared, Prepared | None]:
     limit = args.max_length or model.config.get_text_config().max_position_embeddings
 
-    def prepared(samples: list[Sample], pack_length: int | None) -> Prepared:
+    def prepared(samples: list[Sample], pack_length: int | None, batch: int) -> Prepared:
         return prepare(
             samples,
             tokenizer,
@@ -96,14 +103,16 @@ def _datasets(data, args, model, tokenizer) -> tuple[Prepared, Prepared | None]:
             drop_long=args.long_examples == "drop",
             pack_length=pack_length,
             position_gap=args.position_jitter,
+            multiple_of=batch * args.world_size if args.world_size > 1 else 1,
         )
 
-    train_set = prepared(samples_of(data, args, tokenizer), args.pack_length)
+    samples = samples_of(data, args, tokenizer)
+    train_set = prepared(samples, args.pack_length, args.train_batch_size)
     if not data.eval_data:
         return train_set, None
     examples = load_examples(data.eval_data, limit=data.eval_limit, tokenizer=tokenizer)
     modes = in_modes(examples, args.block_share, args.both_modes, args.seed)
-    return train_set, prepared(modes, None)
+    return train_set, prepared(modes, None, args.eval_batch_size)
 
 
 def _collator(data: DataArgs, args: BlockSFTConfig, ready: Ready) -> BlockCollator:
@@ -132,14 +141,14 @@ def _objective(args: BlockSFTConfig, choice: ModelConfig, ready: Ready) -> Objec
     return Objective(args.attention_execution, how, teacher, rope)
 
 
-def _origin(data: DataArgs, args: BlockSFTConfig, num_examples: int) -> dict:
+def _origin(data: DataArgs, args: BlockSFTConfig, train_set: Prepared) -> dict:
     """Where an adapter comes from, for its ``blocktune.json``."""
     source = data.train_data or load_mixture(data.mixture).to_dict()
-    modes = {"block_share": args.block_share, "both": args.both_modes}
+    full = train_set.num_examples - train_set.num_block
     return provenance(args.seed) | {
         "data": source,
-        "examples": num_examples,
-        "modes": modes,
+        "examples": train_set.num_examples,
+        "modes": {"block": train_set.num_block, "full": full},
         "objective": describe_objective(args),
     }
 

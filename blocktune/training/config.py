@@ -30,6 +30,7 @@ _MUST_BE = {
     "dataloader_persistent_workers": False,
     "model_init_kwargs": None,
 }
+ORDERS = ("random", "group_by_length", "sequential")
 _HINTS = {"packing": "pack_length packs by layout", "padding_free": "pack_length packs by layout"}
 
 
@@ -67,6 +68,15 @@ class BlockSFTConfig(LayoutOptions, ObjectiveOptions, BatchOptions, SFTConfig):
         _one_of("attention_execution", self.attention_execution, ("split", "flex", "dense"))
         _one_of("link_mode", self.link_mode, ("table", "added_tokens"))
         _one_of("long_examples", self.long_examples, ("refuse", "drop"))
+        _one_of("train_sampling_strategy", self.train_sampling_strategy, ORDERS)
+        _at_least_1("per_device_train_batch_size", self.per_device_train_batch_size)
+        _at_least_1("per_device_eval_batch_size", self.per_device_eval_batch_size)
+        _at_least_1("gradient_accumulation_steps", self.gradient_accumulation_steps)
+        _at_least_1("max_length", self.max_length)
+        if self.max_steps <= 0 and self.num_train_epochs <= 0:
+            raise ValueError(
+                f"num_train_epochs must be above 0, got {self.num_train_epochs}; or set max_steps"
+            )
         if not 0.0 <= self.block_share <= 1.0:
             raise ValueError(f"block_share must be in [0, 1], got {self.block_share}")
         if self.both_modes and self.block_share != 1.0:
@@ -103,6 +113,11 @@ class BlockSFTConfig(LayoutOptions, ObjectiveOptions, BatchOptions, SFTConfig):
                 f"position_jitter moves chunks apart, placement '{self.placement}' puts them in "
                 "one place; drop one"
             )
+
+
+def _at_least_1(name: str, value: int | None) -> None:
+    if value is not None and value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:

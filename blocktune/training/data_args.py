@@ -52,7 +52,7 @@ class DataArgs:
     def __post_init__(self):
         if not self.train_data and not self.mixture:
             raise ValueError("train_data is missing; name a source, e.g. 'worlds:train?seed=1'")
-        if self.mixture and (self.train_data or self.train_limit):
+        if self.mixture and (self.train_data or self.train_limit is not None):
             raise ValueError(
                 "a mixture names its own sources and limits; leave train_data and train_limit out"
             )

@@ -43,13 +43,16 @@ class Prepared:
 
     Attributes:
         dataset: Columns `COLUMNS`: a row is the examples packed into it, one without packing;
-            ``length`` counts rows that are neither ghosts nor fresh.
+            ``length`` counts rows that are neither ghosts nor fresh. Rows with an
+            ``answer_length`` of 0 teach nothing; they stand last, see ``multiple_of``.
         num_examples: In the dataset; one in both modes counts twice.
+        num_block: Those of them in block layout.
         num_dropped: Examples longer than the limit.
     """
 
     dataset: Dataset
     num_examples: int
+    num_block: int
     num_dropped: int
 
 
@@ -83,6 +86,7 @@ def prepare(
     drop_long: bool = False,
     pack_length: int | None = None,
     position_gap: int = 0,
+    multiple_of: int = 1,
 ) -> Prepared:
     """Tokenises examples, and packs them where asked.
 
@@ -95,6 +99,8 @@ def prepare(
         drop_long: Leave longer examples out instead of refusing them.
         pack_length: Rows of a packed row at most; None does not pack.
         position_gap: Positions that a block example may jump at each of its chunks.
+        multiple_of: Rows that all ranks take at a time. Rows without an answer fill the last
+            round; left to it, accelerate would repeat the first ones, which then teach twice.
 
     Raises:
         ValueError: If an example is too long, has no answer, or none is left.
@@ -119,8 +125,11 @@ def prepare(
             f"{min(limit, pack_length or limit)} tokens; check source, max_length and pack_length"
         )
     rows = [[part] for part in parts] if pack_length is None else best_fit(parts, pack_length)
+    rows += [[_unanswered(min(parts, key=lambda part: part["length"]))]] * (
+        -len(rows) % multiple_of
+    )
     dataset = Dataset.from_list([_record(row) for row in rows], features=FEATURES)
-    return Prepared(dataset, len(parts), num_dropped)
+    return Prepared(dataset, len(parts), sum(part["block"] for part in parts), num_dropped)
 
 
 def best_fit(parts: Sequence[dict[str, Any]], room: int) -> list[list[dict[str, Any]]]:
@@ -174,6 +183,14 @@ def _part(index: int, sample: Sample, tokenizer, fmt, spec: LayoutSpec) -> dict[
         "index": index,
         "length": pieces.num_tokens + (around * len(pieces.chunks) if block else 0),
     }
+
+
+def _unanswered(part: dict[str, Any]) -> dict[str, Any]:
+    """The same prompt up to its first question."""
+    turns = [part, *part["followups"]]
+    left_out = sum(len(turn["answer"]) for turn in turns)
+    left_out += sum(len(turn["query"]) for turn in part["followups"])
+    return part | {"answer": [], "followups": [], "length": part["length"] - left_out}
 
 
 def _record(row: list[dict[str, Any]]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from transformers.integrations import get_reporting_integration_callbacks
+from trl import ModelConfig, SFTConfig
 
 
 def launch_name(accelerator: Accelerator) -> str:
@@ -37,6 +38,15 @@ def refuse_missing_trackers(names: Sequence[str]) -> None:
                 f"report_to: {name} cannot be used ({str(error).strip()}); install it, or set "
                 "report_to: none"
             ) from None
+
+
+def refuse_frozen_quantised(args: SFTConfig, choice: ModelConfig) -> None:
+    """Raises ValueError for learned tokens alone on a quantised base."""
+    if args.freeze_base and (choice.load_in_4bit or choice.load_in_8bit):
+        raise ValueError(
+            "freeze_base trains learned tokens alone, and transformers trains nothing on a "
+            "quantised base without an adapter; set use_peft: true, or load the base unquantised"
+        )
 
 
 def refuse_parallelism(accelerator: Accelerator) -> None:

@@ -15,6 +15,7 @@ from blocktune.training.console import SteadyConsole, amount, duration
 from blocktune.training.cost import EFFICIENCY, peak_bytes
 
 if TYPE_CHECKING:
+    from blocktune.training.dataset import Prepared
     from blocktune.training.trainer import BlockSFTTrainer
 
 
@@ -64,10 +65,12 @@ class TrainingPlan:
         return round(self.mean_tokens * self.global_batch)
 
 
-def make_plan_of(trainer: BlockSFTTrainer, examples: int, num_dropped: int = 0) -> TrainingPlan:
-    """Reads the plan off a trainer that has not started."""
+def make_plan_of(trainer: BlockSFTTrainer, prepared: Prepared) -> TrainingPlan:
+    """Reads the plan off a trainer that has not started, and its training set."""
     args, info = trainer.args, trainer.files.info
-    lengths = trainer.train_dataset["length"]
+    dataset = prepared.dataset
+    taught = zip(dataset["length"], dataset["answer_length"], strict=True)
+    lengths = [length for length, answer in taught if answer]
     counts = [(num_elements(p), p.requires_grad) for p in trainer.model.parameters()]
     per_rank = math.ceil(len(lengths) / (args.per_device_train_batch_size * args.world_size))
     per_epoch = math.ceil(per_rank / args.gradient_accumulation_steps)
@@ -78,14 +81,16 @@ def make_plan_of(trainer: BlockSFTTrainer, examples: int, num_dropped: int = 0) 
     operations = speed.flops_per_token * mean * batch * steps * trainer.collator.row_growth
     return TrainingPlan(
         base_model=info.base_model,
-        layout=describe_layout(info.layout, args.block_share, args.both_modes, info.link_mode),
+        layout=describe_layout(
+            info.layout, prepared.num_block / prepared.num_examples, args.both_modes, info.link_mode
+        ),
         objective=describe_objective(args),
         execution=args.attention_execution,
         trainable=sum(count for count, trained in counts if trained),
         parameters=sum(count for count, _ in counts),
-        examples=examples,
+        examples=prepared.num_examples,
         rows=len(lengths),
-        dropped=num_dropped,
+        dropped=prepared.num_dropped,
         mean_tokens=mean,
         max_tokens=max(lengths),
         world_size=args.world_size,

@@ -16,6 +16,7 @@ from transformers import (
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from blocktune.adapter import AdapterInfo
+from blocktune.dtypes import check_dtype
 from blocktune.identity import base_fingerprint, tokenizer_hash
 from blocktune.links import add_link_tokens, install_links, new_links
 from blocktune.prompt import PromptFormat
@@ -47,6 +48,7 @@ def load_base(choice: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizer
             f"attn_implementation '{choice.attn_implementation}' knows no chunks; leave it out and "
             "choose attention_execution: split, flex or dense"
         )
+    check_dtype(choice.dtype or "auto")
     quantised = choice.load_in_4bit or choice.load_in_8bit
     if quantised and choice.dtype in (None, "auto"):
         raise ValueError(

@@ -93,7 +93,7 @@ def _train(data, args, choice, callbacks) -> Path | None:
     was_there = folder.exists()
     trainer, prepared = build(data, args, choice, callbacks)
     if trainer.is_world_process_zero():
-        print_plan(make_plan_of(trainer, prepared.num_examples, prepared.num_dropped))
+        print_plan(make_plan_of(trainer, prepared))
     if args.dry_run:
         if not was_there:  # the Trainer makes it, and an empty folder looks like a lost run
             with contextlib.suppress(OSError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,13 @@ class StagedSaving(Trainer):
 
     files: AdapterFiles
     _staging: bool = False
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's, without what a killed run was about to save."""
+        if self.args.should_save:
+            shutil.rmtree(Path(self.args.output_dir) / STAGING, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        return super().train(*args, **kwargs)
 
     def _get_output_dir(self, trial: Any) -> str:
         run_dir = super()._get_output_dir(trial)

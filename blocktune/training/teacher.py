@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from blocktune.attention import attach
 from blocktune.identity import tokenizer_hash
@@ -72,11 +78,31 @@ def _load(name: str, how: Distillation, student: nn.Module, tokenizer) -> nn.Mod
             f"distill_teacher '{name}' has another tokenizer, chat template or vocabulary than the "
             "student; take one of the same family (and link_mode 'table' for links)"
         )
-    shapes = [(c.num_hidden_layers, c.hidden_size) for c in (own, its)]
-    if how.matches_states and shapes[0] != shapes[1]:
-        raise ValueError(
-            f"distill_states compares layer by layer: the student has (layers, width) {shapes[0]}, "
-            f"'{name}' {shapes[1]}; set distill_states: none"
-        )
+    if how.matches_states:
+        _refuse_other_states(name, how.states, own, its)
     attach(teacher)
     return teacher.eval().requires_grad_(False)
+
+
+def _refuse_other_states(name: str, states: str, own: PretrainedConfig, its: PretrainedConfig):
+    """Raises ValueError where the states of two models cannot be compared layer by layer."""
+    mine, theirs = _shape(own, states), _shape(its, states)
+    for what, value in mine.items():
+        if theirs[what] != value:
+            raise ValueError(
+                f"distill_states: {states} compares layer by layer, and the {what} of '{name}' is "
+                f"{theirs[what]}, the student's {value}; set distill_states: none"
+            )
+
+
+def _shape(config: PretrainedConfig, states: str) -> dict[str, Any]:
+    layers = {"number of layers": config.num_hidden_layers}
+    if states == "hidden":
+        return layers | {"width": config.hidden_size}
+    return layers | {
+        "number of key heads": config.num_key_value_heads,
+        "width of a head": getattr(config, "head_dim", None)
+        or config.hidden_size // config.num_attention_heads,
+        # Keys are turned to the teacher's positions by the student's frequencies.
+        "RoPE": config.rope_parameters,
+    }

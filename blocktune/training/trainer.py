@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
 from blocktune.attention import attach
@@ -24,9 +26,11 @@ from blocktune.training.distillation import evaluating
 from blocktune.training.fresh_rows import narrowed, states_at
 from blocktune.training.guards import launch_name, refuse_lost_launch, refuse_parallelism
 from blocktune.training.objective import Objective, StepLoss
+from blocktune.training.order import EpochOrder
 from blocktune.training.precision import precision_kept
 from blocktune.training.saving import StagedSaving
 from blocktune.training.speed import Speedometer
+from blocktune.training.sums import Sums
 
 
 class BlockSFTTrainer(StagedSaving, SFTTrainer):
@@ -68,6 +72,8 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
     ):
         attach(model)
         self.files, self.objective, self.collator = files, objective, collator
+        self.order: EpochOrder | None = None
+        self._sums = {"train": Sums(), "eval": Sums()}
         with precision_kept(model):
             super().__init__(
                 model=model,
@@ -132,27 +138,54 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
         return {**inputs, "layout": layout.pack()}
 
     def _count(self, result: StepLoss, layout: Layout) -> None:
+        """Adds up over ranks; means of micro-batches would weigh their tokens unequally."""
         mode = "train" if self.model.training else "eval"
         answers = result.answers
         counts = [answers.num_tokens, answers.num_correct, (~layout.is_pad).sum()]
-        sums = [answers.total.detach(), result.divergence, result.states]
-        both = torch.stack([value.double() for value in (*counts, *sums)])
-        tokens, correct, rows, *nats = self.accelerator.gather(both).view(-1, 6).sum(0).tolist()
+        nats = [result.total.detach(), answers.total.detach(), result.divergence, result.states]
+        both = torch.stack([value.double() for value in (*counts, *nats)])
+        sums = Sums(*self.accelerator.gather(both).view(-1, len(both)).sum(0).tolist())
+        self._sums[mode] = self._sums[mode].plus(sums)
         if mode == "train":
-            self._total_train_tokens += int(rows)
-        metrics = self._metrics[mode]
-        metrics["num_tokens"] = [self._total_train_tokens]
-        metrics["mean_token_accuracy"].append(correct / max(tokens, 1))
-        if self.objective.teacher is not None:
-            for name, value in zip(("cross_entropy", "divergence", "states"), nats, strict=True):
-                metrics[name].append(value / max(tokens, 1))
+            self._total_train_tokens += int(sums.rows)
+            self.state.num_input_tokens_seen = self._total_train_tokens  # a checkpoint keeps it
+        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds speed in real tokens, utilisation and the time that is left."""
+        """Adds means per answer token, speed in real tokens, utilisation and the time left."""
+        mode = "train" if self.model.training else "eval"
+        means = self._sums[mode].means(taught=self.objective.teacher is not None)
+        self._sums[mode] = Sums()
+        logs |= {f"eval_{name}" if mode == "eval" else name: mean for name, mean in means.items()}
         if "loss" in logs:
             step, last = self.state.global_step, self.state.max_steps
             logs |= self.speed.read(self._total_train_tokens, step, last)
         super().log(logs, start_time)
+
+    def evaluation_loop(
+        self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> EvalLoopOutput:
+        """As the Trainer's; the loss is per answer token, whatever the batches were."""
+        self._sums["eval"] = Sums()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        sums = self._sums["eval"]
+        output.metrics[f"{metric_key_prefix}_loss"] = sums.total / max(sums.tokens, 1)
+        return output
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
+        """The order of the run's epochs; `_Rhythm` tells it which one begins."""
+        args = self.args
+        if args.train_sampling_strategy == "sequential":
+            return super()._get_train_sampler(train_dataset)
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        self.order = EpochOrder(
+            rows["length"],
+            rows["answer_length"].count(0),
+            step if args.train_sampling_strategy == "group_by_length" else None,
+            args.seed if args.data_seed is None else args.data_seed,
+        )
+        return self.order
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Evaluation without augmentation, the same in every epoch."""
@@ -171,14 +204,18 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
 
 
 class _Rhythm(TrainerCallback):
-    """Starts the clock, and tells the collator its epoch before the first batch is laid out."""
+    """Starts the clock, and tells collator and order their epoch before its first batch."""
 
     def __init__(self, trainer: BlockSFTTrainer):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer._total_train_tokens = state.num_input_tokens_seen
         self.trainer.speed.start(self.trainer._total_train_tokens, state.global_step)
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         # A resumed run counts epochs in fractions; rounding must not fall into the one before.
-        self.trainer.collator.epoch = int((state.epoch or 0) + 1e-6)
+        epoch = int((state.epoch or 0) + 1e-6)
+        self.trainer.collator.epoch = epoch
+        if self.trainer.order is not None:
+            self.trainer.order.epoch = epoch

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 from training.runs import make_trainer, write_run
+from typer.testing import CliRunner
 
+from blocktune.cli import app
 from blocktune.training.run import parse
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,6 +57,10 @@ def test_the_command_line_overrides_the_yaml(tmp_path):
         ({"mixture": "mix.yaml"}, "a mixture names its own sources"),
         ({"titled": "{title}"}, "format 'titled' must hold {text} and {title}"),
         ({"train_data": ""}, "train_data is missing"),
+        ({"train_sampling_strategy": "by_len"}, "must be one of random, group_by_length, seq"),
+        ({"max_length": 0}, "max_length must be at least 1, got 0"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1"),
+        ({"max_steps": -1, "num_train_epochs": 0}, "num_train_epochs must be above 0, got 0"),
     ],
 )
 def test_what_a_run_may_not_say(tmp_path, overrides, line):
@@ -67,15 +73,49 @@ def test_flash_attention_is_refused(tmp_path):
         make_trainer(tmp_path, attn_implementation="flash_attention_2")
 
 
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        ({"dtype": "float31"}, "unknown dtype 'float31'; available: auto, float32"),
+        (
+            {"freeze_base": True, "use_peft": False, "num_links": 1, "load_in_4bit": True},
+            "trains nothing on a quantised base without an adapter",
+        ),
+    ],
+)
+def test_what_no_base_can_be(tmp_path, overrides, line):
+    with pytest.raises(ValueError, match=re.escape(line)):
+        make_trainer(tmp_path, **overrides)
+
+
 def test_an_unknown_base_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"cannot load base model .*nowhere"):
         make_trainer(tmp_path, model_name_or_path=str(tmp_path / "nowhere"))
 
 
-def test_a_bad_key_is_one_line_and_exit_code_2(tmp_path):
-    path = write_run(tmp_path, num_lnks=3)
+def script(path) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "recipes/train.py"), "--config", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_a_file_for_a_folder_is_one_line_and_exit_code_2(tmp_path):
+    path = write_run(tmp_path)
+    (tmp_path / "out").write_text("not a folder")
+    done = script(path)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_missing_launcher_is_named():
+    arguments = ["train", "--launcher", "nowhere.yaml", "--config", "recipes/kvlink.yaml"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    assert "no launcher configuration 'nowhere.yaml'" in result.output
+
+
+def test_a_bad_key_is_one_line_and_exit_code_2(tmp_path):
+    done = script(write_run(tmp_path, num_lnks=3))
     assert done.returncode == 2
     assert (
         done.stderr.strip().splitlines()[-1].startswith("error: unknown key or option 'num_lnks'")

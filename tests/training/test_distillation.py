@@ -182,3 +182,23 @@ def test_a_teacher_that_does_not_fit_is_refused(tmp_path):
         make_trainer(tmp_path, **options | {"distill_teacher": str(tmp_path / "none")})
     with pytest.raises(ValueError, match="full fine-tuning has none"):
         make_trainer(tmp_path, distill_weight=1.0, use_peft=False)
+
+
+@pytest.mark.parametrize(
+    ("states", "config", "what"),
+    [
+        ("hidden", {"num_hidden_layers": 3}, "number of layers of .* is 3, the student's 2"),
+        ("kv", {"num_key_value_heads": 4}, "number of key heads of .* is 4, the student's 2"),
+        ("kv", {"head_dim": 16}, "width of a head of .* is 16, the student's 8"),
+        (
+            "kv",
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+            "RoPE of .* 500000.0",
+        ),
+    ],
+)
+def test_states_of_another_shape_are_refused(tmp_path, states, config, what):
+    other = save_toy(tmp_path / "other", config=toy_config(**config))
+    options = {"distill_weight": 0.5, "distill_states": states, "distill_teacher": other}
+    with pytest.raises(ValueError, match=what):
+        make_trainer(tmp_path, **options)

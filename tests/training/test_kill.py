@@ -21,6 +21,7 @@ pytestmark = pytest.mark.alone
 # epoch, so that the checkpoint lies in the middle of the second.
 OPTIONS = {
     "train_limit": 8,
+    "train_sampling_strategy": "group_by_length",
     "both_modes": True,
     "num_links": 1,
     "lora_dropout": 0.1,

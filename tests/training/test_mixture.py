@@ -6,6 +6,9 @@ from training.runs import make_trainer, write_run
 from training.toy import toy_examples
 
 from blocktune.data.example import write_jsonl
+from blocktune.training.build import build
+from blocktune.training.plan import make_plan_of
+from blocktune.training.run import parse
 
 
 def mixture(folder, *parts: dict, **more) -> str:
@@ -30,6 +33,7 @@ def test_each_source_is_trained_in_its_mode(tmp_path):
     assert modes(trainer) == [(2, False)] * 8 + [(3, True)] * 6
     facts = trainer.files.info.training["data"]
     assert [part["mode"] for part in facts["parts"]] == ["block", "full"]
+    assert trainer.files.info.training["modes"] == {"block": 6, "full": 8}
     trainer.train()
 
 
@@ -49,3 +53,31 @@ def test_modes_and_options_must_agree(tmp_path):
         make_trainer(tmp_path, train_data=None, mixture=path, both_modes=True)
     trainer = make_trainer(tmp_path, train_data=None, mixture=path, block_share=0.0)
     assert not trainer.files.info.layout.block
+
+
+def test_the_plan_counts_modes_as_they_are(tmp_path):
+    path = mixture(tmp_path / "data", {"mode": "block"}, {"mode": "full"})
+    data = {"train_data": None, "mixture": path}
+    trainer, prepared = build(*parse(["--config", str(write_run(tmp_path, **data))]))
+    assert make_plan_of(trainer, prepared).layout.startswith("block 60%")
+
+
+def test_nothing_is_trained_on_what_it_is_judged_by(tmp_path, monkeypatch):
+    """Sources of the Hub are read from ``train``, by themselves and in a mixture."""
+    asked = []
+
+    def load(source, split=None, **options):
+        asked.append((source, split))
+        return toy_examples(2)
+
+    monkeypatch.setattr("blocktune.training.build.load_examples", load)
+    monkeypatch.setattr("blocktune.data.mixture.draw.load_examples", load)
+    make_trainer(tmp_path, train_data="hotpotqa", eval_data="hotpotqa")
+    path = tmp_path / "mixture.yaml"
+    parts = [{"source": "hf:a/b"}, {"source": "hf:a/b?split=dev"}, {"source": "nq", "split": "x"}]
+    path.write_text(yaml.safe_dump({"parts": parts}))
+    make_trainer(tmp_path, train_data=None, mixture=str(path))
+    assert asked == [
+        ("hotpotqa", "train"), ("hotpotqa", None),
+        ("hf:a/b", "train"), ("hf:a/b?split=dev", None), ("nq", "x"),
+    ]  # fmt: skip

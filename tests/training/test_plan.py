@@ -11,10 +11,12 @@ from rich.console import Console
 from training.runs import make_trainer, write_run
 from training.toy import toy_model
 
+from blocktune.training.build import build
 from blocktune.training.console import SteadyConsole, amount, duration
 from blocktune.training.cost import matmul_rate, peak_bytes, row_flops, size_of
 from blocktune.training.log_lines import LogLines
 from blocktune.training.plan import make_plan_of, print_plan
+from blocktune.training.run import parse
 from blocktune.training.speed import Speedometer
 
 
@@ -88,8 +90,15 @@ def test_trackers_get_speed_too(tmp_path):
     assert logged[-1]["eta_s"] == 0
 
 
+def plan_of(folder, **options) -> str:
+    console = Console(record=True, width=120, file=open(os.devnull, "w"))  # noqa: SIM115
+    trainer, prepared = build(*parse(["--config", str(write_run(folder, **options))]))
+    print_plan(make_plan_of(trainer, prepared), console)
+    return console.export_text()
+
+
 def test_the_plan_says_what_is_trained_and_how(tmp_path):
-    trainer = make_trainer(
+    text = plan_of(
         tmp_path,
         num_headers=2,
         distill_weight=0.5,
@@ -97,9 +106,6 @@ def test_the_plan_says_what_is_trained_and_how(tmp_path):
         recompute_max=0.3,
         pack_length=300,
     )
-    console = Console(record=True, width=120, file=open(os.devnull, "w"))  # noqa: SIM115
-    print_plan(make_plan_of(trainer, examples=64), console)
-    text = console.export_text()
     for words in (
         "2 headers, 0 trailers",
         "cross-entropy, 50% KL to the teacher 'self', 15% to 30% of the tokens fresh (random)",

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from training.runs import losses, make_trainer, write_run
+from training.toy import save_toy, toy_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from blocktune.adapter import AdapterInfo, load_adapter
@@ -85,6 +86,20 @@ def test_a_trained_adapter_reloads_to_the_same_logits(tmp_path, mode):
     assert info.training["world_size"] == 1
 
 
+@pytest.mark.parametrize("mode", ["lora+table", "lora+tokens", "table alone"])
+def test_links_of_untied_embeddings_reload_to_the_same_logits(tmp_path, mode):
+    write_run(tmp_path)
+    save_toy(tmp_path / "base", config=toy_config(tie_word_embeddings=False))
+    trainer = make_trainer(tmp_path, **MODES[mode])
+    base = trainer.accelerator.unwrap_model(trainer.model)
+    assert not base.config.tie_word_embeddings
+    batch = first_batch(trainer)
+    trainer.train()
+    trainer.save_model()
+    model, _ = reload(tmp_path / "base", tmp_path / "out")
+    assert torch.equal(logits_of(model, batch), logits_of(trainer.model, batch))
+
+
 @pytest.mark.parametrize("mode", ["lora+table", "table alone"])
 def test_link_rows_train_on_tied_embeddings(tmp_path, mode):
     trainer = make_trainer(tmp_path, **MODES[mode])
@@ -147,12 +162,50 @@ def test_evaluation_reports_the_loss(tmp_path):
     assert 0 <= metrics["eval_mean_token_accuracy"] <= 1
 
 
+def test_evaluation_is_per_token_whatever_the_batches(tmp_path):
+    write_run(tmp_path)
+    options = {"eval_data": str(tmp_path / "train.jsonl"), "eval_limit": 8, "distill_weight": 0.5}
+    found = []
+    for size in (1, 3, 8):
+        trainer = make_trainer(tmp_path, per_device_eval_batch_size=size, **options)
+        lengths = trainer.eval_dataset["answer_length"]
+        assert len(set(lengths)) > 1  # else a mean of means would do
+        metrics = trainer.evaluate()
+        parts = {name: metrics[f"eval_{name}"] for name in ("cross_entropy", "divergence")}
+        found.append([metrics["eval_loss"], *parts.values()])
+        assert metrics["eval_loss"] == pytest.approx(sum(parts.values()) / 2, rel=1e-6)
+    assert found[0] == pytest.approx(found[2], rel=1e-5)
+    assert found[1] == pytest.approx(found[2], rel=1e-5)
+
+
+def test_logged_parts_are_per_token_of_the_whole_step(tmp_path):
+    logs = []
+    for batch, steps in ((8, 1), (2, 4)):
+        trainer = make_trainer(
+            tmp_path,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=steps,
+            distill_weight=0.5,
+            max_steps=1,
+        )
+        trainer.train()
+        logs.append(next(entry for entry in trainer.state.log_history if "loss" in entry))
+    for name in ("loss", "cross_entropy", "divergence", "mean_token_accuracy"):
+        assert logs[0][name] == pytest.approx(logs[1][name], rel=1e-4), name
+
+
+def counted(trainer) -> list[int]:
+    return [entry["num_tokens"] for entry in trainer.state.log_history if "loss" in entry]
+
+
 RESUMABLE = {mode: MODES[mode] for mode in ("lora+table", "table alone", "lora+tokens", "full")}
 
 
 @pytest.mark.parametrize("mode", RESUMABLE)
 def test_resume_matches_no_stop(tmp_path, mode):
     options = RESUMABLE[mode] | {"max_steps": 6, "block_share": 0.5, "seed": 7}
+    # Two steps an epoch: it is stopped in the middle of the second.
+    options |= {"train_limit": 4, "train_sampling_strategy": "group_by_length"}
     options |= {"save_strategy": "steps", "save_steps": 3}
     if options.get("use_peft", True):
         options["lora_dropout"] = 0.1  # the random state must come back too
@@ -165,8 +218,21 @@ def test_resume_matches_no_stop(tmp_path, mode):
     resumed = make_trainer(tmp_path, **options)
     resumed.train(resume_from_checkpoint=True)
     assert losses(resumed) == expected
+    assert counted(resumed) == counted(whole)
     for one, other in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_what_a_killed_run_was_about_to_save_is_left_out(tmp_path):
+    stale = tmp_path / "out/.saving"
+    for name in ("checkpoint-99", "adapter"):
+        (stale / name).mkdir(parents=True)
+        (stale / name / "links.safetensors").write_text("of another run")
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.train()
+    trainer.save_model()
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert not names & {".saving", "links.safetensors"}
 
 
 class _Killed(Exception):

@@ -10,7 +10,7 @@ from blocktune.data.example import RagExample
 from blocktune.prompt import Chunk
 
 NAMES = ("Anna", "Bert", "Clara", "David", "Emil", "Flora", "Gustav", "Hanna")
-PLACES = ("Alder", "Birch", "Cedar", "Dogwood", "Elm", "Fir", "Gorse", "Hazel")
+PLACES = ("Alder", "Birch Hill", "Cedar", "Dogwood by the sea", "Elm", "Fir Hill", "Gorse", "Hazel")
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>"
     "{{ message['content'] }}<|end|>{% endfor %}"
@@ -74,7 +74,8 @@ def save_toy(folder, seed: int = 0, config=None) -> str:
 
 
 def toy_examples(count: int, chunks: int = 3) -> list[RagExample]:
-    """Who lives where; chunk lengths vary, so batches are padded."""
+    """Who lives where; chunks vary in length, so batches are padded, and answers, so that a mean
+    of means is no mean over tokens."""
     examples = []
     for index in range(count):
         facts = [((index + k) % 8, (3 * index + k) % 8) for k in range(chunks)]

@@ -30,7 +30,7 @@ class Part:
         weight: Under sampling the share of all examples, relative to the other parts' weights;
             under duplication how often the part's examples are taken, 0.5 for half of them.
         limit: Load the first examples only.
-        split: Of a Hub data set.
+        split: Of a Hub data set, ``train`` unless the source names another.
         chunker: What cuts conversations and documents; None takes the source's own.
         augment: How contexts are varied, anew for each time an example is taken.
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from blocktune.data.augment import augment
 from blocktune.data.example import RagExample
 from blocktune.data.mixture.config import BLOCK, FULL, MODES, Mixture, Part
-from blocktune.data.sources import load_examples
+from blocktune.data.sources import load_examples, training_split
 
 
 class MixedExample(NamedTuple):
@@ -72,7 +72,7 @@ def _load(part: Part, tokenizer: PreTrainedTokenizerBase | None) -> list[RagExam
     return load_examples(
         part.source,
         limit=part.limit,
-        split=part.split,
+        split=part.split or training_split(part.source),
         tokenizer=tokenizer,
         chunker=part.chunker,
     )

@@ -3,7 +3,12 @@
 from blocktune.data.sources.catalog import CATALOG, DataSet
 from blocktune.data.sources.files import Record, read_records
 from blocktune.data.sources.generated import GENERATORS
-from blocktune.data.sources.load import load_chunks, load_examples, load_source
+from blocktune.data.sources.load import (
+    load_chunks,
+    load_examples,
+    load_source,
+    training_split,
+)
 from blocktune.data.sources.parsing import Loaded
 from blocktune.data.sources.shapes import SHAPES
 
@@ -18,4 +23,5 @@ __all__ = [
     "load_examples",
     "load_source",
     "read_records",
+    "training_split",
 ]

@@ -86,6 +86,13 @@ def load_source(
     return parse_records(records, Path(named.name).name, reading, limit, shots)
 
 
+def training_split(source: str | Path) -> str | None:
+    """Split to train on where a source names none: those of the Hub are read to be judged by."""
+    named = parse_source(str(source))
+    on_the_hub = named.name in CATALOG or named.name.startswith("hf:")
+    return "train" if on_the_hub and "split" not in named.options else None
+
+
 def open_records(named: SourceName, reading: Reading, limit: int | None) -> Iterator[Record]:
     """Raw records of a file or a Hub data set.
 

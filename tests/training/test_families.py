@@ -1,0 +1,36 @@
+"""Every supported family: trained with links on a base from a folder, saved, loaded and served."""
+
+import pytest
+import torch
+from families import FAMILIES, build
+from training.runs import make_trainer
+from training.test_served import trained_logits
+from training.toy import toy_examples, toy_tokenizer
+
+from blocktune.data.example import write_jsonl
+from blocktune.engine import Engine
+
+
+def save_base(folder, family: str) -> None:
+    """A base and examples, as `write_run` would make them of the toy model."""
+    config = FAMILIES[family]()
+    config.vocab_size = len(toy_tokenizer())
+    build(config).save_pretrained(folder / "base")
+    toy_tokenizer().save_pretrained(folder / "base")
+    write_jsonl(folder / "train.jsonl", toy_examples(16))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_is_served_as_it_was_trained(tmp_path, family):
+    save_base(tmp_path, family)
+    trainer = make_trainer(tmp_path, num_links=1, max_steps=2, learning_rate=1e-2)
+    trainer.train()
+    trainer.save_model()
+    engine = Engine.from_pretrained(str(tmp_path / "base"), str(tmp_path / "out"), device="cpu")
+    served = engine.next_logits(toy_examples(1), "kvlink")[0]
+    torch.testing.assert_close(served, trained_logits(trainer, block=True), rtol=1e-5, atol=2e-5)
+    plain = Engine.from_pretrained(str(tmp_path / "base"), device="cpu")
+    assert (plain.next_logits(toy_examples(1), "naive")[0] - served).abs().max() > 1e-2
+    with plain.stock_attention() as stock:  # Gemma 2 has no SDPA of its own
+        ids = torch.arange(8)[None]
+        assert torch.isfinite(stock(ids, use_cache=False).logits).all()
