@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from blocktune.adapter import INFO_FILE, OWN_WEIGHTS, PEFT_FILE, AdapterInfo
+from blocktune.provenance import without_secrets, without_tokens
 
 PUBLISHED = (
     "*.safetensors",
@@ -66,12 +68,25 @@ def is_published(name: str) -> bool:
 
 
 def public(value: Any) -> Any:
-    """Provenance without this machine's folders: of an absolute path the last name stays."""
+    """Provenance without this machine's folders and without tokens of the Hub.
+
+    Of an absolute path the last name stays. Adapters trained before commands were recorded
+    without their secrets may hold one.
+    """
     if isinstance(value, dict):
-        return {key: public(inner) for key, inner in value.items()}
+        return {key: public(_command(key, inner)) for key, inner in value.items()}
     if isinstance(value, list):
         return [public(inner) for inner in value]
-    return _ABSOLUTE.sub(r"\1", value) if isinstance(value, str) else value
+    return _ABSOLUTE.sub(r"\1", without_tokens(value)) if isinstance(value, str) else value
+
+
+def _command(key: str, value: Any) -> Any:
+    if key != "command" or not isinstance(value, str):
+        return value
+    try:
+        return shlex.join(without_secrets(shlex.split(value)))
+    except ValueError:  # no command line: a quote is left open
+        return shlex.join(without_secrets(value.split()))
 
 
 def _info(info: AdapterInfo, base: str) -> bytes:

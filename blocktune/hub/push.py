@@ -53,6 +53,7 @@ def prepare(
     model: str | None = None,
     dtype: str = "auto",
     device: str | None = None,
+    token: str | None = None,
 ) -> Publication:
     """Checks an adapter and gathers what is published of it; nothing is sent.
 
@@ -63,6 +64,7 @@ def prepare(
         model: Where the base is, for the check; None: where the adapter says.
         dtype: Of the check.
         device: Of the check.
+        token: Of the Hub, to ask for the base's licence; None: as `send`.
 
     Raises:
         ValueError: In one line, if a check fails, the base is nobody else's to load, the licence
@@ -73,22 +75,27 @@ def prepare(
     _check_repo(repo)
     base = _base_name(info, facts)
     files = files_of(folder, info, base)
-    facts = replace(facts, license=facts.license or _license_of(base))
+    facts = replace(facts, license=facts.license or _license_of(base, token))
     checks = _checked(folder, info, model, dtype, device)
     text = card(repo, info, base, facts, checks)
     return Publication(repo, files | {CARD_FILE: text.encode()})
 
 
-def send(publication: Publication, *, private: bool = False) -> Sent:
+def send(publication: Publication, *, private: bool = False, token: str | None = None) -> Sent:
     """Creates the repository if needed and commits all files at once.
 
     Files of an earlier push that this one does not have are deleted: weights left over would be
     loaded with the new ones.
 
+    Args:
+        publication: From `prepare`.
+        private: Make the repository private if it is new.
+        token: Of the Hub; None: the one of ``hf auth login`` or ``HF_TOKEN``.
+
     Raises:
         ValueError: If the Hub refuses.
     """
-    api = HfApi()
+    api = HfApi(token=token)
     try:
         url = api.create_repo(publication.repo, private=private or None, exist_ok=True)
         operations = [CommitOperationAdd(n, source) for n, source in publication.files.items()]
@@ -106,24 +113,25 @@ def send(publication: Publication, *, private: bool = False) -> Sent:
 
 
 class Publisher:
-    """What ``push_to_hub`` of a training run asks; see `blocktune.training.run.Publisher`."""
+    """What ``push_to_hub`` of a training run asks; see `blocktune.training.publishing`."""
 
-    def check(self, repo: str, base_model: str) -> None:
+    def check(self, repo: str, base_model: str, token: str | None) -> None:
         """Refuses before the run what could not be published after it.
 
         Raises:
             ValueError: If the name is none, the base is a local folder, or its licence unknown.
         """
         _check_repo(repo)
-        _license_of(_on_the_hub(base_model))
+        _license_of(_on_the_hub(base_model), token)
 
-    def publish(self, folder: Path, repo: str, private: bool) -> None:
+    def publish(self, folder: Path, repo: str, private: bool, token: str | None) -> None:
         """Checks and pushes; says where to.
 
         Raises:
             ValueError: As `prepare` and `send` do.
         """
-        sent = send(prepare(folder, repo, CardFacts()), private=private)
+        publication = prepare(folder, repo, CardFacts(), token=token)
+        sent = send(publication, private=private, token=token)
         Console().print(f"pushed to {sent.url}, commit {sent.revision}", soft_wrap=True)
 
 
@@ -161,9 +169,9 @@ def _on_the_hub(name: str) -> str:
     return name
 
 
-def _license_of(base: str) -> str:
+def _license_of(base: str, token: str | None) -> str:
     try:
-        data = HfApi().model_info(base).card_data
+        data = HfApi(token=token).model_info(base).card_data
     except (httpx.HTTPError, HFValidationError, OSError):
         data = None
     if data is None or not data.license:

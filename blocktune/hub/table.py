@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from blocktune.hub.files import public
+
 HEADINGS = ("method", "n", "EM (95 %)", "F1", "adjusted F1", "recomputed", "TTFT / full prefill")
 NOTE = (
     "Scores in %. Adjusted F1: over the questions that full prefill of the base can answer. "
@@ -58,7 +60,7 @@ def _percent(share: float | None) -> str:
 
 
 def _origin(path: Path) -> str:
-    made = json.loads(path.read_text(encoding="utf-8")).get("provenance", {})
+    made = public(json.loads(path.read_text(encoding="utf-8")).get("provenance", {}))
     parts = [f"by `{made['command']}`"] if made.get("command") else []
     parts += [f"at commit `{made['commit'][:12]}`"] if made.get("commit") else []
     return f" Made {', '.join(parts)}." if parts else ""

@@ -7,6 +7,8 @@ from blocktune.hub.datasets import datasets_of
 from blocktune.hub.files import public
 from blocktune.prompt import LayoutSpec
 
+SECRET = "hf_" + "aB3" * 11
+
 
 @pytest.mark.parametrize(
     ("layout", "method"),
@@ -41,7 +43,13 @@ def test_data_sets_are_named_as_the_hub_knows_them():
         ("recipes/kvlink.yaml", "recipes/kvlink.yaml"),
         ("hf:org/name?split=train", "hf:org/name?split=train"),
         ("https://example.org/a/b", "https://example.org/a/b"),
+        (
+            {"command": "train --hub_token x --seed 1"},
+            {"command": "train --hub_token HIDDEN --seed 1"},
+        ),
+        ({"command": "train 'a --hub_token x"}, {"command": "train ''\"'\"'a' --hub_token HIDDEN"}),
+        (["base@" + SECRET], ["base@HIDDEN"]),
     ],
 )
-def test_folders_of_this_machine_stay_at_home(told, published):
+def test_folders_and_secrets_of_this_machine_stay_at_home(told, published):
     assert public(told) == published

@@ -134,13 +134,17 @@ def test_what_was_pushed_comes_back(run, tmp_path):
 
 
 def test_a_token_that_may_not_write_is_one_line(monkeypatch):
+    card = b"---\nlicense: mit\nbase_model: org/base\n---\n"
+    publication = Publication("me/mine", {"README.md": card})
     with running_hub() as hub:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
         monkeypatch.setenv("HF_TOKEN", "hf_other")
         with pytest.raises(ValueError, match="the Hub refused 'me/mine': ") as caught:
-            send(Publication("me/mine", {"README.md": b"---\nlicense: mit\n---\n"}))
+            send(publication)
         assert hub.repos == {}
+        send(publication, token=TOKEN)
+        assert set(hub.files("me/mine")) == {"README.md"}
     assert "\n" not in str(caught.value)
     assert "set HF_TOKEN" in str(caught.value)
 

@@ -3,11 +3,12 @@
 import pytest
 from training.runs import write_run
 
-from blocktune.adapter import INFO_FILE
+from blocktune.adapter import INFO_FILE, AdapterInfo
 from blocktune.hub import Publisher
 from blocktune.training.run import train
 
 PUSH = {"push_to_hub": True, "hub_model_id": "me/mine", "max_steps": 1, "hub_private_repo": True}
+SECRET = "hf_" + "aB3" * 11
 
 
 class Recorder:
@@ -16,19 +17,22 @@ class Recorder:
     def __init__(self):
         self.calls = []
 
-    def check(self, repo, base_model):
-        self.calls.append(("check", repo, base_model))
+    def check(self, repo, base_model, token):
+        self.calls.append(("check", repo, base_model, token))
 
-    def publish(self, folder, repo, private):
-        self.calls.append(("publish", repo, private, (folder / INFO_FILE).is_file()))
+    def publish(self, folder, repo, private, token):
+        self.calls.append(("publish", repo, private, token, (folder / INFO_FILE).is_file()))
 
 
 def test_a_run_is_published_when_it_is_saved(tmp_path):
     recorder = Recorder()
     path = write_run(tmp_path, **PUSH, save_strategy="steps", save_steps=1)
-    train(["--config", str(path)], publisher=recorder)
+    train(["--config", str(path), "--hub_token", SECRET], publisher=recorder)
     base = str(tmp_path / "base")
-    assert recorder.calls == [("check", "me/mine", base), ("publish", "me/mine", True, True)]
+    assert recorder.calls == [
+        ("check", "me/mine", base, SECRET),
+        ("publish", "me/mine", True, SECRET, True),
+    ]
 
 
 def test_a_dry_run_publishes_nothing(tmp_path):
@@ -44,6 +48,9 @@ def test_a_dry_run_publishes_nothing(tmp_path):
         ({"hub_model_id": "mine"}, Publisher(), "--repo must be USER/NAME"),
         ({"hub_model_id": None}, Publisher(), "push_to_hub needs hub_model_id: USER/NAME"),
         ({}, None, "and a program that publishes"),
+        ({"hub_strategy": "checkpoint"}, Recorder(), "hub_strategy: checkpoint is not supported"),
+        ({"hub_revision": "dev"}, Recorder(), "hub_revision: dev is not supported"),
+        ({"hub_always_push": True}, Recorder(), "hub_always_push: True is not supported"),
     ],
 )
 def test_what_cannot_be_published_is_refused_before_training(tmp_path, changes, publisher, line):
@@ -51,3 +58,12 @@ def test_what_cannot_be_published_is_refused_before_training(tmp_path, changes, 
     with pytest.raises(ValueError, match=line):
         train(["--config", str(path)], publisher=publisher)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_token_of_the_command_line_is_nowhere_in_the_adapter(tmp_path, monkeypatch):
+    options = ["--config", str(write_run(tmp_path, **PUSH)), "--hub_token", SECRET]
+    monkeypatch.setattr("sys.argv", ["blocktune", "train", *options])
+    folder = train(options, publisher=Recorder())
+    texts = [p for p in folder.iterdir() if p.is_file() and p.suffix != ".bin"]  # stays at home
+    assert not [path.name for path in texts if SECRET.encode() in path.read_bytes()]
+    assert "--hub_token HIDDEN" in AdapterInfo.load(folder).training["command"]
