@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from blocktune.hub.datasets import datasets_of
 from blocktune.hub.files import public
 from blocktune.hub.table import results_section
 from blocktune.prompt import LayoutSpec
-from blocktune.reuse import Weights, available, build
+from blocktune.reuse import BOTH_LEARNED, Weights, available, build
 
 MARKED = "turborag"
 """What one learned token on each side of a chunk is: a document marker. KV Packet has several."""
@@ -65,15 +66,22 @@ def card(repo: str, info: AdapterInfo, base: str, facts: CardFacts, checks: list
 
 
 def served_by(layout: LayoutSpec) -> str:
-    """The preset that serves an adapter as it was trained, with nothing computed afresh.
+    """The method that serves an adapter as it was trained, with nothing computed afresh.
+
+    Returns:
+        A preset's name, with the parameters that it needs: as ``--method`` takes it.
 
     Raises:
         ValueError: If none does.
     """
     if not layout.block:
         return "full-prefill"
-    if _serves(MARKED, layout) and layout.num_headers == layout.num_trailers == 1:
-        return MARKED
+    if layout.num_links and layout.num_headers + layout.num_trailers:
+        raise ValueError(BOTH_LEARNED)
+    if layout.num_headers == layout.num_trailers == 1:
+        for method in (MARKED, f"{MARKED} positions=composite"):
+            if _serves(method, layout):
+                return method
     for name in available():
         if build(name).weights is not Weights.ANY and _serves(name, layout):
             return name
@@ -96,7 +104,7 @@ def _metadata(info: AdapterInfo, base: str, facts: CardFacts) -> str:
         license=facts.license,
         library_name="transformers" if whole else "peft",
         pipeline_tag="text-generation",
-        tags=["blocktune", "rag", "kv-cache", served_by(info.layout)],
+        tags=["blocktune", "rag", "kv-cache", served_by(info.layout).partition(" ")[0]],
     ).to_yaml()
 
 
@@ -123,7 +131,7 @@ def _use(repo: str, info: AdapterInfo) -> str:
 
 ```bash
 pip install blocktune[serve]
-blocktune answer --adapter {repo} --method {method}{quantised} \\
+blocktune answer --adapter {repo} --method {shlex.quote(method)}{quantised} \\
   --question "Where was Anna born?" --chunk "Anna was born in Kirby." --chunk "Kirby is a harbour."
 ```
 

@@ -30,6 +30,7 @@ PUBLISHED = (
 """Names of what is published; checkpoints, logs and optimizer states stay at home."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _OF_THE_RUN = ("training_args.bin",)
+_OF_A_CHECKPOINT = ("optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*.pth")
 _ABSOLUTE = re.compile(r"(?<![\w/.])/(?!/)(?:[^\s'\"?,:/]+/)+([^\s'\"?,:/]+)")
 
 Source = Path | bytes
@@ -44,10 +45,16 @@ def files_of(folder: Path, info: AdapterInfo, base: str) -> dict[str, Source]:
         base: The base's name on the Hub.
 
     Raises:
-        ValueError: If weights are pickled, or there are none.
+        ValueError: If it is a checkpoint of a run, weights are pickled, or there are none.
     """
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
     for name in names:
+        if any(fnmatch(name, pattern) for pattern in _OF_A_CHECKPOINT):
+            raise ValueError(
+                f"'{folder}' is a checkpoint that its run goes on from (it holds '{name}'); push "
+                f"the finished adapter, '{folder.parent}', or a copy of this folder without "
+                "*.pt and *.pth"
+            )
         if any(fnmatch(name, pattern) for pattern in PICKLES) and name not in _OF_THE_RUN:
             raise ValueError(
                 f"'{folder}' holds '{name}', a pickle, which can run code where it is loaded; "

@@ -14,8 +14,9 @@ from rich.console import Console
 from blocktune.adapter import OWN_WEIGHTS, AdapterInfo
 from blocktune.check import Check, check_model
 from blocktune.engine import Engine
-from blocktune.hub.card import CardFacts, card
+from blocktune.hub.card import CardFacts, card, served_by
 from blocktune.hub.files import Source, files_of, is_published
+from blocktune.prompt import LayoutSpec
 
 CARD_FILE = "README.md"
 
@@ -115,13 +116,15 @@ def send(publication: Publication, *, private: bool = False, token: str | None =
 class Publisher:
     """What ``push_to_hub`` of a training run asks; see `blocktune.training.publishing`."""
 
-    def check(self, repo: str, base_model: str, token: str | None) -> None:
+    def check(self, repo: str, base_model: str, layout: LayoutSpec, token: str | None) -> None:
         """Refuses before the run what could not be published after it.
 
         Raises:
-            ValueError: If the name is none, the base is a local folder, or its licence unknown.
+            ValueError: If the name is none, the base is a local folder, its licence unknown, or
+                no method serves the layout.
         """
         _check_repo(repo)
+        served_by(layout)
         _license_of(_on_the_hub(base_model), token)
 
     def publish(self, folder: Path, repo: str, private: bool, token: str | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
+from blocktune.prompt import LayoutSpec
 from blocktune.training.config import BlockSFTConfig
 
 _MUST_BE = {
@@ -18,7 +19,7 @@ _MUST_BE = {
 class Publisher(Protocol):
     """Publishes adapters; handed in, since training knows nothing of serving and checking."""
 
-    def check(self, repo: str, base_model: str, token: str | None) -> None:
+    def check(self, repo: str, base_model: str, layout: LayoutSpec, token: str | None) -> None:
         """Refuses before the run what could not be published after it."""
 
     def publish(self, folder: Path, repo: str, private: bool, token: str | None) -> None:
@@ -44,6 +45,6 @@ def checked_repo(args: BlockSFTConfig, base_model: str, publisher: Publisher | N
                 f"{name}: {getattr(value, 'value', value)} is not supported; push_to_hub pushes "
                 "once, when the run is over, to the main branch; leave it out"
             )
-    publisher.check(args.hub_model_id, base_model, args.hub_token)
+    publisher.check(args.hub_model_id, base_model, args.layout, args.hub_token)
     args.push_to_hub = False
     return args.hub_model_id

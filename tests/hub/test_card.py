@@ -2,10 +2,12 @@
 
 import pytest
 
-from blocktune.hub.card import served_by
+from blocktune.adapter import AdapterInfo
+from blocktune.hub.card import CardFacts, card, served_by
 from blocktune.hub.datasets import datasets_of
 from blocktune.hub.files import public
-from blocktune.prompt import LayoutSpec
+from blocktune.prompt import LayoutSpec, PromptFormat
+from blocktune.reuse import build
 
 SECRET = "hf_" + "aB3" * 11
 
@@ -16,12 +18,34 @@ SECRET = "hf_" + "aB3" * 11
         (LayoutSpec(), "block-attention"),
         (LayoutSpec(num_links=3), "kvlink"),
         (LayoutSpec(num_headers=1, num_trailers=1), "turborag"),
+        (
+            LayoutSpec(num_headers=1, num_trailers=1, placement="composite"),
+            "turborag positions=composite",
+        ),
+        (LayoutSpec(num_headers=1, num_trailers=1, placement="parallel"), "kv-packet"),
+        (LayoutSpec(placement="parallel"), "block-attention"),
         (LayoutSpec(num_headers=8, num_trailers=8), "kv-packet"),
         (LayoutSpec(block=False), "full-prefill"),
     ],
 )
 def test_the_card_names_the_method_that_serves(layout, method):
     assert served_by(layout) == method
+    assert build(method).layout(layout) == layout
+
+
+def test_a_layout_that_nothing_serves_is_one_line():
+    with pytest.raises(ValueError, match=r"links alone .*, or with num_headers") as caught:
+        served_by(LayoutSpec(num_links=1, num_headers=1))
+    assert "\n" not in str(caught.value)
+
+
+def test_markers_from_0_are_turborags():
+    layout = LayoutSpec(num_headers=1, num_trailers=1, placement="composite")
+    info = AdapterInfo("org/base", "a", "b", layout, PromptFormat())
+    text = card("me/mine", info, "org/base", CardFacts(license="mit"), [])
+    assert "- turborag\n" in text
+    assert "--method 'turborag positions=composite' " in text
+    assert '"turborag positions=composite")[0].text' in text
 
 
 def test_data_sets_are_named_as_the_hub_knows_them():

@@ -179,6 +179,15 @@ def test_pickled_weights_are_refused(adapter):
         prepare(adapter, "me/mine", FACTS)
 
 
+def test_a_checkpoint_of_a_run_is_refused(adapter):
+    (adapter / "optimizer.pt").write_bytes(b"")
+    with pytest.raises(
+        ValueError, match=r"is a checkpoint .*; push the finished adapter"
+    ) as caught:
+        prepare(adapter, "me/mine", FACTS)
+    assert f"'{adapter.parent}'" in str(caught.value)
+
+
 def test_a_folder_without_weights_is_refused(adapter):
     for path in adapter.glob("*.safetensors"):
         path.unlink()

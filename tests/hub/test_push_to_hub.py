@@ -17,8 +17,8 @@ class Recorder:
     def __init__(self):
         self.calls = []
 
-    def check(self, repo, base_model, token):
-        self.calls.append(("check", repo, base_model, token))
+    def check(self, repo, base_model, layout, token):
+        self.calls.append(("check", repo, base_model, layout.num_links, token))
 
     def publish(self, folder, repo, private, token):
         self.calls.append(("publish", repo, private, token, (folder / INFO_FILE).is_file()))
@@ -26,11 +26,11 @@ class Recorder:
 
 def test_a_run_is_published_when_it_is_saved(tmp_path):
     recorder = Recorder()
-    path = write_run(tmp_path, **PUSH, save_strategy="steps", save_steps=1)
+    path = write_run(tmp_path, **PUSH, num_links=2, save_strategy="steps", save_steps=1)
     train(["--config", str(path), "--hub_token", SECRET], publisher=recorder)
     base = str(tmp_path / "base")
     assert recorder.calls == [
-        ("check", "me/mine", base, SECRET),
+        ("check", "me/mine", base, 2, SECRET),
         ("publish", "me/mine", True, SECRET, True),
     ]
 
@@ -46,6 +46,7 @@ def test_a_dry_run_publishes_nothing(tmp_path):
     [
         ({}, Publisher(), "which nobody else can load"),
         ({"hub_model_id": "mine"}, Publisher(), "--repo must be USER/NAME"),
+        ({"num_links": 1, "num_headers": 1}, Publisher(), "no method serves an adapter with link"),
         ({"hub_model_id": None}, Publisher(), "push_to_hub needs hub_model_id: USER/NAME"),
         ({}, None, "and a program that publishes"),
         ({"hub_strategy": "checkpoint"}, Recorder(), "hub_strategy: checkpoint is not supported"),
