@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import httpx, validate_repo_id
+from huggingface_hub.utils import httpx
 from rich.console import Console
 
 from blocktune.adapter import OWN_WEIGHTS, AdapterInfo
 from blocktune.check import Check, check_model
 from blocktune.engine import Engine
-from blocktune.hub.card import CardFacts, card, served_by
+from blocktune.hub.card import CardFacts, card
 from blocktune.hub.files import Source, files_of, is_published
-from blocktune.prompt import LayoutSpec
+from blocktune.hub.names import check_repo, license_of, on_the_hub
 
 CARD_FILE = "README.md"
 
@@ -73,10 +72,10 @@ def prepare(
     """
     folder = Path(adapter)
     info = AdapterInfo.load(folder)
-    _check_repo(repo)
+    check_repo(repo)
     base = _base_name(info, facts)
     files = files_of(folder, info, base)
-    facts = replace(facts, license=facts.license or _license_of(base, token))
+    facts = replace(facts, license=facts.license or license_of(base, token))
     checks = _checked(folder, info, model, dtype, device)
     text = card(repo, info, base, facts, checks)
     return Publication(repo, files | {CARD_FILE: text.encode()})
@@ -113,31 +112,6 @@ def send(publication: Publication, *, private: bool = False, token: str | None =
     return Sent(str(url), done.oid)
 
 
-class Publisher:
-    """What ``push_to_hub`` of a training run asks; see `blocktune.training.publishing`."""
-
-    def check(self, repo: str, base_model: str, layout: LayoutSpec, token: str | None) -> None:
-        """Refuses before the run what could not be published after it.
-
-        Raises:
-            ValueError: If the name is none, the base is a local folder, its licence unknown, or
-                no method serves the layout.
-        """
-        _check_repo(repo)
-        served_by(layout)
-        _license_of(_on_the_hub(base_model), token)
-
-    def publish(self, folder: Path, repo: str, private: bool, token: str | None) -> None:
-        """Checks and pushes; says where to.
-
-        Raises:
-            ValueError: As `prepare` and `send` do.
-        """
-        publication = prepare(folder, repo, CardFacts(), token=token)
-        sent = send(publication, private=private, token=token)
-        Console().print(f"pushed to {sent.url}, commit {sent.revision}", soft_wrap=True)
-
-
 def show(publication: Publication, console: Console) -> None:
     """Prints every file with its size, and the card."""
     console.print(f"{publication.repo}: {len(publication.files)} files, nothing sent", style="bold")
@@ -147,39 +121,11 @@ def show(publication: Publication, console: Console) -> None:
     console.print(f"\n{publication.card}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _check_repo(repo: str) -> None:
-    try:
-        validate_repo_id(repo)
-    except HFValidationError as error:
-        raise ValueError(f"--repo must be USER/NAME: {str(error).splitlines()[0]}") from None
-    if "/" not in repo:
-        raise ValueError(f"--repo must be USER/NAME, got '{repo}'")
-
-
 def _base_name(info: AdapterInfo, facts: CardFacts) -> str:
     named = info.base_model
     if named == OWN_WEIGHTS:
         named = info.training.get("started_from", "")
-    return _on_the_hub(facts.base_model or named)
-
-
-def _on_the_hub(name: str) -> str:
-    if not name or Path(name).exists() or name.count("/") > 1 or name.startswith((".", "/")):
-        raise ValueError(
-            f"the base is the local folder '{name}', which nobody else can load; give its name on "
-            "the Hub: --base-model ORG/NAME"
-        )
-    return name
-
-
-def _license_of(base: str, token: str | None) -> str:
-    try:
-        data = HfApi(token=token).model_info(base).card_data
-    except (httpx.HTTPError, HFValidationError, OSError):
-        data = None
-    if data is None or not data.license:
-        raise ValueError(f"the licence of '{base}' is not known; give one: --license apache-2.0")
-    return data.license
+    return on_the_hub(facts.base_model or named)
 
 
 def _checked(folder: Path, info: AdapterInfo, model, dtype, device) -> list[Check]:

@@ -2,6 +2,7 @@
 
 import pytest
 from training.runs import write_run
+from transformers.integrations import deepspeed
 
 from blocktune.adapter import INFO_FILE, AdapterInfo
 from blocktune.hub import Publisher
@@ -68,3 +69,26 @@ def test_the_token_of_the_command_line_is_nowhere_in_the_adapter(tmp_path, monke
     texts = [p for p in folder.iterdir() if p.is_file() and p.suffix != ".bin"]  # stays at home
     assert not [path.name for path in texts if SECRET.encode() in path.read_bytes()]
     assert "--hub_token HIDDEN" in AdapterInfo.load(folder).training["command"]
+
+
+class ZeRO3:
+    """What transformers asks of DeepSpeed's settings."""
+
+    def is_zero3(self):
+        return True
+
+
+def test_deepspeed_is_put_aside_while_publishing(monkeypatch, tmp_path):
+    seen, settings = [], ZeRO3()
+
+    def prepare(*args, **kwargs):
+        seen.append(deepspeed.is_deepspeed_zero3_enabled())
+        raise ValueError("is not pushed")
+
+    monkeypatch.setattr("blocktune.hub.publisher.prepare", prepare)
+    monkeypatch.setattr(deepspeed, "_hf_deepspeed_config_weak_ref", None)
+    deepspeed.set_hf_deepspeed_config(settings)
+    with pytest.raises(ValueError, match="is not pushed"):
+        Publisher().publish(tmp_path, "me/mine", False, None)
+    assert seen == [False]
+    assert deepspeed.is_deepspeed_zero3_enabled()
