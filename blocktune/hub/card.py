@@ -14,6 +14,7 @@ from blocktune.adapter import OWN_WEIGHTS, AdapterInfo
 from blocktune.check import Check
 from blocktune.hub.datasets import datasets_of
 from blocktune.hub.files import public
+from blocktune.hub.results import Measured
 from blocktune.hub.table import results_section
 from blocktune.prompt import LayoutSpec
 from blocktune.reuse import BOTH_LEARNED, Weights, available, build
@@ -39,7 +40,14 @@ class CardFacts:
     results: Path | None = None
 
 
-def card(repo: str, info: AdapterInfo, base: str, facts: CardFacts, checks: list[Check]) -> str:
+def card(
+    repo: str,
+    info: AdapterInfo,
+    base: str,
+    facts: CardFacts,
+    checks: list[Check],
+    measured: Measured | None = None,
+) -> str:
     """The whole ``README.md`` of a repository.
 
     Args:
@@ -48,16 +56,17 @@ def card(repo: str, info: AdapterInfo, base: str, facts: CardFacts, checks: list
         base: The base's name on the Hub.
         facts: With the licence filled in.
         checks: What `blocktune.check` found; all passed.
+        measured: The results, if there are any.
 
     Raises:
-        ValueError: If the results are not those of `blocktune eval`.
+        ValueError: If no method serves the adapter.
     """
     sections = (
         f"---\n{_metadata(info, base, facts)}\n---",
         f"# {repo.partition('/')[2]}",
         _what(info, base),
         _use(repo, info),
-        results_section(facts.results),
+        results_section(measured),
         _layout(info),
         _training(info, facts),
         _checks(checks),

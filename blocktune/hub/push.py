@@ -16,6 +16,7 @@ from blocktune.engine import Engine
 from blocktune.hub.card import CardFacts, card
 from blocktune.hub.files import Source, files_of, is_published
 from blocktune.hub.names import check_repo, license_of, on_the_hub
+from blocktune.hub.results import read_results
 
 CARD_FILE = "README.md"
 
@@ -68,16 +69,18 @@ def prepare(
 
     Raises:
         ValueError: In one line, if a check fails, the base is nobody else's to load, the licence
-            is unknown, the folder is no adapter or holds pickled weights.
+            is unknown, the folder is no adapter or holds pickled weights, or the results are not
+            its own.
     """
     folder = Path(adapter)
     info = AdapterInfo.load(folder)
     check_repo(repo)
     base = _base_name(info, facts)
     files = files_of(folder, info, base)
+    measured = read_results(facts.results, folder, info) if facts.results else None
     facts = replace(facts, license=facts.license or license_of(base, token))
     checks = _checked(folder, info, model, dtype, device)
-    text = card(repo, info, base, facts, checks)
+    text = card(repo, info, base, facts, checks, measured)
     return Publication(repo, files | {CARD_FILE: text.encode()})
 
 

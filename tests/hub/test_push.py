@@ -13,20 +13,17 @@ from hub.stand_in import TOKEN, running_hub
 from rich.console import Console
 from training.runs import make_trainer
 
+from blocktune.adapter import AdapterInfo
 from blocktune.check import Check
 from blocktune.data import RagExample
 from blocktune.engine import Engine
+from blocktune.evaluation.runner import run_suite
+from blocktune.evaluation.suite import parse_suite
 from blocktune.hub import CardFacts, Publication, prepare, send, show
+from blocktune.identity import adapter_fingerprint
 from blocktune.prompt import Chunk
 
 FACTS = CardFacts(base_model="org/base", license="apache-2.0")
-RESULTS = {
-    "methods": {
-        "full-prefill": {"n": 600, "em": 0.615, "ci95": [0.58, 0.65], "f1": 0.64},
-        "kvlink": {"n": 600, "em": 0.6, "ci95": [0.56, 0.64], "adjusted_f1": 0.97},
-    },
-    "provenance": {"command": "blocktune eval --suite s.yaml", "commit": "0123456789abcdef"},
-}
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +37,25 @@ def run(tmp_path_factory):
 
 
 @pytest.fixture
-def results(tmp_path):
-    path = tmp_path / "results.json"
-    path.write_text(json.dumps(RESULTS))
+def results(run, tmp_path):
+    """A results.json as `blocktune eval` writes it of the adapter."""
+    return write_results(tmp_path / "results.json", run / "out")
+
+
+def write_results(path: Path, folder: Path, **changes) -> Path:
+    """Of a run of the base and two adapters, one of them in ``folder``; changes its provenance."""
+    base = {"adapter": None, "n": 600, "em": 0.615, "ci95": [0.58, 0.65], "f1": 0.64}
+    tuned = {"adapter": "out", "n": 600, "em": 0.6, "ci95": [0.56, 0.64], "adjusted_f1": 0.97}
+    tuned |= {"f1": 0.7, "f1_ci95": [0.65, 0.75]}
+    made = {
+        "command": "blocktune eval --suite /home/me/s.yaml",
+        "commit": "0123456789abcdef",
+        "base_fingerprint": AdapterInfo.load(folder).base_fingerprint,
+        "adapter_fingerprints": {"out": adapter_fingerprint(folder), "elsewhere": "0" * 16},
+    }
+    methods = {"full-prefill": base, "kvlink": tuned, "other": tuned | {"adapter": "elsewhere"}}
+    methods["mean"] = tuned | {"seeds": {"kvlink": 0.6, "kvlink-1": 0.5}}
+    path.write_text(json.dumps({"methods": methods, "provenance": made | changes}))
     return path
 
 
@@ -95,7 +108,10 @@ def test_the_card_says_what_it_must(run, results):
     head = card.split("---\n")[1]
     for line in ("base_model: org/base", "license: apache-2.0", "- org/data", "- kvlink"):
         assert line in head
-    assert "| kvlink | 600 | 60.0 (56.0 to 64.0) |  | 97.0 |  |  |" in card
+    assert "| kvlink | 600 | 60.0 (56.0 to 64.0) | 70.0 (65.0 to 75.0) | 97.0 |  |  |" in card
+    assert "| full-prefill | 600 | 61.5 (58.0 to 65.0) | 64.0 |  |  |  |" in card
+    assert "| other |" not in card
+    assert "Left out, as they are of other adapters: other, mean." in card
     assert "Made by `blocktune eval --suite s.yaml`, at commit `0123456789ab`." in card
     assert 'Engine.from_pretrained(adapter="me/mine")' in card
     assert "| seed | 42 |" in card
@@ -195,8 +211,46 @@ def test_a_folder_without_weights_is_refused(adapter):
         prepare(adapter, "me/mine", FACTS)
 
 
-def test_results_of_something_else_are_refused(run, tmp_path):
-    path = tmp_path / "results.json"
-    path.write_text('{"methods": {"naive": {"em": 1.0}}}')
-    with pytest.raises(ValueError, match=r"not a results\.json of `blocktune eval`"):
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"base_fingerprint": "a-b-c"}, "is of another base"),
+        ({"adapter_fingerprints": {"out": "1" * 16}}, r"measures no method .* but kvlink, other"),
+        ({"adapter_fingerprints": {}}, "measures no method with the adapter"),
+    ],
+)
+def test_results_of_other_weights_are_refused(run, tmp_path, changes, line):
+    path = write_results(tmp_path / "results.json", run / "out", **changes)
+    with pytest.raises(ValueError, match=line) as caught:
         prepare(run / "out", "me/mine", replace(FACTS, results=path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("record", "line"),
+    [
+        ({"methods": {"naive": {"em": 1.0}}}, r"not a results\.json of `blocktune eval`"),
+        (
+            {"methods": {"a": {"n": 1, "em": 0, "ci95": [0, 0], "adapter": None}}},
+            "does not say which weights it measured, since an older blocktune wrote it",
+        ),
+    ],
+)
+def test_results_that_tell_too_little_are_refused(run, tmp_path, record, line):
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=line):
+        prepare(run / "out", "me/mine", replace(FACTS, results=path))
+
+
+def test_what_eval_writes_is_taken(run, tmp_path):
+    tasks = [{"name": "w", "source": f"{run / 'train.jsonl'}", "max_new_tokens": 2, "limit": 3}]
+    tuned = {"name": "kvlink", "adapter": str(run / "out")}
+    suite = {"model": str(run / "base"), "methods": ["full-prefill", tuned], "tasks": tasks}
+    suite |= {"ttft": {"num": 0}, "device": "cpu"}
+    tasks[0]["metric"] = "rouge_l"
+    run_suite(parse_suite(suite), tmp_path)
+    facts = replace(FACTS, results=tmp_path / "results.json")
+    card = prepare(run / "out", "me/mine", facts).card
+    assert "| method | n | ROUGE-L | EM | F1 |" in card
+    assert re.search(r"\| kvlink \| 3 \| [\d.]+ \([\d.]+ to [\d.]+\) \|", card)
