@@ -44,7 +44,7 @@ def build(
     refuse_missing_trackers(args.report_to)
     model, tokenizer = load_base(choice)
     train_set, eval_set = _datasets(data, args, model, tokenizer)
-    origin = _origin(data, args, train_set.num_examples)
+    origin = _origin(data, args, train_set)
     ready = make_ready(model, tokenizer, args, choice, data.format, origin)
     trainer = BlockSFTTrainer(
         model=ready.model,
@@ -132,13 +132,14 @@ def _objective(args: BlockSFTConfig, choice: ModelConfig, ready: Ready) -> Objec
     return Objective(args.attention_execution, how, teacher, rope)
 
 
-def _origin(data: DataArgs, args: BlockSFTConfig, num_examples: int) -> dict:
+def _origin(data: DataArgs, args: BlockSFTConfig, train_set: Prepared) -> dict:
     """Where an adapter comes from, for its ``blocktune.json``."""
     source = data.train_data or load_mixture(data.mixture).to_dict()
     modes = {"block_share": args.block_share, "both": args.both_modes}
     return provenance(args.seed) | {
         "data": source,
-        "examples": num_examples,
+        "data_sets": dict(train_set.data_sets),
+        "examples": train_set.num_examples,
         "modes": modes,
         "objective": describe_objective(args),
     }

@@ -56,6 +56,16 @@ def test_data_sets_are_named_as_the_hub_knows_them():
     }
     assert list(datasets_of({"data": "hf:org/name?split=train"})) == ["org/name"]
     assert datasets_of({"data": "worlds:train?seed=1"}) == datasets_of({}) == {}
+    assert datasets_of({"data": "hf:/data/mine"}) == datasets_of({"data": "hf:data/a/b"}) == {}
+
+
+def test_data_sets_that_only_the_examples_name_are_named_too():
+    told = {"data": "out/t.jsonl", "data_sets": {"mandarjoshi/trivia_qa": "not stated"}}
+    assert datasets_of(told) == {"mandarjoshi/trivia_qa": "not stated"}
+    assert set(datasets_of(told | {"data": "musique"})) == {
+        "mandarjoshi/trivia_qa",
+        "dgslibisey/MuSiQue",
+    }
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from hub.stand_in import TOKEN, running_hub
 from rich.console import Console
-from training.runs import make_trainer
+from training.runs import make_trainer, write_run
 
 from blocktune.adapter import AdapterInfo
 from blocktune.check import Check
-from blocktune.data import RagExample
+from blocktune.data import RagExample, load_examples, write_jsonl
 from blocktune.engine import Engine
 from blocktune.evaluation.runner import run_suite
 from blocktune.evaluation.suite import parse_suite
@@ -117,6 +117,18 @@ def test_the_card_says_what_it_must(run, results):
     assert "| seed | 42 |" in card
     assert "| split = dense mask |" in card
     assert "Not evaluated." in prepare(run / "out", "me/mine", FACTS).card
+
+
+def test_the_card_names_the_data_set_that_a_local_file_was_made_of(tmp_path):
+    write_run(tmp_path)
+    named = {"data_sets": {"mandarjoshi/trivia_qa": "as its authors say"}}
+    examples = [replace(one, meta=named) for one in load_examples(tmp_path / "train.jsonl")]
+    write_jsonl(tmp_path / "train.jsonl", examples)
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.save_model()
+    card = prepare(tmp_path / "out", "me/mine", FACTS).card
+    assert "datasets:\n- mandarjoshi/trivia_qa\n" in card
+    assert "| licences of the data | mandarjoshi/trivia_qa: as its authors say |" in card
 
 
 def test_what_was_pushed_comes_back(run, tmp_path):
