@@ -1,82 +1,18 @@
-"""Publishing, against a local stand-in for the Hub: pushed, refused, and loaded back."""
+"""What is published, and what is refused before it is."""
 
-import json
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hub.stand_in import TOKEN, running_hub
+from hub.written import FACTS
 from rich.console import Console
 from training.runs import make_trainer, write_run
 
-from blocktune.adapter import AdapterInfo
 from blocktune.check import Check
-from blocktune.data import RagExample, load_examples, write_jsonl
-from blocktune.engine import Engine
-from blocktune.evaluation.runner import run_suite
-from blocktune.evaluation.suite import parse_suite
-from blocktune.hub import CardFacts, Publication, prepare, send, show
-from blocktune.identity import adapter_fingerprint
-from blocktune.prompt import Chunk
-
-FACTS = CardFacts(base_model="org/base", license="apache-2.0")
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A folder with a base, and an adapter with links trained on it."""
-    folder = tmp_path_factory.mktemp("run")
-    trainer = make_trainer(folder, num_links=2)
-    trainer.train()
-    trainer.save_model()
-    return folder
-
-
-@pytest.fixture
-def results(run, tmp_path):
-    """A results.json as `blocktune eval` writes it of the adapter."""
-    return write_results(tmp_path / "results.json", run / "out")
-
-
-def write_results(path: Path, folder: Path, **changes) -> Path:
-    """Of a run of the base and two adapters, one of them in ``folder``; changes its provenance."""
-    base = {"adapter": None, "n": 600, "em": 0.615, "ci95": [0.58, 0.65], "f1": 0.64}
-    tuned = {"adapter": "out", "n": 600, "em": 0.6, "ci95": [0.56, 0.64], "adjusted_f1": 0.97}
-    tuned |= {"f1": 0.7, "f1_ci95": [0.65, 0.75]}
-    made = {
-        "command": "blocktune eval --suite /home/me/s.yaml",
-        "commit": "0123456789abcdef",
-        "base_fingerprint": AdapterInfo.load(folder).base_fingerprint,
-        "adapter_fingerprints": {"out": adapter_fingerprint(folder), "elsewhere": "0" * 16},
-    }
-    methods = {"full-prefill": base, "kvlink": tuned, "other": tuned | {"adapter": "elsewhere"}}
-    methods["mean"] = tuned | {"seeds": {"kvlink": 0.6, "kvlink-1": 0.5}}
-    path.write_text(json.dumps({"methods": methods, "provenance": made | changes}))
-    return path
-
-
-@pytest.fixture
-def adapter(run, tmp_path):
-    """A copy that a test may damage."""
-    folder = tmp_path / "adapter"
-    folder.mkdir()
-    for path in (run / "out").iterdir():
-        if path.is_file():
-            (folder / path.name).write_bytes(path.read_bytes())
-    return folder
-
-
-def blocktune(hub, home: Path, *arguments):
-    """The command line in a process of its own, with the stand-in as its Hub."""
-    env = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    env |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_TOKEN": TOKEN}
-    env |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "COLUMNS": "200"}
-    command = [sys.executable, "-m", "blocktune.cli", *(str(part) for part in arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+from blocktune.data import load_examples, write_jsonl
+from blocktune.hub import Publication, prepare, send, show
 
 
 def test_a_dry_run_shows_every_file_and_the_card(run, results, tmp_path):
@@ -129,36 +65,6 @@ def test_the_card_names_the_data_set_that_a_local_file_was_made_of(tmp_path):
     card = prepare(tmp_path / "out", "me/mine", FACTS).card
     assert "datasets:\n- mandarjoshi/trivia_qa\n" in card
     assert "| licences of the data | mandarjoshi/trivia_qa: as its authors say |" in card
-
-
-def test_what_was_pushed_comes_back(run, tmp_path):
-    passage = "Anna lives in Elm."
-    question = ("--question", "Where does Anna live?", "--chunk", passage)
-    with running_hub() as hub:
-        base = {path.name: path.read_bytes() for path in (run / "base").iterdir()}
-        hub.put("org/base", base | {"README.md": b"---\nlicense: mit\n---\n"})
-        hub.put("me/mine", {"adapter_model.bin.safetensors": b"old", "notes.txt": b"kept"})
-        pushed = blocktune(
-            *(hub, tmp_path, "push", run / "out", "--repo", "me/mine"),
-            *("--base-model", "org/base", "--model", run / "base"),
-        )
-        assert pushed.returncode == 0, pushed.stderr
-        files = hub.files("me/mine")
-        assert files["links.safetensors"] == (run / "out/links.safetensors").read_bytes()
-        assert files["notes.txt"] == b"kept"
-        assert "adapter_model.bin.safetensors" not in files, "stale weights must go"
-        assert b"license: mit" in files["README.md"]
-        revision = hub.repos["me/mine"].commits[-1][0]
-        assert f"--adapter me/mine@{revision}" in pushed.stdout
-
-        hub.put("me/mine", {"blocktune.json": b"{}"})  # a later commit that cannot be loaded
-        ask = ("answer", "--adapter", f"me/mine@{revision}", "--method", "kvlink", *question)
-        came = blocktune(hub, tmp_path, *ask, "--json")
-        assert came.returncode == 0, came.stderr
-        assert hub.unknown == []
-    here = Engine.from_pretrained(str(run / "base"), run / "out")
-    [answer] = here.answer([RagExample(question[1], (Chunk(passage),))], "kvlink")
-    assert json.loads(came.stdout)["answer"] == answer.text
 
 
 def test_a_token_that_may_not_write_is_one_line(monkeypatch):
@@ -221,48 +127,3 @@ def test_a_folder_without_weights_is_refused(adapter):
         path.unlink()
     with pytest.raises(ValueError, match="holds no weights"):
         prepare(adapter, "me/mine", FACTS)
-
-
-@pytest.mark.parametrize(
-    ("changes", "line"),
-    [
-        ({"base_fingerprint": "a-b-c"}, "is of another base"),
-        ({"adapter_fingerprints": {"out": "1" * 16}}, r"measures no method .* but kvlink, other"),
-        ({"adapter_fingerprints": {}}, "measures no method with the adapter"),
-    ],
-)
-def test_results_of_other_weights_are_refused(run, tmp_path, changes, line):
-    path = write_results(tmp_path / "results.json", run / "out", **changes)
-    with pytest.raises(ValueError, match=line) as caught:
-        prepare(run / "out", "me/mine", replace(FACTS, results=path))
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("record", "line"),
-    [
-        ({"methods": {"naive": {"em": 1.0}}}, r"not a results\.json of `blocktune eval`"),
-        (
-            {"methods": {"a": {"n": 1, "em": 0, "ci95": [0, 0], "adapter": None}}},
-            "does not say which weights it measured, since an older blocktune wrote it",
-        ),
-    ],
-)
-def test_results_that_tell_too_little_are_refused(run, tmp_path, record, line):
-    path = tmp_path / "results.json"
-    path.write_text(json.dumps(record))
-    with pytest.raises(ValueError, match=line):
-        prepare(run / "out", "me/mine", replace(FACTS, results=path))
-
-
-def test_what_eval_writes_is_taken(run, tmp_path):
-    tasks = [{"name": "w", "source": f"{run / 'train.jsonl'}", "max_new_tokens": 2, "limit": 3}]
-    tuned = {"name": "kvlink", "adapter": str(run / "out")}
-    suite = {"model": str(run / "base"), "methods": ["full-prefill", tuned], "tasks": tasks}
-    suite |= {"ttft": {"num": 0}, "device": "cpu"}
-    tasks[0]["metric"] = "rouge_l"
-    run_suite(parse_suite(suite), tmp_path)
-    facts = replace(FACTS, results=tmp_path / "results.json")
-    card = prepare(run / "out", "me/mine", facts).card
-    assert "| method | n | ROUGE-L | EM | F1 |" in card
-    assert re.search(r"\| kvlink \| 3 \| [\d.]+ \([\d.]+ to [\d.]+\) \|", card)
