@@ -1,10 +1,11 @@
-"""Which model and which tokenizer an adapter was made for, as digests that name no path."""
+"""Which base, tokenizer and adapter it is, as digests that name no path."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -68,6 +69,23 @@ def same_base(one: str, other: str) -> bool:
     return one.count("-") == other.count("-") and all(
         left == right or QUANTISED in (left, right) for left, right in pairs
     )
+
+
+def adapter_fingerprint(folder: str | Path) -> str:
+    """Digest of an adapter's weights, the same wherever it lies and whatever names its base.
+
+    Args:
+        folder: With ``*.safetensors``, each read whole.
+
+    Returns:
+        16 hex digits.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        digest.update(f"{path.name} {content}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -25,10 +26,15 @@ PACKAGES = (
     "deepspeed",
     "bitsandbytes",
 )
+MASK = "HIDDEN"
+"""What stands for a secret."""
+_TOKEN_OPTION = re.compile(r"(--?[\w-]*token)(?:=.*)?", re.IGNORECASE | re.DOTALL)
+# Options may be abbreviated (--hub_tok), so a token of the Hub is also known by its own look.
+_TOKEN = re.compile(r"(?<![A-Za-z0-9])(?:hf|api_org)_[A-Za-z0-9]{20,}")
 
 
 def provenance(seed: int | None = None, command: list[str] | None = None) -> dict[str, Any]:
-    """Describes this process; machine paths are left out, so that results can be published.
+    """Describes this process; its program's folder and all tokens are left out, to be published.
 
     Args:
         seed: Recorded as it is, where one was used.
@@ -36,12 +42,35 @@ def provenance(seed: int | None = None, command: list[str] | None = None) -> dic
     """
     typed = [*_program(), *sys.argv[1:]] if command is None else command
     return {
-        "command": shlex.join(typed),
+        "command": shlex.join(without_secrets(typed)),
         "commit": commit(),
         "versions": versions(),
         "hardware": hardware(),
         "seed": seed,
     }
+
+
+def without_secrets(words: list[str]) -> list[str]:
+    """A command's words with `MASK` for the values of options named ``...token``, and for tokens.
+
+    Args:
+        words: Of the command; ``--hub_token X``, ``--hub-token=X`` and ``hf_...`` are known.
+    """
+    kept: list[str] = []
+    for word in words:
+        option = _TOKEN_OPTION.fullmatch(kept[-1]) if kept else None
+        if option and "=" not in kept[-1] and not word.startswith("--"):
+            kept.append(MASK)
+        elif (own := _TOKEN_OPTION.fullmatch(word)) and "=" in word:
+            kept.append(f"{own[1]}={MASK}")
+        else:
+            kept.append(without_tokens(word))
+    return kept
+
+
+def without_tokens(text: str) -> str:
+    """Text with `MASK` for whatever looks like a token of the Hugging Face Hub."""
+    return _TOKEN.sub(MASK, text)
 
 
 def _program() -> list[str]:

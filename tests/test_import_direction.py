@@ -38,7 +38,7 @@ ALLOWED = {
     "evaluation": SERVING | {"provenance", "data"},
     "serve": SERVING | {"data"},
     "merge": SPEAKING | {"engine"},
-    "hub": SERVING | {"data", "check"},
+    "hub": SERVING | {"provenance", "data", "check"},
     "specimen": SERVING,
     "bench": SERVING | {"provenance", "specimen"},
     "commands": SERVING

@@ -124,3 +124,20 @@ def test_constraints_pin_every_dependency_exactly():
     wanted += extras["gpu"]
     pinned = {name.lower().replace("_", "-") for name in pins}
     assert [r for r in wanted if r.split(">=")[0].lower().replace("_", "-") not in pinned] == []
+
+
+def test_the_readmes_tree_is_the_repositorys():
+    """Every place that it names is there, and every part of the package is named."""
+    tree = (ROOT / "README.md").read_text().split("## What is where")[1].split("```")[1]
+    top, named = ROOT, set()
+    for line in tree.removeprefix("text\n").splitlines():
+        words = line.split()
+        if not line.startswith(" "):
+            top = ROOT / words.pop(0)
+            assert top.is_dir(), line
+        if top.name == "blocktune":
+            named.add(words[0])
+    package = ROOT / "blocktune"
+    assert [name for name in sorted(named) if not (package / name).exists()] == []
+    parts = {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
+    assert parts <= named

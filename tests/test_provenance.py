@@ -73,5 +73,27 @@ def test_a_command_can_be_given():
     assert provenance(command=["python", "recipes/demo.py"])["command"] == "python recipes/demo.py"
 
 
+SECRET = "hf_" + "aB3" * 11
+
+
+@pytest.mark.parametrize(
+    ("typed", "recorded"),
+    [
+        ("train --hub_token abc --seed 3", "train --hub_token HIDDEN --seed 3"),
+        ("train --hub_token=abc --seed 3", "train --hub_token=HIDDEN --seed 3"),
+        ("train --hub_token=a=b", "train --hub_token=HIDDEN"),
+        ("train --hub-token abc", "train --hub-token HIDDEN"),
+        ("train --push_to_hub_token abc", "train --push_to_hub_token HIDDEN"),
+        ("train --use_auth_token --seed 3", "train --use_auth_token --seed 3"),
+        (f"train --hub_tok {SECRET}", "train --hub_tok HIDDEN"),
+        (f"train --hub_tok={SECRET}", "train --hub_tok=HIDDEN"),
+        ("train --token", "train --token"),
+        ("answer --tokenizer M --adapter hf_models/mine", None),
+    ],
+)
+def test_secrets_are_not_recorded(typed, recorded):
+    assert provenance(command=typed.split())["command"] == (recorded or typed)
+
+
 def test_versions_name_what_decides_numbers():
     assert {"python", "blocktune", "torch", "transformers", "peft", "trl"} <= versions().keys()

@@ -22,6 +22,7 @@ from blocktune.evaluation.row_files import ROWS, RowFile
 from blocktune.evaluation.rows import Row, digest_of, make_row, row_key
 from blocktune.evaluation.suite import MethodSpec, Suite
 from blocktune.evaluation.ttft import TtftSummary, measure_ttft
+from blocktune.evaluation.weights import fingerprints
 from blocktune.provenance import hardware, provenance, versions
 
 RESULTS = "results.json"
@@ -59,6 +60,7 @@ def run_suite(
     """
     processes = processes or Processes()
     output, ready = Path(output), prepare(suite, load)
+    weights = fingerprints(ready.engines)  # now: an adapter may be trained anew meanwhile
     files = {spec.label: _open(ready, spec, output, processes) for spec in suite.methods}
     processes.wait()  # nobody writes before all have read
     with progress_bars(console, shown=processes.is_main) as progress:
@@ -69,7 +71,7 @@ def run_suite(
         rows = {label: file.merge() for label, file in files.items()}
         ttft = _time_all(ready, rows, output, progress)
         fidelity = _measure_fidelity(ready, rows, output, progress)
-    origin = provenance(suite.seed, command) | {"processes": processes.count}
+    origin = provenance(suite.seed, command) | {"processes": processes.count} | weights
     results = build_results(suite, rows, ttft, origin, fidelity)
     replace_json(output / RESULTS, results)
     return results

@@ -4,6 +4,7 @@ Loading back needs nothing from here: an adapter's name is accepted wherever its
 """
 
 from blocktune.hub.card import CardFacts
-from blocktune.hub.push import Publication, Publisher, Sent, prepare, send, show
+from blocktune.hub.publisher import Publisher
+from blocktune.hub.push import Publication, Sent, prepare, send, show
 
 __all__ = ["CardFacts", "Publication", "Publisher", "Sent", "prepare", "send", "show"]

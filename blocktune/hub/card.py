@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,10 @@ from blocktune.adapter import OWN_WEIGHTS, AdapterInfo
 from blocktune.check import Check
 from blocktune.hub.datasets import datasets_of
 from blocktune.hub.files import public
+from blocktune.hub.results import Measured
 from blocktune.hub.table import results_section
 from blocktune.prompt import LayoutSpec
-from blocktune.reuse import Weights, available, build
+from blocktune.reuse import BOTH_LEARNED, Weights, available, build
 
 MARKED = "turborag"
 """What one learned token on each side of a chunk is: a document marker. KV Packet has several."""
@@ -38,7 +40,14 @@ class CardFacts:
     results: Path | None = None
 
 
-def card(repo: str, info: AdapterInfo, base: str, facts: CardFacts, checks: list[Check]) -> str:
+def card(
+    repo: str,
+    info: AdapterInfo,
+    base: str,
+    facts: CardFacts,
+    checks: list[Check],
+    measured: Measured | None = None,
+) -> str:
     """The whole ``README.md`` of a repository.
 
     Args:
@@ -47,16 +56,17 @@ def card(repo: str, info: AdapterInfo, base: str, facts: CardFacts, checks: list
         base: The base's name on the Hub.
         facts: With the licence filled in.
         checks: What `blocktune.check` found; all passed.
+        measured: The results, if there are any.
 
     Raises:
-        ValueError: If the results are not those of `blocktune eval`.
+        ValueError: If no method serves the adapter.
     """
     sections = (
         f"---\n{_metadata(info, base, facts)}\n---",
         f"# {repo.partition('/')[2]}",
         _what(info, base),
         _use(repo, info),
-        results_section(facts.results),
+        results_section(measured),
         _layout(info),
         _training(info, facts),
         _checks(checks),
@@ -65,15 +75,22 @@ def card(repo: str, info: AdapterInfo, base: str, facts: CardFacts, checks: list
 
 
 def served_by(layout: LayoutSpec) -> str:
-    """The preset that serves an adapter as it was trained, with nothing computed afresh.
+    """The method that serves an adapter as it was trained, with nothing computed afresh.
+
+    Returns:
+        A preset's name, with the parameters that it needs: as ``--method`` takes it.
 
     Raises:
         ValueError: If none does.
     """
     if not layout.block:
         return "full-prefill"
-    if _serves(MARKED, layout) and layout.num_headers == layout.num_trailers == 1:
-        return MARKED
+    if layout.num_links and layout.num_headers + layout.num_trailers:
+        raise ValueError(BOTH_LEARNED)
+    if layout.num_headers == layout.num_trailers == 1:
+        for method in (MARKED, f"{MARKED} positions=composite"):
+            if _serves(method, layout):
+                return method
     for name in available():
         if build(name).weights is not Weights.ANY and _serves(name, layout):
             return name
@@ -96,7 +113,7 @@ def _metadata(info: AdapterInfo, base: str, facts: CardFacts) -> str:
         license=facts.license,
         library_name="transformers" if whole else "peft",
         pipeline_tag="text-generation",
-        tags=["blocktune", "rag", "kv-cache", served_by(info.layout)],
+        tags=["blocktune", "rag", "kv-cache", served_by(info.layout).partition(" ")[0]],
     ).to_yaml()
 
 
@@ -123,7 +140,7 @@ def _use(repo: str, info: AdapterInfo) -> str:
 
 ```bash
 pip install blocktune[serve]
-blocktune answer --adapter {repo} --method {method}{quantised} \\
+blocktune answer --adapter {repo} --method {shlex.quote(method)}{quantised} \\
   --question "Where was Anna born?" --chunk "Anna was born in Kirby." --chunk "Kirby is a harbour."
 ```
 

@@ -5,21 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from blocktune.data.sources.catalog import CATALOG, data_set
+from blocktune.data.sources import data_sets_in
 
 
 def datasets_of(training: Mapping[str, Any]) -> dict[str, str]:
-    """Data sets on the Hub that an adapter's provenance names, with their licences.
+    """Data sets on the Hub that an adapter was trained on, with their licences.
 
     Args:
-        training: Of `AdapterInfo`; ``data`` is a source, or a mixture of several.
+        training: Of `AdapterInfo`; ``data`` is a source, or a mixture of several, ``data_sets``
+            what the examples themselves say, which files were made of.
     """
-    found = {}
+    found = dict(training.get("data_sets") or {})
     for source in _texts(training.get("data")):
-        name = source.partition("?")[0].removeprefix("hf:")
-        if name in CATALOG or (source.startswith("hf:") and "/" in name):
-            named = data_set(name)
-            found[named.hub] = named.licence
+        found |= data_sets_in(source)
     return found
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from blocktune.adapter import INFO_FILE, OWN_WEIGHTS, PEFT_FILE, AdapterInfo
+from blocktune.provenance import without_secrets, without_tokens
 
 PUBLISHED = (
     "*.safetensors",
@@ -28,6 +30,7 @@ PUBLISHED = (
 """Names of what is published; checkpoints, logs and optimizer states stay at home."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _OF_THE_RUN = ("training_args.bin",)
+_OF_A_CHECKPOINT = ("optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*.pth")
 _ABSOLUTE = re.compile(r"(?<![\w/.])/(?!/)(?:[^\s'\"?,:/]+/)+([^\s'\"?,:/]+)")
 
 Source = Path | bytes
@@ -42,10 +45,16 @@ def files_of(folder: Path, info: AdapterInfo, base: str) -> dict[str, Source]:
         base: The base's name on the Hub.
 
     Raises:
-        ValueError: If weights are pickled, or there are none.
+        ValueError: If it is a checkpoint of a run, weights are pickled, or there are none.
     """
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
     for name in names:
+        if any(fnmatch(name, pattern) for pattern in _OF_A_CHECKPOINT):
+            raise ValueError(
+                f"'{folder}' is a checkpoint that its run goes on from (it holds '{name}'); push "
+                f"the finished adapter, '{folder.parent}', or a copy of this folder without "
+                "*.pt and *.pth"
+            )
         if any(fnmatch(name, pattern) for pattern in PICKLES) and name not in _OF_THE_RUN:
             raise ValueError(
                 f"'{folder}' holds '{name}', a pickle, which can run code where it is loaded; "
@@ -66,12 +75,25 @@ def is_published(name: str) -> bool:
 
 
 def public(value: Any) -> Any:
-    """Provenance without this machine's folders: of an absolute path the last name stays."""
+    """Provenance without this machine's folders and without tokens of the Hub.
+
+    Of an absolute path the last name stays. Adapters trained before commands were recorded
+    without their secrets may hold one.
+    """
     if isinstance(value, dict):
-        return {key: public(inner) for key, inner in value.items()}
+        return {key: public(_command(key, inner)) for key, inner in value.items()}
     if isinstance(value, list):
         return [public(inner) for inner in value]
-    return _ABSOLUTE.sub(r"\1", value) if isinstance(value, str) else value
+    return _ABSOLUTE.sub(r"\1", without_tokens(value)) if isinstance(value, str) else value
+
+
+def _command(key: str, value: Any) -> Any:
+    if key != "command" or not isinstance(value, str):
+        return value
+    try:
+        return shlex.join(without_secrets(shlex.split(value)))
+    except ValueError:  # no command line: a quote is left open
+        return shlex.join(without_secrets(value.split()))
 
 
 def _info(info: AdapterInfo, base: str) -> bytes:

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import httpx, validate_repo_id
+from huggingface_hub.utils import httpx
 from rich.console import Console
 
 from blocktune.adapter import OWN_WEIGHTS, AdapterInfo
@@ -16,6 +15,8 @@ from blocktune.check import Check, check_model
 from blocktune.engine import Engine
 from blocktune.hub.card import CardFacts, card
 from blocktune.hub.files import Source, files_of, is_published
+from blocktune.hub.names import check_repo, license_of, on_the_hub
+from blocktune.hub.results import read_results
 
 CARD_FILE = "README.md"
 
@@ -53,6 +54,7 @@ def prepare(
     model: str | None = None,
     dtype: str = "auto",
     device: str | None = None,
+    token: str | None = None,
 ) -> Publication:
     """Checks an adapter and gathers what is published of it; nothing is sent.
 
@@ -63,32 +65,40 @@ def prepare(
         model: Where the base is, for the check; None: where the adapter says.
         dtype: Of the check.
         device: Of the check.
+        token: Of the Hub, to ask for the base's licence; None: as `send`.
 
     Raises:
         ValueError: In one line, if a check fails, the base is nobody else's to load, the licence
-            is unknown, the folder is no adapter or holds pickled weights.
+            is unknown, the folder is no adapter or holds pickled weights, or the results are not
+            its own.
     """
     folder = Path(adapter)
     info = AdapterInfo.load(folder)
-    _check_repo(repo)
+    check_repo(repo)
     base = _base_name(info, facts)
     files = files_of(folder, info, base)
-    facts = replace(facts, license=facts.license or _license_of(base))
+    measured = read_results(facts.results, folder, info) if facts.results else None
+    facts = replace(facts, license=facts.license or license_of(base, token))
     checks = _checked(folder, info, model, dtype, device)
-    text = card(repo, info, base, facts, checks)
+    text = card(repo, info, base, facts, checks, measured)
     return Publication(repo, files | {CARD_FILE: text.encode()})
 
 
-def send(publication: Publication, *, private: bool = False) -> Sent:
+def send(publication: Publication, *, private: bool = False, token: str | None = None) -> Sent:
     """Creates the repository if needed and commits all files at once.
 
     Files of an earlier push that this one does not have are deleted: weights left over would be
     loaded with the new ones.
 
+    Args:
+        publication: From `prepare`.
+        private: Make the repository private if it is new.
+        token: Of the Hub; None: the one of ``hf auth login`` or ``HF_TOKEN``.
+
     Raises:
         ValueError: If the Hub refuses.
     """
-    api = HfApi()
+    api = HfApi(token=token)
     try:
         url = api.create_repo(publication.repo, private=private or None, exist_ok=True)
         operations = [CommitOperationAdd(n, source) for n, source in publication.files.items()]
@@ -105,28 +115,6 @@ def send(publication: Publication, *, private: bool = False) -> Sent:
     return Sent(str(url), done.oid)
 
 
-class Publisher:
-    """What ``push_to_hub`` of a training run asks; see `blocktune.training.run.Publisher`."""
-
-    def check(self, repo: str, base_model: str) -> None:
-        """Refuses before the run what could not be published after it.
-
-        Raises:
-            ValueError: If the name is none, the base is a local folder, or its licence unknown.
-        """
-        _check_repo(repo)
-        _license_of(_on_the_hub(base_model))
-
-    def publish(self, folder: Path, repo: str, private: bool) -> None:
-        """Checks and pushes; says where to.
-
-        Raises:
-            ValueError: As `prepare` and `send` do.
-        """
-        sent = send(prepare(folder, repo, CardFacts()), private=private)
-        Console().print(f"pushed to {sent.url}, commit {sent.revision}", soft_wrap=True)
-
-
 def show(publication: Publication, console: Console) -> None:
     """Prints every file with its size, and the card."""
     console.print(f"{publication.repo}: {len(publication.files)} files, nothing sent", style="bold")
@@ -136,39 +124,11 @@ def show(publication: Publication, console: Console) -> None:
     console.print(f"\n{publication.card}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _check_repo(repo: str) -> None:
-    try:
-        validate_repo_id(repo)
-    except HFValidationError as error:
-        raise ValueError(f"--repo must be USER/NAME: {str(error).splitlines()[0]}") from None
-    if "/" not in repo:
-        raise ValueError(f"--repo must be USER/NAME, got '{repo}'")
-
-
 def _base_name(info: AdapterInfo, facts: CardFacts) -> str:
     named = info.base_model
     if named == OWN_WEIGHTS:
         named = info.training.get("started_from", "")
-    return _on_the_hub(facts.base_model or named)
-
-
-def _on_the_hub(name: str) -> str:
-    if not name or Path(name).exists() or name.count("/") > 1 or name.startswith((".", "/")):
-        raise ValueError(
-            f"the base is the local folder '{name}', which nobody else can load; give its name on "
-            "the Hub: --base-model ORG/NAME"
-        )
-    return name
-
-
-def _license_of(base: str) -> str:
-    try:
-        data = HfApi().model_info(base).card_data
-    except (httpx.HTTPError, HFValidationError, OSError):
-        data = None
-    if data is None or not data.license:
-        raise ValueError(f"the licence of '{base}' is not known; give one: --license apache-2.0")
-    return data.license
+    return on_the_hub(facts.base_model or named)
 
 
 def _checked(folder: Path, info: AdapterInfo, model, dtype, device) -> list[Check]:

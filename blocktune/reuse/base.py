@@ -23,6 +23,13 @@ register = METHODS.register
 available = METHODS.available
 
 
+BOTH_LEARNED = (
+    "no method serves an adapter with link tokens and learned tokens around chunks at once; train "
+    "one with num_links alone (kvlink), or with num_headers and num_trailers alone (kv-packet)"
+)
+"""Why an adapter with both kinds of learned tokens is refused."""
+
+
 class Cached(Enum):
     """What a method takes from caches instead of computing it."""
 
@@ -105,13 +112,15 @@ class Method(ABC):
             trained: The layout that the model's adapter was trained for, or None without one.
 
         Raises:
-            ValueError: If the method needs an adapter that this is not, or would serve link
+            ValueError: If the method needs an adapter that this is not, or would serve learned
                 tokens without saying so.
         """
         self._require(trained)
         # An adapter that was trained in full attention has no layout of chunks to serve.
         is_block = trained is not None and trained.block
         spec = self.arrange(trained if is_block else LayoutSpec())
+        if spec.num_links and spec.num_headers + spec.num_trailers:
+            raise ValueError(BOTH_LEARNED)
         if spec.num_links and self.weights is not Weights.LINKS:
             raise ValueError(
                 f"method '{self.name}' does not say that it serves link tokens, which the adapter "

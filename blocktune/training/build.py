@@ -147,6 +147,7 @@ def _origin(data: DataArgs, args: BlockSFTConfig, train_set: Prepared) -> dict:
     full = train_set.num_examples - train_set.num_block
     return provenance(args.seed) | {
         "data": source,
+        "data_sets": dict(train_set.data_sets),
         "examples": train_set.num_examples,
         "modes": {"block": train_set.num_block, "full": full},
         "objective": describe_objective(args),

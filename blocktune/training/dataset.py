@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import bisect
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from datasets import Dataset, Features, Value
 from datasets import Sequence as ListOf
 from transformers import PreTrainedTokenizerBase
 
+from blocktune.data.credit import data_sets_of
 from blocktune.data.example import RagExample
 from blocktune.prompt import LayoutSpec, Pieces, PromptFormat, make_pieces
 
@@ -48,12 +49,14 @@ class Prepared:
         num_examples: In the dataset; one in both modes counts twice.
         num_block: Those of them in block layout.
         num_dropped: Examples longer than the limit.
+        data_sets: Those of the Hub that the examples say they are from, with licences.
     """
 
     dataset: Dataset
     num_examples: int
     num_block: int
     num_dropped: int
+    data_sets: Mapping[str, str] = field(default_factory=dict)
 
 
 def in_modes(
@@ -129,7 +132,8 @@ def prepare(
         -len(rows) % multiple_of
     )
     dataset = Dataset.from_list([_record(row) for row in rows], features=FEATURES)
-    return Prepared(dataset, len(parts), sum(part["block"] for part in parts), num_dropped)
+    named = data_sets_of(sample.example for sample in samples)
+    return Prepared(dataset, len(parts), sum(part["block"] for part in parts), num_dropped, named)
 
 
 def best_fit(parts: Sequence[dict[str, Any]], room: int) -> list[list[dict[str, Any]]]:

@@ -7,7 +7,6 @@ import difflib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 from transformers import TrainerCallback
 from trl import ModelConfig, TrlParser
@@ -15,6 +14,7 @@ from trl import ModelConfig, TrlParser
 from blocktune.training.build import build
 from blocktune.training.config import BlockSFTConfig, DataArgs
 from blocktune.training.plan import make_plan_of, print_plan
+from blocktune.training.publishing import Publisher, checked_repo
 
 
 def parse(argv: Sequence[str]) -> tuple[DataArgs, BlockSFTConfig, ModelConfig]:
@@ -38,16 +38,6 @@ def parse(argv: Sequence[str]) -> tuple[DataArgs, BlockSFTConfig, ModelConfig]:
     return tuple(parsed)
 
 
-class Publisher(Protocol):
-    """Publishes adapters; handed in, since training knows nothing of serving and checking."""
-
-    def check(self, repo: str, base_model: str) -> None:
-        """Refuses before the run what could not be published after it."""
-
-    def publish(self, folder: Path, repo: str, private: bool) -> None:
-        """Publishes a finished run."""
-
-
 def train(
     argv: Sequence[str],
     callbacks: Sequence[TrainerCallback] = (),
@@ -67,25 +57,11 @@ def train(
         ValueError: On anything a user can mend, in one line.
     """
     data, args, choice = parse(argv)
-    repo = _repo(args, choice, publisher)
+    repo = checked_repo(args, choice.model_name_or_path, publisher)
     folder = _train(data, args, choice, callbacks)
     if repo and folder and os.environ.get("RANK", "0") == "0":
-        publisher.publish(folder, repo, bool(args.hub_private_repo))
+        publisher.publish(folder, repo, bool(args.hub_private_repo), args.hub_token)
     return folder
-
-
-def _repo(args: BlockSFTConfig, choice: ModelConfig, publisher: Publisher | None) -> str | None:
-    """Where the run is pushed to; the Trainer, which would push unchecked, is not told."""
-    if not args.push_to_hub:
-        return None
-    if publisher is None or not args.hub_model_id:
-        raise ValueError(
-            "push_to_hub needs hub_model_id: USER/NAME, and a program that publishes: "
-            "`blocktune train` or recipes/train.py"
-        )
-    publisher.check(args.hub_model_id, choice.model_name_or_path)
-    args.push_to_hub = False
-    return args.hub_model_id
 
 
 def _train(data, args, choice, callbacks) -> Path | None:

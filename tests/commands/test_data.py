@@ -4,10 +4,13 @@ import json
 import sys
 
 import pytest
+from source_records import MUSIQUE
 from transformers import AutoTokenizer
 
-from blocktune.data import load_examples
+from blocktune.data import RagExample, load_examples
+from blocktune.data.credit import data_sets_of
 from blocktune.data.ruler.words import words_of
+from blocktune.data.sources import Record
 from blocktune.engine import Engine
 
 DOCS = [
@@ -121,6 +124,45 @@ def test_mix(blocktune, tmp_path):
     assert "wrote 16 examples" in shown
     modes = [example.meta["mode"] for example in load_examples(out)]
     assert (modes.count("block"), modes.count("full")) == (6, 10)
+
+
+@pytest.fixture
+def musique(monkeypatch):
+    """The Hub, which knows but MuSiQue."""
+    rows = [Record(f"record {index}", MUSIQUE) for index in range(4)]
+    for where in ("sources.load", "retrieval.questions"):
+        monkeypatch.setattr(f"blocktune.data.{where}.open_records", lambda *_: iter(rows))
+    return {"dgslibisey/MuSiQue": "CC BY 4.0"}
+
+
+def test_files_made_on_the_way_keep_the_data_sets_name(
+    blocktune, musique, model, tmp_path, monkeypatch
+):
+    corpus, out, again = lines(tmp_path / "wiki.jsonl", DOCS), tmp_path / "o", tmp_path / "a"
+    mixture = tmp_path / "m.yaml"
+    mixture.write_text(json.dumps({"parts": [{"source": "musique", "mode": "full"}]}))
+    for command in (
+        ("write", "musique"),
+        ("passages", "musique", "--own", "--k", 2),
+        ("passages", "musique", "--corpus", corpus),
+        ("answer", "musique", "--model", model, "--max-new-tokens", 2),
+        ("mix", mixture),
+    ):
+        assert blocktune("data", *command, "-o", out).exit_code == 0
+        assert [data_sets_of([one]) for one in load_examples_of(out)] == [musique] * 4
+    monkeypatch.undo()
+    for command in (
+        ("write", out),
+        ("passages", out, "--own", "--k", 1),
+        ("passages", out, "--corpus", corpus),
+        ("answer", out, "--model", model, "--max-new-tokens", 2),
+    ):
+        assert blocktune("data", *command, "-o", again).exit_code == 0
+        assert data_sets_of(load_examples(again)) == musique
+
+
+def load_examples_of(path):
+    return [RagExample.from_json(json.loads(line)) for line in path.read_text().splitlines()]
 
 
 def test_answer_goes_on_after_a_stop(blocktune, model, tmp_path, monkeypatch):

@@ -181,13 +181,6 @@ def test_kvlink_is_60_to_40():
     assert weights == {FULL: 60, BLOCK: 40}
 
 
-def test_licences_of_the_parts():
-    licences = load_mixture(ROOT / "recipes" / "mixtures" / "block_attention.yaml").licences()
-    assert licences["framolfese/2WikiMultihopQA"] == "Apache-2.0"
-    assert licences["allenai/tulu-3-sft-mixture"].startswith("ODC-BY")
-    assert len(licences) == 2
-
-
 def test_generated_mixture_draws():
     mixed = mix(load_mixture(ROOT / "recipes" / "mixtures" / "generated.yaml"))
     assert Counter(item.mode for item in mixed.examples) == {BLOCK: 600, FULL: 500}

@@ -2,10 +2,14 @@
 
 import pytest
 
-from blocktune.hub.card import served_by
+from blocktune.adapter import AdapterInfo
+from blocktune.hub.card import CardFacts, card, served_by
 from blocktune.hub.datasets import datasets_of
 from blocktune.hub.files import public
-from blocktune.prompt import LayoutSpec
+from blocktune.prompt import LayoutSpec, PromptFormat
+from blocktune.reuse import build
+
+SECRET = "hf_" + "aB3" * 11
 
 
 @pytest.mark.parametrize(
@@ -14,12 +18,34 @@ from blocktune.prompt import LayoutSpec
         (LayoutSpec(), "block-attention"),
         (LayoutSpec(num_links=3), "kvlink"),
         (LayoutSpec(num_headers=1, num_trailers=1), "turborag"),
+        (
+            LayoutSpec(num_headers=1, num_trailers=1, placement="composite"),
+            "turborag positions=composite",
+        ),
+        (LayoutSpec(num_headers=1, num_trailers=1, placement="parallel"), "kv-packet"),
+        (LayoutSpec(placement="parallel"), "block-attention"),
         (LayoutSpec(num_headers=8, num_trailers=8), "kv-packet"),
         (LayoutSpec(block=False), "full-prefill"),
     ],
 )
 def test_the_card_names_the_method_that_serves(layout, method):
     assert served_by(layout) == method
+    assert build(method).layout(layout) == layout
+
+
+def test_a_layout_that_nothing_serves_is_one_line():
+    with pytest.raises(ValueError, match=r"links alone .*, or with num_headers") as caught:
+        served_by(LayoutSpec(num_links=1, num_headers=1))
+    assert "\n" not in str(caught.value)
+
+
+def test_markers_from_0_are_turborags():
+    layout = LayoutSpec(num_headers=1, num_trailers=1, placement="composite")
+    info = AdapterInfo("org/base", "a", "b", layout, PromptFormat())
+    text = card("me/mine", info, "org/base", CardFacts(license="mit"), [])
+    assert "- turborag\n" in text
+    assert "--method 'turborag positions=composite' " in text
+    assert '"turborag positions=composite")[0].text' in text
 
 
 def test_data_sets_are_named_as_the_hub_knows_them():
@@ -30,6 +56,16 @@ def test_data_sets_are_named_as_the_hub_knows_them():
     }
     assert list(datasets_of({"data": "hf:org/name?split=train"})) == ["org/name"]
     assert datasets_of({"data": "worlds:train?seed=1"}) == datasets_of({}) == {}
+    assert datasets_of({"data": "hf:/data/mine"}) == datasets_of({"data": "hf:data/a/b"}) == {}
+
+
+def test_data_sets_that_only_the_examples_name_are_named_too():
+    told = {"data": "out/t.jsonl", "data_sets": {"mandarjoshi/trivia_qa": "not stated"}}
+    assert datasets_of(told) == {"mandarjoshi/trivia_qa": "not stated"}
+    assert set(datasets_of(told | {"data": "musique"})) == {
+        "mandarjoshi/trivia_qa",
+        "dgslibisey/MuSiQue",
+    }
 
 
 @pytest.mark.parametrize(
@@ -41,7 +77,13 @@ def test_data_sets_are_named_as_the_hub_knows_them():
         ("recipes/kvlink.yaml", "recipes/kvlink.yaml"),
         ("hf:org/name?split=train", "hf:org/name?split=train"),
         ("https://example.org/a/b", "https://example.org/a/b"),
+        (
+            {"command": "train --hub_token x --seed 1"},
+            {"command": "train --hub_token HIDDEN --seed 1"},
+        ),
+        ({"command": "train 'a --hub_token x"}, {"command": "train ''\"'\"'a' --hub_token HIDDEN"}),
+        (["base@" + SECRET], ["base@HIDDEN"]),
     ],
 )
-def test_folders_of_this_machine_stay_at_home(told, published):
+def test_folders_and_secrets_of_this_machine_stay_at_home(told, published):
     assert public(told) == published

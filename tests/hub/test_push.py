@@ -1,69 +1,18 @@
-"""Publishing, against a local stand-in for the Hub: pushed, refused, and loaded back."""
+"""What is published, and what is refused before it is."""
 
-import json
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hub.stand_in import TOKEN, running_hub
+from hub.written import FACTS
 from rich.console import Console
-from training.runs import make_trainer
+from training.runs import make_trainer, write_run
 
 from blocktune.check import Check
-from blocktune.data import RagExample
-from blocktune.engine import Engine
-from blocktune.hub import CardFacts, Publication, prepare, send, show
-from blocktune.prompt import Chunk
-
-FACTS = CardFacts(base_model="org/base", license="apache-2.0")
-RESULTS = {
-    "methods": {
-        "full-prefill": {"n": 600, "em": 0.615, "ci95": [0.58, 0.65], "f1": 0.64},
-        "kvlink": {"n": 600, "em": 0.6, "ci95": [0.56, 0.64], "adjusted_f1": 0.97},
-    },
-    "provenance": {"command": "blocktune eval --suite s.yaml", "commit": "0123456789abcdef"},
-}
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A folder with a base, and an adapter with links trained on it."""
-    folder = tmp_path_factory.mktemp("run")
-    trainer = make_trainer(folder, num_links=2)
-    trainer.train()
-    trainer.save_model()
-    return folder
-
-
-@pytest.fixture
-def results(tmp_path):
-    path = tmp_path / "results.json"
-    path.write_text(json.dumps(RESULTS))
-    return path
-
-
-@pytest.fixture
-def adapter(run, tmp_path):
-    """A copy that a test may damage."""
-    folder = tmp_path / "adapter"
-    folder.mkdir()
-    for path in (run / "out").iterdir():
-        if path.is_file():
-            (folder / path.name).write_bytes(path.read_bytes())
-    return folder
-
-
-def blocktune(hub, home: Path, *arguments):
-    """The command line in a process of its own, with the stand-in as its Hub."""
-    env = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    env |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_TOKEN": TOKEN}
-    env |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "COLUMNS": "200"}
-    command = [sys.executable, "-m", "blocktune.cli", *(str(part) for part in arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+from blocktune.data import load_examples, write_jsonl
+from blocktune.hub import Publication, prepare, send, show
 
 
 def test_a_dry_run_shows_every_file_and_the_card(run, results, tmp_path):
@@ -95,7 +44,10 @@ def test_the_card_says_what_it_must(run, results):
     head = card.split("---\n")[1]
     for line in ("base_model: org/base", "license: apache-2.0", "- org/data", "- kvlink"):
         assert line in head
-    assert "| kvlink | 600 | 60.0 (56.0 to 64.0) |  | 97.0 |  |  |" in card
+    assert "| kvlink | 600 | 60.0 (56.0 to 64.0) | 70.0 (65.0 to 75.0) | 97.0 |  |  |" in card
+    assert "| full-prefill | 600 | 61.5 (58.0 to 65.0) | 64.0 |  |  |  |" in card
+    assert "| other |" not in card
+    assert "Left out, as they are of other adapters: other, mean." in card
     assert "Made by `blocktune eval --suite s.yaml`, at commit `0123456789ab`." in card
     assert 'Engine.from_pretrained(adapter="me/mine")' in card
     assert "| seed | 42 |" in card
@@ -103,44 +55,30 @@ def test_the_card_says_what_it_must(run, results):
     assert "Not evaluated." in prepare(run / "out", "me/mine", FACTS).card
 
 
-def test_what_was_pushed_comes_back(run, tmp_path):
-    passage = "Anna lives in Elm."
-    question = ("--question", "Where does Anna live?", "--chunk", passage)
-    with running_hub() as hub:
-        base = {path.name: path.read_bytes() for path in (run / "base").iterdir()}
-        hub.put("org/base", base | {"README.md": b"---\nlicense: mit\n---\n"})
-        hub.put("me/mine", {"adapter_model.bin.safetensors": b"old", "notes.txt": b"kept"})
-        pushed = blocktune(
-            *(hub, tmp_path, "push", run / "out", "--repo", "me/mine"),
-            *("--base-model", "org/base", "--model", run / "base"),
-        )
-        assert pushed.returncode == 0, pushed.stderr
-        files = hub.files("me/mine")
-        assert files["links.safetensors"] == (run / "out/links.safetensors").read_bytes()
-        assert files["notes.txt"] == b"kept"
-        assert "adapter_model.bin.safetensors" not in files, "stale weights must go"
-        assert b"license: mit" in files["README.md"]
-        revision = hub.repos["me/mine"].commits[-1][0]
-        assert f"--adapter me/mine@{revision}" in pushed.stdout
-
-        hub.put("me/mine", {"blocktune.json": b"{}"})  # a later commit that cannot be loaded
-        ask = ("answer", "--adapter", f"me/mine@{revision}", "--method", "kvlink", *question)
-        came = blocktune(hub, tmp_path, *ask, "--json")
-        assert came.returncode == 0, came.stderr
-        assert hub.unknown == []
-    here = Engine.from_pretrained(str(run / "base"), run / "out")
-    [answer] = here.answer([RagExample(question[1], (Chunk(passage),))], "kvlink")
-    assert json.loads(came.stdout)["answer"] == answer.text
+def test_the_card_names_the_data_set_that_a_local_file_was_made_of(tmp_path):
+    write_run(tmp_path)
+    named = {"data_sets": {"mandarjoshi/trivia_qa": "as its authors say"}}
+    examples = [replace(one, meta=named) for one in load_examples(tmp_path / "train.jsonl")]
+    write_jsonl(tmp_path / "train.jsonl", examples)
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.save_model()
+    card = prepare(tmp_path / "out", "me/mine", FACTS).card
+    assert "datasets:\n- mandarjoshi/trivia_qa\n" in card
+    assert "| licences of the data | mandarjoshi/trivia_qa: as its authors say |" in card
 
 
 def test_a_token_that_may_not_write_is_one_line(monkeypatch):
+    card = b"---\nlicense: mit\nbase_model: org/base\n---\n"
+    publication = Publication("me/mine", {"README.md": card})
     with running_hub() as hub:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
         monkeypatch.setenv("HF_TOKEN", "hf_other")
         with pytest.raises(ValueError, match="the Hub refused 'me/mine': ") as caught:
-            send(Publication("me/mine", {"README.md": b"---\nlicense: mit\n---\n"}))
+            send(publication)
         assert hub.repos == {}
+        send(publication, token=TOKEN)
+        assert set(hub.files("me/mine")) == {"README.md"}
     assert "\n" not in str(caught.value)
     assert "set HF_TOKEN" in str(caught.value)
 
@@ -175,15 +113,17 @@ def test_pickled_weights_are_refused(adapter):
         prepare(adapter, "me/mine", FACTS)
 
 
+def test_a_checkpoint_of_a_run_is_refused(adapter):
+    (adapter / "optimizer.pt").write_bytes(b"")
+    with pytest.raises(
+        ValueError, match=r"is a checkpoint .*; push the finished adapter"
+    ) as caught:
+        prepare(adapter, "me/mine", FACTS)
+    assert f"'{adapter.parent}'" in str(caught.value)
+
+
 def test_a_folder_without_weights_is_refused(adapter):
     for path in adapter.glob("*.safetensors"):
         path.unlink()
     with pytest.raises(ValueError, match="holds no weights"):
         prepare(adapter, "me/mine", FACTS)
-
-
-def test_results_of_something_else_are_refused(run, tmp_path):
-    path = tmp_path / "results.json"
-    path.write_text('{"methods": {"naive": {"em": 1.0}}}')
-    with pytest.raises(ValueError, match=r"not a results\.json of `blocktune eval`"):
-        prepare(run / "out", "me/mine", replace(FACTS, results=path))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hub.stand_in import TOKEN, running_hub
 from safetensors.torch import load_file
 from training.launching.trained_logits import FILE, probe
 from training.runs import make_trainer, write_run
@@ -36,13 +37,13 @@ LAUNCHES = {
 PROGRAMS = {"fsdp2": LAUNCHING / "fsdp_on_cpu.py"}
 
 
-def run(name: str, program: Path, config: Path) -> subprocess.CompletedProcess:
-    """A program under one of the recipes' accelerate configs."""
+def run(name: str, program: Path, config: Path, **variables: str) -> subprocess.CompletedProcess:
+    """A program under one of the recipes' accelerate configs, with ``variables`` set."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
     command += [str(ROOT / f"recipes/accelerate/{name}.yaml"), "--main_process_port", "0"]
     command += [str(program), "--config", str(config)]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # ninja
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PATH": path, "PYTHONPATH": str(ROOT)}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PATH": path, "PYTHONPATH": str(ROOT)} | variables
     return subprocess.run(
         command, capture_output=True, text=True, timeout=TIMEOUT_S, env=env, check=False
     )
@@ -135,6 +136,20 @@ def test_fsdp_on_cpus_is_refused(tmp_path):
     done = run("fsdp2", RECIPE, write_run(tmp_path))
     assert done.returncode != 0
     assert "error: the launcher asked for FSDP" in done.stderr
+
+
+def test_a_run_under_zero3_is_pushed_by_one_of_its_processes(tmp_path):
+    """That one loads the base, checks and sends, while the other has nothing left to do."""
+    push = {"push_to_hub": True, "hub_model_id": "me/mine", "hub_token": TOKEN}
+    config = write_run(tmp_path, **push, num_links=2, max_steps=1, model_name_or_path="org/base")
+    with running_hub() as hub:
+        base = {path.name: path.read_bytes() for path in (tmp_path / "base").iterdir()}
+        hub.put("org/base", base | {"README.md": b"---\nlicense: mit\n---\n"})
+        home = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
+        done = run("zero3", RECIPE, config, **home, HF_HUB_DISABLE_XET="1")
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert hub.files("me/mine")["links.safetensors"]
+    assert AdapterInfo.load(tmp_path / "out").training["launch"] == LAUNCHES["zero3"][1]
 
 
 def test_qlora_with_links_under_zero2_reloads_elsewhere(tmp_path):

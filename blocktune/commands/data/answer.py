@@ -56,9 +56,11 @@ def answer(
     """Let a model write the answers that it will be trained on, reading all chunks in full."""
     engine = load_engine(model, adapter, None, dtype, device)
     from blocktune.data import load_examples
+    from blocktune.data.credit import credited
     from blocktune.engine import Sampling
 
-    examples = load_examples(source, limit=limit, split=split, tokenizer=engine.tokenizer)
+    loaded = load_examples(source, limit=limit, split=split, tokenizer=engine.tokenizer)
+    examples = list(credited(loaded, source))
     sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
     facts = {"model": model, "adapter": adapter, "weights": engine.fingerprint}
     facts |= {"max_new_tokens": max_new_tokens, "temperature": temperature}

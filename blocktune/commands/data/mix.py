@@ -44,7 +44,7 @@ def mix(
     mixed = draw(read, tokenizer=tokenizer_of(tokenizer))
     _print(mixed, mixture)
     if output is not None:
-        _write(mixed, output)
+        _write(mixed, output, [part.source for part in read.parts])
 
 
 def _print(mixed, mixture: Path) -> None:
@@ -64,18 +64,18 @@ def _print(mixed, mixture: Path) -> None:
     Console().print(table)
 
 
-def _write(mixed, output: Path) -> None:
+def _write(mixed, output: Path, sources: list[str]) -> None:
     from dataclasses import replace
 
     from blocktune.data import write_jsonl
+    from blocktune.data.credit import credited
     from blocktune.evaluation.files import replacing
 
+    def marked():
+        for item in mixed.examples:
+            [example] = credited([item.example], sources[item.part])
+            yield replace(example, meta=example.meta | {"mode": item.mode})
+
     with replacing(output) as temporary:
-        count = write_jsonl(
-            temporary,
-            (
-                replace(item.example, meta=item.example.meta | {"mode": item.mode})
-                for item in mixed.examples
-            ),
-        )
+        count = write_jsonl(temporary, marked())
     typer.echo(f'wrote {count:,} examples to {output}, each with its mode in "meta"')

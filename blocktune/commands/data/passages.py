@@ -52,10 +52,12 @@ def passages(
     quiet_libraries()
     from blocktune.data import load_chunks, load_examples, retrieval, write_jsonl
     from blocktune.data.answers import chunk_mentions
+    from blocktune.data.credit import credited
     from blocktune.evaluation.files import replacing
 
     if own:
-        examples = retrieval.from_own(load_examples(source, limit=limit, split=split), k)
+        loaded = load_examples(source, limit=limit, split=split)
+        examples = retrieval.from_own(credited(loaded, source), k)
     else:
         questions = retrieval.read_questions(source, limit=limit, split=split)
         if corpus is not None:

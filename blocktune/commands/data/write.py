@@ -32,9 +32,10 @@ def write(
     """Write any source as JSON lines, one example with its chunks a line."""
     counter = tokenizer_of(tokenizer)
     from blocktune.data import load_examples, write_jsonl
+    from blocktune.data.credit import credited
     from blocktune.evaluation.files import replacing
 
     examples = load_examples(source, limit=limit, split=split, tokenizer=counter)
     with replacing(output) as temporary:
-        count = write_jsonl(temporary, examples)
+        count = write_jsonl(temporary, credited(examples, source))
     typer.echo(f"wrote {count:,} examples to {output}")

@@ -11,7 +11,6 @@ import yaml
 
 from blocktune.data.augment import Augment
 from blocktune.data.chunking import CHUNKERS, Chunker, parse_chunker
-from blocktune.data.sources.catalog import CATALOG
 from blocktune.prompt.format import build_strict
 
 BLOCK, FULL, BOTH = "block", "full", "both"
@@ -102,11 +101,6 @@ class Mixture:
         parts = [_part_to_dict(part) for part in self.parts]
         record = {"draw": self.draw, "size": self.size, "seed": self.seed, "parts": parts}
         return {key: value for key, value in record.items() if value is not None}
-
-    def licences(self) -> dict[str, str]:
-        """Licences of the parts that have a short name, by repository on the Hub."""
-        names = [part.source.partition("?")[0] for part in self.parts]
-        return {CATALOG[name].hub: CATALOG[name].licence for name in names if name in CATALOG}
 
 
 def load_mixture(path: str | Path) -> Mixture:

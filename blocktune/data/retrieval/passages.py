@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from blocktune.data.credit import DATA_SETS
 from blocktune.data.example import RagExample, field_error, parse_chunk
 from blocktune.data.retrieval.bm25 import Bm25, rank
 from blocktune.data.retrieval.questions import Question
@@ -98,6 +99,8 @@ def from_own(examples: Iterable[RagExample], k: int) -> Iterator[RagExample]:
 
 
 def _example(question: Question, chunks: tuple[Chunk, ...], meta: dict[str, Any]) -> RagExample:
+    if question.data_sets:
+        meta = meta | {DATA_SETS: dict(question.data_sets)}
     return RagExample(
         question.question, chunks, question.answers, None, question.kind, question.id, (), meta
     )

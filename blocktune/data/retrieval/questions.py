@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from blocktune.data.credit import DATA_SETS
 from blocktune.data.example import field_error
-from blocktune.data.sources.catalog import CATALOG
+from blocktune.data.sources.catalog import CATALOG, data_sets_in
 from blocktune.data.sources.load import open_records
 from blocktune.data.sources.options import parse_source
 from blocktune.data.sources.parsing import at
@@ -17,12 +19,13 @@ from blocktune.data.sources.texts import trivia_answers
 
 
 class Question(NamedTuple):
-    """A question and its accepted answers."""
+    """A question and its accepted answers, and the data sets it is from, see `data.credit`."""
 
     question: str
     answers: tuple[str, ...]
     id: str = ""
     kind: str = ""
+    data_sets: Mapping[str, str] = MappingProxyType({})
 
 
 def read_questions(
@@ -43,7 +46,10 @@ def read_questions(
     if not known:
         raise ValueError(f"no file '{source}'; give a file, 'hf:NAME', or a name: triviaqa, nq")
     records = open_records(named, read_options(named, split=split), limit)
-    return islice((at(record, _question) for record in records), limit)
+    sets = data_sets_in(named.text)
+    questions = (at(record, _question) for record in records)
+    credited = (q._replace(data_sets={**q.data_sets, **sets}) for q in questions)
+    return islice(credited, limit)
 
 
 def _question(record: Mapping[str, Any]) -> Question:
@@ -54,7 +60,14 @@ def _question(record: Mapping[str, Any]) -> Question:
         raise field_error("question", "a non-blank string", text)
     own = next((str(record[key]) for key in ("id", "_id", "question_id") if record.get(key)), "")
     kind = record.get("kind") or record.get("type") or ""
-    return Question(text.strip(), _answers(record), own, kind if isinstance(kind, str) else "")
+    kind = kind if isinstance(kind, str) else ""
+    return Question(text.strip(), _answers(record), own, kind, _data_sets(record))
+
+
+def _data_sets(record: Mapping[str, Any]) -> Mapping[str, str]:
+    meta = record.get("meta")
+    named = meta.get(DATA_SETS) if isinstance(meta, Mapping) else None
+    return named if isinstance(named, Mapping) else {}
 
 
 def _answers(record: Mapping[str, Any]) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """Sources of examples: files of public sets, the Hugging Face Hub, generated ones."""
 
-from blocktune.data.sources.catalog import CATALOG, DataSet
+from blocktune.data.sources.catalog import CATALOG, DataSet, data_sets_in
 from blocktune.data.sources.files import Record, read_records
 from blocktune.data.sources.generated import GENERATORS
 from blocktune.data.sources.load import (
@@ -19,6 +19,7 @@ __all__ = [
     "DataSet",
     "Loaded",
     "Record",
+    "data_sets_in",
     "load_chunks",
     "load_examples",
     "load_source",

@@ -6,10 +6,14 @@ read them before you publish what was trained on the data.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 PARQUET = "refs/convert/parquet"
 """The Hub's own parquet copy, for repositories that still hold a loading script."""
+
+_ON_HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[^/]*)?")
 
 
 @dataclass(frozen=True)
@@ -135,3 +139,19 @@ def data_set(name: str) -> DataSet:
         return CATALOG[name]
     path, _, config = name.partition(":")
     return DataSet(path, "see its card", "as its fields tell", path, config or None)
+
+
+def data_sets_in(source: str) -> dict[str, str]:
+    """Data sets on the Hub that a source names, with their licences; a file names none.
+
+    Args:
+        source: As `blocktune.data.load_examples` takes it.
+    """
+    written = source.partition("?")[0]
+    name = written.removeprefix("hf:")
+    # After hf: may also stand a folder of this machine.
+    on_hub = written.startswith("hf:") and _ON_HUB.fullmatch(name) and not Path(name).exists()
+    if name not in CATALOG and not on_hub:
+        return {}
+    named = data_set(name)
+    return {named.hub: named.licence}

@@ -1,0 +1,74 @@
+"""`check_model` on adapters of every placement: what is claimed of one must be true of it."""
+
+from dataclasses import replace
+
+import pytest
+
+from blocktune.adapter import AdapterInfo
+from blocktune.check import check_model
+from blocktune.check.model import _batch
+from blocktune.check.serving import all_visible
+from blocktune.engine import Engine
+from blocktune.identity import base_fingerprint, tokenizer_hash
+from blocktune.links import install_links, new_links
+from blocktune.prompt import LayoutSpec
+from blocktune.specimen import TINY, WORDS, byte_tokenizer, random_llama
+
+
+def trained_for(layout: LayoutSpec) -> Engine:
+    """An engine of a random model, as if an adapter of this layout had been trained on it."""
+    tokenizer = byte_tokenizer()
+    model = random_llama(len(tokenizer), initializer_range=0.2, **TINY)
+    facts = ("specimen", base_fingerprint(model), tokenizer_hash(tokenizer))
+    info = AdapterInfo(*facts, layout, WORDS)
+    if layout.num_learned:
+        install_links(model, new_links(model, layout.num_learned, 0))
+    return Engine(model, tokenizer, format=WORDS, adapter=info)
+
+
+def in_full(batch):
+    ids, layout = all_visible(batch.input_ids, batch.layout)
+    return replace(batch, input_ids=ids, layout=layout)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        LayoutSpec(),
+        LayoutSpec(shared_prefix=True),
+        LayoutSpec(placement="parallel"),
+        LayoutSpec(placement="parallel", shared_prefix=True),
+        LayoutSpec(placement="composite"),
+        LayoutSpec(placement="composite", num_headers=1, num_trailers=1),
+        LayoutSpec(placement="parallel", num_links=2),
+    ],
+    ids=str,
+)
+def test_every_claim_holds_of_a_sound_model(layout):
+    checks = {one.name: one for one in check_model(trained_for(layout))}
+    assert [one for one in checks.values() if not one.passed] == []
+    fresh = [name for name in checks if name.startswith(("all tokens fresh", "ratio 1"))]
+    where = "full prefill" if layout.placement == "sequential" else "full attention at the same"
+    assert len(fresh) == (0 if layout.num_learned else 2)
+    assert all(f"= {where}" in name for name in fresh)
+
+
+def test_other_positions_alone_do_not_count_as_hidden_chunks(monkeypatch):
+    """A mask that hides nothing, at positions that no full prefill has."""
+    engine = trained_for(LayoutSpec(placement="parallel"))
+    monkeypatch.setattr(
+        "blocktune.check.model._batch",
+        lambda engine, example, method, make=_batch: in_full(make(engine, example, method)),
+    )
+    last = check_model(engine)[-1]
+    assert last.name == "hiding chunks from each other is seen"
+    assert not last.passed
+    assert last.max_abs_diff < 1e-3
+
+
+def test_links_and_learned_tokens_around_chunks_are_refused_together():
+    engine = trained_for(LayoutSpec(num_links=1, num_headers=1, num_trailers=1))
+    with pytest.raises(
+        ValueError, match="no method serves an adapter with link tokens and learned"
+    ):
+        check_model(engine)

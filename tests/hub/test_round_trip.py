@@ -1,0 +1,90 @@
+"""Pushed and loaded back by the command line, against a local stand-in for the Hub."""
+
+import json
+import re
+import shlex
+
+from hub.command_line import blocktune, put_base, python
+from hub.stand_in import TOKEN, running_hub
+from training.runs import write_run
+
+from blocktune.data import RagExample
+from blocktune.engine import Engine
+from blocktune.prompt import Chunk
+
+
+def test_a_dry_run_on_the_command_line_sends_nothing(run, tmp_path):
+    with running_hub() as hub:
+        put_base(hub, run)
+        shown = blocktune(
+            *(hub, tmp_path, "push", run / "out", "--repo", "me/mine", "--dry-run"),
+            *("--base-model", "org/base", "--model", run / "base"),
+        )
+        assert shown.returncode == 0, shown.stderr
+        assert set(hub.repos) == {"org/base"}
+        assert hub.unknown == []
+    assert "me/mine: 8 files, nothing sent" in shown.stdout
+    for line in ("links.safetensors", "license: mit", "base_model: org/base", "## Use"):
+        assert line in shown.stdout
+
+
+def test_a_run_pushes_itself_and_its_card_works(tmp_path):
+    """Of an adapter whose method has parameters: they stand quoted in the card's command."""
+    markers = {"num_headers": 1, "num_trailers": 1, "placement": "composite"}
+    push = {"push_to_hub": True, "hub_model_id": "me/mine", "model_name_or_path": "org/base"}
+    config = write_run(tmp_path, **markers, **push, max_steps=1)
+    with running_hub() as hub:
+        put_base(hub, tmp_path)
+        command = ("train", "--config", config, "--hub_token", TOKEN)
+        done = blocktune(hub, tmp_path / "home", *command, HF_TOKEN="hf_other")
+        assert done.returncode == 0, done.stderr
+        revision = hub.repos["me/mine"].commits[-1][0]
+        assert f"pushed to {hub.url}/me/mine, commit {revision}" in done.stdout
+        files = hub.files("me/mine")
+        assert [name for name in files if TOKEN.encode() in files[name]] == []
+        card = files["README.md"].decode()
+        assert "license: mit" in card
+
+        snippet = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+        came = python(hub, tmp_path / "elsewhere", "-c", snippet)
+        assert came.returncode == 0, came.stderr
+        typed = re.search(r"```bash\n.*?\n(blocktune .*?)```", card, re.DOTALL)[1]
+        words = shlex.split(typed.replace("\\\n", " "))[1:]
+        told = blocktune(hub, tmp_path / "elsewhere", *words, "--json")
+        assert told.returncode == 0, told.stderr
+        assert hub.unknown == []
+    here = Engine.from_pretrained(str(tmp_path / "base"), tmp_path / "out")
+    chunks = (Chunk("Anna was born in Kirby."), Chunk("Kirby is a harbour."))
+    example = RagExample("Where was Anna born?", chunks)
+    [answer] = here.answer([example], "turborag positions=composite")
+    assert came.stdout.strip() == answer.text.strip()
+    assert json.loads(told.stdout)["answer"] == answer.text
+
+
+def test_what_was_pushed_comes_back(run, tmp_path):
+    passage = "Anna lives in Elm."
+    question = ("--question", "Where does Anna live?", "--chunk", passage)
+    with running_hub() as hub:
+        put_base(hub, run)
+        hub.put("me/mine", {"adapter_model.bin.safetensors": b"old", "notes.txt": b"kept"})
+        pushed = blocktune(
+            *(hub, tmp_path, "push", run / "out", "--repo", "me/mine"),
+            *("--base-model", "org/base", "--model", run / "base"),
+        )
+        assert pushed.returncode == 0, pushed.stderr
+        files = hub.files("me/mine")
+        assert files["links.safetensors"] == (run / "out/links.safetensors").read_bytes()
+        assert files["notes.txt"] == b"kept"
+        assert "adapter_model.bin.safetensors" not in files, "stale weights must go"
+        assert b"license: mit" in files["README.md"]
+        revision = hub.repos["me/mine"].commits[-1][0]
+        assert f"--adapter me/mine@{revision}" in pushed.stdout
+
+        hub.put("me/mine", {"blocktune.json": b"{}"})  # a later commit that cannot be loaded
+        ask = ("answer", "--adapter", f"me/mine@{revision}", "--method", "kvlink", *question)
+        came = blocktune(hub, tmp_path, *ask, "--json")
+        assert came.returncode == 0, came.stderr
+        assert hub.unknown == []
+    here = Engine.from_pretrained(str(run / "base"), run / "out")
+    [answer] = here.answer([RagExample(question[1], (Chunk(passage),))], "kvlink")
+    assert json.loads(came.stdout)["answer"] == answer.text
