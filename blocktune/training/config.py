@@ -92,6 +92,11 @@ class BlockSFTConfig(LayoutOptions, ObjectiveOptions, BatchOptions, SFTConfig):
                 "links, headers and trailers stand in block examples, and there are none; raise "
                 "block_share or leave them out"
             )
+        if spec.num_links and (spec.num_headers or spec.num_trailers):
+            raise ValueError(
+                "no method serves an adapter with link tokens and learned tokens around chunks at "
+                "once; drop num_links, or num_headers and num_trailers"
+            )
         if self.freeze_base and (not spec.num_learned or self.link_mode != "table"):
             raise ValueError(
                 "freeze_base trains the learned tokens alone: it needs num_links, num_headers or "

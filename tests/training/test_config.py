@@ -51,6 +51,7 @@ def test_the_command_line_overrides_the_yaml(tmp_path):
         ({"both_modes": True, "block_share": 0.5}, "leave block_share out"),
         ({"num_links": 1, "block_share": 0.0}, "stand in block examples, and there are none"),
         ({"num_links": 1, "link_table": "chunk"}, "needs max_chunks"),
+        ({"num_links": 1, "num_trailers": 1}, "no method serves an adapter with link tokens and"),
         ({"block_dropout": 0.1, "shared_prefix": True}, "drop it or shared_prefix"),
         ({"position_jitter": 3, "placement": "parallel"}, "puts them in one place"),
         ({"distill_states": "all"}, "distill_states must be none, hidden, kv"),

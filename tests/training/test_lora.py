@@ -54,7 +54,9 @@ def test_an_adapter_that_is_off_or_merged_leaves_the_base_as_it_is():
         torch.testing.assert_close(own(ids).logits, theirs(ids).logits, rtol=0, atol=0)
     with torch.no_grad():
         expected = own(ids).logits
-        torch.testing.assert_close(own.merge_and_unload()(ids).logits, expected)
+        merged = own.merge_and_unload()(ids).logits
+        # Two ways to round the same sum: within 1e-5 of the largest logit, some 5 here.
+        torch.testing.assert_close(merged, expected, rtol=0, atol=1e-5 * expected.abs().max())
 
 
 def test_the_saved_adapter_is_stock_peft(tmp_path):
