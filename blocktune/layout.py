@@ -144,9 +144,9 @@ class Layout(Rows):
         return (self.group == GLOBAL) & ~self.is_pad
 
     @property
-    def is_layered(self) -> bool:
-        """Whether some row ends before the last layer, so that layers differ in their rows."""
-        return bool((self.until != FOREVER).any())
+    def endings(self) -> tuple[int, ...]:
+        """Layers that some row does not live to see, ascending; see `LayerRule.first_alike`."""
+        return tuple(self.until[self.until != FOREVER].unique().tolist())
 
     @property
     def superseded_until(self) -> Tensor:
@@ -189,6 +189,14 @@ class LayerRule:
 
     layer: int = 0
     window: int | None = None
+
+    def first_alike(self, endings: tuple[int, ...]) -> LayerRule:
+        """The rule of the first layer with the same rows: what is made by it serves all of them.
+
+        Args:
+            endings: `Layout.endings` of the rows.
+        """
+        return replace(self, layer=max((end for end in endings if end <= self.layer), default=0))
 
 
 FIRST_LAYER = LayerRule()

@@ -64,7 +64,7 @@ def test_fresh_row_that_ended_gives_its_place_back():
     some = layout(freshen(prompt(0, (2,), 1), [0], until=1))
     assert drawn(some, LayerRule(layer=0)) == ["#...", "##..", ".###", "...#"]
     assert drawn(some, LayerRule(layer=1)) == ["#...", "##..", "###.", "...."]
-    assert some.is_layered
+    assert some.endings == (1,)
     assert some.superseded_until.tolist() == [[1, 0, 0, 0]]
 
 

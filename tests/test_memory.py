@@ -29,6 +29,8 @@ def measured(tokens, execution="split", count="rss"):
 def test_peak_memory_of_training_grows_linearly():
     """16,384 tokens in 32 chunks, forward and backward, on the shipped tiny model's shape.
 
+    With 64 query rows: what many fresh rows take is in attention/test_masks.py.
+
     Linear growth from 4,096 is a factor of 4. The query's mask (rows x N, with rows fixed) and
     the keys are linear too; 4.6 leaves room for them and for the allocator. With a dense mask the
     factor is above 8 (a test of its own, below, in elements).

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blocktune.attention.kernels import Knobs, tail_attention
+from blocktune.attention.masks import KEPT_CELLS, MaskRoom
 from blocktune.attention.rows import RowBand
 from blocktune.layout import Kind, LayerRule, Rows
 
@@ -54,6 +55,7 @@ class CachePlan:
         key: Rows,
         reshaping: Reshaping | None = None,
         columns: Tensor | None = None,
+        kept_cells: int = KEPT_CELLS,
     ):
         """Prepares ``query`` ``(B, R)`` over the columns ``key`` ``(B, N)``, by order.
 
@@ -64,6 +66,7 @@ class CachePlan:
                 as they are.
             columns: Columns that the rows were written into, ``(B, R)``, -1 for padding; None:
                 a row's order is its column.
+            kept_cells: Mask elements to keep at most.
         """
         self.query = query
         self.context_rows = (query.kind == Kind.CHUNK).sum(1)
@@ -73,7 +76,8 @@ class CachePlan:
         self._reshaping = reshaping
         self._columns = query.order.masked_fill(~exists, -1) if columns is None else columns
         nothing = torch.zeros_like(key.kind)
-        self._band = RowBand(query, key, nothing, exists, stored, row_block=ROW_BLOCK)
+        room = MaskRoom(kept_cells)
+        self._band = RowBand(query, key, nothing, exists, stored, row_block=ROW_BLOCK, room=room)
         self._tails = find_tails(query, key)
 
     def attend(
@@ -91,6 +95,10 @@ class CachePlan:
             return torch.cat(outs).transpose(1, 2)
         rule = LayerRule(window=rule.window)
         return self._band.attend(query, key, value, rule, knobs).transpose(1, 2)
+
+    def forget(self) -> None:
+        """Drops the masks: this plan will be asked for counts only."""
+        self._band.forget()
 
     def pairs(self) -> list[Tensor]:
         """Scores made in each of the `executed` layers, masked ones too: per prompt, ``(B,)``."""

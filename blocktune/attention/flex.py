@@ -103,9 +103,9 @@ class FlexPlan:
     """Attention by FlexAttention: one kernel over the visible blocks. CUDA, or CPU forward."""
 
     def __init__(self, layout: Layout):
-        """Keeps ``layout``; a block mask is built once per kind of layer and kept."""
+        """Keeps ``layout``; a block mask is built once for all layers alike and kept."""
         self.layout = layout
-        self._layered = layout.is_layered
+        self._endings = layout.endings
         self._masks: dict[LayerRule, BlockMask] = {}
 
     def attend(
@@ -141,8 +141,7 @@ class FlexPlan:
         return out.transpose(1, 2)
 
     def _mask(self, rule: LayerRule) -> BlockMask:
-        if not self._layered:
-            rule = LayerRule(window=rule.window)
+        rule = rule.first_alike(self._endings)
         if rule not in self._masks:
             self._masks[rule] = flex_block_mask(self.layout, rule)
         return self._masks[rule]

@@ -6,12 +6,17 @@ kernel does not know, and share K/V heads among query heads without copying K/V.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+Mask = Tensor | Callable[[], Tensor] | None
+"""A mask, or what makes it: then it is made where it is used, again in backward, and never kept."""
 
 
 class Knobs(NamedTuple):
@@ -73,11 +78,15 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, knobs: Knobs) ->
     blocks = []
     for start in range(0, size, ROW_BLOCK):
         stop = min(start + ROW_BLOCK, size)
-        row = torch.arange(start, stop, device=query.device)[:, None]
-        mask = torch.arange(stop, device=query.device) <= row
+        mask = partial(_causal_mask, start, stop, query.device)
         rows = query[:, :, start:stop]
         blocks.append(masked_attention(rows, key[:, :, :stop], value[:, :, :stop], mask, knobs))
     return torch.cat(blocks, dim=2)
+
+
+def _causal_mask(start: int, stop: int, device: torch.device) -> Tensor:
+    row = torch.arange(start, stop, device=device)[:, None]
+    return torch.arange(stop, device=device) <= row
 
 
 def tail_attention(query: Tensor, key: Tensor, value: Tensor, knobs: Knobs) -> Tensor:
@@ -104,9 +113,7 @@ ROW_BLOCK = 512
 """Rows attended at a time where a mask is needed: bounds what is in memory at once."""
 
 
-def masked_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, knobs: Knobs
-) -> Tensor:
+def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Mask, knobs: Knobs) -> Tensor:
     """Rows attend to the keys that ``mask`` shows them.
 
     Args:
@@ -114,17 +121,28 @@ def masked_attention(
         key: ``(G, K, N, D)``.
         value: ``(G, K, N, D)``.
         mask: Broadcastable to ``(G, 1, R, N)``. Bool, True where visible, or (without
-            soft-capping) additive in the dtype of ``query``. No row may be without a visible
-            key. None shows all keys to all rows.
+            soft-capping) additive in the dtype of ``query``, best in `masks.mask_form`. No row
+            may be without a visible key. None shows all keys to all rows.
         knobs: Scaling, soft-capping and dropout.
 
     Returns:
         ``(G, H, R, D)``.
     """
+    has_gradient = any(states.requires_grad for states in (query, key, value))
+    # Capped scores, too, would be kept for backward: rows x keys x heads.
+    if has_gradient and torch.is_grad_enabled() and (callable(mask) or knobs.softcap is not None):
+        return checkpoint(
+            _by_kernel,
+            *(query, key, value, mask, knobs),
+            use_reentrant=False,
+            preserve_rng_state=knobs.dropout > 0,
+        )
+    return _by_kernel(query, key, value, mask, knobs)
+
+
+def _by_kernel(query: Tensor, key: Tensor, value: Tensor, mask: Mask, knobs: Knobs) -> Tensor:
+    mask = mask() if callable(mask) else mask
     if knobs.softcap is not None:
-        if torch.is_grad_enabled() and query.requires_grad:
-            # Scores are recomputed in backward: kept, they would be rows x keys x heads.
-            return checkpoint(plain_attention, query, key, value, mask, knobs, use_reentrant=False)
         return plain_attention(query, key, value, mask, knobs)
     if query.is_cuda:
         return folded_attention(query, key, value, mask, knobs)
@@ -146,13 +164,14 @@ def folded_attention(
 
     On CUDA no fused kernel takes both a mask and fewer K/V heads than query heads: with
     ``enable_gqa`` PyTorch falls back to the one that copies K/V for every query head and keeps all
-    scores. Takes and returns what `masked_attention` does, without soft-capping.
+    scores. Takes and returns what `masked_attention` does, without soft-capping; the mask's rows
+    may be folded already, ``(G, 1, H / K * R, N)``.
     """
     groups, heads, rows, dim = query.shape
     shared = heads // key.shape[1]
     if shared > 1:
         query = query.reshape(groups, key.shape[1], shared * rows, dim)
-        if mask is not None:
+        if mask is not None and mask.shape[-2] != shared * rows:
             mask = mask.expand(groups, 1, rows, key.shape[2]).repeat(1, 1, shared, 1)
     out = F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, scale=knobs.scaling, dropout_p=knobs.dropout

@@ -2,23 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from blocktune.attention.kernels import ROW_BLOCK, Knobs, masked_attention
+from blocktune.attention.masks import SEEN, MaskForm, MaskRoom, formed, mask_form
 from blocktune.layout import LayerRule, Rows, visible
 
 
+class Span(NamedTuple):
+    """Rows next to each other, and the keys that any of them may see."""
+
+    rows: slice
+    keys: slice
+
+    @property
+    def num_keys(self) -> int:
+        """Keys that each of the rows is scored against."""
+        return self.keys.stop - self.keys.start
+
+    @property
+    def num_cells(self) -> int:
+        """Rows times keys."""
+        return (self.rows.stop - self.rows.start) * self.num_keys
+
+
 class Block(NamedTuple):
-    """Rows next to each other, the keys that any of them sees, and who sees whom.
+    """A span, and who sees whom in it.
 
     Attributes:
         rows: Of the query rows.
         keys: Of the keys.
-        mask: ``(G, 1, rows, keys)``, bool or additive.
+        mask: ``(G, 1, rows, keys)`` bool.
     """
 
     rows: slice
@@ -31,7 +51,9 @@ class RowBand:
     """Query rows and the keys they may see, both sorted by order.
 
     Blocks of rows see only the keys up to their last row (and, in a window, from the first one
-    that reaches into it), so neither the mask nor the work covers keys that nobody sees.
+    that reaches into it), so neither the mask nor the work covers keys that nobody sees. Masks are
+    made once per rule and kept while there is room; those for which there is none are made block
+    by block in each layer, and again in its backward.
 
     Attributes:
         query: Facts of the query rows, ``(G, R)``.
@@ -40,6 +62,7 @@ class RowBand:
         query_exists: False for padding among the query rows, ``(G, R)``.
         key_exists: False for padding among the keys, ``(G, N)``.
         row_block: Rows of a block: the fewer, the fewer keys after a row it pays for.
+        room: For masks, shared by the bands of a plan.
     """
 
     query: Rows
@@ -48,72 +71,80 @@ class RowBand:
     query_exists: Tensor
     key_exists: Tensor
     row_block: int = ROW_BLOCK
+    room: MaskRoom = field(default_factory=MaskRoom)
+    _spans: dict = field(default_factory=dict, repr=False)
     _masks: dict = field(default_factory=dict, repr=False)
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, rule: LayerRule, knobs: Knobs
     ) -> Tensor:
         """Attends ``query`` ``(G, H, R, D)`` over ``(G, K, N, D)``; returns ``(G, H, R, D)``."""
-        # Fused kernels add their mask: made here, all layers keep the same one for backward.
-        kind = torch.bool if knobs.softcap is not None else query.dtype
+        form = mask_form(query, key, knobs)
+        kept = self._kept(rule, form)
         outs = []
-        for rows, keys, mask in self.blocks(rule, kind):
-            block = masked_attention(
-                query[:, :, rows], key[:, :, keys], value[:, :, keys], mask, knobs
-            )
-            outs.append(block)
+        for i, span in enumerate(self.spans(rule.window)):
+            states = (query[:, :, span.rows], key[:, :, span.keys], value[:, :, span.keys])
+            mask = partial(self._mask, span, rule, form) if kept is None else kept[i]
+            outs.append(masked_attention(*states, mask, knobs))
         return torch.cat(outs, dim=2) if len(outs) > 1 else outs[0]
 
-    def blocks(self, rule: LayerRule, kind: torch.dtype) -> list[Block]:
-        """Blocks of rows with the keys they may see; made once per rule and kept.
+    def blocks(self, rule: LayerRule) -> Iterator[Block]:
+        """Blocks with bool masks; whoever holds on to them all holds rows x keys elements."""
+        kept = self._kept(rule, SEEN)
+        for i, span in enumerate(self.spans(rule.window)):
+            yield Block(*span, self._mask(span, rule, SEEN) if kept is None else kept[i])
 
-        Args:
-            rule: The layer's part of the rule.
-            kind: Of the masks: bool, or the dtype of an additive mask.
-        """
-        if (rule, kind) not in self._masks:
-            self._masks[rule, kind] = self._cut(rule, kind)
-        return self._masks[rule, kind]
+    def forget(self) -> None:
+        """Drops the masks, for a band that has attended for the last time."""
+        self._masks.clear()
 
     def pairs(self, window: int | None) -> Tensor | None:
         """Scores that one layer makes for each of ``G``, ``(G,)``; None if none did by blocks."""
-        made = (blocks for (rule, _), blocks in self._masks.items() if rule.window == window)
-        if (blocks := next(made, None)) is None:
+        if window not in self._spans:
             return None
-        spans = (self.query_exists[:, b.rows].sum(1) * (b.keys.stop - b.keys.start) for b in blocks)
-        return sum(spans)
+        spans = self._spans[window]
+        return sum(self.query_exists[:, s.rows].sum(1) * s.num_keys for s in spans)
 
-    def _cut(self, rule: LayerRule, kind: torch.dtype) -> list[Block]:
-        count, step = self.query.kind.shape[1], self.row_block
-        blocks = (self._block(slice(a, min(a + step, count)), rule) for a in range(0, count, step))
-        return [Block(rows, keys, _as(kind, mask)) for rows, keys, mask in blocks]
+    def spans(self, window: int | None) -> list[Span]:
+        """Blocks of rows with the keys they may see in layers of this window, found once."""
+        if window not in self._spans:
+            count, step = self.query.kind.shape[1], self.row_block
+            rows = (slice(a, min(a + step, count)) for a in range(0, count, step))
+            self._spans[window] = [Span(part, self._keys(part, window)) for part in rows]
+        return self._spans[window]
 
-    def _block(self, rows: slice, rule: LayerRule) -> Block:
+    def _keys(self, rows: slice, window: int | None) -> slice:
         exists = self.query_exists[:, rows]
         order = self.query.order[:, rows]
         seen = self.key_exists & (self.key.order <= _last(order, exists)[:, None])
-        if rule.window is not None:
-            seen &= self.key.order > _first(order, exists)[:, None] - rule.window
+        if window is not None:
+            seen &= self.key.order > _first(order, exists)[:, None] - window
         columns = seen.any(0).nonzero().squeeze(1)
-        keys = slice(int(columns[0]), int(columns[-1]) + 1) if len(columns) else slice(0, 1)
+        return slice(int(columns[0]), int(columns[-1]) + 1) if len(columns) else slice(0, 1)
+
+    def _kept(self, rule: LayerRule, form: MaskForm) -> list[Tensor] | None:
+        """The masks of all blocks, or None if there was no room when they were first needed."""
+        if (rule, form) not in self._masks:
+            spans = self.spans(rule.window)
+            cells = len(self.query.kind) * sum(span.num_cells for span in spans)
+            fits = self.room.take(cells * form.copies)
+            made = [self._mask(span, rule, form) for span in spans] if fits else None
+            self._masks[rule, form] = made
+        return self._masks[rule, form]
+
+    def _mask(self, span: Span, rule: LayerRule, form: MaskForm) -> Tensor:
+        rows, keys = span
         mask = visible(
             self.query.map(lambda f: f[:, rows, None]),
             self.key.map(lambda f: f[:, None, keys]),
             self.superseded_until[:, None, keys],
             rule,
         )
-        mask = mask & exists[:, :, None] & self.key_exists[:, None, keys]
+        mask = mask & self.query_exists[:, rows, None] & self.key_exists[:, None, keys]
         # Rows that see nothing (padding, ended rows) get one key: a kernel may return NaN for
         # an empty row, and nobody reads theirs.
         mask[..., 0] |= ~mask.any(-1)
-        return Block(rows, keys, mask[:, None])
-
-
-def _as(kind: torch.dtype, mask: Tensor) -> Tensor:
-    if kind == torch.bool:
-        return mask
-    hidden = torch.zeros(mask.shape, dtype=kind, device=mask.device)
-    return hidden.masked_fill_(~mask, float("-inf"))
+        return formed(mask[:, None], form)
 
 
 def _last(order: Tensor, exists: Tensor) -> Tensor:

@@ -3,8 +3,11 @@
 A row belongs to exactly one *segment*. Causal segments (a chunk with its ghosts, the prefix, a
 whole prompt in full attention) see only themselves, in order, so the fused causal kernel does
 them without any mask. What is left are the global rows after the first chunk (links, fresh
-rows, query, answer): few rows over many keys, the only place where a mask is made. Work and
-memory grow with N x chunk length + global rows x N, never with N x N.
+rows, query, answer) and what a window cuts short: the only places where masks are made.
+
+Work grows with N x chunk length + global rows x N. That is N x N where every token is fresh, but
+memory grows with N even there: masks are kept up to a fixed number of elements (`KEPT_CELLS`) and
+made again, a block of rows at a time, beyond.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import torch
 from torch import Tensor
 
 from blocktune.attention.kernels import ROW_BLOCK, Knobs, causal_attention, check_rows
+from blocktune.attention.masks import KEPT_CELLS, MaskRoom
 from blocktune.attention.rowmap import RowMap, move_rows
 from blocktune.attention.rows import RowBand
 from blocktune.attention.segments import Segment, find_segments
@@ -56,21 +60,26 @@ class _Bucket:
 class SplitPlan:
     """Attention by segments; exact, differentiable, on any device."""
 
-    def __init__(self, layout: Layout):
+    def __init__(self, layout: Layout, kept_cells: int = KEPT_CELLS):
         """Finds the segments of ``layout`` (on the CPU, once per batch) and stacks them.
+
+        Args:
+            layout: Rows ``(B, S)``.
+            kept_cells: Mask elements to keep at most.
 
         Raises:
             ValueError: If the layout holds nothing but padding.
         """
         self.shape = layout.kind.shape
-        self._layered = layout.is_layered
+        self._endings = layout.endings
         segments = find_segments(layout.to("cpu"))
         if not segments:
             raise ValueError(
                 f"all {layout.batch_size} x {layout.num_rows} rows (batch x rows) are padding: "
                 "there is nothing to attend; leave empty prompts out of the batch"
             )
-        buckets = [_stack(bucket, layout) for bucket in _by_length(segments)]
+        room = MaskRoom(kept_cells)
+        buckets = [_stack(bucket, layout, room) for bucket in _by_length(segments)]
         self._own = [bucket for bucket in buckets if bucket.own]
         self._wide = [bucket for bucket in buckets if not bucket.own]
         # Each row is the query of one segment, and a key in its own segment and in one wide one.
@@ -83,8 +92,7 @@ class SplitPlan:
     ) -> Tensor:
         """See `Plan.attend`; the query rows and the keys are the layout's rows."""
         check_rows(self.shape, query, key)
-        if not self._layered:
-            rule = LayerRule(window=rule.window)  # one mask serves all layers
+        rule = rule.first_alike(self._endings)  # one mask for all layers with these rows
         q, k, v = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
         buckets = self._own + self._wide
         queries = _cut(*move_rows(q, self._queries), [bucket.query for bucket in buckets])
@@ -134,7 +142,7 @@ def _sort(segment: Segment) -> tuple[bool, bool]:
     return segment.own, segment.causal
 
 
-def _stack(segments: list[Segment], layout: Layout) -> _Bucket:
+def _stack(segments: list[Segment], layout: Layout, room: MaskRoom) -> _Bucket:
     query = _pad([segment.query for segment in segments]).to(layout.device)
     key = _pad([segment.key for segment in segments]).to(layout.device)
     flat = layout.rows().map(lambda field: field.flatten())
@@ -145,6 +153,7 @@ def _stack(segments: list[Segment], layout: Layout) -> _Bucket:
         query_exists=query >= 0,
         key_exists=key >= 0,
         row_block=_row_block(query, key),
+        room=room,
     )
     order = layout.order.flatten().tolist()
     span = max(order[segment.query[-1]] - order[segment.query[0]] for segment in segments)

@@ -161,6 +161,8 @@ class Schedule:
         """Computes these rows from ``layer`` on."""
         if self.plans and not self.plans[-1].executed:
             self.plans.pop()  # the universe, where the first layer computes less of it
+        if self.plans:
+            self.plans[-1].forget()
         self._current, rows = current, current.rows
         facts = rows.rows
         if self.course.selection.sees_future and layer >= min(self._checks, default=0):

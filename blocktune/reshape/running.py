@@ -22,7 +22,6 @@ class _Pass(NamedTuple):
 
     band: RowBand
     writes: bool  # whether rows are written into columns of the prompt: not in decoding
-    rows: Tensor  # that are no padding, (B, R) bool
     asks: Tensor  # rows of the question, (B, R) bool
     has_question: bool
 
@@ -102,12 +101,11 @@ class Reshaping:
         seen = self._enter(band, columns, rule.layer)
         if not self._acts[rule.layer]:
             return None
-        blocks = band.blocks(LayerRule(window=rule.window), torch.bool)
-        blocks = [part for block in blocks for part in cut(block, len(query) * query.shape[1])]
+        rule = LayerRule(window=rule.window)
         states = States(query, key.float(), value.float(), knobs)
-        choice = self._choice(blocks, seen, states)
+        choice = self._choice(rule, seen, states)
         outs, entropy = [], []
-        for block in blocks:
+        for block in self._blocks(rule, query):
             scores, part = states.scores(block, seen)
             if not self._looking:
                 chosen = None if choice is None else choice[:, :, block.rows]
@@ -142,15 +140,21 @@ class Reshaping:
             self._acts[layer] = self.reshape.acts(seen)
         return seen
 
-    def _choice(self, blocks: list[Block], seen: Seen, states: States) -> Tensor | None:
+    def _blocks(self, rule: LayerRule, query: Tensor) -> Iterator[Block]:
+        """One after the other: together their masks would be rows x columns."""
+        for block in self._pass.band.blocks(rule):
+            yield from cut(block, len(query) * query.shape[1])
+
+    def _choice(self, rule: LayerRule, seen: Seen, states: States) -> Tensor | None:
         if not self.reshape.surveys:
             return None
         if self.reshape.looks_ahead and not self._looking:
             assert self._ahead is not None, "a reshape that looks ahead was not let look"
             rows = seen.query.kind.shape[1]
             return self.reshape.choose(self._ahead.expand(-1, 1, rows, -1), seen.query)
+        blocks = self._blocks(rule, states.query)
         survey = torch.cat([self.reshape.survey(*states.scores(b, seen)) for b in blocks], dim=2)
-        pairs = sum(self._pass.rows[:, b.rows].sum(1) * b.mask.shape[-1] for b in blocks)
+        pairs = self._pass.band.pairs(rule.window)
         self.multiply_adds += (pairs * states.query.shape[1] * states.query.shape[3]).cpu()
         if not self._looking:
             return self.reshape.choose(survey, seen.query)
@@ -169,4 +173,4 @@ class Reshaping:
 def _read(band: RowBand) -> _Pass:
     asks = band.query.kind == Kind.QUERY
     writes = band.query_exists & (band.query.kind != Kind.ANSWER)
-    return _Pass(band, bool(writes.any()), band.query_exists, asks, bool(asks.any(1).all()))
+    return _Pass(band, bool(writes.any()), asks, bool(asks.any(1).all()))

@@ -88,19 +88,23 @@ def row_flops(size: Size, has_teacher: bool) -> float:
     return 4.0 * size.matmul + 2.0 * size.trained + (2.0 * size.matmul if has_teacher else 0.0)
 
 
-def peak_bytes(size: Size, rows: float, answer_rows: int, checkpointing: bool) -> float:
-    """Expected peak of one process without sharding: weights, gradients, Adam, activations.
+def peak_bytes(
+    size: Size, rows: float, answer_rows: int, checkpointing: bool, mask_cells: float = 0.0
+) -> float:
+    """Expected peak of one process without sharding: weights, gradients, Adam, states, masks.
 
     Args:
         size: Of the model.
         rows: Rows of the largest batch, padding included.
         answer_rows: Rows of it that get logits.
         checkpointing: Whether only each layer's input is kept, and one layer in full.
+        mask_cells: Elements of attention masks that are kept.
     """
     fixed = size.weight_bytes + size.gradient_bytes + ADAM_BYTES * size.trainable
     layer = HIDDEN_COPIES * size.hidden + FFN_COPIES * size.ffn
     kept = size.layers * size.hidden + layer if checkpointing else size.layers * layer
-    return fixed + rows * kept * size.state_bytes + answer_rows * size.vocab * LOGIT_BYTES
+    states = (rows * kept + mask_cells) * size.state_bytes
+    return fixed + states + answer_rows * size.vocab * LOGIT_BYTES
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from blocktune.attention.masks import KEPT_CELLS
 from blocktune.prompt import LayoutSpec
 from blocktune.sharded import num_elements
 from blocktune.training.console import SteadyConsole, amount, duration
@@ -102,10 +103,12 @@ def make_plan_of(trainer: BlockSFTTrainer, prepared: Prepared) -> TrainingPlan:
 
 
 def _peak(trainer: BlockSFTTrainer, longest: int) -> float:
-    args = trainer.args
-    rows = longest * args.per_device_train_batch_size * trainer.collator.row_growth
+    args, width = trainer.args, longest * trainer.collator.row_growth
+    rows = width * args.per_device_train_batch_size
     answers = max(trainer.train_dataset["answer_length"]) * args.per_device_train_batch_size
-    return peak_bytes(trainer.size, rows, answers, args.gradient_checkpointing)
+    # At most: every row sees every other one, or there are as many masks as are kept.
+    masks = min(rows * width, KEPT_CELLS) if args.attention_execution == "split" else 0
+    return peak_bytes(trainer.size, rows, answers, args.gradient_checkpointing, masks)
 
 
 def describe_layout(spec: LayoutSpec, block_share: float, both: bool, link_mode: str) -> str:

@@ -6,6 +6,7 @@ from largest_tensor import LargestTensor
 
 from blocktune.attention.cached import CachePlan, find_tails
 from blocktune.attention.kernels import Knobs, folded_attention, plain_attention
+from blocktune.attention.masks import KEPT_CELLS
 from blocktune.layout import FOREVER, GLOBAL, NO_CHUNK, NO_ROW, Kind, LayerRule, Rows
 
 TOLERANCE = 1e-5
@@ -75,12 +76,14 @@ def truth(query, key, qkv, knobs, window=None, flip=None):
 
 
 @pytest.mark.parametrize("knobs", [Knobs(0.3), Knobs(0.3, softcap=4.0)], ids=["plain", "capped"])
+@pytest.mark.parametrize("kept_cells", [0, KEPT_CELLS], ids=["remade", "kept"])
 @pytest.mark.parametrize("window", [None, 12])
 @pytest.mark.parametrize("name", CASES)
-def test_computed_rows_match_the_causal_mask(name, window, knobs):
+def test_computed_rows_match_the_causal_mask(name, window, kept_cells, knobs):
     query, key = case(name)
     qkv = states(query, key)
-    out = CachePlan(query, key).attend(*qkv, LayerRule(layer=1, window=window), knobs)
+    plan = CachePlan(query, key, kept_cells=kept_cells)
+    out = plan.attend(*qkv, LayerRule(layer=1, window=window), knobs)
     real = query.kind != Kind.PAD
     expected = truth(query, key, qkv, knobs, window)
     torch.testing.assert_close(out[real], expected[real], rtol=0, atol=TOLERANCE)

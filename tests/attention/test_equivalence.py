@@ -7,7 +7,8 @@ import torch
 from families import EXPERT_FAMILIES, FAMILIES, VOCAB, build, windows
 from layouts import LAYOUTS
 
-from blocktune.attention import attach, dense_mask, make_plan
+from blocktune.attention import DensePlan, SplitPlan, attach, dense_mask, make_plan
+from blocktune.attention.masks import KEPT_CELLS
 from blocktune.layout import FOREVER, LayerRule
 
 TOLERANCE = 1e-5
@@ -127,24 +128,24 @@ def test_executions_match_dense_where_layers_differ_in_their_rows(family):
     assert (other - expected)[lives].abs().max() > 10 * TOLERANCE
 
 
+@pytest.mark.parametrize("kept_cells", [0, KEPT_CELLS], ids=["remade", "kept"])
 @pytest.mark.parametrize("name", ["everything", "packed", "until", "dropout"])
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
-def test_split_gradients_match_dense(family, name):
+def test_split_gradients_match_dense(family, name, kept_cells):
     model, layout = build(FAMILIES[family]()), LAYOUTS[name]()
     attach(model)
     weight = torch.randn(*layout.kind.shape, VOCAB, generator=torch.Generator().manual_seed(2))
     weight[layout.is_pad | (layout.until <= 1)] = 0
 
-    def gradients(execution):
+    def gradients(plan):
         model.zero_grad()
         states = model.get_input_embeddings()(tokens(layout)).detach().requires_grad_()
-        plan = make_plan(execution, layout)
         out = model(inputs_embeds=states, position_ids=layout.position, plan=plan)
         (out.logits * weight).sum().backward()
         named = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         return {"inputs": states.grad, **named}
 
-    expected, got = gradients("dense"), gradients("split")
+    expected, got = gradients(DensePlan(layout)), gradients(SplitPlan(layout, kept_cells))
     assert got.keys() == expected.keys()
     for name, gradient in expected.items():
         # Sums over many rows: the bound is relative to the largest entry.

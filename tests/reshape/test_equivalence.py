@@ -6,6 +6,7 @@ from engine.served import ASK, FOREVER, SHORT, engine_of, served_spans
 from families import FAMILIES
 from reshape.oracle import BestChunks, TwoSoftmaxes, logits_by, rows_of
 
+from blocktune.attention.masks import MaskRoom
 from blocktune.reshape import blocks
 from blocktune.reuse import build, compose
 
@@ -70,6 +71,19 @@ def test_prefill_and_decode_match_the_merge_of_two_softmaxes(engine, name):
     reused = set(order[run.batch.layout.is_context[0]].tolist()) - kept
     wrong = merged(engine, method, fresh=fresh, moved=max(reused))
     assert (first - wrong).abs().max() > 10 * TOLERANCE["atol"]
+
+
+@pytest.mark.parametrize("name", ["psr", "first-k", "sel"])
+def test_masks_made_again_in_each_layer_change_nothing(llama, monkeypatch, name):
+    method = METHODS.get(name) or build(name)
+    kept = llama.answer([ASK], method, max_new_tokens=2)[0]
+    monkeypatch.setattr(MaskRoom, "take", lambda room, cells: False)
+    made = llama.answer([ASK], method, max_new_tokens=2)[0]
+    assert made.text == kept.text
+    assert made.account.flops == kept.account.flops
+    first, _ = served_spans(llama, ASK, method)
+    monkeypatch.undo()
+    assert torch.equal(first, served_spans(llama, ASK, method)[0])
 
 
 def test_keys_that_were_made_for_a_choice_only_are_fresh_too(tokenizer):

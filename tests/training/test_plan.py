@@ -45,6 +45,17 @@ def test_memory_grows_with_what_is_kept():
     assert kept[1] < kept[0]
     logits = peak_bytes(size, 0, 10, False) - fixed
     assert logits == 10 * size.vocab * 12
+    masks = peak_bytes(size, 0, 0, False, mask_cells=1000) - fixed
+    assert masks == 1000 * 4
+
+
+def test_the_plan_counts_masks_up_to_what_is_kept(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, recompute="deviation")
+    whole = make_plan_of(trainer, examples=64).peak_bytes
+    monkeypatch.setattr("blocktune.training.plan.KEPT_CELLS", 0)
+    width = 2 * max(trainer.train_dataset["length"])  # a fresh row for every token
+    masks = width**2 * trainer.args.per_device_train_batch_size * trainer.size.state_bytes
+    assert whole - make_plan_of(trainer, examples=64).peak_bytes == masks
 
 
 def test_expected_states_are_near_what_autograd_keeps():
