@@ -50,12 +50,12 @@ def test_memory_grows_with_what_is_kept():
 
 
 def test_the_plan_counts_masks_up_to_what_is_kept(tmp_path, monkeypatch):
-    trainer = make_trainer(tmp_path, recompute="deviation")
-    whole = make_plan_of(trainer, examples=64).peak_bytes
+    trainer, prepared = built(tmp_path, recompute="deviation")
+    whole = make_plan_of(trainer, prepared).peak_bytes
     monkeypatch.setattr("blocktune.training.plan.KEPT_CELLS", 0)
     width = 2 * max(trainer.train_dataset["length"])  # a fresh row for every token
     masks = width**2 * trainer.args.per_device_train_batch_size * trainer.size.state_bytes
-    assert whole - make_plan_of(trainer, examples=64).peak_bytes == masks
+    assert whole - make_plan_of(trainer, prepared).peak_bytes == masks
 
 
 def test_expected_states_are_near_what_autograd_keeps():
@@ -101,10 +101,13 @@ def test_trackers_get_speed_too(tmp_path):
     assert logged[-1]["eta_s"] == 0
 
 
+def built(folder, **options):
+    return build(*parse(["--config", str(write_run(folder, **options))]))
+
+
 def plan_of(folder, **options) -> str:
     console = Console(record=True, width=120, file=open(os.devnull, "w"))  # noqa: SIM115
-    trainer, prepared = build(*parse(["--config", str(write_run(folder, **options))]))
-    print_plan(make_plan_of(trainer, prepared), console)
+    print_plan(make_plan_of(*built(folder, **options)), console)
     return console.export_text()
 
 
