@@ -36,7 +36,13 @@ def in_full(name: str) -> str:
 
 
 def suite_of(
-    model: str, runs: Sequence[Run], split: str, joined: int, alone: int, whole: bool
+    model: str,
+    runs: Sequence[Run],
+    split: str,
+    joined: int,
+    alone: int,
+    whole: bool,
+    worlds: str = "",
 ) -> dict[str, Any]:
     """A suite as YAML holds it.
 
@@ -47,6 +53,7 @@ def suite_of(
         joined: Questions that join chunks.
         alone: Self-contained questions; 0 asks none.
         whole: Also the baselines and every adapter in full attention.
+        worlds: More options of the worlds, e.g. ``crowded=1``.
     """
     methods: list[Any] = [FULL]
     if whole:
@@ -60,10 +67,10 @@ def suite_of(
             methods.append(entry)
         if whole and method != FULL:
             methods.append(entry | {"name": FULL, "label": in_full(name)})
-    worlds = f"worlds:{split}?seed={SEEDS[split]}"
-    tasks = [_task(JOINED, f"{worlds}&n={joined}&kinds=cross-chunk,2-hop")]
+    source, more = f"worlds:{split}?seed={SEEDS[split]}", f"&{worlds}" if worlds else ""
+    tasks = [_task(JOINED, f"{source}&n={joined}&kinds=cross-chunk,2-hop{more}")]
     if alone:
-        tasks.append(_task(ALONE, f"{worlds}&n={alone}&kinds=self-contained"))
+        tasks.append(_task(ALONE, f"{source}&n={alone}&kinds=self-contained{more}"))
     return {
         "model": model,
         "dtype": "float32",

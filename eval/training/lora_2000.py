@@ -17,11 +17,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import yaml
 from asked import BATCH, BLEND, FULL, NAIVE, ask, method_of, suite_of
 from judged import Judge, choose
 from page import page_of
-from trained import Run, cost_of, train_all
+from trained import Run, cost_of, load_recipe, train_all
 
 from blocktune.adapter import AdapterInfo
 from blocktune.evaluation.files import replace_json, replace_text
@@ -38,7 +37,9 @@ PROGRAM = "python eval/training/lora_2000.py"
 
 def main() -> int:
     args = parse()
-    runs = [Run(path, seed, args.output) for path in args.recipes for seed in args.seeds]
+    runs = [
+        Run(path, seed, args.output, args.worlds) for path in args.recipes for seed in args.seeds
+    ]
     try:
         train_all(runs, args.jobs)
         if not args.train_only:
@@ -58,11 +59,14 @@ def parse() -> argparse.Namespace:
     add("--questions", type=int, default=2400, help="cross-chunk and 2-hop test questions")
     add("--alone", type=int, default=800, help="self-contained test questions")
     add("--dev-questions", type=int, default=600, help="questions that choose the best recipe")
+    add("--worlds", default="", help="more options of all worlds, e.g. crowded=1; needs --output")
     add("--train-only", action="store_true", help="stop before the first question")
     add("--output", type=Path, default=Path("out/study"), help="adapters and rows")
     add("--results", type=Path, default=Path("eval/results/training"), help="JSON and table")
     args = parser.parse_args()
     args.recipes = [_recipe(name) for name in args.recipes]
+    if args.worlds and args.output == parser.get_default("output"):
+        parser.error("--worlds trains other adapters; give them an --output of their own")
     if len(args.seeds) < 2:
         parser.error("--seeds needs two or more: one training says little of a recipe")
     if missing := [str(path) for path in args.recipes if not path.is_file()]:
@@ -79,9 +83,9 @@ def report(args: argparse.Namespace, runs: Sequence[Run]) -> dict[str, Any]:
         raise ValueError("no recipe trains for reuse; name one besides the control")
     control = next((name for name in served if served[name] == FULL), None)
     model = _base(runs)
-    dev = suite_of(model, runs, "dev", args.dev_questions, 0, whole=False)
+    dev = suite_of(model, runs, "dev", args.dev_questions, 0, False, args.worlds)
     best, on_dev = choose(ask(dev, args.output / "lora-2000-dev", args.jobs), reusing)
-    test = suite_of(model, runs, "test", args.questions, args.alone, whole=True)
+    test = suite_of(model, runs, "test", args.questions, args.alone, True, args.worlds)
     plain = PLAIN if PLAIN in reusing else None
     judge = Judge(ask(test, args.output / "lora-2000-test", args.jobs), labels, plain)
     costs = {run.folder.name: cost_of(run) for run in runs}
@@ -139,7 +143,7 @@ def _origins(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def _base(runs: Sequence[Run]) -> str:
-    said = {yaml.safe_load(run.recipe.read_text())["model_name_or_path"] for run in runs}
+    said = {load_recipe(run.recipe)["model_name_or_path"] for run in runs}
     if len(said) != 1:
         raise ValueError(f"the recipes train different bases: {', '.join(sorted(said))}")
     return said.pop()

@@ -27,11 +27,19 @@ ASIDE = ("output_dir", "resume_from_checkpoint", "report_to", "logging_steps", "
 
 @dataclass(frozen=True)
 class Run:
-    """One training: a recipe with a seed."""
+    """One training: a recipe with a seed.
+
+    Attributes:
+        recipe: The YAML.
+        seed: Wins over the recipe's.
+        output: Folder of the adapters.
+        worlds: More options of the worlds that the recipe trains on, e.g. ``crowded=1``.
+    """
 
     recipe: Path
     seed: int
     output: Path
+    worlds: str = ""
 
     @property
     def name(self) -> str:
@@ -66,15 +74,24 @@ class Run:
 
     def _settings(self) -> dict[str, Any]:
         """What the recipe says now, as a run writes it down."""
-        parsed = parse(["--config", str(self.recipe), "--seed", str(self.seed)])
-        return _flat(yaml.safe_load(yaml.safe_dump(resolved(*parsed))))
+        return _flat(yaml.safe_load(yaml.safe_dump(resolved(*parse(_words(self._options()))))))
+
+    def _options(self) -> dict[str, Any]:
+        options = {"config": self.recipe, "seed": self.seed}
+        if self.worlds:
+            options["train_data"] = f"{load_recipe(self.recipe)['train_data']}&{self.worlds}"
+        return options
 
     def command(self) -> list[str]:
-        options = {"config": self.recipe, "seed": self.seed, "output_dir": self.folder}
+        options = self._options() | {"output_dir": self.folder}
         if self.checkpoints:
             options["resume_from_checkpoint"] = "true"
-        words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
-        return [sys.executable, "-u", "-m", "blocktune.cli", "train", *words]
+        return [sys.executable, "-u", "-m", "blocktune.cli", "train", *_words(options)]
+
+
+def load_recipe(path: Path) -> dict[str, Any]:
+    """The keys of a recipe."""
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
 def train_all(runs: Sequence[Run], jobs: int) -> None:
@@ -139,7 +156,11 @@ def _flat(groups: dict[str, dict]) -> dict[str, Any]:
     return {key: value for group in groups.values() for key, value in group.items()}
 
 
+def _words(options: dict[str, Any]) -> list[str]:
+    return [word for key, value in options.items() for word in (f"--{key}", str(value))]
+
+
 def _deciding(recipe: Path) -> list[str]:
     """The keys of a recipe that decide what is learnt."""
-    said = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    said = load_recipe(recipe)
     return ["seed", *(key for key in said if key not in ASIDE and not key.startswith("save_"))]

@@ -32,6 +32,7 @@ def run(folder, *arguments) -> subprocess.CompletedProcess:
     recipes = [str(folder / f"{name}.yaml") for name in ("joined", "control")]
     sizes = ["--questions", "8", "--alone", "4", "--dev-questions", "4", "--seeds", "0", "1"]
     places = ["--output", str(folder / "out"), "--results", str(folder / "results")]
+    sizes += ["--worlds", "crowded=1"]
     command = [sys.executable, str(SCRIPT), "--recipes", *recipes, *sizes, *places, *arguments]
     env = os.environ | {"HF_HUB_OFFLINE": "1"}
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=env)
@@ -61,6 +62,9 @@ def test_it_trains_asks_judges_and_goes_on_where_it_was(tmp_path):
     page = (tmp_path / "results" / "lora-2000.md").read_text()
     assert "**joined**" in page
     assert "control, by full prefill" in page
+    trained_on = {one["data"] for one in found["provenance"]["adapters"].values()}
+    assert trained_on == {"worlds:train?seed=1&n=8&crowded=1"}
+    assert all(source.endswith("&crowded=1") for source in found["asked_on"])
 
     weights = tmp_path / "out" / "joined-0" / "adapter_model.safetensors"
     rows = tmp_path / "out" / "lora-2000-test" / "rows" / "naive.jsonl"
@@ -74,3 +78,10 @@ def test_it_trains_asks_judges_and_goes_on_where_it_was(tmp_path):
     changed = run(tmp_path)
     assert changed.returncode == 2
     assert "was trained with learning_rate: 0.002" in changed.stderr
+
+
+def test_other_worlds_need_a_folder_of_their_own():
+    command = [sys.executable, str(SCRIPT), "--worlds", "crowded=1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 2
+    assert "give them an --output of their own" in done.stderr
