@@ -92,7 +92,7 @@ class ObjectiveOptions:
     recompute: str = field(
         default="none",
         metadata={
-            "help": "Selector whose tokens are fresh in training: first-k, random, deviation"
+            "help": "Selector whose tokens are fresh in training, e.g. 'deviation check_layer=2'"
         },
     )
     recompute_min: float = field(

@@ -6,6 +6,8 @@ import dataclasses
 import random
 from dataclasses import dataclass, replace
 
+import yaml
+
 from blocktune.select import SELECTORS, Selection
 
 
@@ -42,9 +44,19 @@ class RecomputeSampler:
             )
 
     @classmethod
-    def named(cls, name: str, low: float, high: float) -> RecomputeSampler:
-        """The sampler of a selector's name."""
-        return cls(SELECTORS.build(name), low, high)
+    def named(cls, text: str, low: float, high: float) -> RecomputeSampler:
+        """The sampler of a selector as one says it: ``deviation check_layer=2 by=values``.
+
+        Raises:
+            ValueError: If a word is no ``key=value``, or as the selector does.
+        """
+        name, *words = text.split() or [""]
+        pairs = [word.partition("=") for word in words]
+        for key, equals, value in pairs:
+            if not (key and equals and value):
+                raise ValueError(f"recompute: a selector and KEY=VALUE pairs, got '{text}'")
+        parameters = {key: yaml.safe_load(value) for key, _, value in pairs}
+        return cls(SELECTORS.build(name, **parameters), low, high)
 
     def share(self, draw: random.Random) -> float:
         """The share of one prompt."""

@@ -158,6 +158,8 @@ def test_a_run_trains_however_its_batches_are_cut(tmp_path, name):
     ("options", "line"),
     [
         ({"recompute": "best"}, "unknown selector 'best'"),
+        ({"recompute": "deviation check_layer"}, "KEY=VALUE pairs, got 'deviation check_layer'"),
+        ({"recompute": "deviation layer=2"}, "takes ratio, check_layer, .* got unknown layer"),
         ({"recompute": "random", "recompute_min": 0.4, "recompute_max": 0.2}, "min <= max"),
         ({"recompute": "random", "block_share": 0.0}, "raise block_share"),
         ({"recompute": "gradual-deviation"}, "chooses at several layers"),
@@ -168,3 +170,10 @@ def test_a_run_trains_however_its_batches_are_cut(tmp_path, name):
 def test_what_cannot_be_sampled_is_refused(tmp_path, options, line):
     with pytest.raises(ValueError, match=line):
         make_trainer(tmp_path, **options)
+
+
+def test_a_selector_takes_its_parameters():
+    text = "deviation check_layer=2 by=values"
+    assert RecomputeSampler.named(text, 0.1, 0.2) == RecomputeSampler(
+        SELECTORS.build("deviation", check_layer=2, by="values"), 0.1, 0.2
+    )
