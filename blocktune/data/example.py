@@ -83,6 +83,8 @@ class RagExample:
     def from_json(cls, record: Any, where: str = "") -> RagExample:
         """Reads one record strictly: no unknown keys, no conversions but chunks as strings.
 
+        A field that is null is a field left out: so do tables write it where rows differ.
+
         Args:
             record: A decoded JSON object.
             where: Named first in errors, e.g. ``'docs.jsonl, line 7'``.
@@ -140,9 +142,9 @@ def _decode(cls, record: Any) -> dict[str, Any]:
     known = [f.name for f in fields(cls)]
     if unknown := [key for key in record if key not in known]:
         raise ValueError(f'unknown field "{unknown[0]}"; known: {", ".join(known)}')
-    if missing := [key for key in ("question", "chunks") if key not in record]:
+    if missing := [key for key in ("question", "chunks") if record.get(key) is None]:
         raise ValueError(f'field "{missing[0]}" is missing; known: {", ".join(known)}')
-    values = dict(record)
+    values = {key: value for key, value in record.items() if value is not None}
     chunks = values["chunks"]
     if not isinstance(chunks, list) or not chunks:
         hint = "a question needs at least one retrieved chunk"

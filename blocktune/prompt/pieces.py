@@ -14,9 +14,9 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from blocktune.prompt.chunk import Chunk
-from blocktune.prompt.encoding import encode
+from blocktune.prompt.encoding import encode, special_tokens
 from blocktune.prompt.format import PromptFormat
-from blocktune.prompt.template import render_frame, render_next, reply_end
+from blocktune.prompt.template import QUESTION, render_frame, render_next, reply_end
 
 
 class Pieces(NamedTuple):
@@ -72,10 +72,12 @@ def make_pieces(
         raise ValueError("a prompt needs at least one chunk, got an empty list")
     opening = fmt.opening(block)
     head = f"{opening}\n\n" if opening else ""
-    frame = render_frame(tokenizer, fmt.system, head, fmt.render_question(question))
+    frame = render_frame(
+        tokenizer, fmt.system, head, fmt.render_question(_stand_in(tokenizer, question))
+    )
     prefix = _with_bos(tokenizer, encode(tokenizer, frame.before))
     bodies = tuple(chunk_ids(tokenizer, fmt, chunk) for chunk in chunks)
-    query = encode(tokenizer, frame.after)
+    query = _encode_asked(tokenizer, frame.after, question)
     answer = () if response is None else answer_ids(tokenizer, response)
     if followups and response is None:
         raise ValueError("followups come after an answer, and the first question has no response")
@@ -114,9 +116,16 @@ def chunk_ids(
 
 def answer_ids(tokenizer: PreTrainedTokenizerBase, response: str) -> tuple[int, ...]:
     """Tokens the model is trained to write: the response and the end of its turn."""
-    lead = " " if tokenizer.chat_template is None else ""  # "Answer:" wants a space
-    body = encode(tokenizer, lead + response, split_special_tokens=True)
+    body = encode(tokenizer, _lead(tokenizer) + response, split_special_tokens=True)
     return body + end_of_turn(tokenizer)
+
+
+def _lead(tokenizer) -> str:
+    """The space that "Answer:" wants after it, unless the tokenizer puts it there (Llama 2)."""
+    if tokenizer.chat_template is not None:
+        return ""
+    (first, *_) = tokenizer.convert_ids_to_tokens(encode(tokenizer, "a"))
+    return "" if first.startswith("\u2581") else " "
 
 
 def next_query_ids(
@@ -127,7 +136,8 @@ def next_query_ids(
     Raises:
         ValueError: If the template does not end the assistant's turn as `end_of_turn` does.
     """
-    ids = encode(tokenizer, render_next(tokenizer, fmt.render_question(question)))
+    asked = fmt.render_question(_stand_in(tokenizer, question))
+    ids = _encode_asked(tokenizer, render_next(tokenizer, asked), question)
     if tokenizer.chat_template is None:
         return ids
     end = end_of_turn(tokenizer)
@@ -149,8 +159,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
         ValueError: If there is neither.
     """
     ids = encode(tokenizer, reply_end(tokenizer))
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special.add(tokenizer.eos_token_id)
+    special = {*special_tokens(tokenizer).values(), tokenizer.eos_token_id}
     ends = [index for index, token in enumerate(ids) if token in special]
     if ends:
         return ids[: ends[0] + 1]
@@ -160,6 +169,24 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
             f"that ends the assistant's turn; set tokenizer.eos_token"
         )
     return (tokenizer.eos_token_id,)
+
+
+def _stand_in(tokenizer, question: str) -> str:
+    """The question, or a word in its place while the template renders: see `_encode_asked`."""
+    return QUESTION if any(text in question for text in special_tokens(tokenizer)) else question
+
+
+def _encode_asked(tokenizer, text: str, question: str) -> tuple[int, ...]:
+    """Encodes text that holds a question; special tokens written out in that one stay text.
+
+    A user who asks about ``<|eot_id|>`` does not end the turn. A question without any is read
+    in one go with what stands around it.
+    """
+    before, stood_in, after = text.partition(QUESTION)
+    if not stood_in:
+        return encode(tokenizer, text)
+    asked = encode(tokenizer, question.strip(), split_special_tokens=True)
+    return encode(tokenizer, before) + asked + encode(tokenizer, after)
 
 
 def _with_bos(tokenizer, prefix: tuple[int, ...]) -> tuple[int, ...]:
@@ -181,8 +208,8 @@ def _check_bos(tokenizer, pieces: Pieces) -> None:
     if count > 1 or (count == 1 and pieces.prefix[:1] != (bos,)):
         raise ValueError(
             f"the prompt holds the BOS token {tokenizer.bos_token!r} {count} times, it must open "
-            f"the prompt and stand nowhere else; take it out of the instruction, the system text, "
-            f"the question or the chat template"
+            f"the prompt and stand nowhere else; take it out of the instruction, the system text "
+            f"or the chat template"
         )
 
 

@@ -15,8 +15,16 @@ from transformers import PreTrainedTokenizerBase
 
 SENTINEL = "BlocktuneChunksStandHere"
 REPLY = "BlocktuneReplyStandsHere"
+QUESTION = "BlocktuneQuestionStandsHere"
 PLAIN_REPLY_CUE = "\nAnswer:"
 """Asks for the answer where there is no chat template to open the assistant's turn."""
+
+
+DATE = "26 Jul 2024"
+"""Today, to a template that asks: the default of Llama 3.1. A prefix is cached for longer."""
+
+_TELL_DATE = f"{{%- macro strftime_now(format) -%}}{DATE}{{%- endmacro -%}}"
+"""Granite's templates and Mistral's ask a function, which only the template itself can replace."""
 
 
 class Frame(NamedTuple):
@@ -102,12 +110,26 @@ def _conversations(system: str | None, content: str):
 
 def _render(tokenizer, messages: list[dict[str, Any]], **kwargs) -> str | None:
     """The rendered text, or None where the template refuses these messages."""
+    template = tokenizer.get_chat_template()
+    dated = "strftime_now" in template
     try:
-        return tokenizer.apply_chat_template(
-            messages, tokenize=False, **_switches(tokenizer.get_chat_template()), **kwargs
+        text = tokenizer.apply_chat_template(
+            messages,
+            tokenize=False,
+            chat_template=_TELL_DATE + template if dated else template,
+            **_switches(template),
+            **kwargs,
         )
     except (TemplateError, TypeError):
         return None
+    return _end_thinking(text)
+
+
+def _end_thinking(text: str) -> str:
+    """Closes the thoughts that some templates open for the model, with none in between."""
+    if not text.rstrip("\n").endswith("<think>"):
+        return text
+    return text.rstrip("\n") + "\n\n</think>\n\n"
 
 
 def _switches(template: str) -> dict[str, Any]:
@@ -116,5 +138,5 @@ def _switches(template: str) -> dict[str, Any]:
     if "enable_thinking" in template:
         switches["enable_thinking"] = False
     if "date_string" in template:
-        switches["date_string"] = "26 Jul 2024"  # the default of Llama 3.1
+        switches["date_string"] = DATE
     return switches

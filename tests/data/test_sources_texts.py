@@ -76,6 +76,25 @@ def test_conversations_that_cannot_be_cut_are_counted(save):
     assert only(save({"messages": system})).chunks == (Chunk("System: Be brief."),)
 
 
+def test_code_keeps_its_indent_and_is_not_cut_out_of_a_single_message(save):
+    code = "def sign(x):\n    return -1"
+    asked = {"role": "user", "content": f"Explain:\n{code}"}
+    reply = {"role": "assistant", "content": "Minus one."}
+    loaded = load_source(
+        save({"messages": [asked, reply]}, {"messages": [asked, reply, asked, reply]})
+    )
+    assert loaded.left_out == {"a single message that holds code": 1}
+    (example,) = loaded.examples
+    assert code in example.chunks[0].text
+    assert example.question == f"Explain:\n{code}"
+
+
+def test_null_is_a_row_without_it(save):
+    loaded = load_source(save({"dialogue": None, "summary": "x"}, *SAMSUM))
+    assert len(loaded.examples) == len(SAMSUM)
+    assert loaded.left_out == {'"dialogue" is blank': 1}
+
+
 def test_document_ends_with_what_the_model_writes(save):
     path = save({"text": "One.\n\nTwo.\n\nThree.", "title": "T"}, {"text": "whole"})
     example = only(f"{path}?as=document")

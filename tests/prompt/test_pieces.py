@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
-from chat_families import FAMILIES, PARTS, family
+from chat_families import FAMILIES, PARTS, family, unthought
 from tiny_tokenizer import build_tokenizer, trl_template
 
 from blocktune.prompt import (
@@ -43,7 +43,7 @@ def direct_render(name: str, text: str) -> str:
         enable_thinking=False,
         date_string="26 Jul 2024",
     )
-    return rendered if rendered.startswith("<s>") else f"<s>{rendered}"
+    return unthought(rendered if rendered.startswith("<s>") else f"<s>{rendered}")
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -176,9 +176,47 @@ def test_no_chunk_is_refused():
 
 def test_second_bos_is_refused():
     twice = "{{ bos_token }}" + trl_template("llama3")
-    for template, question in ((trl_template("llama3"), "What is <s>?"), (twice, QUESTION)):
-        with pytest.raises(ValueError, match="the BOS token '<s>' 2 times"):
-            make_pieces(build_tokenizer(template), PromptFormat(), CHUNKS, question)
+    with pytest.raises(ValueError, match="the BOS token '<s>' 2 times"):
+        make_pieces(build_tokenizer(twice), PromptFormat(), CHUNKS, QUESTION)
+    with pytest.raises(ValueError, match="the BOS token '<s>' 2 times"):
+        prefix_ids(build_tokenizer(), PromptFormat(instruction="Strike <s>this</s> out"))
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, None])
+def test_special_tokens_in_a_question_stay_text(name):
+    """A question about <|eot_id|> does not end the turn, nor does HTML's <s> begin a prompt."""
+    tokenizer = family(name) if name else build_tokenizer(None)
+    plain, asked = "Why?", f"Why {' '.join(tokenizer.added_tokens_encoder)}?"
+    turns = name != "smolvlm"  # whose replies do not end alike, see test_followups.py
+
+    def queries(question):
+        more = [(question, "So.")] if turns else []
+        pieces = make_pieces(tokenizer, PromptFormat(), CHUNKS, question, "So.", followups=more)
+        return [pieces.query, *(query for query, _ in pieces.followups)]
+
+    steering = tokenizer.added_tokens_decoder
+    for query, without in zip(queries(asked), queries(plain), strict=True):
+        assert [i for i in query if i in steering] == [i for i in without if i in steering]
+        assert tokenizer.decode(query) == tokenizer.decode(without).replace(plain, asked)
+
+
+DATED = (
+    "{{ bos_token }}{{ strftime_now('%B %d, %Y') }}"
+    "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+)
+
+
+def test_a_template_that_asks_for_today_gets_the_same_day_every_day():
+    prefix = prefix_ids(build_tokenizer(DATED), PromptFormat())
+    assert build_tokenizer(DATED).decode(prefix).startswith("<s>26 Jul 2024[")
+
+
+@pytest.mark.parametrize("opened", ["<think>", "<think>\n"])
+def test_thoughts_that_a_template_opens_are_closed(opened):
+    template = trl_template("llama3") + "{% if add_generation_prompt %}" + opened + "{% endif %}"
+    tokenizer = build_tokenizer(template)
+    query = make_pieces(tokenizer, PromptFormat(), CHUNKS, QUESTION).query
+    assert tokenizer.decode(query).endswith("<think>\n\n</think>\n\n")
 
 
 @pytest.mark.parametrize("template", ["{{ bos_token }}hello", "{{ messages[0].content * 2 }}"])

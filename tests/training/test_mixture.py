@@ -44,6 +44,36 @@ def test_kvlinks_shares_by_sampling(tmp_path):
     assert modes(trainer) == [(2, False)] * 12 + [(3, True)] * 8
 
 
+def test_a_part_is_worded_in_its_own_way_and_for_the_teacher_too(tmp_path):
+    plain = {"instruction": "", "question": "{question}"}
+    path = mixture(tmp_path / "data", {"mode": "block"}, {"mode": "full", "format": plain})
+    options = {"train_data": None, "mixture": path, "block_tag": "[B]", "full_tag": "[F]"}
+    trainer = make_trainer(tmp_path, distill_weight=0.5, max_steps=1, **options)
+    decode = trainer.processing_class.decode
+    parts = [part for record in trainer.train_dataset for part in record["parts"]]
+    opened = {part["block"]: decode(part["prefix"]) for part in parts}
+    taught = {part["block"]: decode(part["teacher_prefix"]) for part in parts}
+    asked = {part["block"]: decode(part["query"]) for part in parts}
+    assert "[B] Answer the question" in opened[True]
+    assert "[F]" in opened[False]
+    assert "Answer" not in opened[False] + taught[False]
+    assert "Answer the question" in taught[True]
+    assert "[" not in taught[True] + taught[False]
+    assert "Question:" in asked[True]
+    assert "Question:" not in asked[False]
+    trainer.train()
+
+
+def test_a_parts_wording_is_strict(tmp_path):
+    for wrong, message in (
+        ({"instructions": ""}, "unknown prompt format key 'instructions'"),
+        ({"question": "x"}, "must hold {question}"),
+    ):
+        path = mixture(tmp_path / "data", {"format": wrong}, {})
+        with pytest.raises(ValueError, match=rf"parts\[0\]: .*{message}"):
+            make_trainer(tmp_path, train_data=None, mixture=path)
+
+
 def test_modes_and_options_must_agree(tmp_path):
     path = mixture(tmp_path / "data", {"mode": "full"}, {"mode": "full"})
     write_run(tmp_path)

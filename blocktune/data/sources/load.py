@@ -62,7 +62,7 @@ def load_source(
             ``?`` stand options: of a generator its own, else those of `Reading`, such as
             ``?split=train&as=document&chunker=fixed&size=100``.
         limit: Stop after so many examples.
-        split: Split of a Hub data set; default ``validation``, or ``train`` if there is no other.
+        split: Split of a Hub data set; default ``validation``, in sets that have none ``train``.
         tokenizer: Counts tokens where a chunker or a generator wants that and names none itself.
         chunker: Cuts conversations and documents, instead of the shape's own or the option's.
 
