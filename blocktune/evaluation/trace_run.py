@@ -96,9 +96,9 @@ def run_traces(
 def _servers(suite: TraceSuite, load: Any) -> list[Server]:
     methods = {spec.label: build_entry(spec.entry()) for spec in suite.methods}
     engines = {adapter: load(suite, adapter) for adapter in {s.adapter: 0 for s in suite.methods}}
-    words = suite.task.format()
-    if words is not None:
-        engines = {adapter: engine.reworded(words) for adapter, engine in engines.items()}
+    engines = {
+        a: engine.reworded(suite.task.worded(engine.format)) for a, engine in engines.items()
+    }
     return [Server(spec, methods[spec.label], engines[spec.adapter]) for spec in suite.methods]
 
 
