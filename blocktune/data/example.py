@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
@@ -141,7 +142,9 @@ def _decode(cls, record: Any) -> dict[str, Any]:
         raise ValueError(f"must be an object, got {brief(record)}")
     known = [f.name for f in fields(cls)]
     if unknown := [key for key in record if key not in known]:
-        raise ValueError(f'unknown field "{unknown[0]}"; known: {", ".join(known)}')
+        near = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.7)
+        hint = f'; did you mean "{near[0]}"?' if near else ""
+        raise ValueError(f'unknown field "{unknown[0]}"; known: {", ".join(known)}{hint}')
     if missing := [key for key in ("question", "chunks") if record.get(key) is None]:
         raise ValueError(f'field "{missing[0]}" is missing; known: {", ".join(known)}')
     values = {key: value for key, value in record.items() if value is not None}

@@ -40,6 +40,18 @@ def refuse_missing_trackers(names: Sequence[str]) -> None:
             ) from None
 
 
+def refuse_unasked_evaluation(source: str | None, args: SFTConfig) -> None:
+    """Raises ValueError where questions to evaluate on are named but never asked, or wanted."""
+    asked = str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no"
+    if source and not asked:
+        raise ValueError(
+            f"eval_data '{source}' would never be asked, since eval_strategy is 'no'; set "
+            "eval_strategy: epoch, or steps with eval_steps"
+        )
+    if asked and not source:
+        raise ValueError("eval_strategy wants questions to evaluate on; name them in eval_data")
+
+
 def refuse_frozen_quantised(args: SFTConfig, choice: ModelConfig) -> None:
     """Raises ValueError for learned tokens alone on a quantised base."""
     if args.freeze_base and (choice.load_in_4bit or choice.load_in_8bit):

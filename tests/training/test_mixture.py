@@ -102,7 +102,8 @@ def test_nothing_is_trained_on_what_it_is_judged_by(tmp_path, monkeypatch):
 
     monkeypatch.setattr("blocktune.training.build.load_examples", load)
     monkeypatch.setattr("blocktune.data.mixture.draw.load_examples", load)
-    make_trainer(tmp_path, train_data="hotpotqa", eval_data="hotpotqa")
+    evaluated = {"eval_data": "hotpotqa", "eval_strategy": "epoch"}
+    make_trainer(tmp_path, train_data="hotpotqa", **evaluated)
     path = tmp_path / "mixture.yaml"
     parts = [{"source": "hf:a/b"}, {"source": "hf:a/b?split=dev"}, {"source": "nq", "split": "x"}]
     path.write_text(yaml.safe_dump({"parts": parts}))
