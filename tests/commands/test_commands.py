@@ -152,3 +152,9 @@ def test_layer_ranges_are_profiled(blocktune, model, questions):
     shown = blocktune("intervals", "--model", model, "--input", questions, "--limit", 1).stdout
     assert shown.split()[:5] == ["first_layer", "ratio", "layers", "divergence", "agreement"]
     assert "100%" in shown
+
+
+@pytest.mark.parametrize("command", ["answer", "merge"])
+def test_help_shows_that_a_revision_can_be_pinned(blocktune, command):
+    """Brackets are markup to the help unless they are escaped."""
+    assert "USER/NAME[@REVISION]" in "".join(blocktune(command, "--help").stdout.split())
