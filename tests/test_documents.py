@@ -1,6 +1,7 @@
 """What README and documents say to type is there, and their snippets run as they stand."""
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -80,7 +81,7 @@ def test_an_option_that_is_not_there_is_found():
     assert unknown_options(["blocktune", "train", "--num_linx=3"]) == ["--num_linx=3"]
 
 
-def test_python_of_the_readme_runs(tmp_path):
+def test_python_of_the_readme_runs():
     snippets = [block for block in blocks(ROOT / "README.md", "python") if "@register" not in block]
     assert len(snippets) == 2
     for snippet in snippets:
@@ -106,6 +107,7 @@ def test_the_method_that_is_shown_keeps_the_contract(name, tmp_path):
             "mine.py",
         ],
         cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},  # this tree, wherever the package is installed
         capture_output=True,
         text=True,
         check=False,

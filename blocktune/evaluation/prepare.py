@@ -82,7 +82,7 @@ def prepare(suite: Suite, load: Load = load_engine) -> Ready:
     questions = _questions(suite, next(iter(engines.values())).tokenizer)
     worded = _worded(suite, engines)
     timed = _timed(suite, questions)
-    _tell_rewording(engines, worded)
+    tell_rewording(engines, worded)
     ready = Ready(suite, methods, engines, questions, timed, worded)
     for task in suite.tasks:
         named = {adapter or "base": worded[adapter, task.name] for adapter in adapters}
@@ -110,10 +110,15 @@ def _worded(suite: Suite, engines: Mapping[str | None, Any]) -> dict[tuple[str |
     return worded
 
 
-def _tell_rewording(
+def tell_rewording(
     engines: Mapping[str | None, Any], worded: Mapping[tuple[str | None, str], Any]
 ) -> None:
-    """Warns where an adapter is asked in other words than it was trained in."""
+    """Warns where an adapter is asked in other words than it was trained in.
+
+    Args:
+        engines: Adapter (None is the base) -> engine in its own wording.
+        worded: (adapter, task) -> engine in the task's.
+    """
     for (adapter, task), engine in worded.items():
         trained, asked = engines[adapter].format.to_dict(), engine.format.to_dict()
         if adapter is not None and (

@@ -182,11 +182,11 @@ def _encode_asked(tokenizer, text: str, question: str) -> tuple[int, ...]:
     A user who asks about ``<|eot_id|>`` does not end the turn. A question without any is read
     in one go with what stands around it.
     """
-    before, stood_in, after = text.partition(QUESTION)
-    if not stood_in:
-        return encode(tokenizer, text)
-    asked = encode(tokenizer, question.strip(), split_special_tokens=True)
-    return encode(tokenizer, before) + asked + encode(tokenizer, after)
+    first, *rest = text.split(QUESTION)  # a wording may ask twice
+    ids = encode(tokenizer, first)
+    for after in rest:
+        ids += encode(tokenizer, question, split_special_tokens=True) + encode(tokenizer, after)
+    return ids
 
 
 def _with_bos(tokenizer, prefix: tuple[int, ...]) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ template that trims or rewrites user text cannot touch it.
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
@@ -23,7 +24,9 @@ PLAIN_REPLY_CUE = "\nAnswer:"
 DATE = "26 Jul 2024"
 """Today, to a template that asks: the default of Llama 3.1. A prefix is cached for longer."""
 
-_TELL_DATE = f"{{%- macro strftime_now(format) -%}}{DATE}{{%- endmacro -%}}"
+_DATE = datetime.strptime(DATE, "%d %b %Y")
+_CODES = "".join(f"|replace('%{code}', '{_DATE:%{code}}')" for code in "YmdBbyAaHMSj")
+_TELL_DATE = f"{{%- macro strftime_now(format) -%}}{{{{ format{_CODES} }}}}{{%- endmacro -%}}"
 """Granite's templates and Mistral's ask a function, which only the template itself can replace."""
 
 

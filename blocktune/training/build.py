@@ -19,11 +19,7 @@ from blocktune.training.checkpoint import AdapterFiles
 from blocktune.training.collator import BlockCollator
 from blocktune.training.config import BlockSFTConfig, DataArgs
 from blocktune.training.dataset import Prepared, Sample, in_modes, prepare
-from blocktune.training.guards import (
-    refuse_frozen_quantised,
-    refuse_missing_trackers,
-    refuse_unasked_evaluation,
-)
+from blocktune.training.guards import refuse_frozen_quantised, refuse_missing_trackers
 from blocktune.training.log_lines import LogLines
 from blocktune.training.objective import Objective
 from blocktune.training.plan import describe_objective
@@ -48,7 +44,6 @@ def build(
             loaders do.
     """
     refuse_missing_trackers(args.report_to)
-    refuse_unasked_evaluation(data.eval_data, args)
     refuse_frozen_quantised(args, choice)
     model, tokenizer = load_base(choice)
     train_set, eval_set = _datasets(data, args, model, tokenizer)

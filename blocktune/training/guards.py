@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer_utils import IntervalStrategy
 from trl import ModelConfig, SFTConfig
 
 
@@ -42,14 +43,14 @@ def refuse_missing_trackers(names: Sequence[str]) -> None:
 
 def refuse_unasked_evaluation(source: str | None, args: SFTConfig) -> None:
     """Raises ValueError where questions to evaluate on are named but never asked, or wanted."""
-    asked = str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no"
+    asked = args.eval_strategy != IntervalStrategy.NO or args.eval_on_start
     if source and not asked:
         raise ValueError(
             f"eval_data '{source}' would never be asked, since eval_strategy is 'no'; set "
-            "eval_strategy: epoch, or steps with eval_steps"
+            "eval_strategy: epoch, steps with eval_steps, or eval_on_start"
         )
     if asked and not source:
-        raise ValueError("eval_strategy wants questions to evaluate on; name them in eval_data")
+        raise ValueError("an evaluation wants questions to ask; name them in eval_data")
 
 
 def refuse_frozen_quantised(args: SFTConfig, choice: ModelConfig) -> None:

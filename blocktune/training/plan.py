@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
+from transformers.trainer_utils import IntervalStrategy
 
 from blocktune.attention.masks import KEPT_CELLS
 from blocktune.prompt import LayoutSpec
@@ -120,8 +121,12 @@ def _evaluation(trainer: BlockSFTTrainer) -> str | None:
     args, rows = trainer.args, trainer.eval_dataset
     if rows is None:
         return None
-    every = "epoch" if args.eval_strategy == "epoch" else f"{args.eval_steps:g} steps"
-    return f"{sum(1 for count in rows['answer_length'] if count):,} rows, every {every}"
+    when = {
+        IntervalStrategy.NO: "before the first step",
+        IntervalStrategy.EPOCH: "every epoch",
+        IntervalStrategy.STEPS: f"every {args.eval_steps or 0:g} steps",
+    }[args.eval_strategy]
+    return f"{sum(1 for count in rows['answer_length'] if count):,} rows, {when}"
 
 
 def _peak(trainer: BlockSFTTrainer, longest: int) -> float:

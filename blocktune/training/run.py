@@ -13,6 +13,7 @@ from trl import ModelConfig, TrlParser
 
 from blocktune.training.build import build
 from blocktune.training.config import BlockSFTConfig, DataArgs
+from blocktune.training.guards import refuse_unasked_evaluation
 from blocktune.training.plan import make_plan_of, print_plan
 from blocktune.training.publishing import Publisher, checked_repo
 
@@ -90,6 +91,7 @@ def train(
 
 
 def _train(data, args, choice, callbacks) -> Path | None:
+    refuse_unasked_evaluation(data.eval_data, args)
     folder = Path(args.output_dir)
     was_there = folder.exists()
     trainer, prepared = build(data, args, choice, callbacks)

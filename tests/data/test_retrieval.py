@@ -133,7 +133,7 @@ def test_questions_of_every_shape(tmp_path):
     value = {"value": "Anna", "aliases": ["Ann", "Anna"]}
     path = lines(
         tmp_path / "q.jsonl",
-        {"question": "who?", "answer": ["Anna", "Ann"]},
+        {"question": "who?", "answer": ["Anna", " ", "Ann"], "answers": None},
         {"question": "who? ", "answer": value, "question_id": "tc_1"},
         {"question": "who?", "answer": "Anna", "type": "bridge", "_id": "h"},
         MUSIQUE,
@@ -155,6 +155,7 @@ def test_questions_of_every_shape(tmp_path):
         ({"answer": "x"}, 'field "question" must be a non-blank string, got null'),
         ({"question": "q", "answer": 3}, 'field "answer" must be text, a list of texts, or'),
         ({"question": "q", "answer": {"x": 1}}, 'field "answer" must be {"value", "aliases"}'),
+        ({"question": "q", "answer": ["", " "]}, 'field "answer" must be text that is not blank'),
     ],
 )
 def test_wrong_question_is_named(tmp_path, record, message):

@@ -107,6 +107,9 @@ def test_document_ends_with_what_the_model_writes(save):
 def test_document_in_tokens(save, tokenizer, tmp_path):
     path = save({"text": "Anna Belt was born in Port Alder. " * 5})
     example = only(f"{path}?as=document&chunker=fixed&size=12", tokenizer=tokenizer)
+    texts = [*(chunk.text for chunk in example.chunks), example.target]
+    assert len(texts) > 2
+    assert all(text == text.strip() for text in texts)  # spans open with the space before a word
     tokenizer.save_pretrained(tmp_path / "tok")
     named = f"{path}?as=document&chunker=fixed&size=12&tokenizer={tmp_path / 'tok'}"
     assert only(named) == example

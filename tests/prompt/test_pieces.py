@@ -200,6 +200,13 @@ def test_special_tokens_in_a_question_stay_text(name):
         assert tokenizer.decode(query) == tokenizer.decode(without).replace(plain, asked)
 
 
+def test_a_question_that_is_asked_twice_is_text_both_times():
+    tokenizer, fmt = build_tokenizer(), PromptFormat(question="{question}\nAgain: {question}")
+    query = make_pieces(tokenizer, fmt, CHUNKS, "Why <s>?").query
+    assert tokenizer.decode(query).startswith("Why <s>?\nAgain: Why <s>?<|end|>")
+    assert tokenizer.bos_token_id not in query
+
+
 DATED = (
     "{{ bos_token }}{{ strftime_now('%B %d, %Y') }}"
     "{% for m in messages %}[{{ m.content }}]{% endfor %}"
@@ -208,7 +215,7 @@ DATED = (
 
 def test_a_template_that_asks_for_today_gets_the_same_day_every_day():
     prefix = prefix_ids(build_tokenizer(DATED), PromptFormat())
-    assert build_tokenizer(DATED).decode(prefix).startswith("<s>26 Jul 2024[")
+    assert build_tokenizer(DATED).decode(prefix).startswith("<s>July 26, 2024[")
 
 
 @pytest.mark.parametrize("opened", ["<think>", "<think>\n"])

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from blocktune.cli import app
 from blocktune.training.config import BlockSFTConfig, DataArgs
 from blocktune.training.options_help import print_options
-from blocktune.training.run import parse
+from blocktune.training.run import parse, train
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -55,11 +55,12 @@ def test_a_source_that_is_typed_replaces_the_kind_that_the_yaml_names(tmp_path):
     [
         ({"eval_data": "worlds:dev"}, "would never be asked, since eval_strategy is 'no'"),
         ({"eval_strategy": "epoch"}, "name them in eval_data"),
+        ({"eval_on_start": True}, "name them in eval_data"),
     ],
 )
 def test_an_evaluation_that_would_never_be(tmp_path, overrides, line):
     with pytest.raises(ValueError, match=line):
-        make_trainer(tmp_path, **overrides)
+        train(["--config", str(write_run(tmp_path, **overrides))])
 
 
 def test_every_key_is_listed_once_with_what_it_means():

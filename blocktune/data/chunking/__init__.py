@@ -7,6 +7,7 @@ from blocktune.data.chunking.base import (
     build_chunker,
     chunks_of,
     parse_chunker,
+    tidy,
     trimmed,
 )
 
@@ -17,5 +18,6 @@ __all__ = [
     "build_chunker",
     "chunks_of",
     "parse_chunker",
+    "tidy",
     "trimmed",
 ]

@@ -69,19 +69,22 @@ class Chunker(ABC):
 
 
 def chunks_of(spans: Iterable[str], title: str | None = None) -> tuple[Chunk, ...]:
-    """Chunks of the spans that hold text, without blank lines before them and space after.
+    """Chunks of what `tidy` leaves of the spans."""
+    return tuple(Chunk(text, title) for text in tidy(spans))
+
+
+def tidy(spans: Iterable[str]) -> list[str]:
+    """Texts of the spans that hold some, without blank lines before them and space after.
 
     Args:
-        spans: In their order; where one ends within a line, the next does not open with an indent.
-        title: Of all of them.
+        spans: In their order; where one ends within a line, the next has no indent to keep.
     """
-    chunks, opens_line = [], True
+    texts, opens_line = [], True
     for span in spans:
-        text = trimmed(span if opens_line else span.lstrip(" \t"))
-        if text:
-            chunks.append(Chunk(text, title))
+        if text := trimmed(span if opens_line else span.lstrip(" \t")):
+            texts.append(text)
         opens_line = span.endswith("\n")
-    return tuple(chunks)
+    return texts
 
 
 def trimmed(text: str) -> str:

@@ -107,7 +107,9 @@ def find_shape(values: Iterable[Any], source: str) -> Shape:
 
 def _no_shape(first: Any, source: str) -> str:
     if isinstance(first, Mapping) and {"question", "answer"} <= first.keys():
-        if lists := [key for key, value in first.items() if isinstance(value, list)]:
+        of_answers = ("answer", "answers", "answer_aliases")
+        lists = [k for k, value in first.items() if isinstance(value, list) and k not in of_answers]
+        if lists:
             return (
                 f'{source} has no field "chunks"; rename the one that holds the passages (it has '
                 f'the lists {", ".join(lists)}) and "answer", if need be, to a list "answers"'

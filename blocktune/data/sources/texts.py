@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from blocktune.data.chunking import Chunker, Message, chunks_of, trimmed
+from blocktune.data.chunking import Chunker, Message, chunks_of, tidy, trimmed
 from blocktune.data.chunking.base import SPEAKERS
 from blocktune.data.example import RagExample, field_error
 from blocktune.data.sources.schemas import LeftOut, not_blank
@@ -44,8 +44,8 @@ class Cutter(NamedTuple):
     tokenizer: PreTrainedTokenizerBase | None = None
 
     def text(self, text: str) -> list[str]:
-        """Spans of a text that are not blank."""
-        return [span for span in self.chunker.split(text, self.tokenizer) if span.strip()]
+        """Spans of a text."""
+        return self.chunker.split(text, self.tokenizer)
 
     def messages(self, messages: list[Message]) -> list[str]:
         """Spans of a conversation."""
@@ -71,8 +71,8 @@ def parse_chat(record: Mapping[str, Any], cutter: Cutter) -> RagExample:
     if all(message.role == "system" for message in history):
         if _CODE.search(asked.text):
             raise LeftOut("a single message that holds code")
-        *spans, question = cutter.text(asked.text)
-        chunks += chunks_of(spans)
+        *spans, question = tidy(cutter.text(asked.text))
+        chunks += tuple(map(Chunk, spans))
     if not chunks:
         raise LeftOut("a single message that the chunker leaves whole")
     return RagExample(trimmed(question), chunks, (), reply.text, "chat", _id(record))
@@ -84,12 +84,12 @@ def parse_document(record: Mapping[str, Any], cutter: Cutter) -> RagExample:
     Source: KVLink's ``text_mem`` on FineWeb.
     """
     text = _text(record, "text")
-    *spans, last = cutter.text(text) or [text]
+    *spans, last = tidy(cutter.text(text)) or [text]
     if not spans:
         raise LeftOut("a text that the chunker leaves whole")
     title = record.get("title") or None
-    chunks = chunks_of(spans, title)
-    return RagExample(CONTINUE, chunks, (), trimmed(last), "document", _id(record))
+    chunks = tuple(Chunk(span, title) for span in spans)
+    return RagExample(CONTINUE, chunks, (), last, "document", _id(record))
 
 
 def parse_summary(record: Mapping[str, Any], cutter: Cutter) -> RagExample:
