@@ -13,10 +13,12 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from blocktune.prompt.bos import check_bos, with_bos
 from blocktune.prompt.chunk import Chunk
 from blocktune.prompt.encoding import encode, special_tokens
 from blocktune.prompt.format import PromptFormat
-from blocktune.prompt.template import QUESTION, render_frame, render_next, reply_end
+from blocktune.prompt.said import Said
+from blocktune.prompt.template import render_frame, render_next, reply_end
 
 
 class Pieces(NamedTuple):
@@ -72,22 +74,21 @@ def make_pieces(
         raise ValueError("a prompt needs at least one chunk, got an empty list")
     opening = fmt.opening(block)
     head = f"{opening}\n\n" if opening else ""
-    frame = render_frame(
-        tokenizer, fmt.system, head, fmt.render_question(_stand_in(tokenizer, question))
-    )
-    prefix = _with_bos(tokenizer, encode(tokenizer, frame.before))
+    said = Said(tokenizer)
+    asked = fmt.render_question(said.safe(question))
+    frame = render_frame(tokenizer, fmt.system, head, asked)
+    prefix = with_bos(tokenizer, encode(tokenizer, frame.before))
     bodies = tuple(chunk_ids(tokenizer, fmt, chunk) for chunk in chunks)
-    query = _encode_asked(tokenizer, frame.after, question)
+    query = said.encode(frame.after)
     answer = () if response is None else answer_ids(tokenizer, response)
     if followups and response is None:
         raise ValueError("followups come after an answer, and the first question has no response")
     turns = tuple(
-        (next_query_ids(tokenizer, fmt, asked), answer_ids(tokenizer, said))
-        for asked, said in followups
+        (next_query_ids(tokenizer, fmt, more), answer_ids(tokenizer, reply))
+        for more, reply in followups
     )
-    pieces = Pieces(prefix, bodies, query, answer, turns)
-    _check_bos(tokenizer, pieces)
-    return pieces
+    check_bos(tokenizer, prefix, *bodies, query, *(ids for ids, _ in turns))
+    return Pieces(prefix, bodies, query, answer, turns)
 
 
 def prefix_ids(
@@ -136,8 +137,9 @@ def next_query_ids(
     Raises:
         ValueError: If the template does not end the assistant's turn as `end_of_turn` does.
     """
-    asked = fmt.render_question(_stand_in(tokenizer, question))
-    ids = _encode_asked(tokenizer, render_next(tokenizer, asked), question)
+    said = Said(tokenizer)
+    asked = fmt.render_question(said.safe(question))
+    ids = said.encode(render_next(tokenizer, asked))
     if tokenizer.chat_template is None:
         return ids
     end = end_of_turn(tokenizer)
@@ -169,50 +171,3 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
             f"that ends the assistant's turn; set tokenizer.eos_token"
         )
     return (tokenizer.eos_token_id,)
-
-
-def _stand_in(tokenizer, question: str) -> str:
-    """The question, or a word in its place while the template renders: see `_encode_asked`."""
-    return QUESTION if any(text in question for text in special_tokens(tokenizer)) else question
-
-
-def _encode_asked(tokenizer, text: str, question: str) -> tuple[int, ...]:
-    """Encodes text that holds a question; special tokens written out in that one stay text.
-
-    A user who asks about ``<|eot_id|>`` does not end the turn. A question without any is read
-    in one go with what stands around it.
-    """
-    first, *rest = text.split(QUESTION)  # a wording may ask twice
-    ids = encode(tokenizer, first)
-    for after in rest:
-        ids += encode(tokenizer, question, split_special_tokens=True) + encode(tokenizer, after)
-    return ids
-
-
-def _with_bos(tokenizer, prefix: tuple[int, ...]) -> tuple[int, ...]:
-    """Adds BOS where the template leaves it to the tokenizer, and to plain text."""
-    bos = tokenizer.bos_token_id
-    if bos is None or bos in prefix:
-        return prefix
-    puts = encode(tokenizer, "a", add_special_tokens=True)[0] == bos
-    return (bos, *prefix) if puts or tokenizer.chat_template is None else prefix
-
-
-def _check_bos(tokenizer, pieces: Pieces) -> None:
-    bos = tokenizer.bos_token_id
-    if bos is None or _marks_turns(tokenizer):
-        return
-    asked = [query for query, _ in pieces.followups]
-    held = (pieces.prefix, *pieces.chunks, pieces.query, *asked)
-    count = sum(piece.count(bos) for piece in held)
-    if count > 1 or (count == 1 and pieces.prefix[:1] != (bos,)):
-        raise ValueError(
-            f"the prompt holds the BOS token {tokenizer.bos_token!r} {count} times, it must open "
-            f"the prompt and stand nowhere else; take it out of the instruction, the system text "
-            f"or the chat template"
-        )
-
-
-def _marks_turns(tokenizer) -> bool:
-    """Whether the template opens every turn with BOS (SmolLM2's ``<|im_start|>``)."""
-    return bool(tokenizer.chat_template) and tokenizer.bos_token in tokenizer.get_chat_template()

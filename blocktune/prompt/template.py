@@ -8,6 +8,7 @@ template that trims or rewrites user text cannot touch it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
 
@@ -16,7 +17,6 @@ from transformers import PreTrainedTokenizerBase
 
 SENTINEL = "BlocktuneChunksStandHere"
 REPLY = "BlocktuneReplyStandsHere"
-QUESTION = "BlocktuneQuestionStandsHere"
 PLAIN_REPLY_CUE = "\nAnswer:"
 """Asks for the answer where there is no chat template to open the assistant's turn."""
 
@@ -99,6 +99,35 @@ def render_next(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
     raise ValueError(
         f"the chat template of '{tokenizer.name_or_path}' does not render a second user turn; "
         "leave followups out, or set tokenizer.chat_template to one that does"
+    )
+
+
+def render_conversation(
+    tokenizer: PreTrainedTokenizerBase, system: str | None, turns: Sequence[tuple[str, str]]
+) -> str:
+    """Renders turns of user and assistant, and opens the assistant's next.
+
+    Args:
+        tokenizer: Its chat template is used.
+        system: Text of the system turn, or None for the template's own default.
+        turns: (role, text), the user's first and last.
+
+    Raises:
+        ValueError: If there is no template, or it leaves out what the user said.
+    """
+    asked = [text.strip() for role, text in turns if role == "user"]
+    for first in _conversations(system, turns[0][1]) if tokenizer.chat_template else ():
+        listed = isinstance(first[-1]["content"], list)
+        more = [
+            {"role": role, "content": [{"type": "text", "text": text}] if listed else text}
+            for role, text in turns[1:]
+        ]
+        text = _render(tokenizer, [*first, *more], add_generation_prompt=True)
+        if text is not None and all(part in text for part in [*asked, (system or "").strip()]):
+            return text
+    raise ValueError(
+        f"'{tokenizer.name_or_path}' has no chat template that renders this conversation; leave "
+        "turns out, or set tokenizer.chat_template to one that does"
     )
 
 

@@ -86,7 +86,9 @@ def samples_of(
     mixture = load_mixture(data.mixture)
     worded = [_worded(data.format, part.format) for part in mixture.parts]
     samples = [
-        Sample(drawn.example, drawn.mode == BLOCK, worded[drawn.part])
+        Sample(
+            drawn.example, drawn.mode == BLOCK, worded[drawn.part], mixture.parts[drawn.part].turns
+        )
         for drawn in mix(mixture, tokenizer=tokenizer).examples
     ]
     if args.has_block != any(sample.block for sample in samples):

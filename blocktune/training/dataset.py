@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from blocktune.data.credit import data_sets_of
 from blocktune.data.example import RagExample
-from blocktune.prompt import LayoutSpec, Pieces, PromptFormat, make_pieces, prefix_ids
+from blocktune.prompt import LayoutSpec, Pieces, PromptFormat, conversation_pieces, make_pieces
 
 IDS = ListOf(Value("int32"))
 PART = {
@@ -38,11 +38,19 @@ ROWS_AT_A_TIME = 100
 
 
 class Sample(NamedTuple):
-    """An example in one mode: block layout, or full attention; in a wording of its own, if any."""
+    """An example in one mode, and how it is said there.
+
+    Attributes:
+        example: A conversation or a question over chunks.
+        block: In block layout; else in full attention.
+        wording: Its own, or None for the run's.
+        turns: A conversation in full attention is turns of the chat template.
+    """
 
     example: RagExample
     block: bool
     wording: PromptFormat | None = None
+    turns: bool = False
 
 
 @dataclass(frozen=True)
@@ -186,19 +194,11 @@ class _Reader:
     has_teacher: bool
 
     def __call__(self, index: int, sample: Sample) -> dict[str, Any]:
-        example, block, wording = sample
-        target, fmt = example.target, wording or self.fmt
+        block, fmt = sample.block, sample.wording or self.fmt
+        target = sample.example.target
         try:
-            pieces = make_pieces(
-                self.tokenizer,
-                fmt,
-                example.chunks,
-                example.question,
-                target,
-                block=block,
-                followups=example.followups,
-            )
-            taught = prefix_ids(self.tokenizer, fmt.untagged) if self.has_teacher else ()
+            pieces = self._pieces(sample, fmt, target)
+            taught = self._pieces(sample, fmt.untagged, target).prefix if self.has_teacher else ()
         except ValueError as error:
             raise ValueError(f"{_name(index, sample)}: {error}") from None
         around = self.spec.num_links + self.spec.num_headers + self.spec.num_trailers
@@ -215,6 +215,20 @@ class _Reader:
             "index": index,
             "length": pieces.num_tokens + (around * len(pieces.chunks) if block else 0),
         }
+
+    def _pieces(self, sample: Sample, fmt: PromptFormat, target: str) -> Pieces:
+        example = sample.example
+        if sample.turns and not sample.block and example.conversation:
+            return conversation_pieces(self.tokenizer, fmt, example.conversation, target)
+        return make_pieces(
+            self.tokenizer,
+            fmt,
+            example.chunks,
+            example.question,
+            target,
+            block=sample.block,
+            followups=example.followups,
+        )
 
 
 def _ids(ids: Sequence[int]) -> np.ndarray:

@@ -43,6 +43,9 @@ def test_earlier_turns_are_chunks_and_the_last_one_asks(save):
     assert example.chunks == (Chunk("User: Who?\nAssistant: Anna."),)
     assert (example.question, example.target, example.kind) == ("Where?", "In Kirby.", "chat")
     assert (example.id, example.answers) == ("c1", ())
+    assert example.conversation == tuple(TURNS[:3])
+    doubled = [{"role": "user", "content": "Hello?"}, *CHAT["messages"]]
+    assert only(save({"messages": doubled})).conversation == ()  # two of the user's in a row
     by_message = only(f"{save(CHAT)}?chunker=message&unit=message")
     assert [c.text for c in by_message.chunks] == ["User: Who?", "Assistant: Anna."]
 

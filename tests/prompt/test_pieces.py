@@ -8,6 +8,8 @@ from functools import partial
 import pytest
 from chat_families import FAMILIES, PARTS, family, unthought
 from tiny_tokenizer import build_tokenizer, trl_template
+from tokenizers import Tokenizer, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from blocktune.prompt import (
     Chunk,
@@ -247,3 +249,15 @@ def test_threads_over_one_tokenizer_read_every_text_their_own_way(tokenizer):
     assert not any(tokenizer.eos_token_id in pieces.chunks[0] for pieces in expected)
     with ThreadPoolExecutor(max_workers=8) as pool:
         assert list(pool.map(partial(read, tokenizer), range(400))) == expected
+
+
+def test_a_tokenizer_that_puts_the_space_itself_gets_none():
+    """Llama 2's writes one before every text; another would be a token that no answer has."""
+    words = [("<unk>", 0.0), ("</s>", 0.0), ("▁", -9.0), ("▁a", -1.0), ("▁Paris", -1.0)]
+    bare = Tokenizer(models.Unigram(words, unk_id=0))
+    bare.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bare, eos_token="</s>", unk_token="<unk>")
+    ids = answer_ids(tokenizer, "Paris")
+    assert tokenizer.convert_ids_to_tokens(ids) == ["▁Paris", "</s>"]

@@ -1,5 +1,7 @@
 """A run on a mixture: each source in the mode that the mixture says, named in the adapter."""
 
+import json
+
 import pytest
 import yaml
 from training.runs import make_trainer, write_run
@@ -62,6 +64,35 @@ def test_a_part_is_worded_in_its_own_way_and_for_the_teacher_too(tmp_path):
     assert "Question:" in asked[True]
     assert "Question:" not in asked[False]
     trainer.train()
+
+
+def test_conversations_are_turns_where_the_mixture_says_so(tmp_path):
+    turns = [("user", "Who?"), ("assistant", "Anna."), ("user", "Where?"), ("assistant", "Here.")]
+    record = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    source = tmp_path / "chat.jsonl"
+    source.write_text(json.dumps(record))
+    path = tmp_path / "mixture.yaml"
+    part = {"source": str(source), "mode": "both", "turns": True}
+    path.write_text(yaml.safe_dump({"parts": [part]}))
+    options = {"distill_weight": 0.5, "max_steps": 1, "full_tag": "[F]"}
+    trainer = make_trainer(tmp_path, train_data=None, mixture=str(path), **options)
+    parts = [part for record in trainer.train_dataset for part in record["parts"]]
+    block, full = sorted(parts, key=lambda part: not part["block"])
+    decode = trainer.processing_class.decode
+    assert len(block["chunks"]) == 1
+    assert (full["chunks"], full["query"]) == ([], [])
+    assert decode(full["prefix"]).index("[F] Who?") < decode(full["prefix"]).index("Where?")
+    assert "Question" not in decode(full["prefix"])
+    assert (
+        full["teacher_prefix"]
+        == trainer.processing_class(
+            decode(full["prefix"]).replace("[F] ", ""), add_special_tokens=False
+        )["input_ids"]
+    )
+    trainer.train()
+    path.write_text(yaml.safe_dump({"parts": [part | {"mode": "block"}]}))
+    with pytest.raises(ValueError, match="'turns' are for full attention"):
+        make_trainer(tmp_path, train_data=None, mixture=str(path))
 
 
 def test_a_parts_wording_is_strict(tmp_path):

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from blocktune.data.chunking import Chunker, Message, chunks_of, tidy, trimmed
 from blocktune.data.chunking.base import SPEAKERS
-from blocktune.data.example import RagExample, field_error
+from blocktune.data.example import RagExample, field_error, is_conversation
 from blocktune.data.sources.schemas import LeftOut, not_blank
 from blocktune.prompt.chunk import Chunk
 
@@ -75,7 +75,15 @@ def parse_chat(record: Mapping[str, Any], cutter: Cutter) -> RagExample:
         chunks += tuple(map(Chunk, spans))
     if not chunks:
         raise LeftOut("a single message that the chunker leaves whole")
-    return RagExample(trimmed(question), chunks, (), reply.text, "chat", _id(record))
+    said = tuple((message.role, message.text) for message in (*history, asked))
+    return RagExample(
+        question=trimmed(question),
+        chunks=chunks,
+        response=reply.text,
+        kind="chat",
+        id=_id(record),
+        conversation=said if is_conversation(said) else (),
+    )
 
 
 def parse_document(record: Mapping[str, Any], cutter: Cutter) -> RagExample:
