@@ -74,7 +74,7 @@ def test_conversations_are_turns_where_the_mixture_says_so(tmp_path):
     path = tmp_path / "mixture.yaml"
     part = {"source": str(source), "mode": "both", "turns": True}
     path.write_text(yaml.safe_dump({"parts": [part]}))
-    options = {"distill_weight": 0.5, "max_steps": 1, "full_tag": "[F]"}
+    options = {"distill_weight": 0.5, "distill_states": "kv", "max_steps": 1, "full_tag": "[F]"}
     trainer = make_trainer(tmp_path, train_data=None, mixture=str(path), **options)
     parts = [part for record in trainer.train_dataset for part in record["parts"]]
     block, full = sorted(parts, key=lambda part: not part["block"])
