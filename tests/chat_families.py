@@ -15,3 +15,9 @@ PARTS = ("llava_next", "smolvlm")
 def family(name: str):
     """The template of a family on a tokenizer that puts BOS before text by itself."""
     return build_tokenizer(trl_template(name), adds_bos=True)
+
+
+def unthought(rendered: str) -> str:
+    """A rendered prompt whose template opens the model's thoughts, with none in them."""
+    opened = "<think>\n"
+    return f"{rendered}\n</think>\n\n" if rendered.endswith(opened) else rendered

@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "blocktune"
 # What each part may import besides itself; whatever is not named here is not allowed. A dotted
 # name is one module of a part: the engine is asked by RagExamples, and needs no more of data.
 GROUND = {"registry", "sharded", "layout", "probe", "positions", "attention", "select", "links"}
-SPEAKING = GROUND | {"prompt", "fetch", "identity", "dtypes", "quantize", "adapter"}
+SPEAKING = GROUND | {"prompt", "fetch", "identity", "dtypes", "devices", "quantize", "adapter"}
 SERVING = SPEAKING | {"cache", "reshape", "reuse", "engine"}
 ALLOWED = {
     "plugins": set(),
@@ -28,6 +28,7 @@ ALLOWED = {
     "identity": GROUND | {"prompt"},
     "fetch": set(),
     "dtypes": set(),
+    "devices": set(),
     "quantize": set(),
     "adapter": GROUND | {"prompt", "fetch", "identity"},
     "data": SPEAKING,

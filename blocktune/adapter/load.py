@@ -88,10 +88,12 @@ def attach_links(
 def _check_base(info: AdapterInfo, model, tokenizer, adapter) -> None:
     came = model.config._name_or_path or type(model).__name__
     if not same_base(info.base_fingerprint, base_fingerprint(model)):
+        mend = f"load '{info.base_model}', or train an adapter for '{came}'"
+        if came == info.base_model:
+            mend = "its weights have changed since, or are of another revision; train it anew"
         raise ValueError(
             f"adapter '{adapter}' was made for base '{info.base_model}' "
-            f"({info.base_fingerprint}), got '{came}' ({base_fingerprint(model)}); "
-            f"load '{info.base_model}', or train an adapter for '{came}'"
+            f"({info.base_fingerprint}), got '{came}' ({base_fingerprint(model)}); {mend}"
         )
     if info.tokenizer_hash != tokenizer_hash(tokenizer):
         raise ValueError(

@@ -82,12 +82,15 @@ def answer(
         raise ValueError("--stream prints one answer; leave out --output and --json")
     built = ways.build_method(method, param or [])
     sampling = ways.build_sampling(temperature, top_k, top_p, seed)
+    held = store is not None and ways.holds_chunks(store)
     engine = load_engine(model, adapter, store, dtype, device, quantize)
     if show_prompt:
         ways.print_prompts(engine, examples, built)
     decoding = {"max_new_tokens": max_new_tokens, "sampling": sampling}
     if stream:
         ways.print_stream(engine.stream(examples[0], built, **decoding))
+        ways.tell_store(engine.store, held)
         return
     answers = ways.answer_all(engine, examples, built, batch_size=batch_size, **decoding)
     ways.deliver(examples, answers, built.name, output, as_json)
+    ways.tell_store(engine.store, held)

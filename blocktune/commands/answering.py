@@ -16,6 +16,7 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
+from blocktune.cache import ChunkStore
 from blocktune.data import RagExample, load_examples
 from blocktune.engine import Account, Answer, Engine, Sampling
 from blocktune.evaluation.files import replace_text
@@ -97,6 +98,30 @@ def print_stream(pieces: Iterator[str]) -> None:
     for piece in pieces:
         typer.echo(piece, nl=False)
     typer.echo()
+
+
+def holds_chunks(folder: Path) -> bool:
+    """Whether chunks were encoded into a folder before."""
+    return next(folder.glob("*/*/*.safetensors"), None) is not None
+
+
+def tell_store(store: ChunkStore, held: bool) -> None:
+    """Says on standard error what a folder of chunks was good for.
+
+    Args:
+        store: That the answers were made from.
+        held: Whether its folder held chunks before.
+    """
+    if store.folder is None:
+        return
+    stats = store.stats()
+    line = f"{stats.disk_hits:,} chunks read from {store.folder}, {stats.misses:,} encoded anew"
+    if held and stats.misses and not stats.disk_hits:
+        line += (
+            "; those that it held are other passages, or of another model, adapter, dtype, "
+            "quantisation or wording"
+        )
+    typer.echo(line, err=True)
 
 
 def deliver(

@@ -52,7 +52,9 @@ def encode(
         report = engine.encode(chunks)
     known = report.num_chunks - report.num_encoded
     written = engine.store.stats().disk_bytes_written
+    each = f", {written / report.num_tokens / 1e3:,.1f} kB a token" if report.num_tokens else ""
     typer.echo(
         f"encoded {report.num_encoded:,} chunks ({report.num_tokens:,} tokens) in "
-        f"{report.encode_s:.1f} s, {known:,} were there; {written / 1e6:,.1f} MB written to {store}"
+        f"{report.encode_s:.1f} s, {known:,} were there; {written / 1e6:,.1f} MB written to "
+        f"{store}{each}"
     )

@@ -41,7 +41,7 @@ class OneLineErrors(TyperGroup):
         """
         try:
             return super().invoke(ctx)
-        except (ValueError, OSError, ModuleNotFoundError) as error:
+        except (ValueError, OSError, ModuleNotFoundError, RuntimeError) as error:
             line = explain(error)
             if ctx.params["debug"] or line is None:
                 raise
@@ -64,7 +64,10 @@ def plugins_first(args: list[str]) -> list[str]:
 
 
 def explain(error: Exception) -> str | None:
-    """What went wrong on one line, or None for a bug of ours: a module that no extra brings."""
+    """What went wrong on one line, or None for a bug of ours, which wants its traceback."""
+    if isinstance(error, RuntimeError):
+        # By its name, since torch is not loaded here: only a device that is full can be mended.
+        return _full(error) if type(error).__name__ == "OutOfMemoryError" else None
     if isinstance(error, ModuleNotFoundError):
         package = (error.name or "").partition(".")[0]
         if package not in EXTRAS:
@@ -74,3 +77,12 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.strerror}: '{error.filename}'"
     return " ".join(str(error).split())
+
+
+def _full(error: Exception) -> str:
+    said = " ".join(str(error).split()).partition(". ")[0]
+    return (
+        f"{said}; take smaller batches (per_device_train_batch_size, --batch-size), shorter rows "
+        "(pack_length, max_length), gradient_checkpointing: true, or a base in 4 bits "
+        "(load_in_4bit, --quantize nf4)"
+    )

@@ -26,7 +26,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def merge(
-    adapter: Annotated[str, typer.Argument(help="A folder, or USER/NAME[@REVISION].")],
+    adapter: Annotated[str, typer.Argument(help="A folder, or USER/NAME\\[@REVISION].")],
     output: Annotated[Path, typer.Option("--output", "-o", help="New folder for the model.")],
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="The base, if not where the adapter says.")

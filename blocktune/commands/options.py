@@ -21,7 +21,7 @@ Model = Annotated[
 Adapter = Annotated[
     str | None,
     typer.Option(
-        help="Made by `blocktune train`: a folder, or USER/NAME[@REVISION] on the HF Hub; "
+        help="Made by `blocktune train`: a folder, or USER/NAME\\[@REVISION] on the HF Hub; "
         "release:kvlink-1b and the like for models that others trained; none runs the base model."
     ),
 ]
@@ -57,7 +57,10 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true")
     # A filter, since they set their own level on import; it does not reach a logger's children.
-    for name in ("bitsandbytes", "bitsandbytes.autograd._functions", "DeepSpeed"):
+    for name in (
+        *("bitsandbytes", "bitsandbytes.autograd._functions", "bitsandbytes.backends.cpu.ops"),
+        "DeepSpeed",
+    ):
         logging.getLogger(name).addFilter(lambda record: record.levelno >= logging.ERROR)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()

@@ -24,7 +24,8 @@ def add_to(app: typer.Typer) -> None:
             "blocktune train --config recipes/kvlink.yaml --learning_rate 1e-3 --output_dir out/k",
             "blocktune train --config recipes/kvlink.yaml --dry-run   # only show the plan",
             "blocktune train --launcher recipes/accelerate/zero2.yaml --config R.yaml",
-            "Any key of the YAML is an option too, and wins over the file.",
+            "blocktune train --config R.yaml --train_data mine.jsonl --model_name_or_path M",
+            "Any key of the YAML is an option too, and wins over the file: --help-all shows them.",
         ),
     )(train)
 
@@ -38,10 +39,18 @@ def train(
     launcher: Annotated[
         str | None, typer.Option(help="Configuration of accelerate: DeepSpeed, several machines.")
     ] = None,
+    help_all: Annotated[
+        bool, typer.Option("--help-all", help="Show every key that a YAML may hold, and exit.")
+    ] = False,
 ) -> None:
     """Fine-tune a model so that its chunks can be cached alone (or with link tokens between)."""
     arguments = [*(["--config", config] if config else []), *ctx.args]
     quiet_libraries()
+    if help_all:
+        from blocktune.training.options_help import print_options
+
+        print_options()
+        return
     from blocktune.training.run import parse, train
 
     if processes is None and launcher is None:

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from blocktune.data.example import RagExample
 from blocktune.prompt.chunk import Chunk
 
+VERDICTS = ("yes", "no")
+
 _WORDS = re.compile(r"\w+")
 
 
@@ -15,6 +17,35 @@ def mentions(text: str, answers: Iterable[str]) -> bool:
     """Whether the words of an answer stand in the text, in order, whatever their case."""
     padded = f" {_plain(text)} "
     return any(f" {words} " in padded for words in map(_plain, answers) if words)
+
+
+def gives_answer(reply: str, answers: Iterable[str]) -> bool:
+    """Whether a reply mentions an answer, or opens with it where that is yes or no."""
+    verdicts, named = _apart(answers)
+    first, _, _ = _plain(reply).partition(" ")
+    return first in verdicts or mentions(reply, named)
+
+
+def holds_answer(example: RagExample, whole: RagExample | None = None) -> bool:
+    """Whether an example's chunks can give an answer.
+
+    They mention it; or it is yes or no, which says nothing in a passage, and all chunks that
+    support it in the whole example are left.
+
+    Args:
+        example: Over the chunks that were chosen.
+        whole: The same over all chunks that its source has; without it yes and no cannot be told.
+    """
+    verdicts, named = _apart(example.answers)
+    if any(chunk_mentions(chunk, named) for chunk in example.chunks):
+        return True
+    supported = whole is not None and len(example.supporting) == len(whole.supporting) > 0
+    return bool(verdicts) and supported
+
+
+def is_verdict(example: RagExample) -> bool:
+    """Whether an answer is yes or no."""
+    return bool(_apart(example.answers)[0])
 
 
 def chunk_mentions(chunk: Chunk, answers: Iterable[str]) -> bool:
@@ -25,17 +56,23 @@ def chunk_mentions(chunk: Chunk, answers: Iterable[str]) -> bool:
 def evidence(example: RagExample) -> frozenset[int]:
     """Indices of chunks that must not be dropped.
 
-    The supporting ones; where the source names none, those that mention an answer; where none
-    does, all.
+    The supporting ones; where the source names none, those that mention an answer other than yes
+    and no; where none does, all.
     """
     if example.supporting:
         return frozenset(example.supporting)
+    _, named = _apart(example.answers)
     found = frozenset(
-        index
-        for index, chunk in enumerate(example.chunks)
-        if chunk_mentions(chunk, example.answers)
+        index for index, chunk in enumerate(example.chunks) if chunk_mentions(chunk, named)
     )
     return found or frozenset(range(len(example.chunks)))
+
+
+def _apart(answers: Iterable[str]) -> tuple[set[str], list[str]]:
+    """Answers that are yes or no, and all others."""
+    answers = list(answers)
+    verdicts = {_plain(answer) for answer in answers} & set(VERDICTS)
+    return verdicts, [answer for answer in answers if _plain(answer) not in VERDICTS]
 
 
 def _plain(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
@@ -29,6 +30,9 @@ class RagExample:
         meta: Whatever else the source knows; must survive JSON.
         followups: Further questions about the same chunks, each with what a model should write;
             training takes them as turns after the first. Serving asks ``question`` alone.
+        conversation: Where the source is one: the messages up to the response as (role, text),
+            perhaps the system's, then the user's and the assistant's in turn, the user's last. The
+            same is in ``chunks`` and ``question``; a mixture's ``turns`` trains on it as it was.
 
     Raises:
         ValueError: If a field is not of its type, in one line that names the field.
@@ -43,6 +47,7 @@ class RagExample:
     supporting: tuple[int, ...] = ()
     meta: dict[str, Any] = field(default_factory=dict)
     followups: tuple[tuple[str, str], ...] = ()
+    conversation: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self):
         _check_field(self, "question", _is_text, "a non-blank string")
@@ -55,6 +60,8 @@ class RagExample:
         _check_field(self, "supporting", lambda v: _is_indices(v, len(self.chunks)), wanted)
         _check_field(self, "meta", lambda v: isinstance(v, dict), "an object")
         _check_field(self, "followups", _is_turns, "a list of [question, response]")
+        wanted = "[role, text] of system, user, assistant in turn, the user's last"
+        _check_field(self, "conversation", lambda v: v == () or is_conversation(v), wanted)
 
     @property
     def target(self) -> str:
@@ -76,12 +83,15 @@ class RagExample:
         record = {"id": self.id, "kind": self.kind, "question": self.question, "chunks": chunks}
         record |= {"answers": list(self.answers), "response": self.response}
         record |= {"supporting": list(self.supporting), "meta": self.meta}
-        record["followups"] = [list(turn) for turn in self.followups]
+        for name in ("followups", "conversation"):
+            record[name] = [list(turn) for turn in getattr(self, name)]
         return {key: value for key, value in record.items() if value not in ("", None, [], {})}
 
     @classmethod
     def from_json(cls, record: Any, where: str = "") -> RagExample:
         """Reads one record strictly: no unknown keys, no conversions but chunks as strings.
+
+        A field that is null is a field left out: so do tables write it where rows differ.
 
         Args:
             record: A decoded JSON object.
@@ -139,10 +149,12 @@ def _decode(cls, record: Any) -> dict[str, Any]:
         raise ValueError(f"must be an object, got {brief(record)}")
     known = [f.name for f in fields(cls)]
     if unknown := [key for key in record if key not in known]:
-        raise ValueError(f'unknown field "{unknown[0]}"; known: {", ".join(known)}')
-    if missing := [key for key in ("question", "chunks") if key not in record]:
+        near = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.7)
+        hint = f'; did you mean "{near[0]}"?' if near else ""
+        raise ValueError(f'unknown field "{unknown[0]}"; known: {", ".join(known)}{hint}')
+    if missing := [key for key in ("question", "chunks") if record.get(key) is None]:
         raise ValueError(f'field "{missing[0]}" is missing; known: {", ".join(known)}')
-    values = dict(record)
+    values = {key: value for key, value in record.items() if value is not None}
     chunks = values["chunks"]
     if not isinstance(chunks, list) or not chunks:
         hint = "a question needs at least one retrieved chunk"
@@ -151,8 +163,9 @@ def _decode(cls, record: Any) -> dict[str, Any]:
     for name in ("answers", "supporting"):
         if isinstance(values.get(name), list):
             values[name] = tuple(values[name])
-    if isinstance(turns := values.get("followups"), list):
-        values["followups"] = tuple(tuple(t) if isinstance(t, list) else t for t in turns)
+    for name in ("followups", "conversation"):
+        if isinstance(turns := values.get(name), list):
+            values[name] = tuple(tuple(t) if isinstance(t, list) else t for t in turns)
     return values
 
 
@@ -168,6 +181,17 @@ def _is_text(value: Any) -> bool:
 
 def _is_texts(value: Any) -> bool:
     return isinstance(value, tuple) and all(map(_is_text, value))
+
+
+def is_conversation(value: Any) -> bool:
+    """Whether messages are such as every chat template takes; see `RagExample.conversation`."""
+    if not _is_turns(value):
+        return False
+    roles = [role for role, _ in value]
+    roles = roles[1:] if roles[:1] == ["system"] else roles
+    return len(roles) % 2 == 1 and all(
+        role == ("assistant" if index % 2 else "user") for index, role in enumerate(roles)
+    )
 
 
 def _is_turns(value: Any) -> bool:

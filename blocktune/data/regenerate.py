@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from blocktune.data.answers import mentions
+from blocktune.data.answers import gives_answer
 from blocktune.data.example import RagExample
 
 Answerer = Callable[[Sequence[RagExample], int], Sequence[str]]
@@ -61,7 +61,7 @@ def regenerate(
         facts: All else that decides the answers (model, decoding), recorded in ``meta`` and
             compared before a run goes on.
         batch_size: Examples per batch; part of what must be the same.
-        only_correct: Leave out answers that mention no accepted answer.
+        only_correct: Leave out what gives no accepted answer, see `gives_answer`.
         on_batch: Told how many examples are done, after each batch.
 
     Raises:
@@ -121,7 +121,7 @@ def _kept(
     for example, text in zip(examples, answers, strict=True):
         if not text.strip():
             yield "empty"
-        elif correct and not mentions(text, example.answers):
+        elif correct and not gives_answer(text, example.answers):
             yield "wrong"
         else:
             meta = example.meta | {"answered_by": facts}

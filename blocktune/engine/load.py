@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from blocktune.adapter import OWN_WEIGHTS, AdapterInfo, find_release, load_adapter
+from blocktune.devices import check_device
 from blocktune.dtypes import check_dtype
 from blocktune.fetch import adapter_folder, pinned
 from blocktune.quantize import keep_stored_codes, quantization_config
@@ -89,6 +90,7 @@ def load_base(
     """
     name, revision = pinned(model, revision)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(device)
     check_dtype(dtype)
     with _explained(name):
         config = AutoConfig.from_pretrained(name, revision=revision)

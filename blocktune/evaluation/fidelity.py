@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -101,7 +102,10 @@ def measure_fidelity(ready: Ready, step: Callable[[], None]) -> dict[str, dict[s
 
 
 def _compare(engine: Any, example: RagExample, method: Any, num_tokens: int) -> dict[str, Any]:
-    oracle = build("full-prefill")
+    oracle, words = build("full-prefill"), engine.format
+    if engine.prompts.spec(method).block and words.full_tag != words.block_tag:
+        # Full attention after the same tag: what reuse changes is measured, not what a tag does.
+        engine = engine.reworded(replace(words, full_tag=words.block_tag))
     wanted = forced_logits(engine.prefilled([example], oracle), num_tokens)
     run = engine.prefilled([example], method)
     own = forced_logits(run, num_tokens, wanted.ids)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,6 +14,8 @@ from blocktune.evaluation.suite import MethodSpec, Suite
 from blocktune.evaluation.task import TaskSpec
 from blocktune.evaluation.ttft import fill
 from blocktune.reuse import Method, build_entry
+
+logger = logging.getLogger("blocktune")
 
 Load = Callable[[Suite, str | None], Any]
 """``(suite, adapter) -> engine``."""
@@ -79,6 +82,7 @@ def prepare(suite: Suite, load: Load = load_engine) -> Ready:
     questions = _questions(suite, next(iter(engines.values())).tokenizer)
     worded = _worded(suite, engines)
     timed = _timed(suite, questions)
+    tell_rewording(engines, worded)
     ready = Ready(suite, methods, engines, questions, timed, worded)
     for task in suite.tasks:
         named = {adapter or "base": worded[adapter, task.name] for adapter in adapters}
@@ -98,11 +102,33 @@ def _worded(suite: Suite, engines: Mapping[str | None, Any]) -> dict[tuple[str |
     worded = {}
     for task in suite.tasks:
         for adapter, engine in engines.items():
-            words = task.format()
+            words = task.worded(engine.format)
             if (adapter, words) not in made:
-                made[adapter, words] = engine if words is None else engine.reworded(words)
+                same = words == engine.format
+                made[adapter, words] = engine if same else engine.reworded(words)
             worded[adapter, task.name] = made[adapter, words]
     return worded
+
+
+def tell_rewording(
+    engines: Mapping[str | None, Any], worded: Mapping[tuple[str | None, str], Any]
+) -> None:
+    """Warns where an adapter is asked in other words than it was trained in.
+
+    Args:
+        engines: Adapter (None is the base) -> engine in its own wording.
+        worded: (adapter, task) -> engine in the task's.
+    """
+    for (adapter, task), engine in worded.items():
+        trained, asked = engines[adapter].format.to_dict(), engine.format.to_dict()
+        if adapter is not None and (
+            changed := [key for key in asked if asked[key] != trained[key]]
+        ):
+            logger.warning(
+                "task '%s' asks '%s' in other words than it was trained in (%s): train with the "
+                "task's, or leave them out of the task's prompt",
+                *(task, adapter, ", ".join(changed)),
+            )
 
 
 def _questions(suite: Suite, tokenizer: Any) -> tuple[Question, ...]:

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from blocktune.data import RagExample
-from blocktune.prompt import make_pieces
+from blocktune.prompt import PromptFormat, make_pieces
 
 
 def check_prompts(engines: Mapping[str, Any], example: RagExample) -> None:
-    """Refuses to go on unless all engines build one and the same sound prompt.
+    """Refuses to go on unless all engines build one and the same sound prompt, tags aside.
 
     Args:
         engines: Name -> engine, with its ``tokenizer`` and prompt ``format``.
@@ -24,24 +24,38 @@ def check_prompts(engines: Mapping[str, Any], example: RagExample) -> None:
         ValueError: If BOS does not open the prompt exactly once where the tokenizer or its
             template wants it, the assistant's turn is not open, or prompts differ.
     """
-    prompts = {name: _checked_prompt(engine, example) for name, engine in engines.items()}
+    for engine in engines.values():
+        _check(engine.tokenizer, _ids(engine.tokenizer, engine.format, example))
+    prompts = {
+        name: _ids(engine.tokenizer, engine.format.untagged, example)
+        for name, engine in engines.items()
+    }
     first, *others = prompts
     for name in others:
         if prompts[name] != prompts[first]:
             raise ValueError(
                 f"'{name}' and '{first}' build different prompts of the same question, so their "
-                f"scores cannot be compared; train and serve both with one prompt format"
+                f"scores cannot be compared ({_difference(engines[name], engines[first])}); say it "
+                f"in the task's prompt for both, or train with it"
             )
 
 
-def _checked_prompt(engine, example: RagExample) -> tuple[int, ...]:
-    tokenizer = engine.tokenizer
-    pieces = make_pieces(tokenizer, engine.format, example.chunks, example.question)
-    ids = (*pieces.prefix, *(i for chunk in pieces.chunks for i in chunk), *pieces.query)
+def _ids(tokenizer, fmt: PromptFormat, example: RagExample) -> tuple[int, ...]:
+    pieces = make_pieces(tokenizer, fmt, example.chunks, example.question)
+    return (*pieces.prefix, *(i for chunk in pieces.chunks for i in chunk), *pieces.query)
+
+
+def _difference(engine, other) -> str:
+    """Fields of the wording that differ, else the tokenizers do."""
+    one, two = (e.format.untagged.to_dict() for e in (engine, other))
+    fields = [key for key in one if one[key] != two[key]]
+    return f"their wordings differ in {', '.join(fields)}" if fields else "their tokenizers differ"
+
+
+def _check(tokenizer, ids: tuple[int, ...]) -> None:
     _check_bos(tokenizer, ids)
     if tokenizer.chat_template is not None:
         _check_open_turn(tokenizer, ids)
-    return ids
 
 
 def _check_bos(tokenizer, ids: tuple[int, ...]) -> None:

@@ -26,7 +26,8 @@ class TaskSpec:
         source: What `load_examples` reads: a path, ``musique``, ``worlds:test?n=300``.
         version: Of the task file; raised whenever a change moves scores.
         limit: Use only the first ones; None uses all.
-        prompt: Wording, the keys of `PromptFormat`; None asks each model in its own.
+        prompt: Wording, keys of `PromptFormat`; what it leaves out is each model's own, such as
+            the tag of a mode that an adapter was trained with.
         chunking: How the source cuts: a chunker and its parameters, ``{chunker: fixed, size:
             512}``, or a generator's ``{chunk: 128}``; empty leaves it to the source.
         answer_marker: The text after it is scored; None scores the whole output.
@@ -57,16 +58,16 @@ class TaskSpec:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         require_metrics((self.metric, *self.metrics))
-        self.format()  # a wrong key is refused here, not in the middle of a run
+        self.worded(PromptFormat())  # a wrong key is refused here, not in the middle of a run
 
     @property
     def headline(self) -> Metric:
         """The metric that tables and pictures show."""
         return METRICS[self.metric]
 
-    def format(self) -> PromptFormat | None:
-        """The wording, or None for each model's own."""
-        return None if self.prompt is None else PromptFormat.from_dict(self.prompt)
+    def worded(self, own: PromptFormat) -> PromptFormat:
+        """How a model is asked whose own wording is ``own``."""
+        return PromptFormat.from_dict(own.to_dict() | dict(self.prompt or {}))
 
     def full_source(self) -> str:
         """The source with the chunking among its options."""

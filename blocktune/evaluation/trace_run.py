@@ -18,6 +18,7 @@ from blocktune.data import RagExample, load_examples
 from blocktune.engine import Engine
 from blocktune.evaluation.code import code_digest
 from blocktune.evaluation.files import replace_json
+from blocktune.evaluation.prepare import tell_rewording
 from blocktune.evaluation.progress import progress_bars
 from blocktune.evaluation.rows import digest_of, scores_of
 from blocktune.evaluation.sanity import check_prompts
@@ -96,10 +97,12 @@ def run_traces(
 def _servers(suite: TraceSuite, load: Any) -> list[Server]:
     methods = {spec.label: build_entry(spec.entry()) for spec in suite.methods}
     engines = {adapter: load(suite, adapter) for adapter in {s.adapter: 0 for s in suite.methods}}
-    words = suite.task.format()
-    if words is not None:
-        engines = {adapter: engine.reworded(words) for adapter, engine in engines.items()}
-    return [Server(spec, methods[spec.label], engines[spec.adapter]) for spec in suite.methods]
+    worded = {
+        adapter: engine.reworded(suite.task.worded(engine.format))
+        for adapter, engine in engines.items()
+    }
+    tell_rewording(engines, {(adapter, suite.task.name): e for adapter, e in worded.items()})
+    return [Server(spec, methods[spec.label], worded[spec.adapter]) for spec in suite.methods]
 
 
 def _questions(suite: TraceSuite, tokenizer: Any) -> list[RagExample]:

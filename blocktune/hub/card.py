@@ -136,10 +136,11 @@ def _use(repo: str, info: AdapterInfo) -> str:
         if info.quantization
         else ""
     )
+    extras = "serve,train,gpu" if info.quantization else "serve"
     return f"""## Use
 
 ```bash
-pip install blocktune[serve]
+pip install 'blocktune[{extras}]'
 blocktune answer --adapter {repo} --method {shlex.quote(method)}{quantised} \\
   --question "Where was Anna born?" --chunk "Anna was born in Kirby." --chunk "Kirby is a harbour."
 ```

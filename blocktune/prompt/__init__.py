@@ -2,6 +2,7 @@
 
 from blocktune.prompt.batch import Batch, pack, stack
 from blocktune.prompt.chunk import Chunk
+from blocktune.prompt.conversation import conversation_pieces
 from blocktune.prompt.encoding import encode
 from blocktune.prompt.format import PromptFormat
 from blocktune.prompt.pieces import (
@@ -26,6 +27,7 @@ __all__ = [
     "PromptFormat",
     "answer_ids",
     "chunk_ids",
+    "conversation_pieces",
     "encode",
     "end_of_turn",
     "lay_out",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Mapping
 from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedTokenizerBase
@@ -19,11 +20,12 @@ the setting and the reading of it another thread's call would change how this on
 
 
 class _Recent:
-    """Ids by text and rule, the longest unused forgotten first."""
+    """Ids by text and rule, the longest unused forgotten first; and the special tokens."""
 
     def __init__(self):
         self.ids: OrderedDict[tuple, Ids] = OrderedDict()
         self.tokens = 0
+        self.special: dict[int, Mapping[str, int]] = {}
 
     def get(self, key: tuple) -> Ids | None:
         if (found := self.ids.get(key)) is not None:
@@ -72,3 +74,17 @@ def encode(
             ids = tuple(encoded["input_ids"])
             recent.put(key, ids)
     return ids
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> Mapping[str, int]:
+    """Ids of the tokens that steer a model, by what they look like in text.
+
+    Tokenizers list their added tokens anew each time; Gemma 3 has 6,000 of them.
+    """
+    with _ONE_AT_A_TIME:
+        known = _RECENT.setdefault(tokenizer, _Recent()).special
+        size = len(tokenizer)
+        if size not in known:
+            added = tokenizer.added_tokens_decoder.items()
+            known[size] = {token.content: index for index, token in added if token.special}
+        return known[size]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from string import Formatter
 from typing import Any
 
@@ -44,6 +44,11 @@ class PromptFormat:
             raise ValueError(f"format 'system' must be a string or null, got {self.system!r}")
         for name, wanted in _PLACEHOLDERS.items():
             _check_placeholders(name, getattr(self, name), wanted)
+
+    @property
+    def untagged(self) -> PromptFormat:
+        """The wording without any mode's tag: what a teacher reads, which was trained with none."""
+        return replace(self, block_tag="", full_tag="")
 
     def opening(self, block: bool) -> str:
         """What opens the user turn: the mode's tag, if it has one, and the instruction."""

@@ -13,9 +13,11 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from blocktune.prompt.bos import check_bos, with_bos
 from blocktune.prompt.chunk import Chunk
-from blocktune.prompt.encoding import encode
+from blocktune.prompt.encoding import encode, special_tokens
 from blocktune.prompt.format import PromptFormat
+from blocktune.prompt.said import Said
 from blocktune.prompt.template import render_frame, render_next, reply_end
 
 
@@ -72,20 +74,21 @@ def make_pieces(
         raise ValueError("a prompt needs at least one chunk, got an empty list")
     opening = fmt.opening(block)
     head = f"{opening}\n\n" if opening else ""
-    frame = render_frame(tokenizer, fmt.system, head, fmt.render_question(question))
-    prefix = _with_bos(tokenizer, encode(tokenizer, frame.before))
+    said = Said(tokenizer)
+    asked = fmt.render_question(said.safe(question))
+    frame = render_frame(tokenizer, fmt.system, head, asked)
+    prefix = with_bos(tokenizer, encode(tokenizer, frame.before))
     bodies = tuple(chunk_ids(tokenizer, fmt, chunk) for chunk in chunks)
-    query = encode(tokenizer, frame.after)
+    query = said.encode(frame.after)
     answer = () if response is None else answer_ids(tokenizer, response)
     if followups and response is None:
         raise ValueError("followups come after an answer, and the first question has no response")
     turns = tuple(
-        (next_query_ids(tokenizer, fmt, asked), answer_ids(tokenizer, said))
-        for asked, said in followups
+        (next_query_ids(tokenizer, fmt, more), answer_ids(tokenizer, reply))
+        for more, reply in followups
     )
-    pieces = Pieces(prefix, bodies, query, answer, turns)
-    _check_bos(tokenizer, pieces)
-    return pieces
+    check_bos(tokenizer, prefix, *bodies, query, *(ids for ids, _ in turns))
+    return Pieces(prefix, bodies, query, answer, turns)
 
 
 def prefix_ids(
@@ -114,9 +117,16 @@ def chunk_ids(
 
 def answer_ids(tokenizer: PreTrainedTokenizerBase, response: str) -> tuple[int, ...]:
     """Tokens the model is trained to write: the response and the end of its turn."""
-    lead = " " if tokenizer.chat_template is None else ""  # "Answer:" wants a space
-    body = encode(tokenizer, lead + response, split_special_tokens=True)
+    body = encode(tokenizer, _lead(tokenizer) + response, split_special_tokens=True)
     return body + end_of_turn(tokenizer)
+
+
+def _lead(tokenizer) -> str:
+    """The space that "Answer:" wants after it, unless the tokenizer puts it there (Llama 2)."""
+    if tokenizer.chat_template is not None:
+        return ""
+    (first, *_) = tokenizer.convert_ids_to_tokens(encode(tokenizer, "a"))
+    return "" if first.startswith("\u2581") else " "
 
 
 def next_query_ids(
@@ -127,7 +137,9 @@ def next_query_ids(
     Raises:
         ValueError: If the template does not end the assistant's turn as `end_of_turn` does.
     """
-    ids = encode(tokenizer, render_next(tokenizer, fmt.render_question(question)))
+    said = Said(tokenizer)
+    asked = fmt.render_question(said.safe(question))
+    ids = said.encode(render_next(tokenizer, asked))
     if tokenizer.chat_template is None:
         return ids
     end = end_of_turn(tokenizer)
@@ -149,8 +161,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
         ValueError: If there is neither.
     """
     ids = encode(tokenizer, reply_end(tokenizer))
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special.add(tokenizer.eos_token_id)
+    special = {*special_tokens(tokenizer).values(), tokenizer.eos_token_id}
     ends = [index for index, token in enumerate(ids) if token in special]
     if ends:
         return ids[: ends[0] + 1]
@@ -160,32 +171,3 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
             f"that ends the assistant's turn; set tokenizer.eos_token"
         )
     return (tokenizer.eos_token_id,)
-
-
-def _with_bos(tokenizer, prefix: tuple[int, ...]) -> tuple[int, ...]:
-    """Adds BOS where the template leaves it to the tokenizer, and to plain text."""
-    bos = tokenizer.bos_token_id
-    if bos is None or bos in prefix:
-        return prefix
-    puts = encode(tokenizer, "a", add_special_tokens=True)[0] == bos
-    return (bos, *prefix) if puts or tokenizer.chat_template is None else prefix
-
-
-def _check_bos(tokenizer, pieces: Pieces) -> None:
-    bos = tokenizer.bos_token_id
-    if bos is None or _marks_turns(tokenizer):
-        return
-    asked = [query for query, _ in pieces.followups]
-    held = (pieces.prefix, *pieces.chunks, pieces.query, *asked)
-    count = sum(piece.count(bos) for piece in held)
-    if count > 1 or (count == 1 and pieces.prefix[:1] != (bos,)):
-        raise ValueError(
-            f"the prompt holds the BOS token {tokenizer.bos_token!r} {count} times, it must open "
-            f"the prompt and stand nowhere else; take it out of the instruction, the system text, "
-            f"the question or the chat template"
-        )
-
-
-def _marks_turns(tokenizer) -> bool:
-    """Whether the template opens every turn with BOS (SmolLM2's ``<|im_start|>``)."""
-    return bool(tokenizer.chat_template) and tokenizer.bos_token in tokenizer.get_chat_template()

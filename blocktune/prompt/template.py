@@ -8,6 +8,8 @@ template that trims or rewrites user text cannot touch it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from datetime import datetime
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
@@ -17,6 +19,15 @@ SENTINEL = "BlocktuneChunksStandHere"
 REPLY = "BlocktuneReplyStandsHere"
 PLAIN_REPLY_CUE = "\nAnswer:"
 """Asks for the answer where there is no chat template to open the assistant's turn."""
+
+
+DATE = "26 Jul 2024"
+"""Today, to a template that asks: the default of Llama 3.1. A prefix is cached for longer."""
+
+_DATE = datetime.strptime(DATE, "%d %b %Y")
+_CODES = "".join(f"|replace('%{code}', '{_DATE:%{code}}')" for code in "YmdBbyAaHMSj")
+_TELL_DATE = f"{{%- macro strftime_now(format) -%}}{{{{ format{_CODES} }}}}{{%- endmacro -%}}"
+"""Granite's templates and Mistral's ask a function, which only the template itself can replace."""
 
 
 class Frame(NamedTuple):
@@ -91,6 +102,35 @@ def render_next(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
     )
 
 
+def render_conversation(
+    tokenizer: PreTrainedTokenizerBase, system: str | None, turns: Sequence[tuple[str, str]]
+) -> str:
+    """Renders turns of user and assistant, and opens the assistant's next.
+
+    Args:
+        tokenizer: Its chat template is used.
+        system: Text of the system turn, or None for the template's own default.
+        turns: (role, text), the user's first and last.
+
+    Raises:
+        ValueError: If there is no template, or it leaves out what the user said.
+    """
+    asked = [text.strip() for role, text in turns if role == "user"]
+    for first in _conversations(system, turns[0][1]) if tokenizer.chat_template else ():
+        listed = isinstance(first[-1]["content"], list)
+        more = [
+            {"role": role, "content": [{"type": "text", "text": text}] if listed else text}
+            for role, text in turns[1:]
+        ]
+        text = _render(tokenizer, [*first, *more], add_generation_prompt=True)
+        if text is not None and all(part in text for part in [*asked, (system or "").strip()]):
+            return text
+    raise ValueError(
+        f"'{tokenizer.name_or_path}' has no chat template that renders this conversation; leave "
+        "turns out, or set tokenizer.chat_template to one that does"
+    )
+
+
 def _conversations(system: str | None, content: str):
     """The ways to say it, in order of preference; image templates want lists of parts."""
     folded = [{"role": "user", "content": f"{system}\n\n{content}" if system else content}]
@@ -102,12 +142,26 @@ def _conversations(system: str | None, content: str):
 
 def _render(tokenizer, messages: list[dict[str, Any]], **kwargs) -> str | None:
     """The rendered text, or None where the template refuses these messages."""
+    template = tokenizer.get_chat_template()
+    dated = "strftime_now" in template
     try:
-        return tokenizer.apply_chat_template(
-            messages, tokenize=False, **_switches(tokenizer.get_chat_template()), **kwargs
+        text = tokenizer.apply_chat_template(
+            messages,
+            tokenize=False,
+            chat_template=_TELL_DATE + template if dated else template,
+            **_switches(template),
+            **kwargs,
         )
     except (TemplateError, TypeError):
         return None
+    return _end_thinking(text)
+
+
+def _end_thinking(text: str) -> str:
+    """Closes the thoughts that some templates open for the model, with none in between."""
+    if not text.rstrip("\n").endswith("<think>"):
+        return text
+    return text.rstrip("\n") + "\n\n</think>\n\n"
 
 
 def _switches(template: str) -> dict[str, Any]:
@@ -116,5 +170,5 @@ def _switches(template: str) -> dict[str, Any]:
     if "enable_thinking" in template:
         switches["enable_thinking"] = False
     if "date_string" in template:
-        switches["date_string"] = "26 Jul 2024"  # the default of Llama 3.1
+        switches["date_string"] = DATE
     return switches

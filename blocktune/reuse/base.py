@@ -65,6 +65,9 @@ def require_count(name: str, value: int, least: int = 0) -> None:
         raise ValueError(f"{name} must be a whole number, at least {least}, got {value!r}")
 
 
+GIVE_IT = "give it by --adapter, in a suite by the entry's `adapter:`"
+
+
 @dataclass(frozen=True)
 class Method(ABC):
     """A composition. Subclasses are presets: their fields, all with defaults, are their YAML keys.
@@ -164,18 +167,18 @@ class Method(ABC):
             raise ValueError(
                 f"method '{self.name}' needs an adapter trained with learned tokens around chunks, "
                 f"got {'one without' if is_block else 'none'}; train one with num_headers and "
-                "num_trailers and pass --adapter"
+                f"num_trailers; {GIVE_IT}"
             )
         has_links = is_block and trained.num_links > 0
         if self.weights is Weights.BLOCK and (not is_block or has_links):
             came = "one with link tokens (use 'kvlink')" if has_links else "none"
             raise ValueError(
                 f"method '{self.name}' needs an adapter trained with block attention, got "
-                f"{came}; train one with recipes/block_attention.yaml and pass --adapter"
+                f"{came}; train one with recipes/block_attention.yaml; {GIVE_IT}"
             )
         if self.weights is Weights.LINKS and not has_links:
             raise ValueError(
                 f"method '{self.name}' needs an adapter trained with link tokens, got "
-                f"{'one without' if is_block else 'none'}; train one with recipes/kvlink.yaml and "
-                "pass --adapter"
+                f"{'one without' if is_block else 'none'}; train one with recipes/kvlink.yaml; "
+                f"{GIVE_IT}"
             )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -12,7 +13,7 @@ from blocktune.data import load_examples
 from blocktune.data.mixture import BLOCK, load_mixture, mix
 from blocktune.data.sources import training_split
 from blocktune.positions import RopeSpec
-from blocktune.prompt import prefix_ids
+from blocktune.prompt import PromptFormat
 from blocktune.provenance import provenance
 from blocktune.training.checkpoint import AdapterFiles
 from blocktune.training.collator import BlockCollator
@@ -82,12 +83,23 @@ def samples_of(
         return in_modes(examples, args.block_share, args.both_modes, args.seed)
     if args.both_modes:
         raise ValueError("a mixture says the mode of each source; leave both_modes out")
-    mixed = mix(load_mixture(data.mixture), tokenizer=tokenizer).examples
-    samples = [Sample(example.example, example.mode == BLOCK) for example in mixed]
+    mixture = load_mixture(data.mixture)
+    worded = [_worded(data.format, part.format) for part in mixture.parts]
+    samples = [
+        Sample(
+            drawn.example, drawn.mode == BLOCK, worded[drawn.part], mixture.parts[drawn.part].turns
+        )
+        for drawn in mix(mixture, tokenizer=tokenizer).examples
+    ]
     if args.has_block != any(sample.block for sample in samples):
         wanted = "0 (full attention alone)" if args.has_block else "left out"
         raise ValueError(f"the mixture's modes and block_share disagree: it should be {wanted}")
     return samples
+
+
+def _worded(fmt: PromptFormat, own: Mapping[str, Any] | None) -> PromptFormat | None:
+    """A part's own wording: what it does not say is the run's."""
+    return PromptFormat.from_dict(fmt.to_dict() | dict(own)) if own else None
 
 
 def _datasets(data, args, model, tokenizer) -> tuple[Prepared, Prepared | None]:
@@ -104,6 +116,7 @@ def _datasets(data, args, model, tokenizer) -> tuple[Prepared, Prepared | None]:
             pack_length=pack_length,
             position_gap=args.position_jitter,
             multiple_of=batch * args.world_size if args.world_size > 1 else 1,
+            has_teacher=args.distillation.is_on,
         )
 
     samples = samples_of(data, args, tokenizer)
@@ -119,7 +132,6 @@ def _collator(data: DataArgs, args: BlockSFTConfig, ready: Ready) -> BlockCollat
     tokenizer, sampler = ready.tokenizer, args.sampler
     layers = ready.model.config.get_text_config().num_hidden_layers
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    plain = prefix_ids(tokenizer, data.untagged) if args.distillation.is_on else None
     return BlockCollator(
         args.layout,
         pad or 0,
@@ -127,7 +139,7 @@ def _collator(data: DataArgs, args: BlockSFTConfig, ready: Ready) -> BlockCollat
         augmentation=args.augmentation,
         sampler=sampler,
         check_layer=sampler.check_layer(layers) if sampler else None,
-        teacher_prefix=plain,
+        has_teacher=args.distillation.is_on,
         seed=args.seed,
     )
 

@@ -41,8 +41,7 @@ class BlockCollator:
         augmentation: How the layout of block examples varies.
         sampler: Which tokens of block examples are fresh, or None.
         check_layer: Layer at which the sampler is asked again, or None.
-        teacher_prefix: Prefix of the teacher's prompts, which are in full attention and have no
-            tag of a mode; None without a teacher.
+        has_teacher: Whether to lay out what a teacher reads: in full attention, no tag of a mode.
         seed: Of all draws.
         epoch: Likewise; the trainer sets it.
     """
@@ -53,7 +52,7 @@ class BlockCollator:
     augmentation: Augmentation = field(default_factory=Augmentation)
     sampler: RecomputeSampler | None = None
     check_layer: int | None = None
-    teacher_prefix: tuple[int, ...] | None = None
+    has_teacher: bool = False
     seed: int = 0
     epoch: int = 0
 
@@ -73,7 +72,7 @@ class BlockCollator:
         """
         rows = [[self._lay_out(part) for part in record["parts"]] for record in records]
         batch = self._tensors([laid.prompt for laid in row] for row in rows)
-        if self.teacher_prefix is not None:
+        if self.has_teacher:
             taught = self._tensors([laid.taught for laid in row] for row in rows)
             batch |= {f"teacher_{name}": value for name, value in taught.items()}
         if self.check_layer is not None:
@@ -84,8 +83,9 @@ class BlockCollator:
         draw = draw_of(self.seed, self.epoch, part["index"], part["block"])
         pieces = to_pieces(part)
         taught = None
-        if self.teacher_prefix is not None:
-            taught = lay_out(pieces._replace(prefix=self.teacher_prefix), FULL_ATTENTION)
+        if self.has_teacher:
+            plain = pieces._replace(prefix=tuple(part["teacher_prefix"]))
+            taught = lay_out(plain, FULL_ATTENTION)
         if not part["block"]:
             return Laid(lay_out(pieces, FULL_ATTENTION), taught, NOT_ASKED)
         return self._lay_out_block(pieces, taught, draw)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from blocktune.prompt import PromptFormat
 
@@ -70,8 +70,3 @@ class DataArgs:
             block_tag=self.block_tag,
             full_tag=self.full_tag,
         )
-
-    @property
-    def untagged(self) -> PromptFormat:
-        """The wording without any mode's tag: what a teacher reads, which was trained with none."""
-        return replace(self.format, block_tag="", full_tag="")

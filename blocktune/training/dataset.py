@@ -8,13 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from datasets import Dataset, Features, Value
+import numpy as np
+from datasets import Dataset, Features, Value, concatenate_datasets
 from datasets import Sequence as ListOf
 from transformers import PreTrainedTokenizerBase
 
 from blocktune.data.credit import data_sets_of
 from blocktune.data.example import RagExample
-from blocktune.prompt import LayoutSpec, Pieces, PromptFormat, make_pieces
+from blocktune.prompt import LayoutSpec, Pieces, PromptFormat, conversation_pieces, make_pieces
 
 IDS = ListOf(Value("int32"))
 PART = {
@@ -23,6 +24,7 @@ PART = {
     "query": IDS,
     "answer": IDS,
     "followups": ListOf({"query": IDS, "answer": IDS}),
+    "teacher_prefix": IDS,
     "block": Value("bool"),
     "index": Value("int32"),
     "length": Value("int32"),
@@ -31,11 +33,24 @@ FEATURES = Features({"parts": [PART], "length": Value("int32"), "answer_length":
 COLUMNS = list(FEATURES)
 
 
+ROWS_AT_A_TIME = 100
+"""Become columns together: Python holds no more of the set as objects, see `_columns`."""
+
+
 class Sample(NamedTuple):
-    """An example in one mode: block layout, or full attention."""
+    """An example in one mode, and how it is said there.
+
+    Attributes:
+        example: A conversation or a question over chunks.
+        block: In block layout; else in full attention.
+        wording: Its own, or None for the run's.
+        turns: A conversation in full attention is turns of the chat template.
+    """
 
     example: RagExample
     block: bool
+    wording: PromptFormat | None = None
+    turns: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,13 +105,14 @@ def prepare(
     pack_length: int | None = None,
     position_gap: int = 0,
     multiple_of: int = 1,
+    has_teacher: bool = False,
 ) -> Prepared:
     """Tokenises examples, and packs them where asked.
 
     Args:
         samples: Examples with an answer each, and their modes.
         tokenizer: The base's.
-        fmt: The wording.
+        fmt: The wording of samples that have none of their own.
         spec: The block layout, for the count of learned tokens.
         limit: Longest example, in rows that are neither ghosts nor fresh, and in positions.
         drop_long: Leave longer examples out instead of refusing them.
@@ -104,13 +120,15 @@ def prepare(
         position_gap: Positions that a block example may jump at each of its chunks.
         multiple_of: Rows that all ranks take at a time. Rows without an answer fill the last
             round; left to it, accelerate would repeat the first ones, which then teach twice.
+        has_teacher: Keep the prefix that a teacher reads, which has no tag of a mode.
 
     Raises:
         ValueError: If an example is too long, has no answer, or none is left.
     """
     parts, num_dropped = [], 0
+    read = _Reader(tokenizer, fmt, spec, has_teacher)
     for index, sample in enumerate(samples):
-        part = _part(index, sample, tokenizer, fmt, spec)
+        part = read(index, sample)
         gaps = position_gap * (len(part["chunks"]) + 1) if sample.block else 0
         over = _over(part["length"], gaps, limit, pack_length)
         if over is None:
@@ -119,8 +137,7 @@ def prepare(
             num_dropped += 1
         else:
             raise ValueError(
-                f"example {index} ('{sample.example.id or sample.example.question:.40}') has {over}"
-                "; shorten it or set long_examples: drop"
+                f"{_name(index, sample)} has {over}; shorten it or set long_examples: drop"
             )
     if not parts:
         raise ValueError(
@@ -131,7 +148,7 @@ def prepare(
     rows += [[_unanswered(min(parts, key=lambda part: part["length"]))]] * (
         -len(rows) % multiple_of
     )
-    dataset = Dataset.from_list([_record(row) for row in rows], features=FEATURES)
+    dataset = _columns(rows)
     named = data_sets_of(sample.example for sample in samples)
     return Prepared(dataset, len(parts), sum(part["block"] for part in parts), num_dropped, named)
 
@@ -167,26 +184,73 @@ def to_pieces(part: dict[str, Any]) -> Pieces:
     return Pieces(tuple(part["prefix"]), chunks, tuple(part["query"]), tuple(part["answer"]), turns)
 
 
-def _part(index: int, sample: Sample, tokenizer, fmt, spec: LayoutSpec) -> dict[str, Any]:
-    example, block = sample
-    pieces = make_pieces(
-        tokenizer,
-        fmt,
-        example.chunks,
-        example.question,
-        example.target,
-        block=block,
-        followups=example.followups,
+@dataclass
+class _Reader:
+    """From a sample to its part of a row."""
+
+    tokenizer: PreTrainedTokenizerBase
+    fmt: PromptFormat
+    spec: LayoutSpec
+    has_teacher: bool
+
+    def __call__(self, index: int, sample: Sample) -> dict[str, Any]:
+        block, fmt = sample.block, sample.wording or self.fmt
+        target = sample.example.target
+        try:
+            pieces = self._pieces(sample, fmt, target)
+            taught = self._pieces(sample, fmt.untagged, target).prefix if self.has_teacher else ()
+        except ValueError as error:
+            raise ValueError(f"{_name(index, sample)}: {error}") from None
+        around = self.spec.num_links + self.spec.num_headers + self.spec.num_trailers
+        return {
+            "prefix": _ids(pieces.prefix),
+            "chunks": [_ids(chunk) for chunk in pieces.chunks],
+            "query": _ids(pieces.query),
+            "answer": _ids(pieces.answer),
+            "followups": [
+                {"query": _ids(query), "answer": _ids(answer)} for query, answer in pieces.followups
+            ],
+            "teacher_prefix": _ids(taught),
+            "block": block,
+            "index": index,
+            "length": pieces.num_tokens + (around * len(pieces.chunks) if block else 0),
+        }
+
+    def _pieces(self, sample: Sample, fmt: PromptFormat, target: str) -> Pieces:
+        example = sample.example
+        if sample.turns and not sample.block and example.conversation:
+            return conversation_pieces(self.tokenizer, fmt, example.conversation, target)
+        return make_pieces(
+            self.tokenizer,
+            fmt,
+            example.chunks,
+            example.question,
+            target,
+            block=sample.block,
+            followups=example.followups,
+        )
+
+
+def _ids(ids: Sequence[int]) -> np.ndarray:
+    """Four bytes a token; Python's own numbers take ten times as many."""
+    return np.array(ids, dtype=np.int32)
+
+
+def _columns(rows: Sequence[list[dict[str, Any]]]) -> Dataset:
+    """The rows as Arrow columns; a batch at a time, since lists of numbers on the way are large."""
+    starts = range(0, len(rows), ROWS_AT_A_TIME)
+    return concatenate_datasets(
+        [
+            Dataset.from_list(
+                [_record(row) for row in rows[start : start + ROWS_AT_A_TIME]], features=FEATURES
+            )
+            for start in starts
+        ]
     )
-    turns = [{"query": query, "answer": answer} for query, answer in pieces.followups]
-    around = spec.num_links + spec.num_headers + spec.num_trailers
-    return {
-        **pieces._asdict(),
-        "followups": turns,
-        "block": block,
-        "index": index,
-        "length": pieces.num_tokens + (around * len(pieces.chunks) if block else 0),
-    }
+
+
+def _name(index: int, sample: Sample) -> str:
+    return f"example {index} ('{sample.example.id or sample.example.question:.40}')"
 
 
 def _unanswered(part: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer_utils import IntervalStrategy
 from trl import ModelConfig, SFTConfig
 
 
@@ -38,6 +39,18 @@ def refuse_missing_trackers(names: Sequence[str]) -> None:
                 f"report_to: {name} cannot be used ({str(error).strip()}); install it, or set "
                 "report_to: none"
             ) from None
+
+
+def refuse_unasked_evaluation(source: str | None, args: SFTConfig) -> None:
+    """Raises ValueError where questions to evaluate on are named but never asked, or wanted."""
+    asked = args.eval_strategy != IntervalStrategy.NO or args.eval_on_start
+    if source and not asked:
+        raise ValueError(
+            f"eval_data '{source}' would never be asked, since eval_strategy is 'no'; set "
+            "eval_strategy: epoch, steps with eval_steps, or eval_on_start"
+        )
+    if asked and not source:
+        raise ValueError("an evaluation wants questions to ask; name them in eval_data")
 
 
 def refuse_frozen_quantised(args: SFTConfig, choice: ModelConfig) -> None:

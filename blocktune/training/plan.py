@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
+from transformers.trainer_utils import IntervalStrategy
 
 from blocktune.attention.masks import KEPT_CELLS
 from blocktune.prompt import LayoutSpec
+from blocktune.quantize import quantization_of
 from blocktune.sharded import num_elements
 from blocktune.training.console import SteadyConsole, amount, duration
 from blocktune.training.cost import EFFICIENCY, peak_bytes
@@ -26,6 +28,7 @@ class TrainingPlan:
 
     Attributes:
         base_model: What is trained.
+        dtype: Of its weights in memory.
         layout: Of block examples, with the share of the rest.
         objective: What the loss is.
         execution: Of attention.
@@ -41,9 +44,11 @@ class TrainingPlan:
         steps: Optimizer steps.
         peak_bytes: Expected peak memory of a process without sharding, estimated.
         eta_s: Expected seconds, estimated at `EFFICIENCY` of the measured matmul rate.
+        evaluation: On what and how often a loss is told, or None.
     """
 
     base_model: str
+    dtype: str
     layout: str
     objective: str
     execution: str
@@ -59,6 +64,7 @@ class TrainingPlan:
     steps: int
     peak_bytes: float
     eta_s: float
+    evaluation: str | None = None
 
     @property
     def tokens_per_step(self) -> int:
@@ -82,6 +88,7 @@ def make_plan_of(trainer: BlockSFTTrainer, prepared: Prepared) -> TrainingPlan:
     operations = speed.flops_per_token * mean * batch * steps * trainer.collator.row_growth
     return TrainingPlan(
         base_model=info.base_model,
+        dtype=_dtype(trainer),
         layout=describe_layout(
             info.layout, prepared.num_block / prepared.num_examples, args.both_modes, info.link_mode
         ),
@@ -99,7 +106,27 @@ def make_plan_of(trainer: BlockSFTTrainer, prepared: Prepared) -> TrainingPlan:
         steps=steps,
         peak_bytes=_peak(trainer, max(lengths)),
         eta_s=operations / (EFFICIENCY * speed.rate),
+        evaluation=_evaluation(trainer),
     )
+
+
+def _dtype(trainer: BlockSFTTrainer) -> str:
+    model, args = trainer.model, trainer.args
+    computed = "bfloat16" if args.bf16 else "float16" if args.fp16 else None
+    held = quantization_of(model) or str(model.dtype).removeprefix("torch.")
+    return held if computed in (None, held) else f"{held}, computed in {computed}"
+
+
+def _evaluation(trainer: BlockSFTTrainer) -> str | None:
+    args, rows = trainer.args, trainer.eval_dataset
+    if rows is None:
+        return None
+    when = {
+        IntervalStrategy.NO: "before the first step",
+        IntervalStrategy.EPOCH: "every epoch",
+        IntervalStrategy.STEPS: f"every {args.eval_steps or 0:g} steps",
+    }[args.eval_strategy]
+    return f"{sum(1 for count in rows['answer_length'] if count):,} rows, {when}"
 
 
 def _peak(trainer: BlockSFTTrainer, longest: int) -> float:
@@ -144,7 +171,7 @@ def print_plan(plan: TrainingPlan, console: Console | None = None) -> None:
     """Prints the plan as a table."""
     share = plan.trainable / plan.parameters
     table = Table("", "", title="training plan", show_header=False, title_justify="left")
-    table.add_row("base", plan.base_model)
+    table.add_row("base", f"{plan.base_model} ({plan.dtype})")
     table.add_row("layout", plan.layout)
     table.add_row("objective", plan.objective)
     table.add_row("attention", plan.execution)
@@ -155,6 +182,8 @@ def print_plan(plan: TrainingPlan, console: Console | None = None) -> None:
     table.add_row("batch", f"{plan.global_batch} rows over {plan.world_size} process(es)")
     table.add_row("tokens per step", f"{plan.tokens_per_step:,}")
     table.add_row("steps", f"{plan.steps:,}")
+    if plan.evaluation:
+        table.add_row("evaluation", plan.evaluation)
     table.add_row("peak memory", f"about {amount(plan.peak_bytes)} a process, unsharded")
     table.add_row("time", f"about {duration(plan.eta_s)}; the log says what it really is")
     (console or SteadyConsole()).print(table)

@@ -13,8 +13,33 @@ from trl import ModelConfig, TrlParser
 
 from blocktune.training.build import build
 from blocktune.training.config import BlockSFTConfig, DataArgs
+from blocktune.training.guards import refuse_unasked_evaluation
 from blocktune.training.plan import make_plan_of, print_plan
 from blocktune.training.publishing import Publisher, checked_repo
+
+
+class Parser(TrlParser):
+    """TRL's parser over all options of a run; what is typed wins over the YAML.
+
+    Args:
+        argv: Command line without the program's name.
+    """
+
+    def __init__(self, argv: Sequence[str] = ()):
+        super().__init__((DataArgs, BlockSFTConfig, ModelConfig), prog="blocktune train")
+        self._typed = {word.partition("=")[0].replace("-", "_") for word in argv}
+
+    def set_defaults_with_config(self, **values):
+        """Takes what the YAML says, but for the source of examples if another one is typed."""
+        one_source, mixture = {"train_data", "train_limit"}, {"mixture"}
+        for typed, instead in (("__mixture", one_source), ("__train_data", mixture)):
+            if typed in self._typed:
+                values = {key: value for key, value in values.items() if key not in instead}
+        return super().set_defaults_with_config(**values)
+
+    def error(self, message: str):
+        """Raises ValueError, where argparse prints its usage and exits."""
+        raise ValueError(message)
 
 
 def parse(argv: Sequence[str]) -> tuple[DataArgs, BlockSFTConfig, ModelConfig]:
@@ -23,8 +48,9 @@ def parse(argv: Sequence[str]) -> tuple[DataArgs, BlockSFTConfig, ModelConfig]:
     Raises:
         ValueError: On an unknown key or option, a value of the wrong type, or a missing file.
     """
-    parser = TrlParser((DataArgs, BlockSFTConfig, ModelConfig), prog="blocktune train")
-    parser.error = _raise
+    if argv and Path(argv[0]).suffix in (".yaml", ".yml"):
+        raise ValueError(f"'{argv[0]}' stands alone; did you mean '--config {argv[0]}'?")
+    parser = Parser(argv)
     try:
         *parsed, unknown = parser.parse_args_and_config(list(argv), return_remaining_strings=True)
     except OSError as error:
@@ -33,7 +59,7 @@ def parse(argv: Sequence[str]) -> tuple[DataArgs, BlockSFTConfig, ModelConfig]:
         name = next((word for word in unknown if word.startswith("--")), unknown[0])
         known = [action.dest for action in parser._actions]
         close = difflib.get_close_matches(name.lstrip("-"), known, n=1)
-        hint = f"did you mean '{close[0]}'?" if close else "see blocktune/training/config.py"
+        hint = f"did you mean '{close[0]}'?" if close else "see blocktune train --help-all"
         raise ValueError(f"unknown key or option '{name.lstrip('-')}'; {hint}")
     return tuple(parsed)
 
@@ -65,6 +91,7 @@ def train(
 
 
 def _train(data, args, choice, callbacks) -> Path | None:
+    refuse_unasked_evaluation(data.eval_data, args)
     folder = Path(args.output_dir)
     was_there = folder.exists()
     trainer, prepared = build(data, args, choice, callbacks)
@@ -86,7 +113,3 @@ def _resume(value: str | bool | None) -> str | bool | None:
     with contextlib.suppress(AttributeError):
         return {"true": True, "false": None, "": None}.get(value.lower(), value)
     return value or None
-
-
-def _raise(message: str) -> None:
-    raise ValueError(message)

@@ -95,10 +95,15 @@ def test_encoded_chunks_are_found_again_by_another_engine(blocktune, model, ques
     assert "6 were there" in blocktune(*encode).stdout
     output = tmp_path / "answers.jsonl"
     ask = ("answer", "--model", model, "-i", questions, "-o", output, "--max-new-tokens", 2)
-    assert blocktune(*ask, *store).stdout == f"wrote 3 answers to {output}\n"
+    done = blocktune(*ask, *store)
+    assert done.stdout == f"wrote 3 answers to {output}\n"
+    assert done.stderr.endswith(f" chunks read from {store[1]}, 0 encoded anew\n")
     records = [json.loads(line) for line in output.read_text().splitlines()]
     assert [r["id"] for r in records] == [e.id for e in load_examples(questions)]
     assert all(r["account"]["chunk_misses"] == 0 for r in records)
+    other = blocktune(*ask, *store, "--dtype", "bfloat16").stderr
+    assert "\n0 chunks read" in f"\n{other}"
+    assert "encoded anew; those that it held are other passages, or of another model" in other
 
 
 def test_eval_writes_results_table_and_picture(blocktune, model, questions, tmp_path):
@@ -147,3 +152,9 @@ def test_layer_ranges_are_profiled(blocktune, model, questions):
     shown = blocktune("intervals", "--model", model, "--input", questions, "--limit", 1).stdout
     assert shown.split()[:5] == ["first_layer", "ratio", "layers", "divergence", "agreement"]
     assert "100%" in shown
+
+
+@pytest.mark.parametrize("command", ["answer", "merge"])
+def test_help_shows_that_a_revision_can_be_pinned(blocktune, command):
+    """Brackets are markup to the help unless they are escaped."""
+    assert "USER/NAME[@REVISION]" in "".join(blocktune(command, "--help").stdout.split())

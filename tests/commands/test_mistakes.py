@@ -159,3 +159,55 @@ def test_a_process_ends_with_2_and_a_traceback_only_when_asked(tmp_path, debug, 
     assert ("Traceback" in done.stderr) is shown
     assert done.returncode == (1 if shown else 2)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("gpu", "unknown device 'gpu'; wanted cuda, cuda:0, cpu"),
+        ("cuda:99", "no device 'cuda:99' here: torch"),
+    ],
+)
+def test_a_device_that_is_not_there(refused, model, device, message):
+    assert message in refused("answer", "--model", model, *QUESTION, *CHUNK, "--device", device)
+
+
+def test_a_full_device_is_one_line_and_other_errors_of_torch_are_not(monkeypatch, blocktune):
+    import torch
+
+    from blocktune.commands import answering
+
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    def bug(*arguments):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(answering, "read_examples", full)
+    done = blocktune("answer", *QUESTION, *CHUNK)
+    assert done.exit_code == 2
+    assert done.stderr.startswith("error: CUDA out of memory; take smaller batches")
+    monkeypatch.setattr(answering, "read_examples", bug)
+    assert isinstance(blocktune("answer", *QUESTION, *CHUNK).exception, RuntimeError)
+
+
+def test_passages_under_another_name(refused, model, tmp_path):
+    path = tmp_path / "ragas.jsonl"
+    path.write_text(json.dumps({"question": "Where?", "contexts": ["Here."], "answer": "Here"}))
+    line = refused("answer", "--model", model, "--input", path)
+    assert 'has no field "chunks"; rename the one that holds the passages' in line
+    assert "(it has the lists contexts)" in line
+    path.write_text(json.dumps({"question": "Where?", "chunks": ["Here."], "answer": "Here"}))
+    line = refused("answer", "--model", model, "--input", path)
+    assert line.endswith('; did you mean "answers"?\n')
+
+
+def test_a_recipe_without_config(refused):
+    line = refused("train", "recipes/kvlink.yaml")
+    assert "did you mean '--config recipes/kvlink.yaml'?" in line
+
+
+def test_a_page_without_blocks_and_a_folder_of_runs_that_is_not_there(refused, tmp_path):
+    assert "holds no block of a table" in refused("eval", "page", "README.md")
+    line = refused("eval", "page", "eval/results/STUDY.md", "--runs", tmp_path / "none")
+    assert "no folder of runs at" in line

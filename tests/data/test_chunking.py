@@ -85,8 +85,10 @@ def test_turns_and_messages():
     assert by_sentence == ["System: Be brief.", "User: Who?"]
 
 
-def test_chunks_hold_no_space_around_them():
-    assert chunks_of([" a\n", "\n", "b"], "T") == (Chunk("a", "T"), Chunk("b", "T"))
+def test_chunks_keep_the_indent_of_a_line_and_no_other_space_around_them():
+    spans = [" \n\n  a\n", "\n", "    b\n\n", "c", "  d ", "e"]
+    texts = ["  a", "    b", "c", "d", "e"]
+    assert chunks_of(spans, "T") == tuple(Chunk(text, "T") for text in texts)
 
 
 @pytest.mark.parametrize(

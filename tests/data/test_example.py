@@ -17,6 +17,7 @@ FULL = RagExample(
     supporting=(0,),
     meta={"bridges": ["It"]},
 )
+CHAT = (("system", "Be brief."), ("user", "Who?"), ("assistant", "Anna."), ("user", "Where?"))
 GOOD = {"question": "q", "chunks": ["text"]}
 
 
@@ -31,6 +32,21 @@ def test_file_round_trip(tmp_path):
     assert (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()[1] == json.dumps(
         {"question": "q", "chunks": [{"text": "text"}]}
     )
+
+
+def test_a_conversation_round_trip():
+    example = RagExample("Where?", (Chunk("Who? Anna."),), conversation=CHAT)
+    assert RagExample.from_json(json.loads(json.dumps(example.to_json()))) == example
+
+
+def test_null_is_a_field_left_out():
+    """Tables give every row all columns, so a set on the Hub holds nulls where rows differ."""
+    nulls = dict.fromkeys(
+        ("answers", "response", "kind", "id", "supporting", "meta", "followups", "conversation")
+    )
+    assert RagExample.from_json(GOOD | nulls) == RagExample.from_json(GOOD)
+    with pytest.raises(ValueError, match='field "question" is missing'):
+        RagExample.from_json(GOOD | {"question": None})
 
 
 def test_chunks_as_plain_strings():
@@ -69,7 +85,10 @@ def test_target():
             'field "answers" must be a list of non-blank strings, got ["a", 1]',
         ),
         ({"response": 1}, 'field "response" must be a string or null, got 1'),
-        ({"kind": None}, 'field "kind" must be a string, got null'),
+        ({"conversation": [["user", "a"], ["assistant", "b"]]}, 'field "conversation" must be [r'),
+        ({"conversation": [["assistant", "b"], ["user", "a"]]}, 'field "conversation" must be [r'),
+        ({"conversation": [["user", " "]]}, 'field "conversation" must be [role, text] of system'),
+        ({"kind": 2}, 'field "kind" must be a string, got 2'),
         ({"id": 7}, 'field "id" must be a string, got 7'),
         ({"supporting": [1]}, 'field "supporting" must be a list of chunk indices from 0 to 0'),
         ({"supporting": [True]}, 'field "supporting" must be a list of chunk indices'),

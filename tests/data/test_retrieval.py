@@ -1,11 +1,13 @@
 """Passages for questions: BM25, a retriever's file, the best of their own."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from source_records import CTXS, MUSIQUE
 
 from blocktune.data import RagExample
+from blocktune.data.answers import evidence, gives_answer, holds_answer
 from blocktune.data.retrieval import (
     Bm25,
     Question,
@@ -68,6 +70,35 @@ def test_own_passages_are_ranked_and_keep_their_evidence():
     assert best.supporting == (0,)
 
 
+@pytest.mark.parametrize("k", [1, 2, 7, 12])
+def test_equal_scores_keep_the_order_of_the_corpus_at_the_cut(k):
+    chunks = [Chunk(f"{'red' if i % 3 == 0 else 'blue'} stone") for i in range(12)]
+    (hits,) = Bm25(chunks).search(["red"], k)
+    reds, others = [0, 3, 6, 9], [1, 2, 4, 5, 7, 8, 10, 11]
+    assert [hit.index for hit in hits] == (reds + others)[:k]
+
+
+def test_yes_and_no_are_told_by_the_evidence_that_is_left():
+    said_no = Chunk("There is no road to Port Alder.")
+    whole = RagExample("Do both sail?", (said_no, *CORPUS[:2]), ("no",), supporting=(1, 2))
+    kept = replace(whole, chunks=tuple(CORPUS[:2]), supporting=(0, 1))
+    lost = replace(whole, chunks=(said_no, CORPUS[0]), supporting=(1,))
+    assert [holds_answer(e, whole) for e in (whole, kept, lost)] == [True, True, False]
+    assert not holds_answer(whole)
+    named = replace(lost, answers=("Port Alder",))
+    assert holds_answer(named)
+    assert evidence(replace(whole, supporting=())) == {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    ("reply", "given"),
+    [("No, they do not.", True), ("There is no evidence, so yes.", False), ("Not at all", False)],
+)
+def test_a_reply_opens_with_its_verdict(reply, given):
+    assert gives_answer(reply, ("no",)) is given
+    assert gives_answer(f"Yes: Port Alder. {reply}", ("Port Alder",))
+
+
 def test_from_retriever(tmp_path):
     path = lines(
         tmp_path / "dpr.jsonl",
@@ -102,7 +133,7 @@ def test_questions_of_every_shape(tmp_path):
     value = {"value": "Anna", "aliases": ["Ann", "Anna"]}
     path = lines(
         tmp_path / "q.jsonl",
-        {"question": "who?", "answer": ["Anna", "Ann"]},
+        {"question": "who?", "answer": ["Anna", " ", "Ann"], "answers": None},
         {"question": "who? ", "answer": value, "question_id": "tc_1"},
         {"question": "who?", "answer": "Anna", "type": "bridge", "_id": "h"},
         MUSIQUE,
@@ -124,6 +155,7 @@ def test_questions_of_every_shape(tmp_path):
         ({"answer": "x"}, 'field "question" must be a non-blank string, got null'),
         ({"question": "q", "answer": 3}, 'field "answer" must be text, a list of texts, or'),
         ({"question": "q", "answer": {"x": 1}}, 'field "answer" must be {"value", "aliases"}'),
+        ({"question": "q", "answer": ["", " "]}, 'field "answer" must be text that is not blank'),
     ],
 )
 def test_wrong_question_is_named(tmp_path, record, message):

@@ -88,6 +88,32 @@ def test_blank_passage_moves_supporting(save):
     assert (example.supporting, example.meta) == ((0,), {"blank_passages": 1})
 
 
+@pytest.mark.parametrize(
+    "context",
+    [
+        [["A", "One."], ["B", "Two."]],
+        [{"title": "A", "text": "One."}, {"title": "B", "text": "Two."}],
+        [{"title": "A", "sentences": ["One."]}, {"title": "B", "content": [" Two. "]}],
+        {"title": ["A", "B"], "sentences": ["One.", ["Two."]]},
+    ],
+)
+def test_passages_of_a_context_in_every_shape(save, context):
+    facts = [{"title": "B", "sent_id": 0}]
+    (example,) = load_examples(save([WIKI | {"context": context, "supporting_facts": facts}]))
+    assert example.chunks == (Chunk("One.", "A"), Chunk("Two.", "B"))
+    assert example.supporting == (1,)
+
+
+def test_a_context_of_plain_strings(save):
+    (example,) = load_examples(save([WIKI | {"context": ["One.", "Two."]}]))
+    assert example.chunks == (Chunk("One."), Chunk("Two."))
+
+
+def test_blank_aliases_are_no_answers(save):
+    (example,) = load_examples(save([CTXS | {"answers": ["ann", " ", "", "ann"]}]))
+    assert example.answers == ("ann",)
+
+
 def test_limit_counts_examples(save):
     path = save([WIKI | {"context": None}, WIKI | {"_id": "a"}, WIKI | {"_id": "b"}])
     assert [example.id for example in load_examples(path, limit=1)] == ["a"]
@@ -108,7 +134,11 @@ def test_line_seven(tmp_path):
     [
         ([MUSIQUE, MUSIQUE | {"paragraphs": []}], 'field "paragraphs" must be a non-empty list of'),
         ([WIKI, WIKI | {"answer": 3}], 'field "answers" must be a list of non-blank strings'),
-        ([WIKI, WIKI | {"context": [["A"]]}], 'field "context" must be a list of [title, [senten'),
+        ([WIKI, WIKI | {"context": [["A"]]}], 'field "context[0]" must be [title, [sentences]], {'),
+        ([WIKI, WIKI | {"context": [["A", "b", "c"]]}], 'field "context[0]" must be [title, [sen'),
+        ([WIKI, WIKI | {"context": [{"name": "A"}]}], 'field "context[0]" must be [title, [sente'),
+        ([WIKI, WIKI | {"context": {"title": ["A"], "text": []}}], 'field "context" must be an ob'),
+        ([WIKI, WIKI | {"supporting_facts": [{}]}], 'field "supporting_facts" must be a list of'),
         ([CTXS, CTXS | {"ctxs": "text"}], 'field "ctxs" must be a non-empty list of {"title", "te'),
         ([CTXS, CTXS | {"ctxs": [{"title": "T"}]}], "a chunk's text must be a non-blank string"),
         ([CTXS, CTXS | {"answers": "ann"}], 'field "answers" must be a list of strings, got "ann"'),

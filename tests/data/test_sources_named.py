@@ -1,6 +1,7 @@
 """Sources that are named, not files: the Hub (a folder stands in for it) and worlds."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from source_records import HUB_HOTPOT, MUSIQUE, WIKI
@@ -39,6 +40,32 @@ def test_hub_matches_file(folder, tmp_path, record, kind):
     assert load_examples(f"hf:{path}") == from_file * 3
     assert load_examples(f"hf:{path}?split=validation", limit=2) == from_file * 2
     assert load_examples(f"hf:{path}:default", split="validation") == from_file * 3
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_seeded_order_takes_of_everything(folder, tmp_path, monkeypatch, streamed):
+    records = [HUB_HOTPOT | {"id": f"{i:02}"} for i in range(40)]
+    monkeypatch.setattr(
+        "blocktune.data.sources.load.data_set",
+        lambda name: replace(data_set(name), streamed=streamed),
+    )
+    (tmp_path / "set.json").write_text(json.dumps(records), encoding="utf-8")
+    for source in (f"hf:{folder(records)}", str(tmp_path / "set.json")):
+        plain = [example.id for example in load_examples(source, limit=40)]
+        assert plain == sorted(plain)
+        first, again, other = (
+            [example.id for example in load_examples(f"{source}?shuffle={seed}", limit=40)]
+            for seed in (0, 0, 1)
+        )
+        assert first == again != other
+        assert sorted(first) == sorted(other) == plain != first
+        assert [e.id for e in load_examples(f"{source}?shuffle=0", limit=5)] == first[:5]
+
+
+def test_a_wrong_row_is_named_by_its_place_in_the_set(folder):
+    records = [HUB_HOTPOT | {"id": str(i)} for i in range(6)] + [HUB_HOTPOT | {"answer": " "}]
+    with pytest.raises(ValueError, match=r"record 7: field \"answers\""):
+        load_examples(f"hf:{folder(records)}?shuffle=3")
 
 
 def test_two_wiki_rows_without_context(folder):

@@ -43,6 +43,9 @@ def test_earlier_turns_are_chunks_and_the_last_one_asks(save):
     assert example.chunks == (Chunk("User: Who?\nAssistant: Anna."),)
     assert (example.question, example.target, example.kind) == ("Where?", "In Kirby.", "chat")
     assert (example.id, example.answers) == ("c1", ())
+    assert example.conversation == tuple(TURNS[:3])
+    doubled = [{"role": "user", "content": "Hello?"}, *CHAT["messages"]]
+    assert only(save({"messages": doubled})).conversation == ()  # two of the user's in a row
     by_message = only(f"{save(CHAT)}?chunker=message&unit=message")
     assert [c.text for c in by_message.chunks] == ["User: Who?", "Assistant: Anna."]
 
@@ -76,6 +79,25 @@ def test_conversations_that_cannot_be_cut_are_counted(save):
     assert only(save({"messages": system})).chunks == (Chunk("System: Be brief."),)
 
 
+def test_code_keeps_its_indent_and_is_not_cut_out_of_a_single_message(save):
+    code = "def sign(x):\n    return -1"
+    asked = {"role": "user", "content": f"Explain:\n{code}"}
+    reply = {"role": "assistant", "content": "Minus one."}
+    loaded = load_source(
+        save({"messages": [asked, reply]}, {"messages": [asked, reply, asked, reply]})
+    )
+    assert loaded.left_out == {"a single message that holds code": 1}
+    (example,) = loaded.examples
+    assert code in example.chunks[0].text
+    assert example.question == f"Explain:\n{code}"
+
+
+def test_null_is_a_row_without_it(save):
+    loaded = load_source(save({"dialogue": None, "summary": "x"}, *SAMSUM))
+    assert len(loaded.examples) == len(SAMSUM)
+    assert loaded.left_out == {'"dialogue" is blank': 1}
+
+
 def test_document_ends_with_what_the_model_writes(save):
     path = save({"text": "One.\n\nTwo.\n\nThree.", "title": "T"}, {"text": "whole"})
     example = only(f"{path}?as=document")
@@ -88,6 +110,9 @@ def test_document_ends_with_what_the_model_writes(save):
 def test_document_in_tokens(save, tokenizer, tmp_path):
     path = save({"text": "Anna Belt was born in Port Alder. " * 5})
     example = only(f"{path}?as=document&chunker=fixed&size=12", tokenizer=tokenizer)
+    texts = [*(chunk.text for chunk in example.chunks), example.target]
+    assert len(texts) > 2
+    assert all(text == text.strip() for text in texts)  # spans open with the space before a word
     tokenizer.save_pretrained(tmp_path / "tok")
     named = f"{path}?as=document&chunker=fixed&size=12&tokenizer={tmp_path / 'tok'}"
     assert only(named) == example

@@ -21,6 +21,7 @@ from blocktune.evaluation.fidelity import agreement, forced_logits, measure_fide
 from blocktune.evaluation.figure_states import draw_cumulative, draw_deviation, draw_overlap
 from blocktune.evaluation.probe import Deviation, attention_entropy, deviation, states_of
 from blocktune.layout import Kind
+from blocktune.prompt import PromptFormat
 from blocktune.reuse import build
 
 EXAMPLE = RagExample(ASK.question, ASK.chunks, ("Noel Fisher",))
@@ -90,7 +91,7 @@ def test_entropy_is_that_of_the_weights_of_a_dense_forward(engine):
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_measured_fidelity_has_all_methods_and_layers(engine):
+def measured(engine, step=lambda: None):
     methods = {name: build(name) for name in ("full-prefill", "naive", "no-context")}
     specs = [SimpleNamespace(label=name) for name in methods]
     task, fidelity = object(), SimpleNamespace(num=1, tokens=2)
@@ -101,8 +102,20 @@ def test_measured_fidelity_has_all_methods_and_layers(engine):
         engine=lambda spec, task: engine,
         of=lambda task, limit: [EXAMPLE][:limit],
     )
+    return measure_fidelity(ready, step)
+
+
+def test_the_tag_of_a_mode_is_no_loss_of_fidelity(engine):
+    """Full prefill reads the tag that the method reads, so that chunks stand where its own do."""
+    one_tag = engine.reworded(PromptFormat(block_tag="[Block]"))
+    both = engine.reworded(PromptFormat(block_tag="[Block]", full_tag="[Block]"))
+    assert measured(one_tag)["naive"] == measured(both)["naive"]
+    assert measured(one_tag)["full-prefill"]["kl"] == 0
+
+
+def test_measured_fidelity_has_all_methods_and_layers(engine):
     steps = []
-    found = measure_fidelity(ready, lambda: steps.append(1))
+    found = measured(engine, lambda: steps.append(1))
     assert len(steps) == 3
     assert found["full-prefill"]["kl"] == 0
     assert found["full-prefill"].keys() == {"kl", "top1", "tokens"}

@@ -55,5 +55,11 @@ def test_weights_with_different_prompts_are_refused():
         "base": engine(build_tokenizer()),
         "out/other": engine(build_tokenizer(), instruction="Be brief."),
     }
-    with pytest.raises(ValueError, match="'out/other' and 'base' build different prompts"):
+    message = "'out/other' and 'base' build different prompts .*wordings differ in instruction"
+    with pytest.raises(ValueError, match=message):
         sanity.check_prompts(engines, EXAMPLE)
+
+
+def test_the_tag_of_a_mode_is_no_difference():
+    tagged = engine(build_tokenizer(), block_tag="[Block]", full_tag="[Full]")
+    sanity.check_prompts({"base": engine(build_tokenizer()), "out/tagged": tagged}, EXAMPLE)

@@ -7,6 +7,7 @@ import yaml
 
 from blocktune.data.ruler.tasks import RULER_TASKS
 from blocktune.evaluation.task import TaskSpec, load_task, parse_task, variants_of
+from blocktune.prompt import PromptFormat
 
 TASKS = sorted(Path("eval/tasks").glob("*.yaml"))
 NAMED = {"musique", "2wikimultihopqa", "hotpotqa", "nq-open", "triviaqa", "samsum", "multi-news"}
@@ -20,7 +21,7 @@ def test_every_task_file_loads_with_its_variants(path):
     for variant in variants_of(path):
         task = parse_task({"task": str(path), "variant": variant})
         assert task.name == f"{path.stem}-{variant}"
-        assert task.format() is not None
+        assert task.prompt is not None
 
 
 def test_the_fields_tasks_are_all_there():
@@ -34,7 +35,7 @@ def test_ruler_is_asked_and_scored_as_its_generator_says():
     assert variants_of("eval/tasks/ruler.yaml") == list(RULER_TASKS)
     for name, wanted in RULER_TASKS.items():
         task = parse_task({"task": "eval/tasks/ruler.yaml", "variant": name})
-        assert task.format() == wanted.format
+        assert task.worded(PromptFormat()) == wanted.format
         assert task.metric == wanted.scorer
         assert task.max_new_tokens == wanted.max_new_tokens
         assert task.source.startswith(f"ruler:{name}?")
@@ -42,7 +43,7 @@ def test_ruler_is_asked_and_scored_as_its_generator_says():
 
 def test_cacheblends_wording_is_its_codes():
     task = parse_task({"task": "eval/tasks/musique.yaml", "variant": "cacheblend"})
-    words = task.format()
+    words = task.worded(PromptFormat())
     assert words.instruction.endswith("The answer should be within 5 words..\nPassages:")
     assert words.render_question("who?") == (
         "\n\nAnswer the question directly based on the given passages. Do NOT repeat the question. "

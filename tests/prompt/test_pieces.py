@@ -6,8 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
-from chat_families import FAMILIES, PARTS, family
+from chat_families import FAMILIES, PARTS, family, unthought
 from tiny_tokenizer import build_tokenizer, trl_template
+from tokenizers import Tokenizer, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from blocktune.prompt import (
     Chunk,
@@ -43,7 +45,7 @@ def direct_render(name: str, text: str) -> str:
         enable_thinking=False,
         date_string="26 Jul 2024",
     )
-    return rendered if rendered.startswith("<s>") else f"<s>{rendered}"
+    return unthought(rendered if rendered.startswith("<s>") else f"<s>{rendered}")
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -176,9 +178,54 @@ def test_no_chunk_is_refused():
 
 def test_second_bos_is_refused():
     twice = "{{ bos_token }}" + trl_template("llama3")
-    for template, question in ((trl_template("llama3"), "What is <s>?"), (twice, QUESTION)):
-        with pytest.raises(ValueError, match="the BOS token '<s>' 2 times"):
-            make_pieces(build_tokenizer(template), PromptFormat(), CHUNKS, question)
+    with pytest.raises(ValueError, match="the BOS token '<s>' 2 times"):
+        make_pieces(build_tokenizer(twice), PromptFormat(), CHUNKS, QUESTION)
+    with pytest.raises(ValueError, match="the BOS token '<s>' 2 times"):
+        prefix_ids(build_tokenizer(), PromptFormat(instruction="Strike <s>this</s> out"))
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, None])
+def test_special_tokens_in_a_question_stay_text(name):
+    """A question about <|eot_id|> does not end the turn, nor does HTML's <s> begin a prompt."""
+    tokenizer = family(name) if name else build_tokenizer(None)
+    plain, asked = "Why?", f"Why {' '.join(tokenizer.added_tokens_encoder)}?"
+    turns = name != "smolvlm"  # whose replies do not end alike, see test_followups.py
+
+    def queries(question):
+        more = [(question, "So.")] if turns else []
+        pieces = make_pieces(tokenizer, PromptFormat(), CHUNKS, question, "So.", followups=more)
+        return [pieces.query, *(query for query, _ in pieces.followups)]
+
+    steering = tokenizer.added_tokens_decoder
+    for query, without in zip(queries(asked), queries(plain), strict=True):
+        assert [i for i in query if i in steering] == [i for i in without if i in steering]
+        assert tokenizer.decode(query) == tokenizer.decode(without).replace(plain, asked)
+
+
+def test_a_question_that_is_asked_twice_is_text_both_times():
+    tokenizer, fmt = build_tokenizer(), PromptFormat(question="{question}\nAgain: {question}")
+    query = make_pieces(tokenizer, fmt, CHUNKS, "Why <s>?").query
+    assert tokenizer.decode(query).startswith("Why <s>?\nAgain: Why <s>?<|end|>")
+    assert tokenizer.bos_token_id not in query
+
+
+DATED = (
+    "{{ bos_token }}{{ strftime_now('%B %d, %Y') }}"
+    "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+)
+
+
+def test_a_template_that_asks_for_today_gets_the_same_day_every_day():
+    prefix = prefix_ids(build_tokenizer(DATED), PromptFormat())
+    assert build_tokenizer(DATED).decode(prefix).startswith("<s>July 26, 2024[")
+
+
+@pytest.mark.parametrize("opened", ["<think>", "<think>\n"])
+def test_thoughts_that_a_template_opens_are_closed(opened):
+    template = trl_template("llama3") + "{% if add_generation_prompt %}" + opened + "{% endif %}"
+    tokenizer = build_tokenizer(template)
+    query = make_pieces(tokenizer, PromptFormat(), CHUNKS, QUESTION).query
+    assert tokenizer.decode(query).endswith("<think>\n\n</think>\n\n")
 
 
 @pytest.mark.parametrize("template", ["{{ bos_token }}hello", "{{ messages[0].content * 2 }}"])
@@ -202,3 +249,15 @@ def test_threads_over_one_tokenizer_read_every_text_their_own_way(tokenizer):
     assert not any(tokenizer.eos_token_id in pieces.chunks[0] for pieces in expected)
     with ThreadPoolExecutor(max_workers=8) as pool:
         assert list(pool.map(partial(read, tokenizer), range(400))) == expected
+
+
+def test_a_tokenizer_that_puts_the_space_itself_gets_none():
+    """Llama 2's writes one before every text; another would be a token that no answer has."""
+    words = [("<unk>", 0.0), ("</s>", 0.0), ("▁", -9.0), ("▁a", -1.0), ("▁Paris", -1.0)]
+    bare = Tokenizer(models.Unigram(words, unk_id=0))
+    bare.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bare, eos_token="</s>", unk_token="<unk>")
+    ids = answer_ids(tokenizer, "Paris")
+    assert tokenizer.convert_ids_to_tokens(ids) == ["▁Paris", "</s>"]

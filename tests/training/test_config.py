@@ -3,15 +3,20 @@
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
+from rich.console import Console
 from training.runs import make_trainer, write_run
+from trl import ModelConfig
 from typer.testing import CliRunner
 
 from blocktune.cli import app
-from blocktune.training.run import parse
+from blocktune.training.config import BlockSFTConfig, DataArgs
+from blocktune.training.options_help import print_options
+from blocktune.training.run import parse, train
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -32,6 +37,40 @@ def test_the_command_line_overrides_the_yaml(tmp_path):
     path = write_run(tmp_path, num_links=3)
     args = parse(["--config", str(path), "--num_links", "1"])[1]
     assert args.num_links == 1
+
+
+def test_a_source_that_is_typed_replaces_the_kind_that_the_yaml_names(tmp_path):
+    path = str(write_run(tmp_path, train_limit=5))
+    data = parse(["--config", path, "--mixture", "mix.yaml"])[0]
+    assert (data.mixture, data.train_data, data.train_limit) == ("mix.yaml", "", None)
+    path = str(write_run(tmp_path, train_data=None, mixture="mix.yaml"))
+    data = parse(["--config", path, "--train-data=mine.jsonl"])[0]
+    assert (data.mixture, data.train_data) == (None, "mine.jsonl")
+    with pytest.raises(ValueError, match="a mixture names its own sources"):
+        parse(["--config", path, "--train_data", "mine.jsonl", "--mixture", "mix.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        ({"eval_data": "worlds:dev"}, "would never be asked, since eval_strategy is 'no'"),
+        ({"eval_strategy": "epoch"}, "name them in eval_data"),
+        ({"eval_on_start": True}, "name them in eval_data"),
+    ],
+)
+def test_an_evaluation_that_would_never_be(tmp_path, overrides, line):
+    with pytest.raises(ValueError, match=line):
+        train(["--config", str(write_run(tmp_path, **overrides))])
+
+
+def test_every_key_is_listed_once_with_what_it_means():
+    console = Console(width=200, record=True)
+    print_options(console)
+    text = console.export_text()
+    keys = re.findall(r"^ (\w+)", text, re.MULTILINE)
+    known = {f.name for c in (DataArgs, BlockSFTConfig, ModelConfig) for f in fields(c) if f.init}
+    assert sorted(key for key in keys if key != "key") == sorted(known)
+    assert "Link tokens per chunk (KVLink)" in text
 
 
 @pytest.mark.parametrize(

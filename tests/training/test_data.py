@@ -163,10 +163,17 @@ def test_packed_rows_hold_several_prompts_that_do_not_see_each_other():
     assert layout.position[0].tolist() == [*range(4), *range(8)]
 
 
+def test_an_example_that_cannot_be_read_is_named():
+    examples = toy_examples(3)
+    special = PromptFormat(instruction="say <|bos|> twice")
+    with pytest.raises(ValueError, match=r"^example 0 \(.*\): the prompt holds the BOS token"):
+        prepared(examples, special)
+
+
 def test_a_teacher_reads_the_plain_prompt_in_full_attention():
     spec = LayoutSpec(num_links=1, num_headers=1)
-    collator = BlockCollator(spec, pad_id=2, link_base=100, teacher_prefix=(7, 8))
-    batch = collator([row({**PART, "block": True})])
+    collator = BlockCollator(spec, pad_id=2, link_base=100, has_teacher=True)
+    batch = collator([row({**PART, "block": True, "teacher_prefix": [7, 8]})])
     assert batch["input_ids"].tolist() == [
         [9, 101, 11, 12, 100, 101, 13, 100, 14, 15, 16, 17],
     ]

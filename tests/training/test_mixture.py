@@ -1,5 +1,7 @@
 """A run on a mixture: each source in the mode that the mixture says, named in the adapter."""
 
+import json
+
 import pytest
 import yaml
 from training.runs import make_trainer, write_run
@@ -44,6 +46,65 @@ def test_kvlinks_shares_by_sampling(tmp_path):
     assert modes(trainer) == [(2, False)] * 12 + [(3, True)] * 8
 
 
+def test_a_part_is_worded_in_its_own_way_and_for_the_teacher_too(tmp_path):
+    plain = {"instruction": "", "question": "{question}"}
+    path = mixture(tmp_path / "data", {"mode": "block"}, {"mode": "full", "format": plain})
+    options = {"train_data": None, "mixture": path, "block_tag": "[B]", "full_tag": "[F]"}
+    trainer = make_trainer(tmp_path, distill_weight=0.5, max_steps=1, **options)
+    decode = trainer.processing_class.decode
+    parts = [part for record in trainer.train_dataset for part in record["parts"]]
+    opened = {part["block"]: decode(part["prefix"]) for part in parts}
+    taught = {part["block"]: decode(part["teacher_prefix"]) for part in parts}
+    asked = {part["block"]: decode(part["query"]) for part in parts}
+    assert "[B] Answer the question" in opened[True]
+    assert "[F]" in opened[False]
+    assert "Answer" not in opened[False] + taught[False]
+    assert "Answer the question" in taught[True]
+    assert "[" not in taught[True] + taught[False]
+    assert "Question:" in asked[True]
+    assert "Question:" not in asked[False]
+    trainer.train()
+
+
+def test_conversations_are_turns_where_the_mixture_says_so(tmp_path):
+    turns = [("user", "Who?"), ("assistant", "Anna."), ("user", "Where?"), ("assistant", "Here.")]
+    record = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    source = tmp_path / "chat.jsonl"
+    source.write_text(json.dumps(record))
+    path = tmp_path / "mixture.yaml"
+    part = {"source": str(source), "mode": "both", "turns": True}
+    path.write_text(yaml.safe_dump({"parts": [part]}))
+    options = {"distill_weight": 0.5, "distill_states": "kv", "max_steps": 1, "full_tag": "[F]"}
+    trainer = make_trainer(tmp_path, train_data=None, mixture=str(path), **options)
+    parts = [part for record in trainer.train_dataset for part in record["parts"]]
+    block, full = sorted(parts, key=lambda part: not part["block"])
+    decode = trainer.processing_class.decode
+    assert len(block["chunks"]) == 1
+    assert (full["chunks"], full["query"]) == ([], [])
+    assert decode(full["prefix"]).index("[F] Who?") < decode(full["prefix"]).index("Where?")
+    assert "Question" not in decode(full["prefix"])
+    assert (
+        full["teacher_prefix"]
+        == trainer.processing_class(
+            decode(full["prefix"]).replace("[F] ", ""), add_special_tokens=False
+        )["input_ids"]
+    )
+    trainer.train()
+    path.write_text(yaml.safe_dump({"parts": [part | {"mode": "block"}]}))
+    with pytest.raises(ValueError, match="'turns' are for full attention"):
+        make_trainer(tmp_path, train_data=None, mixture=str(path))
+
+
+def test_a_parts_wording_is_strict(tmp_path):
+    for wrong, message in (
+        ({"instructions": ""}, "unknown prompt format key 'instructions'"),
+        ({"question": "x"}, "must hold {question}"),
+    ):
+        path = mixture(tmp_path / "data", {"format": wrong}, {})
+        with pytest.raises(ValueError, match=rf"parts\[0\]: .*{message}"):
+            make_trainer(tmp_path, train_data=None, mixture=path)
+
+
 def test_modes_and_options_must_agree(tmp_path):
     path = mixture(tmp_path / "data", {"mode": "full"}, {"mode": "full"})
     write_run(tmp_path)
@@ -72,7 +133,8 @@ def test_nothing_is_trained_on_what_it_is_judged_by(tmp_path, monkeypatch):
 
     monkeypatch.setattr("blocktune.training.build.load_examples", load)
     monkeypatch.setattr("blocktune.data.mixture.draw.load_examples", load)
-    make_trainer(tmp_path, train_data="hotpotqa", eval_data="hotpotqa")
+    evaluated = {"eval_data": "hotpotqa", "eval_strategy": "epoch"}
+    make_trainer(tmp_path, train_data="hotpotqa", **evaluated)
     path = tmp_path / "mixture.yaml"
     parts = [{"source": "hf:a/b"}, {"source": "hf:a/b?split=dev"}, {"source": "nq", "split": "x"}]
     path.write_text(yaml.safe_dump({"parts": parts}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import repeat
 from pathlib import Path
 from typing import Annotated
 
@@ -51,13 +52,14 @@ def passages(
         raise ValueError("give one of --corpus FILE, --retrieved FILE and --own")
     quiet_libraries()
     from blocktune.data import load_chunks, load_examples, retrieval, write_jsonl
-    from blocktune.data.answers import chunk_mentions
+    from blocktune.data.answers import holds_answer, is_verdict
     from blocktune.data.credit import credited
     from blocktune.evaluation.files import replacing
 
+    whole = None
     if own:
-        loaded = load_examples(source, limit=limit, split=split)
-        examples = retrieval.from_own(credited(loaded, source), k)
+        whole = list(credited(load_examples(source, limit=limit, split=split), source))
+        examples = retrieval.from_own(whole, k)
     else:
         questions = retrieval.read_questions(source, limit=limit, split=split)
         if corpus is not None:
@@ -65,14 +67,16 @@ def passages(
         else:
             examples = retrieval.from_retriever(questions, retrieval.read_retrieved(retrieved), k)
     examples = list(examples)
-    held = [any(chunk_mentions(chunk, e.answers) for chunk in e.chunks) for e in examples]
+    held = list(map(holds_answer, examples, whole or repeat(None)))
     kept = [e for e, holds in zip(examples, held, strict=True) if holds or not answerable]
     if not kept:
         raise ValueError(f"{source}: none of {len(examples)} questions is left; nothing is written")
     with replacing(output) as temporary:
         write_jsonl(temporary, kept)
     share = sum(held) / len(held)
+    untold = sum(map(is_verdict, examples)) if whole is None else 0
     typer.echo(
         f"wrote {len(kept):,} questions to {output}; an answer stands in the passages of "
         f"{share:.1%} of {len(examples):,}"
+        + (f" ({untold:,} ask for yes or no, which no passage tells)" if untold else "")
     )

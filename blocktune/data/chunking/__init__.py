@@ -7,6 +7,17 @@ from blocktune.data.chunking.base import (
     build_chunker,
     chunks_of,
     parse_chunker,
+    tidy,
+    trimmed,
 )
 
-__all__ = ["CHUNKERS", "Chunker", "Message", "build_chunker", "chunks_of", "parse_chunker"]
+__all__ = [
+    "CHUNKERS",
+    "Chunker",
+    "Message",
+    "build_chunker",
+    "chunks_of",
+    "parse_chunker",
+    "tidy",
+    "trimmed",
+]

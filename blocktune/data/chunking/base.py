@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ CHUNKERS = Registry("chunker", "blocktune.data.chunking")
 
 SPEAKERS = {"user": "User", "assistant": "Assistant", "system": "System", "tool": "Tool"}
 """How a message's role is written in front of its text."""
+
+
+_BLANK_LINES = re.compile(r"\A(?:[^\S\n]*\n)+")
 
 
 class Message(NamedTuple):
@@ -65,8 +69,27 @@ class Chunker(ABC):
 
 
 def chunks_of(spans: Iterable[str], title: str | None = None) -> tuple[Chunk, ...]:
-    """Chunks of the spans that hold text, without the space around them."""
-    return tuple(Chunk(span.strip(), title) for span in spans if span.strip())
+    """Chunks of what `tidy` leaves of the spans."""
+    return tuple(Chunk(text, title) for text in tidy(spans))
+
+
+def tidy(spans: Iterable[str]) -> list[str]:
+    """Texts of the spans that hold some, without blank lines before them and space after.
+
+    Args:
+        spans: In their order; where one ends within a line, the next has no indent to keep.
+    """
+    texts, opens_line = [], True
+    for span in spans:
+        if text := trimmed(span if opens_line else span.lstrip(" \t")):
+            texts.append(text)
+        opens_line = span.endswith("\n")
+    return texts
+
+
+def trimmed(text: str) -> str:
+    """Text without blank lines before it and space after it; its first line stays indented."""
+    return _BLANK_LINES.sub("", text).rstrip()
 
 
 def build_chunker(name: str, **parameters: Any) -> Chunker:

@@ -11,7 +11,7 @@ import yaml
 
 from blocktune.data.augment import Augment
 from blocktune.data.chunking import CHUNKERS, Chunker, parse_chunker
-from blocktune.prompt.format import build_strict
+from blocktune.prompt.format import PromptFormat, build_strict
 
 BLOCK, FULL, BOTH = "block", "full", "both"
 MODES = {BLOCK: (BLOCK,), FULL: (FULL,), BOTH: (BLOCK, FULL)}
@@ -32,6 +32,10 @@ class Part:
         split: Of a Hub data set, ``train`` unless the source names another.
         chunker: What cuts conversations and documents; None takes the source's own.
         augment: How contexts are varied, anew for each time an example is taken.
+        format: Fields of `PromptFormat` that this part words in its own way, e.g. ``instruction``:
+            conversations do not ask for an answer "from the passages below".
+        turns: In full attention conversations are turns of the chat template, as KVLink trains
+            them, not chunks of one; those whose roles do not alternate stay chunks.
 
     Raises:
         ValueError: If a value is not accepted.
@@ -44,6 +48,8 @@ class Part:
     split: str | None = None
     chunker: Chunker | None = None
     augment: Augment | None = None
+    format: Mapping[str, Any] | None = None
+    turns: bool = False
 
     def __post_init__(self):
         if not isinstance(self.source, str) or not self.source:
@@ -58,6 +64,12 @@ class Part:
             raise ValueError(f"'limit' must be at least 1 or null, got {self.limit!r}")
         if not isinstance(self.split, str | None):
             raise ValueError(f"'split' must be text or null, got {self.split!r}")
+        if not isinstance(self.turns, bool):
+            raise ValueError(f"'turns' must be true or false, got {self.turns!r}")
+        if self.turns and self.mode == BLOCK:
+            raise ValueError("'turns' are for full attention; chunks have none: set mode: full")
+        if self.format is not None:
+            _ = PromptFormat.from_dict(self.format)  # refuses what is no wording
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,10 @@ class Bm25:
     def _best(self, question: str, k: int) -> list[Hit]:
         (words,) = self._tokens([question], as_ids=False)
         scores = self._index.get_scores(words) if words else np.zeros(len(self.chunks))
-        order = np.argsort(-scores, kind="stable")[:k]
+        # All that reach the k-th score, so that equal ones keep the order of the corpus.
+        k = min(k, len(scores))
+        (near,) = np.nonzero(scores >= -np.partition(-scores, k - 1)[k - 1])
+        order = near[np.argsort(-scores[near], kind="stable")][:k]
         return [Hit(int(index), float(scores[index])) for index in order]
 
     def _tokens(self, texts: list[str], as_ids: bool = True):

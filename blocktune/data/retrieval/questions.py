@@ -15,6 +15,7 @@ from blocktune.data.sources.load import open_records
 from blocktune.data.sources.options import parse_source
 from blocktune.data.sources.parsing import at
 from blocktune.data.sources.reading import read_options
+from blocktune.data.sources.schemas import not_blank
 from blocktune.data.sources.texts import trivia_answers
 
 
@@ -72,10 +73,14 @@ def _data_sets(record: Mapping[str, Any]) -> Mapping[str, str]:
 
 def _answers(record: Mapping[str, Any]) -> tuple[str, ...]:
     """``answers``, or ``answer`` as text, a list, or TriviaQA's value with aliases."""
-    answer = record.get("answers", record.get("answer"))
+    answer = record.get("answers")
+    answer = record.get("answer") if answer is None else answer
     if isinstance(answer, Mapping):
         return trivia_answers(record)
     several = [answer] if isinstance(answer, str) else answer
-    if not isinstance(several, list) or not all(isinstance(a, str) and a for a in several):
+    if not isinstance(several, list) or not all(isinstance(a, str) for a in several):
         raise field_error("answer", "text, a list of texts, or an object with a value", answer)
-    return tuple(dict.fromkeys([*several, *(record.get("answer_aliases") or ())]))
+    answers = not_blank([*several, *(record.get("answer_aliases") or ())])
+    if not all(answer.strip() for answer in answers):
+        raise field_error("answer", "text that is not blank", answer)
+    return answers

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from random import Random
+from typing import Any
 
 from blocktune.data.sources.catalog import DataSet
 from blocktune.data.sources.files import Record
 
 
 def read_hub(
-    source: DataSet, split: str | None = None, limit: int | None = None
+    source: DataSet,
+    split: str | None = None,
+    limit: int | None = None,
+    shuffle: int | None = None,
 ) -> Iterator[Record]:
     """Reads a data set with ``datasets``.
 
@@ -17,6 +22,8 @@ def read_hub(
         source: Repository or folder, configuration, revision.
         split: As the data set names it; None takes ``source.split``.
         limit: How many examples are wanted; only large sets must know.
+        shuffle: Seed of another order than the set's. Of a large set, which comes as a stream, rows
+            change places within some thousands.
 
     Raises:
         ValueError: If ``datasets`` is not installed, cannot load it, or a large set is asked for
@@ -40,8 +47,17 @@ def read_hub(
             revision=source.revision,
             streaming=source.streamed,
         )
-        for number, row in enumerate(rows, start=1):
+        for number, row in _ordered(rows, source.streamed, shuffle):
             yield Record(f"{name} ({split}), record {number}", row)
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"cannot load 'hf:{name}' (split '{split}'): {reason}") from None
+
+
+def _ordered(rows: Any, streamed: bool, seed: int | None) -> Iterator[tuple[int, Any]]:
+    """Rows with their numbers, which are those of the set but in a stream that is shuffled."""
+    if seed is None or streamed:
+        yield from enumerate(rows if seed is None else rows.shuffle(seed=seed), start=1)
+        return
+    for index in Random(seed).sample(range(len(rows)), len(rows)):
+        yield index + 1, rows[index]

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -60,9 +61,9 @@ def load_source(
             `CATALOG` (``musique``, ``tulu-3``); ``hf:NAME[:CONFIG]`` on the Hugging Face Hub, or a
             folder; a generator (``worlds:test?seed=1&n=100``, ``ruler:vt?length=4096``). After
             ``?`` stand options: of a generator its own, else those of `Reading`, such as
-            ``?split=train&as=document&chunker=fixed&size=100``.
+            ``?split=train&shuffle=0&as=document&chunker=fixed&size=100``.
         limit: Stop after so many examples.
-        split: Split of a Hub data set; default ``validation``, or ``train`` if there is no other.
+        split: Split of a Hub data set; default ``validation``, in sets that have none ``train``.
         tokenizer: Counts tokens where a chunker or a generator wants that and names none itself.
         chunker: Cuts conversations and documents, instead of the shape's own or the option's.
 
@@ -94,16 +95,20 @@ def training_split(source: str | Path) -> str | None:
 
 
 def open_records(named: SourceName, reading: Reading, limit: int | None) -> Iterator[Record]:
-    """Raw records of a file or a Hub data set.
+    """Raw records of a file or a Hub data set, in its order or a seeded one.
 
     Raises:
         ValueError: As the readers do; or if a file is asked for a split.
     """
     if named.name in CATALOG or named.name.startswith("hf:"):
         wanted = data_set(named.name.removeprefix("hf:"))
-        return read_hub(wanted, reading.split, limit)
+        return read_hub(wanted, reading.split, limit, reading.shuffle)
     _refuse_split(named.name, reading.split)
-    return read_records(named.name)
+    if reading.shuffle is None:
+        return read_records(named.name)
+    records = list(read_records(named.name))
+    Random(reading.shuffle).shuffle(records)
+    return iter(records)
 
 
 def load_chunks(path: str | Path) -> list[Chunk]:

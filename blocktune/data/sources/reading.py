@@ -11,7 +11,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from blocktune.data.chunking import Chunker, build_chunker
 from blocktune.data.sources.options import SourceName
 
-KNOWN = ("split", "as", "chunker", "tokenizer", "shots", "shots_from", "seed")
+KNOWN = ("split", "as", "chunker", "tokenizer", "shots", "shots_from", "seed", "shuffle")
+
+WHOLE = ("shots", "seed", "shuffle")
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,8 @@ class Reading:
         shots: Solved examples given as chunks, for the shape ``few-shot``; None gives 5.
         shots_from: Split that they are drawn from; None takes the one that is read.
         seed: Chooses them; None is 0.
+        shuffle: Seed of an order to read in, so that a limit takes of everything: MuSiQue's files
+            are sorted by hops. None keeps the source's.
     """
 
     split: str | None = None
@@ -35,6 +39,7 @@ class Reading:
     shots: int | None = None
     shots_from: str | None = None
     seed: int | None = None
+    shuffle: int | None = None
 
     def __post_init__(self):
         if self.shots is not None and self.shots < 1:
@@ -69,7 +74,7 @@ def read_options(
             shots_from=own.get("shots_from"),
             chunker=chunker,
             tokenizer=load_tokenizer(own["tokenizer"]) if "tokenizer" in own else tokenizer,
-            **{key: _whole(key, own[key]) for key in ("shots", "seed") if key in own},
+            **{key: _whole(key, own[key]) for key in WHOLE if key in own},
         )
     except ValueError as error:
         raise ValueError(f"'{source.text}': {error}") from None

@@ -107,6 +107,13 @@ def find_shape(values: Iterable[Any], source: str) -> Shape:
 
 def _no_shape(first: Any, source: str) -> str:
     if isinstance(first, Mapping) and {"question", "answer"} <= first.keys():
+        of_answers = ("answer", "answers", "answer_aliases")
+        lists = [k for k, value in first.items() if isinstance(value, list) and k not in of_answers]
+        if lists:
+            return (
+                f'{source} has no field "chunks"; rename the one that holds the passages (it has '
+                f'the lists {", ".join(lists)}) and "answer", if need be, to a list "answers"'
+            )
         return f"{source} holds questions without passages; add them: `blocktune data passages`"
     wanted = "; ".join(
         f"{shape.name}: {' or '.join(map(', '.join, shape.keys))}" for shape in SHAPES if shape.keys

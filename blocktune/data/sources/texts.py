@@ -5,16 +5,17 @@ A chunker cuts them; each becomes a `RagExample` whose last piece is what the mo
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from blocktune.data.chunking import Chunker, Message, chunks_of
+from blocktune.data.chunking import Chunker, Message, chunks_of, tidy, trimmed
 from blocktune.data.chunking.base import SPEAKERS
-from blocktune.data.example import RagExample, field_error
-from blocktune.data.sources.schemas import LeftOut
+from blocktune.data.example import RagExample, field_error, is_conversation
+from blocktune.data.sources.schemas import LeftOut, not_blank
 from blocktune.prompt.chunk import Chunk
 
 CONTINUE = "Continue the text above."
@@ -24,6 +25,8 @@ _ROLES = {role: role for role in SPEAKERS} | {
     "gpt": "assistant",
     "bot": "assistant",
 }
+_CODE = re.compile(r"```|\n(?: {4}|\t)[^\s]")
+"""A fence, or a line that is indented as code is."""
 _PAIRS = (
     ("dialogue", "summary", "Dialogue", "Summary"),
     ("document", "summary", "Document", "Summary"),
@@ -41,8 +44,8 @@ class Cutter(NamedTuple):
     tokenizer: PreTrainedTokenizerBase | None = None
 
     def text(self, text: str) -> list[str]:
-        """Spans of a text that are not blank."""
-        return [span for span in self.chunker.split(text, self.tokenizer) if span.strip()]
+        """Spans of a text."""
+        return self.chunker.split(text, self.tokenizer)
 
     def messages(self, messages: list[Message]) -> list[str]:
         """Spans of a conversation."""
@@ -53,7 +56,7 @@ def parse_chat(record: Mapping[str, Any], cutter: Cutter) -> RagExample:
     """A conversation: the last user message asks, the assistant's reply to it is the response.
 
     What was said before is cut into chunks. A single question is cut itself, and its last piece
-    asks.
+    asks; one that holds code is left out, since its lines would part.
 
     Source: KVLink's ``sft_mem`` and Block-Attention's Tulu-3 data (Tulu: ``messages``).
     """
@@ -66,11 +69,21 @@ def parse_chat(record: Mapping[str, Any], cutter: Cutter) -> RagExample:
     question = asked.text
     chunks = chunks_of(cutter.messages(history))
     if all(message.role == "system" for message in history):
-        *spans, question = cutter.text(asked.text)
-        chunks += chunks_of(spans)
+        if _CODE.search(asked.text):
+            raise LeftOut("a single message that holds code")
+        *spans, question = tidy(cutter.text(asked.text))
+        chunks += tuple(map(Chunk, spans))
     if not chunks:
         raise LeftOut("a single message that the chunker leaves whole")
-    return RagExample(question.strip(), chunks, (), reply.text, "chat", _id(record))
+    said = tuple((message.role, message.text) for message in (*history, asked))
+    return RagExample(
+        question=trimmed(question),
+        chunks=chunks,
+        response=reply.text,
+        kind="chat",
+        id=_id(record),
+        conversation=said if is_conversation(said) else (),
+    )
 
 
 def parse_document(record: Mapping[str, Any], cutter: Cutter) -> RagExample:
@@ -79,12 +92,12 @@ def parse_document(record: Mapping[str, Any], cutter: Cutter) -> RagExample:
     Source: KVLink's ``text_mem`` on FineWeb.
     """
     text = _text(record, "text")
-    *spans, last = cutter.text(text) or [text]
+    *spans, last = tidy(cutter.text(text)) or [text]
     if not spans:
         raise LeftOut("a text that the chunker leaves whole")
     title = record.get("title") or None
-    chunks = chunks_of(spans, title)
-    return RagExample(CONTINUE, chunks, (), last.strip(), "document", _id(record))
+    chunks = tuple(Chunk(span, title) for span in spans)
+    return RagExample(CONTINUE, chunks, (), last, "document", _id(record))
 
 
 def parse_summary(record: Mapping[str, Any], cutter: Cutter) -> RagExample:
@@ -106,12 +119,13 @@ def parse_pair(record: Mapping[str, Any]) -> RagExample:
 
     Source: CacheBlend's SAMSum, where each solved example in the context is a chunk.
     """
-    for field, target, name, label in _PAIRS:
-        if record.get(field) is not None and record.get(target) is not None:
-            given, wanted = _text(record, field).strip(), _text(record, target).strip()
-            question = f"{name}:\n{given}\n{label}:"
-            shot = Chunk(f"{question} {wanted}")
-            return RagExample(question, (shot,), (wanted,), None, "few-shot", _id(record))
+    there = [pair for pair in _PAIRS if pair[0] in record and pair[1] in record]
+    said = [pair for pair in there if None not in (record[pair[0]], record[pair[1]])]
+    for field, target, name, label in said or there:
+        given, wanted = _text(record, field).strip(), _text(record, target).strip()
+        question = f"{name}:\n{given}\n{label}:"
+        shot = Chunk(f"{question} {wanted}")
+        return RagExample(question, (shot,), (wanted,), None, "few-shot", _id(record))
     known = "; ".join(f"{field}, {target}" for field, target, *_ in _PAIRS)
     raise ValueError(f"a pair must have the fields of one of {known}; got {', '.join(record)}")
 
@@ -143,7 +157,7 @@ def trivia_answers(record: Mapping[str, Any]) -> tuple[str, ...]:
     answer = record.get("answer")
     if not isinstance(answer, Mapping) or "value" not in answer:
         raise field_error("answer", '{"value", "aliases"}', answer)
-    return tuple(dict.fromkeys([answer["value"], *(answer.get("aliases") or ())]))
+    return not_blank([answer["value"], *(answer.get("aliases") or ())])
 
 
 def _messages(record: Mapping[str, Any]) -> list[Message]:
@@ -166,10 +180,10 @@ def _message(name: str, entry: Mapping[str, Any]) -> Message:
 
 
 def _text(record: Mapping[str, Any], field: str) -> str:
-    value = record.get(field)
-    if not isinstance(value, str):
-        raise field_error(field, "a string", value)
-    if not value.strip():
+    value = record.get(field, 0)  # absent is a mistake, null is a row without it
+    if not isinstance(value, str | None):
+        raise field_error(field, "a string", record.get(field))
+    if not (value or "").strip():
         raise LeftOut(f'"{field}" is blank')
     return value
 

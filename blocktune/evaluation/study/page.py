@@ -44,12 +44,17 @@ def refresh(path: str | Path, runs: str | Path | None = None) -> list[str]:
         The runs of the page that have no results yet.
 
     Raises:
-        ValueError: If a block cannot be read or asks for what its results do not have.
+        ValueError: If there is no block, one cannot be read or asks for what its results do not
+            have, or there is no such folder.
         FileNotFoundError: If there is no page.
     """
     path = Path(path)
     text = path.read_text(encoding="utf-8")
     named = dict.fromkeys(_keys(block, path)["run"] for block in BLOCK.finditer(text))
+    if not named:
+        raise ValueError(f"{path} holds no block of a table or a figure; see eval/results/STUDY.md")
+    if runs is not None and not Path(runs).is_dir():
+        raise ValueError(f"no folder of runs at '{runs}'")
     for name in named if runs else ():
         keep(Path(runs) / Path(name).name, path.parent / f"{name}.json")
     replace_text(path, refreshed(text, path, draw=True))
