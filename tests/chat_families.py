@@ -17,7 +17,20 @@ def family(name: str):
     return build_tokenizer(trl_template(name), adds_bos=True)
 
 
-def unthought(rendered: str) -> str:
-    """A rendered prompt whose template opens the model's thoughts, with none in them."""
-    opened = "<think>\n"
-    return f"{rendered}\n</think>\n\n" if rendered.endswith(opened) else rendered
+def rendered(name: str, messages: list[tuple[str, str]]) -> str:
+    """What a family's template itself makes of (role, text), the assistant's next turn opened.
+
+    BOS where the template leaves it out; thoughts that it opens are closed, with none in them.
+    """
+    text = family(name).apply_chat_template(
+        [
+            {"role": role, "content": [{"type": "text", "text": said}] if name in PARTS else said}
+            for role, said in messages
+        ],
+        tokenize=False,
+        add_generation_prompt=True,
+        enable_thinking=False,
+        date_string="26 Jul 2024",
+    )
+    text = f"{text}\n</think>\n\n" if text.endswith("<think>\n") else text
+    return text if text.startswith("<s>") else f"<s>{text}"

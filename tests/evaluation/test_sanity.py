@@ -28,7 +28,8 @@ def engine(tokenizer, **fmt):
     ids=["template writes BOS", "both add BOS", "no template", "no BOS, turn opened by closing"],
 )
 def test_sound_prompts_pass(tokenizer):
-    sanity.check_prompts({"base": engine(tokenizer), "tuned": engine(tokenizer)}, EXAMPLE)
+    engines = {"base": engine(tokenizer), "tuned": engine(tokenizer)}
+    assert sanity.check_prompts(engines, EXAMPLE) is None
 
 
 @pytest.mark.parametrize(
@@ -62,4 +63,5 @@ def test_weights_with_different_prompts_are_refused():
 
 def test_the_tag_of_a_mode_is_no_difference():
     tagged = engine(build_tokenizer(), block_tag="[Block]", full_tag="[Full]")
-    sanity.check_prompts({"base": engine(build_tokenizer()), "out/tagged": tagged}, EXAMPLE)
+    engines = {"base": engine(build_tokenizer()), "out/tagged": tagged}
+    assert sanity.check_prompts(engines, EXAMPLE) is None

@@ -1,7 +1,7 @@
 """Conversations in full attention: what the template makes of the messages, then the response."""
 
 import pytest
-from chat_families import FAMILIES, PARTS, family, unthought
+from chat_families import FAMILIES, family, rendered
 from tiny_tokenizer import build_tokenizer
 
 from blocktune.prompt import LayoutSpec, PromptFormat, answer_ids, conversation_pieces, lay_out
@@ -10,21 +10,6 @@ TURNS = (("user", "Who was born there?"), ("assistant", "Anna Belt."), ("user", 
 SYSTEM = ("system", "Be brief.")
 FOLDED = ("gemma", "gemma3")
 """Families whose template takes no system turn, or folds it into the user's."""
-
-
-def rendered(name: str, messages) -> str:
-    tokenizer = family(name)
-    text = tokenizer.apply_chat_template(
-        [
-            {"role": r, "content": [{"type": "text", "text": t}] if name in PARTS else t}
-            for r, t in messages
-        ],
-        tokenize=False,
-        add_generation_prompt=True,
-        enable_thinking=False,
-        date_string="26 Jul 2024",
-    )
-    return unthought(text if text.startswith("<s>") else f"<s>{text}")
 
 
 @pytest.mark.parametrize("name", FAMILIES)

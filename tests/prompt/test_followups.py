@@ -1,7 +1,7 @@
 """Turns after the first answer: the tokens that the template writes, learnt like the first."""
 
 import pytest
-from chat_families import FAMILIES, PARTS, family, unthought
+from chat_families import FAMILIES, family, rendered
 from tiny_tokenizer import build_tokenizer
 
 from blocktune.data.example import RagExample
@@ -35,18 +35,8 @@ def test_a_conversation_reads_as_the_template_renders_it(name):
     text = f"{fmt.instruction}\n\n" + "".join(map(fmt.render_chunk, CHUNKS))
     said = [("user", f"{text}Question: {QUESTION}"), ("assistant", SAID)]
     said.append(("user", f"Question: {TURNS[0][0]}"))
-    rendered = tokenizer.apply_chat_template(
-        [
-            {"role": r, "content": [{"type": "text", "text": t}] if name in PARTS else t}
-            for r, t in said
-        ],
-        tokenize=False,
-        add_generation_prompt=True,
-        enable_thinking=False,
-        date_string="26 Jul 2024",
-    )
-    rendered = rendered if rendered.startswith("<s>") else f"<s>{rendered}"
-    asked = unthought(rendered[rendered.rindex(SAID) + len(SAID) :])
+    text = rendered(name, said)
+    asked = text[text.rindex(SAID) + len(SAID) :]
     ours = tokenizer.decode([*pieces.query, *pieces.answer, *pieces.followups[0][0]])
     assert ours[ours.rindex(SAID) + len(SAID) :] == asked
 

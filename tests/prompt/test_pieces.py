@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
-from chat_families import FAMILIES, PARTS, family, unthought
+from chat_families import FAMILIES, family, rendered
 from tiny_tokenizer import build_tokenizer, trl_template
 from tokenizers import Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerFast
@@ -37,15 +37,7 @@ def joined(pieces) -> list[int]:
 
 def direct_render(name: str, text: str) -> str:
     """What the template itself makes of a user turn with ``text``; BOS where it leaves it out."""
-    content = [{"type": "text", "text": text}] if name in PARTS else text
-    rendered = family(name).apply_chat_template(
-        [{"role": "user", "content": content}],
-        tokenize=False,
-        add_generation_prompt=True,
-        enable_thinking=False,
-        date_string="26 Jul 2024",
-    )
-    return unthought(rendered if rendered.startswith("<s>") else f"<s>{rendered}")
+    return rendered(name, [("user", text)])
 
 
 @pytest.mark.parametrize("name", FAMILIES)
