@@ -8,7 +8,7 @@ The public names below are imported on first use, so that ``import blocktune`` a
     engine = Engine.from_pretrained("data/tiny")
     examples = load_examples("worlds:test?seed=1&n=8")
     for answer in engine.answer(examples, "cacheblend"):
-        print(answer.text, answer.account.recompute_ratio)
+        print(answer.text, answer.usage.recompute_ratio)
 """
 
 from importlib import import_module
@@ -17,7 +17,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Account": "blocktune.engine:Account",
+    "Usage": "blocktune.engine:Usage",
     "Answer": "blocktune.engine:Answer",
     "Chunk": "blocktune.prompt:Chunk",
     "Engine": "blocktune.engine:Engine",
@@ -26,8 +26,8 @@ _HOMES = {
     "PromptFormat": "blocktune.prompt:PromptFormat",
     "RagExample": "blocktune.data:RagExample",
     "Sampling": "blocktune.engine:Sampling",
-    "available_methods": "blocktune.reuse:available",
-    "build_method": "blocktune.reuse:build",
+    "available_methods": "blocktune.methods:available",
+    "build_method": "blocktune.methods:build",
     "load_examples": "blocktune.data:load_examples",
 }
 

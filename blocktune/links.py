@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import AddedToken
 
-from blocktune.sharded import gathered, whole_shape
+from blocktune.models.sharded import gathered, whole_shape
 
 LINKS_FILE = "links.safetensors"
 LINKS_MODULE = "blocktune_links"

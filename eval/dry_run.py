@@ -23,8 +23,8 @@ from transformers import (
     Qwen3Config,
 )
 
+from blocktune.evaluation.cli_output import run_and_show
 from blocktune.evaluation.report import write_report
-from blocktune.evaluation.show import run_and_show
 from blocktune.evaluation.suite import load_suite
 
 TOKENIZER = "data/tiny"

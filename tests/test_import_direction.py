@@ -1,52 +1,43 @@
-"""Imports point left only: the direction of DESIGN.md, read from the source with `ast`."""
+"""Imports point left only, and no files import each other in a circle: read with `ast`."""
 
 import ast
 from pathlib import Path
 
-import pytest
-
 PACKAGE = Path(__file__).resolve().parents[1] / "blocktune"
 
 # What each part may import besides itself; whatever is not named here is not allowed. A dotted
-# name is one module of a part: the engine is asked by RagExamples, and needs no more of data.
-GROUND = {"registry", "sharded", "layout", "probe", "positions", "attention", "select", "links"}
-SPEAKING = GROUND | {"prompt", "fetch", "identity", "dtypes", "devices", "quantize", "adapter"}
-SERVING = SPEAKING | {"cache", "reshape", "reuse", "engine"}
+# name is one module of a part: training uses the pure selectors and no more of methods.
+TOOLS = {"registry", "parsing", "files", "tables", "provenance", "plugins"}
+GROUND = TOOLS | {"models", "layout", "positions", "attention", "links"}
+PROMPT = GROUND | {"prompt", "adapter"}
+SERVING = PROMPT | {"cache", "methods", "engine"}
 ALLOWED = {
-    "plugins": set(),
-    "registry": {"plugins"},
-    "provenance": set(),
-    "sharded": set(),
-    "layout": set(),
-    "probe": {"layout"},
-    "positions": {"sharded", "layout", "probe"},
-    "attention": {"layout", "positions"},
-    "select": {"registry", "layout", "positions"},
-    "reshape": {"registry", "layout", "attention"},
-    "links": {"sharded", "layout", "positions"},
-    "prompt": GROUND,
-    "identity": GROUND | {"prompt"},
-    "fetch": set(),
-    "dtypes": set(),
-    "devices": set(),
-    "quantize": set(),
-    "adapter": GROUND | {"prompt", "fetch", "identity"},
-    "data": SPEAKING,
-    "training": SPEAKING | {"provenance", "data"},
-    "cache": SPEAKING,
-    "reuse": SPEAKING | {"cache", "reshape"},
-    "engine": SPEAKING | {"cache", "reshape", "reuse", "data.example"},
-    "check": SERVING | {"data", "specimen"},
-    "evaluation": SERVING | {"provenance", "data"},
-    "serve": SERVING | {"data"},
-    "merge": SPEAKING | {"engine"},
-    "hub": SERVING | {"provenance", "data", "check"},
-    "specimen": SERVING,
-    "bench": SERVING | {"provenance", "specimen"},
-    "commands": SERVING
-    | {"data", "training", "evaluation", "serve", "hub", "merge", "check", "bench"},
-    "cli": {"commands", "plugins"},
     "__init__": set(),
+    "plugins": set(),
+    "parsing": set(),
+    "files": set(),
+    "tables": set(),
+    "registry": {"plugins"},
+    "provenance": {"files"},
+    "models": TOOLS,
+    "layout": set(),
+    "positions": {"models", "layout"},
+    "attention": {"models", "layout", "positions"},
+    "links": TOOLS | {"models", "layout", "positions"},
+    "prompt": GROUND,
+    "adapter": GROUND | {"prompt"},
+    "data": PROMPT,
+    "training": PROMPT | {"data", "methods.select", "methods.registry"},
+    "cache": PROMPT,
+    "methods": PROMPT | {"cache"},
+    "engine": PROMPT | {"cache", "methods", "data.example"},
+    "testing": SERVING,
+    "check": SERVING | {"data", "testing"},
+    "evaluation": SERVING | {"data"},
+    "hub": SERVING | {"data", "check"},
+    "bench": SERVING | {"testing"},
+    "commands": SERVING | {"data", "training", "evaluation", "hub", "check", "bench"},
+    "cli": {"commands", "plugins"},
 }
 # `blocktune --help` runs these at import; the rest is loaded inside functions.
 LIGHT = {"__init__.py", "cli.py", "commands"}
@@ -65,8 +56,19 @@ HEAVY = {
 }
 
 
-def sources() -> list[Path]:
-    return sorted(PACKAGE.rglob("*.py"))
+def read(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+SOURCES = {path: read(path) for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(path): path for path in SOURCES}
 
 
 def part_of(path: Path) -> str:
@@ -92,7 +94,7 @@ def package_of(path: Path) -> str:
 
 def neighbours(path: Path, tree: ast.AST) -> set[str]:
     """What a file imports from blocktune, as ``part.module``, its own part left out."""
-    known = {part_of(source) for source in sources()} - {part_of(path)}
+    known = {part_of(source) for source in SOURCES} - {part_of(path)}
     names = (name.partition(".") for name in imported(tree, package_of(path)))
     inner = {rest for top, _, rest in names if top == "blocktune"}
     return {name for name in inner if name.split(".")[0] in known}
@@ -112,45 +114,86 @@ def at_import(tree: ast.Module) -> ast.Module:
         def visit_If(self, node):
             return None if "TYPE_CHECKING" in ast.unparse(node.test) else node
 
-    return Strip().visit(tree)
+    return Strip().visit(ast.parse(ast.unparse(tree)))
 
 
-def read(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+def cycles(edges: dict[str, set[str]]) -> list[list[str]]:
+    """One circle for each name that can reach itself, each circle once."""
+    found = set()
+    for start in edges:
+        came = {start: None}
+        queue = [start]
+        while queue:
+            here = queue.pop(0)
+            for there in sorted(edges.get(here, ())):
+                if there == start:
+                    circle = [here]
+                    while came[circle[-1]] is not None:
+                        circle.append(came[circle[-1]])
+                    found.add(tuple(sorted(circle)))
+                elif there not in came:
+                    came[there] = here
+                    queue.append(there)
+    return sorted(map(list, found))
 
 
-@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_point_left(path):
-    part = part_of(path)
-    assert part in ALLOWED, f"'{part}' has no place in the direction; give it one here"
-    wrong = [name for name in neighbours(path, read(path)) if not is_allowed(name, part)]
-    assert not wrong, f"{part} must not import {sorted(wrong)}"
+def test_imports_point_left():
+    wrong = []
+    for path, tree in SOURCES.items():
+        part = part_of(path)
+        if part not in ALLOWED:
+            wrong.append(f"'{part}' has no place in the direction; give it one here")
+            continue
+        bad = sorted(name for name in neighbours(path, tree) if not is_allowed(name, part))
+        wrong += [f"{path.relative_to(PACKAGE)} must not import {name}" for name in bad]
+    assert not wrong, "\n".join(wrong)
 
 
-def test_the_direction_has_no_cycle_and_keeps_training_from_serving():
-    def reach(part, seen=()):
-        assert part not in seen, f"cycle: {(*seen, part)}"
-        parts = ALLOWED.get(part, set())
-        return parts.union(*(reach(p, (*seen, part)) for p in parts))
-
-    for part in ALLOWED:
-        reach(part)
-    serving = {"cache", "reuse", "engine"}
-    assert not reach("training") & serving
-    assert not any("training" in reach(part) for part in serving)
-
-
-@pytest.mark.parametrize("path", [p for p in sources() if p.relative_to(PACKAGE).parts[0] in LIGHT])
-def test_the_command_line_imports_nothing_heavy(path):
-    names = imported(at_import(read(path)), package_of(path))
-    assert not {name.split(".")[0] for name in names} & HEAVY
+def test_no_files_import_each_other_in_a_circle():
+    edges = {}
+    for name, path in MODULES.items():
+        named = imported(SOURCES[path], package_of(path))
+        targets = {n if n in MODULES else n.rpartition(".")[0] for n in named}
+        edges[name] = {target for target in targets & MODULES.keys() if target != name}
+    assert not cycles(edges)
+    one = next(name for name in edges if edges[name] and not name.endswith("blocktune"))
+    edges[min(edges[one])].add(one)
+    assert cycles(edges), "a circle must be found"
 
 
-@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_importing_registers_nothing_with_transformers_or_torch(path):
-    calls = [
-        ast.unparse(n.func) for n in ast.walk(at_import(read(path))) if isinstance(n, ast.Call)
-    ]
+def test_the_direction_has_no_circle_and_keeps_training_from_serving():
+    parts = {part: {name.split(".")[0] for name in allowed} for part, allowed in ALLOWED.items()}
+    parts["engine"].discard("data")  # data.example alone, which imports no engine
+    parts["training"].discard("methods")  # pure selectors alone
+    assert not cycles(parts)
+    serving = {"cache", "engine"}
+    assert not parts["training"] & serving
+    assert not any("training" in parts[part] for part in serving)
+
+
+def test_training_loads_no_reuse_method():
+    reached, queue = set(), [name for name in MODULES if name.startswith("blocktune.training")]
+    while queue:
+        name = queue.pop()
+        if name in reached or name not in MODULES:
+            continue
+        reached.add(name)
+        path = MODULES[name]
+        named = imported(at_import(SOURCES[path]), package_of(path))
+        queue += [n if n in MODULES else n.rpartition(".")[0] for n in named]
+    assert "blocktune.methods.select.base" in reached
+    assert not [name for name in reached if name.startswith("blocktune.methods.presets")]
+    assert not reached & {"blocktune.methods.base", "blocktune.engine", "blocktune.cache"}
+
+
+def test_the_command_line_imports_nothing_heavy():
+    for path, tree in SOURCES.items():
+        if path.relative_to(PACKAGE).parts[0] in LIGHT:
+            names = imported(at_import(tree), package_of(path))
+            assert not {name.split(".")[0] for name in names} & HEAVY, path
+
+
+def test_importing_registers_nothing_with_transformers_or_torch():
     foreign = (
         "AttentionInterface",
         "AttentionMaskInterface",
@@ -158,19 +201,19 @@ def test_importing_registers_nothing_with_transformers_or_torch(path):
         "AutoConfig",
         "torch.set",
     )
-    assert not [call for call in calls if call.startswith(foreign)]
+    for path, tree in SOURCES.items():
+        calls = [ast.unparse(n.func) for n in ast.walk(at_import(tree)) if isinstance(n, ast.Call)]
+        assert not [call for call in calls if call.startswith(foreign)], path
 
 
-@pytest.mark.parametrize(
-    ("package", "line", "expected"),
-    [
+def test_the_reader_sees_every_form_of_import():
+    forms = [
         ("blocktune.training", "from blocktune.engine import Engine", {"blocktune.engine.Engine"}),
-        ("blocktune.training", "from ..reuse import build", {"blocktune.reuse.build"}),
-        ("blocktune.reuse.select", "from ... import engine", {"blocktune.engine"}),
+        ("blocktune.training", "from ..methods import build", {"blocktune.methods.build"}),
+        ("blocktune.methods.select", "from ... import engine", {"blocktune.engine"}),
         ("blocktune", "from .layout import Layout", {"blocktune.layout.Layout"}),
         ("blocktune", "import torch.nn as nn", {"torch.nn"}),
         ("blocktune", "def f():\n    from blocktune import cache", {"blocktune.cache"}),
-    ],
-)
-def test_the_reader_sees_every_form_of_import(package, line, expected):
-    assert imported(ast.parse(line), package) == expected
+    ]
+    for package, line, expected in forms:
+        assert imported(ast.parse(line), package) == expected

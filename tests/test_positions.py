@@ -17,8 +17,8 @@ from transformers import (
 )
 
 from blocktune.attention import SplitPlan, attach
-from blocktune.positions import RopeSpec, Turn, place, relocate_keys, turn_keys
-from blocktune.positions.probe import key_layers, probe_cache
+from blocktune.models.gate import key_layers, probe_cache
+from blocktune.positions import RopeSpec, Rotation, place, relocate_keys, rotate_keys
 
 SHIFTS = [1, -3, 1000, 30_000]
 
@@ -90,8 +90,8 @@ def test_keys_turned_into_place_are_the_relocated_ones(name, dtype):
     keys = torch.randn(1, 2, 5, 8).to(dtype)
     shift = torch.tensor([[4, -2, 9, 0, 300]])
     store = torch.zeros(1, 2, 9, 8, dtype=dtype)
-    turn = Turn.of(shift, inv_freq)
-    turn_keys(keys[:, :, 1:4], turn.cut(slice(1, 4)), store[:, :, 2:5])
+    turn = Rotation.of(shift, inv_freq)
+    rotate_keys(keys[:, :, 1:4], turn.cut(slice(1, 4)), store[:, :, 2:5])
     expected = relocate_keys(keys, shift, inv_freq)[:, :, 1:4]
     torch.testing.assert_close(store[:, :, 2:5], expected, rtol=0, atol=1e-6)
     assert not store[:, :, :2].any()

@@ -32,15 +32,15 @@ class AdapterInfo:
 
     Attributes:
         base_model: Name or path of the base as the run was given it, or `OWN_WEIGHTS`.
-        base_fingerprint: See `blocktune.identity.base_fingerprint`.
-        tokenizer_hash: See `blocktune.identity.tokenizer_hash`; before link tokens were added.
+        base_fingerprint: See `blocktune.models.identity.base_fingerprint`.
+        tokenizer_hash: See `blocktune.models.identity.tokenizer_hash`, without link tokens.
         layout: How prompts were laid out in training, and must be in serving.
         format: How prompts were worded.
         link_mode: ``table`` or ``added_tokens``; means nothing without learned tokens.
         link_seed: Seed the rows of added link tokens started from.
         link_token: The first learned token, where they are tokens.
         base_revision: The base's commit on the Hub, or the revision that was asked for, or None.
-        quantization: How the base was quantised in training, see `blocktune.quantize`, or None.
+        quantization: How the base was quantised in training (`blocktune.models.quantize`), or None.
         rope: The base's RoPE, as its configuration states it; for readers, `base_fingerprint`
             is what is compared.
         training: Provenance: commit, versions, data, seed, steps.

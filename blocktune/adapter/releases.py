@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blocktune.adapter.info import OWN_WEIGHTS, AdapterInfo
-from blocktune.identity import base_fingerprint, tokenizer_hash
+from blocktune.models.identity import base_fingerprint, tokenizer_hash
 from blocktune.prompt import LayoutSpec, PromptFormat
 
 PREFIX = "release:"

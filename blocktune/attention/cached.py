@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blocktune.attention.kernels import Knobs, tail_attention
+from blocktune.attention.kernels import AttentionParams, tail_attention
 from blocktune.attention.masks import KEPT_CELLS, MaskRoom
 from blocktune.attention.rows import RowBand
 from blocktune.layout import Kind, LayerRule, Rows
@@ -18,7 +18,7 @@ ROW_BLOCK = 128
 
 
 class Reshaping(Protocol):
-    """What changes scores before softmax; `blocktune.reshape.Reshaping` is one."""
+    """What changes scores before softmax; `blocktune.methods.reshape.Reshaping` is one."""
 
     def wrote(self, layer: int, columns: Tensor) -> None:
         """Says that a layer's keys in ``columns`` ``(B, R)`` were made afresh; -1 is none."""
@@ -31,7 +31,7 @@ class Reshaping(Protocol):
         key: Tensor,
         value: Tensor,
         rule: LayerRule,
-        knobs: Knobs,
+        params: AttentionParams,
     ) -> Tensor | None:
         """Attends, ``(B, H, R, D)``, or returns None where plain attention is what it wants."""
 
@@ -41,7 +41,7 @@ class CachePlan:
 
     A fresh row has written over its original's column by the time anybody attends, so what the
     columns hold is always what a global row may see; the rest (order, window, padding) is the
-    rule's. The plan counts what it executes: the account of an answer reads it here.
+    rule's. The plan counts what it executes: the usage of an answer reads it here.
 
     Attributes:
         query: Facts of the computed rows, ``(B, R)``.
@@ -81,20 +81,20 @@ class CachePlan:
         self._tails = find_tails(query, key)
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, rule: LayerRule, knobs: Knobs
+        self, query: Tensor, key: Tensor, value: Tensor, rule: LayerRule, params: AttentionParams
     ) -> Tensor:
         """See `Plan.attend`; rows end by not being computed, so the layer itself is no matter."""
         self.executed.append(rule.layer)
         self._windows.append(rule.window)
         if self._reshaping is not None:
-            out = self._reshaping.attend(self._band, self._columns, query, key, value, rule, knobs)
+            out = self._reshaping.attend(self._band, self._columns, query, key, value, rule, params)
             if out is not None:
                 return out.transpose(1, 2)
         if self._tails and (rule.window is None or rule.window >= key.shape[2]):
-            outs = [tail.attend(query, key, value, knobs) for tail in self._tails]
+            outs = [tail.attend(query, key, value, params) for tail in self._tails]
             return torch.cat(outs).transpose(1, 2)
         rule = LayerRule(window=rule.window)
-        return self._band.attend(query, key, value, rule, knobs).transpose(1, 2)
+        return self._band.attend(query, key, value, rule, params).transpose(1, 2)
 
     def forget(self) -> None:
         """Drops the masks: this plan will be asked for counts only."""
@@ -126,10 +126,10 @@ class Tail(NamedTuple):
     rows: slice
     columns: slice
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, knobs: Knobs) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
         """Attends these prompts of a batch; ``(prompts, H, R, D)``, zeros in padding rows."""
         keys, values = (states[self.prompts, :, self.columns] for states in (key, value))
-        out = tail_attention(query[self.prompts, :, self.rows], keys, values, knobs)
+        out = tail_attention(query[self.prompts, :, self.rows], keys, values, params)
         return F.pad(out, (0, 0, self.rows.start, 0))
 
 

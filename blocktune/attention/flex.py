@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from blocktune.attention.kernels import Knobs, check_rows
+from blocktune.attention.kernels import AttentionParams, check_rows
 from blocktune.layout import FIRST_LAYER, GLOBAL, LayerRule, Layout, visible
 
 BLOCK = 128
@@ -109,7 +109,7 @@ class FlexPlan:
         self._masks: dict[LayerRule, BlockMask] = {}
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, rule: LayerRule, knobs: Knobs
+        self, query: Tensor, key: Tensor, value: Tensor, rule: LayerRule, params: AttentionParams
     ) -> Tensor:
         """See `Plan.attend`.
 
@@ -118,9 +118,9 @@ class FlexPlan:
                 on a CPU (PyTorch has no backward there).
         """
         check_rows(self.layout.kind.shape, query, key)
-        if knobs.dropout:
+        if params.dropout:
             raise ValueError(
-                f"FlexAttention has no dropout, the model asks for {knobs.dropout}; set "
+                f"FlexAttention has no dropout, the model asks for {params.dropout}; set "
                 "attention_dropout to 0 or use the 'split' execution"
             )
         on_cuda = query.is_cuda
@@ -133,9 +133,9 @@ class FlexPlan:
             query,
             key,
             value,
-            score_mod=_softcap(knobs.softcap),
+            score_mod=_softcap(params.softcap),
             block_mask=self._mask(rule),
-            scale=knobs.scaling,
+            scale=params.scaling,
             enable_gqa=query.shape[1] != key.shape[1],
         )
         return out.transpose(1, 2)

@@ -14,7 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from blocktune.attention.dense import DensePlan
 from blocktune.attention.flex import FlexPlan
-from blocktune.attention.kernels import Knobs
+from blocktune.attention.kernels import AttentionParams
 from blocktune.attention.split import SplitPlan
 from blocktune.layout import LayerRule, Layout
 
@@ -26,7 +26,7 @@ class Plan(Protocol):
     """An execution of the visibility rule, prepared once per batch and used by all layers."""
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, rule: LayerRule, knobs: Knobs
+        self, query: Tensor, key: Tensor, value: Tensor, rule: LayerRule, params: AttentionParams
     ) -> Tensor:
         """Attends by the layout the plan was made for.
 
@@ -35,7 +35,7 @@ class Plan(Protocol):
             key: ``(B, K, N, D)``.
             value: ``(B, K, N, D)``.
             rule: The layer's part of the rule.
-            knobs: Scaling, soft-capping and dropout.
+            params: Scaling, soft-capping and dropout.
 
         Returns:
             ``(B, R, H, D)``, as transformers wants it.
@@ -120,4 +120,4 @@ def _attend(
             "blocktune supports RoPE decoders with plain softmax attention"
         )
     rule = LayerRule(layer=module.layer_idx, window=sliding_window)
-    return plan.attend(query, key, value, rule, Knobs(scaling, softcap, dropout)), None
+    return plan.attend(query, key, value, rule, AttentionParams(scaling, softcap, dropout)), None

@@ -19,7 +19,7 @@ Mask = Tensor | Callable[[], Tensor] | None
 """A mask, or what makes it: then it is made where it is used, again in backward, and never kept."""
 
 
-class Knobs(NamedTuple):
+class AttentionParams(NamedTuple):
     """What a model's layer asks of attention besides q, k and v.
 
     Attributes:
@@ -47,20 +47,20 @@ def check_rows(shape: torch.Size, query: Tensor, key: Tensor) -> None:
         )
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, knobs: Knobs) -> Tensor:
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
     """Row ``i`` attends to rows ``0..i``.
 
     Args:
         query: ``(G, H, M, D)``.
         key: ``(G, K, M, D)`` with ``H`` a multiple of ``K``.
         value: ``(G, K, M, D)``.
-        knobs: Scaling, soft-capping and dropout.
+        params: Scaling, soft-capping and dropout.
 
     Returns:
         ``(G, H, M, D)``. Nothing of size M x M is kept, except where soft-capping needs the
         scores, and there one block of rows at a time.
     """
-    if knobs.softcap is None:
+    if params.softcap is None:
         if query.is_cuda and query.dtype == torch.float32:
             # The fused kernel that takes float32 on CUDA shares no heads: it gets copies.
             shared = query.shape[1] // key.shape[1]
@@ -70,8 +70,8 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, knobs: Knobs) ->
             key,
             value,
             is_causal=True,
-            scale=knobs.scaling,
-            dropout_p=knobs.dropout,
+            scale=params.scaling,
+            dropout_p=params.dropout,
             enable_gqa=query.shape[1] != key.shape[1],
         )
     size = query.shape[2]
@@ -80,7 +80,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, knobs: Knobs) ->
         stop = min(start + ROW_BLOCK, size)
         mask = partial(_causal_mask, start, stop, query.device)
         rows = query[:, :, start:stop]
-        blocks.append(masked_attention(rows, key[:, :, :stop], value[:, :, :stop], mask, knobs))
+        blocks.append(masked_attention(rows, key[:, :, :stop], value[:, :, :stop], mask, params))
     return torch.cat(blocks, dim=2)
 
 
@@ -89,14 +89,14 @@ def _causal_mask(start: int, stop: int, device: torch.device) -> Tensor:
     return torch.arange(stop, device=device) <= row
 
 
-def tail_attention(query: Tensor, key: Tensor, value: Tensor, knobs: Knobs) -> Tensor:
+def tail_attention(query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
     """The last rows of a sequence attend causally over all of it.
 
     Args:
         query: ``(G, H, R, D)``, the last ``R`` of ``N`` rows.
         key: ``(G, K, N, D)``.
         value: ``(G, K, N, D)``.
-        knobs: Scaling, soft-capping and dropout.
+        params: Scaling, soft-capping and dropout.
 
     Returns:
         ``(G, H, R, D)``. One row alone sees everything; more get blank rows before them, since
@@ -104,16 +104,18 @@ def tail_attention(query: Tensor, key: Tensor, value: Tensor, knobs: Knobs) -> T
     """
     rows, missing = query.shape[2], key.shape[2] - query.shape[2]
     if rows == 1:
-        return masked_attention(query, key, value, None, knobs)
+        return masked_attention(query, key, value, None, params)
     blank = F.pad(query, (0, 0, missing, 0))
-    return causal_attention(blank, key, value, knobs)[:, :, missing:]
+    return causal_attention(blank, key, value, params)[:, :, missing:]
 
 
 ROW_BLOCK = 512
 """Rows attended at a time where a mask is needed: bounds what is in memory at once."""
 
 
-def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Mask, knobs: Knobs) -> Tensor:
+def masked_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Mask, params: AttentionParams
+) -> Tensor:
     """Rows attend to the keys that ``mask`` shows them.
 
     Args:
@@ -123,42 +125,44 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Mask, knob
         mask: Broadcastable to ``(G, 1, R, N)``. Bool, True where visible, or (without
             soft-capping) additive in the dtype of ``query``, best in `masks.mask_form`. No row
             may be without a visible key. None shows all keys to all rows.
-        knobs: Scaling, soft-capping and dropout.
+        params: Scaling, soft-capping and dropout.
 
     Returns:
         ``(G, H, R, D)``.
     """
     has_gradient = any(states.requires_grad for states in (query, key, value))
     # Capped scores, too, would be kept for backward: rows x keys x heads.
-    if has_gradient and torch.is_grad_enabled() and (callable(mask) or knobs.softcap is not None):
+    if has_gradient and torch.is_grad_enabled() and (callable(mask) or params.softcap is not None):
         return checkpoint(
             _by_kernel,
-            *(query, key, value, mask, knobs),
+            *(query, key, value, mask, params),
             use_reentrant=False,
-            preserve_rng_state=knobs.dropout > 0,
+            preserve_rng_state=params.dropout > 0,
         )
-    return _by_kernel(query, key, value, mask, knobs)
+    return _by_kernel(query, key, value, mask, params)
 
 
-def _by_kernel(query: Tensor, key: Tensor, value: Tensor, mask: Mask, knobs: Knobs) -> Tensor:
+def _by_kernel(
+    query: Tensor, key: Tensor, value: Tensor, mask: Mask, params: AttentionParams
+) -> Tensor:
     mask = mask() if callable(mask) else mask
-    if knobs.softcap is not None:
-        return plain_attention(query, key, value, mask, knobs)
+    if params.softcap is not None:
+        return plain_attention(query, key, value, mask, params)
     if query.is_cuda:
-        return folded_attention(query, key, value, mask, knobs)
+        return folded_attention(query, key, value, mask, params)
     return F.scaled_dot_product_attention(
         query,
         key,
         value,
         attn_mask=mask,
-        scale=knobs.scaling,
-        dropout_p=knobs.dropout,
+        scale=params.scaling,
+        dropout_p=params.dropout,
         enable_gqa=query.shape[1] != key.shape[1],
     )
 
 
 def folded_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, knobs: Knobs
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, params: AttentionParams
 ) -> Tensor:
     """The fused kernel under a mask, query heads of one K/V head as rows below each other.
 
@@ -174,38 +178,40 @@ def folded_attention(
         if mask is not None and mask.shape[-2] != shared * rows:
             mask = mask.expand(groups, 1, rows, key.shape[2]).repeat(1, 1, shared, 1)
     out = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, scale=knobs.scaling, dropout_p=knobs.dropout
+        query, key, value, attn_mask=mask, scale=params.scaling, dropout_p=params.dropout
     )
     return out.reshape(groups, heads, rows, -1)
 
 
 def plain_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, knobs: Knobs
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, params: AttentionParams
 ) -> Tensor:
     """Plain attention in float32 with capped scores; K/V heads are broadcast, not copied."""
-    scores = plain_scores(query, key, mask, knobs)
+    scores = plain_scores(query, key, mask, params)
     # A row that sees nothing (padding) would be NaN; it is nobody's key, so zeros do.
     weights = torch.softmax(scores, dim=-1).masked_fill(scores == float("-inf"), 0.0)
-    return weighted_values(F.dropout(weights, knobs.dropout), value).to(query.dtype)
+    return weighted_values(F.dropout(weights, params.dropout), value).to(query.dtype)
 
 
-def plain_scores(query: Tensor, key: Tensor, mask: Tensor | None, knobs: Knobs) -> Tensor:
+def plain_scores(
+    query: Tensor, key: Tensor, mask: Tensor | None, params: AttentionParams
+) -> Tensor:
     """What softmax is taken of: scaled and capped, -inf where hidden.
 
     Args:
         query: ``(G, H, R, D)``.
         key: ``(G, K, N, D)``.
         mask: Bool, broadcastable to ``(G, 1, R, N)``, True where visible; None: everywhere.
-        knobs: Scaling and soft-capping.
+        params: Scaling and soft-capping.
 
     Returns:
         ``(G, H, R, N)`` float32.
     """
     groups, heads, rows, dim = query.shape
     shared = query.reshape(groups, key.shape[1], -1, dim).float()
-    scores = shared @ key.float().transpose(-1, -2) * knobs.scaling
-    if knobs.softcap is not None:
-        scores = torch.tanh(scores / knobs.softcap) * knobs.softcap
+    scores = shared @ key.float().transpose(-1, -2) * params.scaling
+    if params.softcap is not None:
+        scores = torch.tanh(scores / params.softcap) * params.softcap
     scores = scores.view(groups, heads, rows, -1)
     return scores if mask is None else scores.masked_fill(~mask, float("-inf"))
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from blocktune.attention.kernels import Knobs
+from blocktune.attention.kernels import AttentionParams
 
 KEPT_CELLS = 1 << 24
 """Mask elements that a plan keeps for all its layers (64 MiB in float32). Beyond them every layer
@@ -52,9 +52,9 @@ SEEN = MaskForm(torch.bool)
 """Whoever makes the scores itself takes a mask as the rule gives it."""
 
 
-def mask_form(query: Tensor, key: Tensor, knobs: Knobs) -> MaskForm:
+def mask_form(query: Tensor, key: Tensor, params: AttentionParams) -> MaskForm:
     """The form for `masked_attention` over ``query`` ``(G, H, R, D)``, ``key`` ``(G, K, N, D)``."""
-    if knobs.softcap is not None:
+    if params.softcap is not None:
         return SEEN
     if not query.is_cuda:
         return MaskForm(query.dtype)

@@ -1,18 +1,90 @@
-"""Any rows over any keys under the rule, a block of rows at a time."""
+"""Rows moved to other places, and any rows over any keys under the rule, a block at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from blocktune.attention.kernels import ROW_BLOCK, Knobs, masked_attention
+from blocktune.attention.kernels import ROW_BLOCK, AttentionParams, masked_attention
 from blocktune.attention.masks import SEEN, MaskForm, MaskRoom, formed, mask_form
 from blocktune.layout import LayerRule, Rows, visible
+
+
+class RowMap:
+    """Where each target row comes from; a source row goes to one place at most.
+
+    That makes the gradient a gather as well. Autograd's own gradient of ``index_select`` has to
+    add, because it cannot know this, and took longer than attention itself.
+    """
+
+    def __init__(self, source: Tensor, num_sources: int):
+        """Prepares the map.
+
+        Args:
+            source: Of each target row its source row, or a negative number for a row of zeros;
+                int64 ``(T,)``.
+            num_sources: Number of source rows.
+        """
+        self._source = source
+        self._num_sources = num_sources
+        self._index = source.clamp(min=0)
+        self._blank = (source < 0).nonzero().squeeze(1)
+        self._start = int(source[0]) if len(source) else 0
+        run = torch.arange(self._start, self._start + len(source), device=source.device)
+        self._is_run = self._start >= 0 and torch.equal(source, run)
+
+    @cached_property
+    def back(self) -> RowMap:
+        """The way back: zeros for the source rows that went nowhere."""
+        real = (self._source >= 0).nonzero().squeeze(1)
+        source = torch.full((self._num_sources,), -1, device=self._source.device)
+        source[self._source[real]] = real
+        return RowMap(source, len(self._source))
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Moves ``rows`` ``(sources, ...)`` to ``(T, ...)``; a view where rows stay in a run."""
+        if self._is_run:
+            return rows.narrow(0, self._start, len(self._source))
+        moved = rows.index_select(0, self._index)
+        return moved.index_fill_(0, self._blank, 0) if len(self._blank) else moved
+
+    def add_back(self, total: Tensor, rows: Tensor) -> None:
+        """Adds ``rows`` ``(T, ...)`` to where they came from in ``total`` ``(sources, ...)``."""
+        if self._is_run:
+            total.narrow(0, self._start, len(self._source)).add_(rows)
+        else:
+            total.add_(self.back(rows))
+
+
+def move_rows(rows: Tensor, *maps: RowMap) -> tuple[Tensor, ...]:
+    """Moves the same ``rows`` ``(sources, ...)`` by each map, differentiably."""
+    return _Move.apply(rows, *maps)
+
+
+class _Move(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows: Tensor, *maps: RowMap) -> tuple[Tensor, ...]:
+        ctx.maps = maps
+        ctx.set_materialize_grads(False)
+        return tuple(row_map(rows) for row_map in maps)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        used = [pair for pair in zip(ctx.maps, grads, strict=True) if pair[1] is not None]
+        total = None
+        for row_map, grad in used:
+            if total is not None:
+                row_map.add_back(total, grad)
+            else:
+                total = row_map.back(grad)
+                # The gradient that came in is not ours to add to.
+                total = total.clone() if len(used) > 1 and total._is_view() else total
+        return (total, *(None for _ in ctx.maps))
 
 
 class Span(NamedTuple):
@@ -76,16 +148,16 @@ class RowBand:
     _masks: dict = field(default_factory=dict, repr=False)
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, rule: LayerRule, knobs: Knobs
+        self, query: Tensor, key: Tensor, value: Tensor, rule: LayerRule, params: AttentionParams
     ) -> Tensor:
         """Attends ``query`` ``(G, H, R, D)`` over ``(G, K, N, D)``; returns ``(G, H, R, D)``."""
-        form = mask_form(query, key, knobs)
+        form = mask_form(query, key, params)
         kept = self._kept(rule, form)
         outs = []
         for i, span in enumerate(self.spans(rule.window)):
             states = (query[:, :, span.rows], key[:, :, span.keys], value[:, :, span.keys])
             mask = partial(self._mask, span, rule, form) if kept is None else kept[i]
-            outs.append(masked_attention(*states, mask, knobs))
+            outs.append(masked_attention(*states, mask, params))
         return torch.cat(outs, dim=2) if len(outs) > 1 else outs[0]
 
     def blocks(self, rule: LayerRule) -> Iterator[Block]:

@@ -1,29 +1,107 @@
-"""Split attention: chunks as one batch, then the global rows over everything before them.
-
-A row belongs to exactly one *segment*. Causal segments (a chunk with its ghosts, the prefix, a
-whole prompt in full attention) see only themselves, in order, so the fused causal kernel does
-them without any mask. What is left are the global rows after the first chunk (links, fresh
-rows, query, answer) and what a window cuts short: the only places where masks are made.
-
-Work grows with N x chunk length + global rows x N. That is N x N where every token is fresh, but
-memory grows with N even there: masks are kept up to a fixed number of elements (`KEPT_CELLS`) and
-made again, a block of rows at a time, beyond.
-"""
+"""Split attention: chunks as one batch, then the global rows over everything before them."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from blocktune.attention.kernels import ROW_BLOCK, Knobs, causal_attention, check_rows
+from blocktune.attention.kernels import ROW_BLOCK, AttentionParams, causal_attention, check_rows
 from blocktune.attention.masks import KEPT_CELLS, MaskRoom
-from blocktune.attention.rowmap import RowMap, move_rows
-from blocktune.attention.rows import RowBand
-from blocktune.attention.segments import Segment, find_segments
-from blocktune.layout import LayerRule, Layout
+from blocktune.attention.rows import RowBand, RowMap, move_rows
+from blocktune.layout import FOREVER, GLOBAL, NO_ROW, Kind, LayerRule, Layout
+
+
+class Segment(NamedTuple):
+    """Rows that attend together, as indices into the flattened ``B * S`` rows, by order.
+
+    Attributes:
+        query: The seeing rows.
+        key: The rows they may see.
+        own: Whether the keys are the query rows themselves.
+        causal: Whether each row sees exactly the segment's rows up to itself.
+    """
+
+    query: list[int]
+    key: list[int]
+    own: bool
+    causal: bool
+
+
+def find_segments(layout: Layout) -> list[Segment]:
+    """Splits the rows into causal segments and global rows over everything.
+
+    Each group (a chunk with its ghosts) is causal. So are the global rows that come before any
+    chunk: the prefix, or a whole prompt in full attention. The remaining global rows of a
+    prompt see whatever the rule shows them among all its rows that are not ghosts.
+
+    Args:
+        layout: Rows ``(B, S)`` on the CPU.
+
+    Returns:
+        Segments that hold every row but the padding exactly once as a query.
+    """
+    segments = []
+    for rows in _rows_by_sample(layout).values():
+        groups = defaultdict(list)
+        for row in rows:
+            groups[row.group].append(row)
+        spread = groups.pop(GLOBAL, [])
+        segments += [_own(group) for group in groups.values()]
+        start = min((row.order for row in rows if row.special or row.group != GLOBAL), default=None)
+        lead = [row for row in spread if start is None or row.order < start]
+        tail = spread[len(lead) :]
+        if lead:
+            segments.append(_own(lead))
+        if tail:
+            keys = _index([row for row in rows if not row.ghost])
+            segments.append(Segment(_index(tail), keys or _index(tail), own=False, causal=False))
+    return segments
+
+
+class _Row(NamedTuple):
+    order: int
+    fresh: bool
+    index: int
+    group: int
+    ends: bool
+    ghost: bool
+
+    @property
+    def special(self) -> bool:
+        """Whether global rows after this one may not see it in every layer."""
+        return self.fresh or self.ends or self.ghost
+
+
+def _rows_by_sample(layout: Layout) -> dict[tuple[int, int], list[_Row]]:
+    """The rows of each prompt, in causal order, originals before their fresh rows."""
+    fields = ("kind", "sample", "order", "group", "supersedes", "until")
+    columns = [getattr(layout, name).flatten().tolist() for name in fields]
+    samples = defaultdict(list)
+    rows = enumerate(zip(*columns, strict=True))
+    for index, (kind, sample, order, group, supersedes, until) in rows:
+        if kind != Kind.PAD:
+            fresh, ends, ghost = supersedes != NO_ROW, until != FOREVER, kind == Kind.GHOST
+            row = _Row(order, fresh, index, group, ends, ghost)
+            samples[index // layout.num_rows, sample].append(row)
+    return {sample: sorted(rows) for sample, rows in samples.items()}
+
+
+def _own(rows: list[_Row]) -> Segment:
+    """Rows that see none but themselves; causal unless some end early or share an order."""
+    in_order = all(a.order < b.order for a, b in pairwise(rows))
+    causal = in_order and not any(row.ends for row in rows)
+    return Segment(_index(rows), _index(rows), own=True, causal=causal)
+
+
+def _index(rows: list[_Row]) -> list[int]:
+    return [row.index for row in rows]
+
 
 NARROW_BLOCK = 64
 """Rows attended at a time on a CPU where many rows share few keys; see `_row_block`."""
@@ -45,15 +123,15 @@ class _Bucket:
     band: RowBand
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, rule: LayerRule, knobs: Knobs
+        self, query: Tensor, key: Tensor, value: Tensor, rule: LayerRule, params: AttentionParams
     ) -> Tensor:
         """From stacked rows ``(G * R, heads, D)`` and ``(G * N, heads, D)`` to the former."""
         query = query.unflatten(0, self.query.shape).transpose(1, 2)
         key, value = (x.unflatten(0, self.key.shape).transpose(1, 2) for x in (key, value))
         if self.causal and (rule.window is None or rule.window > self.span):
-            out = causal_attention(query, key, value, knobs)
+            out = causal_attention(query, key, value, params)
         else:
-            out = self.band.attend(query, key, value, rule, knobs)
+            out = self.band.attend(query, key, value, rule, params)
         return out.transpose(1, 2).flatten(0, 1)
 
 
@@ -88,7 +166,7 @@ class SplitPlan:
         self._wide_keys = _row_map([b.key for b in self._wide], layout)
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, rule: LayerRule, knobs: Knobs
+        self, query: Tensor, key: Tensor, value: Tensor, rule: LayerRule, params: AttentionParams
     ) -> Tensor:
         """See `Plan.attend`; the query rows and the keys are the layout's rows."""
         check_rows(self.shape, query, key)
@@ -98,7 +176,7 @@ class SplitPlan:
         queries = _cut(*move_rows(q, self._queries), [bucket.query for bucket in buckets])
         keys, values = (self._stacked_keys(tensor) for tensor in (k, v))
         outs = [
-            bucket.attend(*rows, rule, knobs)
+            bucket.attend(*rows, rule, params)
             for bucket, *rows in zip(buckets, queries, keys, values, strict=True)
         ]
         (out,) = move_rows(torch.cat(outs), self._queries.back)

@@ -3,7 +3,7 @@
 from blocktune.bench.attention import AttentionBench, bench_attention
 from blocktune.bench.loading import bench_loading
 from blocktune.bench.reuse import bench_reuse
-from blocktune.bench.setting import LOADING, TARGETS, TINY, ReuseBench
+from blocktune.bench.timing import LOADING, TARGETS, TINY, ReuseBench
 
 __all__ = [
     "LOADING",

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blocktune.attention import SplitPlan, dense_mask
-from blocktune.attention.kernels import Knobs
+from blocktune.attention.kernels import AttentionParams
 from blocktune.bench.timing import Times, matmul_rate, ratio, spread, take_turns, threads
 from blocktune.layout import FOREVER, GLOBAL, NO_CHUNK, NO_ROW, Kind, LayerRule, Layout
 from blocktune.provenance import provenance
@@ -136,7 +136,7 @@ def _attentions(layout: Layout, mask: Tensor) -> dict[str, Attention]:
     plan = SplitPlan(layout)
 
     def split(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return plan.attend(query, key, value, LayerRule(), Knobs(query.shape[-1] ** -0.5))
+        return plan.attend(query, key, value, LayerRule(), AttentionParams(query.shape[-1] ** -0.5))
 
     def full(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         shared = query.shape[1] != key.shape[1]

@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 
-from blocktune.bench.setting import LOADING, ReuseBench
-from blocktune.bench.timing import ratios, spread, take_turns, threads
+from blocktune.bench.timing import LOADING, ReuseBench, ratios, spread, take_turns, threads
 from blocktune.cache import ChunkStore
 from blocktune.engine import Engine, Sampling
+from blocktune.methods import Method, compose
 from blocktune.prompt import Pieces
 from blocktune.provenance import provenance
-from blocktune.reuse import Method, compose
 
 METHODS = {"serial": "cacheblend", "overlapped": "cacheblend-pipelined"}
 """They compute the same rows; the second loads a layer while it computes the one before."""
@@ -106,4 +105,4 @@ def drop_cached(folder: Path) -> None:
 
 
 def _bytes_read(engine: Engine, pieces: Pieces, method: Method) -> int:
-    return engine.start([pieces], method).answers(Sampling(), 1, (0,))[0].account.bytes_read
+    return engine.start([pieces], method).answers(Sampling(), 1, (0,))[0].usage.bytes_read

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from blocktune.attention.cached import CachePlan
-from blocktune.bench.setting import TARGETS, ReuseBench
 from blocktune.bench.timing import (
+    TARGETS,
+    ReuseBench,
     Times,
     copy_rate,
     matmul_rate,
@@ -19,13 +20,13 @@ from blocktune.bench.timing import (
     take_turns,
     threads,
 )
-from blocktune.engine import Account, Engine, Sampling
+from blocktune.engine import Engine, Sampling, Usage
+from blocktune.engine.generation import Run
 from blocktune.engine.rows import computed_rows
-from blocktune.engine.run import Run
 from blocktune.layout import Kind
+from blocktune.methods import Method
 from blocktune.prompt import Pieces
 from blocktune.provenance import provenance
-from blocktune.reuse import Method
 
 
 def bench_reuse(bench: ReuseBench | None = None) -> dict[str, Any]:
@@ -47,13 +48,13 @@ def bench_reuse(bench: ReuseBench | None = None) -> dict[str, Any]:
         engine = bench.engine()
         pieces = bench.pieces(len(engine.tokenizer))
         methods = bench.methods()
-        accounts = {name: _account(engine, pieces, method) for name, method in methods.items()}
+        usages = {name: _usage(engine, pieces, method) for name, method in methods.items()}
         times = take_turns(_works(engine, pieces, methods), bench.repeats)
         rates = (copy_rate(), matmul_rate())
     times["full"] = [
         min(pair) for pair in zip(times["full_engine"], times["full_stock"], strict=True)
     ]
-    return _report(bench, times, accounts, rates)
+    return _report(bench, times, usages, rates)
 
 
 def _works(
@@ -99,16 +100,16 @@ def _query_only(engine: Engine, run: Run) -> Callable[[], object]:
     return work
 
 
-def _account(engine: Engine, pieces: Pieces, method: Method) -> Account:
+def _usage(engine: Engine, pieces: Pieces, method: Method) -> Usage:
     """What a method costs once its chunks are cached."""
     engine.start([pieces], "naive")
-    return engine.start([pieces], method).answers(Sampling(), 1, (0,))[0].account
+    return engine.start([pieces], method).answers(Sampling(), 1, (0,))[0].usage
 
 
 def _report(
     bench: ReuseBench,
     times: Times,
-    accounts: dict[str, Account],
+    usages: dict[str, Usage],
     rates: tuple[float, float],
 ) -> dict[str, Any]:
     """The numbers as `bench_reuse` returns them; rates are bytes and operations per second."""
@@ -121,19 +122,19 @@ def _report(
         "seconds": {name: spread(values) for name, values in times.items()},
         "bytes_per_s_copied": copy,
         "flops_per_s_matmul": matmul,
-        "cost": {name: _cost(account, copy, matmul) for name, account in accounts.items()},
+        "cost": {name: _cost(usage, copy, matmul) for name, usage in usages.items()},
         "setting": {**asdict(bench), "dtype": "float32"},
         **provenance(bench.seed),
     }
 
 
-def _cost(account: Account, copy: float, matmul: float) -> dict[str, float]:
+def _cost(usage: Usage, copy: float, matmul: float) -> dict[str, float]:
     """What a method moved and computed, and the least seconds that this takes here."""
     return {
-        "recompute_ratio": account.recompute_ratio,
-        "bytes_read": account.bytes_read,
-        "bytes_moved": account.bytes_moved,
-        "bytes_over_copy_rate_s": account.bytes_moved / 2 / copy,  # read and written, see copy_rate
-        "flops": account.flops,
-        "flops_over_matmul_rate_s": account.flops / matmul,
+        "recompute_ratio": usage.recompute_ratio,
+        "bytes_read": usage.bytes_read,
+        "bytes_moved": usage.bytes_moved,
+        "bytes_over_copy_rate_s": usage.bytes_moved / 2 / copy,  # read and written, see copy_rate
+        "flops": usage.flops,
+        "flops_over_matmul_rate_s": usage.flops / matmul,
     }

@@ -17,7 +17,7 @@ import torch
 from blocktune.cache.chunk_kv import ChunkKV
 
 if TYPE_CHECKING:
-    from blocktune.cache.prompt_cache import RowCache
+    from blocktune.cache.row_cache import RowCache
 
 _FULL_PREFILL = object()
 

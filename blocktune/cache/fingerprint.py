@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from blocktune.identity import tokenizer_hash
+from blocktune.models.identity import tokenizer_hash
 
 CACHE_FORMAT = 2
 """Version of what is stored and of how it is named; part of every fingerprint and file."""

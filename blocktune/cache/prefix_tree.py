@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from blocktune.cache.exact import ExactKV, context_digest
-from blocktune.cache.prompt_cache import RowCache
+from blocktune.cache.row_cache import RowCache
 
 Piece = tuple[int, ...]
 

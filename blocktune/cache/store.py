@@ -7,16 +7,52 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from blocktune.cache.chunk_file import chunk_path, open_folder, read_chunk, write_chunk
-from blocktune.cache.chunk_kv import ChunkKV
-from blocktune.cache.entry import Entry
-from blocktune.cache.lookup import Lookup, StoreStats
+from blocktune.cache.chunk_kv import ChunkKV, Entry
+
+Tier = Literal["memory", "disk", "none"]
+
+
+class Lookup(NamedTuple):
+    """What one look into the store found, and what it took.
+
+    Attributes:
+        kv: The chunk's entry, or None: encode it and `ChunkStore.put` it.
+        tier: Where it was found; ``"none"`` on a miss.
+        bytes_read: Bytes of keys, values and ids that the chunk has; 0 on a miss.
+        lookup_s: Seconds spent finding out whether it is there.
+        load_s: Seconds spent reading, verifying and moving it.
+    """
+
+    kv: Entry | None
+    tier: Tier
+    bytes_read: int
+    lookup_s: float
+    load_s: float
+
+
+@dataclass
+class StoreStats:
+    """Counters since the store was opened. ``rejected`` ones are also counted as misses."""
+
+    memory_hits: int = 0
+    disk_hits: int = 0
+    misses: int = 0
+    rejected: int = 0
+    evictions: int = 0
+    memory_bytes_read: int = 0
+    disk_bytes_read: int = 0
+    disk_bytes_written: int = 0
+    memory_bytes: int = 0
+    memory_chunks: int = 0
+
 
 _LOG = logging.getLogger(__name__)
 

@@ -11,11 +11,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from blocktune.cache.chunk_file import chunk_path
-from blocktune.cache.chunk_format import ChunkFile, open_file
+from blocktune.cache.chunk_file import ChunkFile, chunk_path, open_file
 from blocktune.cache.chunk_kv import ChunkKV
-from blocktune.cache.lookup import Lookup
-from blocktune.cache.store import ChunkStore
+from blocktune.cache.store import ChunkStore, Lookup
 
 
 class Damaged(ValueError):

@@ -1,4 +1,4 @@
-"""A claim, how far off it is, and how far it may be."""
+"""A claim, how far off it may be, and the requests that methods are checked on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,40 @@ import torch
 from torch import Tensor
 
 from blocktune.engine import Engine
-from blocktune.quantize import quantization_of
+from blocktune.models.quantize import quantization_of
+from blocktune.prompt import Chunk
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A question over chunks; the engine's `Request`."""
+
+    question: str
+    chunks: tuple[Chunk, ...]
+
+
+ASK = Ask(
+    "Who directed it?",
+    (
+        Chunk("Anna Belt was born in Port Alder.", "Anna Belt"),
+        Chunk("She moved to Kirby."),
+        Chunk("The film was directed by Noel Fisher.", "Frozen Shore"),
+    ),
+)
+OTHER = Ask("And where was the music written?", ASK.chunks)
+SHORT = Ask("Who?", (Chunk("It was shot in 1966."), Chunk("The company is in Lorne.")))
+ALONE = Ask("Who directed it?", ASK.chunks[2:])
+LAST = Ask(
+    ASK.question, (*ASK.chunks[:2], Chunk("The song was written by Walter Green.", "Frozen Lorne"))
+)
+"""`ASK` with another last chunk of the same length in bytes, the specimen's tokens."""
+HISTORY = (
+    Ask("Who was she?", (ASK.chunks[1], ASK.chunks[2], ASK.chunks[0])),
+    Ask("Where?", (*SHORT.chunks[::-1], *LAST.chunks[2:])),
+)
+"""Earlier prompts, for methods that live on them: all chunks of the others, in other contexts, and
+none of them twice."""
+
 
 RELATIVE_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest accepted difference of logits, as a share of the largest logit. Float32 rounding stays

@@ -1,9 +1,4 @@
-"""What every method keeps, whoever wrote it: the invariants, as claims about one method.
-
-Each claim compares what the engine serves with something that needs no trust: one dense forward,
-the same rows in another order, the same answer in one piece. A method whose rules differ says so
-in attributes of its class (`Method`, `Selection`, `Reshape`), which the claims read.
-"""
+"""What every method keeps, whoever wrote it: the invariants, as claims about one method."""
 
 from __future__ import annotations
 
@@ -12,8 +7,18 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from blocktune.check.claim import Check, difference, tolerance_of
-from blocktune.check.requests import ALONE, ASK, HISTORY, LAST, OTHER, SHORT, Ask
+from blocktune.check.claim import (
+    ALONE,
+    ASK,
+    HISTORY,
+    LAST,
+    OTHER,
+    SHORT,
+    Ask,
+    Check,
+    difference,
+    tolerance_of,
+)
 from blocktune.check.serving import (
     Subject,
     all_fresh,
@@ -26,10 +31,37 @@ from blocktune.check.serving import (
     reach,
 )
 from blocktune.engine import Engine
+from blocktune.methods import Cached, Method, Weights, available, build, compose
+from blocktune.methods.reshape import RESHAPES
+from blocktune.methods.select import SELECTORS, Everything, FirstK, takes_budget
+from blocktune.positions import PLACEMENTS
 from blocktune.prompt import LayoutSpec
-from blocktune.reuse import Cached, Method, Weights, compose
-from blocktune.select import Everything, FirstK, takes_budget
-from blocktune.specimen import specimen_engine
+from blocktune.prompt.rows import BOS
+from blocktune.testing import specimen_engine
+
+SLOT = 64
+"""Positions of a reserved slot, enough for the chunks of the requests."""
+LAYOUTS = (
+    *({"placement": name} | ({"slot": SLOT} if name == "reserved" else {}) for name in PLACEMENTS),
+    *({"bos": name} for name in BOS),
+    {"num_ghosts": 3},
+    {"shared_prefix": True},
+)
+"""One layout for each value of Place and Encode."""
+
+
+def subjects() -> dict[str, Method]:
+    """All presets with their defaults, and all values of the axes over plain reuse, by name."""
+    return {name: build(name) for name in available()} | axis_values()
+
+
+def axis_values() -> dict[str, Method]:
+    """Plain reuse with one axis decided, for every value that is known, by what one says."""
+    made = [compose("naive", select=name) for name in SELECTORS.available()]
+    made += [compose("naive", reshape=name) for name in RESHAPES.available()]
+    made += [compose("naive", layout=layout) for layout in LAYOUTS]
+    return {method.name: method for method in made}
+
 
 Pairs = Iterator[tuple[Tensor, Tensor]]
 """Tensors that must be equal."""

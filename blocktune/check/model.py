@@ -18,8 +18,8 @@ from blocktune.check.serving import all_visible
 from blocktune.data.example import RagExample
 from blocktune.engine import Engine
 from blocktune.layout import GLOBAL
+from blocktune.methods import Method, build
 from blocktune.prompt import Batch, Chunk, stack
-from blocktune.reuse import Method, build
 
 QUESTION = "Which of the two cities was founded first?"
 TEXTS = (

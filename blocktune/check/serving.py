@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from blocktune.attention import DensePlan
-from blocktune.check.requests import ASK, HISTORY, Ask
+from blocktune.check.claim import ASK, HISTORY, Ask
 from blocktune.engine import Engine, Sampling
-from blocktune.engine.run import Run
+from blocktune.engine.generation import Run
 from blocktune.layout import GLOBAL, Kind, Layout
+from blocktune.methods import Method
 from blocktune.prompt import stack
-from blocktune.reuse import Method
 
 POSITIONS = 256
 """Up to here the tolerance holds; float32 angles are wrong in proportion to the position."""

@@ -18,10 +18,10 @@ from rich.text import Text
 
 from blocktune.cache import ChunkStore
 from blocktune.data import RagExample, load_examples
-from blocktune.engine import Account, Answer, Engine, Sampling
-from blocktune.evaluation.files import replace_text
+from blocktune.engine import Answer, Engine, Sampling, Usage
+from blocktune.files import replace_text
+from blocktune.methods import Method, parse_method
 from blocktune.prompt import Chunk, show
-from blocktune.reuse import Method, parse_method
 
 
 def read_examples(
@@ -146,41 +146,41 @@ def deliver(
 
 
 def _record(example: RagExample, answer: Answer, method: str) -> dict[str, Any]:
-    account = answer.account
-    derived = {"recompute_ratio": account.recompute_ratio, "ttft_s": account.ttft_s}
+    usage = answer.usage
+    derived = {"recompute_ratio": usage.recompute_ratio, "ttft_s": usage.ttft_s}
     return {
         "id": example.id,
         "question": example.question,
         "answer": answer.text,
         "method": method,
-        "account": asdict(account) | derived,
+        "usage": asdict(usage) | derived,
     }
 
 
 def _panel(example: RagExample, answer: Answer, method: str) -> Panel:
     text = Text(answer.text or "(no text)", style="bold")
     return Panel(
-        Group(Text(example.question, style="dim"), text, "", _account_table(answer.account)),
+        Group(Text(example.question, style="dim"), text, "", _usage_table(answer.usage)),
         title=method,
         title_align="left",
         width=min(100, Console().width),
     )
 
 
-def _account_table(account: Account) -> Table:
+def _usage_table(usage: Usage) -> Table:
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="dim")
     table.add_column()
-    per_layer = ", ".join(map(str, account.layer_tokens))
+    per_layer = ", ".join(map(str, usage.layer_tokens))
     times = {
         name.removesuffix("_s").replace("_", " "): f"{1000 * seconds:.1f}"
-        for name, seconds in asdict(account.ttft).items()
+        for name, seconds in asdict(usage.ttft).items()
         if seconds
     }
-    table.add_row("context", f"{account.context_tokens:,} of {account.prompt_tokens:,} tokens")
-    table.add_row("recomputed", f"{account.recompute_ratio:.1%} (tokens per layer: {per_layer})")
-    table.add_row("chunks", f"{account.chunk_hits} cached, {account.chunk_misses} encoded now")
-    table.add_row("read", f"{account.bytes_read / 1e6:,.2f} MB")
+    table.add_row("context", f"{usage.context_tokens:,} of {usage.prompt_tokens:,} tokens")
+    table.add_row("recomputed", f"{usage.recompute_ratio:.1%} (tokens per layer: {per_layer})")
+    table.add_row("chunks", f"{usage.chunk_hits} cached, {usage.chunk_misses} encoded now")
+    table.add_row("read", f"{usage.bytes_read / 1e6:,.2f} MB")
     split = ", ".join(f"{name} {value}" for name, value in times.items())
-    table.add_row("first token", f"{1000 * account.ttft_s:.1f} ms ({split})")
+    table.add_row("first token", f"{1000 * usage.ttft_s:.1f} ms ({split})")
     return table

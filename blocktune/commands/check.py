@@ -47,7 +47,7 @@ def check(
 ) -> None:
     """Check on your own model that reuse is sound: masks, relocation, caches, all against dense."""
     from blocktune.check import check_method, check_model
-    from blocktune.reuse import parse_method
+    from blocktune.methods import parse_method
 
     built = None if method is None else parse_method(method)
     engine = None

@@ -79,8 +79,8 @@ def evaluate(
 
 def at_one_budget(suite, budget: float | None, layer_budget: float | None):
     """The suite with one budget for every method that chooses tokens; the others stay."""
-    from blocktune.reuse import build_entry
-    from blocktune.select import takes_budget
+    from blocktune.methods import build_entry
+    from blocktune.methods.select import takes_budget
 
     def spending(spec):
         if not takes_budget(build_entry(spec.entry()).selection()):
@@ -95,7 +95,7 @@ def at_one_budget(suite, budget: float | None, layer_budget: float | None):
 def run_and_show(suite, output: Path, title: str, command: list[str] | None = None) -> dict | None:
     """Runs a suite, prints its table and draws its picture; see `evaluation.show`."""
     quiet_libraries()
-    from blocktune.evaluation import show
+    from blocktune.evaluation import cli_output as show
 
     return show.run_and_show(suite, output, title, command)
 

@@ -146,7 +146,7 @@ def _measured(
     from blocktune.data import load_examples
     from blocktune.engine import Engine
     from blocktune.evaluation.probe import deviation
-    from blocktune.reuse import parse_method
+    from blocktune.methods import parse_method
 
     built = {name: parse_method(name) for name in methods}
     engine = Engine.from_pretrained(model, adapter, dtype=dtype, device=device)

@@ -52,7 +52,7 @@ def intervals(
     from rich.progress import track
 
     from blocktune.commands.answering import read_examples
-    from blocktune.engine.intervals import profile_intervals
+    from blocktune.engine.layer_profile import profile_intervals
 
     examples = read_examples(source, limit, None, [])
     engine = load_engine(model, adapter, None, dtype, device, quantize)

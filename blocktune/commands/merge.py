@@ -41,7 +41,7 @@ def merge(
 ) -> None:
     """Merge an adapter into its base, and say how far the result is from the two apart."""
     quiet_libraries()
-    from blocktune.merge import merge_adapter
+    from blocktune.adapter.merge import merge_adapter
 
     report = merge_adapter(adapter, output, model=model, dtype=dtype, device=device, links=links)
     if as_json:

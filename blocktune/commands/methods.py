@@ -30,7 +30,7 @@ def methods(
     as_json: AsJson = False,
 ) -> None:
     """List methods, selectors, reshapes and layouts: what they do, need and take."""
-    from blocktune.reuse.describe import describe_all
+    from blocktune.methods.describe import describe_all
 
     found = describe_all()
     if as_json:
@@ -43,7 +43,7 @@ def methods(
 
 def markdown_table(found: list) -> str:
     """Methods as a table for a README, a group after the other."""
-    from blocktune.reuse.describe import GROUPS
+    from blocktune.methods.describe import GROUPS
 
     lines = ["| method | what it does | decides | source |", "|---|---|---|---|"]
     for group in GROUPS:
@@ -66,7 +66,7 @@ def _print_groups(found: list) -> None:
     from rich.padding import Padding
     from rich.text import Text
 
-    from blocktune.reuse.describe import GROUPS
+    from blocktune.methods.describe import GROUPS
 
     console = Console(highlight=False)
     for group, heading in GROUPS.items():

@@ -33,15 +33,15 @@ def tune(
     as_json: AsJson = False,
 ) -> None:
     """Choose a method's parameters on held-out questions; a test split is refused."""
-    from blocktune.evaluation.grid import load_tuning
+    from blocktune.evaluation.sweep import load_tuning
 
     spec = load_tuning(config)
     spec = replace(spec, model=model or spec.model)
     if limit:
         spec = replace(spec, task=replace(spec.task, limit=limit))
     quiet_libraries()
-    from blocktune.evaluation.tuner import TUNED
-    from blocktune.evaluation.tuner import tune as run
+    from blocktune.evaluation.sweep import TUNED
+    from blocktune.evaluation.sweep import tune as run
 
     found = run(spec, output, processes=processes)
     if as_json:

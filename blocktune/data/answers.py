@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 
 from blocktune.data.example import RagExample
-from blocktune.prompt.chunk import Chunk
+from blocktune.prompt.format import Chunk
 
 VERDICTS = ("yes", "no")
 

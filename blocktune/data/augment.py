@@ -13,8 +13,7 @@ from typing import Any
 
 from blocktune.data.answers import chunk_mentions, evidence
 from blocktune.data.example import RagExample
-from blocktune.prompt.chunk import Chunk
-from blocktune.prompt.format import build_strict
+from blocktune.prompt.format import Chunk, build_strict
 
 Range = tuple[int, int]
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from blocktune.prompt.chunk import Chunk
+from blocktune.prompt.format import Chunk
 
 CHUNKS_WANTED = 'a non-empty list of strings or {"text", "title"?}'
 

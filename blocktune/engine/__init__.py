@@ -1,14 +1,12 @@
 """Serving: encode, assemble, prefill, decode, and say what it cost."""
 
-from blocktune.engine.account import Account, Ttft
-from blocktune.engine.decode import Sampling
+from blocktune.adapter.load import Loaded, load_model
 from blocktune.engine.engine import EncodeReport, Engine
-from blocktune.engine.load import Loaded, load_model
+from blocktune.engine.generation import Answer, Sampling
 from blocktune.engine.prompts import Request
-from blocktune.engine.run import Answer
+from blocktune.engine.usage import Ttft, Usage
 
 __all__ = [
-    "Account",
     "Answer",
     "EncodeReport",
     "Engine",
@@ -16,5 +14,6 @@ __all__ = [
     "Request",
     "Sampling",
     "Ttft",
+    "Usage",
     "load_model",
 ]

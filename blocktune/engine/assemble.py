@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from blocktune.cache import ChunkStates, PrefixTree, RowCache, Stream
-from blocktune.engine.account import Stopwatch
-from blocktune.engine.encode import Encoder
-from blocktune.engine.piece import Piece
-from blocktune.engine.placing import placer
+from blocktune.engine.encode import Encoder, Piece
+from blocktune.engine.key_relocation import placer
+from blocktune.engine.usage import Stopwatch
 from blocktune.layout import GLOBAL, Kind, Layout
 from blocktune.positions import RopeSpec
 from blocktune.prompt import Batch, Pieces

@@ -6,8 +6,8 @@ import threading
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from blocktune.adapter.load import load_model
 from blocktune.attention import attach
-from blocktune.engine.load import load_model
 
 SELF = "self"
 """The name of the served model itself."""

@@ -12,22 +12,21 @@ from typing import NamedTuple
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blocktune.adapter import AdapterInfo
+from blocktune.adapter.load import load_model
 from blocktune.attention import attach
 from blocktune.cache import ChunkStore, PrefixTree, model_fingerprint
-from blocktune.engine.account import Stopwatch
 from blocktune.engine.auxiliary import Auxiliaries
-from blocktune.engine.decode import Sampling
 from blocktune.engine.encode import Encoder, Piece, grouped
+from blocktune.engine.generation import Answer, Sampling
 from blocktune.engine.layers import install
-from blocktune.engine.load import load_model
 from blocktune.engine.prompts import PromptMaker, Request
 from blocktune.engine.recall import rehearsals
-from blocktune.engine.run import Answer
 from blocktune.engine.served import Served, built
-from blocktune.engine.server import Server
+from blocktune.engine.state import Server
+from blocktune.engine.usage import Stopwatch
+from blocktune.methods import Method
 from blocktune.positions import RopeSpec
 from blocktune.prompt import Chunk, LayoutSpec, Pieces, PromptFormat
-from blocktune.reuse import Method
 
 
 class EncodeReport(NamedTuple):
@@ -45,7 +44,7 @@ class Engine(Served):
     ```python
     engine = Engine.from_pretrained("data/tiny", adapter="out/block_attention")
     answer = engine.answer([example], method="block-attention")[0]
-    print(answer.text, answer.account.recompute_ratio, answer.account.ttft_s)
+    print(answer.text, answer.usage.recompute_ratio, answer.usage.ttft_s)
     ```
 
     Several threads may answer at once: what a request changes is its own, and its caches are
@@ -134,7 +133,7 @@ class Engine(Served):
             dtype: As `from_pretrained` of transformers takes it.
             device: Such as ``cuda:0``; default: CUDA if there is one.
             revision: Of the model's repository.
-            quantize: One of `blocktune.quantize.QUANTIZATIONS`; None: as saved.
+            quantize: One of `blocktune.models.quantize.QUANTIZATIONS`; None: as saved.
             format: Wording of prompts; default: the adapter's.
 
         Raises:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from blocktune.attention import Plan
-from blocktune.attention.kernels import Knobs
+from blocktune.attention.kernels import AttentionParams
 from blocktune.layout import LayerRule
 
 
@@ -69,10 +69,10 @@ class Recorder:
         self.inputs: dict[int, Tensor] = {}
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, rule: LayerRule, knobs: Knobs
+        self, query: Tensor, key: Tensor, value: Tensor, rule: LayerRule, params: AttentionParams
     ) -> Tensor:
         """See `Plan.attend`."""
-        return self.plan.attend(query, key, value, rule, knobs)
+        return self.plan.attend(query, key, value, rule, params)
 
     def enter(self, index: int, layer: nn.Module, args: tuple, kwargs: dict) -> None:
         """A forward pre-hook that changes nothing."""

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from blocktune.attention.cached import CachePlan, Reshaping
 from blocktune.cache import RowCache
-from blocktune.engine.account import Stopwatch
-from blocktune.engine.chunk_mass import ChunkMass
+from blocktune.engine.attention_probes import ChunkMass
 from blocktune.engine.cost import Executed
+from blocktune.engine.layer_schedule import Course, Schedule
 from blocktune.engine.rows import Computed
-from blocktune.engine.schedule import Course, Schedule
+from blocktune.engine.usage import Stopwatch
 from blocktune.layout import Kind, Rows
 
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from blocktune.engine.encode import Piece
 from blocktune.layout import Kind
+from blocktune.methods import Method
 from blocktune.prompt import (
     Chunk,
     LayoutSpec,
@@ -24,7 +25,6 @@ from blocktune.prompt import (
     sink_ids,
     wrapped,
 )
-from blocktune.reuse import Method
 
 
 class Request(Protocol):

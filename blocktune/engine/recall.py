@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from blocktune.cache import ChunkKV, Recall, RowCache, Variant, VariantStore, cache_fix_overhead
-from blocktune.engine.chunk_mass import ChunkMass
+from blocktune.engine.attention_probes import ChunkMass
 from blocktune.engine.encode import Encoder, Piece
 from blocktune.layout import GLOBAL, Kind
+from blocktune.methods.select import Stored
 from blocktune.prompt import Batch, Pieces
-from blocktune.select import Stored
 
 Ids = tuple[int, ...]
 

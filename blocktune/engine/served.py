@@ -9,12 +9,12 @@ import torch
 from transformers import PreTrainedModel
 
 from blocktune.attention import attach, detach
+from blocktune.engine.generation import Run
 from blocktune.engine.prompts import PromptMaker, Request
 from blocktune.engine.recall import contexts_of
-from blocktune.engine.run import Run
-from blocktune.engine.server import Server
+from blocktune.engine.state import Server
+from blocktune.methods import Method, build
 from blocktune.prompt import LayoutSpec, Pieces, Prompt
-from blocktune.reuse import Method, build
 
 
 class Served:

@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from blocktune.evaluation.show import run_and_show
+from blocktune.evaluation.cli_output import run_and_show
 from blocktune.evaluation.suite import changed, load_suite
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blocktune.evaluation.probe import Deviation
-from blocktune.select import top_share
+from blocktune.methods.select import top_share
 
 RATIO = 0.15
 """Share of the context tokens that counts as high, the default of CacheBlend and the study."""

@@ -11,12 +11,10 @@ from typing import Any, NamedTuple
 from rich import box
 from rich.table import Table
 
+from blocktune.evaluation.aggregate import p_value
 from blocktune.evaluation.pooling import with_pools
-from blocktune.evaluation.row_files import read_all
-from blocktune.evaluation.rows import Row
-from blocktune.evaluation.significance import holm, power
-from blocktune.evaluation.statistics import PairedBootstrap
-from blocktune.evaluation.summary import p_value
+from blocktune.evaluation.rows import Row, read_all
+from blocktune.evaluation.statistics import PairedBootstrap, holm, power
 
 RESULTS = "results.json"
 

@@ -14,7 +14,7 @@ from blocktune.evaluation.choice import choice_of
 from blocktune.evaluation.pooling import mean_of
 from blocktune.evaluation.prepare import Ready
 from blocktune.evaluation.probe import attention_entropy, deviation
-from blocktune.reuse import Cached, build
+from blocktune.methods import Cached, build
 
 
 class Agreement(NamedTuple):

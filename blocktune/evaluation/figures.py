@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from blocktune.evaluation.files import replacing
+from blocktune.files import replacing
 
 # Okabe and Ito's palette, told apart by all common forms of colour vision; markers say it again.
 COLOURS = ("#000000", "#999999", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")

@@ -20,8 +20,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from blocktune.attention import make_plan
 from blocktune.engine import Engine, Sampling
+from blocktune.methods import build
 from blocktune.prompt import IGNORED, Pieces, stack
-from blocktune.reuse import build
 
 MODES = ("block", "full")
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from blocktune.evaluation.significance import pooled
-from blocktune.evaluation.strict import entries, mapping
+from blocktune.evaluation.statistics import pooled
+from blocktune.parsing import entries, mapping
 
 if TYPE_CHECKING:
     from blocktune.evaluation.rows import Row

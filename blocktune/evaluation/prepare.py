@@ -13,7 +13,7 @@ from blocktune.evaluation.sanity import check_prompts
 from blocktune.evaluation.suite import MethodSpec, Suite
 from blocktune.evaluation.task import TaskSpec
 from blocktune.evaluation.ttft import fill
-from blocktune.reuse import Method, build_entry
+from blocktune.methods import Method, build_entry
 
 logger = logging.getLogger("blocktune")
 

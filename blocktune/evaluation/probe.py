@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from blocktune.attention.cached import CachePlan
-from blocktune.attention.kernels import Knobs, plain_scores
+from blocktune.attention.kernels import AttentionParams, plain_scores
 from blocktune.data import RagExample
 from blocktune.engine.rows import computed_rows
 from blocktune.layout import Kind, LayerRule, Rows, visible
@@ -122,7 +122,7 @@ class _EntropyWatch:
         self.entropy: dict[int, Tensor] = {}
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, rule: LayerRule, knobs: Knobs
+        self, query: Tensor, key: Tensor, value: Tensor, rule: LayerRule, params: AttentionParams
     ) -> Tensor:
         """See `Plan.attend`."""
         own = LayerRule(window=rule.window)
@@ -132,9 +132,9 @@ class _EntropyWatch:
             torch.zeros_like(self.key.kind)[:, None],
             own,
         )
-        scores = plain_scores(query, key, seen[:, None], knobs).float()
+        scores = plain_scores(query, key, seen[:, None], params).float()
         log = scores.log_softmax(-1)
         entropy = -(log.exp() * log.masked_fill(~seen[:, None], 0.0)).sum(-1)
         exists = (self.query.kind != Kind.PAD)[:, None].expand_as(entropy)
         self.entropy[rule.layer] = entropy[exists].mean().cpu()
-        return self.plan.attend(query, key, value, rule, knobs)
+        return self.plan.attend(query, key, value, rule, params)

@@ -7,12 +7,10 @@ from statistics import fmean
 from typing import Any
 
 from blocktune.data.worlds import QUESTION_KINDS
-from blocktune.evaluation.budget import matched, pareto
+from blocktune.evaluation.aggregate import matched, pareto, summarize, sweeps
 from blocktune.evaluation.pooling import mean_of, with_pools
 from blocktune.evaluation.rows import Row
 from blocktune.evaluation.suite import Suite
-from blocktune.evaluation.summary import summarize
-from blocktune.evaluation.sweeps import sweeps
 from blocktune.evaluation.ttft import TtftSummary
 
 CI95_OF = "em"

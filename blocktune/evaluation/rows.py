@@ -1,18 +1,21 @@
-"""One row per question and method: what was asked, answered, scored and spent."""
+"""One row per question and method, on disk as soon as it is known, so that a run can go on."""
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from blocktune.data import RagExample
-from blocktune.evaluation.code import code_digest
+from blocktune.evaluation.git_state import code_digest
 from blocktune.evaluation.metrics import METRICS, extract_answer, score
 from blocktune.evaluation.suite import MethodSpec
 from blocktune.evaluation.task import TaskSpec
+from blocktune.files import replace_text
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Row:
         f1: Word F1.
         substring_em: Substring match, 0 or 1.
         recompute_ratio: Share of context tokens recomputed, over all layers.
-        account: Everything that `Account` counts; no times.
+        usage: Everything that `Usage` counts; no times.
         score: The task's headline metric.
         scores: Its further metrics, by name.
         prompt_hash: Digest of the prompt's token ids.
@@ -47,7 +50,7 @@ class Row:
     f1: float
     substring_em: float
     recompute_ratio: float
-    account: Mapping[str, Any]
+    usage: Mapping[str, Any]
     score: float
     scores: Mapping[str, float] = field(default_factory=dict)
     prompt_hash: str = ""
@@ -80,7 +83,7 @@ def make_row(
     key: str, task: TaskSpec, example: RagExample, name: str, answer: Any, engine: Any, method: Any
 ) -> Row:
     """Scores an `Answer` of the engine; ``name`` identifies a question that has no id."""
-    account = answer.account
+    usage = answer.usage
     extracted = extract_answer(task.cut(answer.text), task.answer_marker)
     scores = scores_of(task, answer.text, example, engine.tokenizer)
     return Row(
@@ -91,11 +94,9 @@ def make_row(
         prediction=answer.text,
         answer=extracted,
         **score(extracted, example.answers)._asdict(),
-        recompute_ratio=account.recompute_ratio,
-        account={
-            f.name: getattr(account, f.name)
-            for f in fields(account)
-            if not f.name.startswith("ttft")
+        recompute_ratio=usage.recompute_ratio,
+        usage={
+            f.name: getattr(usage, f.name) for f in fields(usage) if not f.name.startswith("ttft")
         },
         score=scores[task.metric],
         scores={metric: scores[metric] for metric in task.metrics},
@@ -128,3 +129,113 @@ def digest_of(value: Any) -> str:
     """Sixteen hexadecimal digits that stand for a JSON value."""
     text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+ROWS = "rows"
+
+
+class RowFile:
+    """The rows of one method, ``LABEL.jsonl``; while a run lasts, a part for each process.
+
+    Opening only reads: rows of another run (other weights, questions, code) are left out, and so
+    is a last line that a stopped run left half-written. All processes of a run must have opened
+    before one of them appends.
+
+    Args:
+        folder: Where it lies.
+        label: Of the method.
+        keys: `row_key` of every row of this run, in order.
+        rank: Number of this process.
+    """
+
+    def __init__(self, folder: Path, label: str, keys: Iterable[str], rank: int = 0):
+        self.path, self._keys = folder / f"{label}.jsonl", list(keys)
+        self._part = _part(self.path, rank)
+        self._rows = self._known()
+        self._own = self._of(self._part)
+        self._begun = False
+
+    @property
+    def keys(self) -> Sequence[str]:
+        """Of every row of this run, in order."""
+        return self._keys
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._rows
+
+    def append(self, rows: Iterable[Row]) -> None:
+        """Adds rows to this process's part, on disk before it returns."""
+        if not self._begun:  # what an earlier run left there, without its half-written line
+            replace_text(self._part, "".join(map(_line, self._own.values())))
+            self._begun = True
+        new = [row for row in rows if row.key not in self._rows]
+        with self._part.open("a", encoding="utf-8") as out:
+            out.write("".join(map(_line, new)))
+        self._rows |= {row.key: row for row in new}
+
+    def merge(self) -> list[Row]:
+        """Joins all parts into one file in the order of the questions, and returns its rows.
+
+        Only one process may call it, when all have ended.
+
+        Raises:
+            KeyError: If a question is not answered yet.
+        """
+        known = self._known()
+        rows = [known[key] for key in self._keys]
+        replace_text(self.path, "".join(map(_line, rows)))
+        for part in _parts(self.path):
+            part.unlink()
+        return rows
+
+    def _known(self) -> dict[str, Row]:
+        found: dict[str, Row] = {}
+        for path in (self.path, *_parts(self.path)):
+            found |= self._of(path)
+        return found
+
+    def _of(self, path: Path) -> dict[str, Row]:
+        wanted = set(self._keys)
+        return {row.key: row for row in read_rows(path) if row.key in wanted}
+
+
+def read_all(folder: Path, labels: Sequence[str]) -> dict[str, list[Row]]:
+    """The rows of a finished run by label.
+
+    Raises:
+        ValueError: If a label has no rows there.
+    """
+    found = {label: list(read_rows(folder / ROWS / f"{label}.jsonl")) for label in labels}
+    if missing := [label for label, rows in found.items() if not rows]:
+        raise ValueError(f"no rows of '{missing[0]}' in '{folder / ROWS}'; finish the run first")
+    return found
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """Rows of a file, up to a line that a stopped run left half-written.
+
+    Raises:
+        ValueError: If a whole line is not a row.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        if not line.endswith("\n"):
+            return  # the run was stopped while it wrote this line
+        try:
+            yield Row(**json.loads(line))
+        except (json.JSONDecodeError, TypeError) as error:
+            raise ValueError(
+                f"{path}, line {number}: not a row of this version ({error}); move it away"
+            ) from None
+
+
+def _part(path: Path, rank: int) -> Path:
+    return path.with_name(f"{path.stem}.part{rank}.jsonl")
+
+
+def _parts(path: Path) -> list[Path]:
+    return sorted(path.parent.glob(f"{glob.escape(path.stem)}.part*.jsonl"))
+
+
+def _line(row: Row) -> str:
+    return json.dumps(asdict(row), ensure_ascii=False) + "\n"

@@ -11,18 +11,17 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from blocktune.evaluation.code import code_digest
 from blocktune.evaluation.fidelity import measure_fidelity
-from blocktune.evaluation.files import replace_json
+from blocktune.evaluation.git_state import code_digest
 from blocktune.evaluation.prepare import Load, Question, Ready, load_engine, prepare
 from blocktune.evaluation.processes import Processes
 from blocktune.evaluation.progress import progress_bars
 from blocktune.evaluation.results import build_results
-from blocktune.evaluation.row_files import ROWS, RowFile
-from blocktune.evaluation.rows import Row, digest_of, make_row, row_key
+from blocktune.evaluation.rows import ROWS, Row, RowFile, digest_of, make_row, row_key
 from blocktune.evaluation.suite import MethodSpec, Suite
 from blocktune.evaluation.ttft import TtftSummary, measure_ttft
-from blocktune.evaluation.weights import fingerprints
+from blocktune.evaluation.weight_hash import fingerprints
+from blocktune.files import replace_json
 from blocktune.provenance import hardware, provenance, versions
 
 RESULTS = "results.json"

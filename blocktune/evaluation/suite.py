@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from blocktune.evaluation.pooling import check_pools, spread_seeds
-from blocktune.evaluation.strict import entries, load_spec, mapping, read, refuse_doubles
 from blocktune.evaluation.task import TaskSpec, parse_task
-from blocktune.reuse.composition import KEEP
+from blocktune.methods.composition import KEEP
+from blocktune.parsing import entries, load_spec, mapping, read, refuse_doubles
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class MethodSpec:
             raise ValueError(f"label must name a file, got '{self.label}'; leave out slashes")
 
     def entry(self) -> dict[str, Any]:
-        """What `blocktune.reuse.build_entry` makes the method of: the keys that were given."""
+        """What `blocktune.methods.build_entry` makes the method of: the keys that were given."""
         given = {"name": self.name, "select": self.select, "reshape": self.reshape}
         for key in ("preset", "params", "layout", "budget", "layer_budget"):
             given[key] = KEEP if getattr(self, key) in (None, {}) else getattr(self, key)

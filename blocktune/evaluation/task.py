@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
 from blocktune.evaluation.metrics import METRICS, Metric, require_metrics
-from blocktune.evaluation.strict import load_yaml, mapping, read
+from blocktune.parsing import load_yaml, mapping, read
 from blocktune.prompt import PromptFormat
 
 HINT = "see eval/tasks/ for examples"

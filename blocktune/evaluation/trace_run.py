@@ -16,8 +16,7 @@ from rich.console import Console
 
 from blocktune.data import RagExample, load_examples
 from blocktune.engine import Engine
-from blocktune.evaluation.code import code_digest
-from blocktune.evaluation.files import replace_json
+from blocktune.evaluation.git_state import code_digest
 from blocktune.evaluation.prepare import tell_rewording
 from blocktune.evaluation.progress import progress_bars
 from blocktune.evaluation.rows import digest_of, scores_of
@@ -26,8 +25,9 @@ from blocktune.evaluation.suite import MethodSpec
 from blocktune.evaluation.trace_show import draw_trace
 from blocktune.evaluation.trace_sum import summed_up
 from blocktune.evaluation.traces import Pattern, TraceSuite, make_trace, reuse_of
+from blocktune.files import replace_json
+from blocktune.methods import build_entry
 from blocktune.provenance import hardware, provenance, versions
-from blocktune.reuse import build_entry
 
 TRACES, CELLS = "traces.json", "cells"
 UNBOUNDED_MIB = 1 << 20
@@ -152,7 +152,7 @@ def _served(
     spec, method, engine = server
     engine.forget()
     engine.store.max_bytes = (mib or UNBOUNDED_MIB) << 20
-    scores, accounts = defaultdict(list), []
+    scores, usages = defaultdict(list), []
     for number, request in enumerate(trace):
         [answer] = engine.answer(
             [request], method, max_new_tokens=suite.task.max_new_tokens, batch_size=1
@@ -161,22 +161,22 @@ def _served(
         if number >= suite.warmup:
             scored = scores_of(suite.task, answer.text, request, engine.tokenizer)
             scores[request.id].append(scored[suite.task.metric])
-            accounts.append(answer.account)
+            usages.append(answer.usage)
     return {
         "method": spec.label,
         "adapter": spec.adapter,
         "store_mib": mib,
         "scores": [fmean(own) for own in scores.values()],
-        "n": len(accounts),
-        **_spent(accounts),
+        "n": len(usages),
+        **_spent(usages),
         "stored_bytes": engine.store.stats().memory_bytes,
     }
 
 
-def _spent(accounts: Sequence[Any]) -> Mapping[str, float | None]:
-    held = sum(account.chunk_hits + account.chunk_misses for account in accounts)
+def _spent(usages: Sequence[Any]) -> Mapping[str, float | None]:
+    held = sum(usage.chunk_hits + usage.chunk_misses for usage in usages)
     return {
-        "hit_rate": sum(account.chunk_hits for account in accounts) / held if held else None,
-        "recompute_ratio": fmean(account.recompute_ratio for account in accounts),
-        "ttft_s": median(account.ttft_s for account in accounts),
+        "hit_rate": sum(usage.chunk_hits for usage in usages) / held if held else None,
+        "recompute_ratio": fmean(usage.recompute_ratio for usage in usages),
+        "ttft_s": median(usage.ttft_s for usage in usages),
     }

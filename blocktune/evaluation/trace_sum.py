@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from blocktune.evaluation.aggregate import p_value
 from blocktune.evaluation.pooling import mean_of
-from blocktune.evaluation.significance import holm
-from blocktune.evaluation.statistics import PairedBootstrap
-from blocktune.evaluation.summary import p_value
+from blocktune.evaluation.statistics import PairedBootstrap, holm
 
 SPENT = ("stored_bytes", "hit_rate", "recompute_ratio", "ttft_s")
 

@@ -14,9 +14,9 @@ from typing import Any
 
 from blocktune.data import RagExample
 from blocktune.evaluation.pooling import check_pools
-from blocktune.evaluation.strict import entries, load_spec, read, refuse_doubles
 from blocktune.evaluation.suite import MethodSpec, parse_methods
 from blocktune.evaluation.task import TaskSpec, with_task
+from blocktune.parsing import entries, load_spec, read, refuse_doubles
 from blocktune.prompt import Chunk
 
 ORDERS = ("kept", "shuffled", "rotated")

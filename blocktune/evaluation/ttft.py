@@ -46,7 +46,7 @@ def measure_ttft(
         examples: At least one prompt.
         step: Called after every answer, for a progress bar.
     """
-    accounts: dict[str, list[Any]] = {label: [] for label in methods}
+    usages: dict[str, list[Any]] = {label: [] for label in methods}
     for turn, example in enumerate(examples):
         labels = np.roll(list(methods), -turn).tolist()
         warming = replace(example, chunks=example.chunks[1:] + example.chunks[:1], supporting=())
@@ -54,9 +54,9 @@ def measure_ttft(
             methods[label](warming)
             step()
         for label in labels:
-            accounts[label].append(methods[label](example).account)
+            usages[label].append(methods[label](example).usage)
             step()
-    return {label: _summarise(own) for label, own in accounts.items()}
+    return {label: _summarise(own) for label, own in usages.items()}
 
 
 def fill(examples: Sequence[RagExample], num: int, chunks: int | None) -> list[RagExample]:
@@ -77,8 +77,8 @@ def fill(examples: Sequence[RagExample], num: int, chunks: int | None) -> list[R
     return filled
 
 
-def _summarise(accounts: Sequence[Any]) -> TtftSummary:
-    seconds = [account.ttft_s for account in accounts]
+def _summarise(usages: Sequence[Any]) -> TtftSummary:
+    seconds = [usage.ttft_s for usage in usages]
     q25, middle, q75 = np.quantile(seconds, [0.25, 0.5, 0.75]).tolist()
-    tokens = median(account.context_tokens for account in accounts)
-    return TtftSummary(middle, q25, q75, len(accounts), tokens)
+    tokens = median(usage.context_tokens for usage in usages)
+    return TtftSummary(middle, q25, q75, len(usages), tokens)

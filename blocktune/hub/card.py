@@ -12,12 +12,10 @@ from huggingface_hub import ModelCardData
 
 from blocktune.adapter import OWN_WEIGHTS, AdapterInfo
 from blocktune.check import Check
-from blocktune.hub.datasets import datasets_of
 from blocktune.hub.files import public
-from blocktune.hub.results import Measured
-from blocktune.hub.table import results_section
+from blocktune.hub.results import Measured, datasets_of, results_section
+from blocktune.methods import BOTH_LEARNED, Weights, available, build
 from blocktune.prompt import LayoutSpec
-from blocktune.reuse import BOTH_LEARNED, Weights, available, build
 
 MARKED = "turborag"
 """What one learned token on each side of a chunk is: a document marker. KV Packet has several."""

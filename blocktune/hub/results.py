@@ -1,15 +1,38 @@
-"""Results for the card: read, and held to be of the very adapter that is published."""
+"""What a card says of results and data: read, and held to be of the very adapter."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from blocktune.adapter import OWN_WEIGHTS, AdapterInfo
+from blocktune.data.sources import data_sets_in
 from blocktune.hub.files import public
-from blocktune.identity import adapter_fingerprint, same_base
+from blocktune.models.identity import adapter_fingerprint, same_base
+
+
+def datasets_of(training: Mapping[str, Any]) -> dict[str, str]:
+    """Data sets on the Hub that an adapter was trained on, with their licences.
+
+    Args:
+        training: Of `AdapterInfo`; ``data`` is a source, or a mixture of several, ``data_sets``
+            what the examples themselves say, which files were made of.
+    """
+    found = dict(training.get("data_sets") or {})
+    for source in _texts(training.get("data")):
+        found |= data_sets_in(source)
+    return found
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    inner = value.values() if isinstance(value, Mapping) else value
+    if isinstance(inner, Iterable) and not isinstance(value, str):
+        for part in inner:
+            yield from _texts(part)
 
 
 class Measured(NamedTuple):
@@ -88,3 +111,58 @@ def _read(path: Path) -> Mapping[str, Any]:
             "n, em, ci95 and adapter"
         )
     return record
+
+
+NOTE = (
+    "Scores in %, with 95 % intervals in brackets. Adjusted F1: over the questions that full "
+    "prefill of the base can answer. Recomputed: share of context tokens made afresh. TTFT: time "
+    "to first token, chunks cached."
+)
+SHOWN = ("EM", "F1")
+"""Titles of headline scores that have a column in any case."""
+
+
+def results_section(measured: Measured | None) -> str:
+    """The section of a card; without results it says that nothing was measured."""
+    if measured is None:
+        return "## Results\n\nNot evaluated."
+    title = None if measured.metric in SHOWN else (measured.metric or "score of the task")
+    if not all("score" in own for own in measured.methods.values()):
+        title = None
+    headings = ["method", "n", *([title] if title else []), "EM", "F1", "adjusted F1"]
+    headings += ["recomputed", "TTFT / full prefill"]
+    lines = [_line(headings), "|---|" + "---:|" * (len(headings) - 1)]
+    lines += [_line(_row(name, own, bool(title))) for name, own in measured.methods.items()]
+    return "\n\n".join(["## Results", "\n".join(lines), NOTE + _origin(measured)])
+
+
+def _row(name: str, own: Mapping[str, Any], headline: bool) -> list[str]:
+    scores = [_score(own, "score", "score_ci95")] if headline else []
+    scores += [_score(own, "em", "ci95"), _score(own, "f1", "f1_ci95")]
+    scores += [_percent(own.get(key)) for key in ("adjusted_f1", "recompute_ratio")]
+    ratio = own.get("ttft_over_full_prefill")
+    return [name, f"{own['n']:,}", *scores, "" if ratio is None else f"{ratio:.2f}"]
+
+
+def _score(own: Mapping[str, Any], name: str, interval: str) -> str:
+    if own.get(interval) is None:
+        return _percent(own.get(name))
+    low, high = own[interval]
+    return f"{_percent(own[name])} ({_percent(low)} to {_percent(high)})"
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f}"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _origin(measured: Measured) -> str:
+    made = measured.origin
+    parts = [f"by `{made['command']}`"] if made.get("command") else []
+    parts += [f"at commit `{made['commit'][:12]}`"] if made.get("commit") else []
+    told = f" Made {', '.join(parts)}." if parts else ""
+    others = ", ".join(measured.left_out)
+    return told + (f" Left out, as they are of other adapters: {others}." if others else "")

@@ -1,21 +1,18 @@
 """Prompts: one way from text to token pieces, and from pieces to the rows of a forward pass."""
 
-from blocktune.prompt.batch import Batch, pack, stack
-from blocktune.prompt.chunk import Chunk
-from blocktune.prompt.conversation import conversation_pieces
-from blocktune.prompt.encoding import encode
-from blocktune.prompt.format import PromptFormat
+from blocktune.prompt.batch import Batch, pack, show, stack
+from blocktune.prompt.format import Chunk, PromptFormat
 from blocktune.prompt.pieces import (
     Pieces,
     answer_ids,
     chunk_ids,
+    conversation_pieces,
     end_of_turn,
     make_pieces,
     prefix_ids,
 )
-from blocktune.prompt.rows import IGNORED, Prompt, lay_out, sink_ids, wrapped
-from blocktune.prompt.show import show
-from blocktune.prompt.spec import LayoutSpec
+from blocktune.prompt.rows import IGNORED, LayoutSpec, Prompt, lay_out, sink_ids, wrapped
+from blocktune.prompt.special_tokens import encode
 
 __all__ = [
     "IGNORED",

@@ -1,10 +1,4 @@
-"""From text to token pieces: the one function that training, caching and serving call.
-
-The pieces are the truth. They are tokenised one by one and joined as they are, so what is
-trained on, stored, relocated and shown is the same; a tokenizer that would have merged across
-a seam is never asked to. (SentencePiece tokenizers that put a space before text, Llama 2's for
-one, put it before every piece.)
-"""
+"""From text to token pieces: the one function that training, caching and serving call."""
 
 from __future__ import annotations
 
@@ -13,12 +7,9 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from blocktune.prompt.bos import check_bos, with_bos
-from blocktune.prompt.chunk import Chunk
-from blocktune.prompt.encoding import encode, special_tokens
-from blocktune.prompt.format import PromptFormat
-from blocktune.prompt.said import Said
-from blocktune.prompt.template import render_frame, render_next, reply_end
+from blocktune.prompt.format import Chunk, PromptFormat
+from blocktune.prompt.special_tokens import Said, check_bos, encode, special_tokens, with_bos
+from blocktune.prompt.template import render_conversation, render_frame, render_next, reply_end
 
 
 class Pieces(NamedTuple):
@@ -171,3 +162,37 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
             f"that ends the assistant's turn; set tokenizer.eos_token"
         )
     return (tokenizer.eos_token_id,)
+
+
+def conversation_pieces(
+    tokenizer: PreTrainedTokenizerBase,
+    fmt: PromptFormat,
+    messages: Sequence[tuple[str, str]],
+    response: str,
+) -> Pieces:
+    """Tokenises a conversation and the response to its last message.
+
+    Args:
+        tokenizer: Of the model; it needs a chat template.
+        fmt: Its ``full_tag`` opens the first message of the user, its ``system`` the conversation
+            if that has none; instruction and question's wording are not said.
+        messages: (role, text), as `blocktune.data.RagExample` has them.
+        response: What the model is trained to write.
+
+    Returns:
+        All up to the response as the prefix, no chunks and no query.
+
+    Raises:
+        ValueError: If there is no template, or it does not render these messages.
+
+    Source: KVLink trains on Tulu-3 in full attention so (``sft``), arXiv:2502.16002.
+    """
+    said, spoken = Said(tokenizer), [(role, text) for role, text in messages if role != "system"]
+    system = next((text for role, text in messages if role == "system"), fmt.system)
+    turns = [(role, said.safe(text)) for role, text in spoken]
+    if fmt.full_tag:
+        turns[0] = (turns[0][0], f"{fmt.full_tag} {turns[0][1]}")
+    rendered = render_conversation(tokenizer, system and said.safe(system), turns)
+    prefix = with_bos(tokenizer, said.encode(rendered))
+    check_bos(tokenizer, prefix)
+    return Pieces(prefix, (), (), answer_ids(tokenizer, response))

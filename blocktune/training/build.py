@@ -18,13 +18,13 @@ from blocktune.provenance import provenance
 from blocktune.training.checkpoint import AdapterFiles
 from blocktune.training.collator import BlockCollator
 from blocktune.training.config import BlockSFTConfig, DataArgs
+from blocktune.training.console import LogLines
 from blocktune.training.dataset import Prepared, Sample, in_modes, prepare
-from blocktune.training.guards import refuse_frozen_quantised, refuse_missing_trackers
-from blocktune.training.log_lines import LogLines
-from blocktune.training.objective import Objective
+from blocktune.training.distillation import find_teacher
+from blocktune.training.launch_checks import refuse_frozen_quantised, refuse_missing_trackers
+from blocktune.training.loss import Objective
 from blocktune.training.plan import describe_objective
 from blocktune.training.prepare import Ready, load_base, make_ready
-from blocktune.training.teacher import find_teacher
 from blocktune.training.trainer import BlockSFTTrainer
 
 

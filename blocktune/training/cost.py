@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from blocktune.sharded import num_elements, whole_shape
+from blocktune.models.sharded import num_elements, whole_shape
 
 ADAM_BYTES = 8
 """Two float32 moments a trainable parameter."""

@@ -13,7 +13,7 @@ from datasets import Dataset, Features, Value, concatenate_datasets
 from datasets import Sequence as ListOf
 from transformers import PreTrainedTokenizerBase
 
-from blocktune.data.credit import data_sets_of
+from blocktune.data.attribution import data_sets_of
 from blocktune.data.example import RagExample
 from blocktune.prompt import LayoutSpec, Pieces, PromptFormat, conversation_pieces, make_pieces
 

@@ -1,7 +1,9 @@
-"""LoRA without passes over its outputs: the low-rank product is added inside the matrix product."""
+"""LoRA without passes over its outputs, and the precision that trained weights keep."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,7 +11,7 @@ from peft import LoraConfig
 from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 
-from blocktune.quantize import quantization_of
+from blocktune.models.quantize import quantization_of
 
 
 class AddedLora(Linear):
@@ -66,3 +68,18 @@ def add_in_product(config: Any, model: nn.Module) -> None:
     """
     if isinstance(config, LoraConfig) and quantization_of(model) is None:
         config._register_custom_module({nn.Linear: AddedLora})
+
+
+@contextmanager
+def precision_kept(model: nn.Module) -> Iterator[None]:
+    """Trained weights leave the block as they came, on the device where they are then.
+
+    TRL rounds what is trained on a quantised base to bfloat16, link rows too: steps smaller than
+    1/256 of a weight are lost, and serving, which reads float32 adapters, is off by as much.
+    QLoRA (arXiv:2305.14314) means products in bfloat16, which autocast makes of float32 weights.
+    """
+    kept = [(weight, weight.data) for weight in model.parameters() if weight.requires_grad]
+    yield
+    for weight, data in kept:
+        if weight.dtype != data.dtype:
+            weight.data = data.to(weight.device)

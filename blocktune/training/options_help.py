@@ -11,9 +11,13 @@ from rich.table import Table
 from rich.text import Text
 from trl import ModelConfig
 
-from blocktune.training.config import BlockSFTConfig
-from blocktune.training.data_args import DataArgs
-from blocktune.training.options import BatchOptions, LayoutOptions, ObjectiveOptions
+from blocktune.training.config import (
+    BatchOptions,
+    BlockSFTConfig,
+    DataArgs,
+    LayoutOptions,
+    ObjectiveOptions,
+)
 
 GROUPS = {
     "Data and wording": DataArgs,

@@ -11,9 +11,9 @@ from rich.table import Table
 from transformers.trainer_utils import IntervalStrategy
 
 from blocktune.attention.masks import KEPT_CELLS
+from blocktune.models.quantize import quantization_of
+from blocktune.models.sharded import num_elements
 from blocktune.prompt import LayoutSpec
-from blocktune.quantize import quantization_of
-from blocktune.sharded import num_elements
 from blocktune.training.console import SteadyConsole, amount, duration
 from blocktune.training.cost import EFFICIENCY, peak_bytes
 

@@ -16,11 +16,11 @@ from transformers import (
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from blocktune.adapter import AdapterInfo
-from blocktune.dtypes import check_dtype
-from blocktune.identity import base_fingerprint, tokenizer_hash
 from blocktune.links import add_link_tokens, install_links, new_links
+from blocktune.models.devices import check_dtype
+from blocktune.models.identity import base_fingerprint, tokenizer_hash
+from blocktune.models.quantize import keep_stored_codes, quantization_of
 from blocktune.prompt import PromptFormat
-from blocktune.quantize import keep_stored_codes, quantization_of
 from blocktune.training.config import BlockSFTConfig
 from blocktune.training.lora import add_in_product
 

@@ -1,19 +1,27 @@
-"""Which tokens are fresh in training: chosen by the very selectors that serving uses."""
+"""Recompute-aware training: the rows that serving recomputes, chosen by the same selectors."""
 
 from __future__ import annotations
 
 import dataclasses
 import random
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
+import torch
 import yaml
+from torch import Tensor, nn
 
-from blocktune.select import SELECTORS, Selection
+from blocktune.attention import Plan, make_plan
+from blocktune.attention.kernels import AttentionParams
+from blocktune.layout import FOREVER, GLOBAL, Kind, LayerRule, Layout
+from blocktune.methods.select import SELECTORS, Selection
+from blocktune.methods.select.check import Check, States
+from blocktune.prompt import IGNORED, Prompt
 
 
 @dataclass(frozen=True)
 class RecomputeSampler:
-    """Chooses the tokens of a prompt that are fresh, as a selector of `blocktune.select` does.
+    """Chooses the fresh tokens of a prompt by a selector of `blocktune.methods.select`.
 
     Attributes:
         selection: The selector; its budget is set per prompt.
@@ -85,3 +93,136 @@ class RecomputeSampler:
                 "first layer (first-k, random) or once at a layer (deviation)"
             )
         return checks[0] if checks else None
+
+
+def with_fresh_rows(prompt: Prompt, chosen: Tensor, until: int = FOREVER) -> Prompt:
+    """Appends the second rows of the tokens that are computed afresh.
+
+    Args:
+        prompt: Without any yet.
+        chosen: Originals, ``(1, S)`` bool.
+        until: First layer (0-based) that the fresh rows do not live to see.
+    """
+    rows = chosen[0].nonzero().flatten()
+    second = prompt.layout.map(lambda field: field[:, rows])
+    second = replace(
+        second,
+        group=torch.full_like(second.group, GLOBAL),
+        supersedes=rows[None],
+        until=torch.full_like(second.until, until),
+    )
+    joined = torch.cat([prompt.layout.pack(), second.pack()], dim=1)
+    ids = prompt.ids + tuple(prompt.ids[row] for row in rows.tolist())
+    labels = prompt.labels + (IGNORED,) * len(rows)
+    return Prompt(ids, Layout.unpack(joined), labels)
+
+
+class _Seen(Exception):
+    """Ends a forward pass: what was wanted of it is there."""
+
+
+class _Probe:
+    """A plan that keeps one layer's keys and values, and may end the forward pass there."""
+
+    def __init__(self, plan: Plan, layer: int, stop: bool):
+        self.plan, self.layer, self.stop = plan, layer, stop
+        self.states: States | None = None
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, rule: LayerRule, params: AttentionParams
+    ) -> Tensor:
+        if rule.layer == self.layer:
+            self.states = States(key, value)
+            if self.stop:
+                raise _Seen
+        return self.plan.attend(query, key, value, rule, params)
+
+
+@torch.no_grad()
+def states_at(
+    model: nn.Module,
+    input_ids: Tensor,
+    layout: Layout,
+    layer: int,
+    execution: str,
+    stop: bool = True,
+) -> States:
+    """Keys and values that a layer makes of all rows.
+
+    Args:
+        model: Attached to blocktune's attention.
+        input_ids: ``(B, S)``.
+        layout: ``(B, S)``.
+        layer: 0-based.
+        execution: Of attention.
+        stop: Leave out the layers above. Not where parameters are sharded over processes: a
+            forward pass that ends halfway leaves them gathered.
+
+    Returns:
+        Each ``(B, K, S, D)``.
+    """
+    probe = _Probe(make_plan(execution, layout), layer, stop)
+    with suppress(_Seen):
+        model(
+            input_ids=input_ids,
+            position_ids=layout.position,
+            plan=probe,
+            use_cache=False,
+            logits_to_keep=1,
+        )
+    assert probe.states is not None, f"the model has no attention layer {layer}"
+    return probe.states
+
+
+def narrowed(
+    layout: Layout,
+    states: States,
+    layer: int,
+    num_layers: int,
+    sampler: RecomputeSampler,
+    shares: Tensor,
+) -> Layout:
+    """Lets the chosen fresh rows live in all layers; the others end at ``layer``.
+
+    Args:
+        layout: Rows ``(B, S)`` in which every eligible token has a fresh row until ``layer``.
+        states: Of all rows at ``layer``, ``(B, K, S, D)``.
+        layer: Where the choice is made.
+        num_layers: Layers of the model.
+        sampler: Whose selector chooses.
+        shares: Of each packed prompt, ``(B, prompts)``; negative where there is nothing to choose.
+    """
+    until = layout.until.clone()
+    for row, sample in (shares >= 0).nonzero().tolist():
+        check, fresh = _check(layout, states, layer, num_layers, row, sample)
+        if len(fresh):
+            selection = sampler.selector(float(shares[row, sample]))
+            until[row, fresh[selection.refine(check)[0]]] = FOREVER
+    return replace(layout, until=until)
+
+
+def _check(layout, states, layer, num_layers, row: int, sample: int) -> tuple[Check, Tensor]:
+    """What a selector is shown of one prompt, and its fresh rows ``(R,)`` in causal order."""
+    facts = layout.map(lambda field: field[row : row + 1])
+    here = ~facts.is_pad & (facts.sample == sample)
+    fresh = (here & facts.is_fresh)[0].nonzero().flatten()
+    fresh = fresh[facts.order[0, fresh].argsort(stable=True)]
+    originals = facts.supersedes[0, fresh]
+
+    def taken(rows: Tensor) -> States:
+        return States(*(state[row : row + 1, :, rows] for state in states))
+
+    asked = here & ~facts.is_fresh & (facts.kind != Kind.GHOST) & (facts.kind != Kind.ANSWER)
+    other = asked & ((facts.kind == Kind.QUERY) | (facts.kind == Kind.LINK))
+    check = Check(
+        layer=layer,
+        num_layers=num_layers,
+        eligible=torch.ones(1, len(fresh), dtype=torch.bool, device=layout.device),
+        context_tokens=(here & facts.is_context).sum(1),
+        prompt_tokens=asked.sum(1),
+        other_tokens=other.sum(1),
+        chunk=facts.chunk[:, fresh],
+        question_mass=None,
+        probe=lambda: (taken(fresh), taken(originals)),
+    )
+    return check, fresh

@@ -13,7 +13,7 @@ from trl import ModelConfig, TrlParser
 
 from blocktune.training.build import build
 from blocktune.training.config import BlockSFTConfig, DataArgs
-from blocktune.training.guards import refuse_unasked_evaluation
+from blocktune.training.launch_checks import refuse_unasked_evaluation
 from blocktune.training.plan import make_plan_of, print_plan
 from blocktune.training.publishing import Publisher, checked_repo
 

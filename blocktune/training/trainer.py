@@ -16,21 +16,19 @@ from trl import SFTTrainer
 
 from blocktune.attention import attach
 from blocktune.layout import Layout
-from blocktune.training.augment import Augmentation
-from blocktune.training.checkpoint import AdapterFiles
-from blocktune.training.collator import BlockCollator
+from blocktune.training.checkpoint import AdapterFiles, StagedSaving
+from blocktune.training.collator import Augmentation, BlockCollator
 from blocktune.training.config import BlockSFTConfig
 from blocktune.training.cost import matmul_rate, row_flops, size_of
 from blocktune.training.dataset import COLUMNS
 from blocktune.training.distillation import evaluating
-from blocktune.training.fresh_rows import narrowed, states_at
-from blocktune.training.guards import launch_name, refuse_lost_launch, refuse_parallelism
-from blocktune.training.objective import Objective, StepLoss
-from blocktune.training.order import EpochOrder
-from blocktune.training.precision import precision_kept
-from blocktune.training.saving import StagedSaving
-from blocktune.training.speed import Speedometer
-from blocktune.training.sums import Sums
+from blocktune.training.launch_checks import launch_name, refuse_lost_launch, refuse_parallelism
+from blocktune.training.lora import precision_kept
+from blocktune.training.loss import Objective, StepLoss
+from blocktune.training.recompute import narrowed, states_at
+from blocktune.training.reductions import Sums
+from blocktune.training.sampler import EpochOrder
+from blocktune.training.throughput import Speedometer
 
 
 class BlockSFTTrainer(StagedSaving, SFTTrainer):

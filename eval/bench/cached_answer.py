@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from blocktune.data import RagExample
-from blocktune.engine import Account, Engine
+from blocktune.engine import Engine, Usage
 from blocktune.prompt import Chunk
 
 METHODS = ("full-prefill", "naive", "cacheblend", "epic")
@@ -19,27 +19,27 @@ def measure_cached_answer(shape: Shape, repeats: int = 3) -> dict:
     engine = Engine(shape.model(), word_tokenizer(shape.vocabulary))
     example = random_example(shape)
     engine.encode(example.chunks)
-    accounts = {name: fastest(engine, example, name, repeats) for name in METHODS}
-    full_s = accounts["full-prefill"].ttft_s
+    usages = {name: fastest(engine, example, name, repeats) for name in METHODS}
+    full_s = usages["full-prefill"].ttft_s
     return {
         name: {
-            "ttft_s": account.ttft_s,
-            "ttft_over_full": account.ttft_s / full_s,
-            "ttft": asdict(account.ttft),
-            "recompute_ratio": account.recompute_ratio,
-            "context_tokens": account.context_tokens,
-            "chunk_hits": account.chunk_hits,
-            "chunk_misses": account.chunk_misses,
-            "bytes_read": account.bytes_read,
+            "ttft_s": usage.ttft_s,
+            "ttft_over_full": usage.ttft_s / full_s,
+            "ttft": asdict(usage.ttft),
+            "recompute_ratio": usage.recompute_ratio,
+            "context_tokens": usage.context_tokens,
+            "chunk_hits": usage.chunk_hits,
+            "chunk_misses": usage.chunk_misses,
+            "bytes_read": usage.bytes_read,
         }
-        for name, account in accounts.items()
+        for name, usage in usages.items()
     }
 
 
-def fastest(engine: Engine, example: RagExample, method: str, repeats: int) -> Account:
-    """The account of the fastest answer; one before them warms up kernels and the allocator."""
+def fastest(engine: Engine, example: RagExample, method: str, repeats: int) -> Usage:
+    """The usage of the fastest answer; one before them warms up kernels and the allocator."""
     answers = [engine.answer([example], method, max_new_tokens=8) for _ in range(repeats + 1)]
-    return min((answer.account for [answer] in answers[1:]), key=lambda account: account.ttft_s)
+    return min((answer.usage for [answer] in answers[1:]), key=lambda usage: usage.ttft_s)
 
 
 def word_tokenizer(size: int) -> PreTrainedTokenizerFast:

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from shape import Shape
 
 from blocktune.attention import attach, dense_mask, make_plan
-from blocktune.attention.kernels import Knobs
+from blocktune.attention.kernels import AttentionParams
 from blocktune.layout import LayerRule
 from blocktune.training.cost import matmul_rate
 
@@ -61,14 +61,14 @@ def measure_attention(shape: Shape, matmul: float) -> dict:
         return leaf.requires_grad_()
 
     leaves = [leaf(heads) for heads in (shape.heads, shape.kv_heads, shape.kv_heads)]
-    mask, knobs = dense_mask(layout), Knobs(scaling=dim**-0.5)
+    mask, params = dense_mask(layout), AttentionParams(scaling=dim**-0.5)
 
     def sdpa(**how) -> torch.Tensor:
         return F.scaled_dot_product_attention(*leaves, enable_gqa=True, **how)
 
     def planned(execution: str) -> Callable[[], torch.Tensor]:
         plan = make_plan(execution, layout)
-        return lambda: plan.attend(*leaves, LayerRule(), knobs)
+        return lambda: plan.attend(*leaves, LayerRule(), params)
 
     def trained(forward: Callable[[], torch.Tensor]) -> float:
         return seconds(lambda: forward().float().sum().backward(), shape.device)

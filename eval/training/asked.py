@@ -12,8 +12,7 @@ import yaml
 from trained import Run
 
 from blocktune.adapter import AdapterInfo
-from blocktune.evaluation.row_files import read_all
-from blocktune.evaluation.rows import Row
+from blocktune.evaluation.rows import Row, read_all
 from blocktune.evaluation.suite import load_suite
 from blocktune.hub.card import served_by
 

@@ -10,8 +10,7 @@ from asked import BLEND, FULL, JOINED, NAIVE, in_full
 
 from blocktune.evaluation.metrics import filter_bias
 from blocktune.evaluation.rows import Row
-from blocktune.evaluation.significance import pooled
-from blocktune.evaluation.statistics import Interval, PairedBootstrap
+from blocktune.evaluation.statistics import Interval, PairedBootstrap, pooled
 
 SHARE = 0.97
 """Of full prefill's adjusted F1 that is asked for."""

@@ -23,7 +23,7 @@ from page import page_of
 from trained import Run, cost_of, load_recipe, train_all
 
 from blocktune.adapter import AdapterInfo
-from blocktune.evaluation.files import replace_json, replace_text
+from blocktune.files import replace_json, replace_text
 from blocktune.provenance import provenance
 
 RECIPES = (

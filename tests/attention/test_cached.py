@@ -5,7 +5,7 @@ import torch
 from largest_tensor import LargestTensor
 
 from blocktune.attention.cached import CachePlan, find_tails
-from blocktune.attention.kernels import Knobs, folded_attention, plain_attention
+from blocktune.attention.kernels import AttentionParams, folded_attention, plain_attention
 from blocktune.attention.masks import KEPT_CELLS
 from blocktune.layout import FOREVER, GLOBAL, NO_CHUNK, NO_ROW, Kind, LayerRule, Rows
 
@@ -65,29 +65,31 @@ def case(name):
     return computed_and_columns([list(own) for own in computed], lengths)
 
 
-def truth(query, key, qkv, knobs, window=None, flip=None):
+def truth(query, key, qkv, params, window=None, flip=None):
     mask = key.order[:, None] <= query.order[..., None]
     if window is not None:
         mask &= query.order[..., None] - key.order[:, None] < window
     mask &= (key.kind != Kind.PAD)[:, None] & (query.kind != Kind.PAD)[..., None]
     if flip is not None:
         mask[flip] ^= True
-    return plain_attention(*qkv, mask[:, None], knobs).transpose(1, 2)
+    return plain_attention(*qkv, mask[:, None], params).transpose(1, 2)
 
 
-@pytest.mark.parametrize("knobs", [Knobs(0.3), Knobs(0.3, softcap=4.0)], ids=["plain", "capped"])
+@pytest.mark.parametrize(
+    "params", [AttentionParams(0.3), AttentionParams(0.3, softcap=4.0)], ids=["plain", "capped"]
+)
 @pytest.mark.parametrize("kept_cells", [0, KEPT_CELLS], ids=["remade", "kept"])
 @pytest.mark.parametrize("window", [None, 12])
 @pytest.mark.parametrize("name", CASES)
-def test_computed_rows_match_the_causal_mask(name, window, kept_cells, knobs):
+def test_computed_rows_match_the_causal_mask(name, window, kept_cells, params):
     query, key = case(name)
     qkv = states(query, key)
     plan = CachePlan(query, key, kept_cells=kept_cells)
-    out = plan.attend(*qkv, LayerRule(layer=1, window=window), knobs)
+    out = plan.attend(*qkv, LayerRule(layer=1, window=window), params)
     real = query.kind != Kind.PAD
-    expected = truth(query, key, qkv, knobs, window)
+    expected = truth(query, key, qkv, params, window)
     torch.testing.assert_close(out[real], expected[real], rtol=0, atol=TOLERANCE)
-    flipped = truth(query, key, qkv, knobs, window, flip=(0, -1, int(query.order[0, -1]) - 1))
+    flipped = truth(query, key, qkv, params, window, flip=(0, -1, int(query.order[0, -1]) - 1))
     assert (out - flipped)[real].abs().max() > 10 * TOLERANCE
 
 
@@ -99,7 +101,7 @@ def test_the_last_rows_of_prompts_need_no_mask(name):
 def test_a_tail_makes_no_tensor_of_rows_by_columns():
     query, key = computed_and_columns([list(range(64, 2048))], [2048])
     with LargestTensor() as largest:
-        CachePlan(query, key).attend(*states(query, key), LayerRule(), Knobs(0.3))
+        CachePlan(query, key).attend(*states(query, key), LayerRule(), AttentionParams(0.3))
     assert largest.numel < 2048 * 2048 // 4
 
 
@@ -107,7 +109,7 @@ def test_rows_do_not_pay_for_the_columns_after_them():
     spread = list(range(0, 8192, 8))  # an eighth of all columns
     query, key = computed_and_columns([spread], [8192])
     plan = CachePlan(query, key)
-    plan.attend(*states(query, key), LayerRule(), Knobs(0.3))
+    plan.attend(*states(query, key), LayerRule(), AttentionParams(0.3))
     assert int(plan.pairs()[0]) < 0.57 * len(spread) * 8192
 
 
@@ -116,5 +118,5 @@ def test_heads_folded_into_rows_match_plain_attention():
     qkv = states(query, key)
     mask = torch.rand(2, 1, query.kind.shape[1], key.kind.shape[1]) > 0.5
     mask[..., 0] = True
-    expected = plain_attention(*qkv, mask, Knobs(0.3))
-    torch.testing.assert_close(folded_attention(*qkv, mask, Knobs(0.3)), expected)
+    expected = plain_attention(*qkv, mask, AttentionParams(0.3))
+    torch.testing.assert_close(folded_attention(*qkv, mask, AttentionParams(0.3)), expected)

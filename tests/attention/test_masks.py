@@ -11,7 +11,12 @@ from live_bytes import LiveBytes
 
 from blocktune.attention import SplitPlan, attach, rows
 from blocktune.attention.cached import CachePlan
-from blocktune.attention.kernels import Knobs, folded_attention, masked_attention, plain_attention
+from blocktune.attention.kernels import (
+    AttentionParams,
+    folded_attention,
+    masked_attention,
+    plain_attention,
+)
 from blocktune.attention.masks import KEPT_CELLS, MaskForm, MaskRoom, formed
 from blocktune.layout import LayerRule
 
@@ -33,13 +38,13 @@ def states(num_rows, heads=HEADS):
     ]
 
 
-def peak_of_training(some, knobs, layers=4, **options):
+def peak_of_training(some, params, layers=4, **options):
     """Bytes that live at once in forward and backward of some layers, the last on the first."""
     with LiveBytes() as live:
         plan = SplitPlan(some, **options)
         query, key, value = states(some.num_rows)
         for layer in range(layers):
-            query = plan.attend(query, key, value, LayerRule(layer), knobs).transpose(1, 2)
+            query = plan.attend(query, key, value, LayerRule(layer), params).transpose(1, 2)
         query.sum().backward()
     return live.peak
 
@@ -50,8 +55,8 @@ def test_memory_grows_with_tokens_where_all_are_fresh(softcap):
 
     Kept layer by layer, they make memory grow 3.8-fold (3.1-fold with soft-capping: bool masks).
     """
-    knobs = Knobs(0.3, softcap)
-    peak = {tokens: peak_of_training(all_fresh(tokens), knobs) for tokens in (2048, 4096)}
+    params = AttentionParams(0.3, softcap)
+    peak = {tokens: peak_of_training(all_fresh(tokens), params) for tokens in (2048, 4096)}
     assert peak[4096] < 2.2 * peak[2048], peak
     element = 1 if softcap else 4
     # States, row facts, a block at a time (of scores, where they are capped): linear in tokens.
@@ -60,14 +65,14 @@ def test_memory_grows_with_tokens_where_all_are_fresh(softcap):
 
 @pytest.mark.parametrize("softcap", [None, 20.0])
 def test_memory_without_kept_masks_is_linear(softcap):
-    knobs = Knobs(0.3, softcap)
+    params = AttentionParams(0.3, softcap)
     peak = [
-        peak_of_training(all_fresh(tokens), knobs, kept_cells=0) for tokens in (512, 1024, 2048)
+        peak_of_training(all_fresh(tokens), params, kept_cells=0) for tokens in (512, 1024, 2048)
     ]
     assert peak[1] < 2.2 * peak[0], peak
     assert peak[2] < 2.2 * peak[1], peak
     # The measure itself notices the masks, all of which fit into a larger room.
-    kept = peak_of_training(all_fresh(2048), knobs)
+    kept = peak_of_training(all_fresh(2048), params)
     assert kept - peak[2] > 2048**2, (kept, peak)
 
 
@@ -76,7 +81,7 @@ def test_capped_causal_attention_keeps_no_mask():
     peak = []
     for tokens in (2048, 4096):
         some = layout(prompt(0, (tokens - 32,), 32, block=False))
-        peak.append(peak_of_training(some, Knobs(0.3, softcap=20.0), layers=8))
+        peak.append(peak_of_training(some, AttentionParams(0.3, softcap=20.0), layers=8))
     # Scores of a block of 512 rows are linear; masks of eight layers would be 67 MB of 4,096 rows.
     assert peak[1] < 2.2 * peak[0], peak
 
@@ -91,7 +96,7 @@ def test_memory_of_serving_grows_with_columns():
         with LiveBytes() as live:
             plan = CachePlan(query, columns, kept_cells=0)
             q, k, v = states(tokens)
-            plan.attend(q[:, :, 1::3], k, v, LayerRule(), Knobs(0.3))
+            plan.attend(q[:, :, 1::3], k, v, LayerRule(), AttentionParams(0.3))
         peak.append(live.peak)
     assert peak[1] < 2.2 * peak[0], peak
 
@@ -111,11 +116,11 @@ def test_layers_with_the_same_rows_share_their_masks(monkeypatch):
     plan, qkv = SplitPlan(some), states(some.num_rows)
     for layer in range(32):
         for window in (None, 48):
-            plan.attend(*qkv, LayerRule(layer, window), Knobs(0.3))
+            plan.attend(*qkv, LayerRule(layer, window), AttentionParams(0.3))
     wide = {(rule.layer, rule.window) for rule in made}
     assert wide == {(0, None), (1, None), (0, 48), (1, 48)}
     blocks = len(made)
-    plan.attend(*qkv, LayerRule(40), Knobs(0.3))
+    plan.attend(*qkv, LayerRule(40), AttentionParams(0.3))
     assert len(made) == blocks
 
 
@@ -153,9 +158,9 @@ def test_backward_drops_the_weights_that_forward_dropped(softcap):
     """The output is linear in the values, so they and their gradient give it back."""
     some = all_fresh(64, chunk=16, query=4)
     query, key, value = states(some.num_rows)
-    plan, knobs = SplitPlan(some, kept_cells=0), Knobs(0.3, softcap, dropout=0.5)
+    plan, params = SplitPlan(some, kept_cells=0), AttentionParams(0.3, softcap, dropout=0.5)
     torch.manual_seed(0)
-    out = plan.attend(query, key, value, LayerRule(), knobs)
+    out = plan.attend(query, key, value, LayerRule(), params)
     weight = torch.linspace(-1, 1, out.numel()).view_as(out)
     total = (out * weight).sum()
     total.backward()
@@ -173,8 +178,8 @@ def test_a_mask_in_the_form_for_cuda_matches_plain_attention(keys):
     assert mask.shape == (1, 1, HEADS * 5, keys)
     assert mask.stride(-1) == 1
     assert not any(step % 16 for step in mask.stride()[:-1])
-    got = folded_attention(query, key, value, mask, Knobs(0.3))
-    torch.testing.assert_close(got, plain_attention(query, key, value, seen, Knobs(0.3)))
+    got = folded_attention(query, key, value, mask, AttentionParams(0.3))
+    torch.testing.assert_close(got, plain_attention(query, key, value, seen, AttentionParams(0.3)))
 
 
 def test_a_mask_that_is_made_is_not_saved():
@@ -182,9 +187,9 @@ def test_a_mask_that_is_made_is_not_saved():
     seen = torch.ones(1, 1, 64, 64, dtype=torch.bool).tril()
     mask = formed(seen, MaskForm(torch.float32))
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        kept = masked_attention(*qkv, mask, Knobs(0.3))
+        kept = masked_attention(*qkv, mask, AttentionParams(0.3))
         assert any(tensor.shape[-2:] == (64, 64) for tensor in saved)
         saved.clear()
-        made = masked_attention(*qkv, lambda: mask.clone(), Knobs(0.3))
+        made = masked_attention(*qkv, lambda: mask.clone(), AttentionParams(0.3))
     assert not any(tensor.shape[-2:] == (64, 64) for tensor in saved)
     torch.testing.assert_close(made, kept, rtol=0, atol=0)

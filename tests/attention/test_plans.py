@@ -11,11 +11,11 @@ from transformers import GptOssConfig
 
 from blocktune.attention import DensePlan, FlexPlan, SplitPlan, attach, dense_mask, make_plan
 from blocktune.attention.flex import BLOCK, block_pairs, flex_block_mask
-from blocktune.attention.kernels import Knobs
+from blocktune.attention.kernels import AttentionParams
 from blocktune.layout import LayerRule
 
 EXECUTIONS = ("dense", "split", "flex")
-KNOBS = Knobs(scaling=0.25)
+KNOBS = AttentionParams(scaling=0.25)
 
 
 def states(some, heads=4, kv_heads=2, dim=16, seed=0):
@@ -90,8 +90,8 @@ def long_layout(tokens=4096, chunk=256, query=64):
 
 def attend(plan, some, softcap=None):
     query, key, value = (x.requires_grad_() for x in states(some, heads=2, kv_heads=1, dim=8))
-    knobs = Knobs(scaling=0.25, softcap=softcap)
-    out = plan.attend(query, key, value, LayerRule(), knobs)
+    params = AttentionParams(scaling=0.25, softcap=softcap)
+    out = plan.attend(query, key, value, LayerRule(), params)
     out.backward(torch.ones_like(out))
 
 
@@ -147,7 +147,7 @@ def test_flex_refuses_what_it_cannot_do():
     some = LAYOUTS["ragged"]()
     query, key, value = states(some)
     with pytest.raises(ValueError, match="FlexAttention has no dropout"):
-        FlexPlan(some).attend(query, key, value, LayerRule(), Knobs(0.25, dropout=0.1))
+        FlexPlan(some).attend(query, key, value, LayerRule(), AttentionParams(0.25, dropout=0.1))
     with pytest.raises(ValueError, match="no backward on a CPU"):
         FlexPlan(some).attend(query.requires_grad_(), key, value, LayerRule(), KNOBS)
 

@@ -9,7 +9,7 @@ from commands.conftest import blocktune  # noqa: F401
 from blocktune.bench import TINY, bench_loading
 from blocktune.bench.loading import METHODS
 from blocktune.cache import ChunkStore
-from blocktune.reuse import compose
+from blocktune.methods import compose
 
 
 def test_times_stand_beside_what_overlap_could_leave(tmp_path):

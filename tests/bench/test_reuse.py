@@ -9,7 +9,7 @@ from commands.conftest import blocktune  # noqa: F401
 from blocktune.bench import TARGETS, TINY, ReuseBench, bench_reuse
 from blocktune.bench.reuse import _query_only
 from blocktune.bench.timing import ratio, spread, take_turns
-from blocktune.reuse import build
+from blocktune.methods import build
 
 METHODS = {"full", "naive", "epic", "cacheblend"}
 

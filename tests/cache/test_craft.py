@@ -14,7 +14,7 @@ from blocktune.cache import (
     cache_fix_overhead,
     key_after,
 )
-from blocktune.cache.craft import cache_context_impact, order_penalty, prefix_overlap
+from blocktune.cache.cache_craft import cache_context_impact, order_penalty, prefix_overlap
 
 A, B, C, D = (1, 1), (2, 2, 2, 2), (3,), (4, 4)
 CHUNK = (7, 8, 9, 10)

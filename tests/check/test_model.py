@@ -9,10 +9,10 @@ from blocktune.check import check_model
 from blocktune.check.model import _batch
 from blocktune.check.serving import all_visible
 from blocktune.engine import Engine
-from blocktune.identity import base_fingerprint, tokenizer_hash
 from blocktune.links import install_links, new_links
+from blocktune.models.identity import base_fingerprint, tokenizer_hash
 from blocktune.prompt import LayoutSpec
-from blocktune.specimen import TINY, WORDS, byte_tokenizer, random_llama
+from blocktune.testing import TINY, WORDS, byte_tokenizer, random_llama
 
 
 def trained_for(layout: LayoutSpec) -> Engine:

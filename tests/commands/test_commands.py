@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from blocktune.data import load_examples
-from blocktune.reuse import available
+from blocktune.methods import available
 
 ASK = ("--question", "Where was Anna born?", "--max-new-tokens", 3)
 CHUNKS = ("--chunk", "Anna Belt was born in Port Alder.", "--chunk", "Port Alder is in Lorne.")
@@ -51,15 +51,15 @@ def test_worlds_are_what_the_source_of_that_name_gives(questions):
     )
 
 
-def test_one_question_is_answered_with_its_account(blocktune, model):
+def test_one_question_is_answered_with_its_usage(blocktune, model):
     result = blocktune("answer", "--model", model, *ASK, *CHUNKS, "--json")
     record = json.loads(result.stdout)
-    account = record["account"]
-    assert record.keys() == {"id", "question", "answer", "method", "account"}
+    usage = record["usage"]
+    assert record.keys() == {"id", "question", "answer", "method", "usage"}
     assert record["method"] == "naive"
-    assert account["chunk_misses"] == 2
-    assert account["recompute_ratio"] == 0
-    assert account["ttft_s"] == pytest.approx(sum(account["ttft"].values()))
+    assert usage["chunk_misses"] == 2
+    assert usage["recompute_ratio"] == 0
+    assert usage["ttft_s"] == pytest.approx(sum(usage["ttft"].values()))
     panel = blocktune("answer", "--model", model, *ASK, *CHUNKS, "--method", "full-prefill").stdout
     assert "100.0%" in panel
     assert "Where was Anna born?" in panel
@@ -74,11 +74,11 @@ def test_a_stream_says_what_the_answer_says(blocktune, model):
 
 def test_a_parameter_changes_the_method(blocktune, model):
     ask = ("answer", "--model", model, *ASK, *CHUNKS, "--method", "epic", "--json")
-    accounts = [
-        json.loads(blocktune(*ask, "--param", f"k={k}").stdout)["account"]["layer_tokens"]
+    usages = [
+        json.loads(blocktune(*ask, "--param", f"k={k}").stdout)["usage"]["layer_tokens"]
         for k in (1, 3)
     ]
-    assert accounts == [[2, 2], [6, 6]]
+    assert usages == [[2, 2], [6, 6]]
 
 
 def test_the_prompt_is_shown_row_by_row(blocktune, model):
@@ -100,7 +100,7 @@ def test_encoded_chunks_are_found_again_by_another_engine(blocktune, model, ques
     assert done.stderr.endswith(f" chunks read from {store[1]}, 0 encoded anew\n")
     records = [json.loads(line) for line in output.read_text().splitlines()]
     assert [r["id"] for r in records] == [e.id for e in load_examples(questions)]
-    assert all(r["account"]["chunk_misses"] == 0 for r in records)
+    assert all(r["usage"]["chunk_misses"] == 0 for r in records)
     other = blocktune(*ask, *store, "--dtype", "bfloat16").stderr
     assert "\n0 chunks read" in f"\n{other}"
     assert "encoded anew; those that it held are other passages, or of another model" in other

@@ -8,7 +8,7 @@ from source_records import MUSIQUE
 from transformers import AutoTokenizer
 
 from blocktune.data import RagExample, load_examples
-from blocktune.data.credit import data_sets_of
+from blocktune.data.attribution import data_sets_of
 from blocktune.data.ruler.words import words_of
 from blocktune.data.sources import Record
 from blocktune.engine import Engine

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from blocktune.adapter import AdapterInfo
 from blocktune.data import RagExample, write_jsonl
-from blocktune.identity import base_fingerprint, tokenizer_hash
+from blocktune.models.identity import base_fingerprint, tokenizer_hash
 from blocktune.prompt import Chunk, LayoutSpec, PromptFormat
 
 QUESTION = ("--question", "Where was Anna born?")

@@ -7,7 +7,7 @@ import pytest
 from source_records import HUB_HOTPOT, MUSIQUE, WIKI
 
 from blocktune.data import load_examples
-from blocktune.data.sources import hub
+from blocktune.data.sources import records as hub
 from blocktune.data.sources.catalog import data_set
 
 

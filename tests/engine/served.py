@@ -10,8 +10,8 @@ from blocktune.attention import dense_mask
 from blocktune.attention.kernels import plain_attention
 from blocktune.engine import Engine
 from blocktune.layout import FOREVER, GLOBAL, Kind, Layout
+from blocktune.methods import Method
 from blocktune.prompt import Chunk, PromptFormat, stack
-from blocktune.reuse import Method
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,13 +58,13 @@ class StoredPlan:
         """Rows ``(1, S)`` whose fresh ones start at layer ``since`` ``(1, S)``."""
         self.layout, self.since = layout, since
 
-    def attend(self, query, key, value, rule, knobs):
+    def attend(self, query, key, value, rule, params):
         early = self.since > rule.layer
         ended = self.layout.until.masked_fill(early, 0)
         mask = dense_mask(dataclasses.replace(self.layout, until=ended), rule)[0, 0]
         rows = early[0].nonzero().squeeze(1)
         mask[rows] = mask[self.layout.supersedes[0, rows]]
-        out = plain_attention(query, key, value, mask[None, None], knobs)
+        out = plain_attention(query, key, value, mask[None, None], params)
         return out.transpose(1, 2)
 
 

@@ -11,8 +11,8 @@ from tiny_tokenizer import build_tokenizer
 from blocktune.cache import ChunkStore
 from blocktune.engine import Engine
 from blocktune.layout import Kind
+from blocktune.methods import build as method_of
 from blocktune.prompt import Chunk
-from blocktune.reuse import build as method_of
 
 TOLERANCE = {"rtol": 0, "atol": 1e-4}
 CRAFT = method_of("cache-craft", focus=1.0)
@@ -25,7 +25,7 @@ def engine(tokenizer):
 
 
 def serve(engine, ask, method=CRAFT):
-    return engine.answer([ask], method, max_new_tokens=1)[0].account
+    return engine.answer([ask], method, max_new_tokens=1)[0].usage
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -134,16 +134,16 @@ def test_a_budget_replaces_the_fix_overhead(engine):
     serve(engine, ASK)
     for ratio in (0.0, 0.25, 1.0):
         method = method_of(f"cache-craft + stored-context {ratio:.0%}")
-        account = serve(engine, TURNED, method)
-        assert account.layer_tokens[0] == -(-account.context_tokens * ratio // 1)
+        usage = serve(engine, TURNED, method)
+        assert usage.layer_tokens[0] == -(-usage.context_tokens * ratio // 1)
 
 
 @pytest.mark.parametrize("name", ["cache-craft", "cache-craft + first-k 2"])
 def test_a_rehearsed_prompt_finds_its_chunks_in_an_earlier_order(engine, name):
     rehearsed, plain = (f"cache-craft{word}" + name[11:] for word in (" rehearse=1", ""))
-    account = serve(engine, ASK, method_of(rehearsed))
-    assert account.chunk_hits == 3
-    assert 0 < account.recompute_ratio < 1
+    usage = serve(engine, ASK, method_of(rehearsed))
+    assert usage.chunk_hits == 3
+    assert 0 < usage.recompute_ratio < 1
     served = engine.next_logits([ASK], method_of(rehearsed))
     engine.forget()
     earlier = dataclasses.replace(ASK, chunks=(*ASK.chunks[1:], ASK.chunks[0]))
@@ -155,17 +155,17 @@ def test_a_rehearsed_prompt_shares_its_prefix_with_an_exact_cache(engine):
     cold, warm = (serve(engine, ASK, method_of("prefix-cache", rehearse=n)) for n in (0, 1))
     engine.forget_prefixes()
     assert cold.chunk_hits == warm.chunk_hits - 3 == 0  # the first answer left this very prompt
-    account = serve(engine, ASK, method_of("prefix-cache", rehearse=1))
-    assert account.chunk_hits == 0
-    assert account.bytes_read > 0
+    usage = serve(engine, ASK, method_of("prefix-cache", rehearse=1))
+    assert usage.chunk_hits == 0
+    assert usage.bytes_read > 0
     with pytest.raises(ValueError, match="rehearse must be a whole number, at least 0, got -1"):
         method_of("prefix-cache", rehearse=-1)
 
 
 def test_without_statistics_everything_is_computed(engine):
-    account = serve(engine, ASK, method_of("naive + stored-context"))
-    assert account.layer_tokens[0] > 0
-    assert account.recompute_ratio == pytest.approx(1, abs=0.3)
+    usage = serve(engine, ASK, method_of("naive + stored-context"))
+    assert usage.layer_tokens[0] > 0
+    assert usage.recompute_ratio == pytest.approx(1, abs=0.3)
 
 
 def test_one_chunk_alone_is_exact():

@@ -1,4 +1,4 @@
-"""An answer's account, against what hooks and wrapped kernels saw executed."""
+"""An answer's usage, against what hooks and wrapped kernels saw executed."""
 
 from collections import Counter
 
@@ -10,8 +10,8 @@ from engine.test_selection import METHODS, deep, label
 from families import FAMILIES
 
 from blocktune.engine import chunk_mass, watching
+from blocktune.methods import build
 from blocktune.prompt import Chunk
-from blocktune.reuse import build
 
 PLAIN = [build("naive"), build("epic", k=2), build("cacheblend"), build("full-prefill")]
 
@@ -30,10 +30,10 @@ def executed(monkeypatch):
         counted["attention"] += groups * heads * pairs * (dim + value.shape[3])
         return sdpa(query, key, value, is_causal=is_causal, **more)
 
-    def score(query, key, mask, knobs):
+    def score(query, key, mask, params):
         asks = query.shape[2]
         counted["watching"] += query.shape[0] * query.shape[1] * asks * key.shape[2] * key.shape[3]
-        return scores(query, key, mask, knobs)
+        return scores(query, key, mask, params)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
     monkeypatch.setattr(watching, "plain_scores", score)
@@ -57,8 +57,8 @@ def test_flops_are_what_was_executed(tokenizer, executed, method):
     engine.answer([ASK], method, max_new_tokens=1)  # encodes the chunks
     count_matrices(engine.model, executed)
     executed.clear()
-    account = engine.answer([ASK], method, max_new_tokens=1)[0].account
-    assert account.flops == 2 * sum(executed.values())
+    usage = engine.answer([ASK], method, max_new_tokens=1)[0].usage
+    assert usage.flops == 2 * sum(executed.values())
     assert executed["attention"] > 0
 
 
@@ -69,8 +69,8 @@ def test_statistics_of_chunks_are_in_the_flops(tokenizer, executed, name):
     count_matrices(engine.model, executed)
     for ask in (ASK, Ask(ASK.question, ASK.chunks[::-1])):  # in full, then recalled
         executed.clear()
-        account = engine.answer([ask], method, max_new_tokens=1)[0].account
-        assert account.flops == 2 * sum(executed.values())
+        usage = engine.answer([ask], method, max_new_tokens=1)[0].usage
+        assert usage.flops == 2 * sum(executed.values())
         assert executed["watching"] > 0
 
 
@@ -82,7 +82,7 @@ def test_flops_of_experts_are_those_of_the_ones_that_a_row_is_sent_to(tokenizer)
     )
     rows = sum(len(ids) for ids in few.prompts.pieces(ASK, build("naive"))[2:3])
     spent = [
-        engine.answer([ASK], "naive", max_new_tokens=1)[0].account.flops
+        engine.answer([ASK], "naive", max_new_tokens=1)[0].usage.flops
         for engine in (few, all_of_them)
     ]
     expert = 3 * config.hidden_size * config.moe_intermediate_size
@@ -92,23 +92,23 @@ def test_flops_of_experts_are_those_of_the_ones_that_a_row_is_sent_to(tokenizer)
 def test_bytes_moved_are_those_read_and_those_written(tokenizer):
     engine = engine_of(deep("llama"), tokenizer)
     method = build("epic", k=2)
-    account = engine.answer([ASK], method, max_new_tokens=1)[0].account
+    usage = engine.answer([ASK], method, max_new_tokens=1)[0].usage
     pieces = engine.prompts.pieces(ASK, method)
     config = engine.model.config
     token = 4 * 2 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers
     computed = 2 * len(pieces.chunks) + len(pieces.query)
-    assert account.bytes_moved == 2 * account.bytes_read + computed * token
+    assert usage.bytes_moved == 2 * usage.bytes_read + computed * token
 
 
 def test_stored_states_count_as_read(tokenizer):
     engine = engine_of(deep("llama"), tokenizer)
-    plain = engine.answer([ASK], "naive", max_new_tokens=1)[0].account
+    plain = engine.answer([ASK], "naive", max_new_tokens=1)[0].usage
     method = build("droidspeak", first_layer=1)
-    account = engine.answer([ASK], method, max_new_tokens=1)[0].account
+    usage = engine.answer([ASK], method, max_new_tokens=1)[0].usage
     pieces = engine.prompts.pieces(ASK, method)
-    tokens = len(pieces.prefix) + account.context_tokens
+    tokens = len(pieces.prefix) + usage.context_tokens
     states = tokens * (4 * engine.model.config.hidden_size + 8)  # an int64 id each
-    assert account.bytes_read - plain.bytes_read == states
+    assert usage.bytes_read - plain.bytes_read == states
 
 
 @pytest.mark.parametrize("method", METHODS, ids=label)
@@ -116,8 +116,8 @@ def test_prompts_of_a_batch_are_charged_what_they_cost_alone(tokenizer, method):
     """Rows, that is; scores under the mask of a ragged batch are more."""
     engine = engine_of(deep("llama"), tokenizer)
     asks = [ASK, SHORT, Ask("What?", (Chunk("It rained."), *ASK.chunks[:1]))]
-    together = [a.account for a in engine.answer(asks, method, max_new_tokens=1)]
-    alone = [engine.answer([ask], method, max_new_tokens=1)[0].account for ask in asks]
+    together = [a.usage for a in engine.answer(asks, method, max_new_tokens=1)]
+    alone = [engine.answer([ask], method, max_new_tokens=1)[0].usage for ask in asks]
     for one, other in zip(together, alone, strict=True):
         assert one.layer_tokens == other.layer_tokens
         assert one.probed_tokens == other.probed_tokens
@@ -128,8 +128,8 @@ def test_prompts_of_a_batch_are_charged_what_they_cost_alone(tokenizer, method):
 @pytest.mark.parametrize("method", METHODS, ids=label)
 def test_a_method_spends_what_its_selector_says(tokenizer, method):
     engine = engine_of(deep("llama"), tokenizer)
-    account = engine.answer([ASK], method, max_new_tokens=1)[0].account
+    usage = engine.answer([ASK], method, max_new_tokens=1)[0].usage
     said = method.selection().spends(4)
     # Whole tokens, whole windows; a share of the prompt is not one of the context.
     if said is not None and method.name != "cacheblend-lmcache":
-        assert account.recompute_ratio == pytest.approx(said, abs=0.05)
+        assert usage.recompute_ratio == pytest.approx(said, abs=0.05)

@@ -1,4 +1,4 @@
-"""The engine's answers, its caches and its accounts."""
+"""The engine's answers, its caches and its usages."""
 
 import copy
 import dataclasses
@@ -16,8 +16,8 @@ from blocktune.cache import ChunkStore
 from blocktune.engine import Sampling
 from blocktune.engine.auxiliary import require_same_tokenizer
 from blocktune.layout import Kind
+from blocktune.methods import Weights, available, build, compose
 from blocktune.prompt import Chunk
-from blocktune.reuse import Weights, available, build, compose
 
 
 @pytest.fixture
@@ -38,40 +38,40 @@ def layer_rows(engine) -> list[list[int]]:
 @pytest.mark.parametrize(
     "method", [build("naive"), build("epic", k=2), build("cacheblend"), build("full-prefill")]
 )
-def test_the_account_matches_the_rows_that_the_layers_executed(engine, method):
+def test_the_usage_matches_the_rows_that_the_layers_executed(engine, method):
     engine.encode(ASK.chunks)
     counts = layer_rows(engine)
     answer = engine.answer([ASK], method, max_new_tokens=1)[0]
     pieces = engine.prompts.pieces(ASK, method)
     around = len(pieces.query) + (len(pieces.prefix) if method == build("full-prefill") else 0)
     executed = [sum(layer) - around for layer in counts]
-    assert list(answer.account.layer_tokens) == executed
-    assert answer.account.context_tokens == sum(map(len, pieces.chunks))
-    share = sum(executed) / (len(executed) * answer.account.context_tokens)
-    assert answer.account.recompute_ratio == pytest.approx(share)
+    assert list(answer.usage.layer_tokens) == executed
+    assert answer.usage.context_tokens == sum(map(len, pieces.chunks))
+    share = sum(executed) / (len(executed) * answer.usage.context_tokens)
+    assert answer.usage.recompute_ratio == pytest.approx(share)
 
 
 def test_cacheblend_keeps_its_share_and_computes_the_first_layer_in_full(engine):
-    account = engine.answer([ASK], build("cacheblend", ratio=0.5), max_new_tokens=1)[0].account
-    assert account.layer_tokens[0] == account.context_tokens == account.probed_tokens
-    assert account.layer_tokens[1] == -(-account.context_tokens // 2)
+    usage = engine.answer([ASK], build("cacheblend", ratio=0.5), max_new_tokens=1)[0].usage
+    assert usage.layer_tokens[0] == usage.context_tokens == usage.probed_tokens
+    assert usage.layer_tokens[1] == -(-usage.context_tokens // 2)
 
 
 def test_chunks_are_encoded_once_and_their_bytes_are_counted(engine):
     report = engine.encode(ASK.chunks)
     assert (report.num_chunks, report.num_encoded) == (3, 3)
     assert engine.encode(ASK.chunks).num_encoded == 0
-    account = engine.answer([ASK], "naive", max_new_tokens=1)[0].account
-    assert (account.chunk_hits, account.chunk_misses) == (3, 0)
+    usage = engine.answer([ASK], "naive", max_new_tokens=1)[0].usage
+    assert (usage.chunk_hits, usage.chunk_misses) == (3, 0)
     pieces = engine.prompts.pieces(ASK, build("naive"))
     cached = len(pieces.prefix) + sum(map(len, pieces.chunks))
     config = engine.model.config
     states = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    assert account.bytes_read == cached * (4 * states + 8)  # float32, and an int64 token id
+    assert usage.bytes_read == cached * (4 * states + 8)  # float32, and an int64 token id
 
 
 def test_encoding_a_corpus_holds_one_pass_of_it_at_a_time(engine, monkeypatch):
-    monkeypatch.setattr("blocktune.engine.piece.TOKENS_PER_PASS", 40)
+    monkeypatch.setattr("blocktune.engine.encode.TOKENS_PER_PASS", 40)
     encoder, held = engine._server.encoder, []
     find = encoder.find
 
@@ -97,16 +97,16 @@ def test_a_folder_of_chunks_serves_the_next_process(tokenizer, tmp_path):
     first = engine_of(FAMILIES["llama"](), tokenizer, store=ChunkStore(folder=tmp_path))
     expected = first.next_logits([ASK], "naive")
     again = engine_of(FAMILIES["llama"](), tokenizer, store=ChunkStore(folder=tmp_path))
-    account = again.answer([ASK], "naive", max_new_tokens=1)[0].account
-    assert (account.chunk_hits, account.chunk_misses) == (3, 0)
+    usage = again.answer([ASK], "naive", max_new_tokens=1)[0].usage
+    assert (usage.chunk_hits, usage.chunk_misses) == (3, 0)
     assert torch.equal(again.next_logits([ASK], "naive"), expected)
 
 
 def test_the_prefix_cache_reuses_only_what_stands_first(engine):
-    first = engine.answer([ASK], "prefix-cache", max_new_tokens=1)[0].account
-    again = engine.answer([ASK], "prefix-cache", max_new_tokens=1)[0].account
+    first = engine.answer([ASK], "prefix-cache", max_new_tokens=1)[0].usage
+    again = engine.answer([ASK], "prefix-cache", max_new_tokens=1)[0].usage
     moved = Ask(ASK.question, ASK.chunks[1:] + ASK.chunks[:1])
-    other = engine.answer([moved], "prefix-cache", max_new_tokens=1)[0].account
+    other = engine.answer([moved], "prefix-cache", max_new_tokens=1)[0].usage
     assert [a.chunk_hits for a in (first, again, other)] == [0, 3, 0]
     assert [a.recompute_ratio for a in (first, again, other)] == [1.0, 0.0, 1.0]
 
@@ -170,8 +170,8 @@ def test_an_auxiliary_model_is_asked_by_name(engine):
     other = build_model(engine.model.config, seed=7)
     engine.add_auxiliary("small", other, engine.tokenizer)
     method = build("cacheclip", auxiliary="small", window=2)
-    account = engine.answer([ASK], method)[0].account
-    assert account.recompute_ratio == pytest.approx(0.2, abs=0.05)
+    usage = engine.answer([ASK], method)[0].usage
+    assert usage.recompute_ratio == pytest.approx(0.2, abs=0.05)
     by_itself, by_other = (
         engine.next_logits([ASK], build("cacheclip", auxiliary=name)) for name in ("self", "small")
     )
@@ -206,11 +206,11 @@ def test_what_cannot_run_is_refused_before_anything_does(engine):
 
 def test_time_to_first_token_counts_every_part_of_the_way(engine):
     started = time.perf_counter()
-    account = engine.answer([ASK], "naive", max_new_tokens=1)[0].account
+    usage = engine.answer([ASK], "naive", max_new_tokens=1)[0].usage
     spent = time.perf_counter() - started
-    parts = dataclasses.asdict(account.ttft)
+    parts = dataclasses.asdict(usage.ttft)
     assert all(seconds > 0 for name, seconds in parts.items() if name != "load_s")
-    assert sum(parts.values()) == account.ttft_s <= spent
+    assert sum(parts.values()) == usage.ttft_s <= spent
 
 
 @pytest.mark.parametrize("name", ["block-attention", "kvlink"])

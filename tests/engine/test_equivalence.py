@@ -5,7 +5,7 @@ import torch
 from engine.served import ASK, FOREVER, SHORT, dense_logits, engine_of, served_spans
 from families import EXPERT_FAMILIES, FAMILIES, ROPES
 
-from blocktune.reuse import build
+from blocktune.methods import build
 
 MODELS = {**FAMILIES, **{f"rope-{name}": config for name, config in ROPES.items()}}
 # Logits of these models reach about 10; prompts have fewer than 256 positions.

@@ -4,7 +4,7 @@ import pytest
 from engine.served import ASK, SHORT, engine_of
 from engine.test_selection import deep
 
-from blocktune.engine.intervals import profile_intervals
+from blocktune.engine.layer_profile import profile_intervals
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ from families import FAMILIES
 
 from blocktune.cache import ChunkStore
 from blocktune.cache.chunk_file import chunk_path
-from blocktune.engine.loading import LoadingController
-from blocktune.reuse import build
+from blocktune.engine.cacheblend_pipeline import LoadingController
+from blocktune.methods import build
 
 TOLERANCE = {"rtol": 0, "atol": 1e-5}
 
@@ -53,8 +53,8 @@ def test_a_layer_damaged_on_the_disk_is_never_used(tokenizer, tmp_path, caplog):
     data = bytearray(path.read_bytes())
     data[-20] ^= 1
     path.write_bytes(data)
-    account = engine.answer([ASK], method, max_new_tokens=1)[0].account
-    assert (account.chunk_hits, account.chunk_misses) == (2, 1)
+    usage = engine.answer([ASK], method, max_new_tokens=1)[0].usage
+    assert (usage.chunk_hits, usage.chunk_misses) == (2, 1)
     assert engine.store.stats().rejected == 1
     assert "does not match its checksum" in caplog.text
     torch.testing.assert_close(engine.next_logits([ASK], method), sound, **TOLERANCE)
@@ -97,9 +97,9 @@ def test_chunks_are_kept_where_loading_them_is_fast_enough(tokenizer, tmp_path, 
     engine = on_disk(tokenizer, tmp_path, max_bytes=1 << 20)
     controller = engine._server.controller
     controller.bytes_per_s, controller.row_layer_s = bandwidth, 1.0
-    account = engine.answer([ASK], "cacheblend-pipelined", max_new_tokens=1)[0].account
-    assert (account.loading.tier, account.loading.ratio >= 0.15) == (tier, True)
-    assert account.loading.bytes_read == account.bytes_read
+    usage = engine.answer([ASK], "cacheblend-pipelined", max_new_tokens=1)[0].usage
+    assert (usage.loading.tier, usage.loading.ratio >= 0.15) == (tier, True)
+    assert usage.loading.bytes_read == usage.bytes_read
     engine.answer([ASK], "naive", max_new_tokens=1)
     hits = engine.store.stats().memory_hits
     assert hits == (4 if tier == "memory" else 0)

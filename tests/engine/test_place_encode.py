@@ -13,10 +13,10 @@ from blocktune.attention import DensePlan
 from blocktune.engine import Engine
 from blocktune.layout import GLOBAL, Kind, Layout
 from blocktune.links import install_links, new_links
+from blocktune.methods import Method, Weights
+from blocktune.methods import build as method_of
+from blocktune.methods.select import Everything, FirstK, Nothing, Selection
 from blocktune.prompt import LayoutSpec
-from blocktune.reuse import Method, Weights
-from blocktune.reuse import build as method_of
-from blocktune.select import Everything, FirstK, Nothing, Selection
 
 MODELS = {**FAMILIES, **{f"rope-{name}": config for name, config in ROPES.items()}}
 TOLERANCE = {"rtol": 0, "atol": 1e-4}
@@ -131,12 +131,12 @@ def test_learned_tokens_around_chunks_match_one_dense_forward(family, tokenizer)
 def test_learned_tokens_are_stored_with_the_chunk_and_counted_apart(tokenizer):
     engine = wrapping_engine(FAMILIES["llama"](), tokenizer)
     assert engine.encode(ASK.chunks).num_encoded == 3
-    account = engine.answer([ASK], "kv-packet", max_new_tokens=1)[0].account
+    usage = engine.answer([ASK], "kv-packet", max_new_tokens=1)[0].usage
     pieces = engine.prompts.pieces(ASK, method_of("kv-packet"))
-    assert account.chunk_hits == 3
-    assert account.context_tokens == sum(map(len, pieces.chunks))
-    assert account.prompt_tokens - account.context_tokens == len(pieces.prefix + pieces.query) + 9
-    assert sum(account.layer_tokens) == 0
+    assert usage.chunk_hits == 3
+    assert usage.context_tokens == sum(map(len, pieces.chunks))
+    assert usage.prompt_tokens - usage.context_tokens == len(pieces.prefix + pieces.query) + 9
+    assert sum(usage.layer_tokens) == 0
 
 
 def test_turborag_positions_are_one_after_the_other_or_all_from_zero(tokenizer):
@@ -155,12 +155,12 @@ def test_turborag_positions_are_one_after_the_other_or_all_from_zero(tokenizer):
 def test_what_a_chunk_is_encoded_after_is_in_its_key(tokenizer):
     engine = engine_of(FAMILIES["llama"](), tokenizer)
     for changes in ({}, {"num_ghosts": 1}, {"num_ghosts": 2}, {"bos": "drop"}, {"bos": "keep"}):
-        account = engine.answer([ASK], made(changes), max_new_tokens=1)[0].account
-        assert account.chunk_misses == 3
+        usage = engine.answer([ASK], made(changes), max_new_tokens=1)[0].usage
+        assert usage.chunk_misses == 3
     # Where a chunk stands is not: positions are only relocated.
     for changes in ({"placement": "composite"}, {"placement": "reserved", "slot": 80}):
-        account = engine.answer([ASK], made(changes), max_new_tokens=1)[0].account
-        assert account.chunk_hits == 3
+        usage = engine.answer([ASK], made(changes), max_new_tokens=1)[0].usage
+        assert usage.chunk_hits == 3
 
 
 def test_a_chunk_longer_than_its_slot_is_refused(tokenizer):

@@ -9,10 +9,10 @@ from families import FAMILIES
 from families import build as model_of
 
 from blocktune.engine import Engine
-from blocktune.engine.schedule import _seeing_future
+from blocktune.engine.layer_schedule import _seeing_future
 from blocktune.layout import GLOBAL, NO_CHUNK, NO_ROW, Kind, Rows
-from blocktune.reuse import Method, build
-from blocktune.select import (
+from blocktune.methods import Method, build
+from blocktune.methods.select import (
     AttentionDeviation,
     AuxiliaryAttention,
     Deviation,
@@ -149,12 +149,12 @@ def test_the_last_chunks_states_make_a_range_of_all_layers_but_the_first(llama):
 
 
 def test_gradual_filtering_narrows_at_every_layer(llama):
-    account = llama.answer([ASK], build("cacheblend-paper", ratio=0.5, spread=0.4))[0].account
-    whole, *later = account.layer_tokens
-    assert whole == account.context_tokens
+    usage = llama.answer([ASK], build("cacheblend-paper", ratio=0.5, spread=0.4))[0].usage
+    whole, *later = usage.layer_tokens
+    assert whole == usage.context_tokens
     assert later == sorted(later, reverse=True)
     assert later[0] > later[-1]
-    assert account.probed_tokens == sum(account.layer_tokens[:-1])
+    assert usage.probed_tokens == sum(usage.layer_tokens[:-1])
 
 
 def test_the_mask_of_cacheblends_code_lets_recomputed_tokens_see_the_future(llama):

@@ -7,8 +7,8 @@ from families import FAMILIES
 
 from blocktune.attention import DensePlan
 from blocktune.cache import ChunkStates, ChunkStore, states_key
-from blocktune.engine.account import Stopwatch
 from blocktune.engine.encode import Piece, alone
+from blocktune.engine.usage import Stopwatch
 from blocktune.prompt import stack
 
 PIECES = [Piece((11, 12, 13, 14, 15)), Piece((21, 22, 23), ghosts=(9, 8)), Piece((31,))]

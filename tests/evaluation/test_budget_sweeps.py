@@ -3,9 +3,8 @@
 import pytest
 from evaluation.fake_results import fake_results, fake_rows
 
-from blocktune.evaluation.budget import matched, pareto
+from blocktune.evaluation.aggregate import matched, pareto, sweeps
 from blocktune.evaluation.rows import Row
-from blocktune.evaluation.sweeps import sweeps
 
 
 def cell(score: float, ratio: float, ttft: float | None = None, **minus) -> dict:
@@ -47,9 +46,9 @@ def test_sweeps_put_questions_into_bins_by_place_and_length():
     def row(index: int, place: float | None, tokens: int) -> Row:
         right = float(index % 2)
         name = str(index)
-        account = {"context_tokens": tokens}
+        usage = {"context_tokens": tokens}
         return Row(
-            name, "t", name, "", "", "", right, right, right, 0, account, score=right, place=place
+            name, "t", name, "", "", "", right, right, right, 0, usage, score=right, place=place
         )
 
     own = [row(i, i / 39, 100 + i) for i in range(40)]

@@ -7,8 +7,8 @@ from evaluation.fake_results import fake_results, fake_rows
 from rich.console import Console
 
 from blocktune.evaluation.compare import compare, compare_table, load_results, verdict
-from blocktune.evaluation.files import replace_json
-from blocktune.evaluation.row_files import RowFile
+from blocktune.evaluation.rows import RowFile
+from blocktune.files import replace_json
 
 
 def write_run(folder, rows) -> None:

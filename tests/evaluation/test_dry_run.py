@@ -43,7 +43,7 @@ def test_the_cut_keeps_what_makes_the_model():
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_suites_name_methods_that_there_are(name):
-    from blocktune.reuse import build_entry
+    from blocktune.methods import build_entry
 
     for method in load_suite(f"eval/suites/{name}.yaml").methods:
         assert build_entry(method.entry())

@@ -21,8 +21,8 @@ from blocktune.evaluation.fidelity import agreement, forced_logits, measure_fide
 from blocktune.evaluation.figure_states import draw_cumulative, draw_deviation, draw_overlap
 from blocktune.evaluation.probe import Deviation, attention_entropy, deviation, states_of
 from blocktune.layout import Kind
+from blocktune.methods import build
 from blocktune.prompt import PromptFormat
-from blocktune.reuse import build
 
 EXAMPLE = RagExample(ASK.question, ASK.chunks, ("Noel Fisher",))
 

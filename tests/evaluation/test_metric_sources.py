@@ -14,7 +14,7 @@ from blocktune.evaluation.metrics import (
     ruler_any,
     ruler_recall,
 )
-from blocktune.evaluation.metrics.token_f1 import first_line, token_f1
+from blocktune.evaluation.metrics.short_answers import first_line, token_f1
 
 REFERENCE = json.loads((Path(__file__).parent / "reference_scores.json").read_text())
 CASES = REFERENCE["cases"]

@@ -10,12 +10,12 @@ import pytest
 from evaluation.fake_results import METHODS, fake_results
 from matplotlib.image import imread
 
-from blocktune.evaluation.files import replace_json
 from blocktune.evaluation.findings import power_notes
 from blocktune.evaluation.report import write_report
 from blocktune.evaluation.report.charts import charts_of
 from blocktune.evaluation.report.numbers import FORMS, look_up, pointer
 from blocktune.evaluation.report.style import PHONE_INCHES
+from blocktune.files import replace_json
 
 
 class Page(HTMLParser):

@@ -6,9 +6,8 @@ from dataclasses import replace
 import pytest
 
 from blocktune.data import RagExample
-from blocktune.evaluation import code
-from blocktune.evaluation.row_files import RowFile, read_all, read_rows
-from blocktune.evaluation.rows import Row, place_of, row_key
+from blocktune.evaluation import git_state as code
+from blocktune.evaluation.rows import Row, RowFile, place_of, read_all, read_rows, row_key
 from blocktune.evaluation.suite import MethodSpec
 from blocktune.evaluation.task import TaskSpec
 from blocktune.prompt import Chunk

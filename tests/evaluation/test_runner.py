@@ -58,7 +58,7 @@ def test_a_run_writes_a_row_per_question_and_method(whole):
     for path in (output / "rows").iterdir():
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         assert [(row["id"], row["kind"]) for row in rows] == [(e.id, e.kind) for e in examples]
-        assert all(row["account"]["layer_tokens"] for row in rows)
+        assert all(row["usage"]["layer_tokens"] for row in rows)
 
 
 def test_a_run_measures_cost_and_time(whole):
@@ -102,13 +102,13 @@ def test_prompts_are_timed_as_if_they_had_not_been_answered_before(tmp_path, mon
 
     def answer(examples, method, *, max_new_tokens, **kwargs):
         made = Engine.answer(engine, examples, method, max_new_tokens=max_new_tokens, **kwargs)
-        timed.extend(one.account for one in made if max_new_tokens == 1)
+        timed.extend(one.usage for one in made if max_new_tokens == 1)
         return made
 
     monkeypatch.setattr(engine, "answer", answer)
     run(tmp_path, engine, methods=["prefix-cache"])
     assert len(timed) == 2 * 2
-    assert all(account.chunk_misses > 0 for account in timed)
+    assert all(usage.chunk_misses > 0 for usage in timed)
 
 
 def test_other_decoding_is_another_run(tmp_path):

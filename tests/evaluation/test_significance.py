@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from blocktune.evaluation.significance import FEW, holm, pooled, power, sign_flip
+from blocktune.evaluation.statistics import FEW, holm, pooled, power, sign_flip
 
 
 def test_few_differences_flip_as_all_sign_patterns_do():

@@ -11,7 +11,6 @@ import yaml
 from evaluation.fake_results import METHODS, fake_results, fake_rows, fake_suite
 from evaluation.test_traces import cell
 
-from blocktune.evaluation.files import replace_json
 from blocktune.evaluation.results import build_results
 from blocktune.evaluation.study import refresh, refreshed
 from blocktune.evaluation.study.kept import kept
@@ -20,6 +19,7 @@ from blocktune.evaluation.study.tables import TABLES
 from blocktune.evaluation.suite import load_suite
 from blocktune.evaluation.trace_sum import summed_up
 from blocktune.evaluation.traces import load_traces
+from blocktune.files import replace_json
 
 STUDY = Path("eval/results/STUDY.md")
 CHOICE = {
@@ -140,7 +140,7 @@ def test_a_run_without_results_is_named(tmp_path):
 
 def test_without_times_a_table_of_scores_shows_operations():
     full, naive = (
-        [replace(row, account={"flops": flops}) for row in fake_rows()[label]]
+        [replace(row, usage={"flops": flops}) for row in fake_rows()[label]]
         for label, flops in (("full-prefill", 400), ("naive", 100))
     )
     rows = {"full-prefill": full, "naive": naive}

@@ -19,8 +19,8 @@ def test_methods_take_turns_and_only_the_second_answer_counts():
     def method(label, seconds):
         def ask(example):
             asked.append((label, "".join(chunk.text for chunk in example.chunks)))
-            account = SimpleNamespace(ttft_s=next(seconds), context_tokens=7)
-            return SimpleNamespace(account=account)
+            usage = SimpleNamespace(ttft_s=next(seconds), context_tokens=7)
+            return SimpleNamespace(usage=usage)
 
         return ask
 

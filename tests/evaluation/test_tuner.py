@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 from evaluation.test_runner import make_engine
 
-from blocktune.evaluation.grid import load_tuning, parse_tuning, refuse_test
-from blocktune.evaluation.tuner import tune
+from blocktune.evaluation.sweep import load_tuning, parse_tuning, refuse_test, tune
 
 TASK = {"name": "dev", "source": "worlds:dev?seed=1&n=4&passages=2&kinds=self-contained"}
 RECORD = {

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from blocktune.attention import make_plan
-from blocktune.attention.kernels import Knobs
+from blocktune.attention.kernels import AttentionParams
 from blocktune.layout import LayerRule
 from blocktune.prompt import LayoutSpec, Pieces, lay_out
 
@@ -38,31 +38,31 @@ def tensors(shape, rows, dtype):
 def test_forward_matches_dense(shape, execution, dtype, window):
     layout = layout_on(shape.device)
     qkv = list(tensors(shape, layout.num_rows, getattr(torch, dtype)))
-    rule, knobs = LayerRule(window=window), Knobs(scaling=qkv[0].shape[-1] ** -0.5)
-    out = make_plan(execution, layout).attend(*qkv, rule, knobs).float()
-    dense = make_plan("dense", layout).attend(*(t.float() for t in qkv), rule, knobs)
+    rule, params = LayerRule(window=window), AttentionParams(scaling=qkv[0].shape[-1] ** -0.5)
+    out = make_plan(execution, layout).attend(*qkv, rule, params).float()
+    dense = make_plan("dense", layout).attend(*(t.float() for t in qkv), rule, params)
     torch.testing.assert_close(out, dense, rtol=0, atol=TOLERANCE[dtype])
 
 
 def test_dense_notices_one_flipped_cell(shape):
     layout = layout_on(shape.device)
-    qkv, knobs = list(tensors(shape, layout.num_rows, torch.float32)), Knobs(scaling=0.2)
+    qkv, params = list(tensors(shape, layout.num_rows, torch.float32)), AttentionParams(scaling=0.2)
     order = layout.order.clone()
     order[0, 300] += 1  # this row now sees the next one; all else stays as it was
     flipped = dataclasses.replace(layout, order=order)
     dense, wrong = (
-        make_plan("dense", rows).attend(*qkv, LayerRule(), knobs) for rows in (layout, flipped)
+        make_plan("dense", rows).attend(*qkv, LayerRule(), params) for rows in (layout, flipped)
     )
     assert (wrong - dense).abs().max() > 10 * TOLERANCE["float32"]
 
 
 def test_backward_matches_dense(shape):
     layout = layout_on(shape.device)
-    knobs = Knobs(scaling=0.2)
+    params = AttentionParams(scaling=0.2)
 
     def gradients(execution):
         qkv = [t.requires_grad_() for t in tensors(shape, layout.num_rows, torch.float32)]
-        out = make_plan(execution, layout).attend(*qkv, LayerRule(), knobs)
+        out = make_plan(execution, layout).attend(*qkv, LayerRule(), params)
         weight = torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out)
         return torch.autograd.grad((out * weight).sum(), qkv)
 

@@ -5,7 +5,7 @@ import torch
 from cached_answer import METHODS, measure_cached_answer, random_example, word_tokenizer
 
 from blocktune.engine import Engine
-from blocktune.reuse import build
+from blocktune.methods import build
 
 pytestmark = pytest.mark.gpu
 
@@ -27,7 +27,7 @@ def test_every_token_fresh_matches_full_prefill(engine, shape):
     assert naive.isfinite().all()
 
 
-def test_cached_answers_find_their_chunks_and_account_for_them(shape):
+def test_cached_answers_find_their_chunks_and_usage_for_them(shape):
     results = measure_cached_answer(shape, repeats=1)
     assert list(results) == list(METHODS)
     for name in METHODS[1:]:

@@ -6,11 +6,11 @@ from cached_answer import random_example, word_tokenizer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from blocktune.attention.cached import CachePlan
-from blocktune.attention.kernels import Knobs, plain_attention
+from blocktune.attention.kernels import AttentionParams, plain_attention
 from blocktune.engine import Engine
 from blocktune.layout import Kind, LayerRule
+from blocktune.methods import compose
 from blocktune.prompt import LayoutSpec, Pieces, lay_out
-from blocktune.reuse import compose
 
 pytestmark = pytest.mark.gpu
 
@@ -32,12 +32,12 @@ def test_cached_rows_attend_by_a_fused_kernel(shape, dtype, window, which):
         torch.randn(1, h, rows.kind.shape[1], dim, generator=draw, device=shape.device, dtype=kind)
         for h, rows in ((shape.heads, query), (shape.kv_heads, columns), (shape.kv_heads, columns))
     )
-    knobs = Knobs(scaling=dim**-0.5)
+    params = AttentionParams(scaling=dim**-0.5)
     with sdpa_kernel(FUSED):  # raises where none of them can, instead of taking the slow one
-        out = CachePlan(query, columns).attend(q, k, v, LayerRule(window=window), knobs)
+        out = CachePlan(query, columns).attend(q, k, v, LayerRule(window=window), params)
     back = query.order[..., None] - columns.order[:, None]
     mask = (back >= 0) & (back < (window or back.numel()))
-    expected = plain_attention(q.float(), k.float(), v.float(), mask[:, None], knobs)
+    expected = plain_attention(q.float(), k.float(), v.float(), mask[:, None], params)
     torch.testing.assert_close(out.float(), expected.transpose(1, 2), rtol=0, atol=TOLERANCE[dtype])
     assert (columns.kind != Kind.PAD).all()
 

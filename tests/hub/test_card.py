@@ -4,10 +4,10 @@ import pytest
 
 from blocktune.adapter import AdapterInfo
 from blocktune.hub.card import CardFacts, card, served_by
-from blocktune.hub.datasets import datasets_of
 from blocktune.hub.files import public
+from blocktune.hub.results import datasets_of
+from blocktune.methods import build
 from blocktune.prompt import LayoutSpec, PromptFormat
-from blocktune.reuse import build
 
 SECRET = "hf_" + "aB3" * 11
 

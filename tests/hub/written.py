@@ -5,7 +5,7 @@ from pathlib import Path
 
 from blocktune.adapter import AdapterInfo
 from blocktune.hub import CardFacts
-from blocktune.identity import adapter_fingerprint
+from blocktune.models.identity import adapter_fingerprint
 
 FACTS = CardFacts(base_model="org/base", license="apache-2.0")
 

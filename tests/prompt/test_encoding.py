@@ -6,8 +6,8 @@ from unittest.mock import patch
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from blocktune.prompt import encoding
-from blocktune.prompt.encoding import encode
+from blocktune.prompt import special_tokens as encoding
+from blocktune.prompt.special_tokens import encode
 
 
 @pytest.fixture

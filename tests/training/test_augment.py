@@ -8,7 +8,7 @@ import torch
 from blocktune.attention.dense import dense_mask
 from blocktune.layout import GLOBAL
 from blocktune.prompt import LayoutSpec, Pieces, lay_out
-from blocktune.training.augment import Augmentation, draw_of
+from blocktune.training.collator import Augmentation, draw_of
 
 PIECES = Pieces(prefix=(1, 2), chunks=((3, 4), (5,), (6, 7)), query=(8,), answer=(9,))
 

@@ -15,8 +15,8 @@ from training.launching.trained_logits import FILE, probe
 from training.runs import make_trainer, write_run
 
 from blocktune.adapter import AdapterInfo
-from blocktune.engine.load import load_model
-from blocktune.training.guards import refuse_lost_launch
+from blocktune.adapter.load import load_model
+from blocktune.training.launch_checks import refuse_lost_launch
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes/train.py"

@@ -12,12 +12,11 @@ from training.runs import make_trainer, write_run
 from training.toy import toy_model
 
 from blocktune.training.build import build
-from blocktune.training.console import SteadyConsole, amount, duration
+from blocktune.training.console import LogLines, SteadyConsole, amount, duration
 from blocktune.training.cost import matmul_rate, peak_bytes, row_flops, size_of
-from blocktune.training.log_lines import LogLines
 from blocktune.training.plan import make_plan_of, print_plan
 from blocktune.training.run import parse
-from blocktune.training.speed import Speedometer
+from blocktune.training.throughput import Speedometer
 
 
 def test_operations_are_those_of_the_weights():

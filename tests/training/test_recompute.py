@@ -16,14 +16,13 @@ from blocktune.data.example import RagExample
 from blocktune.engine import Engine
 from blocktune.layout import FOREVER, Layout
 from blocktune.links import install_links, new_links
+from blocktune.methods import Method
+from blocktune.methods.base import Weights
+from blocktune.methods.select import SELECTORS, Nothing, Selection
 from blocktune.prompt import LayoutSpec
-from blocktune.reuse import Method
-from blocktune.reuse.base import Weights
-from blocktune.select import SELECTORS, Nothing, Selection
 from blocktune.training.collator import BlockCollator
 from blocktune.training.dataset import Sample, prepare
-from blocktune.training.fresh_rows import narrowed, states_at
-from blocktune.training.recompute import RecomputeSampler
+from blocktune.training.recompute import RecomputeSampler, narrowed, states_at
 
 SHARE = 0.3
 SAMPLERS = ("first-k", "random", "deviation")

@@ -8,7 +8,7 @@ from training.toy import toy_examples
 from blocktune.attention import make_plan
 from blocktune.engine import Engine
 from blocktune.layout import Layout
-from blocktune.reuse import build
+from blocktune.methods import build
 
 PACKETS = {"num_headers": 2, "num_trailers": 1, "freeze_base": True, "use_peft": False}
 TAGS = {"block_tag": "[Block-Attention]", "full_tag": "[Full-Attention]", "both_modes": True}

@@ -12,7 +12,7 @@ from blocktune.adapter import AdapterInfo, load_adapter
 from blocktune.attention import attach, make_plan
 from blocktune.layout import Layout
 from blocktune.links import installed_links
-from blocktune.training.guards import refuse_lost_launch, refuse_parallelism
+from blocktune.training.launch_checks import refuse_lost_launch, refuse_parallelism
 
 MODES = {
     "lora": {},

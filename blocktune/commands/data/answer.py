@@ -56,7 +56,7 @@ def answer(
     """Let a model write the answers that it will be trained on, reading all chunks in full."""
     engine = load_engine(model, adapter, None, dtype, device)
     from blocktune.data import load_examples
-    from blocktune.data.credit import credited
+    from blocktune.data.attribution import credited
     from blocktune.engine import Sampling
 
     loaded = load_examples(source, limit=limit, split=split, tokenizer=engine.tokenizer)

@@ -68,8 +68,8 @@ def _write(mixed, output: Path, sources: list[str]) -> None:
     from dataclasses import replace
 
     from blocktune.data import write_jsonl
-    from blocktune.data.credit import credited
-    from blocktune.evaluation.files import replacing
+    from blocktune.data.attribution import credited
+    from blocktune.files import replacing
 
     def marked():
         for item in mixed.examples:

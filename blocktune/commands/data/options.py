@@ -25,7 +25,7 @@ Counter = Annotated[
 def tokenizer_of(name: str | None):
     """The tokenizer of that name, or None for None."""
     from blocktune.commands.options import quiet_libraries
-    from blocktune.data.sources.reading import load_tokenizer
+    from blocktune.data.sources.options import load_tokenizer
 
     quiet_libraries()
     return None if name is None else load_tokenizer(name)

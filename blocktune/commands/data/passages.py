@@ -53,8 +53,8 @@ def passages(
     quiet_libraries()
     from blocktune.data import load_chunks, load_examples, retrieval, write_jsonl
     from blocktune.data.answers import holds_answer, is_verdict
-    from blocktune.data.credit import credited
-    from blocktune.evaluation.files import replacing
+    from blocktune.data.attribution import credited
+    from blocktune.files import replacing
 
     whole = None
     if own:

@@ -77,7 +77,7 @@ def _as_rows(example, tokenizer, adapter: str | None, mode: Mode) -> None:
 
     from blocktune.adapter import AdapterInfo
     from blocktune.prompt import LayoutSpec, PromptFormat, lay_out, make_pieces
-    from blocktune.prompt import show as rows_of
+    from blocktune.prompt import batch as rows_of
 
     info = AdapterInfo.load(adapter) if adapter else None
     fmt = info.format if info else PromptFormat()

@@ -38,7 +38,7 @@ def worlds(
 ) -> None:
     """Generate multi-hop questions over made-up people, places, films and works."""
     from blocktune.data import load_examples, write_jsonl
-    from blocktune.evaluation.files import replacing
+    from blocktune.files import replacing
 
     options = {"seed": seed, "n": n, "kinds": kinds, "passages": passages}
     query = urlencode({key: value for key, value in options.items() if value is not None}, safe=",")

@@ -32,8 +32,8 @@ def write(
     """Write any source as JSON lines, one example with its chunks a line."""
     counter = tokenizer_of(tokenizer)
     from blocktune.data import load_examples, write_jsonl
-    from blocktune.data.credit import credited
-    from blocktune.evaluation.files import replacing
+    from blocktune.data.attribution import credited
+    from blocktune.files import replacing
 
     examples = load_examples(source, limit=limit, split=split, tokenizer=counter)
     with replacing(output) as temporary:

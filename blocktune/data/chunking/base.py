@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from blocktune.prompt.chunk import Chunk
+from blocktune.prompt.format import Chunk
 from blocktune.registry import Registry
 
 CHUNKERS = Registry("chunker", "blocktune.data.chunking")

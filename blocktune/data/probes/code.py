@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from random import Random
 
 from blocktune.data.example import RagExample
-from blocktune.prompt.chunk import Chunk
+from blocktune.prompt.format import Chunk
 
 KINDS = ("constant", "import", "call")
 MODULES = (

@@ -2,13 +2,14 @@
 
 from blocktune.data.retrieval.bm25 import Bm25, Hit, rank
 from blocktune.data.retrieval.passages import (
+    Question,
     Retrieved,
     from_corpus,
     from_own,
     from_retriever,
+    read_questions,
     read_retrieved,
 )
-from blocktune.data.retrieval.questions import Question, read_questions
 
 __all__ = [
     "Bm25",

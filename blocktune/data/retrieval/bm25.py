@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from blocktune.prompt.chunk import Chunk
+from blocktune.prompt.format import Chunk
 
 
 class Hit(NamedTuple):

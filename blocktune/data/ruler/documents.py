@@ -9,7 +9,7 @@ from random import Random
 from typing import Any
 
 from blocktune.data.ruler.problem import Problem
-from blocktune.data.sources.files import read_json, read_records
+from blocktune.data.sources.records import read_json, read_records
 from blocktune.data.sources.schemas import LeftOut, parse_wiki
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from blocktune.prompt.chunk import Chunk
+from blocktune.prompt.format import Chunk
 
 
 @dataclass(frozen=True)

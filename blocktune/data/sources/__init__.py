@@ -1,7 +1,6 @@
 """Sources of examples: files of public sets, the Hugging Face Hub, generated ones."""
 
 from blocktune.data.sources.catalog import CATALOG, DataSet, data_sets_in
-from blocktune.data.sources.files import Record, read_records
 from blocktune.data.sources.generated import GENERATORS
 from blocktune.data.sources.load import (
     load_chunks,
@@ -10,6 +9,7 @@ from blocktune.data.sources.load import (
     training_split,
 )
 from blocktune.data.sources.parsing import Loaded
+from blocktune.data.sources.records import Record, read_records
 from blocktune.data.sources.shapes import SHAPES
 
 __all__ = [

@@ -14,15 +14,13 @@ from transformers import PreTrainedTokenizerBase
 
 from blocktune.data.chunking import Chunker
 from blocktune.data.example import RagExample, parse_chunk
-from blocktune.data.shots import POOL
+from blocktune.data.few_shot import POOL
 from blocktune.data.sources.catalog import CATALOG, data_set
-from blocktune.data.sources.files import Record, read_records
 from blocktune.data.sources.generated import GENERATORS, generate
-from blocktune.data.sources.hub import read_hub
-from blocktune.data.sources.options import SourceName, parse_source
+from blocktune.data.sources.options import Reading, SourceName, parse_source, read_options
 from blocktune.data.sources.parsing import Loaded, at, parse_records
-from blocktune.data.sources.reading import Reading, read_options
-from blocktune.prompt.chunk import Chunk
+from blocktune.data.sources.records import Record, read_hub, read_records
+from blocktune.prompt.format import Chunk
 
 logger = logging.getLogger("blocktune")
 

@@ -8,10 +8,10 @@ from itertools import chain, islice
 from typing import Any, NamedTuple
 
 from blocktune.data.example import RagExample
-from blocktune.data.shots import with_shots
+from blocktune.data.few_shot import with_shots
 from blocktune.data.sources.catalog import CATALOG
-from blocktune.data.sources.files import Record
-from blocktune.data.sources.reading import Reading
+from blocktune.data.sources.options import Reading
+from blocktune.data.sources.records import Record
 from blocktune.data.sources.schemas import LeftOut
 from blocktune.data.sources.shapes import Shape, find_shape, named_shape
 

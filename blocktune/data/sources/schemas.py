@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from blocktune.data.example import RagExample, field_error
-from blocktune.prompt.chunk import Chunk
+from blocktune.prompt.format import Chunk
 
 
 class LeftOut(Exception):

@@ -16,7 +16,7 @@ from blocktune.data.chunking import Chunker, Message, chunks_of, tidy, trimmed
 from blocktune.data.chunking.base import SPEAKERS
 from blocktune.data.example import RagExample, field_error, is_conversation
 from blocktune.data.sources.schemas import LeftOut, not_blank
-from blocktune.prompt.chunk import Chunk
+from blocktune.prompt.format import Chunk
 
 CONTINUE = "Continue the text above."
 SUMMARIZE = "Write a short summary of the text above."

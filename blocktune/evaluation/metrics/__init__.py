@@ -3,7 +3,7 @@
 from blocktune.evaluation.metrics.adjusted import AdjustedF1, FilterBias, adjusted_f1, filter_bias
 from blocktune.evaluation.metrics.rouge import rouge_l
 from blocktune.evaluation.metrics.ruler import ruler_any, ruler_recall
-from blocktune.evaluation.metrics.squad import (
+from blocktune.evaluation.metrics.short_answers import (
     Scores,
     exact_match,
     extract_answer,
@@ -11,10 +11,10 @@ from blocktune.evaluation.metrics.squad import (
     qa_f1,
     score,
     substring_em,
+    token_f1,
     word_f1,
 )
 from blocktune.evaluation.metrics.table import METRICS, Metric, require_metrics
-from blocktune.evaluation.metrics.token_f1 import token_f1
 
 __all__ = [
     "METRICS",

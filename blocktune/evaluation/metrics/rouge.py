@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-from blocktune.evaluation.metrics.squad import best
+from blocktune.evaluation.metrics.short_answers import best
 
 
 def rouge_l(prediction: str, answers: Sequence[str]) -> float:

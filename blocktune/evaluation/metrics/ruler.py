@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from blocktune.evaluation.metrics.squad import require_answers
+from blocktune.evaluation.metrics.short_answers import require_answers
 
 _CONTROL = re.compile(r"[\x00-\x1f]")
 

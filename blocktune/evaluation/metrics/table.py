@@ -9,8 +9,13 @@ from transformers import PreTrainedTokenizerBase
 
 from blocktune.evaluation.metrics.rouge import rouge_l
 from blocktune.evaluation.metrics.ruler import ruler_any, ruler_recall
-from blocktune.evaluation.metrics.squad import exact_match, qa_f1, substring_em, word_f1
-from blocktune.evaluation.metrics.token_f1 import token_f1
+from blocktune.evaluation.metrics.short_answers import (
+    exact_match,
+    qa_f1,
+    substring_em,
+    token_f1,
+    word_f1,
+)
 
 ScoreText = Callable[[str, Sequence[str], PreTrainedTokenizerBase], float]
 

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, StrictUndefined
 
 from blocktune.evaluation.compare import load_results
-from blocktune.evaluation.files import replace_text
 from blocktune.evaluation.findings import findings, power_notes
 from blocktune.evaluation.report import tables
 from blocktune.evaluation.report.charts import Chart, charts_of
 from blocktune.evaluation.report.style import DARK, LIGHT, Ground, to_png, to_svg
 from blocktune.evaluation.results import ORACLE, plain_label
+from blocktune.files import replace_text
 
 PAGE, PICTURES = "report.html", "report"
 """What is written into the folder of a run: the page, and a folder of PNGs."""

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from blocktune.evaluation.files import replacing
+from blocktune.files import replacing
 
 MARKERS = ("s", "x", "v", "o", "D", "^", "P", "X", "h")  # one more: pairs repeat after 72
 

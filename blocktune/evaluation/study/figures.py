@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from blocktune.evaluation.budget import pareto
+from blocktune.evaluation.aggregate import pareto
 from blocktune.evaluation.figure_bars import draw_bars
 from blocktune.evaluation.report.charts import cost_chart
 from blocktune.evaluation.report.style import Ground, as_share, legend_below, mark, to_png

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
-from blocktune.evaluation.files import replace_text
+from blocktune.files import replace_text
 
 SOURCES = ("results.json", "traces.json")
 DROPPED = ("em_minus", "sweeps", "budget")

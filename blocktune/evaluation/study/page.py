@@ -19,10 +19,10 @@ from typing import Any
 
 import yaml
 
-from blocktune.evaluation.files import replace_text
 from blocktune.evaluation.study.figures import FIGURES
 from blocktune.evaluation.study.kept import keep
 from blocktune.evaluation.study.tables import TABLES
+from blocktune.files import replace_text
 
 BLOCK = re.compile(
     r"(?P<open><!-- (?P<kind>table|figure): (?P<keys>\{.*?\}) -->\n)"

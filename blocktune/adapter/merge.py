@@ -1,0 +1,176 @@
+"""Merging an adapter into its base: one folder that needs no PEFT, and what that cost."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from blocktune.adapter import OWN_WEIGHTS, AdapterInfo, load_adapter
+from blocktune.adapter.load import load_base, load_model
+from blocktune.links import add_link_tokens, load_links, save_links
+from blocktune.models.hub_files import adapter_folder
+from blocktune.models.identity import base_fingerprint, tokenizer_hash
+
+PROBE = (
+    "Aldermere is a harbour city, founded in 1204 by fishermen from the coast.",
+    "Norwick lies inland, two days from Aldermere; the town was founded in 1310.",
+    "Which of the two cities was founded first, and by whom?",
+)
+"""Texts that merged and unmerged models are compared on, with the learned tokens between them."""
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What was merged and how far the saved model is from the adapter on its base.
+
+    Attributes:
+        output: The merged model's folder.
+        link_mode: Where learned tokens are now: ``table`` or ``added_tokens``; None without any.
+        quantization: How the base was quantised that the adapter was trained on, or None. The
+            merged weights are plain: the base's codes as they were read, plus LoRA.
+        max_abs_logit: Largest logit of the probe, to compare the others with.
+        max_abs_diff: Largest difference of logits to the adapter on its base, after saving.
+        same_top1: Share of the probe's rows whose likeliest token is the same.
+        requantised_max_abs_diff: As ``max_abs_diff``, for the merged model quantised again as
+            its base was; None for a plain base.
+    """
+
+    output: Path
+    link_mode: str | None
+    quantization: str | None
+    max_abs_logit: float
+    max_abs_diff: float
+    same_top1: float
+    requantised_max_abs_diff: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return asdict(self) | {"output": str(self.output)}
+
+
+def merge_adapter(
+    adapter: str | Path,
+    output: str | Path,
+    *,
+    model: str | None = None,
+    dtype: str = "auto",
+    device: str | None = None,
+    links: str | None = None,
+) -> MergeReport:
+    """Writes base and adapter as one model, reads it back and compares.
+
+    A base that was quantised in training is quantised again, read back into plain weights, and
+    LoRA is added to those: that is what LoRA was trained on.
+
+    Args:
+        adapter: Folder, or repository of the Hub.
+        output: New or empty folder; serves as ``--model`` and as ``--adapter``.
+        model: The base; None: the one that the adapter names.
+        dtype: Of the merged weights; ``auto``: as the base is saved.
+        device: Where to compute.
+        links: ``table`` beside the model, or ``added_tokens`` in its vocabulary; None: as trained.
+
+    Raises:
+        ValueError: If the output is not empty, there is nothing to merge, a table is wanted of
+            tokens that were trained in the vocabulary, or adapter and base do not fit.
+    """
+    folder, output = adapter_folder(adapter), Path(output)
+    info = AdapterInfo.load(folder)
+    _check(info, folder, output, links)
+    options = {"dtype": dtype, "device": device, "revision": info.base_revision}
+    options |= {"revision": None} if model else {}
+    name = model or info.base_model
+    wanted = _wanted_logits(name, folder, info.quantization, options)
+    _write(name, folder, output, info, links or info.link_mode, options)
+
+    plain = {"dtype": dtype, "device": device}
+    got = _logits(*load_model(adapter=output, **plain)[:3], wanted.shape[-1])
+    again = None
+    if info.quantization is not None:
+        coded = load_model(adapter=output, quantize=info.quantization, **plain)
+        again = _difference(_logits(*coded[:3], wanted.shape[-1]), wanted)
+    return MergeReport(
+        output=output,
+        link_mode=(links or info.link_mode) if info.num_learned else None,
+        quantization=info.quantization,
+        max_abs_logit=float(wanted.abs().max()),
+        max_abs_diff=_difference(got, wanted),
+        same_top1=float((got.argmax(-1) == wanted.argmax(-1)).float().mean()),
+        requantised_max_abs_diff=again,
+    )
+
+
+def _check(info: AdapterInfo, folder: Path, output: Path, links: str | None) -> None:
+    if info.base_model == OWN_WEIGHTS:
+        raise ValueError(f"'{folder}' is a whole model already; there is nothing to merge")
+    if output.exists() and any(output.iterdir()):
+        raise ValueError(f"'{output}' is not empty; name a new folder for the merged model")
+    if links not in (None, "table", "added_tokens"):
+        raise ValueError(f"links must be 'table' or 'added_tokens', got '{links}'")
+    if links == "table" and info.num_learned and info.link_mode == "added_tokens":
+        raise ValueError(
+            "this adapter's link tokens were trained in the vocabulary; leave --links out"
+        )
+
+
+@torch.no_grad()
+def _wanted_logits(name, folder, quantization, options) -> Tensor:
+    base, tokenizer = load_base(name, quantize=quantization, **options)
+    # Rows beyond the tokenizer's belong to no token; added link tokens may take them.
+    vocab_size = min(len(tokenizer), base.config.get_text_config().vocab_size)
+    model, info = load_adapter(base, tokenizer, folder)
+    return _logits(model, tokenizer, info, vocab_size)
+
+
+def _write(name, folder, output, info: AdapterInfo, link_mode: str, options) -> None:
+    base, tokenizer = load_base(name, quantize=info.quantization, **options)
+    if info.quantization is not None:
+        base = base.dequantize(dtype=base.dtype)
+    model, _ = load_adapter(base, tokenizer, folder, merge=True, links=False)
+    output.mkdir(parents=True, exist_ok=True)
+    if info.has_table:
+        table = load_links(folder)
+        if link_mode == "table":
+            save_links(table, output)
+        else:
+            add_link_tokens(model, tokenizer, info.num_learned, rows=table.weight.data)
+    model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    _merged_info(model, tokenizer, info, link_mode).save(output)
+
+
+def _merged_info(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, info: AdapterInfo, link_mode: str
+) -> AdapterInfo:
+    origin = {"started_from": info.base_model, "merged_on": info.quantization}
+    return replace(
+        info,
+        base_model=OWN_WEIGHTS,
+        base_revision=None,
+        base_fingerprint=base_fingerprint(model),
+        tokenizer_hash=tokenizer_hash(tokenizer),
+        quantization=None,
+        link_mode=link_mode,
+        training={**info.training, **origin},
+    )
+
+
+@torch.no_grad()
+def _logits(model, tokenizer, info: AdapterInfo, vocab_size: int) -> Tensor:
+    """Logits of the probe under the model's own causal attention, ``(1, S, V)`` float32."""
+    first = info.link_base(model, tokenizer)
+    learned = [] if first is None else list(range(first, first + info.num_learned))
+    ids: list[int] = []
+    for text in PROBE:
+        ids += tokenizer(text, add_special_tokens=False)["input_ids"] + learned
+    rows = torch.tensor([ids], device=model.device)
+    return model(rows, use_cache=False).logits[..., :vocab_size].float().cpu()
+
+
+def _difference(one: Tensor, other: Tensor) -> float:
+    return float((one - other).abs().max())

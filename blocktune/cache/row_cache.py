@@ -1,0 +1,329 @@
+"""The cache of one batch of prompts, in a form that stock transformers models accept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from blocktune.cache.exact import ExactKV
+
+SKIP = -1
+"""Column of a padding row: its keys and values are not stored."""
+
+Observer = Callable[[Tensor, Tensor], None]
+"""Called as ``observer(keys, values)``, both ``(B, K, R, D)``, before they are written."""
+
+
+class Target(NamedTuple):
+    """Where the rows of a forward pass go: ``row[i]`` of prompt ``batch[i]`` to ``column[i]``.
+
+    Attributes:
+        columns: As selected, ``(B, R)``.
+        batch: The ``P`` rows that are stored, ``(P,)``, as are ``row`` and ``column``.
+        row: Row in the forward pass.
+        column: Column in the cache.
+    """
+
+    columns: Tensor
+    batch: Tensor
+    row: Tensor
+    column: Tensor
+
+
+class RowLayer(CacheLayerMixin):
+    """One layer of a `RowCache`: keys and values ``(B, K, N, D)``, made at the first write."""
+
+    is_sliding = False
+    is_compileable = False
+    supports_early_init = False
+
+    def __init__(self, index: int, batch_size: int, num_columns: int, spare: int):
+        self.pending: list[Callable[[], None]] = []
+        super().__init__()
+        self.index = index
+        self.batch_size = batch_size
+        self.num_columns = num_columns
+        self.spare = spare
+        self.target: Target | None = None
+        self.observer: Observer | None = None
+
+    @property
+    def keys(self) -> Tensor | None:
+        """Of all columns, ``(B, K, N, D)``, or None before the first write."""
+        self.settle()
+        return self._keys
+
+    @keys.setter
+    def keys(self, keys: Tensor | None) -> None:
+        self._keys = keys
+
+    def settle(self) -> None:
+        """Writes what was put off until somebody looks, see `RowCache.defer`."""
+        pending, self.pending = self.pending, []
+        for fill in pending:
+            fill()
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocates all columns and the spare ones; zeros, so that masked ones are finite."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self._stores = tuple(
+            states.new_zeros(
+                self.batch_size, states.shape[1], self.num_columns + self.spare, states.shape[3]
+            )
+            for states in (key_states, value_states)
+        )
+        self.is_initialized = True
+        self._show()
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args, **kwargs
+    ) -> tuple[Tensor, Tensor]:
+        """Writes the pass's rows into their columns; an observer sees them before that.
+
+        Args:
+            key_states: ``(B, K, R, D)``, RoPE applied.
+            value_states: ``(B, K, R, D)``.
+            *args: What some models pass besides; not needed.
+            **kwargs: Likewise.
+
+        Returns:
+            Keys and values of all columns, ``(B, K, N, D)``: views, not to be written into.
+
+        Raises:
+            ValueError: If no columns were selected for this many rows.
+        """
+        wanted = None if self.target is None else tuple(self.target.columns.shape)
+        if wanted != (key_states.shape[0], key_states.shape[2]):
+            raise ValueError(
+                f"layer {self.index} computed {key_states.shape[2]} rows for "
+                f"{key_states.shape[0]} prompts, but columns were selected for {wanted}; "
+                "call `RowCache.select` or `append` before every forward pass"
+            )
+        self.settle()
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if self.observer is not None:
+            self.observer(key_states, value_states)
+        self.store(key_states, value_states)
+        return self.keys, self.values
+
+    def store(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Writes rows ``(B, K, R, D)`` into the selected columns."""
+        _, batch, row, column = self.target
+        self.keys[batch, :, column] = key_states[batch, :, row]
+        self.values[batch, :, column] = value_states[batch, :, row]
+
+    def held(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of the selected columns, ``(B, K, R, D)``; padding rows: arbitrary."""
+        columns = self.target.columns.clamp(min=0)[:, None, :, None]
+        return tuple(
+            states.gather(2, columns.expand(-1, states.shape[1], -1, states.shape[3]))
+            for states in (self.keys, self.values)
+        )
+
+    def grow(self, count: int) -> None:
+        """Adds columns at the end, copying only when the spare ones are used up."""
+        self.num_columns += count
+        if not self.is_initialized:
+            return
+        missing = self.num_columns - self._stores[0].shape[2]
+        if missing > 0:
+            # By half as much again: decoding copies each column a bounded number of times.
+            extra = missing + self.num_columns // 2
+            self._stores = tuple(
+                torch.cat([s, s.new_zeros(*s.shape[:2], extra, s.shape[3])], dim=2)
+                for s in self._stores
+            )
+        self._show()
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """All columns are seen, from the first: a window lives in the mask."""
+        return self.num_columns, 0
+
+    def get_seq_length(self) -> int:
+        """Columns that the selected rows follow, were they the last: what `generate` asks."""
+        selected = 0 if self.target is None else self.target.columns.shape[1]
+        return self.num_columns - selected
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Refused: the engine decodes one path per prompt."""
+        raise ValueError("a RowCache does not serve beam search; use greedy decoding or sampling")
+
+    def _show(self) -> None:
+        self.keys, self.values = (store[:, :, : self.num_columns] for store in self._stores)
+
+
+class RowCache(Cache):
+    """Keys and values of a batch of prompts, every column addressable, no layer truncated.
+
+    Columns are the engine's rows, in any order it likes; a recomputed token writes over the
+    column of its original. Use: `load_columns` what is cached, `select` the columns of the rows
+    to be computed, run the model with ``past_key_values=cache`` and an explicit mask over all
+    columns (or blocktune's attention plan), `append` and run again for every decoded token.
+
+    Args:
+        num_layers: Layers of the model.
+        batch_size: Prompts, ``B``.
+        num_columns: Columns of every layer, ``N``.
+        spare: Columns to allocate besides, e.g. the number of tokens to decode.
+        exact: Declares that all rows will be computed in the context of everything before them,
+            i.e. a full prefill. Only such a cache may feed the exact prefix cache;
+            `load_columns` of approximate states takes the mark away for good.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        batch_size: int,
+        num_columns: int,
+        *,
+        spare: int = 0,
+        exact: bool = False,
+    ):
+        layers = [RowLayer(i, batch_size, num_columns, spare) for i in range(num_layers)]
+        super().__init__(layers=layers)
+        self.exact = exact
+
+    @property
+    def num_columns(self) -> int:
+        """Columns of every layer, ``N``."""
+        return self.layers[0].num_columns
+
+    def select(self, columns: Tensor, layers: Iterable[int] | None = None) -> None:
+        """Says where the rows of the following forward passes go.
+
+        Args:
+            columns: ``(B, R)`` int64, each row's column, or `SKIP` for a padding row. No column
+                twice in a prompt.
+            layers: Layers it holds for, where the set of rows changes on the way; None: all.
+
+        Raises:
+            ValueError: If a column does not exist or comes twice.
+        """
+        target = self._target(columns)
+        for layer in range(len(self)) if layers is None else layers:
+            self.layers[layer].target = target
+
+    def append(self, count: int = 1) -> Tensor:
+        """Adds columns at the end of every prompt and selects them in all layers.
+
+        Returns:
+            The new columns, ``(B, count)``.
+        """
+        start = self.num_columns
+        for layer in self.layers:
+            layer.grow(count)
+        device = self.layers[0].device if self.layers[0].is_initialized else None
+        columns = torch.arange(start, start + count, device=device)
+        columns = columns.expand(self.layers[0].batch_size, -1)
+        self.select(columns)
+        return columns
+
+    def load_columns(
+        self, layer: int, prompt: int, columns: Tensor, keys: Tensor, values: Tensor
+    ) -> None:
+        """Puts cached states of chunks where they stand in a prompt; the cache is not exact then.
+
+        Args:
+            layer: Layer index.
+            prompt: Index in the batch.
+            columns: Where each token goes, ``(S,)`` int64. Not checked beyond what torch
+                checks, since that would wait for the device in every layer.
+            keys: ``(K, S, D)``, rotated to where the tokens stand in this prompt.
+            values: ``(K, S, D)``.
+        """
+        self.exact = False
+        self._write(layer, prompt, columns, keys, values)
+
+    def room(
+        self, layer: int, prompt: int, columns: slice, keys: Tensor, values: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """A run of columns of a prompt, to write cached states into; the cache is not exact then.
+
+        Args:
+            layer: Layer index.
+            prompt: Index in the batch.
+            columns: Which; as `load_columns`, for states that stand side by side.
+            keys: Any of the model's keys in that layer, ``(K, S, D)``.
+            values: Likewise.
+
+        Returns:
+            Views ``(K, columns, D)`` of keys and values.
+        """
+        self.exact = False
+        row_layer = self.layers[layer]
+        if not row_layer.is_initialized:
+            row_layer.lazy_initialization(keys[None], values[None])
+        return row_layer.keys[prompt, :, columns], row_layer.values[prompt, :, columns]
+
+    def defer(self, layer: int, fill: Callable[[], None]) -> None:
+        """Puts writing cached states into a layer off until a forward pass comes to it.
+
+        Args:
+            layer: Layer index.
+            fill: Writes them, by `room` or `load_columns`.
+        """
+        self.layers[layer].pending.append(fill)
+
+    def load_exact(self, prompt: int, exact: ExactKV) -> None:
+        """Puts a piece of an exact prefix where it belongs; the cache stays as exact as it was.
+
+        Column and position are the same number in an exact prefix, so there is no choice.
+        """
+        kv = exact.kv
+        columns = torch.arange(kv.num_tokens, device=kv.keys[0].device) + kv.origin
+        for layer, (keys, values) in enumerate(zip(kv.keys, kv.values, strict=True)):
+            self._write(layer, prompt, columns, keys, values)
+
+    def observe(self, layer: int, observer: Observer | None) -> None:
+        """Shows every update of a layer to ``observer``, or to nobody.
+
+        It is called with the fresh keys and values, ``(B, K, R, D)`` each, before anything is
+        written. Raising from it ends the forward pass with the layer as it was.
+        """
+        self.layers[layer].observer = observer
+
+    def bytes_per_column(self, layer: int) -> int:
+        """Bytes of one token's keys and values in a layer that holds any."""
+        states = (self.layers[layer].keys, self.layers[layer].values)
+        return sum(s.shape[1] * s.shape[3] * s.element_size() for s in states)
+
+    def held(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer's selected columns, ``(B, K, R, D)``."""
+        return self.layers[layer].held()
+
+    def store(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Writes rows ``(B, K, R, D)`` into a layer's selected columns without a forward pass."""
+        self.layers[layer].store(keys, values)
+
+    def _write(self, layer: int, prompt: int, columns: Tensor, keys: Tensor, values: Tensor):
+        row_layer = self.layers[layer]
+        if not row_layer.is_initialized:
+            row_layer.lazy_initialization(keys[None], values[None])
+        row_layer.keys[prompt].index_copy_(1, columns, keys)
+        row_layer.values[prompt].index_copy_(1, columns, values)
+
+    def _target(self, columns: Tensor) -> Target:
+        expected = self.layers[0].batch_size
+        if columns.ndim != 2 or columns.shape[0] != expected or columns.dtype != torch.int64:
+            raise ValueError(
+                f"columns must be int64 ({expected}, rows); "
+                f"got {tuple(columns.shape)} {columns.dtype}"
+            )
+        ordered = columns.sort(dim=1).values
+        twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != SKIP)
+        if twice.any() or (columns < SKIP).any() or (columns >= self.num_columns).any():
+            raise ValueError(
+                f"columns must lie in 0..{self.num_columns - 1} (or {SKIP} for padding), "
+                "each at most once in a prompt"
+            )
+        batch, row = (columns != SKIP).nonzero(as_tuple=True)
+        return Target(columns, batch, row, columns[batch, row])

@@ -1,0 +1,264 @@
+"""From the first logits to answers: greedy or sampled, batched, a token at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from blocktune.attention.cached import CachePlan, Reshaping
+from blocktune.cache import Recall, RowCache
+from blocktune.engine.assemble import Assembled
+from blocktune.engine.cacheblend_pipeline import LoadingChoice
+from blocktune.engine.cost import Executed
+from blocktune.engine.prefill import Prefill
+from blocktune.engine.recall import learn
+from blocktune.engine.rows import decoded_rows
+from blocktune.engine.usage import Stopwatch, Ttft, Usage
+from blocktune.layout import Kind, Rows
+from blocktune.prompt import Batch, Pieces
+
+if TYPE_CHECKING:
+    from blocktune.engine.state import Server
+
+
+Pick = Callable[[Tensor], Tensor]
+"""From logits ``(B, V)`` to tokens ``(B, 1)``."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is picked. The default is greedy.
+
+    Attributes:
+        temperature: 0 is greedy; above, logits are divided by it.
+        top_k: Keep this many of the likeliest tokens; 0 keeps all.
+        top_p: Keep the likeliest tokens up to this much probability.
+        seed: Of the draws; the same seed gives the same answers, in batches of any size.
+
+    Raises:
+        ValueError: If a value is out of range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.temperature < 0:
+            raise ValueError(f"temperature must be at least 0 (greedy), got {self.temperature}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be at least 0 (all tokens), got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+
+    def picker(self, device: torch.device, streams: Sequence[int]) -> Pick:
+        """A function from logits ``(B, V)`` to tokens ``(B, 1)``.
+
+        Args:
+            device: Of the logits.
+            streams: One number per prompt. Prompts draw independently, each the same from the same
+                seed and number, whatever stands beside it in the batch.
+        """
+        if self.temperature == 0:
+            return lambda logits: logits.argmax(-1, keepdim=True)
+        warpers = LogitsProcessorList([TemperatureLogitsWarper(float(self.temperature))])
+        if self.top_k:
+            warpers.append(TopKLogitsWarper(self.top_k))
+        if self.top_p < 1:
+            warpers.append(TopPLogitsWarper(float(self.top_p)))
+        seeds = [(self.seed * 1_000_003 + stream) % (1 << 63) for stream in streams]
+        generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+        def draw(logits: Tensor) -> Tensor:
+            weights = torch.softmax(warpers(None, logits.float()), dim=-1)
+            rows = zip(weights, generators, strict=True)
+            return torch.stack([torch.multinomial(row, 1, generator=g) for row, g in rows])
+
+        return draw
+
+
+@torch.no_grad()
+def decode(
+    model: nn.Module,
+    cache: RowCache,
+    columns: Rows,
+    last: Rows,
+    logits: Tensor,
+    pick: Pick,
+    max_new_tokens: int,
+    stop_ids: frozenset[int],
+    reshaping: Reshaping | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields one token per prompt and step, ``(B,)``, -1 for prompts that have ended.
+
+    Each comes with the logits ``(B, V)`` that it was picked by.
+
+    Ends when all prompts have produced a stop token (which is yielded), or after
+    ``max_new_tokens``. Columns for the new tokens are appended to ``cache``.
+
+    Args:
+        model: Attached to blocktune's attention.
+        cache: After the prefill.
+        columns: Facts of its columns, ``(B, N)``.
+        last: Facts of each prompt's last row, ``(B, 1)``.
+        logits: After those rows, ``(B, V)``.
+        pick: From logits ``(B, V)`` to tokens ``(B, 1)``, `Sampling.picker`.
+        max_new_tokens: At least 1.
+        stop_ids: Tokens that end an answer.
+        reshaping: How rows see reused keys, as in the prefill.
+    """
+    rows = decoded_rows(last, max_new_tokens)
+    keys = columns.concat(rows)
+    stops = torch.tensor(sorted(stop_ids), device=logits.device)
+    ended = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+    for step in range(max_new_tokens):
+        token = pick(logits)
+        yield token[:, 0].masked_fill(ended, -1), logits
+        ended |= torch.isin(token[:, 0], stops)
+        if step + 1 == max_new_tokens or bool(ended.all()):
+            return
+        cache.append()
+        query = rows.map(lambda field, step=step: field[:, step : step + 1])
+        seen = keys.map(lambda field: field[:, : cache.num_columns])
+        output = model(
+            token,
+            position_ids=query.position,
+            plan=CachePlan(query, seen, reshaping),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        logits = output.logits[:, -1]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer and what it cost.
+
+    Attributes:
+        text: Decoded, without the end of turn.
+        token_ids: As generated, the end of turn included.
+        usage: The cost.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    usage: Usage
+
+
+@dataclass
+class Run:
+    """A batch after its prefill.
+
+    ``keep`` are the prompts that the prefix cache shall hold, ``lessons`` those whose chunks shall
+    be served again with what they attended to, as ``recall`` says.
+    """
+
+    server: Server
+    batch: Batch
+    columns: Rows
+    last: Rows
+    cache: RowCache
+    assembled: Assembled
+    prefill: Prefill
+    executed: list[Executed]
+    watch: Stopwatch
+    reshaping: Reshaping | None = None
+    keep: tuple[Pieces, ...] = ()
+    lessons: tuple[Pieces, ...] = ()
+    recall: Recall | None = None
+    choice: LoadingChoice | None = None
+
+    def tokens(
+        self, sampling: Sampling, max_new_tokens: int, streams: Sequence[int] = (0,)
+    ) -> Iterator[Tensor]:
+        """Decodes: one token per prompt and step, ``(B,)``, -1 for prompts that have ended.
+
+        Args:
+            sampling: How tokens are picked.
+            max_new_tokens: At least 1.
+            streams: Each prompt's own stream of draws.
+        """
+        for token, _ in self._steps(sampling, max_new_tokens, streams):
+            yield token
+
+    def _steps(self, sampling: Sampling, max_new_tokens: int, streams: Sequence[int]):
+        steps = decode(
+            self.server.model,
+            self.cache,
+            self.columns,
+            self.last,
+            self.prefill.logits,
+            sampling.picker(self.prefill.logits.device, streams),
+            max_new_tokens,
+            self.server.stop_ids(),
+            self.reshaping,
+        )
+        self.watch.start()
+        first = next(steps)
+        self.watch.stop("first_token_s")
+        # Nobody waits for it any more.
+        self.server.remember(self.cache, self.keep)
+        if self.recall is not None:
+            mass = self.prefill.mass
+            learn(self.server.encoder, self.cache, mass, self.lessons, self.recall)
+        yield first
+        yield from steps
+
+    def answers(
+        self, sampling: Sampling, max_new_tokens: int, streams: Sequence[int]
+    ) -> list[Answer]:
+        """Decodes to the end; see `tokens`."""
+        steps = torch.stack(list(self.tokens(sampling, max_new_tokens, streams)), dim=1).tolist()
+        usages = self._usages()
+        return [
+            self._answer(tuple(token for token in ids if token >= 0), usage)
+            for ids, usage in zip(steps, usages, strict=True)
+        ]
+
+    def continued(self, num_tokens: int) -> tuple[tuple[int, ...], Tensor]:
+        """Greedy tokens of a single prompt and the logits after the last, ``(1, V)``."""
+        steps = self._steps(Sampling(), num_tokens + 1, (0,))
+        made = [step for _, step in zip(range(num_tokens + 1), steps, strict=False)]
+        return tuple(int(token) for token, _ in made[:-1]), made[-1][1]
+
+    def _answer(self, ids: tuple[int, ...], usage: dict) -> Answer:
+        return Answer(self.server.text(ids), ids, Usage(**usage, answer_tokens=len(ids)))
+
+    def _usages(self) -> list[dict]:
+        computed = self.prefill.layer_tokens(self.server.num_layers).tolist()
+        probed = self.prefill.probed().tolist()
+        flops = sum(executed.flops() for executed in self.executed).tolist()
+        written = self.prefill.bytes_written(self.cache).tolist()
+        prompt = (self.columns.kind != Kind.PAD).sum(1).tolist()
+        context = self.batch.layout.is_context.sum(1).tolist()
+        ttft = Ttft(**self.watch.seconds)
+        none = [None] * self.batch.layout.batch_size
+        entropy = none if self.reshaping is None else self.reshaping.query_entropy()
+        return [
+            {
+                "prompt_tokens": prompt[index],
+                "context_tokens": context[index],
+                "layer_tokens": tuple(computed[index]),
+                "probed_tokens": probed[index],
+                "flops": flops[index],
+                "bytes_read": self.assembled.bytes_read[index],
+                "bytes_moved": 2 * self.assembled.bytes_read[index] + written[index],
+                "chunk_hits": self.assembled.hits[index],
+                "chunk_misses": self.assembled.misses[index],
+                "ttft": ttft,
+                "query_entropy": entropy[index],
+                "loading": self.choice,
+            }
+            for index in range(self.batch.layout.batch_size)
+        ]

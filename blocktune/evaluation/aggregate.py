@@ -1,0 +1,255 @@
+"""From the rows of several methods on the same questions to scores, intervals and frontiers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from blocktune.evaluation.metrics import adjusted_f1, filter_bias
+from blocktune.evaluation.rows import Row
+from blocktune.evaluation.statistics import PairedBootstrap, holm, mcnemar_exact, power, sign_flip
+
+COSTS = ("recompute_ratio", "ttft_s")
+NEAR = 0.02
+"""Methods whose recomputed shares of layer-tokens differ by no more are at the same budget."""
+
+
+def pareto(methods: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Labels that no other method beats in score without costing more, from cheap to dear.
+
+    Args:
+        methods: Of ``results.json``.
+
+    Returns:
+        For each of `COSTS` that was measured for all methods.
+    """
+    fronts = {}
+    for cost in COSTS:
+        if all(summary[cost] is not None for summary in methods.values()):
+            ranked = sorted(methods, key=lambda n: (methods[n][cost], -methods[n]["score"]))
+            fronts[cost] = _front(methods, ranked)
+    return fronts
+
+
+def _front(methods: Mapping[str, Mapping[str, Any]], ranked: list[str]) -> list[str]:
+    front: list[str] = []
+    for label in ranked:
+        if not front or methods[label]["score"] > methods[front[-1]]["score"]:
+            front.append(label)
+    return front
+
+
+def matched(methods: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Pairs of methods at the same budget, with their difference in score.
+
+    The budget is the share of the context's layer-tokens that is computed at answering time, which
+    holds CacheBlend's full first layers against it, unlike the ratio that papers state.
+
+    Args:
+        methods: Of ``results.json``.
+    """
+    pairs = []
+    for one, other in combinations(methods, 2):
+        shares = [methods[name]["recompute_ratio"] for name in (one, other)]
+        if min(shares) > 0 and max(shares) - min(shares) <= NEAR:
+            better, worse = sorted((one, other), key=lambda name: -methods[name]["score"])
+            difference = methods[better]["score_minus"][worse]
+            pairs.append({"budget": sum(shares) / 2, "better": better, "worse": worse} | difference)
+    return sorted(pairs, key=lambda pair: pair["budget"])
+
+
+SCORES = ("em", "f1", "score")
+"""What gets an interval."""
+
+
+def summarize(
+    rows: Mapping[str, Sequence[Row]], full: str | None, naive: str | None, seed: int
+) -> dict[str, dict[str, Any]]:
+    """Label -> scores over all of ``rows``; one bootstrap a score serves every method.
+
+    Args:
+        rows: Label -> rows of the same questions, in the same order.
+        full: Label of full prefill on the base model, or None.
+        naive: Label of naive reuse on it, or None.
+        seed: Of the bootstraps.
+    """
+    scores = {
+        name: {label: [getattr(row, name) for row in own] for label, own in rows.items()}
+        for name in SCORES
+    }
+    drawn = PairedBootstrap(
+        {(name, label): scores[name][label] for name in SCORES for label in rows}, seed=seed
+    )
+    p_values = _p_values(scores["score"])
+    summaries = {}
+    for label, own in rows.items():
+        (em, *em95), (_, *f1_95), (score, *score95) = (drawn.mean((name, label)) for name in SCORES)
+        summaries[label] = {
+            "em": em,
+            "f1": fmean(scores["f1"][label]),
+            "substring_em": fmean(row.substring_em for row in own),
+            "score": score,
+            "scores": _further(own),
+            **_adjusted(scores["f1"][label], full and scores["f1"][full]),
+            "ci95": em95,
+            "f1_ci95": f1_95,
+            "score_ci95": score95,
+            "n": len(own),
+            "recompute_ratio": fmean(row.recompute_ratio for row in own),
+            "flops_over_full_prefill": _flops_over(own, full and rows[full]),
+            **_recovered(drawn, label, full, naive),
+            "em_minus": _em_minus(drawn, scores["em"], label),
+            "score_minus": _score_minus(drawn, scores["score"], label, p_values),
+        }
+    return summaries
+
+
+def p_value(own: Sequence[float], other: Sequence[float]) -> float:
+    """McNemar's exact test where scores are right or wrong, else sign flips."""
+    binary = set(own) | set(other) <= {0.0, 1.0}
+    return mcnemar_exact(own, other) if binary else sign_flip(own, other)
+
+
+def _flops_over(own: Sequence[Row], full: Sequence[Row] | None) -> float | None:
+    """Operations up to the first token, choosing included, over full prefill's; None if unknown."""
+    if full is None or any("flops" not in row.usage for row in (*own, *full)):
+        return None
+    return sum(row.usage["flops"] for row in own) / sum(row.usage["flops"] for row in full)
+
+
+def _further(own: Sequence[Row]) -> dict[str, float]:
+    """Means of the metrics that all rows have: tasks may ask for different ones."""
+    names = [name for name in own[0].scores if all(name in row.scores for row in own)]
+    return {name: fmean(row.scores[name] for row in own) for name in names}
+
+
+def _adjusted(f1: Sequence[float], full: Sequence[float] | None) -> dict[str, Any]:
+    if full is None:
+        names = ("adjusted_f1", "n_kept", "adjusted_f1_bias", "adjusted_f1_reverse")
+        return dict.fromkeys(names)
+    kept, num_kept = adjusted_f1(f1, full)
+    bias, reverse = filter_bias(f1, full)
+    return {
+        "adjusted_f1": kept,
+        "n_kept": num_kept,
+        "adjusted_f1_bias": bias,
+        "adjusted_f1_reverse": reverse,
+    }
+
+
+def _recovered(
+    drawn: PairedBootstrap, label: str, full: str | None, naive: str | None
+) -> dict[str, Any]:
+    found = {}
+    for name, key in (("em", "gap_recovered"), ("score", "score_gap_recovered")):
+        ends = [(name, one) for one in (label, naive, full)]
+        gap = drawn.recovered_gap(*ends) if full and naive else None
+        found |= {key: gap and gap.mean, f"{key}_ci95": gap and [gap.low, gap.high]}
+    return found
+
+
+def _p_values(scores: Mapping[str, Sequence[float]]) -> dict[frozenset[str], dict[str, float]]:
+    """The p-value of every pair, and Holm's over all pairs of the table."""
+    pairs = {
+        (label, other): p_value(own, scores[other])
+        for index, (label, own) in enumerate(scores.items())
+        for other in list(scores)[index + 1 :]
+    }
+    adjusted = holm(pairs)
+    return {frozenset(pair): {"p": p, "p_holm": adjusted[pair]} for pair, p in pairs.items()}
+
+
+def _em_minus(
+    drawn: PairedBootstrap, em: Mapping[str, Sequence[float]], label: str
+) -> dict[str, dict[str, Any]]:
+    """How far one method is above each other; p is McNemar's, for one comparison, not for many."""
+    return {
+        other: _difference(drawn, "em", label, other) | {"p": mcnemar_exact(em[label], em[other])}
+        for other in em
+        if other != label
+    }
+
+
+def _score_minus(
+    drawn: PairedBootstrap,
+    scores: Mapping[str, Sequence[float]],
+    label: str,
+    p_values: Mapping[frozenset[str], dict[str, float]],
+) -> dict[str, dict[str, Any]]:
+    """The same of the headline score; with Holm's p, and what this many questions can show."""
+    found = {}
+    for other in scores:
+        if other != label:
+            able = power(scores[label], scores[other])
+            found[other] = _difference(drawn, "score", label, other)
+            found[other] |= p_values[frozenset((label, other))]
+            found[other] |= {
+                "detectable": able and able.detectable,
+                "n_needed": able and able.num_needed,
+            }
+    return found
+
+
+def _difference(drawn: PairedBootstrap, name: str, label: str, other: str) -> dict[str, Any]:
+    mean, low, high = drawn.difference((name, label), (name, other))
+    return {"mean": mean, "ci95": [low, high]}
+
+
+NUM_BINS = 5
+MIN_ROWS = 5
+"""A bin with fewer questions says nothing and is left out."""
+
+
+def sweeps(rows: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
+    """Score in bins of equal numbers of questions, for every method.
+
+    Args:
+        rows: Label -> rows of the same questions, in the same order.
+
+    Returns:
+        ``place`` (of the evidence among the chunks, 0 first, 1 last) and ``context_tokens``, each
+        ``[{"from", "to", "n", "scores": {LABEL: {"score", "ci95"}}}]``; empty where the questions
+        do not differ in it.
+    """
+    return {
+        "place": _sweep(rows, lambda row: row.place),
+        "context_tokens": _sweep(rows, _length_of(rows)),
+    }
+
+
+def _length_of(rows: Mapping[str, Sequence[Row]]) -> Callable[[Row], float | None]:
+    """The longest context that any method read: a baseline may have read none."""
+    longest: dict[tuple[str, str], int] = {}
+    for own in rows.values():
+        for row in own:
+            tokens = row.usage.get("context_tokens", 0)
+            longest[row.task, row.id] = max(tokens, longest.get((row.task, row.id), 0))
+    return lambda row: longest[row.task, row.id] or None
+
+
+def _sweep(rows: Mapping[str, Sequence[Row]], value: Callable) -> list[dict[str, Any]]:
+    first = next(iter(rows.values()))
+    values = np.array([np.nan if (v := value(row)) is None else v for row in first], dtype=float)
+    known = np.flatnonzero(~np.isnan(values))
+    if len(known) < 2 * MIN_ROWS or len(set(values[known])) < 2:
+        return []
+    edges = np.unique(np.quantile(values[known], np.linspace(0, 1, NUM_BINS + 1)))
+    bins = np.clip(np.searchsorted(edges, values[known], side="right") - 1, 0, len(edges) - 2)
+    found = []
+    for number in range(len(edges) - 1):
+        members = known[bins == number]
+        if len(members) >= MIN_ROWS:
+            span = {"from": float(values[members].min()), "to": float(values[members].max())}
+            found.append(span | {"n": len(members), "scores": _scores(rows, members)})
+    return found
+
+
+def _scores(rows: Mapping[str, Sequence[Row]], members: np.ndarray) -> dict[str, Any]:
+    scores = {label: [own[i].score for i in members] for label, own in rows.items()}
+    drawn = PairedBootstrap(scores, num_resamples=2000)
+    found = {label: drawn.mean(label) for label in scores}
+    return {label: {"score": m, "ci95": [low, high]} for label, (m, low, high) in found.items()}

@@ -1,0 +1,230 @@
+"""Choosing a method's parameters on held-out questions: every point of a grid."""
+
+from __future__ import annotations
+
+import multiprocessing
+import re
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from threading import BrokenBarrierError
+from typing import Any, NamedTuple
+
+from blocktune.data.sources.catalog import CATALOG
+from blocktune.evaluation.prepare import Load, load_engine
+from blocktune.evaluation.processes import PATIENCE, Processes
+from blocktune.evaluation.runner import run_suite
+from blocktune.evaluation.suite import MethodSpec, Suite, TtftSpec
+from blocktune.evaluation.task import TaskSpec, with_task
+from blocktune.files import replace_json
+from blocktune.methods import build_entry
+from blocktune.parsing import entries, load_spec, read
+
+OWN_KEYS = ("budget",)
+"""Keys of a method's entry that a path without a dot may name; others are the preset's."""
+TEST = re.compile(r"(?<![a-z])test(?![a-z])")
+
+
+class Point(NamedTuple):
+    """One choice of values: its label, the values by path, and the method's entry."""
+
+    label: str
+    values: dict[str, Any]
+    entry: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TuneSpec:
+    """A tuning run.
+
+    Attributes:
+        model: Path or hub name of the base model.
+        method: A name, a composition as one says it, or an entry as in a suite.
+        grid: Values to try, by what they are of: a parameter of the preset (``ratio``), ``budget``,
+            or a path into the entry (``layout.num_ghosts``, ``select.deviation.ratio``).
+        task: Held-out questions to choose by; its ``metric`` decides.
+        adapter: Folder of the adapter, or None.
+        dtype: Of weights and caches.
+        quantize: As in a suite.
+        device: As in a suite.
+        seed: Of the bootstrap.
+        batch_size: Prompts answered at a time.
+
+    Raises:
+        ValueError: If the grid is empty, a value is no list, a method cannot be built, or the
+            questions are of a test split.
+    """
+
+    model: str
+    method: Any
+    grid: Mapping[str, Any]
+    task: TaskSpec
+    adapter: str | None = None
+    dtype: str = "auto"
+    quantize: str | None = None
+    device: str | None = None
+    seed: int = 0
+    batch_size: int = 16
+
+    def __post_init__(self):
+        refuse_test(self.task.source)
+        if not self.grid:
+            raise ValueError("grid must name at least one parameter with its values")
+        for path, values in self.grid.items():
+            entries(values, f"grid '{path}'")
+        for point in self.points():
+            build_entry(point.entry)  # a wrong name or value is refused before anything runs
+
+    def points(self) -> Iterator[Point]:
+        """Every combination of the grid's values, the last path changing fastest."""
+        for values in product(*self.grid.values()):
+            chosen = dict(zip(self.grid, values, strict=True))
+            label = ",".join(f"{path}={value}" for path, value in chosen.items())
+            yield Point(label, chosen, _entry(self.method, chosen))
+
+    def suite(self) -> Suite:
+        """The run as a suite with a method per point, nothing timed."""
+        keys = ("model", "dtype", "quantize", "device", "seed", "batch_size")
+        methods = tuple(
+            MethodSpec(**p.entry, adapter=self.adapter, label=p.label) for p in self.points()
+        )
+        given = {key: getattr(self, key) for key in keys}
+        return Suite(**given, methods=methods, tasks=(self.task,), ttft=TtftSpec(num=0))
+
+
+def load_tuning(path: str | Path) -> TuneSpec:
+    """Reads a tuning run from strict YAML; see `load_spec` for its errors."""
+    return load_spec(path, "tuning run", "see eval/tuning/ for examples", parse_tuning)
+
+
+def parse_tuning(record: Any, where: str = "tuning run") -> TuneSpec:
+    """Builds a run from decoded YAML; ``where`` opens every error.
+
+    Raises:
+        ValueError: If a key is unknown or missing, or a value is not accepted.
+    """
+    return read(TuneSpec, with_task(record, where), where)
+
+
+def refuse_test(source: str) -> None:
+    """Refuses questions that a final comparison is made on.
+
+    Raises:
+        ValueError: If the split, an option or the file's name says ``test``.
+    """
+    name, _, options = source.partition("?")
+    default = CATALOG[name].split if name in CATALOG and "split=" not in options else ""
+    shown = f"{Path(name).name}?{options}?{default}".lower()  # not the folders above a file
+    if TEST.search(shown):
+        raise ValueError(
+            f"'{source}' is a test split; parameters are tuned on held-out questions, such as "
+            "'worlds:dev', and compared on the test split once"
+        )
+
+
+def _entry(method: Any, chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """The method's entry with the chosen values in it."""
+    entry = {"name": method} if isinstance(method, str) else deepcopy(dict(method))
+    entry.setdefault("name", entry.get("preset"))
+    for path, value in chosen.items():
+        first, *rest = path.split(".")
+        keys = [first, *rest] if rest or first in OWN_KEYS else ["params", first]
+        _set(entry, keys, value, path)
+    return entry
+
+
+def _set(entry: dict[str, Any], keys: list[str], value: Any, path: str) -> None:
+    for key in keys[:-1]:
+        entry = entry.setdefault(key, {})
+        if not isinstance(entry, dict):
+            raise ValueError(f"grid '{path}': '{key}' of the method is no mapping, got {entry!r}")
+    entry[keys[-1]] = value
+
+
+TUNED = "tuned.json"
+
+
+def tune(
+    spec: TuneSpec,
+    output: str | Path,
+    *,
+    processes: int = 1,
+    command: list[str] | None = None,
+    load: Load = load_engine,
+) -> dict[str, Any]:
+    """Tries every point; a run that was stopped goes on where it was.
+
+    Args:
+        spec: What to try, on which questions.
+        output: Folder for rows, ``results.json`` and ``tuned.json``.
+        processes: Processes of this machine that share the questions.
+        command: What the user typed, for the provenance.
+        load: How weights are loaded; several processes always load them by `load_engine`.
+
+    Returns:
+        What ``tuned.json`` holds: ``best`` (values, entry, score with interval, cost), all
+        ``points`` from best to worst, and the provenance. The best of several points is chosen by
+        its score on these questions, so that score flatters it: measure it on others.
+
+    Raises:
+        ValueError: In one line and before the first question, if anything cannot be run.
+    """
+    suite, output = spec.suite(), Path(output)
+    if processes == 1:
+        results = run_suite(suite, output, command=command, load=load)
+    else:
+        results = _together(suite, output, processes, command)
+    tuned = _ranked(spec, results)
+    replace_json(output / TUNED, tuned)
+    return tuned
+
+
+def _ranked(spec: TuneSpec, results: Mapping[str, Any]) -> dict[str, Any]:
+    """Points by score, the cheaper one first where two are equal."""
+    kept = ("score", "score_ci95", "n", "recompute_ratio")
+    points = [
+        {"label": point.label, "values": point.values, "entry": point.entry}
+        | {key: results["methods"][point.label][key] for key in kept}
+        for point in spec.points()
+    ]
+    points.sort(key=lambda point: (-point["score"], point["recompute_ratio"]))
+    task = {"name": spec.task.name, "source": spec.task.source, "metric": spec.task.metric}
+    provenance = results["provenance"]
+    return {"best": points[0], "points": points, "task": task, "provenance": provenance}
+
+
+def _together(suite: Suite, output: Path, count: int, command: list[str] | None) -> dict[str, Any]:
+    """Runs a suite in several processes; this one is the first, and reports."""
+    context = multiprocessing.get_context("spawn")
+    barrier = context.Barrier(count)
+    others = [
+        context.Process(target=_share, args=(suite, output, rank, count, barrier), daemon=True)
+        for rank in range(1, count)
+    ]
+    for other in others:
+        other.start()
+    try:
+        mine = Processes(0, count, wait=_waiting(barrier))
+        return run_suite(suite, output, command=command, processes=mine)
+    except BrokenBarrierError:
+        raise ValueError("a process of the tuner failed; its error stands above") from None
+    finally:
+        barrier.abort()
+        for other in others:
+            other.join()
+
+
+def _share(suite: Suite, output: Path, rank: int, count: int, barrier: Any) -> None:
+    try:
+        run_suite(suite, output, processes=Processes(rank, count, wait=_waiting(barrier)))
+    except BrokenBarrierError:
+        return  # another one failed, or the main one needs nothing more
+    except BaseException:
+        barrier.abort()
+        raise
+
+
+def _waiting(barrier: Any):
+    return lambda: barrier.wait(PATIENCE.total_seconds())

@@ -1,0 +1,166 @@
+"""Methods as one says them: ``block-attention + deviation 15 %``, and as YAML entries.
+
+```text
+method = term { " + " term }
+term   = NAME [ NUMBER [ "%" ] ] { KEY=VALUE }
+```
+The first term is a preset; each further one a selector, a reshape, another preset, or ``layout
+KEY=VALUE``. A number with ``%`` is a budget, the share of the context tokens that may be computed
+afresh; without, it is the term's first parameter: ``epic 8`` is ``epic k=8``. Values are YAML
+without spaces. Where a selector or a reshape and a preset share a name, they mean the same.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+import yaml
+
+from blocktune.methods.base import METHODS, Axis, Method
+from blocktune.methods.composition import TABLES, compose
+from blocktune.prompt import LayoutSpec
+from blocktune.registry import Registry
+
+TERM = re.compile(
+    r"(?P<name>[^\s=%]+)(?:\s+(?P<number>\d+(?:\.\d+)?)\s*(?P<percent>%)?)?"
+    r"(?P<pairs>(?:\s+[^\s=]+=\S+)*)"
+)
+FORM = "a method is written 'preset + selector 15 % key=value'"
+LAYOUT = "layout"
+ENTRY_KEYS = ("name", "preset", "params", "select", "reshape", "layout", "budget", "layer_budget")
+
+
+def build(method: str, **parameters: Any) -> Method:
+    """Builds a method from its name, or from a composition as one says it.
+
+    Args:
+        method: Such as ``epic``, ``kvlink + epic``, ``block-attention + deviation 15 %``.
+        parameters: Of the first preset, instead of its defaults.
+
+    Raises:
+        ValueError: In one line, if it cannot be read, or a name, a parameter or a value is wrong.
+    """
+    texts = [" ".join(part.split()) for part in re.split(r"\s\+\s", f" {method} ")]
+    _require_preset(texts[0])
+    base = _preset(texts[0], parameters)
+    if len(texts) == 1:
+        return base
+    whole = " + ".join(texts)
+    terms, given = [base], {}
+    for text in texts[1:]:
+        axis, value = _term(text)
+        if axis is None:
+            terms.append(value)
+        elif axis in given:
+            raise ValueError(f"'{whole}' decides '{axis}' twice; drop one")
+        else:
+            given[axis] = value
+    return compose(*terms, **given, name=whole)
+
+
+def build_entry(entry: str | Mapping[str, Any]) -> Method:
+    """Builds a method from a YAML entry.
+
+    Args:
+        entry: A name, a composition as one says it, or a mapping such as ``{name: mine, preset:
+            block-attention, select: {deviation: {ratio: 0.15}}}``. Without ``preset``, ``name``
+            says the method; ``params`` are the preset's; the other keys are those of `compose`.
+
+    Raises:
+        ValueError: If a key is unknown or a value is not accepted.
+    """
+    if isinstance(entry, str):
+        return build(entry)
+    if unknown := sorted(entry.keys() - set(ENTRY_KEYS)):
+        raise ValueError(f"unknown key '{unknown[0]}'; known: {', '.join(ENTRY_KEYS)}")
+    preset = entry.get("preset") or entry.get("name")
+    if not isinstance(preset, str):
+        raise ValueError(f"a method needs a 'name' or a 'preset', got {dict(entry)!r:.60}")
+    base = build(preset, **(entry.get("params") or {}))
+    given = {key: entry[key] for key in ENTRY_KEYS[3:] if key in entry}
+    if not given:
+        return base
+    name = entry["name"] if "name" in entry and "preset" in entry else None
+    return compose(base, **given, name=name)
+
+
+def parse_method(text: str, parameters: Mapping[str, Any] | None = None) -> Method:
+    """Builds a method from the command line: as one says it, or a YAML or JSON mapping.
+
+    Raises:
+        ValueError: If it cannot be read, or parameters are given twice.
+    """
+    if not text.lstrip().startswith("{"):
+        return build(text, **(parameters or {}))
+    try:
+        entry = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--method: not YAML ({' '.join(str(error).split())})") from None
+    if parameters:
+        raise ValueError("parameters of a method given as a mapping stand in it, under 'params'")
+    return build_entry(entry)
+
+
+def _require_preset(text: str) -> None:
+    """Says what to write where someone starts with a value of an axis."""
+    name = _match(text)["name"]
+    tables = [table for table in TABLES.values() if name in table.table()]
+    if tables and name not in METHODS.table():
+        raise ValueError(f"'{name}' is a {tables[0].what}; start with a preset: 'naive + {text}'")
+
+
+def _term(text: str) -> tuple[str | None, Any]:
+    """The argument of `compose` that a term is, and its value; None: another preset."""
+    name = _match(text)["name"]
+    if name == LAYOUT:
+        return LAYOUT, _parameters(text, LayoutSpec)
+    for axis, table in TABLES.items():
+        if name in table.table():
+            return axis.name.lower(), _value(text, table)
+    return None, _preset(text, {})
+
+
+def _preset(text: str, parameters: Mapping[str, Any]) -> Method:
+    match = _match(text)
+    cls = METHODS.find(match["name"])
+    method = METHODS.build(match["name"], **(_parameters(text, cls) | parameters))
+    # A wrong value is refused here, not in the middle of a run.
+    method.arrange(LayoutSpec()), method.selection(), method.reshape()
+    return compose(method, budget=_share(match), name=text) if match["percent"] else method
+
+
+def _value(text: str, registry: Registry) -> Any:
+    match = _match(text)
+    value = registry.build(match["name"], **_parameters(text, registry.find(match["name"])))
+    if not match["percent"]:
+        return value
+    if registry is not TABLES[Axis.SELECT]:
+        raise ValueError(f"'{text}': a {registry.what} takes no budget; drop the '%'")
+    return value.with_budget(_share(match))
+
+
+def _share(match: re.Match) -> float:
+    return round(float(match["number"]) / 100, 12)  # 15 % is 0.15
+
+
+def _parameters(text: str, cls: type) -> dict[str, Any]:
+    """The parameters of a term; a plain number is the first one."""
+    match = _match(text)
+    pairs = [pair.partition("=") for pair in match["pairs"].split()]
+    parameters = {key: yaml.safe_load(value) for key, _, value in pairs}
+    if match["number"] and not match["percent"]:
+        known = [field.name for field in fields(cls)]
+        if not known:
+            raise ValueError(f"'{match['name']}' takes no parameters, got '{text}'")
+        parameters = {known[0]: yaml.safe_load(match["number"])} | parameters
+    return parameters
+
+
+def _match(text: str) -> re.Match:
+    match = TERM.fullmatch(text)
+    if match is None:
+        raise ValueError(f"cannot read '{text}' as part of a method; {FORM}")
+    return match

@@ -1,0 +1,73 @@
+"""Plain reuse on weights that were trained for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from blocktune.methods.base import Method, Weights, register
+from blocktune.prompt import LayoutSpec
+
+
+@register("block-attention")
+@dataclass(frozen=True)
+class BlockAttention(Method):
+    """Plain reuse on weights fine-tuned with block attention: nothing is recomputed."""
+
+    source: ClassVar[str] = "https://arxiv.org/abs/2409.15355"
+    weights: ClassVar[Weights] = Weights.BLOCK
+
+
+@register("kvlink")
+@dataclass(frozen=True)
+class KVLink(Method):
+    """Plain reuse with trained link tokens beside each chunk, computed over all before them."""
+
+    source: ClassVar[str] = "https://arxiv.org/abs/2502.16002"
+    weights: ClassVar[Weights] = Weights.LINKS
+    # Links stand between the chunk and the question; a full prefill has none.
+    exact_on_one_chunk: ClassVar[bool] = False
+
+
+PLACEMENTS = {"reordered": "sequential", "composite": "composite"}
+
+
+@register("turborag")
+@dataclass(frozen=True)
+class TurboRag(Method):
+    """Plain reuse of chunks between document markers, on weights trained with block attention.
+
+    The markers are the adapter's learned tokens, one before and one after each chunk.
+    ``positions: reordered`` moves the chunks one after the other, ``composite`` leaves each
+    where it was encoded, from 0.
+    """
+
+    source: ClassVar[str] = "https://arxiv.org/abs/2410.07590"
+    weights: ClassVar[Weights] = Weights.WRAPS
+    # Markers stand around the chunk; a full prefill has none.
+    exact_on_one_chunk: ClassVar[bool] = False
+    positions: str = "reordered"
+
+    def __post_init__(self):
+        if self.positions not in PLACEMENTS:
+            known = " or ".join(PLACEMENTS)
+            raise ValueError(f"positions must be {known}, got {self.positions!r}")
+
+    def arrange(self, spec: LayoutSpec) -> LayoutSpec:
+        """Chunks one after the other, or all from position 0."""
+        return replace(spec, placement=PLACEMENTS[self.positions])
+
+
+@register("kv-packet")
+@dataclass(frozen=True)
+class KVPacket(Method):
+    """Plain reuse of chunks that were encoded between a learned header and trailer.
+
+    Header and trailer are stored with the chunk and seen like its tokens. The paper learns 8 and 8
+    by distillation and leaves the base as it is.
+    """
+
+    source: ClassVar[str] = "https://arxiv.org/abs/2604.13226"
+    weights: ClassVar[Weights] = Weights.WRAPS
+    # Header and trailer stand around the chunk; a full prefill has none.
+    exact_on_one_chunk: ClassVar[bool] = False

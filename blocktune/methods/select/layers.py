@@ -1,0 +1,142 @@
+"""Selection of layers: one range of them, or a second choice at a deeper layer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from blocktune.layout import Layout
+from blocktune.methods.registry import SELECTORS
+from blocktune.methods.select.base import Selection, selectable
+from blocktune.methods.select.budget import require_layer, require_share, top_share
+from blocktune.methods.select.check import Check
+from blocktune.methods.select.deviation import FIRST, distance
+
+
+@SELECTORS.register("layer-range")
+@dataclass(frozen=True)
+class LayerRange(Selection):
+    """Every token in a contiguous range of layers, none in the others.
+
+    The first of these layers starts from the states that the chunks carried into it.
+
+    Attributes:
+        first_layer: First layer (0-based) of the range.
+        ratio: Share of the model's layers in the range, rounded up.
+
+    Raises:
+        ValueError: If a value is out of range.
+
+    Source: DroidSpeak arXiv:2411.02820: on average 11 % of the layers are critical. Which ones is
+    for `blocktune.engine.layer_profile` to find out; the default begins at the first layer
+    whose keys depend on the context.
+    """
+
+    source: ClassVar[str] = "https://arxiv.org/abs/2411.02820"
+    first_layer: int = 1
+    ratio: float = 0.11
+
+    def __post_init__(self):
+        require_layer("first_layer", self.first_layer, 0, "0-based")
+        require_share("ratio", self.ratio)
+
+    @property
+    def min_layers(self) -> int:
+        """See `Selection.min_layers`."""
+        return self.first_layer + 1
+
+    def with_budget(self, ratio: float) -> Selection:
+        """See `Selection.with_budget`: all layers are a range that begins at 0."""
+        return replace(self, ratio=ratio, first_layer=0 if ratio == 1 else self.first_layer)
+
+    def layers(self, num_layers: int) -> range:
+        """The range in a model of ``num_layers``; cut off at the last one."""
+        length = math.ceil(self.ratio * num_layers - 1e-9)
+        return range(self.first_layer, min(self.first_layer + length, num_layers))
+
+    def spends(self, num_layers: int) -> float:
+        """See `Selection.spends`."""
+        return len(self.layers(num_layers)) / num_layers
+
+    def start(self, layout: Layout) -> Tensor:
+        """See `Selection.start`."""
+        from_below = self.first_layer == 0 and self.ratio > 0
+        return selectable(layout) if from_below else torch.zeros_like(layout.is_context)
+
+    def widens(self, num_layers: int) -> tuple[int, ...]:
+        """See `Selection.widens`."""
+        return (self.first_layer,) if self.first_layer and self.layers(num_layers) else ()
+
+    def checks(self, num_layers: int) -> tuple[int, ...]:
+        """See `Selection.checks`."""
+        layers = self.layers(num_layers)
+        return (layers.stop,) if layers and layers.stop < num_layers else ()
+
+    def refine(self, check: Check) -> Tensor:
+        """See `Selection.refine`: the range is over."""
+        return torch.zeros_like(check.eligible)
+
+
+@SELECTORS.register("reselect")
+@dataclass(frozen=True)
+class Reselect(Selection):
+    """Chooses by key deviation at one layer, and once more, among all tokens, at a deeper one.
+
+    At ``restart_layer`` the tokens that were dropped come back with the states that their chunks
+    carried into it; the layer is computed for all, and the keys of the next one decide. (Keys of
+    the layer itself cannot: made from stored states, they are the cached ones.)
+
+    Attributes:
+        ratio: Share of the context tokens that stays fresh after either choice, in [0, 1].
+        check_layer: Layer (0-based) of the first choice.
+        restart_layer: Layer that is computed for all tokens again.
+
+    Raises:
+        ValueError: If a value is out of range.
+
+    Source: DroidSpeak (arXiv:2411.02820) as arXiv:2603.20218, section 4.1, adapts it to chunks.
+    """
+
+    source: ClassVar[str] = "https://arxiv.org/abs/2603.20218"
+    ratio: float = 0.15
+    check_layer: int = 1
+    restart_layer: int = 5
+
+    def __post_init__(self):
+        require_share("ratio", self.ratio)
+        require_layer("check_layer", self.check_layer, 1, FIRST)
+        least = self.check_layer + 1
+        require_layer("restart_layer", self.restart_layer, least, "after the check layer")
+
+    @property
+    def min_layers(self) -> int:
+        """See `Selection.min_layers`: one layer is needed to compare keys in after the restart."""
+        return self.restart_layer + 2
+
+    def spends(self, num_layers: int) -> float:
+        """See `Selection.spends`."""
+        if not self.ratio:
+            return 0.0
+        full = self.check_layer + 1
+        return (full + self.ratio * (num_layers - full)) / num_layers
+
+    def start(self, layout: Layout) -> Tensor:
+        """See `Selection.start`: without a budget there is nothing to choose."""
+        return selectable(layout) & (self.ratio > 0)
+
+    def checks(self, num_layers: int) -> tuple[int, ...]:
+        """See `Selection.checks`."""
+        return (self.check_layer, self.restart_layer + 1)
+
+    def widens(self, num_layers: int) -> tuple[int, ...]:
+        """See `Selection.widens`."""
+        return (self.restart_layer,) if self.ratio else ()
+
+    def refine(self, check: Check) -> Tensor:
+        """See `Selection.refine`."""
+        scores = distance(check.fresh.keys, check.cached.keys)
+        return top_share(scores, check.eligible, check.context_tokens, self.ratio)

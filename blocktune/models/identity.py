@@ -1,0 +1,129 @@
+"""Which base, tokenizer and adapter it is, as digests that name no path."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from blocktune.models.sharded import gathered, whole_shape
+
+SAMPLES = 64
+"""Elements read of each weight, at even strides."""
+QUANTISED = "quantised"
+"""Stands for the linear weights of a quantised base, which cannot be compared with plain ones."""
+_ARCHITECTURE = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "tie_word_embeddings",
+    "rms_norm_eps",
+    "sliding_window",
+    "rope_parameters",
+)
+_TRAINED = ("lora_", "trainable_tokens", "blocktune_links", "modules_to_save.")
+
+
+def base_fingerprint(model: PreTrainedModel, state: Mapping[str, Tensor] | None = None) -> str:
+    """Digest of a base model, the same with and without a PEFT adapter or links around it.
+
+    Weights are sampled and compared as bfloat16, so a float32 and a bfloat16 load of one
+    checkpoint agree. A 4- or 8-bit base has only embeddings and norms to compare.
+
+    Args:
+        model: Base model or PEFT wrapper; not merged, not resized.
+        state: Its weights by name, where a launch has split those in ``model`` over processes.
+
+    Returns:
+        Three parts joined by ``-``: architecture, plain weights, linear weights or `QUANTISED`.
+
+    Raises:
+        ValueError: If a weight is not in memory.
+    """
+    config = model.config.get_text_config().to_dict()
+    shape = {name: config.get(name) for name in _ARCHITECTURE}
+    plain, linear = hashlib.sha256(), hashlib.sha256()
+    quantised = False
+    for name, weight in _base_weights(model, state):
+        is_linear = len(whole_shape(weight)) != 1 and "embed" not in name
+        quantised |= not weight.is_floating_point()
+        with gathered(weight):
+            (linear if is_linear else plain).update(name.encode() + _sample(name, weight))
+    parts = (_digest(shape), plain.hexdigest()[:16], linear.hexdigest()[:16])
+    return "-".join((*parts[:2], QUANTISED if quantised else parts[2]))
+
+
+def same_base(one: str, other: str) -> bool:
+    """Whether two `base_fingerprint`s can be of one checkpoint."""
+    pairs = zip(one.split("-"), other.split("-"), strict=False)
+    return one.count("-") == other.count("-") and all(
+        left == right or QUANTISED in (left, right) for left, right in pairs
+    )
+
+
+def adapter_fingerprint(folder: str | Path) -> str:
+    """Digest of an adapter's weights, the same wherever it lies and whatever names its base.
+
+    Args:
+        folder: With ``*.safetensors``, each read whole.
+
+    Returns:
+        16 hex digits.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        digest.update(f"{path.name} {content}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Digest of what turns text into ids: rules, vocabulary, special tokens, chat template.
+
+    Padding and truncation are left out: transformers writes the last call's into the backend.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
+    if backend is not None:
+        rules = {key: rules[key] for key in rules if key not in ("padding", "truncation")}
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return _digest({"rules": rules, "special": special, "template": tokenizer.chat_template})
+
+
+def _base_weights(
+    model: PreTrainedModel, state: Mapping[str, Tensor] | None
+) -> Iterator[tuple[str, Tensor]]:
+    for name, weight in model.named_parameters():
+        if not any(mark in name for mark in _TRAINED):
+            weight = weight if state is None else state[name]
+            name = name.removeprefix("base_model.model.").replace(".base_layer", "")
+            yield name.replace(".token_adapter", "").replace(".original_module", ""), weight
+
+
+def _sample(name: str, weight: Tensor) -> bytes:
+    if weight.is_meta:
+        raise ValueError(
+            f"cannot fingerprint '{name}': its weights are not in memory; load the model without "
+            "offloading to disk"
+        )
+    if not weight.is_floating_point():
+        return b""
+    flat = weight.detach().reshape(-1)
+    sample = flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES].to(torch.bfloat16).contiguous()
+    return sample.cpu().view(torch.uint8).numpy().tobytes()
+
+
+def _digest(value: Mapping) -> str:
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,124 @@
+"""Methods put together: as one says them, in YAML and in Python."""
+
+import inspect
+
+import pytest
+from engine.served import ASK
+
+from blocktune.methods import (
+    Axis,
+    Composition,
+    Method,
+    Weights,
+    build,
+    build_entry,
+    compose,
+    parse_method,
+)
+from blocktune.methods.reshape import ScaledContext
+from blocktune.methods.select import Deviation, FirstK, Nothing
+from blocktune.prompt import LayoutSpec
+from blocktune.testing import specimen_engine
+
+
+@pytest.mark.parametrize(
+    ("text", "selection", "weights"),
+    [
+        ("block-attention + deviation 15 %", Deviation(ratio=0.15), Weights.BLOCK),
+        ("kvlink + epic", FirstK(k=16), Weights.LINKS),
+        ("kvlink + epic 8", FirstK(k=8), Weights.LINKS),
+        ("epic 15%", FirstK(share=0.15), Weights.ANY),
+        ("naive + deviation 0.3 check_layer=2", Deviation(0.3, 2), Weights.ANY),
+        ("naive  +  first-k k=4", FirstK(k=4), Weights.ANY),
+    ],
+)
+def test_a_method_is_what_one_says(text, selection, weights):
+    method = build(text)
+    assert (method.selection(), method.weights) == (selection, weights)
+    assert method.name == " ".join(text.split())
+
+
+def test_presets_that_decide_other_axes_add_up():
+    method = build("kvlink + link0 + scaled-context 0.8 + deviation 30 %")
+    trained = LayoutSpec(num_links=2)
+    assert method.layout(trained).num_links == 2
+    assert method.layout(trained).num_ghosts == build("link0").arrange(trained).num_ghosts
+    assert method.reshape() == ScaledContext(temperature=0.8)
+    assert method.axes == frozenset(Axis)
+
+
+def test_yaml_and_python_say_the_same():
+    entry = {"name": "mine", "preset": "block-attention", "select": {"deviation": {"ratio": 0.3}}}
+    made = compose("block-attention", select=Deviation(ratio=0.3), name="mine")
+    assert build_entry(entry) == made
+    assert (
+        parse_method(
+            '{"name": "mine", "preset": "block-attention", "select": {"deviation": {"ratio": 0.3}}}'
+        )
+        == made
+    )
+    assert compose("block-attention", select={"deviation": {"ratio": 0.3}}, name="mine") == made
+    assert compose("epic", budget=0.2).selection() == FirstK(share=0.2)
+
+
+def test_a_composition_is_named_as_one_would_write_it():
+    method = compose(
+        build("epic", k=4), "link0", reshape="scaled-context", layout={"placement": "parallel"}
+    )
+    assert method.name == "epic k=4 + link0 + layout placement=parallel + scaled-context"
+    assert build(method.name).selection() == method.selection()
+
+
+def test_null_is_plain_reuse_on_that_axis():
+    psr = build_entry({"name": "x", "preset": "psr", "select": None, "reshape": None})
+    assert psr.selection() == Nothing()
+    assert psr.reshape() is None
+    assert psr.arrange(LayoutSpec()) == build("psr").arrange(LayoutSpec())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("naive + nope", "unknown reuse method 'nope'; available: "),
+        ("deviation 15 %", "'deviation' is a selector; start with a preset: 'naive \\+ deviation"),
+        ("kvlink + epic + cacheblend", "'epic' and 'cacheblend' both decide the axis 'select'"),
+        ("naive + epic + first-k + deviation", "decides 'select' twice"),
+        ("block-attention + kvlink", "trained for 'block attention' and 'link tokens' at once"),
+        ("full-prefill + deviation 15 %", "'full-prefill' takes no chunk from a cache"),
+        ("naive + scaled-context 15 %", "a reshape takes no budget"),
+        ("naive + nothing 15 %", "selector 'nothing' takes no budget"),
+        ("naive + deviation 150 %", r"ratio must be a share .* got 1.5"),
+        ("naive + deviation rato=1", "'deviation' takes ratio, .* got unknown rato"),
+        ("naive + layout num_links=3", "layout: cannot set 'num_links' of a method; known: "),
+        ("naive + layout placement=up", "layout 'placement' must be sequential or parallel"),
+        ("naive 3", "'naive' takes no parameters, got 'naive 3'"),
+        ("naive + ", "cannot read '' as part of a method"),
+        ("{preset: epic, budgt: 0.15}", "unknown key 'budgt'; known: name, preset, params"),
+        ("{preset: epic, select: {deviation: 3}}", "takes a mapping of parameters, got 3"),
+        ("{preset: epic", "--method: not YAML"),
+        ("{select: deviation}", "a method needs a 'name' or a 'preset'"),
+    ],
+)
+def test_mistakes_are_one_clear_line(text, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        parse_method(text)
+    assert "\n" not in str(caught.value)
+
+
+def test_links_are_never_served_in_silence():
+    engine = specimen_engine(Weights.LINKS)
+    wanted = r"'epic' does not say that it serves link tokens.* 'kvlink', .* 'kvlink \+ epic'"
+    with pytest.raises(ValueError, match=wanted):
+        engine.next_logits([ASK], "epic")
+    few, all_of_them = (
+        engine.next_logits([ASK], "kvlink"),
+        engine.next_logits([ASK], "kvlink + epic"),
+    )
+    assert not few.equal(all_of_them)
+
+
+def test_a_composition_passes_on_everything_that_a_method_says():
+    said = {name for name in vars(Method) if not name.startswith("_")}
+    said -= {"layout", "selection_for"}  # made of the others
+    said |= set(inspect.get_annotations(Method))
+    assert said <= set(vars(Composition))

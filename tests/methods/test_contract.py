@@ -1,0 +1,179 @@
+"""The contract that every preset and every value of an axis keeps, also the next one."""
+
+import functools
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from blocktune.check import Subject, check_method, claims, subjects
+from blocktune.check.contract import ALONE_CLAIM
+from blocktune.check.serving import chosen_rows
+from blocktune.methods import Method, build, compose
+from blocktune.methods.reshape import Reshape
+from blocktune.methods.select import Selection
+from blocktune.methods.select.base import selectable
+from blocktune.testing import specimen_engine
+
+COMPOSITIONS = (
+    "block-attention + deviation 15 %",
+    "kvlink + epic 4",
+    "kvlink + link0 + deviation 30 % + scaled-context",
+    "kv-packet + first-k 4",
+    "cache-craft + first-k 4",
+    "cache-craft refresh=1.0",
+)
+SUBJECTS = subjects() | {name: build(name) for name in COMPOSITIONS}
+CASES = [(name, claim) for name, method in SUBJECTS.items() for claim in claims(method)]
+EXCEPTIONS = {
+    "ape",
+    "kv-packet",
+    "kvlink",
+    "link0",
+    "no-context",
+    "p+s+r",
+    "prompt-cache-schema",
+    "psr",
+    "s",
+    "s+p",
+    "turborag",
+}
+
+
+@functools.cache
+def engine(weights, bare=False):
+    return specimen_engine(weights, bare=bare)
+
+
+def subject(method: Method) -> Subject:
+    return Subject(method, engine(method.weights), engine(method.weights, True))
+
+
+@pytest.mark.parametrize(("name", "claim"), CASES)
+@torch.no_grad()
+def test_every_method_keeps_its_contract(name, claim):
+    check = claims(SUBJECTS[name])[claim](subject(SUBJECTS[name]))
+    assert check.passed, check
+
+
+def test_the_exceptions_on_one_chunk_are_these():
+    presets = {name for name in subjects() if " + " not in name}
+    assert {name for name in presets if not build(name).exact_on_one_chunk} == EXCEPTIONS
+
+
+def test_nothing_but_a_bos_of_its_own_keeps_a_chunk_from_being_alone():
+    never = {name for name, method in SUBJECTS.items() if ALONE_CLAIM not in claims(method)}
+    assert never == {"naive + layout bos=drop", "naive + layout bos=keep"}
+    assert not any(SUBJECTS[name].exact_on_one_chunk for name in never)
+
+
+def test_what_keeps_or_hides_more_than_the_rule_says_so():
+    kept = {n for n, m in SUBJECTS.items() if m.selection().keeps_keys}
+    seen = {n for n, m in SUBJECTS.items() if m.selection().sees_future}
+    together = {n for n, m in SUBJECTS.items() if (r := m.reshape()) and not r.keeps_causality}
+    assert kept == {"cacheblend-paper", "cacheblend-repo", "naive + gradual-deviation"}
+    assert seen == set()
+    assert together == {"sel", "naive + top-chunks"}
+
+
+@dataclass(frozen=True)
+class Leaky(Selection):
+    """Recomputes with a mask that sees the future."""
+
+    ratio: float = 0.5
+    sees_future: bool = True
+
+    def start(self, layout):
+        return selectable(layout) & (layout.offset % 2 == 0)
+
+
+@dataclass(frozen=True)
+class Greedy(Selection):
+    """Says that it took a budget, and takes another."""
+
+    ratio: float = 0.5
+
+    def start(self, layout):
+        return selectable(layout) & (layout.offset < 3)
+
+
+@dataclass(frozen=True)
+class Loud(Reshape):
+    """Is not neutral when it says so."""
+
+    def neutral(self):
+        return self
+
+    def scores(self, scores, seen, choice):
+        return scores * 1.5
+
+
+@dataclass(frozen=True)
+class Late(Reshape):
+    """Acts on a row that comes alone: on decoded ones."""
+
+    def neutral(self):
+        return self
+
+    def scores(self, scores, seen, choice):
+        return scores * (2 if scores.shape[2] == 1 else 1)
+
+
+@dataclass(frozen=True)
+class Moved(Method):
+    """Calls itself exact on one chunk and encodes it after blanks."""
+
+    def arrange(self, spec):
+        return replace(spec, num_ghosts=2)
+
+
+@dataclass(frozen=True)
+class Forgetful(Selection):
+    """Chooses by what stands beside a prompt in its batch."""
+
+    def start(self, layout):
+        return selectable(layout) & (layout.offset < layout.batch_size)
+
+
+BROKEN = {
+    "no token sees a later one": lambda: compose("naive", select=Leaky()),
+    "a budget of nothing or all = nothing or all": lambda: compose("naive", select=Greedy()),
+    "everything fresh = full prefill of the same rows": lambda: compose("naive", reshape=Loud()),
+    "all but what wraps chunks fresh = one dense forward": lambda: compose(
+        "kv-packet", reshape=Loud()
+    ),
+    "decoding = one forward": lambda: compose("naive", reshape=Late()),
+    "a neutral reshape = none": lambda: compose("naive", reshape=Loud()),
+    "batch = single": lambda: compose("naive", select=Forgetful()),
+    "one chunk alone = full prefill, or a declared exception": Moved,
+}
+
+
+@pytest.mark.parametrize("claim", BROKEN)
+@torch.no_grad()
+def test_a_method_that_breaks_a_claim_is_found_out(claim):
+    broken = BROKEN[claim]()
+    assert not claims(broken)[claim](subject(broken)).passed
+
+
+@pytest.mark.parametrize("claim", ["nothing fresh = plain reuse, as one dense forward"])
+@torch.no_grad()
+def test_keys_that_stay_where_they_were_made_are_found_out(claim, monkeypatch):
+    monkeypatch.setattr(
+        "blocktune.engine.key_relocation.rotate_keys", lambda keys, rotation, out: out.copy_(keys)
+    )
+    assert not claims(build("naive"))[claim](subject(build("naive"))).passed
+
+
+@torch.no_grad()
+def test_what_recalls_is_checked_on_chunks_that_it_recalls():
+    checked = subject(build("cache-craft"))
+    run = checked.run(checked.method)
+    assert run.assembled.hits == [3]
+    assert 0 < len(chosen_rows(run)[0]) < int(run.batch.layout.is_context.sum())
+
+
+def test_the_contract_of_one_method_can_be_asked_for():
+    checks = check_method(build("epic", k=2))
+    assert [check.name for check in checks] == list(claims(build("epic")))
+    assert all(check.passed for check in checks)

@@ -1,0 +1,164 @@
+"""A method, a selector and a reshape of somebody else: one file, and they are everywhere."""
+
+import json
+import os
+import sys
+
+import pytest
+import yaml
+from commands.conftest import *  # noqa: F403
+
+from blocktune import plugins
+from blocktune.check import check_method, claims, subjects
+from blocktune.data import load_examples, write_jsonl
+from blocktune.methods import build
+from blocktune.methods.base import METHODS
+from blocktune.methods.reshape import RESHAPES
+from blocktune.methods.select import SELECTORS
+
+PLUGIN = '''
+from dataclasses import dataclass
+from typing import ClassVar
+
+from blocktune.methods.reshape import RESHAPES, Reshape
+from blocktune.methods import Method, register
+from blocktune.methods.select import SELECTORS, Selection
+from blocktune.methods.select.base import selectable
+
+
+@SELECTORS.register("every-nth")
+@dataclass(frozen=True)
+class EveryNth(Selection):
+    """Every n-th token of each chunk."""
+
+    source: ClassVar[str] = "https://example.org/nth"
+    n: int = 2
+
+    def start(self, layout):
+        return selectable(layout) & (layout.offset % self.n == 0)
+
+
+@RESHAPES.register("damped")
+@dataclass(frozen=True)
+class Damped(Reshape):
+    """Scores of reused keys, times a factor."""
+
+    factor: float = 0.9
+
+    def neutral(self):
+        return Damped(1.0)
+
+    def scores(self, scores, seen, choice):
+        return scores.where(~seen.reused[:, None, None], scores * self.factor)
+
+
+@register("nth")
+@dataclass(frozen=True)
+class Nth(Method):
+    """Recomputes every n-th token of each chunk, to see what evenness is worth."""
+
+    source: ClassVar[str] = "https://example.org/nth"
+    n: int = 2
+
+    def selection(self):
+        return EveryNth(self.n)
+'''
+
+
+@pytest.fixture
+def clean(monkeypatch):
+    """Tables and plug-ins are afterwards as they were."""
+    monkeypatch.setenv(plugins.VARIABLE, "")
+    monkeypatch.setattr(plugins, "_loaded", set())
+    for table in (METHODS, SELECTORS, RESHAPES):
+        monkeypatch.setattr(table, "_entries", dict(table.table()))
+
+
+@pytest.fixture
+def file(clean, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(PLUGIN)
+    return path
+
+
+def installed(folder, text):
+    """What `pip install` leaves of a package with an entry point."""
+    (folder / "nth_package.py").write_text(text)
+    info = folder / "nth-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: nth\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[blocktune.plugins]\nnth = nth_package\n")
+
+
+def test_an_option_finds_it_before_and_after_the_command(blocktune, file):
+    for arguments in (
+        ("--plugin", file, "methods", "--json"),
+        ("methods", "--json", "--plugin", file),
+    ):
+        listed = json.loads(blocktune(*arguments).stdout)
+        assert {"nth", "every-nth", "damped"} <= {entry["name"] for entry in listed}
+    assert os.environ[plugins.VARIABLE] == str(file)  # once, and child processes inherit it
+
+
+def test_an_entry_point_finds_it(blocktune, clean, tmp_path, monkeypatch):
+    installed(tmp_path, PLUGIN)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert build("nth").selection().n == 2
+    monkeypatch.delitem(sys.modules, "nth_package")
+
+
+def test_it_composes_and_keeps_its_contract(file):
+    plugins.add(str(file))
+    known = subjects()
+    wanted = {"nth", "naive + every-nth", "naive + damped"}
+    assert wanted <= known.keys()
+    for name in wanted:
+        checks = check_method(known[name])
+        assert [check.name for check in checks] == list(claims(known[name]))
+    assert all(check.passed for check in check_method(build("nth")))
+    assert build("kvlink + every-nth 3").selection().n == 3
+
+
+def test_the_command_checks_it(blocktune, file):
+    done = blocktune("check", "--method", "nth n=3", "--plugin", file, "--json")
+    assert done.exit_code == 0, done.output
+    assert len(json.loads(done.stdout)["checks"]) >= 6
+
+
+def test_a_suite_runs_it(blocktune, refused, model, file, tmp_path):
+    questions = tmp_path / "q.jsonl"
+    write_jsonl(questions, load_examples("worlds:test?n=2&passages=2&kinds=self-contained"))
+    suite = {
+        "model": model,
+        "methods": ["full-prefill", "nth", {"name": "naive + every-nth 3", "label": "third"}],
+        "tasks": [{"name": "mine", "source": str(questions), "max_new_tokens": 2}],
+        "ttft": {"num": 0},
+    }
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(suite))
+    arguments = ("eval", "--suite", tmp_path / "s.yaml", "--output", tmp_path / "out")
+    assert "unknown reuse method 'nth'" in refused(*arguments)
+    done = blocktune(*arguments, "--plugin", file)
+    assert done.exit_code == 0, done.output
+    methods = json.loads((tmp_path / "out" / "results.json").read_text())["methods"]
+    assert methods["nth"]["recompute_ratio"] > methods["third"]["recompute_ratio"] > 0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "no plug-in at '"),
+        ("import nothing_of_that_name", "cannot be loaded: No module named 'nothing_of_that"),
+        ("def broken(:", "cannot be loaded: invalid syntax"),
+        (PLUGIN.replace('"nth"', '"epic"'), "reuse method 'epic' of .* is already taken by"),
+    ],
+)
+def test_what_is_wrong_with_it_is_one_clear_line(refused, clean, tmp_path, text, message):
+    path = tmp_path / "mine.py"
+    if text is not None:
+        path.write_text(text)
+    line = refused("methods", "--plugin", path)
+    assert message.partition(" of .*")[0] in line
+
+
+def test_a_module_by_name_that_is_not_there(refused, clean):
+    assert "plug-in 'not.there' cannot be loaded" in refused("methods", "--plugin", "not.there")
