@@ -12,7 +12,6 @@ from blocktune.commands import (
     data,
     encode,
     evaluate,
-    figure,
     intervals,
     merge,
     methods,
@@ -44,7 +43,6 @@ data.add_to(app)
 encode.add_to(app)
 evaluate.add_to(app)
 intervals.add_to(app)
-figure.add_to(app)
 merge.add_to(app)
 methods.add_to(app)
 push.add_to(app)

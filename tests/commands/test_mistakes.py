@@ -205,9 +205,3 @@ def test_passages_under_another_name(refused, model, tmp_path):
 def test_a_recipe_without_config(refused):
     line = refused("train", "recipes/kvlink.yaml")
     assert "did you mean '--config recipes/kvlink.yaml'?" in line
-
-
-def test_a_page_without_blocks_and_a_folder_of_runs_that_is_not_there(refused, tmp_path):
-    assert "holds no block of a table" in refused("eval", "page", "README.md")
-    line = refused("eval", "page", "eval/results/STUDY.md", "--runs", tmp_path / "none")
-    assert "no folder of runs at" in line

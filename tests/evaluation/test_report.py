@@ -8,7 +8,7 @@ from matplotlib.image import imread
 from rich.console import Console
 
 from blocktune.evaluation.figures import draw_results
-from blocktune.evaluation.findings import findings
+from blocktune.evaluation.findings import findings, power_notes
 from blocktune.evaluation.results import build_results
 from blocktune.evaluation.table import results_table
 
@@ -49,7 +49,7 @@ def test_summaries_are_worked_by_hand():
     assert low < 0.44 < high
     above = kvlink["em_minus"]["full-prefill"]
     assert above["mean"] == pytest.approx((344 - 349) / 400)
-    assert above["ci95"][0] < above["mean"] < above["ci95"][1] <= 0
+    assert above["ci95"][0] < above["mean"] < above["ci95"][1] < 0.001
     assert above["p"] == pytest.approx(2 / 2**5)  # five losses, no win
 
 
@@ -85,7 +85,7 @@ def test_the_table_fits_100_columns_and_shows_every_number():
     assert "…" not in text
     rows = {line.split()[0]: line.split() for line in text.splitlines() if line.strip()}
     numbers = " ".join(rows["kvlink"][1:])
-    assert numbers == "97.0 ±3 92.0 ±5 79.0 ±8 76.0 ±8 98.6 0% 12.0 0.30x 95 %"
+    assert numbers == "97.0 ±4 92.0 ±5 79.0 ±8 76.0 ±8 98.6 0% 12.0 0.30x 95 %"
     assert set(METHODS) <= rows.keys()
 
 
@@ -104,7 +104,7 @@ def test_findings_say_gaps_with_intervals_and_what_is_chance():
 
 def test_a_difference_within_chance_is_called_so():
     results = json.loads(json.dumps(fake_results()))
-    results["methods"]["kvlink"]["score_minus"]["block-attention"]["ci95"] = [-0.01, 0.04]
+    results["methods"]["kvlink"]["score_minus"]["block-attention"]["p_holm"] = 0.2
     assert findings(results)[5].endswith(": within chance at this number of questions.")
     del results["methods"]["naive"]
     assert findings(results) == []
@@ -140,3 +140,21 @@ def test_of_many_methods_only_the_front_is_worth_a_sentence():
     assert loss.startswith("Naive reuse loses")
     assert [gain.split(" closes")[0] for gain in gains] == front
     assert rest.startswith(f"{len(labels) + 9 - len(front)} other methods score no higher")
+
+
+def test_what_the_verdict_calls_chance_is_no_loss():
+    """A difference whose own interval is above 0 is not called a loss where Holm's p is not."""
+    results = json.loads(json.dumps(fake_results()))
+    lost = results["methods"]["full-prefill"]["score_minus"]["naive"]
+    lost |= {"mean": 0.125, "ci95": [0.025, 0.225], "p": 0.03, "p_holm": 0.3, "n_needed": 900}
+    results["methods"]["naive"]["score_minus"]["full-prefill"] |= {
+        "mean": -0.125,
+        "p_holm": 0.3,
+        "n_needed": 900,
+    }
+    first, *rest = findings(results)
+    assert "12.5 (2.5 to 22.5)" in first
+    assert "within chance" in first
+    assert "loses" not in first
+    assert not any("closes" in sentence for sentence in rest)
+    assert any("naive: -12.5, needs 900" in note for note in power_notes(results))

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from blocktune.evaluation.report.style import Draw, Ground, as_share, legend_below, mark
 
@@ -43,9 +42,6 @@ def charts_of(results: Results) -> list[Chart]:
     for name, title, label in _SWEEPS:
         if results["sweeps"][name]:
             found.append(_sweep(results, name, title, label, rows))
-    if any((m["fidelity"] or {}).get("values") for m in methods.values()):
-        found.append(_by_layer(results, "values", rows))
-        found.append(_by_layer(results, "entropy", rows))
     return found
 
 
@@ -136,28 +132,6 @@ def _sweep(results: Results, name: str, title: str, label: str, rows: float) -> 
 
     about = f"Score by {label}; each point is a bin of at least five questions."
     return Chart(f"sweep-{name}", title, about, draw, 2.9 + rows)
-
-
-def _by_layer(results: Results, what: str, rows: float) -> Chart:
-    title = {"values": "How far cached values are", "entropy": "How spread attention is"}[what]
-    about = {
-        "values": "Mean distance of the context's values from full prefill's, by layer.",
-        "entropy": "Entropy of the question's attention, in nats, by layer.",
-    }[what]
-
-    def draw(figure: Figure, ground: Ground) -> None:
-        axes = figure.subplots()
-        for index, (label, summary) in enumerate(results["methods"].items()):
-            layers = (summary["fidelity"] or {}).get(what)
-            if layers:
-                style = mark(ground, index)
-                axes.plot(layers, label=label, markersize=4, linewidth=1.2, **style)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_xlabel("layer")
-        axes.set_ylabel("distance" if what == "values" else "nats")
-        legend_below(figure, axes)
-
-    return Chart(f"fidelity-{what}", title, about, draw, 2.9 + rows)
 
 
 def _dot(axes, ground: Ground, index: int, label: str, place: float, summary: Mapping) -> None:
