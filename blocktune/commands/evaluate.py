@@ -100,17 +100,13 @@ def compare(
     """Compare two runs method by method, on the questions that both answered."""
     import json
 
-    from rich.console import Console
-
     from blocktune.evaluation.compare import compare, compare_table
 
     changes = compare(before, after, seed=seed)
     if as_json:
         typer.echo(json.dumps([change._asdict() for change in changes], indent=2))
         return
-    console = Console()
-    console = console if console.is_terminal else Console(width=110)
-    console.print(compare_table(changes, {"before": before.name, "after": after.name}))
+    compare_table(changes, {"before": before.name, "after": after.name}).show()
 
 
 def report(

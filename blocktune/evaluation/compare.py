@@ -8,12 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich import box
-from rich.table import Table
-
 from blocktune.evaluation.results import with_pools
 from blocktune.evaluation.rows import Row, read_all
 from blocktune.evaluation.statistics import ALPHA, PairedScores, holm, p_value, power
+from blocktune.tables import Table, with_interval, written
 
 RESULTS = "results.json"
 
@@ -143,29 +141,25 @@ def compare_table(changes: Sequence[Change], names: Mapping[str, str]) -> Table:
         changes: What `compare` returned.
         names: ``before`` and ``after``: headings.
     """
+    headings = ("method", names["before"], names["after"], "difference", "+/-", "p", "n", "verdict")
     note = (
-        "Score in %; the difference with its 95 % interval; p after Holm's correction for all rows."
+        "Score in %; the difference with its own 95 % interval; p and verdict after Holm's "
+        "correction for all rows."
     )
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=note)
-    table.add_column("method", no_wrap=True)
-    for heading in (names["before"], names["after"], "difference", "+/-", "p", "n", "verdict"):
-        table.add_column(heading, justify="left" if heading == "verdict" else "right")
-    for change in changes:
-        table.add_row(change.label, *_cells(change))
-    return table
-
-
-def _cells(change: Change) -> tuple[str, ...]:
-    low, high = change.ci95
-    return (
-        f"{100 * change.before:.1f}",
-        f"{100 * change.after:.1f}",
-        f"{100 * change.mean:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})",
-        f"{change.wins}/{change.losses}",
-        f"{change.p_holm:.2g}",
-        f"{change.n:,}",
-        verdict(change.mean, change.p_holm, change.n, change.n_needed),
-    )
+    rows = [
+        (
+            change.label,
+            written("score", change.before),
+            written("score", change.after),
+            with_interval("points", change.mean, change.ci95),
+            f"{change.wins}/{change.losses}",
+            written("p", change.p_holm),
+            written("count", change.n),
+            verdict(change.mean, change.p_holm, change.n, change.n_needed),
+        )
+        for change in changes
+    ]
+    return Table(headings, rows, note=note, left=("verdict",))
 
 
 def verdict(mean: float, p: float, n: int, needed: int | None) -> str:

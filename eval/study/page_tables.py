@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from blocktune.evaluation.compare import verdict
-from blocktune.evaluation.report.numbers import ABSENT, FORMS
+from blocktune.tables import ABSENT, Table, with_half, with_interval, written
 
 Results = Mapping[str, Any]
 
@@ -31,10 +31,10 @@ def scores(results: Results, methods: Sequence[str] | None = None) -> str:
     headings += ("gap recovered",)
     rows = []
     for label, summary in shown.items():
-        cells = [with_reach(summary["tasks"][kind]) for kind in kinds]
-        spent = shown_as("share", summary["recompute_ratio"]), shown_as("ratio", summary.get(cost))
-        rows.append((label, *cells, with_reach(summary), *spent, _gap(summary)))
-    return table(headings, rows)
+        cells = [_reach(summary["tasks"][kind]) for kind in kinds]
+        spent = written("share", summary["recompute_ratio"]), written("ratio", summary.get(cost))
+        rows.append((label, *cells, _reach(summary), *spent, _gap(summary)))
+    return Table(headings, rows).markdown()
 
 
 def f1(results: Results, methods: Sequence[str] | None = None) -> str:
@@ -42,9 +42,9 @@ def f1(results: Results, methods: Sequence[str] | None = None) -> str:
     rows = []
     for label, summary in chosen(results, methods).items():
         names = ("f1", "adjusted_f1", "adjusted_f1_bias")
-        cells = [shown_as("score", summary[name]) for name in names]
-        rows.append((label, *cells, shown_as("count", summary["n_kept"])))
-    return table(("method", "F1", "adjusted F1", "filter hides", "kept"), rows)
+        cells = [written("score", summary[name]) for name in names]
+        rows.append((label, *cells, written("count", summary["n_kept"])))
+    return Table(("method", "F1", "adjusted F1", "filter hides", "kept"), rows).markdown()
 
 
 def pairs(results: Results, pairs: Sequence[Sequence[str]]) -> str:
@@ -54,22 +54,21 @@ def pairs(results: Results, pairs: Sequence[Sequence[str]]) -> str:
         summary = _known(results, label)
         _known(results, other)
         minus = summary["score_minus"][other]
-        low, high = (shown_as("points", end) for end in minus["ci95"])
         said = verdict(minus["mean"], minus["p_holm"], summary["n"], minus["n_needed"])
-        points = f"{shown_as('points', minus['mean'])} ({low} to {high})"
-        p = shown_as("p", minus["p_holm"])
-        rows.append((f"{label} over {other}", points, p, shown_as("count", summary["n"]), said))
-    return table(("pair", "points", "p (Holm)", "n", "verdict"), rows)
+        points = with_interval("points", minus["mean"], minus["ci95"])
+        p = written("p", minus["p_holm"])
+        rows.append((f"{label} over {other}", points, p, written("count", summary["n"]), said))
+    return Table(("pair", "points", "p (Holm)", "n", "verdict"), rows).markdown()
 
 
 def seeds(results: Results, methods: Sequence[str] | None = None) -> str:
     """Scores of every training seed beside their mean."""
     rows = [
-        (label, shown_as("score", summary["score"]), ", ".join(_each(summary["seeds"].values())))
+        (label, written("score", summary["score"]), ", ".join(_each(summary["seeds"].values())))
         for label, summary in chosen(results, methods).items()
         if summary["seeds"]
     ]
-    return table(("method", "mean", "by seed"), rows)
+    return Table(("method", "mean", "by seed"), rows).markdown()
 
 
 def fidelity(results: Results, methods: Sequence[str] | None = None) -> str:
@@ -79,10 +78,10 @@ def fidelity(results: Results, methods: Sequence[str] | None = None) -> str:
         own = summary["fidelity"]
         keys, values = (_later(own.get(name)) for name in ("keys", "values"))
         entropy = _later(own.get("entropy"))
-        closeness = (shown_as("nats", own["kl"]), shown_as("share", own["top1"]))
+        closeness = (written("nats", own["kl"]), written("share", own["top1"]))
         rows.append((label, *closeness, keys, values, entropy))
     headings = ("method", "KL, nats", "same top token", "keys off by", "values off by", "entropy")
-    return table(headings, rows)
+    return Table(headings, rows).markdown()
 
 
 def choice(results: Results, method: str = "naive") -> str:
@@ -92,26 +91,20 @@ def choice(results: Results, method: str = "naive") -> str:
     rows = [
         (
             str(layer),
-            shown_as("share", own["beginnings"][layer]),
-            shown_as("share", own["accrued"][layer]),
-            shown_as("share", own["overlap"][1][layer]),
-            shown_as("share", own["overlap"][-1][layer]),
+            written("share", own["beginnings"][layer]),
+            written("share", own["accrued"][layer]),
+            written("share", own["overlap"][1][layer]),
+            written("share", own["overlap"][-1][layer]),
         )
         for layer in layers
     ]
     headings = ("layer", "first 8 tokens of a chunk", "deviation in the top 15 %")
     headings += ("layer 1's choice, also here", "last layer's choice, also here")
     said = (
-        f"By chance {shown_as('share', own['first_share'])} would be first tokens; "
-        f"{shown_as('share', own['constant'])} of a layer's choice is every layer's."
+        f"By chance {written('share', own['first_share'])} would be first tokens; "
+        f"{written('share', own['constant'])} of a layer's choice is every layer's."
     )
-    return f"{table(headings, rows)}\n\n{said}"
-
-
-def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [headings, ("---",) * len(headings), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines).replace("| --- ", "|---")
+    return f"{Table(headings, rows).markdown()}\n\n{said}"
 
 
 def chosen(results: Results, methods: Sequence[str] | None) -> dict[str, Any]:
@@ -119,15 +112,8 @@ def chosen(results: Results, methods: Sequence[str] | None) -> dict[str, Any]:
     return {label: _known(results, label) for label in methods or results["methods"]}
 
 
-def with_reach(summary: Mapping[str, Any]) -> str:
-    """A score with half the width of its interval."""
-    low, high = summary["score_ci95"]
-    return f"{shown_as('score', summary['score'])} ±{50 * (high - low):.1f}"
-
-
-def shown_as(form: str, value: float | None) -> str:
-    """A number as reports write it; a dash for None."""
-    return ABSENT if value is None else FORMS[form](value)
+def _reach(summary: Mapping[str, Any]) -> str:
+    return with_half(summary["score"], summary["score_ci95"], 1)
 
 
 def _known(results: Results, label: str) -> Mapping[str, Any]:
@@ -141,16 +127,16 @@ def _gap(summary: Mapping[str, Any]) -> str:
     if summary["score_gap_recovered"] is None:
         return ""
     low, high = (f"{100 * end:.0f}" for end in summary["score_gap_recovered_ci95"])
-    return f"{shown_as('share', summary['score_gap_recovered'])} ({low} to {high})"
+    return f"{written('share', summary['score_gap_recovered'])} ({low} to {high})"
 
 
 def _each(values: Iterable[float]) -> list[str]:
-    return [shown_as("score", value) for value in values]
+    return [written("score", value) for value in values]
 
 
 def _later(layers: Sequence[float] | None) -> str:
     """The mean over layers; layer 0 is left out, whose states know no context."""
-    return ABSENT if not layers else shown_as("nats", sum(layers[1:]) / len(layers[1:]))
+    return ABSENT if not layers else written("nats", sum(layers[1:]) / len(layers[1:]))
 
 
 HEADINGS = (
@@ -159,35 +145,32 @@ HEADINGS = (
 )  # fmt: skip
 
 
-def traces(results: Mapping[str, Any], methods: Sequence[str] | None = None) -> str:
+def traces(results: Results, methods: Sequence[str] | None = None) -> str:
     """A row a method and trace: score, gain over naive reuse and full prefill, storage and time."""
-    lines = [f"| {' | '.join(HEADINGS)} |", "|---" * len(HEADINGS) + "|"]
-    for name, trace in results["traces"].items():
-        for cell in trace["cells"]:
-            if methods is None or cell["method"] in methods:
-                lines.append(f"| {name} | {' | '.join(_cells(cell))} |")
-    return "\n".join(lines)
+    rows = [
+        (name, *_cells(cell))
+        for name, trace in results["traces"].items()
+        for cell in trace["cells"]
+        if methods is None or cell["method"] in methods
+    ]
+    return Table(HEADINGS, rows).markdown()
 
 
 def _cells(cell: Mapping[str, Any]) -> tuple[str, ...]:
-    low, high = cell["ci95"]
     limit = f" of {cell['store_mib']}" if cell["store_mib"] else ""
     return (
         cell["method"],
-        f"{FORMS['score'](cell['score'])} ±{50 * (high - low):.1f}",
+        with_half(cell["score"], cell["ci95"], 1),
         _gain(cell["minus"].get("naive")),
         _gain(cell["minus"].get("full-prefill")),
         f"{cell['stored_bytes'] / (1 << 20):.1f}{limit}",
-        FORMS["share"](cell["recompute_ratio"]),
-        FORMS["ms"](cell["ttft_s"]),
+        written("share", cell["recompute_ratio"]),
+        written("ms", cell["ttft_s"]),
     )
 
 
 def _gain(minus: Mapping[str, Any] | None) -> str:
-    if minus is None:
-        return ABSENT
-    low, high = (FORMS["points"](end) for end in minus["ci95"])
-    return f"{FORMS['points'](minus['mean'])} ({low} to {high})"
+    return ABSENT if minus is None else with_interval("points", minus["mean"], minus["ci95"])
 
 
 def origin(results: Mapping[str, Any]) -> str:

@@ -17,9 +17,7 @@ from statistics import fmean, median
 from typing import Any, NamedTuple
 
 from page_figures import draw_trace
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from traces import Pattern, TraceSuite, load_traces, make_trace, reuse_of, summed_up
 
 from blocktune.data import RagExample, load_examples
@@ -32,6 +30,7 @@ from blocktune.evaluation.suite import MethodSpec
 from blocktune.files import replace_json
 from blocktune.methods import build_entry
 from blocktune.provenance import hardware, provenance, versions
+from blocktune.tables import Table, with_half, written
 
 TRACES, CELLS = "traces.json", "cells"
 UNBOUNDED_MIB = 1 << 20
@@ -192,27 +191,21 @@ def traces_table(results: Mapping[str, Any]) -> Table:
         "Score in % with half its 95 % interval. Stored: bytes of chunk states in memory at the "
         "end. TTFT: median, with the encoding of chunks that were not cached."
     )
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=note)
-    for heading in ("trace", "method"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("memory\nMiB", "score", "stored\nMiB", "hits", "fresh", "TTFT\nms"):
-        table.add_column(heading, justify="right")
-    for name, trace in results["traces"].items():
-        for cell in trace["cells"]:
-            table.add_row(name, cell["method"], *_table_cells(cell))
-    return table
-
-
-def _table_cells(cell: Mapping[str, Any]) -> tuple[str, ...]:
-    low, high = cell["ci95"]
-    return (
-        str(cell["store_mib"] or "any"),
-        f"{100 * cell['score']:.1f} ±{50 * (high - low):.0f}",
-        f"{cell['stored_bytes'] / (1 << 20):.1f}",
-        "-" if cell["hit_rate"] is None else f"{cell['hit_rate']:.0%}",
-        f"{cell['recompute_ratio']:.0%}",
-        f"{1000 * cell['ttft_s']:.1f}",
-    )
+    costs = ("memory\nMiB", "score", "stored\nMiB", "hits", "recom-\nputed", "TTFT\nms")
+    rows = [
+        (
+            f"{name}: {cell['method']}",
+            str(cell["store_mib"] or "any"),
+            with_half(cell["score"], cell["ci95"]),
+            f"{cell['stored_bytes'] / (1 << 20):.1f}",
+            written("share", cell["hit_rate"]),
+            written("share", cell["recompute_ratio"]),
+            written("ms", cell["ttft_s"]),
+        )
+        for name, trace in results["traces"].items()
+        for cell in trace["cells"]
+    ]
+    return Table(("trace: method", *costs), rows, note=note)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -226,9 +219,7 @@ def main(arguments: list[str] | None = None) -> None:
     given = vars(parser.parse_args(arguments))
     suite, output = load_traces(given.pop("trace")), given.pop("output")
     suite = replace(suite, **{name: value for name, value in given.items() if value is not None})
-    console = Console()
-    console = console if console.is_terminal else Console(width=110)
-    console.print(traces_table(run_traces(suite, output)))
+    traces_table(run_traces(suite, output)).show()
 
 
 if __name__ == "__main__":

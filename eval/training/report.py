@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
+
+from blocktune.tables import Table, with_half
 
 HEADINGS = (
     "recipe", "adjusted F1", "by seed", "of full prefill", "of control", "- 97 % of full",
@@ -25,8 +27,8 @@ def page_of(report: Mapping[str, Any]) -> str:
     if control := report["control"]:
         rows.append(_recipe(f"{control['recipe']}, by full prefill", control))
     filled = [i for i in range(len(HEADINGS)) if any(row[i] for row in rows)]
-    table = [HEADINGS, ["---"] * len(HEADINGS), *rows]
-    lines += [_line([row[i] for i in filled]) for row in table]
+    shown = [[row[i] for i in filled] for row in (HEADINGS, *rows)]
+    lines.append(Table(shown[0], shown[1:]).markdown())
     origin = report["provenance"]
     sources = sorted({adapter["data"] for adapter in origin["adapters"].values()})
     lines += [
@@ -96,16 +98,11 @@ def _recipe(name: str, found: Mapping[str, Any]) -> list[str]:
 
 
 def _score(found: Mapping[str, Any]) -> str:
-    return _within(found["adjusted_f1"], found["ci95"])
+    return with_half(found["adjusted_f1"], found["ci95"], 1)
 
 
 def _raw(found: Mapping[str, Any]) -> str:
-    return _within(found["raw_f1"], found["raw_ci95"])
-
-
-def _within(mean: float, ci95: Sequence[float]) -> str:
-    low, high = ci95
-    return f"{_percent(mean)} ±{50 * (high - low):.1f}"
+    return with_half(found["raw_f1"], found["raw_ci95"], 1)
 
 
 def _span(found: Mapping[str, Any] | None) -> str:
@@ -121,7 +118,3 @@ def _share(found: Mapping[str, Any] | None) -> str:
 
 def _percent(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.1f}"
-
-
-def _line(cells: Any) -> str:
-    return f"| {' | '.join(cells)} |"

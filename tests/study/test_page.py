@@ -85,7 +85,7 @@ def test_prose_stays_and_blocks_are_made_anew(page):
 def test_every_number_of_a_pair_is_that_of_the_results(page):
     minus = fake_results()["methods"]["kvlink"]["score_minus"]["naive"]
     low, high = (f"{100 * end:+.1f}" for end in minus["ci95"])
-    row = "| mixed | cacheblend | 100.0 ±8.1 | +100.0 (+73.5 to +100.0) | - | 0.0 | 50 % |"
+    row = f"| kvlink over naive | +23.5 ({low} to {high}) | {minus['p_holm']:.2g} | 400 | differs |"
     assert row in page(block("table", "show: pairs, run: r/a, pairs: [[kvlink, naive]]"))
 
 
