@@ -33,7 +33,7 @@ def test_names_and_mappings_are_both_methods():
         ({"methods": [{"adapter": "x"}]}, "methods[0]: 'name' is missing"),
         ({"methods": []}, "methods: must be a list with at least one entry, got []"),
         ({"methods": [3]}, "methods[0]: must be a mapping"),
-        ({"methods": ["naive", "naive"]}, "method label 'naive' stands 2 times; give one a"),
+        ({"methods": ["naive", "naive"]}, "method label 'naive' is given 2 times; give one a"),
         ({"methods": [{"name": "a", "label": "a/b"}]}, "label must name a file"),
         ({"tasks": [{"name": "w"}]}, "tasks[0]: 'source' is missing"),
         ({"tasks": [{"name": "w", "source": "x", "limit": 0}]}, "limit must be at least 1, got 0"),
