@@ -25,7 +25,7 @@ from blocktune.engine.served import Served, built
 from blocktune.engine.state import Server
 from blocktune.engine.usage import Stopwatch
 from blocktune.methods import Method
-from blocktune.positions import RopeSpec
+from blocktune.models.gate import require_supported
 from blocktune.prompt import Chunk, LayoutSpec, Pieces, PromptFormat
 
 
@@ -77,7 +77,7 @@ class Engine(Served):
             ValueError: If the model cannot be served from moved chunk caches, or ``format``
                 differs from what the adapter was trained with.
         """
-        rope = RopeSpec.from_model(model)
+        rope = require_supported(model)
         attach(model)
         install(model)
         self.model, self.tokenizer = model.eval(), tokenizer
