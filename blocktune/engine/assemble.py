@@ -11,7 +11,7 @@ from torch import Tensor
 
 from blocktune.cache import ChunkStates, PrefixTree, RowCache, Stream
 from blocktune.engine.encode import Encoder, Piece
-from blocktune.engine.key_relocation import placer
+from blocktune.engine.key_relocation import relocator
 from blocktune.engine.usage import Stopwatch
 from blocktune.layout import GLOBAL, Kind, Layout
 from blocktune.positions import RopeSpec
@@ -74,7 +74,7 @@ def from_chunks(
         kvs = [found.kvs[piece] for piece in prompt]
         rows = (result.cached[index]).nonzero().squeeze(1)
         columns, positions = layout.order[index, rows], layout.position[index, rows]
-        fill = placer(cache, index, kvs, columns, positions, rope)
+        fill = relocator(cache, index, kvs, columns, positions, rope)
         for layer in range(len(cache)):
             if stream is None:
                 fill(layer)

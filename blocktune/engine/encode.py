@@ -22,7 +22,7 @@ from blocktune.cache import (
     key_after,
     states_key,
 )
-from blocktune.engine.layers import Recorder
+from blocktune.engine.layers import InputRecorder
 from blocktune.engine.usage import Stopwatch
 from blocktune.layout import GLOBAL
 from blocktune.prompt import LayoutSpec, Pieces, Prompt, lay_out, stack
@@ -173,7 +173,7 @@ class Encoder:
     def _encode_together(self, pieces: list[Piece], layers: Sequence[int]) -> list[_Encoded]:
         batch = stack([alone(piece) for piece in pieces], self.pad_id).to(self.model.device)
         cache = DynamicCache()
-        plan = Recorder(SplitPlan(batch.layout), layers)
+        plan = InputRecorder(SplitPlan(batch.layout), layers)
         self.model(
             batch.input_ids,
             position_ids=batch.layout.position,

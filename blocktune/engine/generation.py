@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +22,10 @@ from blocktune.engine.cost import Executed
 from blocktune.engine.prefill import Prefill
 from blocktune.engine.recall import learn
 from blocktune.engine.rows import decoded_rows
+from blocktune.engine.state import EngineState
 from blocktune.engine.usage import Stopwatch, Ttft, Usage
 from blocktune.layout import Kind, Rows
 from blocktune.prompt import Batch, Pieces
-
-if TYPE_CHECKING:
-    from blocktune.engine.state import Server
-
 
 Pick = Callable[[Tensor], Tensor]
 """From logits ``(B, V)`` to tokens ``(B, 1)``."""
@@ -157,14 +153,14 @@ class Answer:
 
 
 @dataclass
-class Run:
+class Generation:
     """A batch after its prefill.
 
     ``keep`` are the prompts that the prefix cache shall hold, ``lessons`` those whose chunks shall
     be served again with what they attended to, as ``recall`` says.
     """
 
-    server: Server
+    state: EngineState
     batch: Batch
     columns: Rows
     last: Rows
@@ -194,24 +190,24 @@ class Run:
 
     def _steps(self, sampling: Sampling, max_new_tokens: int, streams: Sequence[int]):
         steps = decode(
-            self.server.model,
+            self.state.model,
             self.cache,
             self.columns,
             self.last,
             self.prefill.logits,
             sampling.picker(self.prefill.logits.device, streams),
             max_new_tokens,
-            self.server.stop_ids(),
+            self.state.stop_ids(),
             self.reshaping,
         )
         self.watch.start()
         first = next(steps)
         self.watch.stop("first_token_s")
         # Nobody waits for it any more.
-        self.server.remember(self.cache, self.keep)
+        self.state.remember(self.cache, self.keep)
         if self.recall is not None:
             mass = self.prefill.mass
-            learn(self.server.encoder, self.cache, mass, self.lessons, self.recall)
+            learn(self.state.encoder, self.cache, mass, self.lessons, self.recall)
         yield first
         yield from steps
 
@@ -233,10 +229,10 @@ class Run:
         return tuple(int(token) for token, _ in made[:-1]), made[-1][1]
 
     def _answer(self, ids: tuple[int, ...], usage: dict) -> Answer:
-        return Answer(self.server.text(ids), ids, Usage(**usage, answer_tokens=len(ids)))
+        return Answer(self.state.text(ids), ids, Usage(**usage, answer_tokens=len(ids)))
 
     def _usages(self) -> list[dict]:
-        computed = self.prefill.layer_tokens(self.server.num_layers).tolist()
+        computed = self.prefill.layer_tokens(self.state.num_layers).tolist()
         probed = self.prefill.probed().tolist()
         flops = sum(executed.flops() for executed in self.executed).tolist()
         written = self.prefill.bytes_written(self.cache).tolist()

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from blocktune.attention.cached import CachePlan, Reshaping
 from blocktune.cache import RowCache
-from blocktune.engine.attention_probes import ChunkMass
+from blocktune.engine.attention_probes import ChunkAttention
 from blocktune.engine.cost import Executed
-from blocktune.engine.layer_schedule import Course, Schedule
+from blocktune.engine.layer_schedule import LayerSchedule, SchedulePlan
 from blocktune.engine.rows import Computed
 from blocktune.engine.usage import Stopwatch
 from blocktune.layout import Kind, Rows
@@ -31,7 +31,7 @@ class Prefill:
     logits: Tensor
     plans: list[CachePlan]
     probes: dict[int, CachePlan]
-    mass: ChunkMass | None = None
+    mass: ChunkAttention | None = None
 
     def layer_tokens(self, num_layers: int) -> Tensor:
         """Context tokens computed in each layer, ``(B, layers)``."""
@@ -63,10 +63,10 @@ class Prefill:
 @torch.no_grad()
 def prefill(
     model: nn.Module,
-    universe: Computed,
+    candidates: Computed,
     columns: Rows,
     cache: RowCache,
-    course: Course,
+    schedule: LayerSchedule,
     watch: Stopwatch,
     reshaping: Reshaping | None = None,
 ) -> Prefill:
@@ -74,17 +74,17 @@ def prefill(
 
     Args:
         model: Attached to blocktune's attention, its layers hooked by `layers.install`.
-        universe: The rows that any layer computes.
+        candidates: The rows that any layer computes.
         columns: Facts of the cache's columns, ``(B, N)``.
         cache: Holds the states of all columns that are not computed.
-        course: Which of the rows each layer computes.
+        schedule: Which of the rows each layer computes.
         watch: Gets ``select_s``, and ``recompute_s`` up to where it chooses.
         reshaping: How rows see reused keys.
     """
-    schedule = Schedule(universe, columns, cache, course, watch, reshaping)
+    schedule = SchedulePlan(candidates, columns, cache, schedule, watch, reshaping)
     output = model(
-        universe.ids,
-        position_ids=universe.rows.position,
+        candidates.ids,
+        position_ids=candidates.rows.position,
         plan=schedule,
         past_key_values=cache,
         use_cache=True,

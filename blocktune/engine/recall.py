@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from blocktune.cache import ChunkKV, Recall, RowCache, Variant, VariantStore, cache_fix_overhead
-from blocktune.engine.attention_probes import ChunkMass
+from blocktune.engine.attention_probes import ChunkAttention
 from blocktune.engine.encode import Encoder, Piece
 from blocktune.layout import GLOBAL, Kind
 from blocktune.methods.select import Stored
@@ -38,7 +38,7 @@ def contexts_of(variants: VariantStore, pieces: Pieces, how: Recall) -> list[Ids
     return contexts
 
 
-def rehearsals(pieces: Sequence[Pieces], count: int) -> list[list[Pieces]]:
+def warm_up_prompts(pieces: Sequence[Pieces], count: int) -> list[list[Pieces]]:
     """``count`` earlier batches over the same chunks, each time turned by one place more."""
     return [[_turned(prompt, by) for prompt in pieces] for by in range(1, count + 1)]
 
@@ -70,7 +70,7 @@ def stored_context(
 
 
 def learn(
-    encoder: Encoder, cache: RowCache, mass: ChunkMass, pieces: Sequence[Pieces], how: Recall
+    encoder: Encoder, cache: RowCache, mass: ChunkAttention, pieces: Sequence[Pieces], how: Recall
 ) -> None:
     """Keeps every chunk of the prompts that were computed in full, and what it attended to.
 

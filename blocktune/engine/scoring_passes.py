@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from blocktune.attention import SplitPlan
 from blocktune.attention.cached import CachePlan
 from blocktune.cache import RowCache, VariantStore
-from blocktune.engine.attention_probes import OutsideWatch, QueryWatch, SeenEnough
+from blocktune.engine.attention_probes import OutsideProbe, ProbeDone, QueryProbe
 from blocktune.engine.auxiliary import Auxiliaries
 from blocktune.engine.cost import Executed, ModelCost
 from blocktune.engine.recall import stored_context
@@ -24,7 +24,7 @@ from blocktune.prompt import Batch, LayoutSpec, Pieces, lay_out, stack
 
 
 @dataclass
-class ServedPasses:
+class ScoringPasses:
     """Passes over one batch.
 
     Attributes:
@@ -70,7 +70,7 @@ class ServedPasses:
     def outside_attention(self) -> Tensor:
         """See `Passes.outside_attention`."""
         computed = computed_rows(self.batch, self._rows)
-        watch = OutsideWatch(computed.rows)
+        watch = OutsideProbe(computed.rows)
         self._run(self.model, computed.ids, computed.rows.position, watch)
         cost = ModelCost.of(self.model)
         rows = (computed.rows.kind != Kind.PAD).sum(1).cpu()
@@ -88,7 +88,7 @@ class ServedPasses:
         batch = stack(prompts, pad_id=0).to(other.device)
         _require_room(model, other, batch.layout.num_rows)
         rows, last = batch.layout.rows(), other.config.get_text_config().num_hidden_layers - 1
-        watch = QueryWatch(SplitPlan(batch.layout), rows, rows, (last,), last)
+        watch = QueryProbe(SplitPlan(batch.layout), rows, rows, (last,), last)
         self._run(other, batch.input_ids, batch.layout.position, watch)
         self.executed.append(_all_but_last(other, rows, watch))
         result = torch.zeros_like(self.cached, dtype=torch.float32)
@@ -116,7 +116,7 @@ class ServedPasses:
         cache.select(computed.columns)
         plan = CachePlan(computed.rows, self.columns)
         layers = range(len(cache))
-        watch = QueryWatch(plan, computed.rows, self.columns, layers, last=len(cache))
+        watch = QueryProbe(plan, computed.rows, self.columns, layers, last=len(cache))
         self._run(self.model, computed.ids, computed.rows.position, watch, cache)
         self.executed.append(Executed(self.model, [plan], extra=watch.multiply_adds))
         scores = torch.stack([watch.scores[layer] for layer in layers])
@@ -133,11 +133,11 @@ class ServedPasses:
                 use_cache=cache is not None,
                 logits_to_keep=1,
             )
-        except SeenEnough:
+        except ProbeDone:
             return
 
 
-def _all_but_last(model: PreTrainedModel, rows: Rows, watch: QueryWatch) -> Executed:
+def _all_but_last(model: PreTrainedModel, rows: Rows, watch: QueryProbe) -> Executed:
     """A causal pass over all rows that ended when the last layer's weights were known."""
     cost = ModelCost.of(model)
     count = (rows.kind != Kind.PAD).sum(1).cpu()

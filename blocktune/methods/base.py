@@ -77,7 +77,7 @@ class Method(ABC):
         weights: What the model must be trained for.
         cached: What comes from caches.
         recall: How chunks come from earlier full prompts, see `blocktune.engine.recall`, or None.
-        rehearse: Prompts over the same chunks that are served before each one, in full, in another
+        warm_up: Prompts over the same chunks that are served before each one, in full, in another
             order and off the clock: a history for measurements that begin with empty caches.
         paced: Whether chunks are loaded layer by layer while it computes, and how much it computes
             is chosen by how long that takes, see `blocktune.engine.cacheblend_pipeline`.
@@ -91,7 +91,7 @@ class Method(ABC):
     weights: ClassVar[Weights] = Weights.ANY
     cached: ClassVar[Cached] = Cached.CHUNKS
     recall: ClassVar[Recall | None] = None
-    rehearse: ClassVar[int] = 0
+    warm_up: ClassVar[int] = 0
     paced: ClassVar[bool] = False
     keeps_context: ClassVar[bool] = True
     exact_on_one_chunk: ClassVar[bool] = True

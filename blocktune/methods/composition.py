@@ -198,9 +198,9 @@ class Composition(Method):
         return found[0].recall if own else found[0].recall._replace(refresh=1.0)
 
     @property
-    def rehearse(self) -> int:
+    def warm_up(self) -> int:
         """The most that one of the presets wants."""
-        return max(term.rehearse for term in self.terms)
+        return max(term.warm_up for term in self.terms)
 
     @property
     def paced(self) -> bool:

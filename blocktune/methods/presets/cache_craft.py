@@ -23,7 +23,7 @@ class CacheCraft(Method):
     up first (the paper weighs in what it cost). A budget takes the place of the share by CFO, of
     ``refresh`` and of early termination, which ``focus: 1`` switches off.
 
-    ``rehearse`` gives a single question the history that it lives on: so many prompts of the same
+    ``warm_up`` gives a single question the history that it lives on: so many prompts of the same
     chunks, each turned by one place more.
     """
 
@@ -33,10 +33,10 @@ class CacheCraft(Method):
     variants: int = 5
     focus: float = 0.4
     hold: float = 0.8
-    rehearse: int = 0
+    warm_up: int = 0
 
     def __post_init__(self):
-        require_count("rehearse", self.rehearse)
+        require_count("warm_up", self.warm_up)
         require_count("variants", self.variants, least=1)
         require_share("refresh", self.refresh)
 
