@@ -50,9 +50,9 @@ class Subject:
 
 
 def begun(engine: Engine, method: Method, history: Sequence[Ask] = HISTORY) -> Engine:
-    """The engine with empty caches; of a method that recalls, as ``history`` leaves them."""
+    """The engine with empty caches; of a method with a history, as ``history`` leaves them."""
     engine.forget()
-    if method.recall is not None:
+    if method.history is not None:
         for ask in history:
             next(engine.prefilled([ask], method).tokens(Sampling(), 1))
     return engine

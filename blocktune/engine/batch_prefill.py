@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import reduce
+from functools import partial, reduce
 
 import torch
 
-from blocktune.cache import Damaged, RowCache, Stream
+from blocktune.cache import RowCache, cut_exact
 from blocktune.engine.assemble import Assembled, from_chunks, from_prefix
-from blocktune.engine.cacheblend_pipeline import LoadingChoice
 from blocktune.engine.cost import Executed
 from blocktune.engine.generation import Generation
 from blocktune.engine.layer_schedule import LayerSchedule
@@ -20,6 +19,7 @@ from blocktune.engine.state import EngineState
 from blocktune.engine.usage import Stopwatch
 from blocktune.layout import Kind
 from blocktune.methods import Cached, Method
+from blocktune.methods.hooks import ChunkLoader, DamagedChunk, PrefilledBatch
 from blocktune.methods.reshape import Reshaping
 from blocktune.prompt import Pieces, Prompt, stack
 
@@ -29,12 +29,13 @@ def prefill_batch(
     state: EngineState, prompts: Sequence[Prompt], pieces: Sequence[Pieces], method: Method
 ) -> Generation:
     """Assembles what is cached, computes the rest, and stops before the first token."""
-    if method.paced:
+    loader = method.loader(state.encoder.store, state.encoder.fingerprint)
+    if loader is not None:
         try:
-            with Stream(state.encoder.store) as stream:
-                return BatchPrefill(state, prompts, pieces, method, stream).run()
-        except Damaged:
-            pass  # without a stream the chunk is rejected, reported and encoded again
+            with loader:
+                return BatchPrefill(state, prompts, pieces, method, loader).run()
+        except DamagedChunk:
+            pass  # without the loader the store rejects the chunk, and it is encoded again
     return BatchPrefill(state, prompts, pieces, method).run()
 
 
@@ -53,7 +54,7 @@ class BatchPrefill:
         prompts: Sequence[Prompt],
         pieces: Sequence[Pieces],
         method: Method,
-        stream: Stream | None = None,
+        loader: ChunkLoader | None = None,
     ):
         """Stacks the prompts over an empty cache.
 
@@ -62,11 +63,11 @@ class BatchPrefill:
             prompts: Laid out for the method.
             pieces: Their tokens.
             method: How they are served.
-            stream: Loads chunks layer by layer while others are computed; None: all beforehand.
+            loader: Loads the chunks; None: all of them before anything is computed.
         """
         self.watch = Stopwatch(state.model.device)
         self.watch.start()
-        self.state, self.pieces, self.method, self.stream = state, pieces, method, stream
+        self.state, self.pieces, self.method, self.loader = state, pieces, method, loader
         self.batch = stack(prompts, state.pad_id).to(state.model.device)
         self.columns = column_rows(self.batch.layout)
         reshape = method.reshape()
@@ -82,9 +83,9 @@ class BatchPrefill:
         """Stops before the first token."""
         assembled = self._assemble()
         self.watch.start()
-        choice = self._pace()
-        if choice is not None:
-            self.selection = self.selection.with_budget(choice.ratio)
+        if self.loader is not None and self.method.layer_budget is None:
+            tokens = int(self.batch.layout.is_context.sum())
+            self.selection = self.loader.choose(self.selection, tokens, self.state.num_layers)
         passes = self._passes(assembled)
         candidates, schedule = self._choose(assembled, passes)
         self.watch.stop("select_s")
@@ -93,8 +94,8 @@ class BatchPrefill:
             state.model, candidates, self.columns, self.cache, schedule, watch, self.reshaping
         )
         watch.stop("recompute_s")
-        if self.stream is not None:
-            self._learn_speeds(made, choice)
+        if self.loader is not None:
+            self._tell_loader(made)
         return Generation(
             state=state,
             batch=self.batch,
@@ -106,35 +107,32 @@ class BatchPrefill:
             executed=[*passes.executed, made.executed(state.model), *self._surveys()],
             watch=watch,
             reshaping=self.reshaping,
-            keep=tuple(self.pieces) if self._keeps_prefixes else (),
-            lessons=tuple(self.pieces),
-            recall=self.method.recall,
-            choice=choice,
+            remember=partial(self._remember, made),
+            loading=None if self.loader is None else self.loader.report,
         )
 
-    @property
-    def _keeps_prefixes(self) -> bool:
-        return self.is_exact and self.method.cached is Cached.EXACT_PREFIX
+    def _remember(self, made: Prefill) -> None:
+        """Keeps what later prompts can use: exact prefixes, and what the method's history wants."""
+        if self.is_exact and self.method.cached is Cached.EXACT_PREFIX:
+            for index, prompt in enumerate(self.pieces):
+                path = [prompt.prefix, *prompt.chunks]
+                fingerprint = self.state.encoder.fingerprint
+                self.state.prefix_tree.insert(cut_exact(self.cache, index, path, fingerprint))
+        if self.method.history is not None:
+            batch = PrefilledBatch(self.pieces, self.columns, self.cache, made.chunk_attention)
+            encoder = self.state.encoder
+            self.method.history.update(encoder.store, encoder.fingerprint, batch)
 
     def _assemble(self) -> Assembled:
         state, batch, pieces, cache = self.state, self.batch, self.pieces, self.cache
         if self.method.cached is Cached.CHUNKS:
             widens = self.selection.widens(state.num_layers)
             encoder, rope, watch = state.encoder, state.rope, self.watch
-            return from_chunks(batch, pieces, cache, encoder, rope, watch, widens, self.stream)
+            return from_chunks(batch, pieces, cache, encoder, rope, watch, widens, self.loader)
         if self.method.cached is Cached.EXACT_PREFIX:
             tree, fingerprint = state.prefix_tree, state.encoder.fingerprint
             return from_prefix(batch, pieces, cache, tree, fingerprint, self.watch)
         return Assembled.empty(batch)
-
-    def _pace(self) -> LoadingChoice | None:
-        """How much to recompute while chunks load; None where that is fixed."""
-        floor = getattr(self.selection, "ratio", None)
-        if not self.method.paced or floor is None or self.method.layer_budget is not None:
-            return None
-        tokens = int(self.batch.layout.is_context.sum())
-        num_bytes = self.stream.num_bytes if self.stream else 0
-        return self.state.controller.choose(floor, tokens, self.state.num_layers, num_bytes)
 
     def _passes(self, assembled: Assembled) -> ScoringPasses:
         """What a selector may ask for; a reshape that looks ahead has looked then."""
@@ -147,7 +145,8 @@ class BatchPrefill:
             columns=self.columns,
             cache=self.cache,
             cached=assembled.cached,
-            variants=state.encoder.variants,
+            store=state.encoder.store,
+            fingerprint=state.encoder.fingerprint,
         )
         if self.reshaping is not None and self.reshaping.reshape.looks_ahead:
             passes.look_ahead(self.reshaping)
@@ -171,7 +170,7 @@ class BatchPrefill:
             widen={layer: candidates.of(mask) for layer, mask in widened.items()},
             states=assembled.states,
             selection=selection,
-            watches_chunks=selection.watches_chunks or self.method.recall is not None,
+            watches_chunks=selection.watches_chunks or self.method.history is not None,
         )
         return candidates, schedule
 
@@ -181,13 +180,10 @@ class BatchPrefill:
             return []
         return [Executed(self.state.model, heads=0, extra=self.reshaping.multiply_adds.clone())]
 
-    def _learn_speeds(self, made: Prefill, choice: LoadingChoice | None) -> None:
-        """Books the time spent on waiting, tells the controller, keeps what it wants in memory."""
-        stream, watch, controller = self.stream, self.watch, self.state.controller
-        watch.add("recompute_s", -stream.waited_s)
-        watch.add("load_s", stream.waited_s)
+    def _tell_loader(self, made: Prefill) -> None:
+        """Counts the time spent on waiting as loading, and says what was computed in the rest."""
+        loader, watch = self.loader, self.watch
+        watch.add("recompute_s", -loader.waited_s)
+        watch.add("load_s", loader.waited_s)
         rows = sum(int((p.query.kind != Kind.PAD).sum()) * len(p.executed) for p in made.plans)
-        controller.saw_computing(rows, watch.seconds["recompute_s"])
-        controller.saw_reading(stream.num_bytes, stream.read_s)
-        if choice is None or choice.tier == "memory":
-            stream.keep()
+        loader.done(rows, watch.seconds["recompute_s"])

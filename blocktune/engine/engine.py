@@ -23,7 +23,6 @@ from blocktune.engine.encode import Encoder, Piece, grouped
 from blocktune.engine.generation import Answer, Generation, Sampling
 from blocktune.engine.layers import install
 from blocktune.engine.prompts import PromptMaker, Request
-from blocktune.engine.recall import contexts_of, warm_up_prompts
 from blocktune.engine.state import EngineState
 from blocktune.engine.usage import Stopwatch
 from blocktune.methods import Method, build
@@ -226,14 +225,14 @@ class Engine:
         pieces, prompts = self._read(examples, method, max_new_tokens)
         read_s = (time.perf_counter() - started) / max(1, len(examples))
         order = list(range(len(examples)))
-        if method.recall is None:  # what one prompt leaves behind serves the next
+        if method.history is None:  # what one prompt leaves behind serves the next
             order.sort(key=lambda index: len(prompts[index].ids))
         answers: list[Answer | None] = [None] * len(examples)
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             self._warm_up([pieces[i] for i in batch], method)
             laid = [prompts[i] for i in batch]
-            if method.recall is not None:
+            if method.history is not None:
                 laid = [self.lay_out(pieces[i], method, max_new_tokens) for i in batch]
             run = prefill_batch(self._state, laid, [pieces[i] for i in batch], method)
             run.watch.add("prompt_s", read_s * len(batch))
@@ -301,9 +300,10 @@ class Engine:
             ValueError: If the method does not fit the model's adapter, or the prompt its context.
         """
         spec = self.prompts.spec(method)
-        if method.recall is None:
+        if method.history is None:
             return self.prompts.prompt(pieces, spec, max_new_tokens)
-        contexts = contexts_of(self._state.encoder.variants, pieces, method.recall)
+        encoder = self._state.encoder
+        contexts = method.history.lookup(encoder.store, encoder.fingerprint, pieces)
         spec = LayoutSpec(block=False) if contexts is None else spec
         return self.prompts.prompt(pieces, spec, max_new_tokens, contexts)
 
@@ -324,9 +324,15 @@ class Engine:
 
     def _warm_up(self, pieces: Sequence[Pieces], method: Method) -> None:
         """Serves the earlier prompts that the method wants behind it, each in full."""
-        for earlier in warm_up_prompts(pieces, method.warm_up):
+        for by in range(1, method.warm_up + 1):
+            earlier = [_rotated(prompt, by) for prompt in pieces]
             laid = [self.prompts.prompt(one, LayoutSpec(block=False), 1) for one in earlier]
             next(prefill_batch(self._state, laid, earlier, method).tokens(Sampling(), 1))
+
+
+def _rotated(pieces: Pieces, by: int) -> Pieces:
+    by = by % max(1, len(pieces.chunks))
+    return pieces._replace(chunks=pieces.chunks[by:] + pieces.chunks[:by])
 
 
 def _require_tokens(max_new_tokens: int) -> None:

@@ -113,7 +113,7 @@ class SchedulePlan:
 
     Attributes:
         plans: What attended, each with the layers it did so in.
-        mass: What rows paid chunks, where that is watched; else None.
+        chunk_probe: What rows paid chunks, where that is read; else None.
         probes: Plans of whose rows a layer made keys and values for a choice only, by layer.
     """
 
@@ -132,15 +132,15 @@ class SchedulePlan:
         self.plans: list[CachePlan] = []
         self.probes: dict[int, CachePlan] = {}
         self._checks = frozenset(schedule.selection.checks(len(cache)))
-        self.mass = ChunkAttention(columns) if schedule.watches_chunks else None
+        self.chunk_probe = ChunkAttention(columns) if schedule.watches_chunks else None
         self._go_on(0, RowSubset(candidates))
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, rule: LayerRule, params: AttentionParams
     ) -> Tensor:
         """See `Plan.attend`: by the plan of the layer's rows."""
-        if self.mass is not None:
-            self.mass.read(self.plans[-1].query, query, key, rule, params)
+        if self.chunk_probe is not None:
+            self.chunk_probe.read(self.plans[-1].query, query, key, rule, params)
         return self.plans[-1].attend(query, key, value, rule, params)
 
     def enter(self, index: int, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -178,7 +178,7 @@ class SchedulePlan:
             prompt_tokens=(self.columns.kind != Kind.PAD).sum(1),
             other_tokens=(exists & ~eligible).sum(1),
             chunk=rows.chunk,
-            question_mass=None if self.mass is None else self.mass.of_question(),
+            question_mass=None if self.chunk_probe is None else self.chunk_probe.of_question(),
             probe=probe,
         )
         kept = self.schedule.selection.refine(check) & eligible

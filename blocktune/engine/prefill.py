@@ -25,13 +25,18 @@ class Prefill:
         logits: After each prompt's last row, ``(B, V)``.
         plans: The attention plans that ran, each with the layers it ran in.
         probes: Plans of whose rows a layer made keys and values for a choice only, by layer.
-        mass: What rows paid chunks, where that is watched; else None.
+        chunk_probe: What rows paid chunks, where that is read; else None.
     """
 
     logits: Tensor
     plans: list[CachePlan]
     probes: dict[int, CachePlan]
-    mass: ChunkAttention | None = None
+    chunk_probe: ChunkAttention | None = None
+
+    @property
+    def chunk_attention(self) -> Tensor:
+        """What each column's row paid each chunk, mean over heads and layers, ``(B, N, C)``."""
+        return self.chunk_probe.mass / self.chunk_probe.layers
 
     def layer_tokens(self, num_layers: int) -> Tensor:
         """Context tokens computed in each layer, ``(B, layers)``."""
@@ -56,7 +61,7 @@ class Prefill:
 
     def executed(self, model: nn.Module) -> Executed:
         """The same for counting its arithmetic; ``model`` is the one that ran."""
-        extra = None if self.mass is None else self.mass.multiply_adds
+        extra = None if self.chunk_probe is None else self.chunk_probe.multiply_adds
         return Executed(model, self.plans, self.probes, extra=extra)
 
 
@@ -90,4 +95,4 @@ def prefill(
         use_cache=True,
         logits_to_keep=1,
     )
-    return Prefill(output.logits[:, -1], schedule.plans, schedule.probes, schedule.mass)
+    return Prefill(output.logits[:, -1], schedule.plans, schedule.probes, schedule.chunk_probe)

@@ -11,15 +11,14 @@ from transformers import PreTrainedModel
 
 from blocktune.attention import SplitPlan
 from blocktune.attention.cached import CachePlan
-from blocktune.cache import RowCache, VariantStore
+from blocktune.cache import ChunkStore, RowCache
 from blocktune.engine.attention_probes import OutsideProbe, ProbeDone, QueryProbe
 from blocktune.engine.auxiliary import Auxiliaries
 from blocktune.engine.cost import Executed, ModelCost
-from blocktune.engine.recall import stored_context
 from blocktune.engine.rows import computed_rows, of_columns
 from blocktune.layout import Kind, Rows
 from blocktune.methods.reshape import Reshaping
-from blocktune.methods.select import Stored, Truth, distance
+from blocktune.methods.select import Truth, distance
 from blocktune.prompt import Batch, LayoutSpec, Pieces, lay_out, stack
 
 
@@ -35,7 +34,8 @@ class ScoringPasses:
         columns: Facts of the cache's columns, ``(B, N)``.
         cache: Assembled; the passes leave what chunks put there as it is.
         cached: Rows whose states are in the cache, ``(B, S)`` bool.
-        variants: Statistics of chunks from earlier prompts.
+        store: Holds the chunks.
+        fingerprint: Of the model.
         executed: What the passes computed, in order.
     """
 
@@ -46,16 +46,13 @@ class ScoringPasses:
     columns: Rows
     cache: RowCache
     cached: Tensor
-    variants: VariantStore
+    store: ChunkStore
+    fingerprint: str
     executed: list[Executed] = field(default_factory=list)
 
     def query_attention(self) -> Tensor:
         """See `Passes.query_attention`."""
         return self._prefill(self._rows & ~self.cached, self.cache)
-
-    def stored_context(self, alpha: float) -> Stored:
-        """See `Passes.stored_context`."""
-        return stored_context(self.variants, self.batch, self.pieces, alpha)
 
     def full_prefill(self) -> Truth:
         """See `Passes.full_prefill`."""

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from blocktune.cache import PrefixTree, RowCache, cut_exact
+from blocktune.cache import PrefixTree
 from blocktune.engine.auxiliary import Auxiliaries
-from blocktune.engine.cacheblend_pipeline import LoadingController
 from blocktune.engine.encode import Encoder
 from blocktune.positions import RopeSpec
-from blocktune.prompt import Pieces, end_of_turn
+from blocktune.prompt import end_of_turn
 
 
 @dataclass(frozen=True)
@@ -26,18 +25,11 @@ class EngineState:
     rope: RopeSpec
     pad_id: int
     auxiliaries: Auxiliaries
-    controller: LoadingController = field(default_factory=LoadingController)
 
     @property
     def num_layers(self) -> int:
         """Decoder layers."""
         return self.model.config.get_text_config().num_hidden_layers
-
-    def remember(self, cache: RowCache, pieces: Sequence[Pieces]) -> None:
-        """Enters the prompts of an exact prefill into the prefix cache."""
-        for index, prompt in enumerate(pieces):
-            path = [prompt.prefix, *prompt.chunks]
-            self.prefix_tree.insert(cut_exact(cache, index, path, self.encoder.fingerprint))
 
     def stop_ids(self) -> frozenset[int]:
         """Tokens that end an answer: the template's end of turn and the model's own."""

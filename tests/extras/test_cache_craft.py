@@ -10,6 +10,7 @@ from tiny_tokenizer import build_tokenizer
 
 from blocktune.cache import ChunkStore
 from blocktune.engine import Engine
+from blocktune.extras.cache_craft import VariantStore
 from blocktune.layout import Kind
 from blocktune.methods import build as method_of
 from blocktune.prompt import Chunk
@@ -60,14 +61,14 @@ def test_the_first_prompt_is_a_full_prefill_and_the_same_prompt_again_needs_noth
 def test_a_variant_that_left_the_store_is_encoded_again_after_its_ghosts(engine):
     serve(engine, ASK)
     kept = engine.next_logits([TURNED], CRAFT)
-    encoder = engine._state.encoder
     for key in list(engine.store._chunks):
         if engine.store._chunks[key].kind == "chunk":
             engine.store._forget(key)
     run = engine.prefilled([TURNED], CRAFT)
     assert run.assembled.misses == [3]
     torch.testing.assert_close(run.prefill.logits, kept, **TOLERANCE)
-    assert encoder.variants.recall(engine.prompts.pieces(ASK, CRAFT).chunks[0], ()) is not None
+    variants = VariantStore.of(engine.store, engine.fingerprint)
+    assert variants.best(engine.prompts.pieces(ASK, CRAFT).chunks[0], ()) is not None
 
 
 def test_a_full_prompt_and_a_recalled_one_share_a_batch(engine):
@@ -101,7 +102,7 @@ def test_chunks_that_the_question_passes_over_are_given_up(engine):
 def test_statistics_match_attention_weights_of_a_stock_forward(engine):
     serve(engine, ASK)
     pieces = engine.prompts.pieces(ASK, CRAFT)
-    variants = engine._state.encoder.variants
+    variants = VariantStore.of(engine.store, engine.fingerprint)
     ids = torch.tensor([pieces.prefix + sum(pieces.chunks, ()) + pieces.query])
     engine.model.set_attn_implementation("eager")
     with torch.no_grad():
@@ -111,7 +112,7 @@ def test_statistics_match_attention_weights_of_a_stock_forward(engine):
     spans = torch.arange(ids.shape[1]).split(lengths)
     for number, chunk in enumerate(pieces.chunks):
         ghosts = pieces.prefix + sum(pieces.chunks[:number], ())
-        variant = variants.of(chunk, ghosts)
+        variant = variants.find(chunk, ghosts)
         own = mean[spans[number + 1]]
         inter = [own[:, spans[old + 1]].sum() for old in range(number)]
         torch.testing.assert_close(variant.inter, torch.tensor(inter), rtol=1e-4, atol=1e-5)
