@@ -20,7 +20,7 @@ from blocktune.engine.scoring_passes import ServedPasses
 from blocktune.engine.usage import Stopwatch
 from blocktune.layout import Kind
 from blocktune.methods import Cached, Method
-from blocktune.methods.reshape import Reshaping
+from blocktune.methods.reshape import ReshapedAttention
 from blocktune.prompt import Pieces, Prompt, stack
 
 if TYPE_CHECKING:
@@ -60,10 +60,10 @@ class Opening:
         reshape = method.reshape()
         self.exact = method.cached is not Cached.CHUNKS
         self.true = self.exact and reshape is None
-        self.reshaping = None if reshape is None else Reshaping(reshape, self.columns)
+        self.reshaping = None if reshape is None else ReshapedAttention(reshape, self.columns)
         shape = self.columns.kind.shape
         self.cache = RowCache(server.num_layers, *shape, spare=64, exact=self.true)
-        self.selection = method.selection_for(server.num_layers)
+        self.selection = method.select_for(server.num_layers)
         self.watch.stop("prompt_s")
 
     def run(self) -> Run:

@@ -18,7 +18,7 @@ from blocktune.engine.cost import Executed, ModelCost
 from blocktune.engine.recall import stored_context
 from blocktune.engine.rows import computed_rows, of_columns
 from blocktune.layout import Kind, Rows
-from blocktune.methods.reshape import Reshaping
+from blocktune.methods.reshape import ReshapedAttention
 from blocktune.methods.select import Stored, Truth, distance
 from blocktune.prompt import Batch, LayoutSpec, Pieces, lay_out, stack
 
@@ -96,7 +96,7 @@ class ServedPasses:
         result[layout.is_context] = watch.scores[last][batch.layout.is_context].to(result.device)
         return result
 
-    def look_ahead(self, reshaping: Reshaping) -> None:
+    def look_ahead(self, reshaping: ReshapedAttention) -> None:
         """Computes the question over what is cached, for a reshape that wants to see that first."""
         computed = computed_rows(self.batch, self._rows & ~self.cached)
         self.cache.select(computed.columns)

@@ -50,12 +50,12 @@ class CacheCraft(Method):
         """Else it may come from the middle of an earlier prompt, and only a share is made anew."""
         return self.recall.exact_alone
 
-    def arrange(self, spec: LayoutSpec) -> LayoutSpec:
+    def layout(self, spec: LayoutSpec) -> LayoutSpec:
         """Chunks after the ghosts of their own earlier prompts, one after the other."""
         return replace(
             spec, block=True, num_ghosts=0, shared_prefix=False, bos="none", placement="sequential"
         )
 
-    def selection(self) -> Selection:
+    def select(self) -> Selection:
         """By what is stored of the chunks."""
         return StoredContext(alpha=self.alpha, focus=self.focus, hold=self.hold)

@@ -13,7 +13,7 @@ from blocktune.layout import Layout
 from blocktune.methods.registry import SELECTORS
 from blocktune.methods.select.base import Scored, selectable
 from blocktune.methods.select.budget import require_share, top_share
-from blocktune.methods.select.check import Check
+from blocktune.methods.select.layer_check import LayerCheck
 from blocktune.methods.select.passes import Passes
 
 
@@ -82,7 +82,7 @@ class StoredContext(Scored):
         layer = math.ceil(self.focus * num_layers - 1e-9)
         return (layer,) if 0 < layer < num_layers else ()
 
-    def refine(self, check: Check) -> Tensor:
+    def refine(self, check: LayerCheck) -> Tensor:
         """See `Selection.refine`: keeps the chunks that hold most of the question's attention."""
         mass, most = check.question_mass.sort(dim=1, descending=True)
         before = mass.cumsum(1) - mass
