@@ -146,7 +146,7 @@ class Opening:
         layout, selection = self.batch.layout, self.selection
         # What no cache holds is computed anyway, and a chunk's token when it is selected (its
         # original is overwritten then).
-        start = ~assembled.cached & ~layout.is_pad & (layout.kind != Kind.GHOST)
+        start = ~assembled.cached & ~layout.is_pad & (layout.kind != Kind.BLANK)
         if not self.exact:
             start = start | selection.begin(layout, passes)
         layers = selection.widens(self.server.num_layers)

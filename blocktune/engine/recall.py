@@ -21,7 +21,7 @@ def contexts_of(variants: VariantStore, pieces: Pieces, how: Recall) -> list[Ids
     """What each chunk of a prompt was encoded after, in the variant that fits this prompt best.
 
     Returns:
-        Ghosts of every chunk, or None where a chunk has no variant, or where so much would have to
+        Blanks of every chunk, or None where a chunk has no variant, or where so much would have to
         be recomputed that little is saved: such a prompt is computed in full, which is exact and
         leaves a variant of each of its chunks behind.
     """
@@ -32,9 +32,9 @@ def contexts_of(variants: VariantStore, pieces: Pieces, how: Recall) -> list[Ids
     afresh = sum(r.overhead * len(c) for r, c in zip(found, chunks, strict=True))
     if afresh > how.refresh * sum(map(len, chunks)):
         return None
-    contexts = [recalled.variant.ghosts for recalled in found]
-    for chunk, ghosts in zip(pieces.chunks, contexts, strict=True):
-        variants.used(chunk, ghosts)
+    contexts = [recalled.variant.blanks for recalled in found]
+    for chunk, blanks in zip(pieces.chunks, contexts, strict=True):
+        variants.used(chunk, blanks)
     return contexts
 
 
@@ -57,8 +57,8 @@ def stored_context(
     for index, prompt in enumerate(pieces):
         for number, chunk in enumerate(prompt.chunks):
             own = layout.chunk[index] == number
-            ghosts = batch.input_ids[index, own & (layout.kind[index] == Kind.GHOST)]
-            variant = variants.of(chunk, tuple(ghosts.tolist()))
+            blanks = batch.input_ids[index, own & (layout.kind[index] == Kind.BLANK)]
+            variant = variants.of(chunk, tuple(blanks.tolist()))
             if variant is None:
                 continue
             context = prompt.chunks[:number]
@@ -76,7 +76,7 @@ def learn(
 
     Args:
         encoder: Its variants learn the statistics. Its store keeps the keys and values, under the
-            key that encoding the chunk after these very ghosts would have.
+            key that encoding the chunk after these very blanks would have.
         cache: After the prefill.
         mass: What rows paid chunks, all layers read.
         pieces: The prompts; those served from caches are passed over.
@@ -84,12 +84,12 @@ def learn(
     """
     columns = mass.columns
     for index, prompt in enumerate(pieces):
-        ghosts = prompt.prefix
+        blanks = prompt.prefix
         for number, chunk in enumerate(prompt.chunks):
             own = (columns.chunk[index] == number) & (columns.kind[index] == Kind.CHUNK)
             if int(columns.group[index][own][0]) != GLOBAL:
                 break
-            piece = Piece(chunk, ghosts)
+            piece = Piece(chunk, blanks)
             kv = _cut(cache, index, own, piece, encoder.fingerprint)
             encoder.store.put(encoder.key(piece), kv)
             paid = mass.mass[index, own].cpu() / mass.layers
@@ -105,7 +105,7 @@ def learn(
                 ),
                 how.most,
             )
-            ghosts = ghosts + chunk
+            blanks = blanks + chunk
 
 
 def _cut(cache: RowCache, prompt: int, own: Tensor, piece: Piece, fingerprint: str) -> ChunkKV:
@@ -115,5 +115,5 @@ def _cut(cache: RowCache, prompt: int, own: Tensor, piece: Piece, fingerprint: s
         values=tuple(layer.values[prompt][:, own] for layer in cache.layers),
         token_ids=torch.tensor(piece.ids),
         fingerprint=fingerprint,
-        origin=len(piece.ghosts),
+        origin=len(piece.blanks),
     ).compact()

@@ -51,9 +51,9 @@ class CacheCraft(Method):
         return self.recall.exact_alone
 
     def layout(self, spec: LayoutSpec) -> LayoutSpec:
-        """Chunks after the ghosts of their own earlier prompts, one after the other."""
+        """Chunks after the blanks of their own earlier prompts, one after the other."""
         return replace(
-            spec, block=True, num_ghosts=0, shared_prefix=False, bos="none", placement="sequential"
+            spec, block=True, num_blanks=0, shared_prefix=False, bos="none", placement="sequential"
         )
 
     def select(self) -> Selection:

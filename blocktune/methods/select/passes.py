@@ -37,7 +37,7 @@ class Stored(NamedTuple):
 class Passes(Protocol):
     """Passes that an engine runs when a selector asks; each is counted in the answer's usage.
 
-    All scores are float32, 0 at rows that are no columns of the cache (ghosts, padding).
+    All scores are float32, 0 at rows that are no columns of the cache (blanks, padding).
     """
 
     def query_attention(self) -> Tensor:
