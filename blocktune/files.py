@@ -88,6 +88,11 @@ def whole_lines(path: str | Path) -> list[str]:
     return text[: text.rfind(b"\n") + 1].decode("utf-8").split("\n")[:-1]
 
 
+def truncate_lines(path: str | Path, count: int) -> None:
+    """Cuts a file behind its first ``count`` lines, in place: a lock on it stays."""
+    os.truncate(path, sum(len(line.encode()) + 1 for line in whole_lines(path)[:count]))
+
+
 def append_lines(path: str | Path, lines: Iterable[str]) -> None:
     """Adds lines to a file, on disk before it returns."""
     with open(path, "a", encoding="utf-8") as out:

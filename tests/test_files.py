@@ -15,6 +15,7 @@ from blocktune.files import (
     replace_json,
     replace_text,
     replacing,
+    truncate_lines,
     whole_lines,
 )
 
@@ -78,6 +79,10 @@ def test_a_torn_last_line_is_left_out(tmp_path):
     assert whole_lines(path) == ["a\u2028b", "ü"]
     path.write_bytes(path.read_bytes() + "ü".encode()[:1])
     assert whole_lines(path) == ["a\u2028b", "ü"]
+    truncate_lines(path, 2)
+    assert path.read_bytes() == "a\u2028b\nü\n".encode()
+    truncate_lines(path, 1)
+    assert whole_lines(path) == ["a\u2028b"]
 
 
 def test_a_second_process_is_refused(tmp_path):
