@@ -1,18 +1,23 @@
 """Imports point left only, and no files import each other in a circle: read with `ast`."""
 
 import ast
+import importlib
+import pkgutil
 from pathlib import Path
+
+import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "blocktune"
 
 # What each part may import besides itself; whatever is not named here is not allowed. A dotted
 # name is one module of a part: training uses the pure selectors and no more of methods.
-TOOLS = {"registry", "parsing", "files", "tables", "provenance", "plugins"}
+TOOLS = {"lazy", "registry", "parsing", "files", "tables", "provenance", "plugins"}
 GROUND = TOOLS | {"models", "layout", "positions", "attention", "links"}
 PROMPT = GROUND | {"prompt", "adapter"}
 SERVING = PROMPT | {"cache", "methods", "engine"}
 ALLOWED = {
     "__init__": set(),
+    "lazy": set(),
     "plugins": set(),
     "parsing": set(),
     "files": set(),
@@ -21,7 +26,7 @@ ALLOWED = {
     "provenance": {"files"},
     "models": TOOLS,
     "layout": set(),
-    "positions": {"models", "layout"},
+    "positions": {"lazy", "models", "layout"},
     "attention": {"models", "layout", "positions"},
     "links": TOOLS | {"models", "layout", "positions"},
     "prompt": GROUND,
@@ -191,6 +196,19 @@ def test_the_command_line_imports_nothing_heavy():
         if path.relative_to(PACKAGE).parts[0] in LIGHT:
             names = imported(at_import(tree), package_of(path))
             assert not {name.split(".")[0] for name in names} & HEAVY, path
+
+
+@pytest.mark.parametrize(
+    "part", ["methods", "methods.reshape", "methods.select", "positions", "prompt"]
+)
+def test_every_lazy_name_is_there_and_hidden_by_no_module(part):
+    package = importlib.import_module(f"blocktune.{part}")
+    modules = {module.name for module in pkgutil.iter_modules(package.__path__)}
+    for name in package.__all__:
+        assert getattr(package, name) is not None
+        assert name not in modules
+    with pytest.raises(AttributeError, match="nothing_of_that_name"):
+        _ = package.nothing_of_that_name
 
 
 def test_importing_registers_nothing_with_transformers_or_torch():

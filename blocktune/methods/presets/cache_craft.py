@@ -1,13 +1,22 @@
 """Chunks from earlier full prompts, with statistics of what they leant on."""
 
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from __future__ import annotations
 
-from blocktune.cache import Recall
-from blocktune.methods.base import Method, register, require_count
-from blocktune.methods.select import Selection, StoredContext
-from blocktune.methods.select.budget import require_share
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
+
+from blocktune.methods import (
+    Method,
+    Selection,
+    StoredContext,
+    register,
+    require_count,
+    require_share,
+)
 from blocktune.prompt import LayoutSpec
+
+if TYPE_CHECKING:
+    from blocktune.cache import Recall
 
 
 @register("cache-craft")
@@ -43,6 +52,8 @@ class CacheCraft(Method):
     @property
     def recall(self) -> Recall:
         """See `Method`."""
+        from blocktune.cache import Recall
+
         return Recall(self.refresh, self.variants, self.alpha)
 
     @property

@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from blocktune.methods.base import Method, register
-from blocktune.methods.select import Deviation, Selection
+from blocktune.methods import Deviation, Method, Selection, register
 
 
 @register("cacheblend-pipelined")

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor
-
-from blocktune.layout import Layout
 from blocktune.methods.registry import SELECTORS
 from blocktune.methods.select.base import Scored, selectable
-from blocktune.methods.select.budget import require_share, top_share
-from blocktune.methods.select.layer_check import LayerCheck
-from blocktune.methods.select.passes import Passes
+from blocktune.methods.select.budget import require_share, top_count, top_of_context
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from blocktune.layout import Layout
+    from blocktune.methods.select.layer_check import LayerCheck
+    from blocktune.methods.select.passes import Passes
 
 
 @SELECTORS.register("stored-context")
@@ -64,17 +65,13 @@ class StoredContext(Scored):
         """See `Selection.begin`."""
         stored = passes.stored_context(self.alpha)
         if self.ratio is not None:
-            total = layout.is_context.sum(1)
-            return top_share(stored.tokens, selectable(layout), total, self.ratio)
-        chosen = torch.zeros_like(layout.is_context)
+            return top_of_context(stored.tokens, layout, self.ratio)
+        chosen = layout.is_context & False
         for chunk in range(int(layout.chunk.max()) + 1):
             own = selectable(layout) & (layout.chunk == chunk)
-            count = own.sum(1)
-            share = torch.where(own, stored.overhead, 0.0).amax(1)
-            wanted = torch.ceil(share.double() * count - 1e-9)
-            ranked = stored.tokens.masked_fill(~own, float("-inf"))
-            rank = ranked.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-            chosen |= own & (rank < wanted[:, None])
+            share = stored.overhead.where(own, 0.0).amax(1)
+            wanted = (share.double() * own.sum(1) - 1e-9).ceil()
+            chosen |= top_count(stored.tokens, own, wanted)
         return chosen
 
     def checks(self, num_layers: int) -> tuple[int, ...]:
@@ -87,5 +84,5 @@ class StoredContext(Scored):
         mass, most = check.question_mass.sort(dim=1, descending=True)
         before = mass.cumsum(1) - mass
         stays = before < self.hold * mass.sum(1, keepdim=True)
-        focused = torch.zeros_like(stays).scatter(1, most, stays)
+        focused = (stays & False).scatter(1, most, stays)
         return check.eligible & focused.gather(1, check.chunk.clamp(min=0))
