@@ -1,7 +1,9 @@
 """Imports point left only, and no files import each other in a circle: read with `ast`."""
 
 import ast
+import functools
 import importlib
+import inspect
 import pkgutil
 from pathlib import Path
 
@@ -89,8 +91,29 @@ def imported(tree: ast.AST, package: str) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             parents = package.split(".")[: -node.level + 1 or None] if node.level else []
             base = ".".join([*parents, *filter(None, [node.module])])
-            names |= {f"{base}.{alias.name}" for alias in node.names}
+            names |= {home_of(f"{base}.{alias.name}") for alias in node.names}
     return names
+
+
+LAZY = ("methods", "methods.reshape", "methods.select", "positions", "prompt")
+
+
+@functools.cache
+def lazy_homes() -> dict[str, str]:
+    """The module of every public name that a package imports on first use."""
+    homes = {}
+    for part in LAZY:
+        package = importlib.import_module(f"blocktune.{part}")
+        names = inspect.getclosurevars(package.__getattr__).nonlocals["home_of"]
+        homes |= {f"{package.__name__}.{name}": home for name, home in names.items()}
+    return homes
+
+
+def home_of(name: str) -> str:
+    """A dotted name in the module that defines it."""
+    while name in lazy_homes():
+        name = f"{lazy_homes()[name]}.{name.rpartition('.')[2]}"
+    return name
 
 
 def package_of(path: Path) -> str:
@@ -227,7 +250,8 @@ def test_importing_registers_nothing_with_transformers_or_torch():
 def test_the_reader_sees_every_form_of_import():
     forms = [
         ("blocktune.training", "from blocktune.engine import Engine", {"blocktune.engine.Engine"}),
-        ("blocktune.training", "from ..methods import build", {"blocktune.methods.build"}),
+        ("blocktune.training", "from ..engine import Engine", {"blocktune.engine.Engine"}),
+        ("blocktune", "from .methods import FirstK", {"blocktune.methods.select.place.FirstK"}),
         ("blocktune.methods.select", "from ... import engine", {"blocktune.engine"}),
         ("blocktune", "from .layout import Layout", {"blocktune.layout.Layout"}),
         ("blocktune", "import torch.nn as nn", {"torch.nn"}),
