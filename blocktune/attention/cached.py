@@ -18,7 +18,7 @@ ROW_BLOCK = 128
 
 
 class Reshaping(Protocol):
-    """What changes scores before softmax; `blocktune.methods.reshape.ReshapedAttention` is one."""
+    """What changes scores before softmax: `ReshapedAttention` of `blocktune.methods`."""
 
     def wrote(self, layer: int, columns: Tensor) -> None:
         """Says that a layer's keys in ``columns`` ``(B, R)`` were made afresh; -1 is none."""
