@@ -8,10 +8,9 @@ from blocktune.methods.select.check import Check, States
 from blocktune.methods.select.deviation import Deviation, GradualDeviation, deviation, distance
 from blocktune.methods.select.first_k import FirstK
 from blocktune.methods.select.layers import LayerRange, Reselect
-from blocktune.methods.select.passes import Passes, Stored, Truth
+from blocktune.methods.select.passes import Passes, Truth
 from blocktune.methods.select.query_attention import AuxiliaryAttention, QueryAttention
 from blocktune.methods.select.reconstruction import AttentionDeviation, Recency
-from blocktune.methods.select.stored_context import StoredContext
 
 __all__ = [
     "SELECTORS",
@@ -33,8 +32,6 @@ __all__ = [
     "Scored",
     "Selection",
     "States",
-    "Stored",
-    "StoredContext",
     "Truth",
     "deviation",
     "distance",

@@ -7,6 +7,7 @@ from families import FAMILIES
 from methods.reshape.oracle import BestChunks, TwoSoftmaxes, logits_by, rows_of
 
 from blocktune.attention.masks import MaskRoom
+from blocktune.engine.batch_prefill import prefill_batch
 from blocktune.methods import build, compose
 from blocktune.methods.reshape import base as blocks
 
@@ -35,7 +36,7 @@ def served(family, tokenizer):
 
 def start(engine, asks, method):
     pieces, prompts = engine._read(asks, method)
-    return engine._server.start(prompts, pieces, method)
+    return prefill_batch(engine._state, prompts, pieces, method)
 
 
 def merged(engine, method, answer=(), fresh=None, moved=None):
