@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blocktune.attention.kernels import AttentionParams, tail_attention
-from blocktune.attention.masks import KEPT_CELLS, MaskRoom
-from blocktune.attention.rows import RowBand
+from blocktune.attention.masks import KEPT_CELLS, MaskRoom, RowBand
 from blocktune.layout import Kind, LayerRule, Rows
 
 ROW_BLOCK = 128

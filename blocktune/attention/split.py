@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from blocktune.attention.kernels import ROW_BLOCK, AttentionParams, causal_attention, check_rows
-from blocktune.attention.masks import KEPT_CELLS, MaskRoom
-from blocktune.attention.rows import RowBand, RowMap, move_rows
+from blocktune.attention.masks import KEPT_CELLS, MaskRoom, RowBand
+from blocktune.attention.rows import RowMap, move_rows
 from blocktune.layout import FOREVER, GLOBAL, NO_ROW, Kind, LayerRule, Layout
 
 

@@ -9,7 +9,7 @@ from typing import ClassVar, NamedTuple
 from torch import Tensor
 
 from blocktune.attention.kernels import AttentionParams, plain_scores
-from blocktune.attention.rows import Block
+from blocktune.attention.masks import Block
 from blocktune.layout import Kind, Rows
 
 
