@@ -1,4 +1,4 @@
-"""Rows moved to other places, with a gradient that is a gather too."""
+"""Rows moved to other places, differentiably, where the gradient is a gather too."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ from torch import Tensor
 class RowMap:
     """Where each target row comes from; a source row goes to one place at most.
 
-    That makes the gradient a gather as well. Autograd's own gradient of ``index_select`` has to
-    add, because it cannot know this, and took longer than attention itself.
+    So the gradient is a gather as well. Autograd's gradient of ``index_select`` has to add, since
+    it cannot know this, and took longer than attention itself.
     """
 
     def __init__(self, source: Tensor, num_sources: int):
         """Prepares the map.
 
         Args:
-            source: Of each target row its source row, or a negative number for a row of zeros;
-                int64 ``(T,)``.
+            source: The source row of each target row, negative for a row of zeros; int64 ``(T,)``.
             num_sources: Number of source rows.
         """
         self._source = source
@@ -33,21 +32,21 @@ class RowMap:
 
     @cached_property
     def back(self) -> RowMap:
-        """The way back: zeros for the source rows that went nowhere."""
+        """The inverse map, with zeros for the source rows that were not moved."""
         real = (self._source >= 0).nonzero().squeeze(1)
         source = torch.full((self._num_sources,), -1, device=self._source.device)
         source[self._source[real]] = real
         return RowMap(source, len(self._source))
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """Moves ``rows`` ``(sources, ...)`` to ``(T, ...)``; a view where rows stay in a run."""
+        """Moves ``rows`` ``(sources, ...)`` to ``(T, ...)``; a view if they are contiguous."""
         if self._is_run:
             return rows.narrow(0, self._start, len(self._source))
         moved = rows.index_select(0, self._index)
         return moved.index_fill_(0, self._blank, 0) if len(self._blank) else moved
 
     def add_back(self, total: Tensor, rows: Tensor) -> None:
-        """Adds ``rows`` ``(T, ...)`` to where they came from in ``total`` ``(sources, ...)``."""
+        """Adds ``rows`` ``(T, ...)`` to their source rows in ``total`` ``(sources, ...)``."""
         if self._is_run:
             total.narrow(0, self._start, len(self._source)).add_(rows)
         else:
@@ -75,6 +74,6 @@ class _Move(torch.autograd.Function):
                 row_map.add_back(total, grad)
             else:
                 total = row_map.back(grad)
-                # The gradient that came in is not ours to add to.
+                # The incoming gradient must not be changed.
                 total = total.clone() if len(used) > 1 and total._is_view() else total
         return (total, *(None for _ in ctx.maps))
