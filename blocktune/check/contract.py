@@ -44,7 +44,7 @@ SLOT = 64
 LAYOUTS = (
     *({"placement": name} | ({"slot": SLOT} if name == "reserved" else {}) for name in PLACEMENTS),
     *({"bos": name} for name in BOS),
-    {"num_ghosts": 3},
+    {"num_blanks": 3},
     {"shared_prefix": True},
 )
 """One layout for each value of Place and Encode."""

@@ -100,7 +100,7 @@ def dense_logits(
 
 def all_visible(ids: Tensor, layout: Layout) -> tuple[Tensor, Layout]:
     """The same rows in full attention: nothing hidden, each row sees all before it."""
-    kept = layout.kind[0] != Kind.GHOST
+    kept = layout.kind[0] != Kind.BLANK
     layout = layout.map(lambda field: field[:, kept])
     return ids[:, kept], replace(layout, group=torch.full_like(layout.group, GLOBAL))
 

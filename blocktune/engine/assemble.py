@@ -94,18 +94,18 @@ def from_chunks(
 
 
 def wanted_pieces(batch: Batch, index: int) -> list[Piece]:
-    """The prefix (if any), then the chunks, each with the ghosts it is encoded after."""
+    """The prefix (if any), then the chunks, each with the blanks it is encoded after."""
     layout, ids = batch.layout, batch.input_ids[index]
     kind, chunk = layout.kind[index], layout.chunk[index]
-    encoded, ghost = is_held(layout)[index], kind == Kind.GHOST
+    encoded, blank = is_held(layout)[index], kind == Kind.BLANK
 
-    def piece(own: Tensor, ghosts: Tensor) -> Piece:
-        return Piece(tuple(ids[own].tolist()), tuple(ids[ghosts].tolist()))
+    def piece(own: Tensor, blanks: Tensor) -> Piece:
+        return Piece(tuple(ids[own].tolist()), tuple(ids[blanks].tolist()))
 
     prefix = tuple(ids[kind == Kind.PREFIX].tolist())
     chunks = chunk[encoded].unique().tolist()
     return ([Piece(prefix)] if prefix else []) + [
-        piece(encoded & (chunk == c), ghost & (chunk == c)) for c in chunks
+        piece(encoded & (chunk == c), blank & (chunk == c)) for c in chunks
     ]
 
 

@@ -159,7 +159,7 @@ class BatchPrefill:
         layout, selection = self.batch.layout, self.selection
         # What no cache holds is computed anyway, and a chunk's token when it is selected (its
         # original is overwritten then).
-        start = ~assembled.cached & ~layout.is_pad & (layout.kind != Kind.GHOST)
+        start = ~assembled.cached & ~layout.is_pad & (layout.kind != Kind.BLANK)
         if not self.uses_no_cache:
             start = start | selection.begin(layout, passes)
         layers = selection.widens(self.state.num_layers)

@@ -33,24 +33,24 @@ TOKENS_PER_PASS = 16_384
 
 @dataclass(frozen=True)
 class Piece:
-    """Something that is encoded by itself and kept: the prefix, or a chunk after its ghosts.
+    """Something that is encoded by itself and kept: the prefix, or a chunk after its blanks.
 
     Attributes:
         ids: Tokens that are stored.
-        ghosts: Tokens it is encoded after and that are then forgotten.
+        blanks: Tokens it is encoded after and that are then forgotten.
     """
 
     ids: Ids
-    ghosts: Ids = ()
+    blanks: Ids = ()
 
 
 def alone(piece: Piece) -> Prompt:
-    """The rows of a piece by itself: its tokens from position 0, its ghosts before that."""
-    spec = LayoutSpec(shared_prefix=bool(piece.ghosts))
-    prompt = lay_out(Pieces(prefix=piece.ghosts, chunks=(piece.ids,), query=()), spec)
+    """The rows of a piece by itself: its tokens from position 0, its blanks before that."""
+    spec = LayoutSpec(shared_prefix=bool(piece.blanks))
+    prompt = lay_out(Pieces(prefix=piece.blanks, chunks=(piece.ids,), query=()), spec)
     keep = (prompt.layout.group != GLOBAL)[0]
     layout = prompt.layout.map(lambda field: field[:, keep])
-    moved = layout.position - len(piece.ghosts)
+    moved = layout.position - len(piece.blanks)
     ids = torch.tensor(prompt.ids)[keep].tolist()
     labels = torch.tensor(prompt.labels)[keep].tolist()
     return Prompt(tuple(ids), dataclasses.replace(layout, position=moved), tuple(labels))
@@ -69,7 +69,7 @@ def grouped(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 
 
 def _size(piece: Piece) -> int:
-    return len(piece.ghosts) + len(piece.ids)
+    return len(piece.blanks) + len(piece.ids)
 
 
 class Found(NamedTuple):
@@ -158,7 +158,7 @@ class Encoder:
 
     def key(self, piece: Piece) -> str:
         """Under which the store keeps a piece."""
-        return key_after(self.fingerprint, piece.ids, piece.ghosts)
+        return key_after(self.fingerprint, piece.ids, piece.blanks)
 
     def _states_key(self, piece: Piece, layer: int) -> str:
         return states_key(self.key(piece), layer)
@@ -203,5 +203,5 @@ class Encoder:
 
 
 def _span(piece: Piece) -> slice:
-    """The rows of a piece's own tokens, after its ghosts."""
-    return slice(len(piece.ghosts), len(piece.ghosts) + len(piece.ids))
+    """The rows of a piece's own tokens, after its blanks."""
+    return slice(len(piece.blanks), len(piece.blanks) + len(piece.ids))

@@ -26,7 +26,7 @@ from blocktune.engine.prompts import PromptMaker, Request
 from blocktune.engine.state import EngineState
 from blocktune.engine.usage import Stopwatch
 from blocktune.methods import Method, build
-from blocktune.positions import RopeSpec
+from blocktune.models.gate import require_supported
 from blocktune.prompt import Chunk, LayoutSpec, Pieces, Prompt, PromptFormat
 
 
@@ -78,7 +78,7 @@ class Engine:
             ValueError: If the model cannot be served from moved chunk caches, or ``format``
                 differs from what the adapter was trained with.
         """
-        rope = RopeSpec.from_model(model)
+        rope = require_supported(model)
         attach(model)
         install(model)
         self.model, self.tokenizer = model.eval(), tokenizer

@@ -105,7 +105,7 @@ class ScoringPasses:
     @property
     def _rows(self) -> Tensor:
         layout = self.batch.layout
-        return ~layout.is_pad & (layout.kind != Kind.GHOST)
+        return ~layout.is_pad & (layout.kind != Kind.BLANK)
 
     def _prefill(self, chosen: Tensor, cache: RowCache) -> Tensor:
         """Computes rows into ``cache``; what the question attends to, ``(L, B, S)``."""

@@ -16,6 +16,7 @@ from blocktune.methods.hooks import ChunkLoader, PromptHistory
 from blocktune.methods.reshape import RESHAPES, Reshape
 from blocktune.methods.select import SELECTORS, Nothing, Selection
 from blocktune.methods.select.budget import require_share
+from blocktune.parsing import current_keys
 from blocktune.prompt import LayoutSpec
 
 TABLES = {Axis.SELECT: SELECTORS, Axis.RESHAPE: RESHAPES}
@@ -74,7 +75,7 @@ def _pair(key: str, value: Any) -> str:
     return f"{key}={''.join(text.split())}"
 
 
-PLACE_AND_ENCODE = ("placement", "slot", "num_ghosts", "shared_prefix", "bos")
+PLACE_AND_ENCODE = ("placement", "slot", "num_blanks", "shared_prefix", "bos")
 """Fields of `LayoutSpec` that a method chooses; the others are facts of what was trained."""
 
 
@@ -223,7 +224,7 @@ class Composition(Method):
         alone = all(
             value == getattr(plain, name)
             for name, value in self.changes
-            if name in ("num_ghosts", "bos", "slot")
+            if name in ("num_blanks", "bos", "slot")
         )
         known = self.history is None or self.history.exact_alone
         return kept and alone and known and all(t.exact_on_one_chunk for t in self.terms)
@@ -286,6 +287,7 @@ def compose(
         if budget is not None:
             raise ValueError("budget and layer_budget exclude each other; drop one")
     if layout:
+        layout = current_keys(layout, PLACE_AND_ENCODE, "layout")
         require_fields(layout)
         given[Axis.LAYOUT] = layout
     made = Composition(

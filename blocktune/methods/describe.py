@@ -111,7 +111,7 @@ def _layouts() -> list[Description]:
 LAYOUT_WORDS = {
     "placement": "Where chunks stand: sequential, parallel, composite or reserved.",
     "slot": "Positions reserved for each chunk under placement=reserved.",
-    "num_ghosts": "Blank tokens that a chunk is encoded after, then hidden.",
+    "num_blanks": "Blank tokens that a chunk is encoded after, then hidden.",
     "shared_prefix": "Whether chunks are encoded after a hidden copy of the prefix.",
     "bos": "A chunk's own BOS: none, drop (encoded after one, then hidden) or keep.",
 }

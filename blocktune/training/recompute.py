@@ -212,7 +212,7 @@ def _check(layout, states, layer, num_layers, row: int, sample: int) -> tuple[Ch
     def taken(rows: Tensor) -> States:
         return States(*(state[row : row + 1, :, rows] for state in states))
 
-    asked = here & ~facts.is_fresh & (facts.kind != Kind.GHOST) & (facts.kind != Kind.ANSWER)
+    asked = here & ~facts.is_fresh & (facts.kind != Kind.BLANK) & (facts.kind != Kind.ANSWER)
     other = asked & ((facts.kind == Kind.QUERY) | (facts.kind == Kind.LINK))
     check = Check(
         layer=layer,

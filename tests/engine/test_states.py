@@ -11,7 +11,7 @@ from blocktune.engine.encode import Piece, alone
 from blocktune.engine.usage import Stopwatch
 from blocktune.prompt import stack
 
-PIECES = [Piece((11, 12, 13, 14, 15)), Piece((21, 22, 23), ghosts=(9, 8)), Piece((31,))]
+PIECES = [Piece((11, 12, 13, 14, 15)), Piece((21, 22, 23), blanks=(9, 8)), Piece((31,))]
 
 
 def found(engine, layers=(1,), pieces=PIECES):
@@ -35,7 +35,7 @@ def test_stored_states_match_what_enters_the_layer(family, tokenizer):
                 output_hidden_states=True,
             ).hidden_states
         for layer in (0, 1):
-            own = seen[layer][0, len(piece.ghosts) :]
+            own = seen[layer][0, len(piece.blanks) :]
             torch.testing.assert_close(states[piece, layer].states, own, rtol=0, atol=1e-5)
 
 

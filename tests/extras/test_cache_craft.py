@@ -30,14 +30,14 @@ def serve(engine, ask, method=CRAFT):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_chunk_of_an_earlier_prompt_matches_the_dense_oracle_with_ghost_rows(family, tokenizer):
+def test_a_chunk_of_an_earlier_prompt_matches_the_dense_oracle_with_blank_rows(family, tokenizer):
     config = FAMILIES[family]()
     if family == "mistral":
         config.sliding_window = 40
     engine = engine_of(config, tokenizer)
     serve(engine, ASK)
     [prompt] = engine._read([TURNED], CRAFT)[1]
-    assert (prompt.layout.kind == Kind.GHOST).any()
+    assert (prompt.layout.kind == Kind.BLANK).any()
     for method in (CRAFT, method_of("cache-craft", focus=0.5, hold=0.5)):
         served, spans = served_spans(engine, TURNED, method)
         assert 0 < len(spans) < int(prompt.layout.is_context.sum())
@@ -58,7 +58,7 @@ def test_the_first_prompt_is_a_full_prefill_and_the_same_prompt_again_needs_noth
     torch.testing.assert_close(engine.next_logits([ASK], CRAFT), full, **TOLERANCE)
 
 
-def test_a_variant_that_left_the_store_is_encoded_again_after_its_ghosts(engine):
+def test_a_variant_that_left_the_store_is_encoded_again_after_its_blanks(engine):
     serve(engine, ASK)
     kept = engine.next_logits([TURNED], CRAFT)
     for key in list(engine.store._chunks):
@@ -111,8 +111,8 @@ def test_statistics_match_attention_weights_of_a_stock_forward(engine):
     lengths = [len(pieces.prefix), *map(len, pieces.chunks), len(pieces.query)]
     spans = torch.arange(ids.shape[1]).split(lengths)
     for number, chunk in enumerate(pieces.chunks):
-        ghosts = pieces.prefix + sum(pieces.chunks[:number], ())
-        variant = variants.find(chunk, ghosts)
+        blanks = pieces.prefix + sum(pieces.chunks[:number], ())
+        variant = variants.find(chunk, blanks)
         own = mean[spans[number + 1]]
         inter = [own[:, spans[old + 1]].sum() for old in range(number)]
         torch.testing.assert_close(variant.inter, torch.tensor(inter), rtol=1e-4, atol=1e-5)

@@ -79,7 +79,7 @@ def test_the_variant_that_fits_best_is_recalled(tmp_path, tier):
     variants.learn(CHUNK, made((C, D)), 5)
     recalled = variants.best(CHUNK, (C, D))
     assert (recalled.variant.context, recalled.overhead) == ((C, D), 0.0)
-    assert recalled.variant.ghosts == (0, 3, 4, 4)
+    assert recalled.variant.blanks == (0, 3, 4, 4)
     assert variants.best(CHUNK, (A, B)).variant.context == (A, B)
     assert variants.best((7, 8, 9, 11), (A, B)) is None
     assert VariantStore(store, OTHER_MODEL).best(CHUNK, (A, B)) is None
@@ -107,13 +107,13 @@ def test_what_leaves_takes_its_keys_and_values_along(tmp_path, tier):
     for context in ((A, B), (A,), (), (B,)):
         variant = made(context, (1.0,) * len(context))
         store.put(
-            key_after(MODEL, CHUNK, variant.ghosts), made_chunk(4, token_ids=torch.tensor(CHUNK))
+            key_after(MODEL, CHUNK, variant.blanks), made_chunk(4, token_ids=torch.tensor(CHUNK))
         )
         variants.learn(CHUNK, variant, 2)
     kept = {(A, B): False, (A,): False, (): True, (B,): True}
     # What was encoded alone serves others too.
     for context, there in kept.items():
-        key = key_after(MODEL, CHUNK, made(context, (1.0,) * len(context)).ghosts)
+        key = key_after(MODEL, CHUNK, made(context, (1.0,) * len(context)).blanks)
         assert (key in store) is there
     variants.learn(CHUNK, made((C,), (1.0,)), 1)
     assert key_after(MODEL, CHUNK, (0,)) in store

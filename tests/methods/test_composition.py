@@ -42,7 +42,7 @@ def test_presets_that_decide_other_axes_add_up():
     method = build("kvlink + link0 + scaled-context 0.8 + deviation 30 %")
     trained = LayoutSpec(num_links=2)
     assert method.layout(trained).num_links == 2
-    assert method.layout(trained).num_ghosts == build("link0").arrange(trained).num_ghosts
+    assert method.layout(trained).num_blanks == build("link0").arrange(trained).num_blanks
     assert method.reshape() == ScaledContext(temperature=0.8)
     assert method.axes == frozenset(Axis)
 

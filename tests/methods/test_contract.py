@@ -124,7 +124,7 @@ class Moved(Method):
     """Calls itself exact on one chunk and encodes it after blanks."""
 
     def arrange(self, spec):
-        return replace(spec, num_ghosts=2)
+        return replace(spec, num_blanks=2)
 
 
 @dataclass(frozen=True)

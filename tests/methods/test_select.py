@@ -89,8 +89,8 @@ def test_first_k_takes_both_ends():
     assert chosen(FirstK(k=9, last=9), rows()) == chosen(Everything(), rows())
 
 
-def test_a_chunk_encoded_after_ghosts_is_not_exact_where_it_opens_the_prompt():
-    layout = lay_out(PIECES._replace(prefix=()), LayoutSpec(num_ghosts=1), ghost_id=99).layout
+def test_a_chunk_encoded_after_blanks_is_not_exact_where_it_opens_the_prompt():
+    layout = lay_out(PIECES._replace(prefix=()), LayoutSpec(num_blanks=1), blank_id=99).layout
     orders = layout.order[Everything().start(layout)].tolist()
     assert layout.order[Deviation().start(layout)].tolist() == orders == [0, 1, 2, 3, 4, 5, 6]
 

@@ -52,16 +52,16 @@ class VariantHistory(PromptHistory):
         fresh = sum(best.overhead * len(c) for best, c in zip(found, chunks, strict=True))
         if fresh > self.refresh * sum(map(len, chunks)):
             return None
-        contexts = [best.variant.ghosts for best in found]
-        for chunk, ghosts in zip(chunks, contexts, strict=True):
-            variants.used(chunk, ghosts)
+        contexts = [best.variant.blanks for best in found]
+        for chunk, blanks in zip(chunks, contexts, strict=True):
+            variants.used(chunk, blanks)
         return contexts
 
     def update(self, store: ChunkStore, fingerprint: str, batch: PrefilledBatch) -> None:
         """See `PromptHistory`; prompts served from caches teach nothing."""
         variants, columns = VariantStore.of(store, fingerprint), batch.columns
         for index, prompt in enumerate(batch.pieces):
-            ghosts = prompt.prefix
+            blanks = prompt.prefix
             for number, chunk in enumerate(prompt.chunks):
                 own = (columns.chunk[index] == number) & (columns.kind[index] == Kind.CHUNK)
                 if int(columns.group[index][own][0]) != GLOBAL:
@@ -71,9 +71,9 @@ class VariantHistory(PromptHistory):
                     values=tuple(layer.values[index][:, own] for layer in batch.cache.layers),
                     token_ids=torch.tensor(chunk),
                     fingerprint=fingerprint,
-                    origin=len(ghosts),
+                    origin=len(blanks),
                 ).compact()
-                store.put(key_after(fingerprint, chunk, ghosts), kv)
+                store.put(key_after(fingerprint, chunk, blanks), kv)
                 paid = batch.chunk_attention[index, own].cpu()
                 variant = Variant(
                     prefix=prompt.prefix,
@@ -83,7 +83,7 @@ class VariantHistory(PromptHistory):
                     intra=float(paid[:, number].sum()),
                 )
                 variants.learn(chunk, variant, self.most)
-                ghosts = ghosts + chunk
+                blanks = blanks + chunk
 
 
 @SELECTORS.register("stored-context")
@@ -155,8 +155,8 @@ class StoredContext(Scored):
         for index, prompt in enumerate(passes.pieces):
             for number, chunk in enumerate(prompt.chunks):
                 own = layout.chunk[index] == number
-                ghosts = passes.batch.input_ids[index, own & (layout.kind[index] == Kind.GHOST)]
-                variant = variants.find(chunk, tuple(ghosts.tolist()))
+                blanks = passes.batch.input_ids[index, own & (layout.kind[index] == Kind.GHOST)]
+                variant = variants.find(chunk, tuple(blanks.tolist()))
                 if variant is None:
                     continue
                 rows = own & layout.is_context[index]
@@ -220,9 +220,9 @@ class CacheCraft(Method):
         return self.history.exact_alone
 
     def arrange(self, spec: LayoutSpec) -> LayoutSpec:
-        """Chunks after the ghosts of their own earlier prompts, one after the other."""
+        """Chunks after the blanks of their own earlier prompts, one after the other."""
         return replace(
-            spec, block=True, num_ghosts=0, shared_prefix=False, bos="none", placement="sequential"
+            spec, block=True, num_blanks=0, shared_prefix=False, bos="none", placement="sequential"
         )
 
     def selection(self) -> Selection:

@@ -40,7 +40,7 @@ class Variant:
     intra: float
 
     @property
-    def ghosts(self) -> Ids:
+    def blanks(self) -> Ids:
         """All tokens before the chunk, what it was encoded after."""
         return self.prefix + sum(self.context, ())
 
@@ -135,7 +135,7 @@ class ChunkVariants(Entry):
         """See `Entry.tensors`."""
         for number, variant in enumerate(self.variants):
             lengths = [len(variant.prefix), *map(len, variant.context)]
-            yield f"ghosts.{number}", torch.tensor(variant.ghosts, dtype=torch.int64)
+            yield f"ghosts.{number}", torch.tensor(variant.blanks, dtype=torch.int64)
             yield f"lengths.{number}", torch.tensor(lengths)
             yield f"inter.{number}", variant.inter
             yield f"tokens.{number}", variant.tokens
@@ -153,8 +153,8 @@ class ChunkVariants(Entry):
 
 
 def _read_variant(read: Read, number: int) -> Variant:
-    ghosts = read(f"ghosts.{number}")
-    prefix, *context = ghosts.split(read(f"lengths.{number}").tolist())
+    blanks = read(f"ghosts.{number}")  # the name in stores that exist
+    prefix, *context = blanks.split(read(f"lengths.{number}").tolist())
     return Variant(
         prefix=tuple(prefix.tolist()),
         context=tuple(tuple(piece.tolist()) for piece in context),
@@ -209,16 +209,16 @@ class VariantStore:
         best = min(range(len(costs)), key=lambda index: (costs[index], -index))
         return BestVariant(found.variants[best], costs[best])
 
-    def find(self, chunk: Ids, ghosts: Ids) -> Variant | None:
-        """The variant that was encoded after exactly ``ghosts``, or None."""
+    def find(self, chunk: Ids, blanks: Ids) -> Variant | None:
+        """The variant that was encoded after exactly ``blanks``, or None."""
         found = self._entry(chunk)
-        same = [v for v in found.variants if v.ghosts == ghosts] if found else []
+        same = [v for v in found.variants if v.blanks == blanks] if found else []
         return same[0] if same else None
 
-    def used(self, chunk: Ids, ghosts: Ids) -> None:
+    def used(self, chunk: Ids, blanks: Ids) -> None:
         """Counts a use: what is used least makes room for what is new."""
         with self._lock:
-            self._uses[chunk, ghosts] += 1
+            self._uses[chunk, blanks] += 1
 
     def learn(self, chunk: Ids, variant: Variant, most: int) -> None:
         """Remembers a variant, in place of one in the same context or of the least used one.
@@ -233,12 +233,12 @@ class VariantStore:
         """
         with self._lock:
             found = self._entry(chunk)
-            known = [v for v in found.variants if v.ghosts != variant.ghosts] if found else []
+            known = [v for v in found.variants if v.blanks != variant.blanks] if found else []
             while len(known) >= most:
-                least = min(known, key=lambda v: self._uses[chunk, v.ghosts])
+                least = min(known, key=lambda v: self._uses[chunk, v.blanks])
                 known.remove(least)
                 if least.context:
-                    self.store.discard(key_after(self.fingerprint, chunk, least.ghosts))
+                    self.store.discard(key_after(self.fingerprint, chunk, least.blanks))
             entry = ChunkVariants((*known, variant), torch.tensor(chunk), self.fingerprint)
             self.store.put(self._key(chunk), entry)
 

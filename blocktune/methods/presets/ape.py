@@ -33,7 +33,7 @@ class Ape(Method):
 
     def arrange(self, spec: LayoutSpec) -> LayoutSpec:
         """Chunks after copies of the prefix, all at one place unless sequential."""
-        spec = replace(spec, block=True, num_ghosts=0, bos="none", shared_prefix=True)
+        spec = replace(spec, block=True, num_blanks=0, bos="none", shared_prefix=True)
         return replace(spec, placement=self.positions, slot=0)
 
     def reshape(self) -> Reshape:

@@ -36,7 +36,7 @@ class Link0(Method):
 
     def arrange(self, spec: LayoutSpec) -> LayoutSpec:
         """Chunks after blanks."""
-        return replace(spec, block=True, shared_prefix=False, bos="none", num_ghosts=self.blanks)
+        return replace(spec, block=True, shared_prefix=False, bos="none", num_blanks=self.blanks)
 
 
 @register("prompt-cache-schema")

@@ -32,7 +32,7 @@ class Psr(Method):
 
     def arrange(self, spec: LayoutSpec) -> LayoutSpec:
         """Chunks after blanks."""
-        return replace(spec, block=True, shared_prefix=False, bos="none", num_ghosts=self.blanks)
+        return replace(spec, block=True, shared_prefix=False, bos="none", num_blanks=self.blanks)
 
     def selection(self) -> Selection:
         """Key deviation at the check layer."""
@@ -78,7 +78,7 @@ class S(Method):
 
     def arrange(self, spec: LayoutSpec) -> LayoutSpec:
         """Chunks after blanks."""
-        return replace(spec, block=True, shared_prefix=False, bos="none", num_ghosts=self.blanks)
+        return replace(spec, block=True, shared_prefix=False, bos="none", num_blanks=self.blanks)
 
 
 @register("s+p")
@@ -98,7 +98,7 @@ class SP(Method):
 
     def arrange(self, spec: LayoutSpec) -> LayoutSpec:
         """Chunks after blanks."""
-        return replace(spec, block=True, shared_prefix=False, bos="none", num_ghosts=self.blanks)
+        return replace(spec, block=True, shared_prefix=False, bos="none", num_blanks=self.blanks)
 
     def reshape(self) -> Reshape:
         """A softmax of their own for the chunks."""

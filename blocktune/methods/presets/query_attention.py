@@ -45,7 +45,7 @@ class CacheClip(Method):
 
     def arrange(self, spec: LayoutSpec) -> LayoutSpec:
         """A shared prefix before every chunk."""
-        return replace(spec, block=True, shared_prefix=True, num_ghosts=0)
+        return replace(spec, block=True, shared_prefix=True, num_blanks=0)
 
     def selection(self) -> Selection:
         """Windows by the auxiliary model's attention."""

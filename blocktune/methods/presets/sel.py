@@ -23,7 +23,7 @@ class Sel(Method):
 
     def arrange(self, spec: LayoutSpec) -> LayoutSpec:
         """Chunks after copies of the prefix."""
-        return replace(spec, block=True, num_ghosts=0, bos="none", shared_prefix=True)
+        return replace(spec, block=True, num_blanks=0, bos="none", shared_prefix=True)
 
     def reshape(self) -> Reshape:
         """Top chunks only."""

@@ -30,7 +30,7 @@ class Truth(NamedTuple):
 class Passes(Protocol):
     """Passes that an engine runs when a selector asks; each is counted in the answer's usage.
 
-    All scores are float32, 0 at rows that are no columns of the cache (ghosts, padding).
+    All scores are float32, 0 at rows that are no columns of the cache (blanks, padding).
 
     Attributes:
         batch: The prompts, stacked.
