@@ -110,6 +110,7 @@ class StoredContext(Scored):
 
     source: ClassVar[str] = "https://arxiv.org/abs/2502.15734"
     watches_chunks: ClassVar[bool] = True
+    needs_question: ClassVar[bool] = True
     alpha: float = 1.0
     ratio: float | None = None
     focus: float = 0.4
@@ -155,7 +156,7 @@ class StoredContext(Scored):
         for index, prompt in enumerate(passes.pieces):
             for number, chunk in enumerate(prompt.chunks):
                 own = layout.chunk[index] == number
-                blanks = passes.batch.input_ids[index, own & (layout.kind[index] == Kind.GHOST)]
+                blanks = passes.batch.input_ids[index, own & (layout.kind[index] == Kind.BLANK)]
                 variant = variants.find(chunk, tuple(blanks.tolist()))
                 if variant is None:
                     continue

@@ -24,6 +24,8 @@ class Selection(ABC):
     Class attributes:
         source: Paper or code it follows; empty for the two bounds.
         watches_chunks: Whether `refine` reads what the question paid each chunk.
+        needs_question: Whether the choice depends on the question: then a cache of the context
+            serves this question alone.
 
     Attributes:
         keeps_keys: Whether rows that `refine` drops leave the keys and values in that layer that
@@ -34,6 +36,7 @@ class Selection(ABC):
 
     source: ClassVar[str] = ""
     watches_chunks: ClassVar[bool] = False
+    needs_question: ClassVar[bool] = False
     keeps_keys: bool = False
     sees_future: bool = False
 

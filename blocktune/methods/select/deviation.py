@@ -97,6 +97,11 @@ class Deviation(Selection):
             raise ValueError(f"of must be {', '.join(TOTALS)}, got {self.of!r}")
 
     @property
+    def needs_question(self) -> bool:
+        """See `Selection`: only a share of the whole prompt depends on the question's length."""
+        return self.of == "prompt"
+
+    @property
     def min_layers(self) -> int:
         """See `Selection.min_layers`."""
         return self.check_layer + 1
