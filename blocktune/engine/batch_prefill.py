@@ -20,7 +20,7 @@ from blocktune.engine.usage import Stopwatch
 from blocktune.layout import Kind
 from blocktune.methods import Cached, Method
 from blocktune.methods.hooks import ChunkLoader, DamagedChunk, PrefilledBatch
-from blocktune.methods.reshape import Reshaping
+from blocktune.methods.reshape import ReshapedAttention
 from blocktune.prompt import Pieces, Prompt, stack
 
 
@@ -73,10 +73,10 @@ class BatchPrefill:
         reshape = method.reshape()
         self.uses_no_cache = method.cached is not Cached.CHUNKS
         self.is_exact = self.uses_no_cache and reshape is None
-        self.reshaping = None if reshape is None else Reshaping(reshape, self.columns)
+        self.reshaping = None if reshape is None else ReshapedAttention(reshape, self.columns)
         shape = self.columns.kind.shape
         self.cache = RowCache(state.num_layers, *shape, spare=64, exact=self.is_exact)
-        self.selection = method.selection_for(state.num_layers)
+        self.selection = method.select_for(state.num_layers)
         self.watch.stop("prompt_s")
 
     def run(self) -> Generation:

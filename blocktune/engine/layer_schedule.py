@@ -16,7 +16,7 @@ from blocktune.engine.attention_probes import ChunkAttention
 from blocktune.engine.rows import Computed, left_padded
 from blocktune.engine.usage import Stopwatch
 from blocktune.layout import GLOBAL, Kind, LayerRule, Rows
-from blocktune.methods.select import Check, Selection, States
+from blocktune.methods.select import LayerCheck, LayerKV, Selection
 
 PER_ROW = ("position_embeddings", "position_ids")
 """What a model hands to each of its layers besides hidden states, made for the rows it embedded."""
@@ -85,7 +85,7 @@ def as_index(index: Tensor, rows: Tensor) -> Tensor:
 class _StatesMade(Exception):
     """Ends a layer's forward once its keys and values are made: nothing else of it is wanted."""
 
-    def __init__(self, states: States):
+    def __init__(self, states: LayerKV):
         self.states = states
 
 
@@ -163,14 +163,14 @@ class SchedulePlan:
         # What no cache holds cannot be dropped: nothing would take its place.
         is_cached = self.columns.group.gather(1, column) != GLOBAL
         eligible = (rows.kind == Kind.CHUNK) & is_cached
-        made: list[States] = []
+        made: list[LayerKV] = []
 
-        def probe() -> tuple[States, States]:
+        def probe() -> tuple[LayerKV, LayerKV]:
             made.append(self._probe(index, layer, args, self._current.arguments(kwargs)))
             self.probes[index] = self.plans[-1]
-            return made[0], States(*self.cache.held(index))
+            return made[0], LayerKV(*self.cache.held(index))
 
-        check = Check(
+        check = LayerCheck(
             layer=index,
             num_layers=len(self.cache),
             eligible=eligible,
@@ -191,9 +191,9 @@ class SchedulePlan:
         self.watch.stop("select_s")
         return hidden
 
-    def _probe(self, index: int, layer: nn.Module, args: tuple, kwargs: dict) -> States:
+    def _probe(self, index: int, layer: nn.Module, args: tuple, kwargs: dict) -> LayerKV:
         def stop(keys: Tensor, values: Tensor) -> None:
-            raise _StatesMade(States(keys, values))
+            raise _StatesMade(LayerKV(keys, values))
 
         self.cache.observe(index, stop)
         try:

@@ -73,14 +73,14 @@ class PromptMaker:
         Raises:
             ValueError: If the method needs another adapter than the model's, or more layers.
         """
-        wanted = method.selection().min_layers
+        wanted = method.select().min_layers
         if wanted > self.num_layers:
             raise ValueError(
                 f"method '{method.name}' needs a model of at least {wanted} layers, this one has "
                 f"{self.num_layers}; choose an earlier layer"
             )
-        method.selection_for(self.num_layers)  # a budget that cannot be met is refused here
-        return method.layout(self.trained)
+        method.select_for(self.num_layers)  # a budget that cannot be met is refused here
+        return method.layout_for(self.trained)
 
     def prompt(
         self,

@@ -17,7 +17,7 @@ from blocktune.engine.auxiliary import Auxiliaries
 from blocktune.engine.cost import Executed, ModelCost
 from blocktune.engine.rows import computed_rows, of_columns
 from blocktune.layout import Kind, Rows
-from blocktune.methods.reshape import Reshaping
+from blocktune.methods.reshape import ReshapedAttention
 from blocktune.methods.select import Truth, distance
 from blocktune.prompt import Batch, LayoutSpec, Pieces, lay_out, stack
 
@@ -93,7 +93,7 @@ class ScoringPasses:
         result[layout.is_context] = watch.scores[last][batch.layout.is_context].to(result.device)
         return result
 
-    def look_ahead(self, reshaping: Reshaping) -> None:
+    def look_ahead(self, reshaping: ReshapedAttention) -> None:
         """Computes the question over what is cached, for a reshape that wants to see that first."""
         computed = computed_rows(self.batch, self._rows & ~self.cached)
         self.cache.select(computed.columns)

@@ -250,7 +250,7 @@ class CacheBlendPipelined(Method):
     ratio: float = 0.15
     check_layer: int = 1
 
-    def selection(self) -> Selection:
+    def select(self) -> Selection:
         """Key deviation at the check layer."""
         return Deviation(ratio=self.ratio, check_layer=self.check_layer)
 

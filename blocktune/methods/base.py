@@ -51,8 +51,8 @@ class Weights(Enum):
 class Axis(Enum):
     """A choice that a method makes; the value is the method of `Method` that makes it."""
 
-    LAYOUT = "arrange"
-    SELECT = "selection"
+    LAYOUT = "layout"
+    SELECT = "select"
     RESHAPE = "reshape"
 
 
@@ -107,7 +107,7 @@ class Method(ABC):
         own = type(self)
         return frozenset(a for a in Axis if getattr(own, a.value) is not getattr(Method, a.value))
 
-    def layout(self, trained: LayoutSpec | None) -> LayoutSpec:
+    def layout_for(self, trained: LayoutSpec | None) -> LayoutSpec:
         """How the prompt's rows are laid out, for a model's weights.
 
         Args:
@@ -120,7 +120,7 @@ class Method(ABC):
         self._require(trained)
         # An adapter that was trained in full attention has no layout of chunks to serve.
         is_block = trained is not None and trained.block
-        spec = self.arrange(trained if is_block else LayoutSpec())
+        spec = self.layout(trained if is_block else LayoutSpec())
         if spec.num_links and spec.num_headers + spec.num_trailers:
             raise ValueError(BOTH_LEARNED)
         if spec.num_links and self.weights is not Weights.LINKS:
@@ -136,21 +136,21 @@ class Method(ABC):
             )
         return spec
 
-    def arrange(self, spec: LayoutSpec) -> LayoutSpec:
+    def layout(self, spec: LayoutSpec) -> LayoutSpec:
         """Place and Encode: what the method changes of the layout that the weights ask for."""
         return spec
 
-    def selection(self) -> Selection:
+    def select(self) -> Selection:
         """Select: which tokens are computed afresh."""
         return Nothing()
 
-    def selection_for(self, num_layers: int) -> Selection:
+    def select_for(self, num_layers: int) -> Selection:
         """The selection in a model of so many layers, at the layer budget if there is one.
 
         Raises:
             ValueError: If the budget cannot be met.
         """
-        selection = self.selection()
+        selection = self.select()
         if self.layer_budget is None:
             return selection
         return matched(selection, self.layer_budget, num_layers)

@@ -49,20 +49,20 @@ def choose(axis: Axis, choice: Choice) -> Any:
     return registry.build(name, **(parameters or {}))
 
 
-def say(terms: tuple[Method, ...], given: Mapping[Axis, Any]) -> str:
+def format_method(terms: tuple[Method, ...], given: Mapping[Axis, Any]) -> str:
     """The composition as one would write it on the command line."""
-    parts = [_say_entry(term.name, term) for term in terms]
+    parts = [_format_entry(term.name, term) for term in terms]
     if Axis.LAYOUT in given:
         parts.append(" ".join(["layout", *(_pair(k, v) for k, v in given[Axis.LAYOUT].items())]))
     for axis, table in TABLES.items():
         if axis in given:
             value = given[axis]
             known = "nothing" if axis is Axis.SELECT else f"no {table.what}"
-            parts.append(_say_entry(table.name_of(value), value) if value else known)
+            parts.append(_format_entry(table.name_of(value), value) if value else known)
     return " + ".join(parts)
 
 
-def _say_entry(name: str, entry: Any) -> str:
+def _format_entry(name: str, entry: Any) -> str:
     """A name and the parameters that differ from their defaults."""
     known = (f for f in fields(entry) if f.default is not MISSING)
     changed = [(f.name, getattr(entry, f.name)) for f in known]
@@ -145,7 +145,7 @@ class Composition(Method):
     Attributes:
         label: Its name in tables and results.
         terms: The presets.
-        select: Which tokens are computed afresh.
+        selected: Which tokens are computed afresh.
         reshaped: How later rows see reused keys, or None.
         changes: Fields of the layout that are set, after the presets' own arrangement.
         decided: The axes that any of it decides.
@@ -154,7 +154,7 @@ class Composition(Method):
 
     label: str
     terms: tuple[Method, ...]
-    select: Selection
+    selected: Selection
     reshaped: Reshape | None
     changes: tuple[tuple[str, Any], ...]
     decided: frozenset[Axis]
@@ -196,7 +196,7 @@ class Composition(Method):
         found = next((term for term in self.terms if term.history is not None), None)
         if found is None:
             return None
-        own = self.spending is None and self.select == found.selection()
+        own = self.spending is None and self.selected == found.select()
         return found.history if own else found.history.without_selection()
 
     @property
@@ -229,14 +229,14 @@ class Composition(Method):
         known = self.history is None or self.history.exact_alone
         return kept and alone and known and all(t.exact_on_one_chunk for t in self.terms)
 
-    def arrange(self, spec: LayoutSpec) -> LayoutSpec:
+    def layout(self, spec: LayoutSpec) -> LayoutSpec:
         """The presets' arrangements, then the changes."""
-        arranged = reduce(lambda made, term: term.arrange(made), self.terms, spec)
+        arranged = reduce(lambda made, term: term.layout(made), self.terms, spec)
         return replace(arranged, **dict(self.changes))
 
-    def selection(self) -> Selection:
+    def select(self) -> Selection:
         """See `Method.selection`."""
-        return self.select
+        return self.selected
 
     def reshape(self) -> Reshape | None:
         """See `Method.reshape`."""
@@ -291,15 +291,15 @@ def compose(
         require_fields(layout)
         given[Axis.LAYOUT] = layout
     made = Composition(
-        label=name or say(terms, given) + _spending(layer_budget),
+        label=name or format_method(terms, given) + _spending(layer_budget),
         terms=terms,
-        select=selection,
+        selected=selection,
         reshaped=_decide(terms, given, Axis.RESHAPE),
         changes=tuple((layout or {}).items()),
         decided=frozenset(given).union(*(term.axes for term in terms)),
         spending=layer_budget,
     )
-    made.arrange(LayoutSpec())  # a value out of range is refused here
+    made.layout(LayoutSpec())  # a value out of range is refused here
     return made
 
 

@@ -48,7 +48,7 @@ class Description(NamedTuple):
     source: str
 
 
-def describe(name: str) -> Description:
+def describe_method(name: str) -> Description:
     """What `blocktune methods` and the README say of a method."""
     cls = METHODS.find(name)
     method = cls()
@@ -61,7 +61,7 @@ def describe(name: str) -> Description:
 
 def describe_all() -> list[Description]:
     """All methods, then all values of the axes, each in the order of their names."""
-    return [*map(describe, METHODS.available()), *_values(), *_layouts()]
+    return [*map(describe_method, METHODS.available()), *_values(), *_layouts()]
 
 
 def defaults(cls: type) -> dict[str, Any]:

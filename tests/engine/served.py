@@ -113,7 +113,7 @@ def served_spans(engine: Engine, ask: Ask, method: Method) -> tuple[torch.Tensor
     for plan in run.prefill.plans:
         for layer in plan.executed:
             fresh[layer] |= context_columns(plan)
-    if method.selection().keeps_keys:
+    if method.select().keeps_keys:
         for layer, plan in run.prefill.probes.items():
             fresh[layer] |= context_columns(plan)
     spans = []

@@ -236,7 +236,7 @@ def untuned() -> list[str]:
 def test_later_text_never_changes_an_earlier_column(tall, name):
     """Which tokens are fresh may depend on what follows them; what is made of them may not."""
     method = build(name)
-    if "ratio" in {field.name for field in dataclasses.fields(method.selection())}:
+    if "ratio" in {field.name for field in dataclasses.fields(method.select())}:
         method = compose(name, budget=1.0)
     later = Ask("And who wrote the music of it?", ASK.chunks)
     keys = []

@@ -40,13 +40,13 @@ class Made(Method):
     source: ClassVar[str] = "https://example.org"
     weights: ClassVar[Weights] = Weights.WRAPS
     changes: tuple = ()
-    select: Selection = dataclasses.field(default_factory=Nothing)
+    selected: Selection = dataclasses.field(default_factory=Nothing)
 
-    def arrange(self, spec):
+    def layout(self, spec):
         return dataclasses.replace(spec, **dict(self.changes))
 
-    def selection(self):
-        return self.select
+    def select(self):
+        return self.selected
 
     def _require(self, trained):
         """Anything."""

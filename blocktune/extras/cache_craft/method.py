@@ -14,7 +14,7 @@ from blocktune.extras.cache_craft.variants import Ids, Variant, VariantStore, ca
 from blocktune.layout import GLOBAL, Kind, Layout
 from blocktune.methods.base import Method, register, require_count
 from blocktune.methods.hooks import PrefilledBatch, PromptHistory
-from blocktune.methods.select import SELECTORS, Check, Passes, Scored, Selection, selectable
+from blocktune.methods.select import SELECTORS, LayerCheck, Passes, Scored, Selection, selectable
 from blocktune.methods.select.budget import require_share, top_share
 from blocktune.prompt import LayoutSpec, Pieces
 
@@ -171,7 +171,7 @@ class StoredContext(Scored):
         layer = math.ceil(self.focus * num_layers - 1e-9)
         return (layer,) if 0 < layer < num_layers else ()
 
-    def refine(self, check: Check) -> Tensor:
+    def refine(self, check: LayerCheck) -> Tensor:
         """See `Selection.refine`: keeps the chunks that hold most of the question's attention."""
         mass, most = check.question_mass.sort(dim=1, descending=True)
         before = mass.cumsum(1) - mass
@@ -220,12 +220,12 @@ class CacheCraft(Method):
         """Else it may come from the middle of an earlier prompt, and only a share is recomputed."""
         return self.history.exact_alone
 
-    def arrange(self, spec: LayoutSpec) -> LayoutSpec:
+    def layout(self, spec: LayoutSpec) -> LayoutSpec:
         """Chunks after the blanks of their own earlier prompts, one after the other."""
         return replace(
             spec, block=True, num_blanks=0, shared_prefix=False, bos="none", placement="sequential"
         )
 
-    def selection(self) -> Selection:
+    def select(self) -> Selection:
         """By what is stored of the chunks."""
         return StoredContext(alpha=self.alpha, focus=self.focus, hold=self.hold)

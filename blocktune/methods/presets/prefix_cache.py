@@ -24,10 +24,10 @@ class PrefixCache(Method):
     def __post_init__(self):
         require_count("warm_up", self.warm_up)
 
-    def arrange(self, spec: LayoutSpec) -> LayoutSpec:
+    def layout(self, spec: LayoutSpec) -> LayoutSpec:
         """Full attention: only then is a prefix's state what a full prefill would make."""
         return LayoutSpec(block=False)
 
-    def selection(self) -> Selection:
+    def select(self) -> Selection:
         """Everything that the cached prefix does not hold."""
         return Everything()

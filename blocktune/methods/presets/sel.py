@@ -21,7 +21,7 @@ class Sel(Method):
     chunks: int = 2
     aggregation: str = "HT"
 
-    def arrange(self, spec: LayoutSpec) -> LayoutSpec:
+    def layout(self, spec: LayoutSpec) -> LayoutSpec:
         """Chunks after copies of the prefix."""
         return replace(spec, block=True, num_blanks=0, bos="none", shared_prefix=True)
 

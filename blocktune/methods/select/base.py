@@ -11,7 +11,7 @@ from torch import Tensor
 
 from blocktune.layout import Kind, Layout
 from blocktune.methods.registry import SELECTORS
-from blocktune.methods.select.check import Check
+from blocktune.methods.select.layer_check import LayerCheck
 from blocktune.methods.select.passes import Passes
 
 
@@ -90,7 +90,7 @@ class Selection(ABC):
         """
         return ()
 
-    def refine(self, check: Check) -> Tensor:
+    def refine(self, check: LayerCheck) -> Tensor:
         """Rows that stay fresh from ``check.layer`` on.
 
         Returns:

@@ -1,4 +1,4 @@
-"""`blocktune intervals`."""
+"""`blocktune profile-layers`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from blocktune.commands.options import (
     AsJson,
     Device,
     Dtype,
+    Limit,
     Model,
     Quantize,
     load_engine,
+    print_table,
     teach,
 )
 
@@ -22,32 +24,33 @@ from blocktune.commands.options import (
 def add_to(app: typer.Typer) -> None:
     """Registers the command."""
     app.command(
-        "intervals",
+        "profile-layers",
         epilog=teach(
-            "blocktune intervals -m data/tiny -i 'worlds:validation?n=32'",
-            "blocktune intervals -m M -i held_out.jsonl --limit 50 --most-layers 8 --json",
-            "What it finds goes into the method:",
+            "blocktune profile-layers -m data/tiny -i 'worlds:dev?n=32'",
+            "blocktune profile-layers -m M -i held_out.jsonl --limit 50 --most-layers 8 --json",
+            "Use the result as parameters of the method:",
             "blocktune answer -m M -i q.jsonl --method 'droidspeak first_layer=9 ratio=0.125'",
         ),
-    )(intervals)
+    )(profile_layers)
 
 
-def intervals(
+def profile_layers(
     source: Annotated[
-        str,
-        typer.Option("--input", "-i", help="Held-out questions, JSONL or any data source."),
+        str, typer.Option("--input", "-i", help="Held-out questions: JSONL or any data source.")
     ],
     model: Model = None,
     adapter: Adapter = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first questions.")] = None,
-    most_layers: Annotated[int | None, typer.Option(min=1, help="Longest range tried.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Questions at a time.")] = 8,
+    limit: Limit = None,
+    most_layers: Annotated[
+        int | None, typer.Option(min=1, help="Longest range of layers to try. Default: all.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions per batch.")] = 8,
     dtype: Dtype = "auto",
     quantize: Quantize = None,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Find the layers that are worth computing for all chunks: the profile behind `droidspeak`."""
+    """Measure which layers are worth recomputing for all chunks: the profile for `droidspeak`."""
     from rich.console import Console
     from rich.progress import track
 
@@ -66,25 +69,16 @@ def intervals(
     )
     if as_json:
         typer.echo(json.dumps([one.to_dict() for one in found], indent=2))
-    else:
-        _print_table([one for one in found if one.efficient])
-
-
-def _print_table(found: list) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("first_layer", "ratio", "layers", "divergence", "agreement"):
-        table.add_column(heading, justify="right")
-    for one in found:
-        last = one.first_layer + one.num_layers - 1
-        table.add_row(
+        return
+    rows = [
+        (
             str(one.first_layer),
             f"{one.ratio:.4g}",
-            f"{one.first_layer}-{last}",
+            f"{one.first_layer}-{one.first_layer + one.num_layers - 1}",
             f"{one.divergence:.4f}",
             f"{one.agreement:.0%}",
         )
-    Console().print(table)
+        for one in found
+        if one.efficient
+    ]
+    print_table(("first_layer", "ratio", "layers", "divergence", "agreement"), rows, text=0)
