@@ -96,7 +96,7 @@ def require_cacheable(method: Method, num_layers: int, question: str | None) -> 
             f"method '{method.name}' reshapes attention to the chunks, which a stock model does "
             "not do; use engine.answer, or a method without a reshape"
         )
-    if question is None and method.selection_for(num_layers).needs_question:
+    if question is None and method.select_for(num_layers).needs_question:
         raise ValueError(
             f"method '{method.name}' chooses tokens by the question; give "
             "engine.cache(chunks, method, question=...)"

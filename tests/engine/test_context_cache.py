@@ -8,7 +8,7 @@ from families import FAMILIES
 from blocktune.check import subjects
 from blocktune.check.claim import ASK as CLAIM
 from blocktune.methods import Cached, build
-from blocktune.testing import specimen_engine
+from blocktune.testing import small_engine
 
 TOKENS = 8
 METHODS = (
@@ -59,7 +59,7 @@ def test_generate_writes_the_engines_tokens(family, tokenizer):
 def test_a_choice_by_the_question_is_cached_for_this_question(name, tokenizer):
     engine = sliding("gemma2", tokenizer)
     method = build(name, ratio=0.3) if name != "cache-craft" else build(name)
-    if method.selection().needs_question:
+    if method.select().needs_question:
         with pytest.raises(ValueError, match="question="):
             engine.cache(ASK.chunks, method)
     context = engine.cache(ASK.chunks, method, ASK.question)
@@ -70,7 +70,7 @@ def test_a_choice_by_the_question_is_cached_for_this_question(name, tokenizer):
 
 @pytest.mark.parametrize("name", ["kvlink", "kv-packet", "turborag", "block-attention"])
 def test_learned_tokens_are_in_the_cache(name):
-    engine = specimen_engine(build(name).weights)
+    engine = small_engine(build(name).weights)
     context = engine.cache(ASK.chunks, name)
     assert generated(engine, context, ASK.question) == answered(engine, ASK, name)
 
@@ -103,15 +103,15 @@ def test_positions_with_gaps_are_needed(tokenizer):
 
 
 def cacheable():
-    return [name for name, method in subjects().items() if method.reshape() is None]
+    methods = subjects()
+    plain = (name for name in methods if methods[name].reshape() is None)
+    return [name for name in plain if not methods[name].select().needs_question]
 
 
 @pytest.mark.parametrize("name", cacheable())
 def test_a_method_that_needs_no_question_caches_the_same_for_all(name):
     method = subjects()[name]
-    engine = specimen_engine(method.weights)
-    if method.selection_for(engine.prompts.num_layers).needs_question:
-        return
+    engine = small_engine(method.weights)
     contexts = []
     for question in (None, CLAIM.question * 3):
         engine.forget()
