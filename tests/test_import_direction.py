@@ -24,7 +24,7 @@ ALLOWED = {
     "parsing": set(),
     "files": set(),
     "tables": set(),
-    "registry": {"plugins"},
+    "registry": {"plugins", "parsing"},
     "provenance": {"files"},
     "models": TOOLS | {"layout", "positions"},
     "layout": set(),
