@@ -251,8 +251,8 @@ def _show_rows(example: RagExample, tokenizer, adapter: str | None, mode: Mode) 
     info = AdapterInfo.load(adapter) if adapter else None
     fmt = info.format if info else PromptFormat()
     spec = info.layout if info and mode == Mode.block else LayoutSpec(block=mode == Mode.block)
-    if spec.num_ghosts:  # hidden rows of serving, which no example has
-        spec = replace(spec, num_ghosts=0)
+    if spec.num_blanks:  # hidden rows of serving, which no example has
+        spec = replace(spec, num_blanks=0)
     known = example.response is not None or example.answers
     pieces = make_pieces(
         tokenizer,

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from string import Formatter
 from typing import Any
 
+from blocktune.parsing import current_keys
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -135,6 +137,7 @@ def build_strict(cls, values: Mapping[str, Any], what: str):
     known = [f.name for f in fields(cls)]
     if not isinstance(values, Mapping):
         raise ValueError(f"{what} must be a mapping of {', '.join(known)}, got {values!r}")
+    values = current_keys(values, known, what)
     if unknown := sorted(values.keys() - set(known), key=str):
         raise ValueError(f"unknown {what} key '{unknown[0]}'; known: {', '.join(known)}")
     return cls(**values)

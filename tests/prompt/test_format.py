@@ -45,14 +45,14 @@ def test_bad_format_is_refused(values, message):
     ("values", "message"),
     [
         ({"num_links": -1}, "layout 'num_links' must be an integer of at least 0, got -1"),
-        ({"num_ghosts": 1.0}, "layout 'num_ghosts' must be an integer of at least 0, got 1.0"),
+        ({"num_blanks": 1.0}, "layout 'num_blanks' must be an integer of at least 0, got 1.0"),
         ({"num_links": True}, "layout 'num_links' must be an integer of at least 0, got True"),
         ({"block": 1}, "layout 'block' must be true or false, got 1"),
         ({"link_side": "left"}, "layout 'link_side' must be after or before, got 'left'"),
         ({"placement": "ape"}, "layout 'placement' must be sequential or parallel or composite"),
-        ({"num_ghosts": 1, "shared_prefix": True}, "layout: chunks are encoded after blanks"),
-        ({"block": False, "num_ghosts": 1}, "layout: ghosts are hidden from other chunks"),
-        ({"block": False, "shared_prefix": True}, "layout: ghosts are hidden from other chunks"),
+        ({"num_blanks": 1, "shared_prefix": True}, "layout: chunks are encoded after blanks"),
+        ({"block": False, "num_blanks": 1}, "layout: blanks are hidden from other chunks"),
+        ({"block": False, "shared_prefix": True}, "layout: blanks are hidden from other chunks"),
         ({"links": 1}, "unknown layout key 'links'; known: block, num_links"),
     ],
 )
