@@ -162,7 +162,7 @@ def test_wrong_record_is_named(tmp_path, records, field):
         ('{"question": "q", "chunks": ["c"]}\n{"question', r"set\.json, line 2: not JSON"),
         ('{\n "question": "q",\n "chunks": ["c"\n', r"set\.json, line 4: not JSON"),
         ("[]", "holds no records"),
-        ("[3]", "but a int"),
+        ("[3]", "the first is int"),
     ],
 )
 def test_file_that_cannot_be_read(tmp_path, text, message):

@@ -186,7 +186,7 @@ def _from_table(path: Path, kind: str) -> Iterator[Record]:
             for row in batch.to_pylist():
                 number += 1
                 yield Record(f"{path.name}, record {number}", row)
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path.name} is not a whole {kind} file ({reason})") from None
 

@@ -146,8 +146,8 @@ _ANSWER_KEYS = ("answers", "answer", "outputs", "output", "target", "response", 
 def no_shape(first: Any, source: str) -> str:
     """Why records cannot be read: what the first one looks like, and what would read it."""
     if not isinstance(first, Mapping) or not first:
-        kind = "nothing" if not first else f"a {type(first).__name__}"
-        return f'{source} holds no records with fields, but {kind}; give {{"question", "chunks"}}'
+        kind = "there is none" if not first else f"the first is {type(first).__name__}"
+        return f'{source} holds no records with fields ({kind}); give {{"question", "chunks"}}'
     told = f"{source}: no known shape; the first record has: {', '.join(map(str, first))}"
     question = next((k for k in _QUESTION_KEYS if isinstance(first.get(k), str)), None)
     answers = next((key for key in _ANSWER_KEYS if first.get(key) is not None), None)
