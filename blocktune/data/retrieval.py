@@ -1,4 +1,4 @@
-"""Examples out of questions and passages: from a corpus, a retriever's file, or their own."""
+"""Passages for questions that have none, by BM25 or a retriever's file, and the best of many."""
 
 from __future__ import annotations
 
@@ -9,21 +9,80 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from blocktune.data.attribution import DATA_SETS
-from blocktune.data.example import RagExample, field_error, parse_chunk
-from blocktune.data.retrieval.bm25 import Bm25, rank
+from blocktune.data.example import RagExample, field_error, read_answers, read_chunks
 from blocktune.data.sources.catalog import CATALOG, data_sets_in
 from blocktune.data.sources.load import open_records
 from blocktune.data.sources.options import parse_source, read_options
-from blocktune.data.sources.parsing import at
-from blocktune.data.sources.records import read_records
-from blocktune.data.sources.schemas import not_blank
-from blocktune.data.sources.texts import trivia_answers
+from blocktune.data.sources.records import at, read_records
+from blocktune.data.sources.schemas import PASSAGES
 from blocktune.prompt.format import Chunk
 
 
+class Hit(NamedTuple):
+    """A chunk's number in the corpus, and its score."""
+
+    index: int
+    score: float
+
+
+class Bm25:
+    """An index over chunks, titles included.
+
+    Args:
+        chunks: At least one.
+        k1: How soon more of the same word stops counting.
+        b: How much long chunks are discounted.
+
+    Raises:
+        ValueError: If there is no chunk.
+
+    Source: Lucene's variant, as bm25s has it (arXiv:2407.03618); English stop words are dropped.
+    """
+
+    def __init__(self, chunks: Sequence[Chunk], k1: float = 1.5, b: float = 0.75):
+        import bm25s
+
+        if not chunks:
+            raise ValueError("a BM25 index needs at least one chunk, got none")
+        self.chunks = list(chunks)
+        self._bm25s = bm25s
+        self._index = bm25s.BM25(k1=k1, b=b)
+        texts = [f"{chunk.title or ''} {chunk.text}" for chunk in chunks]
+        self._index.index(self._tokens(texts), show_progress=False)
+
+    def search(self, questions: Sequence[str], k: int) -> list[list[Hit]]:
+        """The ``k`` best chunks of each question (all, if there are fewer), best first.
+
+        Equal scores keep the order of the corpus.
+        """
+        return [self._best(question, k) for question in questions]
+
+    def _best(self, question: str, k: int) -> list[Hit]:
+        (words,) = self._tokens([question], as_ids=False)
+        scores = self._index.get_scores(words) if words else np.zeros(len(self.chunks))
+        # All that reach the k-th score, so that equal ones keep the order of the corpus.
+        k = min(k, len(scores))
+        (near,) = np.nonzero(scores >= -np.partition(-scores, k - 1)[k - 1])
+        order = near[np.argsort(-scores[near], kind="stable")][:k]
+        return [Hit(int(index), float(scores[index])) for index in order]
+
+    def _tokens(self, texts: list[str], as_ids: bool = True):
+        return self._bm25s.tokenize(
+            texts, stopwords="en", return_ids=as_ids, show_progress=False, allow_empty=True
+        )
+
+
+def rank(question: str, chunks: Sequence[Chunk]) -> list[int]:
+    """Indices of the chunks, best first by BM25 among themselves."""
+    (hits,) = Bm25(chunks).search([question], len(chunks))
+    return [hit.index for hit in hits]
+
+
 class Question(NamedTuple):
-    """A question and its accepted answers, and the data sets it is from, see `data.credit`."""
+    """A question, its accepted answers, and the data sets it is from (`data.attribution`)."""
 
     question: str
     answers: tuple[str, ...]
@@ -75,17 +134,11 @@ def _data_sets(record: Mapping[str, Any]) -> Mapping[str, str]:
 
 
 def _answers(record: Mapping[str, Any]) -> tuple[str, ...]:
-    """``answers``, or ``answer`` as text, a list, or TriviaQA's value with aliases."""
-    answer = record.get("answers")
-    answer = record.get("answer") if answer is None else answer
-    if isinstance(answer, Mapping):
-        return trivia_answers(record)
-    several = [answer] if isinstance(answer, str) else answer
-    if not isinstance(several, list) or not all(isinstance(a, str) for a in several):
-        raise field_error("answer", "text, a list of texts, or an object with a value", answer)
-    answers = not_blank([*several, *(record.get("answer_aliases") or ())])
+    name = "answer" if record.get("answers") is None else "answers"
+    answers = read_answers(record.get(name), name)
+    answers = read_answers([*answers, *(record.get("answer_aliases") or ())], name)
     if not all(answer.strip() for answer in answers):
-        raise field_error("answer", "text that is not blank", answer)
+        raise field_error(name, "text that is not blank", record.get(name))
     return answers
 
 
@@ -113,8 +166,8 @@ class Retrieved(NamedTuple):
 def read_retrieved(path: str | Path) -> Retrieved:
     """Reads a retriever's output: a line a question, best passage first.
 
-    A record has ``id`` or ``question`` (or both) and ``passages`` or ``ctxs``, a list of strings or
-    ``{"text", "title"?}``; DPR's and FiD's files have that shape. Other fields are left alone.
+    A record has ``id`` or ``question`` (or both) and ``passages``, ``ctxs`` (DPR, FiD) or another
+    of `PASSAGES`, in any form that `RagExample` reads; a passage's id and score stay with it.
 
     Raises:
         ValueError: If a record is wrong; names file, line and field.
@@ -183,20 +236,8 @@ def _example(question: Question, chunks: tuple[Chunk, ...], meta: dict[str, Any]
 def _retrieved(record: Any) -> tuple[str, str, tuple[Chunk, ...]]:
     if not isinstance(record, Mapping):
         raise ValueError("must be an object")
-    name = "passages" if "passages" in record else "ctxs"
-    passages = record.get(name)
-    if not isinstance(passages, list) or not passages:
-        raise field_error("passages", 'a non-empty list of strings or {"text", "title"?}', passages)
+    name = next((name for name in ("passages", *PASSAGES) if name in record), "passages")
     key, question = record.get("id"), record.get("question")
     if not key and not isinstance(question, str):
         raise ValueError('needs the question\'s "id" or the "question"')
-    kept = [_only_text(passage) for passage in passages]
-    chunks = tuple(parse_chunk(p, f"{name}[{i}]") for i, p in enumerate(kept))
-    return str(key or ""), (question or "").strip(), chunks
-
-
-def _only_text(passage: Any) -> Any:
-    """Retrievers write scores and ids beside the text."""
-    if isinstance(passage, Mapping):
-        return {key: passage[key] for key in ("title", "text") if key in passage}
-    return passage
+    return str(key or ""), (question or "").strip(), read_chunks(record.get(name), name)
