@@ -55,12 +55,12 @@ def profile_layers(
     from rich.progress import track
 
     from blocktune.commands.answering import read_examples
-    from blocktune.engine.layer_profile import profile_intervals
+    from blocktune.engine.layer_profile import profile_layers
 
     examples = read_examples(source, limit, None, [])
     engine = load_engine(model, adapter, None, dtype, device, quantize)
     console = Console(stderr=True)
-    found = profile_intervals(
+    found = profile_layers(
         engine,
         examples,
         most_layers=most_layers,
