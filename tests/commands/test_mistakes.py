@@ -159,7 +159,8 @@ def test_an_unknown_or_abbreviated_option(refused):
     line = refused("answer", "--modle", "m")
     assert "--modle" in line
     assert "answer --help" in line
-    assert "did you mean 'learning_rate'" in refused("train", "--learning-rat", "1")
+    line = refused("train", "--train_data", "worlds:train", "--learning-rat", "1")
+    assert "did you mean 'learning_rate'" in line
     assert "Did you mean 'answer'" in refused("anser")
     assert "--verbos" in refused("--verbos")
     assert "--limit" in refused("answer", "--limit", "many")
