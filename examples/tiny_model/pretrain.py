@@ -1,4 +1,4 @@
-"""Makes the shipped model from nothing: `python -m examples.tiny_model.pretrain --output data/tiny`."""
+"""Makes the shipped model: `python -m examples.tiny_model.pretrain --output data/tiny`."""
 
 import argparse
 from pathlib import Path
