@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -34,6 +35,39 @@ WANTED = {  # by the annotation of a field; others are read by their owners befo
     "tuple[str, ...]": Wanted(list | tuple, "a list of texts", str),
     "tuple[int, ...]": Wanted(list | tuple, "a list of whole numbers", int),
 }
+
+
+RENAMED = {"num_ghosts": "num_blanks"}
+"""Keys of earlier versions and what they are called now. Files with the old keys still load."""
+
+logger = logging.getLogger("blocktune")
+_reported: set[str] = set()
+
+
+def current_keys(record: Mapping[str, Any], known: Collection[str], where: str) -> dict[str, Any]:
+    """Replaces keys of earlier versions by their current names; see `RENAMED`.
+
+    The first use of each old key in a process is logged in one line.
+
+    Args:
+        record: Decoded YAML or JSON.
+        known: Current names of the keys; a key among them is kept as it is.
+        where: Opens the line and every error.
+
+    Raises:
+        ValueError: If the record has an old key and its current name.
+    """
+    current: dict[str, Any] = {}
+    for key, value in record.items():
+        name = RENAMED.get(key, key)
+        name = name if name in known and key not in known else key
+        if name != key and name in record:
+            raise ValueError(f"{where}: '{key}' is the old name of '{name}'; drop '{key}'")
+        if name != key and key not in _reported:
+            _reported.add(key)
+            logger.warning("%s: '%s' is now called '%s'", where, key, name)
+        current[name] = value
+    return current
 
 
 def load_yaml(path: str | Path, what: str, hint: str) -> Any:
@@ -83,7 +117,8 @@ def read(spec: type[Spec], record: Any, where: str) -> Spec:
     Raises:
         ValueError: If a key is unknown or missing, or a value is not of its type.
     """
-    record, known = mapping(record, where), {f.name: f for f in fields(spec)}
+    known = {f.name: f for f in fields(spec)}
+    record = current_keys(mapping(record, where), known, where)
     for key in record:
         if key not in known:
             raise ValueError(f"{where}: unknown key '{key}'; known: {', '.join(known)}")

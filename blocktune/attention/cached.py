@@ -18,7 +18,7 @@ ROW_BLOCK = 128
 
 
 class Reshaping(Protocol):
-    """What changes scores before softmax; `blocktune.methods.reshape.Reshaping` is one."""
+    """What changes scores before softmax; `blocktune.methods.reshape.ReshapedAttention` is one."""
 
     def wrote(self, layer: int, columns: Tensor) -> None:
         """Says that a layer's keys in ``columns`` ``(B, R)`` were made afresh; -1 is none."""

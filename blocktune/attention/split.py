@@ -36,9 +36,9 @@ class Segment(NamedTuple):
 def find_segments(layout: Layout) -> list[Segment]:
     """Splits the rows into causal segments and global rows over everything.
 
-    Each group (a chunk with its ghosts) is causal. So are the global rows that come before any
+    Each group (a chunk with its blanks) is causal. So are the global rows that come before any
     chunk: the prefix, or a whole prompt in full attention. The remaining global rows of a
-    prompt see whatever the rule shows them among all its rows that are not ghosts.
+    prompt see whatever the rule shows them among all its rows that are not blanks.
 
     Args:
         layout: Rows ``(B, S)`` on the CPU.
@@ -59,7 +59,7 @@ def find_segments(layout: Layout) -> list[Segment]:
         if lead:
             segments.append(_own(lead))
         if tail:
-            keys = _index([row for row in rows if not row.ghost])
+            keys = _index([row for row in rows if not row.blank])
             segments.append(Segment(_index(tail), keys or _index(tail), own=False, causal=False))
     return segments
 
@@ -70,12 +70,12 @@ class _Row(NamedTuple):
     index: int
     group: int
     ends: bool
-    ghost: bool
+    blank: bool
 
     @property
     def special(self) -> bool:
         """Whether global rows after this one may not see it in every layer."""
-        return self.fresh or self.ends or self.ghost
+        return self.fresh or self.ends or self.blank
 
 
 def _rows_by_sample(layout: Layout) -> dict[tuple[int, int], list[_Row]]:
@@ -86,8 +86,8 @@ def _rows_by_sample(layout: Layout) -> dict[tuple[int, int], list[_Row]]:
     rows = enumerate(zip(*columns, strict=True))
     for index, (kind, sample, order, group, supersedes, until) in rows:
         if kind != Kind.PAD:
-            fresh, ends, ghost = supersedes != NO_ROW, until != FOREVER, kind == Kind.GHOST
-            row = _Row(order, fresh, index, group, ends, ghost)
+            fresh, ends, blank = supersedes != NO_ROW, until != FOREVER, kind == Kind.BLANK
+            row = _Row(order, fresh, index, group, ends, blank)
             samples[index // layout.num_rows, sample].append(row)
     return {sample: sorted(rows) for sample, rows in samples.items()}
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from blocktune.adapter import find_release
-from blocktune.models.hub_files import adapter_folder
 from blocktune.models.identity import adapter_fingerprint, base_fingerprint
+from blocktune.models.load import adapter_folder
 
 
 def fingerprints(engines: Mapping[str | None, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ _HOMES = {
     "build": "blocktune.methods.method_parser",
     "build_entry": "blocktune.methods.method_parser",
     "compose": "blocktune.methods.composition",
-    "describe": "blocktune.methods.describe",
+    "describe_method": "blocktune.methods.describe",
     "parse_method": "blocktune.methods.method_parser",
     "register": "blocktune.methods.base",
 }

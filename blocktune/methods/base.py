@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import ClassVar
 
-from blocktune.cache import Recall
+from blocktune.cache import ChunkStore
+from blocktune.methods.hooks import ChunkLoader, PromptHistory
 from blocktune.methods.reshape import Reshape
 from blocktune.methods.select import Nothing, Selection, matched
 from blocktune.prompt import LayoutSpec
@@ -50,8 +51,8 @@ class Weights(Enum):
 class Axis(Enum):
     """A choice that a method makes; the value is the method of `Method` that makes it."""
 
-    LAYOUT = "arrange"
-    SELECT = "selection"
+    LAYOUT = "layout"
+    SELECT = "select"
     RESHAPE = "reshape"
 
 
@@ -76,11 +77,10 @@ class Method(ABC):
         source: Paper or code it follows.
         weights: What the model must be trained for.
         cached: What comes from caches.
-        recall: How chunks come from earlier full prompts, see `blocktune.engine.recall`, or None.
-        rehearse: Prompts over the same chunks that are served before each one, in full, in another
+        history: Where chunks of earlier prompts come from, a `PromptHistory`; None: each is encoded
+            alone.
+        warm_up: Prompts over the same chunks that are served before each one, in full, in another
             order and off the clock: a history for measurements that begin with empty caches.
-        paced: Whether chunks are loaded layer by layer while it computes, and how much it computes
-            is chosen by how long that takes, see `blocktune.engine.cacheblend_pipeline`.
         keeps_context: False only for the baseline that answers without chunks.
         exact_on_one_chunk: Whether one chunk with nothing before it equals full prefill.
         layer_budget: Share of the context's layer-tokens that it shall spend, or None: what comes
@@ -90,9 +90,8 @@ class Method(ABC):
     source: ClassVar[str]
     weights: ClassVar[Weights] = Weights.ANY
     cached: ClassVar[Cached] = Cached.CHUNKS
-    recall: ClassVar[Recall | None] = None
-    rehearse: ClassVar[int] = 0
-    paced: ClassVar[bool] = False
+    history: ClassVar[PromptHistory | None] = None
+    warm_up: ClassVar[int] = 0
     keeps_context: ClassVar[bool] = True
     exact_on_one_chunk: ClassVar[bool] = True
     layer_budget: ClassVar[float | None] = None
@@ -108,7 +107,7 @@ class Method(ABC):
         own = type(self)
         return frozenset(a for a in Axis if getattr(own, a.value) is not getattr(Method, a.value))
 
-    def layout(self, trained: LayoutSpec | None) -> LayoutSpec:
+    def layout_for(self, trained: LayoutSpec | None) -> LayoutSpec:
         """How the prompt's rows are laid out, for a model's weights.
 
         Args:
@@ -121,7 +120,7 @@ class Method(ABC):
         self._require(trained)
         # An adapter that was trained in full attention has no layout of chunks to serve.
         is_block = trained is not None and trained.block
-        spec = self.arrange(trained if is_block else LayoutSpec())
+        spec = self.layout(trained if is_block else LayoutSpec())
         if spec.num_links and spec.num_headers + spec.num_trailers:
             raise ValueError(BOTH_LEARNED)
         if spec.num_links and self.weights is not Weights.LINKS:
@@ -137,27 +136,36 @@ class Method(ABC):
             )
         return spec
 
-    def arrange(self, spec: LayoutSpec) -> LayoutSpec:
+    def layout(self, spec: LayoutSpec) -> LayoutSpec:
         """Place and Encode: what the method changes of the layout that the weights ask for."""
         return spec
 
-    def selection(self) -> Selection:
+    def select(self) -> Selection:
         """Select: which tokens are computed afresh."""
         return Nothing()
 
-    def selection_for(self, num_layers: int) -> Selection:
+    def select_for(self, num_layers: int) -> Selection:
         """The selection in a model of so many layers, at the layer budget if there is one.
 
         Raises:
             ValueError: If the budget cannot be met.
         """
-        selection = self.selection()
+        selection = self.select()
         if self.layer_budget is None:
             return selection
         return matched(selection, self.layer_budget, num_layers)
 
     def reshape(self) -> Reshape | None:
         """Reshape: how later rows see reused keys; None leaves them as they are."""
+        return None
+
+    def loader(self, store: ChunkStore, fingerprint: str) -> ChunkLoader | None:
+        """What loads the chunks of a batch; None: the engine, all of them at once.
+
+        Args:
+            store: Holds the chunks.
+            fingerprint: Of the model.
+        """
         return None
 
     def _require(self, trained: LayoutSpec | None) -> None:

@@ -10,11 +10,13 @@ from typing import Any, Literal
 
 import yaml
 
-from blocktune.cache import Recall
+from blocktune.cache import ChunkStore
 from blocktune.methods.base import METHODS, Axis, Cached, Method, Weights
+from blocktune.methods.hooks import ChunkLoader, PromptHistory
 from blocktune.methods.reshape import RESHAPES, Reshape
 from blocktune.methods.select import SELECTORS, Nothing, Selection
 from blocktune.methods.select.budget import require_share
+from blocktune.parsing import current_keys
 from blocktune.prompt import LayoutSpec
 
 TABLES = {Axis.SELECT: SELECTORS, Axis.RESHAPE: RESHAPES}
@@ -47,20 +49,20 @@ def choose(axis: Axis, choice: Choice) -> Any:
     return registry.build(name, **(parameters or {}))
 
 
-def say(terms: tuple[Method, ...], given: Mapping[Axis, Any]) -> str:
+def format_method(terms: tuple[Method, ...], given: Mapping[Axis, Any]) -> str:
     """The composition as one would write it on the command line."""
-    parts = [_say_entry(term.name, term) for term in terms]
+    parts = [_format_entry(term.name, term) for term in terms]
     if Axis.LAYOUT in given:
         parts.append(" ".join(["layout", *(_pair(k, v) for k, v in given[Axis.LAYOUT].items())]))
     for axis, table in TABLES.items():
         if axis in given:
             value = given[axis]
             known = "nothing" if axis is Axis.SELECT else f"no {table.what}"
-            parts.append(_say_entry(table.name_of(value), value) if value else known)
+            parts.append(_format_entry(table.name_of(value), value) if value else known)
     return " + ".join(parts)
 
 
-def _say_entry(name: str, entry: Any) -> str:
+def _format_entry(name: str, entry: Any) -> str:
     """A name and the parameters that differ from their defaults."""
     known = (f for f in fields(entry) if f.default is not MISSING)
     changed = [(f.name, getattr(entry, f.name)) for f in known]
@@ -73,7 +75,7 @@ def _pair(key: str, value: Any) -> str:
     return f"{key}={''.join(text.split())}"
 
 
-PLACE_AND_ENCODE = ("placement", "slot", "num_ghosts", "shared_prefix", "bos")
+PLACE_AND_ENCODE = ("placement", "slot", "num_blanks", "shared_prefix", "bos")
 """Fields of `LayoutSpec` that a method chooses; the others are facts of what was trained."""
 
 
@@ -143,7 +145,7 @@ class Composition(Method):
     Attributes:
         label: Its name in tables and results.
         terms: The presets.
-        select: Which tokens are computed afresh.
+        selected: Which tokens are computed afresh.
         reshaped: How later rows see reused keys, or None.
         changes: Fields of the layout that are set, after the presets' own arrangement.
         decided: The axes that any of it decides.
@@ -152,7 +154,7 @@ class Composition(Method):
 
     label: str
     terms: tuple[Method, ...]
-    select: Selection
+    selected: Selection
     reshaped: Reshape | None
     changes: tuple[tuple[str, Any], ...]
     decided: frozenset[Axis]
@@ -189,23 +191,23 @@ class Composition(Method):
         return self.terms[0].cached
 
     @property
-    def recall(self) -> Recall | None:
-        """As one of the presets does; never in full where the tokens are chosen otherwise."""
-        found = [term for term in self.terms if term.recall is not None]
-        if not found:
+    def history(self) -> PromptHistory | None:
+        """Of one of the presets."""
+        found = next((term for term in self.terms if term.history is not None), None)
+        if found is None:
             return None
-        own = self.spending is None and self.select == found[0].selection()
-        return found[0].recall if own else found[0].recall._replace(refresh=1.0)
+        own = self.spending is None and self.selected == found.select()
+        return found.history if own else found.history.without_selection()
 
     @property
-    def rehearse(self) -> int:
+    def warm_up(self) -> int:
         """The most that one of the presets wants."""
-        return max(term.rehearse for term in self.terms)
+        return max(term.warm_up for term in self.terms)
 
-    @property
-    def paced(self) -> bool:
-        """Whether one of the presets is."""
-        return any(term.paced for term in self.terms)
+    def loader(self, store: ChunkStore, fingerprint: str) -> ChunkLoader | None:
+        """Of the first preset that has one."""
+        made = (term.loader(store, fingerprint) for term in self.terms)
+        return next((loader for loader in made if loader is not None), None)
 
     @property
     def keeps_context(self) -> bool:
@@ -222,19 +224,19 @@ class Composition(Method):
         alone = all(
             value == getattr(plain, name)
             for name, value in self.changes
-            if name in ("num_ghosts", "bos", "slot")
+            if name in ("num_blanks", "bos", "slot")
         )
-        recalled = self.recall is None or self.recall.exact_alone
-        return kept and alone and recalled and all(t.exact_on_one_chunk for t in self.terms)
+        known = self.history is None or self.history.exact_alone
+        return kept and alone and known and all(t.exact_on_one_chunk for t in self.terms)
 
-    def arrange(self, spec: LayoutSpec) -> LayoutSpec:
+    def layout(self, spec: LayoutSpec) -> LayoutSpec:
         """The presets' arrangements, then the changes."""
-        arranged = reduce(lambda made, term: term.arrange(made), self.terms, spec)
+        arranged = reduce(lambda made, term: term.layout(made), self.terms, spec)
         return replace(arranged, **dict(self.changes))
 
-    def selection(self) -> Selection:
+    def select(self) -> Selection:
         """See `Method.selection`."""
-        return self.select
+        return self.selected
 
     def reshape(self) -> Reshape | None:
         """See `Method.reshape`."""
@@ -285,18 +287,19 @@ def compose(
         if budget is not None:
             raise ValueError("budget and layer_budget exclude each other; drop one")
     if layout:
+        layout = current_keys(layout, PLACE_AND_ENCODE, "layout")
         require_fields(layout)
         given[Axis.LAYOUT] = layout
     made = Composition(
-        label=name or say(terms, given) + _spending(layer_budget),
+        label=name or format_method(terms, given) + _spending(layer_budget),
         terms=terms,
-        select=selection,
+        selected=selection,
         reshaped=_decide(terms, given, Axis.RESHAPE),
         changes=tuple((layout or {}).items()),
         decided=frozenset(given).union(*(term.axes for term in terms)),
         spending=layer_budget,
     )
-    made.arrange(LayoutSpec())  # a value out of range is refused here
+    made.layout(LayoutSpec())  # a value out of range is refused here
     return made
 
 

@@ -48,7 +48,7 @@ class Description(NamedTuple):
     source: str
 
 
-def describe(name: str) -> Description:
+def describe_method(name: str) -> Description:
     """What `blocktune methods` and the README say of a method."""
     cls = METHODS.find(name)
     method = cls()
@@ -61,7 +61,7 @@ def describe(name: str) -> Description:
 
 def describe_all() -> list[Description]:
     """All methods, then all values of the axes, each in the order of their names."""
-    return [*map(describe, METHODS.available()), *_values(), *_layouts()]
+    return [*map(describe_method, METHODS.available()), *_values(), *_layouts()]
 
 
 def defaults(cls: type) -> dict[str, Any]:
@@ -111,7 +111,7 @@ def _layouts() -> list[Description]:
 LAYOUT_WORDS = {
     "placement": "Where chunks stand: sequential, parallel, composite or reserved.",
     "slot": "Positions reserved for each chunk under placement=reserved.",
-    "num_ghosts": "Blank tokens that a chunk is encoded after, then hidden.",
+    "num_blanks": "Blank tokens that a chunk is encoded after, then hidden.",
     "shared_prefix": "Whether chunks are encoded after a hidden copy of the prefix.",
     "bos": "A chunk's own BOS: none, drop (encoded after one, then hidden) or keep.",
 }

@@ -128,7 +128,7 @@ def _preset(text: str, parameters: Mapping[str, Any]) -> Method:
     cls = METHODS.find(match["name"])
     method = METHODS.build(match["name"], **(_parameters(text, cls) | parameters))
     # A wrong value is refused here, not in the middle of a run.
-    method.arrange(LayoutSpec()), method.selection(), method.reshape()
+    method.layout(LayoutSpec()), method.select(), method.reshape()
     return compose(method, budget=_share(match), name=text) if match["percent"] else method
 
 

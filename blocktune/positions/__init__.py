@@ -1,16 +1,9 @@
 """Where chunks stand, and how cached keys are moved there."""
 
 from blocktune.positions.placement import PLACEMENTS, Placement, place
-from blocktune.positions.relocation import (
-    FIXED_ROPE_TYPES,
-    RopeSpec,
-    Rotation,
-    relocate_keys,
-    rotate_keys,
-)
+from blocktune.positions.relocation import RopeSpec, Rotation, relocate_keys, rotate_keys
 
 __all__ = [
-    "FIXED_ROPE_TYPES",
     "PLACEMENTS",
     "Placement",
     "RopeSpec",

@@ -17,7 +17,7 @@ from blocktune.prompt.pieces import Pieces
 LINK_SIDES = ("after", "before")
 LINK_TABLES = ("shared", "slot", "chunk")
 BOS = ("none", "drop", "keep")
-_COUNTS = ("num_links", "num_ghosts", "max_chunks", "num_headers", "num_trailers", "slot")
+_COUNTS = ("num_links", "num_blanks", "max_chunks", "num_headers", "num_trailers", "slot")
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,9 @@ class LayoutSpec:
             ``parallel`` all from the end of the prefix (APE), ``composite`` all from 0 (TurboRAG),
             ``reserved`` each at the start of a slot of ``slot`` positions (PromptCache).
         slot: Positions reserved for each chunk under ``reserved``, else 0.
-        num_ghosts: Blank tokens a chunk is encoded after, then hidden (Link0).
-        shared_prefix: Ghost copies of the prefix before every chunk (APE, CacheClip).
+        num_blanks: Blank tokens before each chunk while it is encoded, hidden afterwards (Link0).
+        shared_prefix: Whether each chunk is encoded after a copy of the prefix, hidden afterwards
+            (APE, CacheClip).
         bos: A chunk's own BOS: ``none``; ``drop``: encoded after one, then hidden (CacheBlend's
             code); ``keep``: stored and served as the chunk's first token (EPIC's code).
 
@@ -54,7 +55,7 @@ class LayoutSpec:
     num_links: int = 0
     link_side: str = "after"
     placement: str = "sequential"
-    num_ghosts: int = 0
+    num_blanks: int = 0
     shared_prefix: bool = False
     link_table: str = "slot"
     max_chunks: int = 0
@@ -87,13 +88,13 @@ class LayoutSpec:
             )
         if len(self.sinks) > 1:
             raise ValueError(
-                "layout: chunks are encoded after blanks (num_ghosts), after the prefix "
+                "layout: chunks are encoded after blanks (num_blanks), after the prefix "
                 "(shared_prefix) or after a BOS (bos: drop), not after several; "
                 f"drop all but one of {', '.join(self.sinks)}"
             )
         if not self.block and self.sinks:
             raise ValueError(
-                "layout: ghosts are hidden from other chunks, full attention "
+                "layout: blanks are hidden from other chunks, full attention "
                 f"(block: false) has none; drop {', '.join(self.sinks)}"
             )
 
@@ -101,7 +102,7 @@ class LayoutSpec:
     def sinks(self) -> tuple[str, ...]:
         """Fields that put hidden rows before every chunk; at most one in a valid layout."""
         asked = {
-            "num_ghosts": self.num_ghosts > 0,
+            "num_blanks": self.num_blanks > 0,
             "shared_prefix": self.shared_prefix,
             "bos": self.bos == "drop",
         }
@@ -185,14 +186,14 @@ def lay_out(
     pieces: Pieces,
     spec: LayoutSpec,
     link_base: int | None = None,
-    ghost_id: int | None = None,
+    blank_id: int | None = None,
     bos_id: int | None = None,
     contexts: Sequence[tuple[int, ...]] | None = None,
 ) -> Prompt:
-    """Lays pieces out: prefix, per chunk its ghosts, tokens and links, query, answer, followups.
+    """Lays pieces out: prefix, per chunk its blanks, tokens and links, query, answer, followups.
 
     Headers and trailers stand around a chunk's tokens, in its group. With links before, they come
-    before its ghosts. ``order`` counts the rows that are not ghosts. The ``p`` ghosts of a chunk
+    before its blanks. ``order`` counts the rows that are not blanks. The ``p`` blanks of a chunk
     whose first row has order ``o`` and position ``s`` have orders ``o - p ...`` and positions
     ``s - p ...``, in the group of the chunk.
 
@@ -200,9 +201,9 @@ def lay_out(
         pieces: Token ids, see `make_pieces`.
         spec: Which rows there are.
         link_base: Id of the first learned token, such as the model's vocabulary size.
-        ghost_id: Token id of a blank.
+        blank_id: Token id of a blank.
         bos_id: Token id of BOS.
-        contexts: What each chunk was encoded after in an earlier prompt, as ghosts of its own;
+        contexts: What each chunk was encoded after in an earlier prompt, as blanks of its own;
             None: what ``spec`` says, the same for all.
 
     Raises:
@@ -210,25 +211,25 @@ def lay_out(
     """
     if spec.num_learned and link_base is None:
         raise ValueError("this layout has link tokens: lay_out needs link_base (vocabulary size)")
-    if spec.num_ghosts and ghost_id is None:
-        raise ValueError("this layout has blank ghosts: lay_out needs ghost_id (a blank token)")
+    if spec.num_blanks and blank_id is None:
+        raise ValueError("this layout has blanks (num_blanks): lay_out needs blank_id")
     if spec.bos != "none" and bos_id is None:
         raise ValueError(f"this layout has chunks with BOS (bos: {spec.bos}): lay_out needs bos_id")
     if contexts is None:
-        ghosts = sink_ids(spec, pieces.prefix, ghost_id, bos_id)
-        contexts = [ghosts] * len(pieces.chunks)
+        blanks = sink_ids(spec, pieces.prefix, blank_id, bos_id)
+        contexts = [blanks] * len(pieces.chunks)
     if spec.bos == "keep":
         pieces = pieces._replace(chunks=tuple((bos_id, *chunk) for chunk in pieces.chunks))
     return _to_prompt(list(_segments(pieces, spec, link_base or 0, contexts)))
 
 
 def sink_ids(
-    spec: LayoutSpec, prefix: tuple[int, ...], ghost_id: int | None, bos_id: int | None
+    spec: LayoutSpec, prefix: tuple[int, ...], blank_id: int | None, bos_id: int | None
 ) -> tuple[int, ...]:
-    """Tokens that every chunk is encoded after and that are hidden then."""
+    """Tokens that every chunk is encoded after and that are then hidden."""
     if spec.bos == "drop":
         return (bos_id,)
-    return prefix if spec.shared_prefix else (ghost_id,) * spec.num_ghosts
+    return prefix if spec.shared_prefix else (blank_id,) * spec.num_blanks
 
 
 def wrapped(
@@ -259,8 +260,8 @@ def _segments(
     starts, query_start = place(spec.placement, len(pieces.prefix), lengths, spec.slot)
     yield _Segment(pieces.prefix, Kind.PREFIX, 0, 0)
     order = len(pieces.prefix)
-    for index, (chunk, ghosts) in enumerate(zip(pieces.chunks, contexts, strict=True)):
-        yield from _chunk_segments(index, chunk, spec, base, ghosts, starts[index], order)
+    for index, (chunk, blanks) in enumerate(zip(pieces.chunks, contexts, strict=True)):
+        yield from _chunk_segments(index, chunk, spec, base, blanks, starts[index], order)
         order += lengths[index]
     at = 0
     for query, answer in ((pieces.query, pieces.answer), *pieces.followups):
@@ -270,7 +271,7 @@ def _segments(
 
 
 def _chunk_segments(
-    index: int, chunk: tuple[int, ...], spec: LayoutSpec, base: int, ghosts, start: int, order: int
+    index: int, chunk: tuple[int, ...], spec: LayoutSpec, base: int, blanks, start: int, order: int
 ) -> Iterator[_Segment]:
     group = index if spec.block else GLOBAL
     links = _Segment(_ids(base, spec.link_rows(index)), Kind.LINK, 0, 0, index)
@@ -282,8 +283,8 @@ def _chunk_segments(
     at = 0
     for segment in [links, *body] if spec.link_side == "before" else [*body, links]:
         if segment is body[0]:
-            back = at - len(ghosts)
-            yield _Segment(ghosts, Kind.GHOST, start + back, order + back, index, group)
+            back = at - len(blanks)
+            yield _Segment(blanks, Kind.BLANK, start + back, order + back, index, group)
         yield segment._replace(position=start + at, order=order + at)
         at += len(segment.ids)
 

@@ -129,7 +129,7 @@ def test_prompts_of_a_batch_are_charged_what_they_cost_alone(tokenizer, method):
 def test_a_method_spends_what_its_selector_says(tokenizer, method):
     engine = engine_of(deep("llama"), tokenizer)
     usage = engine.answer([ASK], method, max_new_tokens=1)[0].usage
-    said = method.selection().spends(4)
+    said = method.select().spends(4)
     # Whole tokens, whole windows; a share of the prompt is not one of the context.
     if said is not None and method.name != "cacheblend-lmcache":
         assert usage.recompute_ratio == pytest.approx(said, abs=0.05)

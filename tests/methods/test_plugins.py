@@ -60,7 +60,7 @@ class Nth(Method):
     source: ClassVar[str] = "https://example.org/nth"
     n: int = 2
 
-    def selection(self):
+    def select(self):
         return EveryNth(self.n)
 '''
 
@@ -103,7 +103,7 @@ def test_an_option_finds_it_before_and_after_the_command(blocktune, file):
 def test_an_entry_point_finds_it(blocktune, clean, tmp_path, monkeypatch):
     installed(tmp_path, PLUGIN)
     monkeypatch.syspath_prepend(tmp_path)
-    assert build("nth").selection().n == 2
+    assert build("nth").select().n == 2
     monkeypatch.delitem(sys.modules, "nth_package")
 
 
@@ -116,7 +116,7 @@ def test_it_composes_and_keeps_its_contract(file):
         checks = check_method(known[name])
         assert [check.name for check in checks] == list(claims(known[name]))
     assert all(check.passed for check in check_method(build("nth")))
-    assert build("kvlink + every-nth 3").selection().n == 3
+    assert build("kvlink + every-nth 3").select().n == 3
 
 
 def test_the_command_checks_it(blocktune, file):

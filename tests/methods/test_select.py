@@ -8,11 +8,12 @@ from blocktune.methods.select import (
     SELECTORS,
     AttentionDeviation,
     AuxiliaryAttention,
-    Check,
     Deviation,
     Everything,
     FirstK,
     GradualDeviation,
+    LayerCheck,
+    LayerKV,
     LayerRange,
     Nothing,
     Oracle,
@@ -20,7 +21,6 @@ from blocktune.methods.select import (
     Random,
     Recency,
     Reselect,
-    States,
     Truth,
     distance,
     matched,
@@ -89,24 +89,24 @@ def test_first_k_takes_both_ends():
     assert chosen(FirstK(k=9, last=9), rows()) == chosen(Everything(), rows())
 
 
-def test_a_chunk_encoded_after_ghosts_is_not_exact_where_it_opens_the_prompt():
-    layout = lay_out(PIECES._replace(prefix=()), LayoutSpec(num_ghosts=1), ghost_id=99).layout
+def test_a_chunk_encoded_after_blanks_is_not_exact_where_it_opens_the_prompt():
+    layout = lay_out(PIECES._replace(prefix=()), LayoutSpec(num_blanks=1), blank_id=99).layout
     orders = layout.order[Everything().start(layout)].tolist()
     assert layout.order[Deviation().start(layout)].tolist() == orders == [0, 1, 2, 3, 4, 5, 6]
 
 
-def asked(layer: int, keys: list[float], values: list[float], num_layers=4, others=1) -> Check:
+def asked(layer: int, keys: list[float], values: list[float], num_layers=4, others=1) -> LayerCheck:
     """A check whose rows are context tokens that deviate by so much, then ``others``."""
 
     def states(numbers):
         return torch.tensor([*numbers, *[100.0] * others])[None, None, :, None]
 
-    fresh = States(states(keys), states(values))
-    cached = States(torch.zeros_like(fresh.keys), torch.zeros_like(fresh.values))
+    fresh = LayerKV(states(keys), states(values))
+    cached = LayerKV(torch.zeros_like(fresh.keys), torch.zeros_like(fresh.values))
     eligible = torch.tensor([[True] * len(keys) + [False] * others])
     count = torch.tensor([len(keys)])
     prompt, rest = count + 3 + others, torch.tensor([others])  # a prefix of 3
-    return Check(
+    return LayerCheck(
         layer=layer,
         num_layers=num_layers,
         eligible=eligible,
@@ -119,7 +119,7 @@ def asked(layer: int, keys: list[float], values: list[float], num_layers=4, othe
     )
 
 
-def kept(selection, check: Check) -> list[int]:
+def kept(selection, check: LayerCheck) -> list[int]:
     return selection.refine(check)[0].nonzero().squeeze(1).tolist()
 
 

@@ -82,8 +82,8 @@ def _as_rows(example, tokenizer, adapter: str | None, mode: Mode) -> None:
     info = AdapterInfo.load(adapter) if adapter else None
     fmt = info.format if info else PromptFormat()
     spec = info.layout if info and mode == Mode.block else LayoutSpec(block=mode == Mode.block)
-    if spec.num_ghosts:  # blanks are hidden rows of serving, and no example's own
-        spec = replace(spec, num_ghosts=0)
+    if spec.num_blanks:  # blanks are hidden rows of serving, and no example's own
+        spec = replace(spec, num_blanks=0)
     known = example.response is not None or example.answers
     target = example.target if known else None
     pieces = make_pieces(

@@ -31,9 +31,9 @@ class Ape(Method):
         if self.positions not in ("parallel", "sequential"):
             raise ValueError(f"positions must be parallel or sequential, got {self.positions!r}")
 
-    def arrange(self, spec: LayoutSpec) -> LayoutSpec:
+    def layout(self, spec: LayoutSpec) -> LayoutSpec:
         """Chunks after copies of the prefix, all at one place unless sequential."""
-        spec = replace(spec, block=True, num_ghosts=0, bos="none", shared_prefix=True)
+        spec = replace(spec, block=True, num_blanks=0, bos="none", shared_prefix=True)
         return replace(spec, placement=self.positions, slot=0)
 
     def reshape(self) -> Reshape:

@@ -18,11 +18,11 @@ class FullPrefill(Method):
     source: ClassVar[str] = "https://arxiv.org/abs/1706.03762"
     cached: ClassVar[Cached] = Cached.NOTHING
 
-    def arrange(self, spec: LayoutSpec) -> LayoutSpec:
+    def layout(self, spec: LayoutSpec) -> LayoutSpec:
         """Full attention, whatever the adapter was trained for."""
         return LayoutSpec(block=False)
 
-    def selection(self) -> Selection:
+    def select(self) -> Selection:
         """Everything."""
         return Everything()
 
@@ -37,7 +37,7 @@ class NoContext(Method):
     keeps_context: ClassVar[bool] = False
     exact_on_one_chunk: ClassVar[bool] = False
 
-    def arrange(self, spec: LayoutSpec) -> LayoutSpec:
+    def layout(self, spec: LayoutSpec) -> LayoutSpec:
         """Full attention over prefix and question."""
         return LayoutSpec(block=False)
 
@@ -54,7 +54,7 @@ class OracleMethod(Method):
     ratio: float = 0.15
     by: str = "influence"
 
-    def selection(self) -> Selection:
+    def select(self) -> Selection:
         """With a full prefill's knowledge."""
         return Oracle(ratio=self.ratio, by=self.by)
 
@@ -68,6 +68,6 @@ class RandomMethod(Method):
     ratio: float = 0.15
     seed: int = 0
 
-    def selection(self) -> Selection:
+    def select(self) -> Selection:
         """A seeded draw."""
         return Random(ratio=self.ratio, seed=self.seed)

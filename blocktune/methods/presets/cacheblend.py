@@ -22,7 +22,7 @@ class CacheBlend(Method):
     ratio: float = 0.15
     check_layer: int = 1
 
-    def selection(self) -> Selection:
+    def select(self) -> Selection:
         """Key deviation at the check layer."""
         return Deviation(ratio=self.ratio, check_layer=self.check_layer)
 
@@ -40,7 +40,7 @@ class CacheBlendLMCache(Method):
     ratio: float = 0.15
     check_layer: int = 1
 
-    def selection(self) -> Selection:
+    def select(self) -> Selection:
         """Key deviation, squared."""
         return Deviation(ratio=self.ratio, check_layer=self.check_layer, squared=True, of="prompt")
 
@@ -58,7 +58,7 @@ class CacheBlendPaper(Method):
     spread: float = 0.2
     check_layer: int = 1
 
-    def selection(self) -> Selection:
+    def select(self) -> Selection:
         """Deviation of keys and values, gradually."""
         return GradualDeviation(ratio=self.ratio, spread=self.spread, check_layer=self.check_layer)
 
@@ -81,7 +81,7 @@ class CacheBlendRepo(Method):
     check_layer: int = 1
     sees_future: bool = False
 
-    def selection(self) -> Selection:
+    def select(self) -> Selection:
         """Value deviation; the check layer keeps what was made to judge by."""
         return Deviation(
             ratio=self.ratio,

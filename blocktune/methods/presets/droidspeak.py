@@ -26,7 +26,7 @@ class DroidSpeak(Method):
     first_layer: int = 1
     ratio: float = 0.11
 
-    def selection(self) -> Selection:
+    def select(self) -> Selection:
         """The range of layers."""
         return LayerRange(first_layer=self.first_layer, ratio=self.ratio)
 
@@ -45,7 +45,7 @@ class DroidSpeakCLC(Method):
     check_layer: int = 1
     restart_layer: int = 5
 
-    def selection(self) -> Selection:
+    def select(self) -> Selection:
         """Deviation, twice."""
         return Reselect(
             ratio=self.ratio, check_layer=self.check_layer, restart_layer=self.restart_layer

@@ -24,6 +24,6 @@ class Epic(Method):
     last: int = 0
     last_share: float = 0.0
 
-    def selection(self) -> Selection:
+    def select(self) -> Selection:
         """The first tokens of each chunk, and maybe the last."""
         return FirstK(k=self.k, share=self.share, last=self.last, last_share=self.last_share)

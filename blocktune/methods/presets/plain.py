@@ -34,9 +34,9 @@ class Link0(Method):
         if type(self.blanks) is not int or self.blanks < 1:
             raise ValueError(f"blanks must be a number of tokens, at least 1, got {self.blanks!r}")
 
-    def arrange(self, spec: LayoutSpec) -> LayoutSpec:
+    def layout(self, spec: LayoutSpec) -> LayoutSpec:
         """Chunks after blanks."""
-        return replace(spec, block=True, shared_prefix=False, bos="none", num_ghosts=self.blanks)
+        return replace(spec, block=True, shared_prefix=False, bos="none", num_blanks=self.blanks)
 
 
 @register("prompt-cache-schema")
@@ -59,6 +59,6 @@ class PromptCacheSchema(Method):
         if type(self.slot) is not int or self.slot < 1:
             raise ValueError(f"slot must be a number of positions, at least 1, got {self.slot!r}")
 
-    def arrange(self, spec: LayoutSpec) -> LayoutSpec:
+    def layout(self, spec: LayoutSpec) -> LayoutSpec:
         """A slot for every chunk."""
         return replace(spec, block=True, placement="reserved", slot=self.slot)

@@ -13,21 +13,21 @@ from blocktune.prompt import LayoutSpec
 class PrefixCache(Method):
     """Reuses the longest prefix computed before, in the same order; exact, rarely a hit in RAG.
 
-    ``rehearse`` gives a single question a history: so many prompts of the same chunks before it,
+    ``warm_up`` gives a single question a history: so many prompts of the same chunks before it,
     each turned by one place more.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2312.07104"
     cached: ClassVar[Cached] = Cached.EXACT_PREFIX
-    rehearse: int = 0
+    warm_up: int = 0
 
     def __post_init__(self):
-        require_count("rehearse", self.rehearse)
+        require_count("warm_up", self.warm_up)
 
-    def arrange(self, spec: LayoutSpec) -> LayoutSpec:
+    def layout(self, spec: LayoutSpec) -> LayoutSpec:
         """Full attention: only then is a prefix's state what a full prefill would make."""
         return LayoutSpec(block=False)
 
-    def selection(self) -> Selection:
+    def select(self) -> Selection:
         """Everything that the cached prefix does not hold."""
         return Everything()

@@ -30,11 +30,11 @@ class Psr(Method):
     temperature: float = 0.9
     scale: float = 0.9
 
-    def arrange(self, spec: LayoutSpec) -> LayoutSpec:
+    def layout(self, spec: LayoutSpec) -> LayoutSpec:
         """Chunks after blanks."""
-        return replace(spec, block=True, shared_prefix=False, bos="none", num_ghosts=self.blanks)
+        return replace(spec, block=True, shared_prefix=False, bos="none", num_blanks=self.blanks)
 
-    def selection(self) -> Selection:
+    def select(self) -> Selection:
         """Key deviation at the check layer."""
         return Deviation(ratio=self.ratio, check_layer=self.check_layer)
 
@@ -58,7 +58,7 @@ class R(Method):
     ratio: float = 0.15
     check_layer: int = 1
 
-    def selection(self) -> Selection:
+    def select(self) -> Selection:
         """Key deviation at the check layer."""
         return Deviation(ratio=self.ratio, check_layer=self.check_layer)
 
@@ -76,9 +76,9 @@ class S(Method):
     exact_on_one_chunk: ClassVar[bool] = False
     blanks: int = 1
 
-    def arrange(self, spec: LayoutSpec) -> LayoutSpec:
+    def layout(self, spec: LayoutSpec) -> LayoutSpec:
         """Chunks after blanks."""
-        return replace(spec, block=True, shared_prefix=False, bos="none", num_ghosts=self.blanks)
+        return replace(spec, block=True, shared_prefix=False, bos="none", num_blanks=self.blanks)
 
 
 @register("s+p")
@@ -96,9 +96,9 @@ class SP(Method):
     temperature: float = 0.9
     scale: float = 0.9
 
-    def arrange(self, spec: LayoutSpec) -> LayoutSpec:
+    def layout(self, spec: LayoutSpec) -> LayoutSpec:
         """Chunks after blanks."""
-        return replace(spec, block=True, shared_prefix=False, bos="none", num_ghosts=self.blanks)
+        return replace(spec, block=True, shared_prefix=False, bos="none", num_blanks=self.blanks)
 
     def reshape(self) -> Reshape:
         """A softmax of their own for the chunks."""

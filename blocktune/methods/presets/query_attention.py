@@ -22,7 +22,7 @@ class QueryAttentionMethod(Method):
     ratio: float = 0.2
     fuse: str = "mean"
 
-    def selection(self) -> Selection:
+    def select(self) -> Selection:
         """Attention of the question over the reused cache."""
         return QueryAttention(ratio=self.ratio, fuse=self.fuse)
 
@@ -43,10 +43,10 @@ class CacheClip(Method):
     auxiliary: str = "self"
     window: int = 8
 
-    def arrange(self, spec: LayoutSpec) -> LayoutSpec:
+    def layout(self, spec: LayoutSpec) -> LayoutSpec:
         """A shared prefix before every chunk."""
-        return replace(spec, block=True, shared_prefix=True, num_ghosts=0)
+        return replace(spec, block=True, shared_prefix=True, num_blanks=0)
 
-    def selection(self) -> Selection:
+    def select(self) -> Selection:
         """Windows by the auxiliary model's attention."""
         return AuxiliaryAttention(ratio=self.ratio, model=self.auxiliary, window=self.window)

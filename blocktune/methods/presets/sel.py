@@ -21,9 +21,9 @@ class Sel(Method):
     chunks: int = 2
     aggregation: str = "HT"
 
-    def arrange(self, spec: LayoutSpec) -> LayoutSpec:
+    def layout(self, spec: LayoutSpec) -> LayoutSpec:
         """Chunks after copies of the prefix."""
-        return replace(spec, block=True, num_ghosts=0, bos="none", shared_prefix=True)
+        return replace(spec, block=True, num_blanks=0, bos="none", shared_prefix=True)
 
     def reshape(self) -> Reshape:
         """Top chunks only."""

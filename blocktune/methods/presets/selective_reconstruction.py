@@ -21,7 +21,7 @@ class SelectiveReconstruction(Method):
     ratio: float = 0.15
     impact: str = "attention"
 
-    def selection(self) -> Selection:
+    def select(self) -> Selection:
         """By impact."""
         if self.impact not in IMPACTS:
             raise ValueError(f"impact must be {' or '.join(IMPACTS)}, got {self.impact!r}")

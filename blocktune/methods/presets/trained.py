@@ -53,7 +53,7 @@ class TurboRag(Method):
             known = " or ".join(PLACEMENTS)
             raise ValueError(f"positions must be {known}, got {self.positions!r}")
 
-    def arrange(self, spec: LayoutSpec) -> LayoutSpec:
+    def layout(self, spec: LayoutSpec) -> LayoutSpec:
         """Chunks one after the other, or all from position 0."""
         return replace(spec, placement=PLACEMENTS[self.positions])
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
-from blocktune.attention.kernels import AttentionParams, plain_scores
-from blocktune.attention.rows import Block
 from blocktune.layout import Kind, Rows
 
 
@@ -103,37 +100,3 @@ class Reshape(ABC):
             ``(B, H or 1, R, ...)``, handed to `scores` a block of rows at a time.
         """
         raise AssertionError(f"{type(self).__name__} chooses nothing")
-
-
-CELLS = 1 << 25
-"""Scores that are in memory at once, unless a single row has more."""
-
-
-class States(NamedTuple):
-    """What a layer attends with; keys and values are float32."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    params: AttentionParams
-
-    def scores(self, block: Block, seen: Seen) -> tuple[Tensor, Seen]:
-        """Scores of a block, ``(B, H, R, N)``, and what the reshape is told about them."""
-        rows, keys, mask = block
-        query, key = self.query[:, :, rows], self.key[:, :, keys]
-        part = seen._replace(
-            query=seen.query.map(lambda field: field[:, rows]),
-            key=seen.key.map(lambda field: field[:, keys]),
-            reused=seen.reused[:, keys],
-        )
-        return plain_scores(query, key, mask, self.params), part
-
-
-def cut(block: Block, heads: int) -> Iterator[Block]:
-    """Parts of a block whose scores, times ``heads``, stay within `CELLS`."""
-    rows, keys, mask = block
-    step = max(1, CELLS // (heads * mask.shape[-1]))
-    for start in range(rows.start, rows.stop, step):
-        stop = min(start + step, rows.stop)
-        inside = slice(start - rows.start, stop - rows.start)
-        yield Block(slice(start, stop), keys, mask[:, :, inside])

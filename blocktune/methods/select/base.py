@@ -11,7 +11,7 @@ from torch import Tensor
 
 from blocktune.layout import Kind, Layout
 from blocktune.methods.registry import SELECTORS
-from blocktune.methods.select.check import Check
+from blocktune.methods.select.layer_check import LayerCheck
 from blocktune.methods.select.passes import Passes
 
 
@@ -87,7 +87,7 @@ class Selection(ABC):
         """
         return ()
 
-    def refine(self, check: Check) -> Tensor:
+    def refine(self, check: LayerCheck) -> Tensor:
         """Rows that stay fresh from ``check.layer`` on.
 
         Returns:
@@ -131,10 +131,10 @@ def selectable(layout: Layout) -> Tensor:
     """Context tokens whose cached state can differ from a full prefill, ``(B, S)`` bool.
 
     A chunk that opens the prompt saw all there was to see: its state is exact, unless it was
-    encoded after ghosts.
+    encoded after blanks.
     """
-    ghosts = (layout.kind == Kind.GHOST).any(dim=1, keepdim=True)
-    return layout.is_context & ((layout.order - layout.offset > 0) | ghosts)
+    blanks = (layout.kind == Kind.BLANK).any(dim=1, keepdim=True)
+    return layout.is_context & ((layout.order - layout.offset > 0) | blanks)
 
 
 @SELECTORS.register("nothing")

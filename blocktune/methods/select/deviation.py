@@ -17,7 +17,7 @@ from blocktune.methods.select.budget import (
     top_count,
     top_share,
 )
-from blocktune.methods.select.check import Check, States
+from blocktune.methods.select.layer_check import LayerCheck, LayerKV
 
 STATES = {"keys": ("keys",), "values": ("values",), "both": ("keys", "values")}
 TOTALS = ("context", "cached", "prompt")
@@ -41,7 +41,7 @@ def distance(fresh: Tensor, cached: Tensor, squared: bool = False) -> Tensor:
     return (difference.square().sum(-1) if squared else difference.norm(dim=-1)).mean(dim=1)
 
 
-def deviation(fresh: States, cached: States, by: str = "keys", squared: bool = False) -> Tensor:
+def deviation(fresh: LayerKV, cached: LayerKV, by: str = "keys", squared: bool = False) -> Tensor:
     """Sum of the `distance` of the states that ``by`` names, ``(B, R)`` float32."""
     names = STATES[by]
     return sum(distance(getattr(fresh, n), getattr(cached, n), squared) for n in names)
@@ -117,12 +117,12 @@ class Deviation(Selection):
         """See `Selection.checks`."""
         return (self.check_layer,)
 
-    def refine(self, check: Check) -> Tensor:
+    def refine(self, check: LayerCheck) -> Tensor:
         """See `Selection.refine`."""
         scores = deviation(check.fresh, check.cached, self.by, self.squared)
         return top_count(scores, check.eligible, self._count(check))
 
-    def _count(self, check: Check) -> Tensor:
+    def _count(self, check: LayerCheck) -> Tensor:
         if self.of == "context":
             return share_count(check.context_tokens, self.ratio)
         if self.of == "cached":
@@ -195,7 +195,7 @@ class GradualDeviation(Selection):
         """See `Selection.checks`."""
         return tuple(range(self.check_layer, num_layers))
 
-    def refine(self, check: Check) -> Tensor:
+    def refine(self, check: LayerCheck) -> Tensor:
         """See `Selection.refine`."""
         scores = deviation(check.fresh, check.cached, self.by)
         share = self.share_at(check.layer, check.num_layers)

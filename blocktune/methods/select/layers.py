@@ -13,8 +13,8 @@ from blocktune.layout import Layout
 from blocktune.methods.registry import SELECTORS
 from blocktune.methods.select.base import Selection, selectable
 from blocktune.methods.select.budget import require_layer, require_share, top_share
-from blocktune.methods.select.check import Check
 from blocktune.methods.select.deviation import FIRST, distance
+from blocktune.methods.select.layer_check import LayerCheck
 
 
 @SELECTORS.register("layer-range")
@@ -76,7 +76,7 @@ class LayerRange(Selection):
         layers = self.layers(num_layers)
         return (layers.stop,) if layers and layers.stop < num_layers else ()
 
-    def refine(self, check: Check) -> Tensor:
+    def refine(self, check: LayerCheck) -> Tensor:
         """See `Selection.refine`: the range is over."""
         return torch.zeros_like(check.eligible)
 
@@ -136,7 +136,7 @@ class Reselect(Selection):
         """See `Selection.widens`."""
         return (self.restart_layer,) if self.ratio else ()
 
-    def refine(self, check: Check) -> Tensor:
+    def refine(self, check: LayerCheck) -> Tensor:
         """See `Selection.refine`."""
         scores = distance(check.fresh.keys, check.cached.keys)
         return top_share(scores, check.eligible, check.context_tokens, self.ratio)

@@ -10,6 +10,7 @@ from tiny_tokenizer import build_tokenizer
 
 from blocktune.cache import ChunkStore
 from blocktune.engine import Engine
+from blocktune.extras.cache_craft import VariantStore
 from blocktune.layout import Kind
 from blocktune.methods import build as method_of
 from blocktune.prompt import Chunk
@@ -29,14 +30,14 @@ def serve(engine, ask, method=CRAFT):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_chunk_of_an_earlier_prompt_matches_the_dense_oracle_with_ghost_rows(family, tokenizer):
+def test_a_chunk_of_an_earlier_prompt_matches_the_dense_oracle_with_blank_rows(family, tokenizer):
     config = FAMILIES[family]()
     if family == "mistral":
         config.sliding_window = 40
     engine = engine_of(config, tokenizer)
     serve(engine, ASK)
     [prompt] = engine._read([TURNED], CRAFT)[1]
-    assert (prompt.layout.kind == Kind.GHOST).any()
+    assert (prompt.layout.kind == Kind.BLANK).any()
     for method in (CRAFT, method_of("cache-craft", focus=0.5, hold=0.5)):
         served, spans = served_spans(engine, TURNED, method)
         assert 0 < len(spans) < int(prompt.layout.is_context.sum())
@@ -57,17 +58,17 @@ def test_the_first_prompt_is_a_full_prefill_and_the_same_prompt_again_needs_noth
     torch.testing.assert_close(engine.next_logits([ASK], CRAFT), full, **TOLERANCE)
 
 
-def test_a_variant_that_left_the_store_is_encoded_again_after_its_ghosts(engine):
+def test_a_variant_that_left_the_store_is_encoded_again_after_its_blanks(engine):
     serve(engine, ASK)
     kept = engine.next_logits([TURNED], CRAFT)
-    encoder = engine._server.encoder
     for key in list(engine.store._chunks):
         if engine.store._chunks[key].kind == "chunk":
             engine.store._forget(key)
     run = engine.prefilled([TURNED], CRAFT)
     assert run.assembled.misses == [3]
     torch.testing.assert_close(run.prefill.logits, kept, **TOLERANCE)
-    assert encoder.variants.recall(engine.prompts.pieces(ASK, CRAFT).chunks[0], ()) is not None
+    variants = VariantStore.of(engine.store, engine.fingerprint)
+    assert variants.best(engine.prompts.pieces(ASK, CRAFT).chunks[0], ()) is not None
 
 
 def test_a_full_prompt_and_a_recalled_one_share_a_batch(engine):
@@ -101,7 +102,7 @@ def test_chunks_that_the_question_passes_over_are_given_up(engine):
 def test_statistics_match_attention_weights_of_a_stock_forward(engine):
     serve(engine, ASK)
     pieces = engine.prompts.pieces(ASK, CRAFT)
-    variants = engine._server.encoder.variants
+    variants = VariantStore.of(engine.store, engine.fingerprint)
     ids = torch.tensor([pieces.prefix + sum(pieces.chunks, ()) + pieces.query])
     engine.model.set_attn_implementation("eager")
     with torch.no_grad():
@@ -110,8 +111,8 @@ def test_statistics_match_attention_weights_of_a_stock_forward(engine):
     lengths = [len(pieces.prefix), *map(len, pieces.chunks), len(pieces.query)]
     spans = torch.arange(ids.shape[1]).split(lengths)
     for number, chunk in enumerate(pieces.chunks):
-        ghosts = pieces.prefix + sum(pieces.chunks[:number], ())
-        variant = variants.of(chunk, ghosts)
+        blanks = pieces.prefix + sum(pieces.chunks[:number], ())
+        variant = variants.find(chunk, blanks)
         own = mean[spans[number + 1]]
         inter = [own[:, spans[old + 1]].sum() for old in range(number)]
         torch.testing.assert_close(variant.inter, torch.tensor(inter), rtol=1e-4, atol=1e-5)
@@ -139,27 +140,27 @@ def test_a_budget_replaces_the_fix_overhead(engine):
 
 
 @pytest.mark.parametrize("name", ["cache-craft", "cache-craft + first-k 2"])
-def test_a_rehearsed_prompt_finds_its_chunks_in_an_earlier_order(engine, name):
-    rehearsed, plain = (f"cache-craft{word}" + name[11:] for word in (" rehearse=1", ""))
-    usage = serve(engine, ASK, method_of(rehearsed))
+def test_a_warmed_up_prompt_finds_its_chunks_in_an_earlier_order(engine, name):
+    warmed, plain = (f"cache-craft{word}" + name[11:] for word in (" warm_up=1", ""))
+    usage = serve(engine, ASK, method_of(warmed))
     assert usage.chunk_hits == 3
     assert 0 < usage.recompute_ratio < 1
-    served = engine.next_logits([ASK], method_of(rehearsed))
+    served = engine.next_logits([ASK], method_of(warmed))
     engine.forget()
     earlier = dataclasses.replace(ASK, chunks=(*ASK.chunks[1:], ASK.chunks[0]))
     assert serve(engine, earlier, method_of(plain)).recompute_ratio == 1
     torch.testing.assert_close(engine.next_logits([ASK], method_of(plain)), served, **TOLERANCE)
 
 
-def test_a_rehearsed_prompt_shares_its_prefix_with_an_exact_cache(engine):
-    cold, warm = (serve(engine, ASK, method_of("prefix-cache", rehearse=n)) for n in (0, 1))
+def test_a_warmed_up_prompt_shares_its_prefix_with_an_exact_cache(engine):
+    cold, warm = (serve(engine, ASK, method_of("prefix-cache", warm_up=n)) for n in (0, 1))
     engine.forget_prefixes()
     assert cold.chunk_hits == warm.chunk_hits - 3 == 0  # the first answer left this very prompt
-    usage = serve(engine, ASK, method_of("prefix-cache", rehearse=1))
+    usage = serve(engine, ASK, method_of("prefix-cache", warm_up=1))
     assert usage.chunk_hits == 0
     assert usage.bytes_read > 0
-    with pytest.raises(ValueError, match="rehearse must be a whole number, at least 0, got -1"):
-        method_of("prefix-cache", rehearse=-1)
+    with pytest.raises(ValueError, match="warm_up must be a whole number, at least 0, got -1"):
+        method_of("prefix-cache", warm_up=-1)
 
 
 def test_without_statistics_everything_is_computed(engine):

@@ -6,15 +6,16 @@ import pytest
 import torch
 from cache.made import MODEL, OTHER_MODEL, made_chunk
 
-from blocktune.cache import (
-    ChunkStore,
+from blocktune.cache import ChunkStore, key_after
+from blocktune.extras.cache_craft.variants import (
     ChunkVariants,
     Variant,
     VariantStore,
+    cache_context_impact,
     cache_fix_overhead,
-    key_after,
+    order_penalty,
+    prefix_overlap,
 )
-from blocktune.cache.cache_craft import cache_context_impact, order_penalty, prefix_overlap
 
 A, B, C, D = (1, 1), (2, 2, 2, 2), (3,), (4, 4)
 CHUNK = (7, 8, 9, 10)
@@ -73,15 +74,15 @@ def test_fix_overhead_is_nothing_in_the_old_context_and_capped():
 def test_the_variant_that_fits_best_is_recalled(tmp_path, tier):
     store = ChunkStore() if tier == "memory" else ChunkStore(max_bytes=0, folder=tmp_path)
     variants = VariantStore(store, MODEL)
-    assert variants.recall(CHUNK, (A,)) is None
+    assert variants.best(CHUNK, (A,)) is None
     variants.learn(CHUNK, made((A, B)), 5)
     variants.learn(CHUNK, made((C, D)), 5)
-    recalled = variants.recall(CHUNK, (C, D))
+    recalled = variants.best(CHUNK, (C, D))
     assert (recalled.variant.context, recalled.overhead) == ((C, D), 0.0)
-    assert recalled.variant.ghosts == (0, 3, 4, 4)
-    assert variants.recall(CHUNK, (A, B)).variant.context == (A, B)
-    assert variants.recall((7, 8, 9, 11), (A, B)) is None
-    assert VariantStore(store, OTHER_MODEL).recall(CHUNK, (A, B)) is None
+    assert recalled.variant.blanks == (0, 3, 4, 4)
+    assert variants.best(CHUNK, (A, B)).variant.context == (A, B)
+    assert variants.best((7, 8, 9, 11), (A, B)) is None
+    assert VariantStore(store, OTHER_MODEL).best(CHUNK, (A, B)) is None
 
 
 def test_learning_again_replaces_and_the_least_used_leaves():
@@ -91,12 +92,12 @@ def test_learning_again_replaces_and_the_least_used_leaves():
         variants.learn(CHUNK, made(context, (1.0,)), 5)
         variants.used(CHUNK, (0, *context[0]))
     variants.learn(CHUNK, made(contexts[0], (2.0,)), 5)
-    assert float(variants.of(CHUNK, (0, 0)).inter) == 2.0
+    assert float(variants.find(CHUNK, (0, 0)).inter) == 2.0
     variants.used(CHUNK, (0, 0))
     variants.learn(CHUNK, made(((9,),), (1.0,)), 5)
-    assert variants.of(CHUNK, (0, 1)) is None
-    assert variants.of(CHUNK, (0, 0)) is not None
-    assert variants.of(CHUNK, (0, 9)) is not None
+    assert variants.find(CHUNK, (0, 1)) is None
+    assert variants.find(CHUNK, (0, 0)) is not None
+    assert variants.find(CHUNK, (0, 9)) is not None
 
 
 @pytest.mark.parametrize("tier", ["memory", "folder"])
@@ -106,17 +107,17 @@ def test_what_leaves_takes_its_keys_and_values_along(tmp_path, tier):
     for context in ((A, B), (A,), (), (B,)):
         variant = made(context, (1.0,) * len(context))
         store.put(
-            key_after(MODEL, CHUNK, variant.ghosts), made_chunk(4, token_ids=torch.tensor(CHUNK))
+            key_after(MODEL, CHUNK, variant.blanks), made_chunk(4, token_ids=torch.tensor(CHUNK))
         )
         variants.learn(CHUNK, variant, 2)
     kept = {(A, B): False, (A,): False, (): True, (B,): True}
     # What was encoded alone serves others too.
     for context, there in kept.items():
-        key = key_after(MODEL, CHUNK, made(context, (1.0,) * len(context)).ghosts)
+        key = key_after(MODEL, CHUNK, made(context, (1.0,) * len(context)).blanks)
         assert (key in store) is there
     variants.learn(CHUNK, made((C,), (1.0,)), 1)
     assert key_after(MODEL, CHUNK, (0,)) in store
-    assert variants.of(CHUNK, (0,)) is None
+    assert variants.find(CHUNK, (0,)) is None
 
 
 def test_statistics_of_another_shape_are_refused():
@@ -127,5 +128,5 @@ def test_statistics_of_another_shape_are_refused():
 def test_a_variant_without_prefix_or_context_is_stored_too(tmp_path):
     store = ChunkStore(max_bytes=0, folder=tmp_path)
     VariantStore(store, MODEL).learn(CHUNK, made((), (), prefix=()), 1)
-    variant = VariantStore(store, MODEL).of(CHUNK, ())
+    variant = VariantStore(store, MODEL).find(CHUNK, ())
     assert (variant.prefix, variant.context, variant.intra) == ((), (), 2.0)

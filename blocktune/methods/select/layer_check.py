@@ -10,7 +10,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 
-class States(NamedTuple):
+class LayerKV(NamedTuple):
     """Keys and values of some rows in one layer, each ``(B, K, R, D)``."""
 
     keys: Tensor
@@ -18,7 +18,7 @@ class States(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Check:
+class LayerCheck:
     """A layer's entry, where rows can be dropped.
 
     Attributes:
@@ -44,18 +44,18 @@ class Check:
     other_tokens: Tensor
     chunk: Tensor
     question_mass: Tensor | None
-    probe: Callable[[], tuple[States, States]]
+    probe: Callable[[], tuple[LayerKV, LayerKV]]
 
     @cached_property
-    def _states(self) -> tuple[States, States]:
+    def _states(self) -> tuple[LayerKV, LayerKV]:
         return self.probe()
 
     @property
-    def fresh(self) -> States:
+    def fresh(self) -> LayerKV:
         """The rows' states made now, in their prompt's context."""
         return self._states[0]
 
     @property
-    def cached(self) -> States:
+    def cached(self) -> LayerKV:
         """What the cache holds for the rows, relocated; arbitrary where not ``eligible``."""
         return self._states[1]

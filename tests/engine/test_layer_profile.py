@@ -4,7 +4,7 @@ import pytest
 from engine.served import ASK, SHORT, engine_of
 from engine.test_selection import deep
 
-from blocktune.engine.layer_profile import profile_intervals
+from blocktune.engine.layer_profile import profile_layers
 
 
 @pytest.fixture(scope="module")
@@ -14,7 +14,7 @@ def engine(tokenizer):
 
 @pytest.fixture(scope="module")
 def found(engine):
-    return profile_intervals(engine, [ASK, SHORT], batch_size=1)
+    return profile_layers(engine, [ASK, SHORT], batch_size=1)
 
 
 def test_every_contiguous_range_is_tried(found):
@@ -38,11 +38,11 @@ def test_a_range_is_efficient_where_no_shorter_one_diverges_less(found):
 
 
 def test_ranges_longer_than_asked_for_are_left_out(engine):
-    found = profile_intervals(engine, [SHORT], most_layers=1)
+    found = profile_layers(engine, [SHORT], most_layers=1)
     assert [one.first_layer for one in found] == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(("examples", "most"), [([], 1), ([SHORT], 0), ([SHORT], 5)])
 def test_what_cannot_be_profiled_is_refused(engine, examples, most):
     with pytest.raises(ValueError, match="wants examples and ranges of 1 to 4 layers; got"):
-        profile_intervals(engine, examples, most_layers=most)
+        profile_layers(engine, examples, most_layers=most)

@@ -1,4 +1,4 @@
-"""Cache-Craft: statistics of chunk variants, what must be recomputed, and which variant to take."""
+"""Statistics of chunk variants, the share to recompute, and the variant to take."""
 
 from __future__ import annotations
 
@@ -14,9 +14,35 @@ from typing import ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from blocktune.cache.chunk_kv import Entry, Read
-from blocktune.cache.fingerprint import chunk_key, key_after
-from blocktune.cache.store import ChunkStore
+from blocktune.cache import ChunkStore, Entry, chunk_key, key_after
+from blocktune.cache.chunk_kv import Read
+
+Ids = tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Variant:
+    """One context that a chunk was computed in.
+
+    Attributes:
+        prefix: Tokens of the earlier prompt's prefix.
+        context: Tokens of the chunks between the prefix and this chunk, in order.
+        inter: Attention that the chunk's tokens paid each of these chunks: summed over tokens,
+            mean over heads and layers, ``(len(context),)``.
+        tokens: Attention that each token paid all of them, ``(S,)``.
+        intra: Attention that the tokens paid their own chunk, summed over tokens.
+    """
+
+    prefix: Ids
+    context: tuple[Ids, ...]
+    inter: Tensor
+    tokens: Tensor
+    intra: float
+
+    @property
+    def blanks(self) -> Ids:
+        """All tokens before the chunk, what it was encoded after."""
+        return self.prefix + sum(self.context, ())
 
 
 def cache_context_impact(variant: Variant, num_tokens: int) -> float:
@@ -78,34 +104,6 @@ def cache_fix_overhead(
     return min(1.0, max(0.0, alpha * impact * (1 - overlap)))
 
 
-Ids = tuple[int, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class Variant:
-    """One context that a chunk was computed in.
-
-    Attributes:
-        prefix: Tokens of the earlier prompt's prefix.
-        context: Tokens of the chunks between the prefix and this chunk, in order.
-        inter: Attention that the chunk's tokens paid each of these chunks: summed over tokens,
-            mean over heads and layers, ``(len(context),)``.
-        tokens: Attention that each token paid all of them, ``(S,)``.
-        intra: Attention that the tokens paid their own chunk, summed over tokens.
-    """
-
-    prefix: Ids
-    context: tuple[Ids, ...]
-    inter: Tensor
-    tokens: Tensor
-    intra: float
-
-    @property
-    def ghosts(self) -> Ids:
-        """All tokens before the chunk, what it was encoded after."""
-        return self.prefix + sum(self.context, ())
-
-
 @dataclass(frozen=True, eq=False)
 class ChunkVariants(Entry):
     """All known variants of one chunk, the latest last.
@@ -137,7 +135,7 @@ class ChunkVariants(Entry):
         """See `Entry.tensors`."""
         for number, variant in enumerate(self.variants):
             lengths = [len(variant.prefix), *map(len, variant.context)]
-            yield f"ghosts.{number}", torch.tensor(variant.ghosts, dtype=torch.int64)
+            yield f"ghosts.{number}", torch.tensor(variant.blanks, dtype=torch.int64)
             yield f"lengths.{number}", torch.tensor(lengths)
             yield f"inter.{number}", variant.inter
             yield f"tokens.{number}", variant.tokens
@@ -155,8 +153,8 @@ class ChunkVariants(Entry):
 
 
 def _read_variant(read: Read, number: int) -> Variant:
-    ghosts = read(f"ghosts.{number}")
-    prefix, *context = ghosts.split(read(f"lengths.{number}").tolist())
+    blanks = read(f"ghosts.{number}")  # the name in stores that exist
+    prefix, *context = blanks.split(read(f"lengths.{number}").tolist())
     return Variant(
         prefix=tuple(prefix.tolist()),
         context=tuple(tuple(piece.tolist()) for piece in context),
@@ -166,30 +164,7 @@ def _read_variant(read: Read, number: int) -> Variant:
     )
 
 
-class Recall(NamedTuple):
-    """How a method lives on earlier prompts.
-
-    Attributes:
-        refresh: A prompt of which a greater share of the chunks' tokens would be recomputed is
-            computed in full: its chunks are then known in this context too.
-        most: Variants that are kept of one chunk.
-        alpha: Of `cache_fix_overhead`.
-    """
-
-    refresh: float
-    most: int
-    alpha: float
-
-    @property
-    def exact_alone(self) -> bool:
-        """Whether one chunk with nothing before it is always computed in full, or never leant.
-
-        The least fix overhead of a chunk that leant on what is missing is ``alpha / 2``.
-        """
-        return self.refresh < self.alpha / 2
-
-
-class Recalled(NamedTuple):
+class BestVariant(NamedTuple):
     """The variant that a chunk is served from, and the share of its tokens to recompute."""
 
     variant: Variant
@@ -212,7 +187,12 @@ class VariantStore:
         self._uses: Counter[tuple[Ids, Ids]] = Counter()
         self._lock = threading.Lock()
 
-    def recall(self, chunk: Ids, context: Sequence[Ids], alpha: float = 1.0) -> Recalled | None:
+    @classmethod
+    def of(cls, store: ChunkStore, fingerprint: str) -> Self:
+        """The one of a store and model in this process: use counts are shared."""
+        return store.notes.setdefault((cls, fingerprint), cls(store, fingerprint))
+
+    def best(self, chunk: Ids, context: Sequence[Ids], alpha: float = 1.0) -> BestVariant | None:
         """The variant with the least to recompute after ``context``; None if there is none.
 
         Of equals, the latest.
@@ -222,23 +202,23 @@ class VariantStore:
             context: Those of the chunks before it in the new prompt, in order.
             alpha: Of `cache_fix_overhead`.
         """
-        found = self._find(chunk)
+        found = self._entry(chunk)
         if found is None:
             return None
         costs = [cache_fix_overhead(v, len(chunk), context, alpha) for v in found.variants]
         best = min(range(len(costs)), key=lambda index: (costs[index], -index))
-        return Recalled(found.variants[best], costs[best])
+        return BestVariant(found.variants[best], costs[best])
 
-    def of(self, chunk: Ids, ghosts: Ids) -> Variant | None:
-        """The variant that was encoded after exactly ``ghosts``, or None."""
-        found = self._find(chunk)
-        same = [v for v in found.variants if v.ghosts == ghosts] if found else []
+    def find(self, chunk: Ids, blanks: Ids) -> Variant | None:
+        """The variant that was encoded after exactly ``blanks``, or None."""
+        found = self._entry(chunk)
+        same = [v for v in found.variants if v.blanks == blanks] if found else []
         return same[0] if same else None
 
-    def used(self, chunk: Ids, ghosts: Ids) -> None:
+    def used(self, chunk: Ids, blanks: Ids) -> None:
         """Counts a use: what is used least makes room for what is new."""
         with self._lock:
-            self._uses[chunk, ghosts] += 1
+            self._uses[chunk, blanks] += 1
 
     def learn(self, chunk: Ids, variant: Variant, most: int) -> None:
         """Remembers a variant, in place of one in the same context or of the least used one.
@@ -252,17 +232,17 @@ class VariantStore:
             most: Variants of the chunk that are kept, this one included.
         """
         with self._lock:
-            found = self._find(chunk)
-            known = [v for v in found.variants if v.ghosts != variant.ghosts] if found else []
+            found = self._entry(chunk)
+            known = [v for v in found.variants if v.blanks != variant.blanks] if found else []
             while len(known) >= most:
-                least = min(known, key=lambda v: self._uses[chunk, v.ghosts])
+                least = min(known, key=lambda v: self._uses[chunk, v.blanks])
                 known.remove(least)
                 if least.context:
-                    self.store.discard(key_after(self.fingerprint, chunk, least.ghosts))
+                    self.store.discard(key_after(self.fingerprint, chunk, least.blanks))
             entry = ChunkVariants((*known, variant), torch.tensor(chunk), self.fingerprint)
             self.store.put(self._key(chunk), entry)
 
-    def _find(self, chunk: Ids) -> ChunkVariants | None:
+    def _entry(self, chunk: Ids) -> ChunkVariants | None:
         return self.store.get(self._key(chunk), chunk, self.fingerprint, ChunkVariants)
 
     def _key(self, chunk: Ids) -> str:

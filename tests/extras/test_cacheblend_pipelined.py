@@ -7,7 +7,7 @@ from families import FAMILIES
 
 from blocktune.cache import ChunkStore
 from blocktune.cache.chunk_file import chunk_path
-from blocktune.engine.cacheblend_pipeline import LoadingController
+from blocktune.extras.cacheblend_pipelined import LoadingController
 from blocktune.methods import build
 
 TOLERANCE = {"rtol": 0, "atol": 1e-5}
@@ -43,11 +43,11 @@ def test_decoding_goes_on_over_streamed_layers(tokenizer, tmp_path):
 
 def test_a_layer_damaged_on_the_disk_is_never_used(tokenizer, tmp_path, caplog):
     engine = on_disk(tokenizer, tmp_path)
-    controller = engine._server.controller
+    controller = LoadingController.of(engine.store, engine.fingerprint)
     controller.bytes_per_s, controller.row_layer_s = 1e15, 1.0  # the least share, always
     method = build("cacheblend-pipelined", ratio=0.25)
     sound = engine.next_logits([ASK], method)
-    encoder = engine._server.encoder
+    encoder = engine._state.encoder
     [piece, *_] = engine.prompts.encodable(ASK.chunks)[1]
     path = chunk_path(tmp_path, encoder.key(piece))
     data = bytearray(path.read_bytes())
@@ -65,7 +65,7 @@ def test_another_chunk_under_the_key_is_never_streamed(tokenizer, tmp_path):
     engine = on_disk(tokenizer, tmp_path)
     sound = engine.next_logits([ASK], build("cacheblend", ratio=0.25))
     first, second, _ = engine.prompts.encodable(ASK.chunks)[1]
-    encoder = engine._server.encoder
+    encoder = engine._state.encoder
     other = engine.store.get(encoder.key(second), second.ids, engine.fingerprint)
     engine.store.put(encoder.key(first), other)
     run = engine.prefilled([ASK], build("cacheblend-pipelined", ratio=0.25))
@@ -78,16 +78,16 @@ def test_a_selector_without_a_ratio_is_streamed_all_the_same(tokenizer, tmp_path
     engine = on_disk(tokenizer, tmp_path)
     plain = engine.next_logits([ASK], "naive + first-k 3")
     run = engine.prefilled([ASK], "cacheblend-pipelined + first-k 3")
-    assert run.choice is None
+    assert run.loading is None
     torch.testing.assert_close(run.prefill.logits, plain, **TOLERANCE)
 
 
 def test_slow_loading_leaves_time_to_recompute_everything(tokenizer, tmp_path):
     engine = on_disk(tokenizer, tmp_path)
-    controller = engine._server.controller
+    controller = LoadingController.of(engine.store, engine.fingerprint)
     controller.bytes_per_s, controller.row_layer_s = 1.0, 1e-9
     run = engine.prefilled([ASK], "cacheblend-pipelined")
-    assert run.choice.ratio == 1.0
+    assert run.loading.ratio == 1.0
     full = engine.next_logits([ASK], "full-prefill")
     torch.testing.assert_close(run.prefill.logits, full, rtol=0, atol=1e-4)
 
@@ -95,7 +95,7 @@ def test_slow_loading_leaves_time_to_recompute_everything(tokenizer, tmp_path):
 @pytest.mark.parametrize(("bandwidth", "tier"), [(1e15, "disk"), (1.0, "memory")])
 def test_chunks_are_kept_where_loading_them_is_fast_enough(tokenizer, tmp_path, bandwidth, tier):
     engine = on_disk(tokenizer, tmp_path, max_bytes=1 << 20)
-    controller = engine._server.controller
+    controller = LoadingController.of(engine.store, engine.fingerprint)
     controller.bytes_per_s, controller.row_layer_s = bandwidth, 1.0
     usage = engine.answer([ASK], "cacheblend-pipelined", max_new_tokens=1)[0].usage
     assert (usage.loading.tier, usage.loading.ratio >= 0.15) == (tier, True)

@@ -10,10 +10,43 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blocktune.attention.kernels import AttentionParams, weighted_values
+from blocktune.attention.kernels import AttentionParams, plain_scores, weighted_values
 from blocktune.attention.rows import Block, RowBand
 from blocktune.layout import Kind, LayerRule, Rows
-from blocktune.methods.reshape.base import Reshape, Seen, States, cut, in_chunk
+from blocktune.methods.reshape.base import Reshape, Seen, in_chunk
+
+CELLS = 1 << 25
+"""Scores that are in memory at once, unless a single row has more."""
+
+
+class AttentionInputs(NamedTuple):
+    """What a layer attends with; keys and values are float32."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    params: AttentionParams
+
+    def scores(self, block: Block, seen: Seen) -> tuple[Tensor, Seen]:
+        """Scores of a block, ``(B, H, R, N)``, and what the reshape is told about them."""
+        rows, keys, mask = block
+        query, key = self.query[:, :, rows], self.key[:, :, keys]
+        part = seen._replace(
+            query=seen.query.map(lambda field: field[:, rows]),
+            key=seen.key.map(lambda field: field[:, keys]),
+            reused=seen.reused[:, keys],
+        )
+        return plain_scores(query, key, mask, self.params), part
+
+
+def cut(block: Block, heads: int) -> Iterator[Block]:
+    """Parts of a block whose scores, times ``heads``, stay within `CELLS`."""
+    rows, keys, mask = block
+    step = max(1, CELLS // (heads * mask.shape[-1]))
+    for start in range(rows.start, rows.stop, step):
+        stop = min(start + step, rows.stop)
+        inside = slice(start - rows.start, stop - rows.start)
+        yield Block(slice(start, stop), keys, mask[:, :, inside])
 
 
 class _Pass(NamedTuple):
@@ -25,7 +58,7 @@ class _Pass(NamedTuple):
     has_question: bool
 
 
-class Reshaping:
+class ReshapedAttention:
     """Shared by all attention plans of a batch, from the prefill to the last decoded token.
 
     It keeps a bitmap of recomputed tokens per layer: rows that a plan attends with have just been
@@ -101,7 +134,7 @@ class Reshaping:
         if not self._acts[rule.layer]:
             return None
         rule = LayerRule(window=rule.window)
-        states = States(query, key.float(), value.float(), params)
+        states = AttentionInputs(query, key.float(), value.float(), params)
         choice = self._choice(rule, seen, states)
         outs, entropy = [], []
         for block in self._blocks(rule, query):
@@ -144,7 +177,7 @@ class Reshaping:
         for block in self._pass.band.blocks(rule):
             yield from cut(block, len(query) * query.shape[1])
 
-    def _choice(self, rule: LayerRule, seen: Seen, states: States) -> Tensor | None:
+    def _choice(self, rule: LayerRule, seen: Seen, states: AttentionInputs) -> Tensor | None:
         if not self.reshape.surveys:
             return None
         if self.reshape.looks_ahead and not self._looking:
