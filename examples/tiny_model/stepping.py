@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from blocktune.training.pretraining.config import PretrainConfig
-from blocktune.training.pretraining.contexts import MicroBatch
-from blocktune.training.pretraining.gradients import backward, make_optimizers
+from examples.tiny_model.config import PretrainConfig
+from examples.tiny_model.contexts import MicroBatch
+from examples.tiny_model.gradients import backward, make_optimizers
 
 _WARM_UPS = 3
 

@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from blocktune.data.worlds import QUESTION_KINDS, WorldConfig, generate_examples
 from blocktune.provenance import provenance
-from blocktune.training.pretraining.config import PretrainConfig, Stage
-from blocktune.training.pretraining.measure import SETTINGS, by_kind, chance, correct
+from examples.tiny_model.config import PretrainConfig, Stage
+from examples.tiny_model.measure import SETTINGS, by_kind, chance, correct
 
-COMMAND = "python recipes/pretrain_tiny.py --output data/tiny"
+COMMAND = "python -m examples.tiny_model.pretrain --output data/tiny"
 
 
 def write_report(folder: Path, num_examples: int, device: str = "cpu") -> None:

@@ -11,13 +11,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from blocktune.data.worlds import WorldConfig, draw_context, generate_examples
 from blocktune.prompt import PromptFormat, make_pieces
-from blocktune.training.pretraining.config import PretrainConfig, Stage
-from blocktune.training.pretraining.contexts import Lessons, given_ids, loader, turns
-from blocktune.training.pretraining.loop import go_on, pretrain
-from blocktune.training.pretraining.measure import correct
-from blocktune.training.pretraining.model import new_model
-from blocktune.training.pretraining.muon import orthogonal
-from blocktune.training.pretraining.tokenizer import train_tokenizer, world_texts
+from examples.tiny_model.config import PretrainConfig, Stage
+from examples.tiny_model.contexts import Lessons, given_ids, loader, turns
+from examples.tiny_model.loop import go_on, pretrain
+from examples.tiny_model.measure import correct
+from examples.tiny_model.model import new_model
+from examples.tiny_model.muon import orthogonal
+from examples.tiny_model.tokenizer import train_tokenizer, world_texts
 
 SHIPPED = Path(__file__).resolve().parents[2] / "data" / "tiny"
 SMALL = PretrainConfig(

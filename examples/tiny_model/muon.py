@@ -1,4 +1,8 @@
-"""Muon in float32: momentum whose update is made orthogonal, for the matrices of a small model."""
+"""Muon in float32: momentum whose update is made orthogonal, for the matrices of a small model.
+
+`torch.optim.Muon` runs its iteration in bfloat16: on a CPU without bfloat16 units a step then takes
+minutes instead of 0.3 s.
+"""
 
 from __future__ import annotations
 

@@ -19,13 +19,13 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from blocktune.data.worlds import WorldConfig, generate_examples
 from blocktune.prompt import PromptFormat
 from blocktune.provenance import provenance
-from blocktune.training.pretraining.config import PretrainConfig
-from blocktune.training.pretraining.contexts import Lessons, given_ids, loader
-from blocktune.training.pretraining.gradients import Tally
-from blocktune.training.pretraining.measure import by_kind, correct
-from blocktune.training.pretraining.model import new_model, save
-from blocktune.training.pretraining.stepping import Stepper
-from blocktune.training.pretraining.tokenizer import train_tokenizer, world_texts
+from examples.tiny_model.config import PretrainConfig
+from examples.tiny_model.contexts import Lessons, given_ids, loader
+from examples.tiny_model.gradients import Tally
+from examples.tiny_model.measure import by_kind, correct
+from examples.tiny_model.model import new_model, save
+from examples.tiny_model.stepping import Stepper
+from examples.tiny_model.tokenizer import train_tokenizer, world_texts
 
 LOG = "log.jsonl"
 LOG_EVERY = 50

@@ -10,9 +10,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from blocktune.training.pretraining.config import PretrainConfig
-from blocktune.training.pretraining.contexts import MicroBatch
-from blocktune.training.pretraining.muon import Muon
+from examples.tiny_model.config import PretrainConfig
+from examples.tiny_model.contexts import MicroBatch
+from examples.tiny_model.muon import Muon
 
 
 class Tally(NamedTuple):

@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 from blocktune.data.worlds import MARKER, Context, WorldConfig, draw_context
 from blocktune.prompt import PromptFormat
-from blocktune.training.pretraining.config import PretrainConfig, Stage
-from blocktune.training.pretraining.tokenizer import ASSISTANT, BOS, EOS, RESTATE, USER
+from examples.tiny_model.config import PretrainConfig, Stage
+from examples.tiny_model.tokenizer import ASSISTANT, BOS, EOS, RESTATE, USER
 
 
 class Conversation(NamedTuple):

@@ -1,11 +1,11 @@
-"""Makes the shipped model from nothing: `python recipes/pretrain_tiny.py --output data/tiny`."""
+"""Makes the shipped model: `python -m examples.tiny_model.pretrain --output data/tiny`."""
 
 import argparse
 from pathlib import Path
 
-from blocktune.training.pretraining.config import PretrainConfig
-from blocktune.training.pretraining.loop import go_on, pretrain
-from blocktune.training.pretraining.report import write_report
+from examples.tiny_model.config import PretrainConfig
+from examples.tiny_model.loop import go_on, pretrain
+from examples.tiny_model.report import write_report
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
