@@ -24,7 +24,7 @@ FOREVER = 1 << 30
 
 
 class Kind(IntEnum):
-    """What a row is. Visibility reads only PAD and GHOST; the rest is for those who count."""
+    """What a row is. Visibility reads only PAD and BLANK; the rest is for those who count."""
 
     PAD = 0
     PREFIX = 1
@@ -32,13 +32,14 @@ class Kind(IntEnum):
     LINK = 3
     QUERY = 4
     ANSWER = 5
-    GHOST = 6
+    BLANK = 6
+    """A row that is encoded with a chunk and then hidden: only its own chunk sees it."""
     WRAP = 7
     """A learned token that opens or closes its chunk, encoded and cached with it."""
 
 
 # Plain ints: a compiled mask silently misreads a comparison with an enum member.
-_PAD, _GHOST = int(Kind.PAD), int(Kind.GHOST)
+_PAD, _BLANK = int(Kind.PAD), int(Kind.BLANK)
 
 
 @dataclass(frozen=True)
@@ -228,5 +229,5 @@ def visible(
     if rule.window is not None:
         before = before & (query.order - key.order < rule.window)
     in_group = query.group == key.group
-    current = (key.kind != _GHOST) & (superseded_until <= rule.layer)
+    current = (key.kind != _BLANK) & (superseded_until <= rule.layer)
     return exists & before & torch.where(query.group == GLOBAL, current, in_group)

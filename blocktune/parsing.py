@@ -5,8 +5,9 @@ Whatever does not fit is reported in one line: where it is, what was wanted and 
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, Field, fields
 from inspect import formatannotation
 from pathlib import Path
@@ -18,18 +19,20 @@ Spec = TypeVar("Spec")
 
 
 class Wanted(NamedTuple):
-    """What a field may hold: types, their name in an error, and how text is read as one.
+    """What a field may hold.
 
     Attributes:
-        types: For `isinstance`.
+        types: Of a decoded value, for `isinstance`.
         what: As an error calls them.
         read: Reads an option string.
+        text: As an error calls such a string; ``what`` without "or null" unless given.
         items: Of a list, the types of its entries.
     """
 
     types: Any
     what: str
     read: Callable[[str], Any]
+    text: str = ""
     items: Any = None
 
 
@@ -37,20 +40,74 @@ def _several(read: Callable[[str], Any]) -> Callable[[str], tuple]:
     return lambda text: tuple(read(part) for part in text.split(","))
 
 
+def _range(text: str) -> int | tuple[int, int]:
+    low, dash, high = text.partition("-")
+    return (int(low), int(high)) if dash else int(low)
+
+
+_COMMAS = "with commas between"
 WANTED = {  # by the annotation of a field; fields of other types are read by their owners before
     "str": Wanted(str, "text", str),
     "str | None": Wanted(str | None, "text or null", str),
     "int": Wanted(int, "a whole number", int),
     "int | None": Wanted(int | None, "a whole number or null", int),
+    "int | tuple[int, int]": Wanted(
+        int | tuple | list, "a whole number or a range", _range, "a whole number or LOW-HIGH"
+    ),
     "float": Wanted(int | float, "a number", float),
     "float | None": Wanted(int | float | None, "a number or null", float),
-    "bool": Wanted(bool, "true or false", {"true": True, "false": False}.__getitem__),
+    "bool": Wanted(bool, "true or false", lambda text: bool(("0", "1").index(text)), "1 or 0"),
     "Mapping[str, Any]": Wanted(Mapping, "a mapping", yaml.safe_load),
     "Mapping[str, Any] | None": Wanted(Mapping | None, "a mapping or null", yaml.safe_load),
-    "tuple[str, ...]": Wanted(list | tuple, "a list of texts", _several(str), str),
-    "tuple[int, ...]": Wanted(list | tuple, "a list of whole numbers", _several(int), int),
-    "tuple[float, ...]": Wanted(list | tuple, "a list of numbers", _several(float), int | float),
+    "Mapping[str, float]": Wanted(
+        Mapping,
+        "a mapping of names to numbers",
+        lambda text: dict.fromkeys(text.split(","), 1.0),
+        f"names {_COMMAS}",
+    ),
+    "tuple[str, ...]": Wanted(
+        list | tuple, "a list of texts", _several(str), f"names {_COMMAS}", str
+    ),
+    "tuple[int, ...]": Wanted(
+        list | tuple, "a list of whole numbers", _several(int), f"whole numbers {_COMMAS}", int
+    ),
+    "tuple[float, ...]": Wanted(
+        list | tuple, "a list of numbers", _several(float), f"numbers {_COMMAS}", int | float
+    ),
 }
+
+
+RENAMED = {"num_ghosts": "num_blanks", "rehearse": "warm_up"}
+"""Keys of earlier versions and what they are called now. Files with the old keys still load."""
+
+logger = logging.getLogger("blocktune")
+_reported: set[str] = set()
+
+
+def current_keys(record: Mapping[str, Any], known: Collection[str], where: str) -> dict[str, Any]:
+    """Replaces keys of earlier versions by their current names; see `RENAMED`.
+
+    The first use of each old key in a process is logged in one line.
+
+    Args:
+        record: Decoded YAML or JSON.
+        known: Current names of the keys; a key among them is kept as it is.
+        where: Opens the line and every error.
+
+    Raises:
+        ValueError: If the record has an old key and its current name.
+    """
+    current: dict[str, Any] = {}
+    for key, value in record.items():
+        name = RENAMED.get(key, key)
+        name = name if name in known and key not in known else key
+        if name != key and name in record:
+            raise ValueError(f"{where}: '{key}' is the old name of '{name}'; drop '{key}'")
+        if name != key and key not in _reported:
+            _reported.add(key)
+            logger.warning("%s: '%s' is now called '%s'", where, key, name)
+        current[name] = value
+    return current
 
 
 class _Loader(yaml.SafeLoader):
@@ -122,51 +179,67 @@ def load_spec(path: str | Path, what: str, hint: str, parse: Callable[[Any, str]
     return parse(load_yaml(path, what, hint), str(path))
 
 
-def build_config(spec: type[Spec], options: Mapping[str, str], where: str) -> Spec:
+def read(spec: type[Spec], record: Any, where: str) -> Spec:
+    """Builds ``spec`` from a mapping whose keys are its fields.
+
+    Args:
+        spec: A dataclass; fields of a type that `WANTED` does not know are taken as they are.
+        record: Decoded YAML or JSON.
+        where: Opens every error.
+
+    Raises:
+        ValueError: If a key is unknown or missing, or a value is not of its type.
+    """
+    known = {field.name: field for field in fields(spec)}
+    record = current_keys(mapping(record, where), known, where)
+    for key in record:
+        if key not in known:
+            raise ValueError(f"{where}: unknown key '{key}'; known: {', '.join(known)}")
+    values = {key: _value(known[key], value, where) for key, value in record.items()}
+    return _made(spec, values, where)
+
+
+def build_config(
+    spec: type[Spec],
+    options: Mapping[str, str],
+    where: str,
+    names: Mapping[str, str] | None = None,
+    **given: Any,
+) -> Spec:
     """Builds ``spec`` from option strings, each read as its field's type says.
 
     Args:
         spec: A dataclass whose fields `WANTED` knows; lists are written with commas.
         options: By field.
         where: Opens every error: ``worlds:test``.
+        names: Options that are called otherwise than their fields, and these fields.
+        given: Fields that are no options, with their values.
 
     Raises:
         ValueError: If an option is unknown or its value cannot be read.
     """
-    known, values = {field.name: field for field in fields(spec)}, {}
-    for key, text in options.items():
-        if key not in known:
-            raise ValueError(f"unknown option '{key}' of '{where}'; known: {', '.join(known)}")
-        wanted = WANTED[_annotation(known[key])]
-        try:
-            values[key] = wanted.read(text)
-        except (ValueError, KeyError, yaml.YAMLError):
-            what = wanted.what.removesuffix(" or null")
-            if wanted.items:
-                what = f"{what.removeprefix('a list of ')} with commas between"
-            raise ValueError(f"{where}: '{key}' must be {what}, got '{text}'") from None
-    return read(spec, values, where)
+    called = {field: option for option, field in (names or {}).items()}
+    known = {called.get(f.name, f.name): f for f in fields(spec) if f.name not in given}
+    if unknown := options.keys() - known.keys():
+        raise ValueError(f"unknown option '{min(unknown)}' of '{where}'; known: {', '.join(known)}")
+    values = {known[key].name: _option(known[key], key, options[key], where) for key in options}
+    return _made(spec, values | given, where)
 
 
-def read(spec: type[Spec], record: Any, where: str) -> Spec:
-    """Builds ``spec`` from a mapping whose keys are its fields.
+def _option(field: Field, key: str, text: str, where: str) -> Any:
+    wanted = WANTED[_annotation(field)]
+    try:
+        return wanted.read(text)
+    except (ValueError, yaml.YAMLError):
+        what = wanted.text or wanted.what.removesuffix(" or null")
+        raise ValueError(f"{where}: '{key}' must be {what}, got '{text}'") from None
 
-    Args:
-        spec: A dataclass; fields of a type that `WANTED` does not know are taken as they are.
-        record: Decoded YAML.
-        where: Opens every error.
 
-    Raises:
-        ValueError: If a key is unknown or missing, or a value is not of its type.
-    """
-    record, known = mapping(record, where), {f.name: f for f in fields(spec)}
-    for key in record:
-        if key not in known:
-            raise ValueError(f"{where}: unknown key '{key}'; known: {', '.join(known)}")
-    values = {key: _value(known[key], value, where) for key, value in record.items()}
+def _made(spec: type[Spec], values: Mapping[str, Any], where: str) -> Spec:
     needed = [f.name for f in fields(spec) if f.default is f.default_factory is MISSING]
-    if missing := [name for name in needed if name not in record]:
-        raise ValueError(f"{where}: '{missing[0]}' is missing; known: {', '.join(known)}")
+    if missing := [name for name in needed if name not in values]:
+        known = ", ".join(field.name for field in fields(spec))
+        raise ValueError(f"{where}: '{missing[0]}' is missing; known: {known}")
     try:
         return spec(**values)
     except ValueError as error:
@@ -176,11 +249,10 @@ def read(spec: type[Spec], record: Any, where: str) -> Spec:
 def _value(field: Field, value: Any, where: str) -> Any:
     if (wanted := WANTED.get(_annotation(field))) is None:
         return value
-    accepted, what, _, items = wanted
-    fits = _is(value, accepted) and (items is None or all(_is(item, items) for item in value))
-    if not fits:
-        raise ValueError(f"{where}: '{field.name}' must be {what}, got {value!r:.60}")
-    return tuple(value) if items else value
+    fits = _is(value, wanted.types)
+    if not fits or (wanted.items and not all(_is(item, wanted.items) for item in value)):
+        raise ValueError(f"{where}: '{field.name}' must be {wanted.what}, got {value!r:.60}")
+    return tuple(value) if wanted.items else value
 
 
 def _annotation(field: Field) -> str:

@@ -34,7 +34,7 @@ TINY = {
 }
 
 
-def specimen_engine(weights: Weights = Weights.ANY, *, bare: bool = False, seed: int = 0) -> Engine:
+def small_engine(weights: Weights = Weights.ANY, *, bare: bool = False, seed: int = 0) -> Engine:
     """An engine over a random Llama of seven layers, as if it had been trained for ``weights``.
 
     Args:

@@ -23,6 +23,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from blocktune import plugins
 from blocktune.evaluation.cli_output import run_and_show
 from blocktune.evaluation.report import write_report
 from blocktune.evaluation.suite import load_suite
@@ -111,6 +112,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--shrink", type=int, default=16)
     parser.add_argument("--limit", type=int, default=2)
     given = parser.parse_args(arguments)
+    plugins.add(str(Path(__file__).parent / "study/probes.py"))
     suite = load_suite(given.suite)
     tasks = [task for task in suite.tasks if task.source.startswith(GENERATED)]
     if not tasks:

@@ -26,7 +26,7 @@ def prompt(
     query=9,
     *,
     links=0,
-    ghosts=0,
+    blanks=0,
     parallel=False,
     groups=None,
     block=True,
@@ -39,9 +39,9 @@ def prompt(
     for c, (length, group) in enumerate(zip(chunks, groups, strict=True)):
         group = group if block else GLOBAL
         start = prefix if parallel else order
-        for g in range(ghosts):
-            at = (start - ghosts + g, order - ghosts + g)
-            rows.append((Kind.GHOST, c, g, *at, group, *life))
+        for g in range(blanks):
+            at = (start - blanks + g, order - blanks + g)
+            rows.append((Kind.BLANK, c, g, *at, group, *life))
         for i in range(length + links):
             linked = i >= length
             kind, own = (Kind.LINK, GLOBAL) if linked else (Kind.CHUNK, group)
@@ -105,7 +105,7 @@ def shuffled(rows, seed=0):
 LAYOUTS = {
     "ragged": lambda: layout(prompt()),
     "links": lambda: layout(prompt(links=2), prompt(3, (7, 19), 4, links=1)),
-    "ghosts": lambda: layout(prompt(ghosts=3)),
+    "blanks": lambda: layout(prompt(blanks=3)),
     "fresh": lambda: layout(freshen(prompt(links=1), (5, 6, 20, 28, 33, 39))),
     "until": lambda: layout(freshen(freshen(prompt(), range(5, 39, 2)), range(6, 39, 2), until=1)),
     "packed": lambda: layout(
@@ -119,17 +119,17 @@ LAYOUTS = {
     "dropout": lambda: layout(prompt(5, (9, 14, 8, 6), 7, groups=(0, 1, 1, 0))),
     "full": lambda: layout(prompt(block=False), prompt(2, (5, 6), 3, block=False)),
     "blind": lambda: layout(prompt(0, (12, 20), 6)),
-    "shuffled": lambda: layout(shuffled(freshen(prompt(links=2, ghosts=2), (9, 30)))),
+    "shuffled": lambda: layout(shuffled(freshen(prompt(links=2, blanks=2), (9, 30)))),
     "everything": lambda: layout(
-        freshen(prompt(links=2, ghosts=2), (9, 10, 11, 36)),
-        packed(prompt(4, (8, 5), 4, links=1, ghosts=1), freshen(prompt(3, (9, 4), 3), (6,))),
+        freshen(prompt(links=2, blanks=2), (9, 10, 11, 36)),
+        packed(prompt(4, (8, 5), 4, links=1, blanks=1), freshen(prompt(3, (9, 4), 3), (6,))),
         left=True,
     ),
 }
 
 
 def random_layout(seed: int) -> Layout:
-    """Rows as wild as the contract allows: several samples, ties, ghosts, ends, any sequence."""
+    """Rows as wild as the contract allows: several samples, ties, blanks, ends, any sequence."""
     draw = torch.Generator().manual_seed(seed)
 
     def pick(low, high):
@@ -139,7 +139,7 @@ def random_layout(seed: int) -> Layout:
         chunks = tuple(pick(1, 90) for _ in range(pick(1, 5)))
         groups = tuple(pick(0, len(chunks)) for _ in chunks)
         rows = prompt(
-            pick(0, 9), chunks, pick(1, 40), links=pick(0, 3), ghosts=pick(0, 3), groups=groups
+            pick(0, 9), chunks, pick(1, 40), links=pick(0, 3), blanks=pick(0, 3), groups=groups
         )
         tokens = [i for i, row in enumerate(rows) if row[0] == Kind.CHUNK]
         chosen = {tokens[pick(0, len(tokens))] for _ in range(pick(1, 12))}

@@ -38,8 +38,8 @@ def test_links_see_everything_before_them_and_only_global_rows_see_them():
     ]
 
 
-def test_ghosts_are_seen_by_their_own_chunk_alone():
-    assert drawn(layout(prompt(0, (1, 1), 1, ghosts=1))) == [
+def test_blanks_are_seen_by_their_own_chunk_alone():
+    assert drawn(layout(prompt(0, (1, 1), 1, blanks=1))) == [
         "#....",
         "##...",
         "..#..",
@@ -101,8 +101,8 @@ def test_pack_and_unpack_keep_every_field(name):
     assert torch.equal(Layout.unpack(some.pack()).pack(), some.pack())
 
 
-def test_counts_of_context_leave_fresh_rows_and_ghosts_out():
-    some = layout(freshen(prompt(2, (3, 4), 2, links=1, ghosts=2), [5, 6]))
+def test_counts_of_context_leave_fresh_rows_and_blanks_out():
+    some = layout(freshen(prompt(2, (3, 4), 2, links=1, blanks=2), [5, 6]))
     assert int(some.is_context.sum()) == 7
     assert int(some.is_fresh.sum()) == 2
     assert some.num_rows == 2 + 3 + 4 + 2 + 2 * 1 + 2 * 2 + 2

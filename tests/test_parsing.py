@@ -4,7 +4,11 @@ from dataclasses import dataclass
 
 import pytest
 
+from blocktune import parsing
+from blocktune.methods import build
+from blocktune.methods.method_parser import build_entry
 from blocktune.parsing import build_config, load_spec, parse_yaml, read
+from blocktune.prompt import LayoutSpec
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ def test_yaml_and_json_give_the_same(tmp_path):
 
 
 def test_option_strings_are_read_by_the_type_of_their_field():
-    options = {"name": "7", "count": "3", "share": "0.5", "on": "true", "words": "x,y"}
+    options = {"name": "7", "count": "3", "share": "0.5", "on": "1", "words": "x,y"}
     assert build_config(Spec, options, "s") == Spec("7", 3, 0.5, True, ("x", "y"))
 
 
@@ -86,7 +90,7 @@ def test_what_does_not_fit_is_refused(record, message):
         ({"nam": "a"}, "unknown option 'nam' of 's'; known: name"),
         ({"name": "a", "count": "x"}, "s: 'count' must be a whole number, got 'x'"),
         ({"name": "a", "sizes": "1,x"}, "'sizes' must be numbers with commas between, got '1,x'"),
-        ({"name": "a", "on": "yes"}, "'on' must be true or false"),
+        ({"name": "a", "on": "yes"}, "'on' must be 1 or 0"),
         ({"count": "1"}, "'name' is missing"),
         ({"name": "a", "count": "0"}, "s: count must be at least 1"),
     ],
@@ -94,3 +98,25 @@ def test_what_does_not_fit_is_refused(record, message):
 def test_options_that_do_not_fit_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         build_config(Spec, options, "s")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_reported(monkeypatch):
+    monkeypatch.setattr(parsing, "_reported", set())
+
+
+def test_an_old_key_loads_everywhere_and_its_new_name_is_said_once(caplog):
+    assert LayoutSpec.from_dict({"num_ghosts": 2}) == LayoutSpec(num_blanks=2)
+    entry = {"name": "naive", "layout": {"num_ghosts": 1}}
+    for method in (build_entry(entry), build("naive + layout num_ghosts=1")):
+        assert method.layout(LayoutSpec()).num_blanks == 1
+    (line,) = caplog.messages
+    assert "'num_ghosts' is now called 'num_blanks'" in line
+
+
+def test_both_names_of_a_key_are_refused_and_a_key_that_is_known_is_kept():
+    with pytest.raises(ValueError, match="drop 'num_ghosts'"):
+        LayoutSpec.from_dict({"num_ghosts": 1, "num_blanks": 1})
+    assert parsing.current_keys({"num_ghosts": 1}, ("num_ghosts", "num_blanks"), "it") == {
+        "num_ghosts": 1
+    }

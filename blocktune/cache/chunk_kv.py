@@ -95,10 +95,10 @@ class ChunkKV(Entry):
         keys: One tensor ``(K, S, D)`` per layer that stores any, RoPE applied at the positions
             ``origin .. origin + S - 1``. Layers may differ in ``K`` and ``D``.
         values: One tensor ``(K, S, D)`` per layer; ``D`` may differ from the keys'.
-        token_ids: What was encoded, ``(S,)`` int64, without ghosts or shared prefix.
+        token_ids: What was encoded, ``(S,)`` int64, without the blanks before it.
         fingerprint: Hex digest of the model that encoded it, `fingerprint.model_fingerprint`.
         origin: Position at which the first stored token was encoded, e.g. the number of
-            ghosts before it. Relocation starts from here.
+            blanks before it. Relocation starts from here.
 
     Raises:
         ValueError: If the tensors do not describe one chunk.

@@ -80,7 +80,7 @@ def chunk_key(
     Args:
         fingerprint: From `model_fingerprint`.
         token_ids: The chunk's tokens, ``(S,)``.
-        encoding: How it was encoded, as plain JSON values: ghosts and their token, ids of a
+        encoding: How it was encoded, as plain JSON values: blanks and their token, ids of a
             shared prefix, BOS kept or dropped. Empty: alone.
 
     Returns:
@@ -90,18 +90,19 @@ def chunk_key(
     return _digest(fingerprint=fingerprint, token_ids=ids, encoding=dict(encoding or {}))
 
 
-def key_after(fingerprint: str, token_ids: Sequence[int] | Tensor, ghosts: Sequence[int]) -> str:
+def key_after(fingerprint: str, token_ids: Sequence[int] | Tensor, blanks: Sequence[int]) -> str:
     """`chunk_key` of a chunk that was encoded after other tokens, whose own states were dropped.
 
     Args:
         fingerprint: From `model_fingerprint`.
         token_ids: The chunk's tokens, ``(S,)``.
-        ghosts: The tokens before it, in order; none if it was encoded alone.
+        blanks: The tokens before it, in order; none if it was encoded alone.
 
     Returns:
         64 hex digits.
     """
-    return chunk_key(fingerprint, token_ids, {"ghosts": list(ghosts)})
+    encoding = {"ghosts": list(blanks)}  # the word in the keys of stores that exist
+    return chunk_key(fingerprint, token_ids, encoding)
 
 
 def weights_hash(model: nn.Module) -> str:

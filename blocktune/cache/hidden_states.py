@@ -25,7 +25,7 @@ class ChunkStates(Entry):
     Attributes:
         states: ``(S, hidden)``, before the layer's norm. Free of positions: nothing to relocate.
         layer: 0-based layer that they enter.
-        token_ids: What was encoded, ``(S,)`` int64, without ghosts or shared prefix.
+        token_ids: What was encoded, ``(S,)`` int64, without the blanks before it.
         fingerprint: Hex digest of the model that encoded it.
 
     Raises:

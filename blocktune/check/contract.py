@@ -36,15 +36,15 @@ from blocktune.methods.reshape import RESHAPES
 from blocktune.methods.select import SELECTORS, Everything, FirstK, takes_budget
 from blocktune.positions import PLACEMENTS
 from blocktune.prompt import LayoutSpec
-from blocktune.prompt.rows import BOS
-from blocktune.testing import specimen_engine
+from blocktune.prompt.layout_spec import BOS
+from blocktune.testing import small_engine
 
 SLOT = 64
 """Positions of a reserved slot, enough for the chunks of the requests."""
 LAYOUTS = (
     *({"placement": name} | ({"slot": SLOT} if name == "reserved" else {}) for name in PLACEMENTS),
     *({"bos": name} for name in BOS),
-    {"num_ghosts": 3},
+    {"num_blanks": 3},
     {"shared_prefix": True},
 )
 """One layout for each value of Place and Encode."""
@@ -80,8 +80,8 @@ def check_method(method: Method, engine: Engine | None = None) -> list[Check]:
     Returns:
         One `Check` per claim; the method keeps its contract if all passed.
     """
-    bare = specimen_engine(method.weights, bare=True)
-    subject = Subject(method, engine or specimen_engine(method.weights), bare)
+    bare = small_engine(method.weights, bare=True)
+    subject = Subject(method, engine or small_engine(method.weights), bare)
     with torch.no_grad():
         return [check(subject) for check in claims(method).values()]
 
@@ -98,7 +98,7 @@ def claims(method: Method) -> dict[str, Claim]:
     else:
         pairs["served = one dense forward"] = _exact_is_dense
     equal = {name: _equal(name, made) for name, made in pairs.items()}
-    if method.arrange(LayoutSpec()).bos != "none":  # a chunk with a BOS of its own is never alone
+    if method.layout(LayoutSpec()).bos != "none":  # a chunk with a BOS of its own is never alone
         return equal
     return {ALONE_CLAIM: _one_chunk_alone} | equal
 
@@ -113,9 +113,9 @@ def _of_reuse(method: Method) -> dict[str, Callable[[Subject], Pairs]]:
         pairs["all but what wraps chunks fresh = one dense forward"] = _everything_but_wraps_fresh
     else:
         pairs["everything fresh = full prefill of the same rows"] = _everything_fresh
-    if method.recall is not None:
+    if method.history is not None:
         pairs["without a history = full prefill"] = _without_history
-    if takes_budget(method.selection()):
+    if takes_budget(method.select()):
         pairs["a budget of nothing or all = nothing or all"] = _budget_ends
     if method.reshape() is not None:
         pairs["a neutral reshape = none"] = _neutral_reshape
@@ -175,7 +175,7 @@ def _budget_ends(subject: Subject) -> Pairs:
     method = subject.method
     everything, all_of_it = compose(method, select=Everything()), compose(method, budget=1.0)
     yield subject.logits(all_of_it), subject.logits(everything)
-    if not method.selection().keeps_keys:  # what judged the tokens then stays in the cache
+    if not method.select().keeps_keys:  # what judged the tokens then stays in the cache
         yield (
             subject.logits(compose(method, budget=0.0)),
             subject.logits(compose(method, select=None)),

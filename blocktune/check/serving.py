@@ -11,7 +11,7 @@ from torch import Tensor
 from blocktune.attention import DensePlan
 from blocktune.check.claim import ASK, HISTORY, Ask
 from blocktune.engine import Engine, Sampling
-from blocktune.engine.generation import Run
+from blocktune.engine.generation import Generation
 from blocktune.layout import GLOBAL, Kind, Layout
 from blocktune.methods import Method
 from blocktune.prompt import stack
@@ -38,7 +38,7 @@ class Subject:
         """The engine with empty caches, or the history that the method lives on."""
         return begun(self.engine, self.method, history)
 
-    def run(self, method: Method, ask: Ask = ASK, answer: tuple[int, ...] = ()) -> Run:
+    def run(self, method: Method, ask: Ask = ASK, answer: tuple[int, ...] = ()) -> Generation:
         """A request up to its first logits, or those after ``answer`` given beforehand."""
         self.begin()
         pieces = self.engine.prompts.pieces(ask, method)._replace(answer=answer)
@@ -50,27 +50,27 @@ class Subject:
 
 
 def begun(engine: Engine, method: Method, history: Sequence[Ask] = HISTORY) -> Engine:
-    """The engine with empty caches; of a method that recalls, as ``history`` leaves them."""
+    """The engine with empty caches; of a method with a history, as ``history`` leaves them."""
     engine.forget()
-    if method.recall is not None:
+    if method.history is not None:
         for ask in history:
             next(engine.prefilled([ask], method).tokens(Sampling(), 1))
     return engine
 
 
-def chosen_rows(run: Run, until: int = 1 << 30) -> list[list[int]]:
+def chosen_rows(run: Generation, until: int = 1 << 30) -> list[list[int]]:
     """Chunk tokens that were computed, by pass, as columns of the first prompt below ``until``."""
     rows = [plan.query.map(lambda field: field[0]) for plan in run.prefill.plans]
     return [one.order[(one.kind == Kind.CHUNK) & (one.order < until)].tolist() for one in rows]
 
 
-def question_start(run: Run) -> int:
+def question_start(run: Generation) -> int:
     """Column at which the question begins."""
     layout = run.batch.layout
     return int(layout.order[layout.kind == Kind.QUERY].min())
 
 
-def last_chunk_start(run: Run) -> int:
+def last_chunk_start(run: Generation) -> int:
     """Column at which the last chunk's tokens begin, or the question where there is no chunk."""
     layout = run.batch.layout
     last = layout.is_context & (layout.chunk == layout.chunk.max())
@@ -100,7 +100,7 @@ def dense_logits(
 
 def all_visible(ids: Tensor, layout: Layout) -> tuple[Tensor, Layout]:
     """The same rows in full attention: nothing hidden, each row sees all before it."""
-    kept = layout.kind[0] != Kind.GHOST
+    kept = layout.kind[0] != Kind.BLANK
     layout = layout.map(lambda field: field[:, kept])
     return ids[:, kept], replace(layout, group=torch.full_like(layout.group, GLOBAL))
 

@@ -74,7 +74,7 @@ def at_one_budget(suite, budget: float | None, layer_budget: float | None):
     from blocktune.methods.select import takes_budget
 
     def spending(spec):
-        if not takes_budget(build_entry(spec.entry()).selection()):
+        if not takes_budget(build_entry(spec.entry()).select()):
             return spec
         return replace(spec, budget=budget, layer_budget=layer_budget)
 

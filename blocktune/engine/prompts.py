@@ -73,14 +73,14 @@ class PromptMaker:
         Raises:
             ValueError: If the method needs another adapter than the model's, or more layers.
         """
-        wanted = method.selection().min_layers
+        wanted = method.select().min_layers
         if wanted > self.num_layers:
             raise ValueError(
                 f"method '{method.name}' needs a model of at least {wanted} layers, this one has "
                 f"{self.num_layers}; choose an earlier layer"
             )
-        method.selection_for(self.num_layers)  # a budget that cannot be met is refused here
-        return method.layout(self.trained)
+        method.select_for(self.num_layers)  # a budget that cannot be met is refused here
+        return method.layout_for(self.trained)
 
     def prompt(
         self,
@@ -95,12 +95,12 @@ class PromptMaker:
             ValueError: If they and the answer do not fit into the model's context.
         """
         prompt = lay_out(
-            pieces, spec, self.link_base, self._ghost_id(spec), self._bos_id(spec), contexts
+            pieces, spec, self.link_base, self._blank_id(spec), self._bos_id(spec), contexts
         )
         longest = max(map(len, pieces.chunks), default=0)
         self._require_room(longest, "the longest chunk")
         what = f"a prompt of {len(pieces.chunks)} chunks with {max_new_tokens} tokens to answer"
-        stored = int((prompt.layout.kind != Kind.GHOST).sum())
+        stored = int((prompt.layout.kind != Kind.BLANK).sum())
         reach = int(prompt.layout.position.max()) + 1  # reserved slots leave positions unused
         self._require_room(max(stored, reach) + max_new_tokens, what)
         return prompt
@@ -114,14 +114,14 @@ class PromptMaker:
         spec = self.trained if self.trained and self.trained.block else LayoutSpec()
         prefix = prefix_ids(self.tokenizer, self.format)
         bos_id = self._bos_id(spec)
-        ghosts = sink_ids(spec, prefix, self._ghost_id(spec), bos_id)
+        blanks = sink_ids(spec, prefix, self._blank_id(spec), bos_id)
         pieces = []
         for index, chunk in enumerate(chunks):
             ids = chunk_ids(self.tokenizer, self.format, chunk)
             ids = wrapped(ids, spec, self.link_base, bos_id)
             name = chunk.title or chunk.text.strip()[:40]
-            self._require_room(len(ghosts) + len(ids), f"chunk {index} ({name!r})")
-            pieces.append(Piece(ids, ghosts))
+            self._require_room(len(blanks) + len(ids), f"chunk {index} ({name!r})")
+            pieces.append(Piece(ids, blanks))
         return (Piece(prefix) if prefix else None), pieces
 
     def _require_room(self, tokens: int, what: str) -> None:
@@ -131,8 +131,8 @@ class PromptMaker:
                 "cut chunks smaller or retrieve fewer"
             )
 
-    def _ghost_id(self, spec: LayoutSpec) -> int | None:
-        if not spec.num_ghosts:
+    def _blank_id(self, spec: LayoutSpec) -> int | None:
+        if not spec.num_blanks:
             return None
         return encode(self.tokenizer, " ")[0]
 
@@ -140,6 +140,6 @@ class PromptMaker:
         if spec.bos != "none" and self.tokenizer.bos_token_id is None:
             raise ValueError(
                 f"layout 'bos' is '{spec.bos}', but tokenizer '{self.tokenizer.name_or_path}' has "
-                "no BOS token; use bos: none, or num_ghosts for blanks"
+                "no BOS token; use bos: none, or num_blanks for blanks"
             )
         return self.tokenizer.bos_token_id

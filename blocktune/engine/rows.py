@@ -50,14 +50,14 @@ def computed_rows(batch: Batch, chosen: Tensor) -> Computed:
         kind=rows.kind.masked_fill(~exists, Kind.PAD),
         group=torch.full_like(rows.group, GLOBAL),
     )
-    # Ghosts apart, a prompt's order counts its rows from 0: it is the column.
+    # Blanks apart, a prompt's order counts its rows from 0: it is the column.
     columns = rows.order.masked_fill(~exists, SKIP)
     return Computed(batch.input_ids.gather(1, index), rows, columns, index)
 
 
 def column_rows(layout: Layout) -> Rows:
-    """Facts of the cache's columns, ``(B, N)``: the rows that are no ghosts, by order."""
-    stored = ~layout.is_pad & (layout.kind != Kind.GHOST)
+    """Facts of the cache's columns, ``(B, N)``: the rows that are not blanks, by order."""
+    stored = ~layout.is_pad & (layout.kind != Kind.BLANK)
     count = int(stored.sum(1).max())
     last = layout.order.max() + 1
     index = torch.where(stored, layout.order, last).argsort(dim=1, stable=True)[:, :count]
@@ -68,7 +68,7 @@ def column_rows(layout: Layout) -> Rows:
 
 def of_columns(scores: Tensor, layout: Layout) -> Tensor:
     """Scores of columns ``(..., B, N)`` at the rows they stand for, ``(..., B, S)``; others 0."""
-    stored = ~layout.is_pad & (layout.kind != Kind.GHOST)
+    stored = ~layout.is_pad & (layout.kind != Kind.BLANK)
     column = torch.where(stored, layout.order, 0).expand(*scores.shape[:-1], -1)
     return scores.gather(-1, column) * stored
 

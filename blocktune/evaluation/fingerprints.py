@@ -10,8 +10,8 @@ from typing import Any
 
 import blocktune
 from blocktune.adapter import find_release
-from blocktune.models.hub_files import adapter_folder
 from blocktune.models.identity import adapter_fingerprint, base_fingerprint
+from blocktune.models.load import adapter_folder
 
 PARTS = (
     "layout.py",

@@ -21,7 +21,7 @@ Load = Callable[[Suite, str | None], Any]
 """``(suite, adapter) -> engine``."""
 
 
-class Question(NamedTuple):
+class TaskQuestion(NamedTuple):
     """An example, the task it belongs to, and a name for it where it has no id."""
 
     task: TaskSpec
@@ -45,7 +45,7 @@ class Ready:
     suite: Suite
     methods: Mapping[str, Method]
     engines: Mapping[str | None, Any]
-    questions: tuple[Question, ...]
+    questions: tuple[TaskQuestion, ...]
     timed: tuple[RagExample, ...]
     worded: Mapping[tuple[str | None, str], Any]
 
@@ -131,7 +131,7 @@ def tell_rewording(
             )
 
 
-def _questions(suite: Suite, tokenizer: Any) -> tuple[Question, ...]:
+def _questions(suite: Suite, tokenizer: Any) -> tuple[TaskQuestion, ...]:
     questions = []
     for task in suite.tasks:
         source = task.full_source()
@@ -141,11 +141,11 @@ def _questions(suite: Suite, tokenizer: Any) -> tuple[Question, ...]:
         for index, example in enumerate(examples):
             if not example.answers:
                 raise ValueError(f"{source}: question {index + 1} has no answer to score with")
-            questions.append(Question(task, example, f"{task.name}/{index}"))
+            questions.append(TaskQuestion(task, example, f"{task.name}/{index}"))
     return tuple(questions)
 
 
-def _timed(suite: Suite, questions: tuple[Question, ...]) -> tuple[RagExample, ...]:
+def _timed(suite: Suite, questions: tuple[TaskQuestion, ...]) -> tuple[RagExample, ...]:
     if suite.ttft.num == 0:
         return ()
     first = [example for task, example, _ in questions if task is questions[0].task]

@@ -20,7 +20,7 @@ from rich.progress import (
 
 from blocktune.evaluation.fidelity import measure_fidelity
 from blocktune.evaluation.fingerprints import code_digest, fingerprints
-from blocktune.evaluation.prepare import Load, Question, Ready, load_engine, prepare
+from blocktune.evaluation.prepare import Load, Ready, TaskQuestion, load_engine, prepare
 from blocktune.evaluation.processes import Processes
 from blocktune.evaluation.results import build_results
 from blocktune.evaluation.rows import ROWS, Row, RowFile, digest_of, make_row, row_key
@@ -109,7 +109,7 @@ def _answer_all(
 
 
 def _answer_batch(
-    ready: Ready, spec: MethodSpec, batch: Sequence[tuple[str, Question]]
+    ready: Ready, spec: MethodSpec, batch: Sequence[tuple[str, TaskQuestion]]
 ) -> list[Row]:
     task, examples = batch[0][1].task, [question.example for _, question in batch]
     engine, method = ready.engine(spec, task), ready.methods[spec.label]
@@ -125,7 +125,7 @@ def _answer_batch(
 
 def _missing(
     ready: Ready, file: RowFile, processes: Processes
-) -> Sequence[list[tuple[str, Question]]]:
+) -> Sequence[list[tuple[str, TaskQuestion]]]:
     """This process's share of the batches that are not answered yet."""
     keyed = list(zip(file.keys, ready.questions, strict=True))
     batches = _batches(keyed, ready.suite.batch_size)
@@ -133,8 +133,8 @@ def _missing(
 
 
 def _batches(
-    keyed: Sequence[tuple[str, Question]], size: int
-) -> Iterator[list[tuple[str, Question]]]:
+    keyed: Sequence[tuple[str, TaskQuestion]], size: int
+) -> Iterator[list[tuple[str, TaskQuestion]]]:
     """Batches of one task; always the same ones, so that a resumed run repeats whole batches."""
     start = 0
     while start < len(keyed):

@@ -43,7 +43,7 @@ class TuneSpec:
         model: Path or hub name of the base model.
         method: A name, a composition as one says it, or an entry as in a suite.
         grid: Values to try, by what they are of: a parameter of the preset (``ratio``), ``budget``,
-            or a path into the entry (``layout.num_ghosts``, ``select.deviation.ratio``).
+            or a path into the entry (``layout.num_blanks``, ``select.deviation.ratio``).
         task: Held-out questions to choose by; its ``metric`` decides.
         adapter: Folder of the adapter, or None.
         dtype: Of weights and caches.

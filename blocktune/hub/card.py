@@ -97,7 +97,7 @@ def served_by(layout: LayoutSpec) -> str:
 
 def _serves(name: str, layout: LayoutSpec) -> bool:
     try:
-        return build(name).layout(layout) == layout
+        return build(name).layout_for(layout) == layout
     except ValueError:
         return False
 

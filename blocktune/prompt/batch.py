@@ -119,7 +119,7 @@ def _run(tokenizer, key: tuple[int, int, int, int], rows: list[tuple[int, ...]])
     name = Kind(kind).name.lower() + (f" {chunk}" if chunk != NO_CHUNK else "")
     name = f"sample {sample}, {name}" if sample else name
     sees = "sees all before" if group == GLOBAL else "sees itself"
-    sees = "hidden from others" if kind == Kind.GHOST else sees
+    sees = "hidden from others" if kind == Kind.BLANK else sees
     title = f"[{name}: {len(rows)} tokens at positions {rows[0][4]}-{rows[-1][4]}, {sees}]"
     if kind in (Kind.LINK, Kind.WRAP):
         return title + "\n" + "".join(f"<{Kind(kind).name.lower()} {row[5]}>" for row in rows)

@@ -58,7 +58,7 @@ class LayoutOptions:
 
     @property
     def layout(self) -> LayoutSpec:
-        """How block examples are laid out; full ones have neither learned tokens nor ghosts."""
+        """How block examples are laid out; full ones have neither learned tokens nor blanks."""
         return LayoutSpec(
             block=self.has_block,
             num_links=self.num_links,

@@ -59,7 +59,7 @@ class Prepared:
 
     Attributes:
         dataset: Columns `COLUMNS`: a row is the examples packed into it, one without packing;
-            ``length`` counts rows that are neither ghosts nor fresh. Rows with an
+            ``length`` counts rows that are neither blanks nor fresh. Rows with an
             ``answer_length`` of 0 teach nothing; they stand last, see ``multiple_of``.
         num_examples: In the dataset; one in both modes counts twice.
         num_block: Those of them in block layout.
@@ -114,7 +114,7 @@ def prepare(
         tokenizer: The base's.
         fmt: The wording of samples that have none of their own.
         spec: The block layout, for the count of learned tokens.
-        limit: Longest example, in rows that are neither ghosts nor fresh, and in positions.
+        limit: Longest example, in rows that are neither blanks nor fresh, and in positions.
         drop_long: Leave longer examples out instead of refusing them.
         pack_length: Rows of a packed row at most; None does not pack.
         position_gap: Positions that a block example may jump at each of its chunks.

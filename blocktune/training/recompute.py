@@ -15,7 +15,7 @@ from blocktune.attention import Plan, make_plan
 from blocktune.attention.kernels import AttentionParams
 from blocktune.layout import FOREVER, GLOBAL, Kind, LayerRule, Layout
 from blocktune.methods.select import SELECTORS, Selection
-from blocktune.methods.select.check import Check, States
+from blocktune.methods.select.layer_check import LayerCheck, LayerKV
 from blocktune.prompt import IGNORED, Prompt
 
 
@@ -126,13 +126,13 @@ class _Probe:
 
     def __init__(self, plan: Plan, layer: int, stop: bool):
         self.plan, self.layer, self.stop = plan, layer, stop
-        self.states: States | None = None
+        self.states: LayerKV | None = None
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, rule: LayerRule, params: AttentionParams
     ) -> Tensor:
         if rule.layer == self.layer:
-            self.states = States(key, value)
+            self.states = LayerKV(key, value)
             if self.stop:
                 raise _Seen
         return self.plan.attend(query, key, value, rule, params)
@@ -146,7 +146,7 @@ def states_at(
     layer: int,
     execution: str,
     stop: bool = True,
-) -> States:
+) -> LayerKV:
     """Keys and values that a layer makes of all rows.
 
     Args:
@@ -176,7 +176,7 @@ def states_at(
 
 def narrowed(
     layout: Layout,
-    states: States,
+    states: LayerKV,
     layer: int,
     num_layers: int,
     sampler: RecomputeSampler,
@@ -201,7 +201,7 @@ def narrowed(
     return replace(layout, until=until)
 
 
-def _check(layout, states, layer, num_layers, row: int, sample: int) -> tuple[Check, Tensor]:
+def _check(layout, states, layer, num_layers, row: int, sample: int) -> tuple[LayerCheck, Tensor]:
     """What a selector is shown of one prompt, and its fresh rows ``(R,)`` in causal order."""
     facts = layout.map(lambda field: field[row : row + 1])
     here = ~facts.is_pad & (facts.sample == sample)
@@ -209,18 +209,17 @@ def _check(layout, states, layer, num_layers, row: int, sample: int) -> tuple[Ch
     fresh = fresh[facts.order[0, fresh].argsort(stable=True)]
     originals = facts.supersedes[0, fresh]
 
-    def taken(rows: Tensor) -> States:
-        return States(*(state[row : row + 1, :, rows] for state in states))
+    def taken(rows: Tensor) -> LayerKV:
+        return LayerKV(*(state[row : row + 1, :, rows] for state in states))
 
-    asked = here & ~facts.is_fresh & (facts.kind != Kind.GHOST) & (facts.kind != Kind.ANSWER)
-    other = asked & ((facts.kind == Kind.QUERY) | (facts.kind == Kind.LINK))
-    check = Check(
+    computed = (Kind.BLANK, Kind.ANSWER, Kind.QUERY, Kind.LINK)
+    cached = here & ~facts.is_fresh & ~sum(facts.kind == kind for kind in computed).bool()
+    check = LayerCheck(
         layer=layer,
         num_layers=num_layers,
         eligible=torch.ones(1, len(fresh), dtype=torch.bool, device=layout.device),
         context_tokens=(here & facts.is_context).sum(1),
-        prompt_tokens=asked.sum(1),
-        other_tokens=other.sum(1),
+        cached_tokens=cached.sum(1),
         chunk=facts.chunk[:, fresh],
         question_mass=None,
         probe=lambda: (taken(fresh), taken(originals)),

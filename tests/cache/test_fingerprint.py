@@ -187,18 +187,18 @@ def test_the_chunk_key_depends_on_model_tokens_and_encoding():
         chunk_key("ab", [1, 2, 4]),
         chunk_key("ab", [1, 2]),
         chunk_key("ab", [12, 3]),
-        chunk_key("ab", [1, 2, 3], {"num_ghosts": 1, "ghost_id": 5}),
-        chunk_key("ab", [1, 2, 3], {"num_ghosts": 2, "ghost_id": 5}),
+        chunk_key("ab", [1, 2, 3], {"num_blanks": 1, "blank_id": 5}),
+        chunk_key("ab", [1, 2, 3], {"num_blanks": 2, "blank_id": 5}),
         chunk_key("ab", [1, 2, 3], {"shared_prefix": (7, 8)}),
     ]
     assert len(set(keys)) == len(keys)
     assert all(len(key) == 64 for key in keys)
     assert chunk_key("ab", torch.tensor([1, 2, 3]), {}) == keys[0]
-    reordered = chunk_key("ab", (1, 2, 3), {"ghost_id": 5, "num_ghosts": 1})
+    reordered = chunk_key("ab", (1, 2, 3), {"blank_id": 5, "num_blanks": 1})
     assert reordered == keys[5]
 
 
 @pytest.mark.parametrize("value", [torch.tensor(1), {1, 2}, object()])
 def test_an_encoding_that_is_not_plain_is_refused(value):
     with pytest.raises(ValueError, match="plain JSON values"):
-        chunk_key("ab", [1], {"ghosts": value})
+        chunk_key("ab", [1], {"blanks": value})

@@ -119,7 +119,7 @@ def test_a_file_under_another_key_is_not_used(tmp_path):
     store = ChunkStore(max_bytes=0, folder=tmp_path)
     store.put(KEY, CHUNK)
     # The same tokens and model, encoded otherwise: only the key tells.
-    other = chunk_key(MODEL, IDS, {"num_ghosts": 2})
+    other = chunk_key(MODEL, IDS, {"num_blanks": 2})
     chunk_path(tmp_path, other).parent.mkdir(parents=True)
     os.rename(chunk_path(tmp_path, KEY), chunk_path(tmp_path, other))
     assert store.get(other, IDS, MODEL) is None

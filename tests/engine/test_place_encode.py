@@ -21,14 +21,14 @@ from blocktune.prompt import LayoutSpec
 MODELS = {**FAMILIES, **{f"rope-{name}": config for name, config in ROPES.items()}}
 TOLERANCE = {"rtol": 0, "atol": 1e-4}
 SPECS: dict[str, dict[str, Any]] = {
-    "blanks": {"num_ghosts": 3},
+    "blanks": {"num_blanks": 3},
     "shared prefix": {"shared_prefix": True},
     "bos dropped": {"bos": "drop"},
     "bos kept": {"bos": "keep"},
     "parallel": {"placement": "parallel"},
     "composite": {"placement": "composite"},
     "reserved": {"placement": "reserved", "slot": 70},
-    "reserved, after blanks": {"placement": "reserved", "slot": 64, "num_ghosts": 2},
+    "reserved, after blanks": {"placement": "reserved", "slot": 64, "num_blanks": 2},
 }
 WRAPPED = LayoutSpec(num_headers=2, num_trailers=1)
 
@@ -40,13 +40,13 @@ class Made(Method):
     source: ClassVar[str] = "https://example.org"
     weights: ClassVar[Weights] = Weights.WRAPS
     changes: tuple = ()
-    select: Selection = dataclasses.field(default_factory=Nothing)
+    selected: Selection = dataclasses.field(default_factory=Nothing)
 
-    def arrange(self, spec):
+    def layout(self, spec):
         return dataclasses.replace(spec, **dict(self.changes))
 
-    def selection(self):
-        return self.select
+    def select(self):
+        return self.selected
 
     def _require(self, trained):
         """Anything."""
@@ -91,7 +91,7 @@ def test_everything_fresh_matches_full_attention_at_the_same_positions(engine, n
     served = engine.next_logits([ASK], method)[0]
     pieces = engine.prompts.pieces(ASK, method)
     prompt = engine.prompts.prompt(pieces, engine.prompts.spec(method))
-    seen = (prompt.layout.kind != Kind.GHOST)[0]
+    seen = (prompt.layout.kind != Kind.BLANK)[0]
     layout = Layout(**vars(prompt.layout.map(lambda field: field[:, seen]).rows()))
     layout = dataclasses.replace(layout, group=torch.full_like(layout.group, GLOBAL))
     with torch.no_grad():
@@ -154,7 +154,7 @@ def test_turborag_positions_are_one_after_the_other_or_all_from_zero(tokenizer):
 
 def test_what_a_chunk_is_encoded_after_is_in_its_key(tokenizer):
     engine = engine_of(FAMILIES["llama"](), tokenizer)
-    for changes in ({}, {"num_ghosts": 1}, {"num_ghosts": 2}, {"bos": "drop"}, {"bos": "keep"}):
+    for changes in ({}, {"num_blanks": 1}, {"num_blanks": 2}, {"bos": "drop"}, {"bos": "keep"}):
         usage = engine.answer([ASK], made(changes), max_new_tokens=1)[0].usage
         assert usage.chunk_misses == 3
     # Where a chunk stands is not: positions are only relocated.

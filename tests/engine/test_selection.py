@@ -68,7 +68,7 @@ class Chooses(Method):
     source = ""
     selector: Selection
 
-    def selection(self) -> Selection:
+    def select(self) -> Selection:
         return self.selector
 
 

@@ -11,12 +11,12 @@ from blocktune.engine.encode import Piece, alone
 from blocktune.engine.usage import Stopwatch
 from blocktune.prompt import stack
 
-PIECES = [Piece((11, 12, 13, 14, 15)), Piece((21, 22, 23), ghosts=(9, 8)), Piece((31,))]
+PIECES = [Piece((11, 12, 13, 14, 15)), Piece((21, 22, 23), blanks=(9, 8)), Piece((31,))]
 
 
 def found(engine, layers=(1,), pieces=PIECES):
     watch = Stopwatch(torch.device("cpu"))
-    return engine._server.encoder.find(pieces, watch, layers)
+    return engine._state.encoder.find(pieces, watch, layers)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -35,7 +35,7 @@ def test_stored_states_match_what_enters_the_layer(family, tokenizer):
                 output_hidden_states=True,
             ).hidden_states
         for layer in (0, 1):
-            own = seen[layer][0, len(piece.ghosts) :]
+            own = seen[layer][0, len(piece.blanks) :]
             torch.testing.assert_close(states[piece, layer].states, own, rtol=0, atol=1e-5)
 
 
@@ -54,7 +54,7 @@ def test_states_are_made_on_demand_and_found_again_in_the_folder(tokenizer, tmp_
 def test_a_chunk_whose_states_were_lost_is_encoded_again(tokenizer):
     engine = engine_of(FAMILIES["llama"](), tokenizer)
     before = found(engine).states
-    encoder = engine._server.encoder
+    encoder = engine._state.encoder
     key = states_key(encoder.key(PIECES[0]), 1)
     foreign = ChunkStates(torch.zeros(5, 32), 1, torch.tensor([1, 2, 3, 4, 5]), engine.fingerprint)
     engine.store.put(key, foreign)

@@ -30,12 +30,12 @@ def test_a_grid_names_parameters_of_presets_axes_and_layouts():
         "blanks=1,temperature=0.9",
     ]
     assert points[0].entry == {"name": "psr", "params": {"blanks": 1, "temperature": 0.8}}
-    mixed = {"budget": [0.1], "layout.num_ghosts": [1], "k": [4]}
+    mixed = {"budget": [0.1], "layout.num_blanks": [1], "k": [4]}
     [point] = spec(method="epic", grid=mixed).points()
     assert point.entry == {
         "name": "epic",
         "budget": 0.1,
-        "layout": {"num_ghosts": 1},
+        "layout": {"num_blanks": 1},
         "params": {"k": 4},
     }
 

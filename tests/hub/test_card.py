@@ -30,7 +30,7 @@ SECRET = "hf_" + "aB3" * 11
 )
 def test_the_card_names_the_method_that_serves(layout, method):
     assert served_by(layout) == method
-    assert build(method).layout(layout) == layout
+    assert build(method).layout_for(layout) == layout
 
 
 def test_a_layout_that_nothing_serves_is_one_line():

@@ -18,7 +18,7 @@ from blocktune.methods import (
 from blocktune.methods.reshape import ScaledContext
 from blocktune.methods.select import Deviation, FirstK, Nothing
 from blocktune.prompt import LayoutSpec
-from blocktune.testing import specimen_engine
+from blocktune.testing import small_engine
 
 
 @pytest.mark.parametrize(
@@ -34,15 +34,15 @@ from blocktune.testing import specimen_engine
 )
 def test_a_method_is_what_one_says(text, selection, weights):
     method = build(text)
-    assert (method.selection(), method.weights) == (selection, weights)
+    assert (method.select(), method.weights) == (selection, weights)
     assert method.name == " ".join(text.split())
 
 
 def test_presets_that_decide_other_axes_add_up():
     method = build("kvlink + link0 + scaled-context 0.8 + deviation 30 %")
     trained = LayoutSpec(num_links=2)
-    assert method.layout(trained).num_links == 2
-    assert method.layout(trained).num_ghosts == build("link0").arrange(trained).num_ghosts
+    assert method.layout_for(trained).num_links == 2
+    assert method.layout_for(trained).num_blanks == build("link0").layout(trained).num_blanks
     assert method.reshape() == ScaledContext(temperature=0.8)
     assert method.axes == frozenset(Axis)
 
@@ -58,7 +58,7 @@ def test_yaml_and_python_say_the_same():
         == made
     )
     assert compose("block-attention", select={"deviation": {"ratio": 0.3}}, name="mine") == made
-    assert compose("epic", budget=0.2).selection() == FirstK(share=0.2)
+    assert compose("epic", budget=0.2).select() == FirstK(share=0.2)
 
 
 def test_a_composition_is_named_as_one_would_write_it():
@@ -66,14 +66,14 @@ def test_a_composition_is_named_as_one_would_write_it():
         build("epic", k=4), "link0", reshape="scaled-context", layout={"placement": "parallel"}
     )
     assert method.name == "epic k=4 + link0 + layout placement=parallel + scaled-context"
-    assert build(method.name).selection() == method.selection()
+    assert build(method.name).select() == method.select()
 
 
 def test_null_is_plain_reuse_on_that_axis():
     psr = build_entry({"name": "x", "preset": "psr", "select": None, "reshape": None})
-    assert psr.selection() == Nothing()
+    assert psr.select() == Nothing()
     assert psr.reshape() is None
-    assert psr.arrange(LayoutSpec()) == build("psr").arrange(LayoutSpec())
+    assert psr.layout(LayoutSpec()) == build("psr").layout(LayoutSpec())
 
 
 @pytest.mark.parametrize(
@@ -106,8 +106,8 @@ def test_mistakes_are_one_clear_line(text, message):
 
 
 def test_links_are_never_served_in_silence():
-    engine = specimen_engine(Weights.LINKS)
-    wanted = r"'epic' does not say that it serves link tokens.* 'kvlink', .* 'kvlink \+ epic'"
+    engine = small_engine(Weights.LINKS)
+    wanted = r"'epic' does not serve link tokens.* 'kvlink', .* 'kvlink \+ epic'"
     with pytest.raises(ValueError, match=wanted):
         engine.next_logits([ASK], "epic")
     few, all_of_them = (
@@ -119,6 +119,6 @@ def test_links_are_never_served_in_silence():
 
 def test_a_composition_passes_on_everything_that_a_method_says():
     said = {name for name in vars(Method) if not name.startswith("_")}
-    said -= {"layout", "selection_for"}  # made of the others
+    said -= {"layout_for", "select_for"}  # made of the others
     said |= set(inspect.get_annotations(Method))
     assert said <= set(vars(Composition))

@@ -13,7 +13,7 @@ from blocktune.methods import Method, build, compose
 from blocktune.methods.reshape import Reshape
 from blocktune.methods.select import Selection
 from blocktune.methods.select.base import selectable
-from blocktune.testing import specimen_engine
+from blocktune.testing import small_engine
 
 COMPOSITIONS = (
     "block-attention + deviation 15 %",
@@ -42,7 +42,7 @@ EXCEPTIONS = {
 
 @functools.cache
 def engine(weights, bare=False):
-    return specimen_engine(weights, bare=bare)
+    return small_engine(weights, bare=bare)
 
 
 def subject(method: Method) -> Subject:
@@ -68,8 +68,8 @@ def test_nothing_but_a_bos_of_its_own_keeps_a_chunk_from_being_alone():
 
 
 def test_what_keeps_or_hides_more_than_the_rule_says_so():
-    kept = {n for n, m in SUBJECTS.items() if m.selection().keeps_keys}
-    seen = {n for n, m in SUBJECTS.items() if m.selection().sees_future}
+    kept = {n for n, m in SUBJECTS.items() if m.select().keeps_keys}
+    seen = {n for n, m in SUBJECTS.items() if m.select().sees_future}
     together = {n for n, m in SUBJECTS.items() if (r := m.reshape()) and not r.keeps_causality}
     assert kept == {"cacheblend-paper", "cacheblend-repo", "naive + gradual-deviation"}
     assert seen == set()
@@ -123,8 +123,8 @@ class Late(Reshape):
 class Moved(Method):
     """Calls itself exact on one chunk and encodes it after blanks."""
 
-    def arrange(self, spec):
-        return replace(spec, num_ghosts=2)
+    def layout(self, spec):
+        return replace(spec, num_blanks=2)
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,7 @@ PLUGIN = '''
 from dataclasses import dataclass
 from typing import ClassVar
 
-from blocktune.methods.reshape import RESHAPES, Reshape
-from blocktune.methods import Method, register
-from blocktune.methods.select import SELECTORS, Selection
-from blocktune.methods.select.base import selectable
+from blocktune.methods import RESHAPES, SELECTORS, Method, Reshape, Selection, register, selectable
 
 
 @SELECTORS.register("every-nth")
@@ -60,7 +57,7 @@ class Nth(Method):
     source: ClassVar[str] = "https://example.org/nth"
     n: int = 2
 
-    def selection(self):
+    def select(self):
         return EveryNth(self.n)
 '''
 
@@ -103,7 +100,7 @@ def test_an_option_finds_it_before_and_after_the_command(blocktune, file):
 def test_an_entry_point_finds_it(blocktune, clean, tmp_path, monkeypatch):
     installed(tmp_path, PLUGIN)
     monkeypatch.syspath_prepend(tmp_path)
-    assert build("nth").selection().n == 2
+    assert build("nth").select().n == 2
     monkeypatch.delitem(sys.modules, "nth_package")
 
 
@@ -116,7 +113,7 @@ def test_it_composes_and_keeps_its_contract(file):
         checks = check_method(known[name])
         assert [check.name for check in checks] == list(claims(known[name]))
     assert all(check.passed for check in check_method(build("nth")))
-    assert build("kvlink + every-nth 3").selection().n == 3
+    assert build("kvlink + every-nth 3").select().n == 3
 
 
 def test_the_command_checks_it(blocktune, file):

@@ -8,11 +8,12 @@ from blocktune.methods.select import (
     SELECTORS,
     AttentionDeviation,
     AuxiliaryAttention,
-    Check,
     Deviation,
     Everything,
     FirstK,
     GradualDeviation,
+    LayerCheck,
+    LayerKV,
     LayerRange,
     Nothing,
     Oracle,
@@ -20,7 +21,6 @@ from blocktune.methods.select import (
     Random,
     Recency,
     Reselect,
-    States,
     Truth,
     distance,
     matched,
@@ -89,37 +89,35 @@ def test_first_k_takes_both_ends():
     assert chosen(FirstK(k=9, last=9), rows()) == chosen(Everything(), rows())
 
 
-def test_a_chunk_encoded_after_ghosts_is_not_exact_where_it_opens_the_prompt():
-    layout = lay_out(PIECES._replace(prefix=()), LayoutSpec(num_ghosts=1), ghost_id=99).layout
+def test_a_chunk_encoded_after_blanks_is_not_exact_where_it_opens_the_prompt():
+    layout = lay_out(PIECES._replace(prefix=()), LayoutSpec(num_blanks=1), blank_id=99).layout
     orders = layout.order[Everything().start(layout)].tolist()
     assert layout.order[Deviation().start(layout)].tolist() == orders == [0, 1, 2, 3, 4, 5, 6]
 
 
-def asked(layer: int, keys: list[float], values: list[float], num_layers=4, others=1) -> Check:
+def asked(layer: int, keys: list[float], values: list[float], num_layers=4, others=1) -> LayerCheck:
     """A check whose rows are context tokens that deviate by so much, then ``others``."""
 
     def states(numbers):
         return torch.tensor([*numbers, *[100.0] * others])[None, None, :, None]
 
-    fresh = States(states(keys), states(values))
-    cached = States(torch.zeros_like(fresh.keys), torch.zeros_like(fresh.values))
+    fresh = LayerKV(states(keys), states(values))
+    cached = LayerKV(torch.zeros_like(fresh.keys), torch.zeros_like(fresh.values))
     eligible = torch.tensor([[True] * len(keys) + [False] * others])
     count = torch.tensor([len(keys)])
-    prompt, rest = count + 3 + others, torch.tensor([others])  # a prefix of 3
-    return Check(
+    return LayerCheck(
         layer=layer,
         num_layers=num_layers,
         eligible=eligible,
         context_tokens=count,
-        prompt_tokens=prompt,
-        other_tokens=rest,
+        cached_tokens=count + 3,  # a prefix of 3
         chunk=torch.where(eligible, 0, -1),
         question_mass=None,
         probe=lambda: (fresh, cached),
     )
 
 
-def kept(selection, check: Check) -> list[int]:
+def kept(selection, check: LayerCheck) -> list[int]:
     return selection.refine(check)[0].nonzero().squeeze(1).tolist()
 
 
@@ -131,11 +129,10 @@ def test_deviation_compares_what_it_is_told_to():
 
 
 def test_deviation_counts_what_its_share_is_of():
-    check = asked(1, keys=[1, 4, 2, 3], values=[0, 0, 0, 0], others=2)  # 9 tokens: 3 + 4 + 2
-    assert kept(Deviation(ratio=0.4, of="context"), check) == [1, 3]  # 1.6, rounded up
+    check = asked(1, keys=[1, 4, 2, 3], values=[0, 0, 0, 0], others=2)  # a prefix of 3 is cached
+    assert kept(Deviation(ratio=0.3, of="context"), check) == [1, 3]  # 1.2, rounded up
     assert kept(Deviation(ratio=0.4, of="cached"), check) == [1, 3]  # 2.8, rounded down
-    assert kept(Deviation(ratio=0.4, of="prompt"), check) == [1]  # 3.6, down, two are the others
-    assert kept(Deviation(ratio=0.1, of="prompt"), check) == []
+    assert kept(Deviation(ratio=0.1, of="cached"), check) == []  # 0.7
 
 
 def test_gradual_deviation_keeps_fewer_in_every_layer_and_its_ratio_on_average():
@@ -242,7 +239,7 @@ def test_the_oracle_reads_what_it_is_told_to():
 
 
 def test_scored_selectors_cannot_be_used_without_a_model():
-    with pytest.raises(ValueError, match="'query-attention' chooses by a pass over a served"):
+    with pytest.raises(ValueError, match="'query-attention' needs a forward pass"):
         QueryAttention().start(rows())
 
 
@@ -280,7 +277,7 @@ def test_a_budget_below_what_the_first_layers_cost_is_refused():
     ("name", "parameters", "message"),
     [
         ("deviation", {"by": "queries"}, "by must be keys, values, both, got 'queries'"),
-        ("deviation", {"of": "all"}, "of must be context, cached, prompt, got 'all'"),
+        ("deviation", {"of": "all"}, "of must be context or cached, got 'all'"),
         ("gradual-deviation", {"check_layer": 0}, "check_layer must be a layer from 1 on"),
         ("reselect", {"restart_layer": 1}, r"restart_layer must be a layer from 2 on \(after the"),
         ("query-attention", {"fuse": "sum"}, "fuse must be mean, max, last, got 'sum'"),

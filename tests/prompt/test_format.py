@@ -45,14 +45,14 @@ def test_bad_format_is_refused(values, message):
     ("values", "message"),
     [
         ({"num_links": -1}, "layout 'num_links' must be an integer of at least 0, got -1"),
-        ({"num_ghosts": 1.0}, "layout 'num_ghosts' must be an integer of at least 0, got 1.0"),
+        ({"num_blanks": 1.0}, "layout 'num_blanks' must be an integer of at least 0, got 1.0"),
         ({"num_links": True}, "layout 'num_links' must be an integer of at least 0, got True"),
         ({"block": 1}, "layout 'block' must be true or false, got 1"),
         ({"link_side": "left"}, "layout 'link_side' must be after or before, got 'left'"),
         ({"placement": "ape"}, "layout 'placement' must be sequential or parallel or composite"),
-        ({"num_ghosts": 1, "shared_prefix": True}, "layout: chunks are encoded after blanks"),
-        ({"block": False, "num_ghosts": 1}, "layout: ghosts are hidden from other chunks"),
-        ({"block": False, "shared_prefix": True}, "layout: ghosts are hidden from other chunks"),
+        ({"num_blanks": 1, "shared_prefix": True}, "layout: chunks are encoded after blanks"),
+        ({"block": False, "num_blanks": 1}, "layout: blanks are hidden from other chunks"),
+        ({"block": False, "shared_prefix": True}, "layout: blanks are hidden from other chunks"),
         ({"links": 1}, "unknown layout key 'links'; known: block, num_links"),
     ],
 )
@@ -73,3 +73,18 @@ def test_a_mode_tag_opens_the_turn_of_its_mode():
     assert (fmt.opening(True), fmt.opening(False)) == ("[Block] Answer.", "Answer.")
     assert PromptFormat(instruction="", full_tag="[Full]").opening(False) == "[Full]"
     assert PromptFormat.from_dict(fmt.to_dict()) == fmt
+
+
+def test_what_else_is_known_of_a_chunk_changes_nothing():
+    plain, known = Chunk("text", "T"), Chunk("text", "T", {"id": 7, "score": 0.5})
+    assert (plain, hash(plain)) == (known, hash(known))
+    assert PromptFormat().render_chunk(plain) == PromptFormat().render_chunk(known)
+    assert known.metadata["score"] == 0.5
+    with pytest.raises(ValueError, match="metadata must be a mapping"):
+        Chunk("text", None, "id")
+
+
+@pytest.mark.parametrize("values", [("bad \ud83d half",), ("text", "\udc00")])
+def test_a_lone_surrogate_is_refused(values):
+    with pytest.raises(ValueError, match="lone surrogate"):
+        Chunk(*values)

@@ -6,9 +6,9 @@ from blocktune.layout import Kind
 from blocktune.prompt import LayoutSpec, Pieces, lay_out, wrapped
 
 PIECES = Pieces(prefix=(1, 2), chunks=((3, 4, 5), (6,)), query=(7, 8))
-BOS, BLANK = 1, 50
-PREFIX, CHUNK, QUERY, GHOST = (
-    int(kind) for kind in (Kind.PREFIX, Kind.CHUNK, Kind.QUERY, Kind.GHOST)
+BOS, BLANK_ID = 1, 50
+PREFIX, CHUNK, QUERY, BLANK = (
+    int(kind) for kind in (Kind.PREFIX, Kind.CHUNK, Kind.QUERY, Kind.BLANK)
 )
 
 
@@ -16,11 +16,11 @@ def rows(prompt, *names):
     return {name: getattr(prompt.layout, name)[0].tolist() for name in names}
 
 
-def test_a_dropped_bos_is_a_ghost_before_each_chunk():
+def test_a_dropped_bos_is_a_blank_before_each_chunk():
     prompt = lay_out(PIECES, LayoutSpec(bos="drop"), bos_id=BOS)
     assert prompt.ids == (1, 2, BOS, 3, 4, 5, BOS, 6, 7, 8)
     assert rows(prompt, "kind", "position", "order", "group") == {
-        "kind": [1, 1, GHOST, 2, 2, 2, GHOST, 2, 4, 4],
+        "kind": [1, 1, BLANK, 2, 2, 2, BLANK, 2, 4, 4],
         "position": [0, 1, 1, 2, 3, 4, 4, 5, 6, 7],
         "order": [0, 1, 1, 2, 3, 4, 4, 5, 6, 7],
         "group": [-1, -1, 0, 0, 0, 0, 1, 1, -1, -1],
@@ -47,11 +47,11 @@ def test_reserved_slots_leave_positions_unused_but_no_order():
     }
 
 
-def test_a_chunk_of_an_earlier_prompt_follows_its_own_ghosts():
+def test_a_chunk_of_an_earlier_prompt_follows_its_own_blanks():
     prompt = lay_out(PIECES, LayoutSpec(), contexts=[(), (1, 2, 9, 9, 9, 9, 9)])
     assert prompt.ids == (1, 2, 3, 4, 5, 1, 2, 9, 9, 9, 9, 9, 6, 7, 8)
     assert rows(prompt, "kind", "position", "order", "group") == {
-        "kind": [1, 1, 2, 2, 2, *[GHOST] * 7, 2, 4, 4],
+        "kind": [1, 1, 2, 2, 2, *[BLANK] * 7, 2, 4, 4],
         "position": [0, 1, 2, 3, 4, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7],
         "order": [0, 1, 2, 3, 4, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7],
         "group": [-1, -1, 0, 0, 0, *[1] * 8, -1, -1],
@@ -62,7 +62,7 @@ def test_a_chunk_of_an_earlier_prompt_follows_its_own_ghosts():
     ("values", "message"),
     [
         ({"bos": "yes"}, "layout 'bos' must be none or drop or keep, got 'yes'"),
-        ({"bos": "drop", "num_ghosts": 2}, "drop all but one of num_ghosts, bos"),
+        ({"bos": "drop", "num_blanks": 2}, "drop all but one of num_blanks, bos"),
         ({"bos": "drop", "shared_prefix": True}, "drop all but one of shared_prefix, bos"),
         ({"bos": "drop", "block": False}, r"full attention .* has none; drop bos"),
         ({"placement": "reserved"}, "needs a slot .* got placement 'reserved' and slot 0"),

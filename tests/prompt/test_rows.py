@@ -10,10 +10,10 @@ from blocktune.attention.dense import dense_mask
 from blocktune.layout import FOREVER, GLOBAL, NO_ROW, Kind, Layout
 from blocktune.prompt import LayoutSpec, Pieces, Prompt, lay_out, pack, show, stack, wrapped
 
-PAD, PREFIX, CHUNK, LINK, QUERY, ANSWER, GHOST, WRAP = (int(kind) for kind in Kind)
+PAD, PREFIX, CHUNK, LINK, QUERY, ANSWER, BLANK, WRAP = (int(kind) for kind in Kind)
 PIECES = Pieces(prefix=(1, 2), chunks=((3, 4, 5), (6,)), query=(7, 8), answer=(9,))
 SHORT = Pieces(prefix=(1,), chunks=((3,),), query=(7,), answer=(9, 10))
-LINK_BASE, BLANK = 100, 50
+LINK_BASE, BLANK_ID = 100, 50
 
 
 def rows(prompt: Prompt, *names: str) -> dict[str, list[int]]:
@@ -60,11 +60,11 @@ def test_links_after_parallel():
 
 
 def test_links_before_and_blanks_composite():
-    spec = LayoutSpec(num_links=2, link_side="before", num_ghosts=2, placement="composite")
-    prompt = lay_out(PIECES, spec, link_base=LINK_BASE, ghost_id=BLANK)
+    spec = LayoutSpec(num_links=2, link_side="before", num_blanks=2, placement="composite")
+    prompt = lay_out(PIECES, spec, link_base=LINK_BASE, blank_id=BLANK_ID)
     assert prompt.ids == (1, 2, 100, 101, 50, 50, 3, 4, 5, 100, 101, 50, 50, 6, 7, 8, 9)
     assert rows(prompt, "kind", "chunk", "offset", "position", "order", "group") == {
-        "kind": [1, 1, 3, 3, GHOST, GHOST, 2, 2, 2, 3, 3, GHOST, GHOST, 2, 4, 4, 5],
+        "kind": [1, 1, 3, 3, BLANK, BLANK, 2, 2, 2, 3, 3, BLANK, BLANK, 2, 4, 4, 5],
         "chunk": [-1, -1, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, -1, -1, -1],
         "offset": [0, 1, 0, 1, 0, 1, 0, 1, 2, 0, 1, 0, 1, 0, 0, 1, 0],
         "position": [0, 1, 0, 1, 0, 1, 2, 3, 4, 0, 1, 0, 1, 2, 10, 11, 12],
@@ -129,7 +129,7 @@ def test_shared_prefix():
     prompt = lay_out(PIECES, LayoutSpec(shared_prefix=True))
     assert prompt.ids == (1, 2, 1, 2, 3, 4, 5, 1, 2, 6, 7, 8, 9)
     assert rows(prompt, "kind", "chunk", "offset", "position", "order", "group") == {
-        "kind": [1, 1, GHOST, GHOST, 2, 2, 2, GHOST, GHOST, 2, 4, 4, 5],
+        "kind": [1, 1, BLANK, BLANK, 2, 2, 2, BLANK, BLANK, 2, 4, 4, 5],
         "chunk": [-1, -1, 0, 0, 0, 0, 0, 1, 1, 1, -1, -1, -1],
         "offset": [0, 1, 0, 1, 0, 1, 2, 0, 1, 0, 0, 1, 0],
         "position": [0, 1, 0, 1, 2, 3, 4, 3, 4, 5, 6, 7, 8],
@@ -138,7 +138,7 @@ def test_shared_prefix():
     }
 
 
-def test_ghosts_are_seen_by_their_chunk_only():
+def test_blanks_are_seen_by_their_chunk_only():
     layout = lay_out(PIECES, LayoutSpec(shared_prefix=True)).layout
     seen = dense_mask(layout)[0, 0]
     assert seen[9].nonzero()[:, 0].tolist() == [7, 8, 9]  # the token of the second chunk
@@ -155,7 +155,7 @@ def test_serving_has_no_labels():
     [
         (LayoutSpec(num_links=1), "link_base"),
         (LayoutSpec(num_headers=1), "link_base"),
-        (LayoutSpec(num_ghosts=1), "ghost_id"),
+        (LayoutSpec(num_blanks=1), "blank_id"),
     ],
 )
 def test_missing_id_is_refused(spec, missing):
@@ -223,11 +223,11 @@ def test_show_marks_what_rows_are():
         return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     pieces = Pieces(encode("<s>Hi "), (encode("one "), encode("two ")), encode("who?"), (2,))
-    spec = LayoutSpec(num_links=2, num_ghosts=1)
-    text = show(tokenizer, lay_out(pieces, spec, link_base=len(tokenizer), ghost_id=0))
+    spec = LayoutSpec(num_links=2, num_blanks=1)
+    text = show(tokenizer, lay_out(pieces, spec, link_base=len(tokenizer), blank_id=0))
     lines = text.splitlines()
     assert [line.partition(":")[0] for line in lines[::2]] == [
-        *("[prefix", "[ghost 0", "[chunk 0", "[link 0", "[ghost 1", "[chunk 1", "[link 1"),
+        *("[prefix", "[blank 0", "[chunk 0", "[link 0", "[blank 1", "[chunk 1", "[link 1"),
         *("[query", "[answer"),
     ]
     assert lines[1::2] == [

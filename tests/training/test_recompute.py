@@ -36,7 +36,7 @@ class Served(Method):
     weights: ClassVar[Weights] = Weights.LINKS
     chosen: Selection = field(default_factory=Nothing)
 
-    def selection(self) -> Selection:
+    def select(self) -> Selection:
         return self.chosen
 
 

@@ -9,10 +9,9 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from blocktune.data.example import RagExample
-from blocktune.data.worlds.names import SPLITS
-from blocktune.data.worlds.passages import write_passages
-from blocktune.data.worlds.questions import QUESTION_KINDS, Question, ask, candidates, state
-from blocktune.data.worlds.world import draw_world
+from blocktune.data.worlds.questions import QUESTION_KINDS, WorldQuestion, ask, candidates, state
+from blocktune.data.worlds.vocabulary import SPLITS
+from blocktune.data.worlds.world import draw_world, write_passages
 from blocktune.prompt import Chunk
 
 DEFAULT_KINDS = MappingProxyType(
@@ -105,7 +104,7 @@ class Context(NamedTuple):
     """
 
     chunks: tuple[Chunk, ...]
-    questions: tuple[Question, ...]
+    questions: tuple[WorldQuestion, ...]
     statements: tuple[tuple[str, str, str], ...]
 
 
@@ -141,7 +140,7 @@ def draw_context(rng: Random, config: WorldConfig, num_questions: int) -> Contex
             "passages; ask for more passages, or leave the kind out"
         )
     pools = {k: rng.sample(pool, len(pool)) for k, pool in pools.items() if k in config.kinds}
-    questions: list[Question] = []
+    questions: list[WorldQuestion] = []
     while pools and len(questions) < num_questions:
         weights = [config.kinds[kind] for kind in pools]
         kind = rng.choices(list(pools), weights)[0] if questions else wanted

@@ -8,9 +8,8 @@ from itertools import combinations
 from random import Random
 from typing import Any
 
-from blocktune.data.worlds.passages import Passages, Place, refer
-from blocktune.data.worlds.relations import COMPARED
-from blocktune.data.worlds.world import Fact, World
+from blocktune.data.worlds.vocabulary import COMPARED
+from blocktune.data.worlds.world import Fact, Passages, Place, World, refer
 
 QUESTION_KINDS = ("self-contained", "cross-chunk", "2-hop", "3-hop", "comparison", "referred")
 """The last asks by the words of a later chunk ("Where was she born?"): following a reference, by
@@ -20,7 +19,7 @@ MARKER = "Answer: "
 
 
 @dataclass(frozen=True)
-class Question:
+class WorldQuestion:
     """One question of a world.
 
     Attributes:
@@ -95,7 +94,7 @@ def candidates(world: World, passages: Passages) -> dict[str, list[tuple[Fact, .
     return {kind: facts for kind, facts in found.items() if facts}
 
 
-def ask(rng: Random, kind: str, facts: tuple[Fact, ...], passages: Passages) -> Question:
+def ask(rng: Random, kind: str, facts: tuple[Fact, ...], passages: Passages) -> WorldQuestion:
     """Words a question.
 
     Its ``meta`` holds ``relations``; ``mentions``, how each fact's chunk refers to its subject
@@ -120,7 +119,7 @@ def ask(rng: Random, kind: str, facts: tuple[Fact, ...], passages: Passages) -> 
         meta["bridges"] = said
     response = f"{', '.join(said)}. {MARKER}{answer}" if said else answer
     supporting = tuple(sorted({i for place in places for i in place.supporting}))
-    return Question(kind, text, answer, response, supporting, meta)
+    return WorldQuestion(kind, text, answer, response, supporting, meta)
 
 
 def state(rng: Random, fact: Fact, roles: float) -> tuple[str, str, str]:

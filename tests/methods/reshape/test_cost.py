@@ -9,7 +9,7 @@ from engine.served import ASK, engine_of
 from families import FAMILIES
 
 from blocktune.methods import build, compose
-from blocktune.methods.reshape import blocks, running
+from blocktune.methods import reshaped_attention as executing
 
 METHODS = {
     "ape": build("ape"),
@@ -41,8 +41,8 @@ def executed(monkeypatch):
         return call
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
-    monkeypatch.setattr(blocks, "plain_scores", counting(blocks.plain_scores))
-    monkeypatch.setattr(running, "weighted_values", counting(running.weighted_values))
+    monkeypatch.setattr(executing, "plain_scores", counting(executing.plain_scores))
+    monkeypatch.setattr(executing, "weighted_values", counting(executing.weighted_values))
     return counted
 
 

@@ -7,8 +7,8 @@ from families import FAMILIES
 from methods.reshape.oracle import BestChunks, TwoSoftmaxes, logits_by, rows_of
 
 from blocktune.attention.masks import MaskRoom
-from blocktune.methods import build, compose
-from blocktune.methods.reshape import base as blocks
+from blocktune.engine.batch_prefill import prefill_batch
+from blocktune.methods import build, compose, reshaped_attention
 
 # Logits of these models reach about 10; prompts have fewer than 256 positions.
 TOLERANCE = {"rtol": 0, "atol": 1e-4}
@@ -35,7 +35,7 @@ def served(family, tokenizer):
 
 def start(engine, asks, method):
     pieces, prompts = engine._read(asks, method)
-    return engine._server.start(prompts, pieces, method)
+    return prefill_batch(engine._state, prompts, pieces, method)
 
 
 def merged(engine, method, answer=(), fresh=None, moved=None):
@@ -195,6 +195,6 @@ def test_a_reshaped_prefix_never_enters_the_exact_cache(llama):
 def test_rows_may_be_reshaped_a_few_at_a_time(llama, monkeypatch):
     methods = [METHODS["psr"], build("sel", chunks=1)]
     whole = [llama.next_logits([ASK, SHORT], method) for method in methods]
-    monkeypatch.setattr(blocks, "CELLS", 1 << 11)  # two prompts of four heads: a row or two
+    monkeypatch.setattr(reshaped_attention, "CELLS", 1 << 11)
     parts = [llama.next_logits([ASK, SHORT], method) for method in methods]
     torch.testing.assert_close(parts, whole, rtol=0, atol=1e-5)
