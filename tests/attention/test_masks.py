@@ -67,9 +67,7 @@ def test_memory_grows_with_tokens_where_all_are_fresh(softcap):
 @pytest.mark.parametrize("softcap", [None, 20.0])
 def test_memory_without_kept_masks_is_linear(softcap):
     params = AttentionParams(0.3, softcap)
-    peak = [
-        peak_of_training(all_fresh(tokens), params, kept_cells=0) for tokens in (512, 1024)
-    ]
+    peak = [peak_of_training(all_fresh(tokens), params, kept_cells=0) for tokens in (512, 1024)]
     assert peak[1] < 2.06 * peak[0], peak  # with kept masks 2.96, capped 2.14
     # The measure itself notices the masks, all of which fit into a larger room.
     kept = peak_of_training(all_fresh(1024), params)
