@@ -17,7 +17,7 @@ ROW_BLOCK = 128
 
 
 class Reshaping(Protocol):
-    """Changes scores before softmax; `blocktune.methods.reshape.ReshapedAttention` does."""
+    """What changes scores before softmax: `ReshapedAttention` of `blocktune.methods`."""
 
     def wrote(self, layer: int, columns: Tensor) -> None:
         """Notes that a layer's keys in ``columns`` ``(B, R)`` were recomputed; -1 is padding."""
