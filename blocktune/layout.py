@@ -141,7 +141,7 @@ class Layout(Rows):
 
     @property
     def endings(self) -> tuple[int, ...]:
-        """Layers from which on some row no longer exists, ascending; see `LayerRule.first_alike`."""
+        """Layers at which some row ends, ascending; see `LayerRule.first_alike`."""
         return tuple(self.until[self.until != FOREVER].unique().tolist())
 
     @property
