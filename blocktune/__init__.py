@@ -26,8 +26,11 @@ _HOMES = {
     "PromptFormat": "blocktune.prompt:PromptFormat",
     "RagExample": "blocktune.data:RagExample",
     "Sampling": "blocktune.engine:Sampling",
+    "attach": "blocktune.attention:attach",
     "available_methods": "blocktune.methods:available",
+    "block_attention": "blocktune.attention:block_attention",
     "build_method": "blocktune.methods:build",
+    "detach": "blocktune.attention:detach",
     "load_examples": "blocktune.data:load_examples",
 }
 

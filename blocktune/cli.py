@@ -1,4 +1,4 @@
-"""The command line: one file per command in ``blocktune/commands``, loaded without torch."""
+"""The command line: commands are in ``blocktune/commands``, imported without torch."""
 
 from typing import Annotated
 
@@ -6,22 +6,23 @@ import typer
 
 import blocktune
 from blocktune.commands import (
+    adapter,
     answer,
     bench,
     check,
     data,
     encode,
     evaluate,
-    figure,
-    intervals,
-    merge,
     methods,
-    push,
+    profile_layers,
     train,
     tune,
 )
 from blocktune.commands.errors import PLUGIN, OneLineErrors
 from blocktune.commands.options import teach
+
+COMMANDS = (answer, train, evaluate, data, methods, check, encode, adapter, tune, profile_layers)
+COMMANDS += (bench,)
 
 app = typer.Typer(
     cls=OneLineErrors,
@@ -34,29 +35,11 @@ app = typer.Typer(
         "blocktune answer --model data/tiny --input out/test.jsonl --limit 1",
         "blocktune train --config recipes/block_attention.yaml",
         "blocktune eval --suite eval/suites/quick.yaml --output out/quick",
-        "Every command shows examples of its own: blocktune COMMAND --help",
+        "Every command has its own examples: blocktune COMMAND --help",
     ),
 )
-answer.add_to(app)
-bench.add_to(app)
-check.add_to(app)
-data.add_to(app)
-encode.add_to(app)
-evaluate.add_to(app)
-intervals.add_to(app)
-figure.add_to(app)
-merge.add_to(app)
-methods.add_to(app)
-push.add_to(app)
-train.add_to(app)
-tune.add_to(app)
-
-
-def _add_plugins(named: list[str] | None) -> None:
-    from blocktune import plugins
-
-    for plugin in named or ():
-        plugins.add(plugin)
+for command in COMMANDS:
+    command.add_to(app)
 
 
 def _show_version(wanted: bool) -> None:
@@ -73,24 +56,23 @@ def root(
     ] = False,
     debug: Annotated[
         bool,
-        typer.Option(
-            "--debug",
-            envvar="BLOCKTUNE_DEBUG",
-            help="Show tracebacks, not one line.",
-        ),
+        typer.Option("--debug", envvar="BLOCKTUNE_DEBUG", help="Show tracebacks of errors."),
     ] = False,
     plugin: Annotated[
         list[str] | None,
         typer.Option(
             PLUGIN,
             metavar="FILE|MODULE",
-            help="Python that adds a method, a selector or a reshape; repeatable, for any command. "
-            "Also $BLOCKTUNE_PLUGINS and entry points of the group blocktune.plugins.",
+            help="Python file or module that adds methods, selectors or reshapes; repeatable, for "
+            "any command. Also $BLOCKTUNE_PLUGINS and entry points of the group blocktune.plugins.",
         ),
     ] = None,
 ) -> None:
     """Fine-tune, cache and reuse retrieved chunks with any RoPE decoder of Hugging Face."""
-    _add_plugins(plugin)
+    from blocktune import plugins
+
+    for name in plugin or ():
+        plugins.add(name)
 
 
 def main() -> None:

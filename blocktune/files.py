@@ -1,30 +1,40 @@
-"""Files that are whole or not there: written beside their place, then moved into it."""
+"""Files that are whole or not there: written beside their place, synced, then renamed into it."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
+def replacing(path: str | Path, staging: str | Path | None = None) -> Iterator[Path]:
     """Yields a temporary path of the same suffix; what is written there replaces ``path``.
 
-    If the block fails, ``path`` is as before and nothing is left behind. Its folder is made.
+    If the block fails, ``path`` is as before and nothing is left behind. Several processes may
+    write the same path at once: the last rename wins. Missing folders are created.
+
+    Args:
+        path: The file.
+        staging: Folder for the temporary file, on the same file system; default: beside ``path``.
     """
     path = Path(path)
+    folder = path.parent if staging is None else Path(staging)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+    folder.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=folder)
     os.close(handle)
     try:
         yield Path(name)
         Path(name).chmod(0o666 & ~_umask())
-        Path(name).replace(path)
+        _sync(name)
+        os.replace(name, path)
+        _sync(path.parent)
     finally:
         Path(name).unlink(missing_ok=True)
 
@@ -39,6 +49,85 @@ def replace_json(path: str | Path, record: Any) -> None:
     """Writes indented JSON, whole or not at all; NaN is refused, since JSON has none."""
     text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False)
     replace_text(path, text + "\n")
+
+
+def move_folder(source: str | Path, target: str | Path) -> None:
+    """Renames a finished folder to ``target``, which is never half old and half new.
+
+    A folder of that name is moved aside first, and removed at the end.
+    """
+    source, target = Path(source), Path(target)
+    old = target.with_name(f".{target.name}-{os.getpid()}.old")
+    if target.exists():
+        os.replace(target, old)
+    os.replace(source, target)
+    _sync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def move_entries(source: str | Path, target: str | Path, last: str) -> None:
+    """Moves a folder's entries one by one, the file ``last`` at the end, and removes the folder."""
+    source, target = Path(source), Path(target)
+    target.mkdir(parents=True, exist_ok=True)
+    for path in sorted(source.iterdir(), key=lambda path: path.name == last):
+        if path.is_dir():
+            move_folder(path, target / path.name)
+        else:
+            os.replace(path, target / path.name)
+    source.rmdir()
+
+
+def whole_lines(path: str | Path) -> list[str]:
+    """Lines of a UTF-8 file without their ends; none if there is no file.
+
+    A last line that a stopped process left half-written is not among them.
+    """
+    if not Path(path).exists():
+        return []
+    text = Path(path).read_bytes()
+    return text[: text.rfind(b"\n") + 1].decode("utf-8").split("\n")[:-1]
+
+
+def truncate_lines(path: str | Path, count: int) -> None:
+    """Cuts a file behind its first ``count`` lines, in place: a lock on it stays."""
+    os.truncate(path, sum(len(line.encode()) + 1 for line in whole_lines(path)[:count]))
+
+
+def append_lines(path: str | Path, lines: Iterable[str]) -> None:
+    """Adds lines to a file, on disk before it returns."""
+    with open(path, "a", encoding="utf-8") as out:
+        out.writelines(line + "\n" for line in lines)
+        out.flush()
+        os.fsync(out.fileno())
+
+
+@contextmanager
+def locked(path: str | Path) -> Iterator[None]:
+    """Holds ``path`` for this process; the lock ends with the block or the process.
+
+    The file is created if it is missing.
+
+    Raises:
+        ValueError: If another process holds it.
+    """
+    import fcntl  # POSIX only; nothing else here is
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is writing '{path}'; wait for it to end") from None
+        yield
+
+
+def _sync(path: str | Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _umask() -> int:

@@ -1,8 +1,8 @@
-"""Files of other people that add a method, a selector or a reshape.
+"""Modules that add a method, a selector or a reshape when they are imported.
 
-A plug-in is a Python module that registers something when it is imported. It is found by an entry
-point of the group ``blocktune.plugins``, by ``blocktune --plugin FILE|MODULE``, or by the variable
-``BLOCKTUNE_PLUGINS`` (several with the path separator between), which child processes inherit.
+A plug-in is found by an entry point of the group ``blocktune.plugins``, by ``blocktune --plugin
+FILE|MODULE``, or by the variable ``BLOCKTUNE_PLUGINS`` (several with the path separator between),
+which child processes inherit. The modules of `blocktune.extras` come with the package.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ import hashlib
 import importlib
 import importlib.util
 import os
+import pkgutil
 import sys
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
 GROUP = "blocktune.plugins"
+EXTRAS = "blocktune.extras"
 VARIABLE = "BLOCKTUNE_PLUGINS"
 
 _loaded: set[str] = set()
@@ -47,7 +49,7 @@ def named() -> list[str]:
 
 
 def load_all() -> None:
-    """Imports the plug-ins of all entry points and those that are named, each once.
+    """Imports the plug-ins of the package, of entry points and those that are named, each once.
 
     Raises:
         ValueError: If one cannot be imported: which, and why.
@@ -60,8 +62,11 @@ def load_all() -> None:
 
 @functools.cache
 def _installed(path: tuple[str, ...]) -> list[str]:
-    """Modules of the entry points; reading them anew would take milliseconds at every look-up."""
-    return [entry.value.partition(":")[0] for entry in metadata.entry_points(group=GROUP)]
+    """Modules of `EXTRAS` and of entry points; reading these takes milliseconds, so only once."""
+    extras = pkgutil.iter_modules(importlib.import_module(EXTRAS).__path__, f"{EXTRAS}.")
+    return [module.name for module in extras] + [
+        entry.value.partition(":")[0] for entry in metadata.entry_points(group=GROUP)
+    ]
 
 
 def _load(plugin: str) -> None:

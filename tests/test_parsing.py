@@ -17,7 +17,7 @@ def test_an_old_key_loads_everywhere_and_its_new_name_is_said_once(caplog):
     assert LayoutSpec.from_dict({"num_ghosts": 2}) == LayoutSpec(num_blanks=2)
     entry = {"name": "naive", "layout": {"num_ghosts": 1}}
     for method in (build_entry(entry), build("naive + layout num_ghosts=1")):
-        assert method.arrange(LayoutSpec()).num_blanks == 1
+        assert method.layout(LayoutSpec()).num_blanks == 1
     (line,) = caplog.messages
     assert "'num_ghosts' is now called 'num_blanks'" in line
 

@@ -2,23 +2,15 @@
 
 import pytest
 import torch
-from families import BASE, FAMILIES, HEAD, ROPES, VOCAB, build, rope
+from families import ROPES, VOCAB, build
 from layouts import layout, prompt
 from transformers import (
-    CohereConfig,
-    DeepseekV3Config,
     DynamicCache,
-    GlmConfig,
-    GPT2Config,
-    LlamaConfig,
-    OPTConfig,
-    Phi3Config,
-    SmolLM3Config,
 )
 
 from blocktune.attention import SplitPlan, attach
-from blocktune.models.gate import key_layers, probe_cache
-from blocktune.positions import RopeSpec, Rotation, place, relocate_keys, rotate_keys
+from blocktune.models.gate import key_layers, probe_cache, require_supported
+from blocktune.positions import Rotation, place, relocate_keys, rotate_keys
 
 SHIFTS = [1, -3, 1000, 30_000]
 
@@ -43,7 +35,7 @@ def rotated(model, layer, positions):
 @pytest.mark.parametrize("name", ROPES)
 def test_relocated_key_matches_rope_at_the_new_position(name, shift):
     model = build(ROPES[name]())
-    spec = RopeSpec.from_model(model)
+    spec = require_supported(model)
     for layer, inv_freq in enumerate(spec.inv_freq):
         old = [5, 6, 19, 40]
         keys = rotated(model, layer, old)
@@ -58,14 +50,14 @@ def test_yarn_scaling_does_not_enter_twice():
     model = build(ROPES["yarn"]())
     assert model.model.rotary_emb.attention_scaling > 1.1
     keys = rotated(model, 0, [0, 7])
-    inv_freq = RopeSpec.from_model(model).inv_freq[0]
+    inv_freq = require_supported(model).inv_freq[0]
     moved = relocate_keys(keys, torch.full((1, 2), 50), inv_freq)
     torch.testing.assert_close(moved.norm(dim=-1), keys.norm(dim=-1))
 
 
 def test_partial_rotary_leaves_the_other_dimensions_alone():
     model = build(ROPES["partial"]())
-    inv_freq = RopeSpec.from_model(model).inv_freq[0]
+    inv_freq = require_supported(model).inv_freq[0]
     keys = torch.randn(1, 2, 3, 8)
     moved = relocate_keys(keys, torch.tensor([[4, -2, 9]]), inv_freq)
     assert len(inv_freq) == 2
@@ -74,7 +66,7 @@ def test_partial_rotary_leaves_the_other_dimensions_alone():
 
 
 def test_bfloat16_keys_are_moved_in_float32():
-    inv_freq = RopeSpec.from_model(build(ROPES["default"]())).inv_freq[0]
+    inv_freq = require_supported(build(ROPES["default"]())).inv_freq[0]
     keys = torch.randn(1, 2, 4, 8).bfloat16()
     shift = torch.tensor([[257, 4099, -513, 30_001]])
     moved = relocate_keys(keys, shift, inv_freq)
@@ -86,7 +78,7 @@ def test_bfloat16_keys_are_moved_in_float32():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["default", "partial"])
 def test_keys_turned_into_place_are_the_relocated_ones(name, dtype):
-    inv_freq = RopeSpec.from_model(build(ROPES[name]())).inv_freq[0]
+    inv_freq = require_supported(build(ROPES[name]())).inv_freq[0]
     keys = torch.randn(1, 2, 5, 8).to(dtype)
     shift = torch.tensor([[4, -2, 9, 0, 300]])
     store = torch.zeros(1, 2, 9, 8, dtype=dtype)
@@ -114,7 +106,7 @@ def test_chunkwise_prefill_matches_one_forward(name):
     lengths, query = (20, 13, 30), 9
     some = layout(prompt(0, lengths, query))
     ids = torch.randint(1, VOCAB, some.kind.shape)
-    spec = RopeSpec.from_model(model)
+    spec = require_supported(model)
 
     def joined(late=0):
         cache, start = DynamicCache(), 0
@@ -137,93 +129,6 @@ def test_chunkwise_prefill_matches_one_forward(name):
     # 72 positions of float32 angles through two layers.
     torch.testing.assert_close(pieces, whole, rtol=0, atol=2e-5)
     assert (misplaced - whole).abs().max() > 2e-4
-
-
-def test_layer_without_rope_keeps_its_keys():
-    config = SmolLM3Config(**BASE, no_rope_layers=[1, 0])
-    assert [len(f) for f in RopeSpec.from_model(build(config)).inv_freq] == [4, 0]
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_can_be_moved_in_float32_and_bfloat16(family):
-    model = build(FAMILIES[family]())
-    wide = RopeSpec.from_model(model).inv_freq
-    model.train()
-    narrow = RopeSpec.from_model(model.bfloat16()).inv_freq
-    assert len(wide) == len(narrow) == 2
-    assert all(len(frequencies) in (2, 4) for frequencies in wide)
-    assert all(module.training for module in model.modules())
-
-
-def test_weights_that_are_codes_are_probed_in_the_models_dtype():
-    """A 4-bit base without biases has no floating weight in its attention."""
-
-    class Codes(torch.nn.Module):
-        def __init__(self, linear):
-            super().__init__()
-            self.plain = linear.weight.detach().t()
-            codes = torch.zeros(linear.weight.numel() // 2, dtype=torch.uint8)
-            self.weight = torch.nn.Parameter(codes, requires_grad=False)
-
-        def forward(self, states):
-            return states @ self.plain.to(states.dtype)
-
-    model = build(FAMILIES["llama"]())
-    plain = RopeSpec.from_model(model).inv_freq
-    for layer in model.model.layers:
-        for name, linear in list(layer.self_attn.named_children()):
-            if isinstance(linear, torch.nn.Linear):
-                setattr(layer.self_attn, name, Codes(linear))
-    for found, expected in zip(RopeSpec.from_model(model).inv_freq, plain, strict=True):
-        assert torch.equal(found, expected)
-
-
-LONGROPE = rope(
-    "longrope",
-    short_factor=[1.0] * 4,
-    long_factor=[2.0] * 4,
-    original_max_position_embeddings=128,
-    factor=4.0,
-)
-SMALL_GPT2 = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4}
-SMALL_OPT = {"vocab_size": VOCAB, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2}
-LATENT = {
-    "kv_lora_rank": 16,
-    "q_lora_rank": 16,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 8,
-    "first_k_dense_replace": 2,
-}
-REFUSED = {
-    "dynamic": (
-        lambda: LlamaConfig(**BASE, rope_parameters=rope("dynamic", factor=4.0)),
-        "RoPE type 'dynamic', whose frequencies change",
-    ),
-    "longrope": (
-        lambda: Phi3Config(**BASE, rope_parameters=LONGROPE),
-        "RoPE type 'longrope', whose frequencies change",
-    ),
-    "gpt2": (lambda: GPT2Config(**SMALL_GPT2), "GPT2LMHeadModel has no rotary"),
-    "opt": (
-        lambda: OPTConfig(**SMALL_OPT, num_attention_heads=4, word_embed_proj_dim=32),
-        "OPTForCausalLM has no rotary",
-    ),
-    "cohere": (lambda: CohereConfig(**BASE), "does not rotate its keys by halves"),
-    "glm": (lambda: GlmConfig(**HEAD), "does not rotate its keys by halves"),
-    "deepseek": (
-        lambda: DeepseekV3Config(**{**BASE, "num_key_value_heads": 4}, **LATENT),
-        "does not rotate its keys by halves",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_moved_is_refused_in_one_line(name):
-    config, message = REFUSED[name]
-    with pytest.raises(ValueError, match=message) as refusal:
-        RopeSpec.from_model(build(config()))
-    assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize(

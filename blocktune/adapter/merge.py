@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blocktune.adapter import OWN_WEIGHTS, AdapterInfo, load_adapter
-from blocktune.adapter.load import load_base, load_model
+from blocktune.adapter.load import load_model
 from blocktune.links import add_link_tokens, load_links, save_links
-from blocktune.models.hub_files import adapter_folder
 from blocktune.models.identity import base_fingerprint, tokenizer_hash
+from blocktune.models.load import adapter_folder, load_base
 
 PROBE = (
     "Aldermere is a harbour city, founded in 1204 by fishermen from the coast.",

@@ -1,16 +1,30 @@
 """How a stock transformers model is told to attend by a layout.
 
-`attach` switches the model to an attention function registered through transformers' own
-interface. Each forward then takes a *plan*: the execution that was prepared for its layout.
-No model code is forked or patched, and importing this module changes nothing.
+`attach` registers an attention function through transformers' own interface and adds one forward
+pre-hook to the decoder. A forward that carries a ``layout`` (or a prepared ``plan``) attends by it;
+one without is the stock model. No model code is forked or patched, and importing this module
+changes nothing.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+import copy
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from blocktune.attention.dense import DensePlan
 from blocktune.attention.flex import FlexPlan
@@ -18,8 +32,11 @@ from blocktune.attention.kernels import AttentionParams
 from blocktune.attention.split import SplitPlan
 from blocktune.layout import LayerRule, Layout
 
-NAME = "blocktune"
-"""The attention implementation's name in transformers."""
+NAME = "blocktune_"
+"""Prefix of the attention implementations' names in transformers; the model's own one follows."""
+STOCK = ("sdpa", "eager")
+"""The models' own implementations that forwards without a layout can go on with."""
+_HANDLE = "_blocktune_attached"
 
 
 class Plan(Protocol):
@@ -56,68 +73,163 @@ def make_plan(execution: str, layout: Layout) -> Plan:
     Raises:
         ValueError: If the execution is unknown.
     """
-    if execution not in EXECUTIONS:
-        known = ", ".join(sorted(EXECUTIONS))
-        raise ValueError(f"unknown attention execution '{execution}'; available: {known}")
-    return EXECUTIONS[execution](layout)
+    return _execution(execution)(layout)
 
 
-def attach(model: PreTrainedModel) -> None:
-    """Switches ``model`` (or the base model under a PEFT wrapper) to attention by plan.
+def attach(model: PreTrainedModel, execution: str = "split") -> None:
+    """Lets forwards of ``model`` (or of the base model under a PEFT wrapper) attend by a layout.
 
-    Every later forward needs ``plan=``; without one it raises instead of attending causally in
-    silence. `detach` undoes it.
+    A forward that gets ``layout=`` ``(B, S, fields)`` (see `Layout.pack`) attends by it and takes
+    its positions from it. One that gets ``plan=`` attends by that plan, at the ``position_ids`` it
+    is given. All others are those of the stock model. The model gets a copy of its configuration,
+    so that another model made from the same one is not switched with it. `detach` undoes it.
+
+    Args:
+        model: A decoder of transformers.
+        execution: How layouts are attended, see `make_plan`.
 
     Raises:
-        ValueError: If the model cannot switch its attention implementation.
+        ValueError: If the model cannot switch its attention implementation, its own is not one of
+            `STOCK`, or the execution is unknown.
     """
-    AttentionInterface.register(NAME, _attend)
-    AttentionMaskInterface.register(NAME, _no_mask)
-    model.set_attn_implementation(NAME)
-    if model.config.get_text_config()._attn_implementation != NAME:
+    _execution(execution)
+    decoder, stock = _decoder(model), _stock(model)
+    if stock not in STOCK:
+        raise ValueError(
+            f"blocktune attaches to models that run '{STOCK[0]}' or '{STOCK[1]}' attention, got "
+            f"'{stock}'; load the model with attn_implementation='sdpa'"
+        )
+    if not is_attached(model):
+        _own_config(model)
+    AttentionInterface.register(NAME + stock, partial(_attend, stock))
+    AttentionMaskInterface.register(NAME + stock, ALL_MASK_ATTENTION_FUNCTIONS[stock])
+    model.set_attn_implementation(NAME + stock)
+    if model.config.get_text_config()._attn_implementation != NAME + stock:
         raise ValueError(
             f"{type(model).__name__} does not take transformers' attention interface; "
             "blocktune needs a model whose attention can be switched by set_attn_implementation"
         )
+    if is_attached(model):
+        getattr(decoder, _HANDLE).remove()
+    handle = decoder.register_forward_pre_hook(partial(_read_layout, execution), with_kwargs=True)
+    setattr(decoder, _HANDLE, handle)
 
 
 def detach(model: PreTrainedModel) -> None:
-    """Gives ``model`` back its own attention: PyTorch's, or eager where it has none (Gemma 2)."""
-    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+    """Gives ``model`` back its own attention; does nothing to a model that is not attached."""
+    if is_attached(model):
+        decoder = _decoder(model)
+        getattr(decoder, _HANDLE).remove()
+        delattr(decoder, _HANDLE)
+        model.set_attn_implementation(_stock(model))
 
 
-def _no_mask(*args, **kwargs) -> None:
-    """The plan holds the mask."""
+def is_attached(model: PreTrainedModel) -> bool:
+    """Whether `attach` was called on this model, and not undone."""
+    return hasattr(_decoder(model), _HANDLE)
+
+
+@contextmanager
+def block_attention(model: PreTrainedModel, execution: str = "split") -> Iterator[PreTrainedModel]:
+    """The model attached within the block; after it the model is as before."""
+    was_attached = is_attached(model)
+    attach(model, execution)
+    try:
+        yield model
+    finally:
+        if not was_attached:
+            detach(model)
+
+
+def _execution(name: str) -> type:
+    if name not in EXECUTIONS:
+        known = ", ".join(sorted(EXECUTIONS))
+        raise ValueError(f"unknown attention execution '{name}'; available: {known}")
+    return EXECUTIONS[name]
+
+
+def _decoder(model: PreTrainedModel) -> nn.Module:
+    """The part of the model that makes masks and runs the layers."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return base.get_decoder()
+
+
+def _stock(model: PreTrainedModel) -> str:
+    return model.config.get_text_config()._attn_implementation.removeprefix(NAME)
+
+
+def _own_config(model: nn.Module) -> None:
+    """Copies the configurations that the model's parts hold; shared ones stay shared inside."""
+    copies: dict[int, Any] = {}
+    for module in model.modules():
+        config = vars(module).get("config")
+        if isinstance(config, PreTrainedConfig):
+            module.config = copy.deepcopy(config, copies)
+
+
+def _read_layout(
+    execution: str, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]
+) -> tuple[tuple, dict[str, Any]] | None:
+    """The pre-hook: turns ``layout`` into a plan and positions, and keeps stock masks away."""
+    packed, plan = kwargs.pop("layout", None), kwargs.get("plan")
+    if packed is None and plan is None:
+        return None
+    if not decoder.config._attn_implementation.startswith(NAME):
+        raise ValueError(
+            f"the model's attention was set to '{decoder.config._attn_implementation}' after "
+            "attach, so it would ignore the layout; call attach(model) again"
+        )
+    mask = kwargs.get("attention_mask")
+    if packed is not None:
+        layout = Layout.unpack(packed)
+        rows = kwargs.get("input_ids", args[0] if args else None)
+        rows = kwargs.get("inputs_embeds") if rows is None else rows
+        if rows.shape[:2] != layout.kind.shape:
+            raise ValueError(
+                f"layout has {tuple(layout.kind.shape)} rows, the input has "
+                f"{tuple(rows.shape[:2])}; pass the layout of exactly these tokens"
+            )
+        if mask is not None and mask.shape == layout.kind.shape:  # padding, which the layout has
+            mask = None if torch.equal(mask.bool(), ~layout.is_pad) else mask
+        kwargs |= {"plan": make_plan(execution, layout), "position_ids": layout.position}
+        if kwargs.get("use_cache") is None:
+            kwargs["use_cache"] = False
+    if mask is not None:
+        raise ValueError(
+            f"a plan and an attention mask {tuple(mask.shape)} were given; the plan's layout holds "
+            "all visibility (padding too): leave attention_mask out"
+        )
+    # Transformers hands four-dimensional masks on as they are, so it makes none of its own.
+    return args, kwargs | {"attention_mask": torch.empty(0, 0, 0, 0)}
 
 
 def _attend(
+    stock: str,
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
+    *,
     plan: Plan | None = None,
-    **kwargs,
-) -> tuple[Tensor, None]:
-    """The registered attention function."""
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The registered attention function: by the plan, or as the stock model."""
     if plan is None:
-        raise ValueError(
-            "this model attends by a blocktune plan and got none; pass plan=make_plan('split', "
-            "layout) to forward, or blocktune.attention.detach(model) to go back"
-        )
-    if attention_mask is not None:
-        raise ValueError(
-            f"a plan and an attention mask {tuple(attention_mask.shape)} were given; the plan's "
-            "layout holds all visibility (padding too): leave attention_mask out"
-        )
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(stock, _eager(module))
+        return attend(module, query, key, value, attention_mask, **kwargs)
     if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
         raise ValueError(
             f"{type(module).__name__} adds attention sinks or a position bias to its scores; "
             "blocktune supports RoPE decoders with plain softmax attention"
         )
-    rule = LayerRule(layer=module.layer_idx, window=sliding_window)
-    return plan.attend(query, key, value, rule, AttentionParams(scaling, softcap, dropout)), None
+    params = AttentionParams(kwargs["scaling"], kwargs.get("softcap"), kwargs.get("dropout", 0.0))
+    rule = LayerRule(layer=module.layer_idx, window=kwargs.get("sliding_window"))
+    return plan.attend(query, key, value, rule, params), None
+
+
+def _eager(module: nn.Module) -> Callable | None:
+    """The eager attention of the file that the module comes from."""
+    files = (sys.modules[base.__module__] for base in type(module).__mro__)
+    found = (getattr(file, "eager_attention_forward", None) for file in files)
+    return next((function for function in found if function is not None), None)

@@ -21,7 +21,7 @@ from blocktune.bench.timing import (
     threads,
 )
 from blocktune.engine import Engine, Sampling, Usage
-from blocktune.engine.generation import Run
+from blocktune.engine.generation import Generation
 from blocktune.engine.rows import computed_rows
 from blocktune.layout import Kind
 from blocktune.methods import Method
@@ -81,7 +81,7 @@ def _stock(engine: Engine, pieces: Pieces) -> Callable[[], object]:
     return work
 
 
-def _query_only(engine: Engine, run: Run) -> Callable[[], object]:
+def _query_only(engine: Engine, run: Generation) -> Callable[[], object]:
     """Computes the question again over the cache of a run, writing over its own columns."""
     asked = run.batch.layout.kind == Kind.QUERY
     rows = computed_rows(run.batch, asked)

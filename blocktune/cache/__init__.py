@@ -1,43 +1,29 @@
 """Everything that is kept between requests or passes: chunks, exact prefixes, prompts."""
 
-from blocktune.cache.cache_craft import (
-    ChunkVariants,
-    Recall,
-    Variant,
-    VariantStore,
-    cache_fix_overhead,
-)
 from blocktune.cache.chunk_kv import ChunkKV, Entry
-from blocktune.cache.exact import ExactKV, cut_exact
+from blocktune.cache.exact import ExactKV, cut_exact, load_exact
 from blocktune.cache.fingerprint import chunk_key, key_after, model_fingerprint, weights_hash
 from blocktune.cache.hidden_states import ChunkStates, states_key
 from blocktune.cache.prefix_tree import PrefixMatch, PrefixTree
 from blocktune.cache.row_cache import SKIP, RowCache
 from blocktune.cache.store import ChunkStore, Lookup, StoreStats
-from blocktune.cache.streaming import Damaged, Stream
 
 __all__ = [
     "SKIP",
     "ChunkKV",
     "ChunkStates",
     "ChunkStore",
-    "ChunkVariants",
-    "Damaged",
     "Entry",
     "ExactKV",
     "Lookup",
     "PrefixMatch",
     "PrefixTree",
-    "Recall",
     "RowCache",
     "StoreStats",
-    "Stream",
-    "Variant",
-    "VariantStore",
-    "cache_fix_overhead",
     "chunk_key",
     "cut_exact",
     "key_after",
+    "load_exact",
     "model_fingerprint",
     "states_key",
     "weights_hash",

@@ -10,14 +10,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import InitVar, dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from blocktune.cache.chunk_kv import ChunkKV
-
-if TYPE_CHECKING:
-    from blocktune.cache.row_cache import RowCache
+from blocktune.cache.row_cache import RowCache
 
 _FULL_PREFILL = object()
 
@@ -93,3 +90,14 @@ def cut_exact(
         cuts.append(ExactKV(kv.compact(), context_digest(pieces[:index]), proof=_FULL_PREFILL))
         start = span.stop
     return tuple(cuts)
+
+
+def load_exact(cache: RowCache, prompt: int, exact: ExactKV) -> None:
+    """Writes a piece of an exact prefix into ``cache``, which stays as exact as it was.
+
+    In an exact prefix the column is the position.
+    """
+    kv = exact.kv
+    columns = torch.arange(kv.num_tokens, device=kv.keys[0].device) + kv.origin
+    for layer, (keys, values) in enumerate(zip(kv.keys, kv.values, strict=True)):
+        cache.write(layer, prompt, columns, keys, values)

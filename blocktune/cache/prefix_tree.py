@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from blocktune.cache.exact import ExactKV, context_digest
+from blocktune.cache.exact import ExactKV, context_digest, load_exact
 from blocktune.cache.row_cache import RowCache
 
 Piece = tuple[int, ...]
@@ -58,7 +58,7 @@ class PrefixMatch:
     def load(self, cache: RowCache, prompt: int) -> None:
         """Puts the matched states into the first columns of one prompt of ``cache``."""
         for exact in self.exacts:
-            cache.load_exact(prompt, exact)
+            load_exact(cache, prompt, exact)
 
     def release(self) -> None:
         """Lets the pieces be evicted again; leaving the ``with`` block calls it."""

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from blocktune.cache.exact import ExactKV
-
 SKIP = -1
 """Column of a padding row: its keys and values are not stored."""
 
@@ -241,7 +239,7 @@ class RowCache(Cache):
             values: ``(K, S, D)``.
         """
         self.exact = False
-        self._write(layer, prompt, columns, keys, values)
+        self.write(layer, prompt, columns, keys, values)
 
     def room(
         self, layer: int, prompt: int, columns: slice, keys: Tensor, values: Tensor
@@ -273,16 +271,6 @@ class RowCache(Cache):
         """
         self.layers[layer].pending.append(fill)
 
-    def load_exact(self, prompt: int, exact: ExactKV) -> None:
-        """Puts a piece of an exact prefix where it belongs; the cache stays as exact as it was.
-
-        Column and position are the same number in an exact prefix, so there is no choice.
-        """
-        kv = exact.kv
-        columns = torch.arange(kv.num_tokens, device=kv.keys[0].device) + kv.origin
-        for layer, (keys, values) in enumerate(zip(kv.keys, kv.values, strict=True)):
-            self._write(layer, prompt, columns, keys, values)
-
     def observe(self, layer: int, observer: Observer | None) -> None:
         """Shows every update of a layer to ``observer``, or to nobody.
 
@@ -304,7 +292,8 @@ class RowCache(Cache):
         """Writes rows ``(B, K, R, D)`` into a layer's selected columns without a forward pass."""
         self.layers[layer].store(keys, values)
 
-    def _write(self, layer: int, prompt: int, columns: Tensor, keys: Tensor, values: Tensor):
+    def write(self, layer: int, prompt: int, columns: Tensor, keys: Tensor, values: Tensor) -> None:
+        """As `load_columns`, of states that are as exact as the cache: `exact.load_exact`."""
         row_layer = self.layers[layer]
         if not row_layer.is_initialized:
             row_layer.lazy_initialization(keys[None], values[None])

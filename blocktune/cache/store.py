@@ -6,10 +6,10 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,6 +73,9 @@ class ChunkStore:
         folder: Every chunk put is also written here, one file each; None: memory only.
         device: Where chunks in memory live, and onto which those from the folder are loaded.
 
+    Attributes:
+        notes: What plug-ins remember of this store while the process lives, by keys of their own.
+
     Raises:
         ValueError: If there is nowhere to keep anything, or the folder cannot be written.
     """
@@ -90,6 +93,7 @@ class ChunkStore:
         self.max_bytes = max_bytes
         self.folder = None if folder is None else Path(folder)
         self.device = torch.device(device)
+        self.notes: dict[Hashable, Any] = {}
         self._chunks: OrderedDict[str, Entry] = OrderedDict()
         self._stats = StoreStats()
         self._lock = threading.RLock()

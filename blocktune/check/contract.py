@@ -110,7 +110,7 @@ def _of_reuse(method: Method) -> dict[str, Callable[[Subject], Pairs]]:
         pairs["all but what wraps chunks fresh = one dense forward"] = _everything_but_wraps_fresh
     else:
         pairs["everything fresh = full prefill of the same rows"] = _everything_fresh
-    if method.recall is not None:
+    if method.history is not None:
         pairs["without a history = full prefill"] = _without_history
     if takes_budget(method.select()):
         pairs["a budget of nothing or all = nothing or all"] = _budget_ends

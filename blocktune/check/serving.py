@@ -12,7 +12,7 @@ from torch import Tensor
 from blocktune.attention import DensePlan
 from blocktune.check.claim import ASK, HISTORY, Ask
 from blocktune.engine import Engine, Sampling
-from blocktune.engine.generation import Run
+from blocktune.engine.generation import Generation
 from blocktune.layout import GLOBAL, Kind, Layout
 from blocktune.methods import Method
 from blocktune.prompt import LayoutSpec, stack
@@ -65,7 +65,7 @@ class Subject:
         """The engine with empty caches, or with the history that the method needs."""
         return begun(self.engine, self.method, history)
 
-    def run(self, method: Method, ask: Ask = ASK, answer: tuple[int, ...] = ()) -> Run:
+    def run(self, method: Method, ask: Ask = ASK, answer: tuple[int, ...] = ()) -> Generation:
         """A request up to its first logits, or those after an ``answer`` given beforehand."""
         self.begin()
         pieces = self.engine.prompts.pieces(ask, method)._replace(answer=answer)
@@ -73,7 +73,9 @@ class Subject:
 
     def serve(self, method: Method, ask: Ask = ASK) -> Served:
         """A request, or what is known of it."""
-        return self._once((_facts(method), ask), lambda: _served(self.run(method, ask)))
+        return self._once(
+            (_facts(method, self.engine), ask), lambda: _served(self.run(method, ask))
+        )
 
     def logits(self, method: Method) -> Tensor:
         """``(V,)`` after the prompt of `ASK`."""
@@ -87,22 +89,26 @@ class Subject:
             rows: Changes ids and layout first, such as `all_visible`; the prompt's own rows must
                 come first.
         """
-        return self._once((_facts(method), rows), lambda: _dense_logits(self, method, rows))
+        return self._once(
+            (_facts(method, self.engine), rows), lambda: _dense_logits(self, method, rows)
+        )
 
-    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
+    def _once(self, method: Method, more: Any, make: Callable[[], Any]) -> Any:
+        key = (_facts(method, self.engine), more)
         if (made := self.known.get(key)) is None:
             made = self.known[key] = make()
         return made
 
 
-def _facts(method: Method) -> tuple:
+def _facts(method: Method, engine: Engine) -> tuple:
     """What the engine reads of a method: two that agree in it are served alike."""
-    choices = (method.layout(LayoutSpec()), method.select(), method.layer_budget, method.reshape())
-    kept = (method.weights, method.cached, method.keeps_context, method.recall, method.paced)
-    return choices + kept
+    choices = method.layout(LayoutSpec()), method.select(), method.reshape(), method.history
+    kept = (method.weights, method.cached, method.keeps_context, method.layer_budget)
+    own_loader = method.loader(engine.store, "") is not None and method.name
+    return repr(choices), kept, own_loader
 
 
-def _served(run: Run) -> Served:
+def _served(run: Generation) -> Served:
     layout = run.batch.layout
     question = int(layout.order[layout.kind == Kind.QUERY].min())
     last = layout.is_context & (layout.chunk == layout.chunk.max())
@@ -116,15 +122,15 @@ def _served(run: Run) -> Served:
 
 
 def begun(engine: Engine, method: Method, history: Sequence[Ask] = HISTORY) -> Engine:
-    """The engine with empty caches; if the method recalls, as ``history`` leaves them."""
+    """The engine with empty caches; if the method has a history, as ``history`` leaves them."""
     engine.forget()
-    if method.recall is not None:
+    if method.history is not None:
         for ask in history:
             next(engine.prefilled([ask], method).tokens(Sampling(), 1))
     return engine
 
 
-def computed_columns(run: Run) -> tuple[tuple[int, ...], ...]:
+def computed_columns(run: Generation) -> tuple[tuple[int, ...], ...]:
     """Columns of the first prompt's chunk tokens that each pass computed."""
     rows = [plan.query.map(lambda field: field[0]) for plan in run.prefill.plans]
     return tuple(tuple(one.order[one.kind == Kind.CHUNK].tolist()) for one in rows)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from rich.table import Table
 from rich.text import Text
 
 from blocktune.cache import ChunkStore
+from blocktune.commands.errors import resumable
 from blocktune.data import RagExample, load_examples
 from blocktune.engine import Answer, Engine, Sampling, Usage
-from blocktune.files import replace_text
+from blocktune.files import append_lines, locked, truncate_lines, whole_lines
 from blocktune.methods import Method, parse_method
 from blocktune.prompt import Chunk, show
 
@@ -36,7 +38,7 @@ def read_examples(
         raise ValueError("give either --input FILE or --question Q with --chunk TEXT, not both")
     if source is not None:
         if chunks:
-            raise ValueError("--chunk belongs to --question; chunks of --input stand in the file")
+            raise ValueError("--chunk belongs to --question; the chunks of --input are in its file")
         if examples := load_examples(source, limit=limit):
             return examples
         raise ValueError(f"{source}: no question in it")
@@ -46,7 +48,7 @@ def read_examples(
 
 
 def build_method(name: str, parameters: Sequence[str]) -> Method:
-    """Builds a method from what one says of it and ``name=value`` pairs, read as YAML.
+    """Builds a method from its text and ``name=value`` pairs, read as YAML.
 
     Raises:
         ValueError: If one is not a pair, or the method refuses it.
@@ -60,44 +62,129 @@ def build_method(name: str, parameters: Sequence[str]) -> Method:
     return parse_method(name, values)
 
 
-def build_sampling(temperature: float, top_k: int, top_p: float, seed: int) -> Sampling:
-    """How tokens are picked."""
-    return Sampling(temperature, top_k, top_p, seed)
+@dataclass(frozen=True)
+class Run:
+    """An engine with the settings of one command.
 
-
-def answer_all(
-    engine: Engine, examples: Sequence[RagExample], method: Method, *, batch_size: int, **decoding
-) -> list[Answer]:
-    """Answers in batches, with a progress bar where there are several.
-
-    Raises:
-        ValueError: Before the first answer, if any prompt does not fit into the model's context.
+    Attributes:
+        engine: Loaded, with the wording of the command.
+        method: How chunks are reused.
+        max_new_tokens: Longest answer.
+        sampling: How tokens are picked.
+        batch_size: Questions per batch.
     """
-    make = engine.prompts
-    for example in examples:
-        make.prompt(make.pieces(example, method), make.spec(method), decoding["max_new_tokens"])
-    starts = range(0, len(examples), batch_size)
-    console = Console(stderr=True)
-    answers: list[Answer] = []
-    for start in track(starts, "answering", console=console, disable=len(starts) == 1):
-        batch = examples[start : start + batch_size]
-        answers += engine.answer(batch, method, batch_size=batch_size, **decoding)
-    return answers
+
+    engine: Engine
+    method: Method
+    max_new_tokens: int
+    sampling: Sampling
+    batch_size: int
+
+    def require_room(self, examples: Sequence[RagExample]) -> None:
+        """Lays every prompt out, before the first answer.
+
+        Raises:
+            ValueError: If one does not fit into the model's context.
+        """
+        make = self.engine.prompts
+        for example in examples:
+            pieces = make.pieces(example, self.method)
+            make.prompt(pieces, make.spec(self.method), self.max_new_tokens)
+
+    def print_prompts(self, examples: Sequence[RagExample]) -> None:
+        """Prints every row of the prompts as the model sees them."""
+        make = self.engine.prompts
+        for example in examples:
+            prompt = make.prompt(make.pieces(example, self.method), make.spec(self.method))
+            typer.echo(show(self.engine.tokenizer, prompt) + "\n")
+
+    def print_stream(self, example: RagExample) -> None:
+        """Prints pieces of one answer as they are generated."""
+        decoding = {"max_new_tokens": self.max_new_tokens, "sampling": self.sampling}
+        for piece in self.engine.stream(example, self.method, **decoding):
+            typer.echo(piece, nl=False)
+        typer.echo()
+
+    def print_answers(self, examples: Sequence[RagExample], as_json: bool) -> None:
+        """Prints answers as JSON lines or as panels, each batch when it is done."""
+        console = Console()
+        for example, answer in self._answers(examples, quiet=not as_json):
+            if as_json:
+                typer.echo(json.dumps(self._record(example, answer), ensure_ascii=False))
+            else:
+                console.print(_panel(example, answer, self.method.name))
+
+    def write(self, examples: Sequence[RagExample], output: Path, method: Sequence[str]) -> None:
+        """Appends answers to a JSONL file; those that it holds already are not made again.
+
+        Args:
+            examples: All questions of the command.
+            output: The file. Each line carries a key: a digest of all that decides its answer.
+            method: The method as typed, part of the keys.
+
+        Raises:
+            ValueError: If the file holds other lines than this command writes.
+        """
+        keys = [self._key(example, method) for example in examples]
+        with locked(output), resumable(f"the answers so far are in {output}"):
+            done = _answered(output, keys)
+            # Batches are the same after a stop, and with them what is drawn.
+            done -= done % self.batch_size if done < len(keys) else 0
+            truncate_lines(output, done)
+            for number, pair in enumerate(self._answers(examples[done:]), start=done):
+                record = self._record(*pair) | {"key": keys[number]}
+                append_lines(output, [json.dumps(record, ensure_ascii=False)])
+        before = f", {done:,} were there" if done else ""
+        typer.echo(f"wrote {len(keys) - done:,} answers to {output}{before}")
+
+    def _answers(
+        self, examples: Sequence[RagExample], quiet: bool = False
+    ) -> Iterator[tuple[RagExample, Answer]]:
+        """Answers batch by batch, with a progress bar where there are several."""
+        starts = range(0, len(examples), self.batch_size)
+        console = Console(stderr=True)
+        for start in track(starts, "answering", console=console, disable=quiet or len(starts) < 2):
+            batch = examples[start : start + self.batch_size]
+            answers = self.engine.answer(
+                batch,
+                self.method,
+                max_new_tokens=self.max_new_tokens,
+                sampling=self.sampling,
+                batch_size=self.batch_size,
+            )
+            yield from zip(batch, answers, strict=True)
+
+    def _record(self, example: RagExample, answer: Answer) -> dict[str, Any]:
+        usage = answer.usage
+        derived = {"recompute_ratio": usage.recompute_ratio, "ttft_s": usage.ttft_s}
+        return {
+            "id": example.id,
+            "question": example.question,
+            "answer": answer.text,
+            "method": self.method.name,
+            "usage": asdict(usage) | derived,
+        }
+
+    def _key(self, example: RagExample, method: Sequence[str]) -> str:
+        sampled = [asdict(self.sampling), self.batch_size] if self.sampling.temperature else []
+        weights = [self.engine.fingerprint, self.engine.format.to_dict()]
+        parts = [weights, list(method), self.max_new_tokens, sampled, example.to_json()]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def print_prompts(engine: Engine, examples: Sequence[RagExample], method: Method) -> None:
-    """Prints every row of the prompts as the model sees them."""
-    make = engine.prompts
-    for example in examples:
-        prompt = make.prompt(make.pieces(example, method), make.spec(method))
-        typer.echo(show(engine.tokenizer, prompt) + "\n")
-
-
-def print_stream(pieces: Iterator[str]) -> None:
-    """Prints pieces of text as they come."""
-    for piece in pieces:
-        typer.echo(piece, nl=False)
-    typer.echo()
+def _answered(output: Path, keys: Sequence[str]) -> int:
+    """How many of the questions a file answers, in their order."""
+    for number, line in enumerate(whole_lines(output)):
+        try:
+            known = json.loads(line)["key"]
+        except (ValueError, KeyError, TypeError):
+            known = None
+        if number >= len(keys) or known != keys[number]:
+            raise ValueError(
+                f"'{output}', line {number + 1}: not an answer of this command; another command, "
+                "other questions or other settings wrote it; choose another --output or remove it"
+            )
+    return len(whole_lines(output))
 
 
 def holds_chunks(folder: Path) -> bool:
@@ -105,56 +192,23 @@ def holds_chunks(folder: Path) -> bool:
     return next(folder.glob("*/*/*.safetensors"), None) is not None
 
 
-def tell_store(store: ChunkStore, held: bool) -> None:
-    """Says on standard error what a folder of chunks was good for.
+def report_store(store: ChunkStore, held: bool) -> None:
+    """Prints on standard error how many chunks a folder saved.
 
     Args:
-        store: That the answers were made from.
+        store: Used for the answers.
         held: Whether its folder held chunks before.
     """
     if store.folder is None:
         return
     stats = store.stats()
-    line = f"{stats.disk_hits:,} chunks read from {store.folder}, {stats.misses:,} encoded anew"
+    line = f"{stats.disk_hits:,} chunks read from {store.folder}, {stats.misses:,} encoded now"
     if held and stats.misses and not stats.disk_hits:
         line += (
-            "; those that it held are other passages, or of another model, adapter, dtype, "
+            "; the chunks in it are other passages, or of another model, adapter, dtype, "
             "quantisation or wording"
         )
     typer.echo(line, err=True)
-
-
-def deliver(
-    examples: Sequence[RagExample],
-    answers: Sequence[Answer],
-    method: str,
-    output: Path | None,
-    as_json: bool,
-) -> None:
-    """Writes answers to a file, or prints them as JSON lines or as panels."""
-    pairs = list(zip(examples, answers, strict=True))
-    lines = [json.dumps(_record(e, a, method), ensure_ascii=False) for e, a in pairs]
-    if output is not None:
-        replace_text(output, "".join(line + "\n" for line in lines))
-        typer.echo(f"wrote {len(lines):,} answers to {output}")
-    elif as_json:
-        typer.echo("\n".join(lines))
-    else:
-        console = Console()
-        for example, answer in pairs:
-            console.print(_panel(example, answer, method))
-
-
-def _record(example: RagExample, answer: Answer, method: str) -> dict[str, Any]:
-    usage = answer.usage
-    derived = {"recompute_ratio": usage.recompute_ratio, "ttft_s": usage.ttft_s}
-    return {
-        "id": example.id,
-        "question": example.question,
-        "answer": answer.text,
-        "method": method,
-        "usage": asdict(usage) | derived,
-    }
 
 
 def _panel(example: RagExample, answer: Answer, method: str) -> Panel:
@@ -169,7 +223,7 @@ def _panel(example: RagExample, answer: Answer, method: str) -> Panel:
 
 def _usage_table(usage: Usage) -> Table:
     table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(style="dim")
+    table.add_column(style="dim", no_wrap=True)
     table.add_column()
     per_layer = ", ".join(map(str, usage.layer_tokens))
     times = {
@@ -177,10 +231,10 @@ def _usage_table(usage: Usage) -> Table:
         for name, seconds in asdict(usage.ttft).items()
         if seconds
     }
+    split = ", ".join(f"{name} {value}" for name, value in times.items())
     table.add_row("context", f"{usage.context_tokens:,} of {usage.prompt_tokens:,} tokens")
     table.add_row("recomputed", f"{usage.recompute_ratio:.1%} (tokens per layer: {per_layer})")
     table.add_row("chunks", f"{usage.chunk_hits} cached, {usage.chunk_misses} encoded now")
     table.add_row("read", f"{usage.bytes_read / 1e6:,.2f} MB")
-    split = ", ".join(f"{name} {value}" for name, value in times.items())
     table.add_row("first token", f"{1000 * usage.ttft_s:.1f} ms ({split})")
     return table

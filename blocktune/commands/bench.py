@@ -11,10 +11,11 @@ import typer
 
 from blocktune.commands.options import AsJson, teach
 
-Tokens = Annotated[int, typer.Option(min=2, help="Length of the prompt.")]
+Tokens = Annotated[int, typer.Option(min=2, help="Length of the prompt, in tokens.")]
 ChunkTokens = Annotated[int, typer.Option(min=1, help="Tokens per chunk.")]
 Repeats = Annotated[int, typer.Option(min=1, help="Rounds; medians are shown.")]
-Output = Annotated[Path | None, typer.Option(help="JSON file to write too.")]
+Output = Annotated[Path | None, typer.Option(help="JSON file to write as well.")]
+Tiny = Annotated[bool, typer.Option("--tiny", help="A toy model and prompt, for a quick try.")]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -24,18 +25,15 @@ def add_to(app: typer.Typer) -> None:
     group.command(
         "reuse",
         epilog=teach(
-            "blocktune bench reuse --json",
-            "blocktune bench reuse --output eval/results/bench/reuse.json",
-            "blocktune bench reuse --tokens 4096 --repeats 3",
-            "blocktune bench reuse --tiny   # seconds; only to see that it runs",
+            "blocktune bench reuse --tokens 4096 --repeats 3 --output out/reuse.json",
+            "blocktune bench reuse --tiny   # takes seconds",
         ),
     )(reuse)
     group.command(
         "loading",
         epilog=teach(
-            "blocktune bench loading --json",
-            "blocktune bench loading --folder /mnt/slow   # the disk that is meant",
-            "blocktune bench loading --tiny",
+            "blocktune bench loading --folder /mnt/slow   # the disk to measure",
+            "blocktune bench loading --tiny --json",
         ),
     )(loading)
     app.add_typer(group, name="bench")
@@ -58,7 +56,7 @@ def reuse(
     tokens: Tokens = 8192,
     chunk: ChunkTokens = 512,
     repeats: Repeats = 5,
-    tiny: Annotated[bool, typer.Option("--tiny", help="A model and prompt of toy size.")] = False,
+    tiny: Tiny = False,
     output: Output = None,
     as_json: AsJson = False,
 ) -> None:
@@ -74,13 +72,14 @@ def loading(
     chunk: ChunkTokens = 512,
     repeats: Repeats = 5,
     folder: Annotated[
-        Path | None, typer.Option(help="Where chunks are written; the system's default if none.")
+        Path | None,
+        typer.Option(help="Folder for the chunks. Default: the system's temporary one."),
     ] = None,
-    tiny: Annotated[bool, typer.Option("--tiny", help="A model and prompt of toy size.")] = False,
+    tiny: Tiny = False,
     output: Output = None,
     as_json: AsJson = False,
 ) -> None:
-    """Time cacheblend over chunks on disk, loaded before it computes and while it does."""
+    """Time cacheblend with chunks on disk: loaded before computing, or while computing."""
     from blocktune.bench import LOADING, TINY, bench_loading
 
     setting = TINY if tiny else replace(LOADING, tokens=tokens, chunk=chunk)
@@ -88,9 +87,10 @@ def loading(
 
 
 def _show(found: dict, as_json: bool, output: Path | None) -> None:
+    from blocktune.files import replace_json
+
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        replace_json(output, found)
     typer.echo(json.dumps(found, indent=2) if as_json else "\n".join(_lines(found)))
 
 

@@ -15,6 +15,7 @@ from blocktune.commands.options import (
     Model,
     Quantize,
     load_engine,
+    print_table,
     teach,
 )
 
@@ -38,14 +39,16 @@ def check(
     adapter: Adapter = None,
     method: Annotated[
         str | None,
-        typer.Option(help="Check what every method must keep of this one; no model: a small one."),
+        typer.Option(
+            help="Check the contract of this method instead; without --model on a small random one."
+        ),
     ] = None,
     dtype: Dtype = "auto",
     quantize: Quantize = None,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check on your own model that reuse is sound: masks, relocation, caches, all against dense."""
+    """Check that reuse is exact on your model: masks, relocation and caches against dense."""
     from blocktune.check import check_method, check_model
     from blocktune.methods import parse_method
 
@@ -54,25 +57,19 @@ def check(
     if built is None or model is not None or adapter is not None:
         engine = load_engine(model, adapter, None, dtype, device, quantize)
     checks = check_model(engine) if built is None else check_method(built, engine)
+    sound = all(one.passed for one in checks)
     if as_json:
         typer.echo(json.dumps({"checks": [one.to_dict() for one in checks]}, indent=2))
     else:
-        _print_table(checks, "on this model" if built is None else f"by '{built.name}'")
-    raise typer.Exit(0 if all(one.passed for one in checks) else 1)
-
-
-def _print_table(checks: list, where: str) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("", "check", "difference", "tolerance"):
-        table.add_column(heading, justify="left" if heading in ("", "check") else "right")
-    for one in checks:
-        verdict = "[green]ok[/green]" if one.passed else "[red]FAILED[/red]"
-        table.add_row(verdict, one.name, f"{one.max_abs_diff:.1e}", f"{one.tolerance:.1e}")
-    console = Console()
-    console.print(table)
-    sound = all(one.passed for one in checks)
-    console.print(f"Reuse {where} is sound." if sound else f"Do not serve: reuse {where} is wrong.")
+        verdicts = {True: "[green]ok[/green]", False: "[red]FAILED[/red]"}
+        print_table(
+            ("", "check", "difference", "tolerance"),
+            [
+                (verdicts[x.passed], x.name, f"{x.max_abs_diff:.1e}", f"{x.tolerance:.1e}")
+                for x in checks
+            ],
+            text=2,
+        )
+        where = "on this model" if built is None else f"by '{built.name}'"
+        typer.echo(f"Reuse {where} is sound." if sound else f"Do not serve: reuse {where} fails.")
+    raise typer.Exit(0 if sound else 1)

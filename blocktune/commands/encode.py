@@ -7,13 +7,19 @@ from typing import Annotated
 
 import typer
 
+from blocktune.commands.errors import resumable
 from blocktune.commands.options import (
+    PROMPT,
     Adapter,
     Device,
     Dtype,
+    Format,
+    Instruction,
     Model,
     Quantize,
+    System,
     load_engine,
+    reworded,
     teach,
 )
 
@@ -26,13 +32,20 @@ def add_to(app: typer.Typer) -> None:
             "blocktune encode --input docs.jsonl --store cache/ --model data/tiny",
             "blocktune encode --input questions.jsonl --store cache/ --model M --adapter out/block",
             'A line of docs.jsonl: {"text": "...", "title": "..."}, or a question with "chunks".',
+            "A stopped command continues where it stopped: repeat it.",
         ),
     )(encode)
 
 
 def encode(
-    documents: Annotated[Path, typer.Option("--input", "-i", help="Chunks or questions, JSONL.")],
-    store: Annotated[Path, typer.Option(help="Folder to keep the encoded chunks in.")],
+    documents: Annotated[
+        Path,
+        typer.Option("--input", "-i", help="Chunks or questions, JSONL.", rich_help_panel=PROMPT),
+    ],
+    store: Annotated[Path, typer.Option(help="Folder for the encoded chunks.")],
+    instruction: Instruction = None,
+    system: System = None,
+    wording: Format = None,
     model: Model = None,
     adapter: Adapter = None,
     dtype: Dtype = "auto",
@@ -48,7 +61,9 @@ def encode(
     if not chunks:
         raise ValueError(f"{documents}: no chunk in it; give one per line")
     engine = load_engine(model, adapter, store, dtype, device, quantize)
-    with Console(stderr=True).status(f"encoding {len(chunks):,} chunks"):
+    engine = reworded(engine, instruction, system, wording)
+    status = Console(stderr=True).status(f"encoding {len(chunks):,} chunks")
+    with resumable(f"the chunks so far are in {store}"), status:
         report = engine.encode(chunks)
     known = report.num_chunks - report.num_encoded
     written = engine.store.stats().disk_bytes_written

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import typer
 from typer.core import TyperGroup
@@ -18,37 +20,68 @@ EXTRAS = {
     "bm25s": "data",
     "datasets": "data",
     "sentencex": "data",
+    "pyarrow": "data",
     "wonderwords": "data",
 }
 """Packages that come with an extra, and its name."""
-
-
+RENAMED = {"intervals": "profile-layers"}
+"""Commands of earlier versions, and their names now."""
 PLUGIN = "--plugin"
+USAGE_ERROR = typer.BadParameter.__base__
+"""Wrong options and arguments: typer exports only this subclass of the error."""
 
 
 class OneLineErrors(TyperGroup):
-    """Shows what a user can mend as one line: wrong values, missing files, missing extras."""
+    """Shows what a user can fix as one line: wrong options or values, missing files or extras."""
+
+    def get_command(self, ctx, cmd_name):
+        """Finds a command, also by its old name."""
+        if cmd_name in RENAMED:
+            _say(f"note: `blocktune {cmd_name}` is now `blocktune {RENAMED[cmd_name]}`")
+        return super().get_command(ctx, RENAMED.get(cmd_name, cmd_name))
 
     def parse_args(self, ctx, args):
-        """Takes ``--plugin X`` wherever it stands, before the command or among its options."""
-        return super().parse_args(ctx, plugins_first(args))
+        """Takes ``--plugin X`` anywhere on the line, before the command or among its options."""
+        with _one_line("--debug" in args):
+            return super().parse_args(ctx, plugins_first(args))
 
     def invoke(self, ctx):
         """Runs the command.
 
         Raises:
-            typer.Exit: With code 2 after the line was printed.
+            typer.Exit: With code 2 after an error, 130 after Ctrl-C; the line is printed.
         """
-        try:
+        with _one_line(ctx.params["debug"]):
             return super().invoke(ctx)
-        except (ValueError, OSError, ModuleNotFoundError, RuntimeError) as error:
-            line = explain(error)
-            if ctx.params["debug"] or line is None:
-                raise
-            # Of several processes that fail alike, one says so.
-            if os.environ.get("RANK", "0") == "0":
-                print(f"error: {line}", file=sys.stderr)
-            raise typer.Exit(2) from None
+
+
+@contextmanager
+def _one_line(debug: bool) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        _say("; ".join(["stopped", *map(str, stop.args)]))
+        raise typer.Exit(130) from None
+    except (ValueError, OSError, ModuleNotFoundError, RuntimeError, USAGE_ERROR) as error:
+        # The help of a command without arguments is raised as an error too.
+        line = None if type(error).__name__ == "NoArgsIsHelpError" else explain(error)
+        if debug or line is None:
+            raise
+        _say(f"error: {line}")
+        raise typer.Exit(2) from None
+
+
+@contextmanager
+def resumable(kept: str) -> Iterator[None]:
+    """Inside the block, Ctrl-C says that the same command continues where it stopped.
+
+    Args:
+        kept: What the command finds again: ``the answers so far are in FILE``.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"{kept}; repeat the command to continue") from None
 
 
 def plugins_first(args: list[str]) -> list[str]:
@@ -65,8 +98,11 @@ def plugins_first(args: list[str]) -> list[str]:
 
 def explain(error: Exception) -> str | None:
     """What went wrong on one line, or None for a bug of ours, which wants its traceback."""
+    if isinstance(error, USAGE_ERROR):
+        path = error.ctx.command_path if error.ctx else "blocktune"
+        return f"{error.format_message().rstrip('.')}; see `{path} --help`"
     if isinstance(error, RuntimeError):
-        # By its name, since torch is not loaded here: only a device that is full can be mended.
+        # By its name, since torch is not loaded here: only a full device can be fixed.
         return _full(error) if type(error).__name__ == "OutOfMemoryError" else None
     if isinstance(error, ModuleNotFoundError):
         package = (error.name or "").partition(".")[0]
@@ -79,10 +115,15 @@ def explain(error: Exception) -> str | None:
     return " ".join(str(error).split())
 
 
+def _say(line: str) -> None:
+    if os.environ.get("RANK", "0") == "0":  # of several processes that fail alike, one says so
+        print(line, file=sys.stderr)
+
+
 def _full(error: Exception) -> str:
     said = " ".join(str(error).split()).partition(". ")[0]
     return (
-        f"{said}; take smaller batches (per_device_train_batch_size, --batch-size), shorter rows "
-        "(pack_length, max_length), gradient_checkpointing: true, or a base in 4 bits "
+        f"{said}; use smaller batches (per_device_train_batch_size, --batch-size), shorter rows "
+        "(pack_length, max_length), gradient_checkpointing: true, or a 4-bit base "
         "(load_in_4bit, --quantize nf4)"
     )

@@ -18,7 +18,7 @@ def add_to(app: typer.Typer) -> None:
             "blocktune methods",
             "blocktune methods --plugin mine.py",
             "blocktune methods --json | jq '.[] | select(.kind == \"method\") | .name'",
-            "Any of them can be composed: 'kvlink + epic', 'block-attention + deviation 15 %'.",
+            "Methods can be composed: 'kvlink + epic', 'block-attention + deviation 15 %'.",
         ),
     )(methods)
 
@@ -29,7 +29,7 @@ def methods(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """List methods, selectors, reshapes and layouts: what they do, need and take."""
+    """List methods, selectors, reshapes and layouts with their requirements and parameters."""
     from blocktune.methods.describe import describe_all
 
     found = describe_all()
@@ -42,7 +42,7 @@ def methods(
 
 
 def markdown_table(found: list) -> str:
-    """Methods as a table for a README, a group after the other."""
+    """Methods as a Markdown table, group by group."""
     from blocktune.methods.describe import GROUPS
 
     lines = ["| method | what it does | decides | source |", "|---|---|---|---|"]

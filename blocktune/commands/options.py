@@ -1,7 +1,8 @@
-"""Options that several commands share, and the engine they describe."""
+"""Options that several commands share, the engine they describe, and how tables are printed."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,45 +11,81 @@ import typer
 if TYPE_CHECKING:
     from blocktune.engine import Engine
 
+MODEL, PROMPT = "Model", "Prompt"
+"""Panels of the help."""
+
 Model = Annotated[
     str | None,
     typer.Option(
         "--model",
         "-m",
-        help="Base model: a folder or a name on the HF Hub; by default the adapter's own.",
+        help="Base model: a folder or a name on the HF Hub. Default: the adapter's own base.",
+        rich_help_panel=MODEL,
     ),
 ]
 Adapter = Annotated[
     str | None,
     typer.Option(
-        help="Made by `blocktune train`: a folder, or USER/NAME\\[@REVISION] on the HF Hub; "
-        "release:kvlink-1b and the like for models that others trained; none runs the base model."
+        help="Adapter from `blocktune train`: a folder, or USER/NAME\\[@REVISION] on the HF Hub; "
+        "or release:NAME (such as release:kvlink-1b) for published models. Default: none.",
+        rich_help_panel=MODEL,
     ),
 ]
 Store = Annotated[
-    Path | None, typer.Option(help="Folder of encoded chunks; none keeps them in memory.")
+    Path | None,
+    typer.Option(help="Folder of encoded chunks, read and added to. Default: memory only."),
 ]
 Dtype = Annotated[
-    str, typer.Option(help="float32, bfloat16, float16, or auto: as the model was saved.")
+    str,
+    typer.Option(
+        help="float32, bfloat16, float16, or auto (as the model was saved).", rich_help_panel=MODEL
+    ),
 ]
 Quantize = Annotated[
     str | None,
-    typer.Option(help="Quantise the base while it loads: nf4 (4 bits) or int8; see QLoRA."),
+    typer.Option(
+        help="Quantise the base while it loads: nf4 (4 bits, as in QLoRA) or int8.",
+        rich_help_panel=MODEL,
+    ),
 ]
 Device = Annotated[
-    str | None, typer.Option(help="Such as cuda:0 or cpu; by default a GPU if there is one.")
+    str | None,
+    typer.Option(
+        help="Such as cuda:0 or cpu. Default: a GPU if there is one.", rich_help_panel=MODEL
+    ),
 ]
+Instruction = Annotated[
+    str | None,
+    typer.Option(
+        help="Instruction before the chunks. Default: the adapter's, or the built-in one.",
+        rich_help_panel=PROMPT,
+    ),
+]
+System = Annotated[
+    str | None,
+    typer.Option(help="System message. Default: the chat template's own.", rich_help_panel=PROMPT),
+]
+Format = Annotated[
+    Path | None,
+    typer.Option(
+        "--format",
+        help="YAML with the wording of the prompt: instruction, system, titled, untitled, "
+        "question. --instruction and --system override it.",
+        rich_help_panel=PROMPT,
+    ),
+]
+Limit = Annotated[int | None, typer.Option(min=1, help="Use only the first N questions.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 
 def teach(*lines: str) -> str:
-    """An epilogue of examples; lines that are commands stand out from those that explain."""
+    """An epilogue of examples; commands are coloured, explanations are not."""
     shown = (f"  [cyan]{x}[/cyan]" if x.startswith(("blocktune", " ")) else x for x in lines)
     return "\n".join(["[bold]Examples[/bold]", *shown])
 
 
 def quiet_libraries() -> None:
-    """Silences the progress bars and notes of the libraries below; their errors still come."""
+    """Silences progress bars and notes of the libraries below; their errors are still shown."""
     import logging
     import warnings
 
@@ -81,3 +118,51 @@ def load_engine(
     return Engine.from_pretrained(
         model, adapter, store=store, dtype=dtype, device=device, quantize=quantize
     )
+
+
+def reworded(
+    engine: Engine, instruction: str | None, system: str | None, path: Path | None
+) -> Engine:
+    """The engine with the wording that the options ask for; without any, as it is.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is not YAML, or a key or a value is not accepted.
+    """
+    from blocktune.parsing import load_yaml
+    from blocktune.prompt import PromptFormat
+
+    asked = {}
+    if path is not None:
+        asked = load_yaml(path, "prompt format", "give a YAML file with keys such as instruction")
+        if not isinstance(asked, dict):
+            raise ValueError(f"{path}: must be a mapping of keys to text, got {asked!r:.60}")
+    given = {"instruction": instruction, "system": system}
+    asked |= {name: text for name, text in given.items() if text is not None}
+    format = PromptFormat.from_dict(engine.format.to_dict() | asked)
+    if engine.adapter is not None and format != engine.adapter.format:
+        typer.echo("note: the adapter was trained with another wording of the prompt", err=True)
+    return engine if format == engine.format else engine.reworded(format)
+
+
+def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]], text: int = 1) -> None:
+    """Prints a table whose numbers are never cut: where a line is full, text is folded.
+
+    Args:
+        headings: Of the columns.
+        rows: Cells, rich markup allowed.
+        text: Number of leading columns that hold text; the others hold numbers.
+    """
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for number, heading in enumerate(headings):
+        if number < text:
+            table.add_column(heading, overflow="fold")
+        else:
+            table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from blocktune.commands.errors import resumable
 from blocktune.commands.options import quiet_libraries, teach
 
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -25,7 +25,7 @@ def add_to(app: typer.Typer) -> None:
             "blocktune train --config recipes/kvlink.yaml --dry-run   # only show the plan",
             "blocktune train --launcher recipes/accelerate/zero2.yaml --config R.yaml",
             "blocktune train --config R.yaml --train_data mine.jsonl --model_name_or_path M",
-            "Any key of the YAML is an option too, and wins over the file: --help-all shows them.",
+            "Every key of the YAML is also an option and overrides the file: see --help-all.",
         ),
     )(train)
 
@@ -34,16 +34,17 @@ def train(
     ctx: typer.Context,
     config: Annotated[str | None, typer.Option(help="YAML file of the run.")] = None,
     processes: Annotated[
-        int | None, typer.Option(min=1, help="Processes to start on this machine.")
+        int | None, typer.Option(min=1, help="Number of processes to start on this machine.")
     ] = None,
     launcher: Annotated[
-        str | None, typer.Option(help="Configuration of accelerate: DeepSpeed, several machines.")
+        str | None,
+        typer.Option(help="YAML of `accelerate config`, for DeepSpeed or several machines."),
     ] = None,
     help_all: Annotated[
-        bool, typer.Option("--help-all", help="Show every key that a YAML may hold, and exit.")
+        bool, typer.Option("--help-all", help="List every key of the YAML, and exit.")
     ] = False,
 ) -> None:
-    """Fine-tune a model so that its chunks can be cached alone (or with link tokens between)."""
+    """Fine-tune a model to answer from separately cached chunks, with or without link tokens."""
     arguments = [*(["--config", config] if config else []), *ctx.args]
     quiet_libraries()
     if help_all:
@@ -53,28 +54,53 @@ def train(
         return
     from blocktune.training.run import parse, train
 
-    if processes is None and launcher is None:
-        from blocktune.hub import Publisher
+    with resumable("finished checkpoints are in the output folder"):
+        if processes is None and launcher is None:
+            from blocktune.hub import Publisher
 
-        train(arguments, publisher=Publisher())
-        return
-    if launcher is not None and not Path(launcher).is_file():
-        raise ValueError(f"no launcher configuration '{launcher}'; see recipes/accelerate")
-    parse(arguments)  # a mistake is said here once, not by every process
-    done = subprocess.run(_launch(processes, launcher, arguments), check=False)
-    if done.returncode < 0:  # killed, mostly for memory: nobody else says so
+            train(arguments, publisher=Publisher())
+            return
+        if launcher is not None and not Path(launcher).is_file():
+            raise ValueError(f"no launcher configuration '{launcher}'; see recipes/accelerate")
+        parse(arguments)  # a mistake is reported here once, not by every process
+        code = _launch(processes, launcher, ["-m", "blocktune.cli", "train", *arguments])
+    if code < 0:  # the process could not report it
         raise ValueError(
-            f"the launcher was ended by signal {-done.returncode} and nothing was saved after its "
-            "last checkpoint; with signal 9 look at the machine's memory first"
+            f"a training process was ended by signal {-code}; after signal 9 check the machine's "
+            "memory. Nothing after the last checkpoint was saved"
         )
-    raise typer.Exit(done.returncode)
+    raise typer.Exit(code)
 
 
-def _launch(processes: int | None, launcher: str | None, arguments: list[str]) -> list[str]:
-    """The command line that starts this very command in several processes."""
-    if launcher is None:  # accelerate would start one process on a machine without GPUs
-        start = ["torch.distributed.run", "--nproc_per_node", str(processes)]
-    else:
-        start = ["accelerate.commands.launch", "--config_file", launcher]
-        start += ["--num_processes", str(processes)] if processes else []
-    return [sys.executable, "-m", *start, "-m", "blocktune.cli", "train", *arguments]
+def _launch(processes: int | None, launcher: str | None, program: list[str]) -> int:
+    """Runs the program in several processes, with this one as their launcher.
+
+    Returns:
+        0, or the exit code of the process that failed first; negative after a signal.
+    """
+    import logging
+    import subprocess
+
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's own default, without its warning
+    try:
+        if launcher is None:  # accelerate would start one process on a machine without GPUs
+            from torch.distributed.run import main
+
+            main(["--nproc_per_node", str(processes), *program])
+        else:
+            from accelerate.commands.launch import launch_command, launch_command_parser
+
+            count = ["--num_processes", str(processes)] if processes else []
+            options = ["--config_file", launcher, *count, *program]
+            launch_command(launch_command_parser().parse_args(options))
+    except ChildFailedError as error:
+        return error.get_first_failure()[1].exitcode
+    except subprocess.CalledProcessError as error:
+        return error.returncode
+    except SignalException:
+        raise KeyboardInterrupt from None
+    return 0

@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from blocktune.commands.options import AsJson, quiet_libraries, teach
+from blocktune.commands.errors import resumable
+from blocktune.commands.options import AsJson, Limit, print_table, quiet_libraries, teach
 
 
 def add_to(app: typer.Typer) -> None:
@@ -19,7 +20,7 @@ def add_to(app: typer.Typer) -> None:
         epilog=teach(
             "blocktune tune --config eval/tuning/psr.yaml --output out/tuned",
             "blocktune tune --config eval/tuning/psr.yaml --output out/tuned --processes 2",
-            "A run that was stopped goes on where it was: repeat the command.",
+            "A stopped command continues where it stopped: repeat it.",
         ),
     )(tune)
 
@@ -28,8 +29,8 @@ def tune(
     config: Annotated[Path, typer.Option(help="YAML of the run; see eval/tuning/.")],
     output: Annotated[Path, typer.Option(help="Folder for rows and tuned.json.")],
     processes: Annotated[int, typer.Option(min=1, help="Processes that share the questions.")] = 1,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first questions.")] = None,
-    model: Annotated[str | None, typer.Option(help="Instead of the file's model.")] = None,
+    limit: Limit = None,
+    model: Annotated[str | None, typer.Option(help="Overrides the model of the file.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Choose a method's parameters on held-out questions; a test split is refused."""
@@ -43,27 +44,18 @@ def tune(
     from blocktune.evaluation.sweep import TUNED
     from blocktune.evaluation.sweep import tune as run
 
-    found = run(spec, output, processes=processes)
+    with resumable(f"the rows so far are in {output}"):
+        found = run(spec, output, processes=processes)
     if as_json:
         typer.echo(json.dumps(found, indent=2))
-    else:
-        _print_points(found)
-        typer.echo(f"best: {found['best']['label']}; all points in {output / TUNED}")
-
-
-def _print_points(found: dict) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in found["best"]["values"]:
-        table.add_column(name, overflow="fold")
-    for heading in (found["task"]["metric"], "95 %", "fresh"):
-        table.add_column(heading, justify="right", no_wrap=True)
+        return
+    names = list(found["best"]["values"])
+    rows = []
     for point in found["points"]:
-        low, high = point["score_ci95"]
-        scores = (f"{100 * point['score']:.1f}", f"{100 * low:.1f} to {100 * high:.1f}")
-        fresh = f"{point['recompute_ratio']:.0%}"
-        table.add_row(*map(str, point["values"].values()), *scores, fresh)
-    Console().print(table)
+        low, high = (100 * bound for bound in point["score_ci95"])
+        numbers = (f"{100 * point['score']:.1f}", f"{low:.1f} to {high:.1f}")
+        values = map(str, point["values"].values())
+        rows.append((*values, *numbers, f"{point['recompute_ratio']:.0%}"))
+    headings = (*names, found["task"]["metric"], "95 %", "recomputed")
+    print_table(headings, rows, text=len(names))
+    typer.echo(f"best: {found['best']['label']}; all points in {output / TUNED}")

@@ -9,11 +9,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from blocktune.cache import ChunkStates, PrefixTree, RowCache, Stream
+from blocktune.cache import ChunkStates, PrefixTree, RowCache
 from blocktune.engine.encode import Encoder, Piece
-from blocktune.engine.key_relocation import placer
+from blocktune.engine.key_relocation import relocator
 from blocktune.engine.usage import Stopwatch
 from blocktune.layout import GLOBAL, Kind, Layout
+from blocktune.methods.hooks import ChunkLoader
 from blocktune.positions import RopeSpec
 from blocktune.prompt import Batch, Pieces
 
@@ -52,21 +53,21 @@ def from_chunks(
     rope: RopeSpec,
     watch: Stopwatch,
     layers: Sequence[int] = (),
-    stream: Stream | None = None,
+    loader: ChunkLoader | None = None,
 ) -> Assembled:
     """Fills the cache with the prefix and the chunks, each encoded alone and moved into place.
 
-    What they carried into ``layers`` is laid out beside it. With a ``stream`` a layer is filled
-    when the forward pass comes to it.
+    What they carried into ``layers`` is laid out beside it. With a ``loader`` a layer is
+    filled when the forward pass comes to it.
     """
     layout = batch.layout
     wanted = [wanted_pieces(batch, index) for index in range(layout.batch_size)]
-    found = encoder.find([piece for prompt in wanted for piece in prompt], watch, layers, stream)
+    found = encoder.find([piece for prompt in wanted for piece in prompt], watch, layers, loader)
     result = Assembled.empty(batch)
     result.cached = (layout.kind == Kind.PREFIX) | is_held(layout)
     watch.start()
-    if stream is not None:
-        stream.start()
+    if loader is not None:
+        loader.start()
     for index, prompt in enumerate(wanted):
         result.misses[index] = len(pieces[index].chunks)
         if not prompt:  # computed in full, and without a prefix
@@ -74,9 +75,9 @@ def from_chunks(
         kvs = [found.kvs[piece] for piece in prompt]
         rows = (result.cached[index]).nonzero().squeeze(1)
         columns, positions = layout.order[index, rows], layout.position[index, rows]
-        fill = placer(cache, index, kvs, columns, positions, rope)
+        fill = relocator(cache, index, kvs, columns, positions, rope)
         for layer in range(len(cache)):
-            if stream is None:
+            if loader is None:
                 fill(layer)
             else:
                 cache.defer(layer, partial(fill, layer))

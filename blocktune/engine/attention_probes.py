@@ -12,7 +12,7 @@ from blocktune.attention.kernels import AttentionParams, plain_scores
 from blocktune.layout import GLOBAL, Kind, LayerRule, Rows, visible
 
 
-class ChunkMass:
+class ChunkAttention:
     """Reads the weights of the question's rows, and of chunks that no cache held.
 
     Attributes:
@@ -68,11 +68,11 @@ ROW_BLOCK = 64
 """Rows whose weights over all keys are in memory at once."""
 
 
-class SeenEnough(Exception):
+class ProbeDone(Exception):
     """Ends a forward pass: what was wanted of it is known."""
 
 
-class QueryWatch:
+class QueryProbe:
     """Attends by another plan, and sums up what the question's rows attend to.
 
     Attributes:
@@ -104,7 +104,7 @@ class QueryWatch:
         if rule.layer in self.layers:
             self.scores[rule.layer] = self._read(query, key, LayerRule(window=rule.window), params)
         if rule.layer == self.last:
-            raise SeenEnough
+            raise ProbeDone
         return self.plan.attend(query, key, value, rule, params)
 
     def _read(self, query: Tensor, key: Tensor, rule: LayerRule, params: AttentionParams) -> Tensor:
@@ -120,7 +120,7 @@ class QueryWatch:
         return total / asked.clamp(min=1)[:, None]
 
 
-class OutsideWatch:
+class OutsideProbe:
     """Reads, in the first layer, how much attention leaves the row's own chunk; then ends the pass.
 
     Attributes:
@@ -148,7 +148,7 @@ class OutsideWatch:
             outside = 1 - (inside - scores.logsumexp(-1)).exp().mean(1)
             self.scores[:, rows] = torch.where(wanted[:, rows], outside, 0.0)
         self.multiply_adds += (wanted.sum(1) * query.shape[1] * query.shape[3] * key.shape[2]).cpu()
-        raise SeenEnough
+        raise ProbeDone
 
 
 def mask_of(query: Rows, key: Rows, rows: slice, rule: LayerRule) -> Tensor:

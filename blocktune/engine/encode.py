@@ -17,14 +17,13 @@ from blocktune.cache import (
     ChunkStates,
     ChunkStore,
     Entry,
-    Stream,
-    VariantStore,
     key_after,
     states_key,
 )
-from blocktune.engine.layers import Recorder
+from blocktune.engine.layers import InputRecorder
 from blocktune.engine.usage import Stopwatch
 from blocktune.layout import GLOBAL
+from blocktune.methods.hooks import ChunkLoader
 from blocktune.prompt import LayoutSpec, Pieces, Prompt, lay_out, stack
 
 Ids = tuple[int, ...]
@@ -99,14 +98,13 @@ class Encoder:
         """Encodes with ``model`` (attached to blocktune's attention) and keeps in ``store``."""
         self.model, self.store = model, store
         self.fingerprint, self.pad_id = fingerprint, pad_id
-        self.variants = VariantStore(store, fingerprint)
 
     def find(
         self,
         pieces: Sequence[Piece],
         watch: Stopwatch,
         layers: Sequence[int] = (),
-        stream: Stream | None = None,
+        loader: ChunkLoader | None = None,
     ) -> Found:
         """Looks every piece up and encodes what is missing, each piece once.
 
@@ -115,13 +113,13 @@ class Encoder:
             watch: Gets ``lookup_s``, ``load_s`` and ``encode_s``.
             layers: Layers (0-based) whose input states are wanted besides; a piece that was
                 encoded without them is encoded once more.
-            stream: Opens chunks that lie in the folder, to be read later; None: read here.
+            loader: Looks chunks up instead of the store.
         """
         kvs: dict[Piece, ChunkKV] = {}
         states: dict[tuple[Piece, int], ChunkStates] = {}
         missing = []
         for piece in dict.fromkeys(pieces):
-            entry = self._look_up(self.key(piece), piece, ChunkKV, watch, stream)
+            entry = self._look_up(self.key(piece), piece, ChunkKV, watch, loader)
             inputs = {
                 layer: self._look_up(self._states_key(piece, layer), piece, ChunkStates, watch)
                 for layer in layers
@@ -148,12 +146,12 @@ class Encoder:
         piece: Piece,
         kind: type[Entry],
         watch: Stopwatch,
-        stream: Stream | None = None,
+        loader: ChunkLoader | None = None,
     ) -> Entry | None:
-        if stream is None:
+        if loader is None:
             found = self.store.lookup(key, piece.ids, self.fingerprint, kind)
         else:
-            found = stream.lookup(key, piece.ids, self.fingerprint)
+            found = loader.lookup(key, piece.ids, self.fingerprint)
         watch.add("lookup_s", found.lookup_s)
         watch.add("load_s", found.load_s)
         return found.kv
@@ -173,7 +171,7 @@ class Encoder:
     def _encode_together(self, pieces: list[Piece], layers: Sequence[int]) -> list[_Encoded]:
         batch = stack([alone(piece) for piece in pieces], self.pad_id).to(self.model.device)
         cache = DynamicCache()
-        plan = Recorder(SplitPlan(batch.layout), layers)
+        plan = InputRecorder(SplitPlan(batch.layout), layers)
         self.model(
             batch.input_ids,
             position_ids=batch.layout.position,

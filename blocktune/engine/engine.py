@@ -6,27 +6,34 @@ import copy
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blocktune.adapter import AdapterInfo
 from blocktune.adapter.load import load_model
-from blocktune.attention import attach
+from blocktune.attention import attach, detach
 from blocktune.cache import ChunkStore, PrefixTree, model_fingerprint
 from blocktune.engine.auxiliary import Auxiliaries
+from blocktune.engine.batch_prefill import prefill_batch
+from blocktune.engine.context_cache import (
+    CachedContext,
+    ContextRequest,
+    cut_context,
+    require_cacheable,
+)
 from blocktune.engine.encode import Encoder, Piece, grouped
-from blocktune.engine.generation import Answer, Sampling
+from blocktune.engine.generation import Answer, Generation, Sampling
 from blocktune.engine.layers import install
 from blocktune.engine.prompts import PromptMaker, Request
-from blocktune.engine.recall import rehearsals
-from blocktune.engine.served import Served, built
-from blocktune.engine.state import Server
+from blocktune.engine.state import EngineState
 from blocktune.engine.usage import Stopwatch
-from blocktune.methods import Method
-from blocktune.positions import RopeSpec
-from blocktune.prompt import Chunk, LayoutSpec, Pieces, PromptFormat
+from blocktune.methods import Method, build
+from blocktune.models.gate import require_supported
+from blocktune.prompt import Chunk, LayoutSpec, Pieces, Prompt, PromptFormat
 
 
 class EncodeReport(NamedTuple):
@@ -38,7 +45,7 @@ class EncodeReport(NamedTuple):
     encode_s: float
 
 
-class Engine(Served):
+class Engine:
     """Answers questions over chunks by any reuse method.
 
     ```python
@@ -77,7 +84,7 @@ class Engine(Served):
             ValueError: If the model cannot be served from moved chunk caches, or ``format``
                 differs from what the adapter was trained with.
         """
-        rope = RopeSpec.from_model(model)
+        rope = require_supported(model)
         attach(model)
         install(model)
         self.model, self.tokenizer = model.eval(), tokenizer
@@ -92,7 +99,7 @@ class Engine(Served):
         words = dataclasses.asdict(self.format)
         self.fingerprint = model_fingerprint(model, adapter_folder, tokenizer, words)
         pad_id = _pad_id(tokenizer)
-        self._server = Server(
+        self._state = EngineState(
             model,
             tokenizer,
             Encoder(model, self.store, self.fingerprint, pad_id),
@@ -160,7 +167,7 @@ class Engine(Served):
         wanted = dict.fromkeys([*([prefix] if prefix else []), *pieces])
         new: set[Piece] = set()
         for group in grouped(wanted):  # only the store keeps them: a corpus does not fit in memory
-            new |= self._server.encoder.find(group, watch).misses
+            new |= self._state.encoder.find(group, watch).misses
         new.discard(prefix)
         tokens = sum(len(piece.ids) for piece in new)
         return EncodeReport(len(chunks), len(new), tokens, watch.seconds.get("encode_s", 0.0))
@@ -175,7 +182,7 @@ class Engine(Served):
         Raises:
             ValueError: If its tokenizer is not the served model's.
         """
-        self._server.auxiliaries.add(name, model, tokenizer)
+        self._state.auxiliaries.add(name, model, tokenizer)
 
     def forget(self) -> None:
         """Empties the memory of chunks and of exact prefixes: the next answer finds nothing."""
@@ -190,8 +197,8 @@ class Engine(Served):
 
     def forget_prefixes(self) -> None:
         """Empties the exact prefix cache: the next prompt finds nothing of those before it."""
-        tree = PrefixTree(self._server.prefix_tree.max_bytes)
-        self._server = dataclasses.replace(self._server, prefix_tree=tree)
+        tree = PrefixTree(self._state.prefix_tree.max_bytes)
+        self._state = dataclasses.replace(self._state, prefix_tree=tree)
 
     def answer(
         self,
@@ -224,16 +231,16 @@ class Engine(Served):
         pieces, prompts = self._read(examples, method, max_new_tokens)
         read_s = (time.perf_counter() - started) / max(1, len(examples))
         order = list(range(len(examples)))
-        if method.recall is None:  # what one prompt leaves behind serves the next
+        if method.history is None:  # what one prompt leaves behind serves the next
             order.sort(key=lambda index: len(prompts[index].ids))
         answers: list[Answer | None] = [None] * len(examples)
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            self._rehearse([pieces[i] for i in batch], method)
+            self._warm_up([pieces[i] for i in batch], method)
             laid = [prompts[i] for i in batch]
-            if method.recall is not None:
+            if method.history is not None:
                 laid = [self.lay_out(pieces[i], method, max_new_tokens) for i in batch]
-            run = self._server.start(laid, [pieces[i] for i in batch], method)
+            run = prefill_batch(self._state, laid, [pieces[i] for i in batch], method)
             run.watch.add("prompt_s", read_s * len(batch))
             made = run.answers(sampling or Sampling(), max_new_tokens, streams=batch)
             for index, answer in zip(batch, made, strict=True):
@@ -251,26 +258,120 @@ class Engine(Served):
         """Yields an answer's text as it is made; the pieces join to `answer`'s text."""
         method = built(method)
         _require_tokens(max_new_tokens)
-        self._rehearse([self.prompts.pieces(example, method)], method)
+        self._warm_up([self.prompts.pieces(example, method)], method)
         pieces, prompts = self._read([example], method, max_new_tokens)
-        run = self._server.start(prompts, pieces, method)
+        run = prefill_batch(self._state, prompts, pieces, method)
         ids: list[int] = []
         shown = ""
         for token in run.tokens(sampling or Sampling(), max_new_tokens):
             ids.append(int(token))
-            text = self._server.text(ids)
+            text = self._state.text(ids)
             # A character may need several tokens; until then its bytes do not decode.
             if not text.endswith("\ufffd"):
                 yield text[len(shown) :]
                 shown = text
-        if tail := self._server.text(ids)[len(shown) :]:
+        if tail := self._state.text(ids)[len(shown) :]:
             yield tail
 
-    def _rehearse(self, pieces: Sequence[Pieces], method: Method) -> None:
+    def cache(
+        self, chunks: Sequence[Chunk], method: str | Method = "naive", question: str | None = None
+    ) -> CachedContext:
+        """The prompt up to its question as a cache that stock `generate` continues.
+
+        Greedy decoding over it writes the tokens of `answer`. Nothing is learnt from it.
+
+        Args:
+            chunks: Retrieved passages in prompt order.
+            method: Any method without a reshape.
+            question: Needed by methods that choose tokens by the question; leave it out
+                otherwise, then the cache serves any question.
+
+        Raises:
+            ValueError: If the method reshapes attention or needs a question, or as `answer` does.
+        """
+        method = built(method)
+        require_cacheable(method, self._state.num_layers, question)
+
+        def pieces(asked: str) -> Pieces:
+            return self.prompts.pieces(ContextRequest(asked, chunks), method)
+
+        def lay_out(asked: str) -> Prompt:
+            return self.prompts.prompt(pieces(asked), self.prompts.spec(method))
+
+        prompt = pieces("?" if question is None else question)
+        self._warm_up([prompt], method)
+        decoding = {
+            "eos_token_id": sorted(self._state.stop_ids()),
+            "pad_token_id": self._state.pad_id,
+        }
+        return cut_context(self.start([prompt], method), question, lay_out, decoding)
+
+    def start(self, pieces: Sequence[Pieces], method: str | Method) -> Generation:
+        """Serves prompts given as token pieces up to their first logits.
+
+        The run holds the logits, the cache, the rows that were computed and the time that each
+        part took.
+        """
+        method = built(method)
+        return prefill_batch(self._state, [self.lay_out(p, method) for p in pieces], pieces, method)
+
+    def prefilled(self, examples: Sequence[Request], method: str | Method) -> Generation:
+        """Like `start`, of examples."""
+        method = built(method)
+        return self.start([self.prompts.pieces(example, method) for example in examples], method)
+
+    def next_logits(self, examples: Sequence[Request], method: str | Method) -> torch.Tensor:
+        """Logits of the first answer token, ``(B, V)``: what equivalence is checked on."""
+        return self.prefilled(examples, method).prefill.logits
+
+    def continued_logits(
+        self, example: Request, method: str | Method, num_tokens: int
+    ) -> tuple[tuple[int, ...], torch.Tensor]:
+        """Decodes ``num_tokens`` greedily; their ids, and the logits ``(1, V)`` after them."""
+        method = built(method)
+        pieces, prompts = self._read([example], method, num_tokens + 1)
+        return prefill_batch(self._state, prompts, pieces, method).continued(num_tokens)
+
+    def lay_out(self, pieces: Pieces, method: Method, max_new_tokens: int = 0) -> Prompt:
+        """The rows of a prompt as ``method`` serves it now, by what earlier prompts left behind.
+
+        Raises:
+            ValueError: If the method does not fit the model's adapter, or the prompt its context.
+        """
+        spec = self.prompts.spec(method)
+        if method.history is None:
+            return self.prompts.prompt(pieces, spec, max_new_tokens)
+        encoder = self._state.encoder
+        contexts = method.history.lookup(encoder.store, encoder.fingerprint, pieces)
+        spec = LayoutSpec(block=False) if contexts is None else spec
+        return self.prompts.prompt(pieces, spec, max_new_tokens, contexts)
+
+    @contextmanager
+    def stock_attention(self) -> Iterator[PreTrainedModel]:
+        """The model with its own attention, for comparing; blocktune's again after the block."""
+        detach(self.model)
+        try:
+            yield self.model
+        finally:
+            attach(self.model)
+
+    def _read(
+        self, examples: Sequence[Request], method: Method, max_new_tokens: int = 0
+    ) -> tuple[list[Pieces], list[Prompt]]:
+        pieces = [self.prompts.pieces(example, method) for example in examples]
+        return pieces, [self.lay_out(piece, method, max_new_tokens) for piece in pieces]
+
+    def _warm_up(self, pieces: Sequence[Pieces], method: Method) -> None:
         """Serves the earlier prompts that the method wants behind it, each in full."""
-        for earlier in rehearsals(pieces, method.rehearse):
+        for by in range(1, method.warm_up + 1):
+            earlier = [_rotated(prompt, by) for prompt in pieces]
             laid = [self.prompts.prompt(one, LayoutSpec(block=False), 1) for one in earlier]
-            next(self._server.start(laid, earlier, method).tokens(Sampling(), 1))
+            next(prefill_batch(self._state, laid, earlier, method).tokens(Sampling(), 1))
+
+
+def _rotated(pieces: Pieces, by: int) -> Pieces:
+    by = by % max(1, len(pieces.chunks))
+    return pieces._replace(chunks=pieces.chunks[by:] + pieces.chunks[:by])
 
 
 def _require_tokens(max_new_tokens: int) -> None:
@@ -281,3 +382,8 @@ def _require_tokens(max_new_tokens: int) -> None:
 def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Any real id does: pad rows are invisible."""
     return 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def built(method: str | Method) -> Method:
+    """A method by its name, or the method itself."""
+    return build(method) if isinstance(method, str) else method

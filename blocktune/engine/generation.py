@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,20 +16,15 @@ from transformers import (
 )
 
 from blocktune.attention.cached import CachePlan, Reshaping
-from blocktune.cache import Recall, RowCache
+from blocktune.cache import RowCache
 from blocktune.engine.assemble import Assembled
-from blocktune.engine.cacheblend_pipeline import LoadingChoice
 from blocktune.engine.cost import Executed
 from blocktune.engine.prefill import Prefill
-from blocktune.engine.recall import learn
 from blocktune.engine.rows import decoded_rows
+from blocktune.engine.state import EngineState
 from blocktune.engine.usage import Stopwatch, Ttft, Usage
 from blocktune.layout import Kind, Rows
-from blocktune.prompt import Batch, Pieces
-
-if TYPE_CHECKING:
-    from blocktune.engine.state import Server
-
+from blocktune.prompt import Batch
 
 Pick = Callable[[Tensor], Tensor]
 """From logits ``(B, V)`` to tokens ``(B, 1)``."""
@@ -157,14 +152,25 @@ class Answer:
 
 
 @dataclass
-class Run:
-    """A batch after its prefill.
+class Generation:
+    """A batch after its prefill, up to its answers.
 
-    ``keep`` are the prompts that the prefix cache shall hold, ``lessons`` those whose chunks shall
-    be served again with what they attended to, as ``recall`` says.
+    Attributes:
+        state: The engine's.
+        batch: The prompts.
+        columns: Facts of the cache's columns, ``(B, N)``.
+        last: Facts of each prompt's last row, ``(B, 1)``.
+        cache: Keys and values of all columns.
+        assembled: What came from caches.
+        prefill: Logits, and what was executed for them.
+        executed: All passes, for counting operations.
+        watch: Times.
+        remember: Keeps what later prompts can use; called once, after the first token.
+        reshaping: How rows see reused keys, or None.
+        loading: What the method's loader reports, or None.
     """
 
-    server: Server
+    state: EngineState
     batch: Batch
     columns: Rows
     last: Rows
@@ -173,11 +179,9 @@ class Run:
     prefill: Prefill
     executed: list[Executed]
     watch: Stopwatch
+    remember: Callable[[], None]
     reshaping: Reshaping | None = None
-    keep: tuple[Pieces, ...] = ()
-    lessons: tuple[Pieces, ...] = ()
-    recall: Recall | None = None
-    choice: LoadingChoice | None = None
+    loading: Any = None
 
     def tokens(
         self, sampling: Sampling, max_new_tokens: int, streams: Sequence[int] = (0,)
@@ -194,24 +198,20 @@ class Run:
 
     def _steps(self, sampling: Sampling, max_new_tokens: int, streams: Sequence[int]):
         steps = decode(
-            self.server.model,
+            self.state.model,
             self.cache,
             self.columns,
             self.last,
             self.prefill.logits,
             sampling.picker(self.prefill.logits.device, streams),
             max_new_tokens,
-            self.server.stop_ids(),
+            self.state.stop_ids(),
             self.reshaping,
         )
         self.watch.start()
         first = next(steps)
         self.watch.stop("first_token_s")
-        # Nobody waits for it any more.
-        self.server.remember(self.cache, self.keep)
-        if self.recall is not None:
-            mass = self.prefill.mass
-            learn(self.server.encoder, self.cache, mass, self.lessons, self.recall)
+        self.remember()  # after the first token: nobody waits for it
         yield first
         yield from steps
 
@@ -233,10 +233,10 @@ class Run:
         return tuple(int(token) for token, _ in made[:-1]), made[-1][1]
 
     def _answer(self, ids: tuple[int, ...], usage: dict) -> Answer:
-        return Answer(self.server.text(ids), ids, Usage(**usage, answer_tokens=len(ids)))
+        return Answer(self.state.text(ids), ids, Usage(**usage, answer_tokens=len(ids)))
 
     def _usages(self) -> list[dict]:
-        computed = self.prefill.layer_tokens(self.server.num_layers).tolist()
+        computed = self.prefill.layer_tokens(self.state.num_layers).tolist()
         probed = self.prefill.probed().tolist()
         flops = sum(executed.flops() for executed in self.executed).tolist()
         written = self.prefill.bytes_written(self.cache).tolist()
@@ -258,7 +258,7 @@ class Run:
                 "chunk_misses": self.assembled.misses[index],
                 "ttft": ttft,
                 "query_entropy": entropy[index],
-                "loading": self.choice,
+                "loading": self.loading,
             }
             for index in range(self.batch.layout.batch_size)
         ]

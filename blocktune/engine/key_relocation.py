@@ -13,14 +13,14 @@ from blocktune.cache import ChunkKV, RowCache
 from blocktune.positions import RopeSpec, Rotation, rotate_keys
 
 
-def placer(
+def relocator(
     cache: RowCache, prompt: int, kvs: list[ChunkKV], columns: Tensor, positions: Tensor, rope
 ) -> Callable[[int], None]:
     """Moves one prompt's pieces to ``positions`` ``(S,)`` and into ``columns``, layer by layer."""
     encoded_at = torch.cat([torch.arange(kv.num_tokens) + kv.origin for kv in kvs])
     shift = positions - encoded_at.to(positions.device)
-    turns = _Turns(shift, rope) if bool(shift.any()) else None
-    runs = _runs(kvs, columns)
+    turns = _Rotations(shift, rope) if bool(shift.any()) else None
+    runs = _segments(kvs, columns)
 
     def fill(layer: int) -> None:
         for run in runs:
@@ -35,7 +35,7 @@ def placer(
     return fill
 
 
-class _Run(NamedTuple):
+class _Segment(NamedTuple):
     """Pieces that stand side by side: their tokens among all cached ones, and their columns."""
 
     kvs: list[ChunkKV]
@@ -51,9 +51,9 @@ class _Run(NamedTuple):
         )
 
 
-def _runs(kvs: list[ChunkKV], columns: Tensor) -> list[_Run]:
+def _segments(kvs: list[ChunkKV], columns: Tensor) -> list[_Segment]:
     """One piece a run on the CPU, where it fits into a core's cache; few large runs on CUDA."""
-    runs: list[_Run] = []
+    runs: list[_Segment] = []
     ends = list(accumulate(kv.num_tokens for kv in kvs))
     first = columns[[end - kv.num_tokens for end, kv in zip(ends, kvs, strict=True)]].tolist()
     for kv, end, column in zip(kvs, ends, first, strict=True):
@@ -62,13 +62,13 @@ def _runs(kvs: list[ChunkKV], columns: Tensor) -> list[_Run]:
         if columns.is_cuda and last is not None and last.columns.stop == column:
             tokens = slice(last.tokens.start, end)
             span = slice(last.columns.start, span.stop)
-            runs[-1] = _Run([*last.kvs, kv], tokens, span)
+            runs[-1] = _Segment([*last.kvs, kv], tokens, span)
         else:
-            runs.append(_Run([kv], tokens, span))
+            runs.append(_Segment([kv], tokens, span))
     return runs
 
 
-class _Turns:
+class _Rotations:
     """Rotations by layer; layers that share their frequencies share the rotation."""
 
     def __init__(self, shift: Tensor, rope: RopeSpec):

@@ -14,7 +14,7 @@ from blocktune.methods import build
 
 
 @dataclass(frozen=True)
-class Interval:
+class ProfiledRange:
     """One range of layers, tried.
 
     Attributes:
@@ -40,14 +40,14 @@ class Interval:
 
 
 @torch.no_grad()
-def profile_intervals(
+def profile_layers(
     engine: Engine,
     examples: Sequence[Request],
     *,
     most_layers: int | None = None,
     batch_size: int = 8,
     progress: Callable[[list[tuple[int, int]]], Iterator[tuple[int, int]]] = iter,
-) -> list[Interval]:
+) -> list[ProfiledRange]:
     """Tries every contiguous range of layers on held-out examples: O(layers squared) passes.
 
     Args:
@@ -76,19 +76,21 @@ def profile_intervals(
     full = _first_tokens(engine, examples, build("full-prefill"), batch_size)
     ranges = [(first, n) for n in range(1, longest + 1) for first in range(depth - n + 1)]
     tried = [
-        _interval(first, length, depth, full, engine, examples, batch_size)
+        _profiled(first, length, depth, full, engine, examples, batch_size)
         for first, length in progress(ranges)
     ]
     return [_marked(one, tried) for one in tried]
 
 
-def _interval(first: int, length: int, depth: int, full, engine, examples, batch_size) -> Interval:
+def _profiled(
+    first: int, length: int, depth: int, full, engine, examples, batch_size
+) -> ProfiledRange:
     ratio = length / depth
     method = build("droidspeak", first_layer=first, ratio=ratio)
     served = _first_tokens(engine, examples, method, batch_size)
     divergence = (full.exp() * (full - served)).sum(-1).mean()
     agreement = (full.argmax(-1) == served.argmax(-1)).float().mean()
-    return Interval(first, length, ratio, float(divergence), float(agreement))
+    return ProfiledRange(first, length, ratio, float(divergence), float(agreement))
 
 
 def _first_tokens(engine: Engine, examples, method, batch_size: int) -> torch.Tensor:
@@ -98,7 +100,7 @@ def _first_tokens(engine: Engine, examples, method, batch_size: int) -> torch.Te
     return torch.cat(logits).float().log_softmax(-1).cpu()
 
 
-def _marked(one: Interval, tried: Sequence[Interval]) -> Interval:
+def _marked(one: ProfiledRange, tried: Sequence[ProfiledRange]) -> ProfiledRange:
     rivals = (other for other in tried if other.num_layers <= one.num_layers)
     best = all(one.divergence <= other.divergence for other in rivals)
-    return Interval(**{**asdict(one), "efficient": best})
+    return ProfiledRange(**{**asdict(one), "efficient": best})

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from blocktune.attention.cached import CachePlan, Reshaping
 from blocktune.attention.kernels import AttentionParams
 from blocktune.cache import RowCache
-from blocktune.engine.attention_probes import ChunkMass
+from blocktune.engine.attention_probes import ChunkAttention
 from blocktune.engine.rows import Computed, left_padded
 from blocktune.engine.usage import Stopwatch
 from blocktune.layout import GLOBAL, Kind, LayerRule, Rows
@@ -22,36 +22,36 @@ PER_ROW = ("position_embeddings", "position_ids")
 """What a model hands to each of its layers besides hidden states, made for the rows it embedded."""
 
 
-class CurrentRows:
-    """Some rows of a universe.
+class RowSubset:
+    """Some of the candidate rows.
 
     Attributes:
         rows: Their facts, ids and columns, ``(B, R)``.
         exists: Which are no padding, ``(B, R)`` bool.
-        index: Of each in the universe, ``(B, R)``.
+        index: Of each in the candidates, ``(B, R)``.
     """
 
-    def __init__(self, universe: Computed, chosen: Tensor | None = None):
-        """Takes the ``chosen`` rows ``(B, U)`` of the universe; None: all."""
-        self._universe, self._all = universe, chosen is None
+    def __init__(self, candidates: Computed, chosen: Tensor | None = None):
+        """Takes the ``chosen`` rows ``(B, U)`` of the candidates; None: all."""
+        self._candidates, self._all = candidates, chosen is None
         if chosen is None:
-            self.rows, self.exists = universe, universe.rows.kind != Kind.PAD
+            self.rows, self.exists = candidates, candidates.rows.kind != Kind.PAD
             count = torch.arange(self.exists.shape[1], device=self.exists.device)
             self.index = count.expand_as(self.exists)
         else:
-            self.index, self.exists = left_padded(chosen, universe.rows.order)
-            self.rows = universe.take(self.index, self.exists)
+            self.index, self.exists = left_padded(chosen, candidates.rows.order)
+            self.rows = candidates.take(self.index, self.exists)
         self._picked: dict[int, tuple[Any, Any]] = {}
 
-    def of_universe(self, chosen: Tensor) -> Tensor:
-        """Of these rows ``(B, R)`` bool those that are chosen, among the universe's ``(B, U)``."""
+    def of_candidates(self, chosen: Tensor) -> Tensor:
+        """Of these rows ``(B, R)`` bool those that are chosen, among the candidates' ``(B, U)``."""
         prompt, row = chosen.nonzero(as_tuple=True)
-        mask = torch.zeros_like(self._universe.rows.kind, dtype=torch.bool)
+        mask = torch.zeros_like(self._candidates.rows.kind, dtype=torch.bool)
         mask[prompt, self.index[prompt, row]] = True
         return mask
 
     def put(self, hidden: Tensor, whole: Tensor) -> None:
-        """Writes these rows' states ``(B, R, hidden)`` into the universe's ``(B, U, hidden)``."""
+        """Writes these rows' states ``(B, R, hidden)`` into the candidates' ``(B, U, hidden)``."""
         prompt, row = self.exists.nonzero(as_tuple=True)
         whole[prompt, self.index[prompt, row]] = hidden[prompt, row]
 
@@ -90,11 +90,11 @@ class _StatesMade(Exception):
 
 
 @dataclass(frozen=True)
-class Course:
+class LayerSchedule:
     """What decides the rows of each layer.
 
     Attributes:
-        start: Rows of the universe that the first layer computes, ``(B, U)`` bool.
+        start: Rows of the candidates that the first layer computes, ``(B, U)`` bool.
         widen: Rows that are added at the entry of a layer, ``(B, U)`` bool, by layer.
         states: What each column's token carried into that layer, ``(B, N, hidden)``, by layer.
         selection: Asked at its check layers.
@@ -108,50 +108,50 @@ class Course:
     watches_chunks: bool = False
 
 
-class Schedule:
+class SchedulePlan:
     """A plan whose rows change from layer to layer; for one forward pass.
 
     Attributes:
         plans: What attended, each with the layers it did so in.
-        mass: What rows paid chunks, where that is watched; else None.
+        chunk_probe: What rows paid chunks, where that is read; else None.
         probes: Plans of whose rows a layer made keys and values for a choice only, by layer.
     """
 
     def __init__(
         self,
-        universe: Computed,
+        candidates: Computed,
         columns: Rows,
         cache: RowCache,
-        course: Course,
+        schedule: LayerSchedule,
         watch: Stopwatch,
         reshaping: Reshaping | None = None,
     ):
-        """Selects the universe's columns; from the first layer on, `enter` narrows them."""
-        self.universe, self.columns, self.cache = universe, columns, cache
-        self.course, self.watch, self.reshaping = course, watch, reshaping
+        """Selects the candidates' columns; from the first layer on, `enter` narrows them."""
+        self.candidates, self.columns, self.cache = candidates, columns, cache
+        self.schedule, self.watch, self.reshaping = schedule, watch, reshaping
         self.plans: list[CachePlan] = []
         self.probes: dict[int, CachePlan] = {}
-        self._checks = frozenset(course.selection.checks(len(cache)))
-        self.mass = ChunkMass(columns) if course.watches_chunks else None
-        self._go_on(0, CurrentRows(universe))
+        self._checks = frozenset(schedule.selection.checks(len(cache)))
+        self.chunk_probe = ChunkAttention(columns) if schedule.watches_chunks else None
+        self._go_on(0, RowSubset(candidates))
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, rule: LayerRule, params: AttentionParams
     ) -> Tensor:
         """See `Plan.attend`: by the plan of the layer's rows."""
-        if self.mass is not None:
-            self.mass.read(self.plans[-1].query, query, key, rule, params)
+        if self.chunk_probe is not None:
+            self.chunk_probe.read(self.plans[-1].query, query, key, rule, params)
         return self.plans[-1].attend(query, key, value, rule, params)
 
     def enter(self, index: int, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """What layer ``index`` is fed instead of what the model hands it: a forward pre-hook."""
         hidden = args[0]
-        if index == 0 and not torch.equal(self.course.start, self._current.exists):
-            hidden = self._change(index, hidden, self.course.start)
+        if index == 0 and not torch.equal(self.schedule.start, self._current.exists):
+            hidden = self._change(index, hidden, self.schedule.start)
         if index in self._checks:
             hidden = self._narrow(index, layer, (hidden, *args[1:]), kwargs)
-        if index in self.course.widen:
-            widened = self._current.of_universe(self._current.exists) | self.course.widen[index]
+        if index in self.schedule.widen:
+            widened = self._current.of_candidates(self._current.exists) | self.schedule.widen[index]
             hidden = self._change(index, hidden, widened)
         return (hidden, *args[1:]), self._current.arguments(kwargs)
 
@@ -177,15 +177,15 @@ class Schedule:
             context_tokens=(self.columns.kind == Kind.CHUNK).sum(1),
             cached_tokens=(self.columns.kind != Kind.PAD).sum(1) - (exists & ~eligible).sum(1),
             chunk=rows.chunk,
-            question_mass=None if self.mass is None else self.mass.of_question(),
+            question_mass=None if self.chunk_probe is None else self.chunk_probe.of_question(),
             probe=probe,
         )
-        kept = self.course.selection.refine(check) & eligible
-        if made and self.course.selection.keeps_keys:
+        kept = self.schedule.selection.refine(check) & eligible
+        if made and self.schedule.selection.keeps_keys:
             self.cache.store(index, *made[0])
             if self.reshaping is not None:
                 self.reshaping.wrote(index, self._current.rows.columns)
-        mask = self._current.of_universe(kept | (exists & ~eligible))
+        mask = self._current.of_candidates(kept | (exists & ~eligible))
         hidden = self._change(index, args[0], mask)
         self.watch.stop("select_s")
         return hidden
@@ -206,23 +206,23 @@ class Schedule:
     def _change(self, layer: int, hidden: Tensor, mask: Tensor) -> Tensor:
         """From the current rows to those of ``mask`` ``(B, U)``; returns their hidden states."""
         whole = hidden.new_zeros(*mask.shape, hidden.shape[-1])
-        if layer in self.course.states and layer in self.course.widen:
-            columns = self.universe.columns.clamp(min=0)
-            states = self.course.states[layer]
+        if layer in self.schedule.states and layer in self.schedule.widen:
+            columns = self.candidates.columns.clamp(min=0)
+            states = self.schedule.states[layer]
             whole = states.gather(1, as_index(columns, states)).to(hidden.dtype)
         self._current.put(hidden, whole)
-        self._go_on(layer, CurrentRows(self.universe, mask))
+        self._go_on(layer, RowSubset(self.candidates, mask))
         return self._current.pick(whole)
 
-    def _go_on(self, layer: int, current: CurrentRows) -> None:
+    def _go_on(self, layer: int, current: RowSubset) -> None:
         """Computes these rows from ``layer`` on."""
         if self.plans and not self.plans[-1].executed:
-            self.plans.pop()  # the universe, where the first layer computes less of it
+            self.plans.pop()  # all candidates, where the first layer computes fewer
         if self.plans:
             self.plans[-1].forget()
         self._current, rows = current, current.rows
         facts = rows.rows
-        if self.course.selection.sees_future and layer >= min(self._checks, default=0):
+        if self.schedule.selection.sees_future and layer >= min(self._checks, default=0):
             facts = _seeing_future(facts, self.columns)
         self.plans.append(CachePlan(facts, self.columns, self.reshaping, rows.columns))
         self.cache.select(rows.columns, range(layer, len(self.cache)))

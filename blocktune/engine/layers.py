@@ -56,7 +56,7 @@ def install(model: nn.Module) -> None:
             layer.register_forward_pre_hook(Enter(index), with_kwargs=True)
 
 
-class Recorder:
+class InputRecorder:
     """A plan that attends by another one, and keeps what entered some layers.
 
     Attributes:

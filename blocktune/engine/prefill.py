@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from blocktune.attention.cached import CachePlan, Reshaping
 from blocktune.cache import RowCache
-from blocktune.engine.attention_probes import ChunkMass
+from blocktune.engine.attention_probes import ChunkAttention
 from blocktune.engine.cost import Executed
-from blocktune.engine.layer_schedule import Course, Schedule
+from blocktune.engine.layer_schedule import LayerSchedule, SchedulePlan
 from blocktune.engine.rows import Computed
 from blocktune.engine.usage import Stopwatch
 from blocktune.layout import Kind, Rows
@@ -25,13 +25,18 @@ class Prefill:
         logits: After each prompt's last row, ``(B, V)``.
         plans: The attention plans that ran, each with the layers it ran in.
         probes: Plans of whose rows a layer made keys and values for a choice only, by layer.
-        mass: What rows paid chunks, where that is watched; else None.
+        chunk_probe: What rows paid chunks, where that is read; else None.
     """
 
     logits: Tensor
     plans: list[CachePlan]
     probes: dict[int, CachePlan]
-    mass: ChunkMass | None = None
+    chunk_probe: ChunkAttention | None = None
+
+    @property
+    def chunk_attention(self) -> Tensor:
+        """What each column's row paid each chunk, mean over heads and layers, ``(B, N, C)``."""
+        return self.chunk_probe.mass / self.chunk_probe.layers
 
     def layer_tokens(self, num_layers: int) -> Tensor:
         """Context tokens computed in each layer, ``(B, layers)``."""
@@ -56,17 +61,17 @@ class Prefill:
 
     def executed(self, model: nn.Module) -> Executed:
         """The same for counting its arithmetic; ``model`` is the one that ran."""
-        extra = None if self.mass is None else self.mass.multiply_adds
+        extra = None if self.chunk_probe is None else self.chunk_probe.multiply_adds
         return Executed(model, self.plans, self.probes, extra=extra)
 
 
 @torch.no_grad()
 def prefill(
     model: nn.Module,
-    universe: Computed,
+    candidates: Computed,
     columns: Rows,
     cache: RowCache,
-    course: Course,
+    schedule: LayerSchedule,
     watch: Stopwatch,
     reshaping: Reshaping | None = None,
 ) -> Prefill:
@@ -74,20 +79,20 @@ def prefill(
 
     Args:
         model: Attached to blocktune's attention, its layers hooked by `layers.install`.
-        universe: The rows that any layer computes.
+        candidates: The rows that any layer computes.
         columns: Facts of the cache's columns, ``(B, N)``.
         cache: Holds the states of all columns that are not computed.
-        course: Which of the rows each layer computes.
+        schedule: Which of the rows each layer computes.
         watch: Gets ``select_s``, and ``recompute_s`` up to where it chooses.
         reshaping: How rows see reused keys.
     """
-    schedule = Schedule(universe, columns, cache, course, watch, reshaping)
+    schedule = SchedulePlan(candidates, columns, cache, schedule, watch, reshaping)
     output = model(
-        universe.ids,
-        position_ids=universe.rows.position,
+        candidates.ids,
+        position_ids=candidates.rows.position,
         plan=schedule,
         past_key_values=cache,
         use_cache=True,
         logits_to_keep=1,
     )
-    return Prefill(output.logits[:, -1], schedule.plans, schedule.probes, schedule.mass)
+    return Prefill(output.logits[:, -1], schedule.plans, schedule.probes, schedule.chunk_probe)

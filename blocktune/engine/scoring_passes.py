@@ -11,20 +11,19 @@ from transformers import PreTrainedModel
 
 from blocktune.attention import SplitPlan
 from blocktune.attention.cached import CachePlan
-from blocktune.cache import RowCache, VariantStore
-from blocktune.engine.attention_probes import OutsideWatch, QueryWatch, SeenEnough
+from blocktune.cache import ChunkStore, RowCache
+from blocktune.engine.attention_probes import OutsideProbe, ProbeDone, QueryProbe
 from blocktune.engine.auxiliary import Auxiliaries
 from blocktune.engine.cost import Executed, ModelCost
-from blocktune.engine.recall import stored_context
 from blocktune.engine.rows import computed_rows, of_columns
 from blocktune.layout import Kind, Rows
 from blocktune.methods.reshaped_attention import ReshapedAttention
-from blocktune.methods.select import Stored, Truth, distance
+from blocktune.methods.select import Truth, distance
 from blocktune.prompt import Batch, LayoutSpec, Pieces, lay_out, stack
 
 
 @dataclass
-class ServedPasses:
+class ScoringPasses:
     """Passes over one batch.
 
     Attributes:
@@ -35,7 +34,8 @@ class ServedPasses:
         columns: Facts of the cache's columns, ``(B, N)``.
         cache: Assembled; the passes leave what chunks put there as it is.
         cached: Rows whose states are in the cache, ``(B, S)`` bool.
-        variants: Statistics of chunks from earlier prompts.
+        store: Holds the chunks.
+        fingerprint: Of the model.
         executed: What the passes computed, in order.
     """
 
@@ -46,16 +46,13 @@ class ServedPasses:
     columns: Rows
     cache: RowCache
     cached: Tensor
-    variants: VariantStore
+    store: ChunkStore
+    fingerprint: str
     executed: list[Executed] = field(default_factory=list)
 
     def query_attention(self) -> Tensor:
         """See `Passes.query_attention`."""
         return self._prefill(self._rows & ~self.cached, self.cache)
-
-    def stored_context(self, alpha: float) -> Stored:
-        """See `Passes.stored_context`."""
-        return stored_context(self.variants, self.batch, self.pieces, alpha)
 
     def full_prefill(self) -> Truth:
         """See `Passes.full_prefill`."""
@@ -70,7 +67,7 @@ class ServedPasses:
     def outside_attention(self) -> Tensor:
         """See `Passes.outside_attention`."""
         computed = computed_rows(self.batch, self._rows)
-        watch = OutsideWatch(computed.rows)
+        watch = OutsideProbe(computed.rows)
         self._run(self.model, computed.ids, computed.rows.position, watch)
         cost = ModelCost.of(self.model)
         rows = (computed.rows.kind != Kind.PAD).sum(1).cpu()
@@ -88,7 +85,7 @@ class ServedPasses:
         batch = stack(prompts, pad_id=0).to(other.device)
         _require_room(model, other, batch.layout.num_rows)
         rows, last = batch.layout.rows(), other.config.get_text_config().num_hidden_layers - 1
-        watch = QueryWatch(SplitPlan(batch.layout), rows, rows, (last,), last)
+        watch = QueryProbe(SplitPlan(batch.layout), rows, rows, (last,), last)
         self._run(other, batch.input_ids, batch.layout.position, watch)
         self.executed.append(_all_but_last(other, rows, watch))
         result = torch.zeros_like(self.cached, dtype=torch.float32)
@@ -116,7 +113,7 @@ class ServedPasses:
         cache.select(computed.columns)
         plan = CachePlan(computed.rows, self.columns)
         layers = range(len(cache))
-        watch = QueryWatch(plan, computed.rows, self.columns, layers, last=len(cache))
+        watch = QueryProbe(plan, computed.rows, self.columns, layers, last=len(cache))
         self._run(self.model, computed.ids, computed.rows.position, watch, cache)
         self.executed.append(Executed(self.model, [plan], extra=watch.multiply_adds))
         scores = torch.stack([watch.scores[layer] for layer in layers])
@@ -133,11 +130,11 @@ class ServedPasses:
                 use_cache=cache is not None,
                 logits_to_keep=1,
             )
-        except SeenEnough:
+        except ProbeDone:
             return
 
 
-def _all_but_last(model: PreTrainedModel, rows: Rows, watch: QueryWatch) -> Executed:
+def _all_but_last(model: PreTrainedModel, rows: Rows, watch: QueryProbe) -> Executed:
     """A causal pass over all rows that ended when the last layer's weights were known."""
     cost = ModelCost.of(model)
     count = (rows.kind != Kind.PAD).sum(1).cpu()

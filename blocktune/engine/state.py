@@ -1,27 +1,22 @@
-"""What serves all batches of an engine: the model and its caches."""
+"""What all batches of an engine share: the model and its caches."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from blocktune.cache import Damaged, PrefixTree, RowCache, Stream, cut_exact
+from blocktune.cache import PrefixTree
 from blocktune.engine.auxiliary import Auxiliaries
-from blocktune.engine.batch_prefill import Opening
-from blocktune.engine.cacheblend_pipeline import LoadingController
 from blocktune.engine.encode import Encoder
-from blocktune.engine.generation import Run
-from blocktune.methods import Method
 from blocktune.positions import RopeSpec
-from blocktune.prompt import Pieces, Prompt, end_of_turn
+from blocktune.prompt import end_of_turn
 
 
 @dataclass(frozen=True)
-class Server:
-    """What all batches of an engine share: the model and its caches."""
+class EngineState:
+    """The model, its tokenizer and its caches."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -30,38 +25,11 @@ class Server:
     rope: RopeSpec
     pad_id: int
     auxiliaries: Auxiliaries
-    controller: LoadingController = field(default_factory=LoadingController)
 
     @property
     def num_layers(self) -> int:
         """Decoder layers."""
         return self.model.config.get_text_config().num_hidden_layers
-
-    def start(self, prompts: Sequence[Prompt], pieces: Sequence[Pieces], method: Method) -> Run:
-        """Assembles what is cached, computes the rest, and stops before the first token."""
-        if method.paced:
-            try:
-                with Stream(self.encoder.store) as stream:
-                    return self._start(prompts, pieces, method, stream)
-            except Damaged:
-                pass  # without a stream the chunk is rejected, reported and encoded again
-        return self._start(prompts, pieces, method)
-
-    @torch.no_grad()
-    def _start(
-        self,
-        prompts: Sequence[Prompt],
-        pieces: Sequence[Pieces],
-        method: Method,
-        stream: Stream | None = None,
-    ) -> Run:
-        return Opening(self, prompts, pieces, method, stream).run()
-
-    def remember(self, cache: RowCache, pieces: Sequence[Pieces]) -> None:
-        """Enters the prompts of an exact prefill into the prefix cache."""
-        for index, prompt in enumerate(pieces):
-            path = [prompt.prefix, *prompt.chunks]
-            self.prefix_tree.insert(cut_exact(cache, index, path, self.encoder.fingerprint))
 
     def stop_ids(self) -> frozenset[int]:
         """Tokens that end an answer: the template's end of turn and the model's own."""

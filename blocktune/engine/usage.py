@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
-
-from blocktune.engine.cacheblend_pipeline import LoadingChoice
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ class Usage:
         ttft: Times to the first token.
         query_entropy: Entropy of the question's attention in nats, mean over its rows, the heads
             and the layers that were reshaped; None if the method reshapes nothing.
-        loading: What the loading controller chose; None if the method has none.
+        loading: What the method's `ChunkLoader` reports; None if it has none.
     """
 
     prompt_tokens: int
@@ -77,7 +76,7 @@ class Usage:
     answer_tokens: int
     ttft: Ttft
     query_entropy: float | None = None
-    loading: LoadingChoice | None = None
+    loading: Any = None
 
     @property
     def recompute_ratio(self) -> float:

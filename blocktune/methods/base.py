@@ -22,7 +22,8 @@ from blocktune.prompt.layout_spec import LayoutSpec
 from blocktune.registry import Registry
 
 if TYPE_CHECKING:
-    from blocktune.cache import Recall
+    from blocktune.cache import ChunkStore
+    from blocktune.methods.hooks import ChunkLoader, PromptHistory
     from blocktune.methods.reshape import Reshape
 
 METHODS = Registry("reuse method", "blocktune.methods.presets")
@@ -81,11 +82,10 @@ class Method(ABC):
         source: Paper or code it follows.
         weights: What the model must be trained for.
         cached: What comes from a cache.
-        recall: How chunks come from earlier full prompts, see `blocktune.engine.recall`, or None.
-        rehearse: Prompts over the same chunks that are served before each one, in full, in another
+        history: Where chunks of earlier prompts come from, a `PromptHistory`; None: each is encoded
+            alone.
+        warm_up: Prompts over the same chunks that are served before each one, in full, in another
             order and off the clock: a history for measurements that begin with empty caches.
-        paced: Whether chunks are loaded layer by layer while it computes, and how much it computes
-            is chosen by how long that takes, see `blocktune.engine.cacheblend_pipeline`.
         keeps_context: False only for the baseline that answers without chunks.
         exact_on_one_chunk: Whether one chunk with nothing before it equals full prefill.
         layer_budget: Share of the context's layer-tokens to recompute, or None: what follows from
@@ -95,9 +95,8 @@ class Method(ABC):
     source: ClassVar[str]
     weights: ClassVar[Weights] = Weights.ANY
     cached: ClassVar[Cached] = Cached.CHUNKS
-    recall: ClassVar[Recall | None] = None
-    rehearse: ClassVar[int] = 0
-    paced: ClassVar[bool] = False
+    history: ClassVar[PromptHistory | None] = None
+    warm_up: ClassVar[int] = 0
     keeps_context: ClassVar[bool] = True
     exact_on_one_chunk: ClassVar[bool] = True
     layer_budget: ClassVar[float | None] = None
@@ -161,6 +160,15 @@ class Method(ABC):
 
     def reshape(self) -> Reshape | None:
         """Axis reshape: how later rows attend to reused keys; None changes nothing."""
+        return None
+
+    def loader(self, store: ChunkStore, fingerprint: str) -> ChunkLoader | None:
+        """What loads the chunks of a batch; None: the engine, all of them at once.
+
+        Args:
+            store: Holds the chunks.
+            fingerprint: Of the model.
+        """
         return None
 
     def _require(self, trained: LayoutSpec | None) -> None:

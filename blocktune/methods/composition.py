@@ -17,7 +17,8 @@ from blocktune.methods.select.budget import require_share
 from blocktune.prompt.layout_spec import LayoutSpec
 
 if TYPE_CHECKING:
-    from blocktune.cache import Recall
+    from blocktune.cache import ChunkStore
+    from blocktune.methods.hooks import ChunkLoader, PromptHistory
     from blocktune.methods.reshape import Reshape
 
 TABLES = {Axis.SELECT: SELECTORS, Axis.RESHAPE: RESHAPES}
@@ -92,23 +93,23 @@ class Composition(Method):
         return self.terms[0].cached
 
     @property
-    def recall(self) -> Recall | None:
-        """Of a preset; no prompt is computed in full if tokens are chosen otherwise."""
-        found = [term for term in self.terms if term.recall is not None]
-        if not found:
+    def history(self) -> PromptHistory | None:
+        """Of one of the presets."""
+        found = next((term for term in self.terms if term.history is not None), None)
+        if found is None:
             return None
-        own = self.spending is None and self.selected == found[0].select()
-        return found[0].recall if own else found[0].recall._replace(refresh=1.0)
+        own = self.spending is None and self.selected == found.select()
+        return found.history if own else found.history.without_selection()
 
     @property
-    def rehearse(self) -> int:
+    def warm_up(self) -> int:
         """The most that one of the presets wants."""
-        return max(term.rehearse for term in self.terms)
+        return max(term.warm_up for term in self.terms)
 
-    @property
-    def paced(self) -> bool:
-        """Whether one of the presets is."""
-        return any(term.paced for term in self.terms)
+    def loader(self, store: ChunkStore, fingerprint: str) -> ChunkLoader | None:
+        """Of the first preset that has one."""
+        made = (term.loader(store, fingerprint) for term in self.terms)
+        return next((loader for loader in made if loader is not None), None)
 
     @property
     def keeps_context(self) -> bool:
@@ -127,8 +128,8 @@ class Composition(Method):
             for name, value in self.changes
             if name in ("num_blanks", "bos", "slot")
         )
-        recalled = self.recall is None or self.recall.exact_alone
-        return kept and alone and recalled and all(t.exact_on_one_chunk for t in self.terms)
+        known = self.history is None or self.history.exact_alone
+        return kept and alone and known and all(t.exact_on_one_chunk for t in self.terms)
 
     def layout(self, spec: LayoutSpec) -> LayoutSpec:
         """What the presets change, one after another, then the changes of its own."""

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blocktune.attention.kernels import AttentionParams, plain_scores, weighted_values
-from blocktune.attention.rows import Block, RowBand
+from blocktune.attention.masks import Block, RowBand
 from blocktune.layout import Kind, LayerRule, Rows
 from blocktune.methods.reshape.base import Reshape, Seen, in_chunk
 

@@ -7,7 +7,6 @@ __getattr__, __dir__, __all__ = exports(
     {
         "blocktune.positions.placement": ("PLACEMENTS", "Placement", "place"),
         "blocktune.positions.relocation": (
-            "FIXED_ROPE_TYPES",
             "RopeSpec",
             "Rotation",
             "relocate_keys",

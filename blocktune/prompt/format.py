@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from string import Formatter
 from typing import Any
 
@@ -17,21 +17,43 @@ class Chunk:
     Attributes:
         text: The passage, never blank.
         title: Its document's title, or None; an empty title is stored as None.
+        metadata: Whatever else is known of it (id, score, source). Never encoded, and no part of
+            equality or hash: the same passage is cached once.
 
     Raises:
-        ValueError: If a field is not a string or the text is blank.
+        ValueError: If a field is not of its type, or the text is blank or cannot be encoded.
     """
 
     text: str
     title: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self):
         if not isinstance(self.text, str) or not self.text.strip():
             raise ValueError(f"a chunk's text must be a non-blank string, got {self.text!r:.60}")
         if not isinstance(self.title, str | None):
             raise ValueError(f"a chunk's title must be a string or null, got {self.title!r:.60}")
+        if not isinstance(self.metadata, Mapping):
+            raise ValueError(f"a chunk's metadata must be a mapping, got {self.metadata!r:.60}")
+        for name in ("text", "title"):
+            require_unicode(getattr(self, name) or "", f"a chunk's {name}")
         if self.title == "":
             object.__setattr__(self, "title", None)
+
+
+def require_unicode(text: str, name: str) -> None:
+    """Refuses half of a surrogate pair, which JSON can spell and no tokenizer can read.
+
+    Raises:
+        ValueError: If the text holds one; ``name`` opens the message.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} holds a lone surrogate (U+{ord(text[error.start]):04X}, character "
+            f"{error.start + 1}), which is not text; replace it by U+FFFD"
+        ) from None
 
 
 @dataclass(frozen=True)

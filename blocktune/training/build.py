@@ -12,6 +12,7 @@ from trl import ModelConfig
 from blocktune.data import load_examples
 from blocktune.data.mixture import BLOCK, load_mixture, mix
 from blocktune.data.sources import training_split
+from blocktune.models.gate import require_supported
 from blocktune.positions import RopeSpec
 from blocktune.prompt import PromptFormat
 from blocktune.provenance import provenance
@@ -40,12 +41,13 @@ def build(
         The trainer, and the training set with the count of examples left out.
 
     Raises:
-        ValueError: As `refuse_missing_trackers`, `load_base`, `prepare`, `find_teacher` and the
-            loaders do.
+        ValueError: As `refuse_missing_trackers`, `load_base`, `require_supported`, `prepare`,
+            `find_teacher` and the loaders do.
     """
     refuse_missing_trackers(args.report_to)
     refuse_frozen_quantised(args, choice)
     model, tokenizer = load_base(choice)
+    rope = require_supported(model)
     train_set, eval_set = _datasets(data, args, model, tokenizer)
     origin = _origin(data, args, train_set)
     ready = make_ready(model, tokenizer, args, choice, data.format, origin)
@@ -54,7 +56,7 @@ def build(
         args=args,
         files=AdapterFiles(ready.info, resolved(data, args, choice), args.freeze_base),
         collator=_collator(data, args, ready),
-        objective=_objective(args, choice, ready),
+        objective=_objective(args, choice, ready, rope),
         train_dataset=train_set.dataset,
         eval_dataset=eval_set.dataset if eval_set else None,
         tokenizer=tokenizer,
@@ -144,13 +146,14 @@ def _collator(data: DataArgs, args: BlockSFTConfig, ready: Ready) -> BlockCollat
     )
 
 
-def _objective(args: BlockSFTConfig, choice: ModelConfig, ready: Ready) -> Objective:
+def _objective(
+    args: BlockSFTConfig, choice: ModelConfig, ready: Ready, rope: RopeSpec
+) -> Objective:
     how = args.distillation
     frozen = args.freeze_base or choice.use_peft
     teacher = find_teacher(args.distill_teacher, how, ready.model, ready.tokenizer, frozen)
     matches_keys = how.matches_states and how.states == "kv"
-    rope = RopeSpec.from_model(ready.model) if matches_keys else None
-    return Objective(args.attention_execution, how, teacher, rope)
+    return Objective(args.attention_execution, how, teacher, rope if matches_keys else None)
 
 
 def _origin(data: DataArgs, args: BlockSFTConfig, train_set: Prepared) -> dict:

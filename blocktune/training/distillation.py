@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     PretrainedConfig,
     PreTrainedTokenizerBase,
 )
 
 from blocktune.attention import attach
 from blocktune.models.identity import tokenizer_hash
+from blocktune.models.load import load_base
 
 STATES = ("none", "hidden", "kv")
 EPSILON = 1e-9
@@ -188,12 +187,7 @@ def _other(teacher: nn.Module) -> Teacher:
 
 
 def _load(name: str, how: Distillation, student: nn.Module, tokenizer) -> nn.Module:
-    try:
-        other = AutoTokenizer.from_pretrained(name)
-        teacher = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"cannot load distill_teacher '{name}': {reason}") from None
+    teacher, other = load_base(name, place=False, what="distill_teacher")
     own, its = student.config.get_text_config(), teacher.config.get_text_config()
     if tokenizer_hash(other) != tokenizer_hash(tokenizer) or own.vocab_size != its.vocab_size:
         raise ValueError(

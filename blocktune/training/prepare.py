@@ -4,22 +4,15 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from accelerate import PartialState
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    set_seed,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from blocktune.adapter import AdapterInfo
 from blocktune.links import add_link_tokens, install_links, new_links
-from blocktune.models.devices import check_dtype
+from blocktune.models import load
 from blocktune.models.identity import base_fingerprint, tokenizer_hash
-from blocktune.models.quantize import keep_stored_codes, quantization_of
+from blocktune.models.quantize import quantization_of
 from blocktune.prompt import PromptFormat
 from blocktune.training.config import BlockSFTConfig
 from blocktune.training.lora import add_in_product
@@ -48,27 +41,21 @@ def load_base(choice: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizer
             f"attn_implementation '{choice.attn_implementation}' knows no chunks; leave it out and "
             "choose attention_execution: split, flex or dense"
         )
-    check_dtype(choice.dtype or "auto")
     quantised = choice.load_in_4bit or choice.load_in_8bit
     if quantised and choice.dtype in (None, "auto"):
         raise ValueError(
             "a quantised base is computed in a dtype that must be named; set dtype: bfloat16 "
             "(on GPUs) or dtype: float32 (on CPUs)"
         )
-    quantization = get_quantization_config(choice)
-    kwargs = {"revision": choice.model_revision}
-    if quantization is not None:
-        device = PartialState().device  # each process quantises onto its own
-        kwargs |= {"quantization_config": quantization, "device_map": {"": device}}
-    dtype = choice.dtype if choice.dtype in (None, "auto") else getattr(torch, choice.dtype)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=choice.model_revision)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **kwargs)
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"cannot load base model '{name}': {reason}") from None
-    keep_stored_codes(model)
-    return model, tokenizer
+    return load.load_base(
+        name,
+        dtype=choice.dtype or "auto",
+        device=str(PartialState().device),  # each process quantises onto its own
+        revision=choice.model_revision,
+        quantize=get_quantization_config(choice),
+        place=False,
+        what="base model",
+    )
 
 
 def make_ready(

@@ -26,7 +26,9 @@ class Parser(TrlParser):
     """
 
     def __init__(self, argv: Sequence[str] = ()):
-        super().__init__((DataArgs, BlockSFTConfig, ModelConfig), prog="blocktune train")
+        super().__init__(
+            (DataArgs, BlockSFTConfig, ModelConfig), prog="blocktune train", allow_abbrev=False
+        )
         self._typed = {word.partition("=")[0].replace("-", "_") for word in argv}
 
     def set_defaults_with_config(self, **values):

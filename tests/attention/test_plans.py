@@ -126,15 +126,6 @@ def test_plan_of_another_layout_is_refused(execution):
         model(ids, plan=plan, use_cache=False)
 
 
-def test_attached_model_without_a_plan_is_refused():
-    model = build(FAMILIES["llama"]())
-    attach(model)
-    with pytest.raises(ValueError, match="got none; pass plan="):
-        model(torch.ones(1, 4, dtype=torch.int64))
-    model.set_attn_implementation("sdpa")
-    assert model(torch.ones(1, 4, dtype=torch.int64)).logits.isfinite().all()
-
-
 def test_plan_beside_an_attention_mask_is_refused():
     model, some = build(FAMILIES["llama"]()), LAYOUTS["ragged"]()
     attach(model)

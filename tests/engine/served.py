@@ -9,6 +9,7 @@ from families import build
 from blocktune.attention import dense_mask
 from blocktune.attention.kernels import plain_attention
 from blocktune.engine import Engine
+from blocktune.engine.batch_prefill import prefill_batch
 from blocktune.layout import FOREVER, GLOBAL, Kind, Layout
 from blocktune.methods import Method
 from blocktune.prompt import Chunk, PromptFormat, stack
@@ -106,7 +107,7 @@ def with_fresh_rows(ids, layout: Layout, spans) -> tuple[torch.Tensor, Layout]:
 def served_spans(engine: Engine, ask: Ask, method: Method) -> tuple[torch.Tensor, list[Span]]:
     """Logits ``(V,)`` of a served request, and which tokens were computed in which layers."""
     pieces, prompts = engine._read([ask], method)
-    run = engine._server.start(prompts, pieces, method)
+    run = prefill_batch(engine._state, prompts, pieces, method)
     depth = len(run.cache)
     fresh: list[set[int]] = [set() for _ in range(depth)]
     for plan in run.prefill.plans:

@@ -6,8 +6,8 @@
 
 What is recorded: losses of ten steps of every recipe; greedy tokens and recomputed tokens per
 layer of every preset on 20 questions; scores and intervals of the quick suite on 50 questions;
-the bytes of one encoded chunk. About ten minutes on two cores, on data/tiny alone. Floats are compared
-to 1e-6 relative, everything else exactly.
+the bytes of one encoded chunk. Under ten minutes on two cores, on data/tiny alone. Floats are
+compared to 1e-6 relative, everything else exactly.
 """
 
 from __future__ import annotations

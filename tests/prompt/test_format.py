@@ -73,3 +73,18 @@ def test_a_mode_tag_opens_the_turn_of_its_mode():
     assert (fmt.opening(True), fmt.opening(False)) == ("[Block] Answer.", "Answer.")
     assert PromptFormat(instruction="", full_tag="[Full]").opening(False) == "[Full]"
     assert PromptFormat.from_dict(fmt.to_dict()) == fmt
+
+
+def test_what_else_is_known_of_a_chunk_changes_nothing():
+    plain, known = Chunk("text", "T"), Chunk("text", "T", {"id": 7, "score": 0.5})
+    assert (plain, hash(plain)) == (known, hash(known))
+    assert PromptFormat().render_chunk(plain) == PromptFormat().render_chunk(known)
+    assert known.metadata["score"] == 0.5
+    with pytest.raises(ValueError, match="metadata must be a mapping"):
+        Chunk("text", None, "id")
+
+
+@pytest.mark.parametrize("values", [("bad \ud83d half",), ("text", "\udc00")])
+def test_a_lone_surrogate_is_refused(values):
+    with pytest.raises(ValueError, match="lone surrogate"):
+        Chunk(*values)

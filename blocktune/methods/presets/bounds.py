@@ -45,16 +45,16 @@ class FullPrefill(_InFull):
 class PrefixCache(_InFull):
     """Reuses the longest prefix seen before, in the same order: exact, but rarely hit in RAG.
 
-    ``rehearse`` gives a single question a history: it first serves that many prompts of the same
+    ``warm_up`` gives a single question a history: it first serves that many prompts of the same
     chunks, each rotated by one more place.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2312.07104"
     cached: ClassVar[Cached] = Cached.EXACT_PREFIX
-    rehearse: int = 0
+    warm_up: int = 0
 
     def __post_init__(self):
-        require_count("rehearse", self.rehearse)
+        require_count("warm_up", self.warm_up)
 
     def select(self) -> Selection:
         """Everything that the cached prefix does not hold."""

@@ -31,8 +31,7 @@ __getattr__, __dir__, __all__ = exports(
         "blocktune.methods.select.deviation": ("Deviation", "GradualDeviation", "distance"),
         "blocktune.methods.select.layer_check": ("LayerCheck", "LayerKV"),
         "blocktune.methods.select.layers": ("LayerRange", "Reselect"),
-        "blocktune.methods.select.passes": ("Passes", "Stored", "Truth"),
+        "blocktune.methods.select.passes": ("Passes", "Truth"),
         "blocktune.methods.select.place": ("FirstK", "Recency"),
-        "blocktune.methods.select.stored_context": ("StoredContext",),
     },
 )

@@ -35,6 +35,7 @@ class QueryAttention(Scored):
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2602.02579"
+    needs_question: ClassVar[bool] = True
     ratio: float = 0.15
     fuse: str = "mean"
 
@@ -68,6 +69,7 @@ class AuxiliaryAttention(Scored):
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2510.10129"
+    needs_question: ClassVar[bool] = True
     ratio: float = 0.15
     model: str = "self"
     window: int = 8

@@ -25,6 +25,8 @@ class Selection(ABC):
     Class attributes:
         source: Paper or code it follows; empty for the two trivial selectors.
         watches_chunks: Whether `refine` reads the question's attention to each chunk.
+        needs_question: Whether the choice depends on the question; a cache of the context then
+            serves this question alone.
 
     Attributes:
         keeps_keys: What a row that `refine` drops leaves in the cache at that layer: the keys and
@@ -35,6 +37,7 @@ class Selection(ABC):
 
     source: ClassVar[str] = ""
     watches_chunks: ClassVar[bool] = False
+    needs_question: ClassVar[bool] = False
     keeps_keys: bool = False
     sees_future: bool = False
 

@@ -70,6 +70,7 @@ class Oracle(Scored):
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2603.20218"
+    needs_question: ClassVar[bool] = True
     ratio: float = 0.15
     by: str = "influence"
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from blocktune.cache import ChunkStore
+    from blocktune.prompt import Batch, Pieces
 
 
 class Truth(NamedTuple):
@@ -23,23 +27,22 @@ class Truth(NamedTuple):
     query_attention: Tensor
 
 
-class Stored(NamedTuple):
-    """What is stored of the rows of a batch; each ``(B, S)`` float32.
-
-    Attributes:
-        overhead: Share of the row's chunk to recompute, 1 where nothing is known of it.
-        tokens: Attention that the token paid the context its chunk was encoded in.
-    """
-
-    overhead: Tensor
-    tokens: Tensor
-
-
 class Passes(Protocol):
     """Passes that an engine runs when a selector asks; each is counted in the answer's usage.
 
     All scores are float32, 0 at rows that are no columns of the cache (blanks, padding).
+
+    Attributes:
+        batch: The prompts, stacked.
+        pieces: Their tokens, chunk by chunk.
+        store: Holds the engine's chunks, for selectors that keep entries of their own there.
+        fingerprint: Of the model, for keys into the store.
     """
+
+    batch: Batch
+    pieces: Sequence[Pieces]
+    store: ChunkStore
+    fingerprint: str
 
     def query_attention(self) -> Tensor:
         """The question computed over the reused cache, before anything is recomputed.
@@ -71,13 +74,6 @@ class Passes(Protocol):
             Share of each row's attention that goes to rows outside its own chunk, mean over the
             heads, ``(B, S)``. It is half the sum of what the row's weights change by when it may
             see them (total variation): its weights inside only shrink by one factor.
-        """
-
-    def stored_context(self, alpha: float) -> Stored:
-        """What earlier full prompts left behind of the chunks; costs no pass.
-
-        Args:
-            alpha: Factor of the share to recompute, see `blocktune.cache.cache_fix_overhead`.
         """
 
     def full_prefill(self) -> Truth:

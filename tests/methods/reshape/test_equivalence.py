@@ -7,6 +7,7 @@ from families import FAMILIES
 from methods.reshape.oracle import BestChunks, TwoSoftmaxes, logits_by, rows_of
 
 from blocktune.attention.masks import MaskRoom
+from blocktune.engine.batch_prefill import prefill_batch
 from blocktune.methods import build, compose, reshaped_attention
 
 # Logits of these models reach about 10; prompts have fewer than 256 positions.
@@ -34,7 +35,7 @@ def served(family, tokenizer):
 
 def start(engine, asks, method):
     pieces, prompts = engine._read(asks, method)
-    return engine._server.start(prompts, pieces, method)
+    return prefill_batch(engine._state, prompts, pieces, method)
 
 
 def merged(engine, method, answer=(), fresh=None, moved=None):

@@ -1,0 +1,250 @@
+"""Statistics of chunk variants, the share to recompute, and the variant to take."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import ClassVar, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from blocktune.cache import ChunkStore, Entry, chunk_key, key_after
+from blocktune.cache.chunk_kv import Read
+
+Ids = tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Variant:
+    """One context that a chunk was computed in.
+
+    Attributes:
+        prefix: Tokens of the earlier prompt's prefix.
+        context: Tokens of the chunks between the prefix and this chunk, in order.
+        inter: Attention that the chunk's tokens paid each of these chunks: summed over tokens,
+            mean over heads and layers, ``(len(context),)``.
+        tokens: Attention that each token paid all of them, ``(S,)``.
+        intra: Attention that the tokens paid their own chunk, summed over tokens.
+    """
+
+    prefix: Ids
+    context: tuple[Ids, ...]
+    inter: Tensor
+    tokens: Tensor
+    intra: float
+
+    @property
+    def blanks(self) -> Ids:
+        """All tokens before the chunk, what it was encoded after."""
+        return self.prefix + sum(self.context, ())
+
+
+def cache_context_impact(variant: Variant, num_tokens: int) -> float:
+    """CCI in [0.5, 1): how much the chunk leant on its context, against itself.
+
+    ``1 / (1 + exp(-a / b))`` with ``a`` the attention per pair of tokens to the earlier chunks and
+    ``b`` that within the chunk.
+
+    Args:
+        variant: Its statistics.
+        num_tokens: Tokens of the chunk.
+    """
+    pairs = zip(variant.inter.tolist(), variant.context, strict=True)
+    outside = sum(mass / (num_tokens * len(chunk)) for mass, chunk in pairs)
+    inside = variant.intra / num_tokens**2
+    if inside == 0:
+        return 1.0 if outside > 0 else 0.5
+    return 1 / (1 + math.exp(-outside / inside))
+
+
+def prefix_overlap(variant: Variant, context: Sequence[Ids]) -> float:
+    """Beta in [0, 1]: share of the attention to old chunks that goes to chunks still before it.
+
+    1 where the variant paid no attention to any chunk: nothing can be missing.
+    """
+    total = sum(variant.inter.tolist())
+    if total <= 0:
+        return 1.0
+    kept = set(context)
+    pairs = zip(variant.inter.tolist(), variant.context, strict=True)
+    return sum(mass for mass, chunk in pairs if chunk in kept) / total
+
+
+def order_penalty(old: Sequence[Ids], new: Sequence[Ids]) -> float:
+    """Gamma in [0, 1]: share of pairs of common chunks that stand the other way round (Kendall)."""
+    place = {chunk: index for index, chunk in enumerate(new)}
+    common = [place[chunk] for chunk in dict.fromkeys(old) if chunk in place]
+    pairs = list(combinations(common, 2))
+    return sum(left > right for left, right in pairs) / len(pairs) if pairs else 0.0
+
+
+def cache_fix_overhead(
+    variant: Variant, num_tokens: int, context: Sequence[Ids], alpha: float = 1.0
+) -> float:
+    """CFO in [0, 1]: share of the chunk's tokens to recompute after ``context``.
+
+    ``alpha * CCI * (1 - beta * (1 - gamma))``; 0 where the chunk stands in the very context of
+    the variant.
+
+    Args:
+        variant: Its statistics.
+        num_tokens: Tokens of the chunk.
+        context: Tokens of the chunks before it in the new prompt, in order.
+        alpha: Found on validation data in the paper; 1 to begin with.
+    """
+    overlap = prefix_overlap(variant, context)
+    overlap *= 1 - order_penalty(variant.context, context)
+    impact = cache_context_impact(variant, num_tokens)
+    return min(1.0, max(0.0, alpha * impact * (1 - overlap)))
+
+
+@dataclass(frozen=True, eq=False)
+class ChunkVariants(Entry):
+    """All known variants of one chunk, the latest last.
+
+    Attributes:
+        variants: At least one.
+        token_ids: The chunk's, ``(S,)`` int64.
+        fingerprint: Hex digest of the model.
+
+    Raises:
+        ValueError: If the statistics are not those of one chunk.
+    """
+
+    kind: ClassVar[str] = "variants"
+    variants: tuple[Variant, ...]
+    token_ids: Tensor
+    fingerprint: str
+
+    def __post_init__(self):
+        for variant in self.variants:
+            shapes = tuple(variant.tokens.shape), tuple(variant.inter.shape)
+            if shapes != ((self.num_tokens,), (len(variant.context),)):
+                raise ValueError(
+                    f"statistics of a chunk of {self.num_tokens} tokens after "
+                    f"{len(variant.context)} others must be one number each; got shapes {shapes}"
+                )
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """See `Entry.tensors`."""
+        for number, variant in enumerate(self.variants):
+            lengths = [len(variant.prefix), *map(len, variant.context)]
+            yield f"ghosts.{number}", torch.tensor(variant.blanks, dtype=torch.int64)
+            yield f"lengths.{number}", torch.tensor(lengths)
+            yield f"inter.{number}", variant.inter
+            yield f"tokens.{number}", variant.tokens
+            yield f"intra.{number}", torch.tensor([variant.intra], dtype=torch.float64)
+
+    def facts(self) -> dict[str, int]:
+        """See `Entry.facts`."""
+        return {"num_variants": len(self.variants)}
+
+    @classmethod
+    def restore(cls, facts: Mapping, read: Read, token_ids: Tensor, fingerprint: str) -> Self:
+        """See `Entry.restore`."""
+        numbers = range(int(facts["num_variants"]))
+        return cls(tuple(_read_variant(read, n) for n in numbers), token_ids, fingerprint)
+
+
+def _read_variant(read: Read, number: int) -> Variant:
+    blanks = read(f"ghosts.{number}")  # the name in stores that exist
+    prefix, *context = blanks.split(read(f"lengths.{number}").tolist())
+    return Variant(
+        prefix=tuple(prefix.tolist()),
+        context=tuple(tuple(piece.tolist()) for piece in context),
+        inter=read(f"inter.{number}"),
+        tokens=read(f"tokens.{number}"),
+        intra=float(read(f"intra.{number}")),
+    )
+
+
+class BestVariant(NamedTuple):
+    """The variant that a chunk is served from, and the share of its tokens to recompute."""
+
+    variant: Variant
+    overhead: float
+
+
+class VariantStore:
+    """Statistics of chunk variants, kept in the same store as the chunks.
+
+    Two processes over one folder see each other's variants; of two that learn of one chunk at the
+    same moment, one is forgotten. Use counts live as long as the process.
+
+    Args:
+        store: Holds the statistics, and the keys and values they speak of.
+        fingerprint: Of the model.
+    """
+
+    def __init__(self, store: ChunkStore, fingerprint: str):
+        self.store, self.fingerprint = store, fingerprint
+        self._uses: Counter[tuple[Ids, Ids]] = Counter()
+        self._lock = threading.Lock()
+
+    @classmethod
+    def of(cls, store: ChunkStore, fingerprint: str) -> Self:
+        """The one of a store and model in this process: use counts are shared."""
+        return store.notes.setdefault((cls, fingerprint), cls(store, fingerprint))
+
+    def best(self, chunk: Ids, context: Sequence[Ids], alpha: float = 1.0) -> BestVariant | None:
+        """The variant with the least to recompute after ``context``; None if there is none.
+
+        Of equals, the latest.
+
+        Args:
+            chunk: Its tokens, as stored.
+            context: Those of the chunks before it in the new prompt, in order.
+            alpha: Of `cache_fix_overhead`.
+        """
+        found = self._entry(chunk)
+        if found is None:
+            return None
+        costs = [cache_fix_overhead(v, len(chunk), context, alpha) for v in found.variants]
+        best = min(range(len(costs)), key=lambda index: (costs[index], -index))
+        return BestVariant(found.variants[best], costs[best])
+
+    def find(self, chunk: Ids, blanks: Ids) -> Variant | None:
+        """The variant that was encoded after exactly ``blanks``, or None."""
+        found = self._entry(chunk)
+        same = [v for v in found.variants if v.blanks == blanks] if found else []
+        return same[0] if same else None
+
+    def used(self, chunk: Ids, blanks: Ids) -> None:
+        """Counts a use: what is used least makes room for what is new."""
+        with self._lock:
+            self._uses[chunk, blanks] += 1
+
+    def learn(self, chunk: Ids, variant: Variant, most: int) -> None:
+        """Remembers a variant, in place of one in the same context or of the least used one.
+
+        The keys and values of one that leaves are dropped too, unless it had no context: so
+        encoded a chunk serves other methods.
+
+        Args:
+            chunk: Its tokens, as stored.
+            variant: What to remember.
+            most: Variants of the chunk that are kept, this one included.
+        """
+        with self._lock:
+            found = self._entry(chunk)
+            known = [v for v in found.variants if v.blanks != variant.blanks] if found else []
+            while len(known) >= most:
+                least = min(known, key=lambda v: self._uses[chunk, v.blanks])
+                known.remove(least)
+                if least.context:
+                    self.store.discard(key_after(self.fingerprint, chunk, least.blanks))
+            entry = ChunkVariants((*known, variant), torch.tensor(chunk), self.fingerprint)
+            self.store.put(self._key(chunk), entry)
+
+    def _entry(self, chunk: Ids) -> ChunkVariants | None:
+        return self.store.get(self._key(chunk), chunk, self.fingerprint, ChunkVariants)
+
+    def _key(self, chunk: Ids) -> str:
+        key = chunk_key(self.fingerprint, chunk)
+        return hashlib.sha256(f"{key} variants".encode()).hexdigest()

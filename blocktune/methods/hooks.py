@@ -1,0 +1,112 @@
+"""Two hooks, for methods that need more than a layout, a selector and a reshape.
+
+- `Method.history`: chunks come out of earlier prompts (`PromptHistory`).
+- `Method.loader`: chunks are loaded in another way than all at once (`ChunkLoader`).
+
+The engine calls them and names no method; ``blocktune/extras`` has an example of each. Both are
+told which store holds an engine's chunks, and the fingerprint of its model. What a hook must keep
+between requests goes into the store as entries, or, for this process only, into `ChunkStore.notes`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from blocktune.cache import ChunkStore, Lookup, RowCache
+    from blocktune.layout import Rows
+    from blocktune.methods.select.base import Selection
+    from blocktune.prompt import Pieces
+
+Ids = tuple[int, ...]
+
+
+class PrefilledBatch(NamedTuple):
+    """A batch after its prefill.
+
+    Attributes:
+        pieces: The prompts.
+        columns: Facts of the cache's columns, ``(B, N)``. A chunk's tokens have the group `GLOBAL`
+            if its prompt was computed in full.
+        cache: Keys and values of all columns.
+        chunk_attention: Attention that each column's row pays each chunk, mean over heads and
+            layers, ``(B, N, C)``; made for rows of the question and of prompts computed in full.
+    """
+
+    pieces: Sequence[Pieces]
+    columns: Rows
+    cache: RowCache
+    chunk_attention: Tensor
+
+
+class PromptHistory(ABC):
+    """Serves chunks as earlier prompts computed them, instead of encoding each alone.
+
+    Attributes:
+        exact_alone: Whether a prompt of one chunk with nothing before it equals full prefill.
+    """
+
+    exact_alone: bool = False
+
+    @abstractmethod
+    def lookup(self, store: ChunkStore, fingerprint: str, pieces: Pieces) -> list[Ids] | None:
+        """The tokens that each chunk of a prompt was encoded after, in the entry to be used.
+
+        Returns:
+            One tuple a chunk, `blocktune.cache.key_after` names the entries; or None: this prompt
+            is computed in full.
+        """
+
+    @abstractmethod
+    def update(self, store: ChunkStore, fingerprint: str, batch: PrefilledBatch) -> None:
+        """Learns from a batch that was served; runs after its first token."""
+
+    def without_selection(self) -> PromptHistory:
+        """The same where the tokens to recompute are chosen by another selector or a budget."""
+        return self
+
+
+class DamagedChunk(ValueError):
+    """A chunk that was already handed out is not what was written: the batch starts again."""
+
+
+class ChunkLoader(ABC):
+    """Loads the chunks of one batch; a context manager around its prefill.
+
+    When `DamagedChunk` is raised inside, the engine serves the batch again without the loader:
+    the store then rejects the chunk, and it is encoded again.
+
+    Attributes:
+        waited_s: Seconds that the prefill waited for chunks: they count as loading.
+        report: What `Usage.loading` shows, a dataclass or None.
+    """
+
+    waited_s: float = 0.0
+    report: Any = None
+
+    @abstractmethod
+    def lookup(self, key: str, token_ids: Sequence[int] | Tensor, fingerprint: str) -> Lookup:
+        """As `ChunkStore.lookup`; the layers of what is found may arrive when they are read."""
+
+    @abstractmethod
+    def start(self) -> None:
+        """All chunks of the batch are looked up; each layer is read when the prefill enters it."""
+
+    def choose(self, selection: Selection, context_tokens: int, num_layers: int) -> Selection:
+        """The selector to use; not asked where the method has a layer budget."""
+        return selection
+
+    @abstractmethod
+    def done(self, row_layers: int, compute_s: float) -> None:
+        """The prefill computed ``row_layers`` rows, counted once per layer, in ``compute_s``."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    @abstractmethod
+    def __exit__(self, *exception) -> None:
+        """Ends background work."""

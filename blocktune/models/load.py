@@ -1,0 +1,158 @@
+"""From a name to a model: folders, repositories of the Hub at a revision, devices and dtypes.
+
+Serving and training load their bases here, so both give the same errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import httpx
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from blocktune.models.quantize import keep_stored_codes, quantization_config
+
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+ADAPTER_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model")
+"""What is fetched of an adapter's repository: never a pickle, never code."""
+
+
+def load_base(
+    name: str,
+    *,
+    dtype: str = "auto",
+    device: str | None = None,
+    revision: str | None = None,
+    quantize: str | BitsAndBytesConfig | None = None,
+    place: bool = True,
+    what: str = "a language model",
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads a causal language model without any adapter, and its tokenizer.
+
+    Args:
+        name: Folder, or repository of the Hub, with ``@REVISION`` if one is wanted.
+        dtype: One of `DTYPES`; ``auto``: as saved.
+        device: Default: CUDA if there is one, else the CPU.
+        revision: Of the repository.
+        quantize: One of `blocktune.models.quantize.QUANTIZATIONS` or a configuration; None: as
+            saved.
+        place: Whether to move the weights to the device. A trainer that moves or splits them
+            itself says False; quantised weights are made on the device in any case.
+        what: What is loaded, for the error.
+
+    Returns:
+        The model in evaluation mode, and the tokenizer.
+
+    Raises:
+        ValueError: If there is no such model, device, dtype or quantization, or the model is
+            saved quantised and ``quantize`` is given.
+    """
+    bare, revision = pinned(name, revision)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(device)
+    check_dtype(dtype)
+    with _explained(name, what):
+        config = AutoConfig.from_pretrained(bare, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(bare, revision=revision)
+    kwargs = _quantised(config, dtype, device, quantize)
+    with _explained(name, what):
+        model = AutoModelForCausalLM.from_pretrained(bare, revision=revision, dtype=dtype, **kwargs)
+    keep_stored_codes(model)
+    return (model.to(device) if place and not kwargs else model), tokenizer
+
+
+@contextmanager
+def _explained(name: str, what: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"cannot load {what} from '{name}': {reason}; give a folder saved by save_pretrained "
+            "or a repository name on the Hugging Face Hub"
+        ) from None
+
+
+def _quantised(config, dtype: str, device: str, quantize) -> dict[str, Any]:
+    """What a quantised model is loaded with: it is made on its device, not moved there."""
+    saved = getattr(config, "quantization_config", None)
+    if saved is None and quantize is None:
+        return {}
+    if saved is not None and quantize is not None:
+        wanted = f"'{quantize}'" if isinstance(quantize, str) else "otherwise"
+        raise ValueError(
+            f"the model is saved quantised ({saved.get('quant_method')}) and cannot be quantised "
+            f"{wanted} as well; leave quantize out, or name the plain model"
+        )
+    if isinstance(quantize, str):
+        named = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
+        quantize = quantization_config(quantize, named)
+    extra = {} if quantize is None else {"quantization_config": quantize}
+    return {"device_map": {"": device}} | extra
+
+
+def check_device(name: str) -> None:
+    """Raises ValueError if ``name`` is not a device, or not one of this machine."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"unknown device '{name}'; wanted cuda, cuda:0, cpu or the like") from None
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ValueError(
+            f"no device '{name}' here: torch {torch.__version__} finds {count} CUDA device(s); "
+            "take cpu, or leave the device out"
+        )
+
+
+def check_dtype(name: str) -> None:
+    """Raises ValueError if ``name`` is not one of `DTYPES`."""
+    if name not in DTYPES:
+        raise ValueError(f"unknown dtype '{name}'; available: {', '.join(DTYPES)}")
+
+
+def pinned(name: str | Path, revision: str | None = None) -> tuple[str, str | None]:
+    """Splits ``USER/NAME@REVISION``; a local folder is left as it is.
+
+    Args:
+        name: Folder, or a repository's name, with or without ``@REVISION``.
+        revision: Of the repository, if given separately.
+
+    Raises:
+        ValueError: If two revisions are given, or an empty one.
+    """
+    if Path(name).exists():
+        return str(name), revision
+    bare, at, inside = str(name).partition("@")
+    if not at:
+        return bare, revision
+    if revision is not None or not inside:
+        raise ValueError(f"'{name}': give one revision, as NAME@REVISION or separately")
+    return bare, inside
+
+
+def adapter_folder(adapter: str | Path, revision: str | None = None) -> Path:
+    """The adapter's local folder, fetched from the Hub if it is not local.
+
+    Raises:
+        ValueError: If it is neither a folder nor a repository that can be reached.
+    """
+    name, revision = pinned(adapter, revision)
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(ADAPTER_FILES)))
+    except (httpx.HTTPError, HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"no adapter '{adapter}': it is no local folder, and the Hub says: {reason}"
+        ) from None

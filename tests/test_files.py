@@ -1,0 +1,95 @@
+"""Files are whole or not there, and stopped logs continue."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from blocktune.files import (
+    append_lines,
+    locked,
+    move_entries,
+    move_folder,
+    replace_json,
+    replace_text,
+    replacing,
+    truncate_lines,
+    whole_lines,
+)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path, staging = tmp_path / "a.txt", tmp_path / "staging"
+    replace_text(path, "old")
+    for where in (None, staging):
+        with pytest.raises(KeyError), replacing(path, where) as temporary:  # noqa: PT012
+            temporary.write_text("new")
+            raise KeyError
+    with pytest.raises(ValueError, match="JSON"):
+        replace_json(path, {"score": float("nan")})
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["a.txt", "staging"]
+    assert names(staging) == []
+
+
+def test_a_write_replaces_with_usual_permissions(tmp_path):
+    path = tmp_path / "made" / "a.json"
+    replace_json(path, {"a": "ü"})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"a": "ü"}
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert path.stat().st_mode == plain.stat().st_mode
+    with replacing(path, tmp_path / "staging") as temporary:
+        assert temporary.parent.name == "staging"
+        assert temporary.suffix == ".json"
+        temporary.write_text("2")
+    assert path.read_text() == "2"
+
+
+def test_a_folder_replaces_a_folder(tmp_path):
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    move_folder(tmp_path / "new", tmp_path / "old")
+    assert names(tmp_path) == ["old"]
+    assert names(tmp_path / "old") == ["new"]
+
+
+def test_the_named_entry_moves_last(tmp_path, monkeypatch):
+    source = tmp_path / "source"
+    (source / "z").mkdir(parents=True)
+    (source / "a.json").touch()
+    moved, rename = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: (moved.append(a.name), rename(a, b)))
+    move_entries(source, tmp_path / "target", last="a.json")
+    assert moved == ["z", "a.json"]
+    assert names(tmp_path) == ["target"]
+
+
+def test_a_torn_last_line_is_left_out(tmp_path):
+    path = tmp_path / "log.jsonl"
+    assert whole_lines(path) == []
+    append_lines(path, ["a\u2028b", "ü"])
+    assert whole_lines(path) == ["a\u2028b", "ü"]
+    path.write_bytes(path.read_bytes() + "ü".encode()[:1])
+    assert whole_lines(path) == ["a\u2028b", "ü"]
+    truncate_lines(path, 2)
+    assert path.read_bytes() == "a\u2028b\nü\n".encode()
+    truncate_lines(path, 1)
+    assert whole_lines(path) == ["a\u2028b"]
+
+
+def test_a_second_process_is_refused(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    code = f"from blocktune.files import locked\nwith locked({str(path)!r}): pass"
+    with locked(path):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+        assert b"another process is writing" in done.stderr
+    with locked(path):
+        pass
