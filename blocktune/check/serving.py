@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from blocktune.attention import DensePlan
+from blocktune.cache import ChunkStore
 from blocktune.check.claim import ASK, HISTORY, Ask
 from blocktune.engine import Engine, Sampling
 from blocktune.engine.generation import Generation
@@ -73,9 +74,7 @@ class Subject:
 
     def serve(self, method: Method, ask: Ask = ASK) -> Served:
         """A request, or what is known of it."""
-        return self._once(
-            (_facts(method, self.engine), ask), lambda: _served(self.run(method, ask))
-        )
+        return self._once(method, ask, lambda: _served(self.run(method, ask)))
 
     def logits(self, method: Method) -> Tensor:
         """``(V,)`` after the prompt of `ASK`."""
@@ -89,22 +88,20 @@ class Subject:
             rows: Changes ids and layout first, such as `all_visible`; the prompt's own rows must
                 come first.
         """
-        return self._once(
-            (_facts(method, self.engine), rows), lambda: _dense_logits(self, method, rows)
-        )
+        return self._once(method, rows, lambda: _dense_logits(self, method, rows))
 
     def _once(self, method: Method, more: Any, make: Callable[[], Any]) -> Any:
-        key = (_facts(method, self.engine), more)
+        key = (facts_served(method), more)
         if (made := self.known.get(key)) is None:
             made = self.known[key] = make()
         return made
 
 
-def _facts(method: Method, engine: Engine) -> tuple:
-    """What the engine reads of a method: two that agree in it are served alike."""
+def facts_served(method: Method) -> tuple:
+    """What an engine reads of a method: two that agree in it are served alike."""
     choices = method.layout(LayoutSpec()), method.select(), method.reshape(), method.history
-    kept = (method.weights, method.cached, method.keeps_context, method.layer_budget)
-    own_loader = method.loader(engine.store, "") is not None and method.name
+    kept = method.weights, method.cached, method.keeps_context, method.layer_budget
+    own_loader = method.loader(ChunkStore(), "") is not None and method.name
     return repr(choices), kept, own_loader
 
 
