@@ -17,7 +17,6 @@ from blocktune.adapter import AdapterInfo
 from blocktune.adapter.load import load_model
 from blocktune.attention import attach, detach
 from blocktune.cache import ChunkStore, PrefixTree, model_fingerprint
-from blocktune.engine.auxiliary import Auxiliaries
 from blocktune.engine.batch_prefill import prefill_batch
 from blocktune.engine.context_cache import (
     CachedContext,
@@ -27,9 +26,9 @@ from blocktune.engine.context_cache import (
 )
 from blocktune.engine.encode import Encoder, Piece, grouped
 from blocktune.engine.generation import Answer, Generation, Sampling
-from blocktune.engine.layers import install
+from blocktune.engine.layer_schedule import install
 from blocktune.engine.prompts import PromptMaker, Request
-from blocktune.engine.state import EngineState
+from blocktune.engine.state import Auxiliaries, EngineState
 from blocktune.engine.usage import Stopwatch
 from blocktune.methods import Method, build
 from blocktune.models.gate import require_supported
