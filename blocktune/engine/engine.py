@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blocktune.adapter import AdapterInfo
 from blocktune.adapter.load import load_model
-from blocktune.attention import attach, detach
+from blocktune.attention import attach
 from blocktune.cache import ChunkStore, PrefixTree, model_fingerprint
 from blocktune.engine.batch_prefill import prefill_batch
 from blocktune.engine.context_cache import (
@@ -54,7 +53,7 @@ class Engine:
     ```
 
     Several threads may answer at once: what a request changes is its own, and its caches are
-    locked. Not so inside `stock_attention`, which switches the model for everybody.
+    locked.
     """
 
     def __init__(
@@ -344,15 +343,6 @@ class Engine:
         contexts = method.history.lookup(encoder.store, encoder.fingerprint, pieces)
         spec = LayoutSpec(block=False) if contexts is None else spec
         return self.prompts.prompt(pieces, spec, max_new_tokens, contexts)
-
-    @contextmanager
-    def stock_attention(self) -> Iterator[PreTrainedModel]:
-        """The model with its own attention, for comparing; blocktune's again after the block."""
-        detach(self.model)
-        try:
-            yield self.model
-        finally:
-            attach(self.model)
 
     def _read(
         self, examples: Sequence[Request], method: Method, max_new_tokens: int = 0
