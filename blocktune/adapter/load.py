@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from blocktune.adapter.info import OWN_WEIGHTS, AdapterInfo
+from blocktune.adapter.info import INFO_FILE, OWN_WEIGHTS, AdapterInfo
 from blocktune.adapter.releases import find_release
 from blocktune.links import add_link_tokens, install_links, load_links
 from blocktune.models.identity import base_fingerprint, same_base, tokenizer_hash
@@ -129,7 +129,8 @@ def load_model(
 
     Args:
         model: Folder or repository of the Hub, optionally with ``@REVISION``; None: the adapter's
-            own base, at the revision it was trained on.
+            own base, at the revision it was trained on. A folder that holds an adapter
+            (``blocktune.json``) is taken as ``adapter``.
         adapter: Folder or repository of the Hub, optionally with ``@REVISION``, or
             ``release:NAME`` for one of `blocktune.adapter.RELEASES`, or None.
         dtype: ``auto`` (as saved), ``float32``, ``bfloat16`` or ``float16``.
@@ -140,6 +141,8 @@ def load_model(
     Raises:
         ValueError: If there is no such model or adapter, or they do not fit each other.
     """
+    if model is not None and adapter is None and (Path(model) / INFO_FILE).is_file():
+        model, adapter = None, model
     release = None if adapter is None else find_release(str(adapter))
     folder = None if adapter is None or release else adapter_folder(adapter)
     if model is None and release is not None:

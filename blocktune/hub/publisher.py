@@ -16,7 +16,7 @@ from blocktune.prompt import LayoutSpec
 
 
 class Publisher:
-    """What ``push_to_hub`` of a training run asks; see `blocktune.training.publishing`."""
+    """What ``push_to_hub`` of a training run asks; see `blocktune.training.run`."""
 
     def check(self, repo: str, base_model: str, layout: LayoutSpec, token: str | None) -> None:
         """Refuses before the run what could not be published after it.
