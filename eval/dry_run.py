@@ -1,6 +1,6 @@
 """Runs a suite on random weights of a large model's configuration, cut in depth (and width).
 
-    python eval/dry_run.py --model llama-3.1-8b --suite eval/suites/ruler.yaml --output out/dry
+    python eval/dry_run.py --model llama-3.1-8b --suite eval/suites/open-ends.yaml --output out/dry
 
 It shows before a GPU is rented that every method, task and report of a suite runs on the shape of
 the model: its RoPE, head sizes, groups and norms. What it answers is noise. Tasks that would be
@@ -23,12 +23,13 @@ from transformers import (
     Qwen3Config,
 )
 
+from blocktune import plugins
 from blocktune.evaluation.cli_output import run_and_show
 from blocktune.evaluation.report import write_report
 from blocktune.evaluation.suite import load_suite
 
 TOKENIZER = "data/tiny"
-GENERATED = ("ruler:", "needle:", "worlds:", "dialogue:", "code:")
+GENERATED = ("needle:", "worlds:", "dialogue:", "code:")
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 500_000.0,
@@ -111,6 +112,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--shrink", type=int, default=16)
     parser.add_argument("--limit", type=int, default=2)
     given = parser.parse_args(arguments)
+    plugins.add(str(Path(__file__).parent / "study/probes.py"))
     suite = load_suite(given.suite)
     tasks = [task for task in suite.tasks if task.source.startswith(GENERATED)]
     if not tasks:

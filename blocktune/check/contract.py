@@ -36,7 +36,7 @@ from blocktune.methods.reshape import RESHAPES
 from blocktune.methods.select import SELECTORS, Everything, FirstK, takes_budget
 from blocktune.positions import PLACEMENTS
 from blocktune.prompt import LayoutSpec
-from blocktune.prompt.rows import BOS
+from blocktune.prompt.layout_spec import BOS
 from blocktune.testing import small_engine
 
 SLOT = 64

@@ -20,6 +20,7 @@ EXTRAS = {
     "bm25s": "data",
     "datasets": "data",
     "sentencex": "data",
+    "pyarrow": "data",
     "wonderwords": "data",
 }
 """Packages that come with an extra, and its name."""

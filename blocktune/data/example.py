@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from blocktune.prompt.format import Chunk
+from blocktune.prompt.format import Chunk, require_unicode
 
-CHUNKS_WANTED = 'a non-empty list of strings or {"text", "title"?}'
+TEXT_KEYS = ("text", "page_content", "contents", "content", "paragraph_text", "sentences")
+"""Where a passage's text is found, the first that is present (LangChain, Pyserini, MuSiQue)."""
+
+CHUNK_WANTED = 'a string or {"text", "title"?}'
 
 
 @dataclass(frozen=True)
@@ -20,8 +23,11 @@ class RagExample:
 
     Attributes:
         question: The question, never blank.
-        chunks: Retrieved passages in prompt order, at least one.
-        answers: Accepted answers, the preferred one first; empty when they are unknown.
+        chunks: Retrieved passages in prompt order, at least one. Lists, strings, ``[title, text]``
+            pairs, objects with one of `TEXT_KEYS`, columns (``{"title": [...], "text": [...]}``)
+            and LangChain documents are converted to a tuple of `Chunk`; keys other than text and
+            title become the chunk's ``metadata``.
+        answers: Accepted answers, the preferred one first; empty if unknown. One string is one.
         response: What a model should write when it differs from ``answers[0]``
             (``'Anna Belt. Answer: Port Alder'``), or None.
         kind: Reported separately, e.g. ``'2-hop'`` or ``'comparison'``.
@@ -30,9 +36,9 @@ class RagExample:
         meta: Whatever else the source knows; must survive JSON.
         followups: Further questions about the same chunks, each with what a model should write;
             training takes them as turns after the first. Serving asks ``question`` alone.
-        conversation: Where the source is one: the messages up to the response as (role, text),
-            perhaps the system's, then the user's and the assistant's in turn, the user's last. The
-            same is in ``chunks`` and ``question``; a mixture's ``turns`` trains on it as it was.
+        conversation: Where the source is one: the messages up to the response as (role, text):
+            optionally the system's, then the user's and the assistant's in turn, ending with the
+            user's. ``chunks`` and ``question`` hold the same; a mixture's ``turns`` trains on it.
 
     Raises:
         ValueError: If a field is not of its type, in one line that names the field.
@@ -50,8 +56,18 @@ class RagExample:
     conversation: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self):
+        set_field = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
+        set_field("chunks", read_chunks(self.chunks))
+        if isinstance(self.answers, str):
+            set_field("answers", (self.answers,))
+        if type(self.id) is int:
+            set_field("id", str(self.id))
+        for name in ("answers", "supporting"):
+            set_field(name, _as_tuple(getattr(self, name)))
+        for name in ("followups", "conversation"):
+            turns = _as_tuple(getattr(self, name))
+            set_field(name, tuple(map(_as_tuple, turns)) if isinstance(turns, tuple) else turns)
         _check_field(self, "question", _is_text, "a non-blank string")
-        _check_field(self, "chunks", _is_chunks, "a non-empty tuple of Chunk")
         _check_field(self, "answers", _is_texts, "a list of non-blank strings")
         _check_field(self, "response", lambda v: v is None or _is_text(v), "a string or null")
         _check_field(self, "kind", lambda v: isinstance(v, str), "a string")
@@ -77,10 +93,8 @@ class RagExample:
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain JSON types; fields that hold their default are left out."""
-        chunks = [
-            {"title": c.title, "text": c.text} if c.title else {"text": c.text} for c in self.chunks
-        ]
-        record = {"id": self.id, "kind": self.kind, "question": self.question, "chunks": chunks}
+        record = {"id": self.id, "kind": self.kind, "question": self.question}
+        record["chunks"] = [_chunk_to_json(chunk) for chunk in self.chunks]
         record |= {"answers": list(self.answers), "response": self.response}
         record |= {"supporting": list(self.supporting), "meta": self.meta}
         for name in ("followups", "conversation"):
@@ -89,9 +103,11 @@ class RagExample:
 
     @classmethod
     def from_json(cls, record: Any, where: str = "") -> RagExample:
-        """Reads one record strictly: no unknown keys, no conversions but chunks as strings.
+        """Reads one record: a line of a file, or a row of a Hugging Face data set.
 
-        A field that is null is a field left out: so do tables write it where rows differ.
+        ``answer`` is read as ``answers``. Fields that are not known are kept in ``meta``, unless
+        one is a misspelling of a field that is missing. A field that is null is left out, as
+        tables write it where rows differ.
 
         Args:
             record: A decoded JSON object.
@@ -101,9 +117,19 @@ class RagExample:
             ValueError: In one line: where, which field, what was wanted and what came.
         """
         try:
-            return cls(**_decode(cls, record))
+            return cls(**_decode(record))
         except ValueError as error:
             raise ValueError(f"{where}: {error}" if where else str(error)) from None
+
+
+FIELDS = tuple(f.name for f in fields(RagExample))
+"""Names of the fields of a record."""
+
+
+def unknown_fields(record: Mapping[str, Any]) -> list[str]:
+    """Fields of a record that `RagExample.from_json` keeps in ``meta``."""
+    known = {*FIELDS, "answer"} if record.get("answers") is None else {*FIELDS}
+    return [key for key, value in record.items() if key not in known and value is not None]
 
 
 def write_jsonl(path: str | Path, examples: Iterable[RagExample]) -> int:
@@ -111,7 +137,7 @@ def write_jsonl(path: str | Path, examples: Iterable[RagExample]) -> int:
     count = 0
     with open(path, "w", encoding="utf-8") as out:
         for example in examples:
-            out.write(json.dumps(example.to_json(), ensure_ascii=False) + "\n")
+            out.write(json.dumps(example.to_json(), ensure_ascii=False, default=str) + "\n")
             count += 1
     return count
 
@@ -119,68 +145,137 @@ def write_jsonl(path: str | Path, examples: Iterable[RagExample]) -> int:
 def brief(value: Any) -> str:
     """``value`` as JSON on one short line, for error messages."""
     text = json.dumps(value, ensure_ascii=False, default=repr)
+    text = text.encode(errors="backslashreplace").decode()
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 def field_error(name: str, wanted: str, got: Any) -> ValueError:
-    """The one shape of a field's error."""
+    """The one form of a field's error."""
     return ValueError(f'field "{name}" must be {wanted}, got {brief(got)}')
 
 
-def parse_chunk(value: Any, name: str) -> Chunk:
-    """Reads a chunk: a plain string or ``{"text", "title"?}``.
+def near_miss(keys: Iterable[str], missing: Sequence[str]) -> tuple[str, str] | None:
+    """The first key that looks like a misspelling of a missing field, and that field."""
+    for key in keys:
+        found = difflib.get_close_matches(str(key).lower(), missing, n=1, cutoff=0.8)
+        if found and len(key) > 3 and abs(len(key) - len(found[0])) <= 1:
+            return key, found[0]
+    return None
+
+
+def read_chunks(value: Any, name: str = "chunks") -> tuple[Chunk, ...]:
+    """Reads the passages of a question from whatever holds them; see `RagExample.chunks`.
+
+    Args:
+        value: A list or other iterable of passages, columns, or one passage.
+        name: The field, for errors.
 
     Raises:
-        ValueError: If it is neither; ``name`` is the field in the message.
+        ValueError: If there is no passage or one cannot be read; names the field.
+    """
+    if isinstance(value, tuple) and value and all(type(chunk) is Chunk for chunk in value):
+        return value
+    entries = passages_in(value, name)
+    if not entries:
+        raise ValueError(
+            f"{field_error(name, f'a non-empty list, each {CHUNK_WANTED}', value)}; "
+            "a question needs at least one retrieved chunk"
+        )
+    return tuple(read_chunk(entry, f"{name}[{i}]") for i, entry in enumerate(entries))
+
+
+def passages_in(value: Any, name: str) -> list[Any]:
+    """The passages that a value holds, each for `chunk_fields`.
+
+    Raises:
+        ValueError: If the value holds none, or columns of different lengths; names the field.
+    """
+    if isinstance(value, str | Chunk) or hasattr(value, "page_content"):
+        return [value]
+    if isinstance(value, Mapping):
+        if not value or not all(isinstance(column, list) for column in value.values()):
+            return [value]
+        if len({len(column) for column in value.values()}) != 1:
+            raise field_error(name, 'an object of lists "title", "text" of one length', value)
+        rows = zip(*value.values(), strict=True)
+        return [dict(zip(value, row, strict=True)) for row in rows]
+    if not isinstance(value, Iterable) or isinstance(value, bytes):
+        raise field_error(name, f"a non-empty list, each {CHUNK_WANTED}", value)
+    return list(value)
+
+
+def read_chunk(value: Any, name: str) -> Chunk:
+    """Reads one passage; see `RagExample.chunks` for its forms.
+
+    Raises:
+        ValueError: If it is none; ``name`` is the field in the message.
+    """
+    if isinstance(value, Chunk):
+        return value
+    try:
+        return Chunk(**chunk_fields(value, name))
+    except ValueError as error:
+        named = str(error).startswith("field ")
+        raise ValueError(str(error) if named else f'field "{name}": {error}') from None
+
+
+def chunk_fields(value: Any, name: str) -> dict[str, Any]:
+    """Text, title and metadata of a passage, none of them checked.
+
+    Raises:
+        ValueError: If the value has no text; ``name`` is the field in the message.
     """
     if isinstance(value, str):
-        value = {"text": value}
-    known = isinstance(value, Mapping) and "text" in value and not value.keys() - {"text", "title"}
-    if not known:
-        raise field_error(name, 'a string or {"text", "title"?}', value)
-    try:
-        return Chunk(**value)
-    except ValueError as error:
-        raise ValueError(f'field "{name}": {error}') from None
+        return {"text": value}
+    if isinstance(value, list | tuple) and len(value) == 2 and isinstance(value[0], str):
+        value = {"title": value[0], "text": value[1]}
+    elif hasattr(value, "page_content"):  # LangChain's Document
+        known = {key: getattr(value, key, None) for key in ("page_content", "metadata", "id")}
+        value = {key: given for key, given in known.items() if given is not None}
+    elif isinstance(value, Mapping) and isinstance(value.get("kwargs"), Mapping):
+        value = value["kwargs"]  # LangChain's Document as its `dumps` writes it
+    if not isinstance(value, Mapping):
+        raise field_error(name, CHUNK_WANTED, value)
+    key = next((key for key in TEXT_KEYS if value.get(key) is not None), None)
+    missing = ["text"] * (key is None) + ["title"] * ("title" not in value)
+    meant = near_miss((k for k in value if k not in TEXT_KEYS), missing)
+    if key is None or meant:
+        hint = f'; did you mean "{meant[1]}" by "{meant[0]}"?' if meant else ""
+        raise ValueError(f"{field_error(name, CHUNK_WANTED, value)}{hint}")
+    text = value[key]
+    if isinstance(text, list) and all(isinstance(sentence, str) for sentence in text):
+        text = " ".join(sentence.strip() for sentence in text)
+    known = value.get("metadata")
+    metadata = dict(known) if isinstance(known, Mapping) else {}
+    others = (key, "title", "metadata") if isinstance(known, Mapping) else (key, "title")
+    metadata |= {k: v for k, v in value.items() if k not in others and v is not None}
+    return {"text": text, "title": value.get("title"), "metadata": metadata}
 
 
-def _decode(cls, record: Any) -> dict[str, Any]:
-    if not isinstance(record, Mapping):
-        raise ValueError(f"must be an object, got {brief(record)}")
-    known = [f.name for f in fields(cls)]
-    if unknown := [key for key in record if key not in known]:
-        near = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.7)
-        hint = f'; did you mean "{near[0]}"?' if near else ""
-        raise ValueError(f'unknown field "{unknown[0]}"; known: {", ".join(known)}{hint}')
-    if missing := [key for key in ("question", "chunks") if record.get(key) is None]:
-        raise ValueError(f'field "{missing[0]}" is missing; known: {", ".join(known)}')
-    values = {key: value for key, value in record.items() if value is not None}
-    chunks = values["chunks"]
-    if not isinstance(chunks, list) or not chunks:
-        hint = "a question needs at least one retrieved chunk"
-        raise ValueError(f"{field_error('chunks', CHUNKS_WANTED, chunks)}; {hint}")
-    values["chunks"] = tuple(parse_chunk(c, f"chunks[{i}]") for i, c in enumerate(chunks))
-    for name in ("answers", "supporting"):
-        if isinstance(values.get(name), list):
-            values[name] = tuple(values[name])
-    for name in ("followups", "conversation"):
-        if isinstance(turns := values.get(name), list):
-            values[name] = tuple(tuple(t) if isinstance(t, list) else t for t in turns)
-    return values
+def read_answers(value: Any, name: str = "answers") -> tuple[str, ...]:
+    """Accepted answers, each once: text, a list, SQuAD's ``{"text"}`` or TriviaQA's ``{"value"}``.
 
+    Blank aliases, which public sets hold, are dropped; if all are blank, all stay.
 
-def _check_field(example: RagExample, name: str, accepts, wanted: str) -> None:
-    value = getattr(example, name)
-    if not accepts(value):
+    Raises:
+        ValueError: If the value is none of these; ``name`` is the field in the message.
+    """
+    wanted = 'text, a list of texts, {"text"} or {"value", "aliases"}'
+    several = value
+    if isinstance(value, str):
+        several = [value]
+    elif isinstance(value, Mapping) and "value" in value:
+        several = [value["value"], *(value.get("aliases") or ())]
+    elif isinstance(value, Mapping):
+        several = value.get("text")
+        several = [several] if isinstance(several, str) else several
+    if not isinstance(several, list | tuple):
         raise field_error(name, wanted, value)
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
-
-
-def _is_texts(value: Any) -> bool:
-    return isinstance(value, tuple) and all(map(_is_text, value))
+    texts = [a.get("text") if isinstance(a, Mapping) else a for a in several]
+    if not all(isinstance(text, str) for text in texts):
+        raise field_error(name, wanted, value)
+    once = tuple(dict.fromkeys(texts))
+    return tuple(text for text in once if text.strip()) or once
 
 
 def is_conversation(value: Any) -> bool:
@@ -194,12 +289,56 @@ def is_conversation(value: Any) -> bool:
     )
 
 
+def _chunk_to_json(chunk: Chunk) -> dict[str, Any]:
+    record = {"title": chunk.title, "text": chunk.text, "metadata": dict(chunk.metadata)}
+    return {key: value for key, value in record.items() if value}
+
+
+def _decode(record: Any) -> dict[str, Any]:
+    if not isinstance(record, Mapping):
+        raise ValueError(f"must be an object, got {brief(record)}")
+    given = {key: value for key, value in record.items() if value is not None}
+    unknown = unknown_fields(record)
+    if meant := near_miss(unknown, [name for name in FIELDS if name not in given]):
+        known = ", ".join(FIELDS)
+        raise ValueError(f'unknown field "{meant[0]}"; did you mean "{meant[1]}"? known: {known}')
+    if missing := [key for key in ("question", "chunks") if key not in given]:
+        raise ValueError(f'field "{missing[0]}" is missing; known: {", ".join(FIELDS)}')
+    values = {key: given[key] for key in FIELDS if key in given}
+    if "answers" not in given and "answer" in given:
+        values["answers"] = read_answers(given["answer"], "answer")
+    elif isinstance(given.get("answers"), Mapping):
+        values["answers"] = read_answers(given["answers"])
+    if unknown and isinstance(values.setdefault("meta", {}), dict):
+        if twice := sorted(values["meta"].keys() & set(unknown)):
+            raise ValueError(f'field "{twice[0]}" is given twice, in the record and in "meta"')
+        values["meta"] = values["meta"] | {key: given[key] for key in unknown}
+    return values
+
+
+def _check_field(example: RagExample, name: str, accepts, wanted: str) -> None:
+    value = getattr(example, name)
+    if not accepts(value):
+        raise field_error(name, wanted, value)
+    for text in value if isinstance(value, tuple) else (value,):
+        if isinstance(text, str):
+            require_unicode(text, f'field "{name}"')
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, tuple) and all(map(_is_text, value))
+
+
 def _is_turns(value: Any) -> bool:
     return isinstance(value, tuple) and all(_is_texts(turn) and len(turn) == 2 for turn in value)
-
-
-def _is_chunks(value: Any) -> bool:
-    return isinstance(value, tuple) and bool(value) and all(isinstance(c, Chunk) for c in value)
 
 
 def _is_indices(value: Any, count: int) -> bool:

@@ -20,7 +20,7 @@ from blocktune.engine.usage import Stopwatch
 from blocktune.layout import Kind
 from blocktune.methods import Cached, Method
 from blocktune.methods.hooks import ChunkLoader, DamagedChunk, PrefilledBatch
-from blocktune.methods.reshape import ReshapedAttention
+from blocktune.methods.reshaped_attention import ReshapedAttention
 from blocktune.prompt import Pieces, Prompt, stack
 
 

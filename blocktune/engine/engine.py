@@ -19,6 +19,12 @@ from blocktune.attention import attach, detach
 from blocktune.cache import ChunkStore, PrefixTree, model_fingerprint
 from blocktune.engine.auxiliary import Auxiliaries
 from blocktune.engine.batch_prefill import prefill_batch
+from blocktune.engine.context_cache import (
+    CachedContext,
+    ContextRequest,
+    cut_context,
+    require_cacheable,
+)
 from blocktune.engine.encode import Encoder, Piece, grouped
 from blocktune.engine.generation import Answer, Generation, Sampling
 from blocktune.engine.layers import install
@@ -266,6 +272,39 @@ class Engine:
                 shown = text
         if tail := self._state.text(ids)[len(shown) :]:
             yield tail
+
+    def cache(
+        self, chunks: Sequence[Chunk], method: str | Method = "naive", question: str | None = None
+    ) -> CachedContext:
+        """The prompt up to its question as a cache that stock `generate` continues.
+
+        Greedy decoding over it writes the tokens of `answer`. Nothing is learnt from it.
+
+        Args:
+            chunks: Retrieved passages in prompt order.
+            method: Any method without a reshape.
+            question: Needed by methods that choose tokens by the question; leave it out
+                otherwise, then the cache serves any question.
+
+        Raises:
+            ValueError: If the method reshapes attention or needs a question, or as `answer` does.
+        """
+        method = built(method)
+        require_cacheable(method, self._state.num_layers, question)
+
+        def pieces(asked: str) -> Pieces:
+            return self.prompts.pieces(ContextRequest(asked, chunks), method)
+
+        def lay_out(asked: str) -> Prompt:
+            return self.prompts.prompt(pieces(asked), self.prompts.spec(method))
+
+        prompt = pieces("?" if question is None else question)
+        self._warm_up([prompt], method)
+        decoding = {
+            "eos_token_id": sorted(self._state.stop_ids()),
+            "pad_token_id": self._state.pad_id,
+        }
+        return cut_context(self.start([prompt], method), question, lay_out, decoding)
 
     def start(self, pieces: Sequence[Pieces], method: str | Method) -> Generation:
         """Serves prompts given as token pieces up to their first logits.

@@ -17,7 +17,7 @@ from blocktune.engine.auxiliary import Auxiliaries
 from blocktune.engine.cost import Executed, ModelCost
 from blocktune.engine.rows import computed_rows, of_columns
 from blocktune.layout import Kind, Rows
-from blocktune.methods.reshape import ReshapedAttention
+from blocktune.methods.reshaped_attention import ReshapedAttention
 from blocktune.methods.select import Truth, distance
 from blocktune.prompt import Batch, LayoutSpec, Pieces, lay_out, stack
 

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from blocktune.data import RagExample, load_examples
 from blocktune.data.attribution import data_sets_of
-from blocktune.data.ruler.words import words_of
+from blocktune.data.needle import _words
 from blocktune.data.sources import Record
 from blocktune.engine import Engine
 
@@ -55,7 +55,7 @@ def test_help_of_the_group_says_what_a_source_is(blocktune):
 
 def test_list_names_sets_licences_generators_shapes_and_chunkers(blocktune):
     shown = blocktune("data", "list").stdout
-    for word in ("musique", "CC BY 4.0", "ruler:", "as=", "few-shot", "sentence"):
+    for word in ("musique", "CC BY 4.0", "needle:", "as=", "few-shot", "sentence"):
         assert word in shown
     facts = json.loads(blocktune("data", "list", "--json").stdout)
     assert facts["data_sets"]["nq"]["hub"] == "google-research-datasets/nq_open"
@@ -63,18 +63,17 @@ def test_list_names_sets_licences_generators_shapes_and_chunkers(blocktune):
 
 
 def test_show_as_text(blocktune):
-    shown = blocktune("data", "show", "code:?n=4&files=3", "--index", "2").stdout
+    shown = blocktune("data", "show", "worlds:test?n=4&passages=3", "--index", "2").stdout
     assert "[chunk 0" in shown
     assert ", evidence]" in shown
-    assert "[question]\nWhat does " in shown
+    assert "[question]\n" in shown
     assert "[accepted answers]" in shown
 
 
 @pytest.mark.parametrize(("mode", "sees"), [("block", "sees itself"), ("full", "sees all before")])
 def test_show_as_the_model_sees_it(blocktune, model, mode, sees):
-    shown = blocktune(
-        *("data", "show", "code:?n=1&files=2", "--model", model, "--mode", mode)
-    ).stdout
+    source = "worlds:test?n=1&passages=2&kinds=self-contained"
+    shown = blocktune("data", "show", source, "--model", model, "--mode", mode).stdout
     assert "[chunk 1: " in shown
     assert sees in shown.split("[chunk 1: ")[1].split("]")[0]
     assert "[answer: " in shown
@@ -83,10 +82,10 @@ def test_show_as_the_model_sees_it(blocktune, model, mode, sees):
 
 def test_write(blocktune, tmp_path, model):
     out = tmp_path / "out.jsonl"
-    result = blocktune("data", "write", "dialogue:?n=5&turns=4", "-o", out, "--limit", 3)
+    result = blocktune("data", "write", "worlds:test?n=5&passages=4", "-o", out, "--limit", 3)
     assert result.stdout == f"wrote 3 examples to {out}\n"
-    assert load_examples(out) == load_examples("dialogue:?n=3&turns=4")
-    source = "ruler:niah_single_1?length=500&n=2"
+    assert load_examples(out) == load_examples("worlds:test?n=3&passages=4")
+    source = "needle:?lengths=500&depths=50&n=2"
     blocktune("data", "write", source, "-o", out, "--tokenizer", model)
     tokenizer = AutoTokenizer.from_pretrained(model)
     assert load_examples(out) == load_examples(source, tokenizer=tokenizer)
@@ -111,14 +110,14 @@ def test_passages_from_a_retriever_and_of_their_own(blocktune, questions, tmp_pa
     blocktune("data", "passages", questions, "--retrieved", retrieved, "--k", 1, "-o", out)
     assert [[c.text for c in e.chunks] for e in load_examples(out)] == [["one"], ["one"]]
     again = tmp_path / "again.jsonl"
-    blocktune("data", "passages", "code:?n=3&files=5", "--own", "--k", 2, "-o", again)
+    blocktune("data", "passages", "worlds:test?n=3&passages=5", "--own", "--k", 2, "-o", again)
     assert [len(e.chunks) for e in load_examples(again)] == [2, 2, 2]
 
 
 def test_mix(blocktune, tmp_path):
     path, out = tmp_path / "m.yaml", tmp_path / "out.jsonl"
-    part = {"source": "code:?n=6", "mode": "both"}
-    path.write_text(json.dumps({"parts": [part, {"source": "dialogue:?n=4", "mode": "full"}]}))
+    part = {"source": "worlds:test?n=6", "mode": "both"}
+    path.write_text(json.dumps({"parts": [part, {"source": "worlds:dev?n=4", "mode": "full"}]}))
     shown = blocktune("data", "mix", path, "-o", out).stdout
     assert "75.0%" in shown
     assert "wrote 16 examples" in shown
@@ -130,7 +129,7 @@ def test_mix(blocktune, tmp_path):
 def musique(monkeypatch):
     """The Hub, which knows but MuSiQue."""
     rows = [Record(f"record {index}", MUSIQUE) for index in range(4)]
-    for where in ("sources.load", "retrieval.questions"):
+    for where in ("sources.load", "retrieval"):
         monkeypatch.setattr(f"blocktune.data.{where}.open_records", lambda *_: iter(rows))
     return {"dgslibisey/MuSiQue": "CC BY 4.0"}
 
@@ -166,7 +165,15 @@ def load_examples_of(path):
 
 
 def test_answer_goes_on_after_a_stop(blocktune, model, tmp_path, monkeypatch):
-    command = ("data", "answer", "code:?n=5&files=2", "--model", model, "--batch-size", 2)
+    command = (
+        "data",
+        "answer",
+        "worlds:test?n=5&passages=2&kinds=self-contained",
+        "--model",
+        model,
+        "--batch-size",
+        2,
+    )
     command += ("--max-new-tokens", 4, "--temperature", 0.9)
     whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
     assert "0 answered before" in blocktune(*command, "-o", whole).stdout
@@ -191,7 +198,7 @@ def test_answer_goes_on_after_a_stop(blocktune, model, tmp_path, monkeypatch):
 
 def test_answer_in_the_words_of_the_engine(blocktune, model, tmp_path):
     out = tmp_path / "out.jsonl"
-    source = "code:?n=3&files=2"
+    source = "worlds:test?n=3&passages=2&kinds=self-contained"
     blocktune(*("data", "answer", source, "-m", model, "--max-new-tokens", 3, "-o", out))
     engine = Engine.from_pretrained(model)
     answers = engine.answer(load_examples(source), "full-prefill", max_new_tokens=3)
@@ -203,10 +210,10 @@ def test_answer_in_the_words_of_the_engine(blocktune, model, tmp_path):
     ("arguments", "message"),
     [
         (("show", "none.jsonl"), "no file 'none.jsonl'; a source is"),
-        (("show", "code:?n=2", "--index", "5"), "code:?n=2 has 2 examples; --index starts from 0"),
-        (("show", "code:", "--adapter", "x"), "--adapter says how rows are laid out; add --model"),
-        (("show", "code:", "--model", "none"), "cannot load a tokenizer from 'none'"),
-        (("write", "ruler:vt", "-o", "x"), "ruler: lengths are in tokens; say whose"),
+        (("show", "worlds:test?n=2", "--index", "5"), "has 2 examples; --index"),
+        (("show", "worlds:test", "--adapter", "x"), "add --model"),
+        (("show", "worlds:test", "--model", "none"), "cannot load a tokenizer from 'none'"),
+        (("write", "needle:", "-o", "x"), "needle: lengths are in tokens"),
         (("passages", "nq", "-o", "x"), "give one of --corpus FILE, --retrieved FILE and --own"),
         (("mix", "none.yaml"), "no mixture at 'none.yaml'"),
     ],
@@ -222,9 +229,9 @@ def test_mistakes_are_one_line_and_write_nothing(
 @pytest.mark.parametrize(
     ("package", "arguments"),
     [
-        ("bm25s", ("passages", "code:?n=1", "--own", "-o", "x")),
+        ("bm25s", ("passages", "worlds:test?n=1", "--own", "-o", "x")),
         ("sentencex", ("show", "docs.jsonl?as=document&chunker=sentence")),
-        ("wonderwords", ("write", "ruler:niah_single_1?length=900&n=1", "-o", "x")),
+        ("wonderwords", ("write", "needle:?lengths=900&n=1", "-o", "x")),
     ],
 )
 def test_a_missing_package_names_its_extra(
@@ -235,6 +242,6 @@ def test_a_missing_package_names_its_extra(
     monkeypatch.setitem(sys.modules, package, None)
     if package == "wonderwords":
         arguments += ("--tokenizer", model)
-        words_of.cache_clear()
+        _words.cache_clear()
     line = refused("data", *arguments)
     assert f"this needs the package '{package}'; run pip install 'blocktune[data]'" in line

@@ -134,7 +134,11 @@ def test_questions_given_twice_or_not_at_all(refused, model, questions):
 def test_a_wording_that_is_none(refused, model, tmp_path):
     ask, path = ("answer", "--model", model, *QUESTION, *CHUNK, "--format"), tmp_path / "f.yaml"
     assert "no prompt format at" in refused(*ask, path)
-    for text, word in (("a: b: c", "not YAML"), ("- a", "mapping"), ("instructon: x", "instructon")):
+    for text, word in (
+        ("a: b: c", "not YAML"),
+        ("- a", "mapping"),
+        ("instructon: x", "instructon"),
+    ):
         path.write_text(text)
         assert word in refused(*ask, path)
 
@@ -233,9 +237,3 @@ def test_passages_under_another_name(refused, model, tmp_path):
 def test_a_recipe_without_config(refused):
     line = refused("train", "recipes/kvlink.yaml")
     assert "did you mean '--config recipes/kvlink.yaml'?" in line
-
-
-def test_a_page_without_blocks_and_a_folder_of_runs_that_is_not_there(refused, tmp_path):
-    assert "holds no block of a table" in refused("eval", "page", "README.md")
-    line = refused("eval", "page", "eval/results/STUDY.md", "--runs", tmp_path / "none")
-    assert "no folder of runs at" in line

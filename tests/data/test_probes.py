@@ -1,33 +1,19 @@
-"""Needles over a grid, conversations and code: the answer follows from the text."""
+"""The study's generated sources, a plug-in: the answer follows from the text."""
 
 import importlib
 import sys
+from pathlib import Path
 
 import pytest
 
 from blocktune.data import load_examples
 
-GRID = "needle:?lengths=700,1400&depths=0,50,100&n=2&chunk=100"
+PLUGIN = str(Path(__file__).resolve().parents[2] / "eval/study/probes.py")
 
 
-def test_needle_stands_at_its_depth(tokenizer):
-    examples = load_examples(GRID, tokenizer=tokenizer)
-    assert len(examples) == 12
-    assert len({example.kind for example in examples}) == 6
-    assert examples[2].kind == "700 tokens, depth 50 %"
-    for example in examples:
-        text = " ".join(chunk.text for chunk in example.chunks)
-        at = text.index("One of the special magic numbers") / len(text)
-        assert at == pytest.approx(example.meta["depth"] / 100, abs=0.2)
-        assert example.answers[0] in example.chunks[example.supporting[0]].text
-        assert 0.85 * 700 < example.meta["length"] <= int(example.kind.split()[0])
-    assert load_examples(GRID, tokenizer=tokenizer, limit=3) == examples[:3]
-
-
-def test_every_cell_hides_the_same_needles(tokenizer):
-    answers = [example.answers for example in load_examples(GRID, tokenizer=tokenizer)]
-    assert set(answers[::2]) == {answers[0]}
-    assert set(answers[1::2]) == {answers[1]}
+@pytest.fixture(autouse=True)
+def probes(monkeypatch):
+    monkeypatch.setenv("BLOCKTUNE_PLUGINS", PLUGIN)
 
 
 def test_conversation_ends_with_what_holds():
@@ -81,17 +67,13 @@ def test_code_returns_what_is_claimed(tmp_path, monkeypatch, kind):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("needle:?depths=0,120", "needle:: 'depths' must be percent from 0 to 100"),
-        ("needle:?lengths=a", "needle:: 'lengths' must be whole numbers with commas between"),
-        ("needle:?lengths=50", r"needle: a prompt has at least \d+ tokens, got length 50"),
-        ("needle:x", "'needle:' is followed by options"),
         ("dialogue:?turns=3", "dialogue:: 'turns' must be at least 4, got 3"),
         ("dialogue:?kinds=magic", "'kinds' must be of recall, update, reference, got magic"),
         ("code:?files=99", "code:: 'files' must be from 2 to 16, got 99"),
         ("code:?n=0", "code:: 'n' must be at least 1, got 0"),
     ],
 )
-def test_bad_options_are_one_line(tokenizer, source, message):
+def test_bad_options_are_one_line(source, message):
     with pytest.raises(ValueError, match=message) as error:
-        load_examples(source, tokenizer=tokenizer)
+        load_examples(source)
     assert "\n" not in str(error.value)

@@ -130,36 +130,39 @@ def test_line_seven(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("records", "message"),
+    ("records", "field"),
     [
-        ([MUSIQUE, MUSIQUE | {"paragraphs": []}], 'field "paragraphs" must be a non-empty list of'),
-        ([WIKI, WIKI | {"answer": 3}], 'field "answers" must be a list of non-blank strings'),
-        ([WIKI, WIKI | {"context": [["A"]]}], 'field "context[0]" must be [title, [sentences]], {'),
-        ([WIKI, WIKI | {"context": [["A", "b", "c"]]}], 'field "context[0]" must be [title, [sen'),
-        ([WIKI, WIKI | {"context": [{"name": "A"}]}], 'field "context[0]" must be [title, [sente'),
-        ([WIKI, WIKI | {"context": {"title": ["A"], "text": []}}], 'field "context" must be an ob'),
-        ([WIKI, WIKI | {"supporting_facts": [{}]}], 'field "supporting_facts" must be a list of'),
-        ([CTXS, CTXS | {"ctxs": "text"}], 'field "ctxs" must be a non-empty list of {"title", "te'),
-        ([CTXS, CTXS | {"ctxs": [{"title": "T"}]}], "a chunk's text must be a non-blank string"),
-        ([CTXS, CTXS | {"answers": "ann"}], 'field "answers" must be a list of strings, got "ann"'),
-        ([OWN, 7], "must be an object, got int"),
-        ([OWN, OWN | {"chunk": 1}], 'unknown field "chunk"; known: question, chunks'),
+        ([MUSIQUE, MUSIQUE | {"paragraphs": []}], "paragraphs"),
+        ([WIKI, WIKI | {"answer": 3}], "answer"),
+        ([WIKI, WIKI | {"answer": " "}], "answers"),
+        ([WIKI, WIKI | {"context": [["A"]]}], "context[0]"),
+        ([WIKI, WIKI | {"context": [["A", "b", "c"]]}], "context[0]"),
+        ([WIKI, WIKI | {"context": [{"name": "A"}]}], "context[0]"),
+        ([WIKI, WIKI | {"context": {"title": ["A"], "text": []}}], "context"),
+        ([WIKI, WIKI | {"supporting_facts": [{}]}], "supporting_facts"),
+        ([CTXS, CTXS | {"ctxs": 7}], "ctxs"),
+        ([CTXS, CTXS | {"ctxs": [{"title": "T"}]}], "ctxs[0]"),
+        ([CTXS, CTXS | {"answers": 7}], "answers"),
+        ([OWN, OWN | {"anwsers": ["a"]}], "anwsers"),
     ],
 )
-def test_wrong_record_is_named(tmp_path, records, message):
-    with pytest.raises(ValueError) as error:  # noqa: PT011 - the whole message is compared
+def test_wrong_record_is_named(tmp_path, records, field):
+    with pytest.raises(ValueError, match=r"^set\.json, record 2: ") as error:
         load_examples(as_list(tmp_path / "set.json", records))
-    assert str(error.value).startswith(f"set.json, record 2: {message}")
+    assert f'field "{field}"' in str(error.value)
+    with pytest.raises(ValueError, match=r"^set\.json, record 2: must be an object, got int"):
+        load_examples(as_list(tmp_path / "set.json", [OWN, 7]))
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "set.json is empty"),
-        ("[1, 2", "set.json, line 1: not JSON"),
-        ('{"question": "q", "chunks": ["c"]}\n{"question', "set.json, line 2: not JSON"),
-        ('[{"query": "q", "docs": []}]', "the first record has: query, docs"),
-        ("[]", "the first record has: NoneType"),
+        ("", r"set\.json is empty"),
+        ("[1, 2", r"set\.json, line 1: not JSON"),
+        ('{"question": "q", "chunks": ["c"]}\n{"question', r"set\.json, line 2: not JSON"),
+        ('{\n "question": "q",\n "chunks": ["c"\n', r"set\.json, line 4: not JSON"),
+        ("[]", "holds no records"),
+        ("[3]", "the first is int"),
     ],
 )
 def test_file_that_cannot_be_read(tmp_path, text, message):
@@ -169,19 +172,6 @@ def test_file_that_cannot_be_read(tmp_path, text, message):
         load_examples(path)
 
 
-def test_unknown_shape_says_what_it_looked_for(tmp_path):
-    path = as_list(tmp_path / "set.json", [{"title": "T", "text": "t"}])
-    looked_for = "blocktune: question, chunks; MuSiQue: question, paragraphs; HotpotQA or 2Wiki"
-    with pytest.raises(ValueError, match=looked_for):
-        load_examples(path)
-
-
-def test_binary_file_is_refused(tmp_path):
-    (tmp_path / "set.json").write_bytes(b"\xff\xfe\x00\x01")
-    with pytest.raises(ValueError, match="is not UTF-8 text"):
-        load_examples(tmp_path / "set.json")
-
-
 def test_chunks_of_a_file(tmp_path):
     lines = [{"text": "one", "title": "T"}, {"text": "two"}, {"text": "one", "title": "T"}]
     path = as_lines(tmp_path / "docs.jsonl", lines)
@@ -189,5 +179,5 @@ def test_chunks_of_a_file(tmp_path):
     asked = as_lines(tmp_path / "asked.jsonl", [OWN, OWN | {"chunks": ["two", "three"]}])
     assert load_chunks(asked) == [Chunk("one"), Chunk("two"), Chunk("three")]
     wrong = as_lines(tmp_path / "wrong.jsonl", [*lines, {"text": "a", "titel": "b"}])
-    with pytest.raises(ValueError, match=r'wrong\.jsonl, line 7: field "text" must be a string or'):
+    with pytest.raises(ValueError, match=r'wrong\.jsonl, line 7: .*mean "title"'):
         load_chunks(wrong)

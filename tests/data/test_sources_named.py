@@ -117,8 +117,8 @@ def test_worlds():
     ("source", "message"),
     [
         ("worlds:test?sed=1", "unknown option 'sed' of 'worlds:test'; known: seed"),
-        ("worlds:test?seed=x", "worlds: 'seed' must be a whole number, got 'x'"),
-        ("worlds:test?passages=a-b", "worlds: 'passages' must be a number of chunks or LOW-HIGH"),
+        ("worlds:test?seed=x", "worlds:test: 'seed' must be a whole number, got 'x'"),
+        ("worlds:test?passages=a-b", "'passages' must be a whole number or LOW-HIGH"),
         ("worlds:test?seed", "has a query that is not key=value&key=value"),
         ("worlds:tset", "unknown split 'tset'"),
         ("hf:owner/name?sed=1", "unknown option 'sed' of 'hf:owner/name"),
@@ -128,7 +128,7 @@ def test_worlds():
         ("hf:owner/name?chunker=fixed&sise=3", "takes size, overlap, got unknown sise"),
         ("hf:owner/name?split=a&split=b", "has an option twice"),
         ("fineweb", "is too large to load as a whole; give a limit"),
-        ("missing.jsonl", "no file 'missing.jsonl'; a source is a JSON or JSONL file, 'hf:NAME"),
+        ("missing.jsonl", "no file 'missing.jsonl'; a source is"),
     ],
 )
 def test_bad_name_is_refused(source, message):

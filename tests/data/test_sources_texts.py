@@ -175,7 +175,7 @@ def test_trivia_evidence(save):
         ([{"messages": "x"}], "", 'field "messages" must be a list of {"role", "content"}'),
         ([{"text": 3}], "as=document", 'line 1: field "text" must be a string, got 3'),
         ([{"a": 1}], "as=few-shot", "line 1: a pair must have the fields of one of dialogue, summ"),
-        ([TRIVIA | {"answer": "x"}], "", 'field "answer" must be {"value", "aliases"}'),
+        ([TRIVIA | {"answer": {"x": 1}}], "", 'field "answer" must be text, a list'),
         ([{"question": "q", "answer": ["a"]}], "", "holds questions without passages; add them"),
         ([{"text": "whole"}], "as=document", "no example in it, 1 rows left out: a text that"),
         ([{"question": "q", "chunks": ["c"]}], "chunker=delimiter", "have chunks already"),

@@ -13,10 +13,9 @@ from blocktune.data.worlds import (
     WorldConfig,
     generate_examples,
 )
-from blocktune.data.worlds.names import ROOT, SPLITS, names
-from blocktune.data.worlds.passages import write_passages
 from blocktune.data.worlds.questions import candidates
-from blocktune.data.worlds.world import draw_world
+from blocktune.data.worlds.vocabulary import ROOT, SPLITS, names
+from blocktune.data.worlds.world import draw_world, write_passages
 
 
 def draw(**kwargs):

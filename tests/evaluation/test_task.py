@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from blocktune.data.ruler.tasks import RULER_TASKS
 from blocktune.evaluation.task import TaskSpec, load_task, parse_task, variants_of
 from blocktune.prompt import PromptFormat
 
@@ -26,19 +25,9 @@ def test_every_task_file_loads_with_its_variants(path):
 
 def test_the_fields_tasks_are_all_there():
     stems = {path.stem for path in TASKS}
-    assert stems >= NAMED | {"ruler", "needle", "chat", "code", "jsonl"}
+    assert stems >= NAMED | {"needle", "chat", "code", "jsonl"}
     for name in ("musique", "2wikimultihopqa", "hotpotqa"):
         assert variants_of(f"eval/tasks/{name}.yaml") == ["cacheblend", "kvlink", "block-attention"]
-
-
-def test_ruler_is_asked_and_scored_as_its_generator_says():
-    assert variants_of("eval/tasks/ruler.yaml") == list(RULER_TASKS)
-    for name, wanted in RULER_TASKS.items():
-        task = parse_task({"task": "eval/tasks/ruler.yaml", "variant": name})
-        assert task.worded(PromptFormat()) == wanted.format
-        assert task.metric == wanted.scorer
-        assert task.max_new_tokens == wanted.max_new_tokens
-        assert task.source.startswith(f"ruler:{name}?")
 
 
 def test_cacheblends_wording_is_its_codes():
@@ -57,8 +46,8 @@ def test_an_entry_replaces_keys_of_the_file():
     assert (task.name, task.limit, task.metric) == ("mine", 3, "f1")
     cut = parse_task({"name": "x", "source": "a.json?as=document", "chunking": {"size": 9}})
     assert cut.full_source() == "a.json?as=document&size=9"
-    longer = parse_task({"name": "x", "source": "ruler:vt?length=1&n=2", "chunking": {"length": 8}})
-    assert longer.full_source() == "ruler:vt?length=8&n=2"
+    longer = parse_task({"name": "x", "source": "needle:?n=2", "chunking": {"n": 8}})
+    assert longer.full_source() == "needle:?n=8"
 
 
 def test_outputs_are_cut_before_they_are_scored():

@@ -20,10 +20,7 @@ PLUGIN = '''
 from dataclasses import dataclass
 from typing import ClassVar
 
-from blocktune.methods.reshape import RESHAPES, Reshape
-from blocktune.methods import Method, register
-from blocktune.methods.select import SELECTORS, Selection
-from blocktune.methods.select.base import selectable
+from blocktune.methods import RESHAPES, SELECTORS, Method, Reshape, Selection, register, selectable
 
 
 @SELECTORS.register("every-nth")

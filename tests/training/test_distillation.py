@@ -109,8 +109,7 @@ def test_the_teacher_is_the_base_whatever_the_adapter_learnt(tmp_path):
 
     def asked():
         with as_teacher(trainer.model) as teacher:
-            logits = teacher(input_ids=ids).logits
-        return logits
+            return teacher(input_ids=ids).logits
 
     before = asked()
     trainer.train()

@@ -132,7 +132,7 @@ def test_nothing_is_trained_on_what_it_is_judged_by(tmp_path, monkeypatch):
         return toy_examples(2)
 
     monkeypatch.setattr("blocktune.training.build.load_examples", load)
-    monkeypatch.setattr("blocktune.data.mixture.draw.load_examples", load)
+    monkeypatch.setattr("blocktune.data.mixture.load_examples", load)
     evaluated = {"eval_data": "hotpotqa", "eval_strategy": "epoch"}
     make_trainer(tmp_path, train_data="hotpotqa", **evaluated)
     path = tmp_path / "mixture.yaml"

@@ -1,28 +1,53 @@
-"""One name for every source of examples."""
+"""From the name of a source to its examples."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from blocktune.data.chunking import Chunker
-from blocktune.data.example import RagExample, parse_chunk
-from blocktune.data.few_shot import POOL
+from blocktune.data.example import TEXT_KEYS, RagExample, read_chunk, unknown_fields
 from blocktune.data.sources.catalog import CATALOG, data_set
-from blocktune.data.sources.generated import GENERATORS, generate
-from blocktune.data.sources.options import Reading, SourceName, parse_source, read_options
-from blocktune.data.sources.parsing import Loaded, at, parse_records
-from blocktune.data.sources.records import Record, read_hub, read_records
+from blocktune.data.sources.options import (
+    Reading,
+    SourceName,
+    generate,
+    generators,
+    is_generated,
+    parse_source,
+    read_options,
+)
+from blocktune.data.sources.records import LeftOut, Record, at, read_hub, read_records
+from blocktune.data.sources.shapes import Shape, find_shape, named_shape, rename
+from blocktune.data.sources.texts import POOL, with_shots
 from blocktune.prompt.format import Chunk
 
 logger = logging.getLogger("blocktune")
+
+SNIFFED = 200
+"""Records looked at to tell the shape; the first rows of a set may lack their context."""
+
+
+class Loaded(NamedTuple):
+    """Examples of a source.
+
+    Attributes:
+        examples: The examples.
+        left_out: How many rows could not be asked, by reason.
+        kept: Fields that blocktune does not know, now in the examples' ``meta``.
+    """
+
+    examples: list[RagExample]
+    left_out: dict[str, int]
+    kept: tuple[str, ...] = ()
 
 
 def load_examples(
@@ -35,12 +60,14 @@ def load_examples(
 ) -> list[RagExample]:
     """Loads examples from a file, the Hub or a generator; see `load_source` for the names.
 
-    Rows that the source is known to hold and that cannot be asked (2WikiMultihopQA without its
-    context) are left out, and their number is logged.
+    Rows that cannot be asked (2WikiMultihopQA without its context) are left out; their number is
+    logged, and so are the fields that are kept in ``meta``, once each.
     """
     loaded = load_source(source, limit=limit, split=split, tokenizer=tokenizer, chunker=chunker)
     for reason, count in loaded.left_out.items():
         logger.warning("%s: left out %d rows: %s", source, count, reason)
+    if loaded.kept:
+        logger.warning("%s: kept in meta: %s", source, ", ".join(loaded.kept))
     return loaded.examples
 
 
@@ -57,10 +84,11 @@ def load_source(
     Args:
         source: One of: a path, whose records are told apart by their fields; a short name of
             `CATALOG` (``musique``, ``tulu-3``); ``hf:NAME[:CONFIG]`` on the Hugging Face Hub, or a
-            folder; a generator (``worlds:test?seed=1&n=100``, ``ruler:vt?length=4096``). After
-            ``?`` stand options: of a generator its own, else those of `Reading`, such as
-            ``?split=train&shuffle=0&as=document&chunker=fixed&size=100``.
-        limit: Stop after so many examples.
+            folder; a generator (``worlds:test?seed=1&n=100``). After ``?`` follow options: of a
+            generator its own, else those of `Reading`, such as
+            ``?split=train&shuffle=0&as=document&chunker=fixed&size=100`` or
+            ``?fields=question:input,chunks:context``.
+        limit: Load the first examples only.
         split: Split of a Hub data set; default ``validation``, in sets that have none ``train``.
         tokenizer: Counts tokens where a chunker or a generator wants that and names none itself.
         chunker: Cuts conversations and documents, instead of the shape's own or the option's.
@@ -72,67 +100,147 @@ def load_source(
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1 or None, got {limit}")
     named = parse_source(str(source))
-    if named.name.partition(":")[0] in GENERATORS and ":" in named.name:
+    if not _is_known(named) and is_generated(named):
         _refuse_split(source, split)
         return Loaded(list(islice(generate(named, tokenizer), limit)), {})
-    if not (named.name in CATALOG or named.name.startswith("hf:") or Path(named.name).is_file()):
+    if not _is_known(named):
         raise ValueError(_no_source(source))
     reading = read_options(named, split=split, tokenizer=tokenizer, chunker=chunker)
     records = open_records(named, reading, limit)
     shots = None
     if reading.shots_from is not None:
         shots = open_records(named, replace(reading, split=reading.shots_from), POOL)
-    return parse_records(records, Path(named.name).name, reading, limit, shots)
+    return parse_records(records, named.name, reading, limit, shots)
 
 
 def training_split(source: str | Path) -> str | None:
-    """Split to train on where a source names none: those of the Hub are read to be judged by."""
+    """The split to train on if a source names none; on the Hub it is not the one that is read."""
     named = parse_source(str(source))
-    on_the_hub = named.name in CATALOG or named.name.startswith("hf:")
-    return "train" if on_the_hub and "split" not in named.options else None
+    return "train" if _on_the_hub(named) and "split" not in named.options else None
 
 
 def open_records(named: SourceName, reading: Reading, limit: int | None) -> Iterator[Record]:
-    """Raw records of a file or a Hub data set, in its order or a seeded one.
+    """Raw records of a file or a Hub data set, renamed, in its order or a seeded one.
 
     Raises:
         ValueError: As the readers do; or if a file is asked for a split.
     """
-    if named.name in CATALOG or named.name.startswith("hf:"):
+    if _on_the_hub(named):
         wanted = data_set(named.name.removeprefix("hf:"))
-        return read_hub(wanted, reading.split, limit, reading.shuffle)
-    _refuse_split(named.name, reading.split)
-    if reading.shuffle is None:
-        return read_records(named.name)
-    records = list(read_records(named.name))
-    Random(reading.shuffle).shuffle(records)
-    return iter(records)
+        records = read_hub(wanted, reading.split, limit, reading.shuffle)
+    else:
+        _refuse_split(named.name, reading.split)
+        records = read_records(named.name)
+        if reading.shuffle is not None:
+            records = list(records)
+            Random(reading.shuffle).shuffle(records)
+    if reading.fields is None:
+        return iter(records)
+    fields = reading.fields
+    return (Record(r.where, at(r, lambda value: rename(value, fields))) for r in records)
 
 
-def load_chunks(path: str | Path) -> list[Chunk]:
-    """Distinct chunks of a file, in order: of its questions, or one ``{"text", "title"?}`` a line.
+def load_chunks(source: str | Path) -> list[Chunk]:
+    """Distinct chunks of a file, in order: of its questions, or one passage a record.
 
     Raises:
         ValueError: If the file holds neither; names file, line and field.
     """
-    records = read_records(path)
+    named = parse_source(str(source))
+    reading = read_options(named)
+    records = open_records(named, reading, None)
     first = list(islice(records, 1))
     records = chain(first, records)
     value = first[0].value if first else None
-    if isinstance(value, str) or (isinstance(value, dict) and "text" in value):
+    a_passage = isinstance(value, dict) and any(key in value for key in TEXT_KEYS)
+    if isinstance(value, str) or (a_passage and "question" not in value):
         return list(dict.fromkeys(at(record, _chunk) for record in records))
-    examples = parse_records(records, Path(path).name, Reading()).examples
+    examples = parse_records(records, named.name, reading).examples
     return list(dict.fromkeys(chunk for example in examples for chunk in example.chunks))
 
 
 def _chunk(value: Any) -> Chunk:
-    return parse_chunk(value, "text")
+    return read_chunk(value, "text")
+
+
+def parse_records(
+    records: Iterable[Record],
+    name: str,
+    reading: Reading,
+    limit: int | None = None,
+    shots: Iterable[Record] | None = None,
+) -> Loaded:
+    """Turns records into examples.
+
+    Args:
+        records: All of one shape.
+        name: The source, for errors.
+        reading: Shape, chunker and shots, where they are not told by the records.
+        limit: Load the first examples only.
+        shots: Records of the same shape that shots are drawn from.
+
+    Raises:
+        ValueError: If no shape fits, a record is wrong, or no example is left.
+    """
+    records = iter(records)
+    head = list(islice(records, SNIFFED))
+    shape = _shape_of(name, reading, head)
+    parse = shape.parser(reading.chunker, reading.tokenizer)
+    left_out: Counter[str] = Counter()
+    kept: dict[str, None] = {}
+
+    def examples(some: Iterable[Record]) -> Iterator[RagExample]:
+        for record in some:
+            try:
+                yield at(record, parse)
+            except LeftOut as reason:
+                left_out[str(reason)] += 1
+                continue
+            if shape.key == "blocktune":
+                kept.update(dict.fromkeys(unknown_fields(record.value)))
+
+    others = None if shots is None else examples(shots)
+    found = list(islice(_finished(examples(chain(head, records)), shape, reading, others), limit))
+    if not found and left_out:
+        reason, count = left_out.most_common(1)[0]
+        raise ValueError(f"{name}: no example in it, {count} rows left out: {reason}")
+    return Loaded(found, dict(left_out), tuple(kept))
+
+
+def _finished(
+    examples: Iterator[RagExample],
+    shape: Shape,
+    reading: Reading,
+    others: Iterator[RagExample] | None,
+) -> Iterator[RagExample]:
+    if shape.in_shots:
+        shots, seed = reading.shots or 5, reading.seed or 0
+        return with_shots(examples, shots=shots, seed=seed, others=others)
+    if (reading.shots, reading.seed, others) != (None, None, None):
+        raise ValueError(f"'shots' and 'seed' belong to few-shot, the shape is '{shape.key}'")
+    return examples
+
+
+def _shape_of(name: str, reading: Reading, head: list[Record]) -> Shape:
+    key = reading.shape or (CATALOG[name].shape if name in CATALOG else None)
+    return named_shape(key) if key else find_shape((record.value for record in head), name)
+
+
+def _on_the_hub(named: SourceName) -> bool:
+    return named.name in CATALOG or named.name.startswith("hf:")
+
+
+def _is_known(named: SourceName) -> bool:
+    """Whether a source is a file or on the Hub."""
+    return _on_the_hub(named) or Path(named.name).is_file()
 
 
 def _no_source(source: str | Path) -> str:
+    if Path(source).is_dir():
+        return f"'{source}' is a folder; give a file in it, or 'hf:{source}' for a data set"
     return (
-        f"no file '{source}'; a source is a JSON or JSONL file, 'hf:NAME[:CONFIG]', one of "
-        f"{', '.join(CATALOG)}, or generated: {', '.join(f'{name}:' for name in GENERATORS)}; "
+        f"no file '{source}'; a source is a file of records, 'hf:NAME[:CONFIG]', one of "
+        f"{', '.join(CATALOG)}, or generated: {', '.join(f'{name}:' for name in generators())}; "
         "see `blocktune data list`"
     )
 

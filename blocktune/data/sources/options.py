@@ -1,16 +1,18 @@
-"""Sources as one string, ``NAME?key=value&key=value``, and how their records are read."""
+"""Sources as one string, ``NAME?key=value&key=value``: its options, and the generated sources."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, TypeVar
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, quote
 
 import yaml
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from blocktune import plugins
 from blocktune.data.chunking import Chunker, build_chunker
+from blocktune.data.example import RagExample
 
 Config = TypeVar("Config")
 
@@ -40,25 +42,61 @@ def parse_source(source: str) -> SourceName:
     return SourceName(source, name, options)
 
 
-def build_config(cls: type[Config], options: Mapping[str, str], where: str) -> Config:
+def with_fields(source: str, mapping: str | None) -> str:
+    """A source with ``--fields question=input,chunks=context`` written as its option.
+
+    Raises:
+        ValueError: If the mapping is not ``NEW=OLD`` with commas between.
+    """
+    if mapping is None:
+        return source
+    pairs = [pair.replace("=", ":", 1) for pair in mapping.split(",")]
+    _ = _mapping(",".join(pairs))
+    text = quote(",".join(pairs), safe=":,")
+    return f"{source}{'&' if '?' in source else '?'}fields={text}"
+
+
+def _mapping(text: str) -> dict[str, str]:
+    """Reads ``question:input,chunks:context``."""
+    pairs = [tuple(map(str.strip, pair.partition(":")[::2])) for pair in text.split(",")]
+    if not all(new and old for new, old in pairs) or len(dict(pairs)) < len(pairs):
+        raise ValueError(
+            f"'fields' must be NEW:OLD with commas between, such as "
+            f"question:input,chunks:context, each NEW once; got '{text}'"
+        )
+    return dict(pairs)
+
+
+def build_config(
+    cls: type[Config],
+    options: Mapping[str, str],
+    where: str,
+    names: Mapping[str, str] | None = None,
+    **given: Any,
+) -> Config:
     """Builds a dataclass from options, each read as its field's type says.
 
     Args:
-        cls: A dataclass whose fields are ``int``, ``float``, ``str``, ``str | None`` or tuples of
-            ``int`` or ``float``, written with commas.
+        cls: A dataclass whose fields have types of `_READERS`.
         options: By field.
         where: Opens every error.
+        names: Options that are called otherwise than their fields, and these fields.
+        given: Fields that are no options, with their values.
 
     Raises:
         ValueError: If an option is unknown or its value cannot be read.
     """
-    known = {f.name: f.type for f in fields(cls)}
+    called = {field: option for option, field in (names or {}).items()}
+    known = {called.get(f.name, f.name): f for f in fields(cls) if f.name not in given}
     if unknown := options.keys() - known.keys():
-        names = ", ".join(known)
-        raise ValueError(f"unknown option '{min(unknown)}' of '{where}'; known: {names}")
-    values = {key: _read(text, known[key], f"{where}: '{key}'") for key, text in options.items()}
+        known_names = ", ".join(known)
+        raise ValueError(f"unknown option '{min(unknown)}' of '{where}'; known: {known_names}")
+    values = {
+        known[key].name: _read(text, known[key].type, f"{where}: '{key}'")
+        for key, text in options.items()
+    }
     try:
-        return cls(**values)
+        return cls(**values, **given)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
 
@@ -75,30 +113,41 @@ def _several(read: Callable[[str], Any]) -> Callable[[str], tuple]:
     return lambda text: tuple(read(part) for part in text.split(","))
 
 
+def _range(text: str) -> int | tuple[int, int]:
+    low, dash, high = text.partition("-")
+    return (int(low), int(high)) if dash else int(low)
+
+
 _READERS: dict[str, tuple[Callable[[str], Any], str]] = {
     "int": (int, "a whole number"),
-    "int | None": (int, "a whole number"),
     "float": (float, "a number"),
+    "bool": (lambda text: bool(("0", "1").index(text)), "1 or 0"),
     "str": (str, "text"),
     "str | None": (str, "text"),
     "tuple[int, ...]": (_several(int), "whole numbers with commas between"),
     "tuple[float, ...]": (_several(float), "numbers with commas between"),
     "tuple[str, ...]": (_several(str), "names with commas between"),
+    "int | tuple[int, int]": (_range, "a whole number or LOW-HIGH"),
+    "Mapping[str, float]": (
+        lambda text: dict.fromkeys(text.split(","), 1.0),
+        "names with commas between",
+    ),
 }
+"""How an option is read, by the type of its field, and what it must be."""
 
-
-KNOWN = ("split", "as", "chunker", "tokenizer", "shots", "shots_from", "seed", "shuffle")
+KNOWN = ("split", "as", "fields", "chunker", "tokenizer", "shots", "shots_from", "seed", "shuffle")
 
 WHOLE = ("shots", "seed", "shuffle")
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What the options after ``?`` say; whatever else stands there is the chunker's.
+    """What the options after ``?`` say; all other options are the chunker's.
 
     Attributes:
         split: Of a Hub data set.
         shape: Record shape (``as=``), or None to tell it by the fields.
+        fields: Fields to rename before a record is read: new name -> old name.
         chunker: What cuts records that have no chunks of their own.
         tokenizer: Counts tokens for the chunker.
         shots: Solved examples given as chunks, for the shape ``few-shot``; None gives 5.
@@ -110,6 +159,7 @@ class Reading:
 
     split: str | None = None
     shape: str | None = None
+    fields: Mapping[str, str] | None = None
     chunker: Chunker | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
     shots: int | None = None
@@ -147,6 +197,7 @@ def read_options(
         return Reading(
             split=split or own.get("split"),
             shape=own.get("as"),
+            fields=_mapping(own["fields"]) if "fields" in own else None,
             shots_from=own.get("shots_from"),
             chunker=chunker,
             tokenizer=load_tokenizer(own["tokenizer"]) if "tokenizer" in own else tokenizer,
@@ -181,3 +232,84 @@ def _whole(key: str, text: str) -> int:
         return int(text)
     except ValueError:
         raise ValueError(f"'{key}' must be a whole number, got '{text}'") from None
+
+
+Examples = Iterator[RagExample]
+Tokenizer = PreTrainedTokenizerBase | None
+
+
+class Generator(NamedTuple):
+    """A source that is generated from a seed, with no file and no network.
+
+    Attributes:
+        read: From what follows the colon, the options and a tokenizer (or None) to examples.
+        becomes: What an example is, in a few words.
+        example: A source of this kind.
+    """
+
+    read: Callable[[str, dict[str, str], Tokenizer], Examples]
+    becomes: str
+    example: str
+
+
+def generators() -> dict[str, Generator]:
+    """`GENERATORS`, with those of plug-ins."""
+    plugins.load_all()
+    return GENERATORS
+
+
+def is_generated(source: SourceName) -> bool:
+    """Whether a source is a generator's; an unknown prefix loads the plug-ins."""
+    prefix, colon, _ = source.name.partition(":")
+    return bool(colon) and (prefix in GENERATORS or prefix in generators())
+
+
+def generate(source: SourceName, tokenizer: Tokenizer) -> Examples:
+    """Examples of a generated source.
+
+    Raises:
+        ValueError: If an option is unknown or a value is not accepted.
+    """
+    prefix, _, rest = source.name.partition(":")
+    return GENERATORS[prefix].read(rest, source.options, tokenizer)
+
+
+def refuse_rest(what: str, rest: str) -> None:
+    """Refuses text after the colon of a generator that has options alone."""
+    if rest:
+        raise ValueError(f"'{what}:' is followed by options, '{what}:?n=10'; got '{what}:{rest}'")
+
+
+def _worlds(split: str, options: Mapping[str, str], tokenizer: Tokenizer) -> Examples:
+    from blocktune.data.worlds import WorldConfig, generate_examples
+
+    names = {"n": "num_examples", "passages": "num_passages"}
+    where = f"worlds:{split}"
+    config = build_config(WorldConfig, options, where, names, split=split, plain=False)
+    return generate_examples(config)
+
+
+def _needle(rest: str, options: Mapping[str, str], tokenizer: Tokenizer) -> Examples:
+    from blocktune.data.needle import NeedleConfig, generate_needles
+
+    refuse_rest("needle", rest)
+    config = build_config(NeedleConfig, options, "needle:")
+    counter = load_tokenizer(config.tokenizer) if config.tokenizer else tokenizer
+    if counter is None:
+        raise ValueError("needle: lengths are in tokens; name a tokenizer: tokenizer=MODEL")
+    return generate_needles(config, counter)
+
+
+GENERATORS: dict[str, Generator] = {
+    "worlds": Generator(
+        _worlds,
+        "multi-hop question over made-up passages",
+        "worlds:test?seed=1&n=500&kinds=2-hop",
+    ),
+    "needle": Generator(
+        _needle,
+        "a needle at every depth of every length",
+        "needle:?lengths=1024,4096&depths=0,50,100&n=20&tokenizer=MODEL",
+    ),
+}
+"""By what precedes the colon; a plug-in enters its own here."""

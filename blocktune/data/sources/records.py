@@ -2,83 +2,236 @@
 
 from __future__ import annotations
 
+import ast
+import bz2
+import csv
 import gzip
 import json
-from collections.abc import Iterator
+import lzma
+import re
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
 from blocktune.data.sources.catalog import DataSet
+from blocktune.prompt.format import require_unicode
+
+WANTED = "a JSON list, JSON lines, CSV, Parquet or Arrow (also .gz, .bz2, .xz)"
+_COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
+_TABLES = {b"PAR1": "parquet", b"ARROW1": "arrow file", b"\xff\xff\xff\xff": "arrow stream"}
+_OTHERS = {
+    b"PK\x03\x04": "a zip archive or an Office file",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"%PDF": "a PDF",
+    b"GGUF": "a GGUF model",
+    b"SQLite": "an SQLite data base",
+    b"\xff\xfe": "UTF-16 text",
+    b"\xfe\xff": "UTF-16 text",
+}
+_LONE = re.compile(r"\\u[dD][89a-fA-F]")
+"""How JSON spells half of a surrogate pair, or a whole one."""
+
+MOST_PARAGRAPHS = 10
+"""Paragraphs of a SQuAD article that one question is asked over, as in HotpotQA."""
 
 
 class Record(NamedTuple):
-    """A decoded JSON value and where it stands, e.g. ``'docs.jsonl, line 7'``."""
+    """A decoded record and where it stands, e.g. ``'docs.jsonl, line 7'``."""
 
     where: str
     value: Any
 
 
+class LeftOut(Exception):
+    """A row that the source is known to hold and that cannot be asked; says why."""
+
+
 def read_records(path: str | Path) -> Iterator[Record]:
-    """Reads a JSON list or JSON lines, whatever the suffix says; ``.gz`` is unpacked.
+    """Reads a file whose format its content tells; only CSV is told by the suffix.
+
+    SQuAD's articles come as one record a question.
 
     Raises:
-        ValueError: If the file is missing, empty or not JSON; names file and line.
+        ValueError: If the file is missing, empty or of no known format, or a string in it is not
+            text; names file and line.
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"'{path}' is not a file; give a JSON list or JSON lines")
-    opener = gzip.open if path.suffix == ".gz" else open
+        raise ValueError(f"'{path}' is not a file; give {WANTED}")
+    head = path.open("rb").read(8)
+    if kind := _told_by(head, _TABLES):
+        yield from _from_table(path, kind)
+        return
+    if kind := _told_by(head, _OTHERS):
+        raise ValueError(f"{path.name} looks like {kind}, which is not read; give {WANTED}")
+    opener = _told_by(head, _COMPRESSED) or open
+    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     try:
-        with opener(path, "rt", encoding="utf-8") as stream:
-            start = stream.read(1024).lstrip("\ufeff \t\r\n")[:1]
-            stream.seek(0)
-            read = _from_list if start == "[" else _from_lines
-            yield from read(path.name, stream)
+        with opener(path, "rt", encoding="utf-8-sig", newline="") as stream:
+            if table := next((s for s in (".csv", ".tsv") if s in suffixes), None):
+                yield from _from_csv(path.name, stream, "\t" if table == ".tsv" else ",")
+                return
+            for record in _from_json(path.name, stream):
+                yield from _unfolded(record)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path.name} is not UTF-8 text ({error})") from None
+        raise ValueError(f"{path.name} is not UTF-8 text ({error}); give {WANTED}") from None
+    except (EOFError, gzip.BadGzipFile, lzma.LZMAError) as error:
+        raise ValueError(f"{path.name} is damaged ({error}); copy it again") from None
+
+
+def _told_by(head: bytes, table: Mapping[bytes, Any]) -> Any:
+    return next((kind for magic, kind in table.items() if head.startswith(magic)), None)
+
+
+def _from_json(name: str, stream) -> Iterator[Record]:
+    start = stream.read(4096).lstrip()
     if not start:
-        raise ValueError(f"{path.name} is empty; give a JSON list or JSON lines")
+        raise ValueError(f"{name} is empty; give {WANTED}")
+    stream.seek(0)
+    if start.startswith("[") or _is_pretty(start):
+        yield from _from_whole(name, stream)
+        return
+    for number, line in enumerate(stream, start=1):
+        if line.strip():
+            where = f"{name}, line {number}"
+            try:
+                value = json.loads(line)
+            except json.JSONDecodeError as error:
+                wanted = "a file is a JSON list or one object a line"
+                raise ValueError(f"{where}: not JSON ({error.msg}); {wanted}") from None
+            yield _checked(Record(where, value), line)
 
 
-def read_json(path: str | Path) -> Any:
-    """Reads a file that is one JSON value, such as SQuAD's.
+def _is_pretty(start: str) -> bool:
+    """Whether a file is one object over several lines."""
+    line, _, rest = start.partition("\n")
+    return line.strip() == "{" and bool(rest)
 
-    Raises:
-        ValueError: If the file is missing or not JSON; names file and line.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"'{path}' is not a file; give a JSON file")
-    opener = gzip.open if path.suffix == ".gz" else open
+
+def _from_whole(name: str, stream) -> Iterator[Record]:
+    text = stream.read()
     try:
-        with opener(path, "rt", encoding="utf-8") as stream:
-            return json.load(stream)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path.name} is not UTF-8 text ({error})") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path.name}, line {error.lineno}: not JSON ({error.msg})") from None
-
-
-def _from_list(name: str, stream) -> Iterator[Record]:
-    try:
-        values = json.load(stream)
+        value = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{name}, line {error.lineno}: not JSON ({error.msg})") from None
-    for number, value in enumerate(values, start=1):
-        yield Record(f"{name}, record {number}", value)
+    if not isinstance(value, list):
+        yield _checked(Record(f"{name}, line 1", value), text)
+        return
+    lone = text if _LONE.search(text) else ""
+    for number, entry in enumerate(value, start=1):
+        yield _checked(Record(f"{name}, record {number}", entry), lone)
 
 
-def _from_lines(name: str, stream) -> Iterator[Record]:
-    for number, line in enumerate(stream, start=1):
-        if not line.strip():
-            continue
-        where = f"{name}, line {number}"
+def _checked(record: Record, text: str) -> Record:
+    """The record, if the strings in it are text; only its JSON ``text`` tells whether to look."""
+    if _LONE.search(text):
+        _require_text(record.value, "", record.where)
+    return record
+
+
+def _require_text(value: Any, name: str, where: str) -> None:
+    if isinstance(value, str):
+        require_unicode(value, f'{where}: field "{name}"')
+    elif isinstance(value, list):
+        for index, entry in enumerate(value):
+            _require_text(entry, f"{name}[{index}]", where)
+    elif isinstance(value, Mapping):
+        for key, entry in value.items():
+            _require_text(entry, f"{name}.{key}" if name else key, where)
+
+
+def _from_csv(name: str, stream, delimiter: str) -> Iterator[Record]:
+    """Rows by the header's names; a cell that holds a list or an object is decoded."""
+    csv.field_size_limit(sys.maxsize)  # a context is longer than the default of 128 KiB
+    rows = csv.DictReader(stream, delimiter=delimiter)
+    try:
+        for row in rows:
+            where = f"{name}, line {rows.line_num}"
+            if None in row or None in row.values():
+                raise ValueError(f"{where}: the row has not the {len(rows.fieldnames)} columns")
+            yield Record(where, {key: _cell(text) for key, text in row.items()})
+    except csv.Error as error:
+        raise ValueError(f"{name}, line {rows.line_num}: not CSV ({error})") from None
+    if not rows.fieldnames:
+        raise ValueError(f"{name} is empty; give {WANTED}")
+
+
+def _cell(text: str) -> Any:
+    if text[:1] in ("[", "{"):
+        for read in (json.loads, ast.literal_eval):  # as JSON, or as pandas writes a list
+            try:
+                return read(text)
+            except (ValueError, SyntaxError):
+                continue
+    return text or None
+
+
+def _from_table(path: Path, kind: str) -> Iterator[Record]:
+    """Rows of a Parquet or Arrow file, a batch at a time."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        if kind == "parquet":
+            batches = pq.ParquetFile(path).iter_batches()
+        elif kind == "arrow stream":
+            batches = pa.ipc.open_stream(pa.memory_map(str(path)))
+        else:
+            reader = pa.ipc.open_file(pa.memory_map(str(path)))
+            batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+        number = 0
+        for batch in batches:
+            for row in batch.to_pylist():
+                number += 1
+                yield Record(f"{path.name}, record {number}", row)
+    except (pa.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path.name} is not a whole {kind} file ({reason})") from None
+
+
+def _unfolded(record: Record) -> Iterator[Record]:
+    """A record, or what one of SQuAD's nested ones holds: articles, then questions."""
+    value = record.value
+    entries = value.get("data") if isinstance(value, Mapping) and "question" not in value else None
+    if isinstance(entries, list):
+        for index, entry in enumerate(entries):
+            yield from _unfolded(Record(f"{record.where}, data[{index}]", entry))
+    elif isinstance(value, Mapping) and _is_article(value.get("paragraphs")):
+        yield from _questions_of(record)
+    else:
+        yield record
+
+
+def _is_article(paragraphs: Any) -> bool:
+    return isinstance(paragraphs, list) and any(
+        isinstance(p, Mapping) and {"context", "qas"} <= p.keys() for p in paragraphs
+    )
+
+
+def _questions_of(article: Record) -> Iterator[Record]:
+    """A SQuAD article's questions, each over its paragraph among others of the article.
+
+    Which others, at most `MOST_PARAGRAPHS` in all, is drawn by the question's id; they keep the
+    article's order.
+    """
+    title, paragraphs = article.value.get("title"), article.value["paragraphs"]
+    for own, paragraph in enumerate(paragraphs):
         try:
-            yield Record(where, json.loads(line))
-        except json.JSONDecodeError as error:
+            questions = list(paragraph["qas"])
+            chunks = [{"title": title, "text": p["context"]} for p in paragraphs]
+            for index, asked in enumerate(questions):
+                where = f"{article.where}, paragraphs[{own}].qas[{index}]"
+                rng = Random(f"squad/{asked.get('id', where)}")
+                others = [i for i in range(len(chunks)) if i != own]
+                kept = sorted([own, *rng.sample(others, min(len(others), MOST_PARAGRAPHS - 1))])
+                fields = {**asked, "chunks": [chunks[i] for i in kept]}
+                yield Record(where, fields | {"supporting": [kept.index(own)]})
+        except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{where}: not JSON ({error.msg}); a file is a JSON list or one object a line"
+                f"{article.where}: paragraphs[{own}] is not as in SQuAD (context, qas with "
+                f"question, answers): {type(error).__name__} {error}"
             ) from None
 
 
@@ -94,8 +247,8 @@ def read_hub(
         source: Repository or folder, configuration, revision.
         split: As the data set names it; None takes ``source.split``.
         limit: How many examples are wanted; only large sets must know.
-        shuffle: Seed of another order than the set's. Of a large set, which comes as a stream, rows
-            change places within some thousands.
+        shuffle: Seed of another order. A large set is streamed, and only rows within some
+            thousands of each other change places.
 
     Raises:
         ValueError: If ``datasets`` is not installed, cannot load it, or a large set is asked for
@@ -127,9 +280,19 @@ def read_hub(
 
 
 def _ordered(rows: Any, streamed: bool, seed: int | None) -> Iterator[tuple[int, Any]]:
-    """Rows with their numbers, which are those of the set but in a stream that is shuffled."""
+    """Rows with their numbers, which are those of the set except in a shuffled stream."""
     if seed is None or streamed:
         yield from enumerate(rows if seed is None else rows.shuffle(seed=seed), start=1)
         return
     for index in Random(seed).sample(range(len(rows)), len(rows)):
         yield index + 1, rows[index]
+
+
+def at(record: Record, parse) -> Any:
+    """Parses a record and puts its place before an error."""
+    try:
+        if not isinstance(record.value, dict | str):
+            raise ValueError(f"must be an object, got {type(record.value).__name__}")
+        return parse(record.value)
+    except ValueError as error:
+        raise ValueError(f"{record.where}: {error}") from None

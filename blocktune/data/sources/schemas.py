@@ -1,17 +1,65 @@
-"""Records of public multi-hop sets, each turned into a `RagExample`."""
+"""Records of questions over passages, in the forms of public data sets, each made an example."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
-from blocktune.data.example import RagExample, field_error
+from transformers import PreTrainedTokenizerBase
+
+from blocktune.data.chunking import Chunker, Message, chunks_of
+from blocktune.data.example import (
+    RagExample,
+    chunk_fields,
+    field_error,
+    passages_in,
+    read_answers,
+    read_chunks,
+)
+from blocktune.data.sources.records import LeftOut
 from blocktune.prompt.format import Chunk
 
+PASSAGES = ("ctxs", "passages", "contexts", "retrieved_contexts", "documents", "docs")
+"""Fields that hold a question's passages, beside blocktune's own ``chunks``."""
+SUMMARIZE = "Write a short summary of the text above."
 
-class LeftOut(Exception):
-    """A row that the source is known to hold and that cannot be asked; says why."""
+_NUMBERED = re.compile(r"^(?=Passage \d+:\n)", re.MULTILINE)
+"""How LongBench joins the passages of its multi-document tasks."""
+
+
+class Cutter(NamedTuple):
+    """A chunker with the tokenizer it may count by."""
+
+    chunker: Chunker
+    tokenizer: PreTrainedTokenizerBase | None = None
+
+    def text(self, text: str) -> list[str]:
+        """Spans of a text."""
+        return self.chunker.split(text, self.tokenizer)
+
+    def messages(self, messages: list[Message]) -> list[str]:
+        """Spans of a conversation."""
+        return self.chunker.split_messages(messages, self.tokenizer)
+
+
+def parse_own(record: Mapping[str, Any], cutter: Cutter | None = None) -> RagExample:
+    """Blocktune's own record; ``chunks`` may be one text, which a cutter cuts.
+
+    Raises:
+        LeftOut: If the record says that it has no answer (SQuAD 2's ``is_impossible``).
+    """
+    if record.get("is_impossible") is True and not record.get("response"):
+        raise LeftOut("marked as impossible to answer")
+    answers = record.get("answers")
+    if isinstance(answers, list) and any(isinstance(answer, Mapping) for answer in answers):
+        record = {**record, "answers": list(read_answers(answers))}
+    chunks = record.get("chunks")
+    if cutter is not None:
+        if not isinstance(chunks, str):
+            raise ValueError("records have chunks already; leave the chunker out")
+        record = {**record, "chunks": chunks_of(cutter.text(chunks))}
+    return RagExample.from_json(record)
 
 
 def parse_musique(record: Mapping[str, Any]) -> RagExample:
@@ -24,48 +72,90 @@ def parse_musique(record: Mapping[str, Any]) -> RagExample:
     hops = len(record.get("question_decomposition") or ())
     named = re.match(r"(\d+)hop", str(record.get("id", "")))
     hops = int(named[1]) if named else hops
-    passages = [
-        _Passage(p.get("title"), p.get("paragraph_text"), bool(p.get("is_supporting")))
-        for p in _items(record, "paragraphs", Mapping, '{"title", "paragraph_text"}')
-    ]
-    answers = [record.get("answer"), *(record.get("answer_aliases") or ())]
-    return _example(record, passages, answers, kind=f"{hops}-hop" if hops else "")
+    given = record.get("answer")
+    several = [] if given is None else [given, *(record.get("answer_aliases") or ())]
+    answers = read_answers(several, "answer")
+    return _example(record, "paragraphs", answers, kind=f"{hops}-hop" if hops else "")
 
 
-def parse_wiki(record: Mapping[str, Any]) -> RagExample:
-    """HotpotQA and 2WikiMultihopQA, as released (lists) and as on the Hub (dicts of lists).
+def parse_wiki(record: Mapping[str, Any], cutter: Cutter | None = None) -> RagExample:
+    """HotpotQA and 2WikiMultihopQA, as released and as on the Hub; SQuAD as on the Hub.
 
-    Of the same fields, passages may also be objects, ``{"title", "text" or "sentences"}``, and
-    plain strings. Rows without a context are known in 2WikiMultihopQA extracts and left out.
+    ``context`` holds passages in any form that `RagExample` reads, or is one text. Rows without a
+    context are known in 2WikiMultihopQA extracts and left out.
 
     Source: https://hotpotqa.github.io, https://github.com/Alab-NII/2wikimultihop.
     """
-    if not record.get("context"):
+    context = record.get("context")
+    if not context:
         raise LeftOut("no context")
+    if isinstance(context, str):
+        spans = cutter.text(context) if cutter else [context]
+        entries = [{"title": record.get("title"), "text": span} for span in spans]
+        record = {**record, "context": entries}
+    elif cutter:
+        raise ValueError("records have chunks already; leave the chunker out")
     titles = _supporting_titles(record)
-    passages = [_Passage(title, text, title in titles) for title, text in _documents(record)]
-    return _example(record, passages, [record.get("answer")], kind=record.get("type") or "")
+    kind = record.get("type") or ""
+    return _example(record, "context", _answers(record), kind=kind, supporting=titles)
 
 
 def parse_ctxs(record: Mapping[str, Any]) -> RagExample:
-    """CacheBlend's and FiD's ``ctxs``.
+    """A question over `PASSAGES`: CacheBlend's and FiD's ``ctxs``, RAGAS' ``contexts``.
 
     Source: https://github.com/YaoJiayi/CacheBlend, ``inputs/``.
     """
-    passages = [
-        _Passage(c.get("title"), c.get("text"), False)
-        for c in _items(record, "ctxs", Mapping, '{"title", "text"}')
-    ]
-    answers = record.get("answers")
-    if not isinstance(answers, list):
-        raise field_error("answers", "a list of strings", answers)
-    return _example(record, passages, answers, kind=record.get("type") or "")
+    name = next(name for name in PASSAGES if record.get(name) is not None)
+    return _example(record, name, _answers(record), kind=record.get("type") or "")
 
 
-class _Passage(NamedTuple):
-    title: Any
-    text: Any
-    supporting: bool
+def parse_longbench(record: Mapping[str, Any], cutter: Cutter) -> RagExample:
+    """LongBench and InfiniteBench: ``input`` is the question, ``context`` one long text.
+
+    The context is cut where its passages are numbered, else by the cutter. Summaries have no
+    question of their own.
+
+    Source: LongBench, arXiv:2308.14508.
+    """
+    context, question = record["context"], record["input"]
+    if not isinstance(context, str) or not isinstance(question, str):
+        raise field_error("context", 'a text, as "input" is', context)
+    if not context.strip():
+        raise LeftOut("no context")
+    spans = [span for span in _NUMBERED.split(context) if span.strip()]
+    chunks = chunks_of(spans if len(spans) > 1 else cutter.text(context))
+    known = ("input", "context", "answers", "answer", "id", "_id")
+    return RagExample(
+        question=question if question.strip() else SUMMARIZE,
+        chunks=chunks,
+        answers=_answers(record),
+        kind=str(record.get("dataset") or ""),
+        id=_id(record),
+        meta={k: v for k, v in record.items() if k not in known and v is not None},
+    )
+
+
+def parse_trivia(record: Mapping[str, Any], cutter: Cutter) -> RagExample:
+    """TriviaQA ``rc``: its evidence pages, cut; ``blocktune data passages`` keeps the best chunks.
+
+    Source: TriviaQA, arXiv:1705.03551, as on the Hub.
+    """
+    chunks: tuple[Chunk, ...] = ()
+    for field, texts in (("entity_pages", "wiki_context"), ("search_results", "search_context")):
+        for title, text in _pages(record, field, texts):
+            chunks += chunks_of(cutter.text(text), title)
+    if not chunks:
+        raise LeftOut("no evidence; add passages with `blocktune data passages`")
+    answers = read_answers(record.get("answer"), "answer")
+    return RagExample(record.get("question"), chunks, answers, id=_id(record))
+
+
+def _pages(record: Mapping[str, Any], field: str, texts: str) -> list[tuple[str | None, str]]:
+    pages = record.get(field) or {}
+    found = pages.get(texts, []) if isinstance(pages, Mapping) else None
+    if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+        raise field_error(field, f'an object of lists "title", "{texts}"', pages)
+    return list(zip(pages.get("title", [None] * len(found)), found, strict=False))
 
 
 def _supporting_titles(record: Mapping[str, Any]) -> list[str]:
@@ -79,70 +169,49 @@ def _supporting_titles(record: Mapping[str, Any]) -> list[str]:
         raise field_error("supporting_facts", wanted, facts) from None
 
 
-def _documents(record: Mapping[str, Any]) -> list[tuple[str | None, str]]:
-    """Titles and texts of a context, which is a list of passages or an object of lists."""
-    context = record["context"]
-    if isinstance(context, Mapping):
-        columns = [context.get("title"), context.get(_text_key(context) or "")]
-        alike = all(isinstance(column, list) for column in columns)
-        if not alike or len({len(column) for column in columns}) != 1:
-            raise field_error("context", 'an object of lists "title", "sentences"', context)
-        context = list(zip(*columns, strict=True))
-    if not isinstance(context, list):
-        raise field_error("context", "a list of passages", context)
-    return [_document(index, entry) for index, entry in enumerate(context)]
-
-
-def _document(index: int, entry: Any) -> tuple[str | None, str]:
-    """``[title, text]``, ``{"title"?, "text"}`` or the text; sentences for text everywhere."""
-    title, text = None, entry
-    if isinstance(entry, Mapping):
-        title, text = entry.get("title"), entry.get(_text_key(entry) or "")
-    elif isinstance(entry, list | tuple):
-        title, text = entry if len(entry) == 2 else (None, None)
-    if isinstance(text, list) and all(isinstance(sentence, str) for sentence in text):
-        text = " ".join(sentence.strip() for sentence in text)
-    if not isinstance(text, str) or not isinstance(title, str | None):
-        wanted = '[title, [sentences]], {"title", "text" or "sentences"} or a string'
-        raise field_error(f"context[{index}]", wanted, entry)
-    return title, text
-
-
-def _text_key(entry: Mapping[str, Any]) -> str | None:
-    return next((key for key in ("sentences", "content", "text") if key in entry), None)
-
-
-def not_blank(answers: Iterable[Any]) -> tuple[Any, ...]:
-    """Answers, each once, without the blank aliases that public sets hold; all blank, all stay."""
-    once: list[Any] = []
-    for answer in answers:
-        if answer not in once:
-            once.append(answer)
-    said = [answer for answer in once if not (isinstance(answer, str) and not answer.strip())]
-    return tuple(said or once)
-
-
-def _items(record: Mapping[str, Any], name: str, kind: type, wanted: str) -> list[Any]:
-    value = record.get(name)
-    if not isinstance(value, list) or not value or not all(isinstance(v, kind) for v in value):
-        raise field_error(name, f"a non-empty list of {wanted}", value)
-    return value
-
-
 def _example(
-    record: Mapping[str, Any], passages: list[_Passage], answers: list[Any], kind: str
+    record: Mapping[str, Any],
+    name: str,
+    answers: tuple[str, ...],
+    kind: str,
+    supporting: Collection[str] = (),
 ) -> RagExample:
-    """Builds the example; a blank passage has nothing to encode and is counted in ``meta``."""
-    full = [p for p in passages if not (isinstance(p.text, str) and not p.text.strip())]
-    if not full:
+    """Builds the example; a blank passage has nothing to encode and is counted in ``meta``.
+
+    Args:
+        record: The record.
+        name: Its field of passages.
+        answers: Accepted answers.
+        kind: The example's.
+        supporting: Titles of the passages that hold the evidence, beside those that say so.
+    """
+    entries = passages_in(record.get(name), name)
+    passages = [chunk_fields(entry, f"{name}[{i}]") for i, entry in enumerate(entries)]
+    full = [p for p in passages if not (isinstance(p["text"], str) and not p["text"].strip())]
+    if entries and not full:
         raise LeftOut("no passage with text")
     blank = len(passages) - len(full)
+    chunks = read_chunks(full, name)
     return RagExample(
         question=record.get("question"),
-        chunks=tuple(Chunk(p.text, p.title) for p in full),
-        answers=not_blank(answers),
+        chunks=chunks,
+        answers=answers,
         kind=kind,
-        id=str(record.get("_id") or record.get("id") or ""),
-        supporting=tuple(index for index, p in enumerate(full) if p.supporting),
+        id=_id(record),
+        supporting=tuple(
+            index
+            for index, chunk in enumerate(chunks)
+            if chunk.title in supporting or chunk.metadata.get("is_supporting")
+        ),
         meta={"blank_passages": blank} if blank else {},
     )
+
+
+def _answers(record: Mapping[str, Any]) -> tuple[str, ...]:
+    """``answers``, else ``answer``, else none: test sets are released without."""
+    name = next((name for name in ("answers", "answer") if record.get(name) is not None), None)
+    return read_answers(record[name], name) if name else ()
+
+
+def _id(record: Mapping[str, Any]) -> str:
+    return next((str(record[key]) for key in ("_id", "id", "question_id") if record.get(key)), "")

@@ -9,15 +9,23 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from blocktune.data.chunking import Chunker, build_chunker
-from blocktune.data.example import RagExample
-from blocktune.data.sources.schemas import parse_ctxs, parse_musique, parse_wiki
-from blocktune.data.sources.texts import (
+from blocktune.data.example import TEXT_KEYS, RagExample
+from blocktune.data.sources.schemas import (
+    PASSAGES,
     Cutter,
+    parse_ctxs,
+    parse_longbench,
+    parse_musique,
+    parse_own,
+    parse_trivia,
+    parse_wiki,
+)
+from blocktune.data.sources.texts import (
     parse_chat,
     parse_document,
     parse_pair,
+    parse_session,
     parse_summary,
-    parse_trivia,
 )
 
 
@@ -26,19 +34,19 @@ class Shape(NamedTuple):
 
     Attributes:
         key: What ``as=`` calls it.
-        name: As errors call it.
         keys: Fields that tell it from the others; empty if only ``as=`` can name it.
-        parse: Turns a record into an example, given a `Cutter` where there is a ``chunker``;
+        parse: Turns a record into an example, given a ``cutter`` where there is a ``chunker``;
             raises `LeftOut`, or ValueError that names a field.
         chunker: Name of the chunker it is cut by unless another is given; None has chunks already.
+        may_cut: Has chunks already, but may hold one text instead, which a chunker cuts.
         in_shots: Whether other examples of the source become the chunks.
     """
 
     key: str
-    name: str
     keys: tuple[tuple[str, ...], ...]
     parse: Callable[..., RagExample]
     chunker: str | None = None
+    may_cut: bool = False
     in_shots: bool = False
 
     def fits(self, value: Any) -> bool:
@@ -55,26 +63,28 @@ class Shape(NamedTuple):
         Raises:
             ValueError: If a chunker is given and records of this shape have chunks already.
         """
-        if self.chunker is None and chunker is not None:
+        if self.chunker is None and chunker is None:
+            return self.parse
+        if self.chunker is None and not self.may_cut:
             raise ValueError(
                 f"records of the shape '{self.key}' have chunks already; leave the chunker out"
             )
-        if self.chunker is None:
-            return self.parse
         cutter = Cutter(chunker or build_chunker(self.chunker), tokenizer)
         return partial(self.parse, cutter=cutter)
 
 
 SHAPES = (
-    Shape("blocktune", "blocktune", (("question", "chunks"),), RagExample.from_json),
-    Shape("musique", "MuSiQue", (("question", "paragraphs"),), parse_musique),
-    Shape("wiki", "HotpotQA or 2WikiMultihopQA", (("question", "context"),), parse_wiki),
-    Shape("ctxs", "CacheBlend", (("question", "ctxs"),), parse_ctxs),
-    Shape("triviaqa", "TriviaQA", (("question", "entity_pages"),), parse_trivia, "delimiter"),
-    Shape("chat", "conversations", (("messages",), ("conversations",)), parse_chat, "message"),
-    Shape("summary", "summaries", (("document", "summary"),), parse_summary, "delimiter"),
-    Shape("few-shot", "pairs", (("dialogue", "summary"),), parse_pair, in_shots=True),
-    Shape("document", "plain texts", (), parse_document, "delimiter"),
+    Shape("blocktune", (("question", "chunks"),), parse_own, may_cut=True),
+    Shape("musique", (("question", "paragraphs"),), parse_musique),
+    Shape("wiki", (("question", "context"),), parse_wiki, may_cut=True),
+    Shape("ctxs", tuple(("question", name) for name in PASSAGES), parse_ctxs),
+    Shape("triviaqa", (("question", "entity_pages"),), parse_trivia, "delimiter"),
+    Shape("mt-rag", (("contexts", "input", "targets"),), parse_session),
+    Shape("longbench", (("input", "context"),), parse_longbench, "delimiter"),
+    Shape("chat", (("messages",), ("conversations",)), parse_chat, "message"),
+    Shape("summary", (("document", "summary"),), parse_summary, "delimiter"),
+    Shape("few-shot", (("dialogue", "summary"),), parse_pair, in_shots=True),
+    Shape("document", (), parse_document, "delimiter"),
 )
 
 
@@ -95,31 +105,76 @@ def find_shape(values: Iterable[Any], source: str) -> Shape:
     """The first shape that any of the records has.
 
     Raises:
-        ValueError: If none fits; lists the shapes.
+        ValueError: If none fits; says what the records look like and how to read them.
     """
     values = list(values)
     for value in values:
         for shape in SHAPES:
             if shape.fits(value):
                 return shape
-    raise ValueError(_no_shape(values[0] if values else None, source))
+    raise ValueError(no_shape(values[0] if values else None, source))
 
 
-def _no_shape(first: Any, source: str) -> str:
-    if isinstance(first, Mapping) and {"question", "answer"} <= first.keys():
-        of_answers = ("answer", "answers", "answer_aliases")
-        lists = [k for k, value in first.items() if isinstance(value, list) and k not in of_answers]
-        if lists:
-            return (
-                f'{source} has no field "chunks"; rename the one that holds the passages (it has '
-                f'the lists {", ".join(lists)}) and "answer", if need be, to a list "answers"'
-            )
-        return f"{source} holds questions without passages; add them: `blocktune data passages`"
-    wanted = "; ".join(
-        f"{shape.name}: {' or '.join(map(', '.join, shape.keys))}" for shape in SHAPES if shape.keys
-    )
-    found = ", ".join(map(str, first)) if isinstance(first, Mapping) else type(first).__name__
-    return (
-        f"{source} holds no questions in a known shape; looked for the fields of {wanted}; "
-        f"the first record has: {found or 'nothing'}; a shape can be named: as=document"
-    )
+def rename(record: Any, fields: Mapping[str, str]) -> Any:
+    """A record whose fields are renamed as ``fields=`` says; the others keep their names.
+
+    Args:
+        record: A record.
+        fields: New name -> old name, with dots for a field within a field.
+
+    Raises:
+        ValueError: If the record has no such field.
+    """
+    if not isinstance(record, Mapping):
+        return record
+    taken = {old.partition(".")[0] for old in fields.values()}
+    renamed = {key: value for key, value in record.items() if key not in taken | fields.keys()}
+    for new, old in fields.items():
+        value: Any = record
+        for part in [old] if old in record else old.split("."):
+            if not isinstance(value, Mapping) or part not in value:
+                raise ValueError(f"has no field \"{old}\" for '{new}'; it has {', '.join(record)}")
+            value = value[part]
+        renamed[new] = value
+    return renamed
+
+
+_QUESTION_KEYS = ("question", "query", "user_input", "input", "prompt", "instruction", "q", "key")
+_ANSWER_KEYS = ("answers", "answer", "outputs", "output", "target", "response", "label", "value")
+
+
+def no_shape(first: Any, source: str) -> str:
+    """Why records cannot be read: what the first one looks like, and what would read it."""
+    if not isinstance(first, Mapping) or not first:
+        kind = "there is none" if not first else f"the first is {type(first).__name__}"
+        return f'{source} holds no records with fields ({kind}); give {{"question", "chunks"}}'
+    told = f"{source}: no known shape; the first record has: {', '.join(map(str, first))}"
+    question = next((k for k in _QUESTION_KEYS if isinstance(first.get(k), str)), None)
+    answers = next((key for key in _ANSWER_KEYS if first.get(key) is not None), None)
+    others = {k: v for k, v in first.items() if k not in (question, answers, "answer_aliases")}
+    passages = next((k for k, v in others.items() if _holds_passages(v)), None)
+    text = next((key for key in TEXT_KEYS if isinstance(first.get(key), str)), None)
+    if question is None and text:
+        named = "" if text == "text" else f"&fields=text:{text}"
+        return (
+            f"{told}. It looks like a corpus: give it to `blocktune data passages --corpus`, or "
+            f"cut each text into an example by '{source}?as=document{named}'"
+        )
+    if question and answers and passages is None:
+        return f"{told}. It holds questions without passages; add them: `blocktune data passages`"
+    if passages is None and not any(map(_is_prose, first.values())):
+        return f"{told}. None of them holds text; questions with their passages are wanted"
+    mapping = f"question:{question or 'FIELD'},chunks:{passages or 'FIELD'}"
+    mapping += f",answers:{answers}" if answers else ""
+    return f"{told}. Say which are meant, such as '{source}?fields={mapping}'"
+
+
+def _is_prose(value: Any) -> bool:
+    return isinstance(value, str) and sum(map(str.isalpha, value.split())) > 1
+
+
+def _holds_passages(value: Any) -> bool:
+    """Whether a value may be a question's passages: a list of texts or objects, or a long text."""
+    if isinstance(value, str):
+        return len(value) > 400
+    return isinstance(value, list) and bool(value) and isinstance(value[0], str | list | Mapping)

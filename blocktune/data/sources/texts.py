@@ -1,4 +1,4 @@
-"""Records that hold no chunks of their own: conversations, documents, summaries, pairs, evidence.
+"""Records that are no question over passages: conversations, documents, summaries, solved pairs.
 
 A chunker cuts them; each becomes a `RagExample` whose last piece is what the model writes.
 """
@@ -6,24 +6,28 @@ A chunker cuts them; each becomes a `RagExample` whose last piece is what the mo
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from itertools import chain, islice
+from random import Random
+from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
-from blocktune.data.chunking import Chunker, Message, chunks_of, tidy, trimmed
+from blocktune.data.chunking import Message, chunks_of, tidy, trimmed
 from blocktune.data.chunking.base import SPEAKERS
-from blocktune.data.example import RagExample, field_error, is_conversation
-from blocktune.data.sources.schemas import LeftOut, not_blank
+from blocktune.data.example import RagExample, field_error, is_conversation, read_chunks
+from blocktune.data.sources.records import LeftOut
+from blocktune.data.sources.schemas import SUMMARIZE, Cutter
 from blocktune.prompt.format import Chunk
 
 CONTINUE = "Continue the text above."
-SUMMARIZE = "Write a short summary of the text above."
+POOL = 1000
+"""Instances that shots are drawn from: the first of a source, whatever its limit."""
 _ROLES = {role: role for role in SPEAKERS} | {
     "human": "user",
     "gpt": "assistant",
     "bot": "assistant",
+    "agent": "assistant",
 }
 _CODE = re.compile(r"```|\n(?: {4}|\t)[^\s]")
 """A fence, or a line that is indented as code is."""
@@ -37,21 +41,6 @@ _PAIRS = (
 """Fields of a task's instances and how a shot names them."""
 
 
-class Cutter(NamedTuple):
-    """A chunker with the tokenizer it may count by."""
-
-    chunker: Chunker
-    tokenizer: PreTrainedTokenizerBase | None = None
-
-    def text(self, text: str) -> list[str]:
-        """Spans of a text."""
-        return self.chunker.split(text, self.tokenizer)
-
-    def messages(self, messages: list[Message]) -> list[str]:
-        """Spans of a conversation."""
-        return self.chunker.split_messages(messages, self.tokenizer)
-
-
 def parse_chat(record: Mapping[str, Any], cutter: Cutter) -> RagExample:
     """A conversation: the last user message asks, the assistant's reply to it is the response.
 
@@ -60,7 +49,8 @@ def parse_chat(record: Mapping[str, Any], cutter: Cutter) -> RagExample:
 
     Source: KVLink's ``sft_mem`` and Block-Attention's Tulu-3 data (Tulu: ``messages``).
     """
-    messages = _messages(record)
+    name = "messages" if record.get("messages") is not None else "conversations"
+    messages = _messages(record, name)
     while messages and messages[-1].role != "assistant":
         messages.pop()
     if len(messages) < 2 or messages[-2].role != "user":
@@ -130,48 +120,69 @@ def parse_pair(record: Mapping[str, Any]) -> RagExample:
     raise ValueError(f"a pair must have the fields of one of {known}; got {', '.join(record)}")
 
 
-def parse_trivia(record: Mapping[str, Any], cutter: Cutter) -> RagExample:
-    """TriviaQA ``rc``: its evidence pages, cut; ``blocktune data passages`` keeps the best chunks.
+def parse_session(record: Mapping[str, Any]) -> RagExample:
+    """MT-RAG: a conversation over retrieved ``contexts``; the last message asks.
 
-    Source: TriviaQA, arXiv:1705.03551, as on the Hub.
+    The messages before it are of this conversation alone, so they are part of the question.
+
+    Source: https://github.com/IBM/mt-rag-benchmark, reference tasks.
     """
-    chunks: tuple[Chunk, ...] = ()
-    for field, texts in (("entity_pages", "wiki_context"), ("search_results", "search_context")):
-        for title, text in _pages(record, field, texts):
-            chunks += chunks_of(cutter.text(text), title)
-    if not chunks:
-        raise LeftOut("no evidence; add passages with `blocktune data passages`")
-    return RagExample(record.get("question"), chunks, trivia_answers(record), id=_id(record))
+    messages, replies = _messages(record, "input"), _messages(record, "targets")
+    if not record["contexts"]:
+        raise LeftOut("no passages in contexts")
+    if not messages or messages[-1].role != "user":
+        raise LeftOut("the last message is not the user's")
+    known = ("contexts", "input", "targets", "task_id")
+    return RagExample(
+        question="\n".join(map(str, messages)) if messages[1:] else messages[0].text,
+        chunks=read_chunks(record["contexts"], "contexts"),
+        answers=tuple(reply.text for reply in replies),
+        kind="chat",
+        id=str(record.get("task_id") or ""),
+        meta={k: v for k, v in record.items() if k not in known and v is not None},
+    )
 
 
-def _pages(record: Mapping[str, Any], field: str, texts: str) -> list[tuple[str | None, str]]:
-    pages = record.get(field) or {}
-    found = pages.get(texts, []) if isinstance(pages, Mapping) else None
-    if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
-        raise field_error(field, f'an object of lists "title", "{texts}"', pages)
-    return list(zip(pages.get("title", [None] * len(found)), found, strict=False))
+def with_shots(
+    examples: Iterable[RagExample],
+    *,
+    shots: int,
+    seed: int = 0,
+    others: Iterable[RagExample] | None = None,
+) -> Iterator[RagExample]:
+    """Few-shot: gives every instance other solved instances as chunks, never itself.
+
+    Args:
+        examples: Each with one chunk: itself, solved.
+        shots: Chunks per example.
+        seed: Chooses them; example ``i`` gets the same ones for any number of examples.
+        others: Where shots come from, e.g. another split; None takes the examples themselves.
+
+    Raises:
+        ValueError: If there are too few instances.
+    """
+    examples = iter(examples)
+    pool = list(islice(examples if others is None else others, POOL))
+    spare = shots + (others is None)
+    if len(pool) < spare:
+        raise ValueError(f"{shots} shots need {spare} instances, got {len(pool)}; lower shots")
+    for index, example in enumerate(examples if others is not None else chain(pool, examples)):
+        drawn = Random(f"shots/{seed}/{index}").sample(range(len(pool)), spare)
+        kept = drawn if others is not None else [i for i in drawn if i != index]
+        yield replace(example, chunks=tuple(pool[i].chunks[0] for i in kept[:shots]))
 
 
-def trivia_answers(record: Mapping[str, Any]) -> tuple[str, ...]:
-    """The answer and its aliases."""
-    answer = record.get("answer")
-    if not isinstance(answer, Mapping) or "value" not in answer:
-        raise field_error("answer", '{"value", "aliases"}', answer)
-    return not_blank([answer["value"], *(answer.get("aliases") or ())])
-
-
-def _messages(record: Mapping[str, Any]) -> list[Message]:
-    name = "messages" if record.get("messages") is not None else "conversations"
+def _messages(record: Mapping[str, Any], name: str) -> list[Message]:
     entries = record.get(name)
-    wanted = 'a list of {"role", "content"} or {"from", "value"}'
+    wanted = 'a list of {"role", "content"}, {"from", "value"} or {"speaker", "text"}'
     if not isinstance(entries, list) or not all(isinstance(e, Mapping) for e in entries):
         raise field_error(name, wanted, entries)
     return [m for m in map(partial(_message, name), entries) if m.text.strip()]
 
 
 def _message(name: str, entry: Mapping[str, Any]) -> Message:
-    role = entry.get("role", entry.get("from"))
-    text = entry.get("content", entry.get("value"))
+    role = entry.get("role", entry.get("from", entry.get("speaker")))
+    text = entry.get("content", entry.get("value", entry.get("text")))
     if isinstance(text, list):  # parts, of which those of text are kept
         text = "".join(part.get("text") or "" for part in text if isinstance(part, Mapping))
     if role not in _ROLES or not isinstance(text, str | None):

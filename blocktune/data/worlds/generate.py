@@ -9,10 +9,9 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from blocktune.data.example import RagExample
-from blocktune.data.worlds.names import SPLITS
-from blocktune.data.worlds.passages import write_passages
 from blocktune.data.worlds.questions import QUESTION_KINDS, WorldQuestion, ask, candidates, state
-from blocktune.data.worlds.world import draw_world
+from blocktune.data.worlds.vocabulary import SPLITS
+from blocktune.data.worlds.world import draw_world, write_passages
 from blocktune.prompt import Chunk
 
 DEFAULT_KINDS = MappingProxyType(

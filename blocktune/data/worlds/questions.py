@@ -8,9 +8,8 @@ from itertools import combinations
 from random import Random
 from typing import Any
 
-from blocktune.data.worlds.passages import Passages, Place, refer
-from blocktune.data.worlds.relations import COMPARED
-from blocktune.data.worlds.world import Fact, World
+from blocktune.data.worlds.vocabulary import COMPARED
+from blocktune.data.worlds.world import Fact, Passages, Place, World, refer
 
 QUESTION_KINDS = ("self-contained", "cross-chunk", "2-hop", "3-hop", "comparison", "referred")
 """The last asks by the words of a later chunk ("Where was she born?"): following a reference, by

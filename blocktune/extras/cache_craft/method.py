@@ -110,6 +110,7 @@ class StoredContext(Scored):
 
     source: ClassVar[str] = "https://arxiv.org/abs/2502.15734"
     watches_chunks: ClassVar[bool] = True
+    needs_question: ClassVar[bool] = True
     alpha: float = 1.0
     ratio: float | None = None
     focus: float = 0.4

@@ -24,7 +24,6 @@ if __name__ == "__main__":
     trainer.save_model()
     if trainer.is_world_process_zero():
         model = trainer.accelerator.unwrap_model(trainer.model).eval()
-        model.set_attn_implementation("sdpa")
         ids = probe(model.config.vocab_size, args.num_links)
         with torch.no_grad():
             logits = model(ids, use_cache=False).logits

@@ -1,0 +1,523 @@
+"""`blocktune data`: find, make and look at data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from enum import StrEnum
+from itertools import repeat
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import urlencode
+
+import typer
+
+from blocktune.commands.options import (
+    Adapter,
+    AsJson,
+    Device,
+    Dtype,
+    Model,
+    load_engine,
+    quiet_libraries,
+    teach,
+)
+
+if TYPE_CHECKING:
+    from blocktune.data import RagExample
+    from blocktune.data.regenerate import Regenerated
+    from blocktune.engine import Engine, Sampling
+
+HELP = """Find, make and look at data.
+
+A source is one word, wherever a command asks for one: a file (JSON, JSON lines, CSV, Parquet or
+Arrow, told apart by its fields), a data set's short name (musique, tulu-3),
+hf:OWNER/NAME[:CONFIG] or hf:FOLDER, or a generator (worlds:test, needle:). Options follow a
+question mark: 'tulu-3?split=train&chunker=message', 'rows.csv?fields=question:q,chunks:docs'.
+"""
+
+Source = Annotated[str, typer.Argument(help="Where examples come from; see `blocktune data list`.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="JSONL file to write.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Only the first examples.")]
+Split = Annotated[
+    str | None,
+    typer.Option(help="Split of a data set on the Hub; default validation, if it has one."),
+]
+Fields = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NEW=OLD,...", help="Rename fields: question=input,chunks=context,answers=a.value."
+    ),
+]
+Counter = Annotated[
+    str | None,
+    typer.Option(
+        "--tokenizer", help="Tokenizer used to measure lengths: a folder or a name on the HF Hub."
+    ),
+]
+Ask = Callable[[Sequence["RagExample"], int], list[str]]
+"""``(batch, its number) -> answers``."""
+
+
+class Mode(StrEnum):
+    """The attention that the rows are shown for."""
+
+    block = "block"
+    full = "full"
+
+
+def add_to(app: typer.Typer) -> None:
+    """Registers the group."""
+    group = typer.Typer(
+        no_args_is_help=True,
+        help=HELP,
+        rich_markup_mode="rich",
+        epilog=teach(
+            "blocktune data list",
+            "blocktune data show 'worlds:test?n=3' --model data/tiny",
+            "blocktune data write rows.parquet --fields question=q,chunks=docs -o rows.jsonl",
+            "blocktune data passages nq --corpus wiki.jsonl --k 10 -o nq.jsonl",
+            "blocktune data answer nq.jsonl --model M -o nq-own-words.jsonl",
+            "blocktune data mix mixture.yaml",
+        ),
+    )
+    for name, command in COMMANDS.items():
+        group.command(name, epilog=teach(*EXAMPLES[name]))(command)
+    app.add_typer(group, name="data")
+
+
+EXAMPLES = {
+    "list": (
+        "blocktune data list",
+        "blocktune data list --json",
+        "A data set is downloaded from the Hugging Face Hub when it is first read.",
+    ),
+    "show": (
+        "blocktune data show musique --index 3",
+        "blocktune data show 'worlds:train?n=5' --model data/tiny",
+        "blocktune data show chat.jsonl --model M --adapter out/kvlink",
+    ),
+    "write": (
+        "blocktune data write 'needle:?lengths=1024,4096' --tokenizer M -o needle.jsonl",
+        "blocktune data write 'tulu-3?split=train' --limit 20000 -o chat.jsonl",
+        "blocktune data write rows.csv --fields question=input,chunks=context -o rows.jsonl",
+    ),
+    "worlds": (
+        "blocktune data worlds --output test.jsonl --split test --n 500",
+        "blocktune data worlds -o hop.jsonl --kinds 2-hop,comparison --passages 4-10 --seed 3",
+    ),
+    "passages": (
+        "BM25 over a corpus, one passage a record:",
+        "blocktune data passages nq --split train --corpus wiki.jsonl -o nq.jsonl",
+        "Your own retriever's file, one {id or question, passages} a line, best first:",
+        "blocktune data passages questions.jsonl --retrieved dpr.jsonl -o out.jsonl",
+        "The best of a question's own passages, such as TriviaQA's evidence:",
+        "blocktune data passages triviaqa --own --k 10 -o triviaqa.jsonl",
+    ),
+    "answer": (
+        "blocktune data answer train.jsonl --model M -o own-words.jsonl",
+        "blocktune data answer '2wikimultihopqa?split=train' --limit 2000 -m M -o w.jsonl",
+        "blocktune data answer q.jsonl -m M -o a.jsonl --temperature 0.7 --only-correct",
+        "To continue a run that was stopped, repeat the command.",
+    ),
+    "mix": (
+        "blocktune data mix mixture.yaml",
+        "blocktune data mix mixture.yaml --tokenizer M -o mixed.jsonl",
+        "A mixture in YAML: every example of two sources, one of them in both modes:",
+        "  draw: duplication        # or sampling, with size: 10000 and weights as shares",
+        "  seed: 0",
+        "  parts:",
+        "    - {source: '2wikimultihopqa?split=train', mode: both, limit: 20000}",
+        "    - {source: 'tulu-3?split=train', mode: full, weight: 0.5, chunker: message}",
+        "  A part may also hold augment: {shuffle: true, num_chunks: [4, 10]}.",
+    ),
+}
+
+
+def show_list(as_json: AsJson = False) -> None:
+    """List data sets with their licences, generators, record shapes and chunkers."""
+    if as_json:
+        typer.echo(json.dumps(_facts(), indent=2, ensure_ascii=False))
+        return
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)
+    for table in _tables():
+        console.print(table)
+        console.print()
+
+
+def _facts() -> dict:
+    from dataclasses import asdict
+
+    from blocktune.data.chunking import CHUNKERS
+    from blocktune.data.sources import CATALOG, SHAPES, generators
+    from blocktune.registry import summary_of
+
+    return {
+        "data_sets": {name: asdict(entry) for name, entry in CATALOG.items()},
+        "generators": {
+            name: {"example": entry.example, "becomes": entry.becomes}
+            for name, entry in generators().items()
+        },
+        "shapes": {
+            shape.key: {"fields": list(shape.keys), "chunker": shape.chunker} for shape in SHAPES
+        },
+        "chunkers": {name: summary_of(cls) for name, cls in sorted(CHUNKERS.table().items())},
+    }
+
+
+def _tables():
+    facts = _facts()
+    table = _table("data sets", "name", "on the Hub", "licence", "a record becomes")
+    for name, entry in facts["data_sets"].items():
+        hub = entry["hub"] + (f":{entry['config']}" if entry["config"] else "")
+        table.add_row(name, hub, entry["licence"], entry["becomes"])
+    yield table
+    table = _table("generators", "source", "an example is")
+    for entry in facts["generators"].values():
+        table.add_row(entry["example"], entry["becomes"])
+    yield table
+    table = _table("record shapes of files", "as=", "told by the fields", "cut by")
+    for name, entry in facts["shapes"].items():
+        fields = " or ".join(", ".join(keys) for keys in entry["fields"])
+        table.add_row(name, fields or "(name it)", entry["chunker"] or "(has chunks)")
+    yield table
+    table = _table("chunkers", "chunker=", "what it does")
+    for name, summary in facts["chunkers"].items():
+        table.add_row(name, summary.replace("``", ""))
+    yield table
+
+
+def _table(title: str, *columns: str):
+    """A table that folds what is too long: names are there to be copied."""
+    from rich.table import Table
+
+    table = Table(title=title)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def show(
+    source: Source,
+    index: Annotated[int, typer.Option(min=0, help="Which example, from 0.")] = 0,
+    split: Split = None,
+    fields: Fields = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Show the rows that this model gets.")
+    ] = None,
+    adapter: Annotated[
+        str | None, typer.Option(help="With the wording and layout of this adapter.")
+    ] = None,
+    mode: Annotated[
+        Mode, typer.Option(help="Attention in which the example is laid out.")
+    ] = Mode.block,
+) -> None:
+    """Show one example: as text, or with --model row by row as the model sees it."""
+    if adapter is not None and model is None:
+        raise ValueError("--adapter says how rows are laid out; add --model for its tokens")
+    tokenizer = _tokenizer(model)
+    examples = _load(source, fields, limit=index + 1, split=split, tokenizer=tokenizer)
+    if len(examples) <= index:
+        raise ValueError(f"{source} has {len(examples)} examples; --index starts from 0")
+    if tokenizer is None:
+        _show_text(examples[index])
+    else:
+        _show_rows(examples[index], tokenizer, adapter, mode)
+
+
+def _show_text(example: RagExample) -> None:
+    facts = [("id", example.id), ("kind", example.kind)]
+    typer.echo("  ".join(f"{name}: {value}" for name, value in facts if value))
+    for number, chunk in enumerate(example.chunks):
+        mark = ", evidence" if number in example.supporting else ""
+        title = f"{chunk.title}\n" if chunk.title else ""
+        typer.echo(f"[chunk {number}{mark}]\n{title}{chunk.text}")
+    typer.echo(f"[question]\n{example.question}")
+    typer.echo(f"[accepted answers]\n{' | '.join(example.answers) or '(unknown)'}")
+    if example.response is not None:
+        typer.echo(f"[the model writes]\n{example.response}")
+
+
+def _show_rows(example: RagExample, tokenizer, adapter: str | None, mode: Mode) -> None:
+    from blocktune.adapter import AdapterInfo
+    from blocktune.prompt import LayoutSpec, PromptFormat, lay_out, make_pieces
+    from blocktune.prompt.batch import show as rows_of
+
+    info = AdapterInfo.load(adapter) if adapter else None
+    fmt = info.format if info else PromptFormat()
+    spec = info.layout if info and mode == Mode.block else LayoutSpec(block=mode == Mode.block)
+    if spec.num_blanks:  # hidden rows of serving, which no example has
+        spec = replace(spec, num_blanks=0)
+    known = example.response is not None or example.answers
+    pieces = make_pieces(
+        tokenizer,
+        fmt,
+        example.chunks,
+        example.question,
+        example.target if known else None,
+        block=mode == Mode.block,
+        followups=example.followups,
+    )
+    prompt = lay_out(pieces, spec, link_base=len(tokenizer), bos_id=tokenizer.bos_token_id)
+    typer.echo(rows_of(tokenizer, prompt))
+    total = pieces.num_tokens
+    typer.echo(f"\n{total:,} tokens in {len(pieces.chunks)} chunks; {len(prompt.ids):,} rows")
+
+
+def write(
+    source: Source,
+    output: Output,
+    limit: Limit = None,
+    split: Split = None,
+    fields: Fields = None,
+    tokenizer: Counter = None,
+) -> None:
+    """Write any source as JSON lines, one example with its chunks a line."""
+    counter = _tokenizer(tokenizer)
+    from blocktune.data.attribution import credited
+
+    examples = _load(source, fields, limit=limit, split=split, tokenizer=counter)
+    count = _write(output, credited(examples, source))
+    typer.echo(f"wrote {count:,} examples to {output}")
+
+
+def worlds(
+    output: Output,
+    n: Annotated[int, typer.Option(min=1, help="Number of questions.")] = 500,
+    split: Annotated[
+        str, typer.Option(help="train, dev or test: no name occurs in two of them.")
+    ] = "train",
+    seed: Annotated[int, typer.Option(help="Another seed, another world.")] = 0,
+    kinds: Annotated[
+        str | None, typer.Option(help="Kinds of question, with commas between; default a mix.")
+    ] = None,
+    passages: Annotated[
+        str | None, typer.Option(help="Chunks per question: a number or LOW-HIGH.")
+    ] = None,
+) -> None:
+    """Generate multi-hop questions over made-up people, places, films and works."""
+    options = {"seed": seed, "n": n, "kinds": kinds, "passages": passages}
+    query = urlencode({key: value for key, value in options.items() if value is not None}, safe=",")
+    count = _write(output, _load(f"worlds:{split}?{query}"))
+    typer.echo(f"wrote {count:,} questions to {output}")
+
+
+def passages(
+    source: Source,
+    output: Output,
+    corpus: Annotated[
+        Path | None, typer.Option(help="Search these passages by BM25: a file of passages.")
+    ] = None,
+    retrieved: Annotated[
+        Path | None, typer.Option(help="Take the passages that your retriever found: a file.")
+    ] = None,
+    own: Annotated[
+        bool, typer.Option("--own", help="Keep the best of each question's own passages, by BM25.")
+    ] = False,
+    k: Annotated[int, typer.Option(min=1, help="Passages per question.")] = 10,
+    answerable: Annotated[
+        bool,
+        typer.Option("--answerable", help="Leave out questions whose passages hold no answer."),
+    ] = False,
+    limit: Limit = None,
+    split: Split = None,
+    fields: Fields = None,
+) -> None:
+    """Give questions their passages: by BM25, from your own retriever, or the best of their own."""
+    if [corpus is not None, retrieved is not None, own].count(True) != 1:
+        raise ValueError("give one of --corpus FILE, --retrieved FILE and --own")
+    quiet_libraries()
+    from blocktune.data import load_chunks, retrieval
+    from blocktune.data.answers import holds_answer, is_verdict
+    from blocktune.data.attribution import credited
+    from blocktune.data.sources import with_fields
+
+    whole = None
+    if own:
+        loaded = _load(source, fields, limit=limit, split=split)
+        whole = list(credited(loaded, source))
+        examples = list(retrieval.from_own(whole, k))
+    else:
+        mapped = with_fields(source, fields)
+        questions = retrieval.read_questions(mapped, limit=limit, split=split)
+        if corpus is not None:
+            examples = retrieval.from_corpus(questions, load_chunks(corpus), k)
+        else:
+            found = retrieval.read_retrieved(retrieved)
+            examples = list(retrieval.from_retriever(questions, found, k))
+    held = list(map(holds_answer, examples, whole or repeat(None)))
+    kept = [e for e, holds in zip(examples, held, strict=True) if holds or not answerable]
+    if not kept:
+        raise ValueError(f"{source}: none of {len(examples)} questions is left; nothing is written")
+    _write(output, kept)
+    untold = sum(map(is_verdict, examples)) if whole is None else 0
+    typer.echo(
+        f"wrote {len(kept):,} questions to {output}; an answer is found in the passages of "
+        f"{sum(held) / len(held):.1%} of {len(examples):,}"
+        + (f" ({untold:,} ask for yes or no, which no passage tells)" if untold else "")
+    )
+
+
+def answer(
+    source: Source,
+    output: Output,
+    model: Model = None,
+    adapter: Adapter = None,
+    limit: Limit = None,
+    split: Split = None,
+    fields: Fields = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 200,
+    temperature: Annotated[float, typer.Option(help="0 is greedy; KVLink took 0.7.")] = 0.0,
+    top_p: Annotated[
+        float,
+        typer.Option(help="Nucleus sampling: keep tokens up to this cumulative probability."),
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions answered at a time.")] = 16,
+    only_correct: Annotated[
+        bool,
+        typer.Option("--only-correct", help="Leave out answers that mention no accepted one."),
+    ] = False,
+    dtype: Dtype = "auto",
+    device: Device = None,
+) -> None:
+    """Let a model write the answers that it will be trained on, reading all chunks in full."""
+    engine = load_engine(model, adapter, None, dtype, device)
+    from blocktune.data.attribution import credited
+    from blocktune.engine import Sampling
+
+    loaded = _load(source, fields, limit=limit, split=split, tokenizer=engine.tokenizer)
+    sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
+    facts = {"model": model, "adapter": adapter, "weights": engine.fingerprint}
+    facts |= {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    facts |= {"top_p": top_p, "seed": seed}
+    done = _regenerated(
+        list(credited(loaded, source)),
+        _asking(engine, sampling, max_new_tokens),
+        output,
+        facts={key: value for key, value in facts.items() if value is not None},
+        batch_size=batch_size,
+        only_correct=only_correct,
+    )
+    typer.echo(
+        f"wrote {done.written:,} examples to {output} ({done.resumed:,} answered before, "
+        f"{done.empty:,} empty and {done.wrong:,} wrong ones left out)"
+    )
+
+
+def _asking(engine: Engine, sampling: Sampling, max_new_tokens: int) -> Ask:
+    """How a batch is answered; its number moves the seed, else every batch would draw alike."""
+
+    def ask(batch: Sequence[RagExample], number: int) -> list[str]:
+        answers = engine.answer(
+            batch,
+            "full-prefill",
+            max_new_tokens=max_new_tokens,
+            sampling=replace(sampling, seed=sampling.seed + number),
+            batch_size=len(batch),
+        )
+        return [answer.text for answer in answers]
+
+    return ask
+
+
+def _regenerated(examples: Sequence[RagExample], ask: Ask, output: Path, **how: Any) -> Regenerated:
+    """Runs `regenerate` under a progress bar."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from blocktune.data.regenerate import regenerate
+
+    with Progress(console=Console(stderr=True)) as progress:
+        bar = progress.add_task("answering", total=len(examples))
+        return regenerate(
+            examples,
+            ask,
+            output,
+            on_batch=lambda count: progress.update(bar, completed=count),
+            **how,
+        )
+
+
+def mix(
+    mixture: Annotated[Path, typer.Argument(help="YAML file of the mixture.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Also write the examples, JSON lines.")
+    ] = None,
+    tokenizer: Counter = None,
+) -> None:
+    """Draw a mixture of sources and say what each part gives, in block and in full attention."""
+    from blocktune.data.attribution import credited
+    from blocktune.data.mixture import load_mixture
+    from blocktune.data.mixture import mix as draw
+
+    read = load_mixture(mixture)
+    mixed = draw(read, tokenizer=_tokenizer(tokenizer))
+    _show_mixture(mixed, mixture)
+    if output is None:
+        return
+
+    def marked():
+        for item in mixed.examples:
+            [example] = credited([item.example], read.parts[item.part].source)
+            yield replace(example, meta=example.meta | {"mode": item.mode})
+
+    count = _write(output, marked())
+    typer.echo(f'wrote {count:,} examples to {output}, each with its mode in "meta"')
+
+
+def _show_mixture(mixed, mixture: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("source", title=str(mixture))
+    for name in ("loaded", "block", "full", "share", "epochs"):
+        table.add_column(name, justify="right")
+    total = len(mixed.examples)
+    for part in mixed.parts:
+        numbers = (f"{part.loaded:,}", f"{part.block:,}", f"{part.full:,}")
+        share = (part.block + part.full) / total
+        table.add_row(part.source, *numbers, f"{share:.1%}", f"{part.epochs:.2f}")
+    block, full = (sum(getattr(part, mode) for part in mixed.parts) for mode in ("block", "full"))
+    table.add_row("in all", "", f"{block:,}", f"{full:,}", "100.0%", "")
+    Console().print(table)
+
+
+COMMANDS = {
+    "list": show_list,
+    "show": show,
+    "write": write,
+    "worlds": worlds,
+    "passages": passages,
+    "answer": answer,
+    "mix": mix,
+}
+
+
+def _tokenizer(name: str | None):
+    """The tokenizer of that name, or None for None."""
+    quiet_libraries()
+    from blocktune.data.sources.options import load_tokenizer
+
+    return None if name is None else load_tokenizer(name)
+
+
+def _load(source: str, fields: str | None = None, **how: Any) -> list[RagExample]:
+    from blocktune.data import load_examples
+    from blocktune.data.sources import with_fields
+
+    return load_examples(with_fields(source, fields), **how)
+
+
+def _write(output: Path, examples) -> int:
+    """Writes examples into a file that appears whole or not at all."""
+    from blocktune.data import write_jsonl
+    from blocktune.files import replacing
+
+    with replacing(output) as temporary:
+        return write_jsonl(temporary, examples)

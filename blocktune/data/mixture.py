@@ -1,0 +1,286 @@
+"""Mixtures: several sources, each with a weight and the attention it is trained in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import count
+from pathlib import Path
+from random import Random
+from typing import Any, NamedTuple
+
+import yaml
+from transformers import PreTrainedTokenizerBase
+
+from blocktune.data.augment import Augment, augment
+from blocktune.data.chunking import CHUNKERS, Chunker, parse_chunker
+from blocktune.data.example import RagExample
+from blocktune.data.sources import load_examples, training_split
+from blocktune.prompt.format import PromptFormat, build_strict
+
+BLOCK, FULL, BOTH = "block", "full", "both"
+MODES = {BLOCK: (BLOCK,), FULL: (FULL,), BOTH: (BLOCK, FULL)}
+DRAWS = ("duplication", "sampling")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One source of a mixture.
+
+    Attributes:
+        source: What `load_examples` reads.
+        mode: ``block``: chunks see only themselves; ``full``: stock causal attention; ``both``:
+            every example twice, once in each (duplication only).
+        weight: Under sampling the share of all examples, relative to the other parts' weights;
+            under duplication how often the part's examples are taken, 0.5 for half of them.
+        limit: Load the first examples only.
+        split: Of a Hub data set, ``train`` unless the source names another.
+        chunker: What cuts conversations and documents; None takes the source's own.
+        augment: How contexts are varied, anew for each time an example is taken.
+        format: Fields of `PromptFormat` that this part words in its own way, e.g. ``instruction``:
+            conversations do not ask for an answer "from the passages below".
+        turns: In full attention conversations are turns of the chat template, as KVLink trains
+            them, not chunks of one; those whose roles do not alternate stay chunks.
+
+    Raises:
+        ValueError: If a value is not accepted.
+    """
+
+    source: str
+    mode: str = BLOCK
+    weight: float = 1.0
+    limit: int | None = None
+    split: str | None = None
+    chunker: Chunker | None = None
+    augment: Augment | None = None
+    format: Mapping[str, Any] | None = None
+    turns: bool = False
+
+    def __post_init__(self):
+        if not isinstance(self.source, str) or not self.source:
+            raise ValueError(f"'source' must name a source of examples, got {self.source!r}")
+        if self.mode not in MODES:
+            raise ValueError(f"'mode' must be {', '.join(MODES)}, got {self.mode!r}")
+        if isinstance(self.weight, bool) or not isinstance(self.weight, int | float):
+            raise ValueError(f"'weight' must be a number, got {self.weight!r}")
+        if not 0 < self.weight < float("inf"):
+            raise ValueError(f"'weight' must be above 0, got {self.weight!r}; or drop the part")
+        if self.limit is not None and (type(self.limit) is not int or self.limit < 1):
+            raise ValueError(f"'limit' must be at least 1 or null, got {self.limit!r}")
+        if not isinstance(self.split, str | None):
+            raise ValueError(f"'split' must be text or null, got {self.split!r}")
+        if not isinstance(self.turns, bool):
+            raise ValueError(f"'turns' must be true or false, got {self.turns!r}")
+        if self.turns and self.mode == BLOCK:
+            raise ValueError("'turns' are for full attention; chunks have none: set mode: full")
+        if self.format is not None:
+            _ = PromptFormat.from_dict(self.format)  # refuses what is no wording
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What a model is trained on.
+
+    Attributes:
+        parts: The sources.
+        draw: ``duplication``: every part in full, in each of its modes (Block-Attention);
+            ``sampling``: ``size`` examples, shared out by weight (KVLink: 60 full to 40 block).
+        size: Examples in all; sampling needs it, duplication has none.
+        seed: Of the order and of what is drawn.
+
+    Raises:
+        ValueError: If a value is not accepted, or does not go with ``draw``.
+    """
+
+    parts: tuple[Part, ...]
+    draw: str = "duplication"
+    size: int | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        if not self.parts:
+            raise ValueError("'parts' must hold at least one source")
+        if self.draw not in DRAWS:
+            raise ValueError(f"'draw' must be {' or '.join(DRAWS)}, got {self.draw!r}")
+        if type(self.seed) is not int:
+            raise ValueError(f"'seed' must be a whole number, got {self.seed!r}")
+        if self.draw == "duplication":
+            if self.size is not None:
+                raise ValueError("'size' belongs to draw: sampling; use weight and limit")
+            return
+        if type(self.size) is not int or self.size < 1:
+            raise ValueError(f"draw: sampling needs 'size', the examples in all; got {self.size!r}")
+        if any(part.mode == BOTH for part in self.parts):
+            raise ValueError("mode: both belongs to draw: duplication; name the part once per mode")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, for an adapter's provenance; what is not set is left out."""
+        parts = [_part_to_dict(part) for part in self.parts]
+        record = {"draw": self.draw, "size": self.size, "seed": self.seed, "parts": parts}
+        return {key: value for key, value in record.items() if value is not None}
+
+
+def load_mixture(path: str | Path) -> Mixture:
+    """Reads a mixture; relative paths in it start from the current directory.
+
+    Raises:
+        ValueError: In one line: the file, the place in it, what was wanted and what came.
+    """
+    try:
+        record = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (FileNotFoundError, IsADirectoryError):
+        raise ValueError(f"no mixture at '{path}'; give a YAML file") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+    return parse_mixture(record, str(path))
+
+
+def parse_mixture(record: Any, where: str = "mixture") -> Mixture:
+    """Builds a mixture from decoded YAML; ``where`` opens every error.
+
+    Raises:
+        ValueError: If a key is unknown or missing, or a value is not accepted.
+    """
+    if not isinstance(record, Mapping):
+        raise ValueError(f"{where}: must be a mapping with 'parts', got {record!r:.60}")
+    entries = record.get("parts")
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f"{where}: 'parts' must be a list of sources, got {entries!r:.60}")
+    parts = tuple(_parse_part(e, f"{where}: parts[{i}]") for i, e in enumerate(entries))
+    return _build(Mixture, {**record, "parts": parts}, where)
+
+
+def _parse_part(entry: Any, where: str) -> Part:
+    values = {"source": entry} if isinstance(entry, str) else entry
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where}: must be a source or a mapping, got {entry!r:.60}")
+    values = dict(values)
+    if "source" not in values:
+        raise ValueError(f"{where}: 'source' is missing")
+    if values.get("chunker") is not None:
+        values["chunker"] = parse_chunker(values["chunker"], f"{where}: chunker")
+    if values.get("augment") is not None:
+        values["augment"] = _build(Augment, values["augment"], where)
+    return _build(Part, values, where)
+
+
+def _build(cls, values: Any, where: str) -> Any:
+    try:
+        return build_strict(cls, values, cls.__name__.lower())
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _part_to_dict(part: Part) -> dict[str, Any]:
+    record = {**vars(part)}
+    if part.chunker is not None:
+        record["chunker"] = {"name": CHUNKERS.name_of(part.chunker), **asdict(part.chunker)}
+    if part.augment is not None:
+        record["augment"] = asdict(part.augment)
+    return {key: value for key, value in record.items() if value is not None}
+
+
+class MixedExample(NamedTuple):
+    """An example, the attention it is trained in (``block`` or ``full``), and its part's number."""
+
+    example: RagExample
+    mode: str
+    part: int
+
+
+class PartCount(NamedTuple):
+    """What a part gave: rows loaded, examples taken in each mode, and how often each row was."""
+
+    source: str
+    loaded: int
+    block: int
+    full: int
+    epochs: float
+
+
+class Mixed(NamedTuple):
+    """A drawn mixture: examples in training order, and what each part gave."""
+
+    examples: list[MixedExample]
+    parts: list[PartCount]
+
+
+def mix(mixture: Mixture, *, tokenizer: PreTrainedTokenizerBase | None = None) -> Mixed:
+    """Loads all parts, draws and shuffles.
+
+    A part's rows are taken in a seeded order, each once before any is taken again; augmentation
+    draws anew every time. Under duplication an example stands with the same context in both modes.
+
+    Args:
+        mixture: What to mix.
+        tokenizer: Of the model, for chunkers and generators that count tokens.
+
+    Raises:
+        ValueError: As the loaders and `augment` do; or if a part's weight takes no example of it.
+    """
+    loaded = [_load(part, tokenizer) for part in mixture.parts]
+    wanted = _counts(mixture, [len(examples) for examples in loaded])
+    drawn: list[MixedExample] = []
+    counts: list[PartCount] = []
+    for number, part in enumerate(mixture.parts):
+        examples, size, modes = loaded[number], wanted[number], MODES[part.mode]
+        taken = _take(examples, size, part, Random(f"mix/{mixture.seed}/{number}"))
+        drawn += [MixedExample(example, mode, number) for example in taken for mode in modes]
+        given = {mode: size if mode in modes else 0 for mode in (BLOCK, FULL)}
+        epochs = size / len(examples)
+        counts.append(PartCount(part.source, len(examples), given[BLOCK], given[FULL], epochs))
+    Random(f"mix/{mixture.seed}").shuffle(drawn)
+    return Mixed(drawn, counts)
+
+
+def _load(part: Part, tokenizer: PreTrainedTokenizerBase | None) -> list[RagExample]:
+    return load_examples(
+        part.source,
+        limit=part.limit,
+        split=part.split or training_split(part.source),
+        tokenizer=tokenizer,
+        chunker=part.chunker,
+    )
+
+
+def _counts(mixture: Mixture, available: Sequence[int]) -> list[int]:
+    """Examples to take of each part, in all exactly ``size`` under sampling."""
+    weights = [part.weight for part in mixture.parts]
+    if mixture.size is None:
+        counts = [round(weight * rows) for weight, rows in zip(weights, available, strict=True)]
+    else:
+        counts = _share_out(mixture.size, weights)
+    for part, number, rows in zip(mixture.parts, counts, available, strict=True):
+        if not number or not rows:
+            raise ValueError(
+                f"mixture: no example of '{part.source}' is taken: it has {rows}, weight "
+                f"{part.weight:g}; give more weight, a larger size, or drop the part"
+            )
+    return counts
+
+
+def _share_out(size: int, weights: Sequence[float]) -> list[int]:
+    """Whole numbers in proportion to the weights, by largest remainder, that add up to ``size``."""
+    exact = [size * weight / sum(weights) for weight in weights]
+    counts = [int(share) for share in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda i: (counts[i] - exact[i], i))
+    for index in by_remainder[: size - sum(counts)]:
+        counts[index] += 1
+    return counts
+
+
+def _take(examples: Sequence[RagExample], size: int, part: Part, rng: Random) -> list[RagExample]:
+    pool = list(dict.fromkeys(chunk for e in examples for chunk in e.chunks))
+    return [
+        augment(examples[index], turn * len(examples) + index, part.augment, pool)
+        if part.augment
+        else examples[index]
+        for (turn, index), _ in zip(_turns(len(examples), rng), range(size), strict=False)
+    ]
+
+
+def _turns(rows: int, rng: Random) -> Iterator[tuple[int, int]]:
+    """Turn and row, every row once a turn, in an order of its own."""
+    for turn in count():
+        for index in rng.sample(range(rows), rows):
+            yield turn, index

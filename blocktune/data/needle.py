@@ -1,0 +1,248 @@
+"""Needle in a haystack over a grid: one needle, at every depth of every length.
+
+RULER's other tasks run through ``blocktune``'s model for lm-eval; see docs/data.md.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count, cycle
+from pathlib import Path
+from random import Random
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from blocktune.data.chunking.sentence import sentences_of
+from blocktune.data.example import RagExample
+from blocktune.data.worlds import WorldConfig, generate_examples
+from blocktune.prompt import Chunk, PromptFormat, make_pieces
+
+INSTRUCTION = (
+    "A special magic number is hidden within the following text. Make sure to memorize it. I will "
+    "quiz you about the number afterwards."
+)
+FORMAT = PromptFormat(
+    instruction=INSTRUCTION, titled="{title}\n{text}\n", untitled="{text}\n", question="{question}"
+)
+"""RULER's wording, by which prompts are measured."""
+MAX_NEW_TOKENS = 128
+"""Tokens of an answer, part of the length as RULER counts it."""
+
+
+@dataclass(frozen=True)
+class NeedleConfig:
+    """What to generate.
+
+    Attributes:
+        lengths: Tokens of the prompt with its answer.
+        depths: Percent of the context before the needle.
+        n: Examples of each length and depth.
+        seed: Another seed gives other needles.
+        chunk: Tokens of a chunk.
+        haystack: File of prose (text, or JSON with ``"text"``); None generates prose.
+        tokenizer: Folder or Hub name of the tokenizer that counts; None takes the model's.
+
+    Raises:
+        ValueError: If a value is not accepted.
+    """
+
+    lengths: tuple[int, ...] = (1024, 2048, 4096)
+    depths: tuple[float, ...] = (0, 25, 50, 75, 100)
+    n: int = 10
+    seed: int = 0
+    chunk: int = 256
+    haystack: str | None = None
+    tokenizer: str | None = None
+
+    def __post_init__(self):
+        if not self.lengths or min(self.lengths) < 1:
+            raise ValueError(f"'lengths' must be at least 1, got {self.lengths}")
+        if not self.depths or not all(0 <= depth <= 100 for depth in self.depths):
+            raise ValueError(f"'depths' must be percent from 0 to 100, got {self.depths}")
+        for name in ("n", "chunk"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"'{name}' must be at least 1, got {getattr(self, name)}")
+
+
+def generate_needles(
+    config: NeedleConfig, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[RagExample]:
+    """Yields the grid, length by length; ``kind`` names the cell: ``4096 tokens, depth 25 %``.
+
+    Every cell of a seed hides the same needles in the same prose.
+
+    Raises:
+        ValueError: If a length does not hold even the question.
+
+    Source: RULER's niah_single_2 (arXiv:2404.06654), at depths of our own and in chunks; RULER
+        takes Paul Graham's essays, which cannot be shipped: name them by ``haystack``.
+    """
+    prose = Prose(config.haystack)
+    for length in config.lengths:
+        for depth in config.depths:
+            for index in range(config.n):
+                rng = Random(f"needle/{config.seed}/{index}")
+                needle = Needle.draw(rng)
+                yield _example(config, needle, prose, length, depth, index, tokenizer)
+
+
+class Needle(NamedTuple):
+    """A number hidden under a key."""
+
+    key: str
+    value: str
+
+    @classmethod
+    def draw(cls, rng: Random) -> Needle:
+        """Draws a key, ``amber-anchor``, and a number of seven digits."""
+        key = f"{rng.choice(_words('adjective'))}-{rng.choice(_words('noun'))}"
+        return cls(key, str(rng.randint(10**6, 10**7 - 1)))
+
+    @property
+    def sentence(self) -> str:
+        """What is hidden."""
+        return f"One of the special magic numbers for {self.key} is: {self.value}."
+
+    @property
+    def question(self) -> str:
+        """What is asked."""
+        return f"What is the special magic number for {self.key} mentioned in the provided text?"
+
+    @property
+    def lead(self) -> str:
+        """How RULER opens the answer for the model."""
+        return f"The special magic number for {self.key} mentioned in the provided text is"
+
+
+@functools.cache
+def _words(part: str) -> tuple[str, ...]:
+    """RULER's words of a part of speech, by the library wonderwords."""
+    from wonderwords import RandomWord
+
+    return tuple(RandomWord().filter(include_categories=[part]))
+
+
+class Prose:
+    """Sentences, any number of them; the same ones first every time.
+
+    Args:
+        file: Text to take sentences from, repeated; None takes those of generated passages.
+
+    Raises:
+        ValueError: If the file is missing or holds no sentence.
+    """
+
+    def __init__(self, file: str | None = None):
+        self._source = _sentences_of_file(file) if file else _generated_sentences()
+        self._read: list[str] = []
+
+    def first(self, number: int) -> list[str]:
+        """The first ``number`` sentences."""
+        while len(self._read) < number:
+            self._read.append(next(self._source))
+        return self._read[:number]
+
+
+def _sentences_of_file(file: str) -> Iterator[str]:
+    path = Path(file)
+    if not path.is_file():
+        raise ValueError(f"no haystack at '{file}'; give a text file, or JSON with a \"text\"")
+    text = path.read_text(encoding="utf-8-sig")
+    if path.suffix == ".json":
+        try:
+            text = json.loads(text)["text"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f'{path.name}: not JSON with a field "text" ({error})') from None
+    sentences = [s.strip() for s in sentences_of(re.sub(r"\s+", " ", text)) if s.strip()]
+    if not sentences:
+        raise ValueError(f"{path.name} holds no sentence; give a text file")
+    return cycle(sentences)
+
+
+def _generated_sentences() -> Iterator[str]:
+    """Sentences of the split ``test``, world after world without end."""
+    for seed in count():
+        for example in generate_examples(WorldConfig(split="test", seed=seed, num_examples=50)):
+            for chunk in example.chunks:
+                yield from (s.strip() for s in sentences_of(chunk.text) if s.strip())
+
+
+def _example(
+    config: NeedleConfig,
+    needle: Needle,
+    prose: Prose,
+    length: int,
+    depth: float,
+    index: int,
+    tokenizer: PreTrainedTokenizerBase,
+) -> RagExample:
+    def hide(size: int) -> tuple[tuple[Chunk, ...], int]:
+        """Chunks of that many sentences and the needle, and which of them holds it."""
+        sentences = list(prose.first(size))
+        place = int(size * depth / 100)
+        sentences.insert(place, needle.sentence)
+        groups = pack(sentences, config.chunk, tokenizer)
+        chunks = tuple(Chunk(" ".join(sentences[i] for i in group)) for group in groups)
+        return chunks, next(n for n, group in enumerate(groups) if place in group)
+
+    def tokens(size: int) -> int:
+        pieces = make_pieces(tokenizer, FORMAT, hide(size)[0], needle.question)
+        return MAX_NEW_TOKENS + sum(map(len, (pieces.prefix, *pieces.chunks, pieces.query)))
+
+    size = largest(lambda size: tokens(size) <= length, least=1)
+    if size is None:
+        raise ValueError(f"needle: a prompt has at least {tokens(1)} tokens, got length {length}")
+    chunks, holding = hide(size)
+    return RagExample(
+        question=needle.question,
+        chunks=chunks,
+        answers=(needle.value,),
+        kind=f"{length} tokens, depth {depth:g} %",
+        id=f"needle-{length}-{depth:g}-{config.seed}-{index}",
+        supporting=(holding,),
+        meta={
+            "scorer": "ruler_recall",
+            "max_new_tokens": MAX_NEW_TOKENS,
+            "instruction": INSTRUCTION,
+            "lead": needle.lead,
+            "length": tokens(size),
+            "depth": depth,
+        },
+    )
+
+
+def pack(
+    sentences: Sequence[str], size: int, tokenizer: PreTrainedTokenizerBase
+) -> list[list[int]]:
+    """Indices of sentences by chunk, each of up to ``size`` tokens; a longer one stands alone."""
+    distinct = list(dict.fromkeys(sentences))
+    spelled = [sentence + " " for sentence in distinct]
+    ids = tokenizer(spelled, add_special_tokens=False, verbose=False)["input_ids"]
+    tokens = {sentence: len(own) for sentence, own in zip(distinct, ids, strict=True)}
+    groups: list[list[int]] = []
+    room = 0
+    for index, sentence in enumerate(sentences):
+        if not groups or tokens[sentence] > room:
+            groups.append([])
+            room = size
+        groups[-1].append(index)
+        room -= tokens[sentence]
+    return groups
+
+
+def largest(fits: Callable[[int], bool], least: int) -> int | None:
+    """The largest size that fits, by doubling and halving; None if ``least`` does not."""
+    if not fits(least):
+        return None
+    low, high = least, max(2 * least, 8)
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

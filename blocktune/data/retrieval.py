@@ -1,0 +1,243 @@
+"""Passages for questions that have none, by BM25 or a retriever's file, and the best of many."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from blocktune.data.attribution import DATA_SETS
+from blocktune.data.example import RagExample, field_error, read_answers, read_chunks
+from blocktune.data.sources.catalog import CATALOG, data_sets_in
+from blocktune.data.sources.load import open_records
+from blocktune.data.sources.options import parse_source, read_options
+from blocktune.data.sources.records import at, read_records
+from blocktune.data.sources.schemas import PASSAGES
+from blocktune.prompt.format import Chunk
+
+
+class Hit(NamedTuple):
+    """A chunk's number in the corpus, and its score."""
+
+    index: int
+    score: float
+
+
+class Bm25:
+    """An index over chunks, titles included.
+
+    Args:
+        chunks: At least one.
+        k1: How soon more of the same word stops counting.
+        b: How much long chunks are discounted.
+
+    Raises:
+        ValueError: If there is no chunk.
+
+    Source: Lucene's variant, as bm25s has it (arXiv:2407.03618); English stop words are dropped.
+    """
+
+    def __init__(self, chunks: Sequence[Chunk], k1: float = 1.5, b: float = 0.75):
+        import bm25s
+
+        if not chunks:
+            raise ValueError("a BM25 index needs at least one chunk, got none")
+        self.chunks = list(chunks)
+        self._bm25s = bm25s
+        self._index = bm25s.BM25(k1=k1, b=b)
+        texts = [f"{chunk.title or ''} {chunk.text}" for chunk in chunks]
+        self._index.index(self._tokens(texts), show_progress=False)
+
+    def search(self, questions: Sequence[str], k: int) -> list[list[Hit]]:
+        """The ``k`` best chunks of each question (all, if there are fewer), best first.
+
+        Equal scores keep the order of the corpus.
+        """
+        return [self._best(question, k) for question in questions]
+
+    def _best(self, question: str, k: int) -> list[Hit]:
+        (words,) = self._tokens([question], as_ids=False)
+        scores = self._index.get_scores(words) if words else np.zeros(len(self.chunks))
+        # All that reach the k-th score, so that equal ones keep the order of the corpus.
+        k = min(k, len(scores))
+        (near,) = np.nonzero(scores >= -np.partition(-scores, k - 1)[k - 1])
+        order = near[np.argsort(-scores[near], kind="stable")][:k]
+        return [Hit(int(index), float(scores[index])) for index in order]
+
+    def _tokens(self, texts: list[str], as_ids: bool = True):
+        return self._bm25s.tokenize(
+            texts, stopwords="en", return_ids=as_ids, show_progress=False, allow_empty=True
+        )
+
+
+def rank(question: str, chunks: Sequence[Chunk]) -> list[int]:
+    """Indices of the chunks, best first by BM25 among themselves."""
+    (hits,) = Bm25(chunks).search([question], len(chunks))
+    return [hit.index for hit in hits]
+
+
+class Question(NamedTuple):
+    """A question, its accepted answers, and the data sets it is from (`data.attribution`)."""
+
+    question: str
+    answers: tuple[str, ...]
+    id: str = ""
+    kind: str = ""
+    data_sets: Mapping[str, str] = MappingProxyType({})
+
+
+def read_questions(
+    source: str | Path, *, limit: int | None = None, split: str | None = None
+) -> Iterator[Question]:
+    """Reads the questions of a file or a Hub data set: NQ, TriviaQA, or any with contexts.
+
+    Args:
+        source: A path, a short name, or ``hf:NAME``.
+        limit: Stop after so many.
+        split: Of a Hub data set.
+
+    Raises:
+        ValueError: If the source is unknown or a record has no question; names file and line.
+    """
+    named = parse_source(str(source))
+    known = named.name in CATALOG or named.name.startswith("hf:") or Path(named.name).is_file()
+    if not known:
+        raise ValueError(f"no file '{source}'; give a file, 'hf:NAME', or a name: triviaqa, nq")
+    records = open_records(named, read_options(named, split=split), limit)
+    sets = data_sets_in(named.text)
+    questions = (at(record, _question) for record in records)
+    credited = (q._replace(data_sets={**q.data_sets, **sets}) for q in questions)
+    return islice(credited, limit)
+
+
+def _question(record: Mapping[str, Any]) -> Question:
+    if not isinstance(record, Mapping):
+        raise ValueError("must be an object")
+    text = record.get("question")
+    if not isinstance(text, str) or not text.strip():
+        raise field_error("question", "a non-blank string", text)
+    own = next((str(record[key]) for key in ("id", "_id", "question_id") if record.get(key)), "")
+    kind = record.get("kind") or record.get("type") or ""
+    kind = kind if isinstance(kind, str) else ""
+    return Question(text.strip(), _answers(record), own, kind, _data_sets(record))
+
+
+def _data_sets(record: Mapping[str, Any]) -> Mapping[str, str]:
+    meta = record.get("meta")
+    named = meta.get(DATA_SETS) if isinstance(meta, Mapping) else None
+    return named if isinstance(named, Mapping) else {}
+
+
+def _answers(record: Mapping[str, Any]) -> tuple[str, ...]:
+    name = "answer" if record.get("answers") is None else "answers"
+    answers = read_answers(record.get(name), name)
+    answers = read_answers([*answers, *(record.get("answer_aliases") or ())], name)
+    if not all(answer.strip() for answer in answers):
+        raise field_error(name, "text that is not blank", record.get(name))
+    return answers
+
+
+class Retrieved(NamedTuple):
+    """Passages that a retriever found, best first, by question id and by question."""
+
+    where: str
+    by_id: Mapping[str, tuple[Chunk, ...]]
+    by_question: Mapping[str, tuple[Chunk, ...]]
+
+    def find(self, question: Question) -> tuple[Chunk, ...]:
+        """The passages of a question.
+
+        Raises:
+            ValueError: If the file has none for it.
+        """
+        found = self.by_id.get(question.id) if question.id else None
+        found = found or self.by_question.get(question.question)
+        if not found:
+            name = question.id or question.question
+            raise ValueError(f"{self.where} has no passages for question '{name:.60}'")
+        return found
+
+
+def read_retrieved(path: str | Path) -> Retrieved:
+    """Reads a retriever's output: a line a question, best passage first.
+
+    A record has ``id`` or ``question`` (or both) and ``passages``, ``ctxs`` (DPR, FiD) or another
+    of `PASSAGES`, in any form that `RagExample` reads; a passage's id and score stay with it.
+
+    Raises:
+        ValueError: If a record is wrong; names file, line and field.
+    """
+    by_id: dict[str, tuple[Chunk, ...]] = {}
+    by_question: dict[str, tuple[Chunk, ...]] = {}
+    for record in read_records(path):
+        try:
+            key, question, chunks = _retrieved(record.value)
+        except ValueError as error:
+            raise ValueError(f"{record.where}: {error}") from None
+        if key:
+            by_id[key] = chunks
+        if question:
+            by_question[question] = chunks
+    return Retrieved(Path(path).name, by_id, by_question)
+
+
+def from_corpus(questions: Iterable[Question], corpus: Sequence[Chunk], k: int) -> list[RagExample]:
+    """The ``k`` best passages of a corpus by BM25, best first; ``meta`` holds their scores."""
+    index = Bm25(corpus)
+    questions = list(questions)
+    found = index.search([question.question for question in questions], k)
+    return [
+        _example(
+            question,
+            tuple(index.chunks[hit.index] for hit in hits),
+            {"retriever": "bm25", "scores": [round(hit.score, 4) for hit in hits]},
+        )
+        for question, hits in zip(questions, found, strict=True)
+    ]
+
+
+def from_retriever(
+    questions: Iterable[Question], retrieved: Retrieved, k: int
+) -> Iterator[RagExample]:
+    """The first ``k`` passages that a retriever's file has for each question.
+
+    Raises:
+        ValueError: If it has none for one.
+    """
+    for question in questions:
+        yield _example(question, retrieved.find(question)[:k], {"retriever": retrieved.where})
+
+
+def from_own(examples: Iterable[RagExample], k: int) -> Iterator[RagExample]:
+    """The ``k`` best of each example's own chunks by BM25, best first.
+
+    Source: Block-Attention and KVLink re-rank a question's own paragraphs (with Contriever).
+    """
+    for example in examples:
+        order = rank(example.question, example.chunks)[:k]
+        supporting = tuple(place for place, i in enumerate(order) if i in example.supporting)
+        chunks = tuple(example.chunks[i] for i in order)
+        yield replace(example, chunks=chunks, supporting=supporting)
+
+
+def _example(question: Question, chunks: tuple[Chunk, ...], meta: dict[str, Any]) -> RagExample:
+    if question.data_sets:
+        meta = meta | {DATA_SETS: dict(question.data_sets)}
+    return RagExample(
+        question.question, chunks, question.answers, None, question.kind, question.id, (), meta
+    )
+
+
+def _retrieved(record: Any) -> tuple[str, str, tuple[Chunk, ...]]:
+    if not isinstance(record, Mapping):
+        raise ValueError("must be an object")
+    name = next((name for name in ("passages", *PASSAGES) if name in record), "passages")
+    key, question = record.get("id"), record.get("question")
+    if not key and not isinstance(question, str):
+        raise ValueError('needs the question\'s "id" or the "question"')
+    return str(key or ""), (question or "").strip(), read_chunks(record.get(name), name)

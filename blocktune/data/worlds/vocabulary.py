@@ -1,0 +1,217 @@
+"""Vocabulary of the synthetic worlds: names, kinds of entities, and what can be said of them."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+from random import Random
+
+SPLITS = ("train", "dev", "test")
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+ROOT = _words("""
+    Abbot Alder Archer Baker Barrow Bishop Calder Carter Corby Dalton Denver Draper Elgin Ellis
+    Emery Fenwick Fisher Foster Garner Garth Gibson Harper Hexham Hollow Ingram Irving Jarrow
+    Jensen Jordan Keller Kirby Knight Lang Linden Ludlow Mason Melrose Miller Newbury Nolan Norris
+    Oakham Olsen Orford Parker Penrith Quill Ramsey Reed Ross Sawyer Selby Sutton Tanner Tarn
+    Turner Upton Vance Walsh Webb Whitby Yarrow Yates York
+""")
+"""What tells one name from another, whatever its kind; the other word tells the kind."""
+
+FEMALE = _words("Anna Clara Dora Edith Fiona Greta Helen Iris Julia Karen Laura Maria")
+MALE = _words("Adam Boris Carl David Evan Frank George Henry Ivan Jack Kevin Leo")
+PLACE = _words("Port Lake New Old Fort Mount East West North South Upper Lower")
+MOOD = _words(
+    "Silent Broken Golden Hidden Crimson Frozen Bitter Burning Distant Empty Gentle Lonely"
+)
+WORK = _words("Letters Songs Tales Maps Clocks Birds Bells Doors Rivers Stars Walls Winds")
+FIRM = _words("Studio Bank House Radio Hotel Circus Theatre Garage Mill Press Gallery Casino")
+
+YEARS = tuple(str(year) for year in range(1950, 1990))
+
+
+def split_of(name: str) -> str:
+    """The split that owns a name: 70 % train, 10 % dev, 20 % test, by a hash of the name."""
+    bucket = zlib.crc32(name.encode()) % 10
+    return "train" if bucket < 7 else "dev" if bucket == 7 else "test"
+
+
+def _forms(kind: str) -> tuple[list[str], ...]:
+    """All names of a kind, a list for each form: forms are equally likely, whatever their size."""
+
+    def joined(*words: tuple[str, ...], pattern: str | None = None) -> list[str]:
+        pattern = pattern or " ".join(["{}"] * len(words))
+        return [pattern.format(*choice) for choice in product(*words)]
+
+    if kind in ("woman", "man"):
+        return (joined(FEMALE if kind == "woman" else MALE, ROOT),)
+    if kind == "city":
+        return (joined(PLACE, ROOT),)
+    if kind == "film":
+        return joined(MOOD, ROOT), joined(MOOD, ROOT, pattern="The {} {}")
+    if kind == "book":
+        return (joined(WORK, ROOT, pattern="{} of {}"),)
+    if kind == "company":
+        return (joined(FIRM, ROOT),)
+    raise ValueError(f"unknown kind of name '{kind}'")
+
+
+@cache
+def names(kind: str, split: str) -> tuple[tuple[str, ...], ...]:
+    """Returns the names of a kind that belong to a split, one tuple for each form.
+
+    Args:
+        kind: ``woman``, ``man``, ``city``, ``film``, ``book`` or ``company``.
+        split: ``train``, ``dev`` or ``test``.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"unknown split '{split}'; available: {', '.join(SPLITS)}")
+    return tuple(tuple(n for n in form if split_of(n) == split) for form in _forms(kind))
+
+
+_ROOTS = frozenset(ROOT)
+_PATIENCE, _MOST_DRAWS = 40, 2000
+
+
+def draw_name(rng: Random, kind: str, split: str, taken: set[str], *, apart: bool = False) -> str:
+    """Draws a name for one world, and takes it and its root; if ``apart``, its other word too.
+
+    Within a world no two names have their root in common, as long as there are roots left: telling
+    apart Anna Baker and Port Baker is more than a model of a million parameters learns in an
+    hour, and it is not what is measured. Names that are drawn apart have no word in common with
+    one another.
+
+    Raises:
+        ValueError: If the world has used up the names of this kind.
+    """
+    for drawn in range(_MOST_DRAWS):
+        name = rng.choice(rng.choice(names(kind, split)))
+        words = set(name.split()) - {"The", "of"}
+        own = words if apart else words & _ROOTS
+        if name not in taken and (drawn >= _PATIENCE or not own & taken):
+            taken |= own | {name}
+            return name
+    raise ValueError(
+        f"split '{split}' has no names of kind '{kind}' left for this world; ask for fewer passages"
+    )
+
+
+def draw_root(rng: Random, taken: set[str]) -> str:
+    """Draws a root that no name of a world has, as long as there are any, and takes it."""
+    root = rng.choice([word for word in ROOT if word not in taken] or ROOT)
+    taken.add(root)
+    return root
+
+
+KINDS = ("person", "film", "book", "company", "city")
+
+
+@dataclass(frozen=True)
+class Relation:
+    """One thing that can be true of an entity.
+
+    Attributes:
+        name: Unique name.
+        subject: Kind of the entity that it is said of.
+        target: Kind of the value: a kind of entity, or ``year``.
+        facts: Sentences with ``{s}`` (always first, so that a pronoun fits) and ``{o}``.
+        questions: Questions with ``{s}``, whose answer is the value.
+        role: Noun phrase with ``{s}`` that stands for the value, alone or in a longer question.
+        place: Number of the list item, 0 if the relation is not an item of a list.
+    """
+
+    name: str
+    subject: str
+    target: str
+    facts: tuple[str, ...]
+    questions: tuple[str, ...]
+    role: str
+    place: int = 0
+
+    @property
+    def plain_fact(self) -> str:
+        """The wording with the name at the end, right before the value."""
+        return f"T{self.role[1:]} is {{o}}."
+
+    @property
+    def plain_question(self) -> str:
+        """The wording with the name at the end."""
+        return f"{'Who' if self.target == 'person' else 'What'} is {self.role}?"
+
+
+def _relation(subject, name, target, facts, questions, role, place=0) -> Relation:
+    split = lambda text: tuple(part.strip() for part in text.split("|"))  # noqa: E731
+    return Relation(
+        f"{subject}.{name}", subject, target, split(facts), split(questions), role, place
+    )
+
+
+ORDINALS = ("", "first", "second", "third", "fourth")
+
+RELATIONS = (
+    _relation("person", "birthplace", "city",
+              "{s} was born in {o}. | {s} comes from {o}.",
+              "Where was {s} born? | Where does {s} come from?", "the birthplace of {s}"),
+    _relation("person", "employer", "company",
+              "{s} works for {o}. | {s} is employed by {o}.",
+              "Who does {s} work for? | Who employs {s}?", "the employer of {s}"),
+    _relation("person", "teacher", "person",
+              "{s} studied under {o}. | {s} was taught by {o}.",
+              "Who taught {s}? | Who did {s} study under?", "the teacher of {s}"),
+    _relation("film", "director", "person",
+              "{s} was directed by {o}. | {s} had {o} as director.",
+              "Who directed {s}? | Who was the director of {s}?", "the director of {s}"),
+    _relation("film", "scene", "city",
+              "{s} is set in {o}. | {s} takes place in {o}.",
+              "Where is {s} set? | Where does {s} take place?", "the setting of {s}"),
+    _relation("film", "year", "year",
+              "{s} was released in {o}. | {s} came out in {o}.",
+              "When was {s} released? | When did {s} come out?", "the year of {s}"),
+    _relation("book", "writer", "person",
+              "{s} was written by {o}. | {s} is the work of {o}.",
+              "Who wrote {s}? | Who was the writer of {s}?", "the writer of {s}"),
+    _relation("book", "publisher", "company",
+              "{s} was published by {o}. | {s} was printed by {o}.",
+              "Who published {s}? | Who printed {s}?", "the publisher of {s}"),
+    _relation("company", "founder", "person",
+              "{s} was founded by {o}. | {s} was started by {o}.",
+              "Who founded {s}? | Who started {s}?", "the founder of {s}"),
+    _relation("company", "seat", "city",
+              "{s} is based in {o}. | {s} has its head office in {o}.",
+              "Where is {s} based? | Where is the head office of {s}?", "the seat of {s}"),
+    _relation("city", "mayor", "person",
+              "{s} elected {o} as mayor. | {s} is run by mayor {o}.",
+              "Who is the mayor of {s}? | Who runs {s}?", "the mayor of {s}"),
+    _relation("city", "twin", "city",
+              "{s} is twinned with {o}. | {s} has a twin city in {o}.",
+              "Which city is twinned with {s}? | What is the twin city of {s}?",
+              "the twin city of {s}"),
+    *(
+        _relation("film", f"part_{place}", "person", f"{ordinal}, {{o}}",
+                  f"Who plays the {ordinal} part in {{s}}? | "
+                  f"Who is {ordinal} in the cast of {{s}}?",
+                  f"the {ordinal} player in {{s}}", place=place)
+        for place, ordinal in enumerate(ORDINALS) if place
+    ),
+)  # fmt: skip
+
+COMPARED = {"film.year": "Which film came out {when}, {a} or {b}?"}
+"""Questions about two years of one relation; ``{when}`` is ``earlier`` or ``later``."""
+
+FILLERS = (
+    "The weather was mild that year.",
+    "Little else is known.",
+    "Many people remember this well.",
+    "The archive keeps a copy.",
+)
+
+
+def relations_of(kind: str, *, listed: bool = False) -> tuple[Relation, ...]:
+    """Returns the relations of a kind of entity: sentences, or with ``listed`` a list's items."""
+    return tuple(r for r in RELATIONS if r.subject == kind and bool(r.place) == listed)
