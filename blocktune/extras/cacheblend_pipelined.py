@@ -12,16 +12,18 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
-import torch
-from torch import Tensor
-
-from blocktune.cache import ChunkKV, ChunkStore, Lookup
-from blocktune.cache.chunk_file import ChunkFile, chunk_path, open_file
 from blocktune.methods.base import Method, register
 from blocktune.methods.hooks import ChunkLoader, DamagedChunk
 from blocktune.methods.select import Deviation, Selection
+
+if TYPE_CHECKING:  # methods are listed without torch
+    import torch
+    from torch import Tensor
+
+    from blocktune.cache import ChunkKV, ChunkStore, Lookup
+    from blocktune.cache.chunk_file import ChunkFile
 
 KEEP = 0.8
 """Weight of what was measured before; the rest is the latest measurement's."""
@@ -114,7 +116,7 @@ class StreamedKV:
     used.
     """
 
-    kind = ChunkKV.kind
+    kind = "chunk"
 
     def __init__(self, key: str, file: ChunkFile, loader: LayerLoader):
         """Reads ``file``, stored under ``key``, when ``loader`` is started."""
@@ -127,7 +129,11 @@ class StreamedKV:
         self._layers: list[Future] = []
         self.keys, self.values = _Half(self, 0), _Half(self, 1)
 
-    matches = ChunkKV.matches
+    def matches(self, token_ids: Sequence[int] | Tensor, fingerprint: str) -> bool:
+        """As `ChunkKV.matches`."""
+        from blocktune.cache import ChunkKV
+
+        return ChunkKV.matches(self, token_ids, fingerprint)
 
     def to(self, device: torch.device | str) -> Self:
         """Itself: layers go to the store's device as they arrive."""
@@ -153,6 +159,8 @@ class StreamedKV:
 
     def whole(self) -> ChunkKV:
         """All layers, which must have arrived."""
+        from blocktune.cache import ChunkKV
+
         pairs = [future.result() for future in self._layers]
         keys, values = zip(*pairs, strict=True)
         return ChunkKV(keys, values, self.token_ids, self.fingerprint, self.origin)
@@ -234,6 +242,8 @@ class LayerLoader(ChunkLoader):
         self._pool.shutdown(cancel_futures=True)
 
     def _open(self, folder: Path, key: str, kind: type[ChunkKV]) -> StreamedKV:
+        from blocktune.cache.chunk_file import ChunkFile, chunk_path, open_file
+
         return StreamedKV(key, ChunkFile(open_file(chunk_path(folder, key)), key, kind), self)
 
 

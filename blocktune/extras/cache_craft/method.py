@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor
-
-from blocktune.cache import ChunkKV, ChunkStore, key_after
-from blocktune.extras.cache_craft.variants import Ids, Variant, VariantStore, cache_fix_overhead
-from blocktune.layout import GLOBAL, Kind, Layout
 from blocktune.methods.base import Method, register, require_count
-from blocktune.methods.hooks import PrefilledBatch, PromptHistory
-from blocktune.methods.select import SELECTORS, LayerCheck, Passes, Scored, Selection, selectable
+from blocktune.methods.hooks import PromptHistory
+from blocktune.methods.select import SELECTORS, Scored, Selection, selectable
 from blocktune.methods.select.budget import require_share, top_share
-from blocktune.prompt import LayoutSpec, Pieces
+from blocktune.prompt import LayoutSpec
+
+if TYPE_CHECKING:  # methods are listed without torch
+    from torch import Tensor
+
+    from blocktune.cache import ChunkStore
+    from blocktune.extras.cache_craft.variants import Ids
+    from blocktune.layout import Layout
+    from blocktune.methods.hooks import PrefilledBatch
+    from blocktune.methods.select import LayerCheck, Passes
+    from blocktune.prompt import Pieces
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,8 @@ class VariantHistory(PromptHistory):
 
     def lookup(self, store: ChunkStore, fingerprint: str, pieces: Pieces) -> list[Ids] | None:
         """See `PromptHistory`."""
+        from blocktune.extras.cache_craft.variants import VariantStore
+
         variants, chunks = VariantStore.of(store, fingerprint), pieces.chunks
         found = [variants.best(c, chunks[:i], self.alpha) for i, c in enumerate(chunks)]
         if None in found:
@@ -59,6 +65,12 @@ class VariantHistory(PromptHistory):
 
     def update(self, store: ChunkStore, fingerprint: str, batch: PrefilledBatch) -> None:
         """See `PromptHistory`; prompts served from caches teach nothing."""
+        import torch
+
+        from blocktune.cache import ChunkKV, key_after
+        from blocktune.extras.cache_craft.variants import Variant, VariantStore
+        from blocktune.layout import GLOBAL, Kind
+
         variants, columns = VariantStore.of(store, fingerprint), batch.columns
         for index, prompt in enumerate(batch.pieces):
             blanks = prompt.prefix
@@ -132,6 +144,8 @@ class StoredContext(Scored):
 
     def begin(self, layout: Layout, passes: Passes) -> Tensor:
         """See `Selection.begin`."""
+        import torch
+
         overhead, tokens = self._stored(passes)
         if self.ratio is not None:
             total = layout.is_context.sum(1)
@@ -149,6 +163,11 @@ class StoredContext(Scored):
 
     def _stored(self, passes: Passes) -> tuple[Tensor, Tensor]:
         """Each row's fix overhead, and what its token paid its old context, ``(B, S)`` both."""
+        import torch
+
+        from blocktune.extras.cache_craft.variants import VariantStore, cache_fix_overhead
+        from blocktune.layout import Kind
+
         layout = passes.batch.layout
         variants = VariantStore.of(passes.store, passes.fingerprint)
         overhead, tokens = torch.ones(layout.kind.shape), torch.zeros(layout.kind.shape)
@@ -173,6 +192,8 @@ class StoredContext(Scored):
 
     def refine(self, check: LayerCheck) -> Tensor:
         """See `Selection.refine`: keeps the chunks that hold most of the question's attention."""
+        import torch
+
         mass, most = check.question_mass.sort(dim=1, descending=True)
         before = mass.cumsum(1) - mass
         stays = before < self.hold * mass.sum(1, keepdim=True)
