@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from blocktune.cache import ChunkStore, Lookup, RowCache
     from blocktune.layout import Rows
-    from blocktune.methods.select import Selection
+    from blocktune.methods.select.base import Selection
     from blocktune.prompt import Pieces
 
 Ids = tuple[int, ...]

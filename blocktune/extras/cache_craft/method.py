@@ -6,20 +6,28 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from blocktune.methods.base import Method, register, require_count
-from blocktune.methods.hooks import PromptHistory
-from blocktune.methods.select import SELECTORS, Scored, Selection, selectable
-from blocktune.methods.select.budget import require_share, top_share
+from blocktune.methods import (
+    SELECTORS,
+    Method,
+    PromptHistory,
+    Scored,
+    Selection,
+    register,
+    require_count,
+    require_share,
+    selectable,
+    top_count,
+    top_of_context,
+)
 from blocktune.prompt import LayoutSpec
 
-if TYPE_CHECKING:  # methods are listed without torch
+if TYPE_CHECKING:
     from torch import Tensor
 
     from blocktune.cache import ChunkStore
     from blocktune.extras.cache_craft.variants import Ids
     from blocktune.layout import Layout
-    from blocktune.methods.hooks import PrefilledBatch
-    from blocktune.methods.select import LayerCheck, Passes
+    from blocktune.methods import LayerCheck, Passes, PrefilledBatch
     from blocktune.prompt import Pieces
 
 
@@ -101,9 +109,9 @@ class VariantHistory(PromptHistory):
 @SELECTORS.register("stored-context")
 @dataclass(frozen=True)
 class StoredContext(Scored):
-    """Of each chunk the tokens that attended most to its old context, as many as that is missed.
+    """The tokens of each chunk that attended most to the context it was first computed in.
 
-    How many is the chunk's fix overhead (`cache_fix_overhead`); a chunk of which nothing is known
+    How many: the chunk's fix overhead (`cache_fix_overhead`); a chunk of which nothing is known
     is computed in full. After a share ``focus`` of the layers, the chunks that the question does
     not attend to are dropped.
 
@@ -144,34 +152,26 @@ class StoredContext(Scored):
 
     def begin(self, layout: Layout, passes: Passes) -> Tensor:
         """See `Selection.begin`."""
-        import torch
-
         overhead, tokens = self._stored(passes)
         if self.ratio is not None:
-            total = layout.is_context.sum(1)
-            return top_share(tokens, selectable(layout), total, self.ratio)
-        chosen = torch.zeros_like(layout.is_context)
+            return top_of_context(tokens, layout, self.ratio)
+        chosen = layout.is_context & False
         for chunk in range(int(layout.chunk.max()) + 1):
             own = selectable(layout) & (layout.chunk == chunk)
-            count = own.sum(1)
-            share = torch.where(own, overhead, 0.0).amax(1)
-            wanted = torch.ceil(share.double() * count - 1e-9)
-            ranked = tokens.masked_fill(~own, float("-inf"))
-            rank = ranked.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-            chosen |= own & (rank < wanted[:, None])
+            share = overhead.where(own, 0.0).amax(1)
+            wanted = (share.double() * own.sum(1) - 1e-9).ceil()
+            chosen |= top_count(tokens, own, wanted)
         return chosen
 
     def _stored(self, passes: Passes) -> tuple[Tensor, Tensor]:
         """Each row's fix overhead, and what its token paid its old context, ``(B, S)`` both."""
-        import torch
-
         from blocktune.extras.cache_craft.variants import VariantStore, cache_fix_overhead
         from blocktune.layout import Kind
 
         layout = passes.batch.layout
         variants = VariantStore.of(passes.store, passes.fingerprint)
-        overhead, tokens = torch.ones(layout.kind.shape), torch.zeros(layout.kind.shape)
-        overhead, tokens = overhead.to(layout.device), tokens.to(layout.device)
+        tokens = (layout.kind * 0).float()
+        overhead = tokens + 1
         for index, prompt in enumerate(passes.pieces):
             for number, chunk in enumerate(prompt.chunks):
                 own = layout.chunk[index] == number
@@ -192,19 +192,17 @@ class StoredContext(Scored):
 
     def refine(self, check: LayerCheck) -> Tensor:
         """See `Selection.refine`: keeps the chunks that hold most of the question's attention."""
-        import torch
-
         mass, most = check.question_mass.sort(dim=1, descending=True)
         before = mass.cumsum(1) - mass
         stays = before < self.hold * mass.sum(1, keepdim=True)
-        focused = torch.zeros_like(stays).scatter(1, most, stays)
+        focused = (stays & False).scatter(1, most, stays)
         return check.eligible & focused.gather(1, check.chunk.clamp(min=0))
 
 
 @register("cache-craft")
 @dataclass(frozen=True)
 class CacheCraft(Method):
-    """Takes chunks from earlier full prompts and recomputes what leant on a context now missing.
+    """Takes chunks from earlier full prompts; recomputes what depended on context now missing.
 
     Of a chunk's variants it takes the one with the least to recompute, by how much of its context
     returns, in order (CFO). A prompt is computed in full if no variant of a chunk is known, or if
