@@ -197,7 +197,7 @@ def license_of(base: str, token: str | None = None) -> str:
 
 
 class Publisher:
-    """What ``push_to_hub`` of a training run asks; see `blocktune.training.publishing`."""
+    """What ``push_to_hub`` of a training run asks; see `blocktune.training.run`."""
 
     def check(self, repo: str, base_model: str, layout: LayoutSpec, token: str | None) -> None:
         """Refuses before the run what could not be published after it.
