@@ -114,7 +114,7 @@ def with_task(record: Any, where: str) -> dict[str, Any]:
     """Keys of a run that asks one task, its ``task`` built; ``where`` opens every error.
 
     Raises:
-        ValueError: If the record is no mapping, or the task is wrong.
+        ValueError: If the record is not a mapping, or the task is wrong.
     """
     values = dict(mapping(record, where))
     if "task" in values:

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from blocktune.parsing import build_strict
 from blocktune.positions.placement import PLACEMENTS
-from blocktune.prompt.format import build_strict
 
 LINK_SIDES = ("after", "before")
 LINK_TABLES = ("shared", "slot", "chunk")
