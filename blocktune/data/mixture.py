@@ -16,7 +16,8 @@ from blocktune.data.augment import Augment, augment
 from blocktune.data.chunking import CHUNKERS, Chunker, parse_chunker
 from blocktune.data.example import RagExample
 from blocktune.data.sources import load_examples, training_split
-from blocktune.prompt.format import PromptFormat, build_strict
+from blocktune.parsing import build_strict
+from blocktune.prompt.format import PromptFormat
 
 BLOCK, FULL, BOTH = "block", "full", "both"
 MODES = {BLOCK: (BLOCK,), FULL: (FULL,), BOTH: (BLOCK, FULL)}
