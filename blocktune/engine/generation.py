@@ -36,8 +36,8 @@ class Sampling:
     Attributes:
         temperature: 0 is greedy; above, logits are divided by it.
         top_k: Keep this many of the likeliest tokens; 0 keeps all.
-        top_p: Keep the likeliest tokens up to this much probability.
-        seed: Of the draws; the same seed gives the same answers, in batches of any size.
+        top_p: Nucleus sampling: keep the likeliest tokens up to this cumulative probability.
+        seed: The same seed gives the same answers, in batches of any size.
 
     Raises:
         ValueError: If a value is out of range.
@@ -62,7 +62,7 @@ class Sampling:
         Args:
             device: Of the logits.
             streams: One number per prompt. Prompts draw independently, each the same from the same
-                seed and number, whatever stands beside it in the batch.
+                seed and number, whatever else is in the batch.
         """
         if self.temperature == 0:
             return lambda logits: logits.argmax(-1, keepdim=True)
@@ -210,7 +210,7 @@ class Generation:
         self.watch.start()
         first = next(steps)
         self.watch.stop("first_token_s")
-        self.remember()  # after the first token: nobody waits for it
+        self.remember()  # after the first token, so that it does not delay it
         yield first
         yield from steps
 

@@ -183,7 +183,7 @@ class StoredContext(Scored):
 @register("cache-craft")
 @dataclass(frozen=True)
 class CacheCraft(Method):
-    """Takes chunks from earlier full prompts and recomputes what leant on a context now missing.
+    """Takes chunks from earlier full prompts and recomputes what attended to context now missing.
 
     Of a chunk's variants it takes the one with the least to recompute, by how much of its context
     returns, in order (CFO). A prompt is computed in full if no variant of a chunk is known, or if
