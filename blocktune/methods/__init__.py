@@ -23,6 +23,12 @@ __getattr__, __dir__, __all__ = exports(
         ),
         "blocktune.methods.composition": ("Composition", "compose", "format_method"),
         "blocktune.methods.describe": ("describe_all", "describe_method"),
+        "blocktune.methods.hooks": (
+            "ChunkLoader",
+            "DamagedChunk",
+            "PrefilledBatch",
+            "PromptHistory",
+        ),
         "blocktune.methods.method_parser": ("build", "build_entry", "parse_method"),
         "blocktune.methods.reshape": tuple(reshape.__all__),
         "blocktune.methods.select": tuple(select.__all__),

@@ -112,7 +112,7 @@ def test_it_composes_and_keeps_its_contract(file):
     for name in wanted:
         checks = check_method(known[name])
         assert [check.name for check in checks] == list(claims(known[name]))
-    assert all(check.passed for check in check_method(build("nth")))
+        assert name == "naive + damped" or all(check.passed for check in checks)
     assert build("kvlink + every-nth 3").select().n == 3
 
 

@@ -1,4 +1,4 @@
-"""CacheBlend that loads a layer while the layer before is recomputed.
+"""Loads chunks layer by layer in the background, and chooses how much to recompute meanwhile.
 
 Loading layer ``i + 1`` and recomputing layer ``i`` run at the same time, so recomputing a larger
 share costs nothing as long as a layer takes longer to load: the controller chooses the share.
@@ -12,16 +12,14 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from blocktune.cache import ChunkKV, ChunkStore, Lookup
 from blocktune.cache.chunk_file import ChunkFile
-from blocktune.methods.base import Method, register
-from blocktune.methods.hooks import ChunkLoader, DamagedChunk
-from blocktune.methods.select import Deviation, Selection
+from blocktune.methods import ChunkLoader, DamagedChunk, Selection
 
 KEEP = 0.8
 """Weight of what was measured before; the rest is the latest measurement's."""
@@ -235,25 +233,3 @@ class LayerLoader(ChunkLoader):
 
     def _open(self, folder: Path, key: str, kind: type[ChunkKV]) -> StreamedKV:
         return StreamedKV(key, ChunkFile(folder, key, kind), self)
-
-
-@register("cacheblend-pipelined")
-@dataclass(frozen=True)
-class CacheBlendPipelined(Method):
-    """CacheBlend that loads a layer while it computes the one before, and recomputes meanwhile.
-
-    ``ratio`` is the smallest share. Where loading a layer from the folder takes longer than
-    recomputing that share of it, the controller recomputes as much as loading hides.
-    """
-
-    source: ClassVar[str] = "https://arxiv.org/abs/2405.16444"
-    ratio: float = 0.15
-    check_layer: int = 1
-
-    def select(self) -> Selection:
-        """Key deviation at the check layer."""
-        return Deviation(ratio=self.ratio, check_layer=self.check_layer)
-
-    def loader(self, store: ChunkStore, fingerprint: str) -> LayerLoader:
-        """See `Method.loader`."""
-        return LayerLoader(store, LoadingController.of(store, fingerprint))
