@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import time
 import uuid
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from blocktune.cache.chunk_kv import Entry
 from blocktune.cache.fingerprint import CACHE_FORMAT
+from blocktune.files import replacing
 
 FORMAT = f"blocktune chunk {CACHE_FORMAT}"
 
@@ -176,18 +176,11 @@ def write_chunk(folder: Path, key: str, entry: Entry) -> int:
         ValueError: If the disk refuses; nothing is left behind.
     """
     path, entry = chunk_path(folder, key), entry.to("cpu").compact()
-    unfinished = folder / WRITING / f"{key[:16]}-{os.getpid()}-{uuid.uuid4().hex}"
     data = save(dict(named(entry)), metadata=metadata(key, entry))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with unfinished.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-        _sync_folder(path.parent)
+        with replacing(path, folder / WRITING) as temporary:
+            temporary.write_bytes(data)
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
         raise ValueError(
             f"cannot write chunk {key[:12]} to '{folder}': {error.strerror or error}; "
             "free space there or choose another store"
@@ -219,11 +212,3 @@ def open_chunk(folder: Path, key: str, kind: type[AnyEntry]) -> Iterator[ChunkFi
     """
     with open_file(chunk_path(folder, key)) as file:
         yield ChunkFile(file, key, kind)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
