@@ -17,7 +17,7 @@ from datasets import Sequence as ListOf
 from transformers import PreTrainedTokenizerBase
 
 from blocktune.data.attribution import data_sets_of
-from blocktune.data.example import RagExample, field_error, parse_chunk
+from blocktune.data.example import RagExample, field_error, read_chunk
 from blocktune.data.sources.shapes import find_shape
 from blocktune.prompt import (
     Chunk,
@@ -131,7 +131,7 @@ def _chunk(document: Any) -> Chunk:
         document = data if isinstance(data, Mapping) else document
         text = next((document[k] for k in _TEXTS if document.get(k) is not None), None)
         document = {"title": document.get("title"), "text": text}
-    return parse_chunk(document, "documents")
+    return read_chunk(document, "documents")
 
 
 _TEXTS = ("text", "contents", "content", "page_content", "snippet", "data")
