@@ -119,7 +119,7 @@ def test_worlds():
         ("worlds:test?sed=1", "unknown option 'sed' of 'worlds:test'; known: seed"),
         ("worlds:test?seed=x", "worlds:test: 'seed' must be a whole number, got 'x'"),
         ("worlds:test?passages=a-b", "'passages' must be a whole number or LOW-HIGH"),
-        ("worlds:test?seed", "that are not key=valuehas a query that is not key=value&key=valuekey=value"),
+        ("worlds:test?seed", "that are not key=value&key=value"),
         ("worlds:tset", "unknown split 'tset'"),
         ("hf:owner/name?sed=1", "unknown option 'sed' of 'hf:owner/name"),
         ("hf:owner/name?shots=x", "'shots' must be a whole number, got 'x'"),
