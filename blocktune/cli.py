@@ -13,7 +13,6 @@ from blocktune.commands import (
     data,
     encode,
     evaluate,
-    figure,
     methods,
     profile_layers,
     train,
@@ -23,7 +22,7 @@ from blocktune.commands.errors import PLUGIN, OneLineErrors
 from blocktune.commands.options import teach
 
 COMMANDS = (answer, train, evaluate, data, methods, check, encode, adapter, tune, profile_layers)
-COMMANDS += (bench, figure)
+COMMANDS += (bench,)
 
 app = typer.Typer(
     cls=OneLineErrors,

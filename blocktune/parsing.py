@@ -37,7 +37,7 @@ WANTED = {  # by the annotation of a field; others are read by their owners befo
 }
 
 
-RENAMED = {"num_ghosts": "num_blanks"}
+RENAMED = {"num_ghosts": "num_blanks", "rehearse": "warm_up"}
 """Keys of earlier versions and what they are called now. Files with the old keys still load."""
 
 logger = logging.getLogger("blocktune")

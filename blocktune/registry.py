@@ -1,7 +1,7 @@
-"""Tables of named choices, found by importing the files that make them.
+"""Tables of reuse methods, selectors and reshapes, found by importing the modules that define them.
 
-Reuse methods, selectors and reshapes are each one frozen dataclass in one file. A file enters its
-class under a published name; the table finds the files of its own package and those of plug-ins.
+Each is a frozen dataclass, registered under its published name. A table finds the modules of its
+own package, and those of plug-ins.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import fields
 from typing import Any, TypeVar
 
 from blocktune import plugins
+from blocktune.parsing import current_keys
 
 Entry = TypeVar("Entry", bound=type)
 
@@ -23,7 +24,7 @@ class Registry:
 
     Args:
         what: What an entry is, for errors: ``reuse method``.
-        package: Its modules are imported to find entries, plug-ins after them.
+        package: Its modules are imported to find entries; plug-ins come after them.
     """
 
     def __init__(self, what: str, package: str):
@@ -32,7 +33,7 @@ class Registry:
         self._found = False
 
     def register(self, name: str) -> Callable[[Entry], Entry]:
-        """Enters a class under its published name; fields with defaults are its parameters.
+        """Registers a class under its published name; fields with defaults are its parameters.
 
         Raises:
             ValueError: If another class has the name.
@@ -40,7 +41,7 @@ class Registry:
 
         def enter(cls: Entry) -> Entry:
             taken = self._entries.get(name)
-            # A module that is imported anew may replace its own entry.
+            # A module that is imported again may replace its own entry.
             if taken is not None and _home(taken) != _home(cls):
                 raise ValueError(
                     f"{self.what} '{name}' of {_home(cls)} is already taken by {_home(taken)}; "
@@ -89,6 +90,7 @@ class Registry:
         """
         cls = self.find(name)
         known = [field.name for field in fields(cls)]
+        parameters = current_keys(parameters, known, f"{self.what} '{name}'")
         if unknown := sorted(parameters.keys() - set(known)):
             takes = f"takes {', '.join(known)}" if known else "takes no parameters"
             raise ValueError(f"{self.what} '{name}' {takes}, got unknown {', '.join(unknown)}")

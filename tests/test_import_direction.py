@@ -1,27 +1,34 @@
 """Imports point left only, and no files import each other in a circle: read with `ast`."""
 
 import ast
+import functools
+import importlib
+import inspect
+import pkgutil
 from pathlib import Path
+
+import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "blocktune"
 
 # What each part may import besides itself; whatever is not named here is not allowed. A dotted
 # name is one module of a part: training uses the pure selectors and no more of methods.
-TOOLS = {"registry", "parsing", "files", "tables", "provenance", "plugins"}
+TOOLS = {"lazy", "registry", "parsing", "files", "tables", "provenance", "plugins"}
 GROUND = TOOLS | {"models", "layout", "positions", "attention", "links"}
 PROMPT = GROUND | {"prompt", "adapter"}
 SERVING = PROMPT | {"cache", "methods", "engine"}
 ALLOWED = {
     "__init__": set(),
+    "lazy": set(),
     "plugins": set(),
     "parsing": set(),
     "files": set(),
     "tables": set(),
-    "registry": {"plugins"},
+    "registry": {"plugins", "parsing"},
     "provenance": {"files"},
     "models": TOOLS | {"layout", "positions"},
     "layout": set(),
-    "positions": set(),
+    "positions": {"lazy"},
     "attention": {"layout"},
     "links": TOOLS | {"models", "layout", "positions"},
     "prompt": GROUND,
@@ -85,8 +92,29 @@ def imported(tree: ast.AST, package: str) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             parents = package.split(".")[: -node.level + 1 or None] if node.level else []
             base = ".".join([*parents, *filter(None, [node.module])])
-            names |= {f"{base}.{alias.name}" for alias in node.names}
+            names |= {home_of(f"{base}.{alias.name}") for alias in node.names}
     return names
+
+
+LAZY = ("methods", "methods.reshape", "methods.select", "positions", "prompt")
+
+
+@functools.cache
+def lazy_homes() -> dict[str, str]:
+    """The module of every public name that a package imports on first use."""
+    homes = {}
+    for part in LAZY:
+        package = importlib.import_module(f"blocktune.{part}")
+        names = inspect.getclosurevars(package.__getattr__).nonlocals["home_of"]
+        homes |= {f"{package.__name__}.{name}": home for name, home in names.items()}
+    return homes
+
+
+def home_of(name: str) -> str:
+    """A dotted name in the module that defines it."""
+    while name in lazy_homes():
+        name = f"{lazy_homes()[name]}.{name.rpartition('.')[2]}"
+    return name
 
 
 def package_of(path: Path) -> str:
@@ -201,6 +229,19 @@ def test_the_command_line_imports_nothing_heavy():
             assert not {name.split(".")[0] for name in names} & HEAVY, path
 
 
+@pytest.mark.parametrize(
+    "part", ["methods", "methods.reshape", "methods.select", "positions", "prompt"]
+)
+def test_every_lazy_name_is_there_and_hidden_by_no_module(part):
+    package = importlib.import_module(f"blocktune.{part}")
+    modules = {module.name for module in pkgutil.iter_modules(package.__path__)}
+    for name in package.__all__:
+        assert getattr(package, name) is not None
+        assert name not in modules
+    with pytest.raises(AttributeError, match="nothing_of_that_name"):
+        _ = package.nothing_of_that_name
+
+
 def test_importing_registers_nothing_with_transformers_or_torch():
     foreign = (
         "AttentionInterface",
@@ -217,7 +258,8 @@ def test_importing_registers_nothing_with_transformers_or_torch():
 def test_the_reader_sees_every_form_of_import():
     forms = [
         ("blocktune.training", "from blocktune.engine import Engine", {"blocktune.engine.Engine"}),
-        ("blocktune.training", "from ..methods import build", {"blocktune.methods.build"}),
+        ("blocktune.training", "from ..engine import Engine", {"blocktune.engine.Engine"}),
+        ("blocktune", "from .methods import FirstK", {"blocktune.methods.select.place.FirstK"}),
         ("blocktune.methods.select", "from ... import engine", {"blocktune.engine"}),
         ("blocktune", "from .layout import Layout", {"blocktune.layout.Layout"}),
         ("blocktune", "import torch.nn as nn", {"torch.nn"}),

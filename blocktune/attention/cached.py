@@ -1,4 +1,4 @@
-"""Attention of computed rows over a cache that holds all columns of the prompt."""
+"""Attention of the computed rows over a cache that holds all columns of the prompt."""
 
 from __future__ import annotations
 
@@ -9,19 +9,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blocktune.attention.kernels import AttentionParams, tail_attention
-from blocktune.attention.masks import KEPT_CELLS, MaskRoom
-from blocktune.attention.rows import RowBand
+from blocktune.attention.masks import KEPT_CELLS, MaskRoom, RowBand
 from blocktune.layout import Kind, LayerRule, Rows
 
 ROW_BLOCK = 128
-"""Computed rows are few and far between: a block of them spans many columns after its first row."""
+"""Computed rows are few and far apart: a block of them spans many columns after its first row."""
 
 
 class Reshaping(Protocol):
-    """What changes scores before softmax; `blocktune.methods.reshape.ReshapedAttention` is one."""
+    """What changes scores before softmax: `ReshapedAttention` of `blocktune.methods`."""
 
     def wrote(self, layer: int, columns: Tensor) -> None:
-        """Says that a layer's keys in ``columns`` ``(B, R)`` were made afresh; -1 is none."""
+        """Notes that a layer's keys in ``columns`` ``(B, R)`` were recomputed; -1 is padding."""
 
     def attend(
         self,
@@ -33,20 +32,20 @@ class Reshaping(Protocol):
         rule: LayerRule,
         params: AttentionParams,
     ) -> Tensor | None:
-        """Attends, ``(B, H, R, D)``, or returns None where plain attention is what it wants."""
+        """Attends, ``(B, H, R, D)``; None where it leaves scores unchanged."""
 
 
 class CachePlan:
-    """The serving side of the rule: some rows are computed, the others' keys are in the cache.
+    """The rule in serving: some rows are computed, the keys of the others are in the cache.
 
-    A fresh row has written over its original's column by the time anybody attends, so what the
-    columns hold is always what a global row may see; the rest (order, window, padding) is the
-    rule's. The plan counts what it executes: the usage of an answer reads it here.
+    A fresh row overwrites the column of its original before any row attends, so the columns always
+    hold what a global row may see; order, window and padding are left to the rule. The plan counts
+    what it executes, for the usage of an answer.
 
     Attributes:
         query: Facts of the computed rows, ``(B, R)``.
-        context_rows: Rows of chunk tokens among the query rows, per prompt, ``(B,)``.
-        executed: Layers whose attention ran with this plan, in order.
+        context_rows: Rows of chunk tokens among the query rows of each prompt, ``(B,)``.
+        executed: Layers whose attention ran by this plan, in order.
     """
 
     def __init__(
@@ -63,10 +62,10 @@ class CachePlan:
             query: Facts of the computed rows.
             key: Facts of the columns.
             reshaping: How these rows see reused keys, one object for all plans of a batch; None:
-                as they are.
+                unchanged.
             columns: Columns that the rows were written into, ``(B, R)``, -1 for padding; None:
-                a row's order is its column.
-            kept_cells: Mask elements to keep at most.
+                each row's order.
+            kept_cells: Most mask elements to keep.
         """
         self.query = query
         self.context_rows = (query.kind == Kind.CHUNK).sum(1)
@@ -83,7 +82,7 @@ class CachePlan:
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, rule: LayerRule, params: AttentionParams
     ) -> Tensor:
-        """See `Plan.attend`; rows end by not being computed, so the layer itself is no matter."""
+        """See `Plan.attend`; rows that have ended are not computed, so the layer has no effect."""
         self.executed.append(rule.layer)
         self._windows.append(rule.window)
         if self._reshaping is not None:
@@ -97,11 +96,11 @@ class CachePlan:
         return self._band.attend(query, key, value, rule, params).transpose(1, 2)
 
     def forget(self) -> None:
-        """Drops the masks: this plan will be asked for counts only."""
+        """Drops the masks; from now on the plan is only asked for counts."""
         self._band.forget()
 
     def pairs(self) -> list[Tensor]:
-        """Scores made in each of the `executed` layers, masked ones too: per prompt, ``(B,)``."""
+        """Scores made in each of the `executed` layers, masked ones included, ``(B,)`` each."""
         return [self._pairs(window) for window in self._windows]
 
     def _pairs(self, window: int | None) -> Tensor:
@@ -114,10 +113,10 @@ class CachePlan:
 
 
 class Tail(NamedTuple):
-    """Prompts whose computed rows are the last of their columns: causal, without any mask.
+    """Prompts whose computed rows are the last of their columns: causal, no mask needed.
 
     Attributes:
-        prompts: Of the batch.
+        prompts: Prompts of the batch.
         rows: Computed rows, without the padding before them.
         columns: Columns, without the padding after them.
     """
@@ -134,11 +133,11 @@ class Tail(NamedTuple):
 
 
 def find_tails(query: Rows, key: Rows) -> list[Tail]:
-    """Tails that hold the whole batch, or none if some prompt computes other rows than its last.
+    """Tails that cover the whole batch, or none if a prompt computes other rows than its last.
 
-    Few rows after many columns are left to a mask: it is small, and causal kernels would have
-    to be given rows for the columns too. One row of each prompt needs neither, where all are
-    equally long.
+    Few rows after many columns are left to a mask, which is small; a causal kernel would need
+    padding rows for the columns. A single row per prompt needs neither if all prompts have the
+    same length.
 
     Args:
         query: Facts of the computed rows, ``(B, R)``, padding before them.

@@ -1,4 +1,4 @@
-"""The oracle: visibility as one N x N mask. For tests, `blocktune check` and small inputs."""
+"""The reference: visibility as one N x N mask, for tests, `blocktune check` and small inputs."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def dense_mask(layout: Layout, rule: LayerRule = FIRST_LAYER) -> Tensor:
         rule: Which layer it is and how far its window reaches.
 
     Returns:
-        Bool ``(B, 1, S, S)``, True where the row (third axis) sees the key (last axis). Fit for
-        stock models as a 4-D ``attention_mask`` with ``sdpa`` (with ``eager`` it must be made
-        additive: a bool mask is silently added there).
+        Bool ``(B, 1, S, S)``, True where the row (third axis) sees the key (last axis). Stock
+        models take it as a 4-D ``attention_mask`` with ``sdpa``; for ``eager`` it must be made
+        additive, since a bool mask is silently added there.
     """
     query = layout.rows().map(lambda field: field[:, None, :, None])
     key = layout.rows().map(lambda field: field[:, None, None, :])
@@ -29,7 +29,7 @@ class DensePlan:
     """Attention by the dense mask, in float32, layer by layer."""
 
     def __init__(self, layout: Layout):
-        """Keeps ``layout``; masks are made per layer and forgotten."""
+        """Keeps ``layout``; a mask is made for each layer and not kept."""
         self.layout = layout
 
     def attend(

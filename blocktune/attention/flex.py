@@ -1,8 +1,8 @@
 """The rule as a FlexAttention ``BlockMask``, built from block summaries.
 
-PyTorch's ``create_block_mask`` evaluates the rule on N x N cells. Here each 128-row block is
-summarised by the ranges of what its rows are, and the summaries decide which pairs of blocks
-the kernel visits: (N / 128) ** 2 cells. The kernel then applies the exact rule inside them.
+PyTorch's ``create_block_mask`` evaluates the rule on N x N cells. Here each block of 128 rows is
+summarised by the ranges of its fields, and the summaries decide which pairs of blocks the kernel
+visits, on (N / 128) ** 2 cells. The kernel then applies the exact rule inside them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ BLOCK = 128
 
 
 class _Range(NamedTuple):
-    """Smallest and largest value of a field in each block, ``(B, blocks)``; pads left out."""
+    """Smallest and largest value of a field in each block, ``(B, blocks)``, without pads."""
 
     low: Tensor
     high: Tensor
@@ -100,10 +100,10 @@ def _compiled():
 
 
 class FlexPlan:
-    """Attention by FlexAttention: one kernel over the visible blocks. CUDA, or CPU forward."""
+    """Attention by FlexAttention: one kernel over the visible blocks, on CUDA or (forward) CPUs."""
 
     def __init__(self, layout: Layout):
-        """Keeps ``layout``; a block mask is built once for all layers alike and kept."""
+        """Keeps ``layout``; a block mask is built once for all layers with the same rule."""
         self.layout = layout
         self._endings = layout.endings
         self._masks: dict[LayerRule, BlockMask] = {}
@@ -114,21 +114,20 @@ class FlexPlan:
         """See `Plan.attend`.
 
         Raises:
-            ValueError: If asked to drop attention weights (FlexAttention cannot), or to train
-                on a CPU (PyTorch has no backward there).
+            ValueError: If the model uses attention dropout, or is trained on a CPU: FlexAttention
+                supports neither.
         """
         check_rows(self.layout.kind.shape, query, key)
         if params.dropout:
             raise ValueError(
-                f"FlexAttention has no dropout, the model asks for {params.dropout}; set "
-                "attention_dropout to 0 or use the 'split' execution"
+                f"FlexAttention has no dropout, the model sets {params.dropout}; set "
+                "attention_dropout to 0 or use attention_execution: split"
             )
-        on_cuda = query.is_cuda
-        if not on_cuda and torch.is_grad_enabled() and query.requires_grad:
+        if not query.is_cuda and torch.is_grad_enabled() and query.requires_grad:
             raise ValueError(
                 "FlexAttention has no backward on a CPU; use attention_execution: split"
             )
-        attention = _compiled() if on_cuda else flex_attention
+        attention = _compiled() if query.is_cuda else flex_attention
         out = attention(
             query,
             key,

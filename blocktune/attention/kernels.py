@@ -1,7 +1,7 @@
 """Attention over given tensors: a causal square, or any rows under any mask.
 
-The only place that calls a kernel. All functions honour soft-capping, which PyTorch's fused
-kernel does not know, and share K/V heads among query heads without copying K/V.
+The only place that calls a kernel. All functions apply soft-capping, which PyTorch's fused
+kernel lacks, and share K/V heads among query heads without copying K/V.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 Mask = Tensor | Callable[[], Tensor] | None
-"""A mask, or what makes it: then it is made where it is used, again in backward, and never kept."""
+"""A mask, or a function that makes it where it is used, and again in backward: it is not kept."""
 
 
 class AttentionParams(NamedTuple):
-    """What a model's layer asks of attention besides q, k and v.
+    """What a layer of a model passes to attention besides q, k and v.
 
     Attributes:
         scaling: Factor on the scores, usually ``D ** -0.5``.
@@ -34,16 +34,12 @@ class AttentionParams(NamedTuple):
 
 
 def check_rows(shape: torch.Size, query: Tensor, key: Tensor) -> None:
-    """Requires q and k to have the rows of the layout that a plan was made for.
-
-    Raises:
-        ValueError: If they do not.
-    """
+    """Raises ValueError if q and k do not have the rows of the plan's layout, ``shape``."""
     batch, rows = query.shape[0], query.shape[2]
     if (batch, rows) != tuple(shape) or key.shape[2] != rows:
         raise ValueError(
             f"the plan was made for {tuple(shape)} (batch, rows); attention got {(batch, rows)} "
-            f"query and {key.shape[2]} key rows; make a plan of this input's own layout"
+            f"query and {key.shape[2]} key rows; make a plan for the layout of this input"
         )
 
 
@@ -57,12 +53,12 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, params: Attentio
         params: Scaling, soft-capping and dropout.
 
     Returns:
-        ``(G, H, M, D)``. Nothing of size M x M is kept, except where soft-capping needs the
-        scores, and there one block of rows at a time.
+        ``(G, H, M, D)``. Nothing of size M x M is kept; where soft-capping needs the scores, they
+        are made for one block of rows at a time.
     """
     if params.softcap is None:
         if query.is_cuda and query.dtype == torch.float32:
-            # The fused kernel that takes float32 on CUDA shares no heads: it gets copies.
+            # The fused kernel for float32 on CUDA cannot share heads, so K/V are copied.
             shared = query.shape[1] // key.shape[1]
             key, value = (states.repeat_interleave(shared, dim=1) for states in (key, value))
         return F.scaled_dot_product_attention(
@@ -99,18 +95,18 @@ def tail_attention(query: Tensor, key: Tensor, value: Tensor, params: AttentionP
         params: Scaling, soft-capping and dropout.
 
     Returns:
-        ``(G, H, R, D)``. One row alone sees everything; more get blank rows before them, since
-        PyTorch's causal kernel aligns rows and keys at the first of each.
+        ``(G, H, R, D)``. A single row sees everything; several get padding rows before them,
+        since PyTorch's causal kernel aligns the first row with the first key.
     """
     rows, missing = query.shape[2], key.shape[2] - query.shape[2]
     if rows == 1:
         return masked_attention(query, key, value, None, params)
-    blank = F.pad(query, (0, 0, missing, 0))
-    return causal_attention(blank, key, value, params)[:, :, missing:]
+    padded = F.pad(query, (0, 0, missing, 0))
+    return causal_attention(padded, key, value, params)[:, :, missing:]
 
 
 ROW_BLOCK = 512
-"""Rows attended at a time where a mask is needed: bounds what is in memory at once."""
+"""Rows attended at a time where a mask is needed; bounds the memory in use."""
 
 
 def masked_attention(
@@ -123,15 +119,15 @@ def masked_attention(
         key: ``(G, K, N, D)``.
         value: ``(G, K, N, D)``.
         mask: Broadcastable to ``(G, 1, R, N)``. Bool, True where visible, or (without
-            soft-capping) additive in the dtype of ``query``, best in `masks.mask_form`. No row
-            may be without a visible key. None shows all keys to all rows.
+            soft-capping) additive in the dtype of ``query``, best in `masks.mask_form`. Every row
+            must have a visible key. None: all rows see all keys.
         params: Scaling, soft-capping and dropout.
 
     Returns:
         ``(G, H, R, D)``.
     """
     has_gradient = any(states.requires_grad for states in (query, key, value))
-    # Capped scores, too, would be kept for backward: rows x keys x heads.
+    # Capped scores would be kept for backward as well: rows x keys x heads.
     if has_gradient and torch.is_grad_enabled() and (callable(mask) or params.softcap is not None):
         return checkpoint(
             _by_kernel,
@@ -164,12 +160,12 @@ def _by_kernel(
 def folded_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, params: AttentionParams
 ) -> Tensor:
-    """The fused kernel under a mask, query heads of one K/V head as rows below each other.
+    """The fused kernel under a mask, with the query heads of one K/V head stacked as rows.
 
     On CUDA no fused kernel takes both a mask and fewer K/V heads than query heads: with
-    ``enable_gqa`` PyTorch falls back to the one that copies K/V for every query head and keeps all
-    scores. Takes and returns what `masked_attention` does, without soft-capping; the mask's rows
-    may be folded already, ``(G, 1, H / K * R, N)``.
+    ``enable_gqa`` PyTorch falls back to one that copies K/V for every query head and keeps all
+    scores. Arguments and result are those of `masked_attention`, without soft-capping; the rows of
+    the mask may be folded already, ``(G, 1, H / K * R, N)``.
     """
     groups, heads, rows, dim = query.shape
     shared = heads // key.shape[1]
@@ -186,9 +182,9 @@ def folded_attention(
 def plain_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, params: AttentionParams
 ) -> Tensor:
-    """Plain attention in float32 with capped scores; K/V heads are broadcast, not copied."""
+    """Attention in float32 with capped scores; K/V heads are broadcast, not copied."""
     scores = plain_scores(query, key, mask, params)
-    # A row that sees nothing (padding) would be NaN; it is nobody's key, so zeros do.
+    # A row that sees nothing (padding) would be NaN; no row reads it, so zeros are fine.
     weights = torch.softmax(scores, dim=-1).masked_fill(scores == float("-inf"), 0.0)
     return weighted_values(F.dropout(weights, params.dropout), value).to(query.dtype)
 
@@ -196,7 +192,7 @@ def plain_attention(
 def plain_scores(
     query: Tensor, key: Tensor, mask: Tensor | None, params: AttentionParams
 ) -> Tensor:
-    """What softmax is taken of: scaled and capped, -inf where hidden.
+    """Scores before softmax: scaled, capped, and -inf where hidden.
 
     Args:
         query: ``(G, H, R, D)``.

@@ -1,27 +1,26 @@
-"""Masks in the form that a kernel takes them in, and how many of them a plan may keep."""
+"""Rows attend over keys by the rule, a block of rows at a time, through masks that are kept."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from blocktune.attention.kernels import AttentionParams
+from blocktune.attention.kernels import ROW_BLOCK, AttentionParams, masked_attention
+from blocktune.layout import LayerRule, Rows, visible
 
 KEPT_CELLS = 1 << 24
-"""Mask elements that a plan keeps for all its layers (64 MiB in float32). Beyond them every layer
+"""Mask elements that a plan keeps for all its layers (64 MiB in float32). Beyond that, every layer
 makes its masks again, a block of rows at a time, in forward and in backward."""
 
 
 @dataclass
 class MaskRoom:
-    """What a plan may still keep of masks.
-
-    Attributes:
-        cells: Elements.
-    """
+    """How many mask elements (``cells``) a plan may still keep."""
 
     cells: int = KEPT_CELLS
 
@@ -33,14 +32,13 @@ class MaskRoom:
 
 
 class MaskForm(NamedTuple):
-    """What a kernel takes as it is.
-
-    Of any other mask it makes a copy, which autograd would keep for each layer.
+    """The form of a mask that a kernel takes without a copy, which autograd would keep per layer.
 
     Attributes:
         dtype: Bool, or that of an additive mask.
-        copies: Of the rows, below each other: query heads that are folded into rows.
-        align: The distance between rows is a multiple of so many elements.
+        copies: How often the rows are repeated, one copy below the other: query heads that are
+            folded into rows.
+        align: The distance between rows is a multiple of this many elements.
     """
 
     dtype: torch.dtype
@@ -49,16 +47,16 @@ class MaskForm(NamedTuple):
 
 
 SEEN = MaskForm(torch.bool)
-"""Whoever makes the scores itself takes a mask as the rule gives it."""
+"""The mask as the rule gives it, for code that makes the scores itself."""
 
 
 def mask_form(query: Tensor, key: Tensor, params: AttentionParams) -> MaskForm:
-    """The form for `masked_attention` over ``query`` ``(G, H, R, D)``, ``key`` ``(G, K, N, D)``."""
+    """The form for `masked_attention`, ``query`` ``(G, H, R, D)`` over ``key`` ``(G, K, N, D)``."""
     if params.softcap is not None:
         return SEEN
     if not query.is_cuda:
         return MaskForm(query.dtype)
-    # The fused kernel on CUDA loads 16 bytes of a mask at once; 16 elements do for any dtype.
+    # The fused kernel on CUDA loads 16 bytes of a mask at once: 16 elements fit any dtype.
     return MaskForm(query.dtype, copies=query.shape[1] // key.shape[1], align=16)
 
 
@@ -75,3 +73,131 @@ def formed(seen: Tensor, form: MaskForm) -> Tensor:
     mask = seen.new_zeros((groups, form.copies, rows, wide), dtype=form.dtype)[..., :keys]
     mask.masked_fill_(~seen, float("-inf"))
     return mask.flatten(1, 2)[:, None]
+
+
+class Span(NamedTuple):
+    """Adjacent rows, and the keys that any of them may see."""
+
+    rows: slice
+    keys: slice
+
+    @property
+    def num_keys(self) -> int:
+        """Keys that each of the rows is scored against."""
+        return self.keys.stop - self.keys.start
+
+    @property
+    def num_cells(self) -> int:
+        """Rows times keys."""
+        return (self.rows.stop - self.rows.start) * self.num_keys
+
+
+class Block(NamedTuple):
+    """A span and its mask, ``(G, 1, rows, keys)`` bool, True where the row sees the key."""
+
+    rows: slice
+    keys: slice
+    mask: Tensor
+
+
+@dataclass(frozen=True)
+class RowBand:
+    """Query rows and the keys they may see, both sorted by order.
+
+    A block of rows is scored against the keys up to its last row only (and, under a window, from
+    the first key in reach), so neither mask nor work covers keys that no row sees. Masks are made
+    once per rule and kept while there is room; the others are made block by block in each layer,
+    and again in its backward.
+
+    Attributes:
+        query: Facts of the query rows, ``(G, R)``.
+        key: Facts of the keys, ``(G, N)``.
+        superseded_until: `Layout.superseded_until` of the keys, ``(G, N)``.
+        query_exists: False for padding among the query rows, ``(G, R)``.
+        key_exists: False for padding among the keys, ``(G, N)``.
+        row_block: Rows of a block; with fewer, less work is spent on keys after a row.
+        room: Space for masks, shared by the bands of a plan.
+    """
+
+    query: Rows
+    key: Rows
+    superseded_until: Tensor
+    query_exists: Tensor
+    key_exists: Tensor
+    row_block: int = ROW_BLOCK
+    room: MaskRoom = field(default_factory=MaskRoom)
+    _spans: dict = field(default_factory=dict, repr=False)
+    _masks: dict = field(default_factory=dict, repr=False)
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, rule: LayerRule, params: AttentionParams
+    ) -> Tensor:
+        """Attends ``query`` ``(G, H, R, D)`` over ``(G, K, N, D)``; returns ``(G, H, R, D)``."""
+        form = mask_form(query, key, params)
+        kept = self._kept(rule, form)
+        outs = []
+        for i, span in enumerate(self.spans(rule.window)):
+            states = (query[:, :, span.rows], key[:, :, span.keys], value[:, :, span.keys])
+            mask = partial(self._mask, span, rule, form) if kept is None else kept[i]
+            outs.append(masked_attention(*states, mask, params))
+        return torch.cat(outs, dim=2) if len(outs) > 1 else outs[0]
+
+    def blocks(self, rule: LayerRule) -> Iterator[Block]:
+        """Blocks with bool masks; all of them together hold rows x keys elements."""
+        kept = self._kept(rule, SEEN)
+        for i, span in enumerate(self.spans(rule.window)):
+            yield Block(*span, self._mask(span, rule, SEEN) if kept is None else kept[i])
+
+    def forget(self) -> None:
+        """Drops the masks of a band that will not attend again."""
+        self._masks.clear()
+
+    def pairs(self, window: int | None) -> Tensor | None:
+        """Scores that one layer makes, ``(G,)``; None if no layer of this window used blocks."""
+        if window not in self._spans:
+            return None
+        spans = self._spans[window]
+        return sum(self.query_exists[:, s.rows].sum(1) * s.num_keys for s in spans)
+
+    def spans(self, window: int | None) -> list[Span]:
+        """Blocks of rows with the keys they may see in layers of this window; found once."""
+        if window not in self._spans:
+            count, step = self.query.kind.shape[1], self.row_block
+            rows = (slice(a, min(a + step, count)) for a in range(0, count, step))
+            self._spans[window] = [Span(part, self._keys(part, window)) for part in rows]
+        return self._spans[window]
+
+    def _keys(self, rows: slice, window: int | None) -> slice:
+        missing, order = ~self.query_exists[:, rows], self.query.order[:, rows]
+        far = torch.iinfo(order.dtype).max // 2  # half the range: a window is subtracted from it
+        last = order.masked_fill(missing, -far).amax(1, keepdim=True)
+        seen = self.key_exists & (self.key.order <= last)
+        if window is not None:
+            first = order.masked_fill(missing, far).amin(1, keepdim=True)
+            seen &= self.key.order > first - window
+        columns = seen.any(0).nonzero().squeeze(1)
+        return slice(int(columns[0]), int(columns[-1]) + 1) if len(columns) else slice(0, 1)
+
+    def _kept(self, rule: LayerRule, form: MaskForm) -> list[Tensor] | None:
+        """The masks of all blocks, or None if there was no room when they were first needed."""
+        if (rule, form) not in self._masks:
+            spans = self.spans(rule.window)
+            cells = len(self.query.kind) * sum(span.num_cells for span in spans)
+            fits = self.room.take(cells * form.copies)
+            made = [self._mask(span, rule, form) for span in spans] if fits else None
+            self._masks[rule, form] = made
+        return self._masks[rule, form]
+
+    def _mask(self, span: Span, rule: LayerRule, form: MaskForm) -> Tensor:
+        rows, keys = span
+        mask = visible(
+            self.query.map(lambda f: f[:, rows, None]),
+            self.key.map(lambda f: f[:, None, keys]),
+            self.superseded_until[:, None, keys],
+            rule,
+        )
+        mask = mask & self.query_exists[:, rows, None] & self.key_exists[:, None, keys]
+        # Rows that see nothing (padding, ended rows) get one key: a kernel may return NaN for
+        # an empty row, and their output is never read.
+        mask[..., 0] |= ~mask.any(-1)
+        return formed(mask[:, None], form)

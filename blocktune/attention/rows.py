@@ -1,33 +1,25 @@
-"""Rows moved to other places, and any rows over any keys under the rule, a block at a time."""
+"""Rows moved to other places, differentiably, where the gradient is a gather too."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from functools import cached_property, partial
-from typing import NamedTuple
+from functools import cached_property
 
 import torch
 from torch import Tensor
-
-from blocktune.attention.kernels import ROW_BLOCK, AttentionParams, masked_attention
-from blocktune.attention.masks import SEEN, MaskForm, MaskRoom, formed, mask_form
-from blocktune.layout import LayerRule, Rows, visible
 
 
 class RowMap:
     """Where each target row comes from; a source row goes to one place at most.
 
-    That makes the gradient a gather as well. Autograd's own gradient of ``index_select`` has to
-    add, because it cannot know this, and took longer than attention itself.
+    So the gradient is a gather as well. Autograd's gradient of ``index_select`` has to add, since
+    it cannot know this, and took longer than attention itself.
     """
 
     def __init__(self, source: Tensor, num_sources: int):
         """Prepares the map.
 
         Args:
-            source: Of each target row its source row, or a negative number for a row of zeros;
-                int64 ``(T,)``.
+            source: The source row of each target row, negative for a row of zeros; int64 ``(T,)``.
             num_sources: Number of source rows.
         """
         self._source = source
@@ -40,21 +32,21 @@ class RowMap:
 
     @cached_property
     def back(self) -> RowMap:
-        """The way back: zeros for the source rows that went nowhere."""
+        """The inverse map, with zeros for the source rows that were not moved."""
         real = (self._source >= 0).nonzero().squeeze(1)
         source = torch.full((self._num_sources,), -1, device=self._source.device)
         source[self._source[real]] = real
         return RowMap(source, len(self._source))
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """Moves ``rows`` ``(sources, ...)`` to ``(T, ...)``; a view where rows stay in a run."""
+        """Moves ``rows`` ``(sources, ...)`` to ``(T, ...)``; a view if they are contiguous."""
         if self._is_run:
             return rows.narrow(0, self._start, len(self._source))
         moved = rows.index_select(0, self._index)
         return moved.index_fill_(0, self._blank, 0) if len(self._blank) else moved
 
     def add_back(self, total: Tensor, rows: Tensor) -> None:
-        """Adds ``rows`` ``(T, ...)`` to where they came from in ``total`` ``(sources, ...)``."""
+        """Adds ``rows`` ``(T, ...)`` to their source rows in ``total`` ``(sources, ...)``."""
         if self._is_run:
             total.narrow(0, self._start, len(self._source)).add_(rows)
         else:
@@ -82,147 +74,6 @@ class _Move(torch.autograd.Function):
                 row_map.add_back(total, grad)
             else:
                 total = row_map.back(grad)
-                # The gradient that came in is not ours to add to.
+                # The incoming gradient must not be changed.
                 total = total.clone() if len(used) > 1 and total._is_view() else total
         return (total, *(None for _ in ctx.maps))
-
-
-class Span(NamedTuple):
-    """Rows next to each other, and the keys that any of them may see."""
-
-    rows: slice
-    keys: slice
-
-    @property
-    def num_keys(self) -> int:
-        """Keys that each of the rows is scored against."""
-        return self.keys.stop - self.keys.start
-
-    @property
-    def num_cells(self) -> int:
-        """Rows times keys."""
-        return (self.rows.stop - self.rows.start) * self.num_keys
-
-
-class Block(NamedTuple):
-    """A span, and who sees whom in it.
-
-    Attributes:
-        rows: Of the query rows.
-        keys: Of the keys.
-        mask: ``(G, 1, rows, keys)`` bool.
-    """
-
-    rows: slice
-    keys: slice
-    mask: Tensor
-
-
-@dataclass(frozen=True)
-class RowBand:
-    """Query rows and the keys they may see, both sorted by order.
-
-    Blocks of rows see only the keys up to their last row (and, in a window, from the first one
-    that reaches into it), so neither the mask nor the work covers keys that nobody sees. Masks are
-    made once per rule and kept while there is room; those for which there is none are made block
-    by block in each layer, and again in its backward.
-
-    Attributes:
-        query: Facts of the query rows, ``(G, R)``.
-        key: Facts of the keys, ``(G, N)``.
-        superseded_until: `Layout.superseded_until` of the keys, ``(G, N)``.
-        query_exists: False for padding among the query rows, ``(G, R)``.
-        key_exists: False for padding among the keys, ``(G, N)``.
-        row_block: Rows of a block: the fewer, the fewer keys after a row it pays for.
-        room: For masks, shared by the bands of a plan.
-    """
-
-    query: Rows
-    key: Rows
-    superseded_until: Tensor
-    query_exists: Tensor
-    key_exists: Tensor
-    row_block: int = ROW_BLOCK
-    room: MaskRoom = field(default_factory=MaskRoom)
-    _spans: dict = field(default_factory=dict, repr=False)
-    _masks: dict = field(default_factory=dict, repr=False)
-
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, rule: LayerRule, params: AttentionParams
-    ) -> Tensor:
-        """Attends ``query`` ``(G, H, R, D)`` over ``(G, K, N, D)``; returns ``(G, H, R, D)``."""
-        form = mask_form(query, key, params)
-        kept = self._kept(rule, form)
-        outs = []
-        for i, span in enumerate(self.spans(rule.window)):
-            states = (query[:, :, span.rows], key[:, :, span.keys], value[:, :, span.keys])
-            mask = partial(self._mask, span, rule, form) if kept is None else kept[i]
-            outs.append(masked_attention(*states, mask, params))
-        return torch.cat(outs, dim=2) if len(outs) > 1 else outs[0]
-
-    def blocks(self, rule: LayerRule) -> Iterator[Block]:
-        """Blocks with bool masks; whoever holds on to them all holds rows x keys elements."""
-        kept = self._kept(rule, SEEN)
-        for i, span in enumerate(self.spans(rule.window)):
-            yield Block(*span, self._mask(span, rule, SEEN) if kept is None else kept[i])
-
-    def forget(self) -> None:
-        """Drops the masks, for a band that has attended for the last time."""
-        self._masks.clear()
-
-    def pairs(self, window: int | None) -> Tensor | None:
-        """Scores that one layer makes for each of ``G``, ``(G,)``; None if none did by blocks."""
-        if window not in self._spans:
-            return None
-        spans = self._spans[window]
-        return sum(self.query_exists[:, s.rows].sum(1) * s.num_keys for s in spans)
-
-    def spans(self, window: int | None) -> list[Span]:
-        """Blocks of rows with the keys they may see in layers of this window, found once."""
-        if window not in self._spans:
-            count, step = self.query.kind.shape[1], self.row_block
-            rows = (slice(a, min(a + step, count)) for a in range(0, count, step))
-            self._spans[window] = [Span(part, self._keys(part, window)) for part in rows]
-        return self._spans[window]
-
-    def _keys(self, rows: slice, window: int | None) -> slice:
-        exists = self.query_exists[:, rows]
-        order = self.query.order[:, rows]
-        seen = self.key_exists & (self.key.order <= _last(order, exists)[:, None])
-        if window is not None:
-            seen &= self.key.order > _first(order, exists)[:, None] - window
-        columns = seen.any(0).nonzero().squeeze(1)
-        return slice(int(columns[0]), int(columns[-1]) + 1) if len(columns) else slice(0, 1)
-
-    def _kept(self, rule: LayerRule, form: MaskForm) -> list[Tensor] | None:
-        """The masks of all blocks, or None if there was no room when they were first needed."""
-        if (rule, form) not in self._masks:
-            spans = self.spans(rule.window)
-            cells = len(self.query.kind) * sum(span.num_cells for span in spans)
-            fits = self.room.take(cells * form.copies)
-            made = [self._mask(span, rule, form) for span in spans] if fits else None
-            self._masks[rule, form] = made
-        return self._masks[rule, form]
-
-    def _mask(self, span: Span, rule: LayerRule, form: MaskForm) -> Tensor:
-        rows, keys = span
-        mask = visible(
-            self.query.map(lambda f: f[:, rows, None]),
-            self.key.map(lambda f: f[:, None, keys]),
-            self.superseded_until[:, None, keys],
-            rule,
-        )
-        mask = mask & self.query_exists[:, rows, None] & self.key_exists[:, None, keys]
-        # Rows that see nothing (padding, ended rows) get one key: a kernel may return NaN for
-        # an empty row, and nobody reads theirs.
-        mask[..., 0] |= ~mask.any(-1)
-        return formed(mask[:, None], form)
-
-
-def _last(order: Tensor, exists: Tensor) -> Tensor:
-    return order.masked_fill(~exists, torch.iinfo(order.dtype).min).amax(1)
-
-
-def _first(order: Tensor, exists: Tensor) -> Tensor:
-    # Half the range: a window is subtracted from it.
-    return order.masked_fill(~exists, torch.iinfo(order.dtype).max // 2).amin(1)

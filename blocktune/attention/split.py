@@ -1,4 +1,4 @@
-"""Split attention: chunks as one batch, then the global rows over everything before them."""
+"""Split attention: all chunks as one batch, then the global rows over everything before them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 
 from blocktune.attention.kernels import ROW_BLOCK, AttentionParams, causal_attention, check_rows
-from blocktune.attention.masks import KEPT_CELLS, MaskRoom
-from blocktune.attention.rows import RowBand, RowMap, move_rows
+from blocktune.attention.masks import KEPT_CELLS, MaskRoom, RowBand
+from blocktune.attention.rows import RowMap, move_rows
 from blocktune.layout import FOREVER, GLOBAL, NO_ROW, Kind, LayerRule, Layout
+
+NARROW_BLOCK = 64
+"""Rows attended at a time on a CPU where many rows share few keys; see `_stack`."""
 
 
 class Segment(NamedTuple):
@@ -36,15 +39,15 @@ class Segment(NamedTuple):
 def find_segments(layout: Layout) -> list[Segment]:
     """Splits the rows into causal segments and global rows over everything.
 
-    Each group (a chunk with its blanks) is causal. So are the global rows that come before any
-    chunk: the prefix, or a whole prompt in full attention. The remaining global rows of a
-    prompt see whatever the rule shows them among all its rows that are not blanks.
+    Each group (a chunk with its blanks) is causal. So are the global rows before the first chunk:
+    the prefix, or a whole prompt in full attention. The other global rows of a prompt see what the
+    rule shows them among all rows of the prompt that are not blanks.
 
     Args:
         layout: Rows ``(B, S)`` on the CPU.
 
     Returns:
-        Segments that hold every row but the padding exactly once as a query.
+        Segments in which every row but the padding is a query exactly once.
     """
     segments = []
     for rows in _rows_by_sample(layout).values():
@@ -93,7 +96,7 @@ def _rows_by_sample(layout: Layout) -> dict[tuple[int, int], list[_Row]]:
 
 
 def _own(rows: list[_Row]) -> Segment:
-    """Rows that see none but themselves; causal unless some end early or share an order."""
+    """Rows that see only themselves; causal unless some end early or share an order."""
     in_order = all(a.order < b.order for a, b in pairwise(rows))
     causal = in_order and not any(row.ends for row in rows)
     return Segment(_index(rows), _index(rows), own=True, causal=causal)
@@ -103,29 +106,25 @@ def _index(rows: list[_Row]) -> list[int]:
     return [row.index for row in rows]
 
 
-NARROW_BLOCK = 64
-"""Rows attended at a time on a CPU where many rows share few keys; see `_row_block`."""
-
-
 @dataclass(frozen=True)
 class _Bucket:
     """Segments of similar length, stacked; indices are into the flattened ``B * S`` rows.
 
     Lists are padded on the right with -1. Padding is never seen by a real row and its output is
-    dropped, so zeros do and no gradient reaches them.
+    dropped, so it holds zeros and gets no gradient.
     """
 
     query: Tensor  # (G, R)
     key: Tensor  # (G, N)
     causal: bool
     own: bool  # whether the keys are the query rows
-    span: int  # distance in order from first to last row: a window that covers it hides nothing
+    span: int  # distance in order from first to last row; a larger window hides nothing
     band: RowBand
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, rule: LayerRule, params: AttentionParams
     ) -> Tensor:
-        """From stacked rows ``(G * R, heads, D)`` and ``(G * N, heads, D)`` to the former."""
+        """Stacked queries ``(G * R, heads, D)`` over ``(G * N, heads, D)``; shaped as queries."""
         query = query.unflatten(0, self.query.shape).transpose(1, 2)
         key, value = (x.unflatten(0, self.key.shape).transpose(1, 2) for x in (key, value))
         if self.causal and (rule.window is None or rule.window > self.span):
@@ -143,7 +142,7 @@ class SplitPlan:
 
         Args:
             layout: Rows ``(B, S)``.
-            kept_cells: Mask elements to keep at most.
+            kept_cells: Most mask elements to keep.
 
         Raises:
             ValueError: If the layout holds nothing but padding.
@@ -190,7 +189,7 @@ class SplitPlan:
 
 
 def _cut(rows: Tensor, parts: list[Tensor]) -> list[Tensor]:
-    """Rows of each part, one after the other; a single one needs no copy in backward."""
+    """Rows of each part, one after the other; a single part needs no copy in backward."""
     return [rows] if len(parts) == 1 else list(rows.split([part.numel() for part in parts]))
 
 
@@ -202,50 +201,41 @@ def _row_map(index: Iterable[Tensor], layout: Layout) -> RowMap:
 def _by_length(segments: list[Segment], slack: float = 1.25) -> list[list[Segment]]:
     """Groups segments so that padding wastes at most a quarter of any bucket's rows."""
     buckets: list[list[Segment]] = []
-    for segment in sorted(segments, key=lambda s: (*_sort(s), len(s.key), len(s.query))):
+    for segment in sorted(segments, key=lambda s: (s.own, s.causal, len(s.key), len(s.query))):
         first = buckets[-1][0] if buckets else None
-        if (
+        fits = (
             first is not None
-            and _sort(first) == _sort(segment)
+            and (first.own, first.causal) == (segment.own, segment.causal)
             and len(segment.key) <= slack * len(first.key)
             and len(segment.query) <= slack * len(first.query)
-        ):
+        )
+        if fits:
             buckets[-1].append(segment)
         else:
             buckets.append([segment])
     return buckets
 
 
-def _sort(segment: Segment) -> tuple[bool, bool]:
-    return segment.own, segment.causal
-
-
 def _stack(segments: list[Segment], layout: Layout, room: MaskRoom) -> _Bucket:
     query = _pad([segment.query for segment in segments]).to(layout.device)
     key = _pad([segment.key for segment in segments]).to(layout.device)
     flat = layout.rows().map(lambda field: field.flatten())
+    # In a conversation of many turns, early rows need not pay for late keys. On a GPU narrow blocks
+    # are too small to fill it, and where rows are few against their keys there is less to save than
+    # the gradient of the keys costs for each block.
+    narrow = query.device.type == "cpu" and 4 * query.shape[1] > key.shape[1]
     band = RowBand(
         query=flat.map(lambda field: field[query]),
         key=flat.map(lambda field: field[key]),
         superseded_until=layout.superseded_until.flatten()[key],
         query_exists=query >= 0,
         key_exists=key >= 0,
-        row_block=_row_block(query, key),
+        row_block=NARROW_BLOCK if narrow else ROW_BLOCK,
         room=room,
     )
     order = layout.order.flatten().tolist()
     span = max(order[segment.query[-1]] - order[segment.query[0]] for segment in segments)
     return _Bucket(query, key, segments[0].causal, segments[0].own, span, band)
-
-
-def _row_block(query: Tensor, key: Tensor) -> int:
-    """Rows of a block: of a conversation's many turns, early rows need not pay for late keys.
-
-    On a GPU the blocks are too small to fill it, and where rows are few against their keys there
-    is less to save than each block's own gradient of the keys costs.
-    """
-    saves = 4 * query.shape[1] > key.shape[1]
-    return NARROW_BLOCK if saves and query.device.type == "cpu" else ROW_BLOCK
 
 
 def _pad(rows: list[list[int]]) -> Tensor:

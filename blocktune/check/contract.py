@@ -24,10 +24,7 @@ from blocktune.check.serving import (
     all_fresh,
     all_visible,
     begun,
-    chosen_rows,
-    dense_logits,
-    last_chunk_start,
-    question_start,
+    computed_columns,
     reach,
 )
 from blocktune.engine import Engine
@@ -36,7 +33,7 @@ from blocktune.methods.reshape import RESHAPES
 from blocktune.methods.select import SELECTORS, Everything, FirstK, takes_budget
 from blocktune.positions import PLACEMENTS
 from blocktune.prompt import LayoutSpec
-from blocktune.prompt.rows import BOS
+from blocktune.prompt.layout_spec import BOS
 from blocktune.testing import small_engine
 
 SLOT = 64
@@ -147,12 +144,12 @@ def _equal(name: str, pairs: Callable[[Subject], Pairs]) -> Claim:
 
 def _everything_fresh(subject: Subject) -> Pairs:
     method = _neutral(compose(subject.method, select=Everything()))
-    yield subject.logits(method), dense_logits(subject, method, all_visible)
+    yield subject.logits(method), subject.dense_logits(method, all_visible)
 
 
 def _everything_but_wraps_fresh(subject: Subject) -> Pairs:
     method = _neutral(compose(subject.method, select=Everything()))
-    yield subject.logits(method), dense_logits(subject, method, all_fresh)
+    yield subject.logits(method), subject.dense_logits(method, all_fresh)
 
 
 def _without_history(subject: Subject) -> Pairs:
@@ -164,11 +161,11 @@ def _without_history(subject: Subject) -> Pairs:
 
 def _nothing_fresh(subject: Subject) -> Pairs:
     method = compose(subject.method, select=None, reshape=None)
-    yield subject.logits(method), dense_logits(subject, method)
+    yield subject.logits(method), subject.dense_logits(method)
 
 
 def _exact_is_dense(subject: Subject) -> Pairs:
-    yield subject.logits(subject.method), dense_logits(subject, subject.method)
+    yield subject.logits(subject.method), subject.dense_logits(subject.method)
 
 
 def _budget_ends(subject: Subject) -> Pairs:
@@ -192,16 +189,16 @@ def _neutral_reshape(subject: Subject) -> Pairs:
 
 
 def _no_future(subject: Subject) -> Pairs:
-    """Columns before the question or the last chunk, when that is another one."""
+    """Columns before the question, or before the last chunk, with another one in its place."""
     for method in _with_fixed_choices(subject.method):
-        one = subject.run(method)
-        for ask, start in ((OTHER, question_start(one)), (LAST, last_chunk_start(one))):
-            other = subject.run(method, ask)
-            if chosen_rows(one, start) != chosen_rows(other, start):
-                continue  # what comes later may choose; it shows under the choices that are fixed
-            for left, right in zip(one.cache.layers, other.cache.layers, strict=True):
-                yield left.keys[:, :, :start], right.keys[:, :, :start]
-                yield left.values[:, :, :start], right.values[:, :, :start]
+        one = subject.serve(method)
+        for ask, start in ((OTHER, one.question_start), (LAST, one.last_chunk_start)):
+            other = subject.serve(method, ask)
+            if one.computed_before(start) != other.computed_before(start):
+                continue  # later text may change the choice; the fixed choices cover this
+            for left, right in zip(one.states, other.states, strict=True):
+                for state, same in zip(left, right, strict=True):
+                    yield state[:, :, :start], same[:, :, :start]
 
 
 def _order_of_storing(subject: Subject) -> Pairs:
@@ -213,27 +210,26 @@ def _order_of_storing(subject: Subject) -> Pairs:
 
 
 def _batch_is_single(subject: Subject) -> Pairs:
-    asks, method = [ASK, SHORT], subject.method
-    engine = subject.begin()
-    alone = [engine.next_logits([ask], method) for ask in asks]
-    yield subject.begin().next_logits(asks, method), torch.cat(alone)
+    method = subject.method
+    alone = torch.stack([subject.serve(method, ask).logits for ask in (ASK, SHORT)])
+    yield subject.begin().next_logits([ASK, SHORT], method), alone
 
 
 def _decoding_is_one_forward(subject: Subject) -> Pairs:
-    """A few decoded tokens, and the same tokens given behind the question."""
+    """A few decoded tokens, and the same tokens given after the question."""
     for method in _with_fixed_choices(subject.method):
         run = subject.run(method)
-        chosen = chosen_rows(run)
+        computed = computed_columns(run)
         ids, logits = run.continued(3)
         whole = subject.run(method, answer=ids)
-        if chosen_rows(whole) == chosen:  # a share of the whole prompt is of more tokens now
+        if computed_columns(whole) == computed:  # else a share of the prompt is more tokens now
             yield logits, whole.prefill.logits
             return
     raise AssertionError("no choice of tokens stayed the same")
 
 
 def _with_fixed_choices(method: Method) -> list[Method]:
-    """The method, and its place, encoding and reshape under choices that no question changes."""
+    """The method, and its layout and reshape under choices that no question changes."""
     if method.cached is not Cached.CHUNKS:
         return [method]
     return [method, *(compose(method, select=one) for one in (FirstK(k=3), Everything()))]

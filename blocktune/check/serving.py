@@ -1,23 +1,48 @@
-"""Serving a method for a check, and what it must equal: one dense forward."""
+"""Serving a method for a check, and the dense forward that it must equal."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from blocktune.attention import DensePlan
+from blocktune.cache import ChunkStore
 from blocktune.check.claim import ASK, HISTORY, Ask
 from blocktune.engine import Engine, Sampling
 from blocktune.engine.generation import Generation
 from blocktune.layout import GLOBAL, Kind, Layout
 from blocktune.methods import Method
-from blocktune.prompt import stack
+from blocktune.prompt import LayoutSpec, stack
 
 POSITIONS = 256
-"""Up to here the tolerance holds; float32 angles are wrong in proportion to the position."""
+"""The tolerance holds up to here; the error of float32 angles grows with the position."""
+RowChange = Callable[[Tensor, Layout], tuple[Tensor, Layout]]
+
+
+class Served(NamedTuple):
+    """A request after its prefill.
+
+    Attributes:
+        logits: After the prompt, ``(V,)``.
+        states: Keys and values of each layer, ``(1, K, N, D)`` each.
+        computed: Columns of the chunk tokens that each pass computed.
+        question_start: Column at which the question begins.
+        last_chunk_start: Column at which the last chunk begins, or the question without a chunk.
+    """
+
+    logits: Tensor
+    states: tuple[tuple[Tensor, Tensor], ...]
+    computed: tuple[tuple[int, ...], ...]
+    question_start: int
+    last_chunk_start: int
+
+    def computed_before(self, column: int) -> list[list[int]]:
+        """`computed`, of the columns below ``column``."""
+        return [[one for one in columns if one < column] for columns in self.computed]
 
 
 @dataclass(frozen=True)
@@ -25,32 +50,76 @@ class Subject:
     """A method on an engine.
 
     Attributes:
-        method: Whose contract it is.
+        method: The method that is checked.
         engine: With the weights that the method needs.
-        bare: Another one, in whose prompts nothing stands before the first chunk.
+        bare: Another engine, whose prompts have nothing before the first chunk.
+        known: What the engine served from empty caches so far: claims, and methods that differ in
+            one axis only, ask for the same. Subjects on one engine may share it.
     """
 
     method: Method
     engine: Engine
     bare: Engine
+    known: dict[Any, Any] = field(default_factory=dict)
 
     def begin(self, history: Sequence[Ask] = HISTORY) -> Engine:
-        """The engine with empty caches, or the history that the method lives on."""
+        """The engine with empty caches, or with the history that the method needs."""
         return begun(self.engine, self.method, history)
 
     def run(self, method: Method, ask: Ask = ASK, answer: tuple[int, ...] = ()) -> Generation:
-        """A request up to its first logits, or those after ``answer`` given beforehand."""
+        """A request up to its first logits, or those after an ``answer`` given beforehand."""
         self.begin()
         pieces = self.engine.prompts.pieces(ask, method)._replace(answer=answer)
         return self.engine.start([pieces], method)
 
+    def serve(self, method: Method, ask: Ask = ASK) -> Served:
+        """A request, or what is known of it."""
+        return self._once(method, ask, lambda: _served(self.run(method, ask)))
+
     def logits(self, method: Method) -> Tensor:
         """``(V,)`` after the prompt of `ASK`."""
-        return self.run(method).prefill.logits[0]
+        return self.serve(method).logits
+
+    def dense_logits(self, method: Method, rows: RowChange | None = None) -> Tensor:
+        """``(V,)`` after the prompt of `ASK`, in one forward under the dense mask of its layout.
+
+        Args:
+            method: Decides the layout.
+            rows: Changes ids and layout first, such as `all_visible`; the prompt's own rows must
+                come first.
+        """
+        return self._once(method, rows, lambda: _dense_logits(self, method, rows))
+
+    def _once(self, method: Method, more: Any, make: Callable[[], Any]) -> Any:
+        key = (facts_served(method), more)
+        if (made := self.known.get(key)) is None:
+            made = self.known[key] = make()
+        return made
+
+
+def facts_served(method: Method) -> tuple:
+    """What an engine reads of a method: two that agree in it are served alike."""
+    choices = method.layout(LayoutSpec()), method.select(), method.reshape(), method.history
+    kept = method.weights, method.cached, method.keeps_context, method.layer_budget
+    own_loader = method.loader(ChunkStore(), "") is not None and method.name
+    return repr(choices), kept, own_loader
+
+
+def _served(run: Generation) -> Served:
+    layout = run.batch.layout
+    question = int(layout.order[layout.kind == Kind.QUERY].min())
+    last = layout.is_context & (layout.chunk == layout.chunk.max())
+    return Served(
+        run.prefill.logits[0],
+        tuple((layer.keys, layer.values) for layer in run.cache.layers),
+        computed_columns(run),
+        question,
+        int(layout.order[last].min()) if bool(last.any()) else question,
+    )
 
 
 def begun(engine: Engine, method: Method, history: Sequence[Ask] = HISTORY) -> Engine:
-    """The engine with empty caches; of a method with a history, as ``history`` leaves them."""
+    """The engine with empty caches; if the method has a history, as ``history`` leaves them."""
     engine.forget()
     if method.history is not None:
         for ask in history:
@@ -58,35 +127,13 @@ def begun(engine: Engine, method: Method, history: Sequence[Ask] = HISTORY) -> E
     return engine
 
 
-def chosen_rows(run: Generation, until: int = 1 << 30) -> list[list[int]]:
-    """Chunk tokens that were computed, by pass, as columns of the first prompt below ``until``."""
+def computed_columns(run: Generation) -> tuple[tuple[int, ...], ...]:
+    """Columns of the first prompt's chunk tokens that each pass computed."""
     rows = [plan.query.map(lambda field: field[0]) for plan in run.prefill.plans]
-    return [one.order[(one.kind == Kind.CHUNK) & (one.order < until)].tolist() for one in rows]
+    return tuple(tuple(one.order[one.kind == Kind.CHUNK].tolist()) for one in rows)
 
 
-def question_start(run: Generation) -> int:
-    """Column at which the question begins."""
-    layout = run.batch.layout
-    return int(layout.order[layout.kind == Kind.QUERY].min())
-
-
-def last_chunk_start(run: Generation) -> int:
-    """Column at which the last chunk's tokens begin, or the question where there is no chunk."""
-    layout = run.batch.layout
-    last = layout.is_context & (layout.chunk == layout.chunk.max())
-    return int(layout.order[last].min()) if bool(last.any()) else question_start(run)
-
-
-def dense_logits(
-    subject: Subject, method: Method, rows: Callable[[Tensor, Layout], tuple] | None = None
-) -> Tensor:
-    """Logits ``(V,)`` after the prompt, in one forward under the dense mask of its layout.
-
-    Args:
-        subject: Whose engine and history it is.
-        method: Says how the prompt is laid out.
-        rows: Changes ids and layout first, such as `all_visible`; a prompt's own rows come first.
-    """
+def _dense_logits(subject: Subject, method: Method, rows: RowChange | None) -> Tensor:
     engine = subject.begin()
     prompt = engine.lay_out(engine.prompts.pieces(ASK, method), method)
     batch = stack([prompt], pad_id=0).to(engine.model.device)
@@ -99,16 +146,16 @@ def dense_logits(
 
 
 def all_visible(ids: Tensor, layout: Layout) -> tuple[Tensor, Layout]:
-    """The same rows in full attention: nothing hidden, each row sees all before it."""
+    """The same rows in full attention: nothing is hidden, each row sees all before it."""
     kept = layout.kind[0] != Kind.BLANK
     layout = layout.map(lambda field: field[:, kept])
     return ids[:, kept], replace(layout, group=torch.full_like(layout.group, GLOBAL))
 
 
 def all_fresh(ids: Tensor, layout: Layout) -> tuple[Tensor, Layout]:
-    """Every token of a chunk once more, seeing all before it and seen in place of the first.
+    """Every chunk token a second time: it sees all before it and is seen instead of the first.
 
-    What wraps a chunk keeps the one row that it is stored with, which saw the chunk alone.
+    The learned tokens around a chunk keep the one row that they are stored with.
     """
     rows = layout.is_context[0].nonzero().squeeze(1)
     again = layout.map(lambda field: field[:, rows])
@@ -120,6 +167,6 @@ def all_fresh(ids: Tensor, layout: Layout) -> tuple[Tensor, Layout]:
 
 
 def reach(engine: Engine, method: Method, ask: Ask) -> float:
-    """How much larger than usual the tolerance is, for the positions that a prompt reaches."""
+    """Factor of the tolerance for the largest position of a prompt."""
     prompt = engine.prompts.prompt(engine.prompts.pieces(ask, method), engine.prompts.spec(method))
     return max(1.0, int(prompt.layout.position.max()) / POSITIONS)

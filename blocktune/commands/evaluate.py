@@ -1,4 +1,4 @@
-"""`blocktune eval`, `eval compare`, `eval report`, `eval traces`, `eval page`."""
+"""`blocktune eval`, `eval compare`, `eval report`."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Annotated
 
 import typer
 
-from blocktune.commands.options import AsJson, Device, Dtype, quiet_libraries, teach
+from blocktune.commands.errors import resumable
+from blocktune.commands.options import AsJson, Limit, quiet_libraries, teach
 
 EXAMPLES = teach(
     "blocktune eval --suite eval/suites/quick.yaml --output out/quick",
     "blocktune eval --suite eval/suites/quick.yaml --output out/try --limit 20",
     "blocktune eval --suite eval/suites/quick.yaml --output out/matched --layer-budget 0.4",
-    "A run that was stopped goes on where it was: repeat the command. On several GPUs:",
+    "A stopped command continues where it stopped: repeat it. On several GPUs:",
     "  accelerate launch -m blocktune.evaluation --suite SUITE --output out/run",
     "blocktune eval compare out/before out/after",
     "blocktune eval report out/quick",
@@ -23,46 +24,37 @@ Run = Annotated[Path, typer.Argument(help="The --output folder of a finished run
 
 
 def add_to(app: typer.Typer) -> None:
-    """Registers the command and what stands under it."""
+    """Registers the command and its subcommands."""
     group = typer.Typer(rich_markup_mode="rich")
     group.callback(invoke_without_command=True, epilog=EXAMPLES)(evaluate)
     group.command("compare", epilog=teach("blocktune eval compare out/before out/after"))(compare)
     group.command("report", epilog=teach("blocktune eval report out/quick"))(report)
-    group.command(
-        "traces",
-        epilog=teach(
-            "blocktune eval traces --trace eval/traces.yaml --output out/traces",
-        ),
-    )(traces)
-    group.command(
-        "page", epilog=teach("blocktune eval page eval/results/STUDY.md --runs out/study")
-    )(page)
     app.add_typer(group, name="eval")
 
 
 def evaluate(
     context: typer.Context,
     suite: Annotated[
-        Path | None, typer.Option(help="YAML of what to run; see eval/suites/.")
+        Path | None, typer.Option(help="YAML of methods and tasks; see eval/suites/.")
     ] = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder for rows, results.json and the picture.")
     ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Only the first questions of each task.")
-    ] = None,
-    model: Annotated[str | None, typer.Option(help="Instead of the suite's model.")] = None,
-    device: Annotated[str | None, typer.Option(help="Instead of the suite's device.")] = None,
+    limit: Limit = None,
+    model: Annotated[str | None, typer.Option(help="Overrides the suite's model.")] = None,
+    device: Annotated[str | None, typer.Option(help="Overrides the suite's device.")] = None,
     quantize: Annotated[
-        str | None, typer.Option(help="nf4 or int8, instead of the suite's quantisation.")
+        str | None, typer.Option(help="nf4 or int8; overrides the suite's quantisation.")
     ] = None,
     budget: Annotated[
         float | None,
-        typer.Option(min=0, max=1, help="Share of the context tokens for all that choose some."),
+        typer.Option(
+            min=0, max=1, help="Share of context tokens that every selector may recompute."
+        ),
     ] = None,
     layer_budget: Annotated[
         float | None,
-        typer.Option(min=0, max=1, help="The same as a share of the layer-tokens they spend."),
+        typer.Option(min=0, max=1, help="The same as a share of layer-tokens."),
     ] = None,
 ) -> None:
     """Compare methods on the same questions: accuracy with intervals, cost, time to first token."""
@@ -74,7 +66,8 @@ def evaluate(
 
     loaded = changed(load_suite(suite), limit, model, device, quantize)
     loaded = at_one_budget(loaded, budget, layer_budget)
-    run_and_show(loaded, output, title=suite.stem)
+    with resumable(f"the rows so far are in {output}"):
+        run_and_show(loaded, output, title=suite.stem)
 
 
 def at_one_budget(suite, budget: float | None, layer_budget: float | None):
@@ -93,23 +86,21 @@ def at_one_budget(suite, budget: float | None, layer_budget: float | None):
 
 
 def run_and_show(suite, output: Path, title: str, command: list[str] | None = None) -> dict | None:
-    """Runs a suite, prints its table and draws its picture; see `evaluation.show`."""
+    """Runs a suite, prints its table and draws its picture; see `evaluation.cli_output`."""
     quiet_libraries()
-    from blocktune.evaluation import cli_output as show
+    from blocktune.evaluation import cli_output
 
-    return show.run_and_show(suite, output, title, command)
+    return cli_output.run_and_show(suite, output, title, command)
 
 
 def compare(
     before: Run,
     after: Run,
-    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed of the significance test.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Compare two runs method by method, on the questions that both answered."""
     import json
-
-    from rich.console import Console
 
     from blocktune.evaluation.compare import compare, compare_table
 
@@ -117,53 +108,16 @@ def compare(
     if as_json:
         typer.echo(json.dumps([change._asdict() for change in changes], indent=2))
         return
-    console = Console()
-    console = console if console.is_terminal else Console(width=110)
-    console.print(compare_table(changes, {"before": before.name, "after": after.name}))
+    compare_table(changes, {"before": before.name, "after": after.name}).show()
 
 
 def report(
     run: Run,
-    title: Annotated[str | None, typer.Option(help="Of the page; by default the folder's.")] = None,
+    title: Annotated[
+        str | None, typer.Option(help="Title of the page. Default: the folder's name.")
+    ] = None,
 ) -> None:
     """Write the report of a run: one HTML file without network, and its pictures as PNGs."""
     from blocktune.evaluation.report import write_report
 
     typer.echo(write_report(run, title))
-
-
-def traces(
-    trace: Annotated[Path, typer.Option(help="YAML of the traces; see eval/traces.yaml.")],
-    output: Annotated[Path, typer.Option(help="Folder for traces.json and the picture.")],
-    model: Annotated[str | None, typer.Option(help="Instead of the file's model.")] = None,
-    requests: Annotated[int | None, typer.Option(min=1, help="Only the first requests.")] = None,
-    dtype: Dtype | None = None,
-    device: Device = None,
-) -> None:
-    """Serve traces in which chunks return: storage against accuracy against time."""
-    quiet_libraries()
-    from rich.console import Console
-
-    from blocktune.evaluation.trace_run import run_traces
-    from blocktune.evaluation.trace_show import traces_table
-    from blocktune.evaluation.traces import load_traces
-
-    loaded = load_traces(trace)
-    given = {"model": model, "requests": requests, "dtype": dtype, "device": device}
-    loaded = replace(loaded, **{name: value for name, value in given.items() if value is not None})
-    console = Console()
-    console = console if console.is_terminal else Console(width=110)
-    console.print(traces_table(run_traces(loaded, output)))
-
-
-def page(
-    path: Annotated[Path, typer.Argument(help="Markdown with blocks of tables and figures.")],
-    runs: Annotated[
-        Path | None, typer.Option(help="Folder of finished runs to take new results from.")
-    ] = None,
-) -> None:
-    """Make a page's tables and figures anew from results; what is written around them stays."""
-    from blocktune.evaluation.study import refresh
-
-    missing = refresh(path, runs)
-    typer.echo(f"{path}: " + (f"not measured yet: {', '.join(missing)}" if missing else "whole"))

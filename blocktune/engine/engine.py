@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,15 +14,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blocktune.adapter import AdapterInfo
 from blocktune.adapter.load import load_model
-from blocktune.attention import attach, detach
+from blocktune.attention import attach
 from blocktune.cache import ChunkStore, PrefixTree, model_fingerprint
-from blocktune.engine.auxiliary import Auxiliaries
 from blocktune.engine.batch_prefill import prefill_batch
+from blocktune.engine.context_cache import (
+    CachedContext,
+    ContextRequest,
+    cut_context,
+    require_cacheable,
+)
 from blocktune.engine.encode import Encoder, Piece, grouped
 from blocktune.engine.generation import Answer, Generation, Sampling
-from blocktune.engine.layers import install
+from blocktune.engine.layer_schedule import install
 from blocktune.engine.prompts import PromptMaker, Request
-from blocktune.engine.state import EngineState
+from blocktune.engine.state import Auxiliaries, EngineState
 from blocktune.engine.usage import Stopwatch
 from blocktune.methods import Method, build
 from blocktune.models.gate import require_supported
@@ -49,7 +53,7 @@ class Engine:
     ```
 
     Several threads may answer at once: what a request changes is its own, and its caches are
-    locked. Not so inside `stock_attention`, which switches the model for everybody.
+    locked.
     """
 
     def __init__(
@@ -267,6 +271,39 @@ class Engine:
         if tail := self._state.text(ids)[len(shown) :]:
             yield tail
 
+    def cache(
+        self, chunks: Sequence[Chunk], method: str | Method = "naive", question: str | None = None
+    ) -> CachedContext:
+        """The prompt up to its question as a cache that stock `generate` continues.
+
+        Greedy decoding over it writes the tokens of `answer`. Nothing is learnt from it.
+
+        Args:
+            chunks: Retrieved passages in prompt order.
+            method: Any method without a reshape.
+            question: Needed by methods that choose tokens by the question; leave it out
+                otherwise, then the cache serves any question.
+
+        Raises:
+            ValueError: If the method reshapes attention or needs a question, or as `answer` does.
+        """
+        method = built(method)
+        require_cacheable(method, self._state.num_layers, question)
+
+        def pieces(asked: str) -> Pieces:
+            return self.prompts.pieces(ContextRequest(asked, chunks), method)
+
+        def lay_out(asked: str) -> Prompt:
+            return self.prompts.prompt(pieces(asked), self.prompts.spec(method))
+
+        prompt = pieces("?" if question is None else question)
+        self._warm_up([prompt], method)
+        decoding = {
+            "eos_token_id": sorted(self._state.stop_ids()),
+            "pad_token_id": self._state.pad_id,
+        }
+        return cut_context(self.start([prompt], method), question, lay_out, decoding)
+
     def start(self, pieces: Sequence[Pieces], method: str | Method) -> Generation:
         """Serves prompts given as token pieces up to their first logits.
 
@@ -306,15 +343,6 @@ class Engine:
         contexts = method.history.lookup(encoder.store, encoder.fingerprint, pieces)
         spec = LayoutSpec(block=False) if contexts is None else spec
         return self.prompts.prompt(pieces, spec, max_new_tokens, contexts)
-
-    @contextmanager
-    def stock_attention(self) -> Iterator[PreTrainedModel]:
-        """The model with its own attention, for comparing; blocktune's again after the block."""
-        detach(self.model)
-        try:
-            yield self.model
-        finally:
-            attach(self.model)
 
     def _read(
         self, examples: Sequence[Request], method: Method, max_new_tokens: int = 0

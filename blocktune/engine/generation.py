@@ -18,11 +18,10 @@ from transformers import (
 from blocktune.attention.cached import CachePlan, Reshaping
 from blocktune.cache import RowCache
 from blocktune.engine.assemble import Assembled
-from blocktune.engine.cost import Executed
-from blocktune.engine.prefill import Prefill
+from blocktune.engine.layer_schedule import Prefill
 from blocktune.engine.rows import decoded_rows
 from blocktune.engine.state import EngineState
-from blocktune.engine.usage import Stopwatch, Ttft, Usage
+from blocktune.engine.usage import Executed, Stopwatch, Ttft, Usage
 from blocktune.layout import Kind, Rows
 from blocktune.prompt import Batch
 

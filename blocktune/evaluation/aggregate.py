@@ -11,7 +11,7 @@ import numpy as np
 
 from blocktune.evaluation.metrics import adjusted_f1, filter_bias
 from blocktune.evaluation.rows import Row
-from blocktune.evaluation.statistics import PairedBootstrap, holm, mcnemar_exact, power, sign_flip
+from blocktune.evaluation.statistics import PairedScores, holm, mcnemar_exact, p_value, power
 
 COSTS = ("recompute_ratio", "ttft_s")
 NEAR = 0.02
@@ -69,28 +69,26 @@ SCORES = ("em", "f1", "score")
 def summarize(
     rows: Mapping[str, Sequence[Row]], full: str | None, naive: str | None, seed: int
 ) -> dict[str, dict[str, Any]]:
-    """Label -> scores over all of ``rows``; one bootstrap a score serves every method.
+    """Label -> scores over all of ``rows``, with intervals and differences.
 
     Args:
         rows: Label -> rows of the same questions, in the same order.
         full: Label of full prefill on the base model, or None.
         naive: Label of naive reuse on it, or None.
-        seed: Of the bootstraps.
+        seed: Of the sign flips.
     """
     scores = {
         name: {label: [getattr(row, name) for row in own] for label, own in rows.items()}
         for name in SCORES
     }
-    drawn = PairedBootstrap(
-        {(name, label): scores[name][label] for name in SCORES for label in rows}, seed=seed
-    )
-    p_values = _p_values(scores["score"])
+    paired = {name: PairedScores(own) for name, own in scores.items()}
+    p_values = _p_values(scores["score"], seed)
     summaries = {}
     for label, own in rows.items():
-        (em, *em95), (_, *f1_95), (score, *score95) = (drawn.mean((name, label)) for name in SCORES)
+        (em, *em95), (f1, *f1_95), (score, *score95) = (paired[n].mean(label) for n in SCORES)
         summaries[label] = {
             "em": em,
-            "f1": fmean(scores["f1"][label]),
+            "f1": f1,
             "substring_em": fmean(row.substring_em for row in own),
             "score": score,
             "scores": _further(own),
@@ -101,17 +99,11 @@ def summarize(
             "n": len(own),
             "recompute_ratio": fmean(row.recompute_ratio for row in own),
             "flops_over_full_prefill": _flops_over(own, full and rows[full]),
-            **_recovered(drawn, label, full, naive),
-            "em_minus": _em_minus(drawn, scores["em"], label),
-            "score_minus": _score_minus(drawn, scores["score"], label, p_values),
+            **_recovered(paired, label, full, naive),
+            "em_minus": _em_minus(paired["em"], scores["em"], label),
+            "score_minus": _score_minus(paired["score"], scores["score"], label, p_values),
         }
     return summaries
-
-
-def p_value(own: Sequence[float], other: Sequence[float]) -> float:
-    """McNemar's exact test where scores are right or wrong, else sign flips."""
-    binary = set(own) | set(other) <= {0.0, 1.0}
-    return mcnemar_exact(own, other) if binary else sign_flip(own, other)
 
 
 def _flops_over(own: Sequence[Row], full: Sequence[Row] | None) -> float | None:
@@ -142,40 +134,40 @@ def _adjusted(f1: Sequence[float], full: Sequence[float] | None) -> dict[str, An
 
 
 def _recovered(
-    drawn: PairedBootstrap, label: str, full: str | None, naive: str | None
+    paired: Mapping[str, PairedScores], label: str, full: str | None, naive: str | None
 ) -> dict[str, Any]:
     found = {}
     for name, key in (("em", "gap_recovered"), ("score", "score_gap_recovered")):
-        ends = [(name, one) for one in (label, naive, full)]
-        gap = drawn.recovered_gap(*ends) if full and naive else None
+        gap = paired[name].recovered_gap(label, naive, full) if full and naive else None
         found |= {key: gap and gap.mean, f"{key}_ci95": gap and [gap.low, gap.high]}
     return found
 
 
-def _p_values(scores: Mapping[str, Sequence[float]]) -> dict[frozenset[str], dict[str, float]]:
+def _p_values(
+    scores: Mapping[str, Sequence[float]], seed: int
+) -> dict[frozenset[str], dict[str, float]]:
     """The p-value of every pair, and Holm's over all pairs of the table."""
     pairs = {
-        (label, other): p_value(own, scores[other])
-        for index, (label, own) in enumerate(scores.items())
-        for other in list(scores)[index + 1 :]
+        frozenset(pair): p_value(*(scores[label] for label in pair), seed=seed)
+        for pair in combinations(scores, 2)
     }
     adjusted = holm(pairs)
-    return {frozenset(pair): {"p": p, "p_holm": adjusted[pair]} for pair, p in pairs.items()}
+    return {pair: {"p": p, "p_holm": adjusted[pair]} for pair, p in pairs.items()}
 
 
 def _em_minus(
-    drawn: PairedBootstrap, em: Mapping[str, Sequence[float]], label: str
+    paired: PairedScores, em: Mapping[str, Sequence[float]], label: str
 ) -> dict[str, dict[str, Any]]:
     """How far one method is above each other; p is McNemar's, for one comparison, not for many."""
     return {
-        other: _difference(drawn, "em", label, other) | {"p": mcnemar_exact(em[label], em[other])}
+        other: _difference(paired, label, other) | {"p": mcnemar_exact(em[label], em[other])}
         for other in em
         if other != label
     }
 
 
 def _score_minus(
-    drawn: PairedBootstrap,
+    paired: PairedScores,
     scores: Mapping[str, Sequence[float]],
     label: str,
     p_values: Mapping[frozenset[str], dict[str, float]],
@@ -184,9 +176,9 @@ def _score_minus(
     found = {}
     for other in scores:
         if other != label:
-            able = power(scores[label], scores[other])
-            found[other] = _difference(drawn, "score", label, other)
-            found[other] |= p_values[frozenset((label, other))]
+            tested = p_values[frozenset((label, other))]
+            able = power(scores[label], scores[other], **tested)
+            found[other] = _difference(paired, label, other) | tested
             found[other] |= {
                 "detectable": able and able.detectable,
                 "n_needed": able and able.num_needed,
@@ -194,8 +186,8 @@ def _score_minus(
     return found
 
 
-def _difference(drawn: PairedBootstrap, name: str, label: str, other: str) -> dict[str, Any]:
-    mean, low, high = drawn.difference((name, label), (name, other))
+def _difference(paired: PairedScores, label: str, other: str) -> dict[str, Any]:
+    mean, low, high = paired.difference(label, other)
     return {"mean": mean, "ci95": [low, high]}
 
 
@@ -250,6 +242,6 @@ def _sweep(rows: Mapping[str, Sequence[Row]], value: Callable) -> list[dict[str,
 
 def _scores(rows: Mapping[str, Sequence[Row]], members: np.ndarray) -> dict[str, Any]:
     scores = {label: [own[i].score for i in members] for label, own in rows.items()}
-    drawn = PairedBootstrap(scores, num_resamples=2000)
-    found = {label: drawn.mean(label) for label in scores}
+    paired = PairedScores(scores)
+    found = {label: paired.mean(label) for label in scores}
     return {label: {"score": m, "ci95": [low, high]} for label, (m, low, high) in found.items()}

@@ -1,18 +1,28 @@
-"""Runs a suite and shows what came out: table, sentences, picture, report."""
+"""Runs a suite and shows what came out: table, sentences, picture."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from blocktune.evaluation.figures import draw_results
 from blocktune.evaluation.findings import power_notes
 from blocktune.evaluation.processes import Processes, launched
+from blocktune.evaluation.report.charts import draw_results
 from blocktune.evaluation.runner import RESULTS, run_suite
 from blocktune.evaluation.suite import Suite
-from blocktune.evaluation.table import results_table
+from blocktune.tables import Table, with_half, written
+
+NOTE = (
+    "Scores in %, with half their 95 % interval (EM: exact match). Adj. F1: over the questions "
+    "that full prefill can answer, a filter that favours it; raw F1 is in the report. Recomputed: "
+    "of the context's tokens, over all layers. Gap closed: share of the way from naive reuse to "
+    "full prefill, all together."
+)
+MOST_GROUPS = 6
+"""Tasks and kinds that fit beside each other; of more, only the mean over all is shown."""
 
 
 def run_and_show(
@@ -41,15 +51,65 @@ def run_and_show(
         return None
     picture = draw_results(results, output / "results.png", _caption(results, suite.model))
     console = Console()
-    if not console.is_terminal:
-        console = Console(width=100)  # what the table is made for, in a file or a pipe
-    console.print(results_table(results, title))
+    results_table(results, title).show(console)
     for note in power_notes(results):
         console.print(f"[dim]{note}[/dim]", highlight=False)
     console.print(f"[dim]{output / RESULTS}  {picture}  {output / 'rows'}/[/dim]")
     return results
 
 
-def _caption(results: dict[str, Any], model: str) -> str:
+def results_table(results: Mapping[str, Any], title: str = "") -> Table:
+    """Lays out `build_results`: a row per method, its score by kind, then what it costs.
+
+    Args:
+        results: What ``results.json`` holds.
+        title: Above the table.
+    """
+    methods = results["methods"]
+    kinds = list(next(iter(methods.values()))["tasks"])
+    kinds = kinds if len(kinds) <= MOST_GROUPS else []
+    scores = [f"{_broken(kind)}\n{title_of(results, kind)}" for kind in kinds] or ["all\nscore"]
+    costs = ("adj.\nF1", "recom-\nputed", "TTFT\nms", "of full\nprefill", "gap\nclosed")
+    rows = []
+    for label, summary in methods.items():
+        cells = [summary["tasks"][kind] for kind in kinds] or [summary]
+        shown = [with_half(cell["score"], cell["score_ci95"]) for cell in cells]
+        rows.append((label, *shown, *_costs(summary)))
+    return Table(("method", *scores, *costs), rows, title, NOTE + _timed(methods))
+
+
+def title_of(results: Mapping[str, Any], group: str) -> str:
+    """What the headline metric of a task, or of one of its kinds, is called."""
+    tasks = results["tasks"]
+    named = group.partition("/")[0] if len(tasks) > 1 else next(iter(tasks))
+    return tasks[named]["title"]
+
+
+def _costs(summary: Mapping[str, Any]) -> tuple[str, ...]:
+    return (
+        written("score", summary["adjusted_f1"]),
+        written("share", summary["recompute_ratio"]),
+        written("ms", summary["ttft_s"]),
+        written("ratio", summary["ttft_over_full_prefill"]),
+        written("share", summary["score_gap_recovered"]),
+    )
+
+
+def _timed(methods: Mapping[str, Any]) -> str:
+    lengths = (summary["ttft_context_tokens"] for summary in methods.values())
+    longest = max(filter(None, lengths), default=None)
+    if longest is None:
+        return ""
+    return (
+        f" TTFT: median time to first token over contexts of {longest:,.0f} tokens, chunks cached."
+    )
+
+
+def _broken(kind: str) -> str:
+    """A kind's name over two lines where it is long."""
+    return kind if len(kind) <= 10 else kind.replace("/", "/\n").replace("-", "-\n", 1)
+
+
+def _caption(results: Mapping[str, Any], model: str) -> str:
     count = max(summary["n"] for summary in results["methods"].values())
     return f"{Path(model).name}, {count:,} questions; bars are 95 % intervals"

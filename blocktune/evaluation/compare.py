@@ -8,13 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich import box
-from rich.table import Table
-
-from blocktune.evaluation.aggregate import p_value
-from blocktune.evaluation.pooling import with_pools
+from blocktune.evaluation.results import with_pools
 from blocktune.evaluation.rows import Row, read_all
-from blocktune.evaluation.statistics import PairedBootstrap, holm, power
+from blocktune.evaluation.statistics import ALPHA, PairedScores, holm, p_value, power
+from blocktune.tables import Table, with_interval, written
 
 RESULTS = "results.json"
 
@@ -67,7 +64,7 @@ def compare(before: str | Path, after: str | Path, *, seed: int = 0) -> list[Cha
     Args:
         before: Folder of run A.
         after: Folder of run B.
-        seed: Of the bootstrap.
+        seed: Of the sign flips of scores that are not 0 or 1.
 
     Raises:
         ValueError: If they share no method, or no question of one.
@@ -80,9 +77,10 @@ def compare(before: str | Path, after: str | Path, *, seed: int = 0) -> list[Cha
             f"{', '.join(new)}"
         )
     left, right = _rows(before, old, shared), _rows(after, new, shared)
-    changes = {label: _change(label, left[label], right[label], seed) for label in shared}
-    adjusted = holm({label: change.p for label, change in changes.items()})
-    return [change._replace(p_holm=adjusted[label]) for label, change in changes.items()]
+    pairs = {label: _paired(label, left[label], right[label]) for label in shared}
+    p = {label: p_value(b, a, seed=seed) for label, (a, b) in pairs.items()}
+    adjusted = holm(p)
+    return [_change(label, *pairs[label], p[label], adjusted[label]) for label in shared]
 
 
 def _rows(
@@ -94,20 +92,21 @@ def _rows(
     return with_pools(read_all(Path(folder), read), pools)
 
 
-def _change(label: str, left: Sequence[Row], right: Sequence[Row], seed: int) -> Change:
-    old, new = _paired(label, left, right)
-    drawn = PairedBootstrap({"old": old, "new": new}, seed=seed)
-    mean, low, high = drawn.difference("new", "old")
-    able = power(new, old)
+def _change(
+    label: str, old: Sequence[float], new: Sequence[float], p: float, p_holm: float
+) -> Change:
+    paired = PairedScores({"old": old, "new": new})
+    mean, low, high = paired.difference("new", "old")
+    able = power(new, old, p=p, p_holm=p_holm)
     return Change(
         label=label,
         n=len(old),
-        before=drawn.mean("old").mean,
-        after=drawn.mean("new").mean,
+        before=paired.mean("old").mean,
+        after=paired.mean("new").mean,
         mean=mean,
         ci95=(low, high),
-        p=p_value(new, old),
-        p_holm=1.0,
+        p=p,
+        p_holm=p_holm,
         wins=sum(b > a for a, b in zip(old, new, strict=True)),
         losses=sum(b < a for a, b in zip(old, new, strict=True)),
         n_needed=able and able.num_needed,
@@ -142,36 +141,32 @@ def compare_table(changes: Sequence[Change], names: Mapping[str, str]) -> Table:
         changes: What `compare` returned.
         names: ``before`` and ``after``: headings.
     """
+    headings = ("method", names["before"], names["after"], "difference", "+/-", "p", "n", "verdict")
     note = (
-        "Score in %; the difference with its 95 % interval; p after Holm's correction for all rows."
+        "Score in %; the difference with its own 95 % interval; p and verdict after Holm's "
+        "correction for all rows."
     )
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=note)
-    table.add_column("method", no_wrap=True)
-    for heading in (names["before"], names["after"], "difference", "+/-", "p", "n", "verdict"):
-        table.add_column(heading, justify="left" if heading == "verdict" else "right")
-    for change in changes:
-        table.add_row(change.label, *_cells(change))
-    return table
-
-
-def _cells(change: Change) -> tuple[str, ...]:
-    low, high = change.ci95
-    return (
-        f"{100 * change.before:.1f}",
-        f"{100 * change.after:.1f}",
-        f"{100 * change.mean:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})",
-        f"{change.wins}/{change.losses}",
-        f"{change.p_holm:.2g}",
-        f"{change.n:,}",
-        verdict(change.mean, change.p_holm, change.n, change.n_needed),
-    )
+    rows = [
+        (
+            change.label,
+            written("score", change.before),
+            written("score", change.after),
+            with_interval("points", change.mean, change.ci95),
+            f"{change.wins}/{change.losses}",
+            written("p", change.p_holm),
+            written("count", change.n),
+            verdict(change.mean, change.p_holm, change.n, change.n_needed),
+        )
+        for change in changes
+    ]
+    return Table(headings, rows, note=note, left=("verdict",))
 
 
 def verdict(mean: float, p: float, n: int, needed: int | None) -> str:
     """What a difference says, in a few words: real, none, or too few questions to tell."""
     if mean == 0:
         return "the same"
-    if p < 0.05:
+    if p < ALPHA:
         return "differs"
     if needed is not None and needed > n:
         return f"chance at this n; needs about {needed:,}"

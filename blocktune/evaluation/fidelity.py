@@ -10,11 +10,9 @@ import torch
 from torch import Tensor
 
 from blocktune.data import RagExample
-from blocktune.evaluation.choice import choice_of
-from blocktune.evaluation.pooling import mean_of
 from blocktune.evaluation.prepare import Ready
-from blocktune.evaluation.probe import attention_entropy, deviation
-from blocktune.methods import Cached, build
+from blocktune.evaluation.results import mean_of
+from blocktune.methods import build
 
 
 class Agreement(NamedTuple):
@@ -85,9 +83,7 @@ def measure_fidelity(ready: Ready, step: Callable[[], None]) -> dict[str, dict[s
         step: Called after every prompt, for a progress bar.
 
     Returns:
-        Label -> ``kl``, ``top1``, ``tokens``; and, where the method joins chunk caches, ``values``
-        and ``keys`` (mean deviation by layer), ``entropy`` (of the question's attention by layer)
-        and ``choice`` (see `choice_of`; None where keys do not compare). Means over prompts.
+        Label -> ``kl``, ``top1``, ``tokens``: means over prompts.
     """
     found: dict[str, list[dict[str, Any]]] = {spec.label: [] for spec in ready.suite.methods}
     for task in ready.suite.tasks:
@@ -107,15 +103,5 @@ def _compare(engine: Any, example: RagExample, method: Any, num_tokens: int) -> 
         # Full attention after the same tag: what reuse changes is measured, not what a tag does.
         engine = engine.reworded(replace(words, full_tag=words.block_tag))
     wanted = forced_logits(engine.prefilled([example], oracle), num_tokens)
-    run = engine.prefilled([example], method)
-    own = forced_logits(run, num_tokens, wanted.ids)
-    compared = agreement(torch.stack(wanted.logits), torch.stack(own.logits))._asdict()
-    if method.cached is not Cached.CHUNKS:
-        return compared
-    away = deviation(engine, example, method, oracle)
-    for name in ("keys", "values"):
-        states = getattr(away, name)
-        compared[name] = None if states is None else states.mean(1).tolist()
-    compared["choice"] = None if away.keys is None else choice_of(away)
-    compared["entropy"] = attention_entropy(engine.prefilled([example], method)).tolist()
-    return compared
+    own = forced_logits(engine.prefilled([example], method), num_tokens, wanted.ids)
+    return agreement(torch.stack(wanted.logits), torch.stack(own.logits))._asdict()

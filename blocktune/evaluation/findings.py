@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from blocktune.evaluation.results import FLOOR, ORACLE, plain_label
+from blocktune.evaluation.statistics import ALPHA
 
 MOST = 8
 """Methods that are worth a sentence each; more are worth a table."""
@@ -14,9 +15,10 @@ MOST = 8
 def findings(results: Mapping[str, Any]) -> list[str]:
     """Sentences about results: what naive reuse loses, what each other method wins back.
 
-    Methods with an adapter are also compared with one another. Of more than `MOST` methods only
-    those are named that nothing beats at less recomputation. Without both baselines there is
-    nothing to say.
+    A difference counts as real if Holm's p over all pairs of the run is below `ALPHA`, as in the
+    tables' verdicts and in `power_notes`. Methods with an adapter are also compared with one
+    another. Of more than `MOST` methods only those are named that nothing beats at less
+    recomputation. Without both baselines there is nothing to say.
 
     Args:
         results: What `build_results` returned.
@@ -28,15 +30,23 @@ def findings(results: Mapping[str, Any]) -> list[str]:
     full, naive = baselines
     tuned = [label for label, summary in methods.items() if summary["adapter"]]
     others = [n for n in methods if n not in baselines and methods[n]["method"] != "no-context"]
+    lost = methods[full]["score_minus"][naive]
     loss = _loss(methods, full, naive, _named(results))
+    if not (is_shown(lost) and lost["mean"] > 0):
+        return [loss, *_between(methods, tuned)]
     if len(others) <= MOST:
-        return [loss, *(_gain(methods, label, full) for label in others), *_between(methods, tuned)]
+        return [loss, *(_gain(methods, label) for label in others), *_between(methods, tuned)]
     front = [n for n in results["budget"]["pareto"]["recompute_ratio"] if n in others]
     rest = (
         f"{len(others) - len(front)} other methods score no higher than one of these, or than a "
         "baseline, that recomputes no more; the table holds them."
     )
-    return [loss, *(_gain(methods, label, full) for label in front), rest]
+    return [loss, *(_gain(methods, label) for label in front), rest]
+
+
+def is_shown(difference: Mapping[str, Any]) -> bool:
+    """Whether a difference of results is more than chance, all pairs of the run considered."""
+    return difference["p_holm"] < ALPHA
 
 
 def power_notes(results: Mapping[str, Any]) -> list[str]:
@@ -65,7 +75,7 @@ def power_notes(results: Mapping[str, Any]) -> list[str]:
 
 
 def _is_unclear(minus: Mapping[str, Any], n: int) -> bool:
-    return minus["p_holm"] >= 0.05 and minus["n_needed"] is not None and minus["n_needed"] > n
+    return not is_shown(minus) and minus["n_needed"] is not None and minus["n_needed"] > n
 
 
 def _named(results: Mapping[str, Any]) -> str:
@@ -82,13 +92,18 @@ def _loss(methods: Mapping[str, Any], full: str, naive: str, named: str) -> str:
         for kind, cell in methods[naive]["tasks"].items()
     )
     loss = methods[full]["score_minus"][naive]
-    return f"Naive reuse loses {_with_interval(loss)} points of {named} ({by_kind})."
+    if is_shown(loss):
+        return f"Naive reuse loses {_with_interval(loss)} points of {named} ({by_kind})."
+    return (
+        f"Full prefill minus naive reuse: {_with_interval(loss)} points of {named}, within chance "
+        f"(p = {loss['p_holm']:.2g}, corrected for all pairs)."
+    )
 
 
-def _gain(methods: Mapping[str, Any], label: str, full: str) -> str:
+def _gain(methods: Mapping[str, Any], label: str) -> str:
     summary = methods[label]
     if summary["score_gap_recovered"] is None:
-        return f"{label}: there is no gap to close beyond chance."
+        return f"{label}: the gap is too uncertain for a share of it."
     low, high = summary["score_gap_recovered_ci95"]
     fresh = summary["recompute_ratio"]
     cost = f"recomputing {fresh:.0%} of the context" if fresh else "recomputing nothing"
@@ -102,8 +117,7 @@ def _between(methods: Mapping[str, Any], tuned: list[str]) -> Iterator[str]:
     for index, other in enumerate(tuned):
         for label in tuned[index + 1 :]:
             difference = methods[label]["score_minus"][other]
-            low, high = difference["ci95"]
-            verdict = "" if low > 0 or high < 0 else ": within chance at this number of questions"
+            verdict = "" if is_shown(difference) else ": within chance at this number of questions"
             yield f"{label} minus {other}: {_with_interval(difference)} points{verdict}."
 
 

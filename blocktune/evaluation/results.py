@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
 from blocktune.data.worlds import QUESTION_KINDS
 from blocktune.evaluation.aggregate import matched, pareto, summarize, sweeps
-from blocktune.evaluation.pooling import mean_of, with_pools
 from blocktune.evaluation.rows import Row
 from blocktune.evaluation.suite import Suite
 from blocktune.evaluation.ttft import TtftSummary
@@ -16,6 +16,8 @@ from blocktune.evaluation.ttft import TtftSummary
 CI95_OF = "em"
 """The score that ``ci95`` is the interval of, here and in every task."""
 ORACLE, FLOOR = "full-prefill", "naive"
+AVERAGED = ("em", "f1", "substring_em", "score", "recompute_ratio")
+"""Fields of a row that are averaged over the seeds of a pool."""
 
 
 def build_results(
@@ -132,3 +134,46 @@ def plain_label(results: Mapping[str, Any], name: str) -> str | None:
     methods = results["methods"]
     plain = (n for n, m in methods.items() if m["method"] == name and m["adapter"] is None)
     return next(plain, None)
+
+
+def with_pools(
+    rows: Mapping[str, Sequence[Row]], pools: Mapping[str, Sequence[str]]
+) -> dict[str, Sequence[Row]]:
+    """The rows with each pool in the place of its members.
+
+    Questions stay the unit that intervals are over: three seeds are no three times the questions.
+    Nor are they three methods: each comparison more would weaken Holm's correction of all others.
+
+    Args:
+        rows: Label -> rows of the same questions, in the same order.
+        pools: Name -> labels.
+    """
+    found: dict[str, Sequence[Row]] = {}
+    pool_of = {member: name for name, members in pools.items() for member in members}
+    for label, own in rows.items():
+        name = pool_of.get(label)
+        if name is None:
+            found[label] = own
+        elif name not in found:
+            runs = [rows[member] for member in pools[name]]
+            found[name] = [_mean_row(same) for same in zip(*runs, strict=True)]
+    return found
+
+
+def mean_of(values: Sequence[Any]) -> Any:
+    """The mean of numbers, or of lists or mappings of them part by part; None if one is None."""
+    first = values[0]
+    if any(value is None for value in values):
+        return None
+    if isinstance(first, Mapping):
+        return {key: mean_of([value.get(key) for value in values]) for key in first}
+    if isinstance(first, list):
+        return [mean_of(parts) for parts in zip(*values, strict=True)]
+    return fmean(values)
+
+
+def _mean_row(same: Sequence[Row]) -> Row:
+    """The mean over seeds of one question's rows."""
+    means = {name: fmean(getattr(row, name) for row in same) for name in AVERAGED}
+    scores = {name: fmean(row.scores[name] for row in same) for name in same[0].scores}
+    return replace(same[0], scores=scores, **means)

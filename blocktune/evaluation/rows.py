@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from blocktune.data import RagExample
-from blocktune.evaluation.git_state import code_digest
+from blocktune.evaluation.fingerprints import code_digest
 from blocktune.evaluation.metrics import METRICS, extract_answer, score
 from blocktune.evaluation.suite import MethodSpec
 from blocktune.evaluation.task import TaskSpec

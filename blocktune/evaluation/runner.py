@@ -9,18 +9,23 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from blocktune.evaluation.fidelity import measure_fidelity
-from blocktune.evaluation.git_state import code_digest
+from blocktune.evaluation.fingerprints import code_digest, fingerprints
 from blocktune.evaluation.prepare import Load, Ready, TaskQuestion, load_engine, prepare
 from blocktune.evaluation.processes import Processes
-from blocktune.evaluation.progress import progress_bars
 from blocktune.evaluation.results import build_results
 from blocktune.evaluation.rows import ROWS, Row, RowFile, digest_of, make_row, row_key
 from blocktune.evaluation.suite import MethodSpec, Suite
 from blocktune.evaluation.ttft import TtftSummary, measure_ttft
-from blocktune.evaluation.weight_hash import fingerprints
 from blocktune.files import replace_json
 from blocktune.provenance import hardware, provenance, versions
 
@@ -184,3 +189,17 @@ def _measure_fidelity(
 
 def _read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def progress_bars(console: Console | None, shown: bool = True) -> Progress:
+    """Bars on standard error, or on ``console``; of several processes only one shows them."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console or Console(stderr=True),
+        disable=not shown,
+    )

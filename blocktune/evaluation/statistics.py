@@ -1,8 +1,12 @@
-"""How sure a score or a difference is: paired bootstrap intervals, exact tests, power."""
+"""How sure a score or a difference is: intervals in closed form, exact tests, power.
+
+Questions are the unit. Scores lie in [0, 1]. No interval has zero width: where every answer of a
+handful of questions is right, the next one may still be wrong, which a bootstrap cannot know.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from math import ceil, comb, erfc, sqrt
 from statistics import NormalDist
 from typing import NamedTuple
@@ -10,8 +14,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-NUM_RESAMPLES = 10_000
-_BLOCK = 500  # resamples drawn at a time: bounds the memory at any number of questions
+ALPHA = 0.05
+"""Two-sided error of the first kind, of a verdict and of an interval."""
+NUM_FLIPS = 10_000
+FEW = 50
+"""Differences up to which signs are drawn."""
 
 
 class Interval(NamedTuple):
@@ -22,92 +29,100 @@ class Interval(NamedTuple):
     high: float
 
 
-class PairedBootstrap:
-    """Scores of several methods on the same questions, resampled once for all.
+class Power(NamedTuple):
+    """What a number of questions can show of one paired difference.
 
-    Intervals are percentile intervals. Where all scores are equal an interval has no width:
-    resampling cannot know the unseen.
+    Attributes:
+        detectable: Smallest difference that this many questions show, with the given power.
+        num_needed: Questions that would show the observed difference; None where it is 0.
+    """
+
+    detectable: float
+    num_needed: int | None
+
+
+class PairedScores:
+    """Scores of several methods on the same questions, and the intervals of what they say.
 
     Args:
-        scores: Method -> one score per question, ``(n,)``, n at least 1, in the same order.
-        seed: Equal seeds give equal draws.
-        num_resamples: How often questions are drawn, with replacement.
+        scores: Method -> one score in [0, 1] per question, ``(n,)``, n at least 1, in one order.
         confidence: Coverage in (0, 1).
 
     Raises:
         ValueError: If there is no question, or methods differ in their number.
-
-    Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13; paired as
-    in Koehn, Statistical Significance Tests for Machine Translation Evaluation (2004).
     """
 
-    def __init__(
-        self,
-        scores: Mapping[Hashable, ArrayLike],
-        *,
-        seed: int = 0,
-        num_resamples: int = NUM_RESAMPLES,
-        confidence: float = 0.95,
-    ):
+    def __init__(self, scores: Mapping[Hashable, ArrayLike], *, confidence: float = 1 - ALPHA):
         if not 0 < confidence < 1:
             raise ValueError(f"confidence must lie between 0 and 1, got {confidence}")
         counts = {name: len(values) for name, values in scores.items()}
         if len(set(counts.values())) != 1 or 0 in counts.values():
             raise ValueError(f"paired scores need one number of questions, 1 or more, got {counts}")
-        table = np.stack([np.asarray(values, dtype=np.float64) for values in scores.values()])
-        means = resampled_means(table, num_resamples=num_resamples, seed=seed)
-        self._confidence = confidence
-        self._means = dict(zip(scores, table.mean(axis=1).tolist(), strict=True))
-        self._resampled = dict(zip(scores, means, strict=True))
+        self._scores = {name: np.asarray(own, dtype=np.float64) for name, own in scores.items()}
+        self._z = NormalDist().inv_cdf((1 + confidence) / 2)
 
     def mean(self, name: Hashable) -> Interval:
-        """A method's mean."""
-        return self._interval(self._means[name], self._resampled[name])
+        """A method's mean, in Wilson's interval.
+
+        The variance is that of the scores: for 0 and 1 this is Wilson's interval of a proportion;
+        for scores between, such as F1, it is as narrow as their spread allows and as wide as
+        Wilson's where all are 0 or all are 1.
+
+        Source: Wilson, Probable Inference (1927).
+        """
+        own, z2 = self._scores[name], self._z**2
+        n, mean = len(own), float(own.mean())
+        centre = (n * mean + z2 / 2) / (n + z2)
+        half = self._z / (n + z2) * sqrt(n * float(own.var()) + z2 / 4)
+        return Interval(mean, max(0.0, centre - half), min(1.0, centre + half))
 
     def difference(self, name: Hashable, other: Hashable) -> Interval:
-        """How much the first mean is above the second, on the same questions."""
-        drawn = self._resampled[name] - self._resampled[other]
-        return self._interval(self._means[name] - self._means[other], drawn)
+        """How much the first mean is above the second, on the same questions.
+
+        The adjusted Wald interval: two questions are added, of which each method wins one by 1.
+
+        Source: Bonett and Price, Adjusted Wald Confidence Interval for a Difference of Binomial
+        Proportions Based on Paired Data (2012), whose counts these differences generalise.
+        """
+        if name == other:
+            return Interval(0.0, 0.0, 0.0)
+        found = self._scores[name] - self._scores[other]
+        n, centre = len(found) + 2, float(found.sum()) / (len(found) + 2)
+        half = self._z * sqrt((float((found**2).sum()) + 2) / n - centre**2) / sqrt(n)
+        return Interval(float(found.mean()), max(-1.0, centre - half), min(1.0, centre + half))
 
     def recovered_gap(self, name: Hashable, floor: Hashable, ceiling: Hashable) -> Interval | None:
         """``(name - floor) / (ceiling - floor)``: the share of a gap that a method closes.
 
+        The interval holds each share ``s`` for which ``(name - floor) - s (ceiling - floor)`` may
+        have a mean of 0, by the interval of `difference`. Floor and ceiling are 0 and 1 themselves.
+
         Returns:
-            None where the interval of the gap itself reaches zero: a share of nothing says
-            nothing.
+            None where the interval of the gap itself reaches zero: a share of nothing says nothing.
+
+        Source: Fieller, Some Problems in Interval Estimation (1954).
         """
-        if self.difference(ceiling, floor).low <= 0:
+        gap = self.difference(ceiling, floor)
+        if gap.low <= 0:
             return None
-        gap = self._resampled[ceiling] - self._resampled[floor]
-        part = self._resampled[name] - self._resampled[floor]
-        share = self.difference(name, floor).mean / self.difference(ceiling, floor).mean
-        return self._interval(share, part[gap > 0] / gap[gap > 0])
+        if name in (floor, ceiling):
+            return Interval(*[float(name == ceiling)] * 3)
+        part = self._scores[name] - self._scores[floor]
+        whole = self._scores[ceiling] - self._scores[floor]
+        n, z2 = len(part) + 2, self._z**2
+        # |sum(part - s whole)|^2 (1 + z^2 / n) <= z^2 (sum((part - s whole)^2) + 2), solved for s.
+        k = 1 + z2 / n
+        a = float(k * whole.sum() ** 2 - z2 * (whole @ whole))
+        b = float(k * part.sum() * whole.sum() - z2 * (part @ whole))
+        c = float(k * part.sum() ** 2 - z2 * (part @ part + 2))
+        root = sqrt(b**2 - a * c)
+        return Interval(float(part.sum() / whole.sum()), (b - root) / a, (b + root) / a)
 
-    def _interval(self, mean: float, drawn: NDArray[np.float64]) -> Interval:
-        tail = (1 - self._confidence) / 2
-        low, high = np.quantile(drawn, [tail, 1 - tail]).tolist()
-        return Interval(mean, low, high)
 
-
-def resampled_means(
-    scores: NDArray[np.float64], *, num_resamples: int, seed: int
-) -> NDArray[np.float64]:
-    """Means over questions drawn with replacement, the same draw for every method.
-
-    Args:
-        scores: Scores per method and question, ``(M, n)``.
-        num_resamples: How many draws.
-        seed: Of the draws.
-
-    Returns:
-        Means, ``(M, num_resamples)``.
-    """
-    rng, n = np.random.default_rng(seed), scores.shape[1]
-    means = np.empty((len(scores), num_resamples))
-    for start in range(0, num_resamples, _BLOCK):
-        stop = min(start + _BLOCK, num_resamples)
-        means[:, start:stop] = scores @ _draw(rng, stop - start, n).T
-    return means / n
+def p_value(own: ArrayLike, other: ArrayLike, *, seed: int = 0) -> float:
+    """McNemar's exact test where scores are right or wrong, else sign flips drawn by ``seed``."""
+    binary = {*np.unique(own), *np.unique(other)} <= {0.0, 1.0}
+    return mcnemar_exact(own, other) if binary else sign_flip(own, other, seed=seed)
 
 
 def mcnemar_exact(correct: ArrayLike, baseline: ArrayLike) -> float:
@@ -122,49 +137,10 @@ def mcnemar_exact(correct: ArrayLike, baseline: ArrayLike) -> float:
 
     Source: McNemar (1947), in the exact binomial form.
     """
-    left, right = paired(correct, baseline)
-    wins, losses = int((left > right).sum()), int((left < right).sum())
-    if wins + losses == 0:
-        return 1.0
+    differences = paired(correct, baseline)
+    wins, losses = int((differences > 0).sum()), int((differences < 0).sum())
     tail = sum(comb(wins + losses, k) for k in range(min(wins, losses) + 1))
     return min(1.0, 2 * tail / 2 ** (wins + losses))
-
-
-def _draw(rng: np.random.Generator, num_draws: int, n: int) -> NDArray[np.float64]:
-    """How often each of ``n`` questions is drawn in each draw of ``n``, ``(num_draws, n)``."""
-    picked = rng.integers(n, size=(num_draws, n)) + n * np.arange(num_draws)[:, None]
-    return np.bincount(picked.ravel(), minlength=num_draws * n).reshape(num_draws, n).astype(float)
-
-
-def paired(left: ArrayLike, right: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Two lists of scores of the same questions as arrays, ``(n,)`` each.
-
-    Raises:
-        ValueError: If they differ in length.
-    """
-    first, second = np.asarray(left, dtype=np.float64), np.asarray(right, dtype=np.float64)
-    if first.shape != second.shape or first.ndim != 1:
-        raise ValueError(
-            f"paired scores must be two lists of one length, got {first.shape} and {second.shape}"
-        )
-    return first, second
-
-
-NUM_FLIPS = 10_000
-FEW = 50
-"""Differences up to which signs are drawn."""
-
-
-class Power(NamedTuple):
-    """What a number of questions can show of one paired difference.
-
-    Attributes:
-        detectable: Smallest difference that this many questions show, with the given power.
-        num_needed: Questions that would show the observed difference; None where it is 0.
-    """
-
-    detectable: float
-    num_needed: int | None
 
 
 def sign_flip(own: ArrayLike, other: ArrayLike, *, seed: int = 0) -> float:
@@ -182,8 +158,7 @@ def sign_flip(own: ArrayLike, other: ArrayLike, *, seed: int = 0) -> float:
     Source: Noreen, Computer-Intensive Methods for Testing Hypotheses (1989), approximate
     randomisation; Fisher's paired test.
     """
-    left, right = paired(own, other)
-    differences = left - right
+    differences = paired(own, other)
     differences = differences[differences != 0]
     if not len(differences):
         return 1.0
@@ -197,7 +172,7 @@ def sign_flip(own: ArrayLike, other: ArrayLike, *, seed: int = 0) -> float:
     return (extreme + 1) / (NUM_FLIPS + 1)
 
 
-def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+def holm(p_values: Mapping[Hashable, float]) -> dict[Hashable, float]:
     """p-values adjusted for being read together: the chance of any false alarm stays below each.
 
     Args:
@@ -205,7 +180,7 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
 
     Source: Holm, A Simple Sequentially Rejective Multiple Test Procedure (1979).
     """
-    adjusted: dict[str, float] = {}
+    adjusted: dict[Hashable, float] = {}
     highest = 0.0
     ranked = sorted(p_values, key=p_values.__getitem__)
     for rank, name in enumerate(ranked):
@@ -215,14 +190,19 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
 
 
 def power(
-    own: ArrayLike, other: ArrayLike, *, alpha: float = 0.05, wanted: float = 0.8
+    own: ArrayLike, other: ArrayLike, *, p: float = 1.0, p_holm: float = 1.0, wanted: float = 0.8
 ) -> Power | None:
     """Whether this many questions can show a difference, by the normal approximation.
+
+    A verdict needs Holm's p below `ALPHA`, so power is asked at the level that the correction
+    leaves to this comparison, ``ALPHA * p / p_holm``: a difference that the verdict calls within
+    chance needs more questions than there are, not fewer.
 
     Args:
         own: One method's scores, ``(n,)``.
         other: The other's on the same questions.
-        alpha: Two-sided error of the first kind.
+        p: Of this comparison alone.
+        p_holm: Of this comparison, corrected.
         wanted: Chance to find a difference that is there.
 
     Returns:
@@ -231,31 +211,26 @@ def power(
 
     Source: the sample size of a paired z-test, e.g. Cohen, Statistical Power Analysis (1988).
     """
-    left, right = paired(own, other)
-    differences = left - right
-    spread = _spread(differences)
+    differences = paired(own, other)
+    spread = float(differences.std(ddof=1)) if len(differences) > 1 else 0.0
     if spread == 0:
         return None
+    alpha = ALPHA * (p / p_holm if p_holm > 0 else 1.0)
     reach = (NormalDist().inv_cdf(1 - alpha / 2) + NormalDist().inv_cdf(wanted)) * spread
     mean = abs(float(differences.mean()))
     needed = ceil((reach / mean) ** 2) if mean > 0 else None
     return Power(reach / len(differences) ** 0.5, needed)
 
 
-def _spread(differences: NDArray[np.float64]) -> float:
-    return float(differences.std(ddof=1)) if len(differences) > 1 else 0.0
-
-
-def pooled(runs: Sequence[ArrayLike]) -> NDArray[np.float64]:
-    """Scores of several seeds of one method as one score per question: their mean.
-
-    Questions stay the unit that intervals are over; seeds of training are averaged first, so three
-    seeds do not pass for three times the questions.
+def paired(left: ArrayLike, right: ArrayLike) -> NDArray[np.float64]:
+    """Differences of two lists of scores of the same questions, ``(n,)``.
 
     Raises:
-        ValueError: If seeds answered different numbers of questions, or there is none.
+        ValueError: If they differ in length.
     """
-    lengths = {len(run) for run in map(np.asarray, runs)}
-    if len(lengths) != 1:
-        raise ValueError(f"seeds must answer the same questions, got {sorted(lengths)} of them")
-    return np.mean([np.asarray(run, dtype=np.float64) for run in runs], axis=0)
+    first, second = np.asarray(left, dtype=np.float64), np.asarray(right, dtype=np.float64)
+    if first.shape != second.shape or first.ndim != 1:
+        raise ValueError(
+            f"paired scores must be two lists of one length, got {first.shape} and {second.shape}"
+        )
+    return first - second

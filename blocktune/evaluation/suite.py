@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from blocktune.evaluation.pooling import check_pools, spread_seeds
 from blocktune.evaluation.task import TaskSpec, parse_task
 from blocktune.methods.composition import KEEP
 from blocktune.parsing import entries, load_spec, mapping, read, refuse_doubles
+
+SEED = "{seed}"
+"""Stands for the seed in the adapter's folder of an entry with ``seeds``."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ class Suite:
         dtype: Of weights and caches; ``auto`` takes the checkpoint's.
         quantize: How the base is quantised as it is loaded, ``nf4`` or ``int8``; None: not.
         device: Where to run; None takes a GPU when there is one.
-        seed: Of the bootstrap, and recorded beside the results.
+        seed: Of the sign-flip test, and recorded with the results.
         batch_size: Prompts answered at a time; timing always runs one.
         ttft: How time to first token is measured.
         fidelity: How closeness to full prefill is measured.
@@ -202,3 +204,60 @@ def parse_method(entry: Any, where: str) -> MethodSpec:
         ValueError: If a key is unknown or a value is not of its type.
     """
     return read(MethodSpec, {"name": entry} if isinstance(entry, str) else entry, where)
+
+
+def spread_seeds(record: Any, where: str) -> tuple[list[Any], dict[str, list[str]]]:
+    """Entries of methods with one entry for each of their ``seeds``, and the pools they make.
+
+    ``{name: kvlink, adapter: "out/kvlink-{seed}", seeds: [0, 1]}`` is ``kvlink-0`` and
+    ``kvlink-1``, pooled as ``kvlink``.
+
+    Args:
+        record: Decoded YAML: the list of a suite's methods.
+        where: Opens every error.
+
+    Raises:
+        ValueError: If seeds are no list of numbers, or the adapter does not say where they go.
+    """
+    spread, pools = [], {}
+    for index, entry in enumerate(entries(record, where)):
+        if not isinstance(entry, Mapping) or "seeds" not in entry:
+            spread.append(entry)
+            continue
+        own = _of_seeds(entry, f"{where}[{index}]")
+        pools[entry.get("label") or entry.get("name")] = [one["label"] for one in own]
+        spread += own
+    return spread, pools
+
+
+def _of_seeds(entry: Mapping, where: str) -> list[dict[str, Any]]:
+    seeds = entries(entry["seeds"], f"{where}: seeds")
+    adapter, label = entry.get("adapter"), entry.get("label") or entry.get("name")
+    if any(type(seed) is not int for seed in seeds):
+        raise ValueError(f"{where}: seeds must be a list of whole numbers, got {seeds!r:.60}")
+    if not isinstance(adapter, str) or SEED not in adapter:
+        raise ValueError(
+            f"{where}: with seeds, 'adapter' must hold {SEED}, such as 'out/kvlink-{SEED}', got "
+            f"{adapter!r:.60}"
+        )
+    kept = {key: value for key, value in entry.items() if key != "seeds"}
+    return [
+        kept | {"adapter": adapter.replace(SEED, str(seed)), "label": f"{label}-{seed}"}
+        for seed in seeds
+    ]
+
+
+def check_pools(pools: Any, labels: Sequence[str]) -> None:
+    """Refuses pools of what there is not.
+
+    Raises:
+        ValueError: If a pool is no list of at least two labels, or its name is taken.
+    """
+    for name, members in mapping(pools, "pool").items():
+        if name in labels:
+            raise ValueError(f"pool '{name}' has the label of a method; rename it")
+        if not isinstance(members, list) or len(members) < 2 or not set(members) <= set(labels):
+            raise ValueError(
+                f"pool '{name}' must be a list of two or more method labels, got {members!r:.60}; "
+                f"there are {', '.join(labels)}"
+            )

@@ -49,7 +49,7 @@ class TuneSpec:
         dtype: Of weights and caches.
         quantize: As in a suite.
         device: As in a suite.
-        seed: Of the bootstrap.
+        seed: Of the sign-flip test.
         batch_size: Prompts answered at a time.
 
     Raises:

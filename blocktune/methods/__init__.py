@@ -1,31 +1,36 @@
-"""Reuse methods: every way blocktune knows to answer from chunk caches, as compositions.
+"""Reuse methods: presets of published systems, their axes, and how to compose and add them.
 
-The names below are imported on first use: training needs only the selectors.
+A plug-in imports everything it needs from here::
+
+    from blocktune.methods import FirstK, Method, Selection, register
 """
 
-from importlib import import_module
-from typing import Any
+from blocktune.lazy import exports
+from blocktune.methods import reshape, select
 
-_HOMES = {
-    "Axis": "blocktune.methods.base",
-    "BOTH_LEARNED": "blocktune.methods.base",
-    "Cached": "blocktune.methods.base",
-    "Composition": "blocktune.methods.composition",
-    "Method": "blocktune.methods.base",
-    "Weights": "blocktune.methods.base",
-    "available": "blocktune.methods.base",
-    "build": "blocktune.methods.method_parser",
-    "build_entry": "blocktune.methods.method_parser",
-    "compose": "blocktune.methods.composition",
-    "describe_method": "blocktune.methods.describe",
-    "parse_method": "blocktune.methods.method_parser",
-    "register": "blocktune.methods.base",
-}
-
-__all__ = sorted(_HOMES)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'blocktune.methods' has no attribute '{name}'")
-    return getattr(import_module(_HOMES[name]), name)
+__getattr__, __dir__, __all__ = exports(
+    __name__,
+    {
+        "blocktune.methods.base": (
+            "BOTH_LEARNED",
+            "Axis",
+            "Cached",
+            "Method",
+            "Weights",
+            "available",
+            "register",
+            "require_count",
+        ),
+        "blocktune.methods.composition": ("Composition", "compose", "format_method"),
+        "blocktune.methods.describe": ("describe_all", "describe_method"),
+        "blocktune.methods.hooks": (
+            "ChunkLoader",
+            "DamagedChunk",
+            "PrefilledBatch",
+            "PromptHistory",
+        ),
+        "blocktune.methods.method_parser": ("build", "build_entry", "parse_method"),
+        "blocktune.methods.reshape": tuple(reshape.__all__),
+        "blocktune.methods.select": tuple(select.__all__),
+    },
+)

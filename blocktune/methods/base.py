@@ -1,8 +1,12 @@
 """A reuse method as a choice on independent axes, and the table of the named ones.
 
-Place and Encode are fields of the prompt's `LayoutSpec` (where chunks stand; what they are encoded
-after), Select is a `Selection`, Reshape a `Reshape`, and Weights says what the model must have been
-trained for. A published method is one file in ``presets/`` that makes these choices.
+- layout: where chunks are placed and what they are encoded after, fields of a `LayoutSpec`;
+- select: which context tokens are recomputed, a `Selection`;
+- reshape: how later rows attend to reused keys, a `Reshape`.
+
+`Weights` says what the model must be trained for. A published method is a preset: one class in
+``presets/`` that makes these choices. Nothing here imports torch, so that methods can be listed at
+once; keep it so in presets, selectors and reshapes.
 """
 
 from __future__ import annotations
@@ -10,20 +14,24 @@ from __future__ import annotations
 from abc import ABC
 from dataclasses import dataclass
 from enum import Enum
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from blocktune.cache import ChunkStore
-from blocktune.methods.hooks import ChunkLoader, PromptHistory
-from blocktune.methods.reshape import Reshape
-from blocktune.methods.select import Nothing, Selection, matched
-from blocktune.prompt import LayoutSpec
+from blocktune.methods.select.base import Nothing, Selection
+from blocktune.methods.select.budget import matched
+from blocktune.prompt.layout_spec import LayoutSpec
 from blocktune.registry import Registry
+
+if TYPE_CHECKING:
+    from blocktune.cache import ChunkStore
+    from blocktune.methods.hooks import ChunkLoader, PromptHistory
+    from blocktune.methods.reshape import Reshape
 
 METHODS = Registry("reuse method", "blocktune.methods.presets")
 register = METHODS.register
 available = METHODS.available
 
 
+GIVE_IT = "pass it with --adapter, or in a suite as `adapter:` of the method"
 BOTH_LEARNED = (
     "no method serves an adapter with link tokens and learned tokens around chunks at once; train "
     "one with num_links alone (kvlink), or with num_headers and num_trailers alone (kv-packet)"
@@ -32,7 +40,7 @@ BOTH_LEARNED = (
 
 
 class Cached(Enum):
-    """What a method takes from caches instead of computing it."""
+    """What a method takes from a cache instead of computing it."""
 
     NOTHING = "nothing"
     EXACT_PREFIX = "exact prefix"
@@ -40,7 +48,7 @@ class Cached(Enum):
 
 
 class Weights(Enum):
-    """What a model must have been trained for, for the method to mean what its paper means."""
+    """What a model must be trained for, to run a method as its paper describes it."""
 
     ANY = "any"
     BLOCK = "block attention"
@@ -49,7 +57,7 @@ class Weights(Enum):
 
 
 class Axis(Enum):
-    """A choice that a method makes; the value is the method of `Method` that makes it."""
+    """A choice that a method makes, by the name of the method of `Method` that makes it."""
 
     LAYOUT = "layout"
     SELECT = "select"
@@ -57,34 +65,31 @@ class Axis(Enum):
 
 
 def require_count(name: str, value: int, least: int = 0) -> None:
-    """Refuses a parameter that is no whole number of things.
+    """Checks a parameter that counts something.
 
     Raises:
-        ValueError: If it is no integer or below ``least``.
+        ValueError: If it is not an integer of at least ``least``.
     """
     if type(value) is not int or value < least:
         raise ValueError(f"{name} must be a whole number, at least {least}, got {value!r}")
 
 
-GIVE_IT = "give it by --adapter, in a suite by the entry's `adapter:`"
-
-
 @dataclass(frozen=True)
 class Method(ABC):
-    """A composition. Subclasses are presets: their fields, all with defaults, are their YAML keys.
+    """A reuse method. Subclasses are frozen dataclasses; their fields are their parameters.
 
     Class attributes:
         source: Paper or code it follows.
         weights: What the model must be trained for.
-        cached: What comes from caches.
+        cached: What comes from a cache.
         history: Where chunks of earlier prompts come from, a `PromptHistory`; None: each is encoded
             alone.
         warm_up: Prompts over the same chunks that are served before each one, in full, in another
             order and off the clock: a history for measurements that begin with empty caches.
         keeps_context: False only for the baseline that answers without chunks.
         exact_on_one_chunk: Whether one chunk with nothing before it equals full prefill.
-        layer_budget: Share of the context's layer-tokens that it shall spend, or None: what comes
-            of its selector's own parameters.
+        layer_budget: Share of the context's layer-tokens to recompute, or None: what follows from
+            the parameters of its selector.
     """
 
     source: ClassVar[str]
@@ -98,65 +103,63 @@ class Method(ABC):
 
     @property
     def name(self) -> str:
-        """What it is registered under."""
+        """The name it is registered under."""
         return METHODS.name_of(self)
 
     @property
     def axes(self) -> frozenset[Axis]:
-        """The axes that it decides; on the others it is plain reuse."""
+        """The axes that it decides; on the others it is naive reuse."""
         own = type(self)
         return frozenset(a for a in Axis if getattr(own, a.value) is not getattr(Method, a.value))
 
     def layout_for(self, trained: LayoutSpec | None) -> LayoutSpec:
-        """How the prompt's rows are laid out, for a model's weights.
+        """The layout to serve with, given what the model was trained for.
 
         Args:
-            trained: The layout that the model's adapter was trained for, or None without one.
+            trained: The layout that the model's adapter was trained with, or None without one.
 
         Raises:
-            ValueError: If the method needs an adapter that this is not, or would serve learned
-                tokens without saying so.
+            ValueError: If the method needs another adapter, or does not declare that it serves the
+                learned tokens of this one.
         """
         self._require(trained)
-        # An adapter that was trained in full attention has no layout of chunks to serve.
+        # An adapter trained in full attention has no layout of chunks to serve.
         is_block = trained is not None and trained.block
         spec = self.layout(trained if is_block else LayoutSpec())
         if spec.num_links and spec.num_headers + spec.num_trailers:
             raise ValueError(BOTH_LEARNED)
-        if spec.num_links and self.weights is not Weights.LINKS:
-            raise ValueError(
-                f"method '{self.name}' does not say that it serves link tokens, which the adapter "
-                f"was trained with; use 'kvlink', or compose them: 'kvlink + {self.name}'"
-            )
-        if (spec.num_headers or spec.num_trailers) and self.weights is not Weights.WRAPS:
-            raise ValueError(
-                f"method '{self.name}' does not say that it serves learned tokens around chunks, "
-                f"which the adapter was trained with; use 'kv-packet', or compose them: "
-                f"'kv-packet + {self.name}'"
-            )
+        learned = (
+            ("link tokens", spec.num_links, Weights.LINKS, "kvlink"),
+            (Weights.WRAPS.value, spec.num_headers + spec.num_trailers, Weights.WRAPS, "kv-packet"),
+        )
+        for what, count, weights, preset in learned:
+            if count and self.weights is not weights:
+                raise ValueError(
+                    f"method '{self.name}' does not serve {what}, which the adapter was trained "
+                    f"with; use '{preset}', or compose them: '{preset} + {self.name}'"
+                )
         return spec
 
     def layout(self, spec: LayoutSpec) -> LayoutSpec:
-        """Place and Encode: what the method changes of the layout that the weights ask for."""
+        """Axis layout: what the method changes in the layout that the model was trained with."""
         return spec
 
     def select(self) -> Selection:
-        """Select: which tokens are computed afresh."""
+        """Axis select: which context tokens are recomputed."""
         return Nothing()
 
     def select_for(self, num_layers: int) -> Selection:
-        """The selection in a model of so many layers, at the layer budget if there is one.
+        """The selector for a model of ``num_layers``, at the layer budget if there is one.
 
         Raises:
             ValueError: If the budget cannot be met.
         """
-        selection = self.select()
         if self.layer_budget is None:
-            return selection
-        return matched(selection, self.layer_budget, num_layers)
+            return self.select()
+        return matched(self.select(), self.layer_budget, num_layers)
 
     def reshape(self) -> Reshape | None:
-        """Reshape: how later rows see reused keys; None leaves them as they are."""
+        """Axis reshape: how later rows attend to reused keys; None changes nothing."""
         return None
 
     def loader(self, store: ChunkStore, fingerprint: str) -> ChunkLoader | None:
@@ -169,24 +172,21 @@ class Method(ABC):
         return None
 
     def _require(self, trained: LayoutSpec | None) -> None:
+        """Checks that the adapter is one that the method needs."""
         is_block = trained is not None and trained.block
-        has_wraps = is_block and trained.num_headers + trained.num_trailers > 0
-        if self.weights is Weights.WRAPS and not has_wraps:
-            raise ValueError(
-                f"method '{self.name}' needs an adapter trained with learned tokens around chunks, "
-                f"got {'one without' if is_block else 'none'}; train one with num_headers and "
-                f"num_trailers; {GIVE_IT}"
-            )
         has_links = is_block and trained.num_links > 0
-        if self.weights is Weights.BLOCK and (not is_block or has_links):
-            came = "one with link tokens (use 'kvlink')" if has_links else "none"
+        has_wraps = is_block and trained.num_headers + trained.num_trailers > 0
+        met, recipe = {
+            Weights.ANY: (True, ""),
+            Weights.BLOCK: (is_block and not has_links, "recipes/block_attention.yaml"),
+            Weights.LINKS: (has_links, "recipes/kvlink.yaml"),
+            Weights.WRAPS: (has_wraps, "num_headers and num_trailers"),
+        }[self.weights]
+        if not met:
+            came = "one without" if is_block else "none"
+            if self.weights is Weights.BLOCK and has_links:
+                came = "one with link tokens (use 'kvlink')"
             raise ValueError(
-                f"method '{self.name}' needs an adapter trained with block attention, got "
-                f"{came}; train one with recipes/block_attention.yaml; {GIVE_IT}"
-            )
-        if self.weights is Weights.LINKS and not has_links:
-            raise ValueError(
-                f"method '{self.name}' needs an adapter trained with link tokens, got "
-                f"{'one without' if is_block else 'none'}; train one with recipes/kvlink.yaml; "
-                f"{GIVE_IT}"
+                f"method '{self.name}' needs an adapter trained with {self.weights.value}, got "
+                f"{came}; train one with {recipe}; {GIVE_IT}"
             )

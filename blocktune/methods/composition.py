@@ -1,4 +1,4 @@
-"""Methods put together from others, and from values of single axes."""
+"""Methods composed of presets and of values of single axes."""
 
 from __future__ import annotations
 
@@ -6,131 +6,33 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from enum import Enum
 from functools import reduce
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
-from blocktune.cache import ChunkStore
 from blocktune.methods.base import METHODS, Axis, Cached, Method, Weights
-from blocktune.methods.hooks import ChunkLoader, PromptHistory
-from blocktune.methods.reshape import RESHAPES, Reshape
-from blocktune.methods.select import SELECTORS, Nothing, Selection
+from blocktune.methods.registry import RESHAPES, SELECTORS
+from blocktune.methods.select.base import Nothing, Selection
 from blocktune.methods.select.budget import require_share
-from blocktune.parsing import current_keys
-from blocktune.prompt import LayoutSpec
+from blocktune.prompt.layout_spec import LayoutSpec
+
+if TYPE_CHECKING:
+    from blocktune.cache import ChunkStore
+    from blocktune.methods.hooks import ChunkLoader, PromptHistory
+    from blocktune.methods.reshape import Reshape
 
 TABLES = {Axis.SELECT: SELECTORS, Axis.RESHAPE: RESHAPES}
-"""The axes whose values are registered; values of Place and Encode are fields of `LayoutSpec`."""
+"""The axes whose values are registered; values of the axis layout are fields of `LayoutSpec`."""
+
+LAYOUT_FIELDS = ("placement", "slot", "num_blanks", "shared_prefix", "bos")
+"""Fields of `LayoutSpec` that a method chooses; the others are facts of what was trained."""
 
 Choice = Any
 """A value of an axis: an instance, a registered name, ``{name: {parameter: value}}``, or None."""
 
 
-def choose(axis: Axis, choice: Choice) -> Any:
-    """An axis's value from whatever names it; None stays None.
-
-    Raises:
-        ValueError: If the name or a parameter is unknown.
-    """
-    registry = TABLES[axis]
-    if isinstance(choice, str):
-        return registry.build(choice)
-    if not isinstance(choice, Mapping):
-        return choice
-    if len(choice) != 1:
-        raise ValueError(
-            f"a {registry.what} is written as {{name: {{parameter: value}}}}, got {choice!r:.60}"
-        )
-    [(name, parameters)] = choice.items()
-    if not isinstance(parameters, Mapping | None):
-        raise ValueError(
-            f"{registry.what} '{name}' takes a mapping of parameters, got {parameters!r:.60}"
-        )
-    return registry.build(name, **(parameters or {}))
-
-
-def format_method(terms: tuple[Method, ...], given: Mapping[Axis, Any]) -> str:
-    """The composition as one would write it on the command line."""
-    parts = [_format_entry(term.name, term) for term in terms]
-    if Axis.LAYOUT in given:
-        parts.append(" ".join(["layout", *(_pair(k, v) for k, v in given[Axis.LAYOUT].items())]))
-    for axis, table in TABLES.items():
-        if axis in given:
-            value = given[axis]
-            known = "nothing" if axis is Axis.SELECT else f"no {table.what}"
-            parts.append(_format_entry(table.name_of(value), value) if value else known)
-    return " + ".join(parts)
-
-
-def _format_entry(name: str, entry: Any) -> str:
-    """A name and the parameters that differ from their defaults."""
-    known = (f for f in fields(entry) if f.default is not MISSING)
-    changed = [(f.name, getattr(entry, f.name)) for f in known]
-    defaults = {f.name: f.default for f in fields(entry)}
-    return " ".join([name, *(_pair(k, v) for k, v in changed if v != defaults[k])])
-
-
-def _pair(key: str, value: Any) -> str:
-    text = yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("\n...\n")
-    return f"{key}={''.join(text.split())}"
-
-
-PLACE_AND_ENCODE = ("placement", "slot", "num_blanks", "shared_prefix", "bos")
-"""Fields of `LayoutSpec` that a method chooses; the others are facts of what was trained."""
-
-
-def require_fields(layout: Mapping[str, Any]) -> None:
-    """Refuses fields of a layout that no method chooses.
-
-    Raises:
-        ValueError: If there is one.
-    """
-    if unknown := sorted(layout.keys() - set(PLACE_AND_ENCODE)):
-        known = ", ".join(PLACE_AND_ENCODE)
-        raise ValueError(f"layout: cannot set '{unknown[0]}' of a method; known: {known}")
-
-
-def require_composable(terms: tuple[Method, ...]) -> None:
-    """Refuses presets that cannot stand together.
-
-    Raises:
-        ValueError: If one takes nothing from chunk caches, or they need different weights.
-    """
-    for term in terms:
-        if term.cached in (Cached.NOTHING, Cached.EXACT_PREFIX):
-            raise ValueError(
-                f"'{term.name}' takes no chunk from a cache, so there is nothing to compose it "
-                "with; start from a method that does, such as 'naive'"
-            )
-    if len(wants := needs(terms)) > 1:
-        wanted = " and ".join(sorted(f"'{need.value}'" for need in wants))
-        raise ValueError(f"one model cannot be trained for {wanted} at once; drop one preset")
-
-
-def needs(terms: tuple[Method, ...]) -> set[Weights]:
-    """What the model must be trained for, by any of the presets."""
-    return {term.weights for term in terms} - {Weights.ANY}
-
-
-def require_one_each(terms: tuple[Method, ...], given: Mapping[Axis, Any]) -> None:
-    """Refuses an axis that two presets decide, unless it is given.
-
-    Layouts add up: each preset changes what the one before it left.
-
-    Raises:
-        ValueError: Naming both.
-    """
-    for axis in set(Axis) - set(given) - {Axis.LAYOUT}:
-        deciders = [f"'{term.name}'" for term in terms if axis in term.axes]
-        if len(deciders) > 1:
-            raise ValueError(
-                f"{' and '.join(deciders)} both decide the axis '{axis.name.lower()}'; drop one, "
-                f"or say which: compose(..., {axis.name.lower()}=...)"
-            )
-
-
 class Keep(Enum):
-    """Says that an axis stays as the presets decide it; None means plain reuse on that axis."""
+    """Leaves an axis as the presets decide it; None means naive reuse on that axis."""
 
     KEEP = "keep"
 
@@ -140,15 +42,15 @@ KEEP = Keep.KEEP
 
 @dataclass(frozen=True)
 class Composition(Method):
-    """Several presets, and axes decided for them; made by `compose`.
+    """Presets, and axes decided for them; made by `compose`.
 
     Attributes:
         label: Its name in tables and results.
         terms: The presets.
-        selected: Which tokens are computed afresh.
-        reshaped: How later rows see reused keys, or None.
-        changes: Fields of the layout that are set, after the presets' own arrangement.
-        decided: The axes that any of it decides.
+        selected: Its selector.
+        reshaped: Its reshape, or None.
+        changes: Fields of the layout that are set after the presets' own changes.
+        decided: The axes that any of these decide.
         spending: Its layer budget, or None.
     """
 
@@ -182,8 +84,8 @@ class Composition(Method):
 
     @property
     def weights(self) -> Weights:
-        """What one of the presets needs, if one needs any."""
-        return next(iter(needs(self.terms)), Weights.ANY)
+        """What one of the presets needs."""
+        return next(iter(_needs(self.terms)), Weights.ANY)
 
     @property
     def cached(self) -> Cached:
@@ -216,11 +118,11 @@ class Composition(Method):
 
     @property
     def exact_on_one_chunk(self) -> bool:
-        """Whether all presets are, and later rows see the chunk as it is: on the safe side."""
+        """Whether all presets are, and nothing else changes a chunk or what is seen of it."""
         shape = self.reshaped
         kept = shape is None or shape.exact_on_one_chunk or shape == shape.neutral()
         plain = LayoutSpec()
-        # Blanks and a BOS stand before the chunk, an unfilled slot between it and the question.
+        # Blanks and a BOS come before the chunk, an unfilled slot between it and the question.
         alone = all(
             value == getattr(plain, name)
             for name, value in self.changes
@@ -230,9 +132,9 @@ class Composition(Method):
         return kept and alone and known and all(t.exact_on_one_chunk for t in self.terms)
 
     def layout(self, spec: LayoutSpec) -> LayoutSpec:
-        """The presets' arrangements, then the changes."""
-        arranged = reduce(lambda made, term: term.layout(made), self.terms, spec)
-        return replace(arranged, **dict(self.changes))
+        """What the presets change, one after another, then the changes of its own."""
+        made = reduce(lambda made, term: term.layout(made), self.terms, spec)
+        return replace(made, **dict(self.changes))
 
     def select(self) -> Selection:
         """See `Method.selection`."""
@@ -257,28 +159,29 @@ def compose(
 
     Args:
         base: A preset, by name or built.
-        others: More presets, each of which decides axes that the others leave open.
-        select: Which tokens are fresh, instead of what the presets select.
-        reshape: How later rows see reused keys, instead of what the presets do.
-        layout: Fields of `LayoutSpec` to set, of those in `PLACE_AND_ENCODE`.
+        others: More presets, each deciding axes that the others leave open.
+        select: The selector, instead of the presets' own.
+        reshape: The reshape, instead of the presets' own.
+        layout: Fields of `LayoutSpec` to set, of those in `LAYOUT_FIELDS`.
         budget: Share of the context tokens that the selector may choose, in [0, 1].
-        layer_budget: Share of the context's layer-tokens that it shall spend, in [0, 1]: what
-            `recompute_ratio` says of an answer, layers that are computed in full included.
-        name: What tables call it; by default it is written as one would say it.
+        layer_budget: Share of the context's layer-tokens to recompute, in [0, 1]: the
+            `recompute_ratio` of an answer, layers that are computed in full included.
+        name: Its name in tables; by default as it is written on the command line.
 
     Returns:
         A method like any other.
 
     Raises:
         ValueError: In one line, if a name, a key or a value is unknown, presets decide the same
-            axis or need different weights, or a preset takes nothing from chunk caches.
+            axis or need different weights, or a preset takes nothing from cached chunks.
     """
     terms = tuple(
         METHODS.build(term) if isinstance(term, str) else term for term in (base, *others)
     )
-    require_composable(terms)
-    given = _given({Axis.SELECT: select, Axis.RESHAPE: reshape})
-    require_one_each(terms, given)
+    _require_composable(terms)
+    chosen = {Axis.SELECT: select, Axis.RESHAPE: reshape}
+    given = {axis: choose(axis, value) for axis, value in chosen.items() if value is not KEEP}
+    _require_one_each(terms, given)
     selection = _decide(terms, given, Axis.SELECT) or Nothing()
     if budget is not None:
         given[Axis.SELECT] = selection = selection.with_budget(budget)
@@ -287,11 +190,13 @@ def compose(
         if budget is not None:
             raise ValueError("budget and layer_budget exclude each other; drop one")
     if layout:
-        layout = current_keys(layout, PLACE_AND_ENCODE, "layout")
-        require_fields(layout)
+        if unknown := sorted(layout.keys() - set(LAYOUT_FIELDS)):
+            known = ", ".join(LAYOUT_FIELDS)
+            raise ValueError(f"layout: cannot set '{unknown[0]}' of a method; known: {known}")
         given[Axis.LAYOUT] = layout
+    spending = "" if layer_budget is None else f" at {layer_budget:.1%} of the layer-tokens"
     made = Composition(
-        label=name or format_method(terms, given) + _spending(layer_budget),
+        label=name or format_method(terms, given) + spending,
         terms=terms,
         selected=selection,
         reshaped=_decide(terms, given, Axis.RESHAPE),
@@ -303,13 +208,61 @@ def compose(
     return made
 
 
-def _spending(layer_budget: float | None) -> str:
-    return "" if layer_budget is None else f" at {layer_budget:.1%} of the layer-tokens"
+def choose(axis: Axis, choice: Choice) -> Any:
+    """The value of an axis that a `Choice` names; None stays None.
+
+    Raises:
+        ValueError: If the name or a parameter is unknown.
+    """
+    registry = TABLES[axis]
+    if isinstance(choice, str):
+        return registry.build(choice)
+    if not isinstance(choice, Mapping):
+        return choice
+    if len(choice) != 1:
+        raise ValueError(
+            f"a {registry.what} is written as {{name: {{parameter: value}}}}, got {choice!r:.60}"
+        )
+    [(name, parameters)] = choice.items()
+    if not isinstance(parameters, Mapping | None):
+        raise ValueError(
+            f"{registry.what} '{name}' takes a mapping of parameters, got {parameters!r:.60}"
+        )
+    return registry.build(name, **(parameters or {}))
 
 
-def _given(choices: Mapping[Axis, Choice | Keep]) -> dict[Axis, Any]:
-    kept = {axis: choice for axis, choice in choices.items() if choice is not KEEP}
-    return {axis: choose(axis, choice) for axis, choice in kept.items()}
+def format_method(terms: tuple[Method, ...], given: Mapping[Axis, Any]) -> str:
+    """A composition as it is written on the command line.
+
+    Args:
+        terms: Its presets.
+        given: The axes decided for them: an instance each, fields of the layout, or None.
+    """
+    parts = [_format_entry(term.name, term) for term in terms]
+    if Axis.LAYOUT in given:
+        parts.append(" ".join(["layout", *(_pair(k, v) for k, v in given[Axis.LAYOUT].items())]))
+    for axis, table in TABLES.items():
+        if axis in given:
+            value = given[axis]
+            known = "nothing" if axis is Axis.SELECT else f"no {table.what}"
+            parts.append(_format_entry(table.name_of(value), value) if value else known)
+    return " + ".join(parts)
+
+
+def _format_entry(name: str, entry: Any) -> str:
+    """A name, and the parameters that differ from their defaults."""
+    known = [(f.name, f.default, getattr(entry, f.name)) for f in fields(entry)]
+    changed = [(n, v) for n, default, v in known if default is not MISSING and v != default]
+    return " ".join([name, *(_pair(*pair) for pair in changed)])
+
+
+def _pair(key: str, value: Any) -> str:
+    text = yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("\n...\n")
+    return f"{key}={''.join(text.split())}"
+
+
+def _needs(terms: tuple[Method, ...]) -> set[Weights]:
+    return {term.weights for term in terms} - {Weights.ANY}
 
 
 def _decide(terms: tuple[Method, ...], given: Mapping[Axis, Any], axis: Axis) -> Any:
@@ -317,3 +270,26 @@ def _decide(terms: tuple[Method, ...], given: Mapping[Axis, Any], axis: Axis) ->
         return given[axis]
     decider = next((term for term in terms if axis in term.axes), terms[0])
     return getattr(decider, axis.value)()
+
+
+def _require_composable(terms: tuple[Method, ...]) -> None:
+    for term in terms:
+        if term.cached is not Cached.CHUNKS:
+            raise ValueError(
+                f"'{term.name}' takes no chunk from a cache and cannot be composed; start from a "
+                "method that does, such as 'naive'"
+            )
+    if len(wants := _needs(terms)) > 1:
+        wanted = " and ".join(sorted(f"'{need.value}'" for need in wants))
+        raise ValueError(f"one model cannot be trained for {wanted} at once; drop one preset")
+
+
+def _require_one_each(terms: tuple[Method, ...], given: Mapping[Axis, Any]) -> None:
+    """Refuses an axis that two presets decide. Layouts add up: each changes the one before it."""
+    for axis in (Axis.SELECT, Axis.RESHAPE):
+        deciders = [f"'{term.name}'" for term in terms if axis in term.axes]
+        if axis not in given and len(deciders) > 1:
+            raise ValueError(
+                f"{' and '.join(deciders)} both decide the axis '{axis.value}'; drop one, "
+                f"or choose: compose(..., {axis.value}=...)"
+            )

@@ -1,4 +1,4 @@
-"""What the tables say of a method and of each value of an axis."""
+"""What tables say of each method and of each value of an axis."""
 
 from __future__ import annotations
 
@@ -6,36 +6,44 @@ from dataclasses import MISSING, fields
 from typing import Any, NamedTuple
 
 from blocktune.methods.base import METHODS, Axis, Cached, Method, Weights
-from blocktune.methods.composition import PLACE_AND_ENCODE, TABLES
-from blocktune.prompt import LayoutSpec
+from blocktune.methods.composition import LAYOUT_FIELDS, TABLES
+from blocktune.prompt.layout_spec import LayoutSpec
 from blocktune.registry import summary_of
 
 GROUPS = {
     "bounds": "Bounds and exact caches",
-    "weights": "Plain reuse, by what the weights were trained for",
-    "layout": "Place and Encode: where chunks stand, what they were encoded after",
-    "select": "Select: which tokens are computed afresh",
-    "reshape": "Reshape: how later rows see reused keys",
+    "weights": "Reuse without recomputation, by what the weights were trained for",
+    "layout": "Layout: where chunks are placed, and what they are encoded after",
+    "select": "Select: which tokens are recomputed",
+    "reshape": "Reshape: how later rows attend to reused keys",
     "several": "Several axes at once",
-    "value of select": "Selectors: write 'PRESET + NAME' to compose",
-    "value of reshape": "Reshapes: write 'PRESET + NAME' to compose",
-    "value of layout": "Layouts: write 'PRESET + layout KEY=VALUE' to compose",
+    "value of select": "Selectors: compose with 'PRESET + NAME'",
+    "value of reshape": "Reshapes: compose with 'PRESET + NAME'",
+    "value of layout": "Layouts: compose with 'PRESET + layout KEY=VALUE'",
 }
-"""Headings of the tables, in their order."""
+"""Headings of the tables, in order."""
+
+LAYOUT_SUMMARIES = {
+    "placement": "Where chunks are placed: sequential, parallel, composite or reserved.",
+    "slot": "Positions reserved for each chunk under placement=reserved.",
+    "num_blanks": "Number of blank tokens that each chunk is encoded after; they are then hidden.",
+    "shared_prefix": "Whether chunks are encoded after a hidden copy of the prefix.",
+    "bos": "A chunk's own BOS: none, drop (encoded after one that is then hidden) or keep.",
+}
 
 
 class Description(NamedTuple):
     """A row of the table of methods.
 
     Attributes:
-        name: What to call it by.
+        name: Its name on the command line.
         kind: ``method``, ``selector``, ``reshape`` or ``layout``.
         group: A key of `GROUPS`.
         axes: The axes that it decides.
         summary: First line of its docstring.
         weights: What the model must be trained for.
         parameters: Defaults by name.
-        source: Paper or code; empty where there is none.
+        source: Paper or code; empty if there is none.
     """
 
     name: str
@@ -49,18 +57,20 @@ class Description(NamedTuple):
 
 
 def describe_method(name: str) -> Description:
-    """What `blocktune methods` and the README say of a method."""
+    """The row of one preset.
+
+    Raises:
+        ValueError: If the name is unknown.
+    """
     cls = METHODS.find(name)
     method = cls()
-    axes = tuple(sorted(axis.name.lower() for axis in method.axes))
-    group, weights = _group(method, axes), method.weights.value
-    return Description(
-        name, "method", group, axes, summary_of(cls), weights, defaults(cls), cls.source
-    )
+    axes = tuple(sorted(axis.value for axis in method.axes))
+    facts = (summary_of(cls), method.weights.value, defaults(cls), cls.source)
+    return Description(name, "method", _group(method, axes), axes, *facts)
 
 
 def describe_all() -> list[Description]:
-    """All methods, then all values of the axes, each in the order of their names."""
+    """All methods, then all values of the axes, each sorted by name."""
     return [*map(describe_method, METHODS.available()), *_values(), *_layouts()]
 
 
@@ -82,36 +92,27 @@ def _group(method: Method, axes: tuple[str, ...]) -> str:
 def _values() -> list[Description]:
     made = []
     for axis, table in TABLES.items():
-        name_of_axis = axis.name.lower()
         for name in table.available():
             cls = table.find(name)
             facts = (summary_of(cls), Weights.ANY.value, defaults(cls), cls.source)
-            group = f"value of {name_of_axis}"
-            made.append(Description(name, table.what, group, (name_of_axis,), *facts))
+            made.append(
+                Description(name, table.what, f"value of {axis.value}", (axis.value,), *facts)
+            )
     return made
 
 
 def _layouts() -> list[Description]:
-    known, axis = LayoutSpec(), Axis.LAYOUT.name.lower()
+    axis, known = Axis.LAYOUT.value, LayoutSpec()
     return [
         Description(
             name,
             "layout",
             f"value of {axis}",
             (axis,),
-            LAYOUT_WORDS[name],
+            LAYOUT_SUMMARIES[name],
             Weights.ANY.value,
             {name: getattr(known, name)},
             "",
         )
-        for name in PLACE_AND_ENCODE
+        for name in LAYOUT_FIELDS
     ]
-
-
-LAYOUT_WORDS = {
-    "placement": "Where chunks stand: sequential, parallel, composite or reserved.",
-    "slot": "Positions reserved for each chunk under placement=reserved.",
-    "num_blanks": "Blank tokens that a chunk is encoded after, then hidden.",
-    "shared_prefix": "Whether chunks are encoded after a hidden copy of the prefix.",
-    "bos": "A chunk's own BOS: none, drop (encoded after one, then hidden) or keep.",
-}

@@ -12,14 +12,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-from blocktune.cache import ChunkStore, Lookup, RowCache
-from blocktune.layout import Rows
-from blocktune.methods.select import Selection
-from blocktune.prompt import Pieces
+    from blocktune.cache import ChunkStore, Lookup, RowCache
+    from blocktune.layout import Rows
+    from blocktune.methods.select.base import Selection
+    from blocktune.prompt import Pieces
 
 Ids = tuple[int, ...]
 

@@ -1,13 +1,13 @@
-"""Methods as one says them: ``block-attention + deviation 15 %``, and as YAML entries.
+"""Parses methods as written on the command line and in YAML.
 
 ```text
 method = term { " + " term }
 term   = NAME [ NUMBER [ "%" ] ] { KEY=VALUE }
 ```
-The first term is a preset; each further one a selector, a reshape, another preset, or ``layout
-KEY=VALUE``. A number with ``%`` is a budget, the share of the context tokens that may be computed
-afresh; without, it is the term's first parameter: ``epic 8`` is ``epic k=8``. Values are YAML
-without spaces. Where a selector or a reshape and a preset share a name, they mean the same.
+For example ``block-attention + deviation 15 %``. The first term is a preset. Each further one is a
+selector, a reshape, another preset, or ``layout KEY=VALUE``. A number with ``%`` is a budget: the
+share of the context tokens to recompute. A number without it is the first parameter of the term:
+``epic 8`` is ``epic k=8``. Values are YAML without spaces.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import yaml
 
 from blocktune.methods.base import METHODS, Axis, Method
 from blocktune.methods.composition import TABLES, compose
-from blocktune.prompt import LayoutSpec
+from blocktune.prompt.layout_spec import LayoutSpec
 from blocktune.registry import Registry
 
 TERM = re.compile(
@@ -34,14 +34,14 @@ ENTRY_KEYS = ("name", "preset", "params", "select", "reshape", "layout", "budget
 
 
 def build(method: str, **parameters: Any) -> Method:
-    """Builds a method from its name, or from a composition as one says it.
+    """Builds a method from its name, or from a composition.
 
     Args:
         method: Such as ``epic``, ``kvlink + epic``, ``block-attention + deviation 15 %``.
         parameters: Of the first preset, instead of its defaults.
 
     Raises:
-        ValueError: In one line, if it cannot be read, or a name, a parameter or a value is wrong.
+        ValueError: In one line, if it cannot be parsed, or a name, a parameter or a value is wrong.
     """
     texts = [" ".join(part.split()) for part in re.split(r"\s\+\s", f" {method} ")]
     _require_preset(texts[0])
@@ -65,9 +65,9 @@ def build_entry(entry: str | Mapping[str, Any]) -> Method:
     """Builds a method from a YAML entry.
 
     Args:
-        entry: A name, a composition as one says it, or a mapping such as ``{name: mine, preset:
-            block-attention, select: {deviation: {ratio: 0.15}}}``. Without ``preset``, ``name``
-            says the method; ``params`` are the preset's; the other keys are those of `compose`.
+        entry: What `build` takes, or a mapping such as ``{name: mine, preset: block-attention,
+            select: {deviation: {ratio: 0.15}}}``. Without ``preset``, ``name`` is the method;
+            ``params`` are the preset's; the other keys are those of `compose`.
 
     Raises:
         ValueError: If a key is unknown or a value is not accepted.
@@ -88,10 +88,10 @@ def build_entry(entry: str | Mapping[str, Any]) -> Method:
 
 
 def parse_method(text: str, parameters: Mapping[str, Any] | None = None) -> Method:
-    """Builds a method from the command line: as one says it, or a YAML or JSON mapping.
+    """Builds a method from the command line: what `build` takes, or a YAML or JSON mapping.
 
     Raises:
-        ValueError: If it cannot be read, or parameters are given twice.
+        ValueError: If it cannot be parsed, or parameters are given twice.
     """
     if not text.lstrip().startswith("{"):
         return build(text, **(parameters or {}))
@@ -100,12 +100,12 @@ def parse_method(text: str, parameters: Mapping[str, Any] | None = None) -> Meth
     except yaml.YAMLError as error:
         raise ValueError(f"--method: not YAML ({' '.join(str(error).split())})") from None
     if parameters:
-        raise ValueError("parameters of a method given as a mapping stand in it, under 'params'")
+        raise ValueError("a method given as a mapping takes its parameters in it, under 'params'")
     return build_entry(entry)
 
 
 def _require_preset(text: str) -> None:
-    """Says what to write where someone starts with a value of an axis."""
+    """Refuses a method that starts with a value of an axis."""
     name = _match(text)["name"]
     tables = [table for table in TABLES.values() if name in table.table()]
     if tables and name not in METHODS.table():
@@ -113,13 +113,13 @@ def _require_preset(text: str) -> None:
 
 
 def _term(text: str) -> tuple[str | None, Any]:
-    """The argument of `compose` that a term is, and its value; None: another preset."""
+    """A term as an argument of `compose`: its name, or None for a preset, and its value."""
     name = _match(text)["name"]
     if name == LAYOUT:
         return LAYOUT, _parameters(text, LayoutSpec)
     for axis, table in TABLES.items():
         if name in table.table():
-            return axis.name.lower(), _value(text, table)
+            return axis.value, _value(text, table)
     return None, _preset(text, {})
 
 

@@ -1,14 +1,16 @@
 """Where chunks stand, and how cached keys are moved there."""
 
-from blocktune.positions.placement import PLACEMENTS, Placement, place
-from blocktune.positions.relocation import RopeSpec, Rotation, relocate_keys, rotate_keys
+from blocktune.lazy import exports
 
-__all__ = [
-    "PLACEMENTS",
-    "Placement",
-    "RopeSpec",
-    "Rotation",
-    "place",
-    "relocate_keys",
-    "rotate_keys",
-]
+__getattr__, __dir__, __all__ = exports(
+    __name__,
+    {
+        "blocktune.positions.placement": ("PLACEMENTS", "Placement", "place"),
+        "blocktune.positions.relocation": (
+            "RopeSpec",
+            "Rotation",
+            "relocate_keys",
+            "rotate_keys",
+        ),
+    },
+)

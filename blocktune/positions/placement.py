@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
-
-import torch
 
 PLACEMENTS = ("sequential", "parallel", "composite", "reserved")
 
@@ -45,7 +44,7 @@ def place(
     """
     total = prefix_length + sum(chunk_lengths)
     if placement == "sequential":
-        ends = torch.tensor([prefix_length, *chunk_lengths]).cumsum(0).tolist()
+        ends = list(accumulate(chunk_lengths, initial=prefix_length))
         return Placement(tuple(ends[:-1]), total)
     if placement == "parallel":
         longest = max(chunk_lengths, default=0)

@@ -1,38 +1,23 @@
 """Prompts: one way from text to token pieces, and from pieces to the rows of a forward pass."""
 
-from blocktune.prompt.batch import Batch, pack, show, stack
-from blocktune.prompt.format import Chunk, PromptFormat
-from blocktune.prompt.pieces import (
-    Pieces,
-    answer_ids,
-    chunk_ids,
-    conversation_pieces,
-    end_of_turn,
-    make_pieces,
-    prefix_ids,
-)
-from blocktune.prompt.rows import IGNORED, LayoutSpec, Prompt, lay_out, sink_ids, wrapped
-from blocktune.prompt.special_tokens import encode
+from blocktune.lazy import exports
 
-__all__ = [
-    "IGNORED",
-    "Batch",
-    "Chunk",
-    "LayoutSpec",
-    "Pieces",
-    "Prompt",
-    "PromptFormat",
-    "answer_ids",
-    "chunk_ids",
-    "conversation_pieces",
-    "encode",
-    "end_of_turn",
-    "lay_out",
-    "make_pieces",
-    "pack",
-    "prefix_ids",
-    "show",
-    "sink_ids",
-    "stack",
-    "wrapped",
-]
+__getattr__, __dir__, __all__ = exports(
+    __name__,
+    {
+        "blocktune.prompt.batch": ("Batch", "pack", "show", "stack"),
+        "blocktune.prompt.format": ("Chunk", "PromptFormat"),
+        "blocktune.prompt.layout_spec": ("LayoutSpec",),
+        "blocktune.prompt.pieces": (
+            "Pieces",
+            "answer_ids",
+            "chunk_ids",
+            "conversation_pieces",
+            "end_of_turn",
+            "make_pieces",
+            "prefix_ids",
+        ),
+        "blocktune.prompt.rows": ("IGNORED", "Prompt", "lay_out", "sink_ids", "wrapped"),
+        "blocktune.prompt.special_tokens": ("encode",),
+    },
+)

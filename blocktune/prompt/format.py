@@ -1,4 +1,4 @@
-"""A chunk, and how chunks and question are worded; the chat template is the tokenizer's."""
+"""A chunk, and the wording of chunks and question; the chat template is the tokenizer's."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class PromptFormat:
         titled: A chunk that has a title; holds ``{title}`` and ``{text}``.
         untitled: A chunk without a title; holds ``{text}``.
         question: What follows the chunks; holds ``{question}``.
-        block_tag: Opens the user turn where chunks see only themselves, so that the model knows
+        block_tag: Opens the user turn where chunks see only themselves, to tell the model
             (Block-Attention: ``[Block-Attention]``); may be empty.
         full_tag: The same in full attention.
 
@@ -93,16 +93,16 @@ class PromptFormat:
 
     @property
     def untagged(self) -> PromptFormat:
-        """The wording without any mode's tag: what a teacher reads, which was trained with none."""
+        """The wording without mode tags, for a teacher, which was trained without."""
         return replace(self, block_tag="", full_tag="")
 
     def opening(self, block: bool) -> str:
-        """What opens the user turn: the mode's tag, if it has one, and the instruction."""
+        """What opens the user turn: the tag of the mode, if there is one, and the instruction."""
         tag = self.block_tag if block else self.full_tag
         return " ".join(part for part in (tag, self.instruction) if part)
 
     def render_chunk(self, chunk: Chunk) -> str:
-        """The text of one chunk, the same wherever it stands."""
+        """The text of one chunk, the same in every place."""
         if chunk.title is None:
             return self.untitled.format(text=chunk.text)
         return self.titled.format(title=chunk.title, text=chunk.text)
@@ -129,10 +129,10 @@ _PLACEHOLDERS = {"titled": {"title", "text"}, "untitled": {"text"}, "question": 
 
 
 def build_strict(cls, values: Mapping[str, Any], what: str):
-    """Builds a dataclass from a mapping whose keys must all be its fields.
+    """Builds a dataclass that checks its own values from a mapping of its fields.
 
     Raises:
-        ValueError: If ``values`` is no mapping or has an unknown key; ``what`` names it.
+        ValueError: If ``values`` is not a mapping or has an unknown key; ``what`` names it.
     """
     known = [f.name for f in fields(cls)]
     if not isinstance(values, Mapping):
@@ -150,7 +150,7 @@ def _check_placeholders(name: str, template: Any, wanted: set[str]) -> None:
     try:
         parts = list(Formatter().parse(template))
     except ValueError as error:
-        raise ValueError(f"format '{name}' is no template: {error}, in {template!r}") from None
+        raise ValueError(f"format '{name}' is not a template: {error}, in {template!r}") from None
     found = {field for _, field, _, _ in parts if field is not None}
     plain = all(not spec and conversion is None for _, _, spec, conversion in parts)
     if found != wanted or not plain:

@@ -2,166 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from blocktune.layout import FOREVER, GLOBAL, NO_CHUNK, NO_ROW, Kind, Layout
-from blocktune.positions import PLACEMENTS, place
-from blocktune.prompt.format import build_strict
+from blocktune.positions import place
+from blocktune.prompt.layout_spec import LayoutSpec
 from blocktune.prompt.pieces import Pieces
-
-LINK_SIDES = ("after", "before")
-LINK_TABLES = ("shared", "slot", "chunk")
-BOS = ("none", "drop", "keep")
-_COUNTS = ("num_links", "num_blanks", "max_chunks", "num_headers", "num_trailers", "slot")
-
-
-@dataclass(frozen=True)
-class LayoutSpec:
-    """How pieces become rows. Saved beside every adapter, so that it is served as trained.
-
-    Attributes:
-        block: Chunks see only themselves; False is full causal attention.
-        num_links: Link tokens per chunk, which see everything before them.
-        link_side: Where a chunk's links stand. KVLink: after.
-        link_table: Which links share a row of the table: all (``shared``), those of one slot
-            (``slot``), or none, every slot of every chunk index having its own (``chunk``, the
-            code of KVLink).
-        max_chunks: Chunks that a table by ``chunk`` has rows for (KVLink: 40), else 0.
-        num_headers: Learned tokens that open a chunk, encoded and cached with it (KV Packet: 8;
-            TurboRAG's ``<|doc_start|>``: 1).
-        num_trailers: Learned tokens that close it.
-        placement: Positions of the chunks: ``sequential`` contiguous (Block-Attention),
-            ``parallel`` all from the end of the prefix (APE), ``composite`` all from 0 (TurboRAG),
-            ``reserved`` each at the start of a slot of ``slot`` positions (PromptCache).
-        slot: Positions reserved for each chunk under ``reserved``, else 0.
-        num_blanks: Blank tokens before each chunk while it is encoded, hidden afterwards (Link0).
-        shared_prefix: Whether each chunk is encoded after a copy of the prefix, hidden afterwards
-            (APE, CacheClip).
-        bos: A chunk's own BOS: ``none``; ``drop``: encoded after one, then hidden (CacheBlend's
-            code); ``keep``: stored and served as the chunk's first token (EPIC's code).
-
-    The rows of the table of learned tokens are the links', then the headers', then the trailers'.
-
-    Raises:
-        ValueError: If a value is not accepted, or blanks, copies and full attention are mixed.
-    """
-
-    block: bool = True
-    num_links: int = 0
-    link_side: str = "after"
-    placement: str = "sequential"
-    num_blanks: int = 0
-    shared_prefix: bool = False
-    link_table: str = "slot"
-    max_chunks: int = 0
-    num_headers: int = 0
-    num_trailers: int = 0
-    slot: int = 0
-    bos: str = "none"
-
-    def __post_init__(self):
-        for name in ("block", "shared_prefix"):
-            self._require(name, type(getattr(self, name)) is bool, "true or false")
-        for name in _COUNTS:
-            value = getattr(self, name)
-            self._require(name, type(value) is int and value >= 0, "an integer of at least 0")
-        self._require("link_side", self.link_side in LINK_SIDES, " or ".join(LINK_SIDES))
-        self._require("link_table", self.link_table in LINK_TABLES, " or ".join(LINK_TABLES))
-        self._require("placement", self.placement in PLACEMENTS, " or ".join(PLACEMENTS))
-        self._require("bos", self.bos in BOS, " or ".join(BOS))
-        by_chunk = self.link_table == "chunk" and self.num_links > 0
-        if by_chunk != (self.max_chunks > 0):
-            raise ValueError(
-                f"layout: a link table by chunk, and only that, needs max_chunks (KVLink: 40); got "
-                f"num_links {self.num_links}, link_table '{self.link_table}' and max_chunks "
-                f"{self.max_chunks}"
-            )
-        if (self.placement == "reserved") != (self.slot > 0):
-            raise ValueError(
-                f"layout: placement 'reserved', and only that, needs a slot (positions reserved "
-                f"for a chunk); got placement '{self.placement}' and slot {self.slot}"
-            )
-        if len(self.sinks) > 1:
-            raise ValueError(
-                "layout: chunks are encoded after blanks (num_blanks), after the prefix "
-                "(shared_prefix) or after a BOS (bos: drop), not after several; "
-                f"drop all but one of {', '.join(self.sinks)}"
-            )
-        if not self.block and self.sinks:
-            raise ValueError(
-                "layout: blanks are hidden from other chunks, full attention "
-                f"(block: false) has none; drop {', '.join(self.sinks)}"
-            )
-
-    @property
-    def sinks(self) -> tuple[str, ...]:
-        """Fields that put hidden rows before every chunk; at most one in a valid layout."""
-        asked = {
-            "num_blanks": self.num_blanks > 0,
-            "shared_prefix": self.shared_prefix,
-            "bos": self.bos == "drop",
-        }
-        return tuple(name for name, wanted in asked.items() if wanted)
-
-    @property
-    def num_learned(self) -> int:
-        """Rows of the table of learned tokens; 0 where the layout has none."""
-        return self._link_rows + self.num_headers + self.num_trailers
-
-    @property
-    def header_rows(self) -> range:
-        """Table rows of the tokens that open a chunk."""
-        return range(self._link_rows, self._link_rows + self.num_headers)
-
-    @property
-    def trailer_rows(self) -> range:
-        """Table rows of the tokens that close a chunk."""
-        return range(self._link_rows + self.num_headers, self.num_learned)
-
-    def link_rows(self, chunk: int) -> tuple[int, ...]:
-        """Table rows of the links of the ``chunk``-th chunk, slot by slot.
-
-        Raises:
-            ValueError: If the table goes by chunk and has no rows for this one.
-        """
-        if self.max_chunks and chunk >= self.max_chunks:
-            raise ValueError(
-                f"the link table has rows for {self.max_chunks} chunks (max_chunks), a prompt has "
-                f"more; retrieve fewer, or train with link_table 'slot'"
-            )
-        first = chunk * self.num_links if self.link_table == "chunk" else 0
-        step = 0 if self.link_table == "shared" else 1
-        return tuple(first + step * slot for slot in range(self.num_links))
-
-    @property
-    def _link_rows(self) -> int:
-        shared = min(1, self.num_links)
-        return {"shared": shared, "slot": self.num_links}.get(
-            self.link_table, self.num_links * self.max_chunks
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types, every field."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> LayoutSpec:
-        """Inverse of `to_dict`; fields left out keep their default.
-
-        Raises:
-            ValueError: If a key is unknown or a value is not accepted.
-        """
-        return build_strict(cls, values, "layout")
-
-    def _require(self, name: str, accepted: bool, wanted: str) -> None:
-        if not accepted:
-            raise ValueError(f"layout '{name}' must be {wanted}, got {getattr(self, name)!r}")
-
 
 IGNORED = -100
 """Label of a row that carries no loss."""
@@ -192,10 +43,10 @@ def lay_out(
 ) -> Prompt:
     """Lays pieces out: prefix, per chunk its blanks, tokens and links, query, answer, followups.
 
-    Headers and trailers stand around a chunk's tokens, in its group. With links before, they come
-    before its blanks. ``order`` counts the rows that are not blanks. The ``p`` blanks of a chunk
-    whose first row has order ``o`` and position ``s`` have orders ``o - p ...`` and positions
-    ``s - p ...``, in the group of the chunk.
+    Headers and trailers stand around a chunk's tokens, in its group. Links that stand before a
+    chunk come before its blanks. ``order`` counts the rows that are not blanks. If the first row of
+    a chunk has order ``o`` and position ``s``, its ``p`` blanks have orders ``o - p ...`` and
+    positions ``s - p ...``, in the group of the chunk.
 
     Args:
         pieces: Token ids, see `make_pieces`.
@@ -203,8 +54,8 @@ def lay_out(
         link_base: Id of the first learned token, such as the model's vocabulary size.
         blank_id: Token id of a blank.
         bos_id: Token id of BOS.
-        contexts: What each chunk was encoded after in an earlier prompt, as blanks of its own;
-            None: what ``spec`` says, the same for all.
+        contexts: For each chunk the tokens that it was encoded after in an earlier prompt, as its
+            blanks; None: what ``spec`` says, the same for all.
 
     Raises:
         ValueError: If the layout needs an id that was not given.
@@ -235,7 +86,7 @@ def sink_ids(
 def wrapped(
     chunk: tuple[int, ...], spec: LayoutSpec, link_base: int | None, bos_id: int | None = None
 ) -> tuple[int, ...]:
-    """A chunk's tokens with its own BOS, between header and trailer: what is stored together."""
+    """What is stored together: header, the chunk's own BOS, its tokens, trailer."""
     base = link_base or 0
     kept = (bos_id,) if spec.bos == "keep" else ()
     return _ids(base, spec.header_rows) + kept + chunk + _ids(base, spec.trailer_rows)

@@ -212,15 +212,14 @@ def _check(layout, states, layer, num_layers, row: int, sample: int) -> tuple[La
     def taken(rows: Tensor) -> LayerKV:
         return LayerKV(*(state[row : row + 1, :, rows] for state in states))
 
-    asked = here & ~facts.is_fresh & (facts.kind != Kind.BLANK) & (facts.kind != Kind.ANSWER)
-    other = asked & ((facts.kind == Kind.QUERY) | (facts.kind == Kind.LINK))
+    computed = (Kind.BLANK, Kind.ANSWER, Kind.QUERY, Kind.LINK)
+    cached = here & ~facts.is_fresh & ~sum(facts.kind == kind for kind in computed).bool()
     check = LayerCheck(
         layer=layer,
         num_layers=num_layers,
         eligible=torch.ones(1, len(fresh), dtype=torch.bool, device=layout.device),
         context_tokens=(here & facts.is_context).sum(1),
-        prompt_tokens=asked.sum(1),
-        other_tokens=other.sum(1),
+        cached_tokens=cached.sum(1),
         chunk=facts.chunk[:, fresh],
         question_mass=None,
         probe=lambda: (taken(fresh), taken(originals)),

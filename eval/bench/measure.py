@@ -11,7 +11,7 @@ from shape import Shape
 from blocktune.attention import attach, dense_mask, make_plan
 from blocktune.attention.kernels import AttentionParams
 from blocktune.layout import LayerRule
-from blocktune.training.cost import matmul_rate
+from blocktune.training.plan import matmul_rate
 
 FORWARD, BACKWARD = 4, 10
 """Operations of attention for each visible pair of rows and dimension: two products, then five."""

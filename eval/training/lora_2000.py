@@ -17,10 +17,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from asked import BATCH, BLEND, FULL, NAIVE, ask, method_of, suite_of
-from judged import Judge, choose
-from page import page_of
-from trained import Run, cost_of, load_recipe, train_all
+from queries import BATCH, BLEND, FULL, NAIVE, ask, method_of, suite_of
+from report import page_of
+from runs import Run, cost_of, load_recipe, train_all
+from scoring import Judge, choose
 
 from blocktune.adapter import AdapterInfo
 from blocktune.files import replace_json, replace_text

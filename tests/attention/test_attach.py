@@ -45,7 +45,8 @@ def test_without_a_layout_it_is_the_stock_model_to_the_bit(family):
     for own, attached in zip(before, stock_outputs(model), strict=True):
         assert torch.equal(own, attached)
     detach(model)
-    assert model.config._attn_implementation == implementation and not is_attached(model)
+    assert model.config._attn_implementation == implementation
+    assert not is_attached(model)
     assert torch.equal(model(IDS).logits, before[0])
 
 
@@ -77,12 +78,14 @@ def test_attaching_one_model_never_touches_another():
     before = other(IDS).logits
     attach(one)
     assert (config._attn_implementation, other.config._attn_implementation) == named
-    assert not is_attached(other) and one.config is one.model.config
+    assert not is_attached(other)
+    assert one.config is one.model.config
     assert torch.equal(other(IDS).logits, before)
     ids, some = rows()
     with block_attention(other):
         inside = other(ids, layout=some.pack()).logits
-    assert not is_attached(other) and is_attached(one)
+    assert not is_attached(other)
+    assert is_attached(one)
     assert torch.equal(other(IDS).logits, before)
     attach(other)
     detach(one)
@@ -149,5 +152,5 @@ def test_what_would_lose_the_layout_is_refused():
 def test_an_implementation_that_cannot_be_kept_is_refused():
     config = FAMILIES["llama"]()
     model = AutoModelForCausalLM.from_config(config, attn_implementation="flex_attention")
-    with pytest.raises(ValueError, match="got 'flex_attention'; .*attn_implementation='sdpa'"):
+    with pytest.raises(ValueError, match=r"got 'flex_attention'; .*attn_implementation='sdpa'"):
         attach(model)

@@ -8,6 +8,7 @@ import yaml
 from blocktune.data import load_examples
 from blocktune.methods import available
 
+SOURCE = "worlds:test?n=3&passages=2&kinds=self-contained"
 ASK = ("--question", "Where was Anna born?", "--max-new-tokens", 3)
 CHUNKS = ("--chunk", "Anna Belt was born in Port Alder.", "--chunk", "Port Alder is in Lorne.")
 
@@ -15,22 +16,26 @@ CHUNKS = ("--chunk", "Anna Belt was born in Port Alder.", "--chunk", "Port Alder
 @pytest.fixture
 def questions(blocktune, tmp_path):
     path = tmp_path / "questions.jsonl"
-    done = blocktune(
-        "data",
-        "worlds",
-        "-o",
-        path,
-        "--n",
-        3,
-        "--split",
-        "test",
-        "--passages",
-        "2",
-        "--kinds",
-        "self-contained",
-    )
+    options = ("--n", 3, "--split", "test", "--passages", 2, "--kinds", "self-contained")
+    done = blocktune("data", "worlds", "-o", path, *options)
     assert done.exit_code == 0, done.output
     return path
+
+
+@pytest.fixture
+def ask(blocktune, model):
+    """Answers one question and returns the record of it."""
+
+    def run(*options) -> dict:
+        done = blocktune("answer", "--model", model, *ASK, *CHUNKS, "--json", *options)
+        assert done.exit_code == 0, done.output
+        return json.loads(done.stdout)
+
+    return run
+
+
+def read(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_methods_are_listed_for_programs_and_people(blocktune):
@@ -46,14 +51,11 @@ def test_methods_are_listed_for_programs_and_people(blocktune):
 
 
 def test_worlds_are_what_the_source_of_that_name_gives(questions):
-    assert load_examples(questions) == load_examples(
-        "worlds:test?n=3&passages=2&kinds=self-contained"
-    )
+    assert load_examples(questions) == load_examples(SOURCE)
 
 
-def test_one_question_is_answered_with_its_usage(blocktune, model):
-    result = blocktune("answer", "--model", model, *ASK, *CHUNKS, "--json")
-    record = json.loads(result.stdout)
+def test_one_question_is_answered_with_its_usage(blocktune, ask, model):
+    record = ask()
     usage = record["usage"]
     assert record.keys() == {"id", "question", "answer", "method", "usage"}
     assert record["method"] == "naive"
@@ -65,45 +67,100 @@ def test_one_question_is_answered_with_its_usage(blocktune, model):
     assert "Where was Anna born?" in panel
 
 
-def test_a_stream_says_what_the_answer_says(blocktune, model):
-    ask = ("answer", "--model", model, *ASK, *CHUNKS, "--method", "cacheblend")
-    whole = json.loads(blocktune(*ask, "--json").stdout)["answer"]
+def test_a_stream_says_what_the_answer_says(blocktune, ask, model):
+    whole = ask("--method", "cacheblend")["answer"]
     assert whole
-    assert blocktune(*ask, "--stream").stdout == whole + "\n"
+    stream = ("answer", "--model", model, *ASK, *CHUNKS, "--method", "cacheblend", "--stream")
+    assert blocktune(*stream).stdout == whole + "\n"
 
 
-def test_a_parameter_changes_the_method(blocktune, model):
-    ask = ("answer", "--model", model, *ASK, *CHUNKS, "--method", "epic", "--json")
-    usages = [
-        json.loads(blocktune(*ask, "--param", f"k={k}").stdout)["usage"]["layer_tokens"]
-        for k in (1, 3)
-    ]
-    assert usages == [[2, 2], [6, 6]]
+def test_a_parameter_changes_the_method(ask):
+    usages = [ask("--method", "epic", "--param", f"k={k}")["usage"] for k in (1, 3)]
+    assert [usage["layer_tokens"] for usage in usages] == [[2, 2], [6, 6]]
 
 
-def test_the_prompt_is_shown_row_by_row(blocktune, model):
-    shown = blocktune("answer", "--model", model, *ASK, *CHUNKS, "--show-prompt").stdout
+def test_the_prompt_is_shown_row_by_row_in_its_wording(blocktune, model, tmp_path):
+    show = ("answer", "--model", model, *ASK, *CHUNKS, "--show-prompt")
+    shown = blocktune(*show).stdout
     assert "[chunk 0: " in shown
     assert "[query: " in shown
     assert "Port Alder is in Lorne." in shown
+    path = tmp_path / "format.yaml"
+    path.write_text("instruction: From the file.\nquestion: 'Now: {question}'\n")
+    words = ("--format", path, "--system", "Be brief.")
+    shown = blocktune(*show, *words).stdout
+    assert all(text in shown for text in ("From the file.", "Now: Where was", "Be brief."))
+    shown = blocktune(*show, *words, "--instruction", "From the line.").stdout
+    assert "From the line." in shown
+    assert "From the file." not in shown
 
 
 def test_encoded_chunks_are_found_again_by_another_engine(blocktune, model, questions, tmp_path):
     store = ("--store", tmp_path / "store")
     encode = ("encode", "--model", model, "--input", questions, *store)
     assert "encoded 6 chunks" in blocktune(*encode).stdout
-    assert "6 were there" in blocktune(*encode).stdout
+    worded = ("--system", "Be brief.")  # only the prefix of a prompt depends on it
+    assert "6 were there" in blocktune(*encode, *worded).stdout
     output = tmp_path / "answers.jsonl"
-    ask = ("answer", "--model", model, "-i", questions, "-o", output, "--max-new-tokens", 2)
-    done = blocktune(*ask, *store)
+    ask = ("answer", "--model", model, "-i", questions, "--max-new-tokens", 2, *store, "-o")
+    done = blocktune(*ask, output, *worded)
     assert done.stdout == f"wrote 3 answers to {output}\n"
-    assert done.stderr.endswith(f" chunks read from {store[1]}, 0 encoded anew\n")
-    records = [json.loads(line) for line in output.read_text().splitlines()]
+    assert f" chunks read from {store[1]}, 0 encoded" in done.stderr
+    records = read(output)
     assert [r["id"] for r in records] == [e.id for e in load_examples(questions)]
     assert all(r["usage"]["chunk_misses"] == 0 for r in records)
-    other = blocktune(*ask, *store, "--dtype", "bfloat16").stderr
+    other = blocktune(*ask, tmp_path / "other.jsonl", "--dtype", "bfloat16").stderr
     assert "\n0 chunks read" in f"\n{other}"
-    assert "encoded anew; those that it held are other passages, or of another model" in other
+    assert "the chunks in it are other passages, or of another model" in other
+
+
+def test_a_stopped_answer_continues(blocktune, refused, model, tmp_path, monkeypatch):
+    from blocktune.engine import Engine
+
+    path, answer = tmp_path / "a.jsonl", Engine.answer
+    ask = ("answer", "--model", model, "-i", SOURCE, "--max-new-tokens", 2, "--batch-size", 1)
+    ask += ("--method", "naive", "-o", path)
+    calls = []
+
+    def stopped(engine, examples, *arguments, **options):
+        calls.append(examples[0].id)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return answer(engine, examples, *arguments, **options)
+
+    monkeypatch.setattr(Engine, "answer", stopped)
+    done = blocktune(*ask)
+    assert done.exit_code == 130
+    assert "repeat the command to continue" in done.stderr
+    first = read(path)
+    assert len(first) == 2
+    path.write_text(path.read_text() + '{"id"')  # a line that a crash left half-written
+    assert "wrote 1 answers" in blocktune(*ask).stdout
+    assert read(path)[:2] == first
+    assert calls == [*(r["id"] for r in first), calls[2], calls[2]]
+    assert "3 were there" in blocktune(*ask).stdout
+    whole = path.read_bytes()
+    # The last of an option that is repeated counts.
+    for other in (
+        ("--system", "S"),
+        ("--max-new-tokens", 3),
+        ("--method", "epic"),
+        ("--limit", 2),
+        ("-i", f"{SOURCE}&seed=9"),
+    ):
+        assert "not an answer of this command" in refused(*ask, *other)
+    assert path.read_bytes() == whole
+
+
+def test_drawn_answers_continue_in_the_same_batches(blocktune, model, tmp_path):
+    ask = ("answer", "--model", model, "-i", SOURCE, "--max-new-tokens", 4, "--batch-size", 2)
+    ask += ("--temperature", 1.0, "-o")
+    blocktune(*ask, tmp_path / "whole.jsonl")
+    lines = (tmp_path / "whole.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "part.jsonl").write_text(lines[0])
+    assert "wrote 3 answers" in blocktune(*ask, tmp_path / "part.jsonl").stdout
+    answers = [[r["answer"] for r in read(tmp_path / f"{n}.jsonl")] for n in ("whole", "part")]
+    assert answers[0] == answers[1]
 
 
 def test_eval_writes_results_table_and_picture(blocktune, model, questions, tmp_path):
@@ -121,19 +178,17 @@ def test_eval_writes_results_table_and_picture(blocktune, model, questions, tmp_
     assert "full-prefill" in done.stdout
     results = json.loads((output / "results.json").read_text())
     assert {summary["n"] for summary in results["methods"].values()} == {2}
-    assert sorted(path.name for path in output.iterdir()) == [
-        "results.json",
-        "results.png",
-        "rows",
-        "ttft.json",
-    ]
+    names = ["results.json", "results.png", "rows", "ttft.json"]
+    assert sorted(path.name for path in output.iterdir()) == names
 
 
-def test_bench_gives_the_ratios(blocktune):
+def test_bench_gives_the_ratios(blocktune, tmp_path):
     arguments = ("--tokens", 256, "--chunk", 64, "--repeats", 1, "--json")
-    found = json.loads(blocktune("bench", "attention", *arguments).stdout)
+    path = tmp_path / "made" / "bench.json"
+    found = json.loads(blocktune("bench", "attention", *arguments, "--output", path).stdout)
     assert found["split_over_full"] > 0
     assert found["split_over_dense"] > 0
+    assert json.loads(path.read_text()) == found
 
 
 def test_check_says_whether_reuse_is_sound(blocktune, model):
@@ -145,16 +200,19 @@ def test_check_says_whether_reuse_is_sound(blocktune, model):
 
 
 def test_layer_ranges_are_profiled(blocktune, model, questions):
-    result = blocktune("intervals", "--model", model, "--input", questions, "--json")
-    found = json.loads(result.stdout)
+    profile = ("--model", model, "--input", questions)
+    found = json.loads(blocktune("profile-layers", *profile, "--json").stdout)
     assert [(one["first_layer"], one["num_layers"]) for one in found] == [(0, 1), (1, 1), (0, 2)]
     assert found[-1]["efficient"]
-    shown = blocktune("intervals", "--model", model, "--input", questions, "--limit", 1).stdout
-    assert shown.split()[:5] == ["first_layer", "ratio", "layers", "divergence", "agreement"]
-    assert "100%" in shown
+    shown = blocktune("intervals", *profile, "--limit", 1)
+    assert "is now `blocktune profile-layers`" in shown.stderr
+    headings = ["first_layer", "ratio", "layers", "divergence", "agreement"]
+    assert shown.stdout.split()[:5] == headings
+    assert "100%" in shown.stdout
 
 
 @pytest.mark.parametrize("command", ["answer", "merge"])
 def test_help_shows_that_a_revision_can_be_pinned(blocktune, command):
     """Brackets are markup to the help unless they are escaped."""
-    assert "USER/NAME[@REVISION]" in "".join(blocktune(command, "--help").stdout.split())
+    shown = "".join(blocktune(command, "--help").stdout.replace("│", "").split())
+    assert "USER/NAME[@REVISION]" in shown

@@ -1,10 +1,9 @@
-"""`blocktune eval compare`, `report`, `traces` and `blocktune figure` on finished runs."""
+"""`blocktune eval compare` and `report` on finished runs."""
 
 import json
 
 import pytest
 import yaml
-from matplotlib.image import imread
 
 WORLDS = "worlds:test?seed=1&n=4&passages=2&kinds=self-contained"
 
@@ -32,18 +31,6 @@ def test_runs_are_compared_and_reported(blocktune, suite, tmp_path):
     assert blocktune("eval", "report", tmp_path / "a").exit_code == 0
     page = (tmp_path / "a" / "report.html").read_text()
     assert "Closeness to full prefill" in page
-    (tmp_path / "PAGE.md").write_text(
-        "<!-- table: {show: scores, run: kept/a} -->\n<!-- end of table -->\n"
-        "<!-- table: {show: scores, run: kept/c} -->\n<!-- end of table -->\n"
-    )
-    made = blocktune("eval", "page", tmp_path / "PAGE.md", "--runs", tmp_path)
-    assert made.stdout.endswith("not measured yet: kept/c\n")
-    assert "| full-prefill | " in (tmp_path / "PAGE.md").read_text()
-    assert (tmp_path / "kept" / "a.json").is_file()
-    assert (tmp_path / "a" / "report" / "fidelity-values.png").is_file()
-    done = blocktune("figure", "bars", tmp_path / "a", "-o", tmp_path / "bars.png")
-    assert done.exit_code == 0, done.output
-    assert imread(tmp_path / "bars.png").shape[1] > 500
 
 
 def test_one_flag_makes_all_that_choose_tokens_spend_alike(blocktune, refused, model, tmp_path):
@@ -61,35 +48,6 @@ def test_one_flag_makes_all_that_choose_tokens_spend_alike(blocktune, refused, m
     assert "exclude each other" in refused(*run, "--layer-budget", 0.4, "--budget", 0.4)
 
 
-def test_the_studys_figures_are_drawn_on_a_model(blocktune, model, tmp_path):
-    ask = ("--model", model, "-i", WORLDS)
-    for name, more in (("deviation", ()), ("overlap", ()), ("cumulative", ("--layer", 1))):
-        done = blocktune("figure", name, *ask, "-o", tmp_path / f"{name}.png", *more)
-        assert done.exit_code == 0, done.output
-        assert imread(tmp_path / f"{name}.png").shape[0] > 300
-
-
-def test_traces_are_served(blocktune, model, tmp_path):
-    record = {
-        "model": model,
-        "task": {"name": "worlds", "source": WORLDS, "max_new_tokens": 2},
-        "methods": ["naive"],
-        "patterns": [{"name": "kept"}],
-        "questions": 2,
-        "requests": 4,
-        "warmup": 2,
-    }
-    (tmp_path / "t.yaml").write_text(yaml.safe_dump(record))
-    done = blocktune("eval", "traces", "--trace", tmp_path / "t.yaml", "--output", tmp_path / "out")
-    assert done.exit_code == 0, done.output
-    assert "kept" in done.stdout
-
-
-def test_what_is_not_there_is_said_in_one_line(refused, model, tmp_path):
+def test_what_is_not_there_is_said_in_one_line(refused, tmp_path):
     assert "no results.json" in refused("eval", "report", tmp_path)
     assert "needs --suite FILE and --output FOLDER" in refused("eval")
-    missing = ("--model", model, "-i", WORLDS, "-o", tmp_path / "x.png")
-    assert "has 4 questions, --index 9" in refused("figure", "overlap", *missing, "--index", 9)
-    line = refused("figure", "cumulative", *missing, "--layer", 7)
-    assert "--layer must be below the model's 2 layers, got 7" in line
-    assert not (tmp_path / "x.png").exists()

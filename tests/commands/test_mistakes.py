@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -13,6 +14,7 @@ from blocktune.data import RagExample, write_jsonl
 from blocktune.models.identity import base_fingerprint, tokenizer_hash
 from blocktune.prompt import Chunk, LayoutSpec, PromptFormat
 
+ROOT = Path(__file__).resolve().parents[2]
 QUESTION = ("--question", "Where was Anna born?")
 CHUNK = ("--chunk", "Anna was born in Kirby.")
 
@@ -129,12 +131,43 @@ def test_questions_given_twice_or_not_at_all(refused, model, questions):
     assert "no file 'none.jsonl'" in refused("answer", "--model", model, "--input", "none.jsonl")
 
 
+def test_a_wording_that_is_none(refused, model, tmp_path):
+    ask, path = ("answer", "--model", model, *QUESTION, *CHUNK, "--format"), tmp_path / "f.yaml"
+    assert "no prompt format at" in refused(*ask, path)
+    for text, word in (
+        ("a: b: c", "not YAML"),
+        ("- a", "mapping"),
+        ("instructon: x", "instructon"),
+    ):
+        path.write_text(text)
+        assert word in refused(*ask, path)
+
+
+def test_an_output_of_something_else(refused, model, questions, tmp_path):
+    output = tmp_path / "answers.jsonl"
+    output.write_text("mine\n")
+    line = refused("answer", "--model", model, "-i", questions, "-o", output)
+    assert "answers.jsonl', line 1: not an answer" in line
+    assert output.read_text() == "mine\n"
+
+
 def test_a_failed_generation_leaves_the_old_file(refused, tmp_path):
     path = tmp_path / "worlds.jsonl"
     path.write_text("old")
     assert "unknown kind 'magic'" in refused("data", "worlds", "-o", path, "--kinds", "magic")
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["worlds.jsonl"]
+
+
+def test_an_unknown_or_abbreviated_option(refused):
+    line = refused("answer", "--modle", "m")
+    assert "--modle" in line
+    assert "answer --help" in line
+    line = refused("train", "--train_data", "worlds:train", "--learning-rat", "1")
+    assert "did you mean 'learning_rate'" in line
+    assert "Did you mean 'answer'" in refused("anser")
+    assert "--verbos" in refused("--verbos")
+    assert "--limit" in refused("answer", "--limit", "many")
 
 
 def test_a_training_config_with_an_unknown_key(refused, tmp_path):
@@ -146,16 +179,15 @@ def test_a_training_config_with_an_unknown_key(refused, tmp_path):
 
 @pytest.mark.parametrize(("debug", "shown"), [({}, False), ({"BLOCKTUNE_DEBUG": "1"}, True)])
 def test_a_process_ends_with_2_and_a_traceback_only_when_asked(tmp_path, debug, shown):
-    command = [sys.executable, "-m", "blocktune.cli", "eval", "--suite", "none.yaml"]
     done = subprocess.run(
-        [*command, "--output", "out"],
+        [sys.executable, "-m", "blocktune.cli", "eval"],
         cwd=tmp_path,
-        env={"PATH": ""} | debug,
+        env={"PATH": "", "PYTHONPATH": str(ROOT)} | debug,
         capture_output=True,
         text=True,
         check=False,
     )
-    assert "no suite at 'none.yaml'" in done.stderr
+    assert "needs --suite" in done.stderr
     assert ("Traceback" in done.stderr) is shown
     assert done.returncode == (1 if shown else 2)
     assert list(tmp_path.iterdir()) == []
@@ -186,7 +218,7 @@ def test_a_full_device_is_one_line_and_other_errors_of_torch_are_not(monkeypatch
     monkeypatch.setattr(answering, "read_examples", full)
     done = blocktune("answer", *QUESTION, *CHUNK)
     assert done.exit_code == 2
-    assert done.stderr.startswith("error: CUDA out of memory; take smaller batches")
+    assert done.stderr.startswith("error: CUDA out of memory; use smaller batches")
     monkeypatch.setattr(answering, "read_examples", bug)
     assert isinstance(blocktune("answer", *QUESTION, *CHUNK).exception, RuntimeError)
 
@@ -205,9 +237,3 @@ def test_passages_under_another_name(refused, model, tmp_path):
 def test_a_recipe_without_config(refused):
     line = refused("train", "recipes/kvlink.yaml")
     assert "did you mean '--config recipes/kvlink.yaml'?" in line
-
-
-def test_a_page_without_blocks_and_a_folder_of_runs_that_is_not_there(refused, tmp_path):
-    assert "holds no block of a table" in refused("eval", "page", "README.md")
-    line = refused("eval", "page", "eval/results/STUDY.md", "--runs", tmp_path / "none")
-    assert "no folder of runs at" in line

@@ -9,7 +9,7 @@ from engine.served import ASK, SHORT, Ask, engine_of
 from engine.test_selection import METHODS, deep, label
 from families import FAMILIES
 
-from blocktune.engine import chunk_mass, watching
+from blocktune.engine import attention_probes
 from blocktune.methods import build
 from blocktune.prompt import Chunk
 
@@ -20,7 +20,7 @@ PLAIN = [build("naive"), build("epic", k=2), build("cacheblend"), build("full-pr
 def executed(monkeypatch):
     """Multiply-adds of matrices and attention, as they happen."""
     counted: Counter = Counter()
-    sdpa, scores = F.scaled_dot_product_attention, watching.plain_scores
+    sdpa, scores = F.scaled_dot_product_attention, attention_probes.plain_scores
 
     def attend(query, key, value, is_causal=False, **more):
         groups, heads, rows, dim = query.shape
@@ -32,12 +32,11 @@ def executed(monkeypatch):
 
     def score(query, key, mask, params):
         asks = query.shape[2]
-        counted["watching"] += query.shape[0] * query.shape[1] * asks * key.shape[2] * key.shape[3]
+        counted["probes"] += query.shape[0] * query.shape[1] * asks * key.shape[2] * key.shape[3]
         return scores(query, key, mask, params)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
-    monkeypatch.setattr(watching, "plain_scores", score)
-    monkeypatch.setattr(chunk_mass, "plain_scores", score)
+    monkeypatch.setattr(attention_probes, "plain_scores", score)
     return counted
 
 
@@ -71,7 +70,7 @@ def test_statistics_of_chunks_are_in_the_flops(tokenizer, executed, name):
         executed.clear()
         usage = engine.answer([ask], method, max_new_tokens=1)[0].usage
         assert usage.flops == 2 * sum(executed.values())
-        assert executed["watching"] > 0
+        assert executed["probes"] > 0
 
 
 def test_flops_of_experts_are_those_of_the_ones_that_a_row_is_sent_to(tokenizer):

@@ -9,7 +9,7 @@ import yaml
 
 from blocktune.evaluation.suite import load_suite
 
-SHIPPED = ("rag", "open-ends", "psr", "quick", "demo")
+SHIPPED = ("rag", "open-ends", "quick", "demo")
 spec = importlib.util.spec_from_file_location("dry_run", Path("eval/dry_run.py"))
 dry_run = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(dry_run)
@@ -20,8 +20,12 @@ def test_a_shape_runs_the_methods_of_the_shipped_suites(name, tmp_path, monkeypa
     monkeypatch.setenv("BLOCKTUNE_PLUGINS", "")  # set by the dry run, for its own process
     shipped = load_suite("eval/suites/rag.yaml").methods
     methods = [m.entry() | {"label": m.label} for m in shipped if m.name != "no-context"]
-    chat = {"task": "eval/tasks/chat.yaml", "source": "dialogue:?n=2&turns=4", "max_new_tokens": 2}
-    tasks = [chat, {"task": "eval/tasks/musique.yaml"}]
+    worlds = {
+        "name": "worlds",
+        "source": "worlds:test?n=2&passages=2&kinds=self-contained",
+        "max_new_tokens": 2,
+    }
+    tasks = [worlds, {"task": "eval/tasks/musique.yaml"}]
     suite = tmp_path / "suite.yaml"
     record = {"model": "any", "methods": methods, "tasks": tasks, "ttft": {"num": 1}}
     suite.write_text(yaml.safe_dump(record))
@@ -30,7 +34,7 @@ def test_a_shape_runs_the_methods_of_the_shipped_suites(name, tmp_path, monkeypa
     dry_run.main([*given, "--layers", "2", "--limit", "2"])
     results = json.loads((output / "results.json").read_text())
     assert set(results["methods"]) == {method["label"] for method in methods}
-    assert set(results["tasks"]) == {"chat"}  # what would be downloaded is left out
+    assert set(results["tasks"]) == {"worlds"}  # what would be downloaded is left out
     assert (output / "report.html").is_file()
 
 

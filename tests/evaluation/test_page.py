@@ -13,9 +13,9 @@ from matplotlib.image import imread
 from blocktune.evaluation.findings import power_notes
 from blocktune.evaluation.report import write_report
 from blocktune.evaluation.report.charts import charts_of
-from blocktune.evaluation.report.numbers import FORMS, look_up, pointer
 from blocktune.evaluation.report.style import PHONE_INCHES
 from blocktune.files import replace_json
+from blocktune.tables import FORMS, look_up, pointer
 
 
 class Page(HTMLParser):

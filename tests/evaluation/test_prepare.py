@@ -1,15 +1,17 @@
-"""A task's wording and an adapter's own: what is said wins, what is not said stays as trained."""
+"""Before the first question: wording, tags and prompts are sound, or nothing runs."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 from tiny_llama import tiny_llama
 from tiny_tokenizer import build_tokenizer
 
+from blocktune.data import RagExample
 from blocktune.engine import Engine
-from blocktune.evaluation.prepare import prepare
+from blocktune.evaluation.prepare import check_prompts, prepare
 from blocktune.evaluation.suite import parse_suite
-from blocktune.prompt import PromptFormat
+from blocktune.prompt import Chunk, PromptFormat, make_pieces
 
 ASKED = {"instruction": "Answer in a few words.", "question": "Q: {question}"}
 
@@ -50,3 +52,61 @@ def test_a_wording_that_the_base_does_not_get_is_refused(prompt):
     with pytest.raises(ValueError, match=r"build different prompts .*wordings differ in system"):
         ready(prompt, **ASKED if prompt else {}, system="Be brief.")
     ready(dict(ASKED, system="Be brief."), **ASKED, system="Be brief.")
+
+
+EXAMPLE = RagExample("Where was Anna born?", (Chunk("Anna was born in Kirby."),), ("Kirby",))
+CLOSING = "{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}"  # as Mistral's
+
+
+def engine(tokenizer, **fmt):
+    return SimpleNamespace(tokenizer=tokenizer, format=PromptFormat(**fmt))
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [
+        build_tokenizer(),
+        build_tokenizer(adds_bos=True),
+        build_tokenizer(template=None),
+        build_tokenizer(template=CLOSING, bos_token=None),
+    ],
+    ids=["template writes BOS", "both add BOS", "no template", "no BOS, turn opened by closing"],
+)
+def test_sound_prompts_pass(tokenizer):
+    engines = {"base": engine(tokenizer), "tuned": engine(tokenizer)}
+    assert check_prompts(engines, EXAMPLE) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p, bos: p._replace(prefix=(bos, *p.prefix)), "holds it 2 times"),
+        (lambda p, bos: p._replace(prefix=p.prefix[1:]), "holds it 0 times"),
+        (lambda p, bos: p._replace(prefix=p.prefix[1:], query=(bos, *p.query)), "it opens with"),
+        (lambda p, bos: p._replace(query=p.query[:-2]), "open the assistant's turn"),
+    ],
+    ids=["two BOS", "no BOS", "BOS elsewhere", "turn not opened"],
+)
+def test_unsound_prompts_are_refused(monkeypatch, change, message):
+    def broken(tokenizer, *arguments):
+        return change(make_pieces(tokenizer, *arguments), tokenizer.bos_token_id)
+
+    monkeypatch.setattr("blocktune.evaluation.prepare.make_pieces", broken)
+    with pytest.raises(ValueError, match=message):
+        check_prompts({"base": engine(build_tokenizer())}, EXAMPLE)
+
+
+def test_weights_with_different_prompts_are_refused():
+    engines = {
+        "base": engine(build_tokenizer()),
+        "out/other": engine(build_tokenizer(), instruction="Be brief."),
+    }
+    message = "'out/other' and 'base' build different prompts .*wordings differ in instruction"
+    with pytest.raises(ValueError, match=message):
+        check_prompts(engines, EXAMPLE)
+
+
+def test_the_tag_of_a_mode_is_no_difference():
+    tagged = engine(build_tokenizer(), block_tag="[Block]", full_tag="[Full]")
+    engines = {"base": engine(build_tokenizer()), "out/tagged": tagged}
+    assert check_prompts(engines, EXAMPLE) is None

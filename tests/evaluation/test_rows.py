@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from blocktune.data import RagExample
-from blocktune.evaluation import git_state as code
+from blocktune.evaluation import fingerprints as code
 from blocktune.evaluation.rows import Row, RowFile, place_of, read_all, read_rows, row_key
 from blocktune.evaluation.suite import MethodSpec
 from blocktune.evaluation.task import TaskSpec
@@ -105,7 +105,7 @@ def test_labels_and_paths_are_not_in_the_key():
 
 def test_the_digest_of_code_covers_what_answers_and_nothing_else():
     root = code.Path(code.blocktune.__file__).parent
-    assert all((root / part).exists() for part in code.PARTS if part != "reshape")
+    assert all((root / part).exists() for part in code.PARTS)
     assert code.code_digest().startswith(f"{code.blocktune.__version__}-")
     assert not any(part.startswith(("commands", "training", "serve")) for part in code.PARTS)
 

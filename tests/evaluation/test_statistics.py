@@ -1,58 +1,97 @@
-"""Bootstrap and McNemar against closed forms."""
+"""Intervals, tests and power against closed forms and values worked by hand."""
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 
-from blocktune.evaluation.statistics import Interval, PairedBootstrap, mcnemar_exact
+from blocktune.evaluation.statistics import (
+    FEW,
+    Interval,
+    PairedScores,
+    holm,
+    mcnemar_exact,
+    power,
+    sign_flip,
+)
 
 
 def scores(right: int, wrong: int) -> list[float]:
     return [1.0] * right + [0.0] * wrong
 
 
-def test_the_interval_matches_the_normal_approximation():
-    mean, low, high = PairedBootstrap({"a": scores(280, 120)}).mean("a")
-    half_width = 1.96 * np.sqrt(0.7 * 0.3 / 400)
-    assert mean == pytest.approx(0.7)
-    # The sampling error of a 2.5 % quantile over 10,000 draws is about 2 % of the half width.
-    assert [low, high] == pytest.approx([0.7 - half_width, 0.7 + half_width], abs=0.004)
+def test_a_proportion_has_wilsons_interval():
+    found = PairedScores({"a": scores(280, 120)}).mean("a")
+    known = binomtest(280, 400).proportion_ci(method="wilson")
+    assert found == pytest.approx((0.7, known.low, known.high))
 
 
-def test_equal_seeds_give_equal_draws_and_others_do_not():
-    values = {"a": np.random.default_rng(1).random(30)}
-    means = [PairedBootstrap(values, seed=seed).mean("a") for seed in (3, 3, 4)]
-    assert means[0] == means[1] != means[2]
+@pytest.mark.parametrize(("right", "wrong"), [(5, 0), (0, 5), (50, 0), (1, 0)])
+def test_no_interval_has_zero_width(right, wrong):
+    paired = PairedScores({"a": scores(right, wrong), "b": scores(right, wrong)})
+    known = binomtest(right, right + wrong).proportion_ci(method="wilson")
+    assert paired.mean("a")[1:] == pytest.approx((known.low, known.high))
+    mean, low, high = paired.difference("a", "b")
+    assert mean == 0
+    assert -low == high > 2 / (right + wrong + 2)  # about the rule of three
 
 
-def test_a_constant_difference_has_no_width():
-    values = np.random.default_rng(2).random(40)
-    bootstrap = PairedBootstrap({"a": values + 0.25, "b": values}, num_resamples=700)
-    assert bootstrap.difference("a", "b") == pytest.approx((0.25, 0.25, 0.25))
+def test_scores_between_0_and_1_are_as_narrow_as_their_spread():
+    rng = np.random.default_rng(1)
+    own = rng.uniform(0.4, 0.6, 400)
+    mean, low, high = PairedScores({"a": own}).mean("a")
+    half = 1.96 * own.std() / 20
+    assert [low, high] == pytest.approx([mean - half, mean + half], abs=0.005)
+    assert low < mean < high
+
+
+def test_a_difference_has_bonett_and_prices_interval():
+    # 12 wins and 4 losses of 40, by hand from the paper's counts plus one.
+    left, right = scores(12, 4) + [1.0] * 24, [0.0] * 12 + [1.0] * 28
+    centre = 8 / 42
+    half = 1.959964 * np.sqrt((13 / 42 + 5 / 42 - centre**2) / 42)
+    found = PairedScores({"a": left, "b": right}).difference("a", "b")
+    assert found == pytest.approx((0.2, centre - half, centre + half), abs=1e-6)
+
+
+def test_intervals_cover_what_they_promise():
+    rng = np.random.default_rng(3)
+    hits = {"mean": 0, "difference": 0, "share": 0}
+    for _ in range(1000):
+        floor = rng.random(60) < 0.3
+        ceiling = floor | (rng.random(60) < 0.6)
+        half = np.where(rng.random(60) < 0.5, floor, ceiling)
+        paired = PairedScores({"floor": floor, "half": half, "ceiling": ceiling})
+        hits["mean"] += (f := paired.mean("half")).low <= 0.51 <= f.high
+        hits["difference"] += (f := paired.difference("ceiling", "floor")).low <= 0.42 <= f.high
+        hits["share"] += (
+            (f := paired.recovered_gap("half", "floor", "ceiling")).low <= 0.5 <= f.high
+        )
+    assert all(0.93 <= count / 1000 <= 0.99 for count in hits.values()), hits
 
 
 def test_a_paired_difference_is_narrower_than_two_intervals():
     rng = np.random.default_rng(0)
     base = rng.random(200)
     better = base + 0.05 + 0.01 * rng.standard_normal(200)
-    bootstrap = PairedBootstrap({"better": better, "base": base})
-    paired, alone = bootstrap.difference("better", "base"), bootstrap.mean("better")
-    assert paired.low > 0
-    assert paired.high - paired.low < 0.1 * (alone.high - alone.low)
+    paired = PairedScores({"better": better, "base": base})
+    above, alone = paired.difference("better", "base"), paired.mean("better")
+    assert above.low > 0
+    assert above.high - above.low < 0.4 * (alone.high - alone.low)
 
 
 def test_the_recovered_gap_is_the_share_of_the_means():
     names = {"floor": scores(50, 50), "half": scores(70, 30), "ceiling": scores(90, 10)}
-    bootstrap = PairedBootstrap(names)
-    share = bootstrap.recovered_gap("half", "floor", "ceiling")
+    paired = PairedScores(names)
+    share = paired.recovered_gap("half", "floor", "ceiling")
     assert share.mean == pytest.approx(0.5)
     assert 0.3 < share.low < 0.5 < share.high < 0.7
-    assert bootstrap.recovered_gap("ceiling", "floor", "ceiling") == Interval(1, 1, 1)
-    assert bootstrap.recovered_gap("floor", "floor", "ceiling") == Interval(0, 0, 0)
+    assert paired.recovered_gap("ceiling", "floor", "ceiling") == Interval(1, 1, 1)
+    assert paired.recovered_gap("floor", "floor", "ceiling") == Interval(0, 0, 0)
 
 
 def test_no_gap_recovers_nothing():
-    bootstrap = PairedBootstrap({"even": [1.0, 0.0] * 20, "odd": [0.0, 1.0] * 20})
-    assert bootstrap.recovered_gap("even", "even", "odd") is None
+    paired = PairedScores({"even": [1.0, 0.0] * 20, "odd": [0.0, 1.0] * 20})
+    assert paired.recovered_gap("even", "even", "odd") is None
 
 
 @pytest.mark.parametrize(
@@ -69,6 +108,59 @@ def test_unpaired_scores_are_refused():
     with pytest.raises(ValueError, match="one length"):
         mcnemar_exact([1, 0], [1])
     with pytest.raises(ValueError, match=r"1 or more, got \{'a': 1, 'b': 2"):
-        PairedBootstrap({"a": [1], "b": [1, 0]})
+        PairedScores({"a": [1], "b": [1, 0]})
     with pytest.raises(ValueError, match="one number of questions"):
-        PairedBootstrap({"a": []})
+        PairedScores({"a": []})
+
+
+def test_few_differences_flip_as_all_sign_patterns_do():
+    # Four differences of one sign: of 16 patterns, the two of one sign are as extreme.
+    assert sign_flip([1.5, 2, 1, 3], [1, 1, 0.5, 2]) == pytest.approx(2 / 16, abs=0.015)
+    assert sign_flip([1, 2], [1, 2]) == 1.0
+    assert sign_flip([1, 0], [0, 1]) == 1.0
+
+
+def test_many_differences_have_the_normal_tail_of_their_signs():
+    differences = np.array([1.0] * 60 + [-1.0] * 40)
+    assert len(differences) > FEW
+    z = 20 / np.sqrt(100)  # sum over the root of the sum of squares
+    assert sign_flip(differences, np.zeros(100)) == pytest.approx(0.0455, abs=1e-4)
+    assert z == 2
+
+
+def test_holm_matches_its_paper_by_hand():
+    # Sorted .01 .02 .03 .04 times 4 3 2 1, each at least the one before.
+    p = {"a": 0.03, "b": 0.01, "c": 0.04, "d": 0.02}
+    expected = {"a": 0.06, "b": 0.04, "c": 0.06, "d": 0.06}
+    assert holm(p) == pytest.approx(expected)
+    assert list(holm(p)) == list(p)
+    assert holm({"a": 0.7, "b": 0.6}) == {"a": 1.0, "b": 1.0}
+
+
+def test_the_questions_needed_show_the_difference_that_is_there():
+    rng = np.random.default_rng(0)
+    base = rng.random(400)
+    better = base + rng.normal(0.02, 0.2, 400)
+    found = power(better, base)
+    spread, mean = np.std(better - base, ddof=1), abs(np.mean(better - base))
+    assert found.detectable == pytest.approx((1.959964 + 0.841621) * spread / 20, rel=1e-5)
+    assert found.num_needed == np.ceil(((1.959964 + 0.841621) * spread / mean) ** 2)
+    drawn = rng.normal(mean, spread, (2000, found.num_needed)).mean(1)
+    hits = drawn / (spread / np.sqrt(found.num_needed)) > 1.959964
+    assert hits.mean() == pytest.approx(0.8, abs=0.03)
+
+
+def test_power_knows_nothing_without_spread():
+    assert power([1, 1], [0, 0]) is None
+    assert power([1], [0]) is None
+    assert power([1, 0], [0, 1]).num_needed is None
+
+
+def test_power_agrees_with_the_corrected_verdict():
+    """What Holm's correction leaves within chance needs more questions than there are."""
+    own, other = scores(16, 24), scores(9, 31)  # 7 wins of 40, no loss: p = 0.016 alone
+    p = mcnemar_exact(own, other)
+    assert p < 0.05 < 7 * p
+    found = power(own, other, p=p, p_holm=7 * p)
+    assert found.num_needed > 40
+    assert found.detectable > power(own, other).detectable

@@ -10,7 +10,7 @@ from tiny_tokenizer import build_tokenizer
 
 from blocktune.cache import ChunkStore
 from blocktune.engine import Engine
-from blocktune.extras.cache_craft import VariantStore
+from blocktune.extras.cache_craft.variants import VariantStore
 from blocktune.layout import Kind
 from blocktune.methods import build as method_of
 from blocktune.prompt import Chunk

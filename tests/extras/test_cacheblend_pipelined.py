@@ -7,7 +7,7 @@ from families import FAMILIES
 
 from blocktune.cache import ChunkStore
 from blocktune.cache.chunk_file import chunk_path
-from blocktune.extras.cacheblend_pipelined import LoadingController
+from blocktune.extras.cacheblend_pipelined.loading import LoadingController
 from blocktune.methods import build
 
 TOLERANCE = {"rtol": 0, "atol": 1e-5}

@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from blocktune.training.pretraining.config import PretrainConfig, Stage
-from blocktune.training.pretraining.contexts import MicroBatch
-from blocktune.training.pretraining.stepping import Stepper
+from examples.tiny_model.config import PretrainConfig, Stage
+from examples.tiny_model.contexts import MicroBatch
+from examples.tiny_model.stepping import Stepper
 
 pytestmark = pytest.mark.gpu
 

@@ -107,7 +107,7 @@ def test_mistakes_are_one_clear_line(text, message):
 
 def test_links_are_never_served_in_silence():
     engine = small_engine(Weights.LINKS)
-    wanted = r"'epic' does not say that it serves link tokens.* 'kvlink', .* 'kvlink \+ epic'"
+    wanted = r"'epic' does not serve link tokens.* 'kvlink', .* 'kvlink \+ epic'"
     with pytest.raises(ValueError, match=wanted):
         engine.next_logits([ASK], "epic")
     few, all_of_them = (

@@ -41,7 +41,7 @@ def test_a_matched_selector_spends_the_share(selection, share, layers):
     ("selection", "message"),
     [
         (LayerRange(), "spends 0.250 or 0.500, and nothing between"),
-        (Deviation(of="prompt"), "spends what the prompt decides"),
+        (Deviation(of="cached"), "spends what the prompt decides"),
     ],
 )
 def test_a_share_that_cannot_be_met_is_refused(selection, message):

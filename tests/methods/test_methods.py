@@ -1,13 +1,15 @@
 """The table of methods; what each of them keeps is in `test_contract`."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from blocktune.commands.methods import markdown_table
 from blocktune.methods import available, build, describe_method
-from blocktune.methods.composition import PLACE_AND_ENCODE
-from blocktune.methods.describe import GROUPS, LAYOUT_WORDS, describe_all
+from blocktune.methods.composition import LAYOUT_FIELDS
+from blocktune.methods.describe import GROUPS, LAYOUT_SUMMARIES, describe_all
 from blocktune.prompt import LayoutSpec
 
 README = Path(__file__).resolve().parents[2] / "README.md"
@@ -34,7 +36,16 @@ def test_everything_that_is_described_has_a_group_and_a_summary():
     found = describe_all()
     assert {entry.group for entry in found} <= GROUPS.keys()
     assert all(entry.summary.endswith(".") for entry in found)
-    assert set(LAYOUT_WORDS) == set(PLACE_AND_ENCODE)
+    assert set(LAYOUT_SUMMARIES) == set(LAYOUT_FIELDS)
+
+
+def test_methods_are_listed_without_torch():
+    code = (
+        "import sys; from blocktune.methods import describe_all; describe_all();"
+        "print(*sys.modules.keys() & {'torch', 'transformers', 'numpy'})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
 
 
 def test_the_methods_of_the_spine_exist():
@@ -63,7 +74,7 @@ def test_adapters_are_served_as_they_were_trained():
     linked = LayoutSpec(num_links=2)
     assert build("kvlink").layout_for(linked) == linked
     assert build("kvlink + epic").layout_for(linked) == linked
-    with pytest.raises(ValueError, match=r"'epic' does not say .*compose them: 'kvlink \+ epic'"):
+    with pytest.raises(ValueError, match=r"'epic' does not serve .*compose them: 'kvlink \+ epic'"):
         build("epic").layout_for(linked)
     assert build("full-prefill").layout_for(linked) == LayoutSpec(block=False)
     with pytest.raises(ValueError, match=r"'block-attention' needs .* got one with link tokens"):

@@ -20,10 +20,7 @@ PLUGIN = '''
 from dataclasses import dataclass
 from typing import ClassVar
 
-from blocktune.methods.reshape import RESHAPES, Reshape
-from blocktune.methods import Method, register
-from blocktune.methods.select import SELECTORS, Selection
-from blocktune.methods.select.base import selectable
+from blocktune.methods import RESHAPES, SELECTORS, Method, Reshape, Selection, register, selectable
 
 
 @SELECTORS.register("every-nth")
@@ -115,7 +112,7 @@ def test_it_composes_and_keeps_its_contract(file):
     for name in wanted:
         checks = check_method(known[name])
         assert [check.name for check in checks] == list(claims(known[name]))
-    assert all(check.passed for check in check_method(build("nth")))
+        assert name == "naive + damped" or all(check.passed for check in checks)
     assert build("kvlink + every-nth 3").select().n == 3
 
 

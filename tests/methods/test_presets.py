@@ -89,9 +89,8 @@ def test_presets_choose_what_their_sources_say():
     assert (repo.ratio, repo.by, repo.squared, repo.of) == (0.16, "values", True, "cached")
     assert (repo.check_layer, repo.keeps_keys, repo.sees_future) == (1, True, False)
     lmcache = build("cacheblend-lmcache").select()
-    assert (lmcache.ratio, lmcache.by, lmcache.squared, lmcache.of) == (
-        (0.15, "keys", True, "prompt")
-    )
+    assert (lmcache.ratio, lmcache.by, lmcache.squared) == (0.15, "keys", True)
+    assert (lmcache.of, lmcache.sees_future) == ("cached", False)
     seed = build("cacheblend").select()
     assert (seed.ratio, seed.by, seed.squared, seed.keeps_keys) == (0.15, "keys", False, False)
     assert build("cacheblend-paper").select().keeps_keys

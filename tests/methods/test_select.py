@@ -105,14 +105,12 @@ def asked(layer: int, keys: list[float], values: list[float], num_layers=4, othe
     cached = LayerKV(torch.zeros_like(fresh.keys), torch.zeros_like(fresh.values))
     eligible = torch.tensor([[True] * len(keys) + [False] * others])
     count = torch.tensor([len(keys)])
-    prompt, rest = count + 3 + others, torch.tensor([others])  # a prefix of 3
     return LayerCheck(
         layer=layer,
         num_layers=num_layers,
         eligible=eligible,
         context_tokens=count,
-        prompt_tokens=prompt,
-        other_tokens=rest,
+        cached_tokens=count + 3,  # a prefix of 3
         chunk=torch.where(eligible, 0, -1),
         question_mass=None,
         probe=lambda: (fresh, cached),
@@ -131,11 +129,10 @@ def test_deviation_compares_what_it_is_told_to():
 
 
 def test_deviation_counts_what_its_share_is_of():
-    check = asked(1, keys=[1, 4, 2, 3], values=[0, 0, 0, 0], others=2)  # 9 tokens: 3 + 4 + 2
-    assert kept(Deviation(ratio=0.4, of="context"), check) == [1, 3]  # 1.6, rounded up
+    check = asked(1, keys=[1, 4, 2, 3], values=[0, 0, 0, 0], others=2)  # a prefix of 3 is cached
+    assert kept(Deviation(ratio=0.3, of="context"), check) == [1, 3]  # 1.2, rounded up
     assert kept(Deviation(ratio=0.4, of="cached"), check) == [1, 3]  # 2.8, rounded down
-    assert kept(Deviation(ratio=0.4, of="prompt"), check) == [1]  # 3.6, down, two are the others
-    assert kept(Deviation(ratio=0.1, of="prompt"), check) == []
+    assert kept(Deviation(ratio=0.1, of="cached"), check) == []  # 0.7
 
 
 def test_gradual_deviation_keeps_fewer_in_every_layer_and_its_ratio_on_average():
@@ -242,7 +239,7 @@ def test_the_oracle_reads_what_it_is_told_to():
 
 
 def test_scored_selectors_cannot_be_used_without_a_model():
-    with pytest.raises(ValueError, match="'query-attention' chooses by a pass over a served"):
+    with pytest.raises(ValueError, match="'query-attention' needs a forward pass"):
         QueryAttention().start(rows())
 
 
@@ -280,7 +277,7 @@ def test_a_budget_below_what_the_first_layers_cost_is_refused():
     ("name", "parameters", "message"),
     [
         ("deviation", {"by": "queries"}, "by must be keys, values, both, got 'queries'"),
-        ("deviation", {"of": "all"}, "of must be context, cached, prompt, got 'all'"),
+        ("deviation", {"of": "all"}, "of must be context or cached, got 'all'"),
         ("gradual-deviation", {"check_layer": 0}, "check_layer must be a layer from 1 on"),
         ("reselect", {"restart_layer": 1}, r"restart_layer must be a layer from 2 on \(after the"),
         ("query-attention", {"fuse": "sum"}, "fuse must be mean, max, last, got 'sum'"),

@@ -26,8 +26,7 @@ def base(tmp_path_factory):
 
 
 def logits(model):
-    """Under the model's own attention: the trainer has put blocktune's in its place."""
-    model.set_attn_implementation("sdpa")
+    """Without a layout: under the model's own attention."""
     with torch.no_grad():
         return model.eval()(IDS, use_cache=False).logits
 
@@ -121,7 +120,7 @@ def test_evaluating_does_not_change_what_is_trained(tmp_path):
     def losses(folder, **more):
         path = write_run(folder, **QLORA, **more)
         write_jsonl(folder / "eval.jsonl", toy_examples(4))
-        trainer, _ = build(*parse(["--config", str(path)]))
+        trainer = build(*parse(["--config", str(path)]))
         trainer.train()
         return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 

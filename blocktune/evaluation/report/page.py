@@ -29,8 +29,9 @@ ADJUSTED = (
 )
 DIFFERENCES = (
     "p is McNemar's exact test, or sign flips where scores are not 0 or 1; Holm's correction is "
-    "over all pairs of methods in this table of results. 'Detectable' is the smallest difference "
-    "in points that this many questions show with 80 % power."
+    "over all pairs of methods of this run, and verdicts follow it. Intervals are of one "
+    "difference alone. 'Detectable' is the smallest difference in points that this many questions "
+    "show with 80 % power after the correction."
 )
 BUDGET = (
     "Methods whose recomputed shares of layer-tokens differ by at most two points. The share holds "
@@ -103,8 +104,7 @@ def _parts(results: Mapping[str, Any], charts: Sequence[Chart]) -> list[Part]:
     if sweeps := _starting(named, "sweep-"):
         parts.append(Part("Position and length", (), sweeps))
     if (closeness := tables.fidelity(results)).rows:
-        pictures = _starting(named, "fidelity-")
-        parts.append(Part("Closeness to full prefill", (), pictures, (closeness,)))
+        parts.append(Part("Closeness to full prefill", (), (), (closeness,)))
     return parts
 
 
@@ -115,7 +115,7 @@ def _scores_of(results: Mapping[str, Any]) -> str:
     ]
     return (
         f"Score is each task's headline metric in %, {'; '.join(named)}. Brackets are 95 % "
-        "intervals of a paired bootstrap over questions."
+        "intervals of one mean (Wilson) or one paired difference, not corrected for their number."
     )
 
 

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 from blocktune.evaluation.compare import verdict
-from blocktune.evaluation.report.numbers import Shown, interval, number
+from blocktune.tables import Cell, Shown, Table, interval, number
 
 Results = Mapping[str, Any]
-Cell = tuple[Shown, ...]
-
-
-class Table(NamedTuple):
-    """Headings and rows of cells; the first cell of a row names it."""
-
-    headings: Sequence[str]
-    rows: Sequence[Sequence[Cell]]
 
 
 def overview(results: Results) -> Table:

@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor
+from blocktune.methods import (
+    SELECTORS,
+    Method,
+    PromptHistory,
+    Scored,
+    Selection,
+    register,
+    require_count,
+    require_share,
+    selectable,
+    top_count,
+    top_of_context,
+)
+from blocktune.prompt import LayoutSpec
 
-from blocktune.cache import ChunkKV, ChunkStore, key_after
-from blocktune.extras.cache_craft.variants import Ids, Variant, VariantStore, cache_fix_overhead
-from blocktune.layout import GLOBAL, Kind, Layout
-from blocktune.methods.base import Method, register, require_count
-from blocktune.methods.hooks import PrefilledBatch, PromptHistory
-from blocktune.methods.select import SELECTORS, LayerCheck, Passes, Scored, Selection, selectable
-from blocktune.methods.select.budget import require_share, top_share
-from blocktune.prompt import LayoutSpec, Pieces
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from blocktune.cache import ChunkStore
+    from blocktune.extras.cache_craft.variants import Ids
+    from blocktune.layout import Layout
+    from blocktune.methods import LayerCheck, Passes, PrefilledBatch
+    from blocktune.prompt import Pieces
 
 
 @dataclass(frozen=True)
@@ -45,6 +57,8 @@ class VariantHistory(PromptHistory):
 
     def lookup(self, store: ChunkStore, fingerprint: str, pieces: Pieces) -> list[Ids] | None:
         """See `PromptHistory`."""
+        from blocktune.extras.cache_craft.variants import VariantStore
+
         variants, chunks = VariantStore.of(store, fingerprint), pieces.chunks
         found = [variants.best(c, chunks[:i], self.alpha) for i, c in enumerate(chunks)]
         if None in found:
@@ -59,6 +73,12 @@ class VariantHistory(PromptHistory):
 
     def update(self, store: ChunkStore, fingerprint: str, batch: PrefilledBatch) -> None:
         """See `PromptHistory`; prompts served from caches teach nothing."""
+        import torch
+
+        from blocktune.cache import ChunkKV, key_after
+        from blocktune.extras.cache_craft.variants import Variant, VariantStore
+        from blocktune.layout import GLOBAL, Kind
+
         variants, columns = VariantStore.of(store, fingerprint), batch.columns
         for index, prompt in enumerate(batch.pieces):
             blanks = prompt.prefix
@@ -89,9 +109,9 @@ class VariantHistory(PromptHistory):
 @SELECTORS.register("stored-context")
 @dataclass(frozen=True)
 class StoredContext(Scored):
-    """Of each chunk the tokens that attended most to its old context, as many as that is missed.
+    """The tokens of each chunk that attended most to the context it was first computed in.
 
-    How many is the chunk's fix overhead (`cache_fix_overhead`); a chunk of which nothing is known
+    How many: the chunk's fix overhead (`cache_fix_overhead`); a chunk of which nothing is known
     is computed in full. After a share ``focus`` of the layers, the chunks that the question does
     not attend to are dropped.
 
@@ -110,6 +130,7 @@ class StoredContext(Scored):
 
     source: ClassVar[str] = "https://arxiv.org/abs/2502.15734"
     watches_chunks: ClassVar[bool] = True
+    needs_question: ClassVar[bool] = True
     alpha: float = 1.0
     ratio: float | None = None
     focus: float = 0.4
@@ -133,25 +154,24 @@ class StoredContext(Scored):
         """See `Selection.begin`."""
         overhead, tokens = self._stored(passes)
         if self.ratio is not None:
-            total = layout.is_context.sum(1)
-            return top_share(tokens, selectable(layout), total, self.ratio)
-        chosen = torch.zeros_like(layout.is_context)
+            return top_of_context(tokens, layout, self.ratio)
+        chosen = layout.is_context & False
         for chunk in range(int(layout.chunk.max()) + 1):
             own = selectable(layout) & (layout.chunk == chunk)
-            count = own.sum(1)
-            share = torch.where(own, overhead, 0.0).amax(1)
-            wanted = torch.ceil(share.double() * count - 1e-9)
-            ranked = tokens.masked_fill(~own, float("-inf"))
-            rank = ranked.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-            chosen |= own & (rank < wanted[:, None])
+            share = overhead.where(own, 0.0).amax(1)
+            wanted = (share.double() * own.sum(1) - 1e-9).ceil()
+            chosen |= top_count(tokens, own, wanted)
         return chosen
 
     def _stored(self, passes: Passes) -> tuple[Tensor, Tensor]:
         """Each row's fix overhead, and what its token paid its old context, ``(B, S)`` both."""
+        from blocktune.extras.cache_craft.variants import VariantStore, cache_fix_overhead
+        from blocktune.layout import Kind
+
         layout = passes.batch.layout
         variants = VariantStore.of(passes.store, passes.fingerprint)
-        overhead, tokens = torch.ones(layout.kind.shape), torch.zeros(layout.kind.shape)
-        overhead, tokens = overhead.to(layout.device), tokens.to(layout.device)
+        tokens = (layout.kind * 0).float()
+        overhead = tokens + 1
         for index, prompt in enumerate(passes.pieces):
             for number, chunk in enumerate(prompt.chunks):
                 own = layout.chunk[index] == number
@@ -175,14 +195,14 @@ class StoredContext(Scored):
         mass, most = check.question_mass.sort(dim=1, descending=True)
         before = mass.cumsum(1) - mass
         stays = before < self.hold * mass.sum(1, keepdim=True)
-        focused = torch.zeros_like(stays).scatter(1, most, stays)
+        focused = (stays & False).scatter(1, most, stays)
         return check.eligible & focused.gather(1, check.chunk.clamp(min=0))
 
 
 @register("cache-craft")
 @dataclass(frozen=True)
 class CacheCraft(Method):
-    """Takes chunks from earlier full prompts and recomputes what leant on a context now missing.
+    """Takes chunks from earlier full prompts; recomputes what depended on context now missing.
 
     Of a chunk's variants it takes the one with the least to recompute, by how much of its context
     returns, in order (CFO). A prompt is computed in full if no variant of a chunk is known, or if

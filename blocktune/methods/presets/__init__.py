@@ -1,1 +1,1 @@
-"""Published methods, one file each; importing a file enters it into the table."""
+"""Published methods by name. A module here enters its classes into the table when imported."""

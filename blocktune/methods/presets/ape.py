@@ -1,27 +1,27 @@
-"""Chunks side by side, seen through a temperature and a scale."""
+"""APE: chunks side by side, attended to with a temperature and a scale."""
+
+from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from blocktune.methods.base import Method, register
-from blocktune.methods.reshape import Reshape, ScaledContext
+from blocktune.methods import Method, Reshape, ScaledContext, register
 from blocktune.prompt import LayoutSpec
 
 
 @register("ape")
 @dataclass(frozen=True)
 class Ape(Method):
-    """Shares the prefix among chunks at the same positions; scales attention to them.
+    """Encodes chunks after a shared prefix at the same positions; scales attention to them.
 
     Every chunk is encoded after the prompt's prefix, whose keys are kept once, and starts where
-    the prefix ends. The question and each token of the answer attend to the chunks with a
-    temperature and a scale of their own. 0.9 and 0.9 are the defaults of the authors' code; the
-    paper searches a grid. ``positions: sequential`` moves the chunks one after the other instead,
-    as the study arXiv:2603.20218 does.
+    the prefix ends. The question and each answer token attend to the chunks with a temperature and
+    a scale. The defaults, 0.9 and 0.9, are those of the authors' code; the paper searches a grid.
+    ``positions: sequential`` places the chunks one after another, as the study arXiv:2603.20218.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2502.05431"
-    # The chunk stays scaled, even alone; a full prefill is not.
+    # Attention to the chunk is scaled even if it is alone.
     exact_on_one_chunk: ClassVar[bool] = False
     temperature: float = 0.9
     scale: float = 0.9

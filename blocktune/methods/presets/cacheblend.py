@@ -1,21 +1,21 @@
-"""CacheBlend: recompute the tokens whose keys or values deviate most."""
+"""CacheBlend: recompute the tokens whose keys or values deviate most from a full prefill."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-from blocktune.methods.base import Method, register
-from blocktune.methods.select import Deviation, GradualDeviation, Selection
+from blocktune.methods import Deviation, GradualDeviation, Method, Selection, register
 
 
 @register("cacheblend")
 @dataclass(frozen=True)
 class CacheBlend(Method):
-    """Computes the layers before the check layer in full, then the tokens whose keys deviate most.
+    """Computes layer 0 in full, then only the tokens whose keys deviate most at layer 1.
 
-    The form of the study arXiv:2603.20218: distance of keys at layer 1, one selection for all
-    later layers. ``cacheblend-paper``, ``-repo`` and ``-lmcache`` are the other forms.
+    This is the form of the study arXiv:2603.20218: one selection, by the distance of keys at
+    ``check_layer``, for all later layers. For other forms see ``cacheblend-paper``,
+    ``cacheblend-repo`` and ``cacheblend-lmcache``.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2405.16444"
@@ -30,27 +30,37 @@ class CacheBlend(Method):
 @register("cacheblend-lmcache")
 @dataclass(frozen=True)
 class CacheBlendLMCache(Method):
-    """Recomputes tokens whose keys deviate most; the question's tokens count in the share.
+    """CacheBlend as in LMCache: squared key distance, and the share rounded down.
 
-    Squared distance of rotated keys over all heads; a share of the whole prompt, rounded down,
-    of which the question takes its part first: nothing is cached for it to agree with.
+    The share is of all tokens that come from caches, a cached prefix included; the question is
+    computed in full and does not count. ``sees_future`` reproduces the mask of LMCache's
+    FlashAttention path, by which a recomputed token sees tokens after it (issue 1152 of the
+    repository); its sparse path has the true mask. Do not serve with it. LMCache also stores a
+    chunk as it first appeared inside some prompt (issue 922); here it is encoded alone.
     """
 
     source: ClassVar[str] = "https://github.com/LMCache/LMCache"
     ratio: float = 0.15
     check_layer: int = 1
+    sees_future: bool = False
 
     def select(self) -> Selection:
         """Key deviation, squared."""
-        return Deviation(ratio=self.ratio, check_layer=self.check_layer, squared=True, of="prompt")
+        return Deviation(
+            ratio=self.ratio,
+            check_layer=self.check_layer,
+            squared=True,
+            of="cached",
+            sees_future=self.sees_future,
+        )
 
 
 @register("cacheblend-paper")
 @dataclass(frozen=True)
 class CacheBlendPaper(Method):
-    """Recomputes tokens whose states deviate, and drops the least deviating ones at every layer.
+    """CacheBlend as in the paper: drops the least deviating tokens again at every layer.
 
-    The mean share over the layers is ``ratio``; how it falls (``spread``) is not in the paper.
+    The mean share over the layers is ``ratio``. The paper does not say how it falls (``spread``).
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2405.16444"
@@ -66,14 +76,14 @@ class CacheBlendPaper(Method):
 @register("cacheblend-repo")
 @dataclass(frozen=True)
 class CacheBlendRepo(Method):
-    """Layers 0 and 1 get fresh states for all tokens, later ones where values deviate most.
+    """CacheBlend as in the authors' code: selects by squared value distance at layer 1.
 
-    Squared distance of values at layer 1 over all heads, one selection, a share of prefix and
-    chunks rounded down. ``sees_future`` reproduces the code's mask, by which a token that is
-    recomputed sees tokens after it (issue 21 of the repository); never serve with it. Not
-    reproduced: question tokens compete for the share and may stay stale in some of its scripts
-    (a suffix length of 1), sliding windows are dropped, and every chunk is encoded after a BOS
-    whose own state is dropped (``layout: {bos: drop}`` does that to any method).
+    Layers 0 and 1 get fresh keys and values for all tokens. The share is of prefix and chunks,
+    rounded down. ``sees_future`` reproduces the code's mask, by which a recomputed token sees
+    tokens after it (issue 21 of the repository); do not serve with it. Not reproduced: in some of
+    its scripts (suffix length 1) question tokens compete for the share and may stay stale, sliding
+    windows are dropped, and every chunk is encoded after a BOS whose own state is dropped
+    (``layout: {bos: drop}`` does that to any method).
     """
 
     source: ClassVar[str] = "https://github.com/YaoJiayi/CacheBlend"
@@ -82,7 +92,7 @@ class CacheBlendRepo(Method):
     sees_future: bool = False
 
     def select(self) -> Selection:
-        """Value deviation; the check layer keeps what was made to judge by."""
+        """Value deviation; the check layer keeps the compared states."""
         return Deviation(
             ratio=self.ratio,
             check_layer=self.check_layer,

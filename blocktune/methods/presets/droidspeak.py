@@ -5,21 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from blocktune.methods.base import Method, register
-from blocktune.methods.select import LayerRange, Reselect, Selection
+from blocktune.methods import LayerRange, Method, Reselect, Selection, register
 
 
 @register("droidspeak")
 @dataclass(frozen=True)
 class DroidSpeak(Method):
-    """Computes every token in one range of layers, from stored activations, and none elsewhere.
+    """Recomputes all tokens in one range of layers, from stored activations, and none elsewhere.
 
-    The paper reuses another model's caches; here they are the chunks' own. Which layers are worth
-    computing is measured per model: `blocktune.engine.layer_profile`. ``ratio`` is the share
-    of the layers, 11 % on average in the paper. Keys and values follow from a layer's input, so the
-    first layer of the range keeps those that were stored: a range of one layer, which is what 11 %
-    of nine layers or fewer is, changes nothing. (That the paper loads the stored activations first
-    and the rest meanwhile is a matter of time, not of values, and not done.)
+    The paper reuses the cache of another model; here it is the chunks' own. Measure which layers
+    to recompute with `blocktune.engine.layer_profile`. ``ratio`` is the share of the layers, 11 %
+    on average in the paper. Keys and values follow from a layer's input, so the first layer of the
+    range keeps the stored ones: a range of one layer (11 % of nine layers or fewer) changes
+    nothing. The paper loads the activations first and the rest meanwhile; that changes time, not
+    values, and is not done here.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2411.02820"
@@ -34,10 +33,10 @@ class DroidSpeak(Method):
 @register("droidspeak-clc")
 @dataclass(frozen=True)
 class DroidSpeakCLC(Method):
-    """Chooses tokens by key deviation at layer 1, and again among all tokens at a deeper layer.
+    """Selects tokens by key deviation at layer 1, and again among all tokens at a deeper layer.
 
-    The study's adaptation of DroidSpeak to chunks: the deeper layer starts from what the chunks
-    carried into it, which no other chunk took part in.
+    The study's adaptation of DroidSpeak to chunks: the deeper layer starts from the hidden states
+    stored for each chunk, which no other chunk has influenced.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2603.20218"

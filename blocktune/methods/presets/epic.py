@@ -1,21 +1,23 @@
-"""Recompute the opening tokens of each chunk."""
+"""EPIC (LegoLink): recompute the first tokens of each chunk."""
+
+from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-from blocktune.methods.base import Method, register
-from blocktune.methods.select import FirstK, Selection
+from blocktune.methods import FirstK, Method, Selection, register
 
 
 @register("epic")
 @dataclass(frozen=True)
 class Epic(Method):
-    """Computes the first tokens of every chunk afresh, which breaks its private attention sink.
+    """Recomputes the first tokens of every chunk, which removes the chunk's own attention sink.
 
-    By count (``k``, the paper; ``k`` and ``last`` tokens, its code) or by share of the chunk
-    (``share``, the matched budget of the study arXiv:2603.20218; ``last_share`` is the part of it
-    that is taken from the chunk's end). Its scripts leave a BOS in every chunk, which the paper
-    does not ask for; ``layout: {bos: keep}`` does that.
+    By number (``k``: the paper; ``k`` and ``last``: its code) or by share of the chunk (``share``:
+    the equal budget of the study arXiv:2603.20218; ``last_share`` is the part of it taken from the
+    end of the chunk). The authors' scripts also put a BOS before every chunk and before the
+    question, which the paper does not ask for. ``layout: {bos: keep}`` does the first; a BOS
+    before the question cannot be expressed.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2410.15332"
@@ -25,5 +27,5 @@ class Epic(Method):
     last_share: float = 0.0
 
     def select(self) -> Selection:
-        """The first tokens of each chunk, and maybe the last."""
+        """The first tokens of each chunk, and optionally the last."""
         return FirstK(k=self.k, share=self.share, last=self.last, last_share=self.last_share)

@@ -1,18 +1,18 @@
-"""Plain reuse: nothing is trained and nothing recomputed."""
+"""Reuse without training and without recomputation."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from blocktune.methods.base import Method, register
+from blocktune.methods import Method, register, require_count
 from blocktune.prompt import LayoutSpec
 
 
 @register("naive")
 @dataclass(frozen=True)
 class Naive(Method):
-    """Joins chunk caches, moved to their positions, and computes only the question."""
+    """Joins cached chunks, moved to their positions, and computes only the question."""
 
     source: ClassVar[str] = "https://arxiv.org/abs/2311.04934"
 
@@ -20,7 +20,7 @@ class Naive(Method):
 @register("link0")
 @dataclass(frozen=True)
 class Link0(Method):
-    """Encodes each chunk after blanks, whose keys take the attention sink and are dropped.
+    """Encodes each chunk after blank tokens that absorb its attention sink and are then dropped.
 
     Nothing is recomputed. The study tunes the number of blanks in {1, 2, 3, 5, 10}.
     """
@@ -31,8 +31,7 @@ class Link0(Method):
     blanks: int = 1
 
     def __post_init__(self):
-        if type(self.blanks) is not int or self.blanks < 1:
-            raise ValueError(f"blanks must be a number of tokens, at least 1, got {self.blanks!r}")
+        require_count("blanks", self.blanks, least=1)
 
     def layout(self, spec: LayoutSpec) -> LayoutSpec:
         """Chunks after blanks."""
@@ -42,22 +41,21 @@ class Link0(Method):
 @register("prompt-cache-schema")
 @dataclass(frozen=True)
 class PromptCacheSchema(Method):
-    """Places each chunk at the start of a reserved slot, so that positions never depend on others.
+    """Places each chunk at the start of a reserved slot, so its positions are always the same.
 
-    PromptCache's schema reserves for every module the length of its longest alternative, and leaves
-    the positions after a shorter one unused. ``slot`` is that length, in tokens (the paper has
-    no default, it depends on the corpus); a longer chunk is refused.
-    Of its markup only slots are here: no unions, parameters or nested modules.
+    A schema of PromptCache reserves, for every module, the length of its longest alternative, and
+    leaves the positions after a shorter one unused. ``slot`` is that length in tokens (it depends
+    on the corpus; the paper has no default); a longer chunk is refused. Of its markup there are
+    only slots: no unions, parameters or nested modules.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2311.04934"
-    # The question stands after the slot, not after the chunk.
+    # The question starts after the slot, not after the chunk.
     exact_on_one_chunk: ClassVar[bool] = False
     slot: int = 128
 
     def __post_init__(self):
-        if type(self.slot) is not int or self.slot < 1:
-            raise ValueError(f"slot must be a number of positions, at least 1, got {self.slot!r}")
+        require_count("slot", self.slot, least=1)
 
     def layout(self, spec: LayoutSpec) -> LayoutSpec:
         """A slot for every chunk."""

@@ -1,20 +1,21 @@
-"""A shared sink before every chunk, and attention to the few chunks that matter."""
+"""SEL: a shared sink before every chunk, and attention to the few chunks that matter."""
+
+from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from blocktune.methods.base import Method, register
-from blocktune.methods.reshape import Reshape, TopChunks
+from blocktune.methods import Method, Reshape, TopChunks, register
 from blocktune.prompt import LayoutSpec
 
 
 @register("sel")
 @dataclass(frozen=True)
 class Sel(Method):
-    """Encodes chunks after the shared prefix and lets the question see only its top chunks.
+    """Encodes chunks after the shared prefix; the question sees only its top-scoring chunks.
 
-    Two chunks, their scores summed over heads and the question's tokens, are the paper's defaults
-    for retrieved passages. One chunk is all there is to see, so alone it is a full prefill.
+    The paper's defaults for retrieved passages: two chunks, scores summed over heads and the
+    question's tokens. A single chunk is always seen, so one chunk alone equals full prefill.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2412.16545"

@@ -1,18 +1,18 @@
-"""Plain reuse on weights that were trained for it."""
+"""Reuse without recomputation, on weights that were trained for it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from blocktune.methods.base import Method, Weights, register
+from blocktune.methods import Method, Weights, register
 from blocktune.prompt import LayoutSpec
 
 
 @register("block-attention")
 @dataclass(frozen=True)
 class BlockAttention(Method):
-    """Plain reuse on weights fine-tuned with block attention: nothing is recomputed."""
+    """Reuses chunks without recomputation, on weights fine-tuned with block attention."""
 
     source: ClassVar[str] = "https://arxiv.org/abs/2409.15355"
     weights: ClassVar[Weights] = Weights.BLOCK
@@ -21,7 +21,7 @@ class BlockAttention(Method):
 @register("kvlink")
 @dataclass(frozen=True)
 class KVLink(Method):
-    """Plain reuse with trained link tokens beside each chunk, computed over all before them."""
+    """Adds trained link tokens to each chunk, computed in context; nothing else is recomputed."""
 
     source: ClassVar[str] = "https://arxiv.org/abs/2502.16002"
     weights: ClassVar[Weights] = Weights.LINKS
@@ -35,11 +35,11 @@ PLACEMENTS = {"reordered": "sequential", "composite": "composite"}
 @register("turborag")
 @dataclass(frozen=True)
 class TurboRag(Method):
-    """Plain reuse of chunks between document markers, on weights trained with block attention.
+    """Reuses chunks encoded between trained document markers, without recomputation.
 
     The markers are the adapter's learned tokens, one before and one after each chunk.
-    ``positions: reordered`` moves the chunks one after the other, ``composite`` leaves each
-    where it was encoded, from 0.
+    ``positions: reordered`` places the chunks one after another; ``composite`` leaves each where it
+    was encoded, from position 0.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2410.07590"
@@ -54,17 +54,18 @@ class TurboRag(Method):
             raise ValueError(f"positions must be {known}, got {self.positions!r}")
 
     def layout(self, spec: LayoutSpec) -> LayoutSpec:
-        """Chunks one after the other, or all from position 0."""
+        """Chunks one after another, or all from position 0."""
         return replace(spec, placement=PLACEMENTS[self.positions])
 
 
 @register("kv-packet")
 @dataclass(frozen=True)
 class KVPacket(Method):
-    """Plain reuse of chunks that were encoded between a learned header and trailer.
+    """Reuses chunks encoded between a learned header and trailer, without recomputation.
 
-    Header and trailer are stored with the chunk and seen like its tokens. The paper learns 8 and 8
-    by distillation and leaves the base as it is.
+    Header and trailer are stored with the chunk and seen like its tokens. The paper learns 8 tokens
+    each by distillation and does not change the base model. Composed with a selector, a share of
+    n tokens is rounded up; KV Packet's baselines round it down (``int(ratio * n)``).
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2604.13226"

@@ -1,9 +1,13 @@
-"""How later rows see reused keys: one reshape a file, scores in, scores out."""
+"""Reshape: how later rows attend to reused keys. One idea a file; scores in, scores out."""
 
-from blocktune.methods.registry import RESHAPES
-from blocktune.methods.reshape.base import Reshape, Seen
-from blocktune.methods.reshape.reshaped_attention import ReshapedAttention
-from blocktune.methods.reshape.scaled_context import ScaledContext
-from blocktune.methods.reshape.top_chunks import TopChunks
+from blocktune.lazy import exports
 
-__all__ = ["RESHAPES", "Reshape", "ReshapedAttention", "ScaledContext", "Seen", "TopChunks"]
+__getattr__, __dir__, __all__ = exports(
+    __name__,
+    {
+        "blocktune.methods.registry": ("RESHAPES",),
+        "blocktune.methods.reshape.base": ("Reshape", "Seen", "in_chunk"),
+        "blocktune.methods.reshape.scaled_context": ("ScaledContext",),
+        "blocktune.methods.reshape.top_chunks": ("TopChunks",),
+    },
+)

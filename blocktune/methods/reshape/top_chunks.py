@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor
-
-from blocktune.layout import NO_CHUNK, Kind, Rows
 from blocktune.methods.registry import RESHAPES
 from blocktune.methods.reshape.base import Reshape, Seen, in_chunk
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from blocktune.layout import Rows
 
 AGGREGATIONS = ("none", "T", "HT", "LHT")
 EVERY_CHUNK = 1 << 30
@@ -21,9 +22,9 @@ def chunk_scores(weights: Tensor, chunk: Tensor, num_chunks: int, top: int = 5) 
 
     Args:
         weights: Attention probabilities, ``(B, H, R, N)``.
-        chunk: Each column's chunk, or `NO_CHUNK`, ``(B, N)``.
+        chunk: Each column's chunk, ``(B, N)``; negative for columns of no chunk.
         num_chunks: C.
-        top: Probabilities summed.
+        top: Number of probabilities summed.
 
     Returns:
         ``(B, H, R, C)``.
@@ -38,39 +39,42 @@ def chunk_scores(weights: Tensor, chunk: Tensor, num_chunks: int, top: int = 5) 
 
 
 def _members(chunk: Tensor, num_chunks: int) -> tuple[Tensor, Tensor]:
-    """Columns of each chunk, ``(B, C, longest)``, and which of them are no padding."""
-    slots = torch.where(chunk == NO_CHUNK, num_chunks, chunk)
-    counts = torch.zeros(len(chunk), num_chunks + 1, dtype=torch.int64, device=chunk.device)
-    counts = counts.scatter_add(1, slots, torch.ones_like(slots))
+    """Columns of each chunk, ``(B, C, longest)``, and which of them are not padding."""
+    slots = chunk.where(chunk >= 0, num_chunks)
+    counts = chunk.new_zeros(len(chunk), num_chunks + 1).scatter_add(1, slots, slots * 0 + 1)
     starts = (counts.cumsum(1) - counts)[:, :num_chunks, None]
     counts = counts[:, :num_chunks, None]
-    place = torch.arange(max(1, int(counts.max())), device=chunk.device)
+    place = _arange(max(1, int(counts.max())), chunk)
     index = (starts + place).clamp(max=chunk.shape[1] - 1)
     by_chunk = slots.argsort(dim=1, stable=True)
     return by_chunk.gather(1, index.flatten(1)).view_as(index), place < counts
 
 
+def _arange(count: int, like: Tensor) -> Tensor:
+    return like.new_ones(count).cumsum(0) - 1
+
+
 @RESHAPES.register("top-chunks")
 @dataclass(frozen=True)
 class TopChunks(Reshape):
-    """Hides all but the chunks that a row attends to most; softmax is taken of what is left.
+    """Hides all but the chunks that a row attends to most.
 
     A chunk's score is the sum of its five largest attention probabilities. Prefix, links, question
-    and answer are never hidden, nor is a recomputed row's own chunk. Recomputed tokens count to
-    their chunk. Rows of the question may add their scores up and choose together; a decoded or
-    recomputed row has no others to add (``LHT``: it follows the question's choice).
+    and answer are never hidden, nor is the own chunk of a recomputed row. Recomputed tokens belong
+    to their chunk. The rows of the question may sum their scores and choose together; a decoded or
+    recomputed row chooses alone (with ``LHT`` it follows the question's choice).
 
     Attributes:
         chunks: Chunks that stay visible, at least 1.
-        aggregation: What scores are summed over: ``none`` (each row and head by itself), ``T`` the
-            question's rows, ``HT`` heads too, ``LHT`` layers too, from a pass of the question
+        aggregation: What scores are summed over: ``none`` (each row and head decides alone), ``T``
+            the question's rows, ``HT`` also heads, ``LHT`` also layers, from a pass of the question
             over the caches before the prefill.
 
     Raises:
         ValueError: If a value is not accepted.
 
-    Source: arXiv:2412.16545, section 5.2; its default is ``HT`` with 2 chunks. Its text leaves
-    open what decoded rows do.
+    Source: arXiv:2412.16545, section 5.2; its default is ``HT`` with 2 chunks. It does not say what
+    decoded rows do.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2412.16545"
@@ -88,16 +92,16 @@ class TopChunks(Reshape):
 
     @property
     def keeps_causality(self) -> bool:
-        """See `Reshape`: only rows that choose alone do."""
+        """See `Reshape`: True if rows choose alone."""
         return self.aggregation == "none"
 
     @property
     def looks_ahead(self) -> bool:
-        """See `Reshape`: scores of all layers are there only after a first pass."""
+        """See `Reshape`: scores of all layers take a pass of their own."""
         return self.aggregation == "LHT"
 
     def neutral(self) -> TopChunks:
-        """See `Reshape.neutral`: every chunk stays."""
+        """See `Reshape.neutral`: every chunk stays visible."""
         return replace(self, chunks=EVERY_CHUNK)
 
     def acts(self, seen: Seen) -> bool:
@@ -106,14 +110,16 @@ class TopChunks(Reshape):
 
     def survey(self, scores: Tensor, seen: Seen) -> Tensor:
         """See `Reshape.survey`: each row's score of each chunk, ``(B, H, R, C)``."""
-        chunk = torch.where(seen.in_chunk, seen.key.chunk, NO_CHUNK)
-        return chunk_scores(torch.softmax(scores, dim=-1), chunk, seen.num_chunks)
+        chunk = seen.key.chunk.where(seen.in_chunk, -1)
+        return chunk_scores(scores.softmax(dim=-1), chunk, seen.num_chunks)
 
     def choose(self, survey: Tensor, query: Rows) -> Tensor:
         """See `Reshape.choose`: which chunks a row keeps, ``(B, H or 1, R, C)`` bool."""
+        from blocktune.layout import Kind
+
         survey = self._summed(survey, (query.kind == Kind.QUERY)[:, None, :, None])
-        own = torch.where(in_chunk(query), query.chunk, NO_CHUNK)[:, None, :, None]
-        own = own == torch.arange(survey.shape[-1], device=survey.device)
+        own = query.chunk.where(in_chunk(query), -1)[:, None, :, None]
+        own = own == _arange(survey.shape[-1], query.chunk)
         ranked = survey.masked_fill(own, -1.0).argsort(dim=-1, descending=True, stable=True)
         return (ranked.argsort(dim=-1) < self.chunks) | own
 
@@ -121,7 +127,7 @@ class TopChunks(Reshape):
         if self.aggregation == "none":
             return survey
         total = survey.masked_fill(~asks, 0.0).sum(2, keepdim=True)
-        survey = torch.where(asks, total, survey)
+        survey = total.where(asks, survey)
         return survey if self.aggregation == "T" else survey.sum(1, keepdim=True)
 
     def scores(self, scores: Tensor, seen: Seen, choice: Tensor) -> Tensor:

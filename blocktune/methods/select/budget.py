@@ -1,25 +1,26 @@
-"""How many tokens a share of a prompt is, and which ones score highest."""
+"""How many tokens a share is, which ones score highest, and selectors at equal cost."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-import torch
-from torch import Tensor
+from blocktune.methods.select.base import Selection, selectable
 
-from blocktune.layout import Layout
-from blocktune.methods.select.base import Selection
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from blocktune.layout import Layout
 
 MATCHED = 0.005
-"""Shares of layer-tokens that differ by no more are the same budget."""
+"""Shares of layer-tokens that differ by no more count as equal."""
 SMALLEST = 1e-9
 """A ratio above 0 that chooses no token."""
 Selector = TypeVar("Selector", bound=Selection)
 
 
 def require_share(name: str, value: float) -> None:
-    """Refuses what is no share.
+    """Checks a share.
 
     Raises:
         ValueError: If ``value`` is not a number in [0, 1].
@@ -29,19 +30,19 @@ def require_share(name: str, value: float) -> None:
 
 
 def require_layer(name: str, value: int, least: int, why: str) -> None:
-    """Refuses what is no layer from ``least`` on.
+    """Checks the index of a layer.
 
     Raises:
-        ValueError: Saying ``why``.
+        ValueError: If it is not an integer of at least ``least``; the message says ``why``.
     """
     if type(value) is not int or value < least:
         raise ValueError(f"{name} must be a layer from {least} on ({why}), got {value!r}")
 
 
 def share_count(total: Tensor, ratio: float) -> Tensor:
-    """Whole tokens that a share of ``total`` ``(B,)`` is, rounded up."""
+    """Whole tokens in a share of ``total`` ``(B,)``, rounded up."""
     # 0.15 * 20 is 3.0000000000000004 in floating point: not 4 tokens.
-    return torch.ceil(total.double() * ratio - 1e-9).long()
+    return (total.double() * ratio - 1e-9).ceil().long()
 
 
 def top_count(scores: Tensor, eligible: Tensor, count: Tensor) -> Tensor:
@@ -61,33 +62,28 @@ def top_count(scores: Tensor, eligible: Tensor, count: Tensor) -> Tensor:
 
 
 def top_share(scores: Tensor, eligible: Tensor, total: Tensor, ratio: float) -> Tensor:
-    """The highest-scoring share of each prompt's tokens; of equals, the earlier one.
-
-    Args:
-        scores: ``(B, R)``, higher is chosen first.
-        eligible: Rows that may be chosen, ``(B, R)`` bool.
-        total: Tokens that ``ratio`` is a share of, per prompt, ``(B,)``.
-        ratio: In [0, 1]; rounded up to whole tokens.
-
-    Returns:
-        Bool ``(B, R)``.
-    """
+    """As `top_count`, for the share ``ratio`` of ``total`` ``(B,)`` tokens, rounded up."""
     return top_count(scores, eligible, share_count(total, ratio))
 
 
-def top_windows(scores: Tensor, layout: Layout, eligible: Tensor, ratio: float, window: int):
-    """Whole windows of consecutive tokens of a chunk, by mean score, until the share is reached.
+def top_of_context(scores: Tensor, layout: Layout, ratio: float) -> Tensor:
+    """As `top_share`, for a share of the context tokens; scores are of the layout's rows."""
+    return top_share(scores, selectable(layout), layout.is_context.sum(1), ratio)
+
+
+def top_windows(scores: Tensor, layout: Layout, ratio: float, window: int) -> Tensor:
+    """Whole windows of consecutive tokens of a chunk, by mean score, until a share is reached.
 
     Args:
         scores: ``(B, S)``, rows of the layout.
-        layout: Rows, for chunks and offsets.
-        eligible: Rows that may be chosen, ``(B, S)`` bool.
-        ratio: Share of the context tokens; the last window may go beyond it.
-        window: Tokens of a window; the last of a chunk may be shorter.
+        layout: Rows.
+        ratio: Share of the context tokens; the last window may exceed it.
+        window: Tokens per window; the last one of a chunk may be shorter.
 
     Returns:
         Bool ``(B, S)``.
     """
+    eligible = selectable(layout)
     per_chunk = int(layout.offset.max()) // window + 1
     group = layout.chunk.clamp(min=0) * per_chunk + layout.offset // window
     zeros = scores.new_zeros(len(scores), int(group.max()) + 1)
@@ -96,12 +92,11 @@ def top_windows(scores: Tensor, layout: Layout, eligible: Tensor, ratio: float, 
     order = mean.masked_fill(size == 0, float("-inf")).argsort(dim=1, descending=True, stable=True)
     before = size.gather(1, order).cumsum(1) - size.gather(1, order)
     taken = before < share_count(layout.is_context.sum(1), ratio)[:, None]
-    chosen = torch.zeros_like(taken).scatter(1, order, taken)
-    return eligible & chosen.gather(1, group)
+    return eligible & (taken & False).scatter(1, order, taken).gather(1, group)
 
 
 def takes_budget(selection: Selection) -> bool:
-    """Whether it can be told how much to spend."""
+    """Whether a budget can be set."""
     try:
         selection.with_budget(1.0)
     except ValueError:
@@ -110,50 +105,47 @@ def takes_budget(selection: Selection) -> bool:
 
 
 def matched(selection: Selector, layer_share: float, num_layers: int) -> Selector:
-    """The selector at the ratio with which it spends ``layer_share`` of the context's layer-tokens.
+    """The selector with the ratio at which it spends ``layer_share`` of the context's layer-tokens.
 
-    Layers that a method computes in full count: CacheBlend at a ratio of 15 % in a model of 12
-    layers spends 22 %. What is matched is what `Selection.spends` says, to `MATCHED`.
+    Layers that a method computes in full count: CacheBlend at a ratio of 15 % spends 22 % in a
+    model of 12 layers. `Selection.spends` is matched to within `MATCHED`.
 
     Raises:
-        ValueError: If it spends more, or less, at any ratio, or the prompt decides what it spends.
+        ValueError: If no ratio spends that much, or the prompt decides what is spent.
     """
 
     def spends(ratio: float) -> float | None:
         return selection.with_budget(ratio).spends(num_layers)
 
-    # Without any budget nothing runs at all; from the smallest one on, the first layers do.
+    def near(ratio: float) -> bool:
+        return abs(spends(ratio) - layer_share) <= MATCHED
+
+    def unmet(spent: str) -> ValueError:
+        return ValueError(
+            f"a budget of {layer_share} of the layer-tokens cannot be met by {selection}: in a "
+            f"model of {num_layers} layers it spends {spent}"
+        )
+
+    # A ratio of 0 runs nothing at all; from the smallest ratio on, the first layers run.
     least, most = spends(SMALLEST), spends(1.0)
     if least is None or most is None:
-        raise ValueError(_unmet(selection, layer_share, num_layers, "what the prompt decides"))
+        raise unmet("what the prompt decides")
     if not least - MATCHED <= layer_share <= most + MATCHED:
-        found = f"{least:.3f} to {most:.3f}"
-        raise ValueError(_unmet(selection, layer_share, num_layers, found))
+        raise unmet(f"{least:.3f} to {most:.3f}")
     ratio = min(1.0, max(0.0, (layer_share - least) / max(most - least, SMALLEST)))
-    if not _near(spends(ratio), layer_share):  # it does not grow evenly: whole layers, or capped
-        below, ratio = _around(spends, layer_share)
-        ratio = below if _near(spends(below), layer_share) else ratio
-        if not _near(spends(ratio), layer_share):
-            found = f"{spends(below):.3f} or {spends(ratio):.3f}, and nothing between"
-            raise ValueError(_unmet(selection, layer_share, num_layers, found))
-    return selection.with_budget(ratio)
-
-
-def _near(spent: float, wanted: float) -> bool:
-    return abs(spent - wanted) <= MATCHED
+    if near(ratio):
+        return selection.with_budget(ratio)
+    below, above = _around(spends, layer_share)  # not linear: whole layers, or capped shares
+    for ratio in (below, above):
+        if near(ratio):
+            return selection.with_budget(ratio)
+    raise unmet(f"{spends(below):.3f} or {spends(above):.3f}, and nothing between")
 
 
 def _around(spends: Callable[[float], float], wanted: float) -> tuple[float, float]:
-    """Two ratios side by side: the lower spends less than ``wanted``, the other as much or more."""
+    """Two neighbouring ratios: the lower spends less than ``wanted``, the other at least that."""
     below, above = 0.0, 1.0
     while above - below > SMALLEST:
         middle = (below + above) / 2
         below, above = (middle, above) if spends(middle) < wanted else (below, middle)
     return below, above
-
-
-def _unmet(selection: Selection, layer_share: float, num_layers: int, spends: str) -> str:
-    return (
-        f"a budget of {layer_share} of the layer-tokens cannot be met by {selection}: in a "
-        f"model of {num_layers} layers it spends {spends}"
-    )

@@ -1,13 +1,10 @@
-"""Selection by how far a token's state is from what a full prefill would have made."""
+"""Selectors by deviation: how far cached keys and values are from those of a full prefill."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from torch import Tensor
-
-from blocktune.layout import Layout
 from blocktune.methods.registry import SELECTORS
 from blocktune.methods.select.base import Selection, selectable
 from blocktune.methods.select.budget import (
@@ -17,10 +14,15 @@ from blocktune.methods.select.budget import (
     top_count,
     top_share,
 )
-from blocktune.methods.select.layer_check import LayerCheck, LayerKV
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from blocktune.layout import Layout
+    from blocktune.methods.select.layer_check import LayerCheck
 
 STATES = {"keys": ("keys",), "values": ("values",), "both": ("keys", "values")}
-TOTALS = ("context", "cached", "prompt")
+TOTALS = ("context", "cached")
 FIRST = "at layer 0 keys do not depend on the context yet, so nothing deviates"
 
 
@@ -30,7 +32,7 @@ def distance(fresh: Tensor, cached: Tensor, squared: bool = False) -> Tensor:
     Args:
         fresh: ``(B, K, R, D)``.
         cached: ``(B, K, R, D)``, at the same positions.
-        squared: Mean of the squared distances instead: ranks as the distance of all heads at once.
+        squared: Average squared distances instead: ranks like the distance of all heads at once.
 
     Returns:
         ``(B, R)`` float32.
@@ -41,36 +43,43 @@ def distance(fresh: Tensor, cached: Tensor, squared: bool = False) -> Tensor:
     return (difference.square().sum(-1) if squared else difference.norm(dim=-1)).mean(dim=1)
 
 
-def deviation(fresh: LayerKV, cached: LayerKV, by: str = "keys", squared: bool = False) -> Tensor:
-    """Sum of the `distance` of the states that ``by`` names, ``(B, R)`` float32."""
-    names = STATES[by]
-    return sum(distance(getattr(fresh, n), getattr(cached, n), squared) for n in names)
+class _Deviating(Selection):
+    """All tokens up to ``check_layer``, then those whose states, named by ``by``, deviate most."""
 
+    def _validate(self) -> None:
+        require_share("ratio", self.ratio)
+        require_layer("check_layer", self.check_layer, 1, FIRST)
+        if self.by not in STATES:
+            raise ValueError(f"by must be {', '.join(STATES)}, got {self.by!r}")
 
-def require_states(by: str) -> None:
-    """Refuses what names no states.
+    @property
+    def min_layers(self) -> int:
+        """See `Selection.min_layers`."""
+        return self.check_layer + 1
 
-    Raises:
-        ValueError: If ``by`` is not one of `STATES`.
-    """
-    if by not in STATES:
-        raise ValueError(f"by must be {', '.join(STATES)}, got {by!r}")
+    def start(self, layout: Layout) -> Tensor:
+        """See `Selection.start`; a ratio of 0 recomputes nothing at all."""
+        return selectable(layout) & (self.ratio > 0)
+
+    def _scores(self, check: LayerCheck, squared: bool = False) -> Tensor:
+        fresh, cached = check.fresh, check.cached
+        names = STATES[self.by]
+        return sum(distance(getattr(fresh, n), getattr(cached, n), squared) for n in names)
 
 
 @SELECTORS.register("deviation")
 @dataclass(frozen=True)
-class Deviation(Selection):
-    """All tokens up to a check layer; from there on the share whose states deviate most.
+class Deviation(_Deviating):
+    """All tokens up to a check layer, then the share whose keys or values deviate most.
 
     Attributes:
-        ratio: Share of the tokens that stays fresh, in [0, 1].
-        check_layer: Layer (0-based) whose states are compared. The layers below are computed in
-            full; the states of the layer itself are made for all tokens.
+        ratio: Share of the tokens recomputed after the check layer, in [0, 1].
+        check_layer: Layer (0-based) at which keys or values are compared. Layers below it are
+            computed in full, and so are the compared keys and values of the layer itself.
         by: What is compared: ``keys``, ``values`` or ``both``.
-        squared: Whether distances are squared before heads are averaged.
-        of: What the ratio is a share of: the ``context`` tokens, rounded up; all ``cached`` ones
-            (the prefix too), rounded down, as CacheBlend's code; or the ``prompt``'s, rounded down,
-            of which the question's are always chosen, as in LMCache's code.
+        squared: Square distances before averaging over heads.
+        of: What the ratio is a share of: the ``context`` tokens, rounded up; or all ``cached``
+            tokens, a cached prefix included, rounded down (the code of CacheBlend and LMCache).
         keeps_keys: See `Selection`.
         sees_future: See `Selection`.
 
@@ -90,28 +99,17 @@ class Deviation(Selection):
     sees_future: bool = False
 
     def __post_init__(self):
-        require_share("ratio", self.ratio)
-        require_layer("check_layer", self.check_layer, 1, FIRST)
-        require_states(self.by)
+        self._validate()
         if self.of not in TOTALS:
-            raise ValueError(f"of must be {', '.join(TOTALS)}, got {self.of!r}")
-
-    @property
-    def min_layers(self) -> int:
-        """See `Selection.min_layers`."""
-        return self.check_layer + 1
+            raise ValueError(f"of must be {' or '.join(TOTALS)}, got {self.of!r}")
 
     def spends(self, num_layers: int) -> float | None:
-        """See `Selection.spends`; a share of more than the context is none of the context's."""
+        """See `Selection.spends`; None for a share of all cached tokens."""
         if not self.ratio:
             return 0.0
-        if self.of != "context" and self.ratio < 1:
+        if self.of == "cached" and self.ratio < 1:
             return None
         return (self.check_layer + self.ratio * (num_layers - self.check_layer)) / num_layers
-
-    def start(self, layout: Layout) -> Tensor:
-        """See `Selection.start`: without a budget there is nothing to choose."""
-        return selectable(layout) & (self.ratio > 0)
 
     def checks(self, num_layers: int) -> tuple[int, ...]:
         """See `Selection.checks`."""
@@ -119,34 +117,25 @@ class Deviation(Selection):
 
     def refine(self, check: LayerCheck) -> Tensor:
         """See `Selection.refine`."""
-        scores = deviation(check.fresh, check.cached, self.by, self.squared)
-        return top_count(scores, check.eligible, self._count(check))
-
-    def _count(self, check: LayerCheck) -> Tensor:
-        if self.of == "context":
-            return share_count(check.context_tokens, self.ratio)
+        count = share_count(check.context_tokens, self.ratio)
         if self.of == "cached":
-            return _floor(check.prompt_tokens - check.other_tokens, self.ratio)
-        return _floor(check.prompt_tokens, self.ratio) - check.other_tokens
-
-
-def _floor(total: Tensor, ratio: float) -> Tensor:
-    return (total.double() * ratio + 1e-9).floor().long()
+            count = (check.cached_tokens.double() * self.ratio + 1e-9).floor().long()
+        return top_count(self._scores(check, self.squared), check.eligible, count)
 
 
 @SELECTORS.register("gradual-deviation")
 @dataclass(frozen=True)
-class GradualDeviation(Selection):
-    """Drops tokens at every layer: those whose states deviate least among the ones still fresh.
+class GradualDeviation(_Deviating):
+    """Drops, at every layer, the tokens that deviate least among those still recomputed.
 
     The share falls linearly from ``ratio * (1 + spread)`` after the check layer to
-    ``ratio * (1 - spread)`` in the last one, so that its mean is ``ratio``. The paper says only
-    that the shares fall, from slightly above the mean to slightly below: the line is ours.
+    ``ratio * (1 - spread)`` in the last one, so its mean is ``ratio``. The paper only says that
+    the shares fall from slightly above the mean to slightly below; the straight line is ours.
 
     Attributes:
         ratio: Mean share of the context tokens over the layers from the check layer on.
-        spread: How far the first and last share are from the mean, as a share of it, in [0, 1].
-        check_layer: First layer (0-based) that compares; the ones below are computed in full.
+        spread: Relative distance of the first and the last share from the mean, in [0, 1].
+        check_layer: First layer (0-based) that compares; the layers below are computed in full.
         by: What is compared: ``keys``, ``values`` or ``both``.
 
     Raises:
@@ -163,18 +152,11 @@ class GradualDeviation(Selection):
     by: str = "both"
 
     def __post_init__(self):
-        require_share("ratio", self.ratio)
+        self._validate()
         require_share("spread", self.spread)
-        require_layer("check_layer", self.check_layer, 1, FIRST)
-        require_states(self.by)
-
-    @property
-    def min_layers(self) -> int:
-        """See `Selection.min_layers`."""
-        return self.check_layer + 1
 
     def share_at(self, layer: int, num_layers: int) -> float:
-        """Share of the context tokens that stays fresh from ``layer`` on, at most 1."""
+        """Share of the context tokens that is recomputed from ``layer`` on, at most 1."""
         last = num_layers - 1 - self.check_layer
         at = 2 * (layer - self.check_layer) / last - 1 if last else 0.0
         return min(1.0, self.ratio * (1 - self.spread * at * (self.ratio < 1)))
@@ -183,13 +165,8 @@ class GradualDeviation(Selection):
         """See `Selection.spends`."""
         if not self.ratio:
             return 0.0
-        layers = range(self.check_layer, num_layers)
-        kept = sum(self.share_at(layer, num_layers) for layer in layers)
+        kept = sum(self.share_at(layer, num_layers) for layer in self.checks(num_layers))
         return (self.check_layer + kept) / num_layers
-
-    def start(self, layout: Layout) -> Tensor:
-        """See `Selection.start`: without a budget there is nothing to choose."""
-        return selectable(layout) & (self.ratio > 0)
 
     def checks(self, num_layers: int) -> tuple[int, ...]:
         """See `Selection.checks`."""
@@ -197,6 +174,5 @@ class GradualDeviation(Selection):
 
     def refine(self, check: LayerCheck) -> Tensor:
         """See `Selection.refine`."""
-        scores = deviation(check.fresh, check.cached, self.by)
         share = self.share_at(check.layer, check.num_layers)
-        return top_share(scores, check.eligible, check.context_tokens, share)
+        return top_share(self._scores(check), check.eligible, check.context_tokens, share)

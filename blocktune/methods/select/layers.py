@@ -1,20 +1,21 @@
-"""Selection of layers: one range of them, or a second choice at a deeper layer."""
+"""Selectors of layers: one range of them, or a second choice at a deeper layer."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor
-
-from blocktune.layout import Layout
 from blocktune.methods.registry import SELECTORS
 from blocktune.methods.select.base import Selection, selectable
 from blocktune.methods.select.budget import require_layer, require_share, top_share
 from blocktune.methods.select.deviation import FIRST, distance
-from blocktune.methods.select.layer_check import LayerCheck
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from blocktune.layout import Layout
+    from blocktune.methods.select.layer_check import LayerCheck
 
 
 @SELECTORS.register("layer-range")
@@ -22,7 +23,7 @@ from blocktune.methods.select.layer_check import LayerCheck
 class LayerRange(Selection):
     """Every token in a contiguous range of layers, none in the others.
 
-    The first of these layers starts from the states that the chunks carried into it.
+    The first of these layers starts from the stored hidden states of the chunks.
 
     Attributes:
         first_layer: First layer (0-based) of the range.
@@ -31,9 +32,9 @@ class LayerRange(Selection):
     Raises:
         ValueError: If a value is out of range.
 
-    Source: DroidSpeak arXiv:2411.02820: on average 11 % of the layers are critical. Which ones is
-    for `blocktune.engine.layer_profile` to find out; the default begins at the first layer
-    whose keys depend on the context.
+    Source: DroidSpeak arXiv:2411.02820: on average 11 % of the layers are critical. Measure which
+    ones with `blocktune.engine.layer_profile`; the default starts at the first layer whose keys
+    depend on the context.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2411.02820"
@@ -50,11 +51,11 @@ class LayerRange(Selection):
         return self.first_layer + 1
 
     def with_budget(self, ratio: float) -> Selection:
-        """See `Selection.with_budget`: all layers are a range that begins at 0."""
+        """See `Selection.with_budget`: the range of all layers starts at 0."""
         return replace(self, ratio=ratio, first_layer=0 if ratio == 1 else self.first_layer)
 
     def layers(self, num_layers: int) -> range:
-        """The range in a model of ``num_layers``; cut off at the last one."""
+        """The range in a model of ``num_layers``, cut off at the last one."""
         length = math.ceil(self.ratio * num_layers - 1e-9)
         return range(self.first_layer, min(self.first_layer + length, num_layers))
 
@@ -64,8 +65,7 @@ class LayerRange(Selection):
 
     def start(self, layout: Layout) -> Tensor:
         """See `Selection.start`."""
-        from_below = self.first_layer == 0 and self.ratio > 0
-        return selectable(layout) if from_below else torch.zeros_like(layout.is_context)
+        return selectable(layout) & (self.first_layer == 0 and self.ratio > 0)
 
     def widens(self, num_layers: int) -> tuple[int, ...]:
         """See `Selection.widens`."""
@@ -77,21 +77,21 @@ class LayerRange(Selection):
         return (layers.stop,) if layers and layers.stop < num_layers else ()
 
     def refine(self, check: LayerCheck) -> Tensor:
-        """See `Selection.refine`: the range is over."""
-        return torch.zeros_like(check.eligible)
+        """See `Selection.refine`: the range has ended."""
+        return check.eligible & False
 
 
 @SELECTORS.register("reselect")
 @dataclass(frozen=True)
 class Reselect(Selection):
-    """Chooses by key deviation at one layer, and once more, among all tokens, at a deeper one.
+    """Chooses by key deviation at one layer, and again among all tokens at a deeper one.
 
-    At ``restart_layer`` the tokens that were dropped come back with the states that their chunks
-    carried into it; the layer is computed for all, and the keys of the next one decide. (Keys of
-    the layer itself cannot: made from stored states, they are the cached ones.)
+    At ``restart_layer`` the dropped tokens come back with the hidden states stored for their
+    chunks; that layer is computed for all tokens, and the keys of the next one decide. (Keys of the
+    restart layer itself cannot: computed from stored states, they equal the cached ones.)
 
     Attributes:
-        ratio: Share of the context tokens that stays fresh after either choice, in [0, 1].
+        ratio: Share of the context tokens recomputed after each choice, in [0, 1].
         check_layer: Layer (0-based) of the first choice.
         restart_layer: Layer that is computed for all tokens again.
 
@@ -114,7 +114,7 @@ class Reselect(Selection):
 
     @property
     def min_layers(self) -> int:
-        """See `Selection.min_layers`: one layer is needed to compare keys in after the restart."""
+        """See `Selection.min_layers`: keys are compared one layer after the restart."""
         return self.restart_layer + 2
 
     def spends(self, num_layers: int) -> float:
@@ -125,7 +125,7 @@ class Reselect(Selection):
         return (full + self.ratio * (num_layers - full)) / num_layers
 
     def start(self, layout: Layout) -> Tensor:
-        """See `Selection.start`: without a budget there is nothing to choose."""
+        """See `Selection.start`; a ratio of 0 recomputes nothing at all."""
         return selectable(layout) & (self.ratio > 0)
 
     def checks(self, num_layers: int) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from engine.served import ASK, engine_of
 from families import FAMILIES
 
 from blocktune.methods import build, compose
-from blocktune.methods.reshape import reshaped_attention as executing
+from blocktune.methods import reshaped_attention as executing
 
 METHODS = {
     "ape": build("ape"),

@@ -8,8 +8,7 @@ from methods.reshape.oracle import BestChunks, TwoSoftmaxes, logits_by, rows_of
 
 from blocktune.attention.masks import MaskRoom
 from blocktune.engine.batch_prefill import prefill_batch
-from blocktune.methods import build, compose
-from blocktune.methods.reshape import reshaped_attention
+from blocktune.methods import build, compose, reshaped_attention
 
 # Logits of these models reach about 10; prompts have fewer than 256 positions.
 TOLERANCE = {"rtol": 0, "atol": 1e-4}

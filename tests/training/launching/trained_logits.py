@@ -19,12 +19,11 @@ def probe(vocab_size: int, num_links: int) -> torch.Tensor:
 
 if __name__ == "__main__":
     data, args, choice = parse(sys.argv[1:])
-    trainer = build(data, args, choice)[0]
+    trainer = build(data, args, choice)
     trainer.train()
     trainer.save_model()
     if trainer.is_world_process_zero():
         model = trainer.accelerator.unwrap_model(trainer.model).eval()
-        model.set_attn_implementation("sdpa")
         ids = probe(model.config.vocab_size, args.num_links)
         with torch.no_grad():
             logits = model(ids, use_cache=False).logits

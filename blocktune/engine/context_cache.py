@@ -1,0 +1,135 @@
+"""A prompt up to its question as a stock transformers cache: `generate` without an engine."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from blocktune.engine.generation import Generation
+from blocktune.layout import Kind
+from blocktune.methods import Method
+from blocktune.prompt import Chunk, Prompt
+
+
+class ContextRequest(NamedTuple):
+    """A question over chunks; where the context is cached without one, any question."""
+
+    question: str
+    chunks: Sequence[Chunk]
+
+
+@dataclass(frozen=True)
+class CachedContext:
+    """The prefix and the chunks of a prompt in a stock cache, made by `Engine.cache`.
+
+    ```python
+    context = engine.cache(chunks, "block-attention")
+    inputs = context.inputs("Who wrote it?")
+    output = engine.model.generate(**inputs, max_new_tokens=32)
+    text = engine.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :])
+    ```
+
+    Attributes:
+        past_key_values: Keys, rotated to their positions, and values of ``N`` tokens. No layer
+            drops tokens: the model's own mask applies a sliding window.
+        input_ids: The tokens, ``(1, N)``.
+        position_ids: Their positions, ``(1, N)``. With reserved or parallel placement they are not
+            0 to N - 1, and `generate` needs them.
+        question: What the method chose its tokens by; None: the cache serves any question.
+    """
+
+    past_key_values: DynamicCache
+    input_ids: Tensor
+    position_ids: Tensor
+    question: str | None
+    _lay_out: Callable[[str], Prompt]
+    _decoding: dict[str, Any]
+
+    def inputs(self, question: str | None = None) -> dict[str, Any]:
+        """Keyword arguments for `generate` that ask a question over the context.
+
+        Args:
+            question: May be left out if the cache was made for one.
+
+        Returns:
+            ``input_ids``, ``attention_mask`` and ``position_ids`` of the whole prompt, ``(1, N +
+            Q)``; ``past_key_values``, a copy, since `generate` appends to it; ``eos_token_id`` and
+            ``pad_token_id``. The output repeats the prompt: new tokens start at ``N + Q``.
+
+        Raises:
+            ValueError: If there is no question, or the cache was made for another one.
+        """
+        asked = question or self.question
+        if asked is None:
+            raise ValueError("inputs() needs a question; this cache was made without one")
+        if self.question not in (None, asked):
+            raise ValueError(
+                f"this cache was made for the question {self.question!r:.80}, got {asked!r:.80}; "
+                "the method chooses tokens by the question: make one cache for each"
+            )
+        ids, positions = columns_of(self._lay_out(asked))
+        device = self.input_ids.device
+        return {
+            "input_ids": ids.to(device),
+            "attention_mask": torch.ones_like(ids, device=device),
+            "position_ids": positions.to(device),
+            "past_key_values": copy.deepcopy(self.past_key_values),
+            **self._decoding,
+        }
+
+
+def require_cacheable(method: Method, num_layers: int, question: str | None) -> None:
+    """Refuses what a stock model cannot read from a cache.
+
+    Raises:
+        ValueError: If the method reshapes attention, or needs a question and there is none.
+    """
+    if method.reshape() is not None:
+        raise ValueError(
+            f"method '{method.name}' reshapes attention to the chunks, which a stock model does "
+            "not do; use engine.answer, or a method without a reshape"
+        )
+    if question is None and method.select_for(num_layers).needs_question:
+        raise ValueError(
+            f"method '{method.name}' chooses tokens by the question; give "
+            "engine.cache(chunks, method, question=...)"
+        )
+
+
+def cut_context(
+    run: Generation,
+    question: str | None,
+    lay_out: Callable[[str], Prompt],
+    decoding: dict[str, Any],
+) -> CachedContext:
+    """Copies what stands before the question out of the cache of one prompt.
+
+    Args:
+        run: After its prefill.
+        question: The one that the tokens were chosen by, or None.
+        lay_out: The prompt of another question.
+        decoding: Arguments of `generate` that end an answer.
+    """
+    layout = run.batch.layout
+    count = int(layout.order[layout.kind == Kind.QUERY].min())
+    cache = DynamicCache()
+    for index, layer in enumerate(run.cache.layers):
+        cache.update(layer.keys[:, :, :count], layer.values[:, :, :count], index)
+    ids = run.batch.input_ids.new_zeros(1, count)
+    stored = (layout.kind[0] != Kind.BLANK) & (layout.order[0] < count)
+    ids[0, layout.order[0, stored]] = run.batch.input_ids[0, stored]
+    return CachedContext(cache, ids, run.columns.position[:, :count], question, lay_out, decoding)
+
+
+def columns_of(prompt: Prompt) -> tuple[Tensor, Tensor]:
+    """Token ids and positions of a prompt as a model reads them, ``(1, N)``: without blanks."""
+    layout = prompt.layout
+    rows = (layout.kind[0] != Kind.BLANK).nonzero().squeeze(1)
+    rows = rows[layout.order[0, rows].argsort()]
+    return torch.tensor(prompt.ids)[rows][None], layout.position[:, rows]

@@ -1,0 +1,311 @@
+"""How an answer is scored: each metric names its source; `METRICS` is what a task can ask for."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+class Scores(NamedTuple):
+    """The scores that every question gets, each in [0, 1]."""
+
+    em: float
+    f1: float
+    substring_em: float
+
+
+def normalize_answer(text: str) -> str:
+    """Lowers case, drops ASCII punctuation, then articles, and squeezes spaces, in that order.
+
+    Source: ``normalize_answer`` of SQuAD's evaluation script (v1.1 and v2.0 are the same).
+    """
+    lowered = text.lower().translate(_PUNCTUATION)
+    return " ".join(_ARTICLES.sub(" ", lowered).split())
+
+
+def exact_match(prediction: str, answers: Sequence[str]) -> float:
+    """1 if the normalised prediction equals a normalised answer.
+
+    Source: ``compute_exact`` of SQuAD's evaluation script.
+    """
+    predicted = normalize_answer(prediction)
+    return best(lambda answer: float(predicted == normalize_answer(answer)), answers)
+
+
+def word_f1(prediction: str, answers: Sequence[str]) -> float:
+    """F1 of the bags of normalised words; two empty bags agree, one empty bag scores 0.
+
+    Source: ``compute_f1`` of SQuAD's evaluation script, v2.0.
+    """
+    predicted = normalize_answer(prediction).split()
+    return best(lambda answer: bag_f1(predicted, normalize_answer(answer).split()), answers)
+
+
+def qa_f1(prediction: str, answers: Sequence[str]) -> float:
+    """`word_f1`, except that two empty bags score 0.
+
+    Source: ``qa_f1_score`` of LongBench, arXiv:2308.14508, as EPIC and kvpress report it.
+    """
+    found = word_f1(prediction, answers)
+    return found if normalize_answer(prediction) else 0.0
+
+
+def substring_em(prediction: str, answers: Sequence[str]) -> float:
+    """1 if a normalised answer stands, as characters, anywhere in the normalised prediction.
+
+    Source: ``best_subspan_em`` of Lost in the Middle (arXiv:2307.03172), as Block-Attention and
+    KVLink use it. Departure: an answer that normalises to nothing only matches nothing, where
+    the source finds it in every prediction.
+    """
+    predicted = normalize_answer(prediction)
+
+    def contained(answer: str) -> float:
+        wanted = normalize_answer(answer)
+        return float(wanted in predicted if wanted else not predicted)
+
+    return best(contained, answers)
+
+
+def extract_answer(text: str, marker: str | None = None) -> str:
+    """What is scored of a model's output.
+
+    Args:
+        text: The output, e.g. ``'Anna Belt. Answer: Port Alder.'``.
+        marker: What announces the answer (``'Answer:'``); None scores the whole output.
+
+    Returns:
+        The text after the last ``marker``, without surrounding space and one final period; the
+        whole output, stripped likewise, when it does not hold the marker.
+    """
+    answer = text.rpartition(marker)[2] if marker else text
+    return answer.strip().removesuffix(".").rstrip()
+
+
+def score(prediction: str, answers: Sequence[str]) -> Scores:
+    """Scores an extracted answer against the accepted ones.
+
+    Raises:
+        ValueError: If there is no accepted answer.
+    """
+    metrics = (exact_match, word_f1, substring_em)
+    return Scores(*(metric(prediction, answers) for metric in metrics))
+
+
+def best(metric: Callable[[str], float], answers: Sequence[str]) -> float:
+    """The highest score over the accepted answers.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    require_answers(answers)
+    return max(map(metric, answers))
+
+
+def require_answers(answers: Sequence[str]) -> None:
+    """Refuses a question that nothing could be right for.
+
+    Raises:
+        ValueError: If there is no accepted answer.
+    """
+    if not answers:
+        raise ValueError("cannot score without an accepted answer; give the example 'answers'")
+
+
+def bag_f1(predicted: Sequence, wanted: Sequence) -> float:
+    """F1 of two bags; two empty ones agree, one empty one scores 0."""
+    if not predicted or not wanted:
+        return float(predicted == wanted)
+    shared = (Counter(predicted) & Counter(wanted)).total()
+    if shared == 0:
+        return 0.0
+    precision, recall = shared / len(predicted), shared / len(wanted)
+    return (2 * precision * recall) / (precision + recall)
+
+
+def token_f1(prediction: str, answers: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> float:
+    """F1 of the bags of token ids of the normalised texts, without the first token of each.
+
+    Only the first line counts, and one that opens with yes or no counts as that word.
+
+    Args:
+        prediction: The output.
+        answers: Accepted answers.
+        tokenizer: The model's own; scores of different tokenizers do not compare.
+
+    Source: ``compute_f1`` and ``parse_generation`` of github.com/YaoJiayi/CacheBlend,
+    ``example/utils.py``. There the first token is dropped because it is BOS; a tokenizer that adds
+    none (Qwen) would lose a word, so it is dropped only where it is BOS. Departure: a blank
+    prediction is scored, where the source fails.
+    """
+    predicted = _ids(tokenizer, normalize_answer(first_line(prediction)))
+    return best(
+        lambda answer: bag_f1(predicted, _ids(tokenizer, normalize_answer(answer))), answers
+    )
+
+
+def first_line(text: str) -> str:
+    """The first line, shortened to yes or no where it opens so."""
+    line = text.lstrip("\n").split("\n")[0]
+    if line.startswith(("Yes", "yes")):
+        return "Yes"
+    # The source looks for "No" behind leading space, but for "Yes" only at the very start.
+    if line.split() and line.split()[0].startswith(("No", "no")):
+        return "No"
+    return line
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    ids = list(tokenizer(text)["input_ids"])
+    opens = bool(ids) and ids[0] == tokenizer.bos_token_id
+    return ids[1:] if opens else ids
+
+
+def rouge_l(prediction: str, answers: Sequence[str]) -> float:
+    """F-measure of the longest common subsequence of stemmed words, the best over the answers.
+
+    Source: Lin (2004), as CacheBlend computes it: package ``rouge-score`` with stemming.
+
+    Raises:
+        ModuleNotFoundError: Without the package, which comes with the extra ``eval``.
+    """
+    scorer = _scorer()
+    return best(lambda answer: scorer.score(answer, prediction)["rougeL"].fmeasure, answers)
+
+
+@cache
+def _scorer() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rougeL"], use_stemmer=True)
+
+
+_CONTROL = re.compile(r"[\x00-\x1f]")
+
+
+def ruler_recall(prediction: str, answers: Sequence[str]) -> float:
+    """Share of the wanted strings that stand in the output, whatever their case.
+
+    Every entry of ``answers`` is wanted: the values of a needle, the words of a list.
+
+    Source: ``string_match_all`` of github.com/NVIDIA/RULER, ``scripts/eval``; its mean over
+    examples, in percent and rounded to two places, is the published number.
+    """
+    return sum(_found(prediction, answers)) / len(answers)
+
+
+def _found(prediction: str, answers: Sequence[str]) -> list[float]:
+    require_answers(answers)
+    text = _CONTROL.sub("\n", prediction.strip()).strip().lower()
+    return [float(answer.lower() in text) for answer in answers]
+
+
+ScoreText = Callable[[str, Sequence[str], PreTrainedTokenizerBase], float]
+
+
+class Metric(NamedTuple):
+    """A score of one output in [0, 1].
+
+    Attributes:
+        title: As tables call it.
+        source: Whose definition it is.
+        score: From the output, the accepted answers and the model's tokenizer.
+        binary: Whether it is 0 or 1, so that McNemar's test applies.
+    """
+
+    title: str
+    source: str
+    score: ScoreText
+    binary: bool = False
+
+
+def _plain(metric: Callable[[str, Sequence[str]], float]) -> ScoreText:
+    return lambda prediction, answers, tokenizer: metric(prediction, answers)
+
+
+SQUAD = "SQuAD v2.0 evaluation script"
+METRICS = {
+    "em": Metric("EM", SQUAD, _plain(exact_match), binary=True),
+    "f1": Metric("F1", SQUAD, _plain(word_f1)),
+    "substring_em": Metric("sub-EM", "arXiv:2307.03172", _plain(substring_em), binary=True),
+    "qa_f1": Metric("QA F1", "LongBench, arXiv:2308.14508", _plain(qa_f1)),
+    "token_f1": Metric("token F1", "CacheBlend's code", token_f1),
+    "rouge_l": Metric("ROUGE-L", "rouge-score", _plain(rouge_l)),
+    "ruler_recall": Metric("recall", "RULER, string_match_all", _plain(ruler_recall)),
+}
+"""By the name that YAML uses."""
+
+
+def require_metrics(names: Iterable[str]) -> None:
+    """Refuses names that no metric has.
+
+    Raises:
+        ValueError: Naming the first of them.
+    """
+    for name in names:
+        if name not in METRICS:
+            raise ValueError(f"unknown metric '{name}'; available: {', '.join(METRICS)}")
+
+
+class AdjustedF1(NamedTuple):
+    """Mean F1 over the examples that full prefill does not fail; None when it fails all."""
+
+    mean: float | None
+    num_kept: int
+
+
+class FilterBias(NamedTuple):
+    """What the filter of adjusted F1 hides; see `filter_bias`. None where it keeps nothing."""
+
+    bias: float | None
+    reverse: float | None
+
+
+def adjusted_f1(f1: Sequence[float], full_prefill_f1: Sequence[float]) -> AdjustedF1:
+    """Mean F1 over the examples on which full prefill scores above zero.
+
+    It asks what reuse loses of what the model could do, and so drops questions that the model
+    cannot answer. The filter looks at full prefill's own luck and thus favours it: read it
+    beside the raw F1 and `filter_bias`.
+
+    Args:
+        f1: The method's F1 per example.
+        full_prefill_f1: Full prefill's F1 on the same examples.
+
+    Source: arXiv:2603.20218, evaluation set-up.
+    """
+    pairs = zip(f1, full_prefill_f1, strict=True)
+    kept = [own for own, full in pairs if full > 0]
+    return AdjustedF1(sum(kept) / len(kept) if kept else None, len(kept))
+
+
+def filter_bias(f1: Sequence[float], full_prefill_f1: Sequence[float]) -> FilterBias:
+    """How much adjusted F1 understates a method against full prefill, by its filter alone.
+
+    Full prefill has no F1 outside of what the filter keeps; the method may have some, and that is
+    dropped. Per kept example, the adjusted gap to full prefill is exactly ``bias`` wider than the
+    raw gap.
+
+    Args:
+        f1: The method's F1 per example.
+        full_prefill_f1: Full prefill's F1 on the same examples.
+
+    Returns:
+        ``bias``: F1 that the method earns on dropped examples, per kept one. ``reverse``: full
+        prefill's mean F1 where *the method* scores above zero, the same filter turned round.
+    """
+    pairs = list(zip(f1, full_prefill_f1, strict=True))
+    kept = sum(full > 0 for _, full in pairs)
+    dropped = sum(own for own, full in pairs if full == 0)
+    mirrored = [full for own, full in pairs if own > 0]
+    return FilterBias(
+        dropped / kept if kept else None, sum(mirrored) / len(mirrored) if mirrored else None
+    )

@@ -1,0 +1,235 @@
+"""Loads chunks layer by layer in the background, and chooses how much to recompute meanwhile.
+
+Loading layer ``i + 1`` and recomputing layer ``i`` run at the same time, so recomputing a larger
+share costs nothing as long as a layer takes longer to load: the controller chooses the share.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from blocktune.cache import ChunkKV, ChunkStore, Lookup
+from blocktune.cache.chunk_file import ChunkFile, chunk_path, open_file
+from blocktune.methods import ChunkLoader, DamagedChunk, Selection
+
+KEEP = 0.8
+"""Weight of what was measured before; the rest is the latest measurement's."""
+
+
+@dataclass(frozen=True)
+class LoadingChoice:
+    """What the controller chose for one batch, and from what.
+
+    Attributes:
+        ratio: Share of the context tokens that is recomputed.
+        tier: Where the chunks are kept from now on: ``disk`` where loading hides behind recomputing
+            the least share, else ``memory``.
+        bytes_read: Bytes that are read from the folder.
+        load_s: Seconds to load a layer at the measured bandwidth; None before any was measured.
+        recompute_s: Seconds to recompute ``ratio`` of a layer at the measured speed, or None.
+    """
+
+    ratio: float
+    tier: str
+    bytes_read: int
+    load_s: float | None
+    recompute_s: float | None
+
+
+class LoadingController:
+    """Measures bandwidth and compute, and chooses by them. Thread-safe.
+
+    Source: CacheBlend arXiv:2405.16444, section 5: the largest ratio whose recomputing a layer
+    takes no longer than loading one, never below a floor; and the cheapest device from which
+    loading takes no longer than recomputing the floor.
+    """
+
+    @classmethod
+    def of(cls, store: ChunkStore, fingerprint: str) -> Self:
+        """The one of a store and model in this process."""
+        return store.notes.setdefault((cls, fingerprint), cls())
+
+    def __init__(self):
+        """Nothing is measured yet."""
+        self.bytes_per_s: float | None = None
+        self.row_layer_s: float | None = None
+        self._lock = threading.Lock()
+
+    def saw_reading(self, num_bytes: int, seconds: float) -> None:
+        """Notes what was read from the folder and how long that took."""
+        if num_bytes and seconds > 0:
+            with self._lock:
+                self.bytes_per_s = _mixed(self.bytes_per_s, num_bytes / seconds)
+
+    def saw_computing(self, row_layers: int, seconds: float) -> None:
+        """Notes how long it took to compute so many rows, each counted once per layer."""
+        if row_layers and seconds > 0:
+            with self._lock:
+                self.row_layer_s = _mixed(self.row_layer_s, seconds / row_layers)
+
+    def choose(
+        self, floor: float, context_tokens: int, num_layers: int, num_bytes: int
+    ) -> LoadingChoice:
+        """The share to recompute, and the tier.
+
+        Args:
+            floor: Least share, which quality asks for (the paper: 0.15).
+            context_tokens: Tokens of the chunks of the batch.
+            num_layers: Layers of the model.
+            num_bytes: Bytes that must come from the folder.
+        """
+        with self._lock:
+            bandwidth, row_s = self.bytes_per_s, self.row_layer_s
+        whole_s = None if row_s is None else row_s * context_tokens
+        load_s = None if bandwidth is None else num_bytes / bandwidth / num_layers
+        if not num_bytes:
+            load_s = 0.0
+        if whole_s is None or load_s is None:
+            recompute_s = None if whole_s is None else floor * whole_s
+            return LoadingChoice(floor, "memory", num_bytes, load_s, recompute_s)
+        ratio = min(1.0, max(floor, load_s / whole_s)) if whole_s else floor
+        tier = "disk" if num_bytes and load_s <= floor * whole_s else "memory"
+        return LoadingChoice(ratio, tier, num_bytes, load_s, ratio * whole_s)
+
+
+def _mixed(old: float | None, new: float) -> float:
+    return new if old is None else KEEP * old + (1 - KEEP) * new
+
+
+class StreamedKV:
+    """One chunk whose layers arrive one after the other; read like a `ChunkKV`.
+
+    Its header, token ids and model are verified before it is handed out, each layer before it is
+    used.
+    """
+
+    kind = ChunkKV.kind
+
+    def __init__(self, key: str, file: ChunkFile, loader: LayerLoader):
+        """Reads ``file``, stored under ``key``, when ``loader`` is started."""
+        self.key, self._file, self._loader = key, file, loader
+        self.token_ids, self.fingerprint = file.token_ids, file.fingerprint
+        self.num_tokens = self.token_ids.shape[0]
+        self.num_layers, self.origin, self.num_bytes = (
+            file.fact(name) for name in ("num_layers", "origin", "num_bytes")
+        )
+        self._layers: list[Future] = []
+        self.keys, self.values = _Half(self, 0), _Half(self, 1)
+
+    matches = ChunkKV.matches
+
+    def to(self, device: torch.device | str) -> Self:
+        """Itself: layers go to the store's device as they arrive."""
+        return self
+
+    def submit(self, layer: int, pool: ThreadPoolExecutor) -> None:
+        """Asks for the next layer."""
+        self._layers.append(pool.submit(self._read, layer))
+
+    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer; waits for them.
+
+        Raises:
+            DamagedChunk: If they do not verify.
+        """
+        started = time.perf_counter()
+        try:
+            return self._layers[layer].result()
+        except ValueError as error:
+            raise DamagedChunk(f"chunk {self.key[:12]}, layer {layer}: {error}") from None
+        finally:
+            self._loader.waited_s += time.perf_counter() - started
+
+    def whole(self) -> ChunkKV:
+        """All layers, which must have arrived."""
+        pairs = [future.result() for future in self._layers]
+        keys, values = zip(*pairs, strict=True)
+        return ChunkKV(keys, values, self.token_ids, self.fingerprint, self.origin)
+
+    def _read(self, layer: int) -> tuple[Tensor, Tensor]:
+        started = time.perf_counter()
+        pair = tuple(self._file.read(f"{half}.{layer}") for half in ("key", "value"))
+        moved = tuple(tensor.to(self._loader.store.device) for tensor in pair)
+        self._loader.read_s += time.perf_counter() - started
+        return moved
+
+
+class _Half(Sequence):
+    """All layers' keys, or all layers' values."""
+
+    def __init__(self, kv: StreamedKV, half: int):
+        self._kv, self._half = kv, half
+
+    def __getitem__(self, layer: int) -> Tensor:
+        return self._kv.layer(layer)[self._half]
+
+    def __len__(self) -> int:
+        return self._kv.num_layers
+
+
+class LayerLoader(ChunkLoader):
+    """Reads the chunks of a batch layer by layer in the background, and chooses what to recompute.
+
+    Attributes:
+        chunks: Those that are read from the folder.
+        read_s: Seconds that the background spent on reading, verifying and moving.
+        report: The controller's `LoadingChoice`, or None where the share is fixed.
+    """
+
+    report: LoadingChoice | None
+
+    def __init__(self, store: ChunkStore, controller: LoadingController):
+        """Nothing is read before `start`."""
+        self.store, self.controller = store, controller
+        self.chunks: list[StreamedKV] = []
+        self.read_s = 0.0
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="blocktune-load")
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the chunks that are read from the folder."""
+        return sum(chunk.num_bytes for chunk in self.chunks)
+
+    def lookup(self, key: str, token_ids: Sequence[int] | Tensor, fingerprint: str) -> Lookup:
+        """As `ChunkStore.lookup`, but a chunk in the folder is only opened."""
+        found = self.store.lookup(key, token_ids, fingerprint, read=self._open, keep=False)
+        if found.tier == "disk":
+            self.chunks.append(found.kv)
+        return found
+
+    def start(self) -> None:
+        """See `ChunkLoader`: reads the first layer of all chunks, then the second, and so on."""
+        for layer in range(max((chunk.num_layers for chunk in self.chunks), default=0)):
+            for chunk in self.chunks:
+                chunk.submit(layer, self._pool)
+
+    def choose(self, selection: Selection, context_tokens: int, num_layers: int) -> Selection:
+        """See `ChunkLoader`: a selector with a ``ratio`` takes it as the smallest share."""
+        floor = getattr(selection, "ratio", None)
+        if floor is None:
+            return selection
+        self.report = self.controller.choose(floor, context_tokens, num_layers, self.num_bytes)
+        return selection.with_budget(self.report.ratio)
+
+    def done(self, row_layers: int, compute_s: float) -> None:
+        """See `ChunkLoader`: measures, and keeps in memory what the controller wants there."""
+        self.controller.saw_computing(row_layers, compute_s)
+        self.controller.saw_reading(self.num_bytes, self.read_s)
+        if self.report is None or self.report.tier == "memory":
+            for chunk in self.chunks:
+                self.store.remember(chunk.key, chunk.whole())
+
+    def __exit__(self, *exception) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def _open(self, folder: Path, key: str, kind: type[ChunkKV]) -> StreamedKV:
+        return StreamedKV(key, ChunkFile(open_file(chunk_path(folder, key)), key, kind), self)

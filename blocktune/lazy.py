@@ -1,0 +1,32 @@
+"""Public names of a package, imported on first use.
+
+So importing a package costs nothing until a name is needed, and one light module of it
+(``blocktune.prompt.layout_spec``) can be imported without torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from typing import Any
+
+
+def exports(
+    package: str, homes: Mapping[str, Sequence[str]]
+) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+    """Makes a package's ``__getattr__``, ``__dir__`` and ``__all__``.
+
+    Args:
+        package: Its dotted name.
+        homes: The public names of each module, by the module's dotted name. No name may be that of
+            a module of the package: once imported, the module would hide it.
+    """
+    home_of = {name: module for module, names in homes.items() for name in names}
+
+    def get(name: str) -> Any:
+        if name not in home_of:
+            raise AttributeError(f"module '{package}' has no attribute '{name}'")
+        return getattr(import_module(home_of[name]), name)
+
+    names = sorted(home_of)
+    return get, lambda: names, names

@@ -1,0 +1,208 @@
+"""A reshape at work on one batch: what is fresh where, and attention by reshaped scores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from blocktune.attention.kernels import AttentionParams, plain_scores, weighted_values
+from blocktune.attention.masks import Block, RowBand
+from blocktune.layout import Kind, LayerRule, Rows
+from blocktune.methods.reshape.base import Reshape, Seen, in_chunk
+
+CELLS = 1 << 25
+"""Scores that are in memory at once, unless a single row has more."""
+
+
+class AttentionInputs(NamedTuple):
+    """What a layer attends with; keys and values are float32."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    params: AttentionParams
+
+    def scores(self, block: Block, seen: Seen) -> tuple[Tensor, Seen]:
+        """Scores of a block, ``(B, H, R, N)``, and what the reshape is told about them."""
+        rows, keys, mask = block
+        query, key = self.query[:, :, rows], self.key[:, :, keys]
+        part = seen._replace(
+            query=seen.query.map(lambda field: field[:, rows]),
+            key=seen.key.map(lambda field: field[:, keys]),
+            reused=seen.reused[:, keys],
+        )
+        return plain_scores(query, key, mask, self.params), part
+
+
+def cut(block: Block, heads: int) -> Iterator[Block]:
+    """Parts of a block whose scores, times ``heads``, stay within `CELLS`."""
+    rows, keys, mask = block
+    step = max(1, CELLS // (heads * mask.shape[-1]))
+    for start in range(rows.start, rows.stop, step):
+        stop = min(start + step, rows.stop)
+        inside = slice(start - rows.start, stop - rows.start)
+        yield Block(slice(start, stop), keys, mask[:, :, inside])
+
+
+class _Pass(NamedTuple):
+    """What is worked out once for all layers of a forward pass."""
+
+    band: RowBand
+    writes: bool  # whether rows are written into columns of the prompt: not in decoding
+    asks: Tensor  # rows of the question, (B, R) bool
+    has_question: bool
+
+
+class ReshapedAttention:
+    """Shared by all attention plans of a batch, from the prefill to the last decoded token.
+
+    It keeps a bitmap of recomputed tokens per layer: rows that a plan attends with have just been
+    written over their columns. So what is fresh is known from what was executed, also where a
+    selection narrows or widens between layers, and decoded tokens read the same bitmap.
+
+    Attributes:
+        reshape: What it does with scores.
+        multiply_adds: Of surveys, which make scores besides those that are reshaped, ``(B,)``.
+    """
+
+    def __init__(self, reshape: Reshape, columns: Rows):
+        """Starts with nothing fresh.
+
+        Args:
+            reshape: What to do with scores.
+            columns: Facts of the cache's columns, ``(B, N)``.
+        """
+        self.reshape = reshape
+        self.multiply_adds = torch.zeros(len(columns.kind), dtype=torch.int64)
+        self._is_chunk = in_chunk(columns)
+        self._num_chunks = int(columns.chunk.max()) + 1
+        self._reused: dict[int, Tensor] = {}
+        self._acts: dict[int, bool] = {}
+        self._pass: _Pass | None = None
+        self._entropy: list[Tensor] = []
+        self._looking = False
+        self._ahead: Tensor | None = None  # surveys of a pass ahead, summed, (B, 1, 1, X)
+
+    @contextmanager
+    def looking_ahead(self) -> Iterator[None]:
+        """A pass within the block is surveyed and not reshaped, for a reshape that looks ahead."""
+        self._looking, self._ahead = True, None
+        try:
+            yield
+        finally:
+            self._looking = False
+            self._entropy.clear()
+
+    def wrote(self, layer: int, columns: Tensor) -> None:
+        """Books columns ``(B, R)`` as fresh in a layer; negative ones and decoded ones are none."""
+        count = self._is_chunk.shape[1]
+        written = torch.zeros_like(F.pad(self._is_chunk, (0, 1)))
+        slots = columns.where((columns >= 0) & (columns < count), count)
+        written.scatter_(1, slots, True)
+        self._reused[layer] = self._reused.get(layer, self._is_chunk) & ~written[:, :count]
+
+    def attend(
+        self,
+        band: RowBand,
+        columns: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rule: LayerRule,
+        params: AttentionParams,
+    ) -> Tensor | None:
+        """Attends with reshaped scores, in float32, a block of rows at a time.
+
+        Args:
+            band: Rows over columns.
+            columns: Where the rows were written, ``(B, R)``, -1 for padding.
+            query: ``(B, H, R, D)``.
+            key: ``(B, K, N, D)``.
+            value: ``(B, K, N, D)``.
+            rule: The layer's part of the rule.
+            params: Scaling and soft-capping.
+
+        Returns:
+            ``(B, H, R, D)``, or None where this layer has nothing to reshape.
+        """
+        seen = self._enter(band, columns, rule.layer)
+        if not self._acts[rule.layer]:
+            return None
+        rule = LayerRule(window=rule.window)
+        states = AttentionInputs(query, key.float(), value.float(), params)
+        choice = self._choice(rule, seen, states)
+        outs, entropy = [], []
+        for block in self._blocks(rule, query):
+            scores, part = states.scores(block, seen)
+            if not self._looking:
+                chosen = None if choice is None else choice[:, :, block.rows]
+                scores = self.reshape.scores(scores, part, chosen)
+            weights = torch.softmax(scores, dim=-1)
+            if self._pass.has_question:
+                entropy.append(torch.special.entr(weights).sum(-1).mean(1))
+            outs.append(weighted_values(weights, states.value[:, :, block.keys]))
+        self._book(entropy)
+        return torch.cat(outs, dim=2).to(query.dtype)
+
+    def query_entropy(self) -> list[float | None]:
+        """Entropy of the question's attention as it was executed, in nats, per prompt.
+
+        Mean over its rows, the heads and the layers where the reshape acts; None if none does.
+        Source: arXiv:2412.16545, which finds it to go with lost accuracy.
+        """
+        if not self._entropy:
+            return [None] * len(self._is_chunk)
+        return torch.stack(self._entropy).mean(0).tolist()
+
+    def _enter(self, band: RowBand, columns: Tensor, layer: int) -> Seen:
+        """Books the rows as fresh in this layer: they were just written."""
+        if self._pass is None or self._pass.band is not band:
+            self._pass = _read(band)
+        if self._pass.writes:
+            self.wrote(layer, columns)
+        reused = self._reused.setdefault(layer, self._is_chunk)
+        decoded = band.key.kind.shape[1] - reused.shape[1]
+        seen = Seen(band.query, band.key, F.pad(reused, (0, decoded)), self._num_chunks)
+        if self._pass.writes or layer not in self._acts:
+            self._acts[layer] = self.reshape.acts(seen)
+        return seen
+
+    def _blocks(self, rule: LayerRule, query: Tensor) -> Iterator[Block]:
+        """One after the other: together their masks would be rows x columns."""
+        for block in self._pass.band.blocks(rule):
+            yield from cut(block, len(query) * query.shape[1])
+
+    def _choice(self, rule: LayerRule, seen: Seen, states: AttentionInputs) -> Tensor | None:
+        if not self.reshape.surveys:
+            return None
+        if self.reshape.looks_ahead and not self._looking:
+            assert self._ahead is not None, "a reshape that looks ahead was not let look"
+            rows = seen.query.kind.shape[1]
+            return self.reshape.choose(self._ahead.expand(-1, 1, rows, -1), seen.query)
+        blocks = self._blocks(rule, states.query)
+        survey = torch.cat([self.reshape.survey(*states.scores(b, seen)) for b in blocks], dim=2)
+        pairs = self._pass.band.pairs(rule.window)
+        self.multiply_adds += (pairs * states.query.shape[1] * states.query.shape[3]).cpu()
+        if not self._looking:
+            return self.reshape.choose(survey, seen.query)
+        asked = survey.masked_fill(~self._pass.asks[:, None, :, None], 0.0)
+        asked = asked.sum((1, 2), keepdim=True)
+        self._ahead = asked if self._ahead is None else self._ahead + asked
+        return None
+
+    def _book(self, entropy: list[Tensor]) -> None:
+        if entropy:
+            asks = self._pass.asks
+            rows = torch.cat(entropy, dim=1).masked_fill(~asks, 0.0)
+            self._entropy.append(rows.sum(1) / asks.sum(1))
+
+
+def _read(band: RowBand) -> _Pass:
+    asks = band.query.kind == Kind.QUERY
+    writes = band.query_exists & (band.query.kind != Kind.ANSWER)
+    return _Pass(band, bool(writes.any()), asks, bool(asks.any(1).all()))

@@ -1,0 +1,185 @@
+"""Numbers and tables, written one way for terminal, Markdown and HTML."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table as RichTable
+
+ABSENT = "-"
+FORMS: dict[str, Callable[[float], str]] = {
+    "score": lambda value: f"{100 * value:.1f}",
+    "points": lambda value: f"{100 * value:+.1f}",
+    "share": lambda value: f"{100 * value:.0f} %",
+    "ms": lambda value: f"{1000 * value:.1f}",
+    "ratio": lambda value: f"{value:.2f}x",
+    "p": lambda value: f"{value:.2g}",
+    "count": lambda value: f"{value:,.0f}",
+    "nats": lambda value: f"{value:.3g}",
+    "bytes": lambda value: (
+        f"{value / 2**20:.0f} MiB" if value < 2**30 else f"{value / 2**30:.1f} GiB"
+    ),
+}
+"""How a number is written, by the kind of number it is."""
+
+
+def written(form: str, value: float | None) -> str:
+    """A number as text; a dash for None.
+
+    Args:
+        form: Of `FORMS`.
+        value: The number.
+    """
+    return ABSENT if value is None else FORMS[form](value)
+
+
+def with_interval(form: str, mean: float | None, ends: Sequence[float] | None) -> str:
+    """A number with its interval in brackets: ``12.5 (2.5 to 22.5)``."""
+    if mean is None or ends is None:
+        return written(form, mean)
+    low, high = (written(form, end) for end in ends)
+    return f"{written(form, mean)} ({low} to {high})"
+
+
+def with_half(mean: float, ends: Sequence[float], digits: int = 0) -> str:
+    """A score in % with half the width of its interval: ``97.0 ±4``."""
+    low, high = ends
+    return f"{written('score', mean)} ±{50 * (high - low):.{digits}f}"
+
+
+class Shown(NamedTuple):
+    """A piece of a cell: a number with its origin, or plain text.
+
+    Attributes:
+        text: As it is read.
+        path: JSON pointer (RFC 6901) into ``results.json``; empty for plain text.
+        value: The number itself, every digit.
+        form: Its key in `FORMS`.
+    """
+
+    text: str
+    path: str = ""
+    value: str = ""
+    form: str = ""
+
+
+Cell = str | tuple[Shown, ...]
+
+
+def number(results: Mapping[str, Any], form: str, *keys: str | int) -> Shown:
+    """The number that lies under ``keys``; a dash where it is null.
+
+    Args:
+        results: What ``results.json`` holds.
+        form: How it is written, of `FORMS`.
+        keys: Names and indices on the way to it.
+    """
+    value: Any = results
+    for key in keys:
+        value = value[key]
+    if value is None:
+        return Shown(ABSENT)
+    return Shown(FORMS[form](value), pointer(*keys), repr(value), form)
+
+
+def interval(results: Mapping[str, Any], form: str, *keys: str | int) -> tuple[Shown, ...]:
+    """The two numbers of an interval under ``keys``, in brackets."""
+    low, high = (number(results, form, *keys, end) for end in (0, 1))
+    return (Shown(" ("), low, Shown(" to "), high, Shown(")"))
+
+
+def pointer(*keys: str | int) -> str:
+    """The JSON pointer of a place."""
+    return "".join(f"/{str(key).replace('~', '~0').replace('/', '~1')}" for key in keys)
+
+
+def look_up(results: Any, path: str) -> Any:
+    """What lies under a JSON pointer."""
+    for part in path.removeprefix("/").split("/"):
+        key = part.replace("~1", "/").replace("~0", "~")
+        results = results[int(key)] if isinstance(results, list) else results[key]
+    return results
+
+
+class Table(NamedTuple):
+    """Headings and rows of cells; the first cell of a row names it.
+
+    Attributes:
+        headings: Of the columns; a line break shortens a column in the terminal.
+        rows: A cell is text, or pieces that know where their number is from.
+        title: Above it in the terminal.
+        note: Below it in the terminal.
+        left: Headings of columns of words; the first column is one, others are set right.
+    """
+
+    headings: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    title: str = ""
+    note: str = ""
+    left: Sequence[str] = ()
+
+    def markdown(self) -> str:
+        """The table as Markdown."""
+        cells = [self._words(), ["---"] * len(self.headings), *map(self._texts, self.rows)]
+        lines = [f"| {' | '.join(row)} |" for row in cells]
+        return "\n".join(lines).replace("| --- ", "|---")
+
+    def show(self, console: Console | None = None) -> None:
+        """Prints it; columns that do not fit beside the others follow below, none is cut."""
+        from rich.console import Console
+
+        console = console or Console()
+        for block in self._blocks(console):
+            console.print(block, "")
+        if self.note:
+            console.print(f"[dim]{self.note}[/dim]", highlight=False)
+
+    def _blocks(self, console: Console) -> list[RichTable]:
+        """Tables of as many columns as the console has room for, each with the first column."""
+        from rich.measure import Measurement
+
+        unbounded, blocks, start = console.options.update(max_width=10_000), [], 1
+        while start < len(self.headings):
+            for stop in range(len(self.headings), start, -1):
+                block = self._rich(range(start, stop), first=not blocks)
+                if Measurement.get(console, unbounded, block).maximum <= console.width:
+                    break
+            blocks.append(block)
+            start = stop
+        return blocks
+
+    def _rich(self, columns: Sequence[int], *, first: bool) -> RichTable:
+        from rich import box
+        from rich.table import Table as RichTable
+
+        shown = [0, *columns]
+        table = RichTable(
+            title=self.title if first and self.title else None,
+            title_justify="left",
+            box=box.SIMPLE_HEAD,
+            pad_edge=False,
+            show_edge=False,
+            padding=(0, 0, 0, 1),
+        )
+        for index in shown:
+            name = self.headings[index]
+            justify = "left" if index == 0 or name in self.left else "right"
+            table.add_column(
+                name, justify=justify, vertical="bottom", no_wrap=name not in self.left
+            )
+        for row in map(self._texts, self.rows):
+            table.add_row(*(row[index] for index in shown))
+        return table
+
+    def _words(self) -> list[str]:
+        """Headings in one line each."""
+        return [name.replace("-\n", "-").replace("\n", " ") for name in self.headings]
+
+    @staticmethod
+    def _texts(row: Sequence[Cell]) -> list[str]:
+        return [
+            cell if isinstance(cell, str) else "".join(piece.text for piece in cell) for cell in row
+        ]

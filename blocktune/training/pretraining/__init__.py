@@ -1,1 +1,0 @@
-"""Pre-training of a tiny model from scratch, in full attention, on generated worlds."""

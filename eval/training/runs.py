@@ -1,0 +1,165 @@
+"""Every recipe with every seed: trained once, gone on with where it was stopped, and its cost."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors import safe_open
+
+from blocktune.adapter import INFO_FILE, AdapterInfo
+from blocktune.training.checkpoint import CONFIG_FILE
+from blocktune.training.run import parse, resolved
+
+STATE_FILE = "trainer_state.json"
+ASIDE = ("output_dir", "resume_from_checkpoint", "report_to", "logging_steps", "disable_tqdm")
+"""Keys of a recipe that say where a run lies and how it is told; what is learnt is the same."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: a recipe with a seed.
+
+    Attributes:
+        recipe: The YAML.
+        seed: Wins over the recipe's.
+        output: Folder of the adapters.
+        worlds: More options of the worlds that the recipe trains on, e.g. ``crowded=1``.
+    """
+
+    recipe: Path
+    seed: int
+    output: Path
+    worlds: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.recipe.stem
+
+    @property
+    def folder(self) -> Path:
+        return self.output / f"{self.name}-{self.seed}"
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether it has ended: its state is written after its weights."""
+        return (self.folder / INFO_FILE).exists() and (self.folder / STATE_FILE).exists()
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        steps = self.folder.glob("checkpoint-*")
+        return sorted(steps, key=lambda path: int(path.name.rpartition("-")[2]))
+
+    def refuse_other_recipe(self) -> None:
+        """Raises ValueError if what lies there was trained by a recipe that has changed since."""
+        found = [self.folder] if self.is_complete else self.checkpoints[-1:]
+        for folder in found:
+            saved = _flat(yaml.safe_load((folder / CONFIG_FILE).read_text()))
+            now = self._settings()
+            for key in _deciding(self.recipe):
+                if key in saved and str(saved[key]) != str(now[key]):
+                    raise ValueError(
+                        f"{folder} was trained with {key}: {saved[key]!r}, {self.recipe} says "
+                        f"{now[key]!r}; move the folder away to train it again"
+                    )
+
+    def _settings(self) -> dict[str, Any]:
+        """What the recipe says now, as a run writes it down."""
+        return _flat(yaml.safe_load(yaml.safe_dump(resolved(*parse(_words(self._options()))))))
+
+    def _options(self) -> dict[str, Any]:
+        options = {"config": self.recipe, "seed": self.seed}
+        if self.worlds:
+            options["train_data"] = f"{load_recipe(self.recipe)['train_data']}&{self.worlds}"
+        return options
+
+    def command(self) -> list[str]:
+        options = self._options() | {"output_dir": self.folder}
+        if self.checkpoints:
+            options["resume_from_checkpoint"] = "true"
+        return [sys.executable, "-u", "-m", "blocktune.cli", "train", *_words(options)]
+
+
+def load_recipe(path: Path) -> dict[str, Any]:
+    """The keys of a recipe."""
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def train_all(runs: Sequence[Run], jobs: int) -> None:
+    """Trains what is not complete, ``jobs`` runs at a time; each prints into its ``train.log``."""
+    for run in runs:
+        run.refuse_other_recipe()
+    missing = [run for run in runs if not run.is_complete]
+    print(f"{len(runs) - len(missing)} of {len(runs)} adapters are trained", flush=True)
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(lambda run: _train(run, jobs), missing))
+
+
+def cost_of(run: Run) -> dict[str, Any]:
+    """Tokens, seconds and trainable parameters of a run that is complete."""
+    state = json.loads((run.folder / STATE_FILE).read_text())
+    logs = [entry for entry in state["log_history"] if "tokens_per_second" in entry]
+    tokens, seconds, before = 0.0, 0.0, 0.0
+    for entry in logs:
+        # The count begins anew where a run was resumed; the time until then is not lost.
+        passed = entry["num_tokens"] - (before if entry["num_tokens"] >= before else 0)
+        tokens, before = tokens + passed, entry["num_tokens"]
+        seconds += passed / entry["tokens_per_second"]
+    return {
+        "tokens": round(tokens),
+        "seconds": round(seconds, 1),
+        "trainable_parameters": sum(map(_numbers, run.folder.glob("*.safetensors"))),
+        "steps": state["global_step"],
+        "examples": AdapterInfo.load(run.folder).training["examples"],
+    }
+
+
+def _train(run: Run, jobs: int) -> None:
+    run.folder.mkdir(parents=True, exist_ok=True)
+    print(f"training {run.folder}", flush=True)
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // jobs))
+    with (run.folder / "train.log").open("a") as log:
+        done = subprocess.run(
+            run.command(),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"OMP_NUM_THREADS": threads},
+            check=False,
+        )
+    if done.returncode:
+        lines = (run.folder / "train.log").read_text().strip().splitlines()
+        raise ValueError(f"training {run.folder} failed: {lines[-1] if lines else done.returncode}")
+
+
+def _numbers(path: Path) -> int:
+    with safe_open(path, "pt") as file:
+        shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
+    total = 0
+    for shape in shapes:
+        count = 1
+        for side in shape:
+            count *= side
+        total += count
+    return total
+
+
+def _flat(groups: dict[str, dict]) -> dict[str, Any]:
+    return {key: value for group in groups.values() for key, value in group.items()}
+
+
+def _words(options: dict[str, Any]) -> list[str]:
+    return [word for key, value in options.items() for word in (f"--{key}", str(value))]
+
+
+def _deciding(recipe: Path) -> list[str]:
+    """The keys of a recipe that decide what is learnt."""
+    said = load_recipe(recipe)
+    return ["seed", *(key for key in said if key not in ASIDE and not key.startswith("save_"))]

@@ -1,0 +1,133 @@
+"""The verdict: adjusted F1 with paired intervals over questions, seeds averaged first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from queries import BLEND, FULL, JOINED, NAIVE, in_full
+
+from blocktune.evaluation.metrics import filter_bias
+from blocktune.evaluation.rows import Row
+from blocktune.evaluation.statistics import Interval, PairedScores
+
+SHARE = 0.97
+"""Of full prefill's adjusted F1 that is asked for."""
+LOSS = 0.01
+"""Of accuracy in full attention that an adapter may cost."""
+Rows = Mapping[str, Sequence[Row]]
+
+
+class Judge:
+    """Reads all methods on the questions that the base answers by full prefill, and on all.
+
+    Args:
+        rows: Label -> rows of the same questions; the seeds of a recipe are ``RECIPE-SEED``.
+        recipes: Names -> labels of their seeds.
+        plain: The recipe that every other one is measured against, or None.
+    """
+
+    def __init__(self, rows: Rows, recipes: Mapping[str, Sequence[str]], plain: str | None = None):
+        self.rows, self.recipes, self.plain = rows, recipes, plain
+        self.asked = [i for i, row in enumerate(rows[FULL]) if row.task == JOINED]
+        self.kept = [i for i in self.asked if rows[FULL][i].f1 > 0]
+        self.paired, self.raw = self._paired(self.kept), self._paired(self.asked)
+
+    def _paired(self, questions: Sequence[int]) -> PairedScores:
+        scores = {label: [own[i].f1 for i in questions] for label, own in self.rows.items()}
+        for name, labels in self.recipes.items():
+            scores[name] = pooled([scores[label] for label in labels])
+        scores["wanted"] = [SHARE * score for score in scores[FULL]]
+        scores["nothing"] = [0.0] * len(questions)
+        return PairedScores(scores)
+
+    def score(self, label: str) -> dict[str, Any]:
+        """Adjusted F1 of a method, or of a recipe over its seeds; raw F1 is over all questions."""
+        mean, *ci95 = self.paired.mean(label)
+        raw, *raw_ci95 = self.raw.mean(label)
+        labels = self.recipes.get(label, [label])
+        return {
+            "adjusted_f1": mean,
+            "ci95": ci95,
+            "n": len(self.kept),
+            "asked": len(self.asked),
+            "raw_f1": raw,
+            "raw_ci95": raw_ci95,
+            "filter_bias": self._bias(labels),
+            "em": _by_kind([self.rows[one] for one in labels]),
+        }
+
+    def recipe(self, name: str, control: str | None) -> dict[str, Any]:
+        """A recipe beside full prefill, CacheBlend, naive reuse and the control."""
+        blend, naive = (self.paired.difference(name, other) for other in (BLEND, NAIVE))
+        full = self._full_attention(name)
+        compared = self.plain if self.plain != name else None
+        return {
+            **self.score(name),
+            "seeds": {one: self.paired.mean(one).mean for one in self.recipes[name]},
+            "of_full_prefill": _plain(self.paired.recovered_gap(name, "nothing", FULL)),
+            "minus_97_percent_of_full_prefill": self._wanted(name),
+            "seeds_minus_97_percent": {one: self._wanted(one) for one in self.recipes[name]},
+            "raw_of_full_prefill": _plain(self.raw.recovered_gap(name, "nothing", FULL)),
+            "minus_cacheblend": _plain(blend) | {"met": blend.low > 0},
+            "minus_naive": _plain(naive) | {"met": naive.low > 0},
+            "minus_plain": compared and _plain(self.paired.difference(name, compared)),
+            "gap_recovered": _plain(self.paired.recovered_gap(name, NAIVE, FULL)),
+            "of_control": control and _plain(self.paired.recovered_gap(name, "nothing", control)),
+            "full_attention": full,
+        }
+
+    def _wanted(self, label: str) -> dict[str, Any]:
+        found = self.paired.difference(label, "wanted")
+        return _plain(found) | {"met": found.low >= 0}
+
+    def _bias(self, labels: Sequence[str]) -> dict[str, float | None]:
+        """What the filter of adjusted F1 hides, the seeds' mean."""
+        full = [self.rows[FULL][i].f1 for i in self.asked]
+        found = [filter_bias([self.rows[one][i].f1 for i in self.asked], full) for one in labels]
+        means = {}
+        for key in ("bias", "reverse"):
+            values = [value for one in found if (value := getattr(one, key)) is not None]
+            means[key] = fmean(values) if values else None
+        return means
+
+    def _full_attention(self, name: str) -> dict[str, Any]:
+        """Exact match of the adapter in full attention over all questions, minus the base's."""
+        base = [row.em for row in self.rows[FULL]]
+        runs = [
+            self.rows[f"{in_full(name)}-{one.rpartition('-')[2]}"] for one in self.recipes[name]
+        ]
+        own = pooled([[row.em for row in run] for run in runs])
+        paired = PairedScores({"base": base, "own": own})
+        change = paired.difference("own", "base")
+        return {
+            "em": paired.mean("own").mean,
+            "base_em": paired.mean("base").mean,
+            "change": _plain(change) | {"met": change.low >= -LOSS},
+            "n": len(base),
+        }
+
+
+def choose(rows: Rows, recipes: Mapping[str, Sequence[str]]) -> tuple[str, dict[str, float]]:
+    """The recipe with the highest adjusted F1 over its seeds, and that of all."""
+    kept = [i for i, row in enumerate(rows[FULL]) if row.f1 > 0]
+    found = {
+        name: fmean(rows[label][i].f1 for label in labels for i in kept)
+        for name, labels in recipes.items()
+    }
+    return max(found, key=found.__getitem__), found
+
+
+def pooled(runs: Sequence[Sequence[float]]) -> list[float]:
+    """Scores of several seeds as one score per question: three seeds are not more questions."""
+    return [fmean(same) for same in zip(*runs, strict=True)]
+
+
+def _by_kind(runs: Sequence[Sequence[Row]]) -> dict[str, float]:
+    kinds = dict.fromkeys(row.kind for row in runs[0])
+    return {k: fmean(row.em for run in runs for row in run if row.kind == k) for k in kinds}
+
+
+def _plain(interval: Interval | None) -> dict[str, Any] | None:
+    return interval and {"mean": interval.mean, "ci95": [interval.low, interval.high]}

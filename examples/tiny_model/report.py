@@ -1,0 +1,216 @@
+"""Final numbers of the shipped model, its curves, and the README that states both."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from blocktune.data.worlds import QUESTION_KINDS, WorldConfig, generate_examples
+from blocktune.provenance import provenance
+from examples.tiny_model.config import PretrainConfig, Stage
+from examples.tiny_model.measure import SETTINGS, by_kind, chance, correct
+
+COMMAND = "python -m examples.tiny_model.pretrain --output data/tiny"
+
+
+def write_report(folder: Path, num_examples: int, device: str = "cpu") -> None:
+    """Measures the model in ``folder`` as saved, and writes ``numbers.json``, picture and README.
+
+    Args:
+        folder: What `pretrain` wrote.
+        num_examples: Test questions of each kind, over contexts of 10 chunks.
+        device: Where the model was trained, and is measured.
+    """
+    torch.set_num_threads(os.cpu_count() or 1)
+    started = time.perf_counter()
+    numbers = final_numbers(folder, num_examples, device)
+    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    head, *log = map(json.loads, lines)
+    numbers["training_minutes"] = round(log[-1]["seconds"] / 60, 1)
+    numbers["evaluation_minutes"] = round((time.perf_counter() - started) / 60, 1)
+    numbers["config"] = head["config"]
+    numbers["trained"] = {"command": head["command"], "commit": head["commit"]}
+    taken = taken_steps(head["config"], log)
+    numbers["steps"] = taken[-1]
+    numbers["provenance"] = provenance() | {"hardware": hardware(device)}
+    (folder / "numbers.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    draw_curves(log, taken, folder / "curves.png")
+    (folder / "README.md").write_text(readme(numbers, log))
+
+
+def taken_steps(config: dict[str, Any], log: list[dict]) -> list[int]:
+    """Steps that had been taken at each line of the log."""
+    stages = tuple(Stage(**stage) for stage in config["stages"])
+    return PretrainConfig(stages=stages).taken([entry["step"] for entry in log])
+
+
+def final_numbers(folder: Path, num_examples: int, device: str) -> dict[str, Any]:
+    """Greedy exact match by setting and kind on test worlds, from the saved weights in float32.
+
+    ``em`` is that on worlds as they are by default; ``other`` that of full attention and naive
+    reuse on worlds with as few aliases as pre-training had, and on crowded worlds.
+    """
+    torch.set_float32_matmul_precision("highest")  # on a GPU, training has lowered it
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().to(device)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tables: dict[str, Any] = {setting: {} for setting in SETTINGS}
+    guess = {}
+    for kind in QUESTION_KINDS:
+        worlds = WorldConfig("test", seed=1, num_examples=num_examples, kinds={kind: 1.0})
+        examples = list(generate_examples(worlds))
+        for setting in SETTINGS:
+            if setting == "bridge-deleted" and kind not in ("2-hop", "3-hop"):
+                continue
+            right = correct(model, tokenizer, examples, setting)
+            tables[setting] |= by_kind(examples, right)
+        guess[kind] = round(chance(examples), 4)
+    few = json.loads((folder / "log.jsonl").read_text().splitlines()[0])["config"]["aliased"]
+    other: dict[str, Any] = {}
+    for name, options in ((f"aliased={few}", {"aliased": few}), ("crowded=1", {"crowded": True})):
+        kinds = {"cross-chunk": 1.0, "2-hop": 1.0}
+        worlds = WorldConfig("test", seed=1, num_examples=2 * num_examples, kinds=kinds, **options)
+        examples = list(generate_examples(worlds))
+        for setting in ("full", "naive"):
+            right = correct(model, tokenizer, examples, setting)
+            other.setdefault(name, {})[setting] = by_kind(examples, right)
+    return {
+        "parameters": model.num_parameters(),
+        "em": tables,
+        "other": other,
+        "answer_elsewhere": guess,
+    }
+
+
+def hardware(device: str) -> str:
+    """The GPU, or cores and the instruction sets that matter; no machine names."""
+    if device == "cuda":
+        return f"one {torch.cuda.get_device_name()} and {os.cpu_count()} CPU cores"
+    try:
+        flags = Path("/proc/cpuinfo").read_text().split()
+    except OSError:
+        flags = []
+    sets = [name for name in ("avx2", "avx512f", "avx512_bf16") if name in flags]
+    return f"{os.cpu_count()} CPU cores ({', '.join(sets) or 'unknown'}), no GPU, shared machine"
+
+
+def draw_curves(log: list[dict], steps: list[int], path: Path) -> None:
+    """Draws loss and dev exact match over the steps that had been taken at each line."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    left.plot(steps, [entry["loss"] for entry in log], label="loss (answers weigh 5)")
+    left.plot(
+        steps, [entry["answer_accuracy"] for entry in log], label="accuracy of the answers' values"
+    )
+    measured = [(step, e["dev"]) for step, e in zip(steps, log, strict=True) if "dev" in e]
+    for number, kind in enumerate(("self-contained", "cross-chunk", "2-hop")):
+        for setting, line in (("full", "-"), ("naive", ":")):
+            values = [dev[setting].get(kind, {}).get("em") for _, dev in measured]
+            right.plot(
+                [step for step, _ in measured], values, line, color=f"C{number}",
+                label=kind if setting == "full" else None,
+            )  # fmt: skip
+    left.set(xlabel="step", title="training", ylim=(0, 2.5))
+    right.set(xlabel="step", ylim=(0, 1), title="exact match, 10 dev chunks: full (-), naive (··)")
+    for axis in (left, right):
+        axis.legend(frameon=False)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def readme(numbers: dict[str, Any], log: list[dict]) -> str:
+    """The model card."""
+    em, made, shape = numbers["em"], numbers["provenance"], numbers["config"]
+    command = COMMAND + (" --device cuda" if shape["device"] == "cuda" else "")
+    rows = [
+        f"| {kind} | {cell['n']} | "
+        + " | ".join(f"{em[s][kind]['em']:.3f}" if kind in em[s] else "" for s in SETTINGS)
+        + " |"
+        for kind, cell in em["full"].items()
+    ]
+    return f"""# The tiny model
+
+A Llama-style decoder with {numbers["parameters"]:,} parameters ({shape["layers"]} layers of width
+{shape["width"]}, {shape["heads"]} query and {shape["kv_heads"]} key-value heads, tied embeddings,
+RoPE), trained from scratch in full causal attention on generated English worlds
+(`blocktune/data/worlds`). It answers questions over ten short passages, and exists to make the
+cost of reusing cached chunks measurable. It knows nothing else.
+
+Made by `{command}` at commit `{numbers["trained"]["commit"]}`:
+{numbers["steps"]} steps, {log[-1]["tokens"] / 1e6:.1f} M tokens,
+{numbers["training_minutes"]} minutes on {made["hardware"]};
+measured at commit `{made["commit"]}` in {numbers["evaluation_minutes"]} minutes (the same command
+with `--go-on` measures again).
+Weights are saved in bfloat16; the numbers are of the saved weights, computed in float32.
+
+## What was wanted, and what it does
+
+| wanted on test worlds of 10 chunks | measured | met |
+|---|---|---|
+{chr(10).join(_targets(em))}
+
+## Exact match
+
+Greedy decoding; what follows the last `Answer:`, if there is one, is scored. Test worlds (no name
+in common with training), exactly 10 chunks. *full*: full attention. *naive*: every chunk encoded
+alone, no tuning. *no-context*: no chunks. *bridge-deleted*: without the chunk that states the last
+hop's fact.
+
+| kind | n | full | naive | no-context | bridge-deleted |
+|---|---|---|---|---|---|
+{chr(10).join(rows)}
+
+After the bridge is deleted, the answer still stands somewhere else in the context for
+{numbers["answer_elsewhere"]["2-hop"]:.1%} of the 2-hop questions: an upper bound of what a guesser
+who reads can reach by chance.
+
+Cross-chunk questions ask for what stands in a chunk that does not name its subject. In these worlds
+one document of a kind at most goes on in such chunks, half of them by an alias; pre-training had
+an alias in {shape["aliased"]:.0%} of them. On other worlds of the same test names:
+
+| worlds | full | naive |
+|---|---|---|
+{chr(10).join(_elsewhere(numbers["other"]))}
+
+Files: `model.safetensors`, `config.json`, tokenizer and chat template; `log.jsonl` and
+`curves.png` (training), `numbers.json` (the table with its provenance).
+
+![curves](curves.png)
+"""
+
+
+def _targets(em: dict[str, dict]) -> Iterator[str]:
+    """Rows that say of each target what was measured and whether it is met."""
+    full, naive = em["full"], em["naive"]
+    for kind, least in (("self-contained", 0.9), ("2-hop", 0.75), ("cross-chunk", 0.9)):
+        got = full[kind]["em"]
+        yield f"| {kind}, full: at least {least} | {got:.3f} | {_yes(got >= least)} |"
+    gap = max(full[k]["em"] - naive[k]["em"] for k in ("cross-chunk", "2-hop"))
+    met = _yes(gap >= 0.25)
+    yield f"| full over naive, cross-chunk or 2-hop: at least 0.25 | {gap:.3f} | {met} |"
+    blind = max(em["no-context"][k]["em"] for k in ("self-contained", "cross-chunk", "2-hop"))
+    yield f"| no context: at most 0.05 | {blind:.3f} | {_yes(blind <= 0.05)} |"
+
+
+def _elsewhere(other: dict[str, dict]) -> Iterator[str]:
+    """Rows of full attention and naive reuse on worlds of other forms."""
+    for name, em in other.items():
+        for kind in ("cross-chunk", "2-hop"):
+            full, naive = em["full"][kind]["em"], em["naive"][kind]["em"]
+            yield f"| `{name}`, {kind} | {full:.3f} | {naive:.3f} |"
+
+
+def _yes(met: bool) -> str:
+    return "yes" if met else "**no**"
