@@ -77,6 +77,8 @@ def read_records(path: str | Path) -> Iterator[Record]:
                 yield from _unfolded(record)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path.name} is not UTF-8 text ({error}); give {WANTED}") from None
+    except RecursionError:
+        raise ValueError(f"{path.name} nests lists or objects too deeply to be records") from None
     except (EOFError, gzip.BadGzipFile, lzma.LZMAError) as error:
         raise ValueError(f"{path.name} is damaged ({error}); copy it again") from None
 
