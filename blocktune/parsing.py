@@ -261,6 +261,21 @@ def _made(spec: type[Spec], values: Mapping[str, Any], where: str) -> Spec:
         raise ValueError(f"{where}: {error}") from None
 
 
+def build_strict(spec: type[Spec], record: Any, what: str) -> Spec:
+    """Builds a ``spec`` that checks its own values from a mapping whose keys are its fields.
+
+    Raises:
+        ValueError: If ``record`` is not a mapping or has an unknown key; ``what`` names it.
+    """
+    known = [f.name for f in fields(spec)]
+    if not isinstance(record, Mapping):
+        raise ValueError(f"{what} must be a mapping of {', '.join(known)}, got {record!r}")
+    record = current_keys(record, known, what)
+    if unknown := sorted(record.keys() - set(known), key=str):
+        raise ValueError(f"unknown {what} key '{unknown[0]}'; known: {', '.join(known)}")
+    return spec(**record)
+
+
 def _value(field: Field, value: Any, where: str) -> Any:
     if (wanted := WANTED.get(_annotation(field))) is None:
         return value

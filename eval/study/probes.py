@@ -1,9 +1,9 @@
 """What the study left open, as generated sources: conversations and code whose parts are chunks.
 
 A plug-in of blocktune: ``dialogue:`` makes conversations with a chunk per turn, ``code:`` small
-projects with a chunk per file. Where a command reads one, name this file before it:
+projects with a chunk per file. Name this file to a command that reads one:
 
-    blocktune --plugin eval/study/probes.py data show 'code:?n=4&files=3'
+    blocktune data show 'code:?n=4&files=3' --plugin eval/study/probes.py
 
 Source: arXiv:2603.20218, section 6.
 """

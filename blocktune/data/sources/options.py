@@ -17,7 +17,7 @@ from blocktune.parsing import build_config
 
 
 class SourceName(NamedTuple):
-    """A source taken apart: what stands before ``?``, and the options after it."""
+    """A parsed source: the text before ``?``, and the options after it."""
 
     text: str
     name: str
@@ -25,19 +25,19 @@ class SourceName(NamedTuple):
 
 
 def parse_source(source: str) -> SourceName:
-    """Takes a source apart.
+    """Parses a source.
 
     Raises:
-        ValueError: If the options are not ``key=value`` pairs, or one stands twice.
+        ValueError: If the options are not ``key=value`` pairs, or one is given twice.
     """
     name, _, query = source.partition("?")
     try:
         pairs = parse_qsl(query, strict_parsing=True) if query else []
     except ValueError:
-        raise ValueError(f"'{source}' has a query that is not key=value&key=value") from None
+        raise ValueError(f"'{source}' has options that are not key=value&key=value") from None
     options = dict(pairs)
     if len(options) < len(pairs):
-        raise ValueError(f"'{source}' has an option twice; give each once")
+        raise ValueError(f"'{source}' gives an option twice; give each once")
     return SourceName(source, name, options)
 
 
@@ -79,13 +79,13 @@ class Reading:
         split: Of a Hub data set.
         shape: Record shape (``as=``), or None to tell it by the fields.
         fields: Fields to rename before a record is read: new name -> old name.
-        chunker: What cuts records that have no chunks of their own.
+        chunker: Cuts records that have no chunks of their own.
         tokenizer: Counts tokens for the chunker.
-        shots: Solved examples given as chunks, for the shape ``few-shot``; None gives 5.
-        shots_from: Split that they are drawn from; None takes the one that is read.
-        seed: Chooses them; None is 0.
-        shuffle: Seed of an order to read in, so that a limit takes of everything: MuSiQue's files
-            are sorted by hops. None keeps the source's.
+        shots: Solved examples given as chunks, for the shape ``few-shot``; None means 5.
+        shots_from: Split that they are drawn from; None means the one that is read.
+        seed: Of that draw; None means 0.
+        shuffle: Seed of a random order, so that a limit samples the whole set (MuSiQue's files are
+            sorted by hops); None keeps the order.
     """
 
     split: str | None = None
@@ -110,7 +110,7 @@ def read_options(
     tokenizer: PreTrainedTokenizerBase | None = None,
     chunker: Chunker | None = None,
 ) -> Reading:
-    """Reads a source's options; what is passed here wins.
+    """Reads a source's options; arguments override them.
 
     Raises:
         ValueError: If an option is unknown or its value cannot be read; names the source.
