@@ -199,21 +199,6 @@ def read(spec: type[Spec], record: Any, where: str) -> Spec:
     return _made(spec, values, where)
 
 
-def build_strict(spec: type[Spec], values: Mapping[str, Any], what: str) -> Spec:
-    """Builds ``spec``, which checks its own values, from a mapping whose keys are its fields.
-
-    Raises:
-        ValueError: If ``values`` is not a mapping or has an unknown key; ``what`` names it.
-    """
-    known = [field.name for field in fields(spec)]
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{what} must be a mapping of {', '.join(known)}, got {values!r}")
-    values = current_keys(values, known, what)
-    if unknown := sorted(values.keys() - set(known), key=str):
-        raise ValueError(f"unknown {what} key '{unknown[0]}'; known: {', '.join(known)}")
-    return spec(**values)
-
-
 def build_config(
     spec: type[Spec],
     options: Mapping[str, str],

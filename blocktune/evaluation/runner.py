@@ -81,7 +81,7 @@ def run_suite(
     return results
 
 
-def keys_of(measured: str, spec: Any, rows: Mapping[str, Sequence[Row]], num: int) -> str:
+def _keys_of(measured: str, spec: Any, rows: Mapping[str, Sequence[Row]], num: int) -> str:
     """Digest of what decides a measurement: its rows, how it is made, the machine and versions."""
     first = {label: [row.key for row in own[:num]] for label, own in rows.items()}
     return digest_of([measured, spec, first, code_digest(), hardware(), versions()])
@@ -162,7 +162,7 @@ def _time_all(
         methods = {spec.label: _asking(ready, spec) for spec in ready.suite.methods}
         return measure_ttft(methods, ready.timed, lambda: progress.advance(bar))
 
-    keys = keys_of(TTFT, ready.suite.ttft, rows, count)
+    keys = _keys_of(TTFT, ready.suite.ttft, rows, count)
     found = _known_or(output / TTFT, "ttft", keys, measure)
     return {label: TtftSummary(*times) for label, times in found.items()}
 
@@ -184,7 +184,7 @@ def _measure_fidelity(
         bar = progress.add_task("fidelity", total=asked * len(rows))
         return measure_fidelity(ready, lambda: progress.advance(bar))
 
-    keys = keys_of(FIDELITY, spec, rows, len(ready.questions))
+    keys = _keys_of(FIDELITY, spec, rows, len(ready.questions))
     return _known_or(output / FIDELITY, "fidelity", keys, measure)
 
 

@@ -142,8 +142,3 @@ def load_task(path: str | Path, variant: str | None = None) -> dict[str, Any]:
         raise ValueError(f"{path}: unknown variant '{variant}'; it has: {known}")
     changed = {"name": f"{values.get('name')}-{variant}", **mapping(variants[variant], str(path))}
     return values | changed
-
-
-def variants_of(path: str | Path) -> list[str]:
-    """Names of a task file's variants."""
-    return list(mapping(load_yaml(path, "task", HINT), str(path)).get("variants", {}))
