@@ -1,8 +1,8 @@
 """What each row of a forward pass is, and which rows it may see.
 
-Everything else in blocktune reads this file: masks, training, caches and serving never decide
-visibility themselves. A forward pass has one *row* per token that is computed; a token that is
-recomputed has two rows (the original its own chunk saw, and the fresh one that supersedes it).
+Masks, training, caches and serving take visibility from this file and never decide it themselves.
+A forward pass has one *row* for each token that is computed. A recomputed token has two rows: the
+original, which its own chunk saw, and the fresh one, which supersedes it for later rows.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FOREVER = 1 << 30
 
 
 class Kind(IntEnum):
-    """What a row is. Visibility reads only PAD and BLANK; the rest is for those who count."""
+    """What a row is. Visibility depends on PAD and BLANK only; the others are for counting."""
 
     PAD = 0
     PREFIX = 1
@@ -38,13 +38,13 @@ class Kind(IntEnum):
     """A learned token that opens or closes its chunk, encoded and cached with it."""
 
 
-# Plain ints: a compiled mask silently misreads a comparison with an enum member.
+# Plain ints: in a compiled mask a comparison with an enum member is silently wrong.
 _PAD, _BLANK = int(Kind.PAD), int(Kind.BLANK)
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Per-row facts, every field an int64 tensor of one common shape.
+    """Facts of each row; every field is an int64 tensor of the same shape.
 
     The shape is ``(B, S)`` in a `Layout`; masks are built from two views that broadcast,
     ``(..., R, 1)`` against ``(..., 1, N)``.
@@ -54,16 +54,16 @@ class Rows:
         chunk: Index of the row's chunk in its prompt, or `NO_CHUNK`. A link belongs to the
             chunk it follows.
         offset: Index of the token in its piece (chunk, prefix, query); link slot for links.
-        position: What RoPE is told. May repeat (parallel placement) or jump.
-        order: Place in the causal order, in tokens. Never inferred from ``position``; original
-            and fresh row of a token share it. Sliding windows are measured in it.
-        group: Who is mutually visible: `GLOBAL` sees all before it, other values see only
-            their own group (a chunk by default, several under block dropout).
+        position: Position for RoPE. May repeat (parallel placement) or jump.
+        order: Place in the causal order, in tokens; independent of ``position``. The original and
+            the fresh row of a token share it. Sliding windows are measured in it.
+        group: Rows of `GLOBAL` see all rows before them, others only their own group (a chunk by
+            default, several under block dropout).
         sample: Which packed prompt the row belongs to.
         supersedes: Row index of the original that this row replaces for later global rows,
             or `NO_ROW`.
-        until: First layer (0-based) at which the row no longer exists, or `FOREVER`. Lets
-            CacheBlend compute all tokens afresh in its first layers and few in the others.
+        until: First layer (0-based) at which the row no longer exists, or `FOREVER`. So
+            CacheBlend recomputes all tokens in its first layers and few in the others.
     """
 
     kind: Tensor
@@ -131,22 +131,17 @@ class Layout(Rows):
 
     @property
     def is_context(self) -> Tensor:
-        """Original chunk tokens, the denominator of ``recompute_ratio``, ``(B, S)`` bool."""
+        """Original chunk tokens (the denominator of ``recompute_ratio``), ``(B, S)`` bool."""
         return (self.kind == Kind.CHUNK) & ~self.is_fresh
 
     @property
     def is_encoded(self) -> Tensor:
-        """Rows that a chunk's cache holds: its tokens and what wraps them, ``(B, S)`` bool."""
+        """Rows in a chunk's cache: its tokens and what wraps them, ``(B, S)`` bool."""
         return ((self.kind == Kind.CHUNK) | (self.kind == Kind.WRAP)) & ~self.is_fresh
 
     @property
-    def is_global(self) -> Tensor:
-        """Rows that see everything before them, ``(B, S)`` bool; pads are neither."""
-        return (self.group == GLOBAL) & ~self.is_pad
-
-    @property
     def endings(self) -> tuple[int, ...]:
-        """Layers that some row does not live to see, ascending; see `LayerRule.first_alike`."""
+        """Layers at which some row ends, ascending; see `LayerRule.first_alike`."""
         return tuple(self.until[self.until != FOREVER].unique().tolist())
 
     @property
@@ -174,13 +169,13 @@ class Layout(Rows):
         return cls(*packed.unbind(-1))
 
     def rows(self) -> Rows:
-        """The same facts without the shape contract, for indexing and broadcasting."""
+        """The same fields without the check of shapes, for indexing and broadcasting."""
         return Rows(**{f.name: getattr(self, f.name) for f in fields(self)})
 
 
 @dataclass(frozen=True)
 class LayerRule:
-    """What of the rule depends on the layer.
+    """The part of the rule that depends on the layer.
 
     Attributes:
         layer: 0-based layer index; only rows with ``until > layer`` exist.
@@ -192,7 +187,7 @@ class LayerRule:
     window: int | None = None
 
     def first_alike(self, endings: tuple[int, ...]) -> LayerRule:
-        """The rule of the first layer with the same rows: what is made by it serves all of them.
+        """The rule of the first layer with the same rows, so that all of them can share a mask.
 
         Args:
             endings: `Layout.endings` of the rows.
@@ -201,13 +196,13 @@ class LayerRule:
 
 
 FIRST_LAYER = LayerRule()
-"""Layer 0 without a window; every layer's rule where no row ends and no window slides."""
+"""Layer 0 without a window; the rule of every layer if no row ends and there is no window."""
 
 
 def visible(
     query: Rows, key: Rows, superseded_until: Tensor, rule: LayerRule = FIRST_LAYER
 ) -> Tensor:
-    """The one rule of who sees whom. Everything that masks attention calls this function.
+    """The one rule of visibility: every mask is made by this function.
 
     Args:
         query: Facts of the seeing rows, each field broadcastable, e.g. ``(B, R, 1)``.
@@ -216,12 +211,11 @@ def visible(
         rule: The layer's part of the rule.
 
     Returns:
-        Bool, the broadcast shape: True where the query row sees the key row. Pads and rows
-        whose life has ended see nothing here; an execution must keep them finite.
+        Bool, the broadcast shape: True where the query row sees the key row. Pads and rows that
+        have ended see nothing; an execution must keep their output finite.
 
     Source: Block-Attention arXiv:2409.15355 and KVLink arXiv:2502.16002 (documents see only
-    themselves, links and query see all before); superseding rows are ours (DESIGN: a
-    recomputed token is two rows).
+    themselves, links and query see all before them); superseding rows are our own.
     """
     exists = (query.kind != _PAD) & (key.kind != _PAD)
     exists = exists & (query.until > rule.layer) & (key.until > rule.layer)

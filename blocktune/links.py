@@ -1,13 +1,12 @@
 """Learned tokens: links beside a chunk, which see every earlier chunk, and what wraps a chunk.
 
-By default they live in a table of their own. Their ids are *virtual*, ``vocab_size + slot``, and
-two hooks on the input embedding look them up, so the vocabulary, the tokenizer and the tied output
-head stay what they were. `add_link_tokens` makes them real tokens instead.
+By default they are in a table of their own. Their ids are *virtual*, ``vocab_size + slot``, and two
+hooks on the input embedding look them up, so the vocabulary, the tokenizer and the tied output head
+do not change. `add_link_tokens` makes them real tokens instead.
 """
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,11 +18,12 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import AddedToken
 
+from blocktune.files import replacing
 from blocktune.models.sharded import gathered, whole_shape
 
 LINKS_FILE = "links.safetensors"
 LINKS_MODULE = "blocktune_links"
-"""Name under which the table is registered in the model, so that it trains, moves and syncs."""
+"""Name of the table as a module of the model, so that it is trained, moved and synchronised."""
 NOISE = 0.1
 """Spread of new link rows around the mean embedding, in standard deviations of an embedding."""
 
@@ -31,10 +31,9 @@ NOISE = 0.1
 class LinkTable(nn.Module):
     """Embeddings of learned tokens: ``weight`` is ``(num_links, hidden)``, as the embedding's.
 
-    Which row stands where is `LayoutSpec`'s: links first, then headers, then trailers.
-
-    A model that scales inside its lookup (Gemma 3) finds scaled rows here; one that scales after
-    it (Gemma 2, Granite) scales these rows too.
+    The order of the rows is that of `LayoutSpec`: links, headers, trailers. For a model that scales
+    embeddings inside its lookup (Gemma 3) the rows are scaled already; a model that scales after
+    the lookup (Gemma 2, Granite) scales these rows too.
 
     Raises:
         ValueError: If there is no slot.
@@ -48,7 +47,7 @@ class LinkTable(nn.Module):
 
     @property
     def num_links(self) -> int:
-        """Learned tokens, of every sort."""
+        """Learned tokens of every kind."""
         return self.weight.shape[0]
 
     def forward(self, slots: Tensor) -> Tensor:
@@ -58,7 +57,7 @@ class LinkTable(nn.Module):
 
 @dataclass
 class LinkHandle:
-    """What `install_links` did to a model; `remove` undoes it."""
+    """What `install_links` changed in a model; `remove` undoes it."""
 
     model: nn.Module
     table: LinkTable
@@ -83,7 +82,7 @@ def new_links(model: PreTrainedModel, num_links: int, seed: int = 0) -> LinkTabl
     Args:
         model: Base model or PEFT wrapper.
         num_links: Slots.
-        seed: Of the noise that tells the slots apart.
+        seed: Seed of the noise that makes the slots differ.
 
     Returns:
         A float32 table on the model's device; not installed.
@@ -98,10 +97,11 @@ def new_links(model: PreTrainedModel, num_links: int, seed: int = 0) -> LinkTabl
 
 
 def install_links(model: PreTrainedModel, table: LinkTable) -> LinkHandle:
-    """Makes ``model`` look ids ``vocab_size + slot`` up in ``table``; nothing else changes.
+    """Makes ``model`` look up ids ``vocab_size + slot`` in ``table``; nothing else changes.
 
-    Install after PEFT has wrapped the model: PEFT replaces embeddings that it trains. The table
-    becomes a submodule of the base model, so DDP, ZeRO and ``.to()`` treat it as a parameter.
+    Install links after PEFT has wrapped the model, since PEFT replaces embeddings that it trains.
+    The table becomes a submodule of the base model, so DDP, ZeRO and ``.to()`` handle it like any
+    other weight.
 
     Args:
         model: Base model or PEFT wrapper.
@@ -109,9 +109,9 @@ def install_links(model: PreTrainedModel, table: LinkTable) -> LinkHandle:
 
     Raises:
         ValueError: If links are installed already, the width differs, or the model has a second
-            table over the same ids (Gemma 3n), which could not look virtual ids up.
+            table over the same ids (Gemma 3n), which cannot look up virtual ids.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = _base(model)
     _check_model(base, table)
     first = link_base(model)
     embedding = model.get_input_embeddings()
@@ -126,7 +126,7 @@ def install_links(model: PreTrainedModel, table: LinkTable) -> LinkHandle:
     def look_up(module, args, output):
         ids = seen.pop()
         is_link = ids >= first
-        # Through torch.where the table is in the graph of every batch: DDP wants all gradients.
+        # torch.where keeps the table in the graph of every batch: DDP needs all gradients.
         rows = table(torch.where(is_link, ids - first, 0)).to(output.dtype)
         return torch.where(is_link.unsqueeze(-1), rows, output)
 
@@ -139,16 +139,18 @@ def install_links(model: PreTrainedModel, table: LinkTable) -> LinkHandle:
 
 def installed_links(model: nn.Module) -> LinkTable | None:
     """The table that `install_links` put into ``model``, or None."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return getattr(base, LINKS_MODULE, None)
+    return getattr(_base(model), LINKS_MODULE, None)
+
+
+def _base(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def save_links(table: LinkTable, folder: str | Path) -> Path:
     """Writes ``links.safetensors`` into ``folder``, whole or not at all."""
     path = Path(folder) / LINKS_FILE
-    partial = path.with_suffix(".partial")
-    save_file({"weight": table.weight.detach().cpu().contiguous()}, partial)
-    os.replace(partial, path)
+    with replacing(path) as temporary:
+        save_file({"weight": table.weight.detach().cpu().contiguous()}, temporary)
     return path
 
 
@@ -156,7 +158,7 @@ def load_links(folder: str | Path) -> LinkTable:
     """Reads `save_links`' file.
 
     Raises:
-        ValueError: If there is none, or it holds no ``(num_links, hidden)`` weight.
+        ValueError: If there is no such file, or it holds no ``(num_links, hidden)`` weight.
     """
     path = Path(folder) / LINKS_FILE
     if not path.is_file():
@@ -178,20 +180,20 @@ def add_link_tokens(
     seed: int = 0,
     rows: Tensor | None = None,
 ) -> range:
-    """Adds real tokens ``<|link_0|>`` ... instead of a table; the base must be bare, not PEFT.
+    """Adds real tokens ``<|link_0|>`` ... instead of a table, before PEFT wraps the base.
 
-    Deterministic, so that a loader rebuilds the very rows training started from. Train the rows
+    Deterministic, so that a loader makes the same rows that training started from. Train the rows
     with PEFT's ``trainable_token_indices`` and save with ``save_embedding_layers=False``.
 
     Args:
-        model: The bare base; resized where its embedding has no room.
-        tokenizer: Its own; gets the tokens.
-        num_links: How many.
-        seed: Of new rows, see `new_links`.
-        rows: Trained ones of a table, ``(num_links, hidden)``, instead of new ones.
+        model: The bare base; resized if its embedding has no room.
+        tokenizer: The base's; gets the tokens.
+        num_links: Number of tokens.
+        seed: Seed of new rows, see `new_links`.
+        rows: Trained rows of a table, ``(num_links, hidden)``, instead of new ones.
 
     Returns:
-        Their ids, contiguous; the first is the prompt's ``link_base``.
+        Contiguous ids; the first is the prompt's ``link_base``.
 
     Raises:
         ValueError: If the tokenizer does not give the new tokens contiguous ids.
@@ -208,7 +210,7 @@ def add_link_tokens(
             head = model.get_output_embeddings().weight.data.float().mean(0)
         model.resize_token_embeddings(ids[-1] + 1, mean_resizing=False)
         with gathered(model.get_output_embeddings().weight, write=True):
-            model.get_output_embeddings().weight.data[old:] = head  # a stock row, never trained
+            model.get_output_embeddings().weight.data[old:] = head  # an average row, never trained
     weight = model.get_input_embeddings().weight
     # Rows are stored as the lookup reads them, before any scaling inside it (Gemma 3).
     scale = float(getattr(model.get_input_embeddings(), "embed_scale", 1.0))
@@ -219,7 +221,7 @@ def add_link_tokens(
 
 @torch.no_grad()
 def _moments(embedding: nn.Module, vocab_size: int) -> tuple[Tensor, float]:
-    """Mean row and overall standard deviation of what the lookup puts out, in float32."""
+    """Mean row and overall standard deviation of the lookup's output, in float32."""
     device = embedding.weight.device
     total, square = 0.0, 0.0
     with gathered(embedding.weight):

@@ -20,8 +20,7 @@ def main(model: str = "data/tiny", method: str = "naive") -> None:
     context = engine.cache(CHUNKS, method)
     for question in QUESTIONS:
         inputs = context.inputs(question)
-        with engine.stock_attention() as stock:
-            output = stock.generate(**inputs, max_new_tokens=16, do_sample=False)
+        output = engine.model.generate(**inputs, max_new_tokens=16, do_sample=False)
         answer = output[0, inputs["input_ids"].shape[1] :]
         print(question, "->", engine.tokenizer.decode(answer, skip_special_tokens=True).strip())
 

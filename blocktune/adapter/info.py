@@ -1,13 +1,12 @@
 """What was trained, for which base, and the layout and prompt it must be served with.
 
 An adapter is a folder: PEFT's files (unless only links were trained), ``links.safetensors`` (if it
-has a link table) and ``blocktune.json``, which is written last and without which nothing loads.
+has a link table) and ``blocktune.json``, which is written last; nothing loads without it.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,9 +14,10 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from blocktune.files import replace_json
 from blocktune.links import link_base
+from blocktune.parsing import build_strict
 from blocktune.prompt import LayoutSpec, PromptFormat
-from blocktune.prompt.format import build_strict
 
 INFO_FILE = "blocktune.json"
 FORMAT_VERSION = 1
@@ -28,7 +28,7 @@ LINK_MODES = ("table", "added_tokens")
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """All that serving needs to know of an adapter: the contents of ``blocktune.json``.
+    """What serving must know of an adapter: the contents of ``blocktune.json``.
 
     Attributes:
         base_model: Name or path of the base as the run was given it, or `OWN_WEIGHTS`.
@@ -36,13 +36,13 @@ class AdapterInfo:
         tokenizer_hash: See `blocktune.models.identity.tokenizer_hash`, without link tokens.
         layout: How prompts were laid out in training, and must be in serving.
         format: How prompts were worded.
-        link_mode: ``table`` or ``added_tokens``; means nothing without learned tokens.
-        link_seed: Seed the rows of added link tokens started from.
+        link_mode: ``table`` or ``added_tokens``; has no effect without learned tokens.
+        link_seed: Seed of the initial rows of added link tokens.
         link_token: The first learned token, where they are tokens.
-        base_revision: The base's commit on the Hub, or the revision that was asked for, or None.
+        base_revision: The base's commit on the Hub, or the requested revision, or None.
         quantization: How the base was quantised in training (`blocktune.models.quantize`), or None.
-        rope: The base's RoPE, as its configuration states it; for readers, `base_fingerprint`
-            is what is compared.
+        rope: The base's RoPE, as in its configuration; for readers (`base_fingerprint` is what is
+            compared).
         training: Provenance: commit, versions, data, seed, steps.
         format_version: Of this file.
 
@@ -81,7 +81,7 @@ class AdapterInfo:
 
     @property
     def has_table(self) -> bool:
-        """Whether the learned tokens lie in ``links.safetensors``."""
+        """Whether the learned tokens are in ``links.safetensors``."""
         return self.num_learned > 0 and self.link_mode == "table"
 
     @property
@@ -121,9 +121,7 @@ class AdapterInfo:
     def save(self, folder: str | Path) -> Path:
         """Writes ``blocktune.json`` into ``folder``, whole or not at all."""
         path = Path(folder) / INFO_FILE
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
-        os.replace(partial, path)
+        replace_json(path, self.to_dict())
         return path
 
     @classmethod
@@ -131,7 +129,7 @@ class AdapterInfo:
         """Reads ``blocktune.json``.
 
         Raises:
-            ValueError: If ``folder`` is no blocktune adapter, or its file is not understood.
+            ValueError: If ``folder`` is no blocktune adapter, or its file cannot be read.
         """
         path = Path(folder) / INFO_FILE
         if not path.is_file():

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from blocktune.adapter.info import OWN_WEIGHTS, AdapterInfo
+from blocktune.adapter.info import INFO_FILE, OWN_WEIGHTS, AdapterInfo
 from blocktune.adapter.releases import find_release
 from blocktune.links import add_link_tokens, install_links, load_links
 from blocktune.models.identity import base_fingerprint, same_base, tokenizer_hash
@@ -24,14 +24,14 @@ def load_adapter(
     merge: bool = False,
     links: bool = True,
 ) -> tuple[PreTrainedModel, AdapterInfo]:
-    """Puts an adapter on a bare base model: LoRA through PEFT, link table or link tokens.
+    """Puts an adapter on a bare base model: LoRA by PEFT, link table or link tokens.
 
     Args:
         model: The base, as loaded; its weights are wrapped in place.
-        tokenizer: The base's; gets the link tokens where the adapter added some.
+        tokenizer: The base's; gets the link tokens that the adapter added.
         adapter: A local folder, or a repository's name on the Hugging Face Hub.
         revision: Of the repository.
-        merge: Merge LoRA weights into the base; links are installed after that, since merging
+        merge: Merge LoRA weights into the base; links are installed afterwards, since merging
             replaces an embedding that PEFT trained.
         links: Install the link table, if the adapter has one.
 
@@ -40,7 +40,7 @@ def load_adapter(
 
     Raises:
         ValueError: If there is no such adapter, it is damaged, or it was made for another base
-            or tokenizer; nothing is changed then.
+            or tokenizer; then nothing has changed.
     """
     folder = adapter_folder(adapter, revision)
     info = AdapterInfo.load(folder)
@@ -61,7 +61,7 @@ def load_adapter(
 def attach_links(
     model: PreTrainedModel, adapter: str | Path, revision: str | None = None
 ) -> AdapterInfo:
-    """The one call that a model needs which stock PEFT loaded: installs the link table.
+    """Installs the link table on a model that stock PEFT has loaded, which needs no other call.
 
     ```python
     model = AutoPeftModelForCausalLM.from_pretrained(folder)
@@ -69,8 +69,8 @@ def attach_links(
     engine = Engine(model, tokenizer, adapter=info, adapter_folder=folder)
     ```
 
-    PEFT loads the base by the name in its own configuration, and resizes it itself where the
-    adapter's tokenizer has more tokens than the base's.
+    PEFT loads the base by the name in its own configuration, and resizes it if the adapter's
+    tokenizer has more tokens than the base's.
 
     Args:
         model: What PEFT returned, or that model merged.
@@ -90,12 +90,12 @@ def attach_links(
 def _check_base(info: AdapterInfo, model, tokenizer, adapter) -> None:
     came = model.config._name_or_path or type(model).__name__
     if not same_base(info.base_fingerprint, base_fingerprint(model)):
-        mend = f"load '{info.base_model}', or train an adapter for '{came}'"
+        fix = f"load '{info.base_model}', or train an adapter for '{came}'"
         if came == info.base_model:
-            mend = "its weights have changed since, or are of another revision; train it anew"
+            fix = "its weights have changed, or are of another revision; train the adapter again"
         raise ValueError(
             f"adapter '{adapter}' was made for base '{info.base_model}' "
-            f"({info.base_fingerprint}), got '{came}' ({base_fingerprint(model)}); {mend}"
+            f"({info.base_fingerprint}), got '{came}' ({base_fingerprint(model)}); {fix}"
         )
     if info.tokenizer_hash != tokenizer_hash(tokenizer):
         raise ValueError(
@@ -125,13 +125,13 @@ def load_model(
 ) -> Loaded:
     """Loads a causal language model, and puts an adapter on it.
 
-    LoRA weights are merged where the base is not quantised: serving then costs what the base
-    costs.
+    LoRA weights are merged unless the base is quantised, so serving costs no more than the base.
 
     Args:
-        model: Folder or repository name on the HF Hub, with ``@REVISION`` if one is wanted; None:
-            the adapter's own base, at the revision it was trained on.
-        adapter: Folder or repository name, with ``@REVISION`` if one is wanted, or
+        model: Folder or repository of the Hub, optionally with ``@REVISION``; None: the adapter's
+            own base, at the revision it was trained on. A folder that holds an adapter
+            (``blocktune.json``) is taken as ``adapter``.
+        adapter: Folder or repository of the Hub, optionally with ``@REVISION``, or
             ``release:NAME`` for one of `blocktune.adapter.RELEASES`, or None.
         dtype: ``auto`` (as saved), ``float32``, ``bfloat16`` or ``float16``.
         device: Default: CUDA if there is one, else the CPU.
@@ -141,6 +141,8 @@ def load_model(
     Raises:
         ValueError: If there is no such model or adapter, or they do not fit each other.
     """
+    if model is not None and adapter is None and (Path(model) / INFO_FILE).is_file():
+        model, adapter = None, model
     release = None if adapter is None else find_release(str(adapter))
     folder = None if adapter is None or release else adapter_folder(adapter)
     if model is None and release is not None:

@@ -1,4 +1,4 @@
-"""Merging an adapter into its base: one folder that needs no PEFT, and what that cost."""
+"""Merging an adapter into its base: one folder that needs no PEFT, compared with the adapter."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PROBE = (
     "Norwick lies inland, two days from Aldermere; the town was founded in 1310.",
     "Which of the two cities was founded first, and by whom?",
 )
-"""Texts that merged and unmerged models are compared on, with the learned tokens between them."""
+"""Texts that merged and unmerged model are compared on, with the learned tokens between them."""
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,14 @@ class MergeReport:
 
     Attributes:
         output: The merged model's folder.
-        link_mode: Where learned tokens are now: ``table`` or ``added_tokens``; None without any.
-        quantization: How the base was quantised that the adapter was trained on, or None. The
-            merged weights are plain: the base's codes as they were read, plus LoRA.
-        max_abs_logit: Largest logit of the probe, to compare the others with.
-        max_abs_diff: Largest difference of logits to the adapter on its base, after saving.
-        same_top1: Share of the probe's rows whose likeliest token is the same.
-        requantised_max_abs_diff: As ``max_abs_diff``, for the merged model quantised again as
-            its base was; None for a plain base.
+        link_mode: Where learned tokens are: ``table`` or ``added_tokens``; None if there are none.
+        quantization: How the base was quantised in training, or None. The merged weights are
+            plain: the dequantised base plus LoRA.
+        max_abs_logit: Largest logit of the probe, the scale of the differences.
+        max_abs_diff: Largest difference of logits from the adapter on its base, after saving.
+        same_top1: Share of the probe's rows with the same most likely token.
+        requantised_max_abs_diff: Like ``max_abs_diff``, for the merged model quantised as its
+            base was; None for a plain base.
     """
 
     output: Path
@@ -64,20 +64,20 @@ def merge_adapter(
 ) -> MergeReport:
     """Writes base and adapter as one model, reads it back and compares.
 
-    A base that was quantised in training is quantised again, read back into plain weights, and
-    LoRA is added to those: that is what LoRA was trained on.
+    A base that was quantised in training is quantised and dequantised, and LoRA is added to the
+    result, since LoRA was trained on that.
 
     Args:
         adapter: Folder, or repository of the Hub.
         output: New or empty folder; serves as ``--model`` and as ``--adapter``.
         model: The base; None: the one that the adapter names.
-        dtype: Of the merged weights; ``auto``: as the base is saved.
+        dtype: Dtype of the merged weights; ``auto``: as the base is saved.
         device: Where to compute.
         links: ``table`` beside the model, or ``added_tokens`` in its vocabulary; None: as trained.
 
     Raises:
-        ValueError: If the output is not empty, there is nothing to merge, a table is wanted of
-            tokens that were trained in the vocabulary, or adapter and base do not fit.
+        ValueError: If the output is not empty, there is nothing to merge, ``links`` is ``table``
+            for tokens that were trained in the vocabulary, or adapter and base do not fit.
     """
     folder, output = adapter_folder(adapter), Path(output)
     info = AdapterInfo.load(folder)
@@ -121,7 +121,7 @@ def _check(info: AdapterInfo, folder: Path, output: Path, links: str | None) -> 
 @torch.no_grad()
 def _wanted_logits(name, folder, quantization, options) -> Tensor:
     base, tokenizer = load_base(name, quantize=quantization, **options)
-    # Rows beyond the tokenizer's belong to no token; added link tokens may take them.
+    # Rows beyond the tokenizer's vocabulary are unused; added link tokens may take them.
     vocab_size = min(len(tokenizer), base.config.get_text_config().vocab_size)
     model, info = load_adapter(base, tokenizer, folder)
     return _logits(model, tokenizer, info, vocab_size)

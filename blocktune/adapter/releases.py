@@ -1,7 +1,7 @@
-"""Models that others trained and released: what they are served with, stated as an adapter is.
+"""Models that others trained and released: the prompt and layout to serve them with.
 
-Their weights need no other base, and no file of ours lies beside them. ``--adapter release:NAME``
-(with ``--model`` for a copy of one's own) puts the release's prompt and layout on them.
+They are whole models without a ``blocktune.json``. ``--adapter release:NAME`` (with ``--model`` for
+a local copy) supplies what that file would say.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from blocktune.models.identity import base_fingerprint, tokenizer_hash
 from blocktune.prompt import LayoutSpec, PromptFormat
 
 PREFIX = "release:"
-"""What an adapter's name begins with that is a release's name."""
+"""Start of an adapter's name that names a release."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Release:
         repository: On the Hugging Face Hub.
         source: Code or paper that states layout and wording.
         layout: How prompts were laid out in training.
-        format: How they were worded.
+        format: Wording of the prompts.
         chat_template: Renders the turns around the chunks.
         begins_with_bos: Whether a prompt begins with BOS.
         tokens: Special tokens that the layout or the template uses, with the ids they must have.
@@ -44,7 +44,7 @@ class Release:
     link_token: str | None = None
 
     def fit(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> AdapterInfo:
-        """Puts the release's template on a tokenizer and says what the model is served with.
+        """Puts the release's template on a tokenizer and returns what the model is served with.
 
         Args:
             model: The release's weights.
@@ -59,7 +59,7 @@ class Release:
             if came != wanted:
                 raise ValueError(
                     f"'{self.repository}' was trained with {token} as id {wanted}, this tokenizer "
-                    f"has {came}; load the tokenizer that lies beside the model"
+                    f"has {came}; load the tokenizer that was released with the model"
                 )
         rows = model.get_input_embeddings().weight.shape[0]
         if self.link_token and self._last_link() >= rows:
@@ -120,8 +120,8 @@ _KVLINK_TOKENS = {
 def _kvlink(repository: str) -> Release:
     """KVLink with 5 links a document; documents stand between the system turn and the user's.
 
-    The authors number the documents of a prompt; a number that depends on the place cannot be
-    cached, so all are number 1 here. Their training draws one of four system prompts.
+    The authors number the documents of a prompt. A text that depends on its place cannot be cached,
+    so every document is number 1 here. Their training draws one of four system prompts.
     """
     return Release(
         repository=repository,
@@ -162,7 +162,7 @@ RELEASES = {
 
 
 def find_release(adapter: str) -> Release | None:
-    """The release that an adapter's name names, or None if it is no ``release:NAME``.
+    """The release of that name, or None if ``adapter`` is not ``release:NAME``.
 
     Raises:
         ValueError: If there is no such release.

@@ -75,8 +75,7 @@ def _stock(engine: Engine, pieces: Pieces) -> Callable[[], object]:
     ids = torch.tensor([sum(pieces.chunks, ()) + pieces.query])
 
     def work() -> None:
-        with engine.stock_attention() as model:
-            model(ids, use_cache=True, logits_to_keep=1)
+        engine.model(ids, use_cache=True, logits_to_keep=1)
 
     return work
 

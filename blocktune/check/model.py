@@ -116,8 +116,7 @@ def _stock(engine: Engine, example: RagExample) -> Tensor:
     """The stock model: its own attention, no layout and no cache."""
     batch = _batch(engine, example, build("full-prefill"))
     assert bool((batch.layout.group == GLOBAL).all())
-    with engine.stock_attention() as model:
-        return model(batch.input_ids, use_cache=False).logits[:, -1]
+    return engine.model(batch.input_ids, use_cache=False).logits[:, -1]
 
 
 def _batched(engine: Engine, method: Method) -> tuple[Tensor, Tensor]:
@@ -131,6 +130,5 @@ def _decoded(engine: Engine, example: RagExample) -> tuple[Tensor, Tensor]:
     ids, logits = engine.continued_logits(example, "full-prefill", num_tokens=2)
     batch = _batch(engine, example, build("full-prefill"))
     more = torch.tensor([ids], device=batch.input_ids.device)
-    with engine.stock_attention() as model:
-        whole = model(torch.cat([batch.input_ids, more], dim=1), use_cache=False).logits
+    whole = engine.model(torch.cat([batch.input_ids, more], dim=1), use_cache=False).logits
     return logits, whole[:, -1]

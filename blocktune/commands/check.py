@@ -15,7 +15,6 @@ from blocktune.commands.options import (
     Model,
     Quantize,
     load_engine,
-    print_table,
     teach,
 )
 
@@ -51,6 +50,7 @@ def check(
     """Check that reuse is exact on your model: masks, relocation and caches against dense."""
     from blocktune.check import check_method, check_model
     from blocktune.methods import parse_method
+    from blocktune.tables import Table
 
     built = None if method is None else parse_method(method)
     engine = None
@@ -62,14 +62,11 @@ def check(
         typer.echo(json.dumps({"checks": [one.to_dict() for one in checks]}, indent=2))
     else:
         verdicts = {True: "[green]ok[/green]", False: "[red]FAILED[/red]"}
-        print_table(
-            ("", "check", "difference", "tolerance"),
-            [
-                (verdicts[x.passed], x.name, f"{x.max_abs_diff:.1e}", f"{x.tolerance:.1e}")
-                for x in checks
-            ],
-            text=2,
-        )
+        rows = [
+            (verdicts[one.passed], one.name, f"{one.max_abs_diff:.1e}", f"{one.tolerance:.1e}")
+            for one in checks
+        ]
+        Table(("", "check", "difference", "tolerance"), rows, left=("check",)).show()
         where = "on this model" if built is None else f"by '{built.name}'"
         typer.echo(f"Reuse {where} is sound." if sound else f"Do not serve: reuse {where} fails.")
     raise typer.Exit(0 if sound else 1)

@@ -8,13 +8,14 @@ from typing import Annotated
 
 import typer
 
-from blocktune.commands.options import AsJson, quiet_libraries, teach
+from blocktune.commands.errors import resumable
+from blocktune.commands.options import AsJson, Limit, quiet_libraries, teach
 
 EXAMPLES = teach(
     "blocktune eval --suite eval/suites/quick.yaml --output out/quick",
     "blocktune eval --suite eval/suites/quick.yaml --output out/try --limit 20",
     "blocktune eval --suite eval/suites/quick.yaml --output out/matched --layer-budget 0.4",
-    "A run that was stopped goes on where it was: repeat the command. On several GPUs:",
+    "A stopped command continues where it stopped: repeat it. On several GPUs:",
     "  accelerate launch -m blocktune.evaluation --suite SUITE --output out/run",
     "blocktune eval compare out/before out/after",
     "blocktune eval report out/quick",
@@ -23,7 +24,7 @@ Run = Annotated[Path, typer.Argument(help="The --output folder of a finished run
 
 
 def add_to(app: typer.Typer) -> None:
-    """Registers the command and what stands under it."""
+    """Registers the command and its subcommands."""
     group = typer.Typer(rich_markup_mode="rich")
     group.callback(invoke_without_command=True, epilog=EXAMPLES)(evaluate)
     group.command("compare", epilog=teach("blocktune eval compare out/before out/after"))(compare)
@@ -34,26 +35,26 @@ def add_to(app: typer.Typer) -> None:
 def evaluate(
     context: typer.Context,
     suite: Annotated[
-        Path | None, typer.Option(help="YAML of what to run; see eval/suites/.")
+        Path | None, typer.Option(help="YAML of methods and tasks; see eval/suites/.")
     ] = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder for rows, results.json and the picture.")
     ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Only the first questions of each task.")
-    ] = None,
-    model: Annotated[str | None, typer.Option(help="Instead of the suite's model.")] = None,
-    device: Annotated[str | None, typer.Option(help="Instead of the suite's device.")] = None,
+    limit: Limit = None,
+    model: Annotated[str | None, typer.Option(help="Overrides the suite's model.")] = None,
+    device: Annotated[str | None, typer.Option(help="Overrides the suite's device.")] = None,
     quantize: Annotated[
-        str | None, typer.Option(help="nf4 or int8, instead of the suite's quantisation.")
+        str | None, typer.Option(help="nf4 or int8; overrides the suite's quantisation.")
     ] = None,
     budget: Annotated[
         float | None,
-        typer.Option(min=0, max=1, help="Share of the context tokens for all that choose some."),
+        typer.Option(
+            min=0, max=1, help="Share of context tokens that every selector may recompute."
+        ),
     ] = None,
     layer_budget: Annotated[
         float | None,
-        typer.Option(min=0, max=1, help="The same as a share of the layer-tokens they spend."),
+        typer.Option(min=0, max=1, help="The same as a share of layer-tokens."),
     ] = None,
 ) -> None:
     """Compare methods on the same questions: accuracy with intervals, cost, time to first token."""
@@ -65,7 +66,8 @@ def evaluate(
 
     loaded = changed(load_suite(suite), limit, model, device, quantize)
     loaded = at_one_budget(loaded, budget, layer_budget)
-    run_and_show(loaded, output, title=suite.stem)
+    with resumable(f"the rows so far are in {output}"):
+        run_and_show(loaded, output, title=suite.stem)
 
 
 def at_one_budget(suite, budget: float | None, layer_budget: float | None):
@@ -94,7 +96,7 @@ def run_and_show(suite, output: Path, title: str, command: list[str] | None = No
 def compare(
     before: Run,
     after: Run,
-    seed: Annotated[int, typer.Option(help="Of the significance test.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed of the significance test.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Compare two runs method by method, on the questions that both answered."""
@@ -111,7 +113,9 @@ def compare(
 
 def report(
     run: Run,
-    title: Annotated[str | None, typer.Option(help="Of the page; by default the folder's.")] = None,
+    title: Annotated[
+        str | None, typer.Option(help="Title of the page. Default: the folder's name.")
+    ] = None,
 ) -> None:
     """Write the report of a run: one HTML file without network, and its pictures as PNGs."""
     from blocktune.evaluation.report import write_report

@@ -1,8 +1,7 @@
-"""Options that several commands share, the engine they describe, and how tables are printed."""
+"""Options that several commands share, and the engine they describe."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -143,26 +142,3 @@ def reworded(
     if engine.adapter is not None and format != engine.adapter.format:
         typer.echo("note: the adapter was trained with another wording of the prompt", err=True)
     return engine if format == engine.format else engine.reworded(format)
-
-
-def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]], text: int = 1) -> None:
-    """Prints a table whose numbers are never cut: where a line is full, text is folded.
-
-    Args:
-        headings: Of the columns.
-        rows: Cells, rich markup allowed.
-        text: Number of leading columns that hold text; the others hold numbers.
-    """
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for number, heading in enumerate(headings):
-        if number < text:
-            table.add_column(heading, overflow="fold")
-        else:
-            table.add_column(heading, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)

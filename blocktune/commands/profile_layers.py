@@ -16,7 +16,6 @@ from blocktune.commands.options import (
     Model,
     Quantize,
     load_engine,
-    print_table,
     teach,
 )
 
@@ -56,6 +55,7 @@ def profile_layers(
 
     from blocktune.commands.answering import read_examples
     from blocktune.engine.layer_profile import profile_layers
+    from blocktune.tables import Table
 
     examples = read_examples(source, limit, None, [])
     engine = load_engine(model, adapter, None, dtype, device, quantize)
@@ -81,4 +81,4 @@ def profile_layers(
         for one in found
         if one.efficient
     ]
-    print_table(("first_layer", "ratio", "layers", "divergence", "agreement"), rows, text=0)
+    Table(("first_layer", "ratio", "layers", "divergence", "agreement"), rows).show()

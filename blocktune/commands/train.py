@@ -48,7 +48,7 @@ def train(
     arguments = [*(["--config", config] if config else []), *ctx.args]
     quiet_libraries()
     if help_all:
-        from blocktune.training.options_help import print_options
+        from blocktune.training.console import print_options
 
         print_options()
         return

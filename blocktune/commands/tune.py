@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from blocktune.commands.errors import resumable
-from blocktune.commands.options import AsJson, Limit, print_table, quiet_libraries, teach
+from blocktune.commands.options import AsJson, Limit, quiet_libraries, teach
 
 
 def add_to(app: typer.Typer) -> None:
@@ -43,6 +43,7 @@ def tune(
     quiet_libraries()
     from blocktune.evaluation.sweep import TUNED
     from blocktune.evaluation.sweep import tune as run
+    from blocktune.tables import Table
 
     with resumable(f"the rows so far are in {output}"):
         found = run(spec, output, processes=processes)
@@ -57,5 +58,5 @@ def tune(
         values = map(str, point["values"].values())
         rows.append((*values, *numbers, f"{point['recompute_ratio']:.0%}"))
     headings = (*names, found["task"]["metric"], "95 %", "recomputed")
-    print_table(headings, rows, text=len(names))
+    Table(headings, rows, left=names).show()
     typer.echo(f"best: {found['best']['label']}; all points in {output / TUNED}")

@@ -9,14 +9,12 @@ import torch
 
 from blocktune.cache import RowCache, cut_exact
 from blocktune.engine.assemble import Assembled, from_chunks, from_prefix
-from blocktune.engine.cost import Executed
 from blocktune.engine.generation import Generation
-from blocktune.engine.layer_schedule import LayerSchedule
-from blocktune.engine.prefill import Prefill, prefill
+from blocktune.engine.layer_schedule import LayerSchedule, Prefill, prefill
 from blocktune.engine.rows import Computed, column_rows, computed_rows
 from blocktune.engine.scoring_passes import ScoringPasses
 from blocktune.engine.state import EngineState
-from blocktune.engine.usage import Stopwatch
+from blocktune.engine.usage import Executed, Stopwatch
 from blocktune.layout import Kind
 from blocktune.methods import Cached, Method
 from blocktune.methods.hooks import ChunkLoader, DamagedChunk, PrefilledBatch

@@ -31,8 +31,7 @@ class CachedContext:
     ```python
     context = engine.cache(chunks, "block-attention")
     inputs = context.inputs("Who wrote it?")
-    with engine.stock_attention() as model:
-        output = model.generate(**inputs, max_new_tokens=32)
+    output = engine.model.generate(**inputs, max_new_tokens=32)
     text = engine.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :])
     ```
 
@@ -109,7 +108,7 @@ def cut_context(
     lay_out: Callable[[str], Prompt],
     decoding: dict[str, Any],
 ) -> CachedContext:
-    """Copies what stands before the question out of the cache of one prompt.
+    """Copies the columns before the question out of the cache of one prompt.
 
     Args:
         run: After its prefill.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from blocktune.attention import SplitPlan
+from blocktune.attention import Plan, SplitPlan
+from blocktune.attention.kernels import AttentionParams
 from blocktune.cache import (
     ChunkKV,
     ChunkStates,
@@ -20,9 +21,8 @@ from blocktune.cache import (
     key_after,
     states_key,
 )
-from blocktune.engine.layers import InputRecorder
 from blocktune.engine.usage import Stopwatch
-from blocktune.layout import GLOBAL
+from blocktune.layout import GLOBAL, LayerRule
 from blocktune.methods.hooks import ChunkLoader
 from blocktune.prompt import LayoutSpec, Pieces, Prompt, lay_out, stack
 
@@ -33,11 +33,11 @@ TOKENS_PER_PASS = 16_384
 
 @dataclass(frozen=True)
 class Piece:
-    """Something that is encoded by itself and kept: the prefix, or a chunk after its blanks.
+    """What is encoded by itself and stored: the prefix, or a chunk after its blanks.
 
     Attributes:
         ids: Tokens that are stored.
-        blanks: Tokens it is encoded after and that are then forgotten.
+        blanks: Tokens before it during encoding, whose own states are dropped.
     """
 
     ids: Ids
@@ -111,8 +111,8 @@ class Encoder:
         Args:
             pieces: What is wanted; repeats are welcome.
             watch: Gets ``lookup_s``, ``load_s`` and ``encode_s``.
-            layers: Layers (0-based) whose input states are wanted besides; a piece that was
-                encoded without them is encoded once more.
+            layers: Layers (0-based) whose input states are wanted too; a piece that was
+                encoded without them is encoded again.
             loader: Looks chunks up instead of the store.
         """
         kvs: dict[Piece, ChunkKV] = {}
@@ -205,3 +205,27 @@ class Encoder:
 def _span(piece: Piece) -> slice:
     """The rows of a piece's own tokens, after its blanks."""
     return slice(len(piece.blanks), len(piece.blanks) + len(piece.ids))
+
+
+class InputRecorder:
+    """A plan that attends by another one, and keeps what entered some layers.
+
+    Attributes:
+        inputs: Hidden states ``(B, S, hidden)``, by layer.
+    """
+
+    def __init__(self, plan: Plan, layers: Container[int]):
+        """Keeps what enters ``layers``."""
+        self.plan, self.layers = plan, layers
+        self.inputs: dict[int, Tensor] = {}
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, rule: LayerRule, params: AttentionParams
+    ) -> Tensor:
+        """See `Plan.attend`."""
+        return self.plan.attend(query, key, value, rule, params)
+
+    def enter(self, index: int, layer: nn.Module, args: tuple, kwargs: dict) -> None:
+        """A forward pre-hook that changes nothing."""
+        if index in self.layers:
+            self.inputs[index] = args[0]

@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,9 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blocktune.adapter import AdapterInfo
 from blocktune.adapter.load import load_model
-from blocktune.attention import attach, detach
+from blocktune.attention import attach
 from blocktune.cache import ChunkStore, PrefixTree, model_fingerprint
-from blocktune.engine.auxiliary import Auxiliaries
 from blocktune.engine.batch_prefill import prefill_batch
 from blocktune.engine.context_cache import (
     CachedContext,
@@ -27,9 +25,9 @@ from blocktune.engine.context_cache import (
 )
 from blocktune.engine.encode import Encoder, Piece, grouped
 from blocktune.engine.generation import Answer, Generation, Sampling
-from blocktune.engine.layers import install
+from blocktune.engine.layer_schedule import install
 from blocktune.engine.prompts import PromptMaker, Request
-from blocktune.engine.state import EngineState
+from blocktune.engine.state import Auxiliaries, EngineState
 from blocktune.engine.usage import Stopwatch
 from blocktune.methods import Method, build
 from blocktune.models.gate import require_supported
@@ -55,7 +53,7 @@ class Engine:
     ```
 
     Several threads may answer at once: what a request changes is its own, and its caches are
-    locked. Not so inside `stock_attention`, which switches the model for everybody.
+    locked.
     """
 
     def __init__(
@@ -345,15 +343,6 @@ class Engine:
         contexts = method.history.lookup(encoder.store, encoder.fingerprint, pieces)
         spec = LayoutSpec(block=False) if contexts is None else spec
         return self.prompts.prompt(pieces, spec, max_new_tokens, contexts)
-
-    @contextmanager
-    def stock_attention(self) -> Iterator[PreTrainedModel]:
-        """The model with its own attention, for comparing; blocktune's again after the block."""
-        detach(self.model)
-        try:
-            yield self.model
-        finally:
-            attach(self.model)
 
     def _read(
         self, examples: Sequence[Request], method: Method, max_new_tokens: int = 0

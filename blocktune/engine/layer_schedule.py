@@ -1,4 +1,4 @@
-"""Which rows a forward pass computes in which layer, as a plan that a stock model follows."""
+"""A forward pass whose rows may change from layer to layer, on a stock model."""
 
 from __future__ import annotations
 
@@ -13,73 +13,10 @@ from blocktune.attention.cached import CachePlan, Reshaping
 from blocktune.attention.kernels import AttentionParams
 from blocktune.cache import RowCache
 from blocktune.engine.attention_probes import ChunkAttention
-from blocktune.engine.rows import Computed, left_padded
-from blocktune.engine.usage import Stopwatch
+from blocktune.engine.rows import Computed, RowSubset, as_index
+from blocktune.engine.usage import Executed, Stopwatch, decoder_layers
 from blocktune.layout import GLOBAL, Kind, LayerRule, Rows
 from blocktune.methods.select import LayerCheck, LayerKV, Selection
-
-PER_ROW = ("position_embeddings", "position_ids")
-"""What a model hands to each of its layers besides hidden states, made for the rows it embedded."""
-
-
-class RowSubset:
-    """Some of the candidate rows.
-
-    Attributes:
-        rows: Their facts, ids and columns, ``(B, R)``.
-        exists: Which are no padding, ``(B, R)`` bool.
-        index: Of each in the candidates, ``(B, R)``.
-    """
-
-    def __init__(self, candidates: Computed, chosen: Tensor | None = None):
-        """Takes the ``chosen`` rows ``(B, U)`` of the candidates; None: all."""
-        self._candidates, self._all = candidates, chosen is None
-        if chosen is None:
-            self.rows, self.exists = candidates, candidates.rows.kind != Kind.PAD
-            count = torch.arange(self.exists.shape[1], device=self.exists.device)
-            self.index = count.expand_as(self.exists)
-        else:
-            self.index, self.exists = left_padded(chosen, candidates.rows.order)
-            self.rows = candidates.take(self.index, self.exists)
-        self._picked: dict[int, tuple[Any, Any]] = {}
-
-    def of_candidates(self, chosen: Tensor) -> Tensor:
-        """Of these rows ``(B, R)`` bool those that are chosen, among the candidates' ``(B, U)``."""
-        prompt, row = chosen.nonzero(as_tuple=True)
-        mask = torch.zeros_like(self._candidates.rows.kind, dtype=torch.bool)
-        mask[prompt, self.index[prompt, row]] = True
-        return mask
-
-    def put(self, hidden: Tensor, whole: Tensor) -> None:
-        """Writes these rows' states ``(B, R, hidden)`` into the candidates' ``(B, U, hidden)``."""
-        prompt, row = self.exists.nonzero(as_tuple=True)
-        whole[prompt, self.index[prompt, row]] = hidden[prompt, row]
-
-    def pick(self, whole: Tensor) -> Tensor:
-        """These rows of ``(B, U, ...)``, or of ``(1, U, ...)`` that is for all prompts."""
-        whole = whole.expand(len(self.index), *whole.shape[1:])
-        return whole.gather(1, as_index(self.index, whole))
-
-    def arguments(self, kwargs: dict) -> dict:
-        """A layer's keyword arguments, picked for these rows."""
-        if self._all:
-            return kwargs
-        return kwargs | {
-            name: self._pick_once(kwargs[name]) for name in PER_ROW if kwargs.get(name) is not None
-        }
-
-    def _pick_once(self, value: Tensor | tuple) -> Tensor | tuple:
-        # Layers share these tensors: each is picked once (and held, so that ids stay unique).
-        if id(value) not in self._picked:
-            parts = tuple(map(self.pick, value)) if isinstance(value, tuple) else self.pick(value)
-            self._picked[id(value)] = (value, parts)
-        return self._picked[id(value)][1]
-
-
-def as_index(index: Tensor, rows: Tensor) -> Tensor:
-    """``index`` ``(B, R)`` for gathering from ``rows`` ``(B, U, ...)``."""
-    shape = (*index.shape, *rows.shape[2:])
-    return index.view(*index.shape, *[1] * (rows.ndim - 2)).expand(shape)
 
 
 class _StatesMade(Exception):
@@ -229,8 +166,112 @@ class SchedulePlan:
 
 
 def _seeing_future(query: Rows, columns: Rows) -> Rows:
-    """The last row sees all columns, each row before it one less, wherever they stand."""
+    """The last row sees all columns, each row before it one less, whatever their order."""
     exists = query.kind != Kind.PAD
     before_last = exists.flip(1).cumsum(1).flip(1) - 1
     order = columns.order.amax(1, keepdim=True) - before_last
     return Rows(**{**vars(query), "order": torch.where(exists, order, query.order)})
+
+
+@dataclass
+class Prefill:
+    """What a prefill gave and what was executed for it.
+
+    Attributes:
+        logits: After each prompt's last row, ``(B, V)``.
+        plans: The attention plans that ran, each with the layers it ran in.
+        probes: Plans of whose rows a layer made keys and values for a choice only, by layer.
+        chunk_probe: What rows paid chunks, where that is read; else None.
+    """
+
+    logits: Tensor
+    plans: list[CachePlan]
+    probes: dict[int, CachePlan]
+    chunk_probe: ChunkAttention | None = None
+
+    @property
+    def chunk_attention(self) -> Tensor:
+        """What each column's row paid each chunk, mean over heads and layers, ``(B, N, C)``."""
+        return self.chunk_probe.mass / self.chunk_probe.layers
+
+    def layer_tokens(self, num_layers: int) -> Tensor:
+        """Context tokens computed in each layer, ``(B, layers)``."""
+        counts = torch.zeros(len(self.logits), num_layers, dtype=torch.int64)
+        for plan in self.plans:
+            for layer in plan.executed:
+                counts[:, layer] += plan.context_rows.cpu()
+        return counts
+
+    def probed(self) -> Tensor:
+        """Context tokens whose states were made for choices only, over all layers, ``(B,)``."""
+        none = torch.zeros(len(self.logits), dtype=torch.int64)
+        return sum((plan.context_rows.cpu() for plan in self.probes.values()), none)
+
+    def bytes_written(self, cache: RowCache) -> Tensor:
+        """Bytes of the keys and values that computing put into the cache, ``(B,)``."""
+        total = torch.zeros(len(self.logits), dtype=torch.int64)
+        for plan in self.plans:
+            rows = (plan.query.kind != Kind.PAD).sum(1).cpu()
+            total += rows * sum(cache.bytes_per_column(layer) for layer in plan.executed)
+        return total
+
+    def executed(self, model: nn.Module) -> Executed:
+        """The same for counting its arithmetic; ``model`` is the one that ran."""
+        extra = None if self.chunk_probe is None else self.chunk_probe.multiply_adds
+        return Executed(model, self.plans, self.probes, extra=extra)
+
+
+@torch.no_grad()
+def prefill(
+    model: nn.Module,
+    candidates: Computed,
+    columns: Rows,
+    cache: RowCache,
+    schedule: LayerSchedule,
+    watch: Stopwatch,
+    reshaping: Reshaping | None = None,
+) -> Prefill:
+    """Computes rows into the cache, layer by layer, and the logits after the last one.
+
+    Args:
+        model: Attached to blocktune's attention, its layers hooked by `layers.install`.
+        candidates: The rows that any layer computes.
+        columns: Facts of the cache's columns, ``(B, N)``.
+        cache: Holds the states of all columns that are not computed.
+        schedule: Which of the rows each layer computes.
+        watch: Gets ``select_s``, and ``recompute_s`` up to where it chooses.
+        reshaping: How rows see reused keys.
+    """
+    schedule = SchedulePlan(candidates, columns, cache, schedule, watch, reshaping)
+    output = model(
+        candidates.ids,
+        position_ids=candidates.rows.position,
+        plan=schedule,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    return Prefill(output.logits[:, -1], schedule.plans, schedule.probes, schedule.chunk_probe)
+
+
+@dataclass(frozen=True)
+class Enter:
+    """Hands a layer's input to the plan's ``enter``, where it has one."""
+
+    index: int
+
+    def __call__(self, layer: nn.Module, args: tuple, kwargs: dict) -> Any:
+        """A forward pre-hook."""
+        enter = getattr(kwargs.get("plan"), "enter", None)
+        return None if enter is None else enter(self.index, layer, args, kwargs)
+
+
+def install(model: nn.Module) -> None:
+    """Puts the hooks on, once; without a plan that enters they change nothing.
+
+    Raises:
+        ValueError: See `decoder_layers`.
+    """
+    for index, layer in enumerate(decoder_layers(model)):
+        if Enter(index) not in layer._forward_pre_hooks.values():
+            layer.register_forward_pre_hook(Enter(index), with_kwargs=True)

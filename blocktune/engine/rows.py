@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,7 +67,7 @@ def column_rows(layout: Layout) -> Rows:
 
 
 def of_columns(scores: Tensor, layout: Layout) -> Tensor:
-    """Scores of columns ``(..., B, N)`` at the rows they stand for, ``(..., B, S)``; others 0."""
+    """Scores of columns ``(..., B, N)`` at the rows they belong to, ``(..., B, S)``; others 0."""
     stored = ~layout.is_pad & (layout.kind != Kind.BLANK)
     column = torch.where(stored, layout.order, 0).expand(*scores.shape[:-1], -1)
     return scores.gather(-1, column) * stored
@@ -90,12 +90,76 @@ def decoded_rows(last: Rows, steps: int) -> Rows:
 
 
 def left_padded(chosen: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-    """Indices of the chosen rows by order, ``(B, R)``, and which of them are no padding."""
+    """Indices of the chosen rows by order, ``(B, R)``, and which of them are not padding."""
     count = chosen.sum(1)
     width = int(count.max())
     index = torch.where(chosen, order, -1).argsort(dim=1, stable=True)[:, chosen.shape[1] - width :]
     exists = torch.arange(width, device=chosen.device) >= width - count[:, None]
     return index, exists
+
+
+PER_ROW = ("position_embeddings", "position_ids")
+"""What a model passes to its layers, besides hidden states, for each row it embedded."""
+
+
+class RowSubset:
+    """Some of the candidate rows.
+
+    Attributes:
+        rows: Their facts, ids and columns, ``(B, R)``.
+        exists: Which are not padding, ``(B, R)`` bool.
+        index: Of each in the candidates, ``(B, R)``.
+    """
+
+    def __init__(self, candidates: Computed, chosen: Tensor | None = None):
+        """Takes the ``chosen`` rows ``(B, U)`` of the candidates; None: all."""
+        self._candidates, self._all = candidates, chosen is None
+        if chosen is None:
+            self.rows, self.exists = candidates, candidates.rows.kind != Kind.PAD
+            count = torch.arange(self.exists.shape[1], device=self.exists.device)
+            self.index = count.expand_as(self.exists)
+        else:
+            self.index, self.exists = left_padded(chosen, candidates.rows.order)
+            self.rows = candidates.take(self.index, self.exists)
+        self._picked: dict[int, tuple[Any, Any]] = {}
+
+    def of_candidates(self, chosen: Tensor) -> Tensor:
+        """Of these rows ``(B, R)`` bool those that are chosen, among the candidates' ``(B, U)``."""
+        prompt, row = chosen.nonzero(as_tuple=True)
+        mask = torch.zeros_like(self._candidates.rows.kind, dtype=torch.bool)
+        mask[prompt, self.index[prompt, row]] = True
+        return mask
+
+    def put(self, hidden: Tensor, whole: Tensor) -> None:
+        """Writes these rows' states ``(B, R, hidden)`` into the candidates' ``(B, U, hidden)``."""
+        prompt, row = self.exists.nonzero(as_tuple=True)
+        whole[prompt, self.index[prompt, row]] = hidden[prompt, row]
+
+    def pick(self, whole: Tensor) -> Tensor:
+        """These rows of ``(B, U, ...)``, or of ``(1, U, ...)`` that is for all prompts."""
+        whole = whole.expand(len(self.index), *whole.shape[1:])
+        return whole.gather(1, as_index(self.index, whole))
+
+    def arguments(self, kwargs: dict) -> dict:
+        """A layer's keyword arguments, picked for these rows."""
+        if self._all:
+            return kwargs
+        return kwargs | {
+            name: self._pick_once(kwargs[name]) for name in PER_ROW if kwargs.get(name) is not None
+        }
+
+    def _pick_once(self, value: Tensor | tuple) -> Tensor | tuple:
+        # Layers share these tensors: each is picked once (and held, so that ids stay unique).
+        if id(value) not in self._picked:
+            parts = tuple(map(self.pick, value)) if isinstance(value, tuple) else self.pick(value)
+            self._picked[id(value)] = (value, parts)
+        return self._picked[id(value)][1]
+
+
+def as_index(index: Tensor, rows: Tensor) -> Tensor:
+    """``index`` ``(B, R)`` for gathering from ``rows`` ``(B, U, ...)``."""
+    shape = (*index.shape, *rows.shape[2:])
+    return index.view(*index.shape, *[1] * (rows.ndim - 2)).expand(shape)
 
 
 def _replace(rows: Rows, **changed: Tensor) -> Rows:

@@ -13,9 +13,9 @@ from blocktune.attention import SplitPlan
 from blocktune.attention.cached import CachePlan
 from blocktune.cache import ChunkStore, RowCache
 from blocktune.engine.attention_probes import OutsideProbe, ProbeDone, QueryProbe
-from blocktune.engine.auxiliary import Auxiliaries
-from blocktune.engine.cost import Executed, ModelCost
 from blocktune.engine.rows import computed_rows, of_columns
+from blocktune.engine.state import Auxiliaries
+from blocktune.engine.usage import Executed, ModelCost
 from blocktune.layout import Kind, Rows
 from blocktune.methods.reshaped_attention import ReshapedAttention
 from blocktune.methods.select import Truth, distance

@@ -1,22 +1,89 @@
-"""What all batches of an engine share: the model and its caches."""
+"""What all batches of an engine share: the model, other models it may ask, and the caches."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from blocktune.adapter.load import load_model
+from blocktune.attention import attach
 from blocktune.cache import PrefixTree
-from blocktune.engine.auxiliary import Auxiliaries
 from blocktune.engine.encode import Encoder
 from blocktune.positions import RopeSpec
 from blocktune.prompt import end_of_turn
 
+SELF = "self"
+"""The name of the served model itself among the auxiliary models."""
+
+
+class Auxiliaries:
+    """Models that selectors may ask which tokens matter, by name; loaded on first use."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
+        """Serves ``model`` as `SELF`; the others must share its ``tokenizer``."""
+        self.tokenizer = tokenizer
+        self._models = {SELF: model}
+        self._device = model.device
+        self._lock = threading.Lock()
+
+    def add(self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Adds a loaded model, and switches its attention to blocktune's.
+
+        Raises:
+            ValueError: If its tokenizer is not the served model's.
+        """
+        require_same_tokenizer(name, self.tokenizer, tokenizer)
+        attach(model)
+        self._models[name] = model.eval()
+
+    def get(self, name: str) -> PreTrainedModel:
+        """The model of a name; one that was never added is loaded from a folder or the Hub.
+
+        Raises:
+            ValueError: If there is none, or its tokenizer is not the served model's.
+        """
+        with self._lock:
+            if name not in self._models:
+                loaded = load_model(name, device=str(self._device))
+                self.add(name, loaded.model, loaded.tokenizer)
+            return self._models[name]
+
+
+def require_same_tokenizer(
+    name: str, served: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase
+) -> None:
+    """Requires that an auxiliary model reads the served model's token ids as the same text.
+
+    Raises:
+        ValueError: Naming a token that differs.
+    """
+    own, theirs = served.get_vocab(), other.get_vocab()
+    wrong = sorted((i, token) for token, i in own.items() if theirs.get(token) != i)
+    if wrong:
+        index, token = wrong[0]
+        raise ValueError(
+            f"auxiliary model '{name}' has another tokenizer than the served model: {len(wrong):,} "
+            f"of {len(own):,} tokens differ, such as id {index}, {token!r}; take a model of the "
+            "same family"
+        )
+
 
 @dataclass(frozen=True)
 class EngineState:
-    """The model, its tokenizer and its caches."""
+    """The model, its tokenizer and its caches.
+
+    Attributes:
+        model: Attached to blocktune's attention.
+        tokenizer: The model's.
+        encoder: Encodes chunks and finds encoded ones; it has the store.
+        prefix_tree: Exact prefixes of earlier prompts.
+        rope: How keys are moved to other positions.
+        pad_id: Token of padding rows.
+        auxiliaries: Other models.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -38,5 +105,5 @@ class EngineState:
         return frozenset({end_of_turn(self.tokenizer)[-1], *(i for i in ids if i is not None)})
 
     def text(self, ids: Sequence[int]) -> str:
-        """Decoded, without special tokens and the space around it."""
+        """Decoded, without special tokens and surrounding space."""
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()

@@ -1,10 +1,9 @@
-"""Publishing on the Hugging Face Hub: what is sent, the model card, and the refusal of what fails.
+"""Publishing on the Hugging Face Hub: which files, the model card, and the checks before.
 
-Loading back needs nothing from here: an adapter's name is accepted wherever its folder is.
+Loading needs nothing from here: an adapter's name is accepted wherever its folder is.
 """
 
 from blocktune.hub.card import CardFacts
-from blocktune.hub.publisher import Publisher
-from blocktune.hub.push import Publication, Sent, prepare, send, show
+from blocktune.hub.push import Publication, Publisher, Sent, prepare, send, show
 
 __all__ = ["CardFacts", "Publication", "Publisher", "Sent", "prepare", "send", "show"]

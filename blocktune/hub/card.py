@@ -8,17 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 
 from blocktune.adapter import OWN_WEIGHTS, AdapterInfo
 from blocktune.check import Check
 from blocktune.hub.files import public
-from blocktune.hub.results import Measured, datasets_of, results_section
+from blocktune.hub.results import Measured, datasets_of, results_table
 from blocktune.methods import BOTH_LEARNED, Weights, available, build
 from blocktune.prompt import LayoutSpec
 
+TEMPLATE = Path(__file__).with_name("card.md.jinja")
 MARKED = "turborag"
-"""What one learned token on each side of a chunk is: a document marker. KV Packet has several."""
+"""Serves one learned token on each side of a chunk, a document marker; KV Packet has several."""
 
 
 @dataclass(frozen=True)
@@ -59,24 +60,45 @@ def card(
     Raises:
         ValueError: If no method serves the adapter.
     """
-    sections = (
-        f"---\n{_metadata(info, base, facts)}\n---",
-        f"# {repo.partition('/')[2]}",
-        _what(info, base),
-        _use(repo, info),
-        results_section(measured),
-        _layout(info),
-        _training(info, facts),
-        _checks(checks),
+    method, whole = served_by(info.layout), info.base_model == OWN_WEIGHTS
+    summary = (
+        "with retrieved passages encoded once, each by itself, and reused in any prompt"
+        if info.layout.block
+        else "trained on the same prompts with full attention, as a control"
     )
-    return "\n\n".join(sections) + "\n"
+    data = ModelCardData(
+        base_model=base,
+        datasets=sorted({*datasets_of(info.training), *facts.datasets}) or None,
+        license=facts.license,
+        library_name="transformers" if whole else "peft",
+        pipeline_tag="text-generation",
+        tags=["blocktune", "rag", "kv-cache", method.partition(" ")[0]],
+    )
+    made = ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        name=repo.partition("/")[2],
+        repo=repo,
+        base=base,
+        kind="A model made from" if whole else "An adapter for",
+        summary=summary,
+        extras="serve,gpu" if info.quantization else "serve",
+        method=method,
+        quoted_method=shlex.quote(method),
+        quantization=info.quantization,
+        results=results_table(measured),
+        layout=_table(_layout(info)),
+        training=_table(_training(info)),
+        checks=_table(_differences(checks), ("check", "difference of logits")),
+    )
+    return str(made)
 
 
 def served_by(layout: LayoutSpec) -> str:
-    """The method that serves an adapter as it was trained, with nothing computed afresh.
+    """The method that serves an adapter as it was trained, with nothing recomputed.
 
     Returns:
-        A preset's name, with the parameters that it needs: as ``--method`` takes it.
+        A preset's name with its parameters, as ``--method`` takes it.
 
     Raises:
         ValueError: If none does.
@@ -102,78 +124,23 @@ def _serves(name: str, layout: LayoutSpec) -> bool:
         return False
 
 
-def _metadata(info: AdapterInfo, base: str, facts: CardFacts) -> str:
-    datasets = sorted({*datasets_of(info.training), *facts.datasets})
-    whole = info.base_model == OWN_WEIGHTS
-    return ModelCardData(
-        base_model=base,
-        datasets=datasets or None,
-        license=facts.license,
-        library_name="transformers" if whole else "peft",
-        pipeline_tag="text-generation",
-        tags=["blocktune", "rag", "kv-cache", served_by(info.layout).partition(" ")[0]],
-    ).to_yaml()
-
-
-def _what(info: AdapterInfo, base: str) -> str:
-    kind = "A model made from" if info.base_model == OWN_WEIGHTS else "An adapter for"
-    told = (
-        "in which retrieved passages are encoded once, each by itself, and reused in any prompt"
-        if info.layout.block
-        else "trained on the same prompts in full attention: the control of such adapters"
-    )
-    return f"{kind} [{base}](https://huggingface.co/{base}), {told}, by blocktune."
-
-
-def _use(repo: str, info: AdapterInfo) -> str:
-    method = served_by(info.layout)
-    quantised = f" --quantize {info.quantization}" if info.quantization else ""
-    note = (
-        f"\n\nIt was trained on a base in {info.quantization}: `--quantize {info.quantization}` "
-        "serves that; the plain base is another model, and a little off."
-        if info.quantization
-        else ""
-    )
-    extras = "serve,train,gpu" if info.quantization else "serve"
-    return f"""## Use
-
-```bash
-pip install 'blocktune[{extras}]'
-blocktune answer --adapter {repo} --method {shlex.quote(method)}{quantised} \\
-  --question "Where was Anna born?" --chunk "Anna was born in Kirby." --chunk "Kirby is a harbour."
-```
-
-```python
-from blocktune import Chunk, Engine, RagExample
-
-engine = Engine.from_pretrained(adapter="{repo}"{_argument(info.quantization)})
-chunks = (Chunk("Anna was born in Kirby."), Chunk("Kirby is a harbour."))
-print(engine.answer([RagExample("Where was Anna born?", chunks)], "{method}")[0].text)
-```{note}"""
-
-
-def _argument(quantization: str | None) -> str:
-    return f', quantize="{quantization}"' if quantization else ""
-
-
-def _layout(info: AdapterInfo) -> str:
+def _layout(info: AdapterInfo) -> Mapping[str, Any]:
     spec = info.layout.to_dict()
-    changed = {name: value for name, value in spec.items() if value != getattr(LayoutSpec(), name)}
-    rows = changed or {"layout": "block attention, sequential positions"}
+    rows = {name: value for name, value in spec.items() if value != getattr(LayoutSpec(), name)}
+    rows = rows or {"layout": "block attention, sequential positions"}
     if info.num_learned:
         rows |= {"learned tokens": info.num_learned, "kept as": info.link_mode}
     if info.rope:
         rows |= {"RoPE": info.rope.get("rope_type", "by layer type")}
-    rows |= {"base revision": info.base_revision or "not pinned"}
-    return "## Served as trained\n\n`blocktune.json` carries all of it.\n\n" + _table(rows.items())
+    return rows | {"base revision": info.base_revision or "not pinned"}
 
 
-def _training(info: AdapterInfo, facts: CardFacts) -> str:
+def _training(info: AdapterInfo) -> Mapping[str, Any]:
     made = public(info.training)
     versions, licences = made.get("versions", {}), datasets_of(info.training)
     rows = {
         "command": f"`{made['command']}`" if made.get("command") else None,
-        "data": _sources(info.training),
+        "data": _sources(made.get("data")),
         "licences of the data": "; ".join(f"{k}: {v}" for k, v in licences.items()) or None,
         "examples": made.get("examples"),
         "seed": made.get("seed"),
@@ -182,24 +149,20 @@ def _training(info: AdapterInfo, facts: CardFacts) -> str:
         "blocktune": versions.get("blocktune"),
         "commit": made.get("commit"),
     }
-    known = [(name, value) for name, value in rows.items() if value is not None]
-    return "## Training\n\n" + _table(known)
+    return {name: value for name, value in rows.items() if value is not None}
 
 
-def _sources(training: Mapping[str, Any]) -> str | None:
+def _sources(data: Any) -> str | None:
     """The one source, or those of a mixture's parts."""
-    data = public(training.get("data"))
     if not isinstance(data, Mapping):
         return data
     return ", ".join(f"`{part.get('source')}`" for part in data.get("parts", ()))
 
 
-def _checks(checks: list[Check]) -> str:
-    rows = [(one.name, f"{one.max_abs_diff:.1e}") for one in checks]
-    told = "`blocktune check` holds cached serving to dense attention on this very model.\n\n"
-    return "## Checks\n\n" + told + _table(rows, ("claim", "difference of logits"))
+def _differences(checks: Iterable[Check]) -> Mapping[str, str]:
+    return {one.name: f"{one.max_abs_diff:.1e}" for one in checks}
 
 
-def _table(rows: Iterable[tuple[str, Any]], heading: tuple[str, str] = ("", "")) -> str:
+def _table(rows: Mapping[str, Any], heading: tuple[str, str] = ("", "")) -> str:
     lines = [f"| {heading[0]} | {heading[1]} |", "|---|---|"]
-    return "\n".join([*lines, *(f"| {name} | {value} |" for name, value in rows)])
+    return "\n".join([*lines, *(f"| {name} | {value} |" for name, value in rows.items())])

@@ -1,22 +1,25 @@
-"""From an adapter's folder to a repository: checked first, sent in one commit."""
+"""From an adapter's folder to a repository on the Hub: checked first, sent in one commit."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.utils import httpx
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import httpx, validate_repo_id
 from rich.console import Console
 
 from blocktune.adapter import OWN_WEIGHTS, AdapterInfo
 from blocktune.check import Check, check_model
 from blocktune.engine import Engine
-from blocktune.hub.card import CardFacts, card
+from blocktune.hub.card import CardFacts, card, served_by
 from blocktune.hub.files import Source, files_of, is_published
-from blocktune.hub.names import check_repo, license_of, on_the_hub
 from blocktune.hub.results import read_results
+from blocktune.prompt import LayoutSpec
 
 CARD_FILE = "README.md"
 
@@ -144,3 +147,96 @@ def _checked(folder: Path, info: AdapterInfo, model, dtype, device) -> list[Chec
             "`blocktune check`"
         )
     return checks
+
+
+def check_repo(repo: str) -> None:
+    """Refuses what is no USER/NAME.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise ValueError(f"--repo must be USER/NAME: {str(error).splitlines()[0]}") from None
+    if "/" not in repo:
+        raise ValueError(f"--repo must be USER/NAME, got '{repo}'")
+
+
+def on_the_hub(name: str) -> str:
+    """The base's name, if it can be one on the Hub.
+
+    Raises:
+        ValueError: If it is a folder.
+    """
+    if not name or Path(name).exists() or name.count("/") > 1 or name.startswith((".", "/")):
+        raise ValueError(
+            f"the base is the local folder '{name}', which nobody else can load; give its name on "
+            "the Hub: --base-model ORG/NAME"
+        )
+    return name
+
+
+def license_of(base: str, token: str | None = None) -> str:
+    """The licence that a base's card states.
+
+    Args:
+        base: Its name on the Hub.
+        token: Of the Hub; None: the one that is logged in.
+
+    Raises:
+        ValueError: If there is none, or the Hub does not answer.
+    """
+    try:
+        data = HfApi(token=token).model_info(base).card_data
+    except (httpx.HTTPError, HFValidationError, OSError):
+        data = None
+    if data is None or not data.license:
+        raise ValueError(f"the licence of '{base}' is not known; give one: --license apache-2.0")
+    return data.license
+
+
+class Publisher:
+    """What ``push_to_hub`` of a training run asks; see `blocktune.training.run`."""
+
+    def check(self, repo: str, base_model: str, layout: LayoutSpec, token: str | None) -> None:
+        """Refuses before the run what could not be published after it.
+
+        Raises:
+            ValueError: If the name is none, the base is a local folder, its licence unknown, or
+                no method serves the layout.
+        """
+        check_repo(repo)
+        served_by(layout)
+        license_of(on_the_hub(base_model), token)
+
+    def publish(self, folder: Path, repo: str, private: bool, token: str | None) -> None:
+        """Checks and pushes; says where to.
+
+        Called in one of a run's processes, when the others may be gone.
+
+        Raises:
+            ValueError: As `prepare` and `send` do.
+        """
+        with alone():
+            publication = prepare(folder, repo, CardFacts(), token=token)
+        sent = send(publication, private=private, token=token)
+        Console().print(f"pushed to {sent.url}, commit {sent.revision}", soft_wrap=True)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside the block, models load whole into this process, whatever trained before.
+
+    After a run under ZeRO-3, transformers would split every model that it loads over the run's
+    processes, and wait for those that do not load it.
+    """
+    from transformers.integrations import deepspeed  # only after a training run
+
+    config = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if config is not None and (config := config()) is not None:
+            deepspeed.set_hf_deepspeed_config(config)

@@ -1,4 +1,4 @@
-"""What a card says of results and data: read, and held to be of the very adapter."""
+"""Results and data sets on a card; results must be of the very adapter."""
 
 from __future__ import annotations
 
@@ -115,17 +115,17 @@ def _read(path: Path) -> Mapping[str, Any]:
 
 NOTE = (
     "Scores in %, with 95 % intervals in brackets. Adjusted F1: over the questions that full "
-    "prefill of the base can answer. Recomputed: share of context tokens made afresh. TTFT: time "
-    "to first token, chunks cached."
+    "prefill of the base answers. Recomputed: share of context tokens. TTFT: time to first token, "
+    "chunks cached."
 )
 SHOWN = ("EM", "F1")
 """Titles of headline scores that have a column in any case."""
 
 
-def results_section(measured: Measured | None) -> str:
-    """The section of a card; without results it says that nothing was measured."""
+def results_table(measured: Measured | None) -> str:
+    """Markdown of the results; without any it says that nothing was measured."""
     if measured is None:
-        return "## Results\n\nNot evaluated."
+        return "Not evaluated."
     title = None if measured.metric in SHOWN else (measured.metric or "score of the task")
     if not all("score" in own for own in measured.methods.values()):
         title = None
@@ -133,7 +133,7 @@ def results_section(measured: Measured | None) -> str:
     headings += ["recomputed", "TTFT / full prefill"]
     lines = [_line(headings), "|---|" + "---:|" * (len(headings) - 1)]
     lines += [_line(_row(name, own, bool(title))) for name, own in measured.methods.items()]
-    return "\n\n".join(["## Results", "\n".join(lines), NOTE + _origin(measured)])
+    return "\n".join(lines) + "\n\n" + NOTE + _origin(measured)
 
 
 def _row(name: str, own: Mapping[str, Any], headline: bool) -> list[str]:
@@ -165,4 +165,4 @@ def _origin(measured: Measured) -> str:
     parts += [f"at commit `{made['commit'][:12]}`"] if made.get("commit") else []
     told = f" Made {', '.join(parts)}." if parts else ""
     others = ", ".join(measured.left_out)
-    return told + (f" Left out, as they are of other adapters: {others}." if others else "")
+    return told + (f" Left out, measured with other adapters: {others}." if others else "")

@@ -14,6 +14,7 @@ from blocktune.methods.base import METHODS, Axis, Cached, Method, Weights
 from blocktune.methods.registry import RESHAPES, SELECTORS
 from blocktune.methods.select.base import Nothing, Selection
 from blocktune.methods.select.budget import require_share
+from blocktune.parsing import current_keys
 from blocktune.prompt.layout_spec import LayoutSpec
 
 if TYPE_CHECKING:
@@ -168,6 +169,7 @@ def compose(
         if budget is not None:
             raise ValueError("budget and layer_budget exclude each other; drop one")
     if layout:
+        layout = current_keys(layout, LAYOUT_FIELDS, "layout")
         if unknown := sorted(layout.keys() - set(LAYOUT_FIELDS)):
             known = ", ".join(LAYOUT_FIELDS)
             raise ValueError(f"layout: cannot set '{unknown[0]}' of a method; known: {known}")

@@ -1,4 +1,4 @@
-"""Which base, tokenizer and adapter it is, as digests that name no path."""
+"""Digests that identify base, tokenizer and adapter, wherever they are stored."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from blocktune.models.sharded import gathered, whole_shape
 
 SAMPLES = 64
-"""Elements read of each weight, at even strides."""
+"""Elements read of each weight, at equal distances."""
 QUANTISED = "quantised"
 """Stands for the linear weights of a quantised base, which cannot be compared with plain ones."""
 _ARCHITECTURE = (
@@ -37,12 +37,12 @@ _TRAINED = ("lora_", "trainable_tokens", "blocktune_links", "modules_to_save.")
 def base_fingerprint(model: PreTrainedModel, state: Mapping[str, Tensor] | None = None) -> str:
     """Digest of a base model, the same with and without a PEFT adapter or links around it.
 
-    Weights are sampled and compared as bfloat16, so a float32 and a bfloat16 load of one
-    checkpoint agree. A 4- or 8-bit base has only embeddings and norms to compare.
+    Weights are sampled and compared as bfloat16, so a checkpoint loaded in float32 and in bfloat16
+    has one digest. Of a 4- or 8-bit base only embeddings and norms are compared.
 
     Args:
         model: Base model or PEFT wrapper; not merged, not resized.
-        state: Its weights by name, where a launch has split those in ``model`` over processes.
+        state: The weights by name, if a launch has split those in ``model`` over processes.
 
     Returns:
         Three parts joined by ``-``: architecture, plain weights, linear weights or `QUANTISED`.
@@ -64,7 +64,7 @@ def base_fingerprint(model: PreTrainedModel, state: Mapping[str, Tensor] | None 
 
 
 def same_base(one: str, other: str) -> bool:
-    """Whether two `base_fingerprint`s can be of one checkpoint."""
+    """Whether two `base_fingerprint`s can belong to the same checkpoint."""
     pairs = zip(one.split("-"), other.split("-"), strict=False)
     return one.count("-") == other.count("-") and all(
         left == right or QUANTISED in (left, right) for left, right in pairs
@@ -72,7 +72,7 @@ def same_base(one: str, other: str) -> bool:
 
 
 def adapter_fingerprint(folder: str | Path) -> str:
-    """Digest of an adapter's weights, the same wherever it lies and whatever names its base.
+    """Digest of an adapter's weights, whatever its folder and the name of its base.
 
     Args:
         folder: With ``*.safetensors``, each read whole.
@@ -91,7 +91,7 @@ def adapter_fingerprint(folder: str | Path) -> str:
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """Digest of what turns text into ids: rules, vocabulary, special tokens, chat template.
 
-    Padding and truncation are left out: transformers writes the last call's into the backend.
+    Padding and truncation are left out: transformers stores those of the last call in the backend.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()

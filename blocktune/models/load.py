@@ -39,7 +39,7 @@ def load_base(
     """Loads a causal language model without any adapter, and its tokenizer.
 
     Args:
-        name: Folder, or repository of the Hub, with ``@REVISION`` if one is wanted.
+        name: Folder or repository of the Hub, optionally with ``@REVISION``.
         dtype: One of `DTYPES`; ``auto``: as saved.
         device: Default: CUDA if there is one, else the CPU.
         revision: Of the repository.

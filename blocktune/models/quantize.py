@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel
 
 QUANTIZATIONS = ("nf4", "nf4-double", "fp4", "fp4-double", "int8")
-"""What a base can be loaded in; ``double`` quantises the scales of 4-bit weights too."""
+"""Formats that a base can be loaded in; ``double`` quantises the scales of 4-bit weights too."""
 
 
 def quantization_config(name: str, dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -19,7 +19,7 @@ def quantization_config(name: str, dtype: torch.dtype) -> BitsAndBytesConfig:
 
     Args:
         name: One of `QUANTIZATIONS`.
-        dtype: What 4-bit weights are computed in; 8-bit ones are multiplied as integers.
+        dtype: Dtype of computation with 4-bit weights; 8-bit weights are multiplied as integers.
 
     Raises:
         ValueError: If the name is unknown, or bitsandbytes is not installed.
@@ -33,7 +33,7 @@ def quantization_config(name: str, dtype: torch.dtype) -> BitsAndBytesConfig:
 
     if not (is_bitsandbytes_available() and is_accelerate_available()):
         raise ValueError(
-            f"'{name}' needs bitsandbytes and accelerate; run pip install 'blocktune[gpu,train]'"
+            f"'{name}' needs bitsandbytes and accelerate; run pip install 'blocktune[gpu]'"
         )
     if name == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
@@ -61,12 +61,12 @@ def quantization_of(model: PreTrainedModel) -> str | None:
 
 
 def keep_stored_codes(model: nn.Module) -> None:
-    """Keeps 4-bit weights as they were stored, whatever the CPU.
+    """Keeps 4-bit weights as they were stored, on every CPU.
 
     On a CPU with AVX512-BF16, bitsandbytes 0.50 rewrites them in place at the first forward pass
     without gradients: their scales lose 16 bits, products are bfloat16 even in a float32 model,
-    and a later pass with gradients runs through a kernel that has none. So training would not be
-    served as it was, and a cache would be named after weights that are no more.
+    and a later pass with gradients runs through a kernel that has none. What is served would differ
+    from what was trained, and a cache would carry the name of weights that no longer exist.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

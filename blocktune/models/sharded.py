@@ -1,6 +1,6 @@
-"""Parameters that a launch has split over processes, read and written as wholes.
+"""Parameters that a launch has split over processes, read and written as a whole.
 
-Every process must come along: what puts a parameter together is an exchange between all of them.
+Every process must call these functions, since they exchange data between all processes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def gathered(*weights: Tensor, write: bool = False) -> Iterator[None]:
 
     Args:
         weights: Parameters, split or not.
-        write: Keep what the block writes, as process 0 wrote it.
+        write: Keep what process 0 writes in the block.
     """
     split = [weight for weight in weights if is_split(weight)]
     if not split:

@@ -20,7 +20,7 @@ _PAD_ROW |= {"supersedes": NO_ROW, "offset": 0, "position": 0, "order": 0, "samp
 
 @dataclass(frozen=True)
 class Batch:
-    """What a forward pass reads and the loss compares: every tensor ``(B, S)`` int64."""
+    """What a forward pass reads and the loss compares; every tensor is ``(B, S)`` int64."""
 
     input_ids: Tensor
     layout: Layout
@@ -36,7 +36,7 @@ def stack(prompts: Sequence[Prompt], pad_id: int, side: str = "right") -> Batch:
 
     Args:
         prompts: At least one.
-        pad_id: Token id of pad rows; they see nothing and nothing sees them.
+        pad_id: Token id of pad rows, which see nothing and are not seen.
         side: Where the pads go, ``'right'`` or ``'left'``.
 
     Raises:
@@ -68,7 +68,7 @@ def stack(prompts: Sequence[Prompt], pad_id: int, side: str = "right") -> Batch:
 def pack(prompts: Sequence[Prompt]) -> Prompt:
     """Joins prompts into one row of a batch that never see each other.
 
-    Positions start afresh with every prompt, ``order`` runs on and ``sample`` counts them.
+    Every prompt has its own positions; ``order`` continues and ``sample`` counts the prompts.
 
     Raises:
         ValueError: If there is no prompt.
@@ -89,28 +89,19 @@ def pack(prompts: Sequence[Prompt]) -> Prompt:
 
 
 def _renumber(layout: Layout, rows_before: int) -> Layout:
-    """``supersedes`` holds row numbers, which rows put in front move."""
+    """Shifts the row numbers in ``supersedes`` by the rows that are put in front."""
     moved = torch.where(layout.is_fresh, layout.supersedes + rows_before, layout.supersedes)
     return replace(layout, supersedes=moved)
 
 
 def show(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
-    """Decodes a prompt run by run, each under a line that says what its rows are.
+    """Decodes a prompt run by run, each under a line that describes its rows.
 
-    Learned tokens have no text; they are written as ``<link 0>``. Pads are left out.
+    Learned tokens have no text and are written as ``<link 0>``. Pads are left out.
     """
-    layout = prompt.layout
-    facts = zip(
-        layout.sample[0].tolist(),
-        layout.kind[0].tolist(),
-        layout.chunk[0].tolist(),
-        layout.group[0].tolist(),
-        layout.position[0].tolist(),
-        layout.offset[0].tolist(),
-        prompt.ids,
-        strict=True,
-    )
-    runs = groupby(facts, key=lambda fact: fact[:4])
+    names = ("sample", "kind", "chunk", "group", "position", "offset")
+    columns = [getattr(prompt.layout, name)[0].tolist() for name in names]
+    runs = groupby(zip(*columns, prompt.ids, strict=True), key=lambda row: row[:4])
     return "\n".join(_run(tokenizer, key, list(rows)) for key, rows in runs if key[1] != Kind.PAD)
 
 

@@ -1,13 +1,13 @@
-"""A chunk, and how chunks and question are worded; the chat template is the tokenizer's."""
+"""A chunk, and the wording of chunks and question; the chat template is the tokenizer's."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from string import Formatter
 from typing import Any
 
-from blocktune.parsing import current_keys
+from blocktune.parsing import build_strict
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class PromptFormat:
         titled: A chunk that has a title; holds ``{title}`` and ``{text}``.
         untitled: A chunk without a title; holds ``{text}``.
         question: What follows the chunks; holds ``{question}``.
-        block_tag: Opens the user turn where chunks see only themselves, so that the model knows
+        block_tag: Opens the user turn where chunks see only themselves, to tell the model
             (Block-Attention: ``[Block-Attention]``); may be empty.
         full_tag: The same in full attention.
 
@@ -93,16 +93,16 @@ class PromptFormat:
 
     @property
     def untagged(self) -> PromptFormat:
-        """The wording without any mode's tag: what a teacher reads, which was trained with none."""
+        """The wording without mode tags, for a teacher, which was trained without."""
         return replace(self, block_tag="", full_tag="")
 
     def opening(self, block: bool) -> str:
-        """What opens the user turn: the mode's tag, if it has one, and the instruction."""
+        """What opens the user turn: the tag of the mode, if there is one, and the instruction."""
         tag = self.block_tag if block else self.full_tag
         return " ".join(part for part in (tag, self.instruction) if part)
 
     def render_chunk(self, chunk: Chunk) -> str:
-        """The text of one chunk, the same wherever it stands."""
+        """The text of one chunk, the same in every place."""
         if chunk.title is None:
             return self.untitled.format(text=chunk.text)
         return self.titled.format(title=chunk.title, text=chunk.text)
@@ -128,21 +128,6 @@ class PromptFormat:
 _PLACEHOLDERS = {"titled": {"title", "text"}, "untitled": {"text"}, "question": {"question"}}
 
 
-def build_strict(cls, values: Mapping[str, Any], what: str):
-    """Builds a dataclass from a mapping whose keys must all be its fields.
-
-    Raises:
-        ValueError: If ``values`` is no mapping or has an unknown key; ``what`` names it.
-    """
-    known = [f.name for f in fields(cls)]
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{what} must be a mapping of {', '.join(known)}, got {values!r}")
-    values = current_keys(values, known, what)
-    if unknown := sorted(values.keys() - set(known), key=str):
-        raise ValueError(f"unknown {what} key '{unknown[0]}'; known: {', '.join(known)}")
-    return cls(**values)
-
-
 def _check_placeholders(name: str, template: Any, wanted: set[str]) -> None:
     shape = " and ".join(f"{{{key}}}" for key in sorted(wanted))
     if not isinstance(template, str):
@@ -150,7 +135,7 @@ def _check_placeholders(name: str, template: Any, wanted: set[str]) -> None:
     try:
         parts = list(Formatter().parse(template))
     except ValueError as error:
-        raise ValueError(f"format '{name}' is no template: {error}, in {template!r}") from None
+        raise ValueError(f"format '{name}' is not a template: {error}, in {template!r}") from None
     found = {field for _, field, _, _ in parts if field is not None}
     plain = all(not spec and conversion is None for _, _, spec, conversion in parts)
     if found != wanted or not plain:

@@ -8,7 +8,14 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from blocktune.prompt.format import Chunk, PromptFormat
-from blocktune.prompt.special_tokens import Said, check_bos, encode, special_tokens, with_bos
+from blocktune.prompt.special_tokens import (
+    Ids,
+    UserText,
+    check_bos,
+    encode,
+    special_tokens,
+    with_bos,
+)
 from blocktune.prompt.template import render_conversation, render_frame, render_next, reply_end
 
 
@@ -17,17 +24,17 @@ class Pieces(NamedTuple):
 
     Attributes:
         prefix: BOS (if the model has one), system turn, opening of the user turn, instruction.
-        chunks: One tuple a chunk; depends on nothing but the chunk, the format and the tokenizer.
+        chunks: A tuple for each chunk; depends only on the chunk, the format and the tokenizer.
         query: Question, end of the user turn, opening of the assistant's.
         answer: Response and end of turn; empty when serving.
-        followups: Further turns of training: the ids of a query, as above, and of its answer.
+        followups: Further turns in training: the ids of a query and of its answer.
     """
 
-    prefix: tuple[int, ...]
-    chunks: tuple[tuple[int, ...], ...]
-    query: tuple[int, ...]
-    answer: tuple[int, ...] = ()
-    followups: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()
+    prefix: Ids
+    chunks: tuple[Ids, ...]
+    query: Ids
+    answer: Ids = ()
+    followups: tuple[tuple[Ids, Ids], ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -53,27 +60,26 @@ def make_pieces(
         chunks: Retrieved passages in prompt order, at least one.
         question: The question.
         response: What the model is trained to write, or None when serving.
-        block: Whether chunks see only themselves, which the format may have a tag for.
-        followups: Questions that are asked after the answer, and their responses.
+        block: Whether chunks see only themselves; the format may have a tag for it.
+        followups: Questions after the answer, and their responses.
 
     Raises:
         ValueError: If there is no chunk, a chunk has no tokens, the template does not hold user
-            text, there are turns after one that has no response, or the pieces together do not
-            hold BOS exactly once where the model has one.
+            text, followups are given without a response, or BOS does not stand exactly once in
+            the pieces although the model has one.
     """
     if not chunks:
         raise ValueError("a prompt needs at least one chunk, got an empty list")
-    opening = fmt.opening(block)
-    head = f"{opening}\n\n" if opening else ""
-    said = Said(tokenizer)
-    asked = fmt.render_question(said.safe(question))
-    frame = render_frame(tokenizer, fmt.system, head, asked)
-    prefix = with_bos(tokenizer, encode(tokenizer, frame.before))
-    bodies = tuple(chunk_ids(tokenizer, fmt, chunk) for chunk in chunks)
-    query = said.encode(frame.after)
-    answer = () if response is None else answer_ids(tokenizer, response)
     if followups and response is None:
         raise ValueError("followups come after an answer, and the first question has no response")
+    opening = fmt.opening(block)
+    head = f"{opening}\n\n" if opening else ""
+    texts = UserText(tokenizer)
+    frame = render_frame(tokenizer, fmt.system, head, fmt.render_question(texts.safe(question)))
+    prefix = with_bos(tokenizer, encode(tokenizer, frame.before))
+    bodies = tuple(chunk_ids(tokenizer, fmt, chunk) for chunk in chunks)
+    query = texts.encode(frame.after)
+    answer = () if response is None else answer_ids(tokenizer, response)
     turns = tuple(
         (next_query_ids(tokenizer, fmt, more), answer_ids(tokenizer, reply))
         for more, reply in followups
@@ -82,20 +88,15 @@ def make_pieces(
     return Pieces(prefix, bodies, query, answer, turns)
 
 
-def prefix_ids(
-    tokenizer: PreTrainedTokenizerBase, fmt: PromptFormat, block: bool = True
-) -> tuple[int, ...]:
+def prefix_ids(tokenizer: PreTrainedTokenizerBase, fmt: PromptFormat, block: bool = True) -> Ids:
     """The prefix of every prompt of this tokenizer and format, ``make_pieces(...).prefix``."""
     return make_pieces(tokenizer, fmt, [Chunk("any")], "any", block=block).prefix
 
 
-def chunk_ids(
-    tokenizer: PreTrainedTokenizerBase, fmt: PromptFormat, chunk: Chunk
-) -> tuple[int, ...]:
+def chunk_ids(tokenizer: PreTrainedTokenizerBase, fmt: PromptFormat, chunk: Chunk) -> Ids:
     """Tokens of one chunk, wherever it stands: what is encoded, stored and looked up.
 
-    Special tokens written out in retrieved text (``<|eot_id|>``) stay text: a passage cannot
-    end the user's turn.
+    Special tokens written out in a passage (``<|eot_id|>``) stay text: it cannot end the turn.
 
     Raises:
         ValueError: If the chunk has no tokens.
@@ -106,47 +107,44 @@ def chunk_ids(
     return ids
 
 
-def answer_ids(tokenizer: PreTrainedTokenizerBase, response: str) -> tuple[int, ...]:
+def answer_ids(tokenizer: PreTrainedTokenizerBase, response: str) -> Ids:
     """Tokens the model is trained to write: the response and the end of its turn."""
     body = encode(tokenizer, _lead(tokenizer) + response, split_special_tokens=True)
     return body + end_of_turn(tokenizer)
 
 
 def _lead(tokenizer) -> str:
-    """The space that "Answer:" wants after it, unless the tokenizer puts it there (Llama 2)."""
+    """The space after "Answer:" in plain text, unless the tokenizer adds it (Llama 2)."""
     if tokenizer.chat_template is not None:
         return ""
     (first, *_) = tokenizer.convert_ids_to_tokens(encode(tokenizer, "a"))
     return "" if first.startswith("\u2581") else " "
 
 
-def next_query_ids(
-    tokenizer: PreTrainedTokenizerBase, fmt: PromptFormat, question: str
-) -> tuple[int, ...]:
-    """Tokens from the end of an assistant's turn to the start of its next, a question between.
+def next_query_ids(tokenizer: PreTrainedTokenizerBase, fmt: PromptFormat, question: str) -> Ids:
+    """Tokens between the end of an assistant's turn and the start of its next: a question.
 
     Raises:
         ValueError: If the template does not end the assistant's turn as `end_of_turn` does.
     """
-    said = Said(tokenizer)
-    asked = fmt.render_question(said.safe(question))
-    ids = said.encode(render_next(tokenizer, asked))
+    texts = UserText(tokenizer)
+    ids = texts.encode(render_next(tokenizer, fmt.render_question(texts.safe(question))))
     if tokenizer.chat_template is None:
         return ids
     end = end_of_turn(tokenizer)
     if ids[: len(end)] != end:
         raise ValueError(
-            f"the chat template of '{tokenizer.name_or_path}' ends a reply in another way when "
-            "the user goes on; leave followups out"
+            f"the chat template of '{tokenizer.name_or_path}' ends a reply in another way before a "
+            "second user turn; leave followups out"
         )
     return ids[len(end) :]
 
 
-def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> Ids:
     """Tokens that end the assistant's turn; generation stops at the last of them.
 
-    What the template writes after the assistant's text, up to its first special token, else
-    the tokenizer's EOS.
+    These are what the template writes after the assistant's text, up to the first special token,
+    or the tokenizer's EOS.
 
     Raises:
         ValueError: If there is neither.
@@ -174,25 +172,25 @@ def conversation_pieces(
 
     Args:
         tokenizer: Of the model; it needs a chat template.
-        fmt: Its ``full_tag`` opens the first message of the user, its ``system`` the conversation
-            if that has none; instruction and question's wording are not said.
-        messages: (role, text), as `blocktune.data.RagExample` has them.
+        fmt: Its ``full_tag`` opens the first message of the user; its ``system`` is the system turn
+            if the conversation has none. Instruction and ``question`` are not used.
+        messages: (role, text), as in `blocktune.data.RagExample`.
         response: What the model is trained to write.
 
     Returns:
-        All up to the response as the prefix, no chunks and no query.
+        Everything before the response as the prefix, no chunks and no query.
 
     Raises:
         ValueError: If there is no template, or it does not render these messages.
 
-    Source: KVLink trains on Tulu-3 in full attention so (``sft``), arXiv:2502.16002.
+    Source: KVLink trains on Tulu-3 in full attention this way (``sft``), arXiv:2502.16002.
     """
-    said, spoken = Said(tokenizer), [(role, text) for role, text in messages if role != "system"]
+    texts = UserText(tokenizer)
     system = next((text for role, text in messages if role == "system"), fmt.system)
-    turns = [(role, said.safe(text)) for role, text in spoken]
+    turns = [(role, texts.safe(text)) for role, text in messages if role != "system"]
     if fmt.full_tag:
         turns[0] = (turns[0][0], f"{fmt.full_tag} {turns[0][1]}")
-    rendered = render_conversation(tokenizer, system and said.safe(system), turns)
-    prefix = with_bos(tokenizer, said.encode(rendered))
+    rendered = render_conversation(tokenizer, system and texts.safe(system), turns)
+    prefix = with_bos(tokenizer, texts.encode(rendered))
     check_bos(tokenizer, prefix)
     return Pieces(prefix, (), (), answer_ids(tokenizer, response))

@@ -43,10 +43,10 @@ def lay_out(
 ) -> Prompt:
     """Lays pieces out: prefix, per chunk its blanks, tokens and links, query, answer, followups.
 
-    Headers and trailers stand around a chunk's tokens, in its group. With links before, they come
-    before its blanks. ``order`` counts the rows that are not blanks. The ``p`` blanks of a chunk
-    whose first row has order ``o`` and position ``s`` have orders ``o - p ...`` and positions
-    ``s - p ...``, in the group of the chunk.
+    Headers and trailers stand around a chunk's tokens, in its group. Links that stand before a
+    chunk come before its blanks. ``order`` counts the rows that are not blanks. If the first row of
+    a chunk has order ``o`` and position ``s``, its ``p`` blanks have orders ``o - p ...`` and
+    positions ``s - p ...``, in the group of the chunk.
 
     Args:
         pieces: Token ids, see `make_pieces`.
@@ -54,8 +54,8 @@ def lay_out(
         link_base: Id of the first learned token, such as the model's vocabulary size.
         blank_id: Token id of a blank.
         bos_id: Token id of BOS.
-        contexts: What each chunk was encoded after in an earlier prompt, as blanks of its own;
-            None: what ``spec`` says, the same for all.
+        contexts: For each chunk the tokens that it was encoded after in an earlier prompt, as its
+            blanks; None: what ``spec`` says, the same for all.
 
     Raises:
         ValueError: If the layout needs an id that was not given.
@@ -86,7 +86,7 @@ def sink_ids(
 def wrapped(
     chunk: tuple[int, ...], spec: LayoutSpec, link_base: int | None, bos_id: int | None = None
 ) -> tuple[int, ...]:
-    """A chunk's tokens with its own BOS, between header and trailer: what is stored together."""
+    """What is stored together: header, the chunk's own BOS, its tokens, trailer."""
     base = link_base or 0
     kept = (bos_id,) if spec.bos == "keep" else ()
     return _ids(base, spec.header_rows) + kept + chunk + _ids(base, spec.trailer_rows)

@@ -1,9 +1,8 @@
-"""The text around the chunks, read off any chat template by rendering a sentinel.
+"""The text around the chunks, taken from any chat template by rendering a sentinel.
 
-Most templates ignore ``documents``, so the chunks stand in the user turn. A sentinel takes
-their place while the template renders; what it leaves before and after the sentinel is the
-text of the prefix and of the query. Chunk text itself never passes through a template, so a
-template that trims or rewrites user text cannot touch it.
+Most templates ignore ``documents``, so the chunks are part of the user turn. A sentinel takes
+their place while the template renders; the text before and after it is that of the prefix and of
+the query. Chunk text never passes through a template, so no template can trim or rewrite it.
 """
 
 from __future__ import annotations
@@ -18,16 +17,13 @@ from transformers import PreTrainedTokenizerBase
 SENTINEL = "BlocktuneChunksStandHere"
 REPLY = "BlocktuneReplyStandsHere"
 PLAIN_REPLY_CUE = "\nAnswer:"
-"""Asks for the answer where there is no chat template to open the assistant's turn."""
-
-
+"""Asks for the answer where no chat template opens the assistant's turn."""
 DATE = "26 Jul 2024"
-"""Today, to a template that asks: the default of Llama 3.1. A prefix is cached for longer."""
-
+"""What a template is told is today (the default of Llama 3.1): a cached prefix outlives a day."""
 _DATE = datetime.strptime(DATE, "%d %b %Y")
 _CODES = "".join(f"|replace('%{code}', '{_DATE:%{code}}')" for code in "YmdBbyAaHMSj")
 _TELL_DATE = f"{{%- macro strftime_now(format) -%}}{{{{ format{_CODES} }}}}{{%- endmacro -%}}"
-"""Granite's templates and Mistral's ask a function, which only the template itself can replace."""
+"""Replaces the function that Granite's and Mistral's templates ask for the date."""
 
 
 class Frame(NamedTuple):
@@ -42,8 +38,8 @@ def render_frame(
 ) -> Frame:
     """Renders one user turn ``head + chunks + tail`` and opens the assistant's turn.
 
-    A template that refuses or drops the system turn (Gemma) gets its text at the start of the
-    user turn. Without a chat template the frame is plain text.
+    If the template refuses or drops the system turn (Gemma), its text opens the user turn. Without
+    a chat template the frame is plain text.
 
     Args:
         tokenizer: Its chat template is used.
@@ -70,12 +66,12 @@ def render_frame(
 
 
 def reply_end(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What the template writes after the assistant's text; empty where it cannot be told."""
+    """What the template writes after the assistant's text; empty if that cannot be determined."""
     if tokenizer.chat_template is None:
         return ""
     for messages in _conversations(None, "Hello."):
-        for reply in ({"content": REPLY}, {"content": [{"type": "text", "text": REPLY}]}):
-            text = _render(tokenizer, [*messages, {"role": "assistant", **reply}])
+        for content in (REPLY, _listed(REPLY)):
+            text = _render(tokenizer, [*messages, {"role": "assistant", "content": content}])
             if text is not None and text.count(REPLY) == 1:
                 return text.split(REPLY)[1]
     return ""
@@ -90,9 +86,7 @@ def render_next(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
     if tokenizer.chat_template is None:
         return f"\n\n{question}{PLAIN_REPLY_CUE}"
     for first in _conversations(None, "Hello."):
-        listed = isinstance(first[0]["content"], list)
-        said = [[{"type": "text", "text": t}] if listed else t for t in (REPLY, question)]
-        more = [{"role": "assistant", "content": said[0]}, {"role": "user", "content": said[1]}]
+        more = _like(first, [("assistant", REPLY), ("user", question)])
         text = _render(tokenizer, [*first, *more], add_generation_prompt=True)
         if text is not None and text.count(REPLY) == 1 and question.strip() in text:
             return text.split(REPLY)[1]
@@ -113,17 +107,13 @@ def render_conversation(
         turns: (role, text), the user's first and last.
 
     Raises:
-        ValueError: If there is no template, or it leaves out what the user said.
+        ValueError: If there is no template, or it leaves out some text.
     """
-    asked = [text.strip() for role, text in turns if role == "user"]
+    wanted = [text.strip() for role, text in turns if role == "user"] + [(system or "").strip()]
     for first in _conversations(system, turns[0][1]) if tokenizer.chat_template else ():
-        listed = isinstance(first[-1]["content"], list)
-        more = [
-            {"role": role, "content": [{"type": "text", "text": text}] if listed else text}
-            for role, text in turns[1:]
-        ]
-        text = _render(tokenizer, [*first, *more], add_generation_prompt=True)
-        if text is not None and all(part in text for part in [*asked, (system or "").strip()]):
+        messages = [*first, *_like(first, turns[1:])]
+        text = _render(tokenizer, messages, add_generation_prompt=True)
+        if text is not None and all(part in text for part in wanted):
             return text
     raise ValueError(
         f"'{tokenizer.name_or_path}' has no chat template that renders this conversation; leave "
@@ -132,12 +122,22 @@ def render_conversation(
 
 
 def _conversations(system: str | None, content: str):
-    """The ways to say it, in order of preference; image templates want lists of parts."""
+    """Ways to write the first turn, in order of preference; image templates want lists of parts."""
     folded = [{"role": "user", "content": f"{system}\n\n{content}" if system else content}]
-    spoken = [{"role": "system", "content": system}, {"role": "user", "content": content}]
-    for messages in [spoken, folded] if system else [folded]:
+    apart = [{"role": "system", "content": system}, {"role": "user", "content": content}]
+    for messages in [apart, folded] if system else [folded]:
         yield messages
-        yield [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+        yield [{**m, "content": _listed(m["content"])} for m in messages]
+
+
+def _like(first: list[dict[str, Any]], turns: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
+    """Further turns, written as the ``first`` messages are."""
+    as_list = isinstance(first[-1]["content"], list)
+    return [{"role": role, "content": _listed(t) if as_list else t} for role, t in turns]
+
+
+def _listed(text: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text}]
 
 
 def _render(tokenizer, messages: list[dict[str, Any]], **kwargs) -> str | None:
@@ -158,14 +158,13 @@ def _render(tokenizer, messages: list[dict[str, Any]], **kwargs) -> str | None:
 
 
 def _end_thinking(text: str) -> str:
-    """Closes the thoughts that some templates open for the model, with none in between."""
-    if not text.rstrip("\n").endswith("<think>"):
-        return text
-    return text.rstrip("\n") + "\n\n</think>\n\n"
+    """Closes an empty block of thoughts that some templates open for the model."""
+    opened = text.rstrip("\n")
+    return opened + "\n\n</think>\n\n" if opened.endswith("<think>") else text
 
 
 def _switches(template: str) -> dict[str, Any]:
-    """No thinking before a short answer, and no date of today in a prefix that is cached."""
+    """No thinking before a short answer, and a fixed date in a prefix that is cached."""
     switches: dict[str, Any] = {}
     if "enable_thinking" in template:
         switches["enable_thinking"] = False

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from torch import Tensor, nn
-from transformers import AutoTokenizer, Trainer
+from transformers import (
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.trainer import TRAINING_ARGS_NAME, rotate_checkpoints
 
 from blocktune.adapter import INFO_FILE, OWN_WEIGHTS, AdapterInfo
+from blocktune.attention import is_attached
+from blocktune.files import move_entries, move_folder
 from blocktune.links import (
     LINKS_FILE,
     LINKS_MODULE,
@@ -24,10 +33,55 @@ from blocktune.links import (
     save_links,
 )
 from blocktune.models.identity import base_fingerprint, tokenizer_hash
+from blocktune.models.quantize import quantization_of
 from blocktune.models.sharded import fill
+from blocktune.prompt import LayoutSpec, PromptFormat
+from blocktune.provenance import provenance
+from blocktune.training.collator import BlockDataCollator
 
 STAGING = ".saving"
 CONFIG_FILE = "resolved_config.yaml"
+
+
+def settings(args: TrainingArguments) -> dict[str, Any]:
+    """Every setting of a trainer, without secrets."""
+    return {k: v for k, v in args.to_sanitized_dict().items() if not k.endswith("token")}
+
+
+def adapter_info(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    layout: LayoutSpec,
+    fmt: PromptFormat,
+    training: Mapping[str, Any],
+    link_mode: str = "table",
+    link_seed: int = 0,
+) -> AdapterInfo:
+    """What serving must know of a model that is about to be trained.
+
+    Args:
+        model: The base, or a PEFT model around it; without added tokens.
+        tokenizer: The base's; without added tokens.
+        layout: How prompts are laid out in training.
+        fmt: How they are worded.
+        training: Provenance.
+        link_mode: See `AdapterInfo`.
+        link_seed: See `AdapterInfo`.
+    """
+    config = model.config.get_text_config()
+    return AdapterInfo(
+        base_model=model.config._name_or_path or model.config.model_type,
+        base_revision=getattr(model.config, "_commit_hash", None),
+        quantization=quantization_of(model),
+        rope=dict(config.rope_parameters or {}),
+        base_fingerprint=base_fingerprint(model),
+        tokenizer_hash=tokenizer_hash(tokenizer),
+        layout=layout,
+        format=fmt,
+        link_mode=link_mode,
+        link_seed=link_seed,
+        training=dict(training),
+    )
 
 
 @dataclass(frozen=True)
@@ -41,13 +95,13 @@ class AdapterFiles:
     """
 
     info: AdapterInfo
-    config: dict[str, Any]
+    config: Mapping[str, Any] = field(default_factory=dict)
     links_only: bool = False
 
-    def launched(self, world_size: int, launch: str) -> AdapterFiles:
-        """With the processes of the run in the provenance, as they are, not as they were asked."""
-        training = {**self.info.training, "world_size": world_size, "launch": launch}
-        return replace(self, info=replace(self.info, training=training))
+    def described(self, config: Mapping[str, Any] | None = None, **training: Any) -> AdapterFiles:
+        """With more settings, and more of the run's provenance."""
+        info = replace(self.info, training=self.info.training | training)
+        return replace(self, info=info, config={**(config or {}), **self.config})
 
     def write_weights(self, model: nn.Module, folder: Path, state: dict[str, Tensor] | None):
         """Writes the trained weights: the PEFT adapter or the full model, and the links.
@@ -57,7 +111,6 @@ class AdapterFiles:
             folder: Where to.
             state: Weights by name, where a launch has split those in ``model`` over processes.
         """
-        table = installed_links(model)
         if hasattr(model, "peft_config"):
             # Left to itself PEFT writes whole embeddings after a resize, not the trained rows.
             model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
@@ -65,6 +118,13 @@ class AdapterFiles:
             state = model.state_dict() if state is None else state
             kept = {name: w for name, w in state.items() if not name.startswith(LINKS_MODULE)}
             model.save_pretrained(folder, state_dict=kept)
+        self.write_links(model, folder, state)
+
+    def write_links(
+        self, model: nn.Module, folder: Path, state: dict[str, Tensor] | None = None
+    ) -> None:
+        """Writes the link table, if the model has one."""
+        table = installed_links(model)
         if table is not None:
             save_links(table if state is None else _whole_table(state), folder)
 
@@ -75,7 +135,7 @@ class AdapterFiles:
 
         A fully trained model is its own base: its folder serves as model and as adapter.
         """
-        (folder / CONFIG_FILE).write_text(yaml.safe_dump(self.config, sort_keys=False))
+        (folder / CONFIG_FILE).write_text(yaml.safe_dump(dict(self.config), sort_keys=False))
         info = self.info
         if not self.links_only and not hasattr(model, "peft_config"):
             origin = {**info.training, "started_from": info.base_model}
@@ -110,28 +170,48 @@ def _whole_table(state: dict[str, Tensor]) -> LinkTable:
     return table
 
 
-def move_into_place(source: Path, target: Path) -> None:
-    """Renames a whole folder to its final name, replacing one of that name."""
-    if target.exists():
-        shutil.rmtree(target)
-    os.replace(source, target)
-
-
-def move_files(source: Path, target: Path, last: str) -> None:
-    """Moves a folder's entries one by one, the file ``last`` at the end."""
-    target.mkdir(parents=True, exist_ok=True)
-    for path in sorted(source.iterdir(), key=lambda path: path.name == last):
-        if path.is_dir():
-            move_into_place(path, target / path.name)
-        else:
-            os.replace(path, target / path.name)
-    source.rmdir()
-
-
 def is_links_only(folder: str | Path) -> bool:
     """Whether a checkpoint holds links and no other weights."""
     names = {path.name for path in Path(folder).glob("*.safetensors")}
     return names == {LINKS_FILE}
+
+
+class SaveLayoutCallback(TrainerCallback):
+    """Writes what serving needs beside the adapter of any trainer.
+
+    Whenever the trainer saves the model, in a checkpoint or at the end, the tokenizer,
+    ``links.safetensors`` and ``blocktune.json`` go into the same folder, so that
+    ``Engine.from_pretrained(folder)`` serves it.
+
+    Args:
+        collator: The trainer's; says how prompts are laid out and worded.
+    """
+
+    def __init__(self, collator: BlockDataCollator):
+        self.collator = collator
+
+    def on_init_end(self, args, state, control, model=None, **kwargs):
+        """Makes `save_pretrained` of the trainer's model write the files too."""
+        collator = self.collator
+        info = adapter_info(
+            model, collator.tokenizer, collator.layout, collator.format, provenance(args.seed)
+        )
+        files = AdapterFiles(info, {"training": settings(args)})
+        save = model.save_pretrained
+
+        def save_pretrained(folder, *rest, **options):
+            save(folder, *rest, **options)
+            if options.get("is_main_process", True):
+                collator.tokenizer.save_pretrained(folder)
+                files.write_links(model, Path(folder), options.get("state_dict"))
+                files.write_info(model, Path(folder), options.get("state_dict"))
+
+        model.save_pretrained = save_pretrained
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        """Refuses a model that would ignore the layout."""
+        if not is_attached(model):
+            raise ValueError("the model ignores layouts; call blocktune.attach(model) first")
 
 
 class StagedSaving(Trainer):
@@ -168,7 +248,7 @@ class StagedSaving(Trainer):
         if self.args.should_save:
             run_dir = Path(self._get_output_dir(trial))
             name = f"checkpoint-{self.state.global_step}"
-            move_into_place(run_dir / STAGING / name, run_dir / name)
+            move_folder(run_dir / STAGING / name, run_dir / name)
             rotate_checkpoints(
                 output_dir=str(run_dir),
                 save_total_limit=self.args.save_total_limit,
@@ -186,7 +266,7 @@ class StagedSaving(Trainer):
         super().save_model(str(target / STAGING / "adapter"), _internal_call=True)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            move_files(target / STAGING / "adapter", target, last=INFO_FILE)
+            move_entries(target / STAGING / "adapter", target, last=INFO_FILE)
             (target / STAGING).rmdir()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:

@@ -1,19 +1,22 @@
-"""From rows of the dataset to the tensors of one step, varied from epoch to epoch."""
+"""From rows of a dataset to the tensors of one step, varied from epoch to epoch."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from random import Random
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
+from blocktune.data.example import RagExample
 from blocktune.layout import FOREVER, GLOBAL, NO_CHUNK, Kind, Layout
-from blocktune.prompt import Batch, LayoutSpec, Pieces, Prompt, lay_out, pack, stack
-from blocktune.training.dataset import to_pieces
+from blocktune.prompt import LayoutSpec, Pieces, Prompt, PromptFormat, lay_out, pack, stack
+from blocktune.training.dataset import PartReader, to_pieces, to_sample
 from blocktune.training.recompute import RecomputeSampler, with_fresh_rows
 
 
@@ -69,43 +72,59 @@ class Augmentation:
 
 
 FULL_ATTENTION = LayoutSpec(block=False)
-NOT_ASKED = -1.0
+NO_SHARE = -1.0
 """Share of a packed prompt whose fresh rows are not chosen in a layer."""
+MAX_CACHED = 20_000
+"""Rows whose tokens a collator keeps; later ones are tokenised in every epoch."""
 
 
-class Laid(NamedTuple):
-    """One example laid out: for the student, for its teacher, and its share of fresh tokens."""
+class LaidOut(NamedTuple):
+    """One example's rows, those its teacher reads, and its share of fresh tokens."""
 
     prompt: Prompt
-    taught: Prompt | None
+    teacher: Prompt | None
     share: float
 
 
 @dataclass
-class BlockCollator:
-    """Lays pieces out, packs what belongs to one row, and pads rows to the longest of the batch.
+class BlockDataCollator:
+    """Lays examples out, packs what belongs to one row, and pads to the longest of the batch.
+
+    Works in any trainer that keeps the columns (``remove_unused_columns=False``) and whose model
+    is attached (`blocktune.attach`). `BlockSFTTrainer` fills in what only it knows.
 
     Attributes:
-        spec: Layout of block examples; the others are plain prompts in full attention.
-        pad_id: Token id of pad rows.
+        tokenizer: The model's.
+        layout: How examples become rows.
+        format: How they are worded.
         link_base: Id of the first learned token, or None without any.
+        max_length: Tokens of the longest example; longer ones are refused. None: no limit.
         augmentation: How the layout of block examples varies.
         sampler: Which tokens of block examples are fresh, or None.
-        check_layer: Layer at which the sampler is asked again, or None.
+        check_layer: Layer at which the sampler chooses, or None.
         has_teacher: Whether to lay out what a teacher reads: in full attention, no tag of a mode.
         seed: Of all draws.
-        epoch: Likewise; the trainer sets it.
+        epoch: Likewise; `BlockSFTTrainer` sets it.
     """
 
-    spec: LayoutSpec
-    pad_id: int
+    tokenizer: PreTrainedTokenizerBase
+    layout: LayoutSpec = field(default_factory=LayoutSpec)
+    format: PromptFormat = field(default_factory=PromptFormat)
     link_base: int | None = None
+    max_length: int | None = None
     augmentation: Augmentation = field(default_factory=Augmentation)
     sampler: RecomputeSampler | None = None
     check_layer: int | None = None
     has_teacher: bool = False
     seed: int = 0
     epoch: int = 0
+    _parts: dict[bytes, dict] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @property
+    def pad_id(self) -> int:
+        """Token id of pad rows, which nothing sees."""
+        ids = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        return next(token for token in ids if token is not None)
 
     @property
     def row_growth(self) -> float:
@@ -114,46 +133,90 @@ class BlockCollator:
             return 1.0
         return 2.0 if self.check_layer is not None else 1.0 + self.sampler.high
 
-    def __call__(self, records: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """Returns ``input_ids`` and ``labels`` ``(B, S)`` and ``layout`` ``(B, S, fields)``.
+    def __call__(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Makes a batch.
 
-        With a teacher also its own three, named ``teacher_...``; with a sampler that is asked
-        again in a layer also ``shares``, ``(B, prompts)`` float64: of each packed prompt the share
-        of tokens that stays fresh there, or `NOT_ASKED`.
+        Args:
+            records: Rows as `to_sample` reads them, or prepared ones (`prepare`).
+
+        Returns:
+            ``input_ids``, ``labels`` and ``attention_mask`` (no padding; TRL counts tokens by it)
+            ``(B, S)``, and ``layout`` ``(B, S, fields)``. With a teacher also its own
+            ``teacher_input_ids``, ``teacher_labels`` and ``teacher_layout``. With a sampler that
+            chooses at a layer also ``shares``, ``(B, prompts)`` float64: of each packed prompt the
+            share of tokens that stays fresh there, or `NO_SHARE`.
+
+        Raises:
+            ValueError: If a row cannot be read, or is longer than ``max_length``.
         """
-        rows = [[self._lay_out(part) for part in record["parts"]] for record in records]
+        rows = [[self._lay_out(part) for part in self._parts_of(record)] for record in records]
         batch = self._tensors([laid.prompt for laid in row] for row in rows)
+        batch["attention_mask"] = (batch["layout"][..., 0] != Kind.PAD).long()
         if self.has_teacher:
-            taught = self._tensors([laid.taught for laid in row] for row in rows)
-            batch |= {f"teacher_{name}": value for name, value in taught.items()}
+            teacher = self._tensors([laid.teacher for laid in row] for row in rows)
+            batch |= {f"teacher_{name}": value for name, value in teacher.items()}
         if self.check_layer is not None:
             batch["shares"] = _padded([[laid.share for laid in row] for row in rows])
         return batch
 
-    def _lay_out(self, part: dict[str, Any]) -> Laid:
+    def _parts_of(self, record: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+        """The token pieces of a row: prepared, kept from an earlier epoch, or made now."""
+        if isinstance(record, RagExample):
+            record = record.to_json()
+        if "parts" in record:
+            return record["parts"]
+        if not record:
+            raise ValueError(
+                "the rows have no columns left; set remove_unused_columns: false, and keep the "
+                "trainer from preparing them (dataset_kwargs: {skip_prepare_dataset: true})"
+            )
+        text = json.dumps(record, sort_keys=True, default=repr)
+        key = hashlib.blake2b(text.encode(), digest_size=16).digest()
+        if key not in self._parts:
+            part = self._read(record, key)
+            if len(self._parts) >= MAX_CACHED:
+                return [part]
+            self._parts[key] = part
+        return [self._parts[key]]
+
+    def _read(self, record: Any, key: bytes) -> dict[str, Any]:
+        sample = to_sample(record, self.tokenizer, self.format)._replace(block=self.layout.block)
+        reader = PartReader(self.tokenizer, self.format, self.layout, self.has_teacher)
+        part = reader(int.from_bytes(key[:4]), sample)
+        if self.max_length is not None and part["length"] > self.max_length:
+            raise ValueError(
+                f"a row has {part['length']} tokens, max_length is {self.max_length}; shorten or "
+                f"drop it: '{sample.example.question:.40}'"
+            )
+        return part
+
+    def _lay_out(self, part: Mapping[str, Any]) -> LaidOut:
         draw = draw_of(self.seed, self.epoch, part["index"], part["block"])
         pieces = to_pieces(part)
-        taught = None
+        teacher = None
         if self.has_teacher:
             plain = pieces._replace(prefix=tuple(part["teacher_prefix"]))
-            taught = lay_out(plain, FULL_ATTENTION)
+            teacher = lay_out(plain, FULL_ATTENTION)
         if not part["block"]:
-            return Laid(lay_out(pieces, FULL_ATTENTION), taught, NOT_ASKED)
-        return self._lay_out_block(pieces, taught, draw)
+            return LaidOut(lay_out(pieces, FULL_ATTENTION), teacher, NO_SHARE)
+        return self._lay_out_block(pieces, teacher, draw)
 
-    def _lay_out_block(self, pieces: Pieces, taught: Prompt | None, draw: Random) -> Laid:
-        prompt = lay_out(pieces, self.spec, self.link_base)
+    def _lay_out_block(
+        self, pieces: Pieces, teacher: Prompt | None, draw: random.Random
+    ) -> LaidOut:
+        prompt = lay_out(pieces, self.layout, self.link_base)
         varied = self.augmentation.vary(prompt.layout, draw)
         prompt = Prompt(prompt.ids, varied, prompt.labels)
         if self.sampler is None:
-            return Laid(prompt, taught, NOT_ASKED)
+            return LaidOut(prompt, teacher, NO_SHARE)
         share = self.sampler.share(draw)
         chosen = self.sampler.selector(share, draw).start(prompt.layout)
         until = FOREVER if self.check_layer is None else self.check_layer
-        return Laid(with_fresh_rows(prompt, chosen, until), taught, share)
+        return LaidOut(with_fresh_rows(prompt, chosen, until), teacher, share)
 
     def _tensors(self, rows: Sequence[list[Prompt]]) -> dict[str, Tensor]:
-        batch: Batch = stack([_joined(row) for row in rows], self.pad_id)
+        joined = [row[0] if len(row) == 1 else pack(row) for row in rows]
+        batch = stack(joined, self.pad_id)
         return {
             "input_ids": batch.input_ids,
             "labels": batch.labels,
@@ -161,11 +224,7 @@ class BlockCollator:
         }
 
 
-def _joined(prompts: list[Prompt]) -> Prompt:
-    return prompts[0] if len(prompts) == 1 else pack(prompts)
-
-
 def _padded(rows: list[list[float]]) -> Tensor:
     width = max(map(len, rows))
-    padded = [row + [NOT_ASKED] * (width - len(row)) for row in rows]
+    padded = [row + [NO_SHARE] * (width - len(row)) for row in rows]
     return torch.tensor(padded, dtype=torch.float64)

@@ -1,11 +1,16 @@
-"""What a run prints while it trains: one line a log."""
+"""What `blocktune train` prints: a line for each log, and the list of every option."""
 
 from __future__ import annotations
 
 import os
+import re
 import sys
+from collections.abc import Iterable
+from dataclasses import MISSING, Field, fields
 
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 from transformers import TrainerCallback
 
 
@@ -67,3 +72,49 @@ def _line(state, logs) -> str:
     if "divergence" in logs:
         words.insert(2, f"KL {float(logs['divergence']):.4f}")
     return "  ".join(words)
+
+
+def print_options(console: Console | None = None) -> None:
+    """Prints every key with its default and what it means, a table for each group."""
+    from trl import ModelConfig
+
+    from blocktune.training import config
+
+    groups = {
+        "Data and wording": config.DataArgs,
+        "Layout": config.LayoutOptions,
+        "Objective": config.ObjectiveOptions,
+        "Batches": config.BatchOptions,
+        "The run": config.BlockSFTConfig,
+        "Model, LoRA and quantisation, by TRL": ModelConfig,
+    }
+    console = console or Console()
+    shown: set[str] = set()
+    for title, holder in groups.items():
+        own = [field for field in fields(holder) if field.name in holder.__annotations__]
+        shown.update(field.name for field in own)
+        _print(console, title, own)
+    rest = [
+        field for field in fields(config.BlockSFTConfig) if field.init and field.name not in shown
+    ]
+    _print(console, "Training, by TRL and transformers", rest)
+
+
+def _print(console: Console, title: str, group: Iterable[Field]) -> None:
+    table = Table("key", "default", "meaning", title=title, title_justify="left", box=None)
+    for field in group:
+        table.add_row(Text(field.name, "cyan"), Text(_default(field)), Text(_meaning(field)))
+    console.print(table)
+    console.print()
+
+
+def _default(field: Field) -> str:
+    made = field.default_factory is not MISSING
+    value = field.default_factory() if made else field.default
+    return repr(value) if isinstance(value, str) else str(getattr(value, "value", value))
+
+
+def _meaning(field: Field) -> str:
+    """The first sentence: those of transformers go on for paragraphs."""
+    text = " ".join(str(field.metadata.get("help", "")).split())
+    return re.split(r"(?<=\w\w\w)\.\s", text, maxsplit=1)[0].removesuffix(".")

@@ -1,11 +1,14 @@
-"""From examples to a dataset of token pieces; rows are laid out batch by batch."""
+"""From a user's rows to examples, and from examples to a dataset of token pieces.
+
+Rows of a forward pass are laid out batch by batch, by `blocktune.training.collator`.
+"""
 
 from __future__ import annotations
 
 import bisect
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,8 +17,16 @@ from datasets import Sequence as ListOf
 from transformers import PreTrainedTokenizerBase
 
 from blocktune.data.attribution import data_sets_of
-from blocktune.data.example import RagExample
-from blocktune.prompt import LayoutSpec, Pieces, PromptFormat, conversation_pieces, make_pieces
+from blocktune.data.example import RagExample, field_error, read_chunk
+from blocktune.data.sources.shapes import find_shape
+from blocktune.prompt import (
+    Chunk,
+    LayoutSpec,
+    Pieces,
+    PromptFormat,
+    conversation_pieces,
+    make_pieces,
+)
 
 IDS = ListOf(Value("int32"))
 PART = {
@@ -53,6 +64,79 @@ class Sample(NamedTuple):
     turns: bool = False
 
 
+def to_sample(row: Any, tokenizer: PreTrainedTokenizerBase, fmt: PromptFormat) -> Sample:
+    """Reads a row of a Hugging Face `Dataset`, or a dict, in block layout.
+
+    Args:
+        row: A `Sample` or `RagExample`; else ``question``, ``chunks`` and ``answers``; or
+            ``messages`` (or ``prompt`` and ``completion``) with ``documents``; or any other record
+            that `load_examples` reads. Further columns are left out.
+        tokenizer: Of the model; for records that are cut into chunks.
+        fmt: The wording, for a row whose messages bring their own system turn.
+
+    Raises:
+        ValueError: If it is none of these; names the column.
+    """
+    if isinstance(row, Sample):
+        return row
+    if isinstance(row, RagExample):
+        return Sample(row, True)
+    if row.get("documents") is not None:
+        return _with_documents(row, fmt)
+    shape = find_shape([row], "a row")
+    known = RagExample.__dataclass_fields__
+    kept = {k: v for k, v in row.items() if k in known} if shape.key == "blocktune" else row
+    return Sample(shape.parser(None, tokenizer)(kept), True)
+
+
+def _with_documents(row: Mapping[str, Any], fmt: PromptFormat) -> Sample:
+    chunks = tuple(_chunk(document) for document in row["documents"])
+    messages = row.get("messages")
+    if messages is None:
+        messages = [
+            turn
+            for name, role in (("prompt", "user"), ("completion", "assistant"))
+            for turn in _messages(row, name, role)
+        ]
+    turns = [(turn["role"], turn["content"]) for turn in messages]
+    system = None
+    if turns and turns[0][0] == "system":
+        (_, system), *turns = turns
+    roles = [role for role, _ in turns]
+    if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
+        wanted = "user and assistant in turn, the assistant's last"
+        raise field_error("messages", wanted, roles)
+    texts = [text for _, text in turns]
+    example = RagExample(
+        texts[0],
+        chunks,
+        response=texts[1],
+        followups=tuple(zip(texts[2::2], texts[3::2], strict=True)),
+        id=str(row.get("id") or ""),
+    )
+    return Sample(example, True, None if system is None else replace(fmt, system=system))
+
+
+def _messages(row: Mapping[str, Any], name: str, role: str) -> Sequence[Mapping[str, str]]:
+    value = row.get(name)
+    if value is None:
+        raise field_error(name, "text or messages beside documents", value)
+    return [{"role": role, "content": value}] if isinstance(value, str) else value
+
+
+def _chunk(document: Any) -> Chunk:
+    """A document as text, ``{"title", "text"}``, or Cohere's ``{"id", "data"}``."""
+    if isinstance(document, Mapping):
+        data = document.get("data")
+        document = data if isinstance(data, Mapping) else document
+        text = next((document[k] for k in _TEXTS if document.get(k) is not None), None)
+        document = {"title": document.get("title"), "text": text}
+    return read_chunk(document, "documents")
+
+
+_TEXTS = ("text", "contents", "content", "page_content", "snippet", "data")
+
+
 @dataclass(frozen=True)
 class Prepared:
     """A dataset of pieces and what was left out of it.
@@ -75,9 +159,12 @@ class Prepared:
 
 
 def in_modes(
-    examples: Sequence[RagExample], block_share: float = 1.0, both: bool = False, seed: int = 0
+    examples: Iterable[Sample | RagExample],
+    block_share: float = 1.0,
+    both: bool = False,
+    seed: int = 0,
 ) -> list[Sample]:
-    """Says which examples are trained in block layout.
+    """Decides which examples are trained in block layout.
 
     Args:
         examples: In any order; it is kept.
@@ -86,12 +173,13 @@ def in_modes(
         both: Every example in both modes instead (Block-Attention).
         seed: Chooses which.
     """
+    samples = [e if isinstance(e, Sample) else Sample(e, True) for e in examples]
     if both:
-        return [Sample(example, block) for example in examples for block in (True, False)]
-    order = list(range(len(examples)))
+        return [sample._replace(block=block) for sample in samples for block in (True, False)]
+    order = list(range(len(samples)))
     random.Random(seed).shuffle(order)
-    chosen = set(order[: round(block_share * len(examples))])
-    return [Sample(example, index in chosen) for index, example in enumerate(examples)]
+    chosen = set(order[: round(block_share * len(samples))])
+    return [sample._replace(block=index in chosen) for index, sample in enumerate(samples)]
 
 
 def prepare(
@@ -126,7 +214,7 @@ def prepare(
         ValueError: If an example is too long, has no answer, or none is left.
     """
     parts, num_dropped = [], 0
-    read = _Reader(tokenizer, fmt, spec, has_teacher)
+    read = PartReader(tokenizer, fmt, spec, has_teacher)
     for index, sample in enumerate(samples):
         part = read(index, sample)
         gaps = position_gap * (len(part["chunks"]) + 1) if sample.block else 0
@@ -185,8 +273,8 @@ def to_pieces(part: dict[str, Any]) -> Pieces:
 
 
 @dataclass
-class _Reader:
-    """From a sample to its part of a row."""
+class PartReader:
+    """Tokenises a sample: its part of a row of the dataset."""
 
     tokenizer: PreTrainedTokenizerBase
     fmt: PromptFormat
@@ -194,11 +282,16 @@ class _Reader:
     has_teacher: bool
 
     def __call__(self, index: int, sample: Sample) -> dict[str, Any]:
+        """The part; ``index`` names the example in errors and in draws.
+
+        Raises:
+            ValueError: If the example has no answer, or cannot be tokenised.
+        """
         block, fmt = sample.block, sample.wording or self.fmt
         target = sample.example.target
         try:
             pieces = self._pieces(sample, fmt, target)
-            taught = self._pieces(sample, fmt.untagged, target).prefix if self.has_teacher else ()
+            plain = self._pieces(sample, fmt.untagged, target).prefix if self.has_teacher else ()
         except ValueError as error:
             raise ValueError(f"{_name(index, sample)}: {error}") from None
         around = self.spec.num_links + self.spec.num_headers + self.spec.num_trailers
@@ -210,7 +303,7 @@ class _Reader:
             "followups": [
                 {"query": _ids(query), "answer": _ids(answer)} for query, answer in pieces.followups
             ],
-            "teacher_prefix": _ids(taught),
+            "teacher_prefix": _ids(plain),
             "block": block,
             "index": index,
             "length": pieces.num_tokens + (around * len(pieces.chunks) if block else 0),

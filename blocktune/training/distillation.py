@@ -1,22 +1,27 @@
-"""Distillation from full attention: the model with its adapter off, or another one, teaches."""
+"""Distillation from full attention: the teacher, what is kept of it, and what is compared.
+
+The teacher is the model with its adapter off, or another model. The student can learn its
+next-token distributions, its hidden states, or its keys and values on the question's rows.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    PretrainedConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from blocktune.attention import attach
+from blocktune.attention import Plan, attach
+from blocktune.attention.kernels import AttentionParams
+from blocktune.layout import Kind, LayerRule, Layout
 from blocktune.models.identity import tokenizer_hash
 from blocktune.models.load import load_base
+from blocktune.positions import RopeSpec, relocate_keys
+from blocktune.prompt import IGNORED
 
 STATES = ("none", "hidden", "kv")
 EPSILON = 1e-9
@@ -68,9 +73,8 @@ class Distillation:
         return self.states != "none" and self.states_weight > 0
 
 
-@dataclass(frozen=True)
-class Beliefs:
-    """What is kept of the teacher's next-token distributions.
+class TeacherProbs(NamedTuple):
+    """The teacher's next-token distributions on the answer rows.
 
     Attributes:
         tokens: Vocabulary indices, ``(T, k)``, or None where the whole vocabulary is kept.
@@ -81,16 +85,16 @@ class Beliefs:
     log_probs: Tensor
 
 
-def beliefs(logits: Tensor, temperature: float, top_k: int | None) -> Beliefs:
-    """Keeps a teacher's distributions ``(T, V)``, its ``top_k`` likeliest tokens a row if given."""
+def teacher_probs(logits: Tensor, temperature: float, top_k: int | None) -> TeacherProbs:
+    """The distributions of logits ``(T, V)``; of each row the ``top_k`` likeliest tokens if set."""
     log_probs = torch.log_softmax(logits.float() / temperature, dim=-1)
     if top_k is None or top_k >= log_probs.shape[-1]:
-        return Beliefs(None, log_probs)
+        return TeacherProbs(None, log_probs)
     top = log_probs.topk(top_k, dim=-1)
-    return Beliefs(top.indices, top.values)
+    return TeacherProbs(top.indices, top.values)
 
 
-def divergence(student: Tensor, teacher: Beliefs, temperature: float) -> Tensor:
+def divergence(student: Tensor, teacher: TeacherProbs, temperature: float) -> Tensor:
     """Forward Kullback-Leibler divergence KL(teacher || student), summed over rows, in nats.
 
     With a top-k teacher all other tokens are one event, so that the divergence is never negative
@@ -98,7 +102,7 @@ def divergence(student: Tensor, teacher: Beliefs, temperature: float) -> Tensor:
 
     Args:
         student: Logits ``(T, V)``.
-        teacher: See `beliefs`.
+        teacher: See `teacher_probs`.
         temperature: The student's; the result is scaled by its square (Hinton et al., 2015).
     """
     log_q = torch.log_softmax(student.float() / temperature, dim=-1)
@@ -222,3 +226,99 @@ def _shape(config: PretrainedConfig, states: str) -> dict[str, Any]:
         # Keys are turned to the teacher's positions by the student's frequencies.
         "RoPE": config.rope_parameters,
     }
+
+
+class Recorder:
+    """A plan that keeps the keys and values of some rows of every layer.
+
+    Attributes:
+        states: By layer, keys and values ``(rows, K, D)``.
+    """
+
+    def __init__(self, plan: Plan, rows: Tensor):
+        """Records ``rows`` ``(B, S)`` bool of what ``plan`` attends over."""
+        self.plan, self.rows = plan, rows
+        self.states: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, rule: LayerRule, params: AttentionParams
+    ) -> Tensor:
+        """See `Plan.attend`."""
+        pair = (key.transpose(1, 2)[self.rows], value.transpose(1, 2)[self.rows])
+        # Activation checkpointing attends a second time, and must find the same operations.
+        self.states.setdefault(rule.layer, pair)
+        return self.plan.attend(query, key, value, rule, params)
+
+
+def question_rows(layout: Layout) -> Tensor:
+    """Rows whose states are matched: the question's, ``(B, S)`` bool."""
+    return layout.kind == Kind.QUERY
+
+
+def row_weights(layout: Layout, labels: Tensor, rows: Tensor) -> Tensor:
+    """Weight of each row so that a prompt counts by its answer tokens, ``(rows,)`` float32.
+
+    The sum of the weights is the number of answer tokens, which losses are divided by: cutting a
+    batch in another way changes nothing.
+    """
+    entry = torch.arange(len(labels), device=labels.device)[:, None]
+    prompt = entry * (layout.sample.max() + 1) + layout.sample
+    count = int(prompt.max()) + 1
+    answers = torch.bincount(prompt[labels != IGNORED], minlength=count)
+    asked = torch.bincount(prompt[rows], minlength=count)
+    return (answers / asked.clamp(min=1))[prompt[rows]].float()
+
+
+def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
+    """Squared distance over the teacher's squared norm: ``(rows, ...)`` to ``(rows,)`` float32."""
+    student, teacher = student.float().flatten(1), teacher.float().flatten(1)
+    norm = teacher.square().sum(-1)
+    return (student - teacher).square().sum(-1) / norm.clamp(min=EPSILON)
+
+
+def relocated(keys: Tensor, shift: Tensor, rope: RopeSpec, layer: int) -> Tensor:
+    """Keys ``(rows, K, D)`` moved by ``shift`` ``(rows,)`` positions, differentiably."""
+    moved = relocate_keys(keys.transpose(0, 1)[None], shift[None], rope.inv_freq[layer])
+    return moved[0].transpose(0, 1)
+
+
+def kv_errors(student: Recorder, teacher: Recorder, shift: Tensor, rope: RopeSpec) -> Tensor:
+    """How far the student's keys and values are from the teacher's, mean over layers, ``(rows,)``.
+
+    Args:
+        student: Recorded under the student's layout.
+        teacher: Recorded under the teacher's, the same rows in the same order.
+        shift: Positions from the student's place of each row to the teacher's, ``(rows,)``;
+            keys are moved by it first, so that a place alone is no error.
+        rope: The model's frequencies.
+
+    Raises:
+        ValueError: If no gradient can reach the student's states.
+    """
+    if torch.is_grad_enabled() and not any(k.requires_grad for k, _ in student.states.values()):
+        raise ValueError(
+            "distill_states 'kv' gets no gradient under re-entrant activation checkpointing; set "
+            "gradient_checkpointing_kwargs: {use_reentrant: false}, or distill_states: hidden"
+        )
+    errors = []
+    for layer, (keys, values) in student.states.items():
+        other_keys, other_values = teacher.states[layer]
+        errors.append(relative_error(relocated(keys, shift, rope, layer), other_keys))
+        errors.append(relative_error(values, other_values))
+    return torch.stack(errors).mean(0)
+
+
+def hidden_errors(
+    student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], own: Tensor, other: Tensor
+) -> Tensor:
+    """How far hidden states are apart, mean over layers, ``(rows,)``.
+
+    Args:
+        student: ``output_hidden_states`` of the student, each ``(B, S, hidden)``; the first is the
+            embeddings' and left out.
+        teacher: The teacher's.
+        own: Rows of the student's layout, ``(B, S)`` bool.
+        other: The same rows in the teacher's layout.
+    """
+    pairs = zip(student[1:], teacher[1:], strict=True)
+    return torch.stack([relative_error(a[own], b[other]) for a, b in pairs]).mean(0)

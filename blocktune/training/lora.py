@@ -1,17 +1,72 @@
-"""LoRA without passes over its outputs, and the precision that trained weights keep."""
+"""A base made ready to train: PEFT, learned tokens, what is frozen, and a faster LoRA layer."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig, get_peft_model, prepare_model_for_kbit_training
 from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from blocktune.links import add_link_tokens, install_links, new_links
 from blocktune.models.quantize import quantization_of
+from blocktune.training.config import BlockSFTConfig
+
+
+def make_trainable(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    args: BlockSFTConfig,
+    peft_config: PeftConfig | None,
+) -> PreTrainedModel:
+    """Gives a base its learned tokens and its adapter, and freezes the rest.
+
+    Args:
+        model: The bare base, or a PEFT model that is trained as it is.
+        tokenizer: The base's; gets the learned tokens under ``link_mode: added_tokens``.
+        args: Layout, links, seed, what is frozen.
+        peft_config: Of the adapter to add, or None.
+
+    Raises:
+        ValueError: If nothing would be trained, or the settings exclude each other.
+    """
+    learned, added = args.layout.num_learned, range(0)
+    is_wrapped = hasattr(model, "peft_config")
+    if is_wrapped and (peft_config is not None or args.freeze_base):
+        raise ValueError("the model has an adapter already; leave out peft_config and freeze_base")
+    if args.freeze_base and peft_config is not None:
+        raise ValueError("freeze_base trains the link table alone; drop it or use_peft")
+    if learned and args.link_mode == "added_tokens":
+        if is_wrapped:
+            raise ValueError("link_mode 'added_tokens' needs the bare model; pass peft_config too")
+        added = add_link_tokens(model, tokenizer, learned, args.seed)
+    has_table = learned and args.link_mode == "table"
+    table = new_links(model, learned, args.seed) if has_table else None
+    if args.freeze_base:
+        model.requires_grad_(False)
+    elif peft_config is not None:
+        model = _wrap(model, args, copy.deepcopy(peft_config), added)
+    if table is not None:
+        install_links(model, table)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("nothing to train; set use_peft: true, or links with freeze_base")
+    return model
+
+
+def _wrap(model, args: BlockSFTConfig, peft_config: PeftConfig, added: range) -> PreTrainedModel:
+    if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    if added:
+        name = next(n for n, m in model.named_modules() if m is model.get_input_embeddings())
+        peft_config.trainable_token_indices = {name.split(".")[-1]: list(added)}
+    add_in_product(peft_config, model)
+    set_seed(args.seed)  # LoRA's random half; the Trainer seeds after this
+    return get_peft_model(model, peft_config)
 
 
 class AddedLora(Linear):
@@ -60,7 +115,7 @@ def _is_whole(linear: nn.Linear) -> bool:
 
 
 def add_in_product(config: Any, model: nn.Module) -> None:
-    """Lets PEFT make `AddedLora` of linear layers; those of a quantised base keep PEFT's classes.
+    """Makes PEFT use `AddedLora` for linear layers; a quantised base keeps PEFT's own classes.
 
     Args:
         config: Of the adapter; only LoRA's is touched.

@@ -15,13 +15,16 @@ from blocktune.attention import Plan, make_plan
 from blocktune.layout import Layout
 from blocktune.positions import RopeSpec
 from blocktune.prompt import IGNORED, Batch
-from blocktune.training.distillation import Beliefs, Distillation, beliefs, divergence
-from blocktune.training.hidden_states import (
+from blocktune.training.distillation import (
+    Distillation,
     Recorder,
+    TeacherProbs,
+    divergence,
     hidden_errors,
     kv_errors,
     question_rows,
     row_weights,
+    teacher_probs,
 )
 
 
@@ -40,7 +43,7 @@ class AnswerLoss(NamedTuple):
 
 
 class AnswerRows(NamedTuple):
-    """What a model says where answer tokens are to follow, prompt by prompt in their order.
+    """A model's outputs on the rows before answer tokens, prompt by prompt in their order.
 
     Attributes:
         logits: ``(T, V)``, T answer tokens.
@@ -132,10 +135,10 @@ class StepLoss(NamedTuple):
     states: Tensor
 
 
-class Lesson(NamedTuple):
+class TeacherOutputs(NamedTuple):
     """What is kept of a teacher's forward pass."""
 
-    beliefs: Beliefs
+    probs: TeacherProbs
     recorder: Recorder | None
     hidden: tuple[Tensor, ...] | None
 
@@ -170,28 +173,31 @@ class Objective:
             answers = answer_rows(model, student, plan).cross_entropy()
             none = torch.zeros_like(answers.total)
             return StepLoss(answers.total, answers, none, none)
-        taught = batch_of(inputs, "teacher_")
+        teacher_batch = batch_of(inputs, "teacher_")
         # The teacher goes first: activation checkpointing runs the student's layers again later.
         with self.teacher(bare) as teacher:
-            lesson = self._lesson(teacher, taught)
-        return self._learn(model, student, taught, lesson)
+            outputs = self._ask_teacher(teacher, teacher_batch)
+        return self._compare(model, student, teacher_batch, outputs)
 
-    def _lesson(self, teacher: nn.Module, batch: Batch) -> Lesson:
+    def _ask_teacher(self, teacher: nn.Module, batch: Batch) -> TeacherOutputs:
         how = self.distillation
         plan, recorder = self._plan(batch)
-        said = answer_rows(teacher, batch, plan, how.states == "hidden")
-        return Lesson(beliefs(said.logits, how.temperature, how.top_k), recorder, said.hidden)
+        output = answer_rows(teacher, batch, plan, how.states == "hidden")
+        probs = teacher_probs(output.logits, how.temperature, how.top_k)
+        return TeacherOutputs(probs, recorder, output.hidden)
 
-    def _learn(self, model: nn.Module, batch: Batch, taught: Batch, lesson: Lesson) -> StepLoss:
+    def _compare(
+        self, model: nn.Module, batch: Batch, teacher_batch: Batch, teacher: TeacherOutputs
+    ) -> StepLoss:
         how = self.distillation
         plan, recorder = self._plan(batch)
-        said = answer_rows(model, batch, plan, how.states == "hidden")
-        answers = said.cross_entropy()
-        apart = divergence(said.logits, lesson.beliefs, how.temperature)
+        output = answer_rows(model, batch, plan, how.states == "hidden")
+        answers = output.cross_entropy()
+        apart = divergence(output.logits, teacher.probs, how.temperature)
         total = (1 - how.weight) * answers.total + how.weight * apart
         states = torch.zeros_like(total)
         if how.matches_states:
-            states = self._states(batch, taught, recorder, said.hidden, lesson)
+            states = self._states(batch, teacher_batch, recorder, output.hidden, teacher)
             total = total + how.states_weight * states
         return StepLoss(total, answers, apart.detach(), states.detach())
 
@@ -203,13 +209,15 @@ class Objective:
         recorder = Recorder(plan, question_rows(batch.layout))
         return recorder, recorder
 
-    def _states(self, batch: Batch, taught: Batch, recorder, hidden, lesson: Lesson) -> Tensor:
-        own, other = question_rows(batch.layout), question_rows(taught.layout)
+    def _states(
+        self, batch: Batch, teacher_batch: Batch, recorder, hidden, teacher: TeacherOutputs
+    ) -> Tensor:
+        own, other = question_rows(batch.layout), question_rows(teacher_batch.layout)
         if recorder is None:
-            errors = hidden_errors(hidden, lesson.hidden, own, other)
+            errors = hidden_errors(hidden, teacher.hidden, own, other)
         else:
-            shift = taught.layout.position[other] - batch.layout.position[own]
-            errors = kv_errors(recorder, lesson.recorder, shift, self.rope)
+            shift = teacher_batch.layout.position[other] - batch.layout.position[own]
+            errors = kv_errors(recorder, teacher.recorder, shift, self.rope)
         return (errors * row_weights(batch.layout, batch.labels, own)).sum()
 
 
@@ -217,3 +225,37 @@ def batch_of(inputs: dict[str, Tensor], prefix: str = "") -> Batch:
     """The student's rows of a collated batch, or the teacher's (``prefix="teacher_"``)."""
     layout = Layout.unpack(inputs[f"{prefix}layout"])
     return Batch(inputs[f"{prefix}input_ids"], layout, inputs[f"{prefix}labels"])
+
+
+class Sums(NamedTuple):
+    """Sums over batches and ranks since the last log.
+
+    Attributes:
+        tokens: Answer tokens.
+        correct: Answer tokens that were the likeliest.
+        rows: Rows that are not padding.
+        total: What is minimised, in nats.
+        cross_entropy: In nats.
+        divergence: In nats, 0 without a teacher.
+        states: Weighted errors, 0 where states are not matched.
+    """
+
+    tokens: float = 0.0
+    correct: float = 0.0
+    rows: float = 0.0
+    total: float = 0.0
+    cross_entropy: float = 0.0
+    divergence: float = 0.0
+    states: float = 0.0
+
+    def plus(self, other: Sums) -> Sums:
+        """Both together."""
+        return Sums(*(own + more for own, more in zip(self, other, strict=True)))
+
+    def means(self, has_teacher: bool) -> dict[str, float]:
+        """Per answer token; the parts of the loss only where there are several."""
+        if not self.tokens:
+            return {}
+        names = ("cross_entropy", "divergence", "states") if has_teacher else ()
+        means = {name: getattr(self, name) / self.tokens for name in names}
+        return {"mean_token_accuracy": self.correct / self.tokens} | means

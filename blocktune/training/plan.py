@@ -1,25 +1,185 @@
-"""What a run is going to do, before it does it."""
+"""What a run costs: operations, memory and time, estimated before it starts and measured then."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 from transformers.trainer_utils import IntervalStrategy
 
 from blocktune.attention.masks import KEPT_CELLS
 from blocktune.models.quantize import quantization_of
-from blocktune.models.sharded import num_elements
+from blocktune.models.sharded import num_elements, whole_shape
 from blocktune.prompt import LayoutSpec
 from blocktune.training.console import SteadyConsole, amount, duration
-from blocktune.training.cost import EFFICIENCY, peak_bytes
 
 if TYPE_CHECKING:
-    from blocktune.training.dataset import Prepared
     from blocktune.training.trainer import BlockSFTTrainer
+
+ADAM_BYTES = 8
+"""Two float32 moments a trainable parameter."""
+HIDDEN_COPIES = 12
+"""States of the model's width that a layer keeps per row for backward: norms, q, k, v, output,
+residuals and their upcasts. Estimated; a kernel may keep fewer."""
+FFN_COPIES = 4
+"""The same of the feed-forward width: gate, up, activation, product."""
+LOGIT_BYTES = 12
+"""Logits, their log-softmax and its gradient in float32, per answer row and vocabulary entry."""
+EFFICIENCY = 0.4
+"""Share of the measured matmul rate that a training step is expected to reach."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model's sizes that matter to cost.
+
+    Attributes:
+        matmul: Weights that every row is multiplied with; active experts only, no output head.
+        trained: Those of them that get gradients.
+        layers: Decoder layers.
+        hidden: Width.
+        ffn: Width inside the feed-forward part.
+        vocab: Vocabulary entries.
+        weight_bytes: All parameters as they are stored.
+        trainable: Parameters that get gradients.
+        gradient_bytes: Their gradients.
+        state_bytes: Of one number in an activation.
+    """
+
+    matmul: int
+    trained: int
+    layers: int
+    hidden: int
+    ffn: int
+    vocab: int
+    weight_bytes: int
+    trainable: int
+    gradient_bytes: int
+    state_bytes: int
+
+
+def size_of(model: nn.Module, state_bytes: int) -> Size:
+    """Reads the sizes off a model that is ready to train."""
+    config = model.config.get_text_config()
+    head = model.get_output_embeddings()
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
+    # Shapes, not storage: the codes of a 4-bit weight are half a byte each.
+    matmul = sum(m.in_features * m.out_features for m in linear)
+    trained = sum(m.in_features * m.out_features for m in linear if m.weight.requires_grad)
+    shapes = [whole_shape(p) for p in model.parameters()]
+    active = getattr(config, "num_experts_per_tok", None) or 1
+    matmul += sum(math.prod(shape[1:]) * active for shape in shapes if len(shape) == 3)
+    learnt = [p for p in model.parameters() if p.requires_grad]
+    return Size(
+        matmul=matmul,
+        trained=trained,
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        ffn=getattr(config, "moe_intermediate_size", None) or config.intermediate_size,
+        vocab=config.vocab_size,
+        weight_bytes=sum(num_elements(p) * p.element_size() for p in model.parameters()),
+        trainable=sum(num_elements(p) for p in learnt),
+        gradient_bytes=sum(num_elements(p) * p.element_size() for p in learnt),
+        state_bytes=state_bytes,
+    )
+
+
+def row_flops(size: Size, has_teacher: bool) -> float:
+    """Operations per row of a step: forward, backward to the states, gradients of what is trained.
+
+    Products with weights only: attention's own, the output head on answer rows and activation
+    checkpointing are left out, so a utilisation from it is a lower bound.
+    """
+    return 4.0 * size.matmul + 2.0 * size.trained + (2.0 * size.matmul if has_teacher else 0.0)
+
+
+def peak_bytes(
+    size: Size, rows: float, answer_rows: int, checkpointing: bool, mask_cells: float = 0.0
+) -> float:
+    """Expected peak of one process without sharding: weights, gradients, Adam, states, masks.
+
+    Args:
+        size: Of the model.
+        rows: Rows of the largest batch, padding included.
+        answer_rows: Rows of it that get logits.
+        checkpointing: Whether only each layer's input is kept, and one layer in full.
+        mask_cells: Elements of attention masks that are kept.
+    """
+    fixed = size.weight_bytes + size.gradient_bytes + ADAM_BYTES * size.trainable
+    layer = HIDDEN_COPIES * size.hidden + FFN_COPIES * size.ffn
+    kept = size.layers * size.hidden + layer if checkpointing else size.layers * layer
+    states = (rows * kept + mask_cells) * size.state_bytes
+    return fixed + states + answer_rows * size.vocab * LOGIT_BYTES
+
+
+@torch.no_grad()
+def matmul_rate(device: torch.device | str, dtype: torch.dtype, seconds: float = 0.05) -> float:
+    """Operations per second of plain matrix products here, the best of some.
+
+    What a training step is compared with: no table of data sheets names every machine.
+    """
+    device = torch.device(device)
+    side = 4096 if device.type == "cuda" else 384
+    left = torch.ones(side, side, device=device, dtype=dtype)
+    best, started = 0.0, time.perf_counter()
+    while time.perf_counter() - started < seconds or not best:
+        _wait(device)
+        begin = time.perf_counter()
+        left @ left
+        _wait(device)
+        best = max(best, 2.0 * side**3 / max(time.perf_counter() - begin, 1e-9))
+    return best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@dataclass
+class Speedometer:
+    """Turns counts of tokens into rates, from one log to the next.
+
+    Attributes:
+        flops_per_token: Operations of one row, see `blocktune.training.plan.row_flops`.
+        rate: Operations per second of matrix products on all processes together.
+    """
+
+    flops_per_token: float
+    rate: float
+    _time: float = field(default=0.0, init=False)
+    _tokens: float = field(default=0.0, init=False)
+    _step: int = field(default=0, init=False)
+
+    def start(self, tokens: float, step: int) -> None:
+        """Starts the clock, also after a resume."""
+        self._time, self._tokens, self._step = time.perf_counter(), tokens, step
+
+    def read(self, tokens: float, step: int, last_step: int) -> dict[str, float]:
+        """Rates since the last reading.
+
+        Args:
+            tokens: Rows trained on so far that are no padding, over all processes.
+            step: Optimizer steps so far.
+            last_step: Of the run.
+
+        Returns:
+            ``tokens_per_second``, ``mfu`` (share of the machine's matmul rate that went into
+            products with weights) and ``eta_s`` (seconds that are left at this speed).
+        """
+        now = time.perf_counter()
+        elapsed = max(now - self._time, 1e-9)
+        speed = (tokens - self._tokens) / elapsed
+        left = (last_step - step) * elapsed / max(step - self._step, 1)
+        self._time, self._tokens, self._step = now, tokens, step
+        mfu = speed * self.flops_per_token / self.rate
+        return {"tokens_per_second": speed, "mfu": mfu, "eta_s": left}
 
 
 @dataclass(frozen=True)
@@ -72,12 +232,12 @@ class TrainingPlan:
         return round(self.mean_tokens * self.global_batch)
 
 
-def make_plan_of(trainer: BlockSFTTrainer, prepared: Prepared) -> TrainingPlan:
-    """Reads the plan off a trainer that has not started, and its training set."""
-    args, info = trainer.args, trainer.files.info
+def make_plan(trainer: BlockSFTTrainer) -> TrainingPlan:
+    """Reads the plan off a trainer that has not started."""
+    args, info, prepared = trainer.args, trainer.files.info, trainer.prepared
     dataset = prepared.dataset
-    taught = zip(dataset["length"], dataset["answer_length"], strict=True)
-    lengths = [length for length, answer in taught if answer]
+    rows = zip(dataset["length"], dataset["answer_length"], strict=True)
+    lengths = [length for length, answer in rows if answer]
     counts = [(num_elements(p), p.requires_grad) for p in trainer.model.parameters()]
     per_rank = math.ceil(len(lengths) / (args.per_device_train_batch_size * args.world_size))
     per_epoch = math.ceil(per_rank / args.gradient_accumulation_steps)

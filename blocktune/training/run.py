@@ -1,21 +1,39 @@
-"""One training run, the same for `blocktune train` and for `recipes/train.py`."""
+"""One training run, the same for `blocktune train` and for `recipes/train.py`.
+
+Reads the options, loads base and data, hands them to `BlockSFTTrainer`, trains, saves, publishes.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import difflib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
-from transformers import TrainerCallback
-from trl import ModelConfig, TrlParser
+from accelerate import PartialState
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
-from blocktune.training.build import build
+from blocktune.data import load_examples
+from blocktune.data.mixture import BLOCK, load_mixture, mix
+from blocktune.data.sources import training_split
+from blocktune.models import load
+from blocktune.prompt import LayoutSpec, PromptFormat
+from blocktune.training.checkpoint import settings
+from blocktune.training.collator import BlockDataCollator
 from blocktune.training.config import BlockSFTConfig, DataArgs
-from blocktune.training.launch_checks import refuse_unasked_evaluation
-from blocktune.training.plan import make_plan_of, print_plan
-from blocktune.training.publishing import Publisher, checked_repo
+from blocktune.training.console import LogLines
+from blocktune.training.dataset import Sample, in_modes
+from blocktune.training.launch_checks import (
+    refuse_frozen_quantised,
+    refuse_missing_trackers,
+    refuse_unasked_evaluation,
+)
+from blocktune.training.plan import make_plan, print_plan
+from blocktune.training.trainer import BlockSFTTrainer
 
 
 class Parser(TrlParser):
@@ -96,9 +114,9 @@ def _train(data, args, choice, callbacks) -> Path | None:
     refuse_unasked_evaluation(data.eval_data, args)
     folder = Path(args.output_dir)
     was_there = folder.exists()
-    trainer, prepared = build(data, args, choice, callbacks)
+    trainer = build(data, args, choice, callbacks)
     if trainer.is_world_process_zero():
-        print_plan(make_plan_of(trainer, prepared))
+        print_plan(make_plan(trainer))
     if args.dry_run:
         if not was_there:  # the Trainer makes it, and an empty folder looks like a lost run
             with contextlib.suppress(OSError):
@@ -115,3 +133,155 @@ def _resume(value: str | bool | None) -> str | bool | None:
     with contextlib.suppress(AttributeError):
         return {"true": True, "false": None, "": None}.get(value.lower(), value)
     return value or None
+
+
+def build(
+    data: DataArgs,
+    args: BlockSFTConfig,
+    choice: ModelConfig,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> BlockSFTTrainer:
+    """Loads base and data and makes the trainer.
+
+    Raises:
+        ValueError: As `refuse_missing_trackers`, `load_base`, `BlockSFTTrainer` and the loaders do.
+    """
+    refuse_missing_trackers(args.report_to)
+    refuse_frozen_quantised(args, choice)
+    model, tokenizer = load_base(choice)
+    samples, evaluation = samples_of(data, args, tokenizer), None
+    if data.eval_data:
+        evaluation = load_examples(data.eval_data, limit=data.eval_limit, tokenizer=tokenizer)
+    trainer = BlockSFTTrainer(
+        model,
+        args,
+        data_collator=BlockDataCollator(tokenizer, args.layout, data.format),
+        train_dataset=samples,
+        eval_dataset=evaluation,
+        processing_class=tokenizer,
+        callbacks=[LogLines(), *callbacks],
+        peft_config=get_peft_config(choice),
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.files = trainer.files.described(
+        resolved(data, args, choice),
+        data=data.train_data or load_mixture(data.mixture).to_dict(),
+    )
+    return trainer
+
+
+def resolved(data: DataArgs, args: BlockSFTConfig, choice: ModelConfig) -> dict[str, dict]:
+    """Every setting of a run, by group, as ``resolved_config.yaml`` holds it."""
+    return {"data": vars(data).copy(), "model": vars(choice).copy(), "training": settings(args)}
+
+
+def load_base(choice: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads the base and its tokenizer by TRL's `ModelConfig`.
+
+    Raises:
+        ValueError: If no model is named, it cannot be loaded, or an attention implementation is
+            asked for: blocktune attaches its own.
+    """
+    name = choice.model_name_or_path
+    if not name:
+        raise ValueError("model_name_or_path is missing; name a folder or a Hub repository")
+    if choice.attn_implementation is not None:
+        raise ValueError(
+            f"attn_implementation '{choice.attn_implementation}' knows no chunks; leave it out and "
+            "choose attention_execution: split, flex or dense"
+        )
+    quantised = choice.load_in_4bit or choice.load_in_8bit
+    if quantised and choice.dtype in (None, "auto"):
+        raise ValueError(
+            "a quantised base is computed in a dtype that must be named; set dtype: bfloat16 "
+            "(on GPUs) or dtype: float32 (on CPUs)"
+        )
+    return load.load_base(
+        name,
+        dtype=choice.dtype or "auto",
+        device=str(PartialState().device),  # each process quantises onto its own
+        revision=choice.model_revision,
+        quantize=get_quantization_config(choice),
+        place=False,
+        what="base model",
+    )
+
+
+def samples_of(
+    data: DataArgs, args: BlockSFTConfig, tokenizer: PreTrainedTokenizerBase
+) -> list[Sample]:
+    """The training examples and the modes they are trained in.
+
+    Raises:
+        ValueError: If a mixture and the options of one source are mixed, or disagree.
+    """
+    if data.mixture is None:
+        examples = load_examples(
+            data.train_data,
+            limit=data.train_limit,
+            split=training_split(data.train_data),
+            tokenizer=tokenizer,
+        )
+        return in_modes(examples, args.block_share, args.both_modes, args.seed)
+    if args.both_modes:
+        raise ValueError("a mixture says the mode of each source; leave both_modes out")
+    mixture = load_mixture(data.mixture)
+    worded = [_worded(data.format, part.format) for part in mixture.parts]
+    samples = [
+        Sample(
+            drawn.example, drawn.mode == BLOCK, worded[drawn.part], mixture.parts[drawn.part].turns
+        )
+        for drawn in mix(mixture, tokenizer=tokenizer).examples
+    ]
+    if args.has_block != any(sample.block for sample in samples):
+        wanted = "0 (full attention alone)" if args.has_block else "left out"
+        raise ValueError(f"the mixture's modes and block_share disagree: it should be {wanted}")
+    return samples
+
+
+def _worded(fmt: PromptFormat, own: Mapping[str, Any] | None) -> PromptFormat | None:
+    """A part's own wording: what it does not say is the run's."""
+    return PromptFormat.from_dict(fmt.to_dict() | dict(own)) if own else None
+
+
+_PUSH_OPTIONS = {
+    "hub_strategy": ("every_save", "end"),  # transformers' default, and what is done
+    "hub_always_push": (False,),
+    "hub_revision": (None,),
+}
+"""Options of transformers' own push that a single push at the end would ignore."""
+
+
+class Publisher(Protocol):
+    """Publishes adapters; handed in, since training knows nothing of serving and checking."""
+
+    def check(self, repo: str, base_model: str, layout: LayoutSpec, token: str | None) -> None:
+        """Refuses before the run what could not be published after it."""
+
+    def publish(self, folder: Path, repo: str, private: bool, token: str | None) -> None:
+        """Publishes a finished run."""
+
+
+def checked_repo(args: BlockSFTConfig, base_model: str, publisher: Publisher | None) -> str | None:
+    """Where a run is pushed to, or None; the Trainer, which would push unchecked, is not told.
+
+    Raises:
+        ValueError: If it cannot be pushed, or not as the options say.
+    """
+    if not args.push_to_hub:
+        return None
+    if publisher is None or not args.hub_model_id:
+        raise ValueError(
+            "push_to_hub needs hub_model_id: USER/NAME, and a program that publishes: "
+            "`blocktune train` or recipes/train.py"
+        )
+    for name, accepted in _PUSH_OPTIONS.items():
+        if (value := getattr(args, name)) not in accepted:
+            raise ValueError(
+                f"{name}: {getattr(value, 'value', value)} is not supported; push_to_hub pushes "
+                "once, when the run is over, to the main branch; leave it out"
+            )
+    publisher.check(args.hub_model_id, base_model, args.layout, args.hub_token)
+    args.push_to_hub = False
+    return args.hub_model_id

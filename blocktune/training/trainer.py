@@ -2,54 +2,79 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import PeftConfig
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import (
+    AutoTokenizer,
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+)
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
 from blocktune.attention import attach
+from blocktune.data.example import RagExample
 from blocktune.layout import Layout
-from blocktune.training.checkpoint import AdapterFiles, StagedSaving
-from blocktune.training.collator import Augmentation, BlockCollator
+from blocktune.models.gate import require_supported
+from blocktune.models.load import load_base
+from blocktune.positions import RopeSpec
+from blocktune.provenance import provenance
+from blocktune.training.checkpoint import AdapterFiles, StagedSaving, adapter_info, settings
+from blocktune.training.collator import Augmentation, BlockDataCollator
 from blocktune.training.config import BlockSFTConfig
-from blocktune.training.cost import matmul_rate, row_flops, size_of
-from blocktune.training.dataset import COLUMNS
-from blocktune.training.distillation import evaluating
+from blocktune.training.dataset import COLUMNS, Prepared, Sample, in_modes, prepare, to_sample
+from blocktune.training.distillation import evaluating, find_teacher
 from blocktune.training.launch_checks import launch_name, refuse_lost_launch, refuse_parallelism
-from blocktune.training.lora import precision_kept
-from blocktune.training.loss import Objective, StepLoss
+from blocktune.training.lora import make_trainable, precision_kept
+from blocktune.training.loss import Objective, StepLoss, Sums
+from blocktune.training.plan import Speedometer, describe_objective, matmul_rate, row_flops, size_of
 from blocktune.training.recompute import narrowed, states_at
-from blocktune.training.reductions import Sums
 from blocktune.training.sampler import EpochOrder
-from blocktune.training.throughput import Speedometer
+
+Rows = Dataset | Iterable[Mapping[str, Any] | RagExample | Sample]
 
 
 class BlockSFTTrainer(StagedSaving, SFTTrainer):
-    """Trains a model on layouts.
+    """Trains a model to answer from chunks that see only themselves (or as the layout says).
 
-    The loss is the sum over answer tokens divided by their number in the whole step, so it is
-    the same for any split of a global batch over accumulation steps and processes.
+    Used as TRL's `SFTTrainer`; `blocktune train` is this class behind a command. The layout, the
+    objective and what is frozen are options of `BlockSFTConfig`. The loss is the sum over answer
+    tokens divided by their number in the whole step, so it is the same for any split of a global
+    batch over accumulation steps and processes.
 
     Args:
-        model: PEFT-wrapped or bare, links installed; blocktune's attention is attached here.
-        args: The run's configuration.
-        files: Writes and restores adapters.
-        collator: Lays the dataset's pieces out.
-        objective: The loss of a batch.
-        train_dataset: See `blocktune.training.dataset.prepare`.
-        tokenizer: Saved beside the adapter.
-        eval_dataset: For the evaluation loss, or None.
+        model: A folder or repository name (loaded in float32), or a model; bare or PEFT.
+        args: The configuration; default: `BlockSFTConfig` with TRL's output folder.
+        data_collator: A `BlockDataCollator` whose ``format`` words the prompts; default: one of
+            the standard wording.
+        train_dataset: Rows as `blocktune.training.dataset.to_sample` reads them: a Hugging Face
+            `Dataset`, or dicts or examples.
+        eval_dataset: The same, or several by name; for the evaluation loss.
+        processing_class: The model's tokenizer; default: loaded from the model's folder.
+        compute_metrics: Gets logits ``(N, S, V)`` and labels ``(N, S)``; costs a second forward
+            pass in evaluation.
         callbacks: Of transformers' Trainer.
+        optimizers: Optimizer and schedule, or None for each.
+        preprocess_logits_for_metrics: Reduces the logits before they are gathered.
+        peft_config: Adapter to train; None trains the whole model, unless it has one.
+
+    Attributes:
+        prepared: The training set, with the count of examples left out.
+        files: Writes and restores adapters.
 
     Raises:
-        ValueError: Under context or sequence parallelism, which would drop the layout.
+        ValueError: If the model is not supported, a row cannot be read or is too long, options
+            exclude each other, or context or sequence parallelism would drop the layout.
     """
 
     _tag_names = ["blocktune", "trl", "sft"]  # noqa: RUF012 (TRL's own shape)
@@ -58,29 +83,57 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        args: BlockSFTConfig,
-        files: AdapterFiles,
-        collator: BlockCollator,
-        objective: Objective,
-        train_dataset: Dataset,
-        tokenizer: PreTrainedTokenizerBase,
-        eval_dataset: Dataset | None = None,
-        callbacks: list[TrainerCallback] | None = None,
+        model: str | PreTrainedModel,
+        args: BlockSFTConfig | None = None,
+        data_collator: BlockDataCollator | None = None,
+        train_dataset: Rows | None = None,
+        eval_dataset: Rows | dict[str, Rows] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: Sequence[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
+        peft_config: PeftConfig | None = None,
     ):
-        attach(model)
-        self.files, self.objective, self.collator = files, objective, collator
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            args = BlockSFTConfig(output_dir=f"{name.split('/')[-1]}-BlockSFT")
+        if not isinstance(args, BlockSFTConfig):
+            raise ValueError(f"args must be a BlockSFTConfig, got {type(args).__name__}")
+        if train_dataset is None:
+            raise ValueError("train_dataset is missing; pass rows with question, chunks, answers")
+        if isinstance(model, str):
+            model, loaded = load_base(model, dtype="float32", place=False, what="base model")
+            processing_class = processing_class or loaded
+        tokenizer = processing_class or AutoTokenizer.from_pretrained(model.config._name_or_path)
+        collator = data_collator or BlockDataCollator(tokenizer, args.layout)
+        self._check(collator, args)
+        self.args, self.processing_class, self.collator = args, tokenizer, collator
+        rope = require_supported(model)
+        self._longest = args.max_length or model.config.get_text_config().max_position_embeddings
+        self.prepared = self._prepare(train_dataset, args.train_batch_size, args.pack_length)
+        origin = provenance(args.seed) | _origin(self.prepared, args)
+        info = adapter_info(
+            model, tokenizer, args.layout, collator.format, origin, args.link_mode, args.seed
+        )
+        model = make_trainable(model, tokenizer, args, peft_config)
+        attach(model, args.attention_execution)
+        self.collator = self._complete(collator, model, info.link_base(model, tokenizer))
+        self.objective = self._objective(model, rope)
         self.order: EpochOrder | None = None
         self._sums = {"train": Sums(), "eval": Sums()}
         with precision_kept(model):
             super().__init__(
                 model=model,
                 args=args,
-                data_collator=collator,
-                train_dataset=train_dataset,
-                eval_dataset=eval_dataset,
+                data_collator=self.collator,
+                train_dataset=self.prepared.dataset,
+                eval_dataset=self._prepare_evaluation(eval_dataset),
                 processing_class=tokenizer,
-                callbacks=callbacks,
+                compute_metrics=compute_metrics,
+                callbacks=list(callbacks or ()),
+                optimizers=optimizers,
+                preprocess_logits_for_metrics=preprocess_logits_for_metrics,
             )
         # The Trainer then counts the answer tokens of all accumulation steps and ranks.
         self.model_accepts_loss_kwargs = True
@@ -89,13 +142,85 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
         state_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.dtype
         self.size = size_of(self.model, state_dtype.itemsize)
         self.speed = Speedometer(
-            row_flops(self.size, objective.teacher is not None),
+            row_flops(self.size, self.objective.teacher is not None),
             matmul_rate(args.device, state_dtype) * self.accelerator.num_processes,
         )
         self.add_callback(_Rhythm(self))
-        self.files = self.files.launched(
-            self.accelerator.num_processes, launch_name(self.accelerator)
+        self.files = AdapterFiles(info, {"training": settings(args)}, args.freeze_base).described(
+            world_size=self.accelerator.num_processes, launch=launch_name(self.accelerator)
         )
+
+    @staticmethod
+    def _check(collator: Any, args: BlockSFTConfig) -> None:
+        if not isinstance(collator, BlockDataCollator):
+            raise ValueError(
+                f"data_collator must be a BlockDataCollator, got {type(collator).__name__}"
+            )
+        if collator.layout != args.layout:
+            raise ValueError(
+                f"data_collator lays out {collator.layout}, the configuration says {args.layout}; "
+                "set num_links, placement and the rest in BlockSFTConfig, and make the collator "
+                "with layout=args.layout"
+            )
+
+    def _prepare(self, rows: Rows, batch: int, pack_length: int | None = None) -> Prepared:
+        args, tokenizer, fmt = self.args, self.processing_class, self.collator.format
+        samples = [to_sample(row, tokenizer, fmt) for row in rows]
+        if not (isinstance(rows, list) and isinstance(rows[0], Sample)):
+            samples = in_modes(samples, args.block_share, args.both_modes, args.seed)
+        return prepare(
+            samples,
+            tokenizer,
+            fmt,
+            args.layout,
+            limit=self._longest,
+            drop_long=args.long_examples == "drop",
+            pack_length=pack_length,
+            position_gap=args.position_jitter,
+            multiple_of=batch * args.world_size if args.world_size > 1 else 1,
+            has_teacher=args.distillation.is_on,
+        )
+
+    def _prepare_evaluation(self, rows: Rows | dict[str, Rows] | None) -> Any:
+        if isinstance(rows, dict):
+            return {name: self._prepare_evaluation(part) for name, part in rows.items()}
+        if rows is None or set(getattr(rows, "column_names", ())) == set(COLUMNS):
+            return rows
+        return self._prepare(rows, self.args.eval_batch_size).dataset
+
+    def _complete(
+        self, collator: BlockDataCollator, model: PreTrainedModel, link_base: int | None
+    ) -> BlockDataCollator:
+        """The collator with what only the run knows."""
+        args, sampler = self.args, self.args.sampler
+        layers = model.config.get_text_config().num_hidden_layers
+        return replace(
+            collator,
+            link_base=link_base,
+            augmentation=args.augmentation,
+            sampler=sampler,
+            check_layer=sampler.check_layer(layers) if sampler else None,
+            has_teacher=args.distillation.is_on,
+            seed=args.seed,
+        )
+
+    def _objective(self, model: PreTrainedModel, rope: RopeSpec) -> Objective:
+        args, how = self.args, self.args.distillation
+        frozen = args.freeze_base or hasattr(model, "peft_config")
+        teacher = find_teacher(args.distill_teacher, how, model, self.processing_class, frozen)
+        matches_keys = how.matches_states and how.states == "kv"
+        return Objective(args.attention_execution, how, teacher, rope if matches_keys else None)
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """As the Trainer's; ``eval_dataset`` may be rows as the constructor takes them."""
+        if not isinstance(eval_dataset, str):
+            eval_dataset = self._prepare_evaluation(eval_dataset)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def compute_loss(
         self,
@@ -103,18 +228,21 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
         inputs: dict[str, Tensor],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor:
-        """Cross-entropy of the answers under each prompt's layout."""
-        if return_outputs:
-            raise ValueError("block training evaluates the loss only; leave compute_metrics out")
+    ) -> Tensor | tuple[Tensor, Any]:
+        """The loss under each prompt's layout; with outputs, also the logits of all rows."""
         bare = self.accelerator.unwrap_model(model)
         inputs = self._narrowed(bare, inputs)
         result = self.objective(model, inputs, bare)
         self._count(result, Layout.unpack(inputs["layout"]))
         if num_items_in_batch is None:
-            return result.total / result.answers.num_tokens
-        # Both DDP and DeepSpeed average gradients over ranks; the token count is over all ranks.
-        return result.total * self.accelerator.num_processes / num_items_in_batch
+            loss = result.total / result.answers.num_tokens
+        else:
+            # DDP and DeepSpeed average gradients over ranks; the token count is over all ranks.
+            loss = result.total * self.accelerator.num_processes / num_items_in_batch
+        if not return_outputs:
+            return loss
+        with torch.no_grad():
+            return loss, model(input_ids=inputs["input_ids"], layout=inputs["layout"])
 
     def _narrowed(self, model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Asks the selector of fresh rows, where it chooses by what the model makes of them."""
@@ -152,7 +280,7 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds means per answer token, speed in real tokens, utilisation and the time left."""
         mode = "train" if self.model.training else "eval"
-        means = self._sums[mode].means(taught=self.objective.teacher is not None)
+        means = self._sums[mode].means(has_teacher=self.objective.teacher is not None)
         self._sums[mode] = Sums()
         logs |= {f"eval_{name}" if mode == "eval" else name: mean for name, mean in means.items()}
         if "loss" in logs:
@@ -217,3 +345,14 @@ class _Rhythm(TrainerCallback):
         self.trainer.collator.epoch = epoch
         if self.trainer.order is not None:
             self.trainer.order.epoch = epoch
+
+
+def _origin(prepared: Prepared, args: BlockSFTConfig) -> dict[str, Any]:
+    """What an adapter was trained on, for its ``blocktune.json``."""
+    full = prepared.num_examples - prepared.num_block
+    return {
+        "data_sets": dict(prepared.data_sets),
+        "examples": prepared.num_examples,
+        "modes": {"block": prepared.num_block, "full": full},
+        "objective": describe_objective(args),
+    }

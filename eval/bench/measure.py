@@ -18,7 +18,7 @@ from blocktune.data import RagExample
 from blocktune.engine import Engine, Usage
 from blocktune.layout import LayerRule
 from blocktune.prompt import Chunk
-from blocktune.training.cost import matmul_rate
+from blocktune.training.plan import matmul_rate
 
 FORWARD, BACKWARD = 4, 10
 """Operations of attention for each visible pair of rows and dimension: two products, then five."""

@@ -16,9 +16,8 @@ import yaml
 from safetensors import safe_open
 
 from blocktune.adapter import INFO_FILE, AdapterInfo
-from blocktune.training.build import resolved
 from blocktune.training.checkpoint import CONFIG_FILE
-from blocktune.training.run import parse
+from blocktune.training.run import parse, resolved
 
 STATE_FILE = "trainer_state.json"
 ASIDE = ("output_dir", "resume_from_checkpoint", "report_to", "logging_steps", "disable_tqdm")

@@ -5,6 +5,7 @@ import torch
 from engine.served import ASK, SHORT, engine_of
 from families import FAMILIES
 
+from blocktune.attention import attach, detach
 from blocktune.check import subjects
 from blocktune.check.claim import ASK as CLAIM
 from blocktune.methods import Cached, build
@@ -24,8 +25,9 @@ METHODS = (
 
 def generated(engine, context, question=None):
     inputs = context.inputs(question)
-    with engine.stock_attention() as model:
-        output = model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)
+    detach(engine.model)  # nothing of blocktune is left in it
+    output = engine.model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)
+    attach(engine.model)
     return tuple(output[0, inputs["input_ids"].shape[1] :].tolist())
 
 
@@ -96,8 +98,7 @@ def test_positions_with_gaps_are_needed(tokenizer):
     inputs = engine.cache(ASK.chunks, method).inputs(ASK.question)
     assert int(inputs["position_ids"].max()) > inputs["input_ids"].shape[1]
     del inputs["position_ids"]
-    with engine.stock_attention() as model:
-        output = model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)
+    output = engine.model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)
     tokens = tuple(output[0, inputs["input_ids"].shape[1] :].tolist())
     assert tokens != answered(engine, ASK, method)
 

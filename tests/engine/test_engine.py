@@ -14,8 +14,8 @@ from families import build as build_model
 
 from blocktune.cache import ChunkStore
 from blocktune.engine import Sampling
-from blocktune.engine.auxiliary import require_same_tokenizer
 from blocktune.engine.batch_prefill import prefill_batch
+from blocktune.engine.state import require_same_tokenizer
 from blocktune.layout import Kind
 from blocktune.methods import Weights, available, build, compose
 from blocktune.prompt import Chunk

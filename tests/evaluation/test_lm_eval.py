@@ -27,8 +27,8 @@ def ask(*pairs):
 def stock_score(engine, pieces) -> tuple[float, bool]:
     before = [*pieces.prefix, *(i for chunk in pieces.chunks for i in chunk), *pieces.query]
     ids = torch.tensor([[*before, *pieces.answer]])
-    with engine.stock_attention() as model, torch.no_grad():
-        log = model(ids, use_cache=False).logits[0].float().log_softmax(-1)
+    with torch.no_grad():
+        log = engine.model(ids, use_cache=False).logits[0].float().log_softmax(-1)
     rows = range(len(before) - 1, ids.shape[1] - 1)
     picked = [log[row, token].item() for row, token in zip(rows, pieces.answer, strict=True)]
     greedy = all(

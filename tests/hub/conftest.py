@@ -1,7 +1,7 @@
 """A trained adapter, and results of it."""
 
 import pytest
-from hub.written import write_results
+from hub.support import write_results
 from training.runs import make_trainer
 
 

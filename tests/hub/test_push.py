@@ -1,17 +1,20 @@
 """What is published, and what is refused before it is."""
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hub.stand_in import TOKEN, running_hub
-from hub.written import FACTS
+from hub.support import FACTS, write_results
 from rich.console import Console
 from training.runs import make_trainer, write_run
 
 from blocktune.check import Check
 from blocktune.data import load_examples, write_jsonl
+from blocktune.evaluation.runner import run_suite
+from blocktune.evaluation.suite import parse_suite
 from blocktune.hub import Publication, prepare, send, show
 
 
@@ -47,7 +50,7 @@ def test_the_card_says_what_it_must(run, results):
     assert "| kvlink | 600 | 60.0 (56.0 to 64.0) | 70.0 (65.0 to 75.0) | 97.0 |  |  |" in card
     assert "| full-prefill | 600 | 61.5 (58.0 to 65.0) | 64.0 |  |  |  |" in card
     assert "| other |" not in card
-    assert "Left out, as they are of other adapters: other, mean." in card
+    assert "other adapters: other, mean." in card
     assert "Made by `blocktune eval --suite s.yaml`, at commit `0123456789ab`." in card
     assert 'Engine.from_pretrained(adapter="me/mine")' in card
     assert "| seed | 42 |" in card
@@ -127,3 +130,48 @@ def test_a_folder_without_weights_is_refused(adapter):
         path.unlink()
     with pytest.raises(ValueError, match="holds no weights"):
         prepare(adapter, "me/mine", FACTS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"base_fingerprint": "a-b-c"}, "is of another base"),
+        ({"adapter_fingerprints": {"out": "1" * 16}}, r"measures no method .* but kvlink, other"),
+        ({"adapter_fingerprints": {}}, "measures no method with the adapter"),
+    ],
+)
+def test_results_of_other_weights_are_refused(run, tmp_path, changes, line):
+    path = write_results(tmp_path / "results.json", run / "out", **changes)
+    with pytest.raises(ValueError, match=line) as caught:
+        prepare(run / "out", "me/mine", replace(FACTS, results=path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("record", "line"),
+    [
+        ({"methods": {"naive": {"em": 1.0}}}, r"not a results\.json of `blocktune eval`"),
+        (
+            {"methods": {"a": {"n": 1, "em": 0, "ci95": [0, 0], "adapter": None}}},
+            "does not say which weights it measured, since an older blocktune wrote it",
+        ),
+    ],
+)
+def test_results_that_tell_too_little_are_refused(run, tmp_path, record, line):
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=line):
+        prepare(run / "out", "me/mine", replace(FACTS, results=path))
+
+
+def test_what_eval_writes_is_taken(run, tmp_path):
+    tasks = [{"name": "w", "source": f"{run / 'train.jsonl'}", "max_new_tokens": 2, "limit": 3}]
+    tuned = {"name": "kvlink", "adapter": str(run / "out")}
+    suite = {"model": str(run / "base"), "methods": ["full-prefill", tuned], "tasks": tasks}
+    suite |= {"ttft": {"num": 0}, "device": "cpu"}
+    tasks[0]["metric"] = "rouge_l"
+    run_suite(parse_suite(suite), tmp_path)
+    facts = replace(FACTS, results=tmp_path / "results.json")
+    card = prepare(run / "out", "me/mine", facts).card
+    assert "| method | n | ROUGE-L | EM | F1 |" in card
+    assert re.search(r"\| kvlink \| 3 \| [\d.]+ \([\d.]+ to [\d.]+\) \|", card)

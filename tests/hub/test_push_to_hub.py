@@ -85,7 +85,7 @@ def test_deepspeed_is_put_aside_while_publishing(monkeypatch, tmp_path):
         seen.append(deepspeed.is_deepspeed_zero3_enabled())
         raise ValueError("is not pushed")
 
-    monkeypatch.setattr("blocktune.hub.publisher.prepare", prepare)
+    monkeypatch.setattr("blocktune.hub.push.prepare", prepare)
     monkeypatch.setattr(deepspeed, "_hf_deepspeed_config_weak_ref", None)
     deepspeed.set_hf_deepspeed_config(settings)
     with pytest.raises(ValueError, match="is not pushed"):

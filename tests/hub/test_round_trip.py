@@ -4,28 +4,15 @@ import json
 import re
 import shlex
 
-from hub.command_line import blocktune, put_base, python
 from hub.stand_in import TOKEN, running_hub
+from hub.support import blocktune, put_base, python
 from training.runs import write_run
+from typer.testing import CliRunner
 
+from blocktune.cli import app
 from blocktune.data import RagExample
 from blocktune.engine import Engine
 from blocktune.prompt import Chunk
-
-
-def test_a_dry_run_on_the_command_line_sends_nothing(run, tmp_path):
-    with running_hub() as hub:
-        put_base(hub, run)
-        shown = blocktune(
-            *(hub, tmp_path, "push", run / "out", "--repo", "me/mine", "--dry-run"),
-            *("--base-model", "org/base", "--model", run / "base"),
-        )
-        assert shown.returncode == 0, shown.stderr
-        assert set(hub.repos) == {"org/base"}
-        assert hub.unknown == []
-    assert "me/mine: 8 files, nothing sent" in shown.stdout
-    for line in ("links.safetensors", "license: mit", "base_model: org/base", "## Use"):
-        assert line in shown.stdout
 
 
 def test_a_run_pushes_itself_and_its_card_works(tmp_path):
@@ -48,7 +35,7 @@ def test_a_run_pushes_itself_and_its_card_works(tmp_path):
         snippet = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
         came = python(hub, tmp_path / "elsewhere", "-c", snippet)
         assert came.returncode == 0, came.stderr
-        typed = re.search(r"```bash\n.*?\n(blocktune .*?)```", card, re.DOTALL)[1]
+        typed = re.search(r"```bash\n(blocktune .*?)```", card, re.DOTALL)[1]
         words = shlex.split(typed.replace("\\\n", " "))[1:]
         told = blocktune(hub, tmp_path / "elsewhere", *words, "--json")
         assert told.returncode == 0, told.stderr
@@ -61,17 +48,27 @@ def test_a_run_pushes_itself_and_its_card_works(tmp_path):
     assert json.loads(told.stdout)["answer"] == answer.text
 
 
-def test_what_was_pushed_comes_back(run, tmp_path):
+def test_what_was_pushed_comes_back(run, tmp_path, monkeypatch):
     passage = "Anna lives in Elm."
     question = ("--question", "Where does Anna live?", "--chunk", passage)
+    push = ["push", run / "out", "--repo", "me/mine", "--base-model", "org/base"]
+    push = [str(word) for word in (*push, "--model", run / "base")]
     with running_hub() as hub:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
         put_base(hub, run)
+        shown = CliRunner().invoke(app, [*push, "--dry-run"])
+        assert shown.exit_code == 0, shown.output
+        assert set(hub.repos) == {"org/base"}, "a dry run sends nothing"
+        assert "me/mine: 8 files, nothing sent" in shown.stdout
+        for line in ("links.safetensors", "license: mit", "base_model: org/base", "## Use"):
+            assert line in shown.stdout
+
         hub.put("me/mine", {"adapter_model.bin.safetensors": b"old", "notes.txt": b"kept"})
-        pushed = blocktune(
-            *(hub, tmp_path, "push", run / "out", "--repo", "me/mine"),
-            *("--base-model", "org/base", "--model", run / "base"),
-        )
-        assert pushed.returncode == 0, pushed.stderr
+        pushed = CliRunner().invoke(app, push)
+        assert pushed.exit_code == 0, pushed.output
         files = hub.files("me/mine")
         assert files["links.safetensors"] == (run / "out/links.safetensors").read_bytes()
         assert files["notes.txt"] == b"kept"

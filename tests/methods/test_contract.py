@@ -171,7 +171,7 @@ def test_a_method_that_breaks_a_claim_is_found_out(claim):
 @torch.no_grad()
 def test_keys_that_stay_where_they_were_made_are_found_out(claim, monkeypatch):
     monkeypatch.setattr(
-        "blocktune.engine.key_relocation.rotate_keys", lambda keys, rotation, out: out.copy_(keys)
+        "blocktune.engine.assemble.rotate_keys", lambda keys, rotation, out: out.copy_(keys)
     )
     assert not claims(build("naive"))[claim](subject(build("naive"), known={})).passed
 

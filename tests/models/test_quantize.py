@@ -120,7 +120,7 @@ def test_evaluating_does_not_change_what_is_trained(tmp_path):
     def losses(folder, **more):
         path = write_run(folder, **QLORA, **more)
         write_jsonl(folder / "eval.jsonl", toy_examples(4))
-        trainer, _ = build(*parse(["--config", str(path)]))
+        trainer = build(*parse(["--config", str(path)]))
         trainer.train()
         return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 

@@ -46,7 +46,7 @@ def write_run(folder: Path, **overrides) -> Path:
 
 def make_trainer(folder: Path, **overrides):
     """A trainer that has not started."""
-    return build(*parse(["--config", str(write_run(folder, **overrides))]))[0]
+    return build(*parse(["--config", str(write_run(folder, **overrides))]))
 
 
 def losses(trainer) -> list[float]:

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from blocktune.cli import app
 from blocktune.training.config import BlockSFTConfig, DataArgs
-from blocktune.training.options_help import print_options
+from blocktune.training.console import print_options
 from blocktune.training.run import parse, train
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,7 +8,7 @@ from training.toy import toy_examples, toy_tokenizer
 
 from blocktune.layout import GLOBAL, Kind, Layout
 from blocktune.prompt import LayoutSpec, PromptFormat
-from blocktune.training.collator import BlockCollator
+from blocktune.training.collator import BlockDataCollator
 from blocktune.training.dataset import best_fit, in_modes, prepare, to_pieces
 
 PART = {
@@ -24,7 +24,7 @@ def row(*parts: dict) -> dict:
 
 
 def test_collated_block_batch():
-    batch = BlockCollator(LayoutSpec(num_links=1), pad_id=2, link_base=100)(
+    batch = BlockDataCollator(toy_tokenizer(), LayoutSpec(num_links=1), link_base=100)(
         [row({**PART, "block": True}), row({**SHORT, "block": False})]
     )
     assert batch["input_ids"].tolist() == [
@@ -64,7 +64,7 @@ def test_every_turn_of_an_example_is_learnt():
     examples = [replace(example, followups=followups) for example in toy_examples(2)]
     prepared_rows = prepared(examples).dataset
     single = prepared(toy_examples(2)).dataset
-    collate = BlockCollator(LayoutSpec(num_links=2), pad_id=0, link_base=5000)
+    collate = BlockDataCollator(toy_tokenizer(), LayoutSpec(num_links=2), link_base=5000)
     for record, alone in zip(prepared_rows, single, strict=True):
         pieces = to_pieces(record["parts"][0])
         learnt = [*pieces.answer, *pieces.followups[0][1], *pieces.followups[1][1]]
@@ -126,7 +126,7 @@ def test_both_modes_are_every_example_twice_with_the_tag_of_its_mode():
 
 def test_labels_are_the_response_and_its_end():
     record = prepared(toy_examples(1)).dataset[0]
-    batch = BlockCollator(LayoutSpec(num_links=2), 2, 400)([record])
+    batch = BlockDataCollator(toy_tokenizer(), LayoutSpec(num_links=2), link_base=400)([record])
     learnt = batch["labels"][batch["labels"] != -100]
     assert toy_tokenizer().decode(learnt) == "Alder<|end|>"
     assert torch.equal(learnt, batch["input_ids"][batch["labels"] != -100])
@@ -154,7 +154,7 @@ def test_packing_loses_nothing_and_never_overfills():
 
 
 def test_packed_rows_hold_several_prompts_that_do_not_see_each_other():
-    batch = BlockCollator(LayoutSpec(), pad_id=2)(
+    batch = BlockDataCollator(toy_tokenizer())(
         [row({**SHORT, "block": True}, {**PART, "block": False}), row({**SHORT, "block": True})]
     )
     assert batch["input_ids"].tolist()[0] == [9, 11, 14, 16, 9, 11, 12, 13, 14, 15, 16, 17]
@@ -172,7 +172,7 @@ def test_an_example_that_cannot_be_read_is_named():
 
 def test_a_teacher_reads_the_plain_prompt_in_full_attention():
     spec = LayoutSpec(num_links=1, num_headers=1)
-    collator = BlockCollator(spec, pad_id=2, link_base=100, has_teacher=True)
+    collator = BlockDataCollator(toy_tokenizer(), spec, link_base=100, has_teacher=True)
     batch = collator([row({**PART, "block": True, "teacher_prefix": [7, 8]})])
     assert batch["input_ids"].tolist() == [
         [9, 101, 11, 12, 100, 101, 13, 100, 14, 15, 16, 17],

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from training.runs import losses, make_trainer, write_run
 from training.toy import save_toy, toy_config
 
-from blocktune.training.distillation import Distillation, as_teacher, beliefs, divergence
+from blocktune.training.distillation import Distillation, as_teacher, divergence, teacher_probs
 
 SIZE, STEPS = "per_device_train_batch_size", "gradient_accumulation_steps"
 
@@ -26,22 +26,22 @@ def test_divergence_matches_torch(temperature):
         reduction="sum",
         log_target=True,
     )
-    made = divergence(student, beliefs(teacher, temperature, None), temperature)
+    made = divergence(student, teacher_probs(teacher, temperature, None), temperature)
     torch.testing.assert_close(made, expected * temperature**2)
 
 
 def test_top_k_never_exceeds_the_whole_and_reaches_it():
     student, teacher = logits(2), logits(3)
-    whole = divergence(student, beliefs(teacher, 1.0, None), 1.0)
-    parts = [divergence(student, beliefs(teacher, 1.0, k), 1.0) for k in (1, 3, 6, 10)]
+    whole = divergence(student, teacher_probs(teacher, 1.0, None), 1.0)
+    parts = [divergence(student, teacher_probs(teacher, 1.0, k), 1.0) for k in (1, 3, 6, 10)]
     assert all(a <= b + 1e-5 for a, b in pairwise(parts))
     assert parts[0] < 0.9 * whole
     torch.testing.assert_close(parts[-1], whole, rtol=1e-4, atol=1e-5)
-    assert beliefs(teacher, 1.0, 3).log_probs.shape == (5, 3)
+    assert teacher_probs(teacher, 1.0, 3).log_probs.shape == (5, 3)
 
 
 def test_a_student_that_agrees_has_nothing_to_learn():
-    made = divergence(logits(4), beliefs(logits(4), 1.0, 3), 1.0)
+    made = divergence(logits(4), teacher_probs(logits(4), 1.0, 3), 1.0)
     torch.testing.assert_close(made, torch.tensor(0.0), atol=1e-5, rtol=0)
 
 

@@ -9,7 +9,7 @@ from blocktune.attention import attach
 from blocktune.layout import Layout
 from blocktune.links import install_links, link_base, new_links
 from blocktune.prompt import LayoutSpec, PromptFormat
-from blocktune.training.collator import BlockCollator
+from blocktune.training.collator import BlockDataCollator
 from blocktune.training.dataset import in_modes, prepare
 from blocktune.training.loss import answer_loss
 
@@ -27,7 +27,7 @@ def model():
 def batches(model, size, share=0.5):
     samples = in_modes(toy_examples(8), share)
     dataset = prepare(samples, toy_tokenizer(), PromptFormat(), SPEC, limit=500).dataset
-    collator = BlockCollator(SPEC, 2, link_base(model))
+    collator = BlockDataCollator(toy_tokenizer(), SPEC, link_base=link_base(model))
     for start in range(0, 8, size):
         batch = collator([dataset[i] for i in range(start, start + size)])
         yield batch["input_ids"], Layout.unpack(batch["layout"]), batch["labels"]

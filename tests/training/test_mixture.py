@@ -8,9 +8,8 @@ from training.runs import make_trainer, write_run
 from training.toy import toy_examples
 
 from blocktune.data.example import write_jsonl
-from blocktune.training.build import build
-from blocktune.training.plan import make_plan_of
-from blocktune.training.run import parse
+from blocktune.training.plan import make_plan
+from blocktune.training.run import build, parse
 
 
 def mixture(folder, *parts: dict, **more) -> str:
@@ -119,8 +118,8 @@ def test_modes_and_options_must_agree(tmp_path):
 def test_the_plan_counts_modes_as_they_are(tmp_path):
     path = mixture(tmp_path / "data", {"mode": "block"}, {"mode": "full"})
     data = {"train_data": None, "mixture": path}
-    trainer, prepared = build(*parse(["--config", str(write_run(tmp_path, **data))]))
-    assert make_plan_of(trainer, prepared).layout.startswith("block 60%")
+    trainer = build(*parse(["--config", str(write_run(tmp_path, **data))]))
+    assert make_plan(trainer).layout.startswith("block 60%")
 
 
 def test_nothing_is_trained_on_what_it_is_judged_by(tmp_path, monkeypatch):
@@ -131,7 +130,7 @@ def test_nothing_is_trained_on_what_it_is_judged_by(tmp_path, monkeypatch):
         asked.append((source, split))
         return toy_examples(2)
 
-    monkeypatch.setattr("blocktune.training.build.load_examples", load)
+    monkeypatch.setattr("blocktune.training.run.load_examples", load)
     monkeypatch.setattr("blocktune.data.mixture.load_examples", load)
     evaluated = {"eval_data": "hotpotqa", "eval_strategy": "epoch"}
     make_trainer(tmp_path, train_data="hotpotqa", **evaluated)

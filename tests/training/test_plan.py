@@ -11,12 +11,17 @@ from rich.console import Console
 from training.runs import make_trainer, write_run
 from training.toy import toy_model
 
-from blocktune.training.build import build
 from blocktune.training.console import LogLines, SteadyConsole, amount, duration
-from blocktune.training.cost import matmul_rate, peak_bytes, row_flops, size_of
-from blocktune.training.plan import make_plan_of, print_plan
-from blocktune.training.run import parse
-from blocktune.training.throughput import Speedometer
+from blocktune.training.plan import (
+    Speedometer,
+    make_plan,
+    matmul_rate,
+    peak_bytes,
+    print_plan,
+    row_flops,
+    size_of,
+)
+from blocktune.training.run import build, parse
 
 
 def test_operations_are_those_of_the_weights():
@@ -49,12 +54,12 @@ def test_memory_grows_with_what_is_kept():
 
 
 def test_the_plan_counts_masks_up_to_what_is_kept(tmp_path, monkeypatch):
-    trainer, prepared = built(tmp_path, recompute="deviation")
-    whole = make_plan_of(trainer, prepared).peak_bytes
+    trainer = built(tmp_path, recompute="deviation")
+    whole = make_plan(trainer).peak_bytes
     monkeypatch.setattr("blocktune.training.plan.KEPT_CELLS", 0)
     width = 2 * max(trainer.train_dataset["length"])  # a fresh row for every token
     masks = width**2 * trainer.args.per_device_train_batch_size * trainer.size.state_bytes
-    assert whole - make_plan_of(trainer, prepared).peak_bytes == masks
+    assert whole - make_plan(trainer).peak_bytes == masks
 
 
 def test_expected_states_are_near_what_autograd_keeps():
@@ -106,7 +111,7 @@ def built(folder, **options):
 
 def plan_of(folder, **options) -> str:
     console = Console(record=True, width=120, file=open(os.devnull, "w"))  # noqa: SIM115
-    print_plan(make_plan_of(*built(folder, **options)), console)
+    print_plan(make_plan(built(folder, **options)), console)
     return console.export_text()
 
 

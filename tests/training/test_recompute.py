@@ -20,7 +20,7 @@ from blocktune.methods import Method
 from blocktune.methods.base import Weights
 from blocktune.methods.select import SELECTORS, Nothing, Selection
 from blocktune.prompt import LayoutSpec
-from blocktune.training.collator import BlockCollator
+from blocktune.training.collator import BlockDataCollator
 from blocktune.training.dataset import Sample, prepare
 from blocktune.training.recompute import RecomputeSampler, narrowed, states_at
 
@@ -57,7 +57,9 @@ def trained_rows(engine: Engine, sampler: RecomputeSampler):
     record = prepare(samples, engine.tokenizer, FORMAT, spec, limit=500).dataset[0]
     check = sampler.check_layer(layers)
     base = engine.prompts.link_base
-    batch = BlockCollator(spec, 0, base, sampler=sampler, check_layer=check)([record])
+    batch = BlockDataCollator(
+        engine.tokenizer, spec, FORMAT, base, sampler=sampler, check_layer=check
+    )([record])
     layout = Layout.unpack(batch["layout"])
     if check is not None:
         states = states_at(engine.model, batch["input_ids"], layout, check, "split")
@@ -116,7 +118,7 @@ def test_the_share_is_drawn_between_its_bounds_for_each_example_and_epoch(tokeni
     dataset = prepare(samples, tokenizer, FORMAT, spec, limit=500).dataset
 
     def shares(epoch: int) -> list[float]:
-        collator = BlockCollator(spec, 0, 500, sampler=sampler, epoch=epoch)
+        collator = BlockDataCollator(tokenizer, spec, link_base=500, sampler=sampler, epoch=epoch)
         layouts = [Layout.unpack(collator([record])["layout"]) for record in dataset]
         return [float(x.is_fresh.sum() / x.is_context.sum()) for x in layouts]
 
@@ -134,7 +136,9 @@ def test_full_examples_have_no_fresh_rows(tokenizer):
     spec = engine.prompts.trained
     record = prepare([Sample(example, False)], tokenizer, FORMAT, spec, limit=500).dataset[0]
     sampler = RecomputeSampler.named("deviation", SHARE, SHARE)
-    batch = BlockCollator(spec, 0, 500, sampler=sampler, check_layer=1)([record])
+    batch = BlockDataCollator(tokenizer, spec, link_base=500, sampler=sampler, check_layer=1)(
+        [record]
+    )
     assert not Layout.unpack(batch["layout"]).is_fresh.any()
     assert batch["shares"].tolist() == [[-1.0]]
 

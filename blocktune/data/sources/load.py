@@ -175,12 +175,12 @@ def parse_records(
     Args:
         records: All of one shape.
         name: The source, for errors.
-        reading: Shape, chunker and shots, where they are not told by the records.
+        reading: Shape, chunker and shots, if not the defaults.
         limit: Load the first examples only.
-        shots: Records of the same shape that shots are drawn from.
+        shots: Records that few-shot examples are drawn from.
 
     Raises:
-        ValueError: If no shape fits, a record is wrong, or no example is left.
+        ValueError: If no shape fits, a record is wrong, or there is no example.
     """
     records = iter(records)
     head = list(islice(records, SNIFFED))

@@ -19,7 +19,7 @@ def probe(vocab_size: int, num_links: int) -> torch.Tensor:
 
 if __name__ == "__main__":
     data, args, choice = parse(sys.argv[1:])
-    trainer = build(data, args, choice)[0]
+    trainer = build(data, args, choice)
     trainer.train()
     trainer.save_model()
     if trainer.is_world_process_zero():

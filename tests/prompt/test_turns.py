@@ -1,4 +1,4 @@
-"""Turns after the first answer: the tokens that the template writes, learnt like the first."""
+"""More than one turn: what the template makes of a conversation, and what of it is learnt."""
 
 import pytest
 from chat_families import FAMILIES, family, rendered
@@ -7,7 +7,16 @@ from tiny_tokenizer import build_tokenizer
 from blocktune.data.example import RagExample
 from blocktune.data.worlds import WorldConfig, generate_examples
 from blocktune.layout import GLOBAL, Kind
-from blocktune.prompt import IGNORED, Chunk, LayoutSpec, PromptFormat, lay_out, make_pieces
+from blocktune.prompt import (
+    IGNORED,
+    Chunk,
+    LayoutSpec,
+    PromptFormat,
+    answer_ids,
+    conversation_pieces,
+    lay_out,
+    make_pieces,
+)
 
 CHUNKS = (
     Chunk("Anna Belt was born in Port Alder.\n\nShe studied there.", "Anna Belt"),
@@ -15,10 +24,14 @@ CHUNKS = (
 )
 QUESTION = "Where was the film shot?"
 SAID = "In Port Alder"
-TURNS = (("Who was born there?", "Anna Belt"), ("When?", "In 1966"))
+FOLLOWUPS = (("Who was born there?", "Anna Belt"), ("When?", "In 1966"))
+MESSAGES = (("user", "Who was born there?"), ("assistant", "Anna Belt."), ("user", "When?"))
+SYSTEM = ("system", "Be brief.")
+FOLDED = ("gemma", "gemma3")
+"""Families whose template has no system turn, or puts its text into the user's."""
 
 
-def pieces_of(tokenizer, followups=TURNS, response=SAID):
+def pieces_of(tokenizer, followups=FOLLOWUPS, response=SAID):
     return make_pieces(tokenizer, PromptFormat(), CHUNKS, QUESTION, response, followups=followups)
 
 
@@ -31,10 +44,10 @@ def test_a_reply_that_ends_in_plain_text_is_refused():
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "smolvlm"])
 def test_a_conversation_reads_as_the_template_renders_it(name):
     tokenizer, fmt = family(name), PromptFormat()
-    pieces = pieces_of(tokenizer, TURNS[:1])
+    pieces = pieces_of(tokenizer, FOLLOWUPS[:1])
     text = f"{fmt.instruction}\n\n" + "".join(map(fmt.render_chunk, CHUNKS))
     said = [("user", f"{text}Question: {QUESTION}"), ("assistant", SAID)]
-    said.append(("user", f"Question: {TURNS[0][0]}"))
+    said.append(("user", f"Question: {FOLLOWUPS[0][0]}"))
     text = rendered(name, said)
     asked = text[text.rindex(SAID) + len(SAID) :]
     ours = tokenizer.decode([*pieces.query, *pieces.answer, *pieces.followups[0][0]])
@@ -75,7 +88,7 @@ def test_a_template_without_a_second_user_turn_is_refused():
 
 
 def test_examples_keep_their_turns_in_json():
-    example = RagExample("Who?", tuple(CHUNKS), ("Anna",), followups=TURNS)
+    example = RagExample("Who?", tuple(CHUNKS), ("Anna",), followups=FOLLOWUPS)
     assert RagExample.from_json(example.to_json()) == example
 
 
@@ -101,3 +114,55 @@ def test_worlds_ask_in_turn():
 def test_questions_as_examples_and_as_turns_are_not_both():
     with pytest.raises(ValueError, match="set only one of questions_per_world and turns"):
         WorldConfig(turns=2, questions_per_world=2)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_conversation_is_what_the_template_renders(name):
+    tokenizer = family(name)
+    pieces = conversation_pieces(tokenizer, PromptFormat(), MESSAGES, "In 1966.")
+    assert tokenizer.decode(pieces.prefix) == rendered(name, MESSAGES)
+    assert pieces.answer == answer_ids(tokenizer, "In 1966.")
+    prompt = lay_out(pieces, LayoutSpec(block=False))
+    assert prompt.ids == pieces.prefix + pieces.answer
+    assert [label for label in prompt.labels if label != -100] == list(pieces.answer)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_its_system_turn_is_its_own_or_the_wordings(name):
+    tokenizer, brief = family(name), PromptFormat(system="Be brief.")
+    own = conversation_pieces(tokenizer, PromptFormat(system="Be wordy."), (SYSTEM, *MESSAGES), "x")
+    assert own == conversation_pieces(tokenizer, brief, MESSAGES, "x")
+    text = tokenizer.decode(own.prefix)
+    assert text.count("Be brief.") == 1
+    assert "wordy" not in text
+    if name not in FOLDED:
+        assert text == rendered(name, (SYSTEM, *MESSAGES))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_special_tokens_in_messages_stay_text(name):
+    tokenizer = family(name)
+    special = " ".join(tokenizer.added_tokens_encoder)
+    asked = tuple((role, text.replace("When", f"When {special}")) for role, text in MESSAGES)
+    prefix, plain = (
+        conversation_pieces(tokenizer, PromptFormat(), turns, "x").prefix
+        for turns in (asked, MESSAGES)
+    )
+    steering = tokenizer.added_tokens_decoder
+    assert [i for i in prefix if i in steering] == [i for i in plain if i in steering]
+    assert tokenizer.decode(prefix) == tokenizer.decode(plain).replace("When", f"When {special}")
+
+
+def test_the_tag_of_full_attention_opens_the_first_message():
+    tokenizer = family("llama3")
+    pieces = conversation_pieces(tokenizer, PromptFormat(full_tag="[Full]"), MESSAGES, "x")
+    text = tokenizer.decode(pieces.prefix)
+    assert "[Full] Who was born there?" in text
+    assert text.count("[Full]") == 1
+
+
+def test_what_renders_no_conversation_is_refused():
+    dropping = "{{ bos_token }}{{ messages[0].content }}"
+    for template in (None, dropping):
+        with pytest.raises(ValueError, match="no chat template that renders this conversation"):
+            conversation_pieces(build_tokenizer(template), PromptFormat(), MESSAGES, "x")

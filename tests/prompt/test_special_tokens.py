@@ -6,7 +6,7 @@ from unittest.mock import patch
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from blocktune.prompt import special_tokens as encoding
+from blocktune.prompt import special_tokens
 from blocktune.prompt.special_tokens import encode
 
 
@@ -49,7 +49,7 @@ def test_a_token_that_is_added_changes_what_is_read(own):
 
 
 def test_what_was_not_asked_for_longest_is_forgotten_first(own, reads):
-    with patch.object(encoding, "MOST_TOKENS", 2 * len(encode(own, "x a"))):
+    with patch.object(special_tokens, "MOST_TOKENS", 2 * len(encode(own, "x a"))):
         for text in ("x b", "x c", "x b", "x d", "x b"):
             encode(own, text)
         assert len(reads) == 4
