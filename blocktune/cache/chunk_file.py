@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import time
 import uuid
@@ -20,24 +19,31 @@ from torch import Tensor
 
 from blocktune.cache.chunk_kv import Entry
 from blocktune.cache.fingerprint import CACHE_FORMAT
+from blocktune.files import replacing
 
 FORMAT = f"blocktune chunk {CACHE_FORMAT}"
+WRITING = ".writing"
+"""Folder inside a store for unfinished files: the same file system, so renaming is atomic."""
+_ABANDONED_S = 3600
+_KEY = re.compile(r"[0-9a-f]{64}")
 
 AnyEntry = TypeVar("AnyEntry", bound=Entry)
 
 
 class ChunkFile(Generic[AnyEntry]):
-    """An open file of a store. Its header and token ids are verified, the rest when it is read."""
+    """An open file of a store. Header and token ids are verified at once, tensors when read."""
 
-    def __init__(self, file, key: str, kind: type[AnyEntry]):
-        """Verifies the header.
+    def __init__(self, folder: Path, key: str, kind: type[AnyEntry]):
+        """Opens the entry of ``key``.
 
         Raises:
-            ValueError: If it is not what `write_chunk` wrote under ``key``.
+            FileNotFoundError: If there is none.
+            ValueError: If the file is not what `write_chunk` wrote under this key; says why.
         """
-        self._file, self.kind = file, kind
-        with readable():
-            self._header = dict(file.metadata() or {})
+        self.kind = kind
+        with _readable():
+            self._file = safe_open(chunk_path(folder, key), framework="pt")
+            self._header = dict(self._file.metadata() or {})
             checksum = self._header.pop("checksum", None)
             self._sums = json.loads(self._header["checksums"])
             named = (self._header["format"], self._header["kind"], self._header["key"])
@@ -57,81 +63,30 @@ class ChunkFile(Generic[AnyEntry]):
         return int(self._header[name])
 
     def read(self, name: str) -> Tensor:
-        """One tensor, in memory of its own, verified."""
-        with readable():
-            # Out of the mapping: what is verified must be what is used, whatever happens to the
-            # file later.
+        """One tensor, verified, in memory of its own.
+
+        Raises:
+            ValueError: If it is not what was written.
+        """
+        with _readable():
+            # A copy: the mapped file may change after it was verified.
             tensor = self._file.get_tensor(name).clone()
         if self._sums.get(name) != _checksum(name, tensor):
             raise ValueError(f"'{name}' does not match its checksum")
         return tensor
 
-    def whole(self) -> AnyEntry:
-        """All of it."""
+    def entry(self) -> AnyEntry:
+        """All of it, verified, on the CPU."""
         return self.kind.restore(self._header, self.read, self.token_ids, self.fingerprint)
 
 
-def open_file(path: Path):
-    """Opens a file for `ChunkFile`.
-
-    Raises:
-        FileNotFoundError: If there is none.
-        ValueError: If it is no safetensors file.
-    """
-    with readable():
-        return safe_open(path, framework="pt")
-
-
-@contextmanager
-def readable() -> Iterator[None]:
-    """One kind of error for whatever a damaged file makes the libraries below raise."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise
-    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ValueError(f"unreadable ({error})") from None
-
-
-def metadata(key: str, entry: Entry) -> dict[str, str]:
-    """The file's header: what the entry is, and a checksum of each tensor and of the header."""
-    sums = {name: _checksum(name, tensor) for name, tensor in named(entry)}
-    header = {
-        "format": FORMAT,
-        "kind": entry.kind,
-        "key": key,
-        "fingerprint": entry.fingerprint,
-        "num_bytes": str(entry.num_bytes),
-        "checksums": json.dumps(sums, sort_keys=True),
-    } | {name: str(fact) for name, fact in entry.facts().items()}
-    return header | {"checksum": _digest(header)}
-
-
-def named(entry: Entry) -> Iterator[tuple[str, Tensor]]:
-    """All tensors of a file by name."""
-    yield from entry.tensors()
-    yield "token_ids", entry.token_ids
-
-
-def _digest(header: dict[str, str]) -> str:
-    return hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
-
-
-def _checksum(name: str, tensor: Tensor) -> str:
-    digest = hashlib.sha256(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-    if tensor.numel():  # nothing has no buffer to view
-        digest.update(memoryview(tensor.view(torch.uint8).numpy()).cast("B"))
-    return digest.hexdigest()
-
-
-WRITING = ".writing"
-"""Folder inside a store for files not finished yet; same file system, so renaming is atomic."""
-_ABANDONED_S = 3600
-_KEY = re.compile(r"[0-9a-f]{64}")
+def read_chunk(folder: Path, key: str, kind: type[AnyEntry]) -> AnyEntry:
+    """Reads one entry; raises as `ChunkFile` does."""
+    return ChunkFile(folder, key, kind).entry()
 
 
 def chunk_path(folder: Path, key: str) -> Path:
-    """Where a chunk lies: two levels of folders, so that none grows beyond what tools can list.
+    """Where a chunk is stored: two levels of folders keep each of them short.
 
     Raises:
         ValueError: If the key is not one that `chunk_key` makes.
@@ -166,8 +121,7 @@ def open_folder(folder: Path) -> None:
 def write_chunk(folder: Path, key: str, entry: Entry) -> int:
     """Writes an entry so that readers see the old file, none, or the whole new one.
 
-    Several processes may write the same key at once: each writes a file of its own, the last
-    rename stays.
+    Several processes may write the same key at once: the last one stays.
 
     Returns:
         Bytes written.
@@ -175,19 +129,13 @@ def write_chunk(folder: Path, key: str, entry: Entry) -> int:
     Raises:
         ValueError: If the disk refuses; nothing is left behind.
     """
-    path, entry = chunk_path(folder, key), entry.to("cpu").compact()
-    unfinished = folder / WRITING / f"{key[:16]}-{os.getpid()}-{uuid.uuid4().hex}"
-    data = save(dict(named(entry)), metadata=metadata(key, entry))
+    entry = entry.to("cpu").compact()
+    tensors = dict(entry.tensors()) | {"token_ids": entry.token_ids}
+    data = save(tensors, metadata=_metadata(key, entry, tensors))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with unfinished.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-        _sync_folder(path.parent)
+        with replacing(chunk_path(folder, key), staging=folder / WRITING) as unfinished:
+            unfinished.write_bytes(data)
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
         raise ValueError(
             f"cannot write chunk {key[:12]} to '{folder}': {error.strerror or error}; "
             "free space there or choose another store"
@@ -195,35 +143,37 @@ def write_chunk(folder: Path, key: str, entry: Entry) -> int:
     return len(data)
 
 
-def read_chunk(folder: Path, key: str, kind: type[AnyEntry]) -> AnyEntry:
-    """Reads one entry into memory of its own and verifies every bit of it.
-
-    Returns:
-        The entry, on the CPU.
-
-    Raises:
-        FileNotFoundError: If there is no such entry.
-        ValueError: If the file is not what was written under this key; says why.
-    """
-    with open_chunk(folder, key, kind) as file:
-        return file.whole()
-
-
 @contextmanager
-def open_chunk(folder: Path, key: str, kind: type[AnyEntry]) -> Iterator[ChunkFile[AnyEntry]]:
-    """Opens an entry's file to read its tensors one by one, each verified when it is read.
-
-    Raises:
-        FileNotFoundError: If there is no such entry.
-        ValueError: If the file is not what was written under this key; says why.
-    """
-    with open_file(chunk_path(folder, key)) as file:
-        yield ChunkFile(file, key, kind)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _readable() -> Iterator[None]:
+    """One kind of error for whatever a damaged file makes the libraries raise."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        yield
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ValueError(f"unreadable ({error})") from None
+
+
+def _metadata(key: str, entry: Entry, tensors: dict[str, Tensor]) -> dict[str, str]:
+    """The file's header: what the entry is, and checksums of each tensor and of the header."""
+    sums = {name: _checksum(name, tensor) for name, tensor in tensors.items()}
+    header = {
+        "format": FORMAT,
+        "kind": entry.kind,
+        "key": key,
+        "fingerprint": entry.fingerprint,
+        "num_bytes": str(entry.num_bytes),
+        "checksums": json.dumps(sums, sort_keys=True),
+    } | {name: str(fact) for name, fact in entry.facts().items()}
+    return header | {"checksum": _digest(header)}
+
+
+def _digest(header: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
+
+
+def _checksum(name: str, tensor: Tensor) -> str:
+    digest = hashlib.sha256(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+    if tensor.numel():  # an empty tensor has no buffer to view
+        digest.update(memoryview(tensor.view(torch.uint8).numpy()).cast("B"))
+    return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""What a store keeps of a chunk, and the keys and values that all caches of blocktune hold."""
+"""What a store keeps of a chunk: its keys and values, and hidden states at some layers."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Entry(ABC):
 
         Raises:
             KeyError: If a fact is missing.
-            ValueError: If the tensors are no entry of this kind.
+            ValueError: If the tensors do not make an entry of this kind.
         """
 
     @property
@@ -117,11 +117,7 @@ class ChunkKV(Entry):
                 "a chunk's KV needs keys and values of the same layers, at least one; "
                 f"got {len(self.keys)} key and {len(self.values)} value tensors"
             )
-        if self.token_ids.dtype != torch.int64 or self.token_ids.ndim != 1:
-            raise ValueError(
-                "a chunk's token ids must be one int64 row (tokens,); "
-                f"got {tuple(self.token_ids.shape)} {self.token_ids.dtype}"
-            )
+        _check_ids(self.token_ids)
         if not self.num_tokens:
             raise ValueError("a chunk's KV needs at least one token; got none")
         if not _HEX.fullmatch(self.fingerprint):
@@ -177,4 +173,61 @@ class ChunkKV(Entry):
             token_ids=token_ids,
             fingerprint=fingerprint,
             origin=int(facts["origin"]),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class ChunkStates(Entry):
+    """Hidden states of a chunk at the input of one layer, as the chunk alone made them.
+
+    From them that layer can be computed again for all tokens (DroidSpeak's E-cache,
+    arXiv:2411.02820). They take ``hidden`` numbers a token where keys and values take ``2 *
+    kv_heads * head_dim``, so only the layers that a method starts from are stored.
+
+    Attributes:
+        states: ``(S, hidden)``, before the layer's norm. Free of positions: nothing to relocate.
+        layer: 0-based layer that they enter.
+        token_ids: What was encoded, ``(S,)`` int64, without the blanks before it.
+        fingerprint: Hex digest of the model that encoded it.
+
+    Raises:
+        ValueError: If the tensors do not describe one chunk at one layer.
+    """
+
+    kind: ClassVar[str] = "states"
+    states: Tensor
+    layer: int
+    token_ids: Tensor
+    fingerprint: str
+
+    def __post_init__(self):
+        _check_ids(self.token_ids)
+        wanted = (self.states.ndim, len(self.states)) == (2, self.num_tokens)
+        if not wanted or not self.num_tokens or not self.states.dtype.is_floating_point:
+            raise ValueError(
+                f"states of a chunk of {self.num_tokens} tokens must be floating "
+                f"(tokens, hidden); got {tuple(self.states.shape)} {self.states.dtype}"
+            )
+        if self.layer < 0:
+            raise ValueError(f"states enter a layer >= 0; got {self.layer}")
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """See `Entry.tensors`."""
+        yield "states", self.states
+
+    def facts(self) -> dict[str, int]:
+        """See `Entry.facts`."""
+        return {"layer": self.layer}
+
+    @classmethod
+    def restore(cls, facts: Mapping, read: Read, token_ids: Tensor, fingerprint: str) -> Self:
+        """See `Entry.restore`."""
+        return cls(read("states"), int(facts["layer"]), token_ids, fingerprint)
+
+
+def _check_ids(token_ids: Tensor) -> None:
+    if token_ids.dtype != torch.int64 or token_ids.ndim != 1:
+        raise ValueError(
+            "a chunk's token ids must be one int64 row (tokens,); "
+            f"got {tuple(token_ids.shape)} {token_ids.dtype}"
         )

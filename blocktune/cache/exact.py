@@ -98,6 +98,8 @@ def load_exact(cache: RowCache, prompt: int, exact: ExactKV) -> None:
     In an exact prefix the column is the position.
     """
     kv = exact.kv
-    columns = torch.arange(kv.num_tokens, device=kv.keys[0].device) + kv.origin
+    columns = slice(kv.origin, kv.origin + kv.num_tokens)
     for layer, (keys, values) in enumerate(zip(kv.keys, kv.values, strict=True)):
-        cache.write(layer, prompt, columns, keys, values)
+        own_keys, own_values = cache.room(layer, prompt, columns, keys, values, exact=True)
+        own_keys.copy_(keys)
+        own_values.copy_(values)

@@ -1,6 +1,6 @@
 """Names of what is cached: a key that changes whenever the cached numbers would.
 
-Two digests. The *fingerprint* stands for everything that all chunks of an engine share: model,
+Two digests. The *fingerprint* covers everything that all chunks of an engine share: model,
 weights, adapter, tokenizer, prompt format, dtype, RoPE. The *chunk key* adds the token ids and how
 they were encoded. Nothing here names a path or a date, so the same model on two machines agrees.
 """
@@ -56,7 +56,7 @@ def model_fingerprint(
         dtype: Dtype the model computes in; None: the dtype of its parameters.
 
     Returns:
-        64 hex digits. Take it anew after any change of the weights.
+        64 hex digits. Compute it again after any change of the weights.
 
     Raises:
         ValueError: If a weight is not in memory, or the format is not plain JSON.
@@ -103,6 +103,16 @@ def key_after(fingerprint: str, token_ids: Sequence[int] | Tensor, blanks: Seque
     """
     encoding = {"ghosts": list(blanks)}  # the word in the keys of stores that exist
     return chunk_key(fingerprint, token_ids, encoding)
+
+
+def states_key(chunk_key: str, layer: int) -> str:
+    """Key of a chunk's states at ``layer``: the chunk's own key, which names its content, hashed.
+
+    Args:
+        chunk_key: From `blocktune.cache.chunk_key`.
+        layer: 0-based.
+    """
+    return hashlib.sha256(f"{chunk_key} states {layer}".encode()).hexdigest()
 
 
 def weights_hash(model: nn.Module) -> str:

@@ -60,7 +60,7 @@ class RowLayer(CacheLayerMixin):
         self._keys = keys
 
     def settle(self) -> None:
-        """Writes what was put off until somebody looks, see `RowCache.defer`."""
+        """Writes what `RowCache.defer` postponed."""
         pending, self.pending = self.pending, []
         for fill in pending:
             fill()
@@ -85,7 +85,7 @@ class RowLayer(CacheLayerMixin):
         Args:
             key_states: ``(B, K, R, D)``, RoPE applied.
             value_states: ``(B, K, R, D)``.
-            *args: What some models pass besides; not needed.
+            *args: Not needed; some models pass more.
             **kwargs: Likewise.
 
         Returns:
@@ -143,7 +143,7 @@ class RowLayer(CacheLayerMixin):
         return self.num_columns, 0
 
     def get_seq_length(self) -> int:
-        """Columns that the selected rows follow, were they the last: what `generate` asks."""
+        """Columns before the selected rows, if these are the last: what transformers asks."""
         selected = 0 if self.target is None else self.target.columns.shape[1]
         return self.num_columns - selected
 
@@ -162,19 +162,18 @@ class RowLayer(CacheLayerMixin):
 class RowCache(Cache):
     """Keys and values of a batch of prompts, every column addressable, no layer truncated.
 
-    Columns are the engine's rows, in any order it likes; a recomputed token writes over the
-    column of its original. Use: `load_columns` what is cached, `select` the columns of the rows
-    to be computed, run the model with ``past_key_values=cache`` and an explicit mask over all
-    columns (or blocktune's attention plan), `append` and run again for every decoded token.
+    A recomputed token overwrites the column of its original. Use: write cached states into
+    `room`, `select` the columns of the rows to compute, run the model with
+    ``past_key_values=cache`` and an explicit mask over all columns (or blocktune's attention
+    plan), `append` and run again for every decoded token.
 
     Args:
         num_layers: Layers of the model.
         batch_size: Prompts, ``B``.
         num_columns: Columns of every layer, ``N``.
-        spare: Columns to allocate besides, e.g. the number of tokens to decode.
-        exact: Declares that all rows will be computed in the context of everything before them,
-            i.e. a full prefill. Only such a cache may feed the exact prefix cache;
-            `load_columns` of approximate states takes the mark away for good.
+        spare: Extra columns to allocate, e.g. the number of tokens to decode.
+        exact: Declares a full prefill: every row is computed after everything before it. Only
+            such a cache may feed the exact prefix cache; writing reused states ends it for good.
     """
 
     def __init__(
@@ -225,57 +224,44 @@ class RowCache(Cache):
         self.select(columns)
         return columns
 
-    def load_columns(
-        self, layer: int, prompt: int, columns: Tensor, keys: Tensor, values: Tensor
-    ) -> None:
-        """Puts cached states of chunks where they stand in a prompt; the cache is not exact then.
-
-        Args:
-            layer: Layer index.
-            prompt: Index in the batch.
-            columns: Where each token goes, ``(S,)`` int64. Not checked beyond what torch
-                checks, since that would wait for the device in every layer.
-            keys: ``(K, S, D)``, rotated to where the tokens stand in this prompt.
-            values: ``(K, S, D)``.
-        """
-        self.exact = False
-        self.write(layer, prompt, columns, keys, values)
-
     def room(
-        self, layer: int, prompt: int, columns: slice, keys: Tensor, values: Tensor
+        self,
+        layer: int,
+        prompt: int,
+        columns: slice,
+        keys: Tensor,
+        values: Tensor,
+        *,
+        exact: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """A run of columns of a prompt, to write cached states into; the cache is not exact then.
+        """A run of columns of one prompt, to write cached states into.
 
         Args:
             layer: Layer index.
             prompt: Index in the batch.
-            columns: Which; as `load_columns`, for states that stand side by side.
-            keys: Any of the model's keys in that layer, ``(K, S, D)``.
+            columns: Which.
+            keys: Any of the model's keys in that layer, ``(K, S, D)``: for shape and dtype.
             values: Likewise.
+            exact: Whether the states come from a full prefill of the same prompt; if not, the
+                cache is not exact from now on.
 
         Returns:
             Views ``(K, columns, D)`` of keys and values.
         """
-        self.exact = False
+        self.exact = self.exact and exact
         row_layer = self.layers[layer]
         if not row_layer.is_initialized:
             row_layer.lazy_initialization(keys[None], values[None])
         return row_layer.keys[prompt, :, columns], row_layer.values[prompt, :, columns]
 
     def defer(self, layer: int, fill: Callable[[], None]) -> None:
-        """Puts writing cached states into a layer off until a forward pass comes to it.
-
-        Args:
-            layer: Layer index.
-            fill: Writes them, by `room` or `load_columns`.
-        """
+        """Postpones ``fill``, which writes by `room`, until a forward pass enters the layer."""
         self.layers[layer].pending.append(fill)
 
     def observe(self, layer: int, observer: Observer | None) -> None:
-        """Shows every update of a layer to ``observer``, or to nobody.
+        """Calls ``observer`` with a layer's fresh keys and values before they are written.
 
-        It is called with the fresh keys and values, ``(B, K, R, D)`` each, before anything is
-        written. Raising from it ends the forward pass with the layer as it was.
+        If it raises, the forward pass ends with the layer as it was. None: no observer.
         """
         self.layers[layer].observer = observer
 
@@ -292,14 +278,6 @@ class RowCache(Cache):
         """Writes rows ``(B, K, R, D)`` into a layer's selected columns without a forward pass."""
         self.layers[layer].store(keys, values)
 
-    def write(self, layer: int, prompt: int, columns: Tensor, keys: Tensor, values: Tensor) -> None:
-        """As `load_columns`, of states that are as exact as the cache: `exact.load_exact`."""
-        row_layer = self.layers[layer]
-        if not row_layer.is_initialized:
-            row_layer.lazy_initialization(keys[None], values[None])
-        row_layer.keys[prompt].index_copy_(1, columns, keys)
-        row_layer.values[prompt].index_copy_(1, columns, values)
-
     def _target(self, columns: Tensor) -> Target:
         expected = self.layers[0].batch_size
         if columns.ndim != 2 or columns.shape[0] != expected or columns.dtype != torch.int64:
@@ -311,7 +289,7 @@ class RowCache(Cache):
         twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != SKIP)
         if twice.any() or (columns < SKIP).any() or (columns >= self.num_columns).any():
             raise ValueError(
-                f"columns must lie in 0..{self.num_columns - 1} (or {SKIP} for padding), "
+                f"columns must be in 0..{self.num_columns - 1} (or {SKIP} for padding), "
                 "each at most once in a prompt"
             )
         batch, row = (columns != SKIP).nonzero(as_tuple=True)

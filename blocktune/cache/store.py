@@ -171,7 +171,7 @@ class ChunkStore:
             self._remember(key, kept)
 
     def discard(self, key: str) -> None:
-        """Drops what lies under ``key``, in memory and in the folder, if there is anything."""
+        """Drops the entry of ``key``, if there is one, in memory and in the folder."""
         with self._lock:
             self._forget(key)
         if self.folder is not None:
@@ -189,7 +189,7 @@ class ChunkStore:
             return replace(self._stats, memory_chunks=len(self._chunks))
 
     def __contains__(self, key: str) -> bool:
-        """Whether something lies under ``key``; only `get` verifies it."""
+        """Whether there is an entry of ``key``; only `get` verifies it."""
         with self._lock:
             in_memory = key in self._chunks
         return in_memory or (self.folder is not None and chunk_path(self.folder, key).is_file())
@@ -233,7 +233,7 @@ class ChunkStore:
     def _remember(self, key: str, kv: Entry) -> None:
         self._forget(key)
         if kv.num_bytes > self.max_bytes:
-            return  # it lies in the folder: `put` refuses such chunks without one
+            return  # it is in the folder: `put` refuses such chunks without one
         while self._stats.memory_bytes + kv.num_bytes > self.max_bytes:
             self._forget(next(iter(self._chunks)))
             self._stats.evictions += 1

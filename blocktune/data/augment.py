@@ -12,7 +12,8 @@ from typing import Any
 
 from blocktune.data.answers import chunk_mentions, evidence
 from blocktune.data.example import RagExample
-from blocktune.prompt.format import Chunk, build_strict
+from blocktune.parsing import build_strict
+from blocktune.prompt.format import Chunk
 
 Range = tuple[int, int]
 

@@ -9,14 +9,14 @@ from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
-import yaml
 from transformers import PreTrainedTokenizerBase
 
 from blocktune.data.augment import Augment, augment
 from blocktune.data.chunking import CHUNKERS, Chunker, parse_chunker
 from blocktune.data.example import RagExample
 from blocktune.data.sources import load_examples, training_split
-from blocktune.prompt.format import PromptFormat, build_strict
+from blocktune.parsing import build_strict, load_spec
+from blocktune.prompt.format import PromptFormat
 
 BLOCK, FULL, BOTH = "block", "full", "both"
 MODES = {BLOCK: (BLOCK,), FULL: (FULL,), BOTH: (BLOCK, FULL)}
@@ -127,12 +127,9 @@ def load_mixture(path: str | Path) -> Mixture:
         ValueError: In one line: the file, the place in it, what was wanted and what came.
     """
     try:
-        record = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (FileNotFoundError, IsADirectoryError):
-        raise ValueError(f"no mixture at '{path}'; give a YAML file") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
-    return parse_mixture(record, str(path))
+        return load_spec(path, "mixture", "give a YAML file", parse_mixture)
+    except FileNotFoundError as error:
+        raise ValueError(str(error)) from None
 
 
 def parse_mixture(record: Any, where: str = "mixture") -> Mixture:

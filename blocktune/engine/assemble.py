@@ -180,7 +180,7 @@ def relocator(
 
 
 class _Segment(NamedTuple):
-    """Pieces that stand side by side: their tokens among all cached ones, and their columns."""
+    """Adjacent pieces: their tokens among all cached ones, and their columns."""
 
     kvs: list[ChunkKV]
     tokens: slice

@@ -19,7 +19,7 @@ class ChunkAttention:
         mass: Attention weight that each column's row pays each chunk, mean over heads, summed over
             the layers read, ``(B, N, C)`` float32; zero for rows that are not read.
         layers: Layers read.
-        multiply_adds: Of making the weights once more, per prompt, ``(B,)``.
+        multiply_adds: Of computing the weights a second time, per prompt, ``(B,)``.
     """
 
     def __init__(self, columns: Rows):
@@ -78,7 +78,7 @@ class QueryProbe:
     Attributes:
         scores: By layer, the attention weight of each key, mean over the question's rows and the
             heads, ``(B, N)`` float32.
-        multiply_adds: Of making the weights once more, per prompt, ``(B,)``.
+        multiply_adds: Of computing the weights a second time, per prompt, ``(B,)``.
     """
 
     def __init__(self, plan: Plan, query: Rows, key: Rows, layers: Container[int], last: int):

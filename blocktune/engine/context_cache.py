@@ -108,7 +108,7 @@ def cut_context(
     lay_out: Callable[[str], Prompt],
     decoding: dict[str, Any],
 ) -> CachedContext:
-    """Copies what stands before the question out of the cache of one prompt.
+    """Copies the columns before the question out of the cache of one prompt.
 
     Args:
         run: After its prefill.

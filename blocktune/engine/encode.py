@@ -33,11 +33,11 @@ TOKENS_PER_PASS = 16_384
 
 @dataclass(frozen=True)
 class Piece:
-    """Something that is encoded by itself and kept: the prefix, or a chunk after its blanks.
+    """What is encoded by itself and stored: the prefix, or a chunk after its blanks.
 
     Attributes:
         ids: Tokens that are stored.
-        blanks: Tokens it is encoded after and that are then forgotten.
+        blanks: Tokens before it during encoding, whose own states are dropped.
     """
 
     ids: Ids
@@ -111,8 +111,8 @@ class Encoder:
         Args:
             pieces: What is wanted; repeats are welcome.
             watch: Gets ``lookup_s``, ``load_s`` and ``encode_s``.
-            layers: Layers (0-based) whose input states are wanted besides; a piece that was
-                encoded without them is encoded once more.
+            layers: Layers (0-based) whose input states are wanted too; a piece that was
+                encoded without them is encoded again.
             loader: Looks chunks up instead of the store.
         """
         kvs: dict[Piece, ChunkKV] = {}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     LogitsProcessorList,
     TemperatureLogitsWarper,
@@ -36,8 +36,8 @@ class Sampling:
     Attributes:
         temperature: 0 is greedy; above, logits are divided by it.
         top_k: Keep this many of the likeliest tokens; 0 keeps all.
-        top_p: Keep the likeliest tokens up to this much probability.
-        seed: Of the draws; the same seed gives the same answers, in batches of any size.
+        top_p: Nucleus sampling: keep the likeliest tokens up to this cumulative probability.
+        seed: The same seed gives the same answers, in batches of any size.
 
     Raises:
         ValueError: If a value is out of range.
@@ -62,7 +62,7 @@ class Sampling:
         Args:
             device: Of the logits.
             streams: One number per prompt. Prompts draw independently, each the same from the same
-                seed and number, whatever stands beside it in the batch.
+                seed and number, whatever else is in the batch.
         """
         if self.temperature == 0:
             return lambda logits: logits.argmax(-1, keepdim=True)
@@ -80,59 +80,6 @@ class Sampling:
             return torch.stack([torch.multinomial(row, 1, generator=g) for row, g in rows])
 
         return draw
-
-
-@torch.no_grad()
-def decode(
-    model: nn.Module,
-    cache: RowCache,
-    columns: Rows,
-    last: Rows,
-    logits: Tensor,
-    pick: Pick,
-    max_new_tokens: int,
-    stop_ids: frozenset[int],
-    reshaping: Reshaping | None = None,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields one token per prompt and step, ``(B,)``, -1 for prompts that have ended.
-
-    Each comes with the logits ``(B, V)`` that it was picked by.
-
-    Ends when all prompts have produced a stop token (which is yielded), or after
-    ``max_new_tokens``. Columns for the new tokens are appended to ``cache``.
-
-    Args:
-        model: Attached to blocktune's attention.
-        cache: After the prefill.
-        columns: Facts of its columns, ``(B, N)``.
-        last: Facts of each prompt's last row, ``(B, 1)``.
-        logits: After those rows, ``(B, V)``.
-        pick: From logits ``(B, V)`` to tokens ``(B, 1)``, `Sampling.picker`.
-        max_new_tokens: At least 1.
-        stop_ids: Tokens that end an answer.
-        reshaping: How rows see reused keys, as in the prefill.
-    """
-    rows = decoded_rows(last, max_new_tokens)
-    keys = columns.concat(rows)
-    stops = torch.tensor(sorted(stop_ids), device=logits.device)
-    ended = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
-    for step in range(max_new_tokens):
-        token = pick(logits)
-        yield token[:, 0].masked_fill(ended, -1), logits
-        ended |= torch.isin(token[:, 0], stops)
-        if step + 1 == max_new_tokens or bool(ended.all()):
-            return
-        cache.append()
-        query = rows.map(lambda field, step=step: field[:, step : step + 1])
-        seen = keys.map(lambda field: field[:, : cache.num_columns])
-        output = model(
-            token,
-            position_ids=query.position,
-            plan=CachePlan(query, seen, reshaping),
-            past_key_values=cache,
-            use_cache=True,
-        )
-        logits = output.logits[:, -1]
 
 
 @dataclass(frozen=True)
@@ -187,6 +134,9 @@ class Generation:
     ) -> Iterator[Tensor]:
         """Decodes: one token per prompt and step, ``(B,)``, -1 for prompts that have ended.
 
+        Ends when all prompts have produced a stop token (which is yielded) or after
+        ``max_new_tokens``.
+
         Args:
             sampling: How tokens are picked.
             max_new_tokens: At least 1.
@@ -195,24 +145,42 @@ class Generation:
         for token, _ in self._steps(sampling, max_new_tokens, streams):
             yield token
 
-    def _steps(self, sampling: Sampling, max_new_tokens: int, streams: Sequence[int]):
-        steps = decode(
-            self.state.model,
-            self.cache,
-            self.columns,
-            self.last,
-            self.prefill.logits,
-            sampling.picker(self.prefill.logits.device, streams),
-            max_new_tokens,
-            self.state.stop_ids(),
-            self.reshaping,
-        )
+    def _steps(
+        self, sampling: Sampling, max_new_tokens: int, streams: Sequence[int]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Tokens as in `tokens`, each with the logits ``(B, V)`` that it was picked by."""
+        logits = self.prefill.logits
+        pick = sampling.picker(logits.device, streams)
+        stops = torch.tensor(sorted(self.state.stop_ids()), device=logits.device)
+        ended = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+        rows = decoded_rows(self.last, max_new_tokens)
+        keys = self.columns.concat(rows)
         self.watch.start()
-        first = next(steps)
-        self.watch.stop("first_token_s")
-        self.remember()  # after the first token: nobody waits for it
-        yield first
-        yield from steps
+        for step in range(max_new_tokens):
+            token = pick(logits)
+            if step == 0:
+                self.watch.stop("first_token_s")
+                self.remember()  # after the first token, so that it does not delay it
+            yield token[:, 0].masked_fill(ended, -1), logits
+            ended |= torch.isin(token[:, 0], stops)
+            if step + 1 == max_new_tokens or bool(ended.all()):
+                return
+            logits = self._decode(token, rows, keys, step)
+
+    @torch.no_grad()
+    def _decode(self, token: Tensor, rows: Rows, keys: Rows, step: int) -> Tensor:
+        """Logits ``(B, V)`` after one more token ``(B, 1)``, whose column is appended."""
+        self.cache.append()
+        query = rows.map(lambda field: field[:, step : step + 1])
+        seen = keys.map(lambda field: field[:, : self.cache.num_columns])
+        output = self.state.model(
+            token,
+            position_ids=query.position,
+            plan=CachePlan(query, seen, self.reshaping),
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        return output.logits[:, -1]
 
     def answers(
         self, sampling: Sampling, max_new_tokens: int, streams: Sequence[int]
@@ -221,8 +189,9 @@ class Generation:
         steps = torch.stack(list(self.tokens(sampling, max_new_tokens, streams)), dim=1).tolist()
         usages = self._usages()
         return [
-            self._answer(tuple(token for token in ids if token >= 0), usage)
+            Answer(self.state.text(made), made, Usage(**usage, answer_tokens=len(made)))
             for ids, usage in zip(steps, usages, strict=True)
+            for made in [tuple(token for token in ids if token >= 0)]
         ]
 
     def continued(self, num_tokens: int) -> tuple[tuple[int, ...], Tensor]:
@@ -230,9 +199,6 @@ class Generation:
         steps = self._steps(Sampling(), num_tokens + 1, (0,))
         made = [step for _, step in zip(range(num_tokens + 1), steps, strict=False)]
         return tuple(int(token) for token, _ in made[:-1]), made[-1][1]
-
-    def _answer(self, ids: tuple[int, ...], usage: dict) -> Answer:
-        return Answer(self.state.text(ids), ids, Usage(**usage, answer_tokens=len(ids)))
 
     def _usages(self) -> list[dict]:
         computed = self.prefill.layer_tokens(self.state.num_layers).tolist()

@@ -1,4 +1,4 @@
-"""Which range of layers is worth computing: DroidSpeak's offline profile of a model."""
+"""Which range of layers is worth recomputing: DroidSpeak's offline profile of a model."""
 
 from __future__ import annotations
 
@@ -55,13 +55,13 @@ def profile_layers(
         examples: Not of the split that results are reported on.
         most_layers: Longest range tried; None: all lengths.
         batch_size: Prompts served together.
-        progress: Wraps the list of ranges ``(first, length)`` that are gone through.
+        progress: Wraps the list of ranges ``(first, length)`` to try.
 
     Returns:
         The ranges by length, then first layer; the efficient ones are marked.
 
     Raises:
-        ValueError: If there is no example, or ``most_layers`` is no number of layers.
+        ValueError: If there is no example, or ``most_layers`` is out of range.
 
     Source: DroidSpeak arXiv:2411.02820, offline profiling. Its quality is a task's score; here it
     is how far the model's next token is from a full prefill's, which needs fewer examples.

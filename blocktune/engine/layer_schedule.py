@@ -166,7 +166,7 @@ class SchedulePlan:
 
 
 def _seeing_future(query: Rows, columns: Rows) -> Rows:
-    """The last row sees all columns, each row before it one less, wherever they stand."""
+    """The last row sees all columns, each row before it one less, whatever their order."""
     exists = query.kind != Kind.PAD
     before_last = exists.flip(1).cumsum(1).flip(1) - 1
     order = columns.order.amax(1, keepdim=True) - before_last

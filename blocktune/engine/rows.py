@@ -67,7 +67,7 @@ def column_rows(layout: Layout) -> Rows:
 
 
 def of_columns(scores: Tensor, layout: Layout) -> Tensor:
-    """Scores of columns ``(..., B, N)`` at the rows they stand for, ``(..., B, S)``; others 0."""
+    """Scores of columns ``(..., B, N)`` at the rows they belong to, ``(..., B, S)``; others 0."""
     stored = ~layout.is_pad & (layout.kind != Kind.BLANK)
     column = torch.where(stored, layout.order, 0).expand(*scores.shape[:-1], -1)
     return scores.gather(-1, column) * stored
@@ -90,7 +90,7 @@ def decoded_rows(last: Rows, steps: int) -> Rows:
 
 
 def left_padded(chosen: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-    """Indices of the chosen rows by order, ``(B, R)``, and which of them are no padding."""
+    """Indices of the chosen rows by order, ``(B, R)``, and which of them are not padding."""
     count = chosen.sum(1)
     width = int(count.max())
     index = torch.where(chosen, order, -1).argsort(dim=1, stable=True)[:, chosen.shape[1] - width :]
@@ -99,7 +99,7 @@ def left_padded(chosen: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
 
 
 PER_ROW = ("position_embeddings", "position_ids")
-"""What a model hands to each of its layers besides hidden states, made for the rows it embedded."""
+"""What a model passes to its layers, besides hidden states, for each row it embedded."""
 
 
 class RowSubset:
@@ -107,7 +107,7 @@ class RowSubset:
 
     Attributes:
         rows: Their facts, ids and columns, ``(B, R)``.
-        exists: Which are no padding, ``(B, R)`` bool.
+        exists: Which are not padding, ``(B, R)`` bool.
         index: Of each in the candidates, ``(B, R)``.
     """
 

@@ -174,11 +174,11 @@ class Executed:
     """What one pass of a model computed, for `flops`.
 
     Attributes:
-        model: The one that ran; its modules are only counted when somebody asks.
+        model: The one that ran; its modules are counted when `flops` is called.
         plans: Attention plans, which say in which layers they ran.
         probes: Plans whose rows' keys and values a layer made for a choice only, by layer.
         heads: Rows of each prompt that went through the head.
-        extra: Multiply-adds besides, per prompt, ``(B,)``.
+        extra: Further multiply-adds, per prompt, ``(B,)``.
     """
 
     model: nn.Module
@@ -190,7 +190,7 @@ class Executed:
     def flops(self) -> Tensor:
         """Floating-point operations of each prompt, two per multiply-add, ``(B,)`` int64.
 
-        Rows that pad a batch are nobody's; scores that a mask hides are made, and counted.
+        Padding rows do not count; scores that a mask hides are computed, so they do.
         """
         model = ModelCost.of(self.model)
         macs = model.head * self.heads + (0 if self.extra is None else self.extra)
@@ -233,7 +233,7 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The model's decoder layers, through a PEFT wrapper or not.
 
     Raises:
-        ValueError: If there is no list of as many layers as the config says.
+        ValueError: If no list has as many layers as the config says.
     """
     depth = model.config.get_text_config().num_hidden_layers
     for name, module in model.named_modules():
@@ -241,5 +241,5 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
             return module
     raise ValueError(
         f"{type(model).__name__} has no list of {depth} decoder layers to hook into; "
-        "blocktune serves decoders whose layers stand in one list"
+        "blocktune serves decoders whose layers are in one list"
     )

@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 from blocktune.data.chunking import Message, build_chunker, chunks_of
 from blocktune.data.example import RagExample
-from blocktune.data.sources.options import GENERATORS, Generator, build_config, refuse_rest
+from blocktune.data.sources.options import GENERATORS, Generator, refuse_rest
+from blocktune.parsing import build_config
 from blocktune.prompt.format import Chunk
 
 CODE_KINDS = ("constant", "import", "call")

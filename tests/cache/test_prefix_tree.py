@@ -147,7 +147,7 @@ def test_exact_states_cannot_be_made_by_hand():
 def test_a_cache_that_reused_a_chunk_gives_no_exact_states():
     cache = prefill(PREFIX, ONE)
     chunk = torch.ones(HEADS, 3, DIM)
-    cache.load_columns(0, 0, torch.tensor([2, 3, 4]), keys=chunk, values=chunk)
+    cache.room(0, 0, slice(2, 5), chunk, chunk)[0].copy_(chunk)
     # Not even after everything was computed again: nobody can prove that it was everything.
     cache.select(torch.arange(5)[None])
     cache.update(torch.ones(1, HEADS, 5, DIM), torch.ones(1, HEADS, 5, DIM), 0)

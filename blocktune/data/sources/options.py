@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
-from typing import Any, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, quote
 
 import yaml
@@ -13,8 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from blocktune import plugins
 from blocktune.data.chunking import Chunker, build_chunker
 from blocktune.data.example import RagExample
-
-Config = TypeVar("Config")
+from blocktune.parsing import build_config
 
 
 class SourceName(NamedTuple):
@@ -66,74 +65,6 @@ def _mapping(text: str) -> dict[str, str]:
         )
     return dict(pairs)
 
-
-def build_config(
-    cls: type[Config],
-    options: Mapping[str, str],
-    where: str,
-    names: Mapping[str, str] | None = None,
-    **given: Any,
-) -> Config:
-    """Builds a dataclass from options, each read as its field's type says.
-
-    Args:
-        cls: A dataclass whose fields have types of `_READERS`.
-        options: By field.
-        where: Starts every error.
-        names: Options whose name differs from the field's -> the field.
-        given: Values of fields that are not options.
-
-    Raises:
-        ValueError: If an option is unknown or its value cannot be read.
-    """
-    called = {field: option for option, field in (names or {}).items()}
-    known = {called.get(f.name, f.name): f for f in fields(cls) if f.name not in given}
-    if unknown := options.keys() - known.keys():
-        known_names = ", ".join(known)
-        raise ValueError(f"unknown option '{min(unknown)}' of '{where}'; known: {known_names}")
-    values = {
-        known[key].name: _read(text, known[key].type, f"{where}: '{key}'")
-        for key, text in options.items()
-    }
-    try:
-        return cls(**values, **given)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
-
-
-def _read(text: str, kind: str, where: str) -> Any:
-    read, wanted = _READERS[kind]
-    try:
-        return read(text)
-    except ValueError:
-        raise ValueError(f"{where} must be {wanted}, got '{text}'") from None
-
-
-def _several(read: Callable[[str], Any]) -> Callable[[str], tuple]:
-    return lambda text: tuple(read(part) for part in text.split(","))
-
-
-def _range(text: str) -> int | tuple[int, int]:
-    low, dash, high = text.partition("-")
-    return (int(low), int(high)) if dash else int(low)
-
-
-_READERS: dict[str, tuple[Callable[[str], Any], str]] = {
-    "int": (int, "a whole number"),
-    "float": (float, "a number"),
-    "bool": (lambda text: bool(("0", "1").index(text)), "1 or 0"),
-    "str": (str, "text"),
-    "str | None": (str, "text"),
-    "tuple[int, ...]": (_several(int), "whole numbers with commas between"),
-    "tuple[float, ...]": (_several(float), "numbers with commas between"),
-    "tuple[str, ...]": (_several(str), "names with commas between"),
-    "int | tuple[int, int]": (_range, "a whole number or LOW-HIGH"),
-    "Mapping[str, float]": (
-        lambda text: dict.fromkeys(text.split(","), 1.0),
-        "names with commas between",
-    ),
-}
-"""How an option is read, by the type of its field, and what it must be."""
 
 KNOWN = ("split", "as", "fields", "chunker", "tokenizer", "shots", "shots_from", "seed", "shuffle")
 

@@ -46,7 +46,7 @@ class Variant:
 
 
 def cache_context_impact(variant: Variant, num_tokens: int) -> float:
-    """CCI in [0.5, 1): how much the chunk leant on its context, against itself.
+    """CCI in [0.5, 1): how much the chunk attended to its context, against itself.
 
     ``1 / (1 + exp(-a / b))`` with ``a`` the attention per pair of tokens to the earlier chunks and
     ``b`` that within the chunk.
@@ -77,7 +77,7 @@ def prefix_overlap(variant: Variant, context: Sequence[Ids]) -> float:
 
 
 def order_penalty(old: Sequence[Ids], new: Sequence[Ids]) -> float:
-    """Gamma in [0, 1]: share of pairs of common chunks that stand the other way round (Kendall)."""
+    """Gamma in [0, 1]: share of pairs of common chunks in reverse order (Kendall)."""
     place = {chunk: index for index, chunk in enumerate(new)}
     common = [place[chunk] for chunk in dict.fromkeys(old) if chunk in place]
     pairs = list(combinations(common, 2))
@@ -89,7 +89,7 @@ def cache_fix_overhead(
 ) -> float:
     """CFO in [0, 1]: share of the chunk's tokens to recompute after ``context``.
 
-    ``alpha * CCI * (1 - beta * (1 - gamma))``; 0 where the chunk stands in the very context of
+    ``alpha * CCI * (1 - beta * (1 - gamma))``; 0 where the chunk is in the very context of
     the variant.
 
     Args:

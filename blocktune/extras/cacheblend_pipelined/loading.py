@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from blocktune.cache import ChunkKV, ChunkStore, Lookup
-from blocktune.cache.chunk_file import ChunkFile, chunk_path, open_file
+from blocktune.cache.chunk_file import ChunkFile
 from blocktune.methods import ChunkLoader, DamagedChunk, Selection
 
 KEEP = 0.8
@@ -71,7 +71,7 @@ class LoadingController:
                 self.bytes_per_s = _mixed(self.bytes_per_s, num_bytes / seconds)
 
     def saw_computing(self, row_layers: int, seconds: float) -> None:
-        """Notes how long it took to compute so many rows, each counted once per layer."""
+        """Notes how long computing took; rows are counted once per layer."""
         if row_layers and seconds > 0:
             with self._lock:
                 self.row_layer_s = _mixed(self.row_layer_s, seconds / row_layers)
@@ -232,4 +232,4 @@ class LayerLoader(ChunkLoader):
         self._pool.shutdown(cancel_futures=True)
 
     def _open(self, folder: Path, key: str, kind: type[ChunkKV]) -> StreamedKV:
-        return StreamedKV(key, ChunkFile(open_file(chunk_path(folder, key)), key, kind), self)
+        return StreamedKV(key, ChunkFile(folder, key, kind), self)
