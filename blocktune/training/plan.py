@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from transformers import Trainer
 from transformers.trainer_utils import IntervalStrategy
 
 from blocktune.attention.masks import KEPT_CELLS
@@ -19,9 +19,6 @@ from blocktune.models.sharded import num_elements, whole_shape
 from blocktune.prompt import LayoutSpec
 from blocktune.tables import written
 from blocktune.training.console import SteadyConsole, duration
-
-if TYPE_CHECKING:
-    from blocktune.training.trainer import BlockSFTTrainer
 
 ADAM_BYTES = 8
 """Two float32 moments a trainable parameter."""
@@ -233,8 +230,8 @@ class TrainingPlan:
         return round(self.mean_tokens * self.global_batch)
 
 
-def make_plan(trainer: BlockSFTTrainer) -> TrainingPlan:
-    """Reads the plan off a trainer that has not started."""
+def make_plan(trainer: Trainer) -> TrainingPlan:
+    """Reads the plan off a `BlockSFTTrainer` that has not started."""
     args, info, prepared = trainer.args, trainer.files.info, trainer.prepared
     dataset = prepared.dataset
     rows = zip(dataset["length"], dataset["answer_length"], strict=True)
@@ -271,14 +268,14 @@ def make_plan(trainer: BlockSFTTrainer) -> TrainingPlan:
     )
 
 
-def _dtype(trainer: BlockSFTTrainer) -> str:
+def _dtype(trainer: Trainer) -> str:
     model, args = trainer.model, trainer.args
     computed = "bfloat16" if args.bf16 else "float16" if args.fp16 else None
     held = quantization_of(model) or str(model.dtype).removeprefix("torch.")
     return held if computed in (None, held) else f"{held}, computed in {computed}"
 
 
-def _evaluation(trainer: BlockSFTTrainer) -> str | None:
+def _evaluation(trainer: Trainer) -> str | None:
     args, rows = trainer.args, trainer.eval_dataset
     if rows is None:
         return None
@@ -290,7 +287,7 @@ def _evaluation(trainer: BlockSFTTrainer) -> str | None:
     return f"{sum(1 for count in rows['answer_length'] if count):,} rows, {when}"
 
 
-def _peak(trainer: BlockSFTTrainer, longest: int) -> float:
+def _peak(trainer: Trainer, longest: int) -> float:
     args, width = trainer.args, longest * trainer.collator.row_growth
     rows = width * args.per_device_train_batch_size
     answers = max(trainer.train_dataset["answer_length"]) * args.per_device_train_batch_size
