@@ -1,5 +1,6 @@
 """What reuse leaves in the cache: zero where nothing differs, by hand where it can be."""
 
+import copy
 import json
 from types import SimpleNamespace
 
@@ -71,9 +72,8 @@ def test_entropy_is_that_of_the_weights_of_a_dense_forward(engine):
     run = engine.prefilled([EXAMPLE], "full-prefill")
     found = attention_entropy(run)
     ids, rows = run.batch.input_ids, run.batch.layout.kind[0] == Kind.QUERY
-    stock = AutoModelForCausalLM.from_config(
-        engine.model.config, attn_implementation="eager"
-    ).eval()
+    config = copy.deepcopy(engine.model.config)  # from_config sets its attention
+    stock = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     stock.load_state_dict(engine.model.state_dict())
     with torch.no_grad():
         weights = stock(ids, output_attentions=True, use_cache=False).attentions
