@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -130,6 +131,7 @@ def _sync(path: str | Path) -> None:
         os.close(descriptor)
 
 
+@functools.cache  # reading it changes it for a moment, for all threads
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

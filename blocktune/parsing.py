@@ -1,4 +1,7 @@
-"""YAML into frozen dataclasses, strictly: whatever does not fit is said in one line."""
+"""Mappings into frozen dataclasses, strictly: from YAML, JSON or option strings.
+
+Whatever does not fit is reported in one line: where it is, what was wanted and what came.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, Field, fields
+from inspect import formatannotation
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -15,25 +19,61 @@ Spec = TypeVar("Spec")
 
 
 class Wanted(NamedTuple):
-    """What YAML must hold for a field: accepted types, and how an error names them."""
+    """What a field may hold.
+
+    Attributes:
+        types: Of a decoded value, for `isinstance`.
+        what: As an error calls them.
+        read: Reads an option string.
+        text: As an error calls such a string; ``what`` without "or null" unless given.
+        items: Of a list, the types of its entries.
+    """
 
     types: Any
     what: str
-    items: type | None = None
+    read: Callable[[str], Any]
+    text: str = ""
+    items: Any = None
 
 
-WANTED = {  # by the annotation of a field; others are read by their owners before
-    "str": Wanted(str, "text"),
-    "str | None": Wanted(str | None, "text or null"),
-    "int": Wanted(int, "a whole number"),
-    "int | None": Wanted(int | None, "a whole number or null"),
-    "float": Wanted(int | float, "a number"),
-    "float | None": Wanted(int | float | None, "a number or null"),
-    "bool": Wanted(bool, "true or false"),
-    "Mapping[str, Any]": Wanted(Mapping, "a mapping"),
-    "Mapping[str, Any] | None": Wanted(Mapping | None, "a mapping or null"),
-    "tuple[str, ...]": Wanted(list | tuple, "a list of texts", str),
-    "tuple[int, ...]": Wanted(list | tuple, "a list of whole numbers", int),
+def _several(read: Callable[[str], Any]) -> Callable[[str], tuple]:
+    return lambda text: tuple(read(part) for part in text.split(","))
+
+
+def _range(text: str) -> int | tuple[int, int]:
+    low, dash, high = text.partition("-")
+    return (int(low), int(high)) if dash else int(low)
+
+
+_COMMAS = "with commas between"
+WANTED = {  # by the annotation of a field; fields of other types are read by their owners before
+    "str": Wanted(str, "text", str),
+    "str | None": Wanted(str | None, "text or null", str),
+    "int": Wanted(int, "a whole number", int),
+    "int | None": Wanted(int | None, "a whole number or null", int),
+    "int | tuple[int, int]": Wanted(
+        int | tuple | list, "a whole number or a range", _range, "a whole number or LOW-HIGH"
+    ),
+    "float": Wanted(int | float, "a number", float),
+    "float | None": Wanted(int | float | None, "a number or null", float),
+    "bool": Wanted(bool, "true or false", lambda text: bool(("0", "1").index(text)), "1 or 0"),
+    "Mapping[str, Any]": Wanted(Mapping, "a mapping", yaml.safe_load),
+    "Mapping[str, Any] | None": Wanted(Mapping | None, "a mapping or null", yaml.safe_load),
+    "Mapping[str, float]": Wanted(
+        Mapping,
+        "a mapping of names to numbers",
+        lambda text: dict.fromkeys(text.split(","), 1.0),
+        f"names {_COMMAS}",
+    ),
+    "tuple[str, ...]": Wanted(
+        list | tuple, "a list of texts", _several(str), f"names {_COMMAS}", str
+    ),
+    "tuple[int, ...]": Wanted(
+        list | tuple, "a list of whole numbers", _several(int), f"whole numbers {_COMMAS}", int
+    ),
+    "tuple[float, ...]": Wanted(
+        list | tuple, "a list of numbers", _several(float), f"numbers {_COMMAS}", int | float
+    ),
 }
 
 
@@ -70,6 +110,40 @@ def current_keys(record: Mapping[str, Any], known: Collection[str], where: str) 
     return current
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key that is given twice is an error, not the last one's value."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        places: dict[str, yaml.Mark] = {}
+        for key, _ in node.value:
+            first = places.setdefault(f"{key.tag} {key.value}", key.start_mark)
+            if first is not key.start_mark:
+                problem = f"'{key.value}' is given twice, first in line {first.line + 1}"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """Decodes YAML, or JSON, which is YAML.
+
+    Args:
+        text: To decode.
+        where: Opens every error: the file's name.
+
+    Raises:
+        ValueError: If it is not YAML or gives a key twice; names line and column.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        problem = " ".join((error.problem or str(error)).split())
+        raise ValueError(f"{where}: not YAML: {place}{problem}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
+
+
 def load_yaml(path: str | Path, what: str, hint: str) -> Any:
     """Reads a YAML file.
 
@@ -80,14 +154,13 @@ def load_yaml(path: str | Path, what: str, hint: str) -> Any:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is not YAML; names the file.
+        ValueError: See `parse_yaml`.
     """
     try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        text = Path(path).read_text(encoding="utf-8")
+    except (FileNotFoundError, IsADirectoryError):
         raise FileNotFoundError(f"no {what} at '{path}'; {hint}") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+    return parse_yaml(text, str(path))
 
 
 def load_spec(path: str | Path, what: str, hint: str, parse: Callable[[Any, str], Spec]) -> Spec:
@@ -111,36 +184,100 @@ def read(spec: type[Spec], record: Any, where: str) -> Spec:
 
     Args:
         spec: A dataclass; fields of a type that `WANTED` does not know are taken as they are.
-        record: Decoded YAML.
+        record: Decoded YAML or JSON.
         where: Opens every error.
 
     Raises:
         ValueError: If a key is unknown or missing, or a value is not of its type.
     """
-    known = {f.name: f for f in fields(spec)}
+    known = {field.name: field for field in fields(spec)}
     record = current_keys(mapping(record, where), known, where)
     for key in record:
         if key not in known:
             raise ValueError(f"{where}: unknown key '{key}'; known: {', '.join(known)}")
     values = {key: _value(known[key], value, where) for key, value in record.items()}
+    return _made(spec, values, where)
+
+
+def build_config(
+    spec: type[Spec],
+    options: Mapping[str, str],
+    where: str,
+    names: Mapping[str, str] | None = None,
+    **given: Any,
+) -> Spec:
+    """Builds ``spec`` from option strings, each read as its field's type says.
+
+    Args:
+        spec: A dataclass whose fields `WANTED` knows; lists are written with commas.
+        options: By field.
+        where: Opens every error: ``worlds:test``.
+        names: Options that are called otherwise than their fields, and these fields.
+        given: Fields that are no options, with their values.
+
+    Raises:
+        ValueError: If an option is unknown or its value cannot be read.
+    """
+    called = {field: option for option, field in (names or {}).items()}
+    known = {called.get(f.name, f.name): f for f in fields(spec) if f.name not in given}
+    if unknown := options.keys() - known.keys():
+        raise ValueError(f"unknown option '{min(unknown)}' of '{where}'; known: {', '.join(known)}")
+    values = {known[key].name: _option(known[key], key, options[key], where) for key in options}
+    return _made(spec, values | given, where)
+
+
+def _option(field: Field, key: str, text: str, where: str) -> Any:
+    wanted = WANTED[_annotation(field)]
+    try:
+        return wanted.read(text)
+    except (ValueError, yaml.YAMLError):
+        what = wanted.text or wanted.what.removesuffix(" or null")
+        raise ValueError(f"{where}: '{key}' must be {what}, got '{text}'") from None
+
+
+def _made(spec: type[Spec], values: Mapping[str, Any], where: str) -> Spec:
     needed = [f.name for f in fields(spec) if f.default is f.default_factory is MISSING]
-    if missing := [name for name in needed if name not in record]:
-        raise ValueError(f"{where}: '{missing[0]}' is missing; known: {', '.join(known)}")
+    if missing := [name for name in needed if name not in values]:
+        known = ", ".join(field.name for field in fields(spec))
+        raise ValueError(f"{where}: '{missing[0]}' is missing; known: {known}")
     try:
         return spec(**values)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
 
 
+def build_strict(spec: type[Spec], record: Any, what: str) -> Spec:
+    """Builds a ``spec`` that checks its own values from a mapping whose keys are its fields.
+
+    Raises:
+        ValueError: If ``record`` is not a mapping or has an unknown key; ``what`` names it.
+    """
+    known = [f.name for f in fields(spec)]
+    if not isinstance(record, Mapping):
+        raise ValueError(f"{what} must be a mapping of {', '.join(known)}, got {record!r}")
+    record = current_keys(record, known, what)
+    if unknown := sorted(record.keys() - set(known), key=str):
+        raise ValueError(f"unknown {what} key '{unknown[0]}'; known: {', '.join(known)}")
+    return spec(**record)
+
+
 def _value(field: Field, value: Any, where: str) -> Any:
-    accepted, what, items = WANTED.get(field.type, Wanted(object, "given"))
-    listed = items is None or (
-        isinstance(value, list | tuple) and all(type(item) is items for item in value)
-    )
-    numeric = accepted is not bool and accepted is not object and isinstance(value, bool)
-    if not isinstance(value, accepted) or numeric or not listed:
-        raise ValueError(f"{where}: '{field.name}' must be {what}, got {value!r:.60}")
-    return tuple(value) if items else value
+    if (wanted := WANTED.get(_annotation(field))) is None:
+        return value
+    fits = _is(value, wanted.types)
+    if not fits or (wanted.items and not all(_is(item, wanted.items) for item in value)):
+        raise ValueError(f"{where}: '{field.name}' must be {wanted.what}, got {value!r:.60}")
+    return tuple(value) if wanted.items else value
+
+
+def _annotation(field: Field) -> str:
+    """A field's type as it is written, also where annotations are evaluated."""
+    return field.type if isinstance(field.type, str) else formatannotation(field.type)
+
+
+def _is(value: Any, types: Any) -> bool:
+    """`isinstance`, but true and false are no numbers."""
+    return isinstance(value, types) and (types is bool or not isinstance(value, bool))
 
 
 def mapping(record: Any, where: str) -> Mapping:
@@ -166,11 +303,11 @@ def entries(record: Any, where: str) -> list:
 
 
 def refuse_doubles(what: str, names: list[str], fix: str) -> None:
-    """Refuses names that stand twice.
+    """Refuses names that are given twice.
 
     Raises:
-        ValueError: Naming the one that stands most often, and the fix.
+        ValueError: Naming the most frequent one, and the fix.
     """
     name, count = Counter(names).most_common(1)[0]
     if count > 1:
-        raise ValueError(f"{what} '{name}' stands {count} times; {fix}")
+        raise ValueError(f"{what} '{name}' is given {count} times; {fix}")

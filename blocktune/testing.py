@@ -1,4 +1,4 @@
-"""A small random model and its tokenizer, made in a moment: to check and to time methods on."""
+"""Small random models with a tokenizer, to check and to time methods on."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TRAINED = {
     Weights.LINKS: LayoutSpec(num_links=2),
     Weights.WRAPS: LayoutSpec(num_headers=2, num_trailers=1),
 }
-"""The layout of the adapter that a specimen of these weights pretends to have."""
+"""The layout of the adapter that `small_engine` pretends to have, by weights."""
 TINY = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -35,20 +35,20 @@ TINY = {
 
 
 def small_engine(weights: Weights = Weights.ANY, *, bare: bool = False, seed: int = 0) -> Engine:
-    """An engine over a random Llama of seven layers, as if it had been trained for ``weights``.
+    """An engine over a random Llama of seven layers, as if it were trained for ``weights``.
 
     Args:
-        weights: What a method asks of its weights.
-        bare: Without BOS and instruction, so that a chunk is the first thing in a prompt.
+        weights: What the method needs.
+        bare: No BOS and no instruction, so that prompts start with a chunk.
         seed: Of the weights.
     """
     tokenizer = byte_tokenizer(bos=not bare)
-    # At the usual spread of 0.02 a wrong mask cell moves logits by less than rounding.
+    # At the usual 0.02, a wrong mask cell moves logits by less than rounding.
     model = random_llama(len(tokenizer), seed=seed, initializer_range=0.2, **TINY)
     words, info = (BARE if bare else WORDS), None
     if (trained := TRAINED[weights]) is not None:
         info = AdapterInfo(
-            "specimen", base_fingerprint(model), tokenizer_hash(tokenizer), trained, words
+            "random", base_fingerprint(model), tokenizer_hash(tokenizer), trained, words
         )
         if trained.num_learned:
             install_links(model, new_links(model, trained.num_learned, seed))
@@ -63,7 +63,7 @@ def random_llama(vocab_size: int, *, seed: int = 0, **config) -> LlamaForCausalL
 
 
 def byte_tokenizer(*, bos: bool = True) -> PreTrainedTokenizerFast:
-    """One token a byte, no chat template; with or without a BOS of its own."""
+    """One token per byte, no chat template; with or without a BOS."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate([*alphabet, "<s>", "</s>"])}
     backend = Tokenizer(models.BPE(vocabulary, merges=[]))

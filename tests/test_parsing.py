@@ -1,11 +1,103 @@
-"""Keys of earlier versions still load."""
+"""Strict mappings: what does not fit is refused in one line that says where."""
+
+from dataclasses import dataclass
 
 import pytest
 
 from blocktune import parsing
 from blocktune.methods import build
 from blocktune.methods.method_parser import build_entry
+from blocktune.parsing import build_config, load_spec, parse_yaml, read
 from blocktune.prompt import LayoutSpec
+
+
+@dataclass(frozen=True)
+class Spec:
+    name: str
+    count: int = 1
+    share: float | None = None
+    on: bool = False
+    words: tuple[str, ...] = ()
+    sizes: tuple[float, ...] = ()
+
+    def __post_init__(self):
+        if self.count < 1:
+            raise ValueError(f"count must be at least 1, got {self.count}")
+
+
+def parse(record, where):
+    return read(Spec, record, where)
+
+
+def test_yaml_and_json_give_the_same(tmp_path):
+    expected = Spec("a", share=2, words=("x", "y"), sizes=(1, 2.5))
+    for text in (
+        "name: a\nshare: 2\nwords: [x, y]\nsizes: [1, 2.5]\n",
+        '{"name": "a", "share": 2, "words": ["x", "y"], "sizes": [1, 2.5]}',
+    ):
+        (tmp_path / "s.yaml").write_text(text)
+        assert load_spec(tmp_path / "s.yaml", "spec", "", parse) == expected
+
+
+def test_option_strings_are_read_by_the_type_of_their_field():
+    options = {"name": "7", "count": "3", "share": "0.5", "on": "1", "words": "x,y"}
+    assert build_config(Spec, options, "s") == Spec("7", 3, 0.5, True, ("x", "y"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: a\ncount: 2\nname: b\n", "s.yaml: not YAML: line 3, column 1: 'name' is given"),
+        ("name: {x: 1, x: 2}\n", "line 1, column 14: 'x' is given twice, first in line 1"),
+        ("name: a\n  b: c\n", "s.yaml: not YAML: line 2, column 4"),
+        ("name: [", "s.yaml: not YAML: line 1, column 8"),
+    ],
+)
+def test_yaml_errors_have_line_and_column(text, message):
+    with pytest.raises(ValueError) as caught:  # noqa: PT011  the message is compared below
+        parse_yaml(text, "s.yaml")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_merged_keys_may_be_overridden():
+    assert parse_yaml("a: &a {x: 1}\nb: {<<: *a, x: 2}\n", "s")["b"] == {"x": 2}
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ([], "s: must be a mapping"),
+        ({"nam": "a"}, "unknown key 'nam'; known: name, count"),
+        ({"count": 2}, "'name' is missing"),
+        ({"name": "a", "count": True}, "'count' must be a whole number"),
+        ({"name": "a", "count": 1.5}, "'count' must be a whole number"),
+        ({"name": "a", "on": 1}, "'on' must be true or false"),
+        ({"name": "a", "words": "x"}, "'words' must be a list of texts"),
+        ({"name": "a", "words": [1]}, "'words' must be a list of texts"),
+        ({"name": "a", "sizes": [True]}, "'sizes' must be a list of numbers"),
+        ({"name": "a", "count": 0}, "s: count must be at least 1"),
+    ],
+)
+def test_what_does_not_fit_is_refused(record, message):
+    with pytest.raises(ValueError, match=message):
+        read(Spec, record, "s")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"nam": "a"}, "unknown option 'nam' of 's'; known: name"),
+        ({"name": "a", "count": "x"}, "s: 'count' must be a whole number, got 'x'"),
+        ({"name": "a", "sizes": "1,x"}, "'sizes' must be numbers with commas between, got '1,x'"),
+        ({"name": "a", "on": "yes"}, "'on' must be 1 or 0"),
+        ({"count": "1"}, "'name' is missing"),
+        ({"name": "a", "count": "0"}, "s: count must be at least 1"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        build_config(Spec, options, "s")
 
 
 @pytest.fixture(autouse=True)

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blocktune.files import replace_json
 from blocktune.links import link_base
+from blocktune.parsing import build_strict
 from blocktune.prompt import LayoutSpec, PromptFormat
-from blocktune.prompt.format import build_strict
 
 INFO_FILE = "blocktune.json"
 FORMAT_VERSION = 1

@@ -1,4 +1,4 @@
-"""Speed on this machine, with what the machine can at best beside it."""
+"""Speed on this machine, and the best that the machine can do."""
 
 from blocktune.bench.attention import AttentionBench, bench_attention
 from blocktune.bench.loading import bench_loading

@@ -1,4 +1,4 @@
-"""Speed of split attention on this machine, against what it replaces."""
+"""Speed of split attention against full and dense-mask attention."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OPERATIONS = 14
 
 @dataclass(frozen=True)
 class AttentionBench:
-    """What one layer of attention is timed on.
+    """Sizes of the timed attention layer.
 
     Attributes:
         tokens: Rows of the prompt.
@@ -61,9 +61,9 @@ class AttentionBench:
 def bench_attention(bench: AttentionBench | None = None) -> dict[str, Any]:
     """Times one layer of attention, forward and backward, on the CPU.
 
-    Split attention, SDPA over everything before (``full``) and SDPA with the same visibility as
-    a dense mask take turns; masks and plans are made beforehand, as they are once per batch for
-    all layers.
+    Split attention, full causal SDPA (``full``) and SDPA with the same visibility as a dense mask
+    (``dense``) take turns. Masks and plans are made beforehand, as a batch makes them once for all
+    layers.
 
     Returns:
         ``split_over_full`` and ``split_over_dense`` (medians of the ratios within each round),
@@ -125,7 +125,7 @@ def _chunked(tokens: int, chunk: int) -> Layout:
 
 
 def _states(bench: AttentionBench) -> list[Tensor]:
-    """Query, key, value in the memory order that a model's projections leave them in."""
+    """Query, key and value in the memory order of a model's projections."""
     draw = torch.Generator().manual_seed(bench.seed)
     heads = (bench.heads, bench.kv_heads, bench.kv_heads)
     shapes = [(1, bench.tokens, count, bench.head_dim) for count in heads]
@@ -152,7 +152,7 @@ def _attentions(layout: Layout, mask: Tensor) -> dict[str, Attention]:
 
 
 def _timed(attention: Attention, states: list[Tensor]) -> Callable[[], float]:
-    """A work that clears gradients before its clock starts."""
+    """A work that clears gradients before the clock starts."""
     query, _, value = states
     gradient = torch.ones(*query.transpose(1, 2).shape[:3], value.shape[-1])
 

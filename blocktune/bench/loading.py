@@ -1,4 +1,4 @@
-"""What overlapping saves: chunks read from a cold folder before or while others are computed."""
+"""What overlap saves: chunks read from a cold folder before the prefill or during it."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ METHODS = {"serial": "cacheblend", "overlapped": "cacheblend-pipelined"}
 
 
 def bench_loading(bench: ReuseBench | None = None, folder: Path | None = None) -> dict[str, Any]:
-    """Times CacheBlend over chunks in a folder that the operating system has let go of.
+    """Times CacheBlend over chunks in a folder that is not in the page cache.
 
-    Before each prefill every file is dropped from the page cache, so reading meets the disk (where
-    the system allows it: Linux). Both methods recompute the same share of layer-tokens.
+    Before each prefill every file is dropped from the page cache, so that it is read from disk (on
+    Linux; other systems may not allow it). Both methods recompute the same share of layer-tokens.
 
     Args:
         bench: The setting; `LOADING` if None.
-        folder: Where the chunks are written, on the disk that is meant; a temporary one if None.
+        folder: Where the chunks are written, on the disk to measure; None: a temporary folder.
 
     Returns:
-        ``overlapped_over_serial``, and ``bound_over_serial``, the least that perfect overlap could
-        leave: the longer of loading and the rest; medians of the ratios within each round, their
-        ``spread``, ``seconds`` likewise; bytes that a prompt reads; the setting and the provenance.
+        ``overlapped_over_serial``, and ``bound_over_serial`` for perfect overlap, the longer of
+        loading and the rest: medians of the ratios within each round, their ``spread``, ``seconds``
+        likewise; the bytes that a prompt reads; the setting and the provenance.
     """
     bench = bench or LOADING
     with (
@@ -79,7 +79,7 @@ RATIOS = ("overlapped_over_serial", "bound_over_serial")
 def _work(
     engine: Engine, pieces: Pieces, method: Method, folder: Path, loads: list[float]
 ) -> Callable[[], float]:
-    """A cold prefill, which returns its own seconds and notes those of loading."""
+    """A cold prefill: returns its seconds, and appends those of loading to ``loads``."""
 
     def work() -> float:
         drop_cached(folder)
@@ -93,7 +93,7 @@ def _work(
 
 
 def drop_cached(folder: Path) -> None:
-    """Asks the system to forget what it keeps of a folder's files in memory."""
+    """Drops the files of a folder from the page cache."""
     for path in folder.rglob("*"):
         if path.is_file():
             descriptor = os.open(path, os.O_RDONLY)

@@ -32,16 +32,16 @@ from blocktune.provenance import provenance
 def bench_reuse(bench: ReuseBench | None = None) -> dict[str, Any]:
     """Times prefills by several methods in turn, chunks encoded beforehand and kept in memory.
 
-    A method's time is all from token pieces to the logits after the question: finding the chunks,
-    moving their keys, joining the caches, choosing, computing. ``full`` is the faster of this
-    engine's and the stock model's full prefill in each round; ``query_only`` computes the question
-    over a cache that is already assembled.
+    A method's time covers everything from token pieces to the logits after the question: looking
+    up chunks, moving their keys, joining caches, selecting, computing. ``full`` is the faster of
+    this engine's and the stock model's full prefill in each round; ``query_only`` computes the
+    question over an assembled cache.
 
     Returns:
         The ratios of `TARGETS` (medians of the ratios within each round), their ``spread`` over
-        the rounds (median, least, greatest) and the targets; ``seconds`` of each, likewise; and
-        per method what it moved and computed: its bytes, its operations, and the seconds that
-        they would take at the measured copy and matmul rates; the setting and the provenance.
+        the rounds (median, least, greatest) and the targets; ``seconds`` of each, likewise; per
+        method the bytes it moved, the operations it computed, and the seconds these take at the
+        measured copy and matmul rates; the setting and the provenance.
     """
     bench = bench or ReuseBench()
     with threads(bench.threads), torch.no_grad():
@@ -71,7 +71,7 @@ def _works(
 
 
 def _stock(engine: Engine, pieces: Pieces) -> Callable[[], object]:
-    """The model by itself, with the attention it comes with."""
+    """The stock model with its own attention."""
     ids = torch.tensor([sum(pieces.chunks, ()) + pieces.query])
 
     def work() -> None:
@@ -100,7 +100,7 @@ def _query_only(engine: Engine, run: Generation) -> Callable[[], object]:
 
 
 def _usage(engine: Engine, pieces: Pieces, method: Method) -> Usage:
-    """What a method costs once its chunks are cached."""
+    """The usage of a method whose chunks are cached."""
     engine.start([pieces], "naive")
     return engine.start([pieces], method).answers(Sampling(), 1, (0,))[0].usage
 
@@ -128,7 +128,7 @@ def _report(
 
 
 def _cost(usage: Usage, copy: float, matmul: float) -> dict[str, float]:
-    """What a method moved and computed, and the least seconds that this takes here."""
+    """What a method moved and computed, and the least time for it on this machine."""
     return {
         "recompute_ratio": usage.recompute_ratio,
         "bytes_read": usage.bytes_read,

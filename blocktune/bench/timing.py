@@ -1,4 +1,4 @@
-"""What is timed, and fair timing on a machine that does other things too."""
+"""The model and prompt that are timed, and fair timing on a busy machine."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from blocktune.prompt import Pieces
 from blocktune.testing import byte_tokenizer, random_llama
 
 TARGETS = {"cacheblend_over_full": 0.35, "epic_over_full": 0.12, "naive_over_query_only": 1.8}
-"""Ratios that the project set itself, on two cores with the default setting."""
+"""Goals of the project, on two cores with the default setting."""
 
 
 @dataclass(frozen=True)
 class ReuseBench:
-    """A random Llama in float32 and a prompt of random tokens whose chunks lie in memory.
+    """A random Llama in float32, and a prompt of random tokens whose chunks are in memory.
 
     Attributes:
         tokens: Length of the prompt.
         chunk: Tokens per chunk; the last one takes what is left.
         question: Tokens of the question, which ends the prompt.
-        ratio: Share that ``cacheblend`` computes afresh.
-        k: Tokens that ``epic`` computes at the start of each chunk.
+        ratio: Share that ``cacheblend`` recomputes.
+        k: Tokens that ``epic`` recomputes at the start of each chunk.
         layers: Decoder layers.
         width: Hidden size.
         intermediate: Of the feed-forward.
@@ -66,7 +66,7 @@ class ReuseBench:
             )
 
     def methods(self) -> dict[str, Method]:
-        """What is timed, besides a full prefill by the stock model and the question alone."""
+        """The timed methods; full prefill by the stock model and the question alone come on top."""
         return {
             "full": build("full-prefill"),
             "naive": build("naive"),
@@ -75,7 +75,7 @@ class ReuseBench:
         }
 
     def engine(self, store: ChunkStore | None = None) -> Engine:
-        """The model, behind an engine with empty caches; chunks go to ``store`` if one is given."""
+        """An engine over the model, with empty caches, or with ``store``."""
         tokenizer = byte_tokenizer()
         model = random_llama(
             len(tokenizer),
@@ -100,7 +100,7 @@ class ReuseBench:
 
 
 LOADING = ReuseBench(width=256, intermediate=512, heads=4, kv_heads=4, threads=1)
-"""One core computes, another can load; so narrow that loading is a tenth of the whole."""
+"""One core computes while another can load; so narrow that loading is a tenth of the time."""
 
 TINY = ReuseBench(
     tokens=256,
@@ -113,7 +113,7 @@ TINY = ReuseBench(
     kv_heads=2,
     repeats=1,
 )
-"""Small enough for a test; its ratios say nothing."""
+"""Small enough for a test; its ratios mean nothing."""
 
 
 Work = Callable[[], object]
@@ -122,11 +122,11 @@ Times = Mapping[str, list[float]]
 
 
 def take_turns(works: Mapping[str, Work], repeats: int) -> dict[str, list[float]]:
-    """Times works in turn, so that what else the machine does meets all of them alike.
+    """Times works in turn, so that other load on the machine affects all of them alike.
 
     Args:
-        works: What to time; a work may return the seconds it took itself, as a float.
-        repeats: Timed rounds, after one that is not timed: it warms memory and threads up.
+        works: What to time; a work may return its own seconds as a float.
+        repeats: Timed rounds, after one untimed round to warm up.
 
     Returns:
         Seconds of every round, by name.
@@ -159,15 +159,15 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def matmul_rate(size: int = 2048, repeats: int = 5) -> float:
-    """Floating-point operations per second of a square float32 product, the best of some."""
+    """Floating-point operations per second of a square float32 product, the best of several."""
     left, right = torch.randn(size, size), torch.randn(size, size)
     return 2 * size**3 / _best(lambda: left @ right, repeats)
 
 
 def copy_rate(num_bytes: int = 1 << 28, repeats: int = 5) -> float:
-    """Bytes per second of copying one tensor into another, the best of some.
+    """Bytes per second of copying one tensor into another, the best of several.
 
-    A byte that is copied is read and written once; it counts once.
+    A copied byte is read and written, and counts once.
     """
     source = torch.ones(num_bytes, dtype=torch.uint8)
     target = torch.empty_like(source)
@@ -176,7 +176,7 @@ def copy_rate(num_bytes: int = 1 << 28, repeats: int = 5) -> float:
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Lets PyTorch use ``count`` threads for the time of the block."""
+    """Lets PyTorch use ``count`` threads inside the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -1,4 +1,4 @@
-"""Whether reuse is sound: on a given model, and of a given method."""
+"""Checks that reuse is sound on a given model, and that a method keeps its contract."""
 
 from blocktune.check.claim import Check
 from blocktune.check.contract import Subject, axis_values, check_method, claims, subjects

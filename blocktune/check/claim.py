@@ -1,4 +1,4 @@
-"""A claim, how far off it may be, and the requests that methods are checked on."""
+"""The outcome of a check, its tolerance, and the requests that methods are checked on."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from blocktune.prompt import Chunk
 
 @dataclass(frozen=True)
 class Ask:
-    """A question over chunks; the engine's `Request`."""
+    """A question over chunks; the `Request` of an engine."""
 
     question: str
     chunks: tuple[Chunk, ...]
@@ -34,34 +34,33 @@ ALONE = Ask("Who directed it?", ASK.chunks[2:])
 LAST = Ask(
     ASK.question, (*ASK.chunks[:2], Chunk("The song was written by Walter Green.", "Frozen Lorne"))
 )
-"""`ASK` with another last chunk of the same length in bytes, the specimen's tokens."""
+"""`ASK` with another last chunk of the same length in bytes, which are tokens of `small_engine`."""
 HISTORY = (
     Ask("Who was she?", (ASK.chunks[1], ASK.chunks[2], ASK.chunks[0])),
     Ask("Where?", (*SHORT.chunks[::-1], *LAST.chunks[2:])),
 )
-"""Earlier prompts, for methods that live on them: all chunks of the others, in other contexts, and
-none of them twice."""
-
+"""Earlier prompts, for methods that need them: all chunks of the others, in other contexts, none
+of them twice."""
 
 RELATIVE_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest accepted difference of logits, as a share of the largest logit. Float32 rounding stays
-well under 1e-5 here and a wrong mask moves logits by more than 1e-2; bfloat16 keeps 8 bits."""
+well below 1e-5 here, and a wrong mask moves logits by more than 1e-2; bfloat16 keeps 8 bits."""
 INT8_TOLERANCE = 2e-2
-"""The same on an 8-bit base, whatever its dtype: LLM.int8() rounds activations to 8 bits and picks
-the columns it spares over all rows of a pass, so a chunk alone is rounded otherwise than among
-others (0.005 of the largest logit on small models). 4-bit bases round weights only, once."""
+"""The same on an 8-bit base of any dtype: LLM.int8() rounds activations to 8 bits, except columns
+chosen over all rows of a pass, so a chunk alone is rounded differently than among others (by 0.005
+of the largest logit on small models). 4-bit bases round only weights, once."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One claim and how far from it the model is.
+    """The outcome of one claim.
 
     Attributes:
         name: The claim.
         passed: Whether it holds.
-        max_abs_diff: Largest difference of logits seen.
-        tolerance: Largest difference accepted; for the claim that the checks can fail at all,
-            the smallest one wanted: a multiple of what the others differ by.
+        max_abs_diff: Largest difference of logits.
+        tolerance: Largest accepted difference; for the claim that the checks can fail at all, the
+            smallest accepted one: a multiple of the other claims' differences.
     """
 
     name: str
@@ -75,14 +74,14 @@ class Check:
 
 
 def tolerance_of(engine: Engine, logits: Tensor) -> float:
-    """Largest accepted difference from ``logits``, by the precision that the engine runs in."""
+    """Largest accepted difference from ``logits``, at the engine's precision."""
     is_int8 = quantization_of(engine.model) == "int8"
     share = INT8_TOLERANCE if is_int8 else RELATIVE_TOLERANCE[engine.model.dtype]
     return share * max(1.0, float(logits.float().abs().max()))
 
 
 def is_exact(engine: Engine) -> bool:
-    """Whether two ways to compute the same differ by float32 rounding only."""
+    """Whether equal computations differ only by float32 rounding."""
     return engine.model.dtype == torch.float32 and quantization_of(engine.model) != "int8"
 
 

@@ -1,4 +1,4 @@
-"""What every method keeps, whoever wrote it: the invariants, as claims about one method."""
+"""The contract of a method: the invariants, as claims that any method must keep."""
 
 from __future__ import annotations
 
@@ -37,23 +37,23 @@ from blocktune.prompt.layout_spec import BOS
 from blocktune.testing import small_engine
 
 SLOT = 64
-"""Positions of a reserved slot, enough for the chunks of the requests."""
+"""Positions of a reserved slot: enough for every chunk of the requests."""
 LAYOUTS = (
     *({"placement": name} | ({"slot": SLOT} if name == "reserved" else {}) for name in PLACEMENTS),
     *({"bos": name} for name in BOS),
     {"num_blanks": 3},
     {"shared_prefix": True},
 )
-"""One layout for each value of Place and Encode."""
+"""One for each value of the axis layout."""
 
 
 def subjects() -> dict[str, Method]:
-    """All presets with their defaults, and all values of the axes over plain reuse, by name."""
+    """All presets with their defaults, and naive reuse with each value of each axis, by name."""
     return {name: build(name) for name in available()} | axis_values()
 
 
 def axis_values() -> dict[str, Method]:
-    """Plain reuse with one axis decided, for every value that is known, by what one says."""
+    """Naive reuse with each registered value of each axis, by name."""
     made = [compose("naive", select=name) for name in SELECTORS.available()]
     made += [compose("naive", reshape=name) for name in RESHAPES.available()]
     made += [compose("naive", layout=layout) for layout in LAYOUTS]
@@ -67,12 +67,12 @@ ALONE_CLAIM = "one chunk alone = full prefill, or a declared exception"
 
 
 def check_method(method: Method, engine: Engine | None = None) -> list[Check]:
-    """Holds a method to every claim that applies to it.
+    """Checks every claim that applies to a method.
 
     Args:
         method: A preset, or a composition.
-        engine: Of a model with the weights the method needs; None: a small random one. Its caches
-            are emptied. That one chunk alone is a full prefill is always checked on a small one.
+        engine: With the weights that the method needs; None: a small random model. Its caches are
+            emptied. The claim about one chunk alone always uses a small random model.
 
     Returns:
         One `Check` per claim; the method keeps its contract if all passed.
@@ -84,7 +84,7 @@ def check_method(method: Method, engine: Engine | None = None) -> list[Check]:
 
 
 def claims(method: Method) -> dict[str, Claim]:
-    """The claims that apply to a method, by name; a `Subject` to a `Check` each."""
+    """The claims that apply to a method, by name."""
     pairs: dict[str, Callable[[Subject], Pairs]] = {
         "no token sees a later one": _no_future,
         "batch = single": _batch_is_single,
@@ -101,12 +101,12 @@ def claims(method: Method) -> dict[str, Claim]:
 
 
 def _of_reuse(method: Method) -> dict[str, Callable[[Subject], Pairs]]:
-    """What is claimed of methods that take chunks from caches."""
+    """Claims about methods that take chunks from caches."""
     pairs = {
         "nothing fresh = plain reuse, as one dense forward": _nothing_fresh,
         "order of stored chunks does not matter": _order_of_storing,
     }
-    if method.weights is Weights.WRAPS:  # what wraps a chunk stays as it was stored
+    if method.weights is Weights.WRAPS:  # learned tokens around chunks stay as stored
         pairs["all but what wraps chunks fresh = one dense forward"] = _everything_but_wraps_fresh
     else:
         pairs["everything fresh = full prefill of the same rows"] = _everything_fresh
@@ -120,7 +120,7 @@ def _of_reuse(method: Method) -> dict[str, Callable[[Subject], Pairs]]:
 
 
 def _one_chunk_alone(subject: Subject) -> Check:
-    """Equal to a full prefill where the method says so, and different where it says not."""
+    """Equal to a full prefill if the method says so, and different if it says not."""
     method, bare = subject.method, begun(subject.bare, subject.method)
     full = bare.next_logits([ALONE], "full-prefill")
     moved = difference(bare.next_logits([ALONE], method), full)
@@ -129,7 +129,7 @@ def _one_chunk_alone(subject: Subject) -> Check:
 
 
 def _equal(name: str, pairs: Callable[[Subject], Pairs]) -> Claim:
-    """The claim that all pairs are equal; what is no number is equal to nothing."""
+    """The claim that all pairs are equal; a NaN equals nothing."""
 
     def check(subject: Subject) -> Check:
         seen, tolerance = [], 0.0
@@ -153,7 +153,7 @@ def _everything_but_wraps_fresh(subject: Subject) -> Pairs:
 
 
 def _without_history(subject: Subject) -> Pairs:
-    """Also under a choice of tokens that leaves most of them out."""
+    """Also with a selector that leaves out most tokens."""
     for method in _with_fixed_choices(subject.method)[:2]:
         engine = subject.begin(history=())
         yield engine.next_logits([ASK], method), engine.next_logits([ASK], "full-prefill")
@@ -172,7 +172,7 @@ def _budget_ends(subject: Subject) -> Pairs:
     method = subject.method
     everything, all_of_it = compose(method, select=Everything()), compose(method, budget=1.0)
     yield subject.logits(all_of_it), subject.logits(everything)
-    if not method.select().keeps_keys:  # what judged the tokens then stays in the cache
+    if not method.select().keeps_keys:  # the compared states stay in the cache
         yield (
             subject.logits(compose(method, budget=0.0)),
             subject.logits(compose(method, select=None)),

@@ -1,8 +1,8 @@
-"""Whether chunk reuse is sound on a given model: the project's equivalences, on that very model.
+"""Checks on a given model that chunk reuse is sound.
 
-What a test suite proves for small random models need not hold for the next architecture, a
-custom kernel or a converted checkpoint. So the same claims are checked on the user's model,
-with its own tokenizer and template, before it is served.
+What the tests prove for small random models need not hold for a new architecture, a custom kernel
+or a converted checkpoint. So the same equivalences are checked on the user's model, with its own
+tokenizer and template, before it is served.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ TEXTS = (
 
 
 def check_model(engine: Engine) -> list[Check]:
-    """Runs all checks.
+    """Runs all checks of a model.
 
     Args:
-        engine: Made for the model, with its adapter if it has one. Its caches are used.
+        engine: Of the model, with its adapter if it has one. Its caches are used.
 
     Returns:
         One `Check` per claim; reuse is sound on the model if all passed.
@@ -75,7 +75,7 @@ def _checks(engine: Engine) -> Iterator[Check]:
     yield close("batch = single", *_batched(engine, plain))
     yield close("decoding = one forward", *_decoded(engine, example))
     moved = difference(dense[:, -1], visible)
-    # Half precision leaves less room between rounding and what a hidden chunk changes.
+    # In half precision, rounding is closer to the effect of a hidden chunk.
     wanted = (10 if is_exact(engine) else 3) * max(seen)
     yield Check("hiding chunks from each other is seen", moved >= wanted, moved, wanted)
 
@@ -86,7 +86,7 @@ def _example(num_chunks: int) -> RagExample:
 
 
 def _plain(engine: Engine) -> Method:
-    """Reuse without recomputation, as the engine's weights were trained for it."""
+    """Reuse without recomputation, in the form that the engine's weights were trained for."""
     trained = engine.prompts.trained
     if trained is None or not trained.num_learned:
         return build("naive")
@@ -105,7 +105,7 @@ def _forward(engine: Engine, batch: Batch, plan) -> Tensor:
 
 
 def _visible(engine: Engine, batch: Batch) -> Tensor:
-    """Logits ``(1, V)`` of one prompt whose rows stay where they are and hide nothing."""
+    """Logits ``(1, V)`` of one prompt with the same positions and nothing hidden."""
     ids, layout = all_visible(batch.input_ids, batch.layout)
     plan = DensePlan(layout)
     output = engine.model(ids, position_ids=layout.position, plan=plan, use_cache=False)
@@ -113,7 +113,7 @@ def _visible(engine: Engine, batch: Batch) -> Tensor:
 
 
 def _stock(engine: Engine, example: RagExample) -> Tensor:
-    """The model by itself, with its own attention, no layout and no cache."""
+    """The stock model: its own attention, no layout and no cache."""
     batch = _batch(engine, example, build("full-prefill"))
     assert bool((batch.layout.group == GLOBAL).all())
     return engine.model(batch.input_ids, use_cache=False).logits[:, -1]

@@ -279,10 +279,10 @@ def write(
 ) -> None:
     """Write any source as JSON lines, one example with its chunks a line."""
     counter = _tokenizer(tokenizer)
-    from blocktune.data.attribution import credited
+    from blocktune.data.attribution import with_data_sets
 
     examples = _load(source, fields, limit=limit, split=split, tokenizer=counter)
-    count = _write(output, credited(examples, source))
+    count = _write(output, with_data_sets(examples, source))
     typer.echo(f"wrote {count:,} examples to {output}")
 
 
@@ -334,13 +334,13 @@ def passages(
     quiet_libraries()
     from blocktune.data import load_chunks, retrieval
     from blocktune.data.answers import holds_answer, is_verdict
-    from blocktune.data.attribution import credited
+    from blocktune.data.attribution import with_data_sets
     from blocktune.data.sources import with_fields
 
     whole = None
     if own:
         loaded = _load(source, fields, limit=limit, split=split)
-        whole = list(credited(loaded, source))
+        whole = list(with_data_sets(loaded, source))
         examples = list(retrieval.from_own(whole, k))
     else:
         mapped = with_fields(source, fields)
@@ -388,7 +388,7 @@ def answer(
 ) -> None:
     """Let a model write the answers that it will be trained on, reading all chunks in full."""
     engine = load_engine(model, adapter, None, dtype, device)
-    from blocktune.data.attribution import credited
+    from blocktune.data.attribution import with_data_sets
     from blocktune.engine import Sampling
 
     loaded = _load(source, fields, limit=limit, split=split, tokenizer=engine.tokenizer)
@@ -397,7 +397,7 @@ def answer(
     facts |= {"max_new_tokens": max_new_tokens, "temperature": temperature}
     facts |= {"top_p": top_p, "seed": seed}
     done = _regenerated(
-        list(credited(loaded, source)),
+        list(with_data_sets(loaded, source)),
         _asking(engine, sampling, max_new_tokens),
         output,
         facts={key: value for key, value in facts.items() if value is not None},
@@ -452,7 +452,7 @@ def mix(
     tokenizer: Counter = None,
 ) -> None:
     """Draw a mixture of sources and say what each part gives, in block and in full attention."""
-    from blocktune.data.attribution import credited
+    from blocktune.data.attribution import with_data_sets
     from blocktune.data.mixture import load_mixture
     from blocktune.data.mixture import mix as draw
 
@@ -464,7 +464,7 @@ def mix(
 
     def marked():
         for item in mixed.examples:
-            [example] = credited([item.example], read.parts[item.part].source)
+            [example] = with_data_sets([item.example], read.parts[item.part].source)
             yield replace(example, meta=example.meta | {"mode": item.mode})
 
     count = _write(output, marked())

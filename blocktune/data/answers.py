@@ -1,4 +1,4 @@
-"""Where an accepted answer stands in a text."""
+"""Whether a text contains an accepted answer."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _WORDS = re.compile(r"\w+")
 
 
 def mentions(text: str, answers: Iterable[str]) -> bool:
-    """Whether the words of an answer stand in the text, in order, whatever their case."""
+    """Whether the text contains the words of an answer, in order, in any case."""
     padded = f" {_plain(text)} "
     return any(f" {words} " in padded for words in map(_plain, answers) if words)
 
 
 def gives_answer(reply: str, answers: Iterable[str]) -> bool:
-    """Whether a reply mentions an answer, or opens with it where that is yes or no."""
+    """Whether a reply mentions an answer, or starts with it if the answer is yes or no."""
     verdicts, named = _apart(answers)
     first, _, _ = _plain(reply).partition(" ")
     return first in verdicts or mentions(reply, named)
@@ -29,12 +29,12 @@ def gives_answer(reply: str, answers: Iterable[str]) -> bool:
 def holds_answer(example: RagExample, whole: RagExample | None = None) -> bool:
     """Whether an example's chunks can give an answer.
 
-    They mention it; or it is yes or no, which says nothing in a passage, and all chunks that
-    support it in the whole example are left.
+    They mention it; or it is yes or no, and all chunks that support it in the whole example are
+    among them.
 
     Args:
-        example: Over the chunks that were chosen.
-        whole: The same over all chunks that its source has; without it yes and no cannot be told.
+        example: The question with the chosen chunks.
+        whole: The question with all chunks of its source, needed for yes and no.
     """
     verdicts, named = _apart(example.answers)
     if any(chunk_mentions(chunk, named) for chunk in example.chunks):
@@ -56,8 +56,8 @@ def chunk_mentions(chunk: Chunk, answers: Iterable[str]) -> bool:
 def evidence(example: RagExample) -> frozenset[int]:
     """Indices of chunks that must not be dropped.
 
-    The supporting ones; where the source names none, those that mention an answer other than yes
-    and no; where none does, all.
+    The supporting ones; if there are none, those that mention an answer other than yes and no; if
+    none does, all.
     """
     if example.supporting:
         return frozenset(example.supporting)

@@ -1,7 +1,6 @@
-"""Which data sets of the Hub an example is from, kept with it through files made on the way.
+"""Data sets of the Hub that an example comes from, with their licences, kept in its ``meta``.
 
-A file of examples names no data set, so what was made of one would lose its licence; the commands
-that write such files note it in each example's ``meta``.
+A file of examples does not name its data set; the commands that write one note it in each example.
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ DATA_SETS = "data_sets"
 """Key in ``meta``: name on the Hub -> licence."""
 
 
-def credited(examples: Iterable[RagExample], source: str) -> Iterator[RagExample]:
-    """Examples that say which data sets they are from, beside those that they name already.
+def with_data_sets(examples: Iterable[RagExample], source: str) -> Iterator[RagExample]:
+    """Adds the data sets of a source to the examples' ``meta``.
 
     Args:
         examples: Loaded from ``source``.
-        source: As `blocktune.data.load_examples` takes it.
+        source: As for `blocktune.data.load_examples`.
     """
     named = data_sets_in(source)
     for example in examples:
@@ -31,7 +30,7 @@ def credited(examples: Iterable[RagExample], source: str) -> Iterator[RagExample
 
 
 def data_sets_of(examples: Iterable[RagExample]) -> dict[str, str]:
-    """The data sets that examples say they are from: name on the Hub -> licence."""
+    """The data sets that examples name: name on the Hub -> licence."""
     found: dict[str, str] = {}
     for example in examples:
         named = example.meta.get(DATA_SETS)

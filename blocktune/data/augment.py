@@ -1,7 +1,6 @@
-"""Other contexts for the same question: chunk order, chunk count, number of distractors.
+"""Varied contexts for the same question: chunk order, chunk count, number of distractors.
 
-(Block dropout and position offsets change the layout, not the text; they are options of the
-layout.)
+Block dropout and position offsets change the layout, not the text: see `LayoutSpec`.
 """
 
 from __future__ import annotations
@@ -13,21 +12,22 @@ from typing import Any
 
 from blocktune.data.answers import chunk_mentions, evidence
 from blocktune.data.example import RagExample
-from blocktune.prompt.format import Chunk, build_strict
+from blocktune.parsing import build_strict
+from blocktune.prompt.format import Chunk
 
 Range = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Augment:
-    """How contexts are varied; what holds evidence (`evidence`) is never dropped.
+    """How contexts are varied; chunks with `evidence` are never dropped.
 
     Attributes:
         shuffle: Put the chunks into a random order.
         num_chunks: Chunks in the context: a number or the smallest and the largest, one of which
-            is drawn per example; None leaves the number as it is.
+            is drawn per example; None keeps the number.
         num_distractors: The same for chunks that hold no evidence. Not both.
-        seed: Of all draws; example ``i`` of a source is varied in the same way every time.
+        seed: Of all draws; example ``i`` of a source is always varied in the same way.
 
     Raises:
         ValueError: If a value is not accepted.
@@ -65,10 +65,10 @@ def augment(
 
     Args:
         example: Never changed; a new one comes back.
-        index: Its number in the source, which with ``how.seed`` decides all draws.
+        index: Its number in the source; with ``how.seed`` it decides all draws.
         how: What to vary.
-        pool: Chunks of other examples, taken as distractors where its own are too few; one that
-            mentions an accepted answer, or is in the context already, is not taken.
+        pool: Chunks of other examples, used as distractors if its own are too few, except those
+            that mention an accepted answer or are in the context already.
 
     Raises:
         ValueError: If the pool holds too few distractors for the number that was drawn.
@@ -82,7 +82,7 @@ def augment(
         kept = needed.union(rng.sample(own, min(count, len(own))))
         chosen = [pair for i, pair in enumerate(chosen) if i in kept]
         added = _draw(rng, example, count + len(needed) - len(chosen), pool)
-        for chunk in added:  # wherever it falls, so that those of others do not always come last
+        for chunk in added:  # anywhere, so that those of others are not always last
             chosen.insert(rng.randint(0, len(chosen)), (chunk, False))
     if how.shuffle:
         rng.shuffle(chosen)
@@ -110,14 +110,14 @@ def _draw(rng: Random, example: RagExample, count: int, pool: Sequence[Chunk]) -
             drawn.append(chunk)
     if len(drawn) < count:
         raise ValueError(
-            f"augment: example '{example.id or example.question:.40}' wants {count} chunks of "
-            f"other examples and {len(drawn)} fit; load more examples, or ask for fewer chunks"
+            f"augment: example '{example.id or example.question:.40}' needs {count} chunks of "
+            f"other examples, {len(drawn)} fit; load more examples, or ask for fewer chunks"
         )
     return drawn
 
 
 def _shuffled(rng: Random, size: int) -> Iterator[int]:
-    """A random order of ``range(size)``, worked out only as far as it is read: pools are large."""
+    """A random order of ``range(size)``, computed lazily since pools are large."""
     moved: dict[int, int] = {}
     for here in range(size):
         there = rng.randrange(here, size)

@@ -9,14 +9,14 @@ from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
-import yaml
 from transformers import PreTrainedTokenizerBase
 
 from blocktune.data.augment import Augment, augment
 from blocktune.data.chunking import CHUNKERS, Chunker, parse_chunker
 from blocktune.data.example import RagExample
 from blocktune.data.sources import load_examples, training_split
-from blocktune.prompt.format import PromptFormat, build_strict
+from blocktune.parsing import build_strict, load_spec
+from blocktune.prompt.format import PromptFormat
 
 BLOCK, FULL, BOTH = "block", "full", "both"
 MODES = {BLOCK: (BLOCK,), FULL: (FULL,), BOTH: (BLOCK, FULL)}
@@ -35,12 +35,12 @@ class Part:
             under duplication how often the part's examples are taken, 0.5 for half of them.
         limit: Load the first examples only.
         split: Of a Hub data set, ``train`` unless the source names another.
-        chunker: What cuts conversations and documents; None takes the source's own.
-        augment: How contexts are varied, anew for each time an example is taken.
-        format: Fields of `PromptFormat` that this part words in its own way, e.g. ``instruction``:
+        chunker: Cuts conversations and documents; None uses the source's default.
+        augment: How contexts are varied, drawn again each time an example is taken.
+        format: Fields of `PromptFormat` that differ for this part, e.g. ``instruction``:
             conversations do not ask for an answer "from the passages below".
-        turns: In full attention conversations are turns of the chat template, as KVLink trains
-            them, not chunks of one; those whose roles do not alternate stay chunks.
+        turns: In full attention, make conversations turns of the chat template (as KVLink trains)
+            instead of chunks of one turn; those whose roles do not alternate stay chunks.
 
     Raises:
         ValueError: If a value is not accepted.
@@ -72,9 +72,9 @@ class Part:
         if not isinstance(self.turns, bool):
             raise ValueError(f"'turns' must be true or false, got {self.turns!r}")
         if self.turns and self.mode == BLOCK:
-            raise ValueError("'turns' are for full attention; chunks have none: set mode: full")
+            raise ValueError("'turns' belong to full attention; set mode: full")
         if self.format is not None:
-            _ = PromptFormat.from_dict(self.format)  # refuses what is no wording
+            _ = PromptFormat.from_dict(self.format)  # raises if it is not valid
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,8 @@ class Mixture:
         parts: The sources.
         draw: ``duplication``: every part in full, in each of its modes (Block-Attention);
             ``sampling``: ``size`` examples, shared out by weight (KVLink: 60 full to 40 block).
-        size: Examples in all; sampling needs it, duplication has none.
-        seed: Of the order and of what is drawn.
+        size: Total number of examples, for sampling only.
+        seed: Of the order and the draws.
 
     Raises:
         ValueError: If a value is not accepted, or does not go with ``draw``.
@@ -109,12 +109,12 @@ class Mixture:
                 raise ValueError("'size' belongs to draw: sampling; use weight and limit")
             return
         if type(self.size) is not int or self.size < 1:
-            raise ValueError(f"draw: sampling needs 'size', the examples in all; got {self.size!r}")
+            raise ValueError(f"draw: sampling needs 'size', how many examples; got {self.size!r}")
         if any(part.mode == BOTH for part in self.parts):
             raise ValueError("mode: both belongs to draw: duplication; name the part once per mode")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types, for an adapter's provenance; what is not set is left out."""
+        """Plain JSON types, for an adapter's provenance; unset fields are omitted."""
         parts = [_part_to_dict(part) for part in self.parts]
         record = {"draw": self.draw, "size": self.size, "seed": self.seed, "parts": parts}
         return {key: value for key, value in record.items() if value is not None}
@@ -127,12 +127,9 @@ def load_mixture(path: str | Path) -> Mixture:
         ValueError: In one line: the file, the place in it, what was wanted and what came.
     """
     try:
-        record = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (FileNotFoundError, IsADirectoryError):
-        raise ValueError(f"no mixture at '{path}'; give a YAML file") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
-    return parse_mixture(record, str(path))
+        return load_spec(path, "mixture", "give a YAML file", parse_mixture)
+    except FileNotFoundError as error:
+        raise ValueError(str(error)) from None
 
 
 def parse_mixture(record: Any, where: str = "mixture") -> Mixture:
@@ -189,7 +186,7 @@ class MixedExample(NamedTuple):
 
 
 class PartCount(NamedTuple):
-    """What a part gave: rows loaded, examples taken in each mode, and how often each row was."""
+    """Counts of a part: rows loaded, examples taken in each mode, and epochs over the rows."""
 
     source: str
     loaded: int
@@ -199,7 +196,7 @@ class PartCount(NamedTuple):
 
 
 class Mixed(NamedTuple):
-    """A drawn mixture: examples in training order, and what each part gave."""
+    """A drawn mixture: examples in training order, and the counts of each part."""
 
     examples: list[MixedExample]
     parts: list[PartCount]
@@ -208,15 +205,15 @@ class Mixed(NamedTuple):
 def mix(mixture: Mixture, *, tokenizer: PreTrainedTokenizerBase | None = None) -> Mixed:
     """Loads all parts, draws and shuffles.
 
-    A part's rows are taken in a seeded order, each once before any is taken again; augmentation
-    draws anew every time. Under duplication an example stands with the same context in both modes.
+    A part's rows are taken in a seeded order, each once before any is taken again, and augmented
+    again each time. Under duplication an example has the same context in both modes.
 
     Args:
         mixture: What to mix.
         tokenizer: Of the model, for chunkers and generators that count tokens.
 
     Raises:
-        ValueError: As the loaders and `augment` do; or if a part's weight takes no example of it.
+        ValueError: As the loaders and `augment` do; or if a part's weight selects no example.
     """
     loaded = [_load(part, tokenizer) for part in mixture.parts]
     wanted = _counts(mixture, [len(examples) for examples in loaded])
@@ -244,7 +241,7 @@ def _load(part: Part, tokenizer: PreTrainedTokenizerBase | None) -> list[RagExam
 
 
 def _counts(mixture: Mixture, available: Sequence[int]) -> list[int]:
-    """Examples to take of each part, in all exactly ``size`` under sampling."""
+    """Examples to take of each part; under sampling they add up to ``size``."""
     weights = [part.weight for part in mixture.parts]
     if mixture.size is None:
         counts = [round(weight * rows) for weight, rows in zip(weights, available, strict=True)]
@@ -253,8 +250,8 @@ def _counts(mixture: Mixture, available: Sequence[int]) -> list[int]:
     for part, number, rows in zip(mixture.parts, counts, available, strict=True):
         if not number or not rows:
             raise ValueError(
-                f"mixture: no example of '{part.source}' is taken: it has {rows}, weight "
-                f"{part.weight:g}; give more weight, a larger size, or drop the part"
+                f"mixture: no example of '{part.source}' is taken (it has {rows}, weight "
+                f"{part.weight:g}); raise the weight or size, or drop the part"
             )
     return counts
 
@@ -280,7 +277,7 @@ def _take(examples: Sequence[RagExample], size: int, part: Part, rng: Random) ->
 
 
 def _turns(rows: int, rng: Random) -> Iterator[tuple[int, int]]:
-    """Turn and row, every row once a turn, in an order of its own."""
+    """Turn and row: every turn has each row once, in a new order."""
     for turn in count():
         for index in rng.sample(range(rows), rows):
             yield turn, index

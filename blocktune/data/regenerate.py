@@ -1,7 +1,7 @@
-"""Answers written anew by a model, batch by batch, so that a stopped run goes on where it was.
+"""Answers rewritten by a model, batch by batch, so that a stopped run can be continued.
 
-Training on the base model's own words, not on a data set's, is what keeps the rest of its ability;
-Block-Attention and KVLink took a larger model's words.
+Training on the base model's own words rather than the data set's preserves its other abilities;
+Block-Attention and KVLink used a larger model's words.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from blocktune.data.answers import gives_answer
-from blocktune.data.example import RagExample
+from blocktune.data.example import RagExample, write_jsonl
+from blocktune.files import replacing
 
 Answerer = Callable[[Sequence[RagExample], int], Sequence[str]]
 """From a batch and its number to one answer each; the number seeds what is drawn."""
@@ -23,7 +24,7 @@ Answerer = Callable[[Sequence[RagExample], int], Sequence[str]]
 
 @dataclass(frozen=True)
 class Regenerated:
-    """What a run came to.
+    """Counts of a run.
 
     Attributes:
         written: Examples in the output.
@@ -50,23 +51,22 @@ def regenerate(
 ) -> Regenerated:
     """Writes the examples with the model's answers as their ``response``.
 
-    Answers are kept in ``OUTPUT.part`` a batch at a time; the same command goes on after the last
-    whole batch, and the file it ends with is the one that a run without a stop writes. Only then
-    does ``OUTPUT`` appear and the part vanish.
+    Answers are kept in ``OUTPUT.part`` a batch at a time; the same command continues after the last
+    whole batch and writes the same file as an uninterrupted run. ``OUTPUT`` appears at the end.
 
     Args:
         examples: What to answer.
         answer: The model.
         output: JSONL file to write.
         facts: All else that decides the answers (model, decoding), recorded in ``meta`` and
-            compared before a run goes on.
+            compared before a run is continued.
         batch_size: Examples per batch; part of what must be the same.
         only_correct: Leave out what gives no accepted answer, see `gives_answer`.
         on_batch: Told how many examples are done, after each batch.
 
     Raises:
-        ValueError: If the part was begun by another command, an example has no accepted answer
-            to compare with, or no answer is left.
+        ValueError: If the part was started by another command, an example has no accepted answer
+            to compare with, or no answer can be kept.
     """
     if only_correct:
         _require_answers(examples)
@@ -109,8 +109,8 @@ def _require_answers(examples: Sequence[RagExample]) -> None:
         if not example.answers:
             name = example.id or example.question
             raise ValueError(
-                f"example '{name:.40}' has no accepted answer to compare with; leave only_correct "
-                "out, or give it 'answers'"
+                f"example '{name:.40}' has no accepted answer to compare with; omit only_correct "
+                "or give it 'answers'"
             )
 
 
@@ -129,11 +129,9 @@ def _kept(
 
 
 def _finish(part: Path, output: Path, examples: Sequence[RagExample]) -> None:
-    """The output is whole or not there; the part goes last, so that nothing is ever lost."""
-    text = "".join(json.dumps(e.to_json(), ensure_ascii=False) + "\n" for e in examples)
-    done = part.with_suffix(".done")
-    done.write_text(text, encoding="utf-8")
-    done.replace(output)
+    """Writes the output whole, then removes the part."""
+    with replacing(output) as temporary:
+        write_jsonl(temporary, examples)
     part.unlink()
 
 
@@ -147,8 +145,8 @@ def _resume(part: Path, key: str) -> list[str]:
         return []
     if whole[0] != header:
         raise ValueError(
-            f"{part.name} was begun with other questions, another model or other decoding; repeat "
-            f"that command, or remove '{part}' to begin anew"
+            f"{part.name} was started with other questions, model or decoding; repeat "
+            f"that command, or remove '{part}' to start over"
         )
     answers = [text for line in whole[1:] for text in json.loads(line)]
     os.truncate(part, sum(map(len, whole)))

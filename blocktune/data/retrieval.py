@@ -33,8 +33,8 @@ class Bm25:
 
     Args:
         chunks: At least one.
-        k1: How soon more of the same word stops counting.
-        b: How much long chunks are discounted.
+        k1: Saturation of term frequency.
+        b: Length normalisation.
 
     Raises:
         ValueError: If there is no chunk.
@@ -63,7 +63,7 @@ class Bm25:
     def _best(self, question: str, k: int) -> list[Hit]:
         (words,) = self._tokens([question], as_ids=False)
         scores = self._index.get_scores(words) if words else np.zeros(len(self.chunks))
-        # All that reach the k-th score, so that equal ones keep the order of the corpus.
+        # All that reach the k-th score: equal ones keep the order of the corpus.
         k = min(k, len(scores))
         (near,) = np.nonzero(scores >= -np.partition(-scores, k - 1)[k - 1])
         order = near[np.argsort(-scores[near], kind="stable")][:k]
@@ -98,7 +98,7 @@ def read_questions(
 
     Args:
         source: A path, a short name, or ``hf:NAME``.
-        limit: Stop after so many.
+        limit: Read the first questions only.
         split: Of a Hub data set.
 
     Raises:
@@ -143,7 +143,7 @@ def _answers(record: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 class Retrieved(NamedTuple):
-    """Passages that a retriever found, best first, by question id and by question."""
+    """Passages found by a retriever, best first, by question id and by question."""
 
     where: str
     by_id: Mapping[str, tuple[Chunk, ...]]

@@ -17,9 +17,9 @@ from blocktune.tables import Table, with_half, written
 
 NOTE = (
     "Scores in %, with half their 95 % interval (EM: exact match). Adj. F1: over the questions "
-    "that full prefill can answer, a filter that favours it; raw F1 is in the report. Recomputed: "
-    "of the context's tokens, over all layers. Gap closed: share of the way from naive reuse to "
-    "full prefill, all together."
+    "that full prefill can answer, a filter that favours it; raw F1 is in the report. Recomp.: "
+    "share of the context's tokens recomputed, over all layers. Of full: TTFT as a share of full "
+    "prefill's. Gap: share of the way from naive reuse to full prefill, all together."
 )
 MOST_GROUPS = 6
 """Tasks and kinds that fit beside each other; of more, only the mean over all is shown."""
@@ -69,7 +69,7 @@ def results_table(results: Mapping[str, Any], title: str = "") -> Table:
     kinds = list(next(iter(methods.values()))["tasks"])
     kinds = kinds if len(kinds) <= MOST_GROUPS else []
     scores = [f"{_broken(kind)}\n{title_of(results, kind)}" for kind in kinds] or ["all\nscore"]
-    costs = ("adj.\nF1", "recom-\nputed", "TTFT\nms", "of full\nprefill", "gap\nclosed")
+    costs = ("adj.\nF1", "re-\ncomp.", "TTFT\nms", "of\nfull", "gap")
     rows = []
     for label, summary in methods.items():
         cells = [summary["tasks"][kind] for kind in kinds] or [summary]

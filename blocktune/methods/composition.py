@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from enum import Enum
 from functools import reduce
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import yaml
 
@@ -14,6 +14,7 @@ from blocktune.methods.base import METHODS, Axis, Cached, Method, Weights
 from blocktune.methods.registry import RESHAPES, SELECTORS
 from blocktune.methods.select.base import Nothing, Selection
 from blocktune.methods.select.budget import require_share
+from blocktune.parsing import current_keys
 from blocktune.prompt.layout_spec import LayoutSpec
 
 if TYPE_CHECKING:
@@ -40,32 +41,35 @@ class Keep(Enum):
 KEEP = Keep.KEEP
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Composition(Method):
     """Presets, and axes decided for them; made by `compose`.
 
     Attributes:
         label: Its name in tables and results.
         terms: The presets.
+        source: Of the first preset.
+        weights: What one of the presets needs.
+        warm_up: The most that a preset wants.
         selected: Its selector.
         reshaped: Its reshape, or None.
         changes: Fields of the layout that are set after the presets' own changes.
         decided: The axes that any of these decide.
-        spending: Its layer budget, or None.
+        layer_budget: See `Method`.
     """
 
+    cached: ClassVar[Cached] = Cached.CHUNKS
+    keeps_context: ClassVar[bool] = True
     label: str
     terms: tuple[Method, ...]
+    source: str
+    weights: Weights
+    warm_up: int
     selected: Selection
     reshaped: Reshape | None
     changes: tuple[tuple[str, Any], ...]
     decided: frozenset[Axis]
-    spending: float | None = None
-
-    @property
-    def layer_budget(self) -> float | None:
-        """See `Method`."""
-        return self.spending
+    layer_budget: float | None
 
     @property
     def name(self) -> str:
@@ -78,43 +82,18 @@ class Composition(Method):
         return self.decided
 
     @property
-    def source(self) -> str:
-        """Of the first preset."""
-        return self.terms[0].source
-
-    @property
-    def weights(self) -> Weights:
-        """What one of the presets needs."""
-        return next(iter(_needs(self.terms)), Weights.ANY)
-
-    @property
-    def cached(self) -> Cached:
-        """See `Method`."""
-        return self.terms[0].cached
-
-    @property
     def history(self) -> PromptHistory | None:
         """Of one of the presets."""
         found = next((term for term in self.terms if term.history is not None), None)
         if found is None:
             return None
-        own = self.spending is None and self.selected == found.select()
+        own = self.layer_budget is None and self.selected == found.select()
         return found.history if own else found.history.without_selection()
-
-    @property
-    def warm_up(self) -> int:
-        """The most that one of the presets wants."""
-        return max(term.warm_up for term in self.terms)
 
     def loader(self, store: ChunkStore, fingerprint: str) -> ChunkLoader | None:
         """Of the first preset that has one."""
         made = (term.loader(store, fingerprint) for term in self.terms)
         return next((loader for loader in made if loader is not None), None)
-
-    @property
-    def keeps_context(self) -> bool:
-        """See `Method`."""
-        return True
 
     @property
     def exact_on_one_chunk(self) -> bool:
@@ -137,7 +116,7 @@ class Composition(Method):
         return replace(made, **dict(self.changes))
 
     def select(self) -> Selection:
-        """See `Method.selection`."""
+        """See `Method.select`."""
         return self.selected
 
     def reshape(self) -> Reshape | None:
@@ -190,6 +169,7 @@ def compose(
         if budget is not None:
             raise ValueError("budget and layer_budget exclude each other; drop one")
     if layout:
+        layout = current_keys(layout, LAYOUT_FIELDS, "layout")
         if unknown := sorted(layout.keys() - set(LAYOUT_FIELDS)):
             known = ", ".join(LAYOUT_FIELDS)
             raise ValueError(f"layout: cannot set '{unknown[0]}' of a method; known: {known}")
@@ -198,11 +178,14 @@ def compose(
     made = Composition(
         label=name or format_method(terms, given) + spending,
         terms=terms,
+        source=terms[0].source,
+        weights=next(iter(_needs(terms)), Weights.ANY),
+        warm_up=max(term.warm_up for term in terms),
         selected=selection,
         reshaped=_decide(terms, given, Axis.RESHAPE),
         changes=tuple((layout or {}).items()),
         decided=frozenset(given).union(*(term.axes for term in terms)),
-        spending=layer_budget,
+        layer_budget=layer_budget,
     )
     made.layout(LayoutSpec())  # a value out of range is refused here
     return made

@@ -1,4 +1,4 @@
-"""Two hooks, for methods that need more than a layout, a selector and a reshape.
+"""Two hooks for methods that need more than a layout, a selector and a reshape.
 
 - `Method.history`: chunks come out of earlier prompts (`PromptHistory`).
 - `Method.loader`: chunks are loaded in another way than all at once (`ChunkLoader`).

@@ -21,6 +21,7 @@ import yaml
 
 from blocktune.methods.base import METHODS, Axis, Method
 from blocktune.methods.composition import TABLES, compose
+from blocktune.parsing import parse_yaml
 from blocktune.prompt.layout_spec import LayoutSpec
 from blocktune.registry import Registry
 
@@ -95,10 +96,7 @@ def parse_method(text: str, parameters: Mapping[str, Any] | None = None) -> Meth
     """
     if not text.lstrip().startswith("{"):
         return build(text, **(parameters or {}))
-    try:
-        entry = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"--method: not YAML ({' '.join(str(error).split())})") from None
+    entry = parse_yaml(text, "--method")
     if parameters:
         raise ValueError("a method given as a mapping takes its parameters in it, under 'params'")
     return build_entry(entry)

@@ -1,12 +1,10 @@
-"""The tables of the named values of each axis: selectors and reshapes."""
+"""The registries of selectors and reshapes."""
 
 from __future__ import annotations
 
 from blocktune.registry import Registry
 
 SELECTORS = Registry("selector", "blocktune.methods.select")
-"""A file of this folder, or a plug-in, enters its selector with ``@SELECTORS.register("name")``."""
-
-
+"""A file of ``select/`` or a plug-in registers a class with ``@SELECTORS.register("name")``."""
 RESHAPES = Registry("reshape", "blocktune.methods.reshape")
-"""A file of this folder, or a plug-in, enters its reshape with ``@RESHAPES.register("name")``."""
+"""A file of ``reshape/`` or a plug-in registers a class with ``@RESHAPES.register("name")``."""

@@ -1,4 +1,4 @@
-"""A reshape at work on one batch: what is fresh where, and attention by reshaped scores."""
+"""Applies a reshape to one batch: tracks which columns are reused, and attends with new scores."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from blocktune.layout import Kind, LayerRule, Rows
 from blocktune.methods.reshape.base import Reshape, Seen, in_chunk
 
 CELLS = 1 << 25
-"""Scores that are in memory at once, unless a single row has more."""
+"""Largest number of scores in memory at once, unless a single row has more."""
 
 
 class AttentionInputs(NamedTuple):
-    """What a layer attends with; keys and values are float32."""
+    """Queries, keys and values of a layer; keys and values are float32."""
 
     query: Tensor
     key: Tensor
@@ -50,7 +50,7 @@ def cut(block: Block, heads: int) -> Iterator[Block]:
 
 
 class _Pass(NamedTuple):
-    """What is worked out once for all layers of a forward pass."""
+    """What all layers of a forward pass share."""
 
     band: RowBand
     writes: bool  # whether rows are written into columns of the prompt: not in decoding
@@ -61,20 +61,20 @@ class _Pass(NamedTuple):
 class ReshapedAttention:
     """Shared by all attention plans of a batch, from the prefill to the last decoded token.
 
-    It keeps a bitmap of recomputed tokens per layer: rows that a plan attends with have just been
-    written over their columns. So what is fresh is known from what was executed, also where a
-    selection narrows or widens between layers, and decoded tokens read the same bitmap.
+    It keeps a bitmap of reused tokens per layer: the rows that a plan attends with were just
+    written over their columns. So the bitmap follows what was executed, also where a selector drops
+    or adds rows between layers, and decoded tokens read the same bitmap.
 
     Attributes:
-        reshape: What it does with scores.
-        multiply_adds: Of surveys, which make scores besides those that are reshaped, ``(B,)``.
+        reshape: Changes the scores.
+        multiply_adds: Of surveys, which compute scores of their own, ``(B,)``.
     """
 
     def __init__(self, reshape: Reshape, columns: Rows):
         """Starts with nothing fresh.
 
         Args:
-            reshape: What to do with scores.
+            reshape: Changes the scores.
             columns: Facts of the cache's columns, ``(B, N)``.
         """
         self.reshape = reshape
@@ -90,7 +90,7 @@ class ReshapedAttention:
 
     @contextmanager
     def looking_ahead(self) -> Iterator[None]:
-        """A pass within the block is surveyed and not reshaped, for a reshape that looks ahead."""
+        """Inside the block, passes are surveyed and not reshaped."""
         self._looking, self._ahead = True, None
         try:
             yield
@@ -99,7 +99,7 @@ class ReshapedAttention:
             self._entropy.clear()
 
     def wrote(self, layer: int, columns: Tensor) -> None:
-        """Books columns ``(B, R)`` as fresh in a layer; negative ones and decoded ones are none."""
+        """Marks columns ``(B, R)`` of a layer as recomputed; ignores negative and decoded ones."""
         count = self._is_chunk.shape[1]
         written = torch.zeros_like(F.pad(self._is_chunk, (0, 1)))
         slots = columns.where((columns >= 0) & (columns < count), count)
@@ -128,7 +128,7 @@ class ReshapedAttention:
             params: Scaling and soft-capping.
 
         Returns:
-            ``(B, H, R, D)``, or None where this layer has nothing to reshape.
+            ``(B, H, R, D)``, or None if this layer has nothing to reshape.
         """
         seen = self._enter(band, columns, rule.layer)
         if not self._acts[rule.layer]:
@@ -150,17 +150,17 @@ class ReshapedAttention:
         return torch.cat(outs, dim=2).to(query.dtype)
 
     def query_entropy(self) -> list[float | None]:
-        """Entropy of the question's attention as it was executed, in nats, per prompt.
+        """Entropy of the question's attention as executed, in nats, per prompt.
 
-        Mean over its rows, the heads and the layers where the reshape acts; None if none does.
-        Source: arXiv:2412.16545, which finds it to go with lost accuracy.
+        Mean over its rows, the heads and the layers that were reshaped; None if there are none.
+        Source: arXiv:2412.16545, which finds that it goes with lost accuracy.
         """
         if not self._entropy:
             return [None] * len(self._is_chunk)
         return torch.stack(self._entropy).mean(0).tolist()
 
     def _enter(self, band: RowBand, columns: Tensor, layer: int) -> Seen:
-        """Books the rows as fresh in this layer: they were just written."""
+        """Marks the rows as recomputed in this layer: they were just written."""
         if self._pass is None or self._pass.band is not band:
             self._pass = _read(band)
         if self._pass.writes:
@@ -173,7 +173,7 @@ class ReshapedAttention:
         return seen
 
     def _blocks(self, rule: LayerRule, query: Tensor) -> Iterator[Block]:
-        """One after the other: together their masks would be rows x columns."""
+        """One block at a time: all masks together would be rows x columns."""
         for block in self._pass.band.blocks(rule):
             yield from cut(block, len(query) * query.shape[1])
 
@@ -181,7 +181,7 @@ class ReshapedAttention:
         if not self.reshape.surveys:
             return None
         if self.reshape.looks_ahead and not self._looking:
-            assert self._ahead is not None, "a reshape that looks ahead was not let look"
+            assert self._ahead is not None, "no pass ahead was run for a reshape that looks ahead"
             rows = seen.query.kind.shape[1]
             return self.reshape.choose(self._ahead.expand(-1, 1, rows, -1), seen.query)
         blocks = self._blocks(rule, states.query)

@@ -33,7 +33,7 @@ def quantization_config(name: str, dtype: torch.dtype) -> BitsAndBytesConfig:
 
     if not (is_bitsandbytes_available() and is_accelerate_available()):
         raise ValueError(
-            f"'{name}' needs bitsandbytes and accelerate; run pip install 'blocktune[gpu,train]'"
+            f"'{name}' needs bitsandbytes and accelerate; run pip install 'blocktune[gpu]'"
         )
     if name == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)

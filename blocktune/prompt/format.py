@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from string import Formatter
 from typing import Any
 
-from blocktune.parsing import current_keys
+from blocktune.parsing import build_strict
 
 
 @dataclass(frozen=True)
@@ -126,21 +126,6 @@ class PromptFormat:
 
 
 _PLACEHOLDERS = {"titled": {"title", "text"}, "untitled": {"text"}, "question": {"question"}}
-
-
-def build_strict(cls, values: Mapping[str, Any], what: str):
-    """Builds a dataclass that checks its own values from a mapping of its fields.
-
-    Raises:
-        ValueError: If ``values`` is not a mapping or has an unknown key; ``what`` names it.
-    """
-    known = [f.name for f in fields(cls)]
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{what} must be a mapping of {', '.join(known)}, got {values!r}")
-    values = current_keys(values, known, what)
-    if unknown := sorted(values.keys() - set(known), key=str):
-        raise ValueError(f"unknown {what} key '{unknown[0]}'; known: {', '.join(known)}")
-    return cls(**values)
 
 
 def _check_placeholders(name: str, template: Any, wanted: set[str]) -> None:

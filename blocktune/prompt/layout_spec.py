@@ -6,12 +6,16 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from blocktune.parsing import build_strict
 from blocktune.positions.placement import PLACEMENTS
-from blocktune.prompt.format import build_strict
 
-LINK_SIDES = ("after", "before")
-LINK_TABLES = ("shared", "slot", "chunk")
 BOS = ("none", "drop", "keep")
+_CHOICES = {
+    "link_side": ("after", "before"),
+    "link_table": ("shared", "slot", "chunk"),
+    "placement": PLACEMENTS,
+    "bos": BOS,
+}
 _COUNTS = ("num_links", "num_blanks", "max_chunks", "num_headers", "num_trailers", "slot")
 
 
@@ -22,10 +26,10 @@ class LayoutSpec:
     Attributes:
         block: Chunks see only themselves; False is full causal attention.
         num_links: Link tokens per chunk, which see everything before them.
-        link_side: Where a chunk's links stand. KVLink: after.
+        link_side: Where the links of a chunk stand. KVLink: after.
         link_table: Which links share a row of the table: all (``shared``), those of one slot
-            (``slot``), or none, every slot of every chunk index having its own (``chunk``, the
-            code of KVLink).
+            (``slot``), or none: each slot of each chunk index has a row (``chunk``, the code of
+            KVLink).
         max_chunks: Chunks that a table by ``chunk`` has rows for (KVLink: 40), else 0.
         num_headers: Learned tokens that open a chunk, encoded and cached with it (KV Packet: 8;
             TurboRAG's ``<|doc_start|>``: 1).
@@ -43,7 +47,7 @@ class LayoutSpec:
     The rows of the table of learned tokens are the links', then the headers', then the trailers'.
 
     Raises:
-        ValueError: If a value is not accepted, or blanks, copies and full attention are mixed.
+        ValueError: If a value is not accepted, or fields exclude each other.
     """
 
     block: bool = True
@@ -65,10 +69,8 @@ class LayoutSpec:
         for name in _COUNTS:
             value = getattr(self, name)
             self._require(name, type(value) is int and value >= 0, "an integer of at least 0")
-        self._require("link_side", self.link_side in LINK_SIDES, " or ".join(LINK_SIDES))
-        self._require("link_table", self.link_table in LINK_TABLES, " or ".join(LINK_TABLES))
-        self._require("placement", self.placement in PLACEMENTS, " or ".join(PLACEMENTS))
-        self._require("bos", self.bos in BOS, " or ".join(BOS))
+        for name, known in _CHOICES.items():
+            self._require(name, getattr(self, name) in known, " or ".join(known))
         by_chunk = self.link_table == "chunk" and self.num_links > 0
         if by_chunk != (self.max_chunks > 0):
             raise ValueError(
@@ -95,7 +97,7 @@ class LayoutSpec:
 
     @property
     def sinks(self) -> tuple[str, ...]:
-        """Fields that put hidden rows before every chunk; at most one in a valid layout."""
+        """Fields that put hidden rows before every chunk; a valid layout has at most one."""
         asked = {
             "num_blanks": self.num_blanks > 0,
             "shared_prefix": self.shared_prefix,

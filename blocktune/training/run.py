@@ -149,14 +149,14 @@ def build(
     refuse_missing_trackers(args.report_to)
     refuse_frozen_quantised(args, choice)
     model, tokenizer = load_base(choice)
-    evaluation = None
+    samples, evaluation = samples_of(data, args, tokenizer), None
     if data.eval_data:
         evaluation = load_examples(data.eval_data, limit=data.eval_limit, tokenizer=tokenizer)
     trainer = BlockSFTTrainer(
         model,
         args,
         data_collator=BlockDataCollator(tokenizer, args.layout, data.format),
-        train_dataset=samples_of(data, args, tokenizer),
+        train_dataset=samples,
         eval_dataset=evaluation,
         processing_class=tokenizer,
         callbacks=[LogLines(), *callbacks],

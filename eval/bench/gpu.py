@@ -5,19 +5,20 @@
 
 import argparse
 import json
-import platform
-import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-import transformers
-from cached_answer import measure_cached_answer
-from measure import measure_attention, measure_machine, measure_training
-from shape import LLAMA_8B, TINY, Shape
+from measure import (
+    measure_attention,
+    measure_cached_answer,
+    measure_machine,
+    measure_training,
+)
+from shape import LLAMA_8B, TINY
 
-import blocktune
+from blocktune.provenance import provenance
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "gpu"
 
@@ -33,7 +34,7 @@ def main() -> None:
         "training": measure_training(shape, matmul),
         "cached_answer": measure_cached_answer(shape),
         "shape": asdict(shape),
-        "provenance": provenance(shape),
+        "provenance": provenance(0, ["bash", "eval/bench/gpu.sh", *sys.argv[1:]]),
     }
     text = json.dumps(report, indent=2)
     output = args.output or RESULTS / f"{'tiny' if args.tiny else 'llama-8b'}.json"
@@ -58,19 +59,6 @@ def parse() -> argparse.Namespace:
     if not args.tiny and not torch.cuda.is_available():
         parser.error("no CUDA device here; --tiny runs the same code on a CPU")
     return args
-
-
-def provenance(shape: Shape) -> dict:
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
-    cuda = shape.device == "cuda"
-    return {
-        "command": " ".join(["eval/bench/gpu.sh", *sys.argv[1:]]),
-        "commit": commit.stdout.strip() or None,
-        "versions": {p.__name__: p.__version__ for p in (blocktune, torch, transformers)},
-        "hardware": torch.cuda.get_device_name() if cuda else platform.machine(),
-    }
 
 
 if __name__ == "__main__":

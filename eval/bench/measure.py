@@ -1,20 +1,28 @@
-"""Seconds and bytes of attention and of a training step, and what the machine could do at most."""
+"""Seconds of attention, a training step and cached answers, and what the machine can do at most."""
 
+import random
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from shape import Shape
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from blocktune.attention import attach, dense_mask, make_plan
 from blocktune.attention.kernels import AttentionParams
+from blocktune.data import RagExample
+from blocktune.engine import Engine, Usage
 from blocktune.layout import LayerRule
+from blocktune.prompt import Chunk
 from blocktune.training.plan import matmul_rate
 
 FORWARD, BACKWARD = 4, 10
 """Operations of attention for each visible pair of rows and dimension: two products, then five."""
+METHODS = ("full-prefill", "naive", "cacheblend", "epic")
 
 
 def seconds(work: Callable[[], object], device: str, repeats: int = 5) -> float:
@@ -138,3 +146,51 @@ def measure_training(shape: Shape, matmul: float) -> dict:
     if shape.device == "cuda":
         result["peak_bytes"] = torch.cuda.max_memory_allocated()
     return result
+
+
+def measure_cached_answer(shape: Shape, repeats: int = 3) -> dict:
+    """The fastest of some answers by each method, every chunk already cached."""
+    engine = Engine(shape.model(), word_tokenizer(shape.vocabulary))
+    example = random_example(shape)
+    engine.encode(example.chunks)
+    usages = {name: fastest(engine, example, name, repeats) for name in METHODS}
+    full_s = usages["full-prefill"].ttft_s
+    return {
+        name: {
+            "ttft_s": usage.ttft_s,
+            "ttft_over_full": usage.ttft_s / full_s,
+            "ttft": asdict(usage.ttft),
+            "recompute_ratio": usage.recompute_ratio,
+            "context_tokens": usage.context_tokens,
+            "chunk_hits": usage.chunk_hits,
+            "chunk_misses": usage.chunk_misses,
+            "bytes_read": usage.bytes_read,
+        }
+        for name, usage in usages.items()
+    }
+
+
+def fastest(engine: Engine, example: RagExample, method: str, repeats: int) -> Usage:
+    """The usage of the fastest answer; one before them warms up kernels and the allocator."""
+    answers = [engine.answer([example], method, max_new_tokens=8) for _ in range(repeats + 1)]
+    return min((answer.usage for [answer] in answers[1:]), key=lambda usage: usage.ttft_s)
+
+
+def word_tokenizer(size: int) -> PreTrainedTokenizerFast:
+    """One token a word, so that a chunk's length is known; no file is needed."""
+    words = {f"w{index}": index + 2 for index in range(min(size, 4096) - 2)}
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "<eos>": 1} | words, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", eos_token="<eos>", pad_token="<eos>"
+    )
+
+
+def random_example(shape: Shape) -> RagExample:
+    draw = random.Random(0)
+
+    def words(count: int) -> str:
+        return " ".join(f"w{draw.randrange(1000)}" for _ in range(count))
+
+    chunks = [Chunk(words(shape.chunk)) for _ in range(shape.tokens // shape.chunk)]
+    return RagExample(question=words(shape.question), chunks=tuple(chunks), answers=("w0",))

@@ -1,9 +1,9 @@
 """What the study left open, as generated sources: conversations and code whose parts are chunks.
 
 A plug-in of blocktune: ``dialogue:`` makes conversations with a chunk per turn, ``code:`` small
-projects with a chunk per file. Where a command reads one, name this file before it:
+projects with a chunk per file. Name this file to a command that reads one:
 
-    blocktune --plugin eval/study/probes.py data show 'code:?n=4&files=3'
+    blocktune data show 'code:?n=4&files=3' --plugin eval/study/probes.py
 
 Source: arXiv:2603.20218, section 6.
 """
@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 from blocktune.data.chunking import Message, build_chunker, chunks_of
 from blocktune.data.example import RagExample
-from blocktune.data.sources.options import GENERATORS, Generator, build_config, refuse_rest
+from blocktune.data.sources.options import GENERATORS, Generator, refuse_rest
+from blocktune.parsing import build_config
 from blocktune.prompt.format import Chunk
 
 CODE_KINDS = ("constant", "import", "call")

@@ -53,7 +53,7 @@ def test_added_distractors_come_from_the_pool_and_mention_no_answer():
     pool = [Chunk("By ANN belt, in 1966"), CHUNKS[0], *POOL[:2]]
     varied = augment(EXAMPLE, 0, Augment(num_distractors=6), pool)
     assert set(varied.chunks) == {*CHUNKS, *POOL[:2]}
-    with pytest.raises(ValueError, match="wants 3 chunks of other examples and 2 fit"):
+    with pytest.raises(ValueError, match="needs 3 chunks of other examples, 2 fit"):
         augment(EXAMPLE, 0, Augment(num_distractors=7), pool)
 
 

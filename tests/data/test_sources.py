@@ -162,6 +162,7 @@ def test_wrong_record_is_named(tmp_path, records, field):
         ('{"question": "q", "chunks": ["c"]}\n{"question', r"set\.json, line 2: not JSON"),
         ('{\n "question": "q",\n "chunks": ["c"\n', r"set\.json, line 4: not JSON"),
         ("[]", "holds no records"),
+        ("[" * 100_000, "too deeply"),
         ("[3]", "the first is int"),
     ],
 )

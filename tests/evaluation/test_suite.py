@@ -33,7 +33,7 @@ def test_names_and_mappings_are_both_methods():
         ({"methods": [{"adapter": "x"}]}, "methods[0]: 'name' is missing"),
         ({"methods": []}, "methods: must be a list with at least one entry, got []"),
         ({"methods": [3]}, "methods[0]: must be a mapping"),
-        ({"methods": ["naive", "naive"]}, "method label 'naive' stands 2 times; give one a"),
+        ({"methods": ["naive", "naive"]}, "method label 'naive' is given 2 times; give one a"),
         ({"methods": [{"name": "a", "label": "a/b"}]}, "label must name a file"),
         ({"tasks": [{"name": "w"}]}, "tasks[0]: 'source' is missing"),
         ({"tasks": [{"name": "w", "source": "x", "limit": 0}]}, "limit must be at least 1, got 0"),
@@ -65,7 +65,7 @@ def test_a_missing_file_and_broken_yaml_name_the_file(tmp_path):
 @pytest.mark.parametrize("path", sorted(Path("eval/suites").glob("*.yaml")), ids=lambda p: p.stem)
 def test_shipped_suites_load(path):
     assert load_suite(path).methods
-    assert path.read_text().startswith("# blocktune eval --suite ") or path.stem == "demo"
+    assert f"eval --suite {path.as_posix()} " in path.read_text() or path.stem == "demo"
 
 
 def test_a_suite_survives_yaml(tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cached_answer import METHODS, measure_cached_answer, random_example, word_tokenizer
+from measure import METHODS, measure_cached_answer, random_example, word_tokenizer
 
 from blocktune.engine import Engine
 from blocktune.methods import build

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cached_answer import random_example, word_tokenizer
+from measure import random_example, word_tokenizer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from blocktune.attention.cached import CachePlan

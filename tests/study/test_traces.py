@@ -163,7 +163,7 @@ def test_shipped_suites_load(path):
         ({"patterns": [{"name": "x", "fresh": 2}]}, "fresh must be a share"),
         ({"warmup": 6}, "warmup must leave requests that count: below 6, got 6"),
         ({"store_mib": []}, "store_mib must hold sizes"),
-        ({"methods": ["naive", "naive"]}, "stands 2 times"),
+        ({"methods": ["naive", "naive"]}, "given 2 times"),
         ({"pattern": []}, "unknown key 'pattern'"),
     ],
 )

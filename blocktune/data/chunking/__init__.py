@@ -1,4 +1,4 @@
-"""Chunkers: from a long text or a conversation to the pieces that are cached alone."""
+"""Chunkers: cut a long text or a conversation into pieces that are cached separately."""
 
 from blocktune.data.chunking.base import (
     CHUNKERS,

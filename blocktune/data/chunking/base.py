@@ -1,4 +1,4 @@
-"""What a chunker is: text in, spans out that join to the text again."""
+"""The interface of a chunker: text in, spans out whose concatenation is the text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from blocktune.prompt.format import Chunk
 from blocktune.registry import Registry
 
 CHUNKERS = Registry("chunker", "blocktune.data.chunking")
-"""A file of this folder, or a plug-in, enters its chunker with ``@CHUNKERS.register("name")``."""
+"""A file of this folder, or a plug-in, registers one by ``@CHUNKERS.register("name")``."""
 
 SPEAKERS = {"user": "User", "assistant": "Assistant", "system": "System", "tool": "Tool"}
 """How a message's role is written in front of its text."""
@@ -35,7 +35,7 @@ class Message(NamedTuple):
 
 @dataclass(frozen=True)
 class Chunker(ABC):
-    """Cuts text into spans; what is cut is never changed, so the spans join to the text.
+    """Cuts text into spans without changing it.
 
     A subclass is one file; its fields, all with defaults, are its keys in YAML.
     """
@@ -57,7 +57,7 @@ class Chunker(ABC):
     def split_messages(
         self, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase | None = None
     ) -> list[str]:
-        """Spans of a conversation; by default every message is cut as a text of its own."""
+        """Spans of a conversation; by default each message is cut separately."""
         return [span for message in messages for span in self.split(str(message), tokenizer)]
 
     def _require(self, field: str, accepted: bool, wanted: str) -> None:
@@ -69,15 +69,15 @@ class Chunker(ABC):
 
 
 def chunks_of(spans: Iterable[str], title: str | None = None) -> tuple[Chunk, ...]:
-    """Chunks of what `tidy` leaves of the spans."""
+    """Chunks of the spans after `tidy`."""
     return tuple(Chunk(text, title) for text in tidy(spans))
 
 
 def tidy(spans: Iterable[str]) -> list[str]:
-    """Texts of the spans that hold some, without blank lines before them and space after.
+    """Non-blank spans, without leading blank lines and trailing space.
 
     Args:
-        spans: In their order; where one ends within a line, the next has no indent to keep.
+        spans: In order; if one ends within a line, the next has no indent to keep.
     """
     texts, opens_line = [], True
     for span in spans:
@@ -88,7 +88,7 @@ def tidy(spans: Iterable[str]) -> list[str]:
 
 
 def trimmed(text: str) -> str:
-    """Text without blank lines before it and space after it; its first line stays indented."""
+    """Text without leading blank lines and trailing space; its first line keeps its indent."""
     return _BLANK_LINES.sub("", text).rstrip()
 
 
@@ -105,7 +105,7 @@ def parse_chunker(value: Any, where: str = "chunker") -> Chunker:
     """Reads a chunker from YAML: its name, or ``{name: fixed, size: 100}``.
 
     Raises:
-        ValueError: In one line that opens with ``where``.
+        ValueError: In one line that starts with ``where``.
     """
     entry = {"name": value} if isinstance(value, str) else value
     if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str):

@@ -1,4 +1,4 @@
-"""Cuts where the author cut: at the strongest delimiter that the text holds."""
+"""Cuts at the strongest delimiter that the text contains, such as blank lines."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ STRONGEST_FIRST = ("\n\n", "---", "===", "\n\t", "\n")
 @CHUNKERS.register("delimiter")
 @dataclass(frozen=True)
 class Delimiter(Chunker):
-    """Cuts after every occurrence of one delimiter, then joins the shortest neighbours.
+    """Cuts after each occurrence of one delimiter, then joins the shortest neighbours.
 
     Attributes:
-        delimiter: What to cut after; None takes the first of a blank line, ``---``, ``===``,
-            newline and tab, newline, that the text holds.
-        max_chunks: Neighbours with the fewest characters are joined until so many are left.
+        delimiter: What to cut after; None uses the first of a blank line, ``---``, ``===``,
+            newline and tab, newline, that the text contains.
+        max_chunks: Neighbours with the fewest characters are joined down to this number.
 
     Source: Block-Attention, ``src/data/tools.py`` (fewer than 15 chunks).
     """

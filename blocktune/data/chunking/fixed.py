@@ -1,4 +1,4 @@
-"""Cuts every so many tokens."""
+"""Cuts after a fixed number of tokens."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from blocktune.data.chunking.base import CHUNKERS, Chunker
 @CHUNKERS.register("fixed")
 @dataclass(frozen=True)
 class Fixed(Chunker):
-    """Cuts every ``size`` tokens of the model's tokenizer, each span opening ``overlap`` earlier.
+    """Cuts every ``size`` tokens of the model's tokenizer, with an ``overlap``.
 
-    The spans are stretches of the text itself, found through the tokenizer's offsets; tokenised
-    alone, a span may have a token more or less at its seams.
+    Spans are slices of the text, found by the tokenizer's offsets; tokenized separately, a span
+    may have one token more or less at its ends.
 
     Attributes:
         size: Tokens of a span.
-        overlap: Tokens that a span shares with the one before; 0 gives spans that join to the text.
+        overlap: Tokens that a span shares with the previous one.
 
     Source: KVLink cuts XSum every 100 tokens; TurboRAG documents every 512 with 10 of overlap.
     """
@@ -38,7 +38,7 @@ class Fixed(Chunker):
         """Spans of ``size`` tokens.
 
         Raises:
-            ValueError: If there is no tokenizer, or it does not say where its tokens stand.
+            ValueError: If there is no tokenizer, or it has no offsets.
         """
         if tokenizer is None:
             raise ValueError(
@@ -47,7 +47,7 @@ class Fixed(Chunker):
         if not tokenizer.is_fast:
             raise ValueError(
                 f"chunker 'fixed' needs the offsets of a fast tokenizer, "
-                f"'{tokenizer.name_or_path}' is a slow one; use chunker 'sentence'"
+                f"'{tokenizer.name_or_path}' is slow; use chunker 'sentence'"
             )
         encoded = tokenizer(
             text, add_special_tokens=False, return_offsets_mapping=True, verbose=False

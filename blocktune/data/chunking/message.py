@@ -16,11 +16,11 @@ UNITS = ("turn", "message")
 @CHUNKERS.register("message")
 @dataclass(frozen=True)
 class PerMessage(Chunker):
-    """Makes a chunk of every turn or every message; a text alone is cut at its delimiters.
+    """Makes each turn or message a chunk; a single text is cut at its delimiters.
 
     Attributes:
-        unit: ``turn``, what the user said with what was answered (KVLink); ``message``, each by
-            itself (Block-Attention). System messages stand alone.
+        unit: ``turn``, a user message with its replies (KVLink), or ``message`` (Block-Attention).
+            A system message is a chunk of its own.
 
     Source: Block-Attention cuts conversations by message and single questions by delimiter.
     """
@@ -37,7 +37,7 @@ class PerMessage(Chunker):
     def split_messages(
         self, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase | None = None
     ) -> list[str]:
-        """A turn opens with a message of the user, or after a system message."""
+        """A turn starts with a user message, or after a system message."""
         spans: list[list[str]] = []
         before = None
         for message in messages:

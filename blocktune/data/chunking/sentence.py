@@ -16,7 +16,7 @@ class Sentence(Chunker):
 
     Attributes:
         size: Sentences of a span.
-        language: ISO code; sentencex knows the abbreviations of some 240 languages.
+        language: ISO code of one of about 240 languages.
     """
 
     size: int = 4
@@ -27,14 +27,14 @@ class Sentence(Chunker):
         self._require("language", isinstance(self.language, str), "an ISO code such as en")
 
     def split(self, text: str, tokenizer: PreTrainedTokenizerBase | None = None) -> list[str]:
-        """Spans of ``size`` sentences; the space after a sentence is its own."""
+        """Spans of ``size`` sentences, each with the space after it."""
         sentences = sentences_of(text, self.language)
         starts = range(0, len(sentences), self.size)
         return ["".join(sentences[start : start + self.size]) for start in starts] or [text]
 
 
 def sentences_of(text: str, language: str = "en") -> list[str]:
-    """Sentences that join to the text again; blank ones belong to the sentence before."""
+    """Sentences whose concatenation is the text; blank ones are joined to the previous one."""
     from sentencex import segment
 
     sentences: list[str] = []

@@ -1,7 +1,7 @@
-"""Public data sets that have a short name here: where they are, whose licence, what they become.
+"""Public data sets with a short name: location on the Hub, licence, what a record becomes.
 
-Nothing is downloaded until one is loaded. Licences are as the authors or the Hub state them;
-read them before you publish what was trained on the data.
+A set is downloaded when it is first loaded. Licences are as stated by the authors or the Hub;
+read them before you publish a model trained on the data.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ class DataSet:
         licence: As stated.
         becomes: What one record turns into.
         config: Configuration, or None for the default.
-        shape: Record shape, as ``as=`` names it; None if told by the fields, or if the records
-            are questions without passages.
+        shape: Record shape, as in ``as=``; None if the fields tell it, or if the records are
+            questions without passages.
         revision: Branch, if not the main one.
-        split: Read unless another is asked for.
+        split: The default split.
         streamed: Too large to download as a whole; a limit is needed.
-        home: Where the authors describe it.
+        home: The authors' page.
     """
 
     hub: str
@@ -134,7 +134,7 @@ CATALOG = {
 
 
 def data_set(name: str) -> DataSet:
-    """What a name stands for: a name of `CATALOG`, ``owner/name[:config]``, or a folder."""
+    """The data set of a name: one of `CATALOG`, ``owner/name[:config]``, or a folder."""
     if name in CATALOG:
         return CATALOG[name]
     path, _, config = name.partition(":")
@@ -142,14 +142,14 @@ def data_set(name: str) -> DataSet:
 
 
 def data_sets_in(source: str) -> dict[str, str]:
-    """Data sets on the Hub that a source names, with their licences; a file names none.
+    """Data sets on the Hub that a source names, with their licences; none for a file.
 
     Args:
-        source: As `blocktune.data.load_examples` takes it.
+        source: As for `blocktune.data.load_examples`.
     """
     written = source.partition("?")[0]
     name = written.removeprefix("hf:")
-    # After hf: may also stand a folder of this machine.
+    # hf: may also be followed by a local folder.
     on_hub = written.startswith("hf:") and _ON_HUB.fullmatch(name) and not Path(name).exists()
     if name not in CATALOG and not on_hub:
         return {}

@@ -175,12 +175,12 @@ def parse_records(
     Args:
         records: All of one shape.
         name: The source, for errors.
-        reading: Shape, chunker and shots, where they are not told by the records.
+        reading: Shape, chunker and shots, if not the defaults.
         limit: Load the first examples only.
-        shots: Records of the same shape that shots are drawn from.
+        shots: Records that few-shot examples are drawn from.
 
     Raises:
-        ValueError: If no shape fits, a record is wrong, or no example is left.
+        ValueError: If no shape fits, a record is wrong, or there is no example.
     """
     records = iter(records)
     head = list(islice(records, SNIFFED))
@@ -235,7 +235,18 @@ def _is_known(named: SourceName) -> bool:
     return _on_the_hub(named) or Path(named.name).is_file()
 
 
+_MOVED = {
+    "ruler": "RULER runs through lm-eval, see docs/data.md; needle: is generated",
+    "code": "add --plugin eval/study/probes.py",
+    "dialogue": "add --plugin eval/study/probes.py",
+}
+"""Generators of earlier versions, and where they are now."""
+
+
 def _no_source(source: str | Path) -> str:
+    prefix, colon, _ = str(source).partition(":")
+    if colon and prefix in _MOVED:
+        return f"'{prefix}:' is no longer built in: {_MOVED[prefix]}"
     if Path(source).is_dir():
         return f"'{source}' is a folder; give a file in it, or 'hf:{source}' for a data set"
     return (

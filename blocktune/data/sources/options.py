@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
-from typing import Any, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, quote
 
 import yaml
@@ -13,12 +13,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from blocktune import plugins
 from blocktune.data.chunking import Chunker, build_chunker
 from blocktune.data.example import RagExample
-
-Config = TypeVar("Config")
+from blocktune.parsing import build_config
 
 
 class SourceName(NamedTuple):
-    """A source taken apart: what stands before ``?``, and the options after it."""
+    """A parsed source: the text before ``?``, and the options after it."""
 
     text: str
     name: str
@@ -26,19 +25,19 @@ class SourceName(NamedTuple):
 
 
 def parse_source(source: str) -> SourceName:
-    """Takes a source apart.
+    """Parses a source.
 
     Raises:
-        ValueError: If the options are not ``key=value`` pairs, or one stands twice.
+        ValueError: If the options are not ``key=value`` pairs, or one is given twice.
     """
     name, _, query = source.partition("?")
     try:
         pairs = parse_qsl(query, strict_parsing=True) if query else []
     except ValueError:
-        raise ValueError(f"'{source}' has a query that is not key=value&key=value") from None
+        raise ValueError(f"'{source}' has options that are not key=value&key=value") from None
     options = dict(pairs)
     if len(options) < len(pairs):
-        raise ValueError(f"'{source}' has an option twice; give each once")
+        raise ValueError(f"'{source}' gives an option twice; give each once")
     return SourceName(source, name, options)
 
 
@@ -67,74 +66,6 @@ def _mapping(text: str) -> dict[str, str]:
     return dict(pairs)
 
 
-def build_config(
-    cls: type[Config],
-    options: Mapping[str, str],
-    where: str,
-    names: Mapping[str, str] | None = None,
-    **given: Any,
-) -> Config:
-    """Builds a dataclass from options, each read as its field's type says.
-
-    Args:
-        cls: A dataclass whose fields have types of `_READERS`.
-        options: By field.
-        where: Opens every error.
-        names: Options that are called otherwise than their fields, and these fields.
-        given: Fields that are no options, with their values.
-
-    Raises:
-        ValueError: If an option is unknown or its value cannot be read.
-    """
-    called = {field: option for option, field in (names or {}).items()}
-    known = {called.get(f.name, f.name): f for f in fields(cls) if f.name not in given}
-    if unknown := options.keys() - known.keys():
-        known_names = ", ".join(known)
-        raise ValueError(f"unknown option '{min(unknown)}' of '{where}'; known: {known_names}")
-    values = {
-        known[key].name: _read(text, known[key].type, f"{where}: '{key}'")
-        for key, text in options.items()
-    }
-    try:
-        return cls(**values, **given)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
-
-
-def _read(text: str, kind: str, where: str) -> Any:
-    read, wanted = _READERS[kind]
-    try:
-        return read(text)
-    except ValueError:
-        raise ValueError(f"{where} must be {wanted}, got '{text}'") from None
-
-
-def _several(read: Callable[[str], Any]) -> Callable[[str], tuple]:
-    return lambda text: tuple(read(part) for part in text.split(","))
-
-
-def _range(text: str) -> int | tuple[int, int]:
-    low, dash, high = text.partition("-")
-    return (int(low), int(high)) if dash else int(low)
-
-
-_READERS: dict[str, tuple[Callable[[str], Any], str]] = {
-    "int": (int, "a whole number"),
-    "float": (float, "a number"),
-    "bool": (lambda text: bool(("0", "1").index(text)), "1 or 0"),
-    "str": (str, "text"),
-    "str | None": (str, "text"),
-    "tuple[int, ...]": (_several(int), "whole numbers with commas between"),
-    "tuple[float, ...]": (_several(float), "numbers with commas between"),
-    "tuple[str, ...]": (_several(str), "names with commas between"),
-    "int | tuple[int, int]": (_range, "a whole number or LOW-HIGH"),
-    "Mapping[str, float]": (
-        lambda text: dict.fromkeys(text.split(","), 1.0),
-        "names with commas between",
-    ),
-}
-"""How an option is read, by the type of its field, and what it must be."""
-
 KNOWN = ("split", "as", "fields", "chunker", "tokenizer", "shots", "shots_from", "seed", "shuffle")
 
 WHOLE = ("shots", "seed", "shuffle")
@@ -148,13 +79,13 @@ class Reading:
         split: Of a Hub data set.
         shape: Record shape (``as=``), or None to tell it by the fields.
         fields: Fields to rename before a record is read: new name -> old name.
-        chunker: What cuts records that have no chunks of their own.
+        chunker: Cuts records that have no chunks of their own.
         tokenizer: Counts tokens for the chunker.
-        shots: Solved examples given as chunks, for the shape ``few-shot``; None gives 5.
-        shots_from: Split that they are drawn from; None takes the one that is read.
-        seed: Chooses them; None is 0.
-        shuffle: Seed of an order to read in, so that a limit takes of everything: MuSiQue's files
-            are sorted by hops. None keeps the source's.
+        shots: Solved examples given as chunks, for the shape ``few-shot``; None means 5.
+        shots_from: Split that they are drawn from; None means the one that is read.
+        seed: Of that draw; None means 0.
+        shuffle: Seed of a random order, so that a limit samples the whole set (MuSiQue's files are
+            sorted by hops); None keeps the order.
     """
 
     split: str | None = None
@@ -179,7 +110,7 @@ def read_options(
     tokenizer: PreTrainedTokenizerBase | None = None,
     chunker: Chunker | None = None,
 ) -> Reading:
-    """Reads a source's options; what is passed here wins.
+    """Reads a source's options; arguments override them.
 
     Raises:
         ValueError: If an option is unknown or its value cannot be read; names the source.

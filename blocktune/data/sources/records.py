@@ -38,20 +38,20 @@ MOST_PARAGRAPHS = 10
 
 
 class Record(NamedTuple):
-    """A decoded record and where it stands, e.g. ``'docs.jsonl, line 7'``."""
+    """A decoded record and its place, e.g. ``'docs.jsonl, line 7'``."""
 
     where: str
     value: Any
 
 
 class LeftOut(Exception):
-    """A row that the source is known to hold and that cannot be asked; says why."""
+    """Raised for a row that cannot become an example, which the source is known to contain."""
 
 
 def read_records(path: str | Path) -> Iterator[Record]:
-    """Reads a file whose format its content tells; only CSV is told by the suffix.
+    """Reads a file; the format is detected by its content, and CSV by its suffix.
 
-    SQuAD's articles come as one record a question.
+    SQuAD's articles give one record per question.
 
     Raises:
         ValueError: If the file is missing, empty or of no known format, or a string in it is not
@@ -77,6 +77,8 @@ def read_records(path: str | Path) -> Iterator[Record]:
                 yield from _unfolded(record)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path.name} is not UTF-8 text ({error}); give {WANTED}") from None
+    except RecursionError:
+        raise ValueError(f"{path.name} nests lists or objects too deeply to be records") from None
     except (EOFError, gzip.BadGzipFile, lzma.LZMAError) as error:
         raise ValueError(f"{path.name} is damaged ({error}); copy it again") from None
 
@@ -211,10 +213,9 @@ def _is_article(paragraphs: Any) -> bool:
 
 
 def _questions_of(article: Record) -> Iterator[Record]:
-    """A SQuAD article's questions, each over its paragraph among others of the article.
+    """A SQuAD article's questions, each over its own and other paragraphs of the article.
 
-    Which others, at most `MOST_PARAGRAPHS` in all, is drawn by the question's id; they keep the
-    article's order.
+    The others, `MOST_PARAGRAPHS` - 1 at most, are drawn by the question's id; order is kept.
     """
     title, paragraphs = article.value.get("title"), article.value["paragraphs"]
     for own, paragraph in enumerate(paragraphs):

@@ -1,4 +1,4 @@
-"""Records of questions over passages, in the forms of public data sets, each made an example."""
+"""Records of questions over passages, as public data sets have them, read as examples."""
 
 from __future__ import annotations
 

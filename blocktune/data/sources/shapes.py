@@ -1,4 +1,4 @@
-"""The table of record shapes: how each is told from the others, and what it becomes."""
+"""The table of record shapes: how each is recognised, and how it becomes an example."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Shape(NamedTuple):
     """One record shape.
 
     Attributes:
-        key: What ``as=`` calls it.
-        keys: Fields that tell it from the others; empty if only ``as=`` can name it.
+        key: Its name in ``as=``.
+        keys: Sets of fields, any of which identifies it; empty if only ``as=`` can name it.
         parse: Turns a record into an example, given a ``cutter`` where there is a ``chunker``;
             raises `LeftOut`, or ValueError that names a field.
         chunker: Name of the chunker it is cut by unless another is given; None has chunks already.

@@ -1,6 +1,6 @@
-"""Records that are no question over passages: conversations, documents, summaries, solved pairs.
+"""Records that are not a question over passages: conversations, documents, summaries, pairs.
 
-A chunker cuts them; each becomes a `RagExample` whose last piece is what the model writes.
+A chunker cuts them; the last piece is what the model writes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _ROLES = {role: role for role in SPEAKERS} | {
     "agent": "assistant",
 }
 _CODE = re.compile(r"```|\n(?: {4}|\t)[^\s]")
-"""A fence, or a line that is indented as code is."""
+"""A fence, or a line indented like code."""
 _PAIRS = (
     ("dialogue", "summary", "Dialogue", "Summary"),
     ("document", "summary", "Document", "Summary"),
@@ -38,14 +38,14 @@ _PAIRS = (
     ("prompt", "completion", "Input", "Output"),
     ("input", "output", "Input", "Output"),
 )
-"""Fields of a task's instances and how a shot names them."""
+"""Fields of a task's instances, and their names in a shot."""
 
 
 def parse_chat(record: Mapping[str, Any], cutter: Cutter) -> RagExample:
     """A conversation: the last user message asks, the assistant's reply to it is the response.
 
-    What was said before is cut into chunks. A single question is cut itself, and its last piece
-    asks; one that holds code is left out, since its lines would part.
+    Earlier messages are cut into chunks. A single question is itself cut, and its last piece is
+    the question; one with code is left out, since cutting would break it.
 
     Source: KVLink's ``sft_mem`` and Block-Attention's Tulu-3 data (Tulu: ``messages``).
     """
@@ -91,7 +91,7 @@ def parse_document(record: Mapping[str, Any], cutter: Cutter) -> RagExample:
 
 
 def parse_summary(record: Mapping[str, Any], cutter: Cutter) -> RagExample:
-    """A text and its summary; MultiNews' documents, parted by ``|||||``, stay whole.
+    """A text and its summary; MultiNews' documents, separated by ``|||||``, stay whole.
 
     Source: KVLink's ``xsum``; MultiNews, arXiv:1906.01749.
     """
@@ -105,7 +105,7 @@ def parse_summary(record: Mapping[str, Any], cutter: Cutter) -> RagExample:
 
 
 def parse_pair(record: Mapping[str, Any]) -> RagExample:
-    """One instance of a task, its only chunk being itself as a shot; `with_shots` gives others.
+    """One instance of a task, whose only chunk is itself as a shot; see `with_shots`.
 
     Source: CacheBlend's SAMSum, where each solved example in the context is a chunk.
     """

@@ -30,14 +30,14 @@ class WorldConfig:
         num_passages: Chunks in each context: a number, or the smallest and the largest.
         kinds: Weight of each kind of question; kinds left out are not asked.
         questions_per_world: Questions that share a context.
-        turns: Questions that each example asks in turn of its context, for training: the first,
-            then its followups; fewer where the world has no more.
-        aliased: Share of the documents that go on in other chunks by an alias, lists aside; the
-            others say "she" or "the film", which the question gives away.
-        crowded: Any number of documents of a kind go on in other chunks, not one: then which one
-            a later chunk belongs to is told by the chunks before it alone.
-        plain: Every statement names its entity, in one wording, and no document goes on in another
-            chunk; the first lessons of pre-training.
+        turns: Questions that each example asks in turn about its context, for training: the
+            first, then its followups; fewer if the world has no more.
+        aliased: Share of the continued documents (lists excluded) whose later chunks use an alias;
+            the others say "she" or "the film", which the question reveals.
+        crowded: Any number of documents of a kind continue in other chunks, instead of one: then
+            only the chunk before tells to which document a later chunk belongs.
+        plain: Every statement names its entity, in one wording, and no document continues in
+            another chunk; the first stage of pre-training.
     """
 
     split: str = "train"
@@ -94,7 +94,7 @@ def generate_examples(config: WorldConfig) -> Iterator[RagExample]:
 
 
 MOST_WORLDS = 5000
-"""Worlds drawn in search of a question, before the search is given up."""
+"""Worlds drawn in search of a question before giving up."""
 
 
 class Context(NamedTuple):
@@ -109,12 +109,12 @@ class Context(NamedTuple):
 
 
 def draw_context(rng: Random, config: WorldConfig, num_questions: int) -> Context:
-    """Draws worlds until one can answer a question of the kind that is due; that one stands first.
+    """Draws worlds until one can answer a question of the drawn kind; that question is first.
 
     Args:
         rng: Source of everything; ``config.seed`` is not read.
         config: Split, number of passages and weights of the kinds.
-        num_questions: Questions wanted; fewer come back if the world has no more.
+        num_questions: Questions wanted; fewer are returned if the world has no more.
 
     Raises:
         ValueError: If worlds of this size hold no such question.
@@ -158,7 +158,7 @@ def _one_world(config: WorldConfig, index: int) -> list[RagExample]:
     asked = context.questions[:1] if config.turns > 1 else context.questions
     later = context.questions[len(asked) :]
     followups = tuple((question.text, question.response) for question in later)
-    # What no augmentation may drop: the evidence of every turn.
+    # Augmentation must keep the evidence of every turn.
     turns = context.questions if later else ()
     evidence = tuple(sorted({index for turn in turns for index in turn.supporting}))
     return [

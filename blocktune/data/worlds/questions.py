@@ -15,7 +15,7 @@ QUESTION_KINDS = ("self-contained", "cross-chunk", "2-hop", "3-hop", "comparison
 """The last asks by the words of a later chunk ("Where was she born?"): following a reference, by
 itself, for pre-training."""
 MARKER = "Answer: "
-"""What stands before the scored answer when a response names other values first."""
+"""Precedes the scored answer when a response names other values first."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ ROOT = _words("""
     Oakham Olsen Orford Parker Penrith Quill Ramsey Reed Ross Sawyer Selby Sutton Tanner Tarn
     Turner Upton Vance Walsh Webb Whitby Yarrow Yates York
 """)
-"""What tells one name from another, whatever its kind; the other word tells the kind."""
+"""The word that identifies a name; the other word tells its kind."""
 
 FEMALE = _words("Anna Clara Dora Edith Fiona Greta Helen Iris Julia Karen Laura Maria")
 MALE = _words("Adam Boris Carl David Evan Frank George Henry Ivan Jack Kevin Leo")
@@ -43,7 +43,7 @@ def split_of(name: str) -> str:
 
 
 def _forms(kind: str) -> tuple[list[str], ...]:
-    """All names of a kind, a list for each form: forms are equally likely, whatever their size."""
+    """All names of a kind, a list for each form; forms are equally likely."""
 
     def joined(*words: tuple[str, ...], pattern: str | None = None) -> list[str]:
         pattern = pattern or " ".join(["{}"] * len(words))
@@ -82,10 +82,9 @@ _PATIENCE, _MOST_DRAWS = 40, 2000
 def draw_name(rng: Random, kind: str, split: str, taken: set[str], *, apart: bool = False) -> str:
     """Draws a name for one world, and takes it and its root; if ``apart``, its other word too.
 
-    Within a world no two names have their root in common, as long as there are roots left: telling
-    apart Anna Baker and Port Baker is more than a model of a million parameters learns in an
-    hour, and it is not what is measured. Names that are drawn apart have no word in common with
-    one another.
+    Within a world no two names share a root while unused roots remain: a model of a million
+    parameters does not learn within an hour to distinguish Anna Baker from Port Baker, which is not
+    what is measured. Names drawn ``apart`` share no word.
 
     Raises:
         ValueError: If the world has used up the names of this kind.
@@ -103,7 +102,7 @@ def draw_name(rng: Random, kind: str, split: str, taken: set[str], *, apart: boo
 
 
 def draw_root(rng: Random, taken: set[str]) -> str:
-    """Draws a root that no name of a world has, as long as there are any, and takes it."""
+    """Draws a root that no name of a world has, while there are any, and takes it."""
     root = rng.choice([word for word in ROOT if word not in taken] or ROOT)
     taken.add(root)
     return root
@@ -122,7 +121,7 @@ class Relation:
         target: Kind of the value: a kind of entity, or ``year``.
         facts: Sentences with ``{s}`` (always first, so that a pronoun fits) and ``{o}``.
         questions: Questions with ``{s}``, whose answer is the value.
-        role: Noun phrase with ``{s}`` that stands for the value, alone or in a longer question.
+        role: Noun phrase with ``{s}`` for the value, also used within longer questions.
         place: Number of the list item, 0 if the relation is not an item of a list.
     """
 

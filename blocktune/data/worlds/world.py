@@ -49,11 +49,11 @@ class Fact:
 
 @dataclass(frozen=True)
 class Style:
-    """How one world is laid out; drawn anew for each world, since a rigid format teaches positions.
+    """How one world is laid out; drawn for each world, since a fixed format teaches positions.
 
     Attributes:
         kind_weights: How often each of ``KINDS`` is drawn.
-        split: Probability that a document goes on in another chunk.
+        split: Probability that a document continues in another chunk.
         facts: Most facts in a chunk.
         linked: Probability that a value names an entity of this world.
         introduced: Probability that a document opens with what its entity is.
@@ -92,11 +92,9 @@ def draw_style(rng: Random) -> Style:
 def plain_style(rng: Random) -> Style:
     """Draws a style for first lessons: one kind of entity and few relations, one wording.
 
-    The name always stands right before the value and at the question's end: matching the two is
-    then found within 250 steps, with other wordings not within 1,000.
-
-    Which *kind* of value is meant is learnt within minutes, and in a mixed world that alone is
-    often enough. Here every passage holds a candidate of the same kind, so only the name tells.
+    The name is always right before the value and at the question's end: a model learns to match
+    them within 250 steps, with other wordings not within 1,000. Every passage has a candidate of
+    the same kind, so that the kind of the value is not enough to answer.
     """
     main = rng.choice(KINDS)
     return Style(
@@ -113,10 +111,10 @@ def plain_style(rng: Random) -> Style:
 
 @dataclass
 class Document:
-    """An entity, and its facts by chunk: the first chunk is titled, the others go on from it.
+    """An entity, and its facts by chunk: the first chunk is titled, the others continue it.
 
     ``mention`` is how those refer to the entity: ``pronoun`` ("she"), ``description`` ("the film"),
-    ``alias`` ("the Webb", which the first chunk explains), or ``list``, by going on with its list.
+    ``alias`` ("the Webb", which the first chunk explains), or ``list``, by continuing its list.
     """
 
     entity: Entity
@@ -155,23 +153,23 @@ def draw_world(
 ) -> World:
     """Draws a world whose documents make exactly ``num_passages`` chunks.
 
-    Of each kind one document at most goes on in other chunks, unless the world is crowded, so that
-    "she", "the film", an alias or "the cast" can mean one document only: which, a reader of the
-    whole context sees by the chunk before. A reader of single chunks need not know: what is asked
-    for and not stated in a titled chunk can stand in one chunk only.
+    Unless the world is crowded, at most one document of each kind continues in other chunks, so
+    that "she", "the film", an alias or "the cast" means one document only. A reader of the whole
+    context knows which by the chunk before; a reader of separate chunks can do without: a fact that
+    no titled chunk states is in only one chunk.
 
     Args:
         rng: Source of everything.
         split: Whose names to use.
         num_passages: Chunks.
-        aliased: Share of the documents that go on by an alias, lists aside.
-        crowded: Whether any number of documents go on in other chunks.
+        aliased: Share of the continued documents that use an alias, lists excluded.
+        crowded: Whether any number of documents may continue in other chunks.
         plain: Whether to draw a `plain_style`.
     """
     style, taken = (plain_style if plain else draw_style)(rng), set()
     themes = {kind: _theme(rng, kind, style.variety) for kind in KINDS}
     documents, room = [], num_passages
-    spoken: set[str] = set()  # kinds that have such a document, and pronouns that stand for one
+    spoken: set[str] = set()  # kinds that have a continued document, and their pronouns
     while room:
         entity = draw_entity(
             rng, rng.choices(KINDS, style.kind_weights)[0], split, taken, apart=not plain
@@ -250,7 +248,7 @@ def _fill(
 
 @dataclass(frozen=True)
 class Place:
-    """Where a fact stands: its chunk, the document's first, and how the entity is mentioned."""
+    """Where a fact is stated: its chunk, the document's first, and how the entity is mentioned."""
 
     chunk: int
     first: int
@@ -258,7 +256,7 @@ class Place:
 
     @property
     def supporting(self) -> tuple[int, ...]:
-        """The chunk that states the fact, and the one that says whose it is."""
+        """The chunk that states the fact, and the one that names its subject."""
         return tuple(sorted({self.first, self.chunk}))
 
 
@@ -324,7 +322,7 @@ def refer(entity: Entity, mention: str) -> str:
 
 
 def _listing(entity: Entity, facts: list[Fact], part: int) -> str:
-    """Items; a chunk that goes on with them says so and nothing else."""
+    """Items; a continued list has no other text."""
     items = "; ".join(fact.relation.facts[0].format(o=fact.value) for fact in facts)
     opening = "The cast goes on" if part else f"The cast of {entity.name}"
     return f"{opening}: {items}."

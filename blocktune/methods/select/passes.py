@@ -1,4 +1,4 @@
-"""What a selector may ask for before the first layer: passes of a model that score tokens."""
+"""What a selector may use before the first layer: forward passes that score tokens."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 
 class Truth(NamedTuple):
-    """What a full prefill knows that reuse does not; layer by layer, at every row of the layout.
+    """What only a full prefill knows, at each layer and at every row of the layout.
 
     Attributes:
         key_deviation: Distance of the true keys from the cached ones, ``(L, B, S)``.
         value_deviation: Likewise of the values.
-        query_attention: Attention that the question pays each row, ``(L, B, S)``, see
+        query_attention: The question's attention to each row, ``(L, B, S)``, see
             `Passes.query_attention`.
     """
 
@@ -28,7 +28,7 @@ class Truth(NamedTuple):
 
 
 class Passes(Protocol):
-    """Passes that an engine runs when a selector asks; each is counted in the answer's usage.
+    """Forward passes that the engine runs on request; each is counted in the answer's usage.
 
     All scores are float32, 0 at rows that are no columns of the cache (blanks, padding).
 
@@ -45,7 +45,7 @@ class Passes(Protocol):
     fingerprint: str
 
     def query_attention(self) -> Tensor:
-        """The question computed over the reused cache, before anything is recomputed.
+        """Computes the question over the reused cache, before anything is recomputed.
 
         Returns:
             Attention weight of each row, mean over the question's rows and the heads, at each
@@ -53,7 +53,7 @@ class Passes(Protocol):
         """
 
     def auxiliary_attention(self, model: str) -> Tensor:
-        """The whole prompt computed by another model with the same tokenizer.
+        """Computes the whole prompt with another model that has the same tokenizer.
 
         Args:
             model: Folder or repository name, a name that the engine was given a model for, or
@@ -68,7 +68,7 @@ class Passes(Protocol):
         """
 
     def outside_attention(self) -> Tensor:
-        """The first layer computed in full.
+        """Computes the first layer in full.
 
         Returns:
             Share of each row's attention that goes to rows outside its own chunk, mean over the
@@ -77,4 +77,4 @@ class Passes(Protocol):
         """
 
     def full_prefill(self) -> Truth:
-        """Everything computed, and compared with the cache: knowledge that no method has."""
+        """Computes everything and compares it with the cache, which no real method can."""

@@ -1,0 +1,226 @@
+"""The training door: rows as users have them, a trainer as TRL's, a layout beside any adapter."""
+
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from training.runs import DEFAULTS, losses, write_run
+from training.toy import save_toy, toy_examples, toy_model, toy_tokenizer
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
+
+from blocktune import (
+    BlockDataCollator,
+    BlockSFTConfig,
+    BlockSFTTrainer,
+    Engine,
+    LayoutSpec,
+    PromptFormat,
+    SaveLayoutCallback,
+    attach,
+)
+from blocktune.layout import Kind, Layout
+from blocktune.training.dataset import to_sample
+from blocktune.training.run import train
+
+EXAMPLE = toy_examples(1)[0]
+TEXTS = [chunk.text for chunk in EXAMPLE.chunks]
+ASKED = {"role": "user", "content": EXAMPLE.question}
+SAID = {"role": "assistant", "content": EXAMPLE.answers[0]}
+ROWS = {
+    "question": {"question": EXAMPLE.question, "chunks": TEXTS, "answers": list(EXAMPLE.answers)},
+    "with columns of no use": {**EXAMPLE.to_json(), "score": 0.5, "source": None},
+    "messages": {"messages": [ASKED, SAID], "documents": TEXTS},
+    "documents with titles": {
+        "messages": [ASKED, SAID],
+        "documents": [{"title": None, "text": text} for text in TEXTS],
+    },
+    "documents as Cohere has them": {
+        "messages": [ASKED, SAID],
+        "documents": [{"id": str(i), "data": {"text": text}} for i, text in enumerate(TEXTS)],
+    },
+    "prompt": {
+        "prompt": EXAMPLE.question, "completion": EXAMPLE.answers[0], "documents": TEXTS
+    },
+    "prompt as messages": {"prompt": [ASKED], "completion": [SAID], "documents": TEXTS},
+}  # fmt: skip
+LORA = {"r": 4, "lora_alpha": 16, "target_modules": "all-linear"}
+
+
+def options(**more) -> dict:
+    left_out = ("use_peft", "lora_r", "lora_dropout", "lora_target_modules")
+    return {k: v for k, v in (DEFAULTS | more).items() if k not in left_out}
+
+
+@pytest.mark.parametrize("form", ROWS)
+def test_rows_of_every_form_are_the_same_batch(form):
+    collator = BlockDataCollator(toy_tokenizer(), LayoutSpec())
+    batch, expected = collator([ROWS[form]]), collator([EXAMPLE])
+    assert batch.keys() == {"input_ids", "labels", "layout", "attention_mask"}
+    for name, tensor in expected.items():
+        assert torch.equal(batch[name], tensor), name
+    rows = batch["input_ids"].shape
+    assert batch["layout"].shape == (*rows, 9)  # segments, never rows x rows
+    layout = Layout.unpack(batch["layout"])
+    assert layout.group[layout.kind == Kind.CHUNK].unique().tolist() == [0, 1, 2]
+    (through,) = Dataset.from_list([ROWS[form]])
+    assert torch.equal(collator([through])["input_ids"], expected["input_ids"])
+
+
+def test_a_system_turn_and_later_turns_are_kept():
+    later = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+    system = {"role": "system", "content": "Be brief."}
+    row = {"messages": [system, ASKED, SAID, *later], "documents": TEXTS}
+    sample = to_sample(row, toy_tokenizer(), PromptFormat())
+    assert sample.wording.system == "Be brief."
+    assert sample.example.followups == (("Why?", "So."),)
+    batch = BlockDataCollator(toy_tokenizer())([row])
+    text = toy_tokenizer().decode(batch["input_ids"][0])
+    assert text.index("Be brief.") < text.index(TEXTS[0]) < text.index("Why?")
+    learnt = batch["labels"][batch["labels"] != -100]
+    assert toy_tokenizer().decode(learnt) == f"{EXAMPLE.answers[0]}<|end|>So.<|end|>"
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"question": "Who?", "passages": ["a"]}, "known shape"),
+        ({"messages": [ASKED], "documents": TEXTS}, '"messages" must be .*assistant'),
+        ({"prompt": "Who?", "documents": TEXTS}, '"completion" must be'),
+        ({"prompt": "a", "completion": "b", "documents": [{"title": "x"}]}, '"documents"'),
+        ({"question": "Who?", "chunks": ["a"]}, "no answer"),
+        ({}, "remove_unused_columns: false"),
+    ],
+)
+def test_a_row_that_cannot_be_read_says_why(row, words):
+    with pytest.raises(ValueError, match=words):
+        BlockDataCollator(toy_tokenizer())([row])
+
+
+def test_a_row_that_is_too_long_is_refused():
+    length = BlockDataCollator(toy_tokenizer())([EXAMPLE])["input_ids"].shape[1]
+    BlockDataCollator(toy_tokenizer(), max_length=length)([EXAMPLE])
+    with pytest.raises(ValueError, match=f"{length} tokens, max_length is {length - 1}"):
+        BlockDataCollator(toy_tokenizer(), max_length=length - 1)([EXAMPLE])
+
+
+def test_rows_are_tokenised_once(monkeypatch):
+    collator = BlockDataCollator(toy_tokenizer(), LayoutSpec())
+    expected = collator([ROWS["messages"]])
+    monkeypatch.setattr("blocktune.training.collator.to_sample", None)
+    assert torch.equal(collator([dict(ROWS["messages"])])["input_ids"], expected["input_ids"])
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_toy(tmp_path_factory.mktemp("door") / "base")
+
+
+def test_a_model_by_name_trains_as_the_command(base, tmp_path):
+    write_run(tmp_path / "a", model_name_or_path=base, seed=3)
+    train(["--config", str(tmp_path / "a/run.yaml")])
+    state = json.loads((tmp_path / "a/out/trainer_state.json").read_text())
+    expected = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+    rows = Dataset.from_json(str(tmp_path / "a/train.jsonl"))
+    args = BlockSFTConfig(str(tmp_path / "b"), **options(seed=3))
+    trainer = BlockSFTTrainer(base, args, train_dataset=rows, peft_config=LoraConfig(**LORA))
+    trainer.train()
+    assert losses(trainer) == expected
+    trainer.save_model()
+    asked = toy_examples(2)
+    engines = [
+        Engine.from_pretrained(str(tmp_path / path), device="cpu") for path in ("a/out", "b")
+    ]
+    one, other = (engine.next_logits(asked, "block-attention") for engine in engines)
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+
+
+def test_the_trainer_takes_what_trl_users_pass(base, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    seen, learnt = {}, []
+
+    def compute_metrics(prediction):
+        logits, labels = prediction
+        seen.update(logits=logits.shape, labels=labels.shape)
+        hits = (logits[:, :-1].argmax(-1) == labels[:, 1:])[labels[:, 1:] != -100]
+        return {"accuracy": hits.mean()}
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.register_step_post_hook(lambda *_: learnt.append(1))
+    trainer = BlockSFTTrainer(
+        model=model,
+        args=BlockSFTConfig(
+            str(tmp_path), **options(block_share=0.5), eval_strategy="steps", eval_steps=2
+        ),
+        data_collator=BlockDataCollator(toy_tokenizer(), format=PromptFormat(system="Be brief.")),
+        train_dataset=toy_examples(16),
+        eval_dataset={"few": toy_examples(3), "more": Dataset.from_list([ROWS["prompt"]] * 2)},
+        processing_class=toy_tokenizer(),
+        compute_metrics=compute_metrics,
+        optimizers=(optimizer, None),
+    )
+    trainer.train()
+    assert len(learnt) == 4
+    assert "Be brief." in toy_tokenizer().decode(trainer.prepared.dataset[0]["parts"][0]["prefix"])
+    assert trainer.prepared.num_block == 8
+    logged = {key: value for entry in trainer.state.log_history for key, value in entry.items()}
+    for name in ("few", "more"):
+        assert logged[f"eval_{name}_accuracy"] == logged[f"eval_{name}_mean_token_accuracy"]
+    assert seen["logits"] == (*seen["labels"], len(toy_tokenizer()))
+    fresh = trainer.evaluate([ROWS["question"]])
+    assert fresh["eval_loss"] > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"args": TrainingArguments}, "args must be a BlockSFTConfig, got TrainingArguments"),
+        ({"data_collator": list}, "data_collator must be a BlockDataCollator, got list"),
+        ({"train_dataset": None}, "train_dataset is missing"),
+        (
+            {"data_collator": lambda: BlockDataCollator(toy_tokenizer(), LayoutSpec(num_links=1))},
+            "num_links=1.*set num_links",
+        ),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_the_trainer_is_refused(tmp_path, change, words):
+    values = {"model": toy_model(), "args": BlockSFTConfig(str(tmp_path), **options())}
+    values |= {"train_dataset": toy_examples(2), "processing_class": toy_tokenizer()}
+    for name, made in change.items():
+        values[name] = made(str(tmp_path)) if made is TrainingArguments else made and made()
+    with pytest.raises(ValueError, match=words):
+        BlockSFTTrainer(**values)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_any_trainers_adapter_is_served(base, tmp_path, full):
+    """Here transformers' own Trainer, which knows neither TRL nor PEFT's saving."""
+    from peft import get_peft_model
+
+    set_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = model if full else get_peft_model(model, LoraConfig(**LORA))
+    collator = BlockDataCollator(toy_tokenizer(), LayoutSpec(placement="parallel"))
+    own = ("disable_tqdm", "max_steps", "learning_rate", "report_to", "use_cpu")
+    args = TrainingArguments(
+        str(tmp_path / "out"),
+        remove_unused_columns=False,
+        save_steps=2,
+        **{k: DEFAULTS[k] for k in own},
+    )
+    trainer = Trainer(
+        model, args, collator, toy_examples(16), callbacks=[SaveLayoutCallback(collator)]
+    )
+    with pytest.raises(ValueError, match=r"call blocktune.attach\(model\) first"):
+        trainer.train()
+    attach(model)
+    trainer.train()
+    trainer.save_model(tmp_path / "elsewhere")
+    trained = model.eval()(**collator([EXAMPLE])).logits
+    before = int((collator([EXAMPLE])["labels"][0] != -100).nonzero()[0]) - 1
+    for folder in ("out/checkpoint-4", "elsewhere"):
+        engine = Engine.from_pretrained(str(tmp_path / folder), device="cpu")
+        assert engine.adapter.layout.placement == "parallel"
+        served = engine.next_logits([EXAMPLE], "block-attention")
+        torch.testing.assert_close(served[0], trained[0, before], rtol=1e-5, atol=2e-5)
