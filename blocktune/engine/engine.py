@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,6 +16,7 @@ from blocktune.adapter import AdapterInfo
 from blocktune.adapter.load import load_model
 from blocktune.attention import attach
 from blocktune.cache import ChunkStore, PrefixTree, model_fingerprint
+from blocktune.data.example import read_chunks
 from blocktune.engine.batch_prefill import prefill_batch
 from blocktune.engine.context_cache import (
     CachedContext,
@@ -26,12 +27,12 @@ from blocktune.engine.context_cache import (
 from blocktune.engine.encode import Encoder, Piece, grouped
 from blocktune.engine.generation import Answer, Generation, Sampling
 from blocktune.engine.layer_schedule import install
-from blocktune.engine.prompts import PromptMaker, Request
+from blocktune.engine.prompts import PromptMaker, Request, as_request
 from blocktune.engine.state import Auxiliaries, EngineState
 from blocktune.engine.usage import Stopwatch
 from blocktune.methods import Method, build
 from blocktune.models.gate import require_supported
-from blocktune.prompt import Chunk, LayoutSpec, Pieces, Prompt, PromptFormat
+from blocktune.prompt import LayoutSpec, Pieces, Prompt, PromptFormat
 
 
 class EncodeReport(NamedTuple):
@@ -158,8 +159,13 @@ class Engine:
             store=store,
         )
 
-    def encode(self, chunks: Sequence[Chunk]) -> EncodeReport:
-        """Encodes chunks (and the prefix of all prompts) into the store ahead of any request."""
+    def encode(self, chunks: Any) -> EncodeReport:
+        """Encodes chunks (and the prefix of all prompts) into the store ahead of any request.
+
+        Args:
+            chunks: Passages in any form that `RagExample.chunks` takes.
+        """
+        chunks = read_chunks(chunks)
         watch = Stopwatch(self.model.device)
         prefix, pieces = self.prompts.encodable(chunks)
         wanted = dict.fromkeys([*([prefix] if prefix else []), *pieces])
@@ -200,7 +206,7 @@ class Engine:
 
     def answer(
         self,
-        examples: Sequence[Request],
+        examples: Sequence[Request | Mapping[str, Any]],
         method: str | Method = "naive",
         *,
         max_new_tokens: int = 32,
@@ -210,14 +216,15 @@ class Engine:
         """Answers examples by a method, in batches of prompts of similar length.
 
         Args:
-            examples: Questions with their chunks.
+            examples: Questions with their chunks: `RagExample`, or rows of a data set such as
+                ``{"question": ..., "chunks": [...]}``, with chunks in any form it takes.
             method: Name or a built `Method`.
             max_new_tokens: Tokens to decode at most.
             sampling: How tokens are picked; default greedy.
             batch_size: Prompts served together.
 
         Returns:
-            One answer per example, in their order.
+            One answer per example, in their order, with the chunks as they were read.
 
         Raises:
             ValueError: If the method is unknown or does not fit the model's adapter, or a prompt
@@ -226,6 +233,7 @@ class Engine:
         method = built(method)
         _require_tokens(max_new_tokens)
         started = time.perf_counter()
+        examples = [as_request(example) for example in examples]
         pieces, prompts = self._read(examples, method, max_new_tokens)
         read_s = (time.perf_counter() - started) / max(1, len(examples))
         order = list(range(len(examples)))
@@ -242,12 +250,13 @@ class Engine:
             run.watch.add("prompt_s", read_s * len(batch))
             made = run.answers(sampling or Sampling(), max_new_tokens, streams=batch)
             for index, answer in zip(batch, made, strict=True):
-                answers[index] = answer
+                chunks = tuple(examples[index].chunks)
+                answers[index] = dataclasses.replace(answer, chunks=chunks)
         return answers
 
     def stream(
         self,
-        example: Request,
+        example: Request | Mapping[str, Any],
         method: str | Method = "naive",
         *,
         max_new_tokens: int = 32,
@@ -272,14 +281,14 @@ class Engine:
             yield tail
 
     def cache(
-        self, chunks: Sequence[Chunk], method: str | Method = "naive", question: str | None = None
+        self, chunks: Any, method: str | Method = "naive", question: str | None = None
     ) -> CachedContext:
         """The prompt up to its question as a cache that stock `generate` continues.
 
         Greedy decoding over it writes the tokens of `answer`. Nothing is learnt from it.
 
         Args:
-            chunks: Retrieved passages in prompt order.
+            chunks: Passages in prompt order, in any form that `RagExample.chunks` takes.
             method: Any method without a reshape.
             question: Needed by methods that choose tokens by the question; leave it out
                 otherwise, then the cache serves any question.
@@ -289,6 +298,7 @@ class Engine:
         """
         method = built(method)
         require_cacheable(method, self._state.num_layers, question)
+        chunks = read_chunks(chunks)
 
         def pieces(asked: str) -> Pieces:
             return self.prompts.pieces(ContextRequest(asked, chunks), method)

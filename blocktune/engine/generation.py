@@ -23,7 +23,7 @@ from blocktune.engine.rows import decoded_rows
 from blocktune.engine.state import EngineState
 from blocktune.engine.usage import Executed, Stopwatch, Ttft, Usage
 from blocktune.layout import Kind, Rows
-from blocktune.prompt import Batch
+from blocktune.prompt import Batch, Chunk
 
 Pick = Callable[[Tensor], Tensor]
 """From logits ``(B, V)`` to tokens ``(B, 1)``."""
@@ -90,11 +90,13 @@ class Answer:
         text: Decoded, without the end of turn.
         token_ids: As generated, the end of turn included.
         usage: The cost.
+        chunks: What was asked over, with the metadata that came with each chunk.
     """
 
     text: str
     token_ids: tuple[int, ...]
     usage: Usage
+    chunks: tuple[Chunk, ...] = ()
 
 
 @dataclass

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
+from blocktune.data.example import RagExample
 from blocktune.engine.encode import Piece
 from blocktune.layout import Kind
 from blocktune.methods import Method
@@ -39,6 +40,15 @@ class Request(Protocol):
         """The retrieved chunks, in prompt order."""
 
 
+def as_request(example: Request | Mapping[str, Any]) -> Request:
+    """An example itself, or a row such as ``{"question", "chunks"}`` read as a `RagExample`.
+
+    Raises:
+        ValueError: If the row is not an example; names the field.
+    """
+    return RagExample.from_json(example) if isinstance(example, Mapping) else example
+
+
 @dataclass(frozen=True)
 class PromptMaker:
     """Makes prompts for one model.
@@ -59,9 +69,9 @@ class PromptMaker:
     max_tokens: int
     num_layers: int
 
-    def pieces(self, request: Request, method: Method) -> Pieces:
+    def pieces(self, request: Request | Mapping[str, Any], method: Method) -> Pieces:
         """Token pieces of a request as ``method`` reads it."""
-        block = self.spec(method).block
+        block, request = self.spec(method).block, as_request(request)
         pieces = make_pieces(
             self.tokenizer, self.format, request.chunks, request.question, block=block
         )

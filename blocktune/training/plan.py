@@ -17,7 +17,8 @@ from blocktune.attention.masks import KEPT_CELLS
 from blocktune.models.quantize import quantization_of
 from blocktune.models.sharded import num_elements, whole_shape
 from blocktune.prompt import LayoutSpec
-from blocktune.training.console import SteadyConsole, amount, duration
+from blocktune.tables import written
+from blocktune.training.console import SteadyConsole, duration
 
 if TYPE_CHECKING:
     from blocktune.training.trainer import BlockSFTTrainer
@@ -344,6 +345,6 @@ def print_plan(plan: TrainingPlan, console: Console | None = None) -> None:
     table.add_row("steps", f"{plan.steps:,}")
     if plan.evaluation:
         table.add_row("evaluation", plan.evaluation)
-    table.add_row("peak memory", f"about {amount(plan.peak_bytes)} a process, unsharded")
+    table.add_row("peak memory", f"about {written('bytes', plan.peak_bytes)} a process, unsharded")
     table.add_row("time", f"about {duration(plan.eta_s)}; the log says what it really is")
     (console or SteadyConsole()).print(table)

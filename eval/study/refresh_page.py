@@ -4,7 +4,7 @@
 
 ```text
 <!-- table: {show: scores, run: study/untuned, methods: [naive, epic]} -->
-...made anew each time...
+...replaced...
 <!-- end of table -->
 ```
 ``run`` is a JSON file beside the page, without its suffix. A ``figure`` has ``file``, the picture's
@@ -37,7 +37,7 @@ KINDS: Mapping[str, Mapping[str, Callable]] = {"table": TABLES, "figure": FIGURE
 
 
 def refresh(path: str | Path, runs: str | Path | None = None) -> list[str]:
-    """Writes a page's tables and pictures anew.
+    """Replaces a page's tables and pictures.
 
     Args:
         path: The page.
@@ -66,7 +66,7 @@ def refresh(path: str | Path, runs: str | Path | None = None) -> list[str]:
 
 
 def refreshed(text: str, path: str | Path, *, draw: bool = False) -> str:
-    """A page's text with every block made anew; the same text if nothing has changed.
+    """A page's text with every block replaced; the same text if nothing has changed.
 
     Args:
         text: Of the page.

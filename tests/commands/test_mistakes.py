@@ -61,7 +61,7 @@ def test_a_chunk_longer_than_the_context(refused, model, tmp_path):
 @pytest.mark.parametrize("command", ["answer", "encode", "eval"])
 def test_a_wrong_field_on_line_7(refused, model, questions, suite, tmp_path, command):
     lines = questions.read_text().splitlines()
-    lines[6] = json.dumps({"question": "Where?", "chunks": ["Kirby."], "answer": "Kirby"})
+    lines[6] = json.dumps({"question": "Where?", "chunks": ["Kirby.", 7]})
     questions.write_text("\n".join(lines) + "\n")
     output = tmp_path / "out"
     arguments = {
@@ -70,7 +70,8 @@ def test_a_wrong_field_on_line_7(refused, model, questions, suite, tmp_path, com
         "eval": suite(),
     }
     line = refused(*arguments[command])
-    assert 'questions.jsonl, line 7: unknown field "answer"; known: ' in line
+    assert "questions.jsonl, line 7" in line
+    assert "chunks[1]" in line
     assert not output.exists()
 
 
@@ -224,14 +225,9 @@ def test_a_full_device_is_one_line_and_other_errors_of_torch_are_not(monkeypatch
 
 
 def test_passages_under_another_name(refused, model, tmp_path):
-    path = tmp_path / "ragas.jsonl"
-    path.write_text(json.dumps({"question": "Where?", "contexts": ["Here."], "answer": "Here"}))
-    line = refused("answer", "--model", model, "--input", path)
-    assert 'has no field "chunks"; rename the one that holds the passages' in line
-    assert "(it has the lists contexts)" in line
-    path.write_text(json.dumps({"question": "Where?", "chunks": ["Here."], "answer": "Here"}))
-    line = refused("answer", "--model", model, "--input", path)
-    assert line.endswith('; did you mean "answers"?\n')
+    path = tmp_path / "other.jsonl"
+    path.write_text(json.dumps({"question": "Where?", "bits": ["Here."], "answer": "Here"}))
+    assert "chunks:bits" in refused("answer", "--model", model, "--input", path)
 
 
 def test_a_recipe_without_config(refused):

@@ -247,3 +247,20 @@ def test_later_text_never_changes_an_earlier_column(tall, name):
         keys.append([layer.keys[0, :, :until].clone() for layer in run.cache.layers])
     for left, right in zip(*keys, strict=True):
         torch.testing.assert_close(left, right, rtol=0, atol=2e-6)
+
+
+def test_passages_are_taken_as_people_have_them(tokenizer):
+    engine = engine_of(FAMILIES["llama"](), tokenizer)
+    texts = [chunk.text for chunk in ASK.chunks]
+    rows = [
+        {"question": ASK.question, "chunks": texts},
+        {"question": ASK.question, "chunks": [{"text": text, "score": 0.5} for text in texts]},
+    ]
+    plain = Ask(ASK.question, tuple(Chunk(text) for text in texts))
+    one, scored, same = engine.answer([*rows, plain], "naive", max_new_tokens=3)
+    assert one.token_ids == scored.token_ids == same.token_ids
+    assert [chunk.metadata for chunk in scored.chunks] == [{"score": 0.5}] * 3
+    assert engine.encode(texts).num_encoded == engine.encode(rows[1]["chunks"]).num_encoded == 0
+    assert engine.cache(texts).input_ids.tolist() == engine.cache(plain.chunks).input_ids.tolist()
+    with pytest.raises(ValueError, match="question"):
+        engine.answer([{"chunks": texts}])
