@@ -56,7 +56,9 @@ def refresh(path: str | Path, runs: str | Path | None = None) -> list[str]:
     text = path.read_text(encoding="utf-8")
     named = dict.fromkeys(_keys(block, path)["run"] for block in BLOCK.finditer(text))
     if not named:
-        raise ValueError(f"{path} holds no block of a table or a figure; see eval/results/worlds/STUDY.md")
+        raise ValueError(
+            f"{path} holds no block of a table or a figure; see eval/results/worlds/STUDY.md"
+        )
     if runs is not None and not Path(runs).is_dir():
         raise ValueError(f"no folder of runs at '{runs}'")
     for name in named if runs else ():

@@ -25,7 +25,16 @@ import yaml
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-COPIED = ("blocktune", "tests", "recipes", "eval", "data", "examples", "pyproject.toml", "README.md")
+COPIED = (
+    "blocktune",
+    "tests",
+    "recipes",
+    "eval",
+    "data",
+    "examples",
+    "pyproject.toml",
+    "README.md",
+)
 TIMEOUT_S = 600
 
 
