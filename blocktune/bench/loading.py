@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
-from blocktune.bench.timing import LOADING, ReuseBench, ratios, spread, take_turns, threads
+from blocktune.bench.timing import (
+    LOADING,
+    ReuseBench,
+    ratios,
+    spread,
+    take_turns,
+    threads,
+    usage_of,
+)
 from blocktune.cache import ChunkStore
-from blocktune.engine import Engine, Sampling
-from blocktune.methods import Method, compose
-from blocktune.prompt import Pieces
+from blocktune.methods import compose
 from blocktune.provenance import provenance
 
 METHODS = {"serial": "cacheblend", "overlapped": "cacheblend-pipelined"}
@@ -39,33 +45,32 @@ def bench_loading(bench: ReuseBench | None = None, folder: Path | None = None) -
         likewise; the bytes that a prompt reads; the setting and the provenance.
     """
     bench = bench or LOADING
-    with (
-        TemporaryDirectory(dir=folder) as temporary,
-        threads(bench.threads),
-        torch.no_grad(),
-    ):
-        store = ChunkStore(max_bytes=0, folder=Path(temporary))
-        engine = bench.engine(store)
+    share = 1 / bench.layers + bench.ratio * (1 - 1 / bench.layers)
+    methods = {name: compose(m, layer_budget=share) for name, m in METHODS.items()}
+    loads: dict[str, list[float]] = {name: [] for name in methods}
+    with TemporaryDirectory(dir=folder) as temporary, threads(bench.threads), torch.no_grad():
+        engine = bench.engine(ChunkStore(max_bytes=0, folder=Path(temporary)))
         pieces = bench.pieces(len(engine.tokenizer))
         engine.start([pieces], "naive")
-        share = 1 / bench.layers + bench.ratio * (1 - 1 / bench.layers)
-        methods = {name: compose(m, layer_budget=share) for name, m in METHODS.items()}
-        loads: list[float] = []
-        works = {
-            name: _work(engine, pieces, method, Path(temporary), loads if name == "serial" else [])
-            for name, method in methods.items()
-        }
-        times = take_turns(works, bench.repeats)
-        read = _bytes_read(engine, pieces, methods["serial"])
-    loads = loads[-bench.repeats :]  # the first round warms up
-    times["serial_load"] = loads
-    times["bound"] = [
-        max(load, all_ - load) for load, all_ in zip(loads, times["serial"], strict=True)
-    ]
-    found = {name: ratios(times, *name.split("_over_")) for name in RATIOS}
+
+        def cold_prefill(name: str) -> float:
+            drop_cached(Path(temporary))
+            started = time.perf_counter()
+            run = engine.start([pieces], methods[name])
+            seconds = time.perf_counter() - started
+            loads[name].append(run.watch.seconds["load_s"])
+            return seconds
+
+        times = take_turns({name: partial(cold_prefill, name) for name in methods}, bench.repeats)
+        read = usage_of(engine, pieces, methods["serial"]).bytes_read
+    times["serial_load"] = loads["serial"][1:]  # the first round warms up
+    pairs = zip(times["serial_load"], times["serial"], strict=True)
+    times["bound"] = [max(load, whole - load) for load, whole in pairs]
+    names = "overlapped_over_serial", "bound_over_serial"
+    found = {name: spread(ratios(times, *name.split("_over_"))) for name in names}
     return {
-        **{name: spread(values)["median"] for name, values in found.items()},
-        "spread": {name: spread(values) for name, values in found.items()},
+        **{name: over["median"] for name, over in found.items()},
+        "spread": found,
         "seconds": {name: spread(values) for name, values in times.items()},
         "bytes_read": read,
         "setting": {**asdict(bench), "layer_budget": share, "dtype": "float32"},
@@ -73,36 +78,9 @@ def bench_loading(bench: ReuseBench | None = None, folder: Path | None = None) -
     }
 
 
-RATIOS = ("overlapped_over_serial", "bound_over_serial")
-
-
-def _work(
-    engine: Engine, pieces: Pieces, method: Method, folder: Path, loads: list[float]
-) -> Callable[[], float]:
-    """A cold prefill: returns its seconds, and appends those of loading to ``loads``."""
-
-    def work() -> float:
-        drop_cached(folder)
-        started = time.perf_counter()
-        run = engine.start([pieces], method)
-        seconds = time.perf_counter() - started
-        loads.append(run.watch.seconds["load_s"])
-        return seconds
-
-    return work
-
-
 def drop_cached(folder: Path) -> None:
     """Drops the files of a folder from the page cache."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            finally:
-                os.close(descriptor)
-
-
-def _bytes_read(engine: Engine, pieces: Pieces, method: Method) -> int:
-    return engine.start([pieces], method).answers(Sampling(), 1, (0,))[0].usage.bytes_read
+    for path in filter(Path.is_file, folder.rglob("*")):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

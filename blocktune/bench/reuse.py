@@ -1,9 +1,10 @@
-"""Time to the first logits of reuse methods, against a full prefill and what is the least to do."""
+"""Time to the first logits of reuse methods, against a full prefill and the question alone."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,20 +13,18 @@ from blocktune.attention.cached import CachePlan
 from blocktune.bench.timing import (
     TARGETS,
     ReuseBench,
-    Times,
     copy_rate,
     matmul_rate,
     ratios,
     spread,
     take_turns,
     threads,
+    usage_of,
 )
-from blocktune.engine import Engine, Sampling, Usage
+from blocktune.engine import Usage
 from blocktune.engine.generation import Generation
 from blocktune.engine.rows import computed_rows
 from blocktune.layout import Kind
-from blocktune.methods import Method
-from blocktune.prompt import Pieces
 from blocktune.provenance import provenance
 
 
@@ -45,74 +44,18 @@ def bench_reuse(bench: ReuseBench | None = None) -> dict[str, Any]:
     """
     bench = bench or ReuseBench()
     with threads(bench.threads), torch.no_grad():
-        engine = bench.engine()
+        engine, methods = bench.engine(), bench.methods()
         pieces = bench.pieces(len(engine.tokenizer))
-        methods = bench.methods()
-        usages = {name: _usage(engine, pieces, method) for name, method in methods.items()}
-        times = take_turns(_works(engine, pieces, methods), bench.repeats)
-        rates = (copy_rate(), matmul_rate())
-    times["full"] = [
-        min(pair) for pair in zip(times["full_engine"], times["full_stock"], strict=True)
-    ]
-    return _report(bench, times, usages, rates)
-
-
-def _works(
-    engine: Engine, pieces: Pieces, methods: dict[str, Method]
-) -> dict[str, Callable[[], object]]:
-    def of(method: Method) -> Callable[[], object]:
-        return lambda: engine.start([pieces], method)
-
-    works = {name: of(method) for name, method in methods.items()}
-    works["full_engine"] = works.pop("full")
-    works["full_stock"] = _stock(engine, pieces)
-    works["query_only"] = _query_only(engine, engine.start([pieces], methods["naive"]))
-    return works
-
-
-def _stock(engine: Engine, pieces: Pieces) -> Callable[[], object]:
-    """The stock model with its own attention."""
-    ids = torch.tensor([sum(pieces.chunks, ()) + pieces.query])
-
-    def work() -> None:
-        engine.model(ids, use_cache=True, logits_to_keep=1)
-
-    return work
-
-
-def _query_only(engine: Engine, run: Generation) -> Callable[[], object]:
-    """Computes the question again over the cache of a run, writing over its own columns."""
-    asked = run.batch.layout.kind == Kind.QUERY
-    rows = computed_rows(run.batch, asked)
-
-    def work() -> None:
-        run.cache.select(rows.columns)
-        engine.model(
-            rows.ids,
-            position_ids=rows.rows.position,
-            plan=CachePlan(rows.rows, run.columns),
-            past_key_values=run.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-
-    return work
-
-
-def _usage(engine: Engine, pieces: Pieces, method: Method) -> Usage:
-    """The usage of a method whose chunks are cached."""
-    engine.start([pieces], "naive")
-    return engine.start([pieces], method).answers(Sampling(), 1, (0,))[0].usage
-
-
-def _report(
-    bench: ReuseBench,
-    times: Times,
-    usages: dict[str, Usage],
-    rates: tuple[float, float],
-) -> dict[str, Any]:
-    """The numbers as `bench_reuse` returns them; rates are bytes and operations per second."""
-    copy, matmul = rates
+        run = engine.start([pieces], methods["naive"])
+        usages = {name: usage_of(engine, pieces, method) for name, method in methods.items()}
+        works = {name: partial(engine.start, [pieces], m) for name, m in methods.items()}
+        works["full_engine"] = works.pop("full")
+        ids = torch.tensor([sum(pieces.chunks, ()) + pieces.query])
+        works["full_stock"] = partial(engine.model, ids, use_cache=True, logits_to_keep=1)
+        works["query_only"] = query_only(engine.model, run)
+        times = take_turns(works, bench.repeats)
+        copy, matmul = copy_rate(bench.repeats), matmul_rate(bench.repeats)
+    times["full"] = list(map(min, times["full_engine"], times["full_stock"]))
     found = {name: spread(ratios(times, *name.split("_over_"))) for name in TARGETS}
     return {
         **{name: over["median"] for name, over in found.items()},
@@ -125,6 +68,24 @@ def _report(
         "setting": {**asdict(bench), "dtype": "float32"},
         **provenance(bench.seed),
     }
+
+
+def query_only(model: torch.nn.Module, run: Generation) -> Callable[[], object]:
+    """Computes the question again over the cache of a run, writing over its own columns."""
+    rows = computed_rows(run.batch, run.batch.layout.kind == Kind.QUERY)
+
+    def work() -> object:
+        run.cache.select(rows.columns)
+        return model(
+            rows.ids,
+            position_ids=rows.rows.position,
+            plan=CachePlan(rows.rows, run.columns),
+            past_key_values=run.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+
+    return work
 
 
 def _cost(usage: Usage, copy: float, matmul: float) -> dict[str, float]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from blocktune.cache import ChunkStore
-from blocktune.engine import Engine
+from blocktune.engine import Engine, Sampling, Usage
 from blocktune.methods import Method, build
 from blocktune.prompt import Pieces
 from blocktune.testing import byte_tokenizer, random_llama
@@ -102,23 +102,16 @@ class ReuseBench:
 LOADING = ReuseBench(width=256, intermediate=512, heads=4, kv_heads=4, threads=1)
 """One core computes while another can load; so narrow that loading is a tenth of the time."""
 
-TINY = ReuseBench(
-    tokens=256,
-    chunk=64,
-    question=16,
-    layers=2,
-    width=64,
-    intermediate=128,
-    heads=4,
-    kv_heads=2,
-    repeats=1,
-)
+TINY = ReuseBench(256, 64, 16, layers=2, width=64, intermediate=128, heads=4, kv_heads=2, repeats=1)
 """Small enough for a test; its ratios mean nothing."""
 
 
+def usage_of(engine: Engine, pieces: Pieces, method: Method) -> Usage:
+    """The usage of a method whose chunks are cached."""
+    return engine.start([pieces], method).answers(Sampling(), 1, (0,))[0].usage
+
+
 Work = Callable[[], object]
-Times = Mapping[str, list[float]]
-"""Seconds of each round, by what was timed."""
 
 
 def take_turns(works: Mapping[str, Work], repeats: int) -> dict[str, list[float]]:
@@ -143,14 +136,9 @@ def take_turns(works: Mapping[str, Work], repeats: int) -> dict[str, list[float]
     return times
 
 
-def ratios(times: Times, over: str, under: str) -> list[float]:
-    """The ratio within each round."""
+def ratios(times: Mapping[str, list[float]], over: str, under: str) -> list[float]:
+    """The ratio of the seconds of two works within each round."""
     return [a / b for a, b in zip(times[over], times[under], strict=True)]
-
-
-def ratio(times: Times, over: str, under: str) -> float:
-    """Median of the `ratios` within each round."""
-    return statistics.median(ratios(times, over, under))
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -158,13 +146,13 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "least": min(values), "greatest": max(values)}
 
 
-def matmul_rate(size: int = 2048, repeats: int = 5) -> float:
+def matmul_rate(repeats: int = 5, size: int = 2048) -> float:
     """Floating-point operations per second of a square float32 product, the best of several."""
     left, right = torch.randn(size, size), torch.randn(size, size)
     return 2 * size**3 / _best(lambda: left @ right, repeats)
 
 
-def copy_rate(num_bytes: int = 1 << 28, repeats: int = 5) -> float:
+def copy_rate(repeats: int = 5, num_bytes: int = 1 << 28) -> float:
     """Bytes per second of copying one tensor into another, the best of several.
 
     A copied byte is read and written, and counts once.

@@ -13,9 +13,9 @@ import yaml
 from blocktune.methods.base import METHODS, Axis, Cached, Method, Weights
 from blocktune.methods.registry import RESHAPES, SELECTORS
 from blocktune.methods.select.base import Nothing, Selection
-from blocktune.methods.select.budget import require_share
 from blocktune.parsing import current_keys
 from blocktune.prompt.layout_spec import LayoutSpec
+from blocktune.registry import require_share
 
 if TYPE_CHECKING:
     from blocktune.cache import ChunkStore
@@ -78,17 +78,17 @@ class Composition(Method):
 
     @property
     def axes(self) -> frozenset[Axis]:
-        """See `Method.axes`."""
+        """The axes that it decides."""
         return self.decided
 
     @property
     def history(self) -> PromptHistory | None:
         """Of one of the presets."""
-        found = next((term for term in self.terms if term.history is not None), None)
-        if found is None:
-            return None
-        own = self.layer_budget is None and self.selected == found.select()
-        return found.history if own else found.history.without_selection()
+        for term in self.terms:
+            if term.history is not None:
+                own = self.layer_budget is None and self.selected == term.select()
+                return term.history if own else term.history.without_selection()
+        return None
 
     def loader(self, store: ChunkStore, fingerprint: str) -> ChunkLoader | None:
         """Of the first preset that has one."""
@@ -99,16 +99,18 @@ class Composition(Method):
     def exact_on_one_chunk(self) -> bool:
         """Whether all presets are, and nothing else changes a chunk or what is seen of it."""
         shape = self.reshaped
-        kept = shape is None or shape.exact_on_one_chunk or shape == shape.neutral()
         plain = LayoutSpec()
-        # Blanks and a BOS come before the chunk, an unfilled slot between it and the question.
-        alone = all(
-            value == getattr(plain, name)
-            for name, value in self.changes
-            if name in ("num_blanks", "bos", "slot")
+        return (
+            all(term.exact_on_one_chunk for term in self.terms)
+            and (self.history is None or self.history.exact_alone)
+            and (shape is None or shape.exact_on_one_chunk or shape == shape.neutral())
+            # Blanks and a BOS come before the chunk, an unfilled slot between it and the question.
+            and all(
+                value == getattr(plain, name)
+                for name, value in self.changes
+                if name in ("num_blanks", "bos", "slot")
+            )
         )
-        known = self.history is None or self.history.exact_alone
-        return kept and alone and known and all(t.exact_on_one_chunk for t in self.terms)
 
     def layout(self, spec: LayoutSpec) -> LayoutSpec:
         """What the presets change, one after another, then the changes of its own."""
@@ -116,11 +118,11 @@ class Composition(Method):
         return replace(made, **dict(self.changes))
 
     def select(self) -> Selection:
-        """See `Method.select`."""
+        """Its selector."""
         return self.selected
 
     def reshape(self) -> Reshape | None:
-        """See `Method.reshape`."""
+        """Its reshape."""
         return self.reshaped
 
 
@@ -157,10 +159,9 @@ def compose(
     terms = tuple(
         METHODS.build(term) if isinstance(term, str) else term for term in (base, *others)
     )
-    _require_composable(terms)
+    weights = _weights(terms)
     chosen = {Axis.SELECT: select, Axis.RESHAPE: reshape}
     given = {axis: choose(axis, value) for axis, value in chosen.items() if value is not KEEP}
-    _require_one_each(terms, given)
     selection = _decide(terms, given, Axis.SELECT) or Nothing()
     if budget is not None:
         given[Axis.SELECT] = selection = selection.with_budget(budget)
@@ -179,7 +180,7 @@ def compose(
         label=name or format_method(terms, given) + spending,
         terms=terms,
         source=terms[0].source,
-        weights=next(iter(_needs(terms)), Weights.ANY),
+        weights=weights,
         warm_up=max(term.warm_up for term in terms),
         selected=selection,
         reshaped=_decide(terms, given, Axis.RESHAPE),
@@ -244,35 +245,30 @@ def _pair(key: str, value: Any) -> str:
     return f"{key}={''.join(text.split())}"
 
 
-def _needs(terms: tuple[Method, ...]) -> set[Weights]:
-    return {term.weights for term in terms} - {Weights.ANY}
-
-
 def _decide(terms: tuple[Method, ...], given: Mapping[Axis, Any], axis: Axis) -> Any:
+    """The value of an axis that at most one preset may decide, unless it is given."""
     if axis in given:
         return given[axis]
-    decider = next((term for term in terms if axis in term.axes), terms[0])
-    return getattr(decider, axis.value)()
+    deciders = [term for term in terms if axis in term.axes]
+    if len(deciders) > 1:
+        names = " and ".join(f"'{term.name}'" for term in deciders)
+        raise ValueError(
+            f"{names} both decide the axis '{axis.value}'; drop one, or choose: "
+            f"compose(..., {axis.value}=...)"
+        )
+    return getattr([*deciders, terms[0]][0], axis.value)()
 
 
-def _require_composable(terms: tuple[Method, ...]) -> None:
+def _weights(terms: tuple[Method, ...]) -> Weights:
+    """What the model must be trained for."""
     for term in terms:
         if term.cached is not Cached.CHUNKS:
             raise ValueError(
                 f"'{term.name}' takes no chunk from a cache and cannot be composed; start from a "
                 "method that does, such as 'naive'"
             )
-    if len(wants := _needs(terms)) > 1:
-        wanted = " and ".join(sorted(f"'{need.value}'" for need in wants))
+    needed = {term.weights for term in terms} - {Weights.ANY}
+    if len(needed) > 1:
+        wanted = " and ".join(sorted(f"'{weights.value}'" for weights in needed))
         raise ValueError(f"one model cannot be trained for {wanted} at once; drop one preset")
-
-
-def _require_one_each(terms: tuple[Method, ...], given: Mapping[Axis, Any]) -> None:
-    """Refuses an axis that two presets decide. Layouts add up: each changes the one before it."""
-    for axis in (Axis.SELECT, Axis.RESHAPE):
-        deciders = [f"'{term.name}'" for term in terms if axis in term.axes]
-        if axis not in given and len(deciders) > 1:
-            raise ValueError(
-                f"{' and '.join(deciders)} both decide the axis '{axis.value}'; drop one, "
-                f"or choose: compose(..., {axis.value}=...)"
-            )
+    return next(iter(needed), Weights.ANY)

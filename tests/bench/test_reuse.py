@@ -7,8 +7,8 @@ import torch
 from commands.conftest import blocktune  # noqa: F401
 
 from blocktune.bench import TARGETS, TINY, ReuseBench, bench_reuse
-from blocktune.bench.reuse import _query_only
-from blocktune.bench.timing import ratio, spread, take_turns
+from blocktune.bench.reuse import query_only
+from blocktune.bench.timing import ratios, spread, take_turns
 from blocktune.methods import build
 
 METHODS = {"full", "naive", "epic", "cacheblend"}
@@ -51,7 +51,7 @@ def test_the_question_alone_gives_the_logits_of_naive_reuse():
     run = engine.start([TINY.pieces(len(engine.tokenizer))], build("naive"))
     seen = []
     hook = engine.model.register_forward_hook(lambda m, a, out: seen.append(out.logits[:, -1]))
-    _query_only(engine, run)()
+    query_only(engine.model, run)()
     hook.remove()
     torch.testing.assert_close(seen[0], run.prefill.logits, rtol=0, atol=1e-5)
 
@@ -74,7 +74,7 @@ def test_rounds_are_compared_within_and_the_first_is_not_counted():
     seconds = iter([9.0, 9.0, 1.0, 2.0, 3.0, 4.0, 1.0, 4.0])
     times = take_turns({"a": lambda: next(seconds), "b": lambda: next(seconds)}, 3)
     assert times == {"a": [1.0, 3.0, 1.0], "b": [2.0, 4.0, 4.0]}
-    assert ratio(times, "a", "b") == 0.5
+    assert ratios(times, "a", "b") == [0.5, 0.75, 0.25]
     assert spread(times["a"]) == {"median": 1.0, "least": 1.0, "greatest": 3.0}
 
 

@@ -30,7 +30,7 @@ class CacheBlendPipelined(Method):
         return Deviation(ratio=self.ratio, check_layer=self.check_layer)
 
     def loader(self, store: ChunkStore, fingerprint: str) -> LayerLoader:
-        """See `Method.loader`."""
+        """One that reads a layer at a time."""
         from blocktune.extras.cacheblend_pipelined.loading import LayerLoader, LoadingController
 
         return LayerLoader(store, LoadingController.of(store, fingerprint))

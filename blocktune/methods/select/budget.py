@@ -19,26 +19,6 @@ SMALLEST = 1e-9
 Selector = TypeVar("Selector", bound=Selection)
 
 
-def require_share(name: str, value: float) -> None:
-    """Checks a share.
-
-    Raises:
-        ValueError: If ``value`` is not a number in [0, 1].
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise ValueError(f"{name} must be a share of the context tokens in [0, 1], got {value!r}")
-
-
-def require_layer(name: str, value: int, least: int, why: str) -> None:
-    """Checks the index of a layer.
-
-    Raises:
-        ValueError: If it is not an integer of at least ``least``; the message says ``why``.
-    """
-    if type(value) is not int or value < least:
-        raise ValueError(f"{name} must be a layer from {least} on ({why}), got {value!r}")
-
-
 def share_count(total: Tensor, ratio: float) -> Tensor:
     """Whole tokens in a share of ``total`` ``(B,)``, rounded up."""
     # 0.15 * 20 is 3.0000000000000004 in floating point: not 4 tokens.
@@ -69,30 +49,6 @@ def top_share(scores: Tensor, eligible: Tensor, total: Tensor, ratio: float) -> 
 def top_of_context(scores: Tensor, layout: Layout, ratio: float) -> Tensor:
     """As `top_share`, for a share of the context tokens; scores are of the layout's rows."""
     return top_share(scores, selectable(layout), layout.is_context.sum(1), ratio)
-
-
-def top_windows(scores: Tensor, layout: Layout, ratio: float, window: int) -> Tensor:
-    """Whole windows of consecutive tokens of a chunk, by mean score, until a share is reached.
-
-    Args:
-        scores: ``(B, S)``, rows of the layout.
-        layout: Rows.
-        ratio: Share of the context tokens; the last window may exceed it.
-        window: Tokens per window; the last one of a chunk may be shorter.
-
-    Returns:
-        Bool ``(B, S)``.
-    """
-    eligible = selectable(layout)
-    per_chunk = int(layout.offset.max()) // window + 1
-    group = layout.chunk.clamp(min=0) * per_chunk + layout.offset // window
-    zeros = scores.new_zeros(len(scores), int(group.max()) + 1)
-    size = zeros.scatter_add(1, group, eligible.to(scores.dtype))
-    mean = zeros.scatter_add(1, group, scores * eligible) / size.clamp(min=1)
-    order = mean.masked_fill(size == 0, float("-inf")).argsort(dim=1, descending=True, stable=True)
-    before = size.gather(1, order).cumsum(1) - size.gather(1, order)
-    taken = before < share_count(layout.is_context.sum(1), ratio)[:, None]
-    return eligible & (taken & False).scatter(1, order, taken).gather(1, group)
 
 
 def takes_budget(selection: Selection) -> bool:

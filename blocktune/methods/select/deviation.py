@@ -7,22 +7,16 @@ from typing import TYPE_CHECKING, ClassVar
 
 from blocktune.methods.registry import SELECTORS
 from blocktune.methods.select.base import Selection, selectable
-from blocktune.methods.select.budget import (
-    require_layer,
-    require_share,
-    share_count,
-    top_count,
-    top_share,
-)
+from blocktune.methods.select.budget import share_count, top_count, top_share
+from blocktune.registry import require_count, require_one_of, require_share
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from blocktune.layout import Layout
-    from blocktune.methods.select.layer_check import LayerCheck
+    from blocktune.methods.select.base import LayerCheck
 
 STATES = {"keys": ("keys",), "values": ("values",), "both": ("keys", "values")}
-TOTALS = ("context", "cached")
 FIRST = "at layer 0 keys do not depend on the context yet, so nothing deviates"
 
 
@@ -46,19 +40,16 @@ def distance(fresh: Tensor, cached: Tensor, squared: bool = False) -> Tensor:
 class _Deviating(Selection):
     """All tokens up to ``check_layer``, then those whose states, named by ``by``, deviate most."""
 
-    def _validate(self) -> None:
-        require_share("ratio", self.ratio)
-        require_layer("check_layer", self.check_layer, 1, FIRST)
-        if self.by not in STATES:
-            raise ValueError(f"by must be {', '.join(STATES)}, got {self.by!r}")
+    def __post_init__(self):
+        super().__post_init__()
+        require_count("check_layer", self.check_layer, 1, FIRST)
+        require_one_of("by", self.by, STATES)
 
     @property
     def min_layers(self) -> int:
-        """See `Selection.min_layers`."""
         return self.check_layer + 1
 
     def start(self, layout: Layout) -> Tensor:
-        """See `Selection.start`; a ratio of 0 recomputes nothing at all."""
         return selectable(layout) & (self.ratio > 0)
 
     def _scores(self, check: LayerCheck, squared: bool = False) -> Tensor:
@@ -73,7 +64,8 @@ class Deviation(_Deviating):
     """All tokens up to a check layer, then the share whose keys or values deviate most.
 
     Attributes:
-        ratio: Share of the tokens recomputed after the check layer, in [0, 1].
+        ratio: Share of the tokens recomputed after the check layer, in [0, 1]; 0 recomputes
+            nothing, in no layer.
         check_layer: Layer (0-based) at which keys or values are compared. Layers below it are
             computed in full, and so are the compared keys and values of the layer itself.
         by: What is compared: ``keys``, ``values`` or ``both``.
@@ -82,9 +74,6 @@ class Deviation(_Deviating):
             tokens, a cached prefix included, rounded down (the code of CacheBlend and LMCache).
         keeps_keys: See `Selection`.
         sees_future: See `Selection`.
-
-    Raises:
-        ValueError: If a value is out of range, or the check layer is 0.
 
     Source: CacheBlend arXiv:2405.16444; the defaults are the form of arXiv:2603.20218.
     """
@@ -99,12 +88,11 @@ class Deviation(_Deviating):
     sees_future: bool = False
 
     def __post_init__(self):
-        self._validate()
-        if self.of not in TOTALS:
-            raise ValueError(f"of must be {' or '.join(TOTALS)}, got {self.of!r}")
+        super().__post_init__()
+        require_one_of("of", self.of, ("context", "cached"))
 
     def spends(self, num_layers: int) -> float | None:
-        """See `Selection.spends`; None for a share of all cached tokens."""
+        """Layers up to the check in full; None for a share of all cached tokens."""
         if not self.ratio:
             return 0.0
         if self.of == "cached" and self.ratio < 1:
@@ -112,11 +100,11 @@ class Deviation(_Deviating):
         return (self.check_layer + self.ratio * (num_layers - self.check_layer)) / num_layers
 
     def checks(self, num_layers: int) -> tuple[int, ...]:
-        """See `Selection.checks`."""
+        """The check layer."""
         return (self.check_layer,)
 
     def refine(self, check: LayerCheck) -> Tensor:
-        """See `Selection.refine`."""
+        """Rows that deviate most."""
         count = share_count(check.context_tokens, self.ratio)
         if self.of == "cached":
             count = (check.cached_tokens.double() * self.ratio + 1e-9).floor().long()
@@ -138,9 +126,6 @@ class GradualDeviation(_Deviating):
         check_layer: First layer (0-based) that compares; the layers below are computed in full.
         by: What is compared: ``keys``, ``values`` or ``both``.
 
-    Raises:
-        ValueError: If a value is out of range, or the check layer is 0.
-
     Source: CacheBlend arXiv:2405.16444, gradual filtering.
     """
 
@@ -152,7 +137,7 @@ class GradualDeviation(_Deviating):
     by: str = "both"
 
     def __post_init__(self):
-        self._validate()
+        super().__post_init__()
         require_share("spread", self.spread)
 
     def share_at(self, layer: int, num_layers: int) -> float:
@@ -162,17 +147,17 @@ class GradualDeviation(_Deviating):
         return min(1.0, self.ratio * (1 - self.spread * at * (self.ratio < 1)))
 
     def spends(self, num_layers: int) -> float:
-        """See `Selection.spends`."""
+        """Layers up to the check in full, and the shares after it."""
         if not self.ratio:
             return 0.0
         kept = sum(self.share_at(layer, num_layers) for layer in self.checks(num_layers))
         return (self.check_layer + kept) / num_layers
 
     def checks(self, num_layers: int) -> tuple[int, ...]:
-        """See `Selection.checks`."""
+        """All layers from the check layer on."""
         return tuple(range(self.check_layer, num_layers))
 
     def refine(self, check: LayerCheck) -> Tensor:
-        """See `Selection.refine`."""
+        """Rows that deviate most, fewer in every layer."""
         share = self.share_at(check.layer, check.num_layers)
         return top_share(self._scores(check), check.eligible, check.context_tokens, share)

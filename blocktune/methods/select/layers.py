@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, ClassVar
 
 from blocktune.methods.registry import SELECTORS
 from blocktune.methods.select.base import Selection, selectable
-from blocktune.methods.select.budget import require_layer, require_share, top_share
+from blocktune.methods.select.budget import top_share
 from blocktune.methods.select.deviation import FIRST, distance
+from blocktune.registry import require_count
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from blocktune.layout import Layout
-    from blocktune.methods.select.layer_check import LayerCheck
+    from blocktune.methods.select.base import LayerCheck
 
 
 @SELECTORS.register("layer-range")
@@ -29,9 +30,6 @@ class LayerRange(Selection):
         first_layer: First layer (0-based) of the range.
         ratio: Share of the model's layers in the range, rounded up.
 
-    Raises:
-        ValueError: If a value is out of range.
-
     Source: DroidSpeak arXiv:2411.02820: on average 11 % of the layers are critical. Measure which
     ones with `blocktune.engine.layer_profile`; the default starts at the first layer whose keys
     depend on the context.
@@ -42,16 +40,16 @@ class LayerRange(Selection):
     ratio: float = 0.11
 
     def __post_init__(self):
-        require_layer("first_layer", self.first_layer, 0, "0-based")
-        require_share("ratio", self.ratio)
+        super().__post_init__()
+        require_count("first_layer", self.first_layer)
 
     @property
     def min_layers(self) -> int:
-        """See `Selection.min_layers`."""
+        """The range has at least one layer."""
         return self.first_layer + 1
 
     def with_budget(self, ratio: float) -> Selection:
-        """See `Selection.with_budget`: the range of all layers starts at 0."""
+        """A range of that share of the layers; that of all layers starts at 0."""
         return replace(self, ratio=ratio, first_layer=0 if ratio == 1 else self.first_layer)
 
     def layers(self, num_layers: int) -> range:
@@ -60,25 +58,27 @@ class LayerRange(Selection):
         return range(self.first_layer, min(self.first_layer + length, num_layers))
 
     def spends(self, num_layers: int) -> float:
-        """See `Selection.spends`."""
+        """Layers of the range."""
         return len(self.layers(num_layers)) / num_layers
 
     def start(self, layout: Layout) -> Tensor:
-        """See `Selection.start`."""
+        """Every token if the range starts at layer 0."""
         return selectable(layout) & (self.first_layer == 0 and self.ratio > 0)
 
     def widens(self, num_layers: int) -> tuple[int, ...]:
-        """See `Selection.widens`."""
+        """The first layer of the range, unless it is 0."""
         return (self.first_layer,) if self.first_layer and self.layers(num_layers) else ()
 
     def checks(self, num_layers: int) -> tuple[int, ...]:
-        """See `Selection.checks`."""
+        """The layer after the range."""
         layers = self.layers(num_layers)
         return (layers.stop,) if layers and layers.stop < num_layers else ()
 
     def refine(self, check: LayerCheck) -> Tensor:
-        """See `Selection.refine`: the range has ended."""
-        return check.eligible & False
+        """No row: the range has ended."""
+        import torch
+
+        return torch.zeros_like(check.eligible)
 
 
 @SELECTORS.register("reselect")
@@ -95,9 +95,6 @@ class Reselect(Selection):
         check_layer: Layer (0-based) of the first choice.
         restart_layer: Layer that is computed for all tokens again.
 
-    Raises:
-        ValueError: If a value is out of range.
-
     Source: DroidSpeak (arXiv:2411.02820) as arXiv:2603.20218, section 4.1, adapts it to chunks.
     """
 
@@ -107,36 +104,36 @@ class Reselect(Selection):
     restart_layer: int = 5
 
     def __post_init__(self):
-        require_share("ratio", self.ratio)
-        require_layer("check_layer", self.check_layer, 1, FIRST)
-        least = self.check_layer + 1
-        require_layer("restart_layer", self.restart_layer, least, "after the check layer")
+        super().__post_init__()
+        require_count("check_layer", self.check_layer, 1, FIRST)
+        after = self.check_layer + 1
+        require_count("restart_layer", self.restart_layer, after, "after the check layer")
 
     @property
     def min_layers(self) -> int:
-        """See `Selection.min_layers`: keys are compared one layer after the restart."""
+        """Keys are compared one layer after the restart."""
         return self.restart_layer + 2
 
     def spends(self, num_layers: int) -> float:
-        """See `Selection.spends`."""
+        """Two layers and those below in full, and the share of the others."""
         if not self.ratio:
             return 0.0
         full = self.check_layer + 1
         return (full + self.ratio * (num_layers - full)) / num_layers
 
     def start(self, layout: Layout) -> Tensor:
-        """See `Selection.start`; a ratio of 0 recomputes nothing at all."""
+        """Every token; a ratio of 0 recomputes nothing at all."""
         return selectable(layout) & (self.ratio > 0)
 
     def checks(self, num_layers: int) -> tuple[int, ...]:
-        """See `Selection.checks`."""
+        """The check layer, and the one after the restart."""
         return (self.check_layer, self.restart_layer + 1)
 
     def widens(self, num_layers: int) -> tuple[int, ...]:
-        """See `Selection.widens`."""
+        """The restart layer."""
         return (self.restart_layer,) if self.ratio else ()
 
     def refine(self, check: LayerCheck) -> Tensor:
-        """See `Selection.refine`."""
+        """Rows whose keys deviate most."""
         scores = distance(check.fresh.keys, check.cached.keys)
         return top_share(scores, check.eligible, check.context_tokens, self.ratio)

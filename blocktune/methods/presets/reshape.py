@@ -1,12 +1,74 @@
-"""PSR: the study's own design (prefix, scale, recompute), and its ablations."""
+"""Presets that change how later rows attend to chunks: APE, SEL and PSR."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from blocktune.methods import Deviation, Method, Reshape, ScaledContext, Selection, register
+from blocktune.methods import (
+    Deviation,
+    Method,
+    Reshape,
+    ScaledContext,
+    Selection,
+    TopChunks,
+    register,
+    require_one_of,
+)
 from blocktune.prompt import LayoutSpec
+
+
+@register("ape")
+@dataclass(frozen=True)
+class Ape(Method):
+    """Encodes chunks after a shared prefix at the same positions; scales attention to them.
+
+    Every chunk is encoded after the prompt's prefix, whose keys are kept once, and starts where
+    the prefix ends. The question and each answer token attend to the chunks with a temperature and
+    a scale. The defaults, 0.9 and 0.9, are those of the authors' code; the paper searches a grid.
+    ``positions: sequential`` places the chunks one after another, as the study arXiv:2603.20218.
+    """
+
+    source: ClassVar[str] = "https://arxiv.org/abs/2502.05431"
+    # Attention to the chunk is scaled even if it is alone.
+    exact_on_one_chunk: ClassVar[bool] = False
+    temperature: float = 0.9
+    scale: float = 0.9
+    positions: str = "parallel"
+
+    def __post_init__(self):
+        require_one_of("positions", self.positions, ("parallel", "sequential"))
+
+    def layout(self, spec: LayoutSpec) -> LayoutSpec:
+        """Chunks after copies of the prefix, all at one place unless sequential."""
+        spec = replace(spec, placement=self.positions, slot=0)
+        return replace(spec, block=True, num_blanks=0, bos="none", shared_prefix=True)
+
+    def reshape(self) -> Reshape:
+        """A softmax of their own for the chunks."""
+        return ScaledContext(temperature=self.temperature, scale=self.scale)
+
+
+@register("sel")
+@dataclass(frozen=True)
+class Sel(Method):
+    """Encodes chunks after the shared prefix; the question sees only its top-scoring chunks.
+
+    The paper's defaults for retrieved passages: two chunks, scores summed over heads and the
+    question's tokens. A single chunk is always seen, so one chunk alone equals full prefill.
+    """
+
+    source: ClassVar[str] = "https://arxiv.org/abs/2412.16545"
+    chunks: int = 2
+    aggregation: str = "HT"
+
+    def layout(self, spec: LayoutSpec) -> LayoutSpec:
+        """Chunks after copies of the prefix."""
+        return replace(spec, block=True, num_blanks=0, bos="none", shared_prefix=True)
+
+    def reshape(self) -> Reshape:
+        """Top chunks only."""
+        return TopChunks(chunks=self.chunks, aggregation=self.aggregation)
 
 
 @dataclass(frozen=True)
