@@ -31,11 +31,8 @@ class ReuseBench:
         question: Tokens of the question, which ends the prompt.
         ratio: Share that ``cacheblend`` recomputes.
         k: Tokens that ``epic`` recomputes at the start of each chunk.
-        layers: Decoder layers.
         width: Hidden size.
-        intermediate: Of the feed-forward.
-        heads: Query heads.
-        kv_heads: Key-value heads.
+        intermediate: Width of the feed-forward.
         threads: Threads that PyTorch may use.
         repeats: Timed rounds, after one that is not timed.
         seed: Of weights and tokens.

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from enum import Enum
 from functools import reduce
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import yaml
 
 from blocktune.methods.base import METHODS, Axis, Cached, Method, Weights
-from blocktune.methods.registry import RESHAPES, SELECTORS
-from blocktune.methods.select.base import Nothing, Selection
+from blocktune.methods.reshape.base import RESHAPES
+from blocktune.methods.select.base import SELECTORS, Nothing, Selection
 from blocktune.parsing import current_keys
 from blocktune.prompt.layout_spec import LayoutSpec
 from blocktune.registry import require_share
@@ -27,9 +27,6 @@ TABLES = {Axis.SELECT: SELECTORS, Axis.RESHAPE: RESHAPES}
 
 LAYOUT_FIELDS = ("placement", "slot", "num_blanks", "shared_prefix", "bos")
 """Fields of `LayoutSpec` that a method chooses; the others are facts of what was trained."""
-
-Choice = Any
-"""A value of an axis: an instance, a registered name, ``{name: {parameter: value}}``, or None."""
 
 
 class Keep(Enum):
@@ -48,14 +45,10 @@ class Composition(Method):
     Attributes:
         label: Its name in tables and results.
         terms: The presets.
-        source: Of the first preset.
-        weights: What one of the presets needs.
-        warm_up: The most that a preset wants.
         selected: Its selector.
         reshaped: Its reshape, or None.
         changes: Fields of the layout that are set after the presets' own changes.
         decided: The axes that any of these decide.
-        layer_budget: See `Method`.
     """
 
     cached: ClassVar[Cached] = Cached.CHUNKS
@@ -129,8 +122,8 @@ class Composition(Method):
 def compose(
     base: str | Method,
     *others: str | Method,
-    select: Choice | Literal[Keep.KEEP] = KEEP,
-    reshape: Choice | Literal[Keep.KEEP] = KEEP,
+    select: Any = KEEP,
+    reshape: Any = KEEP,
     layout: Mapping[str, Any] | None = None,
     budget: float | None = None,
     layer_budget: float | None = None,
@@ -141,8 +134,9 @@ def compose(
     Args:
         base: A preset, by name or built.
         others: More presets, each deciding axes that the others leave open.
-        select: The selector, instead of the presets' own.
-        reshape: The reshape, instead of the presets' own.
+        select: The selector, instead of the presets' own: an instance, a registered name,
+            ``{name: {parameter: value}}``, or None for naive reuse.
+        reshape: The reshape, likewise.
         layout: Fields of `LayoutSpec` to set, of those in `LAYOUT_FIELDS`.
         budget: Share of the context tokens that the selector may choose, in [0, 1].
         layer_budget: Share of the context's layer-tokens to recompute, in [0, 1]: the
@@ -161,7 +155,7 @@ def compose(
     )
     weights = _weights(terms)
     chosen = {Axis.SELECT: select, Axis.RESHAPE: reshape}
-    given = {axis: choose(axis, value) for axis, value in chosen.items() if value is not KEEP}
+    given = {axis: _choose(axis, value) for axis, value in chosen.items() if value is not KEEP}
     selection = _decide(terms, given, Axis.SELECT) or Nothing()
     if budget is not None:
         given[Axis.SELECT] = selection = selection.with_budget(budget)
@@ -192,12 +186,8 @@ def compose(
     return made
 
 
-def choose(axis: Axis, choice: Choice) -> Any:
-    """The value of an axis that a `Choice` names; None stays None.
-
-    Raises:
-        ValueError: If the name or a parameter is unknown.
-    """
+def _choose(axis: Axis, choice: Any) -> Any:
+    """The value of an axis, given as `compose` takes it; None stays None."""
     registry = TABLES[axis]
     if isinstance(choice, str):
         return registry.build(choice)

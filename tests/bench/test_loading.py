@@ -7,7 +7,7 @@ import torch
 from commands.conftest import blocktune  # noqa: F401
 
 from blocktune.bench import TINY, bench_loading
-from blocktune.bench.loading import METHODS
+from blocktune.bench.reuse import LOADED
 from blocktune.cache import ChunkStore
 from blocktune.methods import compose
 
@@ -29,7 +29,7 @@ def test_both_compute_the_same_rows_from_the_folder(tmp_path):
     engine = TINY.engine(ChunkStore(max_bytes=0, folder=tmp_path))
     pieces = TINY.pieces(len(engine.tokenizer))
     engine.start([pieces], "naive")
-    runs = [engine.start([pieces], compose(m, layer_budget=0.6)) for m in METHODS.values()]
+    runs = [engine.start([pieces], compose(m, layer_budget=0.6)) for m in LOADED.values()]
     tokens = [run.prefill.layer_tokens(TINY.layers) for run in runs]
     assert torch.equal(*tokens)
     assert tokens[0].sum() > 0

@@ -144,20 +144,15 @@ class ChunkVariants(Entry):
     @classmethod
     def restore(cls, facts: Mapping, read: Read, token_ids: Tensor, fingerprint: str) -> Self:
         """The entry as it was stored."""
-        numbers = range(int(facts["num_variants"]))
-        return cls(tuple(_read_variant(read, n) for n in numbers), token_ids, fingerprint)
-
-
-def _read_variant(read: Read, number: int) -> Variant:
-    blanks = read(f"ghosts.{number}")  # the name in stores that exist
-    prefix, *context = blanks.split(read(f"lengths.{number}").tolist())
-    return Variant(
-        prefix=tuple(prefix.tolist()),
-        context=tuple(tuple(piece.tolist()) for piece in context),
-        inter=read(f"inter.{number}"),
-        tokens=read(f"tokens.{number}"),
-        intra=float(read(f"intra.{number}")),
-    )
+        variants = []
+        for number in range(int(facts["num_variants"])):
+            blanks = read(f"ghosts.{number}")  # the name in stores that exist
+            pieces = blanks.split(read(f"lengths.{number}").tolist())
+            prefix, *context = (tuple(piece.tolist()) for piece in pieces)
+            inter, tokens = read(f"inter.{number}"), read(f"tokens.{number}")
+            intra = float(read(f"intra.{number}"))
+            variants.append(Variant(prefix, tuple(context), inter, tokens, intra))
+        return cls(tuple(variants), token_ids, fingerprint)
 
 
 class BestVariant(NamedTuple):
@@ -230,7 +225,7 @@ class VariantStore:
 
     def _known(self, chunk: Ids) -> tuple[Variant, ...]:
         entry = self.store.get(self._key(chunk), chunk, self.fingerprint, ChunkVariants)
-        return entry.variants if entry else ()
+        return () if entry is None else entry.variants
 
     def _key(self, chunk: Ids) -> str:
         key = chunk_key(self.fingerprint, chunk)

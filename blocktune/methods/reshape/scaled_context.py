@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from blocktune.methods.registry import RESHAPES
-from blocktune.methods.reshape.base import Reshape, Seen
+from blocktune.methods.reshape.base import RESHAPES, Reshape, Seen
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from blocktune.methods.registry import RESHAPES
-from blocktune.methods.reshape.base import Reshape, Seen, in_chunk
+from blocktune.methods.reshape.base import RESHAPES, Reshape, Seen, in_chunk
 from blocktune.registry import require_count, require_one_of
 
 if TYPE_CHECKING:

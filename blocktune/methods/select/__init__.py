@@ -6,12 +6,10 @@ _SELECT = "blocktune.methods.select"
 __getattr__, __dir__, __all__ = exports(
     __name__,
     {
-        "blocktune.methods.registry": "SELECTORS",
-        f"{_SELECT}.base": "Everything LayerCheck LayerKV Nothing Passes Selection Truth "
+        f"{_SELECT}.base": "SELECTORS Everything LayerCheck LayerKV Nothing Passes Selection Truth "
         "selectable",
         f"{_SELECT}.budget": "matched takes_budget top_count top_of_context top_share",
-        f"{_SELECT}.deviation": "Deviation GradualDeviation distance",
-        f"{_SELECT}.layers": "LayerRange Reselect",
+        f"{_SELECT}.layers": "Deviation GradualDeviation LayerRange Reselect distance",
         f"{_SELECT}.place": "FirstK Random Recency",
         f"{_SELECT}.scored": "AttentionDeviation AuxiliaryAttention Oracle QueryAttention Scored",
     },

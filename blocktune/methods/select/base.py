@@ -8,8 +8,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
-from blocktune.methods.registry import SELECTORS
-from blocktune.registry import require_share
+from blocktune.registry import Registry, require_share
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,6 +16,9 @@ if TYPE_CHECKING:
     from blocktune.cache import ChunkStore
     from blocktune.layout import Layout
     from blocktune.prompt import Batch, Pieces
+
+SELECTORS = Registry("selector", "blocktune.methods.select")
+"""A file of ``select/`` or a plug-in registers a class with ``@SELECTORS.register("name")``."""
 
 
 class Selection(ABC):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
 from blocktune.methods.select.base import Selection, selectable
@@ -73,9 +72,6 @@ def matched(selection: Selector, layer_share: float, num_layers: int) -> Selecto
     def spends(ratio: float) -> float | None:
         return selection.with_budget(ratio).spends(num_layers)
 
-    def near(ratio: float) -> bool:
-        return abs(spends(ratio) - layer_share) <= MATCHED
-
     def unmet(spent: str) -> ValueError:
         return ValueError(
             f"a budget of {layer_share} of the layer-tokens cannot be met by {selection}: in a "
@@ -88,20 +84,12 @@ def matched(selection: Selector, layer_share: float, num_layers: int) -> Selecto
         raise unmet("what the prompt decides")
     if not least - MATCHED <= layer_share <= most + MATCHED:
         raise unmet(f"{least:.3f} to {most:.3f}")
-    ratio = min(1.0, max(0.0, (layer_share - least) / max(most - least, SMALLEST)))
-    if near(ratio):
-        return selection.with_budget(ratio)
-    below, above = _around(spends, layer_share)  # not linear: whole layers, or capped shares
-    for ratio in (below, above):
-        if near(ratio):
-            return selection.with_budget(ratio)
-    raise unmet(f"{spends(below):.3f} or {spends(above):.3f}, and nothing between")
-
-
-def _around(spends: Callable[[float], float], wanted: float) -> tuple[float, float]:
-    """Two neighbouring ratios: the lower spends less than ``wanted``, the other at least that."""
-    below, above = 0.0, 1.0
+    linear = min(1.0, max(0.0, (layer_share - least) / max(most - least, SMALLEST)))
+    below, above = 0.0, 1.0  # not linear where whole layers are spent or shares are capped
     while above - below > SMALLEST:
         middle = (below + above) / 2
-        below, above = (middle, above) if spends(middle) < wanted else (below, middle)
-    return below, above
+        below, above = (middle, above) if spends(middle) < layer_share else (below, middle)
+    for ratio in (linear, below, above):
+        if abs(spends(ratio) - layer_share) <= MATCHED:
+            return selection.with_budget(ratio)
+    raise unmet(f"{spends(below):.3f} or {spends(above):.3f}, and nothing between")

@@ -1,4 +1,4 @@
-"""Selectors of layers: one range of them, or a second choice at a deeper layer."""
+"""Selectors that act between layers: they compare keys and drop rows, or take a range of layers."""
 
 from __future__ import annotations
 
@@ -6,17 +6,161 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from blocktune.methods.registry import SELECTORS
-from blocktune.methods.select.base import Selection, selectable
-from blocktune.methods.select.budget import top_share
-from blocktune.methods.select.deviation import FIRST, distance
-from blocktune.registry import require_count
+from blocktune.methods.select.base import SELECTORS, Selection, selectable
+from blocktune.methods.select.budget import share_count, top_count, top_share
+from blocktune.registry import require_count, require_one_of, require_share
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from blocktune.layout import Layout
     from blocktune.methods.select.base import LayerCheck
+
+STATES = {"keys": ("keys",), "values": ("values",), "both": ("keys", "values")}
+FIRST = "at layer 0 keys do not depend on the context yet, so nothing deviates"
+
+
+def distance(fresh: Tensor, cached: Tensor, squared: bool = False) -> Tensor:
+    """Euclidean distance between fresh and cached keys (or values), mean over heads.
+
+    Args:
+        fresh: ``(B, K, R, D)``.
+        cached: ``(B, K, R, D)``, at the same positions.
+        squared: Average squared distances instead: ranks like the distance of all heads at once.
+
+    Returns:
+        ``(B, R)`` float32.
+
+    Source: arXiv:2603.20218, section 4.1 (delta K); squared: the code of CacheBlend and LMCache.
+    """
+    difference = fresh.float() - cached.float()
+    return (difference.square().sum(-1) if squared else difference.norm(dim=-1)).mean(dim=1)
+
+
+class _Deviating(Selection):
+    """All tokens up to ``check_layer``, then those whose states, named by ``by``, deviate most."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_count("check_layer", self.check_layer, 1, FIRST)
+        require_one_of("by", self.by, STATES)
+
+    @property
+    def min_layers(self) -> int:
+        return self.check_layer + 1
+
+    def start(self, layout: Layout) -> Tensor:
+        return selectable(layout) & (self.ratio > 0)
+
+    def _scores(self, check: LayerCheck, squared: bool = False) -> Tensor:
+        fresh, cached = check.fresh, check.cached
+        names = STATES[self.by]
+        return sum(distance(getattr(fresh, n), getattr(cached, n), squared) for n in names)
+
+
+@SELECTORS.register("deviation")
+@dataclass(frozen=True)
+class Deviation(_Deviating):
+    """All tokens up to a check layer, then the share whose keys or values deviate most.
+
+    Attributes:
+        ratio: Share of the tokens recomputed after the check layer, in [0, 1]; 0 recomputes
+            nothing, in no layer.
+        check_layer: Layer (0-based) at which keys or values are compared. Layers below it are
+            computed in full, and so are the compared keys and values of the layer itself.
+        by: What is compared: ``keys``, ``values`` or ``both``.
+        squared: Square distances before averaging over heads.
+        of: What the ratio is a share of: the ``context`` tokens, rounded up; or all ``cached``
+            tokens, a cached prefix included, rounded down (the code of CacheBlend and LMCache).
+        keeps_keys: See `Selection`.
+        sees_future: See `Selection`.
+
+    Source: CacheBlend arXiv:2405.16444; the defaults are the form of arXiv:2603.20218.
+    """
+
+    source: ClassVar[str] = "https://arxiv.org/abs/2405.16444"
+    ratio: float = 0.15
+    check_layer: int = 1
+    by: str = "keys"
+    squared: bool = False
+    of: str = "context"
+    keeps_keys: bool = False
+    sees_future: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_one_of("of", self.of, ("context", "cached"))
+
+    def spends(self, num_layers: int) -> float | None:
+        """Layers up to the check in full; None for a share of all cached tokens."""
+        if not self.ratio:
+            return 0.0
+        if self.of == "cached" and self.ratio < 1:
+            return None
+        return (self.check_layer + self.ratio * (num_layers - self.check_layer)) / num_layers
+
+    def checks(self, num_layers: int) -> tuple[int, ...]:
+        """The check layer."""
+        return (self.check_layer,)
+
+    def refine(self, check: LayerCheck) -> Tensor:
+        """Rows that deviate most."""
+        count = share_count(check.context_tokens, self.ratio)
+        if self.of == "cached":
+            count = (check.cached_tokens.double() * self.ratio + 1e-9).floor().long()
+        return top_count(self._scores(check, self.squared), check.eligible, count)
+
+
+@SELECTORS.register("gradual-deviation")
+@dataclass(frozen=True)
+class GradualDeviation(_Deviating):
+    """Drops, at every layer, the tokens that deviate least among those still recomputed.
+
+    The share falls linearly from ``ratio * (1 + spread)`` after the check layer to
+    ``ratio * (1 - spread)`` in the last one, so its mean is ``ratio``. The paper only says that
+    the shares fall from slightly above the mean to slightly below; the straight line is ours.
+
+    Attributes:
+        ratio: Mean share of the context tokens over the layers from the check layer on.
+        spread: Relative distance of the first and the last share from the mean, in [0, 1].
+        check_layer: First layer (0-based) that compares; the layers below are computed in full.
+        by: What is compared: ``keys``, ``values`` or ``both``.
+
+    Source: CacheBlend arXiv:2405.16444, gradual filtering.
+    """
+
+    source: ClassVar[str] = "https://arxiv.org/abs/2405.16444"
+    keeps_keys: ClassVar[bool] = True  # a layer's states serve that layer and choose for the next
+    ratio: float = 0.15
+    spread: float = 0.2
+    check_layer: int = 1
+    by: str = "both"
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_share("spread", self.spread)
+
+    def share_at(self, layer: int, num_layers: int) -> float:
+        """Share of the context tokens that is recomputed from ``layer`` on, at most 1."""
+        last = num_layers - 1 - self.check_layer
+        at = 2 * (layer - self.check_layer) / last - 1 if last else 0.0
+        return min(1.0, self.ratio * (1 - self.spread * at * (self.ratio < 1)))
+
+    def spends(self, num_layers: int) -> float:
+        """Layers up to the check in full, and the shares after it."""
+        if not self.ratio:
+            return 0.0
+        kept = sum(self.share_at(layer, num_layers) for layer in self.checks(num_layers))
+        return (self.check_layer + kept) / num_layers
+
+    def checks(self, num_layers: int) -> tuple[int, ...]:
+        """All layers from the check layer on."""
+        return tuple(range(self.check_layer, num_layers))
+
+    def refine(self, check: LayerCheck) -> Tensor:
+        """Rows that deviate most, fewer in every layer."""
+        share = self.share_at(check.layer, check.num_layers)
+        return top_share(self._scores(check), check.eligible, check.context_tokens, share)
 
 
 @SELECTORS.register("layer-range")

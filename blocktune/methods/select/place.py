@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from blocktune.methods.registry import SELECTORS
-from blocktune.methods.select.base import Selection, selectable
+from blocktune.methods.select.base import SELECTORS, Selection, selectable
 from blocktune.methods.select.budget import share_count, top_of_context
 from blocktune.registry import require_count, require_share
 
