@@ -56,7 +56,6 @@ class VariantHistory(PromptHistory):
         return replace(self, refresh=1.0)
 
     def lookup(self, store: ChunkStore, fingerprint: str, pieces: Pieces) -> list[Ids] | None:
-        """What the best variants were encoded after; None for a full prefill."""
         from blocktune.extras.cache_craft.variants import VariantStore
 
         variants, chunks = VariantStore.of(store, fingerprint), pieces.chunks
@@ -71,7 +70,6 @@ class VariantHistory(PromptHistory):
         return [best.variant.blanks for best in found]
 
     def update(self, store: ChunkStore, fingerprint: str, batch: PrefilledBatch) -> None:
-        """Stores the chunks of prompts computed in full, with their statistics."""
         import torch
 
         from blocktune.cache import ChunkKV, key_after
@@ -145,7 +143,6 @@ class StoredContext(Scored):
         return replace(self, ratio=ratio, focus=1.0)
 
     def begin(self, layout: Layout, passes: Passes) -> Tensor:
-        """By what each token paid its old context."""
         import torch
 
         overhead, tokens = self._stored(passes)
@@ -182,7 +179,6 @@ class StoredContext(Scored):
         return overhead, tokens
 
     def checks(self, num_layers: int) -> tuple[int, ...]:
-        """The layer after a share ``focus`` of them."""
         layer = math.ceil(self.focus * num_layers - 1e-9)
         return (layer,) if 0 < layer < num_layers else ()
 
@@ -227,7 +223,6 @@ class CacheCraft(Method):
 
     @property
     def history(self) -> VariantHistory:
-        """Variants of chunks in earlier prompts."""
         return VariantHistory(self.refresh, self.variants, self.alpha)
 
     @property
@@ -236,11 +231,9 @@ class CacheCraft(Method):
         return self.history.exact_alone
 
     def layout(self, spec: LayoutSpec) -> LayoutSpec:
-        """Chunks after the blanks of their own earlier prompts, one after the other."""
         return replace(
             spec, block=True, num_blanks=0, shared_prefix=False, bos="none", placement="sequential"
         )
 
     def select(self) -> Selection:
-        """By what is stored of the chunks."""
         return StoredContext(alpha=self.alpha, focus=self.focus, hold=self.hold)

@@ -128,7 +128,6 @@ class ChunkVariants(Entry):
                 )
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Five of each variant."""
         for number, variant in enumerate(self.variants):
             lengths = [len(variant.prefix), *map(len, variant.context)]
             yield f"ghosts.{number}", torch.tensor(variant.blanks, dtype=torch.int64)
@@ -138,12 +137,10 @@ class ChunkVariants(Entry):
             yield f"intra.{number}", torch.tensor([variant.intra], dtype=torch.float64)
 
     def facts(self) -> dict[str, int]:
-        """How many variants."""
         return {"num_variants": len(self.variants)}
 
     @classmethod
     def restore(cls, facts: Mapping, read: Read, token_ids: Tensor, fingerprint: str) -> Self:
-        """The entry as it was stored."""
         variants = []
         for number in range(int(facts["num_variants"])):
             blanks = read(f"ghosts.{number}")  # the name in stores that exist

@@ -34,7 +34,6 @@ class Link0(Method):
         require_count("blanks", self.blanks, least=1)
 
     def layout(self, spec: LayoutSpec) -> LayoutSpec:
-        """Chunks after blanks."""
         return replace(spec, block=True, shared_prefix=False, bos="none", num_blanks=self.blanks)
 
 
@@ -58,7 +57,6 @@ class PromptCacheSchema(Method):
         require_count("slot", self.slot, least=1)
 
     def layout(self, spec: LayoutSpec) -> LayoutSpec:
-        """A slot for every chunk."""
         return replace(spec, block=True, placement="reserved", slot=self.slot)
 
 
@@ -105,7 +103,6 @@ class TurboRag(Method):
         require_one_of("positions", self.positions, PLACEMENTS)
 
     def layout(self, spec: LayoutSpec) -> LayoutSpec:
-        """Chunks one after another, or all from position 0."""
         return replace(spec, placement=PLACEMENTS[self.positions])
 
 

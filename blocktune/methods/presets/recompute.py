@@ -42,7 +42,6 @@ class Epic(Method):
     last_share: float = 0.0
 
     def select(self) -> Selection:
-        """The first tokens of each chunk, and optionally the last."""
         return FirstK(k=self.k, share=self.share, last=self.last, last_share=self.last_share)
 
 
@@ -61,7 +60,6 @@ class CacheBlend(Method):
     check_layer: int = 1
 
     def select(self) -> Selection:
-        """Key deviation at the check layer."""
         return Deviation(ratio=self.ratio, check_layer=self.check_layer)
 
 
@@ -83,7 +81,6 @@ class CacheBlendLMCache(Method):
     sees_future: bool = False
 
     def select(self) -> Selection:
-        """Key deviation, squared."""
         return Deviation(
             ratio=self.ratio,
             check_layer=self.check_layer,
@@ -107,7 +104,6 @@ class CacheBlendPaper(Method):
     check_layer: int = 1
 
     def select(self) -> Selection:
-        """Deviation of keys and values, gradually."""
         return GradualDeviation(ratio=self.ratio, spread=self.spread, check_layer=self.check_layer)
 
 
@@ -130,7 +126,6 @@ class CacheBlendRepo(Method):
     sees_future: bool = False
 
     def select(self) -> Selection:
-        """Value deviation; the check layer keeps the compared states."""
         return Deviation(
             ratio=self.ratio,
             check_layer=self.check_layer,
@@ -160,7 +155,6 @@ class DroidSpeak(Method):
     ratio: float = 0.11
 
     def select(self) -> Selection:
-        """The range of layers."""
         return LayerRange(first_layer=self.first_layer, ratio=self.ratio)
 
 
@@ -179,7 +173,6 @@ class DroidSpeakCLC(Method):
     restart_layer: int = 5
 
     def select(self) -> Selection:
-        """Deviation, twice."""
         return Reselect(
             ratio=self.ratio, check_layer=self.check_layer, restart_layer=self.restart_layer
         )
@@ -198,7 +191,6 @@ class QueryAttentionMethod(Method):
     fuse: str = "mean"
 
     def select(self) -> Selection:
-        """Attention of the question over the reused cache."""
         return QueryAttention(ratio=self.ratio, fuse=self.fuse)
 
 
@@ -219,11 +211,9 @@ class CacheClip(Method):
     window: int = 8
 
     def layout(self, spec: LayoutSpec) -> LayoutSpec:
-        """A shared prefix before every chunk."""
         return replace(spec, block=True, shared_prefix=True, num_blanks=0)
 
     def select(self) -> Selection:
-        """Windows by the auxiliary model's attention."""
         return AuxiliaryAttention(ratio=self.ratio, model=self.auxiliary, window=self.window)
 
 
@@ -240,7 +230,6 @@ class SelectiveReconstruction(Method):
     impact: str = "attention"
 
     def select(self) -> Selection:
-        """By impact."""
         kinds = {"attention": AttentionDeviation, "recency": Recency}
         require_one_of("impact", self.impact, kinds)
         return kinds[self.impact](ratio=self.ratio)

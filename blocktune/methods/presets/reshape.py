@@ -40,12 +40,10 @@ class Ape(Method):
         require_one_of("positions", self.positions, ("parallel", "sequential"))
 
     def layout(self, spec: LayoutSpec) -> LayoutSpec:
-        """Chunks after copies of the prefix, all at one place unless sequential."""
         spec = replace(spec, placement=self.positions, slot=0)
         return replace(spec, block=True, num_blanks=0, bos="none", shared_prefix=True)
 
     def reshape(self) -> Reshape:
-        """A softmax of their own for the chunks."""
         return ScaledContext(temperature=self.temperature, scale=self.scale)
 
 
@@ -63,11 +61,9 @@ class Sel(Method):
     aggregation: str = "HT"
 
     def layout(self, spec: LayoutSpec) -> LayoutSpec:
-        """Chunks after copies of the prefix."""
         return replace(spec, block=True, num_blanks=0, bos="none", shared_prefix=True)
 
     def reshape(self) -> Reshape:
-        """Top chunks only."""
         return TopChunks(chunks=self.chunks, aggregation=self.aggregation)
 
 
@@ -79,7 +75,6 @@ class _Blanks(Method):
     blanks: int = 1
 
     def layout(self, spec: LayoutSpec) -> LayoutSpec:
-        """Chunks after blanks."""
         return replace(spec, block=True, shared_prefix=False, bos="none", num_blanks=self.blanks)
 
 
@@ -90,7 +85,6 @@ class _Recompute(Method):
     check_layer: int = 1
 
     def select(self) -> Selection:
-        """Key deviation at the check layer."""
         return Deviation(ratio=self.ratio, check_layer=self.check_layer)
 
 
@@ -100,7 +94,6 @@ class _Scale(Method):
     scale: float = 0.9
 
     def reshape(self) -> Reshape:
-        """A softmax of their own for reused tokens."""
         return ScaledContext(temperature=self.temperature, scale=self.scale)
 
 

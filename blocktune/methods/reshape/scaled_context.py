@@ -41,7 +41,6 @@ class ScaledContext(Reshape):
                 raise ValueError(f"{name} must be a number above 0, got {value!r}; 1 is neutral")
 
     def neutral(self) -> ScaledContext:
-        """With temperature and scale 1."""
         return replace(self, temperature=1.0, scale=1.0)
 
     def acts(self, seen: Seen) -> bool:
@@ -49,7 +48,6 @@ class ScaledContext(Reshape):
         return bool(seen.reused.any())
 
     def scores(self, scores: Tensor, seen: Seen, choice: Tensor | None) -> Tensor:
-        """As one softmax with changed scores of the reused keys."""
         reused = seen.reused[:, None, None]
         cooled = scores / self.temperature
         lse = cooled.masked_fill(~reused, float("-inf")).logsumexp(-1, keepdim=True)

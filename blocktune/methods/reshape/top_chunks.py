@@ -80,7 +80,6 @@ class TopChunks(Reshape):
 
     @property
     def keeps_causality(self) -> bool:
-        """True if rows choose alone."""
         return self.aggregation == "none"
 
     @property
@@ -89,11 +88,9 @@ class TopChunks(Reshape):
         return self.aggregation == "LHT"
 
     def neutral(self) -> TopChunks:
-        """Every chunk stays visible."""
         return replace(self, chunks=EVERY_CHUNK)
 
     def acts(self, seen: Seen) -> bool:
-        """True if there are chunks."""
         return seen.num_chunks > 0
 
     def survey(self, scores: Tensor, seen: Seen) -> Tensor:
@@ -119,7 +116,6 @@ class TopChunks(Reshape):
         return (ranked.argsort(dim=-1) < self.chunks) | own
 
     def scores(self, scores: Tensor, seen: Seen, choice: Tensor) -> Tensor:
-        """Hides the chunks that are not kept."""
         chunk = seen.key.chunk.clamp(min=0)[:, None, None]
         kept = choice.gather(-1, chunk.expand(*choice.shape[:3], -1))
         return scores.masked_fill_(seen.in_chunk[:, None, None] & ~kept, float("-inf"))

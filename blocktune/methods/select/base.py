@@ -254,11 +254,9 @@ class Nothing(Selection):
     """Recomputes no token: naive reuse."""
 
     def spends(self, num_layers: int) -> float:
-        """Nothing."""
         return 0.0
 
     def start(self, layout: Layout) -> Tensor:
-        """No token."""
         import torch
 
         return torch.zeros_like(layout.is_context)
@@ -270,9 +268,7 @@ class Everything(Selection):
     """Recomputes every context token: equal to full prefill, the upper bound."""
 
     def spends(self, num_layers: int) -> float:
-        """All of it."""
         return 1.0
 
     def start(self, layout: Layout) -> Tensor:
-        """All tokens, also exact ones."""
         return layout.is_context

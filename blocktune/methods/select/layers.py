@@ -100,11 +100,9 @@ class Deviation(_Deviating):
         return (self.check_layer + self.ratio * (num_layers - self.check_layer)) / num_layers
 
     def checks(self, num_layers: int) -> tuple[int, ...]:
-        """The check layer."""
         return (self.check_layer,)
 
     def refine(self, check: LayerCheck) -> Tensor:
-        """Rows that deviate most."""
         count = share_count(check.context_tokens, self.ratio)
         if self.of == "cached":
             count = (check.cached_tokens.double() * self.ratio + 1e-9).floor().long()
@@ -154,11 +152,9 @@ class GradualDeviation(_Deviating):
         return (self.check_layer + kept) / num_layers
 
     def checks(self, num_layers: int) -> tuple[int, ...]:
-        """All layers from the check layer on."""
         return tuple(range(self.check_layer, num_layers))
 
     def refine(self, check: LayerCheck) -> Tensor:
-        """Rows that deviate most, fewer in every layer."""
         share = self.share_at(check.layer, check.num_layers)
         return top_share(self._scores(check), check.eligible, check.context_tokens, share)
 
@@ -189,7 +185,6 @@ class LayerRange(Selection):
 
     @property
     def min_layers(self) -> int:
-        """The range has at least one layer."""
         return self.first_layer + 1
 
     def with_budget(self, ratio: float) -> Selection:
@@ -202,7 +197,6 @@ class LayerRange(Selection):
         return range(self.first_layer, min(self.first_layer + length, num_layers))
 
     def spends(self, num_layers: int) -> float:
-        """Layers of the range."""
         return len(self.layers(num_layers)) / num_layers
 
     def start(self, layout: Layout) -> Tensor:
@@ -210,16 +204,13 @@ class LayerRange(Selection):
         return selectable(layout) & (self.first_layer == 0 and self.ratio > 0)
 
     def widens(self, num_layers: int) -> tuple[int, ...]:
-        """The first layer of the range, unless it is 0."""
         return (self.first_layer,) if self.first_layer and self.layers(num_layers) else ()
 
     def checks(self, num_layers: int) -> tuple[int, ...]:
-        """The layer after the range."""
         layers = self.layers(num_layers)
         return (layers.stop,) if layers and layers.stop < num_layers else ()
 
     def refine(self, check: LayerCheck) -> Tensor:
-        """No row: the range has ended."""
         import torch
 
         return torch.zeros_like(check.eligible)
@@ -270,14 +261,11 @@ class Reselect(Selection):
         return selectable(layout) & (self.ratio > 0)
 
     def checks(self, num_layers: int) -> tuple[int, ...]:
-        """The check layer, and the one after the restart."""
         return (self.check_layer, self.restart_layer + 1)
 
     def widens(self, num_layers: int) -> tuple[int, ...]:
-        """The restart layer."""
         return (self.restart_layer,) if self.ratio else ()
 
     def refine(self, check: LayerCheck) -> Tensor:
-        """Rows whose keys deviate most."""
         scores = distance(check.fresh.keys, check.cached.keys)
         return top_share(scores, check.eligible, check.context_tokens, self.ratio)

@@ -42,7 +42,6 @@ class FirstK(Selection):
         require_share("last_share", self.last_share)
 
     def with_budget(self, ratio: float) -> Selection:
-        """The same share of every chunk."""
         return replace(self, share=ratio)
 
     def spends(self, num_layers: int) -> float | None:
@@ -50,7 +49,6 @@ class FirstK(Selection):
         return self.share
 
     def start(self, layout: Layout) -> Tensor:
-        """The ends of every chunk."""
         length, first, last = chunk_length(layout), self.k, self.last
         if self.share is not None:
             total = share_count(length, self.share)
@@ -72,7 +70,6 @@ class Recency(Selection):
     ratio: float = 0.15
 
     def start(self, layout: Layout) -> Tensor:
-        """The last tokens of the context."""
         return top_of_context(layout.order, layout, self.ratio)
 
 
@@ -92,7 +89,6 @@ class Random(Selection):
     seed: int = 0
 
     def start(self, layout: Layout) -> Tensor:
-        """A draw for each prompt."""
         import torch
 
         def draw(shape: int) -> Tensor:

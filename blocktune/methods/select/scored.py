@@ -55,7 +55,6 @@ class QueryAttention(Scored):
         require_one_of("fuse", self.fuse, ("mean", "max", "last"))
 
     def begin(self, layout: Layout, passes: Passes) -> Tensor:
-        """By fused scores."""
         layers = passes.query_attention()
         fused = {"mean": layers.mean(0), "max": layers.amax(0), "last": layers[-1]}[self.fuse]
         return top_of_context(fused, layout, self.ratio)
@@ -89,7 +88,6 @@ class AuxiliaryAttention(Scored):
         require_count("window", self.window, least=1)
 
     def begin(self, layout: Layout, passes: Passes) -> Tensor:
-        """Whole windows until the share is reached."""
         scores, eligible = passes.auxiliary_attention(self.model), selectable(layout)
         per_chunk = int(layout.offset.max()) // self.window + 1
         group = layout.chunk.clamp(min=0) * per_chunk + layout.offset // self.window
@@ -118,7 +116,6 @@ class AttentionDeviation(Scored):
     ratio: float = 0.15
 
     def begin(self, layout: Layout, passes: Passes) -> Tensor:
-        """By attention to other chunks."""
         return top_of_context(passes.outside_attention(), layout, self.ratio)
 
 
@@ -144,7 +141,6 @@ class Oracle(Scored):
         require_one_of("by", self.by, ("influence", "attention", "deviation"))
 
     def begin(self, layout: Layout, passes: Passes) -> Tensor:
-        """By scores of a full prefill."""
         keys, values, attention = passes.full_prefill()
         scores = {
             "influence": attention * values,
