@@ -212,7 +212,11 @@ def format_method(terms: tuple[Method, ...], given: Mapping[Axis, Any]) -> str:
         terms: Its presets.
         given: The axes decided for them: an instance each, fields of the layout, or None.
     """
-    parts = [_format_entry(term.name, term) for term in terms]
+    # The name of a composition says all of it.
+    parts = [
+        _format_entry(term.name, term) if METHODS.name_of(term) == term.name else term.name
+        for term in terms
+    ]
     if Axis.LAYOUT in given:
         parts.append(" ".join(["layout", *(_pair(k, v) for k, v in given[Axis.LAYOUT].items())]))
     for axis, table in TABLES.items():

@@ -74,7 +74,7 @@ def test_adapters_are_served_as_they_were_trained():
     linked = LayoutSpec(num_links=2)
     assert build("kvlink").layout_for(linked) == linked
     assert build("kvlink + epic").layout_for(linked) == linked
-    with pytest.raises(ValueError, match=r"'epic' does not serve .*compose them: 'kvlink \+ epic'"):
+    with pytest.raises(ValueError, match=r"'epic' does not serve .*compose: 'kvlink \+ epic'"):
         build("epic").layout_for(linked)
     assert build("full-prefill").layout_for(linked) == LayoutSpec(block=False)
     with pytest.raises(ValueError, match=r"'block-attention' needs .* got one with link tokens"):

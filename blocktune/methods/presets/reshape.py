@@ -18,9 +18,18 @@ from blocktune.methods import (
 from blocktune.prompt import LayoutSpec
 
 
+@dataclass(frozen=True)
+class _Scale(Method):
+    temperature: float = 0.9
+    scale: float = 0.9
+
+    def reshape(self) -> Reshape:
+        return ScaledContext(temperature=self.temperature, scale=self.scale)
+
+
 @register("ape")
 @dataclass(frozen=True)
-class Ape(Method):
+class Ape(_Scale):
     """Encodes chunks after a shared prefix at the same positions; scales attention to them.
 
     Every chunk is encoded after the prompt's prefix, whose keys are kept once, and starts where
@@ -32,8 +41,6 @@ class Ape(Method):
     source: ClassVar[str] = "https://arxiv.org/abs/2502.05431"
     # Attention to the chunk is scaled even if it is alone.
     exact_on_one_chunk: ClassVar[bool] = False
-    temperature: float = 0.9
-    scale: float = 0.9
     positions: str = "parallel"
 
     def __post_init__(self):
@@ -42,9 +49,6 @@ class Ape(Method):
     def layout(self, spec: LayoutSpec) -> LayoutSpec:
         spec = replace(spec, placement=self.positions, slot=0)
         return replace(spec, block=True, num_blanks=0, bos="none", shared_prefix=True)
-
-    def reshape(self) -> Reshape:
-        return ScaledContext(temperature=self.temperature, scale=self.scale)
 
 
 @register("sel")
@@ -86,15 +90,6 @@ class _Recompute(Method):
 
     def select(self) -> Selection:
         return Deviation(ratio=self.ratio, check_layer=self.check_layer)
-
-
-@dataclass(frozen=True)
-class _Scale(Method):
-    temperature: float = 0.9
-    scale: float = 0.9
-
-    def reshape(self) -> Reshape:
-        return ScaledContext(temperature=self.temperature, scale=self.scale)
 
 
 @register("psr")
