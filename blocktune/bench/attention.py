@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -14,97 +13,66 @@ from torch import Tensor
 from blocktune.attention import SplitPlan, dense_mask
 from blocktune.attention.kernels import AttentionParams
 from blocktune.bench.timing import matmul_rate, ratios, spread, take_turns, threads
-from blocktune.layout import LayerRule, Layout
+from blocktune.layout import LayerRule
 from blocktune.prompt import LayoutSpec, Pieces, lay_out
 from blocktune.provenance import provenance
 
+HEADS, KV_HEADS, HEAD_DIM, THREADS, SEED = 8, 8, 64, 2, 0
 OPERATIONS = 14
 """Per visible cell and dimension: two products forward and five backward, two operations each."""
 
 
-@dataclass(frozen=True)
-class AttentionBench:
-    """Sizes of the timed attention layer.
-
-    Attributes:
-        tokens: Rows of the prompt.
-        chunk: Tokens per chunk; the last ``chunk`` tokens are the query, which sees everything.
-        heads: Query heads.
-        kv_heads: Key-value heads.
-        head_dim: Size of a head.
-        threads: Threads that PyTorch may use.
-        repeats: Timed rounds, after one that is not timed.
-        seed: Of the random states.
-
-    Raises:
-        ValueError: If ``tokens`` is not at least two whole chunks.
-    """
-
-    tokens: int = 8192
-    chunk: int = 512
-    heads: int = 8
-    kv_heads: int = 8
-    head_dim: int = 64
-    threads: int = 2
-    repeats: int = 5
-    seed: int = 0
-
-    def __post_init__(self):
-        if self.chunk < 1 or self.tokens % self.chunk or self.tokens < 2 * self.chunk:
-            raise ValueError(
-                f"the benchmark needs at least two whole chunks; {self.tokens} tokens are not a "
-                f"multiple of chunks of {self.chunk}: choose tokens = n * chunk, n >= 2"
-            )
-
-    def layout(self) -> Layout:
-        """Chunks of equal length; the last one is the query."""
-        chunk = (0,) * self.chunk
-        pieces = Pieces((), (chunk,) * (self.tokens // self.chunk - 1), chunk)
-        return lay_out(pieces, LayoutSpec()).layout
-
-    def states(self) -> list[Tensor]:
-        """Random query, key and value in the memory order of a model's projections."""
-        draw = torch.Generator().manual_seed(self.seed)
-        heads = (self.heads, self.kv_heads, self.kv_heads)
-        shapes = [(1, self.tokens, count, self.head_dim) for count in heads]
-        return [torch.randn(s, generator=draw).transpose(1, 2).requires_grad_() for s in shapes]
-
-
-def bench_attention(bench: AttentionBench | None = None) -> dict[str, Any]:
-    """Times one layer of attention, forward and backward, on the CPU.
+def bench_attention(tokens: int = 8192, chunk: int = 512, repeats: int = 5) -> dict[str, Any]:
+    """Times one layer of attention, forward and backward, in float32 on the CPU.
 
     Split attention, full causal SDPA (``full``) and SDPA with the same visibility as a dense mask
     (``dense``) take turns. Masks and plans are made beforehand, as a batch makes them once for all
     layers.
+
+    Args:
+        tokens: Rows of the prompt.
+        chunk: Tokens per chunk; the last ``chunk`` tokens are the query, which sees everything.
+        repeats: Timed rounds, after one that is not timed.
 
     Returns:
         ``split_over_full`` and ``split_over_dense`` (medians of the ratios within each round),
         ``bound`` (the same two ratios if time were visible cells alone), ``seconds`` per
         attention (median, least, greatest), the measured matmul rate and the share of it that
         each attention reaches, the setting and the provenance.
+
+    Raises:
+        ValueError: If ``tokens`` is not at least two whole chunks.
     """
-    bench = bench or AttentionBench()
-    layout, states = bench.layout(), bench.states()
+    if chunk < 1 or tokens % chunk or tokens < 2 * chunk:
+        raise ValueError(
+            f"the benchmark needs at least two whole chunks; {tokens} tokens are not a multiple of "
+            f"chunks of {chunk}: choose tokens = n * chunk, n >= 2"
+        )
+    block = (0,) * chunk
+    layout = lay_out(Pieces((), (block,) * (tokens // chunk - 1), block), LayoutSpec()).layout
     mask = dense_mask(layout)
-    params = AttentionParams(bench.head_dim**-0.5)
-    sdpa = partial(F.scaled_dot_product_attention, enable_gqa=bench.heads != bench.kv_heads)
+    draw = torch.Generator().manual_seed(SEED)
+    states = [  # query, key and value in the memory order of a model's projections
+        torch.randn(1, tokens, heads, HEAD_DIM, generator=draw).transpose(1, 2).requires_grad_()
+        for heads in (HEADS, KV_HEADS, KV_HEADS)
+    ]
+    gradient = torch.ones(1, tokens, HEADS, HEAD_DIM)
+    sdpa, params = F.scaled_dot_product_attention, AttentionParams(HEAD_DIM**-0.5)
     attentions = {
         "split": partial(SplitPlan(layout).attend, rule=LayerRule(), params=params),
         "full": lambda *states: sdpa(*states, is_causal=True).transpose(1, 2),
         "dense": lambda *states: sdpa(*states, attn_mask=mask).transpose(1, 2),
     }
-    gradient = torch.ones(1, bench.tokens, bench.heads, bench.head_dim)
 
     def work(attention: Callable[..., Tensor]) -> None:
         torch.autograd.grad(attention(*states), states, gradient)
 
-    with threads(bench.threads):
+    with threads(THREADS):
         works = {name: partial(work, attention) for name, attention in attentions.items()}
-        times = take_turns(works, bench.repeats)
-        rate = matmul_rate(bench.repeats)
-    total = bench.tokens * (bench.tokens + 1) // 2
-    cells = {"split": int(mask.sum()), "full": total, "dense": bench.tokens**2}
-    flops = {n: OPERATIONS * count * bench.heads * bench.head_dim for n, count in cells.items()}
+        times = take_turns(works, repeats)
+        rate = matmul_rate(repeats)
+    cells = {"split": int(mask.sum()), "full": tokens * (tokens + 1) // 2, "dense": tokens**2}
+    flops = {name: OPERATIONS * count * HEADS * HEAD_DIM for name, count in cells.items()}
     seconds = {name: spread(values) for name, values in times.items()}
     return {
         "split_over_full": spread(ratios(times, "split", "full"))["median"],
@@ -113,6 +81,17 @@ def bench_attention(bench: AttentionBench | None = None) -> dict[str, Any]:
         "seconds": seconds,
         "matmul_gflops": rate / 1e9,
         "share_of_matmul": {n: flops[n] / seconds[n]["median"] / rate for n in flops},
-        "setting": {**asdict(bench), "passes": "forward and backward", "dtype": "float32"},
-        **provenance(bench.seed),
+        "setting": {
+            "tokens": tokens,
+            "chunk": chunk,
+            "heads": HEADS,
+            "kv_heads": KV_HEADS,
+            "head_dim": HEAD_DIM,
+            "threads": THREADS,
+            "repeats": repeats,
+            "seed": SEED,
+            "passes": "forward and backward",
+            "dtype": "float32",
+        },
+        **provenance(SEED),
     }

@@ -36,10 +36,8 @@ from blocktune.prompt import LayoutSpec
 from blocktune.prompt.layout_spec import BOS
 from blocktune.testing import small_engine
 
-SLOT = 64
-"""Positions of a reserved slot: enough for every chunk of the requests."""
-LAYOUTS = (
-    *({"placement": name} | ({"slot": SLOT} if name == "reserved" else {}) for name in PLACEMENTS),
+LAYOUTS = (  # a slot of 64 positions is enough for every chunk of the requests
+    *({"placement": name} | ({"slot": 64} if name == "reserved" else {}) for name in PLACEMENTS),
     *({"bos": name} for name in BOS),
     {"num_blanks": 3},
     {"shared_prefix": True},
@@ -153,10 +151,8 @@ def _budget_ends(subject: Subject) -> Pairs:
     everything, all_of_it = compose(method, select=Everything()), compose(method, budget=1.0)
     yield subject.logits(all_of_it), subject.logits(everything)
     if not method.select().keeps_keys:  # the compared states stay in the cache
-        yield (
-            subject.logits(compose(method, budget=0.0)),
-            subject.logits(compose(method, select=None)),
-        )
+        nothing, none_of_it = compose(method, select=None), compose(method, budget=0.0)
+        yield subject.logits(none_of_it), subject.logits(nothing)
 
 
 def _neutral_reshape(subject: Subject) -> Pairs:

@@ -112,7 +112,23 @@ class Method(ABC):
         """
         # An adapter trained in full attention has no layout of chunks to serve.
         block = trained if trained is not None and trained.block else None
-        self._require(block)
+        has_links = block is not None and block.num_links > 0
+        has_wraps = block is not None and block.num_headers + block.num_trailers > 0
+        met, recipe = {
+            Weights.ANY: (True, ""),
+            Weights.BLOCK: (block is not None and not has_links, "recipes/block_attention.yaml"),
+            Weights.LINKS: (has_links, "recipes/kvlink.yaml"),
+            Weights.WRAPS: (has_wraps, "num_headers and num_trailers"),
+        }[self.weights]
+        if not met:
+            came = "none" if block is None else "one without"
+            if self.weights is Weights.BLOCK and has_links:
+                came = "one with link tokens (use 'kvlink')"
+            raise ValueError(
+                f"method '{self.name}' needs an adapter trained with {self.weights.value}, got "
+                f"{came}; train one with {recipe}, and pass it with --adapter, or in a suite as "
+                "`adapter:` of the method"
+            )
         spec = self.layout(block or LayoutSpec())
         wraps = spec.num_headers + spec.num_trailers
         if spec.num_links and wraps:
@@ -156,23 +172,3 @@ class Method(ABC):
             fingerprint: Of the model.
         """
         return None
-
-    def _require(self, block: LayoutSpec | None) -> None:
-        """Checks the layout of an adapter trained on chunks, or None, against `weights`."""
-        has_links = block is not None and block.num_links > 0
-        has_wraps = block is not None and block.num_headers + block.num_trailers > 0
-        met, recipe = {
-            Weights.ANY: (True, ""),
-            Weights.BLOCK: (block is not None and not has_links, "recipes/block_attention.yaml"),
-            Weights.LINKS: (has_links, "recipes/kvlink.yaml"),
-            Weights.WRAPS: (has_wraps, "num_headers and num_trailers"),
-        }[self.weights]
-        if not met:
-            came = "none" if block is None else "one without"
-            if self.weights is Weights.BLOCK and has_links:
-                came = "one with link tokens (use 'kvlink')"
-            raise ValueError(
-                f"method '{self.name}' needs an adapter trained with {self.weights.value}, got "
-                f"{came}; train one with {recipe}, and pass it with --adapter, or in a suite as "
-                "`adapter:` of the method"
-            )

@@ -29,13 +29,9 @@ LAYOUT_FIELDS = ("placement", "slot", "num_blanks", "shared_prefix", "bos")
 """Fields of `LayoutSpec` that a method chooses; the others are facts of what was trained."""
 
 
-class Keep(Enum):
-    """Leaves an axis as the presets decide it; None means naive reuse on that axis."""
-
-    KEEP = "keep"
-
-
+Keep = Enum("Keep", "KEEP")
 KEEP = Keep.KEEP
+"""Leaves an axis as the presets decide it; None means naive reuse on that axis."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,23 +82,19 @@ class Composition(Method):
     def loader(self, store: ChunkStore, fingerprint: str) -> ChunkLoader | None:
         """Of the first preset that has one."""
         made = (term.loader(store, fingerprint) for term in self.terms)
-        return next((loader for loader in made if loader is not None), None)
+        return next(filter(None, made), None)
 
     @property
     def exact_on_one_chunk(self) -> bool:
         """Whether all presets are, and nothing else changes a chunk or what is seen of it."""
-        shape = self.reshaped
-        plain = LayoutSpec()
+        shape, changed = self.reshaped, dict(self.changes)
         return (
             all(term.exact_on_one_chunk for term in self.terms)
             and (self.history is None or self.history.exact_alone)
             and (shape is None or shape.exact_on_one_chunk or shape == shape.neutral())
             # Blanks and a BOS come before the chunk, an unfilled slot between it and the question.
-            and all(
-                value == getattr(plain, name)
-                for name, value in self.changes
-                if name in ("num_blanks", "bos", "slot")
-            )
+            and not (changed.get("num_blanks") or changed.get("slot"))
+            and changed.get("bos", "none") == "none"
         )
 
     def layout(self, spec: LayoutSpec) -> LayoutSpec:

@@ -39,16 +39,6 @@ class AttentionInputs(NamedTuple):
         return plain_scores(query, key, mask, self.params), part
 
 
-def cut(block: Block, heads: int) -> Iterator[Block]:
-    """Parts of a block whose scores, times ``heads``, stay within `CELLS`."""
-    rows, keys, mask = block
-    step = max(1, CELLS // (heads * mask.shape[-1]))
-    for start in range(rows.start, rows.stop, step):
-        stop = min(start + step, rows.stop)
-        inside = slice(start - rows.start, stop - rows.start)
-        yield Block(slice(start, stop), keys, mask[:, :, inside])
-
-
 class _Pass(NamedTuple):
     """What all layers of a forward pass share."""
 
@@ -120,7 +110,7 @@ class ReshapedAttention:
             columns: Where the rows were written, ``(B, R)``, -1 for padding.
             query: ``(B, H, R, D)``.
             key: ``(B, K, N, D)``.
-            value: ``(B, K, N, D)``.
+            value: As the keys.
             rule: The layer's part of the rule.
             params: Scaling and soft-capping.
 
@@ -175,9 +165,16 @@ class ReshapedAttention:
         return seen
 
     def _blocks(self, rule: LayerRule, query: Tensor) -> Iterator[Block]:
-        """One block at a time: all masks together would be rows x columns."""
-        for block in self._pass.band.blocks(rule):
-            yield from cut(block, len(query) * query.shape[1])
+        """One block at a time: all masks together would be rows x columns.
+
+        The scores of a block, over all prompts and heads, stay within `CELLS`.
+        """
+        for rows, keys, mask in self._pass.band.blocks(rule):
+            step = max(1, CELLS // (len(query) * query.shape[1] * mask.shape[-1]))
+            for start in range(rows.start, rows.stop, step):
+                stop = min(start + step, rows.stop)
+                inside = mask[:, :, start - rows.start : stop - rows.start]
+                yield Block(slice(start, stop), keys, inside)
 
     def _choice(self, rule: LayerRule, seen: Seen, states: AttentionInputs) -> Tensor | None:
         if not self.reshape.surveys:

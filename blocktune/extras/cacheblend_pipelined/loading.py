@@ -88,11 +88,10 @@ class LoadingController:
         """
         with self._lock:
             bandwidth, row_s = self.bytes_per_s, self.row_layer_s
-        ratio, tier, load_s, whole_s = floor, "memory", None, None
-        if bandwidth is not None or not num_bytes:
-            load_s = num_bytes / bandwidth / num_layers if num_bytes else 0.0
-        if row_s is not None:
-            whole_s = row_s * context_tokens
+        ratio, tier, load_s = floor, "memory", None if num_bytes else 0.0
+        if num_bytes and bandwidth is not None:
+            load_s = num_bytes / bandwidth / num_layers
+        whole_s = None if row_s is None else row_s * context_tokens
         if whole_s and load_s is not None:
             ratio = min(1.0, max(floor, load_s / whole_s))
             tier = "disk" if num_bytes and load_s <= floor * whole_s else "memory"
@@ -161,17 +160,18 @@ class StreamedKV:
         return moved
 
 
+@dataclass(frozen=True)
 class _Half(Sequence):
     """All layers' keys, or all layers' values."""
 
-    def __init__(self, kv: StreamedKV, half: int):
-        self._kv, self._half = kv, half
+    kv: StreamedKV
+    half: int
 
     def __getitem__(self, layer: int) -> Tensor:
-        return self._kv.layer(layer)[self._half]
+        return self.kv.layer(layer)[self.half]
 
     def __len__(self) -> int:
-        return self._kv.num_layers
+        return self.kv.num_layers
 
 
 class LayerLoader(ChunkLoader):
