@@ -26,8 +26,8 @@ class Selection(ABC):
 
     A simple selector only defines `start`. One that needs scores overrides `begin`, one that drops
     tokens at deeper layers `checks` and `refine`, one that adds tokens there `widens` and `widen`.
-    A field ``ratio`` is the share of the context tokens to recompute, in [0, 1], or None. A
-    parameter out of range is a `ValueError`.
+    A field ``ratio`` is the share of the context tokens to recompute, in [0, 1]; None if that
+    is the default. A parameter out of range is a `ValueError`.
 
     Class attributes:
         source: Paper or code it follows; empty for the two trivial selectors.
@@ -49,8 +49,9 @@ class Selection(ABC):
     sees_future: bool = False
 
     def __post_init__(self):
-        if getattr(self, "ratio", None) is not None:
-            require_share("ratio", self.ratio)
+        ratio, default = getattr(self, "ratio", None), getattr(type(self), "ratio", None)
+        if (ratio, default) != (None, None):
+            require_share("ratio", ratio)
 
     def with_budget(self, ratio: float) -> Selection:
         """The same selector with a share of the context tokens to spend.
