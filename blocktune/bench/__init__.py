@@ -1,8 +1,7 @@
 """Speed on this machine, and the best that the machine can do."""
 
 from blocktune.bench.attention import AttentionBench, bench_attention
-from blocktune.bench.loading import bench_loading
-from blocktune.bench.reuse import bench_reuse
+from blocktune.bench.reuse import bench_loading, bench_reuse
 from blocktune.bench.timing import LOADING, TARGETS, TINY, ReuseBench
 
 __all__ = [

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import gc
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,11 +13,11 @@ from torch import Tensor
 
 from blocktune.attention import SplitPlan, dense_mask
 from blocktune.attention.kernels import AttentionParams
-from blocktune.bench.timing import Times, matmul_rate, ratio, spread, take_turns, threads
-from blocktune.layout import FOREVER, GLOBAL, NO_CHUNK, NO_ROW, Kind, LayerRule, Layout
+from blocktune.bench.timing import matmul_rate, ratios, spread, take_turns, threads
+from blocktune.layout import LayerRule, Layout
+from blocktune.prompt import LayoutSpec, Pieces, lay_out
 from blocktune.provenance import provenance
 
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 OPERATIONS = 14
 """Per visible cell and dimension: two products forward and five backward, two operations each."""
 
@@ -57,6 +56,19 @@ class AttentionBench:
                 f"multiple of chunks of {self.chunk}: choose tokens = n * chunk, n >= 2"
             )
 
+    def layout(self) -> Layout:
+        """Chunks of equal length; the last one is the query."""
+        chunk = (0,) * self.chunk
+        pieces = Pieces((), (chunk,) * (self.tokens // self.chunk - 1), chunk)
+        return lay_out(pieces, LayoutSpec()).layout
+
+    def states(self) -> list[Tensor]:
+        """Random query, key and value in the memory order of a model's projections."""
+        draw = torch.Generator().manual_seed(self.seed)
+        heads = (self.heads, self.kv_heads, self.kv_heads)
+        shapes = [(1, self.tokens, count, self.head_dim) for count in heads]
+        return [torch.randn(s, generator=draw).transpose(1, 2).requires_grad_() for s in shapes]
+
 
 def bench_attention(bench: AttentionBench | None = None) -> dict[str, Any]:
     """Times one layer of attention, forward and backward, on the CPU.
@@ -72,31 +84,31 @@ def bench_attention(bench: AttentionBench | None = None) -> dict[str, Any]:
         each attention reaches, the setting and the provenance.
     """
     bench = bench or AttentionBench()
-    layout = _chunked(bench.tokens, bench.chunk)
+    layout, states = bench.layout(), bench.states()
     mask = dense_mask(layout)
-    with threads(bench.threads):
-        states = _states(bench)
-        attentions = _attentions(layout, mask)
-        works = {name: _timed(attention, states) for name, attention in attentions.items()}
-        times = take_turns(works, bench.repeats)
-        rate = matmul_rate()
-    cells = {
-        "split": int(mask.sum()),
-        "full": bench.tokens * (bench.tokens + 1) // 2,
-        "dense": bench.tokens**2,
+    params = AttentionParams(bench.head_dim**-0.5)
+    sdpa = partial(F.scaled_dot_product_attention, enable_gqa=bench.heads != bench.kv_heads)
+    attentions = {
+        "split": partial(SplitPlan(layout).attend, rule=LayerRule(), params=params),
+        "full": lambda *states: sdpa(*states, is_causal=True).transpose(1, 2),
+        "dense": lambda *states: sdpa(*states, attn_mask=mask).transpose(1, 2),
     }
-    return _report(bench, times, cells, rate)
+    gradient = torch.ones(1, bench.tokens, bench.heads, bench.head_dim)
 
+    def work(attention: Callable[..., Tensor]) -> None:
+        torch.autograd.grad(attention(*states), states, gradient)
 
-def _report(
-    bench: AttentionBench, times: Times, cells: dict[str, int], rate: float
-) -> dict[str, Any]:
-    """The numbers as `bench_attention` returns them; ``rate`` is in operations per second."""
+    with threads(bench.threads):
+        works = {name: partial(work, attention) for name, attention in attentions.items()}
+        times = take_turns(works, bench.repeats)
+        rate = matmul_rate(bench.repeats)
+    total = bench.tokens * (bench.tokens + 1) // 2
+    cells = {"split": int(mask.sum()), "full": total, "dense": bench.tokens**2}
     flops = {n: OPERATIONS * count * bench.heads * bench.head_dim for n, count in cells.items()}
     seconds = {name: spread(values) for name, values in times.items()}
     return {
-        "split_over_full": ratio(times, "split", "full"),
-        "split_over_dense": ratio(times, "split", "dense"),
+        "split_over_full": spread(ratios(times, "split", "full"))["median"],
+        "split_over_dense": spread(ratios(times, "split", "dense"))["median"],
         "bound": {name: cells["split"] / cells[name] for name in ("full", "dense")},
         "seconds": seconds,
         "matmul_gflops": rate / 1e9,
@@ -104,64 +116,3 @@ def _report(
         "setting": {**asdict(bench), "passes": "forward and backward", "dtype": "float32"},
         **provenance(bench.seed),
     }
-
-
-def _chunked(tokens: int, chunk: int) -> Layout:
-    """Chunks of equal length; the last one is the query."""
-    row = torch.arange(tokens)[None]
-    is_query = row >= tokens - chunk
-    index = (row // chunk).masked_fill(is_query, NO_CHUNK)
-    return Layout(
-        kind=torch.where(is_query, int(Kind.QUERY), int(Kind.CHUNK)),
-        chunk=index,
-        offset=row % chunk,
-        position=row,
-        order=row,
-        group=index.masked_fill(is_query, GLOBAL),
-        sample=torch.zeros_like(row),
-        supersedes=torch.full_like(row, NO_ROW),
-        until=torch.full_like(row, FOREVER),
-    )
-
-
-def _states(bench: AttentionBench) -> list[Tensor]:
-    """Query, key and value in the memory order of a model's projections."""
-    draw = torch.Generator().manual_seed(bench.seed)
-    heads = (bench.heads, bench.kv_heads, bench.kv_heads)
-    shapes = [(1, bench.tokens, count, bench.head_dim) for count in heads]
-    return [torch.randn(s, generator=draw).transpose(1, 2).requires_grad_() for s in shapes]
-
-
-def _attentions(layout: Layout, mask: Tensor) -> dict[str, Attention]:
-    plan = SplitPlan(layout)
-
-    def split(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return plan.attend(query, key, value, LayerRule(), AttentionParams(query.shape[-1] ** -0.5))
-
-    def full(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        shared = query.shape[1] != key.shape[1]
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=shared)
-        return out.transpose(1, 2)
-
-    def dense(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        shared = query.shape[1] != key.shape[1]
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=shared)
-        return out.transpose(1, 2)
-
-    return {"split": split, "full": full, "dense": dense}
-
-
-def _timed(attention: Attention, states: list[Tensor]) -> Callable[[], float]:
-    """A work that clears gradients before the clock starts."""
-    query, _, value = states
-    gradient = torch.ones(*query.transpose(1, 2).shape[:3], value.shape[-1])
-
-    def work() -> float:
-        for state in states:
-            state.grad = None
-        gc.collect()
-        start = time.perf_counter()
-        attention(*states).backward(gradient)
-        return time.perf_counter() - start
-
-    return work

@@ -61,22 +61,19 @@ class _Pass(NamedTuple):
 class ReshapedAttention:
     """Shared by all attention plans of a batch, from the prefill to the last decoded token.
 
-    It keeps a bitmap of reused tokens per layer: the rows that a plan attends with were just
-    written over their columns. So the bitmap follows what was executed, also where a selector drops
-    or adds rows between layers, and decoded tokens read the same bitmap.
+    It keeps a bitmap of reused tokens per layer, at first all tokens of chunks: the rows that a
+    plan attends with were just written over their columns. So the bitmap follows what was executed,
+    also where a selector drops or adds rows between layers, and decoded tokens read the same one.
+
+    Args:
+        reshape: Changes the scores.
+        columns: Facts of the cache's columns, ``(B, N)``.
 
     Attributes:
-        reshape: Changes the scores.
         multiply_adds: Of surveys, which compute scores of their own, ``(B,)``.
     """
 
     def __init__(self, reshape: Reshape, columns: Rows):
-        """Starts with nothing fresh.
-
-        Args:
-            reshape: Changes the scores.
-            columns: Facts of the cache's columns, ``(B, N)``.
-        """
         self.reshape = reshape
         self.multiply_adds = torch.zeros(len(columns.kind), dtype=torch.int64)
         self._is_chunk = in_chunk(columns)
@@ -146,7 +143,10 @@ class ReshapedAttention:
             if self._pass.has_question:
                 entropy.append(torch.special.entr(weights).sum(-1).mean(1))
             outs.append(weighted_values(weights, states.value[:, :, block.keys]))
-        self._book(entropy)
+        if entropy:
+            asks = self._pass.asks
+            rows = torch.cat(entropy, dim=1).masked_fill(~asks, 0.0)
+            self._entropy.append(rows.sum(1) / asks.sum(1))
         return torch.cat(outs, dim=2).to(query.dtype)
 
     def query_entropy(self) -> list[float | None]:
@@ -162,7 +162,9 @@ class ReshapedAttention:
     def _enter(self, band: RowBand, columns: Tensor, layer: int) -> Seen:
         """Marks the rows as recomputed in this layer: they were just written."""
         if self._pass is None or self._pass.band is not band:
-            self._pass = _read(band)
+            asks = band.query.kind == Kind.QUERY
+            writes = band.query_exists & (band.query.kind != Kind.ANSWER)
+            self._pass = _Pass(band, bool(writes.any()), asks, bool(asks.any(1).all()))
         if self._pass.writes:
             self.wrote(layer, columns)
         reused = self._reused.setdefault(layer, self._is_chunk)
@@ -194,15 +196,3 @@ class ReshapedAttention:
         asked = asked.sum((1, 2), keepdim=True)
         self._ahead = asked if self._ahead is None else self._ahead + asked
         return None
-
-    def _book(self, entropy: list[Tensor]) -> None:
-        if entropy:
-            asks = self._pass.asks
-            rows = torch.cat(entropy, dim=1).masked_fill(~asks, 0.0)
-            self._entropy.append(rows.sum(1) / asks.sum(1))
-
-
-def _read(band: RowBand) -> _Pass:
-    asks = band.query.kind == Kind.QUERY
-    writes = band.query_exists & (band.query.kind != Kind.ANSWER)
-    return _Pass(band, bool(writes.any()), asks, bool(asks.any(1).all()))
