@@ -164,8 +164,9 @@ Weights are saved in bfloat16; the numbers are of the saved weights, computed in
 ## Exact match
 
 Greedy decoding. If the output contains `Answer:`, the text after the last one is scored. Test
-worlds have exactly 10 chunks and share no name with training. *full*: full attention. *naive*: every chunk
-encoded alone, no tuning. *no-context*: no chunks. *bridge-deleted*: without the chunk that states
+worlds have exactly 10 chunks and share no name with training. *full*: full attention. *naive*:
+every chunk encoded alone, no tuning. *no-context*: no chunks. *bridge-deleted*: without the chunk
+that states
 the last hop's fact.
 
 | kind | n | full | naive | no-context | bridge-deleted |
