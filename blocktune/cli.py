@@ -16,13 +16,11 @@ from blocktune.commands import (
     methods,
     profile_layers,
     train,
-    tune,
 )
 from blocktune.commands.errors import PLUGIN, OneLineErrors
 from blocktune.commands.options import teach
 
-COMMANDS = (answer, train, evaluate, data, methods, check, encode, adapter, tune, profile_layers)
-COMMANDS += (bench,)
+COMMANDS = (answer, train, evaluate, data, methods, check, encode, adapter, profile_layers, bench)
 
 app = typer.Typer(
     cls=OneLineErrors,

@@ -121,11 +121,12 @@ class Table(NamedTuple):
     note: str = ""
     left: Sequence[str] = ()
 
-    def markdown(self) -> str:
-        """The table as Markdown."""
-        cells = [self._words(), ["---"] * len(self.headings), *map(self._texts, self.rows)]
-        lines = [f"| {' | '.join(row)} |" for row in cells]
-        return "\n".join(lines).replace("| --- ", "|---")
+    def markdown(self, *, right: bool = False) -> str:
+        """The table as Markdown; columns but the first are set right if ``right``."""
+        rows = [self._words(), *map(self._texts, self.rows)]
+        lines = [f"| {' | '.join(row)} |" for row in rows]
+        lines.insert(1, "|---" + ("|---:" if right else "|---") * (len(self.headings) - 1) + "|")
+        return "\n".join(lines)
 
     def show(self, console: Console | None = None) -> None:
         """Prints it; columns that do not fit beside the others follow below, none is cut."""

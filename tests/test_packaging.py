@@ -133,7 +133,7 @@ def test_constraints_pin_every_dependency_exactly():
 
 def test_the_readmes_tree_is_the_repositorys():
     """Every place that it names is there, and every part of the package is named."""
-    tree = (ROOT / "README.md").read_text().split("## What is where")[1].split("```")[1]
+    tree = (ROOT / "README.md").read_text().split("## Structure")[1].split("```")[1]
     top, named = ROOT, set()
     for line in tree.removeprefix("text\n").splitlines():
         words = line.split()

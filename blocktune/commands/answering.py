@@ -169,7 +169,9 @@ class Run:
         sampled = [asdict(self.sampling), self.batch_size] if self.sampling.temperature else []
         weights = [self.engine.fingerprint, self.engine.format.to_dict()]
         parts = [weights, list(method), self.max_new_tokens, sampled, example.to_json()]
-        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[
+            :16
+        ]
 
 
 def _answered(output: Path, keys: Sequence[str]) -> int:

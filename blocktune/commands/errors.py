@@ -72,16 +72,17 @@ def _one_line(debug: bool) -> Iterator[None]:
 
 
 @contextmanager
-def resumable(kept: str) -> Iterator[None]:
-    """Inside the block, Ctrl-C says that the same command continues where it stopped.
+def resumable(kept: str, how: str = "repeat the command to continue") -> Iterator[None]:
+    """Inside the block, Ctrl-C says how to continue.
 
     Args:
         kept: What the command finds again: ``the answers so far are in FILE``.
+        how: What to do.
     """
     try:
         yield
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"{kept}; repeat the command to continue") from None
+        raise KeyboardInterrupt(f"{kept}; {how}") from None
 
 
 def plugins_first(args: list[str]) -> list[str]:

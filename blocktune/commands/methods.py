@@ -25,7 +25,7 @@ def add_to(app: typer.Typer) -> None:
 
 def methods(
     markdown: Annotated[
-        bool, typer.Option("--markdown", help="Print the README's table of methods.")
+        bool, typer.Option("--markdown", help="Print the table of docs/methods.md.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:

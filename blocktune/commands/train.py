@@ -11,6 +11,7 @@ import typer
 from blocktune.commands.errors import resumable
 from blocktune.commands.options import quiet_libraries, teach
 
+RESUME = "add --resume_from_checkpoint true to continue from the last one"
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
@@ -25,6 +26,7 @@ def add_to(app: typer.Typer) -> None:
             "blocktune train --config recipes/kvlink.yaml --dry-run   # only show the plan",
             "blocktune train --launcher recipes/accelerate/zero2.yaml --config R.yaml",
             "blocktune train --config R.yaml --train_data mine.jsonl --model_name_or_path M",
+            "blocktune train --config R.yaml --resume_from_checkpoint true   # after a stop",
             "Every key of the YAML is also an option and overrides the file: see --help-all.",
         ),
     )(train)
@@ -54,7 +56,7 @@ def train(
         return
     from blocktune.training.run import parse, train
 
-    with resumable("finished checkpoints are in the output folder"):
+    with resumable("checkpoints are in the output folder", RESUME):
         if processes is None and launcher is None:
             from blocktune.hub import Publisher
 

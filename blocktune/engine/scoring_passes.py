@@ -67,14 +67,14 @@ class ScoringPasses:
     def outside_attention(self) -> Tensor:
         """See `Passes.outside_attention`."""
         computed = computed_rows(self.batch, self._rows)
-        watch = OutsideProbe(computed.rows)
-        self._run(self.model, computed.ids, computed.rows.position, watch)
+        probe = OutsideProbe(computed.rows)
+        self._run(self.model, computed.ids, computed.rows.position, probe)
         cost = ModelCost.of(self.model)
         rows = (computed.rows.kind != Kind.PAD).sum(1).cpu()
-        spent = watch.multiply_adds + rows * cost.layers[0].probe
+        spent = probe.multiply_adds + rows * cost.layers[0].probe
         self.executed.append(Executed(self.model, heads=0, extra=spent))
         return torch.zeros_like(self.cached, dtype=torch.float32).scatter_add(
-            1, computed.index, watch.scores
+            1, computed.index, probe.share
         )
 
     def auxiliary_attention(self, model: str) -> Tensor:
@@ -85,12 +85,12 @@ class ScoringPasses:
         batch = stack(prompts, pad_id=0).to(other.device)
         _require_room(model, other, batch.layout.num_rows)
         rows, last = batch.layout.rows(), other.config.get_text_config().num_hidden_layers - 1
-        watch = QueryProbe(SplitPlan(batch.layout), rows, rows, (last,), last)
-        self._run(other, batch.input_ids, batch.layout.position, watch)
-        self.executed.append(_all_but_last(other, rows, watch))
+        probe = QueryProbe(SplitPlan(batch.layout), rows, rows, (last,), last)
+        self._run(other, batch.input_ids, batch.layout.position, probe)
+        self.executed.append(_all_but_last(other, rows, probe))
         result = torch.zeros_like(self.cached, dtype=torch.float32)
         # Both hold the same chunk tokens in the same order, among other rows.
-        result[layout.is_context] = watch.scores[last][batch.layout.is_context].to(result.device)
+        result[layout.is_context] = probe.by_layer[last][batch.layout.is_context].to(result.device)
         return result
 
     def look_ahead(self, reshaping: ReshapedAttention) -> None:
@@ -113,10 +113,10 @@ class ScoringPasses:
         cache.select(computed.columns)
         plan = CachePlan(computed.rows, self.columns)
         layers = range(len(cache))
-        watch = QueryProbe(plan, computed.rows, self.columns, layers, last=len(cache))
-        self._run(self.model, computed.ids, computed.rows.position, watch, cache)
-        self.executed.append(Executed(self.model, [plan], extra=watch.multiply_adds))
-        scores = torch.stack([watch.scores[layer] for layer in layers])
+        probe = QueryProbe(plan, computed.rows, self.columns, layers, last=len(cache))
+        self._run(self.model, computed.ids, computed.rows.position, probe, cache)
+        self.executed.append(Executed(self.model, [plan], extra=probe.multiply_adds))
+        scores = torch.stack([probe.by_layer[layer] for layer in layers])
         return of_columns(scores, self.batch.layout)
 
     @torch.no_grad()
@@ -134,13 +134,13 @@ class ScoringPasses:
             return
 
 
-def _all_but_last(model: PreTrainedModel, rows: Rows, watch: QueryProbe) -> Executed:
+def _all_but_last(model: PreTrainedModel, rows: Rows, probe: QueryProbe) -> Executed:
     """A causal pass over all rows that ended when the last layer's weights were known."""
     cost = ModelCost.of(model)
     count = (rows.kind != Kind.PAD).sum(1).cpu()
     pairs = count * (count + 1) // 2
     below = sum(count * layer.row + pairs * layer.pair for layer in cost.layers[:-1])
-    extra = below + count * cost.layers[-1].probe + watch.multiply_adds
+    extra = below + count * cost.layers[-1].probe + probe.multiply_adds
     return Executed(model, heads=0, extra=extra)
 
 

@@ -15,7 +15,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs a suite in this process and those that were launched with it.
 
     Returns:
-        The exit code: 2 after a mistake of the user's, said in one line by the main process.
+        The exit code: 2 after a user error, which the main process reports in one line.
     """
     parser = argparse.ArgumentParser("blocktune.evaluation", description=__doc__)
     parser.add_argument("--suite", type=Path, required=True, help="YAML of what to run")

@@ -19,7 +19,7 @@ NEAR = 0.02
 
 
 def pareto(methods: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
-    """Labels that no other method beats in score without costing more, from cheap to dear.
+    """Labels that no other method beats in score without costing more, cheapest first.
 
     Args:
         methods: Of ``results.json``.
@@ -30,24 +30,19 @@ def pareto(methods: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
     fronts = {}
     for cost in COSTS:
         if all(summary[cost] is not None for summary in methods.values()):
-            ranked = sorted(methods, key=lambda n: (methods[n][cost], -methods[n]["score"]))
-            fronts[cost] = _front(methods, ranked)
+            front: list[str] = []
+            for label in sorted(methods, key=lambda n: (methods[n][cost], -methods[n]["score"])):
+                if not front or methods[label]["score"] > methods[front[-1]]["score"]:
+                    front.append(label)
+            fronts[cost] = front
     return fronts
-
-
-def _front(methods: Mapping[str, Mapping[str, Any]], ranked: list[str]) -> list[str]:
-    front: list[str] = []
-    for label in ranked:
-        if not front or methods[label]["score"] > methods[front[-1]]["score"]:
-            front.append(label)
-    return front
 
 
 def matched(methods: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Pairs of methods at the same budget, with their difference in score.
 
-    The budget is the share of the context's layer-tokens that is computed at answering time, which
-    holds CacheBlend's full first layers against it, unlike the ratio that papers state.
+    The budget is the share of the context's layer-tokens that is computed at answering time. It
+    counts CacheBlend's full first layers, unlike the ratio that papers state.
 
     Args:
         methods: Of ``results.json``.
@@ -120,17 +115,10 @@ def _further(own: Sequence[Row]) -> dict[str, float]:
 
 
 def _adjusted(f1: Sequence[float], full: Sequence[float] | None) -> dict[str, Any]:
+    names = ("adjusted_f1", "n_kept", "adjusted_f1_bias", "adjusted_f1_reverse")
     if full is None:
-        names = ("adjusted_f1", "n_kept", "adjusted_f1_bias", "adjusted_f1_reverse")
         return dict.fromkeys(names)
-    kept, num_kept = adjusted_f1(f1, full)
-    bias, reverse = filter_bias(f1, full)
-    return {
-        "adjusted_f1": kept,
-        "n_kept": num_kept,
-        "adjusted_f1_bias": bias,
-        "adjusted_f1_reverse": reverse,
-    }
+    return dict(zip(names, (*adjusted_f1(f1, full), *filter_bias(f1, full)), strict=True))
 
 
 def _recovered(
@@ -193,7 +181,7 @@ def _difference(paired: PairedScores, label: str, other: str) -> dict[str, Any]:
 
 NUM_BINS = 5
 MIN_ROWS = 5
-"""A bin with fewer questions says nothing and is left out."""
+"""Bins with fewer questions are left out."""
 
 
 def sweeps(rows: Mapping[str, Sequence[Row]]) -> dict[str, Any]:

@@ -47,7 +47,7 @@ class Change(NamedTuple):
 
 
 def load_results(folder: str | Path) -> dict[str, Any]:
-    """What ``results.json`` of a finished run holds.
+    """Reads ``results.json`` of a finished run.
 
     Raises:
         ValueError: If the folder has none.
@@ -86,7 +86,7 @@ def compare(before: str | Path, after: str | Path, *, seed: int = 0) -> list[Cha
 def _rows(
     folder: str | Path, methods: Mapping[str, Any], labels: Sequence[str]
 ) -> dict[str, Sequence[Row]]:
-    """Rows of a run by label; of seeds that stand together, their means."""
+    """Rows of a run by label; for pooled seeds, their means."""
     pools = {label: list(seeds) for label in labels if (seeds := methods[label].get("seeds"))}
     read = [one for label in labels for one in pools.get(label, [label])]
     return with_pools(read_all(Path(folder), read), pools)
@@ -163,7 +163,7 @@ def compare_table(changes: Sequence[Change], names: Mapping[str, str]) -> Table:
 
 
 def verdict(mean: float, p: float, n: int, needed: int | None) -> str:
-    """What a difference says, in a few words: real, none, or too few questions to tell."""
+    """The verdict on a difference: real, none, or too few questions to tell."""
     if mean == 0:
         return "the same"
     if p < ALPHA:

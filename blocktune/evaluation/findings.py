@@ -1,4 +1,4 @@
-"""What a table says, in sentences: gaps with their intervals, and what is within noise."""
+"""Results in sentences: gaps with their intervals, and what is within chance."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def fingerprints(engines: Mapping[str | None, Any]) -> dict[str, Any]:
 
     Returns:
         ``base_fingerprint``, see `blocktune.models.identity`, and ``adapter_fingerprints`` by the
-        adapter's name as the suite gives it; a release has none, it is no adapter of ours.
+        adapter's name as the suite gives it; published releases of other projects have none.
     """
     adapters = [name for name in engines if name is not None and find_release(name) is None]
     return {

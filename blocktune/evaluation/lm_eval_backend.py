@@ -3,8 +3,8 @@
     python -m blocktune.evaluation.lm_eval_backend --model blocktune \
       --model_args pretrained=MODEL,adapter=ADAPTER,mode=block --tasks mmlu --num_fewshot 5
 
-What tuning for reuse costs elsewhere shows in both modes. A prompt's parts, which the harness joins
-by blank lines (few-shot examples), are its chunks; the last part is the query.
+It measures what tuning for reuse costs on other tasks, in both modes. A prompt's parts, which the
+harness joins by blank lines (few-shot examples), are its chunks; the last part is the query.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ class BlocktuneLM(LM):
         answer = self._ids(last + continuation)[len(query) :]
         bos = self.engine.tokenizer.bos_token_id
         start = self.engine.tokenizer.eos_token_id if bos is None else bos
-        if not query:  # something must stand before the first token that is scored
+        if not query:  # the first scored token needs one before it
             return Pieces((), chunks, (start,), answer)
         return Pieces(() if bos is None else (bos,), chunks, query, answer)
 
@@ -169,7 +169,7 @@ class BlocktuneLM(LM):
 
 
 def _block_method(engine: Engine) -> str:
-    """Plain reuse under the name that the engine's weights stand for."""
+    """Plain reuse, as the engine's weights were trained for it."""
     layout = engine.adapter.layout if engine.adapter else None
     if layout is None or not layout.block:
         return "naive"

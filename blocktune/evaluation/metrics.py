@@ -60,7 +60,7 @@ def qa_f1(prediction: str, answers: Sequence[str]) -> float:
 
 
 def substring_em(prediction: str, answers: Sequence[str]) -> float:
-    """1 if a normalised answer stands, as characters, anywhere in the normalised prediction.
+    """1 if a normalised answer is a substring of the normalised prediction.
 
     Source: ``best_subspan_em`` of Lost in the Middle (arXiv:2307.03172), as Block-Attention and
     KVLink use it. Departure: an answer that normalises to nothing only matches nothing, where
@@ -111,7 +111,7 @@ def best(metric: Callable[[str], float], answers: Sequence[str]) -> float:
 
 
 def require_answers(answers: Sequence[str]) -> None:
-    """Refuses a question that nothing could be right for.
+    """Refuses a question without an accepted answer.
 
     Raises:
         ValueError: If there is no accepted answer.
@@ -192,7 +192,7 @@ _CONTROL = re.compile(r"[\x00-\x1f]")
 
 
 def ruler_recall(prediction: str, answers: Sequence[str]) -> float:
-    """Share of the wanted strings that stand in the output, whatever their case.
+    """Share of the wanted strings that occur in the output, ignoring case.
 
     Every entry of ``answers`` is wanted: the values of a needle, the words of a list.
 

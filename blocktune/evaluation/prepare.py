@@ -1,4 +1,4 @@
-"""All that a suite needs before its first question: loaded once, and refused now or never."""
+"""What a suite needs before its first question: loaded and checked once, to fail early."""
 
 from __future__ import annotations
 
@@ -170,7 +170,10 @@ def _check_fit(ready: Ready) -> None:
 
 
 def check_prompts(engines: Mapping[str, Any], example: RagExample) -> None:
-    """Refuses to go on unless all engines build one and the same sound prompt, tags aside.
+    """Checks that all engines build the same sound prompt, apart from tags.
+
+    A doubled BOS or an assistant turn that was never opened lowers all methods, full prefill most,
+    and makes reuse look free. These checks do not trust the function that builds prompts.
 
     Args:
         engines: Name -> engine, with its ``tokenizer`` and prompt ``format``.

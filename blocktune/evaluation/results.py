@@ -42,12 +42,13 @@ def build_results(
         fidelity: Label -> closeness to full prefill; empty if it was not measured.
 
     Returns:
-        Plain JSON types; a pool stands in the place of its members, whose scores are its ``seeds``,
-        and takes the time of the first: ``{"methods": {LABEL: {...}}, "tasks":
+        Plain JSON types. A pool replaces its members; their scores are its ``seeds``, its time is
+        that of the first: ``{"methods": {LABEL: {...}}, "tasks":
         {NAME: {...}}, "budget": {...}, "sweeps": {...}, "provenance": {...}}``.
     """
     full, naive = base_label(suite, ORACLE), base_label(suite, FLOOR)
-    seeds, rows = _means(rows), with_pools(rows, suite.pool)
+    seeds = {label: fmean(row.score for row in own) for label, own in rows.items()}
+    rows = with_pools(rows, suite.pool)
     whole = summarize(rows, full, naive, suite.seed)
     groups = {
         name: summarize(_take(rows, members), full, naive, suite.seed)
@@ -73,10 +74,6 @@ def build_results(
         "sweeps": sweeps(rows),
         "provenance": {**provenance, "ci95_of": CI95_OF},
     }
-
-
-def _means(rows: Mapping[str, Sequence[Row]]) -> dict[str, float]:
-    return {label: fmean(row.score for row in own) for label, own in rows.items()}
 
 
 def _about(task: Any) -> dict[str, Any]:
@@ -139,10 +136,10 @@ def plain_label(results: Mapping[str, Any], name: str) -> str | None:
 def with_pools(
     rows: Mapping[str, Sequence[Row]], pools: Mapping[str, Sequence[str]]
 ) -> dict[str, Sequence[Row]]:
-    """The rows with each pool in the place of its members.
+    """The rows, with each pool instead of its members.
 
-    Questions stay the unit that intervals are over: three seeds are no three times the questions.
-    Nor are they three methods: each comparison more would weaken Holm's correction of all others.
+    Intervals are over questions: three seeds are not three times as many questions, nor three
+    methods, since each further comparison would weaken Holm's correction for the others.
 
     Args:
         rows: Label -> rows of the same questions, in the same order.

@@ -1,4 +1,4 @@
-"""One row per question and method, on disk as soon as it is known, so that a run can go on."""
+"""One row per question and method, written at once, so that a stopped run can resume."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Row:
     """What one method answered to one question.
 
     Attributes:
-        key: Digest of all that decides the answer; see `row_key`.
+        key: Digest of everything that decides the answer; see `row_key`.
         task: The task's name.
         id: The question's identifier in its source, or its number.
         kind: Its kind, e.g. ``2-hop``.
@@ -37,7 +37,7 @@ class Row:
         score: The task's headline metric.
         scores: Its further metrics, by name.
         prompt_hash: Digest of the prompt's token ids.
-        place: Where the evidence stands among the chunks, from 0 (first) to 1 (last), or None.
+        place: Position of the evidence among the chunks, from 0 (first) to 1 (last), or None.
     """
 
     key: str
@@ -126,7 +126,7 @@ def place_of(example: RagExample) -> float | None:
 
 
 def digest_of(value: Any) -> str:
-    """Sixteen hexadecimal digits that stand for a JSON value."""
+    """The first sixteen hexadecimal digits of a JSON value's SHA-256."""
     text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -142,7 +142,7 @@ class RowFile:
     before one of them appends.
 
     Args:
-        folder: Where it lies.
+        folder: Its folder.
         label: Of the method.
         keys: `row_key` of every row of this run, in order.
         rank: Number of this process.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ def run_suite(
     load: Load = load_engine,
     processes: Processes | None = None,
 ) -> dict[str, Any] | None:
-    """Answers, times and scores; a run that was stopped goes on where it was.
+    """Answers, times and scores; a stopped run resumes.
 
     Rows do not depend on where a run was stopped nor on how many processes share it: batches are
     always the same ones, and each is answered from empty caches.
@@ -64,7 +64,7 @@ def run_suite(
     """
     processes = processes or Processes()
     output, ready = Path(output), prepare(suite, load)
-    weights = fingerprints(ready.engines)  # now: an adapter may be trained anew meanwhile
+    weights = fingerprints(ready.engines)  # now: an adapter may be retrained during the run
     files = {spec.label: _open(ready, spec, output, processes) for spec in suite.methods}
     processes.wait()  # nobody writes before all have read
     with progress_bars(console, shown=processes.is_main) as progress:
@@ -81,7 +81,7 @@ def run_suite(
     return results
 
 
-def keys_of(measured: str, spec: Any, rows: Mapping[str, Sequence[Row]], num: int) -> str:
+def _keys_of(measured: str, spec: Any, rows: Mapping[str, Sequence[Row]], num: int) -> str:
     """Digest of what decides a measurement: its rows, how it is made, the machine and versions."""
     first = {label: [row.key for row in own[:num]] for label, own in rows.items()}
     return digest_of([measured, spec, first, code_digest(), hardware(), versions()])
@@ -151,19 +151,20 @@ def _count(batches: Sequence[Sequence]) -> int:
 def _time_all(
     ready: Ready, rows: Mapping[str, Sequence[Row]], output: Path, progress: Progress
 ) -> dict[str, TtftSummary]:
-    if not ready.timed:
+    count = len(ready.timed)
+    if count == 0:
         return {}
-    count, path = len(ready.timed), output / TTFT
-    keys = keys_of(TTFT, ready.suite.ttft, rows, count)
-    if (known := _read(path)).get("keys") == keys:
-        return {label: TtftSummary(*times) for label, times in known["ttft"].items()}
-    for engine in ready.worded.values():
-        engine.forget_prefixes()  # the answers above left these very prompts there
-    bar = progress.add_task("time to first token", total=2 * count * len(rows))
-    methods = {spec.label: _asking(ready, spec) for spec in ready.suite.methods}
-    ttft = measure_ttft(methods, ready.timed, lambda: progress.advance(bar))
-    replace_json(path, {"keys": keys, "ttft": ttft})
-    return ttft
+
+    def measure() -> dict[str, TtftSummary]:
+        for engine in ready.worded.values():
+            engine.forget_prefixes()  # the answers above left these very prompts there
+        bar = progress.add_task("time to first token", total=2 * count * len(rows))
+        methods = {spec.label: _asking(ready, spec) for spec in ready.suite.methods}
+        return measure_ttft(methods, ready.timed, lambda: progress.advance(bar))
+
+    keys = _keys_of(TTFT, ready.suite.ttft, rows, count)
+    found = _known_or(output / TTFT, "ttft", keys, measure)
+    return {label: TtftSummary(*times) for label, times in found.items()}
 
 
 def _asking(ready: Ready, spec: MethodSpec):
@@ -174,21 +175,27 @@ def _asking(ready: Ready, spec: MethodSpec):
 def _measure_fidelity(
     ready: Ready, rows: Mapping[str, Sequence[Row]], output: Path, progress: Progress
 ) -> dict[str, dict[str, float]]:
-    spec, path = ready.suite.fidelity, output / FIDELITY
+    spec = ready.suite.fidelity
     if spec.num == 0:
         return {}
-    keys = keys_of(FIDELITY, spec, rows, len(ready.questions))
-    if (known := _read(path)).get("keys") == keys:
-        return known["fidelity"]
-    asked = sum(len(ready.of(task, spec.num)) for task in ready.suite.tasks)
-    bar = progress.add_task("fidelity", total=asked * len(rows))
-    fidelity = measure_fidelity(ready, lambda: progress.advance(bar))
-    replace_json(path, {"keys": keys, "fidelity": fidelity})
-    return fidelity
+
+    def measure() -> dict[str, dict[str, float]]:
+        asked = sum(len(ready.of(task, spec.num)) for task in ready.suite.tasks)
+        bar = progress.add_task("fidelity", total=asked * len(rows))
+        return measure_fidelity(ready, lambda: progress.advance(bar))
+
+    keys = _keys_of(FIDELITY, spec, rows, len(ready.questions))
+    return _known_or(output / FIDELITY, "fidelity", keys, measure)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+def _known_or(path: Path, name: str, keys: str, measure: Callable[[], Any]) -> Any:
+    """What an earlier run measured under the same ``keys``, or else a new measurement, saved."""
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if known.get("keys") == keys:
+        return known[name]
+    found = measure()
+    replace_json(path, {"keys": keys, name: found})
+    return found
 
 
 def progress_bars(console: Console | None, shown: bool = True) -> Progress:

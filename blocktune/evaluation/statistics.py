@@ -98,7 +98,7 @@ class PairedScores:
         have a mean of 0, by the interval of `difference`. Floor and ceiling are 0 and 1 themselves.
 
         Returns:
-            None where the interval of the gap itself reaches zero: a share of nothing says nothing.
+            None where the interval of the gap itself reaches zero.
 
         Source: Fieller, Some Problems in Interval Estimation (1954).
         """

@@ -12,7 +12,7 @@ from blocktune.methods.composition import KEEP
 from blocktune.parsing import entries, load_spec, mapping, read, refuse_doubles
 
 SEED = "{seed}"
-"""Stands for the seed in the adapter's folder of an entry with ``seeds``."""
+"""Placeholder of the seed in the adapter's folder of an entry with ``seeds``."""
 
 
 @dataclass(frozen=True)
@@ -20,16 +20,16 @@ class MethodSpec:
     """One row of the table: a method, its parameters, and the weights it runs on.
 
     Attributes:
-        name: A registered method, or a composition as one says it (``kvlink + epic``).
+        name: A registered method, or a composition as text (``kvlink + epic``).
         adapter: Folder of the adapter it runs with; None runs the base.
         label: Its name in results; ``name`` unless given.
         params: Fields of the method that differ from their defaults.
-        preset: The method, where ``name`` is but a name for what the keys below make of it.
-        select: Which tokens are fresh: a selector's name, or ``{name: {parameter: value}}``.
+        preset: The method to change by the keys below; ``name`` is then only a name for the result.
+        select: Which tokens are recomputed: a selector's name, or ``{name: {parameter: value}}``.
         reshape: How later rows see reused keys, likewise; null leaves them as they are.
-        layout: Fields of the layout to set: where chunks stand, what they are encoded after.
+        layout: Fields of the layout to set: where chunks are placed, what they are encoded after.
         budget: Share of the context tokens that the selector may choose.
-        layer_budget: Share of the context's layer-tokens that the method shall spend instead.
+        layer_budget: Share of the context's layer-tokens that the method may spend, instead.
     """
 
     name: str
@@ -68,7 +68,7 @@ class TtftSpec:
 
     Attributes:
         num: Prompts of the first task; 0 measures none.
-        chunks: Fill each prompt up to so many chunks with those of the questions that follow it;
+        chunks: Fill each prompt up to this many chunks with those of the following questions;
             None leaves prompts as they are. Short prompts measure overhead, not attention.
     """
 
@@ -116,8 +116,8 @@ class Suite:
         batch_size: Prompts answered at a time; timing always runs one.
         ttft: How time to first token is measured.
         fidelity: How closeness to full prefill is measured.
-        pool: Name -> labels of methods that differ in a seed only; in the results their mean stands
-            in their place. An entry of a method with ``seeds`` makes its own, see `parse_methods`.
+        pool: Name -> labels of methods that differ in a seed only; the results show their mean
+            instead. An entry of a method with ``seeds`` makes its own, see `parse_methods`.
     """
 
     model: str
@@ -155,7 +155,7 @@ def changed(
     device: str | None = None,
     quantize: str | None = None,
 ) -> Suite:
-    """A suite with what the command line says instead; None keeps the suite's own."""
+    """A suite with values of the command line; None keeps the suite's own."""
     tasks = suite.tasks
     if limit is not None:
         tasks = tuple(replace(task, limit=limit) for task in tasks)

@@ -1,4 +1,4 @@
-"""Choosing a method's parameters on held-out questions: every point of a grid."""
+"""Chooses a method's parameters on held-out questions: tries every point of a grid."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class TuneSpec:
 
     Attributes:
         model: Path or hub name of the base model.
-        method: A name, a composition as one says it, or an entry as in a suite.
+        method: A name, a composition as text, or an entry as in a suite.
         grid: Values to try, by what they are of: a parameter of the preset (``ratio``), ``budget``,
             or a path into the entry (``layout.num_blanks``, ``select.deviation.ratio``).
         task: Held-out questions to choose by; its ``metric`` decides.
@@ -53,7 +53,7 @@ class TuneSpec:
         batch_size: Prompts answered at a time.
 
     Raises:
-        ValueError: If the grid is empty, a value is no list, a method cannot be built, or the
+        ValueError: If the grid is empty, a value is not a list, a method cannot be built, or the
             questions are of a test split.
     """
 
@@ -139,7 +139,7 @@ def _set(entry: dict[str, Any], keys: list[str], value: Any, path: str) -> None:
     for key in keys[:-1]:
         entry = entry.setdefault(key, {})
         if not isinstance(entry, dict):
-            raise ValueError(f"grid '{path}': '{key}' of the method is no mapping, got {entry!r}")
+            raise ValueError(f"grid '{path}': '{key}' must be a mapping, got {entry!r}")
     entry[keys[-1]] = value
 
 
@@ -154,7 +154,7 @@ def tune(
     command: list[str] | None = None,
     load: Load = load_engine,
 ) -> dict[str, Any]:
-    """Tries every point; a run that was stopped goes on where it was.
+    """Tries every point; a stopped run resumes.
 
     Args:
         spec: What to try, on which questions.
@@ -209,7 +209,7 @@ def _together(suite: Suite, output: Path, count: int, command: list[str] | None)
         mine = Processes(0, count, wait=_waiting(barrier))
         return run_suite(suite, output, command=command, processes=mine)
     except BrokenBarrierError:
-        raise ValueError("a process of the tuner failed; its error stands above") from None
+        raise ValueError("a process of the sweep failed; see its error above") from None
     finally:
         barrier.abort()
         for other in others:

@@ -114,7 +114,7 @@ def with_task(record: Any, where: str) -> dict[str, Any]:
     """Keys of a run that asks one task, its ``task`` built; ``where`` opens every error.
 
     Raises:
-        ValueError: If the record is no mapping, or the task is wrong.
+        ValueError: If the record is not a mapping, or the task is wrong.
     """
     values = dict(mapping(record, where))
     if "task" in values:
@@ -142,8 +142,3 @@ def load_task(path: str | Path, variant: str | None = None) -> dict[str, Any]:
         raise ValueError(f"{path}: unknown variant '{variant}'; it has: {known}")
     changed = {"name": f"{values.get('name')}-{variant}", **mapping(variants[variant], str(path))}
     return values | changed
-
-
-def variants_of(path: str | Path) -> list[str]:
-    """Names of a task file's variants."""
-    return list(mapping(load_yaml(path, "task", HINT), str(path)).get("variants", {}))

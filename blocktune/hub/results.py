@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ from blocktune.adapter import OWN_WEIGHTS, AdapterInfo
 from blocktune.data.sources import data_sets_in
 from blocktune.hub.files import public
 from blocktune.models.identity import adapter_fingerprint, same_base
+from blocktune.tables import Table, with_interval, written
 
 
 def datasets_of(training: Mapping[str, Any]) -> dict[str, str]:
@@ -120,6 +121,7 @@ NOTE = (
 )
 SHOWN = ("EM", "F1")
 """Titles of headline scores that have a column in any case."""
+INTERVALS = (("em", "ci95"), ("f1", "f1_ci95"))
 
 
 def results_table(measured: Measured | None) -> str:
@@ -131,32 +133,15 @@ def results_table(measured: Measured | None) -> str:
         title = None
     headings = ["method", "n", *([title] if title else []), "EM", "F1", "adjusted F1"]
     headings += ["recomputed", "TTFT / full prefill"]
-    lines = [_line(headings), "|---|" + "---:|" * (len(headings) - 1)]
-    lines += [_line(_row(name, own, bool(title))) for name, own in measured.methods.items()]
-    return "\n".join(lines) + "\n\n" + NOTE + _origin(measured)
+    rows = [_row(name, own, bool(title)) for name, own in measured.methods.items()]
+    return Table(headings, rows).markdown(right=True) + "\n\n" + NOTE + _origin(measured)
 
 
 def _row(name: str, own: Mapping[str, Any], headline: bool) -> list[str]:
-    scores = [_score(own, "score", "score_ci95")] if headline else []
-    scores += [_score(own, "em", "ci95"), _score(own, "f1", "f1_ci95")]
-    scores += [_percent(own.get(key)) for key in ("adjusted_f1", "recompute_ratio")]
-    ratio = own.get("ttft_over_full_prefill")
-    return [name, f"{own['n']:,}", *scores, "" if ratio is None else f"{ratio:.2f}"]
-
-
-def _score(own: Mapping[str, Any], name: str, interval: str) -> str:
-    if own.get(interval) is None:
-        return _percent(own.get(name))
-    low, high = own[interval]
-    return f"{_percent(own[name])} ({_percent(low)} to {_percent(high)})"
-
-
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.1f}"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+    scores = [with_interval("score", own["score"], own.get("score_ci95"))] if headline else []
+    scores += [with_interval("score", own.get(k), own.get(ends)) for k, ends in INTERVALS]
+    scores += [written("score", own.get(key)) for key in ("adjusted_f1", "recompute_ratio")]
+    return [name, f"{own['n']:,}", *scores, written("ratio", own.get("ttft_over_full_prefill"))]
 
 
 def _origin(measured: Measured) -> str:

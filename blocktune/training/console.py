@@ -36,11 +36,6 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def amount(size: float) -> str:
-    """Bytes as MiB or GiB."""
-    return f"{size / 2**20:.0f} MiB" if size < 2**30 else f"{size / 2**30:.1f} GiB"
-
-
 class LogLines(TrainerCallback):
     """One line per log: step, loss, accuracy, learning rate, speed, and the time that is left."""
 

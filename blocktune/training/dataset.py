@@ -81,6 +81,8 @@ def to_sample(row: Any, tokenizer: PreTrainedTokenizerBase, fmt: PromptFormat) -
         return row
     if isinstance(row, RagExample):
         return Sample(row, True)
+    if not isinstance(row, Mapping):
+        raise ValueError(f"a row must be a dict of columns, got {type(row).__name__}")
     if row.get("documents") is not None:
         return _with_documents(row, fmt)
     shape = find_shape([row], "a row")

@@ -5,22 +5,20 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from transformers import Trainer
 from transformers.trainer_utils import IntervalStrategy
 
 from blocktune.attention.masks import KEPT_CELLS
 from blocktune.models.quantize import quantization_of
 from blocktune.models.sharded import num_elements, whole_shape
 from blocktune.prompt import LayoutSpec
-from blocktune.training.console import SteadyConsole, amount, duration
-
-if TYPE_CHECKING:
-    from blocktune.training.trainer import BlockSFTTrainer
+from blocktune.tables import written
+from blocktune.training.console import SteadyConsole, duration
 
 ADAM_BYTES = 8
 """Two float32 moments a trainable parameter."""
@@ -232,8 +230,8 @@ class TrainingPlan:
         return round(self.mean_tokens * self.global_batch)
 
 
-def make_plan(trainer: BlockSFTTrainer) -> TrainingPlan:
-    """Reads the plan off a trainer that has not started."""
+def make_plan(trainer: Trainer) -> TrainingPlan:
+    """Reads the plan off a `BlockSFTTrainer` that has not started."""
     args, info, prepared = trainer.args, trainer.files.info, trainer.prepared
     dataset = prepared.dataset
     rows = zip(dataset["length"], dataset["answer_length"], strict=True)
@@ -270,14 +268,14 @@ def make_plan(trainer: BlockSFTTrainer) -> TrainingPlan:
     )
 
 
-def _dtype(trainer: BlockSFTTrainer) -> str:
+def _dtype(trainer: Trainer) -> str:
     model, args = trainer.model, trainer.args
     computed = "bfloat16" if args.bf16 else "float16" if args.fp16 else None
     held = quantization_of(model) or str(model.dtype).removeprefix("torch.")
     return held if computed in (None, held) else f"{held}, computed in {computed}"
 
 
-def _evaluation(trainer: BlockSFTTrainer) -> str | None:
+def _evaluation(trainer: Trainer) -> str | None:
     args, rows = trainer.args, trainer.eval_dataset
     if rows is None:
         return None
@@ -289,7 +287,7 @@ def _evaluation(trainer: BlockSFTTrainer) -> str | None:
     return f"{sum(1 for count in rows['answer_length'] if count):,} rows, {when}"
 
 
-def _peak(trainer: BlockSFTTrainer, longest: int) -> float:
+def _peak(trainer: Trainer, longest: int) -> float:
     args, width = trainer.args, longest * trainer.collator.row_growth
     rows = width * args.per_device_train_batch_size
     answers = max(trainer.train_dataset["answer_length"]) * args.per_device_train_batch_size
@@ -344,6 +342,6 @@ def print_plan(plan: TrainingPlan, console: Console | None = None) -> None:
     table.add_row("steps", f"{plan.steps:,}")
     if plan.evaluation:
         table.add_row("evaluation", plan.evaluation)
-    table.add_row("peak memory", f"about {amount(plan.peak_bytes)} a process, unsharded")
+    table.add_row("peak memory", f"about {written('bytes', plan.peak_bytes)} a process, unsharded")
     table.add_row("time", f"about {duration(plan.eta_s)}; the log says what it really is")
     (console or SteadyConsole()).print(table)

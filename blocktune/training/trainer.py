@@ -106,7 +106,9 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
             model, loaded = load_base(model, dtype="float32", place=False, what="base model")
             processing_class = processing_class or loaded
         tokenizer = processing_class or AutoTokenizer.from_pretrained(model.config._name_or_path)
-        collator = data_collator or BlockDataCollator(tokenizer, args.layout)
+        collator = data_collator
+        if collator is None:
+            collator = BlockDataCollator(tokenizer, args.layout)
         self._check(collator, args)
         self.args, self.processing_class, self.collator = args, tokenizer, collator
         rope = require_supported(model)

@@ -14,7 +14,7 @@ Results = Mapping[str, Any]
 def scores(results: Results, methods: Sequence[str] | None = None) -> str:
     """A row a method: score by kind with half its interval, cost, and what it wins back.
 
-    Where no time was measured, the operations up to the first token stand in its place.
+    Where no time was measured, it shows operations up to the first token.
     """
     shown = chosen(results, methods)
     timed = any(summary["ttft_over_full_prefill"] is not None for summary in shown.values())
@@ -85,7 +85,7 @@ def fidelity(results: Results, methods: Sequence[str] | None = None) -> str:
 
 
 def choice(results: Results, method: str = "naive") -> str:
-    """Layer by layer: where the tokens stand that deviate most, and who else chooses them."""
+    """Layer by layer: where the tokens are that deviate most, and which layers choose them too."""
     own = _known(results, method)["fidelity"]["choice"]
     layers = range(1, len(own["beginnings"]))
     rows = [

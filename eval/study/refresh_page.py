@@ -1,10 +1,10 @@
 """Refreshes the blocks of a Markdown page from results; everything outside of them stays.
 
-    python eval/study/refresh_page.py eval/results/STUDY.md --runs out/study
+    python eval/study/refresh_page.py eval/results/worlds/STUDY.md --runs out/study
 
 ```text
 <!-- table: {show: scores, run: study/untuned, methods: [naive, epic]} -->
-...made anew each time...
+...replaced...
 <!-- end of table -->
 ```
 ``run`` is a JSON file beside the page, without its suffix. A ``figure`` has ``file``, the picture's
@@ -37,7 +37,7 @@ KINDS: Mapping[str, Mapping[str, Callable]] = {"table": TABLES, "figure": FIGURE
 
 
 def refresh(path: str | Path, runs: str | Path | None = None) -> list[str]:
-    """Writes a page's tables and pictures anew.
+    """Replaces a page's tables and pictures.
 
     Args:
         path: The page.
@@ -56,7 +56,9 @@ def refresh(path: str | Path, runs: str | Path | None = None) -> list[str]:
     text = path.read_text(encoding="utf-8")
     named = dict.fromkeys(_keys(block, path)["run"] for block in BLOCK.finditer(text))
     if not named:
-        raise ValueError(f"{path} holds no block of a table or a figure; see eval/results/STUDY.md")
+        raise ValueError(
+            f"{path} holds no block of a table or a figure; see eval/results/worlds/STUDY.md"
+        )
     if runs is not None and not Path(runs).is_dir():
         raise ValueError(f"no folder of runs at '{runs}'")
     for name in named if runs else ():
@@ -66,7 +68,7 @@ def refresh(path: str | Path, runs: str | Path | None = None) -> list[str]:
 
 
 def refreshed(text: str, path: str | Path, *, draw: bool = False) -> str:
-    """A page's text with every block made anew; the same text if nothing has changed.
+    """A page's text with every block replaced; the same text if nothing has changed.
 
     Args:
         text: Of the page.

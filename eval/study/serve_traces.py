@@ -59,8 +59,8 @@ def run_traces(
 ) -> dict[str, Any]:
     """Serves every trace by every method in every size of memory, each from empty caches.
 
-    A run that was stopped goes on with the first cell that was not finished; a cell is kept as
-    long as weights, method, requests, code and machine are the same.
+    A stopped run resumes with the first unfinished cell; a cell is kept as long as weights, method,
+    requests, code and machine are the same.
 
     Args:
         suite: What to run.

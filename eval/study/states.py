@@ -117,7 +117,7 @@ def attention_entropy(run: Any) -> Tensor:
     computed = computed_rows(run.batch, run.batch.layout.kind == Kind.QUERY)
     watch = _EntropyWatch(CachePlan(computed.rows, run.columns), computed.rows, run.columns)
     run.cache.select(computed.columns)
-    run.server.model(
+    run.state.model(
         computed.ids,
         position_ids=computed.rows.position,
         plan=watch,

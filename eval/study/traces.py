@@ -29,7 +29,7 @@ class Pattern:
 
     Attributes:
         name: In results.
-        order: ``kept``: as retrieved; ``shuffled``: anew in every request; ``rotated``: from
+        order: ``kept``: as retrieved; ``shuffled``: differently in every request; ``rotated``: from
             another chunk on, evidence in its order and every chunk but the first after the one that
             it followed, for text in which chunks point back ("she").
         fresh: Share of a request's chunks, those with the evidence apart, that are exchanged for
@@ -189,7 +189,7 @@ def _drawn(
 
 
 def reuse_of(trace: Sequence[RagExample]) -> Mapping[str, float]:
-    """How much returns: chunks a chunk is met again, and the share that stands where it stood."""
+    """How much returns: chunks in all, the share seen before, and the share in the same context."""
     seen: set[Chunk] = set()
     last: dict[Chunk, tuple[Chunk, ...]] = {}
     met = again = same = 0

@@ -4,7 +4,7 @@
 
 Trains every recipe with every seed into out/study/RECIPE-SEED, chooses the best recipe on dev
 worlds, asks all of them the same questions on test worlds, and writes lora-2000.json and
-lora-2000.md. Stopped anywhere, the same command goes on; recipes are taken as they are when it
+lora-2000.md. A stopped run resumes with the same command; recipes are taken as they are when it
 starts, and an adapter of a recipe that has changed since is refused.
 """
 
@@ -68,7 +68,7 @@ def parse() -> argparse.Namespace:
     if args.worlds and args.output == parser.get_default("output"):
         parser.error("--worlds trains other adapters; give them an --output of their own")
     if len(args.seeds) < 2:
-        parser.error("--seeds needs two or more: one training says little of a recipe")
+        parser.error("--seeds needs two or more: one training says little about a recipe")
     if missing := [str(path) for path in args.recipes if not path.is_file()]:
         parser.error(f"no recipe {missing[0]}")
     return args

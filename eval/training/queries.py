@@ -25,7 +25,7 @@ SEEDS = {"dev": 1, "test": 11}
 
 
 def method_of(run: Run) -> str:
-    """The method that serves an adapter as it was trained, with nothing computed afresh."""
+    """The method that serves an adapter as it was trained, with nothing recomputed."""
     return served_by(AdapterInfo.load(run.folder).layout)
 
 
@@ -43,11 +43,11 @@ def suite_of(
     whole: bool,
     worlds: str = "",
 ) -> dict[str, Any]:
-    """A suite as YAML holds it.
+    """A suite, as in its YAML.
 
     Args:
         model: The base.
-        runs: Trained; a recipe's seeds stand together.
+        runs: Trained; a recipe's seeds are pooled.
         split: Of the worlds, ``dev`` or ``test``.
         joined: Questions that join chunks.
         alone: Self-contained questions; 0 asks none.

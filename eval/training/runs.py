@@ -1,4 +1,4 @@
-"""Every recipe with every seed: trained once, gone on with where it was stopped, and its cost."""
+"""Every recipe with every seed: trained once, resumed where it was stopped, and its cost."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from blocktune.training.run import parse, resolved
 
 STATE_FILE = "trainer_state.json"
 ASIDE = ("output_dir", "resume_from_checkpoint", "report_to", "logging_steps", "disable_tqdm")
-"""Keys of a recipe that say where a run lies and how it is told; what is learnt is the same."""
+"""Keys of a recipe that do not change what is learnt."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Run:
         return sorted(steps, key=lambda path: int(path.name.rpartition("-")[2]))
 
     def refuse_other_recipe(self) -> None:
-        """Raises ValueError if what lies there was trained by a recipe that has changed since."""
+        """Raises ValueError if the folder was trained by a recipe that has changed since."""
         found = [self.folder] if self.is_complete else self.checkpoints[-1:]
         for folder in found:
             saved = _flat(yaml.safe_load((folder / CONFIG_FILE).read_text()))
@@ -109,7 +109,7 @@ def cost_of(run: Run) -> dict[str, Any]:
     logs = [entry for entry in state["log_history"] if "tokens_per_second" in entry]
     tokens, seconds, before = 0.0, 0.0, 0.0
     for entry in logs:
-        # The count begins anew where a run was resumed; the time until then is not lost.
+        # The count restarts where a run was resumed; the time until then still counts.
         passed = entry["num_tokens"] - (before if entry["num_tokens"] >= before else 0)
         tokens, before = tokens + passed, entry["num_tokens"]
         seconds += passed / entry["tokens_per_second"]

@@ -5,11 +5,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from blocktune.evaluation.task import TaskSpec, load_task, parse_task, variants_of
+from blocktune.evaluation.task import TaskSpec, load_task, parse_task
+from blocktune.parsing import load_yaml
 from blocktune.prompt import PromptFormat
 
 TASKS = sorted(Path("eval/tasks").glob("*.yaml"))
 NAMED = {"musique", "2wikimultihopqa", "hotpotqa", "nq-open", "triviaqa", "samsum", "multi-news"}
+
+
+def variants_of(path) -> list[str]:
+    return list(load_yaml(path, "task", "").get("variants", {}))
 
 
 @pytest.mark.parametrize("path", TASKS, ids=lambda path: path.stem)

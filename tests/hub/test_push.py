@@ -47,8 +47,8 @@ def test_the_card_says_what_it_must(run, results):
     head = card.split("---\n")[1]
     for line in ("base_model: org/base", "license: apache-2.0", "- org/data", "- kvlink"):
         assert line in head
-    assert "| kvlink | 600 | 60.0 (56.0 to 64.0) | 70.0 (65.0 to 75.0) | 97.0 |  |  |" in card
-    assert "| full-prefill | 600 | 61.5 (58.0 to 65.0) | 64.0 |  |  |  |" in card
+    assert "| kvlink | 600 | 60.0 (56.0 to 64.0) | 70.0 (65.0 to 75.0) | 97.0 | - | - |" in card
+    assert "| full-prefill | 600 | 61.5 (58.0 to 65.0) | 64.0 | - | - | - |" in card
     assert "| other |" not in card
     assert "other adapters: other, mean." in card
     assert "Made by `blocktune eval --suite s.yaml`, at commit `0123456789ab`." in card

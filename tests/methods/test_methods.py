@@ -2,17 +2,13 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from blocktune.commands.methods import markdown_table
 from blocktune.methods import available, build, describe_method
 from blocktune.methods.composition import LAYOUT_FIELDS
 from blocktune.methods.describe import GROUPS, LAYOUT_SUMMARIES, describe_all
 from blocktune.prompt import LayoutSpec
-
-README = Path(__file__).resolve().parents[2] / "README.md"
 
 
 @pytest.mark.parametrize("name", available())
@@ -21,15 +17,6 @@ def test_every_method_says_what_it_is(name):
     assert row.summary.endswith(".")
     assert 20 < len(row.summary) < 100
     assert row.source.startswith("https://")
-
-
-def test_the_readme_holds_the_table_of_methods():
-    text = README.read_text(encoding="utf-8")
-    _, start, rest = text.partition("<!-- methods: blocktune methods --markdown -->\n")
-    table, end, _ = rest.partition("\n<!-- end of methods -->")
-    assert start
-    assert end
-    assert table == markdown_table(describe_all()), "put `blocktune methods --markdown` there"
 
 
 def test_everything_that_is_described_has_a_group_and_a_summary():

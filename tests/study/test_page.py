@@ -23,7 +23,7 @@ from blocktune.evaluation.results import build_results
 from blocktune.evaluation.suite import load_suite
 from blocktune.files import replace_json
 
-STUDY = Path("eval/results/STUDY.md")
+STUDY = Path("eval/results/worlds/STUDY.md")
 SUITES = [p for p in Path("eval/study/suites").glob("*.yaml") if not p.stem.startswith("traces")]
 CHOICE = {
     "beginnings": [0.0, 0.5, 0.25],

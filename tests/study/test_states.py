@@ -1,5 +1,6 @@
 """What reuse leaves in the cache: zero where nothing differs, by hand where it can be."""
 
+import copy
 import json
 from types import SimpleNamespace
 
@@ -24,6 +25,7 @@ from states import (
 )
 from tiny_llama import tiny_llama
 from tiny_tokenizer import build_tokenizer
+from transformers import AutoModelForCausalLM
 
 from blocktune.data import RagExample
 from blocktune.layout import Kind
@@ -70,10 +72,11 @@ def test_entropy_is_that_of_the_weights_of_a_dense_forward(engine):
     run = engine.prefilled([EXAMPLE], "full-prefill")
     found = attention_entropy(run)
     ids, rows = run.batch.input_ids, run.batch.layout.kind[0] == Kind.QUERY
-    with engine.stock_attention() as model:
-        model.set_attn_implementation("eager")
-        with torch.no_grad():
-            weights = model(ids, output_attentions=True, use_cache=False).attentions
+    config = copy.deepcopy(engine.model.config)  # from_config sets its attention
+    stock = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    stock.load_state_dict(engine.model.state_dict())
+    with torch.no_grad():
+        weights = stock(ids, output_attentions=True, use_cache=False).attentions
     expected = torch.stack(
         [-(w[0][:, rows] * w[0][:, rows].clamp(min=1e-30).log()).sum(-1).mean() for w in weights]
     )

@@ -11,7 +11,8 @@ from rich.console import Console
 from training.runs import make_trainer, write_run
 from training.toy import toy_model
 
-from blocktune.training.console import LogLines, SteadyConsole, amount, duration
+from blocktune.tables import written
+from blocktune.training.console import LogLines, SteadyConsole, duration
 from blocktune.training.plan import (
     Speedometer,
     make_plan,
@@ -148,7 +149,7 @@ def test_durations_read_well(seconds, text):
 
 
 def test_amounts_read_well():
-    assert [amount(2**20 * 5), amount(2**30 * 3.26)] == ["5 MiB", "3.3 GiB"]
+    assert [written("bytes", size) for size in (2**20 * 5, 2**30 * 3.26)] == ["5 MiB", "3.3 GiB"]
 
 
 CLOSED_PIPE = """

@@ -20,7 +20,7 @@ class Chart(NamedTuple):
     Attributes:
         name: Of its PNG.
         title: Above it.
-        about: What it shows, in a sentence; also what a screen reader says.
+        about: What it shows, in a sentence; also for screen readers.
         draw: Draws it.
         height: In inches.
     """
@@ -48,7 +48,7 @@ def charts_of(results: Results) -> list[Chart]:
 
 
 _SWEEPS = (
-    ("place", "Where the evidence stands", "place among the chunks, first to last"),
+    ("place", "Position of the evidence", "place among the chunks, first to last"),
     ("context_tokens", "How long the context is", "tokens of context"),
 )
 _COSTS = {

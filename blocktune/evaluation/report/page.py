@@ -25,7 +25,7 @@ ADJUSTED = (
     "Adjusted F1 (arXiv:2603.20218) keeps the questions that full prefill scores on. The filter "
     "conditions on full prefill's own luck: F1 that a method earns elsewhere is dropped. 'Filter "
     "hides' is that F1 per kept question, by which the adjusted gap to full prefill is wider than "
-    "the raw one; 'reversed' is full prefill's F1 under the same filter turned round."
+    "the raw one; 'reversed' is full prefill's F1 under the same filter reversed."
 )
 DIFFERENCES = (
     "p is McNemar's exact test, or sign flips where scores are not 0 or 1; Holm's correction is "
@@ -34,8 +34,8 @@ DIFFERENCES = (
     "show with 80 % power after the correction."
 )
 BUDGET = (
-    "Methods whose recomputed shares of layer-tokens differ by at most two points. The share holds "
-    "fully computed first layers against a method."
+    "Methods whose recomputed shares of layer-tokens differ by at most two points. The share "
+    "counts layers that a method computes in full."
 )
 
 

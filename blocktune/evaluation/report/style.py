@@ -23,7 +23,7 @@ class Ground(NamedTuple):
     Attributes:
         paper: Behind it.
         ink: Text and axes.
-        faint: Grid lines and what is said aside.
+        faint: Grid lines and secondary text.
         series: Okabe and Ito's palette, told apart by all common forms of colour vision.
     """
 

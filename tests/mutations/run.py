@@ -1,0 +1,173 @@
+"""Breaks one line of the core at a time and checks that a test notices.
+
+    python tests/mutations/run.py                  # all, about half an hour on two cores
+    python tests/mutations/run.py --only mask keys # those whose name holds one of the words
+    python tests/mutations/run.py --write          # also writes outcome.md
+
+Each mutation in `mutations.yaml` names a file, a piece of its text that occurs once, what to put in
+its place, and the tests that must fail then. The tests run in a copy of the repository.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+COPIED = (
+    "blocktune",
+    "tests",
+    "recipes",
+    "eval",
+    "data",
+    "examples",
+    "pyproject.toml",
+    "README.md",
+)
+TIMEOUT_S = 600
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One broken line.
+
+    Attributes:
+        name: What breaks, in a few words.
+        file: Relative to the repository.
+        old: Text that occurs exactly once in the file.
+        new: What replaces it.
+        tests: Arguments of pytest.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+def load() -> list[Mutation]:
+    entries = yaml.safe_load((HERE / "mutations.yaml").read_text(encoding="utf-8"))
+    return [Mutation(**entry) for entry in entries]
+
+
+def copy_tree(folder: Path) -> Path:
+    """A copy of what the tests need, without results and caches."""
+    skipped = shutil.ignore_patterns("__pycache__", "results", "*.pyc", "out")
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=skipped)
+        elif source.exists():
+            shutil.copy(source, folder / name)
+    return folder
+
+
+def pytest(folder: Path, tests: str) -> subprocess.CompletedProcess:
+    """Runs tests against the copy; stops at the first failure."""
+    environment = os.environ | {
+        "PYTHONPATH": str(folder),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider"]
+    return subprocess.run(
+        [*command, *tests.split()],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+    )
+
+
+def outcome_of(mutation: Mutation, folder: Path) -> tuple[str, float, str]:
+    """``caught``, ``survived`` or ``error``, the seconds it took, and the test that failed."""
+    path = folder / mutation.file
+    text = path.read_text(encoding="utf-8")
+    if text.count(mutation.old) != 1:
+        return "error", 0.0, f"the text occurs {text.count(mutation.old)} times"
+    started = time.monotonic()
+    path.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
+    try:
+        done = pytest(folder, mutation.tests)
+    except subprocess.TimeoutExpired:
+        return "error", TIMEOUT_S, "timed out"
+    finally:
+        path.write_text(text, encoding="utf-8")
+    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    seconds = time.monotonic() - started
+    if done.returncode == 0:
+        return "survived", seconds, ""
+    if done.returncode == 1 and failed:
+        return "caught", seconds, failed[0].split(" - ")[0].removeprefix("FAILED ")
+    return "error", seconds, (done.stdout + done.stderr).strip()[-200:]
+
+
+def run(mutations: list[Mutation], workers: int) -> list[tuple[Mutation, str, float, str]]:
+    with tempfile.TemporaryDirectory() as name:
+        folders = [copy_tree(Path(name) / str(index)) for index in range(workers)]
+        shares = [mutations[index::workers] for index in range(workers)]
+
+        def work(index: int) -> list[tuple[Mutation, str, float, str]]:
+            found = []
+            for mutation in shares[index]:
+                found.append((mutation, *outcome_of(mutation, folders[index])))
+                print(f"{found[-1][1]:9}{mutation.name}  {found[-1][3]}", flush=True)
+            return found
+
+        with ThreadPoolExecutor(workers) as pool:
+            done = [entry for part in pool.map(work, range(workers)) for entry in part]
+    order = {mutation.name: index for index, mutation in enumerate(mutations)}
+    return sorted(done, key=lambda entry: order[entry[0].name])
+
+
+def report(done: list[tuple[Mutation, str, float, str]]) -> str:
+    caught = sum(outcome == "caught" for _, outcome, *_ in done)
+    rows = [
+        f"| {mutation.name} | `{mutation.file.removeprefix('blocktune/')}` | {outcome} | `{test}` |"
+        for mutation, outcome, _, test in done
+    ]
+    return "\n".join(
+        [
+            "# Mutations",
+            "",
+            f"{caught} of {len(done)} broken lines were caught by a test "
+            "(`python tests/mutations/run.py --write`).",
+            "",
+            "| what was broken | file | outcome | first test that failed |",
+            "|---|---|---|---|",
+            *rows,
+            "",
+        ]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", nargs="+", default=[""], help="words of the names to run")
+    parser.add_argument("--write", action="store_true", help="write outcome.md")
+    parser.add_argument("--workers", type=int, default=2)
+    given = parser.parse_args()
+    chosen = [m for m in load() if any(word in m.name for word in given.only)]
+    done = run(chosen, given.workers)
+    if given.write:
+        (HERE / "outcome.md").write_text(report(done), encoding="utf-8")
+    if missed := [mutation.name for mutation, outcome, *_ in done if outcome != "caught"]:
+        raise SystemExit(f"{len(missed)} of {len(done)} not caught: {', '.join(missed)}")
+    print(f"all {len(done)} caught")
+
+
+if __name__ == "__main__":
+    main()
