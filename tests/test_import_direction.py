@@ -34,7 +34,7 @@ ALLOWED = {
     "prompt": GROUND,
     "adapter": GROUND | {"prompt"},
     "data": PROMPT,
-    "training": PROMPT | {"data", "methods.select", "methods.registry"},
+    "training": PROMPT | {"data", "methods.select"},
     "cache": PROMPT,
     "methods": PROMPT | {"cache"},
     "extras": PROMPT | {"cache", "methods"},  # plug-ins: they see no engine, and nobody names them

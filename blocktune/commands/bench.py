@@ -47,9 +47,9 @@ def attention(
     as_json: AsJson = False,
 ) -> None:
     """Time split attention, forward and backward, against full causal and dense-mask SDPA."""
-    from blocktune.bench import AttentionBench, bench_attention
+    from blocktune.bench import bench_attention
 
-    _show(bench_attention(AttentionBench(tokens, chunk, repeats=repeats)), as_json, output)
+    _show(bench_attention(tokens, chunk, repeats), as_json, output)
 
 
 def reuse(

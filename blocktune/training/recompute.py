@@ -15,7 +15,7 @@ from blocktune.attention import Plan, make_plan
 from blocktune.attention.kernels import AttentionParams
 from blocktune.layout import FOREVER, GLOBAL, Kind, LayerRule, Layout
 from blocktune.methods.select import SELECTORS, Selection
-from blocktune.methods.select.layer_check import LayerCheck, LayerKV
+from blocktune.methods.select.base import LayerCheck, LayerKV
 from blocktune.prompt import IGNORED, Prompt
 
 

@@ -46,10 +46,10 @@ def test_the_methods_of_the_spine_exist():
         ("cacheblnd", {}, "unknown reuse method 'cacheblnd'; available: ape, block-attention, "),
         ("epic", {"n": 3}, "'epic' takes k, share, .* got unknown n"),
         ("naive", {"k": 3}, "'naive' takes no parameters, got unknown k"),
-        ("epic", {"k": -1}, "k must be a number of tokens per chunk, at least 0, got -1"),
+        ("epic", {"k": -1}, "k must be .* at least 0, got -1"),
         ("epic", {"share": 15}, r"share must be a share .* \[0, 1\], got 15"),
         ("cacheblend", {"ratio": 1.5}, r"ratio must be a share .* \[0, 1\], got 1.5"),
-        ("cacheblend", {"check_layer": 0}, "check_layer must be a layer from 1 on .* got 0"),
+        ("cacheblend", {"check_layer": 0}, "check_layer must be .* at least 1 .* got 0"),
     ],
 )
 def test_bad_names_and_values_are_refused_when_built(name, parameters, message):
@@ -61,7 +61,7 @@ def test_adapters_are_served_as_they_were_trained():
     linked = LayoutSpec(num_links=2)
     assert build("kvlink").layout_for(linked) == linked
     assert build("kvlink + epic").layout_for(linked) == linked
-    with pytest.raises(ValueError, match=r"'epic' does not serve .*compose them: 'kvlink \+ epic'"):
+    with pytest.raises(ValueError, match=r"'epic' does not serve .*compose: 'kvlink \+ epic'"):
         build("epic").layout_for(linked)
     assert build("full-prefill").layout_for(linked) == LayoutSpec(block=False)
     with pytest.raises(ValueError, match=r"'block-attention' needs .* got one with link tokens"):

@@ -24,7 +24,6 @@ class _InFull(Method):
     cached: ClassVar[Cached] = Cached.NOTHING
 
     def layout(self, spec: LayoutSpec) -> LayoutSpec:
-        """Full attention."""
         return LayoutSpec(block=False)
 
 
@@ -36,7 +35,6 @@ class FullPrefill(_InFull):
     source: ClassVar[str] = "https://arxiv.org/abs/1706.03762"
 
     def select(self) -> Selection:
-        """Everything."""
         return Everything()
 
 
@@ -57,7 +55,6 @@ class PrefixCache(_InFull):
         require_count("warm_up", self.warm_up)
 
     def select(self) -> Selection:
-        """Everything that the cached prefix does not hold."""
         return Everything()
 
 
@@ -84,7 +81,6 @@ class OracleMethod(Method):
     by: str = "influence"
 
     def select(self) -> Selection:
-        """With the knowledge of a full prefill."""
         return Oracle(ratio=self.ratio, by=self.by)
 
 
@@ -98,5 +94,4 @@ class RandomMethod(Method):
     seed: int = 0
 
     def select(self) -> Selection:
-        """A seeded draw."""
         return Random(ratio=self.ratio, seed=self.seed)
