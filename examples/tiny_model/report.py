@@ -166,16 +166,15 @@ Weights are saved in bfloat16; the numbers are of the saved weights, computed in
 Greedy decoding. If the output contains `Answer:`, the text after the last one is scored. Test
 worlds have exactly 10 chunks and share no name with training. *full*: full attention. *naive*:
 every chunk encoded alone, no tuning. *no-context*: no chunks. *bridge-deleted*: without the chunk
-that states
-the last hop's fact.
+that states the last hop's fact.
 
 | kind | n | full | naive | no-context | bridge-deleted |
 |---|---|---|---|---|---|
 {chr(10).join(rows)}
 
 After the bridge is deleted, the answer still occurs elsewhere in the context for
-{numbers["answer_elsewhere"]["2-hop"]:.1%} of the 2-hop questions: an upper bound on guessing from
-the context.
+{numbers["answer_elsewhere"]["2-hop"]:.1%} of the 2-hop questions: an upper bound on guessing
+from the context.
 
 Cross-chunk questions ask for a fact in a chunk that does not name its subject. In these worlds at
 most one document of each kind continues in such chunks, half of them by an alias; pre-training had
