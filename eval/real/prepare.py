@@ -37,11 +37,19 @@ CHOICE, TEST = 60, {"hotpotqa": 300, "2wiki": 200, "musique": 287, "squad": 500}
 """Questions a set: to choose settings by, and for the tables."""
 MIXTURE = {"hotpotqa": 0.45, "2wiki": 0.15, "squad": 0.40}
 """Shares of the training rows. MuSiQue is never trained on."""
-LONGEST, TURNS = 1000, 9
-"""Characters of a training passage, and further questions asked of a row of the base, at most."""
+TURNS = 9
+"""Further questions asked of a row of the base, at most."""
 
 
-def prepare(data: Path, output: Path, rows: int, passages: tuple[int, int], base: int, seed: int):
+def prepare(
+    data: Path,
+    output: Path,
+    rows: int,
+    base: int,
+    passages: tuple[int, int],
+    longest: int,
+    seed: int,
+):
     """Writes ``choice/SET.jsonl``, ``test/SET.jsonl``, ``base.jsonl`` and ``rows.jsonl``.
 
     The first lines of ``rows.jsonl`` are a valid smaller training set. It has no question in common
@@ -51,13 +59,14 @@ def prepare(data: Path, output: Path, rows: int, passages: tuple[int, int], base
         data: Folder of the question sets.
         output: Folder to write to.
         rows: Training rows of the recipes.
+        base: Questions to make the rows of the RAG base of.
         passages: Fewest and most passages of a training row.
-        base: Training rows of the RAG base.
+        longest: Characters of a training passage, at most.
         seed: Of every draw.
     """
     pools, evaluation = _split(data, random.Random(f"split {seed}"))
     seen = {_key(c) for part in evaluation.values() for s in part.values() for e in s for c in e[1]}
-    pools = {name: _trainable(pool, seen) for name, pool in pools.items()}
+    pools = {name: _trainable(pool, seen, longest) for name, pool in pools.items()}
     counts = {"dropped_passages": len(seen), "pool": {n: len(p) for n, p in pools.items()}}
     for part, sets in evaluation.items():
         for name, items in sets.items():
@@ -203,11 +212,11 @@ def _key(chunk: Chunk) -> str:
     return re.sub(r"\W+", "", chunk.text.lower())[:160]
 
 
-def _trainable(pool: list[Item], seen: set[str]) -> list[Item]:
+def _trainable(pool: list[Item], seen: set[str], longest: int) -> list[Item]:
     """Training items without long passages and without those of evaluation questions."""
 
     def is_fit(chunk: Chunk) -> bool:
-        return len(chunk.text) <= LONGEST and _key(chunk) not in seen
+        return len(chunk.text) <= longest and _key(chunk) not in seen
 
     fit = [
         (e, [c for c in others if is_fit(c)]) for e, others in pool if all(map(is_fit, e.chunks))
