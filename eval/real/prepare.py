@@ -65,7 +65,8 @@ def prepare(
         seed: Of every draw.
     """
     pools, evaluation = _split(data, random.Random(f"split {seed}"))
-    seen = {_key(c) for part in evaluation.values() for s in part.values() for e in s for c in e[1]}
+    items = [item for sets in evaluation.values() for own in sets.values() for item in own]
+    seen = {_key(c) for e, others in items for c in (*e.chunks, *others)}
     pools = {name: _trainable(pool, seen, longest) for name, pool in pools.items()}
     counts = {"dropped_passages": len(seen), "pool": {n: len(p) for n, p in pools.items()}}
     for part, sets in evaluation.items():
@@ -85,6 +86,8 @@ def prepare(
         if part == "base":
             squad = pools["squad"]
             made = _ask_more(made, [e for e, _ in squad[: _border(squad)]])
+        if any(_key(c) in seen for e in made for c in e.chunks):
+            raise AssertionError(f"{part} holds a passage of an evaluation question")
         counts[part] = _write(output / f"{part}.jsonl", made)
     (output / "counts.json").write_text(json.dumps(counts, indent=2) + "\n", encoding="utf-8")
     return counts
