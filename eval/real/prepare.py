@@ -11,9 +11,10 @@ import json
 import random
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import bm25s
 import numpy as np
@@ -37,20 +38,21 @@ CHOICE, TEST = 60, {"hotpotqa": 300, "2wiki": 200, "musique": 287, "squad": 500}
 """Questions a set: to choose settings by, and for the tables."""
 MIXTURE = {"hotpotqa": 0.45, "2wiki": 0.15, "squad": 0.40}
 """Shares of the training rows. MuSiQue is never trained on."""
+BASE_SHARE = 0.4
+"""Of each set's training questions: those of the RAG base; the recipes have the others."""
 TURNS = 9
 """Further questions asked of a row of the base, at most."""
 
 
-def prepare(
-    data: Path,
-    output: Path,
-    rows: int,
-    base: int,
-    passages: tuple[int, int],
-    longest: int,
-    seed: int,
-):
-    """Writes ``choice/SET.jsonl``, ``test/SET.jsonl``, ``base.jsonl`` and ``rows.jsonl``.
+class Item(NamedTuple):
+    """A question over its gold passages, and other passages, the hardest first."""
+
+    example: RagExample
+    others: list[Chunk]
+
+
+def prepare(data: Path, output: Path, settings: dict) -> dict:
+    """Writes ``{choice,test}-{5,10}/SET.jsonl``, ``base.jsonl`` and ``rows.jsonl``.
 
     The first lines of ``rows.jsonl`` are a valid smaller training set. It has no question in common
     with ``base.jsonl``, and neither has a passage of an evaluation question.
@@ -58,43 +60,42 @@ def prepare(
     Args:
         data: Folder of the question sets.
         output: Folder to write to.
-        rows: Training rows of the recipes.
-        base: Questions to make the rows of the RAG base of.
-        passages: Fewest and most passages of a training row.
-        longest: Characters of a training passage, at most.
-        seed: Of every draw.
+        settings: ``rows`` of the recipes, questions of the ``base``, fewest and most ``passages``
+            of a row, ``longest`` passage in characters, ``seed``.
+
+    Returns:
+        What was written, as counts; also in ``counts.json``.
     """
+    seed = settings["seed"]
     pools, evaluation = _split(data, random.Random(f"split {seed}"))
-    items = [item for sets in evaluation.values() for own in sets.values() for item in own]
-    seen = {_key(c) for e, others in items for c in (*e.chunks, *others)}
-    pools = {name: _trainable(pool, seen, longest) for name, pool in pools.items()}
-    counts = {"dropped_passages": len(seen), "pool": {n: len(p) for n, p in pools.items()}}
+    asked = [item for sets in evaluation.values() for own in sets.values() for item in own]
+    seen = {_key(c) for item in asked for c in (*item.example.chunks, *item.others)}
+    pools = {name: _trainable(pool, seen, settings["longest"]) for name, pool in pools.items()}
+    made = {}
     for part, sets in evaluation.items():
         for name, items in sets.items():
             rng = random.Random(f"{part} {name} {seed}")
             for number in (5, 10):
-                path = output / f"{part}-{number}" / f"{name}.jsonl"
-                made = [_row(item, number, rng) for item in items]
-                counts[f"{path.parent.name}/{name}"] = _write(path, made)
-    for part, number in (("base", base), ("rows", rows)):
+                made[f"{part}-{number}/{name}"] = [_row(item, number, rng) for item in items]
+    for part in ("base", "rows"):
         rng = random.Random(f"{part} {seed}")
-        drawn = _draw(pools, part, number)
+        drawn = _draw(pools, part, settings[part])
         if part == "base":
             drawn = [item for name in pools for item in _paired(drawn, name)]
         rng.shuffle(drawn)
-        made = [_row(item, rng.randint(*passages), rng) for item in drawn]
-        if part == "base":
-            squad = pools["squad"]
-            made = _ask_more(made, [e for e, _ in squad[: _border(squad)]])
-        if any(_key(c) in seen for e in made for c in e.chunks):
+        rows = [_row(item, rng.randint(*settings["passages"]), rng) for item in drawn]
+        made[part] = rows if part == "rows" else _ask_more(rows, pools["squad"])
+        if any(_key(c) in seen for row in made[part] for c in row.chunks):
             raise AssertionError(f"{part} holds a passage of an evaluation question")
-        counts[part] = _write(output / f"{part}.jsonl", made)
-    (output / "counts.json").write_text(json.dumps(counts, indent=2) + "\n", encoding="utf-8")
+    for name, rows in made.items():
+        path = output / f"{name}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps(row.to_json(), ensure_ascii=False) + "\n" for row in rows]
+        path.write_text("".join(lines), encoding="utf-8")
+    counts = {name: len(rows) for name, rows in made.items()}
+    counts |= {f"pool of {name}": len(pool) for name, pool in pools.items()}
+    (output / "counts.json").write_text(json.dumps(counts, indent=1) + "\n", encoding="utf-8")
     return counts
-
-
-Item = tuple[RagExample, list[Chunk]]
-"""A question over its gold passages, and candidates for distractors, the hardest first."""
 
 
 def _split(data: Path, rng: random.Random) -> tuple[dict, dict]:
@@ -105,22 +106,20 @@ def _split(data: Path, rng: random.Random) -> tuple[dict, dict]:
         train = _items([e for file in FILES[name] for e in _read(data / file, name)], name)
         rng.shuffle(dev)
         if name == "squad":  # the questions to choose by are of other articles than the tables'
-            apart = set(sorted({e.chunks[0].title for e, _ in dev})[::8])
-            choice = [i for i in dev if i[0].chunks[0].title in apart]
-            dev = [i for i in dev if i[0].chunks[0].title not in apart]
-            rng.shuffle(train)
-            parts["choice"][name], pools[name] = choice[:CHOICE], train
+            apart = set(sorted({item.example.chunks[0].title for item in dev})[::8])
+            later = [item for item in dev if item.example.chunks[0].title in apart]
+            dev = [item for item in dev if item.example.chunks[0].title not in apart]
         else:
-            later = [i for i in train if "_dev" in i[0].meta["file"] and len(i[1]) > 5]
+            later = [i for i in train if "_dev" in i.example.meta["file"] and len(i.others) > 5]
             rng.shuffle(later)
             wanted = max(0, TEST[name] - len(dev))
-            parts["choice"][name] = later[:CHOICE]
+            held = {id(item) for item in later[: CHOICE + wanted]}
             dev += later[CHOICE : CHOICE + wanted]
-            held = {id(i) for i in later[: CHOICE + wanted]}
-            pools[name] = [i for i in train if id(i) not in held]
-            rng.shuffle(pools[name])
-        parts["test"][name] = dev[: TEST[name]]
-    del pools["musique"]
+            train = [item for item in train if id(item) not in held]
+        rng.shuffle(train)
+        parts["choice"][name], parts["test"][name] = later[:CHOICE], dev[: TEST[name]]
+        if name in MIXTURE:
+            pools[name] = train
     return pools, parts
 
 
@@ -129,40 +128,46 @@ def _read(path: Path, name: str) -> list[RagExample]:
     if path.suffix == ".gz":
         with gzip.open(path, "rt", encoding="utf-8") as lines:
             records = [json.loads(line) for line in lines]
-        found = [
-            RagExample(
-                question=r["question"].strip(),
-                chunks=tuple(
-                    Chunk(c["text"].strip(), title=c["title"] or None) for c in r["chunks"]
-                ),
-                answers=tuple(a for a in r["answers"] if a.strip()),
-                supporting=tuple(r["supporting"]),
-                id=r["id"],
-            )
-            for r in records
-            if all(c["text"].strip() for c in r["chunks"])
-        ]
+        found = [_parse(r) for r in records if all(c["text"].strip() for c in r["chunks"])]
     else:
         found = load_examples(str(path))
-    return [
-        replace(e, meta={"file": path.name}, kind=name) for e in found if e.answers and e.supporting
-    ]
+    asked = [e for e in found if e.answers and e.supporting]
+    return [replace(e, meta={"file": path.name}, kind=name) for e in asked]
+
+
+def _parse(record: dict) -> RagExample:
+    return RagExample(
+        question=record["question"].strip(),
+        chunks=tuple(Chunk(c["text"].strip(), c["title"] or None) for c in record["chunks"]),
+        answers=tuple(answer for answer in record["answers"] if answer.strip()),
+        supporting=tuple(record["supporting"]),
+        id=record["id"],
+    )
 
 
 def _items(examples: Sequence[RagExample], name: str) -> list[Item]:
-    """Puts each question's own other passages, or those of its article, in order of BM25."""
-    if name != "squad":
-        own = [_others(e) for e in examples]
-        ranked = [_rank(e.question, o) for e, o in zip(examples, own, strict=True)]
-    else:
-        articles: dict[str | None, dict[str, Chunk]] = defaultdict(dict)
-        for e in examples:
-            articles[e.chunks[0].title][e.chunks[0].text] = e.chunks[0]
-        indices = {title: _Index(list(found.values())) for title, found in articles.items()}
-        ranked = [_without_answer(e, indices[e.chunks[0].title]) for e in examples]
-    items = [(_gold(e), c) for e, c in zip(examples, ranked, strict=True)]
-    once = {e.question.lower(): (e, c) for e, c in items if len(e.chunks) + len(c) > 4}
-    return list(once.values())
+    """Each question once; its own other passages, or those of its article, in order of BM25."""
+    articles: dict[str | None, dict[str, Chunk]] = defaultdict(dict)
+    for e in examples if name == "squad" else ():
+        articles[e.chunks[0].title][e.chunks[0].text] = e.chunks[0]
+    indices = {title: _Index(list(found.values())) for title, found in articles.items()}
+    found = {}
+    for e in examples:
+        gold = dict.fromkeys(e.chunks[i] for i in e.supporting)
+        texts = {chunk.text for chunk in gold}
+        if name == "squad":
+            # Another passage of the article that holds an answer would be evidence, too.
+            answers = [answer.lower() for answer in e.answers]
+            ranked = indices[e.chunks[0].title].best(e.question)
+            others = [c for c in ranked if not any(a in c.text.lower() for a in answers)]
+        else:
+            own = [c for c in e.chunks if c.text not in texts]
+            others = _Index(own).best(e.question) if own else []
+        others = [c for c in others if c.text not in texts]
+        if len(gold) + len(others) > 4:
+            alone = replace(e, chunks=tuple(gold), supporting=tuple(range(len(gold))))
+            found[e.question.lower()] = Item(replace(alone, response=None), others)
+    return list(found.values())
 
 
 class _Index:
@@ -185,31 +190,6 @@ def _words(texts: list[str], return_ids: bool = True):
     )
 
 
-def _rank(question: str, chunks: list[Chunk]) -> list[Chunk]:
-    return _Index(chunks).best(question) if chunks else []
-
-
-def _without_answer(example: RagExample, index: _Index) -> list[Chunk]:
-    """Other passages of the article, hardest first, without those that hold an answer."""
-    answers = [a.lower() for a in example.answers]
-    return [
-        c
-        for c in index.best(f"{example.question}")
-        if c.text != example.chunks[0].text and not any(a in c.text.lower() for a in answers)
-    ]
-
-
-def _others(example: RagExample) -> list[Chunk]:
-    gold = {example.chunks[i].text for i in example.supporting}
-    return [c for c in example.chunks if c.text not in gold]
-
-
-def _gold(example: RagExample) -> RagExample:
-    """The question over its gold passages alone."""
-    gold = dict.fromkeys(example.chunks[i] for i in example.supporting)
-    return replace(example, chunks=tuple(gold), supporting=tuple(range(len(gold))), response=None)
-
-
 def _key(chunk: Chunk) -> str:
     """Equal for passages that say the same, whatever their spacing and case."""
     return re.sub(r"\W+", "", chunk.text.lower())[:160]
@@ -221,26 +201,20 @@ def _trainable(pool: list[Item], seen: set[str], longest: int) -> list[Item]:
     def is_fit(chunk: Chunk) -> bool:
         return len(chunk.text) <= longest and _key(chunk) not in seen
 
-    fit = [
-        (e, [c for c in others if is_fit(c)]) for e, others in pool if all(map(is_fit, e.chunks))
-    ]
-    return [(e, others) for e, others in fit if len(e.chunks) + len(others) > 2]
+    kept = [item for item in pool if all(map(is_fit, item.example.chunks))]
+    fit = [Item(item.example, [c for c in item.others if is_fit(c)]) for item in kept]
+    return [item for item in fit if len(item.example.chunks) + len(item.others) > 2]
 
 
 def _draw(pools: dict[str, list[Item]], part: str, number: int) -> list[Item]:
     """Items by the mixture; SQuAD fills up what a small set lacks. Base and rows share none."""
     found: list[Item] = []
     for name in sorted(MIXTURE, key=lambda n: len(pools[n])):
-        border = _border(pools[name])
+        border = int(len(pools[name]) * BASE_SHARE)
         own = pools[name][:border] if part == "base" else pools[name][border:]
         wanted = number - len(found) if name == "squad" else round(number * MIXTURE[name])
         found += own[:wanted]
     return found
-
-
-def _border(pool: Sequence[Item]) -> int:
-    """Where the questions of the recipes begin; those before are the base's."""
-    return len(pool) * 2 // 5
 
 
 def _paired(items: list[Item], name: str) -> list[Item]:
@@ -249,42 +223,36 @@ def _paired(items: list[Item], name: str) -> list[Item]:
     Both bring their gold passages and their hardest other one, so that a question costs fewer
     tokens than alone. Questions of SQuAD share contexts by `_ask_more`.
     """
-    own = [item for item in items if item[0].kind == name]
+    own = [item for item in items if item.example.kind == name]
     if name == "squad":
         return own
     found = []
     for (a, others_a), (b, others_b) in zip(own[::2], own[1::2], strict=False):
-        chunks = dict.fromkeys((*a.chunks, *others_a[:1], *b.chunks, *others_b[:1]))
-        places = tuple(range(len(chunks)))  # all stay: each is evidence or its hardest rival
-        turn = (b.question, b.answers[0])
-        found.append((replace(a, chunks=tuple(chunks), supporting=places, followups=(turn,)), []))
+        chunks = tuple(dict.fromkeys((*a.chunks, *others_a[:1], *b.chunks, *others_b[:1])))
+        turns = ((b.question, b.answers[0]),)
+        # All are marked as evidence, so that none is left out: each is that or its hardest rival.
+        places = tuple(range(len(chunks)))
+        found.append(Item(replace(a, chunks=chunks, supporting=places, followups=turns), []))
     return found
 
 
-def _ask_more(rows: list[RagExample], questions: list[RagExample]) -> list[RagExample]:
+def _ask_more(rows: list[RagExample], squad: list[Item]) -> list[RagExample]:
     """Asks more questions about the passages of a row, as later turns: they cost few tokens."""
     by_text: dict[str, list[RagExample]] = defaultdict(list)
-    for e in questions:
-        by_text[e.chunks[0].text].append(e)
+    for item in squad[: int(len(squad) * BASE_SHARE)]:
+        by_text[item.example.chunks[0].text].append(item.example)
     found = []
     for row in rows:
         own = [e for c in row.chunks for e in by_text[c.text][:4] if e.question != row.question]
-        more = tuple((e.question, e.answers[0]) for e in own[:TURNS])
-        found.append(replace(row, followups=row.followups or more))
+        turns = tuple((e.question, e.answers[0]) for e in own[:TURNS])
+        found.append(replace(row, followups=row.followups or turns))
     return found
 
 
 def _row(item: Item, number: int, rng: random.Random) -> RagExample:
     """The question over its gold passages and the hardest others, in a drawn order."""
-    example, candidates = item
-    chunks = list(example.chunks) + candidates[: max(0, number - len(example.chunks))]
+    gold = item.example.chunks
+    chunks = [*gold, *item.others[: max(0, number - len(gold))]]
     order = rng.sample(range(len(chunks)), len(chunks))
-    places = tuple(sorted(order.index(i) for i in example.supporting))
-    return replace(example, chunks=tuple(chunks[i] for i in order), supporting=places)
-
-
-def _write(path: Path, examples: Iterable[RagExample]) -> int:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(e.to_json(), ensure_ascii=False) + "\n" for e in examples]
-    path.write_text("".join(lines), encoding="utf-8")
-    return len(lines)
+    places = tuple(sorted(order.index(i) for i in item.example.supporting))
+    return replace(item.example, chunks=tuple(chunks[i] for i in order), supporting=places)

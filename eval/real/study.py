@@ -103,7 +103,7 @@ class Study:
             return
         if not self.args.data:
             raise ValueError("prepare needs --data, the folder of the question sets; see README.md")
-        print(prepare(self.args.data, self.out / "data", **self.settings["prepare"]))
+        print(prepare(self.args.data, self.out / "data", self.settings["prepare"]))
 
     def base(self) -> None:
         adapter = self.out / "base-adapter"
