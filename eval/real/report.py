@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+import yaml
 
 FULL, NONE, CONTROL, BLEND = "full-prefill", "no-context", "full_control", "cacheblend 15 %"
 MULTI_HOP = ("hotpotqa", "2wiki", "musique")
@@ -30,12 +32,13 @@ def write_report(output: Path, results: Path, settings: str, command: list[str])
     counts = output / "data/counts.json"
     found["data"] = json.loads(counts.read_text()) if counts.exists() else None
     found["settings"] = settings
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     found["provenance"] = {
         "command": " ".join(["python", "eval/real/study.py", *command]),
         "commit": subprocess.run(
             ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
         ).stdout.strip(),
-        "cores": os.cpu_count(),
+        "machine": f"{os.cpu_count()} cores, {gpu}",
     }
     results.mkdir(parents=True, exist_ok=True)
     (results / f"{settings}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -46,10 +49,15 @@ def write_report(output: Path, results: Path, settings: str, command: list[str])
 
 def _run(folder: Path) -> dict[str, Any]:
     """Every method over the questions that all of them have answered."""
-    rows = {path.stem: _rows(path) for path in sorted((folder / "rows").glob("*.jsonl"))}
+    suite = yaml.safe_load((folder / "suite.yaml").read_text())
+    labels = [m if isinstance(m, str) else m.get("label", m["name"]) for m in suite["methods"]]
+    paths = {label: folder / "rows" / f"{label}.jsonl" for label in labels}
+    rows = {label: _rows(path) for label, path in paths.items() if path.exists()}
     if FULL not in rows:
         raise ValueError(f"{folder} has no rows of {FULL}, which all others are measured by")
-    common = sorted(set.intersection(*(set(own) for own in rows.values())))
+    common = [key for key in rows[FULL] if all(key in own for own in rows.values())]
+    if not common:
+        raise ValueError(f"{folder}: no question has been answered by all methods yet")
     f1 = {m: np.array([own[key]["f1"] for key in common]) for m, own in rows.items()}
     sets = np.array([key[0] for key in common])
     cost = {
@@ -132,18 +140,18 @@ def _states(output: Path) -> list[Path]:
 def _training(path: Path) -> dict[str, Any]:
     """Steps, tokens and last loss of a training that has ended."""
     state = json.loads(path.read_text())
-    logs = [entry for entry in state["log_history"] if "loss" in entry]
+    logs = [entry for entry in state["log_history"] if "num_tokens" in entry]
     return {
         "steps": state["global_step"],
-        "tokens": logs[-1].get("num_tokens") if logs else None,
-        "last_losses": [round(entry["loss"], 4) for entry in logs[-5:]],
+        "tokens": int(logs[-1]["num_tokens"]),
+        "losses": [round(entry["loss"], 3) for entry in logs if "loss" in entry],
     }
 
 
 def _page(found: dict[str, Any]) -> str:
     lines = [f"# Real questions, settings `{found['settings']}`", ""]
     where = found["provenance"]
-    lines += [f"`{where['command']}` at `{where['commit'][:7]}`, {where['cores']} cores.", ""]
+    lines += [f"`{where['command']}` at `{where['commit'][:7]}`, {where['machine']}.", ""]
     for name, run in found["runs"].items():
         asked = ", ".join(f"{key} {n}" for key, n in run["questions"].items())
         sets = [*run["questions"], "multi-hop"]
@@ -157,9 +165,12 @@ def _page(found: dict[str, Any]) -> str:
             cells += [_points(whole.get("pgr")), _points(whole.get("of_control"))]
             lines.append(_line([method, *cells, f"{100 * scores['recomputed']:.0f} %"]))
         lines.append("")
-    lines += ["The last five columns are over the multi-hop sets, the cost over all.", ""]
+    lines += [
+        "The columns after *multi-hop* are over those sets, the recomputed share over all.",
+        "",
+    ]
     for name, run in found["trainings"].items():
-        lines.append(f"- `{name}`: {run['steps']} steps, {run['tokens']} tokens")
+        lines.append(f"- `{name}`: {run['steps']} steps, {run['tokens']:,} tokens")
     return "\n".join(lines) + "\n"
 
 

@@ -33,7 +33,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 HERE = Path(__file__).parent
 STEPS = ("prepare", "base", "choice", "tune", "test", "report")
-SETS = ("hotpotqa", "2wiki", "musique", "squad")
+SETS = ("hotpotqa", "2wiki", "squad", "musique")
+"""The last is never trained on: nothing is chosen by it."""
 INSTRUCTION = "Answer the question from the passages below. Give only the answer, in a few words."
 RECIPES = {
     "block_attention": "block-attention",
@@ -114,7 +115,7 @@ class Study:
             self.run("merge", adapter, "--output", self.out / "base", "--dtype", "float32")
 
     def choice(self) -> None:
-        self.ask("choice", CHOICE, self.settings.get("choice_limit"))
+        self.ask("choice", CHOICE, self.settings.get("choice_limit"), SETS[:-1])
 
     def tune(self) -> None:
         options = {"train_data": self.out / "data/rows.jsonl"} | self.settings["tune"]
@@ -127,16 +128,18 @@ class Study:
         tuned: list[dict[str, Any]] = []
         for name in self.names:
             trained = [seed for seed in self.seeds if _is_complete(self.adapter(name, seed))]
-            if trained:
-                adapter = str(self.out / "tuned" / f"{name}-{{seed}}")
-                tuned.append(
-                    {"name": RECIPES[name], "label": name, "adapter": adapter, "seeds": trained}
-                )
+            if len(trained) == 1:
+                which = {"adapter": str(self.adapter(name, trained[0]))}
+            elif trained:
+                which = {"adapter": str(self.adapter(name, "{seed}")), "seeds": trained}
+            else:
+                continue
+            tuned.append({"name": RECIPES[name], "label": name} | which)
         for entry in [e for e in tuned if e["label"] == "block_attention"]:
             blend = UNTUNED[4] | {"label": "block_attention + 15 %"}
             full = {"name": "full-prefill", "label": "block_attention in full"}
             tuned += [entry | blend, entry | full]
-        self.ask("test", UNTUNED + tuned, self.settings.get("test_limit"))
+        self.ask("test", UNTUNED + tuned, self.settings.get("test_limit"), SETS)
 
     def report(self) -> None:
         write_report(self.out, self.args.results, self.args.settings, sys.argv[1:])
@@ -158,14 +161,14 @@ class Study:
         words = [w for key, value in options.items() for w in (f"--{key}", str(value))]
         self.run("train", "--config", path, "--output_dir", folder, *words, log=f"{folder}.log")
 
-    def ask(self, part: str, methods: list, limit: int | None) -> None:
+    def ask(self, part: str, methods: list, limit: int | None, sets: tuple[str, ...]) -> None:
         """Answers the questions of a part, for every number of passages."""
         for number in self.settings["passages"]:
             tasks = [
                 {"task": "eval/tasks/jsonl.yaml", "name": name}
                 | {"source": str(self.out / f"data/{part}-{number}/{name}.jsonl")}
                 | ({"limit": limit} if limit else {})
-                for name in SETS
+                for name in sets
             ]
             suite = {"model": str(self.out / "base"), "dtype": self.settings["dtype"]}
             suite |= {"methods": methods, "tasks": tasks, "ttft": {"num": self.settings["ttft"]}}
