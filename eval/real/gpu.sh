@@ -16,7 +16,7 @@ shift
 python="${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}"
 out="${OUT:-out/real}"
 settings="${SETTINGS:-gpu}"
-options=(--settings "$settings" --data "$data" --output "$out" --jobs "${JOBS:-3}")
+options=(--settings "$settings" --data "$data" --output "$out" --jobs "${JOBS:-6}")
 if [ -n "${GGUF:-}" ]; then
   options+=(--gguf "$GGUF" --model "${MODEL:-out/smollm2}")
 elif [ -n "${MODEL:-}" ]; then

@@ -181,7 +181,11 @@ class Study:
     def run(self, *words: Any, log: str | None = None) -> None:
         """Runs `blocktune`, or with --plan only prints the command."""
         command = [sys.executable, "-m", "blocktune.cli", *map(str, words)]
-        print("blocktune", shlex.join(command[3:]), flush=True)
+        if words[0] == "eval" and self.args.jobs > 1:  # a small model leaves most of a GPU idle
+            start = f"-m torch.distributed.run --standalone --nproc_per_node {self.args.jobs}"
+            module = ["-m", "blocktune.evaluation", *map(str, words[1:])]
+            command = [sys.executable, *start.split(), *module]
+        print(shlex.join(["python", *command[1:]]), flush=True)
         if self.args.plan:
             return
         if log:
@@ -210,7 +214,7 @@ def main() -> int:
     add("--output", type=Path, default=Path("out/real"), help="data, weights and rows")
     add("--results", type=Path, default=Path("eval/results/real"), help="tables")
     add("--recipes", nargs="+", choices=RECIPES, help="tune and test only these")
-    add("--jobs", type=int, default=1, help="trainings at a time")
+    add("--jobs", type=int, default=1, help="trainings, and processes that answer")
     add("--plan", action="store_true", help="print the commands of base, choice, tune and test")
     args = parser.parse_args()
     study = Study(args)
