@@ -91,12 +91,13 @@ class Study:
         self.names = args.recipes or list(RECIPES)
 
     def check(self) -> None:
-        """Refuses an output folder that was made with other settings."""
+        """Refuses an output folder whose data or weights were made with other settings."""
+        made = {key: self.settings[key] for key in ("model", "prepare", "base", "tune")}
         kept = self.out / "settings.yaml"
         if not kept.exists():
             self.out.mkdir(parents=True, exist_ok=True)
-            kept.write_text(yaml.safe_dump(self.settings), encoding="utf-8")
-        elif yaml.safe_load(kept.read_text()) != self.settings:
+            kept.write_text(yaml.safe_dump(made), encoding="utf-8")
+        elif yaml.safe_load(kept.read_text()) != made:
             raise ValueError(f"{kept} differs from '{self.args.settings}'; use a new --output")
 
     def prepare(self) -> None:
