@@ -33,27 +33,16 @@ LAYOUT_SUMMARIES = {
 
 
 class Description(NamedTuple):
-    """A row of the table of methods.
+    """A row of the table of methods."""
 
-    Attributes:
-        name: Its name on the command line.
-        kind: ``method``, ``selector``, ``reshape`` or ``layout``.
-        group: A key of `GROUPS`.
-        axes: The axes that it decides.
-        summary: First line of its docstring.
-        weights: What the model must be trained for.
-        parameters: Defaults by name.
-        source: Paper or code; empty if there is none.
-    """
-
-    name: str
-    kind: str
-    group: str
-    axes: tuple[str, ...]
-    summary: str
-    weights: str
-    parameters: dict[str, Any]
-    source: str
+    name: str  # on the command line
+    kind: str  # method, selector, reshape or layout
+    group: str  # a key of `GROUPS`
+    axes: tuple[str, ...]  # that it decides
+    summary: str  # first line of its docstring
+    weights: str  # what the model must be trained for
+    parameters: dict[str, Any]  # defaults by name
+    source: str  # paper or code; may be empty
 
 
 def describe_method(name: str) -> Description:
