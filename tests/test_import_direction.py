@@ -40,7 +40,7 @@ ALLOWED = {
     "extras": PROMPT | {"cache", "methods"},  # plug-ins: they see no engine, and nobody names them
     "engine": PROMPT | {"cache", "methods", "data.example"},
     "testing": SERVING,
-    "check": SERVING | {"data", "testing"},
+    "check": SERVING | {"testing"},
     "evaluation": SERVING | {"data"},
     "hub": SERVING | {"data", "check"},
     "bench": SERVING | {"testing"},
