@@ -40,7 +40,7 @@ ALLOWED = {
     "extras": PROMPT | {"cache", "methods"},  # plug-ins: they see no engine, and nobody names them
     "engine": PROMPT | {"cache", "methods", "data.example"},
     "testing": SERVING,
-    "check": SERVING | {"data", "testing"},
+    "check": SERVING | {"testing"},
     "evaluation": SERVING | {"data"},
     "hub": SERVING | {"data", "check"},
     "bench": SERVING | {"testing"},
@@ -96,7 +96,7 @@ def imported(tree: ast.AST, package: str) -> set[str]:
     return names
 
 
-LAZY = ("methods", "methods.reshape", "methods.select", "positions", "prompt")
+LAZY = ("data", "methods", "methods.reshape", "methods.select", "positions", "prompt")
 
 
 @functools.cache
@@ -230,7 +230,7 @@ def test_the_command_line_imports_nothing_heavy():
 
 
 @pytest.mark.parametrize(
-    "part", ["methods", "methods.reshape", "methods.select", "positions", "prompt"]
+    "part", ["data", "methods", "methods.reshape", "methods.select", "positions", "prompt"]
 )
 def test_every_lazy_name_is_there_and_hidden_by_no_module(part):
     package = importlib.import_module(f"blocktune.{part}")

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from blocktune.data.augment import Augment, augment
 from blocktune.data.chunking import CHUNKERS, Chunker, parse_chunker
 from blocktune.data.example import RagExample
-from blocktune.data.sources import load_examples, training_split
+from blocktune.data.sources.load import load_examples, training_split
 from blocktune.parsing import build_strict, load_spec
 from blocktune.prompt.format import PromptFormat
 

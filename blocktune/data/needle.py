@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from blocktune.data.chunking.sentence import sentences_of
+from blocktune.data.chunking.chunkers import sentences_of
 from blocktune.data.example import RagExample
 from blocktune.data.worlds import WorldConfig, generate_examples
 from blocktune.prompt import Chunk, PromptFormat, make_pieces

@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from blocktune.data.attribution import DATA_SETS
 from blocktune.data.example import RagExample, field_error, read_answers, read_chunks
-from blocktune.data.sources.catalog import CATALOG, data_sets_in
+from blocktune.data.sources.catalog import CATALOG, DATA_SETS, data_sets_in
 from blocktune.data.sources.load import open_records
 from blocktune.data.sources.options import parse_source, read_options
 from blocktune.data.sources.records import at, read_records

@@ -16,8 +16,8 @@ from datasets import Dataset, Features, Value, concatenate_datasets
 from datasets import Sequence as ListOf
 from transformers import PreTrainedTokenizerBase
 
-from blocktune.data.attribution import data_sets_of
 from blocktune.data.example import RagExample, field_error, read_chunk
+from blocktune.data.sources.catalog import data_sets_of
 from blocktune.data.sources.shapes import find_shape
 from blocktune.prompt import (
     Chunk,

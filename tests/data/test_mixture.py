@@ -8,7 +8,8 @@ import pytest
 
 from blocktune.data import RagExample, load_mixture, write_jsonl
 from blocktune.data.mixture import BLOCK, FULL, mix, parse_mixture
-from blocktune.data.sources import CATALOG, GENERATORS
+from blocktune.data.sources.catalog import CATALOG
+from blocktune.data.sources.options import GENERATORS
 from blocktune.prompt import Chunk
 
 ROOT = Path(__file__).resolve().parents[2]
