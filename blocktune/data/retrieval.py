@@ -74,12 +74,6 @@ class Bm25:
         )
 
 
-def rank(question: str, chunks: Sequence[Chunk]) -> list[int]:
-    """Indices of the chunks, best first by BM25 among themselves."""
-    (hits,) = Bm25(chunks).search([question], len(chunks))
-    return [hit.index for hit in hits]
-
-
 class Question(NamedTuple):
     """A question, its accepted answers, and the data sets it is from (`data.attribution`)."""
 
@@ -218,7 +212,8 @@ def from_own(examples: Iterable[RagExample], k: int) -> Iterator[RagExample]:
     Source: Block-Attention and KVLink re-rank a question's own paragraphs (with Contriever).
     """
     for example in examples:
-        order = rank(example.question, example.chunks)[:k]
+        (hits,) = Bm25(example.chunks).search([example.question], k)
+        order = [hit.index for hit in hits]
         supporting = tuple(place for place, i in enumerate(order) if i in example.supporting)
         chunks = tuple(example.chunks[i] for i in order)
         yield replace(example, chunks=chunks, supporting=supporting)

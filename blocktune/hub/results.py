@@ -55,11 +55,6 @@ class Measured(NamedTuple):
 def read_results(path: Path, folder: Path, info: AdapterInfo) -> Measured:
     """Reads what `blocktune eval` wrote.
 
-    Args:
-        path: Of ``results.json``.
-        folder: Of the adapter.
-        info: Its own.
-
     Raises:
         ValueError: If the file is not there, is none that `blocktune eval` wrote, or is not of
             this adapter on its base.

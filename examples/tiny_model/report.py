@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from blocktune.data.worlds import QUESTION_KINDS, WorldConfig, generate_examples
+from blocktune.data.worlds import WorldConfig, generate_examples
+from blocktune.data.worlds.questions import QUESTION_KINDS
 from blocktune.provenance import provenance
 from examples.tiny_model.config import PretrainConfig, Stage
 from examples.tiny_model.measure import SETTINGS, by_kind, chance, correct

@@ -247,16 +247,15 @@ def read_hub(
     Args:
         source: Repository or folder, configuration, revision.
         split: As the data set names it; None takes ``source.split``.
-        limit: How many examples are wanted; only large sets must know.
-        shuffle: Seed of another order. A large set is streamed, and only rows within some
-            thousands of each other change places.
+        limit: Examples wanted; needed for large sets only.
+        shuffle: Seed of another order; a large set is streamed and shuffled within a buffer.
 
     Raises:
         ValueError: If ``datasets`` is not installed, cannot load it, or a large set is asked for
             without a limit; says why in one line.
     """
     split = split or source.split
-    name = source.hub + (f":{source.config}" if source.config else "")
+    name = source.at
     if source.streamed and limit is None:
         raise ValueError(f"'{name}' is too large to load as a whole; give a limit")
     try:
