@@ -79,10 +79,8 @@ class CachePlan:
         self._band = RowBand(query, key, nothing, exists, stored, row_block=ROW_BLOCK, room=room)
         self._tails = find_tails(query, key)
 
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, rule: LayerRule, params: AttentionParams
-    ) -> Tensor:
-        """See `Plan.attend`; rows that have ended are not computed, so the layer has no effect."""
+    def attend(self, query, key, value, rule, params) -> Tensor:
+        """Implements `Plan.attend`; rows that have ended are not computed, whatever the layer."""
         self.executed.append(rule.layer)
         self._windows.append(rule.window)
         if self._reshaping is not None:
@@ -94,6 +92,10 @@ class CachePlan:
             return torch.cat(outs).transpose(1, 2)
         rule = LayerRule(window=rule.window)
         return self._band.attend(query, key, value, rule, params).transpose(1, 2)
+
+    def num_rows(self) -> Tensor:
+        """Computed rows of each prompt, ``(B,)`` on the CPU."""
+        return (self.query.kind != Kind.PAD).sum(1).cpu()
 
     def forget(self) -> None:
         """Drops the masks; from now on the plan is only asked for counts."""

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from blocktune.attention.kernels import AttentionParams, check_rows
+from blocktune.attention.kernels import check_rows
 from blocktune.layout import FIRST_LAYER, GLOBAL, LayerRule, Layout, visible
 
 BLOCK = 128
@@ -108,10 +108,8 @@ class FlexPlan:
         self._endings = layout.endings
         self._masks: dict[LayerRule, BlockMask] = {}
 
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, rule: LayerRule, params: AttentionParams
-    ) -> Tensor:
-        """See `Plan.attend`.
+    def attend(self, query, key, value, rule, params) -> Tensor:
+        """Implements `Plan.attend`.
 
         Raises:
             ValueError: If the model uses attention dropout, or is trained on a CPU: FlexAttention

@@ -164,10 +164,8 @@ class SplitPlan:
         self._own_keys = _row_map([b.key for b in self._own], layout)
         self._wide_keys = _row_map([b.key for b in self._wide], layout)
 
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, rule: LayerRule, params: AttentionParams
-    ) -> Tensor:
-        """See `Plan.attend`; the query rows and the keys are the layout's rows."""
+    def attend(self, query, key, value, rule, params) -> Tensor:
+        """Implements `Plan.attend`; the query rows and the keys are the layout's rows."""
         check_rows(self.shape, query, key)
         rule = rule.first_alike(self._endings)  # one mask for all layers with these rows
         q, k, v = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))

@@ -127,10 +127,8 @@ class QueryProbe(Probe):
         self.layers, self.last = layers, last
         self.by_layer: dict[int, Tensor] = {}
 
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, rule: LayerRule, params: AttentionParams
-    ) -> Tensor:
-        """See `Plan.attend`."""
+    def attend(self, query, key, value, rule, params) -> Tensor:
+        """Implements `Plan.attend`."""
         if rule.layer in self.layers:
             asks = self.query.kind == Kind.QUERY
             total = key.new_zeros(key.shape[0], key.shape[2], dtype=torch.float32)
@@ -156,10 +154,8 @@ class OutsideProbe(Probe):
         self.rows = rows
         self.share = torch.zeros_like(rows.kind, dtype=torch.float32)
 
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, rule: LayerRule, params: AttentionParams
-    ) -> Tensor:
-        """See `Plan.attend`; never returns."""
+    def attend(self, query, key, value, rule, params) -> Tensor:
+        """Implements `Plan.attend`; never returns."""
         rows, chunk = self.rows, self.rows.chunk
         wanted = rows.kind == Kind.CHUNK
         for block, scores in self.scores(wanted, rows, rows, query, key, rule, params):

@@ -68,7 +68,7 @@ def test_what_mentions_the_answer_is_evidence_where_the_source_names_none():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"shufle": True}, "unknown augment key 'shufle'; known: shuffle, num_chunks"),
+        ({"shufle": True}, "augment: unknown key 'shufle'; known: shuffle, num_chunks"),
         ({"shuffle": 1}, "augment 'shuffle' must be true or false, got 1"),
         ({"num_chunks": 0}, "augment 'num_chunks' must be a number of at least 1 or"),
         ({"num_chunks": [5, 3]}, r"at least 1 or \[low, high\], got \[5, 3\]"),

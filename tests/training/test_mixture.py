@@ -96,7 +96,7 @@ def test_conversations_are_turns_where_the_mixture_says_so(tmp_path):
 
 def test_a_parts_wording_is_strict(tmp_path):
     for wrong, message in (
-        ({"instructions": ""}, "unknown prompt format key 'instructions'"),
+        ({"instructions": ""}, "prompt format: unknown key 'instructions'"),
         ({"question": "x"}, "must hold {question}"),
     ):
         path = mixture(tmp_path / "data", {"format": wrong}, {})
