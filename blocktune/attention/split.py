@@ -41,13 +41,8 @@ def find_segments(layout: Layout) -> list[Segment]:
 
     Each group (a chunk with its blanks) is causal. So are the global rows before the first chunk:
     the prefix, or a whole prompt in full attention. The other global rows of a prompt see what the
-    rule shows them among all rows of the prompt that are not blanks.
-
-    Args:
-        layout: Rows ``(B, S)`` on the CPU.
-
-    Returns:
-        Segments in which every row but the padding is a query exactly once.
+    rule shows them among all rows of the prompt that are not blanks. Every row of the layout (on
+    the CPU) but the padding is a query exactly once.
     """
     segments = []
     for rows in _rows_by_sample(layout).values():
@@ -140,9 +135,7 @@ class SplitPlan:
     def __init__(self, layout: Layout, kept_cells: int = KEPT_CELLS):
         """Finds the segments of ``layout`` (on the CPU, once per batch) and stacks them.
 
-        Args:
-            layout: Rows ``(B, S)``.
-            kept_cells: Most mask elements to keep.
+        ``kept_cells`` is the most mask elements to keep.
 
         Raises:
             ValueError: If the layout holds nothing but padding.

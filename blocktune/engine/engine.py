@@ -16,7 +16,7 @@ from blocktune.adapter import AdapterInfo
 from blocktune.adapter.load import load_model
 from blocktune.attention import attach
 from blocktune.cache import ChunkStore, PrefixTree, model_fingerprint
-from blocktune.data.example import read_chunks
+from blocktune.data.example import RagExample, read_chunks
 from blocktune.engine import context_cache
 from blocktune.engine.batch_prefill import prefill_batch
 from blocktune.engine.context_cache import CachedContext
@@ -286,7 +286,7 @@ class Engine:
         chunks = read_chunks(chunks)
 
         def pieces(asked: str) -> Pieces:
-            return self.prompts.pieces(context_cache.ContextRequest(asked, chunks), method)
+            return self.prompts.pieces(RagExample(asked, chunks), method)
 
         def lay_out(asked: str) -> Prompt:
             return self.prompts.prompt(pieces(asked), self.prompts.spec(method))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -158,7 +158,7 @@ def _seeing_future(query: Rows, columns: Rows) -> Rows:
     exists = query.kind != Kind.PAD
     before_last = exists.flip(1).cumsum(1).flip(1) - 1
     order = columns.order.amax(1, keepdim=True) - before_last
-    return Rows(**{**vars(query), "order": torch.where(exists, order, query.order)})
+    return replace(query, order=torch.where(exists, order, query.order))
 
 
 @dataclass
