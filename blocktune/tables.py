@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -50,80 +50,26 @@ def with_half(mean: float, ends: Sequence[float], digits: int = 0) -> str:
     return f"{written('score', mean)} ±{50 * (high - low):.{digits}f}"
 
 
-class Shown(NamedTuple):
-    """A piece of a cell: a number with its origin, or plain text.
-
-    Attributes:
-        text: As it is read.
-        path: JSON pointer (RFC 6901) into ``results.json``; empty for plain text.
-        value: The number itself, every digit.
-        form: Its key in `FORMS`.
-    """
-
-    text: str
-    path: str = ""
-    value: str = ""
-    form: str = ""
-
-
-Cell = str | tuple[Shown, ...]
-
-
-def number(results: Mapping[str, Any], form: str, *keys: str | int) -> Shown:
-    """The number that lies under ``keys``; a dash where it is null.
-
-    Args:
-        results: What ``results.json`` holds.
-        form: How it is written, of `FORMS`.
-        keys: Names and indices on the way to it.
-    """
-    value: Any = results
-    for key in keys:
-        value = value[key]
-    if value is None:
-        return Shown(ABSENT)
-    return Shown(FORMS[form](value), pointer(*keys), repr(value), form)
-
-
-def interval(results: Mapping[str, Any], form: str, *keys: str | int) -> tuple[Shown, ...]:
-    """The two numbers of an interval under ``keys``, in brackets."""
-    low, high = (number(results, form, *keys, end) for end in (0, 1))
-    return (Shown(" ("), low, Shown(" to "), high, Shown(")"))
-
-
-def pointer(*keys: str | int) -> str:
-    """The JSON pointer of a place."""
-    return "".join(f"/{str(key).replace('~', '~0').replace('/', '~1')}" for key in keys)
-
-
-def look_up(results: Any, path: str) -> Any:
-    """What lies under a JSON pointer."""
-    for part in path.removeprefix("/").split("/"):
-        key = part.replace("~1", "/").replace("~0", "~")
-        results = results[int(key)] if isinstance(results, list) else results[key]
-    return results
-
-
 class Table(NamedTuple):
     """Headings and rows of cells; the first cell of a row names it.
 
     Attributes:
         headings: Of the columns; a line break shortens a column in the terminal.
-        rows: A cell is text, or pieces that know where their number is from.
+        rows: Of the cells' text.
         title: Above it in the terminal.
         note: Below it in the terminal.
         left: Headings of columns of words; the first column is one, others are set right.
     """
 
     headings: Sequence[str]
-    rows: Sequence[Sequence[Cell]]
+    rows: Sequence[Sequence[str]]
     title: str = ""
     note: str = ""
     left: Sequence[str] = ()
 
     def markdown(self, *, right: bool = False) -> str:
         """The table as Markdown; columns but the first are set right if ``right``."""
-        rows = [self._words(), *map(self._texts, self.rows)]
+        rows = [self._words(), *self.rows]
         lines = [f"| {' | '.join(row)} |" for row in rows]
         lines.insert(1, "|---" + ("|---:" if right else "|---") * (len(self.headings) - 1) + "|")
         return "\n".join(lines)
@@ -171,16 +117,10 @@ class Table(NamedTuple):
             table.add_column(
                 name, justify=justify, vertical="bottom", no_wrap=name not in self.left
             )
-        for row in map(self._texts, self.rows):
+        for row in self.rows:
             table.add_row(*(row[index] for index in shown))
         return table
 
     def _words(self) -> list[str]:
         """Headings in one line each."""
         return [name.replace("-\n", "-").replace("\n", " ") for name in self.headings]
-
-    @staticmethod
-    def _texts(row: Sequence[Cell]) -> list[str]:
-        return [
-            cell if isinstance(cell, str) else "".join(piece.text for piece in cell) for cell in row
-        ]
