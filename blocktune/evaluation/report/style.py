@@ -157,7 +157,7 @@ def _settings(ground: Ground) -> dict[str, Any]:
         "axes.axisbelow": True,
         "grid.color": ground.faint,
         "grid.linewidth": 0.6,
-        "lines.markersize": 6,
+        "lines.markersize": 5,
         "svg.hashsalt": "blocktune",  # equal pictures are equal files
     }
 
@@ -186,7 +186,11 @@ def zoom(axes: Axes, ground: Ground, start: float, name: str, axis: str = "y") -
     upright = axis == "y"
     own = axes.yaxis if upright else axes.xaxis
     (axes.set_ylim if upright else axes.set_xlim)(start, 1 + 0.03 * (1 - start))
-    own.set_major_locator(MaxNLocator(5) if upright else FixedLocator((start, (1 + start) / 2, 1)))
+    own.set_major_locator(
+        MaxNLocator(6, steps=[1, 2, 5, 10])
+        if upright
+        else FixedLocator((start, (1 + start) / 2, 1))
+    )
     as_share(own)
     if start:
         name = f"{name} (axis starts at {100 * start:.0f} %)".lstrip()
