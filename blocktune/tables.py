@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
 ABSENT = "-"
+WORDS = 18
+"""Narrowest width to which a column of words is folded."""
 FORMS: dict[str, Callable[[float], str]] = {
     "score": lambda value: f"{100 * value:.1f}",
     "points": lambda value: f"{100 * value:+.1f}",
@@ -58,7 +60,7 @@ class Table(NamedTuple):
         rows: Of the cells' text.
         title: Above it in the terminal.
         note: Below it in the terminal.
-        left: Headings of columns of words; the first column is one, others are set right.
+        left: Headings of columns of words, which may take several lines; others are numbers.
     """
 
     headings: Sequence[str]
@@ -86,23 +88,43 @@ class Table(NamedTuple):
 
     def _blocks(self, console: Console) -> list[RichTable]:
         """Tables of as many columns as the console has room for, each with the first column."""
-        from rich.measure import Measurement
-
-        unbounded, blocks, start = console.options.update(max_width=10_000), [], 1
+        blocks, start = [], 1
         while start < len(self.headings):
             for stop in range(len(self.headings), start, -1):
-                block = self._rich(range(start, stop), first=not blocks)
-                if Measurement.get(console, unbounded, block).maximum <= console.width:
+                widths = self._widths([0, *range(start, stop)])
+                while sum(widths.values()) + 2 * len(widths) - 2 > console.width:
+                    wide = max(widths, key=lambda index: widths[index] - self._least(index))
+                    if widths[wide] <= self._least(wide):
+                        break
+                    widths[wide] -= 1
+                else:
                     break
-            blocks.append(block)
+            blocks.append(self._rich(widths, first=not blocks))
             start = stop
         return blocks
 
-    def _rich(self, columns: Sequence[int], *, first: bool) -> RichTable:
+    def _widths(self, columns: Sequence[int]) -> dict[int, int]:
+        """Characters that each column needs."""
+        return {index: max(map(len, self._lines(index))) for index in columns}
+
+    def _least(self, index: int) -> int:
+        """Characters that a column can be folded to."""
+        lines = self._lines(index)
+        natural = max(map(len, lines))
+        if index == 0 or self.headings[index] not in self.left:
+            return natural
+        return max(min(WORDS, natural), *(len(word) for line in lines for word in line.split()))
+
+    def _lines(self, index: int) -> list[str]:
+        from rich.text import Text
+
+        cells = [self.headings[index], *(row[index] for row in self.rows)]
+        return [line for cell in cells for line in Text.from_markup(cell).plain.split("\n")]
+
+    def _rich(self, widths: Mapping[int, int], *, first: bool) -> RichTable:
         from rich import box
         from rich.table import Table as RichTable
 
-        shown = [0, *columns]
         table = RichTable(
             title=self.title if first and self.title else None,
             title_justify="left",
@@ -111,14 +133,18 @@ class Table(NamedTuple):
             show_edge=False,
             padding=(0, 0, 0, 1),
         )
-        for index in shown:
+        for index, width in widths.items():
             name = self.headings[index]
-            justify = "left" if index == 0 or name in self.left else "right"
+            left = index == 0 or name in self.left
             table.add_column(
-                name, justify=justify, vertical="bottom", no_wrap=name not in self.left
+                name,
+                justify="left" if left else "right",
+                vertical="top" if self.left else "bottom",
+                width=width,
+                overflow="fold",
             )
         for row in self.rows:
-            table.add_row(*(row[index] for index in shown))
+            table.add_row(*(row[index] for index in widths))
         return table
 
     def _words(self) -> list[str]:

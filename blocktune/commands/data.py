@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from enum import StrEnum
 from itertools import repeat
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from blocktune.data import RagExample
     from blocktune.data.regenerate import Regenerated
     from blocktune.engine import Engine, Sampling
+    from blocktune.tables import Table
 
 HELP = """Find, make and look at data.
 
@@ -140,14 +141,8 @@ def show_list(as_json: AsJson = False) -> None:
     if as_json:
         typer.echo(json.dumps(_facts(), indent=2, ensure_ascii=False))
         return
-    from rich.console import Console
-
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)
-    for table in _tables():
-        console.print(table)
-        console.print()
+    for table in _tables(_facts()):
+        table.show()
 
 
 def _facts() -> dict:
@@ -170,36 +165,28 @@ def _facts() -> dict:
     }
 
 
-def _tables():
-    facts = _facts()
-    table = _table("data sets", "name", "on the Hub", "licence", "a record becomes")
-    for name, entry in facts["data_sets"].items():
-        hub = entry["hub"] + (f":{entry['config']}" if entry["config"] else "")
-        table.add_row(name, hub, entry["licence"], entry["becomes"])
-    yield table
-    table = _table("generators", "source", "an example is")
-    for entry in facts["generators"].values():
-        table.add_row(entry["example"], entry["becomes"])
-    yield table
-    table = _table("record shapes of files", "as=", "told by the fields", "cut by")
-    for name, entry in facts["shapes"].items():
-        fields = " or ".join(", ".join(keys) for keys in entry["fields"])
-        table.add_row(name, fields or "(name it)", entry["chunker"] or "(has chunks)")
-    yield table
-    table = _table("chunkers", "chunker=", "what it does")
-    for name, summary in facts["chunkers"].items():
-        table.add_row(name, summary.replace("``", ""))
-    yield table
+def _tables(facts: dict) -> Iterator[Table]:
+    from blocktune.tables import Table
 
-
-def _table(title: str, *columns: str):
-    """A table that folds what is too long: names are there to be copied."""
-    from rich.table import Table
-
-    table = Table(title=title)
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
+    rows = [
+        [name, ":".join(filter(None, (e["hub"], e["config"]))), e["licence"], e["becomes"]]
+        for name, e in facts["data_sets"].items()
+    ]
+    words = ("licence", "a record becomes")
+    yield Table(("data set", "on the Hub", *words), rows, left=("on the Hub", *words))
+    rows = [(entry["becomes"], entry["example"]) for entry in facts["generators"].values()]
+    yield Table(("a generator's example is", "source"), rows, left=("source",))
+    rows = [
+        (
+            name,
+            " or ".join(", ".join(keys) for keys in entry["fields"]) or "(name it)",
+            entry["chunker"] or "(has chunks)",
+        )
+        for name, entry in facts["shapes"].items()
+    ]
+    yield Table(("as=", "told by the fields", "cut by"), rows, left=("told by the fields",))
+    rows = [(name, text.replace("``", "")) for name, text in facts["chunkers"].items()]
+    yield Table(("chunker=", "what it does"), rows, left=("what it does",))
 
 
 def show(
@@ -472,20 +459,22 @@ def mix(
 
 
 def _show_mixture(mixed, mixture: Path) -> None:
-    from rich.console import Console
-    from rich.table import Table
+    from blocktune.tables import Table
 
-    table = Table("source", title=str(mixture))
-    for name in ("loaded", "block", "full", "share", "epochs"):
-        table.add_column(name, justify="right")
     total = len(mixed.examples)
-    for part in mixed.parts:
-        numbers = (f"{part.loaded:,}", f"{part.block:,}", f"{part.full:,}")
-        share = (part.block + part.full) / total
-        table.add_row(part.source, *numbers, f"{share:.1%}", f"{part.epochs:.2f}")
+    rows = [
+        (
+            part.source,
+            *(f"{count:,}" for count in (part.loaded, part.block, part.full)),
+            f"{(part.block + part.full) / total:.1%}",
+            f"{part.epochs:.2f}",
+        )
+        for part in mixed.parts
+    ]
     block, full = (sum(getattr(part, mode) for part in mixed.parts) for mode in ("block", "full"))
-    table.add_row("in all", "", f"{block:,}", f"{full:,}", "100.0%", "")
-    Console().print(table)
+    rows.append(("in all", "", f"{block:,}", f"{full:,}", "100.0%", ""))
+    headings = ("source", "loaded", "block", "full", "share", "epochs")
+    Table(headings, rows, title=str(mixture)).show()
 
 
 COMMANDS = {
