@@ -99,7 +99,7 @@ def test_findings_say_gaps_with_intervals_and_what_is_chance():
     assert sentences[2].startswith("kvlink closes 95 % (")
     cost = ") of that gap, recomputing nothing, first token after 0.30 of full prefill's time."
     assert sentences[2].endswith(cost)
-    assert "recomputing 15% of the context" in sentences[3]
+    assert "recomputing 15 % of the context" in sentences[3]
     assert sentences[5].startswith("kvlink minus block-attention: 2.0 (")
     assert "chance" not in sentences[5]
 
