@@ -96,7 +96,7 @@ def imported(tree: ast.AST, package: str) -> set[str]:
     return names
 
 
-LAZY = ("methods", "methods.reshape", "methods.select", "positions", "prompt")
+LAZY = ("cache", "methods", "methods.reshape", "methods.select", "positions", "prompt")
 
 
 @functools.cache

@@ -19,6 +19,7 @@ from blocktune.commands.options import (
     Quantize,
     System,
     load_engine,
+    rejected,
     reworded,
     teach,
 )
@@ -55,21 +56,27 @@ def encode(
     """Encode chunks ahead of time into a folder that `answer --store` reads."""
     from rich.console import Console
 
+    from blocktune.cache import ChunkStore
     from blocktune.data import load_chunks
 
     chunks = load_chunks(documents)
     if not chunks:
         raise ValueError(f"{documents}: no chunk in it; give one per line")
-    engine = load_engine(model, adapter, store, dtype, device, quantize)
+    # On the CPU: nothing is read back. What cannot be written is an error, before a model is loaded.
+    kept = ChunkStore(folder=store, must_write=True)
+    engine = load_engine(model, adapter, kept, dtype, device, quantize)
     engine = reworded(engine, instruction, system, wording)
     status = Console(stderr=True).status(f"encoding {len(chunks):,} chunks")
     with resumable(f"the chunks so far are in {store}"), status:
         report = engine.encode(chunks)
     known = report.num_chunks - report.num_encoded
-    written = engine.store.stats().disk_bytes_written
+    stats = kept.stats()
+    written = stats.disk_bytes_written
     each = f", {written / report.num_tokens / 1e3:,.1f} kB a token" if report.num_tokens else ""
     typer.echo(
         f"encoded {report.num_encoded:,} chunks ({report.num_tokens:,} tokens) in "
         f"{report.encode_s:.1f} s, {known:,} were there; {written / 1e6:,.1f} MB written to "
         f"{store}{each}"
     )
+    if problem := rejected(stats, store):
+        typer.echo(problem, err=True)

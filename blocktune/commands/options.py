@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from blocktune.cache import ChunkStore, StoreStats
     from blocktune.engine import Engine
 
 MODEL, PROMPT = "Model", "Prompt"
@@ -98,6 +99,8 @@ def quiet_libraries() -> None:
         "DeepSpeed",
     ):
         logging.getLogger(name).addFilter(lambda record: record.levelno >= logging.ERROR)
+    # `rejected` says it in one line at the end.
+    logging.getLogger("blocktune.cache.rejected").setLevel(logging.ERROR)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
 
@@ -105,7 +108,7 @@ def quiet_libraries() -> None:
 def load_engine(
     model: str | None,
     adapter: str | None,
-    store: Path | None,
+    store: Path | ChunkStore | None,
     dtype: str,
     device: str | None,
     quantize: str | None = None,
@@ -116,6 +119,16 @@ def load_engine(
 
     return Engine.from_pretrained(
         model, adapter, store=store, dtype=dtype, device=device, quantize=quantize
+    )
+
+
+def rejected(stats: StoreStats, folder: Path | None) -> str:
+    """One line on the entries of a store that could not be used; empty if there were none."""
+    if not stats.rejected:
+        return ""
+    return (
+        f"{stats.rejected:,} stored chunks could not be used and were encoded again, the first: "
+        f"{stats.first_rejected}; all: blocktune store verify {folder}"
     )
 
 
