@@ -65,7 +65,6 @@ class StoreStats:
 RETRY_S = 10.0
 """Seconds after a write that the disk refused in which nothing more is written."""
 _LOG = logging.getLogger(__name__)
-_REJECTED = logging.getLogger("blocktune.cache.rejected")
 
 
 class ChunkStore:
@@ -76,8 +75,8 @@ class ChunkStore:
 
     What is found is compared with what is wanted (token ids and fingerprint) before it is handed
     out. A file or entry that differs, or does not verify, is counted as ``rejected`` and answered
-    as a miss; the `put` that follows replaces it. The first is a warning of the logger
-    ``blocktune.cache.rejected``, the others are logged at level INFO.
+    as a miss; the `put` that follows replaces it. The first is logged as a
+    warning, the others at level INFO.
 
     A folder that cannot be written serves what it holds. One warning says so, and what could not
     be kept is counted as ``unwritten``.
@@ -92,6 +91,7 @@ class ChunkStore:
         must_write: Whether a folder that cannot be written is an error, as for `blocktune encode`.
 
     Attributes:
+        warn_rejected: Whether the first rejected entry is a warning; the others are level INFO.
         notes: What plug-ins remember of this store while the process lives, by keys of their own.
 
     Raises:
@@ -119,7 +119,7 @@ class ChunkStore:
         self._chunks: OrderedDict[str, Entry] = OrderedDict()
         self._stats = StoreStats()
         self._lock = threading.RLock()
-        self.must_write = must_write
+        self.must_write, self.warn_rejected = must_write, True
         self._files, self._next_write, self._warned = None, 0.0, False
         if folder is not None:
             self._files = ChunkFolder(folder, secret or secret_from_environment())
@@ -279,11 +279,11 @@ class ChunkStore:
         reason = reason.replace("\n", " ")
         with self._lock:
             self._stats.rejected += 1
-            first = not self._stats.first_rejected
+            first = self.warn_rejected and not self._stats.first_rejected
             self._stats.first_rejected = self._stats.first_rejected or reason
         level = logging.WARNING if first else logging.INFO
         more = "; more are counted, and named at level INFO" if first else ""
-        _REJECTED.log(level, "cached chunk not used, it is encoded again: %s%s", reason, more)
+        _LOG.log(level, "cached chunk not used, it is encoded again: %s%s", reason, more)
 
     def _write(self, key: str, kv: Entry) -> int:
         if self._files is None:

@@ -62,7 +62,7 @@ def encode(
     chunks = load_chunks(documents)
     if not chunks:
         raise ValueError(f"{documents}: no chunk in it; give one per line")
-    # On the CPU: nothing is read back. What cannot be written is an error, before a model is loaded.
+    # Before a model is loaded; on the CPU, since nothing is read back.
     kept = ChunkStore(folder=store, must_write=True)
     engine = load_engine(model, adapter, kept, dtype, device, quantize)
     engine = reworded(engine, instruction, system, wording)

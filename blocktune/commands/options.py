@@ -99,8 +99,6 @@ def quiet_libraries() -> None:
         "DeepSpeed",
     ):
         logging.getLogger(name).addFilter(lambda record: record.levelno >= logging.ERROR)
-    # `rejected` says it in one line at the end.
-    logging.getLogger("blocktune.cache.rejected").setLevel(logging.ERROR)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
 
@@ -117,9 +115,11 @@ def load_engine(
     quiet_libraries()
     from blocktune.engine import Engine
 
-    return Engine.from_pretrained(
+    engine = Engine.from_pretrained(
         model, adapter, store=store, dtype=dtype, device=device, quantize=quantize
     )
+    engine.store.warn_rejected = False  # `rejected` says it in one line at the end
+    return engine
 
 
 def rejected(stats: StoreStats, folder: Path | None) -> str:

@@ -160,6 +160,11 @@ class Encoder:
         """Under which the store keeps a piece."""
         return key_after(self.fingerprint, piece.ids, piece.blanks)
 
+    def sample(self) -> ChunkKV:
+        """One token's keys and values, for their shapes and dtype."""
+        [(_, kv, _)] = self._encode_together([Piece((self.pad_id,))], ())
+        return kv
+
     def _states_key(self, piece: Piece, layer: int) -> str:
         return states_key(self.key(piece), layer)
 

@@ -16,6 +16,7 @@ from blocktune.adapter import AdapterInfo
 from blocktune.adapter.load import load_model
 from blocktune.attention import attach
 from blocktune.cache import ChunkStore, PrefixTree, model_fingerprint
+from blocktune.cache.manifest import manifest
 from blocktune.data.example import read_chunks
 from blocktune.engine.batch_prefill import prefill_batch
 from blocktune.engine.context_cache import (
@@ -98,10 +99,17 @@ class Engine:
         words = dataclasses.asdict(self.format)
         self.fingerprint = model_fingerprint(model, adapter_folder, tokenizer, words)
         pad_id = _pad_id(tokenizer)
+        encoder = Encoder(model, self.store, self.fingerprint, pad_id)
+        self.store.describe(
+            self.fingerprint,
+            lambda: manifest(
+                *(model, tokenizer, words, adapter, adapter_folder, rope), encoder.sample()
+            ),
+        )
         self._state = EngineState(
             model,
             tokenizer,
-            Encoder(model, self.store, self.fingerprint, pad_id),
+            encoder,
             PrefixTree() if prefix_tree is None else prefix_tree,
             rope,
             pad_id,
