@@ -19,6 +19,7 @@ from rich.text import Text
 
 from blocktune.cache import ChunkStore
 from blocktune.commands.errors import resumable
+from blocktune.commands.options import rejected
 from blocktune.data import RagExample, load_examples
 from blocktune.engine import Answer, Engine, Sampling, Usage
 from blocktune.files import append_lines, locked, truncate_lines, whole_lines
@@ -208,7 +209,11 @@ def report_store(store: ChunkStore, held: bool) -> None:
             "; the chunks in it are other passages, or of another model, adapter, dtype, "
             "quantisation or wording"
         )
+    if stats.unwritten:
+        line += f", {stats.unwritten:,} of them not kept: the store cannot be written"
     typer.echo(line, err=True)
+    if problem := rejected(stats, store.folder):
+        typer.echo(problem, err=True)
 
 
 def _panel(example: RagExample, answer: Answer, method: str) -> Panel:

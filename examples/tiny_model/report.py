@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from blocktune.data.worlds import WorldConfig, generate_examples
 from blocktune.data.worlds.questions import QUESTION_KINDS
-from blocktune.data.worlds import WorldConfig, generate_examples
 from blocktune.evaluation.report.style import (
     COLOURS,
     Ground,
