@@ -96,13 +96,7 @@ def imported(tree: ast.AST, package: str) -> set[str]:
     return names
 
 
-<<<<<<< HEAD
-LAZY = ("data", "methods", "methods.reshape", "methods.select", "positions", "prompt")
-||||||| fac73c3
-LAZY = ("methods", "methods.reshape", "methods.select", "positions", "prompt")
-=======
-LAZY = ("cache", "methods", "methods.reshape", "methods.select", "positions", "prompt")
->>>>>>> store
+LAZY = ("cache", "data", "methods", "methods.reshape", "methods.select", "positions", "prompt")
 
 
 @functools.cache

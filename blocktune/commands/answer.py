@@ -162,21 +162,27 @@ def encode(
     """Encode chunks ahead of time into a folder that `answer --store` reads."""
     from rich.console import Console
 
+    from blocktune.cache import ChunkStore
     from blocktune.data import load_chunks
 
     chunks = load_chunks(documents)
     if not chunks:
         raise ValueError(f"{documents}: no chunk in it; give one per line")
-    engine = opt.load_engine(model, adapter, store, dtype, device, quantize)
+    # Before a model is loaded; on the CPU, since nothing is read back.
+    kept = ChunkStore(folder=store, must_write=True)
+    engine = opt.load_engine(model, adapter, kept, dtype, device, quantize)
     engine = opt.reworded(engine, instruction, system, wording)
     status = Console(stderr=True).status(f"encoding {len(chunks):,} chunks")
     with resumable(f"the chunks so far are in {store}"), status:
         report = engine.encode(chunks)
     known = report.num_chunks - report.num_encoded
-    written = engine.store.stats().disk_bytes_written
+    stats = kept.stats()
+    written = stats.disk_bytes_written
     each = f", {written / report.num_tokens / 1e3:,.1f} kB a token" if report.num_tokens else ""
     typer.echo(
         f"encoded {report.num_encoded:,} chunks ({report.num_tokens:,} tokens) in "
         f"{report.encode_s:.1f} s, {known:,} were there; {written / 1e6:,.1f} MB written to "
         f"{store}{each}"
     )
+    if problem := opt.rejected(stats, store):
+        typer.echo(problem, err=True)

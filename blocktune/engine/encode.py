@@ -147,29 +147,11 @@ class Encoder:
         """Under which the store keeps a piece."""
         return key_after(self.fingerprint, piece.ids, piece.blanks)
 
-<<<<<<< HEAD
-||||||| fac73c3
-    def _states_key(self, piece: Piece, layer: int) -> str:
-        return states_key(self.key(piece), layer)
-
-    def _encode(self, pieces: list[Piece], layers: Sequence[int]) -> Iterator[_Encoded]:
-        for group in grouped(pieces):
-            yield from self._encode_together(group, layers)
-
-=======
     def sample(self) -> ChunkKV:
         """One token's keys and values, for their shapes and dtype."""
         [(_, kv, _)] = self._encode_together([Piece((self.pad_id,))], ())
         return kv
 
-    def _states_key(self, piece: Piece, layer: int) -> str:
-        return states_key(self.key(piece), layer)
-
-    def _encode(self, pieces: list[Piece], layers: Sequence[int]) -> Iterator[_Encoded]:
-        for group in grouped(pieces):
-            yield from self._encode_together(group, layers)
-
->>>>>>> store
     @torch.no_grad()
     def _encode_together(self, pieces: list[Piece], layers: Sequence[int]) -> list[_Encoded]:
         batch = stack([alone(piece) for piece in pieces], self.pad_id).to(self.model.device)

@@ -16,15 +16,9 @@ from blocktune.adapter import AdapterInfo
 from blocktune.adapter.load import load_model
 from blocktune.attention import attach
 from blocktune.cache import ChunkStore, PrefixTree, model_fingerprint
-<<<<<<< HEAD
+from blocktune.cache.manifest import manifest
 from blocktune.data.example import RagExample, read_chunks
 from blocktune.engine import context_cache
-||||||| fac73c3
-from blocktune.data.example import read_chunks
-=======
-from blocktune.cache.manifest import manifest
-from blocktune.data.example import read_chunks
->>>>>>> store
 from blocktune.engine.batch_prefill import prefill_batch
 from blocktune.engine.context_cache import CachedContext
 from blocktune.engine.encode import Encoder, Piece, grouped
@@ -100,12 +94,7 @@ class Engine:
         self.store = ChunkStore(device=model.device) if store is None else store
         words = dataclasses.asdict(self.format)
         self.fingerprint = model_fingerprint(model, adapter_folder, tokenizer, words)
-<<<<<<< HEAD
         pad_id = tokenizer.pad_token_id or 0  # any real id does: pad rows are invisible
-||||||| fac73c3
-        pad_id = _pad_id(tokenizer)
-=======
-        pad_id = _pad_id(tokenizer)
         encoder = Encoder(model, self.store, self.fingerprint, pad_id)
         self.store.describe(
             self.fingerprint,
@@ -113,7 +102,6 @@ class Engine:
                 *(model, tokenizer, words, adapter, adapter_folder, rope), encoder.sample()
             ),
         )
->>>>>>> store
         self._state = EngineState(
             model,
             tokenizer,
