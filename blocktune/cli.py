@@ -16,6 +16,7 @@ for topic in (
     "evaluate",
     "data",
     "methods",
+    "store",
     "measure",
     "adapter",
 ):

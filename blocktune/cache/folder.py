@@ -44,7 +44,7 @@ class FileFacts(NamedTuple):
         header: What `blocktune.cache.chunk_file` wrote about it.
         num_tokens: Tokens of the chunk.
         size: Bytes of the file.
-        used: When it was last read or written, in seconds of the epoch.
+        used: When it was last used or written, in seconds of the epoch.
     """
 
     header: dict[str, str]
@@ -226,8 +226,12 @@ class ChunkFolder:
                 facts = {str(name): str(text) for name, text in header["__metadata__"].items()}
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 raise ValueError("its header is not that of a chunk") from None
-            used = max(status.st_atime, status.st_mtime)
-            return FileFacts(facts, num_tokens, status.st_size, used)
+            return FileFacts(facts, num_tokens, status.st_size, status.st_mtime)
+
+    def touch(self, key: str) -> None:
+        """Notes that the file of ``key`` was used, where the disk lets us: `FileFacts.used`."""
+        with suppress(OSError):
+            os.utime(chunk_path(self.path, key), follow_symlinks=False)
 
     def sign(self, record: Mapping[str, Any]) -> str:
         """HMAC-SHA-256 of plain JSON values under the folder's key, in hex; needs a key."""

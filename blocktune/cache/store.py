@@ -265,7 +265,10 @@ class ChunkStore:
         except ValueError as error:
             self._reject(f"{chunk_path(self.folder, key)}: {error}")
             return None
-        return kv if self._accept(kv, key, token_ids, fingerprint, kind) else None
+        if not self._accept(kv, key, token_ids, fingerprint, kind):
+            return None
+        self._files.touch(key)
+        return kv
 
     def _accept(self, kv: Entry, key: str, token_ids, fingerprint: str, kind: type[Entry]) -> bool:
         if kv.kind == kind.kind and kv.matches(token_ids, fingerprint):
