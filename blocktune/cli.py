@@ -15,12 +15,16 @@ from blocktune.commands import (
     evaluate,
     methods,
     profile_layers,
+    serve,
     train,
 )
 from blocktune.commands.errors import PLUGIN, OneLineErrors
 from blocktune.commands.options import teach
 
-COMMANDS = (answer, train, evaluate, data, methods, check, encode, adapter, profile_layers, bench)
+COMMANDS = (
+    *(answer, train, evaluate, serve, data, methods, check, encode, adapter),
+    *(profile_layers, bench),
+)
 
 app = typer.Typer(
     cls=OneLineErrors,
