@@ -39,8 +39,6 @@ from blocktune.server.schemas import (
 from blocktune.server.service import Asked, Service, UnknownModel
 
 _LOG = logging.getLogger("blocktune.server")
-POLL_S = 0.25
-"""How often a waiting request looks whether its client is still there."""
 ERRORS = {
     status: {"model": ErrorBody, "description": text}
     for status, text in {
@@ -291,21 +289,25 @@ class Exchange:
         Raises:
             HTTPException: If it fails, or the client has left (499, which nobody reads).
         """
+        watch = asyncio.create_task(self._watch())
         try:
             while True:
-                try:
-                    event = await asyncio.wait_for(self._queue.get(), POLL_S)
-                except TimeoutError:
-                    if await self.request.is_disconnected():
-                        raise HTTPException(499, "the client has left") from None
-                    continue
+                event = await self._queue.get()
                 if isinstance(event, Failure):
                     raise HTTPException(event.status, event.message)
                 yield event
                 if isinstance(event, Report):
                     return
         finally:
+            watch.cancel()
             self.close()
+
+    async def _watch(self) -> None:
+        """Ends the job when the client leaves."""
+        while (await self.request.receive())["type"] != "http.disconnect":
+            pass
+        self.asked.job.cancel()
+        self._queue.put_nowait(Failure(499, "the client has left"))
 
     async def report(self) -> Report:
         """Waits for the end of a job without an answer."""
