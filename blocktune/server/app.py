@@ -91,13 +91,18 @@ def create_app(service: Service) -> FastAPI:
     _add_errors(app)
 
     async def begin(tenant: Tenant, request: Request, make: Callable[[], Asked]) -> Exchange:
-        asked = await asyncio.to_thread(make)
+        try:
+            asked = await asyncio.to_thread(make)
+        except UnknownModel:
+            raise
+        except ValueError as error:
+            raise HTTPException(400, " ".join(str(error).split())) from None
         wait = quotas.enter(tenant, asked.job.num_tokens)
         if wait is not None:
             raise Busy(wait, f"the quota of '{tenant.name}' is used up")
         exchange = Exchange(service, asked, tenant, request, lambda: quotas.leave(tenant))
         try:
-            await exchange.submit()
+            exchange.submit()
         except BaseException:
             exchange.close()
             raise
@@ -138,7 +143,7 @@ def create_app(service: Service) -> FastAPI:
     async def encode(body: ChunksRequest, request: Request, tenant: Caller) -> ChunkList:
         """Encodes documents ahead of any question."""
         if body.pin:
-            raise ValueError("pin: this server's store cannot pin chunks; leave it out")
+            raise HTTPException(400, "pin: this server's store cannot pin chunks; leave it out")
         exchange = await begin(
             tenant,
             request,
@@ -233,10 +238,6 @@ def _add_errors(app: FastAPI) -> None:
     async def unknown(request: Request, error: UnknownModel) -> JSONResponse:
         return reply(404, str(error), "model")
 
-    @app.exception_handler(ValueError)
-    async def wrong(request: Request, error: ValueError) -> JSONResponse:
-        return reply(400, " ".join(str(error).split()))
-
     @app.exception_handler(Busy)
     async def busy(request: Request, error: Busy) -> JSONResponse:
         return reply(429, str(error), **{"Retry-After": str(max(1, round(error.retry_after)))})
@@ -268,13 +269,17 @@ class Exchange:
 
         asked.job.emit = emit
 
-    async def submit(self) -> None:
+    def submit(self) -> None:
         """Queues the job.
 
         Raises:
             Busy: If too many wait.
+            HTTPException: If it would never fit.
         """
-        self.service.scheduler.submit(self.asked.job)
+        try:
+            self.service.scheduler.submit(self.asked.job)
+        except ValueError as error:
+            raise HTTPException(400, str(error)) from None
 
     def close(self) -> None:
         """Ends the exchange; what of the job is not done is not done any more."""
@@ -380,7 +385,8 @@ class Exchange:
 
     def _chunks(self, report: Report, pieces: Any) -> list[dict[str, Any]]:
         """Per document its id, size, key and where it was found."""
-        pieces = list(pieces)[-len(self.asked.sources) :] if self.asked.sources else []
+        count = len(self.asked.sources)
+        pieces = list(pieces)[-count:] if len(pieces) >= count else []  # [] if none was looked up
         tiers, encoder = dict(report.tiers), self.asked.job.engine.state.encoder
         return [
             {
@@ -391,9 +397,7 @@ class Exchange:
                 "cached": tiers.get(piece, "none"),
                 "key": self.tenant.sign(encoder.key(piece)),
             }
-            for index, (source, piece) in enumerate(
-                zip(self.asked.sources, pieces, strict=bool(pieces))
-            )
+            for index, (source, piece) in enumerate(zip(self.asked.sources, pieces, strict=False))
         ]
 
     def extension(self, report: Report) -> dict[str, Any]:
@@ -461,7 +465,7 @@ class Bodies:
         before = len(self.texts[event.index])
         self.add(event)
         if not event.text and event.finish is None and event.logprob is None:
-            return []
+            return []  # part of a character, or the beginning of a stop text
         logs = None if event.logprob is None else self.shown([event.logprob], before)
         choice = {
             "index": event.index,
