@@ -1,6 +1,8 @@
 """`blocktune serve` as a process: clients, streams, a client that leaves, SIGTERM."""
 
 import json
+import re
+import runpy
 import signal
 import socket
 import threading
@@ -8,7 +10,7 @@ import time
 
 import pytest
 from openai import NotFoundError, OpenAI
-from server.support import DOCUMENTS, QUESTION, chat, metric, process
+from server.support import DOCUMENTS, QUESTION, ROOT, chat, metric, process
 
 CHAT = "/v1/chat/completions"
 LONG = {"max_tokens": 2000, "temperature": 100, "seed": 5}
@@ -105,3 +107,11 @@ def test_sigterm_loses_no_accepted_request():
         streamed = [text for _, text in done if text.startswith("data")]
         assert len(streamed) == 3
         assert all(text.endswith("data: [DONE]\n\n") for text in streamed)
+
+
+def test_the_example_asks_a_folder_of_markdown(server, capsys):
+    example = runpy.run_path(str(ROOT / "examples/serve_rag.py"))
+    for _ in range(2):
+        example["main"](str(ROOT / "docs"), "What is a chunk?", f"{server.base_url}/v1", 2)
+    cached = [int(n) for n in re.findall(r"^(\d+) prompt tokens", capsys.readouterr().out, re.M)]
+    assert cached[1] > cached[0]
