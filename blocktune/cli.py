@@ -14,6 +14,7 @@ for topic in (
     "answer",
     "train",
     "evaluate",
+    "serve",
     "data",
     "methods",
     "store",

@@ -44,7 +44,8 @@ ALLOWED = {
     "evaluation": SERVING | {"data"},
     "hub": SERVING | {"data", "check"},
     "bench": SERVING | {"testing"},
-    "commands": SERVING | {"data", "training", "evaluation", "hub", "check", "bench"},
+    "server": SERVING | {"data", "check"},
+    "commands": SERVING | {"data", "training", "evaluation", "hub", "check", "bench", "server"},
     "cli": {"commands", "plugins"},
 }
 # `blocktune --help` runs these at import; the rest is loaded inside functions.
@@ -53,14 +54,18 @@ HEAVY = {
     "accelerate",
     "datasets",
     "deepspeed",
+    "fastapi",
     "huggingface_hub",
     "matplotlib",
     "numpy",
     "peft",
+    "prometheus_client",
+    "pydantic",
     "safetensors",
     "torch",
     "transformers",
     "trl",
+    "uvicorn",
 }
 
 
