@@ -51,8 +51,8 @@ def _run(folder: Path) -> dict[str, Any]:
     """Every method over the questions that all of them have answered."""
     suite = yaml.safe_load((folder / "suite.yaml").read_text())
     labels = [m if isinstance(m, str) else m.get("label", m["name"]) for m in suite["methods"]]
-    paths = {label: folder / "rows" / f"{label}.jsonl" for label in labels}
-    rows = {label: _rows(path) for label, path in paths.items() if path.exists()}
+    rows = {label: _rows(folder / "rows", label) for label in labels}
+    rows = {label: own for label, own in rows.items() if own}
     if FULL not in rows:
         raise ValueError(f"{folder} has no rows of {FULL}, which all others are measured by")
     common = [key for key in rows[FULL] if all(key in own for own in rows.values())]
@@ -76,8 +76,11 @@ def _run(folder: Path) -> dict[str, Any]:
     }
 
 
-def _rows(path: Path) -> dict[tuple[str, str], dict]:
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def _rows(folder: Path, label: str) -> dict[tuple[str, str], dict]:
+    """(set, id) -> row; of a run that has not ended too, which keeps a part for each process."""
+    paths = [folder / f"{label}.jsonl", *folder.glob(f"{label}.part*.jsonl")]
+    texts = [path.read_text(encoding="utf-8") for path in paths if path.exists()]
+    rows = [json.loads(line) for text in texts for line in text.splitlines()]
     return {(row["task"], row["id"]): row for row in rows}
 
 
