@@ -117,13 +117,10 @@ def _question(record: Mapping[str, Any]) -> Question:
     own = next((str(record[key]) for key in ("id", "_id", "question_id") if record.get(key)), "")
     kind = record.get("kind") or record.get("type") or ""
     kind = kind if isinstance(kind, str) else ""
-    return Question(text.strip(), _answers(record), own, kind, _data_sets(record))
-
-
-def _data_sets(record: Mapping[str, Any]) -> Mapping[str, str]:
     meta = record.get("meta")
     named = meta.get(DATA_SETS) if isinstance(meta, Mapping) else None
-    return named if isinstance(named, Mapping) else {}
+    named = named if isinstance(named, Mapping) else {}
+    return Question(text.strip(), _answers(record), own, kind, named)
 
 
 def _answers(record: Mapping[str, Any]) -> tuple[str, ...]:

@@ -168,11 +168,7 @@ def on_the_hub(name: str) -> str:
 
 
 def license_of(base: str, token: str | None = None) -> str:
-    """The licence that a base's card states.
-
-    Args:
-        base: Its name on the Hub.
-        token: Of the Hub; None: the one that is logged in.
+    """The licence that the card of a base on the Hub states.
 
     Raises:
         ValueError: If there is none, or the Hub does not answer.

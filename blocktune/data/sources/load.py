@@ -168,14 +168,7 @@ def parse_records(
     limit: int | None = None,
     shots: Iterable[Record] | None = None,
 ) -> Loaded:
-    """Turns records into examples.
-
-    Args:
-        records: All of one shape.
-        name: The source, for errors.
-        reading: Shape, chunker and shots, if not the defaults.
-        limit: Load the first examples only.
-        shots: Records that few-shot examples are drawn from.
+    """Turns records of one shape into examples; ``shots`` are those few-shot ones are drawn from.
 
     Raises:
         ValueError: If no shape fits, a record is wrong, or there is no example.

@@ -92,7 +92,8 @@ def _from_json(name: str, stream) -> Iterator[Record]:
     if not start:
         raise ValueError(f"{name} is empty; give {WANTED}")
     stream.seek(0)
-    if start.startswith("[") or _is_pretty(start):
+    line, _, rest = start.partition("\n")
+    if start.startswith("[") or (line.strip() == "{" and rest):  # a list, or one indented object
         yield from _from_whole(name, stream)
         return
     for number, line in enumerate(stream, start=1):
@@ -104,12 +105,6 @@ def _from_json(name: str, stream) -> Iterator[Record]:
                 wanted = "a file is a JSON list or one object a line"
                 raise ValueError(f"{where}: not JSON ({error.msg}); {wanted}") from None
             yield _checked(Record(where, value), line)
-
-
-def _is_pretty(start: str) -> bool:
-    """Whether a file is one object over several lines."""
-    line, _, rest = start.partition("\n")
-    return line.strip() == "{" and bool(rest)
 
 
 def _from_whole(name: str, stream) -> Iterator[Record]:

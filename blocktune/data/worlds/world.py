@@ -147,13 +147,8 @@ def draw_world(
     context knows which by the chunk before; a reader of separate chunks can do without: a fact that
     no titled chunk states is in only one chunk.
 
-    Args:
-        rng: Source of everything.
-        split: Whose names to use.
-        num_passages: Chunks.
-        aliased: Share of the continued documents that use an alias, lists excluded.
-        crowded: Whether any number of documents may continue in other chunks.
-        plain: Whether to draw a `plain_style`.
+    ``aliased`` is the share of the continued documents that use an alias, lists excluded; ``plain``
+    draws a `plain_style`.
     """
     style, taken = (plain_style if plain else draw_style)(rng), set()
     themes = {kind: _theme(rng, kind, style.variety) for kind in KINDS}
