@@ -29,7 +29,7 @@ ALLOWED = {
     "models": TOOLS | {"layout", "positions"},
     "layout": set(),
     "positions": {"lazy"},
-    "attention": {"layout"},
+    "attention": {"layout", "lazy"},
     "links": TOOLS | {"models", "layout", "positions"},
     "prompt": GROUND,
     "adapter": GROUND | {"prompt"},
@@ -96,7 +96,15 @@ def imported(tree: ast.AST, package: str) -> set[str]:
     return names
 
 
-LAZY = ("methods", "methods.reshape", "methods.select", "positions", "prompt")
+LAZY = (
+    "attention",
+    "engine",
+    "methods",
+    "methods.reshape",
+    "methods.select",
+    "positions",
+    "prompt",
+)
 
 
 @functools.cache

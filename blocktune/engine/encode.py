@@ -67,11 +67,8 @@ def _size(piece: Piece) -> int:
 class Found(NamedTuple):
     """Encoded pieces and what finding them took.
 
-    Attributes:
-        kvs: By piece.
-        hits: Pieces that were in the store.
-        misses: Pieces that had to be encoded.
-        states: What each piece carried into the layers that were asked for, by piece and layer.
+    ``hits`` were in the store, ``misses`` had to be encoded. ``states`` are what each piece carried
+    into the layers that were asked for.
     """
 
     kvs: dict[Piece, ChunkKV]
@@ -174,14 +171,10 @@ class Encoder:
 
 
 class InputRecorder:
-    """A plan that attends by another one, and keeps what entered some layers.
-
-    Attributes:
-        inputs: Hidden states ``(B, S, hidden)``, by layer.
-    """
+    """A plan that attends by another one, and keeps what entered some layers."""
 
     def __init__(self, plan: Plan, layers: Container[int]):
-        """Keeps what enters ``layers``."""
+        """Keeps the hidden states ``(B, S, hidden)`` that enter ``layers``."""
         self.plan, self.layers = plan, layers
         self.inputs: dict[int, Tensor] = {}
 

@@ -75,14 +75,8 @@ def require_same_tokenizer(
 class EngineState:
     """The model, its tokenizer and its caches.
 
-    Attributes:
-        model: Attached to blocktune's attention.
-        tokenizer: The model's.
-        encoder: Encodes chunks and finds encoded ones; it has the store.
-        prefix_tree: Exact prefixes of earlier prompts.
-        rope: How keys are moved to other positions.
-        pad_id: Token of padding rows.
-        auxiliaries: Other models.
+    ``encoder`` has the store of chunks, ``prefix_tree`` the exact prefixes of earlier prompts;
+    ``rope`` says how keys are moved; ``pad_id`` is the token of padding rows.
     """
 
     model: PreTrainedModel

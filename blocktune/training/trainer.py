@@ -240,9 +240,8 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
         execution = self.args.attention_execution
         with evaluating(model):
             states = states_at(model, inputs["input_ids"], layout, layer, execution, stop)
-        layout = narrowed(
-            layout, states, layer, self.size.layers, self.collator.sampler, inputs["shares"]
-        )
+        layers, shares = self.size.config.num_hidden_layers, inputs["shares"]
+        layout = narrowed(layout, states, layer, layers, self.collator.sampler, shares)
         return {**inputs, "layout": layout.pack()}
 
     def _count(self, result: StepLoss, layout: Layout) -> None:
