@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -68,7 +69,7 @@ def profile_layers(
         progress=lambda ranges: iter(track(ranges, "profiling", console=console)),
     )
     if as_json:
-        typer.echo(json.dumps([one.to_dict() for one in found], indent=2))
+        typer.echo(json.dumps([asdict(one) for one in found], indent=2))
         return
     rows = [
         (
