@@ -95,14 +95,10 @@ class Encoder:
         layers: Sequence[int] = (),
         loader: ChunkLoader | None = None,
     ) -> Found:
-        """Looks every piece up and encodes what is missing, each piece once.
+        """Looks every piece up (by the ``loader``, if given) and encodes what is missing, once.
 
-        Args:
-            pieces: What is wanted; repeats are welcome.
-            watch: Gets ``lookup_s``, ``load_s`` and ``encode_s``.
-            layers: Layers (0-based) whose input states are wanted too; a piece that was
-                encoded without them is encoded again.
-            loader: Looks chunks up instead of the store.
+        The input states of ``layers`` (0-based) are wanted too: a piece that was encoded without
+        them is encoded again. ``watch`` gets ``lookup_s``, ``load_s`` and ``encode_s``.
         """
         kvs: dict[Piece, ChunkKV] = {}
         states: dict[tuple[Piece, int], ChunkStates] = {}

@@ -55,11 +55,7 @@ class Auxiliaries:
 def require_same_tokenizer(
     name: str, served: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase
 ) -> None:
-    """Requires that an auxiliary model reads the served model's token ids as the same text.
-
-    Raises:
-        ValueError: Naming a token that differs.
-    """
+    """Raises ValueError if an auxiliary model reads the served model's token ids as other text."""
     own, theirs = served.get_vocab(), other.get_vocab()
     wrong = sorted((i, token) for token, i in own.items() if theirs.get(token) != i)
     if wrong:

@@ -241,7 +241,7 @@ def test_later_text_never_changes_an_earlier_column(tall, name):
     later = Ask("And who wrote the music of it?", ASK.chunks)
     keys = []
     for ask in (ASK, later):
-        pieces, prompts = tall._read([ask], method, 1)
+        pieces, prompts = tall._read([ask], method)
         run = prefill_batch(tall._state, prompts, pieces, method)
         until = int((run.columns.kind == Kind.QUERY).long().argmax())
         keys.append([layer.keys[0, :, :until].clone() for layer in run.cache.layers])
