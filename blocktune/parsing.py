@@ -123,11 +123,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """Decodes YAML, or JSON, which is YAML.
-
-    Args:
-        text: To decode.
-        where: Opens every error: the file's name.
+    """Decodes YAML or JSON; ``where`` (the file's name) opens every error.
 
     Raises:
         ValueError: If it is not YAML or gives a key twice; names line and column.
@@ -144,12 +140,7 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def load_yaml(path: str | Path, what: str, hint: str) -> Any:
-    """Reads a YAML file.
-
-    Args:
-        path: The file.
-        what: What it should be, for the error: ``suite``.
-        hint: Where to look instead.
+    """Reads a YAML file; ``what`` it should be and a ``hint`` where to look are for the error.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -267,33 +258,21 @@ def _is(value: Any, types: Any) -> bool:
 
 
 def mapping(record: Any, where: str) -> Mapping:
-    """``record`` if it is a mapping.
-
-    Raises:
-        ValueError: If it is none.
-    """
+    """``record`` if it is a mapping; else raises ValueError."""
     if not isinstance(record, Mapping):
         raise ValueError(f"{where}: must be a mapping of keys to values, got {record!r:.60}")
     return record
 
 
 def entries(record: Any, where: str) -> list:
-    """``record`` if it is a list with something in it.
-
-    Raises:
-        ValueError: If it is none, or empty.
-    """
+    """``record`` if it is a list that is not empty; else raises ValueError."""
     if not isinstance(record, list) or not record:
         raise ValueError(f"{where}: must be a list with at least one entry, got {record!r:.60}")
     return record
 
 
 def refuse_doubles(what: str, names: list[str], fix: str) -> None:
-    """Refuses names that are given twice.
-
-    Raises:
-        ValueError: Naming the most frequent one, and the fix.
-    """
+    """Raises ValueError for the most frequent of names that are given twice, with the fix."""
     name, count = Counter(names).most_common(1)[0]
     if count > 1:
         raise ValueError(f"{what} '{name}' is given {count} times; {fix}")

@@ -61,11 +61,7 @@ def mask_form(query: Tensor, key: Tensor, params: AttentionParams) -> MaskForm:
 
 
 def formed(seen: Tensor, form: MaskForm) -> Tensor:
-    """Brings a bool mask ``(G, 1, R, N)``, True where visible, into a form.
-
-    Returns:
-        ``(G, 1, copies * R, N)``, in the form's dtype.
-    """
+    """Brings a bool mask ``(G, 1, R, N)``, True where visible, to ``(G, 1, copies * R, N)``."""
     if form == SEEN:
         return seen
     groups, _, rows, keys = seen.shape
@@ -86,11 +82,6 @@ class Span(NamedTuple):
         """Keys that each of the rows is scored against."""
         return self.keys.stop - self.keys.start
 
-    @property
-    def num_cells(self) -> int:
-        """Rows times keys."""
-        return (self.rows.stop - self.rows.start) * self.num_keys
-
 
 class Block(NamedTuple):
     """A span and its mask, ``(G, 1, rows, keys)`` bool, True where the row sees the key."""
@@ -110,11 +101,9 @@ class RowBand:
     and again in its backward.
 
     Attributes:
-        query: Facts of the query rows, ``(G, R)``.
-        key: Facts of the keys, ``(G, N)``.
+        query: Facts of the query rows, ``(G, R)``; ``query_exists`` is False for padding.
+        key: Facts of the keys, ``(G, N)``; ``key_exists`` is False for padding.
         superseded_until: `Layout.superseded_until` of the keys, ``(G, N)``.
-        query_exists: False for padding among the query rows, ``(G, R)``.
-        key_exists: False for padding among the keys, ``(G, N)``.
         row_block: Rows of a block; with fewer, less work is spent on keys after a row.
         room: Space for masks, shared by the bands of a plan.
     """
@@ -182,7 +171,8 @@ class RowBand:
         """The masks of all blocks, or None if there was no room when they were first needed."""
         if (rule, form) not in self._masks:
             spans = self.spans(rule.window)
-            cells = len(self.query.kind) * sum(span.num_cells for span in spans)
+            cells = sum((s.rows.stop - s.rows.start) * s.num_keys for s in spans)
+            cells *= len(self.query.kind)
             fits = self.room.take(cells * form.copies)
             made = [self._mask(span, rule, form) for span in spans] if fits else None
             self._masks[rule, form] = made

@@ -62,11 +62,7 @@ class Auxiliaries:
 def require_same_tokenizer(
     name: str, served: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase
 ) -> None:
-    """Requires that an auxiliary model reads the served model's token ids as the same text.
-
-    Raises:
-        ValueError: Naming a token that differs.
-    """
+    """Raises ValueError if an auxiliary model reads the served model's token ids as other text."""
     own, theirs = served.get_vocab(), other.get_vocab()
     wrong = sorted((i, token) for token, i in own.items() if theirs.get(token) != i)
     if wrong:
@@ -82,14 +78,8 @@ def require_same_tokenizer(
 class EngineState:
     """The model, its tokenizer and its caches.
 
-    Attributes:
-        model: Attached to blocktune's attention.
-        tokenizer: The model's.
-        encoder: Encodes chunks and finds encoded ones; it has the store.
-        prefix_tree: Exact prefixes of earlier prompts.
-        rope: How keys are moved to other positions.
-        pad_id: Token of padding rows.
-        auxiliaries: Other models.
+    ``encoder`` has the store of chunks, ``prefix_tree`` the exact prefixes of earlier prompts;
+    ``rope`` says how keys are moved; ``pad_id`` is the token of padding rows.
     """
 
     model: PreTrainedModel
