@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from blocktune.evaluation.metrics import adjusted_f1, filter_bias
+from blocktune.evaluation.metrics import adjusted_f1
 from blocktune.evaluation.rows import Row
 from blocktune.evaluation.statistics import PairedScores, holm, mcnemar_exact, p_value, power
 
@@ -118,7 +118,7 @@ def _adjusted(f1: Sequence[float], full: Sequence[float] | None) -> dict[str, An
     names = ("adjusted_f1", "n_kept", "adjusted_f1_bias", "adjusted_f1_reverse")
     if full is None:
         return dict.fromkeys(names)
-    return dict(zip(names, (*adjusted_f1(f1, full), *filter_bias(f1, full)), strict=True))
+    return dict(zip(names, adjusted_f1(f1, full), strict=True))
 
 
 def _recovered(
