@@ -59,12 +59,7 @@ def run_and_show(
 
 
 def results_table(results: Mapping[str, Any], title: str = "") -> Table:
-    """Lays out `build_results`: a row per method, its score by kind, then what it costs.
-
-    Args:
-        results: What ``results.json`` holds.
-        title: Above the table.
-    """
+    """Lays out `build_results`: a row per method, its score by kind, then what it costs."""
     methods = results["methods"]
     kinds = list(next(iter(methods.values()))["tasks"])
     kinds = kinds if len(kinds) <= MOST_GROUPS else []

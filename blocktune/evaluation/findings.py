@@ -19,9 +19,6 @@ def findings(results: Mapping[str, Any]) -> list[str]:
     tables' verdicts and in `power_notes`. Methods with an adapter are also compared with one
     another. Of more than `MOST` methods only those are named that nothing beats at less
     recomputation. Without both baselines there is nothing to say.
-
-    Args:
-        results: What `build_results` returned.
     """
     methods = results["methods"]
     baselines = (plain_label(results, ORACLE), plain_label(results, FLOOR))
@@ -54,16 +51,15 @@ def power_notes(results: Mapping[str, Any]) -> list[str]:
 
     Methods are compared with full prefill and naive reuse; a difference that Holm's correction
     leaves within chance is named with the number of questions that would show it.
-
-    Args:
-        results: What `build_results` returned.
     """
     notes = []
     for other in filter(None, (plain_label(results, name) for name in (ORACLE, FLOOR))):
         unclear = [
             (label, minus["mean"], minus["n_needed"])
             for label, summary in results["methods"].items()
-            if (minus := summary["score_minus"].get(other)) and _is_unclear(minus, summary["n"])
+            if (minus := summary["score_minus"].get(other))
+            and not is_shown(minus)
+            and (minus["n_needed"] or 0) > summary["n"]
         ]
         if unclear:
             named = "; ".join(
@@ -72,10 +68,6 @@ def power_notes(results: Mapping[str, Any]) -> list[str]:
             count = next(iter(results["methods"].values()))["n"]
             notes.append(f"{count:,} questions are too few to tell from {other}: {named}.")
     return notes
-
-
-def _is_unclear(minus: Mapping[str, Any], n: int) -> bool:
-    return not is_shown(minus) and minus["n_needed"] is not None and minus["n_needed"] > n
 
 
 def _named(results: Mapping[str, Any]) -> str:

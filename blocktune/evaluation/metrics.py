@@ -70,24 +70,15 @@ def substring_em(prediction: str, answers: Sequence[str]) -> float:
 def extract_answer(text: str, marker: str | None = None) -> str:
     """What is scored of a model's output.
 
-    Args:
-        text: The output, e.g. ``'Anna Belt. Answer: Port Alder.'``.
-        marker: What announces the answer (``'Answer:'``); None scores the whole output.
-
-    Returns:
-        The text after the last ``marker``, without surrounding space and one final period; the
-        whole output, stripped likewise, when it does not hold the marker.
+    That is the text after the last ``marker``, such as ``'Answer:'``, or the whole output where
+    there is none, without surrounding space and one final period.
     """
     answer = text.rpartition(marker)[2] if marker else text
     return answer.strip().removesuffix(".").rstrip()
 
 
 def best(metric: Callable[[str], float], answers: Sequence[str]) -> float:
-    """The highest score over the accepted answers.
-
-    Raises:
-        ValueError: If there is none.
-    """
+    """The highest score over the accepted answers; a ValueError if there is none."""
     return max(map(metric, _accepted(answers)))
 
 
@@ -113,10 +104,7 @@ def token_f1(prediction: str, answers: Sequence[str], tokenizer: PreTrainedToken
 
     Only the first line counts, and one that opens with yes or no counts as that word.
 
-    Args:
-        prediction: The output.
-        answers: Accepted answers.
-        tokenizer: The model's own; scores of different tokenizers do not compare.
+    Scores of different tokenizers do not compare.
 
     Source: ``compute_f1`` and ``parse_generation`` of github.com/YaoJiayi/CacheBlend,
     ``example/utils.py``. There the first token is dropped because it is BOS; a tokenizer that adds
@@ -149,10 +137,8 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def rouge_l(prediction: str, answers: Sequence[str]) -> float:
     """F-measure of the longest common subsequence of stemmed words, the best over the answers.
 
-    Source: Lin (2004), as CacheBlend computes it: package ``rouge-score`` with stemming.
-
-    Raises:
-        ModuleNotFoundError: Without the package, which comes with the extra ``eval``.
+    Source: Lin (2004), as CacheBlend computes it: package ``rouge-score`` with stemming, which
+    comes with the extra ``eval``.
     """
     scorer = _scorer()
     return best(lambda answer: scorer.score(answer, prediction)["rougeL"].fmeasure, answers)
@@ -212,11 +198,7 @@ METRICS = {
 
 
 def require_metrics(names: Iterable[str]) -> None:
-    """Refuses names that no metric has.
-
-    Raises:
-        ValueError: Naming the first of them.
-    """
+    """Refuses names that no metric has."""
     for name in names:
         if name not in METRICS:
             raise ValueError(f"unknown metric '{name}'; available: {', '.join(METRICS)}")

@@ -105,9 +105,7 @@ def tell_rewording(
 ) -> None:
     """Warns where an adapter is asked in other words than it was trained in.
 
-    Args:
-        engines: Adapter (None is the base) -> engine in its own wording.
-        worded: (adapter, task) -> engine in the task's.
+    ``engines`` are by adapter (None is the base) in their own wording, ``worded`` in the task's.
     """
     for (adapter, task), engine in worded.items():
         changed = _changed(engines[adapter].format, engine.format)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -99,9 +99,9 @@ def _answer_all(
 ) -> None:
     methods = ready.suite.methods
     work = [_missing(ready, files[spec.label], processes) for spec in methods]
-    whole = progress.add_task("all methods", total=sum(map(_count, work)))
+    whole = progress.add_task("all methods", total=sum(len(b) for own in work for b in own))
     for spec, batches in zip(methods, work, strict=True):
-        bar = progress.add_task(spec.label, total=_count(batches))
+        bar = progress.add_task(spec.label, total=sum(map(len, batches)))
         for batch in batches:
             files[spec.label].append(_answer_batch(ready, spec, batch))
             progress.advance(bar, len(batch))
@@ -126,26 +126,18 @@ def _answer_batch(
 def _missing(
     ready: Ready, file: RowFile, processes: Processes
 ) -> Sequence[list[tuple[str, TaskQuestion]]]:
-    """This process's share of the batches that are not answered yet."""
-    keyed = list(zip(file.keys, ready.questions, strict=True))
-    batches = _batches(keyed, ready.suite.batch_size)
+    """This process's share of the batches that are not answered yet.
+
+    Batches hold one task and are always the same ones, so that a resumed run repeats whole ones.
+    """
+    keyed = zip(file.keys, ready.questions, strict=True)
+    batches = [
+        own[start : start + ready.suite.batch_size]
+        for _, same in groupby(keyed, key=lambda item: item[1].task.name)
+        for own in [list(same)]
+        for start in range(0, len(own), ready.suite.batch_size)
+    ]
     return processes.share([b for b in batches if not all(key in file for key, _ in b)])
-
-
-def _batches(
-    keyed: Sequence[tuple[str, TaskQuestion]], size: int
-) -> Iterator[list[tuple[str, TaskQuestion]]]:
-    """Batches of one task; always the same ones, so that a resumed run repeats whole batches."""
-    start = 0
-    while start < len(keyed):
-        task = keyed[start][1].task
-        batch = [item for item in islice(keyed, start, start + size) if item[1].task is task]
-        yield batch
-        start += len(batch)
-
-
-def _count(batches: Sequence[Sequence]) -> int:
-    return sum(map(len, batches))
 
 
 def _time_all(
