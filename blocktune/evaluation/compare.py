@@ -104,11 +104,10 @@ def _change(
 def _paired(
     label: str, left: Sequence[Row], right: Sequence[Row]
 ) -> tuple[list[float], list[float]]:
-    known = _scores(left)
-    pairs = [(known[key], score) for key, score in _scores(right).items() if key in known]
-    if not pairs:
+    old, new = _scores(left), _scores(right)
+    if not (shared := [key for key in new if key in old]):
         raise ValueError(f"the runs asked '{label}' no common question; compare runs of one task")
-    return [a for a, _ in pairs], [b for _, b in pairs]
+    return [old[key] for key in shared], [new[key] for key in shared]
 
 
 def _scores(rows: Sequence[Row]) -> dict[tuple[str, str, int], float]:

@@ -81,7 +81,7 @@ def prepare(suite: Suite, load: Load = load_engine) -> Ready:
     tell_rewording(engines, worded)
     ready = Ready(suite, methods, engines, questions, timed, worded)
     for task in suite.tasks:
-        named = {adapter or "base": worded[adapter, task.name] for adapter in adapters}
+        named = {adapter or "base": worded[adapter, task.name] for adapter in engines}
         check_prompts(named, ready.of(task, 1)[0])
     _check_fit(ready)
     return ready
@@ -139,19 +139,17 @@ def _questions(suite: Suite, tokenizer: Any) -> tuple[TaskQuestion, ...]:
 
 def _check_fit(ready: Ready) -> None:
     """Lays out every prompt once for each set of weights, wording and kind of layout."""
-    done = set()
+    done, first = set(), ready.suite.tasks[0]
+    asked = [(task, example, task.max_new_tokens) for task, example, _ in ready.questions]
+    asked += [(first, example, 1) for example in ready.timed]
     for spec in ready.suite.methods:
-        method, first = ready.methods[spec.label], ready.suite.tasks[0]
+        method = ready.methods[spec.label]
         layout = ready.engine(spec, first).prompts.spec(method)
-        if (spec.adapter, layout) in done or not method.keeps_context:
-            continue
-        done.add((spec.adapter, layout))
-        for task, example, _ in ready.questions:
-            make = ready.engine(spec, task).prompts
-            make.prompt(make.pieces(example, method), layout, task.max_new_tokens)
-        make = ready.engine(spec, first).prompts
-        for example in ready.timed:
-            make.prompt(make.pieces(example, method), layout, 1)
+        if (spec.adapter, layout) not in done and method.keeps_context:
+            done.add((spec.adapter, layout))
+            for task, example, num_new in asked:
+                make = ready.engine(spec, task).prompts
+                make.prompt(make.pieces(example, method), layout, num_new)
 
 
 def check_prompts(engines: Mapping[str, Any], example: RagExample) -> None:
@@ -212,9 +210,10 @@ def _check_bos(tokenizer, ids: tuple[int, ...]) -> None:
 def _check_open_turn(tokenizer, ids: tuple[int, ...]) -> None:
     if tokenizer.chat_template is None:
         return
-    opened, closed = (_squeeze(_render(tokenizer, opened=o)) for o in (True, False))
+    # Without white space, which some tokenizers do not give back as it was.
+    opened, closed = ("".join(_render(tokenizer, opened=o).split()) for o in (True, False))
     opening = opened.removeprefix(closed) or opened.rpartition("?")[2]
-    ending = _squeeze(tokenizer.decode(ids[-64:]))
+    ending = "".join(tokenizer.decode(ids[-64:]).split())
     # Contained, not at the very end: a template may add an empty block of thoughts after it.
     if opening not in ending:
         raise ValueError(
@@ -226,8 +225,3 @@ def _check_open_turn(tokenizer, ids: tuple[int, ...]) -> None:
 def _render(tokenizer, *, opened: bool) -> str:
     messages = [{"role": "user", "content": "Where?"}]
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opened)
-
-
-def _squeeze(text: str) -> str:
-    """Without white space, which some tokenizers do not give back as it was."""
-    return "".join(text.split())

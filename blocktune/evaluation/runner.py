@@ -18,6 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from blocktune.data import RagExample
 from blocktune.evaluation.fidelity import measure_fidelity
 from blocktune.evaluation.fingerprints import code_digest, fingerprints
 from blocktune.evaluation.prepare import Load, Ready, TaskQuestion, load_engine, prepare
@@ -159,7 +160,7 @@ def _time_all(
     return {label: TtftSummary(*times) for label, times in found.items()}
 
 
-def _asking(ready: Ready, spec: MethodSpec):
+def _asking(ready: Ready, spec: MethodSpec) -> Callable[[RagExample], Any]:
     engine, method = ready.engine(spec, ready.suite.tasks[0]), ready.methods[spec.label]
     return lambda example: engine.answer([example], method, max_new_tokens=1, batch_size=1)[0]
 

@@ -76,10 +76,7 @@ class TtftSpec:
     chunks: int | None = None
 
     def __post_init__(self):
-        if self.num < 0:
-            raise ValueError(f"num must not be negative, got {self.num}")
-        if self.chunks is not None and self.chunks < 1:
-            raise ValueError(f"chunks must be at least 1, got {self.chunks}")
+        _check_counts(num=self.num, chunks=1 if self.chunks is None else self.chunks)
 
 
 @dataclass(frozen=True)
@@ -95,10 +92,15 @@ class FidelitySpec:
     tokens: int = 4
 
     def __post_init__(self):
-        if self.num < 0:
-            raise ValueError(f"num must not be negative, got {self.num}")
-        if self.tokens < 1:
-            raise ValueError(f"tokens must be at least 1, got {self.tokens}")
+        _check_counts(num=self.num, tokens=self.tokens)
+
+
+def _check_counts(num: int, **least_one: int) -> None:
+    if num < 0:
+        raise ValueError(f"num must not be negative, got {num}")
+    for name, value in least_one.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 @dataclass(frozen=True)

@@ -148,9 +148,10 @@ def tune(
     Args:
         spec: What to try, on which questions.
         output: Folder for rows, ``results.json`` and ``tuned.json``.
-        processes: Processes of this machine that share the questions.
+        processes: Processes of this machine that share the questions; several load weights by
+            `load_engine`.
         command: What the user typed, for the provenance.
-        load: How weights are loaded; several processes always load them by `load_engine`.
+        load: How weights are loaded.
 
     Returns:
         What ``tuned.json`` holds: ``best`` (values, entry, score with interval, cost), all
@@ -195,8 +196,7 @@ def _together(suite: Suite, output: Path, count: int, command: list[str] | None)
     for other in others:
         other.start()
     try:
-        mine = Processes(0, count, wait=_waiting(barrier))
-        return run_suite(suite, output, command=command, processes=mine)
+        return run_suite(suite, output, command=command, processes=_sharing(0, count, barrier))
     except BrokenBarrierError:
         raise ValueError("a process of the sweep failed; see its error above") from None
     finally:
@@ -205,15 +205,15 @@ def _together(suite: Suite, output: Path, count: int, command: list[str] | None)
             other.join()
 
 
+def _sharing(rank: int, count: int, barrier: Any) -> Processes:
+    return Processes(rank, count, wait=lambda: barrier.wait(PATIENCE.total_seconds()))
+
+
 def _share(suite: Suite, output: Path, rank: int, count: int, barrier: Any) -> None:
     try:
-        run_suite(suite, output, processes=Processes(rank, count, wait=_waiting(barrier)))
+        run_suite(suite, output, processes=_sharing(rank, count, barrier))
     except BrokenBarrierError:
         return  # another one failed, or the main one needs nothing more
     except BaseException:
         barrier.abort()
         raise
-
-
-def _waiting(barrier: Any):
-    return lambda: barrier.wait(PATIENCE.total_seconds())
