@@ -6,22 +6,22 @@ So importing a package costs nothing until a name is needed, and one light modul
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
 
 def exports(
-    package: str, homes: Mapping[str, Sequence[str]]
+    package: str, homes: Mapping[str, str]
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
     """Makes a package's ``__getattr__``, ``__dir__`` and ``__all__``.
 
     Args:
         package: Its dotted name.
-        homes: The public names of each module, by the module's dotted name. No name may be that of
-            a module of the package: once imported, the module would hide it.
+        homes: The public names of each module, with spaces between, by the module's dotted name. No
+            name may be that of a module of the package: once imported, the module would hide it.
     """
-    home_of = {name: module for module, names in homes.items() for name in names}
+    home_of = {name: module for module, names in homes.items() for name in names.split()}
 
     def get(name: str) -> Any:
         if name not in home_of:

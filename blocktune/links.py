@@ -45,10 +45,12 @@ class LinkTable(nn.Module):
             raise ValueError(f"a link table needs at least 1 link, got {num_links}")
         self.weight = nn.Parameter(torch.zeros(num_links, hidden, dtype=dtype))
 
-    @property
-    def num_links(self) -> int:
-        """Learned tokens of every kind."""
-        return self.weight.shape[0]
+    @classmethod
+    def of(cls, weight: Tensor) -> LinkTable:
+        """A table with a copy of these rows ``(num_links, hidden)``."""
+        table = cls(*weight.shape, dtype=weight.dtype)
+        table.weight.data.copy_(weight)
+        return table
 
     def forward(self, slots: Tensor) -> Tensor:
         """Rows of ``slots``, any shape of int64; returns ``(*slots.shape, hidden)``."""
@@ -91,9 +93,7 @@ def new_links(model: PreTrainedModel, num_links: int, seed: int = 0) -> LinkTabl
     mean, std = _moments(embedding, link_base(model))
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(num_links, mean.numel(), generator=generator).to(mean.device)
-    table = LinkTable(num_links, mean.numel()).to(mean.device)
-    table.weight.data.copy_(mean + NOISE * std * noise)
-    return table
+    return LinkTable.of(mean + NOISE * std * noise)
 
 
 def install_links(model: PreTrainedModel, table: LinkTable) -> LinkHandle:
@@ -168,9 +168,7 @@ def load_links(folder: str | Path) -> LinkTable:
         weight = file.get_tensor("weight") if names == ["weight"] else None
     if weight is None or weight.ndim != 2:
         raise ValueError(f"{path} must hold one (num_links, hidden) tensor 'weight', got {names}")
-    table = LinkTable(*weight.shape, dtype=weight.dtype)
-    table.weight.data.copy_(weight)
-    return table
+    return LinkTable.of(weight)
 
 
 def add_link_tokens(

@@ -45,7 +45,6 @@ def _range(text: str) -> int | tuple[int, int]:
     return (int(low), int(high)) if dash else int(low)
 
 
-_COMMAS = "with commas between"
 WANTED = {  # by the annotation of a field; fields of other types are read by their owners before
     "str": Wanted(str, "text", str),
     "str | None": Wanted(str | None, "text or null", str),
@@ -63,16 +62,16 @@ WANTED = {  # by the annotation of a field; fields of other types are read by th
         Mapping,
         "a mapping of names to numbers",
         lambda text: dict.fromkeys(text.split(","), 1.0),
-        f"names {_COMMAS}",
+        "names with commas between",
     ),
     "tuple[str, ...]": Wanted(
-        list | tuple, "a list of texts", _several(str), f"names {_COMMAS}", str
+        list | tuple, "a list of texts", _several(str), "names with commas between", str
     ),
     "tuple[int, ...]": Wanted(
-        list | tuple, "a list of whole numbers", _several(int), f"whole numbers {_COMMAS}", int
+        list | tuple, "a list of whole numbers", _several(int), "whole numbers, with commas", int
     ),
     "tuple[float, ...]": Wanted(
-        list | tuple, "a list of numbers", _several(float), f"numbers {_COMMAS}", int | float
+        list | tuple, "a list of numbers", _several(float), "numbers, with commas", int | float
     ),
 }
 
@@ -164,18 +163,7 @@ def load_yaml(path: str | Path, what: str, hint: str) -> Any:
 
 
 def load_spec(path: str | Path, what: str, hint: str, parse: Callable[[Any, str], Spec]) -> Spec:
-    """Reads what a YAML file describes.
-
-    Args:
-        path: The file.
-        what: What it should be, for the error: ``suite``.
-        hint: Where to look instead.
-        parse: Builds it from the decoded YAML and the file's name, which opens every error.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: In one line: the file, the place in it, what was wanted and what came.
-    """
+    """Reads what a YAML file describes, like `load_yaml`; ``parse`` gets its content and name."""
     return parse(load_yaml(path, what, hint), str(path))
 
 
@@ -190,13 +178,26 @@ def read(spec: type[Spec], record: Any, where: str) -> Spec:
     Raises:
         ValueError: If a key is unknown or missing, or a value is not of its type.
     """
-    known = {field.name: field for field in fields(spec)}
-    record = current_keys(mapping(record, where), known, where)
-    for key in record:
-        if key not in known:
-            raise ValueError(f"{where}: unknown key '{key}'; known: {', '.join(known)}")
-    values = {key: _value(known[key], value, where) for key, value in record.items()}
+    record = _known(spec, record, where)
+    values = {f.name: _value(f, record[f.name], where) for f in fields(spec) if f.name in record}
     return _made(spec, values, where)
+
+
+def build_strict(spec: type[Spec], record: Any, what: str) -> Spec:
+    """Like `read`, for a ``spec`` that checks its own values.
+
+    Raises:
+        ValueError: If ``record`` is not a mapping or has an unknown key; ``what`` names it.
+    """
+    return spec(**_known(spec, record, what))
+
+
+def _known(spec: type, record: Any, where: str) -> dict[str, Any]:
+    known = [field.name for field in fields(spec)]
+    record = current_keys(mapping(record, where), known, where)
+    if unknown := sorted(record.keys() - set(known), key=str):
+        raise ValueError(f"{where}: unknown key '{unknown[0]}'; known: {', '.join(known)}")
+    return record
 
 
 def build_config(
@@ -244,21 +245,6 @@ def _made(spec: type[Spec], values: Mapping[str, Any], where: str) -> Spec:
         return spec(**values)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-
-
-def build_strict(spec: type[Spec], record: Any, what: str) -> Spec:
-    """Builds a ``spec`` that checks its own values from a mapping whose keys are its fields.
-
-    Raises:
-        ValueError: If ``record`` is not a mapping or has an unknown key; ``what`` names it.
-    """
-    known = [f.name for f in fields(spec)]
-    if not isinstance(record, Mapping):
-        raise ValueError(f"{what} must be a mapping of {', '.join(known)}, got {record!r}")
-    record = current_keys(record, known, what)
-    if unknown := sorted(record.keys() - set(known), key=str):
-        raise ValueError(f"unknown {what} key '{unknown[0]}'; known: {', '.join(known)}")
-    return spec(**record)
 
 
 def _value(field: Field, value: Any, where: str) -> Any:

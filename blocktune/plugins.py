@@ -16,7 +16,6 @@ import pkgutil
 import sys
 from importlib import metadata
 from pathlib import Path
-from types import ModuleType
 
 GROUP = "blocktune.plugins"
 EXTRAS = "blocktune.extras"
@@ -38,13 +37,11 @@ def add(plugin: str) -> None:
         if not Path(plugin).is_file():
             raise ValueError(f"no plug-in at '{plugin}'; give a Python file or a module's name")
         plugin = str(Path(plugin).resolve())  # a child process may start elsewhere
-    known = named()
-    if plugin not in known:
+    if plugin not in (known := _named()):
         os.environ[VARIABLE] = os.pathsep.join([*known, plugin])
 
 
-def named() -> list[str]:
-    """The plug-ins that the variable names, in its order."""
+def _named() -> list[str]:
     return [part for part in os.environ.get(VARIABLE, "").split(os.pathsep) if part]
 
 
@@ -54,34 +51,26 @@ def load_all() -> None:
     Raises:
         ValueError: If one cannot be imported: which, and why.
     """
-    for module in _installed(tuple(sys.path)):
-        _load(module)
-    for plugin in named():
-        _load(plugin)
+    for plugin in [*_installed(tuple(sys.path)), *_named()]:
+        if plugin not in _loaded:
+            _loaded.add(plugin)  # before the import: the plug-in may ask a table itself
+            try:
+                _import_file(Path(plugin)) if _is_file(plugin) else importlib.import_module(plugin)
+            except Exception as error:
+                _loaded.discard(plugin)
+                reason = " ".join(str(error).split()) or type(error).__name__
+                raise ValueError(f"plug-in '{plugin}' cannot be loaded: {reason}") from error
 
 
 @functools.cache
 def _installed(path: tuple[str, ...]) -> list[str]:
     """Modules of `EXTRAS` and of entry points; reading these takes milliseconds, so only once."""
     extras = pkgutil.iter_modules(importlib.import_module(EXTRAS).__path__, f"{EXTRAS}.")
-    return [module.name for module in extras] + [
-        entry.value.partition(":")[0] for entry in metadata.entry_points(group=GROUP)
-    ]
+    entries = metadata.entry_points(group=GROUP)
+    return [*(module.name for module in extras), *(entry.module for entry in entries)]
 
 
-def _load(plugin: str) -> None:
-    if plugin in _loaded:
-        return
-    _loaded.add(plugin)  # before the import: the plug-in may ask a table itself
-    try:
-        _import_file(Path(plugin)) if _is_file(plugin) else importlib.import_module(plugin)
-    except Exception as error:
-        _loaded.discard(plugin)
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"plug-in '{plugin}' cannot be loaded: {reason}") from error
-
-
-def _import_file(path: Path) -> ModuleType:
+def _import_file(path: Path) -> None:
     """Imports a file under a name made of its path, so that two ``methods.py`` do not collide."""
     digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]
     name = f"blocktune_plugin_{path.stem}_{digest}"
@@ -95,7 +84,6 @@ def _import_file(path: Path) -> ModuleType:
     except BaseException:
         del sys.modules[name]
         raise
-    return module
 
 
 def _is_file(plugin: str) -> bool:

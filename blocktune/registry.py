@@ -1,7 +1,7 @@
-"""Tables of reuse methods, selectors and reshapes, found by importing the modules that define them.
+"""Registries of methods, selectors, reshapes and chunkers, and checks of their parameters.
 
-Each is a frozen dataclass, registered under its published name. A table finds the modules of its
-own package, and those of plug-ins.
+An entry is a frozen dataclass, registered under its published name; its fields are its parameters.
+A registry finds the modules of its own package, and those of plug-ins.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields
 from typing import Any, TypeVar
 
@@ -20,7 +20,7 @@ Entry = TypeVar("Entry", bound=type)
 
 
 class Registry:
-    """A table of classes by name.
+    """Classes by name.
 
     Args:
         what: What an entry is, for errors: ``reuse method``.
@@ -40,12 +40,12 @@ class Registry:
         """
 
         def enter(cls: Entry) -> Entry:
-            taken = self._entries.get(name)
-            # A module that is imported again may replace its own entry.
-            if taken is not None and _home(taken) != _home(cls):
+            new = f"{cls.__module__}.{cls.__qualname__}"
+            other = self._entries.get(name, cls)
+            old = f"{other.__module__}.{other.__qualname__}"
+            if old != new:  # a module that is imported again may replace its own entry
                 raise ValueError(
-                    f"{self.what} '{name}' of {_home(cls)} is already taken by {_home(taken)}; "
-                    "choose another name"
+                    f"{self.what} '{name}' of {new} is already taken by {old}; choose another name"
                 )
             self._entries[name] = cls
             return cls
@@ -60,8 +60,8 @@ class Registry:
         """
         if not self._found:
             package = importlib.import_module(self.package)
-            for module in pkgutil.iter_modules(package.__path__):
-                importlib.import_module(f"{self.package}.{module.name}")
+            for module in pkgutil.iter_modules(package.__path__, f"{self.package}."):
+                importlib.import_module(module.name)
             self._found = True
         plugins.load_all()
         return self._entries
@@ -74,13 +74,12 @@ class Registry:
         """The class of a name.
 
         Raises:
-            ValueError: If nothing has that name; the line lists what there is.
+            ValueError: If nothing has that name; the error lists all names.
         """
-        table = self.table()
-        if name not in table:
-            names = ", ".join(sorted(table))
+        if name not in self.table():
+            names = ", ".join(self.available())
             raise ValueError(f"unknown {self.what} '{name}'; available: {names}")
-        return table[name]
+        return self._entries[name]
 
     def build(self, name: str, **parameters: Any) -> Any:
         """Makes an entry from its name and parameters.
@@ -107,5 +106,20 @@ def summary_of(cls: type) -> str:
     return (inspect.getdoc(cls) or "").partition("\n")[0]
 
 
-def _home(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
+def require_count(name: str, value: int, least: int = 0, why: str = "") -> None:
+    """Raises a `ValueError` unless ``value`` is an integer of at least ``least``."""
+    if type(value) is not int or value < least:
+        reason = f" ({why})" if why else ""
+        raise ValueError(f"{name} must be a whole number, at least {least}{reason}, got {value!r}")
+
+
+def require_share(name: str, value: float) -> None:
+    """Raises a `ValueError` unless ``value`` is a number in [0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError(f"{name} must be a share in [0, 1], got {value!r}")
+
+
+def require_one_of(name: str, value: str, known: Collection[str]) -> None:
+    """Raises a `ValueError` unless ``value`` is among ``known``."""
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")

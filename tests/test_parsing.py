@@ -89,7 +89,7 @@ def test_what_does_not_fit_is_refused(record, message):
     [
         ({"nam": "a"}, "unknown option 'nam' of 's'; known: name"),
         ({"name": "a", "count": "x"}, "s: 'count' must be a whole number, got 'x'"),
-        ({"name": "a", "sizes": "1,x"}, "'sizes' must be numbers with commas between, got '1,x'"),
+        ({"name": "a", "sizes": "1,x"}, "'sizes' must be numbers, with commas, got '1,x'"),
         ({"name": "a", "on": "yes"}, "'on' must be 1 or 0"),
         ({"count": "1"}, "'name' is missing"),
         ({"name": "a", "count": "0"}, "s: count must be at least 1"),

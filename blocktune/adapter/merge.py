@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blocktune.adapter import OWN_WEIGHTS, AdapterInfo, load_adapter
 from blocktune.adapter.load import load_model
@@ -82,24 +81,22 @@ def merge_adapter(
     folder, output = adapter_folder(adapter), Path(output)
     info = AdapterInfo.load(folder)
     _check(info, folder, output, links)
-    options = {"dtype": dtype, "device": device, "revision": info.base_revision}
-    options |= {"revision": None} if model else {}
+    plain = {"dtype": dtype, "device": device}
+    options = plain | {"revision": None if model else info.base_revision}
     name = model or info.base_model
     wanted = _wanted_logits(name, folder, info.quantization, options)
     _write(name, folder, output, info, links or info.link_mode, options)
-
-    plain = {"dtype": dtype, "device": device}
     got = _logits(*load_model(adapter=output, **plain)[:3], wanted.shape[-1])
     again = None
     if info.quantization is not None:
         coded = load_model(adapter=output, quantize=info.quantization, **plain)
-        again = _difference(_logits(*coded[:3], wanted.shape[-1]), wanted)
+        again = float((_logits(*coded[:3], wanted.shape[-1]) - wanted).abs().max())
     return MergeReport(
         output=output,
         link_mode=(links or info.link_mode) if info.num_learned else None,
         quantization=info.quantization,
         max_abs_logit=float(wanted.abs().max()),
-        max_abs_diff=_difference(got, wanted),
+        max_abs_diff=float((got - wanted).abs().max()),
         same_top1=float((got.argmax(-1) == wanted.argmax(-1)).float().mean()),
         requantised_max_abs_diff=again,
     )
@@ -141,14 +138,8 @@ def _write(name, folder, output, info: AdapterInfo, link_mode: str, options) -> 
             add_link_tokens(model, tokenizer, info.num_learned, rows=table.weight.data)
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
-    _merged_info(model, tokenizer, info, link_mode).save(output)
-
-
-def _merged_info(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, info: AdapterInfo, link_mode: str
-) -> AdapterInfo:
     origin = {"started_from": info.base_model, "merged_on": info.quantization}
-    return replace(
+    merged = replace(
         info,
         base_model=OWN_WEIGHTS,
         base_revision=None,
@@ -158,6 +149,7 @@ def _merged_info(
         link_mode=link_mode,
         training={**info.training, **origin},
     )
+    merged.save(output)
 
 
 @torch.no_grad()
@@ -170,7 +162,3 @@ def _logits(model, tokenizer, info: AdapterInfo, vocab_size: int) -> Tensor:
         ids += tokenizer(text, add_special_tokens=False)["input_ids"] + learned
     rows = torch.tensor([ids], device=model.device)
     return model(rows, use_cache=False).logits[..., :vocab_size].float().cpu()
-
-
-def _difference(one: Tensor, other: Tensor) -> float:
-    return float((one - other).abs().max())

@@ -44,11 +44,9 @@ class Release:
     link_token: str | None = None
 
     def fit(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> AdapterInfo:
-        """Puts the release's template on a tokenizer and returns what the model is served with.
+        """Puts the release's template on its tokenizer; returns what the model is served with.
 
-        Args:
-            model: The release's weights.
-            tokenizer: The model's; its chat template (and BOS, if prompts have none) is changed.
+        The tokenizer's chat template is changed, and BOS is removed if prompts have none.
 
         Raises:
             ValueError: If the tokenizer has other ids for the tokens that were trained, or the
@@ -62,10 +60,11 @@ class Release:
                     f"has {came}; load the tokenizer that was released with the model"
                 )
         rows = model.get_input_embeddings().weight.shape[0]
-        if self.link_token and self._last_link() >= rows:
+        last = self.tokens[self.link_token] + self.layout.num_learned - 1 if self.link_token else 0
+        if last >= rows:
             raise ValueError(
-                f"'{self.repository}' has link tokens up to id {self._last_link()}, this model "
-                f"embeds {rows} tokens; load the released weights"
+                f"'{self.repository}' has link tokens up to id {last}, this model embeds {rows} "
+                "tokens; load the released weights"
             )
         tokenizer.chat_template = self.chat_template
         if not self.begins_with_bos:
@@ -80,9 +79,6 @@ class Release:
             link_token=self.link_token or "",
             training={"released as": self.repository, "stated by": self.source},
         )
-
-    def _last_link(self) -> int:
-        return self.tokens[self.link_token] + self.layout.num_learned - 1
 
 
 BLOCK_ATTENTION = Release(
@@ -109,12 +105,6 @@ BLOCK_ATTENTION = Release(
     ),
     begins_with_bos=False,
 )
-
-_KVLINK_TOKENS = {
-    "<|reserved_special_token_3|>": 128_011,  # the first link
-    "<|reserved_special_token_246|>": 128_254,  # opens the documents
-    "<|reserved_special_token_247|>": 128_255,  # closes them
-}
 
 
 def _kvlink(repository: str) -> Release:
@@ -149,7 +139,11 @@ def _kvlink(repository: str) -> Release:
             "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n"
             "{% endif %}"
         ),
-        tokens=_KVLINK_TOKENS,
+        tokens={
+            "<|reserved_special_token_3|>": 128_011,  # the first link
+            "<|reserved_special_token_246|>": 128_254,  # opens the documents
+            "<|reserved_special_token_247|>": 128_255,  # closes them
+        },
         link_token="<|reserved_special_token_3|>",
     )
 

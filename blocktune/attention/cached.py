@@ -46,6 +46,7 @@ class CachePlan:
         query: Facts of the computed rows, ``(B, R)``.
         context_rows: Rows of chunk tokens among the query rows of each prompt, ``(B,)``.
         executed: Layers whose attention ran by this plan, in order.
+        columns: Columns that the rows were written into, ``(B, R)``, -1 for padding.
     """
 
     def __init__(
@@ -56,16 +57,11 @@ class CachePlan:
         columns: Tensor | None = None,
         kept_cells: int = KEPT_CELLS,
     ):
-        """Prepares ``query`` ``(B, R)`` over the columns ``key`` ``(B, N)``, by order.
+        """Prepares rows ``query`` ``(B, R)`` over the columns ``key`` ``(B, N)``, by order.
 
-        Args:
-            query: Facts of the computed rows.
-            key: Facts of the columns.
-            reshaping: How these rows see reused keys, one object for all plans of a batch; None:
-                unchanged.
-            columns: Columns that the rows were written into, ``(B, R)``, -1 for padding; None:
-                each row's order.
-            kept_cells: Most mask elements to keep.
+        ``reshaping`` (one object for all plans of a batch) is how they see reused keys.
+        ``columns`` ``(B, R)`` are those that the rows were written into, -1 for padding; None: each
+        row's order. ``kept_cells`` is the most mask elements to keep.
         """
         self.query = query
         self.context_rows = (query.kind == Kind.CHUNK).sum(1)
@@ -73,20 +69,18 @@ class CachePlan:
         self._windows: list[int | None] = []
         exists, stored = query.kind != Kind.PAD, key.kind != Kind.PAD
         self._reshaping = reshaping
-        self._columns = query.order.masked_fill(~exists, -1) if columns is None else columns
+        self.columns = query.order.masked_fill(~exists, -1) if columns is None else columns
         nothing = torch.zeros_like(key.kind)
         room = MaskRoom(kept_cells)
         self._band = RowBand(query, key, nothing, exists, stored, row_block=ROW_BLOCK, room=room)
         self._tails = find_tails(query, key)
 
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, rule: LayerRule, params: AttentionParams
-    ) -> Tensor:
-        """See `Plan.attend`; rows that have ended are not computed, so the layer has no effect."""
+    def attend(self, query, key, value, rule, params) -> Tensor:
+        """Implements `Plan.attend`; rows that have ended are not computed, whatever the layer."""
         self.executed.append(rule.layer)
         self._windows.append(rule.window)
         if self._reshaping is not None:
-            out = self._reshaping.attend(self._band, self._columns, query, key, value, rule, params)
+            out = self._reshaping.attend(self._band, self.columns, query, key, value, rule, params)
             if out is not None:
                 return out.transpose(1, 2)
         if self._tails and (rule.window is None or rule.window >= key.shape[2]):
@@ -94,6 +88,10 @@ class CachePlan:
             return torch.cat(outs).transpose(1, 2)
         rule = LayerRule(window=rule.window)
         return self._band.attend(query, key, value, rule, params).transpose(1, 2)
+
+    def num_rows(self) -> Tensor:
+        """Computed rows of each prompt, ``(B,)`` on the CPU."""
+        return (self.query.kind != Kind.PAD).sum(1).cpu()
 
     def forget(self) -> None:
         """Drops the masks; from now on the plan is only asked for counts."""
@@ -107,8 +105,7 @@ class CachePlan:
         made = self._band.pairs(window)
         if made is not None:
             return made
-        columns = (self._band.key.kind != Kind.PAD).sum(1)
-        rows = (self.query.kind != Kind.PAD).sum(1)
+        rows, columns = self.num_rows(), (self._band.key.kind != Kind.PAD).sum(1).cpu()
         return torch.where(rows == 1, columns, columns * (columns + 1) // 2)
 
 
@@ -135,13 +132,9 @@ class Tail(NamedTuple):
 def find_tails(query: Rows, key: Rows) -> list[Tail]:
     """Tails that cover the whole batch, or none if a prompt computes other rows than its last.
 
-    Few rows after many columns are left to a mask, which is small; a causal kernel would need
-    padding rows for the columns. A single row per prompt needs neither if all prompts have the
-    same length.
-
-    Args:
-        query: Facts of the computed rows, ``(B, R)``, padding before them.
-        key: Facts of the columns, ``(B, N)``, by order, padding after them.
+    Computed rows ``(B, R)`` have padding before them, columns ``(B, N)`` after them. Few rows after
+    many columns are left to a mask, which is small; a causal kernel would need padding rows for the
+    columns. A single row per prompt needs neither if all prompts have the same length.
     """
     rows = (query.kind != Kind.PAD).sum(1)
     columns = (key.kind != Kind.PAD).sum(1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from blocktune.attention.kernels import AttentionParams, check_rows, plain_attention
+from blocktune.attention.kernels import check_rows, plain_attention
 from blocktune.layout import FIRST_LAYER, LayerRule, Layout, visible
 
 
@@ -32,10 +32,8 @@ class DensePlan:
         """Keeps ``layout``; a mask is made for each layer and not kept."""
         self.layout = layout
 
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, rule: LayerRule, params: AttentionParams
-    ) -> Tensor:
-        """See `Plan.attend`."""
+    def attend(self, query, key, value, rule, params) -> Tensor:
+        """Implements `Plan.attend`."""
         check_rows(self.layout.kind.shape, query, key)
         out = plain_attention(query, key, value, dense_mask(self.layout, rule), params)
         return out.transpose(1, 2)

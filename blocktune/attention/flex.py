@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from blocktune.attention.kernels import AttentionParams, check_rows
+from blocktune.attention.kernels import check_rows
 from blocktune.layout import FIRST_LAYER, GLOBAL, LayerRule, Layout, visible
 
 BLOCK = 128
@@ -43,15 +43,10 @@ def _range(field: Tensor, keep: Tensor) -> _Range:
 
 
 def block_pairs(layout: Layout, rule: LayerRule) -> Tensor:
-    """Pairs of 128-row blocks that may hold a visible cell.
+    """Pairs of 128-row blocks that may hold a visible cell, ``(B, ceil(S / 128), ...)`` bool.
 
-    Args:
-        layout: Rows ``(B, S)``.
-        rule: The layer's part of the rule.
-
-    Returns:
-        Bool ``(B, ceil(S / 128), ceil(S / 128))``. Never False where a cell is visible; may be
-        True where none is (the exact rule decides inside the block).
+    Never False where a cell is visible; may be True where none is, since the exact rule decides
+    inside the block.
     """
     alive = ~layout.is_pad & (layout.until > rule.layer)
     local = alive & (layout.group != GLOBAL)
@@ -66,12 +61,7 @@ def block_pairs(layout: Layout, rule: LayerRule) -> Tensor:
 
 
 def flex_block_mask(layout: Layout, rule: LayerRule = FIRST_LAYER) -> BlockMask:
-    """The rule as a ``BlockMask`` of 128 x 128 blocks, with the exact rule as its ``mask_mod``.
-
-    Args:
-        layout: Rows ``(B, S)``.
-        rule: The layer's part of the rule.
-    """
+    """The rule as a ``BlockMask`` of 128 x 128 blocks, with the exact rule as its ``mask_mod``."""
     rows, superseded = layout.rows(), layout.superseded_until
 
     def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -85,12 +75,9 @@ def flex_block_mask(layout: Layout, rule: LayerRule = FIRST_LAYER) -> BlockMask:
     pairs = block_pairs(layout, rule)[:, None]
     counts = pairs.sum(-1, dtype=torch.int32)
     columns = torch.argsort(pairs.int(), dim=-1, descending=True, stable=True).to(torch.int32)
+    size = (layout.num_rows, layout.num_rows)
     return BlockMask.from_kv_blocks(
-        counts,
-        columns,
-        BLOCK_SIZE=BLOCK,
-        mask_mod=mask_mod,
-        seq_lengths=(layout.num_rows, layout.num_rows),
+        counts, columns, BLOCK_SIZE=BLOCK, mask_mod=mask_mod, seq_lengths=size
     )
 
 
@@ -108,10 +95,8 @@ class FlexPlan:
         self._endings = layout.endings
         self._masks: dict[LayerRule, BlockMask] = {}
 
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, rule: LayerRule, params: AttentionParams
-    ) -> Tensor:
-        """See `Plan.attend`.
+    def attend(self, query, key, value, rule, params) -> Tensor:
+        """Implements `Plan.attend`.
 
         Raises:
             ValueError: If the model uses attention dropout, or is trained on a CPU: FlexAttention

@@ -44,17 +44,10 @@ def check_rows(shape: torch.Size, query: Tensor, key: Tensor) -> None:
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
-    """Row ``i`` attends to rows ``0..i``.
+    """Row ``i`` attends to rows ``0..i``: `masked_attention` with ``R = N`` and that mask.
 
-    Args:
-        query: ``(G, H, M, D)``.
-        key: ``(G, K, M, D)`` with ``H`` a multiple of ``K``.
-        value: ``(G, K, M, D)``.
-        params: Scaling, soft-capping and dropout.
-
-    Returns:
-        ``(G, H, M, D)``. Nothing of size M x M is kept; where soft-capping needs the scores, they
-        are made for one block of rows at a time.
+    Nothing of size N x N is kept; where soft-capping needs the scores, they are made for one block
+    of rows at a time.
     """
     if params.softcap is None:
         if query.is_cuda and query.dtype == torch.float32:
@@ -81,22 +74,14 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, params: Attentio
 
 
 def _causal_mask(start: int, stop: int, device: torch.device) -> Tensor:
-    row = torch.arange(start, stop, device=device)[:, None]
-    return torch.arange(stop, device=device) <= row
+    return torch.ones(stop - start, stop, dtype=torch.bool, device=device).tril(start)
 
 
 def tail_attention(query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
-    """The last rows of a sequence attend causally over all of it.
+    """The last ``R`` of ``N`` rows attend causally; shapes as in `masked_attention`.
 
-    Args:
-        query: ``(G, H, R, D)``, the last ``R`` of ``N`` rows.
-        key: ``(G, K, N, D)``.
-        value: ``(G, K, N, D)``.
-        params: Scaling, soft-capping and dropout.
-
-    Returns:
-        ``(G, H, R, D)``. A single row sees everything; several get padding rows before them,
-        since PyTorch's causal kernel aligns the first row with the first key.
+    A single row sees everything; several get padding rows before them, since PyTorch's causal
+    kernel aligns the first row with the first key.
     """
     rows, missing = query.shape[2], key.shape[2] - query.shape[2]
     if rows == 1:
@@ -129,12 +114,8 @@ def masked_attention(
     has_gradient = any(states.requires_grad for states in (query, key, value))
     # Capped scores would be kept for backward as well: rows x keys x heads.
     if has_gradient and torch.is_grad_enabled() and (callable(mask) or params.softcap is not None):
-        return checkpoint(
-            _by_kernel,
-            *(query, key, value, mask, params),
-            use_reentrant=False,
-            preserve_rng_state=params.dropout > 0,
-        )
+        options = {"use_reentrant": False, "preserve_rng_state": params.dropout > 0}
+        return checkpoint(_by_kernel, query, key, value, mask, params, **options)
     return _by_kernel(query, key, value, mask, params)
 
 
@@ -192,16 +173,9 @@ def plain_attention(
 def plain_scores(
     query: Tensor, key: Tensor, mask: Tensor | None, params: AttentionParams
 ) -> Tensor:
-    """Scores before softmax: scaled, capped, and -inf where hidden.
+    """Scores before softmax, ``(G, H, R, N)`` float32: scaled, capped, and -inf where hidden.
 
-    Args:
-        query: ``(G, H, R, D)``.
-        key: ``(G, K, N, D)``.
-        mask: Bool, broadcastable to ``(G, 1, R, N)``, True where visible; None: everywhere.
-        params: Scaling and soft-capping.
-
-    Returns:
-        ``(G, H, R, N)`` float32.
+    Arguments as in `masked_attention`, with a bool mask or None.
     """
     groups, heads, rows, dim = query.shape
     shared = query.reshape(groups, key.shape[1], -1, dim).float()

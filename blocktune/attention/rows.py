@@ -16,12 +16,7 @@ class RowMap:
     """
 
     def __init__(self, source: Tensor, num_sources: int):
-        """Prepares the map.
-
-        Args:
-            source: The source row of each target row, negative for a row of zeros; int64 ``(T,)``.
-            num_sources: Number of source rows.
-        """
+        """Takes the source row of each target row, ``(T,)`` int64, negative for a row of zeros."""
         self._source = source
         self._num_sources = num_sources
         self._index = source.clamp(min=0)

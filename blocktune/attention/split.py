@@ -41,13 +41,8 @@ def find_segments(layout: Layout) -> list[Segment]:
 
     Each group (a chunk with its blanks) is causal. So are the global rows before the first chunk:
     the prefix, or a whole prompt in full attention. The other global rows of a prompt see what the
-    rule shows them among all rows of the prompt that are not blanks.
-
-    Args:
-        layout: Rows ``(B, S)`` on the CPU.
-
-    Returns:
-        Segments in which every row but the padding is a query exactly once.
+    rule shows them among all rows of the prompt that are not blanks. Every row of the layout (on
+    the CPU) but the padding is a query exactly once.
     """
     segments = []
     for rows in _rows_by_sample(layout).values():
@@ -140,9 +135,7 @@ class SplitPlan:
     def __init__(self, layout: Layout, kept_cells: int = KEPT_CELLS):
         """Finds the segments of ``layout`` (on the CPU, once per batch) and stacks them.
 
-        Args:
-            layout: Rows ``(B, S)``.
-            kept_cells: Most mask elements to keep.
+        ``kept_cells`` is the most mask elements to keep.
 
         Raises:
             ValueError: If the layout holds nothing but padding.
@@ -164,10 +157,8 @@ class SplitPlan:
         self._own_keys = _row_map([b.key for b in self._own], layout)
         self._wide_keys = _row_map([b.key for b in self._wide], layout)
 
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, rule: LayerRule, params: AttentionParams
-    ) -> Tensor:
-        """See `Plan.attend`; the query rows and the keys are the layout's rows."""
+    def attend(self, query, key, value, rule, params) -> Tensor:
+        """Implements `Plan.attend`; the query rows and the keys are the layout's rows."""
         check_rows(self.shape, query, key)
         rule = rule.first_alike(self._endings)  # one mask for all layers with these rows
         q, k, v = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,154 +12,86 @@ from torch import Tensor
 
 from blocktune.attention import SplitPlan, dense_mask
 from blocktune.attention.kernels import AttentionParams
-from blocktune.bench.timing import Times, matmul_rate, ratio, spread, take_turns, threads
-from blocktune.layout import FOREVER, GLOBAL, NO_CHUNK, NO_ROW, Kind, LayerRule, Layout
+from blocktune.bench.timing import matmul_rate, ratios, spread, take_turns, threads
+from blocktune.layout import LayerRule
+from blocktune.prompt import LayoutSpec, Pieces, lay_out
 from blocktune.provenance import provenance
 
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+HEADS, KV_HEADS, HEAD_DIM, THREADS, SEED = 8, 8, 64, 2, 0
 OPERATIONS = 14
 """Per visible cell and dimension: two products forward and five backward, two operations each."""
 
 
-@dataclass(frozen=True)
-class AttentionBench:
-    """Sizes of the timed attention layer.
-
-    Attributes:
-        tokens: Rows of the prompt.
-        chunk: Tokens per chunk; the last ``chunk`` tokens are the query, which sees everything.
-        heads: Query heads.
-        kv_heads: Key-value heads.
-        head_dim: Size of a head.
-        threads: Threads that PyTorch may use.
-        repeats: Timed rounds, after one that is not timed.
-        seed: Of the random states.
-
-    Raises:
-        ValueError: If ``tokens`` is not at least two whole chunks.
-    """
-
-    tokens: int = 8192
-    chunk: int = 512
-    heads: int = 8
-    kv_heads: int = 8
-    head_dim: int = 64
-    threads: int = 2
-    repeats: int = 5
-    seed: int = 0
-
-    def __post_init__(self):
-        if self.chunk < 1 or self.tokens % self.chunk or self.tokens < 2 * self.chunk:
-            raise ValueError(
-                f"the benchmark needs at least two whole chunks; {self.tokens} tokens are not a "
-                f"multiple of chunks of {self.chunk}: choose tokens = n * chunk, n >= 2"
-            )
-
-
-def bench_attention(bench: AttentionBench | None = None) -> dict[str, Any]:
-    """Times one layer of attention, forward and backward, on the CPU.
+def bench_attention(tokens: int = 8192, chunk: int = 512, repeats: int = 5) -> dict[str, Any]:
+    """Times one layer of attention, forward and backward, in float32 on the CPU.
 
     Split attention, full causal SDPA (``full``) and SDPA with the same visibility as a dense mask
     (``dense``) take turns. Masks and plans are made beforehand, as a batch makes them once for all
     layers.
+
+    Args:
+        tokens: Rows of the prompt.
+        chunk: Tokens per chunk; the last ``chunk`` tokens are the query, which sees everything.
+        repeats: Timed rounds, after one that is not timed.
 
     Returns:
         ``split_over_full`` and ``split_over_dense`` (medians of the ratios within each round),
         ``bound`` (the same two ratios if time were visible cells alone), ``seconds`` per
         attention (median, least, greatest), the measured matmul rate and the share of it that
         each attention reaches, the setting and the provenance.
+
+    Raises:
+        ValueError: If ``tokens`` is not at least two whole chunks.
     """
-    bench = bench or AttentionBench()
-    layout = _chunked(bench.tokens, bench.chunk)
+    if chunk < 1 or tokens % chunk or tokens < 2 * chunk:
+        raise ValueError(
+            f"the benchmark needs at least two whole chunks; {tokens} tokens are not a multiple of "
+            f"chunks of {chunk}: choose tokens = n * chunk, n >= 2"
+        )
+    block = (0,) * chunk
+    layout = lay_out(Pieces((), (block,) * (tokens // chunk - 1), block), LayoutSpec()).layout
     mask = dense_mask(layout)
-    with threads(bench.threads):
-        states = _states(bench)
-        attentions = _attentions(layout, mask)
-        works = {name: _timed(attention, states) for name, attention in attentions.items()}
-        times = take_turns(works, bench.repeats)
-        rate = matmul_rate()
-    cells = {
-        "split": int(mask.sum()),
-        "full": bench.tokens * (bench.tokens + 1) // 2,
-        "dense": bench.tokens**2,
+    draw = torch.Generator().manual_seed(SEED)
+    states = [  # query, key and value in the memory order of a model's projections
+        torch.randn(1, tokens, heads, HEAD_DIM, generator=draw).transpose(1, 2).requires_grad_()
+        for heads in (HEADS, KV_HEADS, KV_HEADS)
+    ]
+    gradient = torch.ones(1, tokens, HEADS, HEAD_DIM)
+    sdpa, params = F.scaled_dot_product_attention, AttentionParams(HEAD_DIM**-0.5)
+    attentions = {
+        "split": partial(SplitPlan(layout).attend, rule=LayerRule(), params=params),
+        "full": lambda *states: sdpa(*states, is_causal=True).transpose(1, 2),
+        "dense": lambda *states: sdpa(*states, attn_mask=mask).transpose(1, 2),
     }
-    return _report(bench, times, cells, rate)
 
+    def work(attention: Callable[..., Tensor]) -> None:
+        torch.autograd.grad(attention(*states), states, gradient)
 
-def _report(
-    bench: AttentionBench, times: Times, cells: dict[str, int], rate: float
-) -> dict[str, Any]:
-    """The numbers as `bench_attention` returns them; ``rate`` is in operations per second."""
-    flops = {n: OPERATIONS * count * bench.heads * bench.head_dim for n, count in cells.items()}
+    with threads(THREADS):
+        works = {name: partial(work, attention) for name, attention in attentions.items()}
+        times = take_turns(works, repeats)
+        rate = matmul_rate(repeats)
+    cells = {"split": int(mask.sum()), "full": tokens * (tokens + 1) // 2, "dense": tokens**2}
+    flops = {name: OPERATIONS * count * HEADS * HEAD_DIM for name, count in cells.items()}
     seconds = {name: spread(values) for name, values in times.items()}
     return {
-        "split_over_full": ratio(times, "split", "full"),
-        "split_over_dense": ratio(times, "split", "dense"),
+        "split_over_full": spread(ratios(times, "split", "full"))["median"],
+        "split_over_dense": spread(ratios(times, "split", "dense"))["median"],
         "bound": {name: cells["split"] / cells[name] for name in ("full", "dense")},
         "seconds": seconds,
         "matmul_gflops": rate / 1e9,
         "share_of_matmul": {n: flops[n] / seconds[n]["median"] / rate for n in flops},
-        "setting": {**asdict(bench), "passes": "forward and backward", "dtype": "float32"},
-        **provenance(bench.seed),
+        "setting": {
+            "tokens": tokens,
+            "chunk": chunk,
+            "heads": HEADS,
+            "kv_heads": KV_HEADS,
+            "head_dim": HEAD_DIM,
+            "threads": THREADS,
+            "repeats": repeats,
+            "seed": SEED,
+            "passes": "forward and backward",
+            "dtype": "float32",
+        },
+        **provenance(SEED),
     }
-
-
-def _chunked(tokens: int, chunk: int) -> Layout:
-    """Chunks of equal length; the last one is the query."""
-    row = torch.arange(tokens)[None]
-    is_query = row >= tokens - chunk
-    index = (row // chunk).masked_fill(is_query, NO_CHUNK)
-    return Layout(
-        kind=torch.where(is_query, int(Kind.QUERY), int(Kind.CHUNK)),
-        chunk=index,
-        offset=row % chunk,
-        position=row,
-        order=row,
-        group=index.masked_fill(is_query, GLOBAL),
-        sample=torch.zeros_like(row),
-        supersedes=torch.full_like(row, NO_ROW),
-        until=torch.full_like(row, FOREVER),
-    )
-
-
-def _states(bench: AttentionBench) -> list[Tensor]:
-    """Query, key and value in the memory order of a model's projections."""
-    draw = torch.Generator().manual_seed(bench.seed)
-    heads = (bench.heads, bench.kv_heads, bench.kv_heads)
-    shapes = [(1, bench.tokens, count, bench.head_dim) for count in heads]
-    return [torch.randn(s, generator=draw).transpose(1, 2).requires_grad_() for s in shapes]
-
-
-def _attentions(layout: Layout, mask: Tensor) -> dict[str, Attention]:
-    plan = SplitPlan(layout)
-
-    def split(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return plan.attend(query, key, value, LayerRule(), AttentionParams(query.shape[-1] ** -0.5))
-
-    def full(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        shared = query.shape[1] != key.shape[1]
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=shared)
-        return out.transpose(1, 2)
-
-    def dense(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        shared = query.shape[1] != key.shape[1]
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=shared)
-        return out.transpose(1, 2)
-
-    return {"split": split, "full": full, "dense": dense}
-
-
-def _timed(attention: Attention, states: list[Tensor]) -> Callable[[], float]:
-    """A work that clears gradients before the clock starts."""
-    query, _, value = states
-    gradient = torch.ones(*query.transpose(1, 2).shape[:3], value.shape[-1])
-
-    def work() -> float:
-        for state in states:
-            state.grad = None
-        gc.collect()
-        start = time.perf_counter()
-        attention(*states).backward(gradient)
-        return time.perf_counter() - start
-
-    return work

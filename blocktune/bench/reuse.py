@@ -1,31 +1,37 @@
-"""Time to the first logits of reuse methods, against a full prefill and what is the least to do."""
+"""Time to the first logits of reuse methods, with chunks in memory and on a cold disk."""
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
 from blocktune.attention.cached import CachePlan
 from blocktune.bench.timing import (
+    LOADING,
     TARGETS,
     ReuseBench,
-    Times,
     copy_rate,
     matmul_rate,
     ratios,
     spread,
     take_turns,
     threads,
+    usage_of,
 )
-from blocktune.engine import Engine, Sampling, Usage
+from blocktune.cache import ChunkStore
+from blocktune.engine import Usage
 from blocktune.engine.generation import Generation
 from blocktune.engine.rows import computed_rows
 from blocktune.layout import Kind
-from blocktune.methods import Method
-from blocktune.prompt import Pieces
+from blocktune.methods import compose
 from blocktune.provenance import provenance
 
 
@@ -45,74 +51,18 @@ def bench_reuse(bench: ReuseBench | None = None) -> dict[str, Any]:
     """
     bench = bench or ReuseBench()
     with threads(bench.threads), torch.no_grad():
-        engine = bench.engine()
+        engine, methods = bench.engine(), bench.methods()
         pieces = bench.pieces(len(engine.tokenizer))
-        methods = bench.methods()
-        usages = {name: _usage(engine, pieces, method) for name, method in methods.items()}
-        times = take_turns(_works(engine, pieces, methods), bench.repeats)
-        rates = (copy_rate(), matmul_rate())
-    times["full"] = [
-        min(pair) for pair in zip(times["full_engine"], times["full_stock"], strict=True)
-    ]
-    return _report(bench, times, usages, rates)
-
-
-def _works(
-    engine: Engine, pieces: Pieces, methods: dict[str, Method]
-) -> dict[str, Callable[[], object]]:
-    def of(method: Method) -> Callable[[], object]:
-        return lambda: engine.start([pieces], method)
-
-    works = {name: of(method) for name, method in methods.items()}
-    works["full_engine"] = works.pop("full")
-    works["full_stock"] = _stock(engine, pieces)
-    works["query_only"] = _query_only(engine, engine.start([pieces], methods["naive"]))
-    return works
-
-
-def _stock(engine: Engine, pieces: Pieces) -> Callable[[], object]:
-    """The stock model with its own attention."""
-    ids = torch.tensor([sum(pieces.chunks, ()) + pieces.query])
-
-    def work() -> None:
-        engine.model(ids, use_cache=True, logits_to_keep=1)
-
-    return work
-
-
-def _query_only(engine: Engine, run: Generation) -> Callable[[], object]:
-    """Computes the question again over the cache of a run, writing over its own columns."""
-    asked = run.batch.layout.kind == Kind.QUERY
-    rows = computed_rows(run.batch, asked)
-
-    def work() -> None:
-        run.cache.select(rows.columns)
-        engine.model(
-            rows.ids,
-            position_ids=rows.rows.position,
-            plan=CachePlan(rows.rows, run.columns),
-            past_key_values=run.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-
-    return work
-
-
-def _usage(engine: Engine, pieces: Pieces, method: Method) -> Usage:
-    """The usage of a method whose chunks are cached."""
-    engine.start([pieces], "naive")
-    return engine.start([pieces], method).answers(Sampling(), 1, (0,))[0].usage
-
-
-def _report(
-    bench: ReuseBench,
-    times: Times,
-    usages: dict[str, Usage],
-    rates: tuple[float, float],
-) -> dict[str, Any]:
-    """The numbers as `bench_reuse` returns them; rates are bytes and operations per second."""
-    copy, matmul = rates
+        run = engine.start([pieces], methods["naive"])
+        usages = {name: usage_of(engine, pieces, method) for name, method in methods.items()}
+        works = {name: partial(engine.start, [pieces], m) for name, m in methods.items()}
+        works["full_engine"] = works.pop("full")
+        ids = torch.tensor([sum(pieces.chunks, ()) + pieces.query])
+        works["full_stock"] = partial(engine.model, ids, use_cache=True, logits_to_keep=1)
+        works["query_only"] = query_only(engine.model, run)
+        times = take_turns(works, bench.repeats)
+        copy, matmul = copy_rate(bench.repeats), matmul_rate(bench.repeats)
+    times["full"] = list(map(min, times["full_engine"], times["full_stock"]))
     found = {name: spread(ratios(times, *name.split("_over_"))) for name in TARGETS}
     return {
         **{name: over["median"] for name, over in found.items()},
@@ -127,6 +77,24 @@ def _report(
     }
 
 
+def query_only(model: torch.nn.Module, run: Generation) -> Callable[[], object]:
+    """Computes the question again over the cache of a run, writing over its own columns."""
+    rows = computed_rows(run.batch, run.batch.layout.kind == Kind.QUERY)
+
+    def work() -> object:
+        run.cache.select(rows.columns)
+        return model(
+            rows.ids,
+            position_ids=rows.rows.position,
+            plan=CachePlan(rows.rows, run.columns),
+            past_key_values=run.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+
+    return work
+
+
 def _cost(usage: Usage, copy: float, matmul: float) -> dict[str, float]:
     """What a method moved and computed, and the least time for it on this machine."""
     return {
@@ -137,3 +105,64 @@ def _cost(usage: Usage, copy: float, matmul: float) -> dict[str, float]:
         "flops": usage.flops,
         "flops_over_matmul_rate_s": usage.flops / matmul,
     }
+
+
+LOADED = {"serial": "cacheblend", "overlapped": "cacheblend-pipelined"}
+"""They compute the same rows; the second loads a layer while it computes the one before."""
+
+
+def bench_loading(bench: ReuseBench | None = None, folder: Path | None = None) -> dict[str, Any]:
+    """Times CacheBlend over chunks in a folder that is not in the page cache.
+
+    Before each prefill every file is dropped from the page cache, so that it is read from disk (on
+    Linux; other systems may not allow it). Both methods recompute the same share of layer-tokens.
+
+    Args:
+        bench: The setting; `LOADING` if None.
+        folder: Where the chunks are written, on the disk to measure; None: a temporary folder.
+
+    Returns:
+        ``overlapped_over_serial``, and ``bound_over_serial`` for perfect overlap, the longer of
+        loading and the rest: medians of the ratios within each round, their ``spread``, ``seconds``
+        likewise; the bytes that a prompt reads; the setting and the provenance.
+    """
+    bench = bench or LOADING
+    share = 1 / bench.layers + bench.ratio * (1 - 1 / bench.layers)
+    methods = {name: compose(m, layer_budget=share) for name, m in LOADED.items()}
+    loads: dict[str, list[float]] = {name: [] for name in methods}
+    with TemporaryDirectory(dir=folder) as temporary, threads(bench.threads), torch.no_grad():
+        engine = bench.engine(ChunkStore(max_bytes=0, folder=Path(temporary)))
+        pieces = bench.pieces(len(engine.tokenizer))
+        engine.start([pieces], "naive")
+
+        def cold_prefill(name: str) -> float:
+            drop_cached(Path(temporary))
+            started = time.perf_counter()
+            run = engine.start([pieces], methods[name])
+            seconds = time.perf_counter() - started
+            loads[name].append(run.watch.seconds["load_s"])
+            return seconds
+
+        times = take_turns({name: partial(cold_prefill, name) for name in methods}, bench.repeats)
+        read = usage_of(engine, pieces, methods["serial"]).bytes_read
+    times["serial_load"] = loads["serial"][1:]  # the first round warms up
+    pairs = zip(times["serial_load"], times["serial"], strict=True)
+    times["bound"] = [max(load, whole - load) for load, whole in pairs]
+    names = "overlapped_over_serial", "bound_over_serial"
+    found = {name: spread(ratios(times, *name.split("_over_"))) for name in names}
+    return {
+        **{name: over["median"] for name, over in found.items()},
+        "spread": found,
+        "seconds": {name: spread(values) for name, values in times.items()},
+        "bytes_read": read,
+        "setting": {**asdict(bench), "layer_budget": share, "dtype": "float32"},
+        **provenance(bench.seed),
+    }
+
+
+def drop_cached(folder: Path) -> None:
+    """Drops the files of a folder from the page cache."""
+    for path in filter(Path.is_file, folder.rglob("*")):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -12,13 +12,15 @@ from dataclasses import dataclass
 import torch
 
 from blocktune.cache import ChunkStore
-from blocktune.engine import Engine
+from blocktune.engine import Engine, Sampling, Usage
 from blocktune.methods import Method, build
 from blocktune.prompt import Pieces
 from blocktune.testing import byte_tokenizer, random_llama
 
 TARGETS = {"cacheblend_over_full": 0.35, "epic_over_full": 0.12, "naive_over_query_only": 1.8}
 """Goals of the project, on two cores with the default setting."""
+PRODUCT, COPIED = 2048, 1 << 28
+"""Rows of the square product and bytes of the copy that the machine's rates are measured on."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,8 @@ class ReuseBench:
         question: Tokens of the question, which ends the prompt.
         ratio: Share that ``cacheblend`` recomputes.
         k: Tokens that ``epic`` recomputes at the start of each chunk.
-        layers: Decoder layers.
         width: Hidden size.
-        intermediate: Of the feed-forward.
-        heads: Query heads.
-        kv_heads: Key-value heads.
+        intermediate: Width of the feed-forward.
         threads: Threads that PyTorch may use.
         repeats: Timed rounds, after one that is not timed.
         seed: Of weights and tokens.
@@ -103,25 +102,17 @@ LOADING = ReuseBench(width=256, intermediate=512, heads=4, kv_heads=4, threads=1
 """One core computes while another can load; so narrow that loading is a tenth of the time."""
 
 TINY = ReuseBench(
-    tokens=256,
-    chunk=64,
-    question=16,
-    layers=2,
-    width=64,
-    intermediate=128,
-    heads=4,
-    kv_heads=2,
-    repeats=1,
+    256, 64, 16, layers=2, width=64, intermediate=128, heads=4, kv_heads=2, threads=1, repeats=1
 )
 """Small enough for a test; its ratios mean nothing."""
 
 
-Work = Callable[[], object]
-Times = Mapping[str, list[float]]
-"""Seconds of each round, by what was timed."""
+def usage_of(engine: Engine, pieces: Pieces, method: Method) -> Usage:
+    """The usage of a method whose chunks are cached."""
+    return engine.start([pieces], method).answers(Sampling(), 1, (0,))[0].usage
 
 
-def take_turns(works: Mapping[str, Work], repeats: int) -> dict[str, list[float]]:
+def take_turns(works: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
     """Times works in turn, so that other load on the machine affects all of them alike.
 
     Args:
@@ -135,22 +126,19 @@ def take_turns(works: Mapping[str, Work], repeats: int) -> dict[str, list[float]
     for turn in range(repeats + 1):
         for name, work in works.items():
             gc.collect()
+            gc.freeze()  # the next collection looks at new objects only
             start = time.perf_counter()
             own = work()
             seconds = own if isinstance(own, float) else time.perf_counter() - start
             if turn:
                 times[name].append(seconds)
+    gc.unfreeze()
     return times
 
 
-def ratios(times: Times, over: str, under: str) -> list[float]:
-    """The ratio within each round."""
+def ratios(times: Mapping[str, list[float]], over: str, under: str) -> list[float]:
+    """The ratio of the seconds of two works within each round."""
     return [a / b for a, b in zip(times[over], times[under], strict=True)]
-
-
-def ratio(times: Times, over: str, under: str) -> float:
-    """Median of the `ratios` within each round."""
-    return statistics.median(ratios(times, over, under))
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -158,20 +146,20 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "least": min(values), "greatest": max(values)}
 
 
-def matmul_rate(size: int = 2048, repeats: int = 5) -> float:
+def matmul_rate(repeats: int = 5) -> float:
     """Floating-point operations per second of a square float32 product, the best of several."""
-    left, right = torch.randn(size, size), torch.randn(size, size)
-    return 2 * size**3 / _best(lambda: left @ right, repeats)
+    left, right = torch.randn(PRODUCT, PRODUCT), torch.randn(PRODUCT, PRODUCT)
+    return 2 * PRODUCT**3 / min(take_turns({"": lambda: left @ right}, repeats)[""])
 
 
-def copy_rate(num_bytes: int = 1 << 28, repeats: int = 5) -> float:
+def copy_rate(repeats: int = 5) -> float:
     """Bytes per second of copying one tensor into another, the best of several.
 
     A copied byte is read and written, and counts once.
     """
-    source = torch.ones(num_bytes, dtype=torch.uint8)
+    source = torch.ones(COPIED, dtype=torch.uint8)
     target = torch.empty_like(source)
-    return num_bytes / _best(lambda: target.copy_(source), repeats)
+    return COPIED / min(take_turns({"": lambda: target.copy_(source)}, repeats)[""])
 
 
 @contextmanager
@@ -183,7 +171,3 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _best(work: Work, repeats: int) -> float:
-    return min(min(seconds) for seconds in take_turns({"": work}, repeats).values())

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from blocktune.check.claim import (
+from blocktune.check.serving import (
     ALONE,
     ASK,
     HISTORY,
@@ -16,16 +17,15 @@ from blocktune.check.claim import (
     SHORT,
     Ask,
     Check,
-    difference,
-    tolerance_of,
-)
-from blocktune.check.serving import (
+    RowChange,
     Subject,
     all_fresh,
     all_visible,
     begun,
     computed_columns,
+    difference,
     reach,
+    tolerance_of,
 )
 from blocktune.engine import Engine
 from blocktune.methods import Cached, Method, Weights, available, build, compose
@@ -36,10 +36,8 @@ from blocktune.prompt import LayoutSpec
 from blocktune.prompt.layout_spec import BOS
 from blocktune.testing import small_engine
 
-SLOT = 64
-"""Positions of a reserved slot: enough for every chunk of the requests."""
-LAYOUTS = (
-    *({"placement": name} | ({"slot": SLOT} if name == "reserved" else {}) for name in PLACEMENTS),
+LAYOUTS = (  # a slot of 64 positions is enough for every chunk of the requests
+    *({"placement": name} | ({"slot": 64} if name == "reserved" else {}) for name in PLACEMENTS),
     *({"bos": name} for name in BOS),
     {"num_blanks": 3},
     {"shared_prefix": True},
@@ -49,15 +47,11 @@ LAYOUTS = (
 
 def subjects() -> dict[str, Method]:
     """All presets with their defaults, and naive reuse with each value of each axis, by name."""
-    return {name: build(name) for name in available()} | axis_values()
-
-
-def axis_values() -> dict[str, Method]:
-    """Naive reuse with each registered value of each axis, by name."""
     made = [compose("naive", select=name) for name in SELECTORS.available()]
     made += [compose("naive", reshape=name) for name in RESHAPES.available()]
     made += [compose("naive", layout=layout) for layout in LAYOUTS]
-    return {method.name: method for method in made}
+    presets = {name: build(name) for name in available()}
+    return presets | {method.name: method for method in made}
 
 
 Pairs = Iterator[tuple[Tensor, Tensor]]
@@ -90,33 +84,26 @@ def claims(method: Method) -> dict[str, Claim]:
         "batch = single": _batch_is_single,
         "decoding = one forward": _decoding_is_one_forward,
     }
-    if method.cached is Cached.CHUNKS:
-        pairs |= _of_reuse(method)
-    else:
+    if method.cached is not Cached.CHUNKS:
         pairs["served = one dense forward"] = _exact_is_dense
-    equal = {name: _equal(name, made) for name, made in pairs.items()}
+    else:
+        pairs["nothing fresh = plain reuse, as one dense forward"] = _nothing_fresh
+        pairs["order of stored chunks does not matter"] = _order_of_storing
+        if method.weights is Weights.WRAPS:  # learned tokens around chunks stay as stored
+            fresh, rows = "all but what wraps chunks fresh = one dense forward", all_fresh
+        else:
+            fresh, rows = "everything fresh = full prefill of the same rows", all_visible
+        pairs[fresh] = partial(_everything_fresh, rows=rows)
+        if method.history is not None:
+            pairs["without a history = full prefill"] = _without_history
+        if takes_budget(method.select()):
+            pairs["a budget of nothing or all = nothing or all"] = _budget_ends
+        if method.reshape() is not None:
+            pairs["a neutral reshape = none"] = _neutral_reshape
+    equal = {name: partial(_equal, name, made) for name, made in pairs.items()}
     if method.layout(LayoutSpec()).bos != "none":  # a chunk with a BOS of its own is never alone
         return equal
     return {ALONE_CLAIM: _one_chunk_alone} | equal
-
-
-def _of_reuse(method: Method) -> dict[str, Callable[[Subject], Pairs]]:
-    """Claims about methods that take chunks from caches."""
-    pairs = {
-        "nothing fresh = plain reuse, as one dense forward": _nothing_fresh,
-        "order of stored chunks does not matter": _order_of_storing,
-    }
-    if method.weights is Weights.WRAPS:  # learned tokens around chunks stay as stored
-        pairs["all but what wraps chunks fresh = one dense forward"] = _everything_but_wraps_fresh
-    else:
-        pairs["everything fresh = full prefill of the same rows"] = _everything_fresh
-    if method.history is not None:
-        pairs["without a history = full prefill"] = _without_history
-    if takes_budget(method.select()):
-        pairs["a budget of nothing or all = nothing or all"] = _budget_ends
-    if method.reshape() is not None:
-        pairs["a neutral reshape = none"] = _neutral_reshape
-    return pairs
 
 
 def _one_chunk_alone(subject: Subject) -> Check:
@@ -128,28 +115,19 @@ def _one_chunk_alone(subject: Subject) -> Check:
     return Check(ALONE_CLAIM, (moved <= tolerance) == method.exact_on_one_chunk, moved, tolerance)
 
 
-def _equal(name: str, pairs: Callable[[Subject], Pairs]) -> Claim:
+def _equal(name: str, pairs: Callable[[Subject], Pairs], subject: Subject) -> Check:
     """The claim that all pairs are equal; a NaN equals nothing."""
-
-    def check(subject: Subject) -> Check:
-        seen, tolerance = [], 0.0
-        for left, right in pairs(subject):
-            seen.append(difference(left, right))
-            tolerance = max(tolerance, tolerance_of(subject.engine, right))
-        tolerance *= reach(subject.engine, subject.method, ASK)
-        return Check(name, all(moved <= tolerance for moved in seen), max(seen), tolerance)
-
-    return check
+    seen, tolerance = [], 0.0
+    for left, right in pairs(subject):
+        seen.append(difference(left, right))
+        tolerance = max(tolerance, tolerance_of(subject.engine, right))
+    tolerance *= reach(subject.engine, subject.method, ASK)
+    return Check(name, all(moved <= tolerance for moved in seen), max(seen), tolerance)
 
 
-def _everything_fresh(subject: Subject) -> Pairs:
+def _everything_fresh(subject: Subject, rows: RowChange) -> Pairs:
     method = _neutral(compose(subject.method, select=Everything()))
-    yield subject.logits(method), subject.dense_logits(method, all_visible)
-
-
-def _everything_but_wraps_fresh(subject: Subject) -> Pairs:
-    method = _neutral(compose(subject.method, select=Everything()))
-    yield subject.logits(method), subject.dense_logits(method, all_fresh)
+    yield subject.logits(method), subject.dense_logits(method, rows)
 
 
 def _without_history(subject: Subject) -> Pairs:
@@ -173,10 +151,8 @@ def _budget_ends(subject: Subject) -> Pairs:
     everything, all_of_it = compose(method, select=Everything()), compose(method, budget=1.0)
     yield subject.logits(all_of_it), subject.logits(everything)
     if not method.select().keeps_keys:  # the compared states stay in the cache
-        yield (
-            subject.logits(compose(method, budget=0.0)),
-            subject.logits(compose(method, select=None)),
-        )
+        nothing, none_of_it = compose(method, select=None), compose(method, budget=0.0)
+        yield subject.logits(none_of_it), subject.logits(nothing)
 
 
 def _neutral_reshape(subject: Subject) -> Pairs:
@@ -194,11 +170,14 @@ def _no_future(subject: Subject) -> Pairs:
         one = subject.serve(method)
         for ask, start in ((OTHER, one.question_start), (LAST, one.last_chunk_start)):
             other = subject.serve(method, ask)
-            if one.computed_before(start) != other.computed_before(start):
-                continue  # later text may change the choice; the fixed choices cover this
-            for left, right in zip(one.states, other.states, strict=True):
-                for state, same in zip(left, right, strict=True):
-                    yield state[:, :, :start], same[:, :, :start]
+            computed, same = (
+                [[column for column in columns if column < start] for columns in served.computed]
+                for served in (one, other)
+            )
+            if computed == same:  # else later text changed the choice; the fixed ones cover this
+                states, others = (sum(served.states, ()) for served in (one, other))
+                for left, right in zip(states, others, strict=True):
+                    yield left[:, :, :start], right[:, :, :start]
 
 
 def _order_of_storing(subject: Subject) -> Pairs:

@@ -1,9 +1,9 @@
-"""Serving a method for a check, and the dense forward that it must equal."""
+"""What all checks share: requests, tolerances, and a method served as on the day of use."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -11,12 +11,86 @@ from torch import Tensor
 
 from blocktune.attention import DensePlan
 from blocktune.cache import ChunkStore
-from blocktune.check.claim import ASK, HISTORY, Ask
 from blocktune.engine import Engine, Sampling
 from blocktune.engine.generation import Generation
 from blocktune.layout import GLOBAL, Kind, Layout
 from blocktune.methods import Method
-from blocktune.prompt import LayoutSpec, stack
+from blocktune.models.quantize import quantization_of
+from blocktune.prompt import Batch, Chunk, LayoutSpec, stack
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A question over chunks; the `Request` of an engine."""
+
+    question: str
+    chunks: tuple[Chunk, ...]
+
+
+ASK = Ask(
+    "Who directed it?",
+    (
+        Chunk("Anna Belt was born in Port Alder.", "Anna Belt"),
+        Chunk("She moved to Kirby."),
+        Chunk("The film was directed by Noel Fisher.", "Frozen Shore"),
+    ),
+)
+OTHER = Ask("And where was the music written?", ASK.chunks)
+SHORT = Ask("Who?", (Chunk("It was shot in 1966."), Chunk("The company is in Lorne.")))
+ALONE = Ask("Who directed it?", ASK.chunks[2:])
+LAST = Ask(
+    ASK.question, (*ASK.chunks[:2], Chunk("The song was written by Walter Green.", "Frozen Lorne"))
+)
+"""`ASK` with another last chunk of the same length in bytes, which are tokens of `small_engine`."""
+HISTORY = (
+    Ask("Who was she?", (ASK.chunks[1], ASK.chunks[2], ASK.chunks[0])),
+    Ask("Where?", (*SHORT.chunks[::-1], *LAST.chunks[2:])),
+)
+"""Earlier prompts, for methods that need them: all chunks of the others, in other contexts, none
+of them twice."""
+
+RELATIVE_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""Largest accepted difference of logits, as a share of the largest logit. Float32 rounding stays
+well below 1e-5 here, and a wrong mask moves logits by more than 1e-2; bfloat16 keeps 8 bits."""
+INT8_TOLERANCE = 2e-2
+"""The same on an 8-bit base of any dtype: LLM.int8() rounds activations to 8 bits, except columns
+chosen over all rows of a pass, so a chunk alone is rounded differently than among others (by 0.005
+of the largest logit on small models). 4-bit bases round only weights, once."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """The outcome of one claim.
+
+    Attributes:
+        name: The claim.
+        passed: Whether it holds.
+        max_abs_diff: Largest difference of logits.
+        tolerance: Largest accepted difference; for the claim that the checks can fail at all, the
+            smallest accepted one: a multiple of the other claims' differences.
+    """
+
+    name: str
+    passed: bool
+    max_abs_diff: float
+    tolerance: float
+
+    def to_dict(self) -> dict:
+        """Plain JSON types."""
+        return asdict(self)
+
+
+def tolerance_of(engine: Engine, logits: Tensor) -> float:
+    """Largest accepted difference from ``logits``, at the engine's precision."""
+    is_int8 = quantization_of(engine.model) == "int8"
+    share = INT8_TOLERANCE if is_int8 else RELATIVE_TOLERANCE[engine.model.dtype]
+    return share * max(1.0, float(logits.float().abs().max()))
+
+
+def difference(left: Tensor, right: Tensor) -> float:
+    """Largest absolute difference."""
+    return float((left.float() - right.float()).abs().max())
+
 
 POSITIONS = 256
 """The tolerance holds up to here; the error of float32 angles grows with the position."""
@@ -24,25 +98,13 @@ RowChange = Callable[[Tensor, Layout], tuple[Tensor, Layout]]
 
 
 class Served(NamedTuple):
-    """A request after its prefill.
+    """A request after its prefill."""
 
-    Attributes:
-        logits: After the prompt, ``(V,)``.
-        states: Keys and values of each layer, ``(1, K, N, D)`` each.
-        computed: Columns of the chunk tokens that each pass computed.
-        question_start: Column at which the question begins.
-        last_chunk_start: Column at which the last chunk begins, or the question without a chunk.
-    """
-
-    logits: Tensor
-    states: tuple[tuple[Tensor, Tensor], ...]
-    computed: tuple[tuple[int, ...], ...]
-    question_start: int
-    last_chunk_start: int
-
-    def computed_before(self, column: int) -> list[list[int]]:
-        """`computed`, of the columns below ``column``."""
-        return [[one for one in columns if one < column] for columns in self.computed]
+    logits: Tensor  # after the prompt, (V,)
+    states: tuple[tuple[Tensor, Tensor], ...]  # keys and values of each layer, (1, K, N, D) each
+    computed: tuple[tuple[int, ...], ...]  # columns of the chunk tokens that each pass computed
+    question_start: int  # column
+    last_chunk_start: int  # column; that of the question without a chunk
 
 
 @dataclass(frozen=True)
@@ -74,7 +136,10 @@ class Subject:
 
     def serve(self, method: Method, ask: Ask = ASK) -> Served:
         """A request, or what is known of it."""
-        return self._once(method, ask, lambda: _served(self.run(method, ask)))
+        key = facts_served(method), ask
+        if key not in self.known:
+            self.known[key] = _served(self.run(method, ask))
+        return self.known[key]
 
     def logits(self, method: Method) -> Tensor:
         """``(V,)`` after the prompt of `ASK`."""
@@ -88,13 +153,16 @@ class Subject:
             rows: Changes ids and layout first, such as `all_visible`; the prompt's own rows must
                 come first.
         """
-        return self._once(method, rows, lambda: _dense_logits(self, method, rows))
-
-    def _once(self, method: Method, more: Any, make: Callable[[], Any]) -> Any:
-        key = (facts_served(method), more)
-        if (made := self.known.get(key)) is None:
-            made = self.known[key] = make()
-        return made
+        key = facts_served(method), rows
+        if key not in self.known:
+            engine = self.begin()
+            batch = batch_of(engine, method)
+            ids, layout = batch.input_ids, batch.layout
+            if rows is not None:
+                ids, layout = rows(ids, layout)
+            last = int(layout.is_fresh.logical_not().sum()) - 1
+            self.known[key] = forward_dense(engine, ids, layout)[0, last]
+        return self.known[key]
 
 
 def facts_served(method: Method) -> tuple:
@@ -133,16 +201,16 @@ def computed_columns(run: Generation) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(one.order[one.kind == Kind.CHUNK].tolist()) for one in rows)
 
 
-def _dense_logits(subject: Subject, method: Method, rows: RowChange | None) -> Tensor:
-    engine = subject.begin()
+def batch_of(engine: Engine, method: Method) -> Batch:
+    """The prompt of `ASK`, laid out as the engine serves it."""
     prompt = engine.lay_out(engine.prompts.pieces(ASK, method), method)
-    batch = stack([prompt], pad_id=0).to(engine.model.device)
-    ids, layout = batch.input_ids, batch.layout
-    if rows is not None:
-        ids, layout = rows(ids, layout)
-    position = layout.position
-    output = engine.model(ids, position_ids=position, plan=DensePlan(layout), use_cache=False)
-    return output.logits[0, int(layout.is_fresh.logical_not().sum()) - 1]
+    return stack([prompt], pad_id=0).to(engine.model.device)
+
+
+def forward_dense(engine: Engine, ids: Tensor, layout: Layout) -> Tensor:
+    """Logits ``(1, S, V)`` of one forward under the dense mask."""
+    plan = DensePlan(layout)
+    return engine.model(ids, position_ids=layout.position, plan=plan, use_cache=False).logits
 
 
 def all_visible(ids: Tensor, layout: Layout) -> tuple[Tensor, Layout]:

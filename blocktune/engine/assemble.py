@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from blocktune.cache import ChunkKV, ChunkStates, PrefixTree, RowCache
+from blocktune.cache import ChunkKV, PrefixTree, RowCache
 from blocktune.engine.encode import Encoder, Piece
 from blocktune.engine.usage import Stopwatch
 from blocktune.layout import GLOBAL, Kind, Layout
@@ -86,7 +86,11 @@ def from_chunks(
         result.bytes_read[index] = sum(kv.num_bytes for kv in kvs)
         for layer in layers:
             stored = [found.states[piece, layer] for piece in prompt]
-            _lay_states(result.states, layer, index, stored, layout.order[index, rows], cache)
+            joined = torch.cat([piece.states for piece in stored]).to(columns.device)
+            if layer not in result.states:
+                shape = (layout.batch_size, cache.num_columns, joined.shape[-1])
+                result.states[layer] = joined.new_zeros(shape)
+            result.states[layer][index].index_copy_(0, columns, joined)
             result.bytes_read[index] += sum(states.num_bytes for states in stored)
         result.hits[index] = sum(piece in found.hits for piece in chunks)
         result.misses[index] -= result.hits[index]
@@ -100,35 +104,18 @@ def wanted_pieces(batch: Batch, index: int) -> list[Piece]:
     kind, chunk = layout.kind[index], layout.chunk[index]
     encoded, blank = is_held(layout)[index], kind == Kind.BLANK
 
-    def piece(own: Tensor, blanks: Tensor) -> Piece:
-        return Piece(tuple(ids[own].tolist()), tuple(ids[blanks].tolist()))
+    def taken(rows: Tensor) -> tuple[int, ...]:
+        return tuple(ids[rows].tolist())
 
-    prefix = tuple(ids[kind == Kind.PREFIX].tolist())
-    chunks = chunk[encoded].unique().tolist()
-    return ([Piece(prefix)] if prefix else []) + [
-        piece(encoded & (chunk == c), blank & (chunk == c)) for c in chunks
-    ]
+    masks = [chunk == index for index in chunk[encoded].unique().tolist()]
+    chunks = [Piece(taken(encoded & own), taken(blank & own)) for own in masks]
+    prefix = taken(kind == Kind.PREFIX)
+    return [Piece(prefix), *chunks] if prefix else chunks
 
 
 def is_held(layout: Layout) -> Tensor:
     """Rows that chunk caches hold; in a prompt of full attention there are none, ``(B, S)``."""
     return layout.is_encoded & (layout.group != GLOBAL)
-
-
-def _lay_states(
-    states: dict[int, Tensor],
-    layer: int,
-    prompt: int,
-    stored: list[ChunkStates],
-    columns: Tensor,
-    cache: RowCache,
-) -> None:
-    """Writes what one prompt's pieces carried into ``layer`` at their ``columns`` ``(S,)``."""
-    joined = torch.cat([piece.states for piece in stored]).to(columns.device)
-    if layer not in states:
-        shape = (len(cache.layers[0].keys), cache.num_columns, joined.shape[-1])
-        states[layer] = joined.new_zeros(shape)
-    states[layer][prompt].index_copy_(0, columns, joined)
 
 
 def from_prefix(
@@ -188,10 +175,11 @@ class _Segment(NamedTuple):
 
     def states(self, layer: int) -> tuple[Tensor, Tensor]:
         """Their keys and values, ``(K, S, D)``."""
-        keys = [kv.keys[layer] for kv in self.kvs]
-        values = [kv.values[layer] for kv in self.kvs]
+        pairs = [(kv.keys[layer], kv.values[layer]) for kv in self.kvs]
         return (
-            (keys[0], values[0]) if len(keys) == 1 else (torch.cat(keys, 1), torch.cat(values, 1))
+            pairs[0]
+            if len(pairs) == 1
+            else tuple(torch.cat(s, 1) for s in zip(*pairs, strict=True))
         )
 
 

@@ -41,14 +41,9 @@ class Probe:
     ) -> Iterator[tuple[slice, Tensor]]:
         """Blocks of rows and their scores ``(B, H, block, N)`` before softmax.
 
-        Args:
-            wanted: Rows to read, ``(B, R)`` bool; a block may hold others too.
-            rows: Facts of the rows, ``(B, R)``, all of which see everything before them.
-            columns: Facts of the keys, ``(B, N)``.
-            query: ``(B, H, R, D)``.
-            key: ``(B, K, N, D)``.
-            rule: The layer's part of the rule; only its window counts.
-            params: Scaling and soft-capping.
+        Rows ``(B, R)`` see all of ``columns`` ``(B, N)`` before them, in the rule's window. A block
+        may hold more than the ``wanted`` rows, ``(B, R)`` bool. ``query`` is ``(B, H, R, D)``,
+        ``key`` ``(B, K, N, D)``.
         """
         window = LayerRule(window=rule.window)
         read = wanted.any(0).nonzero().squeeze(1).tolist()
@@ -113,24 +108,17 @@ class QueryProbe(Probe):
     """
 
     def __init__(self, plan: Plan, query: Rows, key: Rows, layers: Container[int], last: int):
-        """Reads ``layers`` of a pass of rows ``query`` ``(B, R)`` over ``key`` ``(B, N)``.
+        """Reads ``layers`` of a pass by ``plan``, ``query`` ``(B, R)`` over ``key`` ``(B, N)``.
 
-        Args:
-            plan: Attends.
-            query: Facts of the rows, all of which see everything before them.
-            key: Facts of the keys.
-            layers: Which to read.
-            last: Layer after which the pass ends; a number beyond the model's layers: never.
+        All rows see everything before them. The pass ends in layer ``last``, if there is one.
         """
         super().__init__(len(query.kind))
         self.plan, self.query, self.key = plan, query, key
         self.layers, self.last = layers, last
         self.by_layer: dict[int, Tensor] = {}
 
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, rule: LayerRule, params: AttentionParams
-    ) -> Tensor:
-        """See `Plan.attend`."""
+    def attend(self, query, key, value, rule, params) -> Tensor:
+        """Implements `Plan.attend`."""
         if rule.layer in self.layers:
             asks = self.query.kind == Kind.QUERY
             total = key.new_zeros(key.shape[0], key.shape[2], dtype=torch.float32)
@@ -156,10 +144,8 @@ class OutsideProbe(Probe):
         self.rows = rows
         self.share = torch.zeros_like(rows.kind, dtype=torch.float32)
 
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, rule: LayerRule, params: AttentionParams
-    ) -> Tensor:
-        """See `Plan.attend`; never returns."""
+    def attend(self, query, key, value, rule, params) -> Tensor:
+        """Implements `Plan.attend`; never returns."""
         rows, chunk = self.rows, self.rows.chunk
         wanted = rows.kind == Kind.CHUNK
         for block, scores in self.scores(wanted, rows, rows, query, key, rule, params):

@@ -54,14 +54,9 @@ class BatchPrefill:
         method: Method,
         loader: ChunkLoader | None = None,
     ):
-        """Stacks the prompts over an empty cache.
+        """Stacks prompts, laid out for the method, over an empty cache.
 
-        Args:
-            state: The engine's model and caches.
-            prompts: Laid out for the method.
-            pieces: Their tokens.
-            method: How they are served.
-            loader: Loads the chunks; None: all of them before anything is computed.
+        Without a ``loader`` all chunks are loaded before anything is computed.
         """
         self.watch = Stopwatch(state.model.device)
         self.watch.start()
@@ -94,6 +89,10 @@ class BatchPrefill:
         watch.stop("recompute_s")
         if self.loader is not None:
             self._tell_loader(made)
+        surveys = []
+        if self.reshaping is not None:  # decoding will add its own to the same tensor
+            extra = self.reshaping.multiply_adds.clone()
+            surveys = [Executed(state.model, heads=0, extra=extra)]
         return Generation(
             state=state,
             batch=self.batch,
@@ -102,7 +101,7 @@ class BatchPrefill:
             cache=self.cache,
             assembled=assembled,
             prefill=made,
-            executed=[*passes.executed, made.executed(state.model), *self._surveys()],
+            executed=[*passes.executed, made.executed(state.model), *surveys],
             watch=watch,
             reshaping=self.reshaping,
             remember=partial(self._remember, made),
@@ -117,7 +116,9 @@ class BatchPrefill:
                 fingerprint = self.state.encoder.fingerprint
                 self.state.prefix_tree.insert(cut_exact(self.cache, index, path, fingerprint))
         if self.method.history is not None:
-            batch = PrefilledBatch(self.pieces, self.columns, self.cache, made.chunk_attention)
+            # Mean over heads and layers, ``(B, N, C)``.
+            attention = made.chunk_probe.mass / made.chunk_probe.layers
+            batch = PrefilledBatch(self.pieces, self.columns, self.cache, attention)
             encoder = self.state.encoder
             self.method.history.update(encoder.store, encoder.fingerprint, batch)
 
@@ -172,16 +173,10 @@ class BatchPrefill:
         )
         return candidates, schedule
 
-    def _surveys(self) -> list[Executed]:
-        """What reshaping cost in the prefill; decoding will add its own to the same tensor."""
-        if self.reshaping is None:
-            return []
-        return [Executed(self.state.model, heads=0, extra=self.reshaping.multiply_adds.clone())]
-
     def _tell_loader(self, made: Prefill) -> None:
         """Counts the time spent on waiting as loading, and says what was computed in the rest."""
         loader, watch = self.loader, self.watch
         watch.add("recompute_s", -loader.waited_s)
         watch.add("load_s", loader.waited_s)
-        rows = sum(int((p.query.kind != Kind.PAD).sum()) * len(p.executed) for p in made.plans)
+        rows = sum(int(plan.num_rows().sum()) * len(plan.executed) for plan in made.plans)
         loader.done(rows, watch.seconds["recompute_s"])

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,14 +14,7 @@ from transformers import DynamicCache
 from blocktune.engine.generation import Generation
 from blocktune.layout import Kind
 from blocktune.methods import Method
-from blocktune.prompt import Chunk, Prompt
-
-
-class ContextRequest(NamedTuple):
-    """A question over chunks; where the context is cached without one, any question."""
-
-    question: str
-    chunks: Sequence[Chunk]
+from blocktune.prompt import Prompt
 
 
 @dataclass(frozen=True)
@@ -85,11 +78,7 @@ class CachedContext:
 
 
 def require_cacheable(method: Method, num_layers: int, question: str | None) -> None:
-    """Refuses what a stock model cannot read from a cache.
-
-    Raises:
-        ValueError: If the method reshapes attention, or needs a question and there is none.
-    """
+    """Raises ValueError if the method reshapes attention, or lacks the question that it needs."""
     if method.reshape() is not None:
         raise ValueError(
             f"method '{method.name}' reshapes attention to the chunks, which a stock model does "
@@ -108,13 +97,9 @@ def cut_context(
     lay_out: Callable[[str], Prompt],
     decoding: dict[str, Any],
 ) -> CachedContext:
-    """Copies the columns before the question out of the cache of one prompt.
+    """Copies the columns before the question out of the cache of one prompt, after its prefill.
 
-    Args:
-        run: After its prefill.
-        question: The one that the tokens were chosen by, or None.
-        lay_out: The prompt of another question.
-        decoding: Arguments of `generate` that end an answer.
+    ``lay_out`` makes the prompt of another question; ``decoding`` are arguments of `generate`.
     """
     layout = run.batch.layout
     count = int(layout.order[layout.kind == Kind.QUERY].min())

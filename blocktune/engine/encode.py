@@ -12,17 +12,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from blocktune.attention import Plan, SplitPlan
-from blocktune.attention.kernels import AttentionParams
-from blocktune.cache import (
-    ChunkKV,
-    ChunkStates,
-    ChunkStore,
-    Entry,
-    key_after,
-    states_key,
-)
+from blocktune.cache import ChunkKV, ChunkStates, ChunkStore, Entry, key_after, states_key
 from blocktune.engine.usage import Stopwatch
-from blocktune.layout import GLOBAL, LayerRule
+from blocktune.layout import GLOBAL
 from blocktune.methods.hooks import ChunkLoader
 from blocktune.prompt import LayoutSpec, Pieces, Prompt, lay_out, stack
 
@@ -119,9 +111,10 @@ class Encoder:
         states: dict[tuple[Piece, int], ChunkStates] = {}
         missing = []
         for piece in dict.fromkeys(pieces):
-            entry = self._look_up(self.key(piece), piece, ChunkKV, watch, loader)
+            key = self.key(piece)
+            entry = self._look_up(key, piece, ChunkKV, watch, loader)
             inputs = {
-                layer: self._look_up(self._states_key(piece, layer), piece, ChunkStates, watch)
+                layer: self._look_up(states_key(key, layer), piece, ChunkStates, watch)
                 for layer in layers
             }
             if entry is None or None in inputs.values():
@@ -131,23 +124,17 @@ class Encoder:
             states |= {(piece, layer): found for layer, found in inputs.items()}
         hits = frozenset(kvs)
         watch.start()
-        for piece, kv, inputs in self._encode(missing, layers):
-            self.store.put(self.key(piece), kv)
-            kvs[piece] = kv
-            for layer, made in inputs.items():
-                self.store.put(self._states_key(piece, layer), made)
-                states[piece, layer] = made
+        for group in grouped(missing):
+            for piece, kv, inputs in self._encode_together(group, layers):
+                self.store.put(self.key(piece), kv)
+                kvs[piece] = kv
+                for layer, made in inputs.items():
+                    self.store.put(states_key(self.key(piece), layer), made)
+                    states[piece, layer] = made
         watch.stop("encode_s")
         return Found(kvs, hits, frozenset(missing), states)
 
-    def _look_up(
-        self,
-        key: str,
-        piece: Piece,
-        kind: type[Entry],
-        watch: Stopwatch,
-        loader: ChunkLoader | None = None,
-    ) -> Entry | None:
+    def _look_up(self, key: str, piece: Piece, kind: type[Entry], watch, loader=None):
         if loader is None:
             found = self.store.lookup(key, piece.ids, self.fingerprint, kind)
         else:
@@ -160,12 +147,10 @@ class Encoder:
         """Under which the store keeps a piece."""
         return key_after(self.fingerprint, piece.ids, piece.blanks)
 
-    def _states_key(self, piece: Piece, layer: int) -> str:
-        return states_key(self.key(piece), layer)
-
-    def _encode(self, pieces: list[Piece], layers: Sequence[int]) -> Iterator[_Encoded]:
-        for group in grouped(pieces):
-            yield from self._encode_together(group, layers)
+    def sample(self) -> ChunkKV:
+        """One token's keys and values, for their shapes and dtype."""
+        [(_, kv, _)] = self._encode_together([Piece((self.pad_id,))], ())
+        return kv
 
     @torch.no_grad()
     def _encode_together(self, pieces: list[Piece], layers: Sequence[int]) -> list[_Encoded]:
@@ -180,31 +165,17 @@ class Encoder:
             use_cache=True,
             logits_to_keep=1,
         )
-        return [
-            (piece, self._cut(cache, index, piece), self._cut_states(plan.inputs, index, piece))
-            for index, piece in enumerate(pieces)
-        ]
+        return [self._cut(cache, plan.inputs, index, piece) for index, piece in enumerate(pieces)]
 
-    def _cut_states(self, inputs: dict[int, Tensor], index: int, piece: Piece):
-        span, ids = _span(piece), torch.tensor(piece.ids)
-        return {
-            layer: ChunkStates(states[index, span], layer, ids, self.fingerprint).compact()
-            for layer, states in inputs.items()
+    def _cut(self, cache: DynamicCache, inputs: dict[int, Tensor], index: int, piece: Piece):
+        span, ids = slice(len(piece.blanks), _size(piece)), torch.tensor(piece.ids)
+        keys = tuple(layer.keys[index, :, span] for layer in cache.layers)
+        values = tuple(layer.values[index, :, span] for layer in cache.layers)
+        states = {
+            layer: ChunkStates(made[index, span], layer, ids, self.fingerprint).compact()
+            for layer, made in inputs.items()
         }
-
-    def _cut(self, cache: DynamicCache, index: int, piece: Piece) -> ChunkKV:
-        span = _span(piece)
-        return ChunkKV(
-            keys=tuple(layer.keys[index, :, span] for layer in cache.layers),
-            values=tuple(layer.values[index, :, span] for layer in cache.layers),
-            token_ids=torch.tensor(piece.ids),
-            fingerprint=self.fingerprint,
-        ).compact()
-
-
-def _span(piece: Piece) -> slice:
-    """The rows of a piece's own tokens, after its blanks."""
-    return slice(len(piece.blanks), len(piece.blanks) + len(piece.ids))
+        return piece, ChunkKV(keys, values, ids, self.fingerprint).compact(), states
 
 
 class InputRecorder:
@@ -219,10 +190,8 @@ class InputRecorder:
         self.plan, self.layers = plan, layers
         self.inputs: dict[int, Tensor] = {}
 
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, rule: LayerRule, params: AttentionParams
-    ) -> Tensor:
-        """See `Plan.attend`."""
+    def attend(self, query, key, value, rule, params) -> Tensor:
+        """Implements `Plan.attend`."""
         return self.plan.attend(query, key, value, rule, params)
 
     def enter(self, index: int, layer: nn.Module, args: tuple, kwargs: dict) -> None:

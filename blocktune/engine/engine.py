@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,14 +17,11 @@ from blocktune.adapter import AdapterInfo
 from blocktune.adapter.load import load_model
 from blocktune.attention import attach
 from blocktune.cache import ChunkStore, PrefixTree, model_fingerprint
-from blocktune.data.example import read_chunks
+from blocktune.cache.manifest import manifest
+from blocktune.data.example import RagExample, read_chunks
+from blocktune.engine import context_cache
 from blocktune.engine.batch_prefill import prefill_batch
-from blocktune.engine.context_cache import (
-    CachedContext,
-    ContextRequest,
-    cut_context,
-    require_cacheable,
-)
+from blocktune.engine.context_cache import CachedContext
 from blocktune.engine.encode import Encoder, Piece, grouped
 from blocktune.engine.generation import Answer, Generation, Sampling
 from blocktune.engine.layer_schedule import install
@@ -97,11 +95,18 @@ class Engine:
         self.store = ChunkStore(device=model.device) if store is None else store
         words = dataclasses.asdict(self.format)
         self.fingerprint = model_fingerprint(model, adapter_folder, tokenizer, words)
-        pad_id = _pad_id(tokenizer)
+        pad_id = tokenizer.pad_token_id or 0  # any real id does: pad rows are invisible
+        encoder = Encoder(model, self.store, self.fingerprint, pad_id)
+        self.store.describe(
+            self.fingerprint,
+            lambda: manifest(
+                *(model, tokenizer, words, adapter, adapter_folder, rope), encoder.sample()
+            ),
+        )
         self._state = EngineState(
             model,
             tokenizer,
-            Encoder(model, self.store, self.fingerprint, pad_id),
+            encoder,
             PrefixTree() if prefix_tree is None else prefix_tree,
             rope,
             pad_id,
@@ -145,19 +150,11 @@ class Engine:
         Raises:
             ValueError: If there is no such model or adapter, or they do not fit.
         """
-        loaded = load_model(
-            model, adapter, dtype=dtype, device=device, revision=revision, quantize=quantize
-        )
+        options = {"dtype": dtype, "device": device, "revision": revision, "quantize": quantize}
+        base, tokenizer, info, folder = load_model(model, adapter, **options)
         if isinstance(store, str | Path):
-            store = ChunkStore(folder=store, device=loaded.model.device)
-        return cls(
-            loaded.model,
-            loaded.tokenizer,
-            format=format,
-            adapter=loaded.info,
-            adapter_folder=loaded.folder,
-            store=store,
-        )
+            store = ChunkStore(folder=store, device=base.device)
+        return cls(base, tokenizer, format=format, adapter=info, adapter_folder=folder, store=store)
 
     def encode(self, chunks: Any) -> EncodeReport:
         """Encodes chunks (and the prefix of all prompts) into the store ahead of any request.
@@ -181,7 +178,7 @@ class Engine:
     ) -> None:
         """Gives a loaded model a name by which selectors may ask it (``cacheclip``).
 
-        Folders and repository names need no adding: they are loaded when first asked for.
+        Folders and repository names need not be added: they are loaded on first use.
 
         Raises:
             ValueError: If its tokenizer is not the served model's.
@@ -198,6 +195,27 @@ class Engine:
         other = copy.copy(self)
         other.format, other.prompts = format, dataclasses.replace(self.prompts, format=format)
         return other
+
+    def salted(self, salt: str) -> Engine:
+        """The same model, whose chunks and prefixes only engines of the same salt find.
+
+        The salt goes into the fingerprint, and so into every key of the store.
+
+        Args:
+            salt: Of a tenant; an empty one returns this engine.
+        """
+        if not salt:
+            return self
+        other, encoder = copy.copy(self), copy.copy(self._state.encoder)
+        mixed = hashlib.sha256(f"{self.fingerprint} salt {salt}".encode()).hexdigest()
+        other.fingerprint = encoder.fingerprint = mixed
+        other._state = dataclasses.replace(self._state, encoder=encoder)
+        return other
+
+    @property
+    def state(self) -> EngineState:
+        """The model and the caches that its batches share."""
+        return self._state
 
     def forget_prefixes(self) -> None:
         """Empties the exact prefix cache: the next prompt finds nothing of those before it."""
@@ -231,7 +249,6 @@ class Engine:
                 does not fit the model's context.
         """
         method = built(method)
-        _require_tokens(max_new_tokens)
         started = time.perf_counter()
         examples = [as_request(example) for example in examples]
         pieces, prompts = self._read(examples, method, max_new_tokens)
@@ -264,7 +281,6 @@ class Engine:
     ) -> Iterator[str]:
         """Yields an answer's text as it is made; the pieces join to `answer`'s text."""
         method = built(method)
-        _require_tokens(max_new_tokens)
         self._warm_up([self.prompts.pieces(example, method)], method)
         pieces, prompts = self._read([example], method, max_new_tokens)
         run = prefill_batch(self._state, prompts, pieces, method)
@@ -285,41 +301,35 @@ class Engine:
     ) -> CachedContext:
         """The prompt up to its question as a cache that stock `generate` continues.
 
-        Greedy decoding over it writes the tokens of `answer`. Nothing is learnt from it.
+        Greedy decoding over it writes the tokens of `answer`.
 
         Args:
             chunks: Passages in prompt order, in any form that `RagExample.chunks` takes.
             method: Any method without a reshape.
-            question: Needed by methods that choose tokens by the question; leave it out
-                otherwise, then the cache serves any question.
+            question: For methods that choose tokens by it; without one the cache serves any.
 
         Raises:
             ValueError: If the method reshapes attention or needs a question, or as `answer` does.
         """
         method = built(method)
-        require_cacheable(method, self._state.num_layers, question)
+        context_cache.require_cacheable(method, self._state.num_layers, question)
         chunks = read_chunks(chunks)
 
         def pieces(asked: str) -> Pieces:
-            return self.prompts.pieces(ContextRequest(asked, chunks), method)
+            return self.prompts.pieces(RagExample(asked, chunks), method)
 
         def lay_out(asked: str) -> Prompt:
             return self.prompts.prompt(pieces(asked), self.prompts.spec(method))
 
         prompt = pieces("?" if question is None else question)
         self._warm_up([prompt], method)
-        decoding = {
-            "eos_token_id": sorted(self._state.stop_ids()),
-            "pad_token_id": self._state.pad_id,
-        }
-        return cut_context(self.start([prompt], method), question, lay_out, decoding)
+        stops, pad_id = sorted(self._state.stop_ids()), self._state.pad_id
+        decoding = {"eos_token_id": stops, "pad_token_id": pad_id}
+        run = self.start([prompt], method)
+        return context_cache.cut_context(run, question, lay_out, decoding)
 
     def start(self, pieces: Sequence[Pieces], method: str | Method) -> Generation:
-        """Serves prompts given as token pieces up to their first logits.
-
-        The run holds the logits, the cache, the rows that were computed and the time that each
-        part took.
-        """
+        """Serves prompts given as token pieces up to their first logits."""
         method = built(method)
         return prefill_batch(self._state, [self.lay_out(p, method) for p in pieces], pieces, method)
 
@@ -355,32 +365,21 @@ class Engine:
         return self.prompts.prompt(pieces, spec, max_new_tokens, contexts)
 
     def _read(
-        self, examples: Sequence[Request], method: Method, max_new_tokens: int = 0
+        self, examples: Sequence[Request], method: Method, max_new_tokens: int
     ) -> tuple[list[Pieces], list[Prompt]]:
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         pieces = [self.prompts.pieces(example, method) for example in examples]
         return pieces, [self.lay_out(piece, method, max_new_tokens) for piece in pieces]
 
     def _warm_up(self, pieces: Sequence[Pieces], method: Method) -> None:
         """Serves the earlier prompts that the method wants behind it, each in full."""
         for by in range(1, method.warm_up + 1):
-            earlier = [_rotated(prompt, by) for prompt in pieces]
+            turned = [(one.chunks, by % max(1, len(one.chunks))) for one in pieces]
+            chunks = [chunks[start:] + chunks[:start] for chunks, start in turned]
+            earlier = [p._replace(chunks=c) for p, c in zip(pieces, chunks, strict=True)]
             laid = [self.prompts.prompt(one, LayoutSpec(block=False), 1) for one in earlier]
             next(prefill_batch(self._state, laid, earlier, method).tokens(Sampling(), 1))
-
-
-def _rotated(pieces: Pieces, by: int) -> Pieces:
-    by = by % max(1, len(pieces.chunks))
-    return pieces._replace(chunks=pieces.chunks[by:] + pieces.chunks[:by])
-
-
-def _require_tokens(max_new_tokens: int) -> None:
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-
-
-def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Any real id does: pad rows are invisible."""
-    return 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 def built(method: str | Method) -> Method:

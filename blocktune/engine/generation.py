@@ -61,8 +61,8 @@ class Sampling:
 
         Args:
             device: Of the logits.
-            streams: One number per prompt. Prompts draw independently, each the same from the same
-                seed and number, whatever else is in the batch.
+            streams: One number per prompt. The same seed and number give the same draws, whatever
+                else is in the batch.
         """
         if self.temperature == 0:
             return lambda logits: logits.argmax(-1, keepdim=True)
@@ -137,12 +137,7 @@ class Generation:
         """Decodes: one token per prompt and step, ``(B,)``, -1 for prompts that have ended.
 
         Ends when all prompts have produced a stop token (which is yielded) or after
-        ``max_new_tokens``.
-
-        Args:
-            sampling: How tokens are picked.
-            max_new_tokens: At least 1.
-            streams: Each prompt's own stream of draws.
+        ``max_new_tokens``. ``streams``: see `Sampling.picker`.
         """
         for token, _ in self._steps(sampling, max_new_tokens, streams):
             yield token
@@ -189,12 +184,9 @@ class Generation:
     ) -> list[Answer]:
         """Decodes to the end; see `tokens`."""
         steps = torch.stack(list(self.tokens(sampling, max_new_tokens, streams)), dim=1).tolist()
-        usages = self._usages()
-        return [
-            Answer(self.state.text(made), made, Usage(**usage, answer_tokens=len(made)))
-            for ids, usage in zip(steps, usages, strict=True)
-            for made in [tuple(token for token in ids if token >= 0)]
-        ]
+        made = [tuple(token for token in ids if token >= 0) for ids in steps]
+        pairs = zip(made, self._usages(made), strict=True)
+        return [Answer(self.state.text(ids), ids, usage) for ids, usage in pairs]
 
     def continued(self, num_tokens: int) -> tuple[tuple[int, ...], Tensor]:
         """Greedy tokens of a single prompt and the logits after the last, ``(1, V)``."""
@@ -202,30 +194,31 @@ class Generation:
         made = [step for _, step in zip(range(num_tokens + 1), steps, strict=False)]
         return tuple(int(token) for token, _ in made[:-1]), made[-1][1]
 
-    def _usages(self) -> list[dict]:
+    def _usages(self, made: list[tuple[int, ...]]) -> list[Usage]:
+        """Of answers of these tokens."""
         computed = self.prefill.layer_tokens(self.state.num_layers).tolist()
         probed = self.prefill.probed().tolist()
         flops = sum(executed.flops() for executed in self.executed).tolist()
         written = self.prefill.bytes_written(self.cache).tolist()
         prompt = (self.columns.kind != Kind.PAD).sum(1).tolist()
         context = self.batch.layout.is_context.sum(1).tolist()
-        ttft = Ttft(**self.watch.seconds)
-        none = [None] * self.batch.layout.batch_size
-        entropy = none if self.reshaping is None else self.reshaping.query_entropy()
+        ttft, found = Ttft(**self.watch.seconds), self.assembled
+        entropy = [None] * len(prompt) if self.reshaping is None else self.reshaping.query_entropy()
         return [
-            {
-                "prompt_tokens": prompt[index],
-                "context_tokens": context[index],
-                "layer_tokens": tuple(computed[index]),
-                "probed_tokens": probed[index],
-                "flops": flops[index],
-                "bytes_read": self.assembled.bytes_read[index],
-                "bytes_moved": 2 * self.assembled.bytes_read[index] + written[index],
-                "chunk_hits": self.assembled.hits[index],
-                "chunk_misses": self.assembled.misses[index],
-                "ttft": ttft,
-                "query_entropy": entropy[index],
-                "loading": self.loading,
-            }
-            for index in range(self.batch.layout.batch_size)
+            Usage(
+                prompt_tokens=prompt[index],
+                context_tokens=context[index],
+                layer_tokens=tuple(computed[index]),
+                probed_tokens=probed[index],
+                flops=flops[index],
+                bytes_read=found.bytes_read[index],
+                bytes_moved=2 * found.bytes_read[index] + written[index],
+                chunk_hits=found.hits[index],
+                chunk_misses=found.misses[index],
+                answer_tokens=len(ids),
+                ttft=ttft,
+                query_entropy=entropy[index],
+                loading=self.loading,
+            )
+            for index, ids in enumerate(made)
         ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from blocktune.methods import build
 
 @dataclass(frozen=True)
 class ProfiledRange:
-    """One range of layers, tried.
+    """One range of layers that was recomputed.
 
     Attributes:
         first_layer: First of them, 0-based.
@@ -75,22 +75,15 @@ def profile_layers(
         )
     full = _first_tokens(engine, examples, build("full-prefill"), batch_size)
     ranges = [(first, n) for n in range(1, longest + 1) for first in range(depth - n + 1)]
-    tried = [
-        _profiled(first, length, depth, full, engine, examples, batch_size)
-        for first, length in progress(ranges)
-    ]
-    return [_marked(one, tried) for one in tried]
-
-
-def _profiled(
-    first: int, length: int, depth: int, full, engine, examples, batch_size
-) -> ProfiledRange:
-    ratio = length / depth
-    method = build("droidspeak", first_layer=first, ratio=ratio)
-    served = _first_tokens(engine, examples, method, batch_size)
-    divergence = (full.exp() * (full - served)).sum(-1).mean()
-    agreement = (full.argmax(-1) == served.argmax(-1)).float().mean()
-    return ProfiledRange(first, length, ratio, float(divergence), float(agreement))
+    tried = []
+    for first, length in progress(ranges):
+        method = build("droidspeak", first_layer=first, ratio=length / depth)
+        served = _first_tokens(engine, examples, method, batch_size)
+        divergence = float((full.exp() * (full - served)).sum(-1).mean())
+        agreement = float((full.argmax(-1) == served.argmax(-1)).float().mean())
+        tried.append(ProfiledRange(first, length, length / depth, divergence, agreement))
+    least = {n: min(one.divergence for one in tried if one.num_layers <= n) for _, n in ranges}
+    return [replace(one, efficient=one.divergence <= least[one.num_layers]) for one in tried]
 
 
 def _first_tokens(engine: Engine, examples, method, batch_size: int) -> torch.Tensor:
@@ -98,9 +91,3 @@ def _first_tokens(engine: Engine, examples, method, batch_size: int) -> torch.Te
     starts = range(0, len(examples), batch_size)
     logits = [engine.next_logits(examples[a : a + batch_size], method) for a in starts]
     return torch.cat(logits).float().log_softmax(-1).cpu()
-
-
-def _marked(one: ProfiledRange, tried: Sequence[ProfiledRange]) -> ProfiledRange:
-    rivals = (other for other in tried if other.num_layers <= one.num_layers)
-    best = all(one.divergence <= other.divergence for other in rivals)
-    return ProfiledRange(**{**asdict(one), "efficient": best})

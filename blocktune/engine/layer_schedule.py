@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from blocktune.attention.cached import CachePlan, Reshaping
-from blocktune.attention.kernels import AttentionParams
 from blocktune.cache import RowCache
 from blocktune.engine.attention_probes import ChunkAttention
 from blocktune.engine.rows import Computed, RowSubset, as_index
 from blocktune.engine.usage import Executed, Stopwatch, decoder_layers
-from blocktune.layout import GLOBAL, Kind, LayerRule, Rows
+from blocktune.layout import GLOBAL, Kind, Rows
 from blocktune.methods.select import LayerCheck, LayerKV, Selection
 
 
 class _StatesMade(Exception):
-    """Ends a layer's forward once its keys and values are made: nothing else of it is wanted."""
-
-    def __init__(self, states: LayerKV):
-        self.states = states
+    """Ends a layer's forward pass with its keys and values: nothing else of it is wanted."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +42,7 @@ class LayerSchedule:
 
 
 class SchedulePlan:
-    """A plan whose rows change from layer to layer; for one forward pass.
-
-    Attributes:
-        plans: What attended, each with the layers it did so in.
-        chunk_probe: What rows paid chunks, where that is read; else None.
-        probes: Plans of whose rows a layer made keys and values for a choice only, by layer.
-    """
+    """A plan whose rows change from layer to layer; for one forward pass. See `Prefill`."""
 
     def __init__(
         self,
@@ -72,10 +62,8 @@ class SchedulePlan:
         self.chunk_probe = ChunkAttention(columns) if schedule.watches_chunks else None
         self._go_on(0, RowSubset(candidates))
 
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, rule: LayerRule, params: AttentionParams
-    ) -> Tensor:
-        """See `Plan.attend`: by the plan of the layer's rows."""
+    def attend(self, query, key, value, rule, params) -> Tensor:
+        """Implements `Plan.attend` by the plan of the layer's rows."""
         if self.chunk_probe is not None:
             self.chunk_probe.read(self.plans[-1].query, query, key, rule, params)
         return self.plans[-1].attend(query, key, value, rule, params)
@@ -129,13 +117,13 @@ class SchedulePlan:
 
     def _probe(self, index: int, layer: nn.Module, args: tuple, kwargs: dict) -> LayerKV:
         def stop(keys: Tensor, values: Tensor) -> None:
-            raise _StatesMade(LayerKV(keys, values))
+            raise _StatesMade(keys, values)
 
         self.cache.observe(index, stop)
         try:
             layer.forward(*args, **kwargs)
         except _StatesMade as made:
-            return made.states
+            return LayerKV(*made.args)
         finally:
             self.cache.observe(index, None)
         raise AssertionError(f"layer {index} never updated its cache")
@@ -170,7 +158,7 @@ def _seeing_future(query: Rows, columns: Rows) -> Rows:
     exists = query.kind != Kind.PAD
     before_last = exists.flip(1).cumsum(1).flip(1) - 1
     order = columns.order.amax(1, keepdim=True) - before_last
-    return Rows(**{**vars(query), "order": torch.where(exists, order, query.order)})
+    return replace(query, order=torch.where(exists, order, query.order))
 
 
 @dataclass
@@ -189,11 +177,6 @@ class Prefill:
     probes: dict[int, CachePlan]
     chunk_probe: ChunkAttention | None = None
 
-    @property
-    def chunk_attention(self) -> Tensor:
-        """What each column's row paid each chunk, mean over heads and layers, ``(B, N, C)``."""
-        return self.chunk_probe.mass / self.chunk_probe.layers
-
     def layer_tokens(self, num_layers: int) -> Tensor:
         """Context tokens computed in each layer, ``(B, layers)``."""
         counts = torch.zeros(len(self.logits), num_layers, dtype=torch.int64)
@@ -211,8 +194,7 @@ class Prefill:
         """Bytes of the keys and values that computing put into the cache, ``(B,)``."""
         total = torch.zeros(len(self.logits), dtype=torch.int64)
         for plan in self.plans:
-            rows = (plan.query.kind != Kind.PAD).sum(1).cpu()
-            total += rows * sum(cache.bytes_per_column(layer) for layer in plan.executed)
+            total += plan.num_rows() * sum(map(cache.bytes_per_column, plan.executed))
         return total
 
     def executed(self, model: nn.Module) -> Executed:
@@ -234,7 +216,7 @@ def prefill(
     """Computes rows into the cache, layer by layer, and the logits after the last one.
 
     Args:
-        model: Attached to blocktune's attention, its layers hooked by `layers.install`.
+        model: Attached to blocktune's attention, its layers hooked by `install`.
         candidates: The rows that any layer computes.
         columns: Facts of the cache's columns, ``(B, N)``.
         cache: Holds the states of all columns that are not computed.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -35,9 +36,8 @@ class Computed(NamedTuple):
     def take(self, index: Tensor, exists: Tensor) -> Computed:
         """The rows at ``index`` ``(B, R')``, padding where ``exists`` is False."""
         rows = self.rows.map(lambda field: field.gather(1, index))
-        kind = rows.kind.masked_fill(~exists, Kind.PAD)
         columns = self.columns.gather(1, index).masked_fill(~exists, SKIP)
-        rows = _replace(rows, kind=kind)
+        rows = replace(rows, kind=rows.kind.masked_fill(~exists, Kind.PAD))
         return Computed(self.ids.gather(1, index), rows, columns, self.index.gather(1, index))
 
 
@@ -45,7 +45,7 @@ def computed_rows(batch: Batch, chosen: Tensor) -> Computed:
     """Gathers the ``chosen`` rows ``(B, S)`` of a batch for computing."""
     index, exists = left_padded(chosen, batch.layout.order)
     rows = batch.layout.rows().map(lambda field: field.gather(1, index))
-    rows = _replace(
+    rows = replace(
         rows,
         kind=rows.kind.masked_fill(~exists, Kind.PAD),
         group=torch.full_like(rows.group, GLOBAL),
@@ -63,7 +63,7 @@ def column_rows(layout: Layout) -> Rows:
     index = torch.where(stored, layout.order, last).argsort(dim=1, stable=True)[:, :count]
     rows = layout.rows().map(lambda field: field.gather(1, index))
     exists = torch.arange(count, device=layout.device) < stored.sum(1)[:, None]
-    return _replace(rows, kind=rows.kind.masked_fill(~exists, Kind.PAD))
+    return replace(rows, kind=rows.kind.masked_fill(~exists, Kind.PAD))
 
 
 def of_columns(scores: Tensor, layout: Layout) -> Tensor:
@@ -160,7 +160,3 @@ def as_index(index: Tensor, rows: Tensor) -> Tensor:
     """``index`` ``(B, R)`` for gathering from ``rows`` ``(B, U, ...)``."""
     shape = (*index.shape, *rows.shape[2:])
     return index.view(*index.shape, *[1] * (rows.ndim - 2)).expand(shape)
-
-
-def _replace(rows: Rows, **changed: Tensor) -> Rows:
-    return Rows(**{**vars(rows), **changed})

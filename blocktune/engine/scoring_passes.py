@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -121,17 +122,9 @@ class ScoringPasses:
 
     @torch.no_grad()
     def _run(self, model: PreTrainedModel, ids: Tensor, position: Tensor, plan, cache=None) -> None:
-        try:
-            model(
-                ids,
-                position_ids=position,
-                plan=plan,
-                past_key_values=cache,
-                use_cache=cache is not None,
-                logits_to_keep=1,
-            )
-        except ProbeDone:
-            return
+        options = {"past_key_values": cache, "use_cache": cache is not None, "logits_to_keep": 1}
+        with suppress(ProbeDone):
+            model(ids, position_ids=position, plan=plan, **options)
 
 
 def _all_but_last(model: PreTrainedModel, rows: Rows, probe: QueryProbe) -> Executed:

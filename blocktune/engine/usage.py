@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from blocktune.attention.cached import CachePlan
-from blocktune.layout import Kind
 
 
 @dataclass(frozen=True)
@@ -144,15 +143,17 @@ class LayerCost:
     probe: int
     pair: int
 
+    @classmethod
+    def of(cls, layer: nn.Module, share: float, pair: int) -> LayerCost:
+        """Reads a layer's modules; a row is sent to ``share`` of the experts."""
+        macs = dict(_matrices(layer, share))
+        before = [n for n in macs if "attn" in n and not set(n.split(".")) & set(OUTPUTS)]
+        return cls(sum(macs.values()), sum(macs[name] for name in before), pair)
+
 
 @dataclass(frozen=True)
 class ModelCost:
-    """Multiply-adds of a model.
-
-    Attributes:
-        layers: By layer.
-        head: Of the language-model head, per row.
-    """
+    """Multiply-adds of a model: of its layers, and of the language-model head per row."""
 
     layers: tuple[LayerCost, ...]
     head: int
@@ -165,7 +166,7 @@ class ModelCost:
         share = config.num_experts_per_tok / experts if experts else 1.0
         dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         pair = 2 * config.num_attention_heads * dim
-        layers = tuple(_layer_cost(layer, share, pair) for layer in decoder_layers(model))
+        layers = tuple(LayerCost.of(layer, share, pair) for layer in decoder_layers(model))
         return cls(layers, config.hidden_size * config.vocab_size)
 
 
@@ -195,24 +196,13 @@ class Executed:
         model = ModelCost.of(self.model)
         macs = model.head * self.heads + (0 if self.extra is None else self.extra)
         for plan in self.plans:
-            rows = _rows(plan)
+            rows = plan.num_rows()
             for layer, pairs in zip(plan.executed, plan.pairs(), strict=True):
                 cost = model.layers[layer]
                 macs = macs + rows * cost.row + pairs.cpu() * cost.pair
         for layer, plan in self.probes.items():
-            macs = macs + _rows(plan) * model.layers[layer].probe
+            macs = macs + plan.num_rows() * model.layers[layer].probe
         return 2 * macs
-
-
-def _rows(plan: CachePlan) -> Tensor:
-    return (plan.query.kind != Kind.PAD).sum(1).cpu()
-
-
-def _layer_cost(layer: nn.Module, share: float, pair: int) -> LayerCost:
-    matrices = dict(_matrices(layer, share))
-    attention = {name: macs for name, macs in matrices.items() if "attn" in name}
-    before = sum(m for name, m in attention.items() if not set(name.split(".")) & set(OUTPUTS))
-    return LayerCost(sum(matrices.values()), before, pair)
 
 
 def _matrices(layer: nn.Module, share: float) -> Iterator[tuple[str, int]]:

@@ -6,7 +6,7 @@
 
 `Weights` says what the model must be trained for. A published method is a preset: one class in
 ``presets/`` that makes these choices. Nothing here imports torch, so that methods can be listed at
-once; keep it so in presets, selectors and reshapes.
+once; presets, selectors and reshapes do so in their functions only.
 """
 
 from __future__ import annotations
@@ -30,8 +30,6 @@ METHODS = Registry("reuse method", "blocktune.methods.presets")
 register = METHODS.register
 available = METHODS.available
 
-
-GIVE_IT = "pass it with --adapter, or in a suite as `adapter:` of the method"
 BOTH_LEARNED = (
     "no method serves an adapter with link tokens and learned tokens around chunks at once; train "
     "one with num_links alone (kvlink), or with num_headers and num_trailers alone (kv-packet)"
@@ -62,16 +60,6 @@ class Axis(Enum):
     LAYOUT = "layout"
     SELECT = "select"
     RESHAPE = "reshape"
-
-
-def require_count(name: str, value: int, least: int = 0) -> None:
-    """Checks a parameter that counts something.
-
-    Raises:
-        ValueError: If it is not an integer of at least ``least``.
-    """
-    if type(value) is not int or value < least:
-        raise ValueError(f"{name} must be a whole number, at least {least}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -122,21 +110,35 @@ class Method(ABC):
             ValueError: If the method needs another adapter, or does not declare that it serves the
                 learned tokens of this one.
         """
-        self._require(trained)
         # An adapter trained in full attention has no layout of chunks to serve.
-        is_block = trained is not None and trained.block
-        spec = self.layout(trained if is_block else LayoutSpec())
-        if spec.num_links and spec.num_headers + spec.num_trailers:
+        block = trained if trained is not None and trained.block else None
+        has_links = block is not None and block.num_links > 0
+        has_wraps = block is not None and block.num_headers + block.num_trailers > 0
+        met, recipe = {
+            Weights.ANY: (True, ""),
+            Weights.BLOCK: (block is not None and not has_links, "recipes/block_attention.yaml"),
+            Weights.LINKS: (has_links, "recipes/kvlink.yaml"),
+            Weights.WRAPS: (has_wraps, "num_headers and num_trailers"),
+        }[self.weights]
+        if not met:
+            came = "none" if block is None else "one without"
+            if self.weights is Weights.BLOCK and has_links:
+                came = "one with link tokens (use 'kvlink')"
+            raise ValueError(
+                f"method '{self.name}' needs an adapter trained with {self.weights.value}, got "
+                f"{came}; train one with {recipe}, and pass it with --adapter, or in a suite as "
+                "`adapter:` of the method"
+            )
+        spec = self.layout(block or LayoutSpec())
+        wraps = spec.num_headers + spec.num_trailers
+        if spec.num_links and wraps:
             raise ValueError(BOTH_LEARNED)
-        learned = (
-            ("link tokens", spec.num_links, Weights.LINKS, "kvlink"),
-            (Weights.WRAPS.value, spec.num_headers + spec.num_trailers, Weights.WRAPS, "kv-packet"),
-        )
-        for what, count, weights, preset in learned:
+        learned = (spec.num_links, Weights.LINKS, "kvlink"), (wraps, Weights.WRAPS, "kv-packet")
+        for count, weights, preset in learned:
             if count and self.weights is not weights:
                 raise ValueError(
-                    f"method '{self.name}' does not serve {what}, which the adapter was trained "
-                    f"with; use '{preset}', or compose them: '{preset} + {self.name}'"
+                    f"method '{self.name}' does not serve {weights.value}, which the adapter was "
+                    f"trained with; use '{preset}', or compose: '{preset} + {self.name}'"
                 )
         return spec
 
@@ -170,23 +172,3 @@ class Method(ABC):
             fingerprint: Of the model.
         """
         return None
-
-    def _require(self, trained: LayoutSpec | None) -> None:
-        """Checks that the adapter is one that the method needs."""
-        is_block = trained is not None and trained.block
-        has_links = is_block and trained.num_links > 0
-        has_wraps = is_block and trained.num_headers + trained.num_trailers > 0
-        met, recipe = {
-            Weights.ANY: (True, ""),
-            Weights.BLOCK: (is_block and not has_links, "recipes/block_attention.yaml"),
-            Weights.LINKS: (has_links, "recipes/kvlink.yaml"),
-            Weights.WRAPS: (has_wraps, "num_headers and num_trailers"),
-        }[self.weights]
-        if not met:
-            came = "one without" if is_block else "none"
-            if self.weights is Weights.BLOCK and has_links:
-                came = "one with link tokens (use 'kvlink')"
-            raise ValueError(
-                f"method '{self.name}' needs an adapter trained with {self.weights.value}, got "
-                f"{came}; train one with {recipe}; {GIVE_IT}"
-            )

@@ -6,16 +6,16 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from enum import Enum
 from functools import reduce
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import yaml
 
 from blocktune.methods.base import METHODS, Axis, Cached, Method, Weights
-from blocktune.methods.registry import RESHAPES, SELECTORS
-from blocktune.methods.select.base import Nothing, Selection
-from blocktune.methods.select.budget import require_share
+from blocktune.methods.reshape.base import RESHAPES
+from blocktune.methods.select.base import SELECTORS, Nothing, Selection
 from blocktune.parsing import current_keys
 from blocktune.prompt.layout_spec import LayoutSpec
+from blocktune.registry import require_share
 
 if TYPE_CHECKING:
     from blocktune.cache import ChunkStore
@@ -28,46 +28,26 @@ TABLES = {Axis.SELECT: SELECTORS, Axis.RESHAPE: RESHAPES}
 LAYOUT_FIELDS = ("placement", "slot", "num_blanks", "shared_prefix", "bos")
 """Fields of `LayoutSpec` that a method chooses; the others are facts of what was trained."""
 
-Choice = Any
-"""A value of an axis: an instance, a registered name, ``{name: {parameter: value}}``, or None."""
 
-
-class Keep(Enum):
-    """Leaves an axis as the presets decide it; None means naive reuse on that axis."""
-
-    KEEP = "keep"
-
-
+Keep = Enum("Keep", "KEEP")
 KEEP = Keep.KEEP
+"""Leaves an axis as the presets decide it; None means naive reuse on that axis."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Composition(Method):
-    """Presets, and axes decided for them; made by `compose`.
-
-    Attributes:
-        label: Its name in tables and results.
-        terms: The presets.
-        source: Of the first preset.
-        weights: What one of the presets needs.
-        warm_up: The most that a preset wants.
-        selected: Its selector.
-        reshaped: Its reshape, or None.
-        changes: Fields of the layout that are set after the presets' own changes.
-        decided: The axes that any of these decide.
-        layer_budget: See `Method`.
-    """
+    """Presets, and axes decided for them; made by `compose`."""
 
     cached: ClassVar[Cached] = Cached.CHUNKS
     keeps_context: ClassVar[bool] = True
-    label: str
-    terms: tuple[Method, ...]
+    label: str  # its name in tables and results
+    terms: tuple[Method, ...]  # the presets
     source: str
     weights: Weights
     warm_up: int
     selected: Selection
     reshaped: Reshape | None
-    changes: tuple[tuple[str, Any], ...]
+    changes: tuple[tuple[str, Any], ...]  # of the layout, after the presets' own changes
     decided: frozenset[Axis]
     layer_budget: float | None
 
@@ -78,37 +58,35 @@ class Composition(Method):
 
     @property
     def axes(self) -> frozenset[Axis]:
-        """See `Method.axes`."""
+        """The axes that it decides."""
         return self.decided
 
     @property
     def history(self) -> PromptHistory | None:
         """Of one of the presets."""
-        found = next((term for term in self.terms if term.history is not None), None)
-        if found is None:
-            return None
-        own = self.layer_budget is None and self.selected == found.select()
-        return found.history if own else found.history.without_selection()
+        for term in self.terms:
+            if term.history is not None:
+                own = self.layer_budget is None and self.selected == term.select()
+                return term.history if own else term.history.without_selection()
+        return None
 
     def loader(self, store: ChunkStore, fingerprint: str) -> ChunkLoader | None:
         """Of the first preset that has one."""
         made = (term.loader(store, fingerprint) for term in self.terms)
-        return next((loader for loader in made if loader is not None), None)
+        return next(filter(None, made), None)
 
     @property
     def exact_on_one_chunk(self) -> bool:
         """Whether all presets are, and nothing else changes a chunk or what is seen of it."""
-        shape = self.reshaped
-        kept = shape is None or shape.exact_on_one_chunk or shape == shape.neutral()
-        plain = LayoutSpec()
-        # Blanks and a BOS come before the chunk, an unfilled slot between it and the question.
-        alone = all(
-            value == getattr(plain, name)
-            for name, value in self.changes
-            if name in ("num_blanks", "bos", "slot")
+        shape, changed = self.reshaped, dict(self.changes)
+        return (
+            all(term.exact_on_one_chunk for term in self.terms)
+            and (self.history is None or self.history.exact_alone)
+            and (shape is None or shape.exact_on_one_chunk or shape == shape.neutral())
+            # Blanks and a BOS come before the chunk, an unfilled slot between it and the question.
+            and not (changed.get("num_blanks") or changed.get("slot"))
+            and changed.get("bos", "none") == "none"
         )
-        known = self.history is None or self.history.exact_alone
-        return kept and alone and known and all(t.exact_on_one_chunk for t in self.terms)
 
     def layout(self, spec: LayoutSpec) -> LayoutSpec:
         """What the presets change, one after another, then the changes of its own."""
@@ -116,19 +94,19 @@ class Composition(Method):
         return replace(made, **dict(self.changes))
 
     def select(self) -> Selection:
-        """See `Method.select`."""
+        """Its selector."""
         return self.selected
 
     def reshape(self) -> Reshape | None:
-        """See `Method.reshape`."""
+        """Its reshape."""
         return self.reshaped
 
 
 def compose(
     base: str | Method,
     *others: str | Method,
-    select: Choice | Literal[Keep.KEEP] = KEEP,
-    reshape: Choice | Literal[Keep.KEEP] = KEEP,
+    select: Any = KEEP,
+    reshape: Any = KEEP,
     layout: Mapping[str, Any] | None = None,
     budget: float | None = None,
     layer_budget: float | None = None,
@@ -139,8 +117,9 @@ def compose(
     Args:
         base: A preset, by name or built.
         others: More presets, each deciding axes that the others leave open.
-        select: The selector, instead of the presets' own.
-        reshape: The reshape, instead of the presets' own.
+        select: The selector, instead of the presets' own: an instance, a registered name,
+            ``{name: {parameter: value}}``, or None for naive reuse.
+        reshape: The reshape, likewise.
         layout: Fields of `LayoutSpec` to set, of those in `LAYOUT_FIELDS`.
         budget: Share of the context tokens that the selector may choose, in [0, 1].
         layer_budget: Share of the context's layer-tokens to recompute, in [0, 1]: the
@@ -157,10 +136,9 @@ def compose(
     terms = tuple(
         METHODS.build(term) if isinstance(term, str) else term for term in (base, *others)
     )
-    _require_composable(terms)
+    weights = _weights(terms)
     chosen = {Axis.SELECT: select, Axis.RESHAPE: reshape}
-    given = {axis: choose(axis, value) for axis, value in chosen.items() if value is not KEEP}
-    _require_one_each(terms, given)
+    given = {axis: _choose(axis, value) for axis, value in chosen.items() if value is not KEEP}
     selection = _decide(terms, given, Axis.SELECT) or Nothing()
     if budget is not None:
         given[Axis.SELECT] = selection = selection.with_budget(budget)
@@ -179,7 +157,7 @@ def compose(
         label=name or format_method(terms, given) + spending,
         terms=terms,
         source=terms[0].source,
-        weights=next(iter(_needs(terms)), Weights.ANY),
+        weights=weights,
         warm_up=max(term.warm_up for term in terms),
         selected=selection,
         reshaped=_decide(terms, given, Axis.RESHAPE),
@@ -191,12 +169,8 @@ def compose(
     return made
 
 
-def choose(axis: Axis, choice: Choice) -> Any:
-    """The value of an axis that a `Choice` names; None stays None.
-
-    Raises:
-        ValueError: If the name or a parameter is unknown.
-    """
+def _choose(axis: Axis, choice: Any) -> Any:
+    """The value of an axis, given as `compose` takes it; None stays None."""
     registry = TABLES[axis]
     if isinstance(choice, str):
         return registry.build(choice)
@@ -221,7 +195,11 @@ def format_method(terms: tuple[Method, ...], given: Mapping[Axis, Any]) -> str:
         terms: Its presets.
         given: The axes decided for them: an instance each, fields of the layout, or None.
     """
-    parts = [_format_entry(term.name, term) for term in terms]
+    # The name of a composition says all of it.
+    parts = [
+        _format_entry(term.name, term) if METHODS.name_of(term) == term.name else term.name
+        for term in terms
+    ]
     if Axis.LAYOUT in given:
         parts.append(" ".join(["layout", *(_pair(k, v) for k, v in given[Axis.LAYOUT].items())]))
     for axis, table in TABLES.items():
@@ -244,35 +222,30 @@ def _pair(key: str, value: Any) -> str:
     return f"{key}={''.join(text.split())}"
 
 
-def _needs(terms: tuple[Method, ...]) -> set[Weights]:
-    return {term.weights for term in terms} - {Weights.ANY}
-
-
 def _decide(terms: tuple[Method, ...], given: Mapping[Axis, Any], axis: Axis) -> Any:
+    """The value of an axis that at most one preset may decide, unless it is given."""
     if axis in given:
         return given[axis]
-    decider = next((term for term in terms if axis in term.axes), terms[0])
-    return getattr(decider, axis.value)()
+    deciders = [term for term in terms if axis in term.axes]
+    if len(deciders) > 1:
+        names = " and ".join(f"'{term.name}'" for term in deciders)
+        raise ValueError(
+            f"{names} both decide the axis '{axis.value}'; drop one, or choose: "
+            f"compose(..., {axis.value}=...)"
+        )
+    return getattr([*deciders, terms[0]][0], axis.value)()
 
 
-def _require_composable(terms: tuple[Method, ...]) -> None:
+def _weights(terms: tuple[Method, ...]) -> Weights:
+    """What the model must be trained for."""
     for term in terms:
         if term.cached is not Cached.CHUNKS:
             raise ValueError(
                 f"'{term.name}' takes no chunk from a cache and cannot be composed; start from a "
                 "method that does, such as 'naive'"
             )
-    if len(wants := _needs(terms)) > 1:
-        wanted = " and ".join(sorted(f"'{need.value}'" for need in wants))
+    needed = {term.weights for term in terms} - {Weights.ANY}
+    if len(needed) > 1:
+        wanted = " and ".join(sorted(f"'{weights.value}'" for weights in needed))
         raise ValueError(f"one model cannot be trained for {wanted} at once; drop one preset")
-
-
-def _require_one_each(terms: tuple[Method, ...], given: Mapping[Axis, Any]) -> None:
-    """Refuses an axis that two presets decide. Layouts add up: each changes the one before it."""
-    for axis in (Axis.SELECT, Axis.RESHAPE):
-        deciders = [f"'{term.name}'" for term in terms if axis in term.axes]
-        if axis not in given and len(deciders) > 1:
-            raise ValueError(
-                f"{' and '.join(deciders)} both decide the axis '{axis.value}'; drop one, "
-                f"or choose: compose(..., {axis.value}=...)"
-            )
+    return next(iter(needed), Weights.ANY)

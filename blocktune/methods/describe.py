@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import MISSING, fields
 from typing import Any, NamedTuple
 
-from blocktune.methods.base import METHODS, Axis, Cached, Method, Weights
-from blocktune.methods.composition import LAYOUT_FIELDS, TABLES
+from blocktune.methods.base import METHODS, Axis, Cached, Weights
+from blocktune.methods.composition import TABLES
 from blocktune.prompt.layout_spec import LayoutSpec
 from blocktune.registry import summary_of
 
@@ -33,27 +33,16 @@ LAYOUT_SUMMARIES = {
 
 
 class Description(NamedTuple):
-    """A row of the table of methods.
+    """A row of the table of methods."""
 
-    Attributes:
-        name: Its name on the command line.
-        kind: ``method``, ``selector``, ``reshape`` or ``layout``.
-        group: A key of `GROUPS`.
-        axes: The axes that it decides.
-        summary: First line of its docstring.
-        weights: What the model must be trained for.
-        parameters: Defaults by name.
-        source: Paper or code; empty if there is none.
-    """
-
-    name: str
-    kind: str
-    group: str
-    axes: tuple[str, ...]
-    summary: str
-    weights: str
-    parameters: dict[str, Any]
-    source: str
+    name: str  # on the command line
+    kind: str  # method, selector, reshape or layout
+    group: str  # a key of `GROUPS`
+    axes: tuple[str, ...]  # that it decides
+    summary: str  # first line of its docstring
+    weights: str  # what the model must be trained for
+    parameters: dict[str, Any]  # defaults by name
+    source: str  # paper or code; may be empty
 
 
 def describe_method(name: str) -> Description:
@@ -62,57 +51,33 @@ def describe_method(name: str) -> Description:
     Raises:
         ValueError: If the name is unknown.
     """
-    cls = METHODS.find(name)
-    method = cls()
+    method = METHODS.find(name)()
     axes = tuple(sorted(axis.value for axis in method.axes))
-    facts = (summary_of(cls), method.weights.value, defaults(cls), cls.source)
-    return Description(name, "method", _group(method, axes), axes, *facts)
+    if method.cached is not Cached.CHUNKS:
+        group = "bounds"
+    elif method.weights is not Weights.ANY or not axes:
+        group = "weights"
+    else:
+        group = axes[0] if len(axes) == 1 else "several"
+    return Description(name, "method", group, axes, *_facts(type(method), method.weights))
 
 
 def describe_all() -> list[Description]:
     """All methods, then all values of the axes, each sorted by name."""
-    return [*map(describe_method, METHODS.available()), *_values(), *_layouts()]
-
-
-def defaults(cls: type) -> dict[str, Any]:
-    """Parameters of an entry and their defaults; all have one."""
-    known = fields(cls)
-    assert all(field.default is not MISSING for field in known), f"{cls} has no default"
-    return {field.name: field.default for field in known}
-
-
-def _group(method: Method, axes: tuple[str, ...]) -> str:
-    if method.cached is not Cached.CHUNKS:
-        return "bounds"
-    if method.weights is not Weights.ANY or not axes:
-        return "weights"
-    return axes[0] if len(axes) == 1 else "several"
-
-
-def _values() -> list[Description]:
-    made = []
+    found = [describe_method(name) for name in METHODS.available()]
     for axis, table in TABLES.items():
-        for name in table.available():
-            cls = table.find(name)
-            facts = (summary_of(cls), Weights.ANY.value, defaults(cls), cls.source)
-            made.append(
-                Description(name, table.what, f"value of {axis.value}", (axis.value,), *facts)
-            )
-    return made
-
-
-def _layouts() -> list[Description]:
-    axis, known = Axis.LAYOUT.value, LayoutSpec()
-    return [
-        Description(
-            name,
-            "layout",
-            f"value of {axis}",
-            (axis,),
-            LAYOUT_SUMMARIES[name],
-            Weights.ANY.value,
-            {name: getattr(known, name)},
-            "",
+        place = table.what, f"value of {axis.value}", (axis.value,)
+        found += [Description(n, *place, *_facts(table.find(n))) for n in table.available()]
+    plain, any_, axis = LayoutSpec(), Weights.ANY.value, Axis.LAYOUT.value
+    for name, summary in LAYOUT_SUMMARIES.items():
+        default = {name: getattr(plain, name)}
+        found.append(
+            Description(name, axis, f"value of {axis}", (axis,), summary, any_, default, "")
         )
-        for name in LAYOUT_FIELDS
-    ]
+    return found
+
+
+def _facts(cls: type, weights: Weights = Weights.ANY) -> tuple[str, str, dict[str, Any], str]:
+    defaults = {field.name: field.default for field in fields(cls)}
+    assert MISSING not in defaults.values(), f"a parameter of {cls} has no default"
+    return summary_of(cls), weights.value, defaults, cls.source

@@ -23,13 +23,11 @@ from blocktune.methods.base import METHODS, Axis, Method
 from blocktune.methods.composition import TABLES, compose
 from blocktune.parsing import parse_yaml
 from blocktune.prompt.layout_spec import LayoutSpec
-from blocktune.registry import Registry
 
 TERM = re.compile(
     r"(?P<name>[^\s=%]+)(?:\s+(?P<number>\d+(?:\.\d+)?)\s*(?P<percent>%)?)?"
     r"(?P<pairs>(?:\s+[^\s=]+=\S+)*)"
 )
-FORM = "a method is written 'preset + selector 15 % key=value'"
 LAYOUT = "layout"
 ENTRY_KEYS = ("name", "preset", "params", "select", "reshape", "layout", "budget", "layer_budget")
 
@@ -45,21 +43,23 @@ def build(method: str, **parameters: Any) -> Method:
         ValueError: In one line, if it cannot be parsed, or a name, a parameter or a value is wrong.
     """
     texts = [" ".join(part.split()) for part in re.split(r"\s\+\s", f" {method} ")]
-    _require_preset(texts[0])
-    base = _preset(texts[0], parameters)
-    if len(texts) == 1:
-        return base
-    whole = " + ".join(texts)
-    terms, given = [base], {}
-    for text in texts[1:]:
-        axis, value = _term(text)
+    first, *others = map(_match, texts)
+    name, whole = first["name"], " + ".join(texts)
+    for table in TABLES.values():
+        if name in table.table() and name not in METHODS.table():
+            raise ValueError(
+                f"'{name}' is a {table.what}; start with a preset: 'naive + {texts[0]}'"
+            )
+    presets, given = [_preset(first, parameters)], {}
+    for term in others:
+        axis, value = _value(term)
         if axis is None:
-            terms.append(value)
+            presets.append(value)
         elif axis in given:
             raise ValueError(f"'{whole}' decides '{axis}' twice; drop one")
         else:
             given[axis] = value
-    return compose(*terms, **given, name=whole)
+    return compose(*presets, **given, name=whole) if others else presets[0]
 
 
 def build_entry(entry: str | Mapping[str, Any]) -> Method:
@@ -102,63 +102,51 @@ def parse_method(text: str, parameters: Mapping[str, Any] | None = None) -> Meth
     return build_entry(entry)
 
 
-def _require_preset(text: str) -> None:
-    """Refuses a method that starts with a value of an axis."""
-    name = _match(text)["name"]
-    tables = [table for table in TABLES.values() if name in table.table()]
-    if tables and name not in METHODS.table():
-        raise ValueError(f"'{name}' is a {tables[0].what}; start with a preset: 'naive + {text}'")
-
-
-def _term(text: str) -> tuple[str | None, Any]:
+def _value(term: re.Match) -> tuple[str | None, Any]:
     """A term as an argument of `compose`: its name, or None for a preset, and its value."""
-    name = _match(text)["name"]
+    name = term["name"]
     if name == LAYOUT:
-        return LAYOUT, _parameters(text, LayoutSpec)
+        return LAYOUT, _parameters(term, LayoutSpec)
     for axis, table in TABLES.items():
         if name in table.table():
-            return axis.value, _value(text, table)
-    return None, _preset(text, {})
+            value = table.build(name, **_parameters(term, table.find(name)))
+            if not term["percent"]:
+                return axis.value, value
+            if axis is not Axis.SELECT:
+                raise ValueError(f"'{term[0]}': a {table.what} takes no budget; drop the '%'")
+            return axis.value, value.with_budget(_share(term))
+    return None, _preset(term, {})
 
 
-def _preset(text: str, parameters: Mapping[str, Any]) -> Method:
-    match = _match(text)
-    cls = METHODS.find(match["name"])
-    method = METHODS.build(match["name"], **(_parameters(text, cls) | parameters))
+def _preset(term: re.Match, parameters: Mapping[str, Any]) -> Method:
+    cls = METHODS.find(term["name"])
+    method = METHODS.build(term["name"], **(_parameters(term, cls) | parameters))
     # A wrong value is refused here, not in the middle of a run.
     method.layout(LayoutSpec()), method.select(), method.reshape()
-    return compose(method, budget=_share(match), name=text) if match["percent"] else method
+    return compose(method, budget=_share(term), name=term[0]) if term["percent"] else method
 
 
-def _value(text: str, registry: Registry) -> Any:
-    match = _match(text)
-    value = registry.build(match["name"], **_parameters(text, registry.find(match["name"])))
-    if not match["percent"]:
-        return value
-    if registry is not TABLES[Axis.SELECT]:
-        raise ValueError(f"'{text}': a {registry.what} takes no budget; drop the '%'")
-    return value.with_budget(_share(match))
+def _share(term: re.Match) -> float:
+    return round(float(term["number"]) / 100, 12)  # 15 % is 0.15
 
 
-def _share(match: re.Match) -> float:
-    return round(float(match["number"]) / 100, 12)  # 15 % is 0.15
-
-
-def _parameters(text: str, cls: type) -> dict[str, Any]:
+def _parameters(term: re.Match, cls: type) -> dict[str, Any]:
     """The parameters of a term; a plain number is the first one."""
-    match = _match(text)
-    pairs = [pair.partition("=") for pair in match["pairs"].split()]
+    pairs = [pair.partition("=") for pair in term["pairs"].split()]
     parameters = {key: yaml.safe_load(value) for key, _, value in pairs}
-    if match["number"] and not match["percent"]:
+    if term["number"] and not term["percent"]:
         known = [field.name for field in fields(cls)]
         if not known:
-            raise ValueError(f"'{match['name']}' takes no parameters, got '{text}'")
-        parameters = {known[0]: yaml.safe_load(match["number"])} | parameters
+            raise ValueError(f"'{term['name']}' takes no parameters, got '{term[0]}'")
+        parameters = {known[0]: yaml.safe_load(term["number"])} | parameters
     return parameters
 
 
 def _match(text: str) -> re.Match:
     match = TERM.fullmatch(text)
     if match is None:
-        raise ValueError(f"cannot read '{text}' as part of a method; {FORM}")
+        raise ValueError(
+            f"cannot read '{text}' as part of a method; a method is written "
+            "'preset + selector 15 % key=value'"
+        )
     return match

@@ -39,16 +39,6 @@ class AttentionInputs(NamedTuple):
         return plain_scores(query, key, mask, self.params), part
 
 
-def cut(block: Block, heads: int) -> Iterator[Block]:
-    """Parts of a block whose scores, times ``heads``, stay within `CELLS`."""
-    rows, keys, mask = block
-    step = max(1, CELLS // (heads * mask.shape[-1]))
-    for start in range(rows.start, rows.stop, step):
-        stop = min(start + step, rows.stop)
-        inside = slice(start - rows.start, stop - rows.start)
-        yield Block(slice(start, stop), keys, mask[:, :, inside])
-
-
 class _Pass(NamedTuple):
     """What all layers of a forward pass share."""
 
@@ -61,22 +51,19 @@ class _Pass(NamedTuple):
 class ReshapedAttention:
     """Shared by all attention plans of a batch, from the prefill to the last decoded token.
 
-    It keeps a bitmap of reused tokens per layer: the rows that a plan attends with were just
-    written over their columns. So the bitmap follows what was executed, also where a selector drops
-    or adds rows between layers, and decoded tokens read the same bitmap.
+    It keeps a bitmap of reused tokens per layer, at first all tokens of chunks: the rows that a
+    plan attends with were just written over their columns. So the bitmap follows what was executed,
+    also where a selector drops or adds rows between layers, and decoded tokens read the same one.
+
+    Args:
+        reshape: Changes the scores.
+        columns: Facts of the cache's columns, ``(B, N)``.
 
     Attributes:
-        reshape: Changes the scores.
         multiply_adds: Of surveys, which compute scores of their own, ``(B,)``.
     """
 
     def __init__(self, reshape: Reshape, columns: Rows):
-        """Starts with nothing fresh.
-
-        Args:
-            reshape: Changes the scores.
-            columns: Facts of the cache's columns, ``(B, N)``.
-        """
         self.reshape = reshape
         self.multiply_adds = torch.zeros(len(columns.kind), dtype=torch.int64)
         self._is_chunk = in_chunk(columns)
@@ -123,7 +110,7 @@ class ReshapedAttention:
             columns: Where the rows were written, ``(B, R)``, -1 for padding.
             query: ``(B, H, R, D)``.
             key: ``(B, K, N, D)``.
-            value: ``(B, K, N, D)``.
+            value: As the keys.
             rule: The layer's part of the rule.
             params: Scaling and soft-capping.
 
@@ -146,7 +133,10 @@ class ReshapedAttention:
             if self._pass.has_question:
                 entropy.append(torch.special.entr(weights).sum(-1).mean(1))
             outs.append(weighted_values(weights, states.value[:, :, block.keys]))
-        self._book(entropy)
+        if entropy:
+            asks = self._pass.asks
+            rows = torch.cat(entropy, dim=1).masked_fill(~asks, 0.0)
+            self._entropy.append(rows.sum(1) / asks.sum(1))
         return torch.cat(outs, dim=2).to(query.dtype)
 
     def query_entropy(self) -> list[float | None]:
@@ -162,7 +152,9 @@ class ReshapedAttention:
     def _enter(self, band: RowBand, columns: Tensor, layer: int) -> Seen:
         """Marks the rows as recomputed in this layer: they were just written."""
         if self._pass is None or self._pass.band is not band:
-            self._pass = _read(band)
+            asks = band.query.kind == Kind.QUERY
+            writes = band.query_exists & (band.query.kind != Kind.ANSWER)
+            self._pass = _Pass(band, bool(writes.any()), asks, bool(asks.any(1).all()))
         if self._pass.writes:
             self.wrote(layer, columns)
         reused = self._reused.setdefault(layer, self._is_chunk)
@@ -173,9 +165,16 @@ class ReshapedAttention:
         return seen
 
     def _blocks(self, rule: LayerRule, query: Tensor) -> Iterator[Block]:
-        """One block at a time: all masks together would be rows x columns."""
-        for block in self._pass.band.blocks(rule):
-            yield from cut(block, len(query) * query.shape[1])
+        """One block at a time: all masks together would be rows x columns.
+
+        The scores of a block, over all prompts and heads, stay within `CELLS`.
+        """
+        for rows, keys, mask in self._pass.band.blocks(rule):
+            step = max(1, CELLS // (len(query) * query.shape[1] * mask.shape[-1]))
+            for start in range(rows.start, rows.stop, step):
+                stop = min(start + step, rows.stop)
+                inside = mask[:, :, start - rows.start : stop - rows.start]
+                yield Block(slice(start, stop), keys, inside)
 
     def _choice(self, rule: LayerRule, seen: Seen, states: AttentionInputs) -> Tensor | None:
         if not self.reshape.surveys:
@@ -194,15 +193,3 @@ class ReshapedAttention:
         asked = asked.sum((1, 2), keepdim=True)
         self._ahead = asked if self._ahead is None else self._ahead + asked
         return None
-
-    def _book(self, entropy: list[Tensor]) -> None:
-        if entropy:
-            asks = self._pass.asks
-            rows = torch.cat(entropy, dim=1).masked_fill(~asks, 0.0)
-            self._entropy.append(rows.sum(1) / asks.sum(1))
-
-
-def _read(band: RowBand) -> _Pass:
-    asks = band.query.kind == Kind.QUERY
-    writes = band.query_exists & (band.query.kind != Kind.ANSWER)
-    return _Pass(band, bool(writes.any()), asks, bool(asks.any(1).all()))

@@ -52,7 +52,13 @@ def require_supported(model: PreTrainedModel) -> RopeSpec:
     if isinstance(rotary.rope_type, dict):  # Gemma 3: one set of frequencies for each layer type
         kinds = config.layer_types
     for kind in set(kinds):
-        _require_fixed(rotary.rope_type[kind] if kind else rotary.rope_type, model)
+        rope_type = rotary.rope_type[kind] if kind else rotary.rope_type
+        if rope_type not in FIXED_ROPE_TYPES:
+            raise ValueError(
+                f"{type(model).__name__} uses RoPE type '{rope_type}', whose frequencies change "
+                "with the prompt's length, so a rotated key cannot be moved; supported: "
+                f"{', '.join(FIXED_ROPE_TYPES)} (set rope_parameters if one of them fits)"
+            )
     layers = key_layers(model)
     if sorted(layers) != list(range(len(kinds))):
         raise ValueError(
@@ -60,15 +66,6 @@ def require_supported(model: PreTrainedModel) -> RopeSpec:
             "from rotary embeddings; use a decoder in which every layer does"
         )
     return RopeSpec(tuple(_frequencies(layers[i], rotary, kind) for i, kind in enumerate(kinds)))
-
-
-def _require_fixed(rope_type: str, model: PreTrainedModel) -> None:
-    if rope_type not in FIXED_ROPE_TYPES:
-        raise ValueError(
-            f"{type(model).__name__} uses RoPE type '{rope_type}', whose frequencies change with "
-            f"the prompt's length, so a rotated key cannot be moved; supported: "
-            f"{', '.join(FIXED_ROPE_TYPES)} (set rope_parameters in the config if one of them fits)"
-        )
 
 
 def _frequencies(attention: nn.Module, rotary: nn.Module, kind: str | None) -> Tensor:
@@ -119,7 +116,7 @@ class _Tap:
 def probe_cache(
     attention: nn.Module, rotary: nn.Module, position: Tensor, kind: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """What a layer caches of one random state at several positions.
+    """Keys, rotated by the layer, and values of one random state at several positions.
 
     Args:
         attention: One of `key_layers`.
@@ -128,8 +125,7 @@ def probe_cache(
         kind: The layer's type, where ``rotary`` has several sets of frequencies.
 
     Returns:
-        Keys and values, float32 ``(1, K, S, D)`` on the CPU, the keys rotated as the layer
-        rotates them.
+        Each float32 ``(1, K, S, D)`` on the CPU.
 
     Raises:
         ValueError: If the layer does not hand keys to a cache.
@@ -144,12 +140,8 @@ def probe_cache(
     angles = rotary(state, position.to(state.device), *([kind] if kind else []))
     try:
         with _evaluating(attention), gathered(*weights):
-            attention(
-                hidden_states=state,
-                position_embeddings=angles,
-                attention_mask=None,
-                past_key_values=_Tap(),
-            )
+            options = {"attention_mask": None, "past_key_values": _Tap()}
+            attention(hidden_states=state, position_embeddings=angles, **options)
     except _Cached as cached:
         keys, values = cached.args
         return keys.float().cpu(), values.float().cpu()

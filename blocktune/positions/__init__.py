@@ -5,12 +5,7 @@ from blocktune.lazy import exports
 __getattr__, __dir__, __all__ = exports(
     __name__,
     {
-        "blocktune.positions.placement": ("PLACEMENTS", "Placement", "place"),
-        "blocktune.positions.relocation": (
-            "RopeSpec",
-            "Rotation",
-            "relocate_keys",
-            "rotate_keys",
-        ),
+        "blocktune.positions.placement": "PLACEMENTS Placement place",
+        "blocktune.positions.relocation": "RopeSpec Rotation relocate_keys rotate_keys",
     },
 )

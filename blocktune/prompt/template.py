@@ -149,25 +149,11 @@ def _render(tokenizer, messages: list[dict[str, Any]], **kwargs) -> str | None:
             messages,
             tokenize=False,
             chat_template=_TELL_DATE + template if dated else template,
-            **_switches(template),
+            **{"enable_thinking": False, "date_string": DATE},  # templates without them ignore it
             **kwargs,
         )
     except (TemplateError, TypeError):
         return None
-    return _end_thinking(text)
-
-
-def _end_thinking(text: str) -> str:
-    """Closes an empty block of thoughts that some templates open for the model."""
+    # An empty block of thoughts that some templates open for the model is closed.
     opened = text.rstrip("\n")
     return opened + "\n\n</think>\n\n" if opened.endswith("<think>") else text
-
-
-def _switches(template: str) -> dict[str, Any]:
-    """No thinking before a short answer, and a fixed date in a prefix that is cached."""
-    switches: dict[str, Any] = {}
-    if "enable_thinking" in template:
-        switches["enable_thinking"] = False
-    if "date_string" in template:
-        switches["date_string"] = DATE
-    return switches

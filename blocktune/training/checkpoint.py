@@ -57,16 +57,9 @@ def adapter_info(
     link_mode: str = "table",
     link_seed: int = 0,
 ) -> AdapterInfo:
-    """What serving must know of a model that is about to be trained.
+    """The `AdapterInfo` of a model (bare or PEFT) that is about to be trained.
 
-    Args:
-        model: The base, or a PEFT model around it; without added tokens.
-        tokenizer: The base's; without added tokens.
-        layout: How prompts are laid out in training.
-        fmt: How they are worded.
-        training: Provenance.
-        link_mode: See `AdapterInfo`.
-        link_seed: See `AdapterInfo`.
+    Neither the model nor the tokenizer has got its link tokens yet.
     """
     config = model.config.get_text_config()
     return AdapterInfo(
@@ -104,12 +97,9 @@ class AdapterFiles:
         return replace(self, info=info, config={**(config or {}), **self.config})
 
     def write_weights(self, model: nn.Module, folder: Path, state: dict[str, Tensor] | None):
-        """Writes the trained weights: the PEFT adapter or the full model, and the links.
+        """Writes the trained weights of an unwrapped model: adapter or full model, and links.
 
-        Args:
-            model: Unwrapped.
-            folder: Where to.
-            state: Weights by name, where a launch has split those in ``model`` over processes.
+        ``state`` has the weights by name where a launch has split those in ``model``.
         """
         if hasattr(model, "peft_config"):
             # Left to itself PEFT writes whole embeddings after a resize, not the trained rows.
@@ -124,9 +114,12 @@ class AdapterFiles:
         self, model: nn.Module, folder: Path, state: dict[str, Tensor] | None = None
     ) -> None:
         """Writes the link table, if the model has one."""
-        table = installed_links(model)
-        if table is not None:
-            save_links(table if state is None else _whole_table(state), folder)
+        if (table := installed_links(model)) is None:
+            return
+        if state is not None:
+            [weight] = [w for name, w in state.items() if name.endswith(f"{LINKS_MODULE}.weight")]
+            table = LinkTable.of(weight)
+        save_links(table, folder)
 
     def write_info(
         self, model: nn.Module, folder: Path, state: dict[str, Tensor] | None = None
@@ -151,58 +144,36 @@ class AdapterFiles:
 
     @torch.no_grad()
     def restore_links(self, model: nn.Module, folder: str | Path) -> None:
-        """Reads the link table of a checkpoint into the installed one."""
+        """Reads the link table of a checkpoint into the installed one, if there is one."""
         table = installed_links(model)
         if table is not None:
             saved = load_links(folder).to(table.weight.device, table.weight.dtype)
             fill(table.weight, saved.weight)
 
-    @property
-    def has_links(self) -> bool:
-        """Whether there is a table."""
-        return self.info.has_table
-
-
-def _whole_table(state: dict[str, Tensor]) -> LinkTable:
-    [weight] = [w for name, w in state.items() if name.endswith(f"{LINKS_MODULE}.weight")]
-    table = LinkTable(*weight.shape, dtype=weight.dtype)
-    table.weight.data.copy_(weight)
-    return table
-
-
-def is_links_only(folder: str | Path) -> bool:
-    """Whether a checkpoint holds links and no other weights."""
-    names = {path.name for path in Path(folder).glob("*.safetensors")}
-    return names == {LINKS_FILE}
-
 
 class SaveLayoutCallback(TrainerCallback):
     """Writes what serving needs beside the adapter of any trainer.
 
-    Whenever the trainer saves the model, in a checkpoint or at the end, the tokenizer,
-    ``links.safetensors`` and ``blocktune.json`` go into the same folder, so that
-    ``Engine.from_pretrained(folder)`` serves it.
-
-    Args:
-        collator: The trainer's; says how prompts are laid out and worded.
+    Whenever the trainer saves the model, the tokenizer, ``links.safetensors`` and
+    ``blocktune.json`` go into the same folder, so that `Engine.from_pretrained` serves it.
     """
 
     def __init__(self, collator: BlockDataCollator):
+        """Takes the trainer's collator, which knows how prompts are laid out and worded."""
         self.collator = collator
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         """Makes `save_pretrained` of the trainer's model write the files too."""
         collator = self.collator
-        info = adapter_info(
-            model, collator.tokenizer, collator.layout, collator.format, provenance(args.seed)
-        )
+        tokenizer, origin = collator.tokenizer, provenance(args.seed)
+        info = adapter_info(model, tokenizer, collator.layout, collator.format, origin)
         files = AdapterFiles(info, {"training": settings(args)})
         save = model.save_pretrained
 
         def save_pretrained(folder, *rest, **options):
             save(folder, *rest, **options)
             if options.get("is_main_process", True):
-                collator.tokenizer.save_pretrained(folder)
+                tokenizer.save_pretrained(folder)
                 files.write_links(model, Path(folder), options.get("state_dict"))
                 files.write_info(model, Path(folder), options.get("state_dict"))
 
@@ -282,7 +253,7 @@ class StagedSaving(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         model = self.model if model is None else model
-        if not is_links_only(resume_from_checkpoint):
+        weights = {path.name for path in Path(resume_from_checkpoint).glob("*.safetensors")}
+        if weights != {LINKS_FILE}:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.files.has_links:
-            self.files.restore_links(self.accelerator.unwrap_model(model), resume_from_checkpoint)
+        self.files.restore_links(self.accelerator.unwrap_model(model), resume_from_checkpoint)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from blocktune.data.example import RagExample
@@ -156,7 +157,10 @@ class BlockDataCollator:
             teacher = self._tensors([laid.teacher for laid in row] for row in rows)
             batch |= {f"teacher_{name}": value for name, value in teacher.items()}
         if self.check_layer is not None:
-            batch["shares"] = _padded([[laid.share for laid in row] for row in rows])
+            shares = [
+                torch.tensor([laid.share for laid in row], dtype=torch.float64) for row in rows
+            ]
+            batch["shares"] = pad_sequence(shares, batch_first=True, padding_value=NO_SHARE)
         return batch
 
     def _parts_of(self, record: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
@@ -217,14 +221,5 @@ class BlockDataCollator:
     def _tensors(self, rows: Sequence[list[Prompt]]) -> dict[str, Tensor]:
         joined = [row[0] if len(row) == 1 else pack(row) for row in rows]
         batch = stack(joined, self.pad_id)
-        return {
-            "input_ids": batch.input_ids,
-            "labels": batch.labels,
-            "layout": batch.layout.pack(),
-        }
-
-
-def _padded(rows: list[list[float]]) -> Tensor:
-    width = max(map(len, rows))
-    padded = [row + [NO_SHARE] * (width - len(row)) for row in rows]
-    return torch.tensor(padded, dtype=torch.float64)
+        layout = batch.layout.pack()
+        return {"input_ids": batch.input_ids, "labels": batch.labels, "layout": layout}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, TypeVar
 
 import torch
 from trl import SFTConfig
@@ -13,43 +13,47 @@ from blocktune.training.collator import Augmentation
 from blocktune.training.distillation import Distillation
 from blocktune.training.recompute import RecomputeSampler
 
+Spec = TypeVar("Spec")
+
+
+def option(default: Any, meaning: str) -> Any:
+    """A field with its default and its text in ``--help-all``."""
+    return field(default=default, metadata={"help": meaning})
+
+
+def _built(spec: type[Spec], options: Any, prefix: str = "", **given: Any) -> Spec:
+    """A ``spec`` from the options that are called like its fields after ``prefix``."""
+    names = [f.name for f in fields(spec) if f.name not in given]
+    own = {
+        name: getattr(options, prefix + name) for name in names if hasattr(options, prefix + name)
+    }
+    return spec(**own, **given)
+
 
 @dataclass
 class LayoutOptions:
     """How block examples become rows."""
 
-    attention_execution: Literal["split", "flex", "dense"] = field(
-        default="split", metadata={"help": "flex needs CUDA; dense makes an N x N mask"}
+    attention_execution: Literal["split", "flex", "dense"] = option(
+        "split", "flex needs CUDA; dense makes an N x N mask"
     )
-    block_share: float = field(
-        default=1.0, metadata={"help": "Share of examples in block layout, the rest full"}
+    block_share: float = option(1.0, "Share of examples in block layout, the rest full")
+    both_modes: bool = option(False, "Every example twice, in block layout and in full")
+    num_links: int = option(0, "Link tokens per chunk (KVLink)")
+    link_side: Literal["after", "before"] = option("after", "Where a chunk's links stand")
+    link_table: Literal["shared", "slot", "chunk"] = option(
+        "slot", "One row for all links, one a slot, one a chunk and slot"
     )
-    both_modes: bool = field(
-        default=False, metadata={"help": "Every example twice, in block layout and in full"}
+    max_chunks: int = option(0, "Chunks that a link table by chunk has rows for")
+    num_headers: int = option(0, "Learned tokens that open a chunk (KV Packet, TurboRAG)")
+    num_trailers: int = option(0, "Learned tokens that close a chunk")
+    link_mode: Literal["table", "added_tokens"] = option(
+        "table", "A table beside the vocabulary, or tokens in it"
     )
-    num_links: int = field(default=0, metadata={"help": "Link tokens per chunk (KVLink)"})
-    link_side: Literal["after", "before"] = field(
-        default="after", metadata={"help": "Where a chunk's links stand"}
+    placement: Literal["sequential", "parallel", "composite"] = option(
+        "sequential", "Positions of the chunks"
     )
-    link_table: Literal["shared", "slot", "chunk"] = field(
-        default="slot", metadata={"help": "One row for all links, one a slot, one a chunk and slot"}
-    )
-    max_chunks: int = field(
-        default=0, metadata={"help": "Chunks that a link table by chunk has rows for"}
-    )
-    num_headers: int = field(
-        default=0, metadata={"help": "Learned tokens that open a chunk (KV Packet, TurboRAG)"}
-    )
-    num_trailers: int = field(default=0, metadata={"help": "Learned tokens that close a chunk"})
-    link_mode: Literal["table", "added_tokens"] = field(
-        default="table", metadata={"help": "A table beside the vocabulary, or tokens in it"}
-    )
-    placement: Literal["sequential", "parallel", "composite"] = field(
-        default="sequential", metadata={"help": "Positions of the chunks"}
-    )
-    shared_prefix: bool = field(
-        default=False, metadata={"help": "Chunks are encoded after hidden copies of the prefix"}
-    )
+    shared_prefix: bool = option(False, "Chunks are encoded after hidden copies of the prefix")
 
     @property
     def has_block(self) -> bool:
@@ -59,60 +63,33 @@ class LayoutOptions:
     @property
     def layout(self) -> LayoutSpec:
         """How block examples are laid out; full ones have neither learned tokens nor blanks."""
-        return LayoutSpec(
-            block=self.has_block,
-            num_links=self.num_links,
-            link_side=self.link_side,
-            link_table=self.link_table,
-            max_chunks=self.max_chunks,
-            num_headers=self.num_headers,
-            num_trailers=self.num_trailers,
-            placement=self.placement,
-            shared_prefix=self.shared_prefix,
-        )
+        return _built(LayoutSpec, self, block=self.has_block)
 
 
 @dataclass
 class ObjectiveOptions:
     """What the loss is."""
 
-    distill_weight: float = field(
-        default=0.0, metadata={"help": "Share of the divergence in the loss; the rest is CE"}
+    distill_weight: float = option(0.0, "Share of the divergence in the loss; the rest is CE")
+    distill_teacher: str = option("self", "'self' (the adapter off) or another model")
+    distill_temperature: float = option(1.0, "Of both distributions")
+    distill_top_k: int | None = option(
+        None, "Teacher tokens kept per row, the rest as one; default all"
     )
-    distill_teacher: str = field(
-        default="self", metadata={"help": "'self' (the adapter off) or another model"}
+    distill_states: Literal["none", "hidden", "kv"] = option(
+        "none", "States of the question's rows that are matched too"
     )
-    distill_temperature: float = field(default=1.0, metadata={"help": "Of both distributions"})
-    distill_top_k: int | None = field(
-        default=None, metadata={"help": "Teacher tokens kept per row, the rest as one; default all"}
+    distill_states_weight: float = option(1.0, "Weight of the states' relative squared error")
+    recompute: str = option(
+        "none", "Selector whose tokens are fresh in training, e.g. 'deviation check_layer=2'"
     )
-    distill_states: Literal["none", "hidden", "kv"] = field(
-        default="none", metadata={"help": "States of the question's rows that are matched too"}
-    )
-    distill_states_weight: float = field(
-        default=1.0, metadata={"help": "Weight of the states' relative squared error"}
-    )
-    recompute: str = field(
-        default="none",
-        metadata={
-            "help": "Selector whose tokens are fresh in training, e.g. 'deviation check_layer=2'"
-        },
-    )
-    recompute_min: float = field(
-        default=0.15, metadata={"help": "Smallest share of fresh tokens, drawn per prompt"}
-    )
-    recompute_max: float = field(default=0.15, metadata={"help": "Largest share"})
+    recompute_min: float = option(0.15, "Smallest share of fresh tokens, drawn per prompt")
+    recompute_max: float = option(0.15, "Largest share")
 
     @property
     def distillation(self) -> Distillation:
         """The divergence; off where its weight is 0."""
-        return Distillation(
-            weight=self.distill_weight,
-            temperature=self.distill_temperature,
-            top_k=self.distill_top_k,
-            states=self.distill_states,
-            states_weight=self.distill_states_weight,
-        )
+        return _built(Distillation, self, "distill_")
 
     @property
     def sampler(self) -> RecomputeSampler | None:
@@ -126,29 +103,19 @@ class ObjectiveOptions:
 class BatchOptions:
     """How examples become batches, and how layouts vary from epoch to epoch."""
 
-    pack_length: int | None = field(
-        default=None, metadata={"help": "Pack examples into rows of at most so many tokens"}
+    pack_length: int | None = option(None, "Pack examples into rows of at most so many tokens")
+    max_length: int | None = option(None, "Longest example in tokens; default: the model's context")
+    long_examples: Literal["refuse", "drop"] = option(
+        "refuse", "What to do with longer ones; never truncated"
     )
-    max_length: int | None = field(
-        default=None, metadata={"help": "Longest example in tokens; default: the model's context"}
-    )
-    long_examples: Literal["refuse", "drop"] = field(
-        default="refuse", metadata={"help": "What to do with longer ones; never truncated"}
-    )
-    block_dropout: float = field(
-        default=0.0, metadata={"help": "Chance that a chunk also sees the one before it"}
-    )
-    position_jitter: int = field(
-        default=0, metadata={"help": "Largest random gap in positions before a chunk"}
-    )
+    block_dropout: float = option(0.0, "Chance that a chunk also sees the one before it")
+    position_jitter: int = option(0, "Largest random gap in positions before a chunk")
 
     @property
     def augmentation(self) -> Augmentation:
         """How layouts are varied."""
-        return Augmentation(block_dropout=self.block_dropout, position_jitter=self.position_jitter)
+        return _built(Augmentation, self)
 
-
-__all__ = ["BlockSFTConfig", "DataArgs"]
 
 # Options of SFTConfig that would cut, repack or rewrite prompts behind the layout's back.
 _MUST_BE = {
@@ -168,7 +135,16 @@ _MUST_BE = {
     "dataloader_persistent_workers": False,
     "model_init_kwargs": None,
 }
-ORDERS = ("random", "group_by_length", "sequential")
+_CHOICES = {
+    "attention_execution": ("split", "flex", "dense"),
+    "link_mode": ("table", "added_tokens"),
+    "long_examples": ("refuse", "drop"),
+    "train_sampling_strategy": ("random", "group_by_length", "sequential"),
+}
+_AT_LEAST_1 = (
+    *("per_device_train_batch_size", "per_device_eval_batch_size"),
+    *("gradient_accumulation_steps", "max_length"),
+)
 _HINTS = {"packing": "pack_length packs by layout", "padding_free": "pack_length packs by layout"}
 
 
@@ -181,10 +157,8 @@ class BlockSFTConfig(LayoutOptions, ObjectiveOptions, BatchOptions, SFTConfig):
             prompts or the loss in a way the layout knows nothing of.
     """
 
-    freeze_base: bool = field(
-        default=False, metadata={"help": "Train the learned tokens alone (without use_peft)"}
-    )
-    dry_run: bool = field(default=False, metadata={"help": "Stop after printing the plan"})
+    freeze_base: bool = option(False, "Train the learned tokens alone (without use_peft)")
+    dry_run: bool = option(False, "Stop after printing the plan")
 
     def __post_init__(self):
         if self.bf16 is None:  # TRL would choose bfloat16 on CPUs too
@@ -203,14 +177,12 @@ class BlockSFTConfig(LayoutOptions, ObjectiveOptions, BatchOptions, SFTConfig):
         self._check_own()
 
     def _check_own(self) -> None:
-        _one_of("attention_execution", self.attention_execution, ("split", "flex", "dense"))
-        _one_of("link_mode", self.link_mode, ("table", "added_tokens"))
-        _one_of("long_examples", self.long_examples, ("refuse", "drop"))
-        _one_of("train_sampling_strategy", self.train_sampling_strategy, ORDERS)
-        _at_least_1("per_device_train_batch_size", self.per_device_train_batch_size)
-        _at_least_1("per_device_eval_batch_size", self.per_device_eval_batch_size)
-        _at_least_1("gradient_accumulation_steps", self.gradient_accumulation_steps)
-        _at_least_1("max_length", self.max_length)
+        for name, known in _CHOICES.items():
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        for name in _AT_LEAST_1:
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         if self.max_steps <= 0 and self.num_train_epochs <= 0:
             raise ValueError(
                 f"num_train_epochs must be above 0, got {self.num_train_epochs}; or set max_steps"
@@ -240,32 +212,18 @@ class BlockSFTConfig(LayoutOptions, ObjectiveOptions, BatchOptions, SFTConfig):
                 "freeze_base trains the learned tokens alone: it needs num_links, num_headers or "
                 "num_trailers of at least 1, and link_mode 'table'"
             )
-        self._check_together()
-
-    def _check_together(self) -> None:
-        sampler, varies = self.sampler, self.augmentation
-        if sampler is not None and not self.has_block:
+        if self.sampler is not None and not spec.block:
             raise ValueError("recompute freshens tokens of block examples; raise block_share")
-        if varies.block_dropout and self.shared_prefix:
+        if self.block_dropout and self.shared_prefix:
             raise ValueError(
                 "block_dropout joins chunks that each carry a copy of the prefix; drop it or "
                 "shared_prefix"
             )
-        if varies.position_jitter and self.placement != "sequential":
+        if self.position_jitter and self.placement != "sequential":
             raise ValueError(
                 f"position_jitter moves chunks apart, placement '{self.placement}' puts them in "
                 "one place; drop one"
             )
-
-
-def _at_least_1(name: str, value: int | None) -> None:
-    if value is not None and value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-
-
-def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
 
 
 @dataclass
@@ -277,38 +235,18 @@ class DataArgs:
             lacks a placeholder.
     """
 
-    train_data: str = field(
-        default="", metadata={"help": "Source of examples, see `load_examples`: file, hf:, worlds:"}
-    )
-    train_limit: int | None = field(
-        default=None, metadata={"help": "Use the first examples only, at most this many"}
-    )
-    mixture: str | None = field(
-        default=None, metadata={"help": "YAML of a mixture of sources and modes, for train_data"}
-    )
-    eval_data: str | None = field(
-        default=None, metadata={"help": "Source of examples for the evaluation loss"}
-    )
-    eval_limit: int | None = field(
-        default=None, metadata={"help": "Evaluate on the first examples only"}
-    )
-    instruction: str = field(
-        default=PromptFormat.instruction, metadata={"help": "Opens the user turn"}
-    )
-    system: str | None = field(default=None, metadata={"help": "Text of the system turn"})
-    titled: str = field(
-        default=PromptFormat.titled, metadata={"help": "A chunk with {title} and {text}"}
-    )
-    untitled: str = field(
-        default=PromptFormat.untitled, metadata={"help": "A chunk without a title: {text}"}
-    )
-    question_format: str = field(
-        default=PromptFormat.question, metadata={"help": "What follows the chunks: {question}"}
-    )
-    block_tag: str = field(
-        default="", metadata={"help": "Opens the user turn of block examples, also when served"}
-    )
-    full_tag: str = field(default="", metadata={"help": "The same in full attention"})
+    train_data: str = option("", "Source of examples, see `load_examples`: file, hf:, worlds:")
+    train_limit: int | None = option(None, "Use the first examples only, at most this many")
+    mixture: str | None = option(None, "YAML of a mixture of sources and modes, for train_data")
+    eval_data: str | None = option(None, "Source of examples for the evaluation loss")
+    eval_limit: int | None = option(None, "Evaluate on the first examples only")
+    instruction: str = option(PromptFormat.instruction, "Opens the user turn")
+    system: str | None = option(None, "Text of the system turn")
+    titled: str = option(PromptFormat.titled, "A chunk with {title} and {text}")
+    untitled: str = option(PromptFormat.untitled, "A chunk without a title: {text}")
+    question_format: str = option(PromptFormat.question, "What follows the chunks: {question}")
+    block_tag: str = option("", "Opens the user turn of block examples, also when served")
+    full_tag: str = option("", "The same in full attention")
 
     def __post_init__(self):
         if not self.train_data and not self.mixture:
@@ -322,12 +260,4 @@ class DataArgs:
     @property
     def format(self) -> PromptFormat:
         """The wording of every prompt."""
-        return PromptFormat(
-            instruction=self.instruction,
-            system=self.system,
-            titled=self.titled,
-            untitled=self.untitled,
-            question=self.question_format,
-            block_tag=self.block_tag,
-            full_tag=self.full_tag,
-        )
+        return _built(PromptFormat, self, question=self.question_format)

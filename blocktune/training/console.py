@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterable
 from dataclasses import MISSING, Field, fields
 
 from rich.console import Console
@@ -15,14 +14,13 @@ from transformers import TrainerCallback
 
 
 class SteadyConsole(Console):
-    """A console that falls silent when nobody reads on, instead of ending the process.
+    """A console that falls silent when its pipe is closed (``blocktune train ... | head``).
 
-    Rich leaves by ``SystemExit`` when its pipe is closed (``blocktune train ... | head``): a run
-    would stop in the middle without an error, and its folder stay empty.
+    Rich would raise ``SystemExit``: a run would stop halfway without an error or an adapter.
     """
 
     def on_broken_pipe(self) -> None:
-        """Goes on in silence; the run still trains and saves."""
+        """Discards all further output."""
         self.quiet = True
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
@@ -76,37 +74,27 @@ def print_options(console: Console | None = None) -> None:
     from blocktune.training import config
 
     groups = {
-        "Data and wording": config.DataArgs,
-        "Layout": config.LayoutOptions,
-        "Objective": config.ObjectiveOptions,
-        "Batches": config.BatchOptions,
-        "The run": config.BlockSFTConfig,
-        "Model, LoRA and quantisation, by TRL": ModelConfig,
+        "Data and wording": config.DataArgs.__annotations__,
+        "Layout": config.LayoutOptions.__annotations__,
+        "Objective": config.ObjectiveOptions.__annotations__,
+        "Batches": config.BatchOptions.__annotations__,
+        "The run": config.BlockSFTConfig.__annotations__,
+        "Model, LoRA and quantisation, by TRL": ModelConfig.__annotations__,
+        "Training, by TRL and transformers": [f.name for f in fields(config.BlockSFTConfig)],
     }
-    console = console or Console()
-    shown: set[str] = set()
-    for title, holder in groups.items():
-        own = [field for field in fields(holder) if field.name in holder.__annotations__]
-        shown.update(field.name for field in own)
-        _print(console, title, own)
-    rest = [
-        field for field in fields(config.BlockSFTConfig) if field.init and field.name not in shown
-    ]
-    _print(console, "Training, by TRL and transformers", rest)
+    holders, console = (config.DataArgs, config.BlockSFTConfig, ModelConfig), console or Console()
+    left = {field.name: field for holder in holders for field in fields(holder) if field.init}
+    for title, names in groups.items():
+        table = Table("key", "default", "meaning", title=title, title_justify="left", box=None)
+        for field in [left.pop(name) for name in names if name in left]:
+            table.add_row(Text(field.name, "cyan"), _default(field), Text(_meaning(field)))
+        console.print(table, "")
 
 
-def _print(console: Console, title: str, group: Iterable[Field]) -> None:
-    table = Table("key", "default", "meaning", title=title, title_justify="left", box=None)
-    for field in group:
-        table.add_row(Text(field.name, "cyan"), Text(_default(field)), Text(_meaning(field)))
-    console.print(table)
-    console.print()
-
-
-def _default(field: Field) -> str:
+def _default(field: Field) -> Text:
     made = field.default_factory is not MISSING
     value = field.default_factory() if made else field.default
-    return repr(value) if isinstance(value, str) else str(getattr(value, "value", value))
+    return Text(repr(value) if isinstance(value, str) else str(getattr(value, "value", value)))
 
 
 def _meaning(field: Field) -> str:

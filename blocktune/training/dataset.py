@@ -16,17 +16,11 @@ from datasets import Dataset, Features, Value, concatenate_datasets
 from datasets import Sequence as ListOf
 from transformers import PreTrainedTokenizerBase
 
-from blocktune.data.attribution import data_sets_of
-from blocktune.data.example import RagExample, field_error, read_chunk
+from blocktune.data.example import RagExample, field_error, read_chunks
+from blocktune.data.sources.catalog import data_sets_of
 from blocktune.data.sources.shapes import find_shape
-from blocktune.prompt import (
-    Chunk,
-    LayoutSpec,
-    Pieces,
-    PromptFormat,
-    conversation_pieces,
-    make_pieces,
-)
+from blocktune.prompt import LayoutSpec, Pieces, PromptFormat
+from blocktune.prompt.pieces import conversation_pieces, make_pieces
 
 IDS = ListOf(Value("int32"))
 PART = {
@@ -42,10 +36,8 @@ PART = {
 }
 FEATURES = Features({"parts": [PART], "length": Value("int32"), "answer_length": Value("int32")})
 COLUMNS = list(FEATURES)
-
-
 ROWS_AT_A_TIME = 100
-"""Become columns together: Python holds no more of the set as objects, see `_columns`."""
+"""Rows that become columns together: as lists of numbers they are large."""
 
 
 class Sample(NamedTuple):
@@ -92,30 +84,21 @@ def to_sample(row: Any, tokenizer: PreTrainedTokenizerBase, fmt: PromptFormat) -
 
 
 def _with_documents(row: Mapping[str, Any], fmt: PromptFormat) -> Sample:
-    chunks = tuple(_chunk(document) for document in row["documents"])
+    chunks = read_chunks(row["documents"], "documents")
     messages = row.get("messages")
     if messages is None:
-        messages = [
-            turn
-            for name, role in (("prompt", "user"), ("completion", "assistant"))
-            for turn in _messages(row, name, role)
-        ]
+        messages = [*_messages(row, "prompt", "user"), *_messages(row, "completion", "assistant")]
     turns = [(turn["role"], turn["content"]) for turn in messages]
     system = None
     if turns and turns[0][0] == "system":
         (_, system), *turns = turns
     roles = [role for role, _ in turns]
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
-        wanted = "user and assistant in turn, the assistant's last"
-        raise field_error("messages", wanted, roles)
-    texts = [text for _, text in turns]
-    example = RagExample(
-        texts[0],
-        chunks,
-        response=texts[1],
-        followups=tuple(zip(texts[2::2], texts[3::2], strict=True)),
-        id=str(row.get("id") or ""),
-    )
+        raise field_error("messages", "user and assistant in turn, the assistant's last", roles)
+    question, response, *more = (text for _, text in turns)
+    followups = tuple(zip(more[::2], more[1::2], strict=True))
+    name = str(row.get("id") or "")
+    example = RagExample(question, chunks, response=response, followups=followups, id=name)
     return Sample(example, True, None if system is None else replace(fmt, system=system))
 
 
@@ -124,19 +107,6 @@ def _messages(row: Mapping[str, Any], name: str, role: str) -> Sequence[Mapping[
     if value is None:
         raise field_error(name, "text or messages beside documents", value)
     return [{"role": role, "content": value}] if isinstance(value, str) else value
-
-
-def _chunk(document: Any) -> Chunk:
-    """A document as text, ``{"title", "text"}``, or Cohere's ``{"id", "data"}``."""
-    if isinstance(document, Mapping):
-        data = document.get("data")
-        document = data if isinstance(data, Mapping) else document
-        text = next((document[k] for k in _TEXTS if document.get(k) is not None), None)
-        document = {"title": document.get("title"), "text": text}
-    return read_chunk(document, "documents")
-
-
-_TEXTS = ("text", "contents", "content", "page_content", "snippet", "data")
 
 
 @dataclass(frozen=True)
@@ -201,7 +171,7 @@ def prepare(
 
     Args:
         samples: Examples with an answer each, and their modes.
-        tokenizer: The base's.
+        tokenizer: Of the model.
         fmt: The wording of samples that have none of their own.
         spec: The block layout, for the count of learned tokens.
         limit: Longest example, in rows that are neither blanks nor fresh, and in positions.
@@ -220,14 +190,17 @@ def prepare(
     for index, sample in enumerate(samples):
         part = read(index, sample)
         gaps = position_gap * (len(part["chunks"]) + 1) if sample.block else 0
-        over = _over(part["length"], gaps, limit, pack_length)
-        if over is None:
+        most = min(limit - gaps, pack_length or limit)
+        if part["length"] <= most:
             parts.append(part)
         elif drop_long:
             num_dropped += 1
         else:
+            less = f" less {gaps} for position_jitter" if gaps else ""
             raise ValueError(
-                f"{_name(index, sample)} has {over}; shorten it or set long_examples: drop"
+                f"{_name(index, sample)} has {part['length']} tokens, the limit is {most} (the "
+                f"smaller of pack_length and max_length{less}; default: the model's context); "
+                "shorten it or set long_examples: drop"
             )
     if not parts:
         raise ValueError(
@@ -244,14 +217,9 @@ def prepare(
 
 
 def best_fit(parts: Sequence[dict[str, Any]], room: int) -> list[list[dict[str, Any]]]:
-    """Packs parts into rows: the longest first, each into the fullest row that it still fits.
+    """Packs parts into rows of ``room`` tokens: longest first, into the fullest row that fits.
 
-    Args:
-        parts: Each of a ``length`` of at most ``room``.
-        room: Of a row.
-
-    Returns:
-        Rows of parts, the parts of a row in their first order; the same for the same input.
+    The parts of a row keep their order; the same input gives the same rows.
     """
     order = sorted(range(len(parts)), key=lambda index: (-parts[index]["length"], index))
     rows: list[list[int]] = []
@@ -312,18 +280,11 @@ class PartReader:
         }
 
     def _pieces(self, sample: Sample, fmt: PromptFormat, target: str) -> Pieces:
-        example = sample.example
-        if sample.turns and not sample.block and example.conversation:
+        example, block = sample.example, sample.block
+        if sample.turns and not block and example.conversation:
             return conversation_pieces(self.tokenizer, fmt, example.conversation, target)
-        return make_pieces(
-            self.tokenizer,
-            fmt,
-            example.chunks,
-            example.question,
-            target,
-            block=sample.block,
-            followups=example.followups,
-        )
+        asked = example.chunks, example.question, target, block, example.followups
+        return make_pieces(self.tokenizer, fmt, *asked)
 
 
 def _ids(ids: Sequence[int]) -> np.ndarray:
@@ -332,16 +293,10 @@ def _ids(ids: Sequence[int]) -> np.ndarray:
 
 
 def _columns(rows: Sequence[list[dict[str, Any]]]) -> Dataset:
-    """The rows as Arrow columns; a batch at a time, since lists of numbers on the way are large."""
+    """The rows as Arrow columns, `ROWS_AT_A_TIME` at a time."""
     starts = range(0, len(rows), ROWS_AT_A_TIME)
-    return concatenate_datasets(
-        [
-            Dataset.from_list(
-                [_record(row) for row in rows[start : start + ROWS_AT_A_TIME]], features=FEATURES
-            )
-            for start in starts
-        ]
-    )
+    parts = ([_record(row) for row in rows[a : a + ROWS_AT_A_TIME]] for a in starts)
+    return concatenate_datasets([Dataset.from_list(part, features=FEATURES) for part in parts])
 
 
 def _name(index: int, sample: Sample) -> str:
@@ -357,21 +312,7 @@ def _unanswered(part: dict[str, Any]) -> dict[str, Any]:
 
 
 def _record(row: list[dict[str, Any]]) -> dict[str, Any]:
+    turns = [turn for part in row for turn in (part, *part["followups"])]
+    answers = sum(len(turn["answer"]) for turn in turns)
     length = sum(part["length"] for part in row)
-    return {
-        "parts": row,
-        "length": length,
-        "answer_length": sum(
-            len(turn["answer"]) for part in row for turn in (part, *part["followups"])
-        ),
-    }
-
-
-def _over(length: int, gaps: int, limit: int, pack_length: int | None) -> str | None:
-    """Why an example does not fit, or None."""
-    if length + gaps > limit:
-        jumps = f" and positions that may jump by {gaps}" if gaps else ""
-        return f"{length} tokens{jumps}, the limit is {limit} (max_length, or the model's context)"
-    if pack_length is not None and length > pack_length:
-        return f"{length} tokens, a packed row holds {pack_length} (pack_length)"
-    return None
+    return {"parts": row, "length": length, "answer_length": answers}

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from blocktune.attention import Plan, attach
-from blocktune.attention.kernels import AttentionParams
-from blocktune.layout import Kind, LayerRule, Layout
+from blocktune.layout import Kind, Layout
 from blocktune.models.identity import tokenizer_hash
 from blocktune.models.load import load_base
 from blocktune.positions import RopeSpec, relocate_keys
@@ -134,17 +133,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def as_teacher(model: nn.Module) -> Iterator[nn.Module]:
-    """The model as it was before training: adapter off, in evaluation mode, without gradients.
-
-    Args:
-        model: With or without a PEFT adapter; not wrapped by DDP.
-    """
+    """The unwrapped model as it was before training: adapter off, no dropout, no gradients."""
     off = model.disable_adapter() if hasattr(model, "peft_config") else nullcontext()
     with evaluating(model), off:
         yield model
 
 
-SELF = "self"
 Teacher = Callable[[nn.Module], AbstractContextManager[nn.Module]]
 """Opens the teacher of a step, given the unwrapped student."""
 
@@ -162,7 +156,7 @@ def find_teacher(
         name: ``self``, or a folder or repository name.
         how: What is learnt from it.
         model: The student, ready to train.
-        tokenizer: The student's.
+        tokenizer: Of the student.
         base_is_frozen: Whether the student without its adapter stays what it was.
 
     Raises:
@@ -170,7 +164,7 @@ def find_teacher(
     """
     if not how.is_on:
         return None
-    if name != SELF:
+    if name != "self":
         return _other(_load(name, how, model, tokenizer))
     if not base_is_frozen:
         raise ValueError(
@@ -198,21 +192,15 @@ def _load(name: str, how: Distillation, student: nn.Module, tokenizer) -> nn.Mod
             f"distill_teacher '{name}' has another tokenizer, chat template or vocabulary than the "
             "student; take one of the same family (and link_mode 'table' for links)"
         )
-    if how.matches_states:
-        _refuse_other_states(name, how.states, own, its)
-    attach(teacher)
-    return teacher.eval().requires_grad_(False)
-
-
-def _refuse_other_states(name: str, states: str, own: PretrainedConfig, its: PretrainedConfig):
-    """Raises ValueError where the states of two models cannot be compared layer by layer."""
-    mine, theirs = _shape(own, states), _shape(its, states)
-    for what, value in mine.items():
+    mine, theirs = _shape(own, how.states), _shape(its, how.states)
+    for what, value in mine.items() if how.matches_states else ():
         if theirs[what] != value:
             raise ValueError(
-                f"distill_states: {states} compares layer by layer, and the {what} of '{name}' is "
-                f"{theirs[what]}, the student's {value}; set distill_states: none"
+                f"distill_states: {how.states} compares layer by layer, and the {what} of "
+                f"'{name}' is {theirs[what]}, the student's {value}; set distill_states: none"
             )
+    attach(teacher)
+    return teacher.eval().requires_grad_(False)
 
 
 def _shape(config: PretrainedConfig, states: str) -> dict[str, Any]:
@@ -240,10 +228,8 @@ class Recorder:
         self.plan, self.rows = plan, rows
         self.states: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, rule: LayerRule, params: AttentionParams
-    ) -> Tensor:
-        """See `Plan.attend`."""
+    def attend(self, query, key, value, rule, params) -> Tensor:
+        """Implements `Plan.attend`."""
         pair = (key.transpose(1, 2)[self.rows], value.transpose(1, 2)[self.rows])
         # Activation checkpointing attends a second time, and must find the same operations.
         self.states.setdefault(rule.layer, pair)
@@ -285,12 +271,8 @@ def relocated(keys: Tensor, shift: Tensor, rope: RopeSpec, layer: int) -> Tensor
 def kv_errors(student: Recorder, teacher: Recorder, shift: Tensor, rope: RopeSpec) -> Tensor:
     """How far the student's keys and values are from the teacher's, mean over layers, ``(rows,)``.
 
-    Args:
-        student: Recorded under the student's layout.
-        teacher: Recorded under the teacher's, the same rows in the same order.
-        shift: Positions from the student's place of each row to the teacher's, ``(rows,)``;
-            keys are moved by it first, so that a place alone is no error.
-        rope: The model's frequencies.
+    Both recorded the same rows in the same order. ``shift`` ``(rows,)`` is the distance from each
+    row's position to that in the teacher's layout; keys are moved by it first.
 
     Raises:
         ValueError: If no gradient can reach the student's states.
@@ -311,14 +293,10 @@ def kv_errors(student: Recorder, teacher: Recorder, shift: Tensor, rope: RopeSpe
 def hidden_errors(
     student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], own: Tensor, other: Tensor
 ) -> Tensor:
-    """How far hidden states are apart, mean over layers, ``(rows,)``.
+    """How far hidden states are apart, mean over layers, ``(rows,)``; embeddings are left out.
 
-    Args:
-        student: ``output_hidden_states`` of the student, each ``(B, S, hidden)``; the first is the
-            embeddings' and left out.
-        teacher: The teacher's.
-        own: Rows of the student's layout, ``(B, S)`` bool.
-        other: The same rows in the teacher's layout.
+    ``student`` and ``teacher`` are the models' ``output_hidden_states``; ``own`` and ``other`` mark
+    the same rows in their layouts, ``(B, S)`` bool.
     """
     pairs = zip(student[1:], teacher[1:], strict=True)
     return torch.stack([relative_error(a[own], b[other]) for a, b in pairs]).mean(0)

@@ -23,14 +23,7 @@ def launch_name(accelerator: Accelerator) -> str:
 
 
 def refuse_missing_trackers(names: Sequence[str]) -> None:
-    """Refuses trackers that are unknown or not installed, before a model is loaded.
-
-    Args:
-        names: What ``report_to`` says.
-
-    Raises:
-        ValueError: If there is no such tracker, or its package is missing.
-    """
+    """Raises ValueError for a tracker of ``report_to`` that is unknown or not installed."""
     for name, callback in zip(names, get_reporting_integration_callbacks(names), strict=True):
         try:
             callback()
@@ -63,11 +56,7 @@ def refuse_frozen_quantised(args: SFTConfig, choice: ModelConfig) -> None:
 
 
 def refuse_parallelism(accelerator: Accelerator) -> None:
-    """Refuses what splits prompts over devices.
-
-    Raises:
-        ValueError: Under context or sequence parallelism, which drop the layout's mask.
-    """
+    """Raises ValueError under context or sequence parallelism, which drop the layout's mask."""
     parallel = accelerator.parallelism_config
     for kind in ("cp", "sp"):
         if parallel is not None and getattr(parallel, f"{kind}_enabled", False):
@@ -77,16 +66,15 @@ def refuse_parallelism(accelerator: Accelerator) -> None:
             )
 
 
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() == "true"
+
+
 def refuse_lost_launch(accelerator: Accelerator, n_gpu: int, uses_deepspeed: bool) -> None:
-    """Refuses a launch that quietly runs alone: it trains, saves over its twins and looks well.
+    """Raises ValueError if the processes, GPUs, DeepSpeed or FSDP that were asked for are not used.
 
-    Args:
-        accelerator: Of the Trainer.
-        n_gpu: GPUs that the Trainer would spread one process over.
-        uses_deepspeed: Whether the Trainer does.
-
-    Raises:
-        ValueError: If the processes, GPUs or DeepSpeed that were asked for are not used.
+    Such a run would train without an error, and its processes save over each other. ``n_gpu`` are
+    the GPUs that the Trainer would spread one process over.
     """
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != accelerator.num_processes:
@@ -100,14 +88,12 @@ def refuse_lost_launch(accelerator: Accelerator, n_gpu: int, uses_deepspeed: boo
             f"between them; start one per GPU (blocktune train --processes {n_gpu}) "
             "or show it one (CUDA_VISIBLE_DEVICES=0)"
         )
-    asked = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-    if asked and not uses_deepspeed:
+    if _is_set("ACCELERATE_USE_DEEPSPEED") and not uses_deepspeed:
         raise ValueError(
             "the launcher asked for DeepSpeed and the Trainer runs without it; launch with "
             "recipes/accelerate/zero2.yaml and pass no deepspeed option to the recipe"
         )
-    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if asked and accelerator.distributed_type.value != "FSDP":
+    if _is_set("ACCELERATE_USE_FSDP") and accelerator.distributed_type != DistributedType.FSDP:
         raise ValueError(
             "the launcher asked for FSDP, and accelerate has it for GPUs only: on CPUs it would "
             "train as plain DDP; use recipes/accelerate/ddp.yaml, zero2.yaml or zero3.yaml there"

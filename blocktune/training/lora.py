@@ -26,11 +26,7 @@ def make_trainable(
 ) -> PreTrainedModel:
     """Gives a base its learned tokens and its adapter, and freezes the rest.
 
-    Args:
-        model: The bare base, or a PEFT model that is trained as it is.
-        tokenizer: The base's; gets the learned tokens under ``link_mode: added_tokens``.
-        args: Layout, links, seed, what is frozen.
-        peft_config: Of the adapter to add, or None.
+    A PEFT model is trained as it is. Under ``link_mode: added_tokens`` the tokenizer gets them too.
 
     Raises:
         ValueError: If nothing would be trained, or the settings exclude each other.
@@ -115,12 +111,7 @@ def _is_whole(linear: nn.Linear) -> bool:
 
 
 def add_in_product(config: Any, model: nn.Module) -> None:
-    """Makes PEFT use `AddedLora` for linear layers; a quantised base keeps PEFT's own classes.
-
-    Args:
-        config: Of the adapter; only LoRA's is touched.
-        model: The base that it is for.
-    """
+    """Makes LoRA use `AddedLora` for linear layers; a quantised base keeps PEFT's own classes."""
     if isinstance(config, LoraConfig) and quantization_of(model) is None:
         config._register_custom_module({nn.Linear: AddedLora})
 

@@ -18,7 +18,6 @@ from blocktune.prompt import IGNORED, Batch
 from blocktune.training.distillation import (
     Distillation,
     Recorder,
-    TeacherProbs,
     divergence,
     hidden_errors,
     kv_errors,
@@ -71,26 +70,17 @@ def answer_loss(
 
     Args:
         model: With blocktune's attention attached; may be wrapped by PEFT, DDP or DeepSpeed.
-        input_ids: ``(B, S)``.
-        layout: ``(B, S)``.
-        labels: ``(B, S)``, not shifted, -100 where nothing is learnt.
+        input_ids: ``(B, S)``, like ``layout`` and ``labels``.
+        layout: What each row is.
+        labels: Not shifted, -100 where nothing is learnt.
         execution: Of attention, see `blocktune.attention.make_plan`.
-
-    Returns:
-        Sums; divide by the tokens of the whole step, over accumulation and ranks.
     """
     batch = Batch(input_ids, layout, labels)
     return answer_rows(model, batch, make_plan(execution, layout)).cross_entropy()
 
 
 def answer_rows(model: nn.Module, batch: Batch, plan: Plan, hidden: bool = False) -> AnswerRows:
-    """Runs a model and keeps the logits of the rows before answer tokens.
-
-    Args:
-        model: See `answer_loss`.
-        batch: Ids, layout and labels.
-        plan: Prepared for its layout.
-        hidden: Whether every layer's output is wanted.
+    """Runs a model and keeps the logits of the rows before answer tokens; see `answer_loss`.
 
     Raises:
         ValueError: If the model does not honour ``logits_to_keep``.
@@ -98,15 +88,10 @@ def answer_rows(model: nn.Module, batch: Batch, plan: Plan, hidden: bool = False
     targets = batch.labels[:, 1:]
     # One index for all prompts of the batch: the rows before any prompt's answer tokens.
     keep = (targets != IGNORED).any(0).nonzero().squeeze(1)
-    more: dict[str, Any] = {"output_hidden_states": True} if hidden else {}
-    output = model(
-        input_ids=batch.input_ids,
-        position_ids=batch.layout.position,
-        plan=plan,
-        use_cache=False,
-        logits_to_keep=keep,
-        **more,
-    )
+    wanted: dict[str, Any] = {"use_cache": False, "logits_to_keep": keep}
+    wanted |= {"output_hidden_states": True} if hidden else {}
+    ids, positions = batch.input_ids, batch.layout.position
+    output = model(input_ids=ids, position_ids=positions, plan=plan, **wanted)
     if output.logits.shape[1] != keep.numel():
         raise ValueError(
             f"the model gave logits of {output.logits.shape[1]} rows, {keep.numel()} were asked "
@@ -135,14 +120,6 @@ class StepLoss(NamedTuple):
     states: Tensor
 
 
-class TeacherOutputs(NamedTuple):
-    """What is kept of a teacher's forward pass."""
-
-    probs: TeacherProbs
-    recorder: Recorder | None
-    hidden: tuple[Tensor, ...] | None
-
-
 @dataclass(frozen=True)
 class Objective:
     """Computes the loss of a batch.
@@ -160,64 +137,45 @@ class Objective:
     rope: RopeSpec | None = None
 
     def __call__(self, model: nn.Module, inputs: dict[str, Tensor], bare: nn.Module) -> StepLoss:
-        """The loss of a collated batch.
-
-        Args:
-            model: The student, as gradients want it (wrapped by DDP or DeepSpeed).
-            inputs: See `blocktune.training.collator`.
-            bare: The same model unwrapped, for the teacher's forward.
-        """
+        """The loss of a collated batch; ``bare`` is the model unwrapped, for the teacher's pass."""
         student = batch_of(inputs)
         if self.teacher is None:
             plan = make_plan(self.execution, student.layout)
             answers = answer_rows(model, student, plan).cross_entropy()
             none = torch.zeros_like(answers.total)
             return StepLoss(answers.total, answers, none, none)
-        teacher_batch = batch_of(inputs, "teacher_")
+        how, teacher_batch = self.distillation, batch_of(inputs, "teacher_")
         # The teacher goes first: activation checkpointing runs the student's layers again later.
         with self.teacher(bare) as teacher:
-            outputs = self._ask_teacher(teacher, teacher_batch)
-        return self._compare(model, student, teacher_batch, outputs)
-
-    def _ask_teacher(self, teacher: nn.Module, batch: Batch) -> TeacherOutputs:
-        how = self.distillation
-        plan, recorder = self._plan(batch)
-        output = answer_rows(teacher, batch, plan, how.states == "hidden")
-        probs = teacher_probs(output.logits, how.temperature, how.top_k)
-        return TeacherOutputs(probs, recorder, output.hidden)
-
-    def _compare(
-        self, model: nn.Module, batch: Batch, teacher_batch: Batch, teacher: TeacherOutputs
-    ) -> StepLoss:
-        how = self.distillation
-        plan, recorder = self._plan(batch)
-        output = answer_rows(model, batch, plan, how.states == "hidden")
+            known, its_states = self._run(teacher, teacher_batch)
+            probs = teacher_probs(known.logits, how.temperature, how.top_k)
+            del known
+        output, states = self._run(model, student)
         answers = output.cross_entropy()
-        apart = divergence(output.logits, teacher.probs, how.temperature)
+        apart = divergence(output.logits, probs, how.temperature)
         total = (1 - how.weight) * answers.total + how.weight * apart
-        states = torch.zeros_like(total)
+        error = torch.zeros_like(total)
         if how.matches_states:
-            states = self._states(batch, teacher_batch, recorder, output.hidden, teacher)
-            total = total + how.states_weight * states
-        return StepLoss(total, answers, apart.detach(), states.detach())
+            error = self._error(student, teacher_batch, states, its_states)
+            total = total + how.states_weight * error
+        return StepLoss(total, answers, apart.detach(), error.detach())
 
-    def _plan(self, batch: Batch):
-        """The plan of a batch, and its recorder where keys and values are matched."""
+    def _run(self, model: nn.Module, batch: Batch) -> tuple[AnswerRows, Any]:
+        """A model's outputs, and the states that are matched: a `Recorder`, hidden ones or None."""
         plan = make_plan(self.execution, batch.layout)
-        if self.distillation.states != "kv":
-            return plan, None
-        recorder = Recorder(plan, question_rows(batch.layout))
-        return recorder, recorder
+        if self.distillation.states == "kv":
+            plan = Recorder(plan, question_rows(batch.layout))
+            return answer_rows(model, batch, plan), plan
+        output = answer_rows(model, batch, plan, self.distillation.states == "hidden")
+        return output, output.hidden
 
-    def _states(
-        self, batch: Batch, teacher_batch: Batch, recorder, hidden, teacher: TeacherOutputs
-    ) -> Tensor:
+    def _error(self, batch: Batch, teacher_batch: Batch, states: Any, its_states: Any) -> Tensor:
         own, other = question_rows(batch.layout), question_rows(teacher_batch.layout)
-        if recorder is None:
-            errors = hidden_errors(hidden, teacher.hidden, own, other)
+        if self.distillation.states == "hidden":
+            errors = hidden_errors(states, its_states, own, other)
         else:
             shift = teacher_batch.layout.position[other] - batch.layout.position[own]
-            errors = kv_errors(recorder, teacher.recorder, shift, self.rope)
+            errors = kv_errors(states, its_states, shift, self.rope)
         return (errors * row_weights(batch.layout, batch.labels, own)).sum()
 
 
@@ -230,14 +188,8 @@ def batch_of(inputs: dict[str, Tensor], prefix: str = "") -> Batch:
 class Sums(NamedTuple):
     """Sums over batches and ranks since the last log.
 
-    Attributes:
-        tokens: Answer tokens.
-        correct: Answer tokens that were the likeliest.
-        rows: Rows that are not padding.
-        total: What is minimised, in nats.
-        cross_entropy: In nats.
-        divergence: In nats, 0 without a teacher.
-        states: Weighted errors, 0 where states are not matched.
+    ``tokens`` are answer tokens, ``correct`` those that were the likeliest, ``rows`` those that are
+    not padding; ``total`` is what is minimised. The others are as in `StepLoss`, in nats.
     """
 
     tokens: float = 0.0

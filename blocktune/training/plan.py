@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -21,44 +22,36 @@ from blocktune.tables import written
 from blocktune.training.console import SteadyConsole, duration
 
 ADAM_BYTES = 8
-"""Two float32 moments a trainable parameter."""
-HIDDEN_COPIES = 12
-"""States of the model's width that a layer keeps per row for backward: norms, q, k, v, output,
-residuals and their upcasts. Estimated; a kernel may keep fewer."""
-FFN_COPIES = 4
-"""The same of the feed-forward width: gate, up, activation, product."""
+"""Two float32 moments per trainable parameter."""
+HIDDEN_COPIES, FFN_COPIES = 12, 4
+"""States that a layer keeps per row for backward, in units of the model's width (norms, q, k, v,
+output, residuals and their upcasts) and of its feed-forward width (gate, up, activation, product).
+Estimated; a kernel may keep fewer."""
 LOGIT_BYTES = 12
 """Logits, their log-softmax and its gradient in float32, per answer row and vocabulary entry."""
 EFFICIENCY = 0.4
 """Share of the measured matmul rate that a training step is expected to reach."""
 
 
-@dataclass(frozen=True)
-class Size:
+class Size(NamedTuple):
     """A model's sizes that matter to cost.
 
     Attributes:
+        config: The decoder's configuration, for its widths.
         matmul: Weights that every row is multiplied with; active experts only, no output head.
         trained: Those of them that get gradients.
-        layers: Decoder layers.
-        hidden: Width.
-        ffn: Width inside the feed-forward part.
-        vocab: Vocabulary entries.
-        weight_bytes: All parameters as they are stored.
-        trainable: Parameters that get gradients.
-        gradient_bytes: Their gradients.
-        state_bytes: Of one number in an activation.
+        parameters: Number of all parameters.
+        trainable: Number of those that get gradients.
+        fixed_bytes: All parameters as they are stored, gradients and Adam's moments.
+        state_bytes: Bytes of one number in an activation.
     """
 
+    config: Any
     matmul: int
     trained: int
-    layers: int
-    hidden: int
-    ffn: int
-    vocab: int
-    weight_bytes: int
+    parameters: int
     trainable: int
-    gradient_bytes: int
+    fixed_bytes: int
     state_bytes: int
 
 
@@ -70,22 +63,15 @@ def size_of(model: nn.Module, state_bytes: int) -> Size:
     # Shapes, not storage: the codes of a 4-bit weight are half a byte each.
     matmul = sum(m.in_features * m.out_features for m in linear)
     trained = sum(m.in_features * m.out_features for m in linear if m.weight.requires_grad)
-    shapes = [whole_shape(p) for p in model.parameters()]
+    weights = [(p, num_elements(p)) for p in model.parameters()]
+    shapes = [whole_shape(p) for p, _ in weights]
     active = getattr(config, "num_experts_per_tok", None) or 1
     matmul += sum(math.prod(shape[1:]) * active for shape in shapes if len(shape) == 3)
-    learnt = [p for p in model.parameters() if p.requires_grad]
-    return Size(
-        matmul=matmul,
-        trained=trained,
-        layers=config.num_hidden_layers,
-        hidden=config.hidden_size,
-        ffn=getattr(config, "moe_intermediate_size", None) or config.intermediate_size,
-        vocab=config.vocab_size,
-        weight_bytes=sum(num_elements(p) * p.element_size() for p in model.parameters()),
-        trainable=sum(num_elements(p) for p in learnt),
-        gradient_bytes=sum(num_elements(p) * p.element_size() for p in learnt),
-        state_bytes=state_bytes,
-    )
+    fixed = sum(n * p.element_size() for p, n in weights)
+    fixed += sum(n * (p.element_size() + ADAM_BYTES) for p, n in weights if p.requires_grad)
+    parameters = sum(n for _, n in weights)
+    trainable = sum(n for p, n in weights if p.requires_grad)
+    return Size(config, matmul, trained, parameters, trainable, fixed, state_bytes)
 
 
 def row_flops(size: Size, has_teacher: bool) -> float:
@@ -109,18 +95,19 @@ def peak_bytes(
         checkpointing: Whether only each layer's input is kept, and one layer in full.
         mask_cells: Elements of attention masks that are kept.
     """
-    fixed = size.weight_bytes + size.gradient_bytes + ADAM_BYTES * size.trainable
-    layer = HIDDEN_COPIES * size.hidden + FFN_COPIES * size.ffn
-    kept = size.layers * size.hidden + layer if checkpointing else size.layers * layer
+    config, layers = size.config, size.config.num_hidden_layers
+    ffn = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+    layer = HIDDEN_COPIES * config.hidden_size + FFN_COPIES * ffn
+    kept = layers * config.hidden_size + layer if checkpointing else layers * layer
     states = (rows * kept + mask_cells) * size.state_bytes
-    return fixed + states + answer_rows * size.vocab * LOGIT_BYTES
+    return size.fixed_bytes + states + answer_rows * config.vocab_size * LOGIT_BYTES
 
 
 @torch.no_grad()
 def matmul_rate(device: torch.device | str, dtype: torch.dtype, seconds: float = 0.05) -> float:
-    """Operations per second of plain matrix products here, the best of some.
+    """Operations per second of plain matrix products on this device, the best of several.
 
-    What a training step is compared with: no table of data sheets names every machine.
+    A training step is compared with it, since no data sheet names every machine.
     """
     device = torch.device(device)
     side = 4096 if device.type == "cuda" else 384
@@ -145,19 +132,17 @@ class Speedometer:
     """Turns counts of tokens into rates, from one log to the next.
 
     Attributes:
-        flops_per_token: Operations of one row, see `blocktune.training.plan.row_flops`.
+        flops_per_token: Operations of one row, see `row_flops`.
         rate: Operations per second of matrix products on all processes together.
     """
 
     flops_per_token: float
     rate: float
-    _time: float = field(default=0.0, init=False)
-    _tokens: float = field(default=0.0, init=False)
-    _step: int = field(default=0, init=False)
+    _last: tuple[float, float, int] = field(default=(0.0, 0.0, 0), init=False)
 
     def start(self, tokens: float, step: int) -> None:
         """Starts the clock, also after a resume."""
-        self._time, self._tokens, self._step = time.perf_counter(), tokens, step
+        self._last = time.perf_counter(), tokens, step
 
     def read(self, tokens: float, step: int, last_step: int) -> dict[str, float]:
         """Rates since the last reading.
@@ -171,101 +156,54 @@ class Speedometer:
             ``tokens_per_second``, ``mfu`` (share of the machine's matmul rate that went into
             products with weights) and ``eta_s`` (seconds that are left at this speed).
         """
-        now = time.perf_counter()
-        elapsed = max(now - self._time, 1e-9)
-        speed = (tokens - self._tokens) / elapsed
-        left = (last_step - step) * elapsed / max(step - self._step, 1)
-        self._time, self._tokens, self._step = now, tokens, step
+        then, old_tokens, old_step = self._last
+        self.start(tokens, step)
+        elapsed = max(self._last[0] - then, 1e-9)
+        speed = (tokens - old_tokens) / elapsed
+        left = (last_step - step) * elapsed / max(step - old_step, 1)
         mfu = speed * self.flops_per_token / self.rate
         return {"tokens_per_second": speed, "mfu": mfu, "eta_s": left}
 
 
-@dataclass(frozen=True)
-class TrainingPlan:
-    """The size of a run.
+def make_plan(trainer: Trainer) -> dict[str, str]:
+    """What a `BlockSFTTrainer` that has not started will do, by the name of each property.
 
-    Attributes:
-        base_model: What is trained.
-        dtype: Of its weights in memory.
-        layout: Of block examples, with the share of the rest.
-        objective: What the loss is.
-        execution: Of attention.
-        trainable: Parameters that get gradients.
-        parameters: All parameters.
-        examples: In the training set; one in both modes counts twice.
-        rows: What they are packed into, the same number without packing.
-        dropped: Left out as too long.
-        mean_tokens: Per row.
-        max_tokens: Of the longest row.
-        world_size: Processes.
-        global_batch: Rows per optimizer step, over accumulation and processes.
-        steps: Optimizer steps.
-        peak_bytes: Expected peak memory of a process without sharding, estimated.
-        eta_s: Expected seconds, estimated at `EFFICIENCY` of the measured matmul rate.
-        evaluation: On what and how often a loss is told, or None.
+    The peak of memory is that of a process without sharding; the time is estimated at `EFFICIENCY`
+    of the measured matmul rate.
     """
-
-    base_model: str
-    dtype: str
-    layout: str
-    objective: str
-    execution: str
-    trainable: int
-    parameters: int
-    examples: int
-    rows: int
-    dropped: int
-    mean_tokens: float
-    max_tokens: int
-    world_size: int
-    global_batch: int
-    steps: int
-    peak_bytes: float
-    eta_s: float
-    evaluation: str | None = None
-
-    @property
-    def tokens_per_step(self) -> int:
-        """Expected tokens of one optimizer step, without padding."""
-        return round(self.mean_tokens * self.global_batch)
-
-
-def make_plan(trainer: Trainer) -> TrainingPlan:
-    """Reads the plan off a `BlockSFTTrainer` that has not started."""
     args, info, prepared = trainer.args, trainer.files.info, trainer.prepared
-    dataset = prepared.dataset
-    rows = zip(dataset["length"], dataset["answer_length"], strict=True)
+    size, examples = trainer.size, prepared.num_examples
+    rows = zip(prepared.dataset["length"], prepared.dataset["answer_length"], strict=True)
     lengths = [length for length, answer in rows if answer]
-    counts = [(num_elements(p), p.requires_grad) for p in trainer.model.parameters()]
+    mean = sum(lengths) / len(lengths)
     per_rank = math.ceil(len(lengths) / (args.per_device_train_batch_size * args.world_size))
     per_epoch = math.ceil(per_rank / args.gradient_accumulation_steps)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
-    mean = sum(lengths) / len(lengths)
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    speed = trainer.speed
-    operations = speed.flops_per_token * mean * batch * steps * trainer.collator.row_growth
-    return TrainingPlan(
-        base_model=info.base_model,
-        dtype=_dtype(trainer),
-        layout=describe_layout(
-            info.layout, prepared.num_block / prepared.num_examples, args.both_modes, info.link_mode
-        ),
-        objective=describe_objective(args),
-        execution=args.attention_execution,
-        trainable=sum(count for count, trained in counts if trained),
-        parameters=sum(count for count, _ in counts),
-        examples=prepared.num_examples,
-        rows=len(lengths),
-        dropped=prepared.num_dropped,
-        mean_tokens=mean,
-        max_tokens=max(lengths),
-        world_size=args.world_size,
-        global_batch=batch,
-        steps=steps,
-        peak_bytes=_peak(trainer, max(lengths)),
-        eta_s=operations / (EFFICIENCY * speed.rate),
-        evaluation=_evaluation(trainer),
+    flops = trainer.speed.flops_per_token * mean * batch * steps * trainer.collator.row_growth
+    layout = describe_layout(
+        info.layout, prepared.num_block / examples, args.both_modes, info.link_mode
     )
+    packed = f"{len(lengths):,} packed rows, " if len(lengths) != examples else ""
+    trained = f"{size.trainable:,} of {size.parameters:,} ({size.trainable / size.parameters:.2%})"
+    peak = written("bytes", expected_peak(trainer))
+    time_s = duration(flops / (EFFICIENCY * trainer.speed.rate))
+    plan = {
+        "base": f"{info.base_model} ({_dtype(trainer)})",
+        "layout": layout,
+        "objective": describe_objective(args),
+        "attention": args.attention_execution,
+        "trainable": trained,
+        "examples": f"{examples:,} ({prepared.num_dropped:,} dropped as too long)",
+        "tokens": f"{packed}{mean:,.0f} a row, longest {max(lengths):,}",
+        "batch": f"{batch} rows over {args.world_size} process(es)",
+        "tokens per step": f"{round(mean * batch):,}",
+        "steps": f"{steps:,}",
+        "evaluation": _evaluation(trainer),
+        "peak memory": f"about {peak} per process, unsharded",
+        "time": f"about {time_s}; the log shows the measured time",
+    }
+    return {name: text for name, text in plan.items() if text}
 
 
 def _dtype(trainer: Trainer) -> str:
@@ -287,10 +225,12 @@ def _evaluation(trainer: Trainer) -> str | None:
     return f"{sum(1 for count in rows['answer_length'] if count):,} rows, {when}"
 
 
-def _peak(trainer: Trainer, longest: int) -> float:
-    args, width = trainer.args, longest * trainer.collator.row_growth
+def expected_peak(trainer: Trainer) -> float:
+    """`peak_bytes` of a trainer's largest possible batch."""
+    args, data = trainer.args, trainer.train_dataset
+    width = max(data["length"]) * trainer.collator.row_growth
     rows = width * args.per_device_train_batch_size
-    answers = max(trainer.train_dataset["answer_length"]) * args.per_device_train_batch_size
+    answers = max(data["answer_length"]) * args.per_device_train_batch_size
     # At most: every row sees every other one, or there are as many masks as are kept.
     masks = min(rows * width, KEPT_CELLS) if args.attention_execution == "split" else 0
     return peak_bytes(trainer.size, rows, answers, args.gradient_checkpointing, masks)
@@ -325,23 +265,9 @@ def describe_objective(args) -> str:
     return ", ".join(words)
 
 
-def print_plan(plan: TrainingPlan, console: Console | None = None) -> None:
+def print_plan(plan: dict[str, str], console: Console | None = None) -> None:
     """Prints the plan as a table."""
-    share = plan.trainable / plan.parameters
     table = Table("", "", title="training plan", show_header=False, title_justify="left")
-    table.add_row("base", f"{plan.base_model} ({plan.dtype})")
-    table.add_row("layout", plan.layout)
-    table.add_row("objective", plan.objective)
-    table.add_row("attention", plan.execution)
-    table.add_row("trainable", f"{plan.trainable:,} of {plan.parameters:,} ({share:.2%})")
-    table.add_row("examples", f"{plan.examples:,} ({plan.dropped:,} dropped as too long)")
-    packed = f"{plan.rows:,} packed rows, " if plan.rows != plan.examples else ""
-    table.add_row("tokens", f"{packed}{plan.mean_tokens:,.0f} a row, longest {plan.max_tokens:,}")
-    table.add_row("batch", f"{plan.global_batch} rows over {plan.world_size} process(es)")
-    table.add_row("tokens per step", f"{plan.tokens_per_step:,}")
-    table.add_row("steps", f"{plan.steps:,}")
-    if plan.evaluation:
-        table.add_row("evaluation", plan.evaluation)
-    table.add_row("peak memory", f"about {written('bytes', plan.peak_bytes)} a process, unsharded")
-    table.add_row("time", f"about {duration(plan.eta_s)}; the log says what it really is")
+    for row in plan.items():
+        table.add_row(*row)
     (console or SteadyConsole()).print(table)

@@ -12,10 +12,9 @@ import yaml
 from torch import Tensor, nn
 
 from blocktune.attention import Plan, make_plan
-from blocktune.attention.kernels import AttentionParams
-from blocktune.layout import FOREVER, GLOBAL, Kind, LayerRule, Layout
+from blocktune.layout import FOREVER, GLOBAL, Kind, Layout
 from blocktune.methods.select import SELECTORS, Selection
-from blocktune.methods.select.layer_check import LayerCheck, LayerKV
+from blocktune.methods.select.base import LayerCheck, LayerKV
 from blocktune.prompt import IGNORED, Prompt
 
 
@@ -96,12 +95,9 @@ class RecomputeSampler:
 
 
 def with_fresh_rows(prompt: Prompt, chosen: Tensor, until: int = FOREVER) -> Prompt:
-    """Appends the second rows of the tokens that are computed afresh.
+    """Appends a fresh row for each ``chosen`` one ``(1, S)`` of a prompt that has none yet.
 
-    Args:
-        prompt: Without any yet.
-        chosen: Originals, ``(1, S)`` bool.
-        until: First layer (0-based) that the fresh rows do not live to see.
+    ``until`` is the first layer (0-based) in which the fresh rows no longer exist.
     """
     rows = chosen[0].nonzero().flatten()
     second = prompt.layout.map(lambda field: field[:, rows])
@@ -128,9 +124,7 @@ class _Probe:
         self.plan, self.layer, self.stop = plan, layer, stop
         self.states: LayerKV | None = None
 
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, rule: LayerRule, params: AttentionParams
-    ) -> Tensor:
+    def attend(self, query, key, value, rule, params) -> Tensor:
         if rule.layer == self.layer:
             self.states = LayerKV(key, value)
             if self.stop:
@@ -147,29 +141,15 @@ def states_at(
     execution: str,
     stop: bool = True,
 ) -> LayerKV:
-    """Keys and values that a layer makes of all rows.
+    """Keys and values ``(B, K, S, D)`` that a layer (0-based) makes of all rows ``(B, S)``.
 
-    Args:
-        model: Attached to blocktune's attention.
-        input_ids: ``(B, S)``.
-        layout: ``(B, S)``.
-        layer: 0-based.
-        execution: Of attention.
-        stop: Leave out the layers above. Not where parameters are sharded over processes: a
-            forward pass that ends halfway leaves them gathered.
-
-    Returns:
-        Each ``(B, K, S, D)``.
+    ``stop`` leaves out the layers above. Not where parameters are sharded over processes: a forward
+    pass that ends halfway leaves them gathered.
     """
     probe = _Probe(make_plan(execution, layout), layer, stop)
     with suppress(_Seen):
-        model(
-            input_ids=input_ids,
-            position_ids=layout.position,
-            plan=probe,
-            use_cache=False,
-            logits_to_keep=1,
-        )
+        options = {"plan": probe, "use_cache": False, "logits_to_keep": 1}
+        model(input_ids=input_ids, position_ids=layout.position, **options)
     assert probe.states is not None, f"the model has no attention layer {layer}"
     return probe.states
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import contextlib
 import difflib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
@@ -19,19 +19,15 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from blocktune.data import load_examples
 from blocktune.data.mixture import BLOCK, load_mixture, mix
-from blocktune.data.sources import training_split
+from blocktune.data.sources.load import training_split
 from blocktune.models import load
 from blocktune.prompt import LayoutSpec, PromptFormat
+from blocktune.training import launch_checks
 from blocktune.training.checkpoint import settings
 from blocktune.training.collator import BlockDataCollator
 from blocktune.training.config import BlockSFTConfig, DataArgs
 from blocktune.training.console import LogLines
 from blocktune.training.dataset import Sample, in_modes
-from blocktune.training.launch_checks import (
-    refuse_frozen_quantised,
-    refuse_missing_trackers,
-    refuse_unasked_evaluation,
-)
 from blocktune.training.plan import make_plan, print_plan
 from blocktune.training.trainer import BlockSFTTrainer
 
@@ -111,7 +107,7 @@ def train(
 
 
 def _train(data, args, choice, callbacks) -> Path | None:
-    refuse_unasked_evaluation(data.eval_data, args)
+    launch_checks.refuse_unasked_evaluation(data.eval_data, args)
     folder = Path(args.output_dir)
     was_there = folder.exists()
     trainer = build(data, args, choice, callbacks)
@@ -146,8 +142,8 @@ def build(
     Raises:
         ValueError: As `refuse_missing_trackers`, `load_base`, `BlockSFTTrainer` and the loaders do.
     """
-    refuse_missing_trackers(args.report_to)
-    refuse_frozen_quantised(args, choice)
+    launch_checks.refuse_missing_trackers(args.report_to)
+    launch_checks.refuse_frozen_quantised(args, choice)
     model, tokenizer = load_base(choice)
     samples, evaluation = samples_of(data, args, tokenizer), None
     if data.eval_data:
@@ -164,16 +160,10 @@ def build(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    trainer.files = trainer.files.described(
-        resolved(data, args, choice),
-        data=data.train_data or load_mixture(data.mixture).to_dict(),
-    )
+    resolved = {"data": vars(data).copy(), "model": vars(choice).copy(), "training": settings(args)}
+    source = data.train_data or load_mixture(data.mixture).to_dict()
+    trainer.files = trainer.files.described(resolved, data=source)
     return trainer
-
-
-def resolved(data: DataArgs, args: BlockSFTConfig, choice: ModelConfig) -> dict[str, dict]:
-    """Every setting of a run, by group, as ``resolved_config.yaml`` holds it."""
-    return {"data": vars(data).copy(), "model": vars(choice).copy(), "training": settings(args)}
 
 
 def load_base(choice: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -217,32 +207,23 @@ def samples_of(
         ValueError: If a mixture and the options of one source are mixed, or disagree.
     """
     if data.mixture is None:
-        examples = load_examples(
-            data.train_data,
-            limit=data.train_limit,
-            split=training_split(data.train_data),
-            tokenizer=tokenizer,
-        )
+        source, split = data.train_data, training_split(data.train_data)
+        examples = load_examples(source, limit=data.train_limit, split=split, tokenizer=tokenizer)
         return in_modes(examples, args.block_share, args.both_modes, args.seed)
     if args.both_modes:
         raise ValueError("a mixture says the mode of each source; leave both_modes out")
     mixture = load_mixture(data.mixture)
-    worded = [_worded(data.format, part.format) for part in mixture.parts]
+    # A part's own wording: what it does not say is the run's.
+    run = data.format.to_dict()
+    worded = [p.format and PromptFormat.from_dict(run | dict(p.format)) for p in mixture.parts]
     samples = [
-        Sample(
-            drawn.example, drawn.mode == BLOCK, worded[drawn.part], mixture.parts[drawn.part].turns
-        )
-        for drawn in mix(mixture, tokenizer=tokenizer).examples
+        Sample(one.example, one.mode == BLOCK, worded[one.part], mixture.parts[one.part].turns)
+        for one in mix(mixture, tokenizer=tokenizer).examples
     ]
     if args.has_block != any(sample.block for sample in samples):
         wanted = "0 (full attention alone)" if args.has_block else "left out"
         raise ValueError(f"the mixture's modes and block_share disagree: it should be {wanted}")
     return samples
-
-
-def _worded(fmt: PromptFormat, own: Mapping[str, Any] | None) -> PromptFormat | None:
-    """A part's own wording: what it does not say is the run's."""
-    return PromptFormat.from_dict(fmt.to_dict() | dict(own)) if own else None
 
 
 _PUSH_OPTIONS = {
@@ -254,13 +235,15 @@ _PUSH_OPTIONS = {
 
 
 class Publisher(Protocol):
-    """Publishes adapters; handed in, since training knows nothing of serving and checking."""
+    """Publishes adapters; handed in, since training knows nothing of serving and checking.
 
-    def check(self, repo: str, base_model: str, layout: LayoutSpec, token: str | None) -> None:
-        """Refuses before the run what could not be published after it."""
+    ``check`` refuses before a run what ``publish`` could not publish after it.
+    """
 
-    def publish(self, folder: Path, repo: str, private: bool, token: str | None) -> None:
-        """Publishes a finished run."""
+    check: Callable[[str, str, LayoutSpec, str | None], None]
+    """Repository, base model, layout and token."""
+    publish: Callable[[Path, str, bool, str | None], None]
+    """Folder, repository, whether it is private, and token."""
 
 
 def checked_repo(args: BlockSFTConfig, base_model: str, publisher: Publisher | None) -> str | None:

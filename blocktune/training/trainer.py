@@ -55,17 +55,11 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
     Args:
         model: A folder or repository name (loaded in float32), or a model; bare or PEFT.
         args: The configuration; default: `BlockSFTConfig` with TRL's output folder.
-        data_collator: A `BlockDataCollator` whose ``format`` words the prompts; default: one of
-            the standard wording.
-        train_dataset: Rows as `blocktune.training.dataset.to_sample` reads them: a Hugging Face
-            `Dataset`, or dicts or examples.
+        data_collator: A `BlockDataCollator`, whose ``format`` words the prompts.
+        train_dataset: A Hugging Face `Dataset`, dicts or examples, see `to_sample`.
         eval_dataset: The same, or several by name; for the evaluation loss.
         processing_class: The model's tokenizer; default: loaded from the model's folder.
-        compute_metrics: Gets logits ``(N, S, V)`` and labels ``(N, S)``; costs a second forward
-            pass in evaluation.
-        callbacks: Of transformers' Trainer.
-        optimizers: Optimizer and schedule, or None for each.
-        preprocess_logits_for_metrics: Reduces the logits before they are gathered.
+        compute_metrics: As `SFTTrainer`'s, like the others below; costs a second forward pass.
         peft_config: Adapter to train; None trains the whole model, unless it has one.
 
     Attributes:
@@ -106,21 +100,41 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
             model, loaded = load_base(model, dtype="float32", place=False, what="base model")
             processing_class = processing_class or loaded
         tokenizer = processing_class or AutoTokenizer.from_pretrained(model.config._name_or_path)
-        collator = data_collator
-        if collator is None:
-            collator = BlockDataCollator(tokenizer, args.layout)
-        self._check(collator, args)
+        collator = data_collator or BlockDataCollator(tokenizer, args.layout)
+        if not isinstance(collator, BlockDataCollator):
+            name = type(collator).__name__
+            raise ValueError(f"data_collator must be a BlockDataCollator, got {name}")
+        if collator.layout != args.layout:
+            raise ValueError(
+                f"data_collator lays out {collator.layout}, the configuration says {args.layout}; "
+                "make the collator with layout=args.layout"
+            )
         self.args, self.processing_class, self.collator = args, tokenizer, collator
         rope = require_supported(model)
         self._longest = args.max_length or model.config.get_text_config().max_position_embeddings
         self.prepared = self._prepare(train_dataset, args.train_batch_size, args.pack_length)
-        origin = provenance(args.seed) | _origin(self.prepared, args)
+        full = self.prepared.num_examples - self.prepared.num_block
+        origin = provenance(args.seed) | {
+            "data_sets": dict(self.prepared.data_sets),
+            "examples": self.prepared.num_examples,
+            "modes": {"block": self.prepared.num_block, "full": full},
+            "objective": describe_objective(args),
+        }
         info = adapter_info(
             model, tokenizer, args.layout, collator.format, origin, args.link_mode, args.seed
         )
         model = make_trainable(model, tokenizer, args, peft_config)
         attach(model, args.attention_execution)
-        self.collator = self._complete(collator, model, info.link_base(model, tokenizer))
+        sampler, layers = args.sampler, model.config.get_text_config().num_hidden_layers
+        self.collator = replace(
+            collator,
+            link_base=info.link_base(model, tokenizer),
+            augmentation=args.augmentation,
+            sampler=sampler,
+            check_layer=sampler.check_layer(layers) if sampler else None,
+            has_teacher=args.distillation.is_on,
+            seed=args.seed,
+        )
         self.objective = self._objective(model, rope)
         self.order: EpochOrder | None = None
         self._sums = {"train": Sums(), "eval": Sums()}
@@ -152,19 +166,6 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
             world_size=self.accelerator.num_processes, launch=launch_name(self.accelerator)
         )
 
-    @staticmethod
-    def _check(collator: Any, args: BlockSFTConfig) -> None:
-        if not isinstance(collator, BlockDataCollator):
-            raise ValueError(
-                f"data_collator must be a BlockDataCollator, got {type(collator).__name__}"
-            )
-        if collator.layout != args.layout:
-            raise ValueError(
-                f"data_collator lays out {collator.layout}, the configuration says {args.layout}; "
-                "set num_links, placement and the rest in BlockSFTConfig, and make the collator "
-                "with layout=args.layout"
-            )
-
     def _prepare(self, rows: Rows, batch: int, pack_length: int | None = None) -> Prepared:
         args, tokenizer, fmt = self.args, self.processing_class, self.collator.format
         samples = [to_sample(row, tokenizer, fmt) for row in rows]
@@ -189,22 +190,6 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
         if rows is None or set(getattr(rows, "column_names", ())) == set(COLUMNS):
             return rows
         return self._prepare(rows, self.args.eval_batch_size).dataset
-
-    def _complete(
-        self, collator: BlockDataCollator, model: PreTrainedModel, link_base: int | None
-    ) -> BlockDataCollator:
-        """The collator with what only the run knows."""
-        args, sampler = self.args, self.args.sampler
-        layers = model.config.get_text_config().num_hidden_layers
-        return replace(
-            collator,
-            link_base=link_base,
-            augmentation=args.augmentation,
-            sampler=sampler,
-            check_layer=sampler.check_layer(layers) if sampler else None,
-            has_teacher=args.distillation.is_on,
-            seed=args.seed,
-        )
 
     def _objective(self, model: PreTrainedModel, rope: RopeSpec) -> Objective:
         args, how = self.args, self.args.distillation
@@ -251,15 +236,10 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
         layout, layer = Layout.unpack(inputs["layout"]), self.collator.check_layer
         if layer is None:
             return inputs
+        stop = not (self.is_fsdp_enabled or is_deepspeed_zero3_enabled())
+        execution = self.args.attention_execution
         with evaluating(model):
-            states = states_at(
-                model,
-                inputs["input_ids"],
-                layout,
-                layer,
-                self.args.attention_execution,
-                stop=not (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()),
-            )
+            states = states_at(model, inputs["input_ids"], layout, layer, execution, stop)
         layout = narrowed(
             layout, states, layer, self.size.layers, self.collator.sampler, inputs["shares"]
         )
@@ -347,14 +327,3 @@ class _Rhythm(TrainerCallback):
         self.trainer.collator.epoch = epoch
         if self.trainer.order is not None:
             self.trainer.order.epoch = epoch
-
-
-def _origin(prepared: Prepared, args: BlockSFTConfig) -> dict[str, Any]:
-    """What an adapter was trained on, for its ``blocktune.json``."""
-    full = prepared.num_examples - prepared.num_block
-    return {
-        "data_sets": dict(prepared.data_sets),
-        "examples": prepared.num_examples,
-        "modes": {"block": prepared.num_block, "full": full},
-        "objective": describe_objective(args),
-    }

@@ -13,7 +13,8 @@ import torch
 from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from blocktune.data.worlds import QUESTION_KINDS, WorldConfig, generate_examples
+from blocktune.data.worlds import WorldConfig, generate_examples
+from blocktune.data.worlds.questions import QUESTION_KINDS
 from blocktune.evaluation.report.style import (
     COLOURS,
     Ground,
@@ -158,40 +159,40 @@ def readme(numbers: dict[str, Any], log: list[dict]) -> str:
 A Llama-style decoder with {numbers["parameters"]:,} parameters ({shape["layers"]} layers of width
 {shape["width"]}, {shape["heads"]} query and {shape["kv_heads"]} key-value heads, tied embeddings,
 RoPE), trained from scratch in full causal attention on generated English worlds
-(`blocktune/data/worlds`). It answers questions over ten short passages, and exists to make the
-cost of reusing cached chunks measurable. It knows nothing else.
+(`blocktune/data/worlds`). It answers questions over ten short passages and knows nothing else. Its
+purpose is to make the cost of reusing cached chunks measurable.
 
 Made by `{command}` at commit `{numbers["trained"]["commit"]}`:
 {numbers["steps"]} steps, {log[-1]["tokens"] / 1e6:.1f} M tokens,
 {numbers["training_minutes"]} minutes on {made["hardware"]};
-measured at commit `{made["commit"]}` in {numbers["evaluation_minutes"]} minutes (the same command
-with `--go-on` measures again).
+measured at commit `{made["commit"]}` in {numbers["evaluation_minutes"]} minutes. The same command
+with `--go-on` measures again.
 Weights are saved in bfloat16; the numbers are of the saved weights, computed in float32.
 
-## What was wanted, and what it does
+## Targets
 
-| wanted on test worlds of 10 chunks | measured | met |
+| target on test worlds of 10 chunks | measured | met |
 |---|---|---|
 {chr(10).join(_targets(em))}
 
 ## Exact match
 
-Greedy decoding; what follows the last `Answer:`, if there is one, is scored. Test worlds (no name
-in common with training), exactly 10 chunks. *full*: full attention. *naive*: every chunk encoded
-alone, no tuning. *no-context*: no chunks. *bridge-deleted*: without the chunk that states the last
-hop's fact.
+Greedy decoding. If the output contains `Answer:`, the text after the last one is scored. Test
+worlds have exactly 10 chunks and share no name with training. *full*: full attention. *naive*:
+every chunk encoded alone, no tuning. *no-context*: no chunks. *bridge-deleted*: without the chunk
+that states the last hop's fact.
 
 | kind | n | full | naive | no-context | bridge-deleted |
 |---|---|---|---|---|---|
 {chr(10).join(rows)}
 
-After the bridge is deleted, the answer still stands somewhere else in the context for
-{numbers["answer_elsewhere"]["2-hop"]:.1%} of the 2-hop questions: an upper bound of what a guesser
-who reads can reach by chance.
+After the bridge is deleted, the answer still occurs elsewhere in the context for
+{numbers["answer_elsewhere"]["2-hop"]:.1%} of the 2-hop questions: an upper bound on guessing
+from the context.
 
-Cross-chunk questions ask for what stands in a chunk that does not name its subject. In these worlds
-one document of a kind at most goes on in such chunks, half of them by an alias; pre-training had
-an alias in {shape["aliased"]:.0%} of them. On other worlds of the same test names:
+Cross-chunk questions ask for a fact in a chunk that does not name its subject. In these worlds at
+most one document of each kind continues in such chunks, half of them by an alias; pre-training had
+an alias in {shape["aliased"]:.0%} of them. On other worlds with the same test names:
 
 | worlds | full | naive |
 |---|---|---|

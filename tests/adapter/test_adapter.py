@@ -43,9 +43,9 @@ def test_info_survives_its_file(tmp_path):
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        ({"colour": "red"}, "unknown blocktune.json key 'colour'"),
-        ({"layout": {"num_link": 1}}, "unknown layout key 'num_link'"),
-        ({"format": {"style": 1}}, "unknown prompt format key 'style'"),
+        ({"colour": "red"}, "blocktune.json: unknown key 'colour'"),
+        ({"layout": {"num_link": 1}}, "layout: unknown key 'num_link'"),
+        ({"format": {"style": 1}}, "prompt format: unknown key 'style'"),
         ({"format_version": 9}, "reads adapter format 1, got 9"),
         ({"link_mode": "magic"}, "unknown link_mode 'magic'; available: table, added_tokens"),
     ],
@@ -79,7 +79,7 @@ def test_an_unknown_name_is_one_line():
 
 def test_links_alone_are_an_adapter(links_adapter):
     model, info = load_adapter(toy_model(), toy_tokenizer(), links_adapter)
-    assert info.num_learned == installed_links(model).num_links == 2
+    assert info.num_learned == len(installed_links(model).weight) == 2
     assert info.link_base(model, toy_tokenizer()) == len(toy_tokenizer())
 
 

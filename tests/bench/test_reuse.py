@@ -1,4 +1,4 @@
-"""The bench of reuse, run small: its keys, its costs, and that it times what it says."""
+"""The benches of reuse and of loading, run small: keys, costs, and that they time what they say."""
 
 import json
 
@@ -6,16 +6,26 @@ import pytest
 import torch
 from commands.conftest import blocktune  # noqa: F401
 
-from blocktune.bench import TARGETS, TINY, ReuseBench, bench_reuse
-from blocktune.bench.reuse import _query_only
-from blocktune.bench.timing import ratio, spread, take_turns
-from blocktune.methods import build
+from blocktune.bench import TARGETS, TINY, ReuseBench, bench_loading, bench_reuse, timing
+from blocktune.bench.reuse import LOADED, query_only
+from blocktune.bench.timing import ratios, spread, take_turns
+from blocktune.cache import ChunkStore
+from blocktune.methods import build, compose
 
 METHODS = {"full", "naive", "epic", "cacheblend"}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def small_rates():
+    """The rates of a machine take seconds to measure well; not here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timing, "PRODUCT", 64)
+        patch.setattr(timing, "COPIED", 1 << 16)
+        yield
+
+
 @pytest.fixture(scope="module")
-def found():
+def found(small_rates):
     return bench_reuse(TINY)
 
 
@@ -51,7 +61,7 @@ def test_the_question_alone_gives_the_logits_of_naive_reuse():
     run = engine.start([TINY.pieces(len(engine.tokenizer))], build("naive"))
     seen = []
     hook = engine.model.register_forward_hook(lambda m, a, out: seen.append(out.logits[:, -1]))
-    _query_only(engine, run)()
+    query_only(engine.model, run)()
     hook.remove()
     torch.testing.assert_close(seen[0], run.prefill.logits, rtol=0, atol=1e-5)
 
@@ -74,15 +84,54 @@ def test_rounds_are_compared_within_and_the_first_is_not_counted():
     seconds = iter([9.0, 9.0, 1.0, 2.0, 3.0, 4.0, 1.0, 4.0])
     times = take_turns({"a": lambda: next(seconds), "b": lambda: next(seconds)}, 3)
     assert times == {"a": [1.0, 3.0, 1.0], "b": [2.0, 4.0, 4.0]}
-    assert ratio(times, "a", "b") == 0.5
+    assert ratios(times, "a", "b") == [0.5, 0.75, 0.25]
     assert spread(times["a"]) == {"median": 1.0, "least": 1.0, "greatest": 3.0}
 
 
-def test_the_command_prints_them_and_writes_them(blocktune, tmp_path):  # noqa: F811
-    result = json.loads(blocktune("bench", "reuse", "--tiny", "--repeats", 1, "--json").stdout)
-    assert set(TARGETS) <= result.keys()
+def test_the_command_prints_them_and_writes_them(blocktune, found, tmp_path):  # noqa: F811
     written = tmp_path / "new" / "reuse.json"
     shown = blocktune("bench", "reuse", "--tiny", "--repeats", 1, "--output", written).stdout
     assert "naive_over_query_only: " in shown
-    assert json.loads(written.read_text()).keys() == result.keys()
-    assert {"command", "commit", "hardware", "versions"} <= result.keys()
+    assert json.loads(written.read_text()).keys() == found.keys()
+    assert {"command", "commit", "hardware", "versions"} <= found.keys()
+
+
+def test_times_stand_beside_what_overlap_could_leave(tmp_path):
+    found = bench_loading(TINY, tmp_path)
+    seconds = found["seconds"]
+    assert seconds.keys() == {"serial", "overlapped", "serial_load", "bound"}
+    assert 0 < seconds["serial_load"]["median"] < seconds["serial"]["median"]
+    assert 0.5 <= found["bound_over_serial"] < 1
+    assert found["overlapped_over_serial"] > 0
+    states = 2 * TINY.layers * TINY.kv_heads * (TINY.width // TINY.heads)
+    assert found["bytes_read"] >= (TINY.tokens - TINY.question) * 4 * states
+    assert list(tmp_path.iterdir()) == []
+
+
+@torch.no_grad()
+def test_both_compute_the_same_rows_from_the_folder(tmp_path):
+    engine = TINY.engine(ChunkStore(max_bytes=0, folder=tmp_path))
+    pieces = TINY.pieces(len(engine.tokenizer))
+    engine.start([pieces], "naive")
+    runs = [engine.start([pieces], compose(m, layer_budget=0.6)) for m in LOADED.values()]
+    tokens = [run.prefill.layer_tokens(TINY.layers) for run in runs]
+    assert torch.equal(*tokens)
+    assert tokens[0].sum() > 0
+    torch.testing.assert_close(*(run.prefill.logits for run in runs), rtol=0, atol=1e-5)
+    assert all(run.assembled.misses == [0] for run in runs)
+
+
+def test_the_command_of_loading_writes_what_it_shows(blocktune, tmp_path):  # noqa: F811
+    output = tmp_path / "loading.json"
+    result = blocktune(
+        "bench", "loading", "--tiny", "--repeats", "1", "--output", str(output), "--json"
+    )
+    assert result.exit_code == 0, result.output
+    assert json.loads(output.read_text()).keys() == json.loads(result.stdout).keys()
+
+
+@pytest.mark.parametrize("tokens", [16, 100])
+def test_a_prompt_of_loading_too_short_is_refused(blocktune, tokens):  # noqa: F811
+    result = blocktune("bench", "loading", "--tokens", str(tokens))
+    assert result.exit_code == 2
+    assert "needs two chunks" in result.output

@@ -74,7 +74,7 @@ def test_largest(bound, found):
     ("source", "message"),
     [
         ("needle:?depths=0,120", "needle:: 'depths' must be percent from 0 to 100"),
-        ("needle:?lengths=a", "needle:: 'lengths' must be whole numbers with commas between"),
+        ("needle:?lengths=a", "needle:: 'lengths' must be whole numbers, with commas"),
         ("needle:?lengths=50", r"needle: a prompt has at least \d+ tokens, got length 50"),
         ("needle:x", "'needle:' is followed by options"),
         ("needle:?haystack=none.txt", "no haystack at 'none.txt'"),

@@ -24,10 +24,16 @@ from blocktune.methods import build, describe_all
 from blocktune.testing import small_engine
 from blocktune.training.dataset import to_sample
 from blocktune.training.run import Parser
+from examples.tiny_model.report import readme
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")])
-DOCUMENTS = [*PAGES, *sorted(ROOT.glob("recipes/**/*.md")), ROOT / "eval/README.md"]
+DOCUMENTS = [
+    *PAGES,
+    *sorted(ROOT.glob("recipes/**/*.md")),
+    *sorted(ROOT.glob("eval/*.md")),
+    *sorted(ROOT.glob("eval/*/README.md")),
+]
 DOCUMENTS += [ROOT / "data/tiny/README.md", *sorted(ROOT.glob("eval/results/**/*.md"))]
 
 
@@ -130,6 +136,13 @@ def test_the_docs_hold_the_table_of_methods():
     assert start
     assert end
     assert table == markdown_table(describe_all()), "put `blocktune methods --markdown` there"
+
+
+def test_the_card_of_the_tiny_model_states_its_numbers():
+    folder = ROOT / "data/tiny"
+    numbers = json.loads((folder / "numbers.json").read_text())
+    _, *log = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    assert (folder / "README.md").read_text(encoding="utf-8") == readme(numbers, log)
 
 
 RECORDS = [(path, text) for path in PAGES for text in blocks(path, "json")]

@@ -7,7 +7,7 @@ from families import FAMILIES
 
 from blocktune.attention import attach, detach
 from blocktune.check import subjects
-from blocktune.check.claim import ASK as CLAIM
+from blocktune.check.serving import ASK as CLAIM
 from blocktune.methods import Cached, build
 from blocktune.testing import small_engine
 

@@ -46,7 +46,7 @@ def test_a_grid_names_parameters_of_presets_axes_and_layouts():
         ({"grid": {}}, "t.yaml: grid must name at least one parameter"),
         ({"grid": {"k": 3}}, "grid 'k': must be a list with at least one entry, got 3"),
         ({"method": "epic", "grid": {"kk": [3]}}, "'epic' takes k, .* got unknown kk"),
-        ({"method": "epic", "grid": {"k": [-1]}}, "k must be a number of tokens"),
+        ({"method": "epic", "grid": {"k": [-1]}}, "k must be .* at least 0"),
         ({"method": "telepathy", "grid": {"k": [1]}}, "unknown reuse method 'telepathy'"),
         ({"methd": "epic"}, "t.yaml: unknown key 'methd'; known: model, method, grid, task"),
         ({"task": TASK | {"source": "worlds:test?n=3"}}, "'worlds:test.n=3' is a test split"),

@@ -77,7 +77,7 @@ def test_what_decides_a_row_is_all_but_where_questions_come_from():
         ({"name": "a", "source": "b", "metric": "bleu"}, "unknown metric 'bleu'"),
         ({"name": "a", "source": "b", "metrics": "f1"}, "'metrics' must be a list of texts"),
         ({"name": "a", "source": "b", "stop": [1]}, "'stop' must be a list of texts"),
-        ({"name": "a", "source": "b", "prompt": {"x": ""}}, "unknown prompt format key 'x'"),
+        ({"name": "a", "source": "b", "prompt": {"x": ""}}, "prompt format: unknown key 'x'"),
         ({"name": "a", "source": "b", "version": 0}, "version must be at least 1"),
     ],
 )

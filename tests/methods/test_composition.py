@@ -67,6 +67,7 @@ def test_a_composition_is_named_as_one_would_write_it():
     )
     assert method.name == "epic k=4 + link0 + layout placement=parallel + scaled-context"
     assert build(method.name).select() == method.select()
+    assert compose(build("kvlink + epic 4"), reshape=None).name == ("kvlink + epic 4 + no reshape")
 
 
 def test_null_is_plain_reuse_on_that_axis():

@@ -2,17 +2,13 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from blocktune.commands.methods import markdown_table
 from blocktune.methods import available, build, describe_method
 from blocktune.methods.composition import LAYOUT_FIELDS
 from blocktune.methods.describe import GROUPS, LAYOUT_SUMMARIES, describe_all
 from blocktune.prompt import LayoutSpec
-
-README = Path(__file__).resolve().parents[2] / "README.md"
 
 
 @pytest.mark.parametrize("name", available())
@@ -21,15 +17,6 @@ def test_every_method_says_what_it_is(name):
     assert row.summary.endswith(".")
     assert 20 < len(row.summary) < 100
     assert row.source.startswith("https://")
-
-
-def test_the_readme_holds_the_table_of_methods():
-    text = README.read_text(encoding="utf-8")
-    _, start, rest = text.partition("<!-- methods: blocktune methods --markdown -->\n")
-    table, end, _ = rest.partition("\n<!-- end of methods -->")
-    assert start
-    assert end
-    assert table == markdown_table(describe_all()), "put `blocktune methods --markdown` there"
 
 
 def test_everything_that_is_described_has_a_group_and_a_summary():
@@ -59,10 +46,10 @@ def test_the_methods_of_the_spine_exist():
         ("cacheblnd", {}, "unknown reuse method 'cacheblnd'; available: ape, block-attention, "),
         ("epic", {"n": 3}, "'epic' takes k, share, .* got unknown n"),
         ("naive", {"k": 3}, "'naive' takes no parameters, got unknown k"),
-        ("epic", {"k": -1}, "k must be a number of tokens per chunk, at least 0, got -1"),
+        ("epic", {"k": -1}, "k must be .* at least 0, got -1"),
         ("epic", {"share": 15}, r"share must be a share .* \[0, 1\], got 15"),
         ("cacheblend", {"ratio": 1.5}, r"ratio must be a share .* \[0, 1\], got 1.5"),
-        ("cacheblend", {"check_layer": 0}, "check_layer must be a layer from 1 on .* got 0"),
+        ("cacheblend", {"check_layer": 0}, "check_layer must be .* at least 1 .* got 0"),
     ],
 )
 def test_bad_names_and_values_are_refused_when_built(name, parameters, message):
@@ -74,7 +61,7 @@ def test_adapters_are_served_as_they_were_trained():
     linked = LayoutSpec(num_links=2)
     assert build("kvlink").layout_for(linked) == linked
     assert build("kvlink + epic").layout_for(linked) == linked
-    with pytest.raises(ValueError, match=r"'epic' does not serve .*compose them: 'kvlink \+ epic'"):
+    with pytest.raises(ValueError, match=r"'epic' does not serve .*compose: 'kvlink \+ epic'"):
         build("epic").layout_for(linked)
     assert build("full-prefill").layout_for(linked) == LayoutSpec(block=False)
     with pytest.raises(ValueError, match=r"'block-attention' needs .* got one with link tokens"):

@@ -24,6 +24,7 @@ from blocktune.methods.select import (
     Truth,
     distance,
     matched,
+    top_count,
     top_share,
 )
 from blocktune.prompt import LayoutSpec, Pieces, lay_out
@@ -276,17 +277,28 @@ def test_a_budget_below_what_the_first_layers_cost_is_refused():
 @pytest.mark.parametrize(
     ("name", "parameters", "message"),
     [
-        ("deviation", {"by": "queries"}, "by must be keys, values, both, got 'queries'"),
-        ("deviation", {"of": "all"}, "of must be context or cached, got 'all'"),
-        ("gradual-deviation", {"check_layer": 0}, "check_layer must be a layer from 1 on"),
-        ("reselect", {"restart_layer": 1}, r"restart_layer must be a layer from 2 on \(after the"),
-        ("query-attention", {"fuse": "sum"}, "fuse must be mean, max, last, got 'sum'"),
-        ("auxiliary-attention", {"window": 0}, "window must be a number of tokens, at least 1"),
-        ("oracle", {"by": "luck"}, "by must be influence, attention, deviation, got 'luck'"),
-        ("first-k", {"last": -1}, "last must be a number of tokens per chunk, at least 0, got -1"),
+        ("deviation", {"by": "queries"}, "by must be one of keys, values, both, got 'queries'"),
+        ("deviation", {"of": "all"}, "of must be one of context, cached, got 'all'"),
+        ("gradual-deviation", {"check_layer": 0}, "check_layer must be .* 1 .*got 0"),
+        (
+            "reselect",
+            {"restart_layer": 1},
+            "restart_layer must be .* 2 .*check layer.*, got 1",
+        ),
+        ("query-attention", {"fuse": "sum"}, "fuse must be one of mean, max, last, got 'sum'"),
+        ("auxiliary-attention", {"window": 0}, "window must be .* at least 1, got 0"),
+        ("oracle", {"by": "luck"}, "by must be one of influence, attention, deviation, got 'luck'"),
+        ("first-k", {"last": -1}, "last must be .* at least 0, got -1"),
+        ("recency", {"ratio": None}, "ratio must be a share .*, got None"),
         ("random", {"ratio": 15}, r"ratio must be a share .* \[0, 1\], got 15"),
     ],
 )
 def test_bad_values_are_refused(name, parameters, message):
     with pytest.raises(ValueError, match=message):
         SELECTORS.build(name, **parameters)
+
+
+def test_no_token_is_chosen_that_may_not_be():
+    eligible = torch.tensor([[False, True, False]])
+    scores, count = torch.tensor([[3.0, 2.0, 1.0]]), torch.tensor([2])
+    assert torch.equal(top_count(scores, eligible, count), eligible)

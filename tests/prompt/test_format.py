@@ -31,8 +31,8 @@ def test_dict_round_trip(value):
         ({"untitled": 3}, "format 'untitled' must be a string that holds {text}, got 3"),
         ({"instruction": None}, "format 'instruction' must be a string, got None"),
         ({"system": 1}, "format 'system' must be a string or null, got 1"),
-        ({"sytem": "x"}, "unknown prompt format key 'sytem'; known: instruction, system"),
-        (["x"], "prompt format must be a mapping of instruction, system"),
+        ({"sytem": "x"}, "prompt format: unknown key 'sytem'; known: instruction, system"),
+        (["x"], "prompt format: must be a mapping"),
     ],
 )
 def test_bad_format_is_refused(values, message):
@@ -53,7 +53,7 @@ def test_bad_format_is_refused(values, message):
         ({"num_blanks": 1, "shared_prefix": True}, "layout: chunks are encoded after blanks"),
         ({"block": False, "num_blanks": 1}, "layout: blanks are hidden from other chunks"),
         ({"block": False, "shared_prefix": True}, "layout: blanks are hidden from other chunks"),
-        ({"links": 1}, "unknown layout key 'links'; known: block, num_links"),
+        ({"links": 1}, "layout: unknown key 'links'; known: block, num_links"),
     ],
 )
 def test_bad_layout_spec_is_refused(values, message):

@@ -75,5 +75,5 @@ def test_a_kill_while_saving_leaves_the_older_checkpoint(tmp_path):
     resumed = make_trainer(tmp_path, **options, save_total_limit=1)
     resumed.train(resume_from_checkpoint=True)
     assert sorted(p.name for p in out.glob("checkpoint-*")) == ["checkpoint-4"]
-    assert load_links(out / "checkpoint-4").num_links == 1
+    assert len(load_links(out / "checkpoint-4").weight) == 1
     assert json.loads((out / "checkpoint-4/trainer_state.json").read_text())["global_step"] == 4

@@ -85,7 +85,7 @@ def test_a_system_turn_and_later_turns_are_kept():
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ({"question": "Who?", "passages": ["a"]}, "known shape"),
+        ({"title": "x"}, "no known shape"),
         ({"messages": [ASKED], "documents": TEXTS}, '"messages" must be .*assistant'),
         ({"prompt": "Who?", "documents": TEXTS}, '"completion" must be'),
         ({"prompt": "a", "completion": "b", "documents": [{"title": "x"}]}, '"documents"'),

@@ -90,13 +90,13 @@ def test_conversations_are_turns_where_the_mixture_says_so(tmp_path):
     )
     trainer.train()
     path.write_text(yaml.safe_dump({"parts": [part | {"mode": "block"}]}))
-    with pytest.raises(ValueError, match="'turns' are for full attention"):
+    with pytest.raises(ValueError, match="'turns'"):
         make_trainer(tmp_path, train_data=None, mixture=str(path))
 
 
 def test_a_parts_wording_is_strict(tmp_path):
     for wrong, message in (
-        ({"instructions": ""}, "unknown prompt format key 'instructions'"),
+        ({"instructions": ""}, "prompt format: unknown key 'instructions'"),
         ({"question": "x"}, "must hold {question}"),
     ):
         path = mixture(tmp_path / "data", {"format": wrong}, {})
@@ -119,7 +119,7 @@ def test_the_plan_counts_modes_as_they_are(tmp_path):
     path = mixture(tmp_path / "data", {"mode": "block"}, {"mode": "full"})
     data = {"train_data": None, "mixture": path}
     trainer = build(*parse(["--config", str(write_run(tmp_path, **data))]))
-    assert make_plan(trainer).layout.startswith("block 60%")
+    assert make_plan(trainer)["layout"].startswith("block 60%")
 
 
 def test_nothing_is_trained_on_what_it_is_judged_by(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from blocktune.tables import written
 from blocktune.training.console import LogLines, SteadyConsole, duration
 from blocktune.training.plan import (
     Speedometer,
+    expected_peak,
     make_plan,
     matmul_rate,
     peak_bytes,
@@ -45,22 +46,22 @@ def test_operations_are_those_of_the_weights():
 def test_memory_grows_with_what_is_kept():
     size = size_of(toy_model(), state_bytes=4)
     fixed = peak_bytes(size, rows=0, answer_rows=0, checkpointing=False)
-    assert fixed == size.weight_bytes + size.gradient_bytes + 8 * size.trainable
+    assert fixed == (4 + 4 + 8) * size.parameters
     kept = [peak_bytes(size, 1000, 0, checkpointing) - fixed for checkpointing in (False, True)]
     assert kept[1] < kept[0]
     logits = peak_bytes(size, 0, 10, False) - fixed
-    assert logits == 10 * size.vocab * 12
+    assert logits == 10 * size.config.vocab_size * 12
     masks = peak_bytes(size, 0, 0, False, mask_cells=1000) - fixed
     assert masks == 1000 * 4
 
 
 def test_the_plan_counts_masks_up_to_what_is_kept(tmp_path, monkeypatch):
     trainer = built(tmp_path, recompute="deviation")
-    whole = make_plan(trainer).peak_bytes
+    whole = expected_peak(trainer)
     monkeypatch.setattr("blocktune.training.plan.KEPT_CELLS", 0)
     width = 2 * max(trainer.train_dataset["length"])  # a fresh row for every token
     masks = width**2 * trainer.args.per_device_train_batch_size * trainer.size.state_bytes
-    assert whole - make_plan(trainer).peak_bytes == masks
+    assert whole - expected_peak(trainer) == masks
 
 
 def test_expected_states_are_near_what_autograd_keeps():

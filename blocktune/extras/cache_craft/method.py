@@ -48,15 +48,14 @@ class VariantHistory(PromptHistory):
 
     @property
     def exact_alone(self) -> bool:
-        """See `PromptHistory`: the least fix overhead of a chunk with lost context is alpha / 2."""
+        """The least fix overhead of a chunk that lost its context is alpha / 2."""
         return self.refresh < self.alpha / 2
 
     def without_selection(self) -> VariantHistory:
-        """See `PromptHistory`: only a chunk without a variant makes a prompt full."""
+        """Only a chunk without a variant makes a prompt full."""
         return replace(self, refresh=1.0)
 
     def lookup(self, store: ChunkStore, fingerprint: str, pieces: Pieces) -> list[Ids] | None:
-        """See `PromptHistory`."""
         from blocktune.extras.cache_craft.variants import VariantStore
 
         variants, chunks = VariantStore.of(store, fingerprint), pieces.chunks
@@ -66,13 +65,11 @@ class VariantHistory(PromptHistory):
         fresh = sum(best.overhead * len(c) for best, c in zip(found, chunks, strict=True))
         if fresh > self.refresh * sum(map(len, chunks)):
             return None
-        contexts = [best.variant.blanks for best in found]
-        for chunk, blanks in zip(chunks, contexts, strict=True):
-            variants.used(chunk, blanks)
-        return contexts
+        for chunk, best in zip(chunks, found, strict=True):
+            variants.used(chunk, best.variant.blanks)
+        return [best.variant.blanks for best in found]
 
     def update(self, store: ChunkStore, fingerprint: str, batch: PrefilledBatch) -> None:
-        """See `PromptHistory`; prompts served from caches teach nothing."""
         import torch
 
         from blocktune.cache import ChunkKV, key_after
@@ -121,9 +118,6 @@ class StoredContext(Scored):
         focus: Share of the layers after which chunks are dropped; 1: never.
         hold: The chunks that hold this share of the question's attention stay.
 
-    Raises:
-        ValueError: If a value is out of range.
-
     Source: Cache-Craft arXiv:2502.15734. It says that for most questions the focused chunks are
     clear after 10 to 15 of 32 layers, and not what makes one focused: ``hold`` is ours.
     """
@@ -137,25 +131,24 @@ class StoredContext(Scored):
     hold: float = 0.8
 
     def __post_init__(self):
-        if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float):
+        super().__post_init__()
+        require_share("focus", self.focus)
+        require_share("hold", self.hold)
+        number = isinstance(self.alpha, int | float) and not isinstance(self.alpha, bool)
+        if not number or not 0 <= self.alpha < math.inf:
             raise ValueError(f"alpha must be a number of at least 0, got {self.alpha!r}")
-        if not 0 <= self.alpha < math.inf:
-            raise ValueError(f"alpha must be a number of at least 0, got {self.alpha!r}")
-        for name in ("focus", "hold"):
-            require_share(name, getattr(self, name))
-        if self.ratio is not None:
-            require_share("ratio", self.ratio)
 
     def with_budget(self, ratio: float) -> StoredContext:
-        """See `Selection.with_budget`; all of the budget is spent, in every layer."""
+        """All of the budget is spent, in every layer."""
         return replace(self, ratio=ratio, focus=1.0)
 
     def begin(self, layout: Layout, passes: Passes) -> Tensor:
-        """See `Selection.begin`."""
+        import torch
+
         overhead, tokens = self._stored(passes)
         if self.ratio is not None:
             return top_of_context(tokens, layout, self.ratio)
-        chosen = layout.is_context & False
+        chosen = torch.zeros_like(layout.is_context)
         for chunk in range(int(layout.chunk.max()) + 1):
             own = selectable(layout) & (layout.chunk == chunk)
             share = overhead.where(own, 0.0).amax(1)
@@ -165,37 +158,36 @@ class StoredContext(Scored):
 
     def _stored(self, passes: Passes) -> tuple[Tensor, Tensor]:
         """Each row's fix overhead, and what its token paid its old context, ``(B, S)`` both."""
+        import torch
+
         from blocktune.extras.cache_craft.variants import VariantStore, cache_fix_overhead
         from blocktune.layout import Kind
 
         layout = passes.batch.layout
         variants = VariantStore.of(passes.store, passes.fingerprint)
-        tokens = (layout.kind * 0).float()
-        overhead = tokens + 1
+        tokens = torch.zeros(layout.kind.shape, device=layout.device)
+        overhead = torch.ones_like(tokens)
         for index, prompt in enumerate(passes.pieces):
             for number, chunk in enumerate(prompt.chunks):
                 own = layout.chunk[index] == number
                 blanks = passes.batch.input_ids[index, own & (layout.kind[index] == Kind.BLANK)]
-                variant = variants.find(chunk, tuple(blanks.tolist()))
-                if variant is None:
-                    continue
-                rows = own & layout.is_context[index]
-                context = prompt.chunks[:number]
-                overhead[index, rows] = cache_fix_overhead(variant, len(chunk), context, self.alpha)
-                tokens[index, rows] = variant.tokens.to(tokens.device)
+                if variant := variants.find(chunk, tuple(blanks.tolist())):
+                    rows = own & layout.is_context[index]
+                    facts = variant, len(chunk), prompt.chunks[:number], self.alpha
+                    overhead[index, rows] = cache_fix_overhead(*facts)
+                    tokens[index, rows] = variant.tokens.to(tokens.device)
         return overhead, tokens
 
     def checks(self, num_layers: int) -> tuple[int, ...]:
-        """See `Selection.checks`."""
         layer = math.ceil(self.focus * num_layers - 1e-9)
         return (layer,) if 0 < layer < num_layers else ()
 
     def refine(self, check: LayerCheck) -> Tensor:
-        """See `Selection.refine`: keeps the chunks that hold most of the question's attention."""
+        """Keeps the chunks that hold most of the question's attention."""
         mass, most = check.question_mass.sort(dim=1, descending=True)
         before = mass.cumsum(1) - mass
         stays = before < self.hold * mass.sum(1, keepdim=True)
-        focused = (stays & False).scatter(1, most, stays)
+        focused = stays.gather(1, most.argsort(dim=1))  # in the order of the chunks again
         return check.eligible & focused.gather(1, check.chunk.clamp(min=0))
 
 
@@ -231,7 +223,6 @@ class CacheCraft(Method):
 
     @property
     def history(self) -> VariantHistory:
-        """See `Method`."""
         return VariantHistory(self.refresh, self.variants, self.alpha)
 
     @property
@@ -240,11 +231,9 @@ class CacheCraft(Method):
         return self.history.exact_alone
 
     def layout(self, spec: LayoutSpec) -> LayoutSpec:
-        """Chunks after the blanks of their own earlier prompts, one after the other."""
         return replace(
             spec, block=True, num_blanks=0, shared_prefix=False, bos="none", placement="sequential"
         )
 
     def select(self) -> Selection:
-        """By what is stored of the chunks."""
         return StoredContext(alpha=self.alpha, focus=self.focus, hold=self.hold)

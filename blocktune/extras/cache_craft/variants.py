@@ -50,10 +50,6 @@ def cache_context_impact(variant: Variant, num_tokens: int) -> float:
 
     ``1 / (1 + exp(-a / b))`` with ``a`` the attention per pair of tokens to the earlier chunks and
     ``b`` that within the chunk.
-
-    Args:
-        variant: Its statistics.
-        num_tokens: Tokens of the chunk.
     """
     pairs = zip(variant.inter.tolist(), variant.context, strict=True)
     outside = sum(mass / (num_tokens * len(chunk)) for mass, chunk in pairs)
@@ -93,7 +89,7 @@ def cache_fix_overhead(
     the variant.
 
     Args:
-        variant: Its statistics.
+        variant: Statistics of the chunk.
         num_tokens: Tokens of the chunk.
         context: Tokens of the chunks before it in the new prompt, in order.
         alpha: Found on validation data in the paper; 1 to begin with.
@@ -132,7 +128,6 @@ class ChunkVariants(Entry):
                 )
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """See `Entry.tensors`."""
         for number, variant in enumerate(self.variants):
             lengths = [len(variant.prefix), *map(len, variant.context)]
             yield f"ghosts.{number}", torch.tensor(variant.blanks, dtype=torch.int64)
@@ -142,26 +137,19 @@ class ChunkVariants(Entry):
             yield f"intra.{number}", torch.tensor([variant.intra], dtype=torch.float64)
 
     def facts(self) -> dict[str, int]:
-        """See `Entry.facts`."""
         return {"num_variants": len(self.variants)}
 
     @classmethod
     def restore(cls, facts: Mapping, read: Read, token_ids: Tensor, fingerprint: str) -> Self:
-        """See `Entry.restore`."""
-        numbers = range(int(facts["num_variants"]))
-        return cls(tuple(_read_variant(read, n) for n in numbers), token_ids, fingerprint)
-
-
-def _read_variant(read: Read, number: int) -> Variant:
-    blanks = read(f"ghosts.{number}")  # the name in stores that exist
-    prefix, *context = blanks.split(read(f"lengths.{number}").tolist())
-    return Variant(
-        prefix=tuple(prefix.tolist()),
-        context=tuple(tuple(piece.tolist()) for piece in context),
-        inter=read(f"inter.{number}"),
-        tokens=read(f"tokens.{number}"),
-        intra=float(read(f"intra.{number}")),
-    )
+        variants = []
+        for number in range(int(facts["num_variants"])):
+            blanks = read(f"ghosts.{number}")  # the name in stores that exist
+            pieces = blanks.split(read(f"lengths.{number}").tolist())
+            prefix, *context = (tuple(piece.tolist()) for piece in pieces)
+            inter, tokens = read(f"inter.{number}"), read(f"tokens.{number}")
+            intra = float(read(f"intra.{number}"))
+            variants.append(Variant(prefix, tuple(context), inter, tokens, intra))
+        return cls(tuple(variants), token_ids, fingerprint)
 
 
 class BestVariant(NamedTuple):
@@ -195,25 +183,16 @@ class VariantStore:
     def best(self, chunk: Ids, context: Sequence[Ids], alpha: float = 1.0) -> BestVariant | None:
         """The variant with the least to recompute after ``context``; None if there is none.
 
-        Of equals, the latest.
-
-        Args:
-            chunk: Its tokens, as stored.
-            context: Those of the chunks before it in the new prompt, in order.
-            alpha: Of `cache_fix_overhead`.
+        Of equals, the latest. For the arguments see `cache_fix_overhead`.
         """
-        found = self._entry(chunk)
-        if found is None:
-            return None
-        costs = [cache_fix_overhead(v, len(chunk), context, alpha) for v in found.variants]
-        best = min(range(len(costs)), key=lambda index: (costs[index], -index))
-        return BestVariant(found.variants[best], costs[best])
+        latest_first = self._known(chunk)[::-1]
+        costs = (cache_fix_overhead(v, len(chunk), context, alpha) for v in latest_first)
+        found = map(BestVariant, latest_first, costs)
+        return min(found, key=lambda best: best.overhead, default=None)
 
     def find(self, chunk: Ids, blanks: Ids) -> Variant | None:
         """The variant that was encoded after exactly ``blanks``, or None."""
-        found = self._entry(chunk)
-        same = [v for v in found.variants if v.blanks == blanks] if found else []
-        return same[0] if same else None
+        return next((v for v in self._known(chunk) if v.blanks == blanks), None)
 
     def used(self, chunk: Ids, blanks: Ids) -> None:
         """Counts a use: what is used least makes room for what is new."""
@@ -232,8 +211,7 @@ class VariantStore:
             most: Variants of the chunk that are kept, this one included.
         """
         with self._lock:
-            found = self._entry(chunk)
-            known = [v for v in found.variants if v.blanks != variant.blanks] if found else []
+            known = [v for v in self._known(chunk) if v.blanks != variant.blanks]
             while len(known) >= most:
                 least = min(known, key=lambda v: self._uses[chunk, v.blanks])
                 known.remove(least)
@@ -242,8 +220,9 @@ class VariantStore:
             entry = ChunkVariants((*known, variant), torch.tensor(chunk), self.fingerprint)
             self.store.put(self._key(chunk), entry)
 
-    def _entry(self, chunk: Ids) -> ChunkVariants | None:
-        return self.store.get(self._key(chunk), chunk, self.fingerprint, ChunkVariants)
+    def _known(self, chunk: Ids) -> tuple[Variant, ...]:
+        entry = self.store.get(self._key(chunk), chunk, self.fingerprint, ChunkVariants)
+        return () if entry is None else entry.variants
 
     def _key(self, chunk: Ids) -> str:
         key = chunk_key(self.fingerprint, chunk)

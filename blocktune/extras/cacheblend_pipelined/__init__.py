@@ -26,11 +26,9 @@ class CacheBlendPipelined(Method):
     check_layer: int = 1
 
     def select(self) -> Selection:
-        """Key deviation at the check layer."""
         return Deviation(ratio=self.ratio, check_layer=self.check_layer)
 
     def loader(self, store: ChunkStore, fingerprint: str) -> LayerLoader:
-        """See `Method.loader`."""
         from blocktune.extras.cacheblend_pipelined.loading import LayerLoader, LoadingController
 
         return LayerLoader(store, LoadingController.of(store, fingerprint))

@@ -11,7 +11,6 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Self
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from blocktune.cache import ChunkKV, ChunkStore, Lookup
 from blocktune.cache.chunk_file import ChunkFile
+from blocktune.cache.folder import ChunkFolder
 from blocktune.methods import ChunkLoader, DamagedChunk, Selection
 
 KEEP = 0.8
@@ -59,7 +59,6 @@ class LoadingController:
         return store.notes.setdefault((cls, fingerprint), cls())
 
     def __init__(self):
-        """Nothing is measured yet."""
         self.bytes_per_s: float | None = None
         self.row_layer_s: float | None = None
         self._lock = threading.Lock()
@@ -89,16 +88,15 @@ class LoadingController:
         """
         with self._lock:
             bandwidth, row_s = self.bytes_per_s, self.row_layer_s
+        ratio, tier, load_s = floor, "memory", None if num_bytes else 0.0
+        if num_bytes and bandwidth is not None:
+            load_s = num_bytes / bandwidth / num_layers
         whole_s = None if row_s is None else row_s * context_tokens
-        load_s = None if bandwidth is None else num_bytes / bandwidth / num_layers
-        if not num_bytes:
-            load_s = 0.0
-        if whole_s is None or load_s is None:
-            recompute_s = None if whole_s is None else floor * whole_s
-            return LoadingChoice(floor, "memory", num_bytes, load_s, recompute_s)
-        ratio = min(1.0, max(floor, load_s / whole_s)) if whole_s else floor
-        tier = "disk" if num_bytes and load_s <= floor * whole_s else "memory"
-        return LoadingChoice(ratio, tier, num_bytes, load_s, ratio * whole_s)
+        if whole_s and load_s is not None:
+            ratio = min(1.0, max(floor, load_s / whole_s))
+            tier = "disk" if num_bytes and load_s <= floor * whole_s else "memory"
+        recompute_s = None if whole_s is None else ratio * whole_s
+        return LoadingChoice(ratio, tier, num_bytes, load_s, recompute_s)
 
 
 def _mixed(old: float | None, new: float) -> float:
@@ -109,13 +107,12 @@ class StreamedKV:
     """One chunk whose layers arrive one after the other; read like a `ChunkKV`.
 
     Its header, token ids and model are verified before it is handed out, each layer before it is
-    used.
+    used. ``file``, stored under ``key``, is read when ``loader`` is started.
     """
 
     kind = ChunkKV.kind
 
     def __init__(self, key: str, file: ChunkFile, loader: LayerLoader):
-        """Reads ``file``, stored under ``key``, when ``loader`` is started."""
         self.key, self._file, self._loader = key, file, loader
         self.token_ids, self.fingerprint = file.token_ids, file.fingerprint
         self.num_tokens = self.token_ids.shape[0]
@@ -163,17 +160,18 @@ class StreamedKV:
         return moved
 
 
+@dataclass(frozen=True)
 class _Half(Sequence):
     """All layers' keys, or all layers' values."""
 
-    def __init__(self, kv: StreamedKV, half: int):
-        self._kv, self._half = kv, half
+    kv: StreamedKV
+    half: int
 
     def __getitem__(self, layer: int) -> Tensor:
-        return self._kv.layer(layer)[self._half]
+        return self.kv.layer(layer)[self.half]
 
     def __len__(self) -> int:
-        return self._kv.num_layers
+        return self.kv.num_layers
 
 
 class LayerLoader(ChunkLoader):
@@ -188,7 +186,6 @@ class LayerLoader(ChunkLoader):
     report: LoadingChoice | None
 
     def __init__(self, store: ChunkStore, controller: LoadingController):
-        """Nothing is read before `start`."""
         self.store, self.controller = store, controller
         self.chunks: list[StreamedKV] = []
         self.read_s = 0.0
@@ -207,13 +204,13 @@ class LayerLoader(ChunkLoader):
         return found
 
     def start(self) -> None:
-        """See `ChunkLoader`: reads the first layer of all chunks, then the second, and so on."""
+        """Reads the first layer of all chunks, then the second, and so on."""
         for layer in range(max((chunk.num_layers for chunk in self.chunks), default=0)):
             for chunk in self.chunks:
                 chunk.submit(layer, self._pool)
 
     def choose(self, selection: Selection, context_tokens: int, num_layers: int) -> Selection:
-        """See `ChunkLoader`: a selector with a ``ratio`` takes it as the smallest share."""
+        """A selector with a ``ratio`` takes it as the smallest share."""
         floor = getattr(selection, "ratio", None)
         if floor is None:
             return selection
@@ -221,7 +218,7 @@ class LayerLoader(ChunkLoader):
         return selection.with_budget(self.report.ratio)
 
     def done(self, row_layers: int, compute_s: float) -> None:
-        """See `ChunkLoader`: measures, and keeps in memory what the controller wants there."""
+        """Measures, and keeps in memory what the controller wants there."""
         self.controller.saw_computing(row_layers, compute_s)
         self.controller.saw_reading(self.num_bytes, self.read_s)
         if self.report is None or self.report.tier == "memory":
@@ -231,5 +228,5 @@ class LayerLoader(ChunkLoader):
     def __exit__(self, *exception) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def _open(self, folder: Path, key: str, kind: type[ChunkKV]) -> StreamedKV:
+    def _open(self, folder: ChunkFolder, key: str, kind: type[ChunkKV]) -> StreamedKV:
         return StreamedKV(key, ChunkFile(folder, key, kind), self)

@@ -5,9 +5,8 @@ from blocktune.lazy import exports
 __getattr__, __dir__, __all__ = exports(
     __name__,
     {
-        "blocktune.methods.registry": ("RESHAPES",),
-        "blocktune.methods.reshape.base": ("Reshape", "Seen", "in_chunk"),
-        "blocktune.methods.reshape.scaled_context": ("ScaledContext",),
-        "blocktune.methods.reshape.top_chunks": ("TopChunks",),
+        "blocktune.methods.reshape.base": "RESHAPES Reshape Seen in_chunk",
+        "blocktune.methods.reshape.scaled_context": "ScaledContext",
+        "blocktune.methods.reshape.top_chunks": "TopChunks",
     },
 )

@@ -5,10 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
+from blocktune.registry import Registry
+
 if TYPE_CHECKING:
     from torch import Tensor
 
     from blocktune.layout import Rows
+
+RESHAPES = Registry("reshape", "blocktune.methods.reshape")
+"""A file of ``reshape/`` or a plug-in registers a class with ``@RESHAPES.register("name")``."""
 
 
 class Seen(NamedTuple):

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from blocktune.methods.registry import RESHAPES
-from blocktune.methods.reshape.base import Reshape, Seen
+from blocktune.methods.reshape.base import RESHAPES, Reshape, Seen
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,9 +26,6 @@ class ScaledContext(Reshape):
         temperature: Above 0; below 1 sharpens attention among the reused keys.
         scale: Above 0; with the temperature, the weight of reused keys against the others.
 
-    Raises:
-        ValueError: If a value is not above 0.
-
     Source: APE arXiv:2502.05431 and its code; the treatment of recomputed keys is arXiv:2603.20218,
     section 5. With soft-capping, the capped scores are divided.
     """
@@ -45,15 +41,13 @@ class ScaledContext(Reshape):
                 raise ValueError(f"{name} must be a number above 0, got {value!r}; 1 is neutral")
 
     def neutral(self) -> ScaledContext:
-        """See `Reshape.neutral`."""
         return replace(self, temperature=1.0, scale=1.0)
 
     def acts(self, seen: Seen) -> bool:
-        """See `Reshape.acts`: with every token recomputed there is nothing to scale."""
+        """True unless every token is recomputed."""
         return bool(seen.reused.any())
 
     def scores(self, scores: Tensor, seen: Seen, choice: Tensor | None) -> Tensor:
-        """See `Reshape.scores`."""
         reused = seen.reused[:, None, None]
         cooled = scores / self.temperature
         lse = cooled.masked_fill(~reused, float("-inf")).logsumexp(-1, keepdim=True)

@@ -5,15 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from blocktune.methods.registry import RESHAPES
-from blocktune.methods.reshape.base import Reshape, Seen, in_chunk
+from blocktune.methods.reshape.base import RESHAPES, Reshape, Seen, in_chunk
+from blocktune.registry import require_count, require_one_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from blocktune.layout import Rows
 
-AGGREGATIONS = ("none", "T", "HT", "LHT")
 EVERY_CHUNK = 1 << 30
 
 
@@ -31,27 +30,22 @@ def chunk_scores(weights: Tensor, chunk: Tensor, num_chunks: int, top: int = 5) 
 
     Source: arXiv:2412.16545, selective attention.
     """
-    columns, exists = _members(chunk, num_chunks)
-    shape = (*weights.shape[:3], -1)
-    each = weights.gather(-1, columns.flatten(1)[:, None, None].expand(shape))
-    each = each.unflatten(-1, columns.shape[1:]).masked_fill(~exists[:, None, None], 0.0)
-    return each.topk(min(top, columns.shape[2]), dim=-1).values.sum(-1)
+    import torch
 
-
-def _members(chunk: Tensor, num_chunks: int) -> tuple[Tensor, Tensor]:
-    """Columns of each chunk, ``(B, C, longest)``, and which of them are not padding."""
+    # Columns sorted by chunk, those of no chunk last; then a table (B, C, longest) of columns.
     slots = chunk.where(chunk >= 0, num_chunks)
-    counts = chunk.new_zeros(len(chunk), num_chunks + 1).scatter_add(1, slots, slots * 0 + 1)
+    by_chunk = slots.argsort(dim=1, stable=True)
+    counts = chunk.new_zeros(len(chunk), num_chunks + 1).scatter_add(
+        1, slots, torch.ones_like(slots)
+    )
     starts = (counts.cumsum(1) - counts)[:, :num_chunks, None]
     counts = counts[:, :num_chunks, None]
-    place = _arange(max(1, int(counts.max())), chunk)
+    place = torch.arange(max(1, int(counts.max())), device=chunk.device)
     index = (starts + place).clamp(max=chunk.shape[1] - 1)
-    by_chunk = slots.argsort(dim=1, stable=True)
-    return by_chunk.gather(1, index.flatten(1)).view_as(index), place < counts
-
-
-def _arange(count: int, like: Tensor) -> Tensor:
-    return like.new_ones(count).cumsum(0) - 1
+    columns = by_chunk.gather(1, index.flatten(1))[:, None, None]
+    each = weights.gather(-1, columns.expand(*weights.shape[:3], -1)).unflatten(-1, index.shape[1:])
+    each = each.masked_fill(~(place < counts)[:, None, None], 0.0)
+    return each.topk(min(top, len(place)), dim=-1).values.sum(-1)
 
 
 @RESHAPES.register("top-chunks")
@@ -70,9 +64,6 @@ class TopChunks(Reshape):
             the question's rows, ``HT`` also heads, ``LHT`` also layers, from a pass of the question
             over the caches before the prefill.
 
-    Raises:
-        ValueError: If a value is not accepted.
-
     Source: arXiv:2412.16545, section 5.2; its default is ``HT`` with 2 chunks. It does not say what
     decoded rows do.
     """
@@ -84,54 +75,47 @@ class TopChunks(Reshape):
     aggregation: str = "HT"
 
     def __post_init__(self):
-        if type(self.chunks) is not int or self.chunks < 1:
-            raise ValueError(f"chunks must be a number of chunks, at least 1, got {self.chunks!r}")
-        if self.aggregation not in AGGREGATIONS:
-            known = ", ".join(AGGREGATIONS)
-            raise ValueError(f"aggregation must be one of {known}, got {self.aggregation!r}")
+        require_count("chunks", self.chunks, least=1)
+        require_one_of("aggregation", self.aggregation, ("none", "T", "HT", "LHT"))
 
     @property
     def keeps_causality(self) -> bool:
-        """See `Reshape`: True if rows choose alone."""
         return self.aggregation == "none"
 
     @property
     def looks_ahead(self) -> bool:
-        """See `Reshape`: scores of all layers take a pass of their own."""
+        """True if scores of all layers are summed: they take a pass of their own."""
         return self.aggregation == "LHT"
 
     def neutral(self) -> TopChunks:
-        """See `Reshape.neutral`: every chunk stays visible."""
         return replace(self, chunks=EVERY_CHUNK)
 
     def acts(self, seen: Seen) -> bool:
-        """See `Reshape.acts`."""
         return seen.num_chunks > 0
 
     def survey(self, scores: Tensor, seen: Seen) -> Tensor:
-        """See `Reshape.survey`: each row's score of each chunk, ``(B, H, R, C)``."""
+        """Each row's score of each chunk, ``(B, H, R, C)``."""
         chunk = seen.key.chunk.where(seen.in_chunk, -1)
         return chunk_scores(scores.softmax(dim=-1), chunk, seen.num_chunks)
 
     def choose(self, survey: Tensor, query: Rows) -> Tensor:
-        """See `Reshape.choose`: which chunks a row keeps, ``(B, H or 1, R, C)`` bool."""
+        """Which chunks a row keeps, ``(B, H or 1, R, C)`` bool."""
+        import torch
+
         from blocktune.layout import Kind
 
-        survey = self._summed(survey, (query.kind == Kind.QUERY)[:, None, :, None])
+        if self.aggregation != "none":
+            asks = (query.kind == Kind.QUERY)[:, None, :, None]
+            total = survey.masked_fill(~asks, 0.0).sum(2, keepdim=True)
+            survey = total.where(asks, survey)
+            if self.aggregation != "T":
+                survey = survey.sum(1, keepdim=True)
         own = query.chunk.where(in_chunk(query), -1)[:, None, :, None]
-        own = own == _arange(survey.shape[-1], query.chunk)
+        own = own == torch.arange(survey.shape[-1], device=own.device)
         ranked = survey.masked_fill(own, -1.0).argsort(dim=-1, descending=True, stable=True)
         return (ranked.argsort(dim=-1) < self.chunks) | own
 
-    def _summed(self, survey: Tensor, asks: Tensor) -> Tensor:
-        if self.aggregation == "none":
-            return survey
-        total = survey.masked_fill(~asks, 0.0).sum(2, keepdim=True)
-        survey = total.where(asks, survey)
-        return survey if self.aggregation == "T" else survey.sum(1, keepdim=True)
-
     def scores(self, scores: Tensor, seen: Seen, choice: Tensor) -> Tensor:
-        """See `Reshape.scores`."""
         chunk = seen.key.chunk.clamp(min=0)[:, None, None]
         kept = choice.gather(-1, chunk.expand(*choice.shape[:3], -1))
         return scores.masked_fill_(seen.in_chunk[:, None, None] & ~kept, float("-inf"))

@@ -1,37 +1,16 @@
-"""Select: which context tokens are recomputed. One idea a file; tensors in, row mask out."""
+"""Select: which context tokens are recomputed. Tensors in, row mask out."""
 
 from blocktune.lazy import exports
 
+_SELECT = "blocktune.methods.select"
 __getattr__, __dir__, __all__ = exports(
     __name__,
     {
-        "blocktune.methods.registry": ("SELECTORS",),
-        "blocktune.methods.select.attention": (
-            "AttentionDeviation",
-            "AuxiliaryAttention",
-            "QueryAttention",
-        ),
-        "blocktune.methods.select.base": (
-            "Everything",
-            "Nothing",
-            "Scored",
-            "Selection",
-            "selectable",
-        ),
-        "blocktune.methods.select.bounds": ("Oracle", "Random"),
-        "blocktune.methods.select.budget": (
-            "matched",
-            "require_layer",
-            "require_share",
-            "takes_budget",
-            "top_count",
-            "top_of_context",
-            "top_share",
-        ),
-        "blocktune.methods.select.deviation": ("Deviation", "GradualDeviation", "distance"),
-        "blocktune.methods.select.layer_check": ("LayerCheck", "LayerKV"),
-        "blocktune.methods.select.layers": ("LayerRange", "Reselect"),
-        "blocktune.methods.select.passes": ("Passes", "Truth"),
-        "blocktune.methods.select.place": ("FirstK", "Recency"),
+        f"{_SELECT}.base": "SELECTORS Everything LayerCheck LayerKV Nothing Passes Selection Truth "
+        "selectable",
+        f"{_SELECT}.budget": "matched takes_budget top_count top_of_context top_share",
+        f"{_SELECT}.layers": "Deviation GradualDeviation LayerRange Reselect distance",
+        f"{_SELECT}.place": "FirstK Random Recency",
+        f"{_SELECT}.scored": "AttentionDeviation AuxiliaryAttention Oracle QueryAttention Scored",
     },
 )

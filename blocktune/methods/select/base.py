@@ -1,19 +1,24 @@
-"""The interface of a selector, and the two trivial ones: nothing and everything."""
+"""The interface of a selector and its inputs, and the selectors of nothing and everything."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, ClassVar
+from functools import cached_property
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
-from blocktune.methods.registry import SELECTORS
+from blocktune.registry import Registry, require_share
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from blocktune.cache import ChunkStore
     from blocktune.layout import Layout
-    from blocktune.methods.select.layer_check import LayerCheck
-    from blocktune.methods.select.passes import Passes
+    from blocktune.prompt import Batch, Pieces
+
+SELECTORS = Registry("selector", "blocktune.methods.select")
+"""A file of ``select/`` or a plug-in registers a class with ``@SELECTORS.register("name")``."""
 
 
 class Selection(ABC):
@@ -21,6 +26,8 @@ class Selection(ABC):
 
     A simple selector only defines `start`. One that needs scores overrides `begin`, one that drops
     tokens at deeper layers `checks` and `refine`, one that adds tokens there `widens` and `widen`.
+    A field ``ratio`` is the share of the context tokens to recompute, in [0, 1]; None if that
+    is the default. A parameter out of range is a `ValueError`.
 
     Class attributes:
         source: Paper or code it follows; empty for the two trivial selectors.
@@ -40,6 +47,11 @@ class Selection(ABC):
     needs_question: ClassVar[bool] = False
     keeps_keys: bool = False
     sees_future: bool = False
+
+    def __post_init__(self):
+        ratio, default = getattr(self, "ratio", None), getattr(type(self), "ratio", None)
+        if (ratio, default) != (None, None):
+            require_share("ratio", ratio)
 
     def with_budget(self, ratio: float) -> Selection:
         """The same selector with a share of the context tokens to spend.
@@ -110,30 +122,126 @@ class Selection(ABC):
         return selectable(layout)
 
 
-class Scored(Selection):
-    """A selector that needs scores from a forward pass first; it defines `begin`."""
+class Truth(NamedTuple):
+    """What only a full prefill knows, at each layer and at every row of the layout.
 
-    def start(self, layout: Layout) -> Tensor:
-        """Refused: there are no scores.
+    Attributes:
+        key_deviation: Distance of the true keys from the cached ones, ``(L, B, S)``.
+        value_deviation: Likewise of the values.
+        query_attention: As `Passes.query_attention`, in the full prefill, ``(L, B, S)``.
+    """
+
+    key_deviation: Tensor
+    value_deviation: Tensor
+    query_attention: Tensor
+
+
+class Passes(Protocol):
+    """Forward passes that the engine runs on request; each is counted in the answer's usage.
+
+    All scores are float32, 0 at rows that are no columns of the cache (blanks, padding).
+
+    Attributes:
+        batch: The prompts, stacked.
+        pieces: Their tokens, chunk by chunk.
+        store: Holds the engine's chunks, for selectors that keep entries of their own there.
+        fingerprint: Of the model, for keys into the store.
+    """
+
+    batch: Batch
+    pieces: Sequence[Pieces]
+    store: ChunkStore
+    fingerprint: str
+
+    def query_attention(self) -> Tensor:
+        """Computes the question over the reused cache, before anything is recomputed.
+
+        Returns:
+            Attention weight of each row, mean over the question's rows and the heads, at each
+            layer: ``(L, B, S)``.
+        """
+
+    def auxiliary_attention(self, model: str) -> Tensor:
+        """Computes the whole prompt with another model that has the same tokenizer.
+
+        Args:
+            model: Folder or repository name, a name that the engine was given a model for, or
+                ``self`` for the served model.
+
+        Returns:
+            Attention weight of each row at that model's last layer, mean over the question's
+            rows and the heads: ``(B, S)``.
 
         Raises:
-            ValueError: Always.
+            ValueError: If there is no such model, or its tokenizer is another one.
         """
-        raise ValueError(
-            f"selector '{SELECTORS.name_of(self)}' needs a forward pass over a served prompt; "
-            "where there is none (in training), use 'first-k' or 'random'"
-        )
 
-    @abstractmethod
-    def begin(self, layout: Layout, passes: Passes) -> Tensor:
-        """See `Selection.begin`."""
+    def outside_attention(self) -> Tensor:
+        """Computes the first layer in full.
+
+        Returns:
+            Share of each row's attention that goes to rows outside its own chunk, mean over the
+            heads, ``(B, S)``. It is the total variation between the row's weights with and without
+            those rows: the weights inside the chunk only shrink by one factor.
+        """
+
+    def full_prefill(self) -> Truth:
+        """Computes everything and compares it with the cache, which no real method can."""
+
+
+class LayerKV(NamedTuple):
+    """Keys and values of some rows in one layer, each ``(B, K, R, D)``."""
+
+    keys: Tensor
+    values: Tensor
+
+
+@dataclass(frozen=True)
+class LayerCheck:
+    """The entry of a layer, where `Selection.refine` can drop rows.
+
+    Attributes:
+        layer: 0-based.
+        num_layers: Layers of the model.
+        eligible: Computed rows that are context tokens, ``(B, R)`` bool.
+        context_tokens: Of each prompt, ``(B,)``.
+        cached_tokens: Of each prompt, a cached prefix included, ``(B,)``.
+        chunk: Of each row, ``(B, R)``; -1 for rows of no chunk.
+        question_mass: The question's attention to each chunk in the layers below, ``(B, C)``, if
+            the selector watches chunks; else None.
+        probe: Computes this layer's keys and values of all rows. It costs their projections, so it
+            only runs when `fresh` or `cached` is read.
+    """
+
+    layer: int
+    num_layers: int
+    eligible: Tensor
+    context_tokens: Tensor
+    cached_tokens: Tensor
+    chunk: Tensor
+    question_mass: Tensor | None
+    probe: Callable[[], tuple[LayerKV, LayerKV]]
+
+    @cached_property
+    def _states(self) -> tuple[LayerKV, LayerKV]:
+        return self.probe()
+
+    @property
+    def fresh(self) -> LayerKV:
+        """The rows' keys and values as computed now, in the context of their prompt."""
+        return self._states[0]
+
+    @property
+    def cached(self) -> LayerKV:
+        """The rows' keys and values in the cache, relocated; arbitrary where not ``eligible``."""
+        return self._states[1]
 
 
 def selectable(layout: Layout) -> Tensor:
     """Context tokens whose cached state can differ from a full prefill, ``(B, S)`` bool.
 
-    A chunk at the very start of the prompt has seen all there is to see: its state is exact, unless
-    it was encoded after blanks.
+    A chunk at the very start of the prompt has nothing before it: its state is exact, unless it
+    was encoded after blanks.
     """
     from blocktune.layout import Kind
 
@@ -147,12 +255,12 @@ class Nothing(Selection):
     """Recomputes no token: naive reuse."""
 
     def spends(self, num_layers: int) -> float:
-        """See `Selection.spends`."""
         return 0.0
 
     def start(self, layout: Layout) -> Tensor:
-        """See `Selection.start`."""
-        return layout.is_context & False
+        import torch
+
+        return torch.zeros_like(layout.is_context)
 
 
 @SELECTORS.register("everything")
@@ -161,9 +269,7 @@ class Everything(Selection):
     """Recomputes every context token: equal to full prefill, the upper bound."""
 
     def spends(self, num_layers: int) -> float:
-        """See `Selection.spends`."""
         return 1.0
 
     def start(self, layout: Layout) -> Tensor:
-        """See `Selection.start`."""
         return layout.is_context

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
 from blocktune.methods.select.base import Selection, selectable
@@ -17,26 +16,6 @@ MATCHED = 0.005
 SMALLEST = 1e-9
 """A ratio above 0 that chooses no token."""
 Selector = TypeVar("Selector", bound=Selection)
-
-
-def require_share(name: str, value: float) -> None:
-    """Checks a share.
-
-    Raises:
-        ValueError: If ``value`` is not a number in [0, 1].
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise ValueError(f"{name} must be a share of the context tokens in [0, 1], got {value!r}")
-
-
-def require_layer(name: str, value: int, least: int, why: str) -> None:
-    """Checks the index of a layer.
-
-    Raises:
-        ValueError: If it is not an integer of at least ``least``; the message says ``why``.
-    """
-    if type(value) is not int or value < least:
-        raise ValueError(f"{name} must be a layer from {least} on ({why}), got {value!r}")
 
 
 def share_count(total: Tensor, ratio: float) -> Tensor:
@@ -71,30 +50,6 @@ def top_of_context(scores: Tensor, layout: Layout, ratio: float) -> Tensor:
     return top_share(scores, selectable(layout), layout.is_context.sum(1), ratio)
 
 
-def top_windows(scores: Tensor, layout: Layout, ratio: float, window: int) -> Tensor:
-    """Whole windows of consecutive tokens of a chunk, by mean score, until a share is reached.
-
-    Args:
-        scores: ``(B, S)``, rows of the layout.
-        layout: Rows.
-        ratio: Share of the context tokens; the last window may exceed it.
-        window: Tokens per window; the last one of a chunk may be shorter.
-
-    Returns:
-        Bool ``(B, S)``.
-    """
-    eligible = selectable(layout)
-    per_chunk = int(layout.offset.max()) // window + 1
-    group = layout.chunk.clamp(min=0) * per_chunk + layout.offset // window
-    zeros = scores.new_zeros(len(scores), int(group.max()) + 1)
-    size = zeros.scatter_add(1, group, eligible.to(scores.dtype))
-    mean = zeros.scatter_add(1, group, scores * eligible) / size.clamp(min=1)
-    order = mean.masked_fill(size == 0, float("-inf")).argsort(dim=1, descending=True, stable=True)
-    before = size.gather(1, order).cumsum(1) - size.gather(1, order)
-    taken = before < share_count(layout.is_context.sum(1), ratio)[:, None]
-    return eligible & (taken & False).scatter(1, order, taken).gather(1, group)
-
-
 def takes_budget(selection: Selection) -> bool:
     """Whether a budget can be set."""
     try:
@@ -117,9 +72,6 @@ def matched(selection: Selector, layer_share: float, num_layers: int) -> Selecto
     def spends(ratio: float) -> float | None:
         return selection.with_budget(ratio).spends(num_layers)
 
-    def near(ratio: float) -> bool:
-        return abs(spends(ratio) - layer_share) <= MATCHED
-
     def unmet(spent: str) -> ValueError:
         return ValueError(
             f"a budget of {layer_share} of the layer-tokens cannot be met by {selection}: in a "
@@ -132,20 +84,12 @@ def matched(selection: Selector, layer_share: float, num_layers: int) -> Selecto
         raise unmet("what the prompt decides")
     if not least - MATCHED <= layer_share <= most + MATCHED:
         raise unmet(f"{least:.3f} to {most:.3f}")
-    ratio = min(1.0, max(0.0, (layer_share - least) / max(most - least, SMALLEST)))
-    if near(ratio):
-        return selection.with_budget(ratio)
-    below, above = _around(spends, layer_share)  # not linear: whole layers, or capped shares
-    for ratio in (below, above):
-        if near(ratio):
-            return selection.with_budget(ratio)
-    raise unmet(f"{spends(below):.3f} or {spends(above):.3f}, and nothing between")
-
-
-def _around(spends: Callable[[float], float], wanted: float) -> tuple[float, float]:
-    """Two neighbouring ratios: the lower spends less than ``wanted``, the other at least that."""
-    below, above = 0.0, 1.0
+    linear = min(1.0, max(0.0, (layer_share - least) / max(most - least, SMALLEST)))
+    below, above = 0.0, 1.0  # not linear where whole layers are spent or shares are capped
     while above - below > SMALLEST:
         middle = (below + above) / 2
-        below, above = (middle, above) if spends(middle) < wanted else (below, middle)
-    return below, above
+        below, above = (middle, above) if spends(middle) < layer_share else (below, middle)
+    for ratio in (linear, below, above):
+        if abs(spends(ratio) - layer_share) <= MATCHED:
+            return selection.with_budget(ratio)
+    raise unmet(f"{spends(below):.3f} or {spends(above):.3f}, and nothing between")

@@ -1,4 +1,4 @@
-"""Selectors of layers: one range of them, or a second choice at a deeper layer."""
+"""Selectors that act between layers: they compare keys and drop rows, or take a range of layers."""
 
 from __future__ import annotations
 
@@ -6,16 +6,157 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from blocktune.methods.registry import SELECTORS
-from blocktune.methods.select.base import Selection, selectable
-from blocktune.methods.select.budget import require_layer, require_share, top_share
-from blocktune.methods.select.deviation import FIRST, distance
+from blocktune.methods.select.base import SELECTORS, Selection, selectable
+from blocktune.methods.select.budget import share_count, top_count, top_share
+from blocktune.registry import require_count, require_one_of, require_share
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from blocktune.layout import Layout
-    from blocktune.methods.select.layer_check import LayerCheck
+    from blocktune.methods.select.base import LayerCheck
+
+STATES = {"keys": ("keys",), "values": ("values",), "both": ("keys", "values")}
+FIRST = "at layer 0 keys do not depend on the context yet, so nothing deviates"
+
+
+def distance(fresh: Tensor, cached: Tensor, squared: bool = False) -> Tensor:
+    """Euclidean distance between fresh and cached keys (or values), mean over heads.
+
+    Args:
+        fresh: ``(B, K, R, D)``.
+        cached: ``(B, K, R, D)``, at the same positions.
+        squared: Average squared distances instead: ranks like the distance of all heads at once.
+
+    Returns:
+        ``(B, R)`` float32.
+
+    Source: arXiv:2603.20218, section 4.1 (delta K); squared: the code of CacheBlend and LMCache.
+    """
+    difference = fresh.float() - cached.float()
+    return (difference.square().sum(-1) if squared else difference.norm(dim=-1)).mean(dim=1)
+
+
+class _Deviating(Selection):
+    """All tokens up to ``check_layer``, then those whose states, named by ``by``, deviate most."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_count("check_layer", self.check_layer, 1, FIRST)
+        require_one_of("by", self.by, STATES)
+
+    @property
+    def min_layers(self) -> int:
+        return self.check_layer + 1
+
+    def start(self, layout: Layout) -> Tensor:
+        return selectable(layout) & (self.ratio > 0)
+
+    def _scores(self, check: LayerCheck, squared: bool = False) -> Tensor:
+        fresh, cached = check.fresh, check.cached
+        names = STATES[self.by]
+        return sum(distance(getattr(fresh, n), getattr(cached, n), squared) for n in names)
+
+
+@SELECTORS.register("deviation")
+@dataclass(frozen=True)
+class Deviation(_Deviating):
+    """All tokens up to a check layer, then the share whose keys or values deviate most.
+
+    Attributes:
+        ratio: Share of the tokens recomputed after the check layer, in [0, 1]; 0 recomputes
+            nothing, in no layer.
+        check_layer: Layer (0-based) at which keys or values are compared. Layers below it are
+            computed in full, and so are the compared keys and values of the layer itself.
+        by: What is compared: ``keys``, ``values`` or ``both``.
+        squared: Square distances before averaging over heads.
+        of: What the ratio is a share of: the ``context`` tokens, rounded up; or all ``cached``
+            tokens, a cached prefix included, rounded down (the code of CacheBlend and LMCache).
+        keeps_keys: See `Selection`.
+        sees_future: See `Selection`.
+
+    Source: CacheBlend arXiv:2405.16444; the defaults are the form of arXiv:2603.20218.
+    """
+
+    source: ClassVar[str] = "https://arxiv.org/abs/2405.16444"
+    ratio: float = 0.15
+    check_layer: int = 1
+    by: str = "keys"
+    squared: bool = False
+    of: str = "context"
+    keeps_keys: bool = False
+    sees_future: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_one_of("of", self.of, ("context", "cached"))
+
+    def spends(self, num_layers: int) -> float | None:
+        """Layers up to the check in full; None for a share of all cached tokens."""
+        if not self.ratio:
+            return 0.0
+        if self.of == "cached" and self.ratio < 1:
+            return None
+        return (self.check_layer + self.ratio * (num_layers - self.check_layer)) / num_layers
+
+    def checks(self, num_layers: int) -> tuple[int, ...]:
+        return (self.check_layer,)
+
+    def refine(self, check: LayerCheck) -> Tensor:
+        count = share_count(check.context_tokens, self.ratio)
+        if self.of == "cached":
+            count = (check.cached_tokens.double() * self.ratio + 1e-9).floor().long()
+        return top_count(self._scores(check, self.squared), check.eligible, count)
+
+
+@SELECTORS.register("gradual-deviation")
+@dataclass(frozen=True)
+class GradualDeviation(_Deviating):
+    """Drops, at every layer, the tokens that deviate least among those still recomputed.
+
+    The share falls linearly from ``ratio * (1 + spread)`` after the check layer to
+    ``ratio * (1 - spread)`` in the last one, so its mean is ``ratio``. The paper only says that
+    the shares fall from slightly above the mean to slightly below; the straight line is ours.
+
+    Attributes:
+        ratio: Mean share of the context tokens over the layers from the check layer on.
+        spread: Relative distance of the first and the last share from the mean, in [0, 1].
+        check_layer: First layer (0-based) that compares; the layers below are computed in full.
+        by: What is compared: ``keys``, ``values`` or ``both``.
+
+    Source: CacheBlend arXiv:2405.16444, gradual filtering.
+    """
+
+    source: ClassVar[str] = "https://arxiv.org/abs/2405.16444"
+    keeps_keys: ClassVar[bool] = True  # a layer's states serve that layer and choose for the next
+    ratio: float = 0.15
+    spread: float = 0.2
+    check_layer: int = 1
+    by: str = "both"
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_share("spread", self.spread)
+
+    def share_at(self, layer: int, num_layers: int) -> float:
+        """Share of the context tokens that is recomputed from ``layer`` on, at most 1."""
+        last = num_layers - 1 - self.check_layer
+        at = 2 * (layer - self.check_layer) / last - 1 if last else 0.0
+        return min(1.0, self.ratio * (1 - self.spread * at * (self.ratio < 1)))
+
+    def spends(self, num_layers: int) -> float:
+        """Layers up to the check in full, and the shares after it."""
+        if not self.ratio:
+            return 0.0
+        kept = sum(self.share_at(layer, num_layers) for layer in self.checks(num_layers))
+        return (self.check_layer + kept) / num_layers
+
+    def checks(self, num_layers: int) -> tuple[int, ...]:
+        return tuple(range(self.check_layer, num_layers))
+
+    def refine(self, check: LayerCheck) -> Tensor:
+        share = self.share_at(check.layer, check.num_layers)
+        return top_share(self._scores(check), check.eligible, check.context_tokens, share)
 
 
 @SELECTORS.register("layer-range")
@@ -29,9 +170,6 @@ class LayerRange(Selection):
         first_layer: First layer (0-based) of the range.
         ratio: Share of the model's layers in the range, rounded up.
 
-    Raises:
-        ValueError: If a value is out of range.
-
     Source: DroidSpeak arXiv:2411.02820: on average 11 % of the layers are critical. Measure which
     ones with `blocktune.engine.layer_profile`; the default starts at the first layer whose keys
     depend on the context.
@@ -42,16 +180,15 @@ class LayerRange(Selection):
     ratio: float = 0.11
 
     def __post_init__(self):
-        require_layer("first_layer", self.first_layer, 0, "0-based")
-        require_share("ratio", self.ratio)
+        super().__post_init__()
+        require_count("first_layer", self.first_layer)
 
     @property
     def min_layers(self) -> int:
-        """See `Selection.min_layers`."""
         return self.first_layer + 1
 
     def with_budget(self, ratio: float) -> Selection:
-        """See `Selection.with_budget`: the range of all layers starts at 0."""
+        """A range of that share of the layers; that of all layers starts at 0."""
         return replace(self, ratio=ratio, first_layer=0 if ratio == 1 else self.first_layer)
 
     def layers(self, num_layers: int) -> range:
@@ -60,25 +197,23 @@ class LayerRange(Selection):
         return range(self.first_layer, min(self.first_layer + length, num_layers))
 
     def spends(self, num_layers: int) -> float:
-        """See `Selection.spends`."""
         return len(self.layers(num_layers)) / num_layers
 
     def start(self, layout: Layout) -> Tensor:
-        """See `Selection.start`."""
+        """Every token if the range starts at layer 0."""
         return selectable(layout) & (self.first_layer == 0 and self.ratio > 0)
 
     def widens(self, num_layers: int) -> tuple[int, ...]:
-        """See `Selection.widens`."""
         return (self.first_layer,) if self.first_layer and self.layers(num_layers) else ()
 
     def checks(self, num_layers: int) -> tuple[int, ...]:
-        """See `Selection.checks`."""
         layers = self.layers(num_layers)
         return (layers.stop,) if layers and layers.stop < num_layers else ()
 
     def refine(self, check: LayerCheck) -> Tensor:
-        """See `Selection.refine`: the range has ended."""
-        return check.eligible & False
+        import torch
+
+        return torch.zeros_like(check.eligible)
 
 
 @SELECTORS.register("reselect")
@@ -95,9 +230,6 @@ class Reselect(Selection):
         check_layer: Layer (0-based) of the first choice.
         restart_layer: Layer that is computed for all tokens again.
 
-    Raises:
-        ValueError: If a value is out of range.
-
     Source: DroidSpeak (arXiv:2411.02820) as arXiv:2603.20218, section 4.1, adapts it to chunks.
     """
 
@@ -107,36 +239,33 @@ class Reselect(Selection):
     restart_layer: int = 5
 
     def __post_init__(self):
-        require_share("ratio", self.ratio)
-        require_layer("check_layer", self.check_layer, 1, FIRST)
-        least = self.check_layer + 1
-        require_layer("restart_layer", self.restart_layer, least, "after the check layer")
+        super().__post_init__()
+        require_count("check_layer", self.check_layer, 1, FIRST)
+        after = self.check_layer + 1
+        require_count("restart_layer", self.restart_layer, after, "after the check layer")
 
     @property
     def min_layers(self) -> int:
-        """See `Selection.min_layers`: keys are compared one layer after the restart."""
+        """Keys are compared one layer after the restart."""
         return self.restart_layer + 2
 
     def spends(self, num_layers: int) -> float:
-        """See `Selection.spends`."""
+        """Two layers and those below in full, and the share of the others."""
         if not self.ratio:
             return 0.0
         full = self.check_layer + 1
         return (full + self.ratio * (num_layers - full)) / num_layers
 
     def start(self, layout: Layout) -> Tensor:
-        """See `Selection.start`; a ratio of 0 recomputes nothing at all."""
+        """Every token; a ratio of 0 recomputes nothing at all."""
         return selectable(layout) & (self.ratio > 0)
 
     def checks(self, num_layers: int) -> tuple[int, ...]:
-        """See `Selection.checks`."""
         return (self.check_layer, self.restart_layer + 1)
 
     def widens(self, num_layers: int) -> tuple[int, ...]:
-        """See `Selection.widens`."""
         return (self.restart_layer,) if self.ratio else ()
 
     def refine(self, check: LayerCheck) -> Tensor:
-        """See `Selection.refine`."""
         scores = distance(check.fresh.keys, check.cached.keys)
         return top_share(scores, check.eligible, check.context_tokens, self.ratio)

@@ -1,13 +1,13 @@
-"""Selectors by place: the tokens at the ends of each chunk, or those nearest to the question."""
+"""Selectors that need no forward pass: by place in the chunk or the prompt, or at random."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from blocktune.methods.registry import SELECTORS
-from blocktune.methods.select.base import Selection, selectable
-from blocktune.methods.select.budget import require_share, share_count, top_of_context
+from blocktune.methods.select.base import SELECTORS, Selection, selectable
+from blocktune.methods.select.budget import share_count, top_of_context
+from blocktune.registry import require_count, require_share
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,9 +26,6 @@ class FirstK(Selection):
         last: Last tokens of each chunk; ignored if ``share`` is given.
         last_share: Part of ``share`` taken from the end of the chunk, in [0, 1].
 
-    Raises:
-        ValueError: If a value is out of range.
-
     Source: EPIC / LegoLink, arXiv:2410.15332; with both ends: its code, ``kvlink-a-b``.
     """
 
@@ -39,26 +36,19 @@ class FirstK(Selection):
     last_share: float = 0.0
 
     def __post_init__(self):
-        for name in ("k", "last"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 0:
-                raise ValueError(
-                    f"{name} must be a number of tokens per chunk, at least 0, got {value!r}"
-                )
-        if self.share is not None:
-            require_share("share", self.share)
+        require_count("k", self.k)
+        require_count("last", self.last)
+        require_share("share", 0 if self.share is None else self.share)
         require_share("last_share", self.last_share)
 
     def with_budget(self, ratio: float) -> Selection:
-        """See `Selection.with_budget`: the same share of every chunk."""
         return replace(self, share=ratio)
 
     def spends(self, num_layers: int) -> float | None:
-        """See `Selection.spends`."""
+        """The share; None for a number of tokens."""
         return self.share
 
     def start(self, layout: Layout) -> Tensor:
-        """See `Selection.start`."""
         length, first, last = chunk_length(layout), self.k, self.last
         if self.share is not None:
             total = share_count(length, self.share)
@@ -73,28 +63,45 @@ class FirstK(Selection):
 class Recency(Selection):
     """The tokens closest to the question.
 
-    Attributes:
-        ratio: Share of the context tokens, in [0, 1].
-
-    Raises:
-        ValueError: If the ratio is out of range.
-
     Source: "selective reconstruction", its heuristic by position.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2603.20218"
     ratio: float = 0.15
 
-    def __post_init__(self):
-        require_share("ratio", self.ratio)
+    def start(self, layout: Layout) -> Tensor:
+        return top_of_context(layout.order, layout, self.ratio)
+
+
+@SELECTORS.register("random")
+@dataclass(frozen=True)
+class Random(Selection):
+    """Random tokens: a lower bound for any choice.
+
+    Attributes:
+        seed: Of the draw, which also depends on the lengths of a prompt's pieces but not on the
+            other prompts of a batch.
+    """
+
+    source: ClassVar[str] = "https://arxiv.org/abs/2603.20218"
+    ratio: float = 0.15
+    seed: int = 0
 
     def start(self, layout: Layout) -> Tensor:
-        """See `Selection.start`."""
-        return top_of_context(layout.order, layout, self.ratio)
+        import torch
+
+        def draw(shape: int) -> Tensor:
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + shape) % (1 << 62))
+            # Row by row: padding to a longer batch must not change what the first rows draw.
+            return torch.rand(layout.num_rows, generator=generator, dtype=torch.float64)
+
+        shapes = (layout.is_context * (layout.order + 1) * chunk_length(layout)).sum(1).tolist()
+        scores = torch.stack([draw(shape) for shape in shapes]).to(layout.device)
+        return top_of_context(scores, layout, self.ratio)
 
 
 def chunk_length(layout: Layout) -> Tensor:
     """Tokens of the chunk that each row belongs to, ``(B, S)``; 0 for rows of no chunk."""
     slots = layout.chunk.clamp(min=0)
-    counts = (slots * 0).scatter_add(1, slots, layout.is_context.long())
+    counts = slots.new_zeros(slots.shape).scatter_add(1, slots, layout.is_context.long())
     return counts.gather(1, slots) * layout.is_context

@@ -1,0 +1,266 @@
+"""Presets that recompute some tokens of the chunks: each decides the axis select."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from blocktune.methods import (
+    AttentionDeviation,
+    AuxiliaryAttention,
+    Deviation,
+    FirstK,
+    GradualDeviation,
+    LayerRange,
+    Method,
+    Oracle,
+    QueryAttention,
+    Random,
+    Recency,
+    Reselect,
+    Selection,
+    register,
+    require_one_of,
+)
+from blocktune.prompt import LayoutSpec
+
+
+@register("epic")
+@dataclass(frozen=True)
+class Epic(Method):
+    """Recomputes the first tokens of every chunk, which removes the chunk's own attention sink.
+
+    By number (``k``: the paper; ``k`` and ``last``: its code) or by share of the chunk (``share``:
+    the equal budget of the study arXiv:2603.20218; ``last_share`` is the part of it taken from the
+    end of the chunk). The authors' scripts also put a BOS before every chunk and before the
+    question, which the paper does not ask for. ``layout: {bos: keep}`` does the first; a BOS
+    before the question cannot be expressed.
+    """
+
+    source: ClassVar[str] = "https://arxiv.org/abs/2410.15332"
+    k: int = 16
+    share: float | None = None
+    last: int = 0
+    last_share: float = 0.0
+
+    def select(self) -> Selection:
+        return FirstK(k=self.k, share=self.share, last=self.last, last_share=self.last_share)
+
+
+@register("cacheblend")
+@dataclass(frozen=True)
+class CacheBlend(Method):
+    """Computes layer 0 in full, then only the tokens whose keys deviate most at layer 1.
+
+    This is the form of the study arXiv:2603.20218: one selection, by the distance of keys at
+    ``check_layer``, for all later layers. For other forms see ``cacheblend-paper``,
+    ``cacheblend-repo`` and ``cacheblend-lmcache``.
+    """
+
+    source: ClassVar[str] = "https://arxiv.org/abs/2405.16444"
+    ratio: float = 0.15
+    check_layer: int = 1
+
+    def select(self) -> Selection:
+        return Deviation(ratio=self.ratio, check_layer=self.check_layer)
+
+
+@register("cacheblend-lmcache")
+@dataclass(frozen=True)
+class CacheBlendLMCache(Method):
+    """CacheBlend as in LMCache: squared key distance, and the share rounded down.
+
+    The share is of all tokens that come from caches, a cached prefix included; the question is
+    computed in full and does not count. ``sees_future`` reproduces the mask of LMCache's
+    FlashAttention path, by which a recomputed token sees tokens after it (issue 1152 of the
+    repository); its sparse path has the true mask. Do not serve with it. LMCache also stores a
+    chunk as it first appeared inside some prompt (issue 922); here it is encoded alone.
+    """
+
+    source: ClassVar[str] = "https://github.com/LMCache/LMCache"
+    ratio: float = 0.15
+    check_layer: int = 1
+    sees_future: bool = False
+
+    def select(self) -> Selection:
+        return Deviation(
+            ratio=self.ratio,
+            check_layer=self.check_layer,
+            squared=True,
+            of="cached",
+            sees_future=self.sees_future,
+        )
+
+
+@register("cacheblend-paper")
+@dataclass(frozen=True)
+class CacheBlendPaper(Method):
+    """CacheBlend as in the paper: drops the least deviating tokens again at every layer.
+
+    The mean share over the layers is ``ratio``. The paper does not say how it falls (``spread``).
+    """
+
+    source: ClassVar[str] = "https://arxiv.org/abs/2405.16444"
+    ratio: float = 0.15
+    spread: float = 0.2
+    check_layer: int = 1
+
+    def select(self) -> Selection:
+        return GradualDeviation(ratio=self.ratio, spread=self.spread, check_layer=self.check_layer)
+
+
+@register("cacheblend-repo")
+@dataclass(frozen=True)
+class CacheBlendRepo(Method):
+    """CacheBlend as in the authors' code: selects by squared value distance at layer 1.
+
+    Layers 0 and 1 get fresh keys and values for all tokens. The share is of prefix and chunks,
+    rounded down. ``sees_future`` reproduces the code's mask, by which a recomputed token sees
+    tokens after it (issue 21 of the repository); do not serve with it. Not reproduced: in some of
+    its scripts (suffix length 1) question tokens compete for the share and may stay stale, sliding
+    windows are dropped, and every chunk is encoded after a BOS whose own state is dropped
+    (``layout: {bos: drop}`` does that to any method).
+    """
+
+    source: ClassVar[str] = "https://github.com/YaoJiayi/CacheBlend"
+    ratio: float = 0.16
+    check_layer: int = 1
+    sees_future: bool = False
+
+    def select(self) -> Selection:
+        return Deviation(
+            ratio=self.ratio,
+            check_layer=self.check_layer,
+            by="values",
+            squared=True,
+            of="cached",
+            keeps_keys=True,
+            sees_future=self.sees_future,
+        )
+
+
+@register("droidspeak")
+@dataclass(frozen=True)
+class DroidSpeak(Method):
+    """Recomputes all tokens in one range of layers, from stored activations, and none elsewhere.
+
+    The paper reuses the cache of another model; here it is the chunks' own. Measure which layers
+    to recompute with `blocktune.engine.layer_profile`. ``ratio`` is the share of the layers, 11 %
+    on average in the paper. Keys and values follow from a layer's input, so the first layer of the
+    range keeps the stored ones: a range of one layer (11 % of nine layers or fewer) changes
+    nothing. The paper loads the activations first and the rest meanwhile; that changes time, not
+    values, and is not done here.
+    """
+
+    source: ClassVar[str] = "https://arxiv.org/abs/2411.02820"
+    first_layer: int = 1
+    ratio: float = 0.11
+
+    def select(self) -> Selection:
+        return LayerRange(first_layer=self.first_layer, ratio=self.ratio)
+
+
+@register("droidspeak-clc")
+@dataclass(frozen=True)
+class DroidSpeakCLC(Method):
+    """Selects tokens by key deviation at layer 1, and again among all tokens at a deeper layer.
+
+    The study's adaptation of DroidSpeak to chunks: the deeper layer starts from the hidden states
+    stored for each chunk, which no other chunk has influenced.
+    """
+
+    source: ClassVar[str] = "https://arxiv.org/abs/2603.20218"
+    ratio: float = 0.15
+    check_layer: int = 1
+    restart_layer: int = 5
+
+    def select(self) -> Selection:
+        return Reselect(
+            ratio=self.ratio, check_layer=self.check_layer, restart_layer=self.restart_layer
+        )
+
+
+@register("query-attention")
+@dataclass(frozen=True)
+class QueryAttentionMethod(Method):
+    """Computes the question over the reused cache, then recomputes the tokens it attends to.
+
+    These are the two stages of ProphetKV; how it combines layers (``fuse``) is not public.
+    """
+
+    source: ClassVar[str] = "https://arxiv.org/abs/2602.02579"
+    ratio: float = 0.2
+    fuse: str = "mean"
+
+    def select(self) -> Selection:
+        return QueryAttention(ratio=self.ratio, fuse=self.fuse)
+
+
+@register("cacheclip")
+@dataclass(frozen=True)
+class CacheClip(Method):
+    """Recomputes windows of tokens that the question attends to in a small auxiliary model.
+
+    Chunks are encoded after the whole prefix of the prompt (the study arXiv:2603.20218 takes 1 to
+    10 tokens of it). ``auxiliary`` is a folder or repository name of a model with the same
+    tokenizer (Llama-3.2-1B for Llama-3.1-8B; Qwen3-0.6B for Qwen3-8B). ``self`` asks the served
+    model, which costs a full prefill: a bound, not a method.
+    """
+
+    source: ClassVar[str] = "https://arxiv.org/abs/2510.10129"
+    ratio: float = 0.2
+    auxiliary: str = "self"
+    window: int = 8
+
+    def layout(self, spec: LayoutSpec) -> LayoutSpec:
+        return replace(spec, block=True, shared_prefix=True, num_blanks=0)
+
+    def select(self) -> Selection:
+        return AuxiliaryAttention(ratio=self.ratio, model=self.auxiliary, window=self.window)
+
+
+@register("selective-reconstruction")
+@dataclass(frozen=True)
+class SelectiveReconstruction(Method):
+    """Recomputes tokens whose first-layer attention changes in context, or the most recent ones.
+
+    ``impact`` says which: ``attention`` or ``recency``.
+    """
+
+    source: ClassVar[str] = "https://arxiv.org/abs/2603.20218"
+    ratio: float = 0.15
+    impact: str = "attention"
+
+    def select(self) -> Selection:
+        kinds = {"attention": AttentionDeviation, "recency": Recency}
+        require_one_of("impact", self.impact, kinds)
+        return kinds[self.impact](ratio=self.ratio)
+
+
+@register("oracle")
+@dataclass(frozen=True)
+class OracleMethod(Method):
+    """Recomputes the tokens that matter most according to a full prefill run beforehand.
+
+    ``by`` says how they are ranked: by ``influence``, ``attention`` or ``deviation``.
+    """
+
+    source: ClassVar[str] = "https://arxiv.org/abs/2603.20218"
+    ratio: float = 0.15
+    by: str = "influence"
+
+    def select(self) -> Selection:
+        return Oracle(ratio=self.ratio, by=self.by)
+
+
+@register("random")
+@dataclass(frozen=True)
+class RandomMethod(Method):
+    """Recomputes random tokens: what any other choice must beat."""
+
+    source: ClassVar[str] = "https://arxiv.org/abs/2603.20218"
+    ratio: float = 0.15
+    seed: int = 0
+
+    def select(self) -> Selection:
+        return Random(ratio=self.ratio, seed=self.seed)

@@ -1,0 +1,148 @@
+"""Selectors by scores of a forward pass: attention, or what only a full prefill knows."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from blocktune.methods.select.base import SELECTORS, Selection, selectable
+from blocktune.methods.select.budget import share_count, top_of_context
+from blocktune.registry import require_count, require_one_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from blocktune.layout import Layout
+    from blocktune.methods.select.base import Passes
+
+
+class Scored(Selection):
+    """A selector that needs scores from a forward pass first; it defines `begin`."""
+
+    def start(self, layout: Layout) -> Tensor:
+        """Raises a `ValueError`: there are no scores."""
+        raise ValueError(
+            f"selector '{SELECTORS.name_of(self)}' needs a forward pass over a served prompt; "
+            "where there is none (in training), use 'first-k' or 'random'"
+        )
+
+    @abstractmethod
+    def begin(self, layout: Layout, passes: Passes) -> Tensor:
+        """See `Selection.begin`."""
+
+
+@SELECTORS.register("query-attention")
+@dataclass(frozen=True)
+class QueryAttention(Scored):
+    """The tokens that the question attends to most when it is computed over the reused cache.
+
+    Attributes:
+        fuse: How scores of the layers are combined: ``mean``, ``max``, or only the ``last`` layer.
+            The papers' formulas are not public.
+
+    Source: ProphetKV arXiv:2602.02579 (two stages, layers fused into one set).
+    """
+
+    source: ClassVar[str] = "https://arxiv.org/abs/2602.02579"
+    needs_question: ClassVar[bool] = True
+    ratio: float = 0.15
+    fuse: str = "mean"
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_one_of("fuse", self.fuse, ("mean", "max", "last"))
+
+    def begin(self, layout: Layout, passes: Passes) -> Tensor:
+        layers = passes.query_attention()
+        fused = {"mean": layers.mean(0), "max": layers.amax(0), "last": layers[-1]}[self.fuse]
+        return top_of_context(fused, layout, self.ratio)
+
+
+@SELECTORS.register("auxiliary-attention")
+@dataclass(frozen=True)
+class AuxiliaryAttention(Scored):
+    """Windows of tokens that the question attends to most in the last layer of a small model.
+
+    Windows are consecutive tokens of one chunk, taken by their mean score.
+
+    Attributes:
+        ratio: See `Selection`; the last window may exceed it.
+        model: Folder or repository name of a model with the same tokenizer. ``self`` is the served
+            model: an upper bound for any auxiliary model, at the cost of a full prefill.
+        window: Tokens per window, 1 or more; the last one of a chunk may be shorter. The paper's
+            value is not public.
+
+    Source: CacheClip arXiv:2510.10129.
+    """
+
+    source: ClassVar[str] = "https://arxiv.org/abs/2510.10129"
+    needs_question: ClassVar[bool] = True
+    ratio: float = 0.15
+    model: str = "self"
+    window: int = 8
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_count("window", self.window, least=1)
+
+    def begin(self, layout: Layout, passes: Passes) -> Tensor:
+        scores, eligible = passes.auxiliary_attention(self.model), selectable(layout)
+        per_chunk = int(layout.offset.max()) // self.window + 1
+        group = layout.chunk.clamp(min=0) * per_chunk + layout.offset // self.window
+        zeros = scores.new_zeros(len(scores), int(group.max()) + 1)
+        size = zeros.scatter_add(1, group, eligible.to(scores.dtype))
+        mean = zeros.scatter_add(1, group, scores * eligible) / size.clamp(min=1)
+        mean.masked_fill_(size == 0, float("-inf"))
+        order = mean.argsort(dim=1, descending=True, stable=True)
+        sizes = size.gather(1, order)
+        wanted = share_count(layout.is_context.sum(1), self.ratio)[:, None]
+        taken = sizes.cumsum(1) - sizes < wanted
+        # The inverse of the order brings the choice of each window back to its place.
+        return eligible & taken.gather(1, order.argsort(dim=1)).gather(1, group)
+
+
+@SELECTORS.register("attention-deviation")
+@dataclass(frozen=True)
+class AttentionDeviation(Scored):
+    """The tokens whose first-layer attention changes most when they see the other chunks.
+
+    Source: "selective reconstruction", one of the texts that blocktune began from, which gives no
+    formula; ours is the total variation between a token's attention alone and in context.
+    """
+
+    source: ClassVar[str] = "https://arxiv.org/abs/2603.20218"
+    ratio: float = 0.15
+
+    def begin(self, layout: Layout, passes: Passes) -> Tensor:
+        return top_of_context(passes.outside_attention(), layout, self.ratio)
+
+
+@SELECTORS.register("oracle")
+@dataclass(frozen=True)
+class Oracle(Scored):
+    """Tokens chosen with the knowledge of a full prefill: an upper bound for any choice.
+
+    Attributes:
+        by: ``influence``: distance of the true values from the cached ones, weighted by the
+            question's true attention; ``attention``: that attention alone; ``deviation``: distance
+            of the true keys and values from the cached ones. Each is summed over the layers.
+    """
+
+    source: ClassVar[str] = "https://arxiv.org/abs/2603.20218"
+    needs_question: ClassVar[bool] = True
+    ratio: float = 0.15
+    by: str = "influence"
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_one_of("by", self.by, ("influence", "attention", "deviation"))
+
+    def begin(self, layout: Layout, passes: Passes) -> Tensor:
+        keys, values, attention = passes.full_prefill()
+        scores = {
+            "influence": attention * values,
+            "attention": attention,
+            "deviation": keys + values,
+        }[self.by]
+        return top_of_context(scores.sum(0), layout, self.ratio)
