@@ -8,15 +8,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from rich import progress as bars
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress
 
 from blocktune.data import RagExample
 from blocktune.evaluation.fidelity import measure_fidelity
@@ -31,8 +25,6 @@ from blocktune.files import replace_json
 from blocktune.provenance import hardware, provenance, versions
 
 RESULTS = "results.json"
-TTFT = "ttft.json"
-FIDELITY = "fidelity.json"
 
 
 def run_suite(
@@ -80,12 +72,6 @@ def run_suite(
     results = build_results(suite, rows, ttft, origin, fidelity)
     replace_json(output / RESULTS, results)
     return results
-
-
-def _keys_of(measured: str, spec: Any, rows: Mapping[str, Sequence[Row]], num: int) -> str:
-    """Digest of what decides a measurement: its rows, how it is made, the machine and versions."""
-    first = {label: [row.key for row in own[:num]] for label, own in rows.items()}
-    return digest_of([measured, spec, first, code_digest(), hardware(), versions()])
 
 
 def _open(ready: Ready, spec: MethodSpec, output: Path, processes: Processes) -> RowFile:
@@ -148,21 +134,19 @@ def _time_all(
     if count == 0:
         return {}
 
+    def asking(spec: MethodSpec) -> Callable[[RagExample], Any]:
+        engine, method = ready.engine(spec, ready.suite.tasks[0]), ready.methods[spec.label]
+        return lambda example: engine.answer([example], method, max_new_tokens=1, batch_size=1)[0]
+
     def measure() -> dict[str, TtftSummary]:
         for engine in ready.worded.values():
             engine.forget_prefixes()  # the answers above left these very prompts there
         bar = progress.add_task("time to first token", total=2 * count * len(rows))
-        methods = {spec.label: _asking(ready, spec) for spec in ready.suite.methods}
+        methods = {spec.label: asking(spec) for spec in ready.suite.methods}
         return measure_ttft(methods, ready.timed, lambda: progress.advance(bar))
 
-    keys = _keys_of(TTFT, ready.suite.ttft, rows, count)
-    found = _known_or(output / TTFT, "ttft", keys, measure)
+    found = _known_or(output, "ttft", ready.suite.ttft, rows, count, measure)
     return {label: TtftSummary(*times) for label, times in found.items()}
-
-
-def _asking(ready: Ready, spec: MethodSpec) -> Callable[[RagExample], Any]:
-    engine, method = ready.engine(spec, ready.suite.tasks[0]), ready.methods[spec.label]
-    return lambda example: engine.answer([example], method, max_new_tokens=1, batch_size=1)[0]
 
 
 def _measure_fidelity(
@@ -177,12 +161,24 @@ def _measure_fidelity(
         bar = progress.add_task("fidelity", total=asked * len(rows))
         return measure_fidelity(ready, lambda: progress.advance(bar))
 
-    keys = _keys_of(FIDELITY, spec, rows, len(ready.questions))
-    return _known_or(output / FIDELITY, "fidelity", keys, measure)
+    return _known_or(output, "fidelity", spec, rows, len(ready.questions), measure)
 
 
-def _known_or(path: Path, name: str, keys: str, measure: Callable[[], Any]) -> Any:
-    """What an earlier run measured under the same ``keys``, or else a new measurement, saved."""
+def _known_or(
+    output: Path,
+    name: str,
+    spec: Any,
+    rows: Mapping[str, Sequence[Row]],
+    num: int,
+    measure: Callable[[], Any],
+) -> Any:
+    """What an earlier run measured of the same rows, machine and code, or else a new measurement.
+
+    It is kept in ``NAME.json`` with a digest of all that decides it.
+    """
+    path = output / f"{name}.json"
+    first = {label: [row.key for row in own[:num]] for label, own in rows.items()}
+    keys = digest_of([path.name, spec, first, code_digest(), hardware(), versions()])
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if known.get("keys") == keys:
         return known[name]
@@ -193,13 +189,6 @@ def _known_or(path: Path, name: str, keys: str, measure: Callable[[], Any]) -> A
 
 def progress_bars(console: Console | None, shown: bool = True) -> Progress:
     """Bars on standard error, or on ``console``; of several processes only one shows them."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console or Console(stderr=True),
-        disable=not shown,
-    )
+    done = (bars.TextColumn("{task.description}"), bars.BarColumn(), bars.MofNCompleteColumn())
+    times = (bars.TimeElapsedColumn(), bars.TextColumn("left"), bars.TimeRemainingColumn())
+    return Progress(*done, *times, console=console or Console(stderr=True), disable=not shown)
