@@ -48,7 +48,7 @@ def test_summaries_are_worked_by_hand():
     assert naive["tasks"]["2-hop"]["em"] == pytest.approx(0.44)
     low, high = naive["tasks"]["2-hop"]["ci95"]
     assert low < 0.44 < high
-    above = kvlink["em_minus"]["full-prefill"]
+    above = kvlink["score_minus"]["full-prefill"]
     assert above["mean"] == pytest.approx((344 - 349) / 400)
     assert above["ci95"][0] < above["mean"] < above["ci95"][1] < 0.001
     assert above["p"] == pytest.approx(2 / 2**5)  # five losses, no win

@@ -148,7 +148,7 @@ def draw_rows(axes: Axes, ground: Ground, methods: Mapping[str, Any], group: str
             f"{100 * cell['score']:.1f}", (1, row), xycoords=("axes fraction", "data"),
             xytext=(6, 0), textcoords="offset points", va="center_baseline", fontsize=SMALL,
         )  # fmt: skip
-        if methods[label]["method"] == ORACLE and not methods[label].get("adapter"):
+        if methods[label]["method"] == ORACLE and not methods[label]["adapter"]:
             axes.axvline(cell["score"], color=ground.ink, linestyle=":", linewidth=1, zorder=0)
     axes.set_yticks(range(len(cells)), list(reversed(cells)))
     axes.set_ylim(-0.8, len(cells) - 0.4)

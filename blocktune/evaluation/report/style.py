@@ -19,8 +19,6 @@ from matplotlib.transforms import Bbox
 
 from blocktune.files import replacing
 
-COLOURS = ("ink", "grey", "red", "blue", "green", "pink", "orange", "sky")
-
 
 class Ground(NamedTuple):
     """Colours of a picture.
@@ -29,7 +27,7 @@ class Ground(NamedTuple):
         paper: Behind it.
         ink: Text and axes.
         faint: Grid lines and secondary lines.
-        series: By the names of `COLOURS`: Okabe and Ito's palette, told apart by all common forms
+        series: In the order of `COLOURS`: Okabe and Ito's palette, told apart by all common forms
             of colour vision.
     """
 
@@ -51,45 +49,23 @@ DARK = Ground(
     "#3a3d44",
     ("#f2f2f2", "#9a9a9a", "#FF8A3D", "#4FA8DE", "#2BC79A", "#E39AC3", "#F0B63A", "#7CC7F2"),
 )
-METHODS: Mapping[str, tuple[str, str]] = {
-    "full-prefill": ("ink", "s"),
-    "prefix-cache": ("ink", "D"),
-    "oracle": ("ink", "*"),
-    "control": ("ink", "X"),
-    "no-context": ("grey", "X"),
-    "random": ("grey", "h"),
-    "naive": ("red", "v"),
-    "prompt-cache-schema": ("red", "<"),
-    "block-attention": ("blue", "o"),
-    "block-distill": ("blue", "p"),
-    "turborag": ("blue", ">"),
-    "kv-packet": ("blue", "h"),
-    "kvlink": ("green", "D"),
-    "query-attention": ("green", "^"),
-    "selective-reconstruction": ("green", "s"),
-    "cacheclip": ("green", "P"),
-    "cacheblend": ("pink", "^"),
-    "cacheblend-lmcache": ("pink", "<"),
-    "cacheblend-paper": ("pink", ">"),
-    "cacheblend-pipelined": ("pink", "v"),
-    "cacheblend-repo": ("pink", "D"),
-    "r": ("pink", "s"),
-    "droidspeak": ("pink", "p"),
-    "droidspeak-clc": ("pink", "h"),
-    "epic": ("orange", "P"),
-    "link0": ("orange", "X"),
-    "cache-craft": ("orange", "d"),
-    "s": ("orange", "o"),
-    "s+p": ("orange", "s"),
-    "recompute-aware": ("sky", "p"),
-    "dual-mode": ("sky", "d"),
-    "ape": ("sky", "h"),
-    "sel": ("sky", "o"),
-    "psr": ("sky", "*"),
-    "p+s+r": ("sky", "^"),
+_LOOKS = {
+    "ink": {"full-prefill": "s", "prefix-cache": "D", "oracle": "*", "control": "X"},
+    "grey": {"no-context": "X", "random": "h"},
+    "red": {"naive": "v", "prompt-cache-schema": "<"},
+    "blue": {"block-attention": "o", "block-distill": "p", "turborag": ">", "kv-packet": "h"},
+    "green": {"kvlink": "D", "query-attention": "^", "cacheclip": "P"}
+    | {"selective-reconstruction": "s"},
+    "pink": {"cacheblend": "^", "cacheblend-lmcache": "<", "cacheblend-paper": ">"}
+    | {"cacheblend-pipelined": "v", "cacheblend-repo": "D", "r": "s"}
+    | {"droidspeak": "p", "droidspeak-clc": "h"},
+    "orange": {"epic": "P", "link0": "X", "cache-craft": "d", "s": "o", "s+p": "s"},
+    "sky": {"recompute-aware": "p", "dual-mode": "d", "ape": "h", "sel": "o", "psr": "*"}
+    | {"p+s+r": "^"},
 }
+METHODS = {name: (colour, m) for colour, own in _LOOKS.items() for name, m in own.items()}
 """Colour and marker of each method, the same in every picture."""
-MARKERS = "sDv<o>^Xhp*Pd"
+COLOURS, MARKERS = tuple(_LOOKS), "sDv<o>^Xhp*Pd"
 PHONE_INCHES = 4.6
 """Width of a picture whose text is still read at 358 pixels, a phone's page."""
 SMALL = 8.5
