@@ -80,10 +80,6 @@ def install_links(model: PreTrainedModel, table: LinkTable) -> None:
     The table becomes a submodule of the base model, so DDP, ZeRO and ``.to()`` handle it like any
     other weight.
 
-    Args:
-        model: Base model or PEFT wrapper.
-        table: Rows as wide as the embedding's.
-
     Raises:
         ValueError: If links are installed already, the width differs, or the model has a second
             table over the same ids (Gemma 3n), which cannot look up virtual ids.

@@ -86,12 +86,8 @@ _reported: set[str] = set()
 def current_keys(record: Mapping[str, Any], known: Collection[str], where: str) -> dict[str, Any]:
     """Replaces keys of earlier versions by their current names; see `RENAMED`.
 
-    The first use of each old key in a process is logged in one line.
-
-    Args:
-        record: Decoded YAML or JSON.
-        known: Current names of the keys; a key among them is kept as it is.
-        where: Opens the line and every error.
+    A key among the ``known`` ones is kept as it is. The first use of each old key in a process is
+    logged in one line, which ``where`` opens.
 
     Raises:
         ValueError: If the record has an old key and its current name.

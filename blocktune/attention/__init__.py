@@ -5,7 +5,7 @@ from blocktune.lazy import exports
 __getattr__, __dir__, __all__ = exports(
     __name__,
     {
-        "blocktune.attention.dense": "DensePlan dense_mask",
+        "blocktune.attention.masks": "DensePlan dense_mask",
         "blocktune.attention.flex": "FlexPlan",
         "blocktune.attention.interface": "Plan attach block_attention detach is_attached make_plan",
         "blocktune.attention.split": "SplitPlan",

@@ -1,4 +1,4 @@
-"""Rows attend over keys by the rule, a block of rows at a time, through masks that are kept."""
+"""Masks by the rule: of a block of rows at a time, kept for all layers, or dense, for reference."""
 
 from __future__ import annotations
 
@@ -10,8 +10,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from blocktune.attention.kernels import ROW_BLOCK, AttentionParams, masked_attention
-from blocktune.layout import LayerRule, Rows, visible
+from blocktune.attention.kernels import (
+    ROW_BLOCK,
+    AttentionParams,
+    check_rows,
+    masked_attention,
+    plain_attention,
+)
+from blocktune.layout import FIRST_LAYER, LayerRule, Layout, Rows, visible
 
 KEPT_CELLS = 1 << 24
 """Mask elements that a plan keeps for all its layers (64 MiB in float32). Beyond that, every layer
@@ -34,11 +40,8 @@ class MaskRoom:
 class MaskForm(NamedTuple):
     """The form of a mask that a kernel takes without a copy, which autograd would keep per layer.
 
-    Attributes:
-        dtype: Bool, or that of an additive mask.
-        copies: How often the rows are repeated, one copy below the other: query heads that are
-            folded into rows.
-        align: The distance between rows is a multiple of this many elements.
+    ``dtype`` is bool or, for an additive mask, that of the scores. Rows are repeated ``copies``
+    times, for query heads that are folded into rows, each at a multiple of ``align`` elements.
     """
 
     dtype: torch.dtype
@@ -191,3 +194,34 @@ class RowBand:
         # an empty row, and their output is never read.
         mask[..., 0] |= ~mask.any(-1)
         return formed(mask[:, None], form)
+
+
+def dense_mask(layout: Layout, rule: LayerRule = FIRST_LAYER) -> Tensor:
+    """Visibility of every row for every row.
+
+    Args:
+        layout: Rows ``(B, S)``.
+        rule: Which layer it is and how far its window reaches.
+
+    Returns:
+        Bool ``(B, 1, S, S)``, True where the row (third axis) sees the key (last axis). Stock
+        models take it as a 4-D ``attention_mask`` with ``sdpa``; for ``eager`` it must be made
+        additive, since a bool mask is silently added there.
+    """
+    query = layout.rows().map(lambda field: field[:, None, :, None])
+    key = layout.rows().map(lambda field: field[:, None, None, :])
+    return visible(query, key, layout.superseded_until[:, None, None, :], rule)
+
+
+class DensePlan:
+    """The reference for tests and small inputs: attention by the dense mask, in float32."""
+
+    def __init__(self, layout: Layout):
+        """Keeps ``layout``; a mask is made for each layer and not kept."""
+        self.layout = layout
+
+    def attend(self, query, key, value, rule, params) -> Tensor:
+        """Implements `Plan.attend`."""
+        check_rows(self.layout.kind.shape, query, key)
+        out = plain_attention(query, key, value, dense_mask(self.layout, rule), params)
+        return out.transpose(1, 2)

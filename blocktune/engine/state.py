@@ -35,21 +35,13 @@ class Auxiliaries:
         self._lock = threading.Lock()
 
     def add(self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Adds a loaded model, and switches its attention to blocktune's.
-
-        Raises:
-            ValueError: If its tokenizer is not the served model's.
-        """
+        """Adds a loaded model with the same tokenizer; its attention becomes blocktune's."""
         require_same_tokenizer(name, self.tokenizer, tokenizer)
         attach(model)
         self._models[name] = model.eval()
 
     def get(self, name: str) -> PreTrainedModel:
-        """The model of a name; one that was never added is loaded from a folder or the Hub.
-
-        Raises:
-            ValueError: If there is none, or its tokenizer is not the served model's.
-        """
+        """The model of a name; one that was never added is loaded from a folder or the Hub."""
         with self._lock:
             if name not in self._models:
                 if not self.may_load:

@@ -162,17 +162,10 @@ def conversation_pieces(
     messages: Sequence[tuple[str, str]],
     response: str,
 ) -> Pieces:
-    """Tokenises a conversation and the response to its last message.
+    """Tokenises messages (role, text) and the response: all but the response is the prefix.
 
-    Args:
-        tokenizer: Of the model; it needs a chat template.
-        fmt: Its ``full_tag`` opens the first message of the user; its ``system`` is the system turn
-            if the conversation has none. Instruction and ``question`` are not used.
-        messages: (role, text), as in `blocktune.data.RagExample`.
-        response: What the model is trained to write.
-
-    Returns:
-        Everything before the response as the prefix, no chunks and no query.
+    The format's ``full_tag`` opens the first message of the user; its ``system`` is the system turn
+    if there is none. Instruction and ``question`` are not used.
 
     Raises:
         ValueError: If there is no template, or it does not render these messages.

@@ -85,9 +85,6 @@ class UserText:
     A question that contains ``<|eot_id|>`` must not end the turn. A text with special tokens in it
     is replaced by a placeholder while the template renders, and tokenised separately; other texts
     are tokenised together with what surrounds them.
-
-    Args:
-        tokenizer: The model's.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):

@@ -235,14 +235,10 @@ class EpochOrder(Sampler[int]):
 
     Args:
         lengths: Of the rows, in tokens.
-        num_blank: Rows at the end that teach nothing; they close every epoch, so that it is the
-            last batch alone that has them.
+        num_blank: Rows at the end that teach nothing; only the last batch of an epoch has them.
         group: Rows of one optimizer step, over accumulation and ranks, to be of similar length;
             None mixes all.
-        seed: Of the order.
-
-    Attributes:
-        epoch: Counted from 0; to be set before an epoch begins.
+        seed: Of the order; so is ``epoch``, which is to be set before an epoch begins.
     """
 
     def __init__(self, lengths: Sequence[int], num_blank: int, group: int | None, seed: int):

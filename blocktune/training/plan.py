@@ -141,12 +141,7 @@ class Speedometer:
         self._last = time.perf_counter(), tokens, step
 
     def read(self, tokens: float, step: int, last_step: int) -> dict[str, float]:
-        """Rates since the last reading.
-
-        Args:
-            tokens: Rows trained on so far that are no padding, over all processes.
-            step: Optimizer steps so far.
-            last_step: Of the run.
+        """Rates since the last reading, from the tokens so far (over all processes, no padding).
 
         Returns:
             ``tokens_per_second``, ``mfu`` (share of the machine's matmul rate that went into

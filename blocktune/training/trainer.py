@@ -193,24 +193,13 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
             return rows
         return self._prepare(rows, self.args.eval_batch_size).dataset
 
-    def evaluate(
-        self,
-        eval_dataset: Any = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As the Trainer's; ``eval_dataset`` may be rows as the constructor takes them."""
         if not isinstance(eval_dataset, str):
             eval_dataset = self._prepare_evaluation(eval_dataset)
-        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        return super().evaluate(eval_dataset, *args, **kwargs)
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor | tuple[Tensor, Any]:
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> Any:
         """The loss under each prompt's layout; with outputs, also the logits of all rows."""
         bare = self.accelerator.unwrap_model(model)
         inputs = self._narrowed(bare, inputs)
