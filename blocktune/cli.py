@@ -1,43 +1,27 @@
 """The command line: commands are in ``blocktune/commands``, imported without torch."""
 
+from importlib import import_module
 from typing import Annotated
 
 import typer
 
 import blocktune
-from blocktune.commands import (
-    adapter,
-    answer,
-    bench,
-    check,
-    data,
-    encode,
-    evaluate,
-    methods,
-    profile_layers,
-    train,
-)
-from blocktune.commands.errors import PLUGIN, OneLineErrors
-from blocktune.commands.options import teach
+from blocktune.commands import app
+from blocktune.commands.errors import PLUGIN
 
-COMMANDS = (answer, train, evaluate, data, methods, check, encode, adapter, profile_layers, bench)
-
-app = typer.Typer(
-    cls=OneLineErrors,
-    no_args_is_help=True,
-    rich_markup_mode="rich",
-    pretty_exceptions_enable=False,
-    add_completion=False,
-    epilog=teach(
-        "blocktune data worlds --split test --output out/test.jsonl",
-        "blocktune answer --model data/tiny --input out/test.jsonl --limit 1",
-        "blocktune train --config recipes/block_attention.yaml",
-        "blocktune eval --suite eval/suites/quick.yaml --output out/quick",
-        "Every command has its own examples: blocktune COMMAND --help",
-    ),
-)
-for command in COMMANDS:
-    command.add_to(app)
+# In the order of the help.
+for topic in (
+    "answer",
+    "train",
+    "evaluate",
+    "serve",
+    "data",
+    "methods",
+    "store",
+    "measure",
+    "adapter",
+):
+    import_module(f"blocktune.commands.{topic}")
 
 
 def _show_version(wanted: bool) -> None:

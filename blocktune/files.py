@@ -33,9 +33,9 @@ def replacing(path: str | Path, staging: str | Path | None = None) -> Iterator[P
     try:
         yield Path(name)
         Path(name).chmod(0o666 & ~_umask())
-        _sync(name)
+        sync(name)
         os.replace(name, path)
-        _sync(path.parent)
+        sync(path.parent)
     finally:
         Path(name).unlink(missing_ok=True)
 
@@ -62,7 +62,7 @@ def move_folder(source: str | Path, target: str | Path) -> None:
     if target.exists():
         os.replace(target, old)
     os.replace(source, target)
-    _sync(target.parent)
+    sync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -123,7 +123,8 @@ def locked(path: str | Path) -> Iterator[None]:
         yield
 
 
-def _sync(path: str | Path) -> None:
+def sync(path: str | Path) -> None:
+    """Waits until a file, or the names in a folder, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

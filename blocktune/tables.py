@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table as RichTable
 
 ABSENT = "-"
+WORDS = 18
+"""Narrowest width to which a column of words is folded."""
 FORMS: dict[str, Callable[[float], str]] = {
     "score": lambda value: f"{100 * value:.1f}",
     "points": lambda value: f"{100 * value:+.1f}",
@@ -50,80 +52,26 @@ def with_half(mean: float, ends: Sequence[float], digits: int = 0) -> str:
     return f"{written('score', mean)} ±{50 * (high - low):.{digits}f}"
 
 
-class Shown(NamedTuple):
-    """A piece of a cell: a number with its origin, or plain text.
-
-    Attributes:
-        text: As it is read.
-        path: JSON pointer (RFC 6901) into ``results.json``; empty for plain text.
-        value: The number itself, every digit.
-        form: Its key in `FORMS`.
-    """
-
-    text: str
-    path: str = ""
-    value: str = ""
-    form: str = ""
-
-
-Cell = str | tuple[Shown, ...]
-
-
-def number(results: Mapping[str, Any], form: str, *keys: str | int) -> Shown:
-    """The number that lies under ``keys``; a dash where it is null.
-
-    Args:
-        results: What ``results.json`` holds.
-        form: How it is written, of `FORMS`.
-        keys: Names and indices on the way to it.
-    """
-    value: Any = results
-    for key in keys:
-        value = value[key]
-    if value is None:
-        return Shown(ABSENT)
-    return Shown(FORMS[form](value), pointer(*keys), repr(value), form)
-
-
-def interval(results: Mapping[str, Any], form: str, *keys: str | int) -> tuple[Shown, ...]:
-    """The two numbers of an interval under ``keys``, in brackets."""
-    low, high = (number(results, form, *keys, end) for end in (0, 1))
-    return (Shown(" ("), low, Shown(" to "), high, Shown(")"))
-
-
-def pointer(*keys: str | int) -> str:
-    """The JSON pointer of a place."""
-    return "".join(f"/{str(key).replace('~', '~0').replace('/', '~1')}" for key in keys)
-
-
-def look_up(results: Any, path: str) -> Any:
-    """What lies under a JSON pointer."""
-    for part in path.removeprefix("/").split("/"):
-        key = part.replace("~1", "/").replace("~0", "~")
-        results = results[int(key)] if isinstance(results, list) else results[key]
-    return results
-
-
 class Table(NamedTuple):
     """Headings and rows of cells; the first cell of a row names it.
 
     Attributes:
         headings: Of the columns; a line break shortens a column in the terminal.
-        rows: A cell is text, or pieces that know where their number is from.
+        rows: Of the cells' text.
         title: Above it in the terminal.
         note: Below it in the terminal.
-        left: Headings of columns of words; the first column is one, others are set right.
+        left: Headings of columns of words, which may take several lines; others are numbers.
     """
 
     headings: Sequence[str]
-    rows: Sequence[Sequence[Cell]]
+    rows: Sequence[Sequence[str]]
     title: str = ""
     note: str = ""
     left: Sequence[str] = ()
 
     def markdown(self, *, right: bool = False) -> str:
         """The table as Markdown; columns but the first are set right if ``right``."""
-        rows = [self._words(), *map(self._texts, self.rows)]
+        rows = [self._words(), *self.rows]
         lines = [f"| {' | '.join(row)} |" for row in rows]
         lines.insert(1, "|---" + ("|---:" if right else "|---") * (len(self.headings) - 1) + "|")
         return "\n".join(lines)
@@ -140,23 +88,43 @@ class Table(NamedTuple):
 
     def _blocks(self, console: Console) -> list[RichTable]:
         """Tables of as many columns as the console has room for, each with the first column."""
-        from rich.measure import Measurement
-
-        unbounded, blocks, start = console.options.update(max_width=10_000), [], 1
+        blocks, start = [], 1
         while start < len(self.headings):
             for stop in range(len(self.headings), start, -1):
-                block = self._rich(range(start, stop), first=not blocks)
-                if Measurement.get(console, unbounded, block).maximum <= console.width:
+                widths = self._widths([0, *range(start, stop)])
+                while sum(widths.values()) + 2 * len(widths) - 2 > console.width:
+                    wide = max(widths, key=lambda index: widths[index] - self._least(index))
+                    if widths[wide] <= self._least(wide):
+                        break
+                    widths[wide] -= 1
+                else:
                     break
-            blocks.append(block)
+            blocks.append(self._rich(widths, first=not blocks))
             start = stop
         return blocks
 
-    def _rich(self, columns: Sequence[int], *, first: bool) -> RichTable:
+    def _widths(self, columns: Sequence[int]) -> dict[int, int]:
+        """Characters that each column needs."""
+        return {index: max(map(len, self._lines(index))) for index in columns}
+
+    def _least(self, index: int) -> int:
+        """Characters that a column can be folded to."""
+        lines = self._lines(index)
+        natural = max(map(len, lines))
+        if index == 0 or self.headings[index] not in self.left:
+            return natural
+        return max(min(WORDS, natural), *(len(word) for line in lines for word in line.split()))
+
+    def _lines(self, index: int) -> list[str]:
+        from rich.text import Text
+
+        cells = [self.headings[index], *(row[index] for row in self.rows)]
+        return [line for cell in cells for line in Text.from_markup(cell).plain.split("\n")]
+
+    def _rich(self, widths: Mapping[int, int], *, first: bool) -> RichTable:
         from rich import box
         from rich.table import Table as RichTable
 
-        shown = [0, *columns]
         table = RichTable(
             title=self.title if first and self.title else None,
             title_justify="left",
@@ -165,22 +133,20 @@ class Table(NamedTuple):
             show_edge=False,
             padding=(0, 0, 0, 1),
         )
-        for index in shown:
+        for index, width in widths.items():
             name = self.headings[index]
-            justify = "left" if index == 0 or name in self.left else "right"
+            left = index == 0 or name in self.left
             table.add_column(
-                name, justify=justify, vertical="bottom", no_wrap=name not in self.left
+                name,
+                justify="left" if left else "right",
+                vertical="top" if self.left else "bottom",
+                width=width,
+                overflow="fold",
             )
-        for row in map(self._texts, self.rows):
-            table.add_row(*(row[index] for index in shown))
+        for row in self.rows:
+            table.add_row(*(row[index] for index in widths))
         return table
 
     def _words(self) -> list[str]:
         """Headings in one line each."""
         return [name.replace("-\n", "-").replace("\n", " ") for name in self.headings]
-
-    @staticmethod
-    def _texts(row: Sequence[Cell]) -> list[str]:
-        return [
-            cell if isinstance(cell, str) else "".join(piece.text for piece in cell) for cell in row
-        ]

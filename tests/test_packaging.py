@@ -126,7 +126,7 @@ def test_constraints_pin_every_dependency_exactly():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     wanted = [*project["dependencies"], *extras["train"], *extras["eval"], *extras["data"]]
-    wanted += extras["gpu"]
+    wanted += extras["gpu"] + extras["serve"]
     pinned = {name.lower().replace("_", "-") for name in pins}
     assert [r for r in wanted if r.split(">=")[0].lower().replace("_", "-") not in pinned] == []
 

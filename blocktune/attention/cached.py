@@ -46,6 +46,7 @@ class CachePlan:
         query: Facts of the computed rows, ``(B, R)``.
         context_rows: Rows of chunk tokens among the query rows of each prompt, ``(B,)``.
         executed: Layers whose attention ran by this plan, in order.
+        columns: Columns that the rows were written into, ``(B, R)``, -1 for padding.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class CachePlan:
         self._windows: list[int | None] = []
         exists, stored = query.kind != Kind.PAD, key.kind != Kind.PAD
         self._reshaping = reshaping
-        self._columns = query.order.masked_fill(~exists, -1) if columns is None else columns
+        self.columns = query.order.masked_fill(~exists, -1) if columns is None else columns
         nothing = torch.zeros_like(key.kind)
         room = MaskRoom(kept_cells)
         self._band = RowBand(query, key, nothing, exists, stored, row_block=ROW_BLOCK, room=room)
@@ -79,7 +80,7 @@ class CachePlan:
         self.executed.append(rule.layer)
         self._windows.append(rule.window)
         if self._reshaping is not None:
-            out = self._reshaping.attend(self._band, self._columns, query, key, value, rule, params)
+            out = self._reshaping.attend(self._band, self.columns, query, key, value, rule, params)
             if out is not None:
                 return out.transpose(1, 2)
         if self._tails and (rule.window is None or rule.window >= key.shape[2]):

@@ -112,10 +112,7 @@ def usage_of(engine: Engine, pieces: Pieces, method: Method) -> Usage:
     return engine.start([pieces], method).answers(Sampling(), 1, (0,))[0].usage
 
 
-Work = Callable[[], object]
-
-
-def take_turns(works: Mapping[str, Work], repeats: int) -> dict[str, list[float]]:
+def take_turns(works: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
     """Times works in turn, so that other load on the machine affects all of them alike.
 
     Args:
@@ -152,7 +149,7 @@ def spread(values: list[float]) -> dict[str, float]:
 def matmul_rate(repeats: int = 5) -> float:
     """Floating-point operations per second of a square float32 product, the best of several."""
     left, right = torch.randn(PRODUCT, PRODUCT), torch.randn(PRODUCT, PRODUCT)
-    return 2 * PRODUCT**3 / _best(lambda: left @ right, repeats)
+    return 2 * PRODUCT**3 / min(take_turns({"": lambda: left @ right}, repeats)[""])
 
 
 def copy_rate(repeats: int = 5) -> float:
@@ -162,7 +159,7 @@ def copy_rate(repeats: int = 5) -> float:
     """
     source = torch.ones(COPIED, dtype=torch.uint8)
     target = torch.empty_like(source)
-    return COPIED / _best(lambda: target.copy_(source), repeats)
+    return COPIED / min(take_turns({"": lambda: target.copy_(source)}, repeats)[""])
 
 
 @contextmanager
@@ -174,7 +171,3 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _best(work: Work, repeats: int) -> float:
-    return min(min(seconds) for seconds in take_turns({"": work}, repeats).values())

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-import time
-import uuid
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
@@ -19,13 +16,9 @@ from torch import Tensor
 
 from blocktune.cache.chunk_kv import Entry
 from blocktune.cache.fingerprint import CACHE_FORMAT
-from blocktune.files import replacing
+from blocktune.cache.folder import ChunkFolder
 
 FORMAT = f"blocktune chunk {CACHE_FORMAT}"
-WRITING = ".writing"
-"""Folder inside a store for unfinished files: the same file system, so renaming is atomic."""
-_ABANDONED_S = 3600
-_KEY = re.compile(r"[0-9a-f]{64}")
 
 AnyEntry = TypeVar("AnyEntry", bound=Entry)
 
@@ -33,24 +26,31 @@ AnyEntry = TypeVar("AnyEntry", bound=Entry)
 class ChunkFile(Generic[AnyEntry]):
     """An open file of a store. Header and token ids are verified at once, tensors when read."""
 
-    def __init__(self, folder: Path, key: str, kind: type[AnyEntry]):
-        """Opens the entry of ``key``.
+    def __init__(self, folder: ChunkFolder, key: str, kind: type[AnyEntry] | None = None):
+        """Opens the entry of ``key``; without a ``kind`` only `verify` can use it.
 
         Raises:
             FileNotFoundError: If there is none.
-            ValueError: If the file is not what `write_chunk` wrote under this key; says why.
+            ValueError: If the file is not what `write_chunk` wrote under this key, or not signed
+                with the folder's key; says why.
         """
         self.kind = kind
         with _readable():
-            self._file = safe_open(chunk_path(folder, key), framework="pt")
+            descriptor = folder.open(key)
+            try:  # by its descriptor: the path may become something else meanwhile
+                self._file = safe_open(f"/dev/fd/{descriptor}", framework="pt")
+            finally:
+                os.close(descriptor)
             self._header = dict(self._file.metadata() or {})
-            checksum = self._header.pop("checksum", None)
-            self._sums = json.loads(self._header["checksums"])
+            checksum, signature = (self._header.pop(n, None) for n in ("checksum", "signature"))
+            self._sums = dict(json.loads(self._header["checksums"]))
             named = (self._header["format"], self._header["kind"], self._header["key"])
-        if named != (FORMAT, kind.kind, key):
+        wanted_kind = named[1] if kind is None else kind.kind
+        if named != (FORMAT, wanted_kind, key):
             raise ValueError("its header names another chunk or cache format")
         if checksum != _digest(self._header):
             raise ValueError("its header does not match its checksum")
+        folder.require_signed(self._header, signature)
         self.token_ids = self.read("token_ids")
 
     @property
@@ -60,7 +60,8 @@ class ChunkFile(Generic[AnyEntry]):
 
     def fact(self, name: str) -> int:
         """A number of the header."""
-        return int(self._header[name])
+        with _readable():
+            return int(self._header[name])
 
     def read(self, name: str) -> Tensor:
         """One tensor, verified, in memory of its own.
@@ -77,69 +78,35 @@ class ChunkFile(Generic[AnyEntry]):
 
     def entry(self) -> AnyEntry:
         """All of it, verified, on the CPU."""
-        return self.kind.restore(self._header, self.read, self.token_ids, self.fingerprint)
+        with _readable():
+            return self.kind.restore(self._header, self.read, self.token_ids, self.fingerprint)
+
+    def verify(self) -> None:
+        """Reads every tensor; raises as `read` does."""
+        for name in self._sums:
+            self.read(name)
 
 
-def read_chunk(folder: Path, key: str, kind: type[AnyEntry]) -> AnyEntry:
+def read_chunk(folder: ChunkFolder, key: str, kind: type[AnyEntry]) -> AnyEntry:
     """Reads one entry; raises as `ChunkFile` does."""
     return ChunkFile(folder, key, kind).entry()
 
 
-def chunk_path(folder: Path, key: str) -> Path:
-    """Where a chunk is stored: two levels of folders keep each of them short.
-
-    Raises:
-        ValueError: If the key is not one that `chunk_key` makes.
-    """
-    if not _KEY.fullmatch(key):
-        raise ValueError(f"a chunk key is 64 hex digits, see `chunk_key`; got {key!r}")
-    return folder / key[:2] / key[2:4] / f"{key}.safetensors"
-
-
-def open_folder(folder: Path) -> None:
-    """Makes the folder of a store, checks that it can be written, removes abandoned writes.
-
-    Raises:
-        ValueError: If it cannot be made or written.
-    """
-    try:
-        writing = folder / WRITING
-        writing.mkdir(parents=True, exist_ok=True)
-        probe = writing / uuid.uuid4().hex
-        probe.touch()
-        probe.unlink()
-        for file in writing.iterdir():
-            if time.time() - file.stat().st_mtime > _ABANDONED_S:
-                file.unlink(missing_ok=True)
-    except OSError as error:
-        raise ValueError(
-            f"cannot use '{folder}' as a chunk store: {error.strerror or error}; "
-            "name a folder that can be written"
-        ) from None
-
-
-def write_chunk(folder: Path, key: str, entry: Entry) -> int:
-    """Writes an entry so that readers see the old file, none, or the whole new one.
-
-    Several processes may write the same key at once: the last one stays.
+def write_chunk(folder: ChunkFolder, key: str, entry: Entry) -> int:
+    """Writes an entry, whole or not at all.
 
     Returns:
         Bytes written.
 
     Raises:
-        ValueError: If the disk refuses; nothing is left behind.
+        OSError: As `ChunkFolder.write` does.
     """
     entry = entry.to("cpu").compact()
     tensors = dict(entry.tensors()) | {"token_ids": entry.token_ids}
-    data = save(tensors, metadata=_metadata(key, entry, tensors))
-    try:
-        with replacing(chunk_path(folder, key), staging=folder / WRITING) as unfinished:
-            unfinished.write_bytes(data)
-    except OSError as error:
-        raise ValueError(
-            f"cannot write chunk {key[:12]} to '{folder}': {error.strerror or error}; "
-            "free space there or choose another store"
-        ) from None
+    header = _header(key, entry, tensors)
+    signed = {} if folder.secret is None else {"signature": folder.sign(header)}
+    data = save(tensors, metadata=header | {"checksum": _digest(header)} | signed)
+    folder.write(key, data)
     return len(data)
 
 
@@ -150,14 +117,14 @@ def _readable() -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise
-    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+    except (SafetensorError, OSError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"unreadable ({error})") from None
 
 
-def _metadata(key: str, entry: Entry, tensors: dict[str, Tensor]) -> dict[str, str]:
-    """The file's header: what the entry is, and checksums of each tensor and of the header."""
+def _header(key: str, entry: Entry, tensors: dict[str, Tensor]) -> dict[str, str]:
+    """The file's header: what the entry is, and a checksum of each tensor."""
     sums = {name: _checksum(name, tensor) for name, tensor in tensors.items()}
-    header = {
+    return {
         "format": FORMAT,
         "kind": entry.kind,
         "key": key,
@@ -165,7 +132,6 @@ def _metadata(key: str, entry: Entry, tensors: dict[str, Tensor]) -> dict[str, s
         "num_bytes": str(entry.num_bytes),
         "checksums": json.dumps(sums, sort_keys=True),
     } | {name: str(fact) for name, fact in entry.facts().items()}
-    return header | {"checksum": _digest(header)}
 
 
 def _digest(header: dict[str, str]) -> str:

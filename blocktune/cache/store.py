@@ -14,8 +14,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from blocktune.cache.chunk_file import chunk_path, open_folder, read_chunk, write_chunk
+from blocktune.cache.chunk_file import read_chunk, write_chunk
 from blocktune.cache.chunk_kv import ChunkKV, Entry
+from blocktune.cache.folder import ChunkFolder, chunk_path, is_taken, secret_from_environment
 
 Tier = Literal["memory", "disk", "none"]
 
@@ -40,12 +41,19 @@ class Lookup(NamedTuple):
 
 @dataclass
 class StoreStats:
-    """Counters since the store was opened. ``rejected`` ones are also counted as misses."""
+    """Counters since the store was opened.
+
+    ``rejected`` entries (damaged, forged, of other tokens or another model) are also counted as
+    misses; ``first_rejected`` says why the first was. ``unwritten`` ones could not be kept in the
+    folder.
+    """
 
     memory_hits: int = 0
     disk_hits: int = 0
     misses: int = 0
     rejected: int = 0
+    first_rejected: str = ""
+    unwritten: int = 0
     evictions: int = 0
     memory_bytes_read: int = 0
     disk_bytes_read: int = 0
@@ -54,6 +62,8 @@ class StoreStats:
     memory_chunks: int = 0
 
 
+RETRY_S = 10.0
+"""Seconds after a write that the disk refused in which nothing more is written."""
 _LOG = logging.getLogger(__name__)
 
 
@@ -64,20 +74,29 @@ class ChunkStore:
     entries of their own; all share the memory.
 
     What is found is compared with what is wanted (token ids and fingerprint) before it is handed
-    out. A file or entry that differs, or does not verify, is logged in one line, counted as
-    ``rejected`` and answered as a miss; the `put` that follows replaces it.
+    out. A file or entry that differs, or does not verify, is counted as ``rejected`` and answered
+    as a miss; the `put` that follows replaces it. The first is logged as a
+    warning, the others at level INFO.
+
+    A folder that cannot be written serves what it holds. One warning says so, and what could not
+    be kept is counted as ``unwritten``.
 
     Args:
         max_bytes: Memory for chunks, in bytes; 0 keeps none. Chunks that must leave memory stay
             in the folder, or are lost without one.
         folder: Every chunk put is also written here, one file each; None: memory only.
         device: Where chunks in memory live, and onto which those from the folder are loaded.
+        secret: Key that signs the entries of the folder (HMAC-SHA-256): others are rejected.
+            None: the environment's, see `blocktune.cache.folder.secret_from_environment`.
+        must_write: Whether a folder that cannot be written is an error, as for `blocktune encode`.
 
     Attributes:
+        warn_rejected: Whether the first rejected entry is a warning; the others are level INFO.
         notes: What plug-ins remember of this store while the process lives, by keys of their own.
 
     Raises:
-        ValueError: If there is nowhere to keep anything, or the folder cannot be written.
+        ValueError: If there is nowhere to keep anything, the folder is none, or the key is too
+            short; with ``must_write`` also if the folder cannot be written.
     """
 
     def __init__(
@@ -85,6 +104,9 @@ class ChunkStore:
         max_bytes: int = 4 << 30,
         folder: str | Path | None = None,
         device: torch.device | str = "cpu",
+        *,
+        secret: bytes | None = None,
+        must_write: bool = False,
     ):
         if max_bytes < 0 or (max_bytes == 0 and folder is None):
             raise ValueError(
@@ -97,8 +119,14 @@ class ChunkStore:
         self._chunks: OrderedDict[str, Entry] = OrderedDict()
         self._stats = StoreStats()
         self._lock = threading.RLock()
-        if self.folder is not None:
-            open_folder(self.folder)
+        self.must_write, self.warn_rejected = must_write, True
+        self._files, self._next_write, self._warned = None, 0.0, False
+        if folder is not None:
+            self._files = ChunkFolder(folder, secret or secret_from_environment())
+            try:
+                self._files.prepare()
+            except OSError as error:
+                self._unwritten(error)
 
     def get(
         self,
@@ -117,7 +145,7 @@ class ChunkStore:
         fingerprint: str,
         kind: type[Entry] = ChunkKV,
         *,
-        read: Callable[[Path, str, type[Entry]], Entry] = read_chunk,
+        read: Callable[[ChunkFolder, str, type[Entry]], Entry] = read_chunk,
         keep: bool = True,
     ) -> Lookup:
         """Looks for a chunk and says where it was and how long that took.
@@ -156,8 +184,8 @@ class ChunkStore:
         """Keeps a chunk, in the folder first, then in memory; replaces what was there.
 
         Raises:
-            ValueError: If it is larger than the memory allowed and there is no folder, or the
-                folder cannot be written.
+            ValueError: If it is larger than the memory allowed and there is no folder, or, with
+                ``must_write``, if the folder cannot be written.
         """
         if self.folder is None and kv.num_bytes > self.max_bytes:
             raise ValueError(
@@ -165,7 +193,7 @@ class ChunkStore:
                 f"hold {self.max_bytes:,}; allow more memory or give the store a folder"
             )
         kept = kv.to(self.device).compact()
-        written = 0 if self.folder is None else write_chunk(self.folder, key, kept)
+        written = self._write(key, kept)
         with self._lock:
             self._stats.disk_bytes_written += written
             self._remember(key, kept)
@@ -174,8 +202,30 @@ class ChunkStore:
         """Drops the entry of ``key``, if there is one, in memory and in the folder."""
         with self._lock:
             self._forget(key)
-        if self.folder is not None:
-            chunk_path(self.folder, key).unlink(missing_ok=True)
+        try:
+            if self._files is not None:
+                self._files.remove(key)
+        except OSError as error:
+            self._unwritten(error)
+
+    def describe(self, fingerprint: str, make: Callable[[], dict[str, Any]]) -> None:
+        """Writes the manifest of a model into the folder, unless it holds one.
+
+        Args:
+            fingerprint: The model's.
+            make: Makes the manifest, see `blocktune.cache.manifest`; called if it is missing.
+        """
+        if self._files is None or time.monotonic() < self._next_write:
+            return
+        try:
+            known = self._files.manifest(fingerprint) is not None
+        except (OSError, ValueError):
+            known = False  # damaged, or not signed: written anew
+        try:
+            if not known:
+                self._files.write_manifest(make())
+        except OSError as error:
+            self._unwritten(error)
 
     def clear(self) -> None:
         """Empties the memory; a folder keeps its files."""
@@ -192,13 +242,13 @@ class ChunkStore:
         """Whether there is an entry of ``key``; only `get` verifies it."""
         with self._lock:
             in_memory = key in self._chunks
-        return in_memory or (self.folder is not None and chunk_path(self.folder, key).is_file())
+        return in_memory or (self._files is not None and self._files.has(key))
 
     def __len__(self) -> int:
         """Chunks in memory or in the folder, each counted once."""
-        files = self.folder.glob("??/??/*.safetensors") if self.folder is not None else ()
+        files = () if self._files is None else self._files.keys()
         with self._lock:
-            return len({*self._chunks, *(path.stem for path in files)})
+            return len({*self._chunks, *files})
 
     def remember(self, key: str, kv: Entry) -> None:
         """Keeps in memory what was read from the folder."""
@@ -206,16 +256,19 @@ class ChunkStore:
             self._remember(key, kv)
 
     def _read(self, key: str, token_ids, fingerprint: str, kind, read) -> Entry | None:
-        if self.folder is None:
+        if self._files is None:
             return None
         try:
-            kv = read(self.folder, key, kind).to(self.device)
+            kv = read(self._files, key, kind).to(self.device)
         except FileNotFoundError:
             return None
         except ValueError as error:
             self._reject(f"{chunk_path(self.folder, key)}: {error}")
             return None
-        return kv if self._accept(kv, key, token_ids, fingerprint, kind) else None
+        if not self._accept(kv, key, token_ids, fingerprint, kind):
+            return None
+        self._files.touch(key)
+        return kv
 
     def _accept(self, kv: Entry, key: str, token_ids, fingerprint: str, kind: type[Entry]) -> bool:
         if kv.kind == kind.kind and kv.matches(token_ids, fingerprint):
@@ -226,9 +279,39 @@ class ChunkStore:
         return False
 
     def _reject(self, reason: str) -> None:
+        reason = reason.replace("\n", " ")
         with self._lock:
             self._stats.rejected += 1
-        _LOG.warning("cached chunk not used, it is encoded again: %s", reason.replace("\n", " "))
+            first = self.warn_rejected and not self._stats.first_rejected
+            self._stats.first_rejected = self._stats.first_rejected or reason
+        level = logging.WARNING if first else logging.INFO
+        more = "; more are counted, and named at level INFO" if first else ""
+        _LOG.log(level, "cached chunk not used, it is encoded again: %s%s", reason, more)
+
+    def _write(self, key: str, kv: Entry) -> int:
+        if self._files is None:
+            return 0
+        if self.must_write or time.monotonic() >= self._next_write:
+            try:
+                return write_chunk(self._files, key, kv)
+            except OSError as error:
+                self._unwritten(error)
+        with self._lock:
+            self._stats.unwritten += 1
+        return 0
+
+    def _unwritten(self, error: OSError) -> None:
+        """Says once that nothing is kept, and stops trying for a while if the disk refuses all."""
+        reason = f"cannot write to the store '{self.folder}': {error.strerror or error}"
+        if self.must_write:
+            raise ValueError(f"{reason}; free space there or choose another store") from None
+        with self._lock:
+            if not is_taken(error):
+                self._next_write = time.monotonic() + RETRY_S
+            warned, self._warned = self._warned, True
+        if not warned:
+            lost = "a chunk is" if is_taken(error) else "new chunks are"
+            _LOG.warning("%s; what it holds is used, %s not kept there", reason, lost)
 
     def _remember(self, key: str, kv: Entry) -> None:
         self._forget(key)

@@ -14,28 +14,20 @@ from torch import Tensor
 
 from blocktune.attention import SplitPlan
 from blocktune.check.serving import (
+    ALONE,
+    ASK,
+    SHORT,
     Check,
     all_visible,
+    batch_of,
     difference,
     forward_dense,
-    is_exact,
     tolerance_of,
 )
-from blocktune.data.example import RagExample
 from blocktune.engine import Engine
 from blocktune.layout import GLOBAL
 from blocktune.methods import Method, build
-from blocktune.prompt import Batch, Chunk, stack
-
-QUESTION = "Which of the two cities was founded first?"
-TEXTS = (
-    (
-        "Aldermere",
-        "Aldermere is a harbour city. It was founded in 1204 by fishermen from the coast.",
-    ),
-    (None, "Its old lighthouse was rebuilt twice and now holds a small museum of the sea."),
-    ("Norwick", "Norwick lies inland, two days from Aldermere. The town was founded in 1310."),
-)
+from blocktune.models.quantize import quantization_of
 
 
 def check_model(engine: Engine) -> list[Check]:
@@ -53,8 +45,7 @@ def check_model(engine: Engine) -> list[Check]:
 
 def _checks(engine: Engine) -> Iterator[Check]:
     seen: list[float] = []
-    example = _example(3)
-    full = engine.next_logits([example], "full-prefill")
+    full = engine.next_logits([ASK], "full-prefill")
     tolerance = tolerance_of(engine, full)
 
     def close(name: str, left: Tensor, right: Tensor) -> Check:
@@ -63,10 +54,10 @@ def _checks(engine: Engine) -> Iterator[Check]:
         return Check(name, moved <= tolerance, moved, tolerance)
 
     plain = _plain(engine)
-    block = _batch(engine, example, plain)
+    block = batch_of(engine, plain)
     dense = forward_dense(engine, block.input_ids, block.layout)[:, -1]
     visible = forward_dense(engine, *all_visible(block.input_ids, block.layout))[:, -1]
-    whole = _batch(engine, example, build("full-prefill"))
+    whole = batch_of(engine, build("full-prefill"))
     assert bool((whole.layout.group == GLOBAL).all())
     stock = engine.model(whole.input_ids, use_cache=False).logits[:, -1]
     yield close("full prefill = stock attention", full, stock)
@@ -77,32 +68,28 @@ def _checks(engine: Engine) -> Iterator[Check]:
         use_cache=False,
     )
     yield close("split = dense mask", split.logits[:, -1], dense)
-    yield close("cached chunks = dense mask", engine.next_logits([example], plain), dense)
+    yield close("cached chunks = dense mask", engine.next_logits([ASK], plain), dense)
     spec = engine.prompts.spec(plain)
     if not spec.num_learned:  # fresh tokens are not all that a question sees
         in_place = spec.placement == "sequential"  # elsewhere chunks share positions
         same = full if in_place else visible
         told = "full prefill" if in_place else "full attention at the same positions"
         for method in (build("epic", k=1 << 20), build("cacheblend", ratio=1.0)):
-            fresh = engine.next_logits([example], method)
+            fresh = engine.next_logits([ASK], method)
             name = "all tokens fresh" if method.name == "epic" else "ratio 1"
             yield close(f"{name} = {told}", fresh, same)
-    examples = [example, _example(1), _example(2)]
-    single = torch.cat([engine.next_logits([one], plain) for one in examples])
-    yield close("batch = single", engine.next_logits(examples, plain), single)
-    ids, after = engine.continued_logits(example, "full-prefill", num_tokens=2)
+    asks = [ASK, ALONE, SHORT]
+    single = torch.cat([engine.next_logits([ask], plain) for ask in asks])
+    yield close("batch = single", engine.next_logits(asks, plain), single)
+    ids, after = engine.continued_logits(ASK, "full-prefill", num_tokens=2)
     longer = torch.cat([whole.input_ids, whole.input_ids.new_tensor([ids])], dim=1)
     again = engine.model(longer, use_cache=False).logits[:, -1]
     yield close("decoding = one forward", after, again)
     moved = difference(dense, visible)
-    # In half precision, rounding is closer to the effect of a hidden chunk.
-    wanted = (10 if is_exact(engine) else 3) * max(seen)
+    # In half precision and int8, rounding is closer to the effect of a hidden chunk.
+    exact = engine.model.dtype == torch.float32 and quantization_of(engine.model) != "int8"
+    wanted = (10 if exact else 3) * max(seen)
     yield Check("hiding chunks from each other is seen", moved >= wanted, moved, wanted)
-
-
-def _example(num_chunks: int) -> RagExample:
-    chunks = tuple(Chunk(text, title) for title, text in TEXTS[:num_chunks])
-    return RagExample(question=QUESTION, chunks=chunks, answers=("Aldermere",))
 
 
 def _plain(engine: Engine) -> Method:
@@ -111,8 +98,3 @@ def _plain(engine: Engine) -> Method:
     if trained is None or not trained.num_learned:
         return build("naive")
     return build("kvlink" if trained.num_links else "kv-packet")
-
-
-def _batch(engine: Engine, example: RagExample, method: Method) -> Batch:
-    pieces, spec = engine.prompts.pieces(example, method), engine.prompts.spec(method)
-    return stack([engine.prompts.prompt(pieces, spec)], pad_id=0).to(engine.model.device)

@@ -16,7 +16,7 @@ from blocktune.engine.generation import Generation
 from blocktune.layout import GLOBAL, Kind, Layout
 from blocktune.methods import Method
 from blocktune.models.quantize import quantization_of
-from blocktune.prompt import Chunk, LayoutSpec, stack
+from blocktune.prompt import Batch, Chunk, LayoutSpec, stack
 
 
 @dataclass(frozen=True)
@@ -87,11 +87,6 @@ def tolerance_of(engine: Engine, logits: Tensor) -> float:
     return share * max(1.0, float(logits.float().abs().max()))
 
 
-def is_exact(engine: Engine) -> bool:
-    """Whether equal computations differ only by float32 rounding."""
-    return engine.model.dtype == torch.float32 and quantization_of(engine.model) != "int8"
-
-
 def difference(left: Tensor, right: Tensor) -> float:
     """Largest absolute difference."""
     return float((left.float() - right.float()).abs().max())
@@ -103,21 +98,13 @@ RowChange = Callable[[Tensor, Layout], tuple[Tensor, Layout]]
 
 
 class Served(NamedTuple):
-    """A request after its prefill.
+    """A request after its prefill."""
 
-    Attributes:
-        logits: After the prompt, ``(V,)``.
-        states: Keys and values of each layer, ``(1, K, N, D)`` each.
-        computed: Columns of the chunk tokens that each pass computed.
-        question_start: Column at which the question begins.
-        last_chunk_start: Column at which the last chunk begins, or the question without a chunk.
-    """
-
-    logits: Tensor
-    states: tuple[tuple[Tensor, Tensor], ...]
-    computed: tuple[tuple[int, ...], ...]
-    question_start: int
-    last_chunk_start: int
+    logits: Tensor  # after the prompt, (V,)
+    states: tuple[tuple[Tensor, Tensor], ...]  # keys and values of each layer, (1, K, N, D) each
+    computed: tuple[tuple[int, ...], ...]  # columns of the chunk tokens that each pass computed
+    question_start: int  # column
+    last_chunk_start: int  # column; that of the question without a chunk
 
 
 @dataclass(frozen=True)
@@ -169,8 +156,7 @@ class Subject:
         key = facts_served(method), rows
         if key not in self.known:
             engine = self.begin()
-            prompt = engine.lay_out(engine.prompts.pieces(ASK, method), method)
-            batch = stack([prompt], pad_id=0).to(engine.model.device)
+            batch = batch_of(engine, method)
             ids, layout = batch.input_ids, batch.layout
             if rows is not None:
                 ids, layout = rows(ids, layout)
@@ -213,6 +199,12 @@ def computed_columns(run: Generation) -> tuple[tuple[int, ...], ...]:
     """Columns of the first prompt's chunk tokens that each pass computed."""
     rows = [plan.query.map(lambda field: field[0]) for plan in run.prefill.plans]
     return tuple(tuple(one.order[one.kind == Kind.CHUNK].tolist()) for one in rows)
+
+
+def batch_of(engine: Engine, method: Method) -> Batch:
+    """The prompt of `ASK`, laid out as the engine serves it."""
+    prompt = engine.lay_out(engine.prompts.pieces(ASK, method), method)
+    return stack([prompt], pad_id=0).to(engine.model.device)
 
 
 def forward_dense(engine: Engine, ids: Tensor, layout: Layout) -> Tensor:

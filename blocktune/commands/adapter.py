@@ -8,33 +8,18 @@ from typing import Annotated
 
 import typer
 
-from blocktune.commands.options import AsJson, Device, Dtype, quiet_libraries, teach
+from blocktune.commands import command
+from blocktune.commands import options as opt
 
 
-def add_to(app: typer.Typer) -> None:
-    """Registers the commands."""
-    app.command(
-        "merge",
-        epilog=teach(
-            "blocktune merge out/block --output out/merged",
-            "blocktune answer --adapter out/merged -i questions.jsonl --method block-attention",
-            "blocktune merge out/kvlink --output out/merged --links added_tokens",
-            "An adapter trained on a 4-bit base is merged into the base's weights as plain "
-            "numbers; the command measures what quantising the result again would lose.",
-        ),
-    )(merge)
-    app.command(
-        "push",
-        epilog=teach(
-            "blocktune push out/block --repo USER/NAME --dry-run   # show the files and the card",
-            "blocktune push out/block --repo USER/NAME --results out/eval/results.json",
-            "blocktune push out/block --repo USER/NAME --base-model ORG/BASE --license apache-2.0",
-            "blocktune answer --adapter USER/NAME -i questions.jsonl --method block-attention",
-            "Log in first with `hf auth login`, or set HF_TOKEN.",
-        ),
-    )(push)
-
-
+@command(
+    "merge",
+    "blocktune merge out/block --output out/merged",
+    "blocktune answer --adapter out/merged -i questions.jsonl --method block-attention",
+    "blocktune merge out/kvlink --output out/merged --links added_tokens",
+    "An adapter trained on a 4-bit base is merged into the base's weights as plain "
+    "numbers; the command measures what quantising the result again would lose.",
+)
 def merge(
     adapter: Annotated[str, typer.Argument(help="A folder, or USER/NAME\\[@REVISION].")],
     output: Annotated[Path, typer.Option("--output", "-o", help="New folder for the model.")],
@@ -48,12 +33,12 @@ def merge(
             "vocabulary). Default: as trained."
         ),
     ] = None,
-    dtype: Dtype = "auto",
-    device: Device = None,
-    as_json: AsJson = False,
+    dtype: opt.Dtype = "auto",
+    device: opt.Device = None,
+    as_json: opt.AsJson = False,
 ) -> None:
     """Merge an adapter into its base and report how far the logits move."""
-    quiet_libraries()
+    opt.quiet_libraries()
     from blocktune.adapter.merge import merge_adapter
 
     report = merge_adapter(adapter, output, model=model, dtype=dtype, device=device, links=links)
@@ -73,6 +58,14 @@ def merge(
         )
 
 
+@command(
+    "push",
+    "blocktune push out/block --repo USER/NAME --dry-run   # show the files and the card",
+    "blocktune push out/block --repo USER/NAME --results out/eval/results.json",
+    "blocktune push out/block --repo USER/NAME --base-model ORG/BASE --license apache-2.0",
+    "blocktune answer --adapter USER/NAME -i questions.jsonl --method block-attention",
+    "Log in first with `hf auth login`, or set HF_TOKEN.",
+)
 def push(
     adapter: Annotated[Path, typer.Argument(help="Folder from `blocktune train` or `merge`.")],
     repo: Annotated[str, typer.Option(help="USER/NAME on the HF Hub; created if missing.")],
@@ -99,11 +92,11 @@ def push(
         str | None,
         typer.Option("--model", "-m", help="Base model for the check. Default: the adapter's own."),
     ] = None,
-    dtype: Dtype = "auto",
-    device: Device = None,
+    dtype: opt.Dtype = "auto",
+    device: opt.Device = None,
 ) -> None:
     """Publish an adapter on the Hugging Face Hub, if `blocktune check` passes on it."""
-    quiet_libraries()
+    opt.quiet_libraries()
     from rich.console import Console
 
     from blocktune.hub import CardFacts, prepare, send, show

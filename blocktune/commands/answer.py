@@ -1,4 +1,4 @@
-"""`blocktune answer`."""
+"""`blocktune answer` and `blocktune encode`."""
 
 from __future__ import annotations
 
@@ -7,53 +7,36 @@ from typing import Annotated
 
 import typer
 
-from blocktune.commands.options import (
-    PROMPT,
-    Adapter,
-    AsJson,
-    Device,
-    Dtype,
-    Format,
-    Instruction,
-    Limit,
-    Model,
-    Quantize,
-    Store,
-    System,
-    load_engine,
-    reworded,
-    teach,
-)
+from blocktune.commands import command
+from blocktune.commands import options as opt
+from blocktune.commands.errors import resumable
 
 DECODING = "Decoding"
 
 
-def add_to(app: typer.Typer) -> None:
-    """Registers the command."""
-    app.command(
-        "answer",
-        epilog=teach(
-            "blocktune answer -m data/tiny -q 'Where is Anna?' -c 'Anna is in Kirby.'",
-            "blocktune answer -m M -i q.jsonl --method cacheblend --param ratio=0.3",
-            "blocktune answer -m M -i q.jsonl --adapter A --method 'kvlink + deviation 15 %'",
-            "blocktune answer -m M -i q.jsonl --system 'Be brief.' -o answers.jsonl",
-            "Encode chunks once, reuse them in later runs, and write the answers to a file:",
-            "blocktune answer -m M --adapter out/block --method block-attention",
-            "    --store cache/ -i questions.jsonl -o answers.jsonl",
-            "A stopped command that writes to a file continues where it stopped: repeat it.",
-        ),
-    )(answer)
-
-
+@command(
+    "answer",
+    "blocktune answer -m data/tiny -q 'Where is Anna?' -c 'Anna is in Kirby.'",
+    "blocktune answer -m M -i q.jsonl --method cacheblend --param ratio=0.3",
+    "blocktune answer -m M -i q.jsonl --adapter A --method 'kvlink + deviation 15 %'",
+    "blocktune answer -m M -i q.jsonl --system 'Be brief.' -o answers.jsonl",
+    "Encode chunks once, reuse them in later runs, and write the answers to a file:",
+    "blocktune answer -m M --adapter out/block --method block-attention",
+    "    --store cache/ -i questions.jsonl -o answers.jsonl",
+    "A stopped command that writes to a file continues where it stopped: repeat it.",
+)
 def answer(
     question: Annotated[
         str | None,
-        typer.Option("--question", "-q", help="One question.", rich_help_panel=PROMPT),
+        typer.Option("--question", "-q", help="One question.", rich_help_panel=opt.PROMPT),
     ] = None,
     chunk: Annotated[
         list[str] | None,
         typer.Option(
-            "--chunk", "-c", help="A passage for --question; repeatable.", rich_help_panel=PROMPT
+            "--chunk",
+            "-c",
+            help="A passage for --question; repeatable.",
+            rich_help_panel=opt.PROMPT,
         ),
     ] = None,
     source: Annotated[
@@ -62,31 +45,31 @@ def answer(
             "--input",
             "-i",
             help="Questions with their chunks: JSONL or any data source.",
-            rich_help_panel=PROMPT,
+            rich_help_panel=opt.PROMPT,
         ),
     ] = None,
-    limit: Limit = None,
-    instruction: Instruction = None,
-    system: System = None,
-    wording: Format = None,
+    limit: opt.Limit = None,
+    instruction: opt.Instruction = None,
+    system: opt.System = None,
+    wording: opt.Format = None,
     show_prompt: Annotated[
         bool,
         typer.Option(
-            "--show-prompt", help="Print the prompt, row by row, first.", rich_help_panel=PROMPT
+            "--show-prompt", help="Print the prompt, row by row, first.", rich_help_panel=opt.PROMPT
         ),
     ] = False,
-    model: Model = None,
-    adapter: Adapter = None,
-    dtype: Dtype = "auto",
-    quantize: Quantize = None,
-    device: Device = None,
+    model: opt.Model = None,
+    adapter: opt.Adapter = None,
+    dtype: opt.Dtype = "auto",
+    quantize: opt.Quantize = None,
+    device: opt.Device = None,
     method: Annotated[
         str, typer.Option(help="Reuse method, see `blocktune methods`; 'A + B 15 %' composes.")
     ] = "naive",
     param: Annotated[
         list[str] | None, typer.Option(help="Parameter of the method, as name=value; repeatable.")
     ] = None,
-    store: Store = None,
+    store: opt.Store = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions per batch.")] = 8,
     output: Annotated[
         Path | None,
@@ -100,7 +83,7 @@ def answer(
     stream: Annotated[
         bool, typer.Option("--stream", help="Print one answer while it is generated.")
     ] = False,
-    as_json: AsJson = False,
+    as_json: opt.AsJson = False,
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="Longest answer, in tokens.", rich_help_panel=DECODING)
     ] = 32,
@@ -137,8 +120,8 @@ def answer(
     built = ways.build_method(method, param or [])
     sampling = ways.Sampling(temperature, top_k, top_p, seed)
     held = store is not None and ways.holds_chunks(store)
-    engine = load_engine(model, adapter, store, dtype, device, quantize)
-    engine = reworded(engine, instruction, system, wording)
+    engine = opt.load_engine(model, adapter, store, dtype, device, quantize)
+    engine = opt.reworded(engine, instruction, system, wording)
     run = ways.Run(engine, built, max_new_tokens, sampling, batch_size)
     run.require_room(examples)
     if show_prompt:
@@ -150,3 +133,56 @@ def answer(
     else:
         run.print_answers(examples, as_json)
     ways.report_store(engine.store, held)
+
+
+@command(
+    "encode",
+    "blocktune encode --input docs.jsonl --store cache/ --model data/tiny",
+    "blocktune encode --input questions.jsonl --store cache/ --model M --adapter out/block",
+    'A line of docs.jsonl: {"text": "...", "title": "..."}, or a question with "chunks".',
+    "A stopped command continues where it stopped: repeat it.",
+)
+def encode(
+    documents: Annotated[
+        Path,
+        typer.Option(
+            "--input", "-i", help="Chunks or questions, JSONL.", rich_help_panel=opt.PROMPT
+        ),
+    ],
+    store: Annotated[Path, typer.Option(help="Folder for the encoded chunks.")],
+    instruction: opt.Instruction = None,
+    system: opt.System = None,
+    wording: opt.Format = None,
+    model: opt.Model = None,
+    adapter: opt.Adapter = None,
+    dtype: opt.Dtype = "auto",
+    quantize: opt.Quantize = None,
+    device: opt.Device = None,
+) -> None:
+    """Encode chunks ahead of time into a folder that `answer --store` reads."""
+    from rich.console import Console
+
+    from blocktune.cache import ChunkStore
+    from blocktune.data import load_chunks
+
+    chunks = load_chunks(documents)
+    if not chunks:
+        raise ValueError(f"{documents}: no chunk in it; give one per line")
+    # Before a model is loaded; on the CPU, since nothing is read back.
+    kept = ChunkStore(folder=store, must_write=True)
+    engine = opt.load_engine(model, adapter, kept, dtype, device, quantize)
+    engine = opt.reworded(engine, instruction, system, wording)
+    status = Console(stderr=True).status(f"encoding {len(chunks):,} chunks")
+    with resumable(f"the chunks so far are in {store}"), status:
+        report = engine.encode(chunks)
+    known = report.num_chunks - report.num_encoded
+    stats = kept.stats()
+    written = stats.disk_bytes_written
+    each = f", {written / report.num_tokens / 1e3:,.1f} kB a token" if report.num_tokens else ""
+    typer.echo(
+        f"encoded {report.num_encoded:,} chunks ({report.num_tokens:,} tokens) in "
+        f"{report.encode_s:.1f} s, {known:,} were there; {written / 1e6:,.1f} MB written to "
+        f"{store}{each}"
+    )
+    if problem := opt.rejected(stats, store):
+        typer.echo(problem, err=True)

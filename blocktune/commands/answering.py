@@ -19,6 +19,7 @@ from rich.text import Text
 
 from blocktune.cache import ChunkStore
 from blocktune.commands.errors import resumable
+from blocktune.commands.options import rejected
 from blocktune.data import RagExample, load_examples
 from blocktune.engine import Answer, Engine, Sampling, Usage
 from blocktune.files import append_lines, locked, truncate_lines, whole_lines
@@ -110,7 +111,9 @@ class Run:
         console = Console()
         for example, answer in self._answers(examples, quiet=not as_json):
             if as_json:
-                typer.echo(json.dumps(self._record(example, answer), ensure_ascii=False))
+                typer.echo(
+                    json.dumps(self._record(example, answer), ensure_ascii=False, default=str)
+                )
             else:
                 console.print(_panel(example, answer, self.method.name))
 
@@ -133,7 +136,7 @@ class Run:
             truncate_lines(output, done)
             for number, pair in enumerate(self._answers(examples[done:]), start=done):
                 record = self._record(*pair) | {"key": keys[number]}
-                append_lines(output, [json.dumps(record, ensure_ascii=False)])
+                append_lines(output, [_line(record)])
         before = f", {done:,} were there" if done else ""
         typer.echo(f"wrote {len(keys) - done:,} answers to {output}{before}")
 
@@ -145,33 +148,29 @@ class Run:
         console = Console(stderr=True)
         for start in track(starts, "answering", console=console, disable=quiet or len(starts) < 2):
             batch = examples[start : start + self.batch_size]
-            answers = self.engine.answer(
-                batch,
-                self.method,
-                max_new_tokens=self.max_new_tokens,
-                sampling=self.sampling,
-                batch_size=self.batch_size,
-            )
+            decoding = {"max_new_tokens": self.max_new_tokens, "sampling": self.sampling}
+            answers = self.engine.answer(batch, self.method, batch_size=len(batch), **decoding)
             yield from zip(batch, answers, strict=True)
 
     def _record(self, example: RagExample, answer: Answer) -> dict[str, Any]:
         usage = answer.usage
         derived = {"recompute_ratio": usage.recompute_ratio, "ttft_s": usage.ttft_s}
-        return {
-            "id": example.id,
-            "question": example.question,
-            "answer": answer.text,
-            "method": self.method.name,
-            "usage": asdict(usage) | derived,
-        }
+        record = {"id": example.id, "question": example.question, "answer": answer.text}
+        record |= {"method": self.method.name, "usage": asdict(usage) | derived}
+        if any(chunk.metadata for chunk in answer.chunks):
+            record["chunks"] = [dict(chunk.metadata) for chunk in answer.chunks]
+        return record
 
     def _key(self, example: RagExample, method: Sequence[str]) -> str:
         sampled = [asdict(self.sampling), self.batch_size] if self.sampling.temperature else []
         weights = [self.engine.fingerprint, self.engine.format.to_dict()]
         parts = [weights, list(method), self.max_new_tokens, sampled, example.to_json()]
-        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[
-            :16
-        ]
+        text = json.dumps(parts, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False, default=str)
 
 
 def _answered(output: Path, keys: Sequence[str]) -> int:
@@ -210,7 +209,11 @@ def report_store(store: ChunkStore, held: bool) -> None:
             "; the chunks in it are other passages, or of another model, adapter, dtype, "
             "quantisation or wording"
         )
+    if stats.unwritten:
+        line += f", {stats.unwritten:,} of them not kept: the store cannot be written"
     typer.echo(line, err=True)
+    if problem := rejected(stats, store.folder):
+        typer.echo(problem, err=True)
 
 
 def _panel(example: RagExample, answer: Answer, method: str) -> Panel:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from enum import StrEnum
 from itertools import repeat
@@ -13,21 +13,11 @@ from urllib.parse import urlencode
 
 import typer
 
-from blocktune.commands.options import (
-    Adapter,
-    AsJson,
-    Device,
-    Dtype,
-    Model,
-    load_engine,
-    quiet_libraries,
-    teach,
-)
+from blocktune.commands import app, command, teach
+from blocktune.commands import options as opt
 
 if TYPE_CHECKING:
     from blocktune.data import RagExample
-    from blocktune.data.regenerate import Regenerated
-    from blocktune.engine import Engine, Sampling
 
 HELP = """Find, make and look at data.
 
@@ -56,8 +46,6 @@ Counter = Annotated[
         "--tokenizer", help="Tokenizer used to measure lengths: a folder or a name on the HF Hub."
     ),
 ]
-Ask = Callable[[Sequence["RagExample"], int], list[str]]
-"""``(batch, its number) -> answers``."""
 
 
 class Mode(StrEnum):
@@ -67,141 +55,86 @@ class Mode(StrEnum):
     full = "full"
 
 
-def add_to(app: typer.Typer) -> None:
-    """Registers the group."""
-    group = typer.Typer(
-        no_args_is_help=True,
-        help=HELP,
-        rich_markup_mode="rich",
-        epilog=teach(
-            "blocktune data list",
-            "blocktune data show 'worlds:test?n=3' --model data/tiny",
-            "blocktune data write rows.parquet --fields question=q,chunks=docs -o rows.jsonl",
-            "blocktune data passages nq --corpus wiki.jsonl --k 10 -o nq.jsonl",
-            "blocktune data answer nq.jsonl --model M -o nq-own-words.jsonl",
-            "blocktune data mix mixture.yaml",
-        ),
-    )
-    for name, command in COMMANDS.items():
-        group.command(name, epilog=teach(*EXAMPLES[name]))(command)
-    app.add_typer(group, name="data")
-
-
-EXAMPLES = {
-    "list": (
+group = typer.Typer(
+    no_args_is_help=True,
+    help=HELP,
+    rich_markup_mode="rich",
+    epilog=teach(
         "blocktune data list",
-        "blocktune data list --json",
-        "A data set is downloaded from the Hugging Face Hub when it is first read.",
-    ),
-    "show": (
-        "blocktune data show musique --index 3",
-        "blocktune data show 'worlds:train?n=5' --model data/tiny",
-        "blocktune data show chat.jsonl --model M --adapter out/kvlink",
-    ),
-    "write": (
-        "blocktune data write 'needle:?lengths=1024,4096' --tokenizer M -o needle.jsonl",
-        "blocktune data write 'tulu-3?split=train' --limit 20000 -o chat.jsonl",
-        "blocktune data write rows.csv --fields question=input,chunks=context -o rows.jsonl",
-    ),
-    "worlds": (
-        "blocktune data worlds --output test.jsonl --split test --n 500",
-        "blocktune data worlds -o hop.jsonl --kinds 2-hop,comparison --passages 4-10 --seed 3",
-    ),
-    "passages": (
-        "BM25 over a corpus, one passage a record:",
-        "blocktune data passages nq --split train --corpus wiki.jsonl -o nq.jsonl",
-        "Your own retriever's file, one {id or question, passages} a line, best first:",
-        "blocktune data passages questions.jsonl --retrieved dpr.jsonl -o out.jsonl",
-        "The best of a question's own passages, such as TriviaQA's evidence:",
-        "blocktune data passages triviaqa --own --k 10 -o triviaqa.jsonl",
-    ),
-    "answer": (
-        "blocktune data answer train.jsonl --model M -o own-words.jsonl",
-        "blocktune data answer '2wikimultihopqa?split=train' --limit 2000 -m M -o w.jsonl",
-        "blocktune data answer q.jsonl -m M -o a.jsonl --temperature 0.7 --only-correct",
-        "To continue a run that was stopped, repeat the command.",
-    ),
-    "mix": (
+        "blocktune data show 'worlds:test?n=3' --model data/tiny",
+        "blocktune data write rows.parquet --fields question=q,chunks=docs -o rows.jsonl",
+        "blocktune data passages nq --corpus wiki.jsonl --k 10 -o nq.jsonl",
+        "blocktune data answer nq.jsonl --model M -o nq-own-words.jsonl",
         "blocktune data mix mixture.yaml",
-        "blocktune data mix mixture.yaml --tokenizer M -o mixed.jsonl",
-        "A mixture in YAML: every example of two sources, one of them in both modes:",
-        "  draw: duplication        # or sampling, with size: 10000 and weights as shares",
-        "  seed: 0",
-        "  parts:",
-        "    - {source: '2wikimultihopqa?split=train', mode: both, limit: 20000}",
-        "    - {source: 'tulu-3?split=train', mode: full, weight: 0.5, chunker: message}",
-        "  A part may also hold augment: {shuffle: true, num_chunks: [4, 10]}.",
     ),
-}
+)
+app.add_typer(group, name="data")
 
 
-def show_list(as_json: AsJson = False) -> None:
+@command(
+    "list",
+    "blocktune data list",
+    "blocktune data list --json",
+    "A data set is downloaded from the Hugging Face Hub when it is first read.",
+    of=group,
+)
+def show_list(as_json: opt.AsJson = False) -> None:
     """List data sets with their licences, generators, record shapes and chunkers."""
-    if as_json:
-        typer.echo(json.dumps(_facts(), indent=2, ensure_ascii=False))
-        return
-    from rich.console import Console
+    from dataclasses import asdict
 
+    from rich.console import Console
+    from rich.table import Table
+
+    from blocktune.data.chunking import CHUNKERS
+    from blocktune.data.sources.catalog import CATALOG
+    from blocktune.data.sources.options import generators
+    from blocktune.data.sources.shapes import SHAPES
+    from blocktune.registry import summary_of
+
+    chunkers = {name: summary_of(cls) for name, cls in sorted(CHUNKERS.table().items())}
+    if as_json:
+        made = {
+            name: {"example": entry.example, "becomes": entry.becomes}
+            for name, entry in generators().items()
+        }
+        shapes = {one.key: {"fields": list(one.keys), "chunker": one.chunker} for one in SHAPES}
+        facts = {"data_sets": {name: asdict(entry) for name, entry in CATALOG.items()}}
+        facts |= {"generators": made, "shapes": shapes, "chunkers": chunkers}
+        typer.echo(json.dumps(facts, indent=2, ensure_ascii=False))
+        return
     console = Console()
     if not console.is_terminal:
         console = Console(width=120)
-    for table in _tables():
-        console.print(table)
-        console.print()
+
+    def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+        table = Table(title=title)
+        for column in columns:
+            table.add_column(column, overflow="fold")  # names are there to be copied
+        for row in rows:
+            table.add_row(*row)
+        console.print(table, "")
+
+    print_table(
+        "data sets",
+        ("name", "on the Hub", "licence", "a record becomes"),
+        ((name, e.at, e.licence, e.becomes) for name, e in CATALOG.items()),
+    )
+    rows = ((entry.example, entry.becomes) for entry in generators().values())
+    print_table("generators", ("source", "an example is"), rows)
+    fields = {one.key: " or ".join(map(", ".join, one.keys)) or "(name it)" for one in SHAPES}
+    rows = ((one.key, fields[one.key], one.chunker or "(has chunks)") for one in SHAPES)
+    print_table("record shapes of files", ("as=", "told by the fields", "cut by"), rows)
+    rows = ((name, summary.replace("``", "")) for name, summary in chunkers.items())
+    print_table("chunkers", ("chunker=", "what it does"), rows)
 
 
-def _facts() -> dict:
-    from dataclasses import asdict
-
-    from blocktune.data.chunking import CHUNKERS
-    from blocktune.data.sources import CATALOG, SHAPES, generators
-    from blocktune.registry import summary_of
-
-    return {
-        "data_sets": {name: asdict(entry) for name, entry in CATALOG.items()},
-        "generators": {
-            name: {"example": entry.example, "becomes": entry.becomes}
-            for name, entry in generators().items()
-        },
-        "shapes": {
-            shape.key: {"fields": list(shape.keys), "chunker": shape.chunker} for shape in SHAPES
-        },
-        "chunkers": {name: summary_of(cls) for name, cls in sorted(CHUNKERS.table().items())},
-    }
-
-
-def _tables():
-    facts = _facts()
-    table = _table("data sets", "name", "on the Hub", "licence", "a record becomes")
-    for name, entry in facts["data_sets"].items():
-        hub = entry["hub"] + (f":{entry['config']}" if entry["config"] else "")
-        table.add_row(name, hub, entry["licence"], entry["becomes"])
-    yield table
-    table = _table("generators", "source", "an example is")
-    for entry in facts["generators"].values():
-        table.add_row(entry["example"], entry["becomes"])
-    yield table
-    table = _table("record shapes of files", "as=", "told by the fields", "cut by")
-    for name, entry in facts["shapes"].items():
-        fields = " or ".join(", ".join(keys) for keys in entry["fields"])
-        table.add_row(name, fields or "(name it)", entry["chunker"] or "(has chunks)")
-    yield table
-    table = _table("chunkers", "chunker=", "what it does")
-    for name, summary in facts["chunkers"].items():
-        table.add_row(name, summary.replace("``", ""))
-    yield table
-
-
-def _table(title: str, *columns: str):
-    """A table that folds what is too long: names are there to be copied."""
-    from rich.table import Table
-
-    table = Table(title=title)
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
-
-
+@command(
+    "show",
+    "blocktune data show musique --index 3",
+    "blocktune data show 'worlds:train?n=5' --model data/tiny",
+    "blocktune data show chat.jsonl --model M --adapter out/kvlink",
+    of=group,
+)
 def show(
     source: Source,
     index: Annotated[int, typer.Option(min=0, help="Which example, from 0.")] = 0,
@@ -269,6 +202,13 @@ def _show_rows(example: RagExample, tokenizer, adapter: str | None, mode: Mode) 
     typer.echo(f"\n{total:,} tokens in {len(pieces.chunks)} chunks; {len(prompt.ids):,} rows")
 
 
+@command(
+    "write",
+    "blocktune data write 'needle:?lengths=1024,4096' --tokenizer M -o needle.jsonl",
+    "blocktune data write 'tulu-3?split=train' --limit 20000 -o chat.jsonl",
+    "blocktune data write rows.csv --fields question=input,chunks=context -o rows.jsonl",
+    of=group,
+)
 def write(
     source: Source,
     output: Output,
@@ -279,13 +219,19 @@ def write(
 ) -> None:
     """Write any source as JSON lines, one example with its chunks a line."""
     counter = _tokenizer(tokenizer)
-    from blocktune.data.attribution import with_data_sets
+    from blocktune.data.sources.catalog import with_data_sets
 
     examples = _load(source, fields, limit=limit, split=split, tokenizer=counter)
     count = _write(output, with_data_sets(examples, source))
     typer.echo(f"wrote {count:,} examples to {output}")
 
 
+@command(
+    "worlds",
+    "blocktune data worlds --output test.jsonl --split test --n 500",
+    "blocktune data worlds -o hop.jsonl --kinds 2-hop,comparison --passages 4-10 --seed 3",
+    of=group,
+)
 def worlds(
     output: Output,
     n: Annotated[int, typer.Option(min=1, help="Number of questions.")] = 500,
@@ -307,6 +253,16 @@ def worlds(
     typer.echo(f"wrote {count:,} questions to {output}")
 
 
+@command(
+    "passages",
+    "BM25 over a corpus, one passage a record:",
+    "blocktune data passages nq --split train --corpus wiki.jsonl -o nq.jsonl",
+    "Your own retriever's file, one {id or question, passages} a line, best first:",
+    "blocktune data passages questions.jsonl --retrieved dpr.jsonl -o out.jsonl",
+    "The best of a question's own passages, such as TriviaQA's evidence:",
+    "blocktune data passages triviaqa --own --k 10 -o triviaqa.jsonl",
+    of=group,
+)
 def passages(
     source: Source,
     output: Output,
@@ -331,11 +287,11 @@ def passages(
     """Give questions their passages: by BM25, from your own retriever, or the best of their own."""
     if [corpus is not None, retrieved is not None, own].count(True) != 1:
         raise ValueError("give one of --corpus FILE, --retrieved FILE and --own")
-    quiet_libraries()
+    opt.quiet_libraries()
     from blocktune.data import load_chunks, retrieval
     from blocktune.data.answers import holds_answer, is_verdict
-    from blocktune.data.attribution import with_data_sets
-    from blocktune.data.sources import with_fields
+    from blocktune.data.sources.catalog import with_data_sets
+    from blocktune.data.sources.options import with_fields
 
     whole = None
     if own:
@@ -363,11 +319,19 @@ def passages(
     )
 
 
+@command(
+    "answer",
+    "blocktune data answer train.jsonl --model M -o own-words.jsonl",
+    "blocktune data answer '2wikimultihopqa?split=train' --limit 2000 -m M -o w.jsonl",
+    "blocktune data answer q.jsonl -m M -o a.jsonl --temperature 0.7 --only-correct",
+    "To continue a run that was stopped, repeat the command.",
+    of=group,
+)
 def answer(
     source: Source,
     output: Output,
-    model: Model = None,
-    adapter: Adapter = None,
+    model: opt.Model = None,
+    adapter: opt.Adapter = None,
     limit: Limit = None,
     split: Split = None,
     fields: Fields = None,
@@ -383,12 +347,16 @@ def answer(
         bool,
         typer.Option("--only-correct", help="Leave out answers that mention no accepted one."),
     ] = False,
-    dtype: Dtype = "auto",
-    device: Device = None,
+    dtype: opt.Dtype = "auto",
+    device: opt.Device = None,
 ) -> None:
     """Let a model write the answers that it will be trained on, reading all chunks in full."""
-    engine = load_engine(model, adapter, None, dtype, device)
-    from blocktune.data.attribution import with_data_sets
+    engine = opt.load_engine(model, adapter, None, dtype, device)
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from blocktune.data.regenerate import regenerate
+    from blocktune.data.sources.catalog import with_data_sets
     from blocktune.engine import Sampling
 
     loaded = _load(source, fields, limit=limit, split=split, tokenizer=engine.tokenizer)
@@ -396,54 +364,44 @@ def answer(
     facts = {"model": model, "adapter": adapter, "weights": engine.fingerprint}
     facts |= {"max_new_tokens": max_new_tokens, "temperature": temperature}
     facts |= {"top_p": top_p, "seed": seed}
-    done = _regenerated(
-        list(with_data_sets(loaded, source)),
-        _asking(engine, sampling, max_new_tokens),
-        output,
-        facts={key: value for key, value in facts.items() if value is not None},
-        batch_size=batch_size,
-        only_correct=only_correct,
-    )
+    examples = list(with_data_sets(loaded, source))
+
+    def ask(batch: Sequence[RagExample], number: int) -> list[str]:
+        """Answers a batch; its number moves the seed, or every batch would draw alike."""
+        drawn = replace(sampling, seed=sampling.seed + number)
+        length = {"max_new_tokens": max_new_tokens, "batch_size": len(batch)}
+        return [a.text for a in engine.answer(batch, "full-prefill", sampling=drawn, **length)]
+
+    with Progress(console=Console(stderr=True)) as progress:
+        bar = progress.add_task("answering", total=len(examples))
+        done = regenerate(
+            examples,
+            ask,
+            output,
+            facts={key: value for key, value in facts.items() if value is not None},
+            batch_size=batch_size,
+            only_correct=only_correct,
+            on_batch=lambda count: progress.update(bar, completed=count),
+        )
     typer.echo(
         f"wrote {done.written:,} examples to {output} ({done.resumed:,} answered before, "
         f"{done.empty:,} empty and {done.wrong:,} wrong ones left out)"
     )
 
 
-def _asking(engine: Engine, sampling: Sampling, max_new_tokens: int) -> Ask:
-    """How a batch is answered; its number moves the seed, else every batch would draw alike."""
-
-    def ask(batch: Sequence[RagExample], number: int) -> list[str]:
-        answers = engine.answer(
-            batch,
-            "full-prefill",
-            max_new_tokens=max_new_tokens,
-            sampling=replace(sampling, seed=sampling.seed + number),
-            batch_size=len(batch),
-        )
-        return [answer.text for answer in answers]
-
-    return ask
-
-
-def _regenerated(examples: Sequence[RagExample], ask: Ask, output: Path, **how: Any) -> Regenerated:
-    """Runs `regenerate` under a progress bar."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    from blocktune.data.regenerate import regenerate
-
-    with Progress(console=Console(stderr=True)) as progress:
-        bar = progress.add_task("answering", total=len(examples))
-        return regenerate(
-            examples,
-            ask,
-            output,
-            on_batch=lambda count: progress.update(bar, completed=count),
-            **how,
-        )
-
-
+@command(
+    "mix",
+    "blocktune data mix mixture.yaml",
+    "blocktune data mix mixture.yaml --tokenizer M -o mixed.jsonl",
+    "A mixture in YAML: every example of two sources, one of them in both modes:",
+    "  draw: duplication        # or sampling, with size: 10000 and weights as shares",
+    "  seed: 0",
+    "  parts:",
+    "    - {source: '2wikimultihopqa?split=train', mode: both, limit: 20000}",
+    "    - {source: 'tulu-3?split=train', mode: full, weight: 0.5, chunker: message}",
+    "  A part may also hold augment: {shuffle: true, num_chunks: [4, 10]}.",
+    of=group,
+)
 def mix(
     mixture: Annotated[Path, typer.Argument(help="YAML file of the mixture.")],
     output: Annotated[
@@ -452,13 +410,22 @@ def mix(
     tokenizer: Counter = None,
 ) -> None:
     """Draw a mixture of sources and say what each part gives, in block and in full attention."""
-    from blocktune.data.attribution import with_data_sets
     from blocktune.data.mixture import load_mixture
     from blocktune.data.mixture import mix as draw
+    from blocktune.data.sources.catalog import with_data_sets
+    from blocktune.tables import Table
 
     read = load_mixture(mixture)
     mixed = draw(read, tokenizer=_tokenizer(tokenizer))
-    _show_mixture(mixed, mixture)
+    total = len(mixed.examples)
+    rows = []
+    for source, loaded, block, full, epochs in mixed.parts:
+        share = f"{(block + full) / total:.1%}"
+        rows.append((source, f"{loaded:,}", f"{block:,}", f"{full:,}", share, f"{epochs:.2f}"))
+    block, full = (f"{sum(getattr(p, mode) for p in mixed.parts):,}" for mode in ("block", "full"))
+    rows.append(("in all", "", block, full, "100.0%", ""))
+    headings = ("source", "loaded", "block", "full", "share", "epochs")
+    Table(headings, rows, title=str(mixture)).show()
     if output is None:
         return
 
@@ -471,37 +438,9 @@ def mix(
     typer.echo(f'wrote {count:,} examples to {output}, each with its mode in "meta"')
 
 
-def _show_mixture(mixed, mixture: Path) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("source", title=str(mixture))
-    for name in ("loaded", "block", "full", "share", "epochs"):
-        table.add_column(name, justify="right")
-    total = len(mixed.examples)
-    for part in mixed.parts:
-        numbers = (f"{part.loaded:,}", f"{part.block:,}", f"{part.full:,}")
-        share = (part.block + part.full) / total
-        table.add_row(part.source, *numbers, f"{share:.1%}", f"{part.epochs:.2f}")
-    block, full = (sum(getattr(part, mode) for part in mixed.parts) for mode in ("block", "full"))
-    table.add_row("in all", "", f"{block:,}", f"{full:,}", "100.0%", "")
-    Console().print(table)
-
-
-COMMANDS = {
-    "list": show_list,
-    "show": show,
-    "write": write,
-    "worlds": worlds,
-    "passages": passages,
-    "answer": answer,
-    "mix": mix,
-}
-
-
 def _tokenizer(name: str | None):
     """The tokenizer of that name, or None for None."""
-    quiet_libraries()
+    opt.quiet_libraries()
     from blocktune.data.sources.options import load_tokenizer
 
     return None if name is None else load_tokenizer(name)
@@ -509,7 +448,7 @@ def _tokenizer(name: str | None):
 
 def _load(source: str, fields: str | None = None, **how: Any) -> list[RagExample]:
     from blocktune.data import load_examples
-    from blocktune.data.sources import with_fields
+    from blocktune.data.sources.options import with_fields
 
     return load_examples(with_fields(source, fields), **how)
 

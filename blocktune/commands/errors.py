@@ -22,6 +22,9 @@ EXTRAS = {
     "sentencex": "data",
     "pyarrow": "data",
     "wonderwords": "data",
+    "fastapi": "serve",
+    "uvicorn": "serve",
+    "prometheus_client": "serve",
 }
 """Packages that come with an extra, and its name."""
 RENAMED = {"intervals": "profile-layers"}

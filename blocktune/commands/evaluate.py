@@ -9,8 +9,9 @@ from typing import Annotated
 
 import typer
 
+from blocktune.commands import app, command, teach
+from blocktune.commands import options as opt
 from blocktune.commands.errors import resumable
-from blocktune.commands.options import AsJson, Limit, quiet_libraries, teach
 
 EXAMPLES = teach(
     "blocktune eval --suite eval/suites/quick.yaml --output out/quick",
@@ -24,23 +25,11 @@ EXAMPLES = teach(
 Run = Annotated[Path, typer.Argument(help="The --output folder of a finished run.")]
 
 
-def add_to(app: typer.Typer) -> None:
-    """Registers the commands."""
-    group = typer.Typer(rich_markup_mode="rich")
-    group.callback(invoke_without_command=True, epilog=EXAMPLES)(evaluate)
-    group.command("compare", epilog=teach("blocktune eval compare out/before out/after"))(compare)
-    group.command("report", epilog=teach("blocktune eval report out/quick"))(report)
-    app.add_typer(group, name="eval")
-    app.command(
-        "tune",
-        epilog=teach(
-            "blocktune tune --config eval/tuning/psr.yaml --output out/tuned",
-            "blocktune tune --config eval/tuning/psr.yaml --output out/tuned --processes 2",
-            "A stopped command continues where it stopped: repeat it.",
-        ),
-    )(tune)
+group = typer.Typer(rich_markup_mode="rich")
+app.add_typer(group, name="eval")
 
 
+@group.callback(invoke_without_command=True, epilog=EXAMPLES)
 def evaluate(
     context: typer.Context,
     suite: Annotated[
@@ -49,7 +38,7 @@ def evaluate(
     output: Annotated[
         Path | None, typer.Option(help="Folder for rows, results.json and the picture.")
     ] = None,
-    limit: Limit = None,
+    limit: opt.Limit = None,
     model: Annotated[str | None, typer.Option(help="Overrides the suite's model.")] = None,
     device: Annotated[str | None, typer.Option(help="Overrides the suite's device.")] = None,
     quantize: Annotated[
@@ -96,17 +85,18 @@ def at_one_budget(suite, budget: float | None, layer_budget: float | None):
 
 def run_and_show(suite, output: Path, title: str, command: list[str] | None = None) -> dict | None:
     """Runs a suite, prints its table and draws its picture; see `evaluation.cli_output`."""
-    quiet_libraries()
+    opt.quiet_libraries()
     from blocktune.evaluation import cli_output
 
     return cli_output.run_and_show(suite, output, title, command)
 
 
+@command("compare", "blocktune eval compare out/before out/after", of=group)
 def compare(
     before: Run,
     after: Run,
     seed: Annotated[int, typer.Option(help="Random seed of the significance test.")] = 0,
-    as_json: AsJson = False,
+    as_json: opt.AsJson = False,
 ) -> None:
     """Compare two runs method by method, on the questions that both answered."""
     from blocktune.evaluation.compare import compare, compare_table
@@ -118,6 +108,7 @@ def compare(
     compare_table(changes, {"before": before.name, "after": after.name}).show()
 
 
+@command("report", "blocktune eval report out/quick", of=group)
 def report(
     run: Run,
     title: Annotated[
@@ -130,13 +121,19 @@ def report(
     typer.echo(write_report(run, title))
 
 
+@command(
+    "tune",
+    "blocktune tune --config eval/tuning/psr.yaml --output out/tuned",
+    "blocktune tune --config eval/tuning/psr.yaml --output out/tuned --processes 2",
+    "A stopped command continues where it stopped: repeat it.",
+)
 def tune(
     config: Annotated[Path, typer.Option(help="YAML of the run; see eval/tuning/.")],
     output: Annotated[Path, typer.Option(help="Folder for rows and tuned.json.")],
     processes: Annotated[int, typer.Option(min=1, help="Processes that share the questions.")] = 1,
-    limit: Limit = None,
+    limit: opt.Limit = None,
     model: Annotated[str | None, typer.Option(help="Overrides the model of the file.")] = None,
-    as_json: AsJson = False,
+    as_json: opt.AsJson = False,
 ) -> None:
     """Choose a method's parameters on held-out questions; a test split is refused."""
     from blocktune.evaluation.sweep import load_tuning
@@ -145,7 +142,7 @@ def tune(
     spec = replace(spec, model=model or spec.model)
     if limit:
         spec = replace(spec, task=replace(spec.task, limit=limit))
-    quiet_libraries()
+    opt.quiet_libraries()
     from blocktune.evaluation.sweep import TUNED
     from blocktune.evaluation.sweep import tune as run
     from blocktune.tables import Table

@@ -7,27 +7,22 @@ from typing import Annotated, Any
 
 import typer
 
-from blocktune.commands.options import AsJson, teach
+from blocktune.commands import command
+from blocktune.commands import options as opt
 
 
-def add_to(app: typer.Typer) -> None:
-    """Registers the command."""
-    app.command(
-        "methods",
-        epilog=teach(
-            "blocktune methods",
-            "blocktune methods --plugin mine.py",
-            "blocktune methods --json | jq '.[] | select(.kind == \"method\") | .name'",
-            "Methods can be composed: 'kvlink + epic', 'block-attention + deviation 15 %'.",
-        ),
-    )(methods)
-
-
+@command(
+    "methods",
+    "blocktune methods",
+    "blocktune methods --plugin mine.py",
+    "blocktune methods --json | jq '.[] | select(.kind == \"method\") | .name'",
+    "Methods can be composed: 'kvlink + epic', 'block-attention + deviation 15 %'.",
+)
 def methods(
     markdown: Annotated[
         bool, typer.Option("--markdown", help="Print the table of docs/methods.md.")
     ] = False,
-    as_json: AsJson = False,
+    as_json: opt.AsJson = False,
 ) -> None:
     """List methods, selectors, reshapes and layouts with their requirements and parameters."""
     from blocktune.methods.describe import describe_all

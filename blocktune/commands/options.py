@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from blocktune.cache import ChunkStore, StoreStats
     from blocktune.engine import Engine
 
 MODEL, PROMPT = "Model", "Prompt"
@@ -105,7 +106,7 @@ def quiet_libraries() -> None:
 def load_engine(
     model: str | None,
     adapter: str | None,
-    store: Path | None,
+    store: Path | ChunkStore | None,
     dtype: str,
     device: str | None,
     quantize: str | None = None,
@@ -114,8 +115,20 @@ def load_engine(
     quiet_libraries()
     from blocktune.engine import Engine
 
-    return Engine.from_pretrained(
+    engine = Engine.from_pretrained(
         model, adapter, store=store, dtype=dtype, device=device, quantize=quantize
+    )
+    engine.store.warn_rejected = False  # `rejected` says it in one line at the end
+    return engine
+
+
+def rejected(stats: StoreStats, folder: Path | None) -> str:
+    """One line on the entries of a store that could not be used; empty if there were none."""
+    if not stats.rejected:
+        return ""
+    return (
+        f"{stats.rejected:,} stored chunks could not be used and were encoded again, the first: "
+        f"{stats.first_rejected}; all: blocktune store verify {folder}"
     )
 
 

@@ -8,30 +8,25 @@ from typing import Annotated
 
 import typer
 
+from blocktune.commands import command
+from blocktune.commands import options as opt
 from blocktune.commands.errors import resumable
-from blocktune.commands.options import quiet_libraries, teach
 
 RESUME = "add --resume_from_checkpoint true to continue from the last one"
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
-def add_to(app: typer.Typer) -> None:
-    """Registers the command."""
-    app.command(
-        "train",
-        context_settings=PASS_ON,
-        epilog=teach(
-            "blocktune train --config recipes/block_attention.yaml",
-            "blocktune train --config recipes/kvlink.yaml --learning_rate 1e-3 --output_dir out/k",
-            "blocktune train --config recipes/kvlink.yaml --dry-run   # only show the plan",
-            "blocktune train --launcher recipes/accelerate/zero2.yaml --config R.yaml",
-            "blocktune train --config R.yaml --train_data mine.jsonl --model_name_or_path M",
-            "blocktune train --config R.yaml --resume_from_checkpoint true   # after a stop",
-            "Every key of the YAML is also an option and overrides the file: see --help-all.",
-        ),
-    )(train)
-
-
+@command(
+    "train",
+    "blocktune train --config recipes/block_attention.yaml",
+    "blocktune train --config recipes/kvlink.yaml --learning_rate 1e-3 --output_dir out/k",
+    "blocktune train --config recipes/kvlink.yaml --dry-run   # only show the plan",
+    "blocktune train --launcher recipes/accelerate/zero2.yaml --config R.yaml",
+    "blocktune train --config R.yaml --train_data mine.jsonl --model_name_or_path M",
+    "blocktune train --config R.yaml --resume_from_checkpoint true   # after a stop",
+    "Every key of the YAML is also an option and overrides the file: see --help-all.",
+    context_settings=PASS_ON,
+)
 def train(
     ctx: typer.Context,
     config: Annotated[str | None, typer.Option(help="YAML file of the run.")] = None,
@@ -48,7 +43,7 @@ def train(
 ) -> None:
     """Fine-tune a model to answer from separately cached chunks, with or without link tokens."""
     arguments = [*(["--config", config] if config else []), *ctx.args]
-    quiet_libraries()
+    opt.quiet_libraries()
     if help_all:
         from blocktune.training.console import print_options
 

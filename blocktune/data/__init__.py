@@ -1,27 +1,14 @@
-"""Data: sources -> examples -> layouts -> batches.
+"""Data: from sources over examples to mixtures."""
 
-The names below are imported on first use, so that the generators of worlds stay light.
-"""
+from blocktune.lazy import exports
 
-from importlib import import_module
-from typing import Any
-
-_HOMES = {
-    "Augment": "blocktune.data.augment",
-    "Mixture": "blocktune.data.mixture",
-    "RagExample": "blocktune.data.example",
-    "build_chunker": "blocktune.data.chunking",
-    "load_chunks": "blocktune.data.sources",
-    "load_examples": "blocktune.data.sources",
-    "load_mixture": "blocktune.data.mixture",
-    "mix": "blocktune.data.mixture",
-    "write_jsonl": "blocktune.data.example",
-}
-
-__all__ = list(_HOMES)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'blocktune.data' has no attribute '{name}'")
-    return getattr(import_module(_HOMES[name]), name)
+__getattr__, __dir__, __all__ = exports(
+    __name__,
+    {
+        "blocktune.data.augment": "Augment",
+        "blocktune.data.chunking": "build_chunker",
+        "blocktune.data.example": "RagExample write_jsonl",
+        "blocktune.data.mixture": "Mixture load_mixture mix",
+        "blocktune.data.sources.load": "load_chunks load_examples",
+    },
+)

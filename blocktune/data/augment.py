@@ -5,14 +5,13 @@ Block dropout and position offsets change the layout, not the text: see `LayoutS
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
 
 from blocktune.data.answers import chunk_mentions, evidence
 from blocktune.data.example import RagExample
-from blocktune.parsing import build_strict
 from blocktune.prompt.format import Chunk
 
 Range = tuple[int, int]
@@ -39,23 +38,10 @@ class Augment:
     seed: int = 0
 
     def __post_init__(self):
-        if type(self.shuffle) is not bool:
-            raise ValueError(f"augment 'shuffle' must be true or false, got {self.shuffle!r}")
-        if type(self.seed) is not int:
-            raise ValueError(f"augment 'seed' must be a whole number, got {self.seed!r}")
         for name, least in (("num_chunks", 1), ("num_distractors", 0)):
             object.__setattr__(self, name, _range(name, getattr(self, name), least))
         if self.num_chunks and self.num_distractors:
             raise ValueError("augment: give num_chunks or num_distractors, not both")
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Augment:
-        """Reads YAML: ``{shuffle: true, num_chunks: [4, 10]}``.
-
-        Raises:
-            ValueError: If a key is unknown or a value is not accepted.
-        """
-        return build_strict(cls, values, "augment")
 
 
 def augment(

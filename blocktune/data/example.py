@@ -12,7 +12,8 @@ from typing import Any
 from blocktune.prompt.format import Chunk, require_unicode
 
 TEXT_KEYS = ("text", "page_content", "contents", "content", "paragraph_text", "sentences")
-"""Where a passage's text is found, the first that is present (LangChain, Pyserini, MuSiQue)."""
+TEXT_KEYS += ("snippet", "data")
+"""Where a passage's text is found, the first that is present (LangChain, Pyserini, Cohere)."""
 
 CHUNK_WANTED = 'a string or {"text", "title"?}'
 
@@ -67,17 +68,31 @@ class RagExample:
         for name in ("followups", "conversation"):
             turns = _as_tuple(getattr(self, name))
             set_field(name, tuple(map(_as_tuple, turns)) if isinstance(turns, tuple) else turns)
-        _check_field(self, "question", _is_text, "a non-blank string")
-        _check_field(self, "answers", _is_texts, "a list of non-blank strings")
-        _check_field(self, "response", lambda v: v is None or _is_text(v), "a string or null")
-        _check_field(self, "kind", lambda v: isinstance(v, str), "a string")
-        _check_field(self, "id", lambda v: isinstance(v, str), "a string")
-        wanted = f"a list of chunk indices from 0 to {len(self.chunks) - 1}"
-        _check_field(self, "supporting", lambda v: _is_indices(v, len(self.chunks)), wanted)
-        _check_field(self, "meta", lambda v: isinstance(v, dict), "an object")
-        _check_field(self, "followups", _is_turns, "a list of [question, response]")
-        wanted = "[role, text] of system, user, assistant in turn, the user's last"
-        _check_field(self, "conversation", lambda v: v == () or is_conversation(v), wanted)
+        indices = range(len(self.chunks))
+        supports = isinstance(self.supporting, tuple) and all(
+            type(index) is int and index in indices for index in self.supporting
+        )
+        for name, accepted, wanted in (
+            ("question", _is_text(self.question), "a non-blank string"),
+            ("answers", _is_texts(self.answers), "a list of non-blank strings"),
+            ("response", self.response is None or _is_text(self.response), "a string or null"),
+            ("kind", isinstance(self.kind, str), "a string"),
+            ("id", isinstance(self.id, str), "a string"),
+            ("supporting", supports, f"a list of chunk indices from 0 to {indices[-1]}"),
+            ("meta", isinstance(self.meta, dict), "an object"),
+            ("followups", _is_turns(self.followups), "a list of [question, response]"),
+            (
+                "conversation",
+                self.conversation == () or is_conversation(self.conversation),
+                "[role, text] of system, user, assistant in turn, the user's last",
+            ),
+        ):
+            value = getattr(self, name)
+            if not accepted:
+                raise field_error(name, wanted, value)
+            for text in value if isinstance(value, tuple) else (value,):
+                if isinstance(text, str):
+                    require_unicode(text, f'field "{name}"')
 
     @property
     def target(self) -> str:
@@ -94,7 +109,7 @@ class RagExample:
     def to_json(self) -> dict[str, Any]:
         """Returns plain JSON types; fields that hold their default are left out."""
         record = {"id": self.id, "kind": self.kind, "question": self.question}
-        record["chunks"] = [_chunk_to_json(chunk) for chunk in self.chunks]
+        record["chunks"] = [chunk_to_json(chunk) for chunk in self.chunks]
         record |= {"answers": list(self.answers), "response": self.response}
         record |= {"supporting": list(self.supporting), "meta": self.meta}
         for name in ("followups", "conversation"):
@@ -234,6 +249,8 @@ def chunk_fields(value: Any, name: str) -> dict[str, Any]:
         value = {key: given for key, given in known.items() if given is not None}
     elif isinstance(value, Mapping) and isinstance(value.get("kwargs"), Mapping):
         value = value["kwargs"]  # LangChain's Document as its `dumps` writes it
+    elif isinstance(value, Mapping) and isinstance(value.get("data"), Mapping):
+        value = {**value, "data": None, **value["data"]}  # Cohere's {"id", "data"}
     if not isinstance(value, Mapping):
         raise field_error(name, CHUNK_WANTED, value)
     key = next((key for key in TEXT_KEYS if value.get(key) is not None), None)
@@ -246,9 +263,10 @@ def chunk_fields(value: Any, name: str) -> dict[str, Any]:
     if isinstance(text, list) and all(isinstance(sentence, str) for sentence in text):
         text = " ".join(sentence.strip() for sentence in text)
     known = value.get("metadata")
-    metadata = dict(known) if isinstance(known, Mapping) else {}
-    others = (key, "title", "metadata") if isinstance(known, Mapping) else (key, "title")
-    metadata |= {k: v for k, v in value.items() if k not in others and v is not None}
+    metadata = {k: v for k, v in value.items() if k not in (key, "title") and v is not None}
+    if isinstance(known, Mapping):
+        del metadata["metadata"]
+        metadata = {**known, **metadata}
     return {"text": text, "title": value.get("title"), "metadata": metadata}
 
 
@@ -289,7 +307,8 @@ def is_conversation(value: Any) -> bool:
     )
 
 
-def _chunk_to_json(chunk: Chunk) -> dict[str, Any]:
+def chunk_to_json(chunk: Chunk) -> dict[str, Any]:
+    """A chunk as `read_chunk` reads it; title and metadata only where it has them."""
     record = {"title": chunk.title, "text": chunk.text, "metadata": dict(chunk.metadata)}
     return {key: value for key, value in record.items() if value}
 
@@ -316,15 +335,6 @@ def _decode(record: Any) -> dict[str, Any]:
     return values
 
 
-def _check_field(example: RagExample, name: str, accepts, wanted: str) -> None:
-    value = getattr(example, name)
-    if not accepts(value):
-        raise field_error(name, wanted, value)
-    for text in value if isinstance(value, tuple) else (value,):
-        if isinstance(text, str):
-            require_unicode(text, f'field "{name}"')
-
-
 def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
@@ -339,7 +349,3 @@ def _is_texts(value: Any) -> bool:
 
 def _is_turns(value: Any) -> bool:
     return isinstance(value, tuple) and all(_is_texts(turn) and len(turn) == 2 for turn in value)
-
-
-def _is_indices(value: Any, count: int) -> bool:
-    return isinstance(value, tuple) and all(type(i) is int and 0 <= i < count for i in value)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import count
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -14,8 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from blocktune.data.augment import Augment, augment
 from blocktune.data.chunking import CHUNKERS, Chunker, parse_chunker
 from blocktune.data.example import RagExample
-from blocktune.data.sources import load_examples, training_split
-from blocktune.parsing import build_strict, load_spec
+from blocktune.data.sources.load import load_examples, training_split
+from blocktune.parsing import entries, load_spec, mapping, read
 from blocktune.prompt.format import PromptFormat
 
 BLOCK, FULL, BOTH = "block", "full", "both"
@@ -57,20 +56,12 @@ class Part:
     turns: bool = False
 
     def __post_init__(self):
-        if not isinstance(self.source, str) or not self.source:
-            raise ValueError(f"'source' must name a source of examples, got {self.source!r}")
         if self.mode not in MODES:
             raise ValueError(f"'mode' must be {', '.join(MODES)}, got {self.mode!r}")
-        if isinstance(self.weight, bool) or not isinstance(self.weight, int | float):
-            raise ValueError(f"'weight' must be a number, got {self.weight!r}")
         if not 0 < self.weight < float("inf"):
             raise ValueError(f"'weight' must be above 0, got {self.weight!r}; or drop the part")
-        if self.limit is not None and (type(self.limit) is not int or self.limit < 1):
-            raise ValueError(f"'limit' must be at least 1 or null, got {self.limit!r}")
-        if not isinstance(self.split, str | None):
-            raise ValueError(f"'split' must be text or null, got {self.split!r}")
-        if not isinstance(self.turns, bool):
-            raise ValueError(f"'turns' must be true or false, got {self.turns!r}")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"'limit' must be at least 1 or null, got {self.limit}")
         if self.turns and self.mode == BLOCK:
             raise ValueError("'turns' belong to full attention; set mode: full")
         if self.format is not None:
@@ -102,20 +93,23 @@ class Mixture:
             raise ValueError("'parts' must hold at least one source")
         if self.draw not in DRAWS:
             raise ValueError(f"'draw' must be {' or '.join(DRAWS)}, got {self.draw!r}")
-        if type(self.seed) is not int:
-            raise ValueError(f"'seed' must be a whole number, got {self.seed!r}")
         if self.draw == "duplication":
             if self.size is not None:
                 raise ValueError("'size' belongs to draw: sampling; use weight and limit")
             return
-        if type(self.size) is not int or self.size < 1:
+        if self.size is None or self.size < 1:
             raise ValueError(f"draw: sampling needs 'size', how many examples; got {self.size!r}")
         if any(part.mode == BOTH for part in self.parts):
             raise ValueError("mode: both belongs to draw: duplication; name the part once per mode")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, for an adapter's provenance; unset fields are omitted."""
-        parts = [_part_to_dict(part) for part in self.parts]
+        parts = []
+        for part in self.parts:
+            record = {**vars(part), "augment": part.augment and asdict(part.augment)}
+            if (own := part.chunker) is not None:
+                record["chunker"] = {"name": CHUNKERS.name_of(own), **asdict(own)}
+            parts.append({key: value for key, value in record.items() if value is not None})
         record = {"draw": self.draw, "size": self.size, "seed": self.seed, "parts": parts}
         return {key: value for key, value in record.items() if value is not None}
 
@@ -138,43 +132,18 @@ def parse_mixture(record: Any, where: str = "mixture") -> Mixture:
     Raises:
         ValueError: If a key is unknown or missing, or a value is not accepted.
     """
-    if not isinstance(record, Mapping):
-        raise ValueError(f"{where}: must be a mapping with 'parts', got {record!r:.60}")
-    entries = record.get("parts")
-    if not isinstance(entries, list) or not entries:
-        raise ValueError(f"{where}: 'parts' must be a list of sources, got {entries!r:.60}")
-    parts = tuple(_parse_part(e, f"{where}: parts[{i}]") for i, e in enumerate(entries))
-    return _build(Mixture, {**record, "parts": parts}, where)
+    listed = entries(mapping(record, where).get("parts"), f"{where}: 'parts'")
+    parts = tuple(_parse_part(e, f"{where}: parts[{i}]") for i, e in enumerate(listed))
+    return read(Mixture, {**record, "parts": parts}, where)
 
 
 def _parse_part(entry: Any, where: str) -> Part:
-    values = {"source": entry} if isinstance(entry, str) else entry
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{where}: must be a source or a mapping, got {entry!r:.60}")
-    values = dict(values)
-    if "source" not in values:
-        raise ValueError(f"{where}: 'source' is missing")
+    values = {"source": entry} if isinstance(entry, str) else dict(mapping(entry, where))
     if values.get("chunker") is not None:
         values["chunker"] = parse_chunker(values["chunker"], f"{where}: chunker")
     if values.get("augment") is not None:
-        values["augment"] = _build(Augment, values["augment"], where)
-    return _build(Part, values, where)
-
-
-def _build(cls, values: Any, where: str) -> Any:
-    try:
-        return build_strict(cls, values, cls.__name__.lower())
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
-
-
-def _part_to_dict(part: Part) -> dict[str, Any]:
-    record = {**vars(part)}
-    if part.chunker is not None:
-        record["chunker"] = {"name": CHUNKERS.name_of(part.chunker), **asdict(part.chunker)}
-    if part.augment is not None:
-        record["augment"] = asdict(part.augment)
-    return {key: value for key, value in record.items() if value is not None}
+        values["augment"] = read(Augment, values["augment"], f"{where}: augment")
+    return read(Part, values, where)
 
 
 class MixedExample(NamedTuple):
@@ -215,7 +184,16 @@ def mix(mixture: Mixture, *, tokenizer: PreTrainedTokenizerBase | None = None) -
     Raises:
         ValueError: As the loaders and `augment` do; or if a part's weight selects no example.
     """
-    loaded = [_load(part, tokenizer) for part in mixture.parts]
+    loaded = [
+        load_examples(
+            part.source,
+            limit=part.limit,
+            split=part.split or training_split(part.source),
+            tokenizer=tokenizer,
+            chunker=part.chunker,
+        )
+        for part in mixture.parts
+    ]
     wanted = _counts(mixture, [len(examples) for examples in loaded])
     drawn: list[MixedExample] = []
     counts: list[PartCount] = []
@@ -228,16 +206,6 @@ def mix(mixture: Mixture, *, tokenizer: PreTrainedTokenizerBase | None = None) -
         counts.append(PartCount(part.source, len(examples), given[BLOCK], given[FULL], epochs))
     Random(f"mix/{mixture.seed}").shuffle(drawn)
     return Mixed(drawn, counts)
-
-
-def _load(part: Part, tokenizer: PreTrainedTokenizerBase | None) -> list[RagExample]:
-    return load_examples(
-        part.source,
-        limit=part.limit,
-        split=part.split or training_split(part.source),
-        tokenizer=tokenizer,
-        chunker=part.chunker,
-    )
 
 
 def _counts(mixture: Mixture, available: Sequence[int]) -> list[int]:
@@ -268,16 +236,12 @@ def _share_out(size: int, weights: Sequence[float]) -> list[int]:
 
 def _take(examples: Sequence[RagExample], size: int, part: Part, rng: Random) -> list[RagExample]:
     pool = list(dict.fromkeys(chunk for e in examples for chunk in e.chunks))
-    return [
-        augment(examples[index], turn * len(examples) + index, part.augment, pool)
-        if part.augment
-        else examples[index]
-        for (turn, index), _ in zip(_turns(len(examples), rng), range(size), strict=False)
-    ]
-
-
-def _turns(rows: int, rng: Random) -> Iterator[tuple[int, int]]:
-    """Turn and row: every turn has each row once, in a new order."""
-    for turn in count():
-        for index in rng.sample(range(rows), rows):
-            yield turn, index
+    rows, order, taken = len(examples), [], []
+    for number in range(size):
+        order = order or rng.sample(range(rows), rows)[::-1]  # a new one for every turn
+        index = order.pop()
+        example = examples[index]
+        if part.augment:
+            example = augment(example, number // rows * rows + index, part.augment, pool)
+        taken.append(example)
+    return taken

@@ -10,14 +10,14 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count, cycle
+from itertools import count, cycle, islice
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from blocktune.data.chunking.sentence import sentences_of
+from blocktune.data.chunking.chunkers import sentences_of
 from blocktune.data.example import RagExample
 from blocktune.data.worlds import WorldConfig, generate_examples
 from blocktune.prompt import Chunk, PromptFormat, make_pieces
@@ -128,14 +128,7 @@ def _words(part: str) -> tuple[str, ...]:
 
 
 class Prose:
-    """Sentences, any number of them; the same ones first every time.
-
-    Args:
-        file: Text to take sentences from, repeated; None takes those of generated passages.
-
-    Raises:
-        ValueError: If the file is missing or holds no sentence.
-    """
+    """Sentences of a file, repeated, or of generated passages; the same ones first every time."""
 
     def __init__(self, file: str | None = None):
         self._source = _sentences_of_file(file) if file else _generated_sentences()
@@ -143,8 +136,7 @@ class Prose:
 
     def first(self, number: int) -> list[str]:
         """The first ``number`` sentences."""
-        while len(self._read) < number:
-            self._read.append(next(self._source))
+        self._read += islice(self._source, max(0, number - len(self._read)))
         return self._read[:number]
 
 

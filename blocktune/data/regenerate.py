@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 from blocktune.data.answers import gives_answer
 from blocktune.data.example import RagExample, write_jsonl
-from blocktune.files import replacing
+from blocktune.files import append_lines, replacing, truncate_lines, whole_lines
 
 Answerer = Callable[[Sequence[RagExample], int], Sequence[str]]
 """From a batch and its number to one answer each; the number seeds what is drawn."""
@@ -68,8 +67,13 @@ def regenerate(
         ValueError: If the part was started by another command, an example has no accepted answer
             to compare with, or no answer can be kept.
     """
-    if only_correct:
-        _require_answers(examples)
+    for example in examples if only_correct else ():
+        if not example.answers:
+            name = example.id or example.question
+            raise ValueError(
+                f"example '{name:.40}' has no accepted answer to compare with; omit only_correct "
+                "or give it 'answers'"
+            )
     output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     part = output.with_name(output.name + ".part")
@@ -77,14 +81,14 @@ def regenerate(
     answers = _resume(part, key)
     resumed = len(answers)
     on_batch(resumed)
-    with open(part, "a", encoding="utf-8") as lines:
-        for start in range(resumed, len(examples), batch_size):
-            texts = _ask(answer, examples[start : start + batch_size], start // batch_size)
-            lines.write(json.dumps(texts, ensure_ascii=False) + "\n")
-            lines.flush()
-            os.fsync(lines.fileno())
-            answers += texts
-            on_batch(len(answers))
+    for start in range(resumed, len(examples), batch_size):
+        batch = examples[start : start + batch_size]
+        texts = list(answer(batch, start // batch_size))
+        if len(texts) != len(batch):
+            raise RuntimeError(f"{len(batch)} questions got {len(texts)} answers")
+        append_lines(part, [json.dumps(texts, ensure_ascii=False)])
+        answers += texts
+        on_batch(len(answers))
     kept = list(_kept(examples, answers, dict(facts), only_correct))
     written = [example for example in kept if isinstance(example, RagExample)]
     empty, wrong = kept.count("empty"), kept.count("wrong")
@@ -93,25 +97,10 @@ def regenerate(
             f"nothing to write to {output.name}: of {len(kept)} answers {empty} are empty and "
             f"{wrong} mention no accepted one"
         )
-    _finish(part, output, written)
+    with replacing(output) as temporary:
+        write_jsonl(temporary, written)
+    part.unlink()
     return Regenerated(len(written), resumed, empty, wrong)
-
-
-def _ask(answer: Answerer, batch: Sequence[RagExample], number: int) -> list[str]:
-    texts = list(answer(batch, number))
-    if len(texts) != len(batch):
-        raise RuntimeError(f"{len(batch)} questions got {len(texts)} answers")
-    return texts
-
-
-def _require_answers(examples: Sequence[RagExample]) -> None:
-    for example in examples:
-        if not example.answers:
-            name = example.id or example.question
-            raise ValueError(
-                f"example '{name:.40}' has no accepted answer to compare with; omit only_correct "
-                "or give it 'answers'"
-            )
 
 
 def _kept(
@@ -128,29 +117,20 @@ def _kept(
             yield replace(example, response=text.strip(), meta=meta)
 
 
-def _finish(part: Path, output: Path, examples: Sequence[RagExample]) -> None:
-    """Writes the output whole, then removes the part."""
-    with replacing(output) as temporary:
-        write_jsonl(temporary, examples)
-    part.unlink()
-
-
 def _resume(part: Path, key: str) -> list[str]:
     """Answers of the whole batches in the part; a torn last line is cut off."""
-    header = json.dumps({"key": key}).encode() + b"\n"
-    lines = part.read_bytes().splitlines(keepends=True) if part.exists() else []
-    whole = [line for line in lines if line.endswith(b"\n")]
-    if not whole:  # stopped before the first line was whole
-        part.write_bytes(header)
+    header = json.dumps({"key": key})
+    lines = whole_lines(part)
+    if not lines:  # stopped before the first line was whole
+        part.write_text(header + "\n", encoding="utf-8")
         return []
-    if whole[0] != header:
+    if lines[0] != header:
         raise ValueError(
             f"{part.name} was started with other questions, model or decoding; repeat "
             f"that command, or remove '{part}' to start over"
         )
-    answers = [text for line in whole[1:] for text in json.loads(line)]
-    os.truncate(part, sum(map(len, whole)))
-    return answers
+    truncate_lines(part, len(lines))
+    return [text for line in lines[1:] for text in json.loads(line)]
 
 
 def _key(examples: Sequence[RagExample], facts: Mapping[str, Any], batch_size: int) -> str:

@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from blocktune.data.attribution import DATA_SETS
 from blocktune.data.example import RagExample, field_error, read_answers, read_chunks
-from blocktune.data.sources.catalog import CATALOG, data_sets_in
+from blocktune.data.sources.catalog import CATALOG, DATA_SETS, data_sets_in
 from blocktune.data.sources.load import open_records
 from blocktune.data.sources.options import parse_source, read_options
 from blocktune.data.sources.records import at, read_records
@@ -75,12 +74,6 @@ class Bm25:
         )
 
 
-def rank(question: str, chunks: Sequence[Chunk]) -> list[int]:
-    """Indices of the chunks, best first by BM25 among themselves."""
-    (hits,) = Bm25(chunks).search([question], len(chunks))
-    return [hit.index for hit in hits]
-
-
 class Question(NamedTuple):
     """A question, its accepted answers, and the data sets it is from (`data.attribution`)."""
 
@@ -124,13 +117,10 @@ def _question(record: Mapping[str, Any]) -> Question:
     own = next((str(record[key]) for key in ("id", "_id", "question_id") if record.get(key)), "")
     kind = record.get("kind") or record.get("type") or ""
     kind = kind if isinstance(kind, str) else ""
-    return Question(text.strip(), _answers(record), own, kind, _data_sets(record))
-
-
-def _data_sets(record: Mapping[str, Any]) -> Mapping[str, str]:
     meta = record.get("meta")
     named = meta.get(DATA_SETS) if isinstance(meta, Mapping) else None
-    return named if isinstance(named, Mapping) else {}
+    named = named if isinstance(named, Mapping) else {}
+    return Question(text.strip(), _answers(record), own, kind, named)
 
 
 def _answers(record: Mapping[str, Any]) -> tuple[str, ...]:
@@ -219,7 +209,8 @@ def from_own(examples: Iterable[RagExample], k: int) -> Iterator[RagExample]:
     Source: Block-Attention and KVLink re-rank a question's own paragraphs (with Contriever).
     """
     for example in examples:
-        order = rank(example.question, example.chunks)[:k]
+        (hits,) = Bm25(example.chunks).search([example.question], k)
+        order = [hit.index for hit in hits]
         supporting = tuple(place for place, i in enumerate(order) if i in example.supporting)
         chunks = tuple(example.chunks[i] for i in order)
         yield replace(example, chunks=chunks, supporting=supporting)

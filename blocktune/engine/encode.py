@@ -140,6 +140,11 @@ class Encoder:
         """Under which the store keeps a piece."""
         return key_after(self.fingerprint, piece.ids, piece.blanks)
 
+    def sample(self) -> ChunkKV:
+        """One token's keys and values, for their shapes and dtype."""
+        [(_, kv, _)] = self._encode_together([Piece((self.pad_id,))], ())
+        return kv
+
     @torch.no_grad()
     def _encode_together(self, pieces: list[Piece], layers: Sequence[int]) -> list[_Encoded]:
         batch = stack([alone(piece) for piece in pieces], self.pad_id).to(self.model.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from blocktune.adapter import AdapterInfo
 from blocktune.adapter.load import load_model
 from blocktune.attention import attach
 from blocktune.cache import ChunkStore, PrefixTree, model_fingerprint
+from blocktune.cache.manifest import manifest
 from blocktune.data.example import RagExample, read_chunks
 from blocktune.engine import context_cache
 from blocktune.engine.batch_prefill import prefill_batch
@@ -94,10 +96,17 @@ class Engine:
         words = dataclasses.asdict(self.format)
         self.fingerprint = model_fingerprint(model, adapter_folder, tokenizer, words)
         pad_id = tokenizer.pad_token_id or 0  # any real id does: pad rows are invisible
+        encoder = Encoder(model, self.store, self.fingerprint, pad_id)
+        self.store.describe(
+            self.fingerprint,
+            lambda: manifest(
+                *(model, tokenizer, words, adapter, adapter_folder, rope), encoder.sample()
+            ),
+        )
         self._state = EngineState(
             model,
             tokenizer,
-            Encoder(model, self.store, self.fingerprint, pad_id),
+            encoder,
             PrefixTree() if prefix_tree is None else prefix_tree,
             rope,
             pad_id,
@@ -186,6 +195,27 @@ class Engine:
         other = copy.copy(self)
         other.format, other.prompts = format, dataclasses.replace(self.prompts, format=format)
         return other
+
+    def salted(self, salt: str) -> Engine:
+        """The same model, whose chunks and prefixes only engines of the same salt find.
+
+        The salt goes into the fingerprint, and so into every key of the store.
+
+        Args:
+            salt: Of a tenant; an empty one returns this engine.
+        """
+        if not salt:
+            return self
+        other, encoder = copy.copy(self), copy.copy(self._state.encoder)
+        mixed = hashlib.sha256(f"{self.fingerprint} salt {salt}".encode()).hexdigest()
+        other.fingerprint = encoder.fingerprint = mixed
+        other._state = dataclasses.replace(self._state, encoder=encoder)
+        return other
+
+    @property
+    def state(self) -> EngineState:
+        """The model and the caches that its batches share."""
+        return self._state
 
     def forget_prefixes(self) -> None:
         """Empties the exact prefix cache: the next prompt finds nothing of those before it."""

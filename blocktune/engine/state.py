@@ -20,13 +20,18 @@ SELF = "self"
 
 
 class Auxiliaries:
-    """Models that selectors may ask which tokens matter, by name; loaded on first use."""
+    """Models that selectors may ask which tokens matter, by name; loaded on first use.
+
+    Attributes:
+        may_load: Whether names that were never added may be loaded from folders and the Hub.
+    """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
         """Serves ``model`` as `SELF`; the others must share its ``tokenizer``."""
         self.tokenizer = tokenizer
         self._models = {SELF: model}
         self._device = model.device
+        self.may_load = True
         self._lock = threading.Lock()
 
     def add(self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -39,6 +44,8 @@ class Auxiliaries:
         """The model of a name; one that was never added is loaded from a folder or the Hub."""
         with self._lock:
             if name not in self._models:
+                if not self.may_load:
+                    raise ValueError(f"no auxiliary model '{name}' is served; use '{SELF}'")
                 loaded = load_model(name, device=str(self._device))
                 self.add(name, loaded.model, loaded.tokenizer)
             return self._models[name]

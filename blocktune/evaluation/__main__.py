@@ -21,9 +21,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--suite", type=Path, required=True, help="YAML of what to run")
     parser.add_argument("--output", type=Path, required=True, help="folder for rows and results")
     parser.add_argument("--limit", type=int, help="only the first questions of each task")
-    parser.add_argument("--model", help="instead of the suite's model")
-    parser.add_argument("--device", help="instead of the suite's device")
-    parser.add_argument("--quantize", help="nf4 or int8, instead of the suite's quantisation")
+    for name in ("model", "device", "quantize"):
+        parser.add_argument(f"--{name}", help=f"instead of the suite's {name}")
     given = parser.parse_args(arguments)
     try:
         suite = changed(

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from blocktune.evaluation.metrics import adjusted_f1, filter_bias
+from blocktune.evaluation.metrics import adjusted_f1
 from blocktune.evaluation.rows import Row
-from blocktune.evaluation.statistics import PairedScores, holm, mcnemar_exact, p_value, power
+from blocktune.evaluation.statistics import PairedScores, Power, holm, p_value, power
 
 COSTS = ("recompute_ratio", "ttft_s")
 NEAR = 0.02
@@ -77,7 +77,12 @@ def summarize(
         for name in SCORES
     }
     paired = {name: PairedScores(own) for name, own in scores.items()}
-    p_values = _p_values(scores["score"], seed)
+    pairs = {
+        frozenset((one, other)): p_value(own, scores["score"][other], seed=seed)
+        for (one, own), (other, _) in combinations(scores["score"].items(), 2)
+    }
+    p_holm = holm(pairs)
+    p_values = {pair: {"p": p, "p_holm": p_holm[pair]} for pair, p in pairs.items()}
     summaries = {}
     for label, own in rows.items():
         (em, *em95), (f1, *f1_95), (score, *score95) = (paired[n].mean(label) for n in SCORES)
@@ -95,8 +100,7 @@ def summarize(
             "recompute_ratio": fmean(row.recompute_ratio for row in own),
             "flops_over_full_prefill": _flops_over(own, full and rows[full]),
             **_recovered(paired, label, full, naive),
-            "em_minus": _em_minus(paired["em"], scores["em"], label),
-            "score_minus": _score_minus(paired["score"], scores["score"], label, p_values),
+            "score_minus": _minus(paired["score"], scores["score"], label, p_values),
         }
     return summaries
 
@@ -116,9 +120,8 @@ def _further(own: Sequence[Row]) -> dict[str, float]:
 
 def _adjusted(f1: Sequence[float], full: Sequence[float] | None) -> dict[str, Any]:
     names = ("adjusted_f1", "n_kept", "adjusted_f1_bias", "adjusted_f1_reverse")
-    if full is None:
-        return dict.fromkeys(names)
-    return dict(zip(names, (*adjusted_f1(f1, full), *filter_bias(f1, full)), strict=True))
+    found = (None,) * len(names) if full is None else adjusted_f1(f1, full)
+    return dict(zip(names, found, strict=True))
 
 
 def _recovered(
@@ -131,52 +134,22 @@ def _recovered(
     return found
 
 
-def _p_values(
-    scores: Mapping[str, Sequence[float]], seed: int
-) -> dict[frozenset[str], dict[str, float]]:
-    """The p-value of every pair, and Holm's over all pairs of the table."""
-    pairs = {
-        frozenset(pair): p_value(*(scores[label] for label in pair), seed=seed)
-        for pair in combinations(scores, 2)
-    }
-    adjusted = holm(pairs)
-    return {pair: {"p": p, "p_holm": adjusted[pair]} for pair, p in pairs.items()}
-
-
-def _em_minus(
-    paired: PairedScores, em: Mapping[str, Sequence[float]], label: str
-) -> dict[str, dict[str, Any]]:
-    """How far one method is above each other; p is McNemar's, for one comparison, not for many."""
-    return {
-        other: _difference(paired, label, other) | {"p": mcnemar_exact(em[label], em[other])}
-        for other in em
-        if other != label
-    }
-
-
-def _score_minus(
+def _minus(
     paired: PairedScores,
     scores: Mapping[str, Sequence[float]],
     label: str,
     p_values: Mapping[frozenset[str], dict[str, float]],
 ) -> dict[str, dict[str, Any]]:
-    """The same of the headline score; with Holm's p, and what this many questions can show."""
+    """How far a method's score is above each other's, and what this many questions can show."""
     found = {}
     for other in scores:
         if other != label:
             tested = p_values[frozenset((label, other))]
             able = power(scores[label], scores[other], **tested)
-            found[other] = _difference(paired, label, other) | tested
-            found[other] |= {
-                "detectable": able and able.detectable,
-                "n_needed": able and able.num_needed,
-            }
+            mean, low, high = paired.difference(label, other)
+            found[other] = {"mean": mean, "ci95": [low, high], **tested}
+            found[other] |= able._asdict() if able else dict.fromkeys(Power._fields)
     return found
-
-
-def _difference(paired: PairedScores, label: str, other: str) -> dict[str, Any]:
-    mean, low, high = paired.difference(label, other)
-    return {"mean": mean, "ci95": [low, high]}
 
 
 NUM_BINS = 5
@@ -223,13 +196,11 @@ def _sweep(rows: Mapping[str, Sequence[Row]], value: Callable) -> list[dict[str,
     for number in range(len(edges) - 1):
         members = known[bins == number]
         if len(members) >= MIN_ROWS:
+            scores = PairedScores({n: [own[i].score for i in members] for n, own in rows.items()})
+            cells = {}
+            for label in rows:
+                mean, low, high = scores.mean(label)
+                cells[label] = {"score": mean, "ci95": [low, high]}
             span = {"from": float(values[members].min()), "to": float(values[members].max())}
-            found.append(span | {"n": len(members), "scores": _scores(rows, members)})
+            found.append(span | {"n": len(members), "scores": cells})
     return found
-
-
-def _scores(rows: Mapping[str, Sequence[Row]], members: np.ndarray) -> dict[str, Any]:
-    scores = {label: [own[i].score for i in members] for label, own in rows.items()}
-    paired = PairedScores(scores)
-    found = {label: paired.mean(label) for label in scores}
-    return {label: {"score": m, "ci95": [low, high]} for label, (m, low, high) in found.items()}

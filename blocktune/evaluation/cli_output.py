@@ -18,8 +18,8 @@ from blocktune.tables import Table, with_half, written
 NOTE = (
     "Scores in %, with half their 95 % interval (EM: exact match). Adj. F1: over the questions "
     "that full prefill can answer, a filter that favours it; raw F1 is in the report. Recomp.: "
-    "share of the context's tokens recomputed, over all layers. Of full: TTFT as a share of full "
-    "prefill's. Gap: share of the way from naive reuse to full prefill, all together."
+    "share of the context's tokens recomputed, over all layers. Of full: time to first token "
+    "(TTFT) as a share of full prefill's. Gap: share of the way from naive reuse to full prefill."
 )
 MOST_GROUPS = 6
 """Tasks and kinds that fit beside each other; of more, only the mean over all is shown."""
@@ -49,7 +49,9 @@ def run_and_show(
     results = run_suite(suite, output, command=command, processes=processes)
     if results is None:
         return None
-    picture = draw_results(results, output / "results.png", _caption(results, suite.model))
+    count = max(summary["n"] for summary in results["methods"].values())
+    caption = f"{Path(suite.model).name}, {count:,} questions; bars are 95 % intervals"
+    picture = draw_results(results, output / "results.png", caption)
     console = Console()
     results_table(results, title).show(console)
     for note in power_notes(results):
@@ -59,57 +61,36 @@ def run_and_show(
 
 
 def results_table(results: Mapping[str, Any], title: str = "") -> Table:
-    """Lays out `build_results`: a row per method, its score by kind, then what it costs.
-
-    Args:
-        results: What ``results.json`` holds.
-        title: Above the table.
-    """
-    methods = results["methods"]
+    """Lays out `build_results`: a row per method, its score by kind, then what it costs."""
+    methods, tasks = results["methods"], results["tasks"]
     kinds = list(next(iter(methods.values()))["tasks"])
     kinds = kinds if len(kinds) <= MOST_GROUPS else []
-    scores = [f"{_broken(kind)}\n{title_of(results, kind)}" for kind in kinds] or ["all\nscore"]
-    costs = ("adj.\nF1", "re-\ncomp.", "TTFT\nms", "of\nfull", "gap")
+    named = {
+        kind: kind.partition("/")[0] if len(tasks) > 1 else next(iter(tasks)) for kind in kinds
+    }
+    scores = [f"{_broken(kind)}\n{tasks[named[kind]]['title']}" for kind in kinds] or ["all\nscore"]
     rows = []
     for label, summary in methods.items():
         cells = [summary["tasks"][kind] for kind in kinds] or [summary]
         shown = [with_half(cell["score"], cell["score_ci95"]) for cell in cells]
-        rows.append((label, *shown, *_costs(summary)))
-    return Table(("method", *scores, *costs), rows, title, NOTE + _timed(methods))
-
-
-def title_of(results: Mapping[str, Any], group: str) -> str:
-    """What the headline metric of a task, or of one of its kinds, is called."""
-    tasks = results["tasks"]
-    named = group.partition("/")[0] if len(tasks) > 1 else next(iter(tasks))
-    return tasks[named]["title"]
-
-
-def _costs(summary: Mapping[str, Any]) -> tuple[str, ...]:
-    return (
-        written("score", summary["adjusted_f1"]),
-        written("share", summary["recompute_ratio"]),
-        written("ms", summary["ttft_s"]),
-        written("ratio", summary["ttft_over_full_prefill"]),
-        written("share", summary["score_gap_recovered"]),
-    )
-
-
-def _timed(methods: Mapping[str, Any]) -> str:
+        rows.append(
+            (label, *shown, *(written(form, summary[key]) for form, key in _COSTS.values()))
+        )
     lengths = (summary["ttft_context_tokens"] for summary in methods.values())
     longest = max(filter(None, lengths), default=None)
-    if longest is None:
-        return ""
-    return (
-        f" TTFT: median time to first token over contexts of {longest:,.0f} tokens, chunks cached."
-    )
+    timed = longest and f" TTFT: median over contexts of {longest:,.0f} tokens, chunks cached."
+    return Table(("method", *scores, *_COSTS), rows, title, NOTE + (timed or ""))
+
+
+_COSTS = {
+    "adj.\nF1": ("score", "adjusted_f1"),
+    "re-\ncomp.": ("share", "recompute_ratio"),
+    "TTFT\nms": ("ms", "ttft_s"),
+    "of\nfull": ("ratio", "ttft_over_full_prefill"),
+    "gap": ("share", "score_gap_recovered"),
+}
 
 
 def _broken(kind: str) -> str:
     """A kind's name over two lines where it is long."""
     return kind if len(kind) <= 10 else kind.replace("/", "/\n").replace("-", "-\n", 1)
-
-
-def _caption(results: Mapping[str, Any], model: str) -> str:
-    count = max(summary["n"] for summary in results["methods"].values())
-    return f"{Path(model).name}, {count:,} questions; bars are 95 % intervals"

@@ -17,19 +17,14 @@ RESULTS = "results.json"
 
 
 class Change(NamedTuple):
-    """One method in two runs, B minus A over the questions that both answered.
+    """One method in two runs, B minus A over the ``n`` questions that both answered.
 
     Attributes:
-        label: Of the method.
-        n: Questions.
         before: Score in A.
         after: Score in B.
-        mean: The difference.
-        ci95: Its interval.
-        p: For this comparison alone.
-        p_holm: For all methods of the table together.
-        wins: Questions on which B is better.
-        losses: Questions on which A is better.
+        mean: The difference, with its interval ``ci95``.
+        p: For this comparison alone; ``p_holm``: for all methods of the table together.
+        wins: Questions on which B is better; ``losses``: on which A is.
         n_needed: Questions that would show this difference, or None.
     """
 
@@ -96,31 +91,23 @@ def _change(
     label: str, old: Sequence[float], new: Sequence[float], p: float, p_holm: float
 ) -> Change:
     paired = PairedScores({"old": old, "new": new})
-    mean, low, high = paired.difference("new", "old")
+    mean, *ci95 = paired.difference("new", "old")
     able = power(new, old, p=p, p_holm=p_holm)
+    wins = sum(b > a for a, b in zip(old, new, strict=True))
+    losses = sum(b < a for a, b in zip(old, new, strict=True))
+    means = paired.mean("old").mean, paired.mean("new").mean, mean
     return Change(
-        label=label,
-        n=len(old),
-        before=paired.mean("old").mean,
-        after=paired.mean("new").mean,
-        mean=mean,
-        ci95=(low, high),
-        p=p,
-        p_holm=p_holm,
-        wins=sum(b > a for a, b in zip(old, new, strict=True)),
-        losses=sum(b < a for a, b in zip(old, new, strict=True)),
-        n_needed=able and able.num_needed,
+        label, len(old), *means, tuple(ci95), p, p_holm, wins, losses, able and able.n_needed
     )
 
 
 def _paired(
     label: str, left: Sequence[Row], right: Sequence[Row]
 ) -> tuple[list[float], list[float]]:
-    known = _scores(left)
-    pairs = [(known[key], score) for key, score in _scores(right).items() if key in known]
-    if not pairs:
+    old, new = _scores(left), _scores(right)
+    if not (shared := [key for key in new if key in old]):
         raise ValueError(f"the runs asked '{label}' no common question; compare runs of one task")
-    return [a for a, _ in pairs], [b for _, b in pairs]
+    return [old[key] for key in shared], [new[key] for key in shared]
 
 
 def _scores(rows: Sequence[Row]) -> dict[tuple[str, str, int], float]:
@@ -135,12 +122,7 @@ def _scores(rows: Sequence[Row]) -> dict[tuple[str, str, int], float]:
 
 
 def compare_table(changes: Sequence[Change], names: Mapping[str, str]) -> Table:
-    """The comparison for a terminal.
-
-    Args:
-        changes: What `compare` returned.
-        names: ``before`` and ``after``: headings.
-    """
+    """What `compare` returned as a table; ``names`` holds the headings ``before`` and ``after``."""
     headings = ("method", names["before"], names["after"], "difference", "+/-", "p", "n", "verdict")
     note = (
         "Score in %; the difference with its own 95 % interval; p and verdict after Holm's "
@@ -148,16 +130,15 @@ def compare_table(changes: Sequence[Change], names: Mapping[str, str]) -> Table:
     )
     rows = [
         (
-            change.label,
-            written("score", change.before),
-            written("score", change.after),
-            with_interval("points", change.mean, change.ci95),
-            f"{change.wins}/{change.losses}",
-            written("p", change.p_holm),
-            written("count", change.n),
-            verdict(change.mean, change.p_holm, change.n, change.n_needed),
+            c.label,
+            *(written("score", score) for score in (c.before, c.after)),
+            with_interval("points", c.mean, c.ci95),
+            f"{c.wins}/{c.losses}",
+            written("p", c.p_holm),
+            written("count", c.n),
+            verdict(c.mean, c.p_holm, c.n, c.n_needed),
         )
-        for change in changes
+        for c in changes
     ]
     return Table(headings, rows, note=note, left=("verdict",))
 

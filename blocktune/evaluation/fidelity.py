@@ -43,24 +43,19 @@ def agreement(full: Tensor, own: Tensor) -> Agreement:
 
 
 class Forced:
-    """Stands for `Sampling`: decodes given tokens, or greedily, and keeps the logits of each.
-
-    Args:
-        ids: Tokens to write; None picks the likeliest.
-    """
+    """Stands for `Sampling`: decodes ``ids``, or greedily if None, and keeps the logits of each."""
 
     def __init__(self, ids: list[int] | None = None):
         self.ids, self.logits = ids, []
 
     def picker(self, device: torch.device, *streams: Any) -> Callable[[Tensor], Tensor]:
-        """See `Sampling.picker`; for a batch of one prompt."""
+        """As `Sampling.picker`, for a batch of one prompt."""
 
         def pick(logits: Tensor) -> Tensor:
-            step = len(self.logits)
             self.logits.append(logits[0].float().cpu())
             if self.ids is None:
                 return logits.argmax(-1, keepdim=True)
-            return torch.tensor([[self.ids[step]]], device=logits.device)
+            return torch.tensor([[self.ids[len(self.logits) - 1]]], device=logits.device)
 
         return pick
 
@@ -85,14 +80,13 @@ def measure_fidelity(ready: Ready, step: Callable[[], None]) -> dict[str, dict[s
     Returns:
         Label -> ``kl``, ``top1``, ``tokens``: means over prompts.
     """
-    found: dict[str, list[dict[str, Any]]] = {spec.label: [] for spec in ready.suite.methods}
-    for task in ready.suite.tasks:
-        for example in ready.of(task, ready.suite.fidelity.num):
-            for spec in ready.suite.methods:
-                engine, method = ready.engine(spec, task), ready.methods[spec.label]
-                found[spec.label].append(
-                    _compare(engine, example, method, ready.suite.fidelity.tokens)
-                )
+    suite = ready.suite
+    found: dict[str, list[dict[str, Any]]] = {spec.label: [] for spec in suite.methods}
+    for task in suite.tasks:
+        for example in ready.of(task, suite.fidelity.num):
+            for spec in suite.methods:
+                given = ready.engine(spec, task), example, ready.methods[spec.label]
+                found[spec.label].append(_compare(*given, suite.fidelity.tokens))
                 step()
     return {label: mean_of(compared) for label, compared in found.items()}
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from blocktune.evaluation.results import FLOOR, ORACLE, plain_label
 from blocktune.evaluation.statistics import ALPHA
+from blocktune.tables import with_interval, written
 
 MOST = 8
 """Methods that are worth a sentence each; more are worth a table."""
@@ -19,9 +20,6 @@ def findings(results: Mapping[str, Any]) -> list[str]:
     tables' verdicts and in `power_notes`. Methods with an adapter are also compared with one
     another. Of more than `MOST` methods only those are named that nothing beats at less
     recomputation. Without both baselines there is nothing to say.
-
-    Args:
-        results: What `build_results` returned.
     """
     methods = results["methods"]
     baselines = (plain_label(results, ORACLE), plain_label(results, FLOOR))
@@ -54,28 +52,23 @@ def power_notes(results: Mapping[str, Any]) -> list[str]:
 
     Methods are compared with full prefill and naive reuse; a difference that Holm's correction
     leaves within chance is named with the number of questions that would show it.
-
-    Args:
-        results: What `build_results` returned.
     """
     notes = []
     for other in filter(None, (plain_label(results, name) for name in (ORACLE, FLOOR))):
         unclear = [
             (label, minus["mean"], minus["n_needed"])
             for label, summary in results["methods"].items()
-            if (minus := summary["score_minus"].get(other)) and _is_unclear(minus, summary["n"])
+            if (minus := summary["score_minus"].get(other))
+            and not is_shown(minus)
+            and (minus["n_needed"] or 0) > summary["n"]
         ]
         if unclear:
             named = "; ".join(
-                f"{n}: {_points(mean)}, needs {needed:,}" for n, mean, needed in unclear
+                f"{n}: {written('score', mean)}, needs {needed:,}" for n, mean, needed in unclear
             )
             count = next(iter(results["methods"].values()))["n"]
             notes.append(f"{count:,} questions are too few to tell from {other}: {named}.")
     return notes
-
-
-def _is_unclear(minus: Mapping[str, Any], n: int) -> bool:
-    return not is_shown(minus) and minus["n_needed"] is not None and minus["n_needed"] > n
 
 
 def _named(results: Mapping[str, Any]) -> str:
@@ -88,16 +81,15 @@ def _named(results: Mapping[str, Any]) -> str:
 
 def _loss(methods: Mapping[str, Any], full: str, naive: str, named: str) -> str:
     by_kind = ", ".join(
-        f"{_points(methods[full]['tasks'][kind]['score'] - cell['score'])} on {kind}"
+        f"{written('score', methods[full]['tasks'][kind]['score'] - cell['score'])} on {kind}"
         for kind, cell in methods[naive]["tasks"].items()
     )
     loss = methods[full]["score_minus"][naive]
+    points = f"{with_interval('score', loss['mean'], loss['ci95'])} points of {named}"
     if is_shown(loss):
-        return f"Naive reuse loses {_with_interval(loss)} points of {named} ({by_kind})."
-    return (
-        f"Full prefill minus naive reuse: {_with_interval(loss)} points of {named}, within chance "
-        f"(p = {loss['p_holm']:.2g}, corrected for all pairs)."
-    )
+        return f"Naive reuse loses {points} ({by_kind})."
+    p = f"p = {loss['p_holm']:.2g}, corrected for all pairs"
+    return f"Full prefill minus naive reuse: {points}, within chance ({p})."
 
 
 def _gain(methods: Mapping[str, Any], label: str) -> str:
@@ -106,7 +98,7 @@ def _gain(methods: Mapping[str, Any], label: str) -> str:
         return f"{label}: the gap is too uncertain for a share of it."
     low, high = summary["score_gap_recovered_ci95"]
     fresh = summary["recompute_ratio"]
-    cost = f"recomputing {fresh:.0%} of the context" if fresh else "recomputing nothing"
+    cost = f"recomputing {100 * fresh:.0f} % of the context" if fresh else "recomputing nothing"
     ratio = summary["ttft_over_full_prefill"]
     time = f", first token after {ratio:.2f} of full prefill's time" if ratio else ""
     share = f"{100 * summary['score_gap_recovered']:.0f} % ({100 * low:.0f} to {100 * high:.0f})"
@@ -116,15 +108,7 @@ def _gain(methods: Mapping[str, Any], label: str) -> str:
 def _between(methods: Mapping[str, Any], tuned: list[str]) -> Iterator[str]:
     for index, other in enumerate(tuned):
         for label in tuned[index + 1 :]:
-            difference = methods[label]["score_minus"][other]
-            verdict = "" if is_shown(difference) else ": within chance at this number of questions"
-            yield f"{label} minus {other}: {_with_interval(difference)} points{verdict}."
-
-
-def _with_interval(difference: Mapping[str, Any]) -> str:
-    low, high = difference["ci95"]
-    return f"{_points(difference['mean'])} ({_points(low)} to {_points(high)})"
-
-
-def _points(share: float) -> str:
-    return f"{100 * share:.1f}"
+            found = methods[label]["score_minus"][other]
+            verdict = "" if is_shown(found) else ": within chance at this number of questions"
+            points = with_interval("score", found["mean"], found["ci95"])
+            yield f"{label} minus {other}: {points} points{verdict}."

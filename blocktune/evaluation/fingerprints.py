@@ -13,20 +13,8 @@ from blocktune.adapter import find_release
 from blocktune.models.identity import adapter_fingerprint, base_fingerprint
 from blocktune.models.load import adapter_folder
 
-PARTS = (
-    "layout.py",
-    "links.py",
-    "registry.py",
-    "models",
-    "positions",
-    "attention",
-    "prompt",
-    "cache",
-    "methods",
-    "engine",
-    "evaluation/metrics.py",
-    "evaluation/rows.py",
-)
+PARTS = ("layout.py", "links.py", "registry.py", "models", "positions", "attention", "prompt")
+PARTS += ("cache", "methods", "engine", "evaluation/metrics.py", "evaluation/rows.py")
 """What decides an output or its score; commands, training and reports do not."""
 
 
@@ -46,9 +34,7 @@ def code_digest() -> str:
 
 
 def _sources(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    return list(path.rglob("*.py"))
+    return [path] if path.is_file() else list(path.rglob("*.py"))
 
 
 def fingerprints(engines: Mapping[str | None, Any]) -> dict[str, Any]:
@@ -61,15 +47,13 @@ def fingerprints(engines: Mapping[str | None, Any]) -> dict[str, Any]:
         ``base_fingerprint``, see `blocktune.models.identity`, and ``adapter_fingerprints`` by the
         adapter's name as the suite gives it; published releases of other projects have none.
     """
+    first = next(iter(engines.values()))
+    if None in engines:
+        base = base_fingerprint(engines[None].model)
+    else:  # adapters are merged into the model; each was held to the base
+        base = first.adapter.base_fingerprint
     adapters = [name for name in engines if name is not None and find_release(name) is None]
     return {
-        "base_fingerprint": _base(engines),
+        "base_fingerprint": base,
         "adapter_fingerprints": {n: adapter_fingerprint(adapter_folder(n)) for n in adapters},
     }
-
-
-def _base(engines: Mapping[str | None, Any]) -> str:
-    if None in engines:
-        return base_fingerprint(engines[None].model)
-    first = next(iter(engines.values()))  # adapters are merged; each was held to the base
-    return first.adapter.base_fingerprint

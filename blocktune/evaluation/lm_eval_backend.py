@@ -104,13 +104,20 @@ class BlocktuneLM(LM):
         texts = []
         for request in requests:
             context, options = request.args
-            _require_greedy(options)
+            if options.get("do_sample") and options.get("temperature", 1.0) > 0:
+                raise ValueError(
+                    "this backend generates greedily; set the task's do_sample: false or "
+                    "temperature: 0"
+                )
             pieces = self.pieces(context)
             run = self.engine.start([pieces], self.method)
             count = options.get("max_gen_toks") or self.max_gen_toks
             ids = [int(token[0]) for token in run.tokens(Sampling(), count)]
             text = self.engine.tokenizer.decode(ids, skip_special_tokens=True)
-            texts.append(_until(text, options.get("until") or ()))
+            stops = options.get("until") or ()
+            for stop in filter(None, [stops] if isinstance(stops, str) else stops):
+                text = text.partition(stop)[0]
+            texts.append(text)
         return texts
 
     def pieces(self, context: str, continuation: str = "") -> Pieces:
@@ -174,19 +181,6 @@ def _block_method(engine: Engine) -> str:
     if layout is None or not layout.block:
         return "naive"
     return "kvlink" if layout.num_links else "block-attention"
-
-
-def _require_greedy(options: dict[str, Any]) -> None:
-    if options.get("do_sample") and options.get("temperature", 1.0) > 0:
-        raise ValueError(
-            "this backend generates greedily; set the task's do_sample: false or temperature: 0"
-        )
-
-
-def _until(text: str, stops: str | Sequence[str]) -> str:
-    for stop in [stops] if isinstance(stops, str) else stops:
-        text = text.partition(stop)[0] if stop else text
-    return text
 
 
 def _batches(pieces: Sequence[Pieces], size: int) -> Iterator[Sequence[Pieces]]:

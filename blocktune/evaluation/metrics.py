@@ -15,14 +15,6 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
-class Scores(NamedTuple):
-    """The scores that every question gets, each in [0, 1]."""
-
-    em: float
-    f1: float
-    substring_em: float
-
-
 def normalize_answer(text: str) -> str:
     """Lowers case, drops ASCII punctuation, then articles, and squeezes spaces, in that order.
 
@@ -78,46 +70,22 @@ def substring_em(prediction: str, answers: Sequence[str]) -> float:
 def extract_answer(text: str, marker: str | None = None) -> str:
     """What is scored of a model's output.
 
-    Args:
-        text: The output, e.g. ``'Anna Belt. Answer: Port Alder.'``.
-        marker: What announces the answer (``'Answer:'``); None scores the whole output.
-
-    Returns:
-        The text after the last ``marker``, without surrounding space and one final period; the
-        whole output, stripped likewise, when it does not hold the marker.
+    That is the text after the last ``marker``, such as ``'Answer:'``, or the whole output where
+    there is none, without surrounding space and one final period.
     """
     answer = text.rpartition(marker)[2] if marker else text
     return answer.strip().removesuffix(".").rstrip()
 
 
-def score(prediction: str, answers: Sequence[str]) -> Scores:
-    """Scores an extracted answer against the accepted ones.
-
-    Raises:
-        ValueError: If there is no accepted answer.
-    """
-    metrics = (exact_match, word_f1, substring_em)
-    return Scores(*(metric(prediction, answers) for metric in metrics))
-
-
 def best(metric: Callable[[str], float], answers: Sequence[str]) -> float:
-    """The highest score over the accepted answers.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    require_answers(answers)
-    return max(map(metric, answers))
+    """The highest score over the accepted answers; a ValueError if there is none."""
+    return max(map(metric, _accepted(answers)))
 
 
-def require_answers(answers: Sequence[str]) -> None:
-    """Refuses a question without an accepted answer.
-
-    Raises:
-        ValueError: If there is no accepted answer.
-    """
+def _accepted(answers: Sequence[str]) -> Sequence[str]:
     if not answers:
         raise ValueError("cannot score without an accepted answer; give the example 'answers'")
+    return answers
 
 
 def bag_f1(predicted: Sequence, wanted: Sequence) -> float:
@@ -136,10 +104,7 @@ def token_f1(prediction: str, answers: Sequence[str], tokenizer: PreTrainedToken
 
     Only the first line counts, and one that opens with yes or no counts as that word.
 
-    Args:
-        prediction: The output.
-        answers: Accepted answers.
-        tokenizer: The model's own; scores of different tokenizers do not compare.
+    Scores of different tokenizers do not compare.
 
     Source: ``compute_f1`` and ``parse_generation`` of github.com/YaoJiayi/CacheBlend,
     ``example/utils.py``. There the first token is dropped because it is BOS; a tokenizer that adds
@@ -172,10 +137,8 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def rouge_l(prediction: str, answers: Sequence[str]) -> float:
     """F-measure of the longest common subsequence of stemmed words, the best over the answers.
 
-    Source: Lin (2004), as CacheBlend computes it: package ``rouge-score`` with stemming.
-
-    Raises:
-        ModuleNotFoundError: Without the package, which comes with the extra ``eval``.
+    Source: Lin (2004), as CacheBlend computes it: package ``rouge-score`` with stemming, which
+    comes with the extra ``eval``.
     """
     scorer = _scorer()
     return best(lambda answer: scorer.score(answer, prediction)["rougeL"].fmeasure, answers)
@@ -199,72 +162,62 @@ def ruler_recall(prediction: str, answers: Sequence[str]) -> float:
     Source: ``string_match_all`` of github.com/NVIDIA/RULER, ``scripts/eval``; its mean over
     examples, in percent and rounded to two places, is the published number.
     """
-    return sum(_found(prediction, answers)) / len(answers)
-
-
-def _found(prediction: str, answers: Sequence[str]) -> list[float]:
-    require_answers(answers)
     text = _CONTROL.sub("\n", prediction.strip()).strip().lower()
-    return [float(answer.lower() in text) for answer in answers]
+    return sum(answer.lower() in text for answer in _accepted(answers)) / len(answers)
 
 
 ScoreText = Callable[[str, Sequence[str], PreTrainedTokenizerBase], float]
 
 
 class Metric(NamedTuple):
-    """A score of one output in [0, 1].
+    """A score in [0, 1].
 
     Attributes:
         title: As tables call it.
-        source: Whose definition it is.
         score: From the output, the accepted answers and the model's tokenizer.
-        binary: Whether it is 0 or 1, so that McNemar's test applies.
     """
 
     title: str
-    source: str
     score: ScoreText
-    binary: bool = False
 
 
-def _plain(metric: Callable[[str, Sequence[str]], float]) -> ScoreText:
-    return lambda prediction, answers, tokenizer: metric(prediction, answers)
+def _plain(title: str, metric: Callable[[str, Sequence[str]], float]) -> Metric:
+    return Metric(title, lambda prediction, answers, tokenizer: metric(prediction, answers))
 
 
-SQUAD = "SQuAD v2.0 evaluation script"
 METRICS = {
-    "em": Metric("EM", SQUAD, _plain(exact_match), binary=True),
-    "f1": Metric("F1", SQUAD, _plain(word_f1)),
-    "substring_em": Metric("sub-EM", "arXiv:2307.03172", _plain(substring_em), binary=True),
-    "qa_f1": Metric("QA F1", "LongBench, arXiv:2308.14508", _plain(qa_f1)),
-    "token_f1": Metric("token F1", "CacheBlend's code", token_f1),
-    "rouge_l": Metric("ROUGE-L", "rouge-score", _plain(rouge_l)),
-    "ruler_recall": Metric("recall", "RULER, string_match_all", _plain(ruler_recall)),
+    "em": _plain("EM", exact_match),
+    "f1": _plain("F1", word_f1),
+    "substring_em": _plain("sub-EM", substring_em),
+    "qa_f1": _plain("QA F1", qa_f1),
+    "token_f1": Metric("token F1", token_f1),
+    "rouge_l": _plain("ROUGE-L", rouge_l),
+    "ruler_recall": _plain("recall", ruler_recall),
 }
 """By the name that YAML uses."""
 
 
 def require_metrics(names: Iterable[str]) -> None:
-    """Refuses names that no metric has.
-
-    Raises:
-        ValueError: Naming the first of them.
-    """
+    """Refuses names that no metric has."""
     for name in names:
         if name not in METRICS:
             raise ValueError(f"unknown metric '{name}'; available: {', '.join(METRICS)}")
 
 
 class AdjustedF1(NamedTuple):
-    """Mean F1 over the examples that full prefill does not fail; None when it fails all."""
+    """Mean F1 over the examples that full prefill does not fail, and what this filter hides.
+
+    Attributes:
+        mean: None where full prefill fails all.
+        num_kept: Examples that full prefill does not fail.
+        bias: F1 that the method earns on the others, per kept example: by so much the adjusted gap
+            to full prefill is wider than the raw gap. None where nothing is kept.
+        reverse: Full prefill's mean F1 where the method scores above zero, the filter turned
+            round; None where it never does.
+    """
 
     mean: float | None
     num_kept: int
-
-
-class FilterBias(NamedTuple):
-    """What the filter of adjusted F1 hides; see `filter_bias`. None where it keeps nothing."""
-
     bias: float | None
     reverse: float | None
 
@@ -272,9 +225,9 @@ class FilterBias(NamedTuple):
 def adjusted_f1(f1: Sequence[float], full_prefill_f1: Sequence[float]) -> AdjustedF1:
     """Mean F1 over the examples on which full prefill scores above zero.
 
-    It asks what reuse loses of what the model could do, and so drops questions that the model
-    cannot answer. The filter looks at full prefill's own luck and thus favours it: read it
-    beside the raw F1 and `filter_bias`.
+    It asks what reuse loses of what the model could do, so it drops questions that the model
+    cannot answer. The filter looks at full prefill's own luck and thus favours it: read it beside
+    the raw F1 and the ``bias``.
 
     Args:
         f1: The method's F1 per example.
@@ -282,30 +235,13 @@ def adjusted_f1(f1: Sequence[float], full_prefill_f1: Sequence[float]) -> Adjust
 
     Source: arXiv:2603.20218, evaluation set-up.
     """
-    pairs = zip(f1, full_prefill_f1, strict=True)
-    kept = [own for own, full in pairs if full > 0]
-    return AdjustedF1(sum(kept) / len(kept) if kept else None, len(kept))
-
-
-def filter_bias(f1: Sequence[float], full_prefill_f1: Sequence[float]) -> FilterBias:
-    """How much adjusted F1 understates a method against full prefill, by its filter alone.
-
-    Full prefill has no F1 outside of what the filter keeps; the method may have some, and that is
-    dropped. Per kept example, the adjusted gap to full prefill is exactly ``bias`` wider than the
-    raw gap.
-
-    Args:
-        f1: The method's F1 per example.
-        full_prefill_f1: Full prefill's F1 on the same examples.
-
-    Returns:
-        ``bias``: F1 that the method earns on dropped examples, per kept one. ``reverse``: full
-        prefill's mean F1 where *the method* scores above zero, the same filter turned round.
-    """
     pairs = list(zip(f1, full_prefill_f1, strict=True))
-    kept = sum(full > 0 for _, full in pairs)
-    dropped = sum(own for own, full in pairs if full == 0)
+    kept = [own for own, full in pairs if full > 0]
     mirrored = [full for own, full in pairs if own > 0]
-    return FilterBias(
-        dropped / kept if kept else None, sum(mirrored) / len(mirrored) if mirrored else None
+    dropped = sum(own for own, full in pairs if full == 0)
+    return AdjustedF1(
+        sum(kept) / len(kept) if kept else None,
+        len(kept),
+        dropped / len(kept) if kept else None,
+        sum(mirrored) / len(mirrored) if mirrored else None,
     )

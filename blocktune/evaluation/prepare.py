@@ -60,13 +60,8 @@ class Ready:
 
 def load_engine(suite: Suite, adapter: str | None) -> Engine:
     """The base model of a suite, with one of its adapters or none."""
-    return Engine.from_pretrained(
-        suite.model,
-        adapter,
-        dtype=suite.dtype,
-        device=suite.device,
-        quantize=suite.quantize,
-    )
+    how = {"dtype": suite.dtype, "device": suite.device, "quantize": suite.quantize}
+    return Engine.from_pretrained(suite.model, adapter, **how)
 
 
 def prepare(suite: Suite, load: Load = load_engine) -> Ready:
@@ -76,36 +71,31 @@ def prepare(suite: Suite, load: Load = load_engine) -> Ready:
         ValueError: If a method is unknown or not made for its weights, a question has no answer,
             a prompt is unsound, or one does not fit into the model's context.
     """
-    methods = {spec.label: built(spec) for spec in suite.methods}
+    methods = {spec.label: build_entry(spec.entry()) for spec in suite.methods}
     adapters = dict.fromkeys(spec.adapter for spec in suite.methods)
     engines = {adapter: load(suite, adapter) for adapter in adapters}
     questions = _questions(suite, next(iter(engines.values())).tokenizer)
     worded = _worded(suite, engines)
-    timed = _timed(suite, questions)
+    first = [example for task, example, _ in questions if task is suite.tasks[0]]
+    timed = tuple(fill(first, suite.ttft.num, suite.ttft.chunks)) if suite.ttft.num else ()
     tell_rewording(engines, worded)
     ready = Ready(suite, methods, engines, questions, timed, worded)
     for task in suite.tasks:
-        named = {adapter or "base": worded[adapter, task.name] for adapter in adapters}
+        named = {adapter or "base": worded[adapter, task.name] for adapter in engines}
         check_prompts(named, ready.of(task, 1)[0])
     _check_fit(ready)
     return ready
 
 
-def built(spec: MethodSpec) -> Method:
-    """The method that an entry of a suite names."""
-    return build_entry(spec.entry())
-
-
 def _worded(suite: Suite, engines: Mapping[str | None, Any]) -> dict[tuple[str | None, str], Any]:
     """One engine for each wording: tasks that share it share the caches of exact prefixes too."""
-    made: dict[tuple, Any] = {}
+    made: dict[tuple, Any] = {(name, engine.format): engine for name, engine in engines.items()}
     worded = {}
     for task in suite.tasks:
         for adapter, engine in engines.items():
             words = task.worded(engine.format)
             if (adapter, words) not in made:
-                same = words == engine.format
-                made[adapter, words] = engine if same else engine.reworded(words)
+                made[adapter, words] = engine.reworded(words)
             worded[adapter, task.name] = made[adapter, words]
     return worded
 
@@ -115,20 +105,22 @@ def tell_rewording(
 ) -> None:
     """Warns where an adapter is asked in other words than it was trained in.
 
-    Args:
-        engines: Adapter (None is the base) -> engine in its own wording.
-        worded: (adapter, task) -> engine in the task's.
+    ``engines`` are by adapter (None is the base) in their own wording, ``worded`` in the task's.
     """
     for (adapter, task), engine in worded.items():
-        trained, asked = engines[adapter].format.to_dict(), engine.format.to_dict()
-        if adapter is not None and (
-            changed := [key for key in asked if asked[key] != trained[key]]
-        ):
+        changed = _changed(engines[adapter].format, engine.format)
+        if adapter is not None and changed:
             logger.warning(
                 "task '%s' asks '%s' in other words than it was trained in (%s): train with the "
                 "task's, or leave them out of the task's prompt",
-                *(task, adapter, ", ".join(changed)),
+                *(task, adapter, changed),
             )
+
+
+def _changed(one: PromptFormat, two: PromptFormat) -> str:
+    """Names of the fields in which two wordings differ."""
+    before, after = one.to_dict(), two.to_dict()
+    return ", ".join(key for key in after if after[key] != before[key])
 
 
 def _questions(suite: Suite, tokenizer: Any) -> tuple[TaskQuestion, ...]:
@@ -145,28 +137,19 @@ def _questions(suite: Suite, tokenizer: Any) -> tuple[TaskQuestion, ...]:
     return tuple(questions)
 
 
-def _timed(suite: Suite, questions: tuple[TaskQuestion, ...]) -> tuple[RagExample, ...]:
-    if suite.ttft.num == 0:
-        return ()
-    first = [example for task, example, _ in questions if task is questions[0].task]
-    return tuple(fill(first, suite.ttft.num, suite.ttft.chunks))
-
-
 def _check_fit(ready: Ready) -> None:
     """Lays out every prompt once for each set of weights, wording and kind of layout."""
-    done = set()
+    done, first = set(), ready.suite.tasks[0]
+    asked = [(task, example, task.max_new_tokens) for task, example, _ in ready.questions]
+    asked += [(first, example, 1) for example in ready.timed]
     for spec in ready.suite.methods:
-        method, first = ready.methods[spec.label], ready.suite.tasks[0]
+        method = ready.methods[spec.label]
         layout = ready.engine(spec, first).prompts.spec(method)
-        if (spec.adapter, layout) in done or not method.keeps_context:
-            continue
-        done.add((spec.adapter, layout))
-        for task, example, _ in ready.questions:
-            make = ready.engine(spec, task).prompts
-            make.prompt(make.pieces(example, method), layout, task.max_new_tokens)
-        make = ready.engine(spec, first).prompts
-        for example in ready.timed:
-            make.prompt(make.pieces(example, method), layout, 1)
+        if (spec.adapter, layout) not in done and method.keeps_context:
+            done.add((spec.adapter, layout))
+            for task, example, num_new in asked:
+                make = ready.engine(spec, task).prompts
+                make.prompt(make.pieces(example, method), layout, num_new)
 
 
 def check_prompts(engines: Mapping[str, Any], example: RagExample) -> None:
@@ -184,7 +167,9 @@ def check_prompts(engines: Mapping[str, Any], example: RagExample) -> None:
             template wants it, the assistant's turn is not open, or prompts differ.
     """
     for engine in engines.values():
-        _check(engine.tokenizer, _ids(engine.tokenizer, engine.format, example))
+        ids = _ids(engine.tokenizer, engine.format, example)
+        _check_bos(engine.tokenizer, ids)
+        _check_open_turn(engine.tokenizer, ids)
     prompts = {
         name: _ids(engine.tokenizer, engine.format.untagged, example)
         for name, engine in engines.items()
@@ -192,29 +177,18 @@ def check_prompts(engines: Mapping[str, Any], example: RagExample) -> None:
     first, *others = prompts
     for name in others:
         if prompts[name] != prompts[first]:
+            fields = _changed(*(engines[one].format.untagged for one in (name, first)))
+            what = f"their wordings differ in {fields}" if fields else "their tokenizers differ"
             raise ValueError(
                 f"'{name}' and '{first}' build different prompts of the same question, so their "
-                f"scores cannot be compared ({_difference(engines[name], engines[first])}); say it "
-                f"in the task's prompt for both, or train with it"
+                f"scores cannot be compared ({what}); say it in the task's prompt for both, or "
+                f"train with it"
             )
 
 
 def _ids(tokenizer, fmt: PromptFormat, example: RagExample) -> tuple[int, ...]:
     pieces = make_pieces(tokenizer, fmt, example.chunks, example.question)
     return (*pieces.prefix, *(i for chunk in pieces.chunks for i in chunk), *pieces.query)
-
-
-def _difference(engine, other) -> str:
-    """Fields of the wording that differ, else the tokenizers do."""
-    one, two = (e.format.untagged.to_dict() for e in (engine, other))
-    fields = [key for key in one if one[key] != two[key]]
-    return f"their wordings differ in {', '.join(fields)}" if fields else "their tokenizers differ"
-
-
-def _check(tokenizer, ids: tuple[int, ...]) -> None:
-    _check_bos(tokenizer, ids)
-    if tokenizer.chat_template is not None:
-        _check_open_turn(tokenizer, ids)
 
 
 def _check_bos(tokenizer, ids: tuple[int, ...]) -> None:
@@ -234,9 +208,12 @@ def _check_bos(tokenizer, ids: tuple[int, ...]) -> None:
 
 
 def _check_open_turn(tokenizer, ids: tuple[int, ...]) -> None:
-    opened, closed = (_squeeze(_render(tokenizer, opened=o)) for o in (True, False))
+    if tokenizer.chat_template is None:
+        return
+    # Without white space, which some tokenizers do not give back as it was.
+    opened, closed = ("".join(_render(tokenizer, opened=o).split()) for o in (True, False))
     opening = opened.removeprefix(closed) or opened.rpartition("?")[2]
-    ending = _squeeze(tokenizer.decode(ids[-64:]))
+    ending = "".join(tokenizer.decode(ids[-64:]).split())
     # Contained, not at the very end: a template may add an empty block of thoughts after it.
     if opening not in ending:
         raise ValueError(
@@ -248,8 +225,3 @@ def _check_open_turn(tokenizer, ids: tuple[int, ...]) -> None:
 def _render(tokenizer, *, opened: bool) -> str:
     messages = [{"role": "user", "content": "Where?"}]
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opened)
-
-
-def _squeeze(text: str) -> str:
-    """Without white space, which some tokenizers do not give back as it was."""
-    return "".join(text.split())

@@ -7,14 +7,12 @@ from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
-from blocktune.data.worlds import QUESTION_KINDS
+from blocktune.data.worlds.questions import QUESTION_KINDS
 from blocktune.evaluation.aggregate import matched, pareto, summarize, sweeps
 from blocktune.evaluation.rows import Row
 from blocktune.evaluation.suite import Suite
 from blocktune.evaluation.ttft import TtftSummary
 
-CI95_OF = "em"
-"""The score that ``ci95`` is the interval of, here and in every task."""
 ORACLE, FLOOR = "full-prefill", "naive"
 AVERAGED = ("em", "f1", "substring_em", "score", "recompute_ratio")
 """Fields of a row that are averaged over the seeds of a pool."""
@@ -51,39 +49,35 @@ def build_results(
     rows = with_pools(rows, suite.pool)
     whole = summarize(rows, full, naive, suite.seed)
     groups = {
-        name: summarize(_take(rows, members), full, naive, suite.seed)
+        name: summarize(
+            {label: [own[index] for index in members] for label, own in rows.items()},
+            *(full, naive, suite.seed),
+        )
         for name, members in _groups(suite, next(iter(rows.values()))).items()
     }
     specs = {spec.label: spec for spec in suite.methods}
     methods = {}
     for label, summary in whole.items():
         members = suite.pool.get(label, [label])
-        spec = specs[members[0]]
-        methods[label] = (
-            {"method": spec.name, "adapter": spec.adapter}
-            | {"seeds": {one: seeds[one] for one in suite.pool.get(label, [])}}
-            | summary
-            | _times(ttft.get(members[0]), ttft.get(full))
-            | {"fidelity": mean_of([(fidelity or {}).get(one) for one in members])}
-            | {"tasks": {name: summaries[label] for name, summaries in groups.items()}}
-        )
+        methods[label] = {
+            "method": specs[members[0]].name,
+            "adapter": specs[members[0]].adapter,
+            "seeds": {one: seeds[one] for one in suite.pool.get(label, [])},
+            **summary,
+            **_times(ttft.get(members[0]), ttft.get(full)),
+            "fidelity": mean_of([(fidelity or {}).get(one) for one in members]),
+            "tasks": {name: summaries[label] for name, summaries in groups.items()},
+        }
+    about = ("metric", "version", "cite")
+    tasks = {task.name: {key: getattr(task, key) for key in about} for task in suite.tasks}
+    for task in suite.tasks:
+        tasks[task.name] |= {"title": task.headline.title, "source": task.full_source()}
     return {
         "methods": methods,
-        "tasks": {task.name: _about(task) for task in suite.tasks},
+        "tasks": tasks,
         "budget": {"pareto": pareto(methods), "matched": matched(methods)},
         "sweeps": sweeps(rows),
-        "provenance": {**provenance, "ci95_of": CI95_OF},
-    }
-
-
-def _about(task: Any) -> dict[str, Any]:
-    """What a reader needs to know a task by."""
-    return {
-        "metric": task.metric,
-        "title": task.headline.title,
-        "version": task.version,
-        "source": task.full_source(),
-        "cite": task.cite,
+        "provenance": {**provenance, "ci95_of": "em"},  # what ``ci95`` is the interval of
     }
 
 
@@ -116,10 +110,6 @@ def _rank(kind: str) -> int:
     return QUESTION_KINDS.index(kind) if kind in QUESTION_KINDS else len(QUESTION_KINDS)
 
 
-def _take(rows: Mapping[str, Sequence[Row]], members: Sequence[int]) -> dict[str, list[Row]]:
-    return {label: [own[index] for index in members] for label, own in rows.items()}
-
-
 def base_label(suite: Suite, name: str) -> str | None:
     """Label of a method on the base model with its default parameters."""
     plain = (m for m in suite.methods if m.name == name and m.is_plain)
@@ -140,10 +130,6 @@ def with_pools(
 
     Intervals are over questions: three seeds are not three times as many questions, nor three
     methods, since each further comparison would weaken Holm's correction for the others.
-
-    Args:
-        rows: Label -> rows of the same questions, in the same order.
-        pools: Name -> labels.
     """
     found: dict[str, Sequence[Row]] = {}
     pool_of = {member: name for name, members in pools.items() for member in members}

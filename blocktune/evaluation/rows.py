@@ -6,16 +6,19 @@ import glob
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from blocktune.data import RagExample
 from blocktune.evaluation.fingerprints import code_digest
-from blocktune.evaluation.metrics import METRICS, extract_answer, score
+from blocktune.evaluation.metrics import METRICS, extract_answer
 from blocktune.evaluation.suite import MethodSpec
 from blocktune.evaluation.task import TaskSpec
 from blocktune.files import replace_text
+
+EVERY = ("em", "f1", "substring_em")
+"""Metrics that every row has, of the extracted answer."""
 
 
 @dataclass(frozen=True)
@@ -69,21 +72,15 @@ def row_key(method: MethodSpec, task: TaskSpec, example: RagExample, fingerprint
     entry = method.entry()
     if "preset" in entry:  # then the name is but a label
         del entry["name"]
-    parts = {
-        "method": entry,
-        "task": task.decides(),
-        "example": example.to_json(),
-        "weights": fingerprint,
-        "code": code_digest(),
-    }
-    return digest_of(parts)
+    parts = {"method": entry, "task": task.decides(), "example": example.to_json()}
+    return digest_of(parts | {"weights": fingerprint, "code": code_digest()})
 
 
 def make_row(
     key: str, task: TaskSpec, example: RagExample, name: str, answer: Any, engine: Any, method: Any
 ) -> Row:
     """Scores an `Answer` of the engine; ``name`` identifies a question that has no id."""
-    usage = answer.usage
+    usage = {k: v for k, v in vars(answer.usage).items() if not k.startswith("ttft")}
     extracted = extract_answer(task.cut(answer.text), task.answer_marker)
     scores = scores_of(task, answer.text, example, engine.tokenizer)
     return Row(
@@ -93,11 +90,9 @@ def make_row(
         kind=example.kind,
         prediction=answer.text,
         answer=extracted,
-        **score(extracted, example.answers)._asdict(),
-        recompute_ratio=usage.recompute_ratio,
-        usage={
-            f.name: getattr(usage, f.name) for f in fields(usage) if not f.name.startswith("ttft")
-        },
+        **{metric: METRICS[metric].score(extracted, example.answers, None) for metric in EVERY},
+        recompute_ratio=answer.usage.recompute_ratio,
+        usage=usage,
         score=scores[task.metric],
         scores={metric: scores[metric] for metric in task.metrics},
         prompt_hash=prompt_hash(engine, method, example),
@@ -107,8 +102,7 @@ def make_row(
 
 def scores_of(task: TaskSpec, text: str, example: RagExample, tokenizer: Any) -> dict[str, float]:
     """The task's headline metric and its further ones, of one output."""
-    scored = task.cut(text)
-    names = dict.fromkeys((task.metric, *task.metrics))
+    names, scored = {task.metric, *task.metrics}, task.cut(text)
     return {name: METRICS[name].score(scored, example.answers, tokenizer) for name in names}
 
 
@@ -149,16 +143,10 @@ class RowFile:
     """
 
     def __init__(self, folder: Path, label: str, keys: Iterable[str], rank: int = 0):
-        self.path, self._keys = folder / f"{label}.jsonl", list(keys)
-        self._part = _part(self.path, rank)
-        self._rows = self._known()
-        self._own = self._of(self._part)
+        self.path, self.keys = folder / f"{label}.jsonl", list(keys)
+        self._part = folder / f"{label}.part{rank}.jsonl"
+        self._rows, self._own = self._known(), self._of(self._part)
         self._begun = False
-
-    @property
-    def keys(self) -> Sequence[str]:
-        """Of every row of this run, in order."""
-        return self._keys
 
     def __contains__(self, key: str) -> bool:
         return key in self._rows
@@ -166,12 +154,12 @@ class RowFile:
     def append(self, rows: Iterable[Row]) -> None:
         """Adds rows to this process's part, on disk before it returns."""
         if not self._begun:  # what an earlier run left there, without its half-written line
-            replace_text(self._part, "".join(map(_line, self._own.values())))
+            replace_text(self._part, _lines(self._own.values()))
             self._begun = True
-        new = [row for row in rows if row.key not in self._rows]
+        new = {row.key: row for row in rows if row.key not in self._rows}
         with self._part.open("a", encoding="utf-8") as out:
-            out.write("".join(map(_line, new)))
-        self._rows |= {row.key: row for row in new}
+            out.write(_lines(new.values()))
+        self._rows |= new
 
     def merge(self) -> list[Row]:
         """Joins all parts into one file in the order of the questions, and returns its rows.
@@ -182,21 +170,21 @@ class RowFile:
             KeyError: If a question is not answered yet.
         """
         known = self._known()
-        rows = [known[key] for key in self._keys]
-        replace_text(self.path, "".join(map(_line, rows)))
-        for part in _parts(self.path):
+        rows = [known[key] for key in self.keys]
+        replace_text(self.path, _lines(rows))
+        for part in self._parts():
             part.unlink()
         return rows
 
     def _known(self) -> dict[str, Row]:
-        found: dict[str, Row] = {}
-        for path in (self.path, *_parts(self.path)):
-            found |= self._of(path)
-        return found
+        return {k: row for path in (self.path, *self._parts()) for k, row in self._of(path).items()}
 
     def _of(self, path: Path) -> dict[str, Row]:
-        wanted = set(self._keys)
+        wanted = set(self.keys)
         return {row.key: row for row in read_rows(path) if row.key in wanted}
+
+    def _parts(self) -> list[Path]:
+        return sorted(self.path.parent.glob(f"{glob.escape(self.path.stem)}.part*.jsonl"))
 
 
 def read_all(folder: Path, labels: Sequence[str]) -> dict[str, list[Row]]:
@@ -220,7 +208,7 @@ def read_rows(path: Path) -> Iterator[Row]:
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     for number, line in enumerate(lines, start=1):
         if not line.endswith("\n"):
-            return  # the run was stopped while it wrote this line
+            return
         try:
             yield Row(**json.loads(line))
         except (json.JSONDecodeError, TypeError) as error:
@@ -229,13 +217,5 @@ def read_rows(path: Path) -> Iterator[Row]:
             ) from None
 
 
-def _part(path: Path, rank: int) -> Path:
-    return path.with_name(f"{path.stem}.part{rank}.jsonl")
-
-
-def _parts(path: Path) -> list[Path]:
-    return sorted(path.parent.glob(f"{glob.escape(path.stem)}.part*.jsonl"))
-
-
-def _line(row: Row) -> str:
-    return json.dumps(asdict(row), ensure_ascii=False) + "\n"
+def _lines(rows: Iterable[Row]) -> str:
+    return "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from rich import progress as bars
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress
 
+from blocktune.data import RagExample
 from blocktune.evaluation.fidelity import measure_fidelity
 from blocktune.evaluation.fingerprints import code_digest, fingerprints
 from blocktune.evaluation.prepare import Load, Ready, TaskQuestion, load_engine, prepare
@@ -30,8 +25,6 @@ from blocktune.files import replace_json
 from blocktune.provenance import hardware, provenance, versions
 
 RESULTS = "results.json"
-TTFT = "ttft.json"
-FIDELITY = "fidelity.json"
 
 
 def run_suite(
@@ -81,12 +74,6 @@ def run_suite(
     return results
 
 
-def _keys_of(measured: str, spec: Any, rows: Mapping[str, Sequence[Row]], num: int) -> str:
-    """Digest of what decides a measurement: its rows, how it is made, the machine and versions."""
-    first = {label: [row.key for row in own[:num]] for label, own in rows.items()}
-    return digest_of([measured, spec, first, code_digest(), hardware(), versions()])
-
-
 def _open(ready: Ready, spec: MethodSpec, output: Path, processes: Processes) -> RowFile:
     fingerprint = ready.engines[spec.adapter].fingerprint
     keys = [row_key(spec, q.task, q.example, fingerprint) for q in ready.questions]
@@ -99,9 +86,9 @@ def _answer_all(
 ) -> None:
     methods = ready.suite.methods
     work = [_missing(ready, files[spec.label], processes) for spec in methods]
-    whole = progress.add_task("all methods", total=sum(map(_count, work)))
+    whole = progress.add_task("all methods", total=sum(len(b) for own in work for b in own))
     for spec, batches in zip(methods, work, strict=True):
-        bar = progress.add_task(spec.label, total=_count(batches))
+        bar = progress.add_task(spec.label, total=sum(map(len, batches)))
         for batch in batches:
             files[spec.label].append(_answer_batch(ready, spec, batch))
             progress.advance(bar, len(batch))
@@ -126,26 +113,18 @@ def _answer_batch(
 def _missing(
     ready: Ready, file: RowFile, processes: Processes
 ) -> Sequence[list[tuple[str, TaskQuestion]]]:
-    """This process's share of the batches that are not answered yet."""
-    keyed = list(zip(file.keys, ready.questions, strict=True))
-    batches = _batches(keyed, ready.suite.batch_size)
+    """This process's share of the batches that are not answered yet.
+
+    Batches hold one task and are always the same ones, so that a resumed run repeats whole ones.
+    """
+    keyed = zip(file.keys, ready.questions, strict=True)
+    batches = [
+        own[start : start + ready.suite.batch_size]
+        for _, same in groupby(keyed, key=lambda item: item[1].task.name)
+        for own in [list(same)]
+        for start in range(0, len(own), ready.suite.batch_size)
+    ]
     return processes.share([b for b in batches if not all(key in file for key, _ in b)])
-
-
-def _batches(
-    keyed: Sequence[tuple[str, TaskQuestion]], size: int
-) -> Iterator[list[tuple[str, TaskQuestion]]]:
-    """Batches of one task; always the same ones, so that a resumed run repeats whole batches."""
-    start = 0
-    while start < len(keyed):
-        task = keyed[start][1].task
-        batch = [item for item in islice(keyed, start, start + size) if item[1].task is task]
-        yield batch
-        start += len(batch)
-
-
-def _count(batches: Sequence[Sequence]) -> int:
-    return sum(map(len, batches))
 
 
 def _time_all(
@@ -155,21 +134,19 @@ def _time_all(
     if count == 0:
         return {}
 
+    def asking(spec: MethodSpec) -> Callable[[RagExample], Any]:
+        engine, method = ready.engine(spec, ready.suite.tasks[0]), ready.methods[spec.label]
+        return lambda example: engine.answer([example], method, max_new_tokens=1, batch_size=1)[0]
+
     def measure() -> dict[str, TtftSummary]:
         for engine in ready.worded.values():
             engine.forget_prefixes()  # the answers above left these very prompts there
         bar = progress.add_task("time to first token", total=2 * count * len(rows))
-        methods = {spec.label: _asking(ready, spec) for spec in ready.suite.methods}
+        methods = {spec.label: asking(spec) for spec in ready.suite.methods}
         return measure_ttft(methods, ready.timed, lambda: progress.advance(bar))
 
-    keys = _keys_of(TTFT, ready.suite.ttft, rows, count)
-    found = _known_or(output / TTFT, "ttft", keys, measure)
+    found = _known_or(output, "ttft", ready.suite.ttft, rows, count, measure)
     return {label: TtftSummary(*times) for label, times in found.items()}
-
-
-def _asking(ready: Ready, spec: MethodSpec):
-    engine, method = ready.engine(spec, ready.suite.tasks[0]), ready.methods[spec.label]
-    return lambda example: engine.answer([example], method, max_new_tokens=1, batch_size=1)[0]
 
 
 def _measure_fidelity(
@@ -184,12 +161,24 @@ def _measure_fidelity(
         bar = progress.add_task("fidelity", total=asked * len(rows))
         return measure_fidelity(ready, lambda: progress.advance(bar))
 
-    keys = _keys_of(FIDELITY, spec, rows, len(ready.questions))
-    return _known_or(output / FIDELITY, "fidelity", keys, measure)
+    return _known_or(output, "fidelity", spec, rows, len(ready.questions), measure)
 
 
-def _known_or(path: Path, name: str, keys: str, measure: Callable[[], Any]) -> Any:
-    """What an earlier run measured under the same ``keys``, or else a new measurement, saved."""
+def _known_or(
+    output: Path,
+    name: str,
+    spec: Any,
+    rows: Mapping[str, Sequence[Row]],
+    num: int,
+    measure: Callable[[], Any],
+) -> Any:
+    """What an earlier run measured of the same rows, machine and code, or else a new measurement.
+
+    It is kept in ``NAME.json`` with a digest of all that decides it.
+    """
+    path = output / f"{name}.json"
+    first = {label: [row.key for row in own[:num]] for label, own in rows.items()}
+    keys = digest_of([path.name, spec, first, code_digest(), hardware(), versions()])
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if known.get("keys") == keys:
         return known[name]
@@ -200,13 +189,6 @@ def _known_or(path: Path, name: str, keys: str, measure: Callable[[], Any]) -> A
 
 def progress_bars(console: Console | None, shown: bool = True) -> Progress:
     """Bars on standard error, or on ``console``; of several processes only one shows them."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console or Console(stderr=True),
-        disable=not shown,
-    )
+    done = (bars.TextColumn("{task.description}"), bars.BarColumn(), bars.MofNCompleteColumn())
+    times = (bars.TimeElapsedColumn(), bars.TextColumn("left"), bars.TimeRemainingColumn())
+    return Progress(*done, *times, console=console or Console(stderr=True), disable=not shown)

@@ -34,11 +34,11 @@ class Power(NamedTuple):
 
     Attributes:
         detectable: Smallest difference that this many questions show, with the given power.
-        num_needed: Questions that would show the observed difference; None where it is 0.
+        n_needed: Questions that would show the observed difference; None where it is 0.
     """
 
     detectable: float
-    num_needed: int | None
+    n_needed: int | None
 
 
 class PairedScores:
@@ -129,11 +129,7 @@ def mcnemar_exact(correct: ArrayLike, baseline: ArrayLike) -> float:
     """Two-sided exact p-value that two methods are right equally often.
 
     Only questions on which they disagree count: under the null hypothesis each falls to either
-    side with probability 1/2.
-
-    Args:
-        correct: Whether one method is right, ``(n,)``, booleans or 0 and 1.
-        baseline: The same for the other.
+    side with probability 1/2. Both are ``(n,)``, booleans or 0 and 1.
 
     Source: McNemar (1947), in the exact binomial form.
     """
@@ -148,12 +144,8 @@ def sign_flip(own: ArrayLike, other: ArrayLike, *, seed: int = 0) -> float:
 
     Under the null hypothesis each question's difference is as likely with the other sign. Up to
     `FEW` of them the signs are drawn at random, the observed ones among the draws, so that p is
-    never 0; beyond, their sum is normal with the variance that signs alone give it.
-
-    Args:
-        own: One method's scores, ``(n,)``.
-        other: The other's on the same questions.
-        seed: Of the draws.
+    never 0; beyond, their sum is normal with the variance that signs alone give it. Both are
+    ``(n,)``, over the same questions.
 
     Source: Noreen, Computer-Intensive Methods for Testing Hypotheses (1989), approximate
     randomisation; Fisher's paired test.
@@ -175,18 +167,13 @@ def sign_flip(own: ArrayLike, other: ArrayLike, *, seed: int = 0) -> float:
 def holm(p_values: Mapping[Hashable, float]) -> dict[Hashable, float]:
     """p-values adjusted for being read together: the chance of any false alarm stays below each.
 
-    Args:
-        p_values: Of one family of comparisons, by name.
-
     Source: Holm, A Simple Sequentially Rejective Multiple Test Procedure (1979).
     """
-    adjusted: dict[Hashable, float] = {}
-    highest = 0.0
-    ranked = sorted(p_values, key=p_values.__getitem__)
-    for rank, name in enumerate(ranked):
-        highest = max(highest, min(1.0, (len(ranked) - rank) * p_values[name]))
+    adjusted, highest = dict(p_values), 0.0
+    for rank, name in enumerate(sorted(p_values, key=p_values.__getitem__)):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[name]))
         adjusted[name] = highest
-    return {name: adjusted[name] for name in p_values}
+    return adjusted
 
 
 def power(
@@ -206,8 +193,8 @@ def power(
         wanted: Chance to find a difference that is there.
 
     Returns:
-        None where two questions are not there or all differences are equal: nothing is known of
-        their spread.
+        None with fewer than two questions, or where all differences are equal: their spread is
+        not known.
 
     Source: the sample size of a paired z-test, e.g. Cohen, Statistical Power Analysis (1988).
     """
@@ -223,11 +210,7 @@ def power(
 
 
 def paired(left: ArrayLike, right: ArrayLike) -> NDArray[np.float64]:
-    """Differences of two lists of scores of the same questions, ``(n,)``.
-
-    Raises:
-        ValueError: If they differ in length.
-    """
+    """Differences of two lists of scores of the same questions, ``(n,)``, of one length."""
     first, second = np.asarray(left, dtype=np.float64), np.asarray(right, dtype=np.float64)
     if first.shape != second.shape or first.ndim != 1:
         raise ValueError(

@@ -76,10 +76,7 @@ class TtftSpec:
     chunks: int | None = None
 
     def __post_init__(self):
-        if self.num < 0:
-            raise ValueError(f"num must not be negative, got {self.num}")
-        if self.chunks is not None and self.chunks < 1:
-            raise ValueError(f"chunks must be at least 1, got {self.chunks}")
+        _check_counts(num=self.num, chunks=1 if self.chunks is None else self.chunks)
 
 
 @dataclass(frozen=True)
@@ -95,10 +92,15 @@ class FidelitySpec:
     tokens: int = 4
 
     def __post_init__(self):
-        if self.num < 0:
-            raise ValueError(f"num must not be negative, got {self.num}")
-        if self.tokens < 1:
-            raise ValueError(f"tokens must be at least 1, got {self.tokens}")
+        _check_counts(num=self.num, tokens=self.tokens)
+
+
+def _check_counts(num: int, **least_one: int) -> None:
+    if num < 0:
+        raise ValueError(f"num must not be negative, got {num}")
+    for name, value in least_one.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 @dataclass(frozen=True)
@@ -141,10 +143,7 @@ class Suite:
 
 
 def load_suite(path: str | Path) -> Suite:
-    """Reads a suite; relative paths in it start from the current directory.
-
-    See `load_spec` for its errors.
-    """
+    """Reads a suite, with the errors of `load_spec`; relative paths start from where one is."""
     return load_spec(path, "suite", "see eval/suites/ for examples", parse_suite)
 
 
@@ -156,16 +155,10 @@ def changed(
     quantize: str | None = None,
 ) -> Suite:
     """A suite with values of the command line; None keeps the suite's own."""
-    tasks = suite.tasks
+    given = {"model": model, "device": device, "quantize": quantize}
     if limit is not None:
-        tasks = tuple(replace(task, limit=limit) for task in tasks)
-    return replace(
-        suite,
-        tasks=tasks,
-        model=model or suite.model,
-        device=device or suite.device,
-        quantize=quantize or suite.quantize,
-    )
+        given["tasks"] = tuple(replace(task, limit=limit) for task in suite.tasks)
+    return replace(suite, **{key: value for key, value in given.items() if value})
 
 
 def parse_suite(record: Any, where: str = "suite") -> Suite:
@@ -188,46 +181,32 @@ def parse_suite(record: Any, where: str = "suite") -> Suite:
 
 
 def parse_methods(record: Any, where: str) -> tuple[tuple[MethodSpec, ...], dict[str, list[str]]]:
-    """Builds a list of methods, and the pools that those with ``seeds`` make.
+    """Builds a list of methods: names alone, or mappings of their keys.
 
-    Raises:
-        ValueError: If there is none, or an entry is wrong.
-    """
-    spread, pools = spread_seeds(record, where)
-    return tuple(parse_method(e, f"{where}[{i}]") for i, e in enumerate(spread)), pools
-
-
-def parse_method(entry: Any, where: str) -> MethodSpec:
-    """Builds a method's entry: its name alone, or its keys.
-
-    Raises:
-        ValueError: If a key is unknown or a value is not of its type.
-    """
-    return read(MethodSpec, {"name": entry} if isinstance(entry, str) else entry, where)
-
-
-def spread_seeds(record: Any, where: str) -> tuple[list[Any], dict[str, list[str]]]:
-    """Entries of methods with one entry for each of their ``seeds``, and the pools they make.
-
-    ``{name: kvlink, adapter: "out/kvlink-{seed}", seeds: [0, 1]}`` is ``kvlink-0`` and
-    ``kvlink-1``, pooled as ``kvlink``.
+    An entry with ``seeds`` is one method for each: ``{name: kvlink, adapter: "out/kvlink-{seed}",
+    seeds: [0, 1]}`` is ``kvlink-0`` and ``kvlink-1``, pooled as ``kvlink``.
 
     Args:
         record: Decoded YAML: the list of a suite's methods.
         where: Opens every error.
 
+    Returns:
+        The methods, and the pools that those with ``seeds`` make.
+
     Raises:
-        ValueError: If seeds are no list of numbers, or the adapter does not say where they go.
+        ValueError: If there is none, an entry is wrong, seeds are no list of numbers, or the
+            adapter does not say where they go.
     """
-    spread, pools = [], {}
+    methods, pools = [], {}
     for index, entry in enumerate(entries(record, where)):
-        if not isinstance(entry, Mapping) or "seeds" not in entry:
-            spread.append(entry)
-            continue
-        own = _of_seeds(entry, f"{where}[{index}]")
-        pools[entry.get("label") or entry.get("name")] = [one["label"] for one in own]
-        spread += own
-    return spread, pools
+        place = f"{where}[{index}]"
+        entry = {"name": entry} if isinstance(entry, str) else entry
+        own = [entry]
+        if isinstance(entry, Mapping) and "seeds" in entry:
+            own = _of_seeds(entry, place)
+            pools[entry.get("label") or entry.get("name")] = [one["label"] for one in own]
+        methods += [read(MethodSpec, one, place) for one in own]
+    return tuple(methods), pools
 
 
 def _of_seeds(entry: Mapping, where: str) -> list[dict[str, Any]]:
@@ -248,11 +227,7 @@ def _of_seeds(entry: Mapping, where: str) -> list[dict[str, Any]]:
 
 
 def check_pools(pools: Any, labels: Sequence[str]) -> None:
-    """Refuses pools of what there is not.
-
-    Raises:
-        ValueError: If a pool is no list of at least two labels, or its name is taken.
-    """
+    """Refuses a pool that is no list of at least two labels, or whose name is taken."""
     for name, members in mapping(pools, "pool").items():
         if name in labels:
             raise ValueError(f"pool '{name}' has the label of a method; rename it")

@@ -100,20 +100,12 @@ def load_tuning(path: str | Path) -> TuneSpec:
 
 
 def parse_tuning(record: Any, where: str = "tuning run") -> TuneSpec:
-    """Builds a run from decoded YAML; ``where`` opens every error.
-
-    Raises:
-        ValueError: If a key is unknown or missing, or a value is not accepted.
-    """
+    """Builds a run from decoded YAML; ``where`` opens every error, a ValueError."""
     return read(TuneSpec, with_task(record, where), where)
 
 
 def refuse_test(source: str) -> None:
-    """Refuses questions that a final comparison is made on.
-
-    Raises:
-        ValueError: If the split, an option or the file's name says ``test``.
-    """
+    """Refuses questions of a final comparison: the split, an option or the file says ``test``."""
     name, _, options = source.partition("?")
     default = CATALOG[name].split if name in CATALOG and "split=" not in options else ""
     shown = f"{Path(name).name}?{options}?{default}".lower()  # not the folders above a file
@@ -131,16 +123,13 @@ def _entry(method: Any, chosen: Mapping[str, Any]) -> dict[str, Any]:
     for path, value in chosen.items():
         first, *rest = path.split(".")
         keys = [first, *rest] if rest or first in OWN_KEYS else ["params", first]
-        _set(entry, keys, value, path)
+        inner = entry
+        for key in keys[:-1]:
+            inner = inner.setdefault(key, {})
+            if not isinstance(inner, dict):
+                raise ValueError(f"grid '{path}': '{key}' must be a mapping, got {inner!r}")
+        inner[keys[-1]] = value
     return entry
-
-
-def _set(entry: dict[str, Any], keys: list[str], value: Any, path: str) -> None:
-    for key in keys[:-1]:
-        entry = entry.setdefault(key, {})
-        if not isinstance(entry, dict):
-            raise ValueError(f"grid '{path}': '{key}' must be a mapping, got {entry!r}")
-    entry[keys[-1]] = value
 
 
 TUNED = "tuned.json"
@@ -159,9 +148,10 @@ def tune(
     Args:
         spec: What to try, on which questions.
         output: Folder for rows, ``results.json`` and ``tuned.json``.
-        processes: Processes of this machine that share the questions.
+        processes: Processes of this machine that share the questions; several load weights by
+            `load_engine`.
         command: What the user typed, for the provenance.
-        load: How weights are loaded; several processes always load them by `load_engine`.
+        load: How weights are loaded.
 
     Returns:
         What ``tuned.json`` holds: ``best`` (values, entry, score with interval, cost), all
@@ -206,8 +196,7 @@ def _together(suite: Suite, output: Path, count: int, command: list[str] | None)
     for other in others:
         other.start()
     try:
-        mine = Processes(0, count, wait=_waiting(barrier))
-        return run_suite(suite, output, command=command, processes=mine)
+        return run_suite(suite, output, command=command, processes=_sharing(0, count, barrier))
     except BrokenBarrierError:
         raise ValueError("a process of the sweep failed; see its error above") from None
     finally:
@@ -216,15 +205,15 @@ def _together(suite: Suite, output: Path, count: int, command: list[str] | None)
             other.join()
 
 
+def _sharing(rank: int, count: int, barrier: Any) -> Processes:
+    return Processes(rank, count, wait=lambda: barrier.wait(PATIENCE.total_seconds()))
+
+
 def _share(suite: Suite, output: Path, rank: int, count: int, barrier: Any) -> None:
     try:
-        run_suite(suite, output, processes=Processes(rank, count, wait=_waiting(barrier)))
+        run_suite(suite, output, processes=_sharing(rank, count, barrier))
     except BrokenBarrierError:
         return  # another one failed, or the main one needs nothing more
     except BaseException:
         barrier.abort()
         raise
-
-
-def _waiting(barrier: Any):
-    return lambda: barrier.wait(PATIENCE.total_seconds())

@@ -92,10 +92,8 @@ class TaskSpec:
 def parse_task(record: Any, where: str = "task") -> TaskSpec:
     """Builds a task from an entry of a suite.
 
-    Args:
-        record: The task's own keys; or ``task`` (a file), ``variant`` (one of its variants) and
-            keys that replace the file's.
-        where: Opens every error.
+    The entry holds the task's own keys; or ``task`` (a file), ``variant`` (one of its variants) and
+    keys that replace the file's.
 
     Raises:
         ValueError: If a key is unknown or missing, or a value is not accepted.
@@ -111,11 +109,7 @@ def parse_task(record: Any, where: str = "task") -> TaskSpec:
 
 
 def with_task(record: Any, where: str) -> dict[str, Any]:
-    """Keys of a run that asks one task, its ``task`` built; ``where`` opens every error.
-
-    Raises:
-        ValueError: If the record is not a mapping, or the task is wrong.
-    """
+    """Keys of a run that asks one task, its ``task`` built; ``where`` opens every error."""
     values = dict(mapping(record, where))
     if "task" in values:
         values["task"] = parse_task(values["task"], f"{where}: task")
@@ -125,9 +119,8 @@ def with_task(record: Any, where: str) -> dict[str, Any]:
 def load_task(path: str | Path, variant: str | None = None) -> dict[str, Any]:
     """Keys of a task file, with those of one of its variants over them.
 
-    Args:
-        path: The file; besides the keys of `TaskSpec` it may hold ``variants``: name -> keys.
-        variant: The variant's name; its results are named ``NAME-VARIANT``.
+    Besides the keys of `TaskSpec` a file may hold ``variants``: name -> keys; results of a variant
+    are named ``NAME-VARIANT``.
 
     Raises:
         ValueError: If it is not YAML, has unknown keys, or no such variant.

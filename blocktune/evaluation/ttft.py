@@ -41,10 +41,7 @@ def measure_ttft(
     That is reuse as it is met: each chunk is cached, the prompt as a whole is not, so an exact
     prefix cache finds what prompts really share. The order of methods turns from prompt to prompt.
 
-    Args:
-        methods: Label -> how to ask.
-        examples: At least one prompt.
-        step: Called after every answer, for a progress bar.
+    ``step`` is called after every answer, for a progress bar.
     """
     usages: dict[str, list[Any]] = {label: [] for label in methods}
     for turn, example in enumerate(examples):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,13 +49,7 @@ def card(
 ) -> str:
     """The whole ``README.md`` of a repository.
 
-    Args:
-        repo: ``USER/NAME``.
-        info: The adapter's.
-        base: The base's name on the Hub.
-        facts: With the licence filled in.
-        checks: What `blocktune.check` found; all passed.
-        measured: The results, if there are any.
+    ``base`` is the base's name on the Hub, ``facts`` has its licence filled in.
 
     Raises:
         ValueError: If no method serves the adapter.
@@ -89,7 +83,10 @@ def card(
         results=results_table(measured),
         layout=_table(_layout(info)),
         training=_table(_training(info)),
-        checks=_table(_differences(checks), ("check", "difference of logits")),
+        checks=_table(
+            {one.name: f"{one.max_abs_diff:.1e}" for one in checks},
+            ("check", "difference of logits"),
+        ),
     )
     return str(made)
 
@@ -138,9 +135,12 @@ def _layout(info: AdapterInfo) -> Mapping[str, Any]:
 def _training(info: AdapterInfo) -> Mapping[str, Any]:
     made = public(info.training)
     versions, licences = made.get("versions", {}), datasets_of(info.training)
+    data = made.get("data")
+    if isinstance(data, Mapping):  # a mixture
+        data = ", ".join(f"`{part.get('source')}`" for part in data.get("parts", ()))
     rows = {
         "command": f"`{made['command']}`" if made.get("command") else None,
-        "data": _sources(made.get("data")),
+        "data": data,
         "licences of the data": "; ".join(f"{k}: {v}" for k, v in licences.items()) or None,
         "examples": made.get("examples"),
         "seed": made.get("seed"),
@@ -150,17 +150,6 @@ def _training(info: AdapterInfo) -> Mapping[str, Any]:
         "commit": made.get("commit"),
     }
     return {name: value for name, value in rows.items() if value is not None}
-
-
-def _sources(data: Any) -> str | None:
-    """The one source, or those of a mixture's parts."""
-    if not isinstance(data, Mapping):
-        return data
-    return ", ".join(f"`{part.get('source')}`" for part in data.get("parts", ()))
-
-
-def _differences(checks: Iterable[Check]) -> Mapping[str, str]:
-    return {one.name: f"{one.max_abs_diff:.1e}" for one in checks}
 
 
 def _table(rows: Mapping[str, Any], heading: tuple[str, str] = ("", "")) -> str:

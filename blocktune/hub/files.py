@@ -39,11 +39,6 @@ Source = Path | bytes
 def files_of(folder: Path, info: AdapterInfo, base: str) -> dict[str, Source]:
     """What is sent of a folder, by name; JSON that names the base gets its name on the Hub.
 
-    Args:
-        folder: An adapter, or a whole model with a ``blocktune.json``.
-        info: Its own.
-        base: The base's name on the Hub.
-
     Raises:
         ValueError: If it is a checkpoint of a run, weights are pickled, or there are none.
     """
@@ -81,19 +76,21 @@ def public(value: Any) -> Any:
     without their secrets may hold one.
     """
     if isinstance(value, dict):
-        return {key: public(_command(key, inner)) for key, inner in value.items()}
+        return {
+            key: public(_bare(inner) if key == "command" and isinstance(inner, str) else inner)
+            for key, inner in value.items()
+        }
     if isinstance(value, list):
         return [public(inner) for inner in value]
     return _ABSOLUTE.sub(r"\1", without_tokens(value)) if isinstance(value, str) else value
 
 
-def _command(key: str, value: Any) -> Any:
-    if key != "command" or not isinstance(value, str):
-        return value
+def _bare(command: str) -> str:
     try:
-        return shlex.join(without_secrets(shlex.split(value)))
+        words = shlex.split(command)
     except ValueError:  # no command line: a quote is left open
-        return shlex.join(without_secrets(value.split()))
+        words = command.split()
+    return shlex.join(without_secrets(words))
 
 
 def _info(info: AdapterInfo, base: str) -> bytes:

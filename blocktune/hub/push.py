@@ -14,7 +14,7 @@ from huggingface_hub.utils import httpx, validate_repo_id
 from rich.console import Console
 
 from blocktune.adapter import OWN_WEIGHTS, AdapterInfo
-from blocktune.check import Check, check_model
+from blocktune.check import check_model
 from blocktune.engine import Engine
 from blocktune.hub.card import CardFacts, card, served_by
 from blocktune.hub.files import Source, files_of, is_published
@@ -78,11 +78,23 @@ def prepare(
     folder = Path(adapter)
     info = AdapterInfo.load(folder)
     check_repo(repo)
-    base = _base_name(info, facts)
+    named = info.training.get("started_from", "") if info.base_model == OWN_WEIGHTS else None
+    base = on_the_hub(facts.base_model or (info.base_model if named is None else named))
     files = files_of(folder, info, base)
     measured = read_results(facts.results, folder, info) if facts.results else None
     facts = replace(facts, license=facts.license or license_of(base, token))
-    checks = _checked(folder, info, model, dtype, device)
+    checks = check_model(
+        Engine.from_pretrained(
+            model, folder, dtype=dtype, device=device, quantize=info.quantization
+        )
+    )
+    if failed := [one for one in checks if not one.passed]:
+        first = failed[0]
+        raise ValueError(
+            f"'{folder}' is not pushed: {len(failed)} of {len(checks)} checks fail, first "
+            f"'{first.name}' ({first.max_abs_diff:.1e}, tolerance {first.tolerance:.1e}); see "
+            "`blocktune check`"
+        )
     text = card(repo, info, base, facts, checks, measured)
     return Publication(repo, files | {CARD_FILE: text.encode()})
 
@@ -127,28 +139,6 @@ def show(publication: Publication, console: Console) -> None:
     console.print(f"\n{publication.card}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _base_name(info: AdapterInfo, facts: CardFacts) -> str:
-    named = info.base_model
-    if named == OWN_WEIGHTS:
-        named = info.training.get("started_from", "")
-    return on_the_hub(facts.base_model or named)
-
-
-def _checked(folder: Path, info: AdapterInfo, model, dtype, device) -> list[Check]:
-    engine = Engine.from_pretrained(
-        model, folder, dtype=dtype, device=device, quantize=info.quantization
-    )
-    checks = check_model(engine)
-    if failed := [one for one in checks if not one.passed]:
-        first = failed[0]
-        raise ValueError(
-            f"'{folder}' is not pushed: {len(failed)} of {len(checks)} checks fail, first "
-            f"'{first.name}' ({first.max_abs_diff:.1e}, tolerance {first.tolerance:.1e}); see "
-            "`blocktune check`"
-        )
-    return checks
-
-
 def check_repo(repo: str) -> None:
     """Refuses what is no USER/NAME.
 
@@ -178,11 +168,7 @@ def on_the_hub(name: str) -> str:
 
 
 def license_of(base: str, token: str | None = None) -> str:
-    """The licence that a base's card states.
-
-    Args:
-        base: Its name on the Hub.
-        token: Of the Hub; None: the one that is logged in.
+    """The licence that the card of a base on the Hub states.
 
     Raises:
         ValueError: If there is none, or the Hub does not answer.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from blocktune.adapter import OWN_WEIGHTS, AdapterInfo
-from blocktune.data.sources import data_sets_in
+from blocktune.data.sources.catalog import data_sets_in
 from blocktune.hub.files import public
 from blocktune.models.identity import adapter_fingerprint, same_base
 from blocktune.tables import Table, with_interval, written
@@ -54,11 +54,6 @@ class Measured(NamedTuple):
 
 def read_results(path: Path, folder: Path, info: AdapterInfo) -> Measured:
     """Reads what `blocktune eval` wrote.
-
-    Args:
-        path: Of ``results.json``.
-        folder: Of the adapter.
-        info: Its own.
 
     Raises:
         ValueError: If the file is not there, is none that `blocktune eval` wrote, or is not of

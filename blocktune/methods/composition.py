@@ -36,27 +36,18 @@ KEEP = Keep.KEEP
 
 @dataclass(frozen=True, kw_only=True)
 class Composition(Method):
-    """Presets, and axes decided for them; made by `compose`.
-
-    Attributes:
-        label: Its name in tables and results.
-        terms: The presets.
-        selected: Its selector.
-        reshaped: Its reshape, or None.
-        changes: Fields of the layout that are set after the presets' own changes.
-        decided: The axes that any of these decide.
-    """
+    """Presets, and axes decided for them; made by `compose`."""
 
     cached: ClassVar[Cached] = Cached.CHUNKS
     keeps_context: ClassVar[bool] = True
-    label: str
-    terms: tuple[Method, ...]
+    label: str  # its name in tables and results
+    terms: tuple[Method, ...]  # the presets
     source: str
     weights: Weights
     warm_up: int
     selected: Selection
     reshaped: Reshape | None
-    changes: tuple[tuple[str, Any], ...]
+    changes: tuple[tuple[str, Any], ...]  # of the layout, after the presets' own changes
     decided: frozenset[Axis]
     layer_budget: float | None
 

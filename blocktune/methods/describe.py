@@ -33,27 +33,16 @@ LAYOUT_SUMMARIES = {
 
 
 class Description(NamedTuple):
-    """A row of the table of methods.
+    """A row of the table of methods."""
 
-    Attributes:
-        name: Its name on the command line.
-        kind: ``method``, ``selector``, ``reshape`` or ``layout``.
-        group: A key of `GROUPS`.
-        axes: The axes that it decides.
-        summary: First line of its docstring.
-        weights: What the model must be trained for.
-        parameters: Defaults by name.
-        source: Paper or code; empty if there is none.
-    """
-
-    name: str
-    kind: str
-    group: str
-    axes: tuple[str, ...]
-    summary: str
-    weights: str
-    parameters: dict[str, Any]
-    source: str
+    name: str  # on the command line
+    kind: str  # method, selector, reshape or layout
+    group: str  # a key of `GROUPS`
+    axes: tuple[str, ...]  # that it decides
+    summary: str  # first line of its docstring
+    weights: str  # what the model must be trained for
+    parameters: dict[str, Any]  # defaults by name
+    source: str  # paper or code; may be empty
 
 
 def describe_method(name: str) -> Description:
@@ -70,15 +59,15 @@ def describe_method(name: str) -> Description:
         group = "weights"
     else:
         group = axes[0] if len(axes) == 1 else "several"
-    return _described(name, "method", group, axes, type(method), method.weights)
+    return Description(name, "method", group, axes, *_facts(type(method), method.weights))
 
 
 def describe_all() -> list[Description]:
     """All methods, then all values of the axes, each sorted by name."""
     found = [describe_method(name) for name in METHODS.available()]
     for axis, table in TABLES.items():
-        facts = table.what, f"value of {axis.value}", (axis.value,)
-        found += [_described(name, *facts, table.find(name)) for name in table.available()]
+        place = table.what, f"value of {axis.value}", (axis.value,)
+        found += [Description(n, *place, *_facts(table.find(n))) for n in table.available()]
     plain, any_, axis = LayoutSpec(), Weights.ANY.value, Axis.LAYOUT.value
     for name, summary in LAYOUT_SUMMARIES.items():
         default = {name: getattr(plain, name)}
@@ -88,16 +77,7 @@ def describe_all() -> list[Description]:
     return found
 
 
-def _described(
-    name: str,
-    kind: str,
-    group: str,
-    axes: tuple[str, ...],
-    cls: type,
-    weights: Weights = Weights.ANY,
-) -> Description:
+def _facts(cls: type, weights: Weights = Weights.ANY) -> tuple[str, str, dict[str, Any], str]:
     defaults = {field.name: field.default for field in fields(cls)}
     assert MISSING not in defaults.values(), f"a parameter of {cls} has no default"
-    return Description(
-        name, kind, group, axes, summary_of(cls), weights.value, defaults, cls.source
-    )
+    return summary_of(cls), weights.value, defaults, cls.source

@@ -16,10 +16,10 @@ from datasets import Dataset, Features, Value, concatenate_datasets
 from datasets import Sequence as ListOf
 from transformers import PreTrainedTokenizerBase
 
-from blocktune.data.attribution import data_sets_of
-from blocktune.data.example import RagExample, field_error, read_chunk
+from blocktune.data.example import RagExample, field_error, read_chunks
+from blocktune.data.sources.catalog import data_sets_of
 from blocktune.data.sources.shapes import find_shape
-from blocktune.prompt import Chunk, LayoutSpec, Pieces, PromptFormat
+from blocktune.prompt import LayoutSpec, Pieces, PromptFormat
 from blocktune.prompt.pieces import conversation_pieces, make_pieces
 
 IDS = ListOf(Value("int32"))
@@ -84,7 +84,7 @@ def to_sample(row: Any, tokenizer: PreTrainedTokenizerBase, fmt: PromptFormat) -
 
 
 def _with_documents(row: Mapping[str, Any], fmt: PromptFormat) -> Sample:
-    chunks = tuple(_chunk(document) for document in row["documents"])
+    chunks = read_chunks(row["documents"], "documents")
     messages = row.get("messages")
     if messages is None:
         messages = [*_messages(row, "prompt", "user"), *_messages(row, "completion", "assistant")]
@@ -107,19 +107,6 @@ def _messages(row: Mapping[str, Any], name: str, role: str) -> Sequence[Mapping[
     if value is None:
         raise field_error(name, "text or messages beside documents", value)
     return [{"role": role, "content": value}] if isinstance(value, str) else value
-
-
-def _chunk(document: Any) -> Chunk:
-    """A document as text, ``{"title", "text"}``, or Cohere's ``{"id", "data"}``."""
-    if isinstance(document, Mapping):
-        data = document.get("data")
-        document = data if isinstance(data, Mapping) else document
-        text = next((document[k] for k in _TEXTS if document.get(k) is not None), None)
-        document = {"title": document.get("title"), "text": text}
-    return read_chunk(document, "documents")
-
-
-_TEXTS = ("text", "contents", "content", "page_content", "snippet", "data")
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from blocktune.data import load_examples
 from blocktune.data.mixture import BLOCK, load_mixture, mix
-from blocktune.data.sources import training_split
+from blocktune.data.sources.load import training_split
 from blocktune.models import load
 from blocktune.prompt import LayoutSpec, PromptFormat
 from blocktune.training import launch_checks

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from page_figures import draw_overlap
 from states import (
     RATIO,
     Chosen,
@@ -38,7 +39,14 @@ from blocktune.data import load_examples
 from blocktune.engine import Engine
 from blocktune.evaluation.compare import load_results
 from blocktune.evaluation.prepare import Ready, prepare
-from blocktune.evaluation.report.style import Ground, as_share, legend_below, mark, to_png
+from blocktune.evaluation.report.style import (
+    Ground,
+    as_share,
+    label_ends,
+    mark,
+    to_png,
+    whole_numbers,
+)
 from blocktune.evaluation.results import mean_of
 from blocktune.evaluation.suite import changed, load_suite
 from blocktune.files import replace_json
@@ -60,6 +68,7 @@ def draw_deviation(chosen: Chosen, path: Path, title: str) -> Path:
         )
         for start in starts:
             axes.axvline(start - 0.5, color=ground.faint, linewidth=0.6)
+        whole_numbers(axes.yaxis)
         axes.set_xlabel("tokens chosen in any layer, by place; lines: chunks begin")
         axes.set_ylabel("layer")
         axes.set_title(title)
@@ -68,41 +77,26 @@ def draw_deviation(chosen: Chosen, path: Path, title: str) -> Path:
     return to_png(draw, path, height=3.6, width=7.5)
 
 
-def draw_overlap(chosen: Chosen, path: Path, title: str) -> Path:
-    """Heat map: how many tokens chosen at one layer are chosen at another."""
-    shares = overlap_of(chosen)
-
-    def draw(figure: Figure, ground: Ground) -> None:
-        axes = figure.subplots()
-        axes.grid(visible=False)
-        image = axes.imshow(shares, origin="lower", vmin=0, vmax=1, cmap="viridis")
-        axes.set_xlabel("layer that is asked")
-        axes.set_ylabel("layer that chose")
-        axes.set_title(title)
-        bar = figure.colorbar(image, ax=axes, label="chosen by both", pad=0.02)
-        as_share(bar.ax.yaxis)
-
-    return to_png(draw, path, height=4.0)
-
-
 def draw_cumulative(
     deviations: Mapping[str, NDArray[np.float64]], path: Path, layer: int, title: str
 ) -> Path:
     """Deviation accrued over tokens, the highest first, for several methods at one layer."""
 
     def draw(figure: Figure, ground: Ground) -> None:
-        axes = figure.subplots()
-        for index, (label, keys) in enumerate(deviations.items()):
+        axes, ends = figure.subplots(), {}
+        for label, keys in deviations.items():
             accrued = cumulative_of(keys)[layer]
             places = np.arange(1, len(accrued) + 1) / len(accrued)
-            axes.plot(places, accrued, label=label, color=mark(ground, index + 2)["color"])
+            color = mark(ground, label)["color"]
+            axes.plot(places, accrued, color=color)
+            ends[label] = accrued[-1], color
         as_share(axes.xaxis)
         axes.set_xlim(0, 1)
         axes.set_ylim(bottom=0)
         axes.set_xlabel("context tokens, highest deviation first")
         axes.set_ylabel("deviation of keys, accrued")
         axes.set_title(title)
-        legend_below(figure, axes)
+        label_ends(axes, ends)
 
     return to_png(draw, path, height=3.6)
 
@@ -124,7 +118,7 @@ def draw(given: argparse.Namespace) -> Path:
     chosen = chosen_tokens(found[names[0]], given.ratio)
     title = f"{names[0]}: highest {given.ratio:.0%}"
     if given.what == "overlap":
-        return draw_overlap(chosen, given.output, title)
+        return draw_overlap(overlap_of(chosen), given.output, f"{title} of tokens", first=0)
     shares = ", ".join(f"{share:.0%}" for share in beginnings_of(chosen))
     print(f"of them first tokens of a chunk, by layer: {shares}")
     return draw_deviation(chosen, given.output, f"{title} by layer")

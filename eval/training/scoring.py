@@ -8,7 +8,7 @@ from typing import Any
 
 from queries import BLEND, FULL, JOINED, NAIVE, in_full
 
-from blocktune.evaluation.metrics import filter_bias
+from blocktune.evaluation.metrics import adjusted_f1
 from blocktune.evaluation.rows import Row
 from blocktune.evaluation.statistics import Interval, PairedScores
 
@@ -85,7 +85,7 @@ class Judge:
     def _bias(self, labels: Sequence[str]) -> dict[str, float | None]:
         """What the filter of adjusted F1 hides, the seeds' mean."""
         full = [self.rows[FULL][i].f1 for i in self.asked]
-        found = [filter_bias([self.rows[one][i].f1 for i in self.asked], full) for one in labels]
+        found = [adjusted_f1([self.rows[one][i].f1 for i in self.asked], full) for one in labels]
         means = {}
         for key in ("bias", "reverse"):
             values = [value for one in found if (value := getattr(one, key)) is not None]

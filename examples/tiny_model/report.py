@@ -10,9 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from blocktune.data.worlds import QUESTION_KINDS, WorldConfig, generate_examples
+from blocktune.data.worlds import WorldConfig, generate_examples
+from blocktune.data.worlds.questions import QUESTION_KINDS
+from blocktune.evaluation.report.style import (
+    COLOURS,
+    Ground,
+    label_ends,
+    to_png,
+    zoom,
+    zoomed_start,
+)
 from blocktune.provenance import provenance
 from examples.tiny_model.config import PretrainConfig, Stage
 from examples.tiny_model.measure import SETTINGS, by_kind, chance, correct
@@ -102,32 +112,36 @@ def hardware(device: str) -> str:
 
 def draw_curves(log: list[dict], steps: list[int], path: Path) -> None:
     """Draws loss and dev exact match over the steps that had been taken at each line."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
-    left.plot(steps, [entry["loss"] for entry in log], label="loss (answers weigh 5)")
-    left.plot(
-        steps, [entry["answer_accuracy"] for entry in log], label="accuracy of the answers' values"
-    )
     measured = [(step, e["dev"]) for step, e in zip(steps, log, strict=True) if "dev" in e]
-    for number, kind in enumerate(("self-contained", "cross-chunk", "2-hop")):
-        for setting, line in (("full", "-"), ("naive", ":")):
-            values = [dev[setting].get(kind, {}).get("em") for _, dev in measured]
-            right.plot(
-                [step for step, _ in measured], values, line, color=f"C{number}",
-                label=kind if setting == "full" else None,
-            )  # fmt: skip
-    left.set(xlabel="step", title="training", ylim=(0, 2.5))
-    right.set(xlabel="step", ylim=(0, 1), title="exact match, 10 dev chunks: full (-), naive (··)")
-    for axis in (left, right):
-        axis.legend(frameon=False)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    kinds = dict(
+        zip(("self-contained", "cross-chunk", "2-hop"), ("blue", "red", "green"), strict=True)
+    )
+    lines = {
+        f"{kind}, {setting}": [dev[setting].get(kind, {}).get("em") for _, dev in measured]
+        for kind in kinds
+        for setting in ("full", "naive")
+    }
+
+    def draw(figure: Figure, ground: Ground) -> None:
+        left, right = figure.subplots(1, 2)
+        colours, ends = dict(zip(COLOURS, ground.series, strict=True)), {}
+        for name, key, colour in (("loss", "loss", "ink"), ("accuracy", "answer_accuracy", "sky")):
+            values = [entry[key] for entry in log]
+            left.plot(steps, values, color=colours[colour])
+            ends[name] = values[-1], colours[colour]
+        left.set(xlabel="step", title="Training: loss, and accuracy of answers", ylim=(0, 2.5))
+        label_ends(left, ends)
+        known = [value for values in lines.values() for value in values if value is not None]
+        zoom(right, ground, zoomed_start(known), "exact match")
+        for name, values in lines.items():
+            colour = colours[kinds[name.partition(",")[0]]]
+            style = "-" if name.endswith("full") else ":"
+            right.plot([step for step, _ in measured], values, style, color=colour)
+        right.set(xlabel="step", title="10 dev chunks, full attention and naive reuse")
+        last = {name: values[-1] for name, values in lines.items() if values[-1] is not None}
+        label_ends(right, {n: (v, colours[kinds[n.partition(",")[0]]]) for n, v in last.items()})
+
+    to_png(draw, path, height=4, width=12)
 
 
 def readme(numbers: dict[str, Any], log: list[dict]) -> str:
@@ -166,16 +180,15 @@ Weights are saved in bfloat16; the numbers are of the saved weights, computed in
 Greedy decoding. If the output contains `Answer:`, the text after the last one is scored. Test
 worlds have exactly 10 chunks and share no name with training. *full*: full attention. *naive*:
 every chunk encoded alone, no tuning. *no-context*: no chunks. *bridge-deleted*: without the chunk
-that states
-the last hop's fact.
+that states the last hop's fact.
 
 | kind | n | full | naive | no-context | bridge-deleted |
 |---|---|---|---|---|---|
 {chr(10).join(rows)}
 
 After the bridge is deleted, the answer still occurs elsewhere in the context for
-{numbers["answer_elsewhere"]["2-hop"]:.1%} of the 2-hop questions: an upper bound on guessing from
-the context.
+{numbers["answer_elsewhere"]["2-hop"]:.1%} of the 2-hop questions: an upper bound on guessing
+from the context.
 
 Cross-chunk questions ask for a fact in a chunk that does not name its subject. In these worlds at
 most one document of each kind continues in such chunks, half of them by an alias; pre-training had

@@ -37,7 +37,7 @@ def die_in_the_middle(folder):
 
 def fill_the_disk(folder):
     """Without the signal the same limit is what a full disk is: an error from `write`."""
-    store = ChunkStore(max_bytes=0, folder=folder)
+    store = ChunkStore(max_bytes=0, folder=folder, must_write=True)
     resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, LIMIT))
     try:
         store.put(KEY, CHUNK)

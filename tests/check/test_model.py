@@ -6,8 +6,7 @@ import pytest
 
 from blocktune.adapter import AdapterInfo
 from blocktune.check import check_model
-from blocktune.check.model import _batch
-from blocktune.check.serving import all_visible
+from blocktune.check.serving import all_visible, batch_of
 from blocktune.engine import Engine
 from blocktune.links import install_links, new_links
 from blocktune.models.identity import base_fingerprint, tokenizer_hash
@@ -57,8 +56,8 @@ def test_other_positions_alone_do_not_count_as_hidden_chunks(monkeypatch):
     """A mask that hides nothing, at positions that no full prefill has."""
     engine = trained_for(LayoutSpec(placement="parallel"))
     monkeypatch.setattr(
-        "blocktune.check.model._batch",
-        lambda engine, example, method, make=_batch: in_full(make(engine, example, method)),
+        "blocktune.check.model.batch_of",
+        lambda engine, method: in_full(batch_of(engine, method)),
     )
     last = check_model(engine)[-1]
     assert last.name == "hiding chunks from each other is seen"

@@ -67,6 +67,14 @@ def test_one_question_is_answered_with_its_usage(blocktune, ask, model):
     assert "Where was Anna born?" in panel
 
 
+def test_what_is_known_of_the_chunks_stands_in_the_record(blocktune, model, tmp_path):
+    path = tmp_path / "q.jsonl"
+    chunks = [{"text": "Kirby is small.", "id": "d7"}, "Nothing."]
+    path.write_text(json.dumps({"question": "Where?", "chunks": chunks}))
+    done = blocktune("answer", "--model", model, "-i", path, "--max-new-tokens", 1, "--json")
+    assert json.loads(done.stdout)["chunks"] == [{"id": "d7"}, {}]
+
+
 def test_a_stream_says_what_the_answer_says(blocktune, ask, model):
     whole = ask("--method", "cacheblend")["answer"]
     assert whole

@@ -8,9 +8,9 @@ from source_records import MUSIQUE
 from transformers import AutoTokenizer
 
 from blocktune.data import RagExample, load_examples
-from blocktune.data.attribution import data_sets_of
 from blocktune.data.needle import _words
-from blocktune.data.sources import Record
+from blocktune.data.sources.catalog import data_sets_of
+from blocktune.data.sources.records import Record
 from blocktune.engine import Engine
 
 DOCS = [

@@ -4,6 +4,7 @@ import pytest
 
 from blocktune.data.augment import Augment, augment
 from blocktune.data.example import RagExample
+from blocktune.parsing import read
 from blocktune.prompt import Chunk
 
 CHUNKS = tuple(Chunk(f"passage {i}", f"T{i}") for i in range(6))
@@ -68,15 +69,15 @@ def test_what_mentions_the_answer_is_evidence_where_the_source_names_none():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"shufle": True}, "augment: unknown key 'shufle'; known: shuffle, num_chunks"),
-        ({"shuffle": 1}, "augment 'shuffle' must be true or false, got 1"),
+        ({"shufle": True}, "unknown key 'shufle'; known: shuffle, num_chunks"),
+        ({"shuffle": 1}, "'shuffle' must be true or false, got 1"),
         ({"num_chunks": 0}, "augment 'num_chunks' must be a number of at least 1 or"),
         ({"num_chunks": [5, 3]}, r"at least 1 or \[low, high\], got \[5, 3\]"),
         ({"num_distractors": -1}, "augment 'num_distractors' must be a number of at least 0"),
         ({"num_chunks": 3, "num_distractors": 2}, "num_chunks or num_distractors, not both"),
-        ({"seed": "x"}, "augment 'seed' must be a whole number"),
+        ({"seed": "x"}, "'seed' must be a whole number"),
     ],
 )
 def test_bad_values_are_refused(values, message):
     with pytest.raises(ValueError, match=message):
-        Augment.from_dict(values)
+        read(Augment, values, "augment")

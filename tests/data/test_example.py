@@ -127,6 +127,8 @@ PASSAGES = {
     "object": {"title": "T", "text": "one"},
     "sentences": {"title": "T", "sentences": ["one"]},
     "LangChain, JSON": {"title": "T", "page_content": "one", "metadata": {"source": "a.pdf"}},
+    "Cohere": {"id": "7", "data": {"title": "T", "snippet": "one"}},
+    "Cohere, text": {"title": "T", "data": "one"},
     "Pyserini": {"title": "T", "id": "7", "contents": "one", "score": 1.5},
 }
 

@@ -9,7 +9,8 @@ import pytest
 from source_records import OWN
 
 from blocktune.data import RagExample, load_chunks, load_examples
-from blocktune.data.sources import load_source, with_fields
+from blocktune.data.sources.load import load_source
+from blocktune.data.sources.options import with_fields
 from blocktune.prompt import Chunk
 
 ROWS = [

@@ -7,7 +7,7 @@ import pytest
 from source_records import CTXS, HUB_HOTPOT, MUSIQUE, OWN, WIKI
 
 from blocktune.data import load_chunks, load_examples
-from blocktune.data.sources import load_source
+from blocktune.data.sources.load import load_source
 from blocktune.prompt import Chunk
 
 

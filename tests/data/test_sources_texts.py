@@ -5,7 +5,7 @@ import json
 import pytest
 
 from blocktune.data import build_chunker, load_examples
-from blocktune.data.sources import load_source
+from blocktune.data.sources.load import load_source
 from blocktune.data.sources.texts import CONTINUE, SUMMARIZE
 from blocktune.prompt import Chunk
 

@@ -28,7 +28,12 @@ from examples.tiny_model.report import readme
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")])
-DOCUMENTS = [*PAGES, *sorted(ROOT.glob("recipes/**/*.md")), ROOT / "eval/README.md"]
+DOCUMENTS = [
+    *PAGES,
+    *sorted(ROOT.glob("recipes/**/*.md")),
+    *sorted(ROOT.glob("eval/*.md")),
+    *sorted(ROOT.glob("eval/*/README.md")),
+]
 DOCUMENTS += [ROOT / "data/tiny/README.md", *sorted(ROOT.glob("eval/results/**/*.md"))]
 
 

@@ -48,7 +48,7 @@ def test_summaries_are_worked_by_hand():
     assert naive["tasks"]["2-hop"]["em"] == pytest.approx(0.44)
     low, high = naive["tasks"]["2-hop"]["ci95"]
     assert low < 0.44 < high
-    above = kvlink["em_minus"]["full-prefill"]
+    above = kvlink["score_minus"]["full-prefill"]
     assert above["mean"] == pytest.approx((344 - 349) / 400)
     assert above["ci95"][0] < above["mean"] < above["ci95"][1] < 0.001
     assert above["p"] == pytest.approx(2 / 2**5)  # five losses, no win
@@ -99,7 +99,7 @@ def test_findings_say_gaps_with_intervals_and_what_is_chance():
     assert sentences[2].startswith("kvlink closes 95 % (")
     cost = ") of that gap, recomputing nothing, first token after 0.30 of full prefill's time."
     assert sentences[2].endswith(cost)
-    assert "recomputing 15% of the context" in sentences[3]
+    assert "recomputing 15 % of the context" in sentences[3]
     assert sentences[5].startswith("kvlink minus block-attention: 2.0 (")
     assert "chance" not in sentences[5]
 

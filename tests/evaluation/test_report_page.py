@@ -13,9 +13,19 @@ from matplotlib.image import imread
 from blocktune.evaluation.findings import power_notes
 from blocktune.evaluation.report import write_report
 from blocktune.evaluation.report.charts import charts_of
-from blocktune.evaluation.report.style import PHONE_INCHES
+from blocktune.evaluation.report.page import pointer
+from blocktune.evaluation.report.style import COLOURS, DARK, LIGHT, PHONE_INCHES, mark, zoomed_start
+from blocktune.evaluation.report.style import METHODS as LOOKS
 from blocktune.files import replace_json
-from blocktune.tables import FORMS, look_up, pointer
+from blocktune.tables import FORMS
+
+
+def look_up(results, path: str):
+    """What lies under a JSON pointer."""
+    for part in path.removeprefix("/").split("/"):
+        key = part.replace("~1", "/").replace("~0", "~")
+        results = results[int(key)] if isinstance(results, list) else results[key]
+    return results
 
 
 class Page(HTMLParser):
@@ -98,16 +108,54 @@ def test_nothing_is_fetched(run):
     assert "<script" not in text
 
 
-def test_nothing_is_wider_than_a_phone(run):
+def test_only_tables_scroll_sideways_and_words_stay_whole(run):
     text, page = (run / "report.html").read_text(), read_page(run)
     assert 'name="viewport" content="width=device-width' in text
-    assert "overflow-wrap: anywhere" in page.styles
     assert re.search(r"img \{[^}]*width: 100%", page.styles)
-    widths = [float(w) for w in re.findall(r"min-width:\s*([\d.]+)", page.styles)]
+    assert re.search(r"\.scroll \{[^}]*overflow-x: auto", page.styles)
+    assert re.search(r"th, td \{[^}]*white-space: nowrap", page.styles)
+    assert text.count("<table") == text.count('<div class="scroll"') > 5
+    assert not re.search(r"(?<!pre-wrap; )overflow-wrap: anywhere", page.styles)
+    widths = [float(w) for w in re.findall(r"min-width:\s*([\d.]+)(?:px|rem)", page.styles)]
     assert not widths
-    # Tables turn into cards before their columns need more room than a phone has.
-    assert "@media (max-width: 40rem)" in page.styles
     assert PHONE_INCHES * 72 < 390
+
+
+def test_one_table_compares_the_methods_on_everything(run):
+    [first, *_] = re.findall(r"<table>.*?</table>", (run / "report.html").read_text(), re.DOTALL)
+    paths = {path for path, *_ in Page(first).numbers}
+    for label, summary in fake_results()["methods"].items():
+        assert {
+            pointer("methods", label, "tasks", kind, "score") for kind in summary["tasks"]
+        } <= paths
+        assert pointer("methods", label, "recompute_ratio") in paths
+
+
+def test_each_method_has_one_look_of_its_own():
+    assert len(set(LOOKS.values())) == len(LOOKS)
+    assert {colour for colour, _ in LOOKS.values()} == set(COLOURS)
+    for ground in (LIGHT, DARK):
+        looks = {tuple(mark(ground, name).values()) for name in LOOKS}
+        assert len(looks) == len(LOOKS)
+        assert len(ground.series) == len(COLOURS)
+
+
+def test_a_variant_has_the_look_of_its_method_but_hollow():
+    own, variant = mark(LIGHT, "cacheblend"), mark(LIGHT, "cacheblend 30 %")
+    assert own["markerfacecolor"] == own["color"]
+    assert variant == own | {"markerfacecolor": LIGHT.paper}
+    for label in ("kvlink-2", "kvlink + epic", "kvlink:num_links=3"):
+        assert mark(LIGHT, label)["color"] == mark(LIGHT, "kvlink")["color"]
+    assert (
+        mark(LIGHT, "block-distill + deviation")["marker"] == mark(LIGHT, "block-distill")["marker"]
+    )
+    assert mark(LIGHT, "my-method") == mark(LIGHT, "my-method") != mark(LIGHT, "other-method")
+
+
+def test_an_axis_is_zoomed_only_where_all_scores_are_high():
+    assert zoomed_start([0.97, 0.62]) == 0.6
+    assert zoomed_start([0.6, 0.9]) == 0.5  # an interval does not end on the axis
+    assert zoomed_start([0.15, 1.0]) == zoomed_start([0.0]) == zoomed_start([]) == 0.0
 
 
 def test_pictures_come_light_and_dark_and_are_sound(run):
@@ -139,9 +187,8 @@ def test_labels_cannot_break_the_page(tmp_path):
     odd = "<b>k & 'v'</b>"
     results["methods"] = {odd if k == "kvlink" else k: v for k, v in results["methods"].items()}
     for summary in results["methods"].values():
-        for minus in (summary["em_minus"], summary["score_minus"]):
-            if "kvlink" in minus:
-                minus[odd] = minus.pop("kvlink")
+        if "kvlink" in summary["score_minus"]:
+            summary["score_minus"][odd] = summary["score_minus"].pop("kvlink")
     results["budget"]["pareto"] = {k: [] for k in results["budget"]["pareto"]}
     results["budget"]["matched"] = []
     replace_json(tmp_path / "results.json", results)

@@ -144,16 +144,16 @@ def test_the_questions_needed_show_the_difference_that_is_there():
     found = power(better, base)
     spread, mean = np.std(better - base, ddof=1), abs(np.mean(better - base))
     assert found.detectable == pytest.approx((1.959964 + 0.841621) * spread / 20, rel=1e-5)
-    assert found.num_needed == np.ceil(((1.959964 + 0.841621) * spread / mean) ** 2)
-    drawn = rng.normal(mean, spread, (2000, found.num_needed)).mean(1)
-    hits = drawn / (spread / np.sqrt(found.num_needed)) > 1.959964
+    assert found.n_needed == np.ceil(((1.959964 + 0.841621) * spread / mean) ** 2)
+    drawn = rng.normal(mean, spread, (2000, found.n_needed)).mean(1)
+    hits = drawn / (spread / np.sqrt(found.n_needed)) > 1.959964
     assert hits.mean() == pytest.approx(0.8, abs=0.03)
 
 
 def test_power_knows_nothing_without_spread():
     assert power([1, 1], [0, 0]) is None
     assert power([1], [0]) is None
-    assert power([1, 0], [0, 1]).num_needed is None
+    assert power([1, 0], [0, 1]).n_needed is None
 
 
 def test_power_agrees_with_the_corrected_verdict():
@@ -162,5 +162,5 @@ def test_power_agrees_with_the_corrected_verdict():
     p = mcnemar_exact(own, other)
     assert p < 0.05 < 7 * p
     found = power(own, other, p=p, p_holm=7 * p)
-    assert found.num_needed > 40
+    assert found.n_needed > 40
     assert found.detectable > power(own, other).detectable

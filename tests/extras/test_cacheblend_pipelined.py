@@ -6,7 +6,7 @@ from engine.served import ASK, SHORT, engine_of
 from families import FAMILIES
 
 from blocktune.cache import ChunkStore
-from blocktune.cache.chunk_file import chunk_path
+from blocktune.cache.folder import chunk_path
 from blocktune.extras.cacheblend_pipelined.loading import LoadingController
 from blocktune.methods import build
 

@@ -24,6 +24,7 @@ from blocktune.methods.select import (
     Truth,
     distance,
     matched,
+    top_count,
     top_share,
 )
 from blocktune.prompt import LayoutSpec, Pieces, lay_out
@@ -295,3 +296,9 @@ def test_a_budget_below_what_the_first_layers_cost_is_refused():
 def test_bad_values_are_refused(name, parameters, message):
     with pytest.raises(ValueError, match=message):
         SELECTORS.build(name, **parameters)
+
+
+def test_no_token_is_chosen_that_may_not_be():
+    eligible = torch.tensor([[False, True, False]])
+    scores, count = torch.tensor([[3.0, 2.0, 1.0]]), torch.tensor([2])
+    assert torch.equal(top_count(scores, eligible, count), eligible)

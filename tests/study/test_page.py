@@ -11,14 +11,13 @@ import page_figures
 import pytest
 import yaml
 from evaluation.fake_results import METHODS, fake_results, fake_rows, fake_suite
-from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from page_tables import TABLES
 from refresh_page import BLOCK, kept, main, refresh, refreshed
 from study.test_traces import cell
 from traces import load_traces, summed_up
 
-from blocktune.evaluation.report.style import LIGHT, settings
+from blocktune.evaluation.report import charts, style
 from blocktune.evaluation.results import build_results
 from blocktune.evaluation.suite import load_suite
 from blocktune.files import replace_json
@@ -107,7 +106,7 @@ def test_every_kind_of_table_is_made(page):
 def test_every_kind_of_figure_is_drawn(page, tmp_path):
     about = "about: 'What: it shows'"
     ways = {
-        "bars": "run: r/a",
+        "panels": "run: r/a",
         "cost": "run: r/a, by: ttft_s",
         "layers": "run: r/a, methods: [naive]",
         "overlap": "run: r/a",
@@ -130,7 +129,7 @@ def test_what_is_kept_is_small_and_names_no_machine(tmp_path):
     kvlink, before = (found["methods"]["kvlink"] for found in (small, results))
     assert kvlink["score_minus"] == before["score_minus"]
     assert kvlink["tasks"]["2-hop"]["score"] == before["tasks"]["2-hop"]["score"]
-    assert results["methods"]["kvlink"]["em_minus"]  # what was read is as it was
+    assert results["methods"]["kvlink"]["tasks"]["2-hop"]["score_minus"]  # what was read stays
 
 
 def test_a_run_without_results_is_named(tmp_path):
@@ -159,7 +158,7 @@ def test_without_times_a_table_of_scores_shows_operations():
     [
         (block("table", "show: odd, run: r/a"), "no table shows 'odd'; available: scores, f1"),
         (block("table", "run: r/a"), "a table lacks 'show'"),
-        (block("figure", "show: bars, run: r/a, file: x.png"), "a figure lacks 'about'"),
+        (block("figure", "show: panels, run: r/a, file: x.png"), "a figure lacks 'about'"),
         (block("table", "show: scores, run: r/a, methods: [x]"), "no method 'x' in these results"),
         (block("table", "show: scores, run: r/a, odd: 1"), "unexpected keyword argument 'odd'"),
     ],
@@ -221,32 +220,41 @@ def drawn(monkeypatch, labels) -> Figure:
     made = []
 
     def keep(draw, path, height, width):
-        with mpl.rc_context(settings(LIGHT)):
-            figure = Figure(figsize=(width, height), layout="constrained")
-            draw(figure, LIGHT)
-            figure.draw_without_rendering()
-        made.append(figure)
-        return path
+        with mpl.rc_context(style._settings(style.LIGHT)):
+            made.append(style._made(draw, style.LIGHT, (width, height)))
+            made[0].draw_without_rendering()
 
-    monkeypatch.setattr(page_figures, "to_png", keep)
+    monkeypatch.setattr(charts, "to_png", keep)
     cell = {"score": 0.5, "score_ci95": [0.4, 0.6]}
     tasks = {"self-contained": cell, "cross-chunk": cell, "2-hop": cell}
-    page_figures.draw_bars({"methods": {label: {"tasks": tasks} for label in labels}}, "x.png")
+    summary = {"method": "naive", "tasks": tasks}
+    page_figures.panels({"methods": dict.fromkeys(labels, summary)}, "x.png")
     return made[0]
 
 
-@pytest.mark.parametrize("length", [3, 27, 40])
+@pytest.mark.parametrize("length", [3, 27, 54])
 @pytest.mark.parametrize("count", [2, 9, 20])
-def test_the_legend_stays_inside_the_picture(monkeypatch, count, length):
-    figure = drawn(
-        monkeypatch, [f"{i:02} {'recompute-aware + deviation' * 2}"[:length] for i in range(count)]
-    )
-    box = figure.legends[0].get_window_extent()
-    assert box.x0 >= 0
-    assert box.x1 <= figure.bbox.x1
+def test_all_names_stay_inside_the_picture(monkeypatch, count, length):
+    labels = [f"{i:02} {'recompute-aware + deviation' * 2}"[:length] for i in range(count)]
+    figure = drawn(monkeypatch, labels)
+    names = figure.axes[0].get_yticklabels()
+    assert [name.get_text() for name in reversed(names)] == labels
+    boxes = [name.get_window_extent() for name in names]
+    assert all(box.x0 >= 0 and box.y0 >= 0 and box.y1 <= figure.bbox.y1 for box in boxes)
+    panel = figure.axes[0].get_window_extent()
+    assert panel.width > 0.1 * figure.bbox.width
+    assert max(box.x1 for box in boxes) <= panel.x0
 
 
-def test_no_two_methods_look_alike(monkeypatch):
-    figure = drawn(monkeypatch, [f"method {i}" for i in range(12)])
-    looks = {(to_hex(p.get_facecolor()), p.get_hatch()) for p in figure.legends[0].get_patches()}
-    assert len(looks) == 12
+def test_names_of_points_do_not_overlap(monkeypatch):
+    points = [(x / 4, 0.5 + y / 50, f"method {x} {y}") for x in range(4) for y in range(5)]
+    with mpl.rc_context(style._settings(style.LIGHT)):
+        figure = Figure(figsize=(6, 5), layout="constrained")
+        axes = figure.subplots()
+        axes.set(xlim=(0, 1), ylim=(0, 1))
+        style.label_points(axes, style.LIGHT, points)
+        boxes = [text.get_window_extent() for text in axes.texts if text.get_text()]
+    assert len(boxes) == len(points)
+    pairs = [(a, b) for i, a in enumerate(boxes) for b in boxes[:i]]
+    assert not any(a.overlaps(b) for a, b in pairs)
+    assert all(figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 for box in boxes)

@@ -10,7 +10,8 @@ import yaml
 from engine.served import ASK, engine_of
 from families import FAMILIES
 from matplotlib.image import imread
-from state_figures import add_states, draw_cumulative, draw_deviation, draw_overlap, main
+from page_figures import draw_overlap
+from state_figures import add_states, draw_cumulative, draw_deviation, main
 from states import (
     Deviation,
     attention_entropy,
@@ -96,7 +97,7 @@ def test_choices_and_their_overlap_are_worked_by_hand(tmp_path):
     assert (said["first_share"], said["constant"]) == (0.5, 0.5)  # the third token, of two
     assert said["accrued"][1:] == [6 / 7, 7 / 8]
     draw_deviation(chosen, tmp_path / "d.png", "d")
-    draw_overlap(chosen, tmp_path / "o.png", "o")
+    draw_overlap(overlap_of(chosen), tmp_path / "o.png", "o")
     draw_cumulative({"naive": chosen.deviation}, tmp_path / "c.png", 1, "c")
     assert len(list(tmp_path.iterdir())) == 3
 

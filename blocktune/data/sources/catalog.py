@@ -7,12 +7,17 @@ read them before you publish a model trained on the data.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+from blocktune.data.example import RagExample
 
 PARQUET = "refs/convert/parquet"
 """The Hub's own parquet copy, for repositories that still hold a loading script."""
 
+DATA_SETS = "data_sets"
+"""Key in an example's ``meta``: name on the Hub -> licence. A file does not name its data set."""
 _ON_HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[^/]*)?")
 
 
@@ -30,18 +35,21 @@ class DataSet:
         revision: Branch, if not the main one.
         split: The default split.
         streamed: Too large to download as a whole; a limit is needed.
-        home: The authors' page.
     """
 
     hub: str
     licence: str
     becomes: str
-    home: str
     config: str | None = None
     shape: str | None = None
     revision: str | None = None
     split: str = "validation"
     streamed: bool = False
+
+    @property
+    def at(self) -> str:
+        """Repository and configuration, as after ``hf:``."""
+        return self.hub + (f":{self.config}" if self.config else "")
 
 
 CATALOG = {
@@ -49,7 +57,6 @@ CATALOG = {
         hub="framolfese/2WikiMultihopQA",
         licence="Apache-2.0",
         becomes="question over its 10 paragraphs",
-        home="https://github.com/Alab-NII/2wikimultihop",
         shape="wiki",
     ),
     "hotpotqa": DataSet(
@@ -57,14 +64,12 @@ CATALOG = {
         config="distractor",
         licence="CC BY-SA 4.0",
         becomes="question over its 10 paragraphs",
-        home="https://hotpotqa.github.io",
         shape="wiki",
     ),
     "musique": DataSet(
         hub="dgslibisey/MuSiQue",
         licence="CC BY 4.0",
         becomes="question over its 20 paragraphs",
-        home="https://github.com/StonyBrookNLP/musique",
         shape="musique",
     ),
     "triviaqa": DataSet(
@@ -72,7 +77,6 @@ CATALOG = {
         config="rc",
         licence="not stated on the Hub (code Apache-2.0)",
         becomes="question over its evidence pages, cut; then `data passages` for the best",
-        home="https://nlp.cs.washington.edu/triviaqa",
         shape="triviaqa",
     ),
     "triviaqa-questions": DataSet(
@@ -80,19 +84,16 @@ CATALOG = {
         config="rc.nocontext",
         licence="not stated on the Hub (code Apache-2.0)",
         becomes="question without passages, for `data passages`",
-        home="https://nlp.cs.washington.edu/triviaqa",
     ),
     "nq": DataSet(
         hub="google-research-datasets/nq_open",
         licence="CC BY-SA 3.0",
         becomes="question without passages, for `data passages`",
-        home="https://ai.google.com/research/NaturalQuestions",
     ),
     "tulu-3": DataSet(
         hub="allenai/tulu-3-sft-mixture",
         licence="ODC-BY 1.0; parts have their own, some non-commercial",
         becomes="conversation, a chunk per earlier turn or piece of the message",
-        home="https://arxiv.org/abs/2411.15124",
         shape="chat",
         split="train",
     ),
@@ -100,7 +101,6 @@ CATALOG = {
         hub="EdinburghNLP/xsum",
         licence="not stated",
         becomes="article, cut, and its summary",
-        home="https://arxiv.org/abs/1808.08745",
         shape="summary",
         revision=PARQUET,
     ),
@@ -108,7 +108,6 @@ CATALOG = {
         hub="alexfabbri/multi_news",
         licence="other: non-commercial research and education",
         becomes="articles, a chunk each, and their summary",
-        home="https://arxiv.org/abs/1906.01749",
         shape="summary",
         revision=PARQUET,
     ),
@@ -116,7 +115,6 @@ CATALOG = {
         hub="knkarthick/samsum",
         licence="CC BY-NC-ND 4.0",
         becomes="dialogue to summarise, solved ones as chunks",
-        home="https://arxiv.org/abs/1911.12237",
         shape="few-shot",
     ),
     "fineweb": DataSet(
@@ -124,7 +122,6 @@ CATALOG = {
         config="sample-10BT",
         licence="ODC-BY 1.0, and Common Crawl's terms of use",
         becomes="web page, cut; the model writes the last piece",
-        home="https://arxiv.org/abs/2406.17557",
         shape="document",
         split="train",
         streamed=True,
@@ -138,7 +135,7 @@ def data_set(name: str) -> DataSet:
     if name in CATALOG:
         return CATALOG[name]
     path, _, config = name.partition(":")
-    return DataSet(path, "see its card", "as its fields tell", path, config or None)
+    return DataSet(path, "see its card", "as its fields tell", config or None)
 
 
 def data_sets_in(source: str) -> dict[str, str]:
@@ -155,3 +152,17 @@ def data_sets_in(source: str) -> dict[str, str]:
         return {}
     named = data_set(name)
     return {named.hub: named.licence}
+
+
+def data_sets_of(examples: Iterable[RagExample]) -> dict[str, str]:
+    """The data sets that examples name in their ``meta``: name on the Hub -> licence."""
+    named = (example.meta.get(DATA_SETS) for example in examples)
+    return {k: v for one in named if isinstance(one, Mapping) for k, v in one.items()}
+
+
+def with_data_sets(examples: Iterable[RagExample], source: str) -> Iterator[RagExample]:
+    """Adds the data sets of the source that examples were loaded from to their ``meta``."""
+    named = data_sets_in(source)
+    for example in examples:
+        found = data_sets_of([example]) | named
+        yield replace(example, meta=example.meta | ({DATA_SETS: found} if found else {}))

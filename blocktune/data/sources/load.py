@@ -6,10 +6,11 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from random import Random
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -100,11 +101,11 @@ def load_source(
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1 or None, got {limit}")
     named = parse_source(str(source))
-    if not _is_known(named) and is_generated(named):
+    if not _on_the_hub(named) and not Path(named.name).is_file():
+        if not is_generated(named):
+            raise ValueError(_no_source(source))
         _refuse_split(source, split)
         return Loaded(list(islice(generate(named, tokenizer), limit)), {})
-    if not _is_known(named):
-        raise ValueError(_no_source(source))
     reading = read_options(named, split=split, tokenizer=tokenizer, chunker=chunker)
     records = open_records(named, reading, limit)
     shots = None
@@ -154,13 +155,10 @@ def load_chunks(source: str | Path) -> list[Chunk]:
     value = first[0].value if first else None
     a_passage = isinstance(value, dict) and any(key in value for key in TEXT_KEYS)
     if isinstance(value, str) or (a_passage and "question" not in value):
-        return list(dict.fromkeys(at(record, _chunk) for record in records))
+        read = partial(read_chunk, name="text")
+        return list(dict.fromkeys(at(record, read) for record in records))
     examples = parse_records(records, named.name, reading).examples
     return list(dict.fromkeys(chunk for example in examples for chunk in example.chunks))
-
-
-def _chunk(value: Any) -> Chunk:
-    return read_chunk(value, "text")
 
 
 def parse_records(
@@ -170,21 +168,15 @@ def parse_records(
     limit: int | None = None,
     shots: Iterable[Record] | None = None,
 ) -> Loaded:
-    """Turns records into examples.
-
-    Args:
-        records: All of one shape.
-        name: The source, for errors.
-        reading: Shape, chunker and shots, if not the defaults.
-        limit: Load the first examples only.
-        shots: Records that few-shot examples are drawn from.
+    """Turns records of one shape into examples; ``shots`` are those few-shot ones are drawn from.
 
     Raises:
         ValueError: If no shape fits, a record is wrong, or there is no example.
     """
     records = iter(records)
     head = list(islice(records, SNIFFED))
-    shape = _shape_of(name, reading, head)
+    key = reading.shape or (CATALOG[name].shape if name in CATALOG else None)
+    shape = named_shape(key) if key else find_shape((record.value for record in head), name)
     parse = shape.parser(reading.chunker, reading.tokenizer)
     left_out: Counter[str] = Counter()
     kept: dict[str, None] = {}
@@ -221,18 +213,8 @@ def _finished(
     return examples
 
 
-def _shape_of(name: str, reading: Reading, head: list[Record]) -> Shape:
-    key = reading.shape or (CATALOG[name].shape if name in CATALOG else None)
-    return named_shape(key) if key else find_shape((record.value for record in head), name)
-
-
 def _on_the_hub(named: SourceName) -> bool:
     return named.name in CATALOG or named.name.startswith("hf:")
-
-
-def _is_known(named: SourceName) -> bool:
-    """Whether a source is a file or on the Hub."""
-    return _on_the_hub(named) or Path(named.name).is_file()
 
 
 _MOVED = {

@@ -67,7 +67,6 @@ def _mapping(text: str) -> dict[str, str]:
 
 
 KNOWN = ("split", "as", "fields", "chunker", "tokenizer", "shots", "shots_from", "seed", "shuffle")
-
 WHOLE = ("shots", "seed", "shuffle")
 
 

@@ -92,7 +92,8 @@ def _from_json(name: str, stream) -> Iterator[Record]:
     if not start:
         raise ValueError(f"{name} is empty; give {WANTED}")
     stream.seek(0)
-    if start.startswith("[") or _is_pretty(start):
+    line, _, rest = start.partition("\n")
+    if start.startswith("[") or (line.strip() == "{" and rest):  # a list, or one indented object
         yield from _from_whole(name, stream)
         return
     for number, line in enumerate(stream, start=1):
@@ -104,12 +105,6 @@ def _from_json(name: str, stream) -> Iterator[Record]:
                 wanted = "a file is a JSON list or one object a line"
                 raise ValueError(f"{where}: not JSON ({error.msg}); {wanted}") from None
             yield _checked(Record(where, value), line)
-
-
-def _is_pretty(start: str) -> bool:
-    """Whether a file is one object over several lines."""
-    line, _, rest = start.partition("\n")
-    return line.strip() == "{" and bool(rest)
 
 
 def _from_whole(name: str, stream) -> Iterator[Record]:
@@ -247,16 +242,15 @@ def read_hub(
     Args:
         source: Repository or folder, configuration, revision.
         split: As the data set names it; None takes ``source.split``.
-        limit: How many examples are wanted; only large sets must know.
-        shuffle: Seed of another order. A large set is streamed, and only rows within some
-            thousands of each other change places.
+        limit: Examples wanted; needed for large sets only.
+        shuffle: Seed of another order; a large set is streamed and shuffled within a buffer.
 
     Raises:
         ValueError: If ``datasets`` is not installed, cannot load it, or a large set is asked for
             without a limit; says why in one line.
     """
     split = split or source.split
-    name = source.hub + (f":{source.config}" if source.config else "")
+    name = source.at
     if source.streamed and limit is None:
         raise ValueError(f"'{name}' is too large to load as a whole; give a limit")
     try:

@@ -116,11 +116,7 @@ def find_shape(values: Iterable[Any], source: str) -> Shape:
 
 
 def rename(record: Any, fields: Mapping[str, str]) -> Any:
-    """A record whose fields are renamed as ``fields=`` says; the others keep their names.
-
-    Args:
-        record: A record.
-        fields: New name -> old name, with dots for a field within a field.
+    """A record with fields renamed: new name -> old name, with dots for a field within a field.
 
     Raises:
         ValueError: If the record has no such field.

@@ -13,8 +13,7 @@ from itertools import chain, islice
 from random import Random
 from typing import Any
 
-from blocktune.data.chunking import Message, chunks_of, tidy, trimmed
-from blocktune.data.chunking.base import SPEAKERS
+from blocktune.data.chunking import SPEAKERS, Message, chunks_of, tidy, trimmed
 from blocktune.data.example import RagExample, field_error, is_conversation, read_chunks
 from blocktune.data.sources.records import LeftOut
 from blocktune.data.sources.schemas import SUMMARIZE, Cutter

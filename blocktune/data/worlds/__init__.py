@@ -1,20 +1,179 @@
-"""Synthetic multi-hop worlds in English: disjoint splits, bridges, chunks that need others."""
+"""Synthetic multi-hop worlds in English: disjoint splits, bridges, chunks that need others.
 
-from blocktune.data.worlds.generate import (
-    DEFAULT_KINDS,
-    Context,
-    WorldConfig,
-    draw_context,
-    generate_examples,
+The same configuration gives the same examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from random import Random
+from types import MappingProxyType
+from typing import NamedTuple
+
+from blocktune.data.example import RagExample
+from blocktune.data.worlds.questions import QUESTION_KINDS, WorldQuestion, ask, candidates, state
+from blocktune.data.worlds.vocabulary import SPLITS
+from blocktune.data.worlds.world import draw_world, write_passages
+from blocktune.prompt import Chunk
+
+DEFAULT_KINDS = MappingProxyType(
+    {"self-contained": 0.3, "cross-chunk": 0.3, "2-hop": 0.3, "3-hop": 0.05, "comparison": 0.05}
 )
-from blocktune.data.worlds.questions import MARKER, QUESTION_KINDS
 
-__all__ = [
-    "DEFAULT_KINDS",
-    "MARKER",
-    "QUESTION_KINDS",
-    "Context",
-    "WorldConfig",
-    "draw_context",
-    "generate_examples",
-]
+
+@dataclass(frozen=True)
+class WorldConfig:
+    """What to generate.
+
+    Attributes:
+        split: Whose names to use: ``train``, ``dev`` or ``test``; no two splits share a name.
+        seed: Another seed gives other worlds of the same names.
+        num_examples: Number of questions in all.
+        num_passages: Chunks in each context: a number, or the smallest and the largest.
+        kinds: Weight of each kind of question; kinds left out are not asked.
+        questions_per_world: Questions that share a context.
+        turns: Questions that each example asks in turn about its context, for training: the
+            first, then its followups; fewer if the world has no more.
+        aliased: Share of the continued documents (lists excluded) whose later chunks use an alias;
+            the others say "she" or "the film", which the question reveals.
+        crowded: Any number of documents of a kind continue in other chunks, instead of one: then
+            only the chunk before tells to which document a later chunk belongs.
+        plain: Every statement names its entity, in one wording, and no document continues in
+            another chunk; the first stage of pre-training.
+    """
+
+    split: str = "train"
+    seed: int = 0
+    num_examples: int = 1000
+    num_passages: int | tuple[int, int] = 10
+    kinds: Mapping[str, float] = field(default_factory=lambda: DEFAULT_KINDS)
+    questions_per_world: int = 1
+    turns: int = 1
+    aliased: float = 0.5
+    crowded: bool = False
+    plain: bool = False
+
+    def __post_init__(self):
+        if self.split not in SPLITS:
+            raise ValueError(f"unknown split '{self.split}'; available: {', '.join(SPLITS)}")
+        if unknown := set(self.kinds) - set(QUESTION_KINDS):
+            raise ValueError(
+                f"unknown kind '{min(unknown)}'; available: {', '.join(QUESTION_KINDS)}"
+            )
+        if not self.kinds or min(self.kinds.values()) <= 0:
+            raise ValueError(f"kinds must have positive weights, got {dict(self.kinds)}")
+        low, high = self.passage_range
+        if not 1 <= low <= high:
+            raise ValueError(f"num_passages must be at least 1 and ascending, got {(low, high)}")
+        if set(self.kinds) == {"cross-chunk"} and (high < 2 or self.plain):
+            raise ValueError("kind 'cross-chunk' needs two passages, and worlds that are not plain")
+        if not 0 <= self.aliased <= 1:
+            raise ValueError(f"aliased must be a share from 0 to 1, got {self.aliased}")
+        if (fewest := min(self.questions_per_world, self.turns)) < 1:
+            raise ValueError(f"questions_per_world and turns must be at least 1, got {fewest}")
+        if self.questions_per_world > 1 and self.turns > 1:
+            raise ValueError(
+                "a world's questions are examples or turns of one: set only one of "
+                "questions_per_world and turns"
+            )
+
+    @property
+    def passage_range(self) -> tuple[int, int]:
+        """Smallest and largest number of chunks."""
+        both = self.num_passages
+        return (both, both) if isinstance(both, int) else both
+
+
+def generate_examples(config: WorldConfig) -> Iterator[RagExample]:
+    """Yields ``config.num_examples`` examples; example ``i`` is the same however many are drawn."""
+    left, index = config.num_examples, 0
+    while left > 0:
+        examples = _one_world(config, index)[:left]
+        yield from examples
+        left -= len(examples)
+        index += 1
+
+
+MOST_WORLDS = 5000
+"""Worlds drawn in search of a question before giving up."""
+
+
+class Context(NamedTuple):
+    """Chunks, different questions about them, and all their facts restated with full names.
+
+    A statement is split into what leads up to the value, the value, and the rest.
+    """
+
+    chunks: tuple[Chunk, ...]
+    questions: tuple[WorldQuestion, ...]
+    statements: tuple[tuple[str, str, str], ...]
+
+
+def draw_context(rng: Random, config: WorldConfig, num_questions: int) -> Context:
+    """Draws worlds until one can answer a question of the drawn kind; that question is first.
+
+    Args:
+        rng: Source of everything; ``config.seed`` is not read.
+        config: Split, number of passages and weights of the kinds.
+        num_questions: Questions wanted; fewer are returned if the world has no more.
+
+    Raises:
+        ValueError: If worlds of this size hold no such question.
+    """
+    wanted = rng.choices(list(config.kinds), list(config.kinds.values()))[0]
+    for _ in range(MOST_WORLDS):
+        size = rng.randint(*config.passage_range)
+        world = draw_world(
+            rng,
+            config.split,
+            size,
+            aliased=config.aliased,
+            crowded=config.crowded,
+            plain=config.plain,
+        )
+        passages = write_passages(rng, world)
+        pools = candidates(world, passages)
+        if wanted in pools:
+            break
+    else:
+        raise ValueError(
+            f"no question of kind '{wanted}' in {MOST_WORLDS} worlds of {config.num_passages} "
+            "passages; ask for more passages, or leave the kind out"
+        )
+    pools = {k: rng.sample(pool, len(pool)) for k, pool in pools.items() if k in config.kinds}
+    questions: list[WorldQuestion] = []
+    while pools and len(questions) < num_questions:
+        weights = [config.kinds[kind] for kind in pools]
+        kind = rng.choices(list(pools), weights)[0] if questions else wanted
+        questions.append(ask(rng, kind, pools[kind].pop(), passages))
+        pools = {kind: pool for kind, pool in pools.items() if pool}
+    facts = rng.sample(list(world.facts.values()), len(world.facts))
+    return Context(
+        passages.chunks, tuple(questions), tuple(state(rng, fact, passages.roles) for fact in facts)
+    )
+
+
+def _one_world(config: WorldConfig, index: int) -> list[RagExample]:
+    rng = Random(f"{config.split}/{config.seed}/{index}")
+    context = draw_context(rng, config, max(config.questions_per_world, config.turns))
+    asked = context.questions[:1] if config.turns > 1 else context.questions
+    later = context.questions[len(asked) :]
+    followups = tuple((question.text, question.response) for question in later)
+    # Augmentation must keep the evidence of every turn.
+    turns = context.questions if later else ()
+    evidence = tuple(sorted({index for turn in turns for index in turn.supporting}))
+    return [
+        RagExample(
+            question=question.text,
+            chunks=context.chunks,
+            answers=(question.answer,),
+            response=question.response,
+            kind=question.kind,
+            id=f"{config.split}-{config.seed}-{index}-{number}",
+            supporting=evidence or question.supporting,
+            meta=question.meta,
+            followups=followups,
+        )
+        for number, question in enumerate(asked)
+    ]

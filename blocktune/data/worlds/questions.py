@@ -57,41 +57,33 @@ def chains(world: World, hops: int) -> Iterator[tuple[Fact, ...]]:
     yield from paths
 
 
-def comparable(world: World) -> Iterator[tuple[Fact, Fact]]:
-    """Yields every pair of facts whose years can be compared."""
-    dated = [fact for fact in world.facts.values() if fact.relation.name in COMPARED]
-    for one, other in combinations(dated, 2):
-        if one.relation == other.relation and one.value != other.value:
-            yield one, other
-
-
-def _referred(world: World, passages: Passages) -> Iterator[tuple[Fact]]:
-    """Yields the facts that can be asked for by their chunk's words for the subject alone."""
-    facts = world.facts.values()
-    mentions = {fact: _place(passages, fact).mention for fact in facts}
-    for fact, mention in mentions.items():
-        if mention in ("name", "list"):
-            continue
-        words = refer(fact.subject, mention)
-        alike = [
-            f for f in facts if f.relation == fact.relation and words == refer(f.subject, mention)
-        ]
-        if len(alike) == 1:
-            yield (fact,)
-
-
 def candidates(world: World, passages: Passages) -> dict[str, list[tuple[Fact, ...]]]:
     """Groups everything that can be asked about a world by the kind of the question."""
     found: dict[str, list[tuple[Fact, ...]]] = {kind: [] for kind in QUESTION_KINDS}
-    for (fact,) in chains(world, 1):
+    for fact in world.facts.values():
         place = _place(passages, fact)
         kind = "self-contained" if place.chunk == place.first else "cross-chunk"
         found[kind].append((fact,))
     found["2-hop"] = list(chains(world, 2))
     found["3-hop"] = list(chains(world, 3))
-    found["referred"] = list(_referred(world, passages))
-    found["comparison"] = list(comparable(world))
+    found["referred"] = [
+        (fact,) for fact in world.facts.values() if _is_told(fact, world, passages)
+    ]
+    dated = [fact for fact in world.facts.values() if fact.relation.name in COMPARED]
+    for one, other in combinations(dated, 2):
+        if one.relation == other.relation and one.value != other.value:
+            found["comparison"].append((one, other))
     return {kind: facts for kind, facts in found.items() if facts}
+
+
+def _is_told(fact: Fact, world: World, passages: Passages) -> bool:
+    """Whether its chunk's words for its subject alone tell which fact is asked for."""
+    mention = _place(passages, fact).mention
+    if mention in ("name", "list"):
+        return False
+    words, others = refer(fact.subject, mention), world.facts.values()
+    alike = (f for f in others if f.relation == fact.relation)
+    return [words == refer(f.subject, mention) for f in alike].count(True) == 1
 
 
 def ask(rng: Random, kind: str, facts: tuple[Fact, ...], passages: Passages) -> WorldQuestion:
@@ -110,15 +102,20 @@ def ask(rng: Random, kind: str, facts: tuple[Fact, ...], passages: Passages) -> 
     if kind == "comparison":
         text, answer, said = _compare(rng, *facts)
     elif kind == "referred":
-        (fact,) = facts
-        words = refer(fact.subject, places[0].mention)
-        text, answer, said = rng.choice(fact.relation.questions).format(s=words), fact.value, []
+        words = refer(facts[0].subject, places[0].mention)
+        text = rng.choice(facts[0].relation.questions).format(s=words)
+        answer, said = facts[0].value, []
     else:
-        text, answer = _chain_text(rng, facts, passages.roles), facts[-1].value
-        said = [fact.value for fact in facts[:-1]]
-        meta["bridges"] = said
+        *before, last = facts
+        subject = facts[0].subject.name
+        for fact in before:
+            subject = fact.relation.role.format(s=subject)
+        by_role = rng.random() < passages.roles
+        wordings = (last.relation.plain_question,) if by_role else last.relation.questions
+        text, answer = rng.choice(wordings).format(s=subject), last.value
+        said = meta["bridges"] = [fact.value for fact in before]
     response = f"{', '.join(said)}. {MARKER}{answer}" if said else answer
-    supporting = tuple(sorted({i for place in places for i in place.supporting}))
+    supporting = tuple(sorted({i for place in places for i in (place.first, place.chunk)}))
     return WorldQuestion(kind, text, answer, response, supporting, meta)
 
 
@@ -133,15 +130,6 @@ def state(rng: Random, fact: Fact, roles: float) -> tuple[str, str, str]:
 
 def _place(passages: Passages, fact: Fact) -> Place:
     return passages.places[fact.subject.name, fact.relation.name]
-
-
-def _chain_text(rng: Random, facts: tuple[Fact, ...], roles: float) -> str:
-    subject = facts[0].subject.name
-    for fact in facts[:-1]:
-        subject = fact.relation.role.format(s=subject)
-    relation = facts[-1].relation
-    wordings = (relation.plain_question,) if rng.random() < roles else relation.questions
-    return rng.choice(wordings).format(s=subject)
 
 
 def _compare(rng: Random, one: Fact, other: Fact) -> tuple[str, str, list[str]]:

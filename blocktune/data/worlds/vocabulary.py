@@ -42,24 +42,15 @@ def split_of(name: str) -> str:
     return "train" if bucket < 7 else "dev" if bucket == 7 else "test"
 
 
-def _forms(kind: str) -> tuple[list[str], ...]:
-    """All names of a kind, a list for each form; forms are equally likely."""
-
-    def joined(*words: tuple[str, ...], pattern: str | None = None) -> list[str]:
-        pattern = pattern or " ".join(["{}"] * len(words))
-        return [pattern.format(*choice) for choice in product(*words)]
-
-    if kind in ("woman", "man"):
-        return (joined(FEMALE if kind == "woman" else MALE, ROOT),)
-    if kind == "city":
-        return (joined(PLACE, ROOT),)
-    if kind == "film":
-        return joined(MOOD, ROOT), joined(MOOD, ROOT, pattern="The {} {}")
-    if kind == "book":
-        return (joined(WORK, ROOT, pattern="{} of {}"),)
-    if kind == "company":
-        return (joined(FIRM, ROOT),)
-    raise ValueError(f"unknown kind of name '{kind}'")
+_FORMS = {
+    "woman": (("{} {}", FEMALE),),
+    "man": (("{} {}", MALE),),
+    "city": (("{} {}", PLACE),),
+    "film": (("{} {}", MOOD), ("The {} {}", MOOD)),
+    "book": (("{} of {}", WORK),),
+    "company": (("{} {}", FIRM),),
+}
+"""The forms of a kind's names, which are equally likely: pattern and first words."""
 
 
 @cache
@@ -70,9 +61,8 @@ def names(kind: str, split: str) -> tuple[tuple[str, ...], ...]:
         kind: ``woman``, ``man``, ``city``, ``film``, ``book`` or ``company``.
         split: ``train``, ``dev`` or ``test``.
     """
-    if split not in SPLITS:
-        raise ValueError(f"unknown split '{split}'; available: {', '.join(SPLITS)}")
-    return tuple(tuple(n for n in form if split_of(n) == split) for form in _forms(kind))
+    forms = ([pattern.format(*c) for c in product(words, ROOT)] for pattern, words in _FORMS[kind])
+    return tuple(tuple(name for name in form if split_of(name) == split) for form in forms)
 
 
 _ROOTS = frozenset(ROOT)

@@ -131,17 +131,6 @@ class World:
     style: Style
 
 
-def draw_entity(
-    rng: Random, kind: str, split: str, taken: set[str], *, apart: bool = True
-) -> Entity:
-    """Draws an entity with a new name; see `draw_name` for ``apart``."""
-    form = rng.choice(("woman", "man")) if kind == "person" else kind
-    name = draw_name(rng, form, split, taken, apart=apart)
-    root = draw_root(rng, taken)
-    pronoun = {"woman": "she", "man": "he"}.get(form, "it")
-    return Entity(name, kind, pronoun, form, root)
-
-
 def draw_world(
     rng: Random,
     split: str,
@@ -158,26 +147,27 @@ def draw_world(
     context knows which by the chunk before; a reader of separate chunks can do without: a fact that
     no titled chunk states is in only one chunk.
 
-    Args:
-        rng: Source of everything.
-        split: Whose names to use.
-        num_passages: Chunks.
-        aliased: Share of the continued documents that use an alias, lists excluded.
-        crowded: Whether any number of documents may continue in other chunks.
-        plain: Whether to draw a `plain_style`.
+    ``aliased`` is the share of the continued documents that use an alias, lists excluded; ``plain``
+    draws a `plain_style`.
     """
     style, taken = (plain_style if plain else draw_style)(rng), set()
     themes = {kind: _theme(rng, kind, style.variety) for kind in KINDS}
     documents, room = [], num_passages
     spoken: set[str] = set()  # kinds that have a continued document, and their pronouns
     while room:
-        entity = draw_entity(
-            rng, rng.choices(KINDS, style.kind_weights)[0], split, taken, apart=not plain
-        )
+        kind = rng.choices(KINDS, style.kind_weights)[0]
+        form = rng.choice(("woman", "man")) if kind == "person" else kind
+        name = draw_name(rng, form, split, taken, apart=not plain)
+        pronoun = {"woman": "she", "man": "he"}.get(form, "it")
+        entity = Entity(name, kind, pronoun, form, draw_root(rng, taken))
         theme = themes[entity.kind]
         document = _outline(rng, entity, theme, style, 1 if entity.kind in spoken else room)
         if len(document.parts) > 1:
-            _choose_mention(rng, document, spoken, aliased)
+            if document.parts[0][0].relation.place:
+                document.mention = "list"
+            elif rng.random() >= aliased:
+                free = entity.pronoun not in spoken
+                document.mention = rng.choice(("pronoun", "description")) if free else "description"
             if not crowded:
                 spoken |= {entity.kind, entity.pronoun if document.mention == "pronoun" else ""}
         documents.append(document)
@@ -192,19 +182,6 @@ def draw_world(
     return World(tuple(documents), facts, style)
 
 
-def _is_list(theme: list[Relation]) -> bool:
-    return bool(theme[0].place)
-
-
-def _choose_mention(rng: Random, document: Document, spoken: set[str], aliased: float) -> None:
-    entity = document.entity
-    if document.parts[0][0].relation.place:
-        document.mention = "list"
-    elif rng.random() >= aliased:
-        free = entity.pronoun not in spoken
-        document.mention = rng.choice(("pronoun", "description")) if free else "description"
-
-
 def _theme(rng: Random, kind: str, variety: int) -> list[Relation]:
     """The relations of a kind that a world speaks of: some of its sentences, or its list."""
     if kind == "film" and variety > 1 and rng.random() < 0.25:
@@ -217,7 +194,7 @@ def _outline(
     rng: Random, entity: Entity, theme: list[Relation], style: Style, room: int
 ) -> Document:
     """Chooses a document's chunks and which relations they state, still without values."""
-    available = list(theme) if _is_list(theme) else rng.sample(theme, len(theme))
+    available = list(theme) if theme[0].place else rng.sample(theme, len(theme))
     size = 1
     while size < min(3, room, len(available)) and rng.random() < style.split:
         size += 1
@@ -254,11 +231,6 @@ class Place:
     first: int
     mention: str  # "name" in a first chunk, else `Document.mention`
 
-    @property
-    def supporting(self) -> tuple[int, ...]:
-        """The chunk that states the fact, and the one that names its subject."""
-        return tuple(sorted({self.first, self.chunk}))
-
 
 @dataclass(frozen=True)
 class Passages:
@@ -292,8 +264,10 @@ def _write(
 ) -> list[str]:
     """A chunk's sentences."""
     entity = document.entity
-    if facts[0].relation.place:
-        return [_listing(entity, facts, part)]
+    if facts[0].relation.place:  # a continued list has no other text
+        items = "; ".join(fact.relation.facts[0].format(o=fact.value) for fact in facts)
+        opening = "The cast goes on" if part else f"The cast of {entity.name}"
+        return [f"{opening}: {items}."]
     subject = refer(entity, document.mention) if part else entity.name
     sentences = []
     if part == 0 and rng.random() < style.introduced:
@@ -314,15 +288,6 @@ def _write(
 
 def refer(entity: Entity, mention: str) -> str:
     """The words for an entity that a chunk uses after the first; none in a list."""
-    return {
-        "pronoun": entity.pronoun,
-        "description": f"the {entity.noun}",
-        "alias": f"the {entity.root}",
-    }[mention]
-
-
-def _listing(entity: Entity, facts: list[Fact], part: int) -> str:
-    """Items; a continued list has no other text."""
-    items = "; ".join(fact.relation.facts[0].format(o=fact.value) for fact in facts)
-    opening = "The cast goes on" if part else f"The cast of {entity.name}"
-    return f"{opening}: {items}."
+    if mention == "pronoun":
+        return entity.pronoun
+    return f"the {entity.noun if mention == 'description' else entity.root}"

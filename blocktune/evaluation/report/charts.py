@@ -2,16 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from blocktune.evaluation.report.style import Draw, Ground, as_share, legend_below, mark, to_png
+from blocktune.evaluation.report.style import (
+    SMALL,
+    Draw,
+    Ground,
+    as_share,
+    label_ends,
+    label_points,
+    mark,
+    to_png,
+    zoom,
+    zoomed_start,
+)
+from blocktune.evaluation.results import FLOOR, ORACLE
 
 Results = Mapping[str, Any]
+MOST_LINES = 8
+"""Methods that are told apart as lines; of more, the baselines and the Pareto front are drawn."""
+_SWEEPS = {
+    "place": ("Position of the evidence", "place among the chunks, first to last"),
+    "context_tokens": ("Length of the context", "tokens of context"),
+}
+_COSTS = {
+    "ttft_s": ("time to first token", "time to first token, ms", 1000),
+    "ttft_over_full_prefill": ("time to first token", "time to first token, of full prefill's", 1),
+    "recompute_ratio": ("recomputed share", "context's layer-tokens recomputed", 1),
+}
 
 
 class Chart(NamedTuple):
@@ -34,51 +57,31 @@ class Chart(NamedTuple):
 
 def charts_of(results: Results) -> list[Chart]:
     """The pictures that these results have numbers for."""
-    methods = results["methods"]
-    rows = -(-len(methods) // 2) * 0.19
-    found = []
-    if "ttft_s" in results["budget"]["pareto"]:
-        found.append(cost_chart(results, "ttft_s", rows))
-    found.append(cost_chart(results, "recompute_ratio", rows))
-    found += [_by_group(results, name) for name in _groups(methods)]
-    for name, title, label in _SWEEPS:
-        if results["sweeps"][name]:
-            found.append(_sweep(results, name, title, label, rows))
-    return found
+    costs = [cost for cost in ("ttft_s", "recompute_ratio") if cost in results["budget"]["pareto"]]
+    found = [cost_chart(results["methods"], results["budget"]["pareto"], cost) for cost in costs]
+    found += [_group_chart(results["methods"], group) for group in groups_of(results["methods"])]
+    return found + [_sweep_chart(results, name) for name in _SWEEPS if results["sweeps"][name]]
 
 
-_SWEEPS = (
-    ("place", "Position of the evidence", "place among the chunks, first to last"),
-    ("context_tokens", "How long the context is", "tokens of context"),
-)
-_COSTS = {
-    "ttft_s": ("time to first token", "time to first token, ms", 1000),
-    "recompute_ratio": ("recomputed share", "context's layer-tokens recomputed", 1),
-}
+def groups_of(methods: Mapping[str, Any]) -> list[str]:
+    """Tasks, or kinds of questions, that results are given for."""
+    return list(next(iter(methods.values()))["tasks"])
 
 
-def cost_chart(results: Results, cost: str, rows: float) -> Chart:
-    """Score of every method against one of its costs, and the Pareto front."""
-    methods = results["methods"]
-    name, label, factor = _COSTS[cost]
-    front = results["budget"]["pareto"][cost]
+def cost_chart(methods: Mapping[str, Any], pareto: Mapping[str, Sequence[str]], cost: str) -> Chart:
+    """Score of every method against one of its costs, and the Pareto front.
+
+    Args:
+        methods: Of ``results.json``.
+        pareto: Its fronts by cost.
+        cost: ``ttft_s`` or ``recompute_ratio``.
+    """
+    name, _, _ = _COSTS[cost]
 
     def draw(figure: Figure, ground: Ground) -> None:
         axes = figure.subplots()
-        places = [methods[one][cost] * factor for one in front]
-        heights = [methods[one]["score"] for one in front]
-        axes.step(places, heights, where="post", color=ground.faint, linewidth=3, zorder=0)
-        for index, (one, summary) in enumerate(methods.items()):
-            place, score = summary[cost] * factor, summary["score"]
-            _points(axes, ground, index, one, [place], [score], yerr=_reach([summary]))
-        axes.set_xlabel(label)
-        axes.set_ylabel("score")
-        if factor == 1:
-            as_share(axes.xaxis)
-        as_share(axes.yaxis)
-        axes.set_xlim(left=min(0, *axes.get_xlim()))
-        axes.set_ylim(bottom=0)
-        legend_below(figure, axes)
+        axes.set_title(f"Score against {name}")
+        _draw_costs(axes, ground, methods, cost, pareto[cost])
 
     return Chart(
         f"score-by-{cost}",
@@ -86,51 +89,102 @@ def cost_chart(results: Results, cost: str, rows: float) -> Chart:
         f"Every method's score against its {name}; up and left is better. The grey line is the "
         "Pareto front: no method above it at that cost. Bars are 95 % intervals.",
         draw,
-        3.1 + rows,
+        3.4 + 0.06 * len(methods),
     )
 
 
-def _by_group(results: Results, group: str) -> Chart:
-    methods = results["methods"]
-
-    def draw(figure: Figure, ground: Ground) -> None:
-        axes = figure.subplots()
-        for index, (label, summary) in enumerate(methods.items()):
-            cell, place = summary["tasks"][group], len(methods) - 1 - index
-            _points(axes, ground, index, label, [cell["score"]], [place], xerr=_reach([cell]))
-            if summary["method"] == "full-prefill":
-                axes.axvline(cell["score"], color=ground.ink, linestyle=":", linewidth=1)
-        axes.set_yticks(range(len(methods)), list(reversed(methods)))
-        axes.grid(axis="y", visible=False)
-        axes.set_xlim(-0.03, 1.03)  # the same for all tasks, so that they compare
+def _draw_costs(
+    axes: Axes, ground: Ground, methods: Mapping[str, Any], cost: str, front: Sequence[str] = ()
+) -> None:
+    _, label, factor = _COSTS[cost]
+    places = {name: summary[cost] * factor for name, summary in methods.items()}
+    heights = [methods[name]["score"] for name in front]
+    axes.step([places[name] for name in front], heights, where="post", color=ground.faint, lw=3)
+    zoom(axes, ground, start := _start(methods.values()), "score")
+    farthest = max(0.05, *places.values())
+    axes.set_xlim(-0.04 * farthest, 1.05 * farthest)
+    if factor == 1:
         as_share(axes.xaxis)
+    points = []
+    for name, summary in methods.items():
+        if summary["score"] < start:
+            points.append((places[name], start, _below(name, summary["score"])))
+            look = mark(ground, name) | {"marker": "v"}
+            axes.plot(places[name], start, clip_on=False, **look)
+        else:
+            _points(axes, ground, name, [places[name]], [summary["score"]], yerr=reach([summary]))
+            points.append((places[name], summary["score"], name))
+    axes.set_xlabel(label)
+    label_points(axes, ground, points)
 
+
+def _group_chart(methods: Mapping[str, Any], group: str) -> Chart:
     return Chart(
-        f"task-{_file_name(group)}",
+        f"task-{''.join(c if c.isalnum() or c == '-' else '-' for c in group)}",
         group,
         f"Score of every method on {group} with its 95 % interval; dotted: full prefill.",
-        draw,
-        0.9 + 0.27 * len(methods),
+        lambda figure, ground: draw_rows(figure.subplots(), ground, methods, group),
+        0.9 + 0.25 * len(methods),
     )
 
 
-def _sweep(results: Results, name: str, title: str, label: str, rows: float) -> Chart:
-    bins = results["sweeps"][name]
+def draw_rows(axes: Axes, ground: Ground, methods: Mapping[str, Any], group: str) -> None:
+    """A row a method: its score on one group of questions, with the interval and as a number.
+
+    Args:
+        axes: Where to draw.
+        ground: Of the picture.
+        methods: Of ``results.json``, from top to bottom.
+        group: One of their tasks or kinds.
+    """
+    cells = {label: summary["tasks"][group] for label, summary in methods.items()}
+    zoom(axes, ground, start := _start(methods.values(), grouped=True), "score", axis="x")
+    for row, (label, cell) in enumerate(reversed(cells.items())):
+        if cell["score"] < start:
+            axes.plot(start, row, clip_on=False, **mark(ground, label) | {"marker": "<"})
+        else:
+            _points(axes, ground, label, [cell["score"]], [row], xerr=reach([cell]))
+        axes.annotate(
+            f"{100 * cell['score']:.1f}", (1, row), xycoords=("axes fraction", "data"),
+            xytext=(6, 0), textcoords="offset points", va="center_baseline", fontsize=SMALL,
+        )  # fmt: skip
+        if methods[label]["method"] == ORACLE and not methods[label]["adapter"]:
+            axes.axvline(cell["score"], color=ground.ink, linestyle=":", linewidth=1, zorder=0)
+    axes.set_yticks(range(len(cells)), list(reversed(cells)))
+    axes.set_ylim(-0.8, len(cells) - 0.4)
+    axes.tick_params(axis="y", length=0, pad=7)
+    axes.grid(axis="y", visible=False)
+    axes.set_title(group)
+
+
+def _sweep_chart(results: Results, name: str) -> Chart:
+    (title, label), bins = _SWEEPS[name], results["sweeps"][name]
+    methods = results["methods"]
+    if len(methods) > MOST_LINES:
+        front = results["budget"]["pareto"]["recompute_ratio"]
+        kept = (n for n, m in methods.items() if n in front or m["method"] in (ORACLE, FLOOR))
+        methods = {n: methods[n] for n in list(kept)[:MOST_LINES]}
 
     def draw(figure: Figure, ground: Ground) -> None:
         axes = figure.subplots()
-        places = [(one["from"] + one["to"]) / 2 for one in bins]
-        for index, method in enumerate(results["methods"]):
-            heights = [one["scores"][method]["score"] for one in bins]
-            style = mark(ground, index)
-            axes.plot(places, heights, label=method, markersize=5, linewidth=1.2, **style)
+        places, ends = [(one["from"] + one["to"]) / 2 for one in bins], {}
+        cells = {method: [one["scores"][method] for one in bins] for method in methods}
+        bound = [m for m in cells if methods[m]["method"] != "no-context"]
+        start = zoomed_start([cell["ci95"][0] for method in bound for cell in cells[method]])
+        zoom(axes, ground, start, "score")
+        for index, (method, own) in enumerate(cells.items()):
+            shift = (index - len(cells) / 2) * 0.006 * (places[-1] - places[0])  # bars side by side
+            heights, moved = [cell["score"] for cell in own], [place + shift for place in places]
+            line = mark(ground, method)
+            axes.errorbar(moved, heights, yerr=reach(own, "ci95"), lw=1.4, elinewidth=0.7, **line)
+            name = method if heights[-1] >= start else _below(method, heights[-1])
+            ends[name] = max(heights[-1], start), line["color"]
         axes.set_xlabel(label)
-        axes.set_ylabel("score")
-        as_share(axes.yaxis)
-        legend_below(figure, axes)
+        axes.set_title(title)
+        label_ends(axes, ends)
 
-    about = f"Score by {label}; each point is a bin of at least five questions."
-    return Chart(f"sweep-{name}", title, about, draw, 2.9 + rows)
+    about = f"Score by {label}, with 95 % intervals; a point is a bin of at least five questions."
+    return Chart(f"sweep-{name}", title, about, draw, 3.4)
 
 
 def draw_results(results: Results, path: str | Path, title: str = "") -> Path:
@@ -140,80 +194,71 @@ def draw_results(results: Results, path: str | Path, title: str = "") -> Path:
     as a share of full prefill's or, where that was not measured, the recomputed share.
     """
     methods = results["methods"]
-    titles = {task["title"] for task in results["tasks"].values()}
-    metric = "Score" if len(titles) > 1 else next(iter(titles)).replace("EM", "Exact match")
-
-    def draw(figure: Figure, ground: Ground) -> None:
-        by_kind, by_cost = figure.subplots(1, 2, width_ratios=(1.45, 1))
-        _draw_kinds(by_kind, ground, methods)
-        _draw_costs(by_cost, ground, methods)
-        for axes, what in ((by_kind, "by kind of question"), (by_cost, "against cost")):
-            axes.set_ylim(0, 1.02)
-            as_share(axes.yaxis)
-            axes.set_title(f"{metric} {what}")
-        legend_below(figure, by_kind, len(methods) if len(methods) <= 7 else -(-len(methods) // 2))
-        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-
-    return to_png(draw, path, height=4.4, width=10.5)
-
-
-def _draw_kinds(axes: Axes, ground: Ground, methods: Mapping[str, Any]) -> None:
-    kinds = _groups(methods)
-    step = 0.8 / len(methods)
-    for index, (label, summary) in enumerate(methods.items()):
-        cells = [summary["tasks"][kind] for kind in kinds]
-        heights = [cell["score"] for cell in cells]
-        if summary["method"] == "full-prefill":  # a line as wide as each kind, to read gaps off
-            edges = [k - 0.5 for k in range(len(kinds) + 1)]
-            axes.hlines(heights, edges[:-1], edges[1:], color=ground.ink, linestyle=":")
-        places = [k + (index - (len(methods) - 1) / 2) * step for k in range(len(kinds))]
-        _points(axes, ground, index, label, places, heights, yerr=_reach(cells))
-    for edge in range(1, len(kinds)):
-        axes.axvline(edge - 0.5, color=ground.faint, linewidth=0.8)
-    axes.set_xticks(range(len(kinds)), kinds)
-    axes.set_xlim(-0.5, len(kinds) - 0.5)
-    axes.grid(axis="x", visible=False)
-    axes.tick_params(axis="x", length=0)
-
-
-def _draw_costs(axes: Axes, ground: Ground, methods: Mapping[str, Any]) -> None:
     timed = all(m["ttft_over_full_prefill"] is not None for m in methods.values())
     cost = "ttft_over_full_prefill" if timed else "recompute_ratio"
-    for index, (label, summary) in enumerate(methods.items()):
-        place, score = summary[cost], summary["score"]
-        _points(axes, ground, index, label, [place], [score], yerr=_reach([summary]))
-    farthest = max(0.05, *(m[cost] for m in methods.values()))
-    axes.set_xlim(-0.04 * farthest, 1.06 * farthest)
-    as_share(axes.xaxis)
-    axes.set_xlabel("time to first token, of full prefill's" if timed else "tokens recomputed")
+
+    def last(axes: Axes, ground: Ground) -> None:
+        _draw_costs(axes, ground, methods, cost)
+        axes.set_title("against cost: up and left is better")
+
+    titles = {task["title"] for task in results["tasks"].values()}
+    metric = "Score" if len(titles) > 1 else next(iter(titles)).replace("EM", "Exact match")
+    return draw_panels(methods, path, f"{metric}: {title}", last)
+
+
+def draw_panels(
+    methods: Mapping[str, Any],
+    path: str | Path,
+    title: str,
+    last: Callable[[Axes, Ground], None] | None = None,
+) -> Path:
+    """Draws one panel for each group of questions, a row a method, as one PNG; returns its path.
+
+    Args:
+        methods: Of ``results.json``, from top to bottom.
+        path: The picture's.
+        title: Above all panels.
+        last: Draws one more panel at the right.
+    """
+    groups = groups_of(methods)
+
+    def draw(figure: Figure, ground: Ground) -> None:
+        widths = [1.0] * len(groups) + [1.9] * bool(last)
+        panels = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
+        for index, group in enumerate(groups):
+            draw_rows(panels[index], ground, methods, group)
+            if index:
+                panels[index].set_yticklabels([])
+        figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
+        if last:
+            last(panels[-1], ground)
+
+    width = 1.0 + 0.07 * max(map(len, methods)) + 2.2 * len(groups) + 3.6 * bool(last)
+    return to_png(draw, path, 1.3 + max(0.26 * len(methods), 2.4 * bool(last)), min(width, 15))
 
 
 def _points(
-    axes: Axes,
-    ground: Ground,
-    index: int,
-    label: str,
-    x: Sequence[float],
-    y: Sequence[float],
-    **reach: Any,
+    axes: Axes, ground: Ground, label: str, x: Sequence[float], y: Sequence[float], **reach: Any
 ) -> None:
     """Points of one method with their intervals, in its colour and marker."""
-    style = mark(ground, index)
-    look = {"color": style["color"], "markersize": 6, "elinewidth": 1.3, "clip_on": False}
-    axes.errorbar(x, y, fmt=style["marker"], label=label, **look, **reach)
+    axes.errorbar(x, y, linestyle="", elinewidth=1.5, clip_on=False, **mark(ground, label), **reach)
 
 
-def _reach(cells: Sequence[Mapping[str, Any]]) -> list[list[float]]:
-    """How far intervals of scores reach down and up."""
+def _below(label: str, score: float) -> str:
+    """The name of a method that lies below the start of an axis."""
+    return f"{label} ({100 * score:.0f} %)"
+
+
+def _start(methods: Iterable[Mapping[str, Any]], *, grouped: bool = False) -> float:
+    """Where axes of scores start, the same for all groups; guesses do not decide it."""
+    kept = [summary for summary in methods if summary["method"] != "no-context"]
+    cells = [cell for m in kept for cell in (m["tasks"].values() if grouped else (m,))]
+    return zoomed_start([cell["score_ci95"][0] for cell in cells])
+
+
+def reach(cells: Sequence[Mapping[str, Any]], key: str = "score_ci95") -> list[list[float]]:
+    """How far the intervals of scores reach down and up."""
     return [
-        [max(0.0, cell["score"] - cell["score_ci95"][0]) for cell in cells],
-        [max(0.0, cell["score_ci95"][1] - cell["score"]) for cell in cells],
+        [max(0.0, cell["score"] - cell[key][0]) for cell in cells],
+        [max(0.0, cell[key][1] - cell["score"]) for cell in cells],
     ]
-
-
-def _groups(methods: Mapping[str, Any]) -> Sequence[str]:
-    return list(next(iter(methods.values()))["tasks"])
-
-
-def _file_name(group: str) -> str:
-    return "".join(c if c.isalnum() or c == "-" else "-" for c in group)

@@ -1,20 +1,23 @@
-"""How pictures look: one palette and one set of markers, on light and on dark ground."""
+"""How pictures look: one colour and marker for each method, direct labels, marked zooms."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from zlib import crc32
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import FixedLocator, MaxNLocator, PercentFormatter
+from matplotlib.transforms import Bbox
 
 from blocktune.files import replacing
-
-MARKERS = ("s", "x", "v", "o", "D", "^", "P", "X", "h")  # one more: pairs repeat after 72
 
 
 class Ground(NamedTuple):
@@ -23,8 +26,9 @@ class Ground(NamedTuple):
     Attributes:
         paper: Behind it.
         ink: Text and axes.
-        faint: Grid lines and secondary text.
-        series: Okabe and Ito's palette, told apart by all common forms of colour vision.
+        faint: Grid lines and secondary lines.
+        series: In the order of `COLOURS`: Okabe and Ito's palette, told apart by all common forms
+            of colour vision.
     """
 
     paper: str
@@ -33,60 +37,76 @@ class Ground(NamedTuple):
     series: tuple[str, ...]
 
 
-_HUES = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-LIGHT = Ground("#ffffff", "#1a1a1a", "#d9d9d9", ("#000000", "#8a8a8a", *_HUES))
+LIGHT = Ground(
+    "#ffffff",
+    "#1a1a1a",
+    "#d9d9d9",
+    ("#000000", "#7d7d7d", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#D98E00", "#3AA0DC"),
+)
 DARK = Ground(
     "#16181c",
     "#e8e8e8",
     "#3a3d44",
     ("#f2f2f2", "#9a9a9a", "#FF8A3D", "#4FA8DE", "#2BC79A", "#E39AC3", "#F0B63A", "#7CC7F2"),
 )
+_LOOKS = {
+    "ink": {"full-prefill": "s", "prefix-cache": "D", "oracle": "*", "control": "X"},
+    "grey": {"no-context": "X", "random": "h"},
+    "red": {"naive": "v", "prompt-cache-schema": "<"},
+    "blue": {"block-attention": "o", "block-distill": "p", "turborag": ">", "kv-packet": "h"},
+    "green": {"kvlink": "D", "query-attention": "^", "cacheclip": "P"}
+    | {"selective-reconstruction": "s"},
+    "pink": {"cacheblend": "^", "cacheblend-lmcache": "<", "cacheblend-paper": ">"}
+    | {"cacheblend-pipelined": "v", "cacheblend-repo": "D", "r": "s"}
+    | {"droidspeak": "p", "droidspeak-clc": "h"},
+    "orange": {"epic": "P", "link0": "X", "cache-craft": "d", "s": "o", "s+p": "s"},
+    "sky": {"recompute-aware": "p", "dual-mode": "d", "ape": "h", "sel": "o", "psr": "*"}
+    | {"p+s+r": "^"},
+}
+METHODS = {name: (colour, m) for colour, own in _LOOKS.items() for name, m in own.items()}
+"""Colour and marker of each method, the same in every picture."""
+COLOURS, MARKERS = tuple(_LOOKS), "sDv<o>^Xhp*Pd"
 PHONE_INCHES = 4.6
 """Width of a picture whose text is still read at 358 pixels, a phone's page."""
+SMALL = 8.5
+"""Points of a label inside a picture."""
 
 Draw = Callable[[Figure, Ground], None]
 
 
-def settings(ground: Ground) -> dict:
-    """Matplotlib's settings for a picture on this ground."""
-    return {
-        "font.size": 10,
-        "figure.dpi": 150,
-        "figure.facecolor": ground.paper,
-        "axes.facecolor": ground.paper,
-        "savefig.facecolor": ground.paper,
-        "text.color": ground.ink,
-        "axes.labelcolor": ground.ink,
-        "axes.edgecolor": ground.ink,
-        "xtick.color": ground.ink,
-        "ytick.color": ground.ink,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.titlelocation": "left",
-        "axes.titleweight": "bold",
-        "axes.titlesize": 11,
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "grid.color": ground.faint,
-        "grid.linewidth": 0.6,
-        "legend.frameon": False,
-        "legend.fontsize": 9,
-        "svg.hashsalt": "blocktune",  # equal pictures are equal files
-    }
+def mark(ground: Ground, label: str) -> dict[str, Any]:
+    """Colour and marker of a method, as keywords of ``Axes.plot``.
+
+    A label that begins with a method's name (``cacheblend 30 %``, ``kvlink + epic``) is a variant:
+    it has the method's colour and marker, hollow. Other labels get a look derived from their text.
+    """
+    parts = re.split(r"(?=[ :,])|(?<=[a-z])(?=-\d)", label)
+    starts = ["".join(parts[:stop]) for stop in range(len(parts), 0, -1)]
+    known = next((start for start in starts if start in METHODS), None)
+    if known is None:
+        number = crc32(label.encode())
+        colour = COLOURS[2 + number % (len(COLOURS) - 2)]
+        marker = MARKERS[number // len(COLOURS) % len(MARKERS)]
+    else:
+        colour, marker = METHODS[known]
+    found = ground.series[COLOURS.index(colour)]
+    filled = known is None or known == label
+    return {"color": found, "marker": marker, "markerfacecolor": found if filled else ground.paper}
 
 
 def to_svg(draw: Draw, ground: Ground, height: float, width: float = PHONE_INCHES) -> bytes:
     """A picture as SVG, the same bytes for the same picture."""
     out = io.BytesIO()
-    with mpl.rc_context(settings(ground)):
-        _made(draw, ground, (width, height)).savefig(out, format="svg", metadata={"Date": None})
+    with mpl.rc_context(_settings(ground)):
+        made = _made(draw, ground, (width, height))
+        made.savefig(out, format="svg", metadata={"Date": None})
     return out.getvalue()
 
 
 def to_png(draw: Draw, path: str | Path, height: float, width: float = PHONE_INCHES) -> Path:
     """A picture on light ground as a PNG, whole or not at all; returns its path."""
-    with mpl.rc_context(settings(LIGHT)), replacing(path) as temporary:
-        _made(draw, LIGHT, (width, height)).savefig(temporary, dpi=220)
+    with mpl.rc_context(_settings(LIGHT)), replacing(path) as temporary:
+        _made(draw, LIGHT, (width, height)).savefig(temporary, dpi=200)
     return Path(path)
 
 
@@ -96,27 +116,139 @@ def _made(draw: Draw, ground: Ground, size: tuple[float, float]) -> Figure:
     return figure
 
 
-def mark(ground: Ground, index: int) -> dict:
-    """Colour and marker of the method at a place in the suite, the same in all pictures."""
+def _settings(ground: Ground) -> dict[str, Any]:
+    paper = dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), ground.paper)
+    inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     return {
-        "color": ground.series[index % len(ground.series)],
-        "marker": MARKERS[index % len(MARKERS)],
+        **paper,
+        **dict.fromkeys(inked, ground.ink),
+        "font.size": 10,
+        "figure.dpi": 150,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.titlelocation": "left",
+        "axes.titleweight": "bold",
+        "axes.titlesize": 11,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "grid.color": ground.faint,
+        "grid.linewidth": 0.6,
+        "lines.markersize": 5,
+        "svg.hashsalt": "blocktune",  # equal pictures are equal files
     }
 
 
-def as_share(axis) -> None:
+def as_share(axis: Any) -> None:
     """Writes an axis of shares in percent."""
-    axis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
 
 
-def legend_below(figure: Figure, axes: Axes, columns: int = 2) -> None:
-    """The legend under the picture, where a phone has room."""
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(
-        handles,
-        labels,
-        loc="outside lower center",
-        ncols=min(columns, max(1, len(labels))),
-        columnspacing=1.2,
-        handletextpad=0.4,
+def whole_numbers(axis: Any) -> None:
+    """Puts ticks of an axis at whole numbers only, such as layers."""
+    axis.set_major_locator(MaxNLocator(integer=True))
+
+
+def zoomed_start(values: Sequence[float]) -> float:
+    """Where an axis of shares starts: the ten per cent below all ``values``, 0 if that is low."""
+    start = math.floor(10 * min(values, default=0.0) - 0.1) / 10
+    return start if start >= 0.2 else 0.0
+
+
+def zoom(axes: Axes, ground: Ground, start: float, name: str, axis: str = "y") -> None:
+    """Lets an axis of shares run from ``start`` to 1; one that does not start at 0 is marked.
+
+    The mark is two strokes across the axis, as where it is broken, and a word in its label.
+    """
+    upright = axis == "y"
+    own = axes.yaxis if upright else axes.xaxis
+    (axes.set_ylim if upright else axes.set_xlim)(start, 1 + 0.03 * (1 - start))
+    own.set_major_locator(
+        MaxNLocator(6, steps=[1, 2, 5, 10])
+        if upright
+        else FixedLocator((start, (1 + start) / 2, 1))
     )
+    as_share(own)
+    if start:
+        name = f"{name} (axis starts at {100 * start:.0f} %)".lstrip()
+        stroke = ((-1, -0.6), (1, 0.6))
+        for at in (0.04, 0.065):
+            axes.plot(
+                *((0, at) if upright else (at, 0)), clip_on=False, zorder=5, color=ground.ink,
+                marker=stroke if upright else [pair[::-1] for pair in stroke], markersize=8,
+                transform=axes.transAxes,
+            )  # fmt: skip
+    own.set_label_text(name)
+
+
+def label_ends(axes: Axes, ends: Mapping[str, tuple[float, str]]) -> None:
+    """Writes each line's name at its right end, moved apart where ends are close.
+
+    Args:
+        axes: With the limits that it keeps.
+        ends: Name -> height of the line's end in data, and the colour.
+    """
+    figure, low, high = axes.figure, *axes.get_ylim()
+    ranked = sorted(ends, key=lambda name: ends[name][0])
+    made = {
+        name: axes.annotate(
+            name, (1, (ends[name][0] - low) / (high - low)), xycoords="axes fraction",
+            xytext=(8, 0), textcoords="offset points", va="center", fontsize=SMALL,
+            color=ends[name][1], annotation_clip=False,
+        )
+        for name in ranked
+    }  # fmt: skip
+    figure.draw_without_rendering()  # reserves their width
+    room = axes.get_window_extent()
+    gap = 1.15 * max(text.get_window_extent().height for text in made.values())
+    heights = [room.height * made[name].xy[1] for name in ranked]
+    for index in range(1, len(heights)):
+        heights[index] = max(heights[index], heights[index - 1] + gap)
+    heights[-1] = min(heights[-1], room.height)
+    for index in range(len(heights) - 2, -1, -1):
+        heights[index] = min(heights[index], heights[index + 1] - gap)
+    for name, height in zip(ranked, heights, strict=True):
+        text = made[name]
+        shift = (height - room.height * text.xy[1]) * 72 / figure.dpi
+        text.set_position((8, shift))
+
+
+def label_points(axes: Axes, ground: Ground, points: Sequence[tuple[float, float, str]]) -> None:
+    """Writes a name beside each point, at the nearest place that no other name or point has.
+
+    Args:
+        axes: With the limits that it keeps.
+        ground: Of the picture.
+        points: Horizontal and vertical place in data, and the name.
+    """
+    figure = axes.figure
+    figure.draw_without_rendering()
+    scale, inside = figure.dpi / 72, figure.bbox
+    centres = [axes.transData.transform(point[:2]) for point in points]
+    taken = [Bbox.from_bounds(x - 4 * scale, y - 4 * scale, *[8 * scale] * 2) for x, y in centres]
+    turns = [
+        (math.cos(a), math.sin(a)) for a in (0, math.pi, *(k * math.pi / 8 for k in range(16)))
+    ]
+    for (x, y, name), (px, _) in zip(points, centres, strict=True):
+        text = axes.annotate(
+            name, (x, y), xytext=(0, 0), textcoords="offset points", va="center", fontsize=SMALL,
+            color=mark(ground, name)["color"], in_layout=False, annotation_clip=False, zorder=6,
+            path_effects=[withStroke(linewidth=2, foreground=ground.paper)],
+        )  # fmt: skip
+        if px > axes.get_window_extent().x0 + 0.75 * axes.get_window_extent().width:
+            order = [(-c, s) for c, s in turns]
+        else:
+            order = turns
+        for radius, (c, s) in ((r, turn) for r in range(8, 120, 7) for turn in order):
+            text.set_ha("left" if c > 0.3 else "right" if c < -0.3 else "center")
+            text.set_position((radius * c, radius * s))
+            box = text.get_window_extent()
+            fits = inside.x0 <= box.x0 and box.x1 <= inside.x1 and box.y1 <= inside.y1
+            if fits and axes.bbox.y0 <= box.y0 and not any(map(box.overlaps, taken)):
+                break
+        if radius > 15:
+            axes.annotate(
+                "", (x, y), xytext=(radius * c, radius * s), textcoords="offset points",
+                annotation_clip=False, in_layout=False, zorder=1,
+                arrowprops={"arrowstyle": "-", "color": ground.series[1], "linewidth": 0.6},
+            )  # fmt: skip
+        taken.append(box)

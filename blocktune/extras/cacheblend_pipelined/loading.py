@@ -11,7 +11,6 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Self
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from blocktune.cache import ChunkKV, ChunkStore, Lookup
 from blocktune.cache.chunk_file import ChunkFile
+from blocktune.cache.folder import ChunkFolder
 from blocktune.methods import ChunkLoader, DamagedChunk, Selection
 
 KEEP = 0.8
@@ -228,5 +228,5 @@ class LayerLoader(ChunkLoader):
     def __exit__(self, *exception) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def _open(self, folder: Path, key: str, kind: type[ChunkKV]) -> StreamedKV:
+    def _open(self, folder: ChunkFolder, key: str, kind: type[ChunkKV]) -> StreamedKV:
         return StreamedKV(key, ChunkFile(folder, key, kind), self)

@@ -1,12 +1,71 @@
-"""Presets that recompute nothing: with any weights, or with weights trained for them."""
+"""Presets that choose no tokens: full computation, plain reuse, and reuse on trained weights."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from blocktune.methods import Method, Weights, register, require_count, require_one_of
+from blocktune.methods import (
+    Cached,
+    Everything,
+    Method,
+    Selection,
+    Weights,
+    register,
+    require_count,
+    require_one_of,
+)
 from blocktune.prompt import LayoutSpec
+
+
+class _InFull(Method):
+    """Full attention, whatever the adapter was trained for."""
+
+    cached: ClassVar[Cached] = Cached.NOTHING
+
+    def layout(self, spec: LayoutSpec) -> LayoutSpec:
+        return LayoutSpec(block=False)
+
+
+@register("full-prefill")
+@dataclass(frozen=True)
+class FullPrefill(_InFull):
+    """Computes every token in full attention: the upper bound of accuracy and cost."""
+
+    source: ClassVar[str] = "https://arxiv.org/abs/1706.03762"
+
+    def select(self) -> Selection:
+        return Everything()
+
+
+@register("prefix-cache")
+@dataclass(frozen=True)
+class PrefixCache(_InFull):
+    """Reuses the longest prefix seen before, in the same order: exact, but rarely hit in RAG.
+
+    ``warm_up`` gives a single question a history: it first serves that many prompts of the same
+    chunks, each rotated by one more place.
+    """
+
+    source: ClassVar[str] = "https://arxiv.org/abs/2312.07104"
+    cached: ClassVar[Cached] = Cached.EXACT_PREFIX
+    warm_up: int = 0
+
+    def __post_init__(self):
+        require_count("warm_up", self.warm_up)
+
+    def select(self) -> Selection:
+        return Everything()
+
+
+@register("no-context")
+@dataclass(frozen=True)
+class NoContext(_InFull):
+    """Answers without any chunk: what the model knows or guesses, the lower bound."""
+
+    source: ClassVar[str] = "https://arxiv.org/abs/2603.20218"
+    keeps_context: ClassVar[bool] = False
+    exact_on_one_chunk: ClassVar[bool] = False
 
 
 @register("naive")

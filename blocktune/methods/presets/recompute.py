@@ -13,7 +13,9 @@ from blocktune.methods import (
     GradualDeviation,
     LayerRange,
     Method,
+    Oracle,
     QueryAttention,
+    Random,
     Recency,
     Reselect,
     Selection,
@@ -233,3 +235,32 @@ class SelectiveReconstruction(Method):
         kinds = {"attention": AttentionDeviation, "recency": Recency}
         require_one_of("impact", self.impact, kinds)
         return kinds[self.impact](ratio=self.ratio)
+
+
+@register("oracle")
+@dataclass(frozen=True)
+class OracleMethod(Method):
+    """Recomputes the tokens that matter most according to a full prefill run beforehand.
+
+    ``by`` says how they are ranked: by ``influence``, ``attention`` or ``deviation``.
+    """
+
+    source: ClassVar[str] = "https://arxiv.org/abs/2603.20218"
+    ratio: float = 0.15
+    by: str = "influence"
+
+    def select(self) -> Selection:
+        return Oracle(ratio=self.ratio, by=self.by)
+
+
+@register("random")
+@dataclass(frozen=True)
+class RandomMethod(Method):
+    """Recomputes random tokens: what any other choice must beat."""
+
+    source: ClassVar[str] = "https://arxiv.org/abs/2603.20218"
+    ratio: float = 0.15
+    seed: int = 0
+
+    def select(self) -> Selection:
+        return Random(ratio=self.ratio, seed=self.seed)

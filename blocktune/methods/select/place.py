@@ -79,7 +79,6 @@ class Random(Selection):
     """Random tokens: a lower bound for any choice.
 
     Attributes:
-        ratio: See `Selection`.
         seed: Of the draw, which also depends on the lengths of a prompt's pieces but not on the
             other prompts of a batch.
     """

@@ -38,7 +38,6 @@ class QueryAttention(Scored):
     """The tokens that the question attends to most when it is computed over the reused cache.
 
     Attributes:
-        ratio: See `Selection`.
         fuse: How scores of the layers are combined: ``mean``, ``max``, or only the ``last`` layer.
             The papers' formulas are not public.
 
@@ -125,7 +124,6 @@ class Oracle(Scored):
     """Tokens chosen with the knowledge of a full prefill: an upper bound for any choice.
 
     Attributes:
-        ratio: See `Selection`.
         by: ``influence``: distance of the true values from the cached ones, weighted by the
             question's true attention; ``attention``: that attention alone; ``deviation``: distance
             of the true keys and values from the cached ones. Each is summed over the layers.

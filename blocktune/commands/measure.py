@@ -1,0 +1,209 @@
+"""`blocktune check`, `blocktune profile-layers` and `blocktune bench`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from blocktune.commands import app, command
+from blocktune.commands import options as opt
+
+
+@command(
+    "check",
+    "blocktune check --model data/tiny",
+    "blocktune check --method 'naive + first-k 8'   # the contract of one method",
+    "blocktune check --method mine --plugin mine.py",
+    "blocktune check --model meta-llama/Llama-3.1-8B-Instruct --dtype float32 --json",
+    "The exit code is 0 if every check passed, else 1.",
+)
+def check(
+    model: opt.Model = None,
+    adapter: opt.Adapter = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="Check the contract of this method instead; without --model on a small random one."
+        ),
+    ] = None,
+    dtype: opt.Dtype = "auto",
+    quantize: opt.Quantize = None,
+    device: opt.Device = None,
+    as_json: opt.AsJson = False,
+) -> None:
+    """Check that reuse is exact on your model: masks, relocation and caches against dense."""
+    from blocktune.check import check_method, check_model
+    from blocktune.methods import parse_method
+    from blocktune.tables import Table
+
+    built = None if method is None else parse_method(method)
+    engine = None
+    if built is None or model is not None or adapter is not None:
+        engine = opt.load_engine(model, adapter, None, dtype, device, quantize)
+    checks = check_model(engine) if built is None else check_method(built, engine)
+    sound = all(one.passed for one in checks)
+    if as_json:
+        typer.echo(json.dumps({"checks": [one.to_dict() for one in checks]}, indent=2))
+    else:
+        verdicts = {True: "[green]ok[/green]", False: "[red]FAILED[/red]"}
+        rows = [
+            (verdicts[one.passed], one.name, f"{one.max_abs_diff:.1e}", f"{one.tolerance:.1e}")
+            for one in checks
+        ]
+        Table(("", "check", "difference", "tolerance"), rows, left=("check",)).show()
+        where = "on this model" if built is None else f"by '{built.name}'"
+        typer.echo(f"Reuse {where} is sound." if sound else f"Do not serve: reuse {where} fails.")
+    raise typer.Exit(0 if sound else 1)
+
+
+@command(
+    "profile-layers",
+    "blocktune profile-layers -m data/tiny -i 'worlds:dev?n=32'",
+    "blocktune profile-layers -m M -i held_out.jsonl --limit 50 --most-layers 8 --json",
+    "Use the result as parameters of the method:",
+    "blocktune answer -m M -i q.jsonl --method 'droidspeak first_layer=9 ratio=0.125'",
+)
+def profile_layers(
+    source: Annotated[
+        str, typer.Option("--input", "-i", help="Held-out questions: JSONL or any data source.")
+    ],
+    model: opt.Model = None,
+    adapter: opt.Adapter = None,
+    limit: opt.Limit = None,
+    most_layers: Annotated[
+        int | None, typer.Option(min=1, help="Longest range of layers to try. Default: all.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions per batch.")] = 8,
+    dtype: opt.Dtype = "auto",
+    quantize: opt.Quantize = None,
+    device: opt.Device = None,
+    as_json: opt.AsJson = False,
+) -> None:
+    """Measure which layers are worth recomputing for all chunks: the profile for `droidspeak`."""
+    from rich.console import Console
+    from rich.progress import track
+
+    from blocktune.commands.answering import read_examples
+    from blocktune.engine.layer_profile import profile_layers
+    from blocktune.tables import Table
+
+    examples = read_examples(source, limit, None, [])
+    engine = opt.load_engine(model, adapter, None, dtype, device, quantize)
+    console = Console(stderr=True)
+    found = profile_layers(
+        engine,
+        examples,
+        most_layers=most_layers,
+        batch_size=batch_size,
+        progress=lambda ranges: iter(track(ranges, "profiling", console=console)),
+    )
+    if as_json:
+        typer.echo(json.dumps([asdict(one) for one in found], indent=2))
+        return
+    rows = [
+        (
+            str(one.first_layer),
+            f"{one.ratio:.4g}",
+            f"{one.first_layer}-{one.first_layer + one.num_layers - 1}",
+            f"{one.divergence:.4f}",
+            f"{one.agreement:.0%}",
+        )
+        for one in found
+        if one.efficient
+    ]
+    Table(("first_layer", "ratio", "layers", "divergence", "agreement"), rows).show()
+
+
+Tokens = Annotated[int, typer.Option(min=2, help="Length of the prompt, in tokens.")]
+ChunkTokens = Annotated[int, typer.Option(min=1, help="Tokens per chunk.")]
+Repeats = Annotated[int, typer.Option(min=1, help="Rounds; medians are shown.")]
+Output = Annotated[Path | None, typer.Option(help="JSON file to write as well.")]
+Tiny = Annotated[bool, typer.Option("--tiny", help="A toy model and prompt, for a quick try.")]
+
+
+group = typer.Typer(no_args_is_help=True, help="Measure speed on this machine.")
+app.add_typer(group, name="bench")
+
+
+@command("attention", "blocktune bench attention --json", of=group)
+def attention(
+    tokens: Tokens = 8192,
+    chunk: ChunkTokens = 512,
+    repeats: Repeats = 5,
+    output: Output = None,
+    as_json: opt.AsJson = False,
+) -> None:
+    """Time split attention, forward and backward, against full causal and dense-mask SDPA."""
+    from blocktune.bench import bench_attention
+
+    _show(bench_attention(tokens, chunk, repeats), as_json, output)
+
+
+@command(
+    "reuse",
+    "blocktune bench reuse --tokens 4096 --repeats 3 --output out/reuse.json",
+    "blocktune bench reuse --tiny   # takes seconds",
+    of=group,
+)
+def reuse(
+    tokens: Tokens = 8192,
+    chunk: ChunkTokens = 512,
+    repeats: Repeats = 5,
+    tiny: Tiny = False,
+    output: Output = None,
+    as_json: opt.AsJson = False,
+) -> None:
+    """Time cacheblend, epic and naive reuse of cached chunks against a full prefill."""
+    from blocktune.bench import TINY, ReuseBench, bench_reuse
+
+    setting = replace(TINY, repeats=repeats) if tiny else ReuseBench(tokens, chunk, repeats=repeats)
+    _show(bench_reuse(setting), as_json, output)
+
+
+@command(
+    "loading",
+    "blocktune bench loading --folder /mnt/slow   # the disk to measure",
+    "blocktune bench loading --tiny --json",
+    of=group,
+)
+def loading(
+    tokens: Tokens = 8192,
+    chunk: ChunkTokens = 512,
+    repeats: Repeats = 5,
+    folder: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the chunks. Default: the system's temporary one."),
+    ] = None,
+    tiny: Tiny = False,
+    output: Output = None,
+    as_json: opt.AsJson = False,
+) -> None:
+    """Time cacheblend with chunks on disk: loaded before computing, or while computing."""
+    from blocktune.bench import LOADING, TINY, bench_loading
+
+    setting = TINY if tiny else replace(LOADING, tokens=tokens, chunk=chunk)
+    _show(bench_loading(replace(setting, repeats=repeats), folder), as_json, output)
+
+
+def _show(found: dict, as_json: bool, output: Path | None) -> None:
+    from blocktune.files import replace_json
+
+    if output is not None:
+        replace_json(output, found)
+    typer.echo(json.dumps(found, indent=2) if as_json else "\n".join(_lines(found)))
+
+
+def _lines(found: dict, indent: str = "") -> list[str]:
+    """Names and values, mappings as indented blocks."""
+    lines = []
+    for name, value in found.items():
+        if isinstance(value, dict):
+            lines += [f"{indent}{name}", *_lines(value, indent + "  ")]
+        else:
+            shown = f"{value:.4g}" if isinstance(value, float) else value
+            lines.append(f"{indent}{name}: {shown}")
+    return lines

@@ -1,0 +1,182 @@
+"""What a server is told when it starts: limits, tenants and defaults."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from blocktune.parsing import build_strict, load_yaml
+
+FIX = "give a YAML mapping of tenant names to {key, max_requests, tokens_per_minute}"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request, and all of them together, may take.
+
+    Attributes:
+        body_bytes: Size of a request's body.
+        body_s: Seconds in which it must arrive.
+        chunks: Documents of a request.
+        prompt_tokens: Tokens of a prompt; the model's context is a limit as well.
+        new_tokens: Tokens of an answer.
+        default_new_tokens: Tokens of an answer if the request does not say.
+        choices: ``n`` of a request.
+        request_s: Seconds from a request's arrival to its last token.
+        queue: Requests that may wait; the next one is answered 429.
+        running: Answers that are decoded at the same time.
+        kv_bytes: Bytes of keys and values of all running answers. Requests wait for room.
+        prefill_tokens: Tokens of missing chunks that are encoded between two decoding steps.
+
+    Raises:
+        ValueError: If one is not positive.
+    """
+
+    body_bytes: int = 8 << 20
+    body_s: float = 30.0
+    chunks: int = 256
+    prompt_tokens: int = 131_072
+    new_tokens: int = 4096
+    default_new_tokens: int = 256
+    choices: int = 8
+    request_s: float = 300.0
+    queue: int = 64
+    running: int = 16
+    kv_bytes: int = 4 << 30
+    prefill_tokens: int = 2048
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if not value > 0:
+                raise ValueError(f"limit '{name}' must be positive, got {value}")
+
+
+@dataclass(frozen=True)
+class Tenant:
+    """One who may call the server.
+
+    Attributes:
+        name: In logs and metrics.
+        key: Its API key; None lets everybody in.
+        max_requests: Requests at a time, waiting ones included; None: as many as the server takes.
+        tokens_per_minute: Prompt and answer tokens; None: no quota.
+    """
+
+    name: str = "default"
+    key: str | None = field(default=None, repr=False)
+    max_requests: int | None = None
+    tokens_per_minute: int | None = None
+
+    def __post_init__(self):
+        if self.key is not None and (not isinstance(self.key, str) or len(self.key) < 8):
+            raise ValueError(f"tenant '{self.name}': key must be a string of 8 characters or more")
+        for name in ("max_requests", "tokens_per_minute"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise ValueError(f"tenant '{self.name}': {name} must be at least 1, got {value!r}")
+
+    def salt(self, asked: str | None) -> str:
+        """What goes into the keys of its chunks: tenants with keys never share any.
+
+        Args:
+            asked: The request's ``cache_salt``.
+        """
+        if self.key is None:
+            return asked or ""
+        return hashlib.sha256(f"{self.name}\0{asked or ''}".encode()).hexdigest()
+
+    def sign(self, key: str) -> str:
+        """The name under which the tenant is told of a chunk's ``key``; `verify` inverts it."""
+        if self.key is None:
+            return key
+        return f"{key}-{hmac.new(self.key.encode(), key.encode(), hashlib.sha256).hexdigest()[:16]}"
+
+    def verify(self, name: str) -> str | None:
+        """The chunk's key in a name that this tenant was told, or None."""
+        key = name.partition("-")[0]
+        return key if hmac.compare_digest(self.sign(key), name) else None
+
+
+def load_tenants(path: Path) -> tuple[Tenant, ...]:
+    """Reads tenants from YAML: ``{acme: {key: ..., tokens_per_minute: 100000}}``.
+
+    Raises:
+        ValueError: If the file is not such a mapping, or two tenants have one key.
+    """
+    values = load_yaml(path, "tenants", FIX)
+    if not isinstance(values, Mapping) or not values:
+        raise ValueError(f"{path}: {FIX}")
+    tenants = tuple(_tenant(path, name, value) for name, value in values.items())
+    if len({tenant.key for tenant in tenants}) < len(tenants):
+        raise ValueError(f"{path}: two tenants have the same key")
+    return tenants
+
+
+def _tenant(path: Path, name: Any, value: Any) -> Tenant:
+    if not isinstance(value, Mapping) or not value.get("key"):
+        raise ValueError(f"{path}: tenant '{name}' has no key; {FIX}")
+    return build_strict(Tenant, {"name": str(name), **value}, f"{path}: tenant '{name}'")
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """The whole of it.
+
+    Attributes:
+        limits: See `Limits`.
+        tenants: With keys; empty: everybody is the same tenant.
+        hosts: Accepted Host headers; ``("*",)`` accepts all.
+        log_texts: Whether questions and answers are logged.
+    """
+
+    limits: Limits = Limits()
+    tenants: tuple[Tenant, ...] = ()
+    hosts: tuple[str, ...] = ("*",)
+    log_texts: bool = False
+
+    def tenant_of(self, authorization: str | None) -> Tenant | None:
+        """The tenant of an ``Authorization`` header, or None if it must not be served."""
+        if not self.tenants:
+            return Tenant()
+        scheme, _, given = (authorization or "").partition(" ")
+        found = None
+        for tenant in self.tenants:  # all of them, so that the time tells nothing
+            same = hmac.compare_digest((tenant.key or "").encode(), given.strip().encode())
+            found = tenant if same and scheme.lower() == "bearer" else found
+        return found
+
+
+class Quotas:
+    """Counts what tenants use. Thread-safe."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._requests: dict[str, int] = {}
+        self._tokens: dict[str, tuple[float, float]] = {}  # what is left, and when that was
+
+    def enter(self, tenant: Tenant, tokens: int) -> float | None:
+        """Admits a request of at most ``tokens``, or returns the seconds to wait."""
+        with self._lock:
+            running = self._requests.get(tenant.name, 0)
+            if tenant.max_requests is not None and running >= tenant.max_requests:
+                return 1.0
+            if tenant.tokens_per_minute is not None:
+                now, rate = time.monotonic(), tenant.tokens_per_minute / 60
+                left, since = self._tokens.get(tenant.name, (tenant.tokens_per_minute, now))
+                left = min(tenant.tokens_per_minute, left + (now - since) * rate)
+                if left < min(tokens, tenant.tokens_per_minute):
+                    return max(1.0, (tokens - left) / rate)
+                self._tokens[tenant.name] = (left - tokens, now)
+            self._requests[tenant.name] = running + 1
+            return None
+
+    def leave(self, tenant: Tenant) -> None:
+        """Ends a request that `enter` admitted."""
+        with self._lock:
+            self._requests[tenant.name] -= 1

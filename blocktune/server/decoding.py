@@ -1,0 +1,266 @@
+"""One decoding step for answers of any lengths and methods at once.
+
+Each answer keeps the cache of its own prompt: positions with gaps, recomputed columns, reshaped
+scores. The matrices of the model are applied to all answers together; attention is computed for
+each over its own cache, by the very plan that a single answer decodes by. So nothing is padded or
+copied when an answer joins or leaves, and what an answer reads does not depend on the others.
+
+transformers' continuous batching is not used: its paged cache fills a request's blocks by running
+the model over the request's own tokens in order, one position after the other. It has no way to
+put given keys and values into a block, to write a recomputed token over a stored one in some layers
+only, to give a request positions with gaps, or to change scores before softmax.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from blocktune.attention.cached import CachePlan
+from blocktune.attention.kernels import AttentionParams
+from blocktune.cache import RowCache
+from blocktune.engine import Sampling
+from blocktune.engine.generation import Generation
+from blocktune.engine.rows import decoded_rows
+from blocktune.layout import LayerRule
+
+GREEDY = Sampling()
+
+
+class TokenLogprob(NamedTuple):
+    """A token, its log probability, and the likeliest ones as (id, log probability)."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a request is decoded.
+
+    Attributes:
+        max_new_tokens: At least 1.
+        sampling: How tokens are picked; each choice draws from a stream of its own.
+        choices: Answers to make.
+        stops: Texts that end an answer and are left out of it.
+        logprobs: Likeliest tokens to report at each step; None: none and no log probabilities.
+        strips: Whether the space around the answer is dropped, as `Engine.answer` does.
+    """
+
+    max_new_tokens: int
+    sampling: Sampling = GREEDY
+    choices: int = 1
+    stops: tuple[str, ...] = ()
+    logprobs: int | None = None
+    strips: bool = True
+
+
+class TextStream:
+    """Decodes token after token; its pieces join to the decoded whole.
+
+    Text is held back while its last character is incomplete, while it may be the beginning of a
+    stop text, and at its end while it is space that would be dropped.
+
+    Attributes:
+        stopped: Whether a stop text came.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str] = (), strips: bool = True
+    ):
+        self.tokenizer, self.stops, self.strips = tokenizer, stops, strips
+        self.stopped = False
+        self._ids: list[int] = []
+        self._text, self._shown = "", 0
+        # Tokens are decoded together with those before them, whose text is known.
+        self._from, self._known = 0, 0
+
+    def push(self, token: int) -> str:
+        """The text that can be shown after one more token; often empty."""
+        self._ids.append(token)
+        before = self._decode(self._from, self._known)
+        after = self._decode(self._from, len(self._ids))
+        if len(after) > len(before) and not after.endswith("\ufffd"):
+            self._add(after[len(before) :])
+            self._from, self._known = self._known, len(self._ids)
+        return "" if self.stopped else self._show(len(self._text) - self._held())
+
+    def finish(self) -> str:
+        """What is left to show at the end."""
+        if not self.stopped:
+            before = self._decode(self._from, self._known)
+            self._add(self._decode(self._from, len(self._ids))[len(before) :])
+        return self._show(len(self._text))
+
+    def _decode(self, start: int, stop: int) -> str:
+        return self.tokenizer.decode(self._ids[start:stop], skip_special_tokens=True)
+
+    def _add(self, text: str) -> None:
+        begin = len(self._text)
+        self._text += text
+        found = [
+            at
+            for stop in self.stops
+            if (at := self._text.find(stop, max(0, begin - len(stop)))) >= 0
+        ]
+        if found:
+            self._text, self.stopped = self._text[: min(found)], True
+
+    def _held(self) -> int:
+        """Characters at the end that a stop text begins with."""
+        return max(
+            (n for stop in self.stops for n in range(len(stop)) if self._text.endswith(stop[:n])),
+            default=0,
+        )
+
+    def _show(self, until: int) -> str:
+        text = self._text[:until]
+        text = text.strip() if self.strips else text
+        new, self._shown = text[self._shown :], max(self._shown, len(text))
+        return new
+
+
+@dataclass
+class Choice:
+    """One answer that is being decoded.
+
+    Attributes:
+        index: Among the choices of its request.
+        run: After its prefill, of a single prompt.
+        settings: How.
+        cache: Keys and values of its columns.
+        ids: Tokens so far.
+        finish: Why it ended, or None.
+    """
+
+    index: int
+    run: Generation
+    settings: Settings
+    cache: RowCache = field(init=False)
+    ids: list[int] = field(default_factory=list)
+    finish: str | None = None
+
+    def __post_init__(self):
+        run, settings = self.run, self.settings
+        last = self.index == settings.choices - 1  # the others decode on copies
+        self.cache = run.cache if last else copy.deepcopy(run.cache)
+        self.reshaping = run.reshaping if last else copy.deepcopy(run.reshaping)
+        rows = decoded_rows(run.last, settings.max_new_tokens)
+        self._rows, self._keys = rows, run.columns.concat(rows)
+        device = run.prefill.logits.device
+        self._pick = settings.sampling.picker(device, (self.index,))
+        self._stop_ids = run.state.stop_ids()
+        self._text = TextStream(run.state.tokenizer, settings.stops, settings.strips)
+
+    @property
+    def position(self) -> Tensor:
+        """Of the last token, ``(1, 1)``."""
+        return self._rows.position[:, len(self.ids) - 1, None]
+
+    def take(self, logits: Tensor) -> tuple[str, TokenLogprob | None]:
+        """Picks a token by the logits ``(1, V)``; the new text, and its log probability if asked.
+
+        Sets `finish` if it was the last.
+        """
+        token = int(self._pick(logits))
+        self.ids.append(token)
+        ended = token in self._stop_ids
+        text = "" if ended else self._text.push(token)
+        if ended or self._text.stopped:
+            self.finish = "stop"
+        elif len(self.ids) == self.settings.max_new_tokens:
+            self.finish = "length"
+        if self.finish:
+            text += self._text.finish()
+        return text, self._logprob(logits[0], token)
+
+    def plan(self) -> CachePlan:
+        """Appends a column for the last token and says what its row sees."""
+        step = len(self.ids) - 1
+        self.cache.append()
+        query = self._rows.map(lambda row: row[:, step : step + 1])
+        seen = self._keys.map(lambda row: row[:, : self.cache.num_columns])
+        return CachePlan(query, seen, self.reshaping)
+
+    def _logprob(self, logits: Tensor, token: int) -> TokenLogprob | None:
+        if self.settings.logprobs is None:
+            return None
+        logs = torch.log_softmax(logits.float(), dim=-1)
+        best = logs.topk(min(self.settings.logprobs, len(logs)))
+        top = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        return TokenLogprob(token, float(logs[token]), tuple(top))
+
+
+class _Layer(CacheLayerMixin):
+    """Writes each row into the cache of its own answer; attention reads them there."""
+
+    is_sliding = False
+    is_compileable = False
+
+    def __init__(self, layers: Sequence[Any]):
+        super().__init__()
+        self.layers = layers
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: each answer's cache is there."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+        for index, layer in enumerate(self.layers):
+            layer.update(key_states[index, None], value_states[index, None])
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        return max(layer.get_seq_length() for layer in self.layers)
+
+    def get_max_cache_shape(self) -> int:
+        return -1
+
+    get_max_length = get_max_cache_shape
+
+
+class RaggedPlan:
+    """Attends each row of a step over the columns of its own answer."""
+
+    def __init__(self, choices: Sequence[Choice]):
+        """Appends a column to every answer."""
+        self.plans = [choice.plan() for choice in choices]
+        self.caches = [choice.cache for choice in choices]
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, rule: LayerRule, params: AttentionParams
+    ) -> Tensor:
+        """See `blocktune.attention.interface.Plan.attend`; ``key`` and ``value`` are not read."""
+        made = []
+        for index, (plan, cache) in enumerate(zip(self.plans, self.caches, strict=True)):
+            layer = cache.layers[rule.layer]
+            rows = query[index, None]
+            made.append(plan.attend(rows, layer.keys, layer.values, rule, params))
+        return torch.cat(made)
+
+
+@torch.no_grad()
+def decode_step(choices: Sequence[Choice]) -> Tensor:
+    """Logits ``(B, V)`` after each answer's last token; all are of one model."""
+    plan = RaggedPlan(choices)
+    layers = zip(*(choice.cache.layers for choice in choices), strict=True)
+    model = choices[0].run.state.model
+    device = choices[0].run.prefill.logits.device
+    output = model(
+        torch.tensor([[choice.ids[-1]] for choice in choices], device=device),
+        position_ids=torch.cat([choice.position for choice in choices]),
+        plan=plan,
+        past_key_values=Cache(layers=[_Layer(of_all) for of_all in layers]),
+        use_cache=True,
+    )
+    return output.logits[:, -1]

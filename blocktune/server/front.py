@@ -1,0 +1,247 @@
+"""From a request's messages and documents to token pieces, and from counts to ``usage``.
+
+No engine and no model is needed here: a server on another engine reads requests the same way.
+
+The chunks stand in the last turn of the user, as a single question has them. What was said before
+is the prefix: exact, computed with full attention. Documents of earlier messages are chunks too,
+so that a conversation over the same documents finds them in the cache in every turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from blocktune.prompt import Chunk, Pieces, PromptFormat, chunk_ids, encode
+from blocktune.prompt.format import require_unicode
+from blocktune.prompt.special_tokens import UserText, check_bos, with_bos
+from blocktune.prompt.template import (
+    PLAIN_REPLY_CUE,
+    SENTINEL,
+    Frame,
+    render_conversation,
+    render_frame,
+)
+from blocktune.server.schemas import (
+    CohereDocument,
+    Document,
+    DocumentBlock,
+    Message,
+)
+
+Turn = tuple[str, str]
+"""Role and text."""
+
+
+class Source(NamedTuple):
+    """A document of a request: the client's name for it, and the chunk."""
+
+    id: str | None
+    chunk: Chunk
+
+
+class Conversation(NamedTuple):
+    """The messages of a request.
+
+    Attributes:
+        system: Text of the system's turns, or None.
+        earlier: The turns before the last one.
+        question: The user's last turn, without its documents.
+        documents: Blocks in the messages, in their order.
+    """
+
+    system: str | None
+    earlier: tuple[Turn, ...]
+    question: str
+    documents: tuple[DocumentBlock, ...]
+
+
+def read_document(document: Document, where: str) -> Source:
+    """One chunk, whatever form it came in.
+
+    Args:
+        document: As validated.
+        where: The field, for errors.
+
+    Raises:
+        ValueError: If there is no text in it.
+    """
+    try:
+        if isinstance(document, str):
+            return Source(None, Chunk(document))
+        if isinstance(document, DocumentBlock):
+            text = "\n".join(part for part in (document.context, document.source.data) if part)
+            return Source(document.id, Chunk(text, document.title))
+        if isinstance(document, CohereDocument):
+            return Source(document.id, _of_fields(document.data))
+        return Source(document.id, Chunk(document.text, document.title))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _of_fields(data: str | Mapping[str, str]) -> Chunk:
+    """Cohere's data: one field is the text, others go before it, each on a line ``name: value``."""
+    if isinstance(data, str):
+        return Chunk(data)
+    rest = dict(data)
+    title = rest.pop("title", None)
+    key = next((name for name in ("text", "snippet", "content") if name in rest), None)
+    lines = [f"{name}: {value}" for name, value in rest.items() if name != key]
+    return Chunk("\n".join([*lines, *([rest[key]] if key else [])]), title)
+
+
+def read_messages(messages: Sequence[Message]) -> Conversation:
+    """Splits messages into system text, earlier turns, the question and document blocks.
+
+    Turns of one role in a row are joined, since most templates refuse them.
+
+    Raises:
+        ValueError: If the last message is not the user's, or a text is not text.
+    """
+    system: list[str] = []
+    turns: list[Turn] = []
+    documents: list[DocumentBlock] = []
+    for index, message in enumerate(messages):
+        text = _text_of(message, documents)
+        require_unicode(text, f"messages[{index}]")
+        if message.role in ("system", "developer"):
+            system.append(text)
+        elif turns and turns[-1][0] == message.role:
+            turns[-1] = (message.role, f"{turns[-1][1]}\n\n{text}")
+        else:
+            turns.append((message.role, text))
+    if not turns or turns[-1][0] != "user" or not turns[-1][1].strip():
+        raise ValueError("messages must end with a question of the user")
+    whole = "\n\n".join(filter(None, system)) or None
+    return Conversation(whole, tuple(turns[:-1]), turns[-1][1], tuple(documents))
+
+
+def _text_of(message: Message, documents: list[DocumentBlock]) -> str:
+    if isinstance(message.content, str):
+        return message.content
+    documents += [part for part in message.content if isinstance(part, DocumentBlock)]
+    return "\n".join(part.text for part in message.content if not isinstance(part, DocumentBlock))
+
+
+def chat_pieces(
+    tokenizer: PreTrainedTokenizerBase,
+    fmt: PromptFormat,
+    chunks: Sequence[Chunk],
+    conversation: Conversation,
+    block: bool = True,
+) -> Pieces:
+    """Tokenises a conversation over chunks; of a single question as `make_pieces` does.
+
+    Without chunks the question stands alone: instruction and wording are about passages.
+
+    Args:
+        tokenizer: Of the model.
+        fmt: The wording. The request's system text replaces its own.
+        chunks: May be empty.
+        conversation: From `read_messages`.
+        block: Whether chunks see only themselves; the format may have a tag for it.
+
+    Raises:
+        ValueError: If the chat template does not render the turns, or a chunk has no tokens.
+    """
+    texts = UserText(tokenizer)
+    question = texts.safe(conversation.question)
+    head, tail = "", question
+    if chunks:
+        opening = fmt.opening(block)
+        head, tail = f"{opening}\n\n" if opening else "", fmt.render_question(question)
+    system = fmt.system if conversation.system is None else texts.safe(conversation.system)
+    earlier = [(role, texts.safe(text)) for role, text in conversation.earlier]
+    frame = _render(tokenizer, system, earlier, head, tail)
+    prefix = with_bos(tokenizer, texts.encode(frame.before))
+    bodies = tuple(chunk_ids(tokenizer, fmt, chunk) for chunk in chunks)
+    query = texts.encode(frame.after)
+    check_bos(tokenizer, prefix, *bodies, query)
+    return Pieces(prefix, bodies, query)
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase,
+    system: str | None,
+    earlier: Sequence[Turn],
+    head: str,
+    tail: str,
+) -> Frame:
+    if not earlier:
+        return render_frame(tokenizer, system, head, tail)
+    if tokenizer.chat_template is None:
+        said = "".join(
+            f" {text}\n\n" if role == "assistant" else text + PLAIN_REPLY_CUE
+            for role, text in earlier
+        )
+        frame = render_frame(tokenizer, system, said + head, tail)
+    else:
+        turns = [*earlier, ("user", head + SENTINEL + tail)]
+        whole = render_conversation(tokenizer, system, turns)
+        if whole.count(SENTINEL) != 1:
+            raise ValueError(
+                f"the chat template of '{tokenizer.name_or_path}' does not render the last turn "
+                "exactly once; send a single question"
+            )
+        frame = Frame(*whole.split(SENTINEL))
+    return frame
+
+
+def plain_pieces(
+    tokenizer: PreTrainedTokenizerBase,
+    fmt: PromptFormat,
+    chunks: Sequence[Chunk],
+    prompt: str | Sequence[int],
+) -> Pieces:
+    """Tokenises chunks and a text that is continued, without a chat template.
+
+    Special tokens written out in ``prompt`` are read as such: it is the caller's whole prompt.
+
+    Raises:
+        ValueError: If the prompt has no tokens, or ids that the tokenizer does not have.
+    """
+    if isinstance(prompt, str):
+        require_unicode(prompt, "prompt")
+        query = encode(tokenizer, prompt)
+    else:
+        query = tuple(prompt)
+        if not all(0 <= token < len(tokenizer) for token in query):
+            raise ValueError(f"prompt: token ids must be from 0 to {len(tokenizer) - 1}")
+    bos = tokenizer.bos_token_id
+    prefix = () if query[:1] == (bos,) else with_bos(tokenizer, ())
+    if query[:1] == (bos,) and chunks:
+        prefix, query = query[:1], query[1:]
+    if not query and not (prefix and not chunks):
+        raise ValueError("prompt: it has no tokens")
+    if not query:
+        prefix, query = (), prefix
+    return Pieces(prefix, tuple(chunk_ids(tokenizer, fmt, chunk) for chunk in chunks), query)
+
+
+def usage_body(prompt_tokens: int, cached_tokens: int, answer_tokens: int) -> dict[str, Any]:
+    """OpenAI's ``usage``.
+
+    Args:
+        prompt_tokens: Of the whole prompt.
+        cached_tokens: Of them those whose keys and values were in a cache.
+        answer_tokens: Of all choices.
+    """
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": answer_tokens,
+        "total_tokens": prompt_tokens + answer_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
+    }
+
+
+def require_some(chunks: Iterable[Chunk], limit: int) -> None:
+    """Checks the number of chunks.
+
+    Raises:
+        ValueError: If there are more than ``limit``.
+    """
+    count = len(tuple(chunks))
+    if count > limit:
+        raise ValueError(f"documents: {count:,} were given, the server takes {limit:,} at most")

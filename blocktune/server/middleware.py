@@ -1,0 +1,138 @@
+"""Around all routes: the size and time of a request's body, and Prometheus metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from blocktune.server.scheduler import Report, Scheduler
+
+TTFT = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
+
+
+class Metrics:
+    """Counters of one server, in a registry of their own.
+
+    Names are those of vLLM after the prefix, so that dashboards carry over.
+    """
+
+    def __init__(self, scheduler: Scheduler):
+        self.registry = CollectorRegistry()
+
+        def of(kind: type, name: str, text: str, *labels: str, **more: Any):
+            return kind(f"blocktune_{name}", text, labels, registry=self.registry, **more)
+
+        running = of(Gauge, "num_requests_running", "Answers that are decoded or prepared.")
+        running.set_function(lambda: len(scheduler.running) + len(scheduler.preparing))
+        of(Gauge, "num_requests_waiting", "Requests in the queue.").set_function(
+            lambda: scheduler.waiting
+        )
+        of(Gauge, "kv_bytes", "Keys and values reserved for answers.").set_function(
+            lambda: scheduler.kv_bytes
+        )
+        self.responses = of(Counter, "http_responses", "Responses by status.", "status")
+        self.requests = of(Counter, "requests", "Requests answered.", "model", "method", "tenant")
+        self.prompt = of(Counter, "prompt_tokens", "Prompt tokens.", "source")
+        self.generated = of(Counter, "generation_tokens", "Answer tokens.")
+        self.queries = of(Counter, "chunk_cache_queries", "Chunks looked up.")
+        self.hits = of(Counter, "chunk_cache_hits", "Chunks found.", "tier")
+        self.ttft = of(
+            Histogram, "time_to_first_token_seconds", "From arrival to token.", buckets=TTFT
+        )
+        self.between = of(
+            Histogram, "inter_token_latency_seconds", "Between two tokens.", buckets=TTFT
+        )
+        self.whole = of(
+            Histogram, "e2e_request_latency_seconds", "From arrival to the end.", buckets=TTFT
+        )
+
+    def book(self, labels: tuple[str, str, str], report: Report, total_s: float) -> None:
+        """Counts one answered request; ``labels`` are model, method and tenant."""
+        self.requests.labels(*labels).inc()
+        self.prompt.labels("cache").inc(report.cached_tokens)
+        self.prompt.labels("computed").inc(report.usage.prompt_tokens - report.cached_tokens)
+        self.generated.inc(report.answer_tokens)
+        self.queries.inc(len(report.tiers))
+        for _, tier in report.tiers:
+            if tier != "none":
+                self.hits.labels(tier).inc()
+        self.ttft.observe(report.ttft_s)
+        self.whole.observe(total_s)
+        if report.answer_tokens > 1:
+            self.between.observe((total_s - report.ttft_s) / (report.answer_tokens - 1))
+
+
+class Guard:
+    """ASGI middleware: reads a request's body whole, within its limits, and counts responses.
+
+    A client that sends too much or too slowly is answered before anything is parsed.
+    """
+
+    def __init__(self, app: Callable, *, max_bytes: int, max_s: float, metrics: Metrics):
+        self.app, self.max_bytes, self.max_s, self.metrics = app, max_bytes, max_s, metrics
+
+    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        """See ASGI."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        sent = False
+
+        async def counted(message: dict) -> None:
+            nonlocal sent
+            if message["type"] == "http.response.start":
+                sent = True
+                self.metrics.responses.labels(str(message["status"])).inc()
+            await send(message)
+
+        try:
+            body = await asyncio.wait_for(self._read(receive), self.max_s)
+        except TimeoutError:
+            await _refuse(counted, 408, f"the body did not arrive within {self.max_s:g} s")
+            return
+        if body is None:
+            await _refuse(counted, 413, f"the body is larger than {self.max_bytes:,} bytes")
+            return
+        pending = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def replay() -> dict:
+            return pending.pop() if pending else await receive()
+
+        try:
+            await self.app(scope, replay, counted)
+        except Exception:
+            if not sent:
+                await _refuse(counted, 500, "internal error; the server's log says more")
+            raise
+
+    async def _read(self, receive: Callable) -> bytes | None:
+        body = bytearray()
+        while True:
+            message = await receive()
+            body += message.get("body", b"")
+            if len(body) > self.max_bytes:
+                return None
+            if not message.get("more_body"):
+                return bytes(body)
+
+
+async def _refuse(send: Callable, status: int, message: str) -> None:
+    body = json.dumps(error_body(message, status)).encode()
+    headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
+    headers.append((b"content-length", str(len(body)).encode()))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+def error_body(message: str, status: int, param: str | None = None) -> dict[str, Any]:
+    """An error as OpenAI's interface has it; half surrogates become question marks."""
+    kind = KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
+    text = message.encode(errors="replace").decode()
+    return {"error": {"message": text, "type": kind, "param": param, "code": None}}

@@ -1,0 +1,252 @@
+"""Requests and responses: OpenAI's, with documents and a ``blocktune`` field of our own.
+
+Documents come in the forms that other interfaces have: strings, ``{"title", "text"}`` (Hugging
+Face's chat templates, vLLM), ``{"id", "data": {...}}`` (Cohere), and blocks ``{"type":
+"document", "source": ...}`` in a message (Anthropic). Fields that clients send and that mean
+nothing here are ignored; those that would change the answer are refused.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Text = Annotated[str, Field(max_length=4_000_000)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+INT64 = 1 << 63
+MOST_DOCUMENTS = 4096
+"""Of a request, whatever the server's own limit: more are refused before they are read."""
+Id = Annotated[str, Field(max_length=512)]
+
+
+class Strict(BaseModel):
+    """Refuses fields that it does not know."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class TitledDocument(BaseModel):
+    """``{"title", "text"}``, with an ``id`` of the client's if it has one."""
+
+    id: Id | None = None
+    title: Text | None = None
+    text: Text
+
+
+class CohereDocument(BaseModel):
+    """``{"id", "data"}``; the data are a text or fields such as ``title`` and ``snippet``."""
+
+    id: Id | None = None
+    data: Text | dict[str, str]
+
+
+class TextSource(BaseModel):
+    """A document's text in an Anthropic block; images and files are not read."""
+
+    type: Literal["text"]
+    media_type: str = "text/plain"
+    data: Text
+
+
+class TextBlock(BaseModel):
+    """A part of a message that is text."""
+
+    type: Literal["text"]
+    text: Text
+
+
+class DocumentBlock(BaseModel):
+    """Anthropic's content block: one chunk."""
+
+    type: Literal["document"]
+    source: TextSource
+    id: Id | None = None
+    title: Text | None = None
+    context: Text | None = None
+
+
+Document = Text | CohereDocument | TitledDocument | DocumentBlock
+
+
+Block = Annotated[TextBlock | DocumentBlock, Field(discriminator="type")]
+
+
+class Message(BaseModel):
+    """One turn. ``developer`` is read as ``system``."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | Annotated[list[Block], Field(max_length=MOST_DOCUMENTS)]
+
+
+class Extension(Strict):
+    """What OpenAI's interface has no word for.
+
+    ``method`` is a method as the command line takes it (``kvlink + deviation 15 %``) or a mapping
+    as in a suite; ``params`` are of its first preset. ``strip`` asks for the prompt's tokens and
+    what became of each.
+    """
+
+    method: Annotated[str, Field(min_length=1, max_length=300)] | dict[str, Any] | None = None
+    params: dict[str, Any] = {}
+    strip: bool = False
+
+
+class StreamOptions(BaseModel):
+    """OpenAI's."""
+
+    include_usage: bool = False
+
+
+class Decoding(BaseModel):
+    """What chat and plain completions share. Without a temperature answers are greedy."""
+
+    model: str | None = None
+    documents: Annotated[list[Document], Field(max_length=MOST_DOCUMENTS)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, lt=INT64)] | None = None
+    temperature: Annotated[Number, Field(ge=0, le=100)] | None = None
+    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
+    seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
+    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
+    n: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=512)] | None = None
+    user: str | None = None
+    blocktune: Extension = Extension()
+    frequency_penalty: Number | None = None
+    presence_penalty: Number | None = None
+    logit_bias: dict[str, Number] | None = None
+
+    @model_validator(mode="after")
+    def _refuse_penalties(self):
+        for name in ("frequency_penalty", "presence_penalty", "logit_bias"):
+            if getattr(self, name):
+                raise ValueError(f"{name} is not supported; leave it out")
+        return self
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Texts that end an answer; empty ones end nothing."""
+        given = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return tuple(text for text in given if text)
+
+
+class ChatRequest(Decoding):
+    """``POST /v1/chat/completions``."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=1024)]
+    max_completion_tokens: Annotated[int, Field(ge=1, lt=INT64)] | None = None
+    logprobs: bool | None = False
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    tools: list[Any] | None = None
+    functions: list[Any] | None = None
+    response_format: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _refuse_tools(self):
+        if self.tools or self.functions:
+            raise ValueError("tools are not supported; leave them out")
+        if self.response_format and self.response_format.get("type") != "text":
+            raise ValueError("response_format must be {'type': 'text'}, or left out")
+        return self
+
+    @property
+    def asked_tokens(self) -> int | None:
+        """The limit of the answer's length under either name."""
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Alternatives to report for each token; None: no log probabilities."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class CompletionRequest(Decoding):
+    """``POST /v1/completions``: a text is continued as it is, without a chat template."""
+
+    prompt: Text | Annotated[list[int], Field(min_length=1, max_length=1 << 20)]
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    echo: bool | None = False
+    best_of: int | None = None
+    suffix: str | None = None
+
+    @model_validator(mode="after")
+    def _refuse_echo(self):
+        for name in ("echo", "suffix"):
+            if getattr(self, name):
+                raise ValueError(f"{name} is not supported; leave it out")
+        if self.best_of not in (None, self.n or 1):
+            raise ValueError("best_of is not supported; use n")
+        return self
+
+    @property
+    def asked_tokens(self) -> int | None:
+        """The limit of the answer's length."""
+        return self.max_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Alternatives to report for each token; None: no log probabilities."""
+        return self.logprobs
+
+
+class ChunksRequest(Strict):
+    """``POST /v1/chunks``: documents to encode ahead, as the default method reads them."""
+
+    model: str | None = None
+    documents: Annotated[list[Document], Field(min_length=1, max_length=MOST_DOCUMENTS)]
+    cache_salt: Annotated[str, Field(min_length=1, max_length=512)] | None = None
+    pin: bool = False
+
+
+class ErrorDetail(BaseModel):
+    """OpenAI's."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorBody(BaseModel):
+    """The body of every error."""
+
+    error: ErrorDetail
+
+
+class ModelCard(BaseModel):
+    """One entry of ``/v1/models``. ``method`` answers requests that name none."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "blocktune"
+    max_model_len: int
+    method: str
+
+
+class ModelList(BaseModel):
+    """``GET /v1/models``."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class ChunkStatus(BaseModel):
+    """One chunk in the store. ``cached`` is memory, disk or none."""
+
+    key: str
+    id: str | None = None
+    tokens: int | None = None
+    cached: str
+    encoded: bool = False
+
+
+class ChunkList(BaseModel):
+    """Answer of ``POST /v1/chunks``."""
+
+    object: Literal["list"] = "list"
+    data: list[ChunkStatus]
+    encode_s: float

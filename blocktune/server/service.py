@@ -1,0 +1,288 @@
+"""Models by name, and from a validated request to the job that answers it."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from blocktune.check import check_model
+from blocktune.engine import Engine, Sampling
+from blocktune.layout import Kind
+from blocktune.methods import Method, build, build_entry
+from blocktune.server.config import ServerConfig, Tenant
+from blocktune.server.decoding import Settings
+from blocktune.server.front import (
+    Source,
+    chat_pieces,
+    plain_pieces,
+    read_document,
+    read_messages,
+    require_some,
+)
+from blocktune.server.middleware import Metrics
+from blocktune.server.scheduler import Job, Scheduler
+from blocktune.server.schemas import ChatRequest, CompletionRequest, Decoding, Extension
+
+_LOG = logging.getLogger(__name__)
+MOST = 1e9
+"""Largest number in a method's parameters; larger ones overflow somewhere."""
+MOST_BLANKS = 64
+CHARACTERS = 32
+"""Characters of a token at most, for refusing long texts before they are tokenised."""
+WITHOUT_CHUNKS = "prefix-cache"
+"""The method of prompts without documents: there is nothing but an exact prefix to reuse."""
+
+
+class UnknownModel(ValueError):
+    """No model of that name is served."""
+
+
+class Served(NamedTuple):
+    """A model: its engine, and the method of requests that name none."""
+
+    name: str
+    engine: Engine
+    method: Method
+
+
+class Asked(NamedTuple):
+    """A job, and what its response needs besides.
+
+    Attributes:
+        job: Not yet submitted; its ``emit`` does nothing.
+        served: The model.
+        sources: The documents, in prompt order.
+    """
+
+    job: Job
+    served: Served
+    sources: tuple[Source, ...]
+
+
+class Service:
+    """What the routes work with.
+
+    Args:
+        engines: By the names that requests use; the first is the default.
+        config: Limits and tenants.
+        method: Of requests that name none; None: what each model was trained for.
+        checked: Whether every model must pass `check_model` before the first answer.
+
+    Raises:
+        ValueError: If the method does not fit a model.
+    """
+
+    def __init__(
+        self,
+        engines: Mapping[str, Engine],
+        config: ServerConfig,
+        method: str | None = None,
+        checked: bool = True,
+    ):
+        self.config, self.created = config, int(time.time())
+        self.models = {
+            name: Served(name, engine, default_method(engine) if method is None else build(method))
+            for name, engine in engines.items()
+        }
+        for served in self.models.values():
+            served.engine.prompts.spec(served.method)
+            served.engine.state.auxiliaries.may_load = False
+        self.faults: list[str] = []
+        self.ready = self.draining = False
+        self._checked = checked
+        self.scheduler = Scheduler(config.limits, self._check)
+        self.metrics = Metrics(self.scheduler)
+
+    def _check(self) -> None:
+        """The correctness check, before the first request; what fails keeps `ready` False."""
+        try:
+            for name, served in self.models.items() if self._checked else ():
+                failed = [one.name for one in check_model(served.engine) if not one.passed]
+                self.faults += [f"{name}: {fault}" for fault in failed]
+        except Exception as error:
+            _LOG.exception("the correctness check did not run")
+            self.faults.append(f"the check did not run: {error}")
+        self.ready = not self.faults
+
+    def model(self, name: str | None) -> Served:
+        """A model by its name; None: the first.
+
+        Raises:
+            UnknownModel: If there is none.
+        """
+        if name is None:
+            return next(iter(self.models.values()))
+        if name not in self.models:
+            raise UnknownModel(f"no model '{name:.80}'; served: {', '.join(self.models)}")
+        return self.models[name]
+
+    def chat(self, body: ChatRequest, tenant: Tenant) -> Asked:
+        """The job of a chat request.
+
+        Raises:
+            ValueError: If the request cannot be answered; the line says why.
+        """
+        served = self.model(body.model)
+        conversation = read_messages(body.messages)
+        documents = [*(body.documents or ()), *conversation.documents]
+        sources = self._sources(served, documents, [m.content for m in body.messages])
+        method = self._method(served, body.blocktune, bool(sources))
+        chunks = [source.chunk for source in sources]
+        prompts = served.engine.prompts
+        block = prompts.spec(method).block
+        pieces = chat_pieces(prompts.tokenizer, prompts.format, chunks, conversation, block)
+        return Asked(self._job(served, body, tenant, method, pieces, True), served, sources)
+
+    def completion(self, body: CompletionRequest, tenant: Tenant) -> Asked:
+        """The job of a plain completion.
+
+        Raises:
+            ValueError: If the request cannot be answered; the line says why.
+        """
+        served = self.model(body.model)
+        sources = self._sources(served, body.documents or (), [body.prompt])
+        method = self._method(served, body.blocktune, bool(sources))
+        prompts = served.engine.prompts
+        chunks = [source.chunk for source in sources]
+        pieces = plain_pieces(prompts.tokenizer, prompts.format, chunks, body.prompt)
+        return Asked(self._job(served, body, tenant, method, pieces, False), served, sources)
+
+    def encoding(
+        self, model: str | None, documents: Sequence[Any], salt: str | None, tenant: Tenant
+    ) -> Asked:
+        """The job that encodes documents ahead, as the model's default method reads them.
+
+        Raises:
+            ValueError: If one does not fit into the model's context.
+        """
+        served = self.model(model)
+        sources = self._sources(served, documents, [])
+        engine = served.engine.salted(tenant.salt(salt))
+        prefix, pieces = engine.prompts.encodable([source.chunk for source in sources])
+        limits = self.config.limits
+        job = Job(
+            engine,
+            wanted=[*([prefix] if prefix else []), *pieces],
+            tenant=tenant.name,
+            timeout_s=limits.request_s,
+        )
+        return Asked(job, served, sources)
+
+    def _sources(
+        self, served: Served, documents: Sequence[Any], texts: Iterable[Any]
+    ) -> tuple[Source, ...]:
+        limits = self.config.limits
+        require_some(documents, limits.chunks)
+        sources = tuple(
+            read_document(document, f"documents[{index}]")
+            for index, document in enumerate(documents)
+        )
+        whole = sum(len(s.chunk.text) + len(s.chunk.title or "") for s in sources)
+        whole += sum(len(text) for text in texts if isinstance(text, str))
+        room = CHARACTERS * min(limits.prompt_tokens, served.engine.prompts.max_tokens)
+        if whole > room:
+            raise ValueError(f"{whole:,} characters were given, the model reads {room:,} at most")
+        return sources
+
+    def _method(self, served: Served, asked: Extension, has_chunks: bool) -> Method:
+        if asked.method is None and not asked.params:
+            method = served.method
+        else:
+            method = read_method(asked, served.method.name)
+        if method.warm_up:
+            raise ValueError("blocktune: warm_up is for measurements; leave it out")
+        return method if has_chunks else build(WITHOUT_CHUNKS)
+
+    def _job(
+        self, served: Served, body: Decoding, tenant: Tenant, method: Method, pieces, strips: bool
+    ) -> Job:
+        limits, prompts = self.config.limits, served.engine.prompts
+        if not method.keeps_context:
+            pieces = pieces._replace(chunks=())
+        spec = prompts.spec(method)
+        if spec.num_blanks > MOST_BLANKS:
+            raise ValueError(f"blocktune: at most {MOST_BLANKS} blanks, got {spec.num_blanks}")
+        if pieces.num_tokens > limits.prompt_tokens:
+            raise ValueError(
+                f"the prompt has {pieces.num_tokens:,} tokens, the server takes "
+                f"{limits.prompt_tokens:,}; cut chunks smaller or retrieve fewer"
+            )
+        for name, value, most in (
+            ("max_tokens", body.asked_tokens, limits.new_tokens),
+            ("n", body.n, limits.choices),
+        ):
+            if value is not None and value > most:
+                raise ValueError(f"{name} must be at most {most:,}, got {value:,}")
+        prompt = prompts.prompt(pieces, spec, body.asked_tokens or 1)
+        new_tokens = body.asked_tokens
+        if new_tokens is None:
+            taken = int((prompt.layout.kind != Kind.BLANK).sum())
+            taken = max(taken, int(prompt.layout.position.max()) + 1)
+            new_tokens = min(limits.default_new_tokens, limits.new_tokens)
+            new_tokens = min(new_tokens, prompts.max_tokens - taken)
+        sampling = Sampling(
+            body.temperature or 0.0, body.top_k or 0, body.top_p or 1.0, body.seed or 0
+        )
+        return Job(
+            served.engine.salted(tenant.salt(body.cache_salt)),
+            method=method,
+            pieces=pieces,
+            prompt=prompt if method.history is None else None,
+            settings=Settings(
+                new_tokens, sampling, body.n or 1, body.stops, body.num_logprobs, strips
+            ),
+            tenant=tenant.name,
+            timeout_s=limits.request_s,
+            strip=body.blocktune.strip,
+        )
+
+
+def default_method(engine: Engine) -> Method:
+    """What a model was trained for; naive reuse without an adapter."""
+    trained = engine.prompts.trained
+    if trained is None or not trained.block:
+        return build("naive")
+    if not trained.num_learned:
+        return build("block-attention")
+    return build("kvlink" if trained.num_links else "kv-packet")
+
+
+def read_method(asked: Extension, default: str) -> Method:
+    """Builds the method of a request.
+
+    Raises:
+        ValueError: If it cannot be built, or a number is out of all reason.
+    """
+    text = default if asked.method is None else asked.method
+    try:
+        if isinstance(text, str):
+            method = build(text, **asked.params)
+        elif asked.params:
+            raise ValueError("a method given as a mapping takes its parameters in it, as 'params'")
+        else:
+            method = build_entry(text)
+        values = list(_values(dataclasses.asdict(method)))
+    except (TypeError, ArithmeticError, LookupError, AttributeError, RecursionError) as error:
+        raise ValueError(f"blocktune.method: {error}") from None
+    wrong = [v for v in values if isinstance(v, int | float) and not _is_sane(v)]
+    if wrong:
+        raise ValueError(f"blocktune.method: numbers are at most {MOST:g}, got {wrong[0]!r:.40}")
+    return method
+
+
+def _is_sane(value: float) -> bool:
+    return math.isfinite(value) and abs(value) <= MOST
+
+
+def _values(value: Any) -> Iterator[Any]:
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
+    if isinstance(value, list | tuple | set | frozenset):
+        for one in value:
+            yield from _values(one)
+    else:
+        yield value

@@ -1,0 +1,258 @@
+"""Real questions for training and evaluation: splits, hard distractors, no leaks.
+
+Reads public question sets from a folder (see README.md for their names on the Hub) and writes
+JSON lines that `load_examples` reads. Every choice is drawn from one seed.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import bm25s
+import numpy as np
+
+from blocktune import Chunk, RagExample, load_examples
+
+FILES = {
+    "hotpotqa": ("train/hotpotqa_train_rows.jsonl.gz", "train/hotpotqa_other_dev_rows.jsonl.gz"),
+    "2wiki": ("train/2wikimultihopqa_other_dev_rows.jsonl.gz", "2wikimultihopqa_train500.json"),
+    "squad": ("train/squad11_train_44articles.jsonl.gz", "train/squad_800contexts.jsonl.gz"),
+    "musique": ("train/musique_other_dev_rows.jsonl.gz",),
+}
+"""Questions for training; the evaluation takes what the dev files lack from the `_dev` ones."""
+DEV_FILES = {
+    "hotpotqa": "hotpotqa_dev200.json",
+    "2wiki": "2wikimultihopqa_dev200.json",
+    "squad": "more/squad11_dev_minus_xquad.jsonl.gz",
+    "musique": "musique_dev200.json",
+}
+CHOICE, TEST = 60, {"hotpotqa": 300, "2wiki": 200, "musique": 287, "squad": 500}
+"""Questions a set: to choose settings by, and for the tables."""
+MIXTURE = {"hotpotqa": 0.45, "2wiki": 0.15, "squad": 0.40}
+"""Shares of the training rows. MuSiQue is never trained on."""
+BASE_SHARE = 0.4
+"""Of each set's training questions: those of the RAG base; the recipes have the others."""
+TURNS = 9
+"""Further questions asked of a row of the base, at most."""
+
+
+class Item(NamedTuple):
+    """A question over its gold passages, and other passages, the hardest first."""
+
+    example: RagExample
+    others: list[Chunk]
+
+
+def prepare(data: Path, output: Path, settings: dict) -> dict:
+    """Writes ``{choice,test}-{5,10}/SET.jsonl``, ``base.jsonl`` and ``rows.jsonl``.
+
+    The first lines of ``rows.jsonl`` are a valid smaller training set. It has no question in common
+    with ``base.jsonl``, and neither has a passage of an evaluation question.
+
+    Args:
+        data: Folder of the question sets.
+        output: Folder to write to.
+        settings: ``rows`` of the recipes, questions of the ``base``, fewest and most ``passages``
+            of a row, ``longest`` passage in characters, ``seed``.
+
+    Returns:
+        What was written, as counts; also in ``counts.json``.
+    """
+    seed = settings["seed"]
+    pools, evaluation = _split(data, random.Random(f"split {seed}"))
+    asked = [item for sets in evaluation.values() for own in sets.values() for item in own]
+    seen = {_key(c) for item in asked for c in (*item.example.chunks, *item.others)}
+    pools = {name: _trainable(pool, seen, settings["longest"]) for name, pool in pools.items()}
+    made = {}
+    for part, sets in evaluation.items():
+        for name, items in sets.items():
+            rng = random.Random(f"{part} {name} {seed}")
+            for number in (5, 10):
+                made[f"{part}-{number}/{name}"] = [_row(item, number, rng) for item in items]
+    for part in ("base", "rows"):
+        rng = random.Random(f"{part} {seed}")
+        drawn = _draw(pools, part, settings[part])
+        if part == "base":
+            drawn = [item for name in pools for item in _paired(drawn, name)]
+        rng.shuffle(drawn)
+        rows = [_row(item, rng.randint(*settings["passages"]), rng) for item in drawn]
+        made[part] = rows if part == "rows" else _ask_more(rows, pools["squad"])
+        if any(_key(c) in seen for row in made[part] for c in row.chunks):
+            raise AssertionError(f"{part} holds a passage of an evaluation question")
+    for name, rows in made.items():
+        path = output / f"{name}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps(row.to_json(), ensure_ascii=False) + "\n" for row in rows]
+        path.write_text("".join(lines), encoding="utf-8")
+    counts = {name: len(rows) for name, rows in made.items()}
+    counts |= {f"pool of {name}": len(pool) for name, pool in pools.items()}
+    (output / "counts.json").write_text(json.dumps(counts, indent=1) + "\n", encoding="utf-8")
+    return counts
+
+
+def _split(data: Path, rng: random.Random) -> tuple[dict, dict]:
+    """Set -> training items, and part -> set -> evaluation items."""
+    pools, parts = {}, {"choice": {}, "test": {}}
+    for name, dev_file in DEV_FILES.items():
+        dev = _items(_read(data / dev_file, name), name)
+        train = _items([e for file in FILES[name] for e in _read(data / file, name)], name)
+        rng.shuffle(dev)
+        if name == "squad":  # the questions to choose by are of other articles than the tables'
+            apart = set(sorted({item.example.chunks[0].title for item in dev})[::8])
+            later = [item for item in dev if item.example.chunks[0].title in apart]
+            dev = [item for item in dev if item.example.chunks[0].title not in apart]
+        else:
+            later = [i for i in train if "_dev" in i.example.meta["file"] and len(i.others) > 5]
+            rng.shuffle(later)
+            wanted = max(0, TEST[name] - len(dev))
+            held = {id(item) for item in later[: CHOICE + wanted]}
+            dev += later[CHOICE : CHOICE + wanted]
+            train = [item for item in train if id(item) not in held]
+        rng.shuffle(train)
+        parts["choice"][name], parts["test"][name] = later[:CHOICE], dev[: TEST[name]]
+        if name in MIXTURE:
+            pools[name] = train
+    return pools, parts
+
+
+def _read(path: Path, name: str) -> list[RagExample]:
+    """Questions with answers and marked evidence; ``meta['file']`` says where one is from."""
+    if path.suffix == ".gz":
+        with gzip.open(path, "rt", encoding="utf-8") as lines:
+            records = [json.loads(line) for line in lines]
+        found = [_parse(r) for r in records if all(c["text"].strip() for c in r["chunks"])]
+    else:
+        found = load_examples(str(path))
+    asked = [e for e in found if e.answers and e.supporting]
+    return [replace(e, meta={"file": path.name}, kind=name) for e in asked]
+
+
+def _parse(record: dict) -> RagExample:
+    return RagExample(
+        question=record["question"].strip(),
+        chunks=tuple(Chunk(c["text"].strip(), c["title"] or None) for c in record["chunks"]),
+        answers=tuple(answer for answer in record["answers"] if answer.strip()),
+        supporting=tuple(record["supporting"]),
+        id=record["id"],
+    )
+
+
+def _items(examples: Sequence[RagExample], name: str) -> list[Item]:
+    """Each question once; its own other passages, or those of its article, in order of BM25."""
+    articles: dict[str | None, dict[str, Chunk]] = defaultdict(dict)
+    for e in examples if name == "squad" else ():
+        articles[e.chunks[0].title][e.chunks[0].text] = e.chunks[0]
+    indices = {title: _Index(list(found.values())) for title, found in articles.items()}
+    found = {}
+    for e in examples:
+        gold = dict.fromkeys(e.chunks[i] for i in e.supporting)
+        texts = {chunk.text for chunk in gold}
+        if name == "squad":
+            # Another passage of the article that holds an answer would be evidence, too.
+            answers = [answer.lower() for answer in e.answers]
+            ranked = indices[e.chunks[0].title].best(e.question)
+            others = [c for c in ranked if not any(a in c.text.lower() for a in answers)]
+        else:
+            own = [c for c in e.chunks if c.text not in texts]
+            others = _Index(own).best(e.question) if own else []
+        others = [c for c in others if c.text not in texts]
+        if len(gold) + len(others) > 4:
+            alone = replace(e, chunks=tuple(gold), supporting=tuple(range(len(gold))))
+            found[e.question.lower()] = Item(replace(alone, response=None), others)
+    return list(found.values())
+
+
+class _Index:
+    """BM25 over passages; the order of equal scores is that of the passages."""
+
+    def __init__(self, chunks: list[Chunk]):
+        self.chunks, self.bm25 = chunks, bm25s.BM25()
+        texts = [f"{c.title or ''} {c.text}" for c in chunks]
+        self.bm25.index(_words(texts), show_progress=False)
+
+    def best(self, question: str) -> list[Chunk]:
+        words = _words([question], return_ids=False)[0]
+        scores = self.bm25.get_scores(words) if words else np.zeros(len(self.chunks))
+        return [self.chunks[i] for i in np.argsort(-scores, kind="stable")[:30]]
+
+
+def _words(texts: list[str], return_ids: bool = True):
+    return bm25s.tokenize(
+        texts, stopwords="en", return_ids=return_ids, show_progress=False, allow_empty=True
+    )
+
+
+def _key(chunk: Chunk) -> str:
+    """Equal for passages that say the same, whatever their spacing and case."""
+    return re.sub(r"\W+", "", chunk.text.lower())[:160]
+
+
+def _trainable(pool: list[Item], seen: set[str], longest: int) -> list[Item]:
+    """Training items without long passages and without those of evaluation questions."""
+
+    def is_fit(chunk: Chunk) -> bool:
+        return len(chunk.text) <= longest and _key(chunk) not in seen
+
+    kept = [item for item in pool if all(map(is_fit, item.example.chunks))]
+    fit = [Item(item.example, [c for c in item.others if is_fit(c)]) for item in kept]
+    return [item for item in fit if len(item.example.chunks) + len(item.others) > 2]
+
+
+def _draw(pools: dict[str, list[Item]], part: str, number: int) -> list[Item]:
+    """Items by the mixture; SQuAD fills up what a small set lacks. Base and rows share none."""
+    found: list[Item] = []
+    for name in sorted(MIXTURE, key=lambda n: len(pools[n])):
+        border = int(len(pools[name]) * BASE_SHARE)
+        own = pools[name][:border] if part == "base" else pools[name][border:]
+        wanted = number - len(found) if name == "squad" else round(number * MIXTURE[name])
+        found += own[:wanted]
+    return found
+
+
+def _paired(items: list[Item], name: str) -> list[Item]:
+    """The items of a set; of the multi-hop sets two share a context and are asked in turn.
+
+    Both bring their gold passages and their hardest other one, so that a question costs fewer
+    tokens than alone. Questions of SQuAD share contexts by `_ask_more`.
+    """
+    own = [item for item in items if item.example.kind == name]
+    if name == "squad":
+        return own
+    found = []
+    for (a, others_a), (b, others_b) in zip(own[::2], own[1::2], strict=False):
+        chunks = tuple(dict.fromkeys((*a.chunks, *others_a[:1], *b.chunks, *others_b[:1])))
+        turns = ((b.question, b.answers[0]),)
+        # All are marked as evidence, so that none is left out: each is that or its hardest rival.
+        places = tuple(range(len(chunks)))
+        found.append(Item(replace(a, chunks=chunks, supporting=places, followups=turns), []))
+    return found
+
+
+def _ask_more(rows: list[RagExample], squad: list[Item]) -> list[RagExample]:
+    """Asks more questions about the passages of a row, as later turns: they cost few tokens."""
+    by_text: dict[str, list[RagExample]] = defaultdict(list)
+    for item in squad[: int(len(squad) * BASE_SHARE)]:
+        by_text[item.example.chunks[0].text].append(item.example)
+    found = []
+    for row in rows:
+        own = [e for c in row.chunks for e in by_text[c.text][:4] if e.question != row.question]
+        turns = tuple((e.question, e.answers[0]) for e in own[:TURNS])
+        found.append(replace(row, followups=row.followups or turns))
+    return found
+
+
+def _row(item: Item, number: int, rng: random.Random) -> RagExample:
+    """The question over its gold passages and the hardest others, in a drawn order."""
+    gold = item.example.chunks
+    chunks = [*gold, *item.others[: max(0, number - len(gold))]]
+    order = rng.sample(range(len(chunks)), len(chunks))
+    places = tuple(sorted(order.index(i) for i in item.example.supporting))
+    return replace(item.example, chunks=tuple(chunks[i] for i in order), supporting=places)

@@ -1,0 +1,188 @@
+"""Tables of a study: F1 by set, adjusted F1 and PGR with intervals, paired over questions."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+FULL, NONE, CONTROL, BLEND = "full-prefill", "no-context", "full_control", "cacheblend 15 %"
+MULTI_HOP = ("hotpotqa", "2wiki", "musique")
+DRAWS = 4000
+
+
+def write_report(output: Path, results: Path, settings: str, command: list[str]) -> None:
+    """Writes ``SETTINGS.json`` and ``SETTINGS.md`` from the rows under ``output``.
+
+    Raises:
+        ValueError: If no method has answered yet.
+    """
+    found: dict[str, Any] = {"runs": {}}
+    for folder in sorted(output.glob("*-*/rows")):
+        found["runs"][folder.parent.name] = _run(folder.parent)
+    if not found["runs"]:
+        raise ValueError(f"{output} has no rows yet; run the steps choice or test first")
+    found["trainings"] = {f.parent.name: _training(f) for f in sorted(_states(output))}
+    counts = output / "data/counts.json"
+    found["data"] = json.loads(counts.read_text()) if counts.exists() else None
+    found["settings"] = settings
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    found["provenance"] = {
+        "command": " ".join(["python", "eval/real/study.py", *command]),
+        "commit": subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+        ).stdout.strip(),
+        "machine": f"{os.cpu_count()} cores, {gpu}",
+    }
+    results.mkdir(parents=True, exist_ok=True)
+    (results / f"{settings}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    page = _page(found)
+    (results / f"{settings}.md").write_text(page, encoding="utf-8")
+    print(page)
+
+
+def _run(folder: Path) -> dict[str, Any]:
+    """Every method over the questions that all of them have answered."""
+    suite = yaml.safe_load((folder / "suite.yaml").read_text())
+    labels = [m if isinstance(m, str) else m.get("label", m["name"]) for m in suite["methods"]]
+    rows = {label: _rows(folder / "rows", label) for label in labels}
+    rows = {label: own for label, own in rows.items() if own}
+    if FULL not in rows:
+        raise ValueError(f"{folder} has no rows of {FULL}, which all others are measured by")
+    common = [key for key in rows[FULL] if all(key in own for own in rows.values())]
+    if not common:
+        raise ValueError(f"{folder}: no question has been answered by all methods yet")
+    f1 = {m: np.array([own[key]["f1"] for key in common]) for m, own in rows.items()}
+    sets = np.array([key[0] for key in common])
+    cost = {
+        m: float(np.mean([own[k]["recompute_ratio"] for k in common])) for m, own in rows.items()
+    }
+    measured = folder / "results.json"
+    timed = json.loads(measured.read_text())["methods"] if measured.exists() else {}
+    return {
+        "questions": {name: int((sets == name).sum()) for name in dict.fromkeys(sets.tolist())},
+        "methods": {
+            method: _scores(method, f1, sets)
+            | {"recomputed": cost[method]}
+            | {"ttft_over_full": timed.get(method, {}).get("ttft_over_full_prefill")}
+            for method in f1
+        },
+    }
+
+
+def _rows(folder: Path, label: str) -> dict[tuple[str, str], dict]:
+    """(set, id) -> row; of a run that has not ended too, which keeps a part for each process."""
+    paths = [folder / f"{label}.jsonl", *folder.glob(f"{label}.part*.jsonl")]
+    texts = [path.read_text(encoding="utf-8") for path in paths if path.exists()]
+    rows = [json.loads(line) for text in texts for line in text.splitlines()]
+    return {(row["task"], row["id"]): row for row in rows}
+
+
+def _scores(method: str, f1: dict[str, np.ndarray], sets: np.ndarray) -> dict[str, Any]:
+    """F1 of all, by set and over the multi-hop sets; all in [0, 1]."""
+    parts = {name: sets == name for name in dict.fromkeys(sets.tolist())}
+    parts |= {"multi-hop": np.isin(sets, MULTI_HOP), "all": np.ones(len(sets), bool)}
+    return {name: _part(method, f1, mask) for name, mask in parts.items() if mask.any()}
+
+
+def _part(method: str, f1: dict[str, np.ndarray], mask: np.ndarray) -> dict[str, Any]:
+    own, full = f1[method][mask], f1[FULL][mask]
+    kept = full > 0
+    said = {
+        "f1": _interval(own),
+        "minus_full": _interval(own - full),
+        "adjusted_f1": _interval(own[kept]),
+        "kept": int(kept.sum()),
+    }
+    if BLEND in f1:
+        said["minus_cacheblend"] = _interval(own - f1[BLEND][mask])
+    if NONE in f1:
+        none = f1[NONE][mask]
+        said["pgr"] = _ratio(own - none, full - none)
+    if CONTROL in f1:
+        # The filter is the base's full prefill, which no recipe was trained to please.
+        said["of_control"] = _ratio(own[kept], f1[CONTROL][mask][kept])
+    return said
+
+
+def _draws(n: int) -> np.ndarray:
+    """Indices of the bootstrap, the same for every method: ``(DRAWS, n)``."""
+    return np.random.default_rng(0).integers(n, size=(DRAWS, n))
+
+
+def _interval(values: np.ndarray) -> list[float] | None:
+    """Mean with its 95 % interval, by a percentile bootstrap over questions."""
+    if not len(values):
+        return None
+    means = values[_draws(len(values))].mean(1)
+    return [float(values.mean()), *map(float, np.percentile(means, [2.5, 97.5]))]
+
+
+def _ratio(above: np.ndarray, below: np.ndarray) -> list[float] | None:
+    """Ratio of two means with its interval; None where the denominator may be 0."""
+    if not len(above):
+        return None
+    drawn = _draws(len(above))
+    low = below[drawn].mean(1)
+    if (low <= 0).any():
+        return None
+    spread = np.percentile(above[drawn].mean(1) / low, [2.5, 97.5])
+    return [float(above.mean() / below.mean()), *map(float, spread)]
+
+
+def _states(output: Path) -> list[Path]:
+    return [*output.glob("*/trainer_state.json"), *output.glob("tuned/*/trainer_state.json")]
+
+
+def _training(path: Path) -> dict[str, Any]:
+    """Steps, tokens and last loss of a training that has ended."""
+    state = json.loads(path.read_text())
+    logs = [entry for entry in state["log_history"] if "num_tokens" in entry]
+    return {
+        "steps": state["global_step"],
+        "tokens": int(logs[-1]["num_tokens"]),
+        "losses": [round(entry["loss"], 3) for entry in logs if "loss" in entry],
+    }
+
+
+def _page(found: dict[str, Any]) -> str:
+    lines = [f"# Real questions, settings `{found['settings']}`", ""]
+    where = found["provenance"]
+    lines += [f"`{where['command']}` at `{where['commit'][:7]}`, {where['machine']}.", ""]
+    for name, run in found["runs"].items():
+        asked = ", ".join(f"{key} {n}" for key, n in run["questions"].items())
+        sets = [*run["questions"], "multi-hop"]
+        head = ["method", *sets, "minus full", "adjusted", "PGR", "of control", "recomputed"]
+        lines += [f"## {name}", "", f"Questions: {asked}. F1 in %, 95 % intervals.", ""]
+        lines += [_line(head), _line(["---"] * len(head))]
+        for method, scores in run["methods"].items():
+            whole = scores["multi-hop"]
+            cells = [_points(scores[s]["f1"]) if s in scores else "" for s in sets]
+            cells += [_points(whole["minus_full"]), _points(whole["adjusted_f1"])]
+            cells += [_points(whole.get("pgr")), _points(whole.get("of_control"))]
+            lines.append(_line([method, *cells, f"{100 * scores['recomputed']:.0f} %"]))
+        lines.append("")
+    lines += [
+        "The columns after *multi-hop* are over those sets, the recomputed share over all.",
+        "",
+    ]
+    for name, run in found["trainings"].items():
+        lines.append(f"- `{name}`: {run['steps']} steps, {run['tokens']:,} tokens")
+    return "\n".join(lines) + "\n"
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _points(found: list[float] | None) -> str:
+    if found is None:
+        return ""
+    mean, low, high = (100 * value for value in found)
+    return f"{mean:.1f} ({low:.1f} to {high:.1f})"

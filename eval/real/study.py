@@ -1,0 +1,235 @@
+"""What tuning is worth on real questions, beside methods without training.
+
+    python eval/real/study.py all --settings gpu --data DATA --output out/real
+
+Steps, in this order; each can be repeated, and continues where it stopped:
+
+    prepare    questions with hard distractors, split into base, rows, choice and test
+    base       a RAG base: LoRA in full attention on real questions, merged in float32
+    choice     does the base read? by full prefill, no context, naive, CacheBlend
+    tune       every recipe from the base, on the same rows
+    test       all methods and recipes on the questions of the tables
+    report     tables with paired intervals, as Markdown and JSON
+
+All numbers of a run are in settings.yaml; a changed setting needs a new --output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from prepare import prepare
+from report import write_report
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+HERE = Path(__file__).parent
+STEPS = ("prepare", "base", "choice", "tune", "test", "report")
+SETS = ("hotpotqa", "2wiki", "squad", "musique")
+"""The last is never trained on: nothing is chosen by it."""
+INSTRUCTION = "Answer the question from the passages below. Give only the answer, in a few words."
+RECIPES = {
+    "block_attention": "block-attention",
+    "block_distill": "block-attention",
+    "kvlink": "kvlink",
+    "turborag": "turborag",
+    "kv_packet": "kv-packet",
+    "full_control": "full-prefill",
+}
+"""Recipe -> the method that serves it."""
+UNTUNED = [
+    "full-prefill",
+    "no-context",
+    "naive",
+    {"name": "epic", "label": "epic 15 %", "params": {"share": 0.15}},
+    {"name": "cacheblend", "label": "cacheblend 15 %", "params": {"ratio": 0.15}},
+    "psr",
+    {"name": "query-attention", "label": "query-attention 15 %", "params": {"ratio": 0.15}},
+]
+CHOICE = [UNTUNED[0], UNTUNED[1], UNTUNED[2], UNTUNED[4]]
+
+
+def convert(gguf: Path, output: Path) -> None:
+    """Writes a Llama in GGUF as a float32 checkpoint (needs the package ``gguf``).
+
+    `save_pretrained` refuses a model that transformers has read from GGUF, hence the fresh one.
+
+    Args:
+        gguf: The file; quantised weights are expanded to float32.
+        output: Folder for the checkpoint.
+    """
+    read = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+    )
+    kept = read.config.to_dict()
+    for key in ("quantization_config", "_name_or_path", "model_type", "transformers_version"):
+        kept.pop(key, None)
+    kept["rms_norm_eps"] = round(kept["rms_norm_eps"], 12)  # GGUF holds it as float32
+    model = LlamaForCausalLM(LlamaConfig(**kept | {"architectures": ["LlamaForCausalLM"]}))
+    model.load_state_dict(read.state_dict())
+    model.generation_config.eos_token_id = kept["eos_token_id"]
+    model.save_pretrained(output)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(output)
+
+
+class Study:
+    """One run: its settings and where everything lies."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.out = args, args.output
+        self.settings = yaml.safe_load((HERE / "settings.yaml").read_text())[args.settings]
+        self.settings["model"] = args.model or self.settings["model"]
+        self.seeds = self.settings["seeds"]
+        self.names = args.recipes or list(RECIPES)
+
+    def check(self) -> None:
+        """Refuses an output folder whose data or weights were made with other settings."""
+        made = {key: self.settings[key] for key in ("model", "prepare", "base", "tune")}
+        kept = self.out / "settings.yaml"
+        if not kept.exists():
+            self.out.mkdir(parents=True, exist_ok=True)
+            kept.write_text(yaml.safe_dump(made), encoding="utf-8")
+        elif yaml.safe_load(kept.read_text()) != made:
+            raise ValueError(f"{kept} differs from '{self.args.settings}'; use a new --output")
+
+    def prepare(self) -> None:
+        if (self.out / "data/counts.json").exists():
+            return
+        if not self.args.data:
+            raise ValueError("prepare needs --data, the folder of the question sets; see README.md")
+        print(prepare(self.args.data, self.out / "data", self.settings["prepare"]))
+
+    def base(self) -> None:
+        adapter = self.out / "base-adapter"
+        options = {"train_data": self.out / "data/base.jsonl"} | self.settings["base"]
+        self.train("full_control", adapter, self.settings["model"], options, 0)
+        if not (self.out / "base/config.json").exists():
+            # bfloat16 would round away part of the adapter: the merged model is the reference
+            self.run("merge", adapter, "--output", self.out / "base", "--dtype", "float32")
+
+    def choice(self) -> None:
+        self.ask("choice", CHOICE, self.settings.get("choice_limit"), SETS[:-1])
+
+    def tune(self) -> None:
+        options = {"train_data": self.out / "data/rows.jsonl"} | self.settings["tune"]
+        model = self.out / "base"
+        with ThreadPoolExecutor(self.args.jobs) as pool:
+            runs = [(name, seed) for seed in self.seeds for name in self.names]
+            list(pool.map(lambda r: self.train(r[0], self.adapter(*r), model, options, r[1]), runs))
+
+    def test(self) -> None:
+        tuned: list[dict[str, Any]] = []
+        for name in self.names:
+            trained = [seed for seed in self.seeds if _is_complete(self.adapter(name, seed))]
+            if len(trained) == 1:
+                which = {"adapter": str(self.adapter(name, trained[0]))}
+            elif trained:
+                which = {"adapter": str(self.adapter(name, "{seed}")), "seeds": trained}
+            else:
+                continue
+            tuned.append({"name": RECIPES[name], "label": name} | which)
+        for entry in [e for e in tuned if e["label"] == "block_attention"]:
+            blend = UNTUNED[4] | {"label": "block_attention + 15 %"}
+            full = {"name": "full-prefill", "label": "block_attention in full"}
+            tuned += [entry | blend, entry | full]
+        self.ask("test", UNTUNED + tuned, self.settings.get("test_limit"), SETS)
+
+    def report(self) -> None:
+        write_report(self.out, self.args.results, self.args.settings, sys.argv[1:])
+
+    def adapter(self, name: str, seed: int | str) -> Path:
+        return self.out / "tuned" / f"{name}-{seed}"
+
+    def train(self, recipe: str, folder: Path, model: Any, options: dict, seed: int) -> None:
+        """Trains one adapter, from its last checkpoint if it has one."""
+        if _is_complete(folder):
+            return
+        path = Path("recipes") / f"{recipe}.yaml"
+        if not yaml.safe_load(path.read_text()).get("use_peft"):
+            options = {k: v for k, v in options.items() if not k.startswith(("lora_", "learning_"))}
+        options = {"model_name_or_path": model, **options, "instruction": INSTRUCTION, "seed": seed}
+        options |= self.settings.get("recipes", {}).get(recipe, {})
+        if list(folder.glob("checkpoint-*")):
+            options["resume_from_checkpoint"] = True
+        words = [w for key, value in options.items() for w in (f"--{key}", str(value))]
+        self.run("train", "--config", path, "--output_dir", folder, *words, log=f"{folder}.log")
+
+    def ask(self, part: str, methods: list, limit: int | None, sets: tuple[str, ...]) -> None:
+        """Answers the questions of a part, for every number of passages."""
+        for number in self.settings["passages"]:
+            tasks = [
+                {"task": "eval/tasks/jsonl.yaml", "name": name}
+                | {"source": str(self.out / f"data/{part}-{number}/{name}.jsonl")}
+                | ({"limit": limit} if limit else {})
+                for name in sets
+            ]
+            suite = {"model": str(self.out / "base"), "dtype": self.settings["dtype"]}
+            suite |= {"methods": methods, "tasks": tasks, "ttft": {"num": self.settings["ttft"]}}
+            folder = self.out / f"{part}-{number}"
+            folder.mkdir(exist_ok=True)
+            path = folder / "suite.yaml"
+            path.write_text(yaml.safe_dump(suite, sort_keys=False), encoding="utf-8")
+            self.run("eval", "--suite", path, "--output", folder)
+
+    def run(self, *words: Any, log: str | None = None) -> None:
+        """Runs `blocktune`, or with --plan only prints the command."""
+        command = [sys.executable, "-m", "blocktune.cli", *map(str, words)]
+        if words[0] == "eval" and self.args.jobs > 1:  # a small model leaves most of a GPU idle
+            start = f"-m torch.distributed.run --standalone --nproc_per_node {self.args.jobs}"
+            module = ["-m", "blocktune.evaluation", *map(str, words[1:])]
+            command = [sys.executable, *start.split(), *module]
+        print(shlex.join(["python", *command[1:]]), flush=True)
+        if self.args.plan:
+            return
+        if log:
+            Path(log).parent.mkdir(parents=True, exist_ok=True)
+        with open(log or os.devnull, "a") as file:
+            to = {"stdout": file, "stderr": subprocess.STDOUT} if log else {}
+            if subprocess.run(command, check=False, **to).returncode:
+                raise ValueError(f"this command failed{f', see {log}' if log else ''}")
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether a training has ended: its state is written last."""
+    return (folder / "trainer_state.json").exists() and (folder / "blocktune.json").exists()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("steps", nargs="+", choices=(*STEPS, "all"))
+    add("--settings", default="gpu", help="gpu, cpu or dry, of settings.yaml")
+    add("--data", type=Path, help="folder of the question sets (prepare only)")
+    add("--model", help="instead of the settings' base: a folder or a name on the Hub")
+    add("--gguf", type=Path, help="convert this file into the folder --model first")
+    add("--output", type=Path, default=Path("out/real"), help="data, weights and rows")
+    add("--results", type=Path, default=Path("eval/results/real"), help="tables")
+    add("--recipes", nargs="+", choices=RECIPES, help="tune and test only these")
+    add("--jobs", type=int, default=1, help="trainings, and processes that answer")
+    add("--plan", action="store_true", help="print the commands of base, choice, tune and test")
+    args = parser.parse_args()
+    study = Study(args)
+    try:
+        if args.gguf and not (Path(args.model) / "config.json").exists():
+            convert(args.gguf, Path(args.model))
+        study.check()
+        for step in STEPS if "all" in args.steps else args.steps:
+            getattr(study, step)()
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

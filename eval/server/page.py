@@ -1,0 +1,142 @@
+"""Drives the server's page in headless Chromium and takes screenshots to look at.
+
+    blocktune serve -m data/tiny --port 8137 --skip-check
+    python eval/server/page.py --url http://127.0.0.1:8137 --output out/page
+
+It needs `chromium` on the PATH and aiohttp. It fails if the page logs an error, an answer does not
+come, or something is wider than the screen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import aiohttp
+
+VIEWS = {
+    "desktop-light": (1280, 900, "light", False),
+    "desktop-dark": (1280, 900, "dark", False),
+    "phone-light": (390, 844, "light", True),
+    "phone-dark": (390, 844, "dark", True),
+}
+DONE = "document.querySelectorAll('.bar').length"
+
+
+class Browser:
+    """A page of Chromium, by its debugging protocol."""
+
+    def __init__(self, socket: aiohttp.ClientWebSocketResponse):
+        self.socket, self.count, self.errors = socket, 0, []
+
+    async def send(self, method: str, **params):
+        self.count += 1
+        wanted = self.count
+        await self.socket.send_json({"id": wanted, "method": method, "params": params})
+        while True:
+            message = await self.socket.receive_json()
+            name = message.get("method", "")
+            entry = message.get("params", {}).get("entry", {})
+            if name == "Runtime.exceptionThrown" or entry.get("level") == "error":
+                self.errors.append(message["params"])
+            if message.get("id") == wanted:
+                return message.get("result", {})
+
+    async def value(self, expression: str):
+        result = await self.send("Runtime.evaluate", expression=expression, returnByValue=True)
+        return result["result"].get("value")
+
+    async def until(self, expression: str, wanted) -> None:
+        for _ in range(300):
+            if await self.value(expression) == wanted:
+                return
+            await asyncio.sleep(0.1)
+        raise AssertionError(f"{expression} never became {wanted!r}")
+
+    async def press(self, key: str, modifiers: int = 0) -> None:
+        for kind in ("keyDown", "keyUp"):
+            code = 13 if key == "Enter" else 9
+            await self.send(
+                "Input.dispatchKeyEvent",
+                type=kind,
+                key=key,
+                code=key,
+                windowsVirtualKeyCode=code,
+                modifiers=modifiers,
+            )
+
+
+async def look(browser: Browser, url: str, name: str, folder: Path) -> None:
+    width, height, scheme, phone = VIEWS[name]
+    await browser.send(
+        "Emulation.setDeviceMetricsOverride",
+        width=width,
+        height=height,
+        deviceScaleFactor=2 if phone else 1,
+        mobile=phone,
+    )
+    feature = {"name": "prefers-color-scheme", "value": scheme}
+    await browser.send("Emulation.setEmulatedMedia", features=[feature])
+    await browser.send("Page.navigate", url=url)
+    await browser.until("document.getElementById('a')?.value", "naive")
+    await browser.value("document.getElementById('question').focus()")
+    for _ in range(2):  # the second time the documents are cached
+        await browser.press("Enter", modifiers=2)
+        await browser.until("document.getElementById('go').textContent", "Stop")
+        await browser.until("document.getElementById('go').textContent", "Ask")
+    assert await browser.value(DONE) == 4, "two methods, each beside full prefill"
+    answers = "[...document.querySelectorAll('.answer')].map((a) => a.textContent.length)"
+    assert min(await browser.value(answers)) > 0
+    assert await browser.value("document.querySelectorAll('.relocated').length") > 1
+    too_wide = "document.documentElement.scrollWidth - innerWidth"
+    assert await browser.value(too_wide) <= 0, "something is wider than the screen"
+    tall = await browser.value("document.documentElement.scrollHeight")
+    clip = {"x": 0, "y": 0, "width": width, "height": tall, "scale": 1}
+    shot = await browser.send("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)
+    (folder / f"{name}.png").write_bytes(base64.b64decode(shot["data"]))
+    assert not browser.errors, browser.errors
+    print(f"{name}: as it should be, {folder / name}.png")
+
+
+async def run(url: str, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    command = shutil.which("chromium") or shutil.which("google-chrome")
+    assert command, "no chromium on the PATH"
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0"]
+        process = subprocess.Popen(
+            [command, *options, f"--user-data-dir={profile}", "about:blank"],
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            port_file = Path(profile) / "DevToolsActivePort"
+            while not port_file.exists():
+                await asyncio.sleep(0.1)
+            await asyncio.sleep(0.5)
+            port = port_file.read_text().split()[0]
+            async with aiohttp.ClientSession() as session:
+                async with session.get(f"http://127.0.0.1:{port}/json") as response:
+                    pages = await response.json()
+                target = next(p for p in pages if p["type"] == "page")["webSocketDebuggerUrl"]
+                async with session.ws_connect(target, max_msg_size=0) as socket:
+                    browser = Browser(socket)
+                    for domain in ("Page", "Runtime", "Log"):
+                        await browser.send(f"{domain}.enable")
+                    for name in VIEWS:
+                        await look(browser, url, name, folder)
+        finally:
+            process.kill()
+            process.wait()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--url", default="http://127.0.0.1:8000")
+    parser.add_argument("--output", type=Path, default=Path("out/page"))
+    asked = parser.parse_args()
+    asyncio.run(run(asked.url, asked.output))

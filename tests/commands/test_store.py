@@ -1,0 +1,194 @@
+"""`blocktune store`; and commands over stores that are damaged or cannot be written."""
+
+import errno
+import json
+import os
+
+import pytest
+from cache.made import MODEL, OTHER_MODEL, made_chunk
+
+from blocktune.cache import ChunkStates, ChunkStore, chunk_key, states_key
+from blocktune.cache.folder import SECRET, WRITING, chunk_path
+
+CHUNKS = [made_chunk(5, seed=seed) for seed in (0, 10)]
+OTHER = made_chunk(7, seed=20, fingerprint=OTHER_MODEL)
+KEYS = [chunk_key(kv.fingerprint, kv.token_ids) for kv in (*CHUNKS, OTHER)]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    store = ChunkStore(folder=tmp_path / "store")
+    for key, kv in zip(KEYS, (*CHUNKS, OTHER), strict=True):
+        store.put(key, kv)
+    for age, key in enumerate(KEYS):
+        os.utime(chunk_path(store.folder, key), (1e9 - age, 1e9 - age))
+    return store.folder
+
+
+@pytest.fixture
+def asked(blocktune, folder):
+    """Runs a command of the group on the folder and returns its JSON."""
+
+    def run(command, *arguments, code=0):
+        done = blocktune("store", command, folder, *arguments, "--json")
+        assert done.exit_code == code, done.output
+        return json.loads(done.stdout)
+
+    return run
+
+
+def damage(folder, key):
+    path = chunk_path(folder, key)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def test_stat_counts_by_model(blocktune, folder, asked):
+    sizes = [chunk_path(folder, key).stat().st_size for key in KEYS]
+    chunk_path(folder, "0" * 64).parent.mkdir(parents=True)
+    chunk_path(folder, "0" * 64).write_text("damaged")
+    record = asked("stat")
+    assert (record["chunks"], record["tokens"], record["bytes"]) == (3, 17, sum(sizes))
+    assert record["unreadable"] == 1
+    assert record["models"][MODEL]["chunks"] == 2
+    assert record["models"][OTHER_MODEL]["tokens"] == 7
+    text = blocktune("store", "stat", folder).stdout
+    assert "3 chunks, 17 tokens" in text
+    assert "1 unreadable" in text
+    assert f"{MODEL[:12]}  2 chunks" in text
+
+
+def test_ls_and_show_name_every_chunk(blocktune, folder, asked):
+    states = ChunkStates(CHUNKS[0].keys[0][0], 3, CHUNKS[0].token_ids, MODEL)
+    ChunkStore(folder=folder).put(states_key(KEYS[0], 3), states)
+    lines = blocktune("store", "ls", folder, "--json").stdout.splitlines()
+    records = {record["key"]: record for record in map(json.loads, lines)}
+    assert records.keys() == {*KEYS, states_key(KEYS[0], 3)}
+    assert records[KEYS[2]]["fingerprint"] == OTHER_MODEL
+    assert {r["kind"] for r in records.values()} == {CHUNKS[0].kind, "states"}
+    assert len(blocktune("store", "ls", folder, "--model", "cdcdcd").stdout.splitlines()) == 1
+    shown = asked("show", KEYS[1][:10])
+    assert shown["token_ids"] == CHUNKS[1].token_ids.tolist()
+    assert (shown["sound"], shown["signed"]) == (True, False)
+
+
+def test_verify_names_what_is_damaged(blocktune, folder, asked):
+    assert asked("verify") == {"chunks": 3, "damaged": {}}
+    damage(folder, KEYS[1])
+    record = asked("verify", code=1)
+    assert record["damaged"].keys() == {KEYS[1]}
+    assert "checksum" in record["damaged"][KEYS[1]]
+    done = blocktune("store", "verify", folder)
+    assert done.exit_code == 1
+    assert "2 of 3 chunks are sound" in done.stdout
+    assert KEYS[1] in done.stdout
+
+
+def test_verify_with_a_key_names_what_is_not_signed(folder, asked, monkeypatch):
+    monkeypatch.setenv(SECRET, "k" * 32)
+    ChunkStore(folder=folder).put(KEYS[0], CHUNKS[0])
+    assert asked("verify", code=1)["damaged"].keys() == {*KEYS[1:]}
+    assert asked("gc", "--damaged")["keys"] == sorted(KEYS[1:])
+
+
+def test_gc_keeps_what_was_used_last(folder, asked):
+    sizes = {key: chunk_path(folder, key).stat().st_size for key in KEYS}
+    left = folder / WRITING / f".{KEYS[0]}-{'0' * 32}.part"
+    left.write_text("half")
+    (folder / "notes.txt").write_text("text")
+    ChunkStore(max_bytes=0, folder=folder).get(KEYS[1], CHUNKS[1].token_ids, MODEL)  # a use
+    left.write_text("half")  # opening the store removed it
+    limit = ("--max-size", sizes[KEYS[0]] + sizes[KEYS[1]])
+    assert asked("gc", *limit, "--dry-run")["keys"] == [KEYS[2]]
+    assert left.exists()
+    record = asked("gc", *limit)
+    assert (record["keys"], record["unfinished"]) == ([KEYS[2]], 1)
+    assert record["bytes"] == sizes[KEYS[2]]
+    assert asked("gc", *limit)["chunks"] == 0
+    assert asked("gc", "--max-size", sizes[KEYS[1]], "--dry-run")["keys"] == [KEYS[0]]
+    assert asked("gc", "--max-size", "1GB")["chunks"] == 0
+    assert asked("gc", "--unused-days", 1)["keys"] == [KEYS[0]]
+    assert list(folder.rglob("*.safetensors")) == [chunk_path(folder, KEYS[1])]
+    assert (folder / "notes.txt").read_text() == "text"
+
+
+def test_rm_removes_by_key_or_model(refused, folder, asked):
+    assert asked("rm", KEYS[0][:8], "--dry-run")["keys"] == [KEYS[0]]
+    assert asked("rm", KEYS[0][:8])["keys"] == [KEYS[0]]
+    assert asked("rm", "--model", OTHER_MODEL[:6])["keys"] == [KEYS[2]]
+    assert asked("ls")["key"] == KEYS[1]
+    assert "0 of the store's chunks begin with" in refused("store", "rm", folder, "0" * 12)
+    assert "6 to 64 hex digits" in refused("store", "rm", folder, "../..")
+    assert "either keys" in refused("store", "rm", folder)
+    assert "kB, MB" in refused("store", "gc", folder, "--max-size", "much")
+    assert "no store at" in refused("store", "stat", folder / "none")
+    assert "no manifest" in refused("store", "manifest", folder)
+
+
+ANSWER = ("-q", "Where was Anna born?", "--max-new-tokens", 2, "--json")
+PASSAGES = ("-c", "Anna Belt was born in Port Alder.", "-c", "Port Alder is in Lorne.")
+
+
+@pytest.fixture
+def answers(blocktune, model, tmp_path):
+    """Answers one question over the store: the record and what was said on standard error."""
+    folder = tmp_path / "cache"
+
+    def run():
+        done = blocktune("answer", "-m", model, *ANSWER, *PASSAGES, "--store", folder)
+        assert done.exit_code == 0, done.output
+        return json.loads(done.stdout), done.stderr
+
+    return folder, run
+
+
+def test_damaged_chunks_are_one_line_and_the_answer_is_right(answers):
+    folder, run = answers
+    expected, _ = run()
+    files = list(folder.rglob("*.safetensors"))
+    for path in files:
+        path.write_bytes(b"damaged")
+    record, said = run()
+    assert record["answer"] == expected["answer"]
+    [line] = [line for line in said.splitlines() if "could not be used" in line]
+    assert line.startswith(f"{len(files)} stored chunks")
+    assert len(said.splitlines()) == 2  # and how many were read and encoded
+
+
+def test_a_store_that_cannot_be_written_answers_and_encode_fails(
+    answers, refused, model, tmp_path, monkeypatch, caplog
+):
+    folder, run = answers
+    expected, _ = run()
+    real = os.open
+
+    def read_only(path, flags, *arguments, **options):
+        if flags & (os.O_CREAT | os.O_WRONLY | os.O_RDWR):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        return real(path, flags, *arguments, **options)
+
+    documents = tmp_path / "docs.jsonl"
+    documents.write_text('{"text": "Kirby is small."}\n')
+    monkeypatch.setattr(os, "open", read_only)
+    record, said = run()
+    assert record["answer"] == expected["answer"]
+    assert "0 encoded now" in said
+    assert [r.getMessage().count("Read-only") for r in caplog.records] == [1]
+    for path in folder.rglob("*.safetensors"):
+        path.unlink()
+    record, said = run()
+    assert record["answer"] == expected["answer"]
+    assert "not kept" in said
+    line = refused("encode", "-m", model, "-i", documents, "--store", folder)
+    assert "Read-only file system" in line
+
+
+def test_the_manifest_is_shown_without_the_model(answers, blocktune, model):
+    folder, run = answers
+    run()
+    [record] = json.loads(blocktune("store", "manifest", folder, "--json").stdout)
+    assert record["base"]["name"] == model
+    assert len(record["layers"]) == 2
+    assert record["fingerprint"][:12] in blocktune("store", "manifest", folder).stdout
+    assert model in blocktune("store", "stat", folder).stdout

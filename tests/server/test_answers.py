@@ -1,0 +1,230 @@
+"""What the server answers is what the engine answers, however it is asked."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from server.support import DOCUMENTS, QUESTION, chat
+
+from blocktune.data import RagExample
+from blocktune.engine import Sampling
+from blocktune.methods import Weights, available, build
+from blocktune.methods.base import METHODS
+from blocktune.prompt import Chunk, make_pieces
+from blocktune.server.front import chat_pieces, read_messages
+from blocktune.server.schemas import Message
+
+CHUNKS = (
+    Chunk("Anna Belt is in Kirby.", "Anna Belt"),
+    Chunk("Walter Gray lives in Upper Lorne.", "Gray"),
+    Chunk("The film Frozen Shore was shot in Port Alder."),
+)
+EXAMPLE = RagExample(QUESTION, CHUNKS)
+DEEP = "droidspeak-clc"  # its defaults want more layers than this model has
+SERVED = [n for n in available() if METHODS.find(n).weights is Weights.ANY and n != DEEP]
+COMPOSED = [
+    "droidspeak ratio=0.5",
+    "droidspeak-clc check_layer=1 restart_layer=2",
+    "naive + deviation 30 %",
+    "ape + first-k 2",
+    "cacheblend + scaled-context",
+]
+
+
+def text_of(response) -> str:
+    assert response.status_code == 200, response.text
+    return response.json()["choices"][0]["message"]["content"]
+
+
+def events(response) -> list[dict]:
+    lines = [line for line in response.text.split("\n\n") if line]
+    assert lines[-1] == "data: [DONE]"
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+
+
+def forget(engine) -> None:
+    """What earlier prompts left behind, and what methods with a history learnt of them."""
+    engine.forget()
+    engine.store.notes.clear()
+
+
+@pytest.mark.parametrize("method", SERVED + COMPOSED)
+def test_server_equals_engine_and_stream_equals_both(client, engine, method):
+    forget(engine)
+    expected = engine.answer([EXAMPLE], build(method), max_new_tokens=12)[0]
+    forget(engine)
+    body = chat(blocktune={"method": method})
+    response = client.post("/v1/chat/completions", json=body)
+    assert text_of(response) == expected.text
+    usage = response.json()["usage"]
+    assert usage["prompt_tokens"] == expected.usage.prompt_tokens
+    assert usage["completion_tokens"] == len(expected.token_ids)
+    own = response.json()["blocktune"]
+    assert own["usage"]["layer_tokens"] == list(expected.usage.layer_tokens)
+    forget(engine)
+    body |= {"stream": True, "stream_options": {"include_usage": True}}
+    streamed = events(client.post("/v1/chat/completions", json=body))
+    pieces = [c["delta"].get("content", "") for e in streamed for c in e["choices"]]
+    assert "".join(pieces) == expected.text
+    assert streamed[-1]["usage"]["completion_tokens"] == len(expected.token_ids)
+
+
+def test_requests_that_decode_together_answer_as_alone(client, engine):
+    """Mixed methods and lengths, more than run at once, each joining and leaving by itself."""
+    asked = []
+    for index in range(24):
+        method = ("naive", "cacheblend", "ape", "full-prefill", "epic")[index % 5]
+        chunks = CHUNKS[index % 3 :] + CHUNKS[: index % 3]
+        asked.append((method, RagExample(QUESTION, chunks[: 1 + index % 3]), 1 + index % 12))
+    expected = [
+        engine.answer([example], method, max_new_tokens=tokens)[0].text
+        for method, example, tokens in asked
+    ]
+
+    def post(one) -> str:
+        method, example, tokens = one
+        documents = [{"title": c.title, "text": c.text} for c in example.chunks]
+        body = chat(documents=documents, max_tokens=tokens, blocktune={"method": method})
+        return text_of(client.post("/v1/chat/completions", json=body))
+
+    with ThreadPoolExecutor(24) as pool:
+        assert list(pool.map(post, asked)) == expected
+
+
+def test_decoding_steps_are_shared(client, monkeypatch):
+    from blocktune.server import scheduler
+
+    sizes = []
+    step = scheduler.decode_step
+
+    def counted(choices):
+        sizes.append(len(choices))
+        return step(choices)
+
+    monkeypatch.setattr(scheduler, "decode_step", counted)
+    body = chat("Name all of them.", max_tokens=40, n=4, temperature=1.0, seed=3)
+    assert client.post("/v1/chat/completions", json=body).status_code == 200
+    assert max(sizes) == 4
+
+
+def test_a_seed_draws_what_the_engine_draws(client, engine):
+    sampling = Sampling(temperature=3.0, top_p=0.99, seed=11)
+    expected = engine.answer([EXAMPLE], "naive", max_new_tokens=12, sampling=sampling)[0].text
+    body = chat(temperature=3.0, top_p=0.99, seed=11)
+    first = client.post("/v1/chat/completions", json=body | {"n": 3}).json()["choices"]
+    again = client.post("/v1/chat/completions", json=body | {"n": 3}).json()["choices"]
+    assert first == again
+    assert first[0]["message"]["content"] == expected
+    assert len({one["message"]["content"] for one in first}) > 1
+
+
+@pytest.mark.parametrize("stop", ["Ald", ["der", "zzz"]])
+def test_stop_texts_end_an_answer_and_are_left_out(client, stop):
+    whole = text_of(client.post("/v1/chat/completions", json=chat()))
+    first = stop if isinstance(stop, str) else stop[0]
+    assert first in whole
+    body = chat(stop=stop)
+    response = client.post("/v1/chat/completions", json=body)
+    assert text_of(response) == whole.split(first)[0].strip()
+    assert response.json()["choices"][0]["finish_reason"] == "stop"
+    streamed = events(client.post("/v1/chat/completions", json=body | {"stream": True}))
+    pieces = [c["delta"].get("content", "") for e in streamed for c in e["choices"]]
+    assert "".join(pieces) == whole.split(first)[0].strip()
+
+
+def test_logprobs_and_lengths(client):
+    body = chat(logprobs=True, top_logprobs=3, max_tokens=2)
+    choice = client.post("/v1/chat/completions", json=body).json()["choices"][0]
+    assert choice["finish_reason"] == "length"
+    content = choice["logprobs"]["content"]
+    assert len(content) == 2
+    for one in content:
+        assert one["top_logprobs"][0]["token"] == one["token"]
+        assert one["logprob"] == one["top_logprobs"][0]["logprob"] <= 0
+        assert len(one["top_logprobs"]) == 3
+    body = {"prompt": "The city of", "max_tokens": 3, "logprobs": 1}
+    logs = client.post("/v1/completions", json=body).json()["choices"][0]["logprobs"]
+    assert len(logs["tokens"]) == len(logs["token_logprobs"]) == 3
+
+
+def test_a_single_question_is_tokenised_as_everywhere(engine):
+    conversation = read_messages([Message(role="user", content=QUESTION)])
+    fmt, tokenizer = engine.format, engine.tokenizer
+    made = chat_pieces(tokenizer, fmt, CHUNKS, conversation)
+    assert made == make_pieces(tokenizer, fmt, CHUNKS, QUESTION)
+
+
+def test_earlier_turns_are_the_prefix_and_documents_stay_chunks(client, engine):
+    turns = [
+        {"role": "user", "content": "Who is she?"},
+        {"role": "assistant", "content": "A chemist."},
+        {"role": "user", "content": [*blocks(), {"type": "text", "text": QUESTION}]},
+    ]
+    body = {"messages": turns, "max_tokens": 4, "blocktune": {"strip": True}}
+    client.post("/v1/chat/completions", json=chat())  # chunks are in the cache now
+    answer = client.post("/v1/chat/completions", json=body).json()
+    own = answer["blocktune"]
+    assert [(c["id"], c["cached"]) for c in own["chunks"]] == [("a", "memory"), ("c", "memory")]
+    text = "".join(t for run in own["strip"] if run["kind"] == "prefix" for t in run["tokens"])
+    assert "Who is she?" in text
+    assert "A chemist." in text
+    again = client.post("/v1/chat/completions", json=body).json()
+    assert (
+        again["usage"]["prompt_tokens_details"]["cached_tokens"]
+        > (answer["usage"]["prompt_tokens_details"]["cached_tokens"])
+    )
+
+
+def blocks() -> list[dict]:
+    source = {"type": "text", "media_type": "text/plain", "data": CHUNKS[0].text}
+    other = {"type": "text", "media_type": "text/plain", "data": CHUNKS[2].text}
+    return [
+        {"type": "document", "id": "a", "title": "Anna Belt", "source": source},
+        {"type": "document", "id": "c", "source": other},
+    ]
+
+
+def test_the_strip_says_what_became_of_every_token(client):
+    body = chat(blocktune={"method": "epic", "params": {"k": 2}, "strip": True})
+    client.post("/v1/chat/completions", json=body)
+    answer = client.post("/v1/chat/completions", json=body).json()
+    runs = answer["blocktune"]["strip"]
+    assert sum(len(run["tokens"]) for run in runs) == answer["usage"]["prompt_tokens"]
+    fates = {run["fate"] for run in runs if run["kind"] == "chunk"}
+    assert fates == {"recomputed", "relocated"}
+    again = [r for r in runs if r["fate"] == "recomputed"]
+    assert sum(len(run["tokens"]) for run in again) == 2 * len(DOCUMENTS)
+    assert runs[0]["fate"] == "reused"
+    assert runs[-1]["fate"] == "computed"
+
+
+def test_hits_are_reported_by_chunk_and_tier(engine, serve, tmp_path):
+    from blocktune.cache import ChunkStore
+    from blocktune.engine import Engine
+
+    def own() -> Engine:
+        return Engine(engine.model, engine.tokenizer, store=ChunkStore(folder=tmp_path))
+
+    first = serve({"tiny": own()})
+    tiers = []
+    for client in (first, first, serve({"tiny": own()})):
+        answer = client.post("/v1/chat/completions", json=chat()).json()
+        tiers.append([chunk["cached"] for chunk in answer["blocktune"]["chunks"]])
+        hits = answer["blocktune"]["usage"]["chunk_hits"]
+        assert hits == sum(tier != "none" for tier in tiers[-1])
+    assert tiers == [["none"] * 3, ["memory"] * 3, ["disk"] * 3]
+
+
+def test_chunks_can_be_encoded_ahead_asked_for_and_deleted(client):
+    documents = ["Noel Fisher directed it.", {"id": "x", "text": "It was in 1966."}]
+    made = client.post("/v1/chunks", json={"documents": documents}).json()
+    assert [one["encoded"] for one in made["data"]] == [True, True]
+    assert [one["id"] for one in made["data"]] == [None, "x"]
+    again = client.post("/v1/chunks", json={"documents": documents}).json()
+    assert [one["cached"] for one in again["data"]] == ["memory", "memory"]
+    answer = client.post("/v1/chat/completions", json=chat(documents=documents)).json()
+    keys = [chunk["key"] for chunk in answer["blocktune"]["chunks"]]
+    assert keys == [one["key"] for one in made["data"]]
+    assert client.get(f"/v1/chunks/{keys[0]}").json()["cached"] == "stored"
+    client.delete(f"/v1/chunks/{keys[0]}")
+    assert client.get(f"/v1/chunks/{keys[0]}").json()["cached"] == "none"

@@ -1,0 +1,375 @@
+"""Wrong and hostile requests, keys and tenants, limits, and what is not done for a request."""
+
+import json
+import threading
+import time
+
+import pytest
+from server.support import DOCUMENTS, chat, metric
+
+from blocktune.engine.encode import Encoder
+from blocktune.server import Tenant, load_tenants
+from blocktune.server.config import Quotas
+
+CHAT = "/v1/chat/completions"
+MESSAGES = [{"role": "user", "content": "Who?"}]
+
+
+def refused(response, status: int, *words: str) -> None:
+    assert response.status_code == status, response.text
+    message = response.json()["error"]["message"]
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "user", "content": " "}]}, "question"),
+        ({"messages": [*MESSAGES, {"role": "assistant", "content": "I"}]}, "question"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "role"),
+        ({"documents": [{"text": ""}]}, "documents[0]"),
+        ({"documents": [{"id": "x"}]}, "documents"),
+        ({"documents": [{"type": "document", "source": {"type": "url"}}]}, "documents"),
+        ({"documents": ["a"] * 300}, "300"),
+        ({"documents": ["a"] * 5000}, "documents"),
+        ({"documents": ["b" * 2_000_000]}, "characters"),
+        ({"documents": ["a " * 40_000]}, "32768"),
+        ({"temperature": -1}, "temperature"),
+        ({"temperature": "warm"}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"n": 0}, "n"),
+        ({"n": 9}, "n"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 1 << 70}, "max_tokens"),
+        ({"max_tokens": 5000}, "4,096"),
+        ({"seed": 1 << 80}, "seed"),
+        ({"cache_salt": ""}, "cache_salt"),
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"frequency_penalty": 1.0}, "frequency_penalty"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"blocktune": {"methd": "naive"}}, "methd"),
+        ({"blocktune": {"method": "nothing-of-that-name"}}, "nothing-of-that-name"),
+        ({"blocktune": {"method": "epic", "params": {"k": 10**30}}}, "1e+09"),
+        ({"blocktune": {"method": "epic 99999999999"}}, "1e+09"),
+        ({"blocktune": {"method": "epic", "params": {"method": 1}}}, "method"),
+        ({"blocktune": {"method": "link0", "params": {"blanks": 10**6}}}, "blanks"),
+        ({"blocktune": {"method": "naive + deviation .nan %"}}, "deviation"),
+        ({"blocktune": {"method": "kvlink"}}, "adapter"),
+        ({"blocktune": {"method": {"preset": "epic", "select": {"x": 1}}}}, "x"),
+        ({"blocktune": {"method": "cacheclip auxiliary=/etc/passwd"}}, "auxiliary"),
+        ({"blocktune": {"method": "cacheclip auxiliary=gpt2"}}, "auxiliary"),
+        ({"model": "../../etc/passwd"}, "tiny"),
+    ],
+)
+def test_a_wrong_request_is_told_what_is_wrong(client, change, word):
+    response = client.post(CHAT, json=chat() | change)
+    refused(response, 404 if "model" in change else 400, word)
+    assert client.post(CHAT, json=chat()).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"{",
+        b"null",
+        b"[]",
+        b'{"messages": ' + b"[" * 100_000,
+        b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
+        b'{"messages": [{"role": "user", "content": "a"}], "documents": [{"text": "\\udfff"}]}',
+        b'{"messages": [{"role": "user", "content": "a"}], "documents": '
+        b'[{"text": "b", "id": "\\ud800"}]}',
+        b'{"messages": [{"role": "user", "content": "a"}], "temperature": NaN}',
+        b'{"messages": [{"role": "user", "content": "a"}], "temperature": 1e999}',
+        b'{"messages": [{"role": "user", "content": "a"}], "max_tokens": ' + b"9" * 5000 + b"}",
+        b'{"messages": [{"role": "user", "content": "a"}], "blocktune": {"method": "\\ud800"}}',
+        b'{"messages": [{"role": "user", "content": "a"}], "\\ud800": 1, "n": "\\ud800"}',
+        b'{"messages": [{"role": "user", "content": "a"}], "cache_salt": "\\ud800"}',
+        b'{"model": "\\ud800", "messages": [{"role": "user", "content": "a"}]}',
+        b"\xff\xfe",
+    ],
+)
+def test_what_is_not_a_request_is_refused(client, raw):
+    response = client.post(CHAT, content=raw, headers={"content-type": "application/json"})
+    assert 400 <= response.status_code < 500, response.text
+    assert response.json()["error"]["message"]
+
+
+def test_special_tokens_and_placeholders_in_texts_stay_text(client):
+    texts = ["</s><|user|>", "BlocktuneText0StandsHere", "<|end|> " * 50]
+    for text in texts:
+        body = chat(f"{text} Who?", [text, {"title": text, "text": text}])
+        assert client.post(CHAT, json=body).status_code == 200
+    refused(client.post(CHAT, json=chat("BlocktuneChunksStandHere")), 400)
+
+
+def test_a_form_of_another_site_is_not_read(client):
+    """Browsers send text/plain anywhere without asking; JSON they ask for, and are refused."""
+    body = json.dumps(chat()).encode()
+    plain = client.post(CHAT, content=body, headers={"content-type": "text/plain"})
+    assert plain.status_code == 400
+    asked = client.options(
+        CHAT, headers={"origin": "http://evil", "access-control-request-method": "POST"}
+    )
+    assert asked.status_code == 405
+    assert "access-control-allow-origin" not in asked.headers
+
+
+def test_bodies_have_a_size(serve):
+    client = serve(limits={"body_bytes": 1000})
+    refused(client.post(CHAT, json=chat("a" * 1000)), 413, "1,000")
+    assert client.post(CHAT, json=chat()).status_code == 200
+
+
+def test_hosts_that_were_not_named_are_refused(serve):
+    client = serve(hosts=("localhost",))
+    assert client.get("/health").status_code == 200
+    assert client.get("/health", headers={"host": "evil.example"}).status_code == 400
+
+
+def test_keys_are_asked_for(serve):
+    client = serve(tenants=(Tenant(key="secret-key"),))
+    for key in (None, "wrong", "Bearer wrong-key-1", "Basic secret-key"):
+        headers = {} if key is None else {"authorization": key}
+        refused(client.post(CHAT, json=chat(), headers=headers), 401, "key")
+        assert client.get("/metrics", headers=headers).status_code == 401
+    good = {"authorization": "Bearer secret-key"}
+    assert client.post(CHAT, json=chat(), headers=good).status_code == 200
+    for open_to_all in ("/", "/health", "/ready"):
+        assert client.get(open_to_all).status_code == 200
+
+
+def cached(client, headers=None, **more) -> list[str]:
+    answer = client.post(CHAT, json=chat(**more), headers=headers or {}).json()
+    return [chunk["cached"] for chunk in answer["blocktune"]["chunks"]]
+
+
+def test_tenants_and_salts_share_no_chunks(serve, engine):
+    engine.forget()
+    client = serve(tenants=(Tenant("a", "key-of-a"), Tenant("b", "key-of-b")))
+    a, b = ({"authorization": f"Bearer key-of-{name}"} for name in "ab")
+    assert cached(client, a) == ["none"] * 3
+    assert cached(client, a) == ["memory"] * 3
+    assert cached(client, b) == ["none"] * 3
+    assert cached(client, a, cache_salt="x") == ["none"] * 3
+    assert cached(client, a, cache_salt="x") == ["memory"] * 3
+    own = client.post("/v1/chunks", json={"documents": DOCUMENTS}, headers=a).json()
+    key = own["data"][0]["key"]
+    assert client.get(f"/v1/chunks/{key}", headers=a).json()["cached"] == "stored"
+    refused(client.get(f"/v1/chunks/{key}", headers=b), 404)
+    refused(client.delete(f"/v1/chunks/{key}", headers=b), 404)
+    refused(client.delete(f"/v1/chunks/{key[:64]}", headers=b), 404)
+
+
+def test_exact_prefixes_are_not_shared_either(client, engine):
+    engine.forget()
+    body = chat(blocktune={"method": "prefix-cache"})
+
+    def hits(**more) -> int:
+        usage = client.post(CHAT, json=body | more).json()["usage"]
+        return usage["prompt_tokens_details"]["cached_tokens"]
+
+    assert hits() == 0 < hits()
+    assert hits(cache_salt="x") == 0 < hits(cache_salt="x")
+
+
+def test_tenants_are_read_from_a_file(tmp_path):
+    path = tmp_path / "tenants.yaml"
+    path.write_text("acme: {key: 12345678, tokens_per_minute: 100}\n")
+    with pytest.raises(ValueError, match="key"):
+        load_tenants(path)
+    path.write_text("acme: {key: 'key-of-acme', tokens_per_minute: 100}\n")
+    assert load_tenants(path) == (Tenant("acme", "key-of-acme", None, 100),)
+    path.write_text("a: {key: 'the-same-key'}\nb: {key: 'the-same-key'}\n")
+    with pytest.raises(ValueError, match="same key"):
+        load_tenants(path)
+    path.write_text("a: {key: 'key-of-acme', max_request: 2}\n")
+    with pytest.raises(ValueError, match="max_request"):
+        load_tenants(path)
+
+
+def test_quotas():
+    quotas = Quotas()
+    tenant = Tenant("a", None, max_requests=1, tokens_per_minute=600)
+    assert quotas.enter(tenant, 500) is None
+    assert quotas.enter(tenant, 1) == 1.0
+    quotas.leave(tenant)
+    wait = quotas.enter(tenant, 200)
+    assert 9 <= wait <= 10
+
+
+def test_a_quota_is_answered_429(serve):
+    client = serve(tenants=(Tenant("a", "key-of-a", tokens_per_minute=100),))
+    headers = {"authorization": "Bearer key-of-a"}
+    assert client.post(CHAT, json=chat(), headers=headers).status_code == 200
+    late = client.post(CHAT, json=chat(), headers=headers)
+    refused(late, 429, "quota")
+    assert int(late.headers["retry-after"]) >= 1
+
+
+def blocked(monkeypatch):
+    """Encoding waits for the event that is returned."""
+    go, find = threading.Event(), Encoder.find
+
+    def waiting(self, *args, **kwargs):
+        assert go.wait(30)
+        return find(self, *args, **kwargs)
+
+    monkeypatch.setattr(Encoder, "find", waiting)
+    return go
+
+
+def in_background(client, bodies) -> tuple[list, list[threading.Thread]]:
+    done: list = []
+    threads = [
+        threading.Thread(target=lambda body=body: done.append(client.post(CHAT, json=body)))
+        for body in bodies
+    ]
+    for thread in threads:
+        thread.start()
+    return done, threads
+
+
+def wait_until(condition) -> None:
+    for _ in range(1000):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it did not come to that")
+
+
+def test_the_queue_has_a_bound_and_then_answers_429(serve, monkeypatch):
+    client = serve(limits={"queue": 2, "running": 1})
+    go = blocked(monkeypatch)
+    done, threads = in_background(client, [chat(documents=[f"Text {i}."]) for i in range(3)])
+    wait_until(lambda: client.service.scheduler.waiting == 2)
+    full = client.post(CHAT, json=chat())
+    refused(full, 429, "waiting")
+    assert int(full.headers["retry-after"]) >= 1
+    assert metric(client.get("/metrics").text, "num_requests_waiting") == 2
+    go.set()
+    for thread in threads:
+        thread.join()
+    assert [one.status_code for one in done] == [200] * 3
+
+
+def test_tenants_take_turns(serve, monkeypatch):
+    client = serve(
+        limits={"running": 1}, tenants=(Tenant("a", "key-of-a"), Tenant("b", "key-of-b"))
+    )
+    go = blocked(monkeypatch)
+    order: list[str] = []
+
+    def ask(name: str, index: int) -> None:
+        body = chat(documents=[f"Text {name} {index}."], max_tokens=1)
+        client.post(CHAT, json=body, headers={"authorization": f"Bearer key-of-{name}"})
+        order.append(name)
+
+    names = ["a", "a", "a", "a", "b"]
+    threads = []
+    for index, name in enumerate(names):
+        threads.append(threading.Thread(target=ask, args=(name, index)))
+        threads[-1].start()
+        wait_until(lambda index=index: client.service.scheduler.waiting == index)
+    go.set()
+    for thread in threads:
+        thread.join()
+    assert "b" in order[:3]
+
+
+def test_requests_that_never_fit_are_refused_and_others_wait_for_room(serve):
+    client = serve(limits={"kv_bytes": 2_000_000})
+    refused(client.post(CHAT, json=chat(max_tokens=2000)), 400, "bytes")
+    done, threads = in_background(client, [chat(max_tokens=100, n=1)] * 4)
+    for thread in threads:
+        thread.join()
+    assert [one.status_code for one in done] == [200] * 4
+    assert client.service.scheduler.kv_bytes == 0
+
+
+def test_a_request_that_takes_too_long_is_given_up(serve):
+    client = serve(limits={"request_s": 1e-6})
+    refused(client.post(CHAT, json=chat()), 408)
+    assert not client.service.scheduler.running
+    assert client.service.scheduler.kv_bytes == 0
+
+
+def test_many_missing_chunks_are_encoded_in_parts(serve, monkeypatch, engine):
+    engine.forget()
+    client = serve(limits={"prefill_tokens": 20})
+    sizes, find = [], Encoder.find
+
+    def seen(self, pieces, *args, **kwargs):
+        found = find(self, pieces, *args, **kwargs)
+        sizes.append(sum(len(piece.ids) for piece in found.misses))
+        return found
+
+    monkeypatch.setattr(Encoder, "find", seen)
+    documents = [f"The number {i} is the number of the house." for i in range(8)]
+    assert client.post(CHAT, json=chat(documents=documents)).status_code == 200
+    assert len([size for size in sizes if size]) >= 8
+
+
+def test_a_failure_is_of_one_request(client, monkeypatch):
+    from blocktune.server import scheduler
+
+    real = scheduler.prefill_batch
+
+    def fail(state, prompts, pieces, method):
+        if method.name == "epic":
+            raise RuntimeError("secret path /etc/passwd")
+        return real(state, prompts, pieces, method)
+
+    monkeypatch.setattr(scheduler, "prefill_batch", fail)
+    response = client.post(CHAT, json=chat(blocktune={"method": "epic"}))
+    assert response.status_code == 500
+    assert "secret" not in response.text
+    assert client.post(CHAT, json=chat()).status_code == 200
+    assert client.service.scheduler.kv_bytes == 0
+
+
+def test_ready_means_that_the_check_passed(serve, monkeypatch):
+    client = serve(checked=True)
+    wait_until(lambda: client.get("/ready").status_code == 200)
+
+    from blocktune.check.claim import Check
+
+    from blocktune.server import service
+
+    broken = [Check("split = dense mask", False, 1.0, 0.1)]
+    monkeypatch.setattr(service, "check_model", lambda engine: broken)
+    client = serve(checked=True)
+    wait_until(lambda: client.service.faults)
+    refused(client.get("/ready"), 503, "split = dense mask")
+
+
+def test_texts_are_not_logged_unless_asked(serve, caplog):
+    caplog.set_level("DEBUG", "blocktune")
+    text = serve().post(CHAT, json=chat("Where is Zanzibar?")).json()
+    answer = text["choices"][0]["message"]["content"]
+    assert "tenant=default" in caplog.text
+    for secret in ("Zanzibar", "Kirby", answer):
+        assert secret not in caplog.text
+    serve(log_texts=True).post(CHAT, json=chat("Where is Zanzibar?"))
+    assert answer in caplog.text
+
+
+def test_metrics_count(serve, engine):
+    engine.forget()
+    client = serve()
+    client.post(CHAT, json=chat())
+    client.post(CHAT, json=chat())
+    text = client.get("/metrics").text
+    assert metric(text, 'chunk_cache_hits_total{tier="memory"}') >= 3
+    assert metric(text, "time_to_first_token_seconds_count") == 2
+    assert metric(text, "generation_tokens_total") >= 2
+
+
+def test_models_are_listed_as_clients_expect(client):
+    [model] = client.get("/v1/models").json()["data"]
+    assert (model["id"], model["object"]) == ("tiny", "model")
+    assert client.get("/v1/models/tiny").json() == model
+    refused(client.get("/v1/models/other"), 404, "tiny")

@@ -1,0 +1,42 @@
+"""Requests made from the OpenAPI schema, bounded; `eval/server/hostile.py` is the long run."""
+
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from schemathesis import Case
+from schemathesis.generation import GenerationMode
+from server.support import chat
+
+
+def test_the_schema_describes_every_route(client):
+    paths = client.get("/openapi.json").json()["paths"]
+    assert {"/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/chunks"} <= set(paths)
+    body = paths["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]
+    assert body["schema"]["$ref"].endswith("ChatRequest")
+
+
+def test_no_generated_request_fails_the_server(client):
+    schema = schemathesis.openapi.from_dict(client.get("/openapi.json").json())
+    quick = settings(
+        max_examples=12,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        phases=[Phase.explicit, Phase.generate],
+    )
+    tried = []
+
+    def send(case: Case) -> None:
+        arguments = case.as_transport_kwargs(base_url="http://localhost")
+        arguments = {k: v for k, v in arguments.items() if k != "url"}
+        path = case.formatted_path
+        response = client.request(url=path, **arguments)
+        tried.append(response.status_code)
+        assert response.status_code < 500, (case, response.text)
+
+    for result in schema.get_all_operations():
+        operation = result.ok()
+        for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE):
+            quick(given(case=operation.as_strategy(generation_mode=mode))(send))()
+    assert len(tried) > 50
+    assert client.post("/v1/chat/completions", json=chat()).status_code == 200
