@@ -187,10 +187,9 @@ class LayerRule:
     window: int | None = None
 
     def first_alike(self, endings: tuple[int, ...]) -> LayerRule:
-        """The rule of the first layer with the same rows, so that all of them can share a mask.
+        """The rule of the first layer with the same rows (of these `Layout.endings`).
 
-        Args:
-            endings: `Layout.endings` of the rows.
+        All layers with that rule can share a mask.
         """
         return replace(self, layer=max((end for end in endings if end <= self.layer), default=0))
 

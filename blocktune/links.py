@@ -7,7 +7,6 @@ do not change. `add_link_tokens` makes them real tokens instead.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -57,37 +56,15 @@ class LinkTable(nn.Module):
         return F.embedding(slots, self.weight)
 
 
-@dataclass
-class LinkHandle:
-    """What `install_links` changed in a model; `remove` undoes it."""
-
-    model: nn.Module
-    table: LinkTable
-    link_base: int
-    hooks: tuple
-
-    def remove(self) -> None:
-        """Takes the hooks off and the table out of the model."""
-        for hook in self.hooks:
-            hook.remove()
-        delattr(self.model, LINKS_MODULE)
-
-
 def link_base(model: PreTrainedModel) -> int:
     """Virtual id of link slot 0: the size of the model's vocabulary."""
     return model.config.get_text_config().vocab_size
 
 
 def new_links(model: PreTrainedModel, num_links: int, seed: int = 0) -> LinkTable:
-    """Makes a table of rows near the mean embedding.
+    """Makes a float32 table on the model's device, not installed: rows near the mean embedding.
 
-    Args:
-        model: Base model or PEFT wrapper.
-        num_links: Slots.
-        seed: Seed of the noise that makes the slots differ.
-
-    Returns:
-        A float32 table on the model's device; not installed.
+    ``seed`` is that of the noise that makes the rows differ.
     """
     embedding = model.get_input_embeddings()
     mean, std = _moments(embedding, link_base(model))
@@ -96,16 +73,12 @@ def new_links(model: PreTrainedModel, num_links: int, seed: int = 0) -> LinkTabl
     return LinkTable.of(mean + NOISE * std * noise)
 
 
-def install_links(model: PreTrainedModel, table: LinkTable) -> LinkHandle:
+def install_links(model: PreTrainedModel, table: LinkTable) -> None:
     """Makes ``model`` look up ids ``vocab_size + slot`` in ``table``; nothing else changes.
 
     Install links after PEFT has wrapped the model, since PEFT replaces embeddings that it trains.
     The table becomes a submodule of the base model, so DDP, ZeRO and ``.to()`` handle it like any
     other weight.
-
-    Args:
-        model: Base model or PEFT wrapper.
-        table: Rows as wide as the embedding's.
 
     Raises:
         ValueError: If links are installed already, the width differs, or the model has a second
@@ -130,11 +103,8 @@ def install_links(model: PreTrainedModel, table: LinkTable) -> LinkHandle:
         rows = table(torch.where(is_link, ids - first, 0)).to(output.dtype)
         return torch.where(is_link.unsqueeze(-1), rows, output)
 
-    hooks = (
-        embedding.register_forward_pre_hook(hide),
-        embedding.register_forward_hook(look_up, prepend=True),
-    )
-    return LinkHandle(base, table, first, hooks)
+    embedding.register_forward_pre_hook(hide)
+    embedding.register_forward_hook(look_up, prepend=True)
 
 
 def installed_links(model: nn.Module) -> LinkTable | None:
@@ -232,7 +202,7 @@ def _moments(embedding: nn.Module, vocab_size: int) -> tuple[Tensor, float]:
 
 def _check_model(base: PreTrainedModel, table: LinkTable) -> None:
     if hasattr(base, LINKS_MODULE):
-        raise ValueError("this model has link tokens installed already; remove() them first")
+        raise ValueError("this model has link tokens installed already; load the base again")
     embedding = base.get_input_embeddings()
     width = whole_shape(embedding.weight)[1]
     if table.weight.shape[1] != width:

@@ -86,12 +86,8 @@ _reported: set[str] = set()
 def current_keys(record: Mapping[str, Any], known: Collection[str], where: str) -> dict[str, Any]:
     """Replaces keys of earlier versions by their current names; see `RENAMED`.
 
-    The first use of each old key in a process is logged in one line.
-
-    Args:
-        record: Decoded YAML or JSON.
-        known: Current names of the keys; a key among them is kept as it is.
-        where: Opens the line and every error.
+    A key among the ``known`` ones is kept as it is. The first use of each old key in a process is
+    logged in one line, which ``where`` opens.
 
     Raises:
         ValueError: If the record has an old key and its current name.
@@ -123,11 +119,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """Decodes YAML, or JSON, which is YAML.
-
-    Args:
-        text: To decode.
-        where: Opens every error: the file's name.
+    """Decodes YAML or JSON; ``where`` (the file's name) opens every error.
 
     Raises:
         ValueError: If it is not YAML or gives a key twice; names line and column.
@@ -144,12 +136,7 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def load_yaml(path: str | Path, what: str, hint: str) -> Any:
-    """Reads a YAML file.
-
-    Args:
-        path: The file.
-        what: What it should be, for the error: ``suite``.
-        hint: Where to look instead.
+    """Reads a YAML file; ``what`` it should be and a ``hint`` where to look are for the error.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -267,33 +254,21 @@ def _is(value: Any, types: Any) -> bool:
 
 
 def mapping(record: Any, where: str) -> Mapping:
-    """``record`` if it is a mapping.
-
-    Raises:
-        ValueError: If it is none.
-    """
+    """``record`` if it is a mapping; else raises ValueError."""
     if not isinstance(record, Mapping):
         raise ValueError(f"{where}: must be a mapping of keys to values, got {record!r:.60}")
     return record
 
 
 def entries(record: Any, where: str) -> list:
-    """``record`` if it is a list with something in it.
-
-    Raises:
-        ValueError: If it is none, or empty.
-    """
+    """``record`` if it is a list that is not empty; else raises ValueError."""
     if not isinstance(record, list) or not record:
         raise ValueError(f"{where}: must be a list with at least one entry, got {record!r:.60}")
     return record
 
 
 def refuse_doubles(what: str, names: list[str], fix: str) -> None:
-    """Refuses names that are given twice.
-
-    Raises:
-        ValueError: Naming the most frequent one, and the fix.
-    """
+    """Raises ValueError for the most frequent of names that are given twice, with the fix."""
     name, count = Counter(names).most_common(1)[0]
     if count > 1:
         raise ValueError(f"{what} '{name}' is given {count} times; {fix}")

@@ -29,7 +29,7 @@ ALLOWED = {
     "models": TOOLS | {"layout", "positions"},
     "layout": set(),
     "positions": {"lazy"},
-    "attention": {"layout"},
+    "attention": {"layout", "lazy"},
     "links": TOOLS | {"models", "layout", "positions"},
     "prompt": GROUND,
     "adapter": GROUND | {"prompt"},
@@ -101,7 +101,10 @@ def imported(tree: ast.AST, package: str) -> set[str]:
     return names
 
 
-LAZY = ("cache", "data", "methods", "methods.reshape", "methods.select", "positions", "prompt")
+LAZY = (
+    *("attention", "cache", "data", "engine", "positions", "prompt"),
+    *("methods", "methods.reshape", "methods.select"),
+)
 
 
 @functools.cache

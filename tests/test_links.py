@@ -9,7 +9,6 @@ from blocktune.links import (
     LinkTable,
     add_link_tokens,
     install_links,
-    installed_links,
     link_base,
     load_links,
     new_links,
@@ -82,18 +81,6 @@ def test_a_batch_without_links_gives_the_table_a_zero_gradient():
     install_links(model, table)
     model(torch.tensor([[3, 4]])).logits.sum().backward()
     assert torch.equal(table.weight.grad, torch.zeros(2, 32))
-
-
-def test_removed_links_leave_no_trace():
-    model = toy_model()
-    names = set(model.state_dict())
-    handle = install_links(model, LinkTable(2, 32))
-    assert installed_links(model) is handle.table
-    handle.remove()
-    assert set(model.state_dict()) == names
-    assert installed_links(model) is None
-    with pytest.raises(IndexError):
-        model(torch.tensor([[3, link_base(model)]]))
 
 
 def test_saved_links_are_the_loaded_ones(tmp_path):

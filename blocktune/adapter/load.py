@@ -149,13 +149,11 @@ def load_model(
         model = release.repository
     elif model is None:
         model, revision = _base_of(folder)
-    base, tokenizer = load_base(
-        model, dtype=dtype, device=device, revision=revision, quantize=quantize
-    )
-    if release is not None:
-        return Loaded(base, tokenizer, release.fit(base, tokenizer), None)
+    options = {"dtype": dtype, "device": device, "revision": revision, "quantize": quantize}
+    base, tokenizer = load_base(model, **options)
     if folder is None:
-        return Loaded(base, tokenizer, None, None)
+        info = None if release is None else release.fit(base, tokenizer)
+        return Loaded(base, tokenizer, info, None)
     quantised = getattr(base, "is_quantized", False)
     tuned, info = load_adapter(base, tokenizer, folder, merge=not quantised)
     return Loaded(tuned, tokenizer, info, folder)

@@ -156,11 +156,7 @@ RELEASES = {
 
 
 def find_release(adapter: str) -> Release | None:
-    """The release of that name, or None if ``adapter`` is not ``release:NAME``.
-
-    Raises:
-        ValueError: If there is no such release.
-    """
+    """The release, None if ``adapter`` is not ``release:NAME``; ValueError if there is none."""
     if not adapter.startswith(PREFIX):
         return None
     name = adapter.removeprefix(PREFIX)

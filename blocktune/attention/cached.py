@@ -112,10 +112,7 @@ class CachePlan:
 class Tail(NamedTuple):
     """Prompts whose computed rows are the last of their columns: causal, no mask needed.
 
-    Attributes:
-        prompts: Prompts of the batch.
-        rows: Computed rows, without the padding before them.
-        columns: Columns, without the padding after them.
+    ``rows`` are without the padding before them, ``columns`` without that after them.
     """
 
     prompts: slice

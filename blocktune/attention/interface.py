@@ -26,9 +26,9 @@ from transformers import (
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from blocktune.attention.dense import DensePlan
 from blocktune.attention.flex import FlexPlan
 from blocktune.attention.kernels import AttentionParams
+from blocktune.attention.masks import DensePlan
 from blocktune.attention.split import SplitPlan
 from blocktune.layout import LayerRule, Layout
 

@@ -1,4 +1,4 @@
-"""Rows attend over keys by the rule, a block of rows at a time, through masks that are kept."""
+"""Masks by the rule: of a block of rows at a time, kept for all layers, or dense, for reference."""
 
 from __future__ import annotations
 
@@ -10,8 +10,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from blocktune.attention.kernels import ROW_BLOCK, AttentionParams, masked_attention
-from blocktune.layout import LayerRule, Rows, visible
+from blocktune.attention.kernels import (
+    ROW_BLOCK,
+    AttentionParams,
+    check_rows,
+    masked_attention,
+    plain_attention,
+)
+from blocktune.layout import FIRST_LAYER, LayerRule, Layout, Rows, visible
 
 KEPT_CELLS = 1 << 24
 """Mask elements that a plan keeps for all its layers (64 MiB in float32). Beyond that, every layer
@@ -34,11 +40,8 @@ class MaskRoom:
 class MaskForm(NamedTuple):
     """The form of a mask that a kernel takes without a copy, which autograd would keep per layer.
 
-    Attributes:
-        dtype: Bool, or that of an additive mask.
-        copies: How often the rows are repeated, one copy below the other: query heads that are
-            folded into rows.
-        align: The distance between rows is a multiple of this many elements.
+    ``dtype`` is bool or, for an additive mask, that of the scores. Rows are repeated ``copies``
+    times, for query heads that are folded into rows, each at a multiple of ``align`` elements.
     """
 
     dtype: torch.dtype
@@ -61,11 +64,7 @@ def mask_form(query: Tensor, key: Tensor, params: AttentionParams) -> MaskForm:
 
 
 def formed(seen: Tensor, form: MaskForm) -> Tensor:
-    """Brings a bool mask ``(G, 1, R, N)``, True where visible, into a form.
-
-    Returns:
-        ``(G, 1, copies * R, N)``, in the form's dtype.
-    """
+    """Brings a bool mask ``(G, 1, R, N)``, True where visible, to ``(G, 1, copies * R, N)``."""
     if form == SEEN:
         return seen
     groups, _, rows, keys = seen.shape
@@ -86,11 +85,6 @@ class Span(NamedTuple):
         """Keys that each of the rows is scored against."""
         return self.keys.stop - self.keys.start
 
-    @property
-    def num_cells(self) -> int:
-        """Rows times keys."""
-        return (self.rows.stop - self.rows.start) * self.num_keys
-
 
 class Block(NamedTuple):
     """A span and its mask, ``(G, 1, rows, keys)`` bool, True where the row sees the key."""
@@ -110,11 +104,9 @@ class RowBand:
     and again in its backward.
 
     Attributes:
-        query: Facts of the query rows, ``(G, R)``.
-        key: Facts of the keys, ``(G, N)``.
+        query: Facts of the query rows, ``(G, R)``; ``query_exists`` is False for padding.
+        key: Facts of the keys, ``(G, N)``; ``key_exists`` is False for padding.
         superseded_until: `Layout.superseded_until` of the keys, ``(G, N)``.
-        query_exists: False for padding among the query rows, ``(G, R)``.
-        key_exists: False for padding among the keys, ``(G, N)``.
         row_block: Rows of a block; with fewer, less work is spent on keys after a row.
         room: Space for masks, shared by the bands of a plan.
     """
@@ -182,7 +174,8 @@ class RowBand:
         """The masks of all blocks, or None if there was no room when they were first needed."""
         if (rule, form) not in self._masks:
             spans = self.spans(rule.window)
-            cells = len(self.query.kind) * sum(span.num_cells for span in spans)
+            cells = sum((s.rows.stop - s.rows.start) * s.num_keys for s in spans)
+            cells *= len(self.query.kind)
             fits = self.room.take(cells * form.copies)
             made = [self._mask(span, rule, form) for span in spans] if fits else None
             self._masks[rule, form] = made
@@ -201,3 +194,34 @@ class RowBand:
         # an empty row, and their output is never read.
         mask[..., 0] |= ~mask.any(-1)
         return formed(mask[:, None], form)
+
+
+def dense_mask(layout: Layout, rule: LayerRule = FIRST_LAYER) -> Tensor:
+    """Visibility of every row for every row.
+
+    Args:
+        layout: Rows ``(B, S)``.
+        rule: Which layer it is and how far its window reaches.
+
+    Returns:
+        Bool ``(B, 1, S, S)``, True where the row (third axis) sees the key (last axis). Stock
+        models take it as a 4-D ``attention_mask`` with ``sdpa``; for ``eager`` it must be made
+        additive, since a bool mask is silently added there.
+    """
+    query = layout.rows().map(lambda field: field[:, None, :, None])
+    key = layout.rows().map(lambda field: field[:, None, None, :])
+    return visible(query, key, layout.superseded_until[:, None, None, :], rule)
+
+
+class DensePlan:
+    """The reference for tests and small inputs: attention by the dense mask, in float32."""
+
+    def __init__(self, layout: Layout):
+        """Keeps ``layout``; a mask is made for each layer and not kept."""
+        self.layout = layout
+
+    def attend(self, query, key, value, rule, params) -> Tensor:
+        """Implements `Plan.attend`."""
+        check_rows(self.layout.kind.shape, query, key)
+        out = plain_attention(query, key, value, dense_mask(self.layout, rule), params)
+        return out.transpose(1, 2)

@@ -138,14 +138,10 @@ class ChunkFolder:
         """
         removed = 0
         for entry in self._entries(self.path / WRITING):
-            if not entry.is_file(follow_symlinks=False):
-                continue
-            old = time.time() - entry.stat(follow_symlinks=False).st_mtime > _ABANDONED_S
-            if _UNFINISHED.fullmatch(entry.name):
-                removed += _remove_unlocked(entry.path, old)
-            elif old and _UNFINISHED_BEFORE.fullmatch(entry.name):
-                os.unlink(entry.path)
-                removed += 1
+            with suppress(OSError, ValueError):  # another process was faster, or it is another user's
+                if entry.is_file(follow_symlinks=False):
+                    age = time.time() - entry.stat(follow_symlinks=False).st_mtime
+                    removed += _remove_unfinished(Path(entry.path), age > _ABANDONED_S)
         return removed
 
     def open(self, key: str) -> int:
@@ -372,15 +368,17 @@ def _lock(descriptor: int, how: int) -> bool | None:
     return True
 
 
-def _remove_unlocked(path: str, old: bool) -> bool:
-    try:
-        descriptor = _plain(Path(path), os.O_RDWR | os.O_NONBLOCK)
-    except (FileNotFoundError, ValueError):
+def _remove_unfinished(path: Path, old: bool) -> bool:
+    if _UNFINISHED_BEFORE.fullmatch(path.name) and old:
+        path.unlink()
+        return True
+    if not _UNFINISHED.fullmatch(path.name):
         return False
+    descriptor = _plain(path, os.O_RDWR | os.O_NONBLOCK)
     try:
         free = _lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if free or (free is None and old):
-            Path(path).unlink(missing_ok=True)
+            path.unlink()
             return True
         return False
     finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -102,7 +102,7 @@ def profile_layers(
         progress=lambda ranges: iter(track(ranges, "profiling", console=console)),
     )
     if as_json:
-        typer.echo(json.dumps([one.to_dict() for one in found], indent=2))
+        typer.echo(json.dumps([asdict(one) for one in found], indent=2))
         return
     rows = [
         (

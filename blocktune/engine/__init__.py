@@ -1,21 +1,15 @@
 """Serving: encode, assemble, prefill, decode, and say what it cost."""
 
-from blocktune.adapter.load import Loaded, load_model
-from blocktune.engine.context_cache import CachedContext
-from blocktune.engine.engine import EncodeReport, Engine
-from blocktune.engine.generation import Answer, Sampling
-from blocktune.engine.prompts import Request
-from blocktune.engine.usage import Ttft, Usage
+from blocktune.lazy import exports
 
-__all__ = [
-    "Answer",
-    "CachedContext",
-    "EncodeReport",
-    "Engine",
-    "Loaded",
-    "Request",
-    "Sampling",
-    "Ttft",
-    "Usage",
-    "load_model",
-]
+__getattr__, __dir__, __all__ = exports(
+    __name__,
+    {
+        "blocktune.adapter.load": "Loaded load_model",
+        "blocktune.engine.context_cache": "CachedContext",
+        "blocktune.engine.engine": "EncodeReport Engine",
+        "blocktune.engine.generation": "Answer Sampling",
+        "blocktune.engine.prompts": "Request",
+        "blocktune.engine.usage": "Ttft Usage",
+    },
+)

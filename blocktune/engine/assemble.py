@@ -27,8 +27,7 @@ class Assembled:
     Attributes:
         cached: Rows that need no computing, ``(B, S)`` bool.
         bytes_read: Bytes put into the cache, per prompt.
-        hits: Chunks found, per prompt.
-        misses: Chunks encoded first, per prompt.
+        hits: Chunks found, per prompt; ``misses`` were encoded first.
         states: What each column's token carried into the layers asked for, ``(B, N, hidden)``, by
             layer; zeros where nothing is stored.
     """

@@ -20,11 +20,7 @@ class ProbeDone(Exception):
 
 
 class Probe:
-    """Computes the scores of some rows a second time, and counts that.
-
-    Attributes:
-        multiply_adds: Of the scores, per prompt, ``(B,)``.
-    """
+    """Computes the scores of some rows a second time, and counts ``multiply_adds`` ``(B,)``."""
 
     def __init__(self, batch_size: int):
         self.multiply_adds = torch.zeros(batch_size, dtype=torch.int64)

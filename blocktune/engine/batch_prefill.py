@@ -38,13 +38,7 @@ def prefill_batch(
 
 
 class BatchPrefill:
-    """What a batch's prefill is made of; `run` assembles, chooses and computes, in this order.
-
-    Attributes:
-        uses_no_cache: Whether nothing comes from chunk caches.
-        is_exact: Whether the computed states are those of a full prefill, so that they may be kept
-            as exact.
-    """
+    """A batch's prefill: `run` assembles, chooses and computes, in this order."""
 
     def __init__(
         self,
@@ -65,6 +59,7 @@ class BatchPrefill:
         self.columns = column_rows(self.batch.layout)
         reshape = method.reshape()
         self.uses_no_cache = method.cached is not Cached.CHUNKS
+        # The states are those of a full prefill, so that they may be kept as exact prefixes.
         self.is_exact = self.uses_no_cache and reshape is None
         self.reshaping = None if reshape is None else ReshapedAttention(reshape, self.columns)
         shape = self.columns.kind.shape

@@ -67,11 +67,8 @@ def _size(piece: Piece) -> int:
 class Found(NamedTuple):
     """Encoded pieces and what finding them took.
 
-    Attributes:
-        kvs: By piece.
-        hits: Pieces that were in the store.
-        misses: Pieces that had to be encoded.
-        states: What each piece carried into the layers that were asked for, by piece and layer.
+    ``hits`` were in the store, ``misses`` had to be encoded. ``states`` are what each piece carried
+    into the layers that were asked for.
     """
 
     kvs: dict[Piece, ChunkKV]
@@ -98,14 +95,10 @@ class Encoder:
         layers: Sequence[int] = (),
         loader: ChunkLoader | None = None,
     ) -> Found:
-        """Looks every piece up and encodes what is missing, each piece once.
+        """Looks every piece up (by the ``loader``, if given) and encodes what is missing, once.
 
-        Args:
-            pieces: What is wanted; repeats are welcome.
-            watch: Gets ``lookup_s``, ``load_s`` and ``encode_s``.
-            layers: Layers (0-based) whose input states are wanted too; a piece that was
-                encoded without them is encoded again.
-            loader: Looks chunks up instead of the store.
+        The input states of ``layers`` (0-based) are wanted too: a piece that was encoded without
+        them is encoded again. ``watch`` gets ``lookup_s``, ``load_s`` and ``encode_s``.
         """
         kvs: dict[Piece, ChunkKV] = {}
         states: dict[tuple[Piece, int], ChunkStates] = {}
@@ -179,14 +172,10 @@ class Encoder:
 
 
 class InputRecorder:
-    """A plan that attends by another one, and keeps what entered some layers.
-
-    Attributes:
-        inputs: Hidden states ``(B, S, hidden)``, by layer.
-    """
+    """A plan that attends by another one, and keeps what entered some layers."""
 
     def __init__(self, plan: Plan, layers: Container[int]):
-        """Keeps what enters ``layers``."""
+        """Keeps the hidden states ``(B, S, hidden)`` that enter ``layers``."""
         self.plan, self.layers = plan, layers
         self.inputs: dict[int, Tensor] = {}
 

@@ -365,7 +365,7 @@ class Engine:
         return self.prompts.prompt(pieces, spec, max_new_tokens, contexts)
 
     def _read(
-        self, examples: Sequence[Request], method: Method, max_new_tokens: int
+        self, examples: Sequence[Request], method: Method, max_new_tokens: int = 1
     ) -> tuple[list[Pieces], list[Prompt]]:
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")

@@ -104,15 +104,11 @@ class Generation:
     """A batch after its prefill, up to its answers.
 
     Attributes:
-        state: The engine's.
-        batch: The prompts.
-        columns: Facts of the cache's columns, ``(B, N)``.
+        columns: Facts of the columns of ``cache``, ``(B, N)``.
         last: Facts of each prompt's last row, ``(B, 1)``.
-        cache: Keys and values of all columns.
         assembled: What came from caches.
         prefill: Logits, and what was executed for them.
         executed: All passes, for counting operations.
-        watch: Times.
         remember: Keeps what later prompts can use; called once, after the first token.
         reshaping: How rows see reused keys, or None.
         loading: What the method's loader reports, or None.

@@ -243,7 +243,7 @@ class Enter:
     index: int
 
     def __call__(self, layer: nn.Module, args: tuple, kwargs: dict) -> Any:
-        """A forward pre-hook."""
+        """Serves as a forward pre-hook."""
         enter = getattr(kwargs.get("plan"), "enter", None)
         return None if enter is None else enter(self.index, layer, args, kwargs)
 

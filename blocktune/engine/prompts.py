@@ -12,20 +12,9 @@ from blocktune.data.example import RagExample
 from blocktune.engine.encode import Piece
 from blocktune.layout import Kind
 from blocktune.methods import Method
-from blocktune.prompt import (
-    Chunk,
-    LayoutSpec,
-    Pieces,
-    Prompt,
-    PromptFormat,
-    chunk_ids,
-    encode,
-    lay_out,
-    make_pieces,
-    prefix_ids,
-    sink_ids,
-    wrapped,
-)
+from blocktune.prompt import Chunk, LayoutSpec, Pieces, Prompt, PromptFormat, encode
+from blocktune.prompt.pieces import chunk_ids, make_pieces, prefix_ids
+from blocktune.prompt.rows import lay_out, sink_ids, wrapped
 
 
 class Request(Protocol):
@@ -142,9 +131,7 @@ class PromptMaker:
             )
 
     def _blank_id(self, spec: LayoutSpec) -> int | None:
-        if not spec.num_blanks:
-            return None
-        return encode(self.tokenizer, " ")[0]
+        return encode(self.tokenizer, " ")[0] if spec.num_blanks else None
 
     def _bos_id(self, spec: LayoutSpec) -> int | None:
         if spec.bos != "none" and self.tokenizer.bos_token_id is None:

@@ -103,12 +103,9 @@ PER_ROW = ("position_embeddings", "position_ids")
 
 
 class RowSubset:
-    """Some of the candidate rows.
+    """Some of the candidate ``rows``, all ``(B, R)``.
 
-    Attributes:
-        rows: Their facts, ids and columns, ``(B, R)``.
-        exists: Which are not padding, ``(B, R)`` bool.
-        index: Of each in the candidates, ``(B, R)``.
+    ``exists`` is False for padding; ``index`` is that of each row in the candidates.
     """
 
     def __init__(self, candidates: Computed, chosen: Tensor | None = None):

@@ -28,15 +28,10 @@ class ScoringPasses:
     """Passes over one batch.
 
     Attributes:
-        model: The served one.
-        auxiliaries: Others.
-        batch: The prompts.
-        pieces: Their tokens.
+        auxiliaries: Models besides the served one.
         columns: Facts of the cache's columns, ``(B, N)``.
         cache: Assembled; the passes leave what chunks put there as it is.
         cached: Rows whose states are in the cache, ``(B, S)`` bool.
-        store: Holds the chunks.
-        fingerprint: Of the model.
         executed: What the passes computed, in order.
     """
 

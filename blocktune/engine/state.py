@@ -35,21 +35,13 @@ class Auxiliaries:
         self._lock = threading.Lock()
 
     def add(self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Adds a loaded model, and switches its attention to blocktune's.
-
-        Raises:
-            ValueError: If its tokenizer is not the served model's.
-        """
+        """Adds a loaded model with the same tokenizer; its attention becomes blocktune's."""
         require_same_tokenizer(name, self.tokenizer, tokenizer)
         attach(model)
         self._models[name] = model.eval()
 
     def get(self, name: str) -> PreTrainedModel:
-        """The model of a name; one that was never added is loaded from a folder or the Hub.
-
-        Raises:
-            ValueError: If there is none, or its tokenizer is not the served model's.
-        """
+        """The model of a name; one that was never added is loaded from a folder or the Hub."""
         with self._lock:
             if name not in self._models:
                 if not self.may_load:
@@ -62,11 +54,7 @@ class Auxiliaries:
 def require_same_tokenizer(
     name: str, served: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase
 ) -> None:
-    """Requires that an auxiliary model reads the served model's token ids as the same text.
-
-    Raises:
-        ValueError: Naming a token that differs.
-    """
+    """Raises ValueError if an auxiliary model reads the served model's token ids as other text."""
     own, theirs = served.get_vocab(), other.get_vocab()
     wrong = sorted((i, token) for token, i in own.items() if theirs.get(token) != i)
     if wrong:
@@ -82,14 +70,8 @@ def require_same_tokenizer(
 class EngineState:
     """The model, its tokenizer and its caches.
 
-    Attributes:
-        model: Attached to blocktune's attention.
-        tokenizer: The model's.
-        encoder: Encodes chunks and finds encoded ones; it has the store.
-        prefix_tree: Exact prefixes of earlier prompts.
-        rope: How keys are moved to other positions.
-        pad_id: Token of padding rows.
-        auxiliaries: Other models.
+    ``encoder`` has the store of chunks, ``prefix_tree`` the exact prefixes of earlier prompts;
+    ``rope`` says how keys are moved; ``pad_id`` is the token of padding rows.
     """
 
     model: PreTrainedModel

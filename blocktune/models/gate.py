@@ -22,19 +22,14 @@ FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
 def require_supported(model: PreTrainedModel) -> RopeSpec:
-    """Refuses a model whose cached chunks could not be moved, so that none is silently wrong.
+    """Refuses a model whose cached chunks could not be moved; returns the frequencies to move by.
 
     Reads the frequencies that the model itself rotates with, and compares in every layer the keys
     of one random state at two positions with the moved ones (two tokens through each key
     projection). A model that rotates otherwise (adjacent pairs as Cohere and GLM, latent keys) is
     found by this, whatever its configuration says. Two layers of random weights, made from the
-    configuration, give the same answer as the whole model.
-
-    Args:
-        model: Base model or PEFT wrapper, on any device, quantised or split over processes.
-
-    Returns:
-        The frequencies to move its keys by.
+    configuration, give the same answer as the whole model, which may be a PEFT model, quantised or
+    split over processes.
 
     Raises:
         ValueError: In one line, the property that stands in the way: no rotary embedding,

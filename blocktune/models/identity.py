@@ -18,18 +18,9 @@ SAMPLES = 64
 QUANTISED = "quantised"
 """Stands for the linear weights of a quantised base, which cannot be compared with plain ones."""
 _ARCHITECTURE = (
-    "model_type",
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "intermediate_size",
-    "tie_word_embeddings",
-    "rms_norm_eps",
-    "sliding_window",
-    "rope_parameters",
+    *("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "intermediate_size", "tie_word_embeddings"),
+    *("rms_norm_eps", "sliding_window", "rope_parameters"),
 )
 _TRAINED = ("lora_", "trainable_tokens", "blocktune_links", "modules_to_save.")
 
@@ -72,14 +63,7 @@ def same_base(one: str, other: str) -> bool:
 
 
 def adapter_fingerprint(folder: str | Path) -> str:
-    """Digest of an adapter's weights, whatever its folder and the name of its base.
-
-    Args:
-        folder: With ``*.safetensors``, each read whole.
-
-    Returns:
-        16 hex digits.
-    """
+    """16 hex digits of all ``*.safetensors`` in an adapter's folder, whatever its name and base."""
     digest = hashlib.sha256()
     for path in sorted(Path(folder).glob("*.safetensors")):
         with path.open("rb") as file:

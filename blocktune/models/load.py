@@ -121,11 +121,7 @@ def check_dtype(name: str) -> None:
 
 
 def pinned(name: str | Path, revision: str | None = None) -> tuple[str, str | None]:
-    """Splits ``USER/NAME@REVISION``; a local folder is left as it is.
-
-    Args:
-        name: Folder, or a repository's name, with or without ``@REVISION``.
-        revision: Of the repository, if given separately.
+    """Splits ``USER/NAME@REVISION``, or takes a separate revision; a local folder has none.
 
     Raises:
         ValueError: If two revisions are given, or an empty one.

@@ -15,11 +15,9 @@ QUANTIZATIONS = ("nf4", "nf4-double", "fp4", "fp4-double", "int8")
 
 
 def quantization_config(name: str, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """How transformers quantises a base while it loads it.
+    """How transformers quantises a base (one of `QUANTIZATIONS`) while it loads it.
 
-    Args:
-        name: One of `QUANTIZATIONS`.
-        dtype: Dtype of computation with 4-bit weights; 8-bit weights are multiplied as integers.
+    4-bit weights are computed with in ``dtype``; 8-bit weights are multiplied as integers.
 
     Raises:
         ValueError: If the name is unknown, or bitsandbytes is not installed.

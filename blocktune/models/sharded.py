@@ -14,12 +14,7 @@ from torch import Tensor
 
 @contextmanager
 def gathered(*weights: Tensor, write: bool = False) -> Iterator[None]:
-    """Inside the block, split parameters are whole; others are left as they are.
-
-    Args:
-        weights: Parameters, split or not.
-        write: Keep what process 0 writes in the block.
-    """
+    """Inside the block, split parameters are whole; ``write`` keeps what process 0 writes there."""
     split = [weight for weight in weights if is_split(weight)]
     if not split:
         yield
@@ -31,11 +26,9 @@ def gathered(*weights: Tensor, write: bool = False) -> Iterator[None]:
 
 
 def fill(weight: Tensor, values: Tensor) -> None:
-    """Writes whole values into a parameter, which ZeRO-3 or FSDP2 may have split.
+    """Writes values of the whole shape, the same in every process, into a parameter.
 
-    Args:
-        weight: The parameter.
-        values: The same in every process, of the whole parameter's shape.
+    ZeRO-3 or FSDP2 may have split the parameter.
     """
     if hasattr(weight, "device_mesh"):  # FSDP2's
         from torch.distributed.tensor import distribute_tensor

@@ -7,15 +7,9 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from blocktune.prompt import special_tokens as special
 from blocktune.prompt.format import Chunk, PromptFormat
-from blocktune.prompt.special_tokens import (
-    Ids,
-    UserText,
-    check_bos,
-    encode,
-    special_tokens,
-    with_bos,
-)
+from blocktune.prompt.special_tokens import Ids, UserText, encode
 from blocktune.prompt.template import render_conversation, render_frame, render_next, reply_end
 
 
@@ -76,7 +70,7 @@ def make_pieces(
     head = f"{opening}\n\n" if opening else ""
     texts = UserText(tokenizer)
     frame = render_frame(tokenizer, fmt.system, head, fmt.render_question(texts.safe(question)))
-    prefix = with_bos(tokenizer, encode(tokenizer, frame.before))
+    prefix = special.with_bos(tokenizer, encode(tokenizer, frame.before))
     bodies = tuple(chunk_ids(tokenizer, fmt, chunk) for chunk in chunks)
     query = texts.encode(frame.after)
     answer = () if response is None else answer_ids(tokenizer, response)
@@ -84,7 +78,7 @@ def make_pieces(
         (next_query_ids(tokenizer, fmt, more), answer_ids(tokenizer, reply))
         for more, reply in followups
     )
-    check_bos(tokenizer, prefix, *bodies, query, *(ids for ids, _ in turns))
+    special.check_bos(tokenizer, prefix, *bodies, query, *(ids for ids, _ in turns))
     return Pieces(prefix, bodies, query, answer, turns)
 
 
@@ -150,8 +144,8 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> Ids:
         ValueError: If there is neither.
     """
     ids = encode(tokenizer, reply_end(tokenizer))
-    special = {*special_tokens(tokenizer).values(), tokenizer.eos_token_id}
-    ends = [index for index, token in enumerate(ids) if token in special]
+    known = {*special.special_tokens(tokenizer).values(), tokenizer.eos_token_id}
+    ends = [index for index, token in enumerate(ids) if token in known]
     if ends:
         return ids[: ends[0] + 1]
     if tokenizer.eos_token_id is None:
@@ -168,17 +162,10 @@ def conversation_pieces(
     messages: Sequence[tuple[str, str]],
     response: str,
 ) -> Pieces:
-    """Tokenises a conversation and the response to its last message.
+    """Tokenises messages (role, text) and the response: all but the response is the prefix.
 
-    Args:
-        tokenizer: Of the model; it needs a chat template.
-        fmt: Its ``full_tag`` opens the first message of the user; its ``system`` is the system turn
-            if the conversation has none. Instruction and ``question`` are not used.
-        messages: (role, text), as in `blocktune.data.RagExample`.
-        response: What the model is trained to write.
-
-    Returns:
-        Everything before the response as the prefix, no chunks and no query.
+    The format's ``full_tag`` opens the first message of the user; its ``system`` is the system turn
+    if there is none. Instruction and ``question`` are not used.
 
     Raises:
         ValueError: If there is no template, or it does not render these messages.
@@ -191,6 +178,6 @@ def conversation_pieces(
     if fmt.full_tag:
         turns[0] = (turns[0][0], f"{fmt.full_tag} {turns[0][1]}")
     rendered = render_conversation(tokenizer, system and texts.safe(system), turns)
-    prefix = with_bos(tokenizer, texts.encode(rendered))
-    check_bos(tokenizer, prefix)
+    prefix = special.with_bos(tokenizer, texts.encode(rendered))
+    special.check_bos(tokenizer, prefix)
     return Pieces(prefix, (), (), answer_ids(tokenizer, response))

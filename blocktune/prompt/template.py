@@ -38,14 +38,8 @@ def render_frame(
 ) -> Frame:
     """Renders one user turn ``head + chunks + tail`` and opens the assistant's turn.
 
-    If the template refuses or drops the system turn (Gemma), its text opens the user turn. Without
-    a chat template the frame is plain text.
-
-    Args:
-        tokenizer: Its chat template is used.
-        system: Text of the system turn, or None for the template's own default.
-        head: User text before the chunks.
-        tail: User text after the chunks.
+    If the template refuses or drops the system turn (Gemma), its text opens the user turn; None
+    leaves the template's default. Without a chat template the frame is plain text.
 
     Raises:
         ValueError: If the template does not render the user's text exactly once.
@@ -99,12 +93,7 @@ def render_next(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
 def render_conversation(
     tokenizer: PreTrainedTokenizerBase, system: str | None, turns: Sequence[tuple[str, str]]
 ) -> str:
-    """Renders turns of user and assistant, and opens the assistant's next.
-
-    Args:
-        tokenizer: Its chat template is used.
-        system: Text of the system turn, or None for the template's own default.
-        turns: (role, text), the user's first and last.
+    """Renders turns (role, text), the user's first and last, and opens the assistant's next.
 
     Raises:
         ValueError: If there is no template, or it leaves out some text.

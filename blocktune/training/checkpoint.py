@@ -190,9 +190,6 @@ class StagedSaving(Trainer):
 
     A checkpoint is renamed when every rank has written its part, so that a kill leaves the older
     checkpoints and no half of a new one.
-
-    Attributes:
-        files: Writes and restores adapters.
     """
 
     files: AdapterFiles

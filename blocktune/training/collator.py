@@ -1,18 +1,20 @@
-"""From rows of a dataset to the tensors of one step, varied from epoch to epoch."""
+"""From rows of a dataset to the tensors of one step; their order and layout vary by epoch."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from blocktune.data.example import RagExample
 from blocktune.layout import FOREVER, GLOBAL, NO_CHUNK, Kind, Layout
@@ -223,3 +225,37 @@ class BlockDataCollator:
         batch = stack(joined, self.pad_id)
         layout = batch.layout.pack()
         return {"input_ids": batch.input_ids, "labels": batch.labels, "layout": layout}
+
+
+class EpochOrder(Sampler[int]):
+    """Rows of an epoch in an order that only seed and epoch decide.
+
+    Transformers draws groups of similar length from the global stream, which a resume finds in
+    another state and dropout may move apart between ranks: rows would come twice or never.
+
+    Args:
+        lengths: Of the rows, in tokens.
+        num_blank: Rows at the end that teach nothing; only the last batch of an epoch has them.
+        group: Rows of one optimizer step, over accumulation and ranks, to be of similar length;
+            None mixes all.
+        seed: Of the order; so is ``epoch``, which is to be set before an epoch begins.
+    """
+
+    def __init__(self, lengths: Sequence[int], num_blank: int, group: int | None, seed: int):
+        self.lengths, self.num_blank = list(lengths), num_blank
+        self.group, self.seed = group, seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        count = len(self.lengths) - self.num_blank
+        stream = torch.Generator()
+        stream.manual_seed(draw_of(self.seed, self.epoch).getrandbits(63))
+        if self.group is None:
+            order = torch.randperm(count, generator=stream).tolist()
+        else:
+            lengths = self.lengths[:count]
+            order = get_length_grouped_indices(lengths, self.group, generator=stream)
+        return iter([*order, *range(count, len(self.lengths))])

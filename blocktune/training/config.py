@@ -228,12 +228,7 @@ class BlockSFTConfig(LayoutOptions, ObjectiveOptions, BatchOptions, SFTConfig):
 
 @dataclass
 class DataArgs:
-    """Where examples come from and how they are worded.
-
-    Raises:
-        ValueError: If no examples are named, two ways to name them are mixed, or the wording
-            lacks a placeholder.
-    """
+    """Where examples come from and how they are worded."""
 
     train_data: str = option("", "Source of examples, see `load_examples`: file, hf:, worlds:")
     train_limit: int | None = option(None, "Use the first examples only, at most this many")

@@ -136,14 +136,10 @@ def in_modes(
     both: bool = False,
     seed: int = 0,
 ) -> list[Sample]:
-    """Decides which examples are trained in block layout.
+    """Decides which examples are trained in block layout, and keeps their order.
 
-    Args:
-        examples: In any order; it is kept.
-        block_share: Exactly this share, rounded, is in block layout, the rest in full attention
-            (KVLink: 0.4).
-        both: Every example in both modes instead (Block-Attention).
-        seed: Chooses which.
+    Exactly ``block_share`` of them, rounded and chosen by ``seed``, are in block layout, the rest
+    in full attention (KVLink: 0.4). With ``both`` every one is in both modes (Block-Attention).
     """
     samples = [e if isinstance(e, Sample) else Sample(e, True) for e in examples]
     if both:

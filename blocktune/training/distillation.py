@@ -75,9 +75,8 @@ class Distillation:
 class TeacherProbs(NamedTuple):
     """The teacher's next-token distributions on the answer rows.
 
-    Attributes:
-        tokens: Vocabulary indices, ``(T, k)``, or None where the whole vocabulary is kept.
-        log_probs: ``(T, k)`` or ``(T, V)`` float32.
+    ``log_probs`` are ``(T, k)`` float32, of the vocabulary indices ``tokens``, or ``(T, V)`` of all
+    (then ``tokens`` is None).
     """
 
     tokens: Tensor | None
@@ -97,12 +96,8 @@ def divergence(student: Tensor, teacher: TeacherProbs, temperature: float) -> Te
     """Forward Kullback-Leibler divergence KL(teacher || student), summed over rows, in nats.
 
     With a top-k teacher all other tokens are one event, so that the divergence is never negative
-    and never above the whole one.
-
-    Args:
-        student: Logits ``(T, V)``.
-        teacher: See `teacher_probs`.
-        temperature: The student's; the result is scaled by its square (Hinton et al., 2015).
+    and never above the whole one. ``student`` are logits ``(T, V)``; the result is scaled by the
+    square of the ``temperature`` (Hinton et al., 2015).
     """
     log_q = torch.log_softmax(student.float() / temperature, dim=-1)
     if teacher.tokens is not None:
@@ -217,11 +212,7 @@ def _shape(config: PretrainedConfig, states: str) -> dict[str, Any]:
 
 
 class Recorder:
-    """A plan that keeps the keys and values of some rows of every layer.
-
-    Attributes:
-        states: By layer, keys and values ``(rows, K, D)``.
-    """
+    """A plan that keeps the keys and values ``(rows, K, D)`` of some rows of every layer."""
 
     def __init__(self, plan: Plan, rows: Tensor):
         """Records ``rows`` ``(B, S)`` bool of what ``plan`` attends over."""

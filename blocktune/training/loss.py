@@ -30,10 +30,8 @@ from blocktune.training.distillation import (
 class AnswerLoss(NamedTuple):
     """Sums over the answer tokens of one batch.
 
-    Attributes:
-        total: Sum of the negative log-likelihoods in nats, float32, differentiable.
-        num_tokens: Answer tokens.
-        num_correct: Answer tokens that were the most likely ones.
+    ``total`` is that of the negative log-likelihoods in nats, float32, differentiable;
+    ``num_correct`` counts the tokens that were the most likely ones.
     """
 
     total: Tensor

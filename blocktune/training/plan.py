@@ -88,12 +88,8 @@ def peak_bytes(
 ) -> float:
     """Expected peak of one process without sharding: weights, gradients, Adam, states, masks.
 
-    Args:
-        size: Of the model.
-        rows: Rows of the largest batch, padding included.
-        answer_rows: Rows of it that get logits.
-        checkpointing: Whether only each layer's input is kept, and one layer in full.
-        mask_cells: Elements of attention masks that are kept.
+    ``rows`` are those of the largest batch, padding included; ``answer_rows`` of them get logits.
+    With ``checkpointing`` only each layer's input is kept, and one layer in full.
     """
     config, layers = size.config, size.config.num_hidden_layers
     ffn = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
@@ -145,12 +141,7 @@ class Speedometer:
         self._last = time.perf_counter(), tokens, step
 
     def read(self, tokens: float, step: int, last_step: int) -> dict[str, float]:
-        """Rates since the last reading.
-
-        Args:
-            tokens: Rows trained on so far that are no padding, over all processes.
-            step: Optimizer steps so far.
-            last_step: Of the run.
+        """Rates since the last reading, from the tokens so far (over all processes, no padding).
 
         Returns:
             ``tokens_per_second``, ``mfu`` (share of the machine's matmul rate that went into

@@ -164,13 +164,9 @@ def narrowed(
 ) -> Layout:
     """Lets the chosen fresh rows live in all layers; the others end at ``layer``.
 
-    Args:
-        layout: Rows ``(B, S)`` in which every eligible token has a fresh row until ``layer``.
-        states: Of all rows at ``layer``, ``(B, K, S, D)``.
-        layer: Where the choice is made.
-        num_layers: Layers of the model.
-        sampler: Whose selector chooses.
-        shares: Of each packed prompt, ``(B, prompts)``; negative where there is nothing to choose.
+    In the layout ``(B, S)`` every eligible token has a fresh row until ``layer``. The selector of
+    ``sampler`` chooses by the ``states`` of all rows there. ``shares`` ``(B, prompts)`` has one for
+    each packed prompt, negative where there is nothing to choose.
     """
     until = layout.until.clone()
     for row, sample in (shares >= 0).nonzero().tolist():

@@ -137,11 +137,7 @@ def build(
     choice: ModelConfig,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> BlockSFTTrainer:
-    """Loads base and data and makes the trainer.
-
-    Raises:
-        ValueError: As `refuse_missing_trackers`, `load_base`, `BlockSFTTrainer` and the loaders do.
-    """
+    """Loads base and data and makes the trainer."""
     launch_checks.refuse_missing_trackers(args.report_to)
     launch_checks.refuse_frozen_quantised(args, choice)
     model, tokenizer = load_base(choice)

@@ -27,10 +27,9 @@ from blocktune.data.example import RagExample
 from blocktune.layout import Layout
 from blocktune.models.gate import require_supported
 from blocktune.models.load import load_base
-from blocktune.positions import RopeSpec
 from blocktune.provenance import provenance
 from blocktune.training.checkpoint import AdapterFiles, StagedSaving, adapter_info, settings
-from blocktune.training.collator import Augmentation, BlockDataCollator
+from blocktune.training.collator import Augmentation, BlockDataCollator, EpochOrder
 from blocktune.training.config import BlockSFTConfig
 from blocktune.training.dataset import COLUMNS, Prepared, Sample, in_modes, prepare, to_sample
 from blocktune.training.distillation import evaluating, find_teacher
@@ -39,7 +38,6 @@ from blocktune.training.lora import make_trainable, precision_kept
 from blocktune.training.loss import Objective, StepLoss, Sums
 from blocktune.training.plan import Speedometer, describe_objective, matmul_rate, row_flops, size_of
 from blocktune.training.recompute import narrowed, states_at
-from blocktune.training.sampler import EpochOrder
 
 Rows = Dataset | Iterable[Mapping[str, Any] | RagExample | Sample]
 
@@ -100,7 +98,9 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
             model, loaded = load_base(model, dtype="float32", place=False, what="base model")
             processing_class = processing_class or loaded
         tokenizer = processing_class or AutoTokenizer.from_pretrained(model.config._name_or_path)
-        collator = data_collator or BlockDataCollator(tokenizer, args.layout)
+        collator = data_collator
+        if collator is None:
+            collator = BlockDataCollator(tokenizer, args.layout)
         if not isinstance(collator, BlockDataCollator):
             name = type(collator).__name__
             raise ValueError(f"data_collator must be a BlockDataCollator, got {name}")
@@ -135,7 +135,9 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
             has_teacher=args.distillation.is_on,
             seed=args.seed,
         )
-        self.objective = self._objective(model, rope)
+        how, frozen = args.distillation, args.freeze_base or hasattr(model, "peft_config")
+        teacher = find_teacher(args.distill_teacher, how, model, tokenizer, frozen)
+        self.objective = Objective(args.attention_execution, how, teacher, rope)
         self.order: EpochOrder | None = None
         self._sums = {"train": Sums(), "eval": Sums()}
         with precision_kept(model):
@@ -191,31 +193,13 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
             return rows
         return self._prepare(rows, self.args.eval_batch_size).dataset
 
-    def _objective(self, model: PreTrainedModel, rope: RopeSpec) -> Objective:
-        args, how = self.args, self.args.distillation
-        frozen = args.freeze_base or hasattr(model, "peft_config")
-        teacher = find_teacher(args.distill_teacher, how, model, self.processing_class, frozen)
-        matches_keys = how.matches_states and how.states == "kv"
-        return Objective(args.attention_execution, how, teacher, rope if matches_keys else None)
-
-    def evaluate(
-        self,
-        eval_dataset: Any = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As the Trainer's; ``eval_dataset`` may be rows as the constructor takes them."""
         if not isinstance(eval_dataset, str):
             eval_dataset = self._prepare_evaluation(eval_dataset)
-        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        return super().evaluate(eval_dataset, *args, **kwargs)
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor | tuple[Tensor, Any]:
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> Any:
         """The loss under each prompt's layout; with outputs, also the logits of all rows."""
         bare = self.accelerator.unwrap_model(model)
         inputs = self._narrowed(bare, inputs)
@@ -240,9 +224,8 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
         execution = self.args.attention_execution
         with evaluating(model):
             states = states_at(model, inputs["input_ids"], layout, layer, execution, stop)
-        layout = narrowed(
-            layout, states, layer, self.size.layers, self.collator.sampler, inputs["shares"]
-        )
+        layers, shares = self.size.config.num_hidden_layers, inputs["shares"]
+        layout = narrowed(layout, states, layer, layers, self.collator.sampler, shares)
         return {**inputs, "layout": layout.pack()}
 
     def _count(self, result: StepLoss, layout: Layout) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from blocktune.attention.dense import dense_mask
+from blocktune.attention import dense_mask
 from blocktune.data.example import RagExample
 from blocktune.data.worlds.questions import MARKER
 from blocktune.prompt import LayoutSpec, Prompt, PromptFormat, lay_out, make_pieces, stack

@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from blocktune.adapter import RELEASES, find_release
-from blocktune.attention.dense import dense_mask
+from blocktune.attention import dense_mask
 from blocktune.engine import Engine
 from blocktune.layout import FIRST_LAYER
 from blocktune.methods import build

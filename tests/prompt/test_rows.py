@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_tokenizer import build_tokenizer
 
-from blocktune.attention.dense import dense_mask
+from blocktune.attention import dense_mask
 from blocktune.layout import FOREVER, GLOBAL, NO_ROW, Kind, Layout
 from blocktune.prompt import LayoutSpec, Pieces, Prompt, lay_out, pack, show, stack, wrapped
 

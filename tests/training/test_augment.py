@@ -5,7 +5,7 @@ from random import Random
 import pytest
 import torch
 
-from blocktune.attention.dense import dense_mask
+from blocktune.attention import dense_mask
 from blocktune.layout import GLOBAL
 from blocktune.prompt import LayoutSpec, Pieces, lay_out
 from blocktune.training.collator import Augmentation, draw_of

@@ -180,7 +180,7 @@ def test_the_trainer_takes_what_trl_users_pass(base, tmp_path):
         ({"train_dataset": None}, "train_dataset is missing"),
         (
             {"data_collator": lambda: BlockDataCollator(toy_tokenizer(), LayoutSpec(num_links=1))},
-            "num_links=1.*set num_links",
+            "num_links=1.*layout=args.layout",
         ),
     ],
 )  # fmt: skip
