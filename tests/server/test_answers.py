@@ -118,6 +118,11 @@ def test_a_seed_draws_what_the_engine_draws(client, engine):
     assert len({one["message"]["content"] for one in first}) > 1
 
 
+def test_a_temperature_next_to_zero_is_greedy(client):
+    greedy = text_of(client.post("/v1/chat/completions", json=chat()))
+    assert text_of(client.post("/v1/chat/completions", json=chat(temperature=1e-320))) == greedy
+
+
 @pytest.mark.parametrize("stop", ["Ald", ["der", "zzz"]])
 def test_stop_texts_end_an_answer_and_are_left_out(client, stop):
     whole = text_of(client.post("/v1/chat/completions", json=chat()))
