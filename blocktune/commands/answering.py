@@ -30,11 +30,7 @@ from blocktune.prompt import Chunk, show
 def read_examples(
     source: str | None, limit: int | None, question: str | None, chunks: Sequence[str]
 ) -> list[RagExample]:
-    """The questions, from a source or from the command line.
-
-    Raises:
-        ValueError: If both or none are given, there is no chunk, or the source is wrong.
-    """
+    """The questions, from a source or from the command line."""
     if (source is None) == (question is None):
         raise ValueError("give either --input FILE or --question Q with --chunk TEXT, not both")
     if source is not None:
@@ -49,11 +45,7 @@ def read_examples(
 
 
 def build_method(name: str, parameters: Sequence[str]) -> Method:
-    """Builds a method from its text and ``name=value`` pairs, read as YAML.
-
-    Raises:
-        ValueError: If one is not a pair, or the method refuses it.
-    """
+    """Builds a method from its text and ``name=value`` pairs, read as YAML."""
     values = {}
     for parameter in parameters:
         key, equals, value = parameter.partition("=")
@@ -82,11 +74,7 @@ class Run:
     batch_size: int
 
     def require_room(self, examples: Sequence[RagExample]) -> None:
-        """Lays every prompt out, before the first answer.
-
-        Raises:
-            ValueError: If one does not fit into the model's context.
-        """
+        """Lays every prompt out, before the first answer."""
         make = self.engine.prompts
         for example in examples:
             pieces = make.pieces(example, self.method)
@@ -124,9 +112,6 @@ class Run:
             examples: All questions of the command.
             output: The file. Each line carries a key: a digest of all that decides its answer.
             method: The method as typed, part of the keys.
-
-        Raises:
-            ValueError: If the file holds other lines than this command writes.
         """
         keys = [self._key(example, method) for example in examples]
         with locked(output), resumable(f"the answers so far are in {output}"):

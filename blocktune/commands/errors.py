@@ -49,11 +49,7 @@ class OneLineErrors(TyperGroup):
             return super().parse_args(ctx, plugins_first(args))
 
     def invoke(self, ctx):
-        """Runs the command.
-
-        Raises:
-            typer.Exit: With code 2 after an error, 130 after Ctrl-C; the line is printed.
-        """
+        """Runs the command."""
         with _one_line(ctx.params["debug"]):
             return super().invoke(ctx)
 

@@ -135,12 +135,7 @@ def rejected(stats: StoreStats, folder: Path | None) -> str:
 def reworded(
     engine: Engine, instruction: str | None, system: str | None, path: Path | None
 ) -> Engine:
-    """The engine with the wording that the options ask for; without any, as it is.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file is not YAML, or a key or a value is not accepted.
-    """
+    """The engine with the wording that the options ask for; without any, as it is."""
     from blocktune.parsing import load_yaml
     from blocktune.prompt import PromptFormat
 

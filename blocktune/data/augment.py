@@ -27,9 +27,6 @@ class Augment:
             is drawn per example; None keeps the number.
         num_distractors: The same for chunks that hold no evidence. Not both.
         seed: Of all draws; example ``i`` of a source is always varied in the same way.
-
-    Raises:
-        ValueError: If a value is not accepted.
     """
 
     shuffle: bool = False

@@ -46,9 +46,6 @@ class NeedleConfig:
         chunk: Tokens of a chunk.
         haystack: File of prose (text, or JSON with ``"text"``); None generates prose.
         tokenizer: Folder or Hub name of the tokenizer that counts; None takes the model's.
-
-    Raises:
-        ValueError: If a value is not accepted.
     """
 
     lengths: tuple[int, ...] = (1024, 2048, 4096)

@@ -35,9 +35,6 @@ class Bm25:
         k1: Saturation of term frequency.
         b: Length normalisation.
 
-    Raises:
-        ValueError: If there is no chunk.
-
     Source: Lucene's variant, as bm25s has it (arXiv:2407.03618); English stop words are dropped.
     """
 
@@ -140,11 +137,7 @@ class Retrieved(NamedTuple):
     by_question: Mapping[str, tuple[Chunk, ...]]
 
     def find(self, question: Question) -> tuple[Chunk, ...]:
-        """The passages of a question.
-
-        Raises:
-            ValueError: If the file has none for it.
-        """
+        """The passages of a question."""
         found = self.by_id.get(question.id) if question.id else None
         found = found or self.by_question.get(question.question)
         if not found:
@@ -194,11 +187,7 @@ def from_corpus(questions: Iterable[Question], corpus: Sequence[Chunk], k: int) 
 def from_retriever(
     questions: Iterable[Question], retrieved: Retrieved, k: int
 ) -> Iterator[RagExample]:
-    """The first ``k`` passages that a retriever's file has for each question.
-
-    Raises:
-        ValueError: If it has none for one.
-    """
+    """The first ``k`` passages that a retriever's file has for each question."""
     for question in questions:
         yield _example(question, retrieved.find(question)[:k], {"retriever": retrieved.where})
 

@@ -50,9 +50,6 @@ def card(
     """The whole ``README.md`` of a repository.
 
     ``base`` is the base's name on the Hub, ``facts`` has its licence filled in.
-
-    Raises:
-        ValueError: If no method serves the adapter.
     """
     method, whole = served_by(info.layout), info.base_model == OWN_WEIGHTS
     summary = (

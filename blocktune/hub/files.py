@@ -37,11 +37,7 @@ Source = Path | bytes
 
 
 def files_of(folder: Path, info: AdapterInfo, base: str) -> dict[str, Source]:
-    """What is sent of a folder, by name; JSON that names the base gets its name on the Hub.
-
-    Raises:
-        ValueError: If it is a checkpoint of a run, weights are pickled, or there are none.
-    """
+    """What is sent of a folder, by name; JSON that names the base gets its name on the Hub."""
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
     for name in names:
         if any(fnmatch(name, pattern) for pattern in _OF_A_CHECKPOINT):

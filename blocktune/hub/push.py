@@ -140,11 +140,7 @@ def show(publication: Publication, console: Console) -> None:
 
 
 def check_repo(repo: str) -> None:
-    """Refuses what is no USER/NAME.
-
-    Raises:
-        ValueError: If it is none.
-    """
+    """Refuses what is no USER/NAME."""
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
@@ -154,11 +150,7 @@ def check_repo(repo: str) -> None:
 
 
 def on_the_hub(name: str) -> str:
-    """The base's name, if it can be one on the Hub.
-
-    Raises:
-        ValueError: If it is a folder.
-    """
+    """The base's name, if it can be one on the Hub."""
     if not name or Path(name).exists() or name.count("/") > 1 or name.startswith((".", "/")):
         raise ValueError(
             f"the base is the local folder '{name}', which nobody else can load; give its name on "
@@ -168,11 +160,7 @@ def on_the_hub(name: str) -> str:
 
 
 def license_of(base: str, token: str | None = None) -> str:
-    """The licence that the card of a base on the Hub states.
-
-    Raises:
-        ValueError: If there is none, or the Hub does not answer.
-    """
+    """The licence that the card of a base on the Hub states."""
     try:
         data = HfApi(token=token).model_info(base).card_data
     except (httpx.HTTPError, HFValidationError, OSError):
@@ -186,12 +174,7 @@ class Publisher:
     """What ``push_to_hub`` of a training run asks; see `blocktune.training.run`."""
 
     def check(self, repo: str, base_model: str, layout: LayoutSpec, token: str | None) -> None:
-        """Refuses before the run what could not be published after it.
-
-        Raises:
-            ValueError: If the name is none, the base is a local folder, its licence unknown, or
-                no method serves the layout.
-        """
+        """Refuses before the run what could not be published after it."""
         check_repo(repo)
         served_by(layout)
         license_of(on_the_hub(base_model), token)
@@ -200,9 +183,6 @@ class Publisher:
         """Checks and pushes; says where to.
 
         Called in one of a run's processes, when the others may be gone.
-
-        Raises:
-            ValueError: As `prepare` and `send` do.
         """
         with alone():
             publication = prepare(folder, repo, CardFacts(), token=token)

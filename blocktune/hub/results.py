@@ -53,12 +53,7 @@ class Measured(NamedTuple):
 
 
 def read_results(path: Path, folder: Path, info: AdapterInfo) -> Measured:
-    """Reads what `blocktune eval` wrote.
-
-    Raises:
-        ValueError: If the file is not there, is none that `blocktune eval` wrote, or is not of
-            this adapter on its base.
-    """
+    """Reads what `blocktune eval` wrote."""
     record = _read(path)
     made = record.get("provenance", {})
     if "base_fingerprint" not in made:

@@ -95,11 +95,7 @@ def trimmed(text: str) -> str:
 
 
 def parse_chunker(value: Any, where: str = "chunker") -> Chunker:
-    """Reads a chunker from YAML: its name, or ``{name: fixed, size: 100}``.
-
-    Raises:
-        ValueError: In one line that starts with ``where``.
-    """
+    """Reads a chunker from YAML: its name, or ``{name: fixed, size: 100}``."""
     entry = {"name": value} if isinstance(value, str) else value
     if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str):
         raise ValueError(f"{where}: must be a name or {{name, ...}}, got {value!r:.60}")

@@ -121,11 +121,7 @@ def training_split(source: str | Path) -> str | None:
 
 
 def open_records(named: SourceName, reading: Reading, limit: int | None) -> Iterator[Record]:
-    """Raw records of a file or a Hub data set, renamed, in its order or a seeded one.
-
-    Raises:
-        ValueError: As the readers do; or if a file is asked for a split.
-    """
+    """Raw records of a file or a Hub data set, renamed, in its order or a seeded one."""
     if _on_the_hub(named):
         wanted = data_set(named.name.removeprefix("hf:"))
         records = read_hub(wanted, reading.split, limit, reading.shuffle)
@@ -168,11 +164,7 @@ def parse_records(
     limit: int | None = None,
     shots: Iterable[Record] | None = None,
 ) -> Loaded:
-    """Turns records of one shape into examples; ``shots`` are those few-shot ones are drawn from.
-
-    Raises:
-        ValueError: If no shape fits, a record is wrong, or there is no example.
-    """
+    """Turns records of one shape into examples; few-shot ones are drawn from ``shots``."""
     records = iter(records)
     head = list(islice(records, SNIFFED))
     key = reading.shape or (CATALOG[name].shape if name in CATALOG else None)

@@ -244,10 +244,6 @@ def read_hub(
         split: As the data set names it; None takes ``source.split``.
         limit: Examples wanted; needed for large sets only.
         shuffle: Seed of another order; a large set is streamed and shuffled within a buffer.
-
-    Raises:
-        ValueError: If ``datasets`` is not installed, cannot load it, or a large set is asked for
-            without a limit; says why in one line.
     """
     split = split or source.split
     name = source.at

@@ -44,11 +44,7 @@ class Cutter(NamedTuple):
 
 
 def parse_own(record: Mapping[str, Any], cutter: Cutter | None = None) -> RagExample:
-    """Blocktune's own record; ``chunks`` may be one text, which a cutter cuts.
-
-    Raises:
-        LeftOut: If the record says that it has no answer (SQuAD 2's ``is_impossible``).
-    """
+    """Blocktune's own record; ``chunks`` may be one text, which a cutter cuts."""
     if record.get("is_impossible") is True and not record.get("response"):
         raise LeftOut("marked as impossible to answer")
     answers = record.get("answers")

@@ -156,9 +156,6 @@ def with_shots(
         shots: Chunks per example.
         seed: Chooses them; example ``i`` gets the same ones for any number of examples.
         others: Where shots come from, e.g. another split; None takes the examples themselves.
-
-    Raises:
-        ValueError: If there are too few instances.
     """
     examples = iter(examples)
     pool = list(islice(examples if others is None else others, POOL))

@@ -117,9 +117,6 @@ def draw_context(rng: Random, config: WorldConfig, num_questions: int) -> Contex
         rng: Source of everything; ``config.seed`` is not read.
         config: Split, number of passages and weights of the kinds.
         num_questions: Questions wanted; fewer are returned if the world has no more.
-
-    Raises:
-        ValueError: If worlds of this size hold no such question.
     """
     wanted = rng.choices(list(config.kinds), list(config.kinds.values()))[0]
     for _ in range(MOST_WORLDS):
