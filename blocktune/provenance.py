@@ -14,18 +14,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = (
-    "torch",
-    "transformers",
-    "tokenizers",
-    "numpy",
-    "peft",
-    "trl",
-    "accelerate",
-    "datasets",
-    "deepspeed",
-    "bitsandbytes",
-)
+PACKAGES = "torch transformers tokenizers numpy peft trl accelerate datasets deepspeed bitsandbytes"
 MASK = "HIDDEN"
 """What stands for a secret."""
 _TOKEN_OPTION = re.compile(r"(--?[\w-]*token)(?:=.*)?", re.IGNORECASE | re.DOTALL)
@@ -51,11 +40,7 @@ def provenance(seed: int | None = None, command: list[str] | None = None) -> dic
 
 
 def without_secrets(words: list[str]) -> list[str]:
-    """A command's words with `MASK` for the values of options named ``...token``, and for tokens.
-
-    Args:
-        words: Of the command; ``--hub_token X``, ``--hub-token=X`` and ``hf_...`` are known.
-    """
+    """A command's words with `MASK` for ``hf_...`` and the values of options named ``...token``."""
     kept: list[str] = []
     for word in words:
         option = _TOKEN_OPTION.fullmatch(kept[-1]) if kept else None
@@ -95,7 +80,7 @@ def versions() -> dict[str, str]:
     import blocktune
 
     found = {"python": platform.python_version(), "blocktune": blocktune.__version__}
-    for name in PACKAGES:
+    for name in PACKAGES.split():
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -57,15 +57,7 @@ def build_method(name: str, parameters: Sequence[str]) -> Method:
 
 @dataclass(frozen=True)
 class Run:
-    """An engine with the settings of one command.
-
-    Attributes:
-        engine: Loaded, with the wording of the command.
-        method: How chunks are reused.
-        max_new_tokens: Longest answer.
-        sampling: How tokens are picked.
-        batch_size: Questions per batch.
-    """
+    """An engine with the settings of one command."""
 
     engine: Engine
     method: Method
@@ -99,19 +91,14 @@ class Run:
         console = Console()
         for example, answer in self._answers(examples, quiet=not as_json):
             if as_json:
-                typer.echo(
-                    json.dumps(self._record(example, answer), ensure_ascii=False, default=str)
-                )
+                typer.echo(_line(self._record(example, answer)))
             else:
                 console.print(_panel(example, answer, self.method.name))
 
     def write(self, examples: Sequence[RagExample], output: Path, method: Sequence[str]) -> None:
         """Appends answers to a JSONL file; those that it holds already are not made again.
 
-        Args:
-            examples: All questions of the command.
-            output: The file. Each line carries a key: a digest of all that decides its answer.
-            method: The method as typed, part of the keys.
+        Each line carries a key: a digest of all that decides its answer, ``method`` as typed too.
         """
         keys = [self._key(example, method) for example in examples]
         with locked(output), resumable(f"the answers so far are in {output}"):
@@ -179,12 +166,7 @@ def holds_chunks(folder: Path) -> bool:
 
 
 def report_store(store: ChunkStore, held: bool) -> None:
-    """Prints on standard error how many chunks a folder saved.
-
-    Args:
-        store: Used for the answers.
-        held: Whether its folder held chunks before.
-    """
+    """Says how many chunks a folder saved; ``held``: it held chunks before."""
     if store.folder is None:
         return
     stats = store.stats()

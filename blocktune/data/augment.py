@@ -44,14 +44,10 @@ class Augment:
 def augment(
     example: RagExample, index: int, how: Augment, pool: Sequence[Chunk] = ()
 ) -> RagExample:
-    """Varies the context of one example.
+    """A new example with a varied context; its number ``index`` and ``how.seed`` decide all draws.
 
-    Args:
-        example: Never changed; a new one comes back.
-        index: Its number in the source; with ``how.seed`` it decides all draws.
-        how: What to vary.
-        pool: Chunks of other examples, used as distractors if its own are too few, except those
-            that mention an accepted answer or are in the context already.
+    Distractors come from the ``pool`` of other examples' chunks if its own are too few, except
+    those that mention an accepted answer or are in the context already.
 
     Raises:
         ValueError: If the pool holds too few distractors for the number that was drawn.

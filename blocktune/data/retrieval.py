@@ -84,12 +84,7 @@ class Question(NamedTuple):
 def read_questions(
     source: str | Path, *, limit: int | None = None, split: str | None = None
 ) -> Iterator[Question]:
-    """Reads the questions of a file or a Hub data set: NQ, TriviaQA, or any with contexts.
-
-    Args:
-        source: A path, a short name, or ``hf:NAME``.
-        limit: Read the first questions only.
-        split: Of a Hub data set.
+    """Reads the questions of a file, or of a Hub data set by a short name or ``hf:NAME``.
 
     Raises:
         ValueError: If the source is unknown or a record has no question; names file and line.
@@ -158,10 +153,7 @@ def read_retrieved(path: str | Path) -> Retrieved:
     by_id: dict[str, tuple[Chunk, ...]] = {}
     by_question: dict[str, tuple[Chunk, ...]] = {}
     for record in read_records(path):
-        try:
-            key, question, chunks = _retrieved(record.value)
-        except ValueError as error:
-            raise ValueError(f"{record.where}: {error}") from None
+        key, question, chunks = at(record, _retrieved)
         if key:
             by_id[key] = chunks
         if question:

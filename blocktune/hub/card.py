@@ -16,6 +16,7 @@ from blocktune.hub.files import public
 from blocktune.hub.results import Measured, datasets_of, results_table
 from blocktune.methods import BOTH_LEARNED, Weights, available, build
 from blocktune.prompt import LayoutSpec
+from blocktune.tables import Table
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 MARKED = "turborag"
@@ -89,10 +90,7 @@ def card(
 
 
 def served_by(layout: LayoutSpec) -> str:
-    """The method that serves an adapter as it was trained, with nothing recomputed.
-
-    Returns:
-        A preset's name with its parameters, as ``--method`` takes it.
+    """The method, as ``--method`` takes it, that serves an adapter with nothing recomputed.
 
     Raises:
         ValueError: If none does.
@@ -150,5 +148,4 @@ def _training(info: AdapterInfo) -> Mapping[str, Any]:
 
 
 def _table(rows: Mapping[str, Any], heading: tuple[str, str] = ("", "")) -> str:
-    lines = [f"| {heading[0]} | {heading[1]} |", "|---|---|"]
-    return "\n".join([*lines, *(f"| {name} | {value} |" for name, value in rows.items())])
+    return Table(heading, [(name, str(value)) for name, value in rows.items()]).markdown()

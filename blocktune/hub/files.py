@@ -14,18 +14,9 @@ from blocktune.adapter import INFO_FILE, OWN_WEIGHTS, PEFT_FILE, AdapterInfo
 from blocktune.provenance import without_secrets, without_tokens
 
 PUBLISHED = (
-    "*.safetensors",
-    "*.safetensors.index.json",
-    PEFT_FILE,
-    INFO_FILE,
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
+    *("*.safetensors", "*.safetensors.index.json", PEFT_FILE, INFO_FILE, "config.json"),
+    *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model"),
+    *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
 )
 """Names of what is published; checkpoints, logs and optimizer states stay at home."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")

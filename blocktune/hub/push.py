@@ -180,10 +180,7 @@ class Publisher:
         license_of(on_the_hub(base_model), token)
 
     def publish(self, folder: Path, repo: str, private: bool, token: str | None) -> None:
-        """Checks and pushes; says where to.
-
-        Called in one of a run's processes, when the others may be gone.
-        """
+        """Checks and pushes in one of a run's processes, when the others may be gone."""
         with alone():
             publication = prepare(folder, repo, CardFacts(), token=token)
         sent = send(publication, private=private, token=token)

@@ -17,9 +17,8 @@ from blocktune.tables import Table, with_interval, written
 def datasets_of(training: Mapping[str, Any]) -> dict[str, str]:
     """Data sets on the Hub that an adapter was trained on, with their licences.
 
-    Args:
-        training: Of `AdapterInfo`; ``data`` is a source, or a mixture of several, ``data_sets``
-            what the examples themselves say, which files were made of.
+    ``training`` is `AdapterInfo`'s: ``data`` a source or a mixture, ``data_sets`` what the
+    examples themselves say.
     """
     found = dict(training.get("data_sets") or {})
     for source in _texts(training.get("data")):

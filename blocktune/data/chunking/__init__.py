@@ -78,8 +78,7 @@ def chunks_of(spans: Iterable[str], title: str | None = None) -> tuple[Chunk, ..
 def tidy(spans: Iterable[str]) -> list[str]:
     """Non-blank spans, without leading blank lines and trailing space.
 
-    Args:
-        spans: In order; if one ends within a line, the next has no indent to keep.
+    If a span ends within a line, the next has no indent to keep.
     """
     texts, opens_line = [], True
     for span in spans:

@@ -209,18 +209,7 @@ def _on_the_hub(named: SourceName) -> bool:
     return named.name in CATALOG or named.name.startswith("hf:")
 
 
-_MOVED = {
-    "ruler": "RULER runs through lm-eval, see docs/data.md; needle: is generated",
-    "code": "add --plugin eval/study/probes.py",
-    "dialogue": "add --plugin eval/study/probes.py",
-}
-"""Generators of earlier versions, and where they are now."""
-
-
 def _no_source(source: str | Path) -> str:
-    prefix, colon, _ = str(source).partition(":")
-    if colon and prefix in _MOVED:
-        return f"'{prefix}:' is no longer built in: {_MOVED[prefix]}"
     if Path(source).is_dir():
         return f"'{source}' is a folder; give a file in it, or 'hf:{source}' for a data set"
     return (

@@ -216,9 +216,7 @@ def _needle(rest: str, options: Mapping[str, str], tokenizer: Tokenizer) -> Exam
 
 GENERATORS: dict[str, Generator] = {
     "worlds": Generator(
-        _worlds,
-        "multi-hop question over made-up passages",
-        "worlds:test?seed=1&n=500&kinds=2-hop",
+        _worlds, "multi-hop question over made-up passages", "worlds:test?seed=1&n=500&kinds=2-hop"
     ),
     "needle": Generator(
         _needle,

@@ -172,14 +172,10 @@ def _example(
     kind: str,
     supporting: Collection[str] = (),
 ) -> RagExample:
-    """Builds the example; a blank passage has nothing to encode and is counted in ``meta``.
+    """Builds the example from the passages in the field ``name``.
 
-    Args:
-        record: The record.
-        name: Its field of passages.
-        answers: Accepted answers.
-        kind: The example's.
-        supporting: Titles of the passages that hold the evidence, beside those that say so.
+    A blank passage has nothing to encode and is counted in ``meta``. ``supporting`` are titles of
+    passages that hold the evidence, beside those that say so.
     """
     entries = passages_in(record.get(name), name)
     passages = [chunk_fields(entry, f"{name}[{i}]") for i, entry in enumerate(entries)]
