@@ -25,9 +25,7 @@ _TOKEN = re.compile(r"(?<![A-Za-z0-9])(?:hf|api_org)_[A-Za-z0-9]{20,}")
 def provenance(seed: int | None = None, command: list[str] | None = None) -> dict[str, Any]:
     """Describes this process; its program's folder and all tokens are left out, to be published.
 
-    Args:
-        seed: Recorded as it is, where one was used.
-        command: What the user typed; by default ``sys.argv`` with the bare program name.
+    ``command`` is what the user typed, by default ``sys.argv`` with the bare program name.
     """
     typed = [*_program(), *sys.argv[1:]] if command is None else command
     return {

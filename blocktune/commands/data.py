@@ -210,10 +210,7 @@ def write(
 ) -> None:
     """Write any source as JSON lines, one example with its chunks a line."""
     counter = _tokenizer(tokenizer)
-    from blocktune.data.sources.catalog import with_data_sets
-
-    examples = _load(source, fields, limit=limit, split=split, tokenizer=counter)
-    count = _write(output, with_data_sets(examples, source))
+    count = _write(output, _load(source, fields, limit=limit, split=split, tokenizer=counter))
     typer.echo(f"wrote {count:,} examples to {output}")
 
 
@@ -253,13 +250,11 @@ def passages(
     opt.quiet_libraries()
     from blocktune.data import load_chunks, retrieval
     from blocktune.data.answers import holds_answer, is_verdict
-    from blocktune.data.sources.catalog import with_data_sets
     from blocktune.data.sources.options import with_fields
 
     whole = None
     if own:
-        loaded = _load(source, fields, limit=limit, split=split)
-        whole = list(with_data_sets(loaded, source))
+        whole = _load(source, fields, limit=limit, split=split)
         examples = list(retrieval.from_own(whole, k))
     else:
         mapped = with_fields(source, fields)
@@ -317,15 +312,13 @@ def answer(
     from rich.progress import Progress
 
     from blocktune.data.regenerate import regenerate
-    from blocktune.data.sources.catalog import with_data_sets
     from blocktune.engine import Sampling
 
-    loaded = _load(source, fields, limit=limit, split=split, tokenizer=engine.tokenizer)
+    examples = _load(source, fields, limit=limit, split=split, tokenizer=engine.tokenizer)
     sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
     facts = {"model": model, "adapter": adapter, "weights": engine.fingerprint}
     facts |= {"max_new_tokens": max_new_tokens, "temperature": temperature}
     facts |= {"top_p": top_p, "seed": seed}
-    examples = list(with_data_sets(loaded, source))
 
     def ask(batch: Sequence[RagExample], number: int) -> list[str]:
         """Answers a batch; its number moves the seed, or every batch would draw alike."""
@@ -408,10 +401,12 @@ def _tokenizer(name: str | None):
 
 
 def _load(source: str, fields: str | None = None, **how: Any) -> list[RagExample]:
+    """Examples of a source; their ``meta`` names its data set."""
     from blocktune.data import load_examples
+    from blocktune.data.sources.catalog import with_data_sets
     from blocktune.data.sources.options import with_fields
 
-    return load_examples(with_fields(source, fields), **how)
+    return list(with_data_sets(load_examples(with_fields(source, fields), **how), source))
 
 
 def _write(output: Path, examples) -> int:

@@ -26,12 +26,7 @@ CARD_FILE = "README.md"
 
 @dataclass(frozen=True)
 class Publication:
-    """All that a repository will hold.
-
-    Attributes:
-        repo: ``USER/NAME``.
-        files: Name -> a file's path, or its content where it was rewritten; the card among them.
-    """
+    """All that a repository ``USER/NAME`` will hold: name -> a file's path, or its content."""
 
     repo: str
     files: dict[str, Source]
@@ -59,15 +54,15 @@ def prepare(
     device: str | None = None,
     token: str | None = None,
 ) -> Publication:
-    """Checks an adapter and gathers what is published of it; nothing is sent.
+    """Checks an adapter's folder and gathers what is published of it; nothing is sent.
 
     Args:
         adapter: Its folder.
         repo: ``USER/NAME``.
         facts: For the card.
-        model: Where the base is, for the check; None: where the adapter says.
-        dtype: Of the check.
-        device: Of the check.
+        model: The base for the check, which runs in ``dtype`` on ``device``; None: the adapter's.
+        dtype: As `Engine.from_pretrained` has it.
+        device: As `Engine.from_pretrained` has it.
         token: Of the Hub, to ask for the base's licence; None: as `send`.
 
     Raises:
@@ -83,11 +78,8 @@ def prepare(
     files = files_of(folder, info, base)
     measured = read_results(facts.results, folder, info) if facts.results else None
     facts = replace(facts, license=facts.license or license_of(base, token))
-    checks = check_model(
-        Engine.from_pretrained(
-            model, folder, dtype=dtype, device=device, quantize=info.quantization
-        )
-    )
+    settings = {"dtype": dtype, "device": device, "quantize": info.quantization}
+    checks = check_model(Engine.from_pretrained(model, folder, **settings))
     if failed := [one for one in checks if not one.passed]:
         first = failed[0]
         raise ValueError(
@@ -103,12 +95,8 @@ def send(publication: Publication, *, private: bool = False, token: str | None =
     """Creates the repository if needed and commits all files at once.
 
     Files of an earlier push that this one does not have are deleted: weights left over would be
-    loaded with the new ones.
-
-    Args:
-        publication: From `prepare`.
-        private: Make the repository private if it is new.
-        token: Of the Hub; None: the one of ``hf auth login`` or ``HF_TOKEN``.
+    loaded with the new ones. ``private`` is for a new repository; without a ``token``, that of
+    ``hf auth login`` or ``HF_TOKEN`` is taken.
 
     Raises:
         ValueError: If the Hub refuses.

@@ -38,11 +38,8 @@ def _texts(value: Any) -> Iterator[str]:
 class Measured(NamedTuple):
     """What a card shows of ``results.json``.
 
-    Attributes:
-        methods: Label -> scores, of the base and of the adapter; those of others are left out.
-        left_out: Labels of methods that ran with other adapters.
-        metric: The headline score's title, or None where the tasks differ in it.
-        origin: Provenance, without this machine's folders.
+    ``methods`` are label -> scores, of the base and of this adapter; ``left_out`` labels of those
+    with other adapters. ``metric`` is the headline score's title, None where the tasks differ.
     """
 
     methods: Mapping[str, Mapping[str, Any]]

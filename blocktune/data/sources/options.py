@@ -159,10 +159,7 @@ Tokenizer = PreTrainedTokenizerBase | None
 class Generator(NamedTuple):
     """A source that is generated from a seed, with no file and no network.
 
-    Attributes:
-        read: From what follows the colon, the options and a tokenizer (or None) to examples.
-        becomes: What an example is, in a few words.
-        example: A source of this kind.
+    ``read`` gets what follows the colon, the options, and a tokenizer or None.
     """
 
     read: Callable[[str, dict[str, str], Tokenizer], Examples]
