@@ -28,12 +28,7 @@ class Hit(NamedTuple):
 
 
 class Bm25:
-    """An index over chunks, titles included.
-
-    Args:
-        chunks: At least one.
-        k1: Saturation of term frequency.
-        b: Length normalisation.
+    """An index over at least one chunk, titles included.
 
     Source: Lucene's variant, as bm25s has it (arXiv:2407.03618); English stop words are dropped.
     """
