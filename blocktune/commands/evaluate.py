@@ -58,6 +58,8 @@ def evaluate(
         return
     if suite is None or output is None:
         raise ValueError("`blocktune eval` needs --suite FILE and --output FOLDER")
+    opt.quiet_libraries()
+    from blocktune.evaluation.cli_output import run_and_show
     from blocktune.evaluation.suite import changed, load_suite
 
     loaded = changed(load_suite(suite), limit, model, device, quantize)
@@ -79,14 +81,6 @@ def at_one_budget(suite, budget: float | None, layer_budget: float | None):
     if budget is None and layer_budget is None:
         return suite
     return replace(suite, methods=tuple(map(spending, suite.methods)))
-
-
-def run_and_show(suite, output: Path, title: str, command: list[str] | None = None) -> dict | None:
-    """Runs a suite, prints its table and draws its picture; see `evaluation.cli_output`."""
-    opt.quiet_libraries()
-    from blocktune.evaluation import cli_output
-
-    return cli_output.run_and_show(suite, output, title, command)
 
 
 @command("compare", "blocktune eval compare out/before out/after", of=group)

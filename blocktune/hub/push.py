@@ -16,9 +16,8 @@ from rich.console import Console
 from blocktune.adapter import OWN_WEIGHTS, AdapterInfo
 from blocktune.check import check_model
 from blocktune.engine import Engine
-from blocktune.hub.card import CardFacts, card, served_by
+from blocktune.hub.card import CardFacts, card, read_results, served_by
 from blocktune.hub.files import Source, files_of, is_published
-from blocktune.hub.results import read_results
 from blocktune.prompt import LayoutSpec
 
 CARD_FILE = "README.md"
