@@ -27,9 +27,6 @@ class Augment:
             is drawn per example; None keeps the number.
         num_distractors: The same for chunks that hold no evidence. Not both.
         seed: Of all draws; example ``i`` of a source is always varied in the same way.
-
-    Raises:
-        ValueError: If a value is not accepted.
     """
 
     shuffle: bool = False
@@ -47,14 +44,10 @@ class Augment:
 def augment(
     example: RagExample, index: int, how: Augment, pool: Sequence[Chunk] = ()
 ) -> RagExample:
-    """Varies the context of one example.
+    """A new example with a varied context; its number ``index`` and ``how.seed`` decide all draws.
 
-    Args:
-        example: Never changed; a new one comes back.
-        index: Its number in the source; with ``how.seed`` it decides all draws.
-        how: What to vary.
-        pool: Chunks of other examples, used as distractors if its own are too few, except those
-            that mention an accepted answer or are in the context already.
+    Distractors come from the ``pool`` of other examples' chunks if its own are too few, except
+    those that mention an accepted answer or are in the context already.
 
     Raises:
         ValueError: If the pool holds too few distractors for the number that was drawn.

@@ -58,11 +58,7 @@ class Shape(NamedTuple):
     def parser(
         self, chunker: Chunker | None, tokenizer: PreTrainedTokenizerBase | None
     ) -> Callable[[Any], RagExample]:
-        """The function from a record to an example.
-
-        Raises:
-            ValueError: If a chunker is given and records of this shape have chunks already.
-        """
+        """The function from a record to an example."""
         if self.chunker is None and chunker is None:
             return self.parse
         if self.chunker is None and not self.may_cut:
@@ -89,11 +85,7 @@ SHAPES = (
 
 
 def named_shape(key: str) -> Shape:
-    """The shape that ``as=`` calls so.
-
-    Raises:
-        ValueError: If there is none.
-    """
+    """The shape that ``as=`` calls so."""
     for shape in SHAPES:
         if shape.key == key:
             return shape
@@ -102,11 +94,7 @@ def named_shape(key: str) -> Shape:
 
 
 def find_shape(values: Iterable[Any], source: str) -> Shape:
-    """The first shape that any of the records has.
-
-    Raises:
-        ValueError: If none fits; says what the records look like and how to read them.
-    """
+    """The first shape that any of the records has."""
     values = list(values)
     for value in values:
         for shape in SHAPES:
@@ -116,11 +104,7 @@ def find_shape(values: Iterable[Any], source: str) -> Shape:
 
 
 def rename(record: Any, fields: Mapping[str, str]) -> Any:
-    """A record with fields renamed: new name -> old name, with dots for a field within a field.
-
-    Raises:
-        ValueError: If the record has no such field.
-    """
+    """A record with fields renamed: new name -> old name, with dots for a field within a field."""
     if not isinstance(record, Mapping):
         return record
     taken = {old.partition(".")[0] for old in fields.values()}

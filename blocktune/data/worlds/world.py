@@ -234,10 +234,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Passages:
-    """A world's chunks in order, and each fact's place by (entity name, relation name).
-
-    ``roles`` is the world's `Style.roles`, for its questions.
-    """
+    """A world's chunks, each fact's place by (entity name, relation name), and `Style.roles`."""
 
     chunks: tuple[Chunk, ...]
     places: dict[tuple[str, str], Place]
