@@ -233,3 +233,22 @@ def test_chunks_can_be_encoded_ahead_asked_for_and_deleted(client):
     assert client.get(f"/v1/chunks/{keys[0]}").json()["cached"] == "stored"
     client.delete(f"/v1/chunks/{keys[0]}")
     assert client.get(f"/v1/chunks/{keys[0]}").json()["cached"] == "none"
+
+
+def test_models_by_name_share_a_store_and_no_chunks(serve, engine):
+    from copy import deepcopy
+
+    from blocktune.engine import Engine
+
+    model = deepcopy(engine.model)
+    model.lm_head.weight.data[:64] *= 0.5
+    other = Engine(model, engine.tokenizer, store=engine.store)
+    engine.forget()
+    client = serve({"one": engine, "two": other})
+    assert [m["id"] for m in client.get("/v1/models").json()["data"]] == ["one", "two"]
+    tiers = []
+    for name in ("one", "two", "one", "two"):
+        answer = client.post("/v1/chat/completions", json=chat(model=name)).json()
+        assert answer["model"] == name
+        tiers.append({chunk["cached"] for chunk in answer["blocktune"]["chunks"]})
+    assert tiers == [{"none"}, {"none"}, {"memory"}, {"memory"}]
