@@ -55,8 +55,9 @@ def augment(
     rng = Random(f"augment/{how.seed}/{index}")
     needed = evidence(example)
     chosen = [(chunk, i in example.supporting) for i, chunk in enumerate(example.chunks)]
-    count = _num_distractors(rng, how, len(needed))
-    if count is not None:
+    if drawn := how.num_distractors or how.num_chunks:
+        count = rng.randint(*drawn) - (0 if how.num_distractors else len(needed))
+        count = max(0, count)
         own = [i for i in range(len(chosen)) if i not in needed]
         kept = needed.union(rng.sample(own, min(count, len(own))))
         chosen = [pair for i, pair in enumerate(chosen) if i in kept]
@@ -67,14 +68,6 @@ def augment(
         rng.shuffle(chosen)
     supporting = tuple(i for i, (_, supports) in enumerate(chosen) if supports)
     return replace(example, chunks=tuple(chunk for chunk, _ in chosen), supporting=supporting)
-
-
-def _num_distractors(rng: Random, how: Augment, num_needed: int) -> int | None:
-    if how.num_distractors:
-        return rng.randint(*how.num_distractors)
-    if how.num_chunks:
-        return max(0, rng.randint(*how.num_chunks) - num_needed)
-    return None
 
 
 def _draw(rng: Random, example: RagExample, count: int, pool: Sequence[Chunk]) -> list[Chunk]:

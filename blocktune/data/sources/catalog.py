@@ -23,15 +23,10 @@ _ON_HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[^/]*)?")
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set on the Hugging Face Hub.
+    """A data set on the Hugging Face Hub, its licence as stated, and what a record becomes.
 
     Attributes:
-        hub: Repository.
-        licence: As stated.
-        becomes: What one record turns into.
-        config: Configuration, or None for the default.
-        shape: Record shape, as in ``as=``; None if the fields tell it, or if the records are
-            questions without passages.
+        shape: As in ``as=``; None if the fields tell it, or for questions without passages.
         revision: Branch, if not the main one.
         split: The default split.
         streamed: Too large to download as a whole; a limit is needed.

@@ -86,21 +86,19 @@ SHAPES = (
 
 def named_shape(key: str) -> Shape:
     """The shape that ``as=`` calls so."""
-    for shape in SHAPES:
-        if shape.key == key:
-            return shape
-    known = ", ".join(shape.key for shape in SHAPES)
-    raise ValueError(f"unknown record shape '{key}'; available: {known}")
+    known = {shape.key: shape for shape in SHAPES}
+    if key not in known:
+        raise ValueError(f"unknown record shape '{key}'; available: {', '.join(known)}")
+    return known[key]
 
 
 def find_shape(values: Iterable[Any], source: str) -> Shape:
     """The first shape that any of the records has."""
     values = list(values)
-    for value in values:
-        for shape in SHAPES:
-            if shape.fits(value):
-                return shape
-    raise ValueError(no_shape(values[0] if values else None, source))
+    found = next((s for value in values for s in SHAPES if s.fits(value)), None)
+    if found is None:
+        raise ValueError(no_shape(values[0] if values else None, source))
+    return found
 
 
 def rename(record: Any, fields: Mapping[str, str]) -> Any:
