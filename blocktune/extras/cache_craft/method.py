@@ -104,7 +104,6 @@ class VariantHistory(PromptHistory):
 
 
 @SELECTORS.register("stored-context")
-@dataclass(frozen=True)
 class StoredContext(Scored):
     """The tokens of each chunk that attended most to the context it was first computed in.
 
@@ -192,7 +191,6 @@ class StoredContext(Scored):
 
 
 @register("cache-craft")
-@dataclass(frozen=True)
 class CacheCraft(Method):
     """Takes chunks from earlier full prompts; recomputes what depended on context now missing.
 

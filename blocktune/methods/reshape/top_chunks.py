@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 from blocktune.methods.reshape.base import RESHAPES, Reshape, Seen, in_chunk
@@ -49,7 +49,6 @@ def chunk_scores(weights: Tensor, chunk: Tensor, num_chunks: int, top: int = 5) 
 
 
 @RESHAPES.register("top-chunks")
-@dataclass(frozen=True)
 class TopChunks(Reshape):
     """Hides all but the chunks that a row attends to most.
 

@@ -250,7 +250,6 @@ def selectable(layout: Layout) -> Tensor:
 
 
 @SELECTORS.register("nothing")
-@dataclass(frozen=True)
 class Nothing(Selection):
     """Recomputes no token: naive reuse."""
 
@@ -264,7 +263,6 @@ class Nothing(Selection):
 
 
 @SELECTORS.register("everything")
-@dataclass(frozen=True)
 class Everything(Selection):
     """Recomputes every context token: equal to full prefill, the upper bound."""
 

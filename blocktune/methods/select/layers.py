@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 from blocktune.methods.select.base import SELECTORS, Selection, selectable
@@ -59,7 +59,6 @@ class _Deviating(Selection):
 
 
 @SELECTORS.register("deviation")
-@dataclass(frozen=True)
 class Deviation(_Deviating):
     """All tokens up to a check layer, then the share whose keys or values deviate most.
 
@@ -110,7 +109,6 @@ class Deviation(_Deviating):
 
 
 @SELECTORS.register("gradual-deviation")
-@dataclass(frozen=True)
 class GradualDeviation(_Deviating):
     """Drops, at every layer, the tokens that deviate least among those still recomputed.
 
@@ -160,7 +158,6 @@ class GradualDeviation(_Deviating):
 
 
 @SELECTORS.register("layer-range")
-@dataclass(frozen=True)
 class LayerRange(Selection):
     """Every token in a contiguous range of layers, none in the others.
 
@@ -217,7 +214,6 @@ class LayerRange(Selection):
 
 
 @SELECTORS.register("reselect")
-@dataclass(frozen=True)
 class Reselect(Selection):
     """Chooses by key deviation at one layer, and again among all tokens at a deeper one.
 
