@@ -138,9 +138,7 @@ class ChunkFolder:
         """
         removed = 0
         for entry in self._entries(self.path / WRITING):
-            with suppress(
-                OSError, ValueError
-            ):  # another process was faster, or it is another user's
+            with suppress(OSError, ValueError):  # another process was faster, or it is another user's
                 if entry.is_file(follow_symlinks=False):
                     age = time.time() - entry.stat(follow_symlinks=False).st_mtime
                     removed += _remove_unfinished(Path(entry.path), age > _ABANDONED_S)

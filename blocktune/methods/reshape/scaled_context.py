@@ -43,7 +43,6 @@ class ScaledContext(Reshape):
         return replace(self, temperature=1.0, scale=1.0)
 
     def acts(self, seen: Seen) -> bool:
-        """True unless every token is recomputed."""
         return bool(seen.reused.any())
 
     def scores(self, scores: Tensor, seen: Seen, choice: Tensor | None) -> Tensor:

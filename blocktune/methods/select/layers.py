@@ -91,7 +91,6 @@ class Deviation(_Deviating):
         require_one_of("of", self.of, ("context", "cached"))
 
     def spends(self, num_layers: int) -> float | None:
-        """Layers up to the check in full; None for a share of all cached tokens."""
         if not self.ratio:
             return 0.0
         if self.of == "cached" and self.ratio < 1:
@@ -143,7 +142,6 @@ class GradualDeviation(_Deviating):
         return min(1.0, self.ratio * (1 - self.spread * at * (self.ratio < 1)))
 
     def spends(self, num_layers: int) -> float:
-        """Layers up to the check in full, and the shares after it."""
         if not self.ratio:
             return 0.0
         kept = sum(self.share_at(layer, num_layers) for layer in self.checks(num_layers))
@@ -185,7 +183,6 @@ class LayerRange(Selection):
         return self.first_layer + 1
 
     def with_budget(self, ratio: float) -> Selection:
-        """A range of that share of the layers; that of all layers starts at 0."""
         return replace(self, ratio=ratio, first_layer=0 if ratio == 1 else self.first_layer)
 
     def layers(self, num_layers: int) -> range:
@@ -197,7 +194,6 @@ class LayerRange(Selection):
         return len(self.layers(num_layers)) / num_layers
 
     def start(self, layout: Layout) -> Tensor:
-        """Every token if the range starts at layer 0."""
         return selectable(layout) & (self.first_layer == 0 and self.ratio > 0)
 
     def widens(self, num_layers: int) -> tuple[int, ...]:
@@ -242,18 +238,15 @@ class Reselect(Selection):
 
     @property
     def min_layers(self) -> int:
-        """Keys are compared one layer after the restart."""
-        return self.restart_layer + 2
+        return self.restart_layer + 2  # keys are compared one layer after the restart
 
     def spends(self, num_layers: int) -> float:
-        """Two layers and those below in full, and the share of the others."""
         if not self.ratio:
             return 0.0
         full = self.check_layer + 1
         return (full + self.ratio * (num_layers - full)) / num_layers
 
     def start(self, layout: Layout) -> Tensor:
-        """Every token; a ratio of 0 recomputes nothing at all."""
         return selectable(layout) & (self.ratio > 0)
 
     def checks(self, num_layers: int) -> tuple[int, ...]:

@@ -44,7 +44,6 @@ class FirstK(Selection):
         return replace(self, share=ratio)
 
     def spends(self, num_layers: int) -> float | None:
-        """The share; None for a number of tokens."""
         return self.share
 
     def start(self, layout: Layout) -> Tensor:

@@ -20,15 +20,13 @@ class Scored(Selection):
     """A selector that needs scores from a forward pass first; it defines `begin`."""
 
     def start(self, layout: Layout) -> Tensor:
-        """Raises a `ValueError`: there are no scores."""
         raise ValueError(
             f"selector '{SELECTORS.name_of(self)}' needs a forward pass over a served prompt; "
             "where there is none (in training), use 'first-k' or 'random'"
         )
 
     @abstractmethod
-    def begin(self, layout: Layout, passes: Passes) -> Tensor:
-        """See `Selection.begin`."""
+    def begin(self, layout: Layout, passes: Passes) -> Tensor: ...
 
 
 @SELECTORS.register("query-attention")
