@@ -1,6 +1,6 @@
 """Registries of methods, selectors, reshapes and chunkers, and checks of their parameters.
 
-An entry is a frozen dataclass, registered under its published name; its fields are its parameters.
+An entry is a frozen dataclass under its published name; its fields are its parameters.
 A registry finds the modules of its own package, and those of plug-ins.
 """
 
@@ -10,8 +10,8 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import fields
-from typing import Any, TypeVar
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar, dataclass_transform
 
 from blocktune import plugins
 from blocktune.parsing import current_keys
@@ -32,8 +32,9 @@ class Registry:
         self._entries: dict[str, type] = {}
         self._found = False
 
+    @dataclass_transform(frozen_default=True)
     def register(self, name: str) -> Callable[[Entry], Entry]:
-        """Registers a class under its published name; fields with defaults are its parameters.
+        """Registers a class under its published name, and makes it a frozen dataclass.
 
         Raises:
             ValueError: If another class has the name.
@@ -47,6 +48,8 @@ class Registry:
                 raise ValueError(
                     f"{self.what} '{name}' of {new} is already taken by {old}; choose another name"
                 )
+            if "__dataclass_fields__" not in vars(cls):  # it may already be one
+                cls = dataclass(frozen=True)(cls)
             self._entries[name] = cls
             return cls
 

@@ -1,8 +1,14 @@
 """Speed on this machine, and the best that the machine can do."""
 
 from blocktune.bench.attention import bench_attention
-from blocktune.bench.reuse import bench_loading, bench_reuse
-from blocktune.bench.timing import LOADING, TARGETS, TINY, ReuseBench
+from blocktune.bench.reuse import (
+    LOADING,
+    TARGETS,
+    TINY,
+    ReuseBench,
+    bench_loading,
+    bench_reuse,
+)
 
 __all__ = [
     "LOADING",

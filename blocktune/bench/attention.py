@@ -12,7 +12,7 @@ from torch import Tensor
 
 from blocktune.attention import SplitPlan, dense_mask
 from blocktune.attention.kernels import AttentionParams
-from blocktune.bench.timing import matmul_rate, ratios, spread, take_turns, threads
+from blocktune.bench.reuse import matmul_rate, ratios, spread, take_turns, threads
 from blocktune.layout import LayerRule
 from blocktune.prompt import LayoutSpec, Pieces, lay_out
 from blocktune.provenance import provenance

@@ -1,11 +1,14 @@
-"""Time to the first logits of reuse methods, with chunks in memory and on a cold disk."""
+"""Time to the first logits of reuse methods, and fair timing on a busy machine."""
 
 from __future__ import annotations
 
+import gc
 import os
+import statistics
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,25 +17,161 @@ from typing import Any
 import torch
 
 from blocktune.attention.cached import CachePlan
-from blocktune.bench.timing import (
-    LOADING,
-    TARGETS,
-    ReuseBench,
-    copy_rate,
-    matmul_rate,
-    ratios,
-    spread,
-    take_turns,
-    threads,
-    usage_of,
-)
 from blocktune.cache import ChunkStore
-from blocktune.engine import Usage
+from blocktune.engine import Engine, Sampling, Usage
 from blocktune.engine.generation import Generation
 from blocktune.engine.rows import computed_rows
 from blocktune.layout import Kind
-from blocktune.methods import compose
+from blocktune.methods import Method, build, compose
+from blocktune.prompt import Pieces
 from blocktune.provenance import provenance
+from blocktune.testing import byte_tokenizer, random_llama
+
+TARGETS = {"cacheblend_over_full": 0.35, "epic_over_full": 0.12, "naive_over_query_only": 1.8}
+"""Goals of the project, on two cores with the default setting."""
+PRODUCT, COPIED = 2048, 1 << 28
+"""Rows of the square product and bytes of the copy that the machine's rates are measured on."""
+
+
+@dataclass(frozen=True)
+class ReuseBench:
+    """A random Llama in float32, and a prompt of random tokens whose chunks are in memory.
+
+    Attributes:
+        tokens: Length of the prompt.
+        chunk: Tokens per chunk; the last one takes what is left.
+        question: Tokens of the question, which ends the prompt.
+        ratio: Share that ``cacheblend`` recomputes.
+        k: Tokens that ``epic`` recomputes at the start of each chunk.
+        width: Hidden size.
+        intermediate: Width of the feed-forward.
+        threads: Threads that PyTorch may use.
+        repeats: Timed rounds, after one that is not timed.
+        seed: Of weights and tokens.
+
+    Raises:
+        ValueError: If the prompt has no room for two chunks and the question.
+    """
+
+    tokens: int = 8192
+    chunk: int = 512
+    question: int = 64
+    ratio: float = 0.15
+    k: int = 16
+    layers: int = 12
+    width: int = 768
+    intermediate: int = 2048
+    heads: int = 12
+    kv_heads: int = 4
+    threads: int = 2
+    repeats: int = 5
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.chunk < 1 or self.question < 1 or self.tokens - self.question <= self.chunk:
+            raise ValueError(
+                f"the benchmark needs two chunks and a question; {self.tokens} tokens hold no two "
+                f"chunks of {self.chunk} and a question of {self.question}: give more tokens"
+            )
+
+    def engine(self, store: ChunkStore | None = None) -> Engine:
+        """An engine over the model, with empty caches, or with ``store``."""
+        tokenizer = byte_tokenizer()
+        model = random_llama(
+            len(tokenizer),
+            seed=self.seed,
+            hidden_size=self.width,
+            intermediate_size=self.intermediate,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            max_position_embeddings=self.tokens + 1,
+        )
+        return Engine(model, tokenizer, store=store)
+
+    def pieces(self, vocab_size: int) -> Pieces:
+        """Random chunks and a random question, no prefix."""
+        draw = torch.Generator().manual_seed(self.seed)
+        ids = tuple(torch.randint(vocab_size, (self.tokens,), generator=draw).tolist())
+        context = ids[: -self.question]
+        starts = range(0, len(context), self.chunk)
+        chunks = tuple(context[start : start + self.chunk] for start in starts)
+        return Pieces((), chunks, ids[-self.question :])
+
+
+LOADING = ReuseBench(width=256, intermediate=512, heads=4, kv_heads=4, threads=1)
+"""One core computes while another can load; so narrow that loading is a tenth of the time."""
+
+TINY = ReuseBench(
+    256, 64, 16, layers=2, width=64, intermediate=128, heads=4, kv_heads=2, threads=1, repeats=1
+)
+"""Small enough for a test; its ratios mean nothing."""
+
+
+def usage_of(engine: Engine, pieces: Pieces, method: Method) -> Usage:
+    """The usage of a method whose chunks are cached."""
+    return engine.start([pieces], method).answers(Sampling(), 1, (0,))[0].usage
+
+
+def take_turns(works: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Times works in turn, so that other load on the machine affects all of them alike.
+
+    Args:
+        works: What to time; a work may return its own seconds as a float.
+        repeats: Timed rounds, after one untimed round to warm up.
+
+    Returns:
+        Seconds of every round, by name.
+    """
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for turn in range(repeats + 1):
+        for name, work in works.items():
+            gc.collect()
+            gc.freeze()  # the next collection looks at new objects only
+            start = time.perf_counter()
+            own = work()
+            seconds = own if isinstance(own, float) else time.perf_counter() - start
+            if turn:
+                times[name].append(seconds)
+    gc.unfreeze()
+    return times
+
+
+def ratios(times: Mapping[str, list[float]], over: str, under: str) -> list[float]:
+    """The ratio of the seconds of two works within each round."""
+    return [a / b for a, b in zip(times[over], times[under], strict=True)]
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, least and greatest."""
+    return {"median": statistics.median(values), "least": min(values), "greatest": max(values)}
+
+
+def matmul_rate(repeats: int = 5) -> float:
+    """Floating-point operations per second of a square float32 product, the best of several."""
+    left, right = torch.randn(PRODUCT, PRODUCT), torch.randn(PRODUCT, PRODUCT)
+    return 2 * PRODUCT**3 / min(take_turns({"": lambda: left @ right}, repeats)[""])
+
+
+def copy_rate(repeats: int = 5) -> float:
+    """Bytes per second of copying one tensor into another, the best of several.
+
+    A copied byte is read and written, and counts once.
+    """
+    source = torch.ones(COPIED, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    return COPIED / min(take_turns({"": lambda: target.copy_(source)}, repeats)[""])
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Lets PyTorch use ``count`` threads inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def bench_reuse(bench: ReuseBench | None = None) -> dict[str, Any]:
@@ -51,7 +190,13 @@ def bench_reuse(bench: ReuseBench | None = None) -> dict[str, Any]:
     """
     bench = bench or ReuseBench()
     with threads(bench.threads), torch.no_grad():
-        engine, methods = bench.engine(), bench.methods()
+        engine = bench.engine()
+        methods = {
+            "full": build("full-prefill"),
+            "naive": build("naive"),
+            "epic": build("epic", k=bench.k),
+            "cacheblend": build("cacheblend", ratio=bench.ratio),
+        }
         pieces = bench.pieces(len(engine.tokenizer))
         run = engine.start([pieces], methods["naive"])
         usages = {name: usage_of(engine, pieces, method) for name, method in methods.items()}
@@ -63,17 +208,24 @@ def bench_reuse(bench: ReuseBench | None = None) -> dict[str, Any]:
         times = take_turns(works, bench.repeats)
         copy, matmul = copy_rate(bench.repeats), matmul_rate(bench.repeats)
     times["full"] = list(map(min, times["full_engine"], times["full_stock"]))
-    found = {name: spread(ratios(times, *name.split("_over_"))) for name in TARGETS}
     return {
-        **{name: over["median"] for name, over in found.items()},
-        "spread": found,
+        **_compared(times, TARGETS),
         "targets": TARGETS,
-        "seconds": {name: spread(values) for name, values in times.items()},
         "bytes_per_s_copied": copy,
         "flops_per_s_matmul": matmul,
         "cost": {name: _cost(usage, copy, matmul) for name, usage in usages.items()},
         "setting": {**asdict(bench), "dtype": "float32"},
         **provenance(bench.seed),
+    }
+
+
+def _compared(times: Mapping[str, list[float]], names: Iterable[str]) -> dict[str, Any]:
+    """Medians of the ratios that are named ``A_over_B``, their spread, and that of the seconds."""
+    found = {name: spread(ratios(times, *name.split("_over_"))) for name in names}
+    return {
+        **{name: over["median"] for name, over in found.items()},
+        "spread": found,
+        "seconds": {name: spread(values) for name, values in times.items()},
     }
 
 
@@ -148,12 +300,8 @@ def bench_loading(bench: ReuseBench | None = None, folder: Path | None = None) -
     times["serial_load"] = loads["serial"][1:]  # the first round warms up
     pairs = zip(times["serial_load"], times["serial"], strict=True)
     times["bound"] = [max(load, whole - load) for load, whole in pairs]
-    names = "overlapped_over_serial", "bound_over_serial"
-    found = {name: spread(ratios(times, *name.split("_over_"))) for name in names}
     return {
-        **{name: over["median"] for name, over in found.items()},
-        "spread": found,
-        "seconds": {name: spread(values) for name, values in times.items()},
+        **_compared(times, ("overlapped_over_serial", "bound_over_serial")),
         "bytes_read": read,
         "setting": {**asdict(bench), "layer_budget": share, "dtype": "float32"},
         **provenance(bench.seed),

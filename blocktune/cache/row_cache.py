@@ -16,23 +16,16 @@ Observer = Callable[[Tensor, Tensor], None]
 """Called as ``observer(keys, values)``, both ``(B, K, R, D)``, before they are written."""
 
 
-class Target(NamedTuple):
-    """Where the rows of a forward pass go: ``row[i]`` of prompt ``batch[i]`` to ``column[i]``.
+class _Target(NamedTuple):
+    """Where the rows of a forward pass go: ``row[i]`` of prompt ``batch[i]`` to ``column[i]``."""
 
-    Attributes:
-        columns: As selected, ``(B, R)``.
-        batch: The ``P`` rows that are stored, ``(P,)``, as are ``row`` and ``column``.
-        row: Row in the forward pass.
-        column: Column in the cache.
-    """
-
-    columns: Tensor
-    batch: Tensor
+    columns: Tensor  # as selected, (B, R)
+    batch: Tensor  # of the P rows that are stored, (P,), as are row and column
     row: Tensor
     column: Tensor
 
 
-class RowLayer(CacheLayerMixin):
+class _RowLayer(CacheLayerMixin):
     """One layer of a `RowCache`: keys and values ``(B, K, N, D)``, made at the first write."""
 
     is_sliding = False
@@ -46,12 +39,11 @@ class RowLayer(CacheLayerMixin):
         self.batch_size = batch_size
         self.num_columns = num_columns
         self.spare = spare
-        self.target: Target | None = None
+        self.target: _Target | None = None
         self.observer: Observer | None = None
 
     @property
     def keys(self) -> Tensor | None:
-        """Of all columns, ``(B, K, N, D)``, or None before the first write."""
         self.settle()
         return self._keys
 
@@ -60,13 +52,12 @@ class RowLayer(CacheLayerMixin):
         self._keys = keys
 
     def settle(self) -> None:
-        """Writes what `RowCache.defer` postponed."""
         pending, self.pending = self.pending, []
         for fill in pending:
             fill()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocates all columns and the spare ones; zeros, so that masked ones are finite."""
+        # Zeros, so that masked columns are finite.
         self.dtype, self.device = key_states.dtype, key_states.device
         self._stores = tuple(
             states.new_zeros(
@@ -80,20 +71,7 @@ class RowLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args, **kwargs
     ) -> tuple[Tensor, Tensor]:
-        """Writes the pass's rows into their columns; an observer sees them before that.
-
-        Args:
-            key_states: ``(B, K, R, D)``, RoPE applied.
-            value_states: ``(B, K, R, D)``.
-            *args: Not needed; some models pass more.
-            **kwargs: Likewise.
-
-        Returns:
-            Keys and values of all columns, ``(B, K, N, D)``: views, not to be written into.
-
-        Raises:
-            ValueError: If no columns were selected for this many rows.
-        """
+        # A pass's rows go into their columns; what comes back are views of all columns.
         wanted = None if self.target is None else tuple(self.target.columns.shape)
         if wanted != (key_states.shape[0], key_states.shape[2]):
             raise ValueError(
@@ -110,13 +88,11 @@ class RowLayer(CacheLayerMixin):
         return self.keys, self.values
 
     def store(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Writes rows ``(B, K, R, D)`` into the selected columns."""
         _, batch, row, column = self.target
         self.keys[batch, :, column] = key_states[batch, :, row]
         self.values[batch, :, column] = value_states[batch, :, row]
 
     def held(self) -> tuple[Tensor, Tensor]:
-        """Keys and values of the selected columns, ``(B, K, R, D)``; padding rows: arbitrary."""
         columns = self.target.columns.clamp(min=0)[:, None, :, None]
         return tuple(
             states.gather(2, columns.expand(-1, states.shape[1], -1, states.shape[3]))
@@ -124,7 +100,6 @@ class RowLayer(CacheLayerMixin):
         )
 
     def grow(self, count: int) -> None:
-        """Adds columns at the end, copying only when the spare ones are used up."""
         self.num_columns += count
         if not self.is_initialized:
             return
@@ -139,20 +114,17 @@ class RowLayer(CacheLayerMixin):
         self._show()
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """All columns are seen, from the first: a window lives in the mask."""
-        return self.num_columns, 0
+        return self.num_columns, 0  # all are seen: a window lives in the mask
 
     def get_seq_length(self) -> int:
-        """Columns before the selected rows, if these are the last: what transformers asks."""
+        # Columns before the selected rows, if these are the last: what transformers asks.
         selected = 0 if self.target is None else self.target.columns.shape[1]
         return self.num_columns - selected
 
     def get_max_length(self) -> int:
-        """No maximum."""
-        return -1
+        return -1  # no maximum
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Refused: the engine decodes one path per prompt."""
         raise ValueError("a RowCache does not serve beam search; use greedy decoding or sampling")
 
     def _show(self) -> None:
@@ -185,7 +157,7 @@ class RowCache(Cache):
         spare: int = 0,
         exact: bool = False,
     ):
-        layers = [RowLayer(i, batch_size, num_columns, spare) for i in range(num_layers)]
+        layers = [_RowLayer(i, batch_size, num_columns, spare) for i in range(num_layers)]
         super().__init__(layers=layers)
         self.exact = exact
 
@@ -271,14 +243,14 @@ class RowCache(Cache):
         return sum(s.shape[1] * s.shape[3] * s.element_size() for s in states)
 
     def held(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of a layer's selected columns, ``(B, K, R, D)``."""
+        """Keys and values of a layer's selected columns, ``(B, K, R, D)``; arbitrary in padding."""
         return self.layers[layer].held()
 
     def store(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Writes rows ``(B, K, R, D)`` into a layer's selected columns without a forward pass."""
         self.layers[layer].store(keys, values)
 
-    def _target(self, columns: Tensor) -> Target:
+    def _target(self, columns: Tensor) -> _Target:
         expected = self.layers[0].batch_size
         if columns.ndim != 2 or columns.shape[0] != expected or columns.dtype != torch.int64:
             raise ValueError(
@@ -293,4 +265,4 @@ class RowCache(Cache):
                 "each at most once in a prompt"
             )
         batch, row = (columns != SKIP).nonzero(as_tuple=True)
-        return Target(columns, batch, row, columns[batch, row])
+        return _Target(columns, batch, row, columns[batch, row])

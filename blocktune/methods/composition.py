@@ -53,17 +53,14 @@ class Composition(Method):
 
     @property
     def name(self) -> str:
-        """Its label."""
         return self.label
 
     @property
     def axes(self) -> frozenset[Axis]:
-        """The axes that it decides."""
         return self.decided
 
     @property
     def history(self) -> PromptHistory | None:
-        """Of one of the presets."""
         for term in self.terms:
             if term.history is not None:
                 own = self.layer_budget is None and self.selected == term.select()
@@ -71,13 +68,11 @@ class Composition(Method):
         return None
 
     def loader(self, store: ChunkStore, fingerprint: str) -> ChunkLoader | None:
-        """Of the first preset that has one."""
         made = (term.loader(store, fingerprint) for term in self.terms)
         return next(filter(None, made), None)
 
     @property
     def exact_on_one_chunk(self) -> bool:
-        """Whether all presets are, and nothing else changes a chunk or what is seen of it."""
         shape, changed = self.reshaped, dict(self.changes)
         return (
             all(term.exact_on_one_chunk for term in self.terms)
@@ -89,16 +84,13 @@ class Composition(Method):
         )
 
     def layout(self, spec: LayoutSpec) -> LayoutSpec:
-        """What the presets change, one after another, then the changes of its own."""
         made = reduce(lambda made, term: term.layout(made), self.terms, spec)
         return replace(made, **dict(self.changes))
 
     def select(self) -> Selection:
-        """Its selector."""
         return self.selected
 
     def reshape(self) -> Reshape | None:
-        """Its reshape."""
         return self.reshaped
 
 
@@ -170,7 +162,6 @@ def compose(
 
 
 def _choose(axis: Axis, choice: Any) -> Any:
-    """The value of an axis, given as `compose` takes it; None stays None."""
     registry = TABLES[axis]
     if isinstance(choice, str):
         return registry.build(choice)
@@ -189,12 +180,7 @@ def _choose(axis: Axis, choice: Any) -> Any:
 
 
 def format_method(terms: tuple[Method, ...], given: Mapping[Axis, Any]) -> str:
-    """A composition as it is written on the command line.
-
-    Args:
-        terms: Its presets.
-        given: The axes decided for them: an instance each, fields of the layout, or None.
-    """
+    """A composition of ``terms`` as on the command line, with the axes decided for them."""
     # The name of a composition says all of it.
     parts = [
         _format_entry(term.name, term) if METHODS.name_of(term) == term.name else term.name
@@ -211,7 +197,6 @@ def format_method(terms: tuple[Method, ...], given: Mapping[Axis, Any]) -> str:
 
 
 def _format_entry(name: str, entry: Any) -> str:
-    """A name, and the parameters that differ from their defaults."""
     known = [(f.name, f.default, getattr(entry, f.name)) for f in fields(entry)]
     changed = [(n, v) for n, default, v in known if default is not MISSING and v != default]
     return " ".join([name, *(_pair(*pair) for pair in changed)])
@@ -237,7 +222,6 @@ def _decide(terms: tuple[Method, ...], given: Mapping[Axis, Any], axis: Axis) ->
 
 
 def _weights(terms: tuple[Method, ...]) -> Weights:
-    """What the model must be trained for."""
     for term in terms:
         if term.cached is not Cached.CHUNKS:
             raise ValueError(

@@ -131,7 +131,6 @@ def _share(term: re.Match) -> float:
 
 
 def _parameters(term: re.Match, cls: type) -> dict[str, Any]:
-    """The parameters of a term; a plain number is the first one."""
     pairs = [pair.partition("=") for pair in term["pairs"].split()]
     parameters = {key: yaml.safe_load(value) for key, _, value in pairs}
     if term["number"] and not term["percent"]:

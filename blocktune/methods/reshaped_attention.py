@@ -19,16 +19,13 @@ CELLS = 1 << 25
 """Largest number of scores in memory at once, unless a single row has more."""
 
 
-class AttentionInputs(NamedTuple):
-    """Queries, keys and values of a layer; keys and values are float32."""
-
+class _States(NamedTuple):
     query: Tensor
-    key: Tensor
+    key: Tensor  # float32, and so is the value
     value: Tensor
     params: AttentionParams
 
     def scores(self, block: Block, seen: Seen) -> tuple[Tensor, Seen]:
-        """Scores of a block, ``(B, H, R, N)``, and what the reshape is told about them."""
         rows, keys, mask = block
         query, key = self.query[:, :, rows], self.key[:, :, keys]
         part = seen._replace(
@@ -121,7 +118,7 @@ class ReshapedAttention:
         if not self._acts[rule.layer]:
             return None
         rule = LayerRule(window=rule.window)
-        states = AttentionInputs(query, key.float(), value.float(), params)
+        states = _States(query, key.float(), value.float(), params)
         choice = self._choice(rule, seen, states)
         outs, entropy = [], []
         for block in self._blocks(rule, query):
@@ -150,7 +147,6 @@ class ReshapedAttention:
         return torch.stack(self._entropy).mean(0).tolist()
 
     def _enter(self, band: RowBand, columns: Tensor, layer: int) -> Seen:
-        """Marks the rows as recomputed in this layer: they were just written."""
         if self._pass is None or self._pass.band is not band:
             asks = band.query.kind == Kind.QUERY
             writes = band.query_exists & (band.query.kind != Kind.ANSWER)
@@ -165,10 +161,7 @@ class ReshapedAttention:
         return seen
 
     def _blocks(self, rule: LayerRule, query: Tensor) -> Iterator[Block]:
-        """One block at a time: all masks together would be rows x columns.
-
-        The scores of a block, over all prompts and heads, stay within `CELLS`.
-        """
+        # One block at a time, its scores within `CELLS`: all masks would be rows x columns.
         for rows, keys, mask in self._pass.band.blocks(rule):
             step = max(1, CELLS // (len(query) * query.shape[1] * mask.shape[-1]))
             for start in range(rows.start, rows.stop, step):
@@ -176,7 +169,7 @@ class ReshapedAttention:
                 inside = mask[:, :, start - rows.start : stop - rows.start]
                 yield Block(slice(start, stop), keys, inside)
 
-    def _choice(self, rule: LayerRule, seen: Seen, states: AttentionInputs) -> Tensor | None:
+    def _choice(self, rule: LayerRule, seen: Seen, states: _States) -> Tensor | None:
         if not self.reshape.surveys:
             return None
         if self.reshape.looks_ahead and not self._looking:

@@ -6,9 +6,8 @@ import pytest
 import torch
 from commands.conftest import blocktune  # noqa: F401
 
-from blocktune.bench import TARGETS, TINY, ReuseBench, bench_loading, bench_reuse, timing
-from blocktune.bench.reuse import LOADED, query_only
-from blocktune.bench.timing import ratios, spread, take_turns
+from blocktune.bench import TARGETS, TINY, ReuseBench, bench_loading, bench_reuse, reuse
+from blocktune.bench.reuse import LOADED, query_only, ratios, spread, take_turns
 from blocktune.cache import ChunkStore
 from blocktune.methods import build, compose
 
@@ -19,8 +18,8 @@ METHODS = {"full", "naive", "epic", "cacheblend"}
 def small_rates():
     """The rates of a machine take seconds to measure well; not here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(timing, "PRODUCT", 64)
-        patch.setattr(timing, "COPIED", 1 << 16)
+        patch.setattr(reuse, "PRODUCT", 64)
+        patch.setattr(reuse, "COPIED", 1 << 16)
         yield
 
 

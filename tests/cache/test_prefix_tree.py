@@ -6,7 +6,7 @@ from cache.made import MODEL, OTHER_MODEL, made_chunk
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from blocktune.cache import ExactKV, PrefixTree, RowCache, cut_exact
-from blocktune.cache.exact import context_digest
+from blocktune.cache.prefix_tree import context_digest
 
 HEADS, DIM = 1, 2
 TOKEN_BYTES = 2 * HEADS * DIM * 4 + 8  # keys and values of one layer, and the id

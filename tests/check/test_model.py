@@ -56,7 +56,7 @@ def test_other_positions_alone_do_not_count_as_hidden_chunks(monkeypatch):
     """A mask that hides nothing, at positions that no full prefill has."""
     engine = trained_for(LayoutSpec(placement="parallel"))
     monkeypatch.setattr(
-        "blocktune.check.model.batch_of",
+        "blocktune.check.serving.batch_of",
         lambda engine, method: in_full(batch_of(engine, method)),
     )
     last = check_model(engine)[-1]

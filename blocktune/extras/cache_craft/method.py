@@ -48,12 +48,11 @@ class VariantHistory(PromptHistory):
 
     @property
     def exact_alone(self) -> bool:
-        """The least fix overhead of a chunk that lost its context is alpha / 2."""
+        # The least fix overhead of a chunk that lost its context.
         return self.refresh < self.alpha / 2
 
     def without_selection(self) -> VariantHistory:
-        """Only a chunk without a variant makes a prompt full."""
-        return replace(self, refresh=1.0)
+        return replace(self, refresh=1.0)  # only a chunk without a variant makes a prompt full
 
     def lookup(self, store: ChunkStore, fingerprint: str, pieces: Pieces) -> list[Ids] | None:
         from blocktune.extras.cache_craft.variants import VariantStore
@@ -104,7 +103,6 @@ class VariantHistory(PromptHistory):
 
 
 @SELECTORS.register("stored-context")
-@dataclass(frozen=True)
 class StoredContext(Scored):
     """The tokens of each chunk that attended most to the context it was first computed in.
 
@@ -139,7 +137,6 @@ class StoredContext(Scored):
             raise ValueError(f"alpha must be a number of at least 0, got {self.alpha!r}")
 
     def with_budget(self, ratio: float) -> StoredContext:
-        """All of the budget is spent, in every layer."""
         return replace(self, ratio=ratio, focus=1.0)
 
     def begin(self, layout: Layout, passes: Passes) -> Tensor:
@@ -183,7 +180,6 @@ class StoredContext(Scored):
         return (layer,) if 0 < layer < num_layers else ()
 
     def refine(self, check: LayerCheck) -> Tensor:
-        """Keeps the chunks that hold most of the question's attention."""
         mass, most = check.question_mass.sort(dim=1, descending=True)
         before = mass.cumsum(1) - mass
         stays = before < self.hold * mass.sum(1, keepdim=True)
@@ -192,7 +188,6 @@ class StoredContext(Scored):
 
 
 @register("cache-craft")
-@dataclass(frozen=True)
 class CacheCraft(Method):
     """Takes chunks from earlier full prompts; recomputes what depended on context now missing.
 
@@ -227,7 +222,7 @@ class CacheCraft(Method):
 
     @property
     def exact_on_one_chunk(self) -> bool:
-        """Else it may come from the middle of an earlier prompt, and only a share is recomputed."""
+        # Else it may come from the middle of an earlier prompt, and only a share is recomputed.
         return self.history.exact_alone
 
     def layout(self, spec: LayoutSpec) -> LayoutSpec:

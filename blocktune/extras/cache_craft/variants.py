@@ -83,16 +83,10 @@ def order_penalty(old: Sequence[Ids], new: Sequence[Ids]) -> float:
 def cache_fix_overhead(
     variant: Variant, num_tokens: int, context: Sequence[Ids], alpha: float = 1.0
 ) -> float:
-    """CFO in [0, 1]: share of the chunk's tokens to recompute after ``context``.
+    """CFO in [0, 1]: share of the chunk's tokens to recompute after the chunks of ``context``.
 
     ``alpha * CCI * (1 - beta * (1 - gamma))``; 0 where the chunk is in the very context of
-    the variant.
-
-    Args:
-        variant: Statistics of the chunk.
-        num_tokens: Tokens of the chunk.
-        context: Tokens of the chunks before it in the new prompt, in order.
-        alpha: Found on validation data in the paper; 1 to begin with.
+    the variant. The paper finds ``alpha`` on validation data.
     """
     overlap = prefix_overlap(variant, context)
     overlap *= 1 - order_penalty(variant.context, context)
@@ -102,16 +96,7 @@ def cache_fix_overhead(
 
 @dataclass(frozen=True, eq=False)
 class ChunkVariants(Entry):
-    """All known variants of one chunk, the latest last.
-
-    Attributes:
-        variants: At least one.
-        token_ids: The chunk's, ``(S,)`` int64.
-        fingerprint: Hex digest of the model.
-
-    Raises:
-        ValueError: If the statistics are not those of one chunk.
-    """
+    """All known variants of one chunk, ``token_ids`` ``(S,)``, the latest last; at least one."""
 
     kind: ClassVar[str] = "variants"
     variants: tuple[Variant, ...]
@@ -164,10 +149,6 @@ class VariantStore:
 
     Two processes over one folder see each other's variants; of two that learn of one chunk at the
     same moment, one is forgotten. Use counts live as long as the process.
-
-    Args:
-        store: Holds the statistics, and the keys and values they speak of.
-        fingerprint: Of the model.
     """
 
     def __init__(self, store: ChunkStore, fingerprint: str):
@@ -181,10 +162,7 @@ class VariantStore:
         return store.notes.setdefault((cls, fingerprint), cls(store, fingerprint))
 
     def best(self, chunk: Ids, context: Sequence[Ids], alpha: float = 1.0) -> BestVariant | None:
-        """The variant with the least to recompute after ``context``; None if there is none.
-
-        Of equals, the latest. For the arguments see `cache_fix_overhead`.
-        """
+        """The variant with the least to recompute after ``context``; of equals, the latest."""
         latest_first = self._known(chunk)[::-1]
         costs = (cache_fix_overhead(v, len(chunk), context, alpha) for v in latest_first)
         found = map(BestVariant, latest_first, costs)
@@ -202,13 +180,8 @@ class VariantStore:
     def learn(self, chunk: Ids, variant: Variant, most: int) -> None:
         """Remembers a variant, in place of one in the same context or of the least used one.
 
-        The keys and values of one that leaves are dropped too, unless it had no context: so
-        encoded a chunk serves other methods.
-
-        Args:
-            chunk: Its tokens, as stored.
-            variant: What to remember.
-            most: Variants of the chunk that are kept, this one included.
+        ``most`` are kept, this one included. The keys and values of one that leaves are dropped
+        too, unless it had no context: so encoded a chunk serves other methods.
         """
         with self._lock:
             known = [v for v in self._known(chunk) if v.blanks != variant.blanks]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from blocktune.methods import Deviation, Method, Selection, register
@@ -13,7 +12,6 @@ if TYPE_CHECKING:
 
 
 @register("cacheblend-pipelined")
-@dataclass(frozen=True)
 class CacheBlendPipelined(Method):
     """CacheBlend that loads a layer while it computes the one before, and recomputes meanwhile.
 

@@ -64,13 +64,11 @@ class LoadingController:
         self._lock = threading.Lock()
 
     def saw_reading(self, num_bytes: int, seconds: float) -> None:
-        """Notes what was read from the folder and how long that took."""
         if num_bytes and seconds > 0:
             with self._lock:
                 self.bytes_per_s = _mixed(self.bytes_per_s, num_bytes / seconds)
 
     def saw_computing(self, row_layers: int, seconds: float) -> None:
-        """Notes how long computing took; rows are counted once per layer."""
         if row_layers and seconds > 0:
             with self._lock:
                 self.row_layer_s = _mixed(self.row_layer_s, seconds / row_layers)
@@ -78,14 +76,7 @@ class LoadingController:
     def choose(
         self, floor: float, context_tokens: int, num_layers: int, num_bytes: int
     ) -> LoadingChoice:
-        """The share to recompute, and the tier.
-
-        Args:
-            floor: Least share, which quality asks for (the paper: 0.15).
-            context_tokens: Tokens of the chunks of the batch.
-            num_layers: Layers of the model.
-            num_bytes: Bytes that must come from the folder.
-        """
+        """The share to recompute, at least ``floor``, and the tier, for bytes from the folder."""
         with self._lock:
             bandwidth, row_s = self.bytes_per_s, self.row_layer_s
         ratio, tier, load_s = floor, "memory", None if num_bytes else 0.0
@@ -125,19 +116,12 @@ class StreamedKV:
     matches = ChunkKV.matches
 
     def to(self, device: torch.device | str) -> Self:
-        """Itself: layers go to the store's device as they arrive."""
-        return self
+        return self  # layers go to the store's device as they arrive
 
     def submit(self, layer: int, pool: ThreadPoolExecutor) -> None:
-        """Asks for the next layer."""
         self._layers.append(pool.submit(self._read, layer))
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of a layer; waits for them.
-
-        Raises:
-            DamagedChunk: If they do not verify.
-        """
         started = time.perf_counter()
         try:
             return self._layers[layer].result()
@@ -147,7 +131,6 @@ class StreamedKV:
             self._loader.waited_s += time.perf_counter() - started
 
     def whole(self) -> ChunkKV:
-        """All layers, which must have arrived."""
         pairs = [future.result() for future in self._layers]
         keys, values = zip(*pairs, strict=True)
         return ChunkKV(keys, values, self.token_ids, self.fingerprint, self.origin)
@@ -162,8 +145,6 @@ class StreamedKV:
 
 @dataclass(frozen=True)
 class _Half(Sequence):
-    """All layers' keys, or all layers' values."""
-
     kv: StreamedKV
     half: int
 
@@ -177,48 +158,38 @@ class _Half(Sequence):
 class LayerLoader(ChunkLoader):
     """Reads the chunks of a batch layer by layer in the background, and chooses what to recompute.
 
-    Attributes:
-        chunks: Those that are read from the folder.
-        read_s: Seconds that the background spent on reading, verifying and moving.
-        report: The controller's `LoadingChoice`, or None where the share is fixed.
+    The report is the controller's `LoadingChoice`, or None where the share is fixed.
     """
-
-    report: LoadingChoice | None
 
     def __init__(self, store: ChunkStore, controller: LoadingController):
         self.store, self.controller = store, controller
-        self.chunks: list[StreamedKV] = []
-        self.read_s = 0.0
+        self.chunks: list[StreamedKV] = []  # those that are read from the folder
+        self.read_s = 0.0  # seconds of the background: reading, verifying and moving
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="blocktune-load")
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the chunks that are read from the folder."""
         return sum(chunk.num_bytes for chunk in self.chunks)
 
     def lookup(self, key: str, token_ids: Sequence[int] | Tensor, fingerprint: str) -> Lookup:
-        """As `ChunkStore.lookup`, but a chunk in the folder is only opened."""
         found = self.store.lookup(key, token_ids, fingerprint, read=self._open, keep=False)
         if found.tier == "disk":
             self.chunks.append(found.kv)
         return found
 
     def start(self) -> None:
-        """Reads the first layer of all chunks, then the second, and so on."""
         for layer in range(max((chunk.num_layers for chunk in self.chunks), default=0)):
             for chunk in self.chunks:
                 chunk.submit(layer, self._pool)
 
     def choose(self, selection: Selection, context_tokens: int, num_layers: int) -> Selection:
-        """A selector with a ``ratio`` takes it as the smallest share."""
-        floor = getattr(selection, "ratio", None)
+        floor = getattr(selection, "ratio", None)  # the smallest share
         if floor is None:
             return selection
         self.report = self.controller.choose(floor, context_tokens, num_layers, self.num_bytes)
         return selection.with_budget(self.report.ratio)
 
     def done(self, row_layers: int, compute_s: float) -> None:
-        """Measures, and keeps in memory what the controller wants there."""
         self.controller.saw_computing(row_layers, compute_s)
         self.controller.saw_reading(self.num_bytes, self.read_s)
         if self.report is None or self.report.tier == "memory":

@@ -1,4 +1,4 @@
-"""Presets that choose no tokens: full computation, plain reuse, and reuse on trained weights."""
+"""Presets that decide how chunks are encoded, placed and attended to; plain reuse and bounds."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ from typing import ClassVar
 
 from blocktune.methods import (
     Cached,
+    Deviation,
     Everything,
     Method,
+    Reshape,
+    ScaledContext,
     Selection,
+    TopChunks,
     Weights,
     register,
     require_count,
@@ -28,7 +32,6 @@ class _InFull(Method):
 
 
 @register("full-prefill")
-@dataclass(frozen=True)
 class FullPrefill(_InFull):
     """Computes every token in full attention: the upper bound of accuracy and cost."""
 
@@ -39,7 +42,6 @@ class FullPrefill(_InFull):
 
 
 @register("prefix-cache")
-@dataclass(frozen=True)
 class PrefixCache(_InFull):
     """Reuses the longest prefix seen before, in the same order: exact, but rarely hit in RAG.
 
@@ -59,7 +61,6 @@ class PrefixCache(_InFull):
 
 
 @register("no-context")
-@dataclass(frozen=True)
 class NoContext(_InFull):
     """Answers without any chunk: what the model knows or guesses, the lower bound."""
 
@@ -69,7 +70,6 @@ class NoContext(_InFull):
 
 
 @register("naive")
-@dataclass(frozen=True)
 class Naive(Method):
     """Joins cached chunks, moved to their positions, and computes only the question."""
 
@@ -77,7 +77,6 @@ class Naive(Method):
 
 
 @register("link0")
-@dataclass(frozen=True)
 class Link0(Method):
     """Encodes each chunk after blank tokens that absorb its attention sink and are then dropped.
 
@@ -97,7 +96,6 @@ class Link0(Method):
 
 
 @register("prompt-cache-schema")
-@dataclass(frozen=True)
 class PromptCacheSchema(Method):
     """Places each chunk at the start of a reserved slot, so its positions are always the same.
 
@@ -120,7 +118,6 @@ class PromptCacheSchema(Method):
 
 
 @register("block-attention")
-@dataclass(frozen=True)
 class BlockAttention(Method):
     """Reuses chunks without recomputation, on weights fine-tuned with block attention."""
 
@@ -129,7 +126,6 @@ class BlockAttention(Method):
 
 
 @register("kvlink")
-@dataclass(frozen=True)
 class KVLink(Method):
     """Adds trained link tokens to each chunk, computed in context; nothing else is recomputed."""
 
@@ -143,7 +139,6 @@ PLACEMENTS = {"reordered": "sequential", "composite": "composite"}
 
 
 @register("turborag")
-@dataclass(frozen=True)
 class TurboRag(Method):
     """Reuses chunks encoded between trained document markers, without recomputation.
 
@@ -166,7 +161,6 @@ class TurboRag(Method):
 
 
 @register("kv-packet")
-@dataclass(frozen=True)
 class KVPacket(Method):
     """Reuses chunks encoded between a learned header and trailer, without recomputation.
 
@@ -179,3 +173,101 @@ class KVPacket(Method):
     weights: ClassVar[Weights] = Weights.WRAPS
     # Header and trailer stand around the chunk; a full prefill has none.
     exact_on_one_chunk: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class _Scale(Method):
+    temperature: float = 0.9
+    scale: float = 0.9
+
+    def reshape(self) -> Reshape:
+        return ScaledContext(temperature=self.temperature, scale=self.scale)
+
+
+@register("ape")
+class Ape(_Scale):
+    """Encodes chunks after a shared prefix at the same positions; scales attention to them.
+
+    Every chunk is encoded after the prompt's prefix, whose keys are kept once, and starts where
+    the prefix ends. The question and each answer token attend to the chunks with a temperature and
+    a scale. The defaults, 0.9 and 0.9, are those of the authors' code; the paper searches a grid.
+    ``positions: sequential`` places the chunks one after another, as the study arXiv:2603.20218.
+    """
+
+    source: ClassVar[str] = "https://arxiv.org/abs/2502.05431"
+    # Attention to the chunk is scaled even if it is alone.
+    exact_on_one_chunk: ClassVar[bool] = False
+    positions: str = "parallel"
+
+    def __post_init__(self):
+        require_one_of("positions", self.positions, ("parallel", "sequential"))
+
+    def layout(self, spec: LayoutSpec) -> LayoutSpec:
+        spec = replace(spec, placement=self.positions, slot=0)
+        return replace(spec, block=True, num_blanks=0, bos="none", shared_prefix=True)
+
+
+@register("sel")
+class Sel(Method):
+    """Encodes chunks after the shared prefix; the question sees only its top-scoring chunks.
+
+    The paper's defaults for retrieved passages: two chunks, scores summed over heads and the
+    question's tokens. A single chunk is always seen, so one chunk alone equals full prefill.
+    """
+
+    source: ClassVar[str] = "https://arxiv.org/abs/2412.16545"
+    chunks: int = 2
+    aggregation: str = "HT"
+
+    def layout(self, spec: LayoutSpec) -> LayoutSpec:
+        return replace(spec, block=True, num_blanks=0, bos="none", shared_prefix=True)
+
+    def reshape(self) -> Reshape:
+        return TopChunks(chunks=self.chunks, aggregation=self.aggregation)
+
+
+@dataclass(frozen=True)
+class _Recompute(Method):
+    ratio: float = 0.15
+    check_layer: int = 1
+
+    def select(self) -> Selection:
+        return Deviation(ratio=self.ratio, check_layer=self.check_layer)
+
+
+@register("psr")
+class Psr(_Scale, _Recompute, Link0):
+    """Combines blanks before chunks, recomputation by key deviation, and scaled attention.
+
+    Recomputed tokens are not scaled, and attend to reused ones scaled, as the question does. The
+    study recomputes 15 % and tunes the rest on a grid without reporting the result: the defaults
+    here are one blank, and the temperature and scale of APE's code.
+    """
+
+
+@register("p+s+r")
+class Whole(Psr):
+    """PSR under the name that it has among its own ablations: blanks, scale and recompute."""
+
+
+@register("r")
+class R(_Recompute):
+    """PSR's ablation R: recomputes the tokens whose keys deviate most, and nothing else."""
+
+    source: ClassVar[str] = "https://arxiv.org/abs/2603.20218"
+
+
+@register("s")
+class S(Link0):
+    """PSR's ablation S: encodes chunks after blanks that are then dropped, and nothing else.
+
+    The study calls this part S and says that it equals Link0, although it is P in the full name.
+    """
+
+
+@register("s+p")
+class SP(_Scale, Link0):
+    """PSR's ablation S+P: encodes chunks after blanks and scales attention to them.
+
+    The study describes it as Link0 with APE; chunks stand one after another, as everywhere in it.
+    """

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import ClassVar
 
 from blocktune.methods import (
@@ -25,9 +27,17 @@ from blocktune.methods import (
 from blocktune.prompt import LayoutSpec
 
 
+class _Recompute(Method):
+    """Its parameters are those of its selector."""
+
+    selector: ClassVar[Callable[..., Selection]]
+
+    def select(self) -> Selection:
+        return self.selector(**vars(self))
+
+
 @register("epic")
-@dataclass(frozen=True)
-class Epic(Method):
+class Epic(_Recompute):
     """Recomputes the first tokens of every chunk, which removes the chunk's own attention sink.
 
     By number (``k``: the paper; ``k`` and ``last``: its code) or by share of the chunk (``share``:
@@ -38,18 +48,15 @@ class Epic(Method):
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2410.15332"
+    selector = FirstK
     k: int = 16
     share: float | None = None
     last: int = 0
     last_share: float = 0.0
 
-    def select(self) -> Selection:
-        return FirstK(k=self.k, share=self.share, last=self.last, last_share=self.last_share)
-
 
 @register("cacheblend")
-@dataclass(frozen=True)
-class CacheBlend(Method):
+class CacheBlend(_Recompute):
     """Computes layer 0 in full, then only the tokens whose keys deviate most at layer 1.
 
     This is the form of the study arXiv:2603.20218: one selection, by the distance of keys at
@@ -58,16 +65,13 @@ class CacheBlend(Method):
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2405.16444"
+    selector = Deviation
     ratio: float = 0.15
     check_layer: int = 1
 
-    def select(self) -> Selection:
-        return Deviation(ratio=self.ratio, check_layer=self.check_layer)
-
 
 @register("cacheblend-lmcache")
-@dataclass(frozen=True)
-class CacheBlendLMCache(Method):
+class CacheBlendLMCache(_Recompute):
     """CacheBlend as in LMCache: squared key distance, and the share rounded down.
 
     The share is of all tokens that come from caches, a cached prefix included; the question is
@@ -78,40 +82,28 @@ class CacheBlendLMCache(Method):
     """
 
     source: ClassVar[str] = "https://github.com/LMCache/LMCache"
+    selector = staticmethod(partial(Deviation, squared=True, of="cached"))
     ratio: float = 0.15
     check_layer: int = 1
     sees_future: bool = False
 
-    def select(self) -> Selection:
-        return Deviation(
-            ratio=self.ratio,
-            check_layer=self.check_layer,
-            squared=True,
-            of="cached",
-            sees_future=self.sees_future,
-        )
-
 
 @register("cacheblend-paper")
-@dataclass(frozen=True)
-class CacheBlendPaper(Method):
+class CacheBlendPaper(_Recompute):
     """CacheBlend as in the paper: drops the least deviating tokens again at every layer.
 
     The mean share over the layers is ``ratio``. The paper does not say how it falls (``spread``).
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2405.16444"
+    selector = GradualDeviation
     ratio: float = 0.15
     spread: float = 0.2
     check_layer: int = 1
 
-    def select(self) -> Selection:
-        return GradualDeviation(ratio=self.ratio, spread=self.spread, check_layer=self.check_layer)
-
 
 @register("cacheblend-repo")
-@dataclass(frozen=True)
-class CacheBlendRepo(Method):
+class CacheBlendRepo(_Recompute):
     """CacheBlend as in the authors' code: selects by squared value distance at layer 1.
 
     Layers 0 and 1 get fresh keys and values for all tokens. The share is of prefix and chunks,
@@ -123,25 +115,16 @@ class CacheBlendRepo(Method):
     """
 
     source: ClassVar[str] = "https://github.com/YaoJiayi/CacheBlend"
+    selector = staticmethod(
+        partial(Deviation, by="values", squared=True, of="cached", keeps_keys=True)
+    )
     ratio: float = 0.16
     check_layer: int = 1
     sees_future: bool = False
 
-    def select(self) -> Selection:
-        return Deviation(
-            ratio=self.ratio,
-            check_layer=self.check_layer,
-            by="values",
-            squared=True,
-            of="cached",
-            keeps_keys=True,
-            sees_future=self.sees_future,
-        )
-
 
 @register("droidspeak")
-@dataclass(frozen=True)
-class DroidSpeak(Method):
+class DroidSpeak(_Recompute):
     """Recomputes all tokens in one range of layers, from stored activations, and none elsewhere.
 
     The paper reuses the cache of another model; here it is the chunks' own. Measure which layers
@@ -153,16 +136,13 @@ class DroidSpeak(Method):
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2411.02820"
+    selector = LayerRange
     first_layer: int = 1
     ratio: float = 0.11
 
-    def select(self) -> Selection:
-        return LayerRange(first_layer=self.first_layer, ratio=self.ratio)
-
 
 @register("droidspeak-clc")
-@dataclass(frozen=True)
-class DroidSpeakCLC(Method):
+class DroidSpeakCLC(_Recompute):
     """Selects tokens by key deviation at layer 1, and again among all tokens at a deeper layer.
 
     The study's adaptation of DroidSpeak to chunks: the deeper layer starts from the hidden states
@@ -170,34 +150,26 @@ class DroidSpeakCLC(Method):
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2603.20218"
+    selector = Reselect
     ratio: float = 0.15
     check_layer: int = 1
     restart_layer: int = 5
 
-    def select(self) -> Selection:
-        return Reselect(
-            ratio=self.ratio, check_layer=self.check_layer, restart_layer=self.restart_layer
-        )
-
 
 @register("query-attention")
-@dataclass(frozen=True)
-class QueryAttentionMethod(Method):
+class QueryAttentionMethod(_Recompute):
     """Computes the question over the reused cache, then recomputes the tokens it attends to.
 
     These are the two stages of ProphetKV; how it combines layers (``fuse``) is not public.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2602.02579"
+    selector = QueryAttention
     ratio: float = 0.2
     fuse: str = "mean"
 
-    def select(self) -> Selection:
-        return QueryAttention(ratio=self.ratio, fuse=self.fuse)
-
 
 @register("cacheclip")
-@dataclass(frozen=True)
 class CacheClip(Method):
     """Recomputes windows of tokens that the question attends to in a small auxiliary model.
 
@@ -220,7 +192,6 @@ class CacheClip(Method):
 
 
 @register("selective-reconstruction")
-@dataclass(frozen=True)
 class SelectiveReconstruction(Method):
     """Recomputes tokens whose first-layer attention changes in context, or the most recent ones.
 
@@ -238,29 +209,23 @@ class SelectiveReconstruction(Method):
 
 
 @register("oracle")
-@dataclass(frozen=True)
-class OracleMethod(Method):
+class OracleMethod(_Recompute):
     """Recomputes the tokens that matter most according to a full prefill run beforehand.
 
     ``by`` says how they are ranked: by ``influence``, ``attention`` or ``deviation``.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2603.20218"
+    selector = Oracle
     ratio: float = 0.15
     by: str = "influence"
 
-    def select(self) -> Selection:
-        return Oracle(ratio=self.ratio, by=self.by)
-
 
 @register("random")
-@dataclass(frozen=True)
-class RandomMethod(Method):
+class RandomMethod(_Recompute):
     """Recomputes random tokens: what any other choice must beat."""
 
     source: ClassVar[str] = "https://arxiv.org/abs/2603.20218"
+    selector = Random
     ratio: float = 0.15
     seed: int = 0
-
-    def select(self) -> Selection:
-        return Random(ratio=self.ratio, seed=self.seed)

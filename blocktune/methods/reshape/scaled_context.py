@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 from blocktune.methods.reshape.base import RESHAPES, Reshape, Seen
@@ -12,7 +12,6 @@ if TYPE_CHECKING:
 
 
 @RESHAPES.register("scaled-context")
-@dataclass(frozen=True)
 class ScaledContext(Reshape):
     """Gives reused keys a softmax of their own, with a temperature and a scale.
 
@@ -44,7 +43,6 @@ class ScaledContext(Reshape):
         return replace(self, temperature=1.0, scale=1.0)
 
     def acts(self, seen: Seen) -> bool:
-        """True unless every token is recomputed."""
         return bool(seen.reused.any())
 
     def scores(self, scores: Tensor, seen: Seen, choice: Tensor | None) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 from blocktune.methods.reshape.base import RESHAPES, Reshape, Seen, in_chunk
@@ -17,18 +17,10 @@ EVERY_CHUNK = 1 << 30
 
 
 def chunk_scores(weights: Tensor, chunk: Tensor, num_chunks: int, top: int = 5) -> Tensor:
-    """How much a row attends to each chunk: the sum of the chunk's largest probabilities.
+    """How much a row attends to each chunk, ``(B, H, R, C)``: its ``top`` probabilities, summed.
 
-    Args:
-        weights: Attention probabilities, ``(B, H, R, N)``.
-        chunk: Each column's chunk, ``(B, N)``; negative for columns of no chunk.
-        num_chunks: C.
-        top: Number of probabilities summed.
-
-    Returns:
-        ``(B, H, R, C)``.
-
-    Source: arXiv:2412.16545, selective attention.
+    ``weights`` are probabilities ``(B, H, R, N)``; ``chunk`` is each column's, ``(B, N)``, negative
+    for columns of no chunk. Source: arXiv:2412.16545, selective attention.
     """
     import torch
 
@@ -49,7 +41,6 @@ def chunk_scores(weights: Tensor, chunk: Tensor, num_chunks: int, top: int = 5) 
 
 
 @RESHAPES.register("top-chunks")
-@dataclass(frozen=True)
 class TopChunks(Reshape):
     """Hides all but the chunks that a row attends to most.
 
@@ -84,7 +75,6 @@ class TopChunks(Reshape):
 
     @property
     def looks_ahead(self) -> bool:
-        """True if scores of all layers are summed: they take a pass of their own."""
         return self.aggregation == "LHT"
 
     def neutral(self) -> TopChunks:
@@ -94,12 +84,10 @@ class TopChunks(Reshape):
         return seen.num_chunks > 0
 
     def survey(self, scores: Tensor, seen: Seen) -> Tensor:
-        """Each row's score of each chunk, ``(B, H, R, C)``."""
         chunk = seen.key.chunk.where(seen.in_chunk, -1)
         return chunk_scores(scores.softmax(dim=-1), chunk, seen.num_chunks)
 
     def choose(self, survey: Tensor, query: Rows) -> Tensor:
-        """Which chunks a row keeps, ``(B, H or 1, R, C)`` bool."""
         import torch
 
         from blocktune.layout import Kind

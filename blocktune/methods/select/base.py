@@ -154,11 +154,9 @@ class Passes(Protocol):
     fingerprint: str
 
     def query_attention(self) -> Tensor:
-        """Computes the question over the reused cache, before anything is recomputed.
+        """Attention weights of the question over the reused cache, before anything is recomputed.
 
-        Returns:
-            Attention weight of each row, mean over the question's rows and the heads, at each
-            layer: ``(L, B, S)``.
+        Mean over the question's rows and the heads, at each layer: ``(L, B, S)``.
         """
 
     def auxiliary_attention(self, model: str) -> Tensor:
@@ -177,12 +175,10 @@ class Passes(Protocol):
         """
 
     def outside_attention(self) -> Tensor:
-        """Computes the first layer in full.
+        """Share of each row's first-layer attention that leaves its chunk, mean over heads.
 
-        Returns:
-            Share of each row's attention that goes to rows outside its own chunk, mean over the
-            heads, ``(B, S)``. It is the total variation between the row's weights with and without
-            those rows: the weights inside the chunk only shrink by one factor.
+        ``(B, S)``. It is the total variation between the row's weights with and without the rows
+        outside: the weights inside the chunk only shrink by one factor.
         """
 
     def full_prefill(self) -> Truth:
@@ -250,7 +246,6 @@ def selectable(layout: Layout) -> Tensor:
 
 
 @SELECTORS.register("nothing")
-@dataclass(frozen=True)
 class Nothing(Selection):
     """Recomputes no token: naive reuse."""
 
@@ -264,7 +259,6 @@ class Nothing(Selection):
 
 
 @SELECTORS.register("everything")
-@dataclass(frozen=True)
 class Everything(Selection):
     """Recomputes every context token: equal to full prefill, the upper bound."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 from blocktune.methods.select.base import SELECTORS, Selection, selectable
@@ -59,7 +59,6 @@ class _Deviating(Selection):
 
 
 @SELECTORS.register("deviation")
-@dataclass(frozen=True)
 class Deviation(_Deviating):
     """All tokens up to a check layer, then the share whose keys or values deviate most.
 
@@ -92,7 +91,6 @@ class Deviation(_Deviating):
         require_one_of("of", self.of, ("context", "cached"))
 
     def spends(self, num_layers: int) -> float | None:
-        """Layers up to the check in full; None for a share of all cached tokens."""
         if not self.ratio:
             return 0.0
         if self.of == "cached" and self.ratio < 1:
@@ -110,7 +108,6 @@ class Deviation(_Deviating):
 
 
 @SELECTORS.register("gradual-deviation")
-@dataclass(frozen=True)
 class GradualDeviation(_Deviating):
     """Drops, at every layer, the tokens that deviate least among those still recomputed.
 
@@ -145,7 +142,6 @@ class GradualDeviation(_Deviating):
         return min(1.0, self.ratio * (1 - self.spread * at * (self.ratio < 1)))
 
     def spends(self, num_layers: int) -> float:
-        """Layers up to the check in full, and the shares after it."""
         if not self.ratio:
             return 0.0
         kept = sum(self.share_at(layer, num_layers) for layer in self.checks(num_layers))
@@ -160,7 +156,6 @@ class GradualDeviation(_Deviating):
 
 
 @SELECTORS.register("layer-range")
-@dataclass(frozen=True)
 class LayerRange(Selection):
     """Every token in a contiguous range of layers, none in the others.
 
@@ -188,7 +183,6 @@ class LayerRange(Selection):
         return self.first_layer + 1
 
     def with_budget(self, ratio: float) -> Selection:
-        """A range of that share of the layers; that of all layers starts at 0."""
         return replace(self, ratio=ratio, first_layer=0 if ratio == 1 else self.first_layer)
 
     def layers(self, num_layers: int) -> range:
@@ -200,7 +194,6 @@ class LayerRange(Selection):
         return len(self.layers(num_layers)) / num_layers
 
     def start(self, layout: Layout) -> Tensor:
-        """Every token if the range starts at layer 0."""
         return selectable(layout) & (self.first_layer == 0 and self.ratio > 0)
 
     def widens(self, num_layers: int) -> tuple[int, ...]:
@@ -217,7 +210,6 @@ class LayerRange(Selection):
 
 
 @SELECTORS.register("reselect")
-@dataclass(frozen=True)
 class Reselect(Selection):
     """Chooses by key deviation at one layer, and again among all tokens at a deeper one.
 
@@ -246,18 +238,15 @@ class Reselect(Selection):
 
     @property
     def min_layers(self) -> int:
-        """Keys are compared one layer after the restart."""
-        return self.restart_layer + 2
+        return self.restart_layer + 2  # keys are compared one layer after the restart
 
     def spends(self, num_layers: int) -> float:
-        """Two layers and those below in full, and the share of the others."""
         if not self.ratio:
             return 0.0
         full = self.check_layer + 1
         return (full + self.ratio * (num_layers - full)) / num_layers
 
     def start(self, layout: Layout) -> Tensor:
-        """Every token; a ratio of 0 recomputes nothing at all."""
         return selectable(layout) & (self.ratio > 0)
 
     def checks(self, num_layers: int) -> tuple[int, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 from blocktune.methods.select.base import SELECTORS, Selection, selectable
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 
 @SELECTORS.register("first-k")
-@dataclass(frozen=True)
 class FirstK(Selection):
     """The first ``k`` and the last ``last`` tokens of every chunk, or a share of each chunk.
 
@@ -45,7 +44,6 @@ class FirstK(Selection):
         return replace(self, share=ratio)
 
     def spends(self, num_layers: int) -> float | None:
-        """The share; None for a number of tokens."""
         return self.share
 
     def start(self, layout: Layout) -> Tensor:
@@ -59,7 +57,6 @@ class FirstK(Selection):
 
 
 @SELECTORS.register("recency")
-@dataclass(frozen=True)
 class Recency(Selection):
     """The tokens closest to the question.
 
@@ -74,7 +71,6 @@ class Recency(Selection):
 
 
 @SELECTORS.register("random")
-@dataclass(frozen=True)
 class Random(Selection):
     """Random tokens: a lower bound for any choice.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from blocktune.methods.select.base import SELECTORS, Selection, selectable
@@ -21,19 +20,16 @@ class Scored(Selection):
     """A selector that needs scores from a forward pass first; it defines `begin`."""
 
     def start(self, layout: Layout) -> Tensor:
-        """Raises a `ValueError`: there are no scores."""
         raise ValueError(
             f"selector '{SELECTORS.name_of(self)}' needs a forward pass over a served prompt; "
             "where there is none (in training), use 'first-k' or 'random'"
         )
 
     @abstractmethod
-    def begin(self, layout: Layout, passes: Passes) -> Tensor:
-        """See `Selection.begin`."""
+    def begin(self, layout: Layout, passes: Passes) -> Tensor: ...
 
 
 @SELECTORS.register("query-attention")
-@dataclass(frozen=True)
 class QueryAttention(Scored):
     """The tokens that the question attends to most when it is computed over the reused cache.
 
@@ -60,7 +56,6 @@ class QueryAttention(Scored):
 
 
 @SELECTORS.register("auxiliary-attention")
-@dataclass(frozen=True)
 class AuxiliaryAttention(Scored):
     """Windows of tokens that the question attends to most in the last layer of a small model.
 
@@ -103,7 +98,6 @@ class AuxiliaryAttention(Scored):
 
 
 @SELECTORS.register("attention-deviation")
-@dataclass(frozen=True)
 class AttentionDeviation(Scored):
     """The tokens whose first-layer attention changes most when they see the other chunks.
 
@@ -119,7 +113,6 @@ class AttentionDeviation(Scored):
 
 
 @SELECTORS.register("oracle")
-@dataclass(frozen=True)
 class Oracle(Scored):
     """Tokens chosen with the knowledge of a full prefill: an upper bound for any choice.
 
