@@ -247,7 +247,7 @@ def test_the_quickstart_trains_and_asks_with_one_instruction():
     assert parse_suite(yaml.safe_load(text)).tasks[0].prompt["instruction"] == trained
 
 
-LEFT_OUT = ("USER/NAME", "release:", "eval/suites/", "out/quick")
+LEFT_OUT = ("USER/NAME", "release:", "eval/suites/", "out/quick", "serve")
 """The Hub, and the suite of the golden record."""
 LLAMA, TINY = "meta-llama/Llama-3.1-8B-Instruct", "data/tiny"
 STAND_INS = {"$MODEL": TINY, LLAMA: TINY}
