@@ -107,7 +107,7 @@ def claims(method: Method) -> dict[str, Claim]:
 
 
 def _one_chunk_alone(subject: Subject) -> Check:
-    """Equal to a full prefill if the method says so, and different if it says not."""
+    # Equal to a full prefill if the method says so, and different if it says not.
     method, bare = subject.method, begun(subject.bare, subject.method)
     full = bare.next_logits([ALONE], "full-prefill")
     moved = difference(bare.next_logits([ALONE], method), full)
