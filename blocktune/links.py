@@ -62,10 +62,7 @@ def link_base(model: PreTrainedModel) -> int:
 
 
 def new_links(model: PreTrainedModel, num_links: int, seed: int = 0) -> LinkTable:
-    """Makes a float32 table on the model's device, not installed: rows near the mean embedding.
-
-    ``seed`` is that of the noise that makes the rows differ.
-    """
+    """Makes a float32 table on the model's device, not installed: rows near the mean embedding."""
     embedding = model.get_input_embeddings()
     mean, std = _moments(embedding, link_base(model))
     generator = torch.Generator().manual_seed(seed)

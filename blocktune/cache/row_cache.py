@@ -170,8 +170,7 @@ class RowCache(Cache):
         """Says where the rows of the following forward passes go.
 
         Args:
-            columns: ``(B, R)`` int64, each row's column, or `SKIP` for a padding row. No column
-                twice in a prompt.
+            columns: ``(B, R)`` int64, each row's column, or `SKIP` for a padding row.
             layers: Layers it holds for, where the set of rows changes on the way; None: all.
 
         Raises:
