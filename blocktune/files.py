@@ -104,9 +104,7 @@ def append_lines(path: str | Path, lines: Iterable[str]) -> None:
 
 @contextmanager
 def locked(path: str | Path) -> Iterator[None]:
-    """Holds ``path`` for this process; the lock ends with the block or the process.
-
-    The file is created if it is missing.
+    """Holds ``path``, created if missing, until the block or the process ends.
 
     Raises:
         ValueError: If another process holds it.

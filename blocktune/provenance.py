@@ -14,18 +14,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = (
-    "torch",
-    "transformers",
-    "tokenizers",
-    "numpy",
-    "peft",
-    "trl",
-    "accelerate",
-    "datasets",
-    "deepspeed",
-    "bitsandbytes",
-)
+PACKAGES = "torch transformers tokenizers numpy peft trl accelerate datasets deepspeed bitsandbytes"
 MASK = "HIDDEN"
 """What stands for a secret."""
 _TOKEN_OPTION = re.compile(r"(--?[\w-]*token)(?:=.*)?", re.IGNORECASE | re.DOTALL)
@@ -36,9 +25,7 @@ _TOKEN = re.compile(r"(?<![A-Za-z0-9])(?:hf|api_org)_[A-Za-z0-9]{20,}")
 def provenance(seed: int | None = None, command: list[str] | None = None) -> dict[str, Any]:
     """Describes this process; its program's folder and all tokens are left out, to be published.
 
-    Args:
-        seed: Recorded as it is, where one was used.
-        command: What the user typed; by default ``sys.argv`` with the bare program name.
+    ``command`` is what the user typed, by default ``sys.argv`` with the bare program name.
     """
     typed = [*_program(), *sys.argv[1:]] if command is None else command
     return {
@@ -51,11 +38,7 @@ def provenance(seed: int | None = None, command: list[str] | None = None) -> dic
 
 
 def without_secrets(words: list[str]) -> list[str]:
-    """A command's words with `MASK` for the values of options named ``...token``, and for tokens.
-
-    Args:
-        words: Of the command; ``--hub_token X``, ``--hub-token=X`` and ``hf_...`` are known.
-    """
+    """A command's words with `MASK` for ``hf_...`` and the values of options named ``...token``."""
     kept: list[str] = []
     for word in words:
         option = _TOKEN_OPTION.fullmatch(kept[-1]) if kept else None
@@ -95,7 +78,7 @@ def versions() -> dict[str, str]:
     import blocktune
 
     found = {"python": platform.python_version(), "blocktune": blocktune.__version__}
-    for name in PACKAGES:
+    for name in PACKAGES.split():
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

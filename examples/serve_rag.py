@@ -16,13 +16,13 @@ from blocktune.prompt import Chunk
 def sections(folder: str) -> list[Chunk]:
     """Every section of every file, with its heading as the title."""
     texts = (path.read_text(encoding="utf-8") for path in sorted(Path(folder).rglob("*.md")))
-    found = (re.split(r"^#+\s*(.+)$", text, flags=re.MULTILINE) for text in texts)
-    pairs = (pair for parts in found for pair in zip(parts[1::2], parts[2::2], strict=True))
+    found = (re.split(r"^#+\s*(.+)$", text, flags=re.M)[1:] for text in texts)
+    pairs = (pair for parts in found for pair in zip(parts[::2], parts[1::2], strict=True))
     return [Chunk(text.strip(), title.strip()) for title, text in pairs if text.strip()]
 
 
 def main(folder: str, question: str, url: str = "http://127.0.0.1:8000/v1", k: int = 5) -> None:
-    """Prints the answer while it comes; any OpenAI client can send documents."""
+    """Prints the answer while it comes."""
     client, corpus = OpenAI(base_url=url, api_key="none"), sections(folder)
     best = [corpus[hit.index] for hit in Bm25(corpus).search([question], k)[0]]
     stream = client.chat.completions.create(

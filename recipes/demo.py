@@ -16,7 +16,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.panel import Panel
 
-from blocktune.commands.evaluate import run_and_show
+from blocktune.commands.options import quiet_libraries
+from blocktune.evaluation.cli_output import run_and_show
 from blocktune.evaluation.findings import findings
 from blocktune.evaluation.suite import load_suite
 
@@ -82,6 +83,7 @@ def main() -> None:
     start = time.monotonic()
     sys.stdout.reconfigure(line_buffering=True)  # in order with the runs below, also in a pipe
     shutil.rmtree(OUTPUT, ignore_errors=True)  # all numbers below are made in this run
+    quiet_libraries()
     console.print(Panel(INTRODUCTION, title="blocktune", title_align="left"))
     step(1, "Fine-tune: chunks that see only themselves, without links and with (KVLink)")
     train(("block_attention", "kvlink"))

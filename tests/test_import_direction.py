@@ -265,8 +265,12 @@ def test_importing_registers_nothing_with_transformers_or_torch():
 
 def test_the_reader_sees_every_form_of_import():
     forms = [
-        ("blocktune.training", "from blocktune.engine import Engine", {"blocktune.engine.Engine"}),
-        ("blocktune.training", "from ..engine import Engine", {"blocktune.engine.Engine"}),
+        (
+            "blocktune.training",
+            "from blocktune.adapter import Release",
+            {"blocktune.adapter.Release"},
+        ),
+        ("blocktune.training", "from ..adapter import Release", {"blocktune.adapter.Release"}),
         ("blocktune", "from .methods import FirstK", {"blocktune.methods.select.place.FirstK"}),
         ("blocktune.methods.select", "from ... import engine", {"blocktune.engine"}),
         ("blocktune", "from .layout import Layout", {"blocktune.layout.Layout"}),

@@ -57,30 +57,15 @@ def secret_from_environment() -> bytes | None:
     """The key that signs entries: `SECRET`, or the content of the file `SECRET_FILE`; or None.
 
     Raises:
-        ValueError: If it is shorter than `LEAST_SECRET` bytes, or the file cannot be read.
+        ValueError: If the file cannot be read.
     """
     text, path = os.environ.get(SECRET), os.environ.get(SECRET_FILE)
     if text is None and path is None:
         return None
     try:
-        secret = text.encode() if text is not None else Path(path).read_bytes().strip()
+        return text.encode() if text is not None else Path(path).read_bytes().strip()
     except OSError as error:
         raise ValueError(f"{SECRET_FILE}: cannot read '{path}': {error.strerror}") from None
-    return checked_secret(secret)
-
-
-def checked_secret(secret: bytes) -> bytes:
-    """The same key.
-
-    Raises:
-        ValueError: If it is too short.
-    """
-    if len(secret) < LEAST_SECRET:
-        raise ValueError(
-            f"the key of a store has at least {LEAST_SECRET} bytes, got {len(secret)}; make one "
-            f"with `openssl rand -hex 32`, or unset {SECRET} and {SECRET_FILE}"
-        )
-    return secret
 
 
 def chunk_path(folder: Path, key: str) -> Path:
@@ -108,8 +93,12 @@ class ChunkFolder:
         Raises:
             ValueError: If ``secret`` is too short.
         """
-        self.path = Path(path)
-        self.secret = None if secret is None else checked_secret(secret)
+        self.path, self.secret = Path(path), secret
+        if secret is not None and len(secret) < LEAST_SECRET:
+            raise ValueError(
+                f"the key of a store has at least {LEAST_SECRET} bytes, got {len(secret)}; make "
+                f"one with `openssl rand -hex 32`, or unset {SECRET} and {SECRET_FILE}"
+            )
 
     def prepare(self) -> None:
         """Makes the folder, checks that it can be written, removes unfinished files.
@@ -138,7 +127,7 @@ class ChunkFolder:
         """
         removed = 0
         for entry in self._entries(self.path / WRITING):
-            with suppress(OSError, ValueError):  # another process was faster, or it is another user's
+            with suppress(OSError, ValueError):  # gone meanwhile, or another user's
                 if entry.is_file(follow_symlinks=False):
                     age = time.time() - entry.stat(follow_symlinks=False).st_mtime
                     removed += _remove_unfinished(Path(entry.path), age > _ABANDONED_S)

@@ -122,7 +122,9 @@ class ChunkStore:
         self.must_write, self.warn_rejected = must_write, True
         self._files, self._next_write, self._warned = None, 0.0, False
         if folder is not None:
-            self._files = ChunkFolder(folder, secret or secret_from_environment())
+            self._files = ChunkFolder(
+                folder, secret_from_environment() if secret is None else secret
+            )
             try:
                 self._files.prepare()
             except OSError as error:

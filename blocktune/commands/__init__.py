@@ -15,7 +15,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
     epilog=teach(
-        "blocktune data worlds --split test --output out/test.jsonl",
+        "blocktune data write 'worlds:test?n=500' --output out/test.jsonl",
         "blocktune answer --model data/tiny --input out/test.jsonl --limit 1",
         "blocktune train --config recipes/block_attention.yaml",
         "blocktune eval --suite eval/suites/quick.yaml --output out/quick",
@@ -25,12 +25,5 @@ app = typer.Typer(
 
 
 def command(name: str, *examples: str, of: typer.Typer = app, **settings: Any) -> Callable:
-    """Registers a function as a command whose help ends in examples.
-
-    Args:
-        name: Of the command.
-        examples: Lines; those that start with ``blocktune`` or a space are shown as code.
-        of: The group, if it is not a command of `blocktune` itself.
-        settings: Further ones of `typer.Typer.command`.
-    """
+    """Registers a function as a command of a group, whose help ends in examples (see `teach`)."""
     return of.command(name, epilog=teach(*examples), **settings)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 from blocktune.commands import command
 from blocktune.commands import options as opt
@@ -21,14 +22,14 @@ from blocktune.commands import options as opt
     "numbers; the command measures what quantising the result again would lose.",
 )
 def merge(
-    adapter: Annotated[str, typer.Argument(help="A folder, or USER/NAME\\[@REVISION].")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="New folder for the model.")],
+    adapter: Annotated[str, Argument(help="A folder, or USER/NAME\\[@REVISION].")],
+    output: Annotated[Path, Option("--output", "-o", help="New folder for the model.")],
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Base model. Default: the adapter's own.")
+        str | None, Option("--model", "-m", help="Base model. Default: the adapter's own.")
     ] = None,
     links: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="Where link tokens go: table (a file beside the model) or added_tokens (in its "
             "vocabulary). Default: as trained."
         ),
@@ -67,30 +68,29 @@ def merge(
     "Log in first with `hf auth login`, or set HF_TOKEN.",
 )
 def push(
-    adapter: Annotated[Path, typer.Argument(help="Folder from `blocktune train` or `merge`.")],
-    repo: Annotated[str, typer.Option(help="USER/NAME on the HF Hub; created if missing.")],
+    adapter: Annotated[Path, Argument(help="Folder from `blocktune train` or `merge`.")],
+    repo: Annotated[str, Option(help="USER/NAME on the HF Hub; created if missing.")],
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check, show every file and the card, send nothing.")
+        bool, Option("--dry-run", help="Check, show every file and the card, send nothing.")
     ] = False,
     private: Annotated[
-        bool, typer.Option("--private", help="Make the repository private if it is new.")
+        bool, Option("--private", help="Make the repository private if it is new.")
     ] = False,
     base_model: Annotated[
-        str | None,
-        typer.Option(help="Name of the base on the Hub, if it was trained from a local copy."),
+        str | None, Option(help="Name of the base on the Hub, if it was trained from a local copy.")
     ] = None,
     license: Annotated[
-        str | None, typer.Option(help="Such as apache-2.0. Default: the base's own on the Hub.")
+        str | None, Option(help="Such as apache-2.0. Default: the base's own on the Hub.")
     ] = None,
     dataset: Annotated[
-        list[str] | None, typer.Option(help="Training data set on the Hub; repeatable.")
+        list[str] | None, Option(help="Training data set on the Hub; repeatable.")
     ] = None,
     results: Annotated[
-        Path | None, typer.Option(help="results.json of `blocktune eval`, for the card's table.")
+        Path | None, Option(help="results.json of `blocktune eval`, for the card's table.")
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option("--model", "-m", help="Base model for the check. Default: the adapter's own."),
+        Option("--model", "-m", help="Base model for the check. Default: the adapter's own."),
     ] = None,
     dtype: opt.Dtype = "auto",
     device: opt.Device = None,

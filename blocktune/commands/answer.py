@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Option
 
 from blocktune.commands import command
 from blocktune.commands import options as opt
 from blocktune.commands.errors import resumable
 
-DECODING = "Decoding"
+of_decoding = partial(Option, rich_help_panel="Decoding")
 
 
 @command(
@@ -26,26 +28,15 @@ DECODING = "Decoding"
     "A stopped command that writes to a file continues where it stopped: repeat it.",
 )
 def answer(
-    question: Annotated[
-        str | None,
-        typer.Option("--question", "-q", help="One question.", rich_help_panel=opt.PROMPT),
-    ] = None,
+    question: Annotated[str | None, opt.of_prompt("--question", "-q", help="One question.")] = None,
     chunk: Annotated[
         list[str] | None,
-        typer.Option(
-            "--chunk",
-            "-c",
-            help="A passage for --question; repeatable.",
-            rich_help_panel=opt.PROMPT,
-        ),
+        opt.of_prompt("--chunk", "-c", help="A passage for --question; repeatable."),
     ] = None,
     source: Annotated[
         str | None,
-        typer.Option(
-            "--input",
-            "-i",
-            help="Questions with their chunks: JSONL or any data source.",
-            rich_help_panel=opt.PROMPT,
+        opt.of_prompt(
+            "--input", "-i", help="Questions with their chunks: JSONL or any data source."
         ),
     ] = None,
     limit: opt.Limit = None,
@@ -53,10 +44,7 @@ def answer(
     system: opt.System = None,
     wording: opt.Format = None,
     show_prompt: Annotated[
-        bool,
-        typer.Option(
-            "--show-prompt", help="Print the prompt, row by row, first.", rich_help_panel=opt.PROMPT
-        ),
+        bool, opt.of_prompt("--show-prompt", help="Print the prompt, row by row, first.")
     ] = False,
     model: opt.Model = None,
     adapter: opt.Adapter = None,
@@ -64,16 +52,16 @@ def answer(
     quantize: opt.Quantize = None,
     device: opt.Device = None,
     method: Annotated[
-        str, typer.Option(help="Reuse method, see `blocktune methods`; 'A + B 15 %' composes.")
+        str, Option(help="Reuse method, see `blocktune methods`; 'A + B 15 %' composes.")
     ] = "naive",
     param: Annotated[
-        list[str] | None, typer.Option(help="Parameter of the method, as name=value; repeatable.")
+        list[str] | None, Option(help="Parameter of the method, as name=value; repeatable.")
     ] = None,
     store: opt.Store = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Questions per batch.")] = 8,
+    batch_size: Annotated[int, Option(min=1, help="Questions per batch.")] = 8,
     output: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             "--output",
             "-o",
             help="JSONL file for the answers, written as they come. Questions that it already "
@@ -81,35 +69,18 @@ def answer(
         ),
     ] = None,
     stream: Annotated[
-        bool, typer.Option("--stream", help="Print one answer while it is generated.")
+        bool, Option("--stream", help="Print one answer while it is generated.")
     ] = False,
     as_json: opt.AsJson = False,
-    max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="Longest answer, in tokens.", rich_help_panel=DECODING)
-    ] = 32,
+    max_new_tokens: Annotated[int, of_decoding(min=1, help="Longest answer, in tokens.")] = 32,
     temperature: Annotated[
-        float,
-        typer.Option(
-            help="0 picks the likeliest token; higher values sample more evenly.",
-            rich_help_panel=DECODING,
-        ),
+        float, of_decoding(help="0 picks the likeliest token; higher values sample more evenly.")
     ] = 0.0,
-    top_k: Annotated[
-        int,
-        typer.Option(
-            help="Sample from the K likeliest tokens; 0: from all.", rich_help_panel=DECODING
-        ),
-    ] = 0,
+    top_k: Annotated[int, of_decoding(help="Sample from the K likeliest tokens; 0: from all.")] = 0,
     top_p: Annotated[
-        float,
-        typer.Option(
-            help="Nucleus sampling: keep tokens up to this cumulative probability.",
-            rich_help_panel=DECODING,
-        ),
+        float, of_decoding(help="Nucleus sampling: keep tokens up to this cumulative probability.")
     ] = 1.0,
-    seed: Annotated[
-        int, typer.Option(help="Random seed for sampling.", rich_help_panel=DECODING)
-    ] = 0,
+    seed: Annotated[int, of_decoding(help="Random seed for sampling.")] = 0,
 ) -> None:
     """Answer questions from separately cached chunks, and report what each answer cost."""
     from blocktune.commands import answering as ways
@@ -143,13 +114,8 @@ def answer(
     "A stopped command continues where it stopped: repeat it.",
 )
 def encode(
-    documents: Annotated[
-        Path,
-        typer.Option(
-            "--input", "-i", help="Chunks or questions, JSONL.", rich_help_panel=opt.PROMPT
-        ),
-    ],
-    store: Annotated[Path, typer.Option(help="Folder for the encoded chunks.")],
+    documents: Annotated[Path, opt.of_prompt("--input", "-i", help="Chunks or questions, JSONL.")],
+    store: Annotated[Path, Option(help="Folder for the encoded chunks.")],
     instruction: opt.Instruction = None,
     system: opt.System = None,
     wording: opt.Format = None,

@@ -30,11 +30,7 @@ from blocktune.prompt import Chunk, show
 def read_examples(
     source: str | None, limit: int | None, question: str | None, chunks: Sequence[str]
 ) -> list[RagExample]:
-    """The questions, from a source or from the command line.
-
-    Raises:
-        ValueError: If both or none are given, there is no chunk, or the source is wrong.
-    """
+    """The questions, from a source or from the command line."""
     if (source is None) == (question is None):
         raise ValueError("give either --input FILE or --question Q with --chunk TEXT, not both")
     if source is not None:
@@ -49,11 +45,7 @@ def read_examples(
 
 
 def build_method(name: str, parameters: Sequence[str]) -> Method:
-    """Builds a method from its text and ``name=value`` pairs, read as YAML.
-
-    Raises:
-        ValueError: If one is not a pair, or the method refuses it.
-    """
+    """Builds a method from its text and ``name=value`` pairs, read as YAML."""
     values = {}
     for parameter in parameters:
         key, equals, value = parameter.partition("=")
@@ -65,15 +57,7 @@ def build_method(name: str, parameters: Sequence[str]) -> Method:
 
 @dataclass(frozen=True)
 class Run:
-    """An engine with the settings of one command.
-
-    Attributes:
-        engine: Loaded, with the wording of the command.
-        method: How chunks are reused.
-        max_new_tokens: Longest answer.
-        sampling: How tokens are picked.
-        batch_size: Questions per batch.
-    """
+    """An engine with the settings of one command."""
 
     engine: Engine
     method: Method
@@ -82,11 +66,7 @@ class Run:
     batch_size: int
 
     def require_room(self, examples: Sequence[RagExample]) -> None:
-        """Lays every prompt out, before the first answer.
-
-        Raises:
-            ValueError: If one does not fit into the model's context.
-        """
+        """Lays every prompt out, before the first answer."""
         make = self.engine.prompts
         for example in examples:
             pieces = make.pieces(example, self.method)
@@ -111,22 +91,14 @@ class Run:
         console = Console()
         for example, answer in self._answers(examples, quiet=not as_json):
             if as_json:
-                typer.echo(
-                    json.dumps(self._record(example, answer), ensure_ascii=False, default=str)
-                )
+                typer.echo(_line(self._record(example, answer)))
             else:
                 console.print(_panel(example, answer, self.method.name))
 
     def write(self, examples: Sequence[RagExample], output: Path, method: Sequence[str]) -> None:
         """Appends answers to a JSONL file; those that it holds already are not made again.
 
-        Args:
-            examples: All questions of the command.
-            output: The file. Each line carries a key: a digest of all that decides its answer.
-            method: The method as typed, part of the keys.
-
-        Raises:
-            ValueError: If the file holds other lines than this command writes.
+        Each line carries a key: a digest of all that decides its answer, ``method`` as typed too.
         """
         keys = [self._key(example, method) for example in examples]
         with locked(output), resumable(f"the answers so far are in {output}"):
@@ -194,12 +166,7 @@ def holds_chunks(folder: Path) -> bool:
 
 
 def report_store(store: ChunkStore, held: bool) -> None:
-    """Prints on standard error how many chunks a folder saved.
-
-    Args:
-        store: Used for the answers.
-        held: Whether its folder held chunks before.
-    """
+    """Says how many chunks a folder saved; ``held``: it held chunks before."""
     if store.folder is None:
         return
     stats = store.stats()

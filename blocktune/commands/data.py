@@ -9,9 +9,9 @@ from enum import StrEnum
 from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
-from urllib.parse import urlencode
 
 import typer
+from typer import Argument, Option
 
 from blocktune.commands import app, command, teach
 from blocktune.commands import options as opt
@@ -27,22 +27,21 @@ hf:OWNER/NAME[:CONFIG] or hf:FOLDER, or a generator (worlds:test, needle:). Opti
 question mark: 'tulu-3?split=train&chunker=message', 'rows.csv?fields=question:q,chunks:docs'.
 """
 
-Source = Annotated[str, typer.Argument(help="Where examples come from; see `blocktune data list`.")]
-Output = Annotated[Path, typer.Option("--output", "-o", help="JSONL file to write.")]
-Limit = Annotated[int | None, typer.Option(min=1, help="Only the first examples.")]
+Source = Annotated[str, Argument(help="Where examples come from; see `blocktune data list`.")]
+Output = Annotated[Path, Option("--output", "-o", help="JSONL file to write.")]
+Limit = Annotated[int | None, Option(min=1, help="Only the first examples.")]
 Split = Annotated[
-    str | None,
-    typer.Option(help="Split of a data set on the Hub; default validation, if it has one."),
+    str | None, Option(help="Split of a data set on the Hub; default validation, if it has one.")
 ]
 Fields = Annotated[
     str | None,
-    typer.Option(
+    Option(
         metavar="NEW=OLD,...", help="Rename fields: question=input,chunks=context,answers=a.value."
     ),
 ]
 Counter = Annotated[
     str | None,
-    typer.Option(
+    Option(
         "--tokenizer", help="Tokenizer used to measure lengths: a folder or a name on the HF Hub."
     ),
 ]
@@ -83,13 +82,13 @@ def show_list(as_json: opt.AsJson = False) -> None:
     from dataclasses import asdict
 
     from rich.console import Console
-    from rich.table import Table
 
     from blocktune.data.chunking import CHUNKERS
     from blocktune.data.sources.catalog import CATALOG
     from blocktune.data.sources.options import generators
     from blocktune.data.sources.shapes import SHAPES
     from blocktune.registry import summary_of
+    from blocktune.tables import Table
 
     chunkers = {name: summary_of(cls) for name, cls in sorted(CHUNKERS.table().items())}
     if as_json:
@@ -102,17 +101,11 @@ def show_list(as_json: opt.AsJson = False) -> None:
         facts |= {"generators": made, "shapes": shapes, "chunkers": chunkers}
         typer.echo(json.dumps(facts, indent=2, ensure_ascii=False))
         return
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)
+
+    console = Console() if Console().is_terminal else Console(width=120)
 
     def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-        table = Table(title=title)
-        for column in columns:
-            table.add_column(column, overflow="fold")  # names are there to be copied
-        for row in rows:
-            table.add_row(*row)
-        console.print(table, "")
+        Table(columns, list(rows), title=title, left=columns).show(console)
 
     print_table(
         "data sets",
@@ -137,18 +130,16 @@ def show_list(as_json: opt.AsJson = False) -> None:
 )
 def show(
     source: Source,
-    index: Annotated[int, typer.Option(min=0, help="Which example, from 0.")] = 0,
+    index: Annotated[int, Option(min=0, help="Which example, from 0.")] = 0,
     split: Split = None,
     fields: Fields = None,
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Show the rows that this model gets.")
+        str | None, Option("--model", "-m", help="Show the rows that this model gets.")
     ] = None,
     adapter: Annotated[
-        str | None, typer.Option(help="With the wording and layout of this adapter.")
+        str | None, Option(help="With the wording and layout of this adapter.")
     ] = None,
-    mode: Annotated[
-        Mode, typer.Option(help="Attention in which the example is laid out.")
-    ] = Mode.block,
+    mode: Annotated[Mode, Option(help="Attention in which the example is laid out.")] = Mode.block,
 ) -> None:
     """Show one example: as text, or with --model row by row as the model sees it."""
     if adapter is not None and model is None:
@@ -219,38 +210,8 @@ def write(
 ) -> None:
     """Write any source as JSON lines, one example with its chunks a line."""
     counter = _tokenizer(tokenizer)
-    from blocktune.data.sources.catalog import with_data_sets
-
-    examples = _load(source, fields, limit=limit, split=split, tokenizer=counter)
-    count = _write(output, with_data_sets(examples, source))
+    count = _write(output, _load(source, fields, limit=limit, split=split, tokenizer=counter))
     typer.echo(f"wrote {count:,} examples to {output}")
-
-
-@command(
-    "worlds",
-    "blocktune data worlds --output test.jsonl --split test --n 500",
-    "blocktune data worlds -o hop.jsonl --kinds 2-hop,comparison --passages 4-10 --seed 3",
-    of=group,
-)
-def worlds(
-    output: Output,
-    n: Annotated[int, typer.Option(min=1, help="Number of questions.")] = 500,
-    split: Annotated[
-        str, typer.Option(help="train, dev or test: no name occurs in two of them.")
-    ] = "train",
-    seed: Annotated[int, typer.Option(help="Another seed, another world.")] = 0,
-    kinds: Annotated[
-        str | None, typer.Option(help="Kinds of question, with commas between; default a mix.")
-    ] = None,
-    passages: Annotated[
-        str | None, typer.Option(help="Chunks per question: a number or LOW-HIGH.")
-    ] = None,
-) -> None:
-    """Generate multi-hop questions over made-up people, places, films and works."""
-    options = {"seed": seed, "n": n, "kinds": kinds, "passages": passages}
-    query = urlencode({key: value for key, value in options.items() if value is not None}, safe=",")
-    count = _write(output, _load(f"worlds:{split}?{query}"))
-    typer.echo(f"wrote {count:,} questions to {output}")
 
 
 @command(
@@ -267,18 +228,17 @@ def passages(
     source: Source,
     output: Output,
     corpus: Annotated[
-        Path | None, typer.Option(help="Search these passages by BM25: a file of passages.")
+        Path | None, Option(help="Search these passages by BM25: a file of passages.")
     ] = None,
     retrieved: Annotated[
-        Path | None, typer.Option(help="Take the passages that your retriever found: a file.")
+        Path | None, Option(help="Take the passages that your retriever found: a file.")
     ] = None,
     own: Annotated[
-        bool, typer.Option("--own", help="Keep the best of each question's own passages, by BM25.")
+        bool, Option("--own", help="Keep the best of each question's own passages, by BM25.")
     ] = False,
-    k: Annotated[int, typer.Option(min=1, help="Passages per question.")] = 10,
+    k: Annotated[int, Option(min=1, help="Passages per question.")] = 10,
     answerable: Annotated[
-        bool,
-        typer.Option("--answerable", help="Leave out questions whose passages hold no answer."),
+        bool, Option("--answerable", help="Leave out questions whose passages hold no answer.")
     ] = False,
     limit: Limit = None,
     split: Split = None,
@@ -290,13 +250,11 @@ def passages(
     opt.quiet_libraries()
     from blocktune.data import load_chunks, retrieval
     from blocktune.data.answers import holds_answer, is_verdict
-    from blocktune.data.sources.catalog import with_data_sets
     from blocktune.data.sources.options import with_fields
 
     whole = None
     if own:
-        loaded = _load(source, fields, limit=limit, split=split)
-        whole = list(with_data_sets(loaded, source))
+        whole = _load(source, fields, limit=limit, split=split)
         examples = list(retrieval.from_own(whole, k))
     else:
         mapped = with_fields(source, fields)
@@ -335,17 +293,15 @@ def answer(
     limit: Limit = None,
     split: Split = None,
     fields: Fields = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 200,
-    temperature: Annotated[float, typer.Option(help="0 is greedy; KVLink took 0.7.")] = 0.0,
+    max_new_tokens: Annotated[int, Option(min=1, help="Longest answer, in tokens.")] = 200,
+    temperature: Annotated[float, Option(help="0 is greedy; KVLink took 0.7.")] = 0.0,
     top_p: Annotated[
-        float,
-        typer.Option(help="Nucleus sampling: keep tokens up to this cumulative probability."),
+        float, Option(help="Nucleus sampling: keep tokens up to this cumulative probability.")
     ] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Questions answered at a time.")] = 16,
+    seed: Annotated[int, Option(help="Seed of the sampling.")] = 0,
+    batch_size: Annotated[int, Option(min=1, help="Questions answered at a time.")] = 16,
     only_correct: Annotated[
-        bool,
-        typer.Option("--only-correct", help="Leave out answers that mention no accepted one."),
+        bool, Option("--only-correct", help="Leave out answers that mention no accepted one.")
     ] = False,
     dtype: opt.Dtype = "auto",
     device: opt.Device = None,
@@ -356,15 +312,13 @@ def answer(
     from rich.progress import Progress
 
     from blocktune.data.regenerate import regenerate
-    from blocktune.data.sources.catalog import with_data_sets
     from blocktune.engine import Sampling
 
-    loaded = _load(source, fields, limit=limit, split=split, tokenizer=engine.tokenizer)
+    examples = _load(source, fields, limit=limit, split=split, tokenizer=engine.tokenizer)
     sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
     facts = {"model": model, "adapter": adapter, "weights": engine.fingerprint}
     facts |= {"max_new_tokens": max_new_tokens, "temperature": temperature}
     facts |= {"top_p": top_p, "seed": seed}
-    examples = list(with_data_sets(loaded, source))
 
     def ask(batch: Sequence[RagExample], number: int) -> list[str]:
         """Answers a batch; its number moves the seed, or every batch would draw alike."""
@@ -403,9 +357,9 @@ def answer(
     of=group,
 )
 def mix(
-    mixture: Annotated[Path, typer.Argument(help="YAML file of the mixture.")],
+    mixture: Annotated[Path, Argument(help="YAML file of the mixture.")],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Also write the examples, JSON lines.")
+        Path | None, Option("--output", "-o", help="Also write the examples, JSON lines.")
     ] = None,
     tokenizer: Counter = None,
 ) -> None:
@@ -447,10 +401,12 @@ def _tokenizer(name: str | None):
 
 
 def _load(source: str, fields: str | None = None, **how: Any) -> list[RagExample]:
+    """Examples of a source; their ``meta`` names its data set."""
     from blocktune.data import load_examples
+    from blocktune.data.sources.catalog import with_data_sets
     from blocktune.data.sources.options import with_fields
 
-    return load_examples(with_fields(source, fields), **how)
+    return list(with_data_sets(load_examples(with_fields(source, fields), **how), source))
 
 
 def _write(output: Path, examples) -> int:

@@ -11,22 +11,12 @@ import typer
 from typer.core import TyperGroup
 
 EXTRAS = {
-    "trl": "train",
-    "peft": "train",
-    "accelerate": "train",
-    "matplotlib": "eval",
-    "rouge_score": "eval",
-    "lm_eval": "eval",
-    "bm25s": "data",
-    "datasets": "data",
-    "sentencex": "data",
-    "pyarrow": "data",
-    "wonderwords": "data",
-    "fastapi": "serve",
-    "uvicorn": "serve",
-    "prometheus_client": "serve",
+    "train": ("trl", "peft", "accelerate"),
+    "eval": ("matplotlib", "rouge_score", "lm_eval"),
+    "data": ("bm25s", "datasets", "sentencex", "pyarrow", "wonderwords"),
+    "serve": ("fastapi", "uvicorn", "prometheus_client"),
 }
-"""Packages that come with an extra, and its name."""
+"""Packages by the extra that they come with."""
 RENAMED = {"intervals": "profile-layers"}
 """Commands of earlier versions, and their names now."""
 PLUGIN = "--plugin"
@@ -49,11 +39,7 @@ class OneLineErrors(TyperGroup):
             return super().parse_args(ctx, plugins_first(args))
 
     def invoke(self, ctx):
-        """Runs the command.
-
-        Raises:
-            typer.Exit: With code 2 after an error, 130 after Ctrl-C; the line is printed.
-        """
+        """Runs the command."""
         with _one_line(ctx.params["debug"]):
             return super().invoke(ctx)
 
@@ -76,12 +62,7 @@ def _one_line(debug: bool) -> Iterator[None]:
 
 @contextmanager
 def resumable(kept: str, how: str = "repeat the command to continue") -> Iterator[None]:
-    """Inside the block, Ctrl-C says how to continue.
-
-    Args:
-        kept: What the command finds again: ``the answers so far are in FILE``.
-        how: What to do.
-    """
+    """Inside the block, Ctrl-C says what the command finds again, and how to continue."""
     try:
         yield
     except KeyboardInterrupt:
@@ -110,10 +91,8 @@ def explain(error: Exception) -> str | None:
         return _full(error) if type(error).__name__ == "OutOfMemoryError" else None
     if isinstance(error, ModuleNotFoundError):
         package = (error.name or "").partition(".")[0]
-        if package not in EXTRAS:
-            return None
-        extra = EXTRAS[package]
-        return f"this needs the package '{package}'; run pip install 'blocktune[{extra}]'"
+        extra = next((name for name, packages in EXTRAS.items() if package in packages), None)
+        return extra and f"this needs the package '{package}'; run pip install 'blocktune[{extra}]'"
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.strerror}: '{error.filename}'"
     return " ".join(str(error).split())

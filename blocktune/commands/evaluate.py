@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 from blocktune.commands import app, command, teach
 from blocktune.commands import options as opt
@@ -22,7 +23,7 @@ EXAMPLES = teach(
     "blocktune eval compare out/before out/after",
     "blocktune eval report out/quick",
 )
-Run = Annotated[Path, typer.Argument(help="The --output folder of a finished run.")]
+Run = Annotated[Path, Argument(help="The --output folder of a finished run.")]
 
 
 group = typer.Typer(rich_markup_mode="rich")
@@ -33,26 +34,23 @@ app.add_typer(group, name="eval")
 def evaluate(
     context: typer.Context,
     suite: Annotated[
-        Path | None, typer.Option(help="YAML of methods and tasks; see eval/suites/.")
+        Path | None, Option(help="YAML of methods and tasks; see eval/suites/.")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="Folder for rows, results.json and the picture.")
+        Path | None, Option(help="Folder for rows, results.json and the picture.")
     ] = None,
     limit: opt.Limit = None,
-    model: Annotated[str | None, typer.Option(help="Overrides the suite's model.")] = None,
-    device: Annotated[str | None, typer.Option(help="Overrides the suite's device.")] = None,
+    model: Annotated[str | None, Option(help="Overrides the suite's model.")] = None,
+    device: Annotated[str | None, Option(help="Overrides the suite's device.")] = None,
     quantize: Annotated[
-        str | None, typer.Option(help="nf4 or int8; overrides the suite's quantisation.")
+        str | None, Option(help="nf4 or int8; overrides the suite's quantisation.")
     ] = None,
     budget: Annotated[
         float | None,
-        typer.Option(
-            min=0, max=1, help="Share of context tokens that every selector may recompute."
-        ),
+        Option(min=0, max=1, help="Share of context tokens that every selector may recompute."),
     ] = None,
     layer_budget: Annotated[
-        float | None,
-        typer.Option(min=0, max=1, help="The same as a share of layer-tokens."),
+        float | None, Option(min=0, max=1, help="The same as a share of layer-tokens.")
     ] = None,
 ) -> None:
     """Compare methods on the same questions: accuracy with intervals, cost, time to first token."""
@@ -60,6 +58,8 @@ def evaluate(
         return
     if suite is None or output is None:
         raise ValueError("`blocktune eval` needs --suite FILE and --output FOLDER")
+    opt.quiet_libraries()
+    from blocktune.evaluation.cli_output import run_and_show
     from blocktune.evaluation.suite import changed, load_suite
 
     loaded = changed(load_suite(suite), limit, model, device, quantize)
@@ -83,19 +83,11 @@ def at_one_budget(suite, budget: float | None, layer_budget: float | None):
     return replace(suite, methods=tuple(map(spending, suite.methods)))
 
 
-def run_and_show(suite, output: Path, title: str, command: list[str] | None = None) -> dict | None:
-    """Runs a suite, prints its table and draws its picture; see `evaluation.cli_output`."""
-    opt.quiet_libraries()
-    from blocktune.evaluation import cli_output
-
-    return cli_output.run_and_show(suite, output, title, command)
-
-
 @command("compare", "blocktune eval compare out/before out/after", of=group)
 def compare(
     before: Run,
     after: Run,
-    seed: Annotated[int, typer.Option(help="Random seed of the significance test.")] = 0,
+    seed: Annotated[int, Option(help="Random seed of the significance test.")] = 0,
     as_json: opt.AsJson = False,
 ) -> None:
     """Compare two runs method by method, on the questions that both answered."""
@@ -112,7 +104,7 @@ def compare(
 def report(
     run: Run,
     title: Annotated[
-        str | None, typer.Option(help="Title of the page. Default: the folder's name.")
+        str | None, Option(help="Title of the page. Default: the folder's name.")
     ] = None,
 ) -> None:
     """Write the report of a run: one HTML file without network, and its pictures as PNGs."""
@@ -128,11 +120,11 @@ def report(
     "A stopped command continues where it stopped: repeat it.",
 )
 def tune(
-    config: Annotated[Path, typer.Option(help="YAML of the run; see eval/tuning/.")],
-    output: Annotated[Path, typer.Option(help="Folder for rows and tuned.json.")],
-    processes: Annotated[int, typer.Option(min=1, help="Processes that share the questions.")] = 1,
+    config: Annotated[Path, Option(help="YAML of the run; see eval/tuning/.")],
+    output: Annotated[Path, Option(help="Folder for rows and tuned.json.")],
+    processes: Annotated[int, Option(min=1, help="Processes that share the questions.")] = 1,
     limit: opt.Limit = None,
-    model: Annotated[str | None, typer.Option(help="Overrides the model of the file.")] = None,
+    model: Annotated[str | None, Option(help="Overrides the model of the file.")] = None,
     as_json: opt.AsJson = False,
 ) -> None:
     """Choose a method's parameters on held-out questions; a test split is refused."""

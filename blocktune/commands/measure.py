@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Option
 
 from blocktune.commands import app, command
 from blocktune.commands import options as opt
@@ -26,7 +27,7 @@ def check(
     adapter: opt.Adapter = None,
     method: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="Check the contract of this method instead; without --model on a small random one."
         ),
     ] = None,
@@ -69,15 +70,15 @@ def check(
 )
 def profile_layers(
     source: Annotated[
-        str, typer.Option("--input", "-i", help="Held-out questions: JSONL or any data source.")
+        str, Option("--input", "-i", help="Held-out questions: JSONL or any data source.")
     ],
     model: opt.Model = None,
     adapter: opt.Adapter = None,
     limit: opt.Limit = None,
     most_layers: Annotated[
-        int | None, typer.Option(min=1, help="Longest range of layers to try. Default: all.")
+        int | None, Option(min=1, help="Longest range of layers to try. Default: all.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Questions per batch.")] = 8,
+    batch_size: Annotated[int, Option(min=1, help="Questions per batch.")] = 8,
     dtype: opt.Dtype = "auto",
     quantize: opt.Quantize = None,
     device: opt.Device = None,
@@ -118,11 +119,11 @@ def profile_layers(
     Table(("first_layer", "ratio", "layers", "divergence", "agreement"), rows).show()
 
 
-Tokens = Annotated[int, typer.Option(min=2, help="Length of the prompt, in tokens.")]
-ChunkTokens = Annotated[int, typer.Option(min=1, help="Tokens per chunk.")]
-Repeats = Annotated[int, typer.Option(min=1, help="Rounds; medians are shown.")]
-Output = Annotated[Path | None, typer.Option(help="JSON file to write as well.")]
-Tiny = Annotated[bool, typer.Option("--tiny", help="A toy model and prompt, for a quick try.")]
+Tokens = Annotated[int, Option(min=2, help="Length of the prompt, in tokens.")]
+ChunkTokens = Annotated[int, Option(min=1, help="Tokens per chunk.")]
+Repeats = Annotated[int, Option(min=1, help="Rounds; medians are shown.")]
+Output = Annotated[Path | None, Option(help="JSON file to write as well.")]
+Tiny = Annotated[bool, Option("--tiny", help="A toy model and prompt, for a quick try.")]
 
 
 group = typer.Typer(no_args_is_help=True, help="Measure speed on this machine.")
@@ -175,8 +176,7 @@ def loading(
     chunk: ChunkTokens = 512,
     repeats: Repeats = 5,
     folder: Annotated[
-        Path | None,
-        typer.Option(help="Folder for the chunks. Default: the system's temporary one."),
+        Path | None, Option(help="Folder for the chunks. Default: the system's temporary one.")
     ] = None,
     tiny: Tiny = False,
     output: Output = None,

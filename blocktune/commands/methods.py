@@ -6,6 +6,7 @@ import json
 from typing import Annotated, Any
 
 import typer
+from typer import Option
 
 from blocktune.commands import command
 from blocktune.commands import options as opt
@@ -20,7 +21,7 @@ from blocktune.commands import options as opt
 )
 def methods(
     markdown: Annotated[
-        bool, typer.Option("--markdown", help="Print the table of docs/methods.md.")
+        bool, Option("--markdown", help="Print the table of docs/methods.md.")
     ] = False,
     as_json: opt.AsJson = False,
 ) -> None:
@@ -39,20 +40,17 @@ def methods(
 def markdown_table(found: list) -> str:
     """Methods as a Markdown table, group by group."""
     from blocktune.methods.describe import GROUPS
+    from blocktune.tables import Table
 
-    lines = ["| method | what it does | decides | source |", "|---|---|---|---|"]
-    for group in GROUPS:
-        for entry in found:
-            if entry.group == group and entry.kind == "method":
-                lines.append(_row(entry))
-    return "\n".join(lines)
+    entries = [e for group in GROUPS for e in found if e.group == group and e.kind == "method"]
+    return Table(("method", "what it does", "decides", "source"), [*map(_row, entries)]).markdown()
 
 
-def _row(entry: Any) -> str:
+def _row(entry: Any) -> tuple[str, ...]:
     decides = [*entry.axes, *([f"weights: {entry.weights}"] if entry.weights != "any" else [])]
     place = entry.source.removeprefix("https://").removeprefix("arxiv.org/abs/")
     source = f"[{place}]({entry.source})"
-    return f"| `{entry.name}` | {entry.summary} | {', '.join(decides) or '-'} | {source} |"
+    return f"`{entry.name}`", entry.summary, ", ".join(decides) or "-", source
 
 
 def _print_groups(found: list) -> None:
@@ -80,9 +78,5 @@ def _heading(entry: Any) -> Any:
     parts = [(entry.name, "cyan")]
     if entry.weights != "any":
         parts.append((f"  for {entry.weights}", "magenta"))
-    parts += [(f"  {name}={_value(value)}", "") for name, value in entry.parameters.items()]
-    return Text.assemble(*parts)
-
-
-def _value(value: Any) -> str:
-    return json.dumps(value).strip('"')
+    values = ((name, json.dumps(value).strip('"')) for name, value in entry.parameters.items())
+    return Text.assemble(*parts, *((f"  {name}={value}", "") for name, value in values))

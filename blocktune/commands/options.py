@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer import Option
 
 if TYPE_CHECKING:
     from blocktune.cache import ChunkStore, StoreStats
@@ -13,69 +15,52 @@ if TYPE_CHECKING:
 
 MODEL, PROMPT = "Model", "Prompt"
 """Panels of the help."""
+of_model = partial(Option, rich_help_panel=MODEL)
+of_prompt = partial(Option, rich_help_panel=PROMPT)
 
 Model = Annotated[
     str | None,
-    typer.Option(
+    of_model(
         "--model",
         "-m",
         help="Base model: a folder or a name on the HF Hub. Default: the adapter's own base.",
-        rich_help_panel=MODEL,
     ),
 ]
 Adapter = Annotated[
     str | None,
-    typer.Option(
+    of_model(
         help="Adapter from `blocktune train`: a folder, or USER/NAME\\[@REVISION] on the HF Hub; "
-        "or release:NAME (such as release:kvlink-1b) for published models. Default: none.",
-        rich_help_panel=MODEL,
+        "or release:NAME (such as release:kvlink-1b) for published models. Default: none."
     ),
 ]
 Store = Annotated[
-    Path | None,
-    typer.Option(help="Folder of encoded chunks, read and added to. Default: memory only."),
+    Path | None, Option(help="Folder of encoded chunks, read and added to. Default: memory only.")
 ]
 Dtype = Annotated[
-    str,
-    typer.Option(
-        help="float32, bfloat16, float16, or auto (as the model was saved).", rich_help_panel=MODEL
-    ),
+    str, of_model(help="float32, bfloat16, float16, or auto (as the model was saved).")
 ]
 Quantize = Annotated[
     str | None,
-    typer.Option(
-        help="Quantise the base while it loads: nf4 (4 bits, as in QLoRA) or int8.",
-        rich_help_panel=MODEL,
-    ),
+    of_model(help="Quantise the base while it loads: nf4 (4 bits, as in QLoRA) or int8."),
 ]
 Device = Annotated[
-    str | None,
-    typer.Option(
-        help="Such as cuda:0 or cpu. Default: a GPU if there is one.", rich_help_panel=MODEL
-    ),
+    str | None, of_model(help="Such as cuda:0 or cpu. Default: a GPU if there is one.")
 ]
 Instruction = Annotated[
     str | None,
-    typer.Option(
-        help="Instruction before the chunks. Default: the adapter's, or the built-in one.",
-        rich_help_panel=PROMPT,
-    ),
+    of_prompt(help="Instruction before the chunks. Default: the adapter's, or the built-in one."),
 ]
-System = Annotated[
-    str | None,
-    typer.Option(help="System message. Default: the chat template's own.", rich_help_panel=PROMPT),
-]
+System = Annotated[str | None, of_prompt(help="System message. Default: the chat template's own.")]
 Format = Annotated[
     Path | None,
-    typer.Option(
+    of_prompt(
         "--format",
         help="YAML with the wording of the prompt: instruction, system, titled, untitled, "
         "question. --instruction and --system override it.",
-        rich_help_panel=PROMPT,
     ),
 ]
-Limit = Annotated[int | None, typer.Option(min=1, help="Use only the first N questions.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+Limit = Annotated[int | None, Option(min=1, help="Use only the first N questions.")]
+AsJson = Annotated[bool, Option("--json", help="Print JSON for programs.")]
 
 
 def teach(*lines: str) -> str:
@@ -135,12 +120,7 @@ def rejected(stats: StoreStats, folder: Path | None) -> str:
 def reworded(
     engine: Engine, instruction: str | None, system: str | None, path: Path | None
 ) -> Engine:
-    """The engine with the wording that the options ask for; without any, as it is.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file is not YAML, or a key or a value is not accepted.
-    """
+    """The engine with the wording that the options ask for; without any, as it is."""
     from blocktune.parsing import load_yaml
     from blocktune.prompt import PromptFormat
 

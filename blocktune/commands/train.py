@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Option
 
 from blocktune.commands import command
 from blocktune.commands import options as opt
@@ -29,16 +30,15 @@ PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 )
 def train(
     ctx: typer.Context,
-    config: Annotated[str | None, typer.Option(help="YAML file of the run.")] = None,
+    config: Annotated[str | None, Option(help="YAML file of the run.")] = None,
     processes: Annotated[
-        int | None, typer.Option(min=1, help="Number of processes to start on this machine.")
+        int | None, Option(min=1, help="Number of processes to start on this machine.")
     ] = None,
     launcher: Annotated[
-        str | None,
-        typer.Option(help="YAML of `accelerate config`, for DeepSpeed or several machines."),
+        str | None, Option(help="YAML of `accelerate config`, for DeepSpeed or several machines.")
     ] = None,
     help_all: Annotated[
-        bool, typer.Option("--help-all", help="List every key of the YAML, and exit.")
+        bool, Option("--help-all", help="List every key of the YAML, and exit.")
     ] = False,
 ) -> None:
     """Fine-tune a model to answer from separately cached chunks, with or without link tokens."""
@@ -70,11 +70,7 @@ def train(
 
 
 def _launch(processes: int | None, launcher: str | None, program: list[str]) -> int:
-    """Runs the program in several processes, with this one as their launcher.
-
-    Returns:
-        0, or the exit code of the process that failed first; negative after a signal.
-    """
+    """Exit code of a program in several processes: the first failure's, negative after a signal."""
     import logging
     import subprocess
 

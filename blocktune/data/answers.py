@@ -29,12 +29,8 @@ def gives_answer(reply: str, answers: Iterable[str]) -> bool:
 def holds_answer(example: RagExample, whole: RagExample | None = None) -> bool:
     """Whether an example's chunks can give an answer.
 
-    They mention it; or it is yes or no, and all chunks that support it in the whole example are
-    among them.
-
-    Args:
-        example: The question with the chosen chunks.
-        whole: The question with all chunks of its source, needed for yes and no.
+    They mention it; or it is yes or no, and all chunks that support it in ``whole``, the question
+    with all chunks of its source, are among them.
     """
     verdicts, named = _apart(example.answers)
     if any(chunk_mentions(chunk, named) for chunk in example.chunks):

@@ -27,9 +27,6 @@ class Augment:
             is drawn per example; None keeps the number.
         num_distractors: The same for chunks that hold no evidence. Not both.
         seed: Of all draws; example ``i`` of a source is always varied in the same way.
-
-    Raises:
-        ValueError: If a value is not accepted.
     """
 
     shuffle: bool = False
@@ -47,14 +44,10 @@ class Augment:
 def augment(
     example: RagExample, index: int, how: Augment, pool: Sequence[Chunk] = ()
 ) -> RagExample:
-    """Varies the context of one example.
+    """A new example with a varied context; its number ``index`` and ``how.seed`` decide all draws.
 
-    Args:
-        example: Never changed; a new one comes back.
-        index: Its number in the source; with ``how.seed`` it decides all draws.
-        how: What to vary.
-        pool: Chunks of other examples, used as distractors if its own are too few, except those
-            that mention an accepted answer or are in the context already.
+    Distractors come from the ``pool`` of other examples' chunks if its own are too few, except
+    those that mention an accepted answer or are in the context already.
 
     Raises:
         ValueError: If the pool holds too few distractors for the number that was drawn.
@@ -62,8 +55,9 @@ def augment(
     rng = Random(f"augment/{how.seed}/{index}")
     needed = evidence(example)
     chosen = [(chunk, i in example.supporting) for i, chunk in enumerate(example.chunks)]
-    count = _num_distractors(rng, how, len(needed))
-    if count is not None:
+    if drawn := how.num_distractors or how.num_chunks:
+        count = rng.randint(*drawn) - (0 if how.num_distractors else len(needed))
+        count = max(0, count)
         own = [i for i in range(len(chosen)) if i not in needed]
         kept = needed.union(rng.sample(own, min(count, len(own))))
         chosen = [pair for i, pair in enumerate(chosen) if i in kept]
@@ -74,14 +68,6 @@ def augment(
         rng.shuffle(chosen)
     supporting = tuple(i for i, (_, supports) in enumerate(chosen) if supports)
     return replace(example, chunks=tuple(chunk for chunk, _ in chosen), supporting=supporting)
-
-
-def _num_distractors(rng: Random, how: Augment, num_needed: int) -> int | None:
-    if how.num_distractors:
-        return rng.randint(*how.num_distractors)
-    if how.num_chunks:
-        return max(0, rng.randint(*how.num_chunks) - num_needed)
-    return None
 
 
 def _draw(rng: Random, example: RagExample, count: int, pool: Sequence[Chunk]) -> list[Chunk]:

@@ -179,15 +179,7 @@ def near_miss(keys: Iterable[str], missing: Sequence[str]) -> tuple[str, str] | 
 
 
 def read_chunks(value: Any, name: str = "chunks") -> tuple[Chunk, ...]:
-    """Reads the passages of a question from whatever holds them; see `RagExample.chunks`.
-
-    Args:
-        value: A list or other iterable of passages, columns, or one passage.
-        name: The field, for errors.
-
-    Raises:
-        ValueError: If there is no passage or one cannot be read; names the field.
-    """
+    """Reads the passages of a question, at least one, in any form of `RagExample.chunks`."""
     if isinstance(value, tuple) and value and all(type(chunk) is Chunk for chunk in value):
         return value
     entries = passages_in(value, name)
@@ -200,11 +192,7 @@ def read_chunks(value: Any, name: str = "chunks") -> tuple[Chunk, ...]:
 
 
 def passages_in(value: Any, name: str) -> list[Any]:
-    """The passages that a value holds, each for `chunk_fields`.
-
-    Raises:
-        ValueError: If the value holds none, or columns of different lengths; names the field.
-    """
+    """The passages that a value holds, each for `chunk_fields`."""
     if isinstance(value, str | Chunk) or hasattr(value, "page_content"):
         return [value]
     if isinstance(value, Mapping):
@@ -220,11 +208,7 @@ def passages_in(value: Any, name: str) -> list[Any]:
 
 
 def read_chunk(value: Any, name: str) -> Chunk:
-    """Reads one passage; see `RagExample.chunks` for its forms.
-
-    Raises:
-        ValueError: If it is none; ``name`` is the field in the message.
-    """
+    """Reads one passage; see `RagExample.chunks` for its forms; ``name`` is the field in errors."""
     if isinstance(value, Chunk):
         return value
     try:
@@ -235,11 +219,7 @@ def read_chunk(value: Any, name: str) -> Chunk:
 
 
 def chunk_fields(value: Any, name: str) -> dict[str, Any]:
-    """Text, title and metadata of a passage, none of them checked.
-
-    Raises:
-        ValueError: If the value has no text; ``name`` is the field in the message.
-    """
+    """Text, title and metadata of a passage, none of them checked."""
     if isinstance(value, str):
         return {"text": value}
     if isinstance(value, list | tuple) and len(value) == 2 and isinstance(value[0], str):
@@ -274,9 +254,6 @@ def read_answers(value: Any, name: str = "answers") -> tuple[str, ...]:
     """Accepted answers, each once: text, a list, SQuAD's ``{"text"}`` or TriviaQA's ``{"value"}``.
 
     Blank aliases, which public sets hold, are dropped; if all are blank, all stay.
-
-    Raises:
-        ValueError: If the value is none of these; ``name`` is the field in the message.
     """
     wanted = 'text, a list of texts, {"text"} or {"value", "aliases"}'
     several = value

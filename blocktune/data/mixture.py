@@ -40,9 +40,6 @@ class Part:
             conversations do not ask for an answer "from the passages below".
         turns: In full attention, make conversations turns of the chat template (as KVLink trains)
             instead of chunks of one turn; those whose roles do not alternate stay chunks.
-
-    Raises:
-        ValueError: If a value is not accepted.
     """
 
     source: str
@@ -78,9 +75,6 @@ class Mixture:
             ``sampling``: ``size`` examples, shared out by weight (KVLink: 60 full to 40 block).
         size: Total number of examples, for sampling only.
         seed: Of the order and the draws.
-
-    Raises:
-        ValueError: If a value is not accepted, or does not go with ``draw``.
     """
 
     parts: tuple[Part, ...]
@@ -127,11 +121,7 @@ def load_mixture(path: str | Path) -> Mixture:
 
 
 def parse_mixture(record: Any, where: str = "mixture") -> Mixture:
-    """Builds a mixture from decoded YAML; ``where`` opens every error.
-
-    Raises:
-        ValueError: If a key is unknown or missing, or a value is not accepted.
-    """
+    """Builds a mixture from decoded YAML; ``where`` opens every error."""
     listed = entries(mapping(record, where).get("parts"), f"{where}: 'parts'")
     parts = tuple(_parse_part(e, f"{where}: parts[{i}]") for i, e in enumerate(listed))
     return read(Mixture, {**record, "parts": parts}, where)

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from itertools import count, cycle, islice
 from pathlib import Path
 from random import Random
-from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -30,6 +29,10 @@ FORMAT = PromptFormat(
     instruction=INSTRUCTION, titled="{title}\n{text}\n", untitled="{text}\n", question="{question}"
 )
 """RULER's wording, by which prompts are measured."""
+NEEDLE = "One of the special magic numbers for {key} is: {value}."
+QUESTION = "What is the special magic number for {key} mentioned in the provided text?"
+LEAD = "The special magic number for {key} mentioned in the provided text is"
+"""How RULER opens the answer for the model."""
 MAX_NEW_TOKENS = 128
 """Tokens of an answer, part of the length as RULER counts it."""
 
@@ -46,9 +49,6 @@ class NeedleConfig:
         chunk: Tokens of a chunk.
         haystack: File of prose (text, or JSON with ``"text"``); None generates prose.
         tokenizer: Folder or Hub name of the tokenizer that counts; None takes the model's.
-
-    Raises:
-        ValueError: If a value is not accepted.
     """
 
     lengths: tuple[int, ...] = (1024, 2048, 4096)
@@ -87,36 +87,9 @@ def generate_needles(
         for depth in config.depths:
             for index in range(config.n):
                 rng = Random(f"needle/{config.seed}/{index}")
-                needle = Needle.draw(rng)
+                key = f"{rng.choice(_words('adjective'))}-{rng.choice(_words('noun'))}"
+                needle = {"key": key, "value": str(rng.randint(10**6, 10**7 - 1))}
                 yield _example(config, needle, prose, length, depth, index, tokenizer)
-
-
-class Needle(NamedTuple):
-    """A number hidden under a key."""
-
-    key: str
-    value: str
-
-    @classmethod
-    def draw(cls, rng: Random) -> Needle:
-        """Draws a key, ``amber-anchor``, and a number of seven digits."""
-        key = f"{rng.choice(_words('adjective'))}-{rng.choice(_words('noun'))}"
-        return cls(key, str(rng.randint(10**6, 10**7 - 1)))
-
-    @property
-    def sentence(self) -> str:
-        """What is hidden."""
-        return f"One of the special magic numbers for {self.key} is: {self.value}."
-
-    @property
-    def question(self) -> str:
-        """What is asked."""
-        return f"What is the special magic number for {self.key} mentioned in the provided text?"
-
-    @property
-    def lead(self) -> str:
-        """How RULER opens the answer for the model."""
-        return f"The special magic number for {self.key} mentioned in the provided text is"
 
 
 @functools.cache
@@ -166,24 +139,26 @@ def _generated_sentences() -> Iterator[str]:
 
 def _example(
     config: NeedleConfig,
-    needle: Needle,
+    needle: dict[str, str],
     prose: Prose,
     length: int,
     depth: float,
     index: int,
     tokenizer: PreTrainedTokenizerBase,
 ) -> RagExample:
+    question = QUESTION.format(**needle)
+
     def hide(size: int) -> tuple[tuple[Chunk, ...], int]:
         """Chunks of that many sentences and the needle, and which of them holds it."""
         sentences = list(prose.first(size))
         place = int(size * depth / 100)
-        sentences.insert(place, needle.sentence)
+        sentences.insert(place, NEEDLE.format(**needle))
         groups = pack(sentences, config.chunk, tokenizer)
         chunks = tuple(Chunk(" ".join(sentences[i] for i in group)) for group in groups)
         return chunks, next(n for n, group in enumerate(groups) if place in group)
 
     def tokens(size: int) -> int:
-        pieces = make_pieces(tokenizer, FORMAT, hide(size)[0], needle.question)
+        pieces = make_pieces(tokenizer, FORMAT, hide(size)[0], question)
         return MAX_NEW_TOKENS + sum(map(len, (pieces.prefix, *pieces.chunks, pieces.query)))
 
     size = largest(lambda size: tokens(size) <= length, least=1)
@@ -191,9 +166,9 @@ def _example(
         raise ValueError(f"needle: a prompt has at least {tokens(1)} tokens, got length {length}")
     chunks, holding = hide(size)
     return RagExample(
-        question=needle.question,
+        question=question,
         chunks=chunks,
-        answers=(needle.value,),
+        answers=(needle["value"],),
         kind=f"{length} tokens, depth {depth:g} %",
         id=f"needle-{length}-{depth:g}-{config.seed}-{index}",
         supporting=(holding,),
@@ -201,7 +176,7 @@ def _example(
             "scorer": "ruler_recall",
             "max_new_tokens": MAX_NEW_TOKENS,
             "instruction": INSTRUCTION,
-            "lead": needle.lead,
+            "lead": LEAD.format(**needle),
             "length": tokens(size),
             "depth": depth,
         },

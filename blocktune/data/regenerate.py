@@ -23,14 +23,7 @@ Answerer = Callable[[Sequence[RagExample], int], Sequence[str]]
 
 @dataclass(frozen=True)
 class Regenerated:
-    """Counts of a run.
-
-    Attributes:
-        written: Examples in the output.
-        resumed: Answers that an earlier run had made.
-        empty: Left out, the model wrote nothing.
-        wrong: Left out, the answer mentions no accepted one.
-    """
+    """Counts: examples written, answers of an earlier run, and those left out, empty or wrong."""
 
     written: int
     resumed: int

@@ -28,15 +28,7 @@ class Hit(NamedTuple):
 
 
 class Bm25:
-    """An index over chunks, titles included.
-
-    Args:
-        chunks: At least one.
-        k1: Saturation of term frequency.
-        b: Length normalisation.
-
-    Raises:
-        ValueError: If there is no chunk.
+    """An index over at least one chunk, titles included.
 
     Source: Lucene's variant, as bm25s has it (arXiv:2407.03618); English stop words are dropped.
     """
@@ -87,12 +79,7 @@ class Question(NamedTuple):
 def read_questions(
     source: str | Path, *, limit: int | None = None, split: str | None = None
 ) -> Iterator[Question]:
-    """Reads the questions of a file or a Hub data set: NQ, TriviaQA, or any with contexts.
-
-    Args:
-        source: A path, a short name, or ``hf:NAME``.
-        limit: Read the first questions only.
-        split: Of a Hub data set.
+    """Reads the questions of a file, or of a Hub data set by a short name or ``hf:NAME``.
 
     Raises:
         ValueError: If the source is unknown or a record has no question; names file and line.
@@ -140,11 +127,7 @@ class Retrieved(NamedTuple):
     by_question: Mapping[str, tuple[Chunk, ...]]
 
     def find(self, question: Question) -> tuple[Chunk, ...]:
-        """The passages of a question.
-
-        Raises:
-            ValueError: If the file has none for it.
-        """
+        """The passages of a question."""
         found = self.by_id.get(question.id) if question.id else None
         found = found or self.by_question.get(question.question)
         if not found:
@@ -165,10 +148,7 @@ def read_retrieved(path: str | Path) -> Retrieved:
     by_id: dict[str, tuple[Chunk, ...]] = {}
     by_question: dict[str, tuple[Chunk, ...]] = {}
     for record in read_records(path):
-        try:
-            key, question, chunks = _retrieved(record.value)
-        except ValueError as error:
-            raise ValueError(f"{record.where}: {error}") from None
+        key, question, chunks = at(record, _retrieved)
         if key:
             by_id[key] = chunks
         if question:
@@ -194,11 +174,7 @@ def from_corpus(questions: Iterable[Question], corpus: Sequence[Chunk], k: int) 
 def from_retriever(
     questions: Iterable[Question], retrieved: Retrieved, k: int
 ) -> Iterator[RagExample]:
-    """The first ``k`` passages that a retriever's file has for each question.
-
-    Raises:
-        ValueError: If it has none for one.
-    """
+    """The first ``k`` passages that a retriever's file has for each question."""
     for question in questions:
         yield _example(question, retrieved.find(question)[:k], {"retriever": retrieved.where})
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from blocktune.evaluation.metrics import adjusted_f1
 from blocktune.evaluation.rows import Row
-from blocktune.evaluation.statistics import PairedScores, Power, holm, p_value, power
+from blocktune.evaluation.statistics import PairedScores, Power, holm, mcnemar_exact, p_value, power
 
 COSTS = ("recompute_ratio", "ttft_s")
 NEAR = 0.02
@@ -100,6 +100,7 @@ def summarize(
             "recompute_ratio": fmean(row.recompute_ratio for row in own),
             "flops_over_full_prefill": _flops_over(own, full and rows[full]),
             **_recovered(paired, label, full, naive),
+            "em_minus": _em_minus(paired["em"], scores["em"], label),
             "score_minus": _minus(paired["score"], scores["score"], label, p_values),
         }
     return summaries
@@ -131,6 +132,19 @@ def _recovered(
     for name, key in (("em", "gap_recovered"), ("score", "score_gap_recovered")):
         gap = paired[name].recovered_gap(label, naive, full) if full and naive else None
         found |= {key: gap and gap.mean, f"{key}_ci95": gap and [gap.low, gap.high]}
+    return found
+
+
+def _em_minus(
+    paired: PairedScores, em: Mapping[str, Sequence[float]], label: str
+) -> dict[str, dict[str, Any]]:
+    """How far one method is above each other; p is McNemar's, for one comparison, not for many."""
+    found = {}
+    for other in em:
+        if other != label:
+            mean, low, high = paired.difference(label, other)
+            p = mcnemar_exact(em[label], em[other])
+            found[other] = {"mean": mean, "ci95": [low, high], "p": p}
     return found
 
 

@@ -11,7 +11,8 @@ from rich.console import Console
 from blocktune.evaluation.findings import power_notes
 from blocktune.evaluation.processes import Processes, launched
 from blocktune.evaluation.report.charts import draw_results
-from blocktune.evaluation.runner import RESULTS, run_suite
+from blocktune.evaluation.results import RESULTS
+from blocktune.evaluation.runner import run_suite
 from blocktune.evaluation.suite import Suite
 from blocktune.tables import Table, with_half, written
 

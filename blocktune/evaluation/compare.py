@@ -8,12 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from blocktune.evaluation.results import with_pools
+from blocktune.evaluation.results import RESULTS, with_pools
 from blocktune.evaluation.rows import Row, read_all
 from blocktune.evaluation.statistics import ALPHA, PairedScores, holm, p_value, power
 from blocktune.tables import Table, with_interval, written
-
-RESULTS = "results.json"
 
 
 class Change(NamedTuple):

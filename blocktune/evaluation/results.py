@@ -13,6 +13,7 @@ from blocktune.evaluation.rows import Row
 from blocktune.evaluation.suite import Suite
 from blocktune.evaluation.ttft import TtftSummary
 
+RESULTS = "results.json"
 ORACLE, FLOOR = "full-prefill", "naive"
 AVERAGED = ("em", "f1", "substring_em", "score", "recompute_ratio")
 """Fields of a row that are averaged over the seeds of a pool."""

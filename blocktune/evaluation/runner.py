@@ -17,14 +17,12 @@ from blocktune.evaluation.fidelity import measure_fidelity
 from blocktune.evaluation.fingerprints import code_digest, fingerprints
 from blocktune.evaluation.prepare import Load, Ready, TaskQuestion, load_engine, prepare
 from blocktune.evaluation.processes import Processes
-from blocktune.evaluation.results import build_results
+from blocktune.evaluation.results import RESULTS, build_results
 from blocktune.evaluation.rows import ROWS, Row, RowFile, digest_of, make_row, row_key
 from blocktune.evaluation.suite import MethodSpec, Suite
 from blocktune.evaluation.ttft import TtftSummary, measure_ttft
 from blocktune.files import replace_json
 from blocktune.provenance import hardware, provenance, versions
-
-RESULTS = "results.json"
 
 
 def run_suite(

@@ -1,21 +1,27 @@
-"""The model card: what was trained on what, how it is served, and what was measured."""
+"""The model card: what was trained on what, how it is served, and what was measured.
+
+Results must be of the very adapter.
+"""
 
 from __future__ import annotations
 
+import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from blocktune.adapter import OWN_WEIGHTS, AdapterInfo
 from blocktune.check import Check
+from blocktune.data.sources.catalog import data_sets_in
 from blocktune.hub.files import public
-from blocktune.hub.results import Measured, datasets_of, results_table
 from blocktune.methods import BOTH_LEARNED, Weights, available, build
+from blocktune.models.identity import adapter_fingerprint, same_base
 from blocktune.prompt import LayoutSpec
+from blocktune.tables import Table, with_interval, written
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 MARKED = "turborag"
@@ -50,9 +56,6 @@ def card(
     """The whole ``README.md`` of a repository.
 
     ``base`` is the base's name on the Hub, ``facts`` has its licence filled in.
-
-    Raises:
-        ValueError: If no method serves the adapter.
     """
     method, whole = served_by(info.layout), info.base_model == OWN_WEIGHTS
     summary = (
@@ -92,10 +95,7 @@ def card(
 
 
 def served_by(layout: LayoutSpec) -> str:
-    """The method that serves an adapter as it was trained, with nothing recomputed.
-
-    Returns:
-        A preset's name with its parameters, as ``--method`` takes it.
+    """The method, as ``--method`` takes it, that serves an adapter with nothing recomputed.
 
     Raises:
         ValueError: If none does.
@@ -153,5 +153,129 @@ def _training(info: AdapterInfo) -> Mapping[str, Any]:
 
 
 def _table(rows: Mapping[str, Any], heading: tuple[str, str] = ("", "")) -> str:
-    lines = [f"| {heading[0]} | {heading[1]} |", "|---|---|"]
-    return "\n".join([*lines, *(f"| {name} | {value} |" for name, value in rows.items())])
+    return Table(heading, [(name, str(value)) for name, value in rows.items()]).markdown()
+
+
+def datasets_of(training: Mapping[str, Any]) -> dict[str, str]:
+    """Data sets on the Hub that an adapter was trained on, with their licences.
+
+    ``training`` is `AdapterInfo`'s: ``data`` a source or a mixture, ``data_sets`` what the
+    examples themselves say.
+    """
+    found = dict(training.get("data_sets") or {})
+    for source in _texts(training.get("data")):
+        found |= data_sets_in(source)
+    return found
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    inner = value.values() if isinstance(value, Mapping) else value
+    if isinstance(inner, Iterable) and not isinstance(value, str):
+        for part in inner:
+            yield from _texts(part)
+
+
+class Measured(NamedTuple):
+    """What a card shows of ``results.json``.
+
+    ``methods`` are label -> scores, of the base and of this adapter; ``left_out`` labels of those
+    with other adapters. ``metric`` is the headline score's title, None where the tasks differ.
+    """
+
+    methods: Mapping[str, Mapping[str, Any]]
+    left_out: tuple[str, ...]
+    metric: str | None
+    origin: Mapping[str, Any]
+
+
+def read_results(path: Path, folder: Path, info: AdapterInfo) -> Measured:
+    """Reads what `blocktune eval` wrote."""
+    record = _read(path)
+    made = record.get("provenance", {})
+    if "base_fingerprint" not in made:
+        raise ValueError(
+            f"{path} does not say which weights it measured, since an older blocktune wrote it, "
+            "so nothing ties it to this adapter; repeat its `blocktune eval`"
+        )
+    if not same_base(made["base_fingerprint"], info.base_fingerprint):
+        raise ValueError(
+            f"{path} is of another base ({made['base_fingerprint']}) than '{folder}' "
+            f"({info.base_fingerprint}); evaluate this adapter"
+        )
+    known, own = made.get("adapter_fingerprints", {}), adapter_fingerprint(folder)
+    others, methods = [], {}
+    for label, one in record["methods"].items():
+        # A mean over seeds is of several adapters; the others' score is not this one's.
+        alone = known.get(one["adapter"]) == own and len(one.get("seeds", ())) < 2
+        if one["adapter"] is None or alone:
+            methods[label] = one
+        else:
+            others.append(label)
+    whole = info.base_model == OWN_WEIGHTS  # then the "base" of the run is this very model
+    if not (methods if whole else any(one["adapter"] for one in methods.values())):
+        raise ValueError(
+            f"{path} measures no method with the adapter '{folder}' alone, but "
+            f"{', '.join(others) or 'the base'}; evaluate this adapter"
+        )
+    titles = {task.get("title") for task in record.get("tasks", {}).values()}
+    return Measured(
+        methods, tuple(others), titles.pop() if len(titles) == 1 else None, public(made)
+    )
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise ValueError(f"no results at '{path}'; make them with `blocktune eval`") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    methods = record.get("methods") if isinstance(record, dict) else None
+    wanted = {"n", "em", "ci95", "adapter"}
+    if not isinstance(methods, dict) or not all(wanted <= own.keys() for own in methods.values()):
+        raise ValueError(
+            f"{path}: not a results.json of `blocktune eval`; it needs 'methods', each with "
+            "n, em, ci95 and adapter"
+        )
+    return record
+
+
+NOTE = (
+    "Scores in %, with 95 % intervals in brackets. Adjusted F1: over the questions that full "
+    "prefill of the base answers. Recomputed: share of context tokens. TTFT: time to first token, "
+    "chunks cached."
+)
+SHOWN = ("EM", "F1")
+"""Titles of headline scores that have a column in any case."""
+INTERVALS = (("em", "ci95"), ("f1", "f1_ci95"))
+
+
+def results_table(measured: Measured | None) -> str:
+    """Markdown of the results; without any it says that nothing was measured."""
+    if measured is None:
+        return "Not evaluated."
+    title = None if measured.metric in SHOWN else (measured.metric or "score of the task")
+    if not all("score" in own for own in measured.methods.values()):
+        title = None
+    headings = ["method", "n", *([title] if title else []), "EM", "F1", "adjusted F1"]
+    headings += ["recomputed", "TTFT / full prefill"]
+    rows = [_row(name, own, bool(title)) for name, own in measured.methods.items()]
+    return Table(headings, rows).markdown(right=True) + "\n\n" + NOTE + _origin(measured)
+
+
+def _row(name: str, own: Mapping[str, Any], headline: bool) -> list[str]:
+    scores = [with_interval("score", own["score"], own.get("score_ci95"))] if headline else []
+    scores += [with_interval("score", own.get(k), own.get(ends)) for k, ends in INTERVALS]
+    scores += [written("score", own.get(key)) for key in ("adjusted_f1", "recompute_ratio")]
+    return [name, f"{own['n']:,}", *scores, written("ratio", own.get("ttft_over_full_prefill"))]
+
+
+def _origin(measured: Measured) -> str:
+    made = measured.origin
+    parts = [f"by `{made['command']}`"] if made.get("command") else []
+    parts += [f"at commit `{made['commit'][:12]}`"] if made.get("commit") else []
+    told = f" Made {', '.join(parts)}." if parts else ""
+    others = ", ".join(measured.left_out)
+    return told + (f" Left out, measured with other adapters: {others}." if others else "")

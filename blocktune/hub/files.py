@@ -14,18 +14,9 @@ from blocktune.adapter import INFO_FILE, OWN_WEIGHTS, PEFT_FILE, AdapterInfo
 from blocktune.provenance import without_secrets, without_tokens
 
 PUBLISHED = (
-    "*.safetensors",
-    "*.safetensors.index.json",
-    PEFT_FILE,
-    INFO_FILE,
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
+    *("*.safetensors", "*.safetensors.index.json", PEFT_FILE, INFO_FILE, "config.json"),
+    *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model"),
+    *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
 )
 """Names of what is published; checkpoints, logs and optimizer states stay at home."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -37,11 +28,7 @@ Source = Path | bytes
 
 
 def files_of(folder: Path, info: AdapterInfo, base: str) -> dict[str, Source]:
-    """What is sent of a folder, by name; JSON that names the base gets its name on the Hub.
-
-    Raises:
-        ValueError: If it is a checkpoint of a run, weights are pickled, or there are none.
-    """
+    """What is sent of a folder, by name; JSON that names the base gets its name on the Hub."""
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
     for name in names:
         if any(fnmatch(name, pattern) for pattern in _OF_A_CHECKPOINT):

@@ -16,9 +16,8 @@ from rich.console import Console
 from blocktune.adapter import OWN_WEIGHTS, AdapterInfo
 from blocktune.check import check_model
 from blocktune.engine import Engine
-from blocktune.hub.card import CardFacts, card, served_by
+from blocktune.hub.card import CardFacts, card, read_results, served_by
 from blocktune.hub.files import Source, files_of, is_published
-from blocktune.hub.results import read_results
 from blocktune.prompt import LayoutSpec
 
 CARD_FILE = "README.md"
@@ -26,12 +25,7 @@ CARD_FILE = "README.md"
 
 @dataclass(frozen=True)
 class Publication:
-    """All that a repository will hold.
-
-    Attributes:
-        repo: ``USER/NAME``.
-        files: Name -> a file's path, or its content where it was rewritten; the card among them.
-    """
+    """All that a repository ``USER/NAME`` will hold: name -> a file's path, or its content."""
 
     repo: str
     files: dict[str, Source]
@@ -59,15 +53,15 @@ def prepare(
     device: str | None = None,
     token: str | None = None,
 ) -> Publication:
-    """Checks an adapter and gathers what is published of it; nothing is sent.
+    """Checks an adapter's folder and gathers what is published of it; nothing is sent.
 
     Args:
         adapter: Its folder.
         repo: ``USER/NAME``.
         facts: For the card.
-        model: Where the base is, for the check; None: where the adapter says.
-        dtype: Of the check.
-        device: Of the check.
+        model: The base for the check, which runs in ``dtype`` on ``device``; None: the adapter's.
+        dtype: As `Engine.from_pretrained` has it.
+        device: As `Engine.from_pretrained` has it.
         token: Of the Hub, to ask for the base's licence; None: as `send`.
 
     Raises:
@@ -83,11 +77,8 @@ def prepare(
     files = files_of(folder, info, base)
     measured = read_results(facts.results, folder, info) if facts.results else None
     facts = replace(facts, license=facts.license or license_of(base, token))
-    checks = check_model(
-        Engine.from_pretrained(
-            model, folder, dtype=dtype, device=device, quantize=info.quantization
-        )
-    )
+    settings = {"dtype": dtype, "device": device, "quantize": info.quantization}
+    checks = check_model(Engine.from_pretrained(model, folder, **settings))
     if failed := [one for one in checks if not one.passed]:
         first = failed[0]
         raise ValueError(
@@ -103,12 +94,8 @@ def send(publication: Publication, *, private: bool = False, token: str | None =
     """Creates the repository if needed and commits all files at once.
 
     Files of an earlier push that this one does not have are deleted: weights left over would be
-    loaded with the new ones.
-
-    Args:
-        publication: From `prepare`.
-        private: Make the repository private if it is new.
-        token: Of the Hub; None: the one of ``hf auth login`` or ``HF_TOKEN``.
+    loaded with the new ones. ``private`` is for a new repository; without a ``token``, that of
+    ``hf auth login`` or ``HF_TOKEN`` is taken.
 
     Raises:
         ValueError: If the Hub refuses.
@@ -140,11 +127,7 @@ def show(publication: Publication, console: Console) -> None:
 
 
 def check_repo(repo: str) -> None:
-    """Refuses what is no USER/NAME.
-
-    Raises:
-        ValueError: If it is none.
-    """
+    """Refuses what is no USER/NAME."""
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
@@ -154,11 +137,7 @@ def check_repo(repo: str) -> None:
 
 
 def on_the_hub(name: str) -> str:
-    """The base's name, if it can be one on the Hub.
-
-    Raises:
-        ValueError: If it is a folder.
-    """
+    """The base's name, if it can be one on the Hub."""
     if not name or Path(name).exists() or name.count("/") > 1 or name.startswith((".", "/")):
         raise ValueError(
             f"the base is the local folder '{name}', which nobody else can load; give its name on "
@@ -168,11 +147,7 @@ def on_the_hub(name: str) -> str:
 
 
 def license_of(base: str, token: str | None = None) -> str:
-    """The licence that the card of a base on the Hub states.
-
-    Raises:
-        ValueError: If there is none, or the Hub does not answer.
-    """
+    """The licence that the card of a base on the Hub states."""
     try:
         data = HfApi(token=token).model_info(base).card_data
     except (httpx.HTTPError, HFValidationError, OSError):
@@ -186,24 +161,13 @@ class Publisher:
     """What ``push_to_hub`` of a training run asks; see `blocktune.training.run`."""
 
     def check(self, repo: str, base_model: str, layout: LayoutSpec, token: str | None) -> None:
-        """Refuses before the run what could not be published after it.
-
-        Raises:
-            ValueError: If the name is none, the base is a local folder, its licence unknown, or
-                no method serves the layout.
-        """
+        """Refuses before the run what could not be published after it."""
         check_repo(repo)
         served_by(layout)
         license_of(on_the_hub(base_model), token)
 
     def publish(self, folder: Path, repo: str, private: bool, token: str | None) -> None:
-        """Checks and pushes; says where to.
-
-        Called in one of a run's processes, when the others may be gone.
-
-        Raises:
-            ValueError: As `prepare` and `send` do.
-        """
+        """Checks and pushes in one of a run's processes, when the others may be gone."""
         with alone():
             publication = prepare(folder, repo, CardFacts(), token=token)
         sent = send(publication, private=private, token=token)

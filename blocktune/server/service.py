@@ -31,6 +31,8 @@ _LOG = logging.getLogger(__name__)
 MOST = 1e9
 """Largest number in a method's parameters; larger ones overflow somewhere."""
 MOST_BLANKS = 64
+COLDEST = 1e-4
+"""Lowest temperature that is drawn with; below it, logits overflow, and the limit is greedy."""
 CHARACTERS = 32
 """Characters of a token at most, for refusing long texts before they are tokenised."""
 WITHOUT_CHUNKS = "prefix-cache"
@@ -224,8 +226,9 @@ class Service:
             taken = max(taken, int(prompt.layout.position.max()) + 1)
             new_tokens = min(limits.default_new_tokens, limits.new_tokens)
             new_tokens = min(new_tokens, prompts.max_tokens - taken)
+        warmth = body.temperature or 0.0
         sampling = Sampling(
-            body.temperature or 0.0, body.top_k or 0, body.top_p or 1.0, body.seed or 0
+            warmth if warmth >= COLDEST else 0.0, body.top_k or 0, body.top_p or 1.0, body.seed or 0
         )
         return Job(
             served.engine.salted(tenant.salt(body.cache_salt)),

@@ -156,10 +156,14 @@ def build(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    resolved = {"data": vars(data).copy(), "model": vars(choice).copy(), "training": settings(args)}
     source = data.train_data or load_mixture(data.mixture).to_dict()
-    trainer.files = trainer.files.described(resolved, data=source)
+    trainer.files = trainer.files.described(resolved(data, args, choice), data=source)
     return trainer
+
+
+def resolved(data: DataArgs, args: BlockSFTConfig, choice: ModelConfig) -> dict[str, dict]:
+    """Every setting of a run, by group, as ``resolved_config.yaml`` holds it."""
+    return {"data": vars(data).copy(), "model": vars(choice).copy(), "training": settings(args)}
 
 
 def load_base(choice: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -17,7 +17,7 @@ MULTI_HOP = ("hotpotqa", "2wiki", "musique")
 DRAWS = 4000
 
 
-def write_report(output: Path, results: Path, settings: str, command: list[str]) -> None:
+def write_report(output: Path, results: Path, settings: str, steps: list[str]) -> None:
     """Writes ``SETTINGS.json`` and ``SETTINGS.md`` from the rows under ``output``.
 
     Raises:
@@ -34,7 +34,7 @@ def write_report(output: Path, results: Path, settings: str, command: list[str])
     found["settings"] = settings
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     found["provenance"] = {
-        "command": " ".join(["python", "eval/real/study.py", *command]),
+        "command": f"python eval/real/study.py {' '.join(steps)} --settings {settings}",
         "commit": subprocess.run(
             ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
         ).stdout.strip(),
@@ -144,7 +144,9 @@ def _training(path: Path) -> dict[str, Any]:
     """Steps, tokens and last loss of a training that has ended."""
     state = json.loads(path.read_text())
     logs = [entry for entry in state["log_history"] if "num_tokens" in entry]
+    about = json.loads(path.with_name("blocktune.json").read_text())["training"]
     return {
+        "commit": about["commit"],
         "steps": state["global_step"],
         "tokens": int(logs[-1]["num_tokens"]),
         "losses": [round(entry["loss"], 3) for entry in logs if "loss" in entry],
@@ -173,7 +175,9 @@ def _page(found: dict[str, Any]) -> str:
         "",
     ]
     for name, run in found["trainings"].items():
-        lines.append(f"- `{name}`: {run['steps']} steps, {run['tokens']:,} tokens")
+        lines.append(
+            f"- `{name}`: {run['steps']} steps, {run['tokens']:,} tokens, at `{run['commit'][:7]}`"
+        )
     return "\n".join(lines) + "\n"
 
 

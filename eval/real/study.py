@@ -143,7 +143,7 @@ class Study:
         self.ask("test", UNTUNED + tuned, self.settings.get("test_limit"), SETS)
 
     def report(self) -> None:
-        write_report(self.out, self.args.results, self.args.settings, sys.argv[1:])
+        write_report(self.out, self.args.results, self.args.settings, self.args.steps)
 
     def adapter(self, name: str, seed: int | str) -> Path:
         return self.out / "tuned" / f"{name}-{seed}"

@@ -120,7 +120,7 @@ def _keys(block: re.Match, path: Path) -> dict[str, Any]:
 
 
 SOURCES = ("results.json", "traces.json")
-DROPPED = ("sweeps", "budget")
+DROPPED = ("em_minus", "sweeps", "budget")
 """Large, and read by no table; differences of the headline score stay, but not by kind."""
 
 
@@ -143,8 +143,10 @@ def kept(results: Mapping[str, Any]) -> dict[str, Any]:
     """The part of ``results.json`` or ``traces.json`` that is committed."""
     found = json.loads(json.dumps({k: v for k, v in results.items() if k not in DROPPED}))
     for summary in found.get("methods", {}).values():
+        summary.pop("em_minus", None)
         for cell in summary["tasks"].values():
-            cell.pop("score_minus", None)
+            for name in ("em_minus", "score_minus"):
+                cell.pop(name, None)
     command = found["provenance"].get("command")
     if command:
         found["provenance"]["command"] = shlex.join(map(_no_path, shlex.split(command)))

@@ -16,8 +16,7 @@ CHUNKS = ("--chunk", "Anna Belt was born in Port Alder.", "--chunk", "Port Alder
 @pytest.fixture
 def questions(blocktune, tmp_path):
     path = tmp_path / "questions.jsonl"
-    options = ("--n", 3, "--split", "test", "--passages", 2, "--kinds", "self-contained")
-    done = blocktune("data", "worlds", "-o", path, *options)
+    done = blocktune("data", "write", SOURCE, "-o", path)
     assert done.exit_code == 0, done.output
     return path
 

@@ -22,7 +22,7 @@ QUESTIONS = [
     {"question": "Where was Anna Belt born?", "answer": ["Kirby"]},
     {"question": "Who paid?", "answer": ["nobody known"]},
 ]
-COMMANDS = ("list", "show", "write", "worlds", "passages", "answer", "mix")
+COMMANDS = ("list", "show", "write", "passages", "answer", "mix")
 
 
 def lines(path, records):

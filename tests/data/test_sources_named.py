@@ -128,7 +128,6 @@ def test_worlds():
         ("hf:owner/name?chunker=fixed&sise=3", "takes size, overlap, got unknown sise"),
         ("hf:owner/name?split=a&split=b", "option twice"),
         ("fineweb", "is too large to load as a whole; give a limit"),
-        ("ruler:vt?n=3", "'ruler:' is no longer built in: RULER runs through lm-eval"),
         ("missing.jsonl", "no file 'missing.jsonl'; a source is"),
     ],
 )

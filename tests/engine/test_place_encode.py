@@ -48,8 +48,8 @@ class Made(Method):
     def select(self):
         return self.selected
 
-    def _require(self, trained):
-        """Anything."""
+    def layout_for(self, trained):  # of any adapter, or of none
+        return self.layout(trained or LayoutSpec())
 
 
 def made(changes: dict[str, Any], select: Selection | None = None) -> Made:

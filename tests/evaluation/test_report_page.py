@@ -187,8 +187,9 @@ def test_labels_cannot_break_the_page(tmp_path):
     odd = "<b>k & 'v'</b>"
     results["methods"] = {odd if k == "kvlink" else k: v for k, v in results["methods"].items()}
     for summary in results["methods"].values():
-        if "kvlink" in summary["score_minus"]:
-            summary["score_minus"][odd] = summary["score_minus"].pop("kvlink")
+        for minus in (summary["em_minus"], summary["score_minus"]):
+            if "kvlink" in minus:
+                minus[odd] = minus.pop("kvlink")
     results["budget"]["pareto"] = {k: [] for k in results["budget"]["pareto"]}
     results["budget"]["matched"] = []
     replace_json(tmp_path / "results.json", results)

@@ -3,9 +3,8 @@
 import pytest
 
 from blocktune.adapter import AdapterInfo
-from blocktune.hub.card import CardFacts, card, served_by
+from blocktune.hub.card import CardFacts, card, datasets_of, served_by
 from blocktune.hub.files import public
-from blocktune.hub.results import datasets_of
 from blocktune.methods import build
 from blocktune.prompt import LayoutSpec, PromptFormat
 

@@ -118,6 +118,11 @@ def test_a_seed_draws_what_the_engine_draws(client, engine):
     assert len({one["message"]["content"] for one in first}) > 1
 
 
+def test_a_temperature_next_to_zero_is_greedy(client):
+    greedy = text_of(client.post("/v1/chat/completions", json=chat()))
+    assert text_of(client.post("/v1/chat/completions", json=chat(temperature=1e-320))) == greedy
+
+
 @pytest.mark.parametrize("stop", ["Ald", ["der", "zzz"]])
 def test_stop_texts_end_an_answer_and_are_left_out(client, stop):
     whole = text_of(client.post("/v1/chat/completions", json=chat()))
@@ -228,3 +233,22 @@ def test_chunks_can_be_encoded_ahead_asked_for_and_deleted(client):
     assert client.get(f"/v1/chunks/{keys[0]}").json()["cached"] == "stored"
     client.delete(f"/v1/chunks/{keys[0]}")
     assert client.get(f"/v1/chunks/{keys[0]}").json()["cached"] == "none"
+
+
+def test_models_by_name_share_a_store_and_no_chunks(serve, engine):
+    from copy import deepcopy
+
+    from blocktune.engine import Engine
+
+    model = deepcopy(engine.model)
+    model.lm_head.weight.data[:64] *= 0.5
+    other = Engine(model, engine.tokenizer, store=engine.store)
+    engine.forget()
+    client = serve({"one": engine, "two": other})
+    assert [m["id"] for m in client.get("/v1/models").json()["data"]] == ["one", "two"]
+    tiers = []
+    for name in ("one", "two", "one", "two"):
+        answer = client.post("/v1/chat/completions", json=chat(model=name)).json()
+        assert answer["model"] == name
+        tiers.append({chunk["cached"] for chunk in answer["blocktune"]["chunks"]})
+    assert tiers == [{"none"}, {"none"}, {"memory"}, {"memory"}]

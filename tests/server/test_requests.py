@@ -335,7 +335,7 @@ def test_ready_means_that_the_check_passed(serve, monkeypatch):
     client = serve(checked=True)
     wait_until(lambda: client.get("/ready").status_code == 200)
 
-    from blocktune.check import Check
+    from blocktune.check.serving import Check
     from blocktune.server import service
 
     broken = [Check("split = dense mask", False, 1.0, 0.1)]

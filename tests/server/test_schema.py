@@ -1,7 +1,10 @@
 """Requests made from the OpenAPI schema, bounded; `eval/server/hostile.py` is the long run."""
 
+from contextlib import suppress
+
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis.errors import Unsatisfiable
 from schemathesis import Case
 from schemathesis.generation import GenerationMode
 from server.support import chat
@@ -28,15 +31,16 @@ def test_no_generated_request_fails_the_server(client):
 
     def send(case: Case) -> None:
         arguments = case.as_transport_kwargs(base_url="http://localhost")
-        arguments = {k: v for k, v in arguments.items() if k != "url"}
-        path = case.formatted_path
-        response = client.request(url=path, **arguments)
+        left_out = ("url", "cookies")
+        arguments = {k: v for k, v in arguments.items() if k not in left_out}
+        response = client.request(url=case.formatted_path, **arguments)
         tried.append(response.status_code)
         assert response.status_code < 500, (case, response.text)
 
     for result in schema.get_all_operations():
         operation = result.ok()
         for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE):
-            quick(given(case=operation.as_strategy(generation_mode=mode))(send))()
+            with suppress(Unsatisfiable):  # a route without parameters has no wrong ones
+                quick(given(case=operation.as_strategy(generation_mode=mode))(send))()
     assert len(tried) > 50
     assert client.post("/v1/chat/completions", json=chat()).status_code == 200

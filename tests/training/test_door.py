@@ -88,7 +88,10 @@ def test_a_system_turn_and_later_turns_are_kept():
         ({"title": "x"}, "no known shape"),
         ({"messages": [ASKED], "documents": TEXTS}, '"messages" must be .*assistant'),
         ({"prompt": "Who?", "documents": TEXTS}, '"completion" must be'),
-        ({"prompt": "a", "completion": "b", "documents": [{"title": "x"}]}, '"documents"'),
+        (
+            {"prompt": "a", "completion": "b", "documents": [{"title": "x"}]},
+            r'"documents\[0\]" must',
+        ),
         ({"question": "Who?", "chunks": ["a"]}, "no answer"),
         ({}, "remove_unused_columns: false"),
     ],

@@ -78,8 +78,7 @@ def chunks_of(spans: Iterable[str], title: str | None = None) -> tuple[Chunk, ..
 def tidy(spans: Iterable[str]) -> list[str]:
     """Non-blank spans, without leading blank lines and trailing space.
 
-    Args:
-        spans: In order; if one ends within a line, the next has no indent to keep.
+    If a span ends within a line, the next has no indent to keep.
     """
     texts, opens_line = [], True
     for span in spans:
@@ -95,11 +94,7 @@ def trimmed(text: str) -> str:
 
 
 def parse_chunker(value: Any, where: str = "chunker") -> Chunker:
-    """Reads a chunker from YAML: its name, or ``{name: fixed, size: 100}``.
-
-    Raises:
-        ValueError: In one line that starts with ``where``.
-    """
+    """Reads a chunker from YAML: its name, or ``{name: fixed, size: 100}``."""
     entry = {"name": value} if isinstance(value, str) else value
     if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str):
         raise ValueError(f"{where}: must be a name or {{name, ...}}, got {value!r:.60}")

@@ -85,11 +85,7 @@ class Fixed(Chunker):
         self._require("overlap", fits, f"an integer from 0 to {self.size - 1}, less than size")
 
     def split(self, text: str, tokenizer: PreTrainedTokenizerBase | None = None) -> list[str]:
-        """Spans of ``size`` tokens.
-
-        Raises:
-            ValueError: If there is no tokenizer, or it has no offsets.
-        """
+        """Spans of ``size`` tokens."""
         if tokenizer is None:
             raise ValueError(
                 "chunker 'fixed' counts tokens and has no tokenizer; name one: tokenizer=MODEL"

@@ -23,15 +23,10 @@ _ON_HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[^/]*)?")
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set on the Hugging Face Hub.
+    """A data set on the Hugging Face Hub, its licence as stated, and what a record becomes.
 
     Attributes:
-        hub: Repository.
-        licence: As stated.
-        becomes: What one record turns into.
-        config: Configuration, or None for the default.
-        shape: Record shape, as in ``as=``; None if the fields tell it, or if the records are
-            questions without passages.
+        shape: As in ``as=``; None if the fields tell it, or for questions without passages.
         revision: Branch, if not the main one.
         split: The default split.
         streamed: Too large to download as a whole; a limit is needed.
@@ -54,74 +49,68 @@ class DataSet:
 
 CATALOG = {
     "2wikimultihopqa": DataSet(
-        hub="framolfese/2WikiMultihopQA",
-        licence="Apache-2.0",
-        becomes="question over its 10 paragraphs",
-        shape="wiki",
+        "framolfese/2WikiMultihopQA", "Apache-2.0", "question over its 10 paragraphs", shape="wiki"
     ),
     "hotpotqa": DataSet(
-        hub="hotpotqa/hotpot_qa",
-        config="distractor",
-        licence="CC BY-SA 4.0",
-        becomes="question over its 10 paragraphs",
-        shape="wiki",
+        "hotpotqa/hotpot_qa",
+        "CC BY-SA 4.0",
+        "question over its 10 paragraphs",
+        "distractor",
+        "wiki",
     ),
     "musique": DataSet(
-        hub="dgslibisey/MuSiQue",
-        licence="CC BY 4.0",
-        becomes="question over its 20 paragraphs",
-        shape="musique",
+        "dgslibisey/MuSiQue", "CC BY 4.0", "question over its 20 paragraphs", shape="musique"
     ),
     "triviaqa": DataSet(
-        hub="mandarjoshi/trivia_qa",
+        "mandarjoshi/trivia_qa",
+        "not stated on the Hub (code Apache-2.0)",
+        "question over its evidence pages, cut; then `data passages` for the best",
         config="rc",
-        licence="not stated on the Hub (code Apache-2.0)",
-        becomes="question over its evidence pages, cut; then `data passages` for the best",
         shape="triviaqa",
     ),
     "triviaqa-questions": DataSet(
-        hub="mandarjoshi/trivia_qa",
+        "mandarjoshi/trivia_qa",
+        "not stated on the Hub (code Apache-2.0)",
+        "question without passages, for `data passages`",
         config="rc.nocontext",
-        licence="not stated on the Hub (code Apache-2.0)",
-        becomes="question without passages, for `data passages`",
     ),
     "nq": DataSet(
-        hub="google-research-datasets/nq_open",
-        licence="CC BY-SA 3.0",
-        becomes="question without passages, for `data passages`",
+        "google-research-datasets/nq_open",
+        "CC BY-SA 3.0",
+        "question without passages, for `data passages`",
     ),
     "tulu-3": DataSet(
-        hub="allenai/tulu-3-sft-mixture",
-        licence="ODC-BY 1.0; parts have their own, some non-commercial",
-        becomes="conversation, a chunk per earlier turn or piece of the message",
+        "allenai/tulu-3-sft-mixture",
+        "ODC-BY 1.0; parts have their own, some non-commercial",
+        "conversation, a chunk per earlier turn or piece of the message",
         shape="chat",
         split="train",
     ),
     "xsum": DataSet(
-        hub="EdinburghNLP/xsum",
-        licence="not stated",
-        becomes="article, cut, and its summary",
+        "EdinburghNLP/xsum",
+        "not stated",
+        "article, cut, and its summary",
         shape="summary",
         revision=PARQUET,
     ),
     "multi-news": DataSet(
-        hub="alexfabbri/multi_news",
-        licence="other: non-commercial research and education",
-        becomes="articles, a chunk each, and their summary",
+        "alexfabbri/multi_news",
+        "other: non-commercial research and education",
+        "articles, a chunk each, and their summary",
         shape="summary",
         revision=PARQUET,
     ),
     "samsum": DataSet(
-        hub="knkarthick/samsum",
-        licence="CC BY-NC-ND 4.0",
-        becomes="dialogue to summarise, solved ones as chunks",
+        "knkarthick/samsum",
+        "CC BY-NC-ND 4.0",
+        "dialogue to summarise, solved ones as chunks",
         shape="few-shot",
     ),
     "fineweb": DataSet(
-        hub="HuggingFaceFW/fineweb",
+        "HuggingFaceFW/fineweb",
+        "ODC-BY 1.0, and Common Crawl's terms of use",
+        "web page, cut; the model writes the last piece",
         config="sample-10BT",
-        licence="ODC-BY 1.0, and Common Crawl's terms of use",
-        becomes="web page, cut; the model writes the last piece",
         shape="document",
         split="train",
         streamed=True,
@@ -139,11 +128,7 @@ def data_set(name: str) -> DataSet:
 
 
 def data_sets_in(source: str) -> dict[str, str]:
-    """Data sets on the Hub that a source names, with their licences; none for a file.
-
-    Args:
-        source: As for `blocktune.data.load_examples`.
-    """
+    """Data sets on the Hub that a source names, with their licences; none for a file."""
     written = source.partition("?")[0]
     name = written.removeprefix("hf:")
     # hf: may also be followed by a local folder.

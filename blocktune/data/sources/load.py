@@ -27,7 +27,7 @@ from blocktune.data.sources.options import (
     read_options,
 )
 from blocktune.data.sources.records import LeftOut, Record, at, read_hub, read_records
-from blocktune.data.sources.shapes import Shape, find_shape, named_shape, rename
+from blocktune.data.sources.shapes import find_shape, named_shape, rename
 from blocktune.data.sources.texts import POOL, with_shots
 from blocktune.prompt.format import Chunk
 
@@ -38,13 +38,7 @@ SNIFFED = 200
 
 
 class Loaded(NamedTuple):
-    """Examples of a source.
-
-    Attributes:
-        examples: The examples.
-        left_out: How many rows could not be asked, by reason.
-        kept: Fields that blocktune does not know, now in the examples' ``meta``.
-    """
+    """Examples of a source, the number of rows left out by reason, and fields kept in ``meta``."""
 
     examples: list[RagExample]
     left_out: dict[str, int]
@@ -121,11 +115,7 @@ def training_split(source: str | Path) -> str | None:
 
 
 def open_records(named: SourceName, reading: Reading, limit: int | None) -> Iterator[Record]:
-    """Raw records of a file or a Hub data set, renamed, in its order or a seeded one.
-
-    Raises:
-        ValueError: As the readers do; or if a file is asked for a split.
-    """
+    """Raw records of a file or a Hub data set, renamed, in its order or a seeded one."""
     if _on_the_hub(named):
         wanted = data_set(named.name.removeprefix("hf:"))
         records = read_hub(wanted, reading.split, limit, reading.shuffle)
@@ -168,11 +158,7 @@ def parse_records(
     limit: int | None = None,
     shots: Iterable[Record] | None = None,
 ) -> Loaded:
-    """Turns records of one shape into examples; ``shots`` are those few-shot ones are drawn from.
-
-    Raises:
-        ValueError: If no shape fits, a record is wrong, or there is no example.
-    """
+    """Turns records of one shape into examples; few-shot ones are drawn from ``shots``."""
     records = iter(records)
     head = list(islice(records, SNIFFED))
     key = reading.shape or (CATALOG[name].shape if name in CATALOG else None)
@@ -191,44 +177,25 @@ def parse_records(
             if shape.key == "blocktune":
                 kept.update(dict.fromkeys(unknown_fields(record.value)))
 
-    others = None if shots is None else examples(shots)
-    found = list(islice(_finished(examples(chain(head, records)), shape, reading, others), limit))
+    found = examples(chain(head, records))
+    if shape.in_shots:
+        others = None if shots is None else examples(shots)
+        given = {"shots": reading.shots or 5, "seed": reading.seed or 0}
+        found = with_shots(found, others=others, **given)
+    elif (reading.shots, reading.seed, shots) != (None, None, None):
+        raise ValueError(f"'shots' and 'seed' belong to few-shot, the shape is '{shape.key}'")
+    found = list(islice(found, limit))
     if not found and left_out:
         reason, count = left_out.most_common(1)[0]
         raise ValueError(f"{name}: no example in it, {count} rows left out: {reason}")
     return Loaded(found, dict(left_out), tuple(kept))
 
 
-def _finished(
-    examples: Iterator[RagExample],
-    shape: Shape,
-    reading: Reading,
-    others: Iterator[RagExample] | None,
-) -> Iterator[RagExample]:
-    if shape.in_shots:
-        shots, seed = reading.shots or 5, reading.seed or 0
-        return with_shots(examples, shots=shots, seed=seed, others=others)
-    if (reading.shots, reading.seed, others) != (None, None, None):
-        raise ValueError(f"'shots' and 'seed' belong to few-shot, the shape is '{shape.key}'")
-    return examples
-
-
 def _on_the_hub(named: SourceName) -> bool:
     return named.name in CATALOG or named.name.startswith("hf:")
 
 
-_MOVED = {
-    "ruler": "RULER runs through lm-eval, see docs/data.md; needle: is generated",
-    "code": "add --plugin eval/study/probes.py",
-    "dialogue": "add --plugin eval/study/probes.py",
-}
-"""Generators of earlier versions, and where they are now."""
-
-
 def _no_source(source: str | Path) -> str:
-    prefix, colon, _ = str(source).partition(":")
-    if colon and prefix in _MOVED:
-        return f"'{prefix}:' is no longer built in: {_MOVED[prefix]}"
     if Path(source).is_dir():
         return f"'{source}' is a folder; give a file in it, or 'hf:{source}' for a data set"
     return (

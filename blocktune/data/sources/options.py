@@ -25,11 +25,7 @@ class SourceName(NamedTuple):
 
 
 def parse_source(source: str) -> SourceName:
-    """Parses a source.
-
-    Raises:
-        ValueError: If the options are not ``key=value`` pairs, or one is given twice.
-    """
+    """Parses a source."""
     name, _, query = source.partition("?")
     try:
         pairs = parse_qsl(query, strict_parsing=True) if query else []
@@ -42,11 +38,7 @@ def parse_source(source: str) -> SourceName:
 
 
 def with_fields(source: str, mapping: str | None) -> str:
-    """A source with ``--fields question=input,chunks=context`` written as its option.
-
-    Raises:
-        ValueError: If the mapping is not ``NEW=OLD`` with commas between.
-    """
+    """A source with ``--fields question=input,chunks=context`` written as its option."""
     if mapping is None:
         return source
     pairs = [pair.replace("=", ":", 1) for pair in mapping.split(",")]
@@ -138,11 +130,7 @@ def read_options(
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Loads a tokenizer from a folder or the Hub.
-
-    Raises:
-        ValueError: If there is none of that name.
-    """
+    """Loads a tokenizer from a folder or the Hub."""
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -171,10 +159,7 @@ Tokenizer = PreTrainedTokenizerBase | None
 class Generator(NamedTuple):
     """A source that is generated from a seed, with no file and no network.
 
-    Attributes:
-        read: From what follows the colon, the options and a tokenizer (or None) to examples.
-        becomes: What an example is, in a few words.
-        example: A source of this kind.
+    ``read`` gets what follows the colon, the options, and a tokenizer or None.
     """
 
     read: Callable[[str, dict[str, str], Tokenizer], Examples]
@@ -195,11 +180,7 @@ def is_generated(source: SourceName) -> bool:
 
 
 def generate(source: SourceName, tokenizer: Tokenizer) -> Examples:
-    """Examples of a generated source.
-
-    Raises:
-        ValueError: If an option is unknown or a value is not accepted.
-    """
+    """Examples of a generated source."""
     prefix, _, rest = source.name.partition(":")
     return GENERATORS[prefix].read(rest, source.options, tokenizer)
 
@@ -232,9 +213,7 @@ def _needle(rest: str, options: Mapping[str, str], tokenizer: Tokenizer) -> Exam
 
 GENERATORS: dict[str, Generator] = {
     "worlds": Generator(
-        _worlds,
-        "multi-hop question over made-up passages",
-        "worlds:test?seed=1&n=500&kinds=2-hop",
+        _worlds, "multi-hop question over made-up passages", "worlds:test?seed=1&n=500&kinds=2-hop"
     ),
     "needle": Generator(
         _needle,

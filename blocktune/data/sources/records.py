@@ -232,22 +232,11 @@ def _questions_of(article: Record) -> Iterator[Record]:
 
 
 def read_hub(
-    source: DataSet,
-    split: str | None = None,
-    limit: int | None = None,
-    shuffle: int | None = None,
+    source: DataSet, split: str | None = None, limit: int | None = None, shuffle: int | None = None
 ) -> Iterator[Record]:
-    """Reads a data set with ``datasets``.
+    """Reads a data set with ``datasets``; a large set needs a limit.
 
-    Args:
-        source: Repository or folder, configuration, revision.
-        split: As the data set names it; None takes ``source.split``.
-        limit: Examples wanted; needed for large sets only.
-        shuffle: Seed of another order; a large set is streamed and shuffled within a buffer.
-
-    Raises:
-        ValueError: If ``datasets`` is not installed, cannot load it, or a large set is asked for
-            without a limit; says why in one line.
+    ``shuffle`` is the seed of another order; a streamed set is shuffled within a buffer.
     """
     split = split or source.split
     name = source.at

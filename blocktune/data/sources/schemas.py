@@ -44,11 +44,7 @@ class Cutter(NamedTuple):
 
 
 def parse_own(record: Mapping[str, Any], cutter: Cutter | None = None) -> RagExample:
-    """Blocktune's own record; ``chunks`` may be one text, which a cutter cuts.
-
-    Raises:
-        LeftOut: If the record says that it has no answer (SQuAD 2's ``is_impossible``).
-    """
+    """Blocktune's own record; ``chunks`` may be one text, which a cutter cuts."""
     if record.get("is_impossible") is True and not record.get("response"):
         raise LeftOut("marked as impossible to answer")
     answers = record.get("answers")
@@ -176,14 +172,10 @@ def _example(
     kind: str,
     supporting: Collection[str] = (),
 ) -> RagExample:
-    """Builds the example; a blank passage has nothing to encode and is counted in ``meta``.
+    """Builds the example from the passages in the field ``name``.
 
-    Args:
-        record: The record.
-        name: Its field of passages.
-        answers: Accepted answers.
-        kind: The example's.
-        supporting: Titles of the passages that hold the evidence, beside those that say so.
+    A blank passage has nothing to encode and is counted in ``meta``. ``supporting`` are titles of
+    passages that hold the evidence, beside those that say so.
     """
     entries = passages_in(record.get(name), name)
     passages = [chunk_fields(entry, f"{name}[{i}]") for i, entry in enumerate(entries)]

@@ -58,11 +58,7 @@ class Shape(NamedTuple):
     def parser(
         self, chunker: Chunker | None, tokenizer: PreTrainedTokenizerBase | None
     ) -> Callable[[Any], RagExample]:
-        """The function from a record to an example.
-
-        Raises:
-            ValueError: If a chunker is given and records of this shape have chunks already.
-        """
+        """The function from a record to an example."""
         if self.chunker is None and chunker is None:
             return self.parse
         if self.chunker is None and not self.may_cut:
@@ -89,38 +85,24 @@ SHAPES = (
 
 
 def named_shape(key: str) -> Shape:
-    """The shape that ``as=`` calls so.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    for shape in SHAPES:
-        if shape.key == key:
-            return shape
-    known = ", ".join(shape.key for shape in SHAPES)
-    raise ValueError(f"unknown record shape '{key}'; available: {known}")
+    """The shape that ``as=`` calls so."""
+    known = {shape.key: shape for shape in SHAPES}
+    if key not in known:
+        raise ValueError(f"unknown record shape '{key}'; available: {', '.join(known)}")
+    return known[key]
 
 
 def find_shape(values: Iterable[Any], source: str) -> Shape:
-    """The first shape that any of the records has.
-
-    Raises:
-        ValueError: If none fits; says what the records look like and how to read them.
-    """
+    """The first shape that any of the records has."""
     values = list(values)
-    for value in values:
-        for shape in SHAPES:
-            if shape.fits(value):
-                return shape
-    raise ValueError(no_shape(values[0] if values else None, source))
+    found = next((s for value in values for s in SHAPES if s.fits(value)), None)
+    if found is None:
+        raise ValueError(no_shape(values[0] if values else None, source))
+    return found
 
 
 def rename(record: Any, fields: Mapping[str, str]) -> Any:
-    """A record with fields renamed: new name -> old name, with dots for a field within a field.
-
-    Raises:
-        ValueError: If the record has no such field.
-    """
+    """A record with fields renamed: new name -> old name, with dots for a field within a field."""
     if not isinstance(record, Mapping):
         return record
     taken = {old.partition(".")[0] for old in fields.values()}

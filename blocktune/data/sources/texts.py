@@ -149,16 +149,10 @@ def with_shots(
     seed: int = 0,
     others: Iterable[RagExample] | None = None,
 ) -> Iterator[RagExample]:
-    """Few-shot: gives every instance other solved instances as chunks, never itself.
+    """Few-shot: gives every instance ``shots`` other solved instances as chunks, never itself.
 
-    Args:
-        examples: Each with one chunk: itself, solved.
-        shots: Chunks per example.
-        seed: Chooses them; example ``i`` gets the same ones for any number of examples.
-        others: Where shots come from, e.g. another split; None takes the examples themselves.
-
-    Raises:
-        ValueError: If there are too few instances.
+    They come from ``others``, e.g. another split, or the examples themselves. Example ``i`` gets
+    the same ones for any number of examples.
     """
     examples = iter(examples)
     pool = list(islice(examples if others is None else others, POOL))

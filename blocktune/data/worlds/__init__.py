@@ -113,25 +113,13 @@ class Context(NamedTuple):
 def draw_context(rng: Random, config: WorldConfig, num_questions: int) -> Context:
     """Draws worlds until one can answer a question of the drawn kind; that question is first.
 
-    Args:
-        rng: Source of everything; ``config.seed`` is not read.
-        config: Split, number of passages and weights of the kinds.
-        num_questions: Questions wanted; fewer are returned if the world has no more.
-
-    Raises:
-        ValueError: If worlds of this size hold no such question.
+    Fewer than ``num_questions`` come back if the world has no more; ``config.seed`` is not read.
     """
     wanted = rng.choices(list(config.kinds), list(config.kinds.values()))[0]
     for _ in range(MOST_WORLDS):
         size = rng.randint(*config.passage_range)
-        world = draw_world(
-            rng,
-            config.split,
-            size,
-            aliased=config.aliased,
-            crowded=config.crowded,
-            plain=config.plain,
-        )
+        how = {"aliased": config.aliased, "crowded": config.crowded, "plain": config.plain}
+        world = draw_world(rng, config.split, size, **how)
         passages = write_passages(rng, world)
         pools = candidates(world, passages)
         if wanted in pools:

@@ -20,16 +20,10 @@ MARKER = "Answer: "
 
 @dataclass(frozen=True)
 class WorldQuestion:
-    """One question of a world.
+    """One question of a world, of one of `QUESTION_KINDS`, with its one correct answer.
 
-    Attributes:
-        kind: One of ``QUESTION_KINDS``.
-        text: The question.
-        answer: The one correct answer.
-        response: What a model is trained to say: the answer, or the values on the way, then
-            ``MARKER`` and the answer.
-        supporting: Chunks that are needed, ascending.
-        meta: Sub-kind and hops; see ``ask``.
+    ``response`` is what a model is trained to say: the answer, or the values on the way, then
+    `MARKER` and the answer. ``supporting`` are the chunks that are needed; for ``meta`` see `ask`.
     """
 
     kind: str

@@ -55,12 +55,7 @@ _FORMS = {
 
 @cache
 def names(kind: str, split: str) -> tuple[tuple[str, ...], ...]:
-    """Returns the names of a kind that belong to a split, one tuple for each form.
-
-    Args:
-        kind: ``woman``, ``man``, ``city``, ``film``, ``book`` or ``company``.
-        split: ``train``, ``dev`` or ``test``.
-    """
+    """The names of a kind, one of `_FORMS`, that belong to a split, one tuple for each form."""
     forms = ([pattern.format(*c) for c in product(words, ROOT)] for pattern, words in _FORMS[kind])
     return tuple(tuple(name for name in form if split_of(name) == split) for form in forms)
 
@@ -75,9 +70,6 @@ def draw_name(rng: Random, kind: str, split: str, taken: set[str], *, apart: boo
     Within a world no two names share a root while unused roots remain: a model of a million
     parameters does not learn within an hour to distinguish Anna Baker from Port Baker, which is not
     what is measured. Names drawn ``apart`` share no word.
-
-    Raises:
-        ValueError: If the world has used up the names of this kind.
     """
     for drawn in range(_MOST_DRAWS):
         name = rng.choice(rng.choice(names(kind, split)))

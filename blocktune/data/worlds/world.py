@@ -19,15 +19,10 @@ from blocktune.prompt import Chunk
 
 @dataclass(frozen=True)
 class Entity:
-    """Someone or something with a name; equal by name and kind.
+    """Someone or something with a name that is unique in its world.
 
-    Attributes:
-        name: Full name, unique in a world.
-        kind: ``person``, ``film``, ``book``, ``company`` or ``city``.
-        pronoun: ``she``, ``he`` or ``it``.
-        noun: What a definite description calls it: ``woman``, ``man``, or its kind.
-        root: Not of its name: what later passages may call it by (``the Webb``), which its first
-            passage explains.
+    ``noun`` is what a definite description calls it: ``woman``, ``man``, or its kind. ``root`` is
+    not of its name: later passages may call it by it (``the Webb``), its first explains that.
     """
 
     name: str
@@ -92,9 +87,8 @@ def draw_style(rng: Random) -> Style:
 def plain_style(rng: Random) -> Style:
     """Draws a style for first lessons: one kind of entity and few relations, one wording.
 
-    The name is always right before the value and at the question's end: a model learns to match
-    them within 250 steps, with other wordings not within 1,000. Every passage has a candidate of
-    the same kind, so that the kind of the value is not enough to answer.
+    The name is right before the value and at the question's end: a model learns to match them
+    within 250 steps, with other wordings not within 1,000. All passages have the same kind.
     """
     main = rng.choice(KINDS)
     return Style(
@@ -234,10 +228,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Passages:
-    """A world's chunks in order, and each fact's place by (entity name, relation name).
-
-    ``roles`` is the world's `Style.roles`, for its questions.
-    """
+    """A world's chunks, each fact's place by (entity name, relation name), and `Style.roles`."""
 
     chunks: tuple[Chunk, ...]
     places: dict[tuple[str, str], Place]
