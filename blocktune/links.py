@@ -62,10 +62,7 @@ def link_base(model: PreTrainedModel) -> int:
 
 
 def new_links(model: PreTrainedModel, num_links: int, seed: int = 0) -> LinkTable:
-    """Makes a float32 table on the model's device, not installed: rows near the mean embedding.
-
-    ``seed`` is that of the noise that makes the rows differ.
-    """
+    """Makes a float32 table on the model's device, not installed: rows near the mean embedding."""
     embedding = model.get_input_embeddings()
     mean, std = _moments(embedding, link_base(model))
     generator = torch.Generator().manual_seed(seed)
@@ -156,8 +153,8 @@ def add_link_tokens(
     Args:
         model: The bare base; resized if its embedding has no room.
         tokenizer: The base's; gets the tokens.
-        num_links: Number of tokens.
-        seed: Seed of new rows, see `new_links`.
+        num_links: How many.
+        seed: Of new rows, see `new_links`.
         rows: Trained rows of a table, ``(num_links, hidden)``, instead of new ones.
 
     Returns:
@@ -190,10 +187,9 @@ def add_link_tokens(
 @torch.no_grad()
 def _moments(embedding: nn.Module, vocab_size: int) -> tuple[Tensor, float]:
     """Mean row and overall standard deviation of the lookup's output, in float32."""
-    device = embedding.weight.device
     total, square = 0.0, 0.0
     with gathered(embedding.weight):
-        for ids in torch.arange(vocab_size, device=device).split(8192):
+        for ids in torch.arange(vocab_size, device=embedding.weight.device).split(8192):
             rows = embedding(ids).float()
             total, square = total + rows.sum(0), square + rows.square().mean(1).sum()
     mean = total / vocab_size

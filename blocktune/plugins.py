@@ -27,11 +27,8 @@ _loaded: set[str] = set()
 def add(plugin: str) -> None:
     """Names a plug-in for this process and those it starts; it is imported when first needed.
 
-    Args:
-        plugin: A Python file, or the dotted name of a module.
-
     Raises:
-        ValueError: If there is no such file.
+        ValueError: If it names a Python file, not the dotted name of a module, that does not exist.
     """
     if _is_file(plugin):
         if not Path(plugin).is_file():

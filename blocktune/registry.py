@@ -20,11 +20,9 @@ Entry = TypeVar("Entry", bound=type)
 
 
 class Registry:
-    """Classes by name.
+    """Classes by name; ``what`` says in errors what an entry is: ``reuse method``.
 
-    Args:
-        what: What an entry is, for errors: ``reuse method``.
-        package: Its modules are imported to find entries; plug-ins come after them.
+    The modules of ``package`` are imported to find entries; plug-ins come after them.
     """
 
     def __init__(self, what: str, package: str):

@@ -37,10 +37,7 @@ TINY = {
 def small_engine(weights: Weights = Weights.ANY, *, bare: bool = False, seed: int = 0) -> Engine:
     """An engine over a random Llama of seven layers, as if it were trained for ``weights``.
 
-    Args:
-        weights: What the method needs.
-        bare: No BOS and no instruction, so that prompts start with a chunk.
-        seed: Of the weights.
+    If ``bare``, there is no BOS and no instruction: prompts start with a chunk.
     """
     tokenizer = byte_tokenizer(bos=not bare)
     # At the usual 0.02, a wrong mask cell moves logits by less than rounding.

@@ -37,35 +37,23 @@ PRODUCT, COPIED = 2048, 1 << 28
 class ReuseBench:
     """A random Llama in float32, and a prompt of random tokens whose chunks are in memory.
 
-    Attributes:
-        tokens: Length of the prompt.
-        chunk: Tokens per chunk; the last one takes what is left.
-        question: Tokens of the question, which ends the prompt.
-        ratio: Share that ``cacheblend`` recomputes.
-        k: Tokens that ``epic`` recomputes at the start of each chunk.
-        width: Hidden size.
-        intermediate: Width of the feed-forward.
-        threads: Threads that PyTorch may use.
-        repeats: Timed rounds, after one that is not timed.
-        seed: Of weights and tokens.
-
     Raises:
         ValueError: If the prompt has no room for two chunks and the question.
     """
 
-    tokens: int = 8192
-    chunk: int = 512
-    question: int = 64
-    ratio: float = 0.15
-    k: int = 16
+    tokens: int = 8192  # of the prompt
+    chunk: int = 512  # tokens per chunk; the last one takes what is left
+    question: int = 64  # its tokens, at the end of the prompt
+    ratio: float = 0.15  # that ``cacheblend`` recomputes
+    k: int = 16  # tokens that ``epic`` recomputes at the start of each chunk
     layers: int = 12
-    width: int = 768
-    intermediate: int = 2048
+    width: int = 768  # hidden size
+    intermediate: int = 2048  # width of the feed-forward
     heads: int = 12
     kv_heads: int = 4
-    threads: int = 2
-    repeats: int = 5
-    seed: int = 0
+    threads: int = 2  # that PyTorch may use
+    repeats: int = 5  # timed rounds, after one that is not timed
+    seed: int = 0  # of weights and tokens
 
     def __post_init__(self):
         if self.chunk < 1 or self.question < 1 or self.tokens - self.question <= self.chunk:
@@ -114,14 +102,9 @@ def usage_of(engine: Engine, pieces: Pieces, method: Method) -> Usage:
 
 
 def take_turns(works: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Times works in turn, so that other load on the machine affects all of them alike.
+    """Seconds of every round, by name: in turn, so that other load affects all works alike.
 
-    Args:
-        works: What to time; a work may return its own seconds as a float.
-        repeats: Timed rounds, after one untimed round to warm up.
-
-    Returns:
-        Seconds of every round, by name.
+    The first round warms up and does not count. A work may return its own seconds as a float.
     """
     times: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(repeats + 1):

@@ -48,12 +48,11 @@ def model_fingerprint(
     """Digest of everything but the chunk itself that decides a chunk's keys and values.
 
     Args:
-        model: The model as it will run: base, or with its adapter attached or merged.
-        adapter: Folder the adapter was loaded from, or None. Its weights and configuration
-            files count, not its path.
+        model: As it will run: base, or with its adapter attached or merged.
+        adapter: Folder of the adapter, or None; its weights and configuration files count.
         tokenizer: Its vocabulary, merges, added tokens, special tokens and chat template count.
         prompt_format: Fields of the prompt format, e.g. ``dataclasses.asdict(format)``.
-        dtype: Dtype the model computes in; None: the dtype of its parameters.
+        dtype: That the model computes in; None: that of its parameters.
 
     Returns:
         64 hex digits. Compute it again after any change of the weights.
@@ -75,43 +74,23 @@ def model_fingerprint(
 def chunk_key(
     fingerprint: str, token_ids: Sequence[int] | Tensor, encoding: Mapping | None = None
 ) -> str:
-    """Digest under which one encoded chunk is stored.
+    """Digest, 64 hex digits, under which the encoded chunk of ``token_ids`` ``(S,)`` is stored.
 
-    Args:
-        fingerprint: From `model_fingerprint`.
-        token_ids: The chunk's tokens, ``(S,)``.
-        encoding: How it was encoded, as plain JSON values: blanks and their token, ids of a
-            shared prefix, BOS kept or dropped. Empty: alone.
-
-    Returns:
-        64 hex digits.
+    ``encoding`` says how, in plain JSON values: blanks and their token, ids of a shared prefix, BOS
+    kept or dropped; empty: alone.
     """
     ids = torch.as_tensor(token_ids, dtype=torch.int64).tolist()
     return _digest(fingerprint=fingerprint, token_ids=ids, encoding=dict(encoding or {}))
 
 
 def key_after(fingerprint: str, token_ids: Sequence[int] | Tensor, blanks: Sequence[int]) -> str:
-    """`chunk_key` of a chunk that was encoded after other tokens, whose own states were dropped.
-
-    Args:
-        fingerprint: From `model_fingerprint`.
-        token_ids: The chunk's tokens, ``(S,)``.
-        blanks: The tokens before it, in order; none if it was encoded alone.
-
-    Returns:
-        64 hex digits.
-    """
+    """`chunk_key` of a chunk that was encoded after ``blanks``, whose own states were dropped."""
     encoding = {"ghosts": list(blanks)}  # the word in the keys of stores that exist
     return chunk_key(fingerprint, token_ids, encoding)
 
 
 def states_key(chunk_key: str, layer: int) -> str:
-    """Key of a chunk's states at ``layer``: the chunk's own key, which names its content, hashed.
-
-    Args:
-        chunk_key: From `blocktune.cache.chunk_key`.
-        layer: 0-based.
-    """
+    """Key of a chunk's states at ``layer`` (0-based): the chunk's own key, hashed."""
     return hashlib.sha256(f"{chunk_key} states {layer}".encode()).hexdigest()
 
 
@@ -180,15 +159,13 @@ def _config(model: nn.Module) -> dict:
 
 
 def _adapter_hash(folder: Path) -> dict[str, str]:
-    files = sorted(f for f in folder.iterdir() if f.name.endswith(_ADAPTER_FILES))
-    if not files:
+    hashes = {}
+    for path in sorted(f for f in folder.iterdir() if f.name.endswith(_ADAPTER_FILES)):
+        with path.open("rb") as file:
+            hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    if not hashes:
         raise ValueError(f"no adapter in {folder}: it holds no weights and no adapter_config.json")
-    return {file.name: _file_hash(file) for file in files}
-
-
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
 
 
 def _digest(**parts) -> str:

@@ -167,12 +167,7 @@ class PrefixMatch:
 
 
 class PrefixTree:
-    """Exact states of prompt prefixes, least recently used first out. Thread-safe.
-
-    Args:
-        max_bytes: Memory for them, in bytes.
-
-    """
+    """Exact states of prompt prefixes in ``max_bytes``, the least recently used first out."""
 
     def __init__(self, max_bytes: int = 4 << 30):
         if max_bytes <= 0:
@@ -213,8 +208,7 @@ class PrefixTree:
             salt: As in `match`.
 
         Returns:
-            Pieces added. Fewer than are new if no room can be made for the others, because
-            they are too large or all that could go is in use (`PrefixStats.declined`).
+            Pieces added: fewer than are new if no room can be made (`PrefixStats.declined`).
 
         Raises:
             ValueError: If a state is not exact, or not the continuation of those before it.

@@ -170,8 +170,7 @@ class RowCache(Cache):
         """Says where the rows of the following forward passes go.
 
         Args:
-            columns: ``(B, R)`` int64, each row's column, or `SKIP` for a padding row. No column
-                twice in a prompt.
+            columns: ``(B, R)`` int64, each row's column, or `SKIP` for a padding row.
             layers: Layers it holds for, where the set of rows changes on the way; None: all.
 
         Raises:
@@ -206,19 +205,11 @@ class RowCache(Cache):
         *,
         exact: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """A run of columns of one prompt, to write cached states into.
+        """Views ``(K, columns, D)`` of one prompt's keys and values, to write cached states into.
 
-        Args:
-            layer: Layer index.
-            prompt: Index in the batch.
-            columns: Which.
-            keys: Any of the model's keys in that layer, ``(K, S, D)``: for shape and dtype.
-            values: Likewise.
-            exact: Whether the states come from a full prefill of the same prompt; if not, the
-                cache is not exact from now on.
-
-        Returns:
-            Views ``(K, columns, D)`` of keys and values.
+        ``keys`` and ``values`` are any of the model's in that layer, ``(K, S, D)``: for shape and
+        dtype. ``exact`` says that the states come from a full prefill of the same prompt; else the
+        cache is not exact from now on.
         """
         self.exact = self.exact and exact
         row_layer = self.layers[layer]

@@ -85,15 +85,19 @@ def claims(method: Method) -> dict[str, Claim]:
         "decoding = one forward": _decoding_is_one_forward,
     }
     if method.cached is not Cached.CHUNKS:
-        pairs["served = one dense forward"] = _exact_is_dense
+        pairs["served = one dense forward"] = partial(_is_dense, method=method)
     else:
-        pairs["nothing fresh = plain reuse, as one dense forward"] = _nothing_fresh
+        plain = compose(method, select=None, reshape=None)
+        pairs["nothing fresh = plain reuse, as one dense forward"] = partial(
+            _is_dense, method=plain
+        )
         pairs["order of stored chunks does not matter"] = _order_of_storing
         if method.weights is Weights.WRAPS:  # learned tokens around chunks stay as stored
             fresh, rows = "all but what wraps chunks fresh = one dense forward", all_fresh
         else:
             fresh, rows = "everything fresh = full prefill of the same rows", all_visible
-        pairs[fresh] = partial(_everything_fresh, rows=rows)
+        whole = _neutral(compose(method, select=Everything()))
+        pairs[fresh] = partial(_is_dense, method=whole, rows=rows)
         if method.history is not None:
             pairs["without a history = full prefill"] = _without_history
         if takes_budget(method.select()):
@@ -107,7 +111,7 @@ def claims(method: Method) -> dict[str, Claim]:
 
 
 def _one_chunk_alone(subject: Subject) -> Check:
-    """Equal to a full prefill if the method says so, and different if it says not."""
+    # Equal to a full prefill if the method says so, and different if it says not.
     method, bare = subject.method, begun(subject.bare, subject.method)
     full = bare.next_logits([ALONE], "full-prefill")
     moved = difference(bare.next_logits([ALONE], method), full)
@@ -125,8 +129,7 @@ def _equal(name: str, pairs: Callable[[Subject], Pairs], subject: Subject) -> Ch
     return Check(name, all(moved <= tolerance for moved in seen), max(seen), tolerance)
 
 
-def _everything_fresh(subject: Subject, rows: RowChange) -> Pairs:
-    method = _neutral(compose(subject.method, select=Everything()))
+def _is_dense(subject: Subject, method: Method, rows: RowChange | None = None) -> Pairs:
     yield subject.logits(method), subject.dense_logits(method, rows)
 
 
@@ -135,15 +138,6 @@ def _without_history(subject: Subject) -> Pairs:
     for method in _with_fixed_choices(subject.method)[:2]:
         engine = subject.begin(history=())
         yield engine.next_logits([ASK], method), engine.next_logits([ASK], "full-prefill")
-
-
-def _nothing_fresh(subject: Subject) -> Pairs:
-    method = compose(subject.method, select=None, reshape=None)
-    yield subject.logits(method), subject.dense_logits(method)
-
-
-def _exact_is_dense(subject: Subject) -> Pairs:
-    yield subject.logits(subject.method), subject.dense_logits(subject.method)
 
 
 def _budget_ends(subject: Subject) -> Pairs:

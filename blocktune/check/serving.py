@@ -67,17 +67,13 @@ of the largest logit on small models). 4-bit bases round only weights, once."""
 class Check:
     """The outcome of one claim.
 
-    Attributes:
-        name: The claim.
-        passed: Whether it holds.
-        max_abs_diff: Largest difference of logits.
-        tolerance: Largest accepted difference; for the claim that the checks can fail at all, the
-            smallest accepted one: a multiple of the other claims' differences.
+    ``tolerance`` is the largest accepted difference; for the claim that the checks can fail at all,
+    the smallest accepted one: a multiple of the other claims' differences.
     """
 
-    name: str
+    name: str  # the claim
     passed: bool
-    max_abs_diff: float
+    max_abs_diff: float  # of logits
     tolerance: float
 
     def to_dict(self) -> dict:
@@ -114,19 +110,13 @@ class Served(NamedTuple):
 
 @dataclass(frozen=True)
 class Subject:
-    """A method on an engine.
-
-    Attributes:
-        method: The method that is checked.
-        engine: With the weights that the method needs.
-        bare: Another engine, whose prompts have nothing before the first chunk.
-        known: What the engine served from empty caches so far: claims, and methods that differ in
-            one axis only, ask for the same. Subjects on one engine may share it.
-    """
+    """A method on an engine with the weights that it needs."""
 
     method: Method
     engine: Engine
-    bare: Engine
+    bare: Engine  # another one, whose prompts have nothing before the first chunk
+    # What was served from empty caches so far: claims, and methods that differ in one axis only,
+    # ask for the same. Subjects on one engine may share it.
     known: dict[Any, Any] = field(default_factory=dict)
 
     def begin(self, history: Sequence[Ask] = HISTORY) -> Engine:
@@ -153,10 +143,8 @@ class Subject:
     def dense_logits(self, method: Method, rows: RowChange | None = None) -> Tensor:
         """``(V,)`` after the prompt of `ASK`, in one forward under the dense mask of its layout.
 
-        Args:
-            method: Decides the layout.
-            rows: Changes ids and layout first, such as `all_visible`; the prompt's own rows must
-                come first.
+        ``rows`` changes ids and layout first, such as `all_visible`; the prompt's own rows must
+        come first.
         """
         key = facts_served(method), rows
         if key not in self.known:
@@ -246,10 +234,7 @@ def reach(engine: Engine, method: Method, ask: Ask) -> float:
 
 
 def check_model(engine: Engine) -> list[Check]:
-    """Runs all checks of a model.
-
-    Args:
-        engine: Of the model, with its adapter if it has one. Its caches are used.
+    """Runs all checks of a model, with its adapter if it has one; the engine's caches are used.
 
     Returns:
         One `Check` per claim; reuse is sound on the model if all passed.

@@ -165,10 +165,5 @@ class Method(ABC):
         return None
 
     def loader(self, store: ChunkStore, fingerprint: str) -> ChunkLoader | None:
-        """What loads the chunks of a batch; None: the engine, all of them at once.
-
-        Args:
-            store: Holds the chunks.
-            fingerprint: Of the model.
-        """
+        """What loads the chunks of a batch; None: the engine, all of them at once."""
         return None

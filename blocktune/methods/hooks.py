@@ -28,18 +28,14 @@ Ids = tuple[int, ...]
 class PrefilledBatch(NamedTuple):
     """A batch after its prefill.
 
-    Attributes:
-        pieces: The prompts.
-        columns: Facts of the cache's columns, ``(B, N)``. A chunk's tokens have the group `GLOBAL`
-            if its prompt was computed in full.
-        cache: Keys and values of all columns.
-        chunk_attention: Attention that each column's row pays each chunk, mean over heads and
-            layers, ``(B, N, C)``; made for rows of the question and of prompts computed in full.
+    A chunk's tokens have the group `GLOBAL` if its prompt was computed in full.
+    ``chunk_attention`` is what each column's row pays each chunk, mean over heads and layers,
+    ``(B, N, C)``; made for rows of the question and of prompts computed in full.
     """
 
-    pieces: Sequence[Pieces]
-    columns: Rows
-    cache: RowCache
+    pieces: Sequence[Pieces]  # the prompts
+    columns: Rows  # facts of the cache's columns, (B, N)
+    cache: RowCache  # keys and values of all columns
     chunk_attention: Tensor
 
 

@@ -33,18 +33,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class VariantHistory(PromptHistory):
-    """Serves every chunk from its best variant, and stores those of prompts computed in full.
+    """Serves every chunk from its best variant, and stores those of prompts computed in full."""
 
-    Attributes:
-        refresh: Compute a prompt in full if a greater share of its chunks' tokens would be
-            recomputed.
-        most: Variants kept of one chunk.
-        alpha: Of `cache_fix_overhead`.
-    """
-
-    refresh: float
-    most: int
-    alpha: float
+    refresh: float  # a prompt of which a greater share would be recomputed is computed in full
+    most: int  # variants kept of one chunk
+    alpha: float  # of `cache_fix_overhead`
 
     @property
     def exact_alone(self) -> bool:

@@ -22,22 +22,13 @@ Ids = tuple[int, ...]
 
 @dataclass(frozen=True, eq=False)
 class Variant:
-    """One context that a chunk was computed in.
+    """One context that a chunk was computed in; attention is a mean over heads and layers."""
 
-    Attributes:
-        prefix: Tokens of the earlier prompt's prefix.
-        context: Tokens of the chunks between the prefix and this chunk, in order.
-        inter: Attention that the chunk's tokens paid each of these chunks: summed over tokens,
-            mean over heads and layers, ``(len(context),)``.
-        tokens: Attention that each token paid all of them, ``(S,)``.
-        intra: Attention that the tokens paid their own chunk, summed over tokens.
-    """
-
-    prefix: Ids
-    context: tuple[Ids, ...]
-    inter: Tensor
-    tokens: Tensor
-    intra: float
+    prefix: Ids  # tokens of the earlier prompt's prefix
+    context: tuple[Ids, ...]  # of the chunks between the prefix and this chunk, in order
+    inter: Tensor  # attention that the chunk's tokens paid each of these, summed, (len(context),)
+    tokens: Tensor  # attention that each token paid all of them, (S,)
+    intra: float  # attention that the tokens paid their own chunk, summed
 
     @property
     def blanks(self) -> Ids:

@@ -27,22 +27,17 @@ KEEP = 0.8
 
 @dataclass(frozen=True)
 class LoadingChoice:
-    """What the controller chose for one batch, and from what.
+    """What the controller chose for one batch, and from what it measured; None before that.
 
-    Attributes:
-        ratio: Share of the context tokens that is recomputed.
-        tier: Where the chunks are kept from now on: ``disk`` where loading hides behind recomputing
-            the least share, else ``memory``.
-        bytes_read: Bytes that are read from the folder.
-        load_s: Seconds to load a layer at the measured bandwidth; None before any was measured.
-        recompute_s: Seconds to recompute ``ratio`` of a layer at the measured speed, or None.
+    ``tier`` is where the chunks are kept from now on: ``disk`` where loading hides behind
+    recomputing the least share, else ``memory``.
     """
 
-    ratio: float
+    ratio: float  # share of the context tokens that is recomputed
     tier: str
-    bytes_read: int
-    load_s: float | None
-    recompute_s: float | None
+    bytes_read: int  # from the folder
+    load_s: float | None  # seconds to load a layer at the measured bandwidth
+    recompute_s: float | None  # seconds to recompute ``ratio`` of a layer
 
 
 class LoadingController:

@@ -19,18 +19,14 @@ RESHAPES = Registry("reshape", "blocktune.methods.reshape")
 class Seen(NamedTuple):
     """What a reshape is told about the scores it is given.
 
-    Attributes:
-        query: Facts of the attending rows, ``(B, R)``.
-        key: Facts of the columns, ``(B, N)``.
-        reused: Columns whose keys come from a cached chunk in this layer, ``(B, N)`` bool: not
-            recomputed ones, nor prefix, links, question and answer.
-        num_chunks: C, of the prompt with the most.
+    ``reused`` are the columns whose keys come from a cached chunk in this layer, ``(B, N)`` bool:
+    not recomputed ones, nor prefix, links, question and answer.
     """
 
-    query: Rows
-    key: Rows
+    query: Rows  # facts of the attending rows, (B, R)
+    key: Rows  # facts of the columns, (B, N)
     reused: Tensor
-    num_chunks: int
+    num_chunks: int  # C, of the prompt with the most
 
     @property
     def in_chunk(self) -> Tensor:

@@ -123,35 +123,23 @@ class Selection(ABC):
 
 
 class Truth(NamedTuple):
-    """What only a full prefill knows, at each layer and at every row of the layout.
+    """What only a full prefill knows, at each layer and row of the layout, ``(L, B, S)`` each."""
 
-    Attributes:
-        key_deviation: Distance of the true keys from the cached ones, ``(L, B, S)``.
-        value_deviation: Likewise of the values.
-        query_attention: As `Passes.query_attention`, in the full prefill, ``(L, B, S)``.
-    """
-
-    key_deviation: Tensor
+    key_deviation: Tensor  # distance of the true keys from the cached ones
     value_deviation: Tensor
-    query_attention: Tensor
+    query_attention: Tensor  # as `Passes.query_attention`, in the full prefill
 
 
 class Passes(Protocol):
     """Forward passes that the engine runs on request; each is counted in the answer's usage.
 
     All scores are float32, 0 at rows that are no columns of the cache (blanks, padding).
-
-    Attributes:
-        batch: The prompts, stacked.
-        pieces: Their tokens, chunk by chunk.
-        store: Holds the engine's chunks, for selectors that keep entries of their own there.
-        fingerprint: Of the model, for keys into the store.
     """
 
-    batch: Batch
-    pieces: Sequence[Pieces]
-    store: ChunkStore
-    fingerprint: str
+    batch: Batch  # the prompts, stacked
+    pieces: Sequence[Pieces]  # their tokens, chunk by chunk
+    store: ChunkStore  # for selectors that keep entries of their own beside the chunks
+    fingerprint: str  # of the model, for keys into the store
 
     def query_attention(self) -> Tensor:
         """Attention weights of the question over the reused cache, before anything is recomputed.
@@ -196,25 +184,17 @@ class LayerKV(NamedTuple):
 class LayerCheck:
     """The entry of a layer, where `Selection.refine` can drop rows.
 
-    Attributes:
-        layer: 0-based.
-        num_layers: Layers of the model.
-        eligible: Computed rows that are context tokens, ``(B, R)`` bool.
-        context_tokens: Of each prompt, ``(B,)``.
-        cached_tokens: Of each prompt, a cached prefix included, ``(B,)``.
-        chunk: Of each row, ``(B, R)``; -1 for rows of no chunk.
-        question_mass: The question's attention to each chunk in the layers below, ``(B, C)``, if
-            the selector watches chunks; else None.
-        probe: Computes this layer's keys and values of all rows. It costs their projections, so it
-            only runs when `fresh` or `cached` is read.
+    ``question_mass`` is the question's attention to each chunk in the layers below, ``(B, C)``, if
+    the selector watches chunks. ``probe`` computes this layer's keys and values of all rows: it
+    costs their projections, so it only runs when `fresh` or `cached` is read.
     """
 
-    layer: int
-    num_layers: int
-    eligible: Tensor
-    context_tokens: Tensor
-    cached_tokens: Tensor
-    chunk: Tensor
+    layer: int  # 0-based
+    num_layers: int  # of the model
+    eligible: Tensor  # computed rows that are context tokens, (B, R) bool
+    context_tokens: Tensor  # of each prompt, (B,)
+    cached_tokens: Tensor  # likewise, a cached prefix included
+    chunk: Tensor  # of each row, (B, R); -1 for rows of no chunk
     question_mass: Tensor | None
     probe: Callable[[], tuple[LayerKV, LayerKV]]
 

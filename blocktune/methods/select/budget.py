@@ -25,15 +25,9 @@ def share_count(total: Tensor, ratio: float) -> Tensor:
 
 
 def top_count(scores: Tensor, eligible: Tensor, count: Tensor) -> Tensor:
-    """The ``count`` ``(B,)`` highest-scoring tokens of each prompt; of equals, the earlier one.
+    """The ``count`` ``(B,)`` highest-scoring tokens of each prompt, bool ``(B, R)``.
 
-    Args:
-        scores: ``(B, R)``, higher is chosen first.
-        eligible: Rows that may be chosen, ``(B, R)`` bool.
-        count: Tokens to choose, ``(B,)``.
-
-    Returns:
-        Bool ``(B, R)``.
+    Of equals, the earlier one. ``scores`` ``(B, R)``; ``eligible`` may be chosen, ``(B, R)`` bool.
     """
     ranked = scores.float().masked_fill(~eligible, float("-inf"))
     rank = ranked.argsort(dim=1, descending=True, stable=True).argsort(dim=1)

@@ -21,15 +21,10 @@ FIRST = "at layer 0 keys do not depend on the context yet, so nothing deviates"
 
 
 def distance(fresh: Tensor, cached: Tensor, squared: bool = False) -> Tensor:
-    """Euclidean distance between fresh and cached keys (or values), mean over heads.
+    """Euclidean distance of fresh from cached keys or values, ``(B, K, R, D)``, mean over heads.
 
-    Args:
-        fresh: ``(B, K, R, D)``.
-        cached: ``(B, K, R, D)``, at the same positions.
-        squared: Average squared distances instead: ranks like the distance of all heads at once.
-
-    Returns:
-        ``(B, R)`` float32.
+    ``squared`` averages squared distances: ranks like the distance of all heads at once. Returns
+    ``(B, R)`` float32.
 
     Source: arXiv:2603.20218, section 4.1 (delta K); squared: the code of CacheBlend and LMCache.
     """
