@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -16,9 +16,6 @@ from blocktune.commands.options import (
     Store,
     load_engine,
 )
-
-if TYPE_CHECKING:
-    from blocktune.engine import Engine
 
 SAFETY, LIMITS = "Safety", "Limits"
 LOCAL = ("127.0.0.1", "localhost", "::1", "[::1]")
@@ -113,25 +110,26 @@ def serve(
     import prometheus_client  # noqa: F401
     import uvicorn
 
-    from blocktune.server import ServerConfig, Service, Tenant, create_app, load_tenants
+    from blocktune.server import ServerConfig, Service, Tenant, create_app, launch, load_tenants
 
     if api_key is not None and tenants is not None:
         raise ValueError("give --api-key or --tenants, not both")
     known = () if api_key is None else (Tenant(key=api_key),)
     hosts = tuple(allowed_host or (LOCAL if host in LOCAL else ("*",)))
     config = ServerConfig(
-        limits=read_limits(limit or []),
+        limits=launch.read_limits(limit or []),
         tenants=known if tenants is None else load_tenants(tenants),
         hosts=hosts,
         log_texts=log_texts,
     )
     if host not in LOCAL and not config.tenants:
         typer.echo(f"note: everybody who reaches {host}:{port} may ask; set --api-key", err=True)
-    engines = load_engines(
-        model, adapter or [], name, store, int(store_gb * 2**30), dtype, device, quantize
+    engines = launch.load_engines(
+        lambda *what: load_engine(*what, dtype, device, quantize),
+        *(model, adapter or [], name, store, int(store_gb * 2**30)),
     )
     service = Service(engines, config, method, checked=not skip_check)
-    set_up_logs()
+    launch.set_up_logs()
     uvicorn.run(
         create_app(service),
         host=host,
@@ -141,70 +139,3 @@ def serve(
         server_header=False,
         timeout_graceful_shutdown=drain_s,
     )
-
-
-def load_engines(
-    model: str | None,
-    adapters: list[str],
-    name: str | None,
-    store: Path | None,
-    store_bytes: int,
-    *how: Any,
-) -> dict[str, Engine]:
-    """An engine for each adapter, or one for the bare model; they share a store.
-
-    Raises:
-        ValueError: If two have the same name.
-    """
-    from blocktune.cache import ChunkStore
-
-    engines: dict[str, Engine] = {}
-    kept = ChunkStore(store_bytes, folder=store) if store_bytes or store else None
-    for text in adapters or [None]:
-        label, equals, adapter = (text or "").partition("=")
-        adapter = adapter if equals else text
-        source = adapter or model
-        label = label if equals else name if name and not adapter else _short(source or "")
-        if label in engines:
-            raise ValueError(f"two models are called '{label}'; write --adapter NAME=ADAPTER")
-        engines[label] = load_engine(model, adapter, kept, *how)
-        if kept is not None:
-            kept.device = engines[label].model.device
-    return engines
-
-
-def _short(source: str) -> str:
-    """A folder's name; other names as they are."""
-    return Path(source).resolve().name if Path(source).exists() else source
-
-
-def read_limits(pairs: list[str]) -> Any:
-    """Limits from ``name=value`` pairs.
-
-    Raises:
-        ValueError: If one is not a pair, or its name or value is wrong.
-    """
-    from dataclasses import fields
-
-    from blocktune.server import Limits
-
-    known = {f.name: type(f.default) for f in fields(Limits)}
-    values = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals or key not in known:
-            raise ValueError(f"--limit must be name=value of {', '.join(known)}; got '{pair}'")
-        try:
-            values[key] = known[key](value)
-        except ValueError:
-            raise ValueError(f"--limit {key}: a number is wanted, got '{value}'") from None
-    return Limits(**values)
-
-
-def set_up_logs() -> None:
-    """One line a request on standard error."""
-    import logging
-
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    for name in ("blocktune.server", "uvicorn.error"):
-        logging.getLogger(name).setLevel(logging.INFO)
