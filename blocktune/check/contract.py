@@ -87,10 +87,8 @@ def claims(method: Method) -> dict[str, Claim]:
     if method.cached is not Cached.CHUNKS:
         pairs["served = one dense forward"] = partial(_is_dense, method=method)
     else:
-        plain = compose(method, select=None, reshape=None)
-        pairs["nothing fresh = plain reuse, as one dense forward"] = partial(
-            _is_dense, method=plain
-        )
+        nothing = partial(_is_dense, method=compose(method, select=None, reshape=None))
+        pairs["nothing fresh = plain reuse, as one dense forward"] = nothing
         pairs["order of stored chunks does not matter"] = _order_of_storing
         if method.weights is Weights.WRAPS:  # learned tokens around chunks stay as stored
             fresh, rows = "all but what wraps chunks fresh = one dense forward", all_fresh
