@@ -181,7 +181,7 @@ class Generation:
         """Decodes to the end; see `tokens`."""
         steps = torch.stack(list(self.tokens(sampling, max_new_tokens, streams)), dim=1).tolist()
         made = [tuple(token for token in ids if token >= 0) for ids in steps]
-        pairs = zip(made, self._usages(made), strict=True)
+        pairs = zip(made, self.usages(made), strict=True)
         return [Answer(self.state.text(ids), ids, usage) for ids, usage in pairs]
 
     def continued(self, num_tokens: int) -> tuple[tuple[int, ...], Tensor]:
@@ -190,8 +190,8 @@ class Generation:
         made = [step for _, step in zip(range(num_tokens + 1), steps, strict=False)]
         return tuple(int(token) for token, _ in made[:-1]), made[-1][1]
 
-    def _usages(self, made: list[tuple[int, ...]]) -> list[Usage]:
-        """Of answers of these tokens."""
+    def usages(self, made: list[tuple[int, ...]]) -> list[Usage]:
+        """What answers of these tokens cost, one of each prompt."""
         computed = self.prefill.layer_tokens(self.state.num_layers).tolist()
         probed = self.prefill.probed().tolist()
         flops = sum(executed.flops() for executed in self.executed).tolist()

@@ -15,7 +15,7 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
@@ -379,17 +379,18 @@ class Scheduler:
         self.running = [one for one in self.running if one.finish is None]
         if any(choice.finish is None for choice in job.choices):
             return
-        answer_tokens = sum(len(choice.ids) for choice in job.choices)
-        usage = job.run._usages()[0]
+        ids = tuple(token for choice in job.choices for token in choice.ids)
+        usage = job.run.usages([ids])[0]
         misses = _missed_chunks(job)
         if misses is not None:
-            usage |= {"chunk_hits": len(job.pieces.chunks) - misses, "chunk_misses": misses}
+            hits = len(job.pieces.chunks) - misses
+            usage = replace(usage, chunk_hits=hits, chunk_misses=misses)
         lost = sum(len(piece.ids) for piece, tier in job.tiers.items() if tier == "none")
         report = Report(
-            usage=Usage(**usage, answer_tokens=answer_tokens),
+            usage=usage,
             tiers=tuple(job.tiers.items()),
             cached_tokens=max(0, int(job.run.assembled.cached.sum()) - lost),
-            answer_tokens=answer_tokens,
+            answer_tokens=len(ids),
             queue_s=job.begun - job.created,
             ttft_s=job.first - job.created,
             strip=strip_of(job.run) if job.strip else None,
