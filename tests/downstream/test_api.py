@@ -59,9 +59,10 @@ def describe(name: str, value) -> list[str]:
     if issubclass(value, TrainingArguments):  # TRL's own options are TRL's
         lines = [f"class {name}({', '.join(base.__name__ for base in value.__bases__)})"]
         for base in own:
-            for key in vars(base).get("__annotations__", {}):
-                field = value.__dataclass_fields__[key]
-                lines.append(f"    {key}: {written(field.type)} = {field.default!r}")
+            # Not the fields' types: a parser of command lines rewrites them.
+            for key, kind in vars(base).get("__annotations__", {}).items():
+                default = value.__dataclass_fields__[key].default
+                lines.append(f"    {key}: {written(kind)} = {default!r}")
         return lines
     if issubclass(value, Exception):
         return [f"class {name}({', '.join(base.__name__ for base in value.__bases__)})"]
