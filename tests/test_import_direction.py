@@ -43,7 +43,7 @@ ALLOWED = {
     "check": SERVING | {"testing"},
     "evaluation": SERVING | {"data"},
     "hub": SERVING | {"data", "check"},
-    "bench": SERVING | {"testing"},
+    "bench": SERVING | {"testing", "vllm"},
     "server": SERVING | {"data", "check"},
     "vllm": SERVING | {"data", "server"},
     "commands": SERVING
@@ -106,7 +106,7 @@ def imported(tree: ast.AST, package: str) -> set[str]:
 
 LAZY = (
     *("attention", "cache", "data", "engine", "positions", "prompt"),
-    *("methods", "methods.reshape", "methods.select", "vllm"),
+    *("methods", "methods.reshape", "methods.select", "server", "vllm"),
 )
 
 

@@ -231,3 +231,21 @@ def _stop_ids(tokenizer, model: str, revision: str | None, config) -> set[int]:
         own = config.eos_token_id
     ids = {end_of_turn(tokenizer)[-1], tokenizer.eos_token_id}
     return {i for i in ids.union(own if isinstance(own, list) else [own]) if i is not None}
+
+
+def lora_rank(folder: Path) -> int:
+    """The smallest ``max_lora_rank`` of vLLM's that holds an adapter."""
+    config = json.loads((folder / PEFT_FILE).read_text())
+    rank = max(config["r"], *(config.get("rank_pattern") or {"": 0}).values())
+    return next(one for one in (8, 16, 32, 64, 128, 256, 320, 512) if one >= rank)
+
+
+def transfer_config(store: str | Path, **more: Any) -> dict[str, Any]:
+    """VLLM's ``--kv-transfer-config`` for a store, as plain JSON values."""
+    return {
+        "kv_connector": "BlocktuneConnector",
+        "kv_connector_module_path": "blocktune.vllm.connector",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "fail",
+        "kv_connector_extra_config": {"store": str(store), **more},
+    }

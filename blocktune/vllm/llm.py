@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blocktune.adapter.load import PEFT_FILE
 from blocktune.cache import ChunkStore
 from blocktune.engine import Engine
 from blocktune.engine.encode import Piece
@@ -19,7 +17,7 @@ from blocktune.engine.usage import Stopwatch
 from blocktune.methods import Method
 from blocktune.models.identity import adapter_fingerprint
 from blocktune.prompt import PromptFormat
-from blocktune.vllm.client import ChunkClient, Rendered
+from blocktune.vllm.client import ChunkClient, Rendered, lora_rank, transfer_config
 from blocktune.vllm.plan import Segment
 
 if TYPE_CHECKING:
@@ -210,21 +208,3 @@ class ChunkLLM:
             output.num_cached_tokens or 0,
             output,
         )
-
-
-def lora_rank(folder: Path) -> int:
-    """The smallest ``max_lora_rank`` of vLLM's that holds an adapter."""
-    config = json.loads((folder / PEFT_FILE).read_text())
-    rank = max(config["r"], *(config.get("rank_pattern") or {"": 0}).values())
-    return next(one for one in (8, 16, 32, 64, 128, 256, 320, 512) if one >= rank)
-
-
-def transfer_config(store: str | Path, **more: Any) -> dict[str, Any]:
-    """VLLM's ``--kv-transfer-config`` for a store, as plain JSON values."""
-    return {
-        "kv_connector": "BlocktuneConnector",
-        "kv_connector_module_path": "blocktune.vllm.connector",
-        "kv_role": "kv_both",
-        "kv_load_failure_policy": "fail",
-        "kv_connector_extra_config": {"store": str(store), **more},
-    }
