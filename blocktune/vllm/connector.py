@@ -61,6 +61,7 @@ class BlocktuneConnector(KVConnectorBase_V1, SupportsHMA):
             groups,
             {name: extract_layer_index(name) for names, _ in groups for name in names},
             vllm_config.model_config.dtype,
+            vllm_config.model_config.hf_text_config.num_hidden_layers,
             get_tensor_model_parallel_rank(),
             vllm_config.parallel_config.tensor_parallel_size,
             int(float(extra.get("host_gb", 1)) * 2**30),
@@ -123,7 +124,7 @@ class BlocktuneConnector(KVConnectorBase_V1, SupportsHMA):
     def reset_cache(self) -> bool:
         """Drops the hot chunks."""
         if self.worker is not None:
-            self.worker.host.clear()
+            self.worker.forget()
         return True
 
     def shutdown(self) -> None:

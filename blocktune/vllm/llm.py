@@ -90,6 +90,9 @@ class ChunkLLM:
         from vllm import LLM
         from vllm.config import KVTransferConfig
 
+        from blocktune.vllm import guard
+
+        guard.install()  # vLLM's engine may be another process than this one
         if self.client.lora is not None:
             rank = lora_rank(self.client.lora)
             options = {"enable_lora": True, "max_lora_rank": rank} | options

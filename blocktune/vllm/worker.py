@@ -1,23 +1,23 @@
 """The connector's half in a worker: from the store into this rank's paged cache, in threads.
 
-Chunks are read, verified and packed once (`HostCache`); a load copies them to the device, moves
-the keys to their positions there, and writes layer by layer through vLLM's own kernel, which
-knows the cache's layout.
+Chunks are read, verified and packed once; hot ones stay in memory. A load copies them to the device
+layer by layer, moves the keys to their positions there, and writes them through vLLM's own kernel,
+which knows the cache's layout.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from cachetools import LRUCache
 from torch import Tensor
 
 from blocktune.cache import ChunkKV, ChunkStore
@@ -43,69 +43,29 @@ class Packed(NamedTuple):
     Attributes:
         origin: Position at which the first token was encoded.
         buffer: All of them, one after the other.
-        shapes: ``(S, K, D)`` of the keys and of the values, layer by layer.
+        states: Keys and values ``(S, K, D)`` of each layer in turn: views of the buffer.
     """
 
     origin: int
     buffer: Tensor
-    shapes: tuple[tuple[int, int, int], ...]
+    states: list[Tensor]
 
     @classmethod
-    def of(cls, kv: ChunkKV, rank: int, size: int, pinned: bool) -> Packed:
+    def of(cls, kv: ChunkKV, rank: int, size: int) -> Packed:
         """Cuts the heads of a tensor parallel rank out of a chunk."""
         own = [
             states[heads_of(rank, size, states.shape[0])].transpose(0, 1)
             for pair in zip(kv.keys, kv.values, strict=True)
             for states in pair
         ]
-        buffer = torch.empty(sum(map(Tensor.numel, own)), dtype=kv.dtype, pin_memory=pinned)
-        packed = cls(kv.origin, buffer, tuple(tuple(states.shape) for states in own))
-        for states, view in zip(own, packed.states(), strict=True):
-            view.copy_(states)
-        return packed
-
-    def to(self, device: torch.device) -> Packed:
-        """On a device, by one copy."""
-        return self._replace(buffer=self.buffer.to(device, non_blocking=True))
-
-    def states(self) -> list[Tensor]:
-        """Keys and values ``(S, K, D)``, layer by layer: views of the buffer."""
-        parts = self.buffer.split([math.prod(shape) for shape in self.shapes])
-        return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
-
-
-class HostCache:
-    """Packed segments in memory, least recently used first out. Thread-safe."""
-
-    def __init__(self, max_bytes: int):
-        """Holds at most ``max_bytes``."""
-        self.max_bytes, self.bytes = max_bytes, 0
-        self._held: OrderedDict[str, Packed] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, key: str) -> Packed | None:
-        """What is held under a chunk's key."""
-        with self._lock:
-            if key in self._held:
-                self._held.move_to_end(key)
-            return self._held.get(key)
-
-    def put(self, key: str, packed: Packed) -> None:
-        """Keeps a segment, if it fits at all."""
-        size = packed.buffer.nbytes
-        with self._lock:
-            if key in self._held or size > self.max_bytes:
-                return
-            while self.bytes + size > self.max_bytes:
-                self.bytes -= self._held.popitem(last=False)[1].buffer.nbytes
-            self._held[key] = packed
-            self.bytes += size
-
-    def clear(self) -> None:
-        """Drops all."""
-        with self._lock:
-            self._held.clear()
-            self.bytes = 0
+        sizes = [states.numel() for states in own]
+        pinned = torch.cuda.is_available()
+        buffer = torch.empty(sum(sizes), dtype=kv.dtype, pin_memory=pinned)
+        views = [
+            part.view(states.shape).copy_(states)
+            for part, states in zip(buffer.split(sizes), own, strict=True)
+        ]
+        return cls(kv.origin, buffer, views)
 
 
 class _Place(NamedTuple):
@@ -123,9 +83,10 @@ class WorkerSide:
         groups: Names of the layers in each kv cache group, and the group's block size.
         layer_index: Index of a layer of the decoder by its name in vLLM.
         dtype: Of keys and values in vLLM's kernels.
+        num_layers: Of the whole decoder.
         rank: Tensor parallel rank.
         size: Tensor parallel ranks.
-        host_bytes: Memory for `HostCache`.
+        host_bytes: Memory for hot chunks.
         threads: Loads at a time.
     """
 
@@ -135,14 +96,17 @@ class WorkerSide:
         groups: list[tuple[list[str], int]],
         layer_index: Mapping[str, int],
         dtype: torch.dtype,
+        num_layers: int,
         rank: int,
         size: int,
         host_bytes: int,
         threads: int,
     ):
-        self.folder, self.dtype, self.rank, self.size = folder, dtype, rank, size
-        self.store = ChunkStore(0, folder=folder.path)  # `host` keeps what is read, packed
-        self.host = HostCache(host_bytes)
+        self.folder, self.dtype, self.num_layers = folder, dtype, num_layers
+        self.rank, self.size = rank, size
+        self.store = ChunkStore(0, folder=folder.path)  # `_hot` keeps what is read, packed
+        self._hot = LRUCache(host_bytes, getsizeof=lambda packed: packed.buffer.nbytes)
+        self._lock = threading.Lock()
         self.counts: Counter[str] = Counter()
         self._groups = [block_size for _, block_size in groups]
         self._names = {
@@ -216,20 +180,19 @@ class WorkerSide:
     def _fill(self, load: Load, plan: LoadPlan, counts: Counter[str]) -> None:
         wanted, rope = plan.wanted(load.start), self._frequencies(plan.fingerprint)
         packed = [self._packed(plan, index, counts) for index in wanted]
-        if len(rope.layer) <= max(self._places):
-            raise Missing(f"the chunks have {len(rope.layer)} layers; they are of another model")
-        first = plan.starts[wanted[0]]
         device = next(iter(self._places.values())).module.kv_cache.device
         shift = _shifts([plan.segments[index] for index in wanted], packed).to(device)
-        states = [one.to(device).states() for one in packed]
-        slots = []
+        slots, first = [], plan.starts[wanted[0]]
         for blocks, size in zip(load.blocks, self._groups, strict=True):
             rows, where = slots_of(blocks, size, load.start, plan.num_tokens)
             slots.append(((rows - first).to(device), where.to(device)))
         turns: dict[int, Rotation] = {}
         for index, (module, group) in self._places.items():
             rows, where = slots[group]
-            keys, values = (torch.cat([one[2 * index + i] for one in states]) for i in (0, 1))
+            keys, values = (
+                torch.cat([one.states[part].to(device, non_blocking=True) for one in packed])
+                for part in (2 * index, 2 * index + 1)
+            )
             self._require_shape(module, keys)
             name = rope.layer[index]
             if name not in turns:
@@ -250,31 +213,42 @@ class WorkerSide:
             )
 
     def _packed(self, plan: LoadPlan, index: int, counts: Counter[str]) -> Packed:
-        key, segment = plan.keys[index], plan.segments[index]
-        if (held := self.host.get(key)) is not None:
+        key = plan.keys[index]
+        with self._lock:
+            held = self._hot.get(key)
+        if held is not None:
             counts["host_hits"] += 1
             return held
-        kv = self.store.get(key, segment.ids, plan.fingerprint)
+        kv = self.store.get(key, plan.segments[index].ids, plan.fingerprint)
         if kv is None:
             reason = self.store.stats().first_rejected or "it is not there"
             raise Missing(f"chunk {key[:12]} cannot be read from the store: {reason}")
         counts["store_reads"] += 1
         counts["store_bytes"] += kv.num_bytes
-        packed = Packed.of(kv, self.rank, self.size, torch.cuda.is_available())
-        self.host.put(key, packed)
+        packed = Packed.of(kv, self.rank, self.size)
+        with self._lock, suppress(ValueError):  # larger than the memory
+            self._hot[key] = packed
         return packed
 
     def _frequencies(self, fingerprint: str) -> _Rope:
         if fingerprint not in self._rope:
             record = self.folder.manifest(fingerprint)
             if record is None:
+                raise Missing(f"no manifest of {fingerprint[:12]} in '{self.folder.path}'")
+            rope = record["rope"]
+            if len(rope["layer"]) != self.num_layers:
                 raise Missing(
-                    f"no manifest of {fingerprint[:12]} in '{self.folder.path}'; run "
-                    "`blocktune encode` once with this model"
+                    f"the chunks have {len(rope['layer'])} layers, vLLM's model {self.num_layers}; "
+                    "they are of another model"
                 )
-            lists = [torch.tensor(one) for one in record["rope"]["frequencies"]]
-            self._rope[fingerprint] = _Rope(lists, record["rope"]["layer"])
+            lists = [torch.tensor(one) for one in rope["frequencies"]]
+            self._rope[fingerprint] = _Rope(lists, rope["layer"])
         return self._rope[fingerprint]
+
+    def forget(self) -> None:
+        """Drops the hot chunks."""
+        with self._lock:
+            self._hot.clear()
 
 
 class _Rope(NamedTuple):

@@ -1,5 +1,8 @@
 """vLLM over cached chunks gives the answers of blocktune's own engine, and never a mixture."""
 
+import re
+from pathlib import Path
+
 import pytest
 from vllm import SamplingParams
 from vllm_cases import SMALL, TINY, first_logprobs, make_adapter, questions, worst
@@ -54,7 +57,7 @@ def connector(llm):
 def forget(llm):
     """Empties vLLM's cache and the hot chunks."""
     assert llm.llm.reset_prefix_cache()
-    connector(llm).host.clear()
+    connector(llm).forget()
 
 
 def plain(llm, example):
@@ -213,6 +216,15 @@ def test_a_method_that_vllm_cannot_serve_is_refused(llm):
     for method in ("cacheblend", "ape"):
         with pytest.raises(ValueError, match="vLLM cannot serve"):
             llm.answer(questions(1), method)
+
+
+def test_the_documented_python_runs(llm, monkeypatch, capsys):
+    page = (Path(__file__).parents[2] / "docs/serving.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    [text] = [block for block in blocks if "blocktune.vllm" in block]
+    monkeypatch.setattr("blocktune.vllm.ChunkLLM", lambda *args, **options: llm, raising=False)
+    exec(compile(text, "serving.md", "exec"), {})
+    assert " of " in capsys.readouterr().out
 
 
 def counter(llm, name: str) -> float:
