@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, HTTPException, Request
@@ -160,4 +161,7 @@ class DocumentsRoute:
         clients[base] = ChunkClient(
             args.model, store=extra["store"], fingerprint=extra.get("fingerprint")
         )
+        for one in clients.values():
+            room = min(one.prompts.max_tokens, engine_client.model_config.max_model_len)
+            one.prompts = replace(one.prompts, max_tokens=room)
         state.blocktune = Front(clients, base, float(extra.get("encode_wait_s", 30)))
