@@ -53,3 +53,13 @@ def make_adapter(folder, layout: LayoutSpec, lora: bool):
         tuned.save_pretrained(folder)
     info.save(folder)
     return folder
+
+
+def close(llm):
+    """Ends vLLM, so that another may start in this process."""
+    from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    llm.llm.llm_engine.engine_core.shutdown()
+    ensure_kv_transfer_shutdown()
+    cleanup_dist_env_and_memory()

@@ -185,7 +185,8 @@ class ChunkLLM:
         params = []
         for one in rendered:
             own = sampling.clone()
-            own.stop_token_ids = sorted({*(own.stop_token_ids or ()), *self.client.stop_ids})
+            if not own.ignore_eos:
+                own.stop_token_ids = sorted({*(own.stop_token_ids or ()), *self.client.stop_ids})
             if one.plan is not None:
                 own.extra_args = (own.extra_args or {}) | {
                     "kv_transfer_params": one.transfer_params

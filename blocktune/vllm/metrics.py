@@ -44,13 +44,13 @@ class LoadStats(KVConnectorStats):
 
 
 class LoadMetrics(KVConnectorPromMetrics):
-    """``blocktune:NAME`` for each of `COUNTS`; with tensor parallel, sums over the ranks."""
+    """``vllm:blocktune_NAME`` for each of `COUNTS`; with tensor parallel, sums over the ranks."""
 
     def __init__(self, config, metric_types, labelnames, values):
         super().__init__(config, metric_types, labelnames, values)
         counters = {
             name: self._counter_cls(
-                name=f"blocktune:{name}", documentation=text, labelnames=labelnames
+                name=f"vllm:blocktune_{name}", documentation=text, labelnames=labelnames
             )
             for name, text in COUNTS.items()
         }

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from vllm import SamplingParams
-from vllm_cases import SMALL, TINY, first_logprobs, make_adapter, questions, worst
+from vllm_cases import SMALL, TINY, close, first_logprobs, make_adapter, questions, worst
 
 from blocktune import Engine
 from blocktune.cache.miss_queue import MissQueue
@@ -27,7 +27,9 @@ def engine(store):
 def llm(store, engine):
     # 40 blocks hold six of these prompts: more at once are preempted.
     options = SMALL | {"enable_lora": True, "max_lora_rank": 8, "max_num_batched_tokens": 128}
-    return ChunkLLM(TINY, store=store, num_gpu_blocks_override=40, **options)
+    llm = ChunkLLM(TINY, store=store, num_gpu_blocks_override=40, **options)
+    yield llm
+    close(llm)
 
 
 @pytest.fixture(scope="module")
@@ -207,8 +209,8 @@ def test_hot_chunks_come_from_memory_in_any_order(llm, engine):
     reads = connector(llm).store.stats()
     require_same(llm.answer([turned], sampling=GREEDY), engine, [turned], "naive")
     assert connector(llm).store.stats() == reads
-    assert counter(llm, "blocktune:host_hits") > 0
-    assert counter(llm, "blocktune:failed") > 0
+    assert counter(llm, "vllm:blocktune_host_hits") > 0
+    assert counter(llm, "vllm:blocktune_failed") > 0
     assert counter(llm, "vllm:external_prefix_cache_hits") > 0
 
 

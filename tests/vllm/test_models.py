@@ -14,7 +14,7 @@ from transformers import (
     Phi3Config,
 )
 from vllm import SamplingParams
-from vllm_cases import SMALL, TINY, first_logprobs, questions, worst
+from vllm_cases import SMALL, TINY, close, first_logprobs, questions, worst
 
 from blocktune import Engine
 from blocktune.vllm import ChunkLLM, guard
@@ -85,15 +85,6 @@ def prompt_logprobs_poison_nothing(llm, examples, wanted, greedy, monkeypatch):
     again = llm.answer(examples, sampling=greedy)
     assert [one.token_ids for one in again] == [one.token_ids for one in wanted]
     assert all(one.cached_tokens for one in again)
-
-
-def close(llm):
-    from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
-    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
-
-    llm.llm.llm_engine.engine_core.shutdown()
-    ensure_kv_transfer_shutdown()
-    cleanup_dist_env_and_memory()
 
 
 @pytest.mark.parametrize(
