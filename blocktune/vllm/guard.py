@@ -16,8 +16,8 @@ def require_loadable(params: SamplingParams) -> None:
     """Checks the sampling parameters of a request that has a plan.
 
     Raises:
-        VLLMValidationError: A ValueError, HTTP 400, if it asks for log probabilities of the prompt: vLLM then computes the prompt
-            in full attention and keeps that under the plan's name.
+        VLLMValidationError: HTTP 400, if it asks for log probabilities of the prompt: vLLM would
+            compute the prompt in full attention and keep that under the plan's name.
     """
     transfer = (params.extra_args or {}).get("kv_transfer_params")
     if not isinstance(transfer, dict) or transfer.get(PARAMS) is None:
