@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
 from vllm_cases import SMALL, TINY, close, first_logprobs, make_adapter, questions, worst
 
 from blocktune import Engine
@@ -147,10 +148,10 @@ def test_hazard_1_a_plain_request_never_finds_reused_blocks(llm, engine, monkeyp
 
 def test_hazard_2_prompt_log_probabilities_are_refused(llm):
     asked = SamplingParams(temperature=0, max_tokens=4, prompt_logprobs=1)
-    with pytest.raises(ValueError, match="prompt_logprobs cannot"):
+    with pytest.raises(VLLMValidationError, match="prompt_logprobs cannot"):
         llm.answer(questions(1, 1), sampling=asked)
     unread = SamplingParams(temperature=0, max_tokens=4, skip_reading_prefix_cache=True)
-    with pytest.raises(ValueError, match="skip_reading_prefix_cache"):
+    with pytest.raises(VLLMValidationError, match="skip_reading_prefix_cache"):
         llm.answer(questions(1, 1), sampling=unread)
 
 
