@@ -67,7 +67,7 @@ class Method(ABC):
     """A reuse method. Subclasses are frozen dataclasses; their fields are their parameters.
 
     Class attributes:
-        source: Paper or code it follows.
+        source: Paper or code it follows; may be empty.
         weights: What the model must be trained for.
         cached: What comes from a cache.
         history: Where chunks of earlier prompts come from, a `PromptHistory`; None: each is encoded
@@ -80,7 +80,7 @@ class Method(ABC):
             the parameters of its selector.
     """
 
-    source: ClassVar[str]
+    source: ClassVar[str] = ""
     weights: ClassVar[Weights] = Weights.ANY
     cached: ClassVar[Cached] = Cached.CHUNKS
     history: ClassVar[PromptHistory | None] = None
