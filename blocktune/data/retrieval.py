@@ -16,7 +16,7 @@ from blocktune.data.sources.catalog import CATALOG, DATA_SETS, data_sets_in
 from blocktune.data.sources.load import open_records
 from blocktune.data.sources.options import parse_source, read_options
 from blocktune.data.sources.records import at, read_records
-from blocktune.data.sources.schemas import PASSAGES
+from blocktune.data.sources.schemas import PASSAGES, id_of
 from blocktune.prompt.format import Chunk
 
 
@@ -101,13 +101,12 @@ def _question(record: Mapping[str, Any]) -> Question:
     text = record.get("question")
     if not isinstance(text, str) or not text.strip():
         raise field_error("question", "a non-blank string", text)
-    own = next((str(record[key]) for key in ("id", "_id", "question_id") if record.get(key)), "")
     kind = record.get("kind") or record.get("type") or ""
     kind = kind if isinstance(kind, str) else ""
     meta = record.get("meta")
     named = meta.get(DATA_SETS) if isinstance(meta, Mapping) else None
     named = named if isinstance(named, Mapping) else {}
-    return Question(text.strip(), _answers(record), own, kind, named)
+    return Question(text.strip(), _answers(record), id_of(record), kind, named)
 
 
 def _answers(record: Mapping[str, Any]) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from blocktune.evaluation.statistics import (
+from blocktune.evaluation.stats.significance import (
     FEW,
     Interval,
     PairedScores,
