@@ -49,16 +49,14 @@ class Bm25:
 
         Equal scores keep the order of the corpus.
         """
-        return [self._best(question, k) for question in questions]
-
-    def _best(self, question: str, k: int) -> list[Hit]:
-        (words,) = self._tokens([question], as_ids=False)
-        scores = self._index.get_scores(words) if words else np.zeros(len(self.chunks))
-        # All that reach the k-th score: equal ones keep the order of the corpus.
-        k = min(k, len(scores))
-        (near,) = np.nonzero(scores >= -np.partition(-scores, k - 1)[k - 1])
-        order = near[np.argsort(-scores[near], kind="stable")][:k]
-        return [Hit(int(index), float(scores[index])) for index in order]
+        best, k = [], min(k, len(self.chunks))
+        for words in self._tokens(list(questions), as_ids=False):
+            scores = self._index.get_scores(words) if words else np.zeros(len(self.chunks))
+            # All that reach the k-th score: equal ones keep the order of the corpus.
+            (near,) = np.nonzero(scores >= -np.partition(-scores, k - 1)[k - 1])
+            order = near[np.argsort(-scores[near], kind="stable")][:k]
+            best.append([Hit(int(index), float(scores[index])) for index in order])
+        return best
 
     def _tokens(self, texts: list[str], as_ids: bool = True):
         return self._bm25s.tokenize(

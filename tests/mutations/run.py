@@ -134,10 +134,19 @@ def outcome_of(mutation: Mutation, folder: Path) -> tuple[str, float, str]:
 def run(mutations: list[Mutation], workers: int) -> list[tuple[Mutation, str, float, str]]:
     with tempfile.TemporaryDirectory() as name, ProcessPoolExecutor(workers, FORK) as pool:
         folders = [copy_tree(Path(name) / str(index)) for index in range(workers)]
+        require_sound(folders[0], mutations)
         shares = [mutations[index::workers] for index in range(workers)]
         done = [entry for part in pool.map(run_share, folders, shares) for entry in part]
     order = {mutation.name: index for index, mutation in enumerate(mutations)}
     return sorted(done, key=lambda entry: order[entry[0].name])
+
+
+def require_sound(folder: Path, mutations: list[Mutation]) -> None:
+    """Ends the program if a test fails in the copy although nothing is broken there."""
+    tests = dict.fromkeys(test for mutation in mutations for test in mutation.tests.split())
+    log = folder / "pytest.log"
+    if run_tests(folder, " ".join(tests), log) != 0:
+        raise SystemExit(f"tests fail before anything is broken:\n{log.read_text()[-1000:]}")
 
 
 def run_share(folder: Path, share: list[Mutation]) -> list[tuple[Mutation, str, float, str]]:
