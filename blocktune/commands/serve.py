@@ -8,14 +8,7 @@ from typing import Annotated
 import typer
 
 from blocktune.commands import command
-from blocktune.commands.options import (
-    Device,
-    Dtype,
-    Model,
-    Quantize,
-    Store,
-    load_engine,
-)
+from blocktune.commands.options import Device, Dtype, Model, Quantize, Store, load_engine
 
 SAFETY, LIMITS = "Safety", "Limits"
 LOCAL = ("127.0.0.1", "localhost", "::1", "[::1]")
@@ -36,7 +29,7 @@ def serve(
         list[str] | None,
         typer.Option(
             help="Adapter: a folder, a name on the HF Hub or release:NAME; NAME=ADAPTER sets the "
-            "name that requests use. Repeatable: each holds weights of its own.",
+            "name that requests use. Repeatable: each has its own weights in memory."
         ),
     ] = None,
     name: Annotated[
@@ -86,8 +79,7 @@ def serve(
         bool, typer.Option("--log-texts", help="Log answers.", rich_help_panel=SAFETY)
     ] = False,
     skip_check: Annotated[
-        bool,
-        typer.Option("--skip-check", help="Answer without the check that reuse is exact."),
+        bool, typer.Option("--skip-check", help="Answer without the check that reuse is exact.")
     ] = False,
     limit: Annotated[
         list[str] | None,

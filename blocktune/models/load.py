@@ -105,7 +105,7 @@ def check_device(name: str) -> None:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"unknown device '{name}'; wanted cuda, cuda:0, cpu or the like") from None
+        raise ValueError(f"unknown device '{name}'; use cuda, cuda:0 or cpu, for example") from None
     count = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= count:
         raise ValueError(
@@ -150,5 +150,5 @@ def adapter_folder(adapter: str | Path, revision: str | None = None) -> Path:
     except (httpx.HTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"no adapter '{adapter}': it is no local folder, and the Hub says: {reason}"
+            f"no adapter '{adapter}': it is not a local folder, and the Hub says: {reason}"
         ) from None
