@@ -38,7 +38,7 @@ async def begin(
         raise
     except ValueError as error:
         raise HTTPException(400, " ".join(str(error).split())) from None
-    wait = service.quotas.enter(tenant, asked.job.num_tokens)
+    wait = service.quotas.enter(tenant, asked.job.quota_tokens)
     if wait is not None:
         raise Busy(wait, f"the quota of '{tenant.name}' is used up")
     exchange = Exchange(service, asked, tenant, request)

@@ -93,6 +93,7 @@ class Job:
         tenant: Whose turn it is; tenants wait in queues of their own, served in turn.
         timeout_s: Seconds until it is given up.
         strip: Whether to report what became of each token.
+        has_turns: Whether its prefix holds earlier turns of a conversation.
         pins: Of ``wanted``, those to keep in memory until they are deleted.
     """
 
@@ -105,12 +106,14 @@ class Job:
     tenant: str = "default"
     timeout_s: float = 300.0
     strip: bool = False
+    has_turns: bool = False
     pins: frozenset[Piece] = frozenset()
     emit: Callable[[Event], None] = lambda event: None
     created: float = field(default_factory=time.perf_counter)
     cancelled: bool = False
     looked_up: list[Piece] = field(default_factory=list)
     tiers: dict[Piece, str] = field(default_factory=dict)
+    prefix_hits: int = 0
     missing: deque[list[Piece]] | None = None
     reserved: int = 0
     begun: float = 0.0
@@ -122,6 +125,11 @@ class Job:
     def cancel(self) -> None:
         """Its next step is not made."""
         self.cancelled = True
+
+    @property
+    def quota_tokens(self) -> int:
+        """What its tenant's quota is charged: tokens read and to be written."""
+        return self.num_tokens + sum(len(piece.ids) for piece in self.wanted)
 
     @property
     def num_tokens(self) -> int:
@@ -165,6 +173,7 @@ def account(job: Job) -> Report:
         misses = sum(job.tiers.get(piece) == "none" for piece in chunks)
         usage = replace(usage, chunk_hits=len(job.pieces.chunks) - misses, chunk_misses=misses)
     lost = sum(len(piece.ids) for piece, tier in job.tiers.items() if tier == "none")
+    lost -= job.prefix_hits  # of a conversation's earlier turns
     return Report(
         usage=usage,
         tiers=tuple(job.tiers.items()),

@@ -13,18 +13,19 @@ import itertools
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from itertools import groupby
 
 import torch
 
-from blocktune.cache import Entry
+from blocktune.cache import ChunkKV, Entry
+from blocktune.engine import Engine
 from blocktune.engine.assemble import wanted_pieces
 from blocktune.engine.batch_prefill import prefill_batch
 from blocktune.engine.encode import Piece, grouped
 from blocktune.engine.usage import Stopwatch
-from blocktune.methods import Cached
-from blocktune.prompt import stack
+from blocktune.methods import Cached, build
+from blocktune.prompt import Pieces, stack
 from blocktune.server.config import Limits
 from blocktune.server.decoding import Choice, decode_step
 from blocktune.server.job import (
@@ -244,6 +245,11 @@ class Scheduler:
             job.watch.add("load_s", found.load_s)
             job.tiers[piece] = found.tier
         missing = [piece for piece, tier in job.tiers.items() if tier == "none"]
+        if job.has_turns and wanted[0] in missing and not widened(job):
+            turns = cut_turns(wanted[0].ids, engine.state.stop_ids())
+            if len(turns) > 1:
+                missing.remove(wanted[0])
+                job.prefix_hits = continue_prefix(engine, wanted[0], turns, job.watch)
         job.missing = deque(parts(missing, self.limits.prefill_tokens))
 
     def _pin(self, job: Job, kvs: Mapping[Piece, Entry | None]) -> None:
@@ -308,6 +314,35 @@ def widened(job: Job) -> list[int]:
     """Layers for which the method needs what entered them, beside keys and values."""
     num_layers = job.engine.state.num_layers
     return list(job.method.select_for(num_layers).widens(num_layers))
+
+
+def cut_turns(ids: Sequence[int], ends: Container[int]) -> list[tuple[int, ...]]:
+    """A conversation's tokens, cut after each end of a turn."""
+    cuts = [0, *(index + 1 for index, token in enumerate(ids) if token in ends), len(ids)]
+    return [tuple(ids[a:b]) for a, b in itertools.pairwise(cuts) if b > a]
+
+
+def continue_prefix(
+    engine: Engine, prefix: Piece, turns: Sequence[tuple[int, ...]], watch: Stopwatch
+) -> int:
+    """Computes a conversation's prefix from where an earlier one ended, and stores it.
+
+    Returns:
+        Tokens of it that were in the exact prefix cache.
+    """
+    state, method = engine.state, build("prefix-cache")
+    pieces = Pieces(turns[0], tuple(turns[1:-1]), turns[-1])
+    watch.start()
+    run = prefill_batch(state, [engine.lay_out(pieces, method)], [pieces], method)
+    run.remember()
+    span = slice(0, len(prefix.ids))
+    keys = tuple(layer.keys[0, :, span] for layer in run.cache.layers)
+    values = tuple(layer.values[0, :, span] for layer in run.cache.layers)
+    encoder = state.encoder
+    kv = ChunkKV(keys, values, torch.tensor(prefix.ids), encoder.fingerprint)
+    encoder.store.put(encoder.key(prefix), kv.compact())
+    watch.stop("encode_s")
+    return int(run.assembled.cached.sum())
 
 
 def parts(pieces: Iterable[Piece], tokens: int) -> list[list[Piece]]:

@@ -146,7 +146,9 @@ class Service:
         prompts = served.engine.prompts
         block = prompts.spec(method).block
         pieces = chat_pieces(prompts.tokenizer, prompts.format, chunks, conversation, block)
-        return Asked(self._job(served, body, tenant, method, pieces, True), served, sources)
+        job = self._job(served, body, tenant, method, pieces, True)
+        job.has_turns = bool(conversation.earlier)
+        return Asked(job, served, sources)
 
     def completion(self, body: CompletionRequest, tenant: Tenant) -> Asked:
         """The job of a plain completion.
