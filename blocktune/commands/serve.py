@@ -55,7 +55,12 @@ def serve(
     ] = None,
     store: Store = None,
     store_gb: Annotated[
-        float, typer.Option(min=0.0, help="Memory for encoded chunks.", rich_help_panel=LIMITS)
+        float,
+        typer.Option(
+            min=0.0,
+            help="Memory for encoded chunks, and as much for exact prefixes.",
+            rich_help_panel=LIMITS,
+        ),
     ] = 4.0,
     dtype: Dtype = "auto",
     quantize: Quantize = None,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from blocktune.adapter.load import load_models
-from blocktune.cache import ChunkStore
+from blocktune.cache import ChunkStore, PrefixTree
 from blocktune.engine import Engine
 from blocktune.server.config import Limits
 
@@ -28,7 +28,7 @@ def load_engines(
         adapters: Each ``ADAPTER`` or ``NAME=ADAPTER``.
         name: That requests use for the bare model; without one it is not served beside adapters.
         store: Folder of the chunks.
-        store_bytes: Memory for chunks.
+        store_bytes: Memory for chunks, and as much for exact prefixes.
         options: See `blocktune.adapter.load.load_models`.
 
     Raises:
@@ -42,9 +42,13 @@ def load_engines(
     if twice := [label for label in labels if labels.count(label) > 1]:
         raise ValueError(f"two models are called '{twice[0]}'; write --adapter NAME=ADAPTER")
     loaded = load_models(model, [adapter for _, adapter in wanted], **options)
-    kept = ChunkStore(store_bytes, store, loaded[0].model.device)
+    device = loaded[0].model.device
+    kept = {
+        "store": ChunkStore(store_bytes, store, device),
+        "prefix_tree": PrefixTree(max(1, store_bytes)),
+    }
     return {
-        label: Engine(base, tokenizer, adapter=info, adapter_folder=folder, store=kept)
+        label: Engine(base, tokenizer, adapter=info, adapter_folder=folder, **kept)
         for label, (base, tokenizer, info, folder) in zip(labels, loaded, strict=True)
     }
 

@@ -95,6 +95,8 @@ class Guard:
         except TimeoutError:
             await _refuse(counted, 408, f"the body did not arrive within {self.max_s:g} s")
             return
+        except ConnectionAbortedError:
+            return
         if body is None:
             await _refuse(counted, 413, f"the body is larger than {self.max_bytes:,} bytes")
             return
@@ -114,6 +116,8 @@ class Guard:
         body = bytearray()
         while True:
             message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ConnectionAbortedError
             body += message.get("body", b"")
             if len(body) > self.max_bytes:
                 return None

@@ -170,13 +170,14 @@ class Run:
     def theirs(self) -> None:
         """What another tenant has encoded is neither found nor shown."""
         owner = {"authorization": f"Bearer {THEIRS}"}
-        body = {"documents": SECRET, "pin": True}
+        documents = [f"{text} {time.time()}" for text in SECRET]
+        body = {"documents": documents, "pin": True}
         made = self.client.post("/v1/chunks", json=body, headers=owner).json()
         for one in made["data"]:
             if self.client.get(f"/v1/chunks/{one['key']}").status_code != 404:
                 self.wrong.append("a key of another tenant was accepted")
         for salt in ({}, {"cache_salt": f"{time.time()}"}):
-            asked = self.client.post(CHAT, json=GOOD | {"documents": SECRET} | salt).json()
+            asked = self.client.post(CHAT, json=GOOD | {"documents": documents} | salt).json()
             found = [chunk["cached"] for chunk in asked["blocktune"]["chunks"]]
             if found != ["none"] * len(SECRET):
                 self.wrong.append(f"chunks of another tenant were found: {found}")
@@ -227,7 +228,9 @@ def main() -> int:
         with server(blocktune_command(asked.model, port, *options), port, log) as (url, process):
             made = attack(Run(url), psutil.Process(process.pid), asked)
         lines = log.read_text().splitlines()
-        made["tracebacks"] = sum(line.startswith("Traceback") for line in lines)
+        failed = [i for i, line in enumerate(lines) if line.startswith("Traceback")]
+        made["tracebacks"] = len(failed)
+        made["first_traceback"] = lines[failed[0] - 2 : failed[0] + 60] if failed else []
         made["texts_in_log"] = sum("password of the harbour" in line for line in lines)
     asked.output.write_text(json.dumps(made, indent=1, ensure_ascii=True) + "\n")
     print(json.dumps(made, ensure_ascii=True))
