@@ -56,10 +56,9 @@ class Scheduler:
     def __init__(self, limits: Limits, before: Callable[[], None] | None = None):
         self.limits = limits
         self.preparing: OrderedDict[int, Job] = OrderedDict()
-        self.running: list[Choice] = []
+        self.running: dict[Choice, Job] = {}
         self.kv_bytes = 0
         self.pins: dict[str, Entry] = {}
-        self._jobs_of: dict[int, Job] = {}
         self._before = before
         self._queues: OrderedDict[str, deque[Job]] = OrderedDict()
         self._count = itertools.count()
@@ -161,22 +160,17 @@ class Scheduler:
         for key, job in over:
             del self.preparing[key]
             self._fail(job, late(job))
-        for job in {id(one): one for one in map(self._job, self.running)}.values():
+        for job in dict.fromkeys(self.running.values()):
             if self._is_over(job):
                 self._fail(job, late(job))
 
-    def _job(self, choice: Choice) -> Job:
-        return self._jobs_of[id(choice.run)]
-
     def _fail(self, job: Job, failure: Failure) -> None:
-        self.running = [one for one in self.running if one not in job.choices]
+        self.running = {one: its for one, its in self.running.items() if its is not job}
         self._release(job)
         self._tell(job, failure)
 
     def _release(self, job: Job) -> None:
         self.kv_bytes -= job.reserved
-        if job.run is not None:
-            self._jobs_of.pop(id(job.run), None)
 
     @staticmethod
     def _tell(job: Job, event: Event) -> None:
@@ -263,9 +257,8 @@ class Scheduler:
         for name, seconds in job.watch.seconds.items():
             run.watch.add(name, seconds)
         job.run = run
-        self._jobs_of[id(run)] = job
         job.choices = [Choice(i, run, job.settings) for i in range(job.settings.choices)]
-        self.running += job.choices
+        self.running |= dict.fromkeys(job.choices, job)
         run.watch.start()
         for choice in job.choices:
             self._take(job, choice, run.prefill.logits)
@@ -283,26 +276,25 @@ class Scheduler:
         by_model = sorted(self.running, key=lambda one: id(one.run.state.model))
         for _, group in groupby(by_model, key=lambda one: id(one.run.state.model)):
             choices = list(group)
-            jobs = {id(one.run): self._job(one) for one in choices}
+            jobs = dict.fromkeys(self.running[choice] for choice in choices)
             try:
                 logits = decode_step(choices)
             except Exception as error:
-                for job in jobs.values():
+                for job in jobs:
                     self._fail(job, failure_of(error))
                 continue
-            of_run = {key: [] for key in jobs}
-            for index, choice in enumerate(choices):
-                of_run[id(choice.run)].append((choice, logits[index, None]))
-            for key, job in jobs.items():
+            rows = {choice: logits[index, None] for index, choice in enumerate(choices)}
+            for job in jobs:
                 try:
-                    for choice, row in of_run[key]:
-                        self._take(job, choice, row)
+                    for choice in job.choices:
+                        if choice in rows:
+                            self._take(job, choice, rows[choice])
                     self._finish(job)
                 except Exception as error:  # of this request alone
                     self._fail(job, failure_of(error))
 
     def _finish(self, job: Job) -> None:
-        self.running = [one for one in self.running if one.finish is None]
+        self.running = {one: its for one, its in self.running.items() if one.finish is None}
         if any(choice.finish is None for choice in job.choices):
             return
         report = account(job)
