@@ -5,6 +5,7 @@ Serving and training load their bases here, so both give the same errors.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,6 +69,22 @@ def load_base(
         model = AutoModelForCausalLM.from_pretrained(bare, revision=revision, dtype=dtype, **kwargs)
     keep_stored_codes(model)
     return (model.to(device) if place and not kwargs else model), tokenizer
+
+
+def sharing(model: PreTrainedModel, own_embeddings: bool = False) -> PreTrainedModel:
+    """The same model as modules of its own over the same weights.
+
+    Hooks, LoRA or a link table that are put on one do not change the other.
+
+    Args:
+        model: As loaded; its weights must not be changed in place any more.
+        own_embeddings: Copy the weights of input and output embeddings.
+    """
+    kept = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    if own_embeddings:
+        kept.pop(id(model.get_input_embeddings().weight))
+        kept.pop(id(model.get_output_embeddings().weight), None)  # None: they are tied
+    return copy.deepcopy(model, kept)
 
 
 @contextmanager
