@@ -189,6 +189,19 @@ def loading(
     _show(bench_loading(replace(setting, repeats=repeats), folder), as_json, output)
 
 
+@command(
+    "vllm",
+    "blocktune bench vllm --json   # in an environment with vLLM",
+    "blocktune bench vllm --tiny",
+    of=group,
+)
+def vllm(tiny: Tiny = False, output: Output = None, as_json: opt.AsJson = False) -> None:
+    """Time first tokens from cached chunks on vLLM against its prefill and prefix cache."""
+    from blocktune.bench.vllm import TINY, VllmBench, bench_vllm
+
+    _show(bench_vllm(TINY if tiny else VllmBench()), as_json, output)
+
+
 def _show(found: dict, as_json: bool, output: Path | None) -> None:
     from blocktune.files import replace_json
 

@@ -18,6 +18,7 @@ from blocktune.adapter.load import load_model
 from blocktune.attention import attach
 from blocktune.cache import ChunkStore, PrefixTree, model_fingerprint
 from blocktune.cache.manifest import manifest
+from blocktune.cache.miss_queue import MissQueue
 from blocktune.data.example import RagExample, read_chunks
 from blocktune.engine import context_cache
 from blocktune.engine.batch_prefill import prefill_batch
@@ -172,6 +173,29 @@ class Engine:
         new.discard(prefix)
         tokens = sum(len(piece.ids) for piece in new)
         return EncodeReport(len(chunks), len(new), tokens, watch.seconds.get("encode_s", 0.0))
+
+    def encode_wanted(self, most: int = 256) -> int:
+        """Encodes chunks that readers of the store missed, see `blocktune.cache.miss_queue`.
+
+        Args:
+            most: Chunks at a time.
+
+        Returns:
+            Chunks that were wanted.
+
+        Raises:
+            ValueError: If the store has no folder.
+        """
+        if self.store.folder is None:
+            raise ValueError("chunks are wanted in a folder; give the engine a store with one")
+        queue = MissQueue(self.store.folder)
+        wanted = queue.take(self.fingerprint, most)
+        watch, room = Stopwatch(self.model.device), self.prompts.max_tokens
+        fitting = [Piece(*one) for one in wanted if len(one.ids) + len(one.blanks) <= room]
+        for group in grouped(fitting):
+            self._state.encoder.find(group, watch)
+        queue.done(self.fingerprint, wanted)
+        return len(wanted)
 
     def add_auxiliary(
         self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase

@@ -11,7 +11,6 @@ once; presets, selectors and reshapes do so in their functions only.
 
 from __future__ import annotations
 
-from abc import ABC
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, ClassVar
@@ -63,7 +62,7 @@ class Axis(Enum):
 
 
 @dataclass(frozen=True)
-class Method(ABC):
+class Method:
     """A reuse method. Subclasses are frozen dataclasses; their fields are their parameters.
 
     Class attributes:
