@@ -129,11 +129,11 @@ class AdapterInfo:
         """Reads ``blocktune.json``.
 
         Raises:
-            ValueError: If ``folder`` is no blocktune adapter, or its file cannot be read.
+            ValueError: If ``folder`` is not a blocktune adapter, or its file cannot be read.
         """
         path = Path(folder) / INFO_FILE
         if not path.is_file():
-            raise ValueError(f"{folder} is no blocktune adapter: it has no {INFO_FILE}")
+            raise ValueError(f"{folder} is not a blocktune adapter: it has no {INFO_FILE}")
         try:
             return cls.from_dict(json.loads(path.read_text()))
         except (json.JSONDecodeError, TypeError) as error:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blocktune.adapter.info import INFO_FILE, OWN_WEIGHTS, AdapterInfo
-from blocktune.adapter.releases import find_release
+from blocktune.adapter.releases import Release, find_release
 from blocktune.links import add_link_tokens, install_links, load_links
 from blocktune.models.identity import base_fingerprint, same_base, tokenizer_hash
-from blocktune.models.load import adapter_folder, load_base
+from blocktune.models.load import adapter_folder, load_base, sharing
 
 PEFT_FILE = "adapter_config.json"
 
@@ -141,6 +143,46 @@ def load_model(
     Raises:
         ValueError: If there is no such model or adapter, or they do not fit each other.
     """
+    options = {"dtype": dtype, "device": device, "revision": revision, "quantize": quantize}
+    return load_models(model, [adapter], **options)[0]
+
+
+def load_models(
+    model: str | None, adapters: Sequence[str | Path | None], **options: Any
+) -> list[Loaded]:
+    """Loads a model with each of several adapters; those of one base share its weights.
+
+    An adapter that has its base to itself is merged into it, like that of `load_model`. Adapters
+    that share one stay beside it (PEFT), each in modules of its own.
+
+    Args:
+        model: See `load_model`.
+        adapters: None is the bare model.
+        options: ``dtype``, ``device``, ``revision`` and ``quantize`` as in `load_model`.
+
+    Raises:
+        ValueError: As `load_model`.
+    """
+    wanted = [_source(model, adapter, options.get("revision")) for adapter in adapters]
+    loaded: list[Loaded | None] = [None] * len(wanted)
+    for name, revision in dict.fromkeys((source.base, source.revision) for source in wanted):
+        base, tokenizer = load_base(name, **options | {"revision": revision})
+        users = [i for i, one in enumerate(wanted) if (one.base, one.revision) == (name, revision)]
+        for index in users:
+            loaded[index] = _put_on(wanted[index], base, tokenizer, alone=len(users) == 1)
+    return loaded
+
+
+class _Source(NamedTuple):
+    """Where a model comes from: its base, and a release or an adapter's folder on it."""
+
+    base: str
+    revision: str | None
+    release: Release | None
+    folder: Path | None
+
+
+def _source(model: str | None, adapter: str | Path | None, revision: str | None) -> _Source:
     if model is not None and adapter is None and (Path(model) / INFO_FILE).is_file():
         model, adapter = None, model
     release = None if adapter is None else find_release(str(adapter))
@@ -149,14 +191,20 @@ def load_model(
         model = release.repository
     elif model is None:
         model, revision = _base_of(folder)
-    options = {"dtype": dtype, "device": device, "revision": revision, "quantize": quantize}
-    base, tokenizer = load_base(model, **options)
-    if folder is None:
-        info = None if release is None else release.fit(base, tokenizer)
+    return _Source(model, revision, release, folder)
+
+
+def _put_on(source: _Source, base, tokenizer, alone: bool) -> Loaded:
+    if not alone:
+        info = None if source.folder is None else AdapterInfo.load(source.folder)
+        base = sharing(base, own_embeddings=info is not None and info.adds_tokens)
+        tokenizer = copy.deepcopy(tokenizer)
+    if source.folder is None:
+        info = None if source.release is None else source.release.fit(base, tokenizer)
         return Loaded(base, tokenizer, info, None)
-    quantised = getattr(base, "is_quantized", False)
-    tuned, info = load_adapter(base, tokenizer, folder, merge=not quantised)
-    return Loaded(tuned, tokenizer, info, folder)
+    merge = alone and not getattr(base, "is_quantized", False)
+    tuned, info = load_adapter(base, tokenizer, source.folder, merge=merge)
+    return Loaded(tuned, tokenizer, info, source.folder)
 
 
 def _base_of(folder: Path | None) -> tuple[str, str | None]:

@@ -70,7 +70,7 @@ def cut_exact(
         fingerprint: Of the model that ran.
 
     Returns:
-        One `ExactKV` a piece that has tokens, in memory of its own.
+        One `ExactKV` for each piece that has tokens, in its own memory.
 
     Raises:
         ValueError: If approximate states were ever loaded into the cache, or it was not

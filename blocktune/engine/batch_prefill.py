@@ -9,10 +9,10 @@ import torch
 
 from blocktune.cache import RowCache, cut_exact
 from blocktune.engine.assemble import Assembled, from_chunks, from_prefix
+from blocktune.engine.attention_probes import ScoringPasses
 from blocktune.engine.generation import Generation
 from blocktune.engine.layer_schedule import LayerSchedule, Prefill, prefill
 from blocktune.engine.rows import Computed, column_rows, computed_rows
-from blocktune.engine.scoring_passes import ScoringPasses
 from blocktune.engine.state import EngineState
 from blocktune.engine.usage import Executed, Stopwatch
 from blocktune.layout import Kind
@@ -82,8 +82,11 @@ class BatchPrefill:
             state.model, candidates, self.columns, self.cache, schedule, watch, self.reshaping
         )
         watch.stop("recompute_s")
-        if self.loader is not None:
-            self._tell_loader(made)
+        if self.loader is not None:  # waiting counts as loading
+            watch.add("recompute_s", -self.loader.waited_s)
+            watch.add("load_s", self.loader.waited_s)
+            rows = sum(int(plan.num_rows().sum()) * len(plan.executed) for plan in made.plans)
+            self.loader.done(rows, watch.seconds["recompute_s"])
         surveys = []
         if self.reshaping is not None:  # decoding will add its own to the same tensor
             extra = self.reshaping.multiply_adds.clone()
@@ -167,11 +170,3 @@ class BatchPrefill:
             watches_chunks=selection.watches_chunks or self.method.history is not None,
         )
         return candidates, schedule
-
-    def _tell_loader(self, made: Prefill) -> None:
-        """Counts the time spent on waiting as loading, and says what was computed in the rest."""
-        loader, watch = self.loader, self.watch
-        watch.add("recompute_s", -loader.waited_s)
-        watch.add("load_s", loader.waited_s)
-        rows = sum(int(plan.num_rows().sum()) * len(plan.executed) for plan in made.plans)
-        loader.done(rows, watch.seconds["recompute_s"])

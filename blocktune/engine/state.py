@@ -35,8 +35,19 @@ class Auxiliaries:
         self._lock = threading.Lock()
 
     def add(self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Adds a loaded model with the same tokenizer; its attention becomes blocktune's."""
-        require_same_tokenizer(name, self.tokenizer, tokenizer)
+        """Adds a loaded model; its attention becomes blocktune's.
+
+        Raises:
+            ValueError: If it reads the served model's token ids as other text.
+        """
+        own, theirs = self.tokenizer.get_vocab(), tokenizer.get_vocab()
+        if wrong := sorted((i, token) for token, i in own.items() if theirs.get(token) != i):
+            index, token = wrong[0]
+            raise ValueError(
+                f"auxiliary model '{name}' has another tokenizer than the served model: "
+                f"{len(wrong):,} of {len(own):,} tokens differ, such as id {index}, {token!r}; "
+                "take a model of the same family"
+            )
         attach(model)
         self._models[name] = model.eval()
 
@@ -49,21 +60,6 @@ class Auxiliaries:
                 loaded = load_model(name, device=str(self._device))
                 self.add(name, loaded.model, loaded.tokenizer)
             return self._models[name]
-
-
-def require_same_tokenizer(
-    name: str, served: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase
-) -> None:
-    """Raises ValueError if an auxiliary model reads the served model's token ids as other text."""
-    own, theirs = served.get_vocab(), other.get_vocab()
-    wrong = sorted((i, token) for token, i in own.items() if theirs.get(token) != i)
-    if wrong:
-        index, token = wrong[0]
-        raise ValueError(
-            f"auxiliary model '{name}' has another tokenizer than the served model: {len(wrong):,} "
-            f"of {len(own):,} tokens differ, such as id {index}, {token!r}; take a model of the "
-            "same family"
-        )
 
 
 @dataclass(frozen=True)

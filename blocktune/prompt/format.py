@@ -71,7 +71,7 @@ class PromptFormat:
         full_tag: The same in full attention.
 
     Raises:
-        ValueError: If a field is no string or lacks its placeholders.
+        ValueError: If a field is not a string or lacks its placeholders.
     """
 
     instruction: str = "Answer the question from the passages below."

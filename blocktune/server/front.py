@@ -24,12 +24,7 @@ from blocktune.prompt.template import (
     render_conversation,
     render_frame,
 )
-from blocktune.server.schemas import (
-    CohereDocument,
-    Document,
-    DocumentBlock,
-    Message,
-)
+from blocktune.server.schemas import CohereDocument, Document, DocumentBlock, Message
 
 Turn = tuple[str, str]
 """Role and text."""

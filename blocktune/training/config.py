@@ -40,7 +40,7 @@ class LayoutOptions:
     block_share: float = option(1.0, "Share of examples in block layout, the rest full")
     both_modes: bool = option(False, "Every example twice, in block layout and in full")
     num_links: int = option(0, "Link tokens per chunk (KVLink)")
-    link_side: Literal["after", "before"] = option("after", "Where a chunk's links stand")
+    link_side: Literal["after", "before"] = option("after", "Where a chunk's links are placed")
     link_table: Literal["shared", "slot", "chunk"] = option(
         "slot", "One row for all links, one a slot, one a chunk and slot"
     )
@@ -103,7 +103,7 @@ class ObjectiveOptions:
 class BatchOptions:
     """How examples become batches, and how layouts vary from epoch to epoch."""
 
-    pack_length: int | None = option(None, "Pack examples into rows of at most so many tokens")
+    pack_length: int | None = option(None, "Pack examples into rows of at most this many tokens")
     max_length: int | None = option(None, "Longest example in tokens; default: the model's context")
     long_examples: Literal["refuse", "drop"] = option(
         "refuse", "What to do with longer ones; never truncated"
@@ -199,7 +199,7 @@ class BlockSFTConfig(LayoutOptions, ObjectiveOptions, BatchOptions, SFTConfig):
         spec, _, _ = self.layout, self.augmentation, self.distillation
         if not spec.block and spec.num_learned:
             raise ValueError(
-                "links, headers and trailers stand in block examples, and there are none; raise "
+                "links, headers and trailers need block examples, and there are none; raise "
                 "block_share or leave them out"
             )
         if spec.num_links and (spec.num_headers or spec.num_trailers):
@@ -213,7 +213,7 @@ class BlockSFTConfig(LayoutOptions, ObjectiveOptions, BatchOptions, SFTConfig):
                 "num_trailers of at least 1, and link_mode 'table'"
             )
         if self.sampler is not None and not spec.block:
-            raise ValueError("recompute freshens tokens of block examples; raise block_share")
+            raise ValueError("recompute adds rows to block examples; raise block_share")
         if self.block_dropout and self.shared_prefix:
             raise ValueError(
                 "block_dropout joins chunks that each carry a copy of the prefix; drop it or "

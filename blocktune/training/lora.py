@@ -101,13 +101,9 @@ class AddedLora(Linear):
             and dtypes == {second.weight.dtype}
             and not torch.is_autocast_enabled(x.device.type)
         )
-        return name if plain and _is_whole(second) else None
-
-
-def _is_whole(linear: nn.Linear) -> bool:
-    """Whether the weight can be read from outside of its module; a sharded one cannot."""
-    shape = (linear.out_features, linear.in_features)
-    return tuple(linear.weight.shape) == shape and not hasattr(linear.weight, "placements")
+        # A sharded weight cannot be read from outside its module.
+        whole = tuple(second.weight.shape) == (second.out_features, second.in_features)
+        return name if plain and whole and not hasattr(second.weight, "placements") else None
 
 
 def add_in_product(config: Any, model: nn.Module) -> None:

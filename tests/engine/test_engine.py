@@ -133,6 +133,16 @@ def test_sampling_repeats_by_seed_and_is_not_greedy(engine):
     assert len({draw(seed) for seed in range(4)}) > 1
 
 
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [({"top_p": 0.6}, {0, 1}), ({"top_k": 1}, {0}), ({}, {0, 1, 2, 3})],
+)
+def test_sampling_draws_from_the_nucleus_and_the_top_tokens_alone(options, kept):
+    logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
+    pick = Sampling(temperature=1.0, **options).picker(logits.device, [0])
+    assert {int(pick(logits)) for _ in range(100)} == kept
+
+
 def test_sampling_does_not_depend_on_the_batches_and_draws_anew_for_every_request(engine):
     sampling = Sampling(temperature=2.0, seed=5)
     asks = [ASK, SHORT, ASK, ASK]

@@ -19,10 +19,10 @@ from blocktune.links import install_links, new_links
 from blocktune.methods import Method
 from blocktune.methods.base import Weights
 from blocktune.methods.select import SELECTORS, Nothing, Selection
-from blocktune.prompt import LayoutSpec
+from blocktune.prompt import IGNORED, LayoutSpec, Pieces, lay_out
 from blocktune.training.collator import BlockDataCollator
 from blocktune.training.dataset import Sample, prepare
-from blocktune.training.recompute import RecomputeSampler, narrowed, states_at
+from blocktune.training.recompute import RecomputeSampler, narrowed, states_at, with_fresh_rows
 
 SHARE = 0.3
 SAMPLERS = ("first-k", "random", "deviation")
@@ -141,6 +141,14 @@ def test_full_examples_have_no_fresh_rows(tokenizer):
     )
     assert not Layout.unpack(batch["layout"]).is_fresh.any()
     assert batch["shares"].tolist() == [[-1.0]]
+
+
+def test_fresh_rows_come_last_supersede_and_are_never_learnt():
+    prompt = lay_out(Pieces((1,), ((2, 3), (4,)), (5,), (6, 7)), LayoutSpec())
+    fresh = with_fresh_rows(prompt, prompt.layout.is_context)
+    assert fresh.ids == (*prompt.ids, 2, 3, 4)
+    assert fresh.layout.supersedes[0, -3:].tolist() == [1, 2, 3]
+    assert fresh.labels == (*prompt.labels, IGNORED, IGNORED, IGNORED)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

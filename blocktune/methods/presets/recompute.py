@@ -128,7 +128,7 @@ class DroidSpeak(_Recompute):
     """Recomputes all tokens in one range of layers, from stored activations, and none elsewhere.
 
     The paper reuses the cache of another model; here it is the chunks' own. Measure which layers
-    to recompute with `blocktune.engine.layer_profile`. ``ratio`` is the share of the layers, 11 %
+    to recompute with `blocktune profile-layers`. ``ratio`` is the share of the layers, 11 %
     on average in the paper. Keys and values follow from a layer's input, so the first layer of the
     range keeps the stored ones: a range of one layer (11 % of nine layers or fewer) changes
     nothing. The paper loads the activations first and the rest meanwhile; that changes time, not
