@@ -25,21 +25,17 @@ class LoadStats(KVConnectorStats):
     """Sums of `COUNTS` over ranks and steps."""
 
     def reset(self) -> None:
-        """Sets all to zero."""
         self.data = {}
 
     def aggregate(self, other: KVConnectorStats) -> LoadStats:
-        """Adds another's."""
         for name, count in other.data.items():
             self.data[name] = self.data.get(name, 0) + count
         return self
 
     def reduce(self) -> dict[str, int | float]:
-        """As they are shown in the log."""
         return dict(self.data)
 
     def is_empty(self) -> bool:
-        """Whether nothing was loaded."""
         return not self.data
 
 
@@ -60,6 +56,5 @@ class LoadMetrics(KVConnectorPromMetrics):
         }
 
     def observe(self, transfer_stats_data, engine_idx=0) -> None:
-        """Adds what a step reported."""
         for name, count in transfer_stats_data.items():
             self._counters[engine_idx][name].inc(count)

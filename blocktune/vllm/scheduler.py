@@ -44,9 +44,10 @@ class Load:
 
 @dataclass
 class LoadMeta(KVConnectorMetadata):
-    """The loads that begin in one step."""
+    """The loads that begin in one step; ``forget``: hot chunks are dropped before."""
 
     loads: list[Load] = field(default_factory=list)
+    forget: bool = False
 
 
 class SchedulerSide:
@@ -57,6 +58,7 @@ class SchedulerSide:
         self.folder, self.queue = folder, MissQueue(folder.path)
         self._asked: dict[str, LoadPlan | str] = {}
         self._pending: list[Load] = []
+        self.forget = False
 
     def admit(self, request: Request) -> None:
         """Reads a new request's plan, and gives it a name space of its own in vLLM's cache."""
@@ -111,8 +113,8 @@ class SchedulerSide:
 
     def take(self) -> LoadMeta:
         """The loads noted since the last call."""
-        pending, self._pending = self._pending, []
-        return LoadMeta(pending)
+        meta, self._pending, self.forget = LoadMeta(self._pending, self.forget), [], False
+        return meta
 
     def finished(self, request: Request) -> None:
         """Forgets a request."""
