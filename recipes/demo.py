@@ -23,7 +23,7 @@ from blocktune.evaluation.suite import load_suite
 
 OUTPUT = Path("out/demo")
 SUITE = "eval/suites/demo.yaml"
-DATA = ("--train_data", "worlds:train?seed=1&n=2600&turns=8", "--num_train_epochs", "1")
+DATA = ("--train_data", "worlds:train?seed=1&n=2000&turns=8", "--num_train_epochs", "1")
 """Contexts cost nothing here: as many steps as the recipes take, none of them seen twice."""
 INTRODUCTION = """\
 Retrieved passages come back in every request, yet a model that was trained as usual can reuse \
