@@ -31,6 +31,11 @@ class Pieces(NamedTuple):
     followups: tuple[tuple[Ids, Ids], ...] = ()
 
     @property
+    def context(self) -> Ids:
+        """Prefix and chunks: what a later prompt may begin with, too."""
+        return sum(self.chunks, self.prefix)
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of all pieces."""
         turns = [piece for turn in self.followups for piece in turn]

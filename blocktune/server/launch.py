@@ -31,7 +31,7 @@ def load_engines(
         store_bytes: Memory for chunks.
 
     Raises:
-        ValueError: If two have the same name.
+        ValueError: If two have the same name, or a model has recurrent layers.
     """
     engines: dict[str, Engine] = {}
     kept = ChunkStore(store_bytes, folder=store) if store_bytes or store else None
@@ -42,9 +42,14 @@ def load_engines(
         label = label if equals else name if name and not adapter else _short(source or "")
         if label in engines:
             raise ValueError(f"two models are called '{label}'; write --adapter NAME=ADAPTER")
-        engines[label] = load(model, adapter, kept)
+        engines[label] = engine = load(model, adapter, kept)
+        if engine.state.recurrence is not None:
+            raise ValueError(
+                f"'{label}' has recurrent layers, which the server's joint decoding does not "
+                "batch; use `blocktune answer --method prefix-cache`"
+            )
         if kept is not None:
-            kept.device = engines[label].model.device
+            kept.device = engine.model.device
     return engines
 
 
