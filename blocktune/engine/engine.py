@@ -31,7 +31,11 @@ from blocktune.engine.state import Auxiliaries, EngineState
 from blocktune.engine.usage import Stopwatch
 from blocktune.methods import Method, build
 from blocktune.models.gate import require_supported
+from blocktune.models.recurrent import REUSE_REFUSED, find_recurrence
 from blocktune.prompt import LayoutSpec, Pieces, Prompt, PromptFormat
+
+NO_LIMIT = 1 << 30
+"""Tokens of a context where the model's configuration names no limit."""
 
 
 class EncodeReport(NamedTuple):
@@ -70,7 +74,9 @@ class Engine:
         """Takes a loaded model over: its attention is switched to blocktune's.
 
         Args:
-            model: A RoPE decoder, with its adapter attached or merged.
+            model: A RoPE decoder, with its adapter attached or merged; or one with recurrent
+                layers (Mamba-2, Qwen3-Next, Falcon-H1, Jamba, ...), which is left as it is: it
+                serves only methods that reuse no chunk.
             tokenizer: The model's.
             format: Wording of prompts; default: the adapter's, else `PromptFormat`'s.
             adapter: What the model's adapter was trained for, if it has one.
@@ -82,9 +88,12 @@ class Engine:
             ValueError: If the model cannot be served from moved chunk caches, or ``format``
                 differs from what the adapter was trained with.
         """
-        rope = require_supported(model)
-        attach(model)
-        install(model)
+        recurrence = find_recurrence(model)
+        rope = None
+        if recurrence is None:
+            rope = require_supported(model)
+            attach(model)
+            install(model)
         self.model, self.tokenizer = model.eval(), tokenizer
         self.adapter = adapter
         self.format = format or (adapter.format if adapter else PromptFormat())
@@ -98,12 +107,13 @@ class Engine:
         self.fingerprint = model_fingerprint(model, adapter_folder, tokenizer, words)
         pad_id = tokenizer.pad_token_id or 0  # any real id does: pad rows are invisible
         encoder = Encoder(model, self.store, self.fingerprint, pad_id)
-        self.store.describe(
-            self.fingerprint,
-            lambda: manifest(
-                *(model, tokenizer, words, adapter, adapter_folder, rope), encoder.sample()
-            ),
-        )
+        if rope is not None:
+            self.store.describe(
+                self.fingerprint,
+                lambda: manifest(
+                    *(model, tokenizer, words, adapter, adapter_folder, rope), encoder.sample()
+                ),
+            )
         self._state = EngineState(
             model,
             tokenizer,
@@ -112,6 +122,7 @@ class Engine:
             rope,
             pad_id,
             Auxiliaries(model, tokenizer),
+            recurrence,
         )
         config = model.config.get_text_config()
         self.prompts = PromptMaker(
@@ -119,8 +130,9 @@ class Engine:
             self.format,
             trained=adapter.layout if adapter else None,
             link_base=adapter.link_base(model, tokenizer) if adapter else None,
-            max_tokens=config.max_position_embeddings,
+            max_tokens=getattr(config, "max_position_embeddings", NO_LIMIT),  # Mamba has none
             num_layers=config.num_hidden_layers,
+            recurrent=recurrence is not None,
         )
 
     @classmethod
@@ -243,7 +255,8 @@ class Engine:
 
     def forget_prefixes(self) -> None:
         """Empties the exact prefix cache: the next prompt finds nothing of those before it."""
-        tree = PrefixTree(self._state.prefix_tree.max_bytes)
+        old = self._state.prefix_tree
+        tree = PrefixTree(old.max_bytes, old.checkpoints)
         self._state = dataclasses.replace(self._state, prefix_tree=tree)
 
     def answer(
@@ -336,6 +349,8 @@ class Engine:
             ValueError: If the method reshapes attention or needs a question, or as `answer` does.
         """
         method = built(method)
+        if self._state.recurrence is not None:
+            raise ValueError(REUSE_REFUSED.format("a cache of the context"))
         context_cache.require_cacheable(method, self._state.num_layers, question)
         chunks = read_chunks(chunks)
 

@@ -66,6 +66,7 @@ class Usage:
         query_entropy: Entropy of the question's attention in nats, mean over its rows, the heads
             and the layers that were reshaped; None if the method reshapes nothing.
         loading: What the method's `ChunkLoader` reports; None if it has none.
+        prefix_tokens: Tokens whose exact state an earlier prompt with the same beginning left.
     """
 
     prompt_tokens: int
@@ -81,6 +82,7 @@ class Usage:
     ttft: Ttft
     query_entropy: float | None = None
     loading: Any = None
+    prefix_tokens: int = 0
 
     @property
     def recompute_ratio(self) -> float:
@@ -164,8 +166,9 @@ class ModelCost:
         config = model.config.get_text_config()
         experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
         share = config.num_experts_per_tok / experts if experts else 1.0
-        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        pair = 2 * config.num_attention_heads * dim
+        heads = getattr(config, "num_attention_heads", None) or 1  # Mamba has none, and no pairs
+        dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        pair = 2 * heads * dim
         layers = tuple(LayerCost.of(layer, share, pair) for layer in decoder_layers(model))
         return cls(layers, config.hidden_size * config.vocab_size)
 

@@ -240,8 +240,10 @@ class DataArgs:
     titled: str = option(PromptFormat.titled, "A chunk with {title} and {text}")
     untitled: str = option(PromptFormat.untitled, "A chunk without a title: {text}")
     question_format: str = option(PromptFormat.question, "What follows the chunks: {question}")
-    block_tag: str = option("", "Opens the user turn of block examples, also when served")
+    block_tag: str = option("", "Tells the model of block examples, also when served")
     full_tag: str = option("", "The same in full attention")
+    tag_place: str = option("turn", "Where tags stand: before the instruction (turn) or the prompt")
+    strip: bool = option(False, "Strip passages, and questions at their end")
 
     def __post_init__(self):
         if not self.train_data and not self.mixture:
