@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blocktune.adapter.info import INFO_FILE, OWN_WEIGHTS, AdapterInfo
@@ -44,6 +45,7 @@ def load_adapter(
     """
     folder = adapter_folder(adapter, revision)
     info = AdapterInfo.load(folder)
+    require_whole(folder)
     _check_base(info, model, tokenizer, adapter)
     table = load_links(folder) if links and info.has_table else None
     if info.adds_tokens:
@@ -56,6 +58,16 @@ def load_adapter(
     if table is not None:
         install_links(model, table.to(model.dtype))
     return model.eval(), info
+
+
+def require_whole(folder: str | Path) -> None:
+    """Raises ValueError if a weight file of a folder is cut off or none; reads only headers."""
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"'{path}' is damaged or incomplete ({error})") from None
 
 
 def attach_links(

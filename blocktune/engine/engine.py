@@ -28,9 +28,11 @@ from blocktune.engine.layer_schedule import install
 from blocktune.engine.prompts import PromptMaker, Request, as_request
 from blocktune.engine.state import Auxiliaries, EngineState
 from blocktune.engine.usage import Stopwatch
+from blocktune.links import link_base
 from blocktune.methods import Method, build
 from blocktune.models.gate import require_supported
 from blocktune.prompt import LayoutSpec, Pieces, Prompt, PromptFormat
+from blocktune.prompt.special_tokens import padding_id
 
 
 class EncodeReport(NamedTuple):
@@ -95,7 +97,8 @@ class Engine:
         self.store = ChunkStore(device=model.device) if store is None else store
         words = dataclasses.asdict(self.format)
         self.fingerprint = model_fingerprint(model, adapter_folder, tokenizer, words)
-        pad_id = tokenizer.pad_token_id or 0  # any real id does: pad rows are invisible
+        num_tokens = link_base(model)
+        pad_id = padding_id(tokenizer, num_tokens)
         encoder = Encoder(model, self.store, self.fingerprint, pad_id)
         self.store.describe(
             self.fingerprint,
@@ -120,6 +123,7 @@ class Engine:
             link_base=adapter.link_base(model, tokenizer) if adapter else None,
             max_tokens=config.max_position_embeddings,
             num_layers=config.num_hidden_layers,
+            num_tokens=num_tokens,
         )
 
     @classmethod

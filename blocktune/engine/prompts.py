@@ -15,6 +15,7 @@ from blocktune.methods import Method
 from blocktune.prompt import Chunk, LayoutSpec, Pieces, Prompt, PromptFormat, encode
 from blocktune.prompt.pieces import chunk_ids, make_pieces, prefix_ids
 from blocktune.prompt.rows import lay_out, sink_ids, wrapped
+from blocktune.prompt.special_tokens import require_embedded
 
 
 class Request(Protocol):
@@ -49,6 +50,7 @@ class PromptMaker:
         link_base: Id of link slot 0, or None without links.
         max_tokens: Tokens that the model's context holds.
         num_layers: Decoder layers of the model.
+        num_tokens: Rows of the model's embedding, without a link table's.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -57,6 +59,7 @@ class PromptMaker:
     link_base: int | None
     max_tokens: int
     num_layers: int
+    num_tokens: int
 
     def pieces(self, request: Request | Mapping[str, Any], method: Method) -> Pieces:
         """Token pieces of a request as ``method`` reads it."""
@@ -91,8 +94,12 @@ class PromptMaker:
         """Lays pieces out; ``contexts`` as in `blocktune.prompt.lay_out`.
 
         Raises:
-            ValueError: If they and the answer do not fit into the model's context.
+            ValueError: If they and the answer do not fit into the model's context, or hold a
+                token that it does not embed.
         """
+        require_embedded(
+            self.tokenizer, self.num_tokens, pieces.prefix, *pieces.chunks, pieces.query
+        )
         prompt = lay_out(
             pieces, spec, self.link_base, self._blank_id(spec), self._bos_id(spec), contexts
         )
@@ -108,7 +115,8 @@ class PromptMaker:
         """The prefix (None if empty) and the chunks, as they are encoded for plain reuse.
 
         Raises:
-            ValueError: If a chunk does not fit into the model's context.
+            ValueError: If a chunk does not fit into the model's context, or holds a token that it
+                does not embed.
         """
         spec = self.trained if self.trained and self.trained.block else LayoutSpec()
         prefix = prefix_ids(self.tokenizer, self.format)
@@ -117,6 +125,7 @@ class PromptMaker:
         pieces = []
         for index, chunk in enumerate(chunks):
             ids = chunk_ids(self.tokenizer, self.format, chunk)
+            require_embedded(self.tokenizer, self.num_tokens, prefix, ids)
             ids = wrapped(ids, spec, self.link_base, bos_id)
             name = chunk.title or chunk.text.strip()[:40]
             self._require_room(len(blanks) + len(ids), f"chunk {index} ({name!r})")

@@ -90,6 +90,8 @@ class PromptFormat:
             raise ValueError(f"format 'system' must be a string or null, got {self.system!r}")
         for name, wanted in _PLACEHOLDERS.items():
             _check_placeholders(name, getattr(self, name), wanted)
+        for name, text in asdict(self).items():
+            require_unicode(text or "", f"format '{name}'")
 
     @property
     def untagged(self) -> PromptFormat:
