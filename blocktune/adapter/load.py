@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blocktune.adapter.info import INFO_FILE, OWN_WEIGHTS, AdapterInfo
@@ -13,6 +14,9 @@ from blocktune.adapter.releases import find_release
 from blocktune.links import add_link_tokens, install_links, load_links
 from blocktune.models.identity import base_fingerprint, same_base, tokenizer_hash
 from blocktune.models.load import adapter_folder, load_base
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 PEFT_FILE = "adapter_config.json"
 
@@ -53,15 +57,43 @@ def load_adapter(
     if (folder / PEFT_FILE).is_file():
         from peft import PeftModel  # serving without an adapter needs no PEFT
 
-        model = PeftModel.from_pretrained(model, folder)
-        model = model.merge_and_unload() if merge else model
+        try:
+            model = PeftModel.from_pretrained(model, folder)
+        except (ValueError, OSError, TypeError, KeyError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"PEFT cannot load '{folder}' ({PEFT_FILE}): {reason}") from None
+        model = _merged(model) if merge else model
     if table is not None:
         install_links(model, table.to(model.dtype))
     return model.eval(), info
 
 
+def _merged(model: PeftModel) -> PreTrainedModel:
+    """The base with the adapter's weights added.
+
+    Where an embedding is tied to the output head and the adapter changes one of them, the head
+    gets weights of its own first: PEFT alone would change both.
+    """
+    from peft.tuners.lora import LoraLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    base = model.get_base_model()
+    config, head = base.config, base.get_output_embeddings()
+    ends = (base.get_input_embeddings(), head)
+    adapted = any(isinstance(end, LoraLayer | ModulesToSaveWrapper) for end in ends)
+    if adapted and config.get_text_config().tie_word_embeddings:
+        own = getattr(head, "base_layer", getattr(head, "original_module", head))
+        own.weight = nn.Parameter(own.weight.detach().clone())
+        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+        base.all_tied_weights_keys = {}
+    return model.merge_and_unload()
+
+
 def require_whole(folder: str | Path) -> None:
-    """Raises ValueError if a weight file of a folder is cut off or none; reads only headers."""
+    """Raises ValueError if a weight file of a folder is missing or cut off; reads only headers."""
+    folder = Path(folder)
+    if (folder / PEFT_FILE).is_file() and not any(folder.glob("adapter_model*")):
+        raise ValueError(f"'{folder}' has {PEFT_FILE}, but no adapter_model.safetensors beside it")
     for path in sorted(Path(folder).glob("*.safetensors")):
         try:
             with safe_open(path, "pt"):
@@ -134,6 +166,7 @@ def load_model(
     device: str | None = None,
     revision: str | None = None,
     quantize: str | None = None,
+    merge: bool = True,
 ) -> Loaded:
     """Loads a causal language model, and puts an adapter on it.
 
@@ -149,6 +182,7 @@ def load_model(
         device: Default: CUDA if there is one, else the CPU.
         revision: Of the model's repository.
         quantize: One of `blocktune.models.quantize.QUANTIZATIONS`, or None: as saved.
+        merge: False leaves the adapter to PEFT, as a reference.
 
     Raises:
         ValueError: If there is no such model or adapter, or they do not fit each other.
@@ -167,7 +201,7 @@ def load_model(
         info = None if release is None else release.fit(base, tokenizer)
         return Loaded(base, tokenizer, info, None)
     quantised = getattr(base, "is_quantized", False)
-    tuned, info = load_adapter(base, tokenizer, folder, merge=not quantised)
+    tuned, info = load_adapter(base, tokenizer, folder, merge=merge and not quantised)
     return Loaded(tuned, tokenizer, info, folder)
 
 
