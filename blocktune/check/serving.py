@@ -255,8 +255,9 @@ def _checks(engine: Engine) -> Iterator[Check]:
 
     plain = _plain(engine)
     block = batch_of(engine, plain)
-    dense = forward_dense(engine, block.input_ids, block.layout)[:, -1]
-    visible = forward_dense(engine, *all_visible(block.input_ids, block.layout))[:, -1]
+    hidden_rows = forward_dense(engine, block.input_ids, block.layout)
+    visible_rows = forward_dense(engine, *all_visible(block.input_ids, block.layout))
+    dense, visible = hidden_rows[:, -1], visible_rows[:, -1]
     whole = batch_of(engine, build("full-prefill"))
     assert bool((whole.layout.group == GLOBAL).all())
     stock = engine.model(whole.input_ids, use_cache=False).logits[:, -1]
@@ -271,7 +272,9 @@ def _checks(engine: Engine) -> Iterator[Check]:
     yield close("cached chunks = dense mask", engine.next_logits([ASK], plain), dense)
     spec = engine.prompts.spec(plain)
     if not spec.num_learned:  # fresh tokens are not all that a question sees
-        in_place = spec.placement == "sequential"  # elsewhere chunks share positions
+        # Elsewhere chunks share positions; and a tag of the mode is another prompt.
+        fmt = engine.format
+        in_place = spec.placement == "sequential" and fmt.block_tag == fmt.full_tag
         same = full if in_place else visible
         told = "full prefill" if in_place else "full attention at the same positions"
         for method in (build("epic", k=1 << 20), build("cacheblend", ratio=1.0)):
@@ -285,7 +288,9 @@ def _checks(engine: Engine) -> Iterator[Check]:
     longer = torch.cat([whole.input_ids, whole.input_ids.new_tensor([ids])], dim=1)
     again = engine.model(longer, use_cache=False).logits[:, -1]
     yield close("decoding = one forward", after, again)
-    moved = difference(dense, visible)
+    # In all rows: a window may keep the question's from reaching any chunk.
+    kept = block.layout.kind[0] != Kind.BLANK
+    moved = difference(hidden_rows[:, kept], visible_rows)
     # In half precision and int8, rounding is closer to the effect of a hidden chunk.
     exact = engine.model.dtype == torch.float32 and quantization_of(engine.model) != "int8"
     wanted = (10 if exact else 3) * max(seen)

@@ -159,10 +159,13 @@ class BlockSFTConfig(LayoutOptions, ObjectiveOptions, BatchOptions, SFTConfig):
 
     freeze_base: bool = option(False, "Train the learned tokens alone (without use_peft)")
     dry_run: bool = option(False, "Stop after printing the plan")
+    overwrite: bool = option(False, "Start again, where output_dir holds an earlier run")
 
     def __post_init__(self):
         if self.bf16 is None:  # TRL would choose bfloat16 on CPUs too
             self.bf16 = not self.fp16 and torch.cuda.is_available()
+        # Else the Trainer refuses bf16, and several processes train alone.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         self.dataset_kwargs = {**(self.dataset_kwargs or {}), "skip_prepare_dataset": True}
         super().__post_init__()
         for name, wanted in _MUST_BE.items():

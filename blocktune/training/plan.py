@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from blocktune.attention.masks import KEPT_CELLS
@@ -145,7 +145,8 @@ class Speedometer:
 
         Returns:
             ``tokens_per_second``, ``mfu`` (share of the machine's matmul rate that went into
-            products with weights) and ``eta_s`` (seconds that are left at this speed).
+            products with weights) and ``eta_s`` (seconds that are left at this speed). ``mfu`` is
+            left out above 1: the rate was measured while the machine was busy.
         """
         then, old_tokens, old_step = self._last
         self.start(tokens, step)
@@ -153,7 +154,8 @@ class Speedometer:
         speed = (tokens - old_tokens) / elapsed
         left = (last_step - step) * elapsed / max(step - old_step, 1)
         mfu = speed * self.flops_per_token / self.rate
-        return {"tokens_per_second": speed, "mfu": mfu, "eta_s": left}
+        rates = {"tokens_per_second": speed, "mfu": mfu, "eta_s": left}
+        return rates if mfu <= 1 else {k: v for k, v in rates.items() if k != "mfu"}
 
 
 def make_plan(trainer: Trainer) -> dict[str, str]:
@@ -187,6 +189,7 @@ def make_plan(trainer: Trainer) -> dict[str, str]:
         "trainable": trained,
         "examples": f"{examples:,} ({prepared.num_dropped:,} dropped as too long)",
         "tokens": f"{packed}{mean:,.0f} a row, longest {max(lengths):,}",
+        "device": _device(args),
         "batch": f"{batch} rows over {args.world_size} process(es)",
         "tokens per step": f"{round(mean * batch):,}",
         "steps": f"{steps:,}",
@@ -202,6 +205,11 @@ def _dtype(trainer: Trainer) -> str:
     computed = "bfloat16" if args.bf16 else "float16" if args.fp16 else None
     held = quantization_of(model) or str(model.dtype).removeprefix("torch.")
     return held if computed in (None, held) else f"{held}, computed in {computed}"
+
+
+def _device(args: TrainingArguments) -> str:
+    found = torch.accelerator.is_available()
+    return args.device.type if found else "cpu (use_cpu, since no GPU was found)"
 
 
 def _evaluation(trainer: Trainer) -> str | None:
