@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blocktune.adapter.info import INFO_FILE, OWN_WEIGHTS, AdapterInfo
 from blocktune.adapter.releases import find_release
+from blocktune.adapter.scope import require_mergeable, scope_adapter
 from blocktune.links import add_link_tokens, install_links, load_links
 from blocktune.models.identity import base_fingerprint, same_base, tokenizer_hash
 from blocktune.models.load import adapter_folder, load_base
@@ -40,10 +41,12 @@ def load_adapter(
 
     Raises:
         ValueError: If there is no such adapter, it is damaged, or it was made for another base
-            or tokenizer; then nothing has changed.
+            or tokenizer, or its scope cannot be merged; then nothing has changed.
     """
     folder = adapter_folder(adapter, revision)
     info = AdapterInfo.load(folder)
+    if merge:
+        require_mergeable(info.scope)
     _check_base(info, model, tokenizer, adapter)
     table = load_links(folder) if links and info.has_table else None
     if info.adds_tokens:
@@ -53,6 +56,7 @@ def load_adapter(
 
         model = PeftModel.from_pretrained(model, folder)
         model = model.merge_and_unload() if merge else model
+    scope_adapter(model, info.scope)
     if table is not None:
         install_links(model, table.to(model.dtype))
     return model.eval(), info
@@ -61,7 +65,7 @@ def load_adapter(
 def attach_links(
     model: PreTrainedModel, adapter: str | Path, revision: str | None = None
 ) -> AdapterInfo:
-    """Installs the link table on a model that stock PEFT has loaded, which needs no other call.
+    """Installs links and scope on a model that stock PEFT has loaded, which needs no other call.
 
     ```python
     model = AutoPeftModelForCausalLM.from_pretrained(folder)
@@ -78,12 +82,14 @@ def attach_links(
         revision: Of the repository.
 
     Raises:
-        ValueError: If there is no such adapter, or its table does not fit the model.
+        ValueError: If there is no such adapter, its table does not fit the model, or the adapter
+            was merged although its scope is not ``both``.
     """
     folder = adapter_folder(adapter, revision)
     info = AdapterInfo.load(folder)
     if info.has_table:
         install_links(model, load_links(folder).to(model.dtype))
+    scope_adapter(model, info.scope)
     return info
 
 
@@ -125,7 +131,8 @@ def load_model(
 ) -> Loaded:
     """Loads a causal language model, and puts an adapter on it.
 
-    LoRA weights are merged unless the base is quantised, so serving costs no more than the base.
+    LoRA weights are merged unless the base is quantised or the adapter acts on some rows only
+    (`AdapterInfo.scope`), so serving costs no more than the base.
 
     Args:
         model: Folder or repository of the Hub, optionally with ``@REVISION``; None: the adapter's
@@ -154,8 +161,8 @@ def load_model(
     if folder is None:
         info = None if release is None else release.fit(base, tokenizer)
         return Loaded(base, tokenizer, info, None)
-    quantised = getattr(base, "is_quantized", False)
-    tuned, info = load_adapter(base, tokenizer, folder, merge=not quantised)
+    kept = getattr(base, "is_quantized", False) or AdapterInfo.load(folder).scope != "both"
+    tuned, info = load_adapter(base, tokenizer, folder, merge=not kept)
     return Loaded(tuned, tokenizer, info, folder)
 
 

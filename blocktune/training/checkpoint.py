@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.trainer import TRAINING_ARGS_NAME, rotate_checkpoints
 
-from blocktune.adapter import INFO_FILE, OWN_WEIGHTS, AdapterInfo
+from blocktune.adapter import INFO_FILE, OWN_WEIGHTS, AdapterInfo, scope_of
 from blocktune.attention import is_attached
 from blocktune.files import move_entries, move_folder
 from blocktune.links import (
@@ -56,6 +56,7 @@ def adapter_info(
     training: Mapping[str, Any],
     link_mode: str = "table",
     link_seed: int = 0,
+    scope: str = "both",
 ) -> AdapterInfo:
     """The `AdapterInfo` of a model (bare or PEFT) that is about to be trained.
 
@@ -73,6 +74,7 @@ def adapter_info(
         format=fmt,
         link_mode=link_mode,
         link_seed=link_seed,
+        scope=scope,
         training=dict(training),
     )
 
@@ -166,7 +168,8 @@ class SaveLayoutCallback(TrainerCallback):
         """Makes `save_pretrained` of the trainer's model write the files too."""
         collator = self.collator
         tokenizer, origin = collator.tokenizer, provenance(args.seed)
-        info = adapter_info(model, tokenizer, collator.layout, collator.format, origin)
+        shape = collator.layout, collator.format
+        info = adapter_info(model, tokenizer, *shape, origin, scope=scope_of(model))
         files = AdapterFiles(info, {"training": settings(args)})
         save = model.save_pretrained
 
