@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blocktune.adapter.info import INFO_FILE, OWN_WEIGHTS, AdapterInfo
 from blocktune.adapter.releases import Release, find_release
+from blocktune.adapter.scope import require_mergeable, scope_adapter
 from blocktune.links import add_link_tokens, install_links, load_links
 from blocktune.models.identity import base_fingerprint, same_base, tokenizer_hash
 from blocktune.models.load import adapter_folder, load_base, sharing
@@ -47,11 +48,13 @@ def load_adapter(
 
     Raises:
         ValueError: If there is no such adapter, it is damaged, or it was made for another base
-            or tokenizer; then nothing has changed.
+            or tokenizer, or its scope cannot be merged; then nothing has changed.
     """
     folder = adapter_folder(adapter, revision)
     info = AdapterInfo.load(folder)
     require_whole(folder)
+    if merge:
+        require_mergeable(info.scope)
     _check_base(info, model, tokenizer, adapter)
     table = load_links(folder) if links and info.has_table else None
     if info.adds_tokens:
@@ -65,6 +68,7 @@ def load_adapter(
             reason = " ".join(str(error).split())
             raise ValueError(f"PEFT cannot load '{folder}' ({PEFT_FILE}): {reason}") from None
         model = _merged(model) if merge else model
+    scope_adapter(model, info.scope)
     if table is not None:
         install_links(model, table.to(model.dtype))
     return model.eval(), info
@@ -107,7 +111,7 @@ def require_whole(folder: str | Path) -> None:
 def attach_links(
     model: PreTrainedModel, adapter: str | Path, revision: str | None = None
 ) -> AdapterInfo:
-    """Installs the link table on a model that stock PEFT has loaded, which needs no other call.
+    """Installs links and scope on a model that stock PEFT has loaded, which needs no other call.
 
     ```python
     model = AutoPeftModelForCausalLM.from_pretrained(folder)
@@ -124,12 +128,14 @@ def attach_links(
         revision: Of the repository.
 
     Raises:
-        ValueError: If there is no such adapter, or its table does not fit the model.
+        ValueError: If there is no such adapter, its table does not fit the model, or the adapter
+            was merged although its scope is not ``both``.
     """
     folder = adapter_folder(adapter, revision)
     info = AdapterInfo.load(folder)
     if info.has_table:
         install_links(model, load_links(folder).to(model.dtype))
+    scope_adapter(model, info.scope)
     return info
 
 
@@ -172,7 +178,8 @@ def load_model(
 ) -> Loaded:
     """Loads a causal language model, and puts an adapter on it.
 
-    LoRA weights are merged unless the base is quantised, so serving costs no more than the base.
+    LoRA weights are merged unless the base is quantised or the adapter acts on some rows only
+    (`AdapterInfo.scope`), so serving costs no more than the base.
 
     Args:
         model: Folder or repository of the Hub, optionally with ``@REVISION``; None: the adapter's
@@ -249,8 +256,8 @@ def _put_on(source: _Source, base, tokenizer, alone: bool, merge: bool) -> Loade
     if source.folder is None:
         info = None if source.release is None else source.release.fit(base, tokenizer)
         return Loaded(base, tokenizer, info, None)
-    merge = merge and alone and not getattr(base, "is_quantized", False)
-    tuned, info = load_adapter(base, tokenizer, source.folder, merge=merge)
+    kept = getattr(base, "is_quantized", False) or AdapterInfo.load(source.folder).scope != "both"
+    tuned, info = load_adapter(base, tokenizer, source.folder, merge=merge and alone and not kept)
     return Loaded(tuned, tokenizer, info, source.folder)
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from blocktune.adapter import AdapterInfo
+from blocktune.adapter import AdapterInfo, scope_of
 from blocktune.adapter.load import load_model
 from blocktune.attention import attach
 from blocktune.cache import ChunkStore, PrefixTree, model_fingerprint
@@ -103,6 +103,11 @@ class Engine:
             raise ValueError(
                 f"the adapter was trained with the prompt format {adapter.format}, got "
                 f"{self.format}; leave the format out to use the adapter's"
+            )
+        if adapter and adapter.scope != scope_of(model):
+            raise ValueError(
+                f"the adapter has scope '{adapter.scope}' and the model '{scope_of(model)}'; call "
+                "blocktune.adapter.attach_links on what PEFT loaded (a merged model cannot be used)"
             )
         self.store = ChunkStore(device=model.device) if store is None else store
         words = dataclasses.asdict(self.format)

@@ -138,7 +138,7 @@ class PromptMaker:
             name = chunk.title or chunk.text.strip()[:40]
             self._require_room(len(blanks) + len(ids), f"chunk {index} ({name!r})")
             pieces.append(Piece(ids, blanks))
-        return (Piece(prefix) if prefix else None), pieces
+        return (Piece(prefix, is_prefix=True) if prefix else None), pieces
 
     def _require_room(self, tokens: int, what: str) -> None:
         if tokens > self.max_tokens:

@@ -103,7 +103,8 @@ class PromptFormat:
         for name, wanted in _PLACEHOLDERS.items():
             _check_placeholders(name, getattr(self, name), wanted)
         for name, text in asdict(self).items():
-            require_unicode(text or "", f"format '{name}'")
+            if isinstance(text, str):
+                require_unicode(text, f"format '{name}'")
 
     @property
     def untagged(self) -> PromptFormat:

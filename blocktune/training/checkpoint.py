@@ -22,7 +22,7 @@ from transformers import (
 from transformers.trainer import TRAINING_ARGS_NAME, rotate_checkpoints
 
 from blocktune import links
-from blocktune.adapter import INFO_FILE, OWN_WEIGHTS, AdapterInfo
+from blocktune.adapter import INFO_FILE, OWN_WEIGHTS, AdapterInfo, scope_of
 from blocktune.attention import is_attached
 from blocktune.files import move_entries, move_folder
 from blocktune.models.identity import base_fingerprint, tokenizer_hash
@@ -50,6 +50,7 @@ def adapter_info(
     training: Mapping[str, Any],
     link_mode: str = "table",
     link_seed: int = 0,
+    scope: str = "both",
 ) -> AdapterInfo:
     """The `AdapterInfo` of a model (bare or PEFT) that is about to be trained.
 
@@ -67,6 +68,7 @@ def adapter_info(
         format=fmt,
         link_mode=link_mode,
         link_seed=link_seed,
+        scope=scope,
         training=dict(training),
     )
 
@@ -155,7 +157,8 @@ class SaveLayoutCallback(TrainerCallback):
         collator = self.collator
         collator.num_tokens = links.link_base(model)
         tokenizer, origin = collator.tokenizer, provenance(args.seed)
-        info = adapter_info(model, tokenizer, collator.layout, collator.format, origin)
+        shape = collator.layout, collator.format
+        info = adapter_info(model, tokenizer, *shape, origin, scope=scope_of(model))
         files = AdapterFiles(info, {"training": settings(args)})
         save = model.save_pretrained
 
