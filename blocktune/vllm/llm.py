@@ -141,7 +141,7 @@ class ChunkLLM:
     def encode(self, segments: Sequence[Segment]) -> None:
         """Encodes segments into the store."""
         engine = self._encoder
-        pieces = [Piece(segment.ids, segment.blanks) for segment in segments]
+        pieces = [Piece(*segment.wanted) for segment in segments]
         engine.state.encoder.find(pieces, Stopwatch(engine.model.device))
 
     def answer(

@@ -91,7 +91,7 @@ class SchedulerSide:
     def _lacks(self, request: Request, plan: LoadPlan, computed: int) -> bool:
         missing = plan.missing(self.folder.has, computed)
         if missing:
-            self.queue.add(plan.fingerprint, [(one.ids, one.blanks) for one in missing])
+            self.queue.add(plan.fingerprint, [one.wanted for one in missing])
             self._asked[request.request_id] = (
                 f"{len(missing)} of {len(plan.segments)} segments are not in the store "
                 f"'{self.folder.path}'; encode them (`blocktune encode --follow`) and ask again"

@@ -223,8 +223,7 @@ class WorkerSide:
             return held
         kv = self.store.get(key, plan.segments[index].ids, plan.fingerprint)
         if kv is None:  # an encoder verifies it too, and encodes it again
-            one = plan.segments[index]
-            self.queue.add(plan.fingerprint, [(one.ids, one.blanks)])
+            self.queue.add(plan.fingerprint, [plan.segments[index].wanted])
             reason = self.store.stats().first_rejected or "it is not there"
             raise Missing(f"chunk {key[:12]} cannot be read from the store: {reason}")
         counts["store_reads"] += 1

@@ -40,16 +40,6 @@ def packet(tmp_path_factory):
     )
 
 
-@pytest.fixture(scope="module")
-def lora(tmp_path_factory):
-    return make_adapter(tmp_path_factory.mktemp("lora"), LayoutSpec(), True)
-
-
-@pytest.fixture(scope="module")
-def tuned(store, lora):
-    return Engine.from_pretrained(TINY, lora, store=store, dtype="float32", device="cpu")
-
-
 def connector(llm):
     """Both halves of the connector, which run in this process."""
     from vllm.distributed.kv_transfer import get_kv_transfer_group
@@ -108,8 +98,12 @@ def test_learned_tokens_are_served_by_the_base(llm, store, packet, method):
     assert len(adapted.client.prompts.pieces(examples[0], adapted.client.method).chunks) == 6
 
 
-def test_a_lora_adapter_answers_from_its_own_chunks(llm, engine, tuned, lora):
-    adapted, examples = llm.adapted(lora), questions(4)
+@pytest.mark.parametrize("scope", ["both", "encode", "read"])
+def test_a_lora_adapter_answers_from_its_own_chunks(llm, engine, store, tmp_path, scope):
+    adapter = make_adapter(tmp_path / scope, LayoutSpec(), True, scope)
+    tuned = Engine.from_pretrained(TINY, adapter, store=store, dtype="float32", device="cpu")
+    adapted, examples = llm.adapted(adapter), questions(4, 2)
+    assert (adapted.client.lora is None) == (scope == "encode")
     made = adapted.answer(examples, sampling=GREEDY)
     require_same(made, tuned, examples, "block-attention")
     # The base is asked the same: neither finds the other's chunks or cached blocks.
