@@ -141,8 +141,10 @@ class ChunkLLM:
     def encode(self, segments: Sequence[Segment]) -> None:
         """Encodes segments into the store."""
         engine = self._encoder
-        pieces = [Piece(*segment.wanted) for segment in segments]
+        wanted = [segment.wanted for segment in segments]
+        pieces = [Piece(*one) for one in wanted]
         engine.state.encoder.find(pieces, Stopwatch(engine.model.device))
+        self.client.queue.done(engine.fingerprint, wanted)
 
     def answer(
         self,
