@@ -15,6 +15,7 @@ for topic in (
     "train",
     "evaluate",
     "serve",
+    "vllm",
     "data",
     "make_data",
     "methods",

@@ -12,6 +12,7 @@ from blocktune.engine.assemble import Assembled, from_chunks, from_prefix
 from blocktune.engine.attention_probes import ScoringPasses
 from blocktune.engine.generation import Generation
 from blocktune.engine.layer_schedule import LayerSchedule, Prefill, prefill
+from blocktune.engine.recurrent import prefill_recurrent
 from blocktune.engine.rows import Computed, column_rows, computed_rows
 from blocktune.engine.state import EngineState
 from blocktune.engine.usage import Executed, Stopwatch
@@ -27,6 +28,8 @@ def prefill_batch(
     state: EngineState, prompts: Sequence[Prompt], pieces: Sequence[Pieces], method: Method
 ) -> Generation:
     """Assembles what is cached, computes the rest, and stops before the first token."""
+    if state.recurrence is not None:
+        return prefill_recurrent(state, prompts, pieces, method)
     loader = method.loader(state.encoder.store, state.encoder.fingerprint)
     if loader is not None:
         try:
@@ -69,7 +72,7 @@ class BatchPrefill:
 
     def run(self) -> Generation:
         """Stops before the first token."""
-        assembled = self._assemble()
+        self.assembled = assembled = self._assemble()
         self.watch.start()
         if self.loader is not None and self.method.layer_budget is None:
             tokens = int(self.batch.layout.is_context.sum())
@@ -110,9 +113,11 @@ class BatchPrefill:
         """Keeps what later prompts can use: exact prefixes, and what the method's history wants."""
         if self.is_exact and self.method.cached is Cached.EXACT_PREFIX:
             for index, prompt in enumerate(self.pieces):
-                path = [prompt.prefix, *prompt.chunks]
+                ids, start = prompt.context, self.assembled.prefix_tokens[index]
                 fingerprint = self.state.encoder.fingerprint
-                self.state.prefix_tree.insert(cut_exact(self.cache, index, path, fingerprint))
+                if start < len(ids):
+                    kept = cut_exact(self.cache, index, ids, fingerprint, start=start)
+                    self.state.prefix_tree.insert(kept)
         if self.method.history is not None:
             # Mean over heads and layers, ``(B, N, C)``.
             attention = made.chunk_probe.mass / made.chunk_probe.layers

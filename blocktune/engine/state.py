@@ -12,6 +12,7 @@ from blocktune.adapter.load import load_model
 from blocktune.attention import attach
 from blocktune.cache import PrefixTree
 from blocktune.engine.encode import Encoder
+from blocktune.models.recurrent import Recurrence
 from blocktune.positions import RopeSpec
 from blocktune.prompt import end_of_turn
 
@@ -67,16 +68,18 @@ class EngineState:
     """The model, its tokenizer and its caches.
 
     ``encoder`` has the store of chunks, ``prefix_tree`` the exact prefixes of earlier prompts;
-    ``rope`` says how keys are moved; ``pad_id`` is the token of padding rows.
+    ``rope`` says how keys are moved, or ``recurrence`` how a model with recurrent layers, whose
+    chunks cannot be, goes on from a state; ``pad_id`` is the token of padding rows.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     encoder: Encoder
     prefix_tree: PrefixTree
-    rope: RopeSpec
+    rope: RopeSpec | None
     pad_id: int
     auxiliaries: Auxiliaries
+    recurrence: Recurrence | None = None
 
     @property
     def num_layers(self) -> int:

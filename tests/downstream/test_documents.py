@@ -171,7 +171,9 @@ def there(tmp_path, monkeypatch) -> Path:
 
 
 PYTHON = [(path, text) for path in PAGES for text in blocks(path, "python")]
-PLAIN = [(p, text) for p, text in PYTHON if "@register" not in text and "SFTTrainer" not in text]
+APART = ("@register", "SFTTrainer", "blocktune.vllm")
+"""Marks of blocks that other tests run: below, and tests/vllm in an environment with vLLM."""
+PLAIN = [(p, text) for p, text in PYTHON if not any(mark in text for mark in APART)]
 PLUGINS = [(path, text) for path, text in PYTHON if "@register" in text]
 
 

@@ -208,6 +208,8 @@ def test_a_quota_is_answered_429(serve):
     late = client.post(CHAT, json=chat(), headers=headers)
     refused(late, 429, "quota")
     assert int(late.headers["retry-after"]) >= 1
+    ahead = client.post("/v1/chunks", json={"documents": DOCUMENTS}, headers=headers)
+    refused(ahead, 429, "quota")
 
 
 def blocked(monkeypatch):
