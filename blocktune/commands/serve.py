@@ -95,8 +95,7 @@ def serve(
         bool, typer.Option("--log-texts", help="Log answers.", rich_help_panel=SAFETY)
     ] = False,
     skip_check: Annotated[
-        bool,
-        typer.Option("--skip-check", help="Answer without the check that reuse is exact."),
+        bool, typer.Option("--skip-check", help="Answer without the check that reuse is exact.")
     ] = False,
     limit: Annotated[
         list[str] | None,

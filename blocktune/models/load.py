@@ -15,6 +15,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import httpx
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from blocktune.models.quantize import keep_stored_codes, quantization_config
@@ -91,7 +92,7 @@ def sharing(model: PreTrainedModel, own_embeddings: bool = False) -> PreTrainedM
 def _explained(name: str, what: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
             f"cannot load {what} from '{name}': {reason}; give a folder saved by save_pretrained "
@@ -122,7 +123,7 @@ def check_device(name: str) -> None:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"unknown device '{name}'; wanted cuda, cuda:0, cpu or the like") from None
+        raise ValueError(f"unknown device '{name}'; use cuda, cuda:0 or cpu, for example") from None
     count = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= count:
         raise ValueError(
@@ -167,5 +168,5 @@ def adapter_folder(adapter: str | Path, revision: str | None = None) -> Path:
     except (httpx.HTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"no adapter '{adapter}': it is no local folder, and the Hub says: {reason}"
+            f"no adapter '{adapter}': it is not a local folder, and the Hub says: {reason}"
         ) from None

@@ -32,7 +32,7 @@ def load_engines(
         options: See `blocktune.adapter.load.load_models`.
 
     Raises:
-        ValueError: If two have the same name.
+        ValueError: If two have the same name, or a model has recurrent layers.
     """
     split = [text.partition("=") for text in adapters]
     wanted = [(head, tail) if equals else (_short(head), head) for head, equals, tail in split]
@@ -47,10 +47,17 @@ def load_engines(
         "store": ChunkStore(store_bytes, store, device),
         "prefix_tree": PrefixTree(max(1, store_bytes)),
     }
-    return {
+    engines = {
         label: Engine(base, tokenizer, adapter=info, adapter_folder=folder, **kept)
         for label, (base, tokenizer, info, folder) in zip(labels, loaded, strict=True)
     }
+    for label, engine in engines.items():
+        if engine.state.recurrence is not None:
+            raise ValueError(
+                f"'{label}' has recurrent layers, which the server's joint decoding does not "
+                "batch; use `blocktune answer --method prefix-cache`"
+            )
+    return engines
 
 
 def _short(source: str) -> str:

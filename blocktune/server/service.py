@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from blocktune.check import check_model
 from blocktune.engine import Engine, Sampling
 from blocktune.layout import Kind
-from blocktune.methods import Method, build, build_entry
+from blocktune.methods import Method, build, build_entry, default_method
 from blocktune.server.config import Quotas, ServerConfig, Tenant
 from blocktune.server.decoding import Settings
 from blocktune.server.front import (
@@ -96,7 +96,11 @@ class Service:
     ):
         self.config, self.created = config, int(time.time())
         self.models = {
-            name: Served(name, engine, default_method(engine) if method is None else build(method))
+            name: Served(
+                name,
+                engine,
+                default_method(engine.prompts.trained) if method is None else build(method),
+            )
             for name, engine in engines.items()
         }
         for served in self.models.values():
@@ -287,16 +291,6 @@ class Service:
             timeout_s=limits.request_s,
             strip=body.blocktune.strip,
         )
-
-
-def default_method(engine: Engine) -> Method:
-    """What a model was trained for; naive reuse without an adapter."""
-    trained = engine.prompts.trained
-    if trained is None or not trained.block:
-        return build("naive")
-    if not trained.num_learned:
-        return build("block-attention")
-    return build("kvlink" if trained.num_links else "kv-packet")
 
 
 def read_method(asked: Extension, default: str) -> Method:
