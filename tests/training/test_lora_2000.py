@@ -77,7 +77,7 @@ def test_it_trains_asks_judges_and_goes_on_where_it_was(tmp_path):
     (tmp_path / "joined.yaml").write_text(RECIPE.format(share=1.0).replace("2.0e-3", "1.0e-3"))
     changed = run(tmp_path)
     assert changed.returncode == 2
-    assert "was trained with learning_rate: 0.002" in changed.stderr
+    assert "learning_rate 0.002 -> 0.001" in changed.stderr
 
 
 def test_other_worlds_need_a_folder_of_their_own():
