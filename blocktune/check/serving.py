@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from blocktune.adapter import scope_of
 from blocktune.attention import DensePlan, SplitPlan
 from blocktune.cache import ChunkStore
 from blocktune.engine import Engine, Sampling
@@ -262,6 +263,10 @@ def _checks(engine: Engine) -> Iterator[Check]:
     assert bool((whole.layout.group == GLOBAL).all())
     stock = engine.model(whole.input_ids, use_cache=False).logits[:, -1]
     yield close("full prefill = stock attention", full, stock)
+    if scope_of(engine.model) == "encode":
+        with engine.model.disable_adapter():
+            moved = difference(stock, engine.model(whole.input_ids, use_cache=False).logits[:, -1])
+        yield Check("full attention = the base, bit for bit", moved == 0, moved, 0.0)
     split = engine.model(
         block.input_ids,
         position_ids=block.layout.position,
@@ -271,7 +276,9 @@ def _checks(engine: Engine) -> Iterator[Check]:
     yield close("split = dense mask", split.logits[:, -1], dense)
     yield close("cached chunks = dense mask", engine.next_logits([ASK], plain), dense)
     spec = engine.prompts.spec(plain)
-    if not spec.num_learned:  # fresh tokens are not all that a question sees
+    # A chunk with nothing before it is not recomputed: what a writer made of it stays.
+    stays = scope_of(engine.model) != "both" and not bool((block.layout.kind == Kind.PREFIX).any())
+    if not spec.num_learned and not stays:  # fresh tokens are not all that a question sees
         # Elsewhere chunks share positions; and a tag of the mode is another prompt.
         fmt = engine.format
         in_place = spec.placement == "sequential" and fmt.block_tag == fmt.full_tag

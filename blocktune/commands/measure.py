@@ -94,7 +94,7 @@ def profile_layers(
     from rich.progress import track
 
     from blocktune.commands.answering import read_examples
-    from blocktune.engine.layer_profile import profile_layers
+    from blocktune.evaluation.fidelity import profile_layers
     from blocktune.tables import Table
 
     examples = read_examples(source, limit, None, [])
@@ -144,7 +144,7 @@ def attention(
     as_json: opt.AsJson = False,
 ) -> None:
     """Time split attention, forward and backward, against full causal and dense-mask SDPA."""
-    from blocktune.bench import bench_attention
+    from blocktune.bench.attention import bench_attention
 
     _show(bench_attention(tokens, chunk, repeats), as_json, output)
 
@@ -164,7 +164,7 @@ def reuse(
     as_json: opt.AsJson = False,
 ) -> None:
     """Time cacheblend, epic and naive reuse of cached chunks against a full prefill."""
-    from blocktune.bench import TINY, ReuseBench, bench_reuse
+    from blocktune.bench.reuse import TINY, ReuseBench, bench_reuse
 
     setting = replace(TINY, repeats=repeats) if tiny else ReuseBench(tokens, chunk, repeats=repeats)
     _show(bench_reuse(setting), as_json, output)
@@ -188,10 +188,23 @@ def loading(
     as_json: opt.AsJson = False,
 ) -> None:
     """Time cacheblend with chunks on disk: loaded before computing, or while computing."""
-    from blocktune.bench import LOADING, TINY, bench_loading
+    from blocktune.bench.reuse import LOADING, TINY, bench_loading
 
     setting = TINY if tiny else replace(LOADING, tokens=tokens, chunk=chunk)
     _show(bench_loading(replace(setting, repeats=repeats), folder), as_json, output)
+
+
+@command(
+    "vllm",
+    "blocktune bench vllm --json   # in an environment with vLLM",
+    "blocktune bench vllm --tiny",
+    of=group,
+)
+def vllm(tiny: Tiny = False, output: Output = None, as_json: opt.AsJson = False) -> None:
+    """Time first tokens from cached chunks on vLLM against its prefill and prefix cache."""
+    from blocktune.bench.vllm import TINY, VllmBench, bench_vllm
+
+    _show(bench_vllm(TINY if tiny else VllmBench()), as_json, output)
 
 
 def _show(found: dict, as_json: bool, output: Path | None) -> None:

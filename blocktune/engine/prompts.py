@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from blocktune.data.example import RagExample
 from blocktune.engine.encode import Piece
 from blocktune.layout import Kind
-from blocktune.methods import Method
+from blocktune.methods import Cached, Method
+from blocktune.models.recurrent import REUSE_REFUSED
 from blocktune.prompt import Chunk, LayoutSpec, Pieces, Prompt, PromptFormat, encode
 from blocktune.prompt.pieces import chunk_ids, make_pieces, prefix_ids
 from blocktune.prompt.rows import lay_out, sink_ids, wrapped
@@ -51,6 +52,7 @@ class PromptMaker:
         max_tokens: Tokens that the model's context holds.
         num_layers: Decoder layers of the model.
         num_tokens: Rows of the model's embedding, without a link table's.
+        recurrent: Whether some of them are recurrent, so that no chunk can be reused.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -60,6 +62,7 @@ class PromptMaker:
     max_tokens: int
     num_layers: int
     num_tokens: int
+    recurrent: bool = False
 
     def pieces(self, request: Request | Mapping[str, Any], method: Method) -> Pieces:
         """Token pieces of a request as ``method`` reads it."""
@@ -73,8 +76,11 @@ class PromptMaker:
         """The rows that ``method`` wants.
 
         Raises:
-            ValueError: If the method needs another adapter than the model's, or more layers.
+            ValueError: If the method needs another adapter than the model's, or more layers, or
+                reuses chunks of a recurrent model.
         """
+        if self.recurrent and method.cached is Cached.CHUNKS:
+            raise ValueError(REUSE_REFUSED.format(f"method '{method.name}'"))
         wanted = method.select().min_layers
         if wanted > self.num_layers:
             raise ValueError(
@@ -118,6 +124,8 @@ class PromptMaker:
             ValueError: If a chunk does not fit into the model's context, or holds a token that it
                 does not embed.
         """
+        if self.recurrent:
+            raise ValueError(REUSE_REFUSED.format("encoding"))
         spec = self.trained if self.trained and self.trained.block else LayoutSpec()
         prefix = prefix_ids(self.tokenizer, self.format)
         bos_id = self._bos_id(spec)
@@ -130,7 +138,7 @@ class PromptMaker:
             name = chunk.title or chunk.text.strip()[:40]
             self._require_room(len(blanks) + len(ids), f"chunk {index} ({name!r})")
             pieces.append(Piece(ids, blanks))
-        return (Piece(prefix) if prefix else None), pieces
+        return (Piece(prefix, is_prefix=True) if prefix else None), pieces
 
     def _require_room(self, tokens: int, what: str) -> None:
         if tokens > self.max_tokens:

@@ -7,12 +7,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from blocktune.adapter import find_release
 from blocktune.data import RagExample, load_examples
 from blocktune.engine import Engine
 from blocktune.evaluation.suite import MethodSpec, Suite
 from blocktune.evaluation.task import TaskSpec
 from blocktune.evaluation.ttft import fill
 from blocktune.methods import Method, build_entry
+from blocktune.models.identity import adapter_fingerprint, base_fingerprint
+from blocktune.models.load import adapter_folder
 from blocktune.prompt import PromptFormat, make_pieces
 
 logger = logging.getLogger("blocktune")
@@ -56,6 +59,21 @@ class Ready:
     def of(self, task: TaskSpec, limit: int | None = None) -> list[RagExample]:
         """The examples of a task."""
         return [q.example for q in self.questions if q.task is task][:limit]
+
+    def fingerprints(self) -> dict[str, Any]:
+        """Digests of the base and of the adapters by name, for the provenance.
+
+        Published releases of other projects have none.
+        """
+        if None in self.engines:
+            base = base_fingerprint(self.engines[None].model)
+        else:  # adapters are merged into the model; each was held to the base
+            base = next(iter(self.engines.values())).adapter.base_fingerprint
+        named = [name for name in self.engines if name is not None and find_release(name) is None]
+        return {
+            "base_fingerprint": base,
+            "adapter_fingerprints": {n: adapter_fingerprint(adapter_folder(n)) for n in named},
+        }
 
 
 def load_engine(suite: Suite, adapter: str | None) -> Engine:

@@ -13,13 +13,12 @@ from typing import Any, NamedTuple
 
 from blocktune.data.sources.catalog import CATALOG, is_test_split
 from blocktune.evaluation.prepare import Load, load_engine
-from blocktune.evaluation.processes import PATIENCE, Processes
-from blocktune.evaluation.runner import run_suite
+from blocktune.evaluation.runner import PATIENCE, Processes, run_suite
 from blocktune.evaluation.suite import MethodSpec, Suite, TtftSpec
-from blocktune.evaluation.task import TaskSpec, with_task
+from blocktune.evaluation.task import TaskSpec, parse_task
 from blocktune.files import replace_json
 from blocktune.methods import build_entry
-from blocktune.parsing import entries, load_spec, read
+from blocktune.parsing import entries, load_spec, mapping, read
 
 OWN_KEYS = ("budget",)
 """Keys of a method's entry that a path without a dot may name; others are the preset's."""
@@ -99,7 +98,10 @@ def load_tuning(path: str | Path) -> TuneSpec:
 
 def parse_tuning(record: Any, where: str = "tuning run") -> TuneSpec:
     """Builds a run from decoded YAML; ``where`` opens every error, a ValueError."""
-    return read(TuneSpec, with_task(record, where), where)
+    values = dict(mapping(record, where))
+    if "task" in values:
+        values["task"] = parse_task(values["task"], f"{where}: task")
+    return read(TuneSpec, values, where)
 
 
 def refuse_test(source: str) -> None:

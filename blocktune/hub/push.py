@@ -126,7 +126,7 @@ def show(publication: Publication, console: Console) -> None:
 
 
 def check_repo(repo: str) -> None:
-    """Refuses what is no USER/NAME."""
+    """Refuses a name that is not USER/NAME."""
     try:
         validate_repo_id(repo)
     except HFValidationError as error:

@@ -1,4 +1,4 @@
-"""Text to token ids: user text never becomes special tokens, and BOS stands once, at the start."""
+"""Text to token ids: user text never becomes special tokens; BOS occurs once, at the start."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def encode(
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> Mapping[str, int]:
     """Ids of the special tokens by their text.
 
-    Remembered, since tokenizers list their added tokens anew each time; Gemma 3 has 6,000.
+    Cached, since tokenizers rebuild the list of added tokens each time; Gemma 3 has 6,000.
     """
     with _LOCK:
         known = _RECENT.setdefault(tokenizer, _Recent()).special
@@ -142,7 +142,7 @@ def with_bos(tokenizer: PreTrainedTokenizerBase, prefix: Ids) -> Ids:
 
 
 def check_bos(tokenizer: PreTrainedTokenizerBase, prefix: Ids, *others: Ids) -> None:
-    """Raises ValueError if BOS stands anywhere but at the start of the prefix, or twice.
+    """Raises ValueError if BOS occurs anywhere but at the start of the prefix, or twice.
 
     Templates that open every turn with BOS (SmolLM2's ``<|im_start|>``) are left alone.
     """

@@ -40,8 +40,8 @@ class Augmentation:
     Attributes:
         block_dropout: Chance that a chunk joins the group of the one before it, so that it sees
             that one as in full attention (arXiv:2605.15913).
-        position_jitter: Before every chunk, and before the question, positions jump by 0 to so
-            many.
+        position_jitter: Before every chunk, and before the question, positions jump by 0 to
+            this many.
 
     Raises:
         ValueError: If a value is out of range.

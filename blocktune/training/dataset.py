@@ -213,7 +213,9 @@ def prepare(
     rows += [[_unanswered(min(parts, key=lambda part: part["length"]))]] * (
         -len(rows) % multiple_of
     )
-    dataset = _columns(rows)
+    starts = range(0, len(rows), ROWS_AT_A_TIME)
+    columns = ([_record(row) for row in rows[a : a + ROWS_AT_A_TIME]] for a in starts)
+    dataset = concatenate_datasets([Dataset.from_list(c, features=FEATURES) for c in columns])
     named = data_sets_of(sample.example for sample in samples)
     num_block, digest = sum(part["block"] for part in parts), _digest(parts)
     return Prepared(dataset, len(parts), num_block, num_dropped, named, digest)
@@ -298,13 +300,6 @@ class PartReader:
 def _ids(ids: Sequence[int]) -> np.ndarray:
     """Four bytes a token; Python's own numbers take ten times as many."""
     return np.array(ids, dtype=np.int32)
-
-
-def _columns(rows: Sequence[list[dict[str, Any]]]) -> Dataset:
-    """The rows as Arrow columns, `ROWS_AT_A_TIME` at a time."""
-    starts = range(0, len(rows), ROWS_AT_A_TIME)
-    parts = ([_record(row) for row in rows[a : a + ROWS_AT_A_TIME]] for a in starts)
-    return concatenate_datasets([Dataset.from_list(part, features=FEATURES) for part in parts])
 
 
 def _digest(parts: Sequence[dict[str, Any]]) -> str:

@@ -60,7 +60,7 @@ def refuse_unasked_evaluation(source: str | None, args: SFTConfig) -> None:
             "eval_strategy: epoch, steps with eval_steps, or eval_on_start"
         )
     if asked and not source:
-        raise ValueError("an evaluation wants questions to ask; name them in eval_data")
+        raise ValueError("an evaluation needs questions; name them in eval_data")
 
 
 def refuse_frozen_quantised(args: SFTConfig, choice: ModelConfig) -> None:
@@ -101,7 +101,7 @@ def refuse_lost_launch(accelerator: Accelerator, n_gpu: int, uses_deepspeed: boo
         )
     if n_gpu > 1:
         raise ValueError(
-            f"one process sees {n_gpu} GPUs and would cut prompts from their layouts "
+            f"one process sees {n_gpu} GPUs and would separate prompts from their layouts "
             f"between them; start one per GPU (blocktune train --processes {n_gpu}) "
             "or show it one (CUDA_VISIBLE_DEVICES=0)"
         )

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
+from blocktune.adapter.scope import SCOPED_ROWS
 from blocktune.attention.masks import KEPT_CELLS
 from blocktune.models.quantize import quantization_of
 from blocktune.models.sharded import num_elements, whole_shape
@@ -179,6 +180,8 @@ def make_plan(trainer: Trainer) -> dict[str, str]:
     )
     packed = f"{len(lengths):,} packed rows, " if len(lengths) != examples else ""
     trained = f"{size.trainable:,} of {size.parameters:,} ({size.trainable / size.parameters:.2%})"
+    if args.scope in SCOPED_ROWS:
+        trained += f", on {SCOPED_ROWS[args.scope]} only"
     peak = written("bytes", expected_peak(trainer))
     time_s = duration(flops / (EFFICIENCY * trainer.speed.rate))
     plan = {

@@ -104,7 +104,7 @@ def parse(argv: Sequence[str]) -> tuple[DataArgs, BlockSFTConfig, ModelConfig]:
         ValueError: On an unknown key or option, a value of the wrong type, or a missing file.
     """
     if argv and Path(argv[0]).suffix in (".yaml", ".yml") and not argv[0].startswith("-"):
-        raise ValueError(f"'{argv[0]}' stands alone; did you mean '--config {argv[0]}'?")
+        raise ValueError(f"unexpected argument '{argv[0]}'; did you mean '--config {argv[0]}'?")
     parser = Parser(argv)
     finder = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     finder.add_argument("--config")
@@ -268,13 +268,13 @@ def load_base(choice: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizer
         raise ValueError("model_name_or_path is missing; name a folder or a Hub repository")
     if choice.attn_implementation is not None:
         raise ValueError(
-            f"attn_implementation '{choice.attn_implementation}' knows no chunks; leave it out and "
-            "choose attention_execution: split, flex or dense"
+            f"attn_implementation '{choice.attn_implementation}' does not support layouts; leave "
+            "it out and choose attention_execution: split, flex or dense"
         )
     quantised = choice.load_in_4bit or choice.load_in_8bit
     if quantised and choice.dtype in (None, "auto"):
         raise ValueError(
-            "a quantised base is computed in a dtype that must be named; set dtype: bfloat16 "
+            "a quantised base needs an explicit dtype to compute in; set dtype: bfloat16 "
             "(on GPUs) or dtype: float32 (on CPUs)"
         )
     return load.load_base(

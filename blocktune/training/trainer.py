@@ -123,9 +123,13 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
             "modes": {"block": self.prepared.num_block, "full": full},
             "objective": describe_objective(args),
         }
-        info = adapter_info(
-            model, tokenizer, args.layout, collator.format, origin, args.link_mode, args.seed
-        )
+        if args.scope == "encode" and full:
+            raise ValueError(
+                f"scope 'encode' trains on rows of chunks, and {full:,} examples in full attention "
+                "have none; set block_share: 1.0 without both_modes, or another scope"
+            )
+        trained = args.link_mode, args.seed, args.scope
+        info = adapter_info(model, tokenizer, args.layout, collator.format, origin, *trained)
         model = make_trainable(model, tokenizer, args, peft_config)
         attach(model, args.attention_execution)
         sampler, layers = args.sampler, model.config.get_text_config().num_hidden_layers

@@ -8,8 +8,8 @@ from statistics import fmean
 from typing import Any
 
 from blocktune.data.worlds.questions import QUESTION_KINDS
-from blocktune.evaluation.aggregate import matched, pareto, summarize, sweeps
 from blocktune.evaluation.rows import Row
+from blocktune.evaluation.stats.aggregate import matched, pareto, summarize, sweeps
 from blocktune.evaluation.suite import Suite
 from blocktune.evaluation.ttft import TtftSummary
 
@@ -93,22 +93,21 @@ def _times(own: TtftSummary | None, full: TtftSummary | None) -> dict[str, Any]:
 
 
 def _groups(suite: Suite, rows: Sequence[Row]) -> dict[str, list[int]]:
-    """Kinds of each task; of a task without kinds, or not split by them, the task itself."""
+    """Kinds of each task; of a task without kinds, or not split by them, the task itself.
+
+    Kinds of our own worlds are ordered from easy to hard; others follow in the order of the rows.
+    """
+    ranks = {kind: rank for rank, kind in enumerate(QUESTION_KINDS)}
     several = len(suite.tasks) > 1
     by_kind = {task.name: task.by_kind for task in suite.tasks}
     groups: dict[tuple[str, int, str], list[int]] = {}
     for index, row in enumerate(rows):
         kind = row.kind if by_kind[row.task] else ""
         name = "/".join(filter(None, [row.task if several or not kind else "", kind]))
-        groups.setdefault((row.task, _rank(kind), name), []).append(index)
+        groups.setdefault((row.task, ranks.get(kind, len(ranks)), name), []).append(index)
     order = [task.name for task in suite.tasks]
     ranked = sorted(groups, key=lambda group: (order.index(group[0]), group[1]))
     return {name: groups[task, rank, name] for task, rank, name in ranked}
-
-
-def _rank(kind: str) -> int:
-    """Kinds of our own worlds from easy to hard; others follow as they come."""
-    return QUESTION_KINDS.index(kind) if kind in QUESTION_KINDS else len(QUESTION_KINDS)
 
 
 def base_label(suite: Suite, name: str) -> str | None:

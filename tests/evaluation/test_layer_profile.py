@@ -4,7 +4,7 @@ import pytest
 from engine.served import ASK, SHORT, engine_of
 from engine.test_selection import deep
 
-from blocktune.engine.layer_profile import profile_layers
+from blocktune.evaluation.fidelity import profile_layers
 
 
 @pytest.fixture(scope="module")
@@ -44,5 +44,5 @@ def test_ranges_longer_than_asked_for_are_left_out(engine):
 
 @pytest.mark.parametrize(("examples", "most"), [([], 1), ([SHORT], 0), ([SHORT], 5)])
 def test_what_cannot_be_profiled_is_refused(engine, examples, most):
-    with pytest.raises(ValueError, match="wants examples and ranges of 1 to 4 layers; got"):
+    with pytest.raises(ValueError, match="needs examples and ranges of 1 to 4 layers; got"):
         profile_layers(engine, examples, most_layers=most)

@@ -11,7 +11,7 @@ import numpy as np
 
 from blocktune.evaluation.metrics import adjusted_f1
 from blocktune.evaluation.rows import Row
-from blocktune.evaluation.statistics import PairedScores, Power, holm, mcnemar_exact, p_value, power
+from blocktune.evaluation.stats import significance
 
 COSTS = ("recompute_ratio", "ttft_s")
 NEAR = 0.02
@@ -76,12 +76,12 @@ def summarize(
         name: {label: [getattr(row, name) for row in own] for label, own in rows.items()}
         for name in SCORES
     }
-    paired = {name: PairedScores(own) for name, own in scores.items()}
+    paired = {name: significance.PairedScores(own) for name, own in scores.items()}
     pairs = {
-        frozenset((one, other)): p_value(own, scores["score"][other], seed=seed)
+        frozenset((one, other)): significance.p_value(own, scores["score"][other], seed=seed)
         for (one, own), (other, _) in combinations(scores["score"].items(), 2)
     }
-    p_holm = holm(pairs)
+    p_holm = significance.holm(pairs)
     p_values = {pair: {"p": p, "p_holm": p_holm[pair]} for pair, p in pairs.items()}
     summaries = {}
     for label, own in rows.items():
@@ -100,8 +100,20 @@ def summarize(
             "recompute_ratio": fmean(row.recompute_ratio for row in own),
             "flops_over_full_prefill": _flops_over(own, full and rows[full]),
             **_recovered(paired, label, full, naive),
-            "em_minus": _em_minus(paired["em"], scores["em"], label),
-            "score_minus": _minus(paired["score"], scores["score"], label, p_values),
+            # McNemar's p of one comparison, not of many.
+            "em_minus": {
+                other: _difference(paired["em"], label, other)
+                | {"p": significance.mcnemar_exact(scores["em"][label], scores["em"][other])}
+                for other in rows
+                if other != label
+            },
+            "score_minus": {
+                other: _difference(paired["score"], label, other)
+                | (tested := p_values[frozenset((label, other))])
+                | _power(scores["score"][label], scores["score"][other], tested)
+                for other in rows
+                if other != label
+            },
         }
     return summaries
 
@@ -126,7 +138,7 @@ def _adjusted(f1: Sequence[float], full: Sequence[float] | None) -> dict[str, An
 
 
 def _recovered(
-    paired: Mapping[str, PairedScores], label: str, full: str | None, naive: str | None
+    paired: Mapping[str, significance.PairedScores], label: str, full: str | None, naive: str | None
 ) -> dict[str, Any]:
     found = {}
     for name, key in (("em", "gap_recovered"), ("score", "score_gap_recovered")):
@@ -135,35 +147,18 @@ def _recovered(
     return found
 
 
-def _em_minus(
-    paired: PairedScores, em: Mapping[str, Sequence[float]], label: str
-) -> dict[str, dict[str, Any]]:
-    """How far one method is above each other; p is McNemar's, for one comparison, not for many."""
-    found = {}
-    for other in em:
-        if other != label:
-            mean, low, high = paired.difference(label, other)
-            p = mcnemar_exact(em[label], em[other])
-            found[other] = {"mean": mean, "ci95": [low, high], "p": p}
-    return found
+def _difference(paired: significance.PairedScores, label: str, other: str) -> dict[str, Any]:
+    """How far one method is above another."""
+    mean, *ci95 = paired.difference(label, other)
+    return {"mean": mean, "ci95": ci95}
 
 
-def _minus(
-    paired: PairedScores,
-    scores: Mapping[str, Sequence[float]],
-    label: str,
-    p_values: Mapping[frozenset[str], dict[str, float]],
-) -> dict[str, dict[str, Any]]:
-    """How far a method's score is above each other's, and what this many questions can show."""
-    found = {}
-    for other in scores:
-        if other != label:
-            tested = p_values[frozenset((label, other))]
-            able = power(scores[label], scores[other], **tested)
-            mean, low, high = paired.difference(label, other)
-            found[other] = {"mean": mean, "ci95": [low, high], **tested}
-            found[other] |= able._asdict() if able else dict.fromkeys(Power._fields)
-    return found
+def _power(
+    own: Sequence[float], other: Sequence[float], tested: Mapping[str, float]
+) -> dict[str, Any]:
+    """What this many questions can show; ``tested`` has the p-values of the two methods."""
+    able = significance.power(own, other, **tested)
+    return able._asdict() if able else dict.fromkeys(significance.Power._fields)
 
 
 NUM_BINS = 5
@@ -210,11 +205,11 @@ def _sweep(rows: Mapping[str, Sequence[Row]], value: Callable) -> list[dict[str,
     for number in range(len(edges) - 1):
         members = known[bins == number]
         if len(members) >= MIN_ROWS:
-            scores = PairedScores({n: [own[i].score for i in members] for n, own in rows.items()})
-            cells = {}
+            scores = {n: [own[i].score for i in members] for n, own in rows.items()}
+            paired, cells = significance.PairedScores(scores), {}
             for label in rows:
-                mean, low, high = scores.mean(label)
-                cells[label] = {"score": mean, "ci95": [low, high]}
+                mean, *ci95 = paired.mean(label)
+                cells[label] = {"score": mean, "ci95": ci95}
             span = {"from": float(values[members].min()), "to": float(values[members].max())}
             found.append(span | {"n": len(members), "scores": cells})
     return found

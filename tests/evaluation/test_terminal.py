@@ -8,10 +8,10 @@ from evaluation.fake_results import KINDS, METHODS, fake_results, fake_rows, fak
 from matplotlib.image import imread
 from rich.console import Console
 
-from blocktune.evaluation.cli_output import results_table
-from blocktune.evaluation.findings import findings, power_notes
 from blocktune.evaluation.report.charts import draw_results
-from blocktune.evaluation.results import build_results
+from blocktune.evaluation.report.terminal import results_table
+from blocktune.evaluation.stats.findings import findings, power_notes
+from blocktune.evaluation.stats.results import build_results
 
 SCHEMA = {
     "em",

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from blocktune.evaluation.results import RESULTS, with_pools
 from blocktune.evaluation.rows import Row, read_all
-from blocktune.evaluation.statistics import ALPHA, PairedScores, holm, p_value, power
+from blocktune.evaluation.stats.results import RESULTS, with_pools
+from blocktune.evaluation.stats.significance import ALPHA, PairedScores, holm, p_value, power
 from blocktune.tables import Table, with_interval, written
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from blocktune.evaluation.results import FLOOR, ORACLE, plain_label
-from blocktune.evaluation.statistics import ALPHA
+from blocktune.evaluation.stats.results import FLOOR, ORACLE, plain_label
+from blocktune.evaluation.stats.significance import ALPHA
 from blocktune.tables import with_interval, written
 
 MOST = 8

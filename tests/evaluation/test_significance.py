@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from blocktune.evaluation.statistics import (
+from blocktune.evaluation.stats.significance import (
     FEW,
+    NUM_FLIPS,
     Interval,
     PairedScores,
     holm,
@@ -118,6 +119,11 @@ def test_few_differences_flip_as_all_sign_patterns_do():
     assert sign_flip([1.5, 2, 1, 3], [1, 1, 0.5, 2]) == pytest.approx(2 / 16, abs=0.015)
     assert sign_flip([1, 2], [1, 2]) == 1.0
     assert sign_flip([1, 0], [0, 1]) == 1.0
+
+
+def test_a_p_value_of_drawn_signs_is_never_0():
+    """The observed signs are among the draws, or 10,000 others would prove anything."""
+    assert sign_flip([0.9] * 40, [0.1] * 40) == 1 / (NUM_FLIPS + 1)
 
 
 def test_many_differences_have_the_normal_tail_of_their_signs():
