@@ -156,6 +156,8 @@ def _train(data, args, choice, callbacks) -> Path | None:
         return folder
     if checkpoint is not None:
         launch_checks.say(f"continuing from {checkpoint}; --overwrite starts again")
+    if launch_checks.is_set("ACCELERATE_USE_DEEPSPEED"):
+        launch_checks.wait_for_builds()
     with resume.leaving_no_empty_folder(folder), _stoppable(args):
         trainer = build(data, args, choice, callbacks)
         is_first = trainer.is_world_process_zero()
