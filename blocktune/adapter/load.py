@@ -98,8 +98,8 @@ def _merged(model: PeftModel) -> PreTrainedModel:
 def require_whole(folder: str | Path) -> None:
     """Raises ValueError if a weight file of a folder is missing or cut off; reads only headers."""
     folder = Path(folder)
-    if (folder / PEFT_FILE).is_file() and not any(folder.glob("adapter_model*")):
-        raise ValueError(f"'{folder}' has {PEFT_FILE}, but no adapter_model.safetensors beside it")
+    if (folder / PEFT_FILE).is_file() != any(folder.glob("adapter_model*")):
+        raise ValueError(f"'{folder}' lacks one of {PEFT_FILE} and adapter_model.safetensors")
     for path in sorted(Path(folder).glob("*.safetensors")):
         try:
             with safe_open(path, "pt"):
