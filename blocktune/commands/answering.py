@@ -68,9 +68,13 @@ class Run:
     def require_room(self, examples: Sequence[RagExample]) -> None:
         """Lays every prompt out, before the first answer."""
         make = self.engine.prompts
-        for example in examples:
-            pieces = make.pieces(example, self.method)
-            make.prompt(pieces, make.spec(self.method), self.max_new_tokens)
+        for number, example in enumerate(examples, start=1):
+            try:
+                pieces = make.pieces(example, self.method)
+                make.prompt(pieces, make.spec(self.method), self.max_new_tokens)
+            except ValueError as error:
+                place = f"question {number} ('{example.question:.40}'): " * (len(examples) > 1)
+                raise ValueError(f"{place}{error}") from None
 
     def print_prompts(self, examples: Sequence[RagExample]) -> None:
         """Prints every row of the prompts as the model sees them."""

@@ -37,15 +37,20 @@ def check(
     as_json: opt.AsJson = False,
 ) -> None:
     """Check that reuse is exact on your model: masks, relocation and caches against dense."""
-    from blocktune.check import check_method, check_model
+    from blocktune.adapter.releases import find_release
+    from blocktune.check import check_adapter, check_method, check_model
     from blocktune.methods import parse_method
     from blocktune.tables import Table
 
     built = None if method is None else parse_method(method)
-    engine = None
-    if built is None or model is not None or adapter is not None:
-        engine = opt.load_engine(model, adapter, None, dtype, device, quantize)
-    checks = check_model(engine) if built is None else check_method(built, engine)
+    opt.quiet_libraries()
+    if built is None and adapter is not None and find_release(adapter) is None:
+        checks = check_adapter(model, adapter, dtype=dtype, device=device, quantize=quantize)
+    else:
+        engine = None
+        if built is None or model is not None or adapter is not None:
+            engine = opt.load_engine(model, adapter, None, dtype, device, quantize)
+        checks = check_model(engine) if built is None else check_method(built, engine)
     sound = all(one.passed for one in checks)
     if as_json:
         typer.echo(json.dumps({"checks": [one.to_dict() for one in checks]}, indent=2))

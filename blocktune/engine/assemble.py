@@ -121,7 +121,7 @@ def wanted_pieces(batch: Batch, index: int) -> list[Piece]:
     masks = [chunk == index for index in chunk[encoded].unique().tolist()]
     chunks = [Piece(taken(encoded & own), taken(blank & own)) for own in masks]
     prefix = taken(kind == Kind.PREFIX)
-    return [Piece(prefix), *chunks] if prefix else chunks
+    return [Piece(prefix, is_prefix=True), *chunks] if prefix else chunks
 
 
 def is_held(layout: Layout) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from blocktune.adapter import AdapterInfo
+from blocktune.adapter import AdapterInfo, scope_of
 from blocktune.adapter.load import load_model
 from blocktune.attention import attach
 from blocktune.cache import ChunkStore, PrefixTree, model_fingerprint
@@ -29,10 +29,12 @@ from blocktune.engine.layer_schedule import install
 from blocktune.engine.prompts import PromptMaker, Request, as_request
 from blocktune.engine.state import Auxiliaries, EngineState
 from blocktune.engine.usage import Stopwatch
+from blocktune.links import link_base
 from blocktune.methods import Method, build
 from blocktune.models.gate import require_supported
 from blocktune.models.recurrent import REUSE_REFUSED, find_recurrence
 from blocktune.prompt import LayoutSpec, Pieces, Prompt, PromptFormat
+from blocktune.prompt.special_tokens import padding_id
 
 NO_LIMIT = 1 << 30
 """Tokens of a context where the model's configuration names no limit."""
@@ -102,10 +104,16 @@ class Engine:
                 f"the adapter was trained with the prompt format {adapter.format}, got "
                 f"{self.format}; leave the format out to use the adapter's"
             )
+        if adapter and adapter.scope != scope_of(model):
+            raise ValueError(
+                f"the adapter has scope '{adapter.scope}' and the model '{scope_of(model)}'; call "
+                "blocktune.adapter.attach_links on what PEFT loaded (a merged model cannot be used)"
+            )
         self.store = ChunkStore(device=model.device) if store is None else store
         words = dataclasses.asdict(self.format)
         self.fingerprint = model_fingerprint(model, adapter_folder, tokenizer, words)
-        pad_id = tokenizer.pad_token_id or 0  # any real id does: pad rows are invisible
+        num_tokens = link_base(model)
+        pad_id = padding_id(tokenizer, num_tokens)
         encoder = Encoder(model, self.store, self.fingerprint, pad_id)
         if rope is not None:
             self.store.describe(
@@ -133,6 +141,7 @@ class Engine:
             max_tokens=getattr(config, "max_position_embeddings", NO_LIMIT),  # Mamba has none
             num_layers=config.num_hidden_layers,
             recurrent=recurrence is not None,
+            num_tokens=num_tokens,
         )
 
     @classmethod

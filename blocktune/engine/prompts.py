@@ -16,6 +16,7 @@ from blocktune.models.recurrent import REUSE_REFUSED
 from blocktune.prompt import Chunk, LayoutSpec, Pieces, Prompt, PromptFormat, encode
 from blocktune.prompt.pieces import chunk_ids, make_pieces, prefix_ids
 from blocktune.prompt.rows import lay_out, sink_ids, wrapped
+from blocktune.prompt.special_tokens import require_embedded
 
 
 class Request(Protocol):
@@ -50,6 +51,7 @@ class PromptMaker:
         link_base: Id of link slot 0, or None without links.
         max_tokens: Tokens that the model's context holds.
         num_layers: Decoder layers of the model.
+        num_tokens: Rows of the model's embedding, without a link table's.
         recurrent: Whether some of them are recurrent, so that no chunk can be reused.
     """
 
@@ -59,6 +61,7 @@ class PromptMaker:
     link_base: int | None
     max_tokens: int
     num_layers: int
+    num_tokens: int
     recurrent: bool = False
 
     def pieces(self, request: Request | Mapping[str, Any], method: Method) -> Pieces:
@@ -97,8 +100,12 @@ class PromptMaker:
         """Lays pieces out; ``contexts`` as in `blocktune.prompt.lay_out`.
 
         Raises:
-            ValueError: If they and the answer do not fit into the model's context.
+            ValueError: If they and the answer do not fit into the model's context, or hold a
+                token that it does not embed.
         """
+        require_embedded(
+            self.tokenizer, self.num_tokens, pieces.prefix, *pieces.chunks, pieces.query
+        )
         prompt = lay_out(
             pieces, spec, self.link_base, self._blank_id(spec), self._bos_id(spec), contexts
         )
@@ -114,7 +121,8 @@ class PromptMaker:
         """The prefix (None if empty) and the chunks, as they are encoded for plain reuse.
 
         Raises:
-            ValueError: If a chunk does not fit into the model's context.
+            ValueError: If a chunk does not fit into the model's context, or holds a token that it
+                does not embed.
         """
         if self.recurrent:
             raise ValueError(REUSE_REFUSED.format("encoding"))
@@ -125,11 +133,12 @@ class PromptMaker:
         pieces = []
         for index, chunk in enumerate(chunks):
             ids = chunk_ids(self.tokenizer, self.format, chunk)
+            require_embedded(self.tokenizer, self.num_tokens, prefix, ids)
             ids = wrapped(ids, spec, self.link_base, bos_id)
             name = chunk.title or chunk.text.strip()[:40]
             self._require_room(len(blanks) + len(ids), f"chunk {index} ({name!r})")
             pieces.append(Piece(ids, blanks))
-        return (Piece(prefix) if prefix else None), pieces
+        return (Piece(prefix, is_prefix=True) if prefix else None), pieces
 
     def _require_room(self, tokens: int, what: str) -> None:
         if tokens > self.max_tokens:

@@ -95,7 +95,7 @@ def prepare(suite: Suite, load: Load = load_engine) -> Ready:
     questions = _questions(suite, next(iter(engines.values())).tokenizer)
     worded = _worded(suite, engines)
     first = [example for task, example, _ in questions if task is suite.tasks[0]]
-    timed = tuple(fill(first, suite.ttft.num, suite.ttft.chunks)) if suite.ttft.num else ()
+    timed = _timed(suite, first, next(iter(engines.values())).tokenizer)
     tell_rewording(engines, worded)
     ready = Ready(suite, methods, engines, questions, timed, worded)
     for task in suite.tasks:
@@ -153,6 +153,19 @@ def _questions(suite: Suite, tokenizer: Any) -> tuple[TaskQuestion, ...]:
                 raise ValueError(f"{source}: question {index + 1} has no answer to score with")
             questions.append(TaskQuestion(task, example, f"{task.name}/{index}"))
     return tuple(questions)
+
+
+def _timed(suite: Suite, examples: list[RagExample], tokenizer: Any) -> tuple[RagExample, ...]:
+    """Examples to time, filled with chunks of later questions, also of those beyond a limit."""
+    task, num = suite.tasks[0], min(suite.ttft.num, len(examples))
+    pool, wanted = examples, num and (suite.ttft.chunks or 0)
+    while sum(len(example.chunks) for example in pool) < wanted:
+        limit = 2 * len(pool)
+        more = load_examples(task.full_source(), limit=limit, tokenizer=tokenizer)
+        if len(more) <= len(pool):
+            break
+        pool = more
+    return tuple(fill(pool, num, suite.ttft.chunks)) if num else ()
 
 
 def _check_fit(ready: Ready) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import re
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from pathlib import Path
 from threading import BrokenBarrierError
 from typing import Any, NamedTuple
 
-from blocktune.data.sources.catalog import CATALOG
+from blocktune.data.sources.catalog import CATALOG, is_test_split
 from blocktune.evaluation.prepare import Load, load_engine
 from blocktune.evaluation.runner import PATIENCE, Processes, run_suite
 from blocktune.evaluation.suite import MethodSpec, Suite, TtftSpec
@@ -23,7 +22,6 @@ from blocktune.parsing import entries, load_spec, mapping, read
 
 OWN_KEYS = ("budget",)
 """Keys of a method's entry that a path without a dot may name; others are the preset's."""
-TEST = re.compile(r"(?<![a-z])test(?![a-z])")
 
 
 class Point(NamedTuple):
@@ -107,11 +105,9 @@ def parse_tuning(record: Any, where: str = "tuning run") -> TuneSpec:
 
 
 def refuse_test(source: str) -> None:
-    """Refuses questions of a final comparison: the split, an option or the file says ``test``."""
-    name, _, options = source.partition("?")
-    default = CATALOG[name].split if name in CATALOG and "split=" not in options else ""
-    shown = f"{Path(name).name}?{options}?{default}".lower()  # not the folders above a file
-    if TEST.search(shown):
+    """Raises ValueError for questions of a final comparison, see `is_test_split`."""
+    name = source.partition("?")[0]
+    if is_test_split(source, CATALOG[name].split if name in CATALOG else None):
         raise ValueError(
             f"'{source}' is a test split; parameters are tuned on held-out questions, such as "
             "'worlds:dev', and compared on the test split once"

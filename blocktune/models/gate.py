@@ -158,3 +158,19 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part, training in modes:
             part.training = training
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The model's decoder layers, through a PEFT wrapper or not.
+
+    Raises:
+        ValueError: If no list has as many layers as the config says.
+    """
+    depth = model.config.get_text_config().num_hidden_layers
+    for name, module in model.named_modules():
+        if name.endswith("layers") and isinstance(module, nn.ModuleList) and len(module) == depth:
+            return module
+    raise ValueError(
+        f"{type(model).__name__} has no list of {depth} decoder layers to hook into; "
+        "blocktune serves decoders whose layers are in one list"
+    )

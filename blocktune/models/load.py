@@ -15,6 +15,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import httpx
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from blocktune.models.quantize import keep_stored_codes, quantization_config
@@ -91,7 +92,7 @@ def sharing(model: PreTrainedModel, own_embeddings: bool = False) -> PreTrainedM
 def _explained(name: str, what: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
             f"cannot load {what} from '{name}': {reason}; give a folder saved by save_pretrained "

@@ -102,6 +102,9 @@ class PromptFormat:
             raise ValueError(f"format 'strip' must be true or false, got {self.strip!r}")
         for name, wanted in _PLACEHOLDERS.items():
             _check_placeholders(name, getattr(self, name), wanted)
+        for name, text in asdict(self).items():
+            if isinstance(text, str):
+                require_unicode(text, f"format '{name}'")
 
     @property
     def untagged(self) -> PromptFormat:

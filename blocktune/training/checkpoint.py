@@ -22,7 +22,7 @@ from transformers import (
 from transformers.trainer import TRAINING_ARGS_NAME, rotate_checkpoints
 
 from blocktune import links
-from blocktune.adapter import INFO_FILE, OWN_WEIGHTS, AdapterInfo
+from blocktune.adapter import INFO_FILE, OWN_WEIGHTS, AdapterInfo, scope_of
 from blocktune.attention import is_attached
 from blocktune.files import move_entries, move_folder
 from blocktune.models.identity import base_fingerprint, tokenizer_hash
@@ -30,10 +30,11 @@ from blocktune.models.quantize import quantization_of
 from blocktune.models.sharded import fill
 from blocktune.prompt import LayoutSpec, PromptFormat
 from blocktune.provenance import provenance
+from blocktune.training import resume
 from blocktune.training.collator import BlockDataCollator
+from blocktune.training.resume import CONFIG_FILE
 
 STAGING = ".saving"
-CONFIG_FILE = "resolved_config.yaml"
 
 
 def settings(args: TrainingArguments) -> dict[str, Any]:
@@ -49,6 +50,7 @@ def adapter_info(
     training: Mapping[str, Any],
     link_mode: str = "table",
     link_seed: int = 0,
+    scope: str = "both",
 ) -> AdapterInfo:
     """The `AdapterInfo` of a model (bare or PEFT) that is about to be trained.
 
@@ -66,6 +68,7 @@ def adapter_info(
         format=fmt,
         link_mode=link_mode,
         link_seed=link_seed,
+        scope=scope,
         training=dict(training),
     )
 
@@ -152,8 +155,10 @@ class SaveLayoutCallback(TrainerCallback):
     def on_init_end(self, args, state, control, model=None, **kwargs):
         """Makes `save_pretrained` of the trainer's model write the files too."""
         collator = self.collator
+        collator.num_tokens = links.link_base(model)
         tokenizer, origin = collator.tokenizer, provenance(args.seed)
-        info = adapter_info(model, tokenizer, collator.layout, collator.format, origin)
+        shape = collator.layout, collator.format
+        info = adapter_info(model, tokenizer, *shape, origin, scope=scope_of(model))
         files = AdapterFiles(info, {"training": settings(args)})
         save = model.save_pretrained
 
@@ -182,12 +187,41 @@ class StagedSaving(Trainer):
     files: AdapterFiles
     _staging: bool = False
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's, without what a killed run was about to save."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """As the Trainer's, without what a killed run was about to save.
+
+        Raises:
+            ValueError: If the checkpoint to continue from is damaged, or of a run with other
+                settings, data or base; names what differs.
+        """
+        if resume_from_checkpoint:
+            self._continue_from(resume_from_checkpoint)
         if self.args.should_save:
             shutil.rmtree(Path(self.args.output_dir) / STAGING, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        return super().train(*args, **kwargs)
+        return super().train(resume_from_checkpoint, **kwargs)
+
+    def _continue_from(self, named: str | bool) -> None:
+        """Checks a checkpoint, and takes its provenance over; True names the last one."""
+        folder = self.args.output_dir
+        checkpoint = resume.last_checkpoint(folder) if named is True else Path(named)
+        if checkpoint is None or not (checkpoint / INFO_FILE).is_file():
+            raise ValueError(f"no checkpoint of blocktune at '{checkpoint or folder}'")
+        resume.require_loadable(checkpoint)
+        resume.require_same_run(checkpoint, self.files.config, self.accelerator.num_processes)
+        before, now = AdapterInfo.load(checkpoint), self.files.info
+        digest = before.training.get("data_digest")
+        changed = {
+            "training examples": digest not in (None, now.training.get("data_digest")),
+            "base model": before.base_model == now.base_model
+            and before.base_fingerprint != now.base_fingerprint,
+        }
+        for what in (name for name, differs in changed.items() if differs):
+            raise ValueError(
+                f"the {what} of '{checkpoint}' had another content; restore it to continue, or "
+                "start again with --overwrite"
+            )
+        self.files = self.files.described(**resume.history(checkpoint))
 
     def _get_output_dir(self, trial: Any) -> str:
         run_dir = super()._get_output_dir(trial)
@@ -233,7 +267,8 @@ class StagedSaving(Trainer):
         self.files.write_weights(model, folder, state_dict)
         self.processing_class.save_pretrained(folder)
         torch.save(self.args, folder / TRAINING_ARGS_NAME)
-        self.files.write_info(model, folder, state_dict)
+        files = self.files.described(steps=self.state.global_step)
+        files.write_info(model, folder, state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         model = self.model if model is None else model

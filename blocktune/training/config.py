@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from trl import SFTConfig
 
+from blocktune.adapter.scope import SCOPES
 from blocktune.prompt import LayoutSpec, PromptFormat
 from blocktune.training.collator import Augmentation
 from blocktune.training.distillation import Distillation
@@ -138,6 +139,7 @@ _MUST_BE = {
 _CHOICES = {
     "attention_execution": ("split", "flex", "dense"),
     "link_mode": ("table", "added_tokens"),
+    "scope": SCOPES,
     "long_examples": ("refuse", "drop"),
     "train_sampling_strategy": ("random", "group_by_length", "sequential"),
 }
@@ -157,12 +159,18 @@ class BlockSFTConfig(LayoutOptions, ObjectiveOptions, BatchOptions, SFTConfig):
             prompts or the loss in a way the layout knows nothing of.
     """
 
+    scope: Literal["both", "encode", "read"] = option(
+        "both", "Rows that LoRA acts on: encode, those of chunks; read, all others; both"
+    )
     freeze_base: bool = option(False, "Train the learned tokens alone (without use_peft)")
     dry_run: bool = option(False, "Stop after printing the plan")
+    overwrite: bool = option(False, "Start again, where output_dir holds an earlier run")
 
     def __post_init__(self):
         if self.bf16 is None:  # TRL would choose bfloat16 on CPUs too
             self.bf16 = not self.fp16 and torch.cuda.is_available()
+        # Else the Trainer refuses bf16, and several processes train alone.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         self.dataset_kwargs = {**(self.dataset_kwargs or {}), "skip_prepare_dataset": True}
         super().__post_init__()
         for name, wanted in _MUST_BE.items():

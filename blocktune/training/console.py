@@ -59,7 +59,7 @@ def _line(state, logs) -> str:
         f"accuracy {float(logs.get('mean_token_accuracy', 0)):.3f}",
         f"lr {float(logs['learning_rate']):.2e}",
         f"{logs['tokens_per_second']:,.0f} tokens/s",
-        f"MFU {logs['mfu']:.0%}",
+        *([f"MFU {logs['mfu']:.0%}"] if "mfu" in logs else []),
         f"{duration(logs['eta_s'])} left",
     ]
     if "divergence" in logs:

@@ -13,6 +13,7 @@ from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from blocktune.adapter import scope_adapter
 from blocktune.links import add_link_tokens, install_links, new_links
 from blocktune.models.quantize import quantization_of
 from blocktune.training.config import BlockSFTConfig
@@ -47,6 +48,7 @@ def make_trainable(
         model.requires_grad_(False)
     elif peft_config is not None:
         model = _wrap(model, args, copy.deepcopy(peft_config), added)
+    scope_adapter(model, args.scope)
     if table is not None:
         install_links(model, table)
     if not any(parameter.requires_grad for parameter in model.parameters()):

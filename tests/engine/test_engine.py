@@ -15,7 +15,7 @@ from families import build as build_model
 from blocktune.cache import ChunkStore
 from blocktune.engine import Sampling
 from blocktune.engine.batch_prefill import prefill_batch
-from blocktune.engine.state import require_same_tokenizer
+from blocktune.engine.state import Auxiliaries
 from blocktune.layout import Kind
 from blocktune.methods import Weights, available, build, compose
 from blocktune.prompt import Chunk
@@ -169,12 +169,13 @@ def test_threads_over_one_engine_do_not_meet(engine):
 def test_an_auxiliary_model_must_read_the_served_models_ids_as_the_same_text(tokenizer):
     larger = copy.deepcopy(tokenizer)
     larger.add_tokens(["<|extra|>"])
-    require_same_tokenizer("small", tokenizer, larger)
+    model = build_model(FAMILIES["llama"]())
+    Auxiliaries(model, tokenizer).add("small", model, larger)
     with pytest.raises(
         ValueError,
         match=rf"'small' has another tokenizer .* 1 of .* differ, such as id {len(tokenizer)}, ",
     ):
-        require_same_tokenizer("small", larger, tokenizer)
+        Auxiliaries(model, larger).add("small", model, tokenizer)
 
 
 def test_an_auxiliary_model_is_asked_by_name(engine):
