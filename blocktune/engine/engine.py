@@ -120,6 +120,7 @@ class Engine:
             link_base=adapter.link_base(model, tokenizer) if adapter else None,
             max_tokens=config.max_position_embeddings,
             num_layers=config.num_hidden_layers,
+            exact_tokens=rope.max_tokens,
         )
 
     @classmethod
