@@ -80,7 +80,7 @@ def chunk_path(folder: Path, key: str) -> Path:
 
 
 def is_taken(error: OSError) -> bool:
-    """Whether something foreign stands in one place; the disk as a whole can be written."""
+    """Whether one path is occupied by something foreign; the disk as a whole can be written."""
     return error.errno in _TAKEN
 
 
@@ -104,7 +104,7 @@ class ChunkFolder:
         """Makes the folder, checks that it can be written, removes unfinished files.
 
         Raises:
-            ValueError: If something that is no folder stands there.
+            ValueError: If something other than a folder is there.
             OSError: If it cannot be written.
         """
         try:
@@ -138,7 +138,7 @@ class ChunkFolder:
 
         Raises:
             FileNotFoundError: If there is none.
-            ValueError: If something else stands in its place: a link, a folder, a pipe.
+            ValueError: If something else is at its path: a link, a folder, a pipe.
         """
         path = chunk_path(self.path, key)
         for parent in (path.parent.parent, path.parent):
@@ -154,7 +154,7 @@ class ChunkFolder:
 
         Raises:
             OSError: If the disk refuses; nothing is left behind. One that `is_taken` if something
-                that is not the store's stands in the file's place.
+                that is not the store's is at the file's path.
         """
         path = chunk_path(self.path, key)
         self._make(path.parent.parent)
@@ -327,12 +327,12 @@ def _plain(path: Path, flags: int) -> int:
     except OSError as error:
         # ENXIO: a socket, or a pipe without a reader.
         if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR, errno.ENOTDIR):
-            raise ValueError("a link, folder or device stands in its place") from None
+            raise ValueError("a link, folder or device is at its path") from None
         raise
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
         return descriptor
     os.close(descriptor)
-    raise ValueError("a link, folder or device stands in its place")
+    raise ValueError("a link, folder or device is at its path")
 
 
 def _locked_new(path: Path):

@@ -222,7 +222,7 @@ class ChunkStore:
         try:
             known = self._files.manifest(fingerprint) is not None
         except (OSError, ValueError):
-            known = False  # damaged, or not signed: written anew
+            known = False  # damaged, or not signed: written again
         try:
             if not known:
                 self._files.write_manifest(make())

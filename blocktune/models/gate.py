@@ -400,3 +400,19 @@ def _differ(left: Tensor, right: Tensor) -> bool:
     """Whether states differ by more than rounding; NaN differs from everything."""
     scale = max(float(left.abs().max()), 1e-9)
     return not float((left.float() - right.float()).abs().max()) <= TOLERANCE * scale
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The model's decoder layers, through a PEFT wrapper or not.
+
+    Raises:
+        ValueError: If no list has as many layers as the config says.
+    """
+    depth = model.config.get_text_config().num_hidden_layers
+    for name, module in model.named_modules():
+        if name.endswith("layers") and isinstance(module, nn.ModuleList) and len(module) == depth:
+            return module
+    raise ValueError(
+        f"{type(model).__name__} has no list of {depth} decoder layers to hook into; "
+        "blocktune serves decoders whose layers are in one list"
+    )
