@@ -235,7 +235,7 @@ def _read_layout(
             f"a plan and an attention mask {tuple(mask.shape)} were given; the plan's layout holds "
             "all visibility (padding too): leave attention_mask out"
         )
-    # Transformers hands four-dimensional masks on as they are, so it makes none of its own.
+    # Transformers passes four-dimensional masks through unchanged, and makes none itself.
     return args, kwargs | {"attention_mask": torch.empty(0, 0, 0, 0)}
 
 

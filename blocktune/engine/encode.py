@@ -18,9 +18,8 @@ from blocktune.cache import (
     ChunkStates,
     ChunkStore,
     Entry,
-    chunk_key,
-    key_after,
     states_key,
+    stored_key,
 )
 from blocktune.engine.usage import Stopwatch
 from blocktune.layout import GLOBAL
@@ -152,9 +151,8 @@ class Encoder:
 
     def key(self, piece: Piece) -> str:
         """Under which the store keeps a piece."""
-        if piece.is_prefix and self._is_scoped:  # a chunk of the same tokens has other states
-            return chunk_key(self.fingerprint, piece.ids, {"prefix": True})
-        return key_after(self.fingerprint, piece.ids, piece.blanks)
+        scoped = piece.is_prefix and self._is_scoped
+        return stored_key(self.fingerprint, piece.ids, piece.blanks, scoped)
 
     def sample(self) -> ChunkKV:
         """One token's keys and values, for their shapes and dtype."""

@@ -151,7 +151,7 @@ def text_model(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def sharing(model: PreTrainedModel, own_embeddings: bool = False) -> PreTrainedModel:
-    """The same model as modules of its own over the same weights.
+    """The same model as separate modules over the same weights.
 
     Hooks, LoRA or a link table that are put on one do not change the other.
 

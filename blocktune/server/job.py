@@ -34,7 +34,7 @@ class Busy(Exception):
 
 @dataclass(frozen=True)
 class Delta:
-    """New text of a choice. ``finish``: why it ended, ``stop`` or ``length``; None: it goes on."""
+    """New text of a choice. ``finish``: why it ended, ``stop`` or ``length``, or None."""
 
     index: int
     text: str

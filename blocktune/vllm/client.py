@@ -26,6 +26,7 @@ from blocktune.methods import Method, build, default_method
 from blocktune.models.identity import adapter_fingerprint, tokenizer_hash
 from blocktune.models.load import adapter_folder, pinned
 from blocktune.prompt import Pieces, PromptFormat, end_of_turn, stack
+from blocktune.prompt.special_tokens import padding_id
 from blocktune.vllm.plan import LoadPlan, Segment, require_served
 
 
@@ -94,7 +95,9 @@ class ChunkClient:
             )
         config = AutoConfig.from_pretrained(bare, revision=revision)
         text = config.get_text_config()
-        self.lora = self.adapter if _is_lora(self.adapter) else None
+        self._scope = info.scope if info else None
+        acts = info is not None and info.scope != "encode"  # while vLLM answers
+        self.lora = self.adapter if acts and _is_lora(self.adapter) else None
         self.format = format or (info.format if info else PromptFormat())
         self.prompts = PromptMaker(
             self.tokenizer,
@@ -103,6 +106,7 @@ class ChunkClient:
             link_base=_link_base(info, self.tokenizer, text.vocab_size),
             max_tokens=text.max_position_embeddings,
             num_layers=text.num_hidden_layers,
+            num_tokens=text.vocab_size,
         )
         self.method = default_method(self.prompts.trained)
         require_served(self.method, self.prompts.spec(self.method))
@@ -123,14 +127,14 @@ class ChunkClient:
         return self._fingerprint
 
     def _find_fingerprint(self) -> str:
-        wanted = None if self.adapter is None else adapter_fingerprint(self.adapter)
+        wanted = [None if self.adapter is None else adapter_fingerprint(self.adapter), self._scope]
         records = [self.folder.manifest(one) for one in self.folder.fingerprints()]
         fitting = [
             record
             for record in records
             if record is not None
             and Path(record["base"]["name"]).name == Path(self.name).name
-            and (record["adapter"] or {}).get("fingerprint") == wanted
+            and [(record["adapter"] or {}).get(part) for part in ("fingerprint", "scope")] == wanted
             and record["tokenizer"]["hash"] == self._tokenizer_hash
             and record["prompt_format"] == dataclasses.asdict(self.format)
         ]
@@ -177,7 +181,7 @@ class ChunkClient:
         if not pieces.chunks:
             return Rendered([*pieces.prefix, *pieces.query], None)
         prompt = self.prompts.prompt(pieces, self.prompts.spec(method), max_new_tokens)
-        layout, pad_id = prompt.layout, self.tokenizer.pad_token_id or 0
+        layout, pad_id = prompt.layout, padding_id(self.tokenizer, self.prompts.num_tokens)
         rows = (layout.kind[0] != Kind.BLANK).nonzero()[:, 0]
         ids, known = [prompt.ids[row] for row in rows.tolist()], len(self.tokenizer)
         if self.prompts.link_base is not None:
@@ -186,7 +190,8 @@ class ChunkClient:
         positions = layout.position[stored].tolist()
         segments, start = [], 0
         for piece in wanted_pieces(stack([prompt], pad_id), 0):
-            segments.append(Segment(piece.ids, positions[start], piece.blanks))
+            scoped = piece.is_prefix and self._scope in ("encode", "read")
+            segments.append(Segment(piece.ids, positions[start], piece.blanks, scoped))
             start += len(piece.ids)
         prompt_ids = [token if token < known else pad_id for token in ids]
         return Rendered(prompt_ids, LoadPlan(self.fingerprint, tuple(segments)))
@@ -197,7 +202,7 @@ class ChunkClient:
 
     def ask_for(self, missing: Sequence[Segment]) -> None:
         """Queues segments for `blocktune encode --follow`."""
-        self.queue.add(self.fingerprint, [(one.ids, one.blanks) for one in missing])
+        self.queue.add(self.fingerprint, [one.wanted for one in missing])
 
 
 def _is_lora(adapter: Path | None) -> bool:

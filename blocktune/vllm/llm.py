@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
 
+class LoadFailed(ValueError):
+    """Chunks were missing or damaged when vLLM wanted them; nothing was answered."""
+
+
 @dataclass(frozen=True)
 class Completion:
     """An answer of vLLM.
@@ -137,7 +141,7 @@ class ChunkLLM:
     def encode(self, segments: Sequence[Segment]) -> None:
         """Encodes segments into the store."""
         engine = self._encoder
-        pieces = [Piece(segment.ids, segment.blanks) for segment in segments]
+        pieces = [Piece(*segment.wanted) for segment in segments]
         engine.state.encoder.find(pieces, Stopwatch(engine.model.device))
 
     def answer(
@@ -172,20 +176,26 @@ class ChunkLLM:
         missing = {one for made in rendered for one in self.client.missing(made.plan)}
         if missing:
             self.encode(sorted(missing))
-        return self.generate(rendered, sampling)
+        try:
+            return self.generate(rendered, sampling)
+        except LoadFailed:  # a chunk is damaged: what does not verify is encoded again
+            plans = [one.plan for one in rendered if one.plan is not None]
+            self.encode(sorted({segment for plan in plans for segment in plan.segments}))
+            return self.generate(rendered, sampling)
 
     def generate(self, rendered: Sequence[Rendered], sampling: SamplingParams) -> list[Completion]:
         """Answers prompts whose chunks are stored; prompts with and without chunks may be mixed.
 
         Raises:
-            ValueError: If the chunks of one could not be loaded.
+            LoadFailed: If the chunks of one could not be loaded.
         """
         from vllm import TokensPrompt
 
         params = []
         for one in rendered:
             own = sampling.clone()
-            own.stop_token_ids = sorted({*(own.stop_token_ids or ()), *self.client.stop_ids})
+            if not own.ignore_eos:
+                own.stop_token_ids = sorted({*(own.stop_token_ids or ()), *self.client.stop_ids})
             if one.plan is not None:
                 own.extra_args = (own.extra_args or {}) | {
                     "kv_transfer_params": one.transfer_params
@@ -202,7 +212,7 @@ class ChunkLLM:
     def _completion(self, output: RequestOutput) -> Completion:
         made = output.outputs[0]
         if made.finish_reason == "error":
-            raise ValueError("chunks could not be loaded, see the log; nothing was answered")
+            raise LoadFailed("chunks could not be loaded, see the log; nothing was answered")
         tokenizer = self.client.tokenizer
         return Completion(
             tokenizer.decode(made.token_ids, skip_special_tokens=True).strip(),

@@ -44,9 +44,10 @@ class Load:
 
 @dataclass
 class LoadMeta(KVConnectorMetadata):
-    """The loads that begin in one step."""
+    """The loads that begin in one step; ``forget``: hot chunks are dropped before."""
 
     loads: list[Load] = field(default_factory=list)
+    forget: bool = False
 
 
 class SchedulerSide:
@@ -57,9 +58,10 @@ class SchedulerSide:
         self.folder, self.queue = folder, MissQueue(folder.path)
         self._asked: dict[str, LoadPlan | str] = {}
         self._pending: list[Load] = []
+        self.forget = False
 
     def admit(self, request: Request) -> None:
-        """Reads a new request's plan, and gives it a name space of its own in vLLM's cache."""
+        """Reads a new request's plan, and gives it its own namespace in vLLM's cache."""
         try:
             plan = LoadPlan.read(request.kv_transfer_params, request.prompt_token_ids)
         except ValueError as error:
@@ -89,7 +91,7 @@ class SchedulerSide:
     def _lacks(self, request: Request, plan: LoadPlan, computed: int) -> bool:
         missing = plan.missing(self.folder.has, computed)
         if missing:
-            self.queue.add(plan.fingerprint, [(one.ids, one.blanks) for one in missing])
+            self.queue.add(plan.fingerprint, [one.wanted for one in missing])
             self._asked[request.request_id] = (
                 f"{len(missing)} of {len(plan.segments)} segments are not in the store "
                 f"'{self.folder.path}'; encode them (`blocktune encode --follow`) and ask again"
@@ -111,8 +113,8 @@ class SchedulerSide:
 
     def take(self) -> LoadMeta:
         """The loads noted since the last call."""
-        pending, self._pending = self._pending, []
-        return LoadMeta(pending)
+        meta, self._pending, self.forget = LoadMeta(self._pending, self.forget), [], False
+        return meta
 
     def finished(self, request: Request) -> None:
         """Forgets a request."""

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from blocktune.cache import ChunkKV, ChunkStore
 from blocktune.cache.folder import ChunkFolder
+from blocktune.cache.miss_queue import MissQueue
 from blocktune.positions import Rotation, rotate_keys
 from blocktune.vllm.plan import LoadPlan, Segment, heads_of, slots_of
 
@@ -105,6 +106,7 @@ class WorkerSide:
         self.folder, self.dtype, self.num_layers = folder, dtype, num_layers
         self.rank, self.size = rank, size
         self.store = ChunkStore(0, folder=folder.path)  # `_hot` keeps what is read, packed
+        self.queue = MissQueue(folder.path)
         self._hot = LRUCache(host_bytes, getsizeof=lambda packed: packed.buffer.nbytes)
         self._lock = threading.Lock()
         self.counts: Counter[str] = Counter()
@@ -220,7 +222,8 @@ class WorkerSide:
             counts["host_hits"] += 1
             return held
         kv = self.store.get(key, plan.segments[index].ids, plan.fingerprint)
-        if kv is None:
+        if kv is None:  # an encoder verifies it too, and encodes it again
+            self.queue.add(plan.fingerprint, [plan.segments[index].wanted])
             reason = self.store.stats().first_rejected or "it is not there"
             raise Missing(f"chunk {key[:12]} cannot be read from the store: {reason}")
         counts["store_reads"] += 1
