@@ -220,7 +220,7 @@ def load_models(
     wanted = [_source(model, adapter, options.get("revision")) for adapter in adapters]
     loaded: list[Loaded | None] = [None] * len(wanted)
     for name, revision in dict.fromkeys((source.base, source.revision) for source in wanted):
-        base, tokenizer = load_base(name, **options | {"revision": revision})
+        base, tokenizer = load_base(name, **options | {"revision": revision}, recurrent=True)
         users = [i for i, one in enumerate(wanted) if (one.base, one.revision) == (name, revision)]
         for index in users:
             loaded[index] = _put_on(wanted[index], base, tokenizer, len(users) == 1, merge)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from typer import Option
@@ -20,6 +21,8 @@ from blocktune.commands import options as opt
     "blocktune check --method 'naive + first-k 8'   # the contract of one method",
     "blocktune check --method mine --plugin mine.py",
     "blocktune check --model meta-llama/Llama-3.1-8B-Instruct --dtype float32 --json",
+    "blocktune check --families --json       # every model class of the installed transformers",
+    "blocktune check --families --only cohere --only gpt_oss",
     "The exit code is 0 if every check passed, else 1.",
 )
 def check(
@@ -34,9 +37,20 @@ def check(
     dtype: opt.Dtype = "auto",
     quantize: opt.Quantize = None,
     device: opt.Device = None,
+    families: Annotated[
+        bool,
+        Option("--families", help="Check a tiny model of every causal model class instead."),
+    ] = False,
+    only: Annotated[
+        list[str] | None, Option(help="With --families: only this model type; repeatable.")
+    ] = None,
     as_json: opt.AsJson = False,
 ) -> None:
     """Check that reuse is exact on your model: masks, relocation and caches against dense."""
+    if only and not families:
+        raise ValueError("--only names a model type of --families; add --families")
+    if families:
+        _check_families(only or (), as_json)
     from blocktune.adapter.releases import find_release
     from blocktune.check import check_adapter, check_method, check_model
     from blocktune.methods import parse_method
@@ -64,6 +78,24 @@ def check(
         where = "on this model" if built is None else f"by '{built.name}'"
         typer.echo(f"Reuse {where} is sound." if sound else f"Do not serve: reuse {where} fails.")
     raise typer.Exit(0 if sound else 1)
+
+
+def _check_families(only: Sequence[str], as_json: bool) -> NoReturn:
+    from rich.console import Console
+    from rich.progress import track
+
+    from blocktune.check.families import check_families, model_types, table
+
+    opt.quiet_libraries()
+    names = model_types(only)
+    console = Console(stderr=True)
+    shown = track(check_families(names), "checking", total=len(names), console=console)
+    found = list(shown)
+    if as_json:
+        typer.echo(json.dumps({"families": [one.to_dict() for one in found]}, indent=2))
+    else:
+        table(found).show()
+    raise typer.Exit(int(any(one.verdict == "wrong" for one in found)))
 
 
 @command(

@@ -142,6 +142,7 @@ class Engine:
             num_layers=config.num_hidden_layers,
             recurrent=recurrence is not None,
             num_tokens=num_tokens,
+            exact_tokens=rope.max_tokens if rope else None,
         )
 
     @classmethod
