@@ -21,12 +21,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--suite", type=Path, required=True, help="YAML of what to run")
     parser.add_argument("--output", type=Path, required=True, help="folder for rows and results")
     parser.add_argument("--limit", type=int, help="only the first questions of each task")
-    for name in ("model", "device", "quantize"):
+    for name in ("model", "device", "quantize", "store"):
         parser.add_argument(f"--{name}", help=f"instead of the suite's {name}")
     given = parser.parse_args(arguments)
     try:
         suite = changed(
-            load_suite(given.suite), given.limit, given.model, given.device, given.quantize
+            load_suite(given.suite),
+            *(given.limit, given.model, given.device, given.quantize, given.store),
         )
         run_and_show(suite, given.output, given.suite.stem)
     except (ValueError, OSError) as error:

@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from blocktune.cache import ChunkStore
+from blocktune.cache.config import StoreConfig
 from blocktune.engine import Engine
 from blocktune.server.config import Limits
 
@@ -17,7 +18,7 @@ def load_engines(
     model: str | None,
     adapters: list[str],
     name: str | None,
-    store: Path | None,
+    store: str | None,
     store_bytes: int,
 ) -> dict[str, Engine]:
     """An engine for each adapter, or one for the bare model; they share a store.
@@ -27,14 +28,16 @@ def load_engines(
         model: Name or folder; None: the adapters' own base.
         adapters: Each ``ADAPTER`` or ``NAME=ADAPTER``.
         name: That requests use for the bare model.
-        store: Folder of the chunks.
+        store: Place and limits of the chunks, see `ChunkStore.open`.
         store_bytes: Memory for chunks.
 
     Raises:
         ValueError: If two have the same name.
     """
     engines: dict[str, Engine] = {}
-    kept = ChunkStore(store_bytes, folder=store) if store_bytes or store else None
+    kept = None
+    if store_bytes or store:
+        kept = ChunkStore(config=StoreConfig.parse(store or "", memory=store_bytes))
     for text in adapters or [None]:
         label, equals, adapter = (text or "").partition("=")
         adapter = adapter if equals else text

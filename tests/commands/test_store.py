@@ -8,7 +8,9 @@ import pytest
 from cache.made import MODEL, OTHER_MODEL, made_chunk
 
 from blocktune.cache import ChunkStates, ChunkStore, chunk_key, states_key
-from blocktune.cache.folder import SECRET, WRITING, chunk_path
+from blocktune.cache.blobs import SECRET
+from blocktune.cache.folder import WRITING, chunk_path
+from blocktune.cache.ledger import INDEX
 
 CHUNKS = [made_chunk(5, seed=seed) for seed in (0, 10)]
 OTHER = made_chunk(7, seed=20, fingerprint=OTHER_MODEL)
@@ -20,9 +22,18 @@ def folder(tmp_path):
     store = ChunkStore(folder=tmp_path / "store")
     for key, kv in zip(KEYS, (*CHUNKS, OTHER), strict=True):
         store.put(key, kv)
+    folder = store.folder
     for age, key in enumerate(KEYS):
-        os.utime(chunk_path(store.folder, key), (1e9 - age, 1e9 - age))
-    return store.folder
+        os.utime(chunk_path(folder, key), (1e9 - age, 1e9 - age))
+    del store
+    forget_index(folder)
+    return folder
+
+
+def forget_index(folder):
+    """It is made again from the files and their dates."""
+    for suffix in ("", "-wal", "-shm"):
+        (folder / (INDEX + suffix)).unlink(missing_ok=True)
 
 
 @pytest.fixture
@@ -48,6 +59,7 @@ def test_stat_counts_by_model(blocktune, folder, asked):
     sizes = [chunk_path(folder, key).stat().st_size for key in KEYS]
     chunk_path(folder, "0" * 64).parent.mkdir(parents=True)
     chunk_path(folder, "0" * 64).write_text("damaged")
+    forget_index(folder)
     record = asked("stat")
     assert (record["chunks"], record["tokens"], record["bytes"]) == (3, 17, sum(sizes))
     assert record["unreadable"] == 1
