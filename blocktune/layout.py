@@ -140,6 +140,15 @@ class Layout(Rows):
         return ((self.kind == Kind.CHUNK) | (self.kind == Kind.WRAP)) & ~self.is_fresh
 
     @property
+    def written(self) -> Tensor | None:
+        """Rows computed while their chunk is encoded alone, its blanks too, ``(B, S)`` bool.
+
+        All others are computed at answering time. None if there are no such rows: full attention.
+        """
+        rows = (self.group != GLOBAL) & ~self.is_pad
+        return rows if bool(rows.any()) else None
+
+    @property
     def endings(self) -> tuple[int, ...]:
         """Layers at which some row ends, ascending; see `LayerRule.first_alike`."""
         return tuple(self.until[self.until != FOREVER].unique().tolist())

@@ -143,9 +143,11 @@ def load_yaml(path: str | Path, what: str, hint: str) -> Any:
         ValueError: See `parse_yaml`.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (FileNotFoundError, IsADirectoryError):
         raise FileNotFoundError(f"no {what} at '{path}'; {hint}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error.reason}, byte {error.start})") from None
     return parse_yaml(text, str(path))
 
 

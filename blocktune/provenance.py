@@ -16,7 +16,7 @@ import torch
 
 PACKAGES = "torch transformers tokenizers numpy peft trl accelerate datasets deepspeed bitsandbytes"
 MASK = "HIDDEN"
-"""What stands for a secret."""
+"""Replaces a secret."""
 _TOKEN_OPTION = re.compile(r"(--?[\w-]*token)(?:=.*)?", re.IGNORECASE | re.DOTALL)
 # Options may be abbreviated (--hub_tok), so a token of the Hub is also known by its own look.
 _TOKEN = re.compile(r"(?<![A-Za-z0-9])(?:hf|api_org)_[A-Za-z0-9]{20,}")
@@ -57,10 +57,8 @@ def without_tokens(text: str) -> str:
 
 
 def _program() -> list[str]:
-    path, package = Path(sys.argv[0]), Path(__file__).parent
-    if path.name == "__main__.py" and path.is_relative_to(package):
-        return ["python", "-m", f"{package.name}.{path.parent.name}"]  # by several processes
-    return ["blocktune" if path.name == "cli.py" else path.name]
+    name = Path(sys.argv[0]).name
+    return ["blocktune" if name == "cli.py" else name]
 
 
 def commit() -> str | None:

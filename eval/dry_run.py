@@ -24,8 +24,8 @@ from transformers import (
 )
 
 from blocktune import plugins
-from blocktune.evaluation.cli_output import run_and_show
 from blocktune.evaluation.report import write_report
+from blocktune.evaluation.report.terminal import run_and_show
 from blocktune.evaluation.suite import load_suite
 
 TOKENIZER = "data/tiny"

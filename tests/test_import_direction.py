@@ -43,9 +43,11 @@ ALLOWED = {
     "check": SERVING | {"testing"},
     "evaluation": SERVING | {"data"},
     "hub": SERVING | {"data", "check"},
-    "bench": SERVING | {"testing"},
+    "bench": SERVING | {"testing", "vllm"},
     "server": SERVING | {"data", "check"},
-    "commands": SERVING | {"data", "training", "evaluation", "hub", "check", "bench", "server"},
+    "vllm": SERVING | {"data", "server"},
+    "commands": SERVING
+    | {"data", "training", "evaluation", "hub", "check", "bench", "server", "vllm"},
     "cli": {"commands", "plugins"},
 }
 # `blocktune --help` runs these at import; the rest is loaded inside functions.
@@ -66,6 +68,7 @@ HEAVY = {
     "transformers",
     "trl",
     "uvicorn",
+    "vllm",
 }
 
 
@@ -103,7 +106,7 @@ def imported(tree: ast.AST, package: str) -> set[str]:
 
 LAZY = (
     *("attention", "cache", "data", "engine", "positions", "prompt"),
-    *("methods", "methods.reshape", "methods.select"),
+    *("methods", "methods.reshape", "methods.select", "server", "vllm"),
 )
 
 

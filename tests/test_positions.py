@@ -4,9 +4,7 @@ import pytest
 import torch
 from families import ROPES, VOCAB, build
 from layouts import layout, prompt
-from transformers import (
-    DynamicCache,
-)
+from transformers import DynamicCache
 
 from blocktune.attention import SplitPlan, attach
 from blocktune.models.gate import key_layers, probe_cache, require_supported

@@ -2,11 +2,9 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-import blocktune
 from blocktune import provenance as module
 from blocktune.provenance import commit, provenance, versions
 
@@ -45,15 +43,11 @@ def test_another_checkout_is_not_ours(checkout, tmp_path):
     assert commit() is None
 
 
-RUN_BY_SEVERAL = str(Path(blocktune.__file__).parent / "evaluation" / "__main__.py")
-
-
 @pytest.mark.parametrize(
     ("argv", "command"),
     [
         (["/home/me/bin/blocktune", "train", "--seed", "3"], "blocktune train --seed 3"),
         (["/home/me/blocktune/cli.py", "eval"], "blocktune eval"),
-        ([RUN_BY_SEVERAL, "--suite", "s"], "python -m blocktune.evaluation --suite s"),
         (["/x/__main__.py"], "__main__.py"),
         (["/x/recipes/train.py", "--config", "a b.yaml"], "train.py --config 'a b.yaml'"),
     ],

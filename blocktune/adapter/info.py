@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from blocktune.adapter.scope import SCOPES
 from blocktune.files import replace_json
 from blocktune.links import link_base
 from blocktune.parsing import build_strict
@@ -39,6 +40,7 @@ class AdapterInfo:
         link_mode: ``table`` or ``added_tokens``; has no effect without learned tokens.
         link_seed: Seed of the initial rows of added link tokens.
         link_token: The first learned token, where they are tokens.
+        scope: Rows that LoRA acts on, one of `blocktune.adapter.scope.SCOPES`.
         base_revision: The base's commit on the Hub, or the requested revision, or None.
         quantization: How the base was quantised in training (`blocktune.models.quantize`), or None.
         rope: The base's RoPE, as in its configuration; for readers (`base_fingerprint` is what is
@@ -47,7 +49,7 @@ class AdapterInfo:
         format_version: Of this file.
 
     Raises:
-        ValueError: If the version or the link mode is unknown.
+        ValueError: If the version, the link mode or the scope is unknown.
     """
 
     base_model: str
@@ -58,6 +60,7 @@ class AdapterInfo:
     link_mode: str = "table"
     link_seed: int = 0
     link_token: str = "<|link_0|>"
+    scope: str = "both"
     base_revision: str | None = None
     quantization: str | None = None
     rope: dict[str, Any] = field(default_factory=dict)
@@ -73,6 +76,8 @@ class AdapterInfo:
         if self.link_mode not in LINK_MODES:
             modes = ", ".join(LINK_MODES)
             raise ValueError(f"unknown link_mode '{self.link_mode}'; available: {modes}")
+        if self.scope not in SCOPES:
+            raise ValueError(f"unknown scope '{self.scope}'; available: {', '.join(SCOPES)}")
 
     @property
     def num_learned(self) -> int:
@@ -129,11 +134,11 @@ class AdapterInfo:
         """Reads ``blocktune.json``.
 
         Raises:
-            ValueError: If ``folder`` is no blocktune adapter, or its file cannot be read.
+            ValueError: If ``folder`` is not a blocktune adapter, or its file cannot be read.
         """
         path = Path(folder) / INFO_FILE
         if not path.is_file():
-            raise ValueError(f"{folder} is no blocktune adapter: it has no {INFO_FILE}")
+            raise ValueError(f"{folder} is not a blocktune adapter: it has no {INFO_FILE}")
         try:
             return cls.from_dict(json.loads(path.read_text()))
         except (json.JSONDecodeError, TypeError) as error:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blocktune.adapter.info import INFO_FILE, OWN_WEIGHTS, AdapterInfo
-from blocktune.adapter.releases import find_release
+from blocktune.adapter.releases import Release, find_release
+from blocktune.adapter.scope import require_mergeable, scope_adapter
 from blocktune.links import add_link_tokens, install_links, load_links
 from blocktune.models.identity import base_fingerprint, same_base, tokenizer_hash
-from blocktune.models.load import adapter_folder, load_base
+from blocktune.models.load import adapter_folder, load_base, sharing
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 PEFT_FILE = "adapter_config.json"
 
@@ -40,10 +48,13 @@ def load_adapter(
 
     Raises:
         ValueError: If there is no such adapter, it is damaged, or it was made for another base
-            or tokenizer; then nothing has changed.
+            or tokenizer, or its scope cannot be merged; then nothing has changed.
     """
     folder = adapter_folder(adapter, revision)
     info = AdapterInfo.load(folder)
+    require_whole(folder)
+    if merge:
+        require_mergeable(info.scope)
     _check_base(info, model, tokenizer, adapter)
     table = load_links(folder) if links and info.has_table else None
     if info.adds_tokens:
@@ -51,17 +62,56 @@ def load_adapter(
     if (folder / PEFT_FILE).is_file():
         from peft import PeftModel  # serving without an adapter needs no PEFT
 
-        model = PeftModel.from_pretrained(model, folder)
-        model = model.merge_and_unload() if merge else model
+        try:
+            model = PeftModel.from_pretrained(model, folder)
+        except (ValueError, OSError, TypeError, KeyError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"PEFT cannot load '{folder}' ({PEFT_FILE}): {reason}") from None
+        model = _merged(model) if merge else model
+    scope_adapter(model, info.scope)
     if table is not None:
         install_links(model, table.to(model.dtype))
     return model.eval(), info
 
 
+def _merged(model: PeftModel) -> PreTrainedModel:
+    """The base with the adapter's weights added.
+
+    Where an embedding is tied to the output head and the adapter changes one of them, the head
+    gets weights of its own first: PEFT alone would change both.
+    """
+    from peft.tuners.lora import LoraLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    base = model.get_base_model()
+    config, head = base.config, base.get_output_embeddings()
+    ends = (base.get_input_embeddings(), head)
+    adapted = any(isinstance(end, LoraLayer | ModulesToSaveWrapper) for end in ends)
+    if adapted and config.get_text_config().tie_word_embeddings:
+        own = getattr(head, "base_layer", getattr(head, "original_module", head))
+        own.weight = nn.Parameter(own.weight.detach().clone())
+        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+        base.all_tied_weights_keys = {}
+    return model.merge_and_unload()
+
+
+def require_whole(folder: str | Path) -> None:
+    """Raises ValueError if a weight file of a folder is missing or cut off; reads only headers."""
+    folder = Path(folder)
+    if (folder / PEFT_FILE).is_file() and not any(folder.glob("adapter_model*")):
+        raise ValueError(f"'{folder}' has {PEFT_FILE}, but no adapter_model.safetensors beside it")
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"'{path}' is damaged or incomplete ({error})") from None
+
+
 def attach_links(
     model: PreTrainedModel, adapter: str | Path, revision: str | None = None
 ) -> AdapterInfo:
-    """Installs the link table on a model that stock PEFT has loaded, which needs no other call.
+    """Installs links and scope on a model that stock PEFT has loaded, which needs no other call.
 
     ```python
     model = AutoPeftModelForCausalLM.from_pretrained(folder)
@@ -78,12 +128,14 @@ def attach_links(
         revision: Of the repository.
 
     Raises:
-        ValueError: If there is no such adapter, or its table does not fit the model.
+        ValueError: If there is no such adapter, its table does not fit the model, or the adapter
+            was merged although its scope is not ``both``.
     """
     folder = adapter_folder(adapter, revision)
     info = AdapterInfo.load(folder)
     if info.has_table:
         install_links(model, load_links(folder).to(model.dtype))
+    scope_adapter(model, info.scope)
     return info
 
 
@@ -122,10 +174,12 @@ def load_model(
     device: str | None = None,
     revision: str | None = None,
     quantize: str | None = None,
+    merge: bool = True,
 ) -> Loaded:
     """Loads a causal language model, and puts an adapter on it.
 
-    LoRA weights are merged unless the base is quantised, so serving costs no more than the base.
+    LoRA weights are merged unless the base is quantised or the adapter acts on some rows only
+    (`AdapterInfo.scope`), so serving costs no more than the base.
 
     Args:
         model: Folder or repository of the Hub, optionally with ``@REVISION``; None: the adapter's
@@ -137,10 +191,52 @@ def load_model(
         device: Default: CUDA if there is one, else the CPU.
         revision: Of the model's repository.
         quantize: One of `blocktune.models.quantize.QUANTIZATIONS`, or None: as saved.
+        merge: False leaves the adapter to PEFT, as a reference.
 
     Raises:
         ValueError: If there is no such model or adapter, or they do not fit each other.
     """
+    options = {"dtype": dtype, "device": device, "revision": revision, "quantize": quantize}
+    return load_models(model, [adapter], merge=merge, **options)[0]
+
+
+def load_models(
+    model: str | None, adapters: Sequence[str | Path | None], merge: bool = True, **options: Any
+) -> list[Loaded]:
+    """Loads a model with each of several adapters; those of one base share its weights.
+
+    An adapter that has its base to itself is merged into it, like that of `load_model`. Adapters
+    that share one stay beside it (PEFT), each in modules of its own.
+
+    Args:
+        model: See `load_model`.
+        adapters: None is the bare model.
+        merge: See `load_model`.
+        options: ``dtype``, ``device``, ``revision`` and ``quantize`` as in `load_model`.
+
+    Raises:
+        ValueError: As `load_model`.
+    """
+    wanted = [_source(model, adapter, options.get("revision")) for adapter in adapters]
+    loaded: list[Loaded | None] = [None] * len(wanted)
+    for name, revision in dict.fromkeys((source.base, source.revision) for source in wanted):
+        base, tokenizer = load_base(name, **options | {"revision": revision})
+        users = [i for i, one in enumerate(wanted) if (one.base, one.revision) == (name, revision)]
+        for index in users:
+            loaded[index] = _put_on(wanted[index], base, tokenizer, len(users) == 1, merge)
+    return loaded
+
+
+class _Source(NamedTuple):
+    """Where a model comes from: its base, and a release or an adapter's folder on it."""
+
+    base: str
+    revision: str | None
+    release: Release | None
+    folder: Path | None
+
+
+def _source(model: str | None, adapter: str | Path | None, revision: str | None) -> _Source:
     if model is not None and adapter is None and (Path(model) / INFO_FILE).is_file():
         model, adapter = None, model
     release = None if adapter is None else find_release(str(adapter))
@@ -149,14 +245,20 @@ def load_model(
         model = release.repository
     elif model is None:
         model, revision = _base_of(folder)
-    options = {"dtype": dtype, "device": device, "revision": revision, "quantize": quantize}
-    base, tokenizer = load_base(model, **options)
-    if folder is None:
-        info = None if release is None else release.fit(base, tokenizer)
+    return _Source(model, revision, release, folder)
+
+
+def _put_on(source: _Source, base, tokenizer, alone: bool, merge: bool) -> Loaded:
+    if not alone:
+        info = None if source.folder is None else AdapterInfo.load(source.folder)
+        base = sharing(base, own_embeddings=info is not None and info.adds_tokens)
+        tokenizer = copy.deepcopy(tokenizer)
+    if source.folder is None:
+        info = None if source.release is None else source.release.fit(base, tokenizer)
         return Loaded(base, tokenizer, info, None)
-    quantised = getattr(base, "is_quantized", False)
-    tuned, info = load_adapter(base, tokenizer, folder, merge=not quantised)
-    return Loaded(tuned, tokenizer, info, folder)
+    kept = getattr(base, "is_quantized", False) or AdapterInfo.load(source.folder).scope != "both"
+    tuned, info = load_adapter(base, tokenizer, source.folder, merge=merge and alone and not kept)
+    return Loaded(tuned, tokenizer, info, source.folder)
 
 
 def _base_of(folder: Path | None) -> tuple[str, str | None]:

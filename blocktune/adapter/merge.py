@@ -11,6 +11,7 @@ from torch import Tensor
 
 from blocktune.adapter import OWN_WEIGHTS, AdapterInfo, load_adapter
 from blocktune.adapter.load import load_model
+from blocktune.adapter.scope import require_mergeable
 from blocktune.links import add_link_tokens, load_links, save_links
 from blocktune.models.identity import base_fingerprint, tokenizer_hash
 from blocktune.models.load import adapter_folder, load_base
@@ -76,7 +77,8 @@ def merge_adapter(
 
     Raises:
         ValueError: If the output is not empty, there is nothing to merge, ``links`` is ``table``
-            for tokens that were trained in the vocabulary, or adapter and base do not fit.
+            for tokens that were trained in the vocabulary, adapter and base do not fit, or the
+            adapter acts on some rows only.
     """
     folder, output = adapter_folder(adapter), Path(output)
     info = AdapterInfo.load(folder)
@@ -105,6 +107,7 @@ def merge_adapter(
 def _check(info: AdapterInfo, folder: Path, output: Path, links: str | None) -> None:
     if info.base_model == OWN_WEIGHTS:
         raise ValueError(f"'{folder}' is a whole model already; there is nothing to merge")
+    require_mergeable(info.scope)
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"'{output}' is not empty; name a new folder for the merged model")
     if links not in (None, "table", "added_tokens"):

@@ -32,7 +32,11 @@ class Reshaping(Protocol):
         rule: LayerRule,
         params: AttentionParams,
     ) -> Tensor | None:
-        """Attends, ``(B, H, R, D)``; None where it leaves scores unchanged."""
+        """Attends rows over columns; None where a layer's scores are left unchanged.
+
+        ``columns`` ``(B, R)`` are where the band's rows were written, -1 for padding. Query and
+        result are ``(B, H, R, D)``, ``key`` and ``value`` ``(B, K, N, D)``.
+        """
 
 
 class CachePlan:

@@ -91,7 +91,7 @@ class FlexPlan:
 
     def __init__(self, layout: Layout):
         """Keeps ``layout``; a block mask is built once for all layers with the same rule."""
-        self.layout = layout
+        self.layout, self.written = layout, layout.written
         self._endings = layout.endings
         self._masks: dict[LayerRule, BlockMask] = {}
 

@@ -40,7 +40,11 @@ _HANDLE = "_blocktune_attached"
 
 
 class Plan(Protocol):
-    """An execution of the visibility rule, prepared once per batch and used by all layers."""
+    """An execution of the visibility rule, prepared once per batch and used by all layers.
+
+    One over a layout has its `Layout.written` as an attribute of that name, and one that attends
+    by another keeps that one as ``plan``; see `written_rows`.
+    """
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, rule: LayerRule, params: AttentionParams
@@ -57,6 +61,17 @@ class Plan(Protocol):
         Returns:
             ``(B, R, H, D)``, as transformers wants it.
         """
+
+
+def written_rows(plan: Plan | None) -> Tensor | None:
+    """Which rows of a pass are those of chunks being encoded (`Layout.written`); None: no row.
+
+    In serving all rows but those of the encoder are computed at answering time: plans over a cache
+    have none. Without a plan the model attends in full.
+    """
+    while (inner := getattr(plan, "plan", None)) is not None:
+        plan = inner
+    return getattr(plan, "written", None)
 
 
 EXECUTIONS = {"dense": DensePlan, "flex": FlexPlan, "split": SplitPlan}

@@ -218,7 +218,7 @@ class DensePlan:
 
     def __init__(self, layout: Layout):
         """Keeps ``layout``; a mask is made for each layer and not kept."""
-        self.layout = layout
+        self.layout, self.written = layout, layout.written
 
     def attend(self, query, key, value, rule, params) -> Tensor:
         """Implements `Plan.attend`."""

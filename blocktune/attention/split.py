@@ -140,7 +140,7 @@ class SplitPlan:
         Raises:
             ValueError: If the layout holds nothing but padding.
         """
-        self.shape = layout.kind.shape
+        self.shape, self.written = layout.kind.shape, layout.written
         self._endings = layout.endings
         segments = find_segments(layout.to("cpu"))
         if not segments:

@@ -8,7 +8,9 @@ __getattr__, __dir__, __all__ = exports(
         "blocktune.cache.chunk_kv": "ChunkKV ChunkStates Entry",
         "blocktune.cache.fingerprint": "chunk_key key_after model_fingerprint states_key "
         "weights_hash",
-        "blocktune.cache.prefix_tree": "ExactKV PrefixMatch PrefixTree cut_exact load_exact",
+        "blocktune.cache.exact": "ExactKV cut_exact",
+        "blocktune.cache.prefill_cache": "PrefillCache",
+        "blocktune.cache.prefix_tree": "PrefixMatch PrefixTree",
         "blocktune.cache.row_cache": "SKIP RowCache",
         "blocktune.cache.store": "ChunkStore Lookup StoreStats",
     },

@@ -89,7 +89,7 @@ class ChunkFile(Generic[AnyEntry]):
             return int(self._header[name])
 
     def read(self, name: str) -> Tensor:
-        """One tensor, verified, in memory of its own.
+        """One tensor, verified, in its own memory.
 
         Raises:
             ValueError: If it is not what was written.

@@ -22,7 +22,7 @@ from blocktune.positions.relocation import relocate_keys
 
 FP8 = torch.float8_e4m3fn
 GROUP = {8: 64, 4: 32}
-"""Numbers that share a scale and an offset, by bits."""
+"""Most numbers that share a scale and an offset, by bits."""
 _HALF_LIMIT = 6e4
 
 
@@ -128,7 +128,9 @@ def _pack(tensor: Tensor, bits: int) -> dict[str, Tensor]:
     Source: KIVI, arXiv:2402.02750: keys by channel (here also before rotation, as KVQuant,
     arXiv:2401.18079), values by token.
     """
-    group, length = GROUP[bits], tensor.shape[-1]
+    length = tensor.shape[-1]
+    group = -(-length // -(-length // GROUP[bits]))  # equal groups: little is filled up
+    group += group % 2
     last = tensor[..., -1:].expand(*tensor.shape[:-1], -length % group)
     groups = torch.cat((tensor, last), dim=-1).float().unflatten(-1, (-1, group))
     low, high = groups.aminmax(dim=-1, keepdim=True)

@@ -34,7 +34,7 @@ def chunk_path(folder: Path, key: str) -> Path:
 
 
 def is_taken(error: OSError) -> bool:
-    """Whether something foreign stands in one place; the disk as a whole can be written."""
+    """Whether something foreign occupies one path; the disk as a whole can be written."""
     return error.errno in _TAKEN
 
 
@@ -241,12 +241,12 @@ def _plain(path: Path, flags: int) -> int:
     except OSError as error:
         # ENXIO: a socket, or a pipe without a reader.
         if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR, errno.ENOTDIR):
-            raise ValueError("a link, folder or device stands in its place") from None
+            raise ValueError("a link, folder or device is at its path") from None
         raise
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
         return descriptor
     os.close(descriptor)
-    raise ValueError("a link, folder or device stands in its place")
+    raise ValueError("a link, folder or device is at its path")
 
 
 def _locked_new(path: Path):

@@ -45,7 +45,8 @@ def manifest(
 
     Returns:
         ``fingerprint``; ``format`` and ``chunk_format``; ``base``, ``adapter`` (or None) and
-        ``tokenizer`` with names, revisions and digests; ``prompt_format``; ``dtype``; ``layers``,
+        ``tokenizer`` with names, revisions and digests; the adapter's ``scope`` (if it is
+        ``encode``, the plain base reads its chunks); ``prompt_format``; ``dtype``; ``layers``,
         those that store keys, each with the shapes of ``key`` and ``value`` (kv heads, head dim);
         ``rope``: ``frequencies``, lists of radians per position of the rotated dimensions'
         pairs (the first ones of the head, in halves), and ``layer``, the index into them for each
@@ -64,7 +65,7 @@ def manifest(
             "architecture": model.config.get_text_config().model_type,
             "fingerprint": base,
         },
-        "adapter": _adapter(adapter_folder),
+        "adapter": _adapter(adapter_folder, adapter.scope if adapter else "both"),
         "tokenizer": {
             "name": tokenizer.name_or_path,
             "hash": tokenizer_hash(tokenizer),
@@ -80,7 +81,7 @@ def manifest(
     }
 
 
-def _adapter(folder: str | Path | None) -> dict[str, Any] | None:
+def _adapter(folder: str | Path | None, scope: str) -> dict[str, Any] | None:
     if folder is None:
         return None
     folder, name, revision = Path(folder), str(folder), None
@@ -88,7 +89,8 @@ def _adapter(folder: str | Path | None) -> dict[str, Any] | None:
         if cached.parent.name == "snapshots" and cached.parent.parent.name.startswith("models--"):
             name = cached.parent.parent.name.removeprefix("models--").replace("--", "/")
             revision = cached.name
-    return {"name": name, "revision": revision, "fingerprint": adapter_fingerprint(folder)}
+    known = {"name": name, "revision": revision, "scope": scope}
+    return known | {"fingerprint": adapter_fingerprint(folder)}
 
 
 def _rope(inv_freq: Sequence[Tensor]) -> dict[str, Any]:

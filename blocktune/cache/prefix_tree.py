@@ -1,134 +1,53 @@
 """Exact prefix caching: what the plain engines do, and the baseline that reuse is measured by.
 
-A tree whose edges are whole pieces of a prompt (prefix, first chunk, second chunk, ...): a node's
-state was computed after exactly the pieces on the path to it. Like SGLang's RadixAttention
-(lookup along a path, locks while a request runs, eviction of unlocked leaves, least recently
-used first), but by pieces, not pages: prompts here are cut at chunks anyway.
-
-Exact states have a type of their own, `ExactKV`, which only `cut_exact` makes, from a cache that
-declares to be exact: a chunk's relocated state is an approximation, and stored here it would
-silently spoil every later answer with the same prefix.
+A radix tree over tokens, as SGLang's RadixAttention: an edge holds the state of a run of tokens,
+computed after exactly the tokens on the path to it, and is cut where a later prompt turns off it.
+Paths are locked while a request reads them; leaves that nobody reads leave first, the least
+recently used before the others. Recurrent layers have a state only at some depths, which
+`checkpoints` chooses. Only exact states may enter, see `exact`.
 """
 
 from __future__ import annotations
 
-import hashlib
+import heapq
 import itertools
 import threading
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import InitVar, dataclass, field
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import torch
+from torch import Tensor
 
-from blocktune.cache.chunk_kv import ChunkKV
+from blocktune.cache.checkpoints import place_checkpoints
+from blocktune.cache.exact import ExactKV, Ids, State, state_bytes
 from blocktune.cache.row_cache import RowCache
 
-Piece = tuple[int, ...]
-_FULL_PREFILL = object()
-
-
-@dataclass(frozen=True, eq=False)
-class ExactKV:
-    """The state of one piece of a prompt, computed after exactly the tokens before it.
-
-    Attributes:
-        kv: Keys at their true positions: ``kv.origin`` is the number of tokens before it.
-        context: Digest of those tokens, `context_digest`.
-
-    Raises:
-        ValueError: If made by anything but `cut_exact`.
-    """
-
-    kv: ChunkKV
-    context: str
-    proof: InitVar[object] = None
-
-    def __post_init__(self, proof: object):
-        if proof is not _FULL_PREFILL:
-            raise ValueError(
-                "only a full prefill makes exact states; cut them from its cache with `cut_exact`"
-            )
-
-
-def context_digest(pieces: Iterable[Sequence[int]]) -> str:
-    """Digest of all tokens of ``pieces``, joined: where the cuts are does not count."""
-    joined = [token for piece in pieces for token in piece]
-    return hashlib.sha256(torch.tensor(joined, dtype=torch.int64).numpy().tobytes()).hexdigest()
-
-
-def cut_exact(
-    cache: RowCache, prompt: int, pieces: Sequence[Sequence[int]], fingerprint: str
-) -> tuple[ExactKV, ...]:
-    """Cuts the cache of a full prefill into pieces for the exact prefix cache.
-
-    Args:
-        cache: After the prefill. Its columns ``0, 1, ..`` hold the tokens of ``pieces`` in
-            order, at positions equal to the columns.
-        prompt: Index in the batch.
-        pieces: Token ids of prefix, first chunk, second chunk and so on.
-        fingerprint: Of the model that ran.
-
-    Returns:
-        One `ExactKV` a piece that has tokens, in memory of its own.
-
-    Raises:
-        ValueError: If approximate states were ever loaded into the cache, or it was not
-            declared exact, or is shorter than the pieces.
-    """
-    if not cache.exact:
-        raise ValueError(
-            "this cache holds approximate states (reused chunks); "
-            "they must never enter the exact prefix cache"
-        )
-    total = sum(map(len, pieces))
-    if total > cache.num_columns:
-        raise ValueError(f"the pieces have {total} tokens, the cache {cache.num_columns} columns")
-    pieces = [piece for piece in pieces if len(piece)]
-    layers = [layer for layer in cache.layers if layer.is_initialized]
-    cuts, start = [], 0
-    for index, piece in enumerate(pieces):
-        span = slice(start, start + len(piece))
-        kv = ChunkKV(
-            keys=tuple(layer.keys[prompt, :, span] for layer in layers),
-            values=tuple(layer.values[prompt, :, span] for layer in layers),
-            token_ids=torch.tensor(piece, dtype=torch.int64),
-            fingerprint=fingerprint,
-            origin=start,
-        )
-        cuts.append(ExactKV(kv.compact(), context_digest(pieces[:index]), proof=_FULL_PREFILL))
-        start = span.stop
-    return tuple(cuts)
-
-
-def load_exact(cache: RowCache, prompt: int, exact: ExactKV) -> None:
-    """Writes a piece of an exact prefix into ``cache``, which stays as exact as it was.
-
-    In an exact prefix the column is the position.
-    """
-    kv = exact.kv
-    columns = slice(kv.origin, kv.origin + kv.num_tokens)
-    for layer, (keys, values) in enumerate(zip(kv.keys, kv.values, strict=True)):
-        own_keys, own_values = cache.room(layer, prompt, columns, keys, values, exact=True)
-        own_keys.copy_(keys)
-        own_values.copy_(values)
+_HISTORY = 256
+"""Prompts whose shared depth is remembered, of each model and tenant."""
 
 
 @dataclass(eq=False)
 class _Node:
     parent: _Node | None = None
-    piece: Piece = ()
     exact: ExactKV | None = None  # None in roots
-    children: dict[Piece, _Node] = field(default_factory=dict)
+    state: State | None = None  # of recurrent layers, at the end of the run
+    children: dict[int, _Node] = field(default_factory=dict)  # by their first token
     locks: int = 0
     used: int = 0
+    overlaps: deque[int] = field(default_factory=lambda: deque(maxlen=_HISTORY))  # in roots
+
+    @property
+    def num_bytes(self) -> int:
+        return self.exact.num_bytes + state_bytes(self.state)
 
 
 class PrefixStats(NamedTuple):
-    """What the tree holds and did. ``declined``: pieces for which no room could be made."""
+    """What the tree holds and did, in tokens. ``declined``: those that no room was made for."""
 
     num_bytes: int
-    num_pieces: int
+    num_tokens: int
+    num_states: int
     hit_tokens: int
     missed_tokens: int
     evictions: int
@@ -139,25 +58,50 @@ class PrefixMatch:
     """The longest known prefix of a prompt, locked against eviction until the block ends.
 
     Attributes:
-        exacts: States of the matched pieces, in order; together they hold ``num_tokens`` tokens,
-            the prompt is computed from there on, and ``num_bytes`` bytes.
+        num_tokens: Tokens whose state is known: the prompt is computed from there on.
+        parts: Where it is: runs, and how many of their tokens.
+        state: Of recurrent layers at this depth; None if the model has none, or at depth 0.
+        overlap: Tokens in the tree: more than ``num_tokens`` if there is no recurrent state there.
     """
 
-    def __init__(self, tree: PrefixTree, path: list[_Node]):
-        self._tree, self._path = tree, path
-        self.exacts = tuple(node.exact for node in path)
-        self.num_tokens = sum(exact.kv.num_tokens for exact in self.exacts)
-        self.num_bytes = sum(exact.kv.num_bytes for exact in self.exacts)
+    def __init__(self, tree: PrefixTree, path: list[tuple[_Node, int]]):
+        self._tree = tree
+        self._last = path[-1][0] if path else None
+        self.overlap = sum(count for _, count in path)
+        while path and path[-1][0].exact.states is not None and not _resumes(*path[-1]):
+            path = path[:-1]
+        self.parts = tuple((node.exact, count) for node, count in path)
+        self.num_tokens = sum(count for _, count in path)
+        self.state = path[-1][0].state if path else None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that are read to resume."""
+        parts = ((e.num_bytes * count) // len(e.token_ids) for e, count in self.parts)
+        return sum(parts) + state_bytes(self.state)
+
+    def layers(self) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+        """Keys and values of each layer that has any, run by run, ``(K, S, D)``."""
+        for layer in range(len(self.parts[0][0].keys) if self.parts else 0):
+            yield tuple(
+                [getattr(exact, kind)[layer][:, :count] for exact, count in self.parts]
+                for kind in ("keys", "values")
+            )
 
     def load(self, cache: RowCache, prompt: int) -> None:
-        """Puts the matched states into the first columns of one prompt of ``cache``."""
-        for exact in self.exacts:
-            load_exact(cache, prompt, exact)
+        """Puts the states into the first columns of one prompt of ``cache``, which stays exact."""
+        for layer, pair in enumerate(self.layers()):
+            at = 0
+            for keys, values in zip(*pair, strict=True):
+                columns = slice(at, at := at + keys.shape[1])
+                room = cache.room(layer, prompt, columns, keys, values, exact=True)
+                room[0].copy_(keys)
+                room[1].copy_(values)
 
     def release(self) -> None:
-        """Lets the pieces be evicted again; leaving the ``with`` block calls it."""
-        path, self._path = self._path, []
-        self._tree._unlock(path)
+        """Lets the runs be evicted again; leaving the ``with`` block calls it."""
+        last, self._last = self._last, None
+        self._tree._lock(last, -1)
 
     def __enter__(self) -> PrefixMatch:
         return self
@@ -166,105 +110,166 @@ class PrefixMatch:
         self.release()
 
 
-class PrefixTree:
-    """Exact states of prompt prefixes in ``max_bytes``, the least recently used first out."""
+def _resumes(node: _Node, count: int) -> bool:
+    return node.state is not None and count == len(node.exact.token_ids)
 
-    def __init__(self, max_bytes: int = 4 << 30):
+
+class PrefixTree:
+    """Exact states of prompt prefixes in ``max_bytes``, the least recently used first out.
+
+    Args:
+        max_bytes: Of all states together.
+        checkpoints: States of recurrent layers kept along one prompt, at most.
+    """
+
+    def __init__(self, max_bytes: int = 4 << 30, checkpoints: int = 8):
         if max_bytes <= 0:
             raise ValueError(f"a prefix cache needs memory; got {max_bytes} bytes")
-        self.max_bytes = max_bytes
+        self.max_bytes, self.checkpoints = max_bytes, checkpoints
         self._roots: dict[tuple[str, str], _Node] = {}
         self._clock = itertools.count(1)
-        self._lock = threading.RLock()
+        self._mutex = threading.RLock()
         self._bytes = self._hits = self._misses = self._evictions = self._declined = 0
 
-    def match(
-        self, fingerprint: str, pieces: Sequence[Sequence[int]], *, salt: str = ""
-    ) -> PrefixMatch:
-        """Finds the longest path of whole pieces; use it in a ``with`` block.
+    def match(self, fingerprint: str, token_ids: Sequence[int], *, salt: str = "") -> PrefixMatch:
+        """Finds the longest known prefix; use it in a ``with`` block.
 
         Args:
             fingerprint: Of the model that runs; others' states are never seen.
-            pieces: Token ids of prefix, first chunk, second chunk and so on.
+            token_ids: Of the prompt, as far as it may be cached.
             salt: Separates tenants that must not see each other's hits.
         """
-        with self._lock:
-            path, node = [], self._roots.get((fingerprint, salt))
-            for piece in filter(len, pieces):
-                node = node and node.children.get(tuple(piece))
-                if node is None:
-                    break
-                path.append(node)
-            self._touch(path)
-            self._hits += sum(len(node.piece) for node in path)
-            self._misses += sum(map(len, pieces)) - sum(len(node.piece) for node in path)
-            return PrefixMatch(self, path)
+        with self._mutex:
+            root = self._root(fingerprint, salt)
+            match = PrefixMatch(self, self._walk(root, tuple(token_ids)))
+            self._lock(match._last, 1)
+            root.overlaps.append(match.overlap)
+            self._hits += match.num_tokens
+            self._misses += len(token_ids) - match.num_tokens
+            return match
 
-    def insert(self, exacts: Sequence[ExactKV], *, salt: str = "") -> int:
-        """Adds the pieces of a prompt, from its very first on; known ones stay as they are.
+    def checkpoints_for(
+        self, fingerprint: str, num_tokens: int, ends: Iterable[int] = (), *, salt: str = ""
+    ) -> tuple[int, ...]:
+        """Depths at which to keep the recurrent states of a prompt of ``num_tokens`` tokens.
+
+        They cost later prompts the fewest tokens if these are shared as deep as the last ones were,
+        or up to one of ``ends``, where pieces of the prompt end.
+        """
+        with self._mutex:
+            seen = [min(depth, num_tokens) for depth in self._root(fingerprint, salt).overlaps]
+        return place_checkpoints(Counter([*seen, *ends]), self.checkpoints)
+
+    def insert(self, exact: ExactKV, *, salt: str = "") -> int:
+        """Adds a run behind the tokens that are known; what is known stays as it is.
 
         Args:
-            exacts: From `cut_exact`, in order, without gaps.
+            exact: From `cut_exact`.
             salt: As in `match`.
 
         Returns:
-            Pieces added: fewer than are new if no room can be made (`PrefixStats.declined`).
+            Tokens added: fewer than are new if no room can be made (`PrefixStats.declined`), or
+            if what was before them has left.
 
         Raises:
-            ValueError: If a state is not exact, or not the continuation of those before it.
+            ValueError: If the state is not exact.
         """
-        pieces = self._check(exacts)
-        if not pieces:
-            return 0
-        with self._lock:
-            root = self._roots.setdefault((exacts[0].kv.fingerprint, salt), _Node())
-            node, path, added = root, [], 0
-            for piece, exact in zip(pieces, exacts, strict=True):
-                child = node.children.get(piece)
-                if child is None and not self._make_room(exact.kv.num_bytes):
-                    self._declined += len(pieces) - len(path)
-                    break
-                if child is None:
-                    child = node.children[piece] = _Node(node, piece, exact)
-                    self._bytes += exact.kv.num_bytes
-                    added += 1
-                self._touch([child])
-                path.append(child)
-                node = child
-            self._unlock(path)
+        if not isinstance(exact, ExactKV):
+            raise ValueError(
+                f"this is a {type(exact).__name__}, which may be approximate; "
+                "the prefix cache takes only an `ExactKV` of a full prefill"
+            )
+        ids = exact.context + exact.token_ids
+        with self._mutex:
+            root = self._root(exact.fingerprint, salt)
+            path = self._walk(root, ids)
+            known = sum(count for _, count in path)
+            if known < len(exact.context):
+                self._declined += len(ids) - known
+                return 0
+            added = 0
+            if known < len(ids):
+                parent = self._cut(*path[-1]) if path else root
+                added = self._add(parent, exact.cut(known - len(exact.context), len(ids)))
+            for depth, state in sorted((exact.states or {}).items()):
+                self._keep_state(root, ids[:depth], state)
             return added
 
     def stats(self) -> PrefixStats:
         """Counters since the tree was made."""
-        with self._lock:
-            pieces = sum(1 for _ in self._nodes())
+        with self._mutex:
+            nodes = list(self._nodes())
+            tokens = sum(len(node.exact.token_ids) for node in nodes)
+            states = sum(node.state is not None for node in nodes)
             counters = (self._hits, self._misses, self._evictions, self._declined)
-            return PrefixStats(self._bytes, pieces, *counters)
+            return PrefixStats(self._bytes, tokens, states, *counters)
 
-    def _check(self, exacts: Sequence[ExactKV]) -> list[Piece]:
-        pieces: list[Piece] = []
-        for index, exact in enumerate(exacts):
-            if not isinstance(exact, ExactKV):
-                raise ValueError(
-                    f"piece {index} is a {type(exact).__name__}, which may be approximate; "
-                    "the prefix cache takes only `ExactKV` of a full prefill"
-                )
-            origin = (exact.context, exact.kv.fingerprint)
-            if origin != (context_digest(pieces), exacts[0].kv.fingerprint):
-                raise ValueError(f"piece {index} comes from another context or another model")
-            pieces.append(tuple(exact.kv.token_ids.tolist()))
-        return pieces
+    def _root(self, fingerprint: str, salt: str) -> _Node:
+        return self._roots.setdefault((fingerprint, salt), _Node())
+
+    def _walk(self, root: _Node, ids: Ids) -> list[tuple[_Node, int]]:
+        """The nodes along ``ids``, each with how many of its tokens are those."""
+        node, at, path = root, 0, []
+        while at < len(ids) and (child := node.children.get(ids[at])) is not None:
+            tokens = child.exact.token_ids
+            count = _common(tokens, ids[at : at + len(tokens)])
+            child.used = next(self._clock)
+            path.append((child, count))
+            if count < len(tokens):
+                break
+            node, at = child, at + count
+        return path
+
+    def _cut(self, node: _Node, at: int) -> _Node:
+        """The node that ends after ``at`` of a node's tokens, made by cutting it if need be."""
+        tokens = node.exact.token_ids
+        if at == len(tokens):
+            return node
+        upper = _Node(node.parent, node.exact.cut(0, at), locks=node.locks, used=node.used)
+        upper.children[tokens[at]] = node
+        node.parent.children[tokens[0]] = upper
+        node.parent, node.exact = upper, node.exact.cut(at, len(tokens))
+        return upper
+
+    def _add(self, parent: _Node, exact: ExactKV) -> int:
+        self._lock(parent, 1)
+        room = self._make_room(exact.num_bytes)
+        self._lock(parent, -1)
+        if not room:
+            self._declined += len(exact.token_ids)
+            return 0
+        node = _Node(parent, exact, used=next(self._clock))
+        parent.children[exact.token_ids[0]] = node
+        self._bytes += node.num_bytes
+        return len(exact.token_ids)
+
+    def _keep_state(self, root: _Node, ids: Ids, state: State) -> None:
+        path = self._walk(root, ids)
+        if sum(count for _, count in path) < len(ids):
+            return  # its tokens found no room
+        node = self._cut(*path[-1])
+        self._lock(node, 1)
+        if node.state is None and self._make_room(state_bytes(state)):
+            node.state = state
+            self._bytes += state_bytes(state)
+        self._lock(node, -1)
 
     def _make_room(self, num_bytes: int) -> bool:
-        while self._bytes + num_bytes > self.max_bytes:
-            leaves = [n for n in self._nodes() if not n.children and not n.locks]
-            if num_bytes > self.max_bytes or not leaves:
-                return False
-            leaf = min(leaves, key=lambda node: node.used)
-            del leaf.parent.children[leaf.piece]
-            self._bytes -= leaf.exact.kv.num_bytes
+        if num_bytes > self.max_bytes:
+            return False
+        if self._bytes + num_bytes <= self.max_bytes:
+            return True
+        leaves = [(n.used, id(n), n) for n in self._nodes() if not n.children and not n.locks]
+        heapq.heapify(leaves)
+        while leaves and self._bytes + num_bytes > self.max_bytes:
+            *_, leaf = heapq.heappop(leaves)
+            parent = leaf.parent
+            del parent.children[leaf.exact.token_ids[0]]
+            self._bytes -= leaf.num_bytes
             self._evictions += 1
-        return True
+            if parent.exact is not None and not parent.children and not parent.locks:
+                heapq.heappush(leaves, (parent.used, id(parent), parent))
+        return self._bytes + num_bytes <= self.max_bytes
 
     def _nodes(self) -> Iterator[_Node]:
         waiting = list(self._roots.values())
@@ -274,14 +279,17 @@ class PrefixTree:
             if node.exact is not None:
                 yield node
 
-    def _touch(self, path: list[_Node]) -> None:
-        # A shared prefix is used whenever one of its continuations is: same time for the path.
-        now = next(self._clock)
-        for node in path:
-            node.used = now
-            node.locks += 1
+    def _lock(self, node: _Node | None, count: int) -> None:
+        """Locks (or, by -1, unlocks) a node and all above it, which stay as long as it does."""
+        with self._mutex:
+            while node is not None:
+                node.locks += count
+                node = node.parent
 
-    def _unlock(self, path: list[_Node]) -> None:
-        with self._lock:
-            for node in path:
-                node.locks -= 1
+
+def _common(left: Ids, right: Ids) -> int:
+    """How many tokens two runs share from their first on."""
+    if left[: len(right)] == right:
+        return len(right)
+    pairs = enumerate(zip(left, right, strict=False))
+    return next((at for at, (a, b) in pairs if a != b), min(len(left), len(right)))

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from blocktune.adapter import scope_of
 from blocktune.attention import DensePlan, SplitPlan
 from blocktune.cache import ChunkStore
 from blocktune.engine import Engine, Sampling
@@ -255,12 +256,17 @@ def _checks(engine: Engine) -> Iterator[Check]:
 
     plain = _plain(engine)
     block = batch_of(engine, plain)
-    dense = forward_dense(engine, block.input_ids, block.layout)[:, -1]
-    visible = forward_dense(engine, *all_visible(block.input_ids, block.layout))[:, -1]
+    hidden_rows = forward_dense(engine, block.input_ids, block.layout)
+    visible_rows = forward_dense(engine, *all_visible(block.input_ids, block.layout))
+    dense, visible = hidden_rows[:, -1], visible_rows[:, -1]
     whole = batch_of(engine, build("full-prefill"))
     assert bool((whole.layout.group == GLOBAL).all())
     stock = engine.model(whole.input_ids, use_cache=False).logits[:, -1]
     yield close("full prefill = stock attention", full, stock)
+    if scope_of(engine.model) == "encode":
+        with engine.model.disable_adapter():
+            moved = difference(stock, engine.model(whole.input_ids, use_cache=False).logits[:, -1])
+        yield Check("full attention = the base, bit for bit", moved == 0, moved, 0.0)
     split = engine.model(
         block.input_ids,
         position_ids=block.layout.position,
@@ -270,8 +276,12 @@ def _checks(engine: Engine) -> Iterator[Check]:
     yield close("split = dense mask", split.logits[:, -1], dense)
     yield close("cached chunks = dense mask", engine.next_logits([ASK], plain), dense)
     spec = engine.prompts.spec(plain)
-    if not spec.num_learned:  # fresh tokens are not all that a question sees
-        in_place = spec.placement == "sequential"  # elsewhere chunks share positions
+    # A chunk with nothing before it is not recomputed: what a writer made of it stays.
+    stays = scope_of(engine.model) != "both" and not bool((block.layout.kind == Kind.PREFIX).any())
+    if not spec.num_learned and not stays:  # fresh tokens are not all that a question sees
+        # Elsewhere chunks share positions; and a tag of the mode is another prompt.
+        fmt = engine.format
+        in_place = spec.placement == "sequential" and fmt.block_tag == fmt.full_tag
         same = full if in_place else visible
         told = "full prefill" if in_place else "full attention at the same positions"
         for method in (build("epic", k=1 << 20), build("cacheblend", ratio=1.0)):
@@ -285,7 +295,9 @@ def _checks(engine: Engine) -> Iterator[Check]:
     longer = torch.cat([whole.input_ids, whole.input_ids.new_tensor([ids])], dim=1)
     again = engine.model(longer, use_cache=False).logits[:, -1]
     yield close("decoding = one forward", after, again)
-    moved = difference(dense, visible)
+    # In all rows: a window may keep the question's from reaching any chunk.
+    kept = block.layout.kind[0] != Kind.BLANK
+    moved = difference(hidden_rows[:, kept], visible_rows)
     # In half precision and int8, rounding is closer to the effect of a hidden chunk.
     exact = engine.model.dtype == torch.float32 and quantization_of(engine.model) != "int8"
     wanted = (10 if exact else 3) * max(seen)

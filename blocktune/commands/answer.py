@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +14,8 @@ from blocktune.commands import command
 from blocktune.commands import options as opt
 from blocktune.commands.errors import resumable
 
+FOLLOW_S = 0.1
+"""Seconds between two looks into an empty queue."""
 of_decoding = partial(Option, rich_help_panel="Decoding")
 
 
@@ -110,13 +113,13 @@ def answer(
     "encode",
     "blocktune encode --input docs.jsonl --store cache/ --model data/tiny",
     "blocktune encode --input questions.jsonl --store cache/ --model M --adapter out/block",
+    "blocktune encode --follow --store cache/ --model M   # what other engines miss",
     'A line of docs.jsonl: {"text": "...", "title": "..."}, or a question with "chunks".',
     "A stopped command continues where it stopped: repeat it. Several processes, also on",
     "several machines, share the work:",
     "    accelerate launch --num_processes 4 --module blocktune.cli encode ...",
 )
 def encode(
-    documents: Annotated[Path, opt.of_prompt("--input", "-i", help="Chunks or questions, JSONL.")],
     store: Annotated[
         str,
         Option(
@@ -124,6 +127,12 @@ def encode(
             help="Folder or URL for the encoded chunks, then limits as of `answer --store`.",
         ),
     ],
+    documents: Annotated[
+        Path | None, opt.of_prompt("--input", "-i", help="Chunks or questions, JSONL.")
+    ] = None,
+    follow: Annotated[
+        bool, Option("--follow", help="Then encode what readers of the store miss, until stopped.")
+    ] = False,
     instruction: opt.Instruction = None,
     system: opt.System = None,
     wording: opt.Format = None,
@@ -137,10 +146,12 @@ def encode(
     from blocktune.cache import ChunkStore
     from blocktune.commands.answering import encoding_progress
     from blocktune.data import load_chunks
-    from blocktune.evaluation.processes import launched
+    from blocktune.evaluation.runner import launched
 
-    chunks = load_chunks(documents)
-    if not chunks:
+    if documents is None and not follow:
+        raise ValueError("nothing to encode; give --input, or --follow")
+    chunks = [] if documents is None else load_chunks(documents)
+    if not chunks and documents is not None:
         raise ValueError(f"{documents}: no chunk in it; give one per line")
     # Before a model is loaded; on the CPU, since nothing is read back.
     kept, processes = ChunkStore.open(store, must_write=True), launched()
@@ -165,3 +176,8 @@ def encode(
     processes.wait()
     if problem := opt.rejected(stats, kept.place):
         typer.echo(problem, err=True)
+    while follow:
+        if count := engine.encode_wanted():
+            typer.echo(f"{count:,} chunks were wanted, and are encoded")
+        else:
+            time.sleep(FOLLOW_S)

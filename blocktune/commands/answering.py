@@ -71,9 +71,13 @@ class Run:
     def require_room(self, examples: Sequence[RagExample]) -> None:
         """Lays every prompt out, before the first answer."""
         make = self.engine.prompts
-        for example in examples:
-            pieces = make.pieces(example, self.method)
-            make.prompt(pieces, make.spec(self.method), self.max_new_tokens)
+        for number, example in enumerate(examples, start=1):
+            try:
+                pieces = make.pieces(example, self.method)
+                make.prompt(pieces, make.spec(self.method), self.max_new_tokens)
+            except ValueError as error:
+                place = f"question {number} ('{example.question:.40}'): " * (len(examples) > 1)
+                raise ValueError(f"{place}{error}") from None
 
     def print_prompts(self, examples: Sequence[RagExample]) -> None:
         """Prints every row of the prompts as the model sees them."""
@@ -167,7 +171,9 @@ def _answered(output: Path, keys: Sequence[str]) -> int:
 def encoding_progress(shown: bool) -> Iterator[Callable[[int, int], None]]:
     """A bar of tokens with the time left; yields what takes tokens done and tokens in all."""
     columns = (*Progress.get_default_columns(), TextColumn("{task.fields[tokens]}"))
-    with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
+    console = Console(stderr=True)
+    shown = shown and console.is_terminal
+    with Progress(*columns, console=console, disable=not shown, transient=True) as bar:
         task = bar.add_task("encoding", total=None, tokens="")
         yield lambda done, total: bar.update(
             task, completed=done, total=total, tokens=f"{done:,} of {total:,} tokens"
@@ -222,6 +228,8 @@ def _usage_table(usage: Usage) -> Table:
     split = ", ".join(f"{name} {value}" for name, value in times.items())
     table.add_row("context", f"{usage.context_tokens:,} of {usage.prompt_tokens:,} tokens")
     table.add_row("recomputed", f"{usage.recompute_ratio:.1%} (tokens per layer: {per_layer})")
+    if usage.prefix_tokens:
+        table.add_row("prefix", f"{usage.prefix_tokens:,} tokens of earlier prompts")
     table.add_row("chunks", f"{usage.chunk_hits} cached, {usage.chunk_misses} encoded now")
     table.add_row("read", f"{usage.bytes_read / 1e6:,.2f} MB")
     table.add_row("first token", f"{1000 * usage.ttft_s:.1f} ms ({split})")

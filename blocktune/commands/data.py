@@ -1,4 +1,4 @@
-"""`blocktune data`: find, make and look at data."""
+"""`blocktune data list`, `show` and `write`: find, look at and convert data."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from enum import StrEnum
-from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -144,8 +143,8 @@ def show(
     """Show one example: as text, or with --model row by row as the model sees it."""
     if adapter is not None and model is None:
         raise ValueError("--adapter says how rows are laid out; add --model for its tokens")
-    tokenizer = _tokenizer(model)
-    examples = _load(source, fields, limit=index + 1, split=split, tokenizer=tokenizer)
+    tokenizer = tokenizer_of(model)
+    examples = load_from(source, fields, limit=index + 1, split=split, tokenizer=tokenizer)
     if len(examples) <= index:
         raise ValueError(f"{source} has {len(examples)} examples; --index starts from 0")
     if tokenizer is None:
@@ -209,190 +208,12 @@ def write(
     tokenizer: Counter = None,
 ) -> None:
     """Write any source as JSON lines, one example with its chunks a line."""
-    counter = _tokenizer(tokenizer)
-    count = _write(output, _load(source, fields, limit=limit, split=split, tokenizer=counter))
+    how = {"limit": limit, "split": split, "tokenizer": tokenizer_of(tokenizer)}
+    count = write_lines(output, load_from(source, fields, **how))
     typer.echo(f"wrote {count:,} examples to {output}")
 
 
-@command(
-    "passages",
-    "BM25 over a corpus, one passage a record:",
-    "blocktune data passages nq --split train --corpus wiki.jsonl -o nq.jsonl",
-    "Your own retriever's file, one {id or question, passages} a line, best first:",
-    "blocktune data passages questions.jsonl --retrieved dpr.jsonl -o out.jsonl",
-    "The best of a question's own passages, such as TriviaQA's evidence:",
-    "blocktune data passages triviaqa --own --k 10 -o triviaqa.jsonl",
-    of=group,
-)
-def passages(
-    source: Source,
-    output: Output,
-    corpus: Annotated[
-        Path | None, Option(help="Search these passages by BM25: a file of passages.")
-    ] = None,
-    retrieved: Annotated[
-        Path | None, Option(help="Take the passages that your retriever found: a file.")
-    ] = None,
-    own: Annotated[
-        bool, Option("--own", help="Keep the best of each question's own passages, by BM25.")
-    ] = False,
-    k: Annotated[int, Option(min=1, help="Passages per question.")] = 10,
-    answerable: Annotated[
-        bool, Option("--answerable", help="Leave out questions whose passages hold no answer.")
-    ] = False,
-    limit: Limit = None,
-    split: Split = None,
-    fields: Fields = None,
-) -> None:
-    """Give questions their passages: by BM25, from your own retriever, or the best of their own."""
-    if [corpus is not None, retrieved is not None, own].count(True) != 1:
-        raise ValueError("give one of --corpus FILE, --retrieved FILE and --own")
-    opt.quiet_libraries()
-    from blocktune.data import load_chunks, retrieval
-    from blocktune.data.answers import holds_answer, is_verdict
-    from blocktune.data.sources.options import with_fields
-
-    whole = None
-    if own:
-        whole = _load(source, fields, limit=limit, split=split)
-        examples = list(retrieval.from_own(whole, k))
-    else:
-        mapped = with_fields(source, fields)
-        questions = retrieval.read_questions(mapped, limit=limit, split=split)
-        if corpus is not None:
-            examples = retrieval.from_corpus(questions, load_chunks(corpus), k)
-        else:
-            found = retrieval.read_retrieved(retrieved)
-            examples = list(retrieval.from_retriever(questions, found, k))
-    held = list(map(holds_answer, examples, whole or repeat(None)))
-    kept = [e for e, holds in zip(examples, held, strict=True) if holds or not answerable]
-    if not kept:
-        raise ValueError(f"{source}: none of {len(examples)} questions is left; nothing is written")
-    _write(output, kept)
-    untold = sum(map(is_verdict, examples)) if whole is None else 0
-    typer.echo(
-        f"wrote {len(kept):,} questions to {output}; an answer is found in the passages of "
-        f"{sum(held) / len(held):.1%} of {len(examples):,}"
-        + (f" ({untold:,} ask for yes or no, which no passage tells)" if untold else "")
-    )
-
-
-@command(
-    "answer",
-    "blocktune data answer train.jsonl --model M -o own-words.jsonl",
-    "blocktune data answer '2wikimultihopqa?split=train' --limit 2000 -m M -o w.jsonl",
-    "blocktune data answer q.jsonl -m M -o a.jsonl --temperature 0.7 --only-correct",
-    "To continue a run that was stopped, repeat the command.",
-    of=group,
-)
-def answer(
-    source: Source,
-    output: Output,
-    model: opt.Model = None,
-    adapter: opt.Adapter = None,
-    limit: Limit = None,
-    split: Split = None,
-    fields: Fields = None,
-    max_new_tokens: Annotated[int, Option(min=1, help="Longest answer, in tokens.")] = 200,
-    temperature: Annotated[float, Option(help="0 is greedy; KVLink took 0.7.")] = 0.0,
-    top_p: Annotated[
-        float, Option(help="Nucleus sampling: keep tokens up to this cumulative probability.")
-    ] = 1.0,
-    seed: Annotated[int, Option(help="Seed of the sampling.")] = 0,
-    batch_size: Annotated[int, Option(min=1, help="Questions answered at a time.")] = 16,
-    only_correct: Annotated[
-        bool, Option("--only-correct", help="Leave out answers that mention no accepted one.")
-    ] = False,
-    dtype: opt.Dtype = "auto",
-    device: opt.Device = None,
-) -> None:
-    """Let a model write the answers that it will be trained on, reading all chunks in full."""
-    engine = opt.load_engine(model, adapter, None, dtype, device)
-    from rich.console import Console
-    from rich.progress import Progress
-
-    from blocktune.data.regenerate import regenerate
-    from blocktune.engine import Sampling
-
-    examples = _load(source, fields, limit=limit, split=split, tokenizer=engine.tokenizer)
-    sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
-    facts = {"model": model, "adapter": adapter, "weights": engine.fingerprint}
-    facts |= {"max_new_tokens": max_new_tokens, "temperature": temperature}
-    facts |= {"top_p": top_p, "seed": seed}
-
-    def ask(batch: Sequence[RagExample], number: int) -> list[str]:
-        """Answers a batch; its number moves the seed, or every batch would draw alike."""
-        drawn = replace(sampling, seed=sampling.seed + number)
-        length = {"max_new_tokens": max_new_tokens, "batch_size": len(batch)}
-        return [a.text for a in engine.answer(batch, "full-prefill", sampling=drawn, **length)]
-
-    with Progress(console=Console(stderr=True)) as progress:
-        bar = progress.add_task("answering", total=len(examples))
-        done = regenerate(
-            examples,
-            ask,
-            output,
-            facts={key: value for key, value in facts.items() if value is not None},
-            batch_size=batch_size,
-            only_correct=only_correct,
-            on_batch=lambda count: progress.update(bar, completed=count),
-        )
-    typer.echo(
-        f"wrote {done.written:,} examples to {output} ({done.resumed:,} answered before, "
-        f"{done.empty:,} empty and {done.wrong:,} wrong ones left out)"
-    )
-
-
-@command(
-    "mix",
-    "blocktune data mix mixture.yaml",
-    "blocktune data mix mixture.yaml --tokenizer M -o mixed.jsonl",
-    "A mixture in YAML: every example of two sources, one of them in both modes:",
-    "  draw: duplication        # or sampling, with size: 10000 and weights as shares",
-    "  seed: 0",
-    "  parts:",
-    "    - {source: '2wikimultihopqa?split=train', mode: both, limit: 20000}",
-    "    - {source: 'tulu-3?split=train', mode: full, weight: 0.5, chunker: message}",
-    "  A part may also hold augment: {shuffle: true, num_chunks: [4, 10]}.",
-    of=group,
-)
-def mix(
-    mixture: Annotated[Path, Argument(help="YAML file of the mixture.")],
-    output: Annotated[
-        Path | None, Option("--output", "-o", help="Also write the examples, JSON lines.")
-    ] = None,
-    tokenizer: Counter = None,
-) -> None:
-    """Draw a mixture of sources and say what each part gives, in block and in full attention."""
-    from blocktune.data.mixture import load_mixture
-    from blocktune.data.mixture import mix as draw
-    from blocktune.data.sources.catalog import with_data_sets
-    from blocktune.tables import Table
-
-    read = load_mixture(mixture)
-    mixed = draw(read, tokenizer=_tokenizer(tokenizer))
-    total = len(mixed.examples)
-    rows = []
-    for source, loaded, block, full, epochs in mixed.parts:
-        share = f"{(block + full) / total:.1%}"
-        rows.append((source, f"{loaded:,}", f"{block:,}", f"{full:,}", share, f"{epochs:.2f}"))
-    block, full = (f"{sum(getattr(p, mode) for p in mixed.parts):,}" for mode in ("block", "full"))
-    rows.append(("in all", "", block, full, "100.0%", ""))
-    headings = ("source", "loaded", "block", "full", "share", "epochs")
-    Table(headings, rows, title=str(mixture)).show()
-    if output is None:
-        return
-
-    def marked():
-        for item in mixed.examples:
-            [example] = with_data_sets([item.example], read.parts[item.part].source)
-            yield replace(example, meta=example.meta | {"mode": item.mode})
-
-    count = _write(output, marked())
-    typer.echo(f'wrote {count:,} examples to {output}, each with its mode in "meta"')
-
-
-def _tokenizer(name: str | None):
+def tokenizer_of(name: str | None):
     """The tokenizer of that name, or None for None."""
     opt.quiet_libraries()
     from blocktune.data.sources.options import load_tokenizer
@@ -400,7 +221,7 @@ def _tokenizer(name: str | None):
     return None if name is None else load_tokenizer(name)
 
 
-def _load(source: str, fields: str | None = None, **how: Any) -> list[RagExample]:
+def load_from(source: str, fields: str | None = None, **how: Any) -> list[RagExample]:
     """Examples of a source; their ``meta`` names its data set."""
     from blocktune.data import load_examples
     from blocktune.data.sources.catalog import with_data_sets
@@ -409,7 +230,7 @@ def _load(source: str, fields: str | None = None, **how: Any) -> list[RagExample
     return list(with_data_sets(load_examples(with_fields(source, fields), **how), source))
 
 
-def _write(output: Path, examples) -> int:
+def write_lines(output: Path, examples) -> int:
     """Writes examples into a file that appears whole or not at all."""
     from blocktune.data import write_jsonl
     from blocktune.files import replacing

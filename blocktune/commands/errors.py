@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import typer
 from typer.core import TyperGroup
@@ -20,6 +22,8 @@ EXTRAS = {
 """Packages by the extra that they come with."""
 RENAMED = {"intervals": "profile-layers"}
 """Commands of earlier versions, and their names now."""
+FAILURES = "BLOCKTUNE_FAILURES"
+"""Variable of launched processes: a folder to leave ``RANK.txt`` in, instead of printing."""
 PLUGIN = "--plugin"
 USAGE_ERROR = typer.BadParameter.__base__
 """Wrong options and arguments: typer exports only this subclass of the error."""
@@ -52,13 +56,25 @@ def _one_line(debug: bool) -> Iterator[None]:
     except KeyboardInterrupt as stop:
         _say("; ".join(["stopped", *map(str, stop.args)]))
         raise typer.Exit(130) from None
-    except (ValueError, OSError, ModuleNotFoundError, RuntimeError, USAGE_ERROR) as error:
-        # The help of a command without arguments is raised as an error too.
-        line = None if type(error).__name__ == "NoArgsIsHelpError" else explain(error)
-        if debug or line is None:
+    except (typer.Exit, typer.Abort):
+        raise
+    except Exception as error:
+        line = explain(error)
+        if debug or (line is None and FAILURES not in os.environ):
             raise
-        _say(f"error: {line}")
-        raise typer.Exit(2) from None
+        if FAILURES in os.environ:
+            _write(line, error)
+        else:
+            _say(f"error: {line}")
+        raise typer.Exit(1 if line is None else 2) from None
+
+
+def _write(line: str | None, error: Exception) -> None:
+    """Leaves the line for the process that launched this one; a bug's trace follows it."""
+    text = line or f"{type(error).__name__}: {' '.join(str(error).split())}"
+    trace = "" if line else "".join(traceback.format_exception(error))
+    path = Path(os.environ[FAILURES]) / os.environ.get("RANK", "0")
+    path.with_suffix(".txt").write_text(f"{text}\n{trace}", errors="backslashreplace")
 
 
 @contextmanager
@@ -84,6 +100,8 @@ def plugins_first(args: list[str]) -> list[str]:
 
 def explain(error: Exception) -> str | None:
     """What went wrong on one line, or None for a bug of ours, which wants its traceback."""
+    if type(error).__name__ == "NoArgsIsHelpError":  # its text is the help
+        return None
     if isinstance(error, USAGE_ERROR):
         path = error.ctx.command_path if error.ctx else "blocktune"
         return f"{error.format_message().rstrip('.')}; see `{path} --help`"
@@ -96,11 +114,14 @@ def explain(error: Exception) -> str | None:
         return extra and f"this needs the package '{package}'; run pip install 'blocktune[{extra}]'"
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.strerror}: '{error.filename}'"
+    if not isinstance(error, ValueError | OSError):
+        return None
     return " ".join(str(error).split())
 
 
 def _say(line: str) -> None:
-    if os.environ.get("RANK", "0") == "0":  # of several processes that fail alike, one says so
+    # Of several processes that fail alike, one says so: the launching one, or the first.
+    if os.environ.get("RANK", "0") == "0" and FAILURES not in os.environ:
         print(line, file=sys.stderr)
 
 

@@ -19,7 +19,7 @@ EXAMPLES = teach(
     "blocktune eval --suite eval/suites/quick.yaml --output out/try --limit 20",
     "blocktune eval --suite eval/suites/quick.yaml --output out/matched --layer-budget 0.4",
     "A stopped command continues where it stopped: repeat it. On several GPUs:",
-    "  accelerate launch -m blocktune.evaluation --suite SUITE --output out/run",
+    "  accelerate launch -m blocktune.cli eval --suite SUITE --output out/run",
     "blocktune eval compare out/before out/after",
     "blocktune eval report out/quick",
 )
@@ -60,7 +60,7 @@ def evaluate(
     if suite is None or output is None:
         raise ValueError("`blocktune eval` needs --suite FILE and --output FOLDER")
     opt.quiet_libraries()
-    from blocktune.evaluation.cli_output import run_and_show
+    from blocktune.evaluation.report.terminal import run_and_show
     from blocktune.evaluation.suite import changed, load_suite
 
     loaded = changed(load_suite(suite), limit, model, device, quantize, store)
@@ -92,7 +92,7 @@ def compare(
     as_json: opt.AsJson = False,
 ) -> None:
     """Compare two runs method by method, on the questions that both answered."""
-    from blocktune.evaluation.compare import compare, compare_table
+    from blocktune.evaluation.stats.compare import compare, compare_table
 
     changes = compare(before, after, seed=seed)
     if as_json:

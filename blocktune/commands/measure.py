@@ -37,15 +37,20 @@ def check(
     as_json: opt.AsJson = False,
 ) -> None:
     """Check that reuse is exact on your model: masks, relocation and caches against dense."""
-    from blocktune.check import check_method, check_model
+    from blocktune.adapter.releases import find_release
+    from blocktune.check import check_adapter, check_method, check_model
     from blocktune.methods import parse_method
     from blocktune.tables import Table
 
     built = None if method is None else parse_method(method)
-    engine = None
-    if built is None or model is not None or adapter is not None:
-        engine = opt.load_engine(model, adapter, None, dtype, device, quantize)
-    checks = check_model(engine) if built is None else check_method(built, engine)
+    opt.quiet_libraries()
+    if built is None and adapter is not None and find_release(adapter) is None:
+        checks = check_adapter(model, adapter, dtype=dtype, device=device, quantize=quantize)
+    else:
+        engine = None
+        if built is None or model is not None or adapter is not None:
+            engine = opt.load_engine(model, adapter, None, dtype, device, quantize)
+        checks = check_model(engine) if built is None else check_method(built, engine)
     sound = all(one.passed for one in checks)
     if as_json:
         typer.echo(json.dumps({"checks": [one.to_dict() for one in checks]}, indent=2))
@@ -89,7 +94,7 @@ def profile_layers(
     from rich.progress import track
 
     from blocktune.commands.answering import read_examples
-    from blocktune.engine.layer_profile import profile_layers
+    from blocktune.evaluation.fidelity import profile_layers
     from blocktune.tables import Table
 
     examples = read_examples(source, limit, None, [])
@@ -211,7 +216,7 @@ def attention(
     as_json: opt.AsJson = False,
 ) -> None:
     """Time split attention, forward and backward, against full causal and dense-mask SDPA."""
-    from blocktune.bench import bench_attention
+    from blocktune.bench.attention import bench_attention
 
     _show(bench_attention(tokens, chunk, repeats), as_json, output)
 
@@ -231,7 +236,7 @@ def reuse(
     as_json: opt.AsJson = False,
 ) -> None:
     """Time cacheblend, epic and naive reuse of cached chunks against a full prefill."""
-    from blocktune.bench import TINY, ReuseBench, bench_reuse
+    from blocktune.bench.reuse import TINY, ReuseBench, bench_reuse
 
     setting = replace(TINY, repeats=repeats) if tiny else ReuseBench(tokens, chunk, repeats=repeats)
     _show(bench_reuse(setting), as_json, output)
@@ -255,7 +260,7 @@ def loading(
     as_json: opt.AsJson = False,
 ) -> None:
     """Time cacheblend with chunks on disk: loaded before computing, or while computing."""
-    from blocktune.bench import LOADING, TINY, bench_loading
+    from blocktune.bench.reuse import LOADING, TINY, bench_loading
 
     setting = TINY if tiny else replace(LOADING, tokens=tokens, chunk=chunk)
     _show(bench_loading(replace(setting, repeats=repeats), folder), as_json, output)
@@ -284,6 +289,19 @@ def store(
 
     setting = QUICK if tiny else replace(STORE, tokens=tokens, chunk=chunk, repeats=repeats)
     _show(bench_store(setting, folder, min(keys, 1000) if tiny else keys), as_json, output)
+
+
+@command(
+    "vllm",
+    "blocktune bench vllm --json   # in an environment with vLLM",
+    "blocktune bench vllm --tiny",
+    of=group,
+)
+def vllm(tiny: Tiny = False, output: Output = None, as_json: opt.AsJson = False) -> None:
+    """Time first tokens from cached chunks on vLLM against its prefill and prefix cache."""
+    from blocktune.bench.vllm import TINY, VllmBench, bench_vllm
+
+    _show(bench_vllm(TINY if tiny else VllmBench()), as_json, output)
 
 
 def _show(found: dict, as_json: bool, output: Path | None) -> None:

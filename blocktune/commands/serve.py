@@ -14,7 +14,7 @@ from blocktune.commands.options import (
     Model,
     Quantize,
     Store,
-    load_engine,
+    quiet_libraries,
 )
 
 SAFETY, LIMITS = "Safety", "Limits"
@@ -36,11 +36,15 @@ def serve(
         list[str] | None,
         typer.Option(
             help="Adapter: a folder, a name on the HF Hub or release:NAME; NAME=ADAPTER sets the "
-            "name that requests use. Repeatable: each holds weights of its own.",
+            "name that requests use. Repeatable: they share the weights of their base.",
         ),
     ] = None,
     name: Annotated[
-        str | None, typer.Option(help="Name that requests use for --model. Default: its own.")
+        str | None,
+        typer.Option(
+            help="Name that requests use for --model. Default: its own; beside adapters it is "
+            "served only under a name."
+        ),
     ] = None,
     method: Annotated[
         str | None,
@@ -51,7 +55,12 @@ def serve(
     ] = None,
     store: Store = None,
     store_gb: Annotated[
-        float, typer.Option(min=0.0, help="Memory for encoded chunks.", rich_help_panel=LIMITS)
+        float,
+        typer.Option(
+            min=0.0,
+            help="Memory for encoded chunks, and as much for exact prefixes.",
+            rich_help_panel=LIMITS,
+        ),
     ] = 4.0,
     dtype: Dtype = "auto",
     quantize: Quantize = None,
@@ -86,8 +95,7 @@ def serve(
         bool, typer.Option("--log-texts", help="Log answers.", rich_help_panel=SAFETY)
     ] = False,
     skip_check: Annotated[
-        bool,
-        typer.Option("--skip-check", help="Answer without the check that reuse is exact."),
+        bool, typer.Option("--skip-check", help="Answer without the check that reuse is exact.")
     ] = False,
     limit: Annotated[
         list[str] | None,
@@ -111,6 +119,7 @@ def serve(
     import uvicorn
 
     from blocktune.server import ServerConfig, Service, Tenant, create_app, launch, load_tenants
+    from blocktune.server.middleware import hurried
 
     if api_key is not None and tenants is not None:
         raise ValueError("give --api-key or --tenants, not both")
@@ -124,9 +133,10 @@ def serve(
     )
     if host not in LOCAL and not config.tenants:
         typer.echo(f"note: everybody who reaches {host}:{port} may ask; set --api-key", err=True)
+    quiet_libraries()
     engines = launch.load_engines(
-        lambda *what: load_engine(*what, dtype, device, quantize),
         *(model, adapter or [], name, store, int(store_gb * 2**30)),
+        **{"dtype": dtype, "device": device, "quantize": quantize},
     )
     service = Service(engines, config, method, checked=not skip_check)
     launch.set_up_logs()
@@ -134,6 +144,7 @@ def serve(
         create_app(service),
         host=host,
         port=port,
+        http=hurried(config.limits.body_s),
         log_config=None,
         access_log=False,
         server_header=False,

@@ -142,7 +142,7 @@ def gc(
         str | None, typer.Option(help="Such as 50GB: remove what was used longest ago.")
     ] = None,
     unused_days: Annotated[
-        float | None, typer.Option(min=0, help="Remove what was not used for so many days.")
+        float | None, typer.Option(min=0, help="Remove entries not used for this many days.")
     ] = None,
     damaged: Annotated[
         bool, typer.Option("--damaged", help="Remove what does not verify, or is not signed.")

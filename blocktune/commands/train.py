@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -11,9 +10,7 @@ from typer import Option
 
 from blocktune.commands import command
 from blocktune.commands import options as opt
-from blocktune.commands.errors import resumable
 
-RESUME = "add --resume_from_checkpoint true to continue from the last one"
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
@@ -24,7 +21,8 @@ PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
     "blocktune train --config recipes/kvlink.yaml --dry-run   # only show the plan",
     "blocktune train --launcher recipes/accelerate/zero2.yaml --config R.yaml",
     "blocktune train --config R.yaml --train_data mine.jsonl --model_name_or_path M",
-    "blocktune train --config R.yaml --resume_from_checkpoint true   # after a stop",
+    "blocktune train --config R.yaml --overwrite   # forget the earlier run in its folder",
+    "A stopped command continues from its last checkpoint: repeat it.",
     "Every key of the YAML is also an option and overrides the file: see --help-all.",
     context_settings=PASS_ON,
 )
@@ -49,51 +47,19 @@ def train(
 
         print_options()
         return
-    from blocktune.training.run import parse, train
+    from blocktune.training.run import earlier_run, how_to_continue, parse, train
 
-    with resumable("checkpoints are in the output folder", RESUME):
-        if processes is None and launcher is None:
-            from blocktune.hub import Publisher
+    # Also before several processes start: a mistake is reported once, by this one.
+    data, args, choice = parse(arguments)
+    finished = earlier_run(data, args, choice) == Path(args.output_dir)
+    if finished or (processes is None and launcher is None):
+        from blocktune.hub import Publisher
 
-            train(arguments, publisher=Publisher())
-            return
-        if launcher is not None and not Path(launcher).is_file():
-            raise ValueError(f"no launcher configuration '{launcher}'; see recipes/accelerate")
-        parse(arguments)  # a mistake is reported here once, not by every process
-        code = _launch(processes, launcher, ["-m", "blocktune.cli", "train", *arguments])
-    if code < 0:  # the process could not report it
-        raise ValueError(
-            f"a training process was ended by signal {-code}; after signal 9 check the machine's "
-            "memory. Nothing after the last checkpoint was saved"
-        )
-    raise typer.Exit(code)
+        train(arguments, publisher=Publisher())
+        return
+    from blocktune.commands.launching import launch
 
-
-def _launch(processes: int | None, launcher: str | None, program: list[str]) -> int:
-    """Exit code of a program in several processes: the first failure's, negative after a signal."""
-    import logging
-    import subprocess
-
-    from torch.distributed.elastic.multiprocessing import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's own default, without its warning
     try:
-        if launcher is None:  # accelerate would start one process on a machine without GPUs
-            from torch.distributed.run import main
-
-            main(["--nproc_per_node", str(processes), *program])
-        else:
-            from accelerate.commands.launch import launch_command, launch_command_parser
-
-            count = ["--num_processes", str(processes)] if processes else []
-            options = ["--config_file", launcher, *count, *program]
-            launch_command(launch_command_parser().parse_args(options))
-    except ChildFailedError as error:
-        return error.get_first_failure()[1].exitcode
-    except subprocess.CalledProcessError as error:
-        return error.returncode
-    except SignalException:
-        raise KeyboardInterrupt from None
-    return 0
+        launch(processes, launcher, ["-m", "blocktune.cli", "train", *arguments])
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(how_to_continue(args)) from None

@@ -122,18 +122,18 @@ def load_mixture(path: str | Path) -> Mixture:
 
 def parse_mixture(record: Any, where: str = "mixture") -> Mixture:
     """Builds a mixture from decoded YAML; ``where`` opens every error."""
-    listed = entries(mapping(record, where).get("parts"), f"{where}: 'parts'")
-    parts = tuple(_parse_part(e, f"{where}: parts[{i}]") for i, e in enumerate(listed))
-    return read(Mixture, {**record, "parts": parts}, where)
-
-
-def _parse_part(entry: Any, where: str) -> Part:
-    values = {"source": entry} if isinstance(entry, str) else dict(mapping(entry, where))
-    if values.get("chunker") is not None:
-        values["chunker"] = parse_chunker(values["chunker"], f"{where}: chunker")
-    if values.get("augment") is not None:
-        values["augment"] = read(Augment, values["augment"], f"{where}: augment")
-    return read(Part, values, where)
+    parts = []
+    for index, entry in enumerate(
+        entries(mapping(record, where).get("parts"), f"{where}: 'parts'")
+    ):
+        place = f"{where}: parts[{index}]"
+        values = {"source": entry} if isinstance(entry, str) else dict(mapping(entry, place))
+        if values.get("chunker") is not None:
+            values["chunker"] = parse_chunker(values["chunker"], f"{place}: chunker")
+        if values.get("augment") is not None:
+            values["augment"] = read(Augment, values["augment"], f"{place}: augment")
+        parts.append(read(Part, values, place))
+    return read(Mixture, {**record, "parts": tuple(parts)}, where)
 
 
 class MixedExample(NamedTuple):

@@ -186,7 +186,7 @@ def _example(
 def pack(
     sentences: Sequence[str], size: int, tokenizer: PreTrainedTokenizerBase
 ) -> list[list[int]]:
-    """Indices of sentences by chunk, each of up to ``size`` tokens; a longer one stands alone."""
+    """Indices of sentences by chunk, each of up to ``size`` tokens, or one longer sentence."""
     distinct = list(dict.fromkeys(sentences))
     spelled = [sentence + " " for sentence in distinct]
     ids = tokenizer(spelled, add_special_tokens=False, verbose=False)["input_ids"]

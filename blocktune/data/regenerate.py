@@ -70,8 +70,9 @@ def regenerate(
     output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     part = output.with_name(output.name + ".part")
-    key = _key(examples, facts, batch_size)
-    answers = _resume(part, key)
+    record = [[example.to_json() for example in examples], dict(facts), batch_size]
+    text = json.dumps(record, sort_keys=True, ensure_ascii=False)
+    answers = _resume(part, hashlib.sha256(text.encode()).hexdigest())
     resumed = len(answers)
     on_batch(resumed)
     for start in range(resumed, len(examples), batch_size):
@@ -124,9 +125,3 @@ def _resume(part: Path, key: str) -> list[str]:
         )
     truncate_lines(part, len(lines))
     return [text for line in lines[1:] for text in json.loads(line)]
-
-
-def _key(examples: Sequence[RagExample], facts: Mapping[str, Any], batch_size: int) -> str:
-    record = [[example.to_json() for example in examples], dict(facts), batch_size]
-    text = json.dumps(record, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -16,7 +16,7 @@ from blocktune.data.sources.catalog import CATALOG, DATA_SETS, data_sets_in
 from blocktune.data.sources.load import open_records
 from blocktune.data.sources.options import parse_source, read_options
 from blocktune.data.sources.records import at, read_records
-from blocktune.data.sources.schemas import PASSAGES
+from blocktune.data.sources.schemas import PASSAGES, id_of
 from blocktune.prompt.format import Chunk
 
 
@@ -49,16 +49,14 @@ class Bm25:
 
         Equal scores keep the order of the corpus.
         """
-        return [self._best(question, k) for question in questions]
-
-    def _best(self, question: str, k: int) -> list[Hit]:
-        (words,) = self._tokens([question], as_ids=False)
-        scores = self._index.get_scores(words) if words else np.zeros(len(self.chunks))
-        # All that reach the k-th score: equal ones keep the order of the corpus.
-        k = min(k, len(scores))
-        (near,) = np.nonzero(scores >= -np.partition(-scores, k - 1)[k - 1])
-        order = near[np.argsort(-scores[near], kind="stable")][:k]
-        return [Hit(int(index), float(scores[index])) for index in order]
+        best, k = [], min(k, len(self.chunks))
+        for words in self._tokens(list(questions), as_ids=False):
+            scores = self._index.get_scores(words) if words else np.zeros(len(self.chunks))
+            # All that reach the k-th score: equal ones keep the order of the corpus.
+            (near,) = np.nonzero(scores >= -np.partition(-scores, k - 1)[k - 1])
+            order = near[np.argsort(-scores[near], kind="stable")][:k]
+            best.append([Hit(int(index), float(scores[index])) for index in order])
+        return best
 
     def _tokens(self, texts: list[str], as_ids: bool = True):
         return self._bm25s.tokenize(
@@ -101,13 +99,12 @@ def _question(record: Mapping[str, Any]) -> Question:
     text = record.get("question")
     if not isinstance(text, str) or not text.strip():
         raise field_error("question", "a non-blank string", text)
-    own = next((str(record[key]) for key in ("id", "_id", "question_id") if record.get(key)), "")
     kind = record.get("kind") or record.get("type") or ""
     kind = kind if isinstance(kind, str) else ""
     meta = record.get("meta")
     named = meta.get(DATA_SETS) if isinstance(meta, Mapping) else None
     named = named if isinstance(named, Mapping) else {}
-    return Question(text.strip(), _answers(record), own, kind, named)
+    return Question(text.strip(), _answers(record), id_of(record), kind, named)
 
 
 def _answers(record: Mapping[str, Any]) -> tuple[str, ...]:

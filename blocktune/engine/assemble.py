@@ -28,6 +28,7 @@ class Assembled:
         cached: Rows that need no computing, ``(B, S)`` bool.
         bytes_read: Bytes put into the cache, per prompt.
         hits: Chunks found, per prompt; ``misses`` were encoded first.
+        prefix_tokens: Tokens of an exact prefix found, per prompt.
         states: What each column's token carried into the layers asked for, ``(B, N, hidden)``, by
             layer; zeros where nothing is stored.
     """
@@ -36,13 +37,24 @@ class Assembled:
     bytes_read: list[int]
     hits: list[int]
     misses: list[int]
+    prefix_tokens: list[int]
     states: dict[int, Tensor] = field(default_factory=dict)
 
     @classmethod
     def empty(cls, batch: Batch) -> Assembled:
         """Nothing cached."""
         count = batch.layout.batch_size
-        return cls(torch.zeros_like(batch.layout.is_pad), [0] * count, [0] * count, [0] * count)
+        return cls(torch.zeros_like(batch.layout.is_pad), *([0] * count for _ in range(4)))
+
+    def found_prefix(
+        self, layout: Layout, index: int, pieces: Pieces, num_tokens: int, num_bytes: int
+    ) -> None:
+        """Notes the exact prefix of ``num_tokens`` tokens that one prompt starts from."""
+        ends = [*accumulate(map(len, pieces.chunks), initial=len(pieces.prefix))][1:]
+        self.cached[index] = ~layout.is_pad[index] & (layout.order[index] < num_tokens)
+        self.bytes_read[index], self.prefix_tokens[index] = num_bytes, num_tokens
+        self.hits[index] = sum(end <= num_tokens for end in ends)
+        self.misses[index] = len(ends) - self.hits[index]
 
 
 def from_chunks(
@@ -109,7 +121,7 @@ def wanted_pieces(batch: Batch, index: int) -> list[Piece]:
     masks = [chunk == index for index in chunk[encoded].unique().tolist()]
     chunks = [Piece(taken(encoded & own), taken(blank & own)) for own in masks]
     prefix = taken(kind == Kind.PREFIX)
-    return [Piece(prefix), *chunks] if prefix else chunks
+    return [Piece(prefix, is_prefix=True), *chunks] if prefix else chunks
 
 
 def is_held(layout: Layout) -> Tensor:
@@ -129,16 +141,11 @@ def from_prefix(
     result = Assembled.empty(batch)
     for index, prompt in enumerate(pieces):
         watch.start()
-        path = [prompt.prefix, *prompt.chunks]
-        with tree.match(fingerprint, path) as match:
+        with tree.match(fingerprint, prompt.context) as match:
             watch.stop("lookup_s")
             match.load(cache, index)
-            result.cached[index] = ~batch.layout.is_pad[index] & (
-                batch.layout.order[index] < match.num_tokens
-            )
-            result.bytes_read[index] = match.num_bytes
-            result.hits[index] = max(0, len(match.exacts) - bool(prompt.prefix))
-            result.misses[index] = len(prompt.chunks) - result.hits[index]
+            facts = match.num_tokens, match.num_bytes
+            result.found_prefix(batch.layout, index, prompt, *facts)
             watch.stop("load_s")
     return result
 

@@ -9,10 +9,11 @@ import torch
 
 from blocktune.cache import RowCache, cut_exact
 from blocktune.engine.assemble import Assembled, from_chunks, from_prefix
+from blocktune.engine.attention_probes import ScoringPasses
 from blocktune.engine.generation import Generation
 from blocktune.engine.layer_schedule import LayerSchedule, Prefill, prefill
+from blocktune.engine.recurrent import prefill_recurrent
 from blocktune.engine.rows import Computed, column_rows, computed_rows
-from blocktune.engine.scoring_passes import ScoringPasses
 from blocktune.engine.state import EngineState
 from blocktune.engine.usage import Executed, Stopwatch
 from blocktune.layout import Kind
@@ -27,6 +28,8 @@ def prefill_batch(
     state: EngineState, prompts: Sequence[Prompt], pieces: Sequence[Pieces], method: Method
 ) -> Generation:
     """Assembles what is cached, computes the rest, and stops before the first token."""
+    if state.recurrence is not None:
+        return prefill_recurrent(state, prompts, pieces, method)
     loader = method.loader(state.encoder.store, state.encoder.fingerprint)
     if loader is not None:
         try:
@@ -69,7 +72,7 @@ class BatchPrefill:
 
     def run(self) -> Generation:
         """Stops before the first token."""
-        assembled = self._assemble()
+        self.assembled = assembled = self._assemble()
         self.watch.start()
         if self.loader is not None and self.method.layer_budget is None:
             tokens = int(self.batch.layout.is_context.sum())
@@ -82,8 +85,11 @@ class BatchPrefill:
             state.model, candidates, self.columns, self.cache, schedule, watch, self.reshaping
         )
         watch.stop("recompute_s")
-        if self.loader is not None:
-            self._tell_loader(made)
+        if self.loader is not None:  # waiting counts as loading
+            watch.add("recompute_s", -self.loader.waited_s)
+            watch.add("load_s", self.loader.waited_s)
+            rows = sum(int(plan.num_rows().sum()) * len(plan.executed) for plan in made.plans)
+            self.loader.done(rows, watch.seconds["recompute_s"])
         surveys = []
         if self.reshaping is not None:  # decoding will add its own to the same tensor
             extra = self.reshaping.multiply_adds.clone()
@@ -107,9 +113,11 @@ class BatchPrefill:
         """Keeps what later prompts can use: exact prefixes, and what the method's history wants."""
         if self.is_exact and self.method.cached is Cached.EXACT_PREFIX:
             for index, prompt in enumerate(self.pieces):
-                path = [prompt.prefix, *prompt.chunks]
+                ids, start = prompt.context, self.assembled.prefix_tokens[index]
                 fingerprint = self.state.encoder.fingerprint
-                self.state.prefix_tree.insert(cut_exact(self.cache, index, path, fingerprint))
+                if start < len(ids):
+                    kept = cut_exact(self.cache, index, ids, fingerprint, start=start)
+                    self.state.prefix_tree.insert(kept)
         if self.method.history is not None:
             # Mean over heads and layers, ``(B, N, C)``.
             attention = made.chunk_probe.mass / made.chunk_probe.layers
@@ -167,11 +175,3 @@ class BatchPrefill:
             watches_chunks=selection.watches_chunks or self.method.history is not None,
         )
         return candidates, schedule
-
-    def _tell_loader(self, made: Prefill) -> None:
-        """Counts the time spent on waiting as loading, and says what was computed in the rest."""
-        loader, watch = self.loader, self.watch
-        watch.add("recompute_s", -loader.waited_s)
-        watch.add("load_s", loader.waited_s)
-        rows = sum(int(plan.num_rows().sum()) * len(plan.executed) for plan in made.plans)
-        loader.done(rows, watch.seconds["recompute_s"])

@@ -66,7 +66,10 @@ class CachedContext:
                 f"this cache was made for the question {self.question!r:.80}, got {asked!r:.80}; "
                 "the method chooses tokens by the question: make one cache for each"
             )
-        ids, positions = columns_of(self._lay_out(asked))
+        prompt = self._lay_out(asked)
+        rows = (prompt.layout.kind[0] != Kind.BLANK).nonzero().squeeze(1)  # no column holds a blank
+        rows = rows[prompt.layout.order[0, rows].argsort()]
+        ids, positions = torch.tensor(prompt.ids)[rows][None], prompt.layout.position[:, rows]
         device = self.input_ids.device
         return {
             "input_ids": ids.to(device),
@@ -110,11 +113,3 @@ def cut_context(
     stored = (layout.kind[0] != Kind.BLANK) & (layout.order[0] < count)
     ids[0, layout.order[0, stored]] = run.batch.input_ids[0, stored]
     return CachedContext(cache, ids, run.columns.position[:, :count], question, lay_out, decoding)
-
-
-def columns_of(prompt: Prompt) -> tuple[Tensor, Tensor]:
-    """Token ids and positions of a prompt as a model reads them, ``(1, N)``: without blanks."""
-    layout = prompt.layout
-    rows = (layout.kind[0] != Kind.BLANK).nonzero().squeeze(1)
-    rows = rows[layout.order[0, rows].argsort()]
-    return torch.tensor(prompt.ids)[rows][None], layout.position[:, rows]

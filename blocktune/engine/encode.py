@@ -12,8 +12,17 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from blocktune.adapter import scope_of
 from blocktune.attention import Plan, SplitPlan
-from blocktune.cache import ChunkKV, ChunkStates, ChunkStore, Entry, key_after, states_key
+from blocktune.cache import (
+    ChunkKV,
+    ChunkStates,
+    ChunkStore,
+    Entry,
+    chunk_key,
+    key_after,
+    states_key,
+)
 from blocktune.engine.usage import Stopwatch
 from blocktune.layout import GLOBAL
 from blocktune.methods.hooks import ChunkLoader
@@ -31,14 +40,18 @@ class Piece:
     Attributes:
         ids: Tokens that are stored.
         blanks: Tokens before it during encoding, whose own states are dropped.
+        is_prefix: Whether it is the prefix, which no adapter of scope ``encode`` writes.
     """
 
     ids: Ids
     blanks: Ids = ()
+    is_prefix: bool = False
 
 
 def alone(piece: Piece) -> Prompt:
     """The rows of a piece by itself: its tokens from position 0, its blanks before that."""
+    if piece.is_prefix:
+        return lay_out(Pieces(prefix=piece.ids, chunks=(), query=()), LayoutSpec())
     spec = LayoutSpec(shared_prefix=bool(piece.blanks))
     prompt = lay_out(Pieces(prefix=piece.blanks, chunks=(piece.ids,), query=()), spec)
     keep = (prompt.layout.group != GLOBAL)[0]
@@ -88,6 +101,7 @@ class Encoder:
         """Encodes with ``model`` (attached to blocktune's attention) and keeps in ``store``."""
         self.model, self.store, self.tenant = model, store, ""
         self.fingerprint, self.pad_id = fingerprint, pad_id
+        self._is_scoped = scope_of(model) != "both"
 
     def find(
         self,
@@ -145,6 +159,8 @@ class Encoder:
 
     def key(self, piece: Piece) -> str:
         """Under which the store keeps a piece."""
+        if piece.is_prefix and self._is_scoped:  # a chunk of the same tokens has other states
+            return chunk_key(self.fingerprint, piece.ids, {"prefix": True})
         return key_after(self.fingerprint, piece.ids, piece.blanks)
 
     def sample(self) -> ChunkKV:

@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from blocktune.adapter import AdapterInfo
+from blocktune.adapter import AdapterInfo, scope_of
 from blocktune.adapter.load import load_model
 from blocktune.attention import attach
 from blocktune.cache import ChunkStore, PrefixTree, model_fingerprint
 from blocktune.cache.manifest import manifest
+from blocktune.cache.miss_queue import MissQueue
 from blocktune.data.example import RagExample, read_chunks
 from blocktune.engine import context_cache
 from blocktune.engine.batch_prefill import prefill_batch
@@ -28,9 +29,15 @@ from blocktune.engine.layer_schedule import install
 from blocktune.engine.prompts import PromptMaker, Request, as_request
 from blocktune.engine.state import Auxiliaries, EngineState
 from blocktune.engine.usage import Stopwatch
+from blocktune.links import link_base
 from blocktune.methods import Method, build
 from blocktune.models.gate import require_supported
+from blocktune.models.recurrent import REUSE_REFUSED, find_recurrence
 from blocktune.prompt import Chunk, LayoutSpec, Pieces, Prompt, PromptFormat
+from blocktune.prompt.special_tokens import padding_id
+
+NO_LIMIT = 1 << 30
+"""Tokens of a context where the model's configuration names no limit."""
 
 
 class EncodeReport(NamedTuple):
@@ -69,7 +76,9 @@ class Engine:
         """Takes a loaded model over: its attention is switched to blocktune's.
 
         Args:
-            model: A RoPE decoder, with its adapter attached or merged.
+            model: A RoPE decoder, with its adapter attached or merged; or one with recurrent
+                layers (Mamba-2, Qwen3-Next, Falcon-H1, Jamba, ...), which is left as it is: it
+                serves only methods that reuse no chunk.
             tokenizer: The model's.
             format: Wording of prompts; default: the adapter's, else `PromptFormat`'s.
             adapter: What the model's adapter was trained for, if it has one.
@@ -81,9 +90,12 @@ class Engine:
             ValueError: If the model cannot be served from moved chunk caches, or ``format``
                 differs from what the adapter was trained with.
         """
-        rope = require_supported(model)
-        attach(model)
-        install(model)
+        recurrence = find_recurrence(model)
+        rope = None
+        if recurrence is None:
+            rope = require_supported(model)
+            attach(model)
+            install(model)
         self.model, self.tokenizer = model.eval(), tokenizer
         self.adapter = adapter
         self.format = format or (adapter.format if adapter else PromptFormat())
@@ -92,18 +104,25 @@ class Engine:
                 f"the adapter was trained with the prompt format {adapter.format}, got "
                 f"{self.format}; leave the format out to use the adapter's"
             )
+        if adapter and adapter.scope != scope_of(model):
+            raise ValueError(
+                f"the adapter has scope '{adapter.scope}' and the model '{scope_of(model)}'; call "
+                "blocktune.adapter.attach_links on what PEFT loaded (a merged model cannot be used)"
+            )
         self.store = ChunkStore(device=model.device) if store is None else store
         words = dataclasses.asdict(self.format)
         self.fingerprint = model_fingerprint(model, adapter_folder, tokenizer, words)
-        pad_id = tokenizer.pad_token_id or 0  # any real id does: pad rows are invisible
+        num_tokens = link_base(model)
+        pad_id = padding_id(tokenizer, num_tokens)
         encoder = Encoder(model, self.store, self.fingerprint, pad_id)
-        self.store.describe(
-            self.fingerprint,
-            lambda: manifest(
-                *(model, tokenizer, words, adapter, adapter_folder, rope), encoder.sample()
-            ),
-            rope,
-        )
+        if rope is not None:
+            self.store.describe(
+                self.fingerprint,
+                lambda: manifest(
+                    *(model, tokenizer, words, adapter, adapter_folder, rope), encoder.sample()
+                ),
+                rope,
+            )
         self._state = EngineState(
             model,
             tokenizer,
@@ -112,6 +131,7 @@ class Engine:
             rope,
             pad_id,
             Auxiliaries(model, tokenizer),
+            recurrence,
         )
         config = model.config.get_text_config()
         self.prompts = PromptMaker(
@@ -119,8 +139,10 @@ class Engine:
             self.format,
             trained=adapter.layout if adapter else None,
             link_base=adapter.link_base(model, tokenizer) if adapter else None,
-            max_tokens=config.max_position_embeddings,
+            max_tokens=getattr(config, "max_position_embeddings", NO_LIMIT),  # Mamba has none
             num_layers=config.num_hidden_layers,
+            recurrent=recurrence is not None,
+            num_tokens=num_tokens,
         )
 
     @classmethod
@@ -186,6 +208,29 @@ class Engine:
         tokens = sum(len(piece.ids) for piece in new)
         return EncodeReport(len(chunks), len(new), tokens, watch.seconds.get("encode_s", 0.0))
 
+    def encode_wanted(self, most: int = 256) -> int:
+        """Encodes chunks that readers of the store missed, see `blocktune.cache.miss_queue`.
+
+        Args:
+            most: Chunks at a time.
+
+        Returns:
+            Chunks that were wanted.
+
+        Raises:
+            ValueError: If the store has no folder.
+        """
+        if self.store.folder is None:
+            raise ValueError("chunks are wanted in a folder; give the engine a store with one")
+        queue = MissQueue(self.store.folder)
+        wanted = queue.take(self.fingerprint, most)
+        watch, room = Stopwatch(self.model.device), self.prompts.max_tokens
+        fitting = [Piece(*one) for one in wanted if len(one.ids) + len(one.blanks) <= room]
+        for group in grouped(fitting):
+            self._state.encoder.find(group, watch)
+        queue.done(self.fingerprint, wanted)
+        return len(wanted)
+
     def add_auxiliary(
         self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     ) -> None:
@@ -234,7 +279,8 @@ class Engine:
 
     def forget_prefixes(self) -> None:
         """Empties the exact prefix cache: the next prompt finds nothing of those before it."""
-        tree = PrefixTree(self._state.prefix_tree.max_bytes)
+        old = self._state.prefix_tree
+        tree = PrefixTree(old.max_bytes, old.checkpoints)
         self._state = dataclasses.replace(self._state, prefix_tree=tree)
 
     def answer(
@@ -327,6 +373,8 @@ class Engine:
             ValueError: If the method reshapes attention or needs a question, or as `answer` does.
         """
         method = built(method)
+        if self._state.recurrence is not None:
+            raise ValueError(REUSE_REFUSED.format("a cache of the context"))
         context_cache.require_cacheable(method, self._state.num_layers, question)
         chunks = read_chunks(chunks)
 

@@ -215,6 +215,7 @@ class Generation:
                 ttft=ttft,
                 query_entropy=entropy[index],
                 loading=self.loading,
+                prefix_tokens=found.prefix_tokens[index],
             )
             for index, ids in enumerate(made)
         ]

@@ -13,9 +13,10 @@ from blocktune.attention.cached import CachePlan, Reshaping
 from blocktune.cache import RowCache
 from blocktune.engine.attention_probes import ChunkAttention
 from blocktune.engine.rows import Computed, RowSubset, as_index
-from blocktune.engine.usage import Executed, Stopwatch, decoder_layers
+from blocktune.engine.usage import Executed, Stopwatch
 from blocktune.layout import GLOBAL, Kind, Rows
 from blocktune.methods.select import LayerCheck, LayerKV, Selection
+from blocktune.models.gate import decoder_layers
 
 
 class _StatesMade(Exception):

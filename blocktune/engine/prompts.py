@@ -11,10 +11,12 @@ from transformers import PreTrainedTokenizerBase
 from blocktune.data.example import RagExample
 from blocktune.engine.encode import Piece
 from blocktune.layout import Kind
-from blocktune.methods import Method
+from blocktune.methods import Cached, Method
+from blocktune.models.recurrent import REUSE_REFUSED
 from blocktune.prompt import Chunk, LayoutSpec, Pieces, Prompt, PromptFormat, encode
 from blocktune.prompt.pieces import chunk_ids, make_pieces, prefix_ids
 from blocktune.prompt.rows import lay_out, sink_ids, wrapped
+from blocktune.prompt.special_tokens import require_embedded
 
 
 class Request(Protocol):
@@ -49,6 +51,8 @@ class PromptMaker:
         link_base: Id of link slot 0, or None without links.
         max_tokens: Tokens that the model's context holds.
         num_layers: Decoder layers of the model.
+        num_tokens: Rows of the model's embedding, without a link table's.
+        recurrent: Whether some of them are recurrent, so that no chunk can be reused.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -57,6 +61,8 @@ class PromptMaker:
     link_base: int | None
     max_tokens: int
     num_layers: int
+    num_tokens: int
+    recurrent: bool = False
 
     def pieces(self, request: Request | Mapping[str, Any], method: Method) -> Pieces:
         """Token pieces of a request as ``method`` reads it."""
@@ -70,8 +76,11 @@ class PromptMaker:
         """The rows that ``method`` wants.
 
         Raises:
-            ValueError: If the method needs another adapter than the model's, or more layers.
+            ValueError: If the method needs another adapter than the model's, or more layers, or
+                reuses chunks of a recurrent model.
         """
+        if self.recurrent and method.cached is Cached.CHUNKS:
+            raise ValueError(REUSE_REFUSED.format(f"method '{method.name}'"))
         wanted = method.select().min_layers
         if wanted > self.num_layers:
             raise ValueError(
@@ -91,8 +100,12 @@ class PromptMaker:
         """Lays pieces out; ``contexts`` as in `blocktune.prompt.lay_out`.
 
         Raises:
-            ValueError: If they and the answer do not fit into the model's context.
+            ValueError: If they and the answer do not fit into the model's context, or hold a
+                token that it does not embed.
         """
+        require_embedded(
+            self.tokenizer, self.num_tokens, pieces.prefix, *pieces.chunks, pieces.query
+        )
         prompt = lay_out(
             pieces, spec, self.link_base, self._blank_id(spec), self._bos_id(spec), contexts
         )
@@ -108,8 +121,11 @@ class PromptMaker:
         """The prefix (None if empty) and the chunks, as they are encoded for plain reuse.
 
         Raises:
-            ValueError: If a chunk does not fit into the model's context.
+            ValueError: If a chunk does not fit into the model's context, or holds a token that it
+                does not embed.
         """
+        if self.recurrent:
+            raise ValueError(REUSE_REFUSED.format("encoding"))
         spec = self.trained if self.trained and self.trained.block else LayoutSpec()
         prefix = prefix_ids(self.tokenizer, self.format)
         bos_id = self._bos_id(spec)
@@ -117,11 +133,12 @@ class PromptMaker:
         pieces = []
         for index, chunk in enumerate(chunks):
             ids = chunk_ids(self.tokenizer, self.format, chunk)
+            require_embedded(self.tokenizer, self.num_tokens, prefix, ids)
             ids = wrapped(ids, spec, self.link_base, bos_id)
             name = chunk.title or chunk.text.strip()[:40]
             self._require_room(len(blanks) + len(ids), f"chunk {index} ({name!r})")
             pieces.append(Piece(ids, blanks))
-        return (Piece(prefix) if prefix else None), pieces
+        return (Piece(prefix, is_prefix=True) if prefix else None), pieces
 
     def _require_room(self, tokens: int, what: str) -> None:
         if tokens > self.max_tokens:

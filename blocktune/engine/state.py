@@ -12,6 +12,7 @@ from blocktune.adapter.load import load_model
 from blocktune.attention import attach
 from blocktune.cache import PrefixTree
 from blocktune.engine.encode import Encoder
+from blocktune.models.recurrent import Recurrence
 from blocktune.positions import RopeSpec
 from blocktune.prompt import end_of_turn
 
@@ -35,8 +36,19 @@ class Auxiliaries:
         self._lock = threading.Lock()
 
     def add(self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Adds a loaded model with the same tokenizer; its attention becomes blocktune's."""
-        require_same_tokenizer(name, self.tokenizer, tokenizer)
+        """Adds a loaded model; its attention becomes blocktune's.
+
+        Raises:
+            ValueError: If it reads the served model's token ids as other text.
+        """
+        own, theirs = self.tokenizer.get_vocab(), tokenizer.get_vocab()
+        if wrong := sorted((i, token) for token, i in own.items() if theirs.get(token) != i):
+            index, token = wrong[0]
+            raise ValueError(
+                f"auxiliary model '{name}' has another tokenizer than the served model: "
+                f"{len(wrong):,} of {len(own):,} tokens differ, such as id {index}, {token!r}; "
+                "take a model of the same family"
+            )
         attach(model)
         self._models[name] = model.eval()
 
@@ -51,36 +63,23 @@ class Auxiliaries:
             return self._models[name]
 
 
-def require_same_tokenizer(
-    name: str, served: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase
-) -> None:
-    """Raises ValueError if an auxiliary model reads the served model's token ids as other text."""
-    own, theirs = served.get_vocab(), other.get_vocab()
-    wrong = sorted((i, token) for token, i in own.items() if theirs.get(token) != i)
-    if wrong:
-        index, token = wrong[0]
-        raise ValueError(
-            f"auxiliary model '{name}' has another tokenizer than the served model: {len(wrong):,} "
-            f"of {len(own):,} tokens differ, such as id {index}, {token!r}; take a model of the "
-            "same family"
-        )
-
-
 @dataclass(frozen=True)
 class EngineState:
     """The model, its tokenizer and its caches.
 
     ``encoder`` has the store of chunks, ``prefix_tree`` the exact prefixes of earlier prompts;
-    ``rope`` says how keys are moved; ``pad_id`` is the token of padding rows.
+    ``rope`` says how keys are moved, or ``recurrence`` how a model with recurrent layers, whose
+    chunks cannot be, goes on from a state; ``pad_id`` is the token of padding rows.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     encoder: Encoder
     prefix_tree: PrefixTree
-    rope: RopeSpec
+    rope: RopeSpec | None
     pad_id: int
     auxiliaries: Auxiliaries
+    recurrence: Recurrence | None = None
 
     @property
     def num_layers(self) -> int:

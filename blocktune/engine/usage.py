@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from blocktune.adapter import scope_of
 from blocktune.attention.cached import CachePlan
+from blocktune.models.gate import decoder_layers
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class Usage:
         query_entropy: Entropy of the question's attention in nats, mean over its rows, the heads
             and the layers that were reshaped; None if the method reshapes nothing.
         loading: What the method's `ChunkLoader` reports; None if it has none.
+        prefix_tokens: Tokens whose exact state an earlier prompt with the same beginning left.
     """
 
     prompt_tokens: int
@@ -81,6 +84,7 @@ class Usage:
     ttft: Ttft
     query_entropy: float | None = None
     loading: Any = None
+    prefix_tokens: int = 0
 
     @property
     def recompute_ratio(self) -> float:
@@ -144,9 +148,9 @@ class LayerCost:
     pair: int
 
     @classmethod
-    def of(cls, layer: nn.Module, share: float, pair: int) -> LayerCost:
+    def of(cls, layer: nn.Module, share: float, pair: int, has_lora: bool = True) -> LayerCost:
         """Reads a layer's modules; a row is sent to ``share`` of the experts."""
-        macs = dict(_matrices(layer, share))
+        macs = {n: m for n, m in _matrices(layer, share) if has_lora or ".lora_" not in n}
         before = [n for n in macs if "attn" in n and not set(n.split(".")) & set(OUTPUTS)]
         return cls(sum(macs.values()), sum(macs[name] for name in before), pair)
 
@@ -164,9 +168,12 @@ class ModelCost:
         config = model.config.get_text_config()
         experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
         share = config.num_experts_per_tok / experts if experts else 1.0
-        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        pair = 2 * config.num_attention_heads * dim
-        layers = tuple(LayerCost.of(layer, share, pair) for layer in decoder_layers(model))
+        heads = getattr(config, "num_attention_heads", None) or 1  # Mamba has none, and no pairs
+        dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        pair = 2 * heads * dim
+        has_lora = scope_of(model) != "encode"  # such an adapter computes nothing here
+        layers = decoder_layers(model)
+        layers = tuple(LayerCost.of(layer, share, pair, has_lora) for layer in layers)
         return cls(layers, config.hidden_size * config.vocab_size)
 
 
@@ -217,19 +224,3 @@ def _matrices(layer: nn.Module, share: float) -> Iterator[tuple[str, int]]:
         plain = sum(p.numel() for p in own if p.ndim == 2)  # a router
         if stacked or plain:
             yield name, plain + round(stacked * share)
-
-
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The model's decoder layers, through a PEFT wrapper or not.
-
-    Raises:
-        ValueError: If no list has as many layers as the config says.
-    """
-    depth = model.config.get_text_config().num_hidden_layers
-    for name, module in model.named_modules():
-        if name.endswith("layers") and isinstance(module, nn.ModuleList) and len(module) == depth:
-            return module
-    raise ValueError(
-        f"{type(model).__name__} has no list of {depth} decoder layers to hook into; "
-        "blocktune serves decoders whose layers are in one list"
-    )

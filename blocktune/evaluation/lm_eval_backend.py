@@ -63,7 +63,11 @@ class BlocktuneLM(LM):
         if engine is None:
             engine = Engine.from_pretrained(pretrained, adapter, dtype=dtype, device=device)
         self.engine, self.separator = engine, separator.replace("\\n", "\n")
-        self.method = build("full-prefill" if mode == "full" else _block_method(engine))
+        name, layout = "full-prefill", engine.adapter.layout if engine.adapter else None
+        if mode == "block":  # plain reuse, as the weights were trained for it
+            name = "naive" if layout is None or not layout.block else "block-attention"
+            name = "kvlink" if name == "block-attention" and layout.num_links else name
+        self.method = build(name)
         self.batch_size = 8 if batch_size == "auto" else int(batch_size)
         self.max_gen_toks = max_gen_toks
 
@@ -173,14 +177,6 @@ class BlocktuneLM(LM):
 
     def _ids(self, text: str) -> tuple[int, ...]:
         return tuple(self.engine.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _block_method(engine: Engine) -> str:
-    """Plain reuse, as the engine's weights were trained for it."""
-    layout = engine.adapter.layout if engine.adapter else None
-    if layout is None or not layout.block:
-        return "naive"
-    return "kvlink" if layout.num_links else "block-attention"
 
 
 def _batches(pieces: Sequence[Pieces], size: int) -> Iterator[Sequence[Pieces]]:

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
+_TO_SPACES = str.maketrans(dict.fromkeys(string.punctuation, " "))
 
 
 def normalize_answer(text: str) -> str:
@@ -49,6 +50,18 @@ def qa_f1(prediction: str, answers: Sequence[str]) -> float:
     """
     found = word_f1(prediction, answers)
     return found if normalize_answer(prediction) else 0.0
+
+
+def chatrag_f1(prediction: str, answers: Sequence[str]) -> float:
+    """`qa_f1` with spaces in place of punctuation: "Port-Alder" is two words, "Port Alder".
+
+    Source: ChatRAG-Bench (arXiv:2401.10225) as APE's code scores it.
+    """
+    return qa_f1(_spaced(prediction), [_spaced(answer) for answer in _accepted(answers)])
+
+
+def _spaced(text: str) -> str:
+    return text.translate(_TO_SPACES)
 
 
 def substring_em(prediction: str, answers: Sequence[str]) -> float:
@@ -190,6 +203,7 @@ METRICS = {
     "f1": _plain("F1", word_f1),
     "substring_em": _plain("sub-EM", substring_em),
     "qa_f1": _plain("QA F1", qa_f1),
+    "chatrag_f1": _plain("ChatRAG F1", chatrag_f1),
     "token_f1": Metric("token F1", token_f1),
     "rouge_l": _plain("ROUGE-L", rouge_l),
     "ruler_recall": _plain("recall", ruler_recall),

@@ -7,12 +7,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from blocktune.adapter import find_release
 from blocktune.data import RagExample, load_examples
 from blocktune.engine import Engine
 from blocktune.evaluation.suite import MethodSpec, Suite
 from blocktune.evaluation.task import TaskSpec
 from blocktune.evaluation.ttft import fill
 from blocktune.methods import Method, build_entry
+from blocktune.models.identity import adapter_fingerprint, base_fingerprint
+from blocktune.models.load import adapter_folder
 from blocktune.prompt import PromptFormat, make_pieces
 
 logger = logging.getLogger("blocktune")
@@ -57,6 +60,21 @@ class Ready:
         """The examples of a task."""
         return [q.example for q in self.questions if q.task is task][:limit]
 
+    def fingerprints(self) -> dict[str, Any]:
+        """Digests of the base and of the adapters by name, for the provenance.
+
+        Published releases of other projects have none.
+        """
+        if None in self.engines:
+            base = base_fingerprint(self.engines[None].model)
+        else:  # adapters are merged into the model; each was held to the base
+            base = next(iter(self.engines.values())).adapter.base_fingerprint
+        named = [name for name in self.engines if name is not None and find_release(name) is None]
+        return {
+            "base_fingerprint": base,
+            "adapter_fingerprints": {n: adapter_fingerprint(adapter_folder(n)) for n in named},
+        }
+
 
 def load_engine(suite: Suite, adapter: str | None) -> Engine:
     """The base model of a suite, with one of its adapters or none."""
@@ -77,7 +95,7 @@ def prepare(suite: Suite, load: Load = load_engine) -> Ready:
     questions = _questions(suite, next(iter(engines.values())).tokenizer)
     worded = _worded(suite, engines)
     first = [example for task, example, _ in questions if task is suite.tasks[0]]
-    timed = tuple(fill(first, suite.ttft.num, suite.ttft.chunks)) if suite.ttft.num else ()
+    timed = _timed(suite, first, next(iter(engines.values())).tokenizer)
     tell_rewording(engines, worded)
     ready = Ready(suite, methods, engines, questions, timed, worded)
     for task in suite.tasks:
@@ -135,6 +153,19 @@ def _questions(suite: Suite, tokenizer: Any) -> tuple[TaskQuestion, ...]:
                 raise ValueError(f"{source}: question {index + 1} has no answer to score with")
             questions.append(TaskQuestion(task, example, f"{task.name}/{index}"))
     return tuple(questions)
+
+
+def _timed(suite: Suite, examples: list[RagExample], tokenizer: Any) -> tuple[RagExample, ...]:
+    """Examples to time, filled with chunks of later questions, also of those beyond a limit."""
+    task, num = suite.tasks[0], min(suite.ttft.num, len(examples))
+    pool, wanted = examples, num and (suite.ttft.chunks or 0)
+    while sum(len(example.chunks) for example in pool) < wanted:
+        limit = 2 * len(pool)
+        more = load_examples(task.full_source(), limit=limit, tokenizer=tokenizer)
+        if len(more) <= len(pool):
+            break
+        pool = more
+    return tuple(fill(pool, num, suite.ttft.chunks)) if num else ()
 
 
 def _check_fit(ready: Ready) -> None:

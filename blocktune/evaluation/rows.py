@@ -7,15 +7,16 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import blocktune
 from blocktune.data import RagExample
-from blocktune.evaluation.fingerprints import code_digest
 from blocktune.evaluation.metrics import METRICS, extract_answer
 from blocktune.evaluation.suite import MethodSpec
 from blocktune.evaluation.task import TaskSpec
-from blocktune.files import replace_text
+from blocktune.files import replace_text, whole_lines
 
 EVERY = ("em", "f1", "substring_em")
 """Metrics that every row has, of the extracted answer."""
@@ -58,6 +59,27 @@ class Row:
     scores: Mapping[str, float] = field(default_factory=dict)
     prompt_hash: str = ""
     place: float | None = None
+
+
+PARTS = ("layout.py", "links.py", "registry.py", "models", "positions", "attention", "prompt")
+PARTS += ("cache", "methods", "engine", "evaluation/metrics.py", "evaluation/rows.py")
+"""What decides an output or its score; commands, training and reports do not."""
+
+
+@cache
+def code_digest() -> str:
+    """Version and digest of the code that decides rows, such as ``0.1.0-3f2a91c05d7e``.
+
+    A commit would be too coarse (a changed README is a new commit) and too fine (uncommitted work
+    has none): rows of other code are dropped, and only those.
+    """
+    root = Path(blocktune.__file__).parent
+    digest = hashlib.sha256()
+    for part in PARTS:
+        own = [root / part] if part.endswith(".py") else (root / part).rglob("*.py")
+        for path in sorted(own):
+            digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return f"{blocktune.__version__}-{digest.hexdigest()[:12]}"
 
 
 def row_key(method: MethodSpec, task: TaskSpec, example: RagExample, fingerprint: str) -> str:
@@ -205,10 +227,7 @@ def read_rows(path: Path) -> Iterator[Row]:
     Raises:
         ValueError: If a whole line is not a row.
     """
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    for number, line in enumerate(lines, start=1):
-        if not line.endswith("\n"):
-            return
+    for number, line in enumerate(whole_lines(path), start=1):
         try:
             yield Row(**json.loads(line))
         except (json.JSONDecodeError, TypeError) as error:

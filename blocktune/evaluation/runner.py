@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich import progress as bars
 from rich.console import Console
@@ -14,15 +18,67 @@ from rich.progress import Progress
 
 from blocktune.data import RagExample
 from blocktune.evaluation.fidelity import measure_fidelity
-from blocktune.evaluation.fingerprints import code_digest, fingerprints
 from blocktune.evaluation.prepare import Load, Ready, TaskQuestion, load_engine, prepare
-from blocktune.evaluation.processes import Processes
-from blocktune.evaluation.results import RESULTS, build_results
-from blocktune.evaluation.rows import ROWS, Row, RowFile, digest_of, make_row, row_key
+from blocktune.evaluation.rows import ROWS, Row, RowFile, code_digest, digest_of, make_row, row_key
+from blocktune.evaluation.stats.results import RESULTS, build_results
 from blocktune.evaluation.suite import MethodSpec, Suite
 from blocktune.evaluation.ttft import TtftSummary, measure_ttft
 from blocktune.files import replace_json
 from blocktune.provenance import hardware, provenance, versions
+
+Item = TypeVar("Item")
+PATIENCE = timedelta(days=7)
+"""How long one process waits for another before the run is given up."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of the run.
+
+    Attributes:
+        rank: Its number, from 0.
+        count: How many there are.
+        device: Where it runs; None leaves that to the suite.
+        wait: Returns once every process has called it.
+    """
+
+    rank: int = 0
+    count: int = 1
+    device: str | None = None
+    wait: Callable[[], None] = lambda: None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process merges, times and reports."""
+        return self.rank == 0
+
+    def placed(self, suite: Suite) -> Suite:
+        """The suite on this process's own device."""
+        return suite if self.device is None else replace(suite, device=self.device)
+
+    def share(self, items: Sequence[Item]) -> Sequence[Item]:
+        """This process's part of ``items``; all processes must be given the same ones."""
+        return items[self.rank :: self.count]
+
+
+def launched() -> Processes:
+    """The processes that ``accelerate launch`` or ``torchrun`` started, or this one alone.
+
+    More processes than GPUs take turns on them: a small model leaves most of one idle.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return Processes()
+    import torch
+    from accelerate import PartialState
+
+    gpus = torch.cuda.device_count()
+    crowded = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > gpus  # NCCL wants one process a GPU
+    state = PartialState(cpu=crowded, timeout=PATIENCE)
+    atexit.register(state.destroy_process_group)
+    device = f"cuda:{state.local_process_index % gpus}" if gpus else "cpu"
+    # accelerate's barrier names the GPU of the process's number, which a shared one is not.
+    wait = torch.distributed.barrier if crowded else state.wait_for_everyone
+    return Processes(state.process_index, state.num_processes, device, wait)
 
 
 def run_suite(
@@ -55,7 +111,7 @@ def run_suite(
     """
     processes = processes or Processes()
     output, ready = Path(output), prepare(suite, load)
-    weights = fingerprints(ready.engines)  # now: an adapter may be retrained during the run
+    weights = ready.fingerprints()  # now: an adapter may be retrained during the run
     files = {spec.label: _open(ready, spec, output, processes) for spec in suite.methods}
     processes.wait()  # nobody writes before all have read
     with progress_bars(console, shown=processes.is_main) as progress:

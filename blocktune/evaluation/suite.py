@@ -230,7 +230,7 @@ def _of_seeds(entry: Mapping, where: str) -> list[dict[str, Any]]:
 
 
 def check_pools(pools: Any, labels: Sequence[str]) -> None:
-    """Refuses a pool that is no list of at least two labels, or whose name is taken."""
+    """Refuses a pool that is not a list of two or more labels, or whose name is taken."""
     for name, members in mapping(pools, "pool").items():
         if name in labels:
             raise ValueError(f"pool '{name}' has the label of a method; rename it")

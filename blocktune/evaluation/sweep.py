@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import re
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
@@ -12,19 +11,17 @@ from pathlib import Path
 from threading import BrokenBarrierError
 from typing import Any, NamedTuple
 
-from blocktune.data.sources.catalog import CATALOG
+from blocktune.data.sources.catalog import CATALOG, is_test_split
 from blocktune.evaluation.prepare import Load, load_engine
-from blocktune.evaluation.processes import PATIENCE, Processes
-from blocktune.evaluation.runner import run_suite
+from blocktune.evaluation.runner import PATIENCE, Processes, run_suite
 from blocktune.evaluation.suite import MethodSpec, Suite, TtftSpec
-from blocktune.evaluation.task import TaskSpec, with_task
+from blocktune.evaluation.task import TaskSpec, parse_task
 from blocktune.files import replace_json
 from blocktune.methods import build_entry
-from blocktune.parsing import entries, load_spec, read
+from blocktune.parsing import entries, load_spec, mapping, read
 
 OWN_KEYS = ("budget",)
 """Keys of a method's entry that a path without a dot may name; others are the preset's."""
-TEST = re.compile(r"(?<![a-z])test(?![a-z])")
 
 
 class Point(NamedTuple):
@@ -101,15 +98,16 @@ def load_tuning(path: str | Path) -> TuneSpec:
 
 def parse_tuning(record: Any, where: str = "tuning run") -> TuneSpec:
     """Builds a run from decoded YAML; ``where`` opens every error, a ValueError."""
-    return read(TuneSpec, with_task(record, where), where)
+    values = dict(mapping(record, where))
+    if "task" in values:
+        values["task"] = parse_task(values["task"], f"{where}: task")
+    return read(TuneSpec, values, where)
 
 
 def refuse_test(source: str) -> None:
-    """Refuses questions of a final comparison: the split, an option or the file says ``test``."""
-    name, _, options = source.partition("?")
-    default = CATALOG[name].split if name in CATALOG and "split=" not in options else ""
-    shown = f"{Path(name).name}?{options}?{default}".lower()  # not the folders above a file
-    if TEST.search(shown):
+    """Raises ValueError for questions of a final comparison, see `is_test_split`."""
+    name = source.partition("?")[0]
+    if is_test_split(source, CATALOG[name].split if name in CATALOG else None):
         raise ValueError(
             f"'{source}' is a test split; parameters are tuned on held-out questions, such as "
             "'worlds:dev', and compared on the test split once"

@@ -108,14 +108,6 @@ def parse_task(record: Any, where: str = "task") -> TaskSpec:
     return read(TaskSpec, {**load_task(path, variant), **record}, where)
 
 
-def with_task(record: Any, where: str) -> dict[str, Any]:
-    """Keys of a run that asks one task, its ``task`` built; ``where`` opens every error."""
-    values = dict(mapping(record, where))
-    if "task" in values:
-        values["task"] = parse_task(values["task"], f"{where}: task")
-    return values
-
-
 def load_task(path: str | Path, variant: str | None = None) -> dict[str, Any]:
     """Keys of a task file, with those of one of its variants over them.
 

@@ -53,29 +53,30 @@ def measure_ttft(
         for label in labels:
             usages[label].append(methods[label](example).usage)
             step()
-    return {label: _summarise(own) for label, own in usages.items()}
+    summaries = {}
+    for label, own in usages.items():
+        q25, middle, q75 = np.quantile([usage.ttft_s for usage in own], [0.25, 0.5, 0.75]).tolist()
+        tokens = median(usage.context_tokens for usage in own)
+        summaries[label] = TtftSummary(middle, q25, q75, len(own), tokens)
+    return summaries
 
 
 def fill(examples: Sequence[RagExample], num: int, chunks: int | None) -> list[RagExample]:
     """The first ``num`` examples, each with ``chunks`` chunks, taken from those that follow it.
 
     Raises:
-        ValueError: If all examples together do not hold so many chunks.
+        ValueError: If all examples together hold fewer chunks than that.
     """
     if chunks is None:
         return list(examples[:num])
     held = sum(len(example.chunks) for example in examples)
     if held < chunks:
-        raise ValueError(f"ttft wants prompts of {chunks} chunks, the task holds only {held}")
+        raise ValueError(
+            f"ttft needs prompts of {chunks} chunks, the task holds only {held}; lower 'chunks' of "
+            "ttft in the suite, or give the task more questions"
+        )
     filled = []
     for index, example in enumerate(examples[:num]):
         following = (c for e in (*examples[index:], *examples[:index]) for c in e.chunks)
         filled.append(replace(example, chunks=tuple(islice(following, chunks)), supporting=()))
     return filled
-
-
-def _summarise(usages: Sequence[Any]) -> TtftSummary:
-    seconds = [usage.ttft_s for usage in usages]
-    q25, middle, q75 = np.quantile(seconds, [0.25, 0.5, 0.75]).tolist()
-    tokens = median(usage.context_tokens for usage in usages)
-    return TtftSummary(middle, q25, q75, len(usages), tokens)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from huggingface_hub import ModelCard, ModelCardData
 
 from blocktune.adapter import OWN_WEIGHTS, AdapterInfo
+from blocktune.adapter.scope import SCOPED_ROWS
 from blocktune.check import Check
 from blocktune.data.sources.catalog import data_sets_in
 from blocktune.hub.files import public
@@ -127,6 +128,9 @@ def _layout(info: AdapterInfo) -> Mapping[str, Any]:
     rows = rows or {"layout": "block attention, sequential positions"}
     if info.num_learned:
         rows |= {"learned tokens": info.num_learned, "kept as": info.link_mode}
+    if info.scope != "both":
+        only = f"LoRA acts on {SCOPED_ROWS[info.scope]} only; PEFT alone would apply it to all rows"
+        rows |= {"scope": f"{info.scope}: {only}"}
     if info.rope:
         rows |= {"RoPE": info.rope.get("rope_type", "by layer type")}
     return rows | {"base revision": info.base_revision or "not pinned"}

@@ -33,7 +33,7 @@ def files_of(folder: Path, info: AdapterInfo, base: str) -> dict[str, Source]:
     for name in names:
         if any(fnmatch(name, pattern) for pattern in _OF_A_CHECKPOINT):
             raise ValueError(
-                f"'{folder}' is a checkpoint that its run goes on from (it holds '{name}'); push "
+                f"'{folder}' is a checkpoint to resume from (it holds '{name}'); push "
                 f"the finished adapter, '{folder.parent}', or a copy of this folder without "
                 "*.pt and *.pth"
             )

@@ -14,8 +14,7 @@ from huggingface_hub.utils import httpx, validate_repo_id
 from rich.console import Console
 
 from blocktune.adapter import OWN_WEIGHTS, AdapterInfo
-from blocktune.check import check_model
-from blocktune.engine import Engine
+from blocktune.check import check_adapter
 from blocktune.hub.card import CardFacts, card, read_results, served_by
 from blocktune.hub.files import Source, files_of, is_published
 from blocktune.prompt import LayoutSpec
@@ -78,7 +77,7 @@ def prepare(
     measured = read_results(facts.results, folder, info) if facts.results else None
     facts = replace(facts, license=facts.license or license_of(base, token))
     settings = {"dtype": dtype, "device": device, "quantize": info.quantization}
-    checks = check_model(Engine.from_pretrained(model, folder, **settings))
+    checks = check_adapter(model, folder, **settings)
     if failed := [one for one in checks if not one.passed]:
         first = failed[0]
         raise ValueError(
@@ -127,7 +126,7 @@ def show(publication: Publication, console: Console) -> None:
 
 
 def check_repo(repo: str) -> None:
-    """Refuses what is no USER/NAME."""
+    """Refuses a name that is not USER/NAME."""
     try:
         validate_repo_id(repo)
     except HFValidationError as error:

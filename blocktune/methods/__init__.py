@@ -15,7 +15,7 @@ __getattr__, __dir__, __all__ = exports(
         "blocktune.methods.composition": "Composition compose format_method",
         "blocktune.methods.describe": "describe_all describe_method",
         "blocktune.methods.hooks": "ChunkLoader DamagedChunk PrefilledBatch PromptHistory",
-        "blocktune.methods.method_parser": "build build_entry parse_method",
+        "blocktune.methods.method_parser": "build build_entry default_method parse_method",
         "blocktune.methods.reshape": " ".join(reshape.__all__),
         "blocktune.methods.select": " ".join(select.__all__),
         "blocktune.registry": "require_count require_one_of require_share",

@@ -11,7 +11,6 @@ once; presets, selectors and reshapes do so in their functions only.
 
 from __future__ import annotations
 
-from abc import ABC
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, ClassVar
@@ -63,11 +62,11 @@ class Axis(Enum):
 
 
 @dataclass(frozen=True)
-class Method(ABC):
+class Method:
     """A reuse method. Subclasses are frozen dataclasses; their fields are their parameters.
 
     Class attributes:
-        source: Paper or code it follows.
+        source: Paper or code it follows; may be empty.
         weights: What the model must be trained for.
         cached: What comes from a cache.
         history: Where chunks of earlier prompts come from, a `PromptHistory`; None: each is encoded
@@ -80,7 +79,7 @@ class Method(ABC):
             the parameters of its selector.
     """
 
-    source: ClassVar[str]
+    source: ClassVar[str] = ""
     weights: ClassVar[Weights] = Weights.ANY
     cached: ClassVar[Cached] = Cached.CHUNKS
     history: ClassVar[PromptHistory | None] = None

@@ -88,6 +88,15 @@ def build_entry(entry: str | Mapping[str, Any]) -> Method:
     return compose(base, **given, name=name)
 
 
+def default_method(trained: LayoutSpec | None) -> Method:
+    """What a model was trained for, by its adapter's layout; naive reuse without an adapter."""
+    if trained is None or not trained.block:
+        return build("naive")
+    if not trained.num_learned:
+        return build("block-attention")
+    return build("kvlink" if trained.num_links else "kv-packet")
+
+
 def parse_method(text: str, parameters: Mapping[str, Any] | None = None) -> Method:
     """Builds a method from the command line: what `build` takes, or a YAML or JSON mapping.
 

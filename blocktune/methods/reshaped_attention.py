@@ -90,30 +90,8 @@ class ReshapedAttention:
         written.scatter_(1, slots, True)
         self._reused[layer] = self._reused.get(layer, self._is_chunk) & ~written[:, :count]
 
-    def attend(
-        self,
-        band: RowBand,
-        columns: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        rule: LayerRule,
-        params: AttentionParams,
-    ) -> Tensor | None:
-        """Attends with reshaped scores, in float32, a block of rows at a time.
-
-        Args:
-            band: Rows over columns.
-            columns: Where the rows were written, ``(B, R)``, -1 for padding.
-            query: ``(B, H, R, D)``.
-            key: ``(B, K, N, D)``.
-            value: As the keys.
-            rule: The layer's part of the rule.
-            params: Scaling and soft-capping.
-
-        Returns:
-            ``(B, H, R, D)``, or None if this layer has nothing to reshape.
-        """
+    def attend(self, band, columns, query, key, value, rule, params) -> Tensor | None:
+        """Implements `Reshaping.attend`, in float32, a block of rows at a time."""
         seen = self._enter(band, columns, rule.layer)
         if not self._acts[rule.layer]:
             return None

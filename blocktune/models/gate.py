@@ -32,7 +32,7 @@ def require_supported(model: PreTrainedModel) -> RopeSpec:
     split over processes.
 
     Raises:
-        ValueError: In one line, the property that stands in the way: no rotary embedding,
+        ValueError: In one line, the property that prevents it: no rotary embedding,
             frequencies that depend on the prompt's length (dynamic, longrope), layers that keep
             no keys, or keys that `relocate_keys` does not reproduce.
     """
@@ -143,7 +143,7 @@ def probe_cache(
     except Exception as error:
         raise ValueError(f"{type(attention).__name__} hides its keys: {error}") from error
     raise ValueError(
-        f"{type(attention).__name__} (layer {attention.layer_idx}) keeps no keys of its own; "
+        f"{type(attention).__name__} (layer {attention.layer_idx}) does not keep its own keys; "
         "blocktune caches the keys of every layer"
     )
 
@@ -158,3 +158,19 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part, training in modes:
             part.training = training
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The model's decoder layers, through a PEFT wrapper or not.
+
+    Raises:
+        ValueError: If no list has as many layers as the config says.
+    """
+    depth = model.config.get_text_config().num_hidden_layers
+    for name, module in model.named_modules():
+        if name.endswith("layers") and isinstance(module, nn.ModuleList) and len(module) == depth:
+            return module
+    raise ValueError(
+        f"{type(model).__name__} has no list of {depth} decoder layers to hook into; "
+        "blocktune serves decoders whose layers are in one list"
+    )

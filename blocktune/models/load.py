@@ -5,6 +5,7 @@ Serving and training load their bases here, so both give the same errors.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import httpx
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from blocktune.models.quantize import keep_stored_codes, quantization_config
@@ -70,11 +72,27 @@ def load_base(
     return (model.to(device) if place and not kwargs else model), tokenizer
 
 
+def sharing(model: PreTrainedModel, own_embeddings: bool = False) -> PreTrainedModel:
+    """The same model as modules of its own over the same weights.
+
+    Hooks, LoRA or a link table that are put on one do not change the other.
+
+    Args:
+        model: As loaded; its weights must not be changed in place any more.
+        own_embeddings: Copy the weights of input and output embeddings.
+    """
+    kept = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    if own_embeddings:
+        kept.pop(id(model.get_input_embeddings().weight))
+        kept.pop(id(model.get_output_embeddings().weight), None)  # None: they are tied
+    return copy.deepcopy(model, kept)
+
+
 @contextmanager
 def _explained(name: str, what: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
             f"cannot load {what} from '{name}': {reason}; give a folder saved by save_pretrained "
@@ -105,7 +123,7 @@ def check_device(name: str) -> None:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"unknown device '{name}'; wanted cuda, cuda:0, cpu or the like") from None
+        raise ValueError(f"unknown device '{name}'; use cuda, cuda:0 or cpu, for example") from None
     count = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= count:
         raise ValueError(
@@ -150,5 +168,5 @@ def adapter_folder(adapter: str | Path, revision: str | None = None) -> Path:
     except (httpx.HTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"no adapter '{adapter}': it is no local folder, and the Hub says: {reason}"
+            f"no adapter '{adapter}': it is not a local folder, and the Hub says: {reason}"
         ) from None

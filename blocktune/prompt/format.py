@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from string import Formatter
 from typing import Any
@@ -56,6 +56,9 @@ def require_unicode(text: str, name: str) -> None:
         ) from None
 
 
+TAG_PLACES = ("turn", "prompt")
+
+
 @dataclass(frozen=True)
 class PromptFormat:
     """The wording of a prompt: instruction, then the chunks, then the question.
@@ -66,12 +69,15 @@ class PromptFormat:
         titled: A chunk that has a title; holds ``{title}`` and ``{text}``.
         untitled: A chunk without a title; holds ``{text}``.
         question: What follows the chunks; holds ``{question}``.
-        block_tag: Opens the user turn where chunks see only themselves, to tell the model
-            (Block-Attention: ``[Block-Attention]``); may be empty.
+        block_tag: Tells the model that chunks see only themselves (Block-Attention:
+            ``[Block-Attention]``); may be empty.
         full_tag: The same in full attention.
+        tag_place: Where the tag stands: ``turn``, before the instruction; or ``prompt``, before
+            the first turn (after BOS), tokenised apart, as Block-Attention's code does.
+        strip: Whether a passage loses the white space around it and a question that behind it.
 
     Raises:
-        ValueError: If a field is no string or lacks its placeholders.
+        ValueError: If a field is not a string or lacks its placeholders.
     """
 
     instruction: str = "Answer the question from the passages below."
@@ -81,6 +87,8 @@ class PromptFormat:
     question: str = "Question: {question}"
     block_tag: str = ""
     full_tag: str = ""
+    tag_place: str = "turn"
+    strip: bool = False
 
     def __post_init__(self):
         for name in ("instruction", "block_tag", "full_tag"):
@@ -88,28 +96,39 @@ class PromptFormat:
                 raise ValueError(f"format '{name}' must be a string, got {getattr(self, name)!r}")
         if not isinstance(self.system, str | None):
             raise ValueError(f"format 'system' must be a string or null, got {self.system!r}")
+        if self.tag_place not in TAG_PLACES:
+            raise ValueError(f"format 'tag_place' must be turn or prompt, got {self.tag_place!r}")
+        if not isinstance(self.strip, bool):
+            raise ValueError(f"format 'strip' must be true or false, got {self.strip!r}")
         for name, wanted in _PLACEHOLDERS.items():
             _check_placeholders(name, getattr(self, name), wanted)
+        for name, text in asdict(self).items():
+            if isinstance(text, str):
+                require_unicode(text, f"format '{name}'")
 
     @property
     def untagged(self) -> PromptFormat:
         """The wording without mode tags, for a teacher, which was trained without."""
         return replace(self, block_tag="", full_tag="")
 
+    def tag(self, block: bool, place: str) -> str:
+        """The tag of a mode, if it stands at ``place``, else nothing."""
+        return (self.block_tag if block else self.full_tag) if place == self.tag_place else ""
+
     def opening(self, block: bool) -> str:
-        """What opens the user turn: the tag of the mode, if there is one, and the instruction."""
-        tag = self.block_tag if block else self.full_tag
-        return " ".join(part for part in (tag, self.instruction) if part)
+        """What opens the user turn: the tag of the mode (if it stands there), the instruction."""
+        return " ".join(part for part in (self.tag(block, "turn"), self.instruction) if part)
 
     def render_chunk(self, chunk: Chunk) -> str:
         """The text of one chunk, the same in every place."""
+        text = chunk.text.strip() if self.strip else chunk.text
         if chunk.title is None:
-            return self.untitled.format(text=chunk.text)
-        return self.titled.format(title=chunk.title, text=chunk.text)
+            return self.untitled.format(text=text)
+        return self.titled.format(title=chunk.title, text=text)
 
-    def render_question(self, question: str) -> str:
-        """The text between the chunks and the end of the user turn."""
-        return self.question.format(question=question)
+    def render_question(self, question: str, safe: Callable[[str], str] = str) -> str:
+        """The text between the chunks and the end of the user turn; ``safe``: see `UserText`."""
+        return self.question.format(question=safe(question.rstrip() if self.strip else question))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, every field."""

@@ -9,7 +9,7 @@ from typing import Any
 from blocktune.parsing import build_strict
 from blocktune.positions.placement import PLACEMENTS
 
-BOS = ("none", "drop", "keep")
+BOS = ("none", "drop", "keep", "keep-all")
 _CHOICES = {
     "link_side": ("after", "before"),
     "link_table": ("shared", "slot", "chunk"),
@@ -42,7 +42,8 @@ class LayoutSpec:
         shared_prefix: Whether each chunk is encoded after a copy of the prefix, hidden afterwards
             (APE, CacheClip).
         bos: A chunk's own BOS: ``none``; ``drop``: encoded after one, then hidden (CacheBlend's
-            code); ``keep``: stored and served as the chunk's first token (EPIC's code).
+            code); ``keep``: stored and served as the chunk's first token; ``keep-all``: and one
+            before the question, too (EPIC's code).
 
     The rows of the table of learned tokens are the links', then the headers', then the trailers'.
 
@@ -104,6 +105,11 @@ class LayoutSpec:
             "bos": self.bos == "drop",
         }
         return tuple(name for name, wanted in asked.items() if wanted)
+
+    @property
+    def keeps_bos(self) -> bool:
+        """Whether BOS is the first token of every chunk."""
+        return self.bos in ("keep", "keep-all")
 
     @property
     def num_learned(self) -> int:

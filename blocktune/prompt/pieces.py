@@ -31,6 +31,11 @@ class Pieces(NamedTuple):
     followups: tuple[tuple[Ids, Ids], ...] = ()
 
     @property
+    def context(self) -> Ids:
+        """Prefix and chunks: what a later prompt may begin with, too."""
+        return sum(self.chunks, self.prefix)
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of all pieces."""
         turns = [piece for turn in self.followups for piece in turn]
@@ -69,8 +74,8 @@ def make_pieces(
     opening = fmt.opening(block)
     head = f"{opening}\n\n" if opening else ""
     texts = UserText(tokenizer)
-    frame = render_frame(tokenizer, fmt.system, head, fmt.render_question(texts.safe(question)))
-    prefix = special.with_bos(tokenizer, encode(tokenizer, frame.before))
+    frame = render_frame(tokenizer, fmt.system, head, fmt.render_question(question, texts.safe))
+    prefix = open_prompt(tokenizer, fmt, encode(tokenizer, frame.before), block)
     bodies = tuple(chunk_ids(tokenizer, fmt, chunk) for chunk in chunks)
     query = texts.encode(frame.after)
     answer = () if response is None else answer_ids(tokenizer, response)
@@ -85,6 +90,15 @@ def make_pieces(
 def prefix_ids(tokenizer: PreTrainedTokenizerBase, fmt: PromptFormat, block: bool = True) -> Ids:
     """The prefix of every prompt of this tokenizer and format, ``make_pieces(...).prefix``."""
     return make_pieces(tokenizer, fmt, [Chunk("any")], "any", block=block).prefix
+
+
+def open_prompt(
+    tokenizer: PreTrainedTokenizerBase, fmt: PromptFormat, first: Ids, block: bool
+) -> Ids:
+    """A prompt's ``first`` tokens, opened by BOS (if the model has one) and the format's tag."""
+    ids = special.with_bos(tokenizer, first)
+    bos = int(ids[:1] == (tokenizer.bos_token_id,))
+    return ids[:bos] + encode(tokenizer, fmt.tag(block, "prompt")) + ids[bos:]
 
 
 def chunk_ids(tokenizer: PreTrainedTokenizerBase, fmt: PromptFormat, chunk: Chunk) -> Ids:
@@ -122,7 +136,7 @@ def next_query_ids(tokenizer: PreTrainedTokenizerBase, fmt: PromptFormat, questi
         ValueError: If the template does not end the assistant's turn as `end_of_turn` does.
     """
     texts = UserText(tokenizer)
-    ids = texts.encode(render_next(tokenizer, fmt.render_question(texts.safe(question))))
+    ids = texts.encode(render_next(tokenizer, fmt.render_question(question, texts.safe)))
     if tokenizer.chat_template is None:
         return ids
     end = end_of_turn(tokenizer)
@@ -164,8 +178,8 @@ def conversation_pieces(
 ) -> Pieces:
     """Tokenises messages (role, text) and the response: all but the response is the prefix.
 
-    The format's ``full_tag`` opens the first message of the user; its ``system`` is the system turn
-    if there is none. Instruction and ``question`` are not used.
+    The format's ``full_tag`` opens the first message of the user, or the prompt; its ``system`` is
+    the system turn if there is none. Instruction and ``question`` are not used.
 
     Raises:
         ValueError: If there is no template, or it does not render these messages.
@@ -175,9 +189,9 @@ def conversation_pieces(
     texts = UserText(tokenizer)
     system = next((text for role, text in messages if role == "system"), fmt.system)
     turns = [(role, texts.safe(text)) for role, text in messages if role != "system"]
-    if fmt.full_tag:
-        turns[0] = (turns[0][0], f"{fmt.full_tag} {turns[0][1]}")
+    if tag := fmt.tag(False, "turn"):
+        turns[0] = (turns[0][0], f"{tag} {turns[0][1]}")
     rendered = render_conversation(tokenizer, system and texts.safe(system), turns)
-    prefix = special.with_bos(tokenizer, texts.encode(rendered))
+    prefix = open_prompt(tokenizer, fmt, texts.encode(rendered), block=False)
     special.check_bos(tokenizer, prefix)
     return Pieces(prefix, (), (), answer_ids(tokenizer, response))

@@ -69,8 +69,10 @@ def lay_out(
     if contexts is None:
         blanks = sink_ids(spec, pieces.prefix, blank_id, bos_id)
         contexts = [blanks] * len(pieces.chunks)
-    if spec.bos == "keep":
+    if spec.keeps_bos:
         pieces = pieces._replace(chunks=tuple((bos_id, *chunk) for chunk in pieces.chunks))
+    if spec.bos == "keep-all":
+        pieces = pieces._replace(query=(bos_id, *pieces.query))
     return _to_prompt(list(_segments(pieces, spec, link_base or 0, contexts)))
 
 
@@ -88,7 +90,7 @@ def wrapped(
 ) -> tuple[int, ...]:
     """What is stored together: header, the chunk's own BOS, its tokens, trailer."""
     base = link_base or 0
-    kept = (bos_id,) if spec.bos == "keep" else ()
+    kept = (bos_id,) if spec.keeps_bos else ()
     return _ids(base, spec.header_rows) + kept + chunk + _ids(base, spec.trailer_rows)
 
 

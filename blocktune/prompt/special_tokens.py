@@ -1,4 +1,4 @@
-"""Text to token ids: user text never becomes special tokens, and BOS stands once, at the start."""
+"""Text to token ids: user text never becomes special tokens; BOS occurs once, at the start."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def encode(
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> Mapping[str, int]:
     """Ids of the special tokens by their text.
 
-    Remembered, since tokenizers list their added tokens anew each time; Gemma 3 has 6,000.
+    Cached, since tokenizers rebuild the list of added tokens each time; Gemma 3 has 6,000.
     """
     with _LOCK:
         known = _RECENT.setdefault(tokenizer, _Recent()).special
@@ -110,6 +110,28 @@ class UserText:
         return ids
 
 
+def require_embedded(tokenizer: PreTrainedTokenizerBase, num_rows: int, *pieces: Ids) -> None:
+    """Refuses tokens without an embedding, such as those added to the tokenizer alone.
+
+    Raises:
+        ValueError: If an id is not below ``num_rows``, the rows of the model's embedding; names
+            the token.
+    """
+    last = max(max(piece, default=0) for piece in pieces)
+    if last >= num_rows:
+        raise ValueError(
+            f"token {tokenizer.convert_ids_to_tokens(last)!r} has id {last}, and the model embeds "
+            f"{num_rows} tokens; use the model's own tokenizer, or call "
+            "model.resize_token_embeddings(len(tokenizer)) and train the new rows"
+        )
+
+
+def padding_id(tokenizer: PreTrainedTokenizerBase, num_rows: int) -> int:
+    """The token of padding rows, which nothing sees: any that the model embeds will do."""
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(token for token in ids if token is not None and token < num_rows)
+
+
 def with_bos(tokenizer: PreTrainedTokenizerBase, prefix: Ids) -> Ids:
     """Adds BOS where the template leaves it to the tokenizer, and to plain text."""
     bos = tokenizer.bos_token_id
@@ -120,7 +142,7 @@ def with_bos(tokenizer: PreTrainedTokenizerBase, prefix: Ids) -> Ids:
 
 
 def check_bos(tokenizer: PreTrainedTokenizerBase, prefix: Ids, *others: Ids) -> None:
-    """Raises ValueError if BOS stands anywhere but at the start of the prefix, or twice.
+    """Raises ValueError if BOS occurs anywhere but at the start of the prefix, or twice.
 
     Templates that open every turn with BOS (SmolLM2's ``<|im_start|>``) are left alone.
     """

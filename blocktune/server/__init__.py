@@ -1,7 +1,12 @@
 """An OpenAI-compatible server on the embedded engine: `blocktune serve`."""
 
-from blocktune.server.app import create_app
-from blocktune.server.config import Limits, ServerConfig, Tenant, load_tenants
-from blocktune.server.service import Service
+from blocktune.lazy import exports
 
-__all__ = ["Limits", "ServerConfig", "Service", "Tenant", "create_app", "load_tenants"]
+__getattr__, __dir__, __all__ = exports(
+    __name__,
+    {
+        "blocktune.server.app": "create_app",
+        "blocktune.server.config": "Limits ServerConfig Tenant load_tenants",
+        "blocktune.server.service": "Service",
+    },
+)

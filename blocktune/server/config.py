@@ -32,6 +32,7 @@ class Limits:
         queue: Requests that may wait; the next one is answered 429.
         running: Answers that are decoded at the same time.
         kv_bytes: Bytes of keys and values of all running answers. Requests wait for room.
+        pinned_bytes: Bytes of chunks that clients may pin, beside the store's memory.
         prefill_tokens: Tokens of missing chunks that are encoded between two decoding steps.
 
     Raises:
@@ -49,6 +50,7 @@ class Limits:
     queue: int = 64
     running: int = 16
     kv_bytes: int = 4 << 30
+    pinned_bytes: int = 1 << 30
     prefill_tokens: int = 2048
 
     def __post_init__(self):

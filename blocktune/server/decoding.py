@@ -128,7 +128,7 @@ class TextStream:
         return new
 
 
-@dataclass
+@dataclass(eq=False)
 class Choice:
     """One answer that is being decoded.
 

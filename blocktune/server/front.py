@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from blocktune.prompt import Chunk, Pieces, PromptFormat, chunk_ids, encode
 from blocktune.prompt.format import require_unicode
+from blocktune.prompt.pieces import open_prompt
 from blocktune.prompt.special_tokens import UserText, check_bos, with_bos
 from blocktune.prompt.template import (
     PLAIN_REPLY_CUE,
@@ -24,12 +25,7 @@ from blocktune.prompt.template import (
     render_conversation,
     render_frame,
 )
-from blocktune.server.schemas import (
-    CohereDocument,
-    Document,
-    DocumentBlock,
-    Message,
-)
+from blocktune.server.schemas import CohereDocument, Document, DocumentBlock, Message
 
 Turn = tuple[str, str]
 """Role and text."""
@@ -147,15 +143,17 @@ def chat_pieces(
         ValueError: If the chat template does not render the turns, or a chunk has no tokens.
     """
     texts = UserText(tokenizer)
-    question = texts.safe(conversation.question)
-    head, tail = "", question
+    head, tail = "", texts.safe(conversation.question)
     if chunks:
         opening = fmt.opening(block)
-        head, tail = f"{opening}\n\n" if opening else "", fmt.render_question(question)
+        head = f"{opening}\n\n" if opening else ""
+        tail = fmt.render_question(conversation.question, texts.safe)
     system = fmt.system if conversation.system is None else texts.safe(conversation.system)
     earlier = [(role, texts.safe(text)) for role, text in conversation.earlier]
     frame = _render(tokenizer, system, earlier, head, tail)
-    prefix = with_bos(tokenizer, texts.encode(frame.before))
+    opening = texts.encode(frame.before)
+    tagged = fmt if chunks else fmt.untagged
+    prefix = open_prompt(tokenizer, tagged, opening, block)
     bodies = tuple(chunk_ids(tokenizer, fmt, chunk) for chunk in chunks)
     query = texts.encode(frame.after)
     check_bos(tokenizer, prefix, *bodies, query)

@@ -3,51 +3,63 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
-from blocktune.cache import ChunkStore
+from blocktune.adapter.load import load_models
+from blocktune.cache import ChunkStore, PrefixTree
 from blocktune.cache.config import StoreConfig
 from blocktune.engine import Engine
 from blocktune.server.config import Limits
 
 
 def load_engines(
-    load: Callable[..., Engine],
     model: str | None,
     adapters: list[str],
     name: str | None,
     store: str | None,
     store_bytes: int,
+    **options: Any,
 ) -> dict[str, Engine]:
-    """An engine for each adapter, or one for the bare model; they share a store.
+    """An engine for each adapter and for the bare model, over one base's weights and one store.
 
     Args:
-        load: Makes an engine of a model's name, an adapter's and a store.
         model: Name or folder; None: the adapters' own base.
         adapters: Each ``ADAPTER`` or ``NAME=ADAPTER``.
-        name: That requests use for the bare model.
+        name: That requests use for the bare model; without one it is not served beside adapters.
         store: Place and limits of the chunks, see `ChunkStore.open`.
-        store_bytes: Memory for chunks.
+        store_bytes: Memory for chunks, and as much for exact prefixes.
+        options: See `blocktune.adapter.load.load_models`.
 
     Raises:
-        ValueError: If two have the same name.
+        ValueError: If two have the same name, or a model has recurrent layers.
     """
-    engines: dict[str, Engine] = {}
-    kept = None
-    if store_bytes or store:
-        kept = ChunkStore(config=StoreConfig.parse(store or "", memory=store_bytes))
-    for text in adapters or [None]:
-        label, equals, adapter = (text or "").partition("=")
-        adapter = adapter if equals else text
-        source = adapter or model
-        label = label if equals else name if name and not adapter else _short(source or "")
-        if label in engines:
-            raise ValueError(f"two models are called '{label}'; write --adapter NAME=ADAPTER")
-        engines[label] = load(model, adapter, kept)
-        if kept is not None:
-            kept.device = engines[label].model.device
+    split = [text.partition("=") for text in adapters]
+    wanted = [(head, tail) if equals else (_short(head), head) for head, equals, tail in split]
+    if name or not adapters:
+        wanted.append((name or _short(model or ""), None))
+    labels = [label for label, _ in wanted]
+    if twice := [label for label in labels if labels.count(label) > 1]:
+        raise ValueError(f"two models are called '{twice[0]}'; write --adapter NAME=ADAPTER")
+    loaded = load_models(model, [adapter for _, adapter in wanted], **options)
+    device = loaded[0].model.device
+    kept = {
+        "store": ChunkStore(
+            device=device, config=StoreConfig.parse(store or "", memory=store_bytes)
+        ),
+        "prefix_tree": PrefixTree(max(1, store_bytes)),
+    }
+    engines = {
+        label: Engine(base, tokenizer, adapter=info, adapter_folder=folder, **kept)
+        for label, (base, tokenizer, info, folder) in zip(labels, loaded, strict=True)
+    }
+    for label, engine in engines.items():
+        if engine.state.recurrence is not None:
+            raise ValueError(
+                f"'{label}' has recurrent layers, which the server's joint decoding does not "
+                "batch; use `blocktune answer --method prefix-cache`"
+            )
     return engines
 
 

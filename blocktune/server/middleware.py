@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from blocktune.server.scheduler import Report, Scheduler
 
@@ -94,6 +95,8 @@ class Guard:
         except TimeoutError:
             await _refuse(counted, 408, f"the body did not arrive within {self.max_s:g} s")
             return
+        except ConnectionAbortedError:
+            return
         if body is None:
             await _refuse(counted, 413, f"the body is larger than {self.max_bytes:,} bytes")
             return
@@ -113,11 +116,37 @@ class Guard:
         body = bytearray()
         while True:
             message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ConnectionAbortedError
             body += message.get("body", b"")
             if len(body) > self.max_bytes:
                 return None
             if not message.get("more_body"):
                 return bytes(body)
+
+
+def hurried(seconds: float) -> type[AutoHTTPProtocol]:
+    """Uvicorn's protocol, which also closes connections that send no whole head in time."""
+
+    class Hurried(AutoHTTPProtocol):
+        def connection_made(self, transport: asyncio.Transport) -> None:
+            super().connection_made(transport)
+            self._last: object = None
+            self._timer = self.loop.call_later(seconds, self._look)
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._timer.cancel()
+            super().connection_lost(exc)
+
+        def _look(self) -> None:
+            """Closes if there was no request since the last look, and none is being answered."""
+            if self.cycle is self._last and (self.cycle is None or self.cycle.response_complete):
+                self.transport.close()
+                return
+            self._last = self.cycle
+            self._timer = self.loop.call_later(seconds, self._look)
+
+    return Hurried
 
 
 async def _refuse(send: Callable, status: int, message: str) -> None:

@@ -193,7 +193,10 @@ class CompletionRequest(Decoding):
 
 
 class ChunksRequest(Strict):
-    """``POST /v1/chunks``: documents to encode ahead, as the default method reads them."""
+    """``POST /v1/chunks``: documents to encode ahead, as the default method reads them.
+
+    Pinned ones stay in the server's memory until they are deleted or the server ends.
+    """
 
     model: str | None = None
     documents: Annotated[list[Document], Field(min_length=1, max_length=MOST_DOCUMENTS)]
@@ -235,13 +238,14 @@ class ModelList(BaseModel):
 
 
 class ChunkStatus(BaseModel):
-    """One chunk in the store. ``cached`` is memory, disk or none."""
+    """One chunk. ``cached`` is where it was found: memory, disk, or none; stored: either."""
 
     key: str
     id: str | None = None
     tokens: int | None = None
     cached: str
     encoded: bool = False
+    pinned: bool = False
 
 
 class ChunkList(BaseModel):

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 from blocktune.check import check_model
 from blocktune.engine import Engine, Sampling
 from blocktune.layout import Kind
-from blocktune.methods import Method, build, build_entry
-from blocktune.server.config import ServerConfig, Tenant
+from blocktune.methods import Method, build, build_entry, default_method
+from blocktune.server.config import Quotas, ServerConfig, Tenant
 from blocktune.server.decoding import Settings
 from blocktune.server.front import (
     Source,
@@ -23,9 +23,18 @@ from blocktune.server.front import (
     read_messages,
     require_some,
 )
+from blocktune.server.job import Job, bytes_per_token
 from blocktune.server.middleware import Metrics
-from blocktune.server.scheduler import Job, Scheduler
-from blocktune.server.schemas import ChatRequest, CompletionRequest, Decoding, Extension
+from blocktune.server.scheduler import Scheduler
+from blocktune.server.schemas import (
+    ChatRequest,
+    ChunksRequest,
+    ChunkStatus,
+    CompletionRequest,
+    Decoding,
+    Extension,
+    ModelCard,
+)
 
 _LOG = logging.getLogger(__name__)
 MOST = 1e9
@@ -87,7 +96,11 @@ class Service:
     ):
         self.config, self.created = config, int(time.time())
         self.models = {
-            name: Served(name, engine, default_method(engine) if method is None else build(method))
+            name: Served(
+                name,
+                engine,
+                default_method(engine.prompts.trained) if method is None else build(method),
+            )
             for name, engine in engines.items()
         }
         for served in self.models.values():
@@ -97,7 +110,7 @@ class Service:
         self.ready = self.draining = False
         self._checked = checked
         self.scheduler = Scheduler(config.limits, self._check)
-        self.metrics = Metrics(self.scheduler)
+        self.metrics, self.quotas = Metrics(self.scheduler), Quotas()
 
     def _check(self) -> None:
         """The correctness check, before the first request; what fails keeps `ready` False."""
@@ -137,7 +150,9 @@ class Service:
         prompts = served.engine.prompts
         block = prompts.spec(method).block
         pieces = chat_pieces(prompts.tokenizer, prompts.format, chunks, conversation, block)
-        return Asked(self._job(served, body, tenant, method, pieces, True), served, sources)
+        job = self._job(served, body, tenant, method, pieces, True)
+        job.has_turns = bool(conversation.earlier)
+        return Asked(job, served, sources)
 
     def completion(self, body: CompletionRequest, tenant: Tenant) -> Asked:
         """The job of a plain completion.
@@ -153,26 +168,60 @@ class Service:
         pieces = plain_pieces(prompts.tokenizer, prompts.format, chunks, body.prompt)
         return Asked(self._job(served, body, tenant, method, pieces, False), served, sources)
 
-    def encoding(
-        self, model: str | None, documents: Sequence[Any], salt: str | None, tenant: Tenant
-    ) -> Asked:
+    def encoding(self, body: ChunksRequest, tenant: Tenant) -> Asked:
         """The job that encodes documents ahead, as the model's default method reads them.
 
         Raises:
-            ValueError: If one does not fit into the model's context.
+            ValueError: If one does not fit into the model's context, or there is no room to pin.
         """
-        served = self.model(model)
-        sources = self._sources(served, documents, [])
-        engine = served.engine.salted(tenant.salt(salt))
+        served, limits = self.model(body.model), self.config.limits
+        sources = self._sources(served, body.documents, [])
+        engine = served.engine.salted(tenant.salt(body.cache_salt))
         prefix, pieces = engine.prompts.encodable([source.chunk for source in sources])
-        limits = self.config.limits
+        if body.pin:
+            keys = {engine.state.encoder.key(piece): len(piece.ids) for piece in pieces}
+            new = sum(size for key, size in keys.items() if key not in self.scheduler.pins)
+            room = limits.pinned_bytes - self.scheduler.pinned_bytes
+            if new * bytes_per_token(engine) > room:
+                raise ValueError(
+                    f"pin: {new:,} tokens do not fit into the {max(0, room):,} bytes left for "
+                    "pinned chunks; delete some that are pinned"
+                )
         job = Job(
             engine,
             wanted=[*([prefix] if prefix else []), *pieces],
             tenant=tenant.name,
             timeout_s=limits.request_s,
+            pins=frozenset(pieces) if body.pin else frozenset(),
         )
         return Asked(job, served, sources)
+
+    def chunk(self, name: str, key: str) -> ChunkStatus:
+        """Whether a chunk is kept; ``name`` is what the tenant calls the ``key``."""
+        pinned = key in self.scheduler.pins
+        stores = {id(one.engine.store): one.engine.store for one in self.models.values()}
+        found = pinned or any(key in store for store in stores.values())
+        return ChunkStatus(key=name, cached="stored" if found else "none", pinned=pinned)
+
+    def discard(self, key: str) -> None:
+        """Unpins a chunk and drops it from every store."""
+        self.scheduler.pins.pop(key, None)
+        for served in self.models.values():
+            served.engine.store.discard(key)
+
+    def card(self, name: str) -> ModelCard:
+        """What clients are told of a model.
+
+        Raises:
+            UnknownModel: If there is none.
+        """
+        served = self.model(name)
+        return ModelCard(
+            id=name,
+            created=self.created,
+            max_model_len=served.engine.prompts.max_tokens,
+            method=served.method.name,
+        )
 
     def _sources(
         self, served: Served, documents: Sequence[Any], texts: Iterable[Any]
@@ -242,16 +291,6 @@ class Service:
             timeout_s=limits.request_s,
             strip=body.blocktune.strip,
         )
-
-
-def default_method(engine: Engine) -> Method:
-    """What a model was trained for; naive reuse without an adapter."""
-    trained = engine.prompts.trained
-    if trained is None or not trained.block:
-        return build("naive")
-    if not trained.num_learned:
-        return build("block-attention")
-    return build("kvlink" if trained.num_links else "kv-packet")
 
 
 def read_method(asked: Extension, default: str) -> Method:

@@ -21,26 +21,20 @@ from transformers import (
 )
 from transformers.trainer import TRAINING_ARGS_NAME, rotate_checkpoints
 
-from blocktune.adapter import INFO_FILE, OWN_WEIGHTS, AdapterInfo
+from blocktune import links
+from blocktune.adapter import INFO_FILE, OWN_WEIGHTS, AdapterInfo, scope_of
 from blocktune.attention import is_attached
 from blocktune.files import move_entries, move_folder
-from blocktune.links import (
-    LINKS_FILE,
-    LINKS_MODULE,
-    LinkTable,
-    installed_links,
-    load_links,
-    save_links,
-)
 from blocktune.models.identity import base_fingerprint, tokenizer_hash
 from blocktune.models.quantize import quantization_of
 from blocktune.models.sharded import fill
 from blocktune.prompt import LayoutSpec, PromptFormat
 from blocktune.provenance import provenance
+from blocktune.training import resume
 from blocktune.training.collator import BlockDataCollator
+from blocktune.training.resume import CONFIG_FILE
 
 STAGING = ".saving"
-CONFIG_FILE = "resolved_config.yaml"
 
 
 def settings(args: TrainingArguments) -> dict[str, Any]:
@@ -56,6 +50,7 @@ def adapter_info(
     training: Mapping[str, Any],
     link_mode: str = "table",
     link_seed: int = 0,
+    scope: str = "both",
 ) -> AdapterInfo:
     """The `AdapterInfo` of a model (bare or PEFT) that is about to be trained.
 
@@ -73,6 +68,7 @@ def adapter_info(
         format=fmt,
         link_mode=link_mode,
         link_seed=link_seed,
+        scope=scope,
         training=dict(training),
     )
 
@@ -106,7 +102,7 @@ class AdapterFiles:
             model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
         elif not self.links_only:
             state = model.state_dict() if state is None else state
-            kept = {name: w for name, w in state.items() if not name.startswith(LINKS_MODULE)}
+            kept = {name: w for name, w in state.items() if not name.startswith(links.LINKS_MODULE)}
             model.save_pretrained(folder, state_dict=kept)
         self.write_links(model, folder, state)
 
@@ -114,12 +110,14 @@ class AdapterFiles:
         self, model: nn.Module, folder: Path, state: dict[str, Tensor] | None = None
     ) -> None:
         """Writes the link table, if the model has one."""
-        if (table := installed_links(model)) is None:
+        if (table := links.installed_links(model)) is None:
             return
         if state is not None:
-            [weight] = [w for name, w in state.items() if name.endswith(f"{LINKS_MODULE}.weight")]
-            table = LinkTable.of(weight)
-        save_links(table, folder)
+            [weight] = [
+                w for name, w in state.items() if name.endswith(f"{links.LINKS_MODULE}.weight")
+            ]
+            table = links.LinkTable.of(weight)
+        links.save_links(table, folder)
 
     def write_info(
         self, model: nn.Module, folder: Path, state: dict[str, Tensor] | None = None
@@ -142,14 +140,6 @@ class AdapterFiles:
             )
         info.save(folder)
 
-    @torch.no_grad()
-    def restore_links(self, model: nn.Module, folder: str | Path) -> None:
-        """Reads the link table of a checkpoint into the installed one, if there is one."""
-        table = installed_links(model)
-        if table is not None:
-            saved = load_links(folder).to(table.weight.device, table.weight.dtype)
-            fill(table.weight, saved.weight)
-
 
 class SaveLayoutCallback(TrainerCallback):
     """Writes what serving needs beside the adapter of any trainer.
@@ -165,8 +155,10 @@ class SaveLayoutCallback(TrainerCallback):
     def on_init_end(self, args, state, control, model=None, **kwargs):
         """Makes `save_pretrained` of the trainer's model write the files too."""
         collator = self.collator
+        collator.num_tokens = links.link_base(model)
         tokenizer, origin = collator.tokenizer, provenance(args.seed)
-        info = adapter_info(model, tokenizer, collator.layout, collator.format, origin)
+        shape = collator.layout, collator.format
+        info = adapter_info(model, tokenizer, *shape, origin, scope=scope_of(model))
         files = AdapterFiles(info, {"training": settings(args)})
         save = model.save_pretrained
 
@@ -195,12 +187,41 @@ class StagedSaving(Trainer):
     files: AdapterFiles
     _staging: bool = False
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's, without what a killed run was about to save."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """As the Trainer's, without what a killed run was about to save.
+
+        Raises:
+            ValueError: If the checkpoint to continue from is damaged, or of a run with other
+                settings, data or base; names what differs.
+        """
+        if resume_from_checkpoint:
+            self._continue_from(resume_from_checkpoint)
         if self.args.should_save:
             shutil.rmtree(Path(self.args.output_dir) / STAGING, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        return super().train(*args, **kwargs)
+        return super().train(resume_from_checkpoint, **kwargs)
+
+    def _continue_from(self, named: str | bool) -> None:
+        """Checks a checkpoint, and takes its provenance over; True names the last one."""
+        folder = self.args.output_dir
+        checkpoint = resume.last_checkpoint(folder) if named is True else Path(named)
+        if checkpoint is None or not (checkpoint / INFO_FILE).is_file():
+            raise ValueError(f"no checkpoint of blocktune at '{checkpoint or folder}'")
+        resume.require_loadable(checkpoint)
+        resume.require_same_run(checkpoint, self.files.config, self.accelerator.num_processes)
+        before, now = AdapterInfo.load(checkpoint), self.files.info
+        digest = before.training.get("data_digest")
+        changed = {
+            "training examples": digest not in (None, now.training.get("data_digest")),
+            "base model": before.base_model == now.base_model
+            and before.base_fingerprint != now.base_fingerprint,
+        }
+        for what in (name for name, differs in changed.items() if differs):
+            raise ValueError(
+                f"the {what} of '{checkpoint}' had another content; restore it to continue, or "
+                "start again with --overwrite"
+            )
+        self.files = self.files.described(**resume.history(checkpoint))
 
     def _get_output_dir(self, trial: Any) -> str:
         run_dir = super()._get_output_dir(trial)
@@ -246,11 +267,16 @@ class StagedSaving(Trainer):
         self.files.write_weights(model, folder, state_dict)
         self.processing_class.save_pretrained(folder)
         torch.save(self.args, folder / TRAINING_ARGS_NAME)
-        self.files.write_info(model, folder, state_dict)
+        files = self.files.described(steps=self.state.global_step)
+        files.write_info(model, folder, state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         model = self.model if model is None else model
         weights = {path.name for path in Path(resume_from_checkpoint).glob("*.safetensors")}
-        if weights != {LINKS_FILE}:
+        if weights != {links.LINKS_FILE}:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self.files.restore_links(self.accelerator.unwrap_model(model), resume_from_checkpoint)
+        table = links.installed_links(self.accelerator.unwrap_model(model))
+        if table is not None:
+            weight, saved = table.weight, links.load_links(resume_from_checkpoint).weight
+            with torch.no_grad():
+                fill(weight, saved.to(weight.device, weight.dtype))

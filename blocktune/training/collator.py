@@ -19,6 +19,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from blocktune.data.example import RagExample
 from blocktune.layout import FOREVER, GLOBAL, NO_CHUNK, Kind, Layout
 from blocktune.prompt import LayoutSpec, Pieces, Prompt, PromptFormat, lay_out, pack, stack
+from blocktune.prompt.special_tokens import padding_id
 from blocktune.training.dataset import PartReader, to_pieces, to_sample
 from blocktune.training.recompute import RecomputeSampler, with_fresh_rows
 
@@ -39,8 +40,8 @@ class Augmentation:
     Attributes:
         block_dropout: Chance that a chunk joins the group of the one before it, so that it sees
             that one as in full attention (arXiv:2605.15913).
-        position_jitter: Before every chunk, and before the question, positions jump by 0 to so
-            many.
+        position_jitter: Before every chunk, and before the question, positions jump by 0 to
+            this many.
 
     Raises:
         ValueError: If a value is out of range.
@@ -102,6 +103,7 @@ class BlockDataCollator:
         format: How they are worded.
         link_base: Id of the first learned token, or None without any.
         max_length: Tokens of the longest example; longer ones are refused. None: no limit.
+        num_tokens: Rows of the model's embedding, or None if unknown.
         augmentation: How the layout of block examples varies.
         sampler: Which tokens of block examples are fresh, or None.
         check_layer: Layer at which the sampler chooses, or None.
@@ -115,6 +117,7 @@ class BlockDataCollator:
     format: PromptFormat = field(default_factory=PromptFormat)
     link_base: int | None = None
     max_length: int | None = None
+    num_tokens: int | None = None
     augmentation: Augmentation = field(default_factory=Augmentation)
     sampler: RecomputeSampler | None = None
     check_layer: int | None = None
@@ -122,12 +125,6 @@ class BlockDataCollator:
     seed: int = 0
     epoch: int = 0
     _parts: dict[bytes, dict] = field(default_factory=dict, init=False, repr=False, compare=False)
-
-    @property
-    def pad_id(self) -> int:
-        """Token id of pad rows, which nothing sees."""
-        ids = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
-        return next(token for token in ids if token is not None)
 
     @property
     def row_growth(self) -> float:
@@ -187,7 +184,9 @@ class BlockDataCollator:
 
     def _read(self, record: Any, key: bytes) -> dict[str, Any]:
         sample = to_sample(record, self.tokenizer, self.format)._replace(block=self.layout.block)
-        reader = PartReader(self.tokenizer, self.format, self.layout, self.has_teacher)
+        reader = PartReader(
+            self.tokenizer, self.format, self.layout, self.has_teacher, self.num_tokens
+        )
         part = reader(int.from_bytes(key[:4]), sample)
         if self.max_length is not None and part["length"] > self.max_length:
             raise ValueError(
@@ -222,7 +221,7 @@ class BlockDataCollator:
 
     def _tensors(self, rows: Sequence[list[Prompt]]) -> dict[str, Tensor]:
         joined = [row[0] if len(row) == 1 else pack(row) for row in rows]
-        batch = stack(joined, self.pad_id)
+        batch = stack(joined, padding_id(self.tokenizer, self.num_tokens or len(self.tokenizer)))
         layout = batch.layout.pack()
         return {"input_ids": batch.input_ids, "labels": batch.labels, "layout": layout}
 

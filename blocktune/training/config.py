@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from trl import SFTConfig
 
+from blocktune.adapter.scope import SCOPES
 from blocktune.prompt import LayoutSpec, PromptFormat
 from blocktune.training.collator import Augmentation
 from blocktune.training.distillation import Distillation
@@ -40,7 +41,7 @@ class LayoutOptions:
     block_share: float = option(1.0, "Share of examples in block layout, the rest full")
     both_modes: bool = option(False, "Every example twice, in block layout and in full")
     num_links: int = option(0, "Link tokens per chunk (KVLink)")
-    link_side: Literal["after", "before"] = option("after", "Where a chunk's links stand")
+    link_side: Literal["after", "before"] = option("after", "Where a chunk's links are placed")
     link_table: Literal["shared", "slot", "chunk"] = option(
         "slot", "One row for all links, one a slot, one a chunk and slot"
     )
@@ -103,7 +104,7 @@ class ObjectiveOptions:
 class BatchOptions:
     """How examples become batches, and how layouts vary from epoch to epoch."""
 
-    pack_length: int | None = option(None, "Pack examples into rows of at most so many tokens")
+    pack_length: int | None = option(None, "Pack examples into rows of at most this many tokens")
     max_length: int | None = option(None, "Longest example in tokens; default: the model's context")
     long_examples: Literal["refuse", "drop"] = option(
         "refuse", "What to do with longer ones; never truncated"
@@ -138,6 +139,7 @@ _MUST_BE = {
 _CHOICES = {
     "attention_execution": ("split", "flex", "dense"),
     "link_mode": ("table", "added_tokens"),
+    "scope": SCOPES,
     "long_examples": ("refuse", "drop"),
     "train_sampling_strategy": ("random", "group_by_length", "sequential"),
 }
@@ -157,12 +159,18 @@ class BlockSFTConfig(LayoutOptions, ObjectiveOptions, BatchOptions, SFTConfig):
             prompts or the loss in a way the layout knows nothing of.
     """
 
+    scope: Literal["both", "encode", "read"] = option(
+        "both", "Rows that LoRA acts on: encode, those of chunks; read, all others; both"
+    )
     freeze_base: bool = option(False, "Train the learned tokens alone (without use_peft)")
     dry_run: bool = option(False, "Stop after printing the plan")
+    overwrite: bool = option(False, "Start again, where output_dir holds an earlier run")
 
     def __post_init__(self):
         if self.bf16 is None:  # TRL would choose bfloat16 on CPUs too
             self.bf16 = not self.fp16 and torch.cuda.is_available()
+        # Else the Trainer refuses bf16, and several processes train alone.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         self.dataset_kwargs = {**(self.dataset_kwargs or {}), "skip_prepare_dataset": True}
         super().__post_init__()
         for name, wanted in _MUST_BE.items():
@@ -199,7 +207,7 @@ class BlockSFTConfig(LayoutOptions, ObjectiveOptions, BatchOptions, SFTConfig):
         spec, _, _ = self.layout, self.augmentation, self.distillation
         if not spec.block and spec.num_learned:
             raise ValueError(
-                "links, headers and trailers stand in block examples, and there are none; raise "
+                "links, headers and trailers need block examples, and there are none; raise "
                 "block_share or leave them out"
             )
         if spec.num_links and (spec.num_headers or spec.num_trailers):
@@ -213,7 +221,7 @@ class BlockSFTConfig(LayoutOptions, ObjectiveOptions, BatchOptions, SFTConfig):
                 "num_trailers of at least 1, and link_mode 'table'"
             )
         if self.sampler is not None and not spec.block:
-            raise ValueError("recompute freshens tokens of block examples; raise block_share")
+            raise ValueError("recompute adds rows to block examples; raise block_share")
         if self.block_dropout and self.shared_prefix:
             raise ValueError(
                 "block_dropout joins chunks that each carry a copy of the prefix; drop it or "
@@ -240,8 +248,10 @@ class DataArgs:
     titled: str = option(PromptFormat.titled, "A chunk with {title} and {text}")
     untitled: str = option(PromptFormat.untitled, "A chunk without a title: {text}")
     question_format: str = option(PromptFormat.question, "What follows the chunks: {question}")
-    block_tag: str = option("", "Opens the user turn of block examples, also when served")
+    block_tag: str = option("", "Tells the model of block examples, also when served")
     full_tag: str = option("", "The same in full attention")
+    tag_place: str = option("turn", "Where tags stand: before the instruction (turn) or the prompt")
+    strip: bool = option(False, "Strip passages, and questions at their end")
 
     def __post_init__(self):
         if not self.train_data and not self.mixture:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, fields
 
 from rich.console import Console
 from rich.table import Table
@@ -59,7 +59,7 @@ def _line(state, logs) -> str:
         f"accuracy {float(logs.get('mean_token_accuracy', 0)):.3f}",
         f"lr {float(logs['learning_rate']):.2e}",
         f"{logs['tokens_per_second']:,.0f} tokens/s",
-        f"MFU {logs['mfu']:.0%}",
+        *([f"MFU {logs['mfu']:.0%}"] if "mfu" in logs else []),
         f"{duration(logs['eta_s'])} left",
     ]
     if "divergence" in logs:
@@ -87,17 +87,11 @@ def print_options(console: Console | None = None) -> None:
     for title, names in groups.items():
         table = Table("key", "default", "meaning", title=title, title_justify="left", box=None)
         for field in [left.pop(name) for name in names if name in left]:
-            table.add_row(Text(field.name, "cyan"), _default(field), Text(_meaning(field)))
+            made = field.default_factory is not MISSING
+            value = field.default_factory() if made else field.default
+            shown = repr(value) if isinstance(value, str) else str(getattr(value, "value", value))
+            # The first sentence: transformers' texts have several paragraphs.
+            text = " ".join(str(field.metadata.get("help", "")).split())
+            meaning = re.split(r"(?<=\w\w\w)\.\s", text, maxsplit=1)[0].removesuffix(".")
+            table.add_row(Text(field.name, "cyan"), Text(shown), Text(meaning))
         console.print(table, "")
-
-
-def _default(field: Field) -> Text:
-    made = field.default_factory is not MISSING
-    value = field.default_factory() if made else field.default
-    return Text(repr(value) if isinstance(value, str) else str(getattr(value, "value", value)))
-
-
-def _meaning(field: Field) -> str:
-    """The first sentence: those of transformers go on for paragraphs."""
-    text = " ".join(str(field.metadata.get("help", "")).split())
-    return re.split(r"(?<=\w\w\w)\.\s", text, maxsplit=1)[0].removesuffix(".")

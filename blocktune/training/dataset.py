@@ -6,6 +6,7 @@ Rows of a forward pass are laid out batch by batch, by `blocktune.training.colla
 from __future__ import annotations
 
 import bisect
+import hashlib
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,6 +22,7 @@ from blocktune.data.sources.catalog import data_sets_of
 from blocktune.data.sources.shapes import find_shape
 from blocktune.prompt import LayoutSpec, Pieces, PromptFormat
 from blocktune.prompt.pieces import conversation_pieces, make_pieces
+from blocktune.prompt.special_tokens import require_embedded
 
 IDS = ListOf(Value("int32"))
 PART = {
@@ -121,6 +123,7 @@ class Prepared:
         num_block: Those of them in block layout.
         num_dropped: Examples longer than the limit.
         data_sets: Those of the Hub that the examples say they are from, with licences.
+        digest: Of all tokens, in order: 16 hex digits.
     """
 
     dataset: Dataset
@@ -128,6 +131,7 @@ class Prepared:
     num_block: int
     num_dropped: int
     data_sets: Mapping[str, str] = field(default_factory=dict)
+    digest: str = ""
 
 
 def in_modes(
@@ -162,6 +166,7 @@ def prepare(
     position_gap: int = 0,
     multiple_of: int = 1,
     has_teacher: bool = False,
+    num_tokens: int | None = None,
 ) -> Prepared:
     """Tokenises examples, and packs them where asked.
 
@@ -177,12 +182,13 @@ def prepare(
         multiple_of: Rows that all ranks take at a time. Rows without an answer fill the last
             round; left to it, accelerate would repeat the first ones, which then teach twice.
         has_teacher: Keep the prefix that a teacher reads, which has no tag of a mode.
+        num_tokens: Rows of the model's embedding; a token beyond them is refused.
 
     Raises:
         ValueError: If an example is too long, has no answer, or none is left.
     """
     parts, num_dropped = [], 0
-    read = PartReader(tokenizer, fmt, spec, has_teacher)
+    read = PartReader(tokenizer, fmt, spec, has_teacher, num_tokens)
     for index, sample in enumerate(samples):
         part = read(index, sample)
         gaps = position_gap * (len(part["chunks"]) + 1) if sample.block else 0
@@ -207,9 +213,12 @@ def prepare(
     rows += [[_unanswered(min(parts, key=lambda part: part["length"]))]] * (
         -len(rows) % multiple_of
     )
-    dataset = _columns(rows)
+    starts = range(0, len(rows), ROWS_AT_A_TIME)
+    columns = ([_record(row) for row in rows[a : a + ROWS_AT_A_TIME]] for a in starts)
+    dataset = concatenate_datasets([Dataset.from_list(c, features=FEATURES) for c in columns])
     named = data_sets_of(sample.example for sample in samples)
-    return Prepared(dataset, len(parts), sum(part["block"] for part in parts), num_dropped, named)
+    num_block, digest = sum(part["block"] for part in parts), _digest(parts)
+    return Prepared(dataset, len(parts), num_block, num_dropped, named, digest)
 
 
 def best_fit(parts: Sequence[dict[str, Any]], room: int) -> list[list[dict[str, Any]]]:
@@ -246,6 +255,7 @@ class PartReader:
     fmt: PromptFormat
     spec: LayoutSpec
     has_teacher: bool
+    num_tokens: int | None = None
 
     def __call__(self, index: int, sample: Sample) -> dict[str, Any]:
         """The part; ``index`` names the example in errors and in draws.
@@ -258,6 +268,10 @@ class PartReader:
         try:
             pieces = self._pieces(sample, fmt, target)
             plain = self._pieces(sample, fmt.untagged, target).prefix if self.has_teacher else ()
+            if self.num_tokens is not None:
+                turns = [ids for turn in pieces.followups for ids in turn]
+                ids = (pieces.prefix, *pieces.chunks, pieces.query, pieces.answer, *turns)
+                require_embedded(self.tokenizer, self.num_tokens, *ids)
         except ValueError as error:
             raise ValueError(f"{_name(index, sample)}: {error}") from None
         around = self.spec.num_links + self.spec.num_headers + self.spec.num_trailers
@@ -288,11 +302,13 @@ def _ids(ids: Sequence[int]) -> np.ndarray:
     return np.array(ids, dtype=np.int32)
 
 
-def _columns(rows: Sequence[list[dict[str, Any]]]) -> Dataset:
-    """The rows as Arrow columns, `ROWS_AT_A_TIME` at a time."""
-    starts = range(0, len(rows), ROWS_AT_A_TIME)
-    parts = ([_record(row) for row in rows[a : a + ROWS_AT_A_TIME]] for a in starts)
-    return concatenate_datasets([Dataset.from_list(part, features=FEATURES) for part in parts])
+def _digest(parts: Sequence[dict[str, Any]]) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        turns = [ids for turn in part["followups"] for ids in turn.values()]
+        for ids in (part["prefix"], *part["chunks"], part["query"], part["answer"], *turns):
+            digest.update(len(ids).to_bytes(4) + ids.tobytes())
+    return digest.hexdigest()
 
 
 def _name(index: int, sample: Sample) -> str:

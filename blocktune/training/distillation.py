@@ -155,28 +155,25 @@ def find_teacher(
         base_is_frozen: Whether the student without its adapter stays what it was.
 
     Raises:
-        ValueError: If there is no such teacher, or it does not fit the student.
+        ValueError: If the teacher cannot be found, or does not fit the student.
     """
     if not how.is_on:
         return None
     if name != "self":
-        return _other(_load(name, how, model, tokenizer))
+        teacher = _load(name, how, model, tokenizer)
+
+        @contextmanager
+        def opened(student: nn.Module) -> Iterator[nn.Module]:
+            with torch.no_grad():
+                yield teacher.to(next(student.parameters()).device)
+
+        return opened
     if not base_is_frozen:
         raise ValueError(
             "distill_teacher 'self' is the model with its adapter off, and full fine-tuning has "
             "none; set use_peft or freeze_base, or name another model"
         )
     return as_teacher
-
-
-def _other(teacher: nn.Module) -> Teacher:
-    @contextmanager
-    def opened(student: nn.Module) -> Iterator[nn.Module]:
-        device = next(student.parameters()).device
-        with torch.no_grad():
-            yield teacher.to(device)
-
-    return opened
 
 
 def _load(name: str, how: Distillation, student: nn.Module, tokenizer) -> nn.Module:

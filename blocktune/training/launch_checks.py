@@ -11,6 +11,14 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import IntervalStrategy
 from trl import ModelConfig, SFTConfig
 
+from blocktune.data.sources.catalog import is_test_split
+
+
+def say(line: str) -> None:
+    """Prints a line, once for all processes."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, flush=True)
+
 
 def launch_name(accelerator: Accelerator) -> str:
     """How the processes share the work, e.g. ``DEEPSPEED stage 3``: as it is, not as asked."""
@@ -34,6 +42,15 @@ def refuse_missing_trackers(names: Sequence[str]) -> None:
             ) from None
 
 
+def refuse_test(source: str, split: str | None = None) -> None:
+    """Raises ValueError for examples of a test split, which are kept for a final comparison."""
+    if is_test_split(source, split):
+        raise ValueError(
+            f"'{source}' is a test split; train on another one, such as 'worlds:train' or "
+            "'?split=train' (rename the file if it is none)"
+        )
+
+
 def refuse_unasked_evaluation(source: str | None, args: SFTConfig) -> None:
     """Raises ValueError where questions to evaluate on are named but never asked, or wanted."""
     asked = args.eval_strategy != IntervalStrategy.NO or args.eval_on_start
@@ -43,7 +60,7 @@ def refuse_unasked_evaluation(source: str | None, args: SFTConfig) -> None:
             "eval_strategy: epoch, steps with eval_steps, or eval_on_start"
         )
     if asked and not source:
-        raise ValueError("an evaluation wants questions to ask; name them in eval_data")
+        raise ValueError("an evaluation needs questions; name them in eval_data")
 
 
 def refuse_frozen_quantised(args: SFTConfig, choice: ModelConfig) -> None:
@@ -79,12 +96,12 @@ def refuse_lost_launch(accelerator: Accelerator, n_gpu: int, uses_deepspeed: boo
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != accelerator.num_processes:
         raise ValueError(
-            f"the launcher started {started} processes and each of them trains alone; "
-            "on CPUs set use_cpu: true (or --use_cpu true)"
+            f"the launcher started {started} processes and each of them trains alone; launch them "
+            "by `blocktune train --processes` or by a configuration of recipes/accelerate"
         )
     if n_gpu > 1:
         raise ValueError(
-            f"one process sees {n_gpu} GPUs and would cut prompts from their layouts "
+            f"one process sees {n_gpu} GPUs and would separate prompts from their layouts "
             f"between them; start one per GPU (blocktune train --processes {n_gpu}) "
             "or show it one (CUDA_VISIBLE_DEVICES=0)"
         )

@@ -13,6 +13,7 @@ from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from blocktune.adapter import scope_adapter
 from blocktune.links import add_link_tokens, install_links, new_links
 from blocktune.models.quantize import quantization_of
 from blocktune.training.config import BlockSFTConfig
@@ -47,6 +48,7 @@ def make_trainable(
         model.requires_grad_(False)
     elif peft_config is not None:
         model = _wrap(model, args, copy.deepcopy(peft_config), added)
+    scope_adapter(model, args.scope)
     if table is not None:
         install_links(model, table)
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -101,13 +103,9 @@ class AddedLora(Linear):
             and dtypes == {second.weight.dtype}
             and not torch.is_autocast_enabled(x.device.type)
         )
-        return name if plain and _is_whole(second) else None
-
-
-def _is_whole(linear: nn.Linear) -> bool:
-    """Whether the weight can be read from outside of its module; a sharded one cannot."""
-    shape = (linear.out_features, linear.in_features)
-    return tuple(linear.weight.shape) == shape and not hasattr(linear.weight, "placements")
+        # A sharded weight cannot be read from outside its module.
+        whole = tuple(second.weight.shape) == (second.out_features, second.in_features)
+        return name if plain and whole and not hasattr(second.weight, "placements") else None
 
 
 def add_in_product(config: Any, model: nn.Module) -> None:

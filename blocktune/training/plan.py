@@ -11,9 +11,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
+from blocktune.adapter.scope import SCOPED_ROWS
 from blocktune.attention.masks import KEPT_CELLS
 from blocktune.models.quantize import quantization_of
 from blocktune.models.sharded import num_elements, whole_shape
@@ -145,7 +146,8 @@ class Speedometer:
 
         Returns:
             ``tokens_per_second``, ``mfu`` (share of the machine's matmul rate that went into
-            products with weights) and ``eta_s`` (seconds that are left at this speed).
+            products with weights) and ``eta_s`` (seconds that are left at this speed). ``mfu`` is
+            left out above 1: the rate was measured while the machine was busy.
         """
         then, old_tokens, old_step = self._last
         self.start(tokens, step)
@@ -153,7 +155,8 @@ class Speedometer:
         speed = (tokens - old_tokens) / elapsed
         left = (last_step - step) * elapsed / max(step - old_step, 1)
         mfu = speed * self.flops_per_token / self.rate
-        return {"tokens_per_second": speed, "mfu": mfu, "eta_s": left}
+        rates = {"tokens_per_second": speed, "mfu": mfu, "eta_s": left}
+        return rates if mfu <= 1 else {k: v for k, v in rates.items() if k != "mfu"}
 
 
 def make_plan(trainer: Trainer) -> dict[str, str]:
@@ -177,6 +180,8 @@ def make_plan(trainer: Trainer) -> dict[str, str]:
     )
     packed = f"{len(lengths):,} packed rows, " if len(lengths) != examples else ""
     trained = f"{size.trainable:,} of {size.parameters:,} ({size.trainable / size.parameters:.2%})"
+    if args.scope in SCOPED_ROWS:
+        trained += f", on {SCOPED_ROWS[args.scope]} only"
     peak = written("bytes", expected_peak(trainer))
     time_s = duration(flops / (EFFICIENCY * trainer.speed.rate))
     plan = {
@@ -187,6 +192,7 @@ def make_plan(trainer: Trainer) -> dict[str, str]:
         "trainable": trained,
         "examples": f"{examples:,} ({prepared.num_dropped:,} dropped as too long)",
         "tokens": f"{packed}{mean:,.0f} a row, longest {max(lengths):,}",
+        "device": _device(args),
         "batch": f"{batch} rows over {args.world_size} process(es)",
         "tokens per step": f"{round(mean * batch):,}",
         "steps": f"{steps:,}",
@@ -202,6 +208,11 @@ def _dtype(trainer: Trainer) -> str:
     computed = "bfloat16" if args.bf16 else "float16" if args.fp16 else None
     held = quantization_of(model) or str(model.dtype).removeprefix("torch.")
     return held if computed in (None, held) else f"{held}, computed in {computed}"
+
+
+def _device(args: TrainingArguments) -> str:
+    found = torch.accelerator.is_available()
+    return args.device.type if found else "cpu (use_cpu, since no GPU was found)"
 
 
 def _evaluation(trainer: Trainer) -> str | None:

@@ -52,16 +52,16 @@ class RecomputeSampler:
 
     @classmethod
     def named(cls, text: str, low: float, high: float) -> RecomputeSampler:
-        """The sampler of a selector as one says it: ``deviation check_layer=2 by=values``.
+        """The sampler of a selector written as ``deviation check_layer=2 by=values``.
 
         Raises:
-            ValueError: If a word is no ``key=value``, or as the selector does.
+            ValueError: If a word is not ``key=value``, or the selector refuses a value.
         """
         name, *words = text.split() or [""]
         pairs = [word.partition("=") for word in words]
         for key, equals, value in pairs:
             if not (key and equals and value):
-                raise ValueError(f"recompute: a selector and KEY=VALUE pairs, got '{text}'")
+                raise ValueError(f"recompute must be a selector and KEY=VALUE pairs, got '{text}'")
         parameters = {key: yaml.safe_load(value) for key, _, value in pairs}
         return cls(SELECTORS.build(name, **parameters), low, high)
 

@@ -5,12 +5,13 @@ Reads the options, loads base and data, hands them to `BlockSFTTrainer`, trains,
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import difflib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, get_type_hints
 
 from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
@@ -21,8 +22,9 @@ from blocktune.data import load_examples
 from blocktune.data.mixture import BLOCK, load_mixture, mix
 from blocktune.data.sources.load import training_split
 from blocktune.models import load
+from blocktune.parsing import load_yaml, mapping
 from blocktune.prompt import LayoutSpec, PromptFormat
-from blocktune.training import launch_checks
+from blocktune.training import launch_checks, resume
 from blocktune.training.checkpoint import settings
 from blocktune.training.collator import BlockDataCollator
 from blocktune.training.config import BlockSFTConfig, DataArgs
@@ -30,6 +32,10 @@ from blocktune.training.console import LogLines
 from blocktune.training.dataset import Sample, in_modes
 from blocktune.training.plan import make_plan, print_plan
 from blocktune.training.trainer import BlockSFTTrainer
+
+_HOLDERS = (DataArgs, BlockSFTConfig, ModelConfig)
+_TYPES = {name: str(t) for holder in _HOLDERS for name, t in get_type_hints(holder).items()}
+"""Annotations of all options as text."""
 
 
 class Parser(TrlParser):
@@ -40,18 +46,49 @@ class Parser(TrlParser):
     """
 
     def __init__(self, argv: Sequence[str] = ()):
-        super().__init__(
-            (DataArgs, BlockSFTConfig, ModelConfig), prog="blocktune train", allow_abbrev=False
-        )
+        super().__init__(_HOLDERS, prog="blocktune train", allow_abbrev=False)
         self._typed = {word.partition("=")[0].replace("-", "_") for word in argv}
 
-    def set_defaults_with_config(self, **values):
-        """Takes what the YAML says, but for the source of examples if another one is typed."""
+    def set_defaults_from(self, path: str) -> list[str]:
+        """Takes what a YAML file says; returns its unknown keys.
+
+        Every value is read as if it were typed, so that a wrong type is refused here. The source
+        of examples is left out if another one is typed.
+
+        Raises:
+            ValueError: If the file is no mapping, or a value is not of its type; names the file.
+        """
+        values = dict(mapping(load_yaml(path, "config", "see recipes/ for examples"), path))
+        for name, value in mapping(values.pop("env", {}), f"{path}: env").items():
+            os.environ[str(name)] = str(value)
         one_source, mixture = {"train_data", "train_limit"}, {"mixture"}
         for typed, instead in (("__mixture", one_source), ("__train_data", mixture)):
             if typed in self._typed:
                 values = {key: value for key, value in values.items() if key not in instead}
-        return super().set_defaults_with_config(**values)
+        known = {action.dest: action for action in reversed(self._actions)}  # X before no_X
+        for key in values.keys() & known.keys():
+            try:
+                values[key] = self._value(known[key], values[key])
+            except (argparse.ArgumentError, ValueError) as error:
+                reason = getattr(error, "message", None) or error
+                raise ValueError(f"{path}: {key}: {reason}") from None
+        self.set_defaults(**{key: value for key, value in values.items() if key in known})
+        return [str(key) for key in values if key not in known]
+
+    def _value(self, action: argparse.Action, value: Any) -> Any:
+        """A value of the YAML as the command line would read it."""
+        for kind, several in ((Mapping, "dict"), (list, "list")):
+            if isinstance(value, kind) and several not in _TYPES.get(action.dest, ""):
+                raise ValueError(f"must be one value, got {value!r:.60}")
+        if value is None or isinstance(value, Mapping):
+            return value
+        if isinstance(value, list):
+            return [self._value(action, one) for one in value]
+        if value is False and "no" in (action.choices or ()):
+            return "no"  # which YAML reads as false
+        read = self._get_value(action, str(value))
+        self._check_value(action, read)
+        return read
 
     def error(self, message: str):
         """Raises ValueError, where argparse prints its usage and exits."""
@@ -65,19 +102,21 @@ def parse(argv: Sequence[str]) -> tuple[DataArgs, BlockSFTConfig, ModelConfig]:
         ValueError: On an unknown key or option, a value of the wrong type, or a missing file.
     """
     if argv and Path(argv[0]).suffix in (".yaml", ".yml"):
-        raise ValueError(f"'{argv[0]}' stands alone; did you mean '--config {argv[0]}'?")
+        raise ValueError(f"unexpected argument '{argv[0]}'; did you mean '--config {argv[0]}'?")
     parser = Parser(argv)
-    try:
-        *parsed, unknown = parser.parse_args_and_config(list(argv), return_remaining_strings=True)
-    except OSError as error:
-        raise ValueError(f"cannot read the config: {error}") from None
+    finder = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    finder.add_argument("--config")
+    finder.error = parser.error
+    own, rest = finder.parse_known_args(list(argv))
+    unknown = parser.set_defaults_from(own.config) if own.config is not None else []
+    unknown += parser.parse_known_args(rest)[1]
     if unknown:
         name = next((word for word in unknown if word.startswith("--")), unknown[0])
         known = [action.dest for action in parser._actions]
         close = difflib.get_close_matches(name.lstrip("-"), known, n=1)
         hint = f"did you mean '{close[0]}'?" if close else "see blocktune train --help-all"
         raise ValueError(f"unknown key or option '{name.lstrip('-')}'; {hint}")
-    return tuple(parsed)
+    return tuple(parser.parse_args_into_dataclasses(rest))
 
 
 def train(
@@ -109,26 +148,73 @@ def train(
 def _train(data, args, choice, callbacks) -> Path | None:
     launch_checks.refuse_unasked_evaluation(data.eval_data, args)
     folder = Path(args.output_dir)
-    was_there = folder.exists()
-    trainer = build(data, args, choice, callbacks)
-    if trainer.is_world_process_zero():
-        print_plan(make_plan(trainer))
-    if args.dry_run:
-        if not was_there:  # the Trainer makes it, and an empty folder looks like a lost run
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-        return None
-    trainer.train(resume_from_checkpoint=_resume(args.resume_from_checkpoint))
-    trainer.save_model()
-    trainer.save_state()
+    checkpoint = earlier_run(data, args, choice)
+    if checkpoint is not None:
+        done = "the run is finished" if checkpoint == folder else f"continuing from {checkpoint}"
+        launch_checks.say(f"{done}; --overwrite starts again")
+    if checkpoint == folder:
+        return folder
+    with resume.leaving_no_empty_folder(folder), _stoppable(args):
+        trainer = build(data, args, choice, callbacks)
+        is_first = trainer.is_world_process_zero()
+        if is_first:
+            print_plan(make_plan(trainer))
+        if args.dry_run:
+            return None
+        trainer.accelerator.wait_for_everyone()  # until all have looked for an earlier run
+        if args.overwrite and is_first:
+            resume.remove_run(folder)
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        trainer.save_model()
+        trainer.save_state()
     return folder
 
 
-def _resume(value: str | bool | None) -> str | bool | None:
-    """YAML and the command line say true in several ways; a path is left as it is."""
-    with contextlib.suppress(AttributeError):
-        return {"true": True, "false": None, "": None}.get(value.lower(), value)
-    return value or None
+def earlier_run(data: DataArgs, args: BlockSFTConfig, choice: ModelConfig) -> Path | None:
+    """Where a run continues: None for a new one, ``output_dir`` itself if it is finished.
+
+    Without ``resume_from_checkpoint`` that is the last checkpoint in ``output_dir``, if there is
+    one.
+
+    Raises:
+        ValueError: If the earlier run had other settings, or there is no such checkpoint.
+    """
+    named, folder = str(args.resume_from_checkpoint or ""), Path(args.output_dir)
+    wanted = named.lower() not in ("", "false")
+    if args.overwrite and wanted:
+        raise ValueError("overwrite starts again; leave out resume_from_checkpoint")
+    if args.overwrite:
+        return None
+    config = resolved(data, args, choice)
+    if wanted and named.lower() != "true":
+        found = Path(named)
+    else:
+        finished = resume.is_finished(folder)
+        found = resume.last_checkpoint(folder)
+        if finished and not (found and resume.is_longer(folder, config)):
+            found = folder
+    if found is None and wanted:
+        raise ValueError(f"resume_from_checkpoint: there is no checkpoint in '{folder}'")
+    if found is not None:
+        resume.require_same_run(found, config)
+    return found
+
+
+@contextlib.contextmanager
+def _stoppable(args: BlockSFTConfig) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(how_to_continue(args)) from None
+
+
+def how_to_continue(args: BlockSFTConfig) -> str:
+    """What a stopped run left, and how to continue it."""
+    found = resume.last_checkpoint(args.output_dir)
+    if found is None:
+        return "no checkpoint is saved yet; repeat the command to start again"
+    how = " without --overwrite" if args.overwrite else ""
+    return f"the last checkpoint is {found}; repeat the command{how} to continue"
 
 
 def build(
@@ -178,13 +264,13 @@ def load_base(choice: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizer
         raise ValueError("model_name_or_path is missing; name a folder or a Hub repository")
     if choice.attn_implementation is not None:
         raise ValueError(
-            f"attn_implementation '{choice.attn_implementation}' knows no chunks; leave it out and "
-            "choose attention_execution: split, flex or dense"
+            f"attn_implementation '{choice.attn_implementation}' does not support layouts; leave "
+            "it out and choose attention_execution: split, flex or dense"
         )
     quantised = choice.load_in_4bit or choice.load_in_8bit
     if quantised and choice.dtype in (None, "auto"):
         raise ValueError(
-            "a quantised base is computed in a dtype that must be named; set dtype: bfloat16 "
+            "a quantised base needs an explicit dtype to compute in; set dtype: bfloat16 "
             "(on GPUs) or dtype: float32 (on CPUs)"
         )
     return load.load_base(
@@ -207,12 +293,15 @@ def samples_of(
         ValueError: If a mixture and the options of one source are mixed, or disagree.
     """
     if data.mixture is None:
+        launch_checks.refuse_test(data.train_data)
         source, split = data.train_data, training_split(data.train_data)
         examples = load_examples(source, limit=data.train_limit, split=split, tokenizer=tokenizer)
         return in_modes(examples, args.block_share, args.both_modes, args.seed)
     if args.both_modes:
         raise ValueError("a mixture says the mode of each source; leave both_modes out")
     mixture = load_mixture(data.mixture)
+    for part in mixture.parts:
+        launch_checks.refuse_test(part.source, part.split)
     # A part's own wording: what it does not say is the run's.
     run = data.format.to_dict()
     worded = [p.format and PromptFormat.from_dict(run | dict(p.format)) for p in mixture.parts]

@@ -25,6 +25,7 @@ from trl import SFTTrainer
 from blocktune.attention import attach
 from blocktune.data.example import RagExample
 from blocktune.layout import Layout
+from blocktune.links import link_base
 from blocktune.models.gate import require_supported
 from blocktune.models.load import load_base
 from blocktune.provenance import provenance
@@ -111,18 +112,24 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
             )
         self.args, self.processing_class, self.collator = args, tokenizer, collator
         rope = require_supported(model)
+        self._num_tokens = link_base(model)
         self._longest = args.max_length or model.config.get_text_config().max_position_embeddings
         self.prepared = self._prepare(train_dataset, args.train_batch_size, args.pack_length)
         full = self.prepared.num_examples - self.prepared.num_block
         origin = provenance(args.seed) | {
             "data_sets": dict(self.prepared.data_sets),
+            "data_digest": self.prepared.digest,
             "examples": self.prepared.num_examples,
             "modes": {"block": self.prepared.num_block, "full": full},
             "objective": describe_objective(args),
         }
-        info = adapter_info(
-            model, tokenizer, args.layout, collator.format, origin, args.link_mode, args.seed
-        )
+        if args.scope == "encode" and full:
+            raise ValueError(
+                f"scope 'encode' trains on rows of chunks, and {full:,} examples in full attention "
+                "have none; set block_share: 1.0 without both_modes, or another scope"
+            )
+        trained = args.link_mode, args.seed, args.scope
+        info = adapter_info(model, tokenizer, args.layout, collator.format, origin, *trained)
         model = make_trainable(model, tokenizer, args, peft_config)
         attach(model, args.attention_execution)
         sampler, layers = args.sampler, model.config.get_text_config().num_hidden_layers
@@ -130,6 +137,7 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
             collator,
             link_base=info.link_base(model, tokenizer),
             augmentation=args.augmentation,
+            num_tokens=link_base(model),
             sampler=sampler,
             check_layer=sampler.check_layer(layers) if sampler else None,
             has_teacher=args.distillation.is_on,
@@ -184,6 +192,7 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
             position_gap=args.position_jitter,
             multiple_of=batch * args.world_size if args.world_size > 1 else 1,
             has_teacher=args.distillation.is_on,
+            num_tokens=self._num_tokens,
         )
 
     def _prepare_evaluation(self, rows: Rows | dict[str, Rows] | None) -> Any:

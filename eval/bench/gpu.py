@@ -10,12 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from measure import (
-    measure_attention,
-    measure_cached_answer,
-    measure_machine,
-    measure_training,
-)
+from measure import measure_attention, measure_cached_answer, measure_machine, measure_training
 from shape import LLAMA_8B, TINY
 
 from blocktune.provenance import provenance

@@ -184,8 +184,7 @@ class Study:
         command = [sys.executable, "-m", "blocktune.cli", *map(str, words)]
         if words[0] == "eval" and self.args.jobs > 1:  # a small model leaves most of a GPU idle
             start = f"-m torch.distributed.run --standalone --nproc_per_node {self.args.jobs}"
-            module = ["-m", "blocktune.evaluation", *map(str, words[1:])]
-            command = [sys.executable, *start.split(), *module]
+            command[1:1] = start.split()
         print(shlex.join(["python", *command[1:]]), flush=True)
         if self.args.plan:
             return

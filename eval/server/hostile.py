@@ -1,11 +1,11 @@
-"""Hostile requests against a running server: none may fail it, and the next good one is answered.
+"""Hostile requests against a server: none may fail it, and the next good one is answered.
 
-    blocktune serve -m data/tiny --port 8137
-    python eval/server/hostile.py --url http://127.0.0.1:8137 --requests 10000 --pid PID
+    python eval/server/hostile.py data/tiny --output eval/results/server/hostile.json
 
-Generated from the OpenAPI schema (schemathesis), made by hand, and sockets that send half a request
-or read nothing. Prints one JSON line: statuses, memory and open files before and after (of
-``--pid``), and what went wrong. The exit code is 1 if anything did.
+Generated from the OpenAPI schema (schemathesis), made by hand, and sockets that send half a
+request, byte by byte, or read nothing. They come from one tenant; another has chunks in the same
+store, which must not be found. Writes statuses, memory and open files of the server before, between
+and after, and what went wrong. The exit code is 1 if anything did.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ import json
 import random
 import socket
 import sys
+import tempfile
 import time
 import urllib.parse
+from pathlib import Path
 
 import httpx
 import psutil
@@ -26,8 +28,11 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.errors import Unsatisfiable
 from schemathesis.generation import GenerationMode
+from traffic import blocktune_command, free_port, machine, server
 
 CHAT = "/v1/chat/completions"
+OURS, THEIRS = "key-of-the-hostile-one", "key-of-somebody-else"
+SECRET = ["The password of the harbour is Frozen Shore.", "It was changed on Monday."]
 GOOD = {
     "messages": [{"role": "user", "content": "Where is Anna Belt?"}],
     "documents": ["Anna Belt is in Kirby."],
@@ -47,6 +52,27 @@ METHODS = [
 FIELDS = [
     *("messages", "documents", "temperature", "top_p", "top_k", "n", "seed", "stop", "max_tokens"),
     *("cache_salt", "blocktune", "stream", "model", "logprobs", "top_logprobs", "tools", "user"),
+    *("prompt", "pin", "echo", "best_of", "response_format", "stream_options", "logit_bias"),
+]
+PATHS = [*([CHAT] * 6), "/v1/completions", "/v1/chunks"]
+HEADERS = [
+    {"content-type": "text/plain"},
+    {"content-type": "application/json; charset=utf-16"},
+    {"authorization": "Bearer " + "\xff" * 100},
+    {"authorization": f"Bearer {OURS} {THEIRS}"},
+    {"content-encoding": "gzip"},
+    {"host": "evil.example"},
+    {"x-long": "a" * 60_000},
+    {"expect": "100-continue"},
+]
+SOCKETS = [
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(200),
+    b"GET " + b"/" * 70_000 + b" HTTP/1.1\r\n\r\n",
+    b"POST /v1/chat/completions HTTP/1.1\r\ncontent-length: -5\r\n\r\n",
+    b"POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\ncontent-length: 99999999999\r\n\r\n{",
+    b"POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n",
+    b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 5000,
+    b"\r\n" * 1000,
 ]
 RAW = [
     *(b"", b"{", b"null", b"[" * 200_000, b'{"a":' * 50_000, b"\xff\xfe\x00", b"9" * 100_000),
@@ -61,17 +87,25 @@ class Run:
     """Sends requests and counts what came back."""
 
     def __init__(self, url: str):
-        self.client = httpx.Client(base_url=url, timeout=120)
+        headers = {"authorization": f"Bearer {OURS}"}
+        self.client = httpx.Client(base_url=url, timeout=120, headers=headers)
         self.url = urllib.parse.urlsplit(url)
         self.statuses: collections.Counter = collections.Counter()
         self.wrong: list[str] = []
+        self.slow: list[socket.socket] = []
 
     @property
     def count(self) -> int:
         return sum(self.statuses.values())
 
     def send(self, method: str, path: str, **arguments) -> None:
-        response = self.client.request(method, path, **arguments)
+        try:
+            response = self.client.request(method, path, **arguments)
+        except (httpx.LocalProtocolError, UnicodeError):
+            return  # what this client itself does not send
+        except httpx.HTTPError as error:
+            self.wrong.append(f"{method} {path} {arguments!r:.300}: {error!r}")
+            return
         self.statuses[response.status_code] += 1
         if response.status_code >= 500:
             told = repr(arguments)[:300]
@@ -93,24 +127,60 @@ class Run:
             key = rng.choice(["..%2f..%2fetc", "0" * 64, "f" * 81, "a-b", "%00", "x" * 5000])
             self.send(rng.choice(["GET", "DELETE", "PUT"]), f"/v1/chunks/{key}")
             return
-        body = dict(GOOD)
-        if kind < 0.45:
+        path, body = rng.choice(PATHS), dict(GOOD)
+        if path == "/v1/completions":
+            body["prompt"] = body.pop("messages")[0]["content"]
+        elif path == "/v1/chunks":
+            body = {"documents": body["documents"], "pin": rng.random() < 0.5}
+        if kind < 0.2:
+            headers |= rng.choice(HEADERS)
+        elif kind < 0.45:
             body["blocktune"] = {"method": rng.choice(METHODS), "strip": True}
             body["documents"] = [rng.choice(["a", "b c", "d " * 300]) for _ in range(3)]
         else:
             for name in rng.sample(FIELDS, rng.choice([1, 2])):
                 body[name] = rng.choice(VALUES)
-        self.send("POST", CHAT, content=json.dumps(body).encode(), headers=headers)
+        self.send("POST", path, content=json.dumps(body).encode(), headers=headers)
 
-    def half_closed(self, rng: random.Random) -> None:
-        """A socket that sends part of a request, or all of it, and then does not read."""
+    def sockets(self, rng: random.Random) -> None:
+        """One that sends part of a request and stays, and one that sends no HTTP."""
         body = json.dumps(GOOD | {"stream": True, "max_tokens": 64}).encode()
-        head = f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        head = (
+            f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {OURS}\r\n"
+            "content-type: application/json\r\n"
+        )
         whole = f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
-        with socket.create_connection((self.url.hostname, self.url.port), timeout=10) as sock:
+        with self._connect() as sock:
             sock.sendall(whole[: rng.randrange(1, len(whole) + 1)])
             if rng.random() < 0.5:
                 sock.shutdown(socket.SHUT_WR)
+        with self._connect() as sock, contextlib.suppress(OSError):
+            sock.sendall(rng.choice(SOCKETS))
+            sock.settimeout(0.2)
+            sock.recv(100)
+        if len(self.slow) < 50:
+            self.slow.append(self._connect())
+        for sock in self.slow:  # a byte of a header at a time, for ever
+            with contextlib.suppress(OSError):
+                sock.sendall(b"G")
+
+    def _connect(self) -> socket.socket:
+        return socket.create_connection((self.url.hostname, self.url.port), timeout=10)
+
+    def theirs(self) -> None:
+        """What another tenant has encoded is neither found nor shown."""
+        owner = {"authorization": f"Bearer {THEIRS}"}
+        documents = [f"{text} {time.time()}" for text in SECRET]
+        body = {"documents": documents, "pin": True}
+        made = self.client.post("/v1/chunks", json=body, headers=owner).json()
+        for one in made["data"]:
+            if self.client.get(f"/v1/chunks/{one['key']}").status_code != 404:
+                self.wrong.append("a key of another tenant was accepted")
+        for salt in ({}, {"cache_salt": f"{time.time()}"}):
+            asked = self.client.post(CHAT, json=GOOD | {"documents": documents} | salt).json()
+            found = [chunk["cached"] for chunk in asked["blocktune"]["chunks"]]
+            if found != ["none"] * len(SECRET):
+                self.wrong.append(f"chunks of another tenant were found: {found}")
 
 
 def generated(run: Run, until: int) -> None:
@@ -143,35 +213,60 @@ def generated(run: Run, until: int) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--url", default="http://127.0.0.1:8000")
+    parser.add_argument("model")
     parser.add_argument("--requests", type=int, default=10_000)
-    parser.add_argument("--pid", type=int, required=True)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, required=True)
     asked = parser.parse_args()
-    run, rng, server = Run(asked.url), random.Random(asked.seed), psutil.Process(asked.pid)
+    asked.output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        tenants, log = Path(folder, "tenants.yaml"), Path(folder, "server.log")
+        tenants.write_text(f"ours: {{key: {OURS}}}\ntheirs: {{key: {THEIRS}}}\n")
+        port = free_port()
+        options = ["--tenants", str(tenants), "--store", f"{folder}/store", "--store-gb", "0.05"]
+        options += ["--limit", "body_s=3", "--limit", "request_s=60"]
+        with server(blocktune_command(asked.model, port, *options), port, log) as (url, process):
+            made = attack(Run(url), psutil.Process(process.pid), asked)
+        lines = log.read_text().splitlines()
+        failed = [i for i, line in enumerate(lines) if line.startswith("Traceback")]
+        made["tracebacks"] = len(failed)
+        made["first_traceback"] = lines[failed[0] - 2 : failed[0] + 60] if failed else []
+        made["texts_in_log"] = sum("password of the harbour" in line for line in lines)
+    asked.output.write_text(json.dumps(made, indent=1, ensure_ascii=True) + "\n")
+    print(json.dumps(made, ensure_ascii=True))
+    return bool(made["wrong"] or made["tracebacks"] or made["texts_in_log"])
+
+
+def attack(run: Run, server: psutil.Process, asked: argparse.Namespace) -> dict[str, object]:
+    """All of it; the facts in between."""
+    rng = random.Random(asked.seed)
     for _ in range(20):
         run.good()
-    before, started = held(server), time.time()
+    run.theirs()
+    begin, started = held(server), time.time()
+    by_hand = [begin]
     while run.count < asked.requests // 2:
         run.by_hand(rng)
         if run.count % 50 == 0:
-            run.half_closed(rng)
+            run.sockets(rng)
             run.good()
-    middle = held(server)
+        if run.count >= len(by_hand) * asked.requests // 8:
+            by_hand.append(held(server))
     generated(run, asked.requests)
-    time.sleep(3)
+    for sock in run.slow:
+        sock.close()
+    run.theirs()
+    time.sleep(7)
     run.good()
-    made = {
+    return {
+        "command": " ".join(["python", *sys.argv]),
+        "machine": machine(),
         "requests": run.count,
         "seconds": round(time.time() - started, 1),
         "statuses": dict(sorted(run.statuses.items())),
-        "before": before,
-        "middle": middle,
-        "after": held(server),
+        "held": [*by_hand, held(server)],
         "wrong": run.wrong[:20],
     }
-    print(json.dumps(made, ensure_ascii=True))
-    return bool(run.wrong)
 
 
 def held(server: psutil.Process) -> dict[str, float]:

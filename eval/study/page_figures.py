@@ -9,7 +9,6 @@ from typing import Any
 from matplotlib.figure import Figure
 from page_tables import chosen
 
-from blocktune.evaluation.aggregate import pareto
 from blocktune.evaluation.report.charts import cost_chart, draw_panels
 from blocktune.evaluation.report.style import (
     Ground,
@@ -22,6 +21,7 @@ from blocktune.evaluation.report.style import (
     zoom,
     zoomed_start,
 )
+from blocktune.evaluation.stats.aggregate import pareto
 
 Results = Mapping[str, Any]
 LAYERED = {

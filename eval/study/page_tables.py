@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from blocktune.evaluation.compare import verdict
+from blocktune.evaluation.stats.compare import verdict
 from blocktune.tables import ABSENT, Table, with_half, with_interval, written
 
 Results = Mapping[str, Any]

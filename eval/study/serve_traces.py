@@ -22,9 +22,8 @@ from traces import Pattern, TraceSuite, load_traces, make_trace, reuse_of, summe
 
 from blocktune.data import RagExample, load_examples
 from blocktune.engine import Engine
-from blocktune.evaluation.fingerprints import code_digest
 from blocktune.evaluation.prepare import check_prompts, tell_rewording
-from blocktune.evaluation.rows import digest_of, scores_of
+from blocktune.evaluation.rows import code_digest, digest_of, scores_of
 from blocktune.evaluation.runner import progress_bars
 from blocktune.evaluation.suite import MethodSpec
 from blocktune.files import replace_json

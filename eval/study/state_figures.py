@@ -37,7 +37,6 @@ from states import (
 
 from blocktune.data import load_examples
 from blocktune.engine import Engine
-from blocktune.evaluation.compare import load_results
 from blocktune.evaluation.prepare import Ready, prepare
 from blocktune.evaluation.report.style import (
     Ground,
@@ -47,7 +46,8 @@ from blocktune.evaluation.report.style import (
     to_png,
     whole_numbers,
 )
-from blocktune.evaluation.results import mean_of
+from blocktune.evaluation.stats.compare import load_results
+from blocktune.evaluation.stats.results import mean_of
 from blocktune.evaluation.suite import changed, load_suite
 from blocktune.files import replace_json
 from blocktune.methods import parse_method

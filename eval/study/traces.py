@@ -13,8 +13,8 @@ from random import Random
 from typing import Any
 
 from blocktune.data import RagExample
-from blocktune.evaluation.results import mean_of
-from blocktune.evaluation.statistics import PairedScores, holm, p_value
+from blocktune.evaluation.stats.results import mean_of
+from blocktune.evaluation.stats.significance import PairedScores, holm, p_value
 from blocktune.evaluation.suite import MethodSpec, check_pools, parse_methods
 from blocktune.evaluation.task import TaskSpec, with_task
 from blocktune.parsing import entries, load_spec, read, refuse_doubles

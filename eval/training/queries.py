@@ -92,7 +92,7 @@ def ask(suite: dict[str, Any], output: Path, jobs: int) -> dict[str, list[Row]]:
     start = [sys.executable, "-m"]
     if jobs > 1:
         start += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(jobs), "-m"]
-    command = [*start, "blocktune.evaluation", "--suite", str(path), "--output", str(output)]
+    command = [*start, "blocktune.cli", "eval", "--suite", str(path), "--output", str(output)]
     if subprocess.run(command, check=False).returncode:
         raise ValueError(f"the evaluation of {path} failed; see above")
     return read_all(output, [spec.label for spec in load_suite(path).methods])

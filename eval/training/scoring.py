@@ -10,7 +10,7 @@ from queries import BLEND, FULL, JOINED, NAIVE, in_full
 
 from blocktune.evaluation.metrics import adjusted_f1
 from blocktune.evaluation.rows import Row
-from blocktune.evaluation.statistics import Interval, PairedScores
+from blocktune.evaluation.stats.significance import Interval, PairedScores
 
 SHARE = 0.97
 """Of full prefill's adjusted F1 that is asked for."""

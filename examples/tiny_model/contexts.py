@@ -56,7 +56,7 @@ def turns(context: Context, fmt: PromptFormat) -> Iterator[tuple[str, bool]]:
 class Lessons(Dataset):
     """The batches of every step, for one of the processes that share it; each step on its own.
 
-    A step draws from a random stream of its own, so that it is the same wherever and in whatever
+    Each step has its own random stream, so that it is the same wherever and in whatever
     order steps are drawn.
     """
 

@@ -51,8 +51,8 @@ def go_on(config: PretrainConfig, output: Path) -> None:
     """Goes on from the weights in ``output``, which must be those of a segment's end.
 
     Raises:
-        ValueError: If the log's last step is no segment's end, or if the run was begun with other
-            settings; stages may be added, and it may go on on another device.
+        ValueError: If the log's last step is not the end of a segment, or the run was started with
+            other settings; stages may be added, and the device may change.
     """
     lines = (output / LOG).read_text().splitlines()
     _must_be_of_this_run(json.loads(lines[0])["config"], config, output)
@@ -142,7 +142,7 @@ def _train(rank: int, config: PretrainConfig, output: Path, steps: range) -> Non
 def _must_be_finite(loss: float, step: int, output: Path) -> None:
     if not math.isfinite(loss):
         raise FloatingPointError(
-            f"the loss is {loss} by step {step} of {output}; start anew with another --seed"
+            f"the loss is {loss} by step {step} of {output}; start again with another --seed"
         )
 
 
@@ -155,7 +155,7 @@ def _must_be_of_this_run(begun: dict, config: PretrainConfig, output: Path) -> N
         if begun.get(key) != now[key]:
             raise ValueError(
                 f"{output} was begun with {key} = {begun.get(key)}, not {now[key]}; go on with the "
-                "same settings, or start anew in another folder"
+                "same settings, or start again in another folder"
             )
 
 

@@ -123,7 +123,7 @@ def chance(examples: Iterable[RagExample]) -> float:
     """Exact match of a guesser who, the last hop's chunk being gone, knows the kind of answer.
 
     It names a value of the same relation that another chunk states, when there is one: the share
-    of examples whose answer still stands somewhere else in the context bounds it from above.
+    of examples whose answer still occurs elsewhere in the context bounds it from above.
     """
     left = []
     for example in examples:

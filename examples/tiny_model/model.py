@@ -32,7 +32,7 @@ def new_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast) -> Lla
 
 
 def save(model: LlamaForCausalLM, output: Path) -> None:
-    """Writes the weights in bfloat16, which halves the download; training goes on in float32."""
+    """Writes the weights in bfloat16, which halves the download; training continues in float32."""
     state = {name: value.to(torch.bfloat16) for name, value in model.state_dict().items()}
     state.pop("lm_head.weight", None)  # tied
     dtype, model.config.dtype = model.config.dtype, torch.bfloat16

@@ -50,7 +50,7 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenize
         vocab_size: Most tokens: special ones, 256 bytes and merges.
 
     Returns:
-        A tokenizer that gives any UTF-8 text back as it was. It adds no BOS of its own: the chat
+        A tokenizer that gives any UTF-8 text back as it was. It adds no BOS: the chat
         template does.
     """
     tokenizer = Tokenizer(models.BPE())

@@ -67,12 +67,14 @@ def test_a_missing_field_is_named(links_adapter):
 
 
 def test_a_folder_without_metadata_is_no_adapter(tmp_path):
-    with pytest.raises(ValueError, match=r"is no blocktune adapter: it has no blocktune\.json"):
+    with pytest.raises(ValueError, match=r"is not a blocktune adapter: it has no blocktune\.json"):
         load_adapter(toy_model(), toy_tokenizer(), tmp_path)
 
 
 def test_an_unknown_name_is_one_line():
-    with pytest.raises(ValueError, match=r"no adapter 'nobody/nothing': it is no local") as caught:
+    with pytest.raises(
+        ValueError, match=r"no adapter 'nobody/nothing': it is not a local"
+    ) as caught:
         load_adapter(toy_model(), toy_tokenizer(), "nobody/nothing")
     assert "\n" not in str(caught.value)
 

@@ -106,15 +106,49 @@ def test_kvlink_is_served_as_one_dense_forward(kvlink):
     assert (usage.chunk_hits, sum(usage.layer_tokens)) == (2, 0)
 
 
+def test_kvlinks_evaluation_has_the_documents_in_the_users_turn(folder):
+    engine = Engine.from_pretrained(str(folder), adapter="release:kvlink-1b-eval", device="cpu")
+    header = "<|start_header_id|>{}<|end_header_id|>\n\n"
+    system = header.format("system") + (
+        "You are a intelligent AI assistant. Please answer questions based on the user's "
+        "instruction. Below are some reference documents that may help you in answering the "
+        "user's question.<|eot_id|>"
+    )
+    wanted = [*encode(engine, "<|begin_of_text|>" + system + header.format("user")), OPENS]
+    for number, chunk in enumerate(ASK.chunks):
+        wanted += encode(engine, f"Document [1](Title: {chunk.title}) {chunk.text}\n")
+        wanted += [LINK + 5 * number + slot for slot in range(5)]
+    wanted += [CLOSES, *encode(engine, ASK.question), EOT]
+    assert list(prompt_of(engine, "kvlink").ids) == wanted + encode(
+        engine, header.format("assistant")
+    )
+
+
 def test_a_forty_first_chunk_has_no_links(kvlink):
     many = Ask("Who?", tuple(Chunk(f"Number {i}.") for i in range(41)))
     with pytest.raises(ValueError, match="rows for 40 chunks"):
         kvlink.next_logits([many], "kvlink")
 
 
-def test_a_block_attention_prompt_is_the_authors_block_by_block(folder):
-    engine = Engine.from_pretrained(str(folder), adapter="release:tulu3-block-ft", device="cpu")
-    pieces = engine.prompts.pieces(ASK, build("block-attention"))
+LOOSE = Ask(
+    ASK.question + " \n", tuple(Chunk(f"\n {chunk.text}\n\n", chunk.title) for chunk in ASK.chunks)
+)
+"""As it comes from a file: white space around everything, which the authors strip."""
+
+
+@pytest.mark.parametrize(
+    ("release", "method", "tag"),
+    [
+        ("tulu3-block-ft", "block-attention", "[Block-Attention]"),
+        ("tulu3-block-ft", "full-prefill", ""),
+        ("tulu3-rag", "full-prefill", ""),
+        ("block-ft-qwen3-8b", "block-attention", ""),
+    ],
+)
+@pytest.mark.parametrize("ask", [ASK, LOOSE], ids=["stripped", "loose"])
+def test_a_block_attention_prompt_is_the_authors_block_by_block(folder, release, method, tag, ask):
+    engine = Engine.from_pretrained(str(folder), adapter=f"release:{release}", device="cpu")
+    pieces = engine.prompts.pieces(ask, build(method))
     texts = [
         "<|user|>\nYou are an intelligent AI assistant. Please answer questions based on the "
         "user's instructions. Below are some reference documents that may help you in answering "
@@ -126,9 +160,11 @@ def test_a_block_attention_prompt_is_the_authors_block_by_block(folder):
         "<|assistant|>\n",
     ]
     blocks = [pieces.prefix, *pieces.chunks, pieces.query]
-    assert [list(block) for block in blocks] == [encode(engine, text) for text in texts]
-    served = engine.next_logits([ASK], "block-attention")[0]
-    wanted = dense_logits(engine, ASK, build("block-attention"))
+    first, *rest = [encode(engine, text) for text in texts]
+    # The tag is tokenised apart: its bracket and the turn's would merge.
+    assert [list(block) for block in blocks] == [encode(engine, tag) + first, *rest]
+    served = engine.next_logits([ask], method)[0]
+    wanted = dense_logits(engine, ask, build(method))
     torch.testing.assert_close(served, wanted, rtol=0, atol=1e-4)
 
 

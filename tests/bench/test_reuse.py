@@ -6,8 +6,19 @@ import pytest
 import torch
 from commands.conftest import blocktune  # noqa: F401
 
-from blocktune.bench import TARGETS, TINY, ReuseBench, bench_loading, bench_reuse, reuse
-from blocktune.bench.reuse import LOADED, query_only, ratios, spread, take_turns
+from blocktune.bench import reuse
+from blocktune.bench.reuse import (
+    LOADED,
+    TARGETS,
+    TINY,
+    ReuseBench,
+    bench_loading,
+    bench_reuse,
+    query_only,
+    ratios,
+    spread,
+    take_turns,
+)
 from blocktune.cache import ChunkStore
 from blocktune.methods import build, compose
 

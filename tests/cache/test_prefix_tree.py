@@ -1,22 +1,26 @@
 """The exact prefix cache: longest path, locks, eviction, and nothing approximate ever."""
 
+import random
+from itertools import combinations
+
 import pytest
 import torch
 from cache.made import MODEL, OTHER_MODEL, made_chunk
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from blocktune.cache import ExactKV, PrefixTree, RowCache, cut_exact
-from blocktune.cache.prefix_tree import context_digest
+from blocktune.cache.checkpoints import place_checkpoints, recomputed_tokens
 
 HEADS, DIM = 1, 2
 TOKEN_BYTES = 2 * HEADS * DIM * 4 + 8  # keys and values of one layer, and the id
+STATE = (torch.ones(1, 3, 4), None)
+STATE_BYTES = 48
 
 PREFIX, ONE, TWO, THREE = (1, 2), (10, 11, 12), (20,), (30, 31)
 
 
-def prefill(*pieces):
+def prefill(tokens):
     """What a full prefill leaves: states that say which column of which prompt they are."""
-    tokens = [token for piece in pieces for token in piece]
     cache = RowCache(1, 1, len(tokens), exact=True)
     cache.select(torch.arange(len(tokens))[None])
     states = torch.tensor(tokens, dtype=torch.float32)[None, None, :, None].expand(
@@ -26,156 +30,219 @@ def prefill(*pieces):
     return cache
 
 
-def exacts_of(*pieces, fingerprint=MODEL):
-    return cut_exact(prefill(*pieces), 0, pieces, fingerprint)
+def exact_of(*pieces, fingerprint=MODEL, start=0, states=None):
+    ids = sum(pieces, ())
+    return cut_exact(prefill(ids), 0, ids, fingerprint, start=start, states=states)
 
 
 def matched(tree, *pieces, **options):
-    with tree.match(MODEL, pieces, **options) as match:
-        return [tuple(exact.kv.token_ids.tolist()) for exact in match.exacts]
+    """Tokens known of a prompt; their keys must say so, too."""
+    ids = sum(pieces, ())
+    cache = RowCache(1, 1, len(ids) + 1, exact=True)
+    with tree.match(MODEL, ids, **options) as match:
+        match.load(cache, 0)
+        if match.num_tokens:
+            keys = cache.layers[0].keys[0, 0, : match.num_tokens, 0]
+            assert keys.tolist() == list(ids[: match.num_tokens])
+        return match.num_tokens
 
 
-def test_a_cut_holds_its_piece_at_its_place_and_nothing_else():
-    cache = prefill(PREFIX, ONE, TWO)
-    prefix, one, two = cut_exact(cache, 0, [PREFIX, ONE, TWO], MODEL)
-    assert [exact.kv.origin for exact in (prefix, one, two)] == [0, 2, 5]
-    assert one.kv.keys[0][0, :, 0].tolist() == [10, 11, 12]
-    assert one.kv.values[0][0, :, 0].tolist() == [-10, -11, -12]
-    assert one.kv.keys[0].untyped_storage().nbytes() == 3 * DIM * 4
-    assert one.context == context_digest([PREFIX])
+def test_a_cut_holds_its_tokens_at_their_place_and_nothing_else():
+    cache = prefill(PREFIX + ONE + TWO)
+    cut = cut_exact(cache, 0, PREFIX + ONE, MODEL, start=2)
+    assert (cut.token_ids, cut.context) == (ONE, PREFIX)
+    assert cut.keys[0][0, :, 0].tolist() == [10, 11, 12]
+    assert cut.values[0][0, :, 0].tolist() == [-10, -11, -12]
+    assert cut.keys[0].untyped_storage().nbytes() == 3 * DIM * 4
     cache.layers[0].keys.zero_()
-    assert two.kv.keys[0][0, :, 0].tolist() == [20]
+    assert cut.keys[0][0, :, 0].tolist() == [10, 11, 12]
 
 
-def test_the_longest_path_is_found():
+def test_the_longest_prefix_is_found_token_by_token():
     tree = PrefixTree()
-    assert tree.insert(exacts_of(PREFIX, ONE, TWO)) == 3
-    assert tree.insert(exacts_of(PREFIX, TWO)) == 1  # the prefix is known
-    assert matched(tree, PREFIX, ONE, TWO, THREE) == [PREFIX, ONE, TWO]
-    assert matched(tree, PREFIX, TWO, ONE) == [PREFIX, TWO]
-    assert matched(tree, PREFIX, THREE, TWO) == [PREFIX]
-    assert matched(tree, ONE, TWO) == []
-    assert matched(tree) == []
+    assert tree.insert(exact_of(PREFIX, ONE, TWO)) == 6
+    assert tree.insert(exact_of(PREFIX, TWO)) == 1  # the prefix is known
+    assert matched(tree, PREFIX, ONE, TWO, THREE) == 6
+    assert matched(tree, PREFIX, TWO, ONE) == 3
+    assert matched(tree, PREFIX, (10, 11, 13)) == 4  # all but the last word
+    assert matched(tree, PREFIX, THREE, TWO) == 2
+    assert matched(tree, ONE, TWO) == 0
+    assert matched(tree) == 0
     stats = tree.stats()
-    assert (stats.num_pieces, stats.num_bytes) == (4, (2 + 3 + 1 + 1) * TOKEN_BYTES)
-    # Prompts of 8, 6, 5 and 4 tokens; matched 6, 3, 2 and 0.
-    assert (stats.hit_tokens, stats.missed_tokens) == (11, 2 + 3 + 3 + 4)
+    assert (stats.num_tokens, stats.num_bytes) == (7, 7 * TOKEN_BYTES)
+    assert (stats.hit_tokens, stats.missed_tokens) == (15, 2 + 3 + 1 + 3 + 4)
 
 
-def test_the_same_chunk_after_another_context_is_another_state():
+def test_a_run_is_cut_where_a_later_prompt_turns_off():
     tree = PrefixTree()
-    tree.insert(exacts_of(PREFIX, ONE, TWO))
-    tree.insert(exacts_of(PREFIX, TWO, ONE))
-    with tree.match(MODEL, [PREFIX, TWO, ONE]) as match:
-        assert [exact.kv.origin for exact in match.exacts] == [0, 2, 3]
-        assert (match.num_tokens, match.num_bytes) == (6, 6 * TOKEN_BYTES)
+    tree.insert(exact_of(PREFIX, ONE))
+    assert tree.insert(exact_of(PREFIX, (10, 11, 99), start=2)) == 1
+    assert tree.insert(exact_of((1, 7))) == 1
+    assert matched(tree, PREFIX, ONE) == 5
+    assert matched(tree, PREFIX, (10, 11, 99)) == 5
+    assert matched(tree, (1, 7, 7)) == 2
+    assert tree.stats().num_bytes == 7 * TOKEN_BYTES
+
+
+def test_random_prompts_find_what_a_list_of_them_finds():
+    rng = random.Random(0)
+    tree, known = PrefixTree(), []
+    for _ in range(300):
+        ids = tuple(rng.randint(0, 2) for _ in range(rng.randint(1, 12)))
+        shared = [
+            next(
+                (i for i, (a, b) in enumerate(zip(ids, other, strict=False)) if a != b),
+                min(len(ids), len(other)),
+            )
+            for other in known
+        ]
+        assert matched(tree, ids) == max(shared, default=0)
+        tree.insert(exact_of(ids))
+        known.append(ids)
+    distinct = {ids[:length] for ids in known for length in range(1, len(ids) + 1)}
+    assert tree.stats().num_tokens == len(distinct)
 
 
 def test_models_and_salts_do_not_see_each_other():
     tree = PrefixTree()
-    tree.insert(exacts_of(PREFIX, ONE), salt="tenant a")
-    assert matched(tree, PREFIX, ONE) == []
-    assert matched(tree, PREFIX, ONE, salt="tenant b") == []
-    assert matched(tree, PREFIX, ONE, salt="tenant a") == [PREFIX, ONE]
-    with tree.match(OTHER_MODEL, [PREFIX, ONE], salt="tenant a") as match:
-        assert match.exacts == ()
-    tree.insert(exacts_of(PREFIX, fingerprint=OTHER_MODEL), salt="tenant a")
-    with tree.match(OTHER_MODEL, [PREFIX, ONE], salt="tenant a") as match:
-        assert [exact.kv.fingerprint for exact in match.exacts] == [OTHER_MODEL]
+    tree.insert(exact_of(PREFIX, ONE), salt="tenant a")
+    assert matched(tree, PREFIX, ONE) == 0
+    assert matched(tree, PREFIX, ONE, salt="tenant b") == 0
+    assert matched(tree, PREFIX, ONE, salt="tenant a") == 5
+    with tree.match(OTHER_MODEL, PREFIX + ONE, salt="tenant a") as match:
+        assert match.num_tokens == 0
 
 
 def test_the_least_recently_used_leaf_leaves_first():
     tree = PrefixTree(max_bytes=(2 + 3 + 1 + 2) * TOKEN_BYTES)
-    tree.insert(exacts_of(PREFIX, ONE))
-    tree.insert(exacts_of(PREFIX, TWO))
-    tree.insert(exacts_of(PREFIX, THREE))
+    for piece in (ONE, TWO, THREE):
+        tree.insert(exact_of(PREFIX, piece))
     matched(tree, PREFIX, ONE)  # now TWO is the oldest leaf, and then THREE
-    assert tree.insert(exacts_of(PREFIX, (40, 41))) == 1
-    assert matched(tree, PREFIX, TWO) == [PREFIX]
-    assert matched(tree, PREFIX, THREE) == [PREFIX]
-    assert matched(tree, PREFIX, ONE) == [PREFIX, ONE]
-    assert matched(tree, PREFIX, (40, 41)) == [PREFIX, (40, 41)]
+    assert tree.insert(exact_of(PREFIX, (40, 41))) == 2
+    assert [matched(tree, PREFIX, p) for p in (TWO, THREE, ONE, (40, 41))] == [2, 2, 5, 4]
     assert tree.stats().evictions == 2
     assert tree.stats().num_bytes == (2 + 3 + 2) * TOKEN_BYTES
 
 
 def test_a_parent_leaves_only_after_its_children():
     tree = PrefixTree(max_bytes=6 * TOKEN_BYTES)
-    tree.insert(exacts_of(PREFIX, ONE, TWO))
-    assert tree.insert(exacts_of((50, 51, 52))) == 1
-    assert matched(tree, PREFIX, ONE, TWO) == [PREFIX]
-    assert matched(tree, (50, 51, 52)) == [(50, 51, 52)]
+    for stop in (1, 2, 3):
+        tree.insert(exact_of(*(PREFIX, ONE, TWO)[:stop]))
+    assert tree.insert(exact_of((50, 51, 52))) == 3
+    assert matched(tree, PREFIX, ONE, TWO) == 2
+    assert matched(tree, (50, 51, 52)) == 3
 
 
-def test_what_is_in_use_stays():
+def test_what_is_in_use_stays_even_if_it_is_cut():
     tree = PrefixTree(max_bytes=5 * TOKEN_BYTES)
-    tree.insert(exacts_of(PREFIX, ONE))
-    with tree.match(MODEL, [PREFIX, ONE]) as match:
-        assert tree.insert(exacts_of(PREFIX, TWO)) == 0
+    tree.insert(exact_of(PREFIX, ONE))
+    with tree.match(MODEL, PREFIX + ONE) as match:
+        assert tree.insert(exact_of(PREFIX, TWO)) == 0  # which cuts the run
         assert tree.stats().declined == 1
-        assert matched(tree, PREFIX, ONE) == [PREFIX, ONE]
+        assert matched(tree, PREFIX, ONE) == 5
     match.release()  # a second time changes nothing
-    assert tree.insert(exacts_of(PREFIX, TWO)) == 1
-    assert matched(tree, PREFIX, ONE) == [PREFIX]
+    assert tree.insert(exact_of(PREFIX, TWO)) == 1
+    assert matched(tree, PREFIX, ONE) == 2
 
 
 def test_what_cannot_fit_evicts_nothing_and_is_counted():
     tree = PrefixTree(max_bytes=5 * TOKEN_BYTES)
-    tree.insert(exacts_of(PREFIX, ONE))
-    assert tree.insert(exacts_of(tuple(range(6)), TWO)) == 0
-    assert tree.stats()[-2:] == (0, 2)
-    assert matched(tree, PREFIX, ONE) == [PREFIX, ONE]
+    tree.insert(exact_of(PREFIX, ONE))
+    assert tree.insert(exact_of(tuple(range(6)), TWO)) == 0
+    assert tree.stats()[-2:] == (0, 7)
+    assert matched(tree, PREFIX, ONE) == 5
 
 
-def test_inserting_does_not_evict_its_own_path():
-    tree = PrefixTree(max_bytes=4 * TOKEN_BYTES)
-    assert tree.insert(exacts_of(PREFIX, TWO, ONE)) == 2
-    assert matched(tree, PREFIX, TWO, ONE) == [PREFIX, TWO]
+def test_a_run_whose_beginning_left_is_not_kept():
+    tree = PrefixTree()
+    assert tree.insert(exact_of(PREFIX, ONE, start=2)) == 0
+    assert tree.stats().declined == 5
+
+
+def test_recurrent_states_resume_only_where_they_are():
+    tree = PrefixTree()
+    assert tree.insert(exact_of(PREFIX, ONE, TWO, states={3: STATE, 5: STATE})) == 6
+    for length, resumed in ((2, 0), (3, 3), (4, 3), (5, 5), (6, 5)):
+        with tree.match(MODEL, (PREFIX + ONE + TWO)[:length]) as match:
+            assert (match.num_tokens, match.overlap) == (resumed, length)
+            assert (match.state is STATE) == (resumed > 0)
+    stats = tree.stats()
+    assert (stats.num_tokens, stats.num_states) == (6, 2)
+    assert stats.num_bytes == 6 * TOKEN_BYTES + 2 * STATE_BYTES
+    # A state in what is known is added, and another one of the same depth is not.
+    more = {4: STATE, 5: (torch.zeros(9), None)}
+    assert tree.insert(exact_of(PREFIX, ONE, start=3, states=more)) == 0
+    assert tree.stats().num_states == 3
+    with tree.match(MODEL, (*PREFIX, 10, 11)) as match:
+        assert match.num_tokens == 4
+
+
+def test_states_find_room_or_are_left_out():
+    tree = PrefixTree(max_bytes=3 * TOKEN_BYTES + STATE_BYTES)
+    tree.insert(exact_of(ONE, states={2: STATE, 3: STATE}))
+    assert tree.stats().num_states == 1
+    with tree.match(MODEL, ONE) as match:
+        assert match.num_tokens == 2
+    tree.insert(exact_of((9, 9), states={1: STATE}))
+    assert tree.stats().num_bytes <= tree.max_bytes
+
+
+def test_checkpoints_go_where_earlier_prompts_were_shared():
+    tree = PrefixTree(checkpoints=2)
+    assert tree.checkpoints_for(MODEL, 9, (2, 5, 9)) == (5, 9)
+    tree.insert(exact_of(tuple(range(9)), states={}))
+    for _ in range(5):
+        with tree.match(MODEL, (*range(7), 99)):
+            pass
+    assert tree.checkpoints_for(MODEL, 9, (2, 5, 9)) == (5, 7)
+    assert tree.checkpoints_for(MODEL, 6, (2, 6)) == (2, 6)
+    assert tree.checkpoints_for(MODEL, 9, (2,), salt="another") == (2,)
+
+
+def test_the_dynamic_programme_is_the_best_of_all_placements():
+    rng = random.Random(0)
+    for _ in range(500):
+        depth = rng.randint(1, 9)
+        weights = {rng.randint(0, depth): rng.randint(1, 5) for _ in range(rng.randint(1, 7))}
+        budget = rng.randint(0, 4)
+        every = range(1, depth + 1)
+        best = min(
+            recomputed_tokens(weights, chosen)
+            for count in range(budget + 1)
+            for chosen in combinations(every, min(count, depth))
+        )
+        placed = place_checkpoints(weights, budget)
+        assert len(placed) <= budget
+        assert recomputed_tokens(weights, placed) == best
 
 
 def test_chunk_states_are_refused_by_type():
     with pytest.raises(ValueError, match=r"a ChunkKV, which may be approximate"):
-        PrefixTree().insert([made_chunk()])
+        PrefixTree().insert(made_chunk())
 
 
 def test_exact_states_cannot_be_made_by_hand():
     for proof in (None, True, object()):
         with pytest.raises(ValueError, match="only a full prefill makes exact states"):
-            ExactKV(made_chunk(), context_digest([]), proof=proof)
+            ExactKV(PREFIX, (), (), (), MODEL, proof=proof)
 
 
 def test_a_cache_that_reused_a_chunk_gives_no_exact_states():
-    cache = prefill(PREFIX, ONE)
+    cache = prefill(PREFIX + ONE)
     chunk = torch.ones(HEADS, 3, DIM)
     cache.room(0, 0, slice(2, 5), chunk, chunk)[0].copy_(chunk)
     # Not even after everything was computed again: nobody can prove that it was everything.
     cache.select(torch.arange(5)[None])
     cache.update(torch.ones(1, HEADS, 5, DIM), torch.ones(1, HEADS, 5, DIM), 0)
     with pytest.raises(ValueError, match="never enter the exact prefix cache"):
-        cut_exact(cache, 0, [PREFIX, ONE], MODEL)
+        cut_exact(cache, 0, PREFIX + ONE, MODEL)
     with pytest.raises(ValueError, match="never enter the exact prefix cache"):
-        cut_exact(RowCache(1, 1, 5), 0, [PREFIX, ONE], MODEL)
+        cut_exact(RowCache(1, 1, 5), 0, PREFIX + ONE, MODEL)
 
 
-def test_states_of_another_context_or_model_are_refused():
-    prefix, one, _ = exacts_of(PREFIX, ONE, TWO)
-    _, _, other_two = exacts_of(PREFIX, (10, 11, 13), TWO)
-    foreign = exacts_of(PREFIX, fingerprint=OTHER_MODEL)[0]
-    for index, wrong in ((2, [prefix, one, other_two]), (1, [foreign, one]), (0, [one])):
-        with pytest.raises(ValueError, match=f"piece {index} comes from another context or"):
-            PrefixTree().insert(wrong)
-
-
-def test_more_pieces_than_were_computed_are_refused():
-    with pytest.raises(ValueError, match="the pieces have 6 tokens, the cache 5 columns"):
-        cut_exact(prefill(PREFIX, ONE), 0, [PREFIX, ONE, TWO], MODEL)
-
-
-def test_an_empty_piece_is_no_piece():
-    tree = PrefixTree()
-    assert tree.insert(exacts_of((), ONE, (), TWO)) == 2
-    assert tree.insert([]) == 0
-    assert matched(tree, ONE, (), TWO) == [ONE, TWO]
+def test_more_tokens_than_were_computed_are_refused():
+    with pytest.raises(ValueError, match="6 tokens, but the cache has 5 columns"):
+        cut_exact(prefill(PREFIX + ONE), 0, PREFIX + ONE + TWO, MODEL)
 
 
 def test_a_tree_needs_memory():
@@ -204,26 +271,23 @@ def test_a_prompt_continued_from_the_tree_matches_its_full_prefill():
         tokens = torch.tensor(ids)[None, start:]
         return model(tokens, see[None, None], columns, cache, use_cache=True).logits
 
-    def joined(*pieces):
-        return [token for piece in pieces for token in piece]
-
     first = RowCache(2, 1, 6, exact=True)
-    run(first, joined(PREFIX, ONE, TWO), 0)
+    run(first, PREFIX + ONE + TWO, 0)
     tree = PrefixTree()
-    tree.insert(cut_exact(first, 0, [PREFIX, ONE, TWO], MODEL))
+    tree.insert(cut_exact(first, 0, PREFIX + ONE + TWO, MODEL))
 
-    ids = joined(PREFIX, ONE, THREE)
+    ids = PREFIX + ONE + THREE
     second = RowCache(2, 1, len(ids), exact=True)
-    with tree.match(MODEL, [PREFIX, ONE, THREE]) as match:
+    with tree.match(MODEL, ids) as match:
         match.load(second, prompt=0)
         assert match.num_tokens == 5
     got = run(second, ids, 5)
     expected = model(torch.tensor(ids)[None], use_cache=False).logits[:, 5:]
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
     # What was loaded is exact, so the whole may be stored in turn.
-    assert tree.insert(cut_exact(second, 0, [PREFIX, ONE, THREE], MODEL)) == 1
+    assert tree.insert(cut_exact(second, 0, ids, MODEL, start=5)) == 2
     # And the check can fail: without the chunk's states the answer is another.
     third = RowCache(2, 1, len(ids), exact=True)
-    with tree.match(MODEL, [PREFIX]) as match:
+    with tree.match(MODEL, PREFIX) as match:
         match.load(third, prompt=0)
     assert (run(third, ids, 5) - expected).abs().max() > 1e-4

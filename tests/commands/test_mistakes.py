@@ -90,7 +90,7 @@ def test_an_adapter_made_for_another_base(refused, model, tmp_path):
     ).save(folder)
     line = refused("answer", "--model", model, "--adapter", folder, *QUESTION, *CHUNK)
     assert "was made for base 'somebody/else'" in line
-    assert "is no blocktune adapter" in refused(
+    assert "is not a blocktune adapter" in refused(
         "answer", "--model", model, "--adapter", tmp_path, *QUESTION, *CHUNK
     )
 

@@ -15,7 +15,7 @@ from families import build as build_model
 from blocktune.cache import ChunkStore
 from blocktune.engine import Sampling
 from blocktune.engine.batch_prefill import prefill_batch
-from blocktune.engine.state import require_same_tokenizer
+from blocktune.engine.state import Auxiliaries
 from blocktune.layout import Kind
 from blocktune.methods import Weights, available, build, compose
 from blocktune.prompt import Chunk
@@ -133,6 +133,16 @@ def test_sampling_repeats_by_seed_and_is_not_greedy(engine):
     assert len({draw(seed) for seed in range(4)}) > 1
 
 
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [({"top_p": 0.6}, {0, 1}), ({"top_k": 1}, {0}), ({}, {0, 1, 2, 3})],
+)
+def test_sampling_draws_from_the_nucleus_and_the_top_tokens_alone(options, kept):
+    logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
+    pick = Sampling(temperature=1.0, **options).picker(logits.device, [0])
+    assert {int(pick(logits)) for _ in range(100)} == kept
+
+
 def test_sampling_does_not_depend_on_the_batches_and_draws_anew_for_every_request(engine):
     sampling = Sampling(temperature=2.0, seed=5)
     asks = [ASK, SHORT, ASK, ASK]
@@ -159,12 +169,13 @@ def test_threads_over_one_engine_do_not_meet(engine):
 def test_an_auxiliary_model_must_read_the_served_models_ids_as_the_same_text(tokenizer):
     larger = copy.deepcopy(tokenizer)
     larger.add_tokens(["<|extra|>"])
-    require_same_tokenizer("small", tokenizer, larger)
+    model = build_model(FAMILIES["llama"]())
+    Auxiliaries(model, tokenizer).add("small", model, larger)
     with pytest.raises(
         ValueError,
         match=rf"'small' has another tokenizer .* 1 of .* differ, such as id {len(tokenizer)}, ",
     ):
-        require_same_tokenizer("small", larger, tokenizer)
+        Auxiliaries(model, larger).add("small", model, tokenizer)
 
 
 def test_an_auxiliary_model_is_asked_by_name(engine):

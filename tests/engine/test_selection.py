@@ -28,6 +28,7 @@ from blocktune.methods.select import (
     Reselect,
     Selection,
 )
+from blocktune.prompt import Pieces
 
 # Logits of these models reach about 10; prompts have fewer than 256 positions.
 TOLERANCE = {"rtol": 0, "atol": 1e-4}
@@ -161,6 +162,25 @@ def test_the_mask_of_cacheblends_code_lets_recomputed_tokens_see_the_future(llam
     plain, wrong = (build("cacheblend-repo", ratio=0.3, sees_future=f) for f in (False, True))
     moved = (llama.next_logits([ASK], plain) - llama.next_logits([ASK], wrong)).abs().max()
     assert moved > 10 * TOLERANCE["atol"]
+
+
+@pytest.mark.parametrize("question", [20, 40, 60])
+@pytest.mark.parametrize("name", ["cacheblend-lmcache", "cacheblend-lmcache-flash"])
+def test_lmcache_takes_its_share_of_the_tokens_that_come_from_caches(llama, name, question):
+    """Prefix 12 and chunks 5 x 40: int(0.15 * 212) of the chunks' tokens, whatever the question.
+
+    Under the flash mask the k-th of them sees all but the last 30 - k columns before the question.
+    """
+    ids = iter(range(10, 500))
+    prefix, *chunks = (tuple(next(ids) for _ in range(n)) for n in (12, 40, 40, 40, 40, 40))
+    pieces = Pieces(prefix, tuple(chunks), tuple(range(5, 5 + question)))
+    run = llama.start([pieces], name)
+    assert run.prefill.layer_tokens(4).tolist() == [[200, 31, 31, 31]]
+    [seen] = run.prefill.plans[-1].query.order.tolist()
+    if name.endswith("flash"):
+        assert seen == [212 - 31 + k for k in range(31 + question)]
+    else:
+        assert seen[31:] == list(range(212, 212 + question))
 
 
 def test_the_last_of_the_computed_rows_sees_all_columns_each_before_it_one_less():

@@ -36,7 +36,7 @@ def rows_of(output) -> dict[str, str]:
 
 
 def start(output, suite, *launcher) -> None:
-    command = [*launcher, "-m", "blocktune.evaluation", "--suite", suite, "--output", output]
+    command = [*launcher, "-m", "blocktune.cli", "eval", "--suite", suite, "--output", output]
     done = subprocess.run(
         [sys.executable, *map(str, command)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},

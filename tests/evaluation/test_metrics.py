@@ -9,6 +9,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from blocktune.evaluation.metrics import (
     METRICS,
     adjusted_f1,
+    chatrag_f1,
     exact_match,
     extract_answer,
     first_line,
@@ -42,6 +43,20 @@ def test_normalisation_follows_squad(text, normalised):
 def test_exact_match_takes_the_best_answer():
     assert exact_match("the Beatles.", ["Queen", "Beatles"]) == 1
     assert exact_match("Beatles band", ["Queen", "Beatles"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answers", "expected"),
+    [
+        ("Port Alder", ["Port-Alder"], 1.0),
+        ("U.S.", ["us", "u s a"], 1.0),  # u and s; the a is an article
+        ("the", ["a"], 0.0),
+        ("", ["Alder"], 0.0),
+    ],
+)
+def test_chatrag_f1_reads_punctuation_as_spaces(prediction, answers, expected):
+    assert chatrag_f1(prediction, answers) == pytest.approx(expected)
+    assert METRICS["chatrag_f1"].score(prediction, answers, None) == chatrag_f1(prediction, answers)
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,7 @@ import pytest
 import torch
 from evaluation.launches import SHARED, rows_of, start, write_suite
 
-from blocktune.evaluation.__main__ import main
-from blocktune.evaluation.processes import Processes, launched
+from blocktune.evaluation.runner import Processes, launched
 
 
 @pytest.fixture(scope="module")
@@ -54,12 +53,6 @@ def test_more_processes_than_gpus_take_turns_on_them(monkeypatch, gpus, local, d
     assert found.device == device
     assert found.wait == (torch.distributed.barrier if on_cpu else "of accelerate")
     assert asked == [on_cpu]
-
-
-def test_mistakes_end_with_2_and_one_line(tmp_path, capsys):
-    given = ["--suite", str(tmp_path / "none.yaml"), "--output", str(tmp_path)]
-    assert main(given) == 2
-    assert capsys.readouterr().err.count("\n") == 1
 
 
 @pytest.mark.alone

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from blocktune.data import RagExample
-from blocktune.evaluation import fingerprints as code
+from blocktune.evaluation import rows as code
 from blocktune.evaluation.rows import Row, RowFile, place_of, read_all, read_rows, row_key
 from blocktune.evaluation.suite import MethodSpec
 from blocktune.evaluation.task import TaskSpec

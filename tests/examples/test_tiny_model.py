@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from blocktune.data.worlds import WorldConfig, draw_context, generate_examples
 from blocktune.prompt import PromptFormat, make_pieces
+from examples.tiny_model import loop
 from examples.tiny_model.config import PretrainConfig, Stage
 from examples.tiny_model.contexts import Lessons, given_ids, loader, turns
 from examples.tiny_model.loop import go_on, pretrain
@@ -31,7 +33,14 @@ SMALL = PretrainConfig(
     micro_rows=400,
     eval_every=10,
     eval_examples=2,
+    workers=1,
 )
+
+
+@pytest.fixture(autouse=True)
+def few_worlds(monkeypatch):
+    """The tokenizer of a run reads 300 worlds instead of 8,000."""
+    monkeypatch.setattr(loop, "world_texts", partial(world_texts, num_worlds=300))
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +111,7 @@ def test_a_word_starts_out_alike_with_and_without_its_space(tokenizer):
 
 def test_the_same_seed_makes_the_same_model(tmp_path):
     for name in ("one", "two"):
-        pretrain(SMALL, tmp_path / name)
+        pretrain(replace(SMALL, workers=2), tmp_path / name)
     one, two = (AutoModelForCausalLM.from_pretrained(tmp_path / n) for n in ("one", "two"))
     for left, right in zip(one.state_dict().values(), two.state_dict().values(), strict=True):
         assert torch.equal(left, right)
@@ -136,7 +145,7 @@ def test_one_cannot_go_on_with_other_settings(tmp_path):
     [
         ({"device": "tpu"}, "device must be cpu or cuda, got 'tpu'"),
         ({"device": "cuda", "workers": 2}, "set workers to 1, not 2"),
-        ({"rows_per_step": 100}, "does not fit into 100 rows a step of 2"),
+        ({"rows_per_step": 100, "workers": 2}, "does not fit into 100 rows a step of 2"),
     ],
 )
 def test_settings_that_cannot_be_trained_are_refused(values, message):
@@ -157,7 +166,7 @@ def test_a_stage_is_over_when_its_accuracy_is_reached(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_in_one_line(tmp_path):
-    with pytest.raises(Exception, match=r"loss is nan by step \d of .*; start anew with another"):
+    with pytest.raises(Exception, match=r"loss is nan by step \d of .*; start again with another"):
         pretrain(replace(SMALL, adam_lr=float("inf")), tmp_path)
 
 

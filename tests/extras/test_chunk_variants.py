@@ -55,10 +55,22 @@ def test_overlap_with_nothing_to_miss_is_whole():
         ((A, B, C), (B, A, C), 1 / 3),
         ((A, B), (B, D), 0.0),
         ((A,), (B,), 0.0),
+        ((B, A, B, B, B), (A, B), 0.1),  # each time that a chunk came, at its first place now
+        ((A, B), (A, B, A), 0.0),
     ],
 )
 def test_order_penalty_is_the_share_of_turned_pairs(old, new, penalty):
     assert order_penalty(old, new) == pytest.approx(penalty)
+
+
+def test_a_chunk_that_came_four_times_is_turned_once():
+    """Old 1 0 1 1 1, new 0 1: all attention is to chunks that return, one pair of ten is turned."""
+    zero, one = (1, 2, 3, 4), (5, 6, 7, 8)
+    variant = made((one, zero, one, one, one), (1.0, 2.0, 1.0, 1.0, 1.0))
+    assert prefix_overlap(variant, (zero, one)) == 1.0
+    impact = cache_context_impact(variant, 4)
+    fixed = cache_fix_overhead(variant, 4, (zero, one))
+    assert fixed == pytest.approx(impact * (1 - 0.9))
 
 
 def test_fix_overhead_is_nothing_in_the_old_context_and_capped():

@@ -88,7 +88,7 @@ def test_a_token_that_may_not_write_is_one_line(monkeypatch):
 
 def test_a_failing_check_stops_the_push(run, monkeypatch):
     checks = [Check("split = dense mask", False, 0.5, 1e-4), Check("ratio 1", True, 0.0, 1e-4)]
-    monkeypatch.setattr("blocktune.hub.push.check_model", lambda engine: checks)
+    monkeypatch.setattr("blocktune.hub.push.check_adapter", lambda *_, **__: checks)
     with pytest.raises(ValueError, match="is not pushed: 1 of 2 checks fail") as caught:
         prepare(run / "out", "me/mine", FACTS)
     assert "'split = dense mask' (5.0e-01, tolerance 1.0e-04)" in str(caught.value)

@@ -64,7 +64,8 @@ def subject(method: Method, **own) -> Subject:
 @torch.no_grad()
 def test_every_method_keeps_its_contract(name, claim):
     check = claims(SUBJECTS[name])[claim](subject(SUBJECTS[name]))
-    assert check.passed, check
+    breaks = (name, claim) == ("cacheblend-lmcache-flash", "no token sees a later one")
+    assert check.passed is not breaks, check  # it says so, and the check finds it
 
 
 def test_the_exceptions_on_one_chunk_are_these():
@@ -74,7 +75,8 @@ def test_the_exceptions_on_one_chunk_are_these():
 
 def test_nothing_but_a_bos_of_its_own_keeps_a_chunk_from_being_alone():
     never = {name for name, method in SUBJECTS.items() if ALONE_CLAIM not in claims(method)}
-    assert never == {"naive + layout bos=drop", "naive + layout bos=keep"}
+    kinds = ("drop", "keep", "keep-all")
+    assert never == {f"naive + layout bos={kind}" for kind in kinds}
     assert not any(SUBJECTS[name].exact_on_one_chunk for name in never)
 
 
@@ -83,7 +85,7 @@ def test_what_keeps_or_hides_more_than_the_rule_says_so():
     seen = {n for n, m in SUBJECTS.items() if m.select().sees_future}
     together = {n for n, m in SUBJECTS.items() if (r := m.reshape()) and not r.keeps_causality}
     assert kept == {"cacheblend-paper", "cacheblend-repo", "naive + gradual-deviation"}
-    assert seen == set()
+    assert seen == {"cacheblend-lmcache-flash"}
     assert together == {"sel", "naive + top-chunks"}
 
 

@@ -1,27 +1,36 @@
 """Breaks one line of the core at a time and checks that a test notices.
 
-    python tests/mutations/run.py                  # all, about half an hour on two cores
+    python tests/mutations/run.py                  # all, a few minutes on two cores
     python tests/mutations/run.py --only mask keys # those whose name holds one of the words
     python tests/mutations/run.py --write          # also writes outcome.md
 
 Each mutation in `mutations.yaml` names a file, a piece of its text that occurs once, what to put in
-its place, and the tests that must fail then. The tests run in a copy of the repository.
+its place, and the tests that must fail then. The tests run in a copy of the repository,
+in a process forked from one that has imported the libraries already.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import yaml
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+for library in ("torch", "transformers.models.llama.modeling_llama", "trl"):
+    importlib.import_module(library)  # forked processes inherit them
+
+FORK = multiprocessing.get_context("fork")
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -74,22 +83,29 @@ def copy_tree(folder: Path) -> Path:
     return folder
 
 
-def pytest(folder: Path, tests: str) -> subprocess.CompletedProcess:
-    """Runs tests against the copy; stops at the first failure."""
-    environment = os.environ | {
-        "PYTHONPATH": str(folder),
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider"]
-    return subprocess.run(
-        [*command, *tests.split()],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-    )
+def run_tests(folder: Path, tests: str, log: Path) -> int | None:
+    """Runs tests against the copy up to the first failure; pytest's exit code, None: timed out."""
+    process = FORK.Process(target=_run_pytest, args=(folder, tests, log))
+    process.start()
+    process.join(TIMEOUT_S)
+    if process.is_alive():
+        process.kill()
+        process.join()
+        return None
+    return process.exitcode
+
+
+def _run_pytest(folder: Path, tests: str, log: Path) -> None:
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.chdir(folder)
+    os.environ |= {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    sys.dont_write_bytecode = True
+    sys.path.insert(0, str(folder))
+    code = pytest.main(["-q", "-x", "--no-header", "-p", "no:cacheprovider", *tests.split()])
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def outcome_of(mutation: Mutation, folder: Path) -> tuple[str, float, str]:
@@ -98,39 +114,48 @@ def outcome_of(mutation: Mutation, folder: Path) -> tuple[str, float, str]:
     text = path.read_text(encoding="utf-8")
     if text.count(mutation.old) != 1:
         return "error", 0.0, f"the text occurs {text.count(mutation.old)} times"
+    log = folder / "pytest.log"
     started = time.monotonic()
     path.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
     try:
-        done = pytest(folder, mutation.tests)
-    except subprocess.TimeoutExpired:
-        return "error", TIMEOUT_S, "timed out"
+        code = run_tests(folder, mutation.tests, log)
     finally:
         path.write_text(text, encoding="utf-8")
-    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
     seconds = time.monotonic() - started
-    if done.returncode == 0:
+    said = log.read_text(encoding="utf-8")
+    failed = [line for line in said.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    if code == 0:
         return "survived", seconds, ""
-    if done.returncode == 1 and failed:
+    if code == 1 and failed:
         return "caught", seconds, failed[0].split(" - ")[0].removeprefix("FAILED ")
-    return "error", seconds, (done.stdout + done.stderr).strip()[-200:]
+    return "error", seconds, "timed out" if code is None else said.strip()[-200:]
 
 
 def run(mutations: list[Mutation], workers: int) -> list[tuple[Mutation, str, float, str]]:
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, ProcessPoolExecutor(workers, FORK) as pool:
         folders = [copy_tree(Path(name) / str(index)) for index in range(workers)]
+        require_sound(folders[0], mutations)
         shares = [mutations[index::workers] for index in range(workers)]
-
-        def work(index: int) -> list[tuple[Mutation, str, float, str]]:
-            found = []
-            for mutation in shares[index]:
-                found.append((mutation, *outcome_of(mutation, folders[index])))
-                print(f"{found[-1][1]:9}{mutation.name}  {found[-1][3]}", flush=True)
-            return found
-
-        with ThreadPoolExecutor(workers) as pool:
-            done = [entry for part in pool.map(work, range(workers)) for entry in part]
+        done = [entry for part in pool.map(run_share, folders, shares) for entry in part]
     order = {mutation.name: index for index, mutation in enumerate(mutations)}
     return sorted(done, key=lambda entry: order[entry[0].name])
+
+
+def require_sound(folder: Path, mutations: list[Mutation]) -> None:
+    """Ends the program if a test fails in the copy although nothing is broken there."""
+    tests = dict.fromkeys(test for mutation in mutations for test in mutation.tests.split())
+    log = folder / "pytest.log"
+    if run_tests(folder, " ".join(tests), log) != 0:
+        raise SystemExit(f"tests fail before anything is broken:\n{log.read_text()[-1000:]}")
+
+
+def run_share(folder: Path, share: list[Mutation]) -> list[tuple[Mutation, str, float, str]]:
+    found = []
+    for mutation in share:
+        found.append((mutation, *outcome_of(mutation, folder)))
+        _, outcome, seconds, test = found[-1]
+        print(f"{outcome:9}{seconds:5.0f} s  {mutation.name}  {test}", flush=True)
+    return found
 
 
 def report(done: list[tuple[Mutation, str, float, str]]) -> str:

@@ -31,6 +31,8 @@ def test_dict_round_trip(value):
         ({"untitled": 3}, "format 'untitled' must be a string that holds {text}, got 3"),
         ({"instruction": None}, "format 'instruction' must be a string, got None"),
         ({"system": 1}, "format 'system' must be a string or null, got 1"),
+        ({"tag_place": "end"}, "format 'tag_place' must be turn or prompt, got 'end'"),
+        ({"strip": 1}, "format 'strip' must be true or false, got 1"),
         ({"sytem": "x"}, "prompt format: unknown key 'sytem'; known: instruction, system"),
         (["x"], "prompt format: must be a mapping"),
     ],
@@ -73,6 +75,19 @@ def test_a_mode_tag_opens_the_turn_of_its_mode():
     assert (fmt.opening(True), fmt.opening(False)) == ("[Block] Answer.", "Answer.")
     assert PromptFormat(instruction="", full_tag="[Full]").opening(False) == "[Full]"
     assert PromptFormat.from_dict(fmt.to_dict()) == fmt
+
+
+def test_a_tag_before_the_prompt_is_not_in_the_turn():
+    fmt = PromptFormat(instruction="Answer.", block_tag="[Block]", tag_place="prompt")
+    assert (fmt.opening(True), fmt.tag(True, "prompt"), fmt.tag(False, "prompt")) == (
+        *("Answer.", "[Block]", ""),
+    )
+
+
+def test_stripped_passages_keep_their_titles_and_questions_their_indent():
+    fmt = PromptFormat(strip=True)
+    assert fmt.render_chunk(Chunk(" text\n", " T ")) == " T \ntext\n\n"
+    assert fmt.render_question(" Who? \n") == "Question:  Who?"
 
 
 def test_what_else_is_known_of_a_chunk_changes_nothing():

@@ -262,6 +262,16 @@ def test_a_kept_bos_is_the_first_token_of_each_chunk():
     assert wrapped((3, 4, 5), spec, None, BOS) == (BOS, 3, 4, 5)
 
 
+def test_epics_bos_is_also_before_the_question():
+    prompt = lay_out(UNANSWERED, LayoutSpec(bos="keep-all"), bos_id=BOS)
+    assert prompt.ids == (1, 2, BOS, 3, 4, 5, BOS, 6, BOS, 7, 8)
+    assert rows(prompt, "kind", "group", "position") == {
+        "kind": [1, 1, 2, 2, 2, 2, 2, 2, 4, 4, 4],
+        "group": [-1, -1, 0, 0, 0, 0, 1, 1, -1, -1, -1],
+        "position": list(range(11)),
+    }
+
+
 def test_reserved_slots_leave_positions_unused_but_no_order():
     prompt = lay_out(UNANSWERED, LayoutSpec(placement="reserved", slot=4))
     assert rows(prompt, "position", "order") == {
@@ -284,7 +294,7 @@ def test_a_chunk_of_an_earlier_prompt_follows_its_own_blanks():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"bos": "yes"}, "layout 'bos' must be none or drop or keep, got 'yes'"),
+        ({"bos": "yes"}, "layout 'bos' must be none or drop or keep or keep-all, got 'yes'"),
         ({"bos": "drop", "num_blanks": 2}, "drop all but one of num_blanks, bos"),
         ({"bos": "drop", "shared_prefix": True}, "drop all but one of shared_prefix, bos"),
         ({"bos": "drop", "block": False}, r"full attention .* has none; drop bos"),

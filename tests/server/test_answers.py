@@ -180,6 +180,34 @@ def test_earlier_turns_are_the_prefix_and_documents_stay_chunks(client, engine):
     )
 
 
+def test_a_conversation_is_computed_from_where_its_last_turn_ended(client, engine):
+    said = [("Who is she?", "A chemist."), ("Of which city?", "Of Kirby."), (QUESTION, "Kirby.")]
+
+    def ask(turns: int) -> tuple[str, int, list]:
+        earlier = [
+            {"role": role, "content": text}
+            for pair in said[:turns]
+            for role, text in zip(("user", "assistant"), pair, strict=True)
+        ]
+        body = chat(max_tokens=8)
+        body["messages"] = [*earlier, {"role": "user", "content": "Where is Walter Gray?"}]
+        made = client.post("/v1/chat/completions", json=body).json()
+        tiers = [chunk["cached"] for chunk in made["blocktune"]["chunks"]]
+        counted = made["usage"]["prompt_tokens_details"]["cached_tokens"]
+        return made["choices"][0]["message"]["content"], counted, tiers
+
+    engine.forget()
+    alone = ask(3)[0]
+    engine.forget()
+    client.post("/v1/chunks", json={"documents": DOCUMENTS})
+    made = [ask(turns) for turns in (1, 2, 3)]
+    assert all(tiers == ["memory"] * 3 for _, _, tiers in made)
+    cached = [counted for _, counted, _ in made]
+    assert cached[0] < cached[1] < cached[2]  # each finds the turns of those before it
+    assert made[2][0] == alone
+    assert ask(3)[1] > cached[2]  # and now the whole prefix
+
+
 def blocks() -> list[dict]:
     source = {"type": "text", "media_type": "text/plain", "data": CHUNKS[0].text}
     other = {"type": "text", "media_type": "text/plain", "data": CHUNKS[2].text}
@@ -233,6 +261,34 @@ def test_chunks_can_be_encoded_ahead_asked_for_and_deleted(client):
     assert client.get(f"/v1/chunks/{keys[0]}").json()["cached"] == "stored"
     client.delete(f"/v1/chunks/{keys[0]}")
     assert client.get(f"/v1/chunks/{keys[0]}").json()["cached"] == "none"
+
+
+def test_pinned_chunks_outlive_eviction_until_they_are_deleted(serve, engine):
+    from blocktune.cache import ChunkStore
+    from blocktune.engine import Engine
+
+    size = engine.state.encoder.sample().num_bytes
+    own = Engine(engine.model, engine.tokenizer, store=ChunkStore(200 * size))
+    client = serve({"tiny": own}, limits={"pinned_bytes": 60 * size})
+
+    def encode(*documents: str, **more) -> dict:
+        return client.post("/v1/chunks", json={"documents": documents} | more)
+
+    text, other = "Noel Fisher directed it.", "It was in 1966."
+    keys = [encode(doc, pin=pin).json()["data"][0] for doc, pin in ((text, True), (other, False))]
+    assert [one["pinned"] for one in keys] == [True, False]
+    for number in range(40):  # far more than the store holds
+        encode(f"The number {number} is that of the house.")
+    found = [client.get(f"/v1/chunks/{one['key']}").json() for one in keys]
+    assert [(one["cached"], one["pinned"]) for one in found] == [("stored", True), ("none", False)]
+    answer = client.post("/v1/chat/completions", json=chat(documents=[text, other])).json()
+    assert [one["cached"] for one in answer["blocktune"]["chunks"]] == ["memory", "none"]
+    full = encode("a " * 80, pin=True)
+    assert full.status_code == 400
+    assert "pinned chunks" in full.json()["error"]["message"]
+    gone = client.delete(f"/v1/chunks/{keys[0]['key']}").json()
+    assert (gone["cached"], gone["pinned"]) == ("none", False)
+    assert client.service.scheduler.pinned_bytes == 0
 
 
 def test_models_by_name_share_a_store_and_no_chunks(serve, engine):

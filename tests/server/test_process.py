@@ -1,16 +1,15 @@
 """`blocktune serve` as a process: clients, streams, a client that leaves, SIGTERM."""
 
 import json
-import re
-import runpy
 import signal
 import socket
 import threading
 import time
 
+import httpx
 import pytest
 from openai import NotFoundError, OpenAI
-from server.support import DOCUMENTS, QUESTION, ROOT, chat, metric, process
+from server.support import DOCUMENTS, QUESTION, chat, metric, process
 
 CHAT = "/v1/chat/completions"
 LONG = {"max_tokens": 2000, "temperature": 100, "seed": 5}
@@ -78,7 +77,7 @@ def test_a_client_that_leaves_stops_its_answer(server, stream):
 
 
 def until(server, name: str, holds) -> None:
-    for _ in range(200):
+    for _ in range(1500):
         if holds(metric(server.get("/metrics").text, name)):
             return
         time.sleep(0.02)
@@ -86,7 +85,7 @@ def until(server, name: str, holds) -> None:
 
 
 def test_sigterm_loses_no_accepted_request():
-    with process() as (client, running, _):
+    with process("--limit", "running=4") as (client, running, _):  # the others wait
         done = []
 
         def ask(stream: bool) -> None:
@@ -98,7 +97,7 @@ def test_sigterm_loses_no_accepted_request():
         threads = [threading.Thread(target=ask, args=(i % 2 == 0,)) for i in range(6)]
         for thread in threads:
             thread.start()
-        until(client, "num_requests_running", lambda value: value >= 6)
+        until(client, "num_requests_waiting", lambda value: value >= 3)
         running.send_signal(signal.SIGTERM)
         for thread in threads:
             thread.join()
@@ -109,9 +108,44 @@ def test_sigterm_loses_no_accepted_request():
         assert all(text.endswith("data: [DONE]\n\n") for text in streamed)
 
 
-def test_the_example_asks_a_folder_of_markdown(server, capsys):
-    example = runpy.run_path(str(ROOT / "examples/serve_rag.py"))
-    for _ in range(2):
-        example["main"](str(ROOT / "docs"), "What is a chunk?", f"{server.base_url}/v1", 2)
-    cached = [int(n) for n in re.findall(r"^(\d+) prompt tokens", capsys.readouterr().out, re.M)]
-    assert cached[1] > cached[0]
+def test_connections_that_send_no_request_are_closed():
+    with process("--limit", "body_s=0.3") as (client, _, _):
+        address = (client.base_url.host, client.base_url.port)
+        for head in (b"", b"GET /hea", b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n"):
+            with socket.create_connection(address) as slow:
+                slow.settimeout(10)
+                slow.sendall(head)
+                while slow.recv(1000):
+                    slow.sendall(b"x")  # always a little more, never enough
+        assert client.get("/health").status_code == 200
+
+
+def test_two_replicas_share_one_store(tmp_path):
+    """What one has encoded, the other reads; one killed while it works disturbs neither."""
+    store = str(tmp_path / "chunks")
+
+    def ask(client, documents=DOCUMENTS) -> tuple[str, list[str]]:
+        made = client.post(CHAT, json=chat(documents=documents)).json()
+        tiers = [chunk["cached"] for chunk in made["blocktune"]["chunks"]]
+        return made["choices"][0]["message"]["content"], tiers
+
+    with process("--store", store) as (first, _, _), process("--store", store) as (second, old, _):
+        answer, tiers = ask(first)
+        assert tiers == ["none"] * 3
+        assert ask(second) == (answer, ["disk"] * 3)
+        text = "Anna Belt is in Kirby. " * 100
+        body = chat(documents=[f"{n}. {text}" for n in range(20)])
+        threading.Thread(target=lambda: left(second, body)).start()
+        until(second, "num_requests_running", lambda value: value > 0)
+        old.kill()
+        with process("--store", store) as (third, _, _):
+            assert ask(third) == (answer, ["disk"] * 3)
+            assert ask(first) == (answer, ["memory"] * 3)
+            alone = ask(first, body["documents"])
+            assert ask(third, body["documents"])[0] == alone[0]
+
+
+def left(client, body: dict) -> None:
+    """A request whose server is killed."""
+    with pytest.raises(httpx.HTTPError):
+        client.post(CHAT, json=body)

@@ -208,6 +208,8 @@ def test_a_quota_is_answered_429(serve):
     late = client.post(CHAT, json=chat(), headers=headers)
     refused(late, 429, "quota")
     assert int(late.headers["retry-after"]) >= 1
+    ahead = client.post("/v1/chunks", json={"documents": DOCUMENTS}, headers=headers)
+    refused(ahead, 429, "quota")
 
 
 def blocked(monkeypatch):
@@ -342,7 +344,9 @@ def test_ready_means_that_the_check_passed(serve, monkeypatch):
     monkeypatch.setattr(service, "check_model", lambda engine: broken)
     client = serve(checked=True)
     wait_until(lambda: client.service.faults)
-    refused(client.get("/ready"), 503, "split = dense mask")
+    response = client.get("/ready")
+    assert response.status_code == 503
+    refused(response, 503, "split = dense mask")
 
 
 def test_texts_are_not_logged_unless_asked(serve, caplog):

@@ -18,7 +18,7 @@ from study.test_traces import cell
 from traces import load_traces, summed_up
 
 from blocktune.evaluation.report import charts, style
-from blocktune.evaluation.results import build_results
+from blocktune.evaluation.stats.results import build_results
 from blocktune.evaluation.suite import load_suite
 from blocktune.files import replace_json
 

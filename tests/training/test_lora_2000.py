@@ -1,12 +1,15 @@
-"""The experiment of 2,000 samples, run small: what it writes, and that it goes on where it was."""
+"""The experiment of 2,000 samples, run small: what it writes, and that it resumes."""
 
+import importlib
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from blocktune.cli import app
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "eval" / "training" / "lora_2000.py"
@@ -28,22 +31,40 @@ report_to: none
 """
 
 
-def run(folder, *arguments) -> subprocess.CompletedProcess:
-    recipes = [str(folder / f"{name}.yaml") for name in ("joined", "control")]
-    sizes = ["--questions", "8", "--alone", "4", "--dev-questions", "4", "--seeds", "0", "1"]
-    places = ["--output", str(folder / "out"), "--results", str(folder / "results")]
-    sizes += ["--worlds", "crowded=1"]
-    command = [sys.executable, str(SCRIPT), "--recipes", *recipes, *sizes, *places, *arguments]
-    env = os.environ | {"HF_HUB_OFFLINE": "1"}
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=env)
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs the script in this process, and so the commands that it starts: (code, out, err)."""
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    monkeypatch.chdir(ROOT)
+    lora_2000 = importlib.import_module("lora_2000")
+    started = subprocess.run
+
+    def command(words, **options):
+        if "blocktune.cli" not in words:
+            return started(words, **options)
+        app(words[words.index("blocktune.cli") + 1 :], standalone_mode=False)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(subprocess, "run", command)
+
+    def run(folder, *arguments):
+        recipes = [str(folder / f"{name}.yaml") for name in ("joined", "control")]
+        sizes = ["--questions", "8", "--alone", "4", "--dev-questions", "4", "--seeds", "0", "1"]
+        places = ["--output", str(folder / "out"), "--results", str(folder / "results")]
+        sizes += ["--worlds", "crowded=1"]
+        words = ["lora_2000.py", "--recipes", *recipes, *sizes, *places, *arguments]
+        monkeypatch.setattr(sys, "argv", words)
+        return lora_2000.main(), *capsys.readouterr()
+
+    return run
 
 
 @pytest.mark.alone
-def test_it_trains_asks_judges_and_goes_on_where_it_was(tmp_path):
+def test_it_trains_asks_judges_and_resumes_where_it_was(run, tmp_path):
     for name, share in (("joined", 1.0), ("control", 0.0)):
         (tmp_path / f"{name}.yaml").write_text(RECIPE.format(share=share))
-    done = run(tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
+    code, _, error = run(tmp_path)
+    assert code == 0, error
     found = json.loads((tmp_path / "results" / "lora-2000.json").read_text())
     for name in ("best", "full_prefill", "cacheblend"):
         low, high = found[name]["ci95"]
@@ -69,19 +90,19 @@ def test_it_trains_asks_judges_and_goes_on_where_it_was(tmp_path):
     weights = tmp_path / "out" / "joined-0" / "adapter_model.safetensors"
     rows = tmp_path / "out" / "lora-2000-test" / "rows" / "naive.jsonl"
     before, answered = weights.stat().st_mtime_ns, rows.read_text()
-    again = run(tmp_path)
-    assert again.returncode == 0, again.stderr
-    assert "4 of 4 adapters are trained" in again.stdout
+    code, out, error = run(tmp_path)
+    assert code == 0, error
+    assert "4 of 4 adapters are trained" in out
     assert (weights.stat().st_mtime_ns, rows.read_text()) == (before, answered)
 
     (tmp_path / "joined.yaml").write_text(RECIPE.format(share=1.0).replace("2.0e-3", "1.0e-3"))
-    changed = run(tmp_path)
-    assert changed.returncode == 2
-    assert "was trained with learning_rate: 0.002" in changed.stderr
+    code, _, error = run(tmp_path)
+    assert code == 2
+    assert "was trained with learning_rate: 0.002" in error
 
 
-def test_other_worlds_need_a_folder_of_their_own():
-    command = [sys.executable, str(SCRIPT), "--worlds", "crowded=1"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-    assert done.returncode == 2
-    assert "give them an --output of their own" in done.stderr
+def test_other_worlds_need_a_folder_of_their_own(run, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["lora_2000.py", "--worlds", "crowded=1"])
+    with pytest.raises(SystemExit, match="2"):
+        sys.modules["lora_2000"].main()
+    assert "give them an --output of their own" in capsys.readouterr().err

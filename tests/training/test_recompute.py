@@ -8,9 +8,10 @@ import torch
 from engine.served import ASK, FORMAT
 from families import FAMILIES
 from families import build as build_model
+from peft import LoraConfig, get_peft_model
 from training.runs import losses, make_trainer
 
-from blocktune.adapter import AdapterInfo
+from blocktune.adapter import AdapterInfo, scope_adapter
 from blocktune.attention import make_plan
 from blocktune.data.example import RagExample
 from blocktune.engine import Engine
@@ -19,10 +20,10 @@ from blocktune.links import install_links, new_links
 from blocktune.methods import Method
 from blocktune.methods.base import Weights
 from blocktune.methods.select import SELECTORS, Nothing, Selection
-from blocktune.prompt import LayoutSpec
+from blocktune.prompt import IGNORED, LayoutSpec, Pieces, lay_out
 from blocktune.training.collator import BlockDataCollator
 from blocktune.training.dataset import Sample, prepare
-from blocktune.training.recompute import RecomputeSampler, narrowed, states_at
+from blocktune.training.recompute import RecomputeSampler, narrowed, states_at, with_fresh_rows
 
 SHARE = 0.3
 SAMPLERS = ("first-k", "random", "deviation")
@@ -40,12 +41,20 @@ class Served(Method):
         return self.chosen
 
 
-def engine_with_links(family: str, tokenizer) -> Engine:
+def engine_with_links(family: str, tokenizer, scope: str | None = None) -> Engine:
     config = FAMILIES[family]()
     config.vocab_size = len(tokenizer)
     model = build_model(config)
+    if scope:
+        lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights="gaussian")
+        model = get_peft_model(model, lora)
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weight, std=0.1)
+        scope_adapter(model, scope)
     install_links(model, new_links(model, 2))
-    info = AdapterInfo("base", "", "", layout=LayoutSpec(num_links=2), format=FORMAT)
+    spec = LayoutSpec(num_links=2)
+    info = AdapterInfo("base", "", "", layout=spec, format=FORMAT, scope=scope or "both")
     return Engine(model, tokenizer, format=FORMAT, adapter=info)
 
 
@@ -93,10 +102,14 @@ def served_selection(engine: Engine, name: str, layout: Layout) -> Selection:
     return Drawn()
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+@pytest.mark.parametrize(
+    ("family", "scope"),
+    [("llama", None), ("qwen3", None), ("gemma2", None), ("llama", "encode"), ("llama", "read")],
+)
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_training_logits_match_the_served_ones(family, name, tokenizer):
-    engine = engine_with_links(family, tokenizer)
+def test_training_logits_match_the_served_ones(family, scope, name, tokenizer):
+    """Under a scope, fresh rows and links are rows of the reader: they are made when answering."""
+    engine = engine_with_links(family, tokenizer, scope)
     sampler = RecomputeSampler.named(name, SHARE, SHARE)
     ids, labels, layout = trained_rows(engine, sampler)
     chosen = served_selection(engine, name, layout)
@@ -141,6 +154,14 @@ def test_full_examples_have_no_fresh_rows(tokenizer):
     )
     assert not Layout.unpack(batch["layout"]).is_fresh.any()
     assert batch["shares"].tolist() == [[-1.0]]
+
+
+def test_fresh_rows_come_last_supersede_and_are_never_learnt():
+    prompt = lay_out(Pieces((1,), ((2, 3), (4,)), (5,), (6, 7)), LayoutSpec())
+    fresh = with_fresh_rows(prompt, prompt.layout.is_context)
+    assert fresh.ids == (*prompt.ids, 2, 3, 4)
+    assert fresh.layout.supersedes[0, -3:].tolist() == [1, 2, 3]
+    assert fresh.labels == (*prompt.labels, IGNORED, IGNORED, IGNORED)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

@@ -25,6 +25,18 @@ RUNS = {
     "tags, block": (TAGS, "block-attention"),
     "tags, full": (TAGS, "full-prefill"),
     "control": ({"block_share": 0.0}, "full-prefill"),
+    "writer": ({"scope": "encode", "distill_weight": 1.0}, "block-attention"),
+    "writer with answers": ({"scope": "encode", "distill_weight": 0.5}, "block-attention"),
+    "writer, rsLoRA": ({"scope": "encode", "use_rslora": True}, "block-attention"),
+    "writer, dropout": ({"scope": "encode", "lora_dropout": 0.1}, "block-attention"),
+    "writer and packets": (
+        {"scope": "encode", "num_headers": 2, "num_trailers": 2, "distill_weight": 1.0},
+        "kv-packet",
+    ),
+    "writer and links": ({"scope": "encode", "num_links": 2}, "kvlink"),
+    "writer, shared prefix": ({"scope": "encode", "shared_prefix": True}, "block-attention"),
+    "reader": ({"scope": "read"}, "block-attention"),
+    "reader, both modes": ({"scope": "read", "both_modes": True}, "full-prefill"),
     "shared prefix": ({"shared_prefix": True}, "block-attention"),
 }
 

@@ -154,7 +154,7 @@ class PerMessage(Chunker):
 
     Attributes:
         unit: ``turn``, a user message with its replies (KVLink), or ``message`` (Block-Attention).
-            A system message is a chunk of its own.
+            A system message is a separate chunk.
 
     Source: Block-Attention cuts conversations by message and single questions by delimiter.
     """

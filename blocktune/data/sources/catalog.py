@@ -18,6 +18,7 @@ PARQUET = "refs/convert/parquet"
 
 DATA_SETS = "data_sets"
 """Key in an example's ``meta``: name on the Hub -> licence. A file does not name its data set."""
+_TEST = re.compile(r"(?<![a-z])test(?![a-z])")
 _ON_HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[^/]*)?")
 
 
@@ -151,3 +152,14 @@ def with_data_sets(examples: Iterable[RagExample], source: str) -> Iterator[RagE
     for example in examples:
         found = data_sets_of([example]) | named
         yield replace(example, meta=example.meta | ({DATA_SETS: found} if found else {}))
+
+
+def is_test_split(source: str, split: str | None = None) -> bool:
+    """Whether questions are of a final comparison: the split, an option or the file says ``test``.
+
+    ``split`` is what is read if the source names none.
+    """
+    name, _, options = source.partition("?")
+    default = split if split and "split=" not in options else ""
+    shown = f"{Path(name).name}?{options}?{default}".lower()  # not the folders above a file
+    return _TEST.search(shown) is not None

@@ -147,7 +147,7 @@ def _from_csv(name: str, stream, delimiter: str) -> Iterator[Record]:
         for row in rows:
             where = f"{name}, line {rows.line_num}"
             if None in row or None in row.values():
-                raise ValueError(f"{where}: the row has not the {len(rows.fieldnames)} columns")
+                raise ValueError(f"{where}: the row does not have {len(rows.fieldnames)} columns")
             yield Record(where, {key: _cell(text) for key, text in row.items()})
     except csv.Error as error:
         raise ValueError(f"{name}, line {rows.line_num}: not CSV ({error})") from None
@@ -190,21 +190,17 @@ def _from_table(path: Path, kind: str) -> Iterator[Record]:
 
 def _unfolded(record: Record) -> Iterator[Record]:
     """A record, or what one of SQuAD's nested ones holds: articles, then questions."""
-    value = record.value
-    entries = value.get("data") if isinstance(value, Mapping) and "question" not in value else None
-    if isinstance(entries, list):
+    value = record.value if isinstance(record.value, Mapping) else {}
+    entries, paragraphs = value.get("data"), value.get("paragraphs")
+    if isinstance(entries, list) and "question" not in value:
         for index, entry in enumerate(entries):
             yield from _unfolded(Record(f"{record.where}, data[{index}]", entry))
-    elif isinstance(value, Mapping) and _is_article(value.get("paragraphs")):
+    elif isinstance(paragraphs, list) and any(
+        isinstance(p, Mapping) and {"context", "qas"} <= p.keys() for p in paragraphs
+    ):
         yield from _questions_of(record)
     else:
         yield record
-
-
-def _is_article(paragraphs: Any) -> bool:
-    return isinstance(paragraphs, list) and any(
-        isinstance(p, Mapping) and {"context", "qas"} <= p.keys() for p in paragraphs
-    )
 
 
 def _questions_of(article: Record) -> Iterator[Record]:
@@ -256,20 +252,16 @@ def read_hub(
             revision=source.revision,
             streaming=source.streamed,
         )
-        for number, row in _ordered(rows, source.streamed, shuffle):
+        if shuffle is None or source.streamed:
+            numbered = enumerate(rows if shuffle is None else rows.shuffle(seed=shuffle), start=1)
+        else:
+            order = Random(shuffle).sample(range(len(rows)), len(rows))
+            numbered = ((index + 1, rows[index]) for index in order)
+        for number, row in numbered:  # as in the set, except in a shuffled stream
             yield Record(f"{name} ({split}), record {number}", row)
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"cannot load 'hf:{name}' (split '{split}'): {reason}") from None
-
-
-def _ordered(rows: Any, streamed: bool, seed: int | None) -> Iterator[tuple[int, Any]]:
-    """Rows with their numbers, which are those of the set except in a shuffled stream."""
-    if seed is None or streamed:
-        yield from enumerate(rows if seed is None else rows.shuffle(seed=seed), start=1)
-        return
-    for index in Random(seed).sample(range(len(rows)), len(rows)):
-        yield index + 1, rows[index]
 
 
 def at(record: Record, parse) -> Any:

@@ -126,7 +126,7 @@ def parse_longbench(record: Mapping[str, Any], cutter: Cutter) -> RagExample:
         chunks=chunks,
         answers=_answers(record),
         kind=str(record.get("dataset") or ""),
-        id=_id(record),
+        id=id_of(record),
         meta={k: v for k, v in record.items() if k not in known and v is not None},
     )
 
@@ -143,7 +143,7 @@ def parse_trivia(record: Mapping[str, Any], cutter: Cutter) -> RagExample:
     if not chunks:
         raise LeftOut("no evidence; add passages with `blocktune data passages`")
     answers = read_answers(record.get("answer"), "answer")
-    return RagExample(record.get("question"), chunks, answers, id=_id(record))
+    return RagExample(record.get("question"), chunks, answers, id=id_of(record))
 
 
 def _pages(record: Mapping[str, Any], field: str, texts: str) -> list[tuple[str | None, str]]:
@@ -189,7 +189,7 @@ def _example(
         chunks=chunks,
         answers=answers,
         kind=kind,
-        id=_id(record),
+        id=id_of(record),
         supporting=tuple(
             index
             for index, chunk in enumerate(chunks)
@@ -205,5 +205,6 @@ def _answers(record: Mapping[str, Any]) -> tuple[str, ...]:
     return read_answers(record[name], name) if name else ()
 
 
-def _id(record: Mapping[str, Any]) -> str:
-    return next((str(record[key]) for key in ("_id", "id", "question_id") if record.get(key)), "")
+def id_of(record: Mapping[str, Any]) -> str:
+    """The identifier of a record, or an empty text."""
+    return next((str(record[key]) for key in ("id", "_id", "question_id") if record.get(key)), "")

@@ -10,23 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from blocktune.data.chunking import Chunker, build_chunker
 from blocktune.data.example import TEXT_KEYS, RagExample
-from blocktune.data.sources.schemas import (
-    PASSAGES,
-    Cutter,
-    parse_ctxs,
-    parse_longbench,
-    parse_musique,
-    parse_own,
-    parse_trivia,
-    parse_wiki,
-)
-from blocktune.data.sources.texts import (
-    parse_chat,
-    parse_document,
-    parse_pair,
-    parse_session,
-    parse_summary,
-)
+from blocktune.data.sources import schemas, texts
 
 
 class Shape(NamedTuple):
@@ -65,22 +49,22 @@ class Shape(NamedTuple):
             raise ValueError(
                 f"records of the shape '{self.key}' have chunks already; leave the chunker out"
             )
-        cutter = Cutter(chunker or build_chunker(self.chunker), tokenizer)
+        cutter = schemas.Cutter(chunker or build_chunker(self.chunker), tokenizer)
         return partial(self.parse, cutter=cutter)
 
 
 SHAPES = (
-    Shape("blocktune", (("question", "chunks"),), parse_own, may_cut=True),
-    Shape("musique", (("question", "paragraphs"),), parse_musique),
-    Shape("wiki", (("question", "context"),), parse_wiki, may_cut=True),
-    Shape("ctxs", tuple(("question", name) for name in PASSAGES), parse_ctxs),
-    Shape("triviaqa", (("question", "entity_pages"),), parse_trivia, "delimiter"),
-    Shape("mt-rag", (("contexts", "input", "targets"),), parse_session),
-    Shape("longbench", (("input", "context"),), parse_longbench, "delimiter"),
-    Shape("chat", (("messages",), ("conversations",)), parse_chat, "message"),
-    Shape("summary", (("document", "summary"),), parse_summary, "delimiter"),
-    Shape("few-shot", (("dialogue", "summary"),), parse_pair, in_shots=True),
-    Shape("document", (), parse_document, "delimiter"),
+    Shape("blocktune", (("question", "chunks"),), schemas.parse_own, may_cut=True),
+    Shape("musique", (("question", "paragraphs"),), schemas.parse_musique),
+    Shape("wiki", (("question", "context"),), schemas.parse_wiki, may_cut=True),
+    Shape("ctxs", tuple(("question", name) for name in schemas.PASSAGES), schemas.parse_ctxs),
+    Shape("triviaqa", (("question", "entity_pages"),), schemas.parse_trivia, "delimiter"),
+    Shape("mt-rag", (("contexts", "input", "targets"),), texts.parse_session),
+    Shape("longbench", (("input", "context"),), schemas.parse_longbench, "delimiter"),
+    Shape("chat", (("messages",), ("conversations",)), texts.parse_chat, "message"),
+    Shape("summary", (("document", "summary"),), texts.parse_summary, "delimiter"),
+    Shape("few-shot", (("dialogue", "summary"),), texts.parse_pair, in_shots=True),
+    Shape("document", (), texts.parse_document, "delimiter"),
 )
 
 
@@ -140,15 +124,13 @@ def no_shape(first: Any, source: str) -> str:
         )
     if question and answers and passages is None:
         return f"{told}. It holds questions without passages; add them: `blocktune data passages`"
-    if passages is None and not any(map(_is_prose, first.values())):
+    if passages is None and not any(
+        isinstance(v, str) and sum(map(str.isalpha, v.split())) > 1 for v in first.values()
+    ):
         return f"{told}. None of them holds text; questions with their passages are wanted"
     mapping = f"question:{question or 'FIELD'},chunks:{passages or 'FIELD'}"
     mapping += f",answers:{answers}" if answers else ""
     return f"{told}. Say which are meant, such as '{source}?fields={mapping}'"
-
-
-def _is_prose(value: Any) -> bool:
-    return isinstance(value, str) and sum(map(str.isalpha, value.split())) > 1
 
 
 def _holds_passages(value: Any) -> bool:

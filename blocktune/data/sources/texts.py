@@ -16,7 +16,7 @@ from typing import Any
 from blocktune.data.chunking import SPEAKERS, Message, chunks_of, tidy, trimmed
 from blocktune.data.example import RagExample, field_error, is_conversation, read_chunks
 from blocktune.data.sources.records import LeftOut
-from blocktune.data.sources.schemas import SUMMARIZE, Cutter
+from blocktune.data.sources.schemas import SUMMARIZE, Cutter, id_of
 from blocktune.prompt.format import Chunk
 
 CONTINUE = "Continue the text above."
@@ -70,7 +70,7 @@ def parse_chat(record: Mapping[str, Any], cutter: Cutter) -> RagExample:
         chunks=chunks,
         response=reply.text,
         kind="chat",
-        id=_id(record),
+        id=id_of(record),
         conversation=said if is_conversation(said) else (),
     )
 
@@ -86,7 +86,7 @@ def parse_document(record: Mapping[str, Any], cutter: Cutter) -> RagExample:
         raise LeftOut("a text that the chunker leaves whole")
     title = record.get("title") or None
     chunks = tuple(Chunk(span, title) for span in spans)
-    return RagExample(CONTINUE, chunks, (), last, "document", _id(record))
+    return RagExample(CONTINUE, chunks, (), last, "document", id_of(record))
 
 
 def parse_summary(record: Mapping[str, Any], cutter: Cutter) -> RagExample:
@@ -99,7 +99,7 @@ def parse_summary(record: Mapping[str, Any], cutter: Cutter) -> RagExample:
     spans = documents if len(documents) > 1 else cutter.text(text)
     summary = _text(record, "summary").strip()
     return RagExample(
-        SUMMARIZE, chunks_of(spans), (summary.lstrip("\u2013 "),), None, "summary", _id(record)
+        SUMMARIZE, chunks_of(spans), (summary.lstrip("\u2013 "),), None, "summary", id_of(record)
     )
 
 
@@ -114,7 +114,7 @@ def parse_pair(record: Mapping[str, Any]) -> RagExample:
         given, wanted = _text(record, field).strip(), _text(record, target).strip()
         question = f"{name}:\n{given}\n{label}:"
         shot = Chunk(f"{question} {wanted}")
-        return RagExample(question, (shot,), (wanted,), None, "few-shot", _id(record))
+        return RagExample(question, (shot,), (wanted,), None, "few-shot", id_of(record))
     known = "; ".join(f"{field}, {target}" for field, target, *_ in _PAIRS)
     raise ValueError(f"a pair must have the fields of one of {known}; got {', '.join(record)}")
 
@@ -190,7 +190,3 @@ def _text(record: Mapping[str, Any], field: str) -> str:
     if not (value or "").strip():
         raise LeftOut(f'"{field}" is blank')
     return value
-
-
-def _id(record: Mapping[str, Any]) -> str:
-    return next((str(record[key]) for key in ("id", "_id", "question_id") if record.get(key)), "")

@@ -58,26 +58,19 @@ def candidates(world: World, passages: Passages) -> dict[str, list[tuple[Fact, .
         place = _place(passages, fact)
         kind = "self-contained" if place.chunk == place.first else "cross-chunk"
         found[kind].append((fact,))
+        # Whether its chunk's words for its subject alone tell which fact is asked for.
+        if place.mention not in ("name", "list"):
+            words = refer(fact.subject, place.mention)
+            alike = (f.subject for f in world.facts.values() if f.relation == fact.relation)
+            if [words == refer(one, place.mention) for one in alike].count(True) == 1:
+                found["referred"].append((fact,))
     found["2-hop"] = list(chains(world, 2))
     found["3-hop"] = list(chains(world, 3))
-    found["referred"] = [
-        (fact,) for fact in world.facts.values() if _is_told(fact, world, passages)
-    ]
     dated = [fact for fact in world.facts.values() if fact.relation.name in COMPARED]
     for one, other in combinations(dated, 2):
         if one.relation == other.relation and one.value != other.value:
             found["comparison"].append((one, other))
     return {kind: facts for kind, facts in found.items() if facts}
-
-
-def _is_told(fact: Fact, world: World, passages: Passages) -> bool:
-    """Whether its chunk's words for its subject alone tell which fact is asked for."""
-    mention = _place(passages, fact).mention
-    if mention in ("name", "list"):
-        return False
-    words, others = refer(fact.subject, mention), world.facts.values()
-    alike = (f for f in others if f.relation == fact.relation)
-    return [words == refer(f.subject, mention) for f in alike].count(True) == 1
 
 
 def ask(rng: Random, kind: str, facts: tuple[Fact, ...], passages: Passages) -> WorldQuestion:

@@ -9,19 +9,9 @@ from typing import Any, NamedTuple
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from blocktune.evaluation.report.style import (
-    SMALL,
-    Draw,
-    Ground,
-    as_share,
-    label_ends,
-    label_points,
-    mark,
-    to_png,
-    zoom,
-    zoomed_start,
-)
-from blocktune.evaluation.results import FLOOR, ORACLE
+from blocktune.evaluation.report import style
+from blocktune.evaluation.report.style import Ground, mark
+from blocktune.evaluation.stats.results import FLOOR, ORACLE
 
 Results = Mapping[str, Any]
 MOST_LINES = 8
@@ -51,7 +41,7 @@ class Chart(NamedTuple):
     name: str
     title: str
     about: str
-    draw: Draw
+    draw: style.Draw
     height: float
 
 
@@ -100,11 +90,11 @@ def _draw_costs(
     places = {name: summary[cost] * factor for name, summary in methods.items()}
     heights = [methods[name]["score"] for name in front]
     axes.step([places[name] for name in front], heights, where="post", color=ground.faint, lw=3)
-    zoom(axes, ground, start := _start(methods.values()), "score")
+    style.zoom(axes, ground, start := _start(methods.values()), "score")
     farthest = max(0.05, *places.values())
     axes.set_xlim(-0.04 * farthest, 1.05 * farthest)
     if factor == 1:
-        as_share(axes.xaxis)
+        style.as_share(axes.xaxis)
     points = []
     for name, summary in methods.items():
         if summary["score"] < start:
@@ -115,7 +105,7 @@ def _draw_costs(
             _points(axes, ground, name, [places[name]], [summary["score"]], yerr=reach([summary]))
             points.append((places[name], summary["score"], name))
     axes.set_xlabel(label)
-    label_points(axes, ground, points)
+    style.label_points(axes, ground, points)
 
 
 def _group_chart(methods: Mapping[str, Any], group: str) -> Chart:
@@ -138,7 +128,7 @@ def draw_rows(axes: Axes, ground: Ground, methods: Mapping[str, Any], group: str
         group: One of their tasks or kinds.
     """
     cells = {label: summary["tasks"][group] for label, summary in methods.items()}
-    zoom(axes, ground, start := _start(methods.values(), grouped=True), "score", axis="x")
+    style.zoom(axes, ground, start := _start(methods.values(), grouped=True), "score", axis="x")
     for row, (label, cell) in enumerate(reversed(cells.items())):
         if cell["score"] < start:
             axes.plot(start, row, clip_on=False, **mark(ground, label) | {"marker": "<"})
@@ -146,7 +136,7 @@ def draw_rows(axes: Axes, ground: Ground, methods: Mapping[str, Any], group: str
             _points(axes, ground, label, [cell["score"]], [row], xerr=reach([cell]))
         axes.annotate(
             f"{100 * cell['score']:.1f}", (1, row), xycoords=("axes fraction", "data"),
-            xytext=(6, 0), textcoords="offset points", va="center_baseline", fontsize=SMALL,
+            xytext=(6, 0), textcoords="offset points", va="center_baseline", fontsize=style.SMALL,
         )  # fmt: skip
         if methods[label]["method"] == ORACLE and not methods[label]["adapter"]:
             axes.axvline(cell["score"], color=ground.ink, linestyle=":", linewidth=1, zorder=0)
@@ -170,8 +160,8 @@ def _sweep_chart(results: Results, name: str) -> Chart:
         places, ends = [(one["from"] + one["to"]) / 2 for one in bins], {}
         cells = {method: [one["scores"][method] for one in bins] for method in methods}
         bound = [m for m in cells if methods[m]["method"] != "no-context"]
-        start = zoomed_start([cell["ci95"][0] for method in bound for cell in cells[method]])
-        zoom(axes, ground, start, "score")
+        start = style.zoomed_start([cell["ci95"][0] for method in bound for cell in cells[method]])
+        style.zoom(axes, ground, start, "score")
         for index, (method, own) in enumerate(cells.items()):
             shift = (index - len(cells) / 2) * 0.006 * (places[-1] - places[0])  # bars side by side
             heights, moved = [cell["score"] for cell in own], [place + shift for place in places]
@@ -181,7 +171,7 @@ def _sweep_chart(results: Results, name: str) -> Chart:
             ends[name] = max(heights[-1], start), line["color"]
         axes.set_xlabel(label)
         axes.set_title(title)
-        label_ends(axes, ends)
+        style.label_ends(axes, ends)
 
     about = f"Score by {label}, with 95 % intervals; a point is a bin of at least five questions."
     return Chart(f"sweep-{name}", title, about, draw, 3.4)
@@ -234,7 +224,8 @@ def draw_panels(
             last(panels[-1], ground)
 
     width = 1.0 + 0.07 * max(map(len, methods)) + 2.2 * len(groups) + 3.6 * bool(last)
-    return to_png(draw, path, 1.3 + max(0.26 * len(methods), 2.4 * bool(last)), min(width, 15))
+    height = 1.3 + max(0.26 * len(methods), 2.4 * bool(last))
+    return style.to_png(draw, path, height, min(width, 15))
 
 
 def _points(
@@ -253,7 +244,7 @@ def _start(methods: Iterable[Mapping[str, Any]], *, grouped: bool = False) -> fl
     """Where axes of scores start, the same for all groups; guesses do not decide it."""
     kept = [summary for summary in methods if summary["method"] != "no-context"]
     cells = [cell for m in kept for cell in (m["tasks"].values() if grouped else (m,))]
-    return zoomed_start([cell["score_ci95"][0] for cell in cells])
+    return style.zoomed_start([cell["score_ci95"][0] for cell in cells])
 
 
 def reach(cells: Sequence[Mapping[str, Any]], key: str = "score_ci95") -> list[list[float]]:

@@ -12,11 +12,11 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from blocktune.evaluation.compare import load_results, verdict
-from blocktune.evaluation.findings import findings, power_notes
 from blocktune.evaluation.report.charts import Chart, charts_of
 from blocktune.evaluation.report.style import DARK, LIGHT, mark, to_png, to_svg
-from blocktune.evaluation.results import ORACLE, plain_label
+from blocktune.evaluation.stats.compare import load_results, verdict
+from blocktune.evaluation.stats.findings import findings, power_notes
+from blocktune.evaluation.stats.results import ORACLE, plain_label
 from blocktune.files import replace_text
 from blocktune.tables import ABSENT, written
 
@@ -71,7 +71,7 @@ def render(results: Mapping[str, Any], charts: Sequence[Chart], title: str) -> s
         title=title,
         results=results,
         sentences=[*findings(results), *power_notes(results)],
-        charts=[_picture(chart) for chart in charts],
+        charts=[chart._asdict() | _svgs(chart) for chart in charts],
         looks={n: [mark(ground, n)["color"] for ground in (LIGHT, DARK)] for n in labels},
         full=plain_label(results, ORACLE),
         provenance=json.dumps(results["provenance"], indent=2),
@@ -86,13 +86,7 @@ def pointer(*keys: str | int) -> str:
     return "".join(f"/{str(key).replace('~', '~0').replace('/', '~1')}" for key in keys)
 
 
-def _picture(chart: Chart) -> dict[str, str]:
+def _svgs(chart: Chart) -> dict[str, str]:
     svgs = (to_svg(chart.draw, ground, chart.height) for ground in (LIGHT, DARK))
     light, dark = (f"data:image/svg+xml;base64,{b64encode(svg).decode()}" for svg in svgs)
-    return {
-        "name": chart.name,
-        "title": chart.title,
-        "about": chart.about,
-        "light": light,
-        "dark": dark,
-    }
+    return {"light": light, "dark": dark}

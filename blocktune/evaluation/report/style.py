@@ -57,6 +57,7 @@ _LOOKS = {
     "green": {"kvlink": "D", "query-attention": "^", "cacheclip": "P"}
     | {"selective-reconstruction": "s"},
     "pink": {"cacheblend": "^", "cacheblend-lmcache": "<", "cacheblend-paper": ">"}
+    | {"cacheblend-lmcache-flash": "8"}
     | {"cacheblend-pipelined": "v", "cacheblend-repo": "D", "r": "s"}
     | {"droidspeak": "p", "droidspeak-clc": "h"},
     "orange": {"epic": "P", "link0": "X", "cache-craft": "d", "s": "o", "s+p": "s"},

@@ -64,9 +64,12 @@ def prefix_overlap(variant: Variant, context: Sequence[Ids]) -> float:
 
 
 def order_penalty(old: Sequence[Ids], new: Sequence[Ids]) -> float:
-    """Gamma in [0, 1]: share of pairs of common chunks in reverse order (Kendall)."""
-    place = {chunk: index for index, chunk in enumerate(new)}
-    common = [place[chunk] for chunk in dict.fromkeys(old) if chunk in place]
+    """Gamma in [0, 1]: share of pairs of common chunks in reverse order (Kendall).
+
+    A chunk that comes several times in the old context counts each time, at its first place in the
+    new one: of old ``1 0 1 1 1`` in new ``0 1`` one pair of ten is reversed.
+    """
+    common = [new.index(chunk) for chunk in old if chunk in new]
     pairs = list(combinations(common, 2))
     return sum(left > right for left, right in pairs) / len(pairs) if pairs else 0.0
 

@@ -43,8 +43,7 @@ class Epic(_Recompute):
     By number (``k``: the paper; ``k`` and ``last``: its code) or by share of the chunk (``share``:
     the equal budget of the study arXiv:2603.20218; ``last_share`` is the part of it taken from the
     end of the chunk). The authors' scripts also put a BOS before every chunk and before the
-    question, which the paper does not ask for. ``layout: {bos: keep}`` does the first; a BOS
-    before the question cannot be expressed.
+    question, which the paper does not ask for: ``layout: {bos: keep-all}``.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2410.15332"
@@ -72,20 +71,32 @@ class CacheBlend(_Recompute):
 
 @register("cacheblend-lmcache")
 class CacheBlendLMCache(_Recompute):
-    """CacheBlend as in LMCache: squared key distance, and the share rounded down.
+    """CacheBlend as in LMCache's sparse path: squared key distance, and the share rounded down.
 
     The share is of all tokens that come from caches, a cached prefix included; the question is
-    computed in full and does not count. ``sees_future`` reproduces the mask of LMCache's
-    FlashAttention path, by which a recomputed token sees tokens after it (issue 1152 of the
-    repository); its sparse path has the true mask. Do not serve with it. LMCache also stores a
-    chunk as it first appeared inside some prompt (issue 922); here it is encoded alone.
+    computed in full and does not count. The mask is the true one; ``cacheblend-lmcache-flash`` has
+    that of LMCache's other path. LMCache also stores a chunk as it first appeared inside some
+    prompt (issue 922 of the repository); here it is encoded alone.
     """
 
     source: ClassVar[str] = "https://github.com/LMCache/LMCache"
     selector = staticmethod(partial(Deviation, squared=True, of="cached"))
     ratio: float = 0.15
     check_layer: int = 1
-    sees_future: bool = False
+
+
+@register("cacheblend-lmcache-flash")
+class CacheBlendLMCacheFlash(_Recompute):
+    """CacheBlend as in LMCache's FlashAttention path, where recomputed tokens see later ones.
+
+    As ``cacheblend-lmcache``, under the mask of a causal kernel that takes the selected tokens for
+    the last of the prompt (issue 1152 of the repository): to reproduce, not to serve with.
+    """
+
+    source: ClassVar[str] = "https://github.com/LMCache/LMCache"
+    selector = staticmethod(partial(Deviation, squared=True, of="cached", sees_future=True))
+    ratio: float = 0.15
+    check_layer: int = 1
 
 
 @register("cacheblend-paper")
@@ -128,7 +139,7 @@ class DroidSpeak(_Recompute):
     """Recomputes all tokens in one range of layers, from stored activations, and none elsewhere.
 
     The paper reuses the cache of another model; here it is the chunks' own. Measure which layers
-    to recompute with `blocktune.engine.layer_profile`. ``ratio`` is the share of the layers, 11 %
+    to recompute with `blocktune profile-layers`. ``ratio`` is the share of the layers, 11 %
     on average in the paper. Keys and values follow from a layer's input, so the first layer of the
     range keeps the stored ones: a range of one layer (11 % of nine layers or fewer) changes
     nothing. The paper loads the activations first and the rest meanwhile; that changes time, not

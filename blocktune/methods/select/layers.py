@@ -161,7 +161,7 @@ class LayerRange(Selection):
         ratio: Share of the model's layers in the range, rounded up.
 
     Source: DroidSpeak arXiv:2411.02820: on average 11 % of the layers are critical. Measure which
-    ones with `blocktune.engine.layer_profile`; the default starts at the first layer whose keys
+    ones with `blocktune profile-layers`; the default starts at the first layer whose keys
     depend on the context.
     """
 

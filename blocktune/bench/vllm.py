@@ -1,0 +1,175 @@
+"""Cached chunks on vLLM against its own prefill and prefix cache, on a random Llama."""
+
+from __future__ import annotations
+
+import os
+import random
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from blocktune.methods import build
+from blocktune.prompt import Pieces
+from blocktune.provenance import provenance
+from blocktune.testing import byte_tokenizer, random_llama
+from blocktune.vllm import ChunkLLM, Rendered
+
+TARGETS = {"cached_over_full": 0.06, "requests_over_prefix_cache": 3.0}
+"""Goals of the project: at 4,096 tokens on two cores, and on the trace."""
+GOAL_AT = 4096
+
+
+@dataclass(frozen=True)
+class VllmBench:
+    """Prompts of random tokens, whose chunks are in the store and in memory.
+
+    The trace is of questions over ``most`` chunks each, drawn and shuffled from ``corpus``: few
+    prompts share a prefix.
+    """
+
+    tokens: tuple[int, ...] = (1024, 2048, 4096, 8192)
+    chunk: int = 128
+    question: int = 32
+    layers: int = 8
+    width: int = 512
+    heads: int = 8
+    kv_heads: int = 8
+    repeats: int = 3
+    corpus: int = 24
+    most: int = 12
+    trace: int = 16
+    seed: int = 0
+
+
+TINY = VllmBench((256, 512), 64, 16, 2, 128, 4, 2, repeats=2, corpus=4, most=2, trace=4)
+
+
+def bench_vllm(setting: VllmBench, **options: Any) -> dict[str, Any]:
+    """Times first tokens and a trace.
+
+    Args:
+        setting: What is timed.
+        options: Of `vllm.LLM`.
+
+    Returns:
+        For each length seconds of processor time (``cpu_s``, all threads of this process) and of
+        the clock (``wall_s``) of a full prefill, of cached chunks in memory (``cached``) and on
+        disk (``disk``); ``cached_over_full`` in processor time; ``bytes`` of keys and values, and
+        ``copy_s``, the seconds that copying them once takes. Then the trace, with
+        ``requests_over_prefix_cache``.
+    """
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # its processor time is ours
+    draw = random.Random(setting.seed)
+    with TemporaryDirectory() as folder:
+        model = _save_model(Path(folder) / "model", setting)
+        usual = {"enforce_eager": True, "disable_log_stats": True, "max_num_seqs": 4}
+        usual |= {"max_model_len": max(setting.tokens) + 64, "dtype": "float32"}
+        llm = ChunkLLM(model, store=Path(folder) / "store", host_gb=4, **usual | options)
+        lengths = {str(n): _time_length(llm, setting, n, draw) for n in setting.tokens}
+        trace = _time_trace(llm, setting, draw)
+    goal = str(min(setting.tokens, key=lambda n: abs(n - GOAL_AT)))
+    found = {"cached_over_full": lengths[goal]["cached_over_full"]}
+    found["requests_over_prefix_cache"] = trace["requests_over_prefix_cache"]
+    record = {"setting": asdict(setting), "targets": TARGETS, "found": found}
+    return record | {"lengths": lengths, "trace": trace, "provenance": provenance()}
+
+
+def _save_model(folder: Path, setting: VllmBench) -> str:
+    tokenizer = byte_tokenizer()
+    model = random_llama(
+        len(tokenizer),
+        seed=setting.seed,
+        hidden_size=setting.width,
+        intermediate_size=setting.width * 3,
+        num_hidden_layers=setting.layers,
+        num_attention_heads=setting.heads,
+        num_key_value_heads=setting.kv_heads,
+        max_position_embeddings=max(setting.tokens) + 64,
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def _ids(draw: random.Random, count: int) -> tuple[int, ...]:
+    return tuple(draw.randrange(256) for _ in range(count))
+
+
+def _prompt(llm: ChunkLLM, chunks: Sequence[tuple[int, ...]], question) -> Rendered:
+    pieces = Pieces((llm.client.tokenizer.bos_token_id,), tuple(chunks), question)
+    rendered = llm.client.render(pieces, build("naive"), 1)
+    if missing := llm.client.missing(rendered.plan):
+        llm.encode(missing)
+    return rendered
+
+
+def _time_length(llm: ChunkLLM, setting: VllmBench, tokens: int, draw) -> dict[str, Any]:
+    count = (tokens - setting.question) // setting.chunk
+    chunks = [_ids(draw, setting.chunk) for _ in range(count)]
+    times: dict[str, list[tuple[float, float]]] = {"full": [], "cached": [], "disk": []}
+    for _ in range(setting.repeats + 1):  # the first round is not counted
+        cached = _prompt(llm, chunks, _ids(draw, setting.question))
+        for name, one in (
+            ("full", cached._replace(plan=None)),
+            ("disk", cached),
+            ("cached", cached),
+        ):
+            llm.llm.reset_prefix_cache(reset_connector=name == "disk")
+            times[name].append(_timed(llm, [one]))
+    found: dict[str, Any] = {
+        name: {
+            "cpu_s": statistics.median(cpu for cpu, _ in values[1:]),
+            "wall_s": statistics.median(wall for _, wall in values[1:]),
+        }
+        for name, values in times.items()
+    }
+    found["cached_over_full"] = found["cached"]["cpu_s"] / found["full"]["cpu_s"]
+    size = setting.width // setting.heads * setting.kv_heads * setting.layers * 2
+    found["bytes"] = size * count * setting.chunk * 4
+    found["copy_s"] = _copy_s(found["bytes"])
+    return found
+
+
+def _copy_s(count: int) -> float:
+    source = torch.ones(count // 4)
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        source.clone()
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def _timed(llm: ChunkLLM, rendered: Sequence[Rendered]) -> tuple[float, float]:
+    from vllm import SamplingParams
+
+    cpu, wall = time.process_time(), time.perf_counter()
+    llm.generate(rendered, SamplingParams(temperature=0, max_tokens=1))
+    return time.process_time() - cpu, time.perf_counter() - wall
+
+
+def _time_trace(llm: ChunkLLM, setting: VllmBench, draw: random.Random) -> dict[str, float]:
+    corpus = [_ids(draw, setting.chunk) for _ in range(setting.corpus)]
+    prompts = [
+        _prompt(llm, draw.sample(corpus, setting.most), _ids(draw, setting.question))
+        for _ in range(setting.trace)
+    ]
+    rates = {}
+    for name in ("prefix_cache", "cached_chunks"):
+        llm.llm.reset_prefix_cache(reset_connector=True)
+        plain = name == "prefix_cache"
+        asked = [one._replace(plan=None) if plain else one for one in prompts]
+        started = time.perf_counter()
+        for one in asked:
+            _timed(llm, [one])
+        rates[name] = setting.trace / (time.perf_counter() - started)
+    ratio = rates["cached_chunks"] / rates["prefix_cache"]
+    return {f"{name}_per_s": rate for name, rate in rates.items()} | {
+        "requests_over_prefix_cache": ratio
+    }

@@ -1,0 +1,151 @@
+"""Prompts of models with recurrent layers: in full, or resumed from the deepest checkpoint.
+
+Every prompt is computed by itself, by stock transformers: its tokens in order, in one pass for each
+stretch between the checkpoints that the prefix tree asks for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from blocktune.cache import PrefillCache, cut_exact
+from blocktune.cache.exact import State, state_bytes
+from blocktune.engine.assemble import Assembled
+from blocktune.engine.generation import Generation
+from blocktune.engine.rows import column_rows
+from blocktune.engine.state import EngineState
+from blocktune.engine.usage import ModelCost, Stopwatch
+from blocktune.layout import Kind, Rows
+from blocktune.methods import Cached, Method
+from blocktune.prompt import Pieces, Prompt, stack
+
+
+@dataclass
+class RecurrentPrefill:
+    """What the prefill gave and executed, prompt by prompt.
+
+    Attributes:
+        logits: After each prompt's last token, ``(B, V)``.
+        context_tokens: Tokens of chunks that were computed.
+        macs: Multiply-adds.
+        written: Bytes of keys, values and states that computing made.
+    """
+
+    logits: Tensor
+    context_tokens: list[int] = field(default_factory=list)
+    macs: list[int] = field(default_factory=list)
+    written: list[int] = field(default_factory=list)
+
+    def layer_tokens(self, num_layers: int) -> Tensor:
+        """Context tokens computed in each layer, ``(B, layers)``."""
+        return torch.tensor(self.context_tokens)[:, None].expand(-1, num_layers)
+
+    def probed(self) -> Tensor:
+        """Nothing is computed for choices only, ``(B,)``."""
+        return torch.zeros(len(self.context_tokens), dtype=torch.int64)
+
+    def bytes_written(self, caches: object) -> Tensor:
+        """Bytes that computing put into the caches, ``(B,)``."""
+        return torch.tensor(self.written)
+
+    def flops(self) -> Tensor:
+        """Floating-point operations of matrices and attention, ``(B,)``; scans are left out."""
+        return 2 * torch.tensor(self.macs)
+
+
+class RecurrentGeneration(Generation):
+    """A batch after its prefill whose ``cache`` is a list, one `PrefillCache` a prompt."""
+
+    @torch.no_grad()
+    def _decode(self, token: Tensor, rows: Rows, keys: Rows, step: int) -> Tensor:
+        pairs = zip(self.cache, token.split(1), strict=True)
+        return torch.cat([_run(self.state, cache, ids) for cache, ids in pairs])
+
+
+@torch.no_grad()
+def prefill_recurrent(
+    state: EngineState, prompts: Sequence[Prompt], pieces: Sequence[Pieces], method: Method
+) -> RecurrentGeneration:
+    """Resumes each prompt from the prefix tree if the method does, and computes the rest."""
+    watch = Stopwatch(state.model.device)
+    watch.start()
+    batch = stack(prompts, state.pad_id).to(state.model.device)
+    assembled, columns = Assembled.empty(batch), column_rows(batch.layout)
+    watch.stop("prompt_s")
+    caches, logits, made = [], [], RecurrentPrefill(torch.empty(0))
+    for index, (prompt, piece) in enumerate(zip(prompts, pieces, strict=True)):
+        run = _Run(state, prompt.ids, piece, method.cached is Cached.EXACT_PREFIX, watch)
+        logits.append(run.logits)
+        caches.append(run.cache)
+        if method.cached is Cached.EXACT_PREFIX:
+            facts = run.start, run.bytes_read
+            assembled.found_prefix(batch.layout, index, piece, *facts)
+        context = columns.kind[index, run.start :] == Kind.CHUNK
+        made.context_tokens.append(int(context.sum()))
+        made.macs.append(run.macs)
+        made.written.append(run.cache.key_bytes() + state_bytes(run.cache.state()) - run.bytes_read)
+    made.logits = torch.cat(logits)
+    return RecurrentGeneration(
+        state=state,
+        batch=batch,
+        columns=columns,
+        last=columns.map(lambda facts: facts[:, -1:]),
+        cache=caches,
+        assembled=assembled,
+        prefill=made,
+        executed=[made],
+        watch=watch,
+        remember=lambda: None,  # each prompt was kept before the next one was looked up
+    )
+
+
+class _Run:
+    """One prompt's prefill."""
+
+    def __init__(
+        self, state: EngineState, ids: Sequence[int], pieces: Pieces, exact: bool, watch: Stopwatch
+    ):
+        self.cache = PrefillCache(state.model.config)
+        self.macs = self.start = self.bytes_read = 0
+        context, stops = pieces.context, ()
+        tree, fingerprint = state.prefix_tree, state.encoder.fingerprint
+        watch.start()
+        if exact:
+            with tree.match(fingerprint, context) as match:
+                watch.stop("lookup_s")
+                self.cache.resume(match)
+                self.start, self.bytes_read = match.num_tokens, match.num_bytes
+                watch.stop("load_s")
+            ends = accumulate(map(len, (pieces.prefix, *pieces.chunks)))
+            stops = tree.checkpoints_for(fingerprint, len(context), ends)
+        states: dict[int, State] = {}
+        whole = torch.tensor([ids], device=state.model.device)
+        for stop in (*(s for s in stops if s > self.start), len(ids)):
+            self._compute(state, whole[:, self.cache.num_columns : stop])
+            if stop < len(ids):
+                states[stop] = self.cache.state()
+        watch.stop("recompute_s")
+        if exact:
+            kept = cut_exact(self.cache, 0, context, fingerprint, start=self.start, states=states)
+            tree.insert(kept)
+
+    def _compute(self, state: EngineState, ids: Tensor) -> None:
+        self.logits = _run(state, self.cache, ids)
+        cost, rows = ModelCost.of(state.model), ids.shape[1]
+        pairs = rows * self.cache.num_columns
+        attending = [getattr(layer, "keys", None) is not None for layer in self.cache.layers]
+        self.macs += cost.head if not self.macs else 0
+        for layer, attends in zip(cost.layers, attending, strict=True):
+            self.macs += rows * layer.row + attends * pairs * layer.pair
+
+
+def _run(state: EngineState, cache: PrefillCache, ids: Tensor) -> Tensor:
+    """Logits ``(1, V)`` after ``ids`` ``(1, S)``, which are then in the cache."""
+    logits = state.recurrence.run(state.model, cache, ids, fresh=not cache.num_columns)
+    cache.num_columns += ids.shape[1]
+    return logits

@@ -1,0 +1,96 @@
+"""Runs a suite and shows what came out: table, sentences, picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from blocktune.evaluation.report.charts import draw_results
+from blocktune.evaluation.runner import Processes, launched, run_suite
+from blocktune.evaluation.stats.findings import power_notes
+from blocktune.evaluation.stats.results import RESULTS
+from blocktune.evaluation.suite import Suite
+from blocktune.tables import Table, with_half, written
+
+NOTE = (
+    "Scores in %, with half their 95 % interval (EM: exact match). Adj. F1: over the questions "
+    "that full prefill can answer, a filter that favours it; raw F1 is in the report. Recomp.: "
+    "share of the context's tokens recomputed, over all layers. Of full: time to first token "
+    "(TTFT) as a share of full prefill's. Gap: share of the way from naive reuse to full prefill."
+)
+MOST_GROUPS = 6
+"""Tasks and kinds that fit beside each other; of more, only the mean over all is shown."""
+
+
+def run_and_show(
+    suite: Suite,
+    output: Path,
+    title: str,
+    command: list[str] | None = None,
+    processes: Processes | None = None,
+) -> dict[str, Any] | None:
+    """Runs a suite, prints its table and draws its picture; returns the results.
+
+    Args:
+        suite: What to run.
+        output: Folder for all of it.
+        title: Above the table.
+        command: What the user typed, for the provenance; by default ``sys.argv``.
+        processes: Those that share the run; by default the ones that a launcher started.
+
+    Returns:
+        The results; None in all processes but the main one.
+    """
+    processes = processes or launched()
+    suite = processes.placed(suite)
+    results = run_suite(suite, output, command=command, processes=processes)
+    if results is None:
+        return None
+    count = max(summary["n"] for summary in results["methods"].values())
+    caption = f"{Path(suite.model).name}, {count:,} questions; bars are 95 % intervals"
+    picture = draw_results(results, output / "results.png", caption)
+    console = Console()
+    results_table(results, title).show(console)
+    for note in power_notes(results):
+        console.print(f"[dim]{note}[/dim]", highlight=False)
+    console.print(f"[dim]{output / RESULTS}  {picture}  {output / 'rows'}/[/dim]")
+    return results
+
+
+def results_table(results: Mapping[str, Any], title: str = "") -> Table:
+    """Lays out `build_results`: a row per method, its score by kind, then what it costs."""
+    methods, tasks = results["methods"], results["tasks"]
+    kinds = list(next(iter(methods.values()))["tasks"])
+    kinds = kinds if len(kinds) <= MOST_GROUPS else []
+    named = {
+        kind: kind.partition("/")[0] if len(tasks) > 1 else next(iter(tasks)) for kind in kinds
+    }
+    scores = [f"{_broken(kind)}\n{tasks[named[kind]]['title']}" for kind in kinds] or ["all\nscore"]
+    rows = []
+    for label, summary in methods.items():
+        cells = [summary["tasks"][kind] for kind in kinds] or [summary]
+        shown = [with_half(cell["score"], cell["score_ci95"]) for cell in cells]
+        rows.append(
+            (label, *shown, *(written(form, summary[key]) for form, key in _COSTS.values()))
+        )
+    lengths = (summary["ttft_context_tokens"] for summary in methods.values())
+    longest = max(filter(None, lengths), default=None)
+    timed = longest and f" TTFT: median over contexts of {longest:,.0f} tokens, chunks cached."
+    return Table(("method", *scores, *_COSTS), rows, title, NOTE + (timed or ""))
+
+
+_COSTS = {
+    "adj.\nF1": ("score", "adjusted_f1"),
+    "re-\ncomp.": ("share", "recompute_ratio"),
+    "TTFT\nms": ("ms", "ttft_s"),
+    "of\nfull": ("ratio", "ttft_over_full_prefill"),
+    "gap": ("share", "score_gap_recovered"),
+}
+
+
+def _broken(kind: str) -> str:
+    """A kind's name over two lines where it is long."""
+    return kind if len(kind) <= 10 else kind.replace("/", "/\n").replace("-", "-\n", 1)

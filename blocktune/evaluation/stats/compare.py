@@ -1,0 +1,152 @@
+"""Two finished runs side by side: who changed, by how much, on the same questions."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from blocktune.evaluation.rows import Row, read_all
+from blocktune.evaluation.stats.results import RESULTS, with_pools
+from blocktune.evaluation.stats.significance import ALPHA, PairedScores, holm, p_value, power
+from blocktune.tables import Table, with_interval, written
+
+
+class Change(NamedTuple):
+    """One method in two runs, B minus A over the ``n`` questions that both answered.
+
+    Attributes:
+        before: Score in A.
+        after: Score in B.
+        mean: The difference, with its interval ``ci95``.
+        p: For this comparison alone; ``p_holm``: for all methods of the table together.
+        wins: Questions on which B is better; ``losses``: on which A is.
+        n_needed: Questions that would show this difference, or None.
+    """
+
+    label: str
+    n: int
+    before: float
+    after: float
+    mean: float
+    ci95: tuple[float, float]
+    p: float
+    p_holm: float
+    wins: int
+    losses: int
+    n_needed: int | None
+
+
+def load_results(folder: str | Path) -> dict[str, Any]:
+    """Reads ``results.json`` of a finished run.
+
+    Raises:
+        ValueError: If the folder has none.
+    """
+    path = Path(folder) / RESULTS
+    if not path.is_file():
+        raise ValueError(f"no {RESULTS} in '{folder}'; give the --output of a finished run")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def compare(before: str | Path, after: str | Path, *, seed: int = 0) -> list[Change]:
+    """Compares the methods that two runs share.
+
+    Args:
+        before: Folder of run A.
+        after: Folder of run B.
+        seed: Of the sign flips of scores that are not 0 or 1.
+
+    Raises:
+        ValueError: If they share no method, or no question of one.
+    """
+    old, new = load_results(before)["methods"], load_results(after)["methods"]
+    shared = [label for label in old if label in new]
+    if not shared:
+        raise ValueError(
+            f"the runs share no method: '{before}' has {', '.join(old)}; '{after}' has "
+            f"{', '.join(new)}"
+        )
+    left, right = _rows(before, old, shared), _rows(after, new, shared)
+    pairs = {label: _paired(label, left[label], right[label]) for label in shared}
+    p = {label: p_value(b, a, seed=seed) for label, (a, b) in pairs.items()}
+    adjusted = holm(p)
+    return [_change(label, *pairs[label], p[label], adjusted[label]) for label in shared]
+
+
+def _rows(
+    folder: str | Path, methods: Mapping[str, Any], labels: Sequence[str]
+) -> dict[str, Sequence[Row]]:
+    """Rows of a run by label; for pooled seeds, their means."""
+    pools = {label: list(seeds) for label in labels if (seeds := methods[label].get("seeds"))}
+    read = [one for label in labels for one in pools.get(label, [label])]
+    return with_pools(read_all(Path(folder), read), pools)
+
+
+def _change(
+    label: str, old: Sequence[float], new: Sequence[float], p: float, p_holm: float
+) -> Change:
+    paired = PairedScores({"old": old, "new": new})
+    mean, *ci95 = paired.difference("new", "old")
+    able = power(new, old, p=p, p_holm=p_holm)
+    wins = sum(b > a for a, b in zip(old, new, strict=True))
+    losses = sum(b < a for a, b in zip(old, new, strict=True))
+    means = paired.mean("old").mean, paired.mean("new").mean, mean
+    return Change(
+        label, len(old), *means, tuple(ci95), p, p_holm, wins, losses, able and able.n_needed
+    )
+
+
+def _paired(
+    label: str, left: Sequence[Row], right: Sequence[Row]
+) -> tuple[list[float], list[float]]:
+    old, new = _scores(left), _scores(right)
+    if not (shared := [key for key in new if key in old]):
+        raise ValueError(f"the runs asked '{label}' no common question; compare runs of one task")
+    return [old[key] for key in shared], [new[key] for key in shared]
+
+
+def _scores(rows: Sequence[Row]) -> dict[tuple[str, str, int], float]:
+    """Scores by task, identifier and, since a source may repeat it, how often it came before."""
+    seen: Counter[tuple[str, str]] = Counter()
+    found = {}
+    for row in rows:
+        name = (row.task, row.id)
+        found[*name, seen[name]] = row.score
+        seen[name] += 1
+    return found
+
+
+def compare_table(changes: Sequence[Change], names: Mapping[str, str]) -> Table:
+    """What `compare` returned as a table; ``names`` holds the headings ``before`` and ``after``."""
+    headings = ("method", names["before"], names["after"], "difference", "+/-", "p", "n", "verdict")
+    note = (
+        "Score in %; the difference with its own 95 % interval; p and verdict after Holm's "
+        "correction for all rows."
+    )
+    rows = [
+        (
+            c.label,
+            *(written("score", score) for score in (c.before, c.after)),
+            with_interval("points", c.mean, c.ci95),
+            f"{c.wins}/{c.losses}",
+            written("p", c.p_holm),
+            written("count", c.n),
+            verdict(c.mean, c.p_holm, c.n, c.n_needed),
+        )
+        for c in changes
+    ]
+    return Table(headings, rows, note=note, left=("verdict",))
+
+
+def verdict(mean: float, p: float, n: int, needed: int | None) -> str:
+    """The verdict on a difference: real, none, or too few questions to tell."""
+    if mean == 0:
+        return "the same"
+    if p < ALPHA:
+        return "differs"
+    if needed is not None and needed > n:
+        return f"chance at this n; needs about {needed:,}"
+    return "within chance"

@@ -1,0 +1,85 @@
+"""Models whose layers carry a state from token to token: Mamba, gated delta rules, hybrids.
+
+A state mixes all tokens before it, so a chunk of such a model cannot be encoded alone and reused
+elsewhere. A whole prefix can: its state after the last token is all that it takes to go on.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
+
+REUSE_REFUSED = (
+    "{} reuses chunks, but this model has recurrent layers, whose state mixes a chunk "
+    "with all tokens before it; use prefix-cache, full-prefill or no-context"
+)
+
+
+@dataclass(frozen=True)
+class Recurrence:
+    """How a model goes on from a cache.
+
+    Attributes:
+        argument: What its `forward` calls the cache.
+        several: Whether one pass over several tokens goes on from a state. Mamba-1 layers (Jamba)
+            start anew unless they get one token at a time.
+        last_only: Whether it can leave out the logits of all tokens but the last.
+    """
+
+    argument: str
+    several: bool
+    last_only: bool
+
+    def run(self, model: PreTrainedModel, cache: DynamicCache, ids: Tensor, fresh: bool) -> Tensor:
+        """Logits ``(1, V)`` after ``ids`` ``(1, S)``, which the cache then holds, too.
+
+        ``fresh``: Whether it holds nothing yet.
+        """
+        more = {"logits_to_keep": 1} if self.last_only else {}
+        steps = [ids] if fresh or self.several else ids.split(1, dim=1)
+        for step in steps:
+            output = model(step, use_cache=True, **{self.argument: cache}, **more)
+        return output.logits[:, -1]
+
+
+@torch.no_grad()
+def find_recurrence(model: PreTrainedModel) -> Recurrence | None:
+    """How a model with recurrent layers goes on from a cache; None if it has no such layer.
+
+    Eight tokens are run, in one pass and in two, to see that the second goes on from the first.
+
+    Raises:
+        ValueError: If the model does not continue its own cache, or has sliding windows as well.
+    """
+    try:
+        cache = DynamicCache(config=model.config)
+    except (KeyError, AttributeError):  # a kind of layer that this cache does not know
+        return None
+    if not any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers):
+        return None
+    name = type(model).__name__
+    if any(cache.is_sliding):
+        raise ValueError(f"{name} has recurrent layers and sliding windows, which are not served")
+    takes = inspect.signature(model.forward).parameters
+    argument = next((a for a in ("past_key_values", "cache_params") if a in takes), None)
+    if argument is None:
+        raise ValueError(f"{name} takes no cache by a name that transformers uses")
+    ids = (torch.arange(8, device=model.device) % model.config.vocab_size)[None]
+    whole, alone = (model(part, use_cache=False).logits[:, -1] for part in (ids, ids[:, 4:]))
+    for several in (True, False):
+        made = Recurrence(argument, several, "logits_to_keep" in takes)
+        cache = DynamicCache(config=model.config)
+        made.run(model, cache, ids[:, :4], fresh=True)
+        error = (made.run(model, cache, ids[:, 4:], fresh=False) - whole).abs().max()
+        # Rounding is far below what the first four tokens change, a lost state is not.
+        if error <= 0.1 * (alone - whole).abs().max():
+            return made
+    raise ValueError(
+        f"{name} does not go on from its own cache (another state than transformers' cache layers "
+        "keep?), so no prefix of it can be reused; use a hybrid that does, such as Qwen3-Next"
+    )

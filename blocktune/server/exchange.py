@@ -1,0 +1,161 @@
+"""One request with its job: passes events on, and cancels the job when the client leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from fastapi import HTTPException, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from blocktune.server.bodies import Bodies
+from blocktune.server.config import Tenant
+from blocktune.server.job import Busy, Delta, Event, Failure, Report
+from blocktune.server.middleware import error_body
+from blocktune.server.schemas import ChatRequest, CompletionRequest
+from blocktune.server.service import Asked, Service, UnknownModel
+
+_LOG = logging.getLogger("blocktune.server")
+
+
+async def begin(
+    service: Service, tenant: Tenant, request: Request, make: Callable[[], Asked]
+) -> Exchange:
+    """Makes the job of a request, if its tenant has quota left, and queues it.
+
+    Raises:
+        HTTPException: If the request is wrong, or would never fit.
+        UnknownModel: If it names none that is served.
+        Busy: If too many wait, or the quota is used up.
+    """
+    try:
+        asked = await asyncio.to_thread(make)
+    except UnknownModel:
+        raise
+    except ValueError as error:
+        raise HTTPException(400, " ".join(str(error).split())) from None
+    wait = service.quotas.enter(tenant, asked.job.quota_tokens)
+    if wait is not None:
+        raise Busy(wait, f"the quota of '{tenant.name}' is used up")
+    exchange = Exchange(service, asked, tenant, request)
+    try:
+        service.scheduler.submit(asked.job)
+    except ValueError as error:
+        exchange.close()
+        raise HTTPException(400, str(error)) from None
+    except BaseException:
+        exchange.close()
+        raise
+    return exchange
+
+
+class Exchange:
+    """A request whose tenant was admitted, its job not yet queued."""
+
+    def __init__(self, service: Service, asked: Asked, tenant: Tenant, request: Request):
+        self.service, self.asked, self.tenant, self.request = service, asked, tenant, request
+        self._queue: asyncio.Queue[Event] = asyncio.Queue()
+        self._open = True
+        loop = asyncio.get_running_loop()
+
+        def emit(event: Event) -> None:
+            try:
+                loop.call_soon_threadsafe(self._queue.put_nowait, event)
+            except RuntimeError:  # the loop is closed: nobody waits
+                asked.job.cancel()
+
+        asked.job.emit = emit
+
+    def close(self) -> None:
+        """Ends the exchange; what of the job is not done is not done any more."""
+        self.asked.job.cancel()
+        if self._open:
+            self._open = False
+            self.service.quotas.leave(self.tenant)
+
+    async def events(self) -> AsyncIterator[Delta | Report]:
+        """The job's events, the report last.
+
+        Raises:
+            HTTPException: If it fails, or the client has left (499, which nobody reads).
+        """
+        watch = asyncio.create_task(self._watch())
+        try:
+            while True:
+                event = await self._queue.get()
+                if isinstance(event, Failure):
+                    raise HTTPException(event.status, event.message)
+                yield event
+                if isinstance(event, Report):
+                    return
+        finally:
+            watch.cancel()
+            self.close()
+
+    async def _watch(self) -> None:
+        """Ends the job when the client leaves."""
+        while (await self.request.receive())["type"] != "http.disconnect":
+            pass
+        self.asked.job.cancel()
+        self._queue.put_nowait(Failure(499, "the client has left"))
+
+    async def report(self) -> Report:
+        """Waits for the end of a job without an answer."""
+        return [event async for event in self.events()][-1]
+
+    async def respond(self, kind: type[Bodies], body: ChatRequest | CompletionRequest) -> Response:
+        """The whole answer, or a stream whose first event has come."""
+        bodies, events = kind(self.asked, self.tenant), self.events()
+        first = await anext(events)
+        if body.stream:
+            options = body.stream_options
+            stream = self._stream(bodies, first, events, bool(options and options.include_usage))
+            return StreamingResponse(
+                stream, media_type="text/event-stream", headers={"cache-control": "no-cache"}
+            )
+        bodies.add(first)
+        async for event in events:
+            bodies.add(event)
+        self._log(event, bodies)
+        return JSONResponse(bodies.whole(event))
+
+    async def _stream(
+        self, bodies: Bodies, first: Event, events: AsyncIterator[Event], with_usage: bool
+    ) -> AsyncIterator[bytes]:
+        """Server-sent events, as OpenAI sends them."""
+        try:
+            yield _sse(*bodies.opening())
+            yield _sse(*bodies.delta(first))
+            async for event in events:
+                if isinstance(event, Delta):
+                    yield _sse(*bodies.delta(event))
+                else:
+                    self._log(event, bodies)
+                    if with_usage:
+                        yield _sse(bodies.closing(event))
+            yield b"data: [DONE]\n\n"
+        except HTTPException as error:
+            yield _sse(error_body(str(error.detail), error.status_code))
+        finally:
+            self.close()
+
+    def _log(self, report: Report, bodies: Bodies) -> None:
+        job, usage = self.asked.job, report.usage
+        total_s = time.perf_counter() - job.created
+        labels = (self.asked.served.name, job.method.name, self.tenant.name)
+        self.service.metrics.book(labels, report, total_s)
+        _LOG.info(
+            "%s model=%s method=%r tenant=%s prompt=%d cached=%d answer=%d queue=%.4fs "
+            "ttft=%.4fs total=%.4fs%s",
+            *(bodies.id, *labels, usage.prompt_tokens, report.cached_tokens),
+            *(report.answer_tokens, report.queue_s, report.ttft_s, total_s),
+            f" text={bodies.texts}" if self.service.config.log_texts else "",
+        )
+
+
+def _sse(*bodies: dict[str, Any]) -> bytes:
+    return b"".join(b"data: " + json.dumps(body).encode() + b"\n\n" for body in bodies)

@@ -1,0 +1,242 @@
+"""A request for an engine: what it asks, what it is told, and the account of its end."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+
+from blocktune.engine import Engine
+from blocktune.engine.encode import Piece
+from blocktune.engine.generation import Generation
+from blocktune.engine.usage import Stopwatch, Usage
+from blocktune.layout import Kind
+from blocktune.methods import Method
+from blocktune.prompt import Pieces, Prompt
+from blocktune.server.decoding import Choice, Settings, TokenLogprob
+
+_LOG = logging.getLogger(__name__)
+ONE_TOKEN = Settings(1)
+
+
+class Busy(Exception):
+    """The queue is full, or the server is shutting down: try again after some seconds."""
+
+    def __init__(self, retry_after: float, message: str):
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+@dataclass(frozen=True)
+class Delta:
+    """New text of a choice. ``finish``: why it ended, ``stop`` or ``length``; None: it goes on."""
+
+    index: int
+    text: str
+    logprob: TokenLogprob | None
+    finish: str | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """The end of a request.
+
+    Attributes:
+        usage: Of the prompt; None if chunks were only encoded.
+        tiers: Where each piece was found: ``memory``, ``disk``, or ``none`` (encoded).
+        cached_tokens: Prompt tokens whose keys and values were in a cache.
+        answer_tokens: Of all choices.
+        queue_s: Seconds before preparation began.
+        ttft_s: Seconds from arrival to the first token.
+        strip: The prompt's tokens and what became of each, if asked.
+        encode_s: Seconds of encoding.
+    """
+
+    usage: Usage | None = None
+    tiers: tuple[tuple[Piece, str], ...] = ()
+    cached_tokens: int = 0
+    answer_tokens: int = 0
+    queue_s: float = 0.0
+    ttft_s: float = 0.0
+    strip: list[dict[str, Any]] | None = None
+    encode_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A request that ended without an answer. ``status`` is HTTP's."""
+
+    status: int
+    message: str
+
+
+Event = Delta | Report | Failure
+
+
+@dataclass(eq=False)
+class Job:
+    """A request for an engine.
+
+    Attributes:
+        engine: Salted for its tenant.
+        emit: Gets its events, from the scheduler's thread; the last is a Report or a Failure.
+        method: How chunks are reused; None: chunks are encoded and nothing is answered.
+        pieces: Tokens of the prompt.
+        prompt: Laid out; None for a method with a history, whose layout depends on it.
+        wanted: Pieces to encode, where nothing is answered.
+        settings: How it is decoded.
+        tenant: Whose turn it is; tenants wait in queues of their own, served in turn.
+        timeout_s: Seconds until it is given up.
+        strip: Whether to report what became of each token.
+        has_turns: Whether its prefix holds earlier turns of a conversation.
+        pins: Of ``wanted``, those to keep in memory until they are deleted.
+    """
+
+    engine: Engine
+    method: Method | None = None
+    pieces: Pieces | None = None
+    prompt: Prompt | None = None
+    wanted: Sequence[Piece] = ()
+    settings: Settings = ONE_TOKEN
+    tenant: str = "default"
+    timeout_s: float = 300.0
+    strip: bool = False
+    has_turns: bool = False
+    pins: frozenset[Piece] = frozenset()
+    emit: Callable[[Event], None] = lambda event: None
+    created: float = field(default_factory=time.perf_counter)
+    cancelled: bool = False
+    looked_up: list[Piece] = field(default_factory=list)
+    tiers: dict[Piece, str] = field(default_factory=dict)
+    prefix_hits: int = 0
+    missing: deque[list[Piece]] | None = None
+    reserved: int = 0
+    begun: float = 0.0
+    first: float = 0.0
+    run: Generation | None = None
+    choices: list[Choice] = field(default_factory=list)
+    watch: Stopwatch | None = None
+
+    def cancel(self) -> None:
+        """Its next step is not made."""
+        self.cancelled = True
+
+    @property
+    def quota_tokens(self) -> int:
+        """What its tenant's quota is charged: tokens read and to be written."""
+        return self.num_tokens + sum(len(piece.ids) for piece in self.wanted)
+
+    @property
+    def num_tokens(self) -> int:
+        """Columns that its answers need at most."""
+        if self.pieces is None:
+            return 0
+        rows = self.pieces.num_tokens if self.prompt is None else len(self.prompt.ids)
+        return self.settings.choices * (rows + self.settings.max_new_tokens)
+
+
+def bytes_per_token(engine: Engine) -> int:
+    """Of keys and values of one column in all layers."""
+    config = engine.model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * dim * engine.model.dtype.itemsize
+
+
+def late(job: Job) -> Failure:
+    """Of a request that took too long."""
+    return Failure(408, f"not answered within {job.timeout_s:g} s")
+
+
+def failure_of(error: Exception) -> Failure:
+    """What a client is told of an exception; what it did not cause is logged."""
+    if isinstance(error, ValueError):
+        return Failure(400, " ".join(str(error).split()))
+    if isinstance(error, torch.OutOfMemoryError):
+        _LOG.error("out of memory: %s", error)
+        return Failure(503, "the device has no memory left; try again later")
+    _LOG.error("a request failed", exc_info=error)
+    return Failure(500, "internal error; the server's log says more")
+
+
+def account(job: Job) -> Report:
+    """The end of a job whose choices are all finished."""
+    ids = tuple(token for choice in job.choices for token in choice.ids)
+    usage = job.run.usages([ids])[0]
+    if job.tiers:  # else the engine looked its chunks up by itself
+        chunks = job.looked_up[1:] if job.pieces.prefix else job.looked_up
+        misses = sum(job.tiers.get(piece) == "none" for piece in chunks)
+        usage = replace(usage, chunk_hits=len(job.pieces.chunks) - misses, chunk_misses=misses)
+    lost = sum(len(piece.ids) for piece, tier in job.tiers.items() if tier == "none")
+    lost -= job.prefix_hits  # of a conversation's earlier turns
+    return Report(
+        usage=usage,
+        tiers=tuple(job.tiers.items()),
+        cached_tokens=max(0, int(job.run.assembled.cached.sum()) - lost),
+        answer_tokens=len(ids),
+        queue_s=job.begun - job.created,
+        ttft_s=job.first - job.created,
+        strip=strip_of(job.run) if job.strip else None,
+    )
+
+
+FATES = ("reused", "relocated", "recomputed", "computed")
+"""What became of a prompt's token: cached keys and values as they were, cached and rotated to
+another position, cached but computed again in some layers, or not cached at all."""
+
+
+def strip_of(run: Generation) -> list[dict[str, Any]]:
+    """The prompt's tokens in runs of one kind, chunk and fate.
+
+    Returns:
+        Per run ``kind``, ``chunk`` (or None), ``fate``, ``layers`` (share of the layers that were
+        computed) and ``tokens``, their texts.
+    """
+    layout, state = run.batch.layout, run.state
+    stored = (layout.kind[0] != Kind.PAD) & (layout.kind[0] != Kind.BLANK)
+    rows = stored.nonzero().squeeze(1)
+    rows = rows[layout.order[0, rows].argsort()]
+    count = torch.zeros(run.columns.kind.shape[1], dtype=torch.int64)
+    for plan in run.prefill.plans:
+        columns = plan.columns[0][plan.columns[0] >= 0].cpu()
+        count[columns] += len(plan.executed)
+    facts = zip(
+        layout.kind[0, rows].tolist(),
+        layout.chunk[0, rows].tolist(),
+        run.assembled.cached[0, rows].tolist(),
+        count[layout.order[0, rows].cpu()].tolist(),
+        layout.position[0, rows].tolist(),
+        run.batch.input_ids[0, rows].tolist(),
+        strict=True,
+    )
+    first: dict[int, int] = {}
+    made: list[dict[str, Any]] = []
+    names, vocabulary = state.tokenizer, len(state.tokenizer)
+    for kind, chunk, cached, layers, position, token in facts:
+        start = first.setdefault(chunk if kind != Kind.PREFIX else -2, position)
+        moved = kind != Kind.PREFIX and start != 0
+        fate = FATES[3] if not cached else FATES[2] if layers else FATES[1 if moved else 0]
+        one = {
+            "kind": Kind(kind).name.lower(),
+            "chunk": chunk if kind in (Kind.CHUNK, Kind.LINK, Kind.WRAP) else None,
+            "fate": fate,
+            "layers": layers / state.num_layers,
+        }
+        text = names.decode([token]) if token < vocabulary else "\u29c9"
+        if made and all(made[-1][name] == value for name, value in one.items()):
+            made[-1]["tokens"].append(text)
+        else:
+            made.append(one | {"tokens": [text]})
+    return made
+
+
+def usage_fields(usage: Usage) -> dict[str, Any]:
+    """A usage as plain JSON types."""
+    values = asdict(usage)
+    values.pop("loading")
+    return values | {"recompute_ratio": usage.recompute_ratio}

@@ -1,0 +1,164 @@
+"""The run that an output folder holds: continued by the same command, never mixed with another."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers.trainer_utils import get_last_checkpoint
+
+from blocktune.adapter import INFO_FILE
+from blocktune.adapter.load import PEFT_FILE, require_whole
+from blocktune.parsing import load_yaml
+
+CONFIG_FILE = "resolved_config.yaml"
+"""Every setting of a run by group; in its adapter and in every checkpoint."""
+_INERT = re.compile(
+    "output_dir|overwrite|dry_run|use_cpu|run_name|project|prediction_loss_only|disable_tqdm|debug|"
+    "skip_memory_metrics|do_|local_rank|ddp_|deepspeed|fsdp|accelerator_config|parallelism_config|"
+    "(resume|restore|save|enable_jit)_|(log|logging|report|trackio|hub|push)_|"
+    "(per_device_)?eval_|batch_eval|include_|metric_for|greater_is|load_best|"
+    "dataloader_(num|pin|prefetch|persistent|in_order|multi)|dataset_num_proc|torch_empty|"
+    "gradient_checkpointing|activation_|(per_device_)?train_batch_size|gradient_accumulation_steps"
+)
+"""Settings that may change when a run continues: they decide nothing that is learnt.
+
+How a step's rows are shared out may change too; their number may not (`_rows_per_step`)."""
+_LENGTH = ("max_steps", "num_train_epochs")
+_TRACES = ("command", "commit", "versions", "hardware", "world_size", "launch")
+"""What the provenance says of each start of a run."""
+
+
+def last_checkpoint(folder: str | Path) -> Path | None:
+    """The newest checkpoint in a run's folder, or None."""
+    found = get_last_checkpoint(str(folder)) if Path(folder).is_dir() else None
+    return None if found is None else Path(found)
+
+
+def is_finished(folder: str | Path) -> bool:
+    """Whether a run in this folder has saved its adapter."""
+    return (Path(folder) / INFO_FILE).is_file()
+
+
+def is_longer(folder: Path, config: Mapping[str, Any]) -> bool:
+    """Whether a finished run would train longer by these settings, at a constant learning rate."""
+    old, new = _settings_of(folder)["training"], config["training"]
+    is_constant = new["lr_scheduler_type"] == "constant"
+    return is_constant and any(new[key] > old[key] for key in _LENGTH)
+
+
+def require_same_run(
+    folder: Path, config: Mapping[str, Any], world_size: int | None = None
+) -> None:
+    """Refuses to continue a run by other settings than it was started with.
+
+    Args:
+        folder: A checkpoint, or the folder of a finished run.
+        config: Settings by group, as in `CONFIG_FILE`. Groups that only one side has (a
+            `BlockSFTTrainer` knows no data source) are not compared.
+        world_size: Processes that share a step's rows now; None if not known yet.
+
+    Raises:
+        ValueError: Names every key that differs, with its old and its new value.
+    """
+    old, new = _settings_of(folder), yaml.safe_load(yaml.safe_dump(dict(config)))
+    changed = list(_differences(old, new))
+    if world_size is not None:
+        rows = _rows_per_step(old, _training(folder).get("world_size", 1))
+        if rows != (now := _rows_per_step(new, world_size)):
+            changed.append(
+                f"rows in a step {rows} -> {now} (per_device_train_batch_size x "
+                "gradient_accumulation_steps x processes)"
+            )
+    if changed:
+        raise ValueError(
+            f"'{folder}' was trained with other settings: {'; '.join(changed)}. Repeat the old "
+            "settings to continue it, choose another output_dir, or start again with --overwrite"
+        )
+
+
+def _settings_of(folder: Path) -> dict[str, Any]:
+    if not (folder / CONFIG_FILE).is_file():
+        raise ValueError(
+            f"'{folder}' has no {CONFIG_FILE}, so what it was trained with is unknown; choose "
+            "another output_dir, or start again with --overwrite"
+        )
+    return load_yaml(folder / CONFIG_FILE, "settings", "start again with --overwrite")
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+    # Without a schedule, a longer run is the same run.
+    is_constant = new["training"]["lr_scheduler_type"] == "constant"
+    for group in old.keys() & new.keys():
+        before, now = old[group], new[group]
+        for key in sorted(before.keys() & now.keys()):
+            longer = is_constant and key in _LENGTH and now[key] > before[key]
+            if before[key] != now[key] and not longer and not _INERT.match(key):
+                yield f"{key} {before[key]!r} -> {now[key]!r}"
+
+
+def _rows_per_step(config: Mapping[str, Any], world_size: int) -> int:
+    training = config["training"]
+    rows = training["per_device_train_batch_size"] * training["gradient_accumulation_steps"]
+    return rows * world_size
+
+
+def require_loadable(checkpoint: Path) -> None:
+    """Refuses a checkpoint of which a file is cut off, before anything is loaded.
+
+    Raises:
+        ValueError: Names the file.
+    """
+    fix = "remove the checkpoint to continue from the one before, or start again with --overwrite"
+    for path in sorted(checkpoint.rglob("*")):
+        is_archive = path.suffix in (".pt", ".pth", ".bin")  # torch.save writes zip files
+        if is_archive and not zipfile.is_zipfile(path):
+            raise ValueError(f"'{path}' is damaged or incomplete; {fix}")
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+        require_whole(checkpoint)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"'{checkpoint}' is damaged or incomplete: {error}; {fix}") from None
+
+
+def history(checkpoint: Path) -> dict[str, Any]:
+    """Provenance of a run that continues: its step now, and what every earlier start was."""
+    training = _training(checkpoint)
+    step = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
+    before = {key: training[key] for key in _TRACES if key in training}
+    before |= {"from_step": training.get("from_step", 0), "until_step": step}
+    return {"from_step": step, "earlier": [*training.get("earlier", ()), before]}
+
+
+def _training(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / INFO_FILE).read_text())["training"]
+
+
+def remove_run(folder: Path) -> None:
+    """Removes what an earlier run left: the adapter and the checkpoints, no other files."""
+    (folder / INFO_FILE).unlink(missing_ok=True)  # first: without it nothing loads
+    for path in folder.glob("checkpoint-*"):
+        if re.fullmatch(r"checkpoint-\d+", path.name):
+            shutil.rmtree(path)
+    for path in (folder / PEFT_FILE, folder / CONFIG_FILE, *folder.glob("*.safetensors")):
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def leaving_no_empty_folder(folder: Path) -> Iterator[None]:
+    """Removes the folder and its parents afterwards, if the block made them and left them empty."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            for path in made:
+                os.rmdir(path)

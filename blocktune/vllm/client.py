@@ -1,0 +1,252 @@
+"""From questions with chunks to what vLLM is sent.
+
+No vLLM and no model is needed here: prompts are made by `blocktune.prompt`, and the store's
+manifest says which chunks are the model's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+from blocktune.adapter import AdapterInfo
+from blocktune.adapter.info import INFO_FILE, OWN_WEIGHTS
+from blocktune.adapter.load import PEFT_FILE
+from blocktune.cache.blobs import secret_from_environment
+from blocktune.cache.folder import ChunkFolder
+from blocktune.cache.miss_queue import MissQueue
+from blocktune.engine.assemble import is_held, wanted_pieces
+from blocktune.engine.prompts import PromptMaker, Request
+from blocktune.layout import Kind
+from blocktune.methods import Method, build, default_method
+from blocktune.models.identity import adapter_fingerprint, tokenizer_hash
+from blocktune.models.load import adapter_folder, pinned
+from blocktune.prompt import Pieces, PromptFormat, end_of_turn, stack
+from blocktune.vllm.plan import LoadPlan, Segment, require_served
+
+
+class Rendered(NamedTuple):
+    """What vLLM is sent for one prompt.
+
+    Attributes:
+        prompt_ids: All tokens; a token that vLLM does not know (a learned one) is another here.
+        plan: What is loaded instead of computed; None for a prompt without chunks.
+    """
+
+    prompt_ids: list[int]
+    plan: LoadPlan | None
+
+    @property
+    def transfer_params(self) -> dict[str, Any] | None:
+        """For ``kv_transfer_params``."""
+        return None if self.plan is None else self.plan.params(self.prompt_ids)
+
+
+class ChunkClient:
+    """Makes requests for one model, or for one adapter on it.
+
+    Args:
+        model: Folder or repository, as vLLM is given it; None: the adapter's base.
+        adapter: Folder or repository of a blocktune adapter, or None.
+        store: Folder of the chunks.
+        format: Wording of prompts; default: the adapter's, else `PromptFormat`'s.
+        fingerprint: Of the model that encoded the chunks, where the store has several that fit.
+
+    Attributes:
+        lora: Folder for vLLM's LoRA adapter, or None: the base answers (chunks may still have been
+            encoded with learned tokens).
+        method: What requests use that name no method.
+        stop_ids: Tokens that end an answer.
+
+    Raises:
+        ValueError: If there is no such model or adapter, or vLLM cannot serve it.
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        adapter: str | Path | None = None,
+        *,
+        store: str | Path,
+        format: PromptFormat | None = None,
+        fingerprint: str | None = None,
+    ):
+        if model is not None and adapter is None and (Path(model) / INFO_FILE).is_file():
+            model, adapter = None, model
+        self.adapter = None if adapter is None else adapter_folder(adapter)
+        info = None if self.adapter is None else AdapterInfo.load(self.adapter)
+        if model is None and info is None:
+            raise ValueError("no model is named; give a model, or an adapter")
+        if model is None:
+            own = info.base_model == OWN_WEIGHTS
+            model = str(self.adapter) if own else info.base_model
+        self.model, self.name = model, info.base_model if info else model
+        bare, revision = pinned(model)
+        self.tokenizer = AutoTokenizer.from_pretrained(bare, revision=revision)
+        self._tokenizer_hash = tokenizer_hash(self.tokenizer)
+        if info is not None and self._tokenizer_hash != info.tokenizer_hash:
+            raise ValueError(
+                f"adapter '{adapter}' was trained with another tokenizer than {model}'s"
+            )
+        config = AutoConfig.from_pretrained(bare, revision=revision)
+        text = config.get_text_config()
+        self.lora = self.adapter if _is_lora(self.adapter) else None
+        self.format = format or (info.format if info else PromptFormat())
+        self.prompts = PromptMaker(
+            self.tokenizer,
+            self.format,
+            trained=info.layout if info else None,
+            link_base=_link_base(info, self.tokenizer, text.vocab_size),
+            max_tokens=text.max_position_embeddings,
+            num_layers=text.num_hidden_layers,
+        )
+        self.method = default_method(self.prompts.trained)
+        require_served(self.method, self.prompts.spec(self.method))
+        self.folder = ChunkFolder(store, secret_from_environment())
+        self.queue = MissQueue(store)
+        self._fingerprint = fingerprint
+        self.stop_ids = sorted(_stop_ids(self.tokenizer, bare, revision, text))
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the model that encodes the chunks.
+
+        Raises:
+            ValueError: If the store describes no such model, or several.
+        """
+        if self._fingerprint is None:
+            self._fingerprint = self._find_fingerprint()
+        return self._fingerprint
+
+    def _find_fingerprint(self) -> str:
+        wanted = None if self.adapter is None else adapter_fingerprint(self.adapter)
+        records = [self.folder.manifest(one) for one in self.folder.fingerprints()]
+        fitting = [
+            record
+            for record in records
+            if record is not None
+            and Path(record["base"]["name"]).name == Path(self.name).name
+            and (record["adapter"] or {}).get("fingerprint") == wanted
+            and record["tokenizer"]["hash"] == self._tokenizer_hash
+            and record["prompt_format"] == dataclasses.asdict(self.format)
+        ]
+        what = f"'{self.name}'" + ("" if self.adapter is None else f" with '{self.adapter}'")
+        if not fitting:
+            raise ValueError(
+                f"the store '{self.folder.path}' has no chunks of {what} in this wording; run "
+                f"`blocktune encode --model {self.model} --store {self.folder.path}` first"
+            )
+        if len(fitting) > 1:
+            named = ", ".join(f"{one['fingerprint'][:12]} ({one['dtype']})" for one in fitting)
+            raise ValueError(
+                f"the store '{self.folder.path}' has chunks of several models that fit {what}: "
+                f"{named}; name one by its fingerprint (`blocktune store manifest`)"
+            )
+        return fitting[0]["fingerprint"]
+
+    def read(
+        self,
+        example: Request | Mapping[str, Any],
+        method: str | Method | None = None,
+        max_new_tokens: int = 0,
+    ) -> Rendered:
+        """The request of a question with its chunks.
+
+        Raises:
+            ValueError: If vLLM cannot serve the method, or the prompt does not fit the model.
+        """
+        method = self.built(method)
+        return self.render(self.prompts.pieces(example, method), method, max_new_tokens)
+
+    def built(self, method: str | Method | None) -> Method:
+        """A method by its name; None: the default.
+
+        Raises:
+            ValueError: If vLLM cannot serve it, or it does not fit the adapter.
+        """
+        method = build(method) if isinstance(method, str) else method or self.method
+        require_served(method, self.prompts.spec(method))
+        return method
+
+    def render(self, pieces: Pieces, method: Method, max_new_tokens: int = 0) -> Rendered:
+        """The request of a prompt in pieces; `read` checks the method."""
+        if not pieces.chunks:
+            return Rendered([*pieces.prefix, *pieces.query], None)
+        prompt = self.prompts.prompt(pieces, self.prompts.spec(method), max_new_tokens)
+        layout, pad_id = prompt.layout, self.tokenizer.pad_token_id or 0
+        rows = (layout.kind[0] != Kind.BLANK).nonzero()[:, 0]
+        ids, known = [prompt.ids[row] for row in rows.tolist()], len(self.tokenizer)
+        if self.prompts.link_base is not None:
+            known = min(known, self.prompts.link_base)
+        stored = (layout.kind == Kind.PREFIX) | is_held(layout)
+        positions = layout.position[stored].tolist()
+        segments, start = [], 0
+        for piece in wanted_pieces(stack([prompt], pad_id), 0):
+            segments.append(Segment(piece.ids, positions[start], piece.blanks))
+            start += len(piece.ids)
+        prompt_ids = [token if token < known else pad_id for token in ids]
+        return Rendered(prompt_ids, LoadPlan(self.fingerprint, tuple(segments)))
+
+    def missing(self, plan: LoadPlan | None) -> list[Segment]:
+        """Segments of a plan that are not in the store."""
+        return [] if plan is None else plan.missing(self.folder.has)
+
+    def ask_for(self, missing: Sequence[Segment]) -> None:
+        """Queues segments for `blocktune encode --follow`."""
+        self.queue.add(self.fingerprint, [(one.ids, one.blanks) for one in missing])
+
+
+def _is_lora(adapter: Path | None) -> bool:
+    """Whether vLLM needs the adapter; it must be able to load all that was trained."""
+    if adapter is None or not (adapter / PEFT_FILE).is_file():
+        return False
+    config = json.loads((adapter / PEFT_FILE).read_text())
+    extra = [key for key in ("modules_to_save", "trainable_token_indices") if config.get(key)]
+    if extra:
+        raise ValueError(
+            f"vLLM cannot load adapter '{adapter}': it has {extra[0]}; run `blocktune merge` and "
+            "serve the merged model"
+        )
+    return True
+
+
+def _link_base(info: AdapterInfo | None, tokenizer, vocab_size: int) -> int | None:
+    if info is None or not info.num_learned:
+        return None
+    if info.has_table:
+        return vocab_size
+    if info.adds_tokens:
+        tokenizer.add_tokens([f"<|link_{slot}|>" for slot in range(info.num_learned)], True)
+    return tokenizer.convert_tokens_to_ids(info.link_token)
+
+
+def _stop_ids(tokenizer, model: str, revision: str | None, config) -> set[int]:
+    try:
+        own = GenerationConfig.from_pretrained(model, revision=revision).eos_token_id
+    except OSError:  # it has none
+        own = config.eos_token_id
+    ids = {end_of_turn(tokenizer)[-1], tokenizer.eos_token_id}
+    return {i for i in ids.union(own if isinstance(own, list) else [own]) if i is not None}
+
+
+def lora_rank(folder: Path) -> int:
+    """The smallest ``max_lora_rank`` of vLLM's that holds an adapter."""
+    config = json.loads((folder / PEFT_FILE).read_text())
+    rank = max(config["r"], *(config.get("rank_pattern") or {"": 0}).values())
+    return next(one for one in (8, 16, 32, 64, 128, 256, 320, 512) if one >= rank)
+
+
+def transfer_config(store: str | Path, **more: Any) -> dict[str, Any]:
+    """VLLM's ``--kv-transfer-config`` for a store, as plain JSON values."""
+    return {
+        "kv_connector": "BlocktuneConnector",
+        "kv_connector_module_path": "blocktune.vllm.connector",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "fail",
+        "kv_connector_extra_config": {"store": str(store), **more},
+    }

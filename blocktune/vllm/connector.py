@@ -1,0 +1,175 @@
+"""vLLM's connector interface; `SchedulerSide` and `WorkerSide` do the work.
+
+The interface is experimental: it was tried with the versions in docs/serving.md.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorRole,
+    KVConnectorTransferResults,
+    SupportsHMA,
+)
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.metrics.cache_hit_source import CacheHitSource
+
+from blocktune.cache.blobs import secret_from_environment
+from blocktune.cache.folder import ChunkFolder
+from blocktune.vllm import guard
+from blocktune.vllm.metrics import LoadMetrics, LoadStats
+from blocktune.vllm.scheduler import LoadMeta, SchedulerSide
+from blocktune.vllm.worker import WorkerSide
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+PLAIN_CACHE = ("auto", "float32", "float16", "bfloat16")
+
+guard.install()
+
+
+class BlocktuneConnector(KVConnectorBase_V1, SupportsHMA):
+    """Serves the first tokens of a prompt from a blocktune store.
+
+    ``kv_connector_extra_config``: ``store``, the folder; ``host_gb``, memory of each rank for
+    hot chunks (1); ``threads``, loads at a time (2). Other keys are the route's.
+
+    Raises:
+        ValueError: If the configuration cannot be served; says in one line why.
+    """
+
+    _cache_hit_source = CacheHitSource.DISK
+
+    def __init__(self, vllm_config, role, kv_cache_config):
+        super().__init__(vllm_config, role, kv_cache_config)
+        require_served_config(vllm_config)
+        extra = self._kv_transfer_config.kv_connector_extra_config
+        folder = ChunkFolder(extra["store"], secret_from_environment())
+        self.scheduler = self.worker = None
+        if role is KVConnectorRole.SCHEDULER:
+            self.scheduler = SchedulerSide(folder)
+            return
+        from vllm.distributed import get_tensor_model_parallel_rank
+
+        groups = [
+            (g.layer_names, g.kv_cache_spec.block_size) for g in kv_cache_config.kv_cache_groups
+        ]
+        self.worker = WorkerSide(
+            folder,
+            groups,
+            {name: extract_layer_index(name) for names, _ in groups for name in names},
+            vllm_config.model_config.dtype,
+            vllm_config.model_config.hf_text_config.num_hidden_layers,
+            get_tensor_model_parallel_rank(),
+            vllm_config.parallel_config.tensor_parallel_size,
+            int(float(extra.get("host_gb", 1)) * 2**30),
+            int(extra.get("threads", 2)),
+        )
+
+    # In the scheduler.
+
+    def on_new_request(self, request) -> None:
+        """See `SchedulerSide.admit`."""
+        self.scheduler.admit(request)
+
+    def get_num_new_matched_tokens(self, request, num_computed_tokens) -> tuple[int, bool]:
+        """Tokens to load, always between steps."""
+        count = self.scheduler.matched(request, num_computed_tokens)
+        return count, count > 0
+
+    def update_state_after_alloc(self, request, blocks, num_external_tokens) -> None:
+        """See `SchedulerSide.allocated`."""
+        self.scheduler.allocated(request, blocks, num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output) -> LoadMeta:
+        """The loads that begin in this step."""
+        return self.scheduler.take()
+
+    def request_finished_all_groups(self, request, block_ids) -> tuple[bool, None]:
+        """Nothing is sent: blocks may be freed at once."""
+        self.scheduler.finished(request)
+        return False, None
+
+    # In a worker.
+
+    def start_load_kv(self, forward_context, **kwargs) -> None:
+        """Begins the loads of this step in the background."""
+        loads = self._get_connector_metadata().loads
+        idle = forward_context.attn_metadata is None and not kwargs
+        self.worker.start(loads, forward_context.no_compile_layers, idle)
+
+    def get_transfer_results(self, finished_req_ids) -> KVConnectorTransferResults:
+        """Requests that need not wait any longer."""
+        ended, failed = self.worker.finished()
+        return KVConnectorTransferResults(finished_recving=ended, failed_recving=failed)
+
+    def get_kv_connector_stats(self) -> LoadStats | None:
+        """What was loaded since the last call."""
+        if self.worker is None or not self.worker.counts:
+            return None
+        counts, self.worker.counts = self.worker.counts, type(self.worker.counts)()
+        return LoadStats(data=dict(counts))
+
+    def wait_for_layer_load(self, layer_name) -> None:
+        """Nothing: a request is only scheduled once all of its layers are there."""
+
+    def save_kv_layer(self, layer_name, kv_layer, attn_metadata, **kwargs) -> None:
+        """Nothing: chunks are encoded by blocktune."""
+
+    def wait_for_save(self) -> None:
+        """Nothing."""
+
+    def reset_cache(self) -> bool:
+        """Drops the hot chunks."""
+        if self.worker is not None:
+            self.worker.forget()
+        return True
+
+    def shutdown(self) -> None:
+        """Ends background work."""
+        if self.worker is not None:
+            self.worker.close()
+
+    # Anywhere.
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """Nothing is handed to other engines."""
+        return False
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> LoadStats:
+        """From what `get_kv_connector_stats` sent."""
+        return LoadStats(data=data or {})
+
+    @classmethod
+    def build_prom_metrics(cls, *args) -> LoadMetrics:
+        """See `LoadMetrics`."""
+        return LoadMetrics(*args)
+
+
+def require_served_config(config: VllmConfig) -> None:
+    """Refuses what was never shown to be right.
+
+    Raises:
+        ValueError: In one line.
+    """
+    cache, transfer = config.cache_config.cache_dtype, config.kv_transfer_config
+    if not transfer.kv_connector_extra_config.get("store"):
+        raise ValueError("BlocktuneConnector needs kv_connector_extra_config {'store': FOLDER}")
+    if transfer.kv_load_failure_policy != "fail":
+        raise ValueError(
+            f"kv_load_failure_policy must be 'fail', got '{transfer.kv_load_failure_policy}': a "
+            "chunk that cannot be read must fail the request, or full attention is mixed in"
+        )
+    if cache not in PLAIN_CACHE:
+        raise ValueError(f"BlocktuneConnector writes {', '.join(PLAIN_CACHE)} caches, not {cache}")
+    if config.speculative_config is not None:
+        raise ValueError(
+            "BlocktuneConnector loads no draft model's cache; drop speculative decoding"
+        )
+    if config.model_config.use_mla:
+        raise ValueError("BlocktuneConnector cannot move latent keys (MLA); use a RoPE model")

@@ -1,0 +1,213 @@
+"""vLLM in this process, over a store of chunks."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from blocktune.cache import ChunkStore
+from blocktune.engine import Engine
+from blocktune.engine.encode import Piece
+from blocktune.engine.prompts import Request
+from blocktune.engine.usage import Stopwatch
+from blocktune.methods import Method
+from blocktune.models.identity import adapter_fingerprint
+from blocktune.prompt import PromptFormat
+from blocktune.vllm.client import ChunkClient, Rendered, lora_rank, transfer_config
+from blocktune.vllm.plan import Segment
+
+if TYPE_CHECKING:
+    from vllm import RequestOutput, SamplingParams
+    from vllm.lora.request import LoRARequest
+
+
+@dataclass(frozen=True)
+class Completion:
+    """An answer of vLLM.
+
+    Attributes:
+        text: Decoded, without the end of turn.
+        token_ids: As generated.
+        prompt_tokens: Of the whole prompt.
+        cached_tokens: Of them those that were loaded, or in vLLM's own cache.
+        output: What vLLM returned.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    prompt_tokens: int
+    cached_tokens: int
+    output: RequestOutput
+
+
+class ChunkLLM:
+    """vLLM in this process, over a store of chunks.
+
+    ```python
+    llm = ChunkLLM("data/tiny", store="chunks/")
+    answer = llm.answer([{"question": "Where is Anna?", "chunks": ["Anna is in Kirby."]}])[0]
+    print(answer.text, answer.cached_tokens, "of", answer.prompt_tokens)
+    ```
+
+    Chunks that the store lacks are encoded first, by an `Engine` that is loaded for that.
+
+    Args:
+        model: As `ChunkClient` takes it.
+        adapter: Likewise.
+        store: Folder of the chunks.
+        dtype: Of vLLM, and of the engine that encodes.
+        encode_device: Where missing chunks are encoded.
+        format: Wording of prompts.
+        fingerprint: As `ChunkClient` takes it.
+        host_gb: Memory for hot chunks.
+        options: Of `vllm.LLM`.
+
+    Raises:
+        ValueError: As `ChunkClient`.
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        adapter: str | Path | None = None,
+        *,
+        store: str | Path,
+        dtype: str = "auto",
+        encode_device: str = "cpu",
+        format: PromptFormat | None = None,
+        fingerprint: str | None = None,
+        host_gb: float = 1.0,
+        **options: Any,
+    ):
+        self.client = ChunkClient(
+            model, adapter, store=store, format=format, fingerprint=fingerprint
+        )
+        self._dtype, self._device = dtype, encode_device
+        from vllm import LLM
+        from vllm.config import KVTransferConfig
+
+        from blocktune.vllm import guard
+
+        guard.install()  # vLLM's engine may be another process than this one
+        if self.client.lora is not None:
+            rank = lora_rank(self.client.lora)
+            options = {"enable_lora": True, "max_lora_rank": rank} | options
+        self.llm = LLM(
+            self.client.model,
+            dtype=dtype,
+            kv_transfer_config=KVTransferConfig(**transfer_config(store, host_gb=host_gb)),
+            **options,
+        )
+
+    def adapted(self, adapter: str | Path | None) -> ChunkLLM:
+        """The same vLLM with another adapter: its LoRA (if it has one), wording and chunks.
+
+        The first adapter decides vLLM's options; without one, give ``enable_lora=True`` and
+        ``max_lora_rank``.
+        """
+        other = copy.copy(self)
+        for made in ("_encoder", "_lora"):
+            other.__dict__.pop(made, None)
+        other.client = ChunkClient(self.client.model, adapter, store=self.client.folder.path)
+        return other
+
+    @cached_property
+    def _lora(self) -> LoRARequest | None:
+        from vllm.lora.request import LoRARequest
+
+        folder = self.client.lora
+        if folder is None:
+            return None
+        name = adapter_fingerprint(folder)
+        return LoRARequest(name, 1 + int(name[:7], 16), str(folder))
+
+    @cached_property
+    def _encoder(self) -> Engine:
+        client = self.client
+        kept = ChunkStore(0, folder=client.folder.path, must_write=True)
+        engine = Engine.from_pretrained(
+            client.model, client.adapter, store=kept, dtype=self._dtype, device=self._device
+        )
+        return engine if engine.format == client.format else engine.reworded(client.format)
+
+    def encode(self, segments: Sequence[Segment]) -> None:
+        """Encodes segments into the store."""
+        engine = self._encoder
+        pieces = [Piece(segment.ids, segment.blanks) for segment in segments]
+        engine.state.encoder.find(pieces, Stopwatch(engine.model.device))
+
+    def answer(
+        self,
+        examples: Sequence[Request | Mapping[str, Any]],
+        method: str | Method | None = None,
+        *,
+        max_new_tokens: int = 32,
+        sampling: SamplingParams | None = None,
+    ) -> list[Completion]:
+        """Answers questions from their cached chunks, all at once.
+
+        Args:
+            examples: As `Engine.answer` takes them.
+            method: Any that `require_served` accepts; None: what the adapter was trained for.
+            max_new_tokens: Tokens to decode at most, without ``sampling``.
+            sampling: vLLM's parameters; default greedy, to the end of the turn.
+
+        Raises:
+            ValueError: If a method or a prompt cannot be served, or chunks could not be loaded.
+        """
+        from vllm import SamplingParams
+
+        if self.client._fingerprint is None:
+            try:
+                _ = self.client.fingerprint
+            except ValueError:
+                self.client._fingerprint = self._encoder.fingerprint
+        sampling = sampling or SamplingParams(temperature=0.0, max_tokens=max_new_tokens)
+        built = self.client.built(method)
+        rendered = [self.client.read(one, built, sampling.max_tokens or 1) for one in examples]
+        missing = {one for made in rendered for one in self.client.missing(made.plan)}
+        if missing:
+            self.encode(sorted(missing))
+        return self.generate(rendered, sampling)
+
+    def generate(self, rendered: Sequence[Rendered], sampling: SamplingParams) -> list[Completion]:
+        """Answers prompts whose chunks are stored; prompts with and without chunks may be mixed.
+
+        Raises:
+            ValueError: If the chunks of one could not be loaded.
+        """
+        from vllm import TokensPrompt
+
+        params = []
+        for one in rendered:
+            own = sampling.clone()
+            own.stop_token_ids = sorted({*(own.stop_token_ids or ()), *self.client.stop_ids})
+            if one.plan is not None:
+                own.extra_args = (own.extra_args or {}) | {
+                    "kv_transfer_params": one.transfer_params
+                }
+            params.append(own)
+        outputs = self.llm.generate(
+            [TokensPrompt(prompt_token_ids=one.prompt_ids) for one in rendered],
+            params,
+            use_tqdm=False,
+            lora_request=self._lora,
+        )
+        return [self._completion(output) for output in outputs]
+
+    def _completion(self, output: RequestOutput) -> Completion:
+        made = output.outputs[0]
+        if made.finish_reason == "error":
+            raise ValueError("chunks could not be loaded, see the log; nothing was answered")
+        tokenizer = self.client.tokenizer
+        return Completion(
+            tokenizer.decode(made.token_ids, skip_special_tokens=True).strip(),
+            tuple(made.token_ids),
+            len(output.prompt_token_ids),
+            output.num_cached_tokens or 0,
+            output,
+        )

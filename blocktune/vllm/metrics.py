@@ -1,0 +1,65 @@
+"""Counters of loads for vLLM's log and its Prometheus endpoint.
+
+Tokens that were loaded also count under vLLM's own names (``vllm:external_prefix_cache_hits``).
+"""
+
+from __future__ import annotations
+
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
+    KVConnectorPromMetrics,
+    KVConnectorStats,
+)
+
+COUNTS = {
+    "loads": "Requests whose chunks were loaded.",
+    "failed": "Requests that failed because chunks were missing or damaged.",
+    "tokens": "Tokens written into vLLM's cache.",
+    "store_reads": "Chunks read from the store.",
+    "store_bytes": "Bytes read from the store.",
+    "host_hits": "Chunks found in the memory of hot chunks.",
+    "load_us": "Microseconds spent in loads.",
+}
+
+
+class LoadStats(KVConnectorStats):
+    """Sums of `COUNTS` over ranks and steps."""
+
+    def reset(self) -> None:
+        """Sets all to zero."""
+        self.data = {}
+
+    def aggregate(self, other: KVConnectorStats) -> LoadStats:
+        """Adds another's."""
+        for name, count in other.data.items():
+            self.data[name] = self.data.get(name, 0) + count
+        return self
+
+    def reduce(self) -> dict[str, int | float]:
+        """As they are shown in the log."""
+        return dict(self.data)
+
+    def is_empty(self) -> bool:
+        """Whether nothing was loaded."""
+        return not self.data
+
+
+class LoadMetrics(KVConnectorPromMetrics):
+    """``blocktune:NAME`` for each of `COUNTS`; with tensor parallel, sums over the ranks."""
+
+    def __init__(self, config, metric_types, labelnames, values):
+        super().__init__(config, metric_types, labelnames, values)
+        counters = {
+            name: self._counter_cls(
+                name=f"blocktune:{name}", documentation=text, labelnames=labelnames
+            )
+            for name, text in COUNTS.items()
+        }
+        self._counters = {
+            engine: {name: one.labels(*labels) for name, one in counters.items()}
+            for engine, labels in values.items()
+        }
+
+    def observe(self, transfer_stats_data, engine_idx=0) -> None:
+        """Adds what a step reported."""
+        for name, count in transfer_stats_data.items():
+            self._counters[engine_idx][name].inc(count)

@@ -1,0 +1,214 @@
+"""What a connector loads for a prompt: segments, their keys, where they go, and the salt.
+
+Nothing here imports vLLM. A plan is all or nothing: it is served whole, or the request fails.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from blocktune.cache import key_after
+from blocktune.methods import Cached, Method, Nothing
+from blocktune.prompt import LayoutSpec
+
+PARAMS = "blocktune"
+"""Key of a plan in vLLM's ``kv_transfer_params``."""
+NULL_BLOCK = 0
+"""vLLM's block of tokens that no layer of a group keeps (outside of a sliding window)."""
+FORM = (
+    f"kv_transfer_params['{PARAMS}'] is {{'fingerprint': 64 hex digits, 'segments': [tokens or "
+    "{'tokens', 'position', 'blanks', 'ids'}]}"
+)
+_FIELDS = {"tokens", "position", "blanks", "ids"}
+
+
+class Segment(NamedTuple):
+    """Tokens that were encoded together: the prefix, or a chunk.
+
+    Attributes:
+        ids: As they were encoded; learned tokens have ids that vLLM does not know.
+        position: Of the first one in the prompt.
+        blanks: What they were encoded after.
+    """
+
+    ids: tuple[int, ...]
+    position: int
+    blanks: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class LoadPlan:
+    """The start of a prompt, as stored segments one after the other.
+
+    Attributes:
+        fingerprint: Of the model that encoded them.
+        segments: In prompt order; the first begins with the prompt's first token.
+    """
+
+    fingerprint: str
+    segments: tuple[Segment, ...]
+
+    @cached_property
+    def keys(self) -> tuple[str, ...]:
+        """Of the segments in the store."""
+        return tuple(key_after(self.fingerprint, s.ids, s.blanks) for s in self.segments)
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """Index in the prompt of each segment's first token, and the number of all tokens."""
+        starts = [0]
+        for segment in self.segments:
+            starts.append(starts[-1] + len(segment.ids))
+        return tuple(starts)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are loaded."""
+        return self.starts[-1]
+
+    def wanted(self, start: int) -> range:
+        """Segments with tokens from index ``start`` on."""
+        return range(sum(end <= start for end in self.starts[1:]), len(self.segments))
+
+    def missing(self, has: Callable[[str], bool], start: int = 0) -> list[Segment]:
+        """Segments from index ``start`` on that a store lacks, which ``has`` tells by their key."""
+        return [self.segments[i] for i in self.wanted(start) if not has(self.keys[i])]
+
+    def salt(self, own: str | None = None) -> str:
+        """Name space of vLLM's prefix cache for this plan.
+
+        Cached blocks are named by the tokens before them, as if all had been computed in full
+        attention. Reused chunks were not: only a prompt with the same segments may find them.
+
+        Args:
+            own: The request's ``cache_salt``.
+        """
+        named = [self.keys, [segment.position for segment in self.segments], own]
+        return f"{PARAMS}:{hashlib.sha256(json.dumps(named).encode()).hexdigest()}"
+
+    def params(self, prompt_ids: Sequence[int]) -> dict[str, Any]:
+        """The plan for ``kv_transfer_params``; inverse of `read`.
+
+        Args:
+            prompt_ids: What vLLM gets: ids that differ from these are sent.
+        """
+        segments: list[Any] = []
+        for segment, start in zip(self.segments, self.starts, strict=False):
+            count = len(segment.ids)
+            more: dict[str, Any] = {}
+            if segment.position != start:
+                more["position"] = segment.position
+            if segment.blanks:
+                more["blanks"] = list(segment.blanks)
+            if tuple(prompt_ids[start : start + count]) != segment.ids:
+                more["ids"] = list(segment.ids)
+            segments.append({"tokens": count} | more if more else count)
+        return {PARAMS: {"fingerprint": self.fingerprint, "segments": segments}}
+
+    @classmethod
+    def read(
+        cls, params: Mapping[str, Any] | None, prompt_ids: Sequence[int] | None
+    ) -> LoadPlan | None:
+        """The plan in a request, or None if it has none.
+
+        Raises:
+            ValueError: If it is not a plan of this prompt; vLLM's process must not stop over it.
+        """
+        if not isinstance(params, Mapping) or params.get(PARAMS) is None:
+            return None
+        asked, segments, start = params[PARAMS], [], 0
+        if not isinstance(asked, Mapping) or not isinstance(asked.get("segments"), list):
+            raise ValueError(FORM)
+        fingerprint = asked.get("fingerprint")
+        if not isinstance(fingerprint, str) or len(fingerprint) != 64:
+            raise ValueError(FORM)
+        for given in asked["segments"]:
+            given = {"tokens": given} if type(given) is int else given
+            if not isinstance(given, Mapping) or given.keys() - _FIELDS:
+                raise ValueError(FORM)
+            count = given.get("tokens")
+            position = given.get("position", start)
+            if type(count) is not int or count < 1 or type(position) is not int or position < 0:
+                raise ValueError(FORM)
+            ids = _ids(given.get("ids", list((prompt_ids or ())[start : start + count])))
+            if len(ids) != count:
+                raise ValueError(
+                    f"segment {len(segments)} has {count} tokens, its ids are {len(ids)}; {FORM}"
+                )
+            segments.append(Segment(ids, position, _ids(given.get("blanks", []))))
+            start += count
+        if not segments or start >= len(prompt_ids or ()):
+            raise ValueError(
+                f"segments of {start} tokens need a longer prompt, got "
+                f"{len(prompt_ids or ())}: at least one token must be left to compute"
+            )
+        return cls(fingerprint, tuple(segments))
+
+
+def _ids(values: Any) -> tuple[int, ...]:
+    if not isinstance(values, list) or not all(type(one) is int and one >= 0 for one in values):
+        raise ValueError(FORM)
+    return tuple(values)
+
+
+def slots_of(
+    blocks: Sequence[int], block_size: int, start: int, stop: int
+) -> tuple[Tensor, Tensor]:
+    """Where tokens ``start .. stop - 1`` of a prompt are kept in a paged cache.
+
+    Args:
+        blocks: The request's blocks, in prompt order.
+        block_size: Tokens of each.
+        start: First token.
+        stop: After the last.
+
+    Returns:
+        Those tokens that have a slot (none outside of a sliding window), and the slots; int64.
+    """
+    rows = torch.arange(start, stop)
+    owner = torch.tensor(blocks, dtype=torch.int64)[rows // block_size]
+    kept = owner != NULL_BLOCK
+    return rows[kept], (owner * block_size + rows % block_size)[kept]
+
+
+def heads_of(rank: int, size: int, num_heads: int) -> slice:
+    """The kv heads of one tensor parallel rank; several ranks share one if there are too few."""
+    count = max(1, num_heads // size)
+    start = rank * num_heads // size
+    return slice(start, start + count)
+
+
+def require_served(method: Method, spec: LayoutSpec) -> None:
+    """Checks that a connector can serve a method: it loads chunks and does nothing else.
+
+    Args:
+        method: As asked.
+        spec: What `Method.layout_for` makes of the adapter's layout.
+
+    Raises:
+        ValueError: In one line, what the method does that vLLM's forward pass does not.
+    """
+    selects = not isinstance(method.select(), Nothing) or method.layer_budget is not None
+    reasons = {
+        "takes no chunks from a cache": method.cached is not Cached.CHUNKS or not spec.block,
+        "takes chunks from earlier prompts": method.history is not None,
+        "recomputes tokens inside the context": selects,
+        "changes how chunks are attended to": method.reshape() is not None,
+        "computes link tokens between the chunks": spec.num_links > 0,
+        f"places chunks '{spec.placement}', so that positions are not the tokens' numbers": (
+            spec.placement not in ("sequential", "composite")
+        ),
+    }
+    if reason := next((text for text, applies in reasons.items() if applies), None):
+        raise ValueError(
+            f"vLLM cannot serve '{method.name}': it {reason}; use `blocktune serve`, or a method "
+            "that only reuses chunks (naive, block-attention, turborag, link0, kv-packet)"
+        )

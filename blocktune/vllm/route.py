@@ -1,0 +1,167 @@
+"""Chat completions with ``documents`` on vLLM's server, through ``vllm.endpoint_plugins``.
+
+A request with documents is rendered here, and waits until its chunks are stored; then vLLM's own
+route answers it. Requests without documents pass unchanged. The plug-in is loaded if it is named
+in ``VLLM_PLUGINS``; ``kv_connector_extra_config`` says the rest: ``store``, ``adapters`` (folders
+by the names that requests use), ``fingerprint`` (of the base) and ``encode_wait_s``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Annotated, Any
+
+from fastapi import Depends, FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, Field, ValidationError
+from vllm.entrypoints.openai.chat_completion.api_router import create_chat_completion
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.serve.utils.api_utils import validate_json_request
+
+from blocktune.methods import build, build_entry
+from blocktune.server.front import chat_pieces, read_document, read_messages
+from blocktune.server.schemas import MOST_DOCUMENTS, Document, Extension, Message
+from blocktune.vllm.client import ChunkClient, Rendered
+
+POLL_S = 0.05
+REFUSED = (
+    *("prompt_logprobs", "echo", "tools", "functions", "continue_final_message"),
+    *("truncate_prompt_tokens", "chat_template", "add_special_tokens", "return_token_offsets"),
+)
+"""Fields that change the prompt, or read what was not computed."""
+
+
+class Asked(BaseModel):
+    """What is read here of a request; the rest is vLLM's."""
+
+    model: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=1024)]
+    documents: Annotated[list[Document], Field(max_length=MOST_DOCUMENTS)] | None = None
+    blocktune: Extension = Extension()
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+
+
+class Front:
+    """Makes vLLM's requests from requests with documents."""
+
+    def __init__(self, clients: Mapping[str, ChunkClient], base: str, wait_s: float):
+        """Of the models and adapters by name; ``base`` is vLLM's own model."""
+        self.clients, self.base, self.wait_s = clients, base, wait_s
+
+    async def prepare(self, body: dict[str, Any]) -> dict[str, Any]:
+        """The body for vLLM.
+
+        Raises:
+            ValueError: If the request cannot be answered; says in one line why.
+            HTTPException: 503 if its chunks are not encoded in time.
+        """
+        if not _has_documents(body):
+            return body
+        asked = Asked.model_validate(body)
+        if refused := next((name for name in REFUSED if body.get(name)), None):
+            raise ValueError(f"{refused} is not supported with documents; leave it out")
+        name = next(iter(self.clients)) if asked.model is None else asked.model
+        if name not in self.clients:
+            raise HTTPException(404, f"no model '{name:.80}'; served: {', '.join(self.clients)}")
+        client = self.clients[name]
+        rendered = await asyncio.to_thread(_render, client, asked)
+        await self._encoded(client, rendered)
+        kept = {key: value for key, value in body.items() if key not in ("documents", "blocktune")}
+        question = read_messages(asked.messages[-1:]).question
+        return kept | {
+            "model": name if client.lora is not None else self.base,
+            "messages": [{"role": "user", "content": question}],
+            "stop_token_ids": sorted({*(body.get("stop_token_ids") or ()), *client.stop_ids}),
+            "kv_transfer_params": {"prompt_token_ids": rendered.prompt_ids}
+            | (rendered.transfer_params or {}),
+        }
+
+    async def _encoded(self, client: ChunkClient, rendered: Rendered) -> None:
+        """Waits until all chunks are stored."""
+        deadline = time.monotonic() + self.wait_s
+        missing = await asyncio.to_thread(client.missing, rendered.plan)
+        if missing:
+            await asyncio.to_thread(client.ask_for, missing)
+        while missing and time.monotonic() < deadline:
+            await asyncio.sleep(POLL_S)
+            missing = await asyncio.to_thread(client.missing, rendered.plan)
+        if missing:
+            raise HTTPException(
+                503,
+                f"{len(missing)} chunks are not encoded yet; they are queued for `blocktune "
+                "encode --follow`, ask again later",
+                {"Retry-After": "5"},
+            )
+
+
+def _has_documents(body: Mapping[str, Any]) -> bool:
+    if body.get("documents") or body.get("blocktune"):
+        return True
+    messages = body.get("messages")
+    contents = [m.get("content") for m in messages or () if isinstance(m, Mapping)]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return any(isinstance(part, Mapping) and part.get("type") == "document" for part in parts)
+
+
+def _render(client: ChunkClient, asked: Asked) -> Rendered:
+    conversation = read_messages(asked.messages)
+    documents = [*(asked.documents or ()), *conversation.documents]
+    sources = [read_document(one, f"documents[{i}]") for i, one in enumerate(documents)]
+    wanted, params = asked.blocktune.method, asked.blocktune.params
+    method = client.method
+    if wanted is not None:
+        method = build(wanted, **params) if isinstance(wanted, str) else build_entry(wanted)
+    method = client.built(method)
+    block = client.prompts.spec(method).block
+    chunks = [source.chunk for source in sources]
+    pieces = chat_pieces(client.tokenizer, client.format, chunks, conversation, block)
+    most = asked.max_completion_tokens or asked.max_tokens or 1
+    return client.render(pieces, method, most)
+
+
+class DocumentsRoute:
+    """The plug-in; see vLLM's ``EndpointPlugin``."""
+
+    name = "blocktune"
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Takes the place of vLLM's route."""
+
+        @app.post("/v1/chat/completions", dependencies=[Depends(validate_json_request)])
+        async def chat(raw_request: Request) -> Any:
+            """OpenAI's chat completions, with documents."""
+            body = await raw_request.json()
+            try:
+                if isinstance(body, dict):
+                    body = await raw_request.app.state.blocktune.prepare(body)
+                request = ChatCompletionRequest.model_validate(body)
+            except ValidationError as error:
+                raise RequestValidationError(error.errors(), body=body) from None
+            except ValueError as error:
+                raise HTTPException(400, " ".join(str(error).split())) from None
+            return await create_chat_completion(request, raw_request)
+
+    async def init_state(self, engine_client, state, args) -> None:
+        """Opens the store.
+
+        Raises:
+            ValueError: If an adapter cannot be served.
+        """
+        extra = args.kv_transfer_config.kv_connector_extra_config
+        base = (args.served_model_name or [args.model])[0]
+        clients = {
+            name: ChunkClient(args.model, folder, store=extra["store"])
+            for name, folder in (extra.get("adapters") or {}).items()
+        }
+        clients[base] = ChunkClient(
+            args.model, store=extra["store"], fingerprint=extra.get("fingerprint")
+        )
+        for one in clients.values():
+            room = min(one.prompts.max_tokens, engine_client.model_config.max_model_len)
+            one.prompts = replace(one.prompts, max_tokens=room)
+        state.blocktune = Front(clients, base, float(extra.get("encode_wait_s", 30)))

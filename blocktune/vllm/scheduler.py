@@ -1,0 +1,119 @@
+"""The connector's half in vLLM's scheduler: which requests load, and into which blocks.
+
+A request with a plan is loaded whole or fails. It never falls back to computing the chunks:
+vLLM would do that in full attention, which is neither what was asked nor what is cached.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
+
+from blocktune.cache.folder import ChunkFolder
+from blocktune.cache.miss_queue import MissQueue
+from blocktune.vllm.plan import LoadPlan
+
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.request import Request
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Load:
+    """One request's load.
+
+    Attributes:
+        request_id: Of the request.
+        plan: What is loaded, or None if the request fails.
+        start: Tokens that vLLM has already; it loads up to the end of the plan.
+        blocks: The request's blocks, by kv cache group.
+        fault: Why the request fails.
+    """
+
+    request_id: str
+    plan: LoadPlan | None
+    start: int
+    blocks: tuple[list[int], ...]
+    fault: str = ""
+
+
+@dataclass
+class LoadMeta(KVConnectorMetadata):
+    """The loads that begin in one step."""
+
+    loads: list[Load] = field(default_factory=list)
+
+
+class SchedulerSide:
+    """Admits requests, and passes their loads to the workers."""
+
+    def __init__(self, folder: ChunkFolder):
+        """Serves from the store in ``folder``, and reports what it lacks there."""
+        self.folder, self.queue = folder, MissQueue(folder.path)
+        self._asked: dict[str, LoadPlan | str] = {}
+        self._pending: list[Load] = []
+
+    def admit(self, request: Request) -> None:
+        """Reads a new request's plan, and gives it a name space of its own in vLLM's cache."""
+        try:
+            plan = LoadPlan.read(request.kv_transfer_params, request.prompt_token_ids)
+        except ValueError as error:
+            self._asked[request.request_id] = str(error)
+            return
+        # Prompt log probabilities switch connectors off: such a request (the guard refuses it
+        # where it can) is computed in full, so it must not be filed with the plan's.
+        if plan is None or request.skip_reading_prefix_cache:
+            return
+        self._asked[request.request_id] = plan
+        request.cache_salt = plan.salt(request.cache_salt)
+        request.block_hashes.clear()
+        request.update_block_hashes()
+
+    def matched(self, request: Request, computed: int) -> int:
+        """Tokens to load beyond the first ``computed``; 0 for a request that loads nothing."""
+        asked = self._asked.get(request.request_id)
+        if asked is None:
+            return 0
+        if isinstance(asked, LoadPlan):
+            if computed >= asked.num_tokens:
+                return 0
+            if not self._lacks(request, asked, computed):
+                return asked.num_tokens - computed
+        return 1  # any number: the request fails while it waits for them
+
+    def _lacks(self, request: Request, plan: LoadPlan, computed: int) -> bool:
+        missing = plan.missing(self.folder.has, computed)
+        if missing:
+            self.queue.add(plan.fingerprint, [(one.ids, one.blanks) for one in missing])
+            self._asked[request.request_id] = (
+                f"{len(missing)} of {len(plan.segments)} segments are not in the store "
+                f"'{self.folder.path}'; encode them (`blocktune encode --follow`) and ask again"
+            )
+        return bool(missing)
+
+    def allocated(self, request: Request, blocks: KVCacheBlocks, num_external: int) -> None:
+        """Notes a load once the request has blocks for it."""
+        if not num_external:
+            return
+        asked = self._asked[request.request_id]
+        if isinstance(asked, str):
+            _LOG.warning("request %s fails: %s", request.request_id, asked)
+            load = Load(request.request_id, None, 0, (), asked)
+        else:
+            start = asked.num_tokens - num_external
+            load = Load(request.request_id, asked, start, blocks.get_block_ids())
+        self._pending.append(load)
+
+    def take(self) -> LoadMeta:
+        """The loads noted since the last call."""
+        pending, self._pending = self._pending, []
+        return LoadMeta(pending)
+
+    def finished(self, request: Request) -> None:
+        """Forgets a request."""
+        self._asked.pop(request.request_id, None)

@@ -1,0 +1,230 @@
+"""Full load for half an hour on two replicas with one store, which is taken away and given back.
+
+    python eval/server/soak.py data/tiny --minutes 30 --output eval/results/server/soak.json
+
+Every answer is compared with what the engine says in this process. In turns, the second replica is
+killed (SIGKILL, so while it writes) and started again, and the store's folder is moved away for
+some seconds and moved back, or replaced by a file. Writes the counts, the memory of the first
+replica over time, and a plot of it beside the output. The exit code is 1 if an answer was wrong or
+lost, or the memory of the second half of the time grew by more than 5 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import random
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+from traffic import (
+    Timed,
+    ask,
+    blocktune_command,
+    corpus,
+    free_port,
+    machine,
+    server,
+    wait_for,
+    zipf,
+)
+
+METHODS = ("naive", "cacheblend", "epic", "full-prefill")
+
+
+def expected(model: str, asks: list, tokens: int) -> dict[tuple[int, str], str]:
+    """What the engine answers, by request and method."""
+    from blocktune.data import RagExample
+    from blocktune.engine import Engine
+    from blocktune.prompt import Chunk
+
+    engine = Engine.from_pretrained(model)
+    examples = [
+        RagExample(one.question, tuple(Chunk(text, title) for title, text in one.documents))
+        for one in asks
+    ]
+    return {
+        (index, method): answer.text
+        for method in METHODS
+        for index, answer in enumerate(engine.answer(examples, method, max_new_tokens=tokens))
+    }
+
+
+class Soak:
+    """Clients that ask until they are stopped; a lost request is asked of the other replica."""
+
+    def __init__(self, urls: list[str], asks: list, truth: dict, tokens: int):
+        self.urls, self.asks, self.truth, self.tokens = urls, asks, truth, tokens
+        self.counts = {"answers": 0, "wrong": 0, "retried": 0, "lost": 0}
+        self.first_wrong: list[str] = []
+        self.stopping = threading.Event()
+        self._lock = threading.Lock()
+
+    def client(self, seed: int) -> None:
+        rng = random.Random(seed)
+        with httpx.Client(timeout=300) as client:
+            while not self.stopping.is_set():
+                index, method = rng.randrange(len(self.asks)), rng.choice(METHODS)
+                body = self.asks[index].body(self.tokens, method)
+                urls = rng.sample(self.urls, len(self.urls))
+                for url in (*urls, self.urls[0]):
+                    client.base_url = url
+                    made = ask(client, body)
+                    if made.error is None:
+                        break
+                    self._count("retried")
+                self._judge(made, index, method)
+
+    def _judge(self, made: Timed, index: int, method: str) -> None:
+        if made.error is not None:
+            self._count("lost", made.error)
+        elif made.text != self.truth[index, method]:
+            told = f"{method}: {made.text!r} instead of {self.truth[index, method]!r}"
+            self._count("wrong", told)
+        else:
+            self._count("answers")
+
+    def _count(self, name: str, told: str | None = None) -> None:
+        with self._lock:
+            self.counts[name] += 1
+            if told is not None and len(self.first_wrong) < 10:
+                self.first_wrong.append(told)
+
+
+@contextmanager
+def clients(soak: Soak, count: int) -> Iterator[None]:
+    threads = [threading.Thread(target=soak.client, args=(seed,)) for seed in range(count)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        soak.stopping.set()
+        for thread in threads:
+            thread.join()
+
+
+def take_away(store: Path, seconds: float, as_file: bool) -> None:
+    """Moves the store's folder away for a while, or puts a file in its place."""
+    aside = store.with_name("aside")
+    store.rename(aside)
+    if as_file:
+        with suppress(IsADirectoryError):  # a server has made it again
+            store.write_text("not a folder")
+    time.sleep(seconds)
+    if store.is_dir():
+        shutil.rmtree(store)
+    else:
+        store.unlink(missing_ok=True)
+    aside.rename(store)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--clients", type=int, default=6)
+    parser.add_argument("--documents", type=int, default=200)
+    parser.add_argument("--chunk-tokens", type=int, default=256)
+    parser.add_argument("--requests", type=int, default=100, help="different ones")
+    parser.add_argument("--tokens", type=int, default=12)
+    parser.add_argument("--store-gb", type=float, default=0.02, help="memory for chunks: evicts")
+    parser.add_argument("--every", type=float, default=30, help="seconds between two faults")
+    parser.add_argument("--output", type=Path, required=True)
+    asked = parser.parse_args()
+    asked.output.parent.mkdir(parents=True, exist_ok=True)
+    documents = corpus(asked.model, asked.documents, asked.chunk_tokens)
+    asks = zipf(documents, asked.requests, 6, 1.0)
+    truth = expected(asked.model, asks, asked.tokens)
+    with tempfile.TemporaryDirectory() as folder:
+        made = run(asked, asks, truth, Path(folder))
+    asked.output.write_text(json.dumps(made, indent=1) + "\n")
+    plot(made, asked.output.with_suffix(".png"))
+    print(json.dumps({k: v for k, v in made.items() if k != "samples"}, indent=1))
+    return int(bool(made["wrong"] or made["lost"] or made["growth"] > 0.05))
+
+
+def run(asked: argparse.Namespace, asks: list, truth: dict, folder: Path) -> dict[str, Any]:
+    store, log = folder / "store", folder / "servers.log"
+    ports = [free_port(), free_port()]
+    options = ("--store", str(store), "--store-gb", str(asked.store_gb))
+    commands = [blocktune_command(asked.model, port, *options) for port in ports]
+    faults, samples = {"kills": 0, "folder gone": 0, "folder a file": 0}, []
+    with server(commands[0], ports[0], log) as (url, first):
+        second = start(commands[1], log)
+        other = f"http://127.0.0.1:{ports[1]}"
+        wait_for(other, second, log)
+        soak = Soak([url, other], asks, truth, asked.tokens)
+        memory, started = psutil.Process(first.pid), time.monotonic()
+        next_fault, kinds = asked.every, itertools.cycle(faults)
+        with clients(soak, asked.clients):
+            while (now := time.monotonic() - started) < 60 * asked.minutes:
+                facts = memory.memory_info().rss, memory.num_fds(), soak.counts["answers"]
+                samples.append((round(now, 1), *facts))
+                if now > next_fault:
+                    kind = next(kinds)
+                    if kind == "kills":
+                        second.send_signal(signal.SIGKILL)
+                        second.wait()
+                        second = start(commands[1], log)
+                    else:
+                        take_away(store, min(10, asked.every / 3), kind == "folder a file")
+                    faults[kind] += 1
+                    next_fault = now + asked.every
+                time.sleep(min(5, asked.every / 10))
+        second.kill()
+        second.wait()
+        end = httpx.get(f"{url}/metrics").text
+    half = [rss for at, rss, _, _ in samples if at > samples[-1][0] / 2]
+    quarter = max(1, len(half) // 4)
+    growth = statistics.median(half[-quarter:]) / statistics.median(half[:quarter]) - 1
+    return {
+        "command": " ".join(["python", *sys.argv]),
+        "machine": machine(),
+        **soak.counts,
+        "faults": faults,
+        "growth": round(growth, 4),
+        "unfinished": [line for line in end.splitlines() if line.startswith("blocktune_kv_bytes ")],
+        "first_wrong": soak.first_wrong,
+        "samples": samples,
+    }
+
+
+def start(command: list[str], log: Path) -> subprocess.Popen:
+    """A replica that is not waited for."""
+    with log.open("a") as file:
+        return subprocess.Popen(command, stdout=file, stderr=file)
+
+
+def plot(made: dict[str, Any], path: Path) -> None:
+    """Memory and answers over time."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    seconds, rss, _, answers = zip(*made["samples"], strict=True)
+    figure, axis = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    axis.plot([s / 60 for s in seconds], [r / 1e6 for r in rss], color="#1f5fbf")
+    axis.set(xlabel="minutes", ylabel="memory of the server, MB", ylim=(0, max(rss) / 1e6 * 1.1))
+    right = axis.twinx()
+    right.plot([s / 60 for s in seconds], answers, color="#8a8f94", linewidth=1)
+    right.set_ylabel("answers")
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

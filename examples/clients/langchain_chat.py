@@ -1,0 +1,31 @@
+"""LangChain's ChatOpenAI with documents as chunks: `pip install langchain-openai`.
+
+Start ``blocktune serve --model data/tiny``, then: ``python examples/clients/langchain_chat.py``.
+"""
+
+import sys
+
+from langchain_core.documents import Document
+from langchain_core.prompts import ChatPromptTemplate
+from langchain_openai import ChatOpenAI
+
+
+def main(url: str = "http://127.0.0.1:8000/v1", model: str = "tiny") -> None:
+    """Prints the answer while it comes, and how much of the prompt was cached."""
+    found = [Document("Anna Belt is in Kirby.", metadata={"title": "Anna Belt"})]  # of a retriever
+    documents = [{"title": d.metadata["title"], "text": d.page_content} for d in found]
+    chat = ChatOpenAI(base_url=url, api_key="none", model=model, temperature=0, stream_usage=True)
+    chain = ChatPromptTemplate([("user", "{question}")]) | chat.bind(
+        extra_body={"documents": documents}
+    )
+    whole = None
+    for part in chain.stream({"question": "Where is Anna Belt?"}):
+        print(part.content, end="", flush=True)
+        whole = part if whole is None else whole + part
+    print(
+        f"\n{whole.usage_metadata['input_token_details']['cache_read']} prompt tokens were cached"
+    )
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:3])

@@ -1,0 +1,44 @@
+"""Chunks that a reader missed are queued once, encoded by any engine of their model, and gone."""
+
+import pytest
+
+from blocktune.cache import ChunkStore, key_after
+from blocktune.cache.miss_queue import MissQueue, Wanted
+from blocktune.engine import Engine
+from blocktune.testing import small_engine
+
+OTHER = "b" * 64
+
+
+@pytest.fixture(scope="module")
+def made():
+    return small_engine()
+
+
+def test_wanted_chunks_are_encoded_and_leave_the_queue(made, tmp_path):
+    store = ChunkStore(0, folder=tmp_path)
+    engine = Engine(made.model, made.tokenizer, format=made.format, store=store)
+    queue = MissQueue(tmp_path)
+    assert queue.take(engine.fingerprint) == []
+    for _ in range(2):
+        queue.add(engine.fingerprint, [((5, 6, 7), ()), ((8, 9), (4,))])
+    queue.add(engine.fingerprint, [(tuple([5] * 5000), ())])  # longer than the model's context
+    queue.add(OTHER, [((5, 6, 7), ())])
+    assert {Wanted((5, 6, 7), ()), Wanted((8, 9), (4,))} < set(queue.take(engine.fingerprint))
+    assert len(queue.take(engine.fingerprint, most=1)) == 1
+    assert engine.encode_wanted() == 3
+    kv = store.get(key_after(engine.fingerprint, (8, 9), (4,)), (8, 9), engine.fingerprint)
+    assert kv.num_tokens == 2
+    assert engine.encode_wanted() == 0
+    assert queue.take(OTHER) == [Wanted((5, 6, 7), ())]
+
+
+def test_what_is_no_order_is_left_alone(made, tmp_path):
+    queue = MissQueue(tmp_path)
+    queue.folder.mkdir()
+    for name, text in (("a.json", "{"), ("b.json", "[]"), ("c.json", '{"fingerprint": 1}')):
+        (queue.folder / name).write_text(text)
+    assert queue.take(OTHER) == []
+    assert len(list(queue.folder.iterdir())) == 3
+    with pytest.raises(ValueError, match="store with one"):
+        made.encode_wanted()

@@ -1,0 +1,172 @@
+"""Intervals, tests and power against closed forms and values worked by hand."""
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+
+from blocktune.evaluation.stats.significance import (
+    FEW,
+    NUM_FLIPS,
+    Interval,
+    PairedScores,
+    holm,
+    mcnemar_exact,
+    power,
+    sign_flip,
+)
+
+
+def scores(right: int, wrong: int) -> list[float]:
+    return [1.0] * right + [0.0] * wrong
+
+
+def test_a_proportion_has_wilsons_interval():
+    found = PairedScores({"a": scores(280, 120)}).mean("a")
+    known = binomtest(280, 400).proportion_ci(method="wilson")
+    assert found == pytest.approx((0.7, known.low, known.high))
+
+
+@pytest.mark.parametrize(("right", "wrong"), [(5, 0), (0, 5), (50, 0), (1, 0)])
+def test_no_interval_has_zero_width(right, wrong):
+    paired = PairedScores({"a": scores(right, wrong), "b": scores(right, wrong)})
+    known = binomtest(right, right + wrong).proportion_ci(method="wilson")
+    assert paired.mean("a")[1:] == pytest.approx((known.low, known.high))
+    mean, low, high = paired.difference("a", "b")
+    assert mean == 0
+    assert -low == high > 2 / (right + wrong + 2)  # about the rule of three
+
+
+def test_scores_between_0_and_1_are_as_narrow_as_their_spread():
+    rng = np.random.default_rng(1)
+    own = rng.uniform(0.4, 0.6, 400)
+    mean, low, high = PairedScores({"a": own}).mean("a")
+    half = 1.96 * own.std() / 20
+    assert [low, high] == pytest.approx([mean - half, mean + half], abs=0.005)
+    assert low < mean < high
+
+
+def test_a_difference_has_bonett_and_prices_interval():
+    # 12 wins and 4 losses of 40, by hand from the paper's counts plus one.
+    left, right = scores(12, 4) + [1.0] * 24, [0.0] * 12 + [1.0] * 28
+    centre = 8 / 42
+    half = 1.959964 * np.sqrt((13 / 42 + 5 / 42 - centre**2) / 42)
+    found = PairedScores({"a": left, "b": right}).difference("a", "b")
+    assert found == pytest.approx((0.2, centre - half, centre + half), abs=1e-6)
+
+
+def test_intervals_cover_what_they_promise():
+    rng = np.random.default_rng(3)
+    hits = {"mean": 0, "difference": 0, "share": 0}
+    for _ in range(1000):
+        floor = rng.random(60) < 0.3
+        ceiling = floor | (rng.random(60) < 0.6)
+        half = np.where(rng.random(60) < 0.5, floor, ceiling)
+        paired = PairedScores({"floor": floor, "half": half, "ceiling": ceiling})
+        hits["mean"] += (f := paired.mean("half")).low <= 0.51 <= f.high
+        hits["difference"] += (f := paired.difference("ceiling", "floor")).low <= 0.42 <= f.high
+        hits["share"] += (
+            (f := paired.recovered_gap("half", "floor", "ceiling")).low <= 0.5 <= f.high
+        )
+    assert all(0.93 <= count / 1000 <= 0.99 for count in hits.values()), hits
+
+
+def test_a_paired_difference_is_narrower_than_two_intervals():
+    rng = np.random.default_rng(0)
+    base = rng.random(200)
+    better = base + 0.05 + 0.01 * rng.standard_normal(200)
+    paired = PairedScores({"better": better, "base": base})
+    above, alone = paired.difference("better", "base"), paired.mean("better")
+    assert above.low > 0
+    assert above.high - above.low < 0.4 * (alone.high - alone.low)
+
+
+def test_the_recovered_gap_is_the_share_of_the_means():
+    names = {"floor": scores(50, 50), "half": scores(70, 30), "ceiling": scores(90, 10)}
+    paired = PairedScores(names)
+    share = paired.recovered_gap("half", "floor", "ceiling")
+    assert share.mean == pytest.approx(0.5)
+    assert 0.3 < share.low < 0.5 < share.high < 0.7
+    assert paired.recovered_gap("ceiling", "floor", "ceiling") == Interval(1, 1, 1)
+    assert paired.recovered_gap("floor", "floor", "ceiling") == Interval(0, 0, 0)
+
+
+def test_no_gap_recovers_nothing():
+    paired = PairedScores({"even": [1.0, 0.0] * 20, "odd": [0.0, 1.0] * 20})
+    assert paired.recovered_gap("even", "even", "odd") is None
+
+
+@pytest.mark.parametrize(
+    ("wins", "losses", "p_value"),
+    [(0, 0, 1.0), (5, 5, 1.0), (6, 0, 2 / 64), (1, 8, 2 * 10 / 512), (3, 9, 2 * 299 / 4096)],
+)
+def test_mcnemar_matches_the_binomial_by_hand(wins, losses, p_value):
+    left = [1] * wins + [0] * losses + [1] * 7
+    right = [0] * wins + [1] * losses + [1] * 7
+    assert mcnemar_exact(left, right) == pytest.approx(p_value)
+
+
+def test_unpaired_scores_are_refused():
+    with pytest.raises(ValueError, match="one length"):
+        mcnemar_exact([1, 0], [1])
+    with pytest.raises(ValueError, match=r"1 or more, got \{'a': 1, 'b': 2"):
+        PairedScores({"a": [1], "b": [1, 0]})
+    with pytest.raises(ValueError, match="one number of questions"):
+        PairedScores({"a": []})
+
+
+def test_few_differences_flip_as_all_sign_patterns_do():
+    # Four differences of one sign: of 16 patterns, the two of one sign are as extreme.
+    assert sign_flip([1.5, 2, 1, 3], [1, 1, 0.5, 2]) == pytest.approx(2 / 16, abs=0.015)
+    assert sign_flip([1, 2], [1, 2]) == 1.0
+    assert sign_flip([1, 0], [0, 1]) == 1.0
+
+
+def test_a_p_value_of_drawn_signs_is_never_0():
+    """The observed signs are among the draws, or 10,000 others would prove anything."""
+    assert sign_flip([0.9] * 40, [0.1] * 40) == 1 / (NUM_FLIPS + 1)
+
+
+def test_many_differences_have_the_normal_tail_of_their_signs():
+    differences = np.array([1.0] * 60 + [-1.0] * 40)
+    assert len(differences) > FEW
+    z = 20 / np.sqrt(100)  # sum over the root of the sum of squares
+    assert sign_flip(differences, np.zeros(100)) == pytest.approx(0.0455, abs=1e-4)
+    assert z == 2
+
+
+def test_holm_matches_its_paper_by_hand():
+    # Sorted .01 .02 .03 .04 times 4 3 2 1, each at least the one before.
+    p = {"a": 0.03, "b": 0.01, "c": 0.04, "d": 0.02}
+    expected = {"a": 0.06, "b": 0.04, "c": 0.06, "d": 0.06}
+    assert holm(p) == pytest.approx(expected)
+    assert list(holm(p)) == list(p)
+    assert holm({"a": 0.7, "b": 0.6}) == {"a": 1.0, "b": 1.0}
+
+
+def test_the_questions_needed_show_the_difference_that_is_there():
+    rng = np.random.default_rng(0)
+    base = rng.random(400)
+    better = base + rng.normal(0.02, 0.2, 400)
+    found = power(better, base)
+    spread, mean = np.std(better - base, ddof=1), abs(np.mean(better - base))
+    assert found.detectable == pytest.approx((1.959964 + 0.841621) * spread / 20, rel=1e-5)
+    assert found.n_needed == np.ceil(((1.959964 + 0.841621) * spread / mean) ** 2)
+    drawn = rng.normal(mean, spread, (2000, found.n_needed)).mean(1)
+    hits = drawn / (spread / np.sqrt(found.n_needed)) > 1.959964
+    assert hits.mean() == pytest.approx(0.8, abs=0.03)
+
+
+def test_power_knows_nothing_without_spread():
+    assert power([1, 1], [0, 0]) is None
+    assert power([1], [0]) is None
+    assert power([1, 0], [0, 1]).n_needed is None
+
+
+def test_power_agrees_with_the_corrected_verdict():
+    """What Holm's correction leaves within chance needs more questions than there are."""
+    own, other = scores(16, 24), scores(9, 31)  # 7 wins of 40, no loss: p = 0.016 alone
+    p = mcnemar_exact(own, other)
+    assert p < 0.05 < 7 * p
+    found = power(own, other, p=p, p_holm=7 * p)
+    assert found.n_needed > 40
+    assert found.detectable > power(own, other).detectable

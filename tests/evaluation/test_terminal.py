@@ -1,0 +1,162 @@
+"""Results, table and picture: the same numbers, and nothing lost at the terminal's edge."""
+
+import io
+import json
+
+import pytest
+from evaluation.fake_results import KINDS, METHODS, fake_results, fake_rows, fake_suite
+from matplotlib.image import imread
+from rich.console import Console
+
+from blocktune.evaluation.report.charts import draw_results
+from blocktune.evaluation.report.terminal import results_table
+from blocktune.evaluation.stats.findings import findings, power_notes
+from blocktune.evaluation.stats.results import build_results
+
+SCHEMA = {
+    "em",
+    "f1",
+    "substring_em",
+    "adjusted_f1",
+    "ci95",
+    "n",
+    "n_kept",
+    "recompute_ratio",
+}
+
+
+def test_results_hold_the_promised_schema():
+    results = json.loads(json.dumps(fake_results(), allow_nan=False))
+    assert list(results["methods"]) == list(METHODS)
+    assert results["provenance"] == {"command": "test", "seed": 0, "ci95_of": "em"}
+    for summary in results["methods"].values():
+        assert summary.keys() >= SCHEMA | {"ttft_s", "tasks"}
+        assert list(summary["tasks"]) == list(KINDS)
+        assert all(task.keys() >= SCHEMA for task in summary["tasks"].values())
+
+
+def test_summaries_are_worked_by_hand():
+    methods = fake_results()["methods"]
+    naive, kvlink = methods["naive"], methods["kvlink"]
+    assert naive["em"] == (0.94 + 0.52 + 0.44 + 0.60) / 4
+    assert naive["n"] == 400
+    assert naive["n_kept"] == 97 + 93 + 81 + 78
+    assert naive["adjusted_f1"] == pytest.approx(250 / 349)  # naive is right on a subset of full's
+    assert naive["gap_recovered"] == 0
+    assert kvlink["gap_recovered"] == pytest.approx((344 - 250) / (349 - 250))
+    assert kvlink["ttft_over_full_prefill"] == pytest.approx(0.3)
+    assert naive["tasks"]["2-hop"]["em"] == pytest.approx(0.44)
+    low, high = naive["tasks"]["2-hop"]["ci95"]
+    assert low < 0.44 < high
+    above = kvlink["score_minus"]["full-prefill"]
+    assert above["mean"] == pytest.approx((344 - 349) / 400)
+    assert above["ci95"][0] < above["mean"] < above["ci95"][1] < 0.001
+    assert above["p"] == pytest.approx(2 / 2**5)  # five losses, no win
+
+
+def test_without_baselines_what_needs_them_is_null():
+    suite = fake_suite()
+    tuned = [spec for spec in suite.methods if spec.label in ("kvlink", "block-attention")]
+    object.__setattr__(suite, "methods", tuple(tuned))
+    rows = {label: fake_rows()[label] for label in ("block-attention", "kvlink")}
+    results = build_results(suite, rows, {}, {})
+    summary = results["methods"]["kvlink"]
+    assert summary["adjusted_f1"] is summary["n_kept"] is summary["ttft_s"] is None
+    assert summary["gap_recovered"] is None
+    assert results_table(results).rows[0][-1] == "-"
+
+
+def test_several_tasks_name_their_kinds():
+    suite = fake_suite()
+    tasks = (suite.tasks[0], suite.tasks[0].__class__("plain", "x", by_kind=False))
+    object.__setattr__(suite, "tasks", tasks)
+    rows = fake_rows()
+    for own in rows.values():
+        for row in own[300:]:
+            object.__setattr__(row, "task", "plain")
+    tasks = build_results(suite, rows, {}, {})["methods"]["naive"]["tasks"]
+    assert list(tasks) == ["worlds/cross-chunk", "worlds/2-hop", "worlds/comparison", "plain"]
+
+
+@pytest.mark.parametrize("width", [80, 60, 120])
+def test_no_column_of_the_table_is_cut(width):
+    console = Console(width=width, record=True, file=io.StringIO())
+    results_table(fake_results()).show(console)
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text
+    lines = [line.split() for line in text.splitlines() if line.strip()]
+    numbers = " ".join(" ".join(line[1:]) for line in lines if line[0] == "kvlink")
+    assert numbers == "97.0 ±4 92.0 ±5 79.0 ±8 76.0 ±8 98.6 0 % 12.0 0.30x 95 %"
+    assert set(METHODS) <= {line[0] for line in lines}
+
+
+def test_findings_say_gaps_with_intervals_and_what_is_chance():
+    sentences = findings(fake_results())
+    assert len(sentences) == 1 + 4 + 1
+    assert sentences[0].startswith("Naive reuse loses 24.8 (")
+    assert "41.0 on cross-chunk, 37.0 on 2-hop" in sentences[0]
+    assert sentences[2].startswith("kvlink closes 95 % (")
+    cost = ") of that gap, recomputing nothing, first token after 0.30 of full prefill's time."
+    assert sentences[2].endswith(cost)
+    assert "recomputing 15 % of the context" in sentences[3]
+    assert sentences[5].startswith("kvlink minus block-attention: 2.0 (")
+    assert "chance" not in sentences[5]
+
+
+def test_a_difference_within_chance_is_called_so():
+    results = json.loads(json.dumps(fake_results()))
+    results["methods"]["kvlink"]["score_minus"]["block-attention"]["p_holm"] = 0.2
+    assert findings(results)[5].endswith(": within chance at this number of questions.")
+    del results["methods"]["naive"]
+    assert findings(results) == []
+
+
+@pytest.mark.parametrize("timed", [True, False])
+def test_the_picture_is_drawn_with_and_without_times(tmp_path, timed):
+    results = json.loads(json.dumps(fake_results()))
+    if not timed:
+        for summary in results["methods"].values():
+            summary["ttft_over_full_prefill"] = None
+    path = draw_results(results, tmp_path / "sub" / "figure.png")
+    picture = imread(path)
+    assert picture.shape[0] > 500
+    assert picture.shape[1] > 1200
+    assert [p.name for p in path.parent.iterdir()] == ["figure.png"]
+
+
+def test_a_picture_that_fails_leaves_nothing(tmp_path):
+    with pytest.raises(KeyError):
+        draw_results({"methods": {"naive": {"tasks": {"2-hop": {}}}}}, tmp_path / "figure.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_of_many_methods_only_the_front_is_worth_a_sentence():
+    results = json.loads(json.dumps(fake_results()))  # shared by all tests
+    baselines = ("full-prefill", "naive", "no-context")
+    labels = [n for n, m in results["methods"].items() if m["method"] not in baselines]
+    for number in range(9):
+        results["methods"][f"copy {number}"] = results["methods"][labels[0]]
+    loss, *gains, rest = findings(results)
+    front = [n for n in results["budget"]["pareto"]["recompute_ratio"] if n in labels]
+    assert loss.startswith("Naive reuse loses")
+    assert [gain.split(" closes")[0] for gain in gains] == front
+    assert rest.startswith(f"{len(labels) + 9 - len(front)} other methods score no higher")
+
+
+def test_what_the_verdict_calls_chance_is_no_loss():
+    """A difference whose own interval is above 0 is not called a loss where Holm's p is not."""
+    results = json.loads(json.dumps(fake_results()))
+    lost = results["methods"]["full-prefill"]["score_minus"]["naive"]
+    lost |= {"mean": 0.125, "ci95": [0.025, 0.225], "p": 0.03, "p_holm": 0.3, "n_needed": 900}
+    results["methods"]["naive"]["score_minus"]["full-prefill"] |= {
+        "mean": -0.125,
+        "p_holm": 0.3,
+        "n_needed": 900,
+    }
+    first, *rest = findings(results)
+    assert "12.5 (2.5 to 22.5)" in first
+    assert "within chance" in first
+    assert "loses" not in first
+    assert not any("closes" in sentence for sentence in rest)
+    assert any("naive: -12.5, needs 900" in note for note in power_notes(results))

@@ -1,0 +1,185 @@
+"""The same command continues a stopped run, leaves a finished one, and never mixes two."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from training.runs import write_run
+from training.toy import toy_examples
+
+from blocktune import BlockSFTConfig, BlockSFTTrainer
+from blocktune.adapter import AdapterInfo
+from blocktune.adapter.load import load_model
+from blocktune.data import write_jsonl
+from blocktune.training.checkpoint import StagedSaving
+from blocktune.training.run import train
+
+OPTIONS = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "linear"}
+
+
+def run(path: Path, *more: str) -> Path | None:
+    return train(["--config", str(path), *more])
+
+
+def losses(folder: Path) -> list[float]:
+    log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in log if "loss" in entry]
+
+
+@pytest.fixture
+def stop(monkeypatch):
+    """Makes the next runs stop like Ctrl-C, after the checkpoint of a step; None lets them run."""
+    save = StagedSaving._save_checkpoint
+
+    def at(step):
+        def save_and_stop(trainer, *rest):
+            save(trainer, *rest)
+            if trainer.state.global_step == step:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(StagedSaving, "_save_checkpoint", save_and_stop)
+
+    return at
+
+
+@pytest.fixture
+def stopped(tmp_path, stop):
+    """The configuration of a run that was stopped at step 2 of 4."""
+    path = write_run(tmp_path, **OPTIONS)
+    stop(2)
+    with pytest.raises(KeyboardInterrupt, match="checkpoint-2; repeat the command to continue"):
+        run(path)
+    stop(None)
+    return path
+
+
+def test_the_same_command_continues_and_then_does_nothing(stopped, tmp_path, capsys):
+    out = tmp_path / "out"
+    whole = write_run(tmp_path / "whole", **OPTIONS)
+    run(whole)
+    capsys.readouterr()
+    run(stopped)
+    assert f"continuing from {out}/checkpoint-2" in capsys.readouterr().out
+    assert losses(out) == losses(tmp_path / "whole/out")
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    for more in ((), ("--resume_from_checkpoint", "true")):
+        run(stopped, *more)
+        assert capsys.readouterr().out == "the run is finished; --overwrite starts again\n"
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+def test_provenance_says_what_each_start_did(stopped, tmp_path):
+    assert AdapterInfo.load(tmp_path / "out/checkpoint-2").training["steps"] == 2
+    run(stopped)
+    training = AdapterInfo.load(tmp_path / "out").training
+    assert (training["from_step"], training["steps"]) == (2, 4)
+    (earlier,) = training["earlier"]
+    assert (earlier["from_step"], earlier["until_step"], earlier["world_size"]) == (0, 2, 1)
+    assert earlier["commit"] == training["commit"]
+    saved = yaml.safe_load((tmp_path / "out/resolved_config.yaml").read_text())
+    assert saved["training"]["learning_rate"] == 5e-3
+
+
+@pytest.mark.parametrize("done", [False, True])
+def test_other_settings_are_refused_by_name(stopped, tmp_path, done):
+    if done:
+        run(stopped)
+    before = sorted(tmp_path.rglob("*"))
+    other = ("--learning_rate", "1e-4", "--block_share", "0.5", "--lora_r", "8")
+    words = r"block_share 1\.0 -> 0\.5.*learning_rate 0\.005 -> 0\.0001|lora_r 4 -> 8"
+    with pytest.raises(ValueError, match=words) as refused:
+        run(stopped, *other, "--resume_from_checkpoint", "true")
+    for key in ("lora_r 4 -> 8", "learning_rate 0.005 -> 0.0001", "block_share 1.0 -> 0.5"):
+        assert key in str(refused.value)
+    with pytest.raises(ValueError, match="max_steps 4 -> 6"):  # the schedule would be another
+        run(stopped, "--max_steps", "6")
+    with pytest.raises(ValueError, match="rows in a step 2 -> 4"):
+        run(stopped, "--per_device_train_batch_size", "4")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_decides_nothing_may_change(stopped, tmp_path):
+    run(
+        *(stopped, "--logging_steps", "2", "--save_steps", "1", "--save_total_limit", "3"),
+        *("--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2"),
+    )
+    assert AdapterInfo.load(tmp_path / "out").training["steps"] == 4
+
+
+def test_a_constant_rate_may_train_longer(tmp_path):
+    path = write_run(tmp_path, **OPTIONS | {"lr_scheduler_type": "constant"})
+    run(path)
+    run(path, "--max_steps", "6")
+    longer = losses(tmp_path / "out")
+    run(path, "--max_steps", "6", "--overwrite")
+    assert longer == losses(tmp_path / "out")
+    assert len(longer) == 6
+
+
+def test_other_data_under_the_same_name_is_refused(stopped, tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", toy_examples(63))
+    with pytest.raises(ValueError, match=r"the training examples of .* had another content"):
+        run(stopped)
+
+
+def test_overwrite_removes_the_earlier_run_alone(tmp_path):
+    path = write_run(tmp_path, num_links=1, **OPTIONS)
+    run(path)
+    (tmp_path / "out/notes.txt").write_text("mine")
+    (tmp_path / "out/checkpoint-mine").mkdir()
+    run(path, "--overwrite", "--num_links", "0", "--max_steps", "1", "--save_strategy", "no")
+    names = {entry.name for entry in (tmp_path / "out").iterdir()}
+    assert {"notes.txt", "checkpoint-mine", "adapter_model.safetensors"} <= names
+    assert not names & {"links.safetensors", "checkpoint-2", "checkpoint-4"}
+    load_model(adapter=tmp_path / "out", device="cpu")
+    with pytest.raises(ValueError, match="leave out resume_from_checkpoint"):
+        run(path, "--overwrite", "--resume_from_checkpoint", "true")
+
+
+@pytest.mark.parametrize(
+    "name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_model.safetensors"]
+)
+def test_a_damaged_checkpoint_is_one_line(stopped, tmp_path, name):
+    path = tmp_path / "out/checkpoint-2" / name
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ValueError, match=f"{name}' is damaged or incomplete"):
+        run(stopped)
+    shutil.rmtree(path.parent)
+    run(stopped)  # from the start
+
+
+def test_a_checkpoint_that_is_not_there(tmp_path):
+    path = write_run(tmp_path, **OPTIONS)
+    for value, words in (("true", "there is no checkpoint in"), ("nowhere", "'nowhere' has no")):
+        with pytest.raises(ValueError, match=words):
+            run(path, "--resume_from_checkpoint", value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"lora_target_modules": "nothing_proj"}, "nothing_proj"),
+        ({"max_length": 3}, "the limit is 3"),
+        ({"train_data": "worlds:test?n=2"}, "is a test split"),
+        ({"report_to": "wandb"}, "report_to"),
+    ],
+)
+def test_a_refused_run_leaves_no_folder(tmp_path, options, words):
+    path = write_run(tmp_path, **options, output_dir=str(tmp_path / "made/by/it"))
+    with pytest.raises(ValueError, match=words):
+        run(path)
+    assert not (tmp_path / "made").exists()
+
+
+def test_the_trainer_refuses_too(stopped, tmp_path):
+    kept = yaml.safe_load(stopped.read_text())
+    names = BlockSFTConfig.__dataclass_fields__
+    options = {key: value for key, value in kept.items() if key in names}
+    args = BlockSFTConfig(**options | {"learning_rate": 1e-4})
+    base, rows = kept["model_name_or_path"], toy_examples(64)
+    trainer = BlockSFTTrainer(base, args, train_dataset=rows)
+    with pytest.raises(ValueError, match=r"learning_rate 0\.005 -> 0\.0001"):
+        trainer.train(resume_from_checkpoint=True)

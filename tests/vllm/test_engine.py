@@ -1,0 +1,242 @@
+"""vLLM over cached chunks gives the answers of blocktune's own engine, and never a mixture."""
+
+import re
+from pathlib import Path
+
+import pytest
+from vllm import SamplingParams
+from vllm_cases import SMALL, TINY, first_logprobs, make_adapter, questions, worst
+
+from blocktune import Engine
+from blocktune.cache.miss_queue import MissQueue
+from blocktune.prompt import LayoutSpec
+from blocktune.vllm import ChunkLLM
+from blocktune.vllm.plan import LoadPlan
+
+TOKENS = 12
+GREEDY = SamplingParams(temperature=0, max_tokens=TOKENS, logprobs=20)
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def engine(store):
+    return Engine.from_pretrained(TINY, store=store, dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def llm(store, engine):
+    # 40 blocks hold six of these prompts: more at once are preempted.
+    options = SMALL | {"enable_lora": True, "max_lora_rank": 8, "max_num_batched_tokens": 128}
+    return ChunkLLM(TINY, store=store, num_gpu_blocks_override=40, **options)
+
+
+@pytest.fixture(scope="module")
+def packet(tmp_path_factory):
+    return make_adapter(
+        tmp_path_factory.mktemp("packet"), LayoutSpec(num_headers=2, num_trailers=1), False
+    )
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory):
+    return make_adapter(tmp_path_factory.mktemp("lora"), LayoutSpec(), True)
+
+
+@pytest.fixture(scope="module")
+def tuned(store, lora):
+    return Engine.from_pretrained(TINY, lora, store=store, dtype="float32", device="cpu")
+
+
+def connector(llm):
+    """Both halves of the connector, which run in this process."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    return get_kv_transfer_group().worker
+
+
+def forget(llm):
+    """Empties vLLM's cache and the hot chunks."""
+    assert llm.llm.reset_prefix_cache()
+    connector(llm).forget()
+
+
+def plain(llm, example):
+    """The same tokens without a plan."""
+    made = llm.client.read(example)
+    return made._replace(plan=None)
+
+
+def require_same(completions, engine, examples, method, tokens=TOKENS):
+    wanted = engine.answer(examples, method, max_new_tokens=tokens)
+    for one, answer, example in zip(completions, wanted, examples, strict=True):
+        assert one.token_ids == answer.token_ids
+        assert worst(one, first_logprobs(engine, example, method)) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        *("naive", "link0", "link0 blanks=3", "naive + layout shared_prefix=true"),
+        *("naive + layout bos=drop", "naive + layout placement=composite"),
+    ],
+)
+def test_answers_are_the_engines(llm, engine, method):
+    examples = questions(1)
+    require_same(llm.answer(examples, method, sampling=GREEDY), engine, examples, method)
+
+
+def test_a_repeated_question_is_served_from_vllms_own_cache(llm, engine):
+    examples = questions(2, 2)
+    for _ in range(2):
+        made = llm.answer(examples, sampling=GREEDY)
+        require_same(made, engine, examples, "naive")
+    before = connector(llm).store.stats()
+    assert all(one.cached_tokens >= one.prompt_tokens - 48 for one in made)
+    llm.answer(examples, sampling=GREEDY)
+    assert connector(llm).store.stats() == before
+
+
+@pytest.mark.parametrize("method", ["kv-packet", "turborag", "turborag positions=composite"])
+def test_learned_tokens_are_served_by_the_base(llm, store, packet, method):
+    engine = Engine.from_pretrained(TINY, packet, store=store, dtype="float32", device="cpu")
+    adapted, examples = llm.adapted(packet), questions(3, 2)
+    assert adapted.client.lora is None
+    made = adapted.answer(examples, method, sampling=GREEDY)
+    require_same(made, engine, examples, method)
+    assert len(adapted.client.prompts.pieces(examples[0], adapted.client.method).chunks) == 6
+
+
+def test_a_lora_adapter_answers_from_its_own_chunks(llm, engine, tuned, lora):
+    adapted, examples = llm.adapted(lora), questions(4)
+    made = adapted.answer(examples, sampling=GREEDY)
+    require_same(made, tuned, examples, "block-attention")
+    # The base is asked the same: neither finds the other's chunks or cached blocks.
+    base = llm.answer(examples, sampling=GREEDY)
+    require_same(base, engine, examples, "naive")
+    assert [one.token_ids for one in made] != [one.token_ids for one in base]
+
+
+def test_plain_and_chunk_requests_share_a_batch(llm, engine):
+    examples = questions(5)
+    llm.answer(examples)
+    forget(llm)
+    rendered = [
+        llm.client.read(one) if index % 2 else plain(llm, one) for index, one in enumerate(examples)
+    ]
+    made = llm.generate(rendered, GREEDY)
+    require_same(made[1::2], engine, examples[1::2], "naive")
+    require_same(made[::2], engine, examples[::2], "full-prefill")
+
+
+def test_hazard_1_a_plain_request_never_finds_reused_blocks(llm, engine, monkeypatch):
+    examples = questions(6)
+    llm.answer(examples)
+    require_same(
+        llm.generate([plain(llm, e) for e in examples], GREEDY), engine, examples, "full-prefill"
+    )
+    # Without the salt it does: this test would see it.
+    forget(llm)
+    monkeypatch.setattr(LoadPlan, "salt", lambda self, own=None: own)
+    llm.answer(examples)
+    [made] = llm.generate([plain(llm, examples[0])], GREEDY)
+    assert worst(made, first_logprobs(engine, examples[0], "full-prefill")) > 0.1
+    forget(llm)
+
+
+def test_hazard_2_prompt_log_probabilities_are_refused(llm):
+    asked = SamplingParams(temperature=0, max_tokens=4, prompt_logprobs=1)
+    with pytest.raises(ValueError, match="prompt_logprobs cannot"):
+        llm.answer(questions(1, 1), sampling=asked)
+    unread = SamplingParams(temperature=0, max_tokens=4, skip_reading_prefix_cache=True)
+    with pytest.raises(ValueError, match="skip_reading_prefix_cache"):
+        llm.answer(questions(1, 1), sampling=unread)
+
+
+@pytest.mark.parametrize("how", ["missing", "damaged"])
+def test_hazard_3_without_a_chunk_nothing_is_answered(llm, engine, store, how):
+    [example] = questions(8 if how == "missing" else 9, 1)
+    llm.answer([example])
+    forget(llm)
+    made = llm.client.read(example)
+    key, queue = made.plan.keys[2], MissQueue(store)
+    path = store / key[:2] / key[2:4] / f"{key}.safetensors"
+    if how == "missing":
+        path.unlink()
+    else:
+        data = bytearray(path.read_bytes())
+        data[-5] ^= 1
+        path.write_bytes(data)
+    with pytest.raises(ValueError, match="could not be loaded"):
+        llm.generate([made], GREEDY)
+    wanted = queue.take(made.plan.fingerprint)
+    assert [one.ids for one in wanted] == ([made.plan.segments[2].ids] if how == "missing" else [])
+    queue.done(made.plan.fingerprint, wanted)
+    # Others are answered meanwhile, and so is this one after it was encoded again.
+    path.unlink(missing_ok=True)
+    require_same(llm.answer([example], sampling=GREEDY), engine, [example], "naive")
+
+
+def test_a_request_that_is_no_plan_fails_alone(llm, engine):
+    [example] = questions(10, 1)
+    llm.answer([example])
+    made = llm.client.read(example)
+    broken = made._replace(prompt_ids=made.prompt_ids[:40])
+    with pytest.raises(ValueError, match="could not be loaded"):
+        llm.generate([broken], GREEDY)
+    require_same(llm.answer([example], sampling=GREEDY), engine, [example], "naive")
+
+
+def test_preempted_requests_load_again(llm):
+    examples = questions(11, 12)
+    long = SamplingParams(temperature=0, max_tokens=90, ignore_eos=True)
+    before = counter(llm, "vllm:num_preemptions")
+    llm.answer(examples, max_new_tokens=1)
+    rendered = [llm.client.read(one) for one in examples]
+    together = llm.generate(rendered, long)
+    assert counter(llm, "vllm:num_preemptions") > before
+    forget(llm)
+    alone = [llm.generate([one], long)[0] for one in rendered]
+    assert [one.token_ids for one in together] == [one.token_ids for one in alone]
+
+
+def test_hot_chunks_come_from_memory_in_any_order(llm, engine):
+    examples = questions(12, 1)
+    llm.answer(examples)
+    [example] = examples
+    turned = type(example)(example.question, tuple(reversed(example.chunks)))
+    reads = connector(llm).store.stats()
+    require_same(llm.answer([turned], sampling=GREEDY), engine, [turned], "naive")
+    assert connector(llm).store.stats() == reads
+    assert counter(llm, "blocktune:host_hits") > 0
+    assert counter(llm, "blocktune:failed") > 0
+    assert counter(llm, "vllm:external_prefix_cache_hits") > 0
+
+
+def test_a_method_that_vllm_cannot_serve_is_refused(llm):
+    for method in ("cacheblend", "ape"):
+        with pytest.raises(ValueError, match="vLLM cannot serve"):
+            llm.answer(questions(1), method)
+
+
+def test_the_documented_python_runs(llm, monkeypatch, capsys):
+    page = (Path(__file__).parents[2] / "docs/serving.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    [text] = [block for block in blocks if "blocktune.vllm" in block]
+    monkeypatch.setattr("blocktune.vllm.ChunkLLM", lambda *args, **options: llm, raising=False)
+    exec(compile(text, "serving.md", "exec"), {})
+    assert " of " in capsys.readouterr().out
+
+
+def counter(llm, name: str) -> float:
+    return sum(one.value for one in llm.llm.get_metrics() if one.name == name)
+
+
+def test_the_queue_is_worked_off(llm, engine, store):
+    [example] = questions(13, 1)
+    made = llm.client.read(example)
+    llm.client.ask_for(llm.client.missing(made.plan))
+    assert MissQueue(store).take(engine.fingerprint)
+    assert engine.encode_wanted() == len(made.plan.segments) - 1
+    assert llm.client.missing(made.plan) == []
+    assert MissQueue(store).take(engine.fingerprint) == []
+    require_same(llm.generate([made], GREEDY), engine, [example], "naive")

@@ -1,0 +1,202 @@
+"""The server as users start it: two ranks, a LoRA adapter, an encoder beside it."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import tomllib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from vllm_cases import TINY, make_adapter, questions
+
+import blocktune
+from blocktune import Engine
+from blocktune.prompt import LayoutSpec
+
+ROOT = Path(__file__).resolve().parents[2]
+OPTIONS = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--block-size", "32"]
+OPTIONS += ["--tensor-parallel-size", "2", "--max-num-seqs", "8"]
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    return make_adapter(tmp_path_factory.mktemp("lora") / "tuned", LayoutSpec(), True)
+
+
+@pytest.fixture(scope="module")
+def engines(store, adapter):
+    """The references; the store is warm when the server starts."""
+    options = {"store": store, "dtype": "float32", "device": "cpu"}
+    engines = {TINY: Engine.from_pretrained(TINY, **options)}
+    engines["tuned"] = Engine.from_pretrained(TINY, adapter, **options)
+    for engine in engines.values():
+        engine.encode([chunk for one in questions(31) for chunk in one.chunks])
+    return engines
+
+
+@pytest.fixture(scope="module")
+def env(tmp_path_factory):
+    """The checkout as an installed package: vLLM finds its plug-ins."""
+    folder = tmp_path_factory.mktemp("site")
+    info = folder / f"blocktune-{blocktune.__version__}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Name: blocktune\nVersion: {blocktune.__version__}\n")
+    points = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
+    lines = [
+        [f"[{group}]", *(f"{k} = {v}" for k, v in one.items())] for group, one in points.items()
+    ]
+    (info / "entry_points.txt").write_text("\n".join(line for part in lines for line in part))
+    one_process = ("VLLM_ENABLE_V1_MULTIPROCESSING",)
+    kept = {key: value for key, value in os.environ.items() if key not in one_process}
+    return kept | {"PYTHONPATH": f"{ROOT}:{folder}", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def server(store, adapter, engines, env):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "blocktune.cli", "vllm", "serve", TINY, "--store", str(store)]
+    command += ["--adapter", str(adapter), "--port", str(port), "--host", "127.0.0.1"]
+    log = store.parent / "server.log"
+    with log.open("w") as file:
+        running = subprocess.Popen(
+            [*command, *OPTIONS], cwd=ROOT, env=env, stdout=file, stderr=file
+        )
+        url = f"http://127.0.0.1:{port}"
+        try:
+            while not _answers(url):
+                assert running.poll() is None, log.read_text()[-3000:]
+                time.sleep(0.3)
+            yield url
+        finally:
+            running.terminate()
+            running.wait(30)
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def body(example, model=TINY, **more):
+    documents = [{"title": one.title, "text": one.text} for one in example.chunks]
+    message = {"role": "user", "content": example.question}
+    chat = {"model": model, "messages": [message], "temperature": 0, "max_tokens": 12}
+    return chat | {"documents": documents} | more
+
+
+def ask(server, example, model=TINY, **more):
+    return httpx.post(
+        f"{server}/v1/chat/completions", json=body(example, model, **more), timeout=120
+    )
+
+
+def text_of(response) -> str:
+    assert response.status_code == 200, response.text
+    return response.json()["choices"][0]["message"]["content"].strip()
+
+
+@pytest.mark.parametrize("model", [TINY, "tuned"])
+def test_answers_are_the_engines(server, engines, model):
+    examples = questions(31)
+    method = "naive" if model == TINY else "block-attention"
+    wanted = engines[model].answer(examples, method, max_new_tokens=12)
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(lambda one: ask(server, one, model), examples))
+    assert [text_of(one) for one in made] == [one.text for one in wanted]
+    for one in made:
+        usage = one.json()["usage"]
+        cached = usage["prompt_tokens_details"]["cached_tokens"]
+        assert 0.7 * usage["prompt_tokens"] < cached < usage["prompt_tokens"]
+
+
+def test_openais_client_streams(server, engines):
+    client = openai.OpenAI(base_url=f"{server}/v1", api_key="none")
+    example = questions(31)[0]
+    asked = body(example)
+    documents = {"documents": asked.pop("documents"), "blocktune": {"method": "link0"}}
+    engines[TINY].answer([example], "link0")
+    stream = client.chat.completions.create(
+        **asked, stream=True, stream_options={"include_usage": True}, extra_body=documents
+    )
+    pieces = list(stream)
+    said = "".join(one.choices[0].delta.content or "" for one in pieces if one.choices)
+    [wanted] = engines[TINY].answer([example], "link0", max_new_tokens=12)
+    assert said.strip() == wanted.text
+    assert pieces[-1].usage.prompt_tokens_details.cached_tokens > 0
+
+
+def test_an_answer_that_was_broken_off_can_be_asked_again(server, engines):
+    example = questions(31)[1]
+    asked = body(example, stream=True, ignore_eos=True, max_tokens=400)
+    with httpx.stream("POST", f"{server}/v1/chat/completions", json=asked, timeout=60) as stream:
+        next(stream.iter_lines())
+    [wanted] = engines[TINY].answer([example], max_new_tokens=12)
+    assert text_of(ask(server, example)) == wanted.text
+
+
+def test_a_request_without_documents_is_vllms(server):
+    message = {"role": "user", "content": "Where is Anna?"}
+    asked = {"model": TINY, "messages": [message], "max_tokens": 4, "temperature": 0}
+    asked["prompt_logprobs"] = 1
+    made = httpx.post(f"{server}/v1/chat/completions", json=asked, timeout=60)
+    assert made.status_code == 200
+    assert made.json()["prompt_logprobs"]
+
+
+@pytest.mark.parametrize(
+    ("more", "status", "reason"),
+    [
+        ({"prompt_logprobs": 1}, 400, "prompt_logprobs is not supported with documents"),
+        ({"blocktune": {"method": "cacheblend"}}, 400, "vLLM cannot serve 'cacheblend'"),
+        ({"blocktune": {"method": "kv-packet"}}, 400, "needs an adapter"),
+        ({"blocktune": {"strange": 1}}, 400, "strange"),
+        ({"model": "other"}, 404, "no model 'other'"),
+        ({"documents": ["x " * 2000]}, 400, "context holds"),
+    ],
+)
+def test_mistakes_are_one_line(server, more, status, reason):
+    made = ask(server, questions(31)[0], **more)
+    assert made.status_code == status, made.text
+    assert reason in made.text
+
+
+def test_raw_requests_are_guarded_too(server):
+    plan = {"blocktune": {"fingerprint": "0" * 64, "segments": [2]}}
+    asked = {"model": TINY, "prompt": [5, 6, 7, 8], "max_tokens": 2, "kv_transfer_params": plan}
+    url = f"{server}/v1/completions"
+    refused = httpx.post(url, json=asked | {"prompt_logprobs": 1}, timeout=60)
+    assert refused.status_code == 400
+    assert "prompt_logprobs cannot" in refused.text
+    assert httpx.post(url, json=asked, timeout=60).status_code == 500  # its chunks are missing
+
+
+def test_missing_chunks_are_encoded_by_a_follower(server, engines, env, store):
+    example = questions(32, 1)[0]
+    command = [sys.executable, "-m", "blocktune.cli", "encode", "--follow", "--store", str(store)]
+    command += ["--model", TINY, "--dtype", "float32", "--device", "cpu"]
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(ask, server, example)
+        encoder = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE)
+        try:
+            made = text_of(waiting.result(60))
+        finally:
+            encoder.terminate()
+            encoder.wait()
+    [wanted] = engines[TINY].answer([example], max_new_tokens=12)
+    assert made == wanted.text
+
+
+def test_metrics_count_what_was_loaded(server):
+    text = httpx.get(f"{server}/metrics").text
+    for name in ("blocktune:loads", "blocktune:tokens", "vllm:external_prefix_cache_hits"):
+        line = next(one for one in text.splitlines() if one.startswith(f"{name}_total"))
+        assert float(line.split()[-1]) > 0

@@ -1,0 +1,114 @@
+"""Other models than Llama's: every RoPE type that is moved, windows, hybrid caches, bfloat16."""
+
+import json
+
+import pytest
+import torch
+from families import LLAMA3, YARN, rope
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+)
+from vllm import SamplingParams
+from vllm_cases import SMALL, TINY, first_logprobs, questions, worst
+
+from blocktune import Engine
+from blocktune.vllm import ChunkLLM, guard
+
+SHAPE = {"vocab_size": 1152, "hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 4}
+SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024}
+SHAPE |= {"initializer_range": 0.1, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+BY_LAYER = {
+    "sliding_attention": rope("default"),
+    "full_attention": rope("linear", factor=8.0),
+}
+HYBRID = ["sliding_attention", "full_attention"] * 2
+MODELS = {
+    "hybrid windows, rope by layer, linear": lambda: Gemma3TextConfig(
+        **SHAPE, head_dim=32, sliding_window=48, layer_types=HYBRID, rope_parameters=BY_LAYER
+    ),
+    "window in every layer, yarn": lambda: MistralConfig(
+        **SHAPE, sliding_window=48, rope_parameters=YARN
+    ),
+    "partial rope": lambda: Phi3Config(
+        **SHAPE, rope_parameters=rope("default", partial_rotary_factor=0.5)
+    ),
+    "llama3, bfloat16": lambda: LlamaConfig(**SHAPE, rope_parameters=LLAMA3),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_answers_are_the_engines(name, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    dtype = "bfloat16" if "bfloat16" in name else "float32"
+    model = AutoModelForCausalLM.from_config(MODELS[name]()).to(getattr(torch, dtype))
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(TINY).save_pretrained(tmp_path / "model")
+    folder, store, examples = str(tmp_path / "model"), tmp_path / "store", questions(21, 3)
+    engine = Engine.from_pretrained(folder, store=store, dtype=dtype, device="cpu")
+    wanted = engine.answer(examples, "naive", max_new_tokens=8)
+    greedy = SamplingParams(temperature=0, max_tokens=8, logprobs=20)
+    llm = ChunkLLM(folder, store=store, **SMALL | {"dtype": dtype})
+    try:
+        made = llm.answer(examples, sampling=greedy)
+        errors = [
+            worst(one, first_logprobs(engine, example, "naive"))
+            for one, example in zip(made, examples, strict=True)
+        ]
+        if dtype == "float32":
+            assert max(errors) < 1e-4
+            assert [one.token_ids for one in made] == [one.token_ids for one in wanted]
+        else:  # as far from the engine as vLLM is without chunks
+            plain = [llm.client.read(one)._replace(plan=None) for one in examples]
+            full = [
+                worst(one, first_logprobs(engine, example, "full-prefill"))
+                for one, example in zip(llm.generate(plain, greedy), examples, strict=True)
+            ]
+            assert max(errors) < 3 * max(full)
+        assert all(one.cached_tokens > 0.8 * one.prompt_tokens for one in made)
+        if name == "partial rope":
+            prompt_logprobs_poison_nothing(llm, examples, made, greedy, monkeypatch)
+    finally:
+        close(llm)
+
+
+def prompt_logprobs_poison_nothing(llm, examples, wanted, greedy, monkeypatch):
+    """Where the guard does not run, such a request is a plain one."""
+    monkeypatch.setattr(guard, "require_loadable", lambda params: None)
+    assert llm.llm.reset_prefix_cache()
+    asked = SamplingParams(temperature=0, max_tokens=2, prompt_logprobs=1)
+    assert llm.answer(examples, sampling=asked)[0].cached_tokens == 0
+    again = llm.answer(examples, sampling=greedy)
+    assert [one.token_ids for one in again] == [one.token_ids for one in wanted]
+    assert all(one.cached_tokens for one in again)
+
+
+def close(llm):
+    from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    llm.llm.llm_engine.engine_core.shutdown()
+    ensure_kv_transfer_shutdown()
+    cleanup_dist_env_and_memory()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"kv_load_failure_policy": "recompute"}, "must be 'fail'"),
+        ({"kv_connector_extra_config": {}}, "needs kv_connector_extra_config"),
+    ],
+)
+def test_a_configuration_that_would_mix_is_refused(tmp_path, change, reason):
+    from vllm import LLM
+    from vllm.config import KVTransferConfig
+
+    from blocktune.vllm.client import transfer_config
+
+    given = json.loads(json.dumps(transfer_config(tmp_path))) | change
+    with pytest.raises(Exception, match=reason):
+        LLM(TINY, kv_transfer_config=KVTransferConfig(**given), **SMALL)
