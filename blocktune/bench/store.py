@@ -49,7 +49,7 @@ def bench_store(
         for engine in (disk, memory):
             usage_of(engine, pieces, naive)  # encodes
         files = sorted((Path(place) / "disk").rglob("*.safetensors"))
-        held = list(memory.store._memories[0].entries.values())
+        held = list(memory.store.held().values())
 
         def load(engine) -> float:
             ttft = asdict(usage_of(engine, pieces, naive).ttft)

@@ -404,6 +404,11 @@ class ChunkStore:
         with self._lock:
             return len({*files, *(key for tier in self._memories for key in tier.entries)})
 
+    def held(self) -> dict[str, Entry]:
+        """Entries in memory, by their keys."""
+        with self._lock:
+            return {key: kv for tier in self._memories for key, kv in tier.entries.items()}
+
     def remember(self, key: str, kv: Entry) -> None:
         """Keeps in memory what was read from the folder."""
         with self._lock:

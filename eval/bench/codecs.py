@@ -30,7 +30,7 @@ def errors(num: int) -> dict[str, dict[str, float]]:
     engine = Engine.from_pretrained("data/tiny", store=store, dtype="bfloat16")
     for example in load_examples(SOURCE.format(num)):
         engine.encode(example.chunks)
-    chunks = [one for one in store._memories[0].entries.values() if isinstance(one, ChunkKV)]
+    chunks = [one for one in store.held().values() if isinstance(one, ChunkKV)]
     found = {}
     for codec in CODECS:
         each = [codec_error(chunk, codec, engine.state.rope) for chunk in chunks]
