@@ -17,6 +17,7 @@ EXTRAS = {
     "eval": ("matplotlib", "rouge_score", "lm_eval"),
     "data": ("bm25s", "datasets", "sentencex", "pyarrow", "wonderwords"),
     "serve": ("fastapi", "uvicorn", "prometheus_client"),
+    "remote": ("fsspec", "s3fs", "valkey"),
 }
 """Packages by the extra that they come with."""
 RENAMED = {"intervals": "profile-layers"}

@@ -19,7 +19,7 @@ app.add_typer(group, name="vllm")
 
 @group.callback()
 def _root() -> None:
-    """Keeps `serve` a command of its own, as long as it is the only one."""
+    """Keeps `serve` a subcommand while it is the only one."""
 
 
 @command(

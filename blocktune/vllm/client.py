@@ -17,7 +17,8 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from blocktune.adapter import AdapterInfo
 from blocktune.adapter.info import INFO_FILE, OWN_WEIGHTS
 from blocktune.adapter.load import PEFT_FILE
-from blocktune.cache.folder import ChunkFolder, secret_from_environment
+from blocktune.cache.blobs import secret_from_environment
+from blocktune.cache.folder import ChunkFolder
 from blocktune.cache.miss_queue import MissQueue
 from blocktune.engine.assemble import is_held, wanted_pieces
 from blocktune.engine.prompts import PromptMaker, Request

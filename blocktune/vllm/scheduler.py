@@ -61,7 +61,7 @@ class SchedulerSide:
         self.forget = False
 
     def admit(self, request: Request) -> None:
-        """Reads a new request's plan, and gives it a name space of its own in vLLM's cache."""
+        """Reads a new request's plan, and gives it its own namespace in vLLM's cache."""
         try:
             plan = LoadPlan.read(request.kv_transfer_params, request.prompt_token_ids)
         except ValueError as error:

@@ -63,6 +63,7 @@ def measure(side: str, asks: list[Ask], asked: argparse.Namespace, log: Path) ->
         return {"side": side, "error": wrong[0], "failed": len(wrong)}
     made = {
         "side": side,
+        "requests": len(asks),
         "ttft_s": statistics.median(one.ttft_s for one in alone),
         "ttft_p90_s": statistics.quantiles((one.ttft_s for one in alone), n=10)[-1],
         "itl_s": median_gap(alone),
@@ -142,7 +143,7 @@ def main() -> None:
     parser.add_argument("--ahead", action="store_true", help="encode the corpus before asking")
     parser.add_argument("--overhead", type=int, default=0, help="also measure at so many tokens")
     parser.add_argument("--peer", nargs="*", default=[], help="options of transformers serve")
-    parser.add_argument("--no-peer", action="store_true")
+    parser.add_argument("--peer-requests", type=int, help="the first so many; 0: without it")
     parser.add_argument("--output", type=Path, required=True)
     asked = parser.parse_args()
     asked.method = asked.method or ["naive"]
@@ -152,8 +153,8 @@ def main() -> None:
     documents = corpus(asked.model, asked.documents, asked.chunk_tokens)
     asks = zipf(documents, asked.requests, asked.chunks, asked.power)
     sides = [measure(one, asks, asked, log) for one in (*asked.method, FULL)]
-    if not asked.no_peer:
-        sides.append(measure(PEER, asks, asked, log))
+    if asked.peer_requests != 0:
+        sides.append(measure(PEER, asks[: asked.peer_requests], asked, log))
     made |= {"sides": sides, "ratios": {}}
     for own in sides[: len(asked.method)]:
         others = sides[len(asked.method) :]

@@ -246,16 +246,19 @@ def wait_until(condition) -> None:
 def test_the_queue_has_a_bound_and_then_answers_429(serve, monkeypatch):
     client = serve(limits={"queue": 2, "running": 1})
     go = blocked(monkeypatch)
-    done, threads = in_background(client, [chat(documents=[f"Text {i}."]) for i in range(3)])
-    wait_until(lambda: client.service.scheduler.waiting == 2)
+    scheduler = client.service.scheduler
+    done, threads = in_background(client, [chat(documents=["Text 0."])])
+    wait_until(lambda: scheduler.kv_bytes > 0)  # admitted
+    more, others = in_background(client, [chat(documents=[f"Text {i}."]) for i in (1, 2)])
+    wait_until(lambda: scheduler.waiting == 2)
     full = client.post(CHAT, json=chat())
     refused(full, 429, "waiting")
     assert int(full.headers["retry-after"]) >= 1
     assert metric(client.get("/metrics").text, "num_requests_waiting") == 2
     go.set()
-    for thread in threads:
+    for thread in threads + others:
         thread.join()
-    assert [one.status_code for one in done] == [200] * 3
+    assert [one.status_code for one in done + more] == [200] * 3
 
 
 def test_tenants_take_turns(serve, monkeypatch):
