@@ -7,7 +7,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from blocktune.cache.ledger import POLICIES
-from blocktune.cache.remote import is_url
 
 CODECS = ("as-is", "fp8", "int8", "int4")
 MEMORY = 4 << 30
@@ -105,7 +104,7 @@ class StoreConfig:
             return cls(**defaults | {"folder": Path(text)})
         first, *rest = text.split(",")
         values = dict(defaults)
-        if is_url(first) and "=" not in first.partition("://")[0]:
+        if "://" in first and "=" not in first.partition("://")[0]:
             values["remote"] = first
         elif "=" in first:
             rest = [first, *rest]

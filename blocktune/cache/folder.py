@@ -184,9 +184,9 @@ class ChunkFolder(Blobs):
         self._make(self.path / MANIFESTS)
         self._replace(self.path / MANIFESTS / f"{fingerprint}.json", fingerprint, data)
 
-    def owns(self, path: Path) -> bool:
-        """Whether ``path`` is a plain file, no link."""
-        return stat.S_ISREG(os.lstat(path).st_mode)
+    def is_store(self) -> bool:
+        """Whether a store was opened here before."""
+        return (self.path / WRITING).is_dir()
 
     def _unfinished(self, key: str) -> Path:
         return self.path / WRITING / f".{key}-{uuid.uuid4().hex}.part"

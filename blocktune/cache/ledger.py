@@ -219,12 +219,6 @@ class Ledger:
             [expires] = found.fetchone() or [None]
             return expires is not None and expires <= self.now()
 
-    def has(self, key: str) -> bool:
-        """Whether it is entered."""
-        with self._lock:
-            found = self._open().execute("SELECT 1 FROM entries WHERE key = ?", (key,))
-            return found.fetchone() is not None
-
     def row(self, key: str) -> Row | None:
         """One entry, without hits that are not written yet."""
         with self._lock:
@@ -326,7 +320,7 @@ class Ledger:
     def _connect(self) -> None:
         self._pid = os.getpid()
         where = ":memory:" if self.path is None else str(self.path)
-        self._database = sqlite3.connect(where, timeout=5.0, check_same_thread=False)
+        self._database = sqlite3.connect(where, timeout=1.0, check_same_thread=False)
         if self.path is not None:
             self._database.execute("PRAGMA journal_mode = WAL")
             self._database.execute("PRAGMA synchronous = OFF")  # it can be made again

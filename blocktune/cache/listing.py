@@ -24,7 +24,7 @@ def open_index(folder: ChunkFolder, **budget) -> Ledger | None:
     path = folder.path / INDEX
     for _ in range(3):
         fresh = not path.exists()
-        if not fresh and not folder.owns(path):
+        if path.is_symlink() or not (fresh or path.is_file()):
             _LOG.warning("'%s' is not the index of the store; it is not used", path)
             return None
         try:

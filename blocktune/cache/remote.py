@@ -20,11 +20,6 @@ VALKEY = ("valkey", "valkeys", "redis", "rediss", "unix")
 PREFIX = "blocktune"
 
 
-def is_url(text: str) -> bool:
-    """Whether a place is a URL."""
-    return "://" in text
-
-
 def open_remote(url: str, secret: bytes | None = None, timeout_s: float = TIMEOUT_S) -> Blobs:
     """The files at a URL; connects when they are used.
 

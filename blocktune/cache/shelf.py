@@ -28,7 +28,9 @@ class Shelf:
     def __init__(self, blobs: Blobs):
         """Of a place that is there."""
         self.blobs = blobs
-        self._index = open_index(blobs) if isinstance(blobs, ChunkFolder) else None
+        is_folder = isinstance(blobs, ChunkFolder)
+        # In a folder that is no store nothing is made.
+        self._index = open_index(blobs) if is_folder and blobs.is_store() else None
         self._ledger: Ledger | None = self._index
 
     @classmethod

@@ -20,7 +20,7 @@ from blocktune.commands import options as opt
     "blocktune check --model data/tiny",
     "blocktune check --method 'naive + first-k 8'   # the contract of one method",
     "blocktune check --method mine --plugin mine.py",
-    "blocktune check --model meta-llama/Llama-3.1-8B-Instruct --dtype float32 --json",
+    "blocktune check --model Qwen/Qwen3-8B --dtype float32 --json",
     "blocktune check --families --json       # every model class of the installed transformers",
     "blocktune check --families --only cohere --only gpt_oss",
     "The exit code is 0 if every check passed, else 1.",

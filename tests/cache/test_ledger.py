@@ -279,3 +279,9 @@ def test_a_folder_with_a_comma_is_a_folder(tmp_path):
     assert StoreConfig.parse(str(tmp_path / "a,b=c")).folder == tmp_path / "a,b=c"
     assert parse_bytes("1.5 kB") == 1500
     assert os.listdir(tmp_path) == ["a,b=c"]
+
+
+def test_looking_into_a_folder_that_is_no_store_makes_nothing(tmp_path):
+    (tmp_path / "notes.txt").write_text("text")
+    assert list(Shelf.open(str(tmp_path)).rows()) == []
+    assert os.listdir(tmp_path) == ["notes.txt"]
