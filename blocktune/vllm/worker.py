@@ -22,7 +22,7 @@ from torch import Tensor
 
 from blocktune.cache import ChunkKV, ChunkStore
 from blocktune.cache.view import StoreView
-from blocktune.positions import Rotation, rotate_keys
+from blocktune.positions import LayerRope, Rotation, rotate_keys
 from blocktune.vllm.plan import LoadPlan, Segment, heads_of, slots_of
 
 if TYPE_CHECKING:
@@ -196,8 +196,9 @@ class WorkerSide:
             self._require_shape(module, keys)
             name = rope.layer[index]
             if name not in turns:
-                turn = Rotation.of(shift[None], rope.frequencies[name])
-                turns[name] = Rotation(turn.cos[0, 0, :, None], turn.sin[0, 0, :, None])
+                turn = Rotation.of(shift[None], rope.kinds[name])
+                cos, sin = turn.cos[0, 0, :, None], turn.sin[0, 0, :, None]
+                turns[name] = turn._replace(cos=cos, sin=sin)
             keys = rotate_keys(keys, turns[name])
             if len(rows) < len(keys):
                 keys, values = keys[rows], values[rows]
@@ -242,8 +243,11 @@ class WorkerSide:
                     f"the chunks have {len(rope['layer'])} layers, vLLM's model {self.num_layers}; "
                     "they are of another model"
                 )
-            lists = [torch.tensor(one) for one in rope["frequencies"]]
-            self._rope[fingerprint] = _Rope(lists, rope["layer"])
+            if any(rope["in_values"]):
+                raise Missing("the chunks hold latent keys, which vLLM's cache does not")
+            facts = zip(rope["frequencies"], rope["start"], rope["interleaved"], strict=True)
+            kinds = [LayerRope(torch.tensor(one), *more) for one, *more in facts]
+            self._rope[fingerprint] = _Rope(kinds, rope["layer"])
         return self._rope[fingerprint]
 
     def forget(self) -> None:
@@ -253,9 +257,9 @@ class WorkerSide:
 
 
 class _Rope(NamedTuple):
-    """Frequencies, and which of them each layer has."""
+    """Kinds of rotations, and which of them each layer has."""
 
-    frequencies: list[Tensor]
+    kinds: list[LayerRope]
     layer: list[int]
 
 
