@@ -146,6 +146,7 @@ def encode(
     from blocktune.cache import ChunkStore
     from blocktune.commands.answering import encoding_progress
     from blocktune.data import load_chunks
+    from blocktune.engine import EncodeReport
     from blocktune.evaluation.runner import launched
 
     if documents is None and not follow:
@@ -162,7 +163,7 @@ def encode(
         resumable(f"the chunks so far are in {kept.place}"),
         encoding_progress(processes.is_main) as progress,
     ):
-        report = engine.encode(mine, progress)
+        report = engine.encode(mine, progress) if mine else EncodeReport(0, 0, 0, 0.0)
     known = report.num_chunks - report.num_encoded
     stats = kept.stats()
     written = stats.disk_bytes_written
