@@ -27,7 +27,7 @@ of_decoding = partial(Option, rich_help_panel="Decoding")
     "blocktune answer -m M -i q.jsonl --system 'Be brief.' -o answers.jsonl",
     "Encode chunks once, reuse them in later runs, and write the answers to a file:",
     "blocktune answer -m M --adapter out/block --method block-attention",
-    "    --store cache/ -i questions.jsonl -o answers.jsonl",
+    "    --store cache/ -i questions.jsonl -o reused.jsonl",
     "A stopped command that writes to a file continues where it stopped: repeat it.",
 )
 def answer(

@@ -151,10 +151,10 @@ def _train(data, args, choice, callbacks) -> Path | None:
     launch_checks.refuse_unasked_evaluation(data.eval_data, args)
     folder = Path(args.output_dir)
     checkpoint = earlier_run(data, args, choice, int(os.environ.get("WORLD_SIZE", "1")))
-    if checkpoint == folder:
+    if checkpoint == folder and not args.dry_run:
         launch_checks.say(FINISHED)
         return folder
-    if checkpoint is not None:
+    if checkpoint not in (None, folder):
         launch_checks.say(f"continuing from {checkpoint}; --overwrite starts again")
     if launch_checks.is_set("ACCELERATE_USE_DEEPSPEED"):
         launch_checks.wait_for_builds()
