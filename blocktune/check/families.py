@@ -188,6 +188,7 @@ def _compared(config: PreTrainedConfig, structure: Structure) -> tuple[float, fl
     batch = batch_of(engine, build("naive"), ask)
     reused = engine.next_logits([ask], "naive")
     masked = _masked(stock, batch.input_ids, batch.layout, structure)[:, -1]
+    engine.answer([ask], "naive", max_new_tokens=2)  # counts what it cost, too
     failed = [one for one in check_model(engine) if not one.passed] if length >= 300 else []
     scale = float(whole.abs().max())
     if not scale or difference(whole, masked) <= 10 * TOLERANCE * scale:

@@ -137,14 +137,18 @@ def encode(
     """Encode chunks ahead of time into a folder that `answer --store` reads."""
     from rich.console import Console
 
+    from blocktune.adapter import INFO_FILE
     from blocktune.cache import ChunkStore
     from blocktune.data import load_chunks
+    from blocktune.models.load import examine_base
 
     if documents is None and not follow:
         raise ValueError("nothing to encode; give --input, or --follow")
     chunks = [] if documents is None else load_chunks(documents)
     if not chunks and documents is not None:
         raise ValueError(f"{documents}: no chunk in it; give one per line")
+    if model is not None and not (Path(model) / INFO_FILE).is_file():
+        examine_base(model)  # before anything is written
     # Before a model is loaded; on the CPU, since nothing is read back.
     kept = ChunkStore(folder=store, must_write=True)
     engine = opt.load_engine(model, adapter, kept, dtype, device, quantize)

@@ -159,7 +159,8 @@ def _mixing(name: str, what: str, layer: int, count: int = 1) -> str:
     return (
         f"{name}: {what} in layer {layer}{more} mixes tokens otherwise than by attention under a "
         "mask (a recurrence, a convolution, or a choice of tokens of its own), so a chunk's states "
-        "depend on the text before it; use a decoder that mixes tokens by plain attention alone"
+        "depend on the text before it; use a decoder that only attends, or methods that reuse no "
+        "chunks (full-prefill, no-context, prefix-cache)"
     )
 
 
@@ -252,8 +253,8 @@ class _Probe:
         changed[0, row] = 99
         one, other = self._watched(ids), self._watched(changed)
         others = [index for index in range(ids.shape[1]) if index != row]
-        for (name, kind, left), (_, _, right) in zip(one, other, strict=False):
-            if left.shape == right.shape and _differ(left[others], right[others]):
+        for (name, kind, left), (same, _, right) in zip(one, other, strict=False):
+            if name == same and left.shape == right.shape and _differ(left[others], right[others]):
                 layer = next((int(part) for part in name.split(".") if part.isdigit()), 0)
                 raise Mixes(_mixing(self.name, kind, layer))
 

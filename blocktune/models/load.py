@@ -102,6 +102,20 @@ def load_base(
     return (model.to(device) if place and not kwargs else model), tokenizer
 
 
+def examine_base(name: str) -> None:
+    """Asks `examine` about a model by its name, without loading it.
+
+    Raises:
+        ValueError: If there is no such model.
+        Refused: If chunk reuse would be wrong on it.
+    """
+    bare, revision = pinned(name)
+    bare, extra = _gguf(bare)
+    with _explained(name, "a language model"):
+        config = AutoConfig.from_pretrained(bare, revision=revision, **extra)
+    examine(config)
+
+
 def _gguf(name: str) -> tuple[str, dict[str, str]]:
     """The folder to load from, and the option that names the GGUF file in it, if it is one."""
     path = Path(name)

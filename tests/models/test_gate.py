@@ -94,7 +94,10 @@ LONGROPE = rope(
 SCALED = rope("yarn", factor=4.0, original_max_position_embeddings=64, llama_4_scaling_beta=0.1)
 LIMITED = {
     "dynamic": (lambda: LlamaConfig(**BASE, rope_parameters=rope("dynamic", factor=4.0)), 512),
-    "longrope": (lambda: Phi3Config(**BASE, rope_parameters=LONGROPE), 128),
+    "longrope": (
+        lambda: Phi3Config(**BASE, rope_parameters=LONGROPE, original_max_position_embeddings=128),
+        128,
+    ),
     "ministral3": (lambda: Ministral3Config(**HEAD, rope_parameters=SCALED), 64),
     "llama4": (lambda: Llama4TextConfig(**HEAD, attention_chunk_size=96, floor_scale=80), 79),
 }
