@@ -24,7 +24,8 @@ from blocktune.check.serving import ASK, Ask, batch_of, check_model, difference
 from blocktune.engine import Engine
 from blocktune.layout import LayerRule, Layout
 from blocktune.methods import build
-from blocktune.models.gate import Refused, Structure, examine
+from blocktune.models.gate import examine
+from blocktune.models.probe import Refused, Structure
 from blocktune.models.small import causal_class, quiet, small_config, small_model
 from blocktune.prompt import Chunk
 from blocktune.tables import ABSENT, Table

@@ -28,7 +28,8 @@ from transformers import (
 )
 
 from blocktune.attention.interface import decoder_of
-from blocktune.models.gate import Mixes, Refused, examine
+from blocktune.models.gate import examine
+from blocktune.models.probe import Mixes, Refused
 from blocktune.models.quantize import keep_stored_codes, quantization_config
 from blocktune.models.small import causal_class
 

@@ -102,11 +102,13 @@ def _small(name: str, value: Any) -> Any:
     """A field's value in a small configuration."""
     if isinstance(value, list) and value and all(map(_is_count, value)):
         return [_small(name, one) for one in value]
-    if "vocab_size" in name and _is_count(value):
+    if not _is_count(value):
+        return value
+    if name.endswith("_token_id"):
+        return 0
+    if "vocab_size" in name:
         return VOCABULARY
-    if _is_count(value):
-        return min(value, next((s for key, s in _SIZES.items() if re.fullmatch(key, name)), value))
-    return 0 if name.endswith("_token_id") and value is not None else value
+    return min(value, next((s for key, s in _SIZES.items() if re.fullmatch(key, name)), value))
 
 
 def _is_count(value: Any) -> bool:

@@ -28,7 +28,8 @@ from transformers import (
 )
 
 from blocktune.engine import Engine
-from blocktune.models.gate import Refused, examine, require_supported
+from blocktune.models.gate import examine, require_supported
+from blocktune.models.probe import Refused
 
 
 def test_layer_without_rope_keeps_its_keys():
