@@ -35,7 +35,7 @@ def _root() -> None:
 def serve(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="Base model, as vLLM takes it.")],
-    store: Annotated[Path, Option(help="Folder of encoded chunks.")],
+    store: Annotated[str, Option(help="Encoded chunks: a folder or URL, as of `answer --store`.")],
     adapter: Annotated[
         list[str] | None,
         Option(

@@ -17,8 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from blocktune.adapter import AdapterInfo
 from blocktune.adapter.info import INFO_FILE, OWN_WEIGHTS
 from blocktune.adapter.load import PEFT_FILE
-from blocktune.cache.folder import ChunkFolder, secret_from_environment
-from blocktune.cache.miss_queue import MissQueue
+from blocktune.cache.view import StoreView
 from blocktune.engine.assemble import is_held, wanted_pieces
 from blocktune.engine.prompts import PromptMaker, Request
 from blocktune.layout import Kind
@@ -53,7 +52,7 @@ class ChunkClient:
     Args:
         model: Folder or repository, as vLLM is given it; None: the adapter's base.
         adapter: Folder or repository of a blocktune adapter, or None.
-        store: Folder of the chunks.
+        store: Of the chunks: a folder or URL, as ``--store``.
         format: Wording of prompts; default: the adapter's, else `PromptFormat`'s.
         fingerprint: Of the model that encoded the chunks, where the store has several that fit.
 
@@ -110,8 +109,7 @@ class ChunkClient:
         )
         self.method = default_method(self.prompts.trained)
         require_served(self.method, self.prompts.spec(self.method))
-        self.folder = ChunkFolder(store, secret_from_environment())
-        self.queue = MissQueue(store)
+        self.store = StoreView(store)
         self._fingerprint = fingerprint
         self.stop_ids = sorted(_stop_ids(self.tokenizer, bare, revision, text))
 
@@ -128,12 +126,10 @@ class ChunkClient:
 
     def _find_fingerprint(self) -> str:
         wanted = [None if self.adapter is None else adapter_fingerprint(self.adapter), self._scope]
-        records = [self.folder.manifest(one) for one in self.folder.fingerprints()]
         fitting = [
             record
-            for record in records
-            if record is not None
-            and Path(record["base"]["name"]).name == Path(self.name).name
+            for record in self.store.manifests()
+            if Path(record["base"]["name"]).name == Path(self.name).name
             and [(record["adapter"] or {}).get(part) for part in ("fingerprint", "scope")] == wanted
             and record["tokenizer"]["hash"] == self._tokenizer_hash
             and record["prompt_format"] == dataclasses.asdict(self.format)
@@ -141,13 +137,13 @@ class ChunkClient:
         what = f"'{self.name}'" + ("" if self.adapter is None else f" with '{self.adapter}'")
         if not fitting:
             raise ValueError(
-                f"the store '{self.folder.path}' has no chunks of {what} in this wording; run "
-                f"`blocktune encode --model {self.model} --store {self.folder.path}` first"
+                f"the store '{self.store.place}' has no chunks of {what} in this wording; run "
+                f"`blocktune encode --model {self.model} --store {self.store.place}` first"
             )
         if len(fitting) > 1:
             named = ", ".join(f"{one['fingerprint'][:12]} ({one['dtype']})" for one in fitting)
             raise ValueError(
-                f"the store '{self.folder.path}' has chunks of several models that fit {what}: "
+                f"the store '{self.store.place}' has chunks of several models that fit {what}: "
                 f"{named}; name one by its fingerprint (`blocktune store manifest`)"
             )
         return fitting[0]["fingerprint"]
@@ -198,11 +194,11 @@ class ChunkClient:
 
     def missing(self, plan: LoadPlan | None) -> list[Segment]:
         """Segments of a plan that are not in the store."""
-        return [] if plan is None else plan.missing(self.folder.has)
+        return [] if plan is None else plan.missing(self.store.has)
 
     def ask_for(self, missing: Sequence[Segment]) -> None:
         """Queues segments for `blocktune encode --follow`."""
-        self.queue.add(self.fingerprint, [one.wanted for one in missing])
+        self.store.ask_for(self.fingerprint, [one.wanted for one in missing])
 
 
 def _is_lora(adapter: Path | None) -> bool:

@@ -16,7 +16,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
-from blocktune.cache.folder import ChunkFolder, secret_from_environment
+from blocktune.cache.view import StoreView
 from blocktune.vllm import guard
 from blocktune.vllm.metrics import LoadMetrics, LoadStats
 from blocktune.vllm.scheduler import LoadMeta, SchedulerSide
@@ -33,7 +33,7 @@ guard.install()
 class BlocktuneConnector(KVConnectorBase_V1, SupportsHMA):
     """Serves the first tokens of a prompt from a blocktune store.
 
-    ``kv_connector_extra_config``: ``store``, the folder; ``host_gb``, memory of each rank for
+    ``kv_connector_extra_config``: ``store``, as ``--store``; ``host_gb``, memory of each rank for
     hot chunks (1); ``threads``, loads at a time (2). Other keys are the route's.
 
     Raises:
@@ -46,10 +46,10 @@ class BlocktuneConnector(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config, role, kv_cache_config)
         require_served_config(vllm_config)
         extra = self._kv_transfer_config.kv_connector_extra_config
-        folder = ChunkFolder(extra["store"], secret_from_environment())
+        store = StoreView(extra["store"])
         self.scheduler = self.worker = None
         if role is KVConnectorRole.SCHEDULER:
-            self.scheduler = SchedulerSide(folder)
+            self.scheduler = SchedulerSide(store)
             return
         from vllm.distributed import get_tensor_model_parallel_rank
 
@@ -57,7 +57,7 @@ class BlocktuneConnector(KVConnectorBase_V1, SupportsHMA):
             (g.layer_names, g.kv_cache_spec.block_size) for g in kv_cache_config.kv_cache_groups
         ]
         self.worker = WorkerSide(
-            folder,
+            store,
             groups,
             {name: extract_layer_index(name) for names, _ in groups for name in names},
             vllm_config.model_config.dtype,

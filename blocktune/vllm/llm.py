@@ -62,7 +62,7 @@ class ChunkLLM:
     Args:
         model: As `ChunkClient` takes it.
         adapter: Likewise.
-        store: Folder of the chunks.
+        store: Of the chunks: a folder or URL, as ``--store``.
         dtype: Of vLLM, and of the engine that encodes.
         encode_device: Where missing chunks are encoded.
         format: Wording of prompts.
@@ -90,7 +90,7 @@ class ChunkLLM:
         self.client = ChunkClient(
             model, adapter, store=store, format=format, fingerprint=fingerprint
         )
-        self._dtype, self._device = dtype, encode_device
+        self._store, self._dtype, self._device = store, dtype, encode_device
         from vllm import LLM
         from vllm.config import KVTransferConfig
 
@@ -116,7 +116,7 @@ class ChunkLLM:
         other = copy.copy(self)
         for made in ("_encoder", "_lora"):
             other.__dict__.pop(made, None)
-        other.client = ChunkClient(self.client.model, adapter, store=self.client.folder.path)
+        other.client = ChunkClient(self.client.model, adapter, store=self._store)
         return other
 
     @cached_property
@@ -132,7 +132,7 @@ class ChunkLLM:
     @cached_property
     def _encoder(self) -> Engine:
         client = self.client
-        kept = ChunkStore(0, folder=client.folder.path, must_write=True)
+        kept = ChunkStore(config=client.store.config, must_write=True)
         engine = Engine.from_pretrained(
             client.model, client.adapter, store=kept, dtype=self._dtype, device=self._device
         )
@@ -141,8 +141,10 @@ class ChunkLLM:
     def encode(self, segments: Sequence[Segment]) -> None:
         """Encodes segments into the store."""
         engine = self._encoder
-        pieces = [Piece(*segment.wanted) for segment in segments]
+        wanted = [segment.wanted for segment in segments]
+        pieces = [Piece(*one) for one in wanted]
         engine.state.encoder.find(pieces, Stopwatch(engine.model.device))
+        self.client.store.encoded(engine.fingerprint, wanted)
 
     def answer(
         self,

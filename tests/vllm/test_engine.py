@@ -109,7 +109,7 @@ def test_a_lora_adapter_answers_from_its_own_chunks(llm, engine, store, tmp_path
     # The base is asked the same: neither finds the other's chunks or cached blocks.
     base = llm.answer(examples, sampling=GREEDY)
     require_same(base, engine, examples, "naive")
-    assert [one.token_ids for one in made] != [one.token_ids for one in base]
+    assert worst(base[0], first_logprobs(tuned, examples[0], "block-attention")) > 0.01
 
 
 def test_plain_and_chunk_requests_share_a_batch(llm, engine):
