@@ -131,7 +131,7 @@ def _gguf(name: str) -> tuple[str, dict[str, str]]:
     if not files[0].is_file():
         raise ValueError(f"no GGUF file '{name}'")
     if find_spec("gguf") is None:
-        raise ValueError(f"'{files[0]}' needs the package gguf; run pip install gguf")
+        raise ValueError(f"'{files[0]}' needs the package gguf; run pip install 'blocktune[gguf]'")
     logging.getLogger("blocktune").warning(
         "dequantising %s, each time it is loaded; save it by save_pretrained to load it at once",
         files[0].name,
