@@ -24,7 +24,8 @@ from blocktune.check.serving import ASK, Ask, batch_of, check_model, difference
 from blocktune.engine import Engine
 from blocktune.layout import LayerRule, Layout
 from blocktune.methods import build
-from blocktune.models.gate import Refused, Structure, examine
+from blocktune.models.gate import examine
+from blocktune.models.probe import Refused, Structure
 from blocktune.models.small import causal_class, quiet, small_config, small_model
 from blocktune.prompt import Chunk
 from blocktune.tables import ABSENT, Table
@@ -188,6 +189,7 @@ def _compared(config: PreTrainedConfig, structure: Structure) -> tuple[float, fl
     batch = batch_of(engine, build("naive"), ask)
     reused = engine.next_logits([ask], "naive")
     masked = _masked(stock, batch.input_ids, batch.layout, structure)[:, -1]
+    engine.answer([ask], "naive", max_new_tokens=2)  # counts what it cost, too
     failed = [one for one in check_model(engine) if not one.passed] if length >= 300 else []
     scale = float(whole.abs().max())
     if not scale or difference(whole, masked) <= 10 * TOLERANCE * scale:
