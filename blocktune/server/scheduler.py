@@ -13,7 +13,7 @@ import itertools
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from itertools import groupby
 
 import torch
@@ -240,10 +240,8 @@ class Scheduler:
             job.tiers[piece] = found.tier
         missing = [piece for piece, tier in job.tiers.items() if tier == "none"]
         if job.has_turns and wanted[0] in missing and not widened(job):
-            turns = cut_turns(wanted[0].ids, engine.state.stop_ids())
-            if len(turns) > 1:
-                missing.remove(wanted[0])
-                job.prefix_hits = continue_prefix(engine, wanted[0], turns, job.watch)
+            missing.remove(wanted[0])
+            job.prefix_hits = continue_prefix(engine, wanted[0], job.watch)
         job.missing = deque(parts(missing, self.limits.prefill_tokens))
 
     def _pin(self, job: Job, kvs: Mapping[Piece, Entry | None]) -> None:
@@ -308,22 +306,14 @@ def widened(job: Job) -> list[int]:
     return list(job.method.select_for(num_layers).widens(num_layers))
 
 
-def cut_turns(ids: Sequence[int], ends: Container[int]) -> list[tuple[int, ...]]:
-    """A conversation's tokens, cut after each end of a turn."""
-    cuts = [0, *(index + 1 for index, token in enumerate(ids) if token in ends), len(ids)]
-    return [tuple(ids[a:b]) for a, b in itertools.pairwise(cuts) if b > a]
-
-
-def continue_prefix(
-    engine: Engine, prefix: Piece, turns: Sequence[tuple[int, ...]], watch: Stopwatch
-) -> int:
+def continue_prefix(engine: Engine, prefix: Piece, watch: Stopwatch) -> int:
     """Computes a conversation's prefix from where an earlier one ended, and stores it.
 
     Returns:
         Tokens of it that were in the exact prefix cache.
     """
     state, method = engine.state, build("prefix-cache")
-    pieces = Pieces(turns[0], tuple(turns[1:-1]), turns[-1])
+    pieces = Pieces(prefix.ids[:-1], (), prefix.ids[-1:])
     watch.start()
     run = prefill_batch(state, [engine.lay_out(pieces, method)], [pieces], method)
     run.remember()
