@@ -7,8 +7,10 @@ less than the tolerance.
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    CohereConfig,
     Gemma2Config,
     Gemma3TextConfig,
+    GptOssConfig,
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
@@ -40,6 +42,7 @@ BASE = {
 HEAD = {**BASE, "head_dim": 8}
 GEMMA = {**HEAD, "sliding_window": WINDOW, "layer_types": HYBRID}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+SINKS = {**GEMMA, "num_local_experts": 4, "num_experts_per_tok": 2}
 FAMILIES = {
     "llama": lambda: LlamaConfig(**BASE),
     "qwen2": lambda: Qwen2Config(**BASE),
@@ -52,8 +55,10 @@ FAMILIES = {
     "olmo2": lambda: Olmo2Config(**BASE),
     "mixtral": lambda: MixtralConfig(**BASE, num_local_experts=4, sliding_window=None),
     "qwen3-moe": lambda: Qwen3MoeConfig(**HEAD, **EXPERTS),
+    "cohere": lambda: CohereConfig(**BASE),
+    "gpt-oss": lambda: GptOssConfig(**SINKS),
 }
-EXPERT_FAMILIES = ("mixtral", "qwen3-moe")
+EXPERT_FAMILIES = ("mixtral", "qwen3-moe", "gpt-oss")
 
 
 def rope(kind: str, **parameters) -> dict:

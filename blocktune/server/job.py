@@ -34,7 +34,7 @@ class Busy(Exception):
 
 @dataclass(frozen=True)
 class Delta:
-    """New text of a choice. ``finish``: why it ended, ``stop`` or ``length``; None: it goes on."""
+    """New text of a choice. ``finish``: why it ended, ``stop`` or ``length``, or None."""
 
     index: int
     text: str
@@ -168,6 +168,7 @@ def account(job: Job) -> Report:
     """The end of a job whose choices are all finished."""
     ids = tuple(token for choice in job.choices for token in choice.ids)
     usage = job.run.usages([ids])[0]
+    usage = replace(usage, prefix_tokens=usage.prefix_tokens + job.prefix_hits)
     if job.tiers:  # else the engine looked its chunks up by itself
         chunks = job.looked_up[1:] if job.pieces.prefix else job.looked_up
         misses = sum(job.tiers.get(piece) == "none" for piece in chunks)

@@ -328,7 +328,7 @@ def continue_prefix(engine: Engine, prefix: Piece, watch: Stopwatch) -> int:
 
 
 def parts(pieces: Iterable[Piece], tokens: int) -> list[list[Piece]]:
-    """Pieces in groups of similar length and about so many tokens, at least one a group."""
+    """Pieces in groups of similar length and about this many tokens, at least one per group."""
     made: list[list[Piece]] = []
     for group in grouped(pieces):
         room = 0

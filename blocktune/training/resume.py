@@ -27,6 +27,7 @@ _INERT = re.compile(
     "(resume|restore|save|enable_jit)_|(log|logging|report|trackio|hub|push)_|"
     "(per_device_)?eval_|batch_eval|include_|metric_for|greater_is|load_best|"
     "dataloader_(num|pin|prefetch|persistent|in_order|multi)|dataset_num_proc|torch_empty|"
+    "(bf16|fp16)_full_eval|"
     "gradient_checkpointing|activation_|(per_device_)?train_batch_size|gradient_accumulation_steps"
 )
 """Settings that may change when a run continues: they decide nothing that is learnt.

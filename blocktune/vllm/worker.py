@@ -21,7 +21,7 @@ from cachetools import LRUCache
 from torch import Tensor
 
 from blocktune.cache import ChunkKV, ChunkStore
-from blocktune.cache.folder import ChunkFolder
+from blocktune.cache.view import StoreView
 from blocktune.positions import Rotation, rotate_keys
 from blocktune.vllm.plan import LoadPlan, Segment, heads_of, slots_of
 
@@ -79,7 +79,7 @@ class WorkerSide:
     """Loads in the background; a request waits for its own load only.
 
     Args:
-        folder: The store.
+        view: The store.
         groups: Names of the layers in each kv cache group, and the group's block size.
         layer_index: Index of a layer of the decoder by its name in vLLM.
         dtype: Of keys and values in vLLM's kernels.
@@ -92,7 +92,7 @@ class WorkerSide:
 
     def __init__(
         self,
-        folder: ChunkFolder,
+        view: StoreView,
         groups: list[tuple[list[str], int]],
         layer_index: Mapping[str, int],
         dtype: torch.dtype,
@@ -102,9 +102,9 @@ class WorkerSide:
         host_bytes: int,
         threads: int,
     ):
-        self.folder, self.dtype, self.num_layers = folder, dtype, num_layers
+        self.view, self.dtype, self.num_layers = view, dtype, num_layers
         self.rank, self.size = rank, size
-        self.store = ChunkStore(0, folder=folder.path)  # `_hot` keeps what is read, packed
+        self.store = ChunkStore(config=view.config)  # `_hot` keeps what is read, packed
         self._hot = LRUCache(host_bytes, getsizeof=lambda packed: packed.buffer.nbytes)
         self._lock = threading.Lock()
         self.counts: Counter[str] = Counter()
@@ -220,7 +220,8 @@ class WorkerSide:
             counts["host_hits"] += 1
             return held
         kv = self.store.get(key, plan.segments[index].ids, plan.fingerprint)
-        if kv is None:
+        if kv is None:  # an encoder verifies it too, and encodes it again
+            self.view.ask_for(plan.fingerprint, [plan.segments[index].wanted])
             reason = self.store.stats().first_rejected or "it is not there"
             raise Missing(f"chunk {key[:12]} cannot be read from the store: {reason}")
         counts["store_reads"] += 1
@@ -232,9 +233,9 @@ class WorkerSide:
 
     def _frequencies(self, fingerprint: str) -> _Rope:
         if fingerprint not in self._rope:
-            record = self.folder.manifest(fingerprint)
+            record = self.view.manifest(fingerprint)
             if record is None:
-                raise Missing(f"no manifest of {fingerprint[:12]} in '{self.folder.path}'")
+                raise Missing(f"no manifest of {fingerprint[:12]} in '{self.view.place}'")
             rope = record["rope"]
             if len(rope["layer"]) != self.num_layers:
                 raise Missing(

@@ -21,9 +21,9 @@ def test_wanted_chunks_are_encoded_and_leave_the_queue(made, tmp_path):
     queue = MissQueue(tmp_path)
     assert queue.take(engine.fingerprint) == []
     for _ in range(2):
-        queue.add(engine.fingerprint, [((5, 6, 7), ()), ((8, 9), (4,))])
-    queue.add(engine.fingerprint, [(tuple([5] * 5000), ())])  # longer than the model's context
-    queue.add(OTHER, [((5, 6, 7), ())])
+        queue.add(engine.fingerprint, [Wanted((5, 6, 7)), Wanted((8, 9), (4,))])
+    queue.add(engine.fingerprint, [Wanted((5,) * 5000)])  # longer than the model's context
+    queue.add(OTHER, [Wanted((5, 6, 7))])
     assert {Wanted((5, 6, 7), ()), Wanted((8, 9), (4,))} < set(queue.take(engine.fingerprint))
     assert len(queue.take(engine.fingerprint, most=1)) == 1
     assert engine.encode_wanted() == 3
