@@ -49,8 +49,7 @@ class Scheduler:
         preparing: Admitted requests that do not decode yet, by the order of their turns.
         running: Answers that are decoded.
         kv_bytes: Reserved for them.
-        pins: Chunks that outlive the store's eviction, by their keys. They are held here until
-            the store itself can pin, and end with the process.
+        pinned: Bytes of each chunk that clients have pinned in the store, by its key.
     """
 
     def __init__(self, limits: Limits, before: Callable[[], None] | None = None):
@@ -58,7 +57,7 @@ class Scheduler:
         self.preparing: OrderedDict[int, Job] = OrderedDict()
         self.running: dict[Choice, Job] = {}
         self.kv_bytes = 0
-        self.pins: dict[str, Entry] = {}
+        self.pinned: dict[str, int] = {}
         self._before = before
         self._queues: OrderedDict[str, deque[Job]] = OrderedDict()
         self._count = itertools.count()
@@ -70,11 +69,6 @@ class Scheduler:
     def waiting(self) -> int:
         """Requests in the queue."""
         return sum(map(len, self._queues.values()))
-
-    @property
-    def pinned_bytes(self) -> int:
-        """Of all pinned chunks."""
-        return sum(entry.num_bytes for entry in list(self.pins.values()))
 
     def start(self) -> None:
         """Starts the thread."""
@@ -231,8 +225,6 @@ class Scheduler:
                 return
         for piece in dict.fromkeys(wanted):
             key = encoder.key(piece)
-            if key in self.pins and key not in encoder.store:
-                encoder.store.remember(key, self.pins[key])
             found = encoder.store.lookup(key, piece.ids, encoder.fingerprint)
             self._pin(job, {piece: found.kv})
             job.watch.add("lookup_s", found.lookup_s)
@@ -245,9 +237,11 @@ class Scheduler:
         job.missing = deque(parts(missing, self.limits.prefill_tokens))
 
     def _pin(self, job: Job, kvs: Mapping[Piece, Entry | None]) -> None:
+        encoder = job.engine.state.encoder
         for piece in job.pins & kvs.keys():
-            if kvs[piece] is not None:
-                self.pins[job.engine.state.encoder.key(piece)] = kvs[piece]
+            key, entry = encoder.key(piece), kvs[piece]
+            if entry is not None and encoder.store.pin(key):
+                self.pinned[key] = entry.num_bytes
 
     def _prefill(self, job: Job) -> None:
         state = job.engine.state
