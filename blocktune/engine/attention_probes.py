@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from blocktune.attention import Plan, SplitPlan
 from blocktune.attention.cached import CachePlan
-from blocktune.attention.kernels import AttentionParams, plain_scores
+from blocktune.attention.kernels import AttentionParams, attention_weights, plain_scores
 from blocktune.cache import ChunkStore, RowCache
 from blocktune.engine.rows import computed_rows, of_columns
 from blocktune.engine.state import Auxiliaries
@@ -95,7 +95,7 @@ class ChunkAttention(Probe):
         uncached = self.columns.group.gather(1, column) == GLOBAL
         wanted = (rows.kind == Kind.QUERY) | ((rows.kind == Kind.CHUNK) & uncached)
         for block, scores in self.scores(wanted, rows, self.columns, query, key, rule, params):
-            paid = torch.softmax(scores, dim=-1).mean(1) @ self.member
+            paid = attention_weights(scores, params).mean(1) @ self.member
             paid = torch.where(wanted[:, block, None], paid, 0.0)
             self.mass.scatter_add_(1, column[:, block, None].expand_as(paid), paid)
         self.layers += 1
@@ -130,7 +130,7 @@ class QueryProbe(Probe):
             asks = self.query.kind == Kind.QUERY
             total = key.new_zeros(key.shape[0], key.shape[2], dtype=torch.float32)
             for block, scores in self.scores(asks, self.query, self.key, query, key, rule, params):
-                weights = torch.softmax(scores, dim=-1).mean(1)
+                weights = attention_weights(scores, params).mean(1)
                 total += torch.where(asks[:, block, None], weights, 0.0).sum(1)
             self.by_layer[rule.layer] = total / asks.sum(1).clamp(min=1)[:, None]
         if rule.layer == self.last:

@@ -79,7 +79,8 @@ class SchedulePlan:
         if index in self.schedule.widen:
             widened = self._current.of_candidates(self._current.exists) | self.schedule.widen[index]
             hidden = self._change(index, hidden, widened)
-        return (hidden, *args[1:]), self._current.arguments(kwargs)
+        current = self._current
+        return (hidden, *current.positional(args[1:])), current.arguments(kwargs)
 
     def _narrow(self, index: int, layer: nn.Module, args: tuple, kwargs: dict) -> Tensor:
         """Asks the selection which rows stay."""
@@ -92,7 +93,9 @@ class SchedulePlan:
         made: list[LayerKV] = []
 
         def probe() -> tuple[LayerKV, LayerKV]:
-            made.append(self._probe(index, layer, args, self._current.arguments(kwargs)))
+            current = self._current
+            given = (args[0], *current.positional(args[1:]))
+            made.append(self._probe(index, layer, given, current.arguments(kwargs)))
             self.probes[index] = self.plans[-1]
             return made[0], LayerKV(*self.cache.held(index))
 

@@ -58,7 +58,7 @@ class Parser(TrlParser):
         of examples is left out if another one is typed.
 
         Raises:
-            ValueError: If the file is no mapping, or a value is not of its type; names the file.
+            ValueError: If the file is not a mapping, or a value is not of its type; names the file.
         """
         values = dict(mapping(load_yaml(path, "config", "see recipes/ for examples"), path))
         for name, value in mapping(values.pop("env", {}), f"{path}: env").items():
