@@ -15,6 +15,7 @@ import sys
 import tempfile
 import traceback
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import typer
@@ -40,6 +41,7 @@ class Fuzzer:
 
     def __init__(self, folder: Path):
         self.folder, self.runner = folder, CliRunner()
+        self.codes: Counter[int] = Counter()
         self.commands = dict(_commands(typer.main.get_command(app), ()))
         tokenizer = build_tokenizer()
         tiny_llama(tokenizer, 256).save_pretrained(folder / "model")
@@ -159,6 +161,7 @@ class Fuzzer:
         self.write_files(draw)
         words = self.line(draw)
         result = self.runner.invoke(app, words)
+        self.codes[result.exit_code] += 1
         shown = json.dumps(words)
         error = result.exception
         if error is not None and not isinstance(error, SystemExit):
@@ -215,7 +218,7 @@ def main() -> None:
                 failures += 1
                 print(problem, flush=True)
         os.chdir("/")
-    print(f"{failures} of {asked.tries} tries failed")
+    print(f"{failures} of {asked.tries} tries failed; exit codes: {dict(fuzzer.codes)}")
     sys.exit(min(failures, 1))
 
 
