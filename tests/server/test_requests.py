@@ -318,6 +318,25 @@ def test_many_missing_chunks_are_encoded_in_parts(serve, monkeypatch, engine):
     assert len([size for size in sizes if size]) >= 8
 
 
+def test_a_chunk_that_several_requests_miss_is_encoded_once(serve, monkeypatch, engine):
+    engine.forget()
+    client = serve(limits={"prefill_tokens": 20})
+    encoded, find = [], Encoder.find
+
+    def seen(self, pieces, *args, **kwargs):
+        found = find(self, pieces, *args, **kwargs)
+        encoded.extend(found.misses)
+        return found
+
+    monkeypatch.setattr(Encoder, "find", seen)
+    documents = [f"The number {i} is the number of the street." for i in range(12)]
+    done, threads = in_background(client, [chat(documents=documents, max_tokens=1)] * 4)
+    for thread in threads:
+        thread.join()
+    assert [one.status_code for one in done] == [200] * 4
+    assert len(encoded) == len(set(encoded)) > len(documents)
+
+
 def test_a_failure_is_of_one_request(client, monkeypatch):
     from blocktune.server import scheduler
 
