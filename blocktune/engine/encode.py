@@ -18,7 +18,6 @@ from blocktune.cache import (
     ChunkStates,
     ChunkStore,
     Entry,
-    chunk_key,
     key_after,
     states_key,
 )
@@ -28,6 +27,9 @@ from blocktune.methods.hooks import ChunkLoader
 from blocktune.prompt import LayoutSpec, Pieces, Prompt, lay_out, stack
 
 Ids = tuple[int, ...]
+PREFIX_MARK = (1 << 62,)
+"""Blanks in the key of a prefix where an adapter acts on some rows only: a chunk of the same tokens
+has other states. No tokenizer has this id."""
 TOKENS_PER_PASS = 16_384
 """Rows, padding included, that are encoded in one forward pass."""
 
@@ -39,12 +41,18 @@ class Piece:
     Attributes:
         ids: Tokens that are stored.
         blanks: Tokens before it during encoding, whose own states are dropped.
-        is_prefix: Whether it is the prefix, which no adapter of scope ``encode`` writes.
+        is_prefix: Whether it is the prefix, which no adapter of scope ``encode`` writes. Where only
+            ids and blanks are told, `PREFIX_MARK` stands for the blanks.
     """
 
     ids: Ids
     blanks: Ids = ()
     is_prefix: bool = False
+
+    def __post_init__(self):
+        if self.blanks == PREFIX_MARK:
+            object.__setattr__(self, "blanks", ())
+            object.__setattr__(self, "is_prefix", True)
 
 
 def alone(piece: Piece) -> Prompt:
@@ -152,9 +160,8 @@ class Encoder:
 
     def key(self, piece: Piece) -> str:
         """Under which the store keeps a piece."""
-        if piece.is_prefix and self._is_scoped:  # a chunk of the same tokens has other states
-            return chunk_key(self.fingerprint, piece.ids, {"prefix": True})
-        return key_after(self.fingerprint, piece.ids, piece.blanks)
+        marked = piece.is_prefix and self._is_scoped
+        return key_after(self.fingerprint, piece.ids, PREFIX_MARK if marked else piece.blanks)
 
     def sample(self) -> ChunkKV:
         """One token's keys and values, for their shapes and dtype."""

@@ -20,6 +20,7 @@ from blocktune.adapter.load import PEFT_FILE
 from blocktune.cache.folder import ChunkFolder, secret_from_environment
 from blocktune.cache.miss_queue import MissQueue
 from blocktune.engine.assemble import is_held, wanted_pieces
+from blocktune.engine.encode import PREFIX_MARK
 from blocktune.engine.prompts import PromptMaker, Request
 from blocktune.layout import Kind
 from blocktune.methods import Method, build, default_method
@@ -94,7 +95,9 @@ class ChunkClient:
             )
         config = AutoConfig.from_pretrained(bare, revision=revision)
         text = config.get_text_config()
-        self.lora = self.adapter if _is_lora(self.adapter) else None
+        # What a writer encoded is read by the base, and a prefix is no chunk of it.
+        self.scope = info.scope if info else "both"
+        self.lora = self.adapter if self.scope != "encode" and _is_lora(self.adapter) else None
         self.format = format or (info.format if info else PromptFormat())
         self.prompts = PromptMaker(
             self.tokenizer,
@@ -186,7 +189,9 @@ class ChunkClient:
         positions = layout.position[stored].tolist()
         segments, start = [], 0
         for piece in wanted_pieces(stack([prompt], pad_id), 0):
-            segments.append(Segment(piece.ids, positions[start], piece.blanks))
+            marked = piece.is_prefix and self.scope != "both"
+            blanks = PREFIX_MARK if marked else piece.blanks
+            segments.append(Segment(piece.ids, positions[start], blanks))
             start += len(piece.ids)
         prompt_ids = [token if token < known else pad_id for token in ids]
         return Rendered(prompt_ids, LoadPlan(self.fingerprint, tuple(segments)))
