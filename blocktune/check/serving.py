@@ -161,7 +161,8 @@ class Subject:
 
 def facts_served(method: Method) -> tuple:
     """What an engine reads of a method: two that agree in it are served alike."""
-    choices = method.layout(LayoutSpec()), method.select(), method.reshape(), method.history
+    choices = method.layout(LayoutSpec()), method.select(), method.repair(), method.reshape()
+    choices += (method.history,)
     kept = method.weights, method.cached, method.keeps_context, method.layer_budget
     own_loader = method.loader(ChunkStore(), "") is not None and method.name
     return repr(choices), kept, own_loader
