@@ -216,8 +216,9 @@ class ScoringPasses:
         shift = _to_encoded(self.columns)
         cache = RowCache(len(self.cache), *self.columns.kind.shape)
         for index, layer in enumerate(self.cache.layers):
-            moved = relocate_keys(layer.keys, shift, self.rope.inv_freq[index])
-            for prompt, states in enumerate(zip(moved, layer.values, strict=True)):
+            moved, rope = [layer.keys, layer.values], self.rope.layers[index]
+            moved[rope.in_values] = relocate_keys(moved[rope.in_values], shift, rope)
+            for prompt, states in enumerate(zip(*moved, strict=True)):
                 rooms = cache.room(index, prompt, slice(None), *states)
                 for room, own in zip(rooms, states, strict=True):
                     room.copy_(own)

@@ -251,7 +251,7 @@ def test_vllm_serves_the_base_and_finds_all_that_was_encoded(run, tmp_path):
     assert len(plan.segments) == 1 + len(ask.chunks)
     assert client.missing(plan) == []
     [first, *_] = plan.missing(lambda key: False)
-    assert Piece(first.ids, first.blanks).is_prefix
+    assert first.prefix
 
 
 def test_it_is_not_merged(run, tmp_path):

@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repea
 from blocktune.engine.batch_prefill import prefill_batch
 from blocktune.layout import Kind
 from blocktune.methods import build, compose
-from blocktune.positions import relocate_keys
+from blocktune.positions import LayerRope, relocate_keys
 
 LAYERS = 3
 
@@ -72,9 +72,9 @@ def attention(stock, inputs, columns, positions: str) -> list[torch.Tensor]:
             rows = (columns.chunk[:count] == chunk).nonzero().flatten()
             own[rows] = torch.arange(len(rows))
         moved = DynamicCache()
-        freq = stock.model.rotary_emb.inv_freq
+        rope = LayerRope(stock.model.rotary_emb.inv_freq)
         for index, layer in enumerate(cache.layers):
-            keys = relocate_keys(layer.keys, (own - at[0, :count])[None], freq)
+            keys = relocate_keys(layer.keys, (own - at[0, :count])[None], rope)
             moved.update(keys, layer.values, index)
         rest = rest - rest[0, 0] + own.max() + 1
         cache = moved
