@@ -350,6 +350,13 @@ class ChunkStore:
         with self._lock:
             return sum(one.pin([key], pinned) for one in ledgers if one is not None) > 0
 
+    def is_pinned(self, key: str) -> bool:
+        """Whether some tier holds an entry pinned."""
+        ledgers = [tier.ledger for tier in (*self._memories, *self._blobs)]
+        with self._lock:
+            rows = [one.row(key) for one in ledgers if one is not None]
+        return any(row is not None and row.pinned for row in rows)
+
     def describe(
         self, fingerprint: str, make: Callable[[], dict[str, Any]], rope: RopeSpec | None = None
     ) -> None:

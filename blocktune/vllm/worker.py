@@ -196,7 +196,7 @@ class WorkerSide:
             self._require_shape(module, keys)
             name = rope.layer[index]
             if name not in turns:
-                turn = Rotation.of(shift[None], rope.kinds[name])
+                turn = Rotation.of(shift[None], rope.forms[name])
                 cos, sin = turn.cos[0, 0, :, None], turn.sin[0, 0, :, None]
                 turns[name] = turn._replace(cos=cos, sin=sin)
             keys = rotate_keys(keys, turns[name])
@@ -243,11 +243,13 @@ class WorkerSide:
                     f"the chunks have {len(rope['layer'])} layers, vLLM's model {self.num_layers}; "
                     "they are of another model"
                 )
-            if any(rope["in_values"]):
-                raise Missing("the chunks hold latent keys, which vLLM's cache does not")
-            facts = zip(rope["frequencies"], rope["start"], rope["interleaved"], strict=True)
-            kinds = [LayerRope(torch.tensor(one), *more) for one, *more in facts]
-            self._rope[fingerprint] = _Rope(kinds, rope["layer"])
+            lists = [torch.tensor(one) for one in rope["frequencies"]]
+            # Manifests of before these fields are of models that rotate by halves.
+            given = (rope.get(name, [0] * len(lists)) for name in LayerRope._fields[1:])
+            forms = [LayerRope(*one) for one in zip(lists, *given, strict=True)]
+            if any(form.in_values for form in forms):
+                raise Missing("the chunks hold latent keys, which this connector does not load")
+            self._rope[fingerprint] = _Rope(forms, rope["layer"])
         return self._rope[fingerprint]
 
     def forget(self) -> None:
@@ -257,9 +259,9 @@ class WorkerSide:
 
 
 class _Rope(NamedTuple):
-    """Kinds of rotations, and which of them each layer has."""
+    """Rotations, and which of them each layer has."""
 
-    kinds: list[LayerRope]
+    forms: list[LayerRope]
     layer: list[int]
 
 
