@@ -86,7 +86,7 @@ def _examine(cls: type[PreTrainedModel], config: PreTrainedConfig) -> Structure:
         raise Refused(f"{name}: no small model of its kind can be made: {_line(error)}") from error
     with quiet(), torch.no_grad():
         try:
-            probe = Probe(name, model, _length(config), _length(small))
+            probe = Probe(name, model, exact_length(config), exact_length(small))
         except Refused:
             raise
         except Exception as error:
@@ -108,7 +108,7 @@ def _line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
-def _length(config: PreTrainedConfig) -> int | None:
+def exact_length(config: PreTrainedConfig) -> int | None:
     """Prompt length from which a model does more with positions than a rotation can undo.
 
     RoPE types that change their frequencies with the length of the prompt, queries scaled by

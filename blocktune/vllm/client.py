@@ -22,6 +22,7 @@ from blocktune.engine.assemble import is_held, wanted_pieces
 from blocktune.engine.prompts import PromptMaker, Request
 from blocktune.layout import Kind
 from blocktune.methods import Method, build, default_method
+from blocktune.models.gate import exact_length
 from blocktune.models.identity import adapter_fingerprint, tokenizer_hash
 from blocktune.models.load import adapter_folder, pinned
 from blocktune.prompt import Pieces, PromptFormat, end_of_turn, stack
@@ -94,6 +95,11 @@ class ChunkClient:
             )
         config = AutoConfig.from_pretrained(bare, revision=revision)
         text = config.get_text_config()
+        if exact_length(text) is not None:
+            raise ValueError(
+                f"vLLM cannot serve chunks of '{model}': it does more with positions than a "
+                "rotation can undo in long prompts; use `blocktune serve`"
+            )
         self._scope = info.scope if info else None
         acts = info is not None and info.scope != "encode"  # while vLLM answers
         self.lora = self.adapter if acts and _is_lora(self.adapter) else None
