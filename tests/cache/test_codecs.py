@@ -25,7 +25,7 @@ def rotated(num_tokens=100, dtype=torch.bfloat16, origin=3):
     kv = made_chunk(num_tokens, shapes=SHAPES, origin=origin)
     size = torch.logspace(-1, 1, 64)
     positions = torch.arange(origin, origin + num_tokens)[None]
-    first = relocate_keys((kv.keys[0] + size)[None], positions, ROPE.inv_freq[0])[0]
+    first = relocate_keys((kv.keys[0] + size)[None], positions, ROPE.layers[0])[0]
     keys = tuple(key.to(dtype) for key in (first, kv.keys[1]))
     values = tuple(value.to(dtype) for value in kv.values)
     return made_chunk(num_tokens, shapes=SHAPES, origin=origin, keys=keys, values=values)
