@@ -30,8 +30,19 @@ WORDS = ["", " ", "Anna", "0", "-1", "1.5", "1e999", "nan", "true", "null", "[",
 WORDS += ["\ud83d", "\ufeff", "é\u0301", "x" * 300, "../..", "/", "{title}", "{", "@", "?", "a?b=c"]
 WORDS += ["naive + epic", "cacheblend ratio=2", "kvlink", "worlds:test?n=2", "worlds:dev?n=-1"]
 WORDS += ["needle:", "hf:a/b?split=test", "nq", "--", "-x", "%", "q.jsonl?as=chat", "s.yaml"]
-SKIPPED = ("serve", "bench")
-"""Commands that do not return, or that measure for seconds."""
+SKIPPED = ("serve", "bench", "vllm")
+"""Commands that do not return, measure for seconds, or need vLLM."""
+SHAPES = {"eval": 0, "tune": 1, "train": 2}
+"""Shape of the YAML that a command wants; others want a wording."""
+OFTEN = ("--model", "--input", "--config", "--suite", "--output")
+FITTING = {"--model": "model", "--device": "cpu", "--dtype": "float32", "--question": "Who?"}
+FITTING |= {"--chunk": "Anna.", "--input": "q.jsonl", "--config": "s.yaml", "--suite": "s.yaml"}
+FITTING |= {"--corpus": "q.jsonl", "--retrieved": "q.jsonl", "--tokenizer": "model"}
+FITTING |= {"--max-new-tokens": "2", "--limit": "1", "--repo": "user/name", "--format": "s.yaml"}
+FITTING |= {"--index": "0", "--most-layers": "1", "--budget": "0.5", "--layer-budget": "0.5"}
+FITTING |= {"--param": "ratio=0.5", "--links": "table", "--fields": "question=input"}
+YAML_KEYS = ["ttft", "fidelity", "pool", "dtype", "seed", "batch_size", "adapter", "titled"]
+YAML_KEYS += ["system", "block_tag", "size", "draw", "x"]
 KEYS = ["question", "chunks", "answers", "answer", "context", "text", "title", "messages", "input"]
 KEYS += ["paragraphs", "data", "contexts", "documents", "id", "meta", "supporting", "followups"]
 
@@ -83,17 +94,17 @@ class Fuzzer:
             record = record | {draw.choice([*record, *KEYS]): self.value(draw)}
         return record if draw.random() < 0.9 else self.value(draw)
 
-    def write_files(self, draw: random.Random) -> None:
-        """The files that command lines name, new ones for every try."""
+    def write_files(self, draw: random.Random, shape: int) -> None:
+        """The files that command lines name, new ones for every try; ``shape`` of the YAML."""
         lines = [json.dumps(self.record(draw)) for _ in range(draw.randrange(4))]
         if draw.random() < 0.2:
             lines.append(draw.choice(["{", "\ufeff{}", "not json", '{"a": 1, "a": 2}', "\ud800"]))
         text = "\n".join(lines)
         (self.folder / "q.jsonl").write_bytes(text.encode(errors="surrogatepass"))
         (self.folder / "c.csv").write_text("question,chunks\nWho?,Anna\n" * draw.randrange(3))
-        (self.folder / "s.yaml").write_bytes(self.yaml(draw).encode(errors="surrogatepass"))
+        (self.folder / "s.yaml").write_bytes(self.yaml(draw, shape).encode(errors="surrogatepass"))
 
-    def yaml(self, draw: random.Random) -> str:
+    def yaml(self, draw: random.Random, shape: int) -> str:
         """A suite, a training run, a mixture or a wording, with some of it changed."""
         task = {"name": "t", "source": "q.jsonl", "max_new_tokens": 2}
         shapes = [
@@ -103,9 +114,10 @@ class Fuzzer:
             {"parts": [{"source": "q.jsonl", "mode": "block"}], "draw": "sampling", "size": 2},
             {"instruction": "Answer.", "question": "Q: {question}"},
         ]
-        record = dict(draw.choice(shapes))
+        record = dict(shapes[shape])
         for _ in range(draw.randrange(3)):
-            record[draw.choice([*record, *KEYS, *_options()])] = self.value(draw)
+            more = _options() if shape == 2 else YAML_KEYS
+            record[draw.choice([*record, draw.choice(more)])] = self.value(draw)
         try:
             text = yaml.safe_dump(record)
         except yaml.YAMLError:
@@ -117,49 +129,44 @@ class Fuzzer:
 
     def line(self, draw: random.Random) -> list[str]:
         """A command line: a command with some of its options, most of them with fitting values."""
-        path = draw.choice(sorted(self.commands))
+        group = draw.choice(sorted({path[0] for path in self.commands}))
+        path = draw.choice(sorted(path for path in self.commands if path[0] == group))
         words = list(path)
-        options = {name: kind for name, kind in self.commands[path] if draw.random() < 0.35}
-        if draw.random() < 0.8:  # what the command cannot do without
-            options |= {n: k for n, k in self.commands[path] if n in ("--model", "--input", "")}
-            options |= {n: k for n, k in self.commands[path] if n in ("--output", "--suite")}
-        for name, kind in options.items():
-            value = self.argument(draw, name, kind)
-            words += [*([name] if name else []), *([] if value is None else [value])]
+        for name, kind, is_required in self.commands[path]:
+            if draw.random() < (0.97 if is_required or name in OFTEN else 0.12):
+                value = self.argument(draw, path, name, kind)
+                words += [*([name] if name else []), *([] if value is None else [value])]
         if path == ("train",):
             words += ["--dry-run", "--report_to", "none"]
             for _ in range(draw.randrange(3)):
                 words += [f"--{draw.choice(_options())}", str(self.value(draw, 0))]
         if path in {("answer",), ("eval",), ("tune",), ("profile-layers",)}:
             words += ["--limit", "1"]
-        if draw.random() < 0.1:
+        if draw.random() < 0.05:
             words.insert(draw.randrange(len(words) + 1), draw.choice(WORDS))
         return words
 
-    def argument(self, draw: random.Random, name: str, kind: str) -> str | None:
+    def argument(self, draw: random.Random, path, name: str, kind: str) -> str | None:
         """A value for an option; None for a flag."""
         if kind == "flag":
             return None
-        if draw.random() < 0.25:
+        if draw.random() < 0.08:
             return str(self.value(draw, 0))
-        known = {"--model": "model", "--device": "cpu", "--output": f"out/{draw.randrange(3)}"}
-        known |= {"--method": draw.choice(["naive", "epic k=2", "cacheblend"]), "--store": "out/s"}
-        known |= {"--dtype": draw.choice(["auto", "float32"]), "--question": "Who?"}
-        known |= {
-            "--max-new-tokens": "2",
-            "--limit": "1",
-            "--repo": "user/name",
-            "--format": "s.yaml",
-        }
-        fitting = {"int": ["1", "2", "0"], "float": ["0.5", "1"]}
-        fallback = [*self.names, "naive", "worlds:dev?n=2&passages=3"]
-        return known.get(name) or draw.choice(fitting.get(kind, fallback))
+        if name == "":
+            own = {"mix": "s.yaml", "report": "out", "compare": "out", "merge": "model"}
+            other = draw.choice(["q.jsonl", "c.csv", "worlds:dev?n=2&passages=3&kinds=2-hop"])
+            return own.get(path[-1], "out/s" if path[0] == "store" else other)
+        known = {"--output": f"out/{draw.randrange(3)}", "--store": f"out/s{draw.randrange(2)}"}
+        known |= {"--method": draw.choice(["naive", "epic k=2", "cacheblend", "kvlink"])}
+        fitting = {"int": ["1", "2"], "float": ["0.5", "1"]}
+        return (FITTING | known).get(name) or draw.choice(fitting.get(kind, self.names))
 
     def attempt(self, seed: int) -> str | None:
         """What is wrong with one try, or None."""
         draw = random.Random(seed)
-        self.write_files(draw)
         words = self.line(draw)
+        shape = SHAPES.get(words[0], 4) if draw.random() < 0.9 else draw.randrange(5)
+        self.write_files(draw, 3 if "mix" in words else shape)
         result = self.runner.invoke(app, words)
         self.codes[result.exit_code] += 1
         shown = json.dumps(words)
@@ -177,14 +184,18 @@ class Fuzzer:
 
 
 def _commands(command, path):
-    """Paths of all commands, with their options as (name, kind); arguments have no name."""
+    """Paths of all commands with their options: name, empty for arguments; kind; if required."""
     for name, below in getattr(command, "commands", {}).items():
         yield from _commands(below, (*path, name))
     if path and path[0] not in SKIPPED and not getattr(command, "no_args_is_help", False):
         yield (
             path,
             [
-                (parameter.opts[0] if parameter.opts[0].startswith("-") else "", _kind(parameter))
+                (
+                    parameter.opts[0] if parameter.opts[0].startswith("-") else "",
+                    _kind(parameter),
+                    parameter.required,
+                )
                 for parameter in command.params
                 if not set(parameter.opts) & {"--help", "--help-all", "--plugin", "--processes"}
             ],

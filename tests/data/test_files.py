@@ -343,3 +343,22 @@ def test_fields_are_renamed_at_any_depth_and_for_any_shape(tmp_path):
 def test_a_wrong_mapping_is_one_line(tmp_path, fields, word):
     with pytest.raises(ValueError, match=word):
         load_examples(f"{save(tmp_path / 'n.jsonl', NESTED)}?fields={fields}")
+
+
+@pytest.mark.parametrize(
+    "other", ['{"text": "Anna."}', '"Anna."', '{"question": "Who?"}', '{"ctxs": [], "id": 3}', "7"]
+)
+@pytest.mark.parametrize(
+    "first",
+    [
+        {"input": "Who?", "context": "Anna.", "answers": ["Anna"]},
+        {"question": "Who?", "ctxs": [{"text": "Anna."}], "answers": ["Anna"]},
+        {"messages": [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}]},
+    ],
+    ids=lambda record: next(iter(record)),
+)
+def test_a_record_of_another_shape_is_named(tmp_path, first, other):
+    path = tmp_path / "mixed.jsonl"
+    path.write_text(f"{json.dumps(first)}\n{other}\n")
+    with pytest.raises(ValueError, match=r"^mixed\.jsonl, line 2: [^\n]*$"):
+        load_examples(path)

@@ -272,3 +272,8 @@ def at(record: Record, parse) -> Any:
         return parse(record.value)
     except ValueError as error:
         raise ValueError(f"{record.where}: {error}") from None
+    except (LookupError, TypeError, AttributeError, StopIteration) as error:
+        raise ValueError(
+            f"{record.where}: not of the shape that the first records have "
+            f"({type(error).__name__}: {error})"
+        ) from None
