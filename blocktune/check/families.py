@@ -89,7 +89,8 @@ def table(found: Sequence[Family]) -> Table:
     for one in found:
         limit = "" if one.max_tokens is None else f" of {one.max_tokens:,} tokens"
         shown = [ABSENT if x is None else f"{x:.0e}" for x in (one.full, one.block)]
-        rows.append((one.model_type, one.name, one.verdict + limit, *shown, one.note))
+        reason = one.note.partition("; ")[0].removeprefix(f"{one.name}: ")
+        rows.append((one.model_type, one.name, one.verdict + limit, *shown, reason))
     headings = ("type", "class", "result", "full", "block", "reason")
     return Table(headings, rows, left=("class", "result", "reason"))
 
