@@ -4,6 +4,9 @@ Weights have a standard deviation of 0.2: at the usual 0.02 a wrong mask cell mo
 less than the tolerance.
 """
 
+import json
+from pathlib import Path
+
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -98,6 +101,14 @@ def build(config, seed: int = 0) -> PreTrainedModel:
             if parameter.ndim == 1:
                 parameter.add_(0.2 * torch.randn_like(parameter))
     return model
+
+
+def only_configured(folder: Path, config) -> str:
+    """A folder with a configuration and no weights: what is refused there was refused by it."""
+    config.architectures = [AutoModelForCausalLM._model_mapping[type(config)].__name__]
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    return str(folder)
 
 
 def windows(config) -> list[int | None]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from blocktune.cache.chunk_kv import ChunkKV, Entry, Read
 from blocktune.cache.config import CODECS
-from blocktune.positions import RopeSpec
+from blocktune.positions import LayerRope, RopeSpec
 from blocktune.positions.relocation import relocate_keys
 
 FP8 = torch.float8_e4m3fn
@@ -57,15 +57,18 @@ def encoded(
     tensors, bits = {}, {"fp8": 0, "int8": 8, "int4": 4}[codec]
     if bits:
         tensors = _rope_tensors(entry, rope)
+        forms = [(one.start, one.interleaved) for one in rope.layers]
     for layer, (key, value) in enumerate(zip(entry.keys, entry.values, strict=True)):
         if bits:
-            key = _turned(key, entry.origin, tensors[f"rope.{layer}"], -1).transpose(1, 2)
+            form = LayerRope(tensors[f"rope.{layer}"], *forms[layer])
+            key = _turned(key, entry.origin, form, -1).transpose(1, 2)
         for name, tensor in ((f"key.{layer}", key), (f"value.{layer}", value)):
             parts = _pack(tensor, bits) if bits else _scale(tensor)
             tensors |= {f"{name}.{part}": held.contiguous() for part, held in parts.items()}
     dims = [(key.shape[2], value.shape[2]) for key, value in zip(entry.keys, entry.values)]  # noqa: B905
     dtype = str(entry.dtype).removeprefix("torch.")
-    return {"codec": codec, "dtype": dtype, "dims": json.dumps(dims)}, tensors
+    facts = {"codec": codec, "dtype": dtype, "dims": json.dumps(dims)}
+    return facts | ({"rope": json.dumps(forms)} if bits else {}), tensors
 
 
 def decoded(header: Mapping[str, str], read: Read, num_tokens: int) -> Read:
@@ -87,7 +90,8 @@ def decoded(header: Mapping[str, str], read: Read, num_tokens: int) -> Read:
         if kind == "value":
             return _unpack(parts, bits, dims[int(layer)][1]).to(dtype)
         key = _unpack(parts, bits, num_tokens).transpose(1, 2)
-        return _turned(key, int(header["origin"]), read(f"rope.{layer}"), 1).to(dtype).contiguous()
+        form = LayerRope(read(f"rope.{layer}"), *json.loads(header["rope"])[int(layer)])
+        return _turned(key, int(header["origin"]), form, 1).to(dtype).contiguous()
 
     return decode
 
@@ -156,13 +160,12 @@ def _rope_tensors(entry: ChunkKV, rope: RopeSpec | None) -> dict[str, Tensor]:
             "int8 and int4 quantise keys before their rotation and need the model's frequencies; "
             "open the store through an engine, or use fp8"
         )
-    return {
-        f"rope.{layer}": rope.inv_freq[layer].float().cpu().clone()
-        for layer in range(entry.num_layers)
-    }
+    # Where the values are what is rotated, keys are as they are.
+    kept = [one.inv_freq[: 0 if one.in_values else None] for one in rope.layers]
+    return {f"rope.{layer}": one.float().cpu().clone() for layer, one in enumerate(kept)}
 
 
-def _turned(keys: Tensor, origin: int, inv_freq: Tensor, sign: int) -> Tensor:
+def _turned(keys: Tensor, origin: int, rope: LayerRope, sign: int) -> Tensor:
     """Keys ``(K, S, D)`` without their rotation (-1), or with it (1)."""
     positions = torch.arange(origin, origin + keys.shape[1], device=keys.device)[None]
-    return relocate_keys(keys.float()[None], sign * positions, inv_freq.to(keys.device))[0]
+    return relocate_keys(keys.float()[None], sign * positions, rope)[0]

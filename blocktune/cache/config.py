@@ -100,7 +100,7 @@ class StoreConfig:
             ValueError: If a name or value is wrong; says which there are.
         """
         known = {field.name for field in fields(cls)} - {"folder"}
-        if isinstance(text, Path) or Path(text).is_dir():
+        if isinstance(text, Path) or (text and Path(text).is_dir()):  # Path("") is where we are
             return cls(**defaults | {"folder": Path(text)})
         first, *rest = text.split(",")
         values = dict(defaults)

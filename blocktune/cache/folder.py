@@ -74,7 +74,7 @@ class ChunkFolder(Blobs):
         """Makes the folder, checks that it can be written, removes unfinished files.
 
         Raises:
-            ValueError: If something that is no folder stands there.
+            ValueError: If something other than a folder is there.
             OSError: If it cannot be written.
         """
         try:
@@ -126,7 +126,7 @@ class ChunkFolder(Blobs):
 
         Raises:
             OSError: If the disk refuses; nothing is left behind. One that `is_taken` if something
-                that is not the store's stands in the file's place.
+                that is not the store's is at the file's path.
         """
         path = chunk_path(self.path, key)
         self._make(path.parent.parent)

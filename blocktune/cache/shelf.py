@@ -29,7 +29,7 @@ class Shelf:
         """Of a place that is there."""
         self.blobs = blobs
         is_folder = isinstance(blobs, ChunkFolder)
-        # In a folder that is no store nothing is made.
+        # Nothing is created in a folder that is not a store.
         self._index = open_index(blobs) if is_folder and blobs.is_store() else None
         self._ledger: Ledger | None = self._index
 

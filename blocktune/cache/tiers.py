@@ -217,7 +217,7 @@ class BlobTier:
         try:
             known = self.blobs.manifest(fingerprint) is not None
         except (OSError, ValueError):
-            known = False  # damaged, or not signed: written anew
+            known = False  # damaged, or not signed: written again
         try:
             if not known:
                 self.blobs.write_manifest(make())

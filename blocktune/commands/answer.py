@@ -27,7 +27,7 @@ of_decoding = partial(Option, rich_help_panel="Decoding")
     "blocktune answer -m M -i q.jsonl --system 'Be brief.' -o answers.jsonl",
     "Encode chunks once, reuse them in later runs, and write the answers to a file:",
     "blocktune answer -m M --adapter out/block --method block-attention",
-    "    --store cache/ -i questions.jsonl -o answers.jsonl",
+    "    --store cache/ -i questions.jsonl -o reused.jsonl",
     "A stopped command that writes to a file continues where it stopped: repeat it.",
 )
 def answer(
@@ -143,16 +143,21 @@ def encode(
     device: opt.Device = None,
 ) -> None:
     """Encode chunks ahead of time into a store that `answer --store` reads."""
+    from blocktune.adapter import INFO_FILE
     from blocktune.cache import ChunkStore
     from blocktune.commands.answering import encoding_progress
     from blocktune.data import load_chunks
+    from blocktune.engine import EncodeReport
     from blocktune.evaluation.runner import launched
+    from blocktune.models.load import examine_base
 
     if documents is None and not follow:
         raise ValueError("nothing to encode; give --input, or --follow")
     chunks = [] if documents is None else load_chunks(documents)
     if not chunks and documents is not None:
         raise ValueError(f"{documents}: no chunk in it; give one per line")
+    if model is not None and not (Path(model) / INFO_FILE).is_file():
+        examine_base(model)  # before anything is written
     # Before a model is loaded; on the CPU, since nothing is read back.
     kept, processes = ChunkStore.open(store, must_write=True), launched()
     engine = opt.load_engine(model, adapter, kept, dtype, device or processes.device, quantize)
@@ -162,7 +167,7 @@ def encode(
         resumable(f"the chunks so far are in {kept.place}"),
         encoding_progress(processes.is_main) as progress,
     ):
-        report = engine.encode(mine, progress)
+        report = engine.encode(mine, progress) if mine else EncodeReport(0, 0, 0, 0.0)
     known = report.num_chunks - report.num_encoded
     stats = kept.stats()
     written = stats.disk_bytes_written

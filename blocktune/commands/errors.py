@@ -18,6 +18,7 @@ EXTRAS = {
     "data": ("bm25s", "datasets", "sentencex", "pyarrow", "wonderwords"),
     "serve": ("fastapi", "uvicorn", "prometheus_client"),
     "remote": ("fsspec", "s3fs", "valkey"),
+    "gguf": ("gguf",),
 }
 """Packages by the extra that they come with."""
 RENAMED = {"intervals": "profile-layers"}

@@ -58,12 +58,14 @@ def check(
 
     built = None if method is None else parse_method(method)
     opt.quiet_libraries()
+    limit = None
     if built is None and adapter is not None and find_release(adapter) is None:
         checks = check_adapter(model, adapter, dtype=dtype, device=device, quantize=quantize)
     else:
         engine = None
         if built is None or model is not None or adapter is not None:
             engine = opt.load_engine(model, adapter, None, dtype, device, quantize)
+            limit = engine.prompts.exact_tokens
         checks = check_model(engine) if built is None else check_method(built, engine)
     sound = all(one.passed for one in checks)
     if as_json:
@@ -76,7 +78,10 @@ def check(
         ]
         Table(("", "check", "difference", "tolerance"), rows, left=("check",)).show()
         where = "on this model" if built is None else f"by '{built.name}'"
-        typer.echo(f"Reuse {where} is sound." if sound else f"Do not serve: reuse {where} fails.")
+        extent = "" if limit is None else f" up to {limit:,} tokens"
+        typer.echo(
+            f"Reuse {where} is sound{extent}." if sound else f"Do not serve: reuse {where} fails."
+        )
     raise typer.Exit(0 if sound else 1)
 
 

@@ -56,7 +56,8 @@ def train(
         train(arguments, publisher=Publisher())
         return
     data, args, choice = parse(arguments)  # a mistake is reported once, not by every process
-    if earlier_run(data, args, choice, None if launcher else processes) == Path(args.output_dir):
+    found = earlier_run(data, args, choice, None if launcher else processes)
+    if found == Path(args.output_dir) and not args.dry_run:
         typer.echo(FINISHED)
         return
     from blocktune.commands.launching import launch

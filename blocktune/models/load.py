@@ -28,7 +28,8 @@ from transformers import (
 )
 
 from blocktune.attention.interface import decoder_of
-from blocktune.models.gate import Mixes, Refused, examine
+from blocktune.models.gate import examine
+from blocktune.models.probe import Mixes, Refused
 from blocktune.models.quantize import keep_stored_codes, quantization_config
 from blocktune.models.small import causal_class
 
@@ -102,6 +103,20 @@ def load_base(
     return (model.to(device) if place and not kwargs else model), tokenizer
 
 
+def examine_base(name: str) -> None:
+    """Asks `examine` about a model by its name, without loading it.
+
+    Raises:
+        ValueError: If there is no such model.
+        Refused: If chunk reuse would be wrong on it.
+    """
+    bare, revision = pinned(name)
+    bare, extra = _gguf(bare)
+    with _explained(name, "a language model"):
+        config = AutoConfig.from_pretrained(bare, revision=revision, **extra)
+    examine(config)
+
+
 def _gguf(name: str) -> tuple[str, dict[str, str]]:
     """The folder to load from, and the option that names the GGUF file in it, if it is one."""
     path = Path(name)
@@ -116,7 +131,7 @@ def _gguf(name: str) -> tuple[str, dict[str, str]]:
     if not files[0].is_file():
         raise ValueError(f"no GGUF file '{name}'")
     if find_spec("gguf") is None:
-        raise ValueError(f"'{files[0]}' needs the package gguf; run pip install gguf")
+        raise ValueError(f"'{files[0]}' needs the package gguf; run pip install 'blocktune[gguf]'")
     logging.getLogger("blocktune").warning(
         "dequantising %s, each time it is loaded; save it by save_pretrained to load it at once",
         files[0].name,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -28,9 +28,9 @@ _SIZES = {
     r"(num|moe_num|num_local|n_routed)_?(local_|routed_)?experts": 4,
     r"(moe_)?num_experts_per_tok(en)?|moe_topk|moe_k|top_k_experts": 2,
     r"n_group|topk_group|num_expert_group|zero_expert_num": 1,
-    r"(decoder_)?vocab_size(_per_layer_input)?|unpadded_vocab_size": VOCABULARY,
     r"sliding_window(_size)?|(local_)?attention_window(_size|_len)?|local_attention": WINDOW,
     r"attention_chunk_size|floor_scale|index_topk": SPAN,
+    r"attention_hidden_size": 64,
     r"index_block_size": 8,
     r"index_topk_blocks": 2,
     r"[qk]v?_lora_rank|o_lora_rank|hidden_size_per_layer_input|router_hidden_size": 32,
@@ -38,6 +38,16 @@ _SIZES = {
 }
 """Sizes of a small model, by the name of the configuration's field."""
 _DROPPED = ("quantization_config", "dtype", "transformers_version", "architectures", "model_type")
+
+
+def config_value(config: PreTrainedConfig, *names: str) -> Any:
+    """The first of several fields that has a value; of one that differs by layer, the common one.
+
+    Names are transformers' standard ones or the configuration's own. None if none has a value.
+    """
+    values = config.to_dict()
+    given = (values.get(config.attribute_map.get(name, name)) for name in names)
+    return next((value for value in given if value is not None), None)
 
 
 def causal_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
@@ -82,6 +92,8 @@ def small_config(
     if values.get("qk_head_dim"):
         values["qk_head_dim"] = values["qk_nope_head_dim"] + values["qk_rope_head_dim"]
     standard: dict[str, Any] = {"num_hidden_layers": layers} if layers is not None else {}
+    if width and not old:  # recurrent throughout
+        standard["hidden_size"] = 64
     if old and width:
         dim = dim or width // old
         standard |= few | {"hidden_size": heads * dim, "head_dim": dim}
@@ -93,9 +105,13 @@ def _small(name: str, value: Any) -> Any:
     """A field's value in a small configuration."""
     if isinstance(value, list) and value and all(map(_is_count, value)):
         return [_small(name, one) for one in value]
-    if _is_count(value):
-        return min(value, next((s for key, s in _SIZES.items() if re.fullmatch(key, name)), value))
-    return 0 if name.endswith("_token_id") and value is not None else value
+    if not _is_count(value):
+        return value
+    if name.endswith("_token_id"):
+        return 0
+    if "vocab_size" in name:
+        return VOCABULARY
+    return min(value, next((s for key, s in _SIZES.items() if re.fullmatch(key, name)), value))
 
 
 def _is_count(value: Any) -> bool:
@@ -111,10 +127,10 @@ def small_model(config: PreTrainedConfig, cls: type[PreTrainedModel]) -> PreTrai
     Raises:
         ValueError: If it would not be small.
     """
-    with torch.device("meta"), quiet():
+    with torch.device("meta"), quiet(), suppress(RuntimeError):  # some need values to be built
         count = sum(weight.numel() for weight in cls(config).parameters())
-    if count > LARGEST:
-        raise ValueError(f"it would have {count:,} parameters")
+        if count > LARGEST:
+            raise ValueError(f"it would have {count:,} parameters")
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), quiet(), torch.no_grad():
         torch.manual_seed(0)
         model = cls(config).float().eval()

@@ -17,6 +17,7 @@ from blocktune.engine.generation import Generation
 from blocktune.engine.usage import Stopwatch, Usage
 from blocktune.layout import Kind
 from blocktune.methods import Method
+from blocktune.models.small import config_value
 from blocktune.prompt import Pieces, Prompt
 from blocktune.server.decoding import Choice, Settings, TokenLogprob
 
@@ -143,8 +144,10 @@ class Job:
 def bytes_per_token(engine: Engine) -> int:
     """Of keys and values of one column in all layers."""
     config = engine.model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = config_value(config, "num_key_value_heads", "num_attention_heads")
+    dim = config_value(config, "head_dim") or config.hidden_size // config_value(
+        config, "num_attention_heads"
+    )
     return 2 * config.num_hidden_layers * heads * dim * engine.model.dtype.itemsize
 
 

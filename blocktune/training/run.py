@@ -58,7 +58,7 @@ class Parser(TrlParser):
         of examples is left out if another one is typed.
 
         Raises:
-            ValueError: If the file is no mapping, or a value is not of its type; names the file.
+            ValueError: If the file is not a mapping, or a value is not of its type; names the file.
         """
         values = dict(mapping(load_yaml(path, "config", "see recipes/ for examples"), path))
         for name, value in mapping(values.pop("env", {}), f"{path}: env").items():
@@ -151,10 +151,10 @@ def _train(data, args, choice, callbacks) -> Path | None:
     launch_checks.refuse_unasked_evaluation(data.eval_data, args)
     folder = Path(args.output_dir)
     checkpoint = earlier_run(data, args, choice, int(os.environ.get("WORLD_SIZE", "1")))
-    if checkpoint == folder:
+    if checkpoint == folder and not args.dry_run:
         launch_checks.say(FINISHED)
         return folder
-    if checkpoint is not None:
+    if checkpoint not in (None, folder):
         launch_checks.say(f"continuing from {checkpoint}; --overwrite starts again")
     if launch_checks.is_set("ACCELERATE_USE_DEEPSPEED"):
         launch_checks.wait_for_builds()

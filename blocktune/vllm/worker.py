@@ -22,7 +22,7 @@ from torch import Tensor
 
 from blocktune.cache import ChunkKV, ChunkStore
 from blocktune.cache.view import StoreView
-from blocktune.positions import Rotation, rotate_keys
+from blocktune.positions import LayerRope, Rotation, rotate_keys
 from blocktune.vllm.plan import LoadPlan, Segment, heads_of, slots_of
 
 if TYPE_CHECKING:
@@ -196,8 +196,9 @@ class WorkerSide:
             self._require_shape(module, keys)
             name = rope.layer[index]
             if name not in turns:
-                turn = Rotation.of(shift[None], rope.frequencies[name])
-                turns[name] = Rotation(turn.cos[0, 0, :, None], turn.sin[0, 0, :, None])
+                turn = Rotation.of(shift[None], rope.forms[name])
+                cos, sin = turn.cos[0, 0, :, None], turn.sin[0, 0, :, None]
+                turns[name] = turn._replace(cos=cos, sin=sin)
             keys = rotate_keys(keys, turns[name])
             if len(rows) < len(keys):
                 keys, values = keys[rows], values[rows]
@@ -243,7 +244,12 @@ class WorkerSide:
                     "they are of another model"
                 )
             lists = [torch.tensor(one) for one in rope["frequencies"]]
-            self._rope[fingerprint] = _Rope(lists, rope["layer"])
+            # Manifests of before these fields are of models that rotate by halves.
+            given = (rope.get(name, [0] * len(lists)) for name in LayerRope._fields[1:])
+            forms = [LayerRope(*one) for one in zip(lists, *given, strict=True)]
+            if any(form.in_values for form in forms):
+                raise Missing("the chunks hold latent keys, which this connector does not load")
+            self._rope[fingerprint] = _Rope(forms, rope["layer"])
         return self._rope[fingerprint]
 
     def forget(self) -> None:
@@ -253,9 +259,9 @@ class WorkerSide:
 
 
 class _Rope(NamedTuple):
-    """Frequencies, and which of them each layer has."""
+    """Rotations, and which of them each layer has."""
 
-    frequencies: list[Tensor]
+    forms: list[LayerRope]
     layer: list[int]
 
 

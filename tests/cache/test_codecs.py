@@ -9,12 +9,13 @@ from families import FAMILIES
 from blocktune.cache import ChunkStates, ChunkStore, chunk_key, states_key
 from blocktune.cache.codecs import codec_error, encoded, round_trip
 from blocktune.cache.config import CODECS, StoreConfig
-from blocktune.positions import RopeSpec
+from blocktune.positions import LayerRope, RopeSpec
 from blocktune.positions.relocation import relocate_keys
 
 LOSSY = [codec for codec in CODECS if codec != "as-is"]
 SHAPES = ((2, 64), (1, 24))
-ROPE = RopeSpec((1e2 ** -(torch.arange(32) / 32), torch.empty(0)))  # the second rotates nothing
+STILL = LayerRope(torch.empty(0))
+ROPE = RopeSpec((LayerRope(1e2 ** -(torch.arange(32) / 32)), STILL))
 BOUNDS = {"as-is": (0, 0), "fp8": (0.04, 0.04), "int8": (0.01, 0.01), "int4": (0.12, 0.12)}
 BYTES = {"as-is": 1.0, "fp8": 0.51, "int8": 0.6, "int4": 0.4}
 
@@ -24,7 +25,7 @@ def rotated(num_tokens=100, dtype=torch.bfloat16, origin=3):
     kv = made_chunk(num_tokens, shapes=SHAPES, origin=origin)
     size = torch.logspace(-1, 1, 64)
     positions = torch.arange(origin, origin + num_tokens)[None]
-    first = relocate_keys((kv.keys[0] + size)[None], positions, ROPE.inv_freq[0])[0]
+    first = relocate_keys((kv.keys[0] + size)[None], positions, ROPE.layers[0])[0]
     keys = tuple(key.to(dtype) for key in (first, kv.keys[1]))
     values = tuple(value.to(dtype) for value in kv.values)
     return made_chunk(num_tokens, shapes=SHAPES, origin=origin, keys=keys, values=values)
@@ -48,7 +49,7 @@ def test_a_codec_keeps_to_its_error_and_bytes(codec, dtype):
 
 def test_integers_are_better_before_the_rotation_than_after():
     kv = rotated(500)
-    unturned = RopeSpec((torch.zeros(32), torch.empty(0)))
+    unturned = RopeSpec((LayerRope(torch.zeros(32)), STILL))
     before, after = (codec_error(kv, "int4", rope).key_error for rope in (ROPE, unturned))
     assert before < 0.8 * after
 
@@ -64,7 +65,7 @@ def test_every_length_and_constant_channels(num_tokens, codec):
         keys=(torch.zeros(1, num_tokens, 3),),
         values=(torch.full((1, num_tokens, 3), 7.0),),
     )
-    back = round_trip(still, codec, RopeSpec((torch.empty(0),)))
+    back = round_trip(still, codec, RopeSpec((STILL,)))
     torch.testing.assert_close(back.values[0], still.values[0], rtol=1e-2, atol=0)
     assert torch.equal(back.keys[0], still.keys[0])
 

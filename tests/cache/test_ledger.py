@@ -277,6 +277,7 @@ def test_a_wrong_text_says_what_is_right(text, wanted):
 def test_a_folder_with_a_comma_is_a_folder(tmp_path):
     (tmp_path / "a,b=c").mkdir()
     assert StoreConfig.parse(str(tmp_path / "a,b=c")).folder == tmp_path / "a,b=c"
+    assert StoreConfig.parse("", memory=5) == StoreConfig(memory=5)  # a server without --store
     assert parse_bytes("1.5 kB") == 1500
     assert os.listdir(tmp_path) == ["a,b=c"]
 

@@ -1,14 +1,11 @@
 """What a model must be: asked alike by serving and training, before weights are read."""
 
-import json
-
 import pytest
 import torch
-from families import BASE, FAMILIES, HEAD, VOCAB, build, rope
+from families import BASE, FAMILIES, HEAD, VOCAB, build, only_configured, rope
 from training.runs import make_trainer
 from training.toy import toy_tokenizer
 from transformers import (
-    AutoModelForCausalLM,
     BartConfig,
     Cohere2Config,
     DeepseekV3Config,
@@ -28,7 +25,8 @@ from transformers import (
 )
 
 from blocktune.engine import Engine
-from blocktune.models.gate import Refused, examine, require_supported
+from blocktune.models.gate import examine, require_supported
+from blocktune.models.probe import Refused
 
 
 def test_layer_without_rope_keeps_its_keys():
@@ -94,7 +92,10 @@ LONGROPE = rope(
 SCALED = rope("yarn", factor=4.0, original_max_position_embeddings=64, llama_4_scaling_beta=0.1)
 LIMITED = {
     "dynamic": (lambda: LlamaConfig(**BASE, rope_parameters=rope("dynamic", factor=4.0)), 512),
-    "longrope": (lambda: Phi3Config(**BASE, rope_parameters=LONGROPE), 128),
+    "longrope": (
+        lambda: Phi3Config(**BASE, rope_parameters=LONGROPE, original_max_position_embeddings=128),
+        128,
+    ),
     "ministral3": (lambda: Ministral3Config(**HEAD, rope_parameters=SCALED), 64),
     "llama4": (lambda: Llama4TextConfig(**HEAD, attention_chunk_size=96, floor_scale=80), 79),
 }
@@ -106,12 +107,12 @@ def test_models_that_are_exact_up_to_a_length_say_it(name):
     assert examine(config()).max_tokens == length
 
 
-def test_a_prompt_beyond_the_exact_length_is_refused(tmp_path):
+def test_a_prompt_beyond_the_exact_length_is_refused():
     config = LIMITED["ministral3"][0]()
     tokenizer = toy_tokenizer()
     config.vocab_size = len(tokenizer)
     engine = Engine(build(config), tokenizer)
-    question = {"question": "Who?", "chunks": ["she was there " * 60]}
+    question = {"question": "Who?", "chunks": ["she was there " * 10]}
     with pytest.raises(ValueError, match="reuse on this model is exact up to 64 tokens"):
         engine.answer([question])
 
@@ -148,30 +149,30 @@ def test_what_cannot_be_moved_is_refused_in_one_line(name):
     assert "\n" not in str(refusal.value)
 
 
-def test_a_branch_beside_attention_is_found_where_the_configuration_does_not_tell():
+def test_a_branch_beside_attention_is_found_where_the_configuration_does_not_tell(monkeypatch):
     """Every layer of Falcon-H1 attends; without its layer types only the probe can tell."""
-    config = FalconH1Config(**HEAD)
-    config.layer_types = None
+    monkeypatch.setattr("blocktune.models.gate.ATTENDING", ("hybrid",))
     with pytest.raises(Refused, match="FalconH1Mixer in layer 0 mixes tokens otherwise"):
-        examine(config)
+        examine(FalconH1Config(**HEAD))
 
 
-@pytest.mark.parametrize("name", ["gpt2", "qwen3-next"])
-def test_training_and_serving_refuse_a_model_in_the_same_words(tmp_path, name):
-    """Before weights are read: there are none."""
-    config, message = REFUSED[name]
-    folder = tmp_path / "other"
-    folder.mkdir()
-    config = config()
-    config.architectures = [AutoModelForCausalLM._model_mapping[type(config)].__name__]
-    (folder / "config.json").write_text(json.dumps(config.to_dict()))
-    lines = []
+def test_training_and_serving_refuse_a_model_in_the_same_words(tmp_path):
+    model, lines = only_configured(tmp_path / "other", REFUSED["gpt2"][0]()), []
     for door in (
-        lambda: Engine.from_pretrained(str(folder), device="cpu"),
-        lambda: make_trainer(tmp_path, model_name_or_path=str(folder)),
+        lambda: Engine.from_pretrained(model, device="cpu"),
+        lambda: make_trainer(tmp_path, model_name_or_path=model),
     ):
-        with pytest.raises(Refused, match=message) as refusal:
+        with pytest.raises(Refused, match="GPT2LMHeadModel has no rotary") as refusal:
             door()
         lines.append(str(refusal.value))
     assert lines[0] == lines[1]
-    assert not (tmp_path / "out").exists()
+
+
+def test_positions_below_zero_are_refused_where_positions_scale():
+    config = LIMITED["ministral3"][0]()
+    tokenizer = toy_tokenizer()
+    config.vocab_size = len(tokenizer)
+    engine = Engine(build(config), tokenizer)
+    question = {"question": "Who?", "chunks": ["she was there"]}
+    with pytest.raises(ValueError, match="at positions below 0"):
+        engine.answer([question], "ape")

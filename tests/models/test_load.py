@@ -46,7 +46,7 @@ def write_gguf(path, model, tokenizer):
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list([token for token, _ in vocabulary])
     writer.add_token_types([gguf.TokenType.NORMAL] * len(vocabulary))
-    writer.add_token_merges([])
+    writer.add_token_scores([0.0] * len(vocabulary))
     writer.add_eos_token_id(tokenizer.eos_token_id)
     for name, weight in model.state_dict().items():
         if name not in NAMES:
