@@ -101,8 +101,8 @@ def serve(
         list[str] | None,
         typer.Option(
             help="name=value of a limit: body_bytes, body_s, chunks, prompt_tokens, new_tokens, "
-            "default_new_tokens, choices, request_s, queue, running, kv_bytes, prefill_tokens; "
-            "repeatable.",
+            "default_new_tokens, choices, request_s, queue, running, kv_bytes, pinned_bytes, "
+            "prefill_tokens; repeatable.",
             rich_help_panel=LIMITS,
         ),
     ] = None,
