@@ -106,7 +106,7 @@ def imported(tree: ast.AST, package: str) -> set[str]:
 
 LAZY = (
     *("attention", "cache", "data", "engine", "positions", "prompt"),
-    *("methods", "methods.reshape", "methods.select", "server", "vllm"),
+    *("methods", "methods.repair", "methods.reshape", "methods.select", "server", "vllm"),
 )
 
 
@@ -241,7 +241,11 @@ def test_the_command_line_imports_nothing_heavy():
 
 
 @pytest.mark.parametrize(
-    "part", ["data", "methods", "methods.reshape", "methods.select", "positions", "prompt"]
+    "part",
+    [
+        *("data", "methods", "methods.repair", "methods.reshape", "methods.select"),
+        *("positions", "prompt"),
+    ],
 )
 def test_every_lazy_name_is_there_and_hidden_by_no_module(part):
     package = importlib.import_module(f"blocktune.{part}")

@@ -29,6 +29,7 @@ from blocktune.check.serving import (
 )
 from blocktune.engine import Engine
 from blocktune.methods import Cached, Method, Weights, available, build, compose
+from blocktune.methods.repair import REPAIRS
 from blocktune.methods.reshape import RESHAPES
 from blocktune.methods.select import SELECTORS, Everything, FirstK, takes_budget
 from blocktune.positions import PLACEMENTS
@@ -48,6 +49,7 @@ LAYOUTS = (  # a slot of 64 positions is enough for every chunk of the requests
 def subjects() -> dict[str, Method]:
     """All presets with their defaults, and naive reuse with each value of each axis, by name."""
     made = [compose("naive", select=name) for name in SELECTORS.available()]
+    made += [compose("epic", repair=name) for name in REPAIRS.available()]
     made += [compose("naive", reshape=name) for name in RESHAPES.available()]
     made += [compose("naive", layout=layout) for layout in LAYOUTS]
     presets = {name: build(name) for name in available()}

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -127,12 +127,12 @@ def check_family(model_type: str) -> Family:
     """Tries the class of one of `model_types` in this process."""
     name, limit = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type], None
     try:
-        config = _tiny(model_type)
-        name = getattr(causal_class(config), "__name__", name)
-        structure = examine(config)
+        config, cls = _tiny(model_type)
+        name = cls.__name__
+        structure = examine(config, cls)
         limit = _default_limit(model_type, structure)
         with torch.no_grad():
-            full, block, wrong = _compared(config, structure)
+            full, block, wrong = _compared(config, cls, structure)
     except Refused as refusal:
         return Family(model_type, name, "refused", str(refusal))
     except Exception as error:
@@ -144,18 +144,26 @@ def check_family(model_type: str) -> Family:
     return Family(model_type, name, verdict, "", limit, full, block)
 
 
-MISSING = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+MISSING = {
+    **{"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+    "n_shared_experts": 1,
+}
 """Values of fields that some default configurations leave open, though their models need them."""
 
 
-def _tiny(model_type: str) -> PreTrainedConfig:
-    """A small configuration of a model type; of some hybrids the default one, for the gate."""
+def _tiny(model_type: str) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
+    """A small configuration of a model type and its class; of some, the default one, for the gate.
+
+    Raises:
+        Refused: If the default configuration is not valid.
+    """
     try:
-        text = CONFIG_MAPPING[model_type]().get_text_config(decoder=True)
+        whole = CONFIG_MAPPING[model_type]()
+        text = whole.get_text_config(decoder=True)
     except Exception as error:
         line = " ".join(str(error).split())
         raise Refused(f"transformers has no valid default configuration of it: {line}") from None
-    given = text.to_dict()
+    cls, given = causal_class(text) or causal_class(whole), text.to_dict()
     open_ones = {k: v for k, v in MISSING.items() if k in given and given[k] is None}
     if given.get("attention_multiplier") == 1:  # Granite's default, under which float32 is noise
         open_ones["attention_multiplier"] = 0.1
@@ -163,11 +171,14 @@ def _tiny(model_type: str) -> PreTrainedConfig:
         open_ones["num_kv_shared_layers"] = 3
     for name, value in open_ones.items():
         setattr(text, name, value)
+    differing = [1 + int(index) for index in given.get("per_layer_config") or ()]
     try:
-        depth = text.num_hidden_layers
-        return small_config(text, heads=4, layers=min(depth, LAYERS))
+        depth = min(text.num_hidden_layers, LAYERS)
+        # The last layer is one with values of its own, where some have them (Gemma 4).
+        depth = max((one for one in differing if one <= depth), default=depth)
+        return small_config(text, heads=4, layers=depth), cls
     except Exception:
-        return text
+        return text, cls
 
 
 def _default_limit(model_type: str, structure: Structure) -> int | None:
@@ -176,9 +187,11 @@ def _default_limit(model_type: str, structure: Structure) -> int | None:
     return examine(CONFIG_MAPPING[model_type]()).max_tokens
 
 
-def _compared(config: PreTrainedConfig, structure: Structure) -> tuple[float, float, str]:
+def _compared(
+    config: PreTrainedConfig, cls: type[PreTrainedModel], structure: Structure
+) -> tuple[float, float, str]:
     """Relative differences in full and in block attention, and a check that fails."""
-    cls, tokenizer = causal_class(config), byte_tokenizer()
+    tokenizer = byte_tokenizer()
     stock = small_model(config, cls)
     engine = Engine(small_model(config, cls), tokenizer, format=WORDS)
     length = min(TOKENS, structure.max_tokens or TOKENS)

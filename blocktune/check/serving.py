@@ -161,7 +161,8 @@ class Subject:
 
 def facts_served(method: Method) -> tuple:
     """What an engine reads of a method: two that agree in it are served alike."""
-    choices = method.layout(LayoutSpec()), method.select(), method.reshape(), method.history
+    choices = method.layout(LayoutSpec()), method.select(), method.repair(), method.reshape()
+    choices += (method.history,)
     kept = method.weights, method.cached, method.keeps_context, method.layer_budget
     own_loader = method.loader(ChunkStore(), "") is not None and method.name
     return repr(choices), kept, own_loader
@@ -284,7 +285,8 @@ def _checks(engine: Engine) -> Iterator[Check]:
         in_place = spec.placement == "sequential" and fmt.block_tag == fmt.full_tag
         same = full if in_place else visible
         told = "full prefill" if in_place else "full attention at the same positions"
-        for method in (build("epic", k=1 << 20), build("cacheblend", ratio=1.0)):
+        methods = [build("epic", k=1 << 20), build("cacheblend", ratio=1.0)]
+        for method in methods[: engine.prompts.num_layers]:  # CacheBlend checks the second layer
             fresh = engine.next_logits([ASK], method)
             name = "all tokens fresh" if method.name == "epic" else "ratio 1"
             yield close(f"{name} = {told}", fresh, same)

@@ -1,4 +1,4 @@
-"""`blocktune eval`, `eval compare`, `eval report`, `blocktune tune`."""
+"""`blocktune eval`, `eval compare`, `eval arena`, `eval report`, `blocktune tune`."""
 
 from __future__ import annotations
 
@@ -99,6 +99,47 @@ def compare(
         typer.echo(json.dumps([change._asdict() for change in changes], indent=2))
         return
     compare_table(changes, {"before": before.name, "after": after.name}).show()
+
+
+@command(
+    "arena",
+    "git clone https://github.com/xishi404/KVShareArena",
+    "blocktune eval arena --questions KVShareArena -m Qwen/Qwen3-8B --method naive -o out/arena",
+    "kva validate out/arena/naive_re_hotpotqa.json",
+    "A stopped command continues where it stopped: repeat it.",
+    of=group,
+)
+def arena(
+    questions: Annotated[Path, Option(help="A clone of the arena's repository.")],
+    output: Annotated[Path, Option("--output", "-o", help="Folder for the result files.")],
+    method: Annotated[str, Option(help="A method, as in `blocktune answer`.")] = "naive",
+    model: opt.Model = None,
+    adapter: opt.Adapter = None,
+    subset: Annotated[
+        list[str] | None, Option(help="qasper, multifieldqa_en or hotpotqa. Default: all.")
+    ] = None,
+    port: Annotated[
+        str, Option("--provenance", help="Who made the method: official, port or reference.")
+    ] = "port",
+    limit: opt.Limit = None,
+    dtype: opt.Dtype = "auto",
+    device: opt.Device = None,
+    quantize: opt.Quantize = None,
+) -> None:
+    """Answer the frozen questions of KVShareArena and write files for its leaderboard."""
+    from blocktune.methods import parse_method
+
+    chosen = parse_method(method)
+    from blocktune.evaluation.arena import exams, run_exam
+
+    known = list(exams(questions, subset or ()))  # what is missing is said before a model loads
+    engine = opt.load_engine(model, adapter, None, dtype, device, quantize)
+    for exam in known:
+        with resumable(f"the rows so far are in {output}"):
+            path = run_exam(engine, chosen, exam, output, limit=limit, port=port)
+        summary = json.loads(path.read_text())["summary"]
+        score, share = 100 * summary["f1_raw"], summary["recompute_fraction"]
+        typer.echo(f"{path}: F1 {score:.1f}, {share:.0%} recomputed, {summary['n']} questions")
 
 
 @command("report", "blocktune eval report out/quick", of=group)

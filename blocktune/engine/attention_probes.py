@@ -19,9 +19,13 @@ from blocktune.engine.state import Auxiliaries
 from blocktune.engine.usage import Executed, ModelCost
 from blocktune.layout import GLOBAL, Kind, LayerRule, Rows, visible
 from blocktune.methods.reshaped_attention import ReshapedAttention
-from blocktune.methods.select import Truth, distance
+from blocktune.methods.select import QueryScores, Truth, distance
+from blocktune.positions import RopeSpec, relocate_keys
 from blocktune.prompt import Batch, LayoutSpec, Pieces, lay_out, stack
 
+DEFAULT_SCORES = QueryScores()
+OVER = {"prompt": (), "cached": (Kind.PREFIX, Kind.CHUNK, Kind.WRAP), "chunks": (Kind.CHUNK,)}
+"""Kinds of the keys that a question's weights are over, by `QueryScores.over`; none: all."""
 ROW_BLOCK = 64
 """Rows whose weights over all keys are in memory at once."""
 
@@ -110,19 +114,31 @@ class QueryProbe(Probe):
     """Attends by another plan, and reads what the question's rows attend to.
 
     Attributes:
-        by_layer: The attention weight of each key, mean over the question's rows and the heads,
-            ``(B, N)`` float32, by layer.
+        by_layer: The attention weight of each key, mean over the heads, pooled over the question's
+            rows, ``(B, N)`` float32, by layer.
     """
 
-    def __init__(self, plan: Plan, query: Rows, key: Rows, layers: Container[int], last: int):
+    def __init__(
+        self,
+        plan: Plan,
+        query: Rows,
+        key: Rows,
+        layers: Container[int],
+        last: int,
+        how: QueryScores = DEFAULT_SCORES,
+    ):
         """Reads ``layers`` of a pass by ``plan``, ``query`` ``(B, R)`` over ``key`` ``(B, N)``.
 
         All rows see everything before them. The pass ends in layer ``last``, if there is one.
         """
         super().__init__(len(query.kind))
         self.plan, self.query, self.key = plan, query, key
-        self.layers, self.last = layers, last
+        self.layers, self.last, self.pool = layers, last, how.pool
         self.by_layer: dict[int, Tensor] = {}
+        kinds = OVER[how.over]
+        left_out = ~sum(key.kind == kind for kind in kinds).bool() if kinds else None
+        # Where a prompt has nothing of the kind, its rows' weights are over all keys.
+        self._left_out = None if left_out is None else left_out & ~left_out.all(1, keepdim=True)
 
     def attend(self, query, key, value, rule, params) -> Tensor:
         """Implements `Plan.attend`."""
@@ -130,9 +146,14 @@ class QueryProbe(Probe):
             asks = self.query.kind == Kind.QUERY
             total = key.new_zeros(key.shape[0], key.shape[2], dtype=torch.float32)
             for block, scores in self.scores(asks, self.query, self.key, query, key, rule, params):
-                weights = attention_weights(scores, params).mean(1)
+                if self._left_out is not None:
+                    scores = scores.masked_fill(self._left_out[:, None, None], float("-inf"))
+                # A row whose window reaches none of the keys gives them nothing.
+                weights = attention_weights(scores, params).nan_to_num().mean(1)
+                weights = weights.square() if self.pool == "norm" else weights
                 total += torch.where(asks[:, block, None], weights, 0.0).sum(1)
-            self.by_layer[rule.layer] = total / asks.sum(1).clamp(min=1)[:, None]
+            mean = total / asks.sum(1).clamp(min=1)[:, None]
+            self.by_layer[rule.layer] = total.sqrt() if self.pool == "norm" else mean
         if rule.layer == self.last:
             raise ProbeDone
         return self.plan.attend(query, key, value, rule, params)
@@ -182,13 +203,26 @@ class ScoringPasses:
     columns: Rows
     cache: RowCache
     cached: Tensor
+    rope: RopeSpec
     store: ChunkStore
     fingerprint: str
     executed: list[Executed] = field(default_factory=list)
 
-    def query_attention(self) -> Tensor:
+    def query_attention(self, how: QueryScores | None = None) -> Tensor:
         """See `Passes.query_attention`."""
-        return self._prefill(self._rows & ~self.cached, self.cache)
+        how, chosen = how or QueryScores(), self._rows & ~self.cached
+        if how.positions == "prompt":
+            return self._prefill(chosen, self.cache, how)
+        shift = _to_encoded(self.columns)
+        cache = RowCache(len(self.cache), *self.columns.kind.shape)
+        for index, layer in enumerate(self.cache.layers):
+            moved, rope = [layer.keys, layer.values], self.rope.layers[index]
+            moved[rope.in_values] = relocate_keys(moved[rope.in_values], shift, rope)
+            for prompt, states in enumerate(zip(*moved, strict=True)):
+                rooms = cache.room(index, prompt, slice(None), *states)
+                for room, own in zip(rooms, states, strict=True):
+                    room.copy_(own)
+        return self._prefill(chosen, cache, how, shift)
 
     def full_prefill(self) -> Truth:
         """See `Passes.full_prefill`."""
@@ -254,15 +288,33 @@ class ScoringPasses:
         layout = self.batch.layout
         return ~layout.is_pad & (layout.kind != Kind.BLANK)
 
-    def _prefill(self, chosen: Tensor, cache: RowCache) -> Tensor:
-        """Computes rows into ``cache``; what the question attends to, ``(L, B, S)``."""
-        computed = computed_rows(self.batch, chosen)
+    def _prefill(
+        self,
+        chosen: Tensor,
+        cache: RowCache,
+        how: QueryScores | None = None,
+        shift: Tensor | None = None,
+    ) -> Tensor:
+        """Computes rows into ``cache``; what the question attends to, ``(L, B, S)``.
+
+        ``shift`` moves the rows of each column, ``(B, N)``.
+        """
+        how, computed = how or QueryScores(), computed_rows(self.batch, chosen)
         cache.select(computed.columns)
         plan = CachePlan(computed.rows, self.columns)
-        layers = range(len(cache))
-        probe = QueryProbe(plan, computed.rows, self.columns, layers, last=len(cache))
-        self._run(self.model, computed.ids, computed.rows.position, probe, cache)
-        self.executed.append(Executed(self.model, [plan], extra=probe.multiply_adds))
+        layers = range(how.depth or len(cache))
+        last = len(cache) if how.depth is None else how.depth - 1
+        probe = QueryProbe(plan, computed.rows, self.columns, layers, last, how)
+        position = computed.rows.position
+        if shift is not None:
+            position = position + shift.gather(1, computed.columns.clamp(min=0))
+        self._run(self.model, computed.ids, position, probe, cache)
+        extra = probe.multiply_adds
+        if how.depth is not None:  # the last layer that is read made keys and queries only
+            cost, rows = ModelCost.of(self.model), plan.num_rows()
+            extra = extra + rows * cost.layers[last].probe
+        heads = 1 if how.depth is None else 0
+        self.executed.append(Executed(self.model, [plan], heads=heads, extra=extra))
         scores = torch.stack([probe.by_layer[layer] for layer in layers])
         return of_columns(scores, self.batch.layout)
 
@@ -271,3 +323,22 @@ class ScoringPasses:
         options = {"past_key_values": cache, "use_cache": cache is not None, "logits_to_keep": 1}
         with suppress(ProbeDone):
             model(ids, position_ids=position, plan=plan, **options)
+
+
+def _to_encoded(columns: Rows) -> Tensor:
+    """How far each column's row is from where its chunk was encoded, ``(B, N)``.
+
+    Chunks begin at 0; what is outside of chunks but for the prefix begins after the longest one.
+    """
+    in_chunk = (columns.kind == Kind.CHUNK) | (columns.kind == Kind.WRAP)
+    chunk = torch.where(in_chunk, columns.chunk, columns.chunk.max() + 1)
+    far = torch.full_like(columns.position, columns.position.max() + 1)
+    start = far.scatter_reduce(1, chunk.clamp(min=0), columns.position, "amin")
+    own = columns.position - start.gather(1, chunk.clamp(min=0))
+    prefix = columns.kind == Kind.PREFIX
+    inside = torch.where(in_chunk, own, torch.where(prefix, columns.position, -1))
+    longest = inside.amax(1, keepdim=True)
+    outside = ~in_chunk & ~prefix & (columns.kind != Kind.PAD)
+    first = torch.where(outside, columns.position, far).amin(1, keepdim=True)
+    moved = torch.where(in_chunk, own, columns.position - first + longest + 1)
+    return torch.where(prefix, 0, moved - columns.position)

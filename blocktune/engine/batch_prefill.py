@@ -10,6 +10,7 @@ import torch
 from blocktune.cache import RowCache, cut_exact
 from blocktune.engine.assemble import Assembled, from_chunks, from_prefix
 from blocktune.engine.attention_probes import ScoringPasses
+from blocktune.engine.cache_repair import CacheRepair
 from blocktune.engine.generation import Generation
 from blocktune.engine.layer_schedule import LayerSchedule, Prefill, prefill
 from blocktune.engine.recurrent import prefill_recurrent
@@ -81,8 +82,10 @@ class BatchPrefill:
         candidates, schedule = self._choose(assembled, passes)
         self.watch.stop("select_s")
         state, watch = self.state, self.watch
+        repair = self.method.repair()
         made = prefill(
-            state.model, candidates, self.columns, self.cache, schedule, watch, self.reshaping
+            *(state.model, candidates, self.columns, self.cache, schedule, watch, self.reshaping),
+            None if repair is None else CacheRepair(repair, self.columns, self.cache),
         )
         watch.stop("recompute_s")
         if self.loader is not None:  # waiting counts as loading
@@ -147,6 +150,7 @@ class BatchPrefill:
             columns=self.columns,
             cache=self.cache,
             cached=assembled.cached,
+            rope=state.rope,
             store=state.encoder.store,
             fingerprint=state.encoder.fingerprint,
         )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from blocktune.attention.cached import CachePlan, Reshaping
 from blocktune.cache import RowCache
 from blocktune.engine.attention_probes import ChunkAttention
+from blocktune.engine.cache_repair import CacheRepair
 from blocktune.engine.rows import Computed, RowSubset, as_index
 from blocktune.engine.usage import Executed, Stopwatch
 from blocktune.layout import GLOBAL, Kind, Rows
@@ -53,10 +54,12 @@ class SchedulePlan:
         schedule: LayerSchedule,
         watch: Stopwatch,
         reshaping: Reshaping | None = None,
+        repair: CacheRepair | None = None,
     ):
         """Selects the candidates' columns; from the first layer on, `enter` narrows them."""
         self.candidates, self.columns, self.cache = candidates, columns, cache
         self.schedule, self.watch, self.reshaping = schedule, watch, reshaping
+        self.repair = repair
         self.plans: list[CachePlan] = []
         self.probes: dict[int, CachePlan] = {}
         self._checks = frozenset(schedule.selection.checks(len(cache)))
@@ -80,6 +83,8 @@ class SchedulePlan:
             widened = self._current.of_candidates(self._current.exists) | self.schedule.widen[index]
             hidden = self._change(index, hidden, widened)
         current = self._current
+        if self.repair is not None:
+            self.repair.watch(index, current.rows)
         return (hidden, *current.positional(args[1:])), current.arguments(kwargs)
 
     def _narrow(self, index: int, layer: nn.Module, args: tuple, kwargs: dict) -> Tensor:
@@ -97,7 +102,10 @@ class SchedulePlan:
             given = (args[0], *current.positional(args[1:]))
             made.append(self._probe(index, layer, given, current.arguments(kwargs)))
             self.probes[index] = self.plans[-1]
-            return made[0], LayerKV(*self.cache.held(index))
+            cached = LayerKV(*self.cache.held(index))
+            if self.repair is not None:
+                self.repair.compared(self._current.rows, made[0], cached)
+            return made[0], cached
 
         check = LayerCheck(
             layer=index,
@@ -216,6 +224,7 @@ def prefill(
     schedule: LayerSchedule,
     watch: Stopwatch,
     reshaping: Reshaping | None = None,
+    repair: CacheRepair | None = None,
 ) -> Prefill:
     """Computes rows into the cache, layer by layer, and the logits after the last one.
 
@@ -227,8 +236,9 @@ def prefill(
         schedule: Which of the rows each layer computes.
         watch: Gets ``select_s``, and ``recompute_s`` up to where it chooses.
         reshaping: How rows see reused keys.
+        repair: How reused keys and values are changed.
     """
-    schedule = SchedulePlan(candidates, columns, cache, schedule, watch, reshaping)
+    schedule = SchedulePlan(candidates, columns, cache, schedule, watch, reshaping, repair)
     output = model(
         candidates.ids,
         position_ids=candidates.rows.position,
@@ -237,6 +247,8 @@ def prefill(
         use_cache=True,
         logits_to_keep=1,
     )
+    for layer in range(len(cache)) if repair is not None else ():
+        cache.observe(layer, None)  # decoded tokens change nothing
     return Prefill(output.logits[:, -1], schedule.plans, schedule.probes, schedule.chunk_probe)
 
 

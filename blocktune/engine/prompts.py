@@ -90,7 +90,14 @@ class PromptMaker:
                 f"{self.num_layers}; choose an earlier layer"
             )
         method.select_for(self.num_layers)  # a budget that cannot be met is refused here
-        return method.layout_for(self.trained)
+        layout = method.layout_for(self.trained)
+        if self.exact_tokens is not None and (layout.num_blanks or layout.shared_prefix):
+            raise ValueError(
+                f"method '{method.name}' encodes chunks after blanks or a prefix, at positions "
+                "below 0, where this model's scaling by position is not defined; use a method "
+                "without num_blanks and shared_prefix"
+            )
+        return layout
 
     def prompt(
         self,

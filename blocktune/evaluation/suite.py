@@ -26,6 +26,7 @@ class MethodSpec:
         params: Fields of the method that differ from their defaults.
         preset: The method to change by the keys below; ``name`` is then only a name for the result.
         select: Which tokens are recomputed: a selector's name, or ``{name: {parameter: value}}``.
+        repair: How reused keys and values are changed, likewise; null leaves them as they are.
         reshape: How later rows see reused keys, likewise; null leaves them as they are.
         layout: Fields of the layout to set: where chunks are placed, what they are encoded after.
         budget: Share of the context tokens that the selector may choose.
@@ -38,6 +39,7 @@ class MethodSpec:
     params: Mapping[str, Any] = field(default_factory=dict)
     preset: str | None = None
     select: Any = KEEP
+    repair: Any = KEEP
     reshape: Any = KEEP
     layout: Mapping[str, Any] = field(default_factory=dict)
     budget: float | None = None
@@ -51,7 +53,8 @@ class MethodSpec:
 
     def entry(self) -> dict[str, Any]:
         """What `blocktune.methods.build_entry` makes the method of: the keys that were given."""
-        given = {"name": self.name, "select": self.select, "reshape": self.reshape}
+        given = {"name": self.name, "select": self.select}
+        given |= {"repair": self.repair, "reshape": self.reshape}
         for key in ("preset", "params", "layout", "budget", "layer_budget"):
             given[key] = KEEP if getattr(self, key) in (None, {}) else getattr(self, key)
         return {key: value for key, value in given.items() if value is not KEEP}

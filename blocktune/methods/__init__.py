@@ -6,7 +6,7 @@ A plug-in imports everything it needs from here::
 """
 
 from blocktune.lazy import exports
-from blocktune.methods import reshape, select
+from blocktune.methods import repair, reshape, select
 
 __getattr__, __dir__, __all__ = exports(
     __name__,
@@ -16,6 +16,7 @@ __getattr__, __dir__, __all__ = exports(
         "blocktune.methods.describe": "describe_all describe_method",
         "blocktune.methods.hooks": "ChunkLoader DamagedChunk PrefilledBatch PromptHistory",
         "blocktune.methods.method_parser": "build build_entry default_method parse_method",
+        "blocktune.methods.repair": " ".join(repair.__all__),
         "blocktune.methods.reshape": " ".join(reshape.__all__),
         "blocktune.methods.select": " ".join(select.__all__),
         "blocktune.registry": "require_count require_one_of require_share",

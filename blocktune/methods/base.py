@@ -2,6 +2,7 @@
 
 - layout: where chunks are placed and what they are encoded after, fields of a `LayoutSpec`;
 - select: which context tokens are recomputed, a `Selection`;
+- repair: how reused keys and values are changed, a `Repair`;
 - reshape: how later rows attend to reused keys, a `Reshape`.
 
 `Weights` says what the model must be trained for. A published method is a preset: one class in
@@ -23,6 +24,7 @@ from blocktune.registry import Registry
 if TYPE_CHECKING:
     from blocktune.cache import ChunkStore
     from blocktune.methods.hooks import ChunkLoader, PromptHistory
+    from blocktune.methods.repair import Repair
     from blocktune.methods.reshape import Reshape
 
 METHODS = Registry("reuse method", "blocktune.methods.presets")
@@ -58,6 +60,7 @@ class Axis(Enum):
 
     LAYOUT = "layout"
     SELECT = "select"
+    REPAIR = "repair"
     RESHAPE = "reshape"
 
 
@@ -158,6 +161,10 @@ class Method:
         if self.layer_budget is None:
             return self.select()
         return matched(self.select(), self.layer_budget, num_layers)
+
+    def repair(self) -> Repair | None:
+        """Axis repair: how reused keys and values are changed; None changes nothing."""
+        return None
 
     def reshape(self) -> Reshape | None:
         """Axis reshape: how later rows attend to reused keys; None changes nothing."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import yaml
 
 from blocktune.methods.base import METHODS, Axis, Cached, Method, Weights
+from blocktune.methods.repair.base import REPAIRS
 from blocktune.methods.reshape.base import RESHAPES
 from blocktune.methods.select.base import SELECTORS, Nothing, Selection
 from blocktune.parsing import current_keys
@@ -20,9 +21,10 @@ from blocktune.registry import require_share
 if TYPE_CHECKING:
     from blocktune.cache import ChunkStore
     from blocktune.methods.hooks import ChunkLoader, PromptHistory
+    from blocktune.methods.repair import Repair
     from blocktune.methods.reshape import Reshape
 
-TABLES = {Axis.SELECT: SELECTORS, Axis.RESHAPE: RESHAPES}
+TABLES = {Axis.SELECT: SELECTORS, Axis.REPAIR: REPAIRS, Axis.RESHAPE: RESHAPES}
 """The axes whose values are registered; values of the axis layout are fields of `LayoutSpec`."""
 
 LAYOUT_FIELDS = ("placement", "slot", "num_blanks", "shared_prefix", "bos")
@@ -46,6 +48,7 @@ class Composition(Method):
     weights: Weights
     warm_up: int
     selected: Selection
+    repaired: Repair | None
     reshaped: Reshape | None
     changes: tuple[tuple[str, Any], ...]  # of the layout, after the presets' own changes
     decided: frozenset[Axis]
@@ -90,6 +93,9 @@ class Composition(Method):
     def select(self) -> Selection:
         return self.selected
 
+    def repair(self) -> Repair | None:
+        return self.repaired
+
     def reshape(self) -> Reshape | None:
         return self.reshaped
 
@@ -98,6 +104,7 @@ def compose(
     base: str | Method,
     *others: str | Method,
     select: Any = KEEP,
+    repair: Any = KEEP,
     reshape: Any = KEEP,
     layout: Mapping[str, Any] | None = None,
     budget: float | None = None,
@@ -111,6 +118,7 @@ def compose(
         others: More presets, each deciding axes that the others leave open.
         select: The selector, instead of the presets' own: an instance, a registered name,
             ``{name: {parameter: value}}``, or None for naive reuse.
+        repair: The repair, likewise.
         reshape: The reshape, likewise.
         layout: Fields of `LayoutSpec` to set, of those in `LAYOUT_FIELDS`.
         budget: Share of the context tokens that the selector may choose, in [0, 1].
@@ -129,7 +137,7 @@ def compose(
         METHODS.build(term) if isinstance(term, str) else term for term in (base, *others)
     )
     weights = _weights(terms)
-    chosen = {Axis.SELECT: select, Axis.RESHAPE: reshape}
+    chosen = {Axis.SELECT: select, Axis.REPAIR: repair, Axis.RESHAPE: reshape}
     given = {axis: _choose(axis, value) for axis, value in chosen.items() if value is not KEEP}
     selection = _decide(terms, given, Axis.SELECT) or Nothing()
     if budget is not None:
@@ -152,6 +160,7 @@ def compose(
         weights=weights,
         warm_up=max(term.warm_up for term in terms),
         selected=selection,
+        repaired=_decide(terms, given, Axis.REPAIR),
         reshaped=_decide(terms, given, Axis.RESHAPE),
         changes=tuple((layout or {}).items()),
         decided=frozenset(given).union(*(term.axes for term in terms)),

@@ -15,9 +15,11 @@ GROUPS = {
     "weights": "Reuse without recomputation, by what the weights were trained for",
     "layout": "Layout: where chunks are placed, and what they are encoded after",
     "select": "Select: which tokens are recomputed",
+    "repair": "Repair: how reused keys and values are changed",
     "reshape": "Reshape: how later rows attend to reused keys",
     "several": "Several axes at once",
     "value of select": "Selectors: compose with 'PRESET + NAME'",
+    "value of repair": "Repairs: compose with 'PRESET + NAME'",
     "value of reshape": "Reshapes: compose with 'PRESET + NAME'",
     "value of layout": "Layouts: compose with 'PRESET + layout KEY=VALUE'",
 }
@@ -36,7 +38,7 @@ class Description(NamedTuple):
     """A row of the table of methods."""
 
     name: str  # on the command line
-    kind: str  # method, selector, reshape or layout
+    kind: str  # method, selector, repair, reshape or layout
     group: str  # a key of `GROUPS`
     axes: tuple[str, ...]  # that it decides
     summary: str  # first line of its docstring

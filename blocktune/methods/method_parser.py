@@ -5,9 +5,9 @@ method = term { " + " term }
 term   = NAME [ NUMBER [ "%" ] ] { KEY=VALUE }
 ```
 For example ``block-attention + deviation 15 %``. The first term is a preset. Each further one is a
-selector, a reshape, another preset, or ``layout KEY=VALUE``. A number with ``%`` is a budget: the
-share of the context tokens to recompute. A number without it is the first parameter of the term:
-``epic 8`` is ``epic k=8``. Values are YAML without spaces.
+selector, a repair, a reshape, another preset, or ``layout KEY=VALUE``. A number with ``%`` is a
+budget: the share of the context tokens to recompute. A number without it is the first parameter of
+the term: ``epic 8`` is ``epic k=8``. Values are YAML without spaces.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ TERM = re.compile(
     r"(?P<pairs>(?:\s+[^\s=]+=\S+)*)"
 )
 LAYOUT = "layout"
-ENTRY_KEYS = ("name", "preset", "params", "select", "reshape", "layout", "budget", "layer_budget")
+ENTRY_KEYS = (
+    *("name", "preset", "params"),
+    *("select", "repair", "reshape", "layout", "budget", "layer_budget"),
+)
 
 
 def build(method: str, **parameters: Any) -> Method:
@@ -131,7 +134,7 @@ def _preset(term: re.Match, parameters: Mapping[str, Any]) -> Method:
     cls = METHODS.find(term["name"])
     method = METHODS.build(term["name"], **(_parameters(term, cls) | parameters))
     # A wrong value is refused here, not in the middle of a run.
-    method.layout(LayoutSpec()), method.select(), method.reshape()
+    method.layout(LayoutSpec()), method.select(), method.repair(), method.reshape()
     return compose(method, budget=_share(term), name=term[0]) if term["percent"] else method
 
 

@@ -84,9 +84,17 @@ def _examine(cls: type[PreTrainedModel], config: PreTrainedConfig) -> Structure:
         model = small_model(small, cls)
     except Exception as error:
         raise Refused(f"{name}: no small model of its kind can be made: {_line(error)}") from error
+    with quiet(), torch.no_grad():
+        try:
+            probe = Probe(name, model, _length(config), _length(small))
+        except Refused:
+            raise
+        except Exception as error:
+            raise Refused(f"{name}: no small model of its kind runs: {_line(error)}") from error
     try:
+        decoder_layers(model)
         with quiet(), torch.no_grad():
-            return Probe(name, model, _length(config), _length(small)).run()
+            return probe.run()
     except Refused:
         raise
     except Exception as error:
@@ -127,13 +135,13 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The model's decoder layers, through a PEFT wrapper or not.
 
     Raises:
-        ValueError: If no list has as many layers as the config says.
+        Refused: If no list has as many layers as the config says.
     """
     depth = model.config.get_text_config().num_hidden_layers
     for name, module in model.named_modules():
         if name.endswith("layers") and isinstance(module, nn.ModuleList) and len(module) == depth:
             return module
-    raise ValueError(
-        f"{type(model).__name__} has no list of {depth} decoder layers to hook into; "
-        "blocktune serves decoders whose layers are in one list"
+    raise Refused(
+        f"{type(model).__name__} has no list of {depth} decoder layers to hook into, one for each "
+        "attention; use a decoder whose layers attend once and are in one list"
     )

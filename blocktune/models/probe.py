@@ -132,10 +132,8 @@ class Probe:
         windows = tuple(made.plan.windows[index] for index in range(self.depth))
         return Structure(layers, windows, self.length)
 
-    def _forward(self, ids: Tensor, positions: Tensor | None = None) -> _Pass:
+    def _forward(self, ids: Tensor, positions: Tensor) -> _Pass:
         cache, plan = DynamicCache(), _Recorder()
-        if positions is None:
-            positions = torch.arange(ids.shape[1])[None]
         options = {"plan": plan, "past_key_values": cache, "use_cache": True}
         hidden = self.decoder(ids, position_ids=positions, **options)[0]
         return _Pass(hidden, cache, plan)
@@ -170,7 +168,7 @@ class Probe:
             for name, module in self.decoder.named_modules()
         ]
         try:
-            self._forward(ids)
+            self.decoder(ids, plan=_Recorder(), use_cache=False)
         finally:
             for hook in hooks:
                 hook.remove()

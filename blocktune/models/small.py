@@ -30,6 +30,7 @@ _SIZES = {
     r"n_group|topk_group|num_expert_group|zero_expert_num": 1,
     r"sliding_window(_size)?|(local_)?attention_window(_size|_len)?|local_attention": WINDOW,
     r"attention_chunk_size|floor_scale|index_topk": SPAN,
+    r"attention_hidden_size": 64,
     r"index_block_size": 8,
     r"index_topk_blocks": 2,
     r"[qk]v?_lora_rank|o_lora_rank|hidden_size_per_layer_input|router_hidden_size": 32,
@@ -91,6 +92,8 @@ def small_config(
     if values.get("qk_head_dim"):
         values["qk_head_dim"] = values["qk_nope_head_dim"] + values["qk_rope_head_dim"]
     standard: dict[str, Any] = {"num_hidden_layers": layers} if layers is not None else {}
+    if width and not old:  # recurrent throughout
+        standard["hidden_size"] = 64
     if old and width:
         dim = dim or width // old
         standard |= few | {"hidden_size": heads * dim, "head_dim": dim}

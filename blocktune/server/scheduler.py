@@ -165,6 +165,9 @@ class Scheduler:
 
     def _release(self, job: Job) -> None:
         self.kv_bytes -= job.reserved
+        # A job and the request that waits for it refer to each other, so without this its keys and
+        # values would stay until Python looks for cycles.
+        job.run, job.choices = None, []
 
     @staticmethod
     def _tell(job: Job, event: Event) -> None:

@@ -39,7 +39,7 @@ def server_command(
     if "blocktune" not in known:
         raise ValueError(
             "vLLM looks for plug-ins among installed packages, and blocktune is not installed "
-            "here; run `pip install --no-deps .` in its folder"
+            "here; run `pip install .` in its folder"
         )
     clients = {name: ChunkClient(model, one, store=store) for name, one in adapters.items()}
     base = ChunkClient(model, store=store, fingerprint=extra.get("fingerprint"))

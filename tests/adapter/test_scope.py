@@ -14,11 +14,13 @@ from blocktune import Engine
 from blocktune.adapter import AdapterInfo, attach_links, scope_adapter, scope_of
 from blocktune.adapter.merge import merge_adapter
 from blocktune.attention import attach, make_plan
-from blocktune.cache import ChunkStore
+from blocktune.cache import ChunkStore, stored_key
 from blocktune.check import check_model
+from blocktune.engine.encode import Piece
 from blocktune.hub.card import CardFacts, card
 from blocktune.layout import Kind
 from blocktune.prompt import LayoutSpec, Pieces, PromptFormat, lay_out
+from blocktune.vllm.client import ChunkClient
 
 PIECES = Pieces(prefix=(5, 6), chunks=((11, 12, 13), (21, 22, 23, 24), (31, 32)), query=(41, 42))
 FAMILY = {"q_proj", "v_proj", "o_proj", "down_proj"}
@@ -189,7 +191,8 @@ def test_its_chunks_are_not_the_base_s_and_its_prefix_is_no_chunk(run):
     assert base.fingerprint != engine.fingerprint
     prefix, [chunk] = engine.prompts.encodable(toy_examples(1)[0].chunks[:1])
     encoder = engine.state.encoder
-    same = prefix.__class__(prefix.ids)
+    same = Piece(prefix.ids)
+    assert encoder.key(prefix) == stored_key(engine.fingerprint, prefix.ids, (), True)
     assert encoder.key(prefix) != encoder.key(same)
     assert base.state.encoder.key(prefix) == base.state.encoder.key(same)
     base.encode(toy_examples(1)[0].chunks)
@@ -236,6 +239,19 @@ def test_stock_peft_needs_one_more_call(run, engine):
     other = Engine(stock, engine.tokenizer, adapter=info, adapter_folder=run / "out")
     asks = toy_examples(2)
     assert torch.equal(other.next_logits(asks, "naive"), engine.next_logits(asks, "naive"))
+
+
+def test_vllm_serves_the_base_and_finds_all_that_was_encoded(run, tmp_path):
+    ask = toy_examples(1)[0]
+    engine = Engine.from_pretrained(str(run / "base"), run / "out", device="cpu", store=tmp_path)
+    engine.encode(ask.chunks)
+    client = ChunkClient(str(run / "base"), run / "out", store=tmp_path)
+    assert client.lora is None
+    plan = client.read(ask).plan
+    assert len(plan.segments) == 1 + len(ask.chunks)
+    assert client.missing(plan) == []
+    [first, *_] = plan.missing(lambda key: False)
+    assert first.prefix
 
 
 def test_it_is_not_merged(run, tmp_path):

@@ -12,7 +12,7 @@ from transformers import GptOssConfig
 from blocktune.attention import DensePlan, FlexPlan, SplitPlan, attach, dense_mask, make_plan
 from blocktune.attention.flex import BLOCK, block_pairs, flex_block_mask
 from blocktune.attention.kernels import AttentionParams
-from blocktune.layout import LayerRule
+from blocktune.layout import Kind, LayerRule
 
 EXECUTIONS = ("dense", "split", "flex")
 KNOBS = AttentionParams(scaling=0.25)
@@ -155,9 +155,15 @@ def test_unknown_execution_is_named():
         make_plan("flash", LAYOUTS["ragged"]())
 
 
-def test_attention_sinks_are_refused():
-    model = build(GptOssConfig(**HEAD, num_local_experts=4))
+@torch.no_grad()
+def test_a_sink_takes_its_share_of_every_row_once():
+    """In eager attention transformers itself adds the sinks, to the mask that is given."""
+    model = build(GptOssConfig(**HEAD, num_local_experts=4, attn_implementation="eager"))
     some = LAYOUTS["ragged"]()
+    ids = torch.arange(some.kind.numel()).view_as(some.kind) % model.config.vocab_size
+    hidden = torch.where(dense_mask(some, LayerRule(0)), 0.0, torch.finfo(torch.float32).min)
+    expected = model(ids, position_ids=some.position, attention_mask=hidden).logits
     attach(model)
-    with pytest.raises(ValueError, match="attention sinks"):
-        model(torch.ones_like(some.kind), plan=SplitPlan(some), use_cache=False)
+    made = model(ids, position_ids=some.position, plan=SplitPlan(some), use_cache=False).logits
+    real = some.kind != Kind.PAD
+    torch.testing.assert_close(made[real], expected[real], rtol=0, atol=1e-5)

@@ -42,7 +42,8 @@ def test_methods_are_listed_for_programs_and_people(blocktune):
     methods = [entry for entry in listed if entry["kind"] == "method"]
     assert [entry["name"] for entry in methods] == available()
     assert all(entry["summary"] and entry["source"].startswith("http") for entry in methods)
-    assert {entry["kind"] for entry in listed} == {"method", "selector", "reshape", "layout"}
+    kinds = {"method", "selector", "repair", "reshape", "layout"}
+    assert {entry["kind"] for entry in listed} == kinds
     lines = blocktune("methods").stdout.splitlines()
     assert max(map(len, lines)) <= 80
     starts = {line.split()[0] for line in lines if line.startswith("  ") and line[2] != " "}

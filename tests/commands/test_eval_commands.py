@@ -51,3 +51,8 @@ def test_one_flag_makes_all_that_choose_tokens_spend_alike(blocktune, refused, m
 def test_what_is_not_there_is_said_in_one_line(refused, tmp_path):
     assert "no results.json" in refused("eval", "report", tmp_path)
     assert "needs --suite FILE and --output FOLDER" in refused("eval")
+
+
+def test_the_arena_is_asked_before_a_model_loads(refused, tmp_path):
+    line = refused("eval", "arena", "--questions", tmp_path, "-m", "nobody/no", "-o", tmp_path)
+    assert "--questions is a clone of" in line

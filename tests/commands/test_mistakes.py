@@ -197,7 +197,7 @@ def test_a_process_ends_with_2_and_a_traceback_only_when_asked(tmp_path, debug, 
 @pytest.mark.parametrize(
     ("device", "message"),
     [
-        ("gpu", "unknown device 'gpu'; wanted cuda, cuda:0, cpu"),
+        ("gpu", "unknown device 'gpu'; use cuda, cuda:0 or cpu"),
         ("cuda:99", "no device 'cuda:99' here: torch"),
     ],
 )

@@ -15,6 +15,7 @@ from blocktune.methods import Method, build
 from blocktune.methods.select import (
     AttentionDeviation,
     AuxiliaryAttention,
+    ChunkProbes,
     Deviation,
     Everything,
     FirstK,
@@ -41,12 +42,16 @@ METHODS = [
     build("droidspeak", first_layer=1, ratio=0.5),
     build("droidspeak-clc", ratio=0.3, restart_layer=2),
     build("query-attention", ratio=0.25),
+    build("query-attention", ratio=0.25, positions="encoded", fuse="max"),
+    build("infoflow", ratio=0.25),
+    build("a3", ratio=0.25),
     build("selective-reconstruction", ratio=0.25),
     build("selective-reconstruction", ratio=0.25, impact="recency"),
     build("random", ratio=0.25),
     build("oracle", ratio=0.25),
 ]
 SELECTORS = [
+    ChunkProbes(),
     Deviation(),
     Deviation(by="values", squared=True, of="cached", keeps_keys=True),
     GradualDeviation(),

@@ -10,12 +10,15 @@ import blocktune
 from blocktune import methods as reuse
 from blocktune.methods import Weights, available, build
 from blocktune.methods.base import METHODS
+from blocktune.methods.repair import REPAIRS
 from blocktune.methods.reshape import RESHAPES
 from blocktune.methods.select import SELECTORS
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted((Path(reuse.__file__).parent / "presets").glob("*.py"))
 WANTED = [
+    "a3",
+    "agentkvshift",
     "ape",
     "block-attention",
     "cache-craft",
@@ -29,6 +32,7 @@ WANTED = [
     "droidspeak-clc",
     "epic",
     "full-prefill",
+    "infoflow",
     "kv-packet",
     "kvlink",
     "link0",
@@ -38,6 +42,7 @@ WANTED = [
     "p+s+r",
     "prefix-cache",
     "prompt-cache-schema",
+    "prophetkv",
     "psr",
     "query-attention",
     "r",
@@ -65,9 +70,9 @@ def test_the_presets_of_the_field_exist():
 
 
 def test_nothing_asks_what_kind_of_method_or_axis_value_it_has():
-    tables = (METHODS, SELECTORS, RESHAPES)
+    tables = (METHODS, SELECTORS, REPAIRS, RESHAPES)
     kinds = {cls.__name__ for table in tables for cls in table.table().values()}
-    kinds |= {"Method", "Composition", "Selection", "Scored", "Reshape"}
+    kinds |= {"Method", "Composition", "Selection", "Scored", "Repair", "Reshape"}
     for path in Path(blocktune.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "isinstance":

@@ -107,7 +107,7 @@ def test_models_that_are_exact_up_to_a_length_say_it(name):
     assert examine(config()).max_tokens == length
 
 
-def test_a_prompt_beyond_the_exact_length_is_refused(tmp_path):
+def test_a_prompt_beyond_the_exact_length_is_refused():
     config = LIMITED["ministral3"][0]()
     tokenizer = toy_tokenizer()
     config.vocab_size = len(tokenizer)
@@ -166,3 +166,13 @@ def test_training_and_serving_refuse_a_model_in_the_same_words(tmp_path):
             door()
         lines.append(str(refusal.value))
     assert lines[0] == lines[1]
+
+
+def test_positions_below_zero_are_refused_where_positions_scale():
+    config = LIMITED["ministral3"][0]()
+    tokenizer = toy_tokenizer()
+    config.vocab_size = len(tokenizer)
+    engine = Engine(build(config), tokenizer)
+    question = {"question": "Who?", "chunks": ["she was there"]}
+    with pytest.raises(ValueError, match="at positions below 0"):
+        engine.answer([question], "ape")

@@ -1,8 +1,10 @@
 """Wrong and hostile requests, keys and tenants, limits, and what is not done for a request."""
 
+import gc
 import json
 import threading
 import time
+import weakref
 
 import pytest
 from server.support import DOCUMENTS, chat, metric
@@ -335,6 +337,31 @@ def test_a_chunk_that_several_requests_miss_is_encoded_once(serve, monkeypatch, 
         thread.join()
     assert [one.status_code for one in done] == [200] * 4
     assert len(encoded) == len(set(encoded)) > len(documents)
+
+
+@pytest.mark.parametrize("method", ["naive", "cacheblend", "ape", "prefix-cache", "full-prefill"])
+def test_keys_and_values_are_freed_when_a_request_ends(client, monkeypatch, method):
+    """At once: Python looks for cycles only after many allocations, and a prompt is one."""
+    from blocktune.server import scheduler
+
+    real, caches = scheduler.prefill_batch, []
+
+    def seen(*args):
+        run = real(*args)
+        caches.append(weakref.ref(run.cache))
+        return run
+
+    monkeypatch.setattr(scheduler, "prefill_batch", seen)
+    gc.collect()
+    gc.disable()
+    try:
+        for stream in (False, True):
+            body = chat(blocktune={"method": method}, n=2, stream=stream)
+            assert client.post(CHAT, json=body).status_code == 200
+        wait_until(lambda: not any(cache() is not None for cache in caches))
+    finally:
+        gc.enable()
+    assert len(caches) == 2
 
 
 def test_a_failure_is_of_one_request(client, monkeypatch):

@@ -65,6 +65,8 @@ def launch(name: str, folder: Path, **more) -> tuple[list[float], AdapterInfo]:
         "learning_rate": 2e-3,
         "seed": 5,
     }
+    if name == "ddp" and not torch.cuda.is_available():
+        options["use_cpu"] = None  # chosen where there is no GPU
     done = run(name, PROGRAMS.get(name, RECIPE), write_run(folder, **options | more))
     assert done.returncode == 0, done.stderr[-3000:]
     return losses_of(folder), AdapterInfo.load(folder / "out")

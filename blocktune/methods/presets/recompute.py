@@ -10,15 +10,18 @@ from typing import ClassVar
 from blocktune.methods import (
     AttentionDeviation,
     AuxiliaryAttention,
+    ChunkProbes,
     Deviation,
     FirstK,
     GradualDeviation,
     LayerRange,
+    MeanShift,
     Method,
     Oracle,
     QueryAttention,
     Random,
     Recency,
+    Repair,
     Reselect,
     Selection,
     register,
@@ -171,13 +174,83 @@ class DroidSpeakCLC(_Recompute):
 class QueryAttentionMethod(_Recompute):
     """Computes the question over the reused cache, then recomputes the tokens it attends to.
 
-    These are the two stages of ProphetKV; how it combines layers (``fuse``) is not public.
+    The general form of ``prophetkv``, ``infoflow`` and ``a3``, which differ in the keys that the
+    weights are over, in the pooling of rows and in the layers.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2602.02579"
     selector = QueryAttention
     ratio: float = 0.2
     fuse: str = "mean"
+    last_layers: int | None = None
+    over: str = "prompt"
+    pool: str = "mean"
+    positions: str = "prompt"
+
+
+@register("prophetkv")
+class ProphetKV(_Recompute):
+    """Recomputes the tokens that the question attends to most, mean over all layers.
+
+    Two stages: the question is computed over the reused cache, its weights over what is cached
+    are averaged over rows, heads and layers, and one set is recomputed in all layers. The paper
+    averages over the words of the question alone; here all rows after the chunks count.
+    """
+
+    source: ClassVar[str] = "https://arxiv.org/abs/2602.02579"
+    selector = staticmethod(partial(QueryAttention, over="cached"))
+    ratio: float = 0.2
+
+
+@register("infoflow")
+class InfoFlow(_Recompute):
+    """Recomputes the tokens that single rows of the question attend to, in the last two layers.
+
+    A token's score is the Euclidean norm over the question's rows of the weight it gets, mean over
+    heads. The keys are at the prompt's own positions when they are scored, which is the paper's
+    point: ``positions=encoded`` scores them where each chunk was encoded, for comparison. The code
+    takes at least one token and rounds the share down; here it is rounded up.
+    """
+
+    source: ClassVar[str] = "https://arxiv.org/abs/2603.05353"
+    selector = staticmethod(partial(QueryAttention, pool="norm"))
+    ratio: float = 0.15
+    last_layers: int = 2
+    positions: str = "prompt"
+
+
+@register("a3")
+class A3(_Recompute):
+    """Recomputes the tokens that the question attends to most in the first layer.
+
+    Weights are over the chunks' tokens alone. The published code computes the first layer for all
+    tokens and drops the others after it; keys and values of that layer do not depend on the
+    context, so computing only the chosen ones gives the same states, and costs less.
+    """
+
+    source: ClassVar[str] = "https://arxiv.org/abs/2511.17560"
+    selector = staticmethod(partial(QueryAttention, fuse="first", over="chunks"))
+    ratio: float = 0.15
+
+
+@register("agentkvshift")
+class AgentKVShift(Method):
+    """Recomputes the tokens of each chunk that deviate most; moves the others by the mean change.
+
+    ``ratio`` of a chunk's tokens are probes by keys, and as many by values. Layers up to
+    ``check_layer`` are computed in full, since all tokens are compared there. Set another budget
+    by ``ratio``: a budget in percent would leave the repair's ``share`` as it is.
+    """
+
+    source: ClassVar[str] = "https://arxiv.org/abs/2607.21604"
+    ratio: float = 0.1
+    check_layer: int = 1
+
+    def select(self) -> Selection:
+        return ChunkProbes(ratio=self.ratio, check_layer=self.check_layer)
+
+    def repair(self) -> Repair:
+        return MeanShift(share=self.ratio)
 
 
 @register("cacheclip")

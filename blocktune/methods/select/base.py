@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
-from blocktune.registry import Registry, require_share
+from blocktune.registry import Registry, require_one_of, require_share
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -130,6 +130,33 @@ class Truth(NamedTuple):
     query_attention: Tensor  # as `Passes.query_attention`, in the full prefill
 
 
+@dataclass(frozen=True)
+class QueryScores:
+    """How the question's attention over the reused cache becomes one score a token.
+
+    Attributes:
+        over: Keys that a row's weights sum to 1 over: of the whole ``prompt``, of what is
+            ``cached`` (prefix and chunks), or of the ``chunks``.
+        pool: Over the question's rows, of the mean over heads: ``mean``, or Euclidean ``norm``.
+        positions: Of the keys: those of the ``prompt``, or those that each chunk was ``encoded``
+            at, from 0, with the question after the longest.
+        depth: First layers that are read, the pass ends there; None: all.
+
+    Raises:
+        ValueError: If a choice is unknown.
+    """
+
+    over: str = "prompt"
+    pool: str = "mean"
+    positions: str = "prompt"
+    depth: int | None = None
+
+    def __post_init__(self):
+        require_one_of("over", self.over, ("prompt", "cached", "chunks"))
+        require_one_of("pool", self.pool, ("mean", "norm"))
+        require_one_of("positions", self.positions, ("prompt", "encoded"))
+
+
 class Passes(Protocol):
     """Forward passes that the engine runs on request; each is counted in the answer's usage.
 
@@ -141,10 +168,10 @@ class Passes(Protocol):
     store: ChunkStore  # for selectors that keep entries of their own beside the chunks
     fingerprint: str  # of the model, for keys into the store
 
-    def query_attention(self) -> Tensor:
+    def query_attention(self, how: QueryScores | None = None) -> Tensor:
         """Attention weights of the question over the reused cache, before anything is recomputed.
 
-        Mean over the question's rows and the heads, at each layer: ``(L, B, S)``.
+        One number a row at each layer that ``how`` reads (None: its defaults), ``(L, B, S)``.
         """
 
     def auxiliary_attention(self, model: str) -> Tensor:

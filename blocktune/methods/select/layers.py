@@ -102,6 +102,40 @@ class Deviation(_Deviating):
         return top_count(self._scores(check, self.squared), check.eligible, count)
 
 
+@SELECTORS.register("chunk-probes")
+class ChunkProbes(_Deviating):
+    """All tokens up to a check layer, then those of each chunk that deviate most.
+
+    Attributes:
+        ratio: Share of each chunk's tokens, rounded up, taken by keys and again by values: between
+            one and two times as many are recomputed.
+        check_layer: Layer (0-based) at which both are compared, over all heads together.
+        by: ``keys``, ``values`` or ``both``, the union.
+
+    Source: AgentKVShift arXiv:2607.21604, algorithm 1.
+    """
+
+    source: ClassVar[str] = "https://arxiv.org/abs/2607.21604"
+    ratio: float = 0.1
+    check_layer: int = 1
+    by: str = "both"
+
+    def spends(self, num_layers: int) -> float | None:
+        return {0.0: 0.0, 1.0: 1.0}.get(self.ratio)
+
+    def checks(self, num_layers: int) -> tuple[int, ...]:
+        return (self.check_layer,)
+
+    def refine(self, check: LayerCheck) -> Tensor:
+        chosen = check.eligible & False
+        for name in STATES[self.by]:
+            scores = distance(getattr(check.fresh, name), getattr(check.cached, name), squared=True)
+            for chunk in range(int(check.chunk.max()) + 1):
+                own = check.eligible & (check.chunk == chunk)
+                chosen |= top_share(scores, own, own.sum(1), self.ratio)
+        return chosen
+
+
 @SELECTORS.register("gradual-deviation")
 class GradualDeviation(_Deviating):
     """Drops, at every layer, the tokens that deviate least among those still recomputed.

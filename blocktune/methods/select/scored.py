@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
-from blocktune.methods.select.base import SELECTORS, Selection, selectable
+from blocktune.methods.select.base import SELECTORS, QueryScores, Selection, selectable
 from blocktune.methods.select.budget import share_count, top_of_context
 from blocktune.registry import require_count, require_one_of
 
@@ -34,8 +34,12 @@ class QueryAttention(Scored):
     """The tokens that the question attends to most when it is computed over the reused cache.
 
     Attributes:
-        fuse: How scores of the layers are combined: ``mean``, ``max``, or only the ``last`` layer.
-            The papers' formulas are not public.
+        fuse: How scores of the layers are combined: ``mean``, ``max``, or only the ``first`` or the
+            ``last`` layer.
+        last_layers: Only this many last layers are combined; None: all.
+        over: See `QueryScores`, as the other two.
+        pool: See `QueryScores`.
+        positions: See `QueryScores`.
 
     Source: ProphetKV arXiv:2602.02579 (two stages, layers fused into one set).
     """
@@ -44,15 +48,31 @@ class QueryAttention(Scored):
     needs_question: ClassVar[bool] = True
     ratio: float = 0.15
     fuse: str = "mean"
+    last_layers: int | None = None
+    over: str = "prompt"
+    pool: str = "mean"
+    positions: str = "prompt"
 
     def __post_init__(self):
         super().__post_init__()
-        require_one_of("fuse", self.fuse, ("mean", "max", "last"))
+        require_one_of("fuse", self.fuse, ("mean", "max", "first", "last"))
+        if self.last_layers is not None:
+            require_count("last_layers", self.last_layers, least=1)
+        _ = self._how  # checks the others
+
+    @property
+    def min_layers(self) -> int:
+        return self.last_layers or 1
+
+    @property
+    def _how(self) -> QueryScores:
+        depth = 1 if self.fuse == "first" else None
+        return QueryScores(self.over, self.pool, self.positions, depth)
 
     def begin(self, layout: Layout, passes: Passes) -> Tensor:
-        layers = passes.query_attention()
-        fused = {"mean": layers.mean(0), "max": layers.amax(0), "last": layers[-1]}[self.fuse]
-        return top_of_context(fused, layout, self.ratio)
+        layers = passes.query_attention(self._how)[-(self.last_layers or 0) :]
+        fused = {"mean": layers.mean(0), "max": layers.amax(0), "last": layers[-1]}
+        return top_of_context(fused.get(self.fuse, layers[0]), layout, self.ratio)
 
 
 @SELECTORS.register("auxiliary-attention")

@@ -1,0 +1,231 @@
+"""KVShareArena (arXiv:2609.10266): its frozen questions by any method, as its result files.
+
+Questions, prompts and checksums come from a clone of the arena's repository; what is written passes
+its ``kva validate`` and is scored by its ``kva score``. Only the track of retrieved evidence is
+answered: the other one replays token ids of reports that one model wrote.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from blocktune.engine import Engine, Sampling
+from blocktune.engine.assemble import wanted_pieces
+from blocktune.engine.usage import Stopwatch
+from blocktune.evaluation.metrics import qa_f1
+from blocktune.files import append_lines, replace_json, whole_lines
+from blocktune.methods import Method
+from blocktune.prompt import Pieces, encode, stack
+from blocktune.prompt.special_tokens import UserText, with_bos
+from blocktune.prompt.template import render_frame
+from blocktune.provenance import provenance
+
+SUBSETS = ("qasper", "multifieldqa_en", "hotpotqa")
+QUESTIONS, ASSETS = Path("data/queryset"), Path("kvsharearena/assets")
+SCHEMA, PROMPT_KEY = "kva.result.v1", "P_c"
+COSTS = (
+    "recomputed and dense layer-tokens: payload tokens computed in each layer, counted on what was "
+    "executed; kv_bytes: keys and values of the payload as they are held; ttft_ms: from request to "
+    "first token, with lookup, join and rotation; chunks were encoded before"
+)
+
+
+@dataclass(frozen=True)
+class Exam:
+    """One subset: its questions, and what stands around chunks and question in every prompt.
+
+    Attributes:
+        subset: One of `SUBSETS`.
+        rows: With ``_id``, ``input``, ``answers`` and ``chunks``, in the arena's order.
+        sha256: Of the file of questions.
+        system: The system turn.
+        around: Text before the chunks, between them and the question, and after it.
+        max_new_tokens: Tokens to decode at most.
+    """
+
+    subset: str
+    rows: tuple[Mapping[str, Any], ...]
+    sha256: str
+    system: str
+    around: tuple[str, str, str]
+    max_new_tokens: int
+
+    def pieces(self, row: Mapping[str, Any], engine: Engine) -> Pieces:
+        """The tokens of a prompt: every chunk is tokenised by itself, as the arena does."""
+        tokenizer, (before, between, after) = engine.tokenizer, self.around
+        texts = UserText(tokenizer)
+        tail = between + texts.safe(row["input"]) + after
+        frame = render_frame(tokenizer, self.system, before, tail)
+        prefix = with_bos(tokenizer, encode(tokenizer, frame.before))
+        chunks = [encode(tokenizer, one, split_special_tokens=True) for one in row["chunks"]]
+        return Pieces(prefix, tuple(filter(None, chunks)), texts.encode(frame.after))
+
+
+def load_exam(folder: Path, subset: str) -> Exam:
+    """Reads a subset from a clone of the arena's repository.
+
+    Raises:
+        ValueError: If a file is missing, its checksum is another, or a record lacks a field.
+    """
+    if subset not in SUBSETS:
+        raise ValueError(f"unknown subset '{subset}'; the arena has {', '.join(SUBSETS)}")
+    name = f"{subset}_n100.jsonl"
+    raw = _read(folder / QUESTIONS / name)
+    digest = hashlib.sha256(raw).hexdigest()
+    wanted = json.loads(_read(folder / QUESTIONS / "sha256.json")).get(name)
+    if digest != wanted:
+        raise ValueError(
+            f"{folder / QUESTIONS / name} is not the frozen file: its SHA-256 is {digest}, "
+            f"sha256.json says {wanted}; clone the arena again"
+        )
+    rows = tuple(json.loads(line) for line in raw.splitlines())
+    for index, row in enumerate(rows):
+        if missing := [key for key in ("_id", "input", "answers", "chunks") if not row.get(key)]:
+            raise ValueError(f"{name}, line {index + 1}: a record needs '{missing[0]}'")
+    prompts = json.loads(_read(folder / ASSETS / "prompts.json"))
+    longbench = json.loads(_read(folder / ASSETS / "longbench_config.json"))
+    before, _, rest = longbench["dataset2prompt"][subset].partition("{context}")
+    between, _, after = rest.partition("{input}")
+    most = int(longbench["dataset2maxlen"][subset])
+    return Exam(subset, rows, digest, prompts[PROMPT_KEY], (before, between, after), most)
+
+
+def _read(path: Path) -> bytes:
+    if not path.is_file():
+        raise ValueError(
+            f"no file '{path}'; --questions is a clone of github.com/xishi404/KVShareArena"
+        )
+    return path.read_bytes()
+
+
+def run_exam(
+    engine: Engine,
+    method: Method,
+    exam: Exam,
+    output: Path,
+    *,
+    limit: int | None = None,
+    port: str = "port",
+    step: Callable[[], None] = lambda: None,
+) -> Path:
+    """Answers an exam and writes its result file; what is there already is not answered again.
+
+    Args:
+        engine: Its store and memory of prefixes are emptied after every question.
+        method: Encodes every chunk without the question, as the arena asks.
+        exam: The questions.
+        output: Folder of the result file and of the rows so far.
+        limit: Answer the first questions only; ``kva validate`` then refuses the file.
+        port: Who made the method: ``official``, ``port`` or ``reference``.
+        step: Called after each answer.
+
+    Returns:
+        The result file.
+
+    Raises:
+        ValueError: If chunks of the method come from earlier prompts, a prompt does not fit into
+            the model's context, or the rows there are of other weights or questions.
+    """
+    if method.history is not None:
+        raise ValueError(
+            f"method '{method.name}' takes chunks out of earlier prompts, and the arena wants each "
+            "encoded by itself; choose another method"
+        )
+    slug = re.sub(r"[^a-z0-9_.-]+", "-", method.name.lower()).strip("-")
+    output.mkdir(parents=True, exist_ok=True)
+    rows_file = output / f"{slug}_re_{exam.subset}.rows.jsonl"
+    about = {"fingerprint": engine.fingerprint, "method": repr(method), "sha256": exam.sha256}
+    lines = [json.loads(line) for line in whole_lines(rows_file)] if rows_file.exists() else []
+    if lines and lines[0] != about:
+        raise ValueError(f"{rows_file} is of other weights, method or questions; name a new output")
+    if not lines:
+        append_lines(rows_file, [json.dumps(about)])
+    known = {row["_id"]: row for row in lines[1:]}
+    asked = exam.rows[:limit]
+    for row in asked:
+        if row["_id"] not in known:
+            known[row["_id"]] = answered(engine, method, exam, row)
+            append_lines(rows_file, [json.dumps(known[row["_id"]])])
+        step()
+    results = [known[row["_id"]] for row in asked]
+    path = output / f"{slug}_re_{exam.subset}.json"
+    replace_json(path, _document(engine, method, exam, results, slug, port))
+    return path
+
+
+def answered(engine: Engine, method: Method, exam: Exam, row: Mapping[str, Any]) -> dict[str, Any]:
+    """One question: its answer and its cost, with the chunks encoded beforehand."""
+    pieces = exam.pieces(row, engine)
+    if not method.keeps_context:
+        pieces = pieces._replace(chunks=())
+    prompt, state = engine.lay_out(pieces, method, exam.max_new_tokens), engine.state
+    batch = stack([prompt], state.pad_id).to(engine.model.device)
+    layers = method.select_for(state.num_layers).widens(state.num_layers)
+    wanted = wanted_pieces(batch, 0) if method.cached is method.cached.CHUNKS else []
+    state.encoder.find(wanted, Stopwatch(engine.model.device), layers)
+    run = engine.start([pieces], method)
+    [answer] = run.answers(Sampling(), exam.max_new_tokens, streams=[0])
+    usage, payload = answer.usage, sum(map(len, pieces.chunks))
+    held = sum(run.cache.bytes_per_column(layer) for layer in range(state.num_layers))
+    engine.forget()  # a prompt's chunks are as large as the model
+    return {
+        "_id": row["_id"],
+        "golds": row["answers"],
+        "n_chunks": len(row["chunks"]),
+        "pred": answer.text,
+        "f1_raw": qa_f1(answer.text, row["answers"]),
+        "recomputed_layer_tokens": sum(usage.layer_tokens),
+        "dense_payload_layer_tokens": payload * state.num_layers,
+        "kv_bytes": payload * held,
+        "ttft_ms": 1000 * usage.ttft.total_s,
+        "aux": {"prompt_tokens": usage.prompt_tokens, "payload_tokens": payload},
+    }
+
+
+def _document(engine, method, exam: Exam, results: Sequence[dict], slug, port) -> dict[str, Any]:
+    made = provenance()
+    versions, info = made["versions"], engine.adapter
+    recomputed, dense = (
+        sum(row[key] for row in results)
+        for key in ("recomputed_layer_tokens", "dense_payload_layer_tokens")
+    )
+    backend = f"blocktune {versions['blocktune']}"
+    summary = {
+        "method": slug,
+        "track": "re",
+        "subset": exam.subset,
+        "model": info.base_model if info else engine.model.config._name_or_path,
+        "n": len(results),
+        "backend": backend,
+        "versions": versions,
+        "git_rev": made["commit"],
+        "prompt_key": PROMPT_KEY,
+        "max_new_tokens": exam.max_new_tokens,
+        "queryset": {"file": f"{exam.subset}_n100.jsonl", "sha256": exam.sha256},
+        "f1_raw": sum(row["f1_raw"] for row in results) / len(results),
+        "recompute_fraction": recomputed / max(1, dense),
+        "command": made["command"],
+        "hardware": made["hardware"],
+    }
+    card = {
+        "name": method.name,
+        "provenance": port,
+        "backend": backend,
+        "versions": versions,
+        "training_data": info.training.get("data") if info else None,
+        "cost_notes": COSTS,
+        "source": method.source,
+    }
+    return {"schema": SCHEMA, "summary": summary, "results": results, "method_card": card}
+
+
+def exams(folder: Path, subsets: Sequence[str]) -> Iterator[Exam]:
+    """The subsets in this order; without any, all of them."""
+    for subset in subsets or SUBSETS:
+        yield load_exam(folder, subset)
