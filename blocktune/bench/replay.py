@@ -6,6 +6,7 @@ Simulated: nothing is encoded. Costs come from the trace where a store recorded 
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -89,29 +90,30 @@ def replay(
         policy: See `blocktune.cache.ledger.POLICIES`.
         costs: Of what the trace does not say.
     """
-    clock = iter(range(1, 1 << 62))
-    ledger = Ledger(max_bytes=budget, policy=policy, clock=lambda: float(next(clock)))
+    clock = itertools.count(1)
+    ledger = Ledger(max_bytes=budget, policy=policy, clock=lambda: next(clock) * 1e-4)
     there: dict[str, int] = {}
     windows = [[0, 0] for _ in range(WINDOWS)]
     saved_s, whole_s, held, peak = 0.0, 0.0, 0, 0
-    for index, request in enumerate(requests):
-        window = windows[index * WINDOWS // len(requests)]
-        for use in map(costs.priced, request):
-            whole_s += use.seconds
-            window[1] += 1
-            if use.key in there:
-                window[0] += 1
-                saved_s += use.seconds - use.num_bytes / costs.load_bytes_s
-                ledger.use(use.key)
-                continue
-            doomed = ledger.leaving(use.num_bytes, use.tenant, use.key)
-            if doomed is None:
-                continue
-            ledger.remove(doomed)
-            held += use.num_bytes - sum(there.pop(key) for key in doomed)
-            peak = max(peak, held)
-            ledger.add(use.key, use.num_bytes, About(seconds=use.seconds, tenant=use.tenant))
-            there[use.key] = use.num_bytes
+    with ledger.transaction():
+        for index, request in enumerate(requests):
+            window = windows[index * WINDOWS // len(requests)]
+            for use in map(costs.priced, request):
+                whole_s += use.seconds
+                window[1] += 1
+                if use.key in there:
+                    window[0] += 1
+                    saved_s += use.seconds - use.num_bytes / costs.load_bytes_s
+                    ledger.use(use.key)
+                    continue
+                doomed = ledger.leaving(use.num_bytes, use.tenant, use.key)
+                if doomed is None:
+                    continue
+                ledger.remove(doomed)
+                held += use.num_bytes - sum(there.pop(key) for key in doomed)
+                peak = max(peak, held)
+                ledger.add(use.key, use.num_bytes, About(seconds=use.seconds, tenant=use.tenant))
+                there[use.key] = use.num_bytes
     hits, lookups = (sum(window[n] for window in windows) for n in (0, 1))
     rates = [hit / max(count, 1) for hit, count in windows]
     return Outcome(policy, budget, hits / max(lookups, 1), saved_s, saved_s / whole_s, peak, rates)
@@ -148,7 +150,7 @@ def break_even(
         seed: Of what is drawn.
     """
     found = []
-    for step in range(11):
+    for step in range(10):  # without any new chunk a request would be one chunk
         novel = 1 - step / 10
         totals = [0.0, 0.0, 0.0]
         seen: set[str] = set()

@@ -12,6 +12,7 @@ __getattr__, __dir__, __all__ = exports(
         "blocktune.cache.prefill_cache": "PrefillCache",
         "blocktune.cache.prefix_tree": "PrefixMatch PrefixTree",
         "blocktune.cache.row_cache": "SKIP RowCache",
-        "blocktune.cache.store": "ChunkStore Lookup StoreStats",
+        "blocktune.cache.stats": "Lookup StoreStats TierStats",
+        "blocktune.cache.store": "ChunkStore",
     },
 )

@@ -49,7 +49,8 @@ class StoreConfig:
         cpu: Bytes of host memory, for what leaves the device.
         disk: Bytes of the folder; None: no limit.
         remote_bytes: Bytes of the remote; None: no limit.
-        policy: What leaves first in every tier, one of `blocktune.cache.ledger.POLICIES`.
+        policy: What leaves first in every tier, one of `blocktune.cache.ledger.POLICIES`; None:
+            as the folder was last opened with, else ``lru``.
         quota: Bytes of each tier that one tenant may hold; None: no limit.
         ttl: Seconds after which a chunk is encoded again; None: never.
         codec: How files hold keys and values, see `blocktune.cache.codecs`.
@@ -65,7 +66,7 @@ class StoreConfig:
     cpu: int = 0
     disk: int | None = None
     remote_bytes: int | None = None
-    policy: str = "lru"
+    policy: str | None = None
     quota: int | None = None
     ttl: float | None = None
     codec: str = "as-is"
@@ -78,7 +79,7 @@ class StoreConfig:
                 f"a chunk store needs memory or a folder; got {self.memory} bytes, folder None"
             )
         for name, known in (("policy", POLICIES), ("codec", CODECS)):
-            if getattr(self, name) not in known:
+            if getattr(self, name) not in (*known, None):
                 raise ValueError(
                     f"unknown {name} '{getattr(self, name)}'; available: {', '.join(known)}"
                 )

@@ -12,6 +12,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -140,21 +141,36 @@ class Ledger:
         self._connect()
         weakref.finalize(self, _close, self._pid, self._database, self._uses)
 
+    @contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """What is done inside is done whole or not at all, and by one process at a time."""
+        with self._lock:
+            database = self._open()
+            if database.in_transaction:
+                yield database
+                return
+            database.execute("BEGIN IMMEDIATE")
+            try:
+                yield database
+                database.commit()
+            except BaseException:
+                database.rollback()
+                raise
+
     def add(self, key: str, size: int, about: About) -> None:
         """Enters an entry, or replaces it: pin and uses stay."""
-        with self._lock:
-            now, database = self.now(), self._open()
-            with database:
-                old = database.execute(
-                    "SELECT uses, pinned FROM entries WHERE key = ?", (key,)
-                ).fetchone() or (0, 0)
-                record = (about.num_tokens, about.kind, about.fingerprint, about.document)
-                record += (about.tenant, about.seconds, now, now, old[0] + 1, self._faded())
-                database.execute("DELETE FROM entries WHERE key = ?", (key,))
-                database.execute(
-                    f"INSERT INTO entries VALUES ({', '.join('?' * 15)})",
-                    (key, max(size, 1), *record, 0.0, old[1], about.expires),
-                )
+        with self.transaction() as database:
+            now = self.now()
+            old = database.execute(
+                "SELECT uses, pinned FROM entries WHERE key = ?", (key,)
+            ).fetchone() or (0, 0)
+            record = (about.num_tokens, about.kind, about.fingerprint, about.document)
+            record += (about.tenant, about.seconds, now, now, old[0] + 1, self._faded())
+            database.execute("DELETE FROM entries WHERE key = ?", (key,))
+            database.execute(
+                f"INSERT INTO entries VALUES ({', '.join('?' * 15)})",
+                (key, max(size, 1), *record, 0.0, old[1], about.expires),
+            )
 
     def use(self, key: str) -> None:
         """Notes a hit; written later, with others."""
@@ -167,7 +183,7 @@ class Ledger:
 
     def remove(self, keys: Iterable[str]) -> None:
         """Strikes entries."""
-        with self._lock, self._open() as database:
+        with self.transaction() as database:
             database.executemany("DELETE FROM entries WHERE key = ?", [(key,) for key in keys])
 
     def leaving(self, size: int, tenant: str = "", key: str = "") -> list[str] | None:
@@ -252,7 +268,7 @@ class Ledger:
 
     def pin(self, keys: Iterable[str], pinned: bool = True) -> int:
         """Entries that never leave for others, or may again; how many there were."""
-        with self._lock, self._open() as database:
+        with self.transaction() as database:
             done = database.executemany(
                 "UPDATE entries SET pinned = ? WHERE key = ?", [(int(pinned), key) for key in keys]
             )
@@ -263,7 +279,7 @@ class Ledger:
         with self._lock:
             self._flushed = self.now()
             if self._uses:
-                with self._open() as database:
+                with self.transaction() as database:
                     clock = self._faded()
                     database.executemany(
                         _USE, [(*use[:2], clock, use[2]) for use in self._uses.values()]
@@ -272,13 +288,13 @@ class Ledger:
 
     def clear(self) -> None:
         """Strikes everything."""
-        with self._lock, self._open() as database:
+        with self.transaction() as database:
             self._uses.clear()
             database.execute("DELETE FROM entries")
 
     def fill(self, rows: Iterable[Row]) -> None:
         """Enters what was found by listing: times and uses as given, nothing else changes."""
-        with self._lock, self._open() as database:
+        with self.transaction() as database:
             database.executemany(
                 f"INSERT OR IGNORE INTO entries ({', '.join(_COLUMNS)}, clock, worth) "
                 f"VALUES ({', '.join('?' * (len(_COLUMNS) + 2))})",
@@ -304,7 +320,7 @@ class Ledger:
                 gone[name] = size
                 need, clock = need - size, worth
         if clock is not None and self.policy == "gdsf":
-            with self._open() as database:
+            with self.transaction() as database:
                 database.execute("INSERT OR REPLACE INTO meta VALUES ('clock', ?)", (clock,))
         return need <= 0
 
@@ -320,12 +336,14 @@ class Ledger:
     def _connect(self) -> None:
         self._pid = os.getpid()
         where = ":memory:" if self.path is None else str(self.path)
-        self._database = sqlite3.connect(where, timeout=1.0, check_same_thread=False)
+        self._database = sqlite3.connect(
+            where, timeout=1.0, check_same_thread=False, isolation_level=None
+        )
         if self.path is not None:
             self._database.execute("PRAGMA journal_mode = WAL")
             self._database.execute("PRAGMA synchronous = OFF")  # it can be made again
-        with self._database as database:
-            database.executescript(_SCHEMA)
+        self._database.executescript(_SCHEMA)
+        with self.transaction() as database:
             known = dict(database.execute("SELECT name, value FROM meta"))
             if known.get("format", _FORMAT) != _FORMAT:
                 raise sqlite3.DatabaseError(f"{where}: of another version")
@@ -334,14 +352,14 @@ class Ledger:
             if known.get("policy") != self.policy:
                 database.execute("INSERT OR REPLACE INTO meta VALUES ('policy', ?)", (self.policy,))
                 database.execute(f"UPDATE entries SET worth = {POLICIES[self.policy]}")
-            database.executescript(_VALUED.format(POLICIES[self.policy]))
+        self._database.executescript(_VALUED.format(POLICIES[self.policy]))
 
 
 def _close(pid: int, database: sqlite3.Connection, uses: dict[str, list]) -> None:
     """Writes what is left when a ledger or its process ends."""
     if pid == os.getpid():
         try:
-            with database:
+            if uses:
                 database.executemany(_USE, [(*use[:2], 0.0, use[2]) for use in uses.values()])
             database.close()
         except sqlite3.Error:

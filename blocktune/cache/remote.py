@@ -20,14 +20,14 @@ VALKEY = ("valkey", "valkeys", "redis", "rediss", "unix")
 PREFIX = "blocktune"
 
 
-def open_remote(url: str, secret: bytes | None = None, timeout_s: float = TIMEOUT_S) -> Blobs:
+def open_remote(url: str, secret: bytes | None = None, timeout_s: float | None = None) -> Blobs:
     """The files at a URL; connects when they are used.
 
     Args:
         url: ``valkey://HOST:PORT/DB`` (with ``?prefix=NAME``; default ``blocktune``) or whatever
             fsspec opens: ``s3://BUCKET/PREFIX``, ``gs://...``, ``file:///...``.
         secret: As in `Blobs`.
-        timeout_s: Seconds that one request may take.
+        timeout_s: Seconds that one request may take; None: `TIMEOUT_S`.
 
     Raises:
         ValueError: If the URL is wrong, or the package that opens it is missing.
@@ -35,7 +35,7 @@ def open_remote(url: str, secret: bytes | None = None, timeout_s: float = TIMEOU
     scheme = urlsplit(url).scheme
     try:
         remote = ValkeyBlobs if scheme in VALKEY else FsspecBlobs
-        return remote(url, secret, timeout_s)
+        return remote(url, secret, TIMEOUT_S if timeout_s is None else timeout_s)
     except ImportError as error:
         raise ValueError(
             f"'{url}' needs the package '{error.name or error}'; `pip install 'blocktune[remote]'`"

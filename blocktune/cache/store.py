@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 import time
-import weakref
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -24,93 +21,14 @@ from blocktune.cache.config import MEMORY, StoreConfig
 from blocktune.cache.folder import ChunkFolder
 from blocktune.cache.ledger import About, Ledger
 from blocktune.cache.remote import open_remote
-from blocktune.cache.tiers import RETRY_S, BlobTier, MemoryTier, TierStats
+from blocktune.cache.stats import Lookup, StoreStats
+from blocktune.cache.tiers import RETRY_S, BlobTier, MemoryTier
 from blocktune.cache.trace import Tracer
 from blocktune.positions import RopeSpec
 
 __all__ = ["RETRY_S", "ChunkStore", "Lookup", "StoreStats"]
 
-Tier = Literal["memory", "cpu", "disk", "remote", "none"]
-
-
-class Lookup(NamedTuple):
-    """What one look into the store found, and what it took.
-
-    Attributes:
-        kv: The chunk's entry, or None: encode it and `ChunkStore.put` it.
-        tier: Where it was found; ``"none"`` on a miss.
-        bytes_read: Bytes of keys, values and ids that the chunk has; 0 on a miss.
-        lookup_s: Seconds spent finding out whether it is there.
-        load_s: Seconds spent reading, verifying and moving it.
-    """
-
-    kv: Entry | None
-    tier: Tier
-    bytes_read: int
-    lookup_s: float
-    load_s: float
-
-
-@dataclass
-class StoreStats:
-    """Counters since the store was opened.
-
-    ``rejected`` entries (damaged, forged, of other tokens or another model) are also counted as
-    misses; ``first_rejected`` says why the first was. ``unwritten`` ones could not be kept in the
-    folder or the remote. ``tiers`` has the counters of each tier.
-    """
-
-    misses: int = 0
-    rejected: int = 0
-    first_rejected: str = ""
-    memory_bytes: int = 0
-    memory_chunks: int = 0
-    tiers: dict[str, TierStats] = field(default_factory=dict)
-
-    @property
-    def memory_hits(self) -> int:
-        """Hits in memory, of the device or the host."""
-        return self._sum("hits", "memory", "cpu")
-
-    @property
-    def disk_hits(self) -> int:
-        """Hits in the folder or the remote."""
-        return self._sum("hits", "disk", "remote")
-
-    @property
-    def evictions(self) -> int:
-        """Entries that left the memory of the device."""
-        return self._sum("evictions", "memory")
-
-    @property
-    def unwritten(self) -> int:
-        """Entries that the folder or the remote could not keep."""
-        return self._sum("unwritten", "disk", "remote")
-
-    @property
-    def memory_bytes_read(self) -> int:
-        """Bytes of the hits in memory."""
-        return self._sum("bytes_read", "memory", "cpu")
-
-    @property
-    def disk_bytes_read(self) -> int:
-        """Bytes of the hits in the folder or the remote."""
-        return self._sum("bytes_read", "disk", "remote")
-
-    @property
-    def disk_bytes_written(self) -> int:
-        """Bytes of the files that were written."""
-        return self._sum("bytes_written", "disk", "remote")
-
-    def _sum(self, name: str, *tiers: str) -> int:
-        return sum(getattr(self.tiers[tier], name) for tier in tiers if tier in self.tiers)
-
-
 _LOG = logging.getLogger(__name__)
-_WAITING = 64
-"""Files that may wait for the remote."""
-_FINISH_S = 10.0
-"""Seconds in which a process that ends may still write them."""
 
 
 class ChunkStore:
@@ -191,9 +109,6 @@ class ChunkStore:
             self._blobs.append(BlobTier("remote", files, must_write, max_bytes=most, **limits))
         for tier in self._blobs:
             tier.prepare()
-        self._queue = None
-        if config.remote is not None and not must_write:
-            self._queue = _writer(self)
 
     @classmethod
     def open(cls, text: str | Path, device: torch.device | str = "cpu", **options) -> Self:
@@ -321,8 +236,8 @@ class ChunkStore:
 
     def flush(self) -> None:
         """Waits until the remote has what was put, or has refused it."""
-        if self._queue is not None:
-            self._queue.join()
+        for tier in self._blobs:
+            tier.flush()
 
     def discard(self, key: str) -> None:
         """Drops the entry of ``key``, if there is one, in every tier."""
@@ -465,17 +380,7 @@ class ChunkStore:
 
     def _save(self, tier: BlobTier, key: str, kv: Entry, about: About) -> None:
         rope, codec = self._ropes.get(kv.fingerprint), self.config.codec
-
-        def pack() -> bytes:
-            return pack_chunk(tier.blobs, key, kv, about, codec, rope)
-
-        if tier.name != "remote" or self._queue is None:
-            tier.save(key, pack, about)
-            return
-        try:
-            self._queue.put_nowait((tier, key, pack, about))
-        except queue.Full:  # a slow remote must not hold up answers
-            tier.stats.unwritten += 1
+        tier.save(key, lambda: pack_chunk(tier.blobs, key, kv, about, codec, rope), about)
 
     def _remember(self, key: str, kv: Entry, about: About) -> None:
         """Keeps an entry on the device; what leaves it goes to the host."""
@@ -484,26 +389,3 @@ class ChunkStore:
             tier.remove(key)
             for item in left:
                 tier.put(*item)
-
-
-def _writer(store: ChunkStore) -> queue.Queue:
-    """A queue of files for the remote, written by a thread that ends with the store."""
-    waiting: queue.Queue = queue.Queue(_WAITING)
-
-    def write() -> None:
-        while (item := waiting.get()) is not None:
-            tier, *what = item
-            try:
-                tier.save(*what)
-            finally:
-                waiting.task_done()
-
-    def finish() -> None:
-        with suppress(queue.Full):
-            waiting.put(None, timeout=_FINISH_S)
-            thread.join(_FINISH_S)
-
-    thread = threading.Thread(target=write, daemon=True, name="blocktune-remote")
-    thread.start()
-    weakref.finalize(store, finish)
-    return waiting

@@ -7,11 +7,13 @@ cannot be kept is counted. One warning says so.
 from __future__ import annotations
 
 import logging
+import queue
 import sqlite3
 import threading
 import time
+import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -21,32 +23,15 @@ from blocktune.cache.chunk_kv import Entry
 from blocktune.cache.folder import ChunkFolder, is_taken
 from blocktune.cache.ledger import About, Ledger, Row
 from blocktune.cache.listing import open_index, row_of
+from blocktune.cache.stats import TierStats
 
 RETRY_S = 10.0
 """Seconds after a failure in which a tier is left alone."""
 REFRESH_S = 60.0
 """Seconds after which a remote with a budget is listed again: other machines write there too."""
+_WAITING, _FINISH_S = 64, 10.0
+"""Files that may wait for a remote, and seconds that a process which ends gives them."""
 _LOG = logging.getLogger(__name__)
-
-
-@dataclass
-class TierStats:
-    """Counters of one tier since the store was opened.
-
-    ``expired`` entries are also misses. ``unwritten`` ones could not be kept; ``failures`` are
-    requests that the tier did not answer.
-    """
-
-    hits: int = 0
-    misses: int = 0
-    bytes_read: int = 0
-    bytes_written: int = 0
-    read_s: float = 0.0
-    write_s: float = 0.0
-    evictions: int = 0
-    expired: int = 0
-    unwritten: int = 0
-    failures: int = 0
 
 
 class MemoryTier:
@@ -125,6 +110,7 @@ class BlobTier:
         self._warned, self._listed = False, 0.0
         self._is_folder = isinstance(blobs, ChunkFolder)
         self.ledger = None if self._is_folder else Ledger(**budget)
+        self._queue = None if self._is_folder or must_write else _in_background(self)
 
     def prepare(self) -> None:
         """Makes the folder and opens its index."""
@@ -180,7 +166,24 @@ class BlobTier:
         self._noted(lambda ledger: ledger.use(key))
 
     def save(self, key: str, make: Callable[[], bytes], about: About) -> None:
-        """Keeps the file that ``make`` packs if place and budget allow; others leave for it."""
+        """Keeps the file that ``make`` packs if place and budget allow; others leave for it.
+
+        A remote is written later, by a thread, unless the store must write.
+        """
+        if self._queue is None:
+            self._save(key, make, about)
+            return
+        try:
+            self._queue.put_nowait((self, key, make, about))
+        except queue.Full:  # a slow remote must not hold up answers
+            self._count_unwritten()
+
+    def flush(self) -> None:
+        """Waits until what was saved is written, or refused."""
+        if self._queue is not None:
+            self._queue.join()
+
+    def _save(self, key: str, make: Callable[[], bytes], about: About) -> None:
         if not self.must_write and time.monotonic() < self._next["write"]:
             self._count_unwritten()
             return
@@ -249,18 +252,21 @@ class BlobTier:
         if not self._is_folder and self.ledger.max_bytes is not None:
             self._relist()
         unknown = [] if self._budget["max_bytes"] is None else None  # a limit holds, or no write
-        doomed = self._noted(lambda ledger: (ledger.leaving(size, about.tenant, key),), (unknown,))[
-            0
-        ]
-        if doomed is None:
-            return False
-        for one in doomed:
-            self.blobs.remove(one)
-        # Entered before it is written: a stopped writer leaves a row too many, not a lost file.
-        self._noted(lambda ledger: (ledger.remove(doomed), ledger.add(key, size, about)))
+        doomed = self._noted(lambda ledger: (self._admit(ledger, size, key, about),), (unknown,))[0]
         with self._lock:
-            self.stats.evictions += len(doomed)
-        return True
+            self.stats.evictions += len(doomed or ())
+        return doomed is not None
+
+    def _admit(self, ledger: Ledger, size: int, key: str, about: About) -> list[str] | None:
+        """Removes what must leave and enters what comes: after a kill a row may lack its file."""
+        with ledger.transaction():
+            doomed = ledger.leaving(size, about.tenant, key)
+            if doomed is not None:
+                for one in doomed:
+                    self.blobs.remove(one)
+                ledger.remove(doomed)
+                ledger.add(key, size, about)
+            return doomed
 
     def _relist(self) -> None:
         with self._lock:
@@ -288,3 +294,26 @@ class BlobTier:
     def _count_unwritten(self) -> None:
         with self._lock:
             self.stats.unwritten += 1
+
+
+def _in_background(tier: BlobTier) -> queue.Queue:
+    """A queue of files to save, worked off by a thread that ends with the tier or the process."""
+    waiting: queue.Queue = queue.Queue(_WAITING)
+
+    def work() -> None:
+        while (item := waiting.get()) is not None:
+            owner, *what = item  # what waits keeps the tier alive, the thread does not
+            owner._save(*what)
+            del owner, what, item
+            waiting.task_done()
+
+    def finish() -> None:
+        with suppress(queue.Full):
+            waiting.put(None, timeout=_FINISH_S)
+            if threading.current_thread() is not thread:
+                thread.join(_FINISH_S)
+
+    thread = threading.Thread(target=work, daemon=True, name="blocktune-remote")
+    thread.start()
+    weakref.finalize(tier, finish)
+    return waiting

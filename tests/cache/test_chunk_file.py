@@ -10,10 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 from cache.made import MODEL, assert_same_chunk
-from cache.writers import CHUNK, KEY, LIMIT
+from cache.writers import BUDGET, CHUNK, KEY, LIMIT
 
 from blocktune.cache import ChunkStore
 from blocktune.cache.folder import WRITING, chunk_path
+from blocktune.cache.shelf import Shelf
 
 SCRIPT = Path(__file__).with_name("writers.py")
 
@@ -21,7 +22,9 @@ SCRIPT = Path(__file__).with_name("writers.py")
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory):
     """Folders after the writers of `writers.py` ended, how they did, and what had been there."""
-    folders = {name: tmp_path_factory.mktemp(name) for name in ("shared", "new", "old", "full")}
+    folders = {
+        name: tmp_path_factory.mktemp(name) for name in ("shared", "new", "old", "full", "bounded")
+    }
     ChunkStore(folder=folders["old"]).put(KEY, CHUNK)
     before = chunk_path(folders["old"], KEY).read_bytes()
     scenarios = [
@@ -30,6 +33,8 @@ def ended(tmp_path_factory):
         ("die_in_the_middle", "new"),
         ("die_in_the_middle", "old"),
         ("fill_the_disk", "full"),
+        ("write_within", "bounded"),
+        ("write_within", "bounded"),
     ]
     done = subprocess.run(
         [sys.executable, str(SCRIPT), *(f"{what}={folders[name]}" for what, name in scenarios)],
@@ -70,8 +75,14 @@ def test_a_writer_killed_over_an_older_file_leaves_that(ended):
 
 
 def test_a_full_disk_is_one_clear_line_and_leaves_nothing(ended):
-    assert ended.status[4] == 0
+    assert ended.status[4:] == [0, 0, 0]
     message = (ended.full / "error.txt").read_text()
     assert re.fullmatch(r"cannot write to the store '.*': .+; free space there .*", message)
     assert list((ended.full / WRITING).iterdir()) == []
     assert list(ended.full.rglob("*.safetensors")) == []
+
+
+def test_two_processes_keep_one_budget(ended):
+    files = {path.stem: path.stat().st_size for path in ended.bounded.rglob("*.safetensors")}
+    assert BUDGET / 2 < sum(files.values()) <= BUDGET
+    assert {row.key: row.size for row in Shelf.open(str(ended.bounded)).rows()} == files

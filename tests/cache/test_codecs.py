@@ -15,7 +15,8 @@ from blocktune.positions.relocation import relocate_keys
 LOSSY = [codec for codec in CODECS if codec != "as-is"]
 SHAPES = ((2, 64), (1, 24))
 STILL = LayerRope(torch.empty(0))
-ROPE = RopeSpec((LayerRope(1e2 ** -(torch.arange(32) / 32)), STILL))
+TURNING = LayerRope(1e2 ** -(torch.arange(32) / 32))
+ROPE = RopeSpec((TURNING, STILL))
 BOUNDS = {"as-is": (0, 0), "fp8": (0.04, 0.04), "int8": (0.01, 0.01), "int4": (0.12, 0.12)}
 BYTES = {"as-is": 1.0, "fp8": 0.51, "int8": 0.6, "int4": 0.4}
 
@@ -25,7 +26,7 @@ def rotated(num_tokens=100, dtype=torch.bfloat16, origin=3):
     kv = made_chunk(num_tokens, shapes=SHAPES, origin=origin)
     size = torch.logspace(-1, 1, 64)
     positions = torch.arange(origin, origin + num_tokens)[None]
-    first = relocate_keys((kv.keys[0] + size)[None], positions, ROPE.layers[0])[0]
+    first = relocate_keys((kv.keys[0] + size)[None], positions, TURNING)[0]
     keys = tuple(key.to(dtype) for key in (first, kv.keys[1]))
     values = tuple(value.to(dtype) for value in kv.values)
     return made_chunk(num_tokens, shapes=SHAPES, origin=origin, keys=keys, values=values)

@@ -112,6 +112,11 @@ def test_the_budget_holds_under_random_work(policy):
     assert {row.key for row in ledger.rows()} == there.keys()
 
 
+def test_an_index_keeps_its_policy_until_another_is_named(tmp_path):
+    for given, expected in ((None, "lru"), ("gdsf", "gdsf"), (None, "gdsf"), ("fifo", "fifo")):
+        assert Ledger(tmp_path / INDEX, policy=given).policy == expected
+
+
 def test_threads_share_a_ledger(tmp_path):
     ledger, failures = Ledger(tmp_path / INDEX, max_bytes=500), []
 

@@ -11,7 +11,7 @@ import time
 import pytest
 from cache.made import MODEL, assert_same_chunk, made_chunk
 
-from blocktune.cache import ChunkStore, chunk_key
+from blocktune.cache import ChunkStore, chunk_key, remote
 from blocktune.cache.config import StoreConfig
 from blocktune.cache.remote import open_remote
 from blocktune.cache.shelf import Shelf
@@ -21,6 +21,13 @@ KEYS = [chunk_key(MODEL, kv.token_ids) for kv in CHUNKS]
 SERVER = shutil.which("valkey-server") or shutil.which("redis-server")
 KINDS = ["file", "s3", *(["valkey"] if SERVER else [])]
 """A machine without a Valkey server tests the others."""
+
+
+@pytest.fixture(autouse=True)
+def patience(request, monkeypatch):
+    """A busy machine answers late; only where a time-out is tested it must be short."""
+    if "out_of_reach" not in request.node.name:
+        monkeypatch.setattr(remote, "TIMEOUT_S", 30.0)
 
 
 def free_port():
@@ -77,10 +84,8 @@ def url(request, servers, tmp_path):
     return place
 
 
-def store_of(remote, folder=None, **limits):
-    return ChunkStore(
-        config=StoreConfig(**{"memory": 0, "folder": folder, "remote": remote} | limits)
-    )
+def store_of(url, folder=None, **limits):
+    return ChunkStore(config=StoreConfig(**{"memory": 0, "folder": folder, "remote": url} | limits))
 
 
 def test_machines_share_a_remote(url, tmp_path):
@@ -221,3 +226,16 @@ def test_a_remote_out_of_reach_costs_one_wait_and_one_line(kind, silent, servers
 def test_a_url_never_shows_its_password():
     blobs = open_remote("valkey://user:hidden@host:1/0")
     assert "hidden" not in blobs.place + blobs.name(KEYS[0])
+
+
+def test_a_store_that_is_dropped_writes_what_waits_and_its_thread_ends(tmp_path):
+    before = set(threading.enumerate())
+    store = store_of(f"file://{tmp_path}")
+    for key, kv in zip(KEYS, CHUNKS, strict=True):
+        store.put(key, kv)
+    del store
+    deadline = time.monotonic() + 20
+    while set(threading.enumerate()) - before:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert len(list(tmp_path.rglob("*.safetensors"))) == len(KEYS)

@@ -13,9 +13,11 @@ from pathlib import Path
 from cache.made import MODEL, made_chunk
 
 from blocktune.cache import ChunkStore, chunk_key
+from blocktune.cache.config import StoreConfig
 
 CHUNK = made_chunk(4000, shapes=((2, 32),) * 2)
 KEY = chunk_key(MODEL, CHUNK.token_ids)
+BUDGET = 50_000
 LIMIT = 1 << 20  # more than the index takes, less than the chunk
 
 
@@ -25,6 +27,17 @@ def write_and_read(folder):
         store.put(KEY, CHUNK)
         assert store.get(KEY, CHUNK.token_ids, MODEL) is not None
     assert store.stats().rejected == 0
+
+
+def write_within(folder):
+    """More than the folder may hold, while others do the same."""
+    store = ChunkStore(config=StoreConfig(folder=Path(folder), memory=0, disk=BUDGET))
+    for seed in range(40):
+        kv = made_chunk(20, seed=seed * 100 + os.getpid() % 100)
+        store.put(chunk_key(MODEL, kv.token_ids), kv)
+        store.get(chunk_key(MODEL, kv.token_ids), kv.token_ids, MODEL)
+    stats = store.stats()
+    assert (stats.unwritten, stats.rejected) == (0, 0)
 
 
 def die_in_the_middle(folder):

@@ -1,0 +1,79 @@
+"""Entries move between tiers: down when there is no room, up when they are used."""
+
+import pytest
+from cache.made import MODEL, assert_same_chunk, made_chunk
+
+from blocktune.cache import ChunkStore, chunk_key
+from blocktune.cache.config import StoreConfig
+from blocktune.cache.ledger import POLICIES
+
+CHUNKS = [made_chunk(5, seed=10 * n) for n in range(6)]
+KEYS = [chunk_key(MODEL, kv.token_ids) for kv in CHUNKS]
+SIZE = CHUNKS[0].num_bytes
+
+
+def tier_of(store, index):
+    found = store.lookup(KEYS[index], CHUNKS[index].token_ids, MODEL)
+    if found.kv is not None:
+        assert_same_chunk(found.kv, CHUNKS[index])
+    return found.tier
+
+
+def test_what_leaves_the_device_goes_to_the_host_and_comes_back():
+    store = ChunkStore(config=StoreConfig(memory=2 * SIZE, cpu=2 * SIZE))
+    for index in range(5):
+        store.put(KEYS[index], CHUNKS[index])
+    # 3 and 4 are on the device, 1 and 2 on the host, 0 had no room left.
+    assert [key in store for key in KEYS[:5]] == [False, True, True, True, True]
+    assert (tier_of(store, 1), tier_of(store, 1)) == ("cpu", "memory")
+    assert [tier_of(store, n) for n in (4, 1)] == ["memory", "memory"]
+    assert tier_of(store, 3) == "cpu"  # it made room for 1
+    stats = store.stats()
+    assert (stats.memory_chunks, stats.memory_bytes) == (4, 4 * SIZE)
+    assert (stats.tiers["memory"].hits, stats.tiers["cpu"].hits) == (3, 2)
+    assert stats.tiers["cpu"].bytes_read == 2 * SIZE
+    assert tier_of(store, 0) == "none"
+    assert store.stats().misses == 1
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_tier_keeps_its_budget_under_every_policy(tmp_path, policy):
+    probe = ChunkStore(0, tmp_path / "probe")
+    probe.put(KEYS[0], CHUNKS[0])
+    file = next((tmp_path / "probe").rglob("*.safetensors")).stat().st_size + 100
+    config = StoreConfig(
+        folder=tmp_path / "store", memory=SIZE, cpu=2 * SIZE, disk=4 * file, policy=policy
+    )
+    store = ChunkStore(config=config)
+    for turn in range(30):
+        index = turn * 7 % 6
+        if tier_of(store, index) == "none":
+            store.put(KEYS[index], CHUNKS[index], seconds=1.0 + index)
+        memory, cpu = store._memories
+        assert memory.ledger.size() <= SIZE
+        assert cpu.ledger.size() <= 2 * SIZE
+        assert len(list((tmp_path / "store").rglob("*.safetensors"))) <= 4
+        assert memory.entries.keys() == {row.key for row in memory.ledger.rows()}
+        assert cpu.entries.keys() == {row.key for row in cpu.ledger.rows()}
+    assert store.stats().tiers["disk"].evictions > 0
+
+
+def test_a_tenant_over_its_quota_loses_only_its_own():
+    store = ChunkStore(config=StoreConfig(memory=10 * SIZE, quota=2 * SIZE))
+    store.put(KEYS[0], CHUNKS[0], tenant="a")
+    for index in (1, 2, 3):
+        store.put(KEYS[index], CHUNKS[index], tenant="b")
+    assert [key in store for key in KEYS[:4]] == [True, False, True, True]
+
+
+def test_pinned_entries_stay_in_memory():
+    store = ChunkStore(2 * SIZE)
+    store.put(KEYS[0], CHUNKS[0])
+    assert store.pin(KEYS[0])
+    assert not store.pin(KEYS[5])
+    for index in (1, 2, 3):
+        store.put(KEYS[index], CHUNKS[index])
+    assert [key in store for key in KEYS[:4]] == [True, False, False, True]
+    store.pin(KEYS[0], False)
+    store.put(KEYS[4], CHUNKS[4])
+    assert KEYS[0] not in store
