@@ -1,7 +1,7 @@
 """Registries of methods, selectors, reshapes and chunkers, and checks of their parameters.
 
 An entry is a frozen dataclass under its published name; its fields are its parameters.
-A registry finds the modules of its own package, and those of plug-ins.
+A registry finds the modules of its package, and those of plug-ins.
 """
 
 from __future__ import annotations

@@ -4,11 +4,16 @@ Weights have a standard deviation of 0.2: at the usual 0.02 a wrong mask cell mo
 less than the tolerance.
 """
 
+import json
+from pathlib import Path
+
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    CohereConfig,
     Gemma2Config,
     Gemma3TextConfig,
+    GptOssConfig,
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
@@ -40,6 +45,7 @@ BASE = {
 HEAD = {**BASE, "head_dim": 8}
 GEMMA = {**HEAD, "sliding_window": WINDOW, "layer_types": HYBRID}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+SINKS = {**GEMMA, "num_local_experts": 4, "num_experts_per_tok": 2}
 FAMILIES = {
     "llama": lambda: LlamaConfig(**BASE),
     "qwen2": lambda: Qwen2Config(**BASE),
@@ -52,8 +58,10 @@ FAMILIES = {
     "olmo2": lambda: Olmo2Config(**BASE),
     "mixtral": lambda: MixtralConfig(**BASE, num_local_experts=4, sliding_window=None),
     "qwen3-moe": lambda: Qwen3MoeConfig(**HEAD, **EXPERTS),
+    "cohere": lambda: CohereConfig(**BASE),
+    "gpt-oss": lambda: GptOssConfig(**SINKS),
 }
-EXPERT_FAMILIES = ("mixtral", "qwen3-moe")
+EXPERT_FAMILIES = ("mixtral", "qwen3-moe", "gpt-oss")
 
 
 def rope(kind: str, **parameters) -> dict:
@@ -93,6 +101,14 @@ def build(config, seed: int = 0) -> PreTrainedModel:
             if parameter.ndim == 1:
                 parameter.add_(0.2 * torch.randn_like(parameter))
     return model
+
+
+def only_configured(folder: Path, config) -> str:
+    """A folder with a configuration and no weights: what is refused there was refused by it."""
+    config.architectures = [AutoModelForCausalLM._model_mapping[type(config)].__name__]
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    return str(folder)
 
 
 def windows(config) -> list[int | None]:

@@ -26,7 +26,7 @@ ALLOWED = {
     "tables": set(),
     "registry": {"plugins", "parsing"},
     "provenance": {"files"},
-    "models": TOOLS | {"layout", "positions"},
+    "models": TOOLS | {"layout", "positions", "attention"},
     "layout": set(),
     "positions": {"lazy"},
     "attention": {"layout", "lazy"},

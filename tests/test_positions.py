@@ -7,8 +7,8 @@ from layouts import layout, prompt
 from transformers import DynamicCache
 
 from blocktune.attention import SplitPlan, attach
-from blocktune.models.gate import key_layers, probe_cache, require_supported
-from blocktune.positions import Rotation, place, relocate_keys, rotate_keys
+from blocktune.models.gate import require_supported
+from blocktune.positions import LayerRope, Rotation, place, relocate_keys, rotate_keys
 
 SHIFTS = [1, -3, 1000, 30_000]
 
@@ -23,10 +23,12 @@ def angle_bound(position, inv_freq):
 
 
 def rotated(model, layer, positions):
-    """Keys that a layer itself makes of one state at each of ``positions``."""
-    rotary = next(m for name, m in model.named_modules() if name.endswith("rotary_emb"))
-    kind = model.config.layer_types[layer] if isinstance(rotary.rope_type, dict) else None
-    return probe_cache(key_layers(model)[layer], rotary, torch.tensor([positions]), kind)[0]
+    """Keys that a layer itself makes of one token, alone, at each of ``positions``."""
+    cache, position = DynamicCache(), torch.tensor(positions)[:, None]
+    options = {"position_ids": position, "attention_mask": torch.ones_like(position)}
+    with torch.no_grad():
+        model(torch.full_like(position, 5), past_key_values=cache, **options)
+    return cache.layers[layer].keys.permute(2, 1, 0, 3)
 
 
 @pytest.mark.parametrize("shift", SHIFTS)
@@ -34,13 +36,14 @@ def rotated(model, layer, positions):
 def test_relocated_key_matches_rope_at_the_new_position(name, shift):
     model = build(ROPES[name]())
     spec = require_supported(model)
-    for layer, inv_freq in enumerate(spec.inv_freq):
+    for layer, form in enumerate(spec.layers):
+        inv_freq = form.inv_freq
         old = [5, 6, 19, 40]
         keys = rotated(model, layer, old)
         expected = rotated(model, layer, [position + shift for position in old])
-        moved = relocate_keys(keys, torch.full((1, 4), shift), inv_freq)
+        moved = relocate_keys(keys, torch.full((1, 4), shift), form)
         torch.testing.assert_close(moved, expected, rtol=0, atol=angle_bound(shift, inv_freq))
-        off_by_one = relocate_keys(keys, torch.full((1, 4), shift + 1), inv_freq)
+        off_by_one = relocate_keys(keys, torch.full((1, 4), shift + 1), form)
         assert (off_by_one - expected).abs().max() > 10 * angle_bound(shift, inv_freq)
 
 
@@ -48,27 +51,27 @@ def test_yarn_scaling_does_not_enter_twice():
     model = build(ROPES["yarn"]())
     assert model.model.rotary_emb.attention_scaling > 1.1
     keys = rotated(model, 0, [0, 7])
-    inv_freq = require_supported(model).inv_freq[0]
-    moved = relocate_keys(keys, torch.full((1, 2), 50), inv_freq)
+    form = require_supported(model).layers[0]
+    moved = relocate_keys(keys, torch.full((1, 2), 50), form)
     torch.testing.assert_close(moved.norm(dim=-1), keys.norm(dim=-1))
 
 
 def test_partial_rotary_leaves_the_other_dimensions_alone():
     model = build(ROPES["partial"]())
-    inv_freq = require_supported(model).inv_freq[0]
+    form = require_supported(model).layers[0]
     keys = torch.randn(1, 2, 3, 8)
-    moved = relocate_keys(keys, torch.tensor([[4, -2, 9]]), inv_freq)
-    assert len(inv_freq) == 2
+    moved = relocate_keys(keys, torch.tensor([[4, -2, 9]]), form)
+    assert len(form.inv_freq) == 2
     assert torch.equal(moved[..., 4:], keys[..., 4:])
     assert not torch.isclose(moved[..., :4], keys[..., :4]).all()
 
 
 def test_bfloat16_keys_are_moved_in_float32():
-    inv_freq = require_supported(build(ROPES["default"]())).inv_freq[0]
+    form = require_supported(build(ROPES["default"]())).layers[0]
     keys = torch.randn(1, 2, 4, 8).bfloat16()
     shift = torch.tensor([[257, 4099, -513, 30_001]])
-    moved = relocate_keys(keys, shift, inv_freq)
-    expected = relocate_keys(keys.float(), shift, inv_freq)
+    moved = relocate_keys(keys, shift, form)
+    expected = relocate_keys(keys.float(), shift, form)
     assert moved.dtype == torch.bfloat16
     assert torch.equal(moved, expected.bfloat16())  # one rounding, at the end
 
@@ -76,13 +79,13 @@ def test_bfloat16_keys_are_moved_in_float32():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["default", "partial"])
 def test_keys_turned_into_place_are_the_relocated_ones(name, dtype):
-    inv_freq = require_supported(build(ROPES[name]())).inv_freq[0]
+    form = require_supported(build(ROPES[name]())).layers[0]
     keys = torch.randn(1, 2, 5, 8).to(dtype)
     shift = torch.tensor([[4, -2, 9, 0, 300]])
     store = torch.zeros(1, 2, 9, 8, dtype=dtype)
-    turn = Rotation.of(shift, inv_freq)
+    turn = Rotation.of(shift, form)
     rotate_keys(keys[:, :, 1:4], turn.cut(slice(1, 4)), store[:, :, 2:5])
-    expected = relocate_keys(keys, shift, inv_freq)[:, :, 1:4]
+    expected = relocate_keys(keys, shift, form)[:, :, 1:4]
     torch.testing.assert_close(store[:, :, 2:5], expected, rtol=0, atol=1e-6)
     assert not store[:, :, :2].any()
     assert not store[:, :, 5:].any()
@@ -90,7 +93,7 @@ def test_keys_turned_into_place_are_the_relocated_ones(name, dtype):
 
 def test_shift_of_another_shape_is_refused():
     with pytest.raises(ValueError, match=r"\(batch, tokens\) = \(1, 3\).* got \(3,\)"):
-        relocate_keys(torch.zeros(1, 2, 3, 8), torch.zeros(3), torch.ones(4))
+        relocate_keys(torch.zeros(1, 2, 3, 8), torch.zeros(3), LayerRope(torch.ones(4)))
 
 
 @pytest.mark.parametrize("name", ROPES)
@@ -113,7 +116,7 @@ def test_chunkwise_prefill_matches_one_forward(name):
             model(ids[:, start : start + length], past_key_values=part)
             for layer, kv in enumerate(part.layers):
                 shift = torch.full((1, length), start + late * (start > 0))
-                cache.update(relocate_keys(kv.keys, shift, spec.inv_freq[layer]), kv.values, layer)
+                cache.update(relocate_keys(kv.keys, shift, spec.layers[layer]), kv.values, layer)
             start += length
         position = torch.arange(start, start + query)[None]
         return model(ids[:, start:], past_key_values=cache, position_ids=position).logits

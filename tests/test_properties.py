@@ -15,7 +15,7 @@ from tiny_tokenizer import build_tokenizer, trl_template
 
 from blocktune import Engine, RagExample
 from blocktune.attention import DensePlan
-from blocktune.cache import chunk_key
+from blocktune.cache.fingerprint import key_after
 from blocktune.methods import build
 from blocktune.prompt import Chunk, PromptFormat, make_pieces, stack
 from blocktune.prompt.pieces import chunk_ids
@@ -128,7 +128,7 @@ def test_answers_equal_a_dense_forward(name, method, record):
     )
     if method == "naive":
         for ids in pieces.chunks:
-            key = chunk_key(engine.fingerprint, torch.tensor(ids))
+            key = key_after(engine.fingerprint, ids, ())
             stored = engine.store.get(key, torch.tensor(ids), engine.fingerprint)
             assert stored.token_ids.tolist() == list(ids)
 

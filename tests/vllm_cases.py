@@ -34,12 +34,11 @@ def worst(completion, reference: torch.Tensor) -> float:
     return max(abs(one.logprob - float(reference[token])) for token, one in made.items())
 
 
-def make_adapter(folder, layout: LayoutSpec, lora: bool):
+def make_adapter(folder, layout: LayoutSpec, lora: bool, scope: str = "both"):
     """An adapter of random weights for data/tiny, large enough to change its answers."""
     base, tokenizer = load_base(TINY, dtype="float32", device="cpu")
-    info = AdapterInfo(
-        TINY, base_fingerprint(base), tokenizer_hash(tokenizer), layout, PromptFormat()
-    )
+    hashes = base_fingerprint(base), tokenizer_hash(tokenizer)
+    info = AdapterInfo(TINY, *hashes, layout, PromptFormat(), scope=scope)
     torch.manual_seed(3)
     if layout.num_learned:
         save_links(new_links(base, layout.num_learned), folder)
@@ -53,3 +52,13 @@ def make_adapter(folder, layout: LayoutSpec, lora: bool):
         tuned.save_pretrained(folder)
     info.save(folder)
     return folder
+
+
+def close(llm):
+    """Ends vLLM, so that another may start in this process."""
+    from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    llm.llm.llm_engine.engine_core.shutdown()
+    ensure_kv_transfer_shutdown()
+    cleanup_dist_env_and_memory()

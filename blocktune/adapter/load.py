@@ -78,7 +78,7 @@ def _merged(model: PeftModel) -> PreTrainedModel:
     """The base with the adapter's weights added.
 
     Where an embedding is tied to the output head and the adapter changes one of them, the head
-    gets weights of its own first: PEFT alone would change both.
+    gets its own weights first: PEFT alone would change both.
     """
     from peft.tuners.lora import LoraLayer
     from peft.utils import ModulesToSaveWrapper
@@ -98,8 +98,8 @@ def _merged(model: PeftModel) -> PreTrainedModel:
 def require_whole(folder: str | Path) -> None:
     """Raises ValueError if a weight file of a folder is missing or cut off; reads only headers."""
     folder = Path(folder)
-    if (folder / PEFT_FILE).is_file() and not any(folder.glob("adapter_model*")):
-        raise ValueError(f"'{folder}' has {PEFT_FILE}, but no adapter_model.safetensors beside it")
+    if (folder / PEFT_FILE).is_file() != any(folder.glob("adapter_model*")):
+        raise ValueError(f"'{folder}' lacks one of {PEFT_FILE} and adapter_model.safetensors")
     for path in sorted(Path(folder).glob("*.safetensors")):
         try:
             with safe_open(path, "pt"):
@@ -206,7 +206,7 @@ def load_models(
     """Loads a model with each of several adapters; those of one base share its weights.
 
     An adapter that has its base to itself is merged into it, like that of `load_model`. Adapters
-    that share one stay beside it (PEFT), each in modules of its own.
+    that share one stay beside it (PEFT), each in separate modules.
 
     Args:
         model: See `load_model`.
@@ -220,7 +220,7 @@ def load_models(
     wanted = [_source(model, adapter, options.get("revision")) for adapter in adapters]
     loaded: list[Loaded | None] = [None] * len(wanted)
     for name, revision in dict.fromkeys((source.base, source.revision) for source in wanted):
-        base, tokenizer = load_base(name, **options | {"revision": revision})
+        base, tokenizer = load_base(name, **options | {"revision": revision}, recurrent=True)
         users = [i for i, one in enumerate(wanted) if (one.base, one.revision) == (name, revision)]
         for index in users:
             loaded[index] = _put_on(wanted[index], base, tokenizer, len(users) == 1, merge)

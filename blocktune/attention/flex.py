@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from blocktune.attention.kernels import check_rows
 from blocktune.layout import FIRST_LAYER, GLOBAL, LayerRule, Layout, visible
@@ -113,7 +113,7 @@ class FlexPlan:
                 "FlexAttention has no backward on a CPU; use attention_execution: split"
             )
         attention = _compiled() if query.is_cuda else flex_attention
-        out = attention(
+        out, aux = attention(
             query,
             key,
             value,
@@ -121,7 +121,11 @@ class FlexPlan:
             block_mask=self._mask(rule),
             scale=params.scaling,
             enable_gqa=query.shape[1] != key.shape[1],
+            return_aux=AuxRequest(lse=params.sinks is not None),
         )
+        if params.sinks is not None:  # a share of the denominator goes to the sink
+            sinks = params.sinks.float()[:, None]
+            out = out * torch.sigmoid(aux.lse - sinks)[..., None].to(out.dtype)
         return out.transpose(1, 2)
 
     def _mask(self, rule: LayerRule) -> BlockMask:

@@ -12,6 +12,7 @@ import copy
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any, Protocol
 
@@ -37,6 +38,8 @@ NAME = "blocktune_"
 STOCK = ("sdpa", "eager")
 """The models' own implementations that forwards without a layout can go on with."""
 _HANDLE = "_blocktune_attached"
+_ENTERED: ContextVar[Plan | None] = ContextVar("plan of the layer that was entered", default=None)
+"""For layers that do not hand their attention what they were given (StableLM, Nemotron)."""
 
 
 class Plan(Protocol):
@@ -56,7 +59,7 @@ class Plan(Protocol):
             key: ``(B, K, N, D)``.
             value: ``(B, K, N, D)``.
             rule: The layer's part of the rule.
-            params: Scaling, soft-capping and dropout.
+            params: Scaling, soft-capping, dropout and sinks.
 
         Returns:
             ``(B, R, H, D)``, as transformers wants it.
@@ -108,7 +111,7 @@ def attach(model: PreTrainedModel, execution: str = "split") -> None:
             `STOCK`, or the execution is unknown.
     """
     _execution(execution)
-    decoder, stock = _decoder(model), _stock(model)
+    decoder, stock = decoder_of(model), _stock(model)
     if stock not in STOCK:
         raise ValueError(
             f"blocktune attaches to models that run '{STOCK[0]}' or '{STOCK[1]}' attention, got "
@@ -124,24 +127,27 @@ def attach(model: PreTrainedModel, execution: str = "split") -> None:
             f"{type(model).__name__} does not take transformers' attention interface; "
             "blocktune needs a model whose attention can be switched by set_attn_implementation"
         )
-    if is_attached(model):
-        getattr(decoder, _HANDLE).remove()
-    handle = decoder.register_forward_pre_hook(partial(_read_layout, execution), with_kwargs=True)
-    setattr(decoder, _HANDLE, handle)
+    _remove_hooks(decoder)
+    reader = decoder.register_forward_pre_hook(partial(_read_layout, execution), with_kwargs=True)
+    leaver = decoder.register_forward_hook(_leave, always_call=True)
+    layers = [
+        module.register_forward_pre_hook(_enter, with_kwargs=True)
+        for module in decoder.modules()
+        if any(hasattr(child, "layer_idx") for child in module.children())
+    ]
+    setattr(decoder, _HANDLE, [reader, leaver, *layers])
 
 
 def detach(model: PreTrainedModel) -> None:
     """Gives ``model`` back its own attention; does nothing to a model that is not attached."""
     if is_attached(model):
-        decoder = _decoder(model)
-        getattr(decoder, _HANDLE).remove()
-        delattr(decoder, _HANDLE)
+        _remove_hooks(decoder_of(model))
         model.set_attn_implementation(_stock(model))
 
 
 def is_attached(model: PreTrainedModel) -> bool:
     """Whether `attach` was called on this model, and not undone."""
-    return hasattr(_decoder(model), _HANDLE)
+    return hasattr(decoder_of(model), _HANDLE)
 
 
 @contextmanager
@@ -163,10 +169,25 @@ def _execution(name: str) -> type:
     return EXECUTIONS[name]
 
 
-def _decoder(model: PreTrainedModel) -> nn.Module:
+def _remove_hooks(decoder: nn.Module) -> None:
+    for handle in vars(decoder).pop(_HANDLE, ()):
+        handle.remove()
+
+
+def _leave(*_: Any) -> None:
+    _ENTERED.set(None)
+
+
+def _enter(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """A layer's pre-hook, also when gradient checkpointing runs it again."""
+    _ENTERED.set(kwargs.get("plan"))
+
+
+def decoder_of(model: PreTrainedModel) -> nn.Module:
     """The part of the model that makes masks and runs the layers."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return base.get_decoder()
+    decoder = base.get_decoder()
+    return decoder if isinstance(decoder, PreTrainedModel) else base.base_model
 
 
 def _stock(model: PreTrainedModel) -> str:
@@ -214,7 +235,7 @@ def _read_layout(
             f"a plan and an attention mask {tuple(mask.shape)} were given; the plan's layout holds "
             "all visibility (padding too): leave attention_mask out"
         )
-    # Transformers hands four-dimensional masks on as they are, so it makes none of its own.
+    # Transformers passes four-dimensional masks through unchanged, and makes none itself.
     return args, kwargs | {"attention_mask": torch.empty(0, 0, 0, 0)}
 
 
@@ -230,17 +251,24 @@ def _attend(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The registered attention function: by the plan, or as the stock model."""
+    plan = _ENTERED.get() if plan is None else plan
     if plan is None:
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(stock, _eager(module))
         return attend(module, query, key, value, attention_mask, **kwargs)
-    if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
+    if kwargs.get("position_bias") is not None:
         raise ValueError(
-            f"{type(module).__name__} adds attention sinks or a position bias to its scores; "
-            "blocktune supports RoPE decoders with plain softmax attention"
+            f"{type(module).__name__} adds a position bias to its scores; blocktune supports "
+            "decoders whose positions are rotary"
         )
-    params = AttentionParams(kwargs["scaling"], kwargs.get("softcap"), kwargs.get("dropout", 0.0))
+    params = AttentionParams(
+        scaling=kwargs.get("scaling") or query.shape[-1] ** -0.5,
+        softcap=kwargs.get("softcap"),
+        dropout=kwargs.get("dropout", 0.0),
+        sinks=kwargs.get("s_aux"),
+    )
     rule = LayerRule(layer=module.layer_idx, window=kwargs.get("sliding_window"))
-    return plan.attend(query, key, value, rule, params), None
+    # Some models view the result, as the stock functions make it.
+    return plan.attend(query, key, value, rule, params).contiguous(), None
 
 
 def _eager(module: nn.Module) -> Callable | None:

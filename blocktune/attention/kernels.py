@@ -1,7 +1,7 @@
 """Attention over given tensors: a causal square, or any rows under any mask.
 
-The only place that calls a kernel. All functions apply soft-capping, which PyTorch's fused
-kernel lacks, and share K/V heads among query heads without copying K/V.
+The only place that calls a kernel. All functions apply soft-capping and attention sinks, which
+PyTorch's fused kernel lacks, and share K/V heads among query heads without copying K/V.
 """
 
 from __future__ import annotations
@@ -26,11 +26,19 @@ class AttentionParams(NamedTuple):
         scaling: Factor on the scores, usually ``D ** -0.5``.
         softcap: Gemma 2's bound on the scores, ``softcap * tanh(score / softcap)``, or None.
         dropout: Probability of dropping an attention weight; 0 in evaluation.
+        sinks: GPT-OSS's logit of each query head, ``(H,)``, that takes part in every row's softmax
+            once and has no value, or None.
     """
 
     scaling: float
     softcap: float | None = None
     dropout: float = 0.0
+    sinks: Tensor | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether PyTorch's fused kernel can attend so."""
+        return self.softcap is None and self.sinks is None
 
 
 def check_rows(shape: torch.Size, query: Tensor, key: Tensor) -> None:
@@ -46,10 +54,10 @@ def check_rows(shape: torch.Size, query: Tensor, key: Tensor) -> None:
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
     """Row ``i`` attends to rows ``0..i``: `masked_attention` with ``R = N`` and that mask.
 
-    Nothing of size N x N is kept; where soft-capping needs the scores, they are made for one block
-    of rows at a time.
+    Nothing of size N x N is kept; where soft-capping or sinks need the scores, they are made for
+    one block of rows at a time.
     """
-    if params.softcap is None:
+    if params.is_plain:
         if query.is_cuda and query.dtype == torch.float32:
             # The fused kernel for float32 on CUDA cannot share heads, so K/V are copied.
             shared = query.shape[1] // key.shape[1]
@@ -104,16 +112,16 @@ def masked_attention(
         key: ``(G, K, N, D)``.
         value: ``(G, K, N, D)``.
         mask: Broadcastable to ``(G, 1, R, N)``. Bool, True where visible, or (without
-            soft-capping) additive in the dtype of ``query``, best in `masks.mask_form`. Every row
-            must have a visible key. None: all rows see all keys.
-        params: Scaling, soft-capping and dropout.
+            soft-capping and sinks) additive in the dtype of ``query``, best in `masks.mask_form`.
+            Every row must have a visible key. None: all rows see all keys.
+        params: Scaling, soft-capping, dropout and sinks.
 
     Returns:
         ``(G, H, R, D)``.
     """
     has_gradient = any(states.requires_grad for states in (query, key, value))
-    # Capped scores would be kept for backward as well: rows x keys x heads.
-    if has_gradient and torch.is_grad_enabled() and (callable(mask) or params.softcap is not None):
+    # Scores made here would be kept for backward as well: rows x keys x heads.
+    if has_gradient and torch.is_grad_enabled() and (callable(mask) or not params.is_plain):
         options = {"use_reentrant": False, "preserve_rng_state": params.dropout > 0}
         return checkpoint(_by_kernel, query, key, value, mask, params, **options)
     return _by_kernel(query, key, value, mask, params)
@@ -123,7 +131,7 @@ def _by_kernel(
     query: Tensor, key: Tensor, value: Tensor, mask: Mask, params: AttentionParams
 ) -> Tensor:
     mask = mask() if callable(mask) else mask
-    if params.softcap is not None:
+    if not params.is_plain:
         return plain_attention(query, key, value, mask, params)
     if query.is_cuda:
         return folded_attention(query, key, value, mask, params)
@@ -145,8 +153,8 @@ def folded_attention(
 
     On CUDA no fused kernel takes both a mask and fewer K/V heads than query heads: with
     ``enable_gqa`` PyTorch falls back to one that copies K/V for every query head and keeps all
-    scores. Arguments and result are those of `masked_attention`, without soft-capping; the rows of
-    the mask may be folded already, ``(G, 1, H / K * R, N)``.
+    scores. Arguments and result are those of `masked_attention`, without soft-capping and sinks;
+    the rows of the mask may be folded already, ``(G, 1, H / K * R, N)``.
     """
     groups, heads, rows, dim = query.shape
     shared = heads // key.shape[1]
@@ -163,10 +171,10 @@ def folded_attention(
 def plain_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, params: AttentionParams
 ) -> Tensor:
-    """Attention in float32 with capped scores; K/V heads are broadcast, not copied."""
+    """Attention in float32 with capped scores and sinks; K/V heads are broadcast, not copied."""
     scores = plain_scores(query, key, mask, params)
     # A row that sees nothing (padding) would be NaN; no row reads it, so zeros are fine.
-    weights = torch.softmax(scores, dim=-1).masked_fill(scores == float("-inf"), 0.0)
+    weights = attention_weights(scores, params).masked_fill(scores == float("-inf"), 0.0)
     return weighted_values(F.dropout(weights, params.dropout), value).to(query.dtype)
 
 
@@ -184,6 +192,14 @@ def plain_scores(
         scores = torch.tanh(scores / params.softcap) * params.softcap
     scores = scores.view(groups, heads, rows, -1)
     return scores if mask is None else scores.masked_fill(~mask, float("-inf"))
+
+
+def attention_weights(scores: Tensor, params: AttentionParams) -> Tensor:
+    """The softmax over ``(G, H, R, N)``; with sinks, the keys' weights add up to less than 1."""
+    if params.sinks is None:
+        return torch.softmax(scores, dim=-1)
+    sinks = params.sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+    return torch.softmax(torch.cat([scores, sinks], dim=-1), dim=-1)[..., :-1]
 
 
 def weighted_values(weights: Tensor, value: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ SEEN = MaskForm(torch.bool)
 
 def mask_form(query: Tensor, key: Tensor, params: AttentionParams) -> MaskForm:
     """The form for `masked_attention`, ``query`` ``(G, H, R, D)`` over ``key`` ``(G, K, N, D)``."""
-    if params.softcap is not None:
+    if not params.is_plain:
         return SEEN
     if not query.is_cuda:
         return MaskForm(query.dtype)

@@ -40,7 +40,7 @@ class VllmBench:
     width: int = 512
     heads: int = 8
     kv_heads: int = 8
-    repeats: int = 3
+    repeats: int = 2
     corpus: int = 24
     most: int = 12
     trace: int = 16
@@ -71,6 +71,7 @@ def bench_vllm(setting: VllmBench, **options: Any) -> dict[str, Any]:
         usual = {"enforce_eager": True, "disable_log_stats": True, "max_num_seqs": 4}
         usual |= {"max_model_len": max(setting.tokens) + 64, "dtype": "float32"}
         llm = ChunkLLM(model, store=Path(folder) / "store", host_gb=4, **usual | options)
+        llm.encode(())  # the store describes the model now
         lengths = {str(n): _time_length(llm, setting, n, draw) for n in setting.tokens}
         trace = _time_trace(llm, setting, draw)
     goal = str(min(setting.tokens, key=lambda n: abs(n - GOAL_AT)))

@@ -7,7 +7,7 @@ __getattr__, __dir__, __all__ = exports(
     {
         "blocktune.cache.chunk_kv": "ChunkKV ChunkStates Entry",
         "blocktune.cache.fingerprint": "chunk_key key_after model_fingerprint states_key "
-        "weights_hash",
+        "stored_key weights_hash",
         "blocktune.cache.exact": "ExactKV cut_exact",
         "blocktune.cache.prefill_cache": "PrefillCache",
         "blocktune.cache.prefix_tree": "PrefixMatch PrefixTree",

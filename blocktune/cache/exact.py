@@ -59,7 +59,7 @@ class ExactKV:
         return sum(t.nbytes for t in (*self.keys, *self.values)) + 8 * len(self.token_ids)
 
     def cut(self, start: int, stop: int) -> ExactKV:
-        """The tokens ``start`` to ``stop`` of the run, without states, in memory of its own."""
+        """The tokens ``start`` to ``stop`` of the run, without states, in new memory."""
         return ExactKV(
             self.token_ids[start:stop],
             self.context + self.token_ids[:start],
@@ -96,7 +96,7 @@ def cut_exact(
         states: Of recurrent layers, by depth.
 
     Returns:
-        The state, in memory of its own.
+        The state, in new memory.
 
     Raises:
         ValueError: If approximate states were ever loaded into the cache, or it was not

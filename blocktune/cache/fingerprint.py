@@ -89,6 +89,15 @@ def key_after(fingerprint: str, token_ids: Sequence[int] | Tensor, blanks: Seque
     return chunk_key(fingerprint, token_ids, encoding)
 
 
+def stored_key(
+    fingerprint: str, ids: Sequence[int] | Tensor, blanks: Sequence[int], scoped_prefix: bool
+) -> str:
+    """`key_after`, or the key of a prefix that a scoped adapter encodes unlike a chunk."""
+    if scoped_prefix:
+        return chunk_key(fingerprint, ids, {"prefix": True})
+    return key_after(fingerprint, ids, blanks)
+
+
 def states_key(chunk_key: str, layer: int) -> str:
     """Key of a chunk's states at ``layer`` (0-based): the chunk's own key, hashed."""
     return hashlib.sha256(f"{chunk_key} states {layer}".encode()).hexdigest()

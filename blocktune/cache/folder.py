@@ -8,97 +8,67 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
-import hmac
-import json
 import os
 import re
 import stat
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
 
+from blocktune.cache.blobs import MANIFESTS, Blob, Blobs, Head, is_key, relative_path
 from blocktune.files import sync
 
 WRITING = ".writing"
 """Folder inside a store for unfinished files: the same file system, so renaming is atomic."""
-MANIFESTS = "manifests"
-SECRET, SECRET_FILE = "BLOCKTUNE_STORE_KEY", "BLOCKTUNE_STORE_KEY_FILE"
-"""Environment variables with the key that signs entries, or the path of a file that holds it."""
-LEAST_SECRET = 16
-_KEY = re.compile(r"[0-9a-f]{64}")
 _UNFINISHED = re.compile(r"\.[0-9a-f]{64}-[0-9a-f]{32}\.part")
 _UNFINISHED_BEFORE = re.compile(r"\.[0-9a-f]{64}-[a-z0-9_]{8}\.safetensors")  # of older versions
 _ABANDONED_S = 3600
-_MOST_HEADER = 64 << 20
 _TAKEN = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 
 
-class FileFacts(NamedTuple):
-    """What a listing says of one entry, not verified.
-
-    Attributes:
-        header: What `blocktune.cache.chunk_file` wrote about it.
-        num_tokens: Tokens of the chunk.
-        size: Bytes of the file.
-        used: When it was last used or written, in seconds of the epoch.
-    """
-
-    header: dict[str, str]
-    num_tokens: int
-    size: int
-    used: float
-
-
-def secret_from_environment() -> bytes | None:
-    """The key that signs entries: `SECRET`, or the content of the file `SECRET_FILE`; or None.
-
-    Raises:
-        ValueError: If the file cannot be read.
-    """
-    text, path = os.environ.get(SECRET), os.environ.get(SECRET_FILE)
-    if text is None and path is None:
-        return None
-    try:
-        return text.encode() if text is not None else Path(path).read_bytes().strip()
-    except OSError as error:
-        raise ValueError(f"{SECRET_FILE}: cannot read '{path}': {error.strerror}") from None
-
-
 def chunk_path(folder: Path, key: str) -> Path:
-    """Where a chunk is stored: two levels of folders keep each of them short.
-
-    Raises:
-        ValueError: If the key is not one that `chunk_key` makes.
-    """
-    if not _KEY.fullmatch(key):
-        raise ValueError(f"a chunk key is 64 hex digits, see `chunk_key`; got {key!r}")
-    return folder / key[:2] / key[2:4] / f"{key}.safetensors"
+    """Where a folder has the file of ``key``; raises as `relative_path` does."""
+    return folder / relative_path(key)
 
 
 def is_taken(error: OSError) -> bool:
-    """Whether one path is occupied by something foreign; the disk as a whole can be written."""
+    """Whether something foreign occupies one path; the disk as a whole can be written."""
     return error.errno in _TAKEN
 
 
-class ChunkFolder:
-    """The files of a store, by their keys."""
+class OpenFile(Blob):
+    """A plain file, by its descriptor: its path may become something else meanwhile."""
+
+    def __init__(self, descriptor: int):
+        """Owns the descriptor."""
+        self._descriptor = descriptor
+        self.status = status = os.fstat(descriptor)
+        self.size = status.st_size
+        self.identity = (status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns)
+
+    def read_into(self, buffer: memoryview, start: int) -> int:
+        """See `Blob.read_into`."""
+        done = 0
+        while done < len(buffer):
+            count = os.preadv(self._descriptor, [buffer[done:]], start + done)
+            if not count:
+                break
+            done += count
+        return done
+
+    def __del__(self):
+        os.close(self._descriptor)
+
+
+class ChunkFolder(Blobs):
+    """The files of a store in a folder, by their keys."""
 
     def __init__(self, path: str | Path, secret: bytes | None = None):
-        """Of the folder ``path``; ``secret`` signs what is written, and must have signed the rest.
-
-        Raises:
-            ValueError: If ``secret`` is too short.
-        """
-        self.path, self.secret = Path(path), secret
-        if secret is not None and len(secret) < LEAST_SECRET:
-            raise ValueError(
-                f"the key of a store has at least {LEAST_SECRET} bytes, got {len(secret)}; make "
-                f"one with `openssl rand -hex 32`, or unset {SECRET} and {SECRET_FILE}"
-            )
+        """Of the folder ``path``; ``secret`` as in `Blobs`."""
+        super().__init__(secret)
+        self.path, self.place = Path(path), str(path)
 
     def prepare(self) -> None:
         """Makes the folder, checks that it can be written, removes unfinished files.
@@ -133,19 +103,21 @@ class ChunkFolder:
                     removed += _remove_unfinished(Path(entry.path), age > _ABANDONED_S)
         return removed
 
-    def open(self, key: str) -> int:
-        """A descriptor of the file of ``key``, to read.
-
-        Raises:
-            FileNotFoundError: If there is none.
-            ValueError: If something else is at its path: a link, a folder, a pipe.
-        """
+    def open(self, key: str) -> OpenFile:
+        """See `Blobs.open`; a link, a folder or a pipe is something else."""
         path = chunk_path(self.path, key)
         for parent in (path.parent.parent, path.parent):
             if not stat.S_ISDIR(os.lstat(parent).st_mode):
                 raise ValueError(f"'{parent}' is not a folder of the store")
         # Without O_NONBLOCK a pipe would wait for a writer.
-        return _plain(path, os.O_RDONLY | os.O_NONBLOCK)
+        return OpenFile(_plain(path, os.O_RDONLY | os.O_NONBLOCK))
+
+    def head(self, key: str, length: int) -> Head:
+        """See `Blobs.head`."""
+        file = self.open(key)
+        data = bytearray(min(length, file.size))
+        count = file.read_into(memoryview(data), 0)
+        return Head(bytes(data[:count]), file.size, file.status.st_mtime)
 
     def write(self, key: str, data: bytes) -> None:
         """Writes a file so that readers see the old one, none, or the whole new one.
@@ -168,7 +140,7 @@ class ChunkFolder:
             OSError: If the disk refuses.
         """
         try:
-            os.close(self.open(key))
+            self.open(key)
         except (FileNotFoundError, ValueError):
             return False
         chunk_path(self.path, key).unlink(missing_ok=True)
@@ -177,7 +149,7 @@ class ChunkFolder:
     def has(self, key: str) -> bool:
         """Whether there is a file of ``key``; not verified."""
         try:
-            os.close(self.open(key))
+            self.open(key)
         except (OSError, ValueError):
             return False
         return True
@@ -188,91 +160,33 @@ class ChunkFolder:
             for second in self._folders(first):
                 for entry in self._entries(second):
                     key, _, suffix = entry.name.partition(".")
-                    named = suffix == "safetensors" and _KEY.fullmatch(key)
+                    named = suffix == "safetensors" and is_key(key)
                     here = named and Path(entry.path) == chunk_path(self.path, key)
                     if here and entry.is_file(follow_symlinks=False):
                         yield key
-
-    def facts(self, key: str) -> FileFacts:
-        """What the header of a file says, without reading its tensors.
-
-        Raises:
-            FileNotFoundError: If there is none.
-            ValueError: If the header cannot be read.
-        """
-        with os.fdopen(self.open(key), "rb") as file:
-            status = os.fstat(file.fileno())
-            length = int.from_bytes(file.read(8), "little")
-            if length > min(status.st_size, _MOST_HEADER):
-                raise ValueError("its header is cut off")
-            try:
-                header = json.loads(file.read(length))
-                [num_tokens] = header["token_ids"]["shape"]
-                facts = {str(name): str(text) for name, text in header["__metadata__"].items()}
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                raise ValueError("its header is not that of a chunk") from None
-            return FileFacts(facts, num_tokens, status.st_size, status.st_mtime)
 
     def touch(self, key: str) -> None:
         """Notes that the file of ``key`` was used, where the disk lets us: `FileFacts.used`."""
         with suppress(OSError):
             os.utime(chunk_path(self.path, key), follow_symlinks=False)
 
-    def sign(self, record: Mapping[str, Any]) -> str:
-        """HMAC-SHA-256 of plain JSON values under the folder's key, in hex; needs a key."""
-        text = json.dumps(record, sort_keys=True).encode()
-        return hmac.new(self.secret, text, hashlib.sha256).hexdigest()
-
-    def require_signed(self, record: Mapping[str, Any], signature: str | None) -> None:
-        """With a key, requires that it signed the record; without one, accepts all.
-
-        Raises:
-            ValueError: If it did not.
-        """
-        if self.secret is None:
-            return
-        if not hmac.compare_digest(str(signature or "").encode(), self.sign(record).encode()):
-            raise ValueError("it is not signed with the key of this store")
-
-    def write_manifest(self, record: Mapping[str, Any]) -> None:
-        """Writes the manifest of a model, see `blocktune.cache.manifest`; raises as `write`."""
-        signed = {} if self.secret is None else {"signature": self.sign(record)}
-        text = json.dumps(dict(record) | signed, indent=1, ensure_ascii=False) + "\n"
-        self._make(self.path / MANIFESTS)
-        name = record["fingerprint"]
-        self._replace(self._manifest(name), name, text.encode())
-
-    def manifest(self, fingerprint: str) -> dict[str, Any] | None:
-        """The manifest of a model, or None.
-
-        Raises:
-            ValueError: If it cannot be read, or a key is set that did not sign it.
-        """
-        path = self._manifest(fingerprint)
-        try:
-            with os.fdopen(_plain(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-                record = json.loads(file.read())
-        except FileNotFoundError:
-            return None
-        except ValueError as error:
-            raise ValueError(f"{path}: not a manifest ({error})") from None
-        if not isinstance(record, dict) or record.get("fingerprint") != fingerprint:
-            raise ValueError(f"{path}: not a manifest of {fingerprint[:12]}")
-        try:
-            self.require_signed(record, record.pop("signature", None))
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-        return record
-
     def fingerprints(self) -> list[str]:
-        """Models that have a manifest."""
+        """See `Blobs.fingerprints`."""
         names = (entry.name.removesuffix(".json") for entry in self._entries(self.path / MANIFESTS))
-        return sorted(name for name in names if _KEY.fullmatch(name))
+        return sorted(filter(is_key, names))
 
-    def _manifest(self, fingerprint: str) -> Path:
-        if not _KEY.fullmatch(fingerprint):
-            raise ValueError(f"a fingerprint is 64 hex digits; got {fingerprint!r}")
-        return self.path / MANIFESTS / f"{fingerprint}.json"
+    def _read_manifest(self, fingerprint: str) -> bytes:
+        path = self.path / MANIFESTS / f"{fingerprint}.json"
+        with os.fdopen(_plain(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            return file.read()
+
+    def _write_manifest(self, fingerprint: str, data: bytes) -> None:
+        self._make(self.path / MANIFESTS)
+        self._replace(self.path / MANIFESTS / f"{fingerprint}.json", fingerprint, data)
+
+    def is_store(self) -> bool:
+        """Whether a store was opened here before."""
+        return (self.path / WRITING).is_dir()
 
     def _unfinished(self, key: str) -> Path:
         return self.path / WRITING / f".{key}-{uuid.uuid4().hex}.part"

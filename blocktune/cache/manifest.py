@@ -7,11 +7,10 @@ worded, and how the keys are rotated. `ChunkFolder.write_manifest` stores it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blocktune.adapter import AdapterInfo
@@ -49,8 +48,10 @@ def manifest(
         ``encode``, the plain base reads its chunks); ``prompt_format``; ``dtype``; ``layers``,
         those that store keys, each with the shapes of ``key`` and ``value`` (kv heads, head dim);
         ``rope``: ``frequencies``, lists of radians per position of the rotated dimensions'
-        pairs (the first ones of the head, in halves), and ``layer``, the index into them for each
-        decoder layer. Keys are stored rotated, the chunk's first token at ``origin``.
+        pairs, with the first rotated dimension (``start``) and whether pairs are neighbours
+        (``interleaved``) of each, whether it is the values that are rotated (``in_values``), and
+        ``layer``, the index into them for each decoder layer. Keys are stored rotated, the chunk's
+        first token at ``origin``.
     """
     name, revision = model.config._name_or_path, getattr(model.config, "_commit_hash", None)
     base = adapter.base_fingerprint if adapter else base_fingerprint(model)
@@ -77,7 +78,7 @@ def manifest(
             {"key": [key.shape[0], key.shape[2]], "value": [value.shape[0], value.shape[2]]}
             for key, value in zip(sample.keys, sample.values, strict=True)
         ],
-        "rope": _rope(rope.inv_freq),
+        "rope": _rope(rope),
     }
 
 
@@ -93,10 +94,13 @@ def _adapter(folder: str | Path | None, scope: str) -> dict[str, Any] | None:
     return known | {"fingerprint": adapter_fingerprint(folder)}
 
 
-def _rope(inv_freq: Sequence[Tensor]) -> dict[str, Any]:
-    lists = [tuple(layer.float().tolist()) for layer in inv_freq]
-    different = list(dict.fromkeys(lists))
+def _rope(rope: RopeSpec) -> dict[str, Any]:
+    layers = [(tuple(one.inv_freq.float().tolist()), *one[1:]) for one in rope.layers]
+    different = list(dict.fromkeys(layers))
     return {
-        "frequencies": [list(one) for one in different],
-        "layer": [different.index(one) for one in lists],
+        "frequencies": [list(one[0]) for one in different],
+        "start": [one[1] for one in different],
+        "interleaved": [one[2] for one in different],
+        "in_values": [one[3] for one in different],
+        "layer": [different.index(one) for one in layers],
     }

@@ -140,7 +140,7 @@ class PrefixTree:
             salt: Separates tenants that must not see each other's hits.
         """
         with self._mutex:
-            root = self._root(fingerprint, salt)
+            root = self._roots.get((fingerprint, salt), _Node())
             match = PrefixMatch(self, self._walk(root, tuple(token_ids)))
             self._lock(match._last, 1)
             root.overlaps.append(match.overlap)
@@ -157,7 +157,8 @@ class PrefixTree:
         or up to one of ``ends``, where pieces of the prompt end.
         """
         with self._mutex:
-            seen = [min(depth, num_tokens) for depth in self._root(fingerprint, salt).overlaps]
+            root = self._roots.get((fingerprint, salt), _Node())
+            seen = [min(depth, num_tokens) for depth in root.overlaps]
         return place_checkpoints(Counter([*seen, *ends]), self.checkpoints)
 
     def insert(self, exact: ExactKV, *, salt: str = "") -> int:
@@ -181,7 +182,7 @@ class PrefixTree:
             )
         ids = exact.context + exact.token_ids
         with self._mutex:
-            root = self._root(exact.fingerprint, salt)
+            root = self._roots.setdefault((exact.fingerprint, salt), _Node())
             path = self._walk(root, ids)
             known = sum(count for _, count in path)
             if known < len(exact.context):
@@ -203,9 +204,6 @@ class PrefixTree:
             states = sum(node.state is not None for node in nodes)
             counters = (self._hits, self._misses, self._evictions, self._declined)
             return PrefixStats(self._bytes, tokens, states, *counters)
-
-    def _root(self, fingerprint: str, salt: str) -> _Node:
-        return self._roots.setdefault((fingerprint, salt), _Node())
 
     def _walk(self, root: _Node, ids: Ids) -> list[tuple[_Node, int]]:
         """The nodes along ``ids``, each with how many of its tokens are those."""
@@ -269,6 +267,9 @@ class PrefixTree:
             self._evictions += 1
             if parent.exact is not None and not parent.children and not parent.locks:
                 heapq.heappush(leaves, (parent.used, id(parent), parent))
+        self._roots = {
+            key: root for key, root in self._roots.items() if root.children or root.locks
+        }
         return self._bytes + num_bytes <= self.max_bytes
 
     def _nodes(self) -> Iterator[_Node]:

@@ -1,24 +1,36 @@
-"""Where encoded chunks are kept: in memory, least recently used first out, and in a folder."""
+"""Where encoded chunks are kept: memory of the device and the host, a folder, and a remote."""
 
 from __future__ import annotations
 
 import logging
+import queue
 import threading
 import time
-from collections import OrderedDict
+import weakref
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from blocktune.cache.chunk_file import read_chunk, write_chunk
+from blocktune.cache.blobs import Blobs, secret_from_environment
+from blocktune.cache.chunk_file import pack_chunk, read_chunk
 from blocktune.cache.chunk_kv import ChunkKV, Entry
-from blocktune.cache.folder import ChunkFolder, chunk_path, is_taken, secret_from_environment
+from blocktune.cache.codecs import round_trip
+from blocktune.cache.config import MEMORY, StoreConfig
+from blocktune.cache.folder import ChunkFolder
+from blocktune.cache.ledger import About, Ledger
+from blocktune.cache.remote import open_remote
+from blocktune.cache.tiers import RETRY_S, BlobTier, MemoryTier, TierStats
+from blocktune.cache.trace import Tracer
+from blocktune.positions import RopeSpec
 
-Tier = Literal["memory", "disk", "none"]
+__all__ = ["RETRY_S", "ChunkStore", "Lookup", "StoreStats"]
+
+Tier = Literal["memory", "cpu", "disk", "remote", "none"]
 
 
 class Lookup(NamedTuple):
@@ -45,26 +57,60 @@ class StoreStats:
 
     ``rejected`` entries (damaged, forged, of other tokens or another model) are also counted as
     misses; ``first_rejected`` says why the first was. ``unwritten`` ones could not be kept in the
-    folder.
+    folder or the remote. ``tiers`` has the counters of each tier.
     """
 
-    memory_hits: int = 0
-    disk_hits: int = 0
     misses: int = 0
     rejected: int = 0
     first_rejected: str = ""
-    unwritten: int = 0
-    evictions: int = 0
-    memory_bytes_read: int = 0
-    disk_bytes_read: int = 0
-    disk_bytes_written: int = 0
     memory_bytes: int = 0
     memory_chunks: int = 0
+    tiers: dict[str, TierStats] = field(default_factory=dict)
+
+    @property
+    def memory_hits(self) -> int:
+        """Hits in memory, of the device or the host."""
+        return self._sum("hits", "memory", "cpu")
+
+    @property
+    def disk_hits(self) -> int:
+        """Hits in the folder or the remote."""
+        return self._sum("hits", "disk", "remote")
+
+    @property
+    def evictions(self) -> int:
+        """Entries that left the memory of the device."""
+        return self._sum("evictions", "memory")
+
+    @property
+    def unwritten(self) -> int:
+        """Entries that the folder or the remote could not keep."""
+        return self._sum("unwritten", "disk", "remote")
+
+    @property
+    def memory_bytes_read(self) -> int:
+        """Bytes of the hits in memory."""
+        return self._sum("bytes_read", "memory", "cpu")
+
+    @property
+    def disk_bytes_read(self) -> int:
+        """Bytes of the hits in the folder or the remote."""
+        return self._sum("bytes_read", "disk", "remote")
+
+    @property
+    def disk_bytes_written(self) -> int:
+        """Bytes of the files that were written."""
+        return self._sum("bytes_written", "disk", "remote")
+
+    def _sum(self, name: str, *tiers: str) -> int:
+        return sum(getattr(self.tiers[tier], name) for tier in tiers if tier in self.tiers)
 
 
-RETRY_S = 10.0
-"""Seconds after a write that the disk refused in which nothing more is written."""
 _LOG = logging.getLogger(__name__)
+_WAITING = 64
+"""Files that may wait for the remote."""
+_FINISH_S = 10.0
+"""Seconds in which a process that ends may still write them."""
 
 
 class ChunkStore:
@@ -73,12 +119,16 @@ class ChunkStore:
     A chunk's keys and values (`ChunkKV`) and the states that enter a layer (`ChunkStates`) are
     entries of their own; all share the memory.
 
+    Tiers are asked in the order device, host, folder, remote. An entry is written to all of the
+    last two, and to the device; what leaves the device goes to the host. A hit moves up. Each tier
+    has a budget, and the policy says what leaves it first. The remote is written in the background.
+
     What is found is compared with what is wanted (token ids and fingerprint) before it is handed
     out. A file or entry that differs, or does not verify, is counted as ``rejected`` and answered
     as a miss; the `put` that follows replaces it. The first is logged as a
     warning, the others at level INFO.
 
-    A folder that cannot be written serves what it holds. One warning says so, and what could not
+    A tier that cannot be written or reached is left out. One warning says so, and what could not
     be kept is counted as ``unwritten``.
 
     Args:
@@ -87,8 +137,9 @@ class ChunkStore:
         folder: Every chunk put is also written here, one file each; None: memory only.
         device: Where chunks in memory live, and onto which those from the folder are loaded.
         secret: Key that signs the entries of the folder (HMAC-SHA-256): others are rejected.
-            None: the environment's, see `blocktune.cache.folder.secret_from_environment`.
+            None: the environment's, see `blocktune.cache.blobs.secret_from_environment`.
         must_write: Whether a folder that cannot be written is an error, as for `blocktune encode`.
+        config: All tiers and limits, in place of ``max_bytes`` and ``folder``.
 
     Attributes:
         warn_rejected: Whether the first rejected entry is a warning; the others are level INFO.
@@ -101,34 +152,62 @@ class ChunkStore:
 
     def __init__(
         self,
-        max_bytes: int = 4 << 30,
+        max_bytes: int = MEMORY,
         folder: str | Path | None = None,
         device: torch.device | str = "cpu",
         *,
         secret: bytes | None = None,
         must_write: bool = False,
+        config: StoreConfig | None = None,
     ):
-        if max_bytes < 0 or (max_bytes == 0 and folder is None):
-            raise ValueError(
-                f"a chunk store needs memory or a folder; got {max_bytes} bytes, folder {folder}"
-            )
-        self.max_bytes = max_bytes
-        self.folder = None if folder is None else Path(folder)
+        if config is None:
+            place = None if folder is None else Path(folder)
+            config = StoreConfig(folder=place, memory=max_bytes)
+        self.config, self.folder, self.place = config, config.folder, config.place
         self.device = torch.device(device)
         self.notes: dict[Hashable, Any] = {}
-        self._chunks: OrderedDict[str, Entry] = OrderedDict()
-        self._stats = StoreStats()
-        self._lock = threading.RLock()
         self.must_write, self.warn_rejected = must_write, True
-        self._files, self._next_write, self._warned = None, 0.0, False
-        if folder is not None:
-            self._files = ChunkFolder(
-                folder, secret_from_environment() if secret is None else secret
+        self._stats, self._lock = StoreStats(), threading.RLock()
+        self._ropes: dict[str, RopeSpec] = {}
+        self._tracer = Tracer(config.trace)
+        limits = {"policy": config.policy, "quota": config.quota}
+        budgets = {"memory": config.memory, "cpu": config.cpu}
+        self._memories = [
+            MemoryTier(
+                name,
+                self.device if name == "memory" else torch.device("cpu"),
+                Ledger(max_bytes=budget, **limits),
             )
-            try:
-                self._files.prepare()
-            except OSError as error:
-                self._unwritten(error)
+            for name, budget in budgets.items()
+            if budget or name == "memory"
+        ]
+        secret = secret_from_environment() if secret is None else secret
+        self._blobs: list[BlobTier] = []
+        if config.folder is not None:
+            files = ChunkFolder(config.folder, secret)
+            self._blobs.append(BlobTier("disk", files, must_write, max_bytes=config.disk, **limits))
+        if config.remote is not None:
+            files, most = open_remote(config.remote, secret), config.remote_bytes
+            self._blobs.append(BlobTier("remote", files, must_write, max_bytes=most, **limits))
+        for tier in self._blobs:
+            tier.prepare()
+        self._queue = None
+        if config.remote is not None and not must_write:
+            self._queue = _writer(self)
+
+    @classmethod
+    def open(cls, text: str | Path, device: torch.device | str = "cpu", **options) -> Self:
+        """The store of a text such as ``chunks/,disk=50GB``, see `StoreConfig.parse`.
+
+        Args:
+            text: Place and budgets.
+            device: As above.
+            options: ``secret`` and ``must_write``, as above.
+
+        Raises:
+            ValueError: If the text is wrong; else as above.
+        """
+        return cls(device=device, config=StoreConfig.parse(text), **options)
 
     def get(
         self,
@@ -147,7 +226,7 @@ class ChunkStore:
         fingerprint: str,
         kind: type[Entry] = ChunkKV,
         *,
-        read: Callable[[ChunkFolder, str, type[Entry]], Entry] = read_chunk,
+        read: Callable[[Blobs, str, type[Entry]], Entry] = read_chunk,
         keep: bool = True,
     ) -> Lookup:
         """Looks for a chunk and says where it was and how long that took.
@@ -161,171 +240,270 @@ class ChunkStore:
             keep: Whether what was read is kept in memory.
         """
         started = time.perf_counter()
+        rejected: set[str] = set()
         with self._lock:
-            kv = self._chunks.get(key)
-            if kv is not None and self._accept(kv, key, token_ids, fingerprint, kind):
-                self._chunks.move_to_end(key)
-                self._stats.memory_hits += 1
-                self._stats.memory_bytes_read += kv.num_bytes
-                return Lookup(kv, "memory", kv.num_bytes, time.perf_counter() - started, 0.0)
+            for tier in self._memories:
+                kv = tier.get(key)
+                if kv is not None and self._accept(kv, key, token_ids, fingerprint, kind, rejected):
+                    if tier.name != "memory":
+                        self._remember(key, kv, tier.ledger.row(key).about)
+                        kv = self._memories[0].entries.get(key) or kv.to(self.device)
+                    self._memories[0].ledger.use(key)
+                    return self._hit(key, kv, tier, started, time.perf_counter())
+                tier.stats.misses += 1
         found = time.perf_counter()
         # Outside the lock: a slow disk must not stop hits in memory.
-        kv = self._read(key, token_ids, fingerprint, kind, read)
-        loaded = time.perf_counter()
+        for tier in self._blobs:
+            loaded = self._load(tier, key, token_ids, fingerprint, kind, read, rejected)
+            if loaded is None:
+                with self._lock:
+                    tier.stats.misses += 1
+                continue
+            kv, about, data = loaded
+            if data is not None and tier is not self._blobs[0]:
+                self._blobs[0].save(key, lambda data=data: data, about)
+            with self._lock:
+                if keep:
+                    self._remember(key, kv, about)
+                return self._hit(key, kv, tier, started, found)
         with self._lock:
-            if kv is None:
-                self._stats.misses += 1
-                return Lookup(None, "none", 0, loaded - started, 0.0)
-            self._stats.disk_hits += 1
-            self._stats.disk_bytes_read += kv.num_bytes
-            if keep:
-                self._remember(key, kv)
-        return Lookup(kv, "disk", kv.num_bytes, found - started, loaded - found)
+            self._stats.misses += 1
+            seconds = time.perf_counter() - started
+            self._tracer.looked_up(key, len(token_ids), "none", 0, seconds)
+        return Lookup(None, "none", 0, seconds, 0.0)
 
-    def put(self, key: str, kv: Entry) -> None:
+    def put(
+        self,
+        key: str,
+        kv: Entry,
+        *,
+        seconds: float = 0.0,
+        document: str = "",
+        tenant: str = "",
+    ) -> Entry:
         """Keeps a chunk, in the folder first, then in memory; replaces what was there.
+
+        Args:
+            key: From `chunk_key` or `states_key`.
+            kv: The entry.
+            seconds: That encoding it took: what the policy ``gdsf`` saves.
+            document: Name by which it can be removed.
+            tenant: Whose it is, for quotas.
+
+        Returns:
+            The entry as the store will give it: with a codec, with fewer bits.
 
         Raises:
             ValueError: If it is larger than the memory allowed and there is no folder, or, with
                 ``must_write``, if the folder cannot be written.
         """
-        if self.folder is None and kv.num_bytes > self.max_bytes:
+        most = max(tier.ledger.max_bytes for tier in self._memories)
+        if not self._blobs and kv.num_bytes > most:
             raise ValueError(
                 f"a chunk of {kv.num_tokens} tokens takes {kv.num_bytes:,} bytes, the store may "
-                f"hold {self.max_bytes:,}; allow more memory or give the store a folder"
+                f"hold {most:,}; allow more memory or give the store a folder"
             )
-        kept = kv.to(self.device).compact()
-        written = self._write(key, kept)
+        about = About(
+            *(kv.num_tokens, kv.kind, kv.fingerprint, document, tenant, seconds),
+            expires=None if self.config.ttl is None else time.time() + self.config.ttl,
+        )
+        if self.config.codec != "as-is":
+            rope = self._ropes.get(kv.fingerprint)
+            kept = round_trip(kv.to("cpu"), self.config.codec, rope).to(self.device).compact()
+        else:
+            kept = kv.to(self.device).compact()
+        for tier in self._blobs:
+            self._save(tier, key, kv, about)
         with self._lock:
-            self._stats.disk_bytes_written += written
-            self._remember(key, kept)
+            self._tracer.put(key, kept, about)
+            self._remember(key, kept, about)
+        return kept
+
+    def flush(self) -> None:
+        """Waits until the remote has what was put, or has refused it."""
+        if self._queue is not None:
+            self._queue.join()
 
     def discard(self, key: str) -> None:
-        """Drops the entry of ``key``, if there is one, in memory and in the folder."""
+        """Drops the entry of ``key``, if there is one, in every tier."""
         with self._lock:
-            self._forget(key)
-        try:
-            if self._files is not None:
-                self._files.remove(key)
-        except OSError as error:
-            self._unwritten(error)
+            for tier in self._memories:
+                tier.remove(key)
+        for tier in self._blobs:
+            tier.remove(key)
 
-    def describe(self, fingerprint: str, make: Callable[[], dict[str, Any]]) -> None:
-        """Writes the manifest of a model into the folder, unless it holds one.
+    def discard_where(self, **wanted: str) -> int:
+        """Drops entries by ``fingerprint``, ``document`` or ``tenant``; how many there were.
+
+        Remotes are searched only by what their files' names and this process say.
+        """
+        ledgers = [tier.ledger for tier in (*self._memories, *self._blobs)]
+        with self._lock:
+            keys = {row.key for one in ledgers if one is not None for row in one.rows(**wanted)}
+        for key in keys:
+            self.discard(key)
+        return len(keys)
+
+    def pin(self, key: str, pinned: bool = True) -> bool:
+        """Keeps an entry from leaving for others, or lets it; whether a tier holds it."""
+        ledgers = [tier.ledger for tier in (*self._memories, *self._blobs)]
+        with self._lock:
+            return sum(one.pin([key], pinned) for one in ledgers if one is not None) > 0
+
+    def is_pinned(self, key: str) -> bool:
+        """Whether some tier holds an entry pinned."""
+        ledgers = [tier.ledger for tier in (*self._memories, *self._blobs)]
+        with self._lock:
+            rows = [one.row(key) for one in ledgers if one is not None]
+        return any(row is not None and row.pinned for row in rows)
+
+    def describe(
+        self, fingerprint: str, make: Callable[[], dict[str, Any]], rope: RopeSpec | None = None
+    ) -> None:
+        """Writes the manifest of a model into the folder and the remote, unless they hold one.
 
         Args:
             fingerprint: The model's.
             make: Makes the manifest, see `blocktune.cache.manifest`; called if it is missing.
+            rope: Its frequencies: codecs quantise keys before their rotation.
         """
-        if self._files is None or time.monotonic() < self._next_write:
-            return
-        try:
-            known = self._files.manifest(fingerprint) is not None
-        except (OSError, ValueError):
-            known = False  # damaged, or not signed: written again
-        try:
-            if not known:
-                self._files.write_manifest(make())
-        except OSError as error:
-            self._unwritten(error)
+        if rope is not None:
+            self._ropes[fingerprint] = rope
+        for tier in self._blobs:
+            tier.describe(fingerprint, make)
+
+    def share_rope(self, fingerprint: str, other: str) -> None:
+        """The frequencies of one fingerprint are also those of another."""
+        if fingerprint in self._ropes:
+            self._ropes[other] = self._ropes[fingerprint]
 
     def clear(self) -> None:
-        """Empties the memory; a folder keeps its files."""
+        """Empties the memory; a folder and a remote keep their files."""
         with self._lock:
-            for key in list(self._chunks):
-                self._forget(key)
+            for tier in self._memories:
+                tier.clear()
 
     def stats(self) -> StoreStats:
         """A copy of the counters."""
         with self._lock:
-            return replace(self._stats, memory_chunks=len(self._chunks))
+            return replace(
+                self._stats,
+                memory_bytes=sum(tier.ledger.size() for tier in self._memories),
+                memory_chunks=sum(len(tier.entries) for tier in self._memories),
+                tiers={t.name: replace(t.stats) for t in (*self._memories, *self._blobs)},
+            )
+
+    def histograms(self) -> dict[str, dict[int, int]]:
+        """Reuse distances and lifetimes, see `Tracer.histograms`."""
+        with self._lock:
+            return self._tracer.histograms()
 
     def __contains__(self, key: str) -> bool:
         """Whether there is an entry of ``key``; only `get` verifies it."""
         with self._lock:
-            in_memory = key in self._chunks
-        return in_memory or (self._files is not None and self._files.has(key))
+            if any(key in tier.entries for tier in self._memories):
+                return True
+        return any(tier.blobs.has(key) for tier in self._blobs)
 
     def __len__(self) -> int:
-        """Chunks in memory or in the folder, each counted once."""
-        files = () if self._files is None else self._files.keys()
+        """Chunks in any tier, each counted once."""
+        files = [key for tier in self._blobs for key in tier.blobs.keys()]  # noqa: SIM118
         with self._lock:
-            return len({*self._chunks, *files})
+            return len({*files, *(key for tier in self._memories for key in tier.entries)})
+
+    def held(self) -> dict[str, Entry]:
+        """Entries in memory, by their keys."""
+        with self._lock:
+            return {key: kv for tier in self._memories for key, kv in tier.entries.items()}
 
     def remember(self, key: str, kv: Entry) -> None:
         """Keeps in memory what was read from the folder."""
         with self._lock:
-            self._remember(key, kv)
+            self._remember(key, kv, About(kv.num_tokens, kv.kind, kv.fingerprint))
 
-    def _read(self, key: str, token_ids, fingerprint: str, kind, read) -> Entry | None:
-        if self._files is None:
-            return None
+    def _hit(self, key: str, kv: Entry, tier, started: float, found: float) -> Lookup:
+        now = time.perf_counter()
+        tier.stats.hits += 1
+        tier.stats.bytes_read += kv.num_bytes
+        tier.stats.read_s += now - started
+        self._tracer.looked_up(key, kv.num_tokens, tier.name, kv.num_bytes, now - started)
+        load_s = 0.0 if tier in self._memories else now - found
+        return Lookup(kv, tier.name, kv.num_bytes, now - started - load_s, load_s)
+
+    def _load(self, tier: BlobTier, key: str, token_ids, fingerprint, kind, read, rejected):
         try:
-            kv = read(self._files, key, kind).to(self.device)
-        except FileNotFoundError:
-            return None
+            loaded = tier.load(key, lambda blobs, key: read(blobs, key, kind).to(self.device))
         except ValueError as error:
-            self._reject(f"{chunk_path(self.folder, key)}: {error}")
+            self._reject(f"{tier.blobs.name(key)}: {error}", rejected)
             return None
-        if not self._accept(kv, key, token_ids, fingerprint, kind):
+        if loaded is None or not self._accept(
+            loaded[0], key, token_ids, fingerprint, kind, rejected
+        ):
             return None
-        self._files.touch(key)
-        return kv
+        tier.used(key)
+        return loaded
 
-    def _accept(self, kv: Entry, key: str, token_ids, fingerprint: str, kind: type[Entry]) -> bool:
+    def _accept(self, kv: Entry, key: str, token_ids, fingerprint, kind, rejected) -> bool:
         if kv.kind == kind.kind and kv.matches(token_ids, fingerprint):
             return True
         what = "model" if kv.fingerprint != fingerprint else "tokens"
         what = what if kv.kind == kind.kind else "kind of entry"
-        self._reject(f"{key[:12]}: it holds other {what} than wanted")
+        self._reject(f"{key[:12]}: it holds other {what} than wanted", rejected)
         return False
 
-    def _reject(self, reason: str) -> None:
+    def _reject(self, reason: str, before: set[str]) -> None:
+        """Counts a look-up that met something unsound, once for all tiers."""
         reason = reason.replace("\n", " ")
         with self._lock:
-            self._stats.rejected += 1
+            self._stats.rejected += not before
             first = self.warn_rejected and not self._stats.first_rejected
             self._stats.first_rejected = self._stats.first_rejected or reason
+        before.add(reason)
         level = logging.WARNING if first else logging.INFO
         more = "; more are counted, and named at level INFO" if first else ""
         _LOG.log(level, "cached chunk not used, it is encoded again: %s%s", reason, more)
 
-    def _write(self, key: str, kv: Entry) -> int:
-        if self._files is None:
-            return 0
-        if self.must_write or time.monotonic() >= self._next_write:
+    def _save(self, tier: BlobTier, key: str, kv: Entry, about: About) -> None:
+        rope, codec = self._ropes.get(kv.fingerprint), self.config.codec
+
+        def pack() -> bytes:
+            return pack_chunk(tier.blobs, key, kv, about, codec, rope)
+
+        if tier.name != "remote" or self._queue is None:
+            tier.save(key, pack, about)
+            return
+        try:
+            self._queue.put_nowait((tier, key, pack, about))
+        except queue.Full:  # a slow remote must not hold up answers
+            tier.stats.unwritten += 1
+
+    def _remember(self, key: str, kv: Entry, about: About) -> None:
+        """Keeps an entry on the device; what leaves it goes to the host."""
+        left = self._memories[0].put(key, kv, about)
+        for tier in self._memories[1:]:
+            tier.remove(key)
+            for item in left:
+                tier.put(*item)
+
+
+def _writer(store: ChunkStore) -> queue.Queue:
+    """A queue of files for the remote, written by a thread that ends with the store."""
+    waiting: queue.Queue = queue.Queue(_WAITING)
+
+    def write() -> None:
+        while (item := waiting.get()) is not None:
+            tier, *what = item
             try:
-                return write_chunk(self._files, key, kv)
-            except OSError as error:
-                self._unwritten(error)
-        with self._lock:
-            self._stats.unwritten += 1
-        return 0
+                tier.save(*what)
+            finally:
+                waiting.task_done()
 
-    def _unwritten(self, error: OSError) -> None:
-        """Says once that nothing is kept, and stops trying for a while if the disk refuses all."""
-        reason = f"cannot write to the store '{self.folder}': {error.strerror or error}"
-        if self.must_write:
-            raise ValueError(f"{reason}; free space there or choose another store") from None
-        with self._lock:
-            if not is_taken(error):
-                self._next_write = time.monotonic() + RETRY_S
-            warned, self._warned = self._warned, True
-        if not warned:
-            lost = "a chunk is" if is_taken(error) else "new chunks are"
-            _LOG.warning("%s; what it holds is used, %s not kept there", reason, lost)
+    def finish() -> None:
+        with suppress(queue.Full):
+            waiting.put(None, timeout=_FINISH_S)
+            thread.join(_FINISH_S)
 
-    def _remember(self, key: str, kv: Entry) -> None:
-        self._forget(key)
-        if kv.num_bytes > self.max_bytes:
-            return  # it is in the folder: `put` refuses such chunks without one
-        while self._stats.memory_bytes + kv.num_bytes > self.max_bytes:
-            self._forget(next(iter(self._chunks)))
-            self._stats.evictions += 1
-        self._chunks[key] = kv
-        self._stats.memory_bytes += kv.num_bytes
-
-    def _forget(self, key: str) -> None:
-        old = self._chunks.pop(key, None)
-        if old is not None:
-            self._stats.memory_bytes -= old.num_bytes
+    thread = threading.Thread(target=write, daemon=True, name="blocktune-remote")
+    thread.start()
+    weakref.finalize(store, finish)
+    return waiting

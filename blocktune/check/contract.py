@@ -105,7 +105,7 @@ def claims(method: Method) -> dict[str, Claim]:
         if method.reshape() is not None:
             pairs["a neutral reshape = none"] = _neutral_reshape
     equal = {name: partial(_equal, name, made) for name, made in pairs.items()}
-    if method.layout(LayoutSpec()).bos != "none":  # a chunk with a BOS of its own is never alone
+    if method.layout(LayoutSpec()).bos != "none":  # a chunk with its own BOS is never alone
         return equal
     return {ALONE_CLAIM: _one_chunk_alone} | equal
 

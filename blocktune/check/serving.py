@@ -196,9 +196,9 @@ def computed_columns(run: Generation) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(one.order[one.kind == Kind.CHUNK].tolist()) for one in rows)
 
 
-def batch_of(engine: Engine, method: Method) -> Batch:
-    """The prompt of `ASK`, laid out as the engine serves it."""
-    prompt = engine.lay_out(engine.prompts.pieces(ASK, method), method)
+def batch_of(engine: Engine, method: Method, ask: Ask = ASK) -> Batch:
+    """The prompt of a request, laid out as the engine serves it."""
+    prompt = engine.lay_out(engine.prompts.pieces(ask, method), method)
     return stack([prompt], pad_id=0).to(engine.model.device)
 
 

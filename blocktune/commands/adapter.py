@@ -17,7 +17,7 @@ from blocktune.commands import options as opt
     "merge",
     "blocktune merge out/block --output out/merged",
     "blocktune answer --adapter out/merged -i questions.jsonl --method block-attention",
-    "blocktune merge out/kvlink --output out/merged --links added_tokens",
+    "blocktune merge out/kvlink --output out/merged-links --links added_tokens",
     "An adapter trained on a 4-bit base is merged into the base's weights as plain "
     "numbers; the command measures what quantising the result again would lose.",
 )

@@ -27,7 +27,7 @@ of_decoding = partial(Option, rich_help_panel="Decoding")
     "blocktune answer -m M -i q.jsonl --system 'Be brief.' -o answers.jsonl",
     "Encode chunks once, reuse them in later runs, and write the answers to a file:",
     "blocktune answer -m M --adapter out/block --method block-attention",
-    "    --store cache/ -i questions.jsonl -o answers.jsonl",
+    "    --store cache/ -i questions.jsonl -o reused.jsonl",
     "A stopped command that writes to a file continues where it stopped: repeat it.",
 )
 def answer(
@@ -115,10 +115,18 @@ def answer(
     "blocktune encode --input questions.jsonl --store cache/ --model M --adapter out/block",
     "blocktune encode --follow --store cache/ --model M   # what other engines miss",
     'A line of docs.jsonl: {"text": "...", "title": "..."}, or a question with "chunks".',
-    "A stopped command continues where it stopped: repeat it.",
+    "A stopped command continues where it stopped: repeat it. Several processes, also on",
+    "several machines, share the work:",
+    "    accelerate launch --num_processes 4 --module blocktune.cli encode ...",
 )
 def encode(
-    store: Annotated[Path, Option(help="Folder for the encoded chunks.")],
+    store: Annotated[
+        str,
+        Option(
+            metavar="PLACE[,NAME=VALUE...]",
+            help="Folder or URL for the encoded chunks, then limits as of `answer --store`.",
+        ),
+    ],
     documents: Annotated[
         Path | None, opt.of_prompt("--input", "-i", help="Chunks or questions, JSONL.")
     ] = None,
@@ -134,34 +142,44 @@ def encode(
     quantize: opt.Quantize = None,
     device: opt.Device = None,
 ) -> None:
-    """Encode chunks ahead of time into a folder that `answer --store` reads."""
-    from rich.console import Console
-
+    """Encode chunks ahead of time into a store that `answer --store` reads."""
+    from blocktune.adapter import INFO_FILE
     from blocktune.cache import ChunkStore
+    from blocktune.commands.answering import encoding_progress
     from blocktune.data import load_chunks
+    from blocktune.engine import EncodeReport
+    from blocktune.evaluation.runner import launched
+    from blocktune.models.load import examine_base
 
     if documents is None and not follow:
         raise ValueError("nothing to encode; give --input, or --follow")
     chunks = [] if documents is None else load_chunks(documents)
     if not chunks and documents is not None:
         raise ValueError(f"{documents}: no chunk in it; give one per line")
+    if model is not None and not (Path(model) / INFO_FILE).is_file():
+        examine_base(model)  # before anything is written
     # Before a model is loaded; on the CPU, since nothing is read back.
-    kept = ChunkStore(folder=store, must_write=True)
-    engine = opt.load_engine(model, adapter, kept, dtype, device, quantize)
+    kept, processes = ChunkStore.open(store, must_write=True), launched()
+    engine = opt.load_engine(model, adapter, kept, dtype, device or processes.device, quantize)
     engine = opt.reworded(engine, instruction, system, wording)
-    status = Console(stderr=True).status(f"encoding {len(chunks):,} chunks")
-    with resumable(f"the chunks so far are in {store}"), status:
-        report = engine.encode(chunks)
+    mine = processes.share(chunks)
+    with (
+        resumable(f"the chunks so far are in {kept.place}"),
+        encoding_progress(processes.is_main) as progress,
+    ):
+        report = engine.encode(mine, progress) if mine else EncodeReport(0, 0, 0, 0.0)
     known = report.num_chunks - report.num_encoded
     stats = kept.stats()
     written = stats.disk_bytes_written
     each = f", {written / report.num_tokens / 1e3:,.1f} kB a token" if report.num_tokens else ""
     typer.echo(
-        f"encoded {report.num_encoded:,} chunks ({report.num_tokens:,} tokens) in "
+        (f"process {processes.rank + 1} of {processes.count}: " if processes.count > 1 else "")
+        + f"encoded {report.num_encoded:,} chunks ({report.num_tokens:,} tokens) in "
         f"{report.encode_s:.1f} s, {known:,} were there; {written / 1e6:,.1f} MB written to "
-        f"{store}{each}"
+        f"{kept.place}{each}"
     )
-    if problem := opt.rejected(stats, store):
+    processes.wait()
+    if problem := opt.rejected(stats, kept.place):
         typer.echo(problem, err=True)
     while follow:
         if count := engine.encode_wanted():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ import typer
 import yaml
 from rich.console import Console, Group
 from rich.panel import Panel
-from rich.progress import track
+from rich.progress import Progress, TextColumn, track
 from rich.table import Table
 from rich.text import Text
 
 from blocktune.cache import ChunkStore
+from blocktune.cache.config import StoreConfig
+from blocktune.cache.folder import ChunkFolder
 from blocktune.commands.errors import resumable
 from blocktune.commands.options import rejected
 from blocktune.data import RagExample, load_examples
@@ -164,17 +167,32 @@ def _answered(output: Path, keys: Sequence[str]) -> int:
     return len(whole_lines(output))
 
 
-def holds_chunks(folder: Path) -> bool:
-    """Whether chunks were encoded into a folder before."""
-    return next(folder.glob("*/*/*.safetensors"), None) is not None
+@contextmanager
+def encoding_progress(shown: bool) -> Iterator[Callable[[int, int], None]]:
+    """A bar of tokens with the time left; yields what takes tokens done and tokens in all."""
+    columns = (*Progress.get_default_columns(), TextColumn("{task.fields[tokens]}"))
+    console = Console(stderr=True)
+    shown = shown and console.is_terminal
+    with Progress(*columns, console=console, disable=not shown, transient=True) as bar:
+        task = bar.add_task("encoding", total=None, tokens="")
+        yield lambda done, total: bar.update(
+            task, completed=done, total=total, tokens=f"{done:,} of {total:,} tokens"
+        )
+
+
+def holds_chunks(store: str) -> bool:
+    """Whether chunks were encoded into the folder of a store before."""
+    folder = StoreConfig.parse(store).folder
+    return folder is not None and next(ChunkFolder(folder).keys(), None) is not None
 
 
 def report_store(store: ChunkStore, held: bool) -> None:
-    """Says how many chunks a folder saved; ``held``: it held chunks before."""
-    if store.folder is None:
+    """Says how many chunks a store saved; ``held``: it held chunks before."""
+    if store.place is None:
         return
+    store.flush()
     stats = store.stats()
-    line = f"{stats.disk_hits:,} chunks read from {store.folder}, {stats.misses:,} encoded now"
+    line = f"{stats.disk_hits:,} chunks read from {store.place}, {stats.misses:,} encoded now"
     if held and stats.misses and not stats.disk_hits:
         line += (
             "; the chunks in it are other passages, or of another model, adapter, dtype, "
@@ -183,7 +201,7 @@ def report_store(store: ChunkStore, held: bool) -> None:
     if stats.unwritten:
         line += f", {stats.unwritten:,} of them not kept: the store cannot be written"
     typer.echo(line, err=True)
-    if problem := rejected(stats, store.folder):
+    if problem := rejected(stats, store.place):
         typer.echo(problem, err=True)
 
 

@@ -17,6 +17,8 @@ EXTRAS = {
     "eval": ("matplotlib", "rouge_score", "lm_eval"),
     "data": ("bm25s", "datasets", "sentencex", "pyarrow", "wonderwords"),
     "serve": ("fastapi", "uvicorn", "prometheus_client"),
+    "remote": ("fsspec", "s3fs", "valkey"),
+    "gguf": ("gguf",),
 }
 """Packages by the extra that they come with."""
 RENAMED = {"intervals": "profile-layers"}
@@ -57,6 +59,9 @@ def _one_line(debug: bool) -> Iterator[None]:
         raise typer.Exit(130) from None
     except (typer.Exit, typer.Abort):
         raise
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(1) from None
     except Exception as error:
         line = explain(error)
         if debug or (line is None and FAILURES not in os.environ):

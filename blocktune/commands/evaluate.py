@@ -45,6 +45,7 @@ def evaluate(
     quantize: Annotated[
         str | None, Option(help="nf4 or int8; overrides the suite's quantisation.")
     ] = None,
+    store: opt.Store = None,
     budget: Annotated[
         float | None,
         Option(min=0, max=1, help="Share of context tokens that every selector may recompute."),
@@ -62,7 +63,7 @@ def evaluate(
     from blocktune.evaluation.report.terminal import run_and_show
     from blocktune.evaluation.suite import changed, load_suite
 
-    loaded = changed(load_suite(suite), limit, model, device, quantize)
+    loaded = changed(load_suite(suite), limit, model, device, quantize, store)
     loaded = at_one_budget(loaded, budget, layer_budget)
     with resumable(f"the rows so far are in {output}"):
         run_and_show(loaded, output, title=suite.stem)

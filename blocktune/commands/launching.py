@@ -13,9 +13,6 @@ import typer
 from blocktune.commands.errors import FAILURES
 from blocktune.parsing import load_yaml, mapping
 
-BUILD_LOCK = "*/*/lock"
-"""What a build of DeepSpeed's operators holds, under torch's folder of extensions."""
-
 
 def launch(processes: int | None, launcher: str | None, program: list[str]) -> None:
     """Runs a program in several processes: by torchrun, or as a YAML of accelerate says.
@@ -27,9 +24,7 @@ def launch(processes: int | None, launcher: str | None, program: list[str]) -> N
     """
     if launcher is not None:
         hint = "see recipes/accelerate"
-        given = mapping(load_yaml(launcher, "launcher configuration", hint), launcher)
-        if given.get("distributed_type") == "DEEPSPEED":
-            wait_for_builds()
+        mapping(load_yaml(launcher, "launcher configuration", hint), launcher)
     folder = Path(tempfile.mkdtemp(prefix="blocktune-train-"))
     os.environ[FAILURES] = str(folder)
     try:
@@ -81,38 +76,3 @@ def _run(processes: int | None, launcher: str | None, program: list[str]) -> int
     except SignalException:
         raise KeyboardInterrupt from None
     return 0
-
-
-def wait_for_builds() -> None:
-    """Looks for builds of DeepSpeed's operators, which a new process would wait for in silence.
-
-    Says that it waits for one that runs. A build that was killed leaves its lock behind.
-
-    Raises:
-        ValueError: If no process of this machine holds a lock; names the file to remove.
-    """
-    import time
-
-    from torch.utils.cpp_extension import get_default_build_root
-
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    for lock in sorted({*root.glob("*/lock"), *root.glob(BUILD_LOCK)}):
-        if _is_held(lock):
-            print(f"waiting for another process to build an operator: {lock}", flush=True)
-        while _is_held(lock):
-            time.sleep(1)
-        if lock.exists():
-            raise ValueError(
-                f"a build of DeepSpeed's operators was stopped and left its lock: rm '{lock}'"
-            )
-
-
-def _is_held(lock: Path) -> bool:
-    """Whether a process has the file open, as torch does while it builds."""
-    for link in Path("/proc").glob("[0-9]*/fd/*"):
-        try:
-            if os.readlink(link) == str(lock.resolve()):
-                return True
-        except OSError:
-            continue
-    return False

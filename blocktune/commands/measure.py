@@ -1,11 +1,12 @@
-"""`blocktune check`, `blocktune profile-layers` and `blocktune bench`."""
+"""`blocktune check`, `blocktune profile-layers`, `blocktune replay` and `blocktune bench`."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from typer import Option
@@ -19,7 +20,9 @@ from blocktune.commands import options as opt
     "blocktune check --model data/tiny",
     "blocktune check --method 'naive + first-k 8'   # the contract of one method",
     "blocktune check --method mine --plugin mine.py",
-    "blocktune check --model meta-llama/Llama-3.1-8B-Instruct --dtype float32 --json",
+    "blocktune check --model Qwen/Qwen3-8B --dtype float32 --json",
+    "blocktune check --families --json       # every model class of the installed transformers",
+    "blocktune check --families --only cohere --only gpt_oss",
     "The exit code is 0 if every check passed, else 1.",
 )
 def check(
@@ -34,9 +37,20 @@ def check(
     dtype: opt.Dtype = "auto",
     quantize: opt.Quantize = None,
     device: opt.Device = None,
+    families: Annotated[
+        bool,
+        Option("--families", help="Check a tiny model of every causal model class instead."),
+    ] = False,
+    only: Annotated[
+        list[str] | None, Option(help="With --families: only this model type; repeatable.")
+    ] = None,
     as_json: opt.AsJson = False,
 ) -> None:
     """Check that reuse is exact on your model: masks, relocation and caches against dense."""
+    if only and not families:
+        raise ValueError("--only names a model type of --families; add --families")
+    if families:
+        _check_families(only or (), as_json)
     from blocktune.adapter.releases import find_release
     from blocktune.check import check_adapter, check_method, check_model
     from blocktune.methods import parse_method
@@ -44,12 +58,14 @@ def check(
 
     built = None if method is None else parse_method(method)
     opt.quiet_libraries()
+    limit = None
     if built is None and adapter is not None and find_release(adapter) is None:
         checks = check_adapter(model, adapter, dtype=dtype, device=device, quantize=quantize)
     else:
         engine = None
         if built is None or model is not None or adapter is not None:
             engine = opt.load_engine(model, adapter, None, dtype, device, quantize)
+            limit = engine.prompts.exact_tokens
         checks = check_model(engine) if built is None else check_method(built, engine)
     sound = all(one.passed for one in checks)
     if as_json:
@@ -62,8 +78,29 @@ def check(
         ]
         Table(("", "check", "difference", "tolerance"), rows, left=("check",)).show()
         where = "on this model" if built is None else f"by '{built.name}'"
-        typer.echo(f"Reuse {where} is sound." if sound else f"Do not serve: reuse {where} fails.")
+        extent = "" if limit is None else f" up to {limit:,} tokens"
+        typer.echo(
+            f"Reuse {where} is sound{extent}." if sound else f"Do not serve: reuse {where} fails."
+        )
     raise typer.Exit(0 if sound else 1)
+
+
+def _check_families(only: Sequence[str], as_json: bool) -> NoReturn:
+    from rich.console import Console
+    from rich.progress import track
+
+    from blocktune.check.families import check_families, model_types, table
+
+    opt.quiet_libraries()
+    names = model_types(only)
+    console = Console(stderr=True)
+    shown = track(check_families(names), "checking", total=len(names), console=console)
+    found = list(shown)
+    if as_json:
+        typer.echo(json.dumps({"families": [one.to_dict() for one in found]}, indent=2))
+    else:
+        table(found).show()
+    raise typer.Exit(int(any(one.verdict == "wrong" for one in found)))
 
 
 @command(
@@ -122,6 +159,78 @@ def profile_layers(
         if one.efficient
     ]
     Table(("first_layer", "ratio", "layers", "divergence", "agreement"), rows).show()
+
+
+@command(
+    "replay",
+    "blocktune replay trace.jsonl --budget 10GB --budget 50GB --output out/replay",
+    "blocktune replay mooncake_trace.jsonl.gz --policy lru --policy gdsf --budget 100GB --json",
+    "blocktune replay zipf --limit 10000   # drawn: chunks that recur among ever new ones",
+    "Record a trace with `--store chunks/,trace=trace.jsonl`.",
+)
+def replay(
+    trace: Annotated[
+        str, typer.Argument(help="Of a store, Mooncake (JSONL) or Azure (CSV), also .gz; or zipf.")
+    ],
+    budget: Annotated[
+        list[str] | None,
+        Option(
+            help="Bytes of the store, such as 10GB; repeatable. Default: 1 to 50 % of the trace."
+        ),
+    ] = None,
+    policy: Annotated[
+        list[str] | None, Option(help="lru, lfu, fifo or gdsf; repeatable. Default: all.")
+    ] = None,
+    limit: Annotated[int | None, Option(min=1, help="Use only the first N requests.")] = None,
+    token_bytes: Annotated[int, Option(min=1, help="Bytes of a token, where unknown.")] = 131_072,
+    token_us: Annotated[float, Option(min=0, help="Microseconds to encode one.")] = 100.0,
+    output: Annotated[
+        Path | None, Option(help="Folder for replay.json, replay.png and break_even.png.")
+    ] = None,
+    as_json: opt.AsJson = False,
+) -> None:
+    """Play a trace against stores of several sizes and policies: hits and seconds saved."""
+    from blocktune.bench import replay as played
+    from blocktune.bench.traces import read_requests
+    from blocktune.cache.config import parse_bytes
+    from blocktune.cache.ledger import POLICIES
+    from blocktune.files import replace_json
+    from blocktune.tables import Table
+
+    costs = played.Costs(token_bytes=token_bytes, token_s=token_us / 1e6)
+    requests = read_requests(trace, limit)
+    touched = played.touched_bytes(requests, costs)
+    shares = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+    budgets = [parse_bytes(b) for b in budget or ()] or [int(touched * s) for s in shares]
+    outcomes = [
+        played.replay(requests, most, name, costs)
+        for name in policy or POLICIES
+        for most in budgets
+    ]
+    found = {"trace": str(trace), "requests": len(requests), "touched_bytes": touched}
+    found["outcomes"] = [outcome._asdict() for outcome in outcomes]
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        points = {share: played.break_even(share, costs=costs) for share in (0.0, 0.15)}
+        found["break_even"] = {s: [p._asdict() for p in line] for s, line in points.items()}
+        replace_json(output / "replay.json", found)
+        played.plot_replay(outcomes, output / "replay.png")
+        played.plot_break_even(points, output / "break_even.png")
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    rows = [
+        (
+            o.policy,
+            f"{o.budget / 1e9:,.2f}",
+            f"{o.hit_rate:.1%}",
+            f"{o.saved:.1%}",
+            f"{o.saved_s:.1f}",
+        )
+        for o in outcomes
+    ]
+    typer.echo(f"{len(requests):,} requests ask for {touched / 1e9:,.1f} GB of different chunks")
+    Table(("policy", "GB", "hits", "saved", "saved s"), rows, left=("policy",)).show()
 
 
 Tokens = Annotated[int, Option(min=2, help="Length of the prompt, in tokens.")]
@@ -192,6 +301,31 @@ def loading(
 
     setting = TINY if tiny else replace(LOADING, tokens=tokens, chunk=chunk)
     _show(bench_loading(replace(setting, repeats=repeats), folder), as_json, output)
+
+
+@command(
+    "store",
+    "blocktune bench store --json",
+    "blocktune bench store --folder /mnt/nvme --output out/store.json",
+    of=group,
+)
+def store(
+    tokens: Tokens = 8192,
+    chunk: ChunkTokens = 512,
+    repeats: Repeats = 5,
+    keys: Annotated[int, Option(min=1, help="Keys in the index for look-ups.")] = 1_000_000,
+    folder: Annotated[
+        Path | None, Option(help="Folder for the chunks. Default: the system's temporary one.")
+    ] = None,
+    tiny: Tiny = False,
+    output: Output = None,
+    as_json: opt.AsJson = False,
+) -> None:
+    """Time loading cached chunks from disk and memory against copying; look-ups; codecs."""
+    from blocktune.bench.store import QUICK, STORE, bench_store
+
+    setting = QUICK if tiny else replace(STORE, tokens=tokens, chunk=chunk, repeats=repeats)
+    _show(bench_store(setting, folder, min(keys, 1000) if tiny else keys), as_json, output)
 
 
 @command(

@@ -34,7 +34,14 @@ Adapter = Annotated[
     ),
 ]
 Store = Annotated[
-    Path | None, Option(help="Folder of encoded chunks, read and added to. Default: memory only.")
+    str | None,
+    Option(
+        metavar="PLACE[,NAME=VALUE...]",
+        help="Encoded chunks, read and added to: a folder or a URL (s3://, valkey://), then "
+        "memory, cpu, disk, remote, remote_bytes, policy (lru, lfu, fifo, gdsf), quota, ttl, codec "
+        "(as-is, fp8, int8, int4), trace. Such as chunks/,disk=50GB,policy=gdsf. Default: memory "
+        "only.",
+    ),
 ]
 Dtype = Annotated[
     str, of_model(help="float32, bfloat16, float16, or auto (as the model was saved).")
@@ -91,7 +98,7 @@ def quiet_libraries() -> None:
 def load_engine(
     model: str | None,
     adapter: str | None,
-    store: Path | ChunkStore | None,
+    store: str | ChunkStore | None,
     dtype: str,
     device: str | None,
     quantize: str | None = None,
@@ -107,13 +114,13 @@ def load_engine(
     return engine
 
 
-def rejected(stats: StoreStats, folder: Path | None) -> str:
+def rejected(stats: StoreStats, place: str | None) -> str:
     """One line on the entries of a store that could not be used; empty if there were none."""
     if not stats.rejected:
         return ""
     return (
         f"{stats.rejected:,} stored chunks could not be used and were encoded again, the first: "
-        f"{stats.first_rejected}; all: blocktune store verify {folder}"
+        f"{stats.first_rejected}; all: blocktune store verify {place}"
     )
 
 

@@ -1,12 +1,11 @@
-"""`blocktune store`: what a folder of encoded chunks holds, and what is removed from it."""
+"""`blocktune store`: what a store of encoded chunks holds, and what is removed from it."""
 
 from __future__ import annotations
 
 import json
 import re
 import time
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,20 +14,24 @@ from blocktune.commands import app
 from blocktune.commands.options import AsJson, teach
 
 if TYPE_CHECKING:
-    from blocktune.cache.folder import ChunkFolder, FileFacts
+    from blocktune.cache.blobs import Blobs
+    from blocktune.cache.ledger import Row
+    from blocktune.cache.shelf import Shelf
 
-HELP = "Look into a folder of encoded chunks (`--store`), verify it, and remove from it."
+HELP = "Look into a store of encoded chunks (`--store`), verify it, and remove from it."
 SHORT = 12
 """Digits of a key or fingerprint that are shown."""
 LEAST_DIGITS = 6
-COUNTS = {"chunks": 0, "tokens": 0, "bytes": 0}
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
-Folder = Annotated[Path, typer.Argument(help="Folder of the store.")]
+Place = Annotated[str, typer.Argument(metavar="STORE", help="Folder or URL of the store.")]
 Model = Annotated[
     str, typer.Option("--model", metavar="FINGERPRINT", help="Only chunks of this model.")
 ]
+Document = Annotated[
+    str, typer.Option(help="Only chunks of this document: its id, or else its title.")
+]
 Key = Annotated[str, typer.Argument(help="Key of the chunk; its first digits are enough.")]
+Keys = Annotated[list[str] | None, typer.Argument(help="Keys, or their first digits.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be removed.")]
 
 
@@ -39,32 +42,32 @@ group = typer.Typer(
     epilog=teach(
         "blocktune store stat cache/",
         "blocktune store ls cache/ --model 3f2a91",
-        "blocktune store verify cache/",
+        "blocktune store verify s3://bucket/chunks",
         "blocktune store gc cache/ --max-size 50GB --unused-days 30 --damaged",
-        "blocktune store manifest cache/ --json",
+        "blocktune store rm cache/ --document handbook.pdf",
+        "blocktune store export cache/ s3://bucket/chunks --model 3f2a91",
     ),
 )
 app.add_typer(group, name="store")
 
 
 @group.command()
-def stat(folder: Folder, as_json: AsJson = False) -> None:
+def stat(store: Place, as_json: AsJson = False) -> None:
     """Chunks and bytes, by model."""
-    files = _opened(folder)
-    models: dict[str, dict[str, Any]] = {}
-    unreadable = 0
-    for _, facts in _listed(files):
-        if facts is None:
-            unreadable += 1
-            continue
-        of_model = models.setdefault(facts.header.get("fingerprint", ""), dict(COUNTS))
-        of_model["chunks"] += 1
-        of_model["tokens"] += facts.num_tokens
-        of_model["bytes"] += facts.size
+    shelf = _opened(store)
+    models = {
+        name: dict(zip(("chunks", "tokens", "bytes"), sums, strict=True))
+        for name, sums in shelf.counts("fingerprint").items()
+    }
+    unreadable = models.pop("", {"chunks": 0})["chunks"]
     for fingerprint, counts in models.items():
-        counts["base"], counts["adapter"] = _names(files, fingerprint)
-    total = {name: sum(model[name] for model in models.values()) for name in COUNTS}
-    record = total | {"unreadable": unreadable, "models": models}
+        counts["base"], counts["adapter"] = shelf.names(fingerprint)
+    total = {
+        name: sum(model[name] for model in models.values())
+        for name in ("chunks", "tokens", "bytes")
+    }
+    tenants = {name: sums[2] for name, sums in shelf.counts("tenant").items() if name}
+    record = total | {"unreadable": unreadable, "tenants": tenants, "models": models}
     if as_json:
         typer.echo(json.dumps(record, indent=2))
         return
@@ -76,35 +79,35 @@ def stat(folder: Folder, as_json: AsJson = False) -> None:
 
 
 @group.command()
-def ls(folder: Folder, model: Model = "", as_json: AsJson = False) -> None:
-    """List chunks, one a line: key, kind, tokens, bytes, last use, model."""
-    for key, facts in _listed(_opened(folder)):
-        if facts is None or not facts.header.get("fingerprint", "").startswith(model):
+def ls(store: Place, model: Model = "", document: Document = "", as_json: AsJson = False) -> None:
+    """List chunks, one a line: key, kind, tokens, bytes, last use, model, document."""
+    for row in _opened(store).rows(model=model, document=document):
+        if not row.fingerprint:
             continue
-        record = _record(key, facts)
+        record = _record(row)
         if as_json:
             typer.echo(json.dumps(record))
         else:
             typer.echo(
-                f"{key[:SHORT]}  {record['kind']:8} {facts.num_tokens:>7,} tokens "
-                f"{_size(facts.size):>9}  {record['used']}  {record['fingerprint'][:SHORT]}"
+                f"{row.key[:SHORT]}  {row.kind:8} {row.num_tokens:>7,} tokens "
+                f"{_size(row.size):>9}  {record['used']}  {row.fingerprint[:SHORT]}"
+                f"{'  pinned' if row.pinned else ''}  {row.document}".rstrip()
             )
 
 
 @group.command()
-def show(folder: Folder, key: Key, as_json: AsJson = False) -> None:
+def show(store: Place, key: Key, as_json: AsJson = False) -> None:
     """One chunk: header, token ids, and whether it is sound."""
     from blocktune.cache.chunk_file import ChunkFile
 
-    files = _opened(folder)
-    key = _whole(files, key)
-    facts = files.facts(key)
-    record = _record(key, facts)
-    problem = _problem(files, key)
-    record |= {"sound": problem is None, "problem": problem}
-    record |= {"signed": "signature" in facts.header}
+    shelf = _opened(store)
+    row = _whole(shelf, [key])[0]
+    header = shelf.blobs.facts(row.key).header
+    problem = _problem(shelf.blobs, row.key)
+    record = _record(row) | {"sound": problem is None, "problem": problem}
+    record |= {"signed": "signature" in header, "codec": header.get("codec", "as-is")}
     if problem is None:
-        record["token_ids"] = ChunkFile(files, key).token_ids.tolist()
+        record["token_ids"] = ChunkFile(shelf.blobs, row.key).token_ids.tolist()
     if as_json:
         typer.echo(json.dumps(record))
     else:
@@ -113,20 +116,20 @@ def show(folder: Folder, key: Key, as_json: AsJson = False) -> None:
 
 
 @group.command()
-def verify(folder: Folder, as_json: AsJson = False) -> None:
+def verify(store: Place, as_json: AsJson = False) -> None:
     """Read every file, compare it with its checksums (and signature); exit code 1 if one fails."""
-    files = _opened(folder)
+    shelf = _opened(store)
     problems, count = {}, 0
-    for key in files.keys():  # noqa: SIM118
+    for key in shelf.blobs.keys():  # noqa: SIM118
         count += 1
-        if problem := _problem(files, key):
+        if problem := _problem(shelf.blobs, key):
             problems[key] = problem
     if as_json:
         typer.echo(json.dumps({"chunks": count, "damaged": problems}, indent=2))
     else:
         for key, problem in problems.items():
             typer.echo(f"{key}: {problem}")
-        signed = "" if files.secret is None else " and signed"
+        signed = "" if shelf.blobs.secret is None else " and signed"
         typer.echo(f"{count - len(problems):,} of {count:,} chunks are sound{signed}")
     if problems:
         raise typer.Exit(1)
@@ -134,7 +137,7 @@ def verify(folder: Folder, as_json: AsJson = False) -> None:
 
 @group.command()
 def gc(
-    folder: Folder,
+    store: Place,
     max_size: Annotated[
         str | None, typer.Option(help="Such as 50GB: remove what was used longest ago.")
     ] = None,
@@ -147,59 +150,113 @@ def gc(
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Remove what stopped writers left, and chunks by size, age or damage."""
-    limit = None if max_size is None else _bytes(max_size)
-    files = _opened(folder)
-    unfinished = 0 if dry_run else files.clean()
-    kept, doomed = [], {}
-    for key, facts in _listed(files):
-        if damaged and _problem(files, key):
-            doomed[key] = 0 if facts is None else facts.size
-        elif facts is not None:
-            kept.append((facts.used, key, facts.size))
+    """Remove what stopped writers left, and chunks by size, age, damage or time to live.
+
+    The index of a folder is compared with its files first. Pinned chunks stay.
+    """
+    from blocktune.cache.config import parse_bytes
+
+    limit = None if max_size is None else parse_bytes(max_size)
+    shelf = _opened(store)
+    unfinished = 0 if dry_run else shelf.clean()
+    now, kept, doomed = time.time(), [], {}
+    for row in shelf.rows():
+        over = row.expires is not None and row.expires <= now
+        if over or (damaged and _problem(shelf.blobs, row.key)):
+            doomed[row.key] = row.size
+        elif row.fingerprint and not row.pinned:
+            kept.append((row.used, row.key, row.size))
     kept.sort()
     total = sum(size for _, _, size in kept)
-    oldest = None if unused_days is None else time.time() - unused_days * 86400
+    oldest = None if unused_days is None else now - unused_days * 86400
     for used, key, size in kept:
         if (oldest is not None and used < oldest) or (limit is not None and total > limit):
             doomed[key] = size
             total -= size
-    _remove(files, doomed, dry_run, as_json, {"unfinished": unfinished})
+    _remove(shelf, doomed, dry_run, as_json, {"unfinished": unfinished})
+
+
+@group.command()
+def pin(
+    store: Place,
+    keys: Annotated[list[str], typer.Argument(help="Keys, or their first digits.")],
+    undo: Annotated[bool, typer.Option("--undo", help="Let them leave again.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Keep chunks of a folder whatever its budget is; only `rm` removes them."""
+    shelf = _opened(store)
+    wanted = [row.key for row in _whole(shelf, keys)]
+    count = shelf.pin(wanted, not undo)
+    if as_json:
+        typer.echo(json.dumps({"chunks": count, "pinned": not undo, "keys": wanted}))
+    else:
+        typer.echo(f"{'unpinned' if undo else 'pinned'} {count:,} chunks")
 
 
 @group.command()
 def rm(
-    folder: Folder,
-    keys: Annotated[list[str] | None, typer.Argument(help="Keys, or their first digits.")] = None,
+    store: Place,
+    keys: Keys = None,
     model: Model = "",
+    document: Document = "",
+    adapter: Annotated[
+        str, typer.Option(help="Only chunks of this adapter, as `stat` names it.")
+    ] = "",
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Remove chunks by their keys, or all of a model."""
-    files = _opened(folder)
-    if bool(keys) == bool(model):
-        raise ValueError("give either keys of chunks or --model FINGERPRINT")
-    wanted = [_whole(files, key) for key in keys or ()]
-    doomed = {key: facts.size if facts else 0 for key, facts in _listed(files) if key in wanted}
-    if model:
-        fingerprint = _one(model, _fingerprints(files), "model")
-        for key, facts in _listed(files):
-            if facts is not None and facts.header.get("fingerprint") == fingerprint:
-                doomed[key] = facts.size
-    _remove(files, doomed, dry_run, as_json, {})
+    """Remove chunks by their keys, or all of a model, an adapter or a document."""
+    shelf = _opened(store)
+    if sum(map(bool, (keys, model, document, adapter))) != 1:
+        raise ValueError(
+            "give either keys of chunks, --model FINGERPRINT, --adapter NAME or --document NAME"
+        )
+    if keys:
+        rows = _whole(shelf, keys)
+    elif adapter:
+        models = [one for one in shelf.counts("fingerprint") if shelf.names(one)[1] == adapter]
+        rows = [row for one in models for row in shelf.rows(model=one)]
+    else:
+        whole = model and _one(model, shelf.counts("fingerprint"), "model")
+        rows = shelf.rows(model=whole, document=document)
+    _remove(shelf, {row.key: row.size for row in rows}, dry_run, as_json, {})
+
+
+@group.command("export")
+def export_chunks(
+    store: Place,
+    target: Annotated[str, typer.Argument(help="Folder or URL that gets the chunks.")],
+    model: Model = "",
+    document: Document = "",
+    as_json: AsJson = False,
+) -> None:
+    """Copy chunks and manifests to another store, each verified; what is there is skipped."""
+    _copy(_opened(store), _opened(target, make=True), model, document, as_json)
+
+
+@group.command("import")
+def import_chunks(
+    store: Place,
+    source: Annotated[str, typer.Argument(help="Folder or URL that has the chunks.")],
+    model: Model = "",
+    document: Document = "",
+    as_json: AsJson = False,
+) -> None:
+    """Copy chunks and manifests from another store, each verified; what is there is skipped."""
+    _copy(_opened(source), _opened(store, make=True), model, document, as_json)
 
 
 @group.command()
-def manifest(folder: Folder, model: Model = "", as_json: AsJson = False) -> None:
+def manifest(store: Place, model: Model = "", as_json: AsJson = False) -> None:
     """What other programs need to use the chunks: model, tokenizer, wording, shapes, RoPE."""
-    files = _opened(folder)
-    wanted = [one for one in files.fingerprints() if one.startswith(model)]
+    blobs = _opened(store).blobs
+    wanted = [one for one in blobs.fingerprints() if one.startswith(model)]
     if not wanted:
         raise ValueError(
-            f"no manifest{f' of {model}' if model else ''} in '{folder}'; "
+            f"no manifest{f' of {model}' if model else ''} in '{store}'; "
             "`blocktune encode` and `answer --store` write one for each model"
         )
-    records = [files.manifest(fingerprint) for fingerprint in wanted]
+    records = [blobs.manifest(fingerprint) for fingerprint in wanted]
     if as_json:
         typer.echo(json.dumps(records, indent=2, ensure_ascii=False))
         return
@@ -210,30 +267,17 @@ def manifest(folder: Folder, model: Model = "", as_json: AsJson = False) -> None
         typer.echo()
 
 
-def _opened(folder: Path) -> ChunkFolder:
-    from blocktune.cache.folder import ChunkFolder, secret_from_environment
+def _opened(place: str, make: bool = False) -> Shelf:
+    from blocktune.cache.shelf import Shelf
 
-    if not folder.is_dir():
-        raise ValueError(f"no store at '{folder}'; `blocktune encode --store` makes one")
-    return ChunkFolder(folder, secret_from_environment())
+    return Shelf.open(place, make)
 
 
-def _listed(files: ChunkFolder) -> Iterator[tuple[str, FileFacts | None]]:
-    """All chunks; None for a header that cannot be read."""
-    for key in files.keys():  # noqa: SIM118
-        try:
-            yield key, files.facts(key)
-        except FileNotFoundError:  # another process removed it
-            continue
-        except (OSError, ValueError):
-            yield key, None
-
-
-def _problem(files: ChunkFolder, key: str) -> str | None:
+def _problem(blobs: Blobs, key: str) -> str | None:
     from blocktune.cache.chunk_file import ChunkFile
 
     try:
-        ChunkFile(files, key).verify()
+        ChunkFile(blobs, key).verify()
     except FileNotFoundError:
         return None
     except ValueError as error:
@@ -242,9 +286,9 @@ def _problem(files: ChunkFolder, key: str) -> str | None:
 
 
 def _remove(
-    files: ChunkFolder, doomed: dict[str, int], dry_run: bool, as_json: bool, more: dict[str, int]
+    shelf: Shelf, doomed: dict[str, int], dry_run: bool, as_json: bool, more: dict[str, int]
 ) -> None:
-    removed = {key: size for key, size in doomed.items() if dry_run or files.remove(key)}
+    removed = {key: size for key, size in doomed.items() if dry_run or shelf.remove(key)}
     record = {"chunks": len(removed), "bytes": sum(removed.values()), "dry_run": dry_run} | more
     if as_json:
         typer.echo(json.dumps(record | {"keys": list(removed)}))
@@ -254,43 +298,71 @@ def _remove(
     typer.echo(f"{verb} {len(removed):,} chunks ({_size(record['bytes'])}){left}")
 
 
-def _whole(files: ChunkFolder, start: str) -> str:
-    whole = len(start) == 64 and files.has(start)
-    return start if whole else _one(start, files.keys(), "chunk")
+def _copy(source: Shelf, target: Shelf, model: str, document: str, as_json: bool) -> None:
+    whole = model and _one(model, source.counts("fingerprint"), "model")
+    counts = {"copied": 0, "bytes": 0, "there": 0, "unsound": 0}
+    for row in source.rows(model=whole, document=document):
+        if target.blobs.has(row.key):
+            counts["there"] += 1
+        elif _problem(source.blobs, row.key):
+            counts["unsound"] += 1
+        else:
+            counts["bytes"] += source.copy(row, target)
+            counts["copied"] += 1
+    for fingerprint in source.blobs.fingerprints():
+        record = source.blobs.manifest(fingerprint)
+        if whole in ("", fingerprint) and target.blobs.manifest(fingerprint) is None:
+            target.blobs.write_manifest(record)
+    if as_json:
+        typer.echo(json.dumps(counts))
+        return
+    typer.echo(
+        f"copied {counts['copied']:,} chunks ({_size(counts['bytes'])}) to {target.blobs.place}, "
+        f"{counts['there']:,} were there, {counts['unsound']:,} are not sound and stayed behind"
+    )
 
 
-def _one(start: str, among: Iterator[str] | list[str], what: str) -> str:
-    if not re.fullmatch(rf"[0-9a-f]{{{LEAST_DIGITS},64}}", start):
-        raise ValueError(f"a {what} is named by {LEAST_DIGITS} to 64 hex digits, got '{start}'")
+def _whole(shelf: Shelf, starts: list[str]) -> list[Row]:
+    found = []
+    for start in starts:
+        _digits(start, "chunk")
+        rows = list(shelf.rows(start=start))
+        _single(rows, start, "chunk")
+        found += rows
+    return found
+
+
+def _one(start: str, among: Iterable[str], what: str) -> str:
+    _digits(start, what)
     found = [one for one in among if one.startswith(start)]
-    if len(found) != 1:
-        raise ValueError(f"{len(found)} of the store's {what}s begin with '{start}'; see `ls`")
+    _single(found, start, what)
     return found[0]
 
 
-def _fingerprints(files: ChunkFolder) -> list[str]:
-    facts = (facts for _, facts in _listed(files) if facts is not None)
-    return sorted({one.header.get("fingerprint", "") for one in facts})
+def _digits(start: str, what: str) -> None:
+    if not re.fullmatch(rf"[0-9a-f]{{{LEAST_DIGITS},64}}", start):
+        raise ValueError(f"a {what} is named by {LEAST_DIGITS} to 64 hex digits, got '{start}'")
 
 
-def _names(files: ChunkFolder, fingerprint: str) -> tuple[str, str | None]:
-    try:
-        record = files.manifest(fingerprint)
-    except (OSError, ValueError):
-        record = None
-    if record is None:
-        return "(no manifest)", None
-    return record["base"]["name"], record["adapter"] and record["adapter"]["name"]
+def _single(found: list, start: str, what: str) -> None:
+    if len(found) != 1:
+        raise ValueError(f"{len(found)} of the store's {what}s begin with '{start}'; see `ls`")
 
 
-def _record(key: str, facts: FileFacts) -> dict[str, Any]:
+def _record(row: Row) -> dict[str, Any]:
     return {
-        "key": key,
-        "kind": facts.header.get("kind", ""),
-        "tokens": facts.num_tokens,
-        "bytes": facts.size,
-        "used": time.strftime("%Y-%m-%d %H:%M", time.localtime(facts.used)),
-        "fingerprint": facts.header.get("fingerprint", ""),
+        "key": row.key,
+        "kind": row.kind,
+        "tokens": row.num_tokens,
+        "bytes": row.size,
+        "used": time.strftime("%Y-%m-%d %H:%M", time.localtime(row.used)),
+        "uses": row.uses,
+        "fingerprint": row.fingerprint,
+        "document": row.document,
+        "tenant": row.tenant,
+        "seconds": row.seconds,
+        "pinned": bool(row.pinned),
+        "expires": row.expires,
     }
 
 
@@ -300,10 +372,3 @@ def _counted(counts: dict[str, Any]) -> str:
 
 def _size(count: int) -> str:
     return f"{count / 1e6:,.2f} MB" if count < 10**9 else f"{count / 1e9:,.1f} GB"
-
-
-def _bytes(text: str) -> int:
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([kmgt]?)b?", text.strip().lower())
-    if not found:
-        raise ValueError(f"a size is a number with kB, MB, GB or TB, got '{text}'")
-    return int(float(found[1]) * _UNITS[found[2]])

@@ -20,7 +20,8 @@ PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
     "blocktune train --config recipes/kvlink.yaml --learning_rate 1e-3 --output_dir out/k",
     "blocktune train --config recipes/kvlink.yaml --dry-run   # only show the plan",
     "blocktune train --launcher recipes/accelerate/zero2.yaml --config R.yaml",
-    "blocktune train --config R.yaml --train_data mine.jsonl --model_name_or_path M",
+    "blocktune train --config R.yaml --train_data mine.jsonl --model_name_or_path M "
+    "--output_dir out/mine",
     "blocktune train --config R.yaml --overwrite   # forget the earlier run in its folder",
     "A stopped command continues from its last checkpoint: repeat it.",
     "Every key of the YAML is also an option and overrides the file: see --help-all.",
@@ -47,15 +48,17 @@ def train(
 
         print_options()
         return
-    from blocktune.training.run import earlier_run, how_to_continue, parse, train
+    from blocktune.training.run import FINISHED, earlier_run, how_to_continue, parse, train
 
-    # Also before several processes start: a mistake is reported once, by this one.
-    data, args, choice = parse(arguments)
-    finished = earlier_run(data, args, choice) == Path(args.output_dir)
-    if finished or (processes is None and launcher is None):
+    if processes is None and launcher is None:
         from blocktune.hub import Publisher
 
         train(arguments, publisher=Publisher())
+        return
+    data, args, choice = parse(arguments)  # a mistake is reported once, not by every process
+    found = earlier_run(data, args, choice, None if launcher else processes)
+    if found == Path(args.output_dir) and not args.dry_run:
+        typer.echo(FINISHED)
         return
     from blocktune.commands.launching import launch
 

@@ -19,7 +19,7 @@ app.add_typer(group, name="vllm")
 
 @group.callback()
 def _root() -> None:
-    """Keeps `serve` a command of its own, as long as it is the only one."""
+    """Keeps `serve` a subcommand while it is the only one."""
 
 
 @command(
@@ -35,7 +35,7 @@ def _root() -> None:
 def serve(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="Base model, as vLLM takes it.")],
-    store: Annotated[Path, Option(help="Folder of encoded chunks.")],
+    store: Annotated[str, Option(help="Encoded chunks: a folder or URL, as of `answer --store`.")],
     adapter: Annotated[
         list[str] | None,
         Option(

@@ -151,7 +151,12 @@ def from_prefix(
 
 
 def relocator(
-    cache: RowCache, prompt: int, kvs: list[ChunkKV], columns: Tensor, positions: Tensor, rope
+    cache: RowCache,
+    prompt: int,
+    kvs: list[ChunkKV],
+    columns: Tensor,
+    positions: Tensor,
+    rope: RopeSpec,
 ) -> Callable[[int], None]:
     """Moves one prompt's pieces to ``positions`` ``(S,)`` and into ``columns``, layer by layer."""
     encoded_at = torch.cat([torch.arange(kv.num_tokens) + kv.origin for kv in kvs])
@@ -161,13 +166,14 @@ def relocator(
 
     def fill(layer: int) -> None:
         for run in runs:
-            keys, values = (joined.to(columns.device) for joined in run.states(layer))
-            own_keys, own_values = cache.room(layer, prompt, run.columns, keys, values)
-            own_values.copy_(values)
+            states = [joined.to(columns.device) for joined in run.states(layer)]
+            own = cache.room(layer, prompt, run.columns, *states)
+            rotated = int(rope.layers[layer].in_values)
+            own[1 - rotated].copy_(states[1 - rotated])
             if turns is None:
-                own_keys.copy_(keys)
+                own[rotated].copy_(states[rotated])
             else:
-                rotate_keys(keys, turns.of(layer).cut(run.tokens), own_keys)
+                rotate_keys(states[rotated], turns.of(layer).cut(run.tokens), own[rotated])
 
     return fill
 
@@ -211,13 +217,13 @@ class _Rotations:
 
     def __init__(self, shift: Tensor, rope: RopeSpec):
         self.shift, self.rope = shift, rope
-        self._made: dict[tuple[float, ...], Rotation] = {}
-        self._keys = [tuple(freq.tolist()) for freq in rope.inv_freq]
+        self._made: dict[tuple, Rotation] = {}
+        self._keys = [(tuple(one.inv_freq.tolist()), *one[1:]) for one in rope.layers]
 
     def of(self, layer: int) -> Rotation:
-        """Axes ``(1, S, R / 2)``."""
+        """Axes ``(1, S, P)``."""
         key = self._keys[layer]
         if key not in self._made:
-            turn = Rotation.of(self.shift[None], self.rope.inv_freq[layer])
-            self._made[key] = Rotation(turn.cos[0], turn.sin[0])
+            turn = Rotation.of(self.shift[None], self.rope.layers[layer])
+            self._made[key] = turn._replace(cos=turn.cos[0], sin=turn.sin[0])
         return self._made[key]

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from blocktune.attention import Plan, SplitPlan
 from blocktune.attention.cached import CachePlan
-from blocktune.attention.kernels import AttentionParams, plain_scores
+from blocktune.attention.kernels import AttentionParams, attention_weights, plain_scores
 from blocktune.cache import ChunkStore, RowCache
 from blocktune.engine.rows import computed_rows, of_columns
 from blocktune.engine.state import Auxiliaries
@@ -99,7 +99,7 @@ class ChunkAttention(Probe):
         uncached = self.columns.group.gather(1, column) == GLOBAL
         wanted = (rows.kind == Kind.QUERY) | ((rows.kind == Kind.CHUNK) & uncached)
         for block, scores in self.scores(wanted, rows, self.columns, query, key, rule, params):
-            paid = torch.softmax(scores, dim=-1).mean(1) @ self.member
+            paid = attention_weights(scores, params).mean(1) @ self.member
             paid = torch.where(wanted[:, block, None], paid, 0.0)
             self.mass.scatter_add_(1, column[:, block, None].expand_as(paid), paid)
         self.layers += 1
@@ -149,7 +149,7 @@ class QueryProbe(Probe):
                 if self._left_out is not None:
                     scores = scores.masked_fill(self._left_out[:, None, None], float("-inf"))
                 # A row whose window reaches none of the keys gives them nothing.
-                weights = torch.softmax(scores, dim=-1).nan_to_num().mean(1)
+                weights = attention_weights(scores, params).nan_to_num().mean(1)
                 weights = weights.square() if self.pool == "norm" else weights
                 total += torch.where(asks[:, block, None], weights, 0.0).sum(1)
             mean = total / asks.sum(1).clamp(min=1)[:, None]

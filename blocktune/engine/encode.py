@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Container, Iterable, Iterator, Sequence
+import time
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,8 +19,8 @@ from blocktune.cache import (
     ChunkStates,
     ChunkStore,
     Entry,
-    key_after,
     states_key,
+    stored_key,
 )
 from blocktune.engine.usage import Stopwatch
 from blocktune.layout import GLOBAL
@@ -27,9 +28,6 @@ from blocktune.methods.hooks import ChunkLoader
 from blocktune.prompt import LayoutSpec, Pieces, Prompt, lay_out, stack
 
 Ids = tuple[int, ...]
-PREFIX_MARK = (1 << 62,)
-"""Blanks in the key of a prefix where an adapter acts on some rows only: a chunk of the same tokens
-has other states. No tokenizer has this id."""
 TOKENS_PER_PASS = 16_384
 """Rows, padding included, that are encoded in one forward pass."""
 
@@ -41,18 +39,12 @@ class Piece:
     Attributes:
         ids: Tokens that are stored.
         blanks: Tokens before it during encoding, whose own states are dropped.
-        is_prefix: Whether it is the prefix, which no adapter of scope ``encode`` writes. Where only
-            ids and blanks are told, `PREFIX_MARK` stands for the blanks.
+        is_prefix: Whether it is the prefix, which no adapter of scope ``encode`` writes.
     """
 
     ids: Ids
     blanks: Ids = ()
     is_prefix: bool = False
-
-    def __post_init__(self):
-        if self.blanks == PREFIX_MARK:
-            object.__setattr__(self, "blanks", ())
-            object.__setattr__(self, "is_prefix", True)
 
 
 def alone(piece: Piece) -> Prompt:
@@ -106,7 +98,7 @@ class Encoder:
 
     def __init__(self, model: nn.Module, store: ChunkStore, fingerprint: str, pad_id: int):
         """Encodes with ``model`` (attached to blocktune's attention) and keeps in ``store``."""
-        self.model, self.store = model, store
+        self.model, self.store, self.tenant = model, store, ""
         self.fingerprint, self.pad_id = fingerprint, pad_id
         self._is_scoped = scope_of(model) != "both"
 
@@ -116,11 +108,13 @@ class Encoder:
         watch: Stopwatch,
         layers: Sequence[int] = (),
         loader: ChunkLoader | None = None,
+        documents: Mapping[Piece, str] | None = None,
     ) -> Found:
         """Looks every piece up (by the ``loader``, if given) and encodes what is missing, once.
 
         The input states of ``layers`` (0-based) are wanted too: a piece that was encoded without
-        them is encoded again. ``watch`` gets ``lookup_s``, ``load_s`` and ``encode_s``.
+        them is encoded again. ``watch`` gets ``lookup_s``, ``load_s`` and ``encode_s``. What is
+        encoded can be removed by the names of ``documents``.
         """
         kvs: dict[Piece, ChunkKV] = {}
         states: dict[tuple[Piece, int], ChunkStates] = {}
@@ -140,12 +134,16 @@ class Encoder:
         hits = frozenset(kvs)
         watch.start()
         for group in grouped(missing):
-            for piece, kv, inputs in self._encode_together(group, layers):
-                self.store.put(self.key(piece), kv)
-                kvs[piece] = kv
-                for layer, made in inputs.items():
-                    self.store.put(states_key(self.key(piece), layer), made)
-                    states[piece, layer] = made
+            started, tokens = time.perf_counter(), sum(map(_size, group))
+            made = self._encode_together(group, layers)
+            token_s = (time.perf_counter() - started) / tokens
+            for piece, kv, inputs in made:
+                about = {"seconds": token_s * _size(piece), "tenant": self.tenant}
+                about["document"] = (documents or {}).get(piece, "")
+                kvs[piece] = self.store.put(self.key(piece), kv, **about)
+                for layer, entering in inputs.items():
+                    key = states_key(self.key(piece), layer)
+                    states[piece, layer] = self.store.put(key, entering, **about)
         watch.stop("encode_s")
         return Found(kvs, hits, frozenset(missing), states)
 
@@ -160,8 +158,8 @@ class Encoder:
 
     def key(self, piece: Piece) -> str:
         """Under which the store keeps a piece."""
-        marked = piece.is_prefix and self._is_scoped
-        return key_after(self.fingerprint, piece.ids, PREFIX_MARK if marked else piece.blanks)
+        scoped = piece.is_prefix and self._is_scoped
+        return stored_key(self.fingerprint, piece.ids, piece.blanks, scoped)
 
     def sample(self) -> ChunkKV:
         """One token's keys and values, for their shapes and dtype."""

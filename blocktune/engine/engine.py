@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import hashlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +33,7 @@ from blocktune.links import link_base
 from blocktune.methods import Method, build
 from blocktune.models.gate import require_supported
 from blocktune.models.recurrent import REUSE_REFUSED, find_recurrence
-from blocktune.prompt import LayoutSpec, Pieces, Prompt, PromptFormat
+from blocktune.prompt import Chunk, LayoutSpec, Pieces, Prompt, PromptFormat
 from blocktune.prompt.special_tokens import padding_id
 
 NO_LIMIT = 1 << 30
@@ -121,6 +121,7 @@ class Engine:
                 lambda: manifest(
                     *(model, tokenizer, words, adapter, adapter_folder, rope), encoder.sample()
                 ),
+                rope,
             )
         self._state = EngineState(
             model,
@@ -142,6 +143,7 @@ class Engine:
             num_layers=config.num_hidden_layers,
             recurrent=recurrence is not None,
             num_tokens=num_tokens,
+            exact_tokens=rope.max_tokens if rope else None,
         )
 
     @classmethod
@@ -162,7 +164,8 @@ class Engine:
         Args:
             model: Folder or repository name; None: the base that the adapter was trained on.
             adapter: Folder or repository name of an adapter, or None.
-            store: Folder to keep encoded chunks in (or a store); None: memory only.
+            store: Where encoded chunks are kept: a folder, or any text that `ChunkStore.open`
+                takes (or a store); None: memory only.
             dtype: As `from_pretrained` of transformers takes it.
             device: Such as ``cuda:0``; default: CUDA if there is one.
             revision: Of the model's repository.
@@ -175,22 +178,33 @@ class Engine:
         options = {"dtype": dtype, "device": device, "revision": revision, "quantize": quantize}
         base, tokenizer, info, folder = load_model(model, adapter, **options)
         if isinstance(store, str | Path):
-            store = ChunkStore(folder=store, device=base.device)
+            store = ChunkStore.open(store, device=base.device)
         return cls(base, tokenizer, format=format, adapter=info, adapter_folder=folder, store=store)
 
-    def encode(self, chunks: Any) -> EncodeReport:
+    def encode(
+        self, chunks: Any, progress: Callable[[int, int], None] | None = None
+    ) -> EncodeReport:
         """Encodes chunks (and the prefix of all prompts) into the store ahead of any request.
+
+        Each is kept under the name of its document: ``document`` or ``id`` of its metadata, else
+        its title. `ChunkStore.discard_where` and `blocktune store rm --document` remove by it.
 
         Args:
             chunks: Passages in any form that `RagExample.chunks` takes.
+            progress: Called with tokens done and tokens in all after each pass.
         """
         chunks = read_chunks(chunks)
         watch = Stopwatch(self.model.device)
         prefix, pieces = self.prompts.encodable(chunks)
         wanted = dict.fromkeys([*([prefix] if prefix else []), *pieces])
+        documents = {p: _document(chunk) for p, chunk in zip(pieces, chunks, strict=True)}
         new: set[Piece] = set()
+        done, total = 0, sum(len(piece.ids) for piece in wanted)
         for group in grouped(wanted):  # only the store keeps them: a corpus does not fit in memory
-            new |= self._state.encoder.find(group, watch).misses
+            new |= self._state.encoder.find(group, watch, documents=documents).misses
+            done += sum(len(piece.ids) for piece in group)
+            if progress is not None:
+                progress(done, total)
         new.discard(prefix)
         tokens = sum(len(piece.ids) for piece in new)
         return EncodeReport(len(chunks), len(new), tokens, watch.seconds.get("encode_s", 0.0))
@@ -254,6 +268,8 @@ class Engine:
         other, encoder = copy.copy(self), copy.copy(self._state.encoder)
         mixed = hashlib.sha256(f"{self.fingerprint} salt {salt}".encode()).hexdigest()
         other.fingerprint = encoder.fingerprint = mixed
+        encoder.tenant = mixed[:12]
+        self.store.share_rope(self.fingerprint, mixed)
         other._state = dataclasses.replace(self._state, encoder=encoder)
         return other
 
@@ -433,3 +449,8 @@ class Engine:
 def built(method: str | Method) -> Method:
     """A method by its name, or the method itself."""
     return build(method) if isinstance(method, str) else method
+
+
+def _document(chunk: Chunk) -> str:
+    names = (chunk.metadata.get("document"), chunk.metadata.get("id"), chunk.title)
+    return str(next((name for name in names if name is not None), ""))

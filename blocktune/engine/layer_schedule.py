@@ -84,7 +84,8 @@ class SchedulePlan:
             hidden = self._change(index, hidden, widened)
         if self.repair is not None:
             self.repair.watch(index, self._current.rows)
-        return (hidden, *args[1:]), self._current.arguments(kwargs)
+        current = self._current
+        return (hidden, *current.positional(args[1:])), current.arguments(kwargs)
 
     def _narrow(self, index: int, layer: nn.Module, args: tuple, kwargs: dict) -> Tensor:
         """Asks the selection which rows stay."""
@@ -97,7 +98,9 @@ class SchedulePlan:
         made: list[LayerKV] = []
 
         def probe() -> tuple[LayerKV, LayerKV]:
-            made.append(self._probe(index, layer, args, self._current.arguments(kwargs)))
+            current = self._current
+            given = (args[0], *current.positional(args[1:]))
+            made.append(self._probe(index, layer, given, current.arguments(kwargs)))
             self.probes[index] = self.plans[-1]
             cached = LayerKV(*self.cache.held(index))
             if self.repair is not None:

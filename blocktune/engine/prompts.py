@@ -50,6 +50,7 @@ class PromptMaker:
         trained: Layout that the model's adapter was trained for, or None.
         link_base: Id of link slot 0, or None without links.
         max_tokens: Tokens that the model's context holds.
+        exact_tokens: Length up to which reuse is exact, where the context is longer.
         num_layers: Decoder layers of the model.
         num_tokens: Rows of the model's embedding, without a link table's.
         recurrent: Whether some of them are recurrent, so that no chunk can be reused.
@@ -63,6 +64,7 @@ class PromptMaker:
     num_layers: int
     num_tokens: int
     recurrent: bool = False
+    exact_tokens: int | None = None
 
     def pieces(self, request: Request | Mapping[str, Any], method: Method) -> Pieces:
         """Token pieces of a request as ``method`` reads it."""
@@ -141,6 +143,12 @@ class PromptMaker:
         return (Piece(prefix, is_prefix=True) if prefix else None), pieces
 
     def _require_room(self, tokens: int, what: str) -> None:
+        if self.exact_tokens is not None and self.exact_tokens < tokens <= self.max_tokens:
+            raise ValueError(
+                f"{what} has {tokens} tokens, reuse on this model is exact up to "
+                f"{self.exact_tokens} tokens (beyond, it does more with positions than rotate by "
+                "them); cut chunks smaller or retrieve fewer"
+            )
         if tokens > self.max_tokens:
             raise ValueError(
                 f"{what} has {tokens} tokens, the model's context holds {self.max_tokens}; "

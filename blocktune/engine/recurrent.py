@@ -104,44 +104,63 @@ def prefill_recurrent(
     )
 
 
+TOKENS_PER_PASS = 32
+"""A pass over one token takes about as long as one over so many."""
+
+
 class _Run:
     """One prompt's prefill."""
 
     def __init__(
         self, state: EngineState, ids: Sequence[int], pieces: Pieces, exact: bool, watch: Stopwatch
     ):
-        self.cache = PrefillCache(state.model.config)
+        self.state, self.cache = state, PrefillCache(state.model.config)
         self.macs = self.start = self.bytes_read = 0
-        context, stops = pieces.context, ()
+        self.whole = torch.tensor([ids], device=state.model.device)
+        context, states = pieces.context, {}
         tree, fingerprint = state.prefix_tree, state.encoder.fingerprint
         watch.start()
         if exact:
             with tree.match(fingerprint, context) as match:
                 watch.stop("lookup_s")
-                self.cache.resume(match)
-                self.start, self.bytes_read = match.num_tokens, match.num_bytes
+                if self._pays(len(ids) - match.num_tokens):
+                    self.cache.resume(match)
+                    self.start, self.bytes_read = match.num_tokens, match.num_bytes
                 watch.stop("load_s")
             ends = accumulate(map(len, (pieces.prefix, *pieces.chunks)))
             stops = tree.checkpoints_for(fingerprint, len(context), ends)
-        states: dict[int, State] = {}
-        whole = torch.tensor([ids], device=state.model.device)
-        for stop in (*(s for s in stops if s > self.start), len(ids)):
-            self._compute(state, whole[:, self.cache.num_columns : stop])
-            if stop < len(ids):
-                states[stop] = self.cache.state()
+            states = self._states([stop for stop in stops if stop > self.start])
+        self.logits = self._compute(self.cache, len(ids))
         watch.stop("recompute_s")
         if exact:
             kept = cut_exact(self.cache, 0, context, fingerprint, start=self.start, states=states)
             tree.insert(kept)
 
-    def _compute(self, state: EngineState, ids: Tensor) -> None:
-        self.logits = _run(state, self.cache, ids)
+    def _pays(self, left: int) -> bool:
+        """Whether to resume where ``left`` tokens are then left, perhaps one pass each."""
+        once = self.state.recurrence.several
+        return once or left * TOKENS_PER_PASS <= self.whole.shape[1]
+
+    def _states(self, stops: Sequence[int]) -> dict[int, State]:
+        """The states at some depths, on the way, or where that takes a pass a token, apart."""
+        states = {}
+        for stop in stops:
+            on_the_way = self.state.recurrence.several or self.start
+            cache = self.cache if on_the_way else PrefillCache(self.state.model.config)
+            self._compute(cache, stop)
+            states[stop] = cache.state()
+        return states
+
+    def _compute(self, cache: PrefillCache, stop: int) -> Tensor:
+        """Computes the tokens up to ``stop`` that are not in the cache; logits after the last."""
+        state, ids = self.state, self.whole[:, cache.num_columns : stop]
+        logits = _run(state, cache, ids)
         cost, rows = ModelCost.of(state.model), ids.shape[1]
-        pairs = rows * self.cache.num_columns
-        attending = [getattr(layer, "keys", None) is not None for layer in self.cache.layers]
-        self.macs += cost.head if not self.macs else 0
+        attending = [getattr(layer, "keys", None) is not None for layer in cache.layers]
+        self.macs += cost.head
         for layer, attends in zip(cost.layers, attending, strict=True):
-            self.macs += rows * layer.row + attends * pairs * layer.pair
+            self.macs += rows * layer.row + attends * rows * stop * layer.pair
+        return logits
 
 
 def _run(state: EngineState, cache: PrefillCache, ids: Tensor) -> Tensor:

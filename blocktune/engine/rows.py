@@ -145,6 +145,22 @@ class RowSubset:
             name: self._pick_once(kwargs[name]) for name in PER_ROW if kwargs.get(name) is not None
         }
 
+    def positional(self, args: tuple) -> tuple:
+        """A layer's other positional arguments: those with a row for each candidate are picked.
+
+        Gemma 3n and 4 hand their layers inputs of their own this way.
+        """
+        if self._all:
+            return args
+        count = self._candidates.rows.kind.shape[1]
+
+        def of_rows(value: Any) -> bool:
+            if isinstance(value, tuple):
+                return bool(value) and all(map(of_rows, value))
+            return isinstance(value, Tensor) and value.ndim > 2 and value.shape[1] == count
+
+        return tuple(self._pick_once(value) if of_rows(value) else value for value in args)
+
     def _pick_once(self, value: Tensor | tuple) -> Tensor | tuple:
         # Layers share these tensors: each is picked once (and held, so that ids stay unique).
         if id(value) not in self._picked:

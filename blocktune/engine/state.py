@@ -69,7 +69,7 @@ class EngineState:
 
     ``encoder`` has the store of chunks, ``prefix_tree`` the exact prefixes of earlier prompts;
     ``rope`` says how keys are moved, or ``recurrence`` how a model with recurrent layers, whose
-    chunks cannot be, goes on from a state; ``pad_id`` is the token of padding rows.
+    chunks cannot be, continues from a state; ``pad_id`` is the token of padding rows.
     """
 
     model: PreTrainedModel

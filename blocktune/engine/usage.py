@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from blocktune.adapter import scope_of
 from blocktune.attention.cached import CachePlan
 from blocktune.models.gate import decoder_layers
+from blocktune.models.small import config_value
 
 
 @dataclass(frozen=True)
@@ -155,6 +156,11 @@ class LayerCost:
         return cls(sum(macs.values()), sum(macs[name] for name in before), pair)
 
 
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+"""What configurations call the experts of a layer, and those that a token is sent to."""
+
+
 @dataclass(frozen=True)
 class ModelCost:
     """Multiply-adds of a model: of its layers, and of the language-model head per row."""
@@ -166,10 +172,10 @@ class ModelCost:
     def of(cls, model: nn.Module) -> ModelCost:
         """Reads the model's modules. Norms, activations and rotations are left out."""
         config = model.config.get_text_config()
-        experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
-        share = config.num_experts_per_tok / experts if experts else 1.0
-        heads = getattr(config, "num_attention_heads", None) or 1  # Mamba has none, and no pairs
-        dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        experts, chosen = config_value(config, *EXPERTS), config_value(config, *CHOSEN)
+        share = chosen / experts if experts and chosen else 1.0
+        heads = config_value(config, "num_attention_heads") or 1  # Mamba has none, and no pairs
+        dim = config_value(config, "head_dim") or config.hidden_size // heads
         pair = 2 * heads * dim
         has_lora = scope_of(model) != "encode"  # such an adapter computes nothing here
         layers = decoder_layers(model)

@@ -37,7 +37,8 @@ class BlocktuneLM(LM):
             base model); ``full``: full attention.
         separator: Parts of a prompt end with it; escaped line breaks are understood.
         dtype: Of weights and caches.
-        device: Where to run; None takes a GPU when there is one.
+        device: Where to run; None takes a GPU when there is one, and so does ``cuda:0``, which
+            the harness passes where the user names no device.
         batch_size: Prompts in a forward pass.
         max_gen_toks: Longest generation where a task does not say.
         engine: A loaded one, instead of all of the above but the mode.
@@ -61,6 +62,7 @@ class BlocktuneLM(LM):
         if mode not in MODES:
             raise ValueError(f"mode must be {' or '.join(MODES)}, got '{mode}'")
         if engine is None:
+            device = None if device == "cuda:0" and not torch.cuda.is_available() else device
             engine = Engine.from_pretrained(pretrained, adapter, dtype=dtype, device=device)
         self.engine, self.separator = engine, separator.replace("\\n", "\n")
         name, layout = "full-prefill", engine.adapter.layout if engine.adapter else None

@@ -79,7 +79,7 @@ class Ready:
 def load_engine(suite: Suite, adapter: str | None) -> Engine:
     """The base model of a suite, with one of its adapters or none."""
     how = {"dtype": suite.dtype, "device": suite.device, "quantize": suite.quantize}
-    return Engine.from_pretrained(suite.model, adapter, **how)
+    return Engine.from_pretrained(suite.model, adapter, store=suite.store, **how)
 
 
 def prepare(suite: Suite, load: Load = load_engine) -> Ready:

@@ -117,6 +117,7 @@ class Suite:
         dtype: Of weights and caches; ``auto`` takes the checkpoint's.
         quantize: How the base is quantised as it is loaded, ``nf4`` or ``int8``; None: not.
         device: Where to run; None takes a GPU when there is one.
+        store: Place, limits and codec of the chunks, see `ChunkStore.open`; None: memory.
         seed: Of the sign-flip test, and recorded with the results.
         batch_size: Prompts answered at a time; timing always runs one.
         ttft: How time to first token is measured.
@@ -131,6 +132,7 @@ class Suite:
     dtype: str = "auto"
     quantize: str | None = None
     device: str | None = None
+    store: str | None = None
     seed: int = 0
     batch_size: int = 16
     ttft: TtftSpec = TtftSpec()
@@ -156,9 +158,10 @@ def changed(
     model: str | None = None,
     device: str | None = None,
     quantize: str | None = None,
+    store: str | None = None,
 ) -> Suite:
     """A suite with values of the command line; None keeps the suite's own."""
-    given = {"model": model, "device": device, "quantize": quantize}
+    given = {"model": model, "device": device, "quantize": quantize, "store": store}
     if limit is not None:
         given["tasks"] = tuple(replace(task, limit=limit) for task in suite.tasks)
     return replace(suite, **{key: value for key, value in given.items() if value})

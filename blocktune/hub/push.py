@@ -64,9 +64,9 @@ def prepare(
         token: Of the Hub, to ask for the base's licence; None: as `send`.
 
     Raises:
-        ValueError: In one line, if a check fails, the base is nobody else's to load, the licence
-            is unknown, the folder is no adapter or holds pickled weights, or the results are not
-            its own.
+        ValueError: In one line, if a check fails, others cannot load the base, the licence is
+            unknown, the folder is not an adapter or holds pickled weights, or the results are of
+            another adapter.
     """
     folder = Path(adapter)
     info = AdapterInfo.load(folder)

@@ -10,7 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blocktune.attention.kernels import AttentionParams, plain_scores, weighted_values
+from blocktune.attention.kernels import (
+    AttentionParams,
+    attention_weights,
+    plain_scores,
+    weighted_values,
+)
 from blocktune.attention.masks import Block, RowBand
 from blocktune.layout import Kind, LayerRule, Rows
 from blocktune.methods.reshape.base import Reshape, Seen, in_chunk
@@ -104,7 +109,7 @@ class ReshapedAttention:
             if not self._looking:
                 chosen = None if choice is None else choice[:, :, block.rows]
                 scores = self.reshape.scores(scores, part, chosen)
-            weights = torch.softmax(scores, dim=-1)
+            weights = attention_weights(scores, params)
             if self._pass.has_question:
                 entropy.append(torch.special.entr(weights).sum(-1).mean(1))
             outs.append(weighted_values(weights, states.value[:, :, block.keys]))

@@ -1,163 +1,126 @@
-"""What a model must be, asked in one place: its keys can be moved, and every layer caches keys.
+"""What a model must be, asked in one place, of a small random model made from its configuration.
 
-Serving and training call `require_supported` before anything else. Nothing runs through the whole
-model: each attention layer is asked for the keys that it makes of one random state.
+Chunk reuse and block training are exact on a decoder if four properties hold: attention is all that
+mixes tokens, every layer attends by the function that blocktune hands it and keeps keys of its own,
+positions enter by rotating queries and keys alone, and a layer attends to what it tells that
+function. `examine` proves them, or names the one that stands in the way. Nothing is decided by a
+model's name.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
+import json
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from blocktune.models.sharded import gathered
-from blocktune.positions.relocation import RopeSpec, relocate_keys
+from blocktune.attention.interface import decoder_of
+from blocktune.models.probe import Mixes, Probe, Refused, Structure, mixes_tokens
+from blocktune.models.small import causal_class, quiet, small_config, small_model
+from blocktune.positions import RopeSpec
 
-FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-"""RoPE types whose frequencies do not depend on the length of the prompt."""
+ATTENDING = ("full_attention", "sliding_attention", "chunked_attention", "attention")
+"""Layer types of a configuration whose layers only attend."""
 
 
 def require_supported(model: PreTrainedModel) -> RopeSpec:
-    """Refuses a model whose cached chunks could not be moved; returns the frequencies to move by.
+    """Refuses a model whose cached chunks could not be moved; returns how to move them.
 
-    Reads the frequencies that the model itself rotates with, and compares in every layer the keys
-    of one random state at two positions with the moved ones (two tokens through each key
-    projection). A model that rotates otherwise (adjacent pairs as Cohere and GLM, latent keys) is
-    found by this, whatever its configuration says. Two layers of random weights, made from the
-    configuration, give the same answer as the whole model, which may be a PEFT model, quantised or
-    split over processes.
+    The frequencies are those that this model itself rotates with. The model may be a PEFT model,
+    quantised or split over processes: nothing runs through it.
 
     Raises:
-        ValueError: In one line, the property that prevents it: no rotary embedding,
-            frequencies that depend on the prompt's length (dynamic, longrope), layers that keep
-            no keys, or keys that `relocate_keys` does not reproduce.
+        Refused: In one line, the property that stands in the way.
     """
-    config = model.config.get_text_config()
-    rotary = next((m for name, m in model.named_modules() if name.endswith("rotary_emb")), None)
-    if rotary is None:
-        raise ValueError(
-            f"{type(model).__name__} has no rotary position embedding; blocktune moves cached "
-            "chunks by rotating their keys: use a RoPE model"
-        )
-    kinds: list[str | None] = [None] * config.num_hidden_layers
-    if isinstance(rotary.rope_type, dict):  # Gemma 3: one set of frequencies for each layer type
-        kinds = config.layer_types
-    for kind in set(kinds):
-        rope_type = rotary.rope_type[kind] if kind else rotary.rope_type
-        if rope_type not in FIXED_ROPE_TYPES:
-            raise ValueError(
-                f"{type(model).__name__} uses RoPE type '{rope_type}', whose frequencies change "
-                "with the prompt's length, so a rotated key cannot be moved; supported: "
-                f"{', '.join(FIXED_ROPE_TYPES)} (set rope_parameters if one of them fits)"
-            )
-    layers = key_layers(model)
-    if sorted(layers) != list(range(len(kinds))):
-        raise ValueError(
-            f"{type(model).__name__} has {len(kinds)} layers, of which {len(layers)} make keys "
-            "from rotary embeddings; use a decoder in which every layer does"
-        )
-    return RopeSpec(tuple(_frequencies(layers[i], rotary, kind) for i, kind in enumerate(kinds)))
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = base.config.get_text_config()
+    cls = type(base) if isinstance(config, type(base).config_class) else causal_class(config)
+    found = examine(config, cls)
+    buffers = dict(decoder_of(base).named_buffers())
+    return RopeSpec(tuple(one.rope(buffers) for one in found.layers), found.max_tokens)
 
 
-def _frequencies(attention: nn.Module, rotary: nn.Module, kind: str | None) -> Tensor:
-    """The layer's frequencies, if moving its keys by them gives what the layer itself makes."""
-    inv_freq = (getattr(rotary, f"{kind}_inv_freq") if kind else rotary.inv_freq).float()
-    first, second = 3, 10
-    keys, values = probe_cache(attention, rotary, torch.tensor([[first, second]]), kind)
-    old, new = keys[:, :, :1], keys[:, :, 1:]
-    change = (new - old).abs().max()
-    fixed = torch.equal(values[:, :, :1], values[:, :, 1:])
-    if change == 0 and fixed:
-        return inv_freq[:0]
-    error = (relocate_keys(old, torch.tensor([[second - first]]), inv_freq) - new).abs().max()
-    # bfloat16 rounds by 0.4 % of a key, which changes by about itself; a wrong rotation is off
-    # by about the change.
-    if error <= 0.1 * change and fixed:
-        return inv_freq
-    raise ValueError(
-        f"{type(attention).__name__} (layer {attention.layer_idx}) does not rotate its keys by "
-        "halves as Llama does (adjacent pairs or latent keys?), so cached keys cannot be moved; "
-        "use a model with half-split RoPE"
-    )
-
-
-def key_layers(model: nn.Module) -> dict[int, nn.Module]:
-    """The attention modules that are handed rotary embeddings, by layer index."""
-    found = {}
-    for module in model.modules():
-        takes = inspect.signature(module.forward).parameters
-        attends = hasattr(module, "layer_idx") and hasattr(module, "scaling")
-        if attends and {"position_embeddings", "past_key_values"} <= takes.keys():
-            found[module.layer_idx] = module
-    return found
-
-
-class _Cached(Exception):
-    """Carries keys and values out of a layer, before it attends."""
-
-
-class _Tap:
-    """Stands in for the layer's cache."""
-
-    def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> None:
-        raise _Cached(keys, values)
-
-
-@torch.no_grad()
-def probe_cache(
-    attention: nn.Module, rotary: nn.Module, position: Tensor, kind: str | None = None
-) -> tuple[Tensor, Tensor]:
-    """Keys, rotated by the layer, and values of one random state at several positions.
+def examine(config: PreTrainedConfig, cls: type[PreTrainedModel] | None = None) -> Structure:
+    """Asks whether chunk reuse is exact on the models of a configuration, before any is loaded.
 
     Args:
-        attention: One of `key_layers`.
-        rotary: The module that makes cos and sin.
-        position: ``(1, S)``.
-        kind: The layer's type, where ``rotary`` has several sets of frequencies.
-
-    Returns:
-        Each float32 ``(1, K, S, D)`` on the CPU.
+        config: Of the text model or of a multimodal one around it.
+        cls: The model's class; None: the causal language model that transformers has for it.
 
     Raises:
-        ValueError: If the layer does not hand keys to a cache.
+        Refused: See `require_supported`.
     """
-    weights = list(attention.parameters())
-    # The codes of a quantised base are no dtype to compute in, and may be all there is.
-    plain = [p.dtype for p in weights if p.is_floating_point() and p.element_size() > 1]
-    dtype = plain[0] if plain else attention.config.dtype or torch.get_default_dtype()
-    width = attention.config.get_text_config().hidden_size
-    state = torch.randn(1, 1, width, generator=torch.Generator().manual_seed(0))
-    state = state.expand(1, position.shape[1], -1).to(weights[0].device, dtype)
-    angles = rotary(state, position.to(state.device), *([kind] if kind else []))
+    whole, config = config, config.get_text_config(decoder=True)
+    cls = cls or causal_class(config) or causal_class(whole)
+    if cls is None:
+        raise Refused(
+            f"transformers has no causal language model of type '{config.model_type}'; use a "
+            "decoder that AutoModelForCausalLM can load"
+        )
+    if config.is_encoder_decoder:
+        raise Refused(
+            f"{cls.__name__} is the decoder of an encoder-decoder model, which attends to an "
+            "encoder's output; use a decoder-only model"
+        )
+    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()
+    others = [index for index, kind in enumerate(kinds) if kind not in ATTENDING]
+    if others:
+        raise Mixes(mixes_tokens(cls.__name__, f"'{kinds[others[0]]}'", others[0], len(others)))
+    key = json.dumps(config.to_dict(), sort_keys=True, default=str)
+    if (cls, key) not in _KNOWN:
+        _KNOWN[cls, key] = _examine(cls, config)
+    return _KNOWN[cls, key]
+
+
+_KNOWN: dict[tuple[type, str], Structure] = {}
+"""What was found, by class and configuration: a process asks for the same one many times."""
+
+
+def _examine(cls: type[PreTrainedModel], config: PreTrainedConfig) -> Structure:
+    name = cls.__name__
     try:
-        with _evaluating(attention), gathered(*weights):
-            options = {"attention_mask": None, "past_key_values": _Tap()}
-            attention(hidden_states=state, position_embeddings=angles, **options)
-    except _Cached as cached:
-        keys, values = cached.args
-        return keys.float().cpu(), values.float().cpu()
+        small = small_config(config)
+        model = small_model(small, cls)
     except Exception as error:
-        raise ValueError(f"{type(attention).__name__} hides its keys: {error}") from error
-    raise ValueError(
-        f"{type(attention).__name__} (layer {attention.layer_idx}) does not keep its own keys; "
-        "blocktune caches the keys of every layer"
-    )
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Without dropout (of a LoRA, for one), which would make equal states differ."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
+        raise Refused(f"{name}: no small model of its kind can be made: {_line(error)}") from error
     try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training
+        with quiet(), torch.no_grad():
+            return Probe(name, model, _length(config), _length(small)).run()
+    except Refused:
+        raise
+    except Exception as error:
+        raise Refused(
+            f"{name} does not run with blocktune's attention ({_line(error)}); use a decoder whose "
+            "attention can be switched by set_attn_implementation"
+        ) from error
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def _length(config: PreTrainedConfig) -> int | None:
+    """Prompt length from which a model does more with positions than a rotation can undo.
+
+    RoPE types that change their frequencies with the length of the prompt, queries scaled by
+    absolute position (Ministral 3, Llama 4), attention in chunks of absolute positions (Llama 4)
+    and attention to a fixed number of chosen tokens (DeepSeek V3.2).
+    """
+    lengths = []
+    rope = getattr(config, "rope_parameters", None) or {}
+    for one in [rope, *(part for part in rope.values() if isinstance(part, dict))]:
+        original = one.get("original_max_position_embeddings")
+        if one.get("rope_type") == "dynamic":
+            lengths.append(config.max_position_embeddings)
+        if one.get("rope_type") == "longrope" or one.get("llama_4_scaling_beta"):
+            lengths.append(original)
+    if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
+        lengths.append(config.attention_chunk_size)
+    if getattr(config, "attn_temperature_tuning", False):
+        lengths.append(config.floor_scale - 1)
+    lengths.append(getattr(config, "index_topk", None))
+    return min((length for length in lengths if length is not None), default=None)
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:

@@ -1,13 +1,16 @@
-"""From a name to a model: folders, repositories of the Hub at a revision, devices and dtypes.
+"""From a name to a model: folders, GGUF files, repositories of the Hub, devices and dtypes.
 
-Serving and training load their bases here, so both give the same errors.
+Serving and training load their bases here, so both give the same errors, and both refuse a model
+that chunk reuse is wrong on before its weights are read.
 """
 
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +19,19 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import httpx
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+)
 
+from blocktune.attention.interface import decoder_of
+from blocktune.models.gate import examine
+from blocktune.models.probe import Mixes, Refused
 from blocktune.models.quantize import keep_stored_codes, quantization_config
+from blocktune.models.small import causal_class
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -36,12 +49,16 @@ def load_base(
     revision: str | None = None,
     quantize: str | BitsAndBytesConfig | None = None,
     place: bool = True,
+    recurrent: bool = False,
     what: str = "a language model",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a causal language model without any adapter, and its tokenizer.
 
+    Of a multimodal model, the text model is loaded. GGUF weights are dequantised.
+
     Args:
-        name: Folder or repository of the Hub, optionally with ``@REVISION``.
+        name: Folder or repository of the Hub, optionally with ``@REVISION``; or a GGUF file, or a
+            folder that holds one and nothing else to load.
         dtype: One of `DTYPES`; ``auto``: as saved.
         device: Default: CUDA if there is one, else the CPU.
         revision: Of the repository.
@@ -49,6 +66,8 @@ def load_base(
             saved.
         place: Whether to move the weights to the device. A trainer that moves or splits them
             itself says False; quantised weights are made on the device in any case.
+        recurrent: Whether to load a model with recurrent layers, too: prompts in full are all that
+            it can be used for.
         what: What is loaded, for the error.
 
     Returns:
@@ -57,23 +76,97 @@ def load_base(
     Raises:
         ValueError: If there is no such model, device, dtype or quantization, or the model is
             saved quantised and ``quantize`` is given.
+        Refused: If chunk reuse would be wrong on the model, before its weights are read; see
+            `blocktune.models.gate`.
     """
     bare, revision = pinned(name, revision)
+    bare, extra = _gguf(bare)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
     check_dtype(dtype)
     with _explained(name, what):
-        config = AutoConfig.from_pretrained(bare, revision=revision)
-        tokenizer = AutoTokenizer.from_pretrained(bare, revision=revision)
-    kwargs = _quantised(config, dtype, device, quantize)
+        config = AutoConfig.from_pretrained(bare, revision=revision, **extra)
+    try:
+        examine(config)
+    except Mixes:
+        if not recurrent:
+            raise
     with _explained(name, what):
-        model = AutoModelForCausalLM.from_pretrained(bare, revision=revision, dtype=dtype, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(bare, revision=revision, **extra)
+    kwargs = _quantised(config, dtype, device, quantize)
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    auto = AutoModelForCausalLM if known else AutoModelForImageTextToText
+    with _explained(name, what):
+        model = auto.from_pretrained(bare, revision=revision, dtype=dtype, **extra, **kwargs)
+    model = text_model(model)
     keep_stored_codes(model)
     return (model.to(device) if place and not kwargs else model), tokenizer
 
 
+def examine_base(name: str) -> None:
+    """Asks `examine` about a model by its name, without loading it.
+
+    Raises:
+        ValueError: If there is no such model.
+        Refused: If chunk reuse would be wrong on it.
+    """
+    bare, revision = pinned(name)
+    bare, extra = _gguf(bare)
+    with _explained(name, "a language model"):
+        config = AutoConfig.from_pretrained(bare, revision=revision, **extra)
+    examine(config)
+
+
+def _gguf(name: str) -> tuple[str, dict[str, str]]:
+    """The folder to load from, and the option that names the GGUF file in it, if it is one."""
+    path = Path(name)
+    files = [path] if path.suffix == ".gguf" else []
+    if path.is_dir() and not (path / "config.json").exists():
+        files = sorted(path.glob("*.gguf"))
+    if not files:
+        return name, {}
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files)
+        raise ValueError(f"'{name}' holds several GGUF files ({names}); name one of them")
+    if not files[0].is_file():
+        raise ValueError(f"no GGUF file '{name}'")
+    if find_spec("gguf") is None:
+        raise ValueError(f"'{files[0]}' needs the package gguf; run pip install 'blocktune[gguf]'")
+    logging.getLogger("blocktune").warning(
+        "dequantising %s, each time it is loaded; save it by save_pretrained to load it at once",
+        files[0].name,
+    )
+    return str(files[0].parent), {"gguf_file": files[0].name}
+
+
+def text_model(model: PreTrainedModel) -> PreTrainedModel:
+    """The causal language model inside a multimodal one, with its weights; others as they are."""
+    config = model.config.get_text_config(decoder=True)
+    cls = causal_class(config)
+    if config is model.config or cls is None or isinstance(model, cls):
+        return model
+    decoder, head = decoder_of(model), model.get_output_embeddings()
+    with torch.device("meta"):
+        text = cls(config)
+    if type(decoder_of(text)) is not type(decoder) or head is None:
+        raise Refused(
+            f"{type(model).__name__} holds its text model in a form of its own; save the text "
+            f"model as a {cls.__name__} and load that"
+        )
+    setattr(text, text.base_model_prefix, decoder)
+    text.set_output_embeddings(head)
+    text.generation_config = model.generation_config
+    for name in ("_name_or_path", "_commit_hash", "quantization_config"):
+        if hasattr(model.config, name):
+            setattr(text.config, name, getattr(model.config, name))
+    for name in ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit"):
+        if hasattr(model, name):
+            setattr(text, name, getattr(model, name))
+    return text.eval()
+
+
 def sharing(model: PreTrainedModel, own_embeddings: bool = False) -> PreTrainedModel:
-    """The same model as modules of its own over the same weights.
+    """The same model as separate modules over the same weights.
 
     Hooks, LoRA or a link table that are put on one do not change the other.
 

@@ -22,12 +22,12 @@ REUSE_REFUSED = (
 
 @dataclass(frozen=True)
 class Recurrence:
-    """How a model goes on from a cache.
+    """How a model continues from a cache.
 
     Attributes:
         argument: What its `forward` calls the cache.
-        several: Whether one pass over several tokens goes on from a state. Mamba-1 layers (Jamba)
-            start anew unless they get one token at a time.
+        several: Whether one pass over several tokens continues from a state. Mamba-1 layers (Jamba)
+            start from zero unless they get one token at a time.
         last_only: Whether it can leave out the logits of all tokens but the last.
     """
 
@@ -49,9 +49,9 @@ class Recurrence:
 
 @torch.no_grad()
 def find_recurrence(model: PreTrainedModel) -> Recurrence | None:
-    """How a model with recurrent layers goes on from a cache; None if it has no such layer.
+    """How a model with recurrent layers continues from a cache; None if it has no such layer.
 
-    Eight tokens are run, in one pass and in two, to see that the second goes on from the first.
+    Eight tokens are run, in one pass and in two, to see that the second continues from the first.
 
     Raises:
         ValueError: If the model does not continue its own cache, or has sliding windows as well.

@@ -8,41 +8,78 @@ import torch
 from torch import Tensor
 
 
-class RopeSpec(NamedTuple):
-    """The rotary frequencies of a model; `blocktune.models.gate.require_supported` finds them.
+class LayerRope(NamedTuple):
+    """How one layer rotates its keys.
 
     Attributes:
-        inv_freq: For each layer, radians per position, float32 ``(R / 2,)`` where ``R <= D`` is
-            the number of rotated dimensions (the first ones of the head); empty for a layer that
-            does not rotate its keys.
+        inv_freq: Radians per position of each pair of dimensions, float32 ``(P,)``; empty if the
+            layer does not rotate its keys.
+        start: First rotated dimension of a head; ``2 P`` are rotated, the others are not.
+        interleaved: Whether pairs are neighbours, ``(0, 1), (2, 3), ...`` (GPT-J, Cohere, GLM),
+            instead of one dimension of each half, ``(0, P), (1, P + 1), ...`` (GPT-NeoX, Llama).
+        in_values: Whether the cache keeps what is rotated in the place of its values: DeepSeek's
+            keeps latents as keys, and the rotated part of the keys as values.
     """
 
-    inv_freq: tuple[Tensor, ...]
+    inv_freq: Tensor
+    start: int = 0
+    interleaved: bool = False
+    in_values: bool = False
+
+    def of_keys(self, dim: int) -> LayerRope:
+        """The rotation of keys of ``dim`` dimensions, as attention sees them."""
+        start = dim - 2 * len(self.inv_freq) if self.in_values else self.start
+        return self._replace(start=start, in_values=False)
+
+
+class RopeSpec(NamedTuple):
+    """How a model rotates its keys; `blocktune.models.gate.require_supported` finds it.
+
+    Attributes:
+        layers: Of each layer.
+        max_tokens: Prompt length up to which moving keys is exact, where that is less than the
+            model's context (see `blocktune.models.gate`), else None.
+    """
+
+    layers: tuple[LayerRope, ...]
+    max_tokens: int | None = None
 
 
 class Rotation(NamedTuple):
     """The rotation that moves each token, the same for all heads.
 
     Attributes:
-        cos: ``(..., S, R / 2)`` float32, of unit norm with ``sin``.
+        cos: ``(..., S, P)`` float32, of unit norm with ``sin``.
         sin: Likewise.
+        start: As in `LayerRope`.
+        interleaved: As in `LayerRope`.
     """
 
     cos: Tensor
     sin: Tensor
+    start: int = 0
+    interleaved: bool = False
 
     @classmethod
-    def of(cls, shift: Tensor, inv_freq: Tensor) -> Rotation:
-        """By ``shift`` ``(B, S)`` positions; cos and sin have axes ``(B, 1, S, R / 2)``."""
-        angle = shift[:, None, :, None].float() * inv_freq.to(shift.device).float()
-        return cls(angle.cos(), angle.sin())
+    def of(cls, shift: Tensor, rope: LayerRope) -> Rotation:
+        """By ``shift`` ``(B, S)`` positions; cos and sin have axes ``(B, 1, S, P)``."""
+        angle = shift[:, None, :, None].float() * rope.inv_freq.to(shift.device).float()
+        return cls(angle.cos(), angle.sin(), rope.start, rope.interleaved)
 
     def cut(self, rows: slice) -> Rotation:
         """Of some of the tokens."""
-        return Rotation(self.cos[..., rows, :], self.sin[..., rows, :])
+        return self._replace(cos=self.cos[..., rows, :], sin=self.sin[..., rows, :])
+
+    def pairs(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Views of the first and the second dimension of each rotated pair, ``(..., S, P)``."""
+        count = self.cos.shape[-1]
+        rotated = keys.narrow(-1, self.start, 2 * count)
+        if self.interleaved:
+            return rotated[..., 0::2], rotated[..., 1::2]
+        return rotated[..., :count], rotated[..., count:]
 
 
-def relocate_keys(keys: Tensor, shift: Tensor, inv_freq: Tensor) -> Tensor:
+def relocate_keys(keys: Tensor, shift: Tensor, rope: LayerRope) -> Tensor:
     """Moves cached keys to new positions by composing one more rotation.
 
     Rotations add up, so a key stored at position ``p`` becomes the key for ``p + shift``
@@ -53,8 +90,7 @@ def relocate_keys(keys: Tensor, shift: Tensor, inv_freq: Tensor) -> Tensor:
     Args:
         keys: Rotated keys, ``(B, K, S, D)``, any floating dtype.
         shift: Signed distance to move each token, in positions, ``(B, S)``.
-        inv_freq: The layer's frequencies, radians per position, ``(R / 2,)``, ``R <= D``; the
-            dimensions after the first ``R`` are not rotated (partial rotary).
+        rope: How the layer rotates them.
 
     Returns:
         Keys at the new positions, same shape and dtype. Computed in float32: bfloat16 cannot
@@ -70,7 +106,7 @@ def relocate_keys(keys: Tensor, shift: Tensor, inv_freq: Tensor) -> Tensor:
             f"shift must be (batch, tokens) = {(keys.shape[0], keys.shape[2])} to match keys, "
             f"got {tuple(shift.shape)}"
         )
-    return rotate_keys(keys, Rotation.of(shift.to(keys.device), inv_freq))
+    return rotate_keys(keys, Rotation.of(shift.to(keys.device), rope))
 
 
 def rotate_keys(keys: Tensor, rotation: Rotation, out: Tensor | None = None) -> Tensor:
@@ -81,17 +117,14 @@ def rotate_keys(keys: Tensor, rotation: Rotation, out: Tensor | None = None) -> 
         rotation: Broadcastable to the rotated dimensions.
         out: Where the result goes, shaped like ``keys`` and no part of them; not differentiable.
     """
-    cos, sin = rotation
-    half = cos.shape[-1]
-    left, right, passed = keys.split([half, half, keys.shape[-1] - 2 * half], dim=-1)
-    if out is None:
+    cos, sin = rotation.cos, rotation.sin
+    result = keys.clone() if out is None else out.copy_(keys)
+    (left, right), (first, second) = rotation.pairs(keys), rotation.pairs(result)
+    if out is None or keys.dtype != torch.float32:
         left, right = left.float(), right.float()
-        moved = (left * cos - right * sin, right * cos + left * sin)
-        return torch.cat((*(part.to(keys.dtype) for part in moved), passed), dim=-1)
-    if keys.dtype != torch.float32:
-        return out.copy_(rotate_keys(keys, rotation))
-    first, second, rest = out.split([half, half, passed.shape[-1]], dim=-1)
-    torch.mul(left, cos, out=first).addcmul_(right, sin, value=-1)
-    torch.mul(right, cos, out=second).addcmul_(left, sin)
-    rest.copy_(passed)
-    return out
+        first.copy_(left * cos - right * sin)
+        second.copy_(right * cos + left * sin)
+    else:
+        torch.mul(left, cos, out=first).addcmul_(right, sin, value=-1)
+        torch.mul(right, cos, out=second).addcmul_(left, sin)
+    return result

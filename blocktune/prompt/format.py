@@ -112,11 +112,11 @@ class PromptFormat:
         return replace(self, block_tag="", full_tag="")
 
     def tag(self, block: bool, place: str) -> str:
-        """The tag of a mode, if it stands at ``place``, else nothing."""
+        """The tag of a mode, if it belongs at ``place``, else nothing."""
         return (self.block_tag if block else self.full_tag) if place == self.tag_place else ""
 
     def opening(self, block: bool) -> str:
-        """What opens the user turn: the tag of the mode (if it stands there), the instruction."""
+        """What opens the user turn: the tag of the mode (if it belongs there), the instruction."""
         return " ".join(part for part in (self.tag(block, "turn"), self.instruction) if part)
 
     def render_chunk(self, chunk: Chunk) -> str:

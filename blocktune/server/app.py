@@ -65,11 +65,11 @@ def create_app(service: Service) -> FastAPI:
     app = FastAPI(title="blocktune", version=blocktune.__version__, lifespan=lifespan)
     app.state.service, config = service, service.config
     limits = config.limits
-    app.add_middleware(
-        Guard, max_bytes=limits.body_bytes, max_s=limits.body_s, metrics=service.metrics
-    )
     if config.hosts != ("*",):
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(config.hosts))
+    app.add_middleware(  # the outermost
+        Guard, max_bytes=limits.body_bytes, max_s=limits.body_s, metrics=service.metrics
+    )
     _add_errors(app)
     app.include_router(tenants)
     app.include_router(everybody)

@@ -32,7 +32,7 @@ class Limits:
         queue: Requests that may wait; the next one is answered 429.
         running: Answers that are decoded at the same time.
         kv_bytes: Bytes of keys and values of all running answers. Requests wait for room.
-        pinned_bytes: Bytes of chunks that clients may pin, beside the store's memory.
+        pinned_bytes: Bytes of chunks that clients may pin in the store.
         prefill_tokens: Tokens of missing chunks that are encoded between two decoding steps.
 
     Raises:

@@ -130,7 +130,7 @@ def chat_pieces(
 ) -> Pieces:
     """Tokenises a conversation over chunks; of a single question as `make_pieces` does.
 
-    Without chunks the question stands alone: instruction and wording are about passages.
+    Without chunks the question is sent as it is: instruction and wording are about passages.
 
     Args:
         tokenizer: Of the model.

@@ -17,6 +17,7 @@ from blocktune.engine.generation import Generation
 from blocktune.engine.usage import Stopwatch, Usage
 from blocktune.layout import Kind
 from blocktune.methods import Method
+from blocktune.models.small import config_value
 from blocktune.prompt import Pieces, Prompt
 from blocktune.server.decoding import Choice, Settings, TokenLogprob
 
@@ -34,7 +35,7 @@ class Busy(Exception):
 
 @dataclass(frozen=True)
 class Delta:
-    """New text of a choice. ``finish``: why it ended, ``stop`` or ``length``; None: it goes on."""
+    """New text of a choice. ``finish``: why it ended, ``stop`` or ``length``, or None."""
 
     index: int
     text: str
@@ -143,8 +144,10 @@ class Job:
 def bytes_per_token(engine: Engine) -> int:
     """Of keys and values of one column in all layers."""
     config = engine.model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = config_value(config, "num_key_value_heads", "num_attention_heads")
+    dim = config_value(config, "head_dim") or config.hidden_size // config_value(
+        config, "num_attention_heads"
+    )
     return 2 * config.num_hidden_layers * heads * dim * engine.model.dtype.itemsize
 
 
@@ -168,6 +171,7 @@ def account(job: Job) -> Report:
     """The end of a job whose choices are all finished."""
     ids = tuple(token for choice in job.choices for token in choice.ids)
     usage = job.run.usages([ids])[0]
+    usage = replace(usage, prefix_tokens=usage.prefix_tokens + job.prefix_hits)
     if job.tiers:  # else the engine looked its chunks up by itself
         chunks = job.looked_up[1:] if job.pieces.prefix else job.looked_up
         misses = sum(job.tiers.get(piece) == "none" for piece in chunks)

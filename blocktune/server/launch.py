@@ -9,6 +9,7 @@ from typing import Any
 
 from blocktune.adapter.load import load_models
 from blocktune.cache import ChunkStore, PrefixTree
+from blocktune.cache.config import StoreConfig
 from blocktune.engine import Engine
 from blocktune.server.config import Limits
 
@@ -17,7 +18,7 @@ def load_engines(
     model: str | None,
     adapters: list[str],
     name: str | None,
-    store: Path | None,
+    store: str | None,
     store_bytes: int,
     **options: Any,
 ) -> dict[str, Engine]:
@@ -27,7 +28,7 @@ def load_engines(
         model: Name or folder; None: the adapters' own base.
         adapters: Each ``ADAPTER`` or ``NAME=ADAPTER``.
         name: That requests use for the bare model; without one it is not served beside adapters.
-        store: Folder of the chunks.
+        store: Place and limits of the chunks, see `ChunkStore.open`.
         store_bytes: Memory for chunks, and as much for exact prefixes.
         options: See `blocktune.adapter.load.load_models`.
 
@@ -44,7 +45,9 @@ def load_engines(
     loaded = load_models(model, [adapter for _, adapter in wanted], **options)
     device = loaded[0].model.device
     kept = {
-        "store": ChunkStore(store_bytes, store, device),
+        "store": ChunkStore(
+            device=device, config=StoreConfig.parse(store or "", memory=store_bytes)
+        ),
         "prefix_tree": PrefixTree(max(1, store_bytes)),
     }
     engines = {

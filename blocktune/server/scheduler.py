@@ -13,7 +13,7 @@ import itertools
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from itertools import groupby
 
 import torch
@@ -49,8 +49,7 @@ class Scheduler:
         preparing: Admitted requests that do not decode yet, by the order of their turns.
         running: Answers that are decoded.
         kv_bytes: Reserved for them.
-        pins: Chunks that outlive the store's eviction, by their keys. They are held here until
-            the store itself can pin, and end with the process.
+        pinned: Bytes of each chunk that clients have pinned in the store, by its key.
     """
 
     def __init__(self, limits: Limits, before: Callable[[], None] | None = None):
@@ -58,7 +57,7 @@ class Scheduler:
         self.preparing: OrderedDict[int, Job] = OrderedDict()
         self.running: dict[Choice, Job] = {}
         self.kv_bytes = 0
-        self.pins: dict[str, Entry] = {}
+        self.pinned: dict[str, int] = {}
         self._before = before
         self._queues: OrderedDict[str, deque[Job]] = OrderedDict()
         self._count = itertools.count()
@@ -70,11 +69,6 @@ class Scheduler:
     def waiting(self) -> int:
         """Requests in the queue."""
         return sum(map(len, self._queues.values()))
-
-    @property
-    def pinned_bytes(self) -> int:
-        """Of all pinned chunks."""
-        return sum(entry.num_bytes for entry in list(self.pins.values()))
 
     def start(self) -> None:
         """Starts the thread."""
@@ -231,8 +225,6 @@ class Scheduler:
                 return
         for piece in dict.fromkeys(wanted):
             key = encoder.key(piece)
-            if key in self.pins and key not in encoder.store:
-                encoder.store.remember(key, self.pins[key])
             found = encoder.store.lookup(key, piece.ids, encoder.fingerprint)
             self._pin(job, {piece: found.kv})
             job.watch.add("lookup_s", found.lookup_s)
@@ -240,16 +232,16 @@ class Scheduler:
             job.tiers[piece] = found.tier
         missing = [piece for piece, tier in job.tiers.items() if tier == "none"]
         if job.has_turns and wanted[0] in missing and not widened(job):
-            turns = cut_turns(wanted[0].ids, engine.state.stop_ids())
-            if len(turns) > 1:
-                missing.remove(wanted[0])
-                job.prefix_hits = continue_prefix(engine, wanted[0], turns, job.watch)
+            missing.remove(wanted[0])
+            job.prefix_hits = continue_prefix(engine, wanted[0], job.watch)
         job.missing = deque(parts(missing, self.limits.prefill_tokens))
 
     def _pin(self, job: Job, kvs: Mapping[Piece, Entry | None]) -> None:
+        encoder = job.engine.state.encoder
         for piece in job.pins & kvs.keys():
-            if kvs[piece] is not None:
-                self.pins[job.engine.state.encoder.key(piece)] = kvs[piece]
+            key, entry = encoder.key(piece), kvs[piece]
+            if entry is not None and encoder.store.pin(key):
+                self.pinned[key] = entry.num_bytes
 
     def _prefill(self, job: Job) -> None:
         state = job.engine.state
@@ -308,22 +300,14 @@ def widened(job: Job) -> list[int]:
     return list(job.method.select_for(num_layers).widens(num_layers))
 
 
-def cut_turns(ids: Sequence[int], ends: Container[int]) -> list[tuple[int, ...]]:
-    """A conversation's tokens, cut after each end of a turn."""
-    cuts = [0, *(index + 1 for index, token in enumerate(ids) if token in ends), len(ids)]
-    return [tuple(ids[a:b]) for a, b in itertools.pairwise(cuts) if b > a]
-
-
-def continue_prefix(
-    engine: Engine, prefix: Piece, turns: Sequence[tuple[int, ...]], watch: Stopwatch
-) -> int:
+def continue_prefix(engine: Engine, prefix: Piece, watch: Stopwatch) -> int:
     """Computes a conversation's prefix from where an earlier one ended, and stores it.
 
     Returns:
         Tokens of it that were in the exact prefix cache.
     """
     state, method = engine.state, build("prefix-cache")
-    pieces = Pieces(turns[0], tuple(turns[1:-1]), turns[-1])
+    pieces = Pieces(prefix.ids[:-1], (), prefix.ids[-1:])
     watch.start()
     run = prefill_batch(state, [engine.lay_out(pieces, method)], [pieces], method)
     run.remember()
@@ -338,7 +322,7 @@ def continue_prefix(
 
 
 def parts(pieces: Iterable[Piece], tokens: int) -> list[list[Piece]]:
-    """Pieces in groups of similar length and about so many tokens, at least one a group."""
+    """Pieces in groups of similar length and about this many tokens, at least one per group."""
     made: list[list[Piece]] = []
     for group in grouped(pieces):
         room = 0

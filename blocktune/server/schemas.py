@@ -195,7 +195,7 @@ class CompletionRequest(Decoding):
 class ChunksRequest(Strict):
     """``POST /v1/chunks``: documents to encode ahead, as the default method reads them.
 
-    Pinned ones stay in the server's memory until they are deleted or the server ends.
+    Pinned ones do not leave the store for others; they stay until they are deleted.
     """
 
     model: str | None = None

@@ -180,8 +180,9 @@ class Service:
         prefix, pieces = engine.prompts.encodable([source.chunk for source in sources])
         if body.pin:
             keys = {engine.state.encoder.key(piece): len(piece.ids) for piece in pieces}
-            new = sum(size for key, size in keys.items() if key not in self.scheduler.pins)
-            room = limits.pinned_bytes - self.scheduler.pinned_bytes
+            pinned = self.scheduler.pinned.copy()
+            new = sum(size for key, size in keys.items() if key not in pinned)
+            room = limits.pinned_bytes - sum(pinned.values())
             if new * bytes_per_token(engine) > room:
                 raise ValueError(
                     f"pin: {new:,} tokens do not fit into the {max(0, room):,} bytes left for "
@@ -198,14 +199,14 @@ class Service:
 
     def chunk(self, name: str, key: str) -> ChunkStatus:
         """Whether a chunk is kept; ``name`` is what the tenant calls the ``key``."""
-        pinned = key in self.scheduler.pins
-        stores = {id(one.engine.store): one.engine.store for one in self.models.values()}
-        found = pinned or any(key in store for store in stores.values())
+        stores = {one.engine.store for one in self.models.values()}
+        found = any(key in store for store in stores)
+        pinned = any(store.is_pinned(key) for store in stores)
         return ChunkStatus(key=name, cached="stored" if found else "none", pinned=pinned)
 
     def discard(self, key: str) -> None:
-        """Unpins a chunk and drops it from every store."""
-        self.scheduler.pins.pop(key, None)
+        """Drops a chunk from every store, pinned or not."""
+        self.scheduler.pinned.pop(key, None)
         for served in self.models.values():
             served.engine.store.discard(key)
 

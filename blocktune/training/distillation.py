@@ -252,7 +252,8 @@ def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
 
 def relocated(keys: Tensor, shift: Tensor, rope: RopeSpec, layer: int) -> Tensor:
     """Keys ``(rows, K, D)`` moved by ``shift`` ``(rows,)`` positions, differentiably."""
-    moved = relocate_keys(keys.transpose(0, 1)[None], shift[None], rope.inv_freq[layer])
+    form = rope.layers[layer].of_keys(keys.shape[-1])
+    moved = relocate_keys(keys.transpose(0, 1)[None], shift[None], form)
     return moved[0].transpose(0, 1)
 
 

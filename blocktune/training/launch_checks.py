@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
@@ -83,7 +85,8 @@ def refuse_parallelism(accelerator: Accelerator) -> None:
             )
 
 
-def _is_set(variable: str) -> bool:
+def is_set(variable: str) -> bool:
+    """Whether a launcher set a variable to true."""
     return os.environ.get(variable, "false").lower() == "true"
 
 
@@ -105,13 +108,46 @@ def refuse_lost_launch(accelerator: Accelerator, n_gpu: int, uses_deepspeed: boo
             f"between them; start one per GPU (blocktune train --processes {n_gpu}) "
             "or show it one (CUDA_VISIBLE_DEVICES=0)"
         )
-    if _is_set("ACCELERATE_USE_DEEPSPEED") and not uses_deepspeed:
+    if is_set("ACCELERATE_USE_DEEPSPEED") and not uses_deepspeed:
         raise ValueError(
             "the launcher asked for DeepSpeed and the Trainer runs without it; launch with "
             "recipes/accelerate/zero2.yaml and pass no deepspeed option to the recipe"
         )
-    if _is_set("ACCELERATE_USE_FSDP") and accelerator.distributed_type != DistributedType.FSDP:
+    if is_set("ACCELERATE_USE_FSDP") and accelerator.distributed_type != DistributedType.FSDP:
         raise ValueError(
             "the launcher asked for FSDP, and accelerate has it for GPUs only: on CPUs it would "
             "train as plain DDP; use recipes/accelerate/ddp.yaml, zero2.yaml or zero3.yaml there"
         )
+
+
+def wait_for_builds() -> None:
+    """Looks for builds of DeepSpeed's operators, which a process would wait for without a word.
+
+    Says that it waits for one that runs. A build that was killed leaves its lock behind.
+
+    Raises:
+        ValueError: If no process of this machine holds a lock; names the file to remove.
+    """
+    from torch.utils.cpp_extension import get_default_build_root  # seconds to import
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    for lock in sorted({*root.glob("*/lock"), *root.glob("*/*/lock")}):
+        if _is_held(lock):
+            say(f"waiting for another process to build an operator: {lock}")
+        while _is_held(lock):
+            time.sleep(1)
+        if lock.exists():
+            raise ValueError(
+                f"a build of DeepSpeed's operators was stopped and left its lock: rm '{lock}'"
+            )
+
+
+def _is_held(lock: Path) -> bool:
+    """Whether a process has the file open, as torch does while it builds."""
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        try:
+            if os.readlink(link) == str(lock.resolve()):
+                return True
+        except OSError:
+            continue
+    return False

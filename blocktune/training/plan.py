@@ -18,6 +18,7 @@ from blocktune.adapter.scope import SCOPED_ROWS
 from blocktune.attention.masks import KEPT_CELLS
 from blocktune.models.quantize import quantization_of
 from blocktune.models.sharded import num_elements, whole_shape
+from blocktune.models.small import config_value
 from blocktune.prompt import LayoutSpec
 from blocktune.tables import written
 from blocktune.training.console import SteadyConsole, duration
@@ -93,7 +94,10 @@ def peak_bytes(
     With ``checkpointing`` only each layer's input is kept, and one layer in full.
     """
     config, layers = size.config, size.config.num_hidden_layers
-    ffn = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+    ffn = (
+        config_value(config, "moe_intermediate_size", "intermediate_size") or 4 * config.hidden_size
+    )
+    ffn = max(ffn) if isinstance(ffn, list) else ffn
     layer = HIDDEN_COPIES * config.hidden_size + FFN_COPIES * ffn
     kept = layers * config.hidden_size + layer if checkpointing else layers * layer
     states = (rows * kept + mask_cells) * size.state_bytes

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from blocktune.adapter import INFO_FILE
@@ -27,6 +28,7 @@ _INERT = re.compile(
     "(resume|restore|save|enable_jit)_|(log|logging|report|trackio|hub|push)_|"
     "(per_device_)?eval_|batch_eval|include_|metric_for|greater_is|load_best|"
     "dataloader_(num|pin|prefetch|persistent|in_order|multi)|dataset_num_proc|torch_empty|"
+    "(bf16|fp16)_full_eval|"
     "gradient_checkpointing|activation_|(per_device_)?train_batch_size|gradient_accumulation_steps"
 )
 """Settings that may change when a run continues: they decide nothing that is learnt.
@@ -44,8 +46,8 @@ def last_checkpoint(folder: str | Path) -> Path | None:
 
 
 def is_finished(folder: str | Path) -> bool:
-    """Whether a run in this folder has saved its adapter."""
-    return (Path(folder) / INFO_FILE).is_file()
+    """Whether a run in this folder has ended: its state is written after its adapter."""
+    return all((Path(folder) / name).is_file() for name in (INFO_FILE, TRAINER_STATE_NAME))
 
 
 def is_longer(folder: Path, config: Mapping[str, Any]) -> bool:
@@ -123,7 +125,7 @@ def require_loadable(checkpoint: Path) -> None:
         if is_archive and not zipfile.is_zipfile(path):
             raise ValueError(f"'{path}' is damaged or incomplete; {fix}")
     try:
-        json.loads((checkpoint / "trainer_state.json").read_text())
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
         require_whole(checkpoint)
     except (OSError, ValueError) as error:
         raise ValueError(f"'{checkpoint}' is damaged or incomplete: {error}; {fix}") from None
@@ -132,7 +134,7 @@ def require_loadable(checkpoint: Path) -> None:
 def history(checkpoint: Path) -> dict[str, Any]:
     """Provenance of a run that continues: its step now, and what every earlier start was."""
     training = _training(checkpoint)
-    step = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
+    step = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())["global_step"]
     before = {key: training[key] for key in _TRACES if key in training}
     before |= {"from_step": training.get("from_step", 0), "until_step": step}
     return {"from_step": step, "earlier": [*training.get("earlier", ()), before]}
@@ -148,7 +150,8 @@ def remove_run(folder: Path) -> None:
     for path in folder.glob("checkpoint-*"):
         if re.fullmatch(r"checkpoint-\d+", path.name):
             shutil.rmtree(path)
-    for path in (folder / PEFT_FILE, folder / CONFIG_FILE, *folder.glob("*.safetensors")):
+    own = (PEFT_FILE, CONFIG_FILE, TRAINER_STATE_NAME)
+    for path in (*(folder / name for name in own), *folder.glob("*.safetensors")):
         path.unlink(missing_ok=True)
 
 

@@ -37,6 +37,8 @@ _HOLDERS = (DataArgs, BlockSFTConfig, ModelConfig)
 _TYPES = {name: str(t) for holder in _HOLDERS for name, t in get_type_hints(holder).items()}
 """Annotations of all options as text."""
 
+FINISHED = "the run is finished; --overwrite starts again"
+
 
 class Parser(TrlParser):
     """TRL's parser over all options of a run; what is typed wins over the YAML.
@@ -56,7 +58,7 @@ class Parser(TrlParser):
         of examples is left out if another one is typed.
 
         Raises:
-            ValueError: If the file is no mapping, or a value is not of its type; names the file.
+            ValueError: If the file is not a mapping, or a value is not of its type; names the file.
         """
         values = dict(mapping(load_yaml(path, "config", "see recipes/ for examples"), path))
         for name, value in mapping(values.pop("env", {}), f"{path}: env").items():
@@ -101,7 +103,7 @@ def parse(argv: Sequence[str]) -> tuple[DataArgs, BlockSFTConfig, ModelConfig]:
     Raises:
         ValueError: On an unknown key or option, a value of the wrong type, or a missing file.
     """
-    if argv and Path(argv[0]).suffix in (".yaml", ".yml"):
+    if argv and Path(argv[0]).suffix in (".yaml", ".yml") and not argv[0].startswith("-"):
         raise ValueError(f"unexpected argument '{argv[0]}'; did you mean '--config {argv[0]}'?")
     parser = Parser(argv)
     finder = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
@@ -148,12 +150,14 @@ def train(
 def _train(data, args, choice, callbacks) -> Path | None:
     launch_checks.refuse_unasked_evaluation(data.eval_data, args)
     folder = Path(args.output_dir)
-    checkpoint = earlier_run(data, args, choice)
-    if checkpoint is not None:
-        done = "the run is finished" if checkpoint == folder else f"continuing from {checkpoint}"
-        launch_checks.say(f"{done}; --overwrite starts again")
-    if checkpoint == folder:
+    checkpoint = earlier_run(data, args, choice, int(os.environ.get("WORLD_SIZE", "1")))
+    if checkpoint == folder and not args.dry_run:
+        launch_checks.say(FINISHED)
         return folder
+    if checkpoint not in (None, folder):
+        launch_checks.say(f"continuing from {checkpoint}; --overwrite starts again")
+    if launch_checks.is_set("ACCELERATE_USE_DEEPSPEED"):
+        launch_checks.wait_for_builds()
     with resume.leaving_no_empty_folder(folder), _stoppable(args):
         trainer = build(data, args, choice, callbacks)
         is_first = trainer.is_world_process_zero()
@@ -170,11 +174,13 @@ def _train(data, args, choice, callbacks) -> Path | None:
     return folder
 
 
-def earlier_run(data: DataArgs, args: BlockSFTConfig, choice: ModelConfig) -> Path | None:
+def earlier_run(
+    data: DataArgs, args: BlockSFTConfig, choice: ModelConfig, world_size: int | None = None
+) -> Path | None:
     """Where a run continues: None for a new one, ``output_dir`` itself if it is finished.
 
     Without ``resume_from_checkpoint`` that is the last checkpoint in ``output_dir``, if there is
-    one.
+    one. ``world_size`` is the number of processes, None if not known yet.
 
     Raises:
         ValueError: If the earlier run had other settings, or there is no such checkpoint.
@@ -196,7 +202,7 @@ def earlier_run(data: DataArgs, args: BlockSFTConfig, choice: ModelConfig) -> Pa
     if found is None and wanted:
         raise ValueError(f"resume_from_checkpoint: there is no checkpoint in '{folder}'")
     if found is not None:
-        resume.require_same_run(found, config)
+        resume.require_same_run(found, config, world_size)
     return found
 
 

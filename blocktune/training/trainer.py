@@ -113,7 +113,8 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
         self.args, self.processing_class, self.collator = args, tokenizer, collator
         rope = require_supported(model)
         self._num_tokens = link_base(model)
-        self._longest = args.max_length or model.config.get_text_config().max_position_embeddings
+        context = model.config.get_text_config().max_position_embeddings
+        self._longest = min(args.max_length or context, rope.max_tokens or context)
         self.prepared = self._prepare(train_dataset, args.train_batch_size, args.pack_length)
         full = self.prepared.num_examples - self.prepared.num_block
         origin = provenance(args.seed) | {

@@ -17,16 +17,15 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from blocktune.adapter import AdapterInfo
 from blocktune.adapter.info import INFO_FILE, OWN_WEIGHTS
 from blocktune.adapter.load import PEFT_FILE
-from blocktune.cache.folder import ChunkFolder, secret_from_environment
-from blocktune.cache.miss_queue import MissQueue
+from blocktune.cache.view import StoreView
 from blocktune.engine.assemble import is_held, wanted_pieces
-from blocktune.engine.encode import PREFIX_MARK
 from blocktune.engine.prompts import PromptMaker, Request
 from blocktune.layout import Kind
 from blocktune.methods import Method, build, default_method
 from blocktune.models.identity import adapter_fingerprint, tokenizer_hash
 from blocktune.models.load import adapter_folder, pinned
 from blocktune.prompt import Pieces, PromptFormat, end_of_turn, stack
+from blocktune.prompt.special_tokens import padding_id
 from blocktune.vllm.plan import LoadPlan, Segment, require_served
 
 
@@ -53,7 +52,7 @@ class ChunkClient:
     Args:
         model: Folder or repository, as vLLM is given it; None: the adapter's base.
         adapter: Folder or repository of a blocktune adapter, or None.
-        store: Folder of the chunks.
+        store: Of the chunks: a folder or URL, as ``--store``.
         format: Wording of prompts; default: the adapter's, else `PromptFormat`'s.
         fingerprint: Of the model that encoded the chunks, where the store has several that fit.
 
@@ -95,9 +94,9 @@ class ChunkClient:
             )
         config = AutoConfig.from_pretrained(bare, revision=revision)
         text = config.get_text_config()
-        # What a writer encoded is read by the base, and a prefix is no chunk of it.
-        self.scope = info.scope if info else "both"
-        self.lora = self.adapter if self.scope != "encode" and _is_lora(self.adapter) else None
+        self._scope = info.scope if info else None
+        acts = info is not None and info.scope != "encode"  # while vLLM answers
+        self.lora = self.adapter if acts and _is_lora(self.adapter) else None
         self.format = format or (info.format if info else PromptFormat())
         self.prompts = PromptMaker(
             self.tokenizer,
@@ -106,11 +105,11 @@ class ChunkClient:
             link_base=_link_base(info, self.tokenizer, text.vocab_size),
             max_tokens=text.max_position_embeddings,
             num_layers=text.num_hidden_layers,
+            num_tokens=text.vocab_size,
         )
         self.method = default_method(self.prompts.trained)
         require_served(self.method, self.prompts.spec(self.method))
-        self.folder = ChunkFolder(store, secret_from_environment())
-        self.queue = MissQueue(store)
+        self.store = StoreView(store)
         self._fingerprint = fingerprint
         self.stop_ids = sorted(_stop_ids(self.tokenizer, bare, revision, text))
 
@@ -126,27 +125,25 @@ class ChunkClient:
         return self._fingerprint
 
     def _find_fingerprint(self) -> str:
-        wanted = None if self.adapter is None else adapter_fingerprint(self.adapter)
-        records = [self.folder.manifest(one) for one in self.folder.fingerprints()]
+        wanted = [None if self.adapter is None else adapter_fingerprint(self.adapter), self._scope]
         fitting = [
             record
-            for record in records
-            if record is not None
-            and Path(record["base"]["name"]).name == Path(self.name).name
-            and (record["adapter"] or {}).get("fingerprint") == wanted
+            for record in self.store.manifests()
+            if Path(record["base"]["name"]).name == Path(self.name).name
+            and [(record["adapter"] or {}).get(part) for part in ("fingerprint", "scope")] == wanted
             and record["tokenizer"]["hash"] == self._tokenizer_hash
             and record["prompt_format"] == dataclasses.asdict(self.format)
         ]
         what = f"'{self.name}'" + ("" if self.adapter is None else f" with '{self.adapter}'")
         if not fitting:
             raise ValueError(
-                f"the store '{self.folder.path}' has no chunks of {what} in this wording; run "
-                f"`blocktune encode --model {self.model} --store {self.folder.path}` first"
+                f"the store '{self.store.place}' has no chunks of {what} in this wording; run "
+                f"`blocktune encode --model {self.model} --store {self.store.place}` first"
             )
         if len(fitting) > 1:
             named = ", ".join(f"{one['fingerprint'][:12]} ({one['dtype']})" for one in fitting)
             raise ValueError(
-                f"the store '{self.folder.path}' has chunks of several models that fit {what}: "
+                f"the store '{self.store.place}' has chunks of several models that fit {what}: "
                 f"{named}; name one by its fingerprint (`blocktune store manifest`)"
             )
         return fitting[0]["fingerprint"]
@@ -180,7 +177,7 @@ class ChunkClient:
         if not pieces.chunks:
             return Rendered([*pieces.prefix, *pieces.query], None)
         prompt = self.prompts.prompt(pieces, self.prompts.spec(method), max_new_tokens)
-        layout, pad_id = prompt.layout, self.tokenizer.pad_token_id or 0
+        layout, pad_id = prompt.layout, padding_id(self.tokenizer, self.prompts.num_tokens)
         rows = (layout.kind[0] != Kind.BLANK).nonzero()[:, 0]
         ids, known = [prompt.ids[row] for row in rows.tolist()], len(self.tokenizer)
         if self.prompts.link_base is not None:
@@ -189,20 +186,19 @@ class ChunkClient:
         positions = layout.position[stored].tolist()
         segments, start = [], 0
         for piece in wanted_pieces(stack([prompt], pad_id), 0):
-            marked = piece.is_prefix and self.scope != "both"
-            blanks = PREFIX_MARK if marked else piece.blanks
-            segments.append(Segment(piece.ids, positions[start], blanks))
+            scoped = piece.is_prefix and self._scope in ("encode", "read")
+            segments.append(Segment(piece.ids, positions[start], piece.blanks, scoped))
             start += len(piece.ids)
         prompt_ids = [token if token < known else pad_id for token in ids]
         return Rendered(prompt_ids, LoadPlan(self.fingerprint, tuple(segments)))
 
     def missing(self, plan: LoadPlan | None) -> list[Segment]:
         """Segments of a plan that are not in the store."""
-        return [] if plan is None else plan.missing(self.folder.has)
+        return [] if plan is None else plan.missing(self.store.has)
 
     def ask_for(self, missing: Sequence[Segment]) -> None:
         """Queues segments for `blocktune encode --follow`."""
-        self.queue.add(self.fingerprint, [(one.ids, one.blanks) for one in missing])
+        self.store.ask_for(self.fingerprint, [one.wanted for one in missing])
 
 
 def _is_lora(adapter: Path | None) -> bool:

@@ -16,7 +16,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
-from blocktune.cache.folder import ChunkFolder, secret_from_environment
+from blocktune.cache.view import StoreView
 from blocktune.vllm import guard
 from blocktune.vllm.metrics import LoadMetrics, LoadStats
 from blocktune.vllm.scheduler import LoadMeta, SchedulerSide
@@ -33,7 +33,7 @@ guard.install()
 class BlocktuneConnector(KVConnectorBase_V1, SupportsHMA):
     """Serves the first tokens of a prompt from a blocktune store.
 
-    ``kv_connector_extra_config``: ``store``, the folder; ``host_gb``, memory of each rank for
+    ``kv_connector_extra_config``: ``store``, as ``--store``; ``host_gb``, memory of each rank for
     hot chunks (1); ``threads``, loads at a time (2). Other keys are the route's.
 
     Raises:
@@ -46,10 +46,10 @@ class BlocktuneConnector(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config, role, kv_cache_config)
         require_served_config(vllm_config)
         extra = self._kv_transfer_config.kv_connector_extra_config
-        folder = ChunkFolder(extra["store"], secret_from_environment())
+        store = StoreView(extra["store"])
         self.scheduler = self.worker = None
         if role is KVConnectorRole.SCHEDULER:
-            self.scheduler = SchedulerSide(folder)
+            self.scheduler = SchedulerSide(store)
             return
         from vllm.distributed import get_tensor_model_parallel_rank
 
@@ -57,7 +57,7 @@ class BlocktuneConnector(KVConnectorBase_V1, SupportsHMA):
             (g.layer_names, g.kv_cache_spec.block_size) for g in kv_cache_config.kv_cache_groups
         ]
         self.worker = WorkerSide(
-            folder,
+            store,
             groups,
             {name: extract_layer_index(name) for names, _ in groups for name in names},
             vllm_config.model_config.dtype,
@@ -71,7 +71,6 @@ class BlocktuneConnector(KVConnectorBase_V1, SupportsHMA):
     # In the scheduler.
 
     def on_new_request(self, request) -> None:
-        """See `SchedulerSide.admit`."""
         self.scheduler.admit(request)
 
     def get_num_new_matched_tokens(self, request, num_computed_tokens) -> tuple[int, bool]:
@@ -80,11 +79,9 @@ class BlocktuneConnector(KVConnectorBase_V1, SupportsHMA):
         return count, count > 0
 
     def update_state_after_alloc(self, request, blocks, num_external_tokens) -> None:
-        """See `SchedulerSide.allocated`."""
         self.scheduler.allocated(request, blocks, num_external_tokens)
 
     def build_connector_meta(self, scheduler_output) -> LoadMeta:
-        """The loads that begin in this step."""
         return self.scheduler.take()
 
     def request_finished_all_groups(self, request, block_ids) -> tuple[bool, None]:
@@ -95,18 +92,17 @@ class BlocktuneConnector(KVConnectorBase_V1, SupportsHMA):
     # In a worker.
 
     def start_load_kv(self, forward_context, **kwargs) -> None:
-        """Begins the loads of this step in the background."""
-        loads = self._get_connector_metadata().loads
+        meta = self._get_connector_metadata()
         idle = forward_context.attn_metadata is None and not kwargs
-        self.worker.start(loads, forward_context.no_compile_layers, idle)
+        if meta.forget:
+            self.worker.forget()
+        self.worker.start(meta.loads, forward_context.no_compile_layers, idle)
 
     def get_transfer_results(self, finished_req_ids) -> KVConnectorTransferResults:
-        """Requests that need not wait any longer."""
         ended, failed = self.worker.finished()
         return KVConnectorTransferResults(finished_recving=ended, failed_recving=failed)
 
     def get_kv_connector_stats(self) -> LoadStats | None:
-        """What was loaded since the last call."""
         if self.worker is None or not self.worker.counts:
             return None
         counts, self.worker.counts = self.worker.counts, type(self.worker.counts)()
@@ -119,16 +115,14 @@ class BlocktuneConnector(KVConnectorBase_V1, SupportsHMA):
         """Nothing: chunks are encoded by blocktune."""
 
     def wait_for_save(self) -> None:
-        """Nothing."""
+        pass
 
     def reset_cache(self) -> bool:
-        """Drops the hot chunks."""
-        if self.worker is not None:
-            self.worker.forget()
+        """Drops the hot chunks of all ranks, before the next load."""
+        self.scheduler.forget = True
         return True
 
     def shutdown(self) -> None:
-        """Ends background work."""
         if self.worker is not None:
             self.worker.close()
 
@@ -141,12 +135,10 @@ class BlocktuneConnector(KVConnectorBase_V1, SupportsHMA):
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> LoadStats:
-        """From what `get_kv_connector_stats` sent."""
         return LoadStats(data=data or {})
 
     @classmethod
     def build_prom_metrics(cls, *args) -> LoadMetrics:
-        """See `LoadMetrics`."""
         return LoadMetrics(*args)
 
 

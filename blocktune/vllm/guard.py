@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import wraps
 
 from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
 
 from blocktune.vllm.plan import PARAMS
 
@@ -15,20 +16,20 @@ def require_loadable(params: SamplingParams) -> None:
     """Checks the sampling parameters of a request that has a plan.
 
     Raises:
-        ValueError: If it asks for log probabilities of the prompt: vLLM then computes the prompt
-            in full attention and keeps that under the plan's name.
+        VLLMValidationError: HTTP 400, if it asks for log probabilities of the prompt: vLLM would
+            compute the prompt in full attention and keep that under the plan's name.
     """
     transfer = (params.extra_args or {}).get("kv_transfer_params")
     if not isinstance(transfer, dict) or transfer.get(PARAMS) is None:
         return
     asked = params.prompt_logprobs is not None
     if asked or getattr(params, "prompt_logprob_token_ids", None) is not None:
-        raise ValueError(
+        raise VLLMValidationError(
             "prompt_logprobs cannot be had of a prompt from cached chunks; leave it out, or send "
             "the prompt without documents"
         )
     if params.skip_reading_prefix_cache:
-        raise ValueError("skip_reading_prefix_cache excludes cached chunks; leave it out")
+        raise VLLMValidationError("skip_reading_prefix_cache excludes cached chunks; leave it out")
 
 
 def install() -> None:

@@ -7,7 +7,6 @@ import os
 import sys
 from importlib.metadata import entry_points
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from blocktune.vllm.client import ChunkClient, lora_rank, transfer_config
@@ -17,14 +16,14 @@ GROUPS = ("vllm.general_plugins", "vllm.endpoint_plugins")
 
 
 def server_command(
-    model: str, adapters: dict[str, str], store: Path, options: list[str], **extra: Any
+    model: str, adapters: dict[str, str], store: str, options: list[str], **extra: Any
 ) -> tuple[list[str], dict[str, str]]:
     """VLLM's command line and environment.
 
     Args:
         model: As vLLM takes it.
         adapters: Folders or repositories by the names that requests use.
-        store: Folder of the chunks.
+        store: Of the chunks, as ``--store``.
         options: vLLM's own.
         extra: More of ``kv_connector_extra_config``.
 

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
 
+class LoadFailed(ValueError):
+    """Chunks were missing or damaged when vLLM wanted them; nothing was answered."""
+
+
 @dataclass(frozen=True)
 class Completion:
     """An answer of vLLM.
@@ -58,7 +62,7 @@ class ChunkLLM:
     Args:
         model: As `ChunkClient` takes it.
         adapter: Likewise.
-        store: Folder of the chunks.
+        store: Of the chunks: a folder or URL, as ``--store``.
         dtype: Of vLLM, and of the engine that encodes.
         encode_device: Where missing chunks are encoded.
         format: Wording of prompts.
@@ -86,7 +90,7 @@ class ChunkLLM:
         self.client = ChunkClient(
             model, adapter, store=store, format=format, fingerprint=fingerprint
         )
-        self._dtype, self._device = dtype, encode_device
+        self._store, self._dtype, self._device = store, dtype, encode_device
         from vllm import LLM
         from vllm.config import KVTransferConfig
 
@@ -112,7 +116,7 @@ class ChunkLLM:
         other = copy.copy(self)
         for made in ("_encoder", "_lora"):
             other.__dict__.pop(made, None)
-        other.client = ChunkClient(self.client.model, adapter, store=self.client.folder.path)
+        other.client = ChunkClient(self.client.model, adapter, store=self._store)
         return other
 
     @cached_property
@@ -128,7 +132,7 @@ class ChunkLLM:
     @cached_property
     def _encoder(self) -> Engine:
         client = self.client
-        kept = ChunkStore(0, folder=client.folder.path, must_write=True)
+        kept = ChunkStore(config=client.store.config, must_write=True)
         engine = Engine.from_pretrained(
             client.model, client.adapter, store=kept, dtype=self._dtype, device=self._device
         )
@@ -137,8 +141,10 @@ class ChunkLLM:
     def encode(self, segments: Sequence[Segment]) -> None:
         """Encodes segments into the store."""
         engine = self._encoder
-        pieces = [Piece(segment.ids, segment.blanks) for segment in segments]
+        wanted = [segment.wanted for segment in segments]
+        pieces = [Piece(*one) for one in wanted]
         engine.state.encoder.find(pieces, Stopwatch(engine.model.device))
+        self.client.store.encoded(engine.fingerprint, wanted)
 
     def answer(
         self,
@@ -172,20 +178,26 @@ class ChunkLLM:
         missing = {one for made in rendered for one in self.client.missing(made.plan)}
         if missing:
             self.encode(sorted(missing))
-        return self.generate(rendered, sampling)
+        try:
+            return self.generate(rendered, sampling)
+        except LoadFailed:  # a chunk is damaged: what does not verify is encoded again
+            plans = [one.plan for one in rendered if one.plan is not None]
+            self.encode(sorted({segment for plan in plans for segment in plan.segments}))
+            return self.generate(rendered, sampling)
 
     def generate(self, rendered: Sequence[Rendered], sampling: SamplingParams) -> list[Completion]:
         """Answers prompts whose chunks are stored; prompts with and without chunks may be mixed.
 
         Raises:
-            ValueError: If the chunks of one could not be loaded.
+            LoadFailed: If the chunks of one could not be loaded.
         """
         from vllm import TokensPrompt
 
         params = []
         for one in rendered:
             own = sampling.clone()
-            own.stop_token_ids = sorted({*(own.stop_token_ids or ()), *self.client.stop_ids})
+            if not own.ignore_eos:
+                own.stop_token_ids = sorted({*(own.stop_token_ids or ()), *self.client.stop_ids})
             if one.plan is not None:
                 own.extra_args = (own.extra_args or {}) | {
                     "kv_transfer_params": one.transfer_params
@@ -202,7 +214,7 @@ class ChunkLLM:
     def _completion(self, output: RequestOutput) -> Completion:
         made = output.outputs[0]
         if made.finish_reason == "error":
-            raise ValueError("chunks could not be loaded, see the log; nothing was answered")
+            raise LoadFailed("chunks could not be loaded, see the log; nothing was answered")
         tokenizer = self.client.tokenizer
         return Completion(
             tokenizer.decode(made.token_ids, skip_special_tokens=True).strip(),

@@ -25,32 +25,28 @@ class LoadStats(KVConnectorStats):
     """Sums of `COUNTS` over ranks and steps."""
 
     def reset(self) -> None:
-        """Sets all to zero."""
         self.data = {}
 
     def aggregate(self, other: KVConnectorStats) -> LoadStats:
-        """Adds another's."""
         for name, count in other.data.items():
             self.data[name] = self.data.get(name, 0) + count
         return self
 
     def reduce(self) -> dict[str, int | float]:
-        """As they are shown in the log."""
         return dict(self.data)
 
     def is_empty(self) -> bool:
-        """Whether nothing was loaded."""
         return not self.data
 
 
 class LoadMetrics(KVConnectorPromMetrics):
-    """``blocktune:NAME`` for each of `COUNTS`; with tensor parallel, sums over the ranks."""
+    """``vllm:blocktune_NAME`` for each of `COUNTS`; with tensor parallel, sums over the ranks."""
 
     def __init__(self, config, metric_types, labelnames, values):
         super().__init__(config, metric_types, labelnames, values)
         counters = {
             name: self._counter_cls(
-                name=f"blocktune:{name}", documentation=text, labelnames=labelnames
+                name=f"vllm:blocktune_{name}", documentation=text, labelnames=labelnames
             )
             for name, text in COUNTS.items()
         }
@@ -60,6 +56,5 @@ class LoadMetrics(KVConnectorPromMetrics):
         }
 
     def observe(self, transfer_stats_data, engine_idx=0) -> None:
-        """Adds what a step reported."""
         for name, count in transfer_stats_data.items():
             self._counters[engine_idx][name].inc(count)

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from blocktune.cache import key_after
+from blocktune.cache import stored_key
+from blocktune.cache.miss_queue import Wanted
 from blocktune.methods import Cached, Method, Nothing
 from blocktune.prompt import LayoutSpec
 
@@ -25,9 +26,9 @@ NULL_BLOCK = 0
 """vLLM's block of tokens that no layer of a group keeps (outside of a sliding window)."""
 FORM = (
     f"kv_transfer_params['{PARAMS}'] is {{'fingerprint': 64 hex digits, 'segments': [tokens or "
-    "{'tokens', 'position', 'blanks', 'ids'}]}"
+    "{'tokens', 'position', 'blanks', 'prefix', 'ids'}]}"
 )
-_FIELDS = {"tokens", "position", "blanks", "ids"}
+_FIELDS = {"tokens", "position", "blanks", "prefix", "ids"}
 
 
 class Segment(NamedTuple):
@@ -37,11 +38,23 @@ class Segment(NamedTuple):
         ids: As they were encoded; learned tokens have ids that vLLM does not know.
         position: Of the first one in the prompt.
         blanks: What they were encoded after.
+        prefix: Whether it is a prefix that an adapter of another scope than ``both`` makes differ
+            from a chunk of the same tokens.
     """
 
     ids: tuple[int, ...]
     position: int
     blanks: tuple[int, ...] = ()
+    prefix: bool = False
+
+    @property
+    def wanted(self) -> Wanted:
+        """For the queue of a store that lacks it."""
+        return Wanted(self.ids, self.blanks, self.prefix)
+
+    def key(self, fingerprint: str) -> str:
+        """In the store."""
+        return stored_key(fingerprint, self.ids, self.blanks, self.prefix)
 
 
 @dataclass(frozen=True)
@@ -59,7 +72,7 @@ class LoadPlan:
     @cached_property
     def keys(self) -> tuple[str, ...]:
         """Of the segments in the store."""
-        return tuple(key_after(self.fingerprint, s.ids, s.blanks) for s in self.segments)
+        return tuple(segment.key(self.fingerprint) for segment in self.segments)
 
     @cached_property
     def starts(self) -> tuple[int, ...]:
@@ -108,6 +121,8 @@ class LoadPlan:
                 more["position"] = segment.position
             if segment.blanks:
                 more["blanks"] = list(segment.blanks)
+            if segment.prefix:
+                more["prefix"] = True
             if tuple(prompt_ids[start : start + count]) != segment.ids:
                 more["ids"] = list(segment.ids)
             segments.append({"tokens": count} | more if more else count)
@@ -143,7 +158,8 @@ class LoadPlan:
                 raise ValueError(
                     f"segment {len(segments)} has {count} tokens, its ids are {len(ids)}; {FORM}"
                 )
-            segments.append(Segment(ids, position, _ids(given.get("blanks", []))))
+            prefix = given.get("prefix", False) is True
+            segments.append(Segment(ids, position, _ids(given.get("blanks", [])), prefix))
             start += count
         if not segments or start >= len(prompt_ids or ()):
             raise ValueError(
@@ -196,7 +212,7 @@ def require_served(method: Method, spec: LayoutSpec) -> None:
     Raises:
         ValueError: In one line, what the method does that vLLM's forward pass does not.
     """
-    selects = not isinstance(method.select(), Nothing) or method.layer_budget is not None
+    selects = method.select() != Nothing() or method.layer_budget is not None
     reasons = {
         "takes no chunks from a cache": method.cached is not Cached.CHUNKS or not spec.block,
         "takes chunks from earlier prompts": method.history is not None,

@@ -72,10 +72,11 @@ class Front:
         await self._encoded(client, rendered)
         kept = {key: value for key, value in body.items() if key not in ("documents", "blocktune")}
         question = read_messages(asked.messages[-1:]).question
+        if not body.get("ignore_eos"):
+            kept["stop_token_ids"] = sorted({*(kept.get("stop_token_ids") or ()), *client.stop_ids})
         return kept | {
             "model": name if client.lora is not None else self.base,
             "messages": [{"role": "user", "content": question}],
-            "stop_token_ids": sorted({*(body.get("stop_token_ids") or ()), *client.stop_ids}),
             "kv_transfer_params": {"prompt_token_ids": rendered.prompt_ids}
             | (rendered.transfer_params or {}),
         }

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
 
-from blocktune.cache.folder import ChunkFolder
-from blocktune.cache.miss_queue import MissQueue
+from blocktune.cache.view import StoreView
 from blocktune.vllm.plan import LoadPlan
 
 if TYPE_CHECKING:
@@ -44,22 +43,24 @@ class Load:
 
 @dataclass
 class LoadMeta(KVConnectorMetadata):
-    """The loads that begin in one step."""
+    """The loads that begin in one step; ``forget``: hot chunks are dropped before."""
 
     loads: list[Load] = field(default_factory=list)
+    forget: bool = False
 
 
 class SchedulerSide:
     """Admits requests, and passes their loads to the workers."""
 
-    def __init__(self, folder: ChunkFolder):
-        """Serves from the store in ``folder``, and reports what it lacks there."""
-        self.folder, self.queue = folder, MissQueue(folder.path)
+    def __init__(self, store: StoreView):
+        """Serves from ``store``, and asks for what it lacks."""
+        self.store = store
         self._asked: dict[str, LoadPlan | str] = {}
         self._pending: list[Load] = []
+        self.forget = False
 
     def admit(self, request: Request) -> None:
-        """Reads a new request's plan, and gives it a name space of its own in vLLM's cache."""
+        """Reads a new request's plan, and gives it its own namespace in vLLM's cache."""
         try:
             plan = LoadPlan.read(request.kv_transfer_params, request.prompt_token_ids)
         except ValueError as error:
@@ -87,12 +88,12 @@ class SchedulerSide:
         return 1  # any number: the request fails while it waits for them
 
     def _lacks(self, request: Request, plan: LoadPlan, computed: int) -> bool:
-        missing = plan.missing(self.folder.has, computed)
+        missing = plan.missing(self.store.has, computed)
         if missing:
-            self.queue.add(plan.fingerprint, [(one.ids, one.blanks) for one in missing])
+            self.store.ask_for(plan.fingerprint, [one.wanted for one in missing])
             self._asked[request.request_id] = (
                 f"{len(missing)} of {len(plan.segments)} segments are not in the store "
-                f"'{self.folder.path}'; encode them (`blocktune encode --follow`) and ask again"
+                f"'{self.store.place}'; encode them (`blocktune encode --follow`) and ask again"
             )
         return bool(missing)
 
@@ -111,8 +112,8 @@ class SchedulerSide:
 
     def take(self) -> LoadMeta:
         """The loads noted since the last call."""
-        pending, self._pending = self._pending, []
-        return LoadMeta(pending)
+        meta, self._pending, self.forget = LoadMeta(self._pending, self.forget), [], False
+        return meta
 
     def finished(self, request: Request) -> None:
         """Forgets a request."""

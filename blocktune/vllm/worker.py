@@ -21,8 +21,8 @@ from cachetools import LRUCache
 from torch import Tensor
 
 from blocktune.cache import ChunkKV, ChunkStore
-from blocktune.cache.folder import ChunkFolder
-from blocktune.positions import Rotation, rotate_keys
+from blocktune.cache.view import StoreView
+from blocktune.positions import LayerRope, Rotation, rotate_keys
 from blocktune.vllm.plan import LoadPlan, Segment, heads_of, slots_of
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class WorkerSide:
     """Loads in the background; a request waits for its own load only.
 
     Args:
-        folder: The store.
+        view: The store.
         groups: Names of the layers in each kv cache group, and the group's block size.
         layer_index: Index of a layer of the decoder by its name in vLLM.
         dtype: Of keys and values in vLLM's kernels.
@@ -92,7 +92,7 @@ class WorkerSide:
 
     def __init__(
         self,
-        folder: ChunkFolder,
+        view: StoreView,
         groups: list[tuple[list[str], int]],
         layer_index: Mapping[str, int],
         dtype: torch.dtype,
@@ -102,9 +102,9 @@ class WorkerSide:
         host_bytes: int,
         threads: int,
     ):
-        self.folder, self.dtype, self.num_layers = folder, dtype, num_layers
+        self.view, self.dtype, self.num_layers = view, dtype, num_layers
         self.rank, self.size = rank, size
-        self.store = ChunkStore(0, folder=folder.path)  # `_hot` keeps what is read, packed
+        self.store = ChunkStore(config=view.config)  # `_hot` keeps what is read, packed
         self._hot = LRUCache(host_bytes, getsizeof=lambda packed: packed.buffer.nbytes)
         self._lock = threading.Lock()
         self.counts: Counter[str] = Counter()
@@ -196,8 +196,9 @@ class WorkerSide:
             self._require_shape(module, keys)
             name = rope.layer[index]
             if name not in turns:
-                turn = Rotation.of(shift[None], rope.frequencies[name])
-                turns[name] = Rotation(turn.cos[0, 0, :, None], turn.sin[0, 0, :, None])
+                turn = Rotation.of(shift[None], rope.forms[name])
+                cos, sin = turn.cos[0, 0, :, None], turn.sin[0, 0, :, None]
+                turns[name] = turn._replace(cos=cos, sin=sin)
             keys = rotate_keys(keys, turns[name])
             if len(rows) < len(keys):
                 keys, values = keys[rows], values[rows]
@@ -220,7 +221,8 @@ class WorkerSide:
             counts["host_hits"] += 1
             return held
         kv = self.store.get(key, plan.segments[index].ids, plan.fingerprint)
-        if kv is None:
+        if kv is None:  # an encoder verifies it too, and encodes it again
+            self.view.ask_for(plan.fingerprint, [plan.segments[index].wanted])
             reason = self.store.stats().first_rejected or "it is not there"
             raise Missing(f"chunk {key[:12]} cannot be read from the store: {reason}")
         counts["store_reads"] += 1
@@ -232,9 +234,9 @@ class WorkerSide:
 
     def _frequencies(self, fingerprint: str) -> _Rope:
         if fingerprint not in self._rope:
-            record = self.folder.manifest(fingerprint)
+            record = self.view.manifest(fingerprint)
             if record is None:
-                raise Missing(f"no manifest of {fingerprint[:12]} in '{self.folder.path}'")
+                raise Missing(f"no manifest of {fingerprint[:12]} in '{self.view.place}'")
             rope = record["rope"]
             if len(rope["layer"]) != self.num_layers:
                 raise Missing(
@@ -242,7 +244,12 @@ class WorkerSide:
                     "they are of another model"
                 )
             lists = [torch.tensor(one) for one in rope["frequencies"]]
-            self._rope[fingerprint] = _Rope(lists, rope["layer"])
+            # Manifests of before these fields are of models that rotate by halves.
+            given = (rope.get(name, [0] * len(lists)) for name in LayerRope._fields[1:])
+            forms = [LayerRope(*one) for one in zip(lists, *given, strict=True)]
+            if any(form.in_values for form in forms):
+                raise Missing("the chunks hold latent keys, which this connector does not load")
+            self._rope[fingerprint] = _Rope(forms, rope["layer"])
         return self._rope[fingerprint]
 
     def forget(self) -> None:
@@ -252,9 +259,9 @@ class WorkerSide:
 
 
 class _Rope(NamedTuple):
-    """Frequencies, and which of them each layer has."""
+    """Rotations, and which of them each layer has."""
 
-    frequencies: list[Tensor]
+    forms: list[LayerRope]
     layer: list[int]
 
 

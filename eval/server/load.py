@@ -33,6 +33,8 @@ from traffic import (
 
 BYTES_AND_MODEL = ("load_s", "encode_s", "relocate_s", "select_s", "recompute_s", "first_token_s")
 FULL, PEER = "full-prefill", "transformers serve"
+ROOM = "--cb-num-blocks 96 --cb-max-batch-tokens 4608"
+"""A whole prompt of 4k tokens in one step, and five of them in the cache (pages of 256 tokens)."""
 
 
 def measure(side: str, asks: list[Ask], asked: argparse.Namespace, log: Path) -> dict[str, Any]:
@@ -43,7 +45,7 @@ def measure(side: str, asks: list[Ask], asked: argparse.Namespace, log: Path) ->
     else:
         command = [sys.executable, "-m", "transformers.cli.transformers", "serve", asked.model]
         command += ["--continuous-batching", "--device", "cpu", "--port", str(port)]
-        command += ["--dtype", "auto", *asked.peer]
+        command += ["--dtype", "auto", *asked.peer.split()]
     bodies = [one.body(asked.tokens, side if ours else None) for one in asks]
     if not ours:
         bodies = [body | {"model": asked.model} for body in bodies]
@@ -63,6 +65,7 @@ def measure(side: str, asks: list[Ask], asked: argparse.Namespace, log: Path) ->
         return {"side": side, "error": wrong[0], "failed": len(wrong)}
     made = {
         "side": side,
+        "requests": len(asks),
         "ttft_s": statistics.median(one.ttft_s for one in alone),
         "ttft_p90_s": statistics.quantiles((one.ttft_s for one in alone), n=10)[-1],
         "itl_s": median_gap(alone),
@@ -141,8 +144,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16, help="of an answer at most")
     parser.add_argument("--ahead", action="store_true", help="encode the corpus before asking")
     parser.add_argument("--overhead", type=int, default=0, help="also measure at so many tokens")
-    parser.add_argument("--peer", nargs="*", default=[], help="options of transformers serve")
-    parser.add_argument("--no-peer", action="store_true")
+    parser.add_argument("--peer", default=ROOM, help="options of transformers serve")
+    parser.add_argument("--peer-requests", type=int, help="the first so many; 0: without it")
     parser.add_argument("--output", type=Path, required=True)
     asked = parser.parse_args()
     asked.method = asked.method or ["naive"]
@@ -152,8 +155,8 @@ def main() -> None:
     documents = corpus(asked.model, asked.documents, asked.chunk_tokens)
     asks = zipf(documents, asked.requests, asked.chunks, asked.power)
     sides = [measure(one, asks, asked, log) for one in (*asked.method, FULL)]
-    if not asked.no_peer:
-        sides.append(measure(PEER, asks, asked, log))
+    if asked.peer_requests != 0:
+        sides.append(measure(PEER, asks[: asked.peer_requests], asked, log))
     made |= {"sides": sides, "ratios": {}}
     for own in sides[: len(asked.method)]:
         others = sides[len(asked.method) :]

@@ -139,7 +139,7 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=6)
     parser.add_argument("--documents", type=int, default=200)
     parser.add_argument("--chunk-tokens", type=int, default=256)
-    parser.add_argument("--requests", type=int, default=100, help="different ones")
+    parser.add_argument("--requests", type=int, default=40, help="different ones")
     parser.add_argument("--tokens", type=int, default=12)
     parser.add_argument("--store-gb", type=float, default=0.02, help="memory for chunks: evicts")
     parser.add_argument("--every", type=float, default=30, help="seconds between two faults")

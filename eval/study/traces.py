@@ -16,8 +16,8 @@ from blocktune.data import RagExample
 from blocktune.evaluation.stats.results import mean_of
 from blocktune.evaluation.stats.significance import PairedScores, holm, p_value
 from blocktune.evaluation.suite import MethodSpec, check_pools, parse_methods
-from blocktune.evaluation.task import TaskSpec, with_task
-from blocktune.parsing import entries, load_spec, read, refuse_doubles
+from blocktune.evaluation.task import TaskSpec, parse_task
+from blocktune.parsing import entries, load_spec, mapping, read, refuse_doubles
 from blocktune.prompt import Chunk
 
 ORDERS = ("kept", "shuffled", "rotated")
@@ -108,7 +108,9 @@ def parse_traces(record: Any, where: str = "traces") -> TraceSuite:
     Raises:
         ValueError: If a key is unknown or missing, or a value is not accepted.
     """
-    values = with_task(record, where)
+    values = dict(mapping(record, where))
+    if "task" in values:
+        values["task"] = parse_task(values["task"], f"{where}: task")
     if "methods" in values:
         values["methods"], seeds = parse_methods(values["methods"], f"{where}: methods")
         values["pool"] = seeds | values.get("pool", {})

@@ -16,12 +16,9 @@ import yaml
 from safetensors import safe_open
 
 from blocktune.adapter import INFO_FILE, AdapterInfo
-from blocktune.training.checkpoint import CONFIG_FILE
-from blocktune.training.run import parse, resolved
+from blocktune.training.run import earlier_run, parse
 
 STATE_FILE = "trainer_state.json"
-ASIDE = ("output_dir", "resume_from_checkpoint", "report_to", "logging_steps", "disable_tqdm")
-"""Keys of a recipe that do not change what is learnt."""
 
 
 @dataclass(frozen=True)
@@ -53,39 +50,18 @@ class Run:
         """Whether it has ended: its state is written after its weights."""
         return (self.folder / INFO_FILE).exists() and (self.folder / STATE_FILE).exists()
 
-    @property
-    def checkpoints(self) -> list[Path]:
-        steps = self.folder.glob("checkpoint-*")
-        return sorted(steps, key=lambda path: int(path.name.rpartition("-")[2]))
-
     def refuse_other_recipe(self) -> None:
         """Raises ValueError if the folder was trained by a recipe that has changed since."""
-        found = [self.folder] if self.is_complete else self.checkpoints[-1:]
-        for folder in found:
-            saved = _flat(yaml.safe_load((folder / CONFIG_FILE).read_text()))
-            now = self._settings()
-            for key in _deciding(self.recipe):
-                if key in saved and str(saved[key]) != str(now[key]):
-                    raise ValueError(
-                        f"{folder} was trained with {key}: {saved[key]!r}, {self.recipe} says "
-                        f"{now[key]!r}; move the folder away to train it again"
-                    )
-
-    def _settings(self) -> dict[str, Any]:
-        """What the recipe says now, as a run writes it down."""
-        return _flat(yaml.safe_load(yaml.safe_dump(resolved(*parse(_words(self._options()))))))
+        earlier_run(*parse(_words(self._options())))
 
     def _options(self) -> dict[str, Any]:
-        options = {"config": self.recipe, "seed": self.seed}
+        options = {"config": self.recipe, "seed": self.seed, "output_dir": self.folder}
         if self.worlds:
             options["train_data"] = f"{load_recipe(self.recipe)['train_data']}&{self.worlds}"
         return options
 
     def command(self) -> list[str]:
-        options = self._options() | {"output_dir": self.folder}
-        if self.checkpoints:
-            options["resume_from_checkpoint"] = "true"
-        return [sys.executable, "-u", "-m", "blocktune.cli", "train", *_words(options)]
+        return [sys.executable, "-u", "-m", "blocktune.cli", "train", *_words(self._options())]
 
 
 def load_recipe(path: Path) -> dict[str, Any]:
@@ -151,15 +127,5 @@ def _numbers(path: Path) -> int:
     return total
 
 
-def _flat(groups: dict[str, dict]) -> dict[str, Any]:
-    return {key: value for group in groups.values() for key, value in group.items()}
-
-
 def _words(options: dict[str, Any]) -> list[str]:
     return [word for key, value in options.items() for word in (f"--{key}", str(value))]
-
-
-def _deciding(recipe: Path) -> list[str]:
-    """The keys of a recipe that decide what is learnt."""
-    said = load_recipe(recipe)
-    return ["seed", *(key for key in said if key not in ASIDE and not key.startswith("save_"))]

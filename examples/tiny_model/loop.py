@@ -68,6 +68,7 @@ def go_on(config: PretrainConfig, output: Path) -> None:
 def _launch(config: PretrainConfig, output: Path, steps: range) -> None:
     if config.device == "cuda":
         torch.set_float32_matmul_precision("high")
+    if config.workers == 1:
         _train(0, config, output, steps)
     else:
         with tempfile.TemporaryDirectory() as folder:

@@ -14,9 +14,9 @@ from blocktune import Engine
 from blocktune.adapter import AdapterInfo, attach_links, scope_adapter, scope_of
 from blocktune.adapter.merge import merge_adapter
 from blocktune.attention import attach, make_plan
-from blocktune.cache import ChunkStore, key_after
+from blocktune.cache import ChunkStore
 from blocktune.check import check_model
-from blocktune.engine.encode import PREFIX_MARK, Piece
+from blocktune.engine.encode import Piece
 from blocktune.hub.card import CardFacts, card
 from blocktune.layout import Kind
 from blocktune.prompt import LayoutSpec, Pieces, PromptFormat, lay_out
@@ -192,9 +192,6 @@ def test_its_chunks_are_not_the_base_s_and_its_prefix_is_no_chunk(run):
     prefix, [chunk] = engine.prompts.encodable(toy_examples(1)[0].chunks[:1])
     encoder = engine.state.encoder
     same = Piece(prefix.ids)
-    # Whoever knows pieces by ids and blanks alone (vLLM, the queue of misses) names both.
-    assert Piece(prefix.ids, PREFIX_MARK) == prefix
-    assert encoder.key(prefix) == key_after(engine.fingerprint, prefix.ids, PREFIX_MARK)
     assert encoder.key(prefix) != encoder.key(same)
     assert base.state.encoder.key(prefix) == base.state.encoder.key(same)
     base.encode(toy_examples(1)[0].chunks)
@@ -252,8 +249,6 @@ def test_vllm_serves_the_base_and_finds_all_that_was_encoded(run, tmp_path):
     plan = client.read(ask).plan
     assert len(plan.segments) == 1 + len(ask.chunks)
     assert client.missing(plan) == []
-    [first, *_] = plan.missing(lambda key: False)
-    assert Piece(first.ids, first.blanks).is_prefix
 
 
 def test_it_is_not_merged(run, tmp_path):

@@ -76,7 +76,13 @@ def truth(query, key, qkv, params, window=None, flip=None):
 
 
 @pytest.mark.parametrize(
-    "params", [AttentionParams(0.3), AttentionParams(0.3, softcap=4.0)], ids=["plain", "capped"]
+    "params",
+    [
+        AttentionParams(0.3),
+        AttentionParams(0.3, softcap=4.0),
+        AttentionParams(0.3, sinks=torch.tensor([0.5, -1.0, 2.0, 0.0])),
+    ],
+    ids=["plain", "capped", "sinks"],
 )
 @pytest.mark.parametrize("kept_cells", [0, KEPT_CELLS], ids=["remade", "kept"])
 @pytest.mark.parametrize("window", [None, 12])

@@ -130,7 +130,7 @@ def test_executions_match_dense_where_layers_differ_in_their_rows(family):
 
 @pytest.mark.parametrize("kept_cells", [0, KEPT_CELLS], ids=["remade", "kept"])
 @pytest.mark.parametrize("name", ["everything", "packed", "until", "dropout"])
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt-oss"])
 def test_split_gradients_match_dense(family, name, kept_cells):
     model, layout = build(FAMILIES[family]()), LAYOUTS[name]()
     attach(model)

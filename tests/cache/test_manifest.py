@@ -31,9 +31,11 @@ def test_the_engine_describes_its_chunks(tokenizer, tmp_path, family):
     pairs = zip(kv.keys, kv.values, strict=True)
     assert shapes == [([k.shape[0], k.shape[2]], [v.shape[0], v.shape[2]]) for k, v in pairs]
     rope = record["rope"]
-    assert len(rope["layer"]) == len(engine._state.rope.inv_freq)
-    for index, expected in zip(rope["layer"], engine._state.rope.inv_freq, strict=True):
-        assert torch.equal(torch.tensor(rope["frequencies"][index]), expected.float())
+    assert len(rope["layer"]) == len(engine._state.rope.layers)
+    for index, expected in zip(rope["layer"], engine._state.rope.layers, strict=True):
+        assert torch.equal(torch.tensor(rope["frequencies"][index]), expected.inv_freq.float())
+        form = tuple(rope[name][index] for name in ("start", "interleaved", "in_values"))
+        assert form == expected[1:]
     assert len(rope["frequencies"]) == {"llama": 1, "gemma3": 2}[family]
 
 

@@ -1,9 +1,11 @@
 """Chunks that a reader missed are queued once, encoded by any engine of their model, and gone."""
 
 import pytest
+from typer.testing import CliRunner
 
 from blocktune.cache import ChunkStore, key_after
 from blocktune.cache.miss_queue import MissQueue, Wanted
+from blocktune.cli import app
 from blocktune.engine import Engine
 from blocktune.testing import small_engine
 
@@ -21,9 +23,9 @@ def test_wanted_chunks_are_encoded_and_leave_the_queue(made, tmp_path):
     queue = MissQueue(tmp_path)
     assert queue.take(engine.fingerprint) == []
     for _ in range(2):
-        queue.add(engine.fingerprint, [((5, 6, 7), ()), ((8, 9), (4,))])
-    queue.add(engine.fingerprint, [(tuple([5] * 5000), ())])  # longer than the model's context
-    queue.add(OTHER, [((5, 6, 7), ())])
+        queue.add(engine.fingerprint, [Wanted((5, 6, 7)), Wanted((8, 9), (4,))])
+    queue.add(engine.fingerprint, [Wanted((5,) * 5000)])  # longer than the model's context
+    queue.add(OTHER, [Wanted((5, 6, 7))])
     assert {Wanted((5, 6, 7), ()), Wanted((8, 9), (4,))} < set(queue.take(engine.fingerprint))
     assert len(queue.take(engine.fingerprint, most=1)) == 1
     assert engine.encode_wanted() == 3
@@ -42,3 +44,21 @@ def test_what_is_no_order_is_left_alone(made, tmp_path):
     assert len(list(queue.folder.iterdir())) == 3
     with pytest.raises(ValueError, match="store with one"):
         made.encode_wanted()
+
+
+def test_the_follower_encodes_what_is_wanted_until_it_is_stopped(tmp_path, monkeypatch):
+    engine = Engine.from_pretrained("data/tiny", store=tmp_path, dtype="float32", device="cpu")
+    queue = MissQueue(tmp_path)
+    queue.add(engine.fingerprint, [Wanted((5, 6, 7)), Wanted((8, 9), (4,))])
+
+    def stop(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("blocktune.commands.answer.time.sleep", stop)
+    words = ["encode", "--follow", "--store", str(tmp_path), "-m", "data/tiny"]
+    done = CliRunner().invoke(app, [*words, "--dtype", "float32", "--device", "cpu"])
+    assert done.exit_code == 130
+    assert "2 chunks were wanted, and are encoded" in done.stdout
+    assert key_after(engine.fingerprint, (8, 9), (4,)) in ChunkStore(folder=tmp_path)
+    assert queue.take(engine.fingerprint) == []
+    assert CliRunner().invoke(app, words[:1] + words[2:]).exit_code == 2

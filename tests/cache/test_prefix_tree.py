@@ -133,6 +133,14 @@ def test_a_parent_leaves_only_after_its_children():
     assert matched(tree, (50, 51, 52)) == 3
 
 
+def test_namespaces_that_nobody_fills_leave_nothing():
+    tree = PrefixTree(max_bytes=4 * TOKEN_BYTES)
+    for tenant in range(50):
+        assert matched(tree, ONE, salt=f"asks only {tenant}") == 0
+        tree.insert(exact_of(ONE), salt=f"fills {tenant}")
+    assert len(tree._roots) == 1
+
+
 def test_what_is_in_use_stays_even_if_it_is_cut():
     tree = PrefixTree(max_bytes=5 * TOKEN_BYTES)
     tree.insert(exact_of(PREFIX, ONE))

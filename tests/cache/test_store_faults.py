@@ -11,7 +11,9 @@ from cache.made import MODEL, assert_same_chunk, made_chunk
 
 from blocktune.cache import ChunkStore, chunk_key
 from blocktune.cache import store as store_module
-from blocktune.cache.folder import SECRET, SECRET_FILE, WRITING, ChunkFolder, chunk_path
+from blocktune.cache.blobs import SECRET, SECRET_FILE
+from blocktune.cache.folder import WRITING, ChunkFolder, chunk_path
+from blocktune.cache.ledger import INDEX
 
 IDS = range(5)
 KEY = chunk_key(MODEL, IDS)
@@ -148,6 +150,12 @@ def in_place(kind, path, tmp_path):
         path.parent.write_text("text")
 
 
+def seen(folder):
+    """All that is there but unfinished files and the index."""
+    paths = (p for p in sorted(folder.rglob("*")) if WRITING not in p.parts)
+    return {p: os.lstat(p) for p in paths if not p.name.startswith(INDEX)}
+
+
 @pytest.mark.parametrize(
     "kind",
     ["pipe", "folder", "socket", "link", "dangling", "linked folder", "file for a folder"],
@@ -157,7 +165,7 @@ def test_what_is_no_file_of_the_store_is_a_miss_and_stays(tmp_path, caplog, kind
     store = open_store(folder)
     path = chunk_path(folder, KEY)
     in_place(kind, path, tmp_path)
-    before = {p: os.lstat(p) for p in sorted(tmp_path.rglob("*")) if WRITING not in p.parts}
+    before = seen(tmp_path)
     assert found(store) is None
     assert KEY not in store
     store.put(KEY, CHUNK)
@@ -165,7 +173,7 @@ def test_what_is_no_file_of_the_store_is_a_miss_and_stays(tmp_path, caplog, kind
     store.discard(KEY)
     assert len(store) == 0
     assert (store.stats().rejected, store.stats().unwritten) == (2, 1)
-    after = {p: os.lstat(p) for p in sorted(tmp_path.rglob("*")) if WRITING not in p.parts}
+    after = seen(tmp_path)
     assert before.keys() == after.keys()
     assert all(before[p].st_ino == after[p].st_ino for p in before)
     assert all(before[p].st_mtime == after[p].st_mtime for p in before)

@@ -14,9 +14,9 @@ from cache.made import MODEL, made_chunk
 
 from blocktune.cache import ChunkStore, chunk_key
 
-CHUNK = made_chunk(40, shapes=((2, 16),) * 3)
+CHUNK = made_chunk(4000, shapes=((2, 32),) * 2)
 KEY = chunk_key(MODEL, CHUNK.token_ids)
-LIMIT = 4096
+LIMIT = 1 << 20  # more than the index takes, less than the chunk
 
 
 def write_and_read(folder):
@@ -28,7 +28,7 @@ def write_and_read(folder):
 
 
 def die_in_the_middle(folder):
-    """The kernel kills the process inside `write`, with 4,096 bytes of the file on the disk."""
+    """The kernel kills the process inside `write`, with a part of the file on the disk."""
     store = ChunkStore(max_bytes=0, folder=folder)
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, LIMIT))

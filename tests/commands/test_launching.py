@@ -1,9 +1,6 @@
-"""Several processes: what fails is one line, and a lock that nobody holds is named."""
+"""Several processes: what fails in one of them is one line."""
 
-import os
 import re
-import threading
-import time
 
 import pytest
 import typer
@@ -54,25 +51,3 @@ def test_a_refusal_of_any_process_is_the_error(program, capfd, how, rank):
     with pytest.raises(ValueError, match=f"^it was rank {rank}$"):
         launching.launch(2, None, [program, "go", how])
     assert capfd.readouterr() == ("", "")
-
-
-def test_a_lock_is_waited_for_or_named(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    launching.wait_for_builds()
-    lock = tmp_path / "cpu_adam/lock"
-    lock.parent.mkdir()
-    descriptor = os.open(lock, os.O_CREAT | os.O_EXCL)
-
-    def release():
-        time.sleep(0.3)
-        os.remove(lock)
-        os.close(descriptor)
-
-    thread = threading.Thread(target=release)
-    thread.start()
-    launching.wait_for_builds()
-    thread.join()
-    assert capsys.readouterr().out.startswith("waiting for another process to build")
-    lock.touch()  # of a process that was killed
-    with pytest.raises(ValueError, match=f"rm '{lock}'"):
-        launching.wait_for_builds()

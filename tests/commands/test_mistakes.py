@@ -233,3 +233,10 @@ def test_passages_under_another_name(refused, model, tmp_path):
 def test_a_recipe_without_config(refused):
     line = refused("train", "recipes/kvlink.yaml")
     assert "did you mean '--config recipes/kvlink.yaml'?" in line
+
+
+def test_a_reader_that_stops_early_is_no_error():
+    command = [sys.executable, "-m", "blocktune.cli", "check", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert not process.stderr.read()

@@ -3,12 +3,20 @@
 import errno
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 from cache.made import MODEL, OTHER_MODEL, made_chunk
+from evaluation.launches import SHARED
+from typer.testing import CliRunner
 
 from blocktune.cache import ChunkStates, ChunkStore, chunk_key, states_key
-from blocktune.cache.folder import SECRET, WRITING, chunk_path
+from blocktune.cache.blobs import SECRET
+from blocktune.cache.folder import WRITING, chunk_path
+from blocktune.cache.ledger import INDEX
+from blocktune.cache.shelf import Shelf
+from blocktune.cli import app
 
 CHUNKS = [made_chunk(5, seed=seed) for seed in (0, 10)]
 OTHER = made_chunk(7, seed=20, fingerprint=OTHER_MODEL)
@@ -20,9 +28,18 @@ def folder(tmp_path):
     store = ChunkStore(folder=tmp_path / "store")
     for key, kv in zip(KEYS, (*CHUNKS, OTHER), strict=True):
         store.put(key, kv)
+    folder = store.folder
     for age, key in enumerate(KEYS):
-        os.utime(chunk_path(store.folder, key), (1e9 - age, 1e9 - age))
-    return store.folder
+        os.utime(chunk_path(folder, key), (1e9 - age, 1e9 - age))
+    del store
+    forget_index(folder)
+    return folder
+
+
+def forget_index(folder):
+    """It is made again from the files and their dates."""
+    for suffix in ("", "-wal", "-shm"):
+        (folder / (INDEX + suffix)).unlink(missing_ok=True)
 
 
 @pytest.fixture
@@ -48,6 +65,7 @@ def test_stat_counts_by_model(blocktune, folder, asked):
     sizes = [chunk_path(folder, key).stat().st_size for key in KEYS]
     chunk_path(folder, "0" * 64).parent.mkdir(parents=True)
     chunk_path(folder, "0" * 64).write_text("damaged")
+    forget_index(folder)
     record = asked("stat")
     assert (record["chunks"], record["tokens"], record["bytes"]) == (3, 17, sum(sizes))
     assert record["unreadable"] == 1
@@ -192,3 +210,40 @@ def test_the_manifest_is_shown_without_the_model(answers, blocktune, model):
     assert len(record["layers"]) == 2
     assert record["fingerprint"][:12] in blocktune("store", "manifest", folder).stdout
     assert model in blocktune("store", "stat", folder).stdout
+
+
+@pytest.mark.alone
+def test_processes_share_a_corpus_into_one_store_and_resume(model, tmp_path):
+    documents, folder = tmp_path / "docs.jsonl", tmp_path / "store"
+    texts = [f"Place {n} is in region {n * 7}." for n in range(10)]
+    records = [{"text": text, "id": f"d{n % 2}"} for n, text in enumerate(texts)]
+    documents.write_text("".join(json.dumps(record) + "\n" for record in records))
+    encode = ("encode", "-m", model, "-i", documents, "--store", f"{folder},disk=1GB")
+    command = [sys.executable, *SHARED, "-m", "blocktune.cli", *encode]
+    launched = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300)
+    assert launched.returncode == 0, launched.stderr
+    said = sorted(line for line in launched.stdout.splitlines() if line.startswith("process "))
+    assert [line.partition(": ")[0] for line in said] == ["process 1 of 2", "process 2 of 2"]
+    assert all("encoded 5 chunks" in line for line in said)
+    done = CliRunner().invoke(app, [*map(str, encode)])
+    assert "encoded 0 chunks" in done.stdout
+    assert "10 were there" in done.stdout
+    rows = list(Shelf.open(str(folder)).rows(document="d1"))
+    assert len(rows) == 5
+    assert all(row.seconds > 0 for row in rows)
+    removed = CliRunner().invoke(app, ["store", "rm", str(folder), "--document", "d1", "--json"])
+    assert json.loads(removed.stdout)["chunks"] == 5
+
+
+def test_pinned_chunks_outlive_budgets(folder, asked, refused):
+    assert asked("pin", KEYS[0][:8])["chunks"] == 1
+    assert json.loads(asked_line("ls", folder, KEYS[0]))["pinned"] is True
+    assert asked("gc", "--max-size", 1)["keys"] == [KEYS[2], KEYS[1]]
+    assert asked("pin", KEYS[0][:8], "--undo")["pinned"] is False
+    assert asked("gc", "--max-size", 1)["keys"] == [KEYS[0]]
+    assert "either keys" in refused("store", "rm", folder, KEYS[0], "--document", "d")
+
+
+def asked_line(command, folder, key):
+    done = CliRunner().invoke(app, ["store", command, str(folder), "--json"])
+    return next(line for line in done.stdout.splitlines() if key in line)

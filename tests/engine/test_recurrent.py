@@ -9,7 +9,7 @@ from hybrids import HYBRIDS, build_hybrid
 from transformers import DynamicCache
 
 from blocktune.cache import PrefixTree
-from blocktune.engine import Engine
+from blocktune.engine import Engine, recurrent
 from blocktune.methods import build
 from blocktune.models.recurrent import find_recurrence
 from blocktune.prompt import Chunk
@@ -20,6 +20,12 @@ TOLERANCE = {"rtol": 0, "atol": 1e-5}
 @pytest.fixture(scope="module", params=HYBRIDS)
 def engine(request, tokenizer):
     return Engine(build_hybrid(request.param, len(tokenizer)), tokenizer, format=FORMAT)
+
+
+@pytest.fixture(autouse=True)
+def short_prompts_resume(monkeypatch):
+    """These prompts are too short for a pass a token to pay (Jamba), and are to be resumed."""
+    monkeypatch.setattr(recurrent, "TOKENS_PER_PASS", 0)
 
 
 def whole(engine, ask):
@@ -69,6 +75,19 @@ def test_usage_says_how_deep_a_prompt_was_resumed(engine):
     # Answers to a longer context share what both begin with.
     longer = dataclasses.replace(ASK, chunks=(*ASK.chunks, Chunk("And one more.")))
     assert engine.answer([longer], "prefix-cache")[0].usage.prefix_tokens == context
+
+
+def test_a_long_rest_is_not_worth_a_pass_a_token(engine, monkeypatch):
+    monkeypatch.setattr(recurrent, "TOKENS_PER_PASS", 32)
+    engine.forget_prefixes()
+    for _ in range(2):
+        engine.answer([ASK], "prefix-cache", max_new_tokens=1)
+    more = (Chunk(f"Number {number}.") for number in range(40))
+    many = dataclasses.replace(ASK, chunks=(*ASK.chunks, *more))
+    usage = engine.answer([many], "prefix-cache", max_new_tokens=1)[0].usage
+    assert (usage.prefix_tokens > 0) == engine.state.recurrence.several
+    served = engine.next_logits([many], "prefix-cache")
+    torch.testing.assert_close(served, whole(engine, many), **TOLERANCE)
 
 
 def test_decoding_goes_on_as_one_forward(engine):

@@ -110,14 +110,15 @@ def test_a_word_starts_out_alike_with_and_without_its_space(tokenizer):
 
 
 def test_the_same_seed_makes_the_same_model(tmp_path):
+    config = replace(SMALL, workers=2, stages=SMALL.stages[1:])
     for name in ("one", "two"):
-        pretrain(replace(SMALL, workers=2), tmp_path / name)
+        pretrain(config, tmp_path / name)
     one, two = (AutoModelForCausalLM.from_pretrained(tmp_path / n) for n in ("one", "two"))
     for left, right in zip(one.state_dict().values(), two.state_dict().values(), strict=True):
         assert torch.equal(left, right)
     steps = [json.loads(line) for line in (tmp_path / "one" / "log.jsonl").open()]
     assert steps[0]["config"]["seed"] == 0
-    assert steps[-1]["step"] == 4
+    assert steps[-1]["step"] == 2
 
 
 def test_one_can_go_on_from_a_segments_end_and_from_nowhere_else(tmp_path):

@@ -61,9 +61,9 @@ def test_the_first_prompt_is_a_full_prefill_and_the_same_prompt_again_needs_noth
 def test_a_variant_that_left_the_store_is_encoded_again_after_its_blanks(engine):
     serve(engine, ASK)
     kept = engine.next_logits([TURNED], CRAFT)
-    for key in list(engine.store._chunks):
-        if engine.store._chunks[key].kind == "chunk":
-            engine.store._forget(key)
+    for key, entry in engine.store.held().items():
+        if entry.kind == "chunk":
+            engine.store.discard(key)
     run = engine.prefilled([TURNED], CRAFT)
     assert run.assembled.misses == [3]
     torch.testing.assert_close(run.prefill.logits, kept, **TOLERANCE)

@@ -1,62 +1,85 @@
-"""What a model must be: asked alike by serving and training, and never silently wrong."""
+"""What a model must be: asked alike by serving and training, before weights are read."""
 
 import pytest
 import torch
-from families import BASE, FAMILIES, HEAD, VOCAB, build, rope
+from families import BASE, FAMILIES, HEAD, VOCAB, build, only_configured, rope
 from training.runs import make_trainer
 from training.toy import toy_tokenizer
 from transformers import (
-    CohereConfig,
+    BartConfig,
+    Cohere2Config,
     DeepseekV3Config,
+    FalconH1Config,
+    Gemma3nTextConfig,
     GlmConfig,
     GPT2Config,
+    GPTNeoXConfig,
+    Lfm2Config,
+    Llama4TextConfig,
     LlamaConfig,
+    Ministral3Config,
     OPTConfig,
     Phi3Config,
+    Qwen3NextConfig,
     SmolLM3Config,
 )
 
 from blocktune.engine import Engine
-from blocktune.models.gate import require_supported
+from blocktune.models.gate import examine, require_supported
+from blocktune.models.probe import Refused
 
 
 def test_layer_without_rope_keeps_its_keys():
     config = SmolLM3Config(**BASE, no_rope_layers=[1, 0])
-    assert [len(f) for f in require_supported(build(config)).inv_freq] == [4, 0]
+    assert [len(one.inv_freq) for one in require_supported(build(config)).layers] == [4, 0]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_can_be_moved_in_float32_and_bfloat16(family):
     model = build(FAMILIES[family]())
-    wide = require_supported(model).inv_freq
-    model.train()
-    narrow = require_supported(model.bfloat16()).inv_freq
+    wide = require_supported(model).layers
+    narrow = require_supported(model.bfloat16()).layers
     assert len(wide) == len(narrow) == 2
-    assert all(len(frequencies) in (2, 4) for frequencies in wide)
-    assert all(module.training for module in model.modules())
+    assert all(len(one.inv_freq) in (2, 4) for one in wide)
+    # What the model rotates with is rounded as well, and keys move by it.
+    rounded = [one.inv_freq.bfloat16().float() for one in wide]
+    assert all(torch.equal(a.inv_freq, b) for a, b in zip(narrow, rounded, strict=True))
 
 
-def test_weights_that_are_codes_are_probed_in_the_models_dtype():
-    """A 4-bit base without biases has no floating weight in its attention."""
+def test_the_gate_leaves_random_numbers_as_they_were():
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    examine(LlamaConfig(**BASE | {"hidden_size": 96, "num_attention_heads": 6}))
+    assert torch.equal(torch.rand(4), expected)
 
-    class Codes(torch.nn.Module):
-        def __init__(self, linear):
-            super().__init__()
-            self.plain = linear.weight.detach().t()
-            codes = torch.zeros(linear.weight.numel() // 2, dtype=torch.uint8)
-            self.weight = torch.nn.Parameter(codes, requires_grad=False)
 
-        def forward(self, states):
-            return states @ self.plain.to(states.dtype)
+LATENT = {
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "first_k_dense_replace": 2,
+}
+FORMS = {
+    "llama": (lambda: LlamaConfig(**BASE), (0, False, False), 4),
+    "cohere2": (lambda: Cohere2Config(**BASE), (0, True, False), 4),
+    "glm": (lambda: GlmConfig(**HEAD), (0, True, False), 2),
+    "gpt-neox": (lambda: GPTNeoXConfig(**BASE), (0, False, False), 1),
+    "deepseek": (
+        lambda: DeepseekV3Config(**{**BASE, "num_key_value_heads": 4}, **LATENT),
+        (0, False, True),
+        4,
+    ),
+}
 
-    model = build(FAMILIES["llama"]())
-    plain = require_supported(model).inv_freq
-    for layer in model.model.layers:
-        for name, linear in list(layer.self_attn.named_children()):
-            if isinstance(linear, torch.nn.Linear):
-                setattr(layer.self_attn, name, Codes(linear))
-    for found, expected in zip(require_supported(model).inv_freq, plain, strict=True):
-        assert torch.equal(found, expected)
+
+@pytest.mark.parametrize("name", FORMS)
+def test_the_form_of_the_rotation_is_found(name):
+    config, form, pairs = FORMS[name]
+    first = require_supported(build(config())).layers[0]
+    assert (first[1:], len(first.inv_freq)) == (form, pairs)
 
 
 LONGROPE = rope(
@@ -66,58 +89,80 @@ LONGROPE = rope(
     original_max_position_embeddings=128,
     factor=4.0,
 )
+SCALED = rope("yarn", factor=4.0, original_max_position_embeddings=64, llama_4_scaling_beta=0.1)
+LIMITED = {
+    "dynamic": (lambda: LlamaConfig(**BASE, rope_parameters=rope("dynamic", factor=4.0)), 512),
+    "longrope": (
+        lambda: Phi3Config(**BASE, rope_parameters=LONGROPE, original_max_position_embeddings=128),
+        128,
+    ),
+    "ministral3": (lambda: Ministral3Config(**HEAD, rope_parameters=SCALED), 64),
+    "llama4": (lambda: Llama4TextConfig(**HEAD, attention_chunk_size=96, floor_scale=80), 79),
+}
+
+
+@pytest.mark.parametrize("name", LIMITED)
+def test_models_that_are_exact_up_to_a_length_say_it(name):
+    config, length = LIMITED[name]
+    assert examine(config()).max_tokens == length
+
+
+def test_a_prompt_beyond_the_exact_length_is_refused(tmp_path):
+    config = LIMITED["ministral3"][0]()
+    tokenizer = toy_tokenizer()
+    config.vocab_size = len(tokenizer)
+    engine = Engine(build(config), tokenizer)
+    question = {"question": "Who?", "chunks": ["she was there " * 10]}
+    with pytest.raises(ValueError, match="reuse on this model is exact up to 64 tokens"):
+        engine.answer([question])
+
+
 SMALL_GPT2 = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4}
 SMALL_OPT = {"vocab_size": VOCAB, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2}
-LATENT = {
-    "kv_lora_rank": 16,
-    "q_lora_rank": 16,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 8,
-    "first_k_dense_replace": 2,
-}
+NEXT = {**HEAD, "num_hidden_layers": 4, "num_experts": 4, "linear_num_value_heads": 4}
+SHARED = {**HEAD, "num_hidden_layers": 10, "num_kv_shared_layers": 5, "intermediate_size": 48}
 REFUSED = {
-    "dynamic": (
-        lambda: LlamaConfig(**BASE, rope_parameters=rope("dynamic", factor=4.0)),
-        "RoPE type 'dynamic', whose frequencies change",
-    ),
-    "longrope": (
-        lambda: Phi3Config(**BASE, rope_parameters=LONGROPE),
-        "RoPE type 'longrope', whose frequencies change",
-    ),
     "gpt2": (lambda: GPT2Config(**SMALL_GPT2), "GPT2LMHeadModel has no rotary"),
     "opt": (
         lambda: OPTConfig(**SMALL_OPT, num_attention_heads=4, word_embed_proj_dim=32),
         "OPTForCausalLM has no rotary",
     ),
-    "cohere": (lambda: CohereConfig(**BASE), "does not rotate its keys by halves"),
-    "glm": (lambda: GlmConfig(**HEAD), "does not rotate its keys by halves"),
-    "deepseek": (
-        lambda: DeepseekV3Config(**{**BASE, "num_key_value_heads": 4}, **LATENT),
-        "does not rotate its keys by halves",
+    "bart": (lambda: BartConfig(), "decoder of an encoder-decoder"),
+    "qwen3-next": (
+        lambda: Qwen3NextConfig(**NEXT),
+        "'linear_attention' in layer 0 and 2 more mixes",
     ),
+    "lfm2": (
+        lambda: Lfm2Config(**BASE, layer_types=["conv", "full_attention"]),
+        "'conv' in layer 0 mixes tokens otherwise",
+    ),
+    "falcon-h1": (lambda: FalconH1Config(**HEAD), "in layer 0.* mixes tokens otherwise"),
+    "gemma3n": (lambda: Gemma3nTextConfig(**SHARED), "5 layers .first: 5. have no keys"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_moved_is_refused_in_one_line(name):
     config, message = REFUSED[name]
-    with pytest.raises(ValueError, match=message) as refusal:
-        require_supported(build(config()))
+    with pytest.raises(Refused, match=message) as refusal:
+        examine(config())
     assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "cohere"])
-def test_training_and_serving_refuse_a_model_in_the_same_words(tmp_path, name):
-    config, message = REFUSED[name]
-    build(config()).save_pretrained(tmp_path / "other")
-    toy_tokenizer().save_pretrained(tmp_path / "other")
-    lines = []
+def test_a_branch_beside_attention_is_found_where_the_configuration_does_not_tell(monkeypatch):
+    """Every layer of Falcon-H1 attends; without its layer types only the probe can tell."""
+    monkeypatch.setattr("blocktune.models.gate.ATTENDING", ("hybrid",))
+    with pytest.raises(Refused, match="FalconH1Mixer in layer 0 mixes tokens otherwise"):
+        examine(FalconH1Config(**HEAD))
+
+
+def test_training_and_serving_refuse_a_model_in_the_same_words(tmp_path):
+    model, lines = only_configured(tmp_path / "other", REFUSED["gpt2"][0]()), []
     for door in (
-        lambda: Engine.from_pretrained(str(tmp_path / "other"), device="cpu"),
-        lambda: make_trainer(tmp_path, model_name_or_path=str(tmp_path / "other")),
+        lambda: Engine.from_pretrained(model, device="cpu"),
+        lambda: make_trainer(tmp_path, model_name_or_path=model),
     ):
-        with pytest.raises(ValueError, match=message) as refusal:
+        with pytest.raises(Refused, match="GPT2LMHeadModel has no rotary") as refusal:
             door()
         lines.append(str(refusal.value))
     assert lines[0] == lines[1]

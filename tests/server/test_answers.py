@@ -288,7 +288,7 @@ def test_pinned_chunks_outlive_eviction_until_they_are_deleted(serve, engine):
     assert "pinned chunks" in full.json()["error"]["message"]
     gone = client.delete(f"/v1/chunks/{keys[0]['key']}").json()
     assert (gone["cached"], gone["pinned"]) == ("none", False)
-    assert client.service.scheduler.pinned_bytes == 0
+    assert not client.service.scheduler.pinned
 
 
 def test_models_by_name_share_a_store_and_no_chunks(serve, engine):

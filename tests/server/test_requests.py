@@ -246,16 +246,19 @@ def wait_until(condition) -> None:
 def test_the_queue_has_a_bound_and_then_answers_429(serve, monkeypatch):
     client = serve(limits={"queue": 2, "running": 1})
     go = blocked(monkeypatch)
-    done, threads = in_background(client, [chat(documents=[f"Text {i}."]) for i in range(3)])
-    wait_until(lambda: client.service.scheduler.waiting == 2)
+    scheduler = client.service.scheduler
+    done, threads = in_background(client, [chat(documents=["Text 0."])])
+    wait_until(lambda: scheduler.kv_bytes > 0)  # admitted
+    more, others = in_background(client, [chat(documents=[f"Text {i}."]) for i in (1, 2)])
+    wait_until(lambda: scheduler.waiting == 2)
     full = client.post(CHAT, json=chat())
     refused(full, 429, "waiting")
     assert int(full.headers["retry-after"]) >= 1
     assert metric(client.get("/metrics").text, "num_requests_waiting") == 2
     go.set()
-    for thread in threads:
+    for thread in threads + others:
         thread.join()
-    assert [one.status_code for one in done] == [200] * 3
+    assert [one.status_code for one in done + more] == [200] * 3
 
 
 def test_tenants_take_turns(serve, monkeypatch):
@@ -313,6 +316,25 @@ def test_many_missing_chunks_are_encoded_in_parts(serve, monkeypatch, engine):
     documents = [f"The number {i} is the number of the house." for i in range(8)]
     assert client.post(CHAT, json=chat(documents=documents)).status_code == 200
     assert len([size for size in sizes if size]) >= 8
+
+
+def test_a_chunk_that_several_requests_miss_is_encoded_once(serve, monkeypatch, engine):
+    engine.forget()
+    client = serve(limits={"prefill_tokens": 20})
+    encoded, find = [], Encoder.find
+
+    def seen(self, pieces, *args, **kwargs):
+        found = find(self, pieces, *args, **kwargs)
+        encoded.extend(found.misses)
+        return found
+
+    monkeypatch.setattr(Encoder, "find", seen)
+    documents = [f"The number {i} is the number of the street." for i in range(12)]
+    done, threads = in_background(client, [chat(documents=documents, max_tokens=1)] * 4)
+    for thread in threads:
+        thread.join()
+    assert [one.status_code for one in done] == [200] * 4
+    assert len(encoded) == len(set(encoded)) > len(documents)
 
 
 def test_a_failure_is_of_one_request(client, monkeypatch):

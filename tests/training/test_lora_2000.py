@@ -98,7 +98,7 @@ def test_it_trains_asks_judges_and_resumes_where_it_was(run, tmp_path):
     (tmp_path / "joined.yaml").write_text(RECIPE.format(share=1.0).replace("2.0e-3", "1.0e-3"))
     code, _, error = run(tmp_path)
     assert code == 2
-    assert "was trained with learning_rate: 0.002" in error
+    assert "learning_rate 0.002 -> 0.001" in error
 
 
 def test_other_worlds_need_a_folder_of_their_own(run, monkeypatch, capsys):

@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 from training.runs import make_trainer, write_run
 from training.toy import toy_model
+from transformers import TrainerState
 
 from blocktune.tables import written
 from blocktune.training.console import LogLines, SteadyConsole, duration
@@ -96,6 +97,19 @@ def test_speed_is_tokens_over_time(monkeypatch):
         "eta_s": 4.0,
     }
     assert speed.read(tokens=123, step=7, last_step=10)["tokens_per_second"] == 3.0
+
+
+def test_more_than_the_machine_can_do_is_not_shown(capsys):
+    """The rate of matrix products was measured while the machine was busy."""
+    speed = Speedometer(flops_per_token=1e12, rate=1.0)
+    speed.start(tokens=0, step=0)
+    rates = speed.read(tokens=1000, step=1, last_step=2)
+    assert rates.keys() == {"tokens_per_second", "eta_s"}
+    state = TrainerState(global_step=1, max_steps=2, is_world_process_zero=True)
+    for logs, shown in ((rates, False), (rates | {"mfu": 0.5}, True)):
+        logs = logs | {"loss": 1.0, "learning_rate": 0.1}
+        LogLines().on_log(None, state, None, logs=logs)
+        assert ("MFU" in capsys.readouterr().out) is shown
 
 
 def test_trackers_get_speed_too(tmp_path):

@@ -67,6 +67,8 @@ def test_the_same_command_continues_and_then_does_nothing(stopped, tmp_path, cap
     for more in ((), ("--resume_from_checkpoint", "true")):
         run(stopped, *more)
         assert capsys.readouterr().out == "the run is finished; --overwrite starts again\n"
+    run(stopped, "--dry-run")
+    assert "training plan" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 

@@ -63,6 +63,7 @@ def server(store, adapter, engines, env):
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "blocktune.cli", "vllm", "serve", TINY, "--store", str(store)]
     command += ["--adapter", str(adapter), "--port", str(port), "--host", "127.0.0.1"]
+    command += ["--encode-wait", "120"]
     log = store.parent / "server.log"
     with log.open("w") as file:
         running = subprocess.Popen(
@@ -187,7 +188,7 @@ def test_missing_chunks_are_encoded_by_a_follower(server, engines, env, store):
         waiting = pool.submit(ask, server, example)
         encoder = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE)
         try:
-            made = text_of(waiting.result(60))
+            made = text_of(waiting.result(130))
         finally:
             encoder.terminate()
             encoder.wait()
@@ -197,6 +198,10 @@ def test_missing_chunks_are_encoded_by_a_follower(server, engines, env, store):
 
 def test_metrics_count_what_was_loaded(server):
     text = httpx.get(f"{server}/metrics").text
-    for name in ("blocktune:loads", "blocktune:tokens", "vllm:external_prefix_cache_hits"):
+    for name in (
+        "vllm:blocktune_loads",
+        "vllm:blocktune_tokens",
+        "vllm:external_prefix_cache_hits",
+    ):
         line = next(one for one in text.splitlines() if one.startswith(f"{name}_total"))
         assert float(line.split()[-1]) > 0

@@ -14,9 +14,11 @@ from transformers import (
     Phi3Config,
 )
 from vllm import SamplingParams
-from vllm_cases import SMALL, TINY, first_logprobs, questions, worst
+from vllm_cases import SMALL, TINY, close, first_logprobs, make_adapter, questions, worst
 
 from blocktune import Engine
+from blocktune.adapter.merge import merge_adapter
+from blocktune.prompt import LayoutSpec
 from blocktune.vllm import ChunkLLM, guard
 
 SHAPE = {"vocab_size": 1152, "hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 4}
@@ -87,13 +89,20 @@ def prompt_logprobs_poison_nothing(llm, examples, wanted, greedy, monkeypatch):
     assert all(one.cached_tokens for one in again)
 
 
-def close(llm):
-    from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
-    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
-
-    llm.llm.llm_engine.engine_core.shutdown()
-    ensure_kv_transfer_shutdown()
-    cleanup_dist_env_and_memory()
+def test_a_merged_adapter_is_a_model_of_its_own(tmp_path):
+    adapter = make_adapter(tmp_path / "lora", LayoutSpec(), True)
+    merged, store, examples = str(tmp_path / "merged"), tmp_path / "store", questions(22, 2)
+    merge_adapter(adapter, merged, dtype="float32", device="cpu")
+    engine = Engine.from_pretrained(merged, store=store, dtype="float32", device="cpu")
+    wanted = engine.answer(examples, "block-attention", max_new_tokens=8)
+    llm = ChunkLLM(merged, store=store, **SMALL)
+    try:
+        assert llm.client.lora is None
+        made = llm.answer(examples, max_new_tokens=8)
+        assert [one.token_ids for one in made] == [one.token_ids for one in wanted]
+        assert all(one.cached_tokens for one in made)
+    finally:
+        close(llm)
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from blocktune.cache import ChunkKV, ChunkStore, Lookup
+from blocktune.cache.blobs import Blobs
 from blocktune.cache.chunk_file import ChunkFile
-from blocktune.cache.folder import ChunkFolder
 from blocktune.methods import ChunkLoader, DamagedChunk, Selection
 
 KEEP = 0.8
@@ -132,7 +132,7 @@ class StreamedKV:
 
     def _read(self, layer: int) -> tuple[Tensor, Tensor]:
         started = time.perf_counter()
-        pair = tuple(self._file.read(f"{half}.{layer}") for half in ("key", "value"))
+        pair = tuple(self._file.tensor(f"{half}.{layer}") for half in ("key", "value"))
         moved = tuple(tensor.to(self._loader.store.device) for tensor in pair)
         self._loader.read_s += time.perf_counter() - started
         return moved
@@ -194,5 +194,5 @@ class LayerLoader(ChunkLoader):
     def __exit__(self, *exception) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def _open(self, folder: ChunkFolder, key: str, kind: type[ChunkKV]) -> StreamedKV:
-        return StreamedKV(key, ChunkFile(folder, key, kind), self)
+    def _open(self, blobs: Blobs, key: str, kind: type[ChunkKV]) -> StreamedKV:
+        return StreamedKV(key, ChunkFile(blobs, key, kind), self)

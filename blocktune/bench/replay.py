@@ -1,0 +1,212 @@
+"""What a store of a given size and policy would have saved on a trace, and when reuse pays at all.
+
+Simulated: nothing is encoded. Costs come from the trace where a store recorded them, else from
+`Costs`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from blocktune.bench.traces import Request, Use, zipf_requests
+from blocktune.cache.ledger import About, Ledger
+
+WINDOWS = 10
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a token costs. The defaults are of the size of Llama-3.1-8B in bfloat16 on one GPU.
+
+    Attributes:
+        token_bytes: Bytes of a token's keys and values.
+        token_s: Seconds to encode a token.
+        pair_s: Seconds more for each earlier token that it attends to.
+        load_bytes_s: Bytes per second that are loaded and moved.
+    """
+
+    token_bytes: int = 131_072
+    token_s: float = 1e-4
+    pair_s: float = 1e-8
+    load_bytes_s: float = 4e9
+
+    def encode_s(self, tokens: int, before: int = 0) -> float:
+        """Seconds to encode tokens after ``before`` others."""
+        return self.token_s * tokens + self.pair_s * tokens * (before + tokens / 2)
+
+    def load_s(self, tokens: int) -> float:
+        """Seconds to load tokens."""
+        return tokens * self.token_bytes / self.load_bytes_s
+
+    def priced(self, use: Use) -> Use:
+        """With bytes and seconds."""
+        return use._replace(
+            num_bytes=use.num_bytes or use.num_tokens * self.token_bytes,
+            seconds=use.seconds or self.encode_s(use.num_tokens),
+        )
+
+
+class Outcome(NamedTuple):
+    """What one size and policy gives.
+
+    Attributes:
+        policy: See `blocktune.cache.ledger.POLICIES`.
+        budget: Bytes.
+        hit_rate: Hits per look-up.
+        saved_s: Seconds of encoding that hits saved, less those of loading.
+        saved: The same as a share of encoding everything.
+        peak_bytes: Most that it held.
+        windows: ``hit_rate`` of each tenth of the trace.
+    """
+
+    policy: str
+    budget: int
+    hit_rate: float
+    saved_s: float
+    saved: float
+    peak_bytes: int
+    windows: list[float]
+
+
+def touched_bytes(requests: Iterable[Request], costs: Costs = Costs()) -> int:
+    """Bytes of all different chunks of a trace."""
+    different = {use.key: costs.priced(use).num_bytes for one in requests for use in one}
+    return sum(different.values())
+
+
+def replay(
+    requests: Sequence[Request], budget: int, policy: str = "lru", costs: Costs = Costs()
+) -> Outcome:
+    """Plays a trace against one tier.
+
+    Args:
+        requests: The trace.
+        budget: Bytes of the tier.
+        policy: See `blocktune.cache.ledger.POLICIES`.
+        costs: Of what the trace does not say.
+    """
+    clock = iter(range(1, 1 << 62))
+    ledger = Ledger(max_bytes=budget, policy=policy, clock=lambda: float(next(clock)))
+    there: dict[str, int] = {}
+    windows = [[0, 0] for _ in range(WINDOWS)]
+    saved_s, whole_s, held, peak = 0.0, 0.0, 0, 0
+    for index, request in enumerate(requests):
+        window = windows[index * WINDOWS // len(requests)]
+        for use in map(costs.priced, request):
+            whole_s += use.seconds
+            window[1] += 1
+            if use.key in there:
+                window[0] += 1
+                saved_s += use.seconds - use.num_bytes / costs.load_bytes_s
+                ledger.use(use.key)
+                continue
+            doomed = ledger.leaving(use.num_bytes, use.tenant, use.key)
+            if doomed is None:
+                continue
+            ledger.remove(doomed)
+            held += use.num_bytes - sum(there.pop(key) for key in doomed)
+            peak = max(peak, held)
+            ledger.add(use.key, use.num_bytes, About(seconds=use.seconds, tenant=use.tenant))
+            there[use.key] = use.num_bytes
+    hits, lookups = (sum(window[n] for window in windows) for n in (0, 1))
+    rates = [hit / max(count, 1) for hit, count in windows]
+    return Outcome(policy, budget, hits / max(lookups, 1), saved_s, saved_s / whole_s, peak, rates)
+
+
+class BreakEven(NamedTuple):
+    """Mean seconds to the first token at one share of repeated chunks, by way of caching."""
+
+    repeated: float
+    none_s: float
+    prefix_s: float
+    reuse_s: float
+
+
+def break_even(
+    recompute: float = 0.0,
+    chunks: int = 10,
+    tokens: int = 512,
+    requests: int = 2000,
+    costs: Costs = Costs(),
+    seed: int = 0,
+) -> list[BreakEven]:
+    """Chunk reuse against prefix caching over the share of chunks that were seen before.
+
+    Retrieval orders chunks freely, so a prefix is shared only if it begins with the same chunks in
+    the same order. Both caches are unbounded.
+
+    Args:
+        recompute: Share of the reused tokens that the method computes again.
+        chunks: Of each request.
+        tokens: Of each chunk.
+        requests: For each point.
+        costs: Of a token.
+        seed: Of what is drawn.
+    """
+    found = []
+    for step in range(11):
+        novel = 1 - step / 10
+        totals = [0.0, 0.0, 0.0]
+        seen: set[str] = set()
+        prefixes: set[tuple[str, ...]] = set()
+        draw = random.Random(seed)
+        for request in zipf_requests(requests, chunks, novel, seed=seed):
+            keys = [use.key for use in request]
+            draw.shuffle(keys)
+            whole = costs.encode_s(len(keys) * tokens)
+            shared = 0
+            while shared < len(keys) and tuple(keys[: shared + 1]) in prefixes:
+                shared += 1
+            totals[0] += whole
+            totals[1] += whole - costs.encode_s(shared * tokens) + costs.load_s(shared * tokens)
+            hits = len(seen.intersection(keys))
+            totals[2] += (len(keys) - hits) * costs.encode_s(tokens)
+            totals[2] += costs.load_s(hits * tokens) + recompute * whole
+            seen.update(keys)
+            prefixes.update(tuple(keys[:n]) for n in range(1, len(keys) + 1))
+        found.append(BreakEven(1 - novel, *(total / requests for total in totals)))
+    return found
+
+
+def plot_replay(outcomes: Sequence[Outcome], path: Path) -> None:
+    """Hit rate and the share of seconds saved against the budget, and hit rate over time."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    axes = figure.subplots(1, 3)
+    largest = max(outcome.budget for outcome in outcomes)
+    for policy in dict.fromkeys(outcome.policy for outcome in outcomes):
+        mine = sorted((one for one in outcomes if one.policy == policy), key=lambda o: o.budget)
+        budgets = [one.budget / 1e9 for one in mine]
+        axes[0].plot(budgets, [100 * one.hit_rate for one in mine], "o-", label=policy)
+        axes[1].plot(budgets, [100 * one.saved for one in mine], "o-", label=policy)
+        axes[2].plot(range(1, WINDOWS + 1), [100 * rate for rate in mine[-1].windows], label=policy)
+    names = ("hits (%)", "encoding time saved (%)", f"hits at {largest / 1e9:.3g} GB (%)")
+    for axis, name in zip(axes, names, strict=True):
+        axis.set(ylabel=name, ylim=(0, None), xlabel="budget (GB)")
+    axes[2].set_xlabel("tenth of the trace")
+    axes[0].legend()
+    figure.savefig(path, dpi=150)
+
+
+def plot_break_even(by_recompute: dict[float, Sequence[BreakEven]], path: Path) -> None:
+    """Mean time to first token over the share of repeated chunks."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axis = figure.subplots()
+    first = next(iter(by_recompute.values()))
+    axis.plot([p.repeated for p in first], [1e3 * p.none_s for p in first], "k:", label="no cache")
+    axis.plot(
+        [p.repeated for p in first], [1e3 * p.prefix_s for p in first], "k-", label="prefix caching"
+    )
+    for recompute, points in by_recompute.items():
+        label = f"chunk reuse, {recompute:.0%} recomputed"
+        axis.plot([p.repeated for p in points], [1e3 * p.reuse_s for p in points], label=label)
+    axis.set(xlabel="share of chunks seen before", ylabel="to first token (ms)", ylim=(0, None))
+    axis.legend()
+    figure.savefig(path, dpi=150)

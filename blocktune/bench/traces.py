@@ -1,0 +1,157 @@
+"""Requests and the chunks that they ask for: recorded by a store, published, or drawn.
+
+Read: the JSON lines of `--store ...,trace=FILE`; Mooncake's (``hash_ids``, blocks of 512 tokens);
+Azure's CSV, which names no contents (``TIMESTAMP,ContextTokens,GeneratedTokens``): its lengths are
+filled with drawn chunks. A name that ends in ``.gz`` is read as it is.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import random
+from collections.abc import Iterator
+from itertools import groupby, pairwise
+from pathlib import Path
+from typing import IO, NamedTuple
+
+BLOCK = 512
+"""Tokens of a block of Mooncake's traces, and of drawn chunks."""
+SAME_REQUEST_S = 0.001
+"""Look-ups of a recorded store this close to each other are one request."""
+
+
+class Use(NamedTuple):
+    """A chunk that a request asks for; ``num_bytes`` and ``seconds`` are 0 where unknown."""
+
+    key: str
+    num_tokens: int
+    num_bytes: int = 0
+    seconds: float = 0.0
+    tenant: str = ""
+
+
+Request = tuple[Use, ...]
+
+
+def zipf_requests(
+    count: int = 10_000, chunks: int = 10, novel: float = 0.3, exponent: float = 0.9, seed: int = 0
+) -> Iterator[Request]:
+    """Sustained novelty: chunks that recur by a Zipf law among ever new ones.
+
+    A chunk of a request is new with probability ``novel``; else one of those seen before, the
+    ``n``-th oldest with weight ``n ** -exponent``. Lengths are 64 to 2,048 tokens, in octaves, so
+    that chunks differ in what encoding them saves per byte.
+    """
+    draw, seen = random.Random(seed), []
+    for _ in range(count):
+        uses = []
+        for _ in range(chunks):
+            if not seen or draw.random() < novel:
+                seen.append(Use(f"drawn {len(seen)}", 2 ** draw.randrange(6, 12)))
+                uses.append(seen[-1])
+            else:
+                uses.append(seen[_rank(draw, len(seen), exponent) - 1])
+        yield tuple(dict.fromkeys(uses))
+
+
+def read_requests(path: str | Path, limit: int | None = None, seed: int = 0) -> list[Request]:
+    """Requests of a file, or of ``zipf``.
+
+    Args:
+        path: The file, or ``zipf`` for `zipf_requests`.
+        limit: Read only the first so many.
+        seed: Of what is drawn.
+
+    Raises:
+        ValueError: If the file is none of those above; names the line.
+    """
+    if str(path) == "zipf":
+        return list(zipf_requests(limit or 10_000, seed=seed))
+    try:
+        with _opened(Path(path)) as file:
+            first = file.readline()
+            lines = iter((first, *file))
+            if first.startswith("TIMESTAMP,"):
+                found = _azure(lines, seed)
+            else:
+                found = _json_lines(lines, path)
+            return [request for _, request in zip(range(limit or 1 << 62), found, strict=False)]
+    except OSError as error:
+        raise ValueError(f"cannot read the trace '{path}': {error}") from None
+
+
+def _opened(path: Path) -> IO[str]:
+    return gzip.open(path, "rt") if path.suffix == ".gz" else path.open(encoding="utf-8")
+
+
+def _json_lines(lines: Iterator[str], path: str | Path) -> Iterator[Request]:
+    records = _records(lines, path)
+    first = next(records, None)
+    if first is None:
+        raise ValueError(f"{path}: an empty trace")
+    if "hash_ids" in first:
+        for record in _again(first, records):
+            left = record["input_length"]
+            uses = []
+            for block in record["hash_ids"]:
+                uses.append(Use(str(block), max(1, min(BLOCK, left))))
+                left -= BLOCK
+            yield tuple(uses)
+        return
+    if "op" not in first:
+        raise ValueError(f"{path}: neither a trace of a store nor Mooncake's; see `--help`")
+    everything = list(_again(first, records))
+    made = {record["key"]: record for record in everything if record["op"] == "put"}
+    gets = [record for record in everything if record["op"] == "get"]
+    ends = [b["t"] - b["load_s"] - a["t"] > SAME_REQUEST_S for a, b in pairwise(gets)]
+    numbers = [0]
+    for end in ends:
+        numbers.append(numbers[-1] + end)
+    for _, group in groupby(zip(numbers, gets, strict=True), key=lambda pair: pair[0]):
+        yield tuple(_use(record, made.get(record["key"], {})) for _, record in group)
+
+
+def _use(got: dict, put: dict) -> Use:
+    num_bytes = put.get("bytes") or got["bytes"]
+    return Use(got["key"], got["tokens"], num_bytes, put.get("seconds", 0.0), put.get("tenant", ""))
+
+
+def _again(first: dict, rest: Iterator[dict]) -> Iterator[dict]:
+    yield first
+    yield from rest
+
+
+def _records(lines: Iterator[str], path: str | Path) -> Iterator[dict]:
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}, line {number}: not a JSON object")
+        yield record
+
+
+def _azure(lines: Iterator[str], seed: int) -> Iterator[Request]:
+    draw, seen = random.Random(seed), 0
+    for row in csv.DictReader(lines):
+        uses, left = {}, int(row["ContextTokens"])
+        while left > 0:
+            if not seen or draw.random() < 0.5:
+                seen += 1
+                rank = seen
+            else:
+                rank = _rank(draw, seen, 0.9)
+            uses[rank] = Use(f"drawn {rank}", min(BLOCK, left))
+            left -= BLOCK
+        yield tuple(uses.values())
+
+
+def _rank(draw: random.Random, count: int, exponent: float) -> int:
+    """1 to ``count`` with weights ``rank ** -exponent``, by inverting the integral."""
+    power = 1 - exponent
+    return min(count, int((1 + draw.random() * ((count + 1) ** power - 1)) ** (1 / power)))

@@ -1,0 +1,348 @@
+"""What a tier holds, what each entry is worth, and which must leave when the tier is full.
+
+One table of SQLite: in memory for what a process holds, a file beside the chunks of a folder that
+several processes share. The chunks are elsewhere: a lost ledger loses none of them. No torch.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+POLICIES = {
+    "lru": "used",
+    "lfu": "uses",
+    "fifo": "created",
+    "gdsf": "clock + uses * seconds * 1e9 / size",
+}
+"""What an entry is worth, in SQL over its columns: the least leaves first, then the least used.
+
+``gdsf``: seconds of encoding saved per byte (Cherkasova, Greedy-Dual-Size-Frequency, HPL-98-69R1);
+``clock`` is the worth of what left last when the entry was used, so that old fame fades.
+"""
+INDEX = "index.sqlite"
+"""Name of the file in a folder."""
+_FORMAT = 1
+_BUFFERED, _BUFFER_S = 512, 1.0
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS entries (
+    key TEXT PRIMARY KEY, size INTEGER, num_tokens INTEGER, kind TEXT, fingerprint TEXT,
+    document TEXT, tenant TEXT, seconds REAL, created REAL, used REAL, uses INTEGER, clock REAL,
+    worth REAL, pinned INTEGER, expires REAL
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS by_worth ON entries (pinned, worth, used, size, tenant);
+CREATE INDEX IF NOT EXISTS by_tenant ON entries (tenant, pinned, worth, used, size);
+CREATE INDEX IF NOT EXISTS by_model ON entries (fingerprint);
+CREATE INDEX IF NOT EXISTS by_document ON entries (document) WHERE document != '';
+CREATE INDEX IF NOT EXISTS by_end ON entries (expires) WHERE expires IS NOT NULL;
+CREATE TABLE IF NOT EXISTS totals (tenant TEXT PRIMARY KEY, size INTEGER, entries INTEGER);
+CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value);
+CREATE TRIGGER IF NOT EXISTS added AFTER INSERT ON entries BEGIN
+    INSERT INTO totals VALUES (new.tenant, new.size, 1) ON CONFLICT (tenant)
+    DO UPDATE SET size = size + new.size, entries = entries + 1;
+END;
+CREATE TRIGGER IF NOT EXISTS removed AFTER DELETE ON entries BEGIN
+    UPDATE totals SET size = size - old.size, entries = entries - 1 WHERE tenant = old.tenant;
+END;
+"""
+
+_VALUED = """
+CREATE TEMP TRIGGER valued AFTER INSERT ON entries BEGIN
+    UPDATE entries SET worth = {0} WHERE key = new.key;
+END;
+CREATE TEMP TRIGGER valued_anew AFTER UPDATE OF uses ON entries BEGIN
+    UPDATE entries SET worth = {0} WHERE key = new.key;
+END;
+"""
+
+
+@dataclass(frozen=True)
+class About:
+    """What is known of an entry beside its key and size.
+
+    Attributes:
+        num_tokens: Tokens of the chunk.
+        kind: Of the entry.
+        fingerprint: Of the model that made it.
+        document: Whose passage it is, as the user names it.
+        tenant: Whose it is; counts for quotas.
+        seconds: That encoding it took: what a hit saves.
+        expires: When it counts as gone, in seconds of the epoch; None: never.
+    """
+
+    num_tokens: int = 0
+    kind: str = ""
+    fingerprint: str = ""
+    document: str = ""
+    tenant: str = ""
+    seconds: float = 0.0
+    expires: float | None = None
+
+
+@dataclass(frozen=True)
+class Row(About):
+    """An entry as the ledger has it; times are seconds of the epoch."""
+
+    key: str = ""
+    size: int = 0
+    created: float = 0.0
+    used: float = 0.0
+    uses: int = 0
+    pinned: bool = False
+
+    @property
+    def about(self) -> About:
+        """Without key, size and uses."""
+        return About(*(getattr(self, field.name) for field in fields(About)))
+
+
+_USE = "UPDATE entries SET uses = uses + ?, used = max(used, ?), clock = ? WHERE key = ?"
+_COLUMNS = tuple(field.name for field in fields(Row))
+_SELECT = f"SELECT {', '.join(_COLUMNS)} FROM entries"
+
+
+class Ledger:
+    """Entries of one tier and their order of leaving. Several threads may use it.
+
+    Args:
+        path: File; None: in memory.
+        max_bytes: That the tier may hold; None: no limit.
+        policy: One of `POLICIES`; None: that of the file, or ``lru``.
+        quota: Bytes that one tenant may hold; None: no limit.
+        clock: Seconds of the epoch.
+
+    Raises:
+        ValueError: If there is no such policy.
+        sqlite3.Error: From every method, if the file cannot be used.
+    """
+
+    def __init__(
+        self,
+        path: Path | None = None,
+        *,
+        max_bytes: int | None = None,
+        policy: str | None = None,
+        quota: int | None = None,
+        clock: Callable[[], float] = time.time,
+    ):
+        if policy is not None and policy not in POLICIES:
+            raise ValueError(f"unknown policy '{policy}'; available: {', '.join(POLICIES)}")
+        self.path, self.max_bytes, self.policy = path, max_bytes, policy
+        self.quota, self._clock = quota, clock
+        self._lock, self._now, self._flushed = threading.RLock(), 0.0, 0.0
+        self._uses: dict[str, list] = {}
+        self._connect()
+        weakref.finalize(self, _close, self._pid, self._database, self._uses)
+
+    def add(self, key: str, size: int, about: About) -> None:
+        """Enters an entry, or replaces it: pin and uses stay."""
+        with self._lock:
+            now, database = self.now(), self._open()
+            with database:
+                old = database.execute(
+                    "SELECT uses, pinned FROM entries WHERE key = ?", (key,)
+                ).fetchone() or (0, 0)
+                record = (about.num_tokens, about.kind, about.fingerprint, about.document)
+                record += (about.tenant, about.seconds, now, now, old[0] + 1, self._faded())
+                database.execute("DELETE FROM entries WHERE key = ?", (key,))
+                database.execute(
+                    f"INSERT INTO entries VALUES ({', '.join('?' * 15)})",
+                    (key, max(size, 1), *record, 0.0, old[1], about.expires),
+                )
+
+    def use(self, key: str) -> None:
+        """Notes a hit; written later, with others."""
+        with self._lock:
+            now = self.now()
+            count = self._uses.pop(key, (0, 0.0, key))[0]
+            self._uses[key] = [count + 1, now, key]
+            if len(self._uses) >= _BUFFERED or now - self._flushed > _BUFFER_S:
+                self.flush()
+
+    def remove(self, keys: Iterable[str]) -> None:
+        """Strikes entries."""
+        with self._lock, self._open() as database:
+            database.executemany("DELETE FROM entries WHERE key = ?", [(key,) for key in keys])
+
+    def leaving(self, size: int, tenant: str = "", key: str = "") -> list[str] | None:
+        """Which entries must leave for one of ``size`` bytes, and those whose time is over.
+
+        The worth of the last one becomes the clock. Strike them with `remove` once they have left.
+
+        Args:
+            size: Bytes to come.
+            tenant: Whose they are.
+            key: Of the entry to come: one that is there already makes room itself.
+
+        Returns:
+            Keys; None if there cannot be room.
+        """
+        with self._lock:
+            self.flush()
+            database, now = self._open(), self.now()
+            gone = dict(
+                database.execute("SELECT key, size FROM entries WHERE expires <= ?", (now,))
+            )
+            old = database.execute("SELECT size, tenant FROM entries WHERE key = ?", (key,))
+            old_size, old_tenant = old.fetchone() or (0, tenant)
+            for limit, whose in ((self.quota, tenant), (self.max_bytes, None)):
+                if limit is None:
+                    continue
+                there = self.size(whose) - (old_size if whose in (None, old_tenant) else 0)
+                need = there + size - limit - sum(gone.values() if whose is None else ())
+                if need > 0 and not self._choose(whose, need, key, gone):
+                    return None
+            return list(gone)
+
+    def size(self, tenant: str | None = None) -> int:
+        """Bytes that are entered, of one tenant or of all."""
+        where, values = ("", ()) if tenant is None else (" WHERE tenant = ?", (tenant,))
+        with self._lock:
+            found = self._open().execute(f"SELECT total(size) FROM totals{where}", values)
+            return int(found.fetchone()[0])
+
+    def __len__(self) -> int:
+        """Entries."""
+        with self._lock:
+            return int(self._open().execute("SELECT total(entries) FROM totals").fetchone()[0])
+
+    def expired(self, key: str) -> bool:
+        """Whether the entry's time is over."""
+        with self._lock:
+            found = self._open().execute("SELECT expires FROM entries WHERE key = ?", (key,))
+            [expires] = found.fetchone() or [None]
+            return expires is not None and expires <= self.now()
+
+    def row(self, key: str) -> Row | None:
+        """One entry, without hits that are not written yet."""
+        with self._lock:
+            found = self._open().execute(f"{_SELECT} WHERE key = ?", (key,)).fetchone()
+        return found and Row(**dict(zip(_COLUMNS, found, strict=True)))
+
+    def rows(self, **wanted: str) -> Iterator[Row]:
+        """Entries in order of their keys, those whose columns equal what is ``wanted``.
+
+        ``start`` wants the first digits of the key.
+        """
+        start = wanted.pop("start", "")
+        clauses = [f"{name} = ?" for name in wanted if name in _COLUMNS]
+        assert len(clauses) == len(wanted), wanted
+        clauses += ["key >= ?", "key < ?"] if start else []
+        values = [*wanted.values(), *([start, start + "g"] if start else [])]
+        where = f" WHERE {' AND '.join(clauses)}" if clauses else ""
+        with self._lock:
+            self.flush()
+            found = self._open().execute(f"{_SELECT}{where} ORDER BY key", values).fetchall()
+        for record in found:
+            yield Row(**dict(zip(_COLUMNS, record, strict=True)))
+
+    def counts(self, column: str) -> dict[str, tuple[int, int, int]]:
+        """Entries, tokens and bytes by the values of a column."""
+        assert column in _COLUMNS, column
+        sums = "count(*), total(num_tokens), total(size)"
+        with self._lock:
+            found = self._open().execute(f"SELECT {column}, {sums} FROM entries GROUP BY {column}")
+            return {name: tuple(map(int, sums)) for name, *sums in found}
+
+    def pin(self, keys: Iterable[str], pinned: bool = True) -> int:
+        """Entries that never leave for others, or may again; how many there were."""
+        with self._lock, self._open() as database:
+            done = database.executemany(
+                "UPDATE entries SET pinned = ? WHERE key = ?", [(int(pinned), key) for key in keys]
+            )
+            return done.rowcount
+
+    def flush(self) -> None:
+        """Writes the hits that were noted."""
+        with self._lock:
+            self._flushed = self.now()
+            if self._uses:
+                with self._open() as database:
+                    clock = self._faded()
+                    database.executemany(
+                        _USE, [(*use[:2], clock, use[2]) for use in self._uses.values()]
+                    )
+                self._uses.clear()
+
+    def clear(self) -> None:
+        """Strikes everything."""
+        with self._lock, self._open() as database:
+            self._uses.clear()
+            database.execute("DELETE FROM entries")
+
+    def fill(self, rows: Iterable[Row]) -> None:
+        """Enters what was found by listing: times and uses as given, nothing else changes."""
+        with self._lock, self._open() as database:
+            database.executemany(
+                f"INSERT OR IGNORE INTO entries ({', '.join(_COLUMNS)}, clock, worth) "
+                f"VALUES ({', '.join('?' * (len(_COLUMNS) + 2))})",
+                ([*(getattr(row, n) for n in _COLUMNS), 0.0, 0.0] for row in rows),
+            )
+
+    def now(self) -> float:
+        """The time, later than at every call before."""
+        self._now = max(self._clock(), self._now + 1e-6)
+        return self._now
+
+    def _choose(self, tenant: str | None, need: int, key: str, gone: dict[str, int]) -> bool:
+        where, values = ("", ()) if tenant is None else ("tenant = ? AND ", (tenant,))
+        found = self._open().execute(
+            f"SELECT key, size, worth FROM entries WHERE {where}pinned = 0 ORDER BY worth, used",
+            values,
+        )
+        clock = None
+        for name, size, worth in found:
+            if need <= 0:
+                break
+            if name != key and name not in gone:
+                gone[name] = size
+                need, clock = need - size, worth
+        if clock is not None and self.policy == "gdsf":
+            with self._open() as database:
+                database.execute("INSERT OR REPLACE INTO meta VALUES ('clock', ?)", (clock,))
+        return need <= 0
+
+    def _faded(self) -> float:
+        found = self._open().execute("SELECT value FROM meta WHERE name = 'clock'").fetchone()
+        return found[0] if found else 0.0
+
+    def _open(self) -> sqlite3.Connection:
+        if self.path is not None and self._pid != os.getpid():
+            self._connect()  # a connection must not be used by two processes
+        return self._database
+
+    def _connect(self) -> None:
+        self._pid = os.getpid()
+        where = ":memory:" if self.path is None else str(self.path)
+        self._database = sqlite3.connect(where, timeout=1.0, check_same_thread=False)
+        if self.path is not None:
+            self._database.execute("PRAGMA journal_mode = WAL")
+            self._database.execute("PRAGMA synchronous = OFF")  # it can be made again
+        with self._database as database:
+            database.executescript(_SCHEMA)
+            known = dict(database.execute("SELECT name, value FROM meta"))
+            if known.get("format", _FORMAT) != _FORMAT:
+                raise sqlite3.DatabaseError(f"{where}: of another version")
+            database.execute("INSERT OR REPLACE INTO meta VALUES ('format', ?)", (_FORMAT,))
+            self.policy = self.policy or known.get("policy", "lru")
+            if known.get("policy") != self.policy:
+                database.execute("INSERT OR REPLACE INTO meta VALUES ('policy', ?)", (self.policy,))
+                database.execute(f"UPDATE entries SET worth = {POLICIES[self.policy]}")
+            database.executescript(_VALUED.format(POLICIES[self.policy]))
+
+
+def _close(pid: int, database: sqlite3.Connection, uses: dict[str, list]) -> None:
+    """Writes what is left when a ledger or its process ends."""
+    if pid == os.getpid():
+        try:
+            with database:
+                database.executemany(_USE, [(*use[:2], 0.0, use[2]) for use in uses.values()])
+            database.close()
+        except sqlite3.Error:
+            pass  # only dates of use are lost

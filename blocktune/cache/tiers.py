@@ -1,0 +1,290 @@
+"""The places of a store: memory of the device and of the host, a folder, a remote. One budget each.
+
+A tier that cannot be reached or written is left alone for a while: its entries are misses, and what
+cannot be kept is counted. One warning says so.
+"""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from blocktune.cache.blobs import Blobs, Fetched, read_facts
+from blocktune.cache.chunk_kv import Entry
+from blocktune.cache.folder import ChunkFolder, is_taken
+from blocktune.cache.ledger import About, Ledger, Row
+from blocktune.cache.listing import open_index, row_of
+
+RETRY_S = 10.0
+"""Seconds after a failure in which a tier is left alone."""
+REFRESH_S = 60.0
+"""Seconds after which a remote with a budget is listed again: other machines write there too."""
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass
+class TierStats:
+    """Counters of one tier since the store was opened.
+
+    ``expired`` entries are also misses. ``unwritten`` ones could not be kept; ``failures`` are
+    requests that the tier did not answer.
+    """
+
+    hits: int = 0
+    misses: int = 0
+    bytes_read: int = 0
+    bytes_written: int = 0
+    read_s: float = 0.0
+    write_s: float = 0.0
+    evictions: int = 0
+    expired: int = 0
+    unwritten: int = 0
+    failures: int = 0
+
+
+class MemoryTier:
+    """Entries in the memory of a device.
+
+    Args:
+        name: Of the tier.
+        device: Where they live; host memory is pinned where there is a GPU.
+        ledger: With the budget.
+    """
+
+    def __init__(self, name: str, device: torch.device, ledger: Ledger):
+        self.name, self.device, self.ledger = name, device, ledger
+        self.entries: dict[str, Entry] = {}
+        self.stats = TierStats()
+
+    def get(self, key: str) -> Entry | None:
+        """The entry of ``key``, or None."""
+        entry = self.entries.get(key)
+        if entry is not None and self.ledger.expired(key):
+            self.remove(key)
+            self.stats.expired += 1
+            return None
+        return entry
+
+    def put(self, key: str, entry: Entry, about: About) -> list[tuple[str, Entry, About]]:
+        """Keeps an entry if it can; returns what had to leave, or the entry itself."""
+        doomed = self.ledger.leaving(entry.num_bytes, about.tenant, key)
+        if doomed is None:
+            self.remove(key)
+            return [(key, entry, about)]
+        left = [
+            (one, self.entries.pop(one), self.ledger.row(one).about)
+            for one in doomed
+            if one in self.entries
+        ]
+        self.ledger.remove(doomed)
+        self.stats.evictions += len(left)
+        self.entries[key] = self._moved(entry)
+        self.ledger.add(key, entry.num_bytes, about)
+        self.stats.bytes_written += entry.num_bytes
+        return left
+
+    def remove(self, key: str) -> None:
+        """Drops the entry of ``key``, if there is one."""
+        if self.entries.pop(key, None) is not None:
+            self.ledger.remove([key])
+
+    def clear(self) -> None:
+        """Drops everything."""
+        self.entries.clear()
+        self.ledger.clear()
+
+    def _moved(self, entry: Entry) -> Entry:
+        entry = entry.to(self.device)
+        if self.device.type == "cpu" and torch.cuda.is_available():
+            return entry._map(lambda tensor: tensor.pin_memory())
+        return entry
+
+
+class BlobTier:
+    """Files of entries in a folder or a remote.
+
+    Args:
+        name: Of the tier.
+        blobs: The files.
+        must_write: Whether a write that fails is an error.
+        budget: ``max_bytes``, ``policy`` and ``quota`` of its `Ledger`.
+    """
+
+    def __init__(self, name: str, blobs: Blobs, must_write: bool = False, **budget):
+        self.name, self.blobs, self.must_write, self._budget = name, blobs, must_write, budget
+        self.stats = TierStats()
+        self._lock = threading.Lock()
+        self._next = {"read": 0.0, "write": 0.0, "index": 0.0}
+        self._warned, self._listed = False, 0.0
+        self._is_folder = isinstance(blobs, ChunkFolder)
+        self.ledger = None if self._is_folder else Ledger(**budget)
+
+    def prepare(self) -> None:
+        """Makes the folder and opens its index."""
+        if not self._is_folder:
+            return
+        try:
+            self.blobs.prepare()
+        except OSError as error:
+            self.failed(error, "write")
+        self.ledger = open_index(self.blobs, **self._budget)
+        if self.ledger is None and self._budget["max_bytes"] is not None:
+            _LOG.warning("'%s': no index can be kept, so nothing is written", self.blobs.place)
+
+    def load(
+        self, key: str, read: Callable[[Blobs, str], Entry]
+    ) -> tuple[Entry, About, bytes | None] | None:
+        """An entry by ``read``, what is known of it, and the content of a remote's file.
+
+        None if there is none, or the tier does not answer.
+
+        Raises:
+            ValueError: If the file is not sound.
+        """
+        if time.monotonic() < self._next["read"]:
+            return None
+        try:
+            if self._noted(lambda ledger: ledger.expired(key)):
+                self.remove(key)
+                self.stats.expired += 1
+                return None
+            if self._is_folder:
+                entry = read(self.blobs, key)
+                return entry, self._about(key), None
+            fetched = Fetched(self.blobs, key)
+            entry, data = read(fetched, key), bytes(fetched.blob.data)
+            return entry, row_of(key, read_facts(data, len(data), 0.0)).about, data
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            self.failed(error, "read")
+            return None
+
+    def _about(self, key: str) -> About:
+        row = self._noted(lambda ledger: ledger.row(key))
+        if row is None:  # written by a version without an index, or lost from it
+            row = row_of(key, self.blobs.facts(key))
+            self._noted(lambda ledger: ledger.fill([row]))
+        return row.about
+
+    def used(self, key: str) -> None:
+        """Notes a hit."""
+        self.blobs.touch(key)
+        self._noted(lambda ledger: ledger.use(key))
+
+    def save(self, key: str, make: Callable[[], bytes], about: About) -> None:
+        """Keeps the file that ``make`` packs if place and budget allow; others leave for it."""
+        if not self.must_write and time.monotonic() < self._next["write"]:
+            self._count_unwritten()
+            return
+        started, data = time.perf_counter(), make()
+        try:
+            if self._make_room(len(data), key, about):
+                self.blobs.write(key, data)
+            else:
+                self._count_unwritten()
+                return
+        except OSError as error:
+            self._noted(lambda ledger: ledger.remove([key]))
+            self._count_unwritten()
+            self.failed(error, "write")
+            return
+        with self._lock:
+            self.stats.bytes_written += len(data)
+            self.stats.write_s += time.perf_counter() - started
+
+    def remove(self, key: str) -> bool:
+        """Removes the file of ``key``; whether there was one."""
+        try:
+            done = self.blobs.remove(key)
+            self._noted(lambda ledger: ledger.remove([key]))
+            return done
+        except OSError as error:
+            self.failed(error, "write")
+            return False
+
+    def describe(self, fingerprint: str, make: Callable[[], dict[str, Any]]) -> None:
+        """Writes a model's manifest unless there is one; ``make`` is called if it is missing."""
+        if time.monotonic() < self._next["write"]:
+            return
+        try:
+            known = self.blobs.manifest(fingerprint) is not None
+        except (OSError, ValueError):
+            known = False  # damaged, or not signed: written again
+        try:
+            if not known:
+                self.blobs.write_manifest(make())
+        except OSError as error:
+            self.failed(error, "write")
+
+    def failed(self, error: OSError, what: str) -> None:
+        """Says once that the tier is out of reach, and leaves it alone for a while.
+
+        Raises:
+            ValueError: If writing failed and the store must write.
+        """
+        verb = "write to" if what == "write" else "read"
+        reason = f"cannot {verb} the store '{self.blobs.place}': {error.strerror or error}"
+        if self.must_write and what == "write":
+            raise ValueError(f"{reason}; free space there or choose another store") from None
+        with self._lock:
+            self.stats.failures += 1
+            if not is_taken(error):
+                self._next[what] = time.monotonic() + RETRY_S
+            warned, self._warned = self._warned, True
+        if not warned:
+            lost = "a chunk is" if is_taken(error) else "new chunks are"
+            writing = f"what it holds is used, {lost} not kept there"
+            then = writing if what == "write" else "its chunks are encoded instead"
+            _LOG.warning("%s; %s", reason.replace("\n", " "), then)
+
+    def _make_room(self, size: int, key: str, about: About) -> bool:
+        if not self._is_folder and self.ledger.max_bytes is not None:
+            self._relist()
+        unknown = [] if self._budget["max_bytes"] is None else None  # a limit holds, or no write
+        doomed = self._noted(lambda ledger: (ledger.leaving(size, about.tenant, key),), (unknown,))[
+            0
+        ]
+        if doomed is None:
+            return False
+        for one in doomed:
+            self.blobs.remove(one)
+        # Entered before it is written: a stopped writer leaves a row too many, not a lost file.
+        self._noted(lambda ledger: (ledger.remove(doomed), ledger.add(key, size, about)))
+        with self._lock:
+            self.stats.evictions += len(doomed)
+        return True
+
+    def _relist(self) -> None:
+        with self._lock:
+            if time.monotonic() < self._listed:
+                return
+            self._listed = time.monotonic() + REFRESH_S
+        rows = self.blobs.listing()
+        gone = {row.key for row in self.ledger.rows()} - {key for key, _, _ in rows}
+        self.ledger.remove(gone)
+        self.ledger.fill(Row(key=k, size=n, created=at, used=at, uses=1) for k, n, at in rows)
+
+    def _noted(self, act: Callable[[Ledger], object], otherwise: object = None):
+        """What the ledger says; an index that fails is left alone for a while, or made again."""
+        if self.ledger is None or time.monotonic() < self._next["index"]:
+            return otherwise
+        try:
+            return act(self.ledger)
+        except sqlite3.Error as error:
+            _LOG.info("index of '%s' not used: %s", self.blobs.place, error)
+            self._next["index"] = time.monotonic() + RETRY_S
+            if not isinstance(error, sqlite3.OperationalError):  # damaged
+                self.ledger = open_index(self.blobs, **self._budget)
+            return otherwise
+
+    def _count_unwritten(self) -> None:
+        with self._lock:
+            self.stats.unwritten += 1

@@ -1,0 +1,232 @@
+"""Every causal language model of the installed transformers, tried: exact, or refused and why.
+
+A tiny random model of each class answers a prompt of 500 tokens, longer than all its windows, in
+full and from cached chunks. Both are compared with a forward of the stock model: by its own masks,
+and by the dense mask of the layout.
+"""
+
+from __future__ import annotations
+
+import difflib
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from blocktune.attention import dense_mask
+from blocktune.check.serving import ASK, Ask, batch_of, check_model, difference
+from blocktune.engine import Engine
+from blocktune.layout import LayerRule, Layout
+from blocktune.methods import build
+from blocktune.models.gate import examine
+from blocktune.models.probe import Refused, Structure
+from blocktune.models.small import causal_class, quiet, small_config, small_model
+from blocktune.prompt import Chunk
+from blocktune.tables import ABSENT, Table
+from blocktune.testing import WORDS, byte_tokenizer
+
+TOKENS = 500
+LAYERS = 8
+TOLERANCE = 1e-4
+"""Of the largest logit."""
+TIMEOUT_S = 180
+CHUNK, BETWEEN, AROUND = 16, 2, 40
+"""Tokens of a chunk, between two, and of instruction, question and template."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """What was found of one class.
+
+    Attributes:
+        model_type: As configurations name it.
+        name: The class.
+        verdict: ``exact``, ``exact up to a length``, ``refused``, or ``wrong`` (a defect of
+            blocktune: nothing may be).
+        note: Why it was refused or what is wrong.
+        max_tokens: Length up to which a model of the default configuration is exact.
+        full: Largest difference of logits to the stock model, in full attention, as a share of the
+            largest logit.
+        block: The same from cached chunks, to the stock model under the dense mask.
+    """
+
+    model_type: str
+    name: str
+    verdict: str
+    note: str = ""
+    max_tokens: int | None = None
+    full: float | None = None
+    block: float | None = None
+
+    def to_dict(self) -> dict:
+        """Plain JSON types."""
+        return asdict(self)
+
+
+def model_types(only: Sequence[str] = ()) -> tuple[str, ...]:
+    """All model types of causal language models, or these.
+
+    Raises:
+        ValueError: If transformers has no causal language model of such a type.
+    """
+    for name in only:
+        if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            close = difflib.get_close_matches(name, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, n=3)
+            hint = f"; near: {', '.join(close)}" if close else ""
+            raise ValueError(f"transformers has no causal language model of type '{name}'{hint}")
+    return tuple(only or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def table(found: Sequence[Family]) -> Table:
+    """A row for each class."""
+    rows = []
+    for one in found:
+        limit = "" if one.max_tokens is None else f" of {one.max_tokens:,} tokens"
+        shown = [ABSENT if x is None else f"{x:.0e}" for x in (one.full, one.block)]
+        rows.append((one.model_type, one.name, one.verdict + limit, *shown, one.note))
+    headings = ("type", "class", "result", "full", "block", "reason")
+    return Table(headings, rows, left=("class", "result", "reason"))
+
+
+def check_families(names: Sequence[str]) -> Iterator[Family]:
+    """Tries model types, each in a process of its own that may take `TIMEOUT_S`."""
+    context = multiprocessing.get_context("fork")  # transformers is imported once
+    for name in names:
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=_report, args=(name, theirs), daemon=True)
+        process.start()
+        theirs.close()
+        started = time.monotonic()
+        found = None
+        if ours.poll(TIMEOUT_S):
+            try:
+                found = ours.recv()
+            except EOFError:
+                process.join()
+        took = time.monotonic() - started
+        process.kill()
+        process.join()
+        note = f"no result after {took:.0f} s (exit code {process.exitcode})"
+        cls = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(name, name)
+        yield found or Family(name, cls, "wrong", note)
+
+
+def _report(name: str, pipe) -> None:
+    torch.set_num_threads(1)
+    with quiet():
+        pipe.send(check_family(name))
+
+
+def check_family(model_type: str) -> Family:
+    """Tries the class of one of `model_types` in this process."""
+    name, limit = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type], None
+    try:
+        config = _tiny(model_type)
+        name = getattr(causal_class(config), "__name__", name)
+        structure = examine(config)
+        limit = _default_limit(model_type, structure)
+        with torch.no_grad():
+            full, block, wrong = _compared(config, structure)
+    except Refused as refusal:
+        return Family(model_type, name, "refused", str(refusal))
+    except Exception as error:
+        line = (str(error).strip() or "no message").splitlines()[0]
+        return Family(model_type, name, "wrong", f"{type(error).__name__}: {line}")
+    if wrong or max(full, block) > TOLERANCE:
+        return Family(model_type, name, "wrong", wrong, limit, full, block)
+    verdict = "exact" if structure.max_tokens is None else "exact up to a length"
+    return Family(model_type, name, verdict, "", limit, full, block)
+
+
+MISSING = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+"""Values of fields that some default configurations leave open, though their models need them."""
+
+
+def _tiny(model_type: str) -> PreTrainedConfig:
+    """A small configuration of a model type; of some hybrids the default one, for the gate."""
+    try:
+        text = CONFIG_MAPPING[model_type]().get_text_config(decoder=True)
+    except Exception as error:
+        line = " ".join(str(error).split())
+        raise Refused(f"transformers has no valid default configuration of it: {line}") from None
+    given = text.to_dict()
+    open_ones = {k: v for k, v in MISSING.items() if k in given and given[k] is None}
+    if given.get("attention_multiplier") == 1:  # Granite's default, under which float32 is noise
+        open_ones["attention_multiplier"] = 0.1
+    if given.get("num_kv_shared_layers"):
+        open_ones["num_kv_shared_layers"] = 3
+    for name, value in open_ones.items():
+        setattr(text, name, value)
+    try:
+        depth = text.num_hidden_layers
+        return small_config(text, heads=4, layers=min(depth, LAYERS))
+    except Exception:
+        return text
+
+
+def _default_limit(model_type: str, structure: Structure) -> int | None:
+    if structure.max_tokens is None:
+        return None
+    return examine(CONFIG_MAPPING[model_type]()).max_tokens
+
+
+def _compared(config: PreTrainedConfig, structure: Structure) -> tuple[float, float, str]:
+    """Relative differences in full and in block attention, and a check that fails."""
+    cls, tokenizer = causal_class(config), byte_tokenizer()
+    stock = small_model(config, cls)
+    engine = Engine(small_model(config, cls), tokenizer, format=WORDS)
+    length = min(TOKENS, structure.max_tokens or TOKENS)
+    ask = _ask(length)
+    logits = engine.next_logits([ask], "full-prefill")
+    ids = batch_of(engine, build("full-prefill"), ask).input_ids
+    whole = stock(ids, use_cache=False).logits[:, -1]
+    batch = batch_of(engine, build("naive"), ask)
+    reused = engine.next_logits([ask], "naive")
+    masked = _masked(stock, batch.input_ids, batch.layout, structure)[:, -1]
+    engine.answer([ask], "naive", max_new_tokens=2)  # counts what it cost, too
+    failed = [one for one in check_model(engine) if not one.passed] if length >= 300 else []
+    scale = float(whole.abs().max())
+    if not scale or difference(whole, masked) <= 10 * TOLERANCE * scale:
+        return 0.0, 0.0, "hiding chunks from each other changes nothing, so nothing is proven"
+    wrong = f"check: {failed[0].name} ({failed[0].max_abs_diff:.1e})" if failed else ""
+    return difference(logits, whole) / scale, difference(reused, masked) / scale, wrong
+
+
+def _ask(tokens: int) -> Ask:
+    """A prompt of at most so many tokens (bytes), in chunks little longer than a window."""
+    words = "".join(chunk.text for chunk in ASK.chunks) * (tokens // CHUNK)
+    starts = range(0, max(0, tokens - AROUND) // (CHUNK + BETWEEN) * CHUNK, CHUNK)
+    return Ask("Who?", tuple(Chunk(words[start : start + CHUNK]) for start in starts))
+
+
+def _masked(stock: nn.Module, ids: Tensor, layout: Layout, structure: Structure) -> Tensor:
+    """Logits of the stock model under the dense mask, one for each window."""
+    config = stock.config
+    additive = config._attn_implementation == "eager"
+
+    def mask(window: int | None) -> Tensor:
+        seen = dense_mask(layout, LayerRule(window=window))
+        if not additive:
+            return seen
+        hidden = torch.finfo(torch.float32).min
+        return torch.zeros(seen.shape).masked_fill_(~seen, hidden)
+
+    kinds = getattr(config, "layer_types", None) or ()
+    masks: list[Callable] = [lambda: mask(structure.windows[0])]
+    if kinds:
+        by_kind = dict(zip(kinds, structure.windows, strict=True))
+        masks.insert(0, lambda: {kind: mask(window) for kind, window in by_kind.items()})
+    options = {"position_ids": layout.position, "use_cache": False}
+    for index, make in enumerate(masks):
+        try:
+            return stock(ids, attention_mask=make(), **options).logits
+        except (AttributeError, TypeError, ValueError):
+            if index + 1 == len(masks) or len(set(structure.windows)) > 1:
+                raise
+    raise AssertionError

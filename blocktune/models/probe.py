@@ -1,0 +1,297 @@
+"""The properties that chunk reuse needs, asked of one small random model."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from blocktune.attention import DensePlan, attach
+from blocktune.attention.interface import decoder_of
+from blocktune.layout import FOREVER, GLOBAL, NO_CHUNK, NO_ROW, Kind, LayerRule, Layout
+from blocktune.models.small import VOCABULARY
+from blocktune.positions import LayerRope, relocate_keys
+
+TOLERANCE = 1e-3
+"""Of a state's largest element: float32 rounds by less, a wrong mask or rotation moves more."""
+POSITIONS = (3, 4, 11, 64, 901)
+ROWS = 40
+
+
+class Refused(ValueError):
+    """A model that chunk reuse would be wrong on; the message names the property in one line."""
+
+
+class Mixes(Refused):
+    """A model that mixes tokens otherwise than by attention: a hybrid, for one."""
+
+
+class Rotated(NamedTuple):
+    """A `LayerRope` by the frequencies in ``buffer`` of the decoder times ``sign``; "": none."""
+
+    buffer: str
+    sign: int = 1
+    start: int = 0
+    interleaved: bool = False
+    in_values: bool = False
+
+    def rope(self, buffers: Mapping[str, Tensor]) -> LayerRope:
+        """By the buffers of a decoder."""
+        if not self.buffer:
+            return LayerRope(torch.empty(0), *self[2:])
+        return LayerRope(self.sign * buffers[self.buffer].float(), *self[2:])
+
+
+class Structure(NamedTuple):
+    """What `examine` found.
+
+    Attributes:
+        layers: How each layer rotates its keys.
+        windows: Sliding window of each layer, in tokens.
+        max_tokens: Length up to which reuse is exact, None without such a limit.
+    """
+
+    layers: tuple[Rotated, ...]
+    windows: tuple[int | None, ...]
+    max_tokens: int | None
+
+
+def mixes_tokens(name: str, what: str, layer: int, count: int = 1) -> str:
+    """Why a model is refused whose ``layer`` and ``count - 1`` more do more than attend."""
+    more = f" and {count - 1} more" if count > 1 else ""
+    return (
+        f"{name}: {what} in layer {layer}{more} mixes tokens otherwise than by attention under a "
+        "mask (a recurrence, a convolution, or a choice of tokens of its own), so a chunk's states "
+        "depend on the text before it; use a decoder that only attends, or methods that reuse no "
+        "chunks (full-prefill, no-context, prefix-cache)"
+    )
+
+
+class _Recorder:
+    """A plan by which every row attends to itself, so that attention mixes nothing."""
+
+    def __init__(self):
+        self.queries: dict[int, Tensor] = {}
+        self.windows: dict[int, int | None] = {}
+
+    def attend(self, query, key, value, rule: LayerRule, params) -> Tensor:
+        """Implements `Plan.attend`."""
+        self.queries[rule.layer], self.windows[rule.layer] = query, rule.window
+        own = value[:, :, -query.shape[2] :]
+        return own.repeat_interleave(query.shape[1] // value.shape[1], dim=1).transpose(1, 2)
+
+
+class _Pass(NamedTuple):
+    hidden: Tensor  # (1, S, hidden)
+    cache: DynamicCache
+    plan: _Recorder
+
+
+class Probe:
+    """The four properties, asked of one small model."""
+
+    def __init__(
+        self, name: str, model: PreTrainedModel, length: int | None, small_length: int | None
+    ):
+        """Runs and attaches ``model``.
+
+        Args:
+            name: Of its class, for refusals.
+            model: Small, and not used afterwards.
+            length: Up to which reuse is exact on the models that it stands for, None: any.
+            small_length: The same of ``model`` itself.
+        """
+        self.name, self.decoder, self.length = name, decoder_of(model), length
+        self.depth = self.decoder.config.num_hidden_layers
+        reach = min(
+            length or POSITIONS[-1] + 1,
+            getattr(self.decoder.config, "max_position_embeddings", 1 << 30),
+        )
+        self.positions = [p for p in POSITIONS if p < reach]
+        generator = torch.Generator().manual_seed(1)
+        shape = (1, min(ROWS, small_length or ROWS))
+        self.ids = torch.randint(1, VOCABULARY - 1, shape, generator=generator)
+        self.stock = self.decoder(self.ids, use_cache=False)[0]
+        try:
+            attach(model)
+        except ValueError as error:
+            raise Refused(str(error)) from error
+
+    def run(self) -> Structure:
+        """Asks for all of them, the ones that explain others first."""
+        same = torch.full((1, len(self.positions)), 5)
+        self._only_attention_mixes()
+        made = self._forward(same, torch.tensor([self.positions]))
+        self._every_layer_attends_and_keeps(made)
+        layers = self._positions_only_rotate(made)
+        self._tells_what_it_attends_to()
+        windows = tuple(made.plan.windows[index] for index in range(self.depth))
+        return Structure(layers, windows, self.length)
+
+    def _forward(self, ids: Tensor, positions: Tensor | None = None) -> _Pass:
+        cache, plan = DynamicCache(), _Recorder()
+        if positions is None:
+            positions = torch.arange(ids.shape[1])[None]
+        options = {"plan": plan, "past_key_values": cache, "use_cache": True}
+        hidden = self.decoder(ids, position_ids=positions, **options)[0]
+        return _Pass(hidden, cache, plan)
+
+    def _only_attention_mixes(self) -> None:
+        """One row's token is changed: no other row may move, in any module."""
+        ids = torch.arange(11, 24)[None]
+        changed, row = ids.clone(), 6
+        changed[0, row] = 99
+        one, other = self._watched(ids), self._watched(changed)
+        others = [index for index in range(ids.shape[1]) if index != row]
+        for (name, kind, left), (same, _, right) in zip(one, other, strict=False):
+            if name == same and left.shape == right.shape and _differ(left[others], right[others]):
+                layer = next((int(part) for part in name.split(".") if part.isdigit()), 0)
+                raise Mixes(mixes_tokens(self.name, kind, layer))
+
+    def _watched(self, ids: Tensor) -> list[tuple[str, str, Tensor]]:
+        """Name, class and output ``(S, ...)`` of each module in the order they finish."""
+        outputs, count = [], ids.shape[1]
+
+        def watch(name: str, module: nn.Module, _: Any, output: Any) -> None:
+            first = output[0] if isinstance(output, tuple) and output else output
+            if (
+                isinstance(first, Tensor)
+                and first.shape[:2] == (1, count)
+                and not first.is_complex()
+            ):
+                outputs.append((name, type(module).__name__, first[0].float()))
+
+        hooks = [
+            module.register_forward_hook(functools.partial(watch, name))
+            for name, module in self.decoder.named_modules()
+        ]
+        try:
+            self._forward(ids)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return outputs
+
+    def _every_layer_attends_and_keeps(self, made: _Pass) -> None:
+        every = set(range(self.depth))
+        if more := made.plan.queries.keys() - every:
+            raise Refused(
+                f"{self.name} attends in {self.depth + len(more)} layers where its configuration "
+                f"has {self.depth} (layers that run several times); use a decoder whose layers run "
+                "once"
+            )
+        if missing := sorted(every - made.plan.queries.keys()):
+            raise Refused(
+                f"{self.name}: {_layers(missing)} no call of transformers' attention interface, so "
+                "no mask of blocktune's reaches them; use a decoder in which every layer does"
+            )
+        kept = {i for i, layer in enumerate(made.cache.layers) if layer.is_initialized}
+        if missing := sorted(every - kept):
+            raise Refused(
+                f"{self.name}: {_layers(missing)} no keys of their own (they use those of other "
+                "layers, or cache none); blocktune caches the keys of every layer: use a decoder "
+                "in which every layer keeps them"
+            )
+
+    def _positions_only_rotate(self, made: _Pass) -> tuple[Rotated, ...]:
+        hidden = made.hidden[0]
+        if _differ(hidden[1:], hidden[:1].expand_as(hidden[1:])):
+            raise Refused(
+                f"{self.name} has no rotary position embedding, or adds positions to its states as "
+                "well; blocktune moves cached chunks by rotating their keys: use a RoPE model"
+            )
+        buffers = {
+            name: buffer
+            for name, buffer in self.decoder.named_buffers()
+            if name.endswith("inv_freq") and "original" not in name
+        }
+        return tuple(self._rotation(made, index, buffers) for index in range(self.depth))
+
+    def _rotation(self, made: _Pass, index: int, buffers: dict[str, Tensor]) -> Rotated:
+        """The rotation that gives what a layer caches at all positions from the first."""
+        layer = made.cache.layers[index]
+        in_values = _moves(layer.values) and not _moves(layer.keys)
+        rotated, fixed = layer.keys, layer.values
+        if in_values:
+            rotated, fixed = fixed, rotated
+        forms = [Rotated("", in_values=in_values)]
+        for name, buffer in buffers.items():
+            rest = rotated.shape[-1] - 2 * len(buffer)
+            starts = {0, rest} if rest >= 0 else ()
+            forms += [
+                Rotated(name, sign, start, interleaved, in_values)
+                for sign in (1, -1)  # NanoChat rotates the other way
+                for start in starts
+                for interleaved in (False, True)
+            ]
+        errors = [self._error(rotated, form.rope(buffers)) for form in forms]
+        best = min(range(len(forms)), key=errors.__getitem__)
+        if errors[best] > TOLERANCE or _moves(fixed):
+            raise Refused(
+                f"{self.name}: the keys of layer {index} at another position are not those of a "
+                "rotation by the model's frequencies, so cached keys cannot be moved; use a RoPE "
+                "model"
+            )
+        query = made.plan.queries[index]
+        if self._error(query, forms[best].rope(buffers).of_keys(query.shape[-1])) > TOLERANCE:
+            raise Refused(
+                f"{self.name}: layer {index} does more to its queries by position than rotate "
+                "them, so chunks that were encoded elsewhere differ; use a model that only rotates"
+            )
+        return forms[best]
+
+    def _error(self, states: Tensor, rope: LayerRope) -> float:
+        """Of moving the first row's states to the positions of all, relative to the largest."""
+        shift = torch.tensor([self.positions]) - self.positions[0]
+        moved = relocate_keys(states[:, :, :1].expand_as(states), shift, rope)
+        return float((moved - states).abs().max() / states.abs().max().clamp(min=1e-9))
+
+    def _tells_what_it_attends_to(self) -> None:
+        layout = _full(self.ids.shape[1])
+        options = {"position_ids": layout.position, "plan": DensePlan(layout), "use_cache": False}
+        if _differ(self.decoder(self.ids, **options)[0], self.stock):
+            raise Refused(
+                f"{self.name} attends otherwise than its layers tell transformers' attention "
+                "interface (a mask, bias or window of its own), so blocktune's masks would be "
+                "wrong on it; use a decoder with plain causal or sliding-window attention"
+            )
+
+
+def _full(rows: int) -> Layout:
+    """A prompt in full attention."""
+    count = torch.arange(rows)[None]
+
+    def all_rows(value: int) -> Tensor:
+        return torch.full_like(count, value)
+
+    return Layout(
+        kind=all_rows(int(Kind.QUERY)),
+        chunk=all_rows(NO_CHUNK),
+        offset=count,
+        position=count,
+        order=count,
+        group=all_rows(GLOBAL),
+        sample=all_rows(0),
+        supersedes=all_rows(NO_ROW),
+        until=all_rows(FOREVER),
+    )
+
+
+def _layers(missing: list[int]) -> str:
+    one = len(missing) == 1
+    return f"layer {missing[0]} has" if one else f"{len(missing)} layers (first: {missing[0]}) have"
+
+
+def _moves(states: Tensor) -> bool:
+    """Whether states ``(1, K, S, D)`` of one token differ by position."""
+    return _differ(states[:, :, 1:], states[:, :, :1].expand_as(states[:, :, 1:]))
+
+
+def _differ(left: Tensor, right: Tensor) -> bool:
+    """Whether states differ by more than rounding; NaN differs from everything."""
+    scale = max(float(left.abs().max()), 1e-9)
+    return not float((left.float() - right.float()).abs().max()) <= TOLERANCE * scale

@@ -1,0 +1,150 @@
+"""Small random models with the structure of a given configuration.
+
+Layers, their kinds, head sizes and rotary parameters stay as they are; widths, experts and the
+vocabulary become small, and windows short, so that a short input reaches past them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+VOCABULARY = 384
+LARGEST = 400_000_000
+"""Parameters of a small model, at most."""
+WINDOW = 12
+"""Sliding windows of a small model, in tokens."""
+SPAN = 120
+"""Other lengths beyond which a small model attends otherwise (chunked or indexed attention)."""
+_SIZES = {
+    r".*intermediate_(multiple_)?size|.*ffn_(dim|hidden_size)|n_inner|dff|feed_forward_size": 64,
+    r".*intermediate_size_mlp": 64,
+    r"(num|moe_num|num_local|n_routed)_?(local_|routed_)?experts": 4,
+    r"(moe_)?num_experts_per_tok(en)?|moe_topk|moe_k|top_k_experts": 2,
+    r"n_group|topk_group|num_expert_group|zero_expert_num": 1,
+    r"sliding_window(_size)?|(local_)?attention_window(_size|_len)?|local_attention": WINDOW,
+    r"attention_chunk_size|floor_scale|index_topk": SPAN,
+    r"index_block_size": 8,
+    r"index_topk_blocks": 2,
+    r"[qk]v?_lora_rank|o_lora_rank|hidden_size_per_layer_input|router_hidden_size": 32,
+    r"qk_nope_head_dim|v_head_dim": 16,
+}
+"""Sizes of a small model, by the name of the configuration's field."""
+_DROPPED = ("quantization_config", "dtype", "transformers_version", "architectures", "model_type")
+
+
+def config_value(config: PreTrainedConfig, *names: str) -> Any:
+    """The first of several fields that has a value; of one that differs by layer, the common one.
+
+    Names are transformers' standard ones or the configuration's own. None if none has a value.
+    """
+    values = config.to_dict()
+    given = (values.get(config.attribute_map.get(name, name)) for name in names)
+    return next((value for value in given if value is not None), None)
+
+
+def causal_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    """The causal language model of a configuration, None if transformers has none."""
+    known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return known[0] if isinstance(known, tuple | list) else known
+
+
+def small_config(
+    config: PreTrainedConfig, *, heads: int = 2, layers: int | None = None
+) -> PreTrainedConfig:
+    """A copy with small widths.
+
+    Args:
+        config: Of a text model.
+        heads: Query heads; half as many for keys where the model shares them.
+        layers: Keep only the first ones; None: all.
+    """
+    values = {k: v for k, v in config.to_dict().items() if k not in _DROPPED}
+    names = config.attribute_map
+
+    def size(name: str) -> int | None:
+        value = values.get(names.get(name, name))
+        return value if _is_count(value) else None
+
+    old, shared, width = map(size, ("num_attention_heads", "num_key_value_heads", "hidden_size"))
+    depth, dim = size("num_hidden_layers"), size("head_dim")
+    few = {"num_attention_heads": heads, "num_key_value_heads": max(1, heads // 2)}
+    if shared == old:
+        few["num_key_value_heads"] = heads
+    for name, value in values.items():
+        values[name] = _small(name, value)
+        if layers is not None and isinstance(value, list) and len(value) == depth:
+            values[name] = values[name][:layers]
+    by_layer = values.get("per_layer_config") or {}
+    if by_layer:
+        kept = [index for index in by_layer if layers is None or int(index) < layers]
+        values["per_layer_config"] = {
+            index: {k: few.get(k, _small(k, v)) for k, v in by_layer[index].items()}
+            for index in kept
+        }
+    if values.get("qk_head_dim"):
+        values["qk_head_dim"] = values["qk_nope_head_dim"] + values["qk_rope_head_dim"]
+    standard: dict[str, Any] = {"num_hidden_layers": layers} if layers is not None else {}
+    if old and width:
+        dim = dim or width // old
+        standard |= few | {"hidden_size": heads * dim, "head_dim": dim}
+        standard = {k: v for k, v in standard.items() if names.get(k, k) in values}
+    return type(config)(**values | {names.get(key, key): v for key, v in standard.items()})
+
+
+def _small(name: str, value: Any) -> Any:
+    """A field's value in a small configuration."""
+    if isinstance(value, list) and value and all(map(_is_count, value)):
+        return [_small(name, one) for one in value]
+    if not _is_count(value):
+        return value
+    if name.endswith("_token_id"):
+        return 0
+    if "vocab_size" in name:
+        return VOCABULARY
+    return min(value, next((s for key, s in _SIZES.items() if re.fullmatch(key, name)), value))
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def small_model(config: PreTrainedConfig, cls: type[PreTrainedModel]) -> PreTrainedModel:
+    """A random float32 model on the CPU, in evaluation mode; the same at every call.
+
+    Matrices keep the size of what they are applied to, and norms and biases are random too, so that
+    everything counts. The state of torch's random numbers is left as it was.
+
+    Raises:
+        ValueError: If it would not be small.
+    """
+    with torch.device("meta"), quiet(), suppress(RuntimeError):  # some need values to be built
+        count = sum(weight.numel() for weight in cls(config).parameters())
+        if count > LARGEST:
+            raise ValueError(f"it would have {count:,} parameters")
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"), quiet(), torch.no_grad():
+        torch.manual_seed(0)
+        model = cls(config).float().eval()
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                weight.normal_(std=weight.shape[-1] ** -0.5)
+            else:
+                weight.nan_to_num_().add_(0.2 * torch.randn_like(weight))
+    return model
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the notes of transformers on configurations, kernels and masks."""
+    level = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)

@@ -1,0 +1,119 @@
+"""Codecs: errors and bytes, files equal to what was handed out, keys before their rotation."""
+
+import pytest
+import torch
+from cache.made import MODEL, assert_same_chunk, made_chunk
+from engine.served import ASK, engine_of
+from families import FAMILIES
+
+from blocktune.cache import ChunkStates, ChunkStore, chunk_key, states_key
+from blocktune.cache.codecs import codec_error, encoded, round_trip
+from blocktune.cache.config import CODECS, StoreConfig
+from blocktune.positions import LayerRope, RopeSpec
+from blocktune.positions.relocation import relocate_keys
+
+LOSSY = [codec for codec in CODECS if codec != "as-is"]
+SHAPES = ((2, 64), (1, 24))
+STILL = LayerRope(torch.empty(0))
+ROPE = RopeSpec((LayerRope(1e2 ** -(torch.arange(32) / 32)), STILL))
+BOUNDS = {"as-is": (0, 0), "fp8": (0.04, 0.04), "int8": (0.01, 0.01), "int4": (0.12, 0.12)}
+BYTES = {"as-is": 1.0, "fp8": 0.51, "int8": 0.6, "int4": 0.4}
+
+
+def rotated(num_tokens=100, dtype=torch.bfloat16, origin=3):
+    """A chunk as a model makes it: channels with offsets of very different size, then rotation."""
+    kv = made_chunk(num_tokens, shapes=SHAPES, origin=origin)
+    size = torch.logspace(-1, 1, 64)
+    positions = torch.arange(origin, origin + num_tokens)[None]
+    first = relocate_keys((kv.keys[0] + size)[None], positions, ROPE.inv_freq[0])[0]
+    keys = tuple(key.to(dtype) for key in (first, kv.keys[1]))
+    values = tuple(value.to(dtype) for value in kv.values)
+    return made_chunk(num_tokens, shapes=SHAPES, origin=origin, keys=keys, values=values)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_codec_keeps_to_its_error_and_bytes(codec, dtype):
+    kv = rotated(dtype=dtype)
+    found = codec_error(kv, codec, ROPE)
+    assert found.key_error <= BOUNDS[codec][0]
+    assert found.value_error <= BOUNDS[codec][1]
+    if codec != "as-is":
+        assert found.key_error > 0
+    back = round_trip(kv, codec, ROPE)
+    assert {tensor.dtype for _, tensor in back.tensors()} == {dtype}
+    assert [t.shape for _, t in back.tensors()] == [t.shape for _, t in kv.tensors()]
+    if dtype == torch.bfloat16:
+        assert found.bytes_per_token <= BYTES[codec] * codec_error(kv, "as-is").bytes_per_token
+
+
+def test_integers_are_better_before_the_rotation_than_after():
+    kv = rotated(500)
+    unturned = RopeSpec((LayerRope(torch.zeros(32)), STILL))
+    before, after = (codec_error(kv, "int4", rope).key_error for rope in (ROPE, unturned))
+    assert before < 0.8 * after
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 31, 32, 33, 65])
+@pytest.mark.parametrize("codec", LOSSY)
+def test_every_length_and_constant_channels(num_tokens, codec):
+    kv = rotated(num_tokens)
+    assert codec_error(kv, codec, ROPE).value_error <= BOUNDS[codec][1]
+    still = made_chunk(
+        num_tokens,
+        shapes=((1, 3),),
+        keys=(torch.zeros(1, num_tokens, 3),),
+        values=(torch.full((1, num_tokens, 3), 7.0),),
+    )
+    back = round_trip(still, codec, RopeSpec((STILL,)))
+    torch.testing.assert_close(back.values[0], still.values[0], rtol=1e-2, atol=0)
+    assert torch.equal(back.keys[0], still.keys[0])
+
+
+@pytest.mark.parametrize("codec", LOSSY)
+def test_large_numbers_do_not_overflow(codec):
+    kv = rotated(40)
+    kv = made_chunk(40, keys=[key * 1e6 for key in kv.keys], values=kv.values, shapes=SHAPES)
+    back = round_trip(kv, codec, ROPE)
+    assert all(torch.isfinite(key).all() for key in back.keys)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("secret", [None, b"k" * 32])
+def test_a_file_gives_back_what_was_handed_out(tmp_path, codec, secret):
+    config = StoreConfig(folder=tmp_path, memory=0, codec=codec)
+    store = ChunkStore(config=config, secret=secret)
+    store.describe(MODEL, lambda: {"fingerprint": MODEL}, ROPE)
+    kv = rotated()
+    key = chunk_key(MODEL, kv.token_ids)
+    kept = store.put(key, kv)
+    # Whoever reads it needs no setting: the file says how it is stored.
+    assert_same_chunk(ChunkStore(0, tmp_path, secret=secret).get(key, kv.token_ids, MODEL), kept)
+    states = ChunkStates(kv.keys[0][0], 3, kv.token_ids, MODEL)
+    store.put(states_key(key, 3), states)
+    found = store.get(states_key(key, 3), kv.token_ids, MODEL, ChunkStates)
+    assert torch.equal(found.states, states.states)
+
+
+def test_integers_without_frequencies_say_what_is_missing(tmp_path):
+    store = ChunkStore(config=StoreConfig(folder=tmp_path, codec="int4"))
+    with pytest.raises(ValueError, match="through an engine, or use fp8"):
+        store.put(chunk_key(MODEL, range(5)), made_chunk(5))
+    with pytest.raises(ValueError, match="unknown codec 'mp3'; available: as-is"):
+        encoded(made_chunk(5), "mp3")
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_an_answer_does_not_depend_on_where_a_chunk_was_found(tokenizer, tmp_path, codec, family):
+    usages, texts = [], []
+    for memory in (1 << 24, 0, 1 << 24):
+        config = StoreConfig(folder=tmp_path, memory=memory, codec=codec)
+        engine = engine_of(FAMILIES[family](), tokenizer, store=ChunkStore(config=config))
+        for _ in range(2):
+            [answer] = engine.answer([ASK], "cacheblend", max_new_tokens=4)
+            usages.append((answer.usage.chunk_hits, answer.usage.chunk_misses))
+            texts.append(answer.token_ids)
+    assert usages[0][0] == 0
+    assert all(misses == 0 for _, misses in usages[1:])
+    assert len({tuple(text) for text in texts}) == 1

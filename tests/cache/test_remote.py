@@ -1,0 +1,223 @@
+"""Remote tiers over real servers: an S3 API (moto) and Valkey or Redis, and ones that fail."""
+
+import logging
+import os
+import shutil
+import socket
+import subprocess
+import threading
+import time
+
+import pytest
+from cache.made import MODEL, assert_same_chunk, made_chunk
+
+from blocktune.cache import ChunkStore, chunk_key
+from blocktune.cache.config import StoreConfig
+from blocktune.cache.remote import open_remote
+from blocktune.cache.shelf import Shelf
+
+CHUNKS = [made_chunk(5, seed=10 * n) for n in range(4)]
+KEYS = [chunk_key(MODEL, kv.token_ids) for kv in CHUNKS]
+SERVER = shutil.which("valkey-server") or shutil.which("redis-server")
+KINDS = ["file", "s3", *(["valkey"] if SERVER else [])]
+"""A machine without a Valkey server tests the others."""
+
+
+def free_port():
+    with socket.socket() as made:
+        made.bind(("127.0.0.1", 0))
+        return made.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def servers():
+    """URLs by kind."""
+    from moto.server import ThreadedMotoServer
+
+    patch = pytest.MonkeyPatch()
+    moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    moto.start()
+    logging.getLogger("werkzeug").disabled = True  # tests count lines
+    port = moto._server.server_port if hasattr(moto, "_server") else moto.get_host_and_port()[1]
+    settings = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_REGION": "us-east-1"}
+    settings |= {"AWS_DEFAULT_REGION": "us-east-1"}
+    settings |= {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}
+    for name, value in settings.items():
+        patch.setenv(name, value)
+    import s3fs
+
+    s3fs.S3FileSystem(skip_instance_cache=True).mkdir("bucket")
+    urls, valkey = {"s3": "s3://bucket/chunks"}, None
+    if SERVER:
+        port = free_port()
+        command = [SERVER, "--port", str(port), "--save", "", "--appendonly", "no"]
+        valkey = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        urls["valkey"] = f"valkey://127.0.0.1:{port}/0"
+        for _ in range(100):
+            with socket.socket() as asked:
+                if not asked.connect_ex(("127.0.0.1", port)):
+                    break
+            time.sleep(0.05)
+    yield urls
+    moto.stop()
+    if valkey is not None:
+        valkey.terminate()
+        valkey.wait()
+    patch.undo()
+
+
+@pytest.fixture(params=KINDS)
+def url(request, servers, tmp_path):
+    if request.param == "file":
+        return f"file://{tmp_path}/remote"
+    place = servers[request.param]
+    blobs = open_remote(place)
+    for key in list(blobs.keys()):
+        blobs.remove(key)
+    return place
+
+
+def store_of(remote, folder=None, **limits):
+    return ChunkStore(
+        config=StoreConfig(**{"memory": 0, "folder": folder, "remote": remote} | limits)
+    )
+
+
+def test_machines_share_a_remote(url, tmp_path):
+    here = store_of(url, tmp_path / "here")
+    for key, kv in zip(KEYS, CHUNKS, strict=True):
+        here.put(key, kv, document="a.pdf", seconds=0.5)
+    here.describe(MODEL, lambda: {"fingerprint": MODEL, "dtype": "float32"})
+    here.flush()
+    there = store_of(url, tmp_path / "there")
+    for key, kv in zip(KEYS, CHUNKS, strict=True):
+        found = there.lookup(key, kv.token_ids, MODEL)
+        assert found.tier == "remote"
+        assert_same_chunk(found.kv, kv)
+        assert there.lookup(key, kv.token_ids, MODEL).tier == "disk"  # it moved up
+    stats = there.stats().tiers
+    assert (stats["remote"].hits, stats["disk"].hits, stats["disk"].misses) == (4, 4, 4)
+    for place in (url, str(tmp_path / "there")):
+        shelf = Shelf.open(place)
+        assert [row.key for row in shelf.rows()] == sorted(KEYS)
+        assert {(row.document, row.seconds) for row in shelf.rows()} == {("a.pdf", 0.5)}
+    assert open_remote(url).manifest(MODEL)["dtype"] == "float32"
+    assert open_remote(url).fingerprints() == [MODEL]
+    assert there.discard_where(document="a.pdf") == 4
+    assert list(open_remote(url).keys()) == []
+
+
+def test_a_remote_keeps_its_budget(url):
+    store = store_of(url)
+    for key, kv in zip(KEYS[:3], CHUNKS, strict=False):
+        store.put(key, kv)
+    store.flush()
+    blobs = open_remote(url)
+    limit = sum(size for _, size, _ in blobs.listing())
+    other = store_of(url, remote_bytes=limit)  # another machine: it finds what is there
+    other.put(KEYS[3], CHUNKS[3])
+    other.flush()
+    assert KEYS[3] in other
+    assert sum(size for _, size, _ in blobs.listing()) <= limit
+    assert other.stats().tiers["remote"].evictions == 1
+
+
+def test_garbage_in_a_remote_is_a_miss(url, caplog):
+    store = store_of(url)
+    for garbage in (b"", b"garbage", os.urandom(5000)):
+        open_remote(url).write(KEYS[0], garbage)
+        assert store.get(KEYS[0], CHUNKS[0].token_ids, MODEL) is None
+    assert store.stats().rejected == 3
+    assert len(caplog.records) == 1
+    store.put(KEYS[0], CHUNKS[0])
+    store.flush()
+    assert_same_chunk(store.get(KEYS[0], CHUNKS[0].token_ids, MODEL), CHUNKS[0])
+
+
+def test_export_and_import_copy_what_is_sound(blocktune_json, url, tmp_path):
+    store = store_of(None, tmp_path / "here")
+    for key, kv in zip(KEYS, CHUNKS, strict=True):
+        store.put(key, kv)
+    damaged = tmp_path / "here" / KEYS[0][:2] / KEYS[0][2:4] / f"{KEYS[0]}.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    counts = blocktune_json("store", "export", tmp_path / "here", url)
+    assert (counts["copied"], counts["unsound"]) == (3, 1)
+    counts = blocktune_json("store", "import", tmp_path / "new", url)
+    assert (counts["copied"], counts["there"]) == (3, 0)
+    assert blocktune_json("store", "import", tmp_path / "new", url)["there"] == 3
+    record = blocktune_json("store", "stat", url)
+    assert (record["chunks"], record["models"][MODEL]["tokens"]) == (3, 15)
+    assert blocktune_json("store", "verify", url) == {"chunks": 3, "damaged": {}}
+    assert len(blocktune_json("store", "rm", url, "--model", MODEL[:6])["keys"]) == 3
+    new = store_of(None, tmp_path / "new")
+    assert_same_chunk(new.get(KEYS[1], CHUNKS[1].token_ids, MODEL), CHUNKS[1])
+
+
+@pytest.fixture
+def blocktune_json():
+    import json
+
+    from typer.testing import CliRunner
+
+    from blocktune.cli import app
+
+    def run(*arguments):
+        done = CliRunner().invoke(app, [*map(str, arguments), "--json"])
+        assert done.exit_code == 0, done.output
+        return json.loads(done.stdout)
+
+    return run
+
+
+@pytest.fixture
+def silent():
+    """A server that takes connections and never answers."""
+    made = socket.create_server(("127.0.0.1", 0))
+    held = []
+    thread = threading.Thread(target=lambda: held.extend(iter(lambda: _accept(made), None)))
+    thread.start()
+    yield made.getsockname()[1]
+    made.shutdown(socket.SHUT_RDWR)
+    made.close()
+    thread.join()
+
+
+def _accept(made):
+    try:
+        return made.accept()[0]
+    except OSError:
+        return None
+
+
+@pytest.mark.parametrize("kind", ["silent s3", "silent valkey", "no valkey", "garbage valkey"])
+def test_a_remote_out_of_reach_costs_one_wait_and_one_line(kind, silent, servers, tmp_path, caplog):
+    port = silent
+    if kind == "garbage valkey":
+        port = int(os.environ["AWS_ENDPOINT_URL"].rpartition(":")[2])  # it speaks HTTP
+    elif kind == "no valkey":
+        port = free_port()
+    url = f"valkey://127.0.0.1:{port}/0"
+    with pytest.MonkeyPatch.context() as patch:
+        if kind == "silent s3":
+            patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+            url = "s3://bucket/chunks"
+        store = store_of(url, tmp_path)
+        started = time.monotonic()
+        for key, kv in zip(KEYS, CHUNKS, strict=True):
+            assert store.get(key, kv.token_ids, MODEL) is None
+            store.put(key, kv)
+            assert_same_chunk(store.get(key, kv.token_ids, MODEL), kv)
+        assert time.monotonic() - started < 8  # one wait, not one for every chunk
+        store.flush()
+    stats = store.stats()
+    assert (stats.misses, stats.disk_hits, stats.rejected) == (4, 4, 0)
+    assert stats.tiers["remote"].failures >= 1
+    assert stats.tiers["remote"].unwritten == 4
+    [record] = caplog.records
+    assert "\n" not in record.getMessage()
+    assert f"the store '{url}'" in record.getMessage()
+
+
+def test_a_url_never_shows_its_password():
+    blobs = open_remote("valkey://user:hidden@host:1/0")
+    assert "hidden" not in blobs.place + blobs.name(KEYS[0])

@@ -1,0 +1,97 @@
+"""GGUF files and multimodal models: what is loaded is the text model, with its own weights."""
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from families import BASE, build
+from training.toy import toy_tokenizer
+from transformers import (
+    AutoModelForImageTextToText,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Qwen2Config,
+)
+
+from blocktune.engine import Engine
+from blocktune.models.load import load_base
+
+QUESTION = {"question": "Where was she born?", "chunks": ["She was born there.", "He was not."]}
+NAMES = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+PARTS = {
+    **{f"self_attn.{x}_proj": f"attn_{x}" for x in "qkv"},
+    **{f"mlp.{x}_proj": f"ffn_{x}" for x in ("gate", "up", "down")},
+    "self_attn.o_proj": "attn_output",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+def write_gguf(path, model, tokenizer):
+    """A Qwen2 model in the format of llama.cpp, in float32."""
+    config, writer = model.config, gguf.GGUFWriter(path, "qwen2")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1])
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([token for token, _ in vocabulary])
+    writer.add_token_types([gguf.TokenType.NORMAL] * len(vocabulary))
+    writer.add_token_scores([0.0] * len(vocabulary))
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    for name, weight in model.state_dict().items():
+        if name not in NAMES:
+            _, _, layer, *part, kind = name.split(".")
+            NAMES[name] = f"blk.{layer}.{PARTS['.'.join(part)]}.{kind}"
+        writer.add_tensor(NAMES[name], weight.numpy().astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_file_or_its_folder_is_dequantised_and_served(tmp_path, caplog):
+    tokenizer = toy_tokenizer()
+    model = build(Qwen2Config(**BASE | {"vocab_size": len(tokenizer)}))
+    folder = tmp_path / "g"
+    folder.mkdir()
+    write_gguf(folder / "tiny.gguf", model, tokenizer)
+    for name in (folder / "tiny.gguf", folder):
+        loaded, _ = load_base(str(name), device="cpu")
+        ids = torch.arange(3, 30)[None]
+        torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=0, atol=1e-5)
+    assert "dequantising tiny.gguf" in caplog.text
+    (folder / "other.gguf").touch()
+    with pytest.raises(ValueError, match=r"several GGUF files \(other.gguf, tiny.gguf\)"):
+        load_base(str(folder), device="cpu")
+    with pytest.raises(ValueError, match=r"no GGUF file .*absent.gguf"):
+        load_base(str(folder / "absent.gguf"), device="cpu")
+
+
+def test_of_a_multimodal_model_the_text_model_is_served(tmp_path):
+    tokenizer = toy_tokenizer()
+    text = {**BASE, "vocab_size": len(tokenizer), "head_dim": 8, "sliding_window": 12}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    torch.manual_seed(0)
+    whole = Gemma3ForConditionalGeneration(config).eval()
+    whole.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert type(AutoModelForImageTextToText.from_pretrained(tmp_path)) is type(whole)
+    model, _ = load_base(str(tmp_path), device="cpu")
+    assert type(model).__name__ == "Gemma3ForCausalLM"
+    assert not any("vision" in name for name, _ in model.named_modules())
+    ids = torch.arange(3, 30)[None]
+    torch.testing.assert_close(model(ids).logits, whole(ids).logits)
+    engine = Engine.from_pretrained(str(tmp_path), device="cpu")
+    assert engine.answer([QUESTION], max_new_tokens=2)[0].usage.answer_tokens
