@@ -212,7 +212,7 @@ def require_served(method: Method, spec: LayoutSpec) -> None:
     Raises:
         ValueError: In one line, what the method does that vLLM's forward pass does not.
     """
-    selects = not isinstance(method.select(), Nothing) or method.layer_budget is not None
+    selects = method.select() != Nothing() or method.layer_budget is not None
     reasons = {
         "takes no chunks from a cache": method.cached is not Cached.CHUNKS or not spec.block,
         "takes chunks from earlier prompts": method.history is not None,

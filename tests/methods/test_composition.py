@@ -15,6 +15,7 @@ from blocktune.methods import (
     compose,
     parse_method,
 )
+from blocktune.methods.repair import MeanShift
 from blocktune.methods.reshape import ScaledContext
 from blocktune.methods.select import Deviation, FirstK, Nothing
 from blocktune.prompt import LayoutSpec
@@ -39,11 +40,12 @@ def test_a_method_is_what_one_says(text, selection, weights):
 
 
 def test_presets_that_decide_other_axes_add_up():
-    method = build("kvlink + link0 + scaled-context 0.8 + deviation 30 %")
+    method = build("kvlink + link0 + scaled-context 0.8 + mean-shift + deviation 30 %")
     trained = LayoutSpec(num_links=2)
     assert method.layout_for(trained).num_links == 2
     assert method.layout_for(trained).num_blanks == build("link0").layout(trained).num_blanks
     assert method.reshape() == ScaledContext(temperature=0.8)
+    assert method.repair() == MeanShift()
     assert method.axes == frozenset(Axis)
 
 

@@ -285,7 +285,11 @@ def test_a_budget_below_what_the_first_layers_cost_is_refused():
             {"restart_layer": 1},
             "restart_layer must be .* 2 .*check layer.*, got 1",
         ),
-        ("query-attention", {"fuse": "sum"}, "fuse must be one of mean, max, last, got 'sum'"),
+        (
+            "query-attention",
+            {"fuse": "sum"},
+            "fuse must be one of mean, max, first, last, got 'sum'",
+        ),
         ("auxiliary-attention", {"window": 0}, "window must be .* at least 1, got 0"),
         ("oracle", {"by": "luck"}, "by must be one of influence, attention, deviation, got 'luck'"),
         ("first-k", {"last": -1}, "last must be .* at least 0, got -1"),
