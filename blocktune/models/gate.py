@@ -92,9 +92,10 @@ def _examine(cls: type[PreTrainedModel], config: PreTrainedConfig) -> Structure:
         except Exception as error:
             raise Refused(f"{name}: no small model of its kind runs: {_line(error)}") from error
     try:
-        decoder_layers(model)
         with quiet(), torch.no_grad():
-            return probe.run()
+            found = probe.run()
+        decoder_layers(model)
+        return found
     except Refused:
         raise
     except Exception as error:
