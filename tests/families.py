@@ -58,7 +58,7 @@ FAMILIES = {
     "olmo2": lambda: Olmo2Config(**BASE),
     "mixtral": lambda: MixtralConfig(**BASE, num_local_experts=4, sliding_window=None),
     "qwen3-moe": lambda: Qwen3MoeConfig(**HEAD, **EXPERTS),
-    "cohere": lambda: CohereConfig(**BASE),
+    "cohere": lambda: CohereConfig(**BASE, logit_scale=1.0),  # 0.0625 would hide differences
     "gpt-oss": lambda: GptOssConfig(**SINKS),
 }
 EXPERT_FAMILIES = ("mixtral", "qwen3-moe", "gpt-oss")

@@ -76,9 +76,9 @@ def test_encoding_a_corpus_holds_one_pass_of_it_at_a_time(engine, monkeypatch):
     encoder, held = engine._state.encoder, []
     find = encoder.find
 
-    def seen(group, watch):
+    def seen(group, watch, **options):
         held.append(sum(len(piece.ids) for piece in group))
-        return find(group, watch)
+        return find(group, watch, **options)
 
     monkeypatch.setattr(encoder, "find", seen)
     report = engine.encode([Chunk(f"Anna Belt has {count} films.") for count in range(20)] * 2)
