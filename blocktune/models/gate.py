@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from blocktune.attention.interface import decoder_of
-from blocktune.models.probe import Mixes, Probe, Refused, Structure, mixes_tokens
+from blocktune.models.probe import NO_ROTARY, Mixes, Probe, Refused, Structure, mixes_tokens
 from blocktune.models.small import causal_class, quiet, small_config, small_model
 from blocktune.positions import RopeSpec
 
@@ -99,6 +99,8 @@ def _examine(cls: type[PreTrainedModel], config: PreTrainedConfig) -> Structure:
     except Refused:
         raise
     except Exception as error:
+        if not any(key.endswith("inv_freq") for key, _ in model.named_buffers()):
+            raise Refused(NO_ROTARY.format(name)) from error
         raise Refused(
             f"{name} does not run with blocktune's attention ({_line(error)}); use a decoder whose "
             "attention can be switched by set_attn_implementation"

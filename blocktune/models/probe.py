@@ -60,6 +60,12 @@ class Structure(NamedTuple):
     max_tokens: int | None
 
 
+NO_ROTARY = (
+    "{} has no rotary position embedding, or adds positions to its states as well; blocktune moves "
+    "cached chunks by rotating their keys: use a RoPE model"
+)
+
+
 def mixes_tokens(name: str, what: str, layer: int, count: int = 1) -> str:
     """Why a model is refused whose ``layer`` and ``count - 1`` more do more than attend."""
     more = f" and {count - 1} more" if count > 1 else ""
@@ -148,6 +154,8 @@ class Probe:
         for (name, kind, left), (same, _, right) in zip(one, other, strict=False):
             if name == same and left.shape == right.shape and _differ(left[others], right[others]):
                 layer = next((int(part) for part in name.split(".") if part.isdigit()), 0)
+                if kind == "Linear":  # acts on each token: its input was mixed beside it
+                    kind = type(self.decoder.get_submodule(name.rpartition(".")[0])).__name__
                 raise Mixes(mixes_tokens(self.name, kind, layer))
 
     def _watched(self, ids: Tensor) -> list[tuple[str, str, Tensor]]:
@@ -198,10 +206,7 @@ class Probe:
     def _positions_only_rotate(self, made: _Pass) -> tuple[Rotated, ...]:
         hidden = made.hidden[0]
         if _differ(hidden[1:], hidden[:1].expand_as(hidden[1:])):
-            raise Refused(
-                f"{self.name} has no rotary position embedding, or adds positions to its states as "
-                "well; blocktune moves cached chunks by rotating their keys: use a RoPE model"
-            )
+            raise Refused(NO_ROTARY.format(self.name))
         buffers = {
             name: buffer
             for name, buffer in self.decoder.named_buffers()

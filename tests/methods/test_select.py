@@ -182,7 +182,7 @@ class Told:
     def __init__(self, **scores):
         self.scores = {name: torch.tensor(values) for name, values in scores.items()}
 
-    def query_attention(self):
+    def query_attention(self, how=None):
         return self.scores["query"]
 
     def auxiliary_attention(self, model):

@@ -17,7 +17,7 @@ from refresh_page import BLOCK, kept, main, refresh, refreshed
 from study.test_traces import cell
 from traces import load_traces, summed_up
 
-from blocktune.evaluation.report import charts, style
+from blocktune.evaluation.report import style
 from blocktune.evaluation.stats.results import build_results
 from blocktune.evaluation.suite import load_suite
 from blocktune.files import replace_json
@@ -224,7 +224,7 @@ def drawn(monkeypatch, labels) -> Figure:
             made.append(style._made(draw, style.LIGHT, (width, height)))
             made[0].draw_without_rendering()
 
-    monkeypatch.setattr(charts, "to_png", keep)
+    monkeypatch.setattr(style, "to_png", keep)
     cell = {"score": 0.5, "score_ci95": [0.4, 0.6]}
     tasks = {"self-contained": cell, "cross-chunk": cell, "2-hop": cell}
     summary = {"method": "naive", "tasks": tasks}

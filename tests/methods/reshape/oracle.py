@@ -12,11 +12,18 @@ from blocktune.prompt import stack
 
 
 class Row(NamedTuple):
-    """One row and head: its scores, values, and the columns that it sees, all float64."""
+    """One row and head: its scores, values, and the columns that it sees, all float64.
 
-    scores: torch.Tensor  # (N,)
-    values: torch.Tensor  # (N, D)
-    seen: torch.Tensor  # (N,) bool
+    A model with attention sinks (GPT-OSS) has one more column, seen by all, whose value is zero.
+    """
+
+    scores: torch.Tensor  # (N,) or (N + 1,)
+    values: torch.Tensor  # likewise, (.., D)
+    seen: torch.Tensor  # likewise, bool
+
+    def in_columns(self, facts: torch.Tensor) -> torch.Tensor:
+        """Facts ``(N,)`` of the tokens' columns, False for a sink."""
+        return torch.nn.functional.pad(facts, (0, len(self.seen) - len(facts)))
 
 
 class RowByRow:
@@ -33,6 +40,11 @@ class RowByRow:
         if params.softcap is not None:
             scores = params.softcap * torch.tanh(scores / params.softcap)
         mask = dense_mask(self.layout, rule)[:, 0]
+        if params.sinks is not None:
+            sinks = params.sinks.double()[None, :, None, None].expand(*scores.shape[:3], 1)
+            scores = torch.cat([scores, sinks], -1)
+            value = torch.cat([value, torch.zeros_like(value[:, :, :1])], 2)
+            mask = torch.nn.functional.pad(mask, (0, 1), value=True)
         out = torch.zeros(*query.shape[:3], value.shape[-1], dtype=torch.float64)
         plain = scores.masked_fill(~mask[:, None], float("-inf")).softmax(-1).nan_to_num(0.0)
         out[:] = plain @ value
@@ -56,7 +68,8 @@ class TwoSoftmaxes(RowByRow):
         self.temperature, self.scale = temperature, scale
 
     def merge(self, row: Row, b: int, h: int, r: int):
-        context, other = row.seen & self.reused[b], row.seen & ~self.reused[b]
+        reused = row.in_columns(self.reused[b])
+        context, other = row.seen & reused, row.seen & ~reused
         outs, sums = [], []
         for group, temperature in ((context, self.temperature), (other, 1.0)):
             if group.any():
@@ -84,7 +97,9 @@ class BestChunks(RowByRow):
         for b in range(batch):
             for chunk in range(self.num_chunks):
                 own = (self.layout.chunk[b] == chunk) & (self.layout.kind[b] == Kind.CHUNK)
-                best = weights[b, :, :, own].sort(-1, descending=True).values[..., :5]
+                best = (
+                    weights[b, :, :, own.nonzero()[:, 0]].sort(-1, descending=True).values[..., :5]
+                )
                 each[b, :, :, chunk] = best.sum(-1)
         asks = (self.layout.kind == Kind.QUERY)[:, None, :, None]
         total = (each * asks).sum(2, keepdim=True)
@@ -105,7 +120,7 @@ class BestChunks(RowByRow):
         hidden = in_chunk & ~torch.isin(self.layout.chunk[b], torch.tensor(kept))
         if self.aggregation == "LHT" and self.ahead is None:
             hidden = torch.zeros_like(hidden)
-        seen = row.seen & ~hidden
+        seen = row.seen & ~row.in_columns(hidden)
         return row.scores[seen].softmax(0) @ row.values[seen]
 
 
