@@ -52,7 +52,7 @@ $(STAMP): pyproject.toml constraints.txt | python
 	$(PIP) "$(TORCH)" --editable ".[$(EXTRAS)]"
 	touch $@
 
-demo: setup ## fine-tune two adapters, answer with every method, print the table (15 minutes, 2 cores)
+demo: setup ## fine-tune two adapters, answer with every method, print the table (10 minutes, 2 cores)
 	$(RUN) $(BIN)/python recipes/demo.py
 
 test: setup ## the whole suite, offline: first what needs the machine to itself, then the rest

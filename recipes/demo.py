@@ -2,7 +2,7 @@
 
     python recipes/demo.py        # or `make demo`, which sets everything up first
 
-Everything it makes lies in out/demo. About eight minutes on two cores, no network.
+Everything it makes lies in out/demo. About ten minutes on two cores, no network.
 """
 
 import os
