@@ -27,11 +27,11 @@ STAND_INS = {
     "/mnt/slow": "slow",
 }
 LEFT_OUT = re.compile(
-    r"\b(nq|musique|tulu-3|triviaqa|2wikimultihopqa)\b|USER/NAME|^serve|--processes|"
-    r"--launcher|3f2a91"
+    r"\b(nq|musique|tulu-3|triviaqa|2wikimultihopqa)\b|USER/NAME|^serve|--follow|"
+    r"vllm|--families|--processes|--launcher|3f2a91"
 )
-"""What needs the Hub, does not return, starts several processes (tests of their own), or names a
-model that was made up."""
+"""What needs the Hub or vLLM, does not return, starts several processes or sweeps classes (these
+have tests of their own), or names a model that was made up."""
 LESS_WORK = {
     "train": ["--max_steps", "1"],
     "answer": ["--max-new-tokens", "2"],
