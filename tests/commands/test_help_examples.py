@@ -33,7 +33,7 @@ LEFT_OUT = re.compile(
 """What needs the Hub or vLLM, does not return, starts several processes or sweeps classes (these
 have tests of their own), or names a model that was made up."""
 LESS_WORK = {
-    "train": ["--max_steps", "1"],
+    "train": ["--max_steps", "1", "--overwrite", "true"],
     "answer": ["--max-new-tokens", "2"],
     "bench attention": ["--tokens", "256", "--chunk", "64", "--repeats", "1"],
     "bench reuse": ["--tiny", "--repeats", "1"],
