@@ -65,6 +65,7 @@ def bench_vllm(setting: VllmBench, **options: Any) -> dict[str, Any]:
         ``requests_over_prefix_cache``.
     """
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # its processor time is ours
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its log goes where the JSON goes
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB, instead of most of the machine's
     draw = random.Random(setting.seed)
     with TemporaryDirectory() as folder:
