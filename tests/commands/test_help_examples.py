@@ -20,6 +20,7 @@ RECORD = {
 STAND_INS = {
     "M": "data/tiny",
     "meta-llama/Llama-3.1-8B-Instruct": "data/tiny",
+    "Qwen/Qwen3-8B": "data/tiny",
     "A": "out/kvlink",
     "R.yaml": "recipes/block_attention.yaml",
     "eval/suites/quick.yaml": "quick.yaml",
