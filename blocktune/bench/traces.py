@@ -61,7 +61,7 @@ def read_requests(path: str | Path, limit: int | None = None, seed: int = 0) -> 
 
     Args:
         path: The file, or ``zipf`` for `zipf_requests`.
-        limit: Read only the first so many.
+        limit: Read at most this many requests.
         seed: Of what is drawn.
 
     Raises:

@@ -119,7 +119,7 @@ class Ledger:
         clock: Seconds of the epoch.
 
     Raises:
-        ValueError: If there is no such policy.
+        ValueError: If the policy is unknown.
         sqlite3.Error: From every method, if the file cannot be used.
     """
 

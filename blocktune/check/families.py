@@ -213,7 +213,7 @@ def _compared(
 
 
 def _ask(tokens: int) -> Ask:
-    """A prompt of at most so many tokens (bytes), in chunks little longer than a window."""
+    """A prompt of at most this many tokens (bytes), in chunks slightly longer than a window."""
     words = "".join(chunk.text for chunk in ASK.chunks) * (tokens // CHUNK)
     starts = range(0, max(0, tokens - AROUND) // (CHUNK + BETWEEN) * CHUNK, CHUNK)
     return Ask("Who?", tuple(Chunk(words[start : start + CHUNK]) for start in starts))

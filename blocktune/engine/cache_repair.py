@@ -24,7 +24,7 @@ class CacheRepair:
     def __init__(self, repair: Repair, columns: Rows, cache: RowCache):
         """Repairs ``cache`` with the facts of its ``columns``, ``(B, N)``."""
         self.repair, self.columns, self.cache = repair, columns, cache
-        # What was computed in full in another prompt is no chunk encoded alone, but reused too.
+        # What was computed in full in another prompt was not encoded alone, but is reused too.
         self._is_cached = (columns.kind == Kind.CHUNK) & (columns.group != GLOBAL)
         self._deviations: tuple[Tensor, Tensor] | None = None
 

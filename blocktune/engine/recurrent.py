@@ -105,7 +105,7 @@ def prefill_recurrent(
 
 
 TOKENS_PER_PASS = 32
-"""A pass over one token takes about as long as one over so many."""
+"""A pass over one token takes about as long as a pass over this many."""
 
 
 class _Run:
