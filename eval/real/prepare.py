@@ -40,8 +40,8 @@ MIXTURE = {"hotpotqa": 0.45, "2wiki": 0.15, "squad": 0.40}
 """Shares of the training rows. MuSiQue is never trained on."""
 BASE_SHARE = 0.4
 """Of each set's training questions: those of the RAG base; the recipes have the others."""
-TURNS = 9
-"""Further questions asked of a row of the base, at most."""
+TURNS = {"base": 9, "rows": 4}
+"""Further questions asked of a row, at most, in the parts that ask several."""
 
 
 class Item(NamedTuple):
@@ -60,8 +60,9 @@ def prepare(data: Path, output: Path, settings: dict) -> dict:
     Args:
         data: Folder of the question sets.
         output: Folder to write to.
-        settings: ``rows`` of the recipes, questions of the ``base``, fewest and most ``passages``
-            of a row, ``longest`` passage in characters, ``seed``.
+        settings: questions of the ``rows`` of the recipes and of the ``base``, fewest and most
+            ``passages`` of a row, ``longest`` passage in characters, ``seed``. With ``shared`` the
+            rows of the recipes ask several questions too, as those of the base do.
 
     Returns:
         What was written, as counts; also in ``counts.json``.
@@ -80,11 +81,16 @@ def prepare(data: Path, output: Path, settings: dict) -> dict:
     for part in ("base", "rows"):
         rng = random.Random(f"{part} {seed}")
         drawn = _draw(pools, part, settings[part])
-        if part == "base":
+        shared = part == "base" or settings.get("shared", False)
+        if shared:
             drawn = [item for name in pools for item in _paired(drawn, name)]
+        if shared and part == "rows":  # a row of SQuAD asks more than one of its questions
+            own = [item for item in drawn if item.example.kind == "squad"]
+            left = {id(item) for item in own[len(own) // (TURNS[part] + 1) :]}
+            drawn = [item for item in drawn if id(item) not in left]
         rng.shuffle(drawn)
         rows = [_row(item, rng.randint(*settings["passages"]), rng) for item in drawn]
-        made[part] = rows if part == "rows" else _ask_more(rows, pools["squad"])
+        made[part] = _ask_more(rows, _own(pools["squad"], part), TURNS[part]) if shared else rows
         if any(_key(c) in seen for row in made[part] for c in row.chunks):
             raise AssertionError(f"{part} holds a passage of an evaluation question")
     for name, rows in made.items():
@@ -210,11 +216,16 @@ def _draw(pools: dict[str, list[Item]], part: str, number: int) -> list[Item]:
     """Items by the mixture; SQuAD fills up what a small set lacks. Base and rows share none."""
     found: list[Item] = []
     for name in sorted(MIXTURE, key=lambda n: len(pools[n])):
-        border = int(len(pools[name]) * BASE_SHARE)
-        own = pools[name][:border] if part == "base" else pools[name][border:]
+        own = _own(pools[name], part)
         wanted = number - len(found) if name == "squad" else round(number * MIXTURE[name])
         found += own[:wanted]
     return found
+
+
+def _own(pool: list[Item], part: str) -> list[Item]:
+    """The questions of a set that a part may use."""
+    border = int(len(pool) * BASE_SHARE)
+    return pool[:border] if part == "base" else pool[border:]
 
 
 def _paired(items: list[Item], name: str) -> list[Item]:
@@ -236,15 +247,15 @@ def _paired(items: list[Item], name: str) -> list[Item]:
     return found
 
 
-def _ask_more(rows: list[RagExample], squad: list[Item]) -> list[RagExample]:
+def _ask_more(rows: list[RagExample], squad: list[Item], most: int) -> list[RagExample]:
     """Asks more questions about the passages of a row, as later turns: they cost few tokens."""
     by_text: dict[str, list[RagExample]] = defaultdict(list)
-    for item in squad[: int(len(squad) * BASE_SHARE)]:
+    for item in squad:
         by_text[item.example.chunks[0].text].append(item.example)
     found = []
     for row in rows:
         own = [e for c in row.chunks for e in by_text[c.text][:4] if e.question != row.question]
-        turns = tuple((e.question, e.answers[0]) for e in own[:TURNS])
+        turns = tuple((e.question, e.answers[0]) for e in own[:most])
         found.append(replace(row, followups=row.followups or turns))
     return found
 
