@@ -158,6 +158,7 @@ class Engine:
         revision: str | None = None,
         quantize: str | None = None,
         format: PromptFormat | None = None,
+        recurrent: bool = True,
     ) -> Engine:
         """Loads a model (and an adapter trained by blocktune) from a folder or the HF Hub.
 
@@ -171,11 +172,14 @@ class Engine:
             revision: Of the model's repository.
             quantize: One of `blocktune.models.quantize.QUANTIZATIONS`; None: as saved.
             format: Wording of prompts; default: the adapter's.
+            recurrent: False refuses a model with recurrent layers, which reuses no chunks, before
+                its weights are read.
 
         Raises:
             ValueError: If there is no such model or adapter, or they do not fit.
         """
         options = {"dtype": dtype, "device": device, "revision": revision, "quantize": quantize}
+        options |= {"recurrent": recurrent}
         base, tokenizer, info, folder = load_model(model, adapter, **options)
         if isinstance(store, str | Path):
             store = ChunkStore.open(store, device=base.device)

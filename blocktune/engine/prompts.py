@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from blocktune.data.example import RagExample
 from blocktune.engine.encode import Piece
 from blocktune.layout import Kind
-from blocktune.methods import Cached, Method
+from blocktune.methods import Method
 from blocktune.models.recurrent import REUSE_REFUSED
 from blocktune.prompt import Chunk, LayoutSpec, Pieces, Prompt, PromptFormat, encode
 from blocktune.prompt.pieces import chunk_ids, make_pieces, prefix_ids
@@ -81,7 +81,7 @@ class PromptMaker:
             ValueError: If the method needs another adapter than the model's, or more layers, or
                 reuses chunks of a recurrent model.
         """
-        if self.recurrent and method.cached is Cached.CHUNKS:
+        if self.recurrent and method.reuses_chunks:
             raise ValueError(REUSE_REFUSED.format(f"method '{method.name}'"))
         wanted = method.select().min_layers
         if wanted > self.num_layers:

@@ -27,6 +27,9 @@ _ROLES = {role: role for role in SPEAKERS} | {
     "gpt": "assistant",
     "bot": "assistant",
     "agent": "assistant",
+    "model": "assistant",
+    "developer": "system",
+    "function": "tool",
 }
 _CODE = re.compile(r"```|\n(?: {4}|\t)[^\s]")
 """A fence, or a line indented like code."""
