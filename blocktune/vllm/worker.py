@@ -161,7 +161,7 @@ class WorkerSide:
             ready = torch.cuda.current_stream().record_event()
         for load in loads:
             layers = {name: Future() for name in self._places} if load.layered else {}
-            future = self._pool.submit(self._run, load, ready, layers)
+            future = self._pool.submit(self._run, load, ready, dict(layers))
             self._jobs.append(_Job(load, future, layers))
 
     def wait_for_layer(self, name: str) -> None:
@@ -216,10 +216,9 @@ class WorkerSide:
         self,
         load: Load,
         ready: torch.cuda.Event | None,
-        layers: Mapping[str, Future[torch.cuda.Event | None]],
+        layers: dict[str, Future[torch.cuda.Event | None]],
     ) -> Counter[str]:
-        started, counts, layers = time.perf_counter(), Counter(loads=1), dict(layers)
-        counts["layered"] += load.layered
+        started, counts = time.perf_counter(), Counter(loads=1, layered=int(load.layered))
         try:
             if load.plan is None:
                 raise Missing(load.fault)
