@@ -16,10 +16,8 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import IO, NamedTuple
 
-BLOCK = 512
-"""Tokens of a block of Mooncake's traces, and of drawn chunks."""
-SAME_REQUEST_S = 0.001
-"""Look-ups of a recorded store this close to each other are one request."""
+BLOCK = 512  # tokens of a block of Mooncake's traces, and of drawn chunks
+SAME_REQUEST_S = 0.001  # look-ups of a recorded store this close to each other are one request
 
 
 class Use(NamedTuple):

@@ -137,8 +137,7 @@ class RagExample:
             raise ValueError(f"{where}: {error}" if where else str(error)) from None
 
 
-FIELDS = tuple(f.name for f in fields(RagExample))
-"""Names of the fields of a record."""
+FIELDS = tuple(f.name for f in fields(RagExample))  # names of the fields of a record
 
 
 def unknown_fields(record: Mapping[str, Any]) -> list[str]:

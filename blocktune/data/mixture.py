@@ -67,20 +67,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Mixture:
-    """What a model is trained on.
+    """What a model is trained on."""
 
-    Attributes:
-        parts: The sources.
-        draw: ``duplication``: every part in full, in each of its modes (Block-Attention);
-            ``sampling``: ``size`` examples, shared out by weight (KVLink: 60 full to 40 block).
-        size: Total number of examples, for sampling only.
-        seed: Of the order and the draws.
-    """
-
-    parts: tuple[Part, ...]
+    parts: tuple[Part, ...]  # the sources
+    # ``duplication``: every part in full, in each of its modes (Block-Attention); ``sampling``:
+    # ``size`` examples, shared out by weight (KVLink: 60 full to 40 block)
     draw: str = "duplication"
-    size: int | None = None
-    seed: int = 0
+    size: int | None = None  # total number of examples, for sampling only
+    seed: int = 0  # of the order and the draws
 
     def __post_init__(self):
         if not self.parts:

@@ -38,23 +38,16 @@ COSTS = (
 
 @dataclass(frozen=True)
 class Exam:
-    """One subset: its questions, and what stands around chunks and question in every prompt.
+    """One subset: its questions, and what stands around chunks and question in every prompt."""
 
-    Attributes:
-        subset: One of `SUBSETS`.
-        rows: With ``_id``, ``input``, ``answers`` and ``chunks``, in the arena's order.
-        sha256: Of the file of questions.
-        system: The system turn.
-        around: Text before the chunks, between them and the question, and after it.
-        max_new_tokens: Tokens to decode at most.
-    """
-
-    subset: str
+    subset: str  # one of `SUBSETS`
+    # with ``_id``, ``input``, ``answers`` and ``chunks``, in the arena's order
     rows: tuple[Mapping[str, Any], ...]
-    sha256: str
-    system: str
+    sha256: str  # of the file of questions
+    system: str  # the system turn
+    # text before the chunks, between them and the question, and after it
     around: tuple[str, str, str]
-    max_new_tokens: int
+    max_new_tokens: int  # tokens to decode at most
 
     def pieces(self, row: Mapping[str, Any], engine: Engine) -> Pieces:
         """The tokens of a prompt: every chunk is tokenised by itself, as the arena does."""

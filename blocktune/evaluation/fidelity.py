@@ -17,17 +17,11 @@ from blocktune.methods import build
 
 
 class Agreement(NamedTuple):
-    """Closeness over the tokens of full prefill's own answer.
+    """Closeness over the tokens of full prefill's own answer."""
 
-    Attributes:
-        kl: Mean of KL(full prefill || method), in nats.
-        top1: Share of tokens that both find likeliest.
-        tokens: How many were compared.
-    """
-
-    kl: float
-    top1: float
-    tokens: int
+    kl: float  # mean of KL(full prefill || method), in nats
+    top1: float  # share of tokens that both find likeliest
+    tokens: int  # how many were compared
 
 
 def agreement(full: Tensor, own: Tensor) -> Agreement:
@@ -104,24 +98,17 @@ def _compare(engine: Any, example: RagExample, method: Any, num_tokens: int) -> 
 
 @dataclass(frozen=True)
 class ProfiledRange:
-    """One range of layers that was recomputed.
+    """One range of layers that was recomputed."""
 
-    Attributes:
-        first_layer: First of them, 0-based.
-        num_layers: How many.
-        ratio: Share of the model's layers: with ``first_layer`` the parameters of ``droidspeak``.
-        divergence: Nats by which the first answer token's distribution differs from a full
-            prefill's (KL from full prefill), mean over the examples.
-        agreement: Share of the examples whose likeliest first token is the full prefill's.
-        efficient: Whether no range of as few layers diverges less.
-    """
-
-    first_layer: int
-    num_layers: int
+    first_layer: int  # first of them, 0-based
+    num_layers: int  # how many
+    # share of the model's layers: with ``first_layer`` the parameters of ``droidspeak``
     ratio: float
+    # nats by which the first answer token's distribution differs from a full prefill's (KL from
+    # full prefill), mean over the examples
     divergence: float
-    agreement: float
-    efficient: bool = False
+    agreement: float  # share of the examples whose likeliest first token is the full prefill's
+    efficient: bool = False  # whether no range of as few layers diverges less
 
 
 @torch.no_grad()

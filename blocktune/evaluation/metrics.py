@@ -183,15 +183,10 @@ ScoreText = Callable[[str, Sequence[str], PreTrainedTokenizerBase], float]
 
 
 class Metric(NamedTuple):
-    """A score in [0, 1].
+    """A score in [0, 1]."""
 
-    Attributes:
-        title: As tables call it.
-        score: From the output, the accepted answers and the model's tokenizer.
-    """
-
-    title: str
-    score: ScoreText
+    title: str  # as tables call it
+    score: ScoreText  # from the output, the accepted answers and the model's tokenizer
 
 
 def _plain(title: str, metric: Callable[[str, Sequence[str]], float]) -> Metric:
@@ -219,20 +214,15 @@ def require_metrics(names: Iterable[str]) -> None:
 
 
 class AdjustedF1(NamedTuple):
-    """Mean F1 over the examples that full prefill does not fail, and what this filter hides.
+    """Mean F1 over the examples that full prefill does not fail, and what this filter hides."""
 
-    Attributes:
-        mean: None where full prefill fails all.
-        num_kept: Examples that full prefill does not fail.
-        bias: F1 that the method earns on the others, per kept example: by so much the adjusted gap
-            to full prefill is wider than the raw gap. None where nothing is kept.
-        reverse: Full prefill's mean F1 where the method scores above zero, the filter turned
-            round; None where it never does.
-    """
-
-    mean: float | None
-    num_kept: int
+    mean: float | None  # None where full prefill fails all
+    num_kept: int  # examples that full prefill does not fail
+    # F1 that the method earns on the others, per kept example: by so much the adjusted gap to full
+    # prefill is wider than the raw gap. None where nothing is kept
     bias: float | None
+    # full prefill's mean F1 where the method scores above zero, the filter turned round; None where
+    # it never does
     reverse: float | None
 
 

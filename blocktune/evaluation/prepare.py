@@ -20,8 +20,7 @@ from blocktune.prompt import PromptFormat, make_pieces
 
 logger = logging.getLogger("blocktune")
 
-Load = Callable[[Suite, str | None], Any]
-"""``(suite, adapter) -> engine``."""
+Load = Callable[[Suite, str | None], Any]  # ``(suite, adapter) -> engine``
 
 
 class TaskQuestion(NamedTuple):
@@ -34,22 +33,16 @@ class TaskQuestion(NamedTuple):
 
 @dataclass(frozen=True)
 class Ready:
-    """A suite that can run.
+    """A suite that can run."""
 
-    Attributes:
-        suite: What was asked for.
-        methods: Label -> built method.
-        engines: Adapter (None is the base) -> engine; all stay loaded, to be timed in turn.
-        questions: Of all tasks, in order.
-        timed: Examples that time to first token is measured on; empty if it is not.
-        worded: (adapter, task) -> the engine in the task's wording.
-    """
-
-    suite: Suite
-    methods: Mapping[str, Method]
+    suite: Suite  # what was asked for
+    methods: Mapping[str, Method]  # label -> built method
+    # adapter (None is the base) -> engine; all stay loaded, to be timed in turn
     engines: Mapping[str | None, Any]
-    questions: tuple[TaskQuestion, ...]
+    questions: tuple[TaskQuestion, ...]  # of all tasks, in order
+    # examples that time to first token is measured on; empty if it is not
     timed: tuple[RagExample, ...]
+    # (adapter, task) -> the engine in the task's wording
     worded: Mapping[tuple[str | None, str], Any]
 
     def engine(self, spec: MethodSpec, task: TaskSpec) -> Any:

@@ -18,46 +18,28 @@ from blocktune.evaluation.suite import MethodSpec
 from blocktune.evaluation.task import TaskSpec
 from blocktune.files import replace_text, whole_lines
 
-EVERY = ("em", "f1", "substring_em")
-"""Metrics that every row has, of the extracted answer."""
+EVERY = ("em", "f1", "substring_em")  # metrics that every row has, of the extracted answer
 
 
 @dataclass(frozen=True)
 class Row:
-    """What one method answered to one question.
+    """What one method answered to one question."""
 
-    Attributes:
-        key: Digest of everything that decides the answer; see `row_key`.
-        task: The task's name.
-        id: The question's identifier in its source, or its number.
-        kind: Its kind, e.g. ``2-hop``.
-        prediction: What the model wrote.
-        answer: What of it is scored.
-        em: Exact match, 0 or 1.
-        f1: Word F1.
-        substring_em: Substring match, 0 or 1.
-        recompute_ratio: Share of context tokens recomputed, over all layers.
-        usage: Everything that `Usage` counts; no times.
-        score: The task's headline metric.
-        scores: Its further metrics, by name.
-        prompt_hash: Digest of the prompt's token ids.
-        place: Position of the evidence among the chunks, from 0 (first) to 1 (last), or None.
-    """
-
-    key: str
-    task: str
-    id: str
-    kind: str
-    prediction: str
-    answer: str
-    em: float
-    f1: float
-    substring_em: float
-    recompute_ratio: float
-    usage: Mapping[str, Any]
-    score: float
-    scores: Mapping[str, float] = field(default_factory=dict)
-    prompt_hash: str = ""
+    key: str  # digest of everything that decides the answer; see `row_key`
+    task: str  # the task's name
+    id: str  # the question's identifier in its source, or its number
+    kind: str  # its kind, e.g. ``2-hop``
+    prediction: str  # what the model wrote
+    answer: str  # what of it is scored
+    em: float  # exact match, 0 or 1
+    f1: float  # word F1
+    substring_em: float  # substring match, 0 or 1
+    recompute_ratio: float  # share of context tokens recomputed, over all layers
+    usage: Mapping[str, Any]  # everything that `Usage` counts; no times
+    score: float  # the task's headline metric
+    scores: Mapping[str, float] = field(default_factory=dict)  # its further metrics, by name
+    prompt_hash: str = ""  # digest of the prompt's token ids
+    # position of the evidence among the chunks, from 0 (first) to 1 (last), or None
     place: float | None = None
 
 

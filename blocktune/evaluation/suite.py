@@ -11,8 +11,7 @@ from blocktune.evaluation.task import TaskSpec, parse_task
 from blocktune.methods.composition import KEEP
 from blocktune.parsing import entries, load_spec, mapping, read, refuse_doubles
 
-SEED = "{seed}"
-"""Placeholder of the seed in the adapter's folder of an entry with ``seeds``."""
+SEED = "{seed}"  # placeholder of the seed in the adapter's folder of an entry with ``seeds``
 
 
 @dataclass(frozen=True)
@@ -67,15 +66,11 @@ class MethodSpec:
 
 @dataclass(frozen=True)
 class TtftSpec:
-    """How time to first token is measured.
+    """How time to first token is measured."""
 
-    Attributes:
-        num: Prompts of the first task; 0 measures none.
-        chunks: Fill each prompt up to this many chunks with those of the following questions;
-            None leaves prompts as they are. Short prompts measure overhead, not attention.
-    """
-
-    num: int = 20
+    num: int = 20  # prompts of the first task; 0 measures none
+    # fill each prompt up to this many chunks with those of the following questions; None leaves
+    # prompts as they are. Short prompts measure overhead, not attention
     chunks: int | None = None
 
     def __post_init__(self):
@@ -84,14 +79,10 @@ class TtftSpec:
 
 @dataclass(frozen=True)
 class FidelitySpec:
-    """How closeness of the answer's distribution to full prefill's is measured.
+    """How closeness of the answer's distribution to full prefill's is measured."""
 
-    Attributes:
-        num: Questions of each task; 0 measures none.
-        tokens: Tokens of full prefill's own answer that are compared, each given those before it.
-    """
-
-    num: int = 0
+    num: int = 0  # questions of each task; 0 measures none
+    # tokens of full prefill's own answer that are compared, each given those before it
     tokens: int = 4
 
     def __post_init__(self):
@@ -108,35 +99,23 @@ def _check_counts(num: int, **least_one: int) -> None:
 
 @dataclass(frozen=True)
 class Suite:
-    """A whole comparison; see ``eval/suites/`` for examples.
+    """A whole comparison; see ``eval/suites/`` for examples."""
 
-    Attributes:
-        model: Path or hub name of the base model.
-        methods: What is compared, in the order of the table.
-        tasks: What is asked.
-        dtype: Of weights and caches; ``auto`` takes the checkpoint's.
-        quantize: How the base is quantised as it is loaded, ``nf4`` or ``int8``; None: not.
-        device: Where to run; None takes a GPU when there is one.
-        store: Place, limits and codec of the chunks, see `ChunkStore.open`; None: memory.
-        seed: Of the sign-flip test, and recorded with the results.
-        batch_size: Prompts answered at a time; timing always runs one.
-        ttft: How time to first token is measured.
-        fidelity: How closeness to full prefill is measured.
-        pool: Name -> labels of methods that differ in a seed only; the results show their mean
-            instead. An entry of a method with ``seeds`` makes its own, see `parse_methods`.
-    """
-
-    model: str
-    methods: tuple[MethodSpec, ...]
-    tasks: tuple[TaskSpec, ...]
-    dtype: str = "auto"
+    model: str  # path or hub name of the base model
+    methods: tuple[MethodSpec, ...]  # what is compared, in the order of the table
+    tasks: tuple[TaskSpec, ...]  # what is asked
+    dtype: str = "auto"  # of weights and caches; ``auto`` takes the checkpoint's
+    # how the base is quantised as it is loaded, ``nf4`` or ``int8``; None: not
     quantize: str | None = None
-    device: str | None = None
+    device: str | None = None  # where to run; None takes a GPU when there is one
+    # place, limits and codec of the chunks, see `ChunkStore.open`; None: memory
     store: str | None = None
-    seed: int = 0
-    batch_size: int = 16
-    ttft: TtftSpec = TtftSpec()
-    fidelity: FidelitySpec = FidelitySpec()
+    seed: int = 0  # of the sign-flip test, and recorded with the results
+    batch_size: int = 16  # prompts answered at a time; timing always runs one
+    ttft: TtftSpec = TtftSpec()  # how time to first token is measured
+    fidelity: FidelitySpec = FidelitySpec()  # how closeness to full prefill is measured
+    # name -> labels of methods that differ in a seed only; the results show their mean instead. An
+    # entry of a method with ``seeds`` makes its own, see `parse_methods`
     pool: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):

@@ -36,34 +36,23 @@ class Point(NamedTuple):
 class TuneSpec:
     """A tuning run.
 
-    Attributes:
-        model: Path or hub name of the base model.
-        method: A name, a composition as text, or an entry as in a suite.
-        grid: Values to try, by what they are of: a parameter of the preset (``ratio``), ``budget``,
-            or a path into the entry (``layout.num_blanks``, ``select.deviation.ratio``).
-        task: Held-out questions to choose by; its ``metric`` decides.
-        adapter: Folder of the adapter, or None.
-        dtype: Of weights and caches.
-        quantize: As in a suite.
-        device: As in a suite.
-        seed: Of the sign-flip test.
-        batch_size: Prompts answered at a time.
-
     Raises:
         ValueError: If the grid is empty, a value is not a list, a method cannot be built, or the
             questions are of a test split.
     """
 
-    model: str
-    method: Any
+    model: str  # path or hub name of the base model
+    method: Any  # a name, a composition as text, or an entry as in a suite
+    # values to try, by what they are of: a parameter of the preset (``ratio``), ``budget``, or a
+    # path into the entry (``layout.num_blanks``, ``select.deviation.ratio``)
     grid: Mapping[str, Any]
-    task: TaskSpec
-    adapter: str | None = None
-    dtype: str = "auto"
-    quantize: str | None = None
-    device: str | None = None
-    seed: int = 0
-    batch_size: int = 16
+    task: TaskSpec  # held-out questions to choose by; its ``metric`` decides
+    adapter: str | None = None  # folder of the adapter, or None
+    dtype: str = "auto"  # of weights and caches
+    quantize: str | None = None  # as in a suite
+    device: str | None = None  # as in a suite
+    seed: int = 0  # of the sign-flip test
+    batch_size: int = 16  # prompts answered at a time
 
     def __post_init__(self):
         refuse_test(self.task.source)

@@ -31,19 +31,13 @@ MARKED = "turborag"
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What the adapter's folder does not know.
+    """What the adapter's folder does not know."""
 
-    Attributes:
-        base_model: The base's name on the Hub; None: as the adapter says.
-        license: Identifier that the Hub knows; None: the base's own.
-        datasets: Names on the Hub, besides those that the adapter's provenance names.
-        results: ``results.json`` of `blocktune eval`, or None.
-    """
-
-    base_model: str | None = None
-    license: str | None = None
+    base_model: str | None = None  # the base's name on the Hub; None: as the adapter says
+    license: str | None = None  # identifier that the Hub knows; None: the base's own
+    # names on the Hub, besides those that the adapter's provenance names
     datasets: tuple[str, ...] = ()
-    results: Path | None = None
+    results: Path | None = None  # ``results.json`` of `blocktune eval`, or None
 
 
 def card(
@@ -251,8 +245,7 @@ NOTE = (
     "prefill of the base answers. Recomputed: share of context tokens. TTFT: time to first token, "
     "chunks cached."
 )
-SHOWN = ("EM", "F1")
-"""Titles of headline scores that have a column in any case."""
+SHOWN = ("EM", "F1")  # titles of headline scores that have a column in any case
 INTERVALS = (("em", "ci95"), ("f1", "f1_ci95"))
 
 

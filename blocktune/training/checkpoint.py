@@ -75,17 +75,12 @@ def adapter_info(
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """Writes and restores what is blocktune's own in an adapter's folder.
+    """Writes and restores what is blocktune's own in an adapter's folder."""
 
-    Attributes:
-        info: Becomes ``blocktune.json``.
-        config: Every setting of the run; becomes ``resolved_config.yaml``.
-        links_only: The base is frozen and has no PEFT adapter, so it is not written.
-    """
-
-    info: AdapterInfo
+    info: AdapterInfo  # becomes ``blocktune.json``
+    # every setting of the run; becomes ``resolved_config.yaml``
     config: Mapping[str, Any] = field(default_factory=dict)
-    links_only: bool = False
+    links_only: bool = False  # the base is frozen and has no PEFT adapter, so it is not written
 
     def described(self, config: Mapping[str, Any] | None = None, **training: Any) -> AdapterFiles:
         """With more settings, and more of the run's provenance."""

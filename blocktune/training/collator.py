@@ -76,10 +76,8 @@ class Augmentation:
 
 
 FULL_ATTENTION = LayoutSpec(block=False)
-NO_SHARE = -1.0
-"""Share of a packed prompt whose fresh rows are not chosen in a layer."""
-MAX_CACHED = 20_000
-"""Rows whose tokens a collator keeps; later ones are tokenised in every epoch."""
+NO_SHARE = -1.0  # share of a packed prompt whose fresh rows are not chosen in a layer
+MAX_CACHED = 20_000  # rows whose tokens a collator keeps; later ones are tokenised in every epoch
 
 
 class LaidOut(NamedTuple):

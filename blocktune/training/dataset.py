@@ -38,24 +38,16 @@ PART = {
 }
 FEATURES = Features({"parts": [PART], "length": Value("int32"), "answer_length": Value("int32")})
 COLUMNS = list(FEATURES)
-ROWS_AT_A_TIME = 100
-"""Rows that become columns together: as lists of numbers they are large."""
+ROWS_AT_A_TIME = 100  # rows that become columns together: as lists of numbers they are large
 
 
 class Sample(NamedTuple):
-    """An example in one mode, and how it is said there.
+    """An example in one mode, and how it is said there."""
 
-    Attributes:
-        example: A conversation or a question over chunks.
-        block: In block layout; else in full attention.
-        wording: Its own, or None for the run's.
-        turns: A conversation in full attention is turns of the chat template.
-    """
-
-    example: RagExample
-    block: bool
-    wording: PromptFormat | None = None
-    turns: bool = False
+    example: RagExample  # a conversation or a question over chunks
+    block: bool  # in block layout; else in full attention
+    wording: PromptFormat | None = None  # its own, or None for the run's
+    turns: bool = False  # a conversation in full attention is turns of the chat template
 
 
 def to_sample(row: Any, tokenizer: PreTrainedTokenizerBase, fmt: PromptFormat) -> Sample:
@@ -113,25 +105,18 @@ def _messages(row: Mapping[str, Any], name: str, role: str) -> Sequence[Mapping[
 
 @dataclass(frozen=True)
 class Prepared:
-    """A dataset of pieces and what was left out of it.
+    """A dataset of pieces and what was left out of it."""
 
-    Attributes:
-        dataset: Columns `COLUMNS`: a row is the examples packed into it, one without packing;
-            ``length`` counts rows that are neither blanks nor fresh. Rows with an
-            ``answer_length`` of 0 teach nothing; they stand last, see ``multiple_of``.
-        num_examples: In the dataset; one in both modes counts twice.
-        num_block: Those of them in block layout.
-        num_dropped: Examples longer than the limit.
-        data_sets: Those of the Hub that the examples say they are from, with licences.
-        digest: Of all tokens, in order: 16 hex digits.
-    """
-
+    # columns `COLUMNS`: a row is the examples packed into it, one without packing; ``length``
+    # counts rows that are neither blanks nor fresh. Rows with an ``answer_length`` of 0 teach
+    # nothing; they stand last, see ``multiple_of``
     dataset: Dataset
-    num_examples: int
-    num_block: int
-    num_dropped: int
+    num_examples: int  # in the dataset; one in both modes counts twice
+    num_block: int  # those of them in block layout
+    num_dropped: int  # examples longer than the limit
+    # those of the Hub that the examples say they are from, with licences
     data_sets: Mapping[str, str] = field(default_factory=dict)
-    digest: str = ""
+    digest: str = ""  # of all tokens, in order: 16 hex digits
 
 
 def in_modes(

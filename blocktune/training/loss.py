@@ -40,16 +40,11 @@ class AnswerLoss(NamedTuple):
 
 
 class AnswerRows(NamedTuple):
-    """A model's outputs on the rows before answer tokens, prompt by prompt in their order.
+    """A model's outputs on the rows before answer tokens, prompt by prompt in their order."""
 
-    Attributes:
-        logits: ``(T, V)``, T answer tokens.
-        targets: The tokens, ``(T,)``.
-        hidden: Every layer's output ``(B, S, hidden)`` after the embeddings', if asked for.
-    """
-
-    logits: Tensor
-    targets: Tensor
+    logits: Tensor  # ``(T, V)``, T answer tokens
+    targets: Tensor  # the tokens, ``(T,)``
+    # every layer's output ``(B, S, hidden)`` after the embeddings', if asked for
     hidden: tuple[Tensor, ...] | None = None
 
     def cross_entropy(self) -> AnswerLoss:
@@ -103,36 +98,23 @@ def answer_rows(model: nn.Module, batch: Batch, plan: Plan, hidden: bool = False
 
 
 class StepLoss(NamedTuple):
-    """Sums over the answer tokens of a batch.
+    """Sums over the answer tokens of a batch."""
 
-    Attributes:
-        total: What is minimised, differentiable.
-        answers: Cross-entropy, counts of tokens.
-        divergence: Sum over answer rows in nats; 0 without a teacher.
-        states: Weighted sum of the states' errors; 0 where they are not matched.
-    """
-
-    total: Tensor
-    answers: AnswerLoss
-    divergence: Tensor
-    states: Tensor
+    total: Tensor  # what is minimised, differentiable
+    answers: AnswerLoss  # cross-entropy, counts of tokens
+    divergence: Tensor  # sum over answer rows in nats; 0 without a teacher
+    states: Tensor  # weighted sum of the states' errors; 0 where they are not matched
 
 
 @dataclass(frozen=True)
 class Objective:
-    """Computes the loss of a batch.
+    """Computes the loss of a batch."""
 
-    Attributes:
-        execution: Of attention.
-        distillation: What is learnt from the teacher.
-        teacher: Opens the teacher of a step, given the unwrapped student; None without one.
-        rope: The model's frequencies, where keys are matched.
-    """
-
-    execution: str
-    distillation: Distillation
+    execution: str  # of attention
+    distillation: Distillation  # what is learnt from the teacher
+    # opens the teacher of a step, given the unwrapped student; None without one
     teacher: Callable[[nn.Module], AbstractContextManager[nn.Module]] | None = None
-    rope: RopeSpec | None = None
+    rope: RopeSpec | None = None  # the model's frequencies, where keys are matched
 
     def __call__(self, model: nn.Module, inputs: dict[str, Tensor], bare: nn.Module) -> StepLoss:
         """The loss of a collated batch; ``bare`` is the model unwrapped, for the teacher's pass."""

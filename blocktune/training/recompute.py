@@ -22,19 +22,14 @@ from blocktune.prompt import IGNORED, Prompt
 class RecomputeSampler:
     """Chooses the fresh tokens of a prompt by a selector of `blocktune.methods.select`.
 
-    Attributes:
-        selection: The selector; its budget is set per prompt.
-        low: Smallest share of the context tokens.
-        high: Largest share; a prompt's own is drawn between the two.
-
     Raises:
         ValueError: If the shares are out of range, or the selector asks for more than keys at
             one layer.
     """
 
-    selection: Selection
-    low: float = 0.15
-    high: float = 0.15
+    selection: Selection  # the selector; its budget is set per prompt
+    low: float = 0.15  # smallest share of the context tokens
+    high: float = 0.15  # largest share; a prompt's own is drawn between the two
 
     def __post_init__(self):
         if not 0.0 <= self.low <= self.high <= 1.0:

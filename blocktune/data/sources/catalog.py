@@ -24,23 +24,17 @@ _ON_HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[^/]*)?")
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set on the Hugging Face Hub, its licence as stated, and what a record becomes.
-
-    Attributes:
-        shape: As in ``as=``; None if the fields tell it, or for questions without passages.
-        revision: Branch, if not the main one.
-        split: The default split.
-        streamed: Too large to download as a whole; a limit is needed.
-    """
+    """A data set on the Hugging Face Hub, its licence as stated, and what a record becomes."""
 
     hub: str
     licence: str
     becomes: str
     config: str | None = None
+    # as in ``as=``; None if the fields tell it, or for questions without passages
     shape: str | None = None
-    revision: str | None = None
-    split: str = "validation"
-    streamed: bool = False
+    revision: str | None = None  # branch, if not the main one
+    split: str = "validation"  # the default split
+    streamed: bool = False  # too large to download as a whole; a limit is needed
 
     @property
     def at(self) -> str:

@@ -33,8 +33,7 @@ from blocktune.prompt.format import Chunk
 
 logger = logging.getLogger("blocktune")
 
-SNIFFED = 200
-"""Records looked at to tell the shape; the first rows of a set may lack their context."""
+SNIFFED = 200  # records looked at to tell the shape; the first rows of a set may lack their context
 
 
 class Loaded(NamedTuple):

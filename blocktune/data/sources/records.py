@@ -30,8 +30,7 @@ _OTHERS = {
     b"\xff\xfe": "UTF-16 text",
     b"\xfe\xff": "UTF-16 text",
 }
-_LONE = re.compile(r"\\u[dD][89a-fA-F]")
-"""How JSON spells half of a surrogate pair, or a whole one."""
+_LONE = re.compile(r"\\u[dD][89a-fA-F]")  # how JSON spells half of a surrogate pair, or a whole one
 
 MOST_PARAGRAPHS = 10
 """Paragraphs of a SQuAD article that one question is asked over, as in HotpotQA."""

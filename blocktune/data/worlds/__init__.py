@@ -95,8 +95,7 @@ def generate_examples(config: WorldConfig) -> Iterator[RagExample]:
         index += 1
 
 
-MOST_WORLDS = 5000
-"""Worlds drawn in search of a question before giving up."""
+MOST_WORLDS = 5000  # worlds drawn in search of a question before giving up
 
 
 class Context(NamedTuple):

@@ -14,8 +14,7 @@ from blocktune.data.worlds.world import Fact, Passages, Place, World, refer
 QUESTION_KINDS = ("self-contained", "cross-chunk", "2-hop", "3-hop", "comparison", "referred")
 """The last asks by the words of a later chunk ("Where was she born?"): following a reference, by
 itself, for pre-training."""
-MARKER = "Answer: "
-"""Precedes the scored answer when a response names other values first."""
+MARKER = "Answer: "  # precedes the scored answer when a response names other values first
 
 
 @dataclass(frozen=True)

@@ -95,25 +95,16 @@ KINDS = ("person", "film", "book", "company", "city")
 
 @dataclass(frozen=True)
 class Relation:
-    """One thing that can be true of an entity.
+    """One thing that can be true of an entity."""
 
-    Attributes:
-        name: Unique name.
-        subject: Kind of the entity that it is said of.
-        target: Kind of the value: a kind of entity, or ``year``.
-        facts: Sentences with ``{s}`` (always first, so that a pronoun fits) and ``{o}``.
-        questions: Questions with ``{s}``, whose answer is the value.
-        role: Noun phrase with ``{s}`` for the value, also used within longer questions.
-        place: Number of the list item, 0 if the relation is not an item of a list.
-    """
-
-    name: str
-    subject: str
-    target: str
+    name: str  # unique name
+    subject: str  # kind of the entity that it is said of
+    target: str  # kind of the value: a kind of entity, or ``year``
+    # sentences with ``{s}`` (always first, so that a pronoun fits) and ``{o}``
     facts: tuple[str, ...]
-    questions: tuple[str, ...]
-    role: str
-    place: int = 0
+    questions: tuple[str, ...]  # questions with ``{s}``, whose answer is the value
+    role: str  # noun phrase with ``{s}`` for the value, also used within longer questions
+    place: int = 0  # number of the list item, 0 if the relation is not an item of a list
 
     @property
     def plain_fact(self) -> str:

@@ -28,21 +28,13 @@ _COSTS = {
 
 
 class Chart(NamedTuple):
-    """A picture of the report.
+    """A picture of the report."""
 
-    Attributes:
-        name: Of its PNG.
-        title: Above it.
-        about: What it shows, in a sentence; also for screen readers.
-        draw: Draws it.
-        height: In inches.
-    """
-
-    name: str
-    title: str
-    about: str
-    draw: style.Draw
-    height: float
+    name: str  # of its PNG
+    title: str  # above it
+    about: str  # what it shows, in a sentence; also for screen readers
+    draw: style.Draw  # draws it
+    height: float  # in inches
 
 
 def charts_of(results: Results) -> list[Chart]:

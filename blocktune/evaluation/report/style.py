@@ -21,19 +21,13 @@ from blocktune.files import replacing
 
 
 class Ground(NamedTuple):
-    """Colours of a picture.
+    """Colours of a picture."""
 
-    Attributes:
-        paper: Behind it.
-        ink: Text and axes.
-        faint: Grid lines and secondary lines.
-        series: In the order of `COLOURS`: Okabe and Ito's palette, told apart by all common forms
-            of colour vision.
-    """
-
-    paper: str
-    ink: str
-    faint: str
+    paper: str  # behind it
+    ink: str  # text and axes
+    faint: str  # grid lines and secondary lines
+    # in the order of `COLOURS`: Okabe and Ito's palette, told apart by all common forms of colour
+    # vision
     series: tuple[str, ...]
 
 
@@ -67,10 +61,8 @@ _LOOKS = {
 METHODS = {name: (colour, m) for colour, own in _LOOKS.items() for name, m in own.items()}
 """Colour and marker of each method, the same in every picture."""
 COLOURS, MARKERS = tuple(_LOOKS), "sDv<o>^Xhp*Pd"
-PHONE_INCHES = 4.6
-"""Width of a picture whose text is still read at 358 pixels, a phone's page."""
-SMALL = 8.5
-"""Points of a label inside a picture."""
+PHONE_INCHES = 4.6  # width of a picture whose text is still read at 358 pixels, a phone's page
+SMALL = 8.5  # points of a label inside a picture
 
 Draw = Callable[[Figure, Ground], None]
 

@@ -57,8 +57,7 @@ def matched(methods: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     return sorted(pairs, key=lambda pair: pair["budget"])
 
 
-SCORES = ("em", "f1", "score")
-"""What gets an interval."""
+SCORES = ("em", "f1", "score")  # what gets an interval
 
 
 def summarize(
@@ -162,8 +161,7 @@ def _power(
 
 
 NUM_BINS = 5
-MIN_ROWS = 5
-"""Bins with fewer questions are left out."""
+MIN_ROWS = 5  # bins with fewer questions are left out
 
 
 def sweeps(rows: Mapping[str, Sequence[Row]]) -> dict[str, Any]:

@@ -15,28 +15,19 @@ from blocktune.tables import Table, with_interval, written
 
 
 class Change(NamedTuple):
-    """One method in two runs, B minus A over the ``n`` questions that both answered.
-
-    Attributes:
-        before: Score in A.
-        after: Score in B.
-        mean: The difference, with its interval ``ci95``.
-        p: For this comparison alone; ``p_holm``: for all methods of the table together.
-        wins: Questions on which B is better; ``losses``: on which A is.
-        n_needed: Questions that would show this difference, or None.
-    """
+    """One method in two runs, B minus A over the ``n`` questions that both answered."""
 
     label: str
     n: int
-    before: float
-    after: float
-    mean: float
+    before: float  # score in A
+    after: float  # score in B
+    mean: float  # the difference, with its interval ``ci95``
     ci95: tuple[float, float]
-    p: float
+    p: float  # for this comparison alone; ``p_holm``: for all methods of the table together
     p_holm: float
-    wins: int
+    wins: int  # questions on which B is better; ``losses``: on which A is
     losses: int
-    n_needed: int | None
+    n_needed: int | None  # questions that would show this difference, or None
 
 
 def load_results(folder: str | Path) -> dict[str, Any]:

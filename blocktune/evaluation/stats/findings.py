@@ -9,8 +9,7 @@ from blocktune.evaluation.stats.results import FLOOR, ORACLE, plain_label
 from blocktune.evaluation.stats.significance import ALPHA
 from blocktune.tables import with_interval, written
 
-MOST = 8
-"""Methods that are worth a sentence each; more are worth a table."""
+MOST = 8  # methods that are worth a sentence each; more are worth a table
 
 
 def findings(results: Mapping[str, Any]) -> list[str]:

@@ -14,11 +14,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-ALPHA = 0.05
-"""Two-sided error of the first kind, of a verdict and of an interval."""
+ALPHA = 0.05  # two-sided error of the first kind, of a verdict and of an interval
 NUM_FLIPS = 10_000
-FEW = 50
-"""Differences up to which signs are drawn."""
+FEW = 50  # differences up to which signs are drawn
 
 
 class Interval(NamedTuple):
@@ -30,15 +28,10 @@ class Interval(NamedTuple):
 
 
 class Power(NamedTuple):
-    """What a number of questions can show of one paired difference.
+    """What a number of questions can show of one paired difference."""
 
-    Attributes:
-        detectable: Smallest difference that this many questions show, with the given power.
-        n_needed: Questions that would show the observed difference; None where it is 0.
-    """
-
-    detectable: float
-    n_needed: int | None
+    detectable: float  # smallest difference that this many questions show, with the given power
+    n_needed: int | None  # questions that would show the observed difference; None where it is 0
 
 
 class PairedScores:

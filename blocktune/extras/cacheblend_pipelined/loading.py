@@ -21,8 +21,7 @@ from blocktune.cache.blobs import Blobs
 from blocktune.cache.chunk_file import ChunkFile
 from blocktune.methods import ChunkLoader, DamagedChunk, Selection
 
-KEEP = 0.8
-"""Weight of what was measured before; the rest is the latest measurement's."""
+KEEP = 0.8  # weight of what was measured before; the rest is the latest measurement's
 
 
 @dataclass(frozen=True)
