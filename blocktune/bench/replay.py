@@ -65,14 +65,7 @@ def touched_bytes(requests: Iterable[Request], costs: Costs = Costs()) -> int:
 def replay(
     requests: Sequence[Request], budget: int, policy: str = "lru", costs: Costs = Costs()
 ) -> Outcome:
-    """Plays a trace against one tier.
-
-    Args:
-        requests: The trace.
-        budget: Bytes of the tier.
-        policy: See `blocktune.cache.ledger.POLICIES`.
-        costs: Of what the trace does not say.
-    """
+    """Plays a trace against one tier of ``budget`` bytes; ``costs`` are of what it does not say."""
     clock = itertools.count(1)
     ledger = Ledger(max_bytes=budget, policy=policy, clock=lambda: next(clock) * 1e-4)
     there: dict[str, int] = {}
@@ -122,15 +115,8 @@ def break_even(
     """Chunk reuse against prefix caching over the share of chunks that were seen before.
 
     Retrieval orders chunks freely, so a prefix is shared only if it begins with the same chunks in
-    the same order. Both caches are unbounded.
-
-    Args:
-        recompute: Share of the reused tokens that the method computes again.
-        chunks: Of each request.
-        tokens: Of each chunk.
-        requests: For each point.
-        costs: Of a token.
-        seed: Of what is drawn.
+    the same order. Both caches are unbounded. ``recompute`` is the share of the reused tokens that
+    the method computes again; each point has ``requests`` of ``chunks`` of ``tokens`` tokens.
     """
     found = []
     for step in range(10):  # without any new chunk a request would be one chunk

@@ -55,15 +55,9 @@ def zipf_requests(
 
 
 def read_requests(path: str | Path, limit: int | None = None, seed: int = 0) -> list[Request]:
-    """Requests of a file, or of ``zipf``.
+    """At most ``limit`` requests of a file, or of `zipf_requests` where ``path`` is ``zipf``.
 
-    Args:
-        path: The file, or ``zipf`` for `zipf_requests`.
-        limit: Read at most this many requests.
-        seed: Of what is drawn.
-
-    Raises:
-        ValueError: If the file is none of those above; names the line.
+    A ValueError, which names the line, if the file is none of those above.
     """
     if str(path) == "zipf":
         return list(zipf_requests(limit or 10_000, seed=seed))

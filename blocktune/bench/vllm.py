@@ -51,18 +51,12 @@ TINY = VllmBench((256, 512), 64, 16, 2, 128, 4, 2, repeats=2, corpus=4, most=2, 
 
 
 def bench_vllm(setting: VllmBench, **options: Any) -> dict[str, Any]:
-    """Times first tokens and a trace.
+    """Times first tokens and a trace; ``options`` are those of `vllm.LLM`.
 
-    Args:
-        setting: What is timed.
-        options: Of `vllm.LLM`.
-
-    Returns:
-        For each length seconds of processor time (``cpu_s``, all threads of this process) and of
-        the clock (``wall_s``) of a full prefill, of cached chunks in memory (``cached``) and on
-        disk (``disk``); ``cached_over_full`` in processor time; ``bytes`` of keys and values, and
-        ``copy_s``, the seconds that copying them once takes. Then the trace, with
-        ``requests_over_prefix_cache``.
+    For each length the seconds of processor time (``cpu_s``, all threads of this process) and of
+    the clock (``wall_s``) of a full prefill, of cached chunks in memory (``cached``) and on disk
+    (``disk``); ``cached_over_full`` is in processor time; ``copy_s`` are the seconds that copying
+    the keys and values once takes.
     """
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # its processor time is ours
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its log goes where the JSON goes

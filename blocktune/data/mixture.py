@@ -105,8 +105,7 @@ class Mixture:
 def load_mixture(path: str | Path) -> Mixture:
     """Reads a mixture; relative paths in it start from the current directory.
 
-    Raises:
-        ValueError: In one line: the file, the place in it, what was wanted and what came.
+    A ValueError names the file, the place in it, what was wanted and what came.
     """
     try:
         return load_spec(path, "mixture", "give a YAML file", parse_mixture)
@@ -156,17 +155,11 @@ class Mixed(NamedTuple):
 
 
 def mix(mixture: Mixture, *, tokenizer: PreTrainedTokenizerBase | None = None) -> Mixed:
-    """Loads all parts, draws and shuffles.
+    """Loads all parts, draws and shuffles; ``tokenizer`` is for chunkers that count tokens.
 
     A part's rows are taken in a seeded order, each once before any is taken again, and augmented
-    again each time. Under duplication an example has the same context in both modes.
-
-    Args:
-        mixture: What to mix.
-        tokenizer: Of the model, for chunkers and generators that count tokens.
-
-    Raises:
-        ValueError: As the loaders and `augment` do; or if a part's weight selects no example.
+    again each time. Under duplication an example has the same context in both modes. A ValueError
+    if a part's weight selects no example.
     """
     loaded = [
         load_examples(

@@ -79,8 +79,7 @@ def read_questions(
 ) -> Iterator[Question]:
     """Reads the questions of a file, or of a Hub data set by a short name or ``hf:NAME``.
 
-    Raises:
-        ValueError: If the source is unknown or a record has no question; names file and line.
+    A ValueError names file and line, where a record has no question.
     """
     named = parse_source(str(source))
     known = named.name in CATALOG or named.name.startswith("hf:") or Path(named.name).is_file()
@@ -137,10 +136,8 @@ def read_retrieved(path: str | Path) -> Retrieved:
     """Reads a retriever's output: a line a question, best passage first.
 
     A record has ``id`` or ``question`` (or both) and ``passages``, ``ctxs`` (DPR, FiD) or another
-    of `PASSAGES`, in any form that `RagExample` reads; a passage's id and score stay with it.
-
-    Raises:
-        ValueError: If a record is wrong; names file, line and field.
+    of `PASSAGES`, in any form that `RagExample` reads; a passage's id and score stay with it. Else
+    a ValueError names file, line and field.
     """
     by_id: dict[str, tuple[Chunk, ...]] = {}
     by_question: dict[str, tuple[Chunk, ...]] = {}

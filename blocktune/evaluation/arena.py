@@ -61,11 +61,7 @@ class Exam:
 
 
 def load_exam(folder: Path, subset: str) -> Exam:
-    """Reads a subset from a clone of the arena's repository.
-
-    Raises:
-        ValueError: If a file is missing, its checksum is another, or a record lacks a field.
-    """
+    """Reads a subset from a clone; a ValueError if a file or field is missing, or was changed."""
     if subset not in SUBSETS:
         raise ValueError(f"unknown subset '{subset}'; the arena has {', '.join(SUBSETS)}")
     name = f"{subset}_n100.jsonl"
@@ -107,7 +103,7 @@ def run_exam(
     port: str = "port",
     step: Callable[[], None] = lambda: None,
 ) -> Path:
-    """Answers an exam and writes its result file; what is there already is not answered again.
+    """Answers an exam, writes its result file, and returns its path; a stopped run continues.
 
     Args:
         engine: Its store and memory of prefixes are emptied after every question.
@@ -117,9 +113,6 @@ def run_exam(
         limit: Answer the first questions only; ``kva validate`` then refuses the file.
         port: Who made the method: ``official``, ``port`` or ``reference``.
         step: Called after each answer.
-
-    Returns:
-        The result file.
 
     Raises:
         ValueError: If chunks of the method come from earlier prompts, a prompt does not fit into

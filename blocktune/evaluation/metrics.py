@@ -229,13 +229,9 @@ class AdjustedF1(NamedTuple):
 def adjusted_f1(f1: Sequence[float], full_prefill_f1: Sequence[float]) -> AdjustedF1:
     """Mean F1 over the examples on which full prefill scores above zero.
 
-    It asks what reuse loses of what the model could do, so it drops questions that the model
-    cannot answer. The filter looks at full prefill's own luck and thus favours it: read it beside
-    the raw F1 and the ``bias``.
-
-    Args:
-        f1: The method's F1 per example.
-        full_prefill_f1: Full prefill's F1 on the same examples.
+    It asks what reuse loses of what the model could do, so it drops questions that the model cannot
+    answer. The filter looks at full prefill's own luck and thus favours it: read it beside the raw
+    F1 and the ``bias``. Both arguments are F1 of the same examples.
 
     Source: arXiv:2603.20218, evaluation set-up.
     """

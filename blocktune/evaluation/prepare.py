@@ -177,14 +177,10 @@ def _check_fit(ready: Ready) -> None:
 
 
 def check_prompts(engines: Mapping[str, Any], example: RagExample) -> None:
-    """Checks that all engines build the same sound prompt, apart from tags.
+    """Checks that all engines, by name, build the same sound prompt of a question, apart from tags.
 
     A doubled BOS or an assistant turn that was never opened lowers all methods, full prefill most,
     and makes reuse look free. These checks do not trust the function that builds prompts.
-
-    Args:
-        engines: Name -> engine, with its ``tokenizer`` and prompt ``format``.
-        example: Any question of the suite.
 
     Raises:
         ValueError: If BOS does not open the prompt exactly once where the tokenizer or its

@@ -67,11 +67,8 @@ def code_digest() -> str:
 def row_key(method: MethodSpec, task: TaskSpec, example: RagExample, fingerprint: str) -> str:
     """Digest of weights, method, code, wording, decoding and question: equal keys, equal rows.
 
-    Args:
-        method: What answers; its label and the adapter's path do not count.
-        task: How the answer is asked, decoded and scored.
-        example: The question with its chunks and accepted answers.
-        fingerprint: Of the weights, tokenizer, prompt format and dtype; see `Engine`.
+    The method's label and the adapter's path do not count. ``fingerprint`` is that of `Engine`: of
+    weights, tokenizer, prompt format and dtype.
     """
     entry = method.entry()
     if "preset" in entry:  # then the name is but a label
@@ -135,15 +132,9 @@ ROWS = "rows"
 class RowFile:
     """The rows of one method, ``LABEL.jsonl``; while a run lasts, a part for each process.
 
-    Opening only reads: rows of another run (other weights, questions, code) are left out, and so
-    is a last line that a stopped run left half-written. All processes of a run must have opened
-    before one of them appends.
-
-    Args:
-        folder: Its folder.
-        label: Of the method.
-        keys: `row_key` of every row of this run, in order.
-        rank: Number of this process.
+    Opening only reads: rows of another run (other weights, questions, code) are left out, and so is
+    a last line that a stopped run left half-written. All processes of a run must have opened before
+    one of them appends. ``keys`` has the `row_key` of every row of this run, in order.
     """
 
     def __init__(self, folder: Path, label: str, keys: Iterable[str], rank: int = 0):
@@ -168,10 +159,7 @@ class RowFile:
     def merge(self) -> list[Row]:
         """Joins all parts into one file in the order of the questions, and returns its rows.
 
-        Only one process may call it, when all have ended.
-
-        Raises:
-            KeyError: If a question is not answered yet.
+        Only one process may call it, when all have ended. A KeyError if a question has no row.
         """
         known = self._known()
         rows = [known[key] for key in self.keys]
@@ -192,11 +180,7 @@ class RowFile:
 
 
 def read_all(folder: Path, labels: Sequence[str]) -> dict[str, list[Row]]:
-    """The rows of a finished run by label.
-
-    Raises:
-        ValueError: If a label has no rows there.
-    """
+    """The rows of a finished run by label; a ValueError if a label has none there."""
     found = {label: list(read_rows(folder / ROWS / f"{label}.jsonl")) for label in labels}
     if missing := [label for label, rows in found.items() if not rows]:
         raise ValueError(f"no rows of '{missing[0]}' in '{folder / ROWS}'; finish the run first")
@@ -204,11 +188,7 @@ def read_all(folder: Path, labels: Sequence[str]) -> dict[str, list[Row]]:
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """Rows of a file, up to a line that a stopped run left half-written.
-
-    Raises:
-        ValueError: If a whole line is not a row.
-    """
+    """Whole lines of a file as rows; a ValueError if one is not a row."""
     for number, line in enumerate(whole_lines(path), start=1):
         try:
             yield Row(**json.loads(line))

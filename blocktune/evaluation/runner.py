@@ -90,7 +90,7 @@ def run_suite(
     Args:
         suite: What to run.
         output: Folder for ``rows/<label>.jsonl``, ``ttft.json`` and ``results.json``.
-        command: What the user typed, for the provenance.
+        command: What the user typed, for the provenance; by default ``sys.argv``.
         console: Where progress is shown; standard error by default.
         load: How weights are loaded.
         processes: Those that share the run; by default this one alone.

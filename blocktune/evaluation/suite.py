@@ -147,11 +147,7 @@ def changed(
 
 
 def parse_suite(record: Any, where: str = "suite") -> Suite:
-    """Builds a suite from decoded YAML; ``where`` opens every error.
-
-    Raises:
-        ValueError: If a key is unknown or missing, or a value is not of its type.
-    """
+    """Builds a suite from decoded YAML; ``where`` opens every error, a ValueError."""
     values = dict(mapping(record, where))
     if "methods" in values:
         values["methods"], seeds = parse_methods(values["methods"], f"{where}: methods")
@@ -166,21 +162,11 @@ def parse_suite(record: Any, where: str = "suite") -> Suite:
 
 
 def parse_methods(record: Any, where: str) -> tuple[tuple[MethodSpec, ...], dict[str, list[str]]]:
-    """Builds a list of methods: names alone, or mappings of their keys.
+    """Builds the methods of a suite, names alone or mappings of their keys, and the pools of seeds.
 
     An entry with ``seeds`` is one method for each: ``{name: kvlink, adapter: "out/kvlink-{seed}",
-    seeds: [0, 1]}`` is ``kvlink-0`` and ``kvlink-1``, pooled as ``kvlink``.
-
-    Args:
-        record: Decoded YAML: the list of a suite's methods.
-        where: Opens every error.
-
-    Returns:
-        The methods, and the pools that those with ``seeds`` make.
-
-    Raises:
-        ValueError: If there is none, an entry is wrong, seeds are no list of numbers, or the
-            adapter does not say where they go.
+    seeds: [0, 1]}`` is ``kvlink-0`` and ``kvlink-1``, pooled as ``kvlink``. ``where`` opens every
+    error, a ValueError.
     """
     methods, pools = [], {}
     for index, entry in enumerate(entries(record, where)):

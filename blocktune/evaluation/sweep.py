@@ -130,15 +130,9 @@ def tune(
     command: list[str] | None = None,
     load: Load = load_engine,
 ) -> dict[str, Any]:
-    """Tries every point; a stopped run resumes.
+    """Tries every point; a stopped run resumes. For the other arguments see `run_suite`.
 
-    Args:
-        spec: What to try, on which questions.
-        output: Folder for rows, ``results.json`` and ``tuned.json``.
-        processes: Processes of this machine that share the questions; several load weights by
-            `load_engine`.
-        command: What the user typed, for the provenance.
-        load: How weights are loaded.
+    Several ``processes`` of this machine share the questions, and load weights by `load_engine`.
 
     Returns:
         What ``tuned.json`` holds: ``best`` (values, entry, score with interval, cost), all

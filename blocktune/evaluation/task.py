@@ -75,14 +75,10 @@ class TaskSpec:
 
 
 def parse_task(record: Any, where: str = "task") -> TaskSpec:
-    """Builds a task from an entry of a suite.
+    """Builds a task from an entry of a suite; ``where`` opens every ValueError.
 
     The entry holds the task's own keys; or ``task`` (a file), ``variant`` (one of its variants) and
     keys that replace the file's.
-
-    Raises:
-        ValueError: If a key is unknown or missing, or a value is not accepted.
-        FileNotFoundError: If there is no such task file.
     """
     record = dict(mapping(record, where))
     path, variant = (record.pop(key, None) for key in FILE_KEYS)
@@ -97,11 +93,7 @@ def load_task(path: str | Path, variant: str | None = None) -> dict[str, Any]:
     """Keys of a task file, with those of one of its variants over them.
 
     Besides the keys of `TaskSpec` a file may hold ``variants``: name -> keys; results of a variant
-    are named ``NAME-VARIANT``.
-
-    Raises:
-        ValueError: If it is not YAML, has unknown keys, or no such variant.
-        FileNotFoundError: If there is no such file.
+    are named ``NAME-VARIANT``. A ValueError if it is not YAML or has no such variant.
     """
     values = dict(mapping(load_yaml(path, "task", HINT), str(path)))
     variants = mapping(values.pop("variants", {}), f"{path}: variants")

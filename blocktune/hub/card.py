@@ -92,8 +92,7 @@ def card(
 def served_by(layout: LayoutSpec) -> str:
     """The method, as ``--method`` takes it, that serves an adapter with nothing recomputed.
 
-    Raises:
-        ValueError: If none does.
+    A ValueError if none does.
     """
     if not layout.block:
         return "full-prefill"

@@ -54,14 +54,8 @@ def prepare(
 ) -> Publication:
     """Checks an adapter's folder and gathers what is published of it; nothing is sent.
 
-    Args:
-        adapter: Its folder.
-        repo: ``USER/NAME``.
-        facts: For the card.
-        model: The base for the check, which runs in ``dtype`` on ``device``; None: the adapter's.
-        dtype: As `Engine.from_pretrained` has it.
-        device: As `Engine.from_pretrained` has it.
-        token: Of the Hub, to ask for the base's licence; None: as `send`.
+    The check runs on the base ``model`` (default: the adapter's own). ``token`` is to ask the Hub
+    for the base's licence.
 
     Raises:
         ValueError: In one line, if a check fails, others cannot load the base, the licence is
@@ -90,14 +84,11 @@ def prepare(
 
 
 def send(publication: Publication, *, private: bool = False, token: str | None = None) -> Sent:
-    """Creates the repository if needed and commits all files at once.
+    """Creates the repository if needed and commits all files at once; a ValueError if refused.
 
     Files of an earlier push that this one does not have are deleted: weights left over would be
-    loaded with the new ones. ``private`` is for a new repository; without a ``token``, that of
-    ``hf auth login`` or ``HF_TOKEN`` is taken.
-
-    Raises:
-        ValueError: If the Hub refuses.
+    loaded with the new ones. ``private`` is for a new repository; without a ``token``, that of ``hf
+    auth login`` or ``HF_TOKEN`` is taken.
     """
     api = HfApi(token=token)
     try:

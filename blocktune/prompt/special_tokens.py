@@ -112,9 +112,7 @@ class UserText:
 def require_embedded(tokenizer: PreTrainedTokenizerBase, num_rows: int, *pieces: Ids) -> None:
     """Refuses tokens without an embedding, such as those added to the tokenizer alone.
 
-    Raises:
-        ValueError: If an id is not below ``num_rows``, the rows of the model's embedding; names
-            the token.
+    A ValueError names a token whose id is not below ``num_rows``, the rows of the embedding.
     """
     last = max(max(piece, default=0) for piece in pieces)
     if last >= num_rows:

@@ -185,9 +185,8 @@ class StagedSaving(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """As the Trainer's, without what a killed run was about to save.
 
-        Raises:
-            ValueError: If the checkpoint to continue from is damaged, or of a run with other
-                settings, data or base; names what differs.
+        A ValueError names what differs if the checkpoint to continue from is damaged, or of a run
+        with other settings, data or base.
         """
         if resume_from_checkpoint:
             self._continue_from(resume_from_checkpoint)

@@ -230,12 +230,9 @@ class EpochOrder(Sampler[int]):
     Transformers draws groups of similar length from the global stream, which a resume finds in
     another state and dropout may move apart between ranks: rows would come twice or never.
 
-    Args:
-        lengths: Of the rows, in tokens.
-        num_blank: Rows at the end that teach nothing; only the last batch of an epoch has them.
-        group: Rows of one optimizer step, over accumulation and ranks, to be of similar length;
-            None mixes all.
-        seed: Of the order; so is ``epoch``, which is to be set before an epoch begins.
+    The last ``num_blank`` rows teach nothing and come last. The ``group`` rows of one optimizer
+    step, over accumulation and ranks, are of similar length; None mixes all. ``epoch`` is to be set
+    before an epoch begins.
     """
 
     def __init__(self, lengths: Sequence[int], num_blank: int, group: int | None, seed: int):

@@ -153,10 +153,10 @@ def prepare(
     has_teacher: bool = False,
     num_tokens: int | None = None,
 ) -> Prepared:
-    """Tokenises examples, and packs them where asked.
+    """Tokenises examples with an answer each, and packs them where asked.
 
     Args:
-        samples: Examples with an answer each, and their modes.
+        samples: Examples and their modes.
         tokenizer: Of the model.
         fmt: The wording of samples that have none of their own.
         spec: The block layout, for the count of learned tokens.

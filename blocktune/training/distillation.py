@@ -147,15 +147,10 @@ def find_teacher(
 ) -> Teacher | None:
     """The teacher of a run, or None where nothing is distilled.
 
-    Args:
-        name: ``self``, or a folder or repository name.
-        how: What is learnt from it.
-        model: The student, ready to train.
-        tokenizer: Of the student.
-        base_is_frozen: Whether the student without its adapter stays what it was.
+    It is ``self``, or a folder or repository name. ``model`` and ``tokenizer`` are the student's,
+    ready to train; ``base_is_frozen`` says whether it stays what it was without its adapter.
 
-    Raises:
-        ValueError: If the teacher cannot be found, or does not fit the student.
+    A ValueError if the teacher cannot be found, or does not fit the student.
     """
     if not how.is_on:
         return None
@@ -261,10 +256,8 @@ def kv_errors(student: Recorder, teacher: Recorder, shift: Tensor, rope: RopeSpe
     """How far the student's keys and values are from the teacher's, mean over layers, ``(rows,)``.
 
     Both recorded the same rows in the same order. ``shift`` ``(rows,)`` is the distance from each
-    row's position to that in the teacher's layout; keys are moved by it first.
-
-    Raises:
-        ValueError: If no gradient can reach the student's states.
+    row's position to that in the teacher's layout; keys are moved by it first. A ValueError if no
+    gradient can reach the student's states.
     """
     if torch.is_grad_enabled() and not any(k.requires_grad for k, _ in student.states.values()):
         raise ValueError(

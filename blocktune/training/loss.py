@@ -61,12 +61,8 @@ def answer_loss(
 ) -> AnswerLoss:
     """Runs a model under a layout and scores its answers.
 
-    Args:
-        model: With blocktune's attention attached; may be wrapped by PEFT, DDP or DeepSpeed.
-        input_ids: ``(B, S)``, like ``layout`` and ``labels``.
-        layout: What each row is.
-        labels: Not shifted, -100 where nothing is learnt.
-        execution: Of attention, see `blocktune.attention.make_plan`.
+    The model has blocktune's attention attached, and may be wrapped by PEFT, DDP or DeepSpeed. All
+    tensors are ``(B, S)``; ``labels`` are not shifted, -100 where nothing is learnt.
     """
     batch = Batch(input_ids, layout, labels)
     return answer_rows(model, batch, make_plan(execution, layout)).cross_entropy()
@@ -75,8 +71,7 @@ def answer_loss(
 def answer_rows(model: nn.Module, batch: Batch, plan: Plan, hidden: bool = False) -> AnswerRows:
     """Runs a model and keeps the logits of the rows before answer tokens; see `answer_loss`.
 
-    Raises:
-        ValueError: If the model does not honour ``logits_to_keep``.
+    A ValueError if the model does not honour ``logits_to_keep``.
     """
     targets = batch.labels[:, 1:]
     # One index for all prompts of the batch: the rows before any prompt's answer tokens.

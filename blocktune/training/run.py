@@ -41,11 +41,7 @@ FINISHED = "the run is finished; --overwrite starts again"
 
 
 class Parser(TrlParser):
-    """TRL's parser over all options of a run; what is typed wins over the YAML.
-
-    Args:
-        argv: Command line without the program's name.
-    """
+    """TRL's parser over all options of a run; what is typed in ``argv`` wins over the YAML."""
 
     def __init__(self, argv: Sequence[str] = ()):
         super().__init__(_HOLDERS, prog="blocktune train", allow_abbrev=False)
@@ -54,11 +50,8 @@ class Parser(TrlParser):
     def set_defaults_from(self, path: str) -> list[str]:
         """Takes what a YAML file says; returns its unknown keys.
 
-        Every value is read as if it were typed, so that a wrong type is refused here. The source
-        of examples is left out if another one is typed.
-
-        Raises:
-            ValueError: If the file is not a mapping, or a value is not of its type; names the file.
+        Every value is read as if it were typed, so that a wrong type is refused here, by a
+        ValueError that names the file. The source of examples is left out if another one is typed.
         """
         values = dict(mapping(load_yaml(path, "config", "see recipes/ for examples"), path))
         for name, value in mapping(values.pop("env", {}), f"{path}: env").items():
@@ -100,8 +93,7 @@ class Parser(TrlParser):
 def parse(argv: Sequence[str]) -> tuple[DataArgs, BlockSFTConfig, ModelConfig]:
     """Reads ``--config FILE`` and the options that override it.
 
-    Raises:
-        ValueError: On an unknown key or option, a value of the wrong type, or a missing file.
+    A ValueError on an unknown key or option, a value of the wrong type, or a missing file.
     """
     if argv and Path(argv[0]).suffix in (".yaml", ".yml") and not argv[0].startswith("-"):
         raise ValueError(f"unexpected argument '{argv[0]}'; did you mean '--config {argv[0]}'?")
@@ -180,10 +172,8 @@ def earlier_run(
     """Where a run continues: None for a new one, ``output_dir`` itself if it is finished.
 
     Without ``resume_from_checkpoint`` that is the last checkpoint in ``output_dir``, if there is
-    one. ``world_size`` is the number of processes, None if not known yet.
-
-    Raises:
-        ValueError: If the earlier run had other settings, or there is no such checkpoint.
+    one. ``world_size`` is the number of processes, None if not known yet. A ValueError if the
+    earlier run had other settings, or there is no such checkpoint.
     """
     named, folder = str(args.resume_from_checkpoint or ""), Path(args.output_dir)
     wanted = named.lower() not in ("", "false")
@@ -261,9 +251,8 @@ def resolved(data: DataArgs, args: BlockSFTConfig, choice: ModelConfig) -> dict[
 def load_base(choice: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads the base and its tokenizer by TRL's `ModelConfig`.
 
-    Raises:
-        ValueError: If no model is named, it cannot be loaded, or an attention implementation is
-            asked for: blocktune attaches its own.
+    A ValueError if no model is named, it cannot be loaded, or an attention implementation is asked
+    for: blocktune attaches its own.
     """
     name = choice.model_name_or_path
     if not name:
@@ -295,8 +284,7 @@ def samples_of(
 ) -> list[Sample]:
     """The training examples and the modes they are trained in.
 
-    Raises:
-        ValueError: If a mixture and the options of one source are mixed, or disagree.
+    A ValueError if a mixture and the options of one source are mixed, or disagree.
     """
     if data.mixture is None:
         launch_checks.refuse_test(data.train_data)
@@ -344,8 +332,7 @@ class Publisher(Protocol):
 def checked_repo(args: BlockSFTConfig, base_model: str, publisher: Publisher | None) -> str | None:
     """Where a run is pushed to, or None; the Trainer, which would push unchecked, is not told.
 
-    Raises:
-        ValueError: If it cannot be pushed, or not as the options say.
+    A ValueError if it cannot be pushed, or not as the options say.
     """
     if not args.push_to_hub:
         return None

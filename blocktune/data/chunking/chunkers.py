@@ -140,9 +140,7 @@ def sentences_of(text: str, language: str = "en") -> list[str]:
 class PerMessage(Chunker):
     """Makes each turn or message a chunk; a single text is cut at its delimiters.
 
-    Attributes:
-        unit: ``turn``, a user message with its replies (KVLink), or ``message`` (Block-Attention).
-            A system message is a separate chunk.
+    A turn is a user message with its replies (KVLink). A system message is a chunk of its own.
 
     Source: Block-Attention cuts conversations by message and single questions by delimiter.
     """

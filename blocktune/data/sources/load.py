@@ -133,8 +133,7 @@ def open_records(named: SourceName, reading: Reading, limit: int | None) -> Iter
 def load_chunks(source: str | Path) -> list[Chunk]:
     """Distinct chunks of a file, in order: of its questions, or one passage a record.
 
-    Raises:
-        ValueError: If the file holds neither; names file, line and field.
+    A ValueError names file, line and field.
     """
     named = parse_source(str(source))
     reading = read_options(named)

@@ -92,11 +92,7 @@ def read_options(
     tokenizer: PreTrainedTokenizerBase | None = None,
     chunker: Chunker | None = None,
 ) -> Reading:
-    """Reads a source's options; arguments override them.
-
-    Raises:
-        ValueError: If an option is unknown or its value cannot be read; names the source.
-    """
+    """Reads a source's options; arguments override them. A ValueError names the source."""
     options = dict(source.options)
     own = {key: options.pop(key) for key in KNOWN if key in options}
     if options and "chunker" not in own:

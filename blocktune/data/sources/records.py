@@ -50,11 +50,8 @@ class LeftOut(Exception):
 def read_records(path: str | Path) -> Iterator[Record]:
     """Reads a file; the format is detected by its content, and CSV by its suffix.
 
-    SQuAD's articles give one record per question.
-
-    Raises:
-        ValueError: If the file is missing, empty or of no known format, or a string in it is not
-            text; names file and line.
+    SQuAD's articles give one record per question. A ValueError names file and line if the file is
+    missing, empty or of no known format, or a string in it is not text.
     """
     path = Path(path)
     if not path.is_file():

@@ -25,17 +25,9 @@ PAGE, PICTURES = "report.html", "report"
 
 
 def write_report(folder: str | Path, title: str | None = None) -> Path:
-    """Writes the report of a finished run beside its results.
+    """Writes the report of a finished run beside its results, and returns the page's path.
 
-    Args:
-        folder: The run's.
-        title: Of the page; by default the folder's name.
-
-    Returns:
-        The page's path.
-
-    Raises:
-        ValueError: If the folder holds no results.
+    The title is by default the folder's name. A ValueError if the folder holds no results.
     """
     folder = Path(folder)
     results = load_results(folder)

@@ -176,9 +176,7 @@ def zoom(axes: Axes, ground: Ground, start: float, name: str, axis: str = "y") -
 def label_ends(axes: Axes, ends: Mapping[str, tuple[float, str]]) -> None:
     """Writes each line's name at its right end, moved apart where ends are close.
 
-    Args:
-        axes: With the limits that it keeps.
-        ends: Name -> height of the line's end in data, and the colour.
+    ``ends`` are name -> height of the end in data, and colour; ``axes`` has its final limits.
     """
     figure, low, high = axes.figure, *axes.get_ylim()
     ranked = sorted(ends, key=lambda name: ends[name][0])
@@ -208,10 +206,7 @@ def label_ends(axes: Axes, ends: Mapping[str, tuple[float, str]]) -> None:
 def label_points(axes: Axes, ground: Ground, points: Sequence[tuple[float, float, str]]) -> None:
     """Writes a name beside each point, at the nearest place that no other name or point has.
 
-    Args:
-        axes: With the limits that it keeps.
-        ground: Of the picture.
-        points: Horizontal and vertical place in data, and the name.
+    ``points`` are places in data and names; ``axes`` has its final limits.
     """
     figure = axes.figure
     figure.draw_without_rendering()

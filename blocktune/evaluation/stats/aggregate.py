@@ -19,14 +19,7 @@ NEAR = 0.02
 
 
 def pareto(methods: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
-    """Labels that no other method beats in score without costing more, cheapest first.
-
-    Args:
-        methods: Of ``results.json``.
-
-    Returns:
-        For each of `COSTS` that was measured for all methods.
-    """
+    """For each known cost, a label that no other beats without costing more; the cheapest first."""
     fronts = {}
     for cost in COSTS:
         if all(summary[cost] is not None for summary in methods.values()):
@@ -43,9 +36,6 @@ def matched(methods: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
 
     The budget is the share of the context's layer-tokens that is computed at answering time. It
     counts CacheBlend's full first layers, unlike the ratio that papers state.
-
-    Args:
-        methods: Of ``results.json``.
     """
     pairs = []
     for one, other in combinations(methods, 2):
@@ -65,11 +55,8 @@ def summarize(
 ) -> dict[str, dict[str, Any]]:
     """Label -> scores over all of ``rows``, with intervals and differences.
 
-    Args:
-        rows: Label -> rows of the same questions, in the same order.
-        full: Label of full prefill on the base model, or None.
-        naive: Label of naive reuse on it, or None.
-        seed: Of the sign flips.
+    All labels have rows of the same questions, in the same order. ``full`` and ``naive`` are the
+    baselines' labels on the base model, or None; ``seed`` is that of the sign flips.
     """
     scores = {
         name: {label: [getattr(row, name) for row in own] for label, own in rows.items()}
@@ -167,13 +154,9 @@ MIN_ROWS = 5  # bins with fewer questions are left out
 def sweeps(rows: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
     """Score in bins of equal numbers of questions, for every method.
 
-    Args:
-        rows: Label -> rows of the same questions, in the same order.
-
-    Returns:
-        ``place`` (of the evidence among the chunks, 0 first, 1 last) and ``context_tokens``, each
-        ``[{"from", "to", "n", "scores": {LABEL: {"score", "ci95"}}}]``; empty where the questions
-        do not differ in it.
+    By ``place`` (of the evidence among the chunks, 0 first, 1 last) and ``context_tokens``, each
+    ``[{"from", "to", "n", "scores": {LABEL: {"score", "ci95"}}}]``; empty where the questions do
+    not differ in it. All labels have rows of the same questions, in the same order.
     """
     return {
         "place": _sweep(rows, lambda row: row.place),

@@ -31,11 +31,7 @@ class Change(NamedTuple):
 
 
 def load_results(folder: str | Path) -> dict[str, Any]:
-    """Reads ``results.json`` of a finished run.
-
-    Raises:
-        ValueError: If the folder has none.
-    """
+    """Reads ``results.json`` of a finished run; a ValueError if the folder has none."""
     path = Path(folder) / RESULTS
     if not path.is_file():
         raise ValueError(f"no {RESULTS} in '{folder}'; give the --output of a finished run")
@@ -43,12 +39,7 @@ def load_results(folder: str | Path) -> dict[str, Any]:
 
 
 def compare(before: str | Path, after: str | Path, *, seed: int = 0) -> list[Change]:
-    """Compares the methods that two runs share.
-
-    Args:
-        before: Folder of run A.
-        after: Folder of run B.
-        seed: Of the sign flips of scores that are not 0 or 1.
+    """Compares the methods that the runs in two folders share; ``seed`` is of the sign flips.
 
     Raises:
         ValueError: If they share no method, or no question of one.
