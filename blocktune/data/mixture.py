@@ -24,32 +24,26 @@ DRAWS = ("duplication", "sampling")
 
 @dataclass(frozen=True)
 class Part:
-    """One source of a mixture.
+    """One source of a mixture."""
 
-    Attributes:
-        source: What `load_examples` reads.
-        mode: ``block``: chunks see only themselves; ``full``: stock causal attention; ``both``:
-            every example twice, once in each (duplication only).
-        weight: Under sampling the share of all examples, relative to the other parts' weights;
-            under duplication how often the part's examples are taken, 0.5 for half of them.
-        limit: Load the first examples only.
-        split: Of a Hub data set, ``train`` unless the source names another.
-        chunker: Cuts conversations and documents; None uses the source's default.
-        augment: How contexts are varied, drawn again each time an example is taken.
-        format: Fields of `PromptFormat` that differ for this part, e.g. ``instruction``:
-            conversations do not ask for an answer "from the passages below".
-        turns: In full attention, make conversations turns of the chat template (as KVLink trains)
-            instead of chunks of one turn; those whose roles do not alternate stay chunks.
-    """
-
-    source: str
+    source: str  # what `load_examples` reads
+    # ``block``: chunks see only themselves; ``full``: stock causal attention; ``both``: every
+    # example twice, once in each (duplication only)
     mode: str = BLOCK
+    # under sampling the share of all examples, relative to the other parts' weights; under
+    # duplication how often the part's examples are taken, 0.5 for half of them
     weight: float = 1.0
-    limit: int | None = None
-    split: str | None = None
+    limit: int | None = None  # load the first examples only
+    split: str | None = None  # of a Hub data set, ``train`` unless the source names another
+    # cuts conversations and documents; None uses the source's default
     chunker: Chunker | None = None
+    # how contexts are varied, drawn again each time an example is taken
     augment: Augment | None = None
+    # fields of `PromptFormat` that differ for this part, e.g. ``instruction``: conversations do not
+    # ask for an answer "from the passages below"
     format: Mapping[str, Any] | None = None
+    # in full attention, make conversations turns of the chat template (as KVLink trains) instead of
+    # chunks of one turn; those whose roles do not alternate stay chunks
     turns: bool = False
 
     def __post_init__(self):

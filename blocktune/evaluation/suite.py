@@ -16,32 +16,24 @@ SEED = "{seed}"  # placeholder of the seed in the adapter's folder of an entry w
 
 @dataclass(frozen=True)
 class MethodSpec:
-    """One row of the table: a method, its parameters, and the weights it runs on.
+    """One row of the table: a method, its parameters, and the weights it runs on."""
 
-    Attributes:
-        name: A registered method, or a composition as text (``kvlink + epic``).
-        adapter: Folder of the adapter it runs with; None runs the base.
-        label: Its name in results; ``name`` unless given.
-        params: Fields of the method that differ from their defaults.
-        preset: The method to change by the keys below; ``name`` is then only a name for the result.
-        select: Which tokens are recomputed: a selector's name, or ``{name: {parameter: value}}``.
-        repair: How reused keys and values are changed, likewise; null leaves them as they are.
-        reshape: How later rows see reused keys, likewise; null leaves them as they are.
-        layout: Fields of the layout to set: where chunks are placed, what they are encoded after.
-        budget: Share of the context tokens that the selector may choose.
-        layer_budget: Share of the context's layer-tokens that the method may spend, instead.
-    """
-
-    name: str
-    adapter: str | None = None
-    label: str = ""
+    name: str  # a registered method, or a composition as text (``kvlink + epic``)
+    adapter: str | None = None  # folder of the adapter it runs with; None runs the base
+    label: str = ""  # its name in results; ``name`` unless given
+    # fields of the method that differ from their defaults
     params: Mapping[str, Any] = field(default_factory=dict)
+    # the method to change by the keys below; ``name`` is then only a name for the result
     preset: str | None = None
+    # which tokens are recomputed: a selector's name, or ``{name: {parameter: value}}``
     select: Any = KEEP
+    # how reused keys and values are changed, likewise; null leaves them as they are
     repair: Any = KEEP
-    reshape: Any = KEEP
+    reshape: Any = KEEP  # how later rows see reused keys, likewise; null leaves them as they are
+    # fields of the layout to set: where chunks are placed, what they are encoded after
     layout: Mapping[str, Any] = field(default_factory=dict)
-    budget: float | None = None
+    budget: float | None = None  # share of the context tokens that the selector may choose
+    # share of the context's layer-tokens that the method may spend, instead
     layer_budget: float | None = None
 
     def __post_init__(self):

@@ -28,7 +28,6 @@ from blocktune.files import move_entries, move_folder
 from blocktune.models.identity import base_fingerprint, tokenizer_hash
 from blocktune.models.quantize import quantization_of
 from blocktune.models.sharded import fill
-from blocktune.prompt import LayoutSpec, PromptFormat
 from blocktune.provenance import provenance
 from blocktune.training import resume
 from blocktune.training.collator import BlockDataCollator
@@ -43,18 +42,12 @@ def settings(args: TrainingArguments) -> dict[str, Any]:
 
 
 def adapter_info(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    layout: LayoutSpec,
-    fmt: PromptFormat,
-    training: Mapping[str, Any],
-    link_mode: str = "table",
-    link_seed: int = 0,
-    scope: str = "both",
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **named: Any
 ) -> AdapterInfo:
     """The `AdapterInfo` of a model (bare or PEFT) that is about to be trained.
 
-    Neither the model nor the tokenizer has got its link tokens yet.
+    Neither the model nor the tokenizer has got its link tokens yet; ``named`` has the fields that
+    they do not tell.
     """
     config = model.config.get_text_config()
     return AdapterInfo(
@@ -64,12 +57,7 @@ def adapter_info(
         rope=dict(config.rope_parameters or {}),
         base_fingerprint=base_fingerprint(model),
         tokenizer_hash=tokenizer_hash(tokenizer),
-        layout=layout,
-        format=fmt,
-        link_mode=link_mode,
-        link_seed=link_seed,
-        scope=scope,
-        training=dict(training),
+        **named,
     )
 
 
@@ -152,8 +140,8 @@ class SaveLayoutCallback(TrainerCallback):
         collator = self.collator
         collator.num_tokens = links.link_base(model)
         tokenizer, origin = collator.tokenizer, provenance(args.seed)
-        shape = collator.layout, collator.format
-        info = adapter_info(model, tokenizer, *shape, origin, scope=scope_of(model))
+        named = {"layout": collator.layout, "format": collator.format, "training": origin}
+        info = adapter_info(model, tokenizer, **named, scope=scope_of(model))
         files = AdapterFiles(info, {"training": settings(args)})
         save = model.save_pretrained
 

@@ -37,17 +37,14 @@ def draw_of(seed: int, epoch: int, *keys: object) -> random.Random:
 class Augmentation:
     """What varies in the layout of a block example.
 
-    Attributes:
-        block_dropout: Chance that a chunk joins the group of the one before it, so that it sees
-            that one as in full attention (arXiv:2605.15913).
-        position_jitter: Before every chunk, and before the question, positions jump by 0 to
-            this many.
-
     Raises:
         ValueError: If a value is out of range.
     """
 
+    # chance that a chunk joins the group of the one before it, so that it sees that one as in full
+    # attention (arXiv:2605.15913)
     block_dropout: float = 0.0
+    # before every chunk, and before the question, positions jump by 0 to this many
     position_jitter: int = 0
 
     def __post_init__(self):

@@ -30,24 +30,20 @@ EPSILON = 1e-9
 class Distillation:
     """What the student learns from the teacher.
 
-    Attributes:
-        weight: Share of the divergence in the loss, in [0, 1]; the rest is cross-entropy.
-        temperature: Both distributions are taken at it; the divergence is scaled by its square.
-        top_k: Tokens of the teacher that are kept per answer row; all others count as one. None
-            keeps all. Bounds what is held of the teacher to ``2 * top_k`` numbers a row.
-        states: States of the question's rows that are matched too: ``hidden`` (every layer's
-            output), ``kv`` (every layer's keys and values) or ``none``.
-        states_weight: Factor on their relative squared error.
-
     Raises:
         ValueError: If a value is out of range.
     """
 
-    weight: float = 0.0
+    weight: float = 0.0  # share of the divergence in the loss, in [0, 1]; the rest is cross-entropy
+    # both distributions are taken at it; the divergence is scaled by its square
     temperature: float = 1.0
+    # tokens of the teacher that are kept per answer row; all others count as one. None keeps all.
+    # Bounds what is held of the teacher to ``2 * top_k`` numbers a row
     top_k: int | None = None
+    # states of the question's rows that are matched too: ``hidden`` (every layer's output), ``kv``
+    # (every layer's keys and values) or ``none``
     states: str = "none"
-    states_weight: float = 1.0
+    states_weight: float = 1.0  # factor on their relative squared error
 
     def __post_init__(self):
         if not 0.0 <= self.weight <= 1.0:

@@ -24,34 +24,28 @@ DEFAULT_KINDS = MappingProxyType(
 
 @dataclass(frozen=True)
 class WorldConfig:
-    """What to generate.
+    """What to generate."""
 
-    Attributes:
-        split: Whose names to use: ``train``, ``dev`` or ``test``; no two splits share a name.
-        seed: Another seed gives other worlds of the same names.
-        num_examples: Number of questions in all.
-        num_passages: Chunks in each context: a number, or the smallest and the largest.
-        kinds: Weight of each kind of question; kinds left out are not asked.
-        questions_per_world: Questions that share a context.
-        turns: Questions that each example asks in turn about its context, for training: the
-            first, then its followups; fewer if the world has no more.
-        aliased: Share of the continued documents (lists excluded) whose later chunks use an alias;
-            the others say "she" or "the film", which the question reveals.
-        crowded: Any number of documents of a kind continue in other chunks, instead of one: then
-            only the chunk before tells to which document a later chunk belongs.
-        plain: Every statement names its entity, in one wording, and no document continues in
-            another chunk; the first stage of pre-training.
-    """
-
+    # whose names to use: ``train``, ``dev`` or ``test``; no two splits share a name
     split: str = "train"
-    seed: int = 0
-    num_examples: int = 1000
+    seed: int = 0  # another seed gives other worlds of the same names
+    num_examples: int = 1000  # number of questions in all
+    # chunks in each context: a number, or the smallest and the largest
     num_passages: int | tuple[int, int] = 10
+    # weight of each kind of question; kinds left out are not asked
     kinds: Mapping[str, float] = field(default_factory=lambda: DEFAULT_KINDS)
-    questions_per_world: int = 1
+    questions_per_world: int = 1  # questions that share a context
+    # questions that each example asks in turn about its context, for training: the first, then its
+    # followups; fewer if the world has no more
     turns: int = 1
+    # share of the continued documents (lists excluded) whose later chunks use an alias; the others
+    # say "she" or "the film", which the question reveals
     aliased: float = 0.5
+    # any number of documents of a kind continue in other chunks, instead of one: then only the
+    # chunk before tells to which document a later chunk belongs
     crowded: bool = False
+    # every statement names its entity, in one wording, and no document continues in another chunk;
+    # the first stage of pre-training
     plain: bool = False
 
     def __post_init__(self):
