@@ -147,13 +147,6 @@ def tune(
         results = run_suite(suite, output, command=command, load=load)
     else:
         results = _together(suite, output, processes, command)
-    tuned = _ranked(spec, results)
-    replace_json(output / TUNED, tuned)
-    return tuned
-
-
-def _ranked(spec: TuneSpec, results: Mapping[str, Any]) -> dict[str, Any]:
-    """Points by score, the cheaper one first where two are equal."""
     kept = ("score", "score_ci95", "n", "recompute_ratio")
     points = [
         {"label": point.label, "values": point.values, "entry": point.entry}
@@ -161,21 +154,22 @@ def _ranked(spec: TuneSpec, results: Mapping[str, Any]) -> dict[str, Any]:
         for point in spec.points()
     ]
     points.sort(key=lambda point: (-point["score"], point["recompute_ratio"]))
-    task = {"name": spec.task.name, "source": spec.task.source, "metric": spec.task.metric}
-    provenance = results["provenance"]
-    return {"best": points[0], "points": points, "task": task, "provenance": provenance}
+    task = {key: getattr(spec.task, key) for key in ("name", "source", "metric")}
+    tuned = {"best": points[0], "points": points, "task": task}
+    tuned |= {"provenance": results["provenance"]}
+    replace_json(output / TUNED, tuned)
+    return tuned
 
 
 def _together(suite: Suite, output: Path, count: int, command: list[str] | None) -> dict[str, Any]:
     """Runs a suite in several processes; this one is the first, and reports."""
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(count)
-    others = [
-        context.Process(target=_share, args=(suite, output, rank, count, barrier), daemon=True)
-        for rank in range(1, count)
-    ]
-    for other in others:
-        other.start()
+    others = []
+    for rank in range(1, count):
+        given = suite, output, rank, count, barrier
+        others.append(context.Process(target=_share, args=given, daemon=True))
+        others[-1].start()
     try:
         return run_suite(suite, output, command=command, processes=_sharing(0, count, barrier))
     except BrokenBarrierError:

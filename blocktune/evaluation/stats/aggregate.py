@@ -20,14 +20,13 @@ NEAR = 0.02
 
 def pareto(methods: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
     """For each known cost, a label that no other beats without costing more; the cheapest first."""
-    fronts = {}
+    fronts: dict[str, list[str]] = {}
     for cost in COSTS:
         if all(summary[cost] is not None for summary in methods.values()):
-            front: list[str] = []
+            front = fronts[cost] = []
             for label in sorted(methods, key=lambda n: (methods[n][cost], -methods[n]["score"])):
                 if not front or methods[label]["score"] > methods[front[-1]]["score"]:
                     front.append(label)
-            fronts[cost] = front
     return fronts
 
 
@@ -86,21 +85,19 @@ def summarize(
             "recompute_ratio": fmean(row.recompute_ratio for row in own),
             "flops_over_full_prefill": _flops_over(own, full and rows[full]),
             **_recovered(paired, label, full, naive),
-            # McNemar's p of one comparison, not of many.
-            "em_minus": {
-                other: _difference(paired["em"], label, other)
-                | {"p": significance.mcnemar_exact(scores["em"][label], scores["em"][other])}
-                for other in rows
-                if other != label
-            },
-            "score_minus": {
-                other: _difference(paired["score"], label, other)
-                | (tested := p_values[frozenset((label, other))])
-                | _power(scores["score"][label], scores["score"][other], tested)
-                for other in rows
-                if other != label
-            },
+            "em_minus": {},
+            "score_minus": {},
         }
+        for other in (one for one in rows if one != label):
+            em, score = ((scores[name][label], scores[name][other]) for name in ("em", "score"))
+            tested = p_values[frozenset((label, other))]
+            able = significance.power(*score, **tested)
+            power = able._asdict() if able else dict.fromkeys(significance.Power._fields)
+            # McNemar's p of one comparison, not of many.
+            p = {"p": significance.mcnemar_exact(*em)}
+            summaries[label]["em_minus"][other] = _difference(paired["em"], label, other) | p
+            above = _difference(paired["score"], label, other)
+            summaries[label]["score_minus"][other] = above | tested | power
     return summaries
 
 
@@ -137,14 +134,6 @@ def _difference(paired: significance.PairedScores, label: str, other: str) -> di
     """How far one method is above another."""
     mean, *ci95 = paired.difference(label, other)
     return {"mean": mean, "ci95": ci95}
-
-
-def _power(
-    own: Sequence[float], other: Sequence[float], tested: Mapping[str, float]
-) -> dict[str, Any]:
-    """What this many questions can show; ``tested`` has the p-values of the two methods."""
-    able = significance.power(own, other, **tested)
-    return able._asdict() if able else dict.fromkeys(significance.Power._fields)
 
 
 NUM_BINS = 5
