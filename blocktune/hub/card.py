@@ -18,10 +18,10 @@ from blocktune.adapter import OWN_WEIGHTS, AdapterInfo
 from blocktune.adapter.scope import SCOPED_ROWS
 from blocktune.check import Check
 from blocktune.data.sources.catalog import data_sets_in
-from blocktune.hub.files import public
 from blocktune.methods import BOTH_LEARNED, Weights, available, build
 from blocktune.models.identity import adapter_fingerprint, same_base
 from blocktune.prompt import LayoutSpec
+from blocktune.provenance import public
 from blocktune.tables import Table, with_interval, written
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")

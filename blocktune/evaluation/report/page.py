@@ -14,8 +14,7 @@ from markupsafe import Markup
 
 from blocktune.evaluation.report.charts import Chart, charts_of
 from blocktune.evaluation.report.style import DARK, LIGHT, mark, to_png, to_svg
-from blocktune.evaluation.stats.compare import load_results, verdict
-from blocktune.evaluation.stats.findings import findings, power_notes
+from blocktune.evaluation.stats.compare import findings, load_results, power_notes, verdict
 from blocktune.evaluation.stats.results import ORACLE, plain_label
 from blocktune.files import replace_text
 from blocktune.tables import ABSENT, written

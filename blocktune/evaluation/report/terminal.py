@@ -10,7 +10,7 @@ from rich.console import Console
 
 from blocktune.evaluation.report.charts import draw_results
 from blocktune.evaluation.runner import Processes, launched, run_suite
-from blocktune.evaluation.stats.findings import power_notes
+from blocktune.evaluation.stats.compare import power_notes
 from blocktune.evaluation.stats.results import RESULTS
 from blocktune.evaluation.suite import Suite
 from blocktune.tables import Table, with_half, written

@@ -7,7 +7,7 @@ from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
-from blocktune.data.worlds.questions import QUESTION_KINDS
+from blocktune.data.worlds import QUESTION_KINDS
 from blocktune.evaluation.rows import Row
 from blocktune.evaluation.stats.aggregate import matched, pareto, summarize, sweeps
 from blocktune.evaluation.suite import Suite
