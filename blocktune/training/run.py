@@ -9,9 +9,9 @@ import argparse
 import contextlib
 import difflib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, get_type_hints
+from typing import Any, get_type_hints
 
 from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
@@ -23,7 +23,7 @@ from blocktune.data.mixture import BLOCK, load_mixture, mix
 from blocktune.data.sources.load import training_split
 from blocktune.models import load
 from blocktune.parsing import load_yaml, mapping
-from blocktune.prompt import LayoutSpec, PromptFormat
+from blocktune.prompt import PromptFormat
 from blocktune.training import launch_checks, resume
 from blocktune.training.checkpoint import settings
 from blocktune.training.collator import BlockDataCollator
@@ -116,14 +116,15 @@ def parse(argv: Sequence[str]) -> tuple[DataArgs, BlockSFTConfig, ModelConfig]:
 def train(
     argv: Sequence[str],
     callbacks: Sequence[TrainerCallback] = (),
-    publisher: Publisher | None = None,
+    publisher: Any = None,
 ) -> Path | None:
     """Trains as told, saves the adapter, and publishes it where ``push_to_hub`` says so.
 
     Args:
         argv: Command line without the program's name, e.g. ``["--config", "run.yaml"]``.
         callbacks: More callbacks of transformers' Trainer, e.g. evaluation.
-        publisher: What ``push_to_hub`` is served by.
+        publisher: What ``push_to_hub`` is served by: `blocktune.hub.Publisher`, handed in since
+            training knows nothing of serving and checking.
 
     Returns:
         The adapter's folder, or None after a dry run.
@@ -317,19 +318,7 @@ _PUSH_OPTIONS = {
 """Options of transformers' own push that a single push at the end would ignore."""
 
 
-class Publisher(Protocol):
-    """Publishes adapters; handed in, since training knows nothing of serving and checking.
-
-    ``check`` refuses before a run what ``publish`` could not publish after it.
-    """
-
-    check: Callable[[str, str, LayoutSpec, str | None], None]
-    """Repository, base model, layout and token."""
-    publish: Callable[[Path, str, bool, str | None], None]
-    """Folder, repository, whether it is private, and token."""
-
-
-def checked_repo(args: BlockSFTConfig, base_model: str, publisher: Publisher | None) -> str | None:
+def checked_repo(args: BlockSFTConfig, base_model: str, publisher: Any) -> str | None:
     """Where a run is pushed to, or None; the Trainer, which would push unchecked, is not told.
 
     A ValueError if it cannot be pushed, or not as the options say.
