@@ -70,15 +70,10 @@ def check(
     if as_json:
         typer.echo(json.dumps({"checks": [one.to_dict() for one in checks]}, indent=2))
     else:
-        verdicts = {True: "[green]ok[/green]", False: "[red]FAILED[/red]"}
-        rows = [
-            (
-                verdicts[one.passed],
-                one.name,
-                *map("{:.1e}".format, (one.max_abs_diff, one.tolerance)),
-            )
-            for one in checks
-        ]
+        rows = []
+        for one in checks:
+            verdict = "[green]ok[/green]" if one.passed else "[red]FAILED[/red]"
+            rows.append((verdict, one.name, f"{one.max_abs_diff:.1e}", f"{one.tolerance:.1e}"))
         Table(("", "check", "difference", "tolerance"), rows, left=("check",)).show()
         where = "on this model" if built is None else f"by '{built.name}'"
         extent = "" if limit is None else f" up to {limit:,} tokens"

@@ -195,15 +195,16 @@ def prepare(
             f"{min(limit, pack_length or limit)} tokens; check source, max_length and pack_length"
         )
     rows = [[part] for part in parts] if pack_length is None else best_fit(parts, pack_length)
-    rows += [[_unanswered(min(parts, key=lambda part: part["length"]))]] * (
-        -len(rows) % multiple_of
-    )
+    blank = _unanswered(min(parts, key=lambda part: part["length"]))
+    rows += [[blank]] * (-len(rows) % multiple_of)
+    num_block, named = sum(p["block"] for p in parts), data_sets_of(s.example for s in samples)
+    return Prepared(_columns(rows), len(parts), num_block, num_dropped, named, _digest(parts))
+
+
+def _columns(rows: list[list[dict[str, Any]]]) -> Dataset:
     starts = range(0, len(rows), ROWS_AT_A_TIME)
     columns = ([_record(row) for row in rows[a : a + ROWS_AT_A_TIME]] for a in starts)
-    dataset = concatenate_datasets([Dataset.from_list(c, features=FEATURES) for c in columns])
-    named = data_sets_of(sample.example for sample in samples)
-    num_block, digest = sum(part["block"] for part in parts), _digest(parts)
-    return Prepared(dataset, len(parts), num_block, num_dropped, named, digest)
+    return concatenate_datasets([Dataset.from_list(c, features=FEATURES) for c in columns])
 
 
 def best_fit(parts: Sequence[dict[str, Any]], room: int) -> list[list[dict[str, Any]]]:
