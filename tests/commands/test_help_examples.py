@@ -117,9 +117,7 @@ def there(tmp_path, monkeypatch, blocktune):
     write_smaller("eval/suites/quick.yaml", "quick.yaml", "num: 20, chunks: 60", "num: 1")
     write_smaller("eval/tuning/psr.yaml", "psr.yaml", r"temperature: .*\n.*", "scale: [1.0]")
     for name, recipe in (("block", "block_attention"), ("kvlink", "kvlink")):
-        write_smaller(
-            f"recipes/{recipe}.yaml", f"{name}.yaml", r"n=2000&turns=8", "n=16&passages=2"
-        )
+        write_smaller(f"recipes/{recipe}.yaml", f"{name}.yaml", r"n=2000&turns=8", "n=16")
         own = ("--max_steps", "1", "--output_dir", f"out/{name}")
         done = blocktune("train", "--config", f"{name}.yaml", *own)
         assert done.exit_code == 0, done.output
