@@ -29,9 +29,6 @@ def bench_attention(tokens: int = 8192, chunk: int = 512, repeats: int = 5) -> d
     (``dense``) take turns. Masks and plans are made beforehand, as a batch makes them once for all
     layers. The last ``chunk`` tokens are the query, which sees everything. ``bound`` has the two
     ratios if time were visible cells alone; ``share_of_matmul`` is of the machine's measured rate.
-
-    Raises:
-        ValueError: If ``tokens`` is not at least two whole chunks.
     """
     if chunk < 1 or tokens % chunk or tokens < 2 * chunk:
         raise ValueError(

@@ -35,10 +35,7 @@ PRODUCT, COPIED = 2048, 1 << 28
 
 @dataclass(frozen=True)
 class ReuseBench:
-    """A random Llama in float32, and a prompt of random tokens whose chunks are in memory.
-
-    A ValueError if the prompt has no room for two chunks and the question.
-    """
+    """A random Llama in float32, and a prompt of random tokens whose chunks are in memory."""
 
     tokens: int = 8192  # of the prompt
     chunk: int = 512  # tokens per chunk; the last one takes what is left

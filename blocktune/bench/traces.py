@@ -55,10 +55,7 @@ def zipf_requests(
 
 
 def read_requests(path: str | Path, limit: int | None = None, seed: int = 0) -> list[Request]:
-    """At most ``limit`` requests of a file, or of `zipf_requests` where ``path`` is ``zipf``.
-
-    A ValueError, which names the line, if the file is none of those above.
-    """
+    """Requests of a file, or drawn where ``path`` is ``zipf``; a ValueError names a wrong line."""
     if str(path) == "zipf":
         return list(zipf_requests(limit or 10_000, seed=seed))
     try:

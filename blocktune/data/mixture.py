@@ -97,10 +97,7 @@ class Mixture:
 
 
 def load_mixture(path: str | Path) -> Mixture:
-    """Reads a mixture; relative paths in it start from the current directory.
-
-    A ValueError names the file, the place in it, what was wanted and what came.
-    """
+    """Reads a mixture; relative paths in it start from the current directory."""
     try:
         return load_spec(path, "mixture", "give a YAML file", parse_mixture)
     except FileNotFoundError as error:

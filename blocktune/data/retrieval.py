@@ -45,10 +45,7 @@ class Bm25:
         self._index.index(self._tokens(texts), show_progress=False)
 
     def search(self, questions: Sequence[str], k: int) -> list[list[Hit]]:
-        """The ``k`` best chunks of each question (all, if there are fewer), best first.
-
-        Equal scores keep the order of the corpus.
-        """
+        """The ``k`` best chunks of each question; equal scores keep the order of the corpus."""
         best, k = [], min(k, len(self.chunks))
         for words in self._tokens(list(questions), as_ids=False):
             scores = self._index.get_scores(words) if words else np.zeros(len(self.chunks))
@@ -77,10 +74,7 @@ class Question(NamedTuple):
 def read_questions(
     source: str | Path, *, limit: int | None = None, split: str | None = None
 ) -> Iterator[Question]:
-    """Reads the questions of a file, or of a Hub data set by a short name or ``hf:NAME``.
-
-    A ValueError names file and line, where a record has no question.
-    """
+    """Reads the questions of a file, or of a Hub data set by a short name or ``hf:NAME``."""
     named = parse_source(str(source))
     known = named.name in CATALOG or named.name.startswith("hf:") or Path(named.name).is_file()
     if not known:

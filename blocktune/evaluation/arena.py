@@ -105,14 +105,10 @@ def run_exam(
 ) -> Path:
     """Answers an exam, writes its result file, and returns its path; a stopped run continues.
 
-    Args:
-        engine: Its store and memory of prefixes are emptied after every question.
-        method: Encodes every chunk without the question, as the arena asks.
-        exam: The questions.
-        output: Folder of the result file and of the rows so far.
-        limit: Answer the first questions only; ``kva validate`` then refuses the file.
-        port: Who made the method: ``official``, ``port`` or ``reference``.
-        step: Called after each answer.
+    The engine's store and memory of prefixes are emptied after every question. ``output`` gets the
+    rows so far, too. Under a ``limit`` the file is not what ``kva validate`` wants. ``port`` says
+    who made the method: ``official``, ``port`` or ``reference``. ``step`` is called after each
+    answer.
 
     Raises:
         ValueError: If chunks of the method come from earlier prompts, a prompt does not fit into

@@ -54,10 +54,7 @@ class Ready:
         return [q.example for q in self.questions if q.task is task][:limit]
 
     def fingerprints(self) -> dict[str, Any]:
-        """Digests of the base and of the adapters by name, for the provenance.
-
-        Published releases of other projects have none.
-        """
+        """Digests of the base and, by name, of adapters (not of releases), for the provenance."""
         if None in self.engines:
             base = base_fingerprint(self.engines[None].model)
         else:  # adapters are merged into the model; each was held to the base
@@ -114,10 +111,7 @@ def _worded(suite: Suite, engines: Mapping[str | None, Any]) -> dict[tuple[str |
 def tell_rewording(
     engines: Mapping[str | None, Any], worded: Mapping[tuple[str | None, str], Any]
 ) -> None:
-    """Warns where an adapter is asked in other words than it was trained in.
-
-    ``engines`` are by adapter (None is the base) in their own wording, ``worded`` in the task's.
-    """
+    """Warns where an adapter is asked (``worded``) in other words than it was trained in."""
     for (adapter, task), engine in worded.items():
         changed = _changed(engines[adapter].format, engine.format)
         if adapter is not None and changed:

@@ -14,10 +14,7 @@ from blocktune.data import RagExample
 
 
 class TtftSummary(NamedTuple):
-    """Seconds from request to first token over ``num`` prompts: median and quartiles.
-
-    ``context_tokens`` is the median length of their contexts.
-    """
+    """Seconds to the first token over ``num`` prompts, and the median length of their contexts."""
 
     median: float
     q25: float

@@ -90,10 +90,7 @@ def card(
 
 
 def served_by(layout: LayoutSpec) -> str:
-    """The method, as ``--method`` takes it, that serves an adapter with nothing recomputed.
-
-    A ValueError if none does.
-    """
+    """The method, as ``--method`` takes it, that serves an adapter with nothing recomputed."""
     if not layout.block:
         return "full-prefill"
     if layout.num_links and layout.num_headers + layout.num_trailers:
@@ -154,11 +151,7 @@ def _table(rows: Mapping[str, Any], heading: tuple[str, str] = ("", "")) -> str:
 
 
 def datasets_of(training: Mapping[str, Any]) -> dict[str, str]:
-    """Data sets on the Hub that an adapter was trained on, with their licences.
-
-    ``training`` is `AdapterInfo`'s: ``data`` a source or a mixture, ``data_sets`` what the
-    examples themselves say.
-    """
+    """Data sets on the Hub that a run (`AdapterInfo.training`) trained on, with their licences."""
     found = dict(training.get("data_sets") or {})
     for source in _texts(training.get("data")):
         found |= data_sets_in(source)

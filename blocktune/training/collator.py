@@ -35,11 +35,7 @@ def draw_of(seed: int, epoch: int, *keys: object) -> random.Random:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What varies in the layout of a block example.
-
-    Raises:
-        ValueError: If a value is out of range.
-    """
+    """What varies in the layout of a block example."""
 
     # chance that a chunk joins the group of the one before it, so that it sees that one as in full
     # attention (arXiv:2605.15913)

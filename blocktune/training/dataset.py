@@ -244,11 +244,7 @@ class PartReader:
     num_tokens: int | None = None
 
     def __call__(self, index: int, sample: Sample) -> dict[str, Any]:
-        """The part; ``index`` names the example in errors and in draws.
-
-        Raises:
-            ValueError: If the example has no answer, or cannot be tokenised.
-        """
+        """The part; ``index`` names the example in errors and in draws."""
         block, fmt = sample.block, sample.wording or self.fmt
         target = sample.example.target
         try:

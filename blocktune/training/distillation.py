@@ -28,11 +28,7 @@ EPSILON = 1e-9
 
 @dataclass(frozen=True)
 class Distillation:
-    """What the student learns from the teacher.
-
-    Raises:
-        ValueError: If a value is out of range.
-    """
+    """What the student learns from the teacher."""
 
     weight: float = 0.0  # share of the divergence in the loss, in [0, 1]; the rest is cross-entropy
     # both distributions are taken at it; the divergence is scaled by its square

@@ -47,11 +47,7 @@ class RecomputeSampler:
 
     @classmethod
     def named(cls, text: str, low: float, high: float) -> RecomputeSampler:
-        """The sampler of a selector written as ``deviation check_layer=2 by=values``.
-
-        Raises:
-            ValueError: If a word is not ``key=value``, or the selector refuses a value.
-        """
+        """The sampler of a selector written as ``deviation check_layer=2 by=values``."""
         name, *words = text.split() or [""]
         pairs = [word.partition("=") for word in words]
         for key, equals, value in pairs:

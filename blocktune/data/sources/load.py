@@ -131,10 +131,7 @@ def open_records(named: SourceName, reading: Reading, limit: int | None) -> Iter
 
 
 def load_chunks(source: str | Path) -> list[Chunk]:
-    """Distinct chunks of a file, in order: of its questions, or one passage a record.
-
-    A ValueError names file, line and field.
-    """
+    """Distinct chunks of a file, in order: of its questions, or one passage a record."""
     named = parse_source(str(source))
     reading = read_options(named)
     records = open_records(named, reading, None)

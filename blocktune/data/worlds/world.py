@@ -21,8 +21,9 @@ from blocktune.prompt import Chunk
 class Entity:
     """Someone or something with a name that is unique in its world.
 
-    ``noun`` is what a definite description calls it: ``woman``, ``man``, or its kind. ``root`` is
-    not of its name: later passages may call it by it (``the Webb``), its first explains that.
+    ``noun`` is what a description calls it: ``woman``, ``man``, or its kind. Later passages may
+    call it by its ``root`` (``the Webb``), which is not of its name: its first passage explains
+    that.
     """
 
     name: str

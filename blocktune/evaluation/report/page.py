@@ -24,10 +24,7 @@ PAGE, PICTURES = "report.html", "report"
 
 
 def write_report(folder: str | Path, title: str | None = None) -> Path:
-    """Writes the report of a finished run beside its results, and returns the page's path.
-
-    The title is by default the folder's name. A ValueError if the folder holds no results.
-    """
+    """Writes the report of a finished run beside its results, and returns the page's path."""
     folder = Path(folder)
     results = load_results(folder)
     charts = charts_of(results)

@@ -204,10 +204,7 @@ def label_ends(axes: Axes, ends: Mapping[str, tuple[float, str]]) -> None:
 
 
 def label_points(axes: Axes, ground: Ground, points: Sequence[tuple[float, float, str]]) -> None:
-    """Writes a name beside each point, at the nearest place that no other name or point has.
-
-    ``points`` are places in data and names; ``axes`` has its final limits.
-    """
+    """Writes each point's name beside it, at the nearest place that no other name or point has."""
     figure = axes.figure
     figure.draw_without_rendering()
     scale, inside = figure.dpi / 72, figure.bbox

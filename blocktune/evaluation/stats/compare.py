@@ -39,11 +39,7 @@ def load_results(folder: str | Path) -> dict[str, Any]:
 
 
 def compare(before: str | Path, after: str | Path, *, seed: int = 0) -> list[Change]:
-    """Compares the methods that the runs in two folders share; ``seed`` is of the sign flips.
-
-    Raises:
-        ValueError: If they share no method, or no question of one.
-    """
+    """Compares the methods that the runs in two folders share; a ValueError if there is none."""
     old, new = load_results(before)["methods"], load_results(after)["methods"]
     shared = [label for label in old if label in new]
     if not shared:
