@@ -41,8 +41,8 @@ LEFT_OUT = re.compile(
     r"(?<!\S)(nq|musique|tulu-3|triviaqa|2wikimultihopqa)(\s|\?|$)|USER/NAME|s3://|KVShareArena|"
     r"^serve|--only-correct|--follow|vllm|--families|--processes|--launcher|3f2a91"
 )
-"""What needs the Hub, a clone, vLLM or a model that answers well, does not return, starts several processes or sweeps classes
-(these have tests of their own), or names a model that was made up."""
+"""What needs the Hub, a clone, vLLM or a model that answers well, does not return, starts several
+processes or sweeps classes (these have tests of their own), or names a model that was made up."""
 LESS_WORK = {
     "train": ["--max_steps", "1", "--overwrite", "true"],
     "answer": ["--max-new-tokens", "2"],

@@ -21,7 +21,6 @@ from blocktune.data.sources.options import (
     SourceName,
     generate,
     generators,
-    is_generated,
     parse_source,
     read_options,
 )
@@ -68,10 +67,10 @@ def load_examples(
         raise ValueError(f"limit must be at least 1 or None, got {limit}")
     named = parse_source(str(source))
     if not _on_the_hub(named) and not Path(named.name).is_file():
-        if not is_generated(named):
+        if (generated := generate(named, tokenizer)) is None:
             raise ValueError(_no_source(source))
         _refuse_split(source, split)
-        return list(islice(generate(named, tokenizer), limit))
+        return list(islice(generated, limit))
     reading = read_options(named, split=split, tokenizer=tokenizer, chunker=chunker)
     records = open_records(named, reading, limit)
     shots = None

@@ -160,15 +160,11 @@ def generators() -> dict[str, Generator]:
     return GENERATORS
 
 
-def is_generated(source: SourceName) -> bool:
-    """Whether a source is a generator's; an unknown prefix loads the plug-ins."""
-    prefix, colon, _ = source.name.partition(":")
-    return bool(colon) and (prefix in GENERATORS or prefix in generators())
-
-
-def generate(source: SourceName, tokenizer: Tokenizer) -> Examples:
-    """Examples of a generated source."""
-    prefix, _, rest = source.name.partition(":")
+def generate(source: SourceName, tokenizer: Tokenizer) -> Examples | None:
+    """Examples of a generated source, or None; an unknown prefix loads the plug-ins."""
+    prefix, colon, rest = source.name.partition(":")
+    if not colon or (prefix not in GENERATORS and prefix not in generators()):
+        return None
     return GENERATORS[prefix].read(rest, source.options, tokenizer)
 
 
