@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from operator import gt, lt
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,8 +51,16 @@ def compare(before: str | Path, after: str | Path, *, seed: int = 0) -> list[Cha
     left, right = _rows(before, old, shared), _rows(after, new, shared)
     pairs = {label: _paired(label, left[label], right[label]) for label in shared}
     p = {label: p_value(b, a, seed=seed) for label, (a, b) in pairs.items()}
-    adjusted = holm(p)
-    return [_change(label, *pairs[label], p[label], adjusted[label]) for label in shared]
+    adjusted, changes = holm(p), []
+    for label, (a, b) in pairs.items():
+        scored = PairedScores({"old": a, "new": b})
+        mean, *ci95 = scored.difference("new", "old")
+        able = power(b, a, p=p[label], p_holm=adjusted[label])
+        means = scored.mean("old").mean, scored.mean("new").mean, mean
+        wins, losses = sum(map(gt, b, a)), sum(map(lt, b, a))
+        tested = p[label], adjusted[label], wins, losses, able and able.n_needed
+        changes.append(Change(label, len(a), *means, tuple(ci95), *tested))
+    return changes
 
 
 def _rows(
@@ -61,20 +70,6 @@ def _rows(
     pools = {label: list(seeds) for label in labels if (seeds := methods[label].get("seeds"))}
     read = [one for label in labels for one in pools.get(label, [label])]
     return with_pools(read_all(Path(folder), read), pools)
-
-
-def _change(
-    label: str, old: Sequence[float], new: Sequence[float], p: float, p_holm: float
-) -> Change:
-    paired = PairedScores({"old": old, "new": new})
-    mean, *ci95 = paired.difference("new", "old")
-    able = power(new, old, p=p, p_holm=p_holm)
-    wins = sum(b > a for a, b in zip(old, new, strict=True))
-    losses = sum(b < a for a, b in zip(old, new, strict=True))
-    means = paired.mean("old").mean, paired.mean("new").mean, mean
-    return Change(
-        label, len(old), *means, tuple(ci95), p, p_holm, wins, losses, able and able.n_needed
-    )
 
 
 def _paired(
