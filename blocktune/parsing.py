@@ -87,10 +87,7 @@ def current_keys(record: Mapping[str, Any], known: Collection[str], where: str) 
     """Replaces keys of earlier versions by their current names; see `RENAMED`.
 
     A key among the ``known`` ones is kept as it is. The first use of each old key in a process is
-    logged in one line, which ``where`` opens.
-
-    Raises:
-        ValueError: If the record has an old key and its current name.
+    logged in one line, which ``where`` opens. A ValueError if both names of a key are there.
     """
     current: dict[str, Any] = {}
     for key, value in record.items():
@@ -119,10 +116,9 @@ class _Loader(yaml.SafeLoader):
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """Decodes YAML or JSON; ``where`` (the file's name) opens every error.
+    """Decodes YAML or JSON; ``where`` (the file's name) opens every ValueError.
 
-    Raises:
-        ValueError: If it is not YAML or gives a key twice; names line and column.
+    It names line and column where the text is not YAML or gives a key twice.
     """
     try:
         return yaml.load(text, _Loader)
@@ -157,15 +153,10 @@ def load_spec(path: str | Path, what: str, hint: str, parse: Callable[[Any, str]
 
 
 def read(spec: type[Spec], record: Any, where: str) -> Spec:
-    """Builds ``spec`` from a mapping whose keys are its fields.
+    """Builds ``spec``, a dataclass, from a mapping whose keys are its fields.
 
-    Args:
-        spec: A dataclass; fields of a type that `WANTED` does not know are taken as they are.
-        record: Decoded YAML or JSON.
-        where: Opens every error.
-
-    Raises:
-        ValueError: If a key is unknown or missing, or a value is not of its type.
+    Fields of a type that `WANTED` does not know are taken as they are. A ValueError, which
+    ``where`` opens, if a key is unknown or missing, or a value is not of its type.
     """
     record = _known(spec, record, where)
     values = {f.name: _value(f, record[f.name], where) for f in fields(spec) if f.name in record}
@@ -173,11 +164,7 @@ def read(spec: type[Spec], record: Any, where: str) -> Spec:
 
 
 def build_strict(spec: type[Spec], record: Any, what: str) -> Spec:
-    """Like `read`, for a ``spec`` that checks its own values.
-
-    Raises:
-        ValueError: If ``record`` is not a mapping or has an unknown key; ``what`` names it.
-    """
+    """Like `read`, for a ``spec`` that checks its own values; ``what`` opens every error."""
     return spec(**_known(spec, record, what))
 
 
@@ -198,15 +185,9 @@ def build_config(
 ) -> Spec:
     """Builds ``spec`` from option strings, each read as its field's type says.
 
-    Args:
-        spec: A dataclass whose fields `WANTED` knows; lists are written with commas.
-        options: By field.
-        where: Opens every error: ``worlds:test``.
-        names: Options that are called otherwise than their fields, and these fields.
-        given: Fields that are no options, with their values.
-
-    Raises:
-        ValueError: If an option is unknown or its value cannot be read.
+    ``names`` are options that are called otherwise than their fields; ``given`` are fields that are
+    no options. A ValueError, which ``where`` opens, if an option is unknown or its value cannot be
+    read.
     """
     called = {field: option for option, field in (names or {}).items()}
     known = {called.get(f.name, f.name): f for f in fields(spec) if f.name not in given}

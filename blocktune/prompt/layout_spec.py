@@ -129,8 +129,7 @@ class LayoutSpec:
     def link_rows(self, chunk: int) -> tuple[int, ...]:
         """Table rows of the links of the ``chunk``-th chunk, slot by slot.
 
-        Raises:
-            ValueError: If the table goes by chunk and has no rows for this one.
+        A ValueError if the table goes by chunk and has no rows for this one.
         """
         if self.max_chunks and chunk >= self.max_chunks:
             raise ValueError(

@@ -104,10 +104,8 @@ def open_prompt(
 def chunk_ids(tokenizer: PreTrainedTokenizerBase, fmt: PromptFormat, chunk: Chunk) -> Ids:
     """Tokens of one chunk, wherever it stands: what is encoded, stored and looked up.
 
-    Special tokens written out in a passage (``<|eot_id|>``) stay text: it cannot end the turn.
-
-    Raises:
-        ValueError: If the chunk has no tokens.
+    Special tokens written out in a passage (``<|eot_id|>``) stay text: it cannot end the turn. A
+    ValueError if the chunk has no tokens.
     """
     ids = encode(tokenizer, fmt.render_chunk(chunk), split_special_tokens=True)
     if not ids:
@@ -132,8 +130,7 @@ def _lead(tokenizer) -> str:
 def next_query_ids(tokenizer: PreTrainedTokenizerBase, fmt: PromptFormat, question: str) -> Ids:
     """Tokens between the end of an assistant's turn and the start of its next: a question.
 
-    Raises:
-        ValueError: If the template does not end the assistant's turn as `end_of_turn` does.
+    A ValueError if the template does not end the assistant's turn as `end_of_turn` does.
     """
     texts = UserText(tokenizer)
     ids = texts.encode(render_next(tokenizer, fmt.render_question(question, texts.safe)))
@@ -151,11 +148,8 @@ def next_query_ids(tokenizer: PreTrainedTokenizerBase, fmt: PromptFormat, questi
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> Ids:
     """Tokens that end the assistant's turn; generation stops at the last of them.
 
-    These are what the template writes after the assistant's text, up to the first special token,
-    or the tokenizer's EOS.
-
-    Raises:
-        ValueError: If there is neither.
+    These are what the template writes after the assistant's text, up to the first special token, or
+    the tokenizer's EOS; a ValueError if there is neither.
     """
     ids = encode(tokenizer, reply_end(tokenizer))
     known = {*special.special_tokens(tokenizer).values(), tokenizer.eos_token_id}
@@ -179,10 +173,8 @@ def conversation_pieces(
     """Tokenises messages (role, text) and the response: all but the response is the prefix.
 
     The format's ``full_tag`` opens the first message of the user, or the prompt; its ``system`` is
-    the system turn if there is none. Instruction and ``question`` are not used.
-
-    Raises:
-        ValueError: If there is no template, or it does not render these messages.
+    the system turn if there is none. Instruction and ``question`` are not used. A ValueError if
+    there is no template, or it does not render these messages.
 
     Source: KVLink trains on Tulu-3 in full attention this way (``sft``), arXiv:2502.16002.
     """
