@@ -46,11 +46,8 @@ class Release:
     def fit(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> AdapterInfo:
         """Puts the release's template on its tokenizer; returns what the model is served with.
 
-        The tokenizer's chat template is changed, and BOS is removed if prompts have none.
-
-        Raises:
-            ValueError: If the tokenizer has other ids for the tokens that were trained, or the
-                model has no embeddings for them.
+        BOS is removed from the tokenizer if prompts have none. Raises ValueError if it has other
+        ids for the tokens that were trained, or the model has no embeddings for them.
         """
         for token, wanted in self.tokens.items():
             came = tokenizer.convert_tokens_to_ids(token)
@@ -151,10 +148,7 @@ def _kvlink(repository: str, system: str, question: str, chat_template: str) -> 
 
 
 def _kvlink_trained(repository: str) -> Release:
-    """As in training: documents between the system turn and the user's; one of four system texts.
-
-    The turn of the system leaves the documents open, the user's text opens its own turn.
-    """
+    """As in training: documents between the system turn, which leaves them open, and the user's."""
     return _kvlink(
         repository,
         system=(

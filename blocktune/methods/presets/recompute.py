@@ -89,17 +89,14 @@ class CacheBlendLMCache(_Recompute):
 
 
 @register("cacheblend-lmcache-flash")
-class CacheBlendLMCacheFlash(_Recompute):
+class CacheBlendLMCacheFlash(CacheBlendLMCache):
     """CacheBlend as in LMCache's FlashAttention path, where recomputed tokens see later ones.
 
     As ``cacheblend-lmcache``, under the mask of a causal kernel that takes the selected tokens for
     the last of the prompt (issue 1152 of the repository): to reproduce, not to serve with.
     """
 
-    source: ClassVar[str] = "https://github.com/LMCache/LMCache"
     selector = staticmethod(partial(Deviation, squared=True, of="cached", sees_future=True))
-    ratio: float = 0.15
-    check_layer: int = 1
 
 
 @register("cacheblend-paper")
