@@ -19,9 +19,6 @@ ROW_BLOCK = 128
 class Reshaping(Protocol):
     """What changes scores before softmax: `ReshapedAttention` of `blocktune.methods`."""
 
-    def wrote(self, layer: int, columns: Tensor) -> None:
-        """Notes that a layer's keys in ``columns`` ``(B, R)`` were recomputed; -1 is padding."""
-
     def attend(
         self,
         band: RowBand,

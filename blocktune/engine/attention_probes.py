@@ -192,7 +192,7 @@ class ScoringPasses:
 
     def query_attention(self, how: QueryScores | None = None) -> Tensor:
         """See `Passes.query_attention`."""
-        how, chosen = how or QueryScores(), self._rows & ~self.cached
+        how, chosen = how or DEFAULT_SCORES, self._rows & ~self.cached
         if how.positions == "prompt":
             return self._prefill(chosen, self.cache, how)
         shift = _to_encoded(self.columns)
@@ -282,7 +282,7 @@ class ScoringPasses:
 
         ``shift`` moves the rows of each column, ``(B, N)``.
         """
-        how, computed = how or QueryScores(), computed_rows(self.batch, chosen)
+        how, computed = how or DEFAULT_SCORES, computed_rows(self.batch, chosen)
         cache.select(computed.columns)
         plan = CachePlan(computed.rows, self.columns)
         layers = range(how.depth or len(cache))
@@ -292,12 +292,10 @@ class ScoringPasses:
         if shift is not None:
             position = position + shift.gather(1, computed.columns.clamp(min=0))
         self._run(self.model, computed.ids, position, probe, cache)
+        # Where the pass ends early, the last layer that is read made keys and queries only.
+        heads, probes = (1, {}) if how.depth is None else (0, {last: plan})
         extra = probe.multiply_adds
-        if how.depth is not None:  # the last layer that is read made keys and queries only
-            cost, rows = ModelCost.of(self.model), plan.num_rows()
-            extra = extra + rows * cost.layers[last].probe
-        heads = 1 if how.depth is None else 0
-        self.executed.append(Executed(self.model, [plan], heads=heads, extra=extra))
+        self.executed.append(Executed(self.model, [plan], probes, heads=heads, extra=extra))
         scores = torch.stack([probe.by_layer[layer] for layer in layers])
         return of_columns(scores, self.batch.layout)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import hashlib
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
@@ -20,7 +19,6 @@ from blocktune.attention import Plan, SplitPlan
 from blocktune.cache import ChunkKV, ChunkStates, ChunkStore, Entry, states_key, stored_key
 from blocktune.cache.miss_queue import MissQueue
 from blocktune.engine.usage import Stopwatch
-from blocktune.layout import GLOBAL
 from blocktune.methods.hooks import ChunkLoader
 from blocktune.prompt import LayoutSpec, Pieces, Prompt, lay_out, stack
 
@@ -42,14 +40,8 @@ def alone(piece: Piece) -> Prompt:
     """The rows of a piece by itself: its tokens from position 0, its blanks before that."""
     if piece.is_prefix:
         return lay_out(Pieces(prefix=piece.ids, chunks=(), query=()), LayoutSpec())
-    spec = LayoutSpec(shared_prefix=bool(piece.blanks))
-    prompt = lay_out(Pieces(prefix=piece.blanks, chunks=(piece.ids,), query=()), spec)
-    keep = (prompt.layout.group != GLOBAL)[0]
-    layout = prompt.layout.map(lambda field: field[:, keep])
-    moved = layout.position - len(piece.blanks)
-    ids = torch.tensor(prompt.ids)[keep].tolist()
-    labels = torch.tensor(prompt.labels)[keep].tolist()
-    return Prompt(tuple(ids), dataclasses.replace(layout, position=moved), tuple(labels))
+    chunk = Pieces(prefix=(), chunks=(piece.ids,), query=())
+    return lay_out(chunk, LayoutSpec(), contexts=[piece.blanks])
 
 
 def grouped(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
