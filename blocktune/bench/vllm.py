@@ -51,20 +51,14 @@ TINY = VllmBench((256, 512), 64, 16, 2, 128, 4, 2, repeats=2, corpus=4, most=2, 
 
 
 def bench_vllm(setting: VllmBench, **options: Any) -> dict[str, Any]:
-    """Times first tokens and a trace.
+    """Times first tokens and a trace; ``options`` are those of `vllm.LLM`.
 
-    Args:
-        setting: What is timed.
-        options: Of `vllm.LLM`.
-
-    Returns:
-        For each length seconds of processor time (``cpu_s``, all threads of this process) and of
-        the clock (``wall_s``) of a full prefill, of cached chunks in memory (``cached``) and on
-        disk (``disk``), and of another question over chunks that vLLM still has in its pages
-        (``paged``: nothing is loaded); ``cached_over_full`` in processor time; ``bytes`` of keys
-        and values, and ``copy_s``, the processor time of copying them once. Then
-        ``growth_over_copy``: how much longer the longest cached prompt takes than the shortest,
-        in copies of the bytes that are more, and of that the load's part; and the trace.
+    For each length the seconds of processor time (``cpu_s``, all threads of this process) and of
+    the clock (``wall_s``) of a full prefill, of cached chunks in memory (``cached``) and on disk
+    (``disk``), and of another question over chunks that vLLM still has in its pages (``paged``:
+    nothing is loaded); ``cached_over_full`` is in processor time; ``copy_s`` is the processor time
+    of copying the keys and values once. ``growth_over_copy``: how much longer the longest cached
+    prompt takes than the shortest, in copies of the bytes that are more; ``load`` is its part.
     """
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # its processor time is ours
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its log goes where the JSON goes
