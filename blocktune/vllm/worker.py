@@ -182,25 +182,27 @@ class WorkerSide:
             wait(waiting, IDLE_S, FIRST_COMPLETED)
         ended, failed, left = set(), set(), []
         for job in self._jobs:
-            name, layered = job.load.request_id, job.load.layered
-            if not job.future.done() and not layered:
-                left.append(job)
-                continue
-            error = job.future.exception()
-            if error is None and job.layers:  # a captured graph calls no hooks
-                error = RuntimeError("the forward pass did not wait for each layer")
-            if error is None:
-                self.counts.update(job.future.result())
-            else:
-                self.counts["failed"] += 1
-                _LOG.warning("request %s fails: %s", name, error)
-            if layered:
-                self._invalid.update(() if error is None else job.load.blocks[0])
-            else:
+            name = job.load.request_id
+            if job.load.layered:
+                self._invalid.update(() if self._loaded(job) else job.load.blocks[0])
+            elif job.future.done():
                 ended.add(name)
-                failed.update(() if error is None else {name})
+                failed.update(() if self._loaded(job) else {name})
+            else:
+                left.append(job)
         self._jobs = left
         return ended, failed
+
+    def _loaded(self, job: _Job) -> bool:
+        error = job.future.exception()
+        if error is None and job.layers:  # a captured graph calls no hooks
+            error = RuntimeError("the forward pass did not wait for each layer")
+        if error is None:
+            self.counts.update(job.future.result())
+        else:
+            self.counts["failed"] += 1
+            _LOG.warning("request %s fails: %s", job.load.request_id, error)
+        return error is None
 
     def take_invalid(self) -> set[int]:
         """Blocks of layered loads that failed since the last call."""
