@@ -110,10 +110,7 @@ class UserText:
 
 
 def require_embedded(tokenizer: PreTrainedTokenizerBase, num_rows: int, *pieces: Ids) -> None:
-    """Refuses tokens without an embedding, such as those added to the tokenizer alone.
-
-    A ValueError names a token whose id is not below ``num_rows``, the rows of the embedding.
-    """
+    """Raises ValueError for a token whose id is not below ``num_rows``, those of the embedding."""
     last = max(max(piece, default=0) for piece in pieces)
     if last >= num_rows:
         raise ValueError(
