@@ -80,8 +80,7 @@ class Relation:
     name: str  # unique name
     subject: str  # kind of the entity that it is said of
     target: str  # kind of the value: a kind of entity, or ``year``
-    # sentences with ``{s}`` (always first, so that a pronoun fits) and ``{o}``
-    facts: tuple[str, ...]
+    facts: tuple[str, ...]  # sentences with ``{s}``, always first (as a pronoun), and ``{o}``
     questions: tuple[str, ...]  # questions with ``{s}``, whose answer is the value
     role: str  # noun phrase with ``{s}`` for the value, also used within longer questions
     place: int = 0  # number of the list item, 0 if the relation is not an item of a list
