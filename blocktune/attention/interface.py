@@ -36,7 +36,7 @@ from blocktune.layout import LayerRule, Layout
 NAME = "blocktune_"
 """Prefix of the attention implementations' names in transformers; the model's own one follows."""
 STOCK = ("sdpa", "eager")
-"""The models' own implementations that forwards without a layout can go on with."""
+"""The models' own implementations, which forwards without a layout can keep."""
 _HANDLE = "_blocktune_attached"
 _ENTERED: ContextVar[Plan | None] = ContextVar("plan of the layer that was entered", default=None)
 """For layers that do not hand their attention what they were given (StableLM, Nemotron)."""

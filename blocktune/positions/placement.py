@@ -1,4 +1,4 @@
-"""Where chunks stand in a prompt."""
+"""Where chunks are placed in a prompt."""
 
 from __future__ import annotations
 
