@@ -265,5 +265,5 @@ class S(Link0):
 class SP(_Scale, Link0):
     """PSR's ablation S+P: encodes chunks after blanks and scales attention to them.
 
-    The study describes it as Link0 with APE; chunks are placed one after another, as everywhere in it.
+    The study describes it as Link0 with APE; chunks follow one another, as everywhere in it.
     """
