@@ -109,7 +109,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """Decodes YAML or JSON; ``where`` (the file's name) opens every error.
+    """Decodes YAML or JSON; ``where`` (the file's name) opens every ValueError.
 
     Raises ValueError, with line and column, if it is not YAML or gives a key twice.
     """

@@ -14,8 +14,7 @@ from blocktune.positions import place
 from blocktune.prompt.layout_spec import LayoutSpec
 from blocktune.prompt.pieces import Pieces
 
-IGNORED = -100
-"""Label of a row that carries no loss."""
+IGNORED = -100  # label of a row that carries no loss
 
 
 @dataclass(frozen=True)

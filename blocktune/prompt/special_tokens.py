@@ -12,8 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 Ids = tuple[int, ...]
 
-MOST_TOKENS = 1_000_000
-"""Token ids that are remembered for one tokenizer: about 40 MB."""
+MOST_TOKENS = 1_000_000  # token ids that are remembered for one tokenizer: about 40 MB
 
 _LOCK = threading.Lock()
 """``split_special_tokens`` is a state of a fast tokenizer that every call sets: a call of another
