@@ -99,7 +99,7 @@ POSITIONS = 256
 RowChange = Callable[[Tensor, Layout], tuple[Tensor, Layout]]
 
 
-class Served(NamedTuple):
+class ServedRequest(NamedTuple):
     """A request after its prefill."""
 
     logits: Tensor  # after the prompt, (V,)
@@ -130,7 +130,7 @@ class Subject:
         pieces = self.engine.prompts.pieces(ask, method)._replace(answer=answer)
         return self.engine.start([pieces], method)
 
-    def serve(self, method: Method, ask: Ask = ASK) -> Served:
+    def serve(self, method: Method, ask: Ask = ASK) -> ServedRequest:
         """A request, or what is known of it."""
         key = facts_served(method), ask
         if key not in self.known:
@@ -168,11 +168,11 @@ def facts_served(method: Method) -> tuple:
     return repr(choices), kept, own_loader
 
 
-def _served(run: Generation) -> Served:
+def _served(run: Generation) -> ServedRequest:
     layout = run.batch.layout
     question = int(layout.order[layout.kind == Kind.QUERY].min())
     last = layout.is_context & (layout.chunk == layout.chunk.max())
-    return Served(
+    return ServedRequest(
         run.prefill.logits[0],
         tuple((layer.keys, layer.values) for layer in run.cache.layers),
         computed_columns(run),
