@@ -90,7 +90,7 @@ class ChunkAttention(ScoreReader):
     def read(
         self, rows: Rows, query: Tensor, key: Tensor, rule: LayerRule, params: AttentionParams
     ) -> None:
-        """Adds one layer's weights; arguments as in `ScoreReader.scores`, a row's order is its column."""
+        """Adds one layer's weights; arguments as in `scores`, a row's order is its column."""
         column = rows.order.clamp(min=0)
         uncached = self.columns.group.gather(1, column) == GLOBAL
         wanted = (rows.kind == Kind.QUERY) | ((rows.kind == Kind.CHUNK) & uncached)
