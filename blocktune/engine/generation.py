@@ -35,20 +35,14 @@ Pick = Callable[[Tensor], Tensor]
 class Sampling:
     """How the next token is picked. The default is greedy.
 
-    Attributes:
-        temperature: 0 is greedy; above, logits are divided by it.
-        top_k: Keep this many of the likeliest tokens; 0 keeps all.
-        top_p: Nucleus sampling: keep the likeliest tokens up to this cumulative probability.
-        seed: The same seed gives the same answers, in batches of any size.
-
     Raises:
         ValueError: If a value is out of range.
     """
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
+    temperature: float = 0.0  # 0 is greedy; above, logits are divided by it
+    top_k: int = 0  # keep this many of the likeliest tokens; 0 keeps all
+    top_p: float = 1.0  # keep the likeliest tokens up to this cumulative probability
+    seed: int = 0  # the same seed gives the same answers, in batches of any size
 
     def __post_init__(self):
         if self.temperature < 0:
@@ -83,19 +77,12 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer and what it cost.
+    """An answer and what it cost."""
 
-    Attributes:
-        text: Decoded, without the end of turn.
-        token_ids: As generated, the end of turn included.
-        usage: The cost.
-        chunks: What was asked over, with the metadata that came with each chunk.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    usage: Usage
-    chunks: tuple[Chunk, ...] = ()
+    text: str  # decoded, without the end of turn
+    token_ids: tuple[int, ...]  # as generated, the end of turn included
+    usage: Usage  # the cost
+    chunks: tuple[Chunk, ...] = ()  # asked over, with their metadata
 
 
 @dataclass(kw_only=True)
