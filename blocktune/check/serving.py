@@ -68,8 +68,8 @@ of the largest logit on small models). 4-bit bases round only weights, once."""
 class Check:
     """The outcome of one claim.
 
-    ``tolerance`` is the largest accepted difference; for the claim that the checks can fail at all,
-    the smallest accepted one.
+    ``tolerance`` is the largest accepted difference; where it is claimed that checks can fail, the
+    smallest.
     """
 
     name: str  # the claim
