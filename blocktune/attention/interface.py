@@ -81,6 +81,17 @@ def make_plan(execution: str, layout: Layout) -> Plan:
     return _execution(execution)(layout)
 
 
+def planned_forward(
+    model: nn.Module, ids: Tensor, positions: Tensor, plan: Plan, cache: Any = None, **options: Any
+) -> Any:
+    """Runs an attached model on ``ids`` at ``positions``, both ``(B, R)``, by a plan.
+
+    Their keys and values go into the ``cache``, if there is one.
+    """
+    states = {"past_key_values": cache, "use_cache": cache is not None}
+    return model(ids, position_ids=positions, plan=plan, **states, **options)
+
+
 def attach(model: PreTrainedModel, execution: str = "split") -> None:
     """Lets forwards of ``model`` (or of the base model under a PEFT wrapper) attend by a layout.
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from blocktune.adapter import scope_of
-from blocktune.attention import DensePlan, SplitPlan
+from blocktune.attention import DensePlan, SplitPlan, planned_forward
 from blocktune.cache import ChunkStore
 from blocktune.engine import Engine, Sampling
 from blocktune.engine.generation import Generation
@@ -202,10 +202,9 @@ def batch_of(engine: Engine, method: Method, ask: Ask = ASK) -> Batch:
     return stack([prompt], pad_id=0).to(engine.model.device)
 
 
-def forward_dense(engine: Engine, ids: Tensor, layout: Layout) -> Tensor:
-    """Logits ``(1, S, V)`` of one forward under the dense mask."""
-    plan = DensePlan(layout)
-    return engine.model(ids, position_ids=layout.position, plan=plan, use_cache=False).logits
+def forward_dense(engine: Engine, ids: Tensor, layout: Layout, plan=DensePlan) -> Tensor:
+    """Logits ``(1, S, V)`` of one forward under the dense mask, or by another kind of plan."""
+    return planned_forward(engine.model, ids, layout.position, plan(layout)).logits
 
 
 def all_visible(ids: Tensor, layout: Layout) -> tuple[Tensor, Layout]:
@@ -264,13 +263,8 @@ def _checks(engine: Engine) -> Iterator[Check]:
         with engine.model.disable_adapter():
             moved = difference(stock, engine.model(whole.input_ids, use_cache=False).logits[:, -1])
         yield Check("full attention = the base, bit for bit", moved == 0, moved, 0.0)
-    split = engine.model(
-        block.input_ids,
-        position_ids=block.layout.position,
-        plan=SplitPlan(block.layout),
-        use_cache=False,
-    )
-    yield close("split = dense mask", split.logits[:, -1], dense)
+    split = forward_dense(engine, block.input_ids, block.layout, SplitPlan)
+    yield close("split = dense mask", split[:, -1], dense)
     yield close("cached chunks = dense mask", engine.next_logits([ASK], plain), dense)
     spec = engine.prompts.spec(plain)
     # A chunk with nothing before it is not recomputed: what a writer made of it stays.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from blocktune.attention import Plan, SplitPlan
+from blocktune.attention import Plan, SplitPlan, planned_forward
 from blocktune.attention.cached import CachePlan
 from blocktune.attention.kernels import AttentionParams, attention_weights, plain_scores
 from blocktune.cache import RowCache
@@ -301,9 +301,8 @@ class ScoringPasses:
 
     @torch.no_grad()
     def _run(self, model: PreTrainedModel, ids: Tensor, position: Tensor, plan, cache=None) -> None:
-        options = {"past_key_values": cache, "use_cache": cache is not None, "logits_to_keep": 1}
         with suppress(ProbeDone):
-            model(ids, position_ids=position, plan=plan, **options)
+            planned_forward(model, ids, position, plan, cache, logits_to_keep=1)
 
 
 def _to_encoded(columns: Rows) -> Tensor:

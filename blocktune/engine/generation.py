@@ -15,6 +15,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from blocktune.attention import planned_forward
 from blocktune.attention.cached import CachePlan
 from blocktune.cache import cut_exact
 from blocktune.engine.assemble import Assembled
@@ -166,13 +167,8 @@ class Generation(ServedBatch):
         self.cache.append()
         query = rows.map(lambda field: field[:, step : step + 1])
         seen = keys.map(lambda field: field[:, : self.cache.num_columns])
-        output = self.state.model(
-            token,
-            position_ids=query.position,
-            plan=CachePlan(query, seen, self.reshaping),
-            past_key_values=self.cache,
-            use_cache=True,
-        )
+        plan = CachePlan(query, seen, self.reshaping)
+        output = planned_forward(self.state.model, token, query.position, plan, self.cache)
         return output.logits[:, -1]
 
     def answers(
