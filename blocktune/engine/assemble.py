@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from blocktune.cache import ChunkKV, PrefixTree, RowCache
-from blocktune.engine.encode import Encoder, Piece
+from blocktune.engine.encode import Encoder, Found, Piece
 from blocktune.engine.usage import Stopwatch
 from blocktune.layout import GLOBAL, Kind, Layout
 from blocktune.methods.hooks import ChunkLoader
 from blocktune.positions import RopeSpec, Rotation, rotate_keys
-from blocktune.prompt import Batch, Pieces
+from blocktune.prompt import Batch, Pieces, Prompt
 
 
 @dataclass
@@ -59,6 +59,7 @@ class Assembled:
 
 def from_chunks(
     batch: Batch,
+    wanted: Sequence[list[Piece]],
     pieces: Sequence[Pieces],
     cache: RowCache,
     encoder: Encoder,
@@ -66,15 +67,17 @@ def from_chunks(
     watch: Stopwatch,
     layers: Sequence[int] = (),
     loader: ChunkLoader | None = None,
+    found: Found | None = None,
 ) -> Assembled:
     """Fills the cache with the prefix and the chunks, each encoded alone and moved into place.
 
     What they carried into ``layers`` is laid out beside it. With a ``loader`` a layer is
-    filled when the forward pass comes to it.
+    filled when the forward pass comes to it. ``found``: all of ``wanted``, if it was looked up.
     """
     layout = batch.layout
-    wanted = [wanted_pieces(batch, index) for index in range(layout.batch_size)]
-    found = encoder.find([piece for prompt in wanted for piece in prompt], watch, layers, loader)
+    if found is None:
+        found = encoder.find(list(chain.from_iterable(wanted)), watch, layers, loader)
+    hits = found.hits
     result = Assembled.empty(batch)
     result.cached = (layout.kind == Kind.PREFIX) | is_held(layout)
     watch.start()
@@ -103,25 +106,16 @@ def from_chunks(
                 result.states[layer] = joined.new_zeros(shape)
             result.states[layer][index].index_copy_(0, columns, joined)
             result.bytes_read[index] += sum(states.num_bytes for states in stored)
-        result.hits[index] = sum(piece in found.hits for piece in chunks)
+        result.hits[index] = sum(piece in hits for piece in chunks)
         result.misses[index] -= result.hits[index]
     watch.stop("relocate_s")
     return result
 
 
-def wanted_pieces(batch: Batch, index: int) -> list[Piece]:
+def wanted_pieces(prompt: Prompt) -> list[Piece]:
     """The prefix (if any), then the chunks, each with the blanks it is encoded after."""
-    layout, ids = batch.layout, batch.input_ids[index]
-    kind, chunk = layout.kind[index], layout.chunk[index]
-    encoded, blank = is_held(layout)[index], kind == Kind.BLANK
-
-    def taken(rows: Tensor) -> tuple[int, ...]:
-        return tuple(ids[rows].tolist())
-
-    masks = [chunk == index for index in chunk[encoded].unique().tolist()]
-    chunks = [Piece(taken(encoded & own), taken(blank & own)) for own in masks]
-    prefix = taken(kind == Kind.PREFIX)
-    return [Piece(prefix, is_prefix=True), *chunks] if prefix else chunks
+    prefix = [Piece(prompt.prefix, is_prefix=True)] if prompt.prefix else []
+    return prefix + [Piece(*chunk) for chunk in prompt.chunks]
 
 
 def is_held(layout: Layout) -> Tensor:

@@ -8,9 +8,10 @@ from functools import partial, reduce
 import torch
 
 from blocktune.cache import RowCache, cut_exact
-from blocktune.engine.assemble import Assembled, from_chunks, from_prefix
+from blocktune.engine.assemble import Assembled, from_chunks, from_prefix, wanted_pieces
 from blocktune.engine.attention_probes import ScoringPasses
 from blocktune.engine.cache_repair import CacheRepair
+from blocktune.engine.encode import Found
 from blocktune.engine.generation import Generation
 from blocktune.engine.layer_schedule import LayerSchedule, Prefill, prefill
 from blocktune.engine.recurrent import prefill_recurrent
@@ -26,9 +27,16 @@ from blocktune.prompt import Pieces, Prompt, stack
 
 @torch.no_grad()
 def prefill_batch(
-    state: EngineState, prompts: Sequence[Prompt], pieces: Sequence[Pieces], method: Method
+    state: EngineState,
+    prompts: Sequence[Prompt],
+    pieces: Sequence[Pieces],
+    method: Method,
+    found: Found | None = None,
 ) -> Generation:
-    """Assembles what is cached, computes the rest, and stops before the first token."""
+    """Assembles what is cached, computes the rest, and stops before the first token.
+
+    ``found``: what the prompts' chunks have been found as, if they were looked up.
+    """
     if state.recurrence is not None:
         return prefill_recurrent(state, prompts, pieces, method)
     loader = method.loader(state.encoder.store, state.encoder.fingerprint)
@@ -38,7 +46,7 @@ def prefill_batch(
                 return BatchPrefill(state, prompts, pieces, method, loader).run()
         except DamagedChunk:
             pass  # without the loader the store rejects the chunk, and it is encoded again
-    return BatchPrefill(state, prompts, pieces, method).run()
+    return BatchPrefill(state, prompts, pieces, method, found=found).run()
 
 
 class BatchPrefill:
@@ -51,6 +59,7 @@ class BatchPrefill:
         pieces: Sequence[Pieces],
         method: Method,
         loader: ChunkLoader | None = None,
+        found: Found | None = None,
     ):
         """Stacks prompts, laid out for the method, over an empty cache.
 
@@ -59,6 +68,7 @@ class BatchPrefill:
         self.watch = Stopwatch(state.model.device)
         self.watch.start()
         self.state, self.pieces, self.method, self.loader = state, pieces, method, loader
+        self.prompts, self.found = prompts, found
         self.batch = stack(prompts, state.pad_id).to(state.model.device)
         self.columns = column_rows(self.batch.layout)
         reshape = method.reshape()
@@ -133,7 +143,11 @@ class BatchPrefill:
         if self.method.cached is Cached.CHUNKS:
             widens = self.selection.widens(state.num_layers)
             encoder, rope, watch = state.encoder, state.rope, self.watch
-            return from_chunks(batch, pieces, cache, encoder, rope, watch, widens, self.loader)
+            wanted = [wanted_pieces(prompt) for prompt in self.prompts]
+            return from_chunks(
+                *(batch, wanted, pieces, cache, encoder, rope, watch, widens, self.loader),
+                self.found,
+            )
         if self.method.cached is Cached.EXACT_PREFIX:
             tree, fingerprint = state.prefix_tree, state.encoder.fingerprint
             return from_prefix(batch, pieces, cache, tree, fingerprint, self.watch)

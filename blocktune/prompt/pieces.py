@@ -157,6 +157,11 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> Ids:
     Raises:
         ValueError: If there is neither.
     """
+    state = tokenizer.chat_template, tokenizer.eos_token_id, len(tokenizer)
+    return special.remembered(tokenizer, ("end", str(state)), lambda: _end_of_turn(tokenizer))
+
+
+def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> Ids:
     ids = encode(tokenizer, reply_end(tokenizer))
     known = {*special.special_tokens(tokenizer).values(), tokenizer.eos_token_id}
     ends = [index for index, token in enumerate(ids) if token in known]
