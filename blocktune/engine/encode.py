@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
+import copy
+import hashlib
 import time
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +16,9 @@ from transformers import DynamicCache
 
 from blocktune.adapter import scope_of
 from blocktune.attention import Plan, SplitPlan
-from blocktune.cache import (
-    ChunkKV,
-    ChunkStates,
-    ChunkStore,
-    states_key,
-    stored_key,
-)
+from blocktune.cache import ChunkKV, ChunkStates, ChunkStore, states_key, stored_key
+from blocktune.cache.miss_queue import MissQueue
 from blocktune.engine.usage import Stopwatch
-from blocktune.layout import GLOBAL
 from blocktune.methods.hooks import ChunkLoader
 from blocktune.prompt import LayoutSpec, Pieces, Prompt, lay_out, stack
 
@@ -33,17 +29,11 @@ TOKENS_PER_PASS = 16_384
 
 @dataclass(frozen=True)
 class Piece:
-    """What is encoded by itself and stored: the prefix, or a chunk after its blanks.
+    """What is encoded by itself and stored: the prefix, or a chunk after its blanks."""
 
-    Attributes:
-        ids: Tokens that are stored.
-        blanks: Tokens before it during encoding, whose own states are dropped.
-        is_prefix: Whether it is the prefix, which no adapter of scope ``encode`` writes.
-    """
-
-    ids: Ids
-    blanks: Ids = ()
-    is_prefix: bool = False
+    ids: Ids  # tokens that are stored
+    blanks: Ids = ()  # tokens before it during encoding, whose own states are dropped
+    is_prefix: bool = False  # whether it is the prefix, which no adapter of scope ``encode`` writes
 
     @cached_property
     def _hash(self) -> int:
@@ -53,17 +43,18 @@ class Piece:
         return self._hash
 
 
+def wanted_pieces(prompt: Prompt) -> list[Piece]:
+    """The prefix (if any), then the chunks, each with the blanks it is encoded after."""
+    prefix = [Piece(prompt.prefix, is_prefix=True)] if prompt.prefix else []
+    return prefix + [Piece(*chunk) for chunk in prompt.chunks]
+
+
 def alone(piece: Piece) -> Prompt:
     """The rows of a piece by itself: its tokens from position 0, its blanks before that."""
     if piece.is_prefix:
         return lay_out(Pieces(prefix=piece.ids, chunks=(), query=()), LayoutSpec())
-    spec = LayoutSpec(shared_prefix=bool(piece.blanks))
-    prompt = lay_out(Pieces(prefix=piece.blanks, chunks=(piece.ids,), query=()), spec)
-    keep = (prompt.layout.group != GLOBAL)[0]
-    layout = prompt.layout.map(lambda field: field[:, keep])
-    moved = layout.position - len(piece.blanks)
-    ids = torch.tensor(prompt.ids)[keep].tolist()
-    return Prompt(tuple(ids), dataclasses.replace(layout, position=moved))
+    chunk = Pieces(prefix=(), chunks=(piece.ids,), query=())
+    return lay_out(chunk, LayoutSpec(), contexts=[piece.blanks])
 
 
 def grouped(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
@@ -82,18 +73,21 @@ def _size(piece: Piece) -> int:
     return len(piece.blanks) + len(piece.ids)
 
 
+class EncodeReport(NamedTuple):
+    """What `Engine.encode` did: chunks given, newly encoded, tokens and seconds of those."""
+
+    num_chunks: int
+    num_encoded: int
+    num_tokens: int
+    encode_s: float
+
+
 @dataclass
 class Found:
-    """Encoded pieces, and where they were found.
-
-    Attributes:
-        kvs: What is there; a piece that is still to be encoded has no entry.
-        states: What each piece carried into the layers that were asked for.
-        tiers: The store's tier that had each piece; ``none``: it had to be encoded.
-    """
+    """Encoded pieces, and the tier of the store that had each (``none``: it had to be encoded)."""
 
     kvs: dict[Piece, ChunkKV] = field(default_factory=dict)
-    states: dict[tuple[Piece, int], ChunkStates] = field(default_factory=dict)
+    states: dict[tuple[Piece, int], ChunkStates] = field(default_factory=dict)  # of layers asked
     tiers: dict[Piece, str] = field(default_factory=dict)
 
     @property
@@ -107,13 +101,15 @@ class Found:
         return self.tiers.keys() - self.hits
 
 
+REMEMBERED = 1024
+"""Tokens of a piece whose key is remembered at most: keys of 512 tokens take 0.1 ms to make."""
+
+
 @lru_cache(2048)
 def _stored_key(fingerprint: str, piece: Piece, scoped: bool) -> str:
     return stored_key(fingerprint, piece.ids, piece.blanks, scoped)
 
 
-REMEMBERED = 1024
-"""Tokens of a piece whose key is remembered at most: keys of 512 tokens take 0.1 ms to make."""
 _Encoded = tuple[Piece, ChunkKV, dict[int, ChunkStates]]
 
 
@@ -164,14 +160,13 @@ class Encoder:
         loader: ChunkLoader | None = None,
     ) -> Found:
         """What the store has of the pieces; see `find`, which encodes the others."""
-        found = Found()
+        found, model = Found(), self.fingerprint
         for piece in dict.fromkeys(pieces):
             key = self.key(piece)
-            looked = [(loader or self.store).lookup(key, piece.ids, self.fingerprint)]
-            looked += [
-                self.store.lookup(states_key(key, layer), piece.ids, self.fingerprint, ChunkStates)
-                for layer in layers
-            ]
+            looked = [(loader or self.store).lookup(key, piece.ids, model)]
+            for layer in layers:
+                own = states_key(key, layer)
+                looked.append(self.store.lookup(own, piece.ids, model, ChunkStates))
             watch.add("lookup_s", sum(one.lookup_s for one in looked))
             watch.add("load_s", sum(one.load_s for one in looked))
             if any(one.kv is None for one in looked):
@@ -181,6 +176,47 @@ class Encoder:
             for layer, one in zip(layers, looked[1:], strict=True):
                 found.states[piece, layer] = one.kv
         return found
+
+    def encode(
+        self,
+        prefix: Piece | None,
+        chunks: Sequence[Piece],
+        documents: Sequence[str],
+        progress: Callable[[int, int], None] | None,
+    ) -> EncodeReport:
+        """See `Engine.encode`; ``documents`` are the names of the chunks'."""
+        watch = Stopwatch(self.model.device)
+        wanted = dict.fromkeys([*([prefix] if prefix else []), *chunks])
+        names = dict(zip(chunks, documents, strict=True))
+        new: set[Piece] = set()
+        done, total = 0, sum(len(piece.ids) for piece in wanted)
+        for group in grouped(wanted):  # only the store keeps them: a corpus does not fit in memory
+            new |= self.find(group, watch, documents=names).misses
+            done += sum(len(piece.ids) for piece in group)
+            if progress is not None:
+                progress(done, total)
+        new.discard(prefix)
+        tokens = sum(len(piece.ids) for piece in new)
+        return EncodeReport(len(chunks), len(new), tokens, watch.seconds.get("encode_s", 0.0))
+
+    def encode_wanted(self, most: int, longest: int) -> int:
+        """See `Engine.encode_wanted`; chunks of more than ``longest`` tokens are left out."""
+        queue = MissQueue(self.store.folder)
+        wanted = queue.take(self.fingerprint, most)
+        watch = Stopwatch(self.model.device)
+        pieces = [Piece(*one) for one in wanted]
+        for group in grouped(piece for piece in pieces if _size(piece) <= longest):
+            self.find(group, watch)
+        queue.done(self.fingerprint, wanted)
+        return len(wanted)
+
+    def salted(self, salt: str) -> Encoder:
+        """See `Engine.salted`."""
+        other = copy.copy(self)
+        other.fingerprint = hashlib.sha256(f"{self.fingerprint} salt {salt}".encode()).hexdigest()
+        other.tenant = other.fingerprint[:12]
+        self.store.share_rope(self.fingerprint, other.fingerprint)
+        return other
 
     def key(self, piece: Piece) -> str:
         """Under which the store keeps a piece."""

@@ -16,26 +16,17 @@ from blocktune.positions import place
 from blocktune.prompt.layout_spec import LayoutSpec
 from blocktune.prompt.pieces import Ids, Pieces
 
-IGNORED = -100
-"""Label of a row that carries no loss."""
+IGNORED = -100  # label of a row that carries no loss
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One row of a batch: token ids, and what each row is.
+    """One row of a batch: token ids, what each row is, and what of it is stored."""
 
-    Attributes:
-        ids: Token id of every row, ``S`` of them; link rows hold ``link_base + slot``.
-        layout: ``(1, S)``.
-        prefix: The ids that are encoded and stored as the prefix.
-        chunks: The ids that are stored of each chunk, and the blanks that they are encoded after;
-            none in full attention.
-    """
-
-    ids: Ids
-    layout: Layout
+    ids: Ids  # of every row, ``S`` of them; link rows hold ``link_base + slot``
+    layout: Layout  # ``(1, S)``
     prefix: Ids = ()
-    chunks: tuple[tuple[Ids, Ids], ...] = ()
+    chunks: tuple[tuple[Ids, Ids], ...] = ()  # tokens and the blanks before them; full: none
 
     @property
     def labels(self) -> Ids:
@@ -44,7 +35,7 @@ class Prompt:
 
 
 def tensor_of(ids: Ids) -> Tensor:
-    """An int64 tensor of ids, five times as fast as `torch.tensor`."""
+    """An int64 tensor of ids, several times as fast as `torch.tensor`."""
     return torch.frombuffer(array("q", ids), dtype=torch.int64) if ids else torch.tensor(ids)
 
 

@@ -20,9 +20,8 @@ import torch
 
 from blocktune.cache import ChunkKV
 from blocktune.engine import Engine
-from blocktune.engine.assemble import wanted_pieces
 from blocktune.engine.batch_prefill import prefill_batch
-from blocktune.engine.encode import Found, Piece, grouped
+from blocktune.engine.encode import Found, Piece, grouped, wanted_pieces
 from blocktune.engine.usage import Stopwatch
 from blocktune.methods import Cached, build
 from blocktune.prompt import Pieces

@@ -18,7 +18,8 @@ from blocktune.adapter import AdapterInfo
 from blocktune.adapter.info import INFO_FILE, OWN_WEIGHTS
 from blocktune.adapter.load import PEFT_FILE
 from blocktune.cache.view import StoreView
-from blocktune.engine.assemble import is_held, wanted_pieces
+from blocktune.engine.assemble import is_held
+from blocktune.engine.encode import wanted_pieces
 from blocktune.engine.prompts import PromptMaker, Request
 from blocktune.layout import Kind
 from blocktune.methods import Method, build, default_method
