@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -134,7 +135,9 @@ class ModelCost:
 
     @classmethod
     def of(cls, model: nn.Module) -> ModelCost:
-        """Reads the model's modules. Norms, activations and rotations are left out."""
+        """Reads the model's modules, once. Norms, activations and rotations are left out."""
+        if (known := _COSTS.get(model)) is not None:
+            return known
         config = model.config.get_text_config()
         experts, chosen = config_value(config, *EXPERTS), config_value(config, *CHOSEN)
         share = chosen / experts if experts and chosen else 1.0
@@ -144,7 +147,10 @@ class ModelCost:
         has_lora = scope_of(model) != "encode"  # such an adapter computes nothing here
         layers = decoder_layers(model)
         layers = tuple(LayerCost.of(layer, share, pair, has_lora) for layer in layers)
-        return cls(layers, config.hidden_size * config.vocab_size)
+        return _COSTS.setdefault(model, cls(layers, config.hidden_size * config.vocab_size))
+
+
+_COSTS: WeakKeyDictionary[nn.Module, ModelCost] = WeakKeyDictionary()
 
 
 @dataclass

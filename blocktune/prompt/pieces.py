@@ -137,6 +137,11 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> Ids:
     These are what the template writes after the assistant's text, up to the first special token, or
     the tokenizer's EOS. Raises ValueError if there is neither.
     """
+    state = tokenizer.chat_template, tokenizer.eos_token_id, len(tokenizer)
+    return special.remembered(tokenizer, ("end", str(state)), lambda: _end_of_turn(tokenizer))
+
+
+def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> Ids:
     ids = encode(tokenizer, reply_end(tokenizer))
     known = {*special.special_tokens(tokenizer).values(), tokenizer.eos_token_id}
     ends = [index for index, token in enumerate(ids) if token in known]
