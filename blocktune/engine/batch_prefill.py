@@ -14,13 +14,14 @@ from blocktune.engine.cache_repair import CacheRepair
 from blocktune.engine.generation import Generation
 from blocktune.engine.layer_schedule import LayerSchedule, Prefill, prefill
 from blocktune.engine.recurrent import prefill_recurrent
-from blocktune.engine.rows import Computed, column_rows, computed_rows
+from blocktune.engine.rows import Computed, column_rows, computed_rows, to_columns
 from blocktune.engine.state import EngineState
 from blocktune.engine.usage import Executed, Stopwatch
-from blocktune.layout import Kind
+from blocktune.layout import FOREVER, Kind
 from blocktune.methods import Cached, Method
 from blocktune.methods.hooks import ChunkLoader, DamagedChunk, PrefilledBatch
 from blocktune.methods.reshaped_attention import ReshapedAttention
+from blocktune.methods.select.base import selectable
 from blocktune.prompt import Pieces, Prompt, stack
 
 
@@ -166,8 +167,14 @@ class BatchPrefill:
         # What no cache holds is computed anyway, and a chunk's token when it is selected (its
         # original is overwritten then).
         start = ~assembled.cached & ~layout.is_pad & (layout.kind != Kind.BLANK)
+        depth = hidden = None
         if not self.uses_no_cache:
-            start = start | selection.begin(layout, passes)
+            begun = selection.begin(layout, passes)
+            if begun.dtype != torch.bool:  # in so many layers
+                depth = begun.masked_fill(start, FOREVER)
+            start = start | (begun > 0)
+        if selection.sees == "chosen":
+            hidden = to_columns(selectable(layout) & ~start, layout, self.columns)
         layers = selection.widens(self.state.num_layers)
         widened = {layer: selection.widen(layer, layout) for layer in layers}
         candidates = computed_rows(self.batch, reduce(torch.logical_or, widened.values(), start))
@@ -176,6 +183,8 @@ class BatchPrefill:
             widen={layer: candidates.of(mask) for layer, mask in widened.items()},
             states=assembled.states,
             selection=selection,
+            depth=None if depth is None else depth.gather(1, candidates.index),
+            hidden=hidden,
             watches_chunks=selection.watches_chunks or self.method.history is not None,
         )
         return candidates, schedule

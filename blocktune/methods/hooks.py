@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,13 +40,15 @@ class PrefilledBatch(NamedTuple):
 
 
 class PromptHistory(ABC):
-    """Serves chunks as earlier prompts computed them, instead of encoding each alone.
+    """Serves chunks as earlier prompts computed them, or after other chunks, instead of alone.
 
     Attributes:
         exact_alone: Whether a prompt of one chunk with nothing before it equals full prefill.
+        begins_in_full: Whether a prompt without a history is computed in full.
     """
 
     exact_alone: bool = False
+    begins_in_full: ClassVar[bool] = True
 
     @abstractmethod
     def lookup(self, store: ChunkStore, fingerprint: str, pieces: Pieces) -> list[Ids] | None:

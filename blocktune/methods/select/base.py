@@ -40,6 +40,8 @@ class Selection(ABC):
             values just computed to compare it (CacheBlend's code), or the cached ones.
         sees_future: Reproduces the mask of CacheBlend's code, in which row ``r`` of ``R`` computed
             rows sees all but the last ``R - 1 - r`` columns. Do not serve with it.
+        sees: What a recomputed token attends to: ``all`` before it, or of the chunks only what
+            is ``chosen`` in some layer, and what is exact anyway.
     """
 
     source: ClassVar[str] = ""
@@ -47,11 +49,13 @@ class Selection(ABC):
     needs_question: ClassVar[bool] = False
     keeps_keys: bool = False
     sees_future: bool = False
+    sees: str = "all"
 
     def __post_init__(self):
         ratio, default = getattr(self, "ratio", None), getattr(type(self), "ratio", None)
         if (ratio, default) != (None, None):
             require_share("ratio", ratio)
+        require_one_of("sees", self.sees, ("all", "chosen"))
 
     def with_budget(self, ratio: float) -> Selection:
         """The same selector with a share of the context tokens to spend.
@@ -92,7 +96,11 @@ class Selection(ABC):
         """
 
     def begin(self, layout: Layout, passes: Passes) -> Tensor:
-        """What the engine calls: `start`, or for a scored selector a choice from ``passes``."""
+        """What the engine calls: `start`, or for a scored selector a choice from ``passes``.
+
+        Returns:
+            As `start`; or int64, how many layers recompute a token, counted from the first.
+        """
         return self.start(layout)
 
     def checks(self, num_layers: int) -> tuple[int, ...]:
