@@ -29,8 +29,8 @@ from blocktune.adapter import AdapterInfo, load_adapter
 from blocktune.adapter.merge import PROBE
 from blocktune.commands.options import quiet_libraries
 from blocktune.hub import CardFacts, prepare
-from blocktune.hub.files import public
 from blocktune.models.load import load_base
+from blocktune.provenance import public
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 MOST_BYTES = 12_000_000
