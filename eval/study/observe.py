@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,6 +32,7 @@ from blocktune.evaluation.stats.results import mean_of
 from blocktune.evaluation.suite import load_suite
 from blocktune.files import replace_json, replace_text
 from blocktune.methods import build
+from blocktune.provenance import public
 
 METHODS: Mapping[str, dict[str, Any]] = {
     "full-prefill": {},
@@ -205,15 +205,7 @@ def kept(results: Mapping[str, Any]) -> dict[str, Any]:
         for cell in summary["tasks"].values():
             for name in ("em_minus", "score_minus"):
                 cell.pop(name, None)
-    command = found["provenance"].get("command")
-    if command:
-        found["provenance"]["command"] = shlex.join(map(_no_path, shlex.split(command)))
-    return found
-
-
-def _no_path(word: str) -> str:
-    """The last part of an absolute path: the others are of one machine."""
-    return PurePath(word).name if PurePath(word).is_absolute() else word
+    return found | {"provenance": public(found["provenance"])}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
