@@ -4,8 +4,6 @@ import json
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
-import pytest
-
 from blocktune.bench import reuse
 from blocktune.evaluation.metrics import normalize_answer
 
@@ -51,6 +49,3 @@ def test_it_answers_twice_and_draws_the_wait(monkeypatch, tmp_path, capsys):
     assert demo.main() == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    with pytest.raises(SystemExit):
-        monkeypatch.setattr("sys.argv", ["demo", "--tokens"])
-        demo.main()
