@@ -27,8 +27,7 @@ from blocktune.prompt.template import (
 )
 from blocktune.server.schemas import CohereDocument, Document, DocumentBlock, Message
 
-Turn = tuple[str, str]
-"""Role and text."""
+Turn = tuple[str, str]  # role and text
 
 
 class Source(NamedTuple):
@@ -39,19 +38,12 @@ class Source(NamedTuple):
 
 
 class Conversation(NamedTuple):
-    """The messages of a request.
+    """The messages of a request."""
 
-    Attributes:
-        system: Text of the system's turns, or None.
-        earlier: The turns before the last one.
-        question: The user's last turn, without its documents.
-        documents: Blocks in the messages, in their order.
-    """
-
-    system: str | None
-    earlier: tuple[Turn, ...]
-    question: str
-    documents: tuple[DocumentBlock, ...]
+    system: str | None  # text of the system's turns, or None
+    earlier: tuple[Turn, ...]  # the turns before the last one
+    question: str  # the user's last turn, without its documents
+    documents: tuple[DocumentBlock, ...]  # blocks in the messages, in their order
 
 
 def read_document(document: Document, where: str) -> Source:

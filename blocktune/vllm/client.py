@@ -32,15 +32,11 @@ from blocktune.vllm.plan import LoadPlan, Segment, require_served
 
 
 class Rendered(NamedTuple):
-    """What vLLM is sent for one prompt.
+    """What vLLM is sent for one prompt."""
 
-    Attributes:
-        prompt_ids: All tokens; a token that vLLM does not know (a learned one) is another here.
-        plan: What is loaded instead of computed; None for a prompt without chunks.
-    """
-
+    # all tokens; a token that vLLM does not know (a learned one) is another here
     prompt_ids: list[int]
-    plan: LoadPlan | None
+    plan: LoadPlan | None  # what is loaded instead of computed; None for a prompt without chunks
 
     @property
     def transfer_params(self) -> dict[str, Any] | None:

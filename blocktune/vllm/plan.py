@@ -20,8 +20,7 @@ from blocktune.cache.miss_queue import Wanted
 from blocktune.methods import Cached, Method, Nothing
 from blocktune.prompt import LayoutSpec
 
-PARAMS = "blocktune"
-"""Key of a plan in vLLM's ``kv_transfer_params``."""
+PARAMS = "blocktune"  # key of a plan in vLLM's ``kv_transfer_params``
 NULL_BLOCK = 0
 """vLLM's block of tokens that no layer of a group keeps (outside of a sliding window)."""
 FORM = (
@@ -32,19 +31,13 @@ _FIELDS = {"tokens", "position", "blanks", "prefix", "ids"}
 
 
 class Segment(NamedTuple):
-    """Tokens that were encoded together: the prefix, or a chunk.
+    """Tokens that were encoded together: the prefix, or a chunk."""
 
-    Attributes:
-        ids: As they were encoded; learned tokens have ids that vLLM does not know.
-        position: Of the first one in the prompt.
-        blanks: What they were encoded after.
-        prefix: Whether it is a prefix that an adapter of another scope than ``both`` makes differ
-            from a chunk of the same tokens.
-    """
-
-    ids: tuple[int, ...]
-    position: int
-    blanks: tuple[int, ...] = ()
+    ids: tuple[int, ...]  # as they were encoded; learned tokens have ids that vLLM does not know
+    position: int  # of the first one in the prompt
+    blanks: tuple[int, ...] = ()  # what they were encoded after
+    # whether it is a prefix that an adapter of another scope than ``both`` makes differ from a
+    # chunk of the same tokens
     prefix: bool = False
 
     @property
@@ -59,15 +52,10 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True)
 class LoadPlan:
-    """The start of a prompt, as stored segments one after the other.
+    """The start of a prompt, as stored segments one after the other."""
 
-    Attributes:
-        fingerprint: Of the model that encoded them.
-        segments: In prompt order; the first begins with the prompt's first token.
-    """
-
-    fingerprint: str
-    segments: tuple[Segment, ...]
+    fingerprint: str  # of the model that encoded them
+    segments: tuple[Segment, ...]  # in prompt order; the first begins with the prompt's first token
 
     @cached_property
     def keys(self) -> tuple[str, ...]:
