@@ -18,11 +18,7 @@ FIX = "give a YAML mapping of tenant names to {key, max_requests, tokens_per_min
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request, and all of them together, may take.
-
-    Raises:
-        ValueError: If one is not positive.
-    """
+    """What one request, and all of them together, may take; each is positive."""
 
     body_bytes: int = 8 << 20  # size of a request's body
     body_s: float = 30.0  # seconds in which it must arrive
@@ -65,10 +61,9 @@ class Tenant:
                 raise ValueError(f"tenant '{self.name}': {name} must be at least 1, got {value!r}")
 
     def salt(self, asked: str | None) -> str:
-        """What goes into the keys of its chunks: tenants with keys never share any.
+        """What goes into the keys of its chunks (``asked``: the request's ``cache_salt``).
 
-        Args:
-            asked: The request's ``cache_salt``.
+        Tenants with keys never share any.
         """
         if self.key is None:
             return asked or ""
@@ -87,11 +82,7 @@ class Tenant:
 
 
 def load_tenants(path: Path) -> tuple[Tenant, ...]:
-    """Reads tenants from YAML: ``{acme: {key: ..., tokens_per_minute: 100000}}``.
-
-    Raises:
-        ValueError: If the file is not such a mapping, or two tenants have one key.
-    """
+    """Reads tenants from YAML: ``{acme: {key: ..., tokens_per_minute: 100000}}``; or ValueError."""
     values = load_yaml(path, "tenants", FIX)
     if not isinstance(values, Mapping) or not values:
         raise ValueError(f"{path}: {FIX}")

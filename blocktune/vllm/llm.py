@@ -180,8 +180,7 @@ class ChunkLLM:
     def generate(self, rendered: Sequence[Rendered], sampling: SamplingParams) -> list[Completion]:
         """Answers prompts whose chunks are stored; prompts with and without chunks may be mixed.
 
-        Raises:
-            LoadFailed: If the chunks of one could not be loaded.
+        `LoadFailed` if the chunks of one could not be loaded.
         """
         from vllm import TokensPrompt
 

@@ -102,10 +102,7 @@ class _Job(NamedTuple):
 class WorkerSide:
     """Loads in the background; a request waits for its own load only.
 
-    Args:
-        view: The store.
-        config: vLLM's.
-        groups: Layers that share blocks, vLLM's ``kv_cache_groups``.
+    ``groups`` are the layers that share blocks, vLLM's ``kv_cache_groups``.
     """
 
     def __init__(self, view: StoreView, config: VllmConfig, groups: list[KVCacheGroupSpec]):
@@ -133,13 +130,7 @@ class WorkerSide:
         self._stream: torch.cuda.Stream | None = None
 
     def start(self, loads: list[Load], modules: Mapping[str, Any], idle: bool) -> None:
-        """Begins loads.
-
-        Args:
-            loads: Of this step.
-            modules: vLLM's layers by name.
-            idle: Whether the step has no forward pass.
-        """
+        """Begins the loads of a step; ``idle`` if it has no forward pass."""
         self._idle = idle
         if loads and not self._places:
             self._places = {name: _Place(modules[name], *at) for name, at in self._names.items()}
