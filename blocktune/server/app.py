@@ -111,7 +111,11 @@ Serving = Annotated[Service, Depends(service_of)]
 
 
 def tenant_of(request: Request, service: Serving) -> Tenant:
-    """Who calls; an HTTPException if the request has no key of a tenant."""
+    """Who calls.
+
+    Raises:
+        HTTPException: If the request has no key of a tenant.
+    """
     tenant = service.config.tenant_of(request.headers.get("authorization"))
     if tenant is None:
         raise HTTPException(401, "no API key, or a wrong one; send Authorization: Bearer KEY")
@@ -122,7 +126,11 @@ Caller = Annotated[Tenant, Depends(tenant_of)]
 
 
 def own_key(key: str, tenant: Caller) -> str:
-    """The store's key in the name of a chunk; an HTTPException if the caller was never told it."""
+    """The store's key in the name of a chunk.
+
+    Raises:
+        HTTPException: If the caller was never told that name.
+    """
     known = tenant.verify(key) if KEY.fullmatch(key) else None
     if known is None:
         raise HTTPException(404, "no such chunk")

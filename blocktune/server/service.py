@@ -67,10 +67,16 @@ class Asked(NamedTuple):
 
 
 class Service:
-    """What the routes work with: engines by the names that requests use, the first the default.
+    """What the routes work with.
 
-    Every model must pass `check_model` before the first answer, unless not ``checked``. ``method``
-    is that of requests that name none; None: what each model was trained for.
+    Args:
+        engines: By the names that requests use; the first is the default.
+        config: Limits and tenants.
+        method: Of requests that name none; None: what each model was trained for.
+        checked: Whether every model must pass `check_model` before the first answer.
+
+    Raises:
+        ValueError: If the method does not fit a model.
     """
 
     def __init__(
@@ -111,7 +117,11 @@ class Service:
         self.ready = not self.faults
 
     def model(self, name: str | None) -> Served:
-        """A model by its name; None: the first. `UnknownModel` if there is none."""
+        """A model by its name; None: the first.
+
+        Raises:
+            UnknownModel: If there is none.
+        """
         if name is None:
             return next(iter(self.models.values()))
         if name not in self.models:
@@ -119,7 +129,11 @@ class Service:
         return self.models[name]
 
     def chat(self, body: ChatRequest, tenant: Tenant) -> Asked:
-        """The job of a chat request; a ValueError says why it cannot be answered."""
+        """The job of a chat request.
+
+        Raises:
+            ValueError: If the request cannot be answered; the line says why.
+        """
         served = self.model(body.model)
         conversation = read_messages(body.messages)
         documents = [*(body.documents or ()), *conversation.documents]
@@ -134,7 +148,11 @@ class Service:
         return Asked(job, served, sources)
 
     def completion(self, body: CompletionRequest, tenant: Tenant) -> Asked:
-        """The job of a plain completion; a ValueError says why it cannot be answered."""
+        """The job of a plain completion.
+
+        Raises:
+            ValueError: If the request cannot be answered; the line says why.
+        """
         served = self.model(body.model)
         sources = self._sources(served, body.documents or (), [body.prompt])
         method = self._method(served, body.blocktune, bool(sources))
@@ -146,7 +164,8 @@ class Service:
     def encoding(self, body: ChunksRequest, tenant: Tenant) -> Asked:
         """The job that encodes documents ahead, as the model's default method reads them.
 
-        A ValueError if one does not fit into the model's context, or there is no room to pin.
+        Raises:
+            ValueError: If one does not fit into the model's context, or there is no room to pin.
         """
         served, limits = self.model(body.model), self.config.limits
         sources = self._sources(served, body.documents, [])
@@ -185,7 +204,11 @@ class Service:
             served.engine.store.discard(key)
 
     def card(self, name: str) -> ModelCard:
-        """What clients are told of a model; `UnknownModel` if there is none."""
+        """What clients are told of a model.
+
+        Raises:
+            UnknownModel: If there is none.
+        """
         served = self.model(name)
         return ModelCard(
             id=name,
@@ -270,7 +293,11 @@ class Service:
 
 
 def read_method(asked: Extension, default: str) -> Method:
-    """Builds the method of a request; a ValueError if it cannot be built, or a number is absurd."""
+    """Builds the method of a request.
+
+    Raises:
+        ValueError: If it cannot be built, or a number is out of all reason.
+    """
     text = default if asked.method is None else asked.method
     try:
         if isinstance(text, str):
