@@ -36,11 +36,13 @@ from blocktune.server.schemas import (
 )
 
 _LOG = logging.getLogger(__name__)
-MOST = 1e9  # largest number in a method's parameters; larger ones overflow somewhere
+MOST = 1e9
+"""Largest number in a method's parameters; larger ones overflow somewhere."""
 MOST_BLANKS = 64
 COLDEST = 1e-4
 """Lowest temperature that is drawn with; below it, logits overflow, and the limit is greedy."""
-CHARACTERS = 32  # characters of a token at most, for refusing long texts before they are tokenised
+CHARACTERS = 32
+"""Characters of a token at most, for refusing long texts before they are tokenised."""
 WITHOUT_CHUNKS = "prefix-cache"
 """The method of prompts without documents: there is nothing but an exact prefix to reuse."""
 
@@ -59,11 +61,17 @@ class Served(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """A job, and what its response needs besides."""
+    """A job, and what its response needs besides.
 
-    job: Job  # not yet submitted; its ``emit`` does nothing
-    served: Served  # the model
-    sources: tuple[Source, ...]  # the documents, in prompt order
+    Attributes:
+        job: Not yet submitted; its ``emit`` does nothing.
+        served: The model.
+        sources: The documents, in prompt order.
+    """
+
+    job: Job
+    served: Served
+    sources: tuple[Source, ...]
 
 
 class Service:
