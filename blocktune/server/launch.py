@@ -71,11 +71,7 @@ def _short(source: str) -> str:
 
 
 def read_limits(pairs: list[str]) -> Limits:
-    """Limits from ``name=value`` pairs.
-
-    Raises:
-        ValueError: If one is not a pair, or its name or value is wrong.
-    """
+    """Limits from ``name=value`` pairs; a ValueError if a name or a value is wrong."""
     known = {f.name: type(f.default) for f in fields(Limits)}
     values = {}
     for pair in pairs:
