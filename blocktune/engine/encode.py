@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from blocktune.adapter import scope_of
-from blocktune.attention import Plan, SplitPlan
+from blocktune.attention import Plan, SplitPlan, planned_forward
 from blocktune.cache import ChunkKV, ChunkStates, ChunkStore, states_key, stored_key
 from blocktune.cache.miss_queue import MissQueue
 from blocktune.engine.usage import Stopwatch
@@ -234,14 +234,8 @@ class Encoder:
         batch = stack([alone(piece) for piece in pieces], self.pad_id).to(self.model.device)
         cache = DynamicCache()
         plan = InputRecorder(SplitPlan(batch.layout), layers)
-        self.model(
-            batch.input_ids,
-            position_ids=batch.layout.position,
-            plan=plan,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        positions = batch.layout.position
+        planned_forward(self.model, batch.input_ids, positions, plan, cache, logits_to_keep=1)
         return [self._cut(cache, plan.inputs, index, piece) for index, piece in enumerate(pieces)]
 
     def _cut(self, cache: DynamicCache, inputs: dict[int, Tensor], index: int, piece: Piece):
