@@ -52,8 +52,9 @@ $(STAMP): pyproject.toml constraints.txt | python
 	$(PIP) "$(TORCH)" --editable ".[$(EXTRAS)]"
 	touch $@
 
-demo: setup ## fine-tune two adapters, answer with every method, print the table (10 minutes, 2 cores)
+demo: setup ## fine-tune two adapters, answer with every method; then a real model (12 minutes, 2 cores)
 	$(RUN) $(BIN)/python recipes/demo.py
+	$(RUN) $(BIN)/python recipes/demo_smollm2.py
 
 test: setup ## the whole suite, offline: first what needs the machine to itself, then the rest
 	$(PYTEST) -m alone; alone=$$?; \

@@ -63,7 +63,7 @@ class ChunkStore:
 
     Attributes:
         warn_rejected: Whether the first rejected entry is a warning; the others are level INFO.
-        notes: What plug-ins remember of this store while the process lives, by keys of their own.
+        notes: What plug-ins remember of this store until it is cleared, by keys of their own.
 
     Raises:
         ValueError: If there is nowhere to keep anything, the folder is none, or the key is too
@@ -303,8 +303,9 @@ class ChunkStore:
         return self._ropes.get(fingerprint) or self._shared_ropes.get(fingerprint)
 
     def clear(self) -> None:
-        """Empties the memory; a folder and a remote keep their files."""
+        """Empties the memory and the notes; a folder and a remote keep their files."""
         with self._lock:
+            self.notes.clear()
             for tier in self._memories:
                 tier.clear()
 

@@ -14,12 +14,13 @@ from blocktune.engine.generation import Generation, Sampling
 from blocktune.engine.layer_schedule import LayerSchedule, prefill
 from blocktune.engine.prompts import PromptMaker
 from blocktune.engine.recurrent import prefill_recurrent
-from blocktune.engine.rows import Computed, computed_rows
+from blocktune.engine.rows import Computed, computed_rows, to_columns
 from blocktune.engine.state import EngineState, ServedBatch
 from blocktune.engine.usage import Executed
-from blocktune.layout import Kind
+from blocktune.layout import FOREVER, Kind
 from blocktune.methods import Cached, Method, Selection
 from blocktune.methods.hooks import ChunkLoader, DamagedChunk
+from blocktune.methods.select.base import selectable
 from blocktune.prompt import LayoutSpec, Pieces, Prompt
 
 
@@ -113,8 +114,14 @@ def _choose(
     # What no cache holds is computed anyway, and a chunk's token when it is selected (its
     # original is overwritten then).
     start = ~assembled.cached & ~layout.is_pad & (layout.kind != Kind.BLANK)
+    depth = hidden = None
     if served.method.cached is Cached.CHUNKS:
-        start = start | selection.begin(layout, passes)
+        begun = selection.begin(layout, passes)
+        if begun.dtype != torch.bool:  # in so many layers
+            depth = begun.masked_fill(start, FOREVER)
+        start = start | (begun > 0)
+    if selection.sees == "chosen":
+        hidden = to_columns(selectable(layout) & ~start, layout, served.columns)
     layers = selection.widens(served.state.num_layers)
     widened = {layer: selection.widen(layer, layout) for layer in layers}
     candidates = computed_rows(served.batch, reduce(torch.logical_or, widened.values(), start))
@@ -123,4 +130,6 @@ def _choose(
         start=candidates.of(start),
         widen={layer: candidates.of(mask) for layer, mask in widened.items()},
         states=assembled.states,
+        depth=None if depth is None else depth.gather(1, candidates.index),
+        hidden=hidden,
     )

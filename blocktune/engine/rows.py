@@ -68,6 +68,12 @@ def of_columns(scores: Tensor, layout: Layout) -> Tensor:
     return scores.gather(-1, column) * stored
 
 
+def to_columns(rows: Tensor, layout: Layout, columns: Rows) -> Tensor:
+    """Rows of the layout ``(B, S)`` bool, all of them stored, at their ``columns`` ``(B, N)``."""
+    found = torch.zeros_like(columns.kind)
+    return found.scatter_reduce(1, layout.order * rows, rows.long(), "amax").bool()
+
+
 def decoded_rows(last: Rows, steps: int) -> Rows:
     """Facts of the rows that ``steps`` tokens after the prompts' ``last`` rows ``(B, 1)`` have."""
     ahead = torch.arange(1, steps + 1, device=last.order.device)

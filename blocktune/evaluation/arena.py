@@ -41,12 +41,10 @@ class Exam:
     """One subset: its questions, and what stands around chunks and question in every prompt."""
 
     subset: str  # one of `SUBSETS`
-    # with ``_id``, ``input``, ``answers`` and ``chunks``, in the arena's order
-    rows: tuple[Mapping[str, Any], ...]
+    rows: tuple[Mapping[str, Any], ...]  # ``_id``, ``input``, ``answers`` and ``chunks``, in order
     sha256: str  # of the file of questions
     system: str  # the system turn
-    # text before the chunks, between them and the question, and after it
-    around: tuple[str, str, str]
+    around: tuple[str, str, str]  # text before the chunks, before the question, after it
     max_new_tokens: int  # tokens to decode at most
 
     def pieces(self, row: Mapping[str, Any], engine: Engine) -> Pieces:

@@ -54,22 +54,15 @@ def lay_out(
 ) -> Prompt:
     """Lays pieces out: prefix, per chunk its blanks, tokens and links, query, answer, followups.
 
-    Headers and trailers stand around a chunk's tokens, in its group. Links that stand before a
-    chunk come before its blanks. ``order`` counts the rows that are not blanks. If the first row of
-    a chunk has order ``o`` and position ``s``, its ``p`` blanks have orders ``o - p ...`` and
-    positions ``s - p ...``, in the group of the chunk.
+    Headers and trailers are around a chunk's tokens, in its group. Links before a chunk come before
+    its blanks. ``order`` counts the rows that are not blanks. If the first row of a chunk has order
+    ``o`` and position ``s``, its ``p`` blanks have orders ``o - p ...`` and positions ``s - p
+    ...``, in the group of the chunk.
 
-    Args:
-        pieces: Token ids, see `make_pieces`.
-        spec: Which rows there are.
-        link_base: Id of the first learned token, such as the model's vocabulary size.
-        blank_id: Token id of a blank.
-        bos_id: Token id of BOS.
-        contexts: For each chunk the tokens that it was encoded after in an earlier prompt, as its
-            blanks; None: what ``spec`` says, the same for all.
-
-    Raises:
-        ValueError: If the layout needs an id that was not given.
+    ``link_base``, ``blank_id`` and ``bos_id`` are the ids of the first learned token (such as the
+    model's vocabulary size), of a blank and of BOS; ValueError if the layout needs one that was not
+    given. ``contexts`` are, for each chunk, the tokens that it was encoded after in an earlier
+    prompt, as its blanks; None: what ``spec`` says, the same for all.
     """
     if spec.num_learned and link_base is None:
         raise ValueError("this layout has link tokens: lay_out needs link_base (vocabulary size)")
