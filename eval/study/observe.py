@@ -205,7 +205,7 @@ def kept(results: Mapping[str, Any]) -> dict[str, Any]:
         for cell in summary["tasks"].values():
             for name in ("em_minus", "score_minus"):
                 cell.pop(name, None)
-    return found | {"provenance": public(found["provenance"])}
+    return public(found)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
