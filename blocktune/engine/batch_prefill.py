@@ -9,6 +9,7 @@ import torch
 
 from blocktune.engine.assemble import Assembled, from_chunks, from_prefix
 from blocktune.engine.attention_probes import ScoringPasses
+from blocktune.engine.encode import Found
 from blocktune.engine.generation import Generation, Sampling
 from blocktune.engine.layer_schedule import LayerSchedule, prefill
 from blocktune.engine.prompts import PromptMaker
@@ -25,9 +26,16 @@ from blocktune.prompt import LayoutSpec, Pieces, Prompt
 
 @torch.no_grad()
 def prefill_batch(
-    state: EngineState, prompts: Sequence[Prompt], pieces: Sequence[Pieces], method: Method
+    state: EngineState,
+    prompts: Sequence[Prompt],
+    pieces: Sequence[Pieces],
+    method: Method,
+    found: Found | None = None,
 ) -> Generation:
-    """Assembles what is cached, computes the rest, and stops before the first token."""
+    """Assembles what is cached, computes the rest, and stops before the first token.
+
+    ``found``: the prompts' chunks, if they were looked up.
+    """
     batch = state, prompts, pieces, method
     if state.recurrence is not None:
         return prefill_recurrent(*batch)
@@ -35,10 +43,10 @@ def prefill_batch(
     if loader is not None:
         try:
             with loader:
-                return _prefill(ServedBatch.stacked(*batch), loader)
+                return _prefill(ServedBatch.stacked(*batch), loader, None)
         except DamagedChunk:
             pass  # without the loader the store rejects the chunk, and it is encoded again
-    return _prefill(ServedBatch.stacked(*batch), None)
+    return _prefill(ServedBatch.stacked(*batch), None, found)
 
 
 def warm_up(
@@ -53,11 +61,11 @@ def warm_up(
         next(prefill_batch(state, laid, earlier, method).tokens(Sampling(), 1))
 
 
-def _prefill(served: ServedBatch, loader: ChunkLoader | None) -> Generation:
+def _prefill(served: ServedBatch, loader: ChunkLoader | None, found: Found | None) -> Generation:
     """Assembles, chooses and computes; without a loader, chunks are loaded before any of it."""
     state, method, watch = served.state, served.method, served.watch
     selection = method.select_for(state.num_layers)
-    assembled = _assemble(served, selection, loader)
+    assembled = _assemble(served, selection, loader, found)
     watch.start()
     if loader is not None and method.layer_budget is None:
         tokens = int(served.batch.layout.is_context.sum())
@@ -88,9 +96,11 @@ def _prefill(served: ServedBatch, loader: ChunkLoader | None) -> Generation:
     )
 
 
-def _assemble(served: ServedBatch, selection: Selection, loader: ChunkLoader | None) -> Assembled:
+def _assemble(
+    served: ServedBatch, selection: Selection, loader: ChunkLoader | None, found: Found | None
+) -> Assembled:
     if served.method.cached is Cached.CHUNKS:
-        return from_chunks(served, selection.widens(served.state.num_layers), loader)
+        return from_chunks(served, selection.widens(served.state.num_layers), loader, found)
     if served.method.cached is Cached.EXACT_PREFIX:
         return from_prefix(served)
     return Assembled.empty(served.batch)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from blocktune.attention import planned_forward
 from blocktune.attention.cached import CachePlan
 from blocktune.cache import RowCache
 from blocktune.engine.attention_probes import ChunkAttention
@@ -217,14 +218,8 @@ def prefill(served: ServedBatch, candidates: Computed, schedule: LayerSchedule) 
     ``select_s``, and ``recompute_s`` up to where rows are chosen.
     """
     plan = SchedulePlan(served, candidates, schedule)
-    output = served.state.model(
-        candidates.ids,
-        position_ids=candidates.rows.position,
-        plan=plan,
-        past_key_values=served.cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
+    model, positions = served.state.model, candidates.rows.position
+    output = planned_forward(model, candidates.ids, positions, plan, served.cache, logits_to_keep=1)
     for layer in range(len(served.cache)) if plan.repair is not None else ():
         served.cache.observe(layer, None)  # decoded tokens change nothing
     return Prefill(output.logits[:, -1], plan.plans, plan.probes, plan.chunk_probe)

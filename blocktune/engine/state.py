@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from blocktune.adapter.load import load_model
 from blocktune.attention import attach
 from blocktune.cache import PrefixTree, RowCache
-from blocktune.engine.encode import Encoder
+from blocktune.engine.encode import Encoder, Piece, wanted_pieces
 from blocktune.engine.rows import column_rows
 from blocktune.engine.usage import Stopwatch
 from blocktune.layout import Rows
@@ -112,6 +112,7 @@ class ServedBatch:
     columns: Rows  # facts of the columns of ``cache``, ``(B, N)``
     cache: RowCache
     reshaping: ReshapedAttention | None  # how rows see reused keys, or None
+    wanted: list[list[Piece]]  # of each prompt, what caches of chunks hold
 
     @classmethod
     def stacked(
@@ -131,4 +132,5 @@ class ServedBatch:
         exact = method.cached is not Cached.CHUNKS and reshape is None
         cache = RowCache(state.num_layers, *columns.kind.shape, spare=64, exact=exact)
         watch.stop("prompt_s")
-        return cls(state, method, pieces, watch, batch, columns, cache, reshaping)
+        wanted = [wanted_pieces(prompt) for prompt in prompts]
+        return cls(state, method, pieces, watch, batch, columns, cache, reshaping, wanted)
