@@ -13,8 +13,10 @@ from blocktune.commands.options import (
     Dtype,
     Model,
     Quantize,
+    Responses,
     Store,
     quiet_libraries,
+    responses,
 )
 
 SAFETY, LIMITS = "Safety", "Limits"
@@ -54,6 +56,7 @@ def serve(
         ),
     ] = None,
     store: Store = None,
+    response_cache: Responses = None,
     store_gb: Annotated[
         float,
         typer.Option(
@@ -138,7 +141,8 @@ def serve(
         *(model, adapter or [], name, store, int(store_gb * 2**30)),
         **{"dtype": dtype, "device": device, "quantize": quantize},
     )
-    service = Service(engines, config, method, checked=not skip_check)
+    kept = responses(response_cache, next(iter(engines.values())).store)
+    service = Service(engines, config, method, not skip_check, kept)
     launch.set_up_logs()
     uvicorn.run(
         create_app(service),

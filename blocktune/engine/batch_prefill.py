@@ -120,7 +120,7 @@ class BatchPrefill:
                 fingerprint = self.state.encoder.fingerprint
                 if start < len(ids):
                     kept = cut_exact(self.cache, index, ids, fingerprint, start=start)
-                    self.state.prefix_tree.insert(kept)
+                    self.state.prefixes(self.method).insert(kept)
         if self.method.history is not None:
             # Mean over heads and layers, ``(B, N, C)``.
             attention = made.chunk_probe.mass / made.chunk_probe.layers
@@ -135,7 +135,7 @@ class BatchPrefill:
             encoder, rope, watch = state.encoder, state.rope, self.watch
             return from_chunks(batch, pieces, cache, encoder, rope, watch, widens, self.loader)
         if self.method.cached is Cached.EXACT_PREFIX:
-            tree, fingerprint = state.prefix_tree, state.encoder.fingerprint
+            tree, fingerprint = state.prefixes(self.method), state.encoder.fingerprint
             return from_prefix(batch, pieces, cache, tree, fingerprint, self.watch)
         return Assembled.empty(batch)
 

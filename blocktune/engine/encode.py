@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from blocktune.cache import (
     states_key,
     stored_key,
 )
+from blocktune.engine.press import Press
 from blocktune.engine.usage import Stopwatch
 from blocktune.layout import GLOBAL
 from blocktune.methods.hooks import ChunkLoader
@@ -99,9 +101,16 @@ _Encoded = tuple[Piece, ChunkKV, dict[int, ChunkStates]]
 class Encoder:
     """Turns pieces into their keys and values, through the store."""
 
-    def __init__(self, model: nn.Module, store: ChunkStore, fingerprint: str, pad_id: int):
+    def __init__(
+        self,
+        model: nn.Module,
+        store: ChunkStore,
+        fingerprint: str,
+        pad_id: int,
+        press: Press | None = None,
+    ):
         """Encodes with ``model`` (attached to blocktune's attention) and keeps in ``store``."""
-        self.model, self.store, self.tenant = model, store, ""
+        self.model, self.store, self.tenant, self.press = model, store, "", press
         self.fingerprint, self.pad_id = fingerprint, pad_id
         self._is_scoped = scope_of(model) != "both"
 
@@ -171,23 +180,45 @@ class Encoder:
 
     @torch.no_grad()
     def _encode_together(self, pieces: list[Piece], layers: Sequence[int]) -> list[_Encoded]:
-        batch = stack([alone(piece) for piece in pieces], self.pad_id).to(self.model.device)
+        whole = [self._whole(piece) for piece in pieces]
+        batch = stack([alone(piece) for piece in whole], self.pad_id).to(self.model.device)
         cache = DynamicCache()
         plan = InputRecorder(SplitPlan(batch.layout), layers)
-        self.model(
-            batch.input_ids,
-            position_ids=batch.layout.position,
-            plan=plan,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return [self._cut(cache, plan.inputs, index, piece) for index, piece in enumerate(pieces)]
+        with nullcontext() if self.press is None else self.press.watching(self.model) as seen:
+            self.model(
+                batch.input_ids,
+                position_ids=batch.layout.position,
+                plan=plan,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        return [
+            self._cut(cache, plan.inputs, seen, index, piece) for index, piece in enumerate(pieces)
+        ]
 
-    def _cut(self, cache: DynamicCache, inputs: dict[int, Tensor], index: int, piece: Piece):
-        span, ids = slice(len(piece.blanks), _size(piece)), torch.tensor(piece.ids)
+    def _whole(self, piece: Piece) -> Piece:
+        """What is encoded: of a chunk that is thinned, the tokens that are dropped, too."""
+        if self.press is None or piece.is_prefix:
+            return piece
+        return Piece(piece.ids + piece.blanks)
+
+    def _cut(
+        self,
+        cache: DynamicCache,
+        inputs: dict[int, Tensor],
+        seen: list[dict[str, Any]] | None,
+        index: int,
+        piece: Piece,
+    ):
+        whole, ids = self._whole(piece), torch.tensor(piece.ids)
+        span = slice(len(whole.blanks), _size(whole))
         keys = tuple(layer.keys[index, :, span] for layer in cache.layers)
         values = tuple(layer.values[index, :, span] for layer in cache.layers)
+        if self.press is not None and not piece.is_prefix:
+            layers = zip(seen, keys, values, strict=True)
+            thin = [self.press.thin(one, index, *kv) for one, *kv in layers]
+            keys, values = (tuple(kind) for kind in zip(*thin, strict=True))
         states = {
             layer: ChunkStates(made[index, span], layer, ids, self.fingerprint).compact()
             for layer, made in inputs.items()

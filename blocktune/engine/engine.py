@@ -19,20 +19,25 @@ from blocktune.attention import attach
 from blocktune.cache import ChunkStore, PrefixTree, model_fingerprint
 from blocktune.cache.manifest import manifest
 from blocktune.cache.miss_queue import MissQueue
+from blocktune.cache.responses import ResponseCache
 from blocktune.data.example import RagExample, read_chunks
 from blocktune.engine import context_cache
 from blocktune.engine.batch_prefill import prefill_batch
 from blocktune.engine.context_cache import CachedContext
+from blocktune.engine.decode_cache import DecodeCache
 from blocktune.engine.encode import Encoder, Piece, grouped
 from blocktune.engine.generation import Answer, Generation, Sampling
 from blocktune.engine.layer_schedule import install
+from blocktune.engine.press import Press
 from blocktune.engine.prompts import PromptMaker, Request, as_request
+from blocktune.engine.recall import Recall
 from blocktune.engine.state import Auxiliaries, EngineState
 from blocktune.engine.usage import Stopwatch
 from blocktune.links import link_base
-from blocktune.methods import Method, build
+from blocktune.methods import Method, ServedModel, build
 from blocktune.models.gate import require_supported
-from blocktune.models.recurrent import REUSE_REFUSED, find_recurrence
+from blocktune.models.probe import NoRotary
+from blocktune.models.recurrent import find_recurrence
 from blocktune.prompt import Chunk, LayoutSpec, Pieces, Prompt, PromptFormat
 from blocktune.prompt.special_tokens import padding_id
 
@@ -60,6 +65,9 @@ class Engine:
 
     Several threads may answer at once: what a request changes is its own, and its caches are
     locked.
+
+    Attributes:
+        responses: Keeps whole answers; None, as at first: every answer is made.
     """
 
     def __init__(
@@ -77,8 +85,8 @@ class Engine:
 
         Args:
             model: A RoPE decoder, with its adapter attached or merged; or one with recurrent
-                layers (Mamba-2, Qwen3-Next, Falcon-H1, Jamba, ...), which is left as it is: it
-                serves only methods that reuse no chunk.
+                layers (Mamba-2, Qwen3-Next, Falcon-H1, Jamba, ...) or absolute positions (GPT-2),
+                which is left as it is: it serves only methods that reuse no chunk.
             tokenizer: The model's.
             format: Wording of prompts; default: the adapter's, else `PromptFormat`'s.
             adapter: What the model's adapter was trained for, if it has one.
@@ -93,9 +101,12 @@ class Engine:
         recurrence = find_recurrence(model)
         rope = None
         if recurrence is None:
-            rope = require_supported(model)
-            attach(model)
-            install(model)
+            try:
+                rope = require_supported(model)
+                attach(model)
+                install(model)
+            except NoRotary:
+                recurrence = find_recurrence(model, always=True)
         self.model, self.tokenizer = model.eval(), tokenizer
         self.adapter = adapter
         self.format = format or (adapter.format if adapter else PromptFormat())
@@ -109,12 +120,14 @@ class Engine:
                 f"the adapter has scope '{adapter.scope}' and the model '{scope_of(model)}'; call "
                 "blocktune.adapter.attach_links on what PEFT loaded (a merged model cannot be used)"
             )
+        self.responses: ResponseCache | None = None
         self.store = ChunkStore(device=model.device) if store is None else store
         words = dataclasses.asdict(self.format)
         self.fingerprint = model_fingerprint(model, adapter_folder, tokenizer, words)
         num_tokens = link_base(model)
         pad_id = padding_id(tokenizer, num_tokens)
-        encoder = Encoder(model, self.store, self.fingerprint, pad_id)
+        press = None if self.store.config.press is None else Press(self.store.config.press)
+        encoder = Encoder(model, self.store, self.fingerprint, pad_id, press)
         if rope is not None:
             self.store.describe(
                 self.fingerprint,
@@ -123,6 +136,10 @@ class Engine:
                 ),
                 rope,
             )
+        if press is not None:  # thinned chunks are no other engine's
+            plain, mixed = self.fingerprint, _mixed(self.fingerprint, "press", press.text)
+            self.fingerprint = encoder.fingerprint = mixed
+            self.store.share_rope(plain, mixed)
         self._state = EngineState(
             model,
             tokenizer,
@@ -141,9 +158,10 @@ class Engine:
             link_base=adapter.link_base(model, tokenizer) if adapter else None,
             max_tokens=getattr(config, "max_position_embeddings", NO_LIMIT),  # Mamba has none
             num_layers=config.num_hidden_layers,
-            recurrent=recurrence is not None,
+            refusal=recurrence and recurrence.refusal,
             num_tokens=num_tokens,
             exact_tokens=rope.max_tokens if rope else None,
+            press=press,
         )
 
     @classmethod
@@ -266,7 +284,7 @@ class Engine:
         if not salt:
             return self
         other, encoder = copy.copy(self), copy.copy(self._state.encoder)
-        mixed = hashlib.sha256(f"{self.fingerprint} salt {salt}".encode()).hexdigest()
+        mixed = _mixed(self.fingerprint, "salt", salt)
         other.fingerprint = encoder.fingerprint = mixed
         encoder.tenant = mixed[:12]
         self.store.share_rope(self.fingerprint, mixed)
@@ -277,6 +295,23 @@ class Engine:
     def state(self) -> EngineState:
         """The model and the caches that its batches share."""
         return self._state
+
+    def decoding_on(self, text: str) -> Engine:
+        """The same model and caches; answers are decoded on another kind of cache.
+
+        Args:
+            text: ``sliding:TOKENS``, ``fp8``, ``quanto``, ``hqq`` or ``offloaded``, see
+                `blocktune.engine.decode_cache.DecodeCache`.
+
+        Raises:
+            ValueError: If it is none of them, its package or a GPU is missing, or the model's
+                prompts are not in a cache of blocktune.
+        """
+        if self._state.recurrence is not None:
+            raise ValueError("this model decodes on its own cache; leave the decode cache out")
+        other = copy.copy(self)
+        other._state = dataclasses.replace(self._state, decode_cache=DecodeCache.parse(text))
+        return other
 
     def forget_prefixes(self) -> None:
         """Empties the exact prefix cache: the next prompt finds nothing of those before it."""
@@ -310,15 +345,23 @@ class Engine:
             ValueError: If the method is unknown or does not fit the model's adapter, or a prompt
                 does not fit the model's context.
         """
-        method = built(method)
+        method, sampling = built(method), sampling or Sampling()
         started = time.perf_counter()
         examples = [as_request(example) for example in examples]
         pieces, prompts = self._read(examples, method, max_new_tokens)
         read_s = (time.perf_counter() - started) / max(1, len(examples))
-        order = list(range(len(examples)))
+        answers: list[Answer | None] = [None] * len(examples)
+        recall = Recall.of(self.responses, self._state, method, sampling, max_new_tokens)
+        if recall is not None:
+            asked = [example.question for example in examples]
+            for index, of in enumerate(zip(pieces, asked, strict=True)):
+                if (known := recall.find(index, *of)) is not None:
+                    answers[index] = Answer(known[0]["text"], tuple(known[0]["ids"]), known[1])
+        order = [index for index, known in enumerate(answers) if known is None]
         if method.history is None:  # what one prompt leaves behind serves the next
             order.sort(key=lambda index: len(prompts[index].ids))
-        answers: list[Answer | None] = [None] * len(examples)
+        decoding = self._state.decode_cache
+        batch_size = 1 if decoding is not None and decoding.window else batch_size
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             self._warm_up([pieces[i] for i in batch], method)
@@ -327,11 +370,16 @@ class Engine:
                 laid = [self.lay_out(pieces[i], method, max_new_tokens) for i in batch]
             run = prefill_batch(self._state, laid, [pieces[i] for i in batch], method)
             run.watch.add("prompt_s", read_s * len(batch))
-            made = run.answers(sampling or Sampling(), max_new_tokens, streams=batch)
+            made = run.answers(sampling, max_new_tokens, streams=batch)
             for index, answer in zip(batch, made, strict=True):
-                chunks = tuple(examples[index].chunks)
-                answers[index] = dataclasses.replace(answer, chunks=chunks)
-        return answers
+                answers[index] = answer
+                if recall is not None:
+                    what = _facts(answer.text, answer.token_ids), answer.usage.ttft_s
+                    recall.keep(index, pieces[index], asked[index], *what)
+        return [
+            dataclasses.replace(answer, chunks=tuple(example.chunks))
+            for answer, example in zip(answers, examples, strict=True)
+        ]
 
     def stream(
         self,
@@ -342,20 +390,29 @@ class Engine:
         sampling: Sampling | None = None,
     ) -> Iterator[str]:
         """Yields an answer's text as it is made; the pieces join to `answer`'s text."""
-        method = built(method)
-        self._warm_up([self.prompts.pieces(example, method)], method)
+        method, sampling = built(method), sampling or Sampling()
+        recall = Recall.of(self.responses, self._state, method, sampling, max_new_tokens)
+        example = as_request(example)
+        asked = self.prompts.pieces(example, method), example.question
+        if recall is not None and (known := recall.find(0, *asked)) is not None:
+            yield known[0]["text"]
+            return
+        self._warm_up([asked[0]], method)
         pieces, prompts = self._read([example], method, max_new_tokens)
         run = prefill_batch(self._state, prompts, pieces, method)
         ids: list[int] = []
         shown = ""
-        for token in run.tokens(sampling or Sampling(), max_new_tokens):
+        for token in run.tokens(sampling, max_new_tokens):
             ids.append(int(token))
             text = self._state.text(ids)
             # A character may need several tokens; until then its bytes do not decode.
             if not text.endswith("\ufffd"):
                 yield text[len(shown) :]
                 shown = text
-        if tail := self._state.text(ids)[len(shown) :]:
+        text = self._state.text(ids)
+        if recall is not None:
+            recall.keep(0, *asked, _facts(text, ids))
+        if tail := text[len(shown) :]:
             yield tail
 
     def cache(
@@ -375,7 +432,7 @@ class Engine:
         """
         method = built(method)
         if self._state.recurrence is not None:
-            raise ValueError(REUSE_REFUSED.format("a cache of the context"))
+            raise ValueError(self._state.recurrence.refusal.format("a cache of the context"))
         context_cache.require_cacheable(method, self._state.num_layers, question)
         chunks = read_chunks(chunks)
 
@@ -424,7 +481,8 @@ class Engine:
         if method.history is None:
             return self.prompts.prompt(pieces, spec, max_new_tokens)
         encoder = self._state.encoder
-        contexts = method.history.lookup(encoder.store, encoder.fingerprint, pieces)
+        model = ServedModel(self.model.get_input_embeddings(), self._state.rope)
+        contexts = method.history.lookup(encoder.store, encoder.fingerprint, pieces, model)
         spec = LayoutSpec(block=False) if contexts is None else spec
         return self.prompts.prompt(pieces, spec, max_new_tokens, contexts)
 
@@ -449,6 +507,15 @@ class Engine:
 def built(method: str | Method) -> Method:
     """A method by its name, or the method itself."""
     return build(method) if isinstance(method, str) else method
+
+
+def _mixed(fingerprint: str, what: str, text: str) -> str:
+    return hashlib.sha256(f"{fingerprint} {what} {text}".encode()).hexdigest()
+
+
+def _facts(text: str, ids: Sequence[int]) -> dict[str, Any]:
+    """What a response cache keeps of an answer."""
+    return {"text": text, "ids": list(ids), "count": len(ids)}
 
 
 def _document(chunk: Chunk) -> str:

@@ -37,7 +37,8 @@ class Sampling:
         temperature: 0 is greedy; above, logits are divided by it.
         top_k: Keep this many of the likeliest tokens; 0 keeps all.
         top_p: Nucleus sampling: keep the likeliest tokens up to this cumulative probability.
-        seed: The same seed gives the same answers, in batches of any size.
+        seed: The same seed gives the same answers, in batches of any size. None draws as 0 does,
+            but its answers are never kept in a response cache.
 
     Raises:
         ValueError: If a value is out of range.
@@ -46,7 +47,7 @@ class Sampling:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
-    seed: int = 0
+    seed: int | None = None
 
     def __post_init__(self):
         if self.temperature < 0:
@@ -71,7 +72,7 @@ class Sampling:
             warpers.append(TopKLogitsWarper(self.top_k))
         if self.top_p < 1:
             warpers.append(TopPLogitsWarper(float(self.top_p)))
-        seeds = [(self.seed * 1_000_003 + stream) % (1 << 63) for stream in streams]
+        seeds = [((self.seed or 0) * 1_000_003 + stream) % (1 << 63) for stream in streams]
         generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
         def draw(logits: Tensor) -> Tensor:
@@ -154,6 +155,10 @@ class Generation:
             if step == 0:
                 self.watch.stop("first_token_s")
                 self.remember()  # after the first token, so that it does not delay it
+                if self.state.decode_cache is not None:
+                    self.cache = self.state.decode_cache.filled(
+                        self.cache, self.reshaping is not None
+                    )
             yield token[:, 0].masked_fill(ended, -1), logits
             ended |= torch.isin(token[:, 0], stops)
             if step + 1 == max_new_tokens or bool(ended.all()):
@@ -165,7 +170,8 @@ class Generation:
         """Logits ``(B, V)`` after one more token ``(B, 1)``, whose column is appended."""
         self.cache.append()
         query = rows.map(lambda field: field[:, step : step + 1])
-        seen = keys.map(lambda field: field[:, : self.cache.num_columns])
+        span = slice(self.cache.first_column, self.cache.num_columns)
+        seen = keys.map(lambda field: field[:, span])
         output = self.state.model(
             token,
             position_ids=query.position,

@@ -10,9 +10,9 @@ from transformers import PreTrainedTokenizerBase
 
 from blocktune.data.example import RagExample
 from blocktune.engine.encode import Piece
+from blocktune.engine.press import Press
 from blocktune.layout import Kind
-from blocktune.methods import Cached, Method
-from blocktune.models.recurrent import REUSE_REFUSED
+from blocktune.methods import Cached, Method, build
 from blocktune.prompt import Chunk, LayoutSpec, Pieces, Prompt, PromptFormat, encode
 from blocktune.prompt.pieces import chunk_ids, make_pieces, prefix_ids
 from blocktune.prompt.rows import lay_out, sink_ids, wrapped
@@ -53,7 +53,8 @@ class PromptMaker:
         exact_tokens: Length up to which reuse is exact, where the context is longer.
         num_layers: Decoder layers of the model.
         num_tokens: Rows of the model's embedding, without a link table's.
-        recurrent: Whether some of them are recurrent, so that no chunk can be reused.
+        press: Drops keys of the chunks that are encoded; None: nothing does.
+        refusal: Why no chunk can be reused, with a gap for who wants to; None: chunks can.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -63,8 +64,9 @@ class PromptMaker:
     max_tokens: int
     num_layers: int
     num_tokens: int
-    recurrent: bool = False
+    refusal: str | None = None
     exact_tokens: int | None = None
+    press: Press | None = None
 
     def pieces(self, request: Request | Mapping[str, Any], method: Method) -> Pieces:
         """Token pieces of a request as ``method`` reads it."""
@@ -79,10 +81,10 @@ class PromptMaker:
 
         Raises:
             ValueError: If the method needs another adapter than the model's, or more layers, or
-                reuses chunks of a recurrent model.
+                reuses chunks of a model where none can be moved.
         """
-        if self.recurrent and method.cached is Cached.CHUNKS:
-            raise ValueError(REUSE_REFUSED.format(f"method '{method.name}'"))
+        if self.refusal and method.cached is Cached.CHUNKS:
+            raise ValueError(self.refusal.format(f"method '{method.name}'"))
         wanted = method.select().min_layers
         if wanted > self.num_layers:
             raise ValueError(
@@ -91,6 +93,8 @@ class PromptMaker:
             )
         method.select_for(self.num_layers)  # a budget that cannot be met is refused here
         layout = method.layout_for(self.trained)
+        if self.press is not None:
+            self.press.require(method, layout)
         if self.exact_tokens is not None and (layout.num_blanks or layout.shared_prefix):
             raise ValueError(
                 f"method '{method.name}' encodes chunks after blanks or a prefix, at positions "
@@ -115,10 +119,16 @@ class PromptMaker:
         require_embedded(
             self.tokenizer, self.num_tokens, pieces.prefix, *pieces.chunks, pieces.query
         )
-        prompt = lay_out(
-            pieces, spec, self.link_base, self._blank_id(spec), self._bos_id(spec), contexts
-        )
-        longest = max(map(len, pieces.chunks), default=0)
+        spans, whole = None, pieces
+        if self.press is not None and spec.block:
+            spans = [len(chunk) for chunk in pieces.chunks]
+            kept = [self.press.count(span) for span in spans]
+            contexts = [c[n:] for c, n in zip(whole.chunks, kept, strict=True)]
+            chunks = tuple(c[:n] for c, n in zip(whole.chunks, kept, strict=True))
+            pieces = pieces._replace(chunks=chunks)
+        ids = self.link_base, self._blank_id(spec), self._bos_id(spec)
+        prompt = lay_out(pieces, spec, *ids, contexts, spans)
+        longest = max(map(len, whole.chunks), default=0)
         self._require_room(longest, "the longest chunk")
         what = f"a prompt of {len(pieces.chunks)} chunks with {max_new_tokens} tokens to answer"
         stored = int((prompt.layout.kind != Kind.BLANK).sum())
@@ -133,8 +143,8 @@ class PromptMaker:
             ValueError: If a chunk does not fit into the model's context, or holds a token that it
                 does not embed.
         """
-        if self.recurrent:
-            raise ValueError(REUSE_REFUSED.format("encoding"))
+        if self.refusal:
+            raise ValueError(self.refusal.format("encoding"))
         spec = self.trained if self.trained and self.trained.block else LayoutSpec()
         prefix = prefix_ids(self.tokenizer, self.format)
         bos_id = self._bos_id(spec)
@@ -146,6 +156,9 @@ class PromptMaker:
             ids = wrapped(ids, spec, self.link_base, bos_id)
             name = chunk.title or chunk.text.strip()[:40]
             self._require_room(len(blanks) + len(ids), f"chunk {index} ({name!r})")
+            if self.press is not None:
+                self.press.require(build("naive"), spec)
+                ids, blanks = ids[: self.press.count(len(ids))], ids[self.press.count(len(ids)) :]
             pieces.append(Piece(ids, blanks))
         return (Piece(prefix, is_prefix=True) if prefix else None), pieces
 

@@ -1,7 +1,8 @@
-"""Prompts of models with recurrent layers: in full, or resumed from the deepest checkpoint.
+"""Prompts of models whose chunks cannot be moved: in full, or resumed from an exact prefix.
 
-Every prompt is computed by itself, by stock transformers: its tokens in order, in one pass for each
-stretch between the checkpoints that the prefix tree asks for.
+Models with recurrent layers resume from the deepest checkpoint, those without rotary positions
+anywhere. Every prompt is computed by itself, by stock transformers: its tokens in order, in one
+pass for each stretch between the checkpoints that the prefix tree asks for.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,12 +79,13 @@ def prefill_recurrent(
     batch = stack(prompts, state.pad_id).to(state.model.device)
     assembled, columns = Assembled.empty(batch), column_rows(batch.layout)
     watch.stop("prompt_s")
+    tree = state.prefixes(method) if method.cached is Cached.EXACT_PREFIX else None
     caches, logits, made = [], [], RecurrentPrefill(torch.empty(0))
     for index, (prompt, piece) in enumerate(zip(prompts, pieces, strict=True)):
-        run = _Run(state, prompt.ids, piece, method.cached is Cached.EXACT_PREFIX, watch)
+        run = _Run(state, prompt.ids, piece, tree, watch)
         logits.append(run.logits)
         caches.append(run.cache)
-        if method.cached is Cached.EXACT_PREFIX:
+        if tree is not None:
             facts = run.start, run.bytes_read
             assembled.found_prefix(batch.layout, index, piece, *facts)
         context = columns.kind[index, run.start :] == Kind.CHUNK
@@ -112,27 +115,28 @@ class _Run:
     """One prompt's prefill."""
 
     def __init__(
-        self, state: EngineState, ids: Sequence[int], pieces: Pieces, exact: bool, watch: Stopwatch
+        self, state: EngineState, ids: Sequence[int], pieces: Pieces, tree: Any, watch: Stopwatch
     ):
         self.state, self.cache = state, PrefillCache(state.model.config)
         self.macs = self.start = self.bytes_read = 0
         self.whole = torch.tensor([ids], device=state.model.device)
-        context, states = pieces.context, {}
-        tree, fingerprint = state.prefix_tree, state.encoder.fingerprint
+        context, states = pieces.context, {} if state.recurrence.has_states else None
+        fingerprint = state.encoder.fingerprint
         watch.start()
-        if exact:
+        if tree is not None:
             with tree.match(fingerprint, context) as match:
                 watch.stop("lookup_s")
                 if self._pays(len(ids) - match.num_tokens):
                     self.cache.resume(match)
                     self.start, self.bytes_read = match.num_tokens, match.num_bytes
                 watch.stop("load_s")
-            ends = accumulate(map(len, (pieces.prefix, *pieces.chunks)))
-            stops = tree.checkpoints_for(fingerprint, len(context), ends)
-            states = self._states([stop for stop in stops if stop > self.start])
+            if state.recurrence.has_states:
+                ends = accumulate(map(len, (pieces.prefix, *pieces.chunks)))
+                stops = tree.checkpoints_for(fingerprint, len(context), ends)
+                states = self._states([stop for stop in stops if stop > self.start])
         self.logits = self._compute(self.cache, len(ids))
         watch.stop("recompute_s")
-        if exact:
+        if tree is not None:
             kept = cut_exact(self.cache, 0, context, fingerprint, start=self.start, states=states)
             tree.insert(kept)
 

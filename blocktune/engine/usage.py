@@ -70,6 +70,8 @@ class Usage:
             and the layers that were reshaped; None if the method reshapes nothing.
         loading: What the method's `ChunkLoader` reports; None if it has none.
         prefix_tokens: Tokens whose exact state an earlier prompt with the same beginning left.
+        recalled: Whether a response cache had the answer: 1.0 for the same prompt, else the
+            similarity of the question that it was made for; None: it was made now.
     """
 
     prompt_tokens: int
@@ -86,6 +88,7 @@ class Usage:
     query_entropy: float | None = None
     loading: Any = None
     prefix_tokens: int = 0
+    recalled: float | None = None
 
     @property
     def recompute_ratio(self) -> float:

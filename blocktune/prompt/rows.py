@@ -40,6 +40,7 @@ def lay_out(
     blank_id: int | None = None,
     bos_id: int | None = None,
     contexts: Sequence[tuple[int, ...]] | None = None,
+    spans: Sequence[int] | None = None,
 ) -> Prompt:
     """Lays pieces out: prefix, per chunk its blanks, tokens and links, query, answer, followups.
 
@@ -56,6 +57,7 @@ def lay_out(
         bos_id: Token id of BOS.
         contexts: For each chunk the tokens that it was encoded after in an earlier prompt, as its
             blanks; None: what ``spec`` says, the same for all.
+        spans: Positions that each chunk takes; None: as many as it has tokens.
 
     Raises:
         ValueError: If the layout needs an id that was not given.
@@ -73,7 +75,7 @@ def lay_out(
         pieces = pieces._replace(chunks=tuple((bos_id, *chunk) for chunk in pieces.chunks))
     if spec.bos == "keep-all":
         pieces = pieces._replace(query=(bos_id, *pieces.query))
-    return _to_prompt(list(_segments(pieces, spec, link_base or 0, contexts)))
+    return _to_prompt(list(_segments(pieces, spec, link_base or 0, contexts, spans)))
 
 
 def sink_ids(
@@ -106,11 +108,15 @@ class _Segment(NamedTuple):
 
 
 def _segments(
-    pieces: Pieces, spec: LayoutSpec, base: int, contexts: Sequence[tuple[int, ...]]
+    pieces: Pieces,
+    spec: LayoutSpec,
+    base: int,
+    contexts: Sequence[tuple[int, ...]],
+    spans: Sequence[int] | None,
 ) -> Iterator[_Segment]:
     around = spec.num_headers + spec.num_trailers + spec.num_links
     lengths = [len(chunk) + around for chunk in pieces.chunks]
-    starts, query_start = place(spec.placement, len(pieces.prefix), lengths, spec.slot)
+    starts, query_start = place(spec.placement, len(pieces.prefix), spans or lengths, spec.slot)
     yield _Segment(pieces.prefix, Kind.PREFIX, 0, 0)
     order = len(pieces.prefix)
     for index, (chunk, blanks) in enumerate(zip(pieces.chunks, contexts, strict=True)):
