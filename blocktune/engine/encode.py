@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
+import copy
+import hashlib
 import time
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,18 +17,12 @@ from transformers import DynamicCache
 
 from blocktune.adapter import scope_of
 from blocktune.attention import Plan, SplitPlan
-from blocktune.cache import (
-    ChunkKV,
-    ChunkStates,
-    ChunkStore,
-    Entry,
-    states_key,
-    stored_key,
-)
+from blocktune.cache import ChunkKV, ChunkStates, ChunkStore, Entry, states_key, stored_key
+from blocktune.cache.miss_queue import MissQueue
 from blocktune.engine.press import Press
 from blocktune.engine.usage import Stopwatch
-from blocktune.layout import GLOBAL
 from blocktune.methods.hooks import ChunkLoader
+from blocktune.positions import RopeSpec
 from blocktune.prompt import LayoutSpec, Pieces, Prompt, lay_out, stack
 
 Ids = tuple[int, ...]
@@ -37,31 +32,19 @@ TOKENS_PER_PASS = 16_384
 
 @dataclass(frozen=True)
 class Piece:
-    """What is encoded by itself and stored: the prefix, or a chunk after its blanks.
+    """What is encoded by itself and stored: the prefix, or a chunk after its blanks."""
 
-    Attributes:
-        ids: Tokens that are stored.
-        blanks: Tokens before it during encoding, whose own states are dropped.
-        is_prefix: Whether it is the prefix, which no adapter of scope ``encode`` writes.
-    """
-
-    ids: Ids
-    blanks: Ids = ()
-    is_prefix: bool = False
+    ids: Ids  # tokens that are stored
+    blanks: Ids = ()  # tokens before it during encoding, whose own states are dropped
+    is_prefix: bool = False  # whether it is the prefix, which no adapter of scope ``encode`` writes
 
 
 def alone(piece: Piece) -> Prompt:
     """The rows of a piece by itself: its tokens from position 0, its blanks before that."""
     if piece.is_prefix:
         return lay_out(Pieces(prefix=piece.ids, chunks=(), query=()), LayoutSpec())
-    spec = LayoutSpec(shared_prefix=bool(piece.blanks))
-    prompt = lay_out(Pieces(prefix=piece.blanks, chunks=(piece.ids,), query=()), spec)
-    keep = (prompt.layout.group != GLOBAL)[0]
-    layout = prompt.layout.map(lambda field: field[:, keep])
-    moved = layout.position - len(piece.blanks)
-    ids = torch.tensor(prompt.ids)[keep].tolist()
-    labels = torch.tensor(prompt.labels)[keep].tolist()
-    return Prompt(tuple(ids), dataclasses.replace(layout, position=moved), tuple(labels))
+    chunk = Pieces(prefix=(), chunks=(piece.ids,), query=())
+    return lay_out(chunk, LayoutSpec(), contexts=[piece.blanks])
 
 
 def grouped(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
@@ -80,11 +63,19 @@ def _size(piece: Piece) -> int:
     return len(piece.blanks) + len(piece.ids)
 
 
-class Found(NamedTuple):
-    """Encoded pieces and what finding them took.
+class EncodeReport(NamedTuple):
+    """What `Engine.encode` did: chunks given, newly encoded, tokens and seconds of those."""
 
-    ``hits`` were in the store, ``misses`` had to be encoded. ``states`` are what each piece carried
-    into the layers that were asked for.
+    num_chunks: int
+    num_encoded: int
+    num_tokens: int
+    encode_s: float
+
+
+class Found(NamedTuple):
+    """Encoded pieces: ``hits`` were in the store, ``misses`` had to be encoded.
+
+    ``states`` are what each piece carried into the layers that were asked for.
     """
 
     kvs: dict[Piece, ChunkKV]
@@ -107,11 +98,15 @@ class Encoder:
         store: ChunkStore,
         fingerprint: str,
         pad_id: int,
+        rope: RopeSpec | None = None,
         press: Press | None = None,
     ):
-        """Encodes with ``model`` (attached to blocktune's attention) and keeps in ``store``."""
-        self.model, self.store, self.tenant, self.press = model, store, "", press
-        self.fingerprint, self.pad_id = fingerprint, pad_id
+        """Encodes with ``model`` (attached to blocktune's attention) and keeps in ``store``.
+
+        ``rope`` is the model's; ``press`` drops keys of the chunks.
+        """
+        self.model, self.store, self.tenant = model, store, ""
+        self.fingerprint, self.pad_id, self.rope, self.press = fingerprint, pad_id, rope, press
         self._is_scoped = scope_of(model) != "both"
 
     def find(
@@ -159,6 +154,47 @@ class Encoder:
         watch.stop("encode_s")
         return Found(kvs, hits, frozenset(missing), states)
 
+    def encode(
+        self,
+        prefix: Piece | None,
+        chunks: Sequence[Piece],
+        documents: Sequence[str],
+        progress: Callable[[int, int], None] | None,
+    ) -> EncodeReport:
+        """See `Engine.encode`; ``documents`` are the names of the chunks'."""
+        watch = Stopwatch(self.model.device)
+        wanted = dict.fromkeys([*([prefix] if prefix else []), *chunks])
+        names = dict(zip(chunks, documents, strict=True))
+        new: set[Piece] = set()
+        done, total = 0, sum(len(piece.ids) for piece in wanted)
+        for group in grouped(wanted):  # only the store keeps them: a corpus does not fit in memory
+            new |= self.find(group, watch, documents=names).misses
+            done += sum(len(piece.ids) for piece in group)
+            if progress is not None:
+                progress(done, total)
+        new.discard(prefix)
+        tokens = sum(len(piece.ids) for piece in new)
+        return EncodeReport(len(chunks), len(new), tokens, watch.seconds.get("encode_s", 0.0))
+
+    def encode_wanted(self, most: int, longest: int) -> int:
+        """See `Engine.encode_wanted`; chunks of more than ``longest`` tokens are left out."""
+        queue = MissQueue(self.store.folder)
+        wanted = queue.take(self.fingerprint, most)
+        watch = Stopwatch(self.model.device)
+        pieces = [Piece(*one) for one in wanted]
+        for group in grouped(piece for piece in pieces if _size(piece) <= longest):
+            self.find(group, watch)
+        queue.done(self.fingerprint, wanted)
+        return len(wanted)
+
+    def salted(self, salt: str, what: str = "salt") -> Encoder:
+        """See `Engine.salted`."""
+        other, mixed = copy.copy(self), f"{self.fingerprint} {what} {salt}"
+        other.fingerprint = hashlib.sha256(mixed.encode()).hexdigest()
+        other.tenant = other.fingerprint[:12]
+        self.store.share_rope(self.fingerprint, other.fingerprint)
+        return other
+
     def _look_up(self, key: str, piece: Piece, kind: type[Entry], watch, loader=None):
         if loader is None:
             found = self.store.lookup(key, piece.ids, self.fingerprint, kind)
@@ -180,8 +216,8 @@ class Encoder:
 
     @torch.no_grad()
     def _encode_together(self, pieces: list[Piece], layers: Sequence[int]) -> list[_Encoded]:
-        whole = [self._whole(piece) for piece in pieces]
-        batch = stack([alone(piece) for piece in whole], self.pad_id).to(self.model.device)
+        whole = [alone(self._whole(piece)) for piece in pieces]
+        batch = stack(whole, self.pad_id).to(self.model.device)
         cache = DynamicCache()
         plan = InputRecorder(SplitPlan(batch.layout), layers)
         with nullcontext() if self.press is None else self.press.watching(self.model) as seen:
@@ -193,9 +229,8 @@ class Encoder:
                 use_cache=True,
                 logits_to_keep=1,
             )
-        return [
-            self._cut(cache, plan.inputs, seen, index, piece) for index, piece in enumerate(pieces)
-        ]
+        made = cache, plan.inputs, seen
+        return [self._cut(*made, index, piece) for index, piece in enumerate(pieces)]
 
     def _whole(self, piece: Piece) -> Piece:
         """What is encoded: of a chunk that is thinned, the tokens that are dropped, too."""
@@ -210,7 +245,7 @@ class Encoder:
         seen: list[dict[str, Any]] | None,
         index: int,
         piece: Piece,
-    ):
+    ) -> _Encoded:
         whole, ids = self._whole(piece), torch.tensor(piece.ids)
         span = slice(len(whole.blanks), _size(whole))
         keys = tuple(layer.keys[index, :, span] for layer in cache.layers)

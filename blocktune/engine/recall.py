@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from blocktune.cache.responses import ResponseCache, scope_of
-from blocktune.engine.generation import Sampling
+from blocktune.engine.generation import Answer, Sampling
 from blocktune.engine.state import EngineState
 from blocktune.engine.usage import Ttft, Usage
 from blocktune.methods import Method
@@ -85,6 +85,19 @@ class Recall:
         about = {"seconds": seconds, "tenant": self.state.encoder.tenant}
         scope = self._scope(stream, pieces)
         self.cache.keep(scope, pieces.context, pieces.query, question, facts, **about)
+
+    def answer(self, stream: int, pieces: Pieces, question: str) -> Answer | None:
+        """The answer that `keep_answer` kept."""
+        if (known := self.find(stream, pieces, question)) is None:
+            return None
+        return Answer(known[0]["text"], tuple(known[0]["ids"]), known[1])
+
+    def keep_answer(
+        self, stream: int, pieces: Pieces, question: str, text: str, ids, seconds: float = 0.0
+    ) -> None:
+        """Keeps an answer's text and token ids."""
+        facts = {"text": text, "ids": list(ids), "count": len(ids)}
+        self.keep(stream, pieces, question, facts, seconds)
 
     def _scope(self, stream: int, pieces: Pieces) -> str:
         sizes = tuple(map(len, (pieces.prefix, *pieces.chunks)))

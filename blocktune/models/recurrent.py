@@ -28,18 +28,13 @@ REUSE_REFUSED = {
 class Recurrence:
     """How a model continues from a cache.
 
-    Attributes:
-        argument: What its `forward` calls the cache.
-        several: Whether one pass over several tokens continues from a state. Mamba-1 layers (Jamba)
-            start from zero unless they get one token at a time.
-        last_only: Whether it can leave out the logits of all tokens but the last.
-        has_states: Whether it has recurrent layers; else it only attends, at absolute positions.
+    Mamba-1 layers (Jamba) start from zero unless they get one token at a time: not ``several``.
     """
 
-    argument: str
-    several: bool
-    last_only: bool
-    has_states: bool = True
+    argument: str  # what its `forward` calls the cache
+    several: bool  # whether a pass over several tokens continues from a state
+    last_only: bool  # whether it can leave out all logits but the last
+    has_states: bool = True  # whether layers are recurrent; else it attends at absolute positions
 
     @property
     def refusal(self) -> str:
@@ -47,10 +42,7 @@ class Recurrence:
         return REUSE_REFUSED[self.has_states]
 
     def run(self, model: PreTrainedModel, cache: DynamicCache, ids: Tensor, fresh: bool) -> Tensor:
-        """Logits ``(1, V)`` after ``ids`` ``(1, S)``, which the cache then holds, too.
-
-        ``fresh``: Whether it holds nothing yet.
-        """
+        """Logits ``(1, V)`` after ``ids`` ``(1, S)``, which the cache holds then."""
         more = {"logits_to_keep": 1} if self.last_only else {}
         steps = [ids] if fresh or self.several else ids.split(1, dim=1)
         for step in steps:
@@ -65,9 +57,7 @@ def find_recurrence(model: PreTrainedModel, always: bool = False) -> Recurrence 
     ``always`` asks it of a model that only attends, too.
 
     Eight tokens are run, in one pass and in two, to see that the second continues from the first.
-
-    Raises:
-        ValueError: If the model does not continue its own cache, or has sliding windows as well.
+    Raises ValueError if it does not, or the model has sliding windows as well.
     """
     try:
         cache = DynamicCache(config=model.config)
@@ -78,7 +68,7 @@ def find_recurrence(model: PreTrainedModel, always: bool = False) -> Recurrence 
         return None
     name = type(model).__name__
     if any(cache.is_sliding):
-        raise ValueError(f"{name} resumes no prefix under its sliding windows: use a RoPE model")
+        raise ValueError(f"{name} has recurrent layers and sliding windows, which are not served")
     takes = inspect.signature(model.forward).parameters
     argument = next((a for a in ("past_key_values", "cache_params") if a in takes), None)
     if argument is None:
