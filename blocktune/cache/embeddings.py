@@ -18,19 +18,13 @@ MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 
 
 class Embedder:
-    """A model of sentence-transformers whose results are kept in a store.
+    """A model of sentence-transformers (folder or name) whose results are kept in a store.
 
-    Args:
-        model: Folder or name on the Hub, or a loaded `SentenceTransformer`.
-        store: Where embeddings are kept; None: nowhere.
-
-    Raises:
-        ValueError: If sentence-transformers is not installed, or there is no such model.
+    Raises ValueError if sentence-transformers is not installed, or there is no such model.
     """
 
-    def __init__(self, model: Any = MODEL, store: ChunkStore | None = None):
-        self.store = store
-        self.model = _load(model) if isinstance(model, str) else model
+    def __init__(self, model: str = MODEL, store: ChunkStore | None = None):
+        self.store, self.model = store, _load(model)
         self.fingerprint = weights_hash(self.model)
 
     @classmethod
@@ -42,28 +36,23 @@ class Embedder:
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Vectors of length 1, ``(N, D)`` float32 on the CPU."""
-        found = {text: self._known(text) for text in texts}
-        new = [text for text, vector in found.items() if vector is None]
-        if new:
+        ids = {text: text_bytes(text) for text in texts}
+        keys = {text: chunk_key(self.fingerprint, one) for text, one in ids.items()}
+        found = {}
+        for text in ids if self.store is not None else ():
+            record = self.store.get(keys[text], ids[text], self.fingerprint, Record)
+            if record is not None:
+                found[text] = record.data[0].cpu()
+        if new := [text for text in ids if text not in found]:
             started = time.perf_counter()
-            made = self.model.encode(
-                new, convert_to_tensor=True, normalize_embeddings=True, show_progress_bar=False
-            )
+            options = {"normalize_embeddings": True, "show_progress_bar": False}
+            made = self.model.encode(new, convert_to_tensor=True, **options).float().cpu()
             seconds = (time.perf_counter() - started) / len(new)
-            for text, vector in zip(new, made.float().cpu(), strict=True):
-                found[text] = vector
-                if self.store is not None:
-                    ids = text_bytes(text)
-                    record = Record((vector,), ids, self.fingerprint)
-                    keep(self.store, chunk_key(self.fingerprint, ids), record, seconds=seconds)
+            found |= zip(new, made, strict=True)
+            for text in new if self.store is not None else ():
+                record = Record((found[text],), ids[text], self.fingerprint)
+                keep(self.store, keys[text], record, seconds=seconds)
         return torch.stack([found[text] for text in texts])
-
-    def _known(self, text: str) -> Tensor | None:
-        if self.store is None:
-            return None
-        ids = text_bytes(text)
-        record = self.store.get(chunk_key(self.fingerprint, ids), ids, self.fingerprint, Record)
-        return None if record is None else record.data[0].cpu()
 
 
 def _load(name: str) -> Any:

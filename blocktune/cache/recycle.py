@@ -8,7 +8,7 @@ recycling keeps whole prompts on every tier of a `ChunkStore`, so that they surv
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -44,13 +44,10 @@ class RecycledMatch(PrefixMatch):
 
 
 class Recycler:
-    """Whole prompts in a store, with the interface of a `PrefixTree`.
+    """Whole prompts in a store, matched and inserted as in a `PrefixTree`.
 
-    Args:
-        store: Gets the exact states of prompts as records; its tiers, budgets and policy hold.
-        read: From token ids to the text that is embedded.
-        embed: Makes the embeddings.
-        candidates: Nearest prompts that are tested, in order of similarity; the paper tests one.
+    ``read`` turns token ids into the text that ``embed`` embeds. The nearest ``candidates`` are
+    tested; the paper tests one.
     """
 
     def __init__(
@@ -63,12 +60,7 @@ class Recycler:
         self.store, self.read, self.embed, self.candidates = store, read, embed, candidates
 
     def match(self, fingerprint: str, token_ids: Sequence[int]) -> RecycledMatch:
-        """The nearest earlier prompt whose tokens are all a prefix of these; use it by ``with``.
-
-        Args:
-            fingerprint: Of the model that runs, mixed with the tenant's salt.
-            token_ids: Of the prompt, as far as it may be cached.
-        """
+        """The nearest earlier prompt whose tokens are all a prefix of these."""
         ids = tuple(token_ids)
         near = self._list(fingerprint).find(self._vector(ids), self.candidates) if ids else ()
         for hit in near:
@@ -81,37 +73,24 @@ class Recycler:
     def insert(self, exact: ExactKV) -> int:
         """Stores a prompt, joined to the recycled one that it continues; the tokens added.
 
-        Raises:
-            ValueError: If the state is not exact, or has recurrent layers.
+        Raises ValueError if the state is not exact.
         """
         if not isinstance(exact, ExactKV):
             raise ValueError(f"only an `ExactKV` can be recycled, got a {type(exact).__name__}")
-        if exact.states is not None:
-            raise ValueError("recycling keeps keys and values, this model has recurrent layers")
         keys, values = exact.keys, exact.values
-        if not exact.token_ids:
-            return 0
-        if exact.context:
+        if exact.context and exact.token_ids:
             before = self._run(exact.fingerprint, exact.context)
             if before is None:  # it left the store meanwhile
                 return 0
-            keys, values = (
-                tuple(torch.cat(pair, 1) for pair in zip(*both, strict=True))
-                for both in ((before.keys, keys), (before.values, values))
-            )
+            pairs = ((before.keys, keys), (before.values, values))
+            keys, values = ([torch.cat(pair, 1) for pair in zip(*p, strict=True)] for p in pairs)
         ids = exact.context + exact.token_ids
         key = self._key(exact.fingerprint, ids)
         record = Record((*keys, *values), torch.tensor(ids), exact.fingerprint)
-        if not keep(self.store, key, record):
+        if not exact.token_ids or not keep(self.store, key, record):
             return 0
         self._list(exact.fingerprint).add(key, len(ids), self._vector(ids))
         return len(exact.token_ids)
-
-    def checkpoints_for(
-        self, fingerprint: str, num_tokens: int, ends: Iterable[int] = ()
-    ) -> tuple[int, ...]:
-        """As in `PrefixTree`; without recurrent layers there are none."""
-        return ()
 
     def _run(self, fingerprint: str, ids: Ids) -> _Run | None:
         found = self.store.get(self._key(fingerprint, ids), ids, fingerprint, Record)

@@ -269,17 +269,15 @@ class Engine:
         examples = [as_request(example) for example in examples]
         pieces, prompts = self._read(examples, method, max_new_tokens)
         read_s = (time.perf_counter() - started) / max(1, len(examples))
-        answers: list[Answer | None] = [None] * len(examples)
-        recall = Recall.of(self.responses, self._state, method, sampling, max_new_tokens)
-        if recall is not None:
-            asked = [example.question for example in examples]
-            numbered = zip(range(len(asked)), pieces, asked, strict=True)
-            answers = [recall.answer(*one) for one in numbered]
+        asked = zip(range(len(pieces)), pieces, [e.question for e in examples], strict=True)
+        decoding = sampling, max_new_tokens
+        recalls = [Recall.of(self.responses, self._state, method, decoding, a) for a in asked]
+        answers = [one and one.answer() for one in recalls]
         order = [index for index, known in enumerate(answers) if known is None]
         if method.history is None:  # what one prompt leaves behind serves the next
             order.sort(key=lambda index: len(prompts[index].ids))
-        decoding = self._state.decode_cache
-        batch_size = 1 if decoding is not None and decoding.window else batch_size
+        held = self._state.decode_cache
+        batch_size = 1 if held is not None and held.window else batch_size
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             warm_up(self._state, self.prompts, [pieces[i] for i in batch], method)
@@ -291,9 +289,8 @@ class Engine:
             made = run.answers(sampling, max_new_tokens, streams=batch)
             for index, answer in zip(batch, made, strict=True):
                 answers[index] = answer
-                if recall is not None:
-                    what = answer.text, answer.token_ids, answer.usage.ttft_s
-                    recall.keep_answer(index, pieces[index], asked[index], *what)
+                if (recall := recalls[index]) is not None:
+                    recall.keep(answer.text, answer.token_ids, answer.usage.ttft_s)
         return [
             dataclasses.replace(answer, chunks=tuple(example.chunks))
             for answer, example in zip(answers, examples, strict=True)
@@ -309,9 +306,10 @@ class Engine:
     ) -> Iterator[str]:
         """Yields an answer's text as it is made; the pieces join to `answer`'s text."""
         method, sampling, example = built(method), sampling or Sampling(), as_request(example)
-        recall = Recall.of(self.responses, self._state, method, sampling, max_new_tokens)
         asked = 0, self.prompts.pieces(example, method), example.question
-        if recall is not None and (known := recall.answer(*asked)) is not None:
+        decoding = sampling, max_new_tokens
+        recall = Recall.of(self.responses, self._state, method, decoding, asked)
+        if recall is not None and (known := recall.answer()) is not None:
             yield known.text
             return
         warm_up(self._state, self.prompts, [asked[1]], method)
@@ -320,7 +318,7 @@ class Engine:
         ids: list[int] = []
         yield from run.texts(sampling, max_new_tokens, ids)
         if recall is not None:
-            recall.keep_answer(*asked, self._state.text(ids), ids)
+            recall.keep(self._state.text(ids), ids)
 
     def cache(
         self, chunks: Any, method: str | Method = "naive", question: str | None = None

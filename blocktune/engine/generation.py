@@ -18,6 +18,7 @@ from transformers import (
 from blocktune.attention.cached import CachePlan
 from blocktune.cache import cut_exact
 from blocktune.engine.assemble import Assembled
+from blocktune.engine.decode_cache import DecodingCache
 from blocktune.engine.layer_schedule import Prefill
 from blocktune.engine.rows import decoded_rows
 from blocktune.engine.state import ServedBatch
@@ -169,7 +170,7 @@ class Generation(ServedBatch):
                 self.remember()
                 if self.state.decode_cache is not None:
                     how, reshapes = self.state.decode_cache, self.reshaping is not None
-                    self.cache = how.filled(self.cache, reshapes)
+                    self.cache = DecodingCache(how, self.cache, reshapes)
             yield token[:, 0].masked_fill(ended, -1), logits
             ended |= torch.isin(token[:, 0], stops)
             if step + 1 == max_new_tokens or bool(ended.all()):

@@ -22,13 +22,9 @@ from blocktune.prompt import LayoutSpec
 
 
 class Press:
-    """A press by its name and ratio, such as ``snapkv:0.5``, which drops half of the keys.
+    """A press by its name and ratio: ``snapkv:0.5`` drops half of the keys.
 
-    Attributes:
-        text: As it was given.
-
-    Raises:
-        ValueError: If kvpress is not installed, has no such press, or the ratio is out of range.
+    Raises ValueError if kvpress is not installed, has no such press, or the ratio is no share.
     """
 
     def __init__(self, text: str):
@@ -49,34 +45,31 @@ class Press:
         return int(num_tokens * (1 - self._press.compression_ratio)) or num_tokens
 
     def require(self, method: Method, spec: LayoutSpec) -> None:
-        """Raises ValueError if a method needs the tokens that were dropped."""
-        plain = type(method.select()) is Nothing and method.history is None
-        if method.cached is Cached.CHUNKS and not (plain and spec.block and not spec.keeps_bos):
+        """Raises ValueError if a method needs tokens that are dropped, or encodes others, too."""
+        plain = type(method.select()) is Nothing and method.history is None and spec.block
+        others = spec.num_learned or spec.sinks or spec.keeps_bos
+        if method.cached is Cached.CHUNKS and (others or not plain):
             raise ValueError(
-                f"method '{method.name}' needs all keys of a chunk, and press '{self.text}' drops "
-                "some; use a method that recomputes nothing, or leave the press out"
-            )
-        if method.cached is Cached.CHUNKS and (spec.num_learned or spec.sinks):
-            raise ValueError(
-                f"method '{method.name}' encodes chunks after or between other tokens, which press "
-                f"'{self.text}' would score as well; leave the press out"
+                f"method '{method.name}' recomputes tokens of chunks or adds some to them, which "
+                f"press '{self.text}' drops or would score; use naive, ape or sel, or no press"
             )
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[list[dict[str, Any]]]:
         """Inside the block, a forward pass fills what it yields: the inputs of each attention."""
         seen: list[dict[str, Any]] = []
-        rotary = getattr(decoder_of(model), "rotary_emb", None)
-        for layer in decoder_layers(model):  # where kvpress puts it; no submodule of the model's
-            vars(_attention(layer)).setdefault("rotary_emb", rotary)
-        hooks = [
-            _attention(layer).register_forward_pre_hook(
-                lambda module, args, kwargs: seen.append({"module": module, **kwargs}),
-                with_kwargs=True,
-            )
-            for layer in decoder_layers(model)
-        ]
+
+        def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            seen.append({"module": module, **kwargs})
+
+        rotary, hooks = getattr(decoder_of(model), "rotary_emb", None), []
         try:
+            for layer in decoder_layers(model):
+                if not hasattr(layer, "self_attn"):
+                    raise ValueError(f"presses need '.self_attn', {type(layer).__name__} has none")
+                # Where kvpress puts it; it is no submodule of the model's.
+                vars(layer.self_attn).setdefault("rotary_emb", rotary)
+                hooks.append(layer.self_attn.register_forward_pre_hook(note, with_kwargs=True))
             yield seen
         finally:
             for hook in hooks:
@@ -87,35 +80,22 @@ class Press:
     ) -> tuple[Tensor, Tensor]:
         """Keys and values ``(K, n, D)`` that remain of a layer's ``(K, S, D)`` of one prompt.
 
-        Raises:
-            ValueError: If the press does not drop the same number of keys in every layer.
+        Raises ValueError if the press does not drop the same number in every layer.
         """
-        size = keys.shape[1]
-        wanted = self.count(size)
+        size, wanted = keys.shape[1], self.count(keys.shape[1])
         if wanted == size:
             return keys, values
         hidden = seen["hidden_states"][prompt, None, :size]
         turns = [part[prompt % len(part), None, :size] for part in seen["position_embeddings"]]
-        made = self._press.compress(
-            seen["module"],
-            hidden,
-            keys[None],
-            values[None],
-            None,
-            {"position_embeddings": turns, "hidden_states": hidden},
-        )
+        about = {"position_embeddings": turns, "hidden_states": hidden}
+        states = keys[None], values[None]
+        made = self._press.compress(seen["module"], hidden, *states, None, about)
         if any(part.shape[2] != wanted for part in made):
             raise ValueError(
                 f"press '{self.text}' leaves {made[0].shape[2]} keys of {size} in one layer and "
                 f"{wanted} in another; use one that drops as many in every layer, such as snapkv"
             )
         return made[0][0], made[1][0]
-
-
-def _attention(layer: nn.Module) -> nn.Module:
-    if not hasattr(layer, "self_attn"):
-        raise ValueError(f"presses need layers with '.self_attn', {type(layer).__name__} has none")
-    return layer.self_attn
 
 
 def _presses() -> dict[str, type]:
@@ -125,21 +105,19 @@ def _presses() -> dict[str, type]:
     before = dict(ALL_ATTENTION_FUNCTIONS.items())
     try:
         import kvpress
-    except ImportError:
+    except ImportError as error:
         raise ValueError(
-            "presses need the package kvpress, which pins an older transformers; run "
+            f"presses need the package kvpress ({error}), which pins an older transformers; run "
             "pip install --no-deps kvpress 'cachetools<6' fire termcolor"
         ) from None
     for name, function in before.items():  # it wraps all of them when it is first imported
         ALL_ATTENTION_FUNCTIONS[name] = function
-    named = ((name.lower().removesuffix("press"), getattr(kvpress, name)) for name in dir(kvpress))
     base = kvpress.ScorerPress
+    classes = [cls for cls in vars(kvpress).values() if isinstance(cls, type)]
     return {
-        name: cls
-        for name, cls in named
-        if isinstance(cls, type)
-        and issubclass(cls, base)
+        cls.__name__.lower().removesuffix("press"): cls
+        for cls in classes
+        if issubclass(cls, base)
         and cls.score is not base.score
-        and cls.forward_hook is base.forward_hook
-        and cls.__call__ is base.__call__
+        and (cls.forward_hook, cls.__call__) == (base.forward_hook, base.__call__)
     }

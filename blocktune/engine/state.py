@@ -95,6 +95,11 @@ class EngineState:
     def prefixes(self, method: Method) -> Any:
         """Where exact prefixes of a method's prompts are kept, like a `PrefixTree`."""
         own = method.prefixes(self.encoder.store, self.tokenizer.decode)
+        if own is not None and self.recurrence is not None and self.recurrence.has_states:
+            raise ValueError(
+                f"method '{method.name}' keeps keys and values alone, and this model has recurrent "
+                "layers; use prefix-cache"
+            )
         return self.prefix_tree if own is None else own
 
     def stop_ids(self) -> frozenset[int]:

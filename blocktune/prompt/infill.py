@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
@@ -29,25 +28,10 @@ MARKERS = (
 """What opens the prefix, the suffix and the middle; the last row is DeepSeek-Coder's."""
 
 
-@dataclass
-class _Session:
-    """One place in a text: pieces of its prefix, of which ``before`` stand before the suffix."""
-
-    parts: list[str] = field(default_factory=list)
-    before: int = 0
-
-
 class Infill:
     """Makes the prompts of one user, who types in up to ``most`` places at a time.
 
-    ```python
-    infill = Infill(engine.tokenizer)
-    run = engine.start([infill.pieces("def add(a, b): ", "print(add(1, 2))")], "prefix-cache")
-    answer = run.answers(Sampling(), 32, streams=(0,))[0]
-    ```
-
-    Raises:
-        ValueError: If the tokenizer has none of the `MARKERS`.
+    Raises ValueError if the tokenizer has none of the `MARKERS`.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, most: int = 64):
@@ -58,10 +42,10 @@ class Infill:
                 f"tokenizer '{tokenizer.name_or_path}' has no tokens for infilling (such as "
                 f"{MARKERS[0][0]}); use a code model that was trained to fill in the middle"
             )
-        self.tokenizer, self.most = tokenizer, most
+        self.tokenizer, self.most, self._lock = tokenizer, most, threading.Lock()
         self._markers = [(known[token],) for token in found[0]]
-        self._sessions: OrderedDict[str, _Session] = OrderedDict()  # by suffix
-        self._lock = threading.Lock()
+        # By suffix: the prefix in pieces, and how many of them stand before the suffix.
+        self._places: OrderedDict[str, tuple[list[str], int]] = OrderedDict()
 
     def pieces(self, prefix: str, suffix: str) -> Pieces:
         """The prompt for the text between ``prefix`` and ``suffix``, without chunks.
@@ -70,20 +54,18 @@ class Infill:
         the suffix stands after the whole prefix, whose pieces stay as they were tokenised before.
         """
         with self._lock:
-            session = self._sessions.pop(suffix, None)
-            parts = _continued(prefix, session.parts) if session else []
-            if session and parts[: session.before] == session.parts[: session.before]:
-                before = session.before
-            else:
-                others = (other.parts for other in self._sessions.values())
-                old = max((_continued(prefix, one) for one in [*others, parts]), key=_shared)
-                parts, before = old, len(old)
-            self._sessions[suffix] = _Session(parts, before)
-            while len(self._sessions) > self.most:
-                self._sessions.popitem(last=False)
-        first, second, third = self._markers
+            old, before = self._places.pop(suffix, ([], 0))
+            parts = _continued(prefix, old)
+            if not before or parts[:before] != old[:before]:
+                others = [_continued(prefix, other) for other, _ in self._places.values()]
+                parts = max([*others, parts], key=lambda one: sum(map(len, one[:-1])))
+                before = len(parts)
+            self._places[suffix] = parts, before
+            while len(self._places) > self.most:
+                self._places.popitem(last=False)
         read = [encode(self.tokenizer, part, split_special_tokens=True) for part in parts]
         after = encode(self.tokenizer, suffix, split_special_tokens=True)
+        first, second, third = self._markers
         ids = first + sum(read[:before], ()) + second + after + third + sum(read[before:], ())
         ids = with_bos(self.tokenizer, ids)
         return Pieces(ids[:-1], (), ids[-1:])
@@ -98,8 +80,3 @@ def _continued(prefix: str, parts: list[str]) -> list[str]:
         kept.append(part)
         at += len(part)
     return [*kept, prefix[at:]] if at < len(prefix) or not kept else kept
-
-
-def _shared(parts: list[str]) -> int:
-    """Characters that were known."""
-    return sum(map(len, parts[:-1]))

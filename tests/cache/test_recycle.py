@@ -168,7 +168,7 @@ def test_an_embedding_is_computed_once(tmp_path, monkeypatch):
     assert torch.equal(first[0], first[2])
     assert not torch.equal(first[0], first[1])
     torch.testing.assert_close(first.norm(dim=1), torch.ones(3), rtol=0, atol=1e-5)
-    again = Embedder(embed.model, ChunkStore(folder=tmp_path))
+    again = Embedder(MODEL, ChunkStore(folder=tmp_path))
     monkeypatch.setattr(again.model, "encode", None)
     assert torch.equal(again(["Where?"])[0], first[1])
     with pytest.raises(TypeError):
