@@ -93,7 +93,7 @@ def claims(method: Method) -> dict[str, Claim]:
             fresh, rows = "everything fresh = full prefill of the same rows", all_visible
         whole = _neutral(compose(method, select=Everything()))
         pairs[fresh] = partial(_is_dense, method=whole, rows=rows)
-        if method.history is not None:
+        if method.history is not None and method.history.begins_in_full:
             pairs["without a history = full prefill"] = _without_history
         if takes_budget(method.select()):
             pairs["a budget of nothing or all = nothing or all"] = _budget_ends

@@ -60,7 +60,7 @@ def answer(
         list[str] | None, Option(help="Parameter of the method, as name=value; repeatable.")
     ] = None,
     store: opt.Store = None,
-    batch_size: Annotated[int, Option(min=1, help="Questions per batch.")] = 8,
+    batch_size: opt.BatchSize = 8,
     output: Annotated[
         Path | None,
         Option(
@@ -156,7 +156,7 @@ def encode(
     """Encode chunks ahead of time into a store that `answer --store` reads."""
     from blocktune.adapter import INFO_FILE
     from blocktune.cache import ChunkStore
-    from blocktune.commands.answering import encoding_progress
+    from blocktune.commands.answering import encoding_progress, report_encoded
     from blocktune.data import load_chunks
     from blocktune.engine import EncodeReport
     from blocktune.evaluation.runner import launched
@@ -179,19 +179,9 @@ def encode(
         encoding_progress(processes.is_main) as progress,
     ):
         report = engine.encode(mine, progress) if mine else EncodeReport(0, 0, 0, 0.0)
-    known = report.num_chunks - report.num_encoded
-    stats = kept.stats()
-    written = stats.disk_bytes_written
-    each = f", {written / report.num_tokens / 1e3:,.1f} kB a token" if report.num_tokens else ""
-    typer.echo(
-        (f"process {processes.rank + 1} of {processes.count}: " if processes.count > 1 else "")
-        + f"encoded {report.num_encoded:,} chunks ({report.num_tokens:,} tokens) in "
-        f"{report.encode_s:.1f} s, {known:,} were there; {written / 1e6:,.1f} MB written to "
-        f"{kept.place}{each}"
-    )
+    who = f"process {processes.rank + 1} of {processes.count}: " if processes.count > 1 else ""
+    report_encoded(report, kept, who)
     processes.wait()
-    if problem := opt.rejected(stats, kept.place):
-        typer.echo(problem, err=True)
     while follow:
         if count := engine.encode_wanted():
             typer.echo(f"{count:,} chunks were wanted, and are encoded")

@@ -97,13 +97,11 @@ def answer(
     limit: Limit = None,
     split: Split = None,
     fields: Fields = None,
-    max_new_tokens: Annotated[int, Option(min=1, help="Longest answer, in tokens.")] = 200,
-    temperature: Annotated[float, Option(help="0 is greedy; KVLink took 0.7.")] = 0.0,
-    top_p: Annotated[
-        float, Option(help="Nucleus sampling: keep tokens up to this cumulative probability.")
-    ] = 1.0,
-    seed: Annotated[int, Option(help="Seed of the sampling.")] = 0,
-    batch_size: Annotated[int, Option(min=1, help="Questions answered at a time.")] = 16,
+    max_new_tokens: opt.MaxNewTokens = 200,
+    temperature: opt.Temperature = 0.0,
+    top_p: opt.TopP = 1.0,
+    seed: opt.Seed = 0,
+    batch_size: opt.BatchSize = 16,
     only_correct: Annotated[
         bool, Option("--only-correct", help="Leave out answers that mention no accepted one.")
     ] = False,

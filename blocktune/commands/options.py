@@ -74,6 +74,16 @@ Format = Annotated[
         "question. --instruction and --system override it.",
     ),
 ]
+of_decoding = partial(Option, rich_help_panel="Decoding")
+MaxNewTokens = Annotated[int, of_decoding(min=1, help="Longest answer, in tokens.")]
+Temperature = Annotated[
+    float, of_decoding(help="0 picks the likeliest token; higher values sample more evenly.")
+]
+TopP = Annotated[
+    float, of_decoding(help="Nucleus sampling: keep tokens up to this cumulative probability.")
+]
+Seed = Annotated[int, of_decoding(help="Random seed for sampling.")]
+BatchSize = Annotated[int, Option(min=1, help="Questions per batch.")]
 Limit = Annotated[int | None, Option(min=1, help="Use only the first N questions.")]
 AsJson = Annotated[bool, Option("--json", help="Print JSON for programs.")]
 

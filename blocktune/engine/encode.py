@@ -7,8 +7,8 @@ import hashlib
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from transformers import DynamicCache
 
 from blocktune.adapter import scope_of
 from blocktune.attention import Plan, SplitPlan
-from blocktune.cache import ChunkKV, ChunkStates, ChunkStore, Entry, states_key, stored_key
+from blocktune.cache import ChunkKV, ChunkStates, ChunkStore, states_key, stored_key
 from blocktune.cache.miss_queue import MissQueue
 from blocktune.engine.press import Press
 from blocktune.engine.usage import Stopwatch
@@ -37,6 +37,19 @@ class Piece:
     ids: Ids  # tokens that are stored
     blanks: Ids = ()  # tokens before it during encoding, whose own states are dropped
     is_prefix: bool = False  # whether it is the prefix, which no adapter of scope ``encode`` writes
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.ids, self.blanks, self.is_prefix))
+
+    def __hash__(self):  # once for each piece: a prompt asks many times for each
+        return self._hash
+
+
+def wanted_pieces(prompt: Prompt) -> list[Piece]:
+    """The prefix (if any), then the chunks, each with the blanks it is encoded after."""
+    prefix = [Piece(prompt.prefix, is_prefix=True)] if prompt.prefix else []
+    return prefix + [Piece(*chunk) for chunk in prompt.chunks]
 
 
 def alone(piece: Piece) -> Prompt:
@@ -72,20 +85,34 @@ class EncodeReport(NamedTuple):
     encode_s: float
 
 
-class Found(NamedTuple):
-    """Encoded pieces: ``hits`` were in the store, ``misses`` had to be encoded.
+@dataclass
+class Found:
+    """Encoded pieces, and the tier of the store that had each (``none``: it had to be encoded)."""
 
-    ``states`` are what each piece carried into the layers that were asked for.
-    """
+    kvs: dict[Piece, ChunkKV] = field(default_factory=dict)
+    states: dict[tuple[Piece, int], ChunkStates] = field(default_factory=dict)  # of layers asked
+    tiers: dict[Piece, str] = field(default_factory=dict)
 
-    kvs: dict[Piece, ChunkKV]
-    hits: frozenset[Piece]
-    misses: frozenset[Piece]
-    states: dict[tuple[Piece, int], ChunkStates]
+    @property
+    def hits(self) -> set[Piece]:
+        """Pieces that the store had."""
+        return {piece for piece, tier in self.tiers.items() if tier != "none"}
+
+    @property
+    def misses(self) -> set[Piece]:
+        """Pieces that had to be encoded."""
+        return self.tiers.keys() - self.hits
 
 
-# A request asks several times for the key of each chunk: 0.1 ms for 512 tokens.
-_stored_key = lru_cache(1024)(stored_key)
+REMEMBERED = 1024
+"""Tokens of a piece whose key is remembered at most: keys of 512 tokens take 0.1 ms to make."""
+
+
+@lru_cache(2048)
+def _stored_key(fingerprint: str, piece: Piece, scoped: bool) -> str:
+    return stored_key(fingerprint, piece.ids, piece.blanks, scoped)
+
+
 _Encoded = tuple[Piece, ChunkKV, dict[int, ChunkStates]]
 
 
@@ -123,36 +150,46 @@ class Encoder:
         them is encoded again. ``watch`` gets ``lookup_s``, ``load_s`` and ``encode_s``. What is
         encoded can be removed by the names of ``documents``.
         """
-        kvs: dict[Piece, ChunkKV] = {}
-        states: dict[tuple[Piece, int], ChunkStates] = {}
-        missing = []
-        for piece in dict.fromkeys(pieces):
-            key = self.key(piece)
-            entry = self._look_up(key, piece, ChunkKV, watch, loader)
-            inputs = {
-                layer: self._look_up(states_key(key, layer), piece, ChunkStates, watch)
-                for layer in layers
-            }
-            if entry is None or None in inputs.values():
-                missing.append(piece)
-                continue
-            kvs[piece] = entry
-            states |= {(piece, layer): found for layer, found in inputs.items()}
-        hits = frozenset(kvs)
+        found = self.look_up(pieces, watch, layers, loader)
         watch.start()
-        for group in grouped(missing):
+        for group in grouped(piece for piece in found.tiers if piece not in found.kvs):
             started, tokens = time.perf_counter(), sum(map(_size, group))
             made = self._encode_together(group, layers)
             token_s = (time.perf_counter() - started) / tokens
             for piece, kv, inputs in made:
                 about = {"seconds": token_s * _size(piece), "tenant": self.tenant}
                 about["document"] = (documents or {}).get(piece, "")
-                kvs[piece] = self.store.put(self.key(piece), kv, **about)
+                found.kvs[piece] = self.store.put(self.key(piece), kv, **about)
                 for layer, entering in inputs.items():
                     key = states_key(self.key(piece), layer)
-                    states[piece, layer] = self.store.put(key, entering, **about)
+                    found.states[piece, layer] = self.store.put(key, entering, **about)
         watch.stop("encode_s")
-        return Found(kvs, hits, frozenset(missing), states)
+        return found
+
+    def look_up(
+        self,
+        pieces: Iterable[Piece],
+        watch: Stopwatch,
+        layers: Sequence[int] = (),
+        loader: ChunkLoader | None = None,
+    ) -> Found:
+        """What the store has of the pieces; see `find`, which encodes the others."""
+        found, model = Found(), self.fingerprint
+        for piece in dict.fromkeys(pieces):
+            key = self.key(piece)
+            looked = [(loader or self.store).lookup(key, piece.ids, model)]
+            for layer in layers:
+                own = states_key(key, layer)
+                looked.append(self.store.lookup(own, piece.ids, model, ChunkStates))
+            watch.add("lookup_s", sum(one.lookup_s for one in looked))
+            watch.add("load_s", sum(one.load_s for one in looked))
+            if any(one.kv is None for one in looked):
+                found.tiers[piece] = "none"
+                continue
+            found.tiers[piece], found.kvs[piece] = looked[0].tier, looked[0].kv
+            for layer, one in zip(layers, looked[1:], strict=True):
+                found.states[piece, layer] = one.kv
+        return found
 
     def encode(
         self,
@@ -195,19 +232,11 @@ class Encoder:
         self.store.share_rope(self.fingerprint, other.fingerprint)
         return other
 
-    def _look_up(self, key: str, piece: Piece, kind: type[Entry], watch, loader=None):
-        if loader is None:
-            found = self.store.lookup(key, piece.ids, self.fingerprint, kind)
-        else:
-            found = loader.lookup(key, piece.ids, self.fingerprint)
-        watch.add("lookup_s", found.lookup_s)
-        watch.add("load_s", found.load_s)
-        return found.kv
-
     def key(self, piece: Piece) -> str:
         """Under which the store keeps a piece."""
         scoped = piece.is_prefix and self._is_scoped
-        return _stored_key(self.fingerprint, piece.ids, piece.blanks, scoped)
+        make = _stored_key if _size(piece) <= REMEMBERED else _stored_key.__wrapped__
+        return make(self.fingerprint, piece, scoped)
 
     def sample(self) -> ChunkKV:
         """One token's keys and values, for their shapes and dtype."""

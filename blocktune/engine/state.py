@@ -13,7 +13,7 @@ from blocktune.adapter.load import load_model
 from blocktune.attention import attach
 from blocktune.cache import PrefixTree, RowCache
 from blocktune.engine.decode_cache import DecodeCache
-from blocktune.engine.encode import Encoder
+from blocktune.engine.encode import Encoder, Piece, wanted_pieces
 from blocktune.engine.rows import column_rows
 from blocktune.engine.usage import Stopwatch
 from blocktune.layout import Rows
@@ -125,6 +125,7 @@ class ServedBatch:
     columns: Rows  # facts of the columns of ``cache``, ``(B, N)``
     cache: RowCache
     reshaping: ReshapedAttention | None  # how rows see reused keys, or None
+    wanted: list[list[Piece]]  # of each prompt, what caches of chunks hold
 
     @classmethod
     def stacked(
@@ -144,4 +145,5 @@ class ServedBatch:
         exact = method.cached is not Cached.CHUNKS and reshape is None
         cache = RowCache(state.num_layers, *columns.kind.shape, spare=64, exact=exact)
         watch.stop("prompt_s")
-        return cls(state, method, pieces, watch, batch, columns, cache, reshaping)
+        wanted = [wanted_pieces(prompt) for prompt in prompts]
+        return cls(state, method, pieces, watch, batch, columns, cache, reshaping, wanted)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -47,9 +47,10 @@ class ServedModel(NamedTuple):
 
 
 class PromptHistory(ABC):
-    """Serves chunks as earlier prompts computed them, instead of encoding each alone."""
+    """Serves chunks as earlier prompts computed them, or after others, instead of each alone."""
 
     exact_alone: bool = False  # whether one chunk with nothing before it equals full prefill
+    begins_in_full: ClassVar[bool] = True  # whether a prompt without a history is computed in full
 
     @abstractmethod
     def lookup(

@@ -3,7 +3,7 @@
 Chunk reuse and block training are exact on a decoder if four properties hold: attention is all that
 mixes tokens, every layer attends by the function that blocktune hands it and keeps keys of its own,
 positions enter by rotating queries and keys alone, and a layer attends to what it tells that
-function. `examine` proves them, or names the one that stands in the way. Nothing is decided by a
+function. `examine` proves them, or names the one that is missing. Nothing is decided by a
 model's name.
 """
 

@@ -12,6 +12,7 @@ from typing import Any
 from fastapi import HTTPException, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
+from blocktune.methods.base import METHODS
 from blocktune.server.bodies import Bodies
 from blocktune.server.config import Tenant
 from blocktune.server.job import Busy, Delta, Event, Failure, Report
@@ -148,13 +149,14 @@ class Exchange:
     def _log(self, report: Report, bodies: Bodies) -> None:
         job, usage = self.asked.job, report.usage
         total_s = time.perf_counter() - job.created
-        labels = (self.asked.served.name, job.method.name, self.tenant.name)
-        self.service.metrics.book(labels, report, total_s)
+        model, tenant = self.asked.served.name, self.tenant.name
+        # Not the name of a composition: parameters would make a series of each request.
+        self.service.metrics.book((model, METHODS.name_of(job.method), tenant), report, total_s)
         _LOG.info(
             "%s model=%s method=%r tenant=%s prompt=%d cached=%d answer=%d queue=%.4fs "
             "ttft=%.4fs total=%.4fs%s",
-            *(bodies.id, *labels, usage.prompt_tokens, report.cached_tokens),
-            *(report.answer_tokens, report.queue_s, report.ttft_s, total_s),
+            *(bodies.id, model, job.method.name, tenant, usage.prompt_tokens),
+            *(report.cached_tokens, report.answer_tokens, report.queue_s, report.ttft_s, total_s),
             f" text={bodies.texts}" if self.service.config.log_texts else "",
         )
 

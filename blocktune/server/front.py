@@ -1,4 +1,4 @@
-"""From a request's messages and documents to token pieces, and from counts to ``usage``.
+"""From a request's messages and documents to token pieces.
 
 No engine and no model is needed here: a server on another engine reads requests the same way.
 
@@ -9,8 +9,8 @@ so that a conversation over the same documents finds them in the cache in every 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -115,8 +115,8 @@ def read_messages(messages: Sequence[Message]) -> Conversation:
 
 
 def _text_of(message: Message, documents: list[DocumentBlock]) -> str:
-    if isinstance(message.content, str):
-        return message.content
+    if message.content is None or isinstance(message.content, str):
+        return message.content or ""
     documents += [part for part in message.content if isinstance(part, DocumentBlock)]
     return "\n".join(part.text for part in message.content if not isinstance(part, DocumentBlock))
 
@@ -216,30 +216,3 @@ def plain_pieces(
     if not query:
         prefix, query = (), prefix
     return Pieces(prefix, tuple(chunk_ids(tokenizer, fmt, chunk) for chunk in chunks), query)
-
-
-def usage_body(prompt_tokens: int, cached_tokens: int, answer_tokens: int) -> dict[str, Any]:
-    """OpenAI's ``usage``.
-
-    Args:
-        prompt_tokens: Of the whole prompt.
-        cached_tokens: Of them those whose keys and values were in a cache.
-        answer_tokens: Of all choices.
-    """
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": answer_tokens,
-        "total_tokens": prompt_tokens + answer_tokens,
-        "prompt_tokens_details": {"cached_tokens": cached_tokens},
-    }
-
-
-def require_some(chunks: Iterable[Chunk], limit: int) -> None:
-    """Checks the number of chunks.
-
-    Raises:
-        ValueError: If there are more than ``limit``.
-    """
-    count = len(tuple(chunks))
-    if count > limit:
-        raise ValueError(f"documents: {count:,} were given, the server takes {limit:,} at most")

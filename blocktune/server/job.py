@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from blocktune.engine import Engine
-from blocktune.engine.encode import Piece
+from blocktune.engine.encode import Found, Piece
 from blocktune.engine.generation import Generation
 from blocktune.engine.usage import Stopwatch, Usage
 from blocktune.layout import Kind
@@ -59,7 +60,7 @@ class Report:
     """
 
     usage: Usage | None = None
-    tiers: tuple[tuple[Piece, str], ...] = ()
+    tiers: Mapping[Piece, str] = field(default_factory=dict)
     cached_tokens: int = 0
     answer_tokens: int = 0
     queue_s: float = 0.0
@@ -96,6 +97,7 @@ class Job:
         strip: Whether to report what became of each token.
         has_turns: Whether its prefix holds earlier turns of a conversation.
         pins: Of ``wanted``, those to keep in memory until they are deleted.
+        token_bytes: Bytes of one token's keys and values.
     """
 
     engine: Engine
@@ -109,14 +111,14 @@ class Job:
     strip: bool = False
     has_turns: bool = False
     pins: frozenset[Piece] = frozenset()
+    token_bytes: int = 0
     emit: Callable[[Event], None] = lambda event: None
     created: float = field(default_factory=time.perf_counter)
     cancelled: bool = False
     looked_up: list[Piece] = field(default_factory=list)
-    tiers: dict[Piece, str] = field(default_factory=dict)
+    found: Found = field(default_factory=Found)
     prefix_hits: int = 0
     missing: deque[list[Piece]] | None = None
-    reserved: int = 0
     begun: float = 0.0
     first: float = 0.0
     run: Generation | None = None
@@ -131,6 +133,11 @@ class Job:
     def quota_tokens(self) -> int:
         """What its tenant's quota is charged: tokens read and to be written."""
         return self.num_tokens + sum(len(piece.ids) for piece in self.wanted)
+
+    @cached_property
+    def reserved(self) -> int:
+        """Bytes of keys and values that its answers need at most."""
+        return self.num_tokens * self.token_bytes
 
     @property
     def num_tokens(self) -> int:
@@ -172,15 +179,11 @@ def account(job: Job) -> Report:
     ids = tuple(token for choice in job.choices for token in choice.ids)
     usage = job.run.usages([ids])[0]
     usage = replace(usage, prefix_tokens=usage.prefix_tokens + job.prefix_hits)
-    if job.tiers:  # else the engine looked its chunks up by itself
-        chunks = job.looked_up[1:] if job.pieces.prefix else job.looked_up
-        misses = sum(job.tiers.get(piece) == "none" for piece in chunks)
-        usage = replace(usage, chunk_hits=len(job.pieces.chunks) - misses, chunk_misses=misses)
-    lost = sum(len(piece.ids) for piece, tier in job.tiers.items() if tier == "none")
+    lost = sum(len(piece.ids) for piece in job.found.misses)
     lost -= job.prefix_hits  # of a conversation's earlier turns
     return Report(
         usage=usage,
-        tiers=tuple(job.tiers.items()),
+        tiers=job.found.tiers,
         cached_tokens=max(0, int(job.run.assembled.cached.sum()) - lost),
         answer_tokens=len(ids),
         queue_s=job.begun - job.created,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from dataclasses import fields
 from pathlib import Path
@@ -11,7 +12,8 @@ from blocktune.adapter.load import load_models
 from blocktune.cache import ChunkStore, PrefixTree
 from blocktune.cache.config import StoreConfig
 from blocktune.engine import Engine
-from blocktune.server.config import Limits
+from blocktune.server.config import Limits, ServerConfig
+from blocktune.server.middleware import hurried
 
 
 def load_engines(
@@ -87,8 +89,21 @@ def read_limits(pairs: list[str]) -> Limits:
     return Limits(**values)
 
 
-def set_up_logs() -> None:
-    """One line a request on standard error."""
+def uvicorn_options(config: ServerConfig, drain_s: int) -> dict[str, Any]:
+    """How uvicorn runs the application, after setting up the log and the garbage collector.
+
+    The log has one line a request, on standard error. What lives as long as the process is not
+    looked through at every collection, which takes longer than a request.
+    """
+    gc.collect()
+    gc.freeze()
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     for name in ("blocktune.server", "uvicorn.error"):
         logging.getLogger(name).setLevel(logging.INFO)
+    return {
+        "http": hurried(config.limits.body_s),
+        "log_config": None,
+        "access_log": False,
+        "server_header": False,
+        "timeout_graceful_shutdown": drain_s,
+    }

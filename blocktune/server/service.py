@@ -22,7 +22,6 @@ from blocktune.server.front import (
     plain_pieces,
     read_document,
     read_messages,
-    require_some,
 )
 from blocktune.server.job import Job, bytes_per_token
 from blocktune.server.middleware import Metrics
@@ -54,11 +53,12 @@ class UnknownModel(ValueError):
 
 
 class Served(NamedTuple):
-    """A model: its engine, and the method of requests that name none."""
+    """A model: its engine, the method of requests that name none, and the bytes of a token's KV."""
 
     name: str
     engine: Engine
     method: Method
+    token_bytes: int
 
 
 class Asked(NamedTuple):
@@ -105,6 +105,7 @@ class Service:
                 name,
                 engine,
                 default_method(engine.prompts.trained) if method is None else build(method),
+                bytes_per_token(engine),
             )
             for name, engine in engines.items()
         }
@@ -190,7 +191,7 @@ class Service:
             pinned = self.scheduler.pinned.copy()
             new = sum(size for key, size in keys.items() if key not in pinned)
             room = limits.pinned_bytes - sum(pinned.values())
-            if new * bytes_per_token(engine) > room:
+            if new * served.token_bytes > room:
                 raise ValueError(
                     f"pin: {new:,} tokens do not fit into the {max(0, room):,} bytes left for "
                     "pinned chunks; delete some that are pinned"
@@ -235,7 +236,11 @@ class Service:
         self, served: Served, documents: Sequence[Any], texts: Iterable[Any]
     ) -> tuple[Source, ...]:
         limits = self.config.limits
-        require_some(documents, limits.chunks)
+        if len(documents) > limits.chunks:
+            raise ValueError(
+                f"documents: {len(documents):,} were given, the server takes {limits.chunks:,} at "
+                "most"
+            )
         sources = tuple(
             read_document(document, f"documents[{index}]")
             for index, document in enumerate(documents)
@@ -298,6 +303,7 @@ class Service:
             tenant=tenant.name,
             timeout_s=limits.request_s,
             strip=body.blocktune.strip,
+            token_bytes=served.token_bytes,
         )
 
 

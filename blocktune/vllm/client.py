@@ -18,14 +18,15 @@ from blocktune.adapter import AdapterInfo
 from blocktune.adapter.info import INFO_FILE, OWN_WEIGHTS
 from blocktune.adapter.load import PEFT_FILE
 from blocktune.cache.view import StoreView
-from blocktune.engine.assemble import is_held, wanted_pieces
+from blocktune.engine.assemble import is_held
+from blocktune.engine.encode import wanted_pieces
 from blocktune.engine.prompts import PromptMaker, Request
 from blocktune.layout import Kind
 from blocktune.methods import Method, build, default_method
 from blocktune.models.gate import exact_length
 from blocktune.models.identity import adapter_fingerprint, tokenizer_hash
 from blocktune.models.load import adapter_folder, pinned
-from blocktune.prompt import Pieces, PromptFormat, end_of_turn, stack
+from blocktune.prompt import Pieces, PromptFormat, end_of_turn
 from blocktune.prompt.special_tokens import padding_id
 from blocktune.vllm.plan import LoadPlan, Segment, require_served
 
@@ -191,7 +192,7 @@ class ChunkClient:
         stored = (layout.kind == Kind.PREFIX) | is_held(layout)
         positions = layout.position[stored].tolist()
         segments, start = [], 0
-        for piece in wanted_pieces(stack([prompt], pad_id), 0):
+        for piece in wanted_pieces(prompt):
             scoped = piece.is_prefix and self._scope in ("encode", "read")
             segments.append(Segment(piece.ids, positions[start], piece.blanks, scoped))
             start += len(piece.ids)

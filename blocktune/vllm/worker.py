@@ -161,7 +161,7 @@ class WorkerSide:
             ready = torch.cuda.current_stream().record_event()
         for load in loads:
             layers = {name: Future() for name in self._places} if load.layered else {}
-            future = self._pool.submit(self._run, load, ready, layers)
+            future = self._pool.submit(self._run, load, ready, dict(layers))
             self._jobs.append(_Job(load, future, layers))
 
     def wait_for_layer(self, name: str) -> None:
@@ -182,25 +182,27 @@ class WorkerSide:
             wait(waiting, IDLE_S, FIRST_COMPLETED)
         ended, failed, left = set(), set(), []
         for job in self._jobs:
-            name, layered = job.load.request_id, job.load.layered
-            if not job.future.done() and not layered:
-                left.append(job)
-                continue
-            error = job.future.exception()
-            if error is None and job.layers:  # a captured graph calls no hooks
-                error = RuntimeError("the forward pass did not wait for each layer")
-            if error is None:
-                self.counts.update(job.future.result())
-            else:
-                self.counts["failed"] += 1
-                _LOG.warning("request %s fails: %s", name, error)
-            if layered:
-                self._invalid.update(() if error is None else job.load.blocks[0])
-            else:
+            name = job.load.request_id
+            if job.load.layered:
+                self._invalid.update(() if self._loaded(job) else job.load.blocks[0])
+            elif job.future.done():
                 ended.add(name)
-                failed.update(() if error is None else {name})
+                failed.update(() if self._loaded(job) else {name})
+            else:
+                left.append(job)
         self._jobs = left
         return ended, failed
+
+    def _loaded(self, job: _Job) -> bool:
+        error = job.future.exception()
+        if error is None and job.layers:  # a captured graph calls no hooks
+            error = RuntimeError("the forward pass did not wait for each layer")
+        if error is None:
+            self.counts.update(job.future.result())
+        else:
+            self.counts["failed"] += 1
+            _LOG.warning("request %s fails: %s", job.load.request_id, error)
+        return error is None
 
     def take_invalid(self) -> set[int]:
         """Blocks of layered loads that failed since the last call."""
@@ -216,10 +218,9 @@ class WorkerSide:
         self,
         load: Load,
         ready: torch.cuda.Event | None,
-        layers: Mapping[str, Future[torch.cuda.Event | None]],
+        layers: dict[str, Future[torch.cuda.Event | None]],
     ) -> Counter[str]:
-        started, counts, layers = time.perf_counter(), Counter(loads=1), dict(layers)
-        counts["layered"] += load.layered
+        started, counts = time.perf_counter(), Counter(loads=1, layered=int(load.layered))
         try:
             if load.plan is None:
                 raise Missing(load.fault)

@@ -163,7 +163,7 @@ class KVLink(Method):
 
     source: ClassVar[str] = "https://arxiv.org/abs/2502.16002"
     weights: ClassVar[Weights] = Weights.LINKS
-    # Links stand between the chunk and the question; a full prefill has none.
+    # Links are between the chunk and the question; a full prefill has none.
     exact_on_one_chunk: ClassVar[bool] = False
 
 
@@ -181,7 +181,7 @@ class TurboRag(Method):
 
     source: ClassVar[str] = "https://arxiv.org/abs/2410.07590"
     weights: ClassVar[Weights] = Weights.WRAPS
-    # Markers stand around the chunk; a full prefill has none.
+    # Markers are around the chunk; a full prefill has none.
     exact_on_one_chunk: ClassVar[bool] = False
     positions: str = "reordered"
 
@@ -203,7 +203,7 @@ class KVPacket(Method):
 
     source: ClassVar[str] = "https://arxiv.org/abs/2604.13226"
     weights: ClassVar[Weights] = Weights.WRAPS
-    # Header and trailer stand around the chunk; a full prefill has none.
+    # Header and trailer are around the chunk; a full prefill has none.
     exact_on_one_chunk: ClassVar[bool] = False
 
 
@@ -297,5 +297,5 @@ class S(Link0):
 class SP(_Scale, Link0):
     """PSR's ablation S+P: encodes chunks after blanks and scales attention to them.
 
-    The study describes it as Link0 with APE; chunks stand one after another, as everywhere in it.
+    The study describes it as Link0 with APE; chunks follow one another, as everywhere in it.
     """
