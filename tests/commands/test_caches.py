@@ -6,6 +6,8 @@ import pytest
 from tiny_tokenizer import build_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from blocktune.cache.embeddings import MODEL
+
 ASK = ("--question", "Where was Anna born?", "--chunk", "Anna Belt was born in Port Alder.")
 SHORT = ("--max-new-tokens", "4", "--json")
 
@@ -84,3 +86,28 @@ def test_a_model_with_absolute_positions_names_what_serves_it(refused, gpt2):
     line = refused("answer", "-m", gpt2, *ASK)
     assert "no rotary position embedding (RoPE)" in line
     assert "use recycle, prefix-cache" in line
+
+
+def test_passages_by_embeddings_that_are_computed_once(blocktune, tmp_path, monkeypatch):
+    corpus, questions = tmp_path / "corpus.jsonl", tmp_path / "questions.jsonl"
+    texts = ("Bread is baked at night.", "A physician cures people.", "The ship left the port.")
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    questions.write_text('{"question": "Who heals the sick?", "answer": "physician"}\n')
+    line = ("data", "passages", questions, "--corpus", corpus, "--k", "1")
+    dense = (*line, "--embedder", MODEL, "--store", tmp_path / "cache")
+    found = []
+    for number in range(2):
+        out = tmp_path / f"{number}.jsonl"
+        result = blocktune(*dense, "-o", out)
+        assert result.exit_code == 0, result.stderr
+        found.append(json.loads(out.read_text()))
+        monkeypatch.setattr("sentence_transformers.SentenceTransformer.encode", None)
+    assert found[0] == found[1]
+    assert texts[1] in json.dumps(found[0])
+    assert found[0]["meta"]["retriever"] == "dense"
+    assert 0 < found[0]["meta"]["scores"][0] < 1
+
+
+def test_an_embedder_needs_a_corpus(refused, tmp_path):
+    line = ("data", "passages", "q.jsonl", "--own", "-o", tmp_path / "o", "--embedder", MODEL)
+    assert "--embedder searches --corpus" in refused(*line)
