@@ -89,7 +89,11 @@ class Press:
         turns = [part[prompt % len(part), None, :size] for part in seen["position_embeddings"]]
         about = {"position_embeddings": turns, "hidden_states": hidden}
         states = keys[None], values[None]
-        made = self._press.compress(seen["module"], hidden, *states, None, about)
+        try:
+            made = self._press.compress(seen["module"], hidden, *states, None, about)
+        except Exception as error:  # it needs statistics, attention weights or another model
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ValueError(f"press '{self.text}' cannot score these chunks: {reason}") from error
         if any(part.shape[2] != wanted for part in made):
             raise ValueError(
                 f"press '{self.text}' leaves {made[0].shape[2]} keys of {size} in one layer and "
@@ -118,6 +122,7 @@ def _presses() -> dict[str, type]:
         cls.__name__.lower().removesuffix("press"): cls
         for cls in classes
         if issubclass(cls, base)
+        and "compression_ratio" in cls.__dataclass_fields__
         and cls.score is not base.score
         and (cls.forward_hook, cls.__call__) == (base.forward_hook, base.__call__)
     }

@@ -124,6 +124,12 @@ def test_a_press_of_unequal_layers_is_refused(model, tokenizer):
         engine_of(model, tokenizer, "press=pyramidkv:0.5").answer([long], "naive")
 
 
+def test_a_press_that_lacks_what_it_needs_is_refused_in_one_line(model, tokenizer):
+    with pytest.raises(ValueError, match="press 'observedattention:0.5' cannot score") as error:
+        engine_of(model, tokenizer, "press=observedattention:0.5").answer([ASK], "naive")
+    assert "\n" not in str(error.value)
+
+
 def test_importing_kvpress_changes_no_attention_function():
     before = dict(ALL_ATTENTION_FUNCTIONS.items())
     Press("knorm:0.5")
