@@ -125,7 +125,7 @@ def test_a_press_of_unequal_layers_is_refused(model, tokenizer):
 
 
 def test_a_press_that_lacks_what_it_needs_is_refused_in_one_line(model, tokenizer):
-    with pytest.raises(ValueError, match="press 'observedattention:0.5' cannot score") as error:
+    with pytest.raises(ValueError, match=r"press 'observedattention:0.5' cannot score") as error:
         engine_of(model, tokenizer, "press=observedattention:0.5").answer([ASK], "naive")
     assert "\n" not in str(error.value)
 
