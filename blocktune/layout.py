@@ -47,34 +47,20 @@ class Rows:
     """Facts of each row; every field is an int64 tensor of the same shape.
 
     The shape is ``(B, S)`` in a `Layout`; masks are built from two views that broadcast,
-    ``(..., R, 1)`` against ``(..., 1, N)``.
-
-    Attributes:
-        kind: A `Kind`.
-        chunk: Index of the row's chunk in its prompt, or `NO_CHUNK`. A link belongs to the
-            chunk it follows.
-        offset: Index of the token in its piece (chunk, prefix, query); link slot for links.
-        position: Position for RoPE. May repeat (parallel placement) or jump.
-        order: Place in the causal order, in tokens; independent of ``position``. The original and
-            the fresh row of a token share it. Sliding windows are measured in it.
-        group: Rows of `GLOBAL` see all rows before them, others only their own group (a chunk by
-            default, several under block dropout).
-        sample: Which packed prompt the row belongs to.
-        supersedes: Row index of the original that this row replaces for later global rows,
-            or `NO_ROW`.
-        until: First layer (0-based) at which the row no longer exists, or `FOREVER`. So
-            CacheBlend recomputes all tokens in its first layers and few in the others.
+    ``(..., R, 1)`` against ``(..., 1, N)``. The original and the fresh row of a token share their
+    order. A group is a chunk by default, several under block dropout. Rows that end early let
+    CacheBlend recompute all tokens in its first layers and few in the others.
     """
 
-    kind: Tensor
-    chunk: Tensor
-    offset: Tensor
-    position: Tensor
-    order: Tensor
-    group: Tensor
-    sample: Tensor
-    supersedes: Tensor
-    until: Tensor
+    kind: Tensor  # a `Kind`
+    chunk: Tensor  # index of its chunk in the prompt, or `NO_CHUNK`; a link has that before it
+    offset: Tensor  # index of the token in its piece (chunk, prefix, query); of links: the slot
+    position: Tensor  # for RoPE; may repeat (parallel placement) or jump
+    order: Tensor  # place in the causal order, in tokens; windows are measured in it
+    group: Tensor  # `GLOBAL` rows see all rows before them, others only their own group
+    sample: Tensor  # which packed prompt it belongs to
+    supersedes: Tensor  # original that it replaces for later global rows, or `NO_ROW`
+    until: Tensor  # first layer (0-based) at which it no longer exists, or `FOREVER`
 
     def map(self, function) -> Rows:
         """Applies ``function`` to every field."""
@@ -143,7 +129,7 @@ class Layout(Rows):
     def written(self) -> Tensor | None:
         """Rows computed while their chunk is encoded alone, its blanks too, ``(B, S)`` bool.
 
-        All others are computed at answering time. None if there are no such rows: full attention.
+        None if there are no such rows: full attention.
         """
         rows = (self.group != GLOBAL) & ~self.is_pad
         return rows if bool(rows.any()) else None
@@ -184,21 +170,15 @@ class Layout(Rows):
 
 @dataclass(frozen=True)
 class LayerRule:
-    """The part of the rule that depends on the layer.
+    """The part of the rule that depends on the layer."""
 
-    Attributes:
-        layer: 0-based layer index; only rows with ``until > layer`` exist.
-        window: Sliding window in tokens of ``order`` (a row sees itself and ``window - 1``
-            before it), or None.
-    """
-
-    layer: int = 0
-    window: int | None = None
+    layer: int = 0  # 0-based; only rows with ``until > layer`` exist
+    window: int | None = None  # a row sees itself and ``window - 1`` before it, by ``order``
 
     def first_alike(self, endings: tuple[int, ...]) -> LayerRule:
-        """The rule of the first layer with the same rows (of these `Layout.endings`).
+        """The rule of the first layer with the same rows, for layers that can share a mask.
 
-        All layers with that rule can share a mask.
+        ``endings`` are those of the `Layout`.
         """
         return replace(self, layer=max((end for end in endings if end <= self.layer), default=0))
 

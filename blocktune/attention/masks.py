@@ -13,6 +13,7 @@ from torch import Tensor
 from blocktune.attention.kernels import (
     ROW_BLOCK,
     AttentionParams,
+    Mask,
     check_rows,
     masked_attention,
     plain_attention,
@@ -40,8 +41,8 @@ class MaskRoom:
 class MaskForm(NamedTuple):
     """The form of a mask that a kernel takes without a copy, which autograd would keep per layer.
 
-    ``dtype`` is bool or, for an additive mask, that of the scores. Rows are repeated ``copies``
-    times, for query heads that are folded into rows, each at a multiple of ``align`` elements.
+    ``dtype`` is bool, or that of the scores for an additive mask. Rows are repeated ``copies``
+    times, for query heads folded into rows, each at a multiple of ``align`` elements.
     """
 
     dtype: torch.dtype
@@ -102,22 +103,15 @@ class RowBand:
     the first key in reach), so neither mask nor work covers keys that no row sees. Masks are made
     once per rule and kept while there is room; the others are made block by block in each layer,
     and again in its backward.
-
-    Attributes:
-        query: Facts of the query rows, ``(G, R)``; ``query_exists`` is False for padding.
-        key: Facts of the keys, ``(G, N)``; ``key_exists`` is False for padding.
-        superseded_until: `Layout.superseded_until` of the keys, ``(G, N)``.
-        row_block: Rows of a block; with fewer, less work is spent on keys after a row.
-        room: Space for masks, shared by the bands of a plan.
     """
 
-    query: Rows
-    key: Rows
-    superseded_until: Tensor
+    query: Rows  # facts of the query rows, ``(G, R)``
+    key: Rows  # facts of the keys, ``(G, N)``
+    superseded_until: Tensor  # `Layout.superseded_until` of the keys, ``(G, N)``
     query_exists: Tensor
     key_exists: Tensor
-    row_block: int = ROW_BLOCK
-    room: MaskRoom = field(default_factory=MaskRoom)
+    row_block: int = ROW_BLOCK  # rows of a block
+    room: MaskRoom = field(default_factory=MaskRoom)  # shared by the bands of a plan
     _spans: dict = field(default_factory=dict, repr=False)
     _masks: dict = field(default_factory=dict, repr=False)
 
@@ -125,20 +119,16 @@ class RowBand:
         self, query: Tensor, key: Tensor, value: Tensor, rule: LayerRule, params: AttentionParams
     ) -> Tensor:
         """Attends ``query`` ``(G, H, R, D)`` over ``(G, K, N, D)``; returns ``(G, H, R, D)``."""
-        form = mask_form(query, key, params)
-        kept = self._kept(rule, form)
         outs = []
-        for i, span in enumerate(self.spans(rule.window)):
-            states = (query[:, :, span.rows], key[:, :, span.keys], value[:, :, span.keys])
-            mask = partial(self._mask, span, rule, form) if kept is None else kept[i]
+        for (rows, keys), mask in self._masked(rule, mask_form(query, key, params)):
+            states = query[:, :, rows], key[:, :, keys], value[:, :, keys]
             outs.append(masked_attention(*states, mask, params))
         return torch.cat(outs, dim=2) if len(outs) > 1 else outs[0]
 
     def blocks(self, rule: LayerRule) -> Iterator[Block]:
         """Blocks with bool masks; all of them together hold rows x keys elements."""
-        kept = self._kept(rule, SEEN)
-        for i, span in enumerate(self.spans(rule.window)):
-            yield Block(*span, self._mask(span, rule, SEEN) if kept is None else kept[i])
+        for span, mask in self._masked(rule, SEEN):
+            yield Block(*span, mask() if callable(mask) else mask)
 
     def forget(self) -> None:
         """Drops the masks of a band that will not attend again."""
@@ -170,16 +160,15 @@ class RowBand:
         columns = seen.any(0).nonzero().squeeze(1)
         return slice(int(columns[0]), int(columns[-1]) + 1) if len(columns) else slice(0, 1)
 
-    def _kept(self, rule: LayerRule, form: MaskForm) -> list[Tensor] | None:
-        """The masks of all blocks, or None if there was no room when they were first needed."""
+    def _masked(self, rule: LayerRule, form: MaskForm) -> Iterator[tuple[Span, Mask]]:
+        """Blocks with masks, or with what makes these, if there was no room at first for all."""
+        spans = self.spans(rule.window)
+        make = [partial(self._mask, span, rule, form) for span in spans]
         if (rule, form) not in self._masks:
-            spans = self.spans(rule.window)
             cells = sum((s.rows.stop - s.rows.start) * s.num_keys for s in spans)
-            cells *= len(self.query.kind)
-            fits = self.room.take(cells * form.copies)
-            made = [self._mask(span, rule, form) for span in spans] if fits else None
-            self._masks[rule, form] = made
-        return self._masks[rule, form]
+            fits = self.room.take(cells * len(self.query.kind) * form.copies)
+            self._masks[rule, form] = [one() for one in make] if fits else None
+        return zip(spans, self._masks[rule, form] or make, strict=True)
 
     def _mask(self, span: Span, rule: LayerRule, form: MaskForm) -> Tensor:
         rows, keys = span
@@ -197,16 +186,11 @@ class RowBand:
 
 
 def dense_mask(layout: Layout, rule: LayerRule = FIRST_LAYER) -> Tensor:
-    """Visibility of every row for every row.
+    """Visibility of every row of a layout ``(B, S)`` for every row.
 
-    Args:
-        layout: Rows ``(B, S)``.
-        rule: Which layer it is and how far its window reaches.
-
-    Returns:
-        Bool ``(B, 1, S, S)``, True where the row (third axis) sees the key (last axis). Stock
-        models take it as a 4-D ``attention_mask`` with ``sdpa``; for ``eager`` it must be made
-        additive, since a bool mask is silently added there.
+    Returns bool ``(B, 1, S, S)``, True where the row (third axis) sees the key (last axis). Stock
+    models take it as a 4-D ``attention_mask`` with ``sdpa``; for ``eager`` it must be made
+    additive, since a bool mask is silently added there.
     """
     query = layout.rows().map(lambda field: field[:, None, :, None])
     key = layout.rows().map(lambda field: field[:, None, None, :])

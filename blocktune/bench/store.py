@@ -27,19 +27,11 @@ PARTS = ("lookup_s", "load_s", "relocate_s")
 def bench_store(
     setting: ReuseBench, folder: Path | None = None, keys: int = 1_000_000
 ) -> dict[str, object]:
-    """Times loading and joining a prompt's chunks, look-ups, and what codecs cost.
+    """Times loading and joining a prompt's chunks, look-ups among ``keys``, and what codecs cost.
 
     Copying reads the same files into new memory, or clones the same tensors. All files are in the
-    page cache.
-
-    Args:
-        setting: Model and prompt.
-        folder: Where chunks are written; default: the system's temporary folder.
-        keys: That the index holds when look-ups are timed.
-
-    Returns:
-        Ratios of bandwidths with their spread over rounds; seconds of look-ups; bytes and errors
-        by codec; and the machine.
+    page cache. ``ratios`` are of bandwidths. Chunks are written into ``folder``, by default the
+    system's temporary one.
     """
     torch.set_num_threads(setting.threads)
     with tempfile.TemporaryDirectory(dir=folder) as place:

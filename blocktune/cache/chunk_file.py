@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Generic, TypeVar
 
 import torch
@@ -38,6 +39,10 @@ _PROVEN: dict[tuple, None] = {}
 """Files whose SHA-256 sums this process compared; those with a key only."""
 _MOST_PROVEN = 1 << 20
 NOTHING = About()
+Share = tuple[int, int]
+"""A tensor parallel rank, and how many there are."""
+_BY_HEAD = ("key.", "value.")
+"""Tensors whose first axis is heads."""
 
 AnyEntry = TypeVar("AnyEntry", bound=Entry)
 
@@ -64,6 +69,7 @@ class ChunkFile(Generic[AnyEntry]):
             self._header = dict(self._tensors.pop("__metadata__"))
             checksum, signature = (self._header.pop(n, None) for n in ("checksum", "signature"))
             self._sums = dict(json.loads(self._header["checksums"]))
+            self._heads = {} if blobs.secret else json.loads(self._header.get("heads", "{}"))
             self._sha256 = dict(json.loads(self._header.get("sha256", "{}")))
             named = (self._header["format"], self._header["kind"], self._header["key"])
         wanted_kind = named[1] if kind is None else kind.kind
@@ -88,8 +94,8 @@ class ChunkFile(Generic[AnyEntry]):
         with _readable():
             return int(self._header[name])
 
-    def read(self, name: str) -> Tensor:
-        """One tensor, verified, in its own memory.
+    def read(self, name: str, share: Share | None = None) -> Tensor:
+        """One tensor, or a rank's heads of it, verified, in its own memory.
 
         Raises:
             ValueError: If it is not what was written.
@@ -100,19 +106,30 @@ class ChunkFile(Generic[AnyEntry]):
             shape, dtype = told["shape"], DTYPES[told["dtype"]]
             if not 0 <= start <= end <= self._blob.size - self._start:
                 raise ValueError("it is cut off")
+            share = share if name.startswith(_BY_HEAD) else None
+            rows = slice(0, None) if share is None else heads_of(*share, shape[0])
+            by_head = share is not None and name in self._heads
+            if by_head:
+                row = (end - start) // shape[0]
+                start, end = start + rows.start * row, start + rows.stop * row
+                shape = [rows.stop - rows.start, *shape[1:]]
             raw = torch.empty(end - start, dtype=torch.uint8)
             if raw.numel():
                 done = self._blob.read_into(memoryview(raw.numpy()), self._start + start)
                 if done != raw.numel():
                     raise ValueError("it is cut off")
             tensor = raw.view(dtype).view(shape)
+            if by_head:
+                if _head_sums(tensor) != self._heads[name][16 * rows.start : 16 * rows.stop]:
+                    raise ValueError(f"'{name}' does not match its checksum")
+                return tensor
         self._verify(name, tensor)
-        return tensor
+        return tensor if share is None else tensor[rows].clone()
 
-    def entry(self) -> AnyEntry:
-        """All of it, verified, on the CPU."""
+    def entry(self, share: Share | None = None) -> AnyEntry:
+        """All of it, or of its keys and values a rank's heads, verified, on the CPU."""
         with _readable():
-            read = decoded(self._header, self.read, len(self.token_ids))
+            read = decoded(self._header, partial(self.read, share=share), len(self.token_ids))
             return self.kind.restore(self._header, read, self.token_ids, self.fingerprint)
 
     def tensor(self, name: str) -> Tensor:
@@ -151,9 +168,22 @@ class ChunkFile(Generic[AnyEntry]):
         _PROVEN[proven] = None
 
 
-def read_chunk(blobs: Blobs, key: str, kind: type[AnyEntry]) -> AnyEntry:
-    """Reads one entry; raises as `ChunkFile` does."""
-    return ChunkFile(blobs, key, kind).entry()
+def read_chunk(
+    blobs: Blobs, key: str, kind: type[AnyEntry], share: Share | None = None
+) -> AnyEntry:
+    """Reads one entry, or the heads of a tensor parallel rank; raises as `ChunkFile` does.
+
+    Only those heads are read from a folder, unless it is signed or the file is of before they had
+    checksums of their own.
+    """
+    return ChunkFile(blobs, key, kind).entry(share)
+
+
+def heads_of(rank: int, size: int, num_heads: int) -> slice:
+    """The kv heads of one tensor parallel rank; several ranks share one if there are too few."""
+    count = max(1, num_heads // size)
+    start = rank * num_heads // size
+    return slice(start, start + count)
 
 
 def pack_chunk(
@@ -181,7 +211,10 @@ def pack_chunk(
     told = {name: getattr(about, name) for name in ("document", "tenant", "seconds", "expires")}
     header |= {name: str(value) for name, value in told.items() if value}
     signed = {}
-    if blobs.secret is not None:
+    if blobs.secret is None:
+        by_head = {name: _head_sums(t) for name, t in tensors.items() if name.startswith(_BY_HEAD)}
+        header |= {"heads": json.dumps(by_head)} if by_head else {}
+    else:
         header["sha256"] = _sums(hashlib.sha256, tensors)
         signed = {"signature": blobs.sign(header)}
     return save(tensors, metadata=header | {"checksum": _digest(header)} | signed)
@@ -211,6 +244,12 @@ def _header(key: str, entry: Entry, tensors: dict[str, Tensor]) -> dict[str, str
 def _sums(hasher, tensors: dict[str, Tensor]) -> str:
     sums = {name: _checksum(hasher, name, tensor) for name, tensor in tensors.items()}
     return json.dumps(sums, sort_keys=True)
+
+
+def _head_sums(tensor: Tensor) -> str:
+    """16 hex digits for each head."""
+    heads = tensor.view(torch.uint8) if tensor.numel() else ()  # an empty one has no buffer
+    return "".join(xxhash.xxh3_64_hexdigest(memoryview(one.numpy()).cast("B")) for one in heads)
 
 
 def _digest(header: dict[str, str]) -> str:

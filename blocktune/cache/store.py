@@ -29,6 +29,8 @@ from blocktune.positions import RopeSpec
 __all__ = ["RETRY_S", "ChunkStore", "Lookup", "StoreStats"]
 
 _LOG = logging.getLogger(__name__)
+_TENANTS = 1024
+"""Tenants whose frequencies are known at a time; each request tells its own again."""
 
 
 class ChunkStore:
@@ -61,7 +63,7 @@ class ChunkStore:
 
     Attributes:
         warn_rejected: Whether the first rejected entry is a warning; the others are level INFO.
-        notes: What plug-ins remember of this store while the process lives, by keys of their own.
+        notes: What plug-ins remember of this store until it is cleared, by keys of their own.
 
     Raises:
         ValueError: If there is nowhere to keep anything, the folder is none, or the key is too
@@ -87,6 +89,7 @@ class ChunkStore:
         self.must_write, self.warn_rejected = must_write, True
         self._stats, self._lock = StoreStats(), threading.RLock()
         self._ropes: dict[str, RopeSpec] = {}
+        self._shared_ropes: dict[str, RopeSpec] = {}
         self._tracer = Tracer(config.trace)
         limits = {"policy": config.policy, "quota": config.quota}
         budgets = {"memory": config.memory, "cpu": config.cpu}
@@ -223,7 +226,7 @@ class ChunkStore:
             expires=None if self.config.ttl is None else time.time() + self.config.ttl,
         )
         if self.config.codec != "as-is":
-            rope = self._ropes.get(kv.fingerprint)
+            rope = self._rope(kv.fingerprint)
             kept = round_trip(kv.to("cpu"), self.config.codec, rope).to(self.device).compact()
         else:
             kept = kv.to(self.device).compact()
@@ -288,13 +291,21 @@ class ChunkStore:
             tier.describe(fingerprint, make)
 
     def share_rope(self, fingerprint: str, other: str) -> None:
-        """The frequencies of one fingerprint are also those of another."""
-        if fingerprint in self._ropes:
-            self._ropes[other] = self._ropes[fingerprint]
+        """The frequencies of one fingerprint are also those of another, of a tenant now at work."""
+        if (rope := self._ropes.get(fingerprint)) is not None:
+            with self._lock:
+                self._shared_ropes.pop(other, None)
+                self._shared_ropes[other] = rope
+                if len(self._shared_ropes) > _TENANTS:  # there are as many as clients make up
+                    del self._shared_ropes[next(iter(self._shared_ropes))]
+
+    def _rope(self, fingerprint: str) -> RopeSpec | None:
+        return self._ropes.get(fingerprint) or self._shared_ropes.get(fingerprint)
 
     def clear(self) -> None:
-        """Empties the memory; a folder and a remote keep their files."""
+        """Empties the memory and the notes; a folder and a remote keep their files."""
         with self._lock:
+            self.notes.clear()
             for tier in self._memories:
                 tier.clear()
 
@@ -379,7 +390,7 @@ class ChunkStore:
         _LOG.log(level, "cached chunk not used, it is encoded again: %s%s", reason, more)
 
     def _save(self, tier: BlobTier, key: str, kv: Entry, about: About) -> None:
-        rope, codec = self._ropes.get(kv.fingerprint), self.config.codec
+        rope, codec = self._rope(kv.fingerprint), self.config.codec
         tier.save(key, lambda: pack_chunk(tier.blobs, key, kv, about, codec, rope), about)
 
     def _remember(self, key: str, kv: Entry, about: About) -> None:

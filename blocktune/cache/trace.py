@@ -11,7 +11,7 @@ from typing import TextIO
 from blocktune.cache.chunk_kv import Entry
 from blocktune.cache.ledger import About
 
-_REMEMBERED = 1 << 20
+_REMEMBERED = 1 << 16
 """Keys whose last use is remembered."""
 _SHOWN = 16
 

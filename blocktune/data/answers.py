@@ -52,8 +52,7 @@ def chunk_mentions(chunk: Chunk, answers: Iterable[str]) -> bool:
 def evidence(example: RagExample) -> frozenset[int]:
     """Indices of chunks that must not be dropped.
 
-    The supporting ones; if there are none, those that mention an answer other than yes and no; if
-    none does, all.
+    The supporting ones, else those that mention an answer other than yes and no, else all.
     """
     if example.supporting:
         return frozenset(example.supporting)

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from blocktune.cache import ChunkKV, PrefixTree, RowCache
-from blocktune.engine.encode import Encoder, Piece
-from blocktune.engine.usage import Stopwatch
+from blocktune.cache import ChunkKV, RowCache
+from blocktune.engine.encode import Found
+from blocktune.engine.state import ServedBatch
 from blocktune.layout import GLOBAL, Kind, Layout
 from blocktune.methods.hooks import ChunkLoader
 from blocktune.positions import RopeSpec, Rotation, rotate_keys
@@ -22,23 +22,14 @@ from blocktune.prompt import Batch, Pieces
 
 @dataclass
 class Assembled:
-    """A batch whose cache is filled as far as a method's caches go.
+    """A batch whose cache is filled as far as a method's caches go."""
 
-    Attributes:
-        cached: Rows that need no computing, ``(B, S)`` bool.
-        bytes_read: Bytes put into the cache, per prompt.
-        hits: Chunks found, per prompt; ``misses`` were encoded first.
-        prefix_tokens: Tokens of an exact prefix found, per prompt.
-        states: What each column's token carried into the layers asked for, ``(B, N, hidden)``, by
-            layer; zeros where nothing is stored.
-    """
-
-    cached: Tensor
-    bytes_read: list[int]
-    hits: list[int]
+    cached: Tensor  # rows that need no computing, ``(B, S)`` bool
+    bytes_read: list[int]  # bytes put into the cache, per prompt
+    hits: list[int]  # chunks found, per prompt; ``misses`` were encoded first
     misses: list[int]
-    prefix_tokens: list[int]
-    states: dict[int, Tensor] = field(default_factory=dict)
+    prefix_tokens: list[int]  # tokens of an exact prefix found, per prompt
+    states: dict[int, Tensor] = field(default_factory=dict)  # by layer, (B, N, hidden)
 
     @classmethod
     def empty(cls, batch: Batch) -> Assembled:
@@ -58,42 +49,40 @@ class Assembled:
 
 
 def from_chunks(
-    batch: Batch,
-    pieces: Sequence[Pieces],
-    cache: RowCache,
-    encoder: Encoder,
-    rope: RopeSpec,
-    watch: Stopwatch,
+    served: ServedBatch,
     layers: Sequence[int] = (),
     loader: ChunkLoader | None = None,
+    found: Found | None = None,
 ) -> Assembled:
     """Fills the cache with the prefix and the chunks, each encoded alone and moved into place.
 
     What they carried into ``layers`` is laid out beside it. With a ``loader`` a layer is
-    filled when the forward pass comes to it.
+    filled when the forward pass comes to it. ``found``: the chunks, if they were looked up.
     """
+    batch, cache, watch, state = served.batch, served.cache, served.watch, served.state
     layout = batch.layout
-    wanted = [wanted_pieces(batch, index) for index in range(layout.batch_size)]
-    found = encoder.find([piece for prompt in wanted for piece in prompt], watch, layers, loader)
+    if found is None:
+        together = [piece for prompt in served.wanted for piece in prompt]
+        found = state.encoder.find(together, watch, layers, loader)
+    hits = found.hits
     result = Assembled.empty(batch)
     result.cached = (layout.kind == Kind.PREFIX) | is_held(layout)
     watch.start()
     if loader is not None:
         loader.start()
-    for index, prompt in enumerate(wanted):
-        result.misses[index] = len(pieces[index].chunks)
+    for index, prompt in enumerate(served.wanted):
+        result.misses[index] = len(served.pieces[index].chunks)
         if not prompt:  # computed in full, and without a prefix
             continue
         kvs = [found.kvs[piece] for piece in prompt]
         rows = (result.cached[index]).nonzero().squeeze(1)
         columns, positions = layout.order[index, rows], layout.position[index, rows]
-        fill = relocator(cache, index, kvs, columns, positions, rope)
+        fill = relocator(cache, index, kvs, columns, positions, state.rope)
         for layer in range(len(cache)):
             if loader is None:
                 fill(layer)
             else:
                 cache.defer(layer, partial(fill, layer))
-        chunks = prompt[1:] if pieces[index].prefix else prompt
         result.bytes_read[index] = sum(kv.num_bytes for kv in kvs)
         for layer in layers:
             stored = [found.states[piece, layer] for piece in prompt]
@@ -103,51 +92,31 @@ def from_chunks(
                 result.states[layer] = joined.new_zeros(shape)
             result.states[layer][index].index_copy_(0, columns, joined)
             result.bytes_read[index] += sum(states.num_bytes for states in stored)
-        result.hits[index] = sum(piece in found.hits for piece in chunks)
+        chunks = [piece for piece in prompt if not piece.is_prefix]
+        result.hits[index] = sum(piece in hits for piece in chunks)
         result.misses[index] -= result.hits[index]
     watch.stop("relocate_s")
     return result
 
 
-def wanted_pieces(batch: Batch, index: int) -> list[Piece]:
-    """The prefix (if any), then the chunks, each with the blanks it is encoded after."""
-    layout, ids = batch.layout, batch.input_ids[index]
-    kind, chunk = layout.kind[index], layout.chunk[index]
-    encoded, blank = is_held(layout)[index], kind == Kind.BLANK
-
-    def taken(rows: Tensor) -> tuple[int, ...]:
-        return tuple(ids[rows].tolist())
-
-    masks = [chunk == index for index in chunk[encoded].unique().tolist()]
-    chunks = [Piece(taken(encoded & own), taken(blank & own)) for own in masks]
-    prefix = taken(kind == Kind.PREFIX)
-    return [Piece(prefix, is_prefix=True), *chunks] if prefix else chunks
+def from_prefix(served: ServedBatch) -> Assembled:
+    """Fills the cache with the longest exact prefix that an earlier prompt left behind."""
+    result, state, watch = Assembled.empty(served.batch), served.state, served.watch
+    tree = state.prefixes(served.method)
+    for index, prompt in enumerate(served.pieces):
+        watch.start()
+        with tree.match(state.encoder.fingerprint, prompt.context) as match:
+            watch.stop("lookup_s")
+            match.load(served.cache, index)
+            facts = match.num_tokens, match.num_bytes
+            result.found_prefix(served.batch.layout, index, prompt, *facts)
+            watch.stop("load_s")
+    return result
 
 
 def is_held(layout: Layout) -> Tensor:
     """Rows that chunk caches hold; in a prompt of full attention there are none, ``(B, S)``."""
     return layout.is_encoded & (layout.group != GLOBAL)
-
-
-def from_prefix(
-    batch: Batch,
-    pieces: Sequence[Pieces],
-    cache: RowCache,
-    tree: PrefixTree,
-    fingerprint: str,
-    watch: Stopwatch,
-) -> Assembled:
-    """Fills the cache with the longest exact prefix that an earlier prompt left behind."""
-    result = Assembled.empty(batch)
-    for index, prompt in enumerate(pieces):
-        watch.start()
-        with tree.match(fingerprint, prompt.context) as match:
-            watch.stop("lookup_s")
-            match.load(cache, index)
-            facts = match.num_tokens, match.num_bytes
-            result.found_prefix(batch.layout, index, prompt, *facts)
-            watch.stop("load_s")
-    return result
 
 
 def relocator(

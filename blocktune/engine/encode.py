@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
+import copy
+import hashlib
 import time
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import NamedTuple
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
 from blocktune.adapter import scope_of
-from blocktune.attention import Plan, SplitPlan
-from blocktune.cache import (
-    ChunkKV,
-    ChunkStates,
-    ChunkStore,
-    Entry,
-    states_key,
-    stored_key,
-)
+from blocktune.attention import Plan, SplitPlan, planned_forward
+from blocktune.cache import ChunkKV, ChunkStates, ChunkStore, states_key, stored_key
+from blocktune.cache.miss_queue import MissQueue
+from blocktune.engine.press import Press
 from blocktune.engine.usage import Stopwatch
-from blocktune.layout import GLOBAL
 from blocktune.methods.hooks import ChunkLoader
+from blocktune.positions import RopeSpec
 from blocktune.prompt import LayoutSpec, Pieces, Prompt, lay_out, stack
 
 Ids = tuple[int, ...]
@@ -35,31 +32,32 @@ TOKENS_PER_PASS = 16_384
 
 @dataclass(frozen=True)
 class Piece:
-    """What is encoded by itself and stored: the prefix, or a chunk after its blanks.
+    """What is encoded by itself and stored: the prefix, or a chunk after its blanks."""
 
-    Attributes:
-        ids: Tokens that are stored.
-        blanks: Tokens before it during encoding, whose own states are dropped.
-        is_prefix: Whether it is the prefix, which no adapter of scope ``encode`` writes.
-    """
+    ids: Ids  # tokens that are stored
+    blanks: Ids = ()  # tokens before it during encoding, whose own states are dropped
+    is_prefix: bool = False  # whether it is the prefix, which no adapter of scope ``encode`` writes
 
-    ids: Ids
-    blanks: Ids = ()
-    is_prefix: bool = False
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.ids, self.blanks, self.is_prefix))
+
+    def __hash__(self):  # once for each piece: a prompt asks many times for each
+        return self._hash
+
+
+def wanted_pieces(prompt: Prompt) -> list[Piece]:
+    """The prefix (if any), then the chunks, each with the blanks it is encoded after."""
+    prefix = [Piece(prompt.prefix, is_prefix=True)] if prompt.prefix else []
+    return prefix + [Piece(*chunk) for chunk in prompt.chunks]
 
 
 def alone(piece: Piece) -> Prompt:
     """The rows of a piece by itself: its tokens from position 0, its blanks before that."""
     if piece.is_prefix:
         return lay_out(Pieces(prefix=piece.ids, chunks=(), query=()), LayoutSpec())
-    spec = LayoutSpec(shared_prefix=bool(piece.blanks))
-    prompt = lay_out(Pieces(prefix=piece.blanks, chunks=(piece.ids,), query=()), spec)
-    keep = (prompt.layout.group != GLOBAL)[0]
-    layout = prompt.layout.map(lambda field: field[:, keep])
-    moved = layout.position - len(piece.blanks)
-    ids = torch.tensor(prompt.ids)[keep].tolist()
-    labels = torch.tensor(prompt.labels)[keep].tolist()
-    return Prompt(tuple(ids), dataclasses.replace(layout, position=moved), tuple(labels))
+    chunk = Pieces(prefix=(), chunks=(piece.ids,), query=())
+    return lay_out(chunk, LayoutSpec(), contexts=[piece.blanks])
 
 
 def grouped(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
@@ -78,31 +76,64 @@ def _size(piece: Piece) -> int:
     return len(piece.blanks) + len(piece.ids)
 
 
-class Found(NamedTuple):
-    """Encoded pieces and what finding them took.
+class EncodeReport(NamedTuple):
+    """What `Engine.encode` did: chunks given, newly encoded, tokens and seconds of those."""
 
-    ``hits`` were in the store, ``misses`` had to be encoded. ``states`` are what each piece carried
-    into the layers that were asked for.
-    """
-
-    kvs: dict[Piece, ChunkKV]
-    hits: frozenset[Piece]
-    misses: frozenset[Piece]
-    states: dict[tuple[Piece, int], ChunkStates]
+    num_chunks: int
+    num_encoded: int
+    num_tokens: int
+    encode_s: float
 
 
-# A request asks several times for the key of each chunk: 0.1 ms for 512 tokens.
-_stored_key = lru_cache(1024)(stored_key)
+@dataclass
+class Found:
+    """Encoded pieces, and the tier of the store that had each (``none``: it had to be encoded)."""
+
+    kvs: dict[Piece, ChunkKV] = field(default_factory=dict)
+    states: dict[tuple[Piece, int], ChunkStates] = field(default_factory=dict)  # of layers asked
+    tiers: dict[Piece, str] = field(default_factory=dict)
+
+    @property
+    def hits(self) -> set[Piece]:
+        """Pieces that the store had."""
+        return {piece for piece, tier in self.tiers.items() if tier != "none"}
+
+    @property
+    def misses(self) -> set[Piece]:
+        """Pieces that had to be encoded."""
+        return self.tiers.keys() - self.hits
+
+
+REMEMBERED = 1024
+"""Tokens of a piece whose key is remembered at most: keys of 512 tokens take 0.1 ms to make."""
+
+
+@lru_cache(2048)
+def _stored_key(fingerprint: str, piece: Piece, scoped: bool) -> str:
+    return stored_key(fingerprint, piece.ids, piece.blanks, scoped)
+
+
 _Encoded = tuple[Piece, ChunkKV, dict[int, ChunkStates]]
 
 
 class Encoder:
     """Turns pieces into their keys and values, through the store."""
 
-    def __init__(self, model: nn.Module, store: ChunkStore, fingerprint: str, pad_id: int):
-        """Encodes with ``model`` (attached to blocktune's attention) and keeps in ``store``."""
+    def __init__(
+        self,
+        model: nn.Module,
+        store: ChunkStore,
+        fingerprint: str,
+        pad_id: int,
+        rope: RopeSpec | None = None,
+        press: Press | None = None,
+    ):
+        """Encodes with ``model`` (attached to blocktune's attention) and keeps in ``store``.
+
+        ``rope`` is the model's; ``press`` drops keys of the chunks.
+        """
         self.model, self.store, self.tenant = model, store, ""
-        self.fingerprint, self.pad_id = fingerprint, pad_id
+        self.fingerprint, self.pad_id, self.rope, self.press = fingerprint, pad_id, rope, press
         self._is_scoped = scope_of(model) != "both"
 
     def find(
@@ -119,50 +150,93 @@ class Encoder:
         them is encoded again. ``watch`` gets ``lookup_s``, ``load_s`` and ``encode_s``. What is
         encoded can be removed by the names of ``documents``.
         """
-        kvs: dict[Piece, ChunkKV] = {}
-        states: dict[tuple[Piece, int], ChunkStates] = {}
-        missing = []
-        for piece in dict.fromkeys(pieces):
-            key = self.key(piece)
-            entry = self._look_up(key, piece, ChunkKV, watch, loader)
-            inputs = {
-                layer: self._look_up(states_key(key, layer), piece, ChunkStates, watch)
-                for layer in layers
-            }
-            if entry is None or None in inputs.values():
-                missing.append(piece)
-                continue
-            kvs[piece] = entry
-            states |= {(piece, layer): found for layer, found in inputs.items()}
-        hits = frozenset(kvs)
+        found = self.look_up(pieces, watch, layers, loader)
         watch.start()
-        for group in grouped(missing):
+        for group in grouped(piece for piece in found.tiers if piece not in found.kvs):
             started, tokens = time.perf_counter(), sum(map(_size, group))
             made = self._encode_together(group, layers)
             token_s = (time.perf_counter() - started) / tokens
             for piece, kv, inputs in made:
                 about = {"seconds": token_s * _size(piece), "tenant": self.tenant}
                 about["document"] = (documents or {}).get(piece, "")
-                kvs[piece] = self.store.put(self.key(piece), kv, **about)
+                found.kvs[piece] = self.store.put(self.key(piece), kv, **about)
                 for layer, entering in inputs.items():
                     key = states_key(self.key(piece), layer)
-                    states[piece, layer] = self.store.put(key, entering, **about)
+                    found.states[piece, layer] = self.store.put(key, entering, **about)
         watch.stop("encode_s")
-        return Found(kvs, hits, frozenset(missing), states)
+        return found
 
-    def _look_up(self, key: str, piece: Piece, kind: type[Entry], watch, loader=None):
-        if loader is None:
-            found = self.store.lookup(key, piece.ids, self.fingerprint, kind)
-        else:
-            found = loader.lookup(key, piece.ids, self.fingerprint)
-        watch.add("lookup_s", found.lookup_s)
-        watch.add("load_s", found.load_s)
-        return found.kv
+    def look_up(
+        self,
+        pieces: Iterable[Piece],
+        watch: Stopwatch,
+        layers: Sequence[int] = (),
+        loader: ChunkLoader | None = None,
+    ) -> Found:
+        """What the store has of the pieces; see `find`, which encodes the others."""
+        found, model = Found(), self.fingerprint
+        for piece in dict.fromkeys(pieces):
+            key = self.key(piece)
+            looked = [(loader or self.store).lookup(key, piece.ids, model)]
+            for layer in layers:
+                own = states_key(key, layer)
+                looked.append(self.store.lookup(own, piece.ids, model, ChunkStates))
+            watch.add("lookup_s", sum(one.lookup_s for one in looked))
+            watch.add("load_s", sum(one.load_s for one in looked))
+            if any(one.kv is None for one in looked):
+                found.tiers[piece] = "none"
+                continue
+            found.tiers[piece], found.kvs[piece] = looked[0].tier, looked[0].kv
+            for layer, one in zip(layers, looked[1:], strict=True):
+                found.states[piece, layer] = one.kv
+        return found
+
+    def encode(
+        self,
+        prefix: Piece | None,
+        chunks: Sequence[Piece],
+        documents: Sequence[str],
+        progress: Callable[[int, int], None] | None,
+    ) -> EncodeReport:
+        """See `Engine.encode`; ``documents`` are the names of the chunks'."""
+        watch = Stopwatch(self.model.device)
+        wanted = dict.fromkeys([*([prefix] if prefix else []), *chunks])
+        names = dict(zip(chunks, documents, strict=True))
+        new: set[Piece] = set()
+        done, total = 0, sum(len(piece.ids) for piece in wanted)
+        for group in grouped(wanted):  # only the store keeps them: a corpus does not fit in memory
+            new |= self.find(group, watch, documents=names).misses
+            done += sum(len(piece.ids) for piece in group)
+            if progress is not None:
+                progress(done, total)
+        new.discard(prefix)
+        tokens = sum(len(piece.ids) for piece in new)
+        return EncodeReport(len(chunks), len(new), tokens, watch.seconds.get("encode_s", 0.0))
+
+    def encode_wanted(self, most: int, longest: int) -> int:
+        """See `Engine.encode_wanted`; chunks of more than ``longest`` tokens are left out."""
+        queue = MissQueue(self.store.folder)
+        wanted = queue.take(self.fingerprint, most)
+        watch = Stopwatch(self.model.device)
+        pieces = [Piece(*one) for one in wanted]
+        for group in grouped(piece for piece in pieces if _size(piece) <= longest):
+            self.find(group, watch)
+        queue.done(self.fingerprint, wanted)
+        return len(wanted)
+
+    def salted(self, salt: str, what: str = "salt") -> Encoder:
+        """See `Engine.salted`."""
+        other, mixed = copy.copy(self), f"{self.fingerprint} {what} {salt}"
+        other.fingerprint = hashlib.sha256(mixed.encode()).hexdigest()
+        other.tenant = other.fingerprint[:12]
+        self.store.share_rope(self.fingerprint, other.fingerprint)
+        return other
 
     def key(self, piece: Piece) -> str:
         """Under which the store keeps a piece."""
         scoped = piece.is_prefix and self._is_scoped
-        return _stored_key(self.fingerprint, piece.ids, piece.blanks, scoped)
+        make = _stored_key if _size(piece) <= REMEMBERED else _stored_key.__wrapped__
+        return make(self.fingerprint, piece, scoped)
 
     def sample(self) -> ChunkKV:
         """One token's keys and values, for their shapes and dtype."""
@@ -171,23 +245,38 @@ class Encoder:
 
     @torch.no_grad()
     def _encode_together(self, pieces: list[Piece], layers: Sequence[int]) -> list[_Encoded]:
-        batch = stack([alone(piece) for piece in pieces], self.pad_id).to(self.model.device)
+        whole = [alone(self._whole(piece)) for piece in pieces]
+        batch = stack(whole, self.pad_id).to(self.model.device)
         cache = DynamicCache()
         plan = InputRecorder(SplitPlan(batch.layout), layers)
-        self.model(
-            batch.input_ids,
-            position_ids=batch.layout.position,
-            plan=plan,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return [self._cut(cache, plan.inputs, index, piece) for index, piece in enumerate(pieces)]
+        positions = batch.layout.position
+        with nullcontext() if self.press is None else self.press.watching(self.model) as seen:
+            planned_forward(self.model, batch.input_ids, positions, plan, cache, logits_to_keep=1)
+        made = cache, plan.inputs, seen
+        return [self._cut(*made, index, piece) for index, piece in enumerate(pieces)]
 
-    def _cut(self, cache: DynamicCache, inputs: dict[int, Tensor], index: int, piece: Piece):
-        span, ids = slice(len(piece.blanks), _size(piece)), torch.tensor(piece.ids)
+    def _whole(self, piece: Piece) -> Piece:
+        """What is encoded: of a chunk that is thinned, the tokens that are dropped, too."""
+        if self.press is None or piece.is_prefix:
+            return piece
+        return Piece(piece.ids + piece.blanks)
+
+    def _cut(
+        self,
+        cache: DynamicCache,
+        inputs: dict[int, Tensor],
+        seen: list[dict[str, Any]] | None,
+        index: int,
+        piece: Piece,
+    ) -> _Encoded:
+        whole, ids = self._whole(piece), torch.tensor(piece.ids)
+        span = slice(len(whole.blanks), _size(whole))
         keys = tuple(layer.keys[index, :, span] for layer in cache.layers)
         values = tuple(layer.values[index, :, span] for layer in cache.layers)
+        if self.press is not None and not piece.is_prefix:
+            layers = zip(seen, keys, values, strict=True)
+            thin = [self.press.thin(one, index, *kv) for one, *kv in layers]
+            keys, values = (tuple(kind) for kind in zip(*thin, strict=True))
         states = {
             layer: ChunkStates(made[index, span], layer, ids, self.fingerprint).compact()
             for layer, made in inputs.items()

@@ -14,20 +14,12 @@ from blocktune.prompt import Batch
 
 
 class Computed(NamedTuple):
-    """Rows to compute, by order, padded on the left so that the last row is every prompt's last.
+    """Rows to compute, by order, padded on the left so that the last row is every prompt's last."""
 
-    Attributes:
-        ids: Token ids, ``(B, R)``.
-        rows: Their facts, ``(B, R)``; padding has kind PAD. All are global: what is computed at
-            answering time sees everything before it.
-        columns: Column of each row in the cache, `SKIP` for padding, ``(B, R)``.
-        index: Row of the layout that each one is, ``(B, R)``.
-    """
-
-    ids: Tensor
-    rows: Rows
-    columns: Tensor
-    index: Tensor
+    ids: Tensor  # token ids, ``(B, R)``
+    rows: Rows  # their facts, ``(B, R)``; all are global
+    columns: Tensor  # of the cache, `SKIP` for padding, ``(B, R)``
+    index: Tensor  # row of the layout that each one is, ``(B, R)``
 
     def of(self, chosen: Tensor) -> Tensor:
         """Of rows of the layout ``(B, S)`` bool, the computed ones that are chosen, ``(B, R)``."""
@@ -58,9 +50,12 @@ def computed_rows(batch: Batch, chosen: Tensor) -> Computed:
 def column_rows(layout: Layout) -> Rows:
     """Facts of the cache's columns, ``(B, N)``: the rows that are not blanks, by order."""
     stored = ~layout.is_pad & (layout.kind != Kind.BLANK)
-    count = int(stored.sum(1).max())
-    last = layout.order.max() + 1
-    index = torch.where(stored, layout.order, last).argsort(dim=1, stable=True)[:, :count]
+    count, width = int(stored.sum(1).max()), layout.num_rows
+    # The orders of a prompt's stored rows count from 0: a place for each, no need to sort.
+    place = torch.where(stored, layout.order, width)
+    index = torch.zeros(len(place), width + 1, dtype=torch.int64, device=place.device)
+    index = index.scatter(1, place, torch.arange(width, device=place.device).expand_as(place))
+    index = index[:, :count]
     rows = layout.rows().map(lambda field: field.gather(1, index))
     exists = torch.arange(count, device=layout.device) < stored.sum(1)[:, None]
     return replace(rows, kind=rows.kind.masked_fill(~exists, Kind.PAD))
@@ -73,19 +68,24 @@ def of_columns(scores: Tensor, layout: Layout) -> Tensor:
     return scores.gather(-1, column) * stored
 
 
+def to_columns(rows: Tensor, layout: Layout, columns: Rows) -> Tensor:
+    """Rows of the layout ``(B, S)`` bool, all of them stored, at their ``columns`` ``(B, N)``."""
+    found = torch.zeros_like(columns.kind)
+    return found.scatter_reduce(1, layout.order * rows, rows.long(), "amax").bool()
+
+
 def decoded_rows(last: Rows, steps: int) -> Rows:
     """Facts of the rows that ``steps`` tokens after the prompts' ``last`` rows ``(B, 1)`` have."""
     ahead = torch.arange(1, steps + 1, device=last.order.device)
-    return Rows(
-        kind=torch.full_like(last.kind, Kind.ANSWER).expand(-1, steps),
-        chunk=last.chunk.expand(-1, steps),
-        offset=(ahead - 1).expand(len(last.kind), -1),
-        position=last.position + ahead,
-        order=last.order + ahead,
-        group=torch.full_like(last.group, GLOBAL).expand(-1, steps),
-        sample=last.sample.expand(-1, steps),
-        supersedes=torch.full_like(last.supersedes, NO_ROW).expand(-1, steps),
-        until=last.until.expand(-1, steps),
+    rows = last.map(lambda field: field.expand(-1, steps))
+    return replace(
+        rows,
+        kind=torch.full_like(rows.kind, Kind.ANSWER),
+        offset=(ahead - 1).expand_as(rows.offset),
+        position=rows.position + ahead,
+        order=rows.order + ahead,
+        group=torch.full_like(rows.group, GLOBAL),
+        supersedes=torch.full_like(rows.supersedes, NO_ROW),
     )
 
 
@@ -93,8 +93,11 @@ def left_padded(chosen: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
     """Indices of the chosen rows by order, ``(B, R)``, and which of them are not padding."""
     count = chosen.sum(1)
     width = int(count.max())
-    index = torch.where(chosen, order, -1).argsort(dim=1, stable=True)[:, chosen.shape[1] - width :]
     exists = torch.arange(width, device=chosen.device) >= width - count[:, None]
+    index = torch.zeros_like(exists, dtype=torch.int64)
+    prompt, row = chosen.nonzero(as_tuple=True)  # few rows of many: only these are sorted
+    rank = (prompt * (order.max() + 1) + order[prompt, row]).argsort()
+    index[exists] = row[rank]
     return index, exists
 
 
@@ -146,10 +149,7 @@ class RowSubset:
         }
 
     def positional(self, args: tuple) -> tuple:
-        """A layer's other positional arguments: those with a row for each candidate are picked.
-
-        Gemma 3n and 4 hand their layers inputs of their own this way.
-        """
+        """A layer's other positional arguments; those with a row for each candidate are picked."""
         if self._all:
             return args
         count = self._candidates.rows.kind.shape[1]

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -21,26 +22,16 @@ class Ttft:
     """Seconds from request to first token, split by what they were spent on.
 
     Prompts of one batch are served together: each carries the batch's times.
-
-    Attributes:
-        prompt_s: Tokenising and laying the prompt out.
-        lookup_s: Finding out which chunks are cached.
-        load_s: Reading, verifying and moving them.
-        encode_s: Encoding the chunks that were not cached (0 when warm).
-        relocate_s: Rotating keys to their positions and joining caches.
-        select_s: Choosing tokens to recompute, with the passes and probes it takes.
-        recompute_s: Computing them, the links and the question.
-        first_token_s: Picking the first token.
     """
 
-    prompt_s: float = 0.0
-    lookup_s: float = 0.0
-    load_s: float = 0.0
-    encode_s: float = 0.0
-    relocate_s: float = 0.0
-    select_s: float = 0.0
-    recompute_s: float = 0.0
-    first_token_s: float = 0.0
+    prompt_s: float = 0.0  # tokenising and laying the prompt out
+    lookup_s: float = 0.0  # finding out which chunks are cached
+    load_s: float = 0.0  # reading, verifying and moving them
+    encode_s: float = 0.0  # encoding the chunks that were not cached (0 when warm)
+    relocate_s: float = 0.0  # rotating keys to their positions and joining caches
+    select_s: float = 0.0  # choosing tokens to recompute, with the passes and probes it takes
+    recompute_s: float = 0.0  # computing them, the links and the question
+    first_token_s: float = 0.0  # picking the first token
 
     @property
     def total_s(self) -> float:
@@ -50,42 +41,23 @@ class Ttft:
 
 @dataclass(frozen=True)
 class Usage:
-    """The cost of one answer.
+    """The cost of one answer."""
 
-    Attributes:
-        prompt_tokens: Tokens of prefix, chunks, links and question.
-        context_tokens: Tokens of chunks.
-        layer_tokens: Context tokens computed at answering time, per layer.
-        probed_tokens: Context tokens for which only keys and values were made, at check layers.
-        flops: Floating-point operations up to the first token: matrices and attention, passes
-            for choosing tokens included, encoding of chunks that were not cached left out.
-        bytes_read: Bytes of cached keys and values that were put into the prompt.
-        bytes_moved: Bytes read from chunk caches and written into the prompt's, by loading and
-            by computing.
-        chunk_hits: Chunks found in the cache.
-        chunk_misses: Chunks that had to be encoded first.
-        answer_tokens: Tokens decoded.
-        ttft: Times to the first token.
-        query_entropy: Entropy of the question's attention in nats, mean over its rows, the heads
-            and the layers that were reshaped; None if the method reshapes nothing.
-        loading: What the method's `ChunkLoader` reports; None if it has none.
-        prefix_tokens: Tokens whose exact state an earlier prompt with the same beginning left.
-    """
-
-    prompt_tokens: int
-    context_tokens: int
-    layer_tokens: tuple[int, ...]
-    probed_tokens: int
-    flops: int
-    bytes_read: int
-    bytes_moved: int
-    chunk_hits: int
-    chunk_misses: int
-    answer_tokens: int
-    ttft: Ttft
-    query_entropy: float | None = None
-    loading: Any = None
-    prefix_tokens: int = 0
+    prompt_tokens: int  # of prefix, chunks, links and question
+    context_tokens: int  # tokens of chunks
+    layer_tokens: tuple[int, ...]  # context tokens computed when answering, per layer
+    probed_tokens: int  # context tokens whose states were made for choices only
+    flops: int  # up to the first token, passes for choosing included, encoding left out
+    bytes_read: int  # of cached keys and values that were put into the prompt
+    bytes_moved: int  # read from chunk caches, and written into the prompt's
+    chunk_hits: int  # chunks found in the cache
+    chunk_misses: int  # had to be encoded first
+    answer_tokens: int  # tokens decoded
+    ttft: Ttft  # times to the first token
+    query_entropy: float | None = None  # of the question's attention, in nats, if it is reshaped
+    loading: Any = None  # what the method's `ChunkLoader` reports
+    prefix_tokens: int = 0  # in the exact state that an earlier prompt left
+    recalled: float | None = None  # 1.0: from a response cache; less: a similar question's answer
 
     @property
     def recompute_ratio(self) -> float:
@@ -136,17 +108,11 @@ OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj")
 
 @dataclass(frozen=True)
 class LayerCost:
-    """Multiply-adds of one layer.
+    """Multiply-adds of one layer."""
 
-    Attributes:
-        row: Of its matrices, per row; of a mixture of experts, those that a row is sent to.
-        probe: Of the projections that make keys and values (and queries), per row.
-        pair: Of attention, per row and key: the score and the weighted value.
-    """
-
-    row: int
-    probe: int
-    pair: int
+    row: int  # of its matrices, per row; of a mixture of experts, those that a row is sent to
+    probe: int  # of the projections that make keys and values (and queries), per row
+    pair: int  # of attention, per row and key: the score and the weighted value
 
     @classmethod
     def of(cls, layer: nn.Module, share: float, pair: int, has_lora: bool = True) -> LayerCost:
@@ -170,7 +136,9 @@ class ModelCost:
 
     @classmethod
     def of(cls, model: nn.Module) -> ModelCost:
-        """Reads the model's modules. Norms, activations and rotations are left out."""
+        """Reads the model's modules, once. Norms, activations and rotations are left out."""
+        if (known := _COSTS.get(model)) is not None:
+            return known
         config = model.config.get_text_config()
         experts, chosen = config_value(config, *EXPERTS), config_value(config, *CHOSEN)
         share = chosen / experts if experts and chosen else 1.0
@@ -180,26 +148,21 @@ class ModelCost:
         has_lora = scope_of(model) != "encode"  # such an adapter computes nothing here
         layers = decoder_layers(model)
         layers = tuple(LayerCost.of(layer, share, pair, has_lora) for layer in layers)
-        return cls(layers, config.hidden_size * config.vocab_size)
+        return _COSTS.setdefault(model, cls(layers, config.hidden_size * config.vocab_size))
+
+
+_COSTS: WeakKeyDictionary[nn.Module, ModelCost] = WeakKeyDictionary()
 
 
 @dataclass
 class Executed:
-    """What one pass of a model computed, for `flops`.
+    """What one pass of a model computed, for `flops`."""
 
-    Attributes:
-        model: The one that ran; its modules are counted when `flops` is called.
-        plans: Attention plans, which say in which layers they ran.
-        probes: Plans whose rows' keys and values a layer made for a choice only, by layer.
-        heads: Rows of each prompt that went through the head.
-        extra: Further multiply-adds, per prompt, ``(B,)``.
-    """
-
-    model: nn.Module
-    plans: list[CachePlan] = field(default_factory=list)
-    probes: Mapping[int, CachePlan] = field(default_factory=dict)
-    heads: int = 1
-    extra: Tensor | None = None
+    model: nn.Module  # the one that ran
+    plans: list[CachePlan] = field(default_factory=list)  # they say in which layers they ran
+    probes: Mapping[int, CachePlan] = field(default_factory=dict)  # by layer: made for choices only
+    heads: int = 1  # rows of each prompt that went through the head
+    extra: Tensor | None = None  # further multiply-adds of each prompt, ``(B,)``
 
     def flops(self) -> Tensor:
         """Floating-point operations of each prompt, two per multiply-add, ``(B,)`` int64.

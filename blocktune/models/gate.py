@@ -3,7 +3,7 @@
 Chunk reuse and block training are exact on a decoder if four properties hold: attention is all that
 mixes tokens, every layer attends by the function that blocktune hands it and keeps keys of its own,
 positions enter by rotating queries and keys alone, and a layer attends to what it tells that
-function. `examine` proves them, or names the one that stands in the way. Nothing is decided by a
+function. `examine` proves them, or names the one that is missing. Nothing is decided by a
 model's name.
 """
 
@@ -19,6 +19,7 @@ from blocktune.attention.interface import OWN_ATTENTION, can_switch, decoder_of
 from blocktune.models.probe import (
     NO_ROTARY,
     Mixes,
+    NoRotary,
     Probe,
     Refused,
     Structure,
@@ -35,11 +36,8 @@ ATTENDING = ("full_attention", "sliding_attention", "chunked_attention", "attent
 def require_supported(model: PreTrainedModel) -> RopeSpec:
     """Refuses a model whose cached chunks could not be moved; returns how to move them.
 
-    The frequencies are those that this model itself rotates with. The model may be a PEFT model,
-    quantised or split over processes: nothing runs through it.
-
-    Raises:
-        Refused: In one line, the property that stands in the way.
+    The frequencies are those that this model itself rotates with. It may be a PEFT model, quantised
+    or split over processes: nothing runs through it. `Refused` names what stands in the way.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = base.config.get_text_config()
@@ -52,12 +50,8 @@ def require_supported(model: PreTrainedModel) -> RopeSpec:
 def examine(config: PreTrainedConfig, cls: type[PreTrainedModel] | None = None) -> Structure:
     """Asks whether chunk reuse is exact on the models of a configuration, before any is loaded.
 
-    Args:
-        config: Of the text model or of a multimodal one around it.
-        cls: The model's class; None: the causal language model that transformers has for it.
-
-    Raises:
-        Refused: See `require_supported`.
+    ``config`` is of the text model or of a multimodal one around it; ``cls`` the model's class, by
+    default what transformers has for it. `Refused` names what stands in the way.
     """
     whole, config = config, config.get_text_config(decoder=True)
     cls = cls or causal_class(config) or causal_class(whole)
@@ -98,7 +92,7 @@ _KNOWN: dict[tuple[type, str], Structure] = {}
 
 
 def _examine(cls: type[PreTrainedModel], config: PreTrainedConfig) -> Structure:
-    name, model = cls.__name__, None
+    name, model, kind = cls.__name__, None, Refused
     what, fix = "cannot be built from its configuration", "correct config.json, or "
     try:
         with quiet(), torch.no_grad():
@@ -106,7 +100,7 @@ def _examine(cls: type[PreTrainedModel], config: PreTrainedConfig) -> Structure:
             model = small_model(small, cls)
             what, fix = "does not run on a plain sequence of tokens", ""
             probe = Probe(name, model, exact_length(config), exact_length(small))
-            what = "works on its attention mask or its cache in code of its own"
+            what, kind = "works on its attention mask or its cache in code of its own", NoRotary
             found = probe.run()
         decoder_layers(model)
         return found
@@ -114,7 +108,7 @@ def _examine(cls: type[PreTrainedModel], config: PreTrainedConfig) -> Structure:
         raise
     except Exception as error:
         if model and not any(key.endswith("inv_freq") for key, _ in model.named_buffers()):
-            raise Refused(NO_ROTARY.format(name)) from error
+            raise kind(NO_ROTARY.format(name)) from error
         line = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise Refused(
             f"{name} {what}, so nothing is known of chunk reuse on it; {fix}use a decoder that "
@@ -146,18 +140,11 @@ def exact_length(config: PreTrainedConfig) -> int | None:
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The model's decoder layers, through a PEFT wrapper or not.
-
-    Raises:
-        Refused: If no list has as many layers as the config says.
-    """
+    """The model's decoder layers, through a PEFT wrapper or not; else raises `Refused`."""
     depth = model.config.get_text_config().num_hidden_layers
     for name, module in model.named_modules():
-        if (
-            name.endswith(("layers", "blocks"))
-            and isinstance(module, nn.ModuleList)
-            and len(module) == depth
-        ):
+        named = name.endswith(("layers", "blocks", ".h"))
+        if named and isinstance(module, nn.ModuleList) and len(module) == depth:
             return module
     raise Refused(
         f"{type(model).__name__} has no list of {depth} decoder layers to hook into, one for each "

@@ -10,7 +10,7 @@ import copy
 import hashlib
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -61,7 +61,7 @@ def load_base(
     recurrent: bool = False,
     what: str = "a language model",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads a causal language model without any adapter, and its tokenizer.
+    """Loads a causal language model without any adapter, and its tokenizer, in evaluation mode.
 
     Of a multimodal model, the text model is loaded. GGUF weights are dequantised once and kept as
     safetensors in the cache of the Hub.
@@ -74,20 +74,14 @@ def load_base(
         revision: Of the repository.
         quantize: One of `blocktune.models.quantize.QUANTIZATIONS` or a configuration; None: as
             saved.
-        place: Whether to move the weights to the device. A trainer that moves or splits them
-            itself says False; quantised weights are made on the device in any case.
-        recurrent: Whether to load a model with recurrent layers, too: prompts in full are all that
-            it can be used for.
+        place: Whether to move the weights to the device; quantised ones are made there in any case.
+        recurrent: Whether to load a model with recurrent layers, too: for prompts in full only.
         what: What is loaded, for the error.
-
-    Returns:
-        The model in evaluation mode, and the tokenizer.
 
     Raises:
         ValueError: If there is no such model, device, dtype or quantization, its files are damaged
             or lack weights, or it is saved quantised and ``quantize`` is given.
-        Refused: If chunk reuse would be wrong on the model, before its weights are read; see
-            `blocktune.models.gate`.
+        Refused: If chunk reuse would be wrong on the model, before its weights are read.
     """
     bare, revision = pinned(name, revision)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -105,13 +99,10 @@ def load_base(
     auto = AutoModelForCausalLM if known else AutoModelForImageTextToText
     with _explained(name, what):
         bare = bare if file is None else _dequantised(file, dtype)
-        options = {"revision": revision, "dtype": dtype, "output_loading_info": True}
-        model, found = auto.from_pretrained(bare, **options, **kwargs)
-        if missing := sorted(found["missing_keys"]):  # would be random
-            raise ValueError(f"its files lack {len(missing)} weights, such as {missing[0]}")
-        if unused := sorted(key for key in found["unexpected_keys"] if "inv_freq" not in key):
-            said = "%s: %d weights are not used, such as %s"
-            logger.warning(said, name, len(unused), unused[0])
+        model, found = auto.from_pretrained(
+            bare, revision=revision, dtype=dtype, output_loading_info=True, **kwargs
+        )
+        _require_all(found, name)
     with _explained(name, "a tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(bare, revision=revision)
     if file is not None:
@@ -121,13 +112,16 @@ def load_base(
     return (model.to(device) if place and not kwargs else model), tokenizer
 
 
-def examine_base(name: str) -> None:
-    """Asks `examine` about a model by its name, without loading it.
+def _require_all(found: Mapping[str, Any], name: str) -> None:
+    """Refuses what transformers filled with random weights, and tells what it left unused."""
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(f"its files lack {len(missing)} weights, such as {missing[0]}")
+    if unused := sorted(key for key in found["unexpected_keys"] if "inv_freq" not in key):
+        logger.warning("%s: %d weights are not used, such as %s", name, len(unused), unused[0])
 
-    Raises:
-        ValueError: If there is no such model.
-        Refused: If chunk reuse would be wrong on it.
-    """
+
+def examine_base(name: str) -> None:
+    """Asks `examine` about a model by its name, without loading it; ValueError if there is none."""
     examine(_config(name, None, "a language model"))
 
 
@@ -211,13 +205,10 @@ def text_model(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def sharing(model: PreTrainedModel, own_embeddings: bool = False) -> PreTrainedModel:
-    """The same model as separate modules over the same weights.
+    """The same model as separate modules over the same weights, or with ``own_embeddings``.
 
-    Hooks, LoRA or a link table that are put on one do not change the other.
-
-    Args:
-        model: As loaded; its weights must not be changed in place any more.
-        own_embeddings: Copy the weights of input and output embeddings.
+    Hooks, LoRA or a link table that are put on one do not change the other. The weights must not be
+    changed in place any more.
     """
     kept = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     if own_embeddings:
@@ -283,8 +274,7 @@ def check_dtype(name: str) -> None:
 def pinned(name: str | Path, revision: str | None = None) -> tuple[str, str | None]:
     """Splits ``USER/NAME@REVISION``, or takes a separate revision; a local folder has none.
 
-    Raises:
-        ValueError: If two revisions are given, or an empty one.
+    Raises ValueError if two revisions are given, or an empty one.
     """
     if Path(name).exists():
         return str(name), revision
@@ -297,11 +287,7 @@ def pinned(name: str | Path, revision: str | None = None) -> tuple[str, str | No
 
 
 def adapter_folder(adapter: str | Path, revision: str | None = None) -> Path:
-    """The adapter's local folder, fetched from the Hub if it is not local.
-
-    Raises:
-        ValueError: If it is neither a folder nor a repository that can be reached.
-    """
+    """The adapter's local folder, fetched from the Hub if need be; ValueError if there is none."""
     name, revision = pinned(adapter, revision)
     if Path(name).is_dir():
         return Path(name)

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from blocktune.layout import FOREVER, GLOBAL, NO_CHUNK, NO_ROW, Kind, Layout
-from blocktune.prompt.rows import IGNORED, Prompt
+from blocktune.prompt.rows import Prompt, labels_of, tensor_of
 
 SIDES = ("right", "left")
 _PAD_ROW = {"kind": int(Kind.PAD), "chunk": NO_CHUNK, "group": GLOBAL, "until": FOREVER}
@@ -34,13 +34,8 @@ class Batch:
 def stack(prompts: Sequence[Prompt], pad_id: int, side: str = "right") -> Batch:
     """Pads prompts to the longest, one row of the batch each.
 
-    Args:
-        prompts: At least one.
-        pad_id: Token id of pad rows, which see nothing and are not seen.
-        side: Where the pads go, ``'right'`` or ``'left'``.
-
-    Raises:
-        ValueError: If there is no prompt or ``side`` is unknown.
+    Pad rows of token ``pad_id`` stand at ``side`` (``'right'`` or ``'left'``); they see nothing and
+    are not seen. Raises ValueError if there is no prompt or the side is unknown.
     """
     if not prompts:
         raise ValueError("stack needs at least one prompt, got none")
@@ -60,18 +55,14 @@ def stack(prompts: Sequence[Prompt], pad_id: int, side: str = "right") -> Batch:
         f.name: torch.cat([padded(getattr(layout, f.name), _PAD_ROW[f.name]) for layout in layouts])
         for f in fields(Layout)
     }
-    ids = torch.stack([padded(torch.tensor(prompt.ids), pad_id) for prompt in prompts])
-    labels = torch.stack([padded(torch.tensor(prompt.labels), IGNORED) for prompt in prompts])
-    return Batch(ids, Layout(**rows), labels)
+    ids = torch.stack([padded(tensor_of(prompt.ids), pad_id) for prompt in prompts])
+    return Batch(ids, Layout(**rows), labels_of(ids, rows["kind"]))
 
 
 def pack(prompts: Sequence[Prompt]) -> Prompt:
-    """Joins prompts into one row of a batch that never see each other.
+    """Joins prompts, at least one, into one row of a batch that never see each other.
 
     Every prompt has its own positions; ``order`` continues and ``sample`` counts the prompts.
-
-    Raises:
-        ValueError: If there is no prompt.
     """
     if not prompts:
         raise ValueError("pack needs at least one prompt, got none")
@@ -84,8 +75,7 @@ def pack(prompts: Sequence[Prompt]) -> Prompt:
         order, sample = int(layout.order.max()) + 1, int(layout.sample.max()) + 1
     rows = {f.name: torch.cat([getattr(p, f.name) for p in layouts], 1) for f in fields(Layout)}
     ids = tuple(token for prompt in prompts for token in prompt.ids)
-    labels = tuple(label for prompt in prompts for label in prompt.labels)
-    return Prompt(ids, Layout(**rows), labels)
+    return Prompt(ids, Layout(**rows))
 
 
 def _renumber(layout: Layout, rows_before: int) -> Layout:
@@ -95,10 +85,7 @@ def _renumber(layout: Layout, rows_before: int) -> Layout:
 
 
 def show(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
-    """Decodes a prompt run by run, each under a line that describes its rows.
-
-    Learned tokens have no text and are written as ``<link 0>``. Pads are left out.
-    """
+    """Decodes a prompt run by run, each under a line that describes its rows; pads are left out."""
     names = ("sample", "kind", "chunk", "group", "position", "offset")
     columns = [getattr(prompt.layout, name)[0].tolist() for name in names]
     runs = groupby(zip(*columns, prompt.ids, strict=True), key=lambda row: row[:4])

@@ -5,15 +5,16 @@ from __future__ import annotations
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedTokenizerBase
 
 Ids = tuple[int, ...]
+T = TypeVar("T")
 
-MOST_TOKENS = 1_000_000
-"""Token ids that are remembered for one tokenizer: about 40 MB."""
+MOST_TOKENS = 1_000_000  # token ids that are remembered for one tokenizer: about 40 MB
 
 _LOCK = threading.Lock()
 """``split_special_tokens`` is a state of a fast tokenizer that every call sets: a call of another
@@ -21,12 +22,12 @@ thread in between would change how the text is read."""
 
 
 class _Recent:
-    """Token ids by text and options, least recently used first; and the special tokens."""
+    """Token ids by text and options, least recently used first; and facts of the tokenizer."""
 
     def __init__(self):
         self.ids: OrderedDict[tuple, Ids] = OrderedDict()
         self.tokens = 0
-        self.special: dict[int, Mapping[str, int]] = {}
+        self.facts: dict[Hashable, Any] = {}
 
     def put(self, key: tuple, ids: Ids) -> None:
         self.ids[key] = ids
@@ -65,18 +66,26 @@ def encode(
         return ids
 
 
+def remembered(tokenizer: PreTrainedTokenizerBase, key: Hashable, make: Callable[[], T]) -> T:
+    """What ``make`` says of a tokenizer; it is called once for each ``key``."""
+    with _LOCK:
+        facts = _RECENT.setdefault(tokenizer, _Recent()).facts
+    if key not in facts:
+        facts[key] = make()
+    return facts[key]
+
+
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> Mapping[str, int]:
     """Ids of the special tokens by their text.
 
-    Cached, since tokenizers rebuild the list of added tokens each time; Gemma 3 has 6,000.
+    Remembered, since tokenizers rebuild the list of added tokens each time; Gemma 3 has 6,000.
     """
-    with _LOCK:
-        known = _RECENT.setdefault(tokenizer, _Recent()).special
-        size = len(tokenizer)
-        if size not in known:
-            added = tokenizer.added_tokens_decoder.items()
-            known[size] = {token.content: index for index, token in added if token.special}
-        return known[size]
+
+    def read() -> Mapping[str, int]:
+        added = tokenizer.added_tokens_decoder.items()
+        return {token.content: index for index, token in added if token.special}
+
+    return remembered(tokenizer, ("special", len(tokenizer)), read)
 
 
 class UserText:
@@ -111,12 +120,7 @@ class UserText:
 
 
 def require_embedded(tokenizer: PreTrainedTokenizerBase, num_rows: int, *pieces: Ids) -> None:
-    """Refuses tokens without an embedding, such as those added to the tokenizer alone.
-
-    Raises:
-        ValueError: If an id is not below ``num_rows``, the rows of the model's embedding; names
-            the token.
-    """
+    """Raises ValueError for a token whose id is not below ``num_rows``, those of the embedding."""
     last = max(max(piece, default=0) for piece in pieces)
     if last >= num_rows:
         raise ValueError(

@@ -15,26 +15,21 @@ from blocktune.layout import FOREVER, GLOBAL, Kind, Layout
 from blocktune.methods.select import SELECTORS, Selection
 from blocktune.methods.select.base import LayerCheck, LayerKV
 from blocktune.parsing import parse_yaml
-from blocktune.prompt import IGNORED, Prompt
+from blocktune.prompt import Prompt
 
 
 @dataclass(frozen=True)
 class RecomputeSampler:
     """Chooses the fresh tokens of a prompt by a selector of `blocktune.methods.select`.
 
-    Attributes:
-        selection: The selector; its budget is set per prompt.
-        low: Smallest share of the context tokens.
-        high: Largest share; a prompt's own is drawn between the two.
-
     Raises:
         ValueError: If the shares are out of range, or the selector asks for more than keys at
             one layer.
     """
 
-    selection: Selection
-    low: float = 0.15
-    high: float = 0.15
+    selection: Selection  # the selector; its budget is set per prompt
+    low: float = 0.15  # smallest share of the context tokens
+    high: float = 0.15  # largest share; a prompt's own is drawn between the two
 
     def __post_init__(self):
         if not 0.0 <= self.low <= self.high <= 1.0:
@@ -52,11 +47,7 @@ class RecomputeSampler:
 
     @classmethod
     def named(cls, text: str, low: float, high: float) -> RecomputeSampler:
-        """The sampler of a selector written as ``deviation check_layer=2 by=values``.
-
-        Raises:
-            ValueError: If a word is not ``key=value``, or the selector refuses a value.
-        """
+        """The sampler of a selector written as ``deviation check_layer=2 by=values``."""
         name, *words = text.split() or [""]
         pairs = [word.partition("=") for word in words]
         for key, equals, value in pairs:
@@ -79,8 +70,7 @@ class RecomputeSampler:
     def check_layer(self, num_layers: int) -> int | None:
         """Layer at which the choice is narrowed, or None where it is made beforehand.
 
-        Raises:
-            ValueError: If the selector is asked more than once, or adds rows on the way up.
+        A ValueError if the selector is asked more than once, or adds rows on the way up.
         """
         chosen = self.selection
         checks = chosen.checks(num_layers)
@@ -109,8 +99,7 @@ def with_fresh_rows(prompt: Prompt, chosen: Tensor, until: int = FOREVER) -> Pro
     )
     joined = torch.cat([prompt.layout.pack(), second.pack()], dim=1)
     ids = prompt.ids + tuple(prompt.ids[row] for row in rows.tolist())
-    labels = prompt.labels + (IGNORED,) * len(rows)
-    return Prompt(ids, Layout.unpack(joined), labels)
+    return Prompt(ids, Layout.unpack(joined))
 
 
 class _Seen(Exception):

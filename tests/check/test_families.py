@@ -48,7 +48,7 @@ def test_refused_classes(name):
     found = check_family(name)
     assert found.verdict == "refused"
     assert REFUSED[name] in found.note
-    assert "; use a " in found.note
+    assert "use a " in found.note
 
 
 def test_a_wrong_rotation_is_found(monkeypatch):

@@ -21,8 +21,7 @@ from blocktune.cache.blobs import Blobs
 from blocktune.cache.chunk_file import ChunkFile
 from blocktune.methods import ChunkLoader, DamagedChunk, Selection
 
-KEEP = 0.8
-"""Weight of what was measured before; the rest is the latest measurement's."""
+KEEP = 0.8  # weight of what was measured before; the rest is the latest measurement's
 
 
 @dataclass(frozen=True)
@@ -59,11 +58,13 @@ class LoadingController:
         self._lock = threading.Lock()
 
     def saw_reading(self, num_bytes: int, seconds: float) -> None:
+        """Takes a measurement of loading."""
         if num_bytes and seconds > 0:
             with self._lock:
                 self.bytes_per_s = _mixed(self.bytes_per_s, num_bytes / seconds)
 
     def saw_computing(self, row_layers: int, seconds: float) -> None:
+        """Takes a measurement of computing rows, counted once in each layer."""
         if row_layers and seconds > 0:
             with self._lock:
                 self.row_layer_s = _mixed(self.row_layer_s, seconds / row_layers)
@@ -111,12 +112,15 @@ class StreamedKV:
     matches = ChunkKV.matches
 
     def to(self, device: torch.device | str) -> Self:
-        return self  # layers go to the store's device as they arrive
+        """Itself: layers go to the store's device as they arrive."""
+        return self
 
     def submit(self, layer: int, pool: ThreadPoolExecutor) -> None:
+        """Lets a thread read the next layer."""
         self._layers.append(pool.submit(self._read, layer))
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values ``(K, S, D)``, when they are there; `DamagedChunk` if they are wrong."""
         started = time.perf_counter()
         try:
             return self._layers[layer].result()
@@ -126,6 +130,7 @@ class StreamedKV:
             self._loader.waited_s += time.perf_counter() - started
 
     def whole(self) -> ChunkKV:
+        """All layers in memory."""
         pairs = [future.result() for future in self._layers]
         keys, values = zip(*pairs, strict=True)
         return ChunkKV(keys, values, self.token_ids, self.fingerprint, self.origin)
@@ -164,6 +169,7 @@ class LayerLoader(ChunkLoader):
 
     @property
     def num_bytes(self) -> int:
+        """Bytes of all chunks that are read."""
         return sum(chunk.num_bytes for chunk in self.chunks)
 
     def lookup(self, key: str, token_ids: Sequence[int] | Tensor, fingerprint: str) -> Lookup:

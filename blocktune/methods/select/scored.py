@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from functools import reduce
 from typing import TYPE_CHECKING, ClassVar
 
 from blocktune.methods.select.base import SELECTORS, QueryScores, Selection, selectable
@@ -33,15 +34,13 @@ class Scored(Selection):
 class QueryAttention(Scored):
     """The tokens that the question attends to most when it is computed over the reused cache.
 
-    Attributes:
-        fuse: How scores of the layers are combined: ``mean``, ``max``, or only the ``first`` or the
-            ``last`` layer.
-        last_layers: Only this many last layers are combined; None: all.
-        over: See `QueryScores`, as the other two.
-        pool: See `QueryScores`.
-        positions: See `QueryScores`.
+    Layers (or only the ``last_layers``) are combined by ``fuse``: ``mean``, ``max``, or only the
+    ``first`` or the ``last``. ``each``: every layer chooses the share by its own scores, and a
+    token is recomputed up to the last layer that chose it, since that one needs its input. For
+    ``sees`` see `Selection`, for the other fields `QueryScores`.
 
-    Source: ProphetKV arXiv:2602.02579 (two stages, layers fused into one set).
+    Source: ProphetKV arXiv:2602.02579 (two stages, layers fused into one set); ``each`` and
+    ``sees``: RelaxKV arXiv:2609.33503.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2602.02579"
@@ -52,10 +51,11 @@ class QueryAttention(Scored):
     over: str = "prompt"
     pool: str = "mean"
     positions: str = "prompt"
+    sees: str = "all"
 
     def __post_init__(self):
         super().__post_init__()
-        require_one_of("fuse", self.fuse, ("mean", "max", "first", "last"))
+        require_one_of("fuse", self.fuse, ("mean", "max", "first", "last", "each"))
         if self.last_layers is not None:
             require_count("last_layers", self.last_layers, least=1)
         _ = self._how  # checks the others
@@ -69,8 +69,18 @@ class QueryAttention(Scored):
         depth = 1 if self.fuse == "first" else None
         return QueryScores(self.over, self.pool, self.positions, depth)
 
+    def spends(self, num_layers: int) -> float | None:
+        only_ends = {0.0: 0.0, 1.0: 1.0}.get(self.ratio)
+        return only_ends if self.fuse == "each" else self.ratio
+
     def begin(self, layout: Layout, passes: Passes) -> Tensor:
-        layers = passes.query_attention(self._how)[-(self.last_layers or 0) :]
+        every = passes.query_attention(self._how)
+        layers = every[-(self.last_layers or 0) :]
+        if self.fuse == "each":
+            chosen = [top_of_context(scores, layout, self.ratio) for scores in layers]
+            first = len(every) - len(layers) + 1
+            depths = (choice.long() * (first + i) for i, choice in enumerate(chosen))
+            return reduce(lambda a, b: a.maximum(b), depths)
         fused = {"mean": layers.mean(0), "max": layers.amax(0), "last": layers[-1]}
         return top_of_context(fused.get(self.fuse, layers[0]), layout, self.ratio)
 
@@ -79,14 +89,10 @@ class QueryAttention(Scored):
 class AuxiliaryAttention(Scored):
     """Windows of tokens that the question attends to most in the last layer of a small model.
 
-    Windows are consecutive tokens of one chunk, taken by their mean score.
-
-    Attributes:
-        ratio: See `Selection`; the last window may exceed it.
-        model: Folder or repository name of a model with the same tokenizer. ``self`` is the served
-            model: an upper bound for any auxiliary model, at the cost of a full prefill.
-        window: Tokens per window, 1 or more; the last one of a chunk may be shorter. The paper's
-            value is not public.
+    Windows are consecutive tokens of one chunk, taken by their mean score; the last one may exceed
+    the ratio. ``model`` is a folder or repository name of a model with the same tokenizer; ``self``
+    is the served model: an upper bound, at the cost of a full prefill. The paper's window is not
+    public.
 
     Source: CacheClip arXiv:2510.10129.
     """
@@ -95,7 +101,7 @@ class AuxiliaryAttention(Scored):
     needs_question: ClassVar[bool] = True
     ratio: float = 0.15
     model: str = "self"
-    window: int = 8
+    window: int = 8  # tokens; the last one of a chunk may be shorter
 
     def __post_init__(self):
         super().__post_init__()
@@ -136,10 +142,9 @@ class AttentionDeviation(Scored):
 class Oracle(Scored):
     """Tokens chosen with the knowledge of a full prefill: an upper bound for any choice.
 
-    Attributes:
-        by: ``influence``: distance of the true values from the cached ones, weighted by the
-            question's true attention; ``attention``: that attention alone; ``deviation``: distance
-            of the true keys and values from the cached ones. Each is summed over the layers.
+    ``influence`` is the distance of the true values from the cached ones, weighted by the
+    question's true ``attention``; ``deviation`` that of the true keys and values. Each is summed
+    over the layers.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2603.20218"
