@@ -8,6 +8,7 @@ a GGUF file or a name on the Hub. The adapter is for the weights of that package
 """
 
 import argparse
+import json
 import subprocess
 import sys
 import zipfile
@@ -21,7 +22,6 @@ from blocktune import Chunk, Engine, RagExample
 from blocktune.bench.ttft import bench_ttft, draw_ttft, table
 from blocktune.commands.options import quiet_libraries
 from blocktune.data.retrieval import Bm25
-from blocktune.data.sources.records import read_records
 from blocktune.evaluation.metrics import word_f1
 from blocktune.methods import default_method
 from blocktune.prompt import PromptFormat
@@ -50,7 +50,8 @@ def fetch(folder: Path) -> Path:
 
 def ask(count: int, passages: int) -> list[RagExample]:
     """Questions over the passage that answers each and those that BM25 finds, in its order."""
-    records = list(read_records("data/passages.jsonl"))
+    lines = Path("data/passages.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
     index = Bm25([Chunk(record["text"], record["title"]) for record in records])
     asked = [(one, i) for i, record in enumerate(records) for one in record["questions"][:1]]
     examples = []

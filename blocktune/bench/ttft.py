@@ -21,7 +21,7 @@ from blocktune.bench.reuse import (
 )
 from blocktune.cache import RowCache
 from blocktune.engine import Engine
-from blocktune.engine.assemble import relocator, wanted_pieces
+from blocktune.engine.assemble import relocator
 from blocktune.engine.generation import Generation
 from blocktune.engine.usage import Stopwatch
 from blocktune.methods import Method, build, default_method
@@ -133,11 +133,12 @@ def _assembling(engine: Engine, run: Generation) -> dict[str, Callable[[], objec
     """Looking chunks up, joining them where they were encoded, and joining them in place."""
     state, layout = engine.state, run.batch.layout
 
-    def lookup():
-        return state.encoder.find(wanted_pieces(run.batch, 0), Stopwatch(engine.model.device))
+    wanted = run.wanted[0]
 
-    wanted = wanted_pieces(run.batch, 0)
-    kvs = [state.encoder.find(wanted, Stopwatch(engine.model.device)).kvs[p] for p in wanted]
+    def lookup():
+        return state.encoder.find(wanted, Stopwatch(engine.model.device)).kvs
+
+    kvs = [lookup()[piece] for piece in wanted]
     rows = run.assembled.cached[0].nonzero().squeeze(1)
     columns = layout.order[0, rows]
     still = torch.cat([torch.arange(kv.num_tokens) + kv.origin for kv in kvs]).to(columns.device)

@@ -54,6 +54,8 @@ class StoreConfig:
         quota: Bytes of each tier that one tenant may hold; None: no limit.
         ttl: Seconds after which a chunk is encoded again; None: never.
         codec: How files hold keys and values, see `blocktune.cache.codecs`.
+        press: ``NAME:RATIO`` of kvpress, which thins chunks before they are kept, see
+            `blocktune.engine.press`; None: all keys are kept.
         trace: File that gets a JSON line for every look-up and write; None: none.
 
     Raises:
@@ -70,6 +72,7 @@ class StoreConfig:
     quota: int | None = None
     ttl: float | None = None
     codec: str = "as-is"
+    press: str | None = None
     trace: Path | None = None
 
     def __post_init__(self):

@@ -1,4 +1,4 @@
-"""The cache of one prompt in a model with recurrent layers."""
+"""The cache of one prompt in a model that transformers runs as it is."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class PrefillCache(DynamicCache):
         with_keys = [layer for layer in self.layers if hasattr(layer, "keys")]
         for layer, (keys, values) in zip(with_keys, match.layers(), strict=True):
             layer.update(torch.cat(keys, 1)[None], torch.cat(values, 1)[None])
-        states = iter(match.state)
+        states = iter(match.state or ())
         for layer, index in self._recurrent():
             _put(layer.update_conv_state, next(states), index)
             _put(layer.update_recurrent_state, next(states), index)

@@ -148,6 +148,8 @@ class RowCache(Cache):
             such a cache may feed the exact prefix cache; writing reused states ends it for good.
     """
 
+    first_column = 0  # that later rows see
+
     def __init__(
         self,
         num_layers: int,

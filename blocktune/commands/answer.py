@@ -82,7 +82,16 @@ def answer(
     top_p: Annotated[
         float, of_decoding(help="Nucleus sampling: keep tokens up to this cumulative probability.")
     ] = 1.0,
-    seed: Annotated[int, of_decoding(help="Random seed for sampling.")] = 0,
+    seed: Annotated[int | None, of_decoding(help="Random seed for sampling. Default: 0.")] = None,
+    response_cache: opt.Responses = None,
+    decode_cache: Annotated[
+        str | None,
+        of_decoding(
+            metavar="KIND",
+            help="How keys are held while decoding: sliding:TOKENS, fp8, quanto, hqq or offloaded "
+            "(needs a GPU). Default: as after the prefill.",
+        ),
+    ] = None,
 ) -> None:
     """Answer questions from separately cached chunks, and report what each answer cost."""
     from blocktune.commands import answering as ways
@@ -95,6 +104,9 @@ def answer(
     held = store is not None and ways.holds_chunks(store)
     engine = opt.load_engine(model, adapter, store, dtype, device, quantize)
     engine = opt.reworded(engine, instruction, system, wording)
+    if decode_cache is not None:
+        engine = engine.decoding_on(decode_cache)
+    engine.responses = opt.responses(response_cache, engine.store)
     run = ways.Run(engine, built, max_new_tokens, sampling, batch_size)
     run.require_room(examples)
     if show_prompt:

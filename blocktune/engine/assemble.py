@@ -102,9 +102,10 @@ def from_chunks(
 def from_prefix(served: ServedBatch) -> Assembled:
     """Fills the cache with the longest exact prefix that an earlier prompt left behind."""
     result, state, watch = Assembled.empty(served.batch), served.state, served.watch
+    tree = state.prefixes(served.method)
     for index, prompt in enumerate(served.pieces):
         watch.start()
-        with state.prefix_tree.match(state.encoder.fingerprint, prompt.context) as match:
+        with tree.match(state.encoder.fingerprint, prompt.context) as match:
             watch.stop("lookup_s")
             match.load(served.cache, index)
             facts = match.num_tokens, match.num_bytes

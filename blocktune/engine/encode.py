@@ -6,20 +6,23 @@ import copy
 import hashlib
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
 from blocktune.adapter import scope_of
-from blocktune.attention import Plan, SplitPlan
+from blocktune.attention import Plan, SplitPlan, planned_forward
 from blocktune.cache import ChunkKV, ChunkStates, ChunkStore, states_key, stored_key
 from blocktune.cache.miss_queue import MissQueue
+from blocktune.engine.press import Press
 from blocktune.engine.usage import Stopwatch
 from blocktune.methods.hooks import ChunkLoader
+from blocktune.positions import RopeSpec
 from blocktune.prompt import LayoutSpec, Pieces, Prompt, lay_out, stack
 
 Ids = tuple[int, ...]
@@ -116,10 +119,21 @@ _Encoded = tuple[Piece, ChunkKV, dict[int, ChunkStates]]
 class Encoder:
     """Turns pieces into their keys and values, through the store."""
 
-    def __init__(self, model: nn.Module, store: ChunkStore, fingerprint: str, pad_id: int):
-        """Encodes with ``model`` (attached to blocktune's attention) and keeps in ``store``."""
+    def __init__(
+        self,
+        model: nn.Module,
+        store: ChunkStore,
+        fingerprint: str,
+        pad_id: int,
+        rope: RopeSpec | None = None,
+        press: Press | None = None,
+    ):
+        """Encodes with ``model`` (attached to blocktune's attention) and keeps in ``store``.
+
+        ``rope`` is the model's; ``press`` drops keys of the chunks.
+        """
         self.model, self.store, self.tenant = model, store, ""
-        self.fingerprint, self.pad_id = fingerprint, pad_id
+        self.fingerprint, self.pad_id, self.rope, self.press = fingerprint, pad_id, rope, press
         self._is_scoped = scope_of(model) != "both"
 
     def find(
@@ -210,10 +224,10 @@ class Encoder:
         queue.done(self.fingerprint, wanted)
         return len(wanted)
 
-    def salted(self, salt: str) -> Encoder:
+    def salted(self, salt: str, what: str = "salt") -> Encoder:
         """See `Engine.salted`."""
-        other = copy.copy(self)
-        other.fingerprint = hashlib.sha256(f"{self.fingerprint} salt {salt}".encode()).hexdigest()
+        other, mixed = copy.copy(self), f"{self.fingerprint} {what} {salt}"
+        other.fingerprint = hashlib.sha256(mixed.encode()).hexdigest()
         other.tenant = other.fingerprint[:12]
         self.store.share_rope(self.fingerprint, other.fingerprint)
         return other
@@ -231,23 +245,38 @@ class Encoder:
 
     @torch.no_grad()
     def _encode_together(self, pieces: list[Piece], layers: Sequence[int]) -> list[_Encoded]:
-        batch = stack([alone(piece) for piece in pieces], self.pad_id).to(self.model.device)
+        whole = [alone(self._whole(piece)) for piece in pieces]
+        batch = stack(whole, self.pad_id).to(self.model.device)
         cache = DynamicCache()
         plan = InputRecorder(SplitPlan(batch.layout), layers)
-        self.model(
-            batch.input_ids,
-            position_ids=batch.layout.position,
-            plan=plan,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return [self._cut(cache, plan.inputs, index, piece) for index, piece in enumerate(pieces)]
+        positions = batch.layout.position
+        with nullcontext() if self.press is None else self.press.watching(self.model) as seen:
+            planned_forward(self.model, batch.input_ids, positions, plan, cache, logits_to_keep=1)
+        made = cache, plan.inputs, seen
+        return [self._cut(*made, index, piece) for index, piece in enumerate(pieces)]
 
-    def _cut(self, cache: DynamicCache, inputs: dict[int, Tensor], index: int, piece: Piece):
-        span, ids = slice(len(piece.blanks), _size(piece)), torch.tensor(piece.ids)
+    def _whole(self, piece: Piece) -> Piece:
+        """What is encoded: of a chunk that is thinned, the tokens that are dropped, too."""
+        if self.press is None or piece.is_prefix:
+            return piece
+        return Piece(piece.ids + piece.blanks)
+
+    def _cut(
+        self,
+        cache: DynamicCache,
+        inputs: dict[int, Tensor],
+        seen: list[dict[str, Any]] | None,
+        index: int,
+        piece: Piece,
+    ) -> _Encoded:
+        whole, ids = self._whole(piece), torch.tensor(piece.ids)
+        span = slice(len(whole.blanks), _size(whole))
         keys = tuple(layer.keys[index, :, span] for layer in cache.layers)
         values = tuple(layer.values[index, :, span] for layer in cache.layers)
+        if self.press is not None and not piece.is_prefix:
+            layers = zip(seen, keys, values, strict=True)
+            thin = [self.press.thin(one, index, *kv) for one, *kv in layers]
+            keys, values = (tuple(kind) for kind in zip(*thin, strict=True))
         states = {
             layer: ChunkStates(made[index, span], layer, ids, self.fingerprint).compact()
             for layer, made in inputs.items()

@@ -35,7 +35,7 @@ def load_engines(
         options: See `blocktune.adapter.load.load_models`.
 
     Raises:
-        ValueError: If two have the same name, or a model has recurrent layers.
+        ValueError: If two have the same name, or a model only resumes prefixes.
     """
     split = [text.partition("=") for text in adapters]
     wanted = [(head, tail) if equals else (_short(head), head) for head, equals, tail in split]
@@ -59,8 +59,8 @@ def load_engines(
     for label, engine in engines.items():
         if engine.state.recurrence is not None:
             raise ValueError(
-                f"'{label}' has recurrent layers, which the server's joint decoding does not "
-                "batch; use `blocktune answer --method prefix-cache`"
+                f"'{label}' has recurrent layers or absolute positions, which the server's joint "
+                "decoding does not batch; use `blocktune answer --method prefix-cache`"
             )
     return engines
 
@@ -71,11 +71,7 @@ def _short(source: str) -> str:
 
 
 def read_limits(pairs: list[str]) -> Limits:
-    """Limits from ``name=value`` pairs.
-
-    Raises:
-        ValueError: If one is not a pair, or its name or value is wrong.
-    """
+    """Limits from ``name=value`` pairs; a ValueError if a name or a value is wrong."""
     known = {f.name: type(f.default) for f in fields(Limits)}
     values = {}
     for pair in pairs:

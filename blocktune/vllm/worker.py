@@ -35,8 +35,7 @@ if TYPE_CHECKING:
 
     from blocktune.vllm.scheduler import Load
 
-IDLE_S = 0.002
-"""Seconds that a step without a forward pass waits for loads, rather than spin."""
+IDLE_S = 0.002  # seconds that a step without a forward pass waits for loads, rather than spin
 _LOG = logging.getLogger(__name__)
 
 
@@ -57,16 +56,12 @@ class _Part(NamedTuple):
 
     On a CPU each alone: its keys stay in the processor's cache between rotation and write, and
     nothing is joined. On other devices all of them: fewer kernels.
-
-    Attributes:
-        chunks: What is stored of them, this rank's heads.
-        turns: How their keys are moved, for each rotation of the model; None: they stay.
-        slots: For each group, which of the tokens are kept, and where.
     """
 
-    chunks: list[ChunkKV]
+    chunks: list[ChunkKV]  # what is stored of them, this rank's heads
+    # how their keys are moved, for each rotation of the model; None: they stay
     turns: list[Rotation | None]
-    slots: list[tuple[Tensor, Tensor]]
+    slots: list[tuple[Tensor, Tensor]]  # for each group, which of the tokens are kept, and where
 
     def layer(self, index: int, device: torch.device) -> list[Tensor]:
         """Keys and values of a layer, ``(S, K, D)``; shared with the chunk if it is one."""
@@ -89,10 +84,7 @@ class _Job(NamedTuple):
 class WorkerSide:
     """Loads in the background; a request waits for its own load only.
 
-    Args:
-        view: The store.
-        config: vLLM's.
-        groups: Layers that share blocks, vLLM's ``kv_cache_groups``.
+    ``groups`` are the layers that share blocks, vLLM's ``kv_cache_groups``.
     """
 
     def __init__(self, view: StoreView, config: VllmConfig, groups: list[KVCacheGroupSpec]):
@@ -118,13 +110,7 @@ class WorkerSide:
         self._stream: torch.cuda.Stream | None = None
 
     def start(self, loads: list[Load], modules: Mapping[str, Any], idle: bool) -> None:
-        """Begins loads.
-
-        Args:
-            loads: Of this step.
-            modules: vLLM's layers by name.
-            idle: Whether the step has no forward pass.
-        """
+        """Begins the loads of a step; ``idle`` if it has no forward pass."""
         self._idle = idle
         if loads and not self._places:
             self._places = {name: _Place(modules[name], *at) for name, at in self._names.items()}

@@ -119,6 +119,9 @@ def ship(base: Path, tuned: Path, output: Path, rank: int, name: str) -> dict[st
     if size > MOST_BYTES:
         fits = rank * MOST_BYTES // size
         raise ValueError(f"rank {rank} takes {size:,} bytes, above {MOST_BYTES:,}; try {fits}")
+    lost, norms = ([getattr(f, n) for f in folded.values()] for n in ("lost", "norm"))
+    if not any(norms):
+        raise ValueError(f"'{base}' and '{tuned}' change nothing: all their products are 0")
     output.mkdir(parents=True)
     tensors = {
         f"{m}.lora_{k}.weight": getattr(f, k.lower()) for m, f in folded.items() for k in "AB"
@@ -132,7 +135,6 @@ def ship(base: Path, tuned: Path, output: Path, rank: int, name: str) -> dict[st
     for path in tuned.iterdir():
         if path.name.startswith(("tokenizer", "chat_template", "special_tokens")):
             shutil.copy(path, output / path.name)
-    lost, norms = ([getattr(f, n) for f in folded.values()] for n in ("lost", "norm"))
     found = {
         "error": math.hypot(*lost) / math.hypot(*norms),
         "worst": max(a / b for a, b in zip(lost, norms, strict=True) if b),

@@ -3,6 +3,7 @@
     python eval/study/observe.py --model out/real/base --data out/real/data/test-5/hotpotqa.jsonl \\
       --limit 100 --output out/study-real --results eval/results/real/study
     ... --adapter block_attention=out/real/tuned/block_attention-0      # observation 7
+    ... --limit 0 --states 6                                # cached states alone, no answers
 
 Answers all methods (resumable, under --output), measures cached states by layer, and writes the
 page: what the study says, our numbers with paired intervals, its figures, and what follows by a
@@ -32,7 +33,7 @@ from blocktune.evaluation.stats.results import mean_of
 from blocktune.evaluation.suite import load_suite
 from blocktune.files import replace_json, replace_text
 from blocktune.methods import build
-from blocktune.provenance import public
+from blocktune.provenance import provenance, public
 
 METHODS: Mapping[str, dict[str, Any]] = {
     "full-prefill": {},
@@ -98,7 +99,7 @@ def make_suite(given: argparse.Namespace) -> dict[str, Any]:
         "model": given.model,
         "dtype": given.dtype,
         "methods": methods,
-        "tasks": [task | {"limit": given.limit}],
+        "tasks": [task | {"limit": given.limit or given.states}],
         "ttft": {"num": 0},
         "fidelity": {"num": 0},
     }
@@ -132,7 +133,8 @@ def draw(results: Mapping[str, Any], prompt: Mapping[str, Deviation], folder: Pa
     """All figures, numbered as the study's."""
     folder.mkdir(parents=True, exist_ok=True)
     shown = [m for m in results["methods"] if m not in ("no-context", "s+p", "cacheblend-paper")]
-    cost(results, folder / "cost.png", shown)
+    if is_answered(results):
+        cost(results, folder / "cost.png", shown)
     layers(results, folder / "beginnings.png", list(STATES))
     chosen = chosen_tokens(prompt["naive"], RATIO)
     draw_deviation(chosen, folder / "figure-3.png", f"One prompt: highest {RATIO:.0%} by layer")
@@ -142,6 +144,11 @@ def draw(results: Mapping[str, Any], prompt: Mapping[str, Deviation], folder: Pa
     overlap = results["methods"]["naive"]["fidelity"]["choice"]["overlap"]
     own = [row[1:] for row in overlap[1:]]
     draw_overlap(own, folder / "figure-5.png", "Choices shared by layers")
+
+
+def is_answered(results: Mapping[str, Any]) -> bool:
+    """Whether questions were answered, and not only cached states measured."""
+    return "full-prefill" in results["methods"]
 
 
 def of_states(number: int, results: Mapping[str, Any]) -> str:
@@ -177,15 +184,24 @@ def page(results: Mapping[str, Any], tuned: Sequence[str], about: str) -> str:
         3: ("figure-4.png",),
         6: ("cost.png",),
     }
+
+    def shown(name: str) -> bool:
+        return is_answered(results) or name != "cost.png"
+
     lines = ["# The study's observations, measured again", "", about, "", origin(results), ""]
-    lines += ["A difference whose interval holds 0 is not shown by so few questions.", ""]
-    lines += [scores(results), "", f1(results)]
+    if is_answered(results):
+        lines += ["A difference whose interval holds 0 is not shown by so few questions.", ""]
+        lines += [scores(results), "", f1(results)]
+    else:
+        lines.append("No question was answered: what needs answers is left out.")
     for number, claim in CLAIMS.items():
         title = f"Observation {number}" if number < 8 else "Takeaway 3"
         lines += ["", f"## {title}", "", f"The study: {claim}", ""]
-        lines += [f"![{title}]({name})\n" for name in figures.get(number, ())]
+        lines += [f"![{title}]({name})\n" for name in figures.get(number, ()) if shown(name)]
         lines += [of_states(number, results), ""] if number in (1, 2, 3, 4) else []
         lines += [choice(results)] if number == 2 else []
+        if not is_answered(results):
+            continue
         if compared.get(number):
             lines.append(pairs(results, compared[number]))
         elif number == 7:
@@ -200,12 +216,12 @@ DROPPED = ("em_minus", "sweeps", "budget")
 def kept(results: Mapping[str, Any]) -> dict[str, Any]:
     """The part of ``results.json`` that is committed."""
     found = json.loads(json.dumps({k: v for k, v in results.items() if k not in DROPPED}))
-    for summary in found.get("methods", {}).values():
+    for summary in found["methods"].values():
         summary.pop("em_minus", None)
         for cell in summary["tasks"].values():
             for name in ("em_minus", "score_minus"):
                 cell.pop(name, None)
-    return found | {"provenance": public(found["provenance"])}
+    return public(found)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -215,7 +231,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", required=True, help="folder or name on the Hub")
     add("--data", type=Path, required=True, help="questions with chunks and answers")
-    add("--limit", type=int, default=100, help="questions")
+    add("--limit", type=int, default=100, help="questions; 0 answers none")
     add("--states", type=int, default=20, help="questions whose cached states are measured")
     add("--adapter", action="append", default=[], help="LABEL=FOLDER, tuned; repeatable")
     add("--served", default="block-attention", help="the method that serves the adapters")
@@ -234,10 +250,12 @@ def main(arguments: list[str] | None = None) -> int:
         replace_text(path, yaml.safe_dump(make_suite(given), sort_keys=False))
         suite = load_suite(path)
         command = ["python", "eval/study/observe.py", *(arguments or sys.argv[1:])]
-        results = kept(run_and_show(suite, given.output, "The study's methods", command))
-        ready = prepare(suite)
-        for label, own in states_of(ready, min(given.states, given.limit)).items():
-            results["methods"][label]["fidelity"] = own
+        results = {"methods": {}, "provenance": provenance(0, command)}
+        if given.limit:
+            results = run_and_show(suite, given.output, "The study's methods", command)
+        results, ready = kept(results), prepare(suite)
+        for label, own in states_of(ready, min(given.states, given.limit or given.states)).items():
+            results["methods"].setdefault(label, {"n": given.states})["fidelity"] = own
         draw(results, one_prompt(ready), given.results)
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
