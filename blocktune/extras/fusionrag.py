@@ -26,8 +26,7 @@ if TYPE_CHECKING:
     from blocktune.prompt import Pieces
 
 Ids = tuple[int, ...]
-MOST = 4096
-"""Chunks that are remembered; the one that was not asked for the longest leaves first."""
+MOST = 4096  # chunks that are remembered; the one that was not asked for the longest leaves first
 
 
 class KnownChunks:
