@@ -20,25 +20,17 @@ SECRET, SECRET_FILE = "BLOCKTUNE_STORE_KEY", "BLOCKTUNE_STORE_KEY_FILE"
 """Environment variables with the key that signs entries, or the path of a file that holds it."""
 LEAST_SECRET = 16
 MOST_HEADER = 64 << 20
-FIRST_READ = 1 << 16
-"""Bytes in which most headers fit."""
+FIRST_READ = 1 << 16  # bytes in which most headers fit
 _KEY = re.compile(r"[0-9a-f]{64}")
 
 
 class FileFacts(NamedTuple):
-    """What a listing says of one entry, not verified.
+    """What a listing says of one entry, not verified."""
 
-    Attributes:
-        header: What `blocktune.cache.chunk_file` wrote about it.
-        num_tokens: Tokens of the chunk.
-        size: Bytes of the file.
-        used: When it was last used or written, in seconds of the epoch.
-    """
-
-    header: dict[str, str]
-    num_tokens: int
-    size: int
-    used: float
+    header: dict[str, str]  # what `blocktune.cache.chunk_file` wrote about it
+    num_tokens: int  # tokens of the chunk
+    size: int  # bytes of the file
+    used: float  # when it was last used or written, in seconds of the epoch
 
 
 class Head(NamedTuple):
@@ -50,14 +42,10 @@ class Head(NamedTuple):
 
 
 class Blob(ABC):
-    """An open file.
+    """An open file."""
 
-    Attributes:
-        size: Its bytes.
-        identity: Changes when the file does: hash it once for each. None: unknown.
-    """
-
-    size: int
+    size: int  # its bytes
+    # changes when the file does: hash it once for each. None: unknown
     identity: tuple | None = None
 
     @abstractmethod

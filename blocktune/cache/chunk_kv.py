@@ -12,8 +12,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-Read = Callable[[str], Tensor]
-"""Gives the tensor of a name."""
+Read = Callable[[str], Tensor]  # gives the tensor of a name
 
 
 class Entry(ABC):
@@ -21,15 +20,11 @@ class Entry(ABC):
 
     Class attributes:
         kind: Name of the kind; part of the file's header.
-
-    Attributes:
-        token_ids: What was encoded, ``(S,)`` int64.
-        fingerprint: Hex digest of the model that encoded it, `model_fingerprint`.
     """
 
     kind: ClassVar[str]
-    token_ids: Tensor
-    fingerprint: str
+    token_ids: Tensor  # what was encoded, ``(S,)`` int64
+    fingerprint: str  # hex digest of the model that encoded it, `model_fingerprint`
 
     @abstractmethod
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -96,24 +91,20 @@ _HEX = re.compile(r"[0-9a-f]+")
 class ChunkKV(Entry):
     """The attention state of one encoded chunk. Tensors are shared: never write into them.
 
-    Attributes:
-        keys: One tensor ``(K, S, D)`` per layer that stores any, RoPE applied at the positions
-            ``origin .. origin + S - 1``. Layers may differ in ``K`` and ``D``.
-        values: One tensor ``(K, S, D)`` per layer; ``D`` may differ from the keys'.
-        token_ids: What was encoded, ``(S,)`` int64, without the blanks before it.
-        fingerprint: Hex digest of the model that encoded it, `fingerprint.model_fingerprint`.
-        origin: Position at which the first stored token was encoded, e.g. the number of
-            blanks before it. Relocation starts from here.
-
     Raises:
         ValueError: If the tensors do not describe one chunk.
     """
 
     kind: ClassVar[str] = "chunk"
+    # one tensor ``(K, S, D)`` per layer that stores any, RoPE applied at the positions ``origin ..
+    # origin + S - 1``. Layers may differ in ``K`` and ``D``
     keys: tuple[Tensor, ...]
+    # one tensor ``(K, S, D)`` per layer; ``D`` may differ from the keys'
     values: tuple[Tensor, ...]
-    token_ids: Tensor
-    fingerprint: str
+    token_ids: Tensor  # what was encoded, ``(S,)`` int64, without the blanks before it
+    fingerprint: str  # hex digest of the model that encoded it, `fingerprint.model_fingerprint`
+    # position at which the first stored token was encoded, e.g. the number of blanks before it.
+    # Relocation starts from here
     origin: int = 0
 
     def __post_init__(self):
@@ -189,21 +180,16 @@ class ChunkStates(Entry):
     arXiv:2411.02820). They take ``hidden`` numbers a token where keys and values take ``2 *
     kv_heads * head_dim``, so only the layers that a method starts from are stored.
 
-    Attributes:
-        states: ``(S, hidden)``, before the layer's norm. Free of positions: nothing to relocate.
-        layer: 0-based layer that they enter.
-        token_ids: What was encoded, ``(S,)`` int64, without the blanks before it.
-        fingerprint: Hex digest of the model that encoded it.
-
     Raises:
         ValueError: If the tensors do not describe one chunk at one layer.
     """
 
     kind: ClassVar[str] = "states"
+    # ``(S, hidden)``, before the layer's norm. Free of positions: nothing to relocate
     states: Tensor
-    layer: int
-    token_ids: Tensor
-    fingerprint: str
+    layer: int  # 0-based layer that they enter
+    token_ids: Tensor  # what was encoded, ``(S,)`` int64, without the blanks before it
+    fingerprint: str  # hex digest of the model that encoded it
 
     def __post_init__(self):
         _check_ids(self.token_ids)

@@ -21,8 +21,7 @@ from blocktune.positions import LayerRope, RopeSpec
 from blocktune.positions.relocation import relocate_keys
 
 FP8 = torch.float8_e4m3fn
-GROUP = {8: 64, 4: 32}
-"""Most numbers that share a scale and an offset, by bits."""
+GROUP = {8: 64, 4: 32}  # most numbers that share a scale and an offset, by bits
 _HALF_LIMIT = 6e4
 
 

@@ -55,7 +55,7 @@ class StoreConfig:
         ttl: Seconds after which a chunk is encoded again; None: never.
         codec: How files hold keys and values, see `blocktune.cache.codecs`.
         press: ``NAME:RATIO`` of kvpress, which thins chunks before they are kept, see
-            `blocktune.engine.press`; None: all keys are kept.
+            `blocktune.methods.press`; None: all keys are kept.
         trace: File that gets a JSON line for every look-up and write; None: none.
 
     Raises:

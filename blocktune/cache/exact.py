@@ -16,8 +16,7 @@ from torch import Tensor
 from blocktune.cache.chunk_kv import own
 
 Ids = tuple[int, ...]
-State = tuple[Tensor | None, ...]
-"""The recurrent state of one prompt at one depth, layer by layer."""
+State = tuple[Tensor | None, ...]  # the recurrent state of one prompt at one depth, layer by layer
 _FULL_PREFILL = object()
 
 
@@ -25,25 +24,18 @@ _FULL_PREFILL = object()
 class ExactKV:
     """The state of a run of a prompt's tokens, computed after exactly the tokens before it.
 
-    Attributes:
-        token_ids: The run, ``S`` tokens.
-        context: The tokens before it.
-        keys: Of each layer that has any, ``(K, S, D)``, at their true positions.
-        values: Likewise.
-        fingerprint: Of the model that ran.
-        states: Of recurrent layers, at some depths (tokens before the state) from the end of
-            ``context`` to the end of the run: only there can a prompt be resumed. None: the model
-            has no recurrent layer, and resumes anywhere.
-
     Raises:
         ValueError: If made by anything but `cut_exact`.
     """
 
-    token_ids: Ids
-    context: Ids
-    keys: tuple[Tensor, ...]
-    values: tuple[Tensor, ...]
-    fingerprint: str
+    token_ids: Ids  # the run, ``S`` tokens
+    context: Ids  # the tokens before it
+    keys: tuple[Tensor, ...]  # of each layer that has any, ``(K, S, D)``, at their true positions
+    values: tuple[Tensor, ...]  # likewise
+    fingerprint: str  # of the model that ran
+    # of recurrent layers, at some depths (tokens before the state) from the end of ``context`` to
+    # the end of the run: only there can a prompt be resumed. None: the model has no recurrent
+    # layer, and resumes anywhere
     states: Mapping[int, State] | None = None
     proof: InitVar[object] = None
 

@@ -23,8 +23,7 @@ from blocktune.cache.checkpoints import place_checkpoints
 from blocktune.cache.exact import ExactKV, Ids, State, state_bytes
 from blocktune.cache.row_cache import RowCache
 
-_HISTORY = 256
-"""Prompts whose shared depth is remembered, of each model and tenant."""
+_HISTORY = 256  # prompts whose shared depth is remembered, of each model and tenant
 
 
 @dataclass(eq=False)

@@ -11,21 +11,13 @@ Tier = Literal["memory", "cpu", "disk", "remote", "none"]
 
 
 class Lookup(NamedTuple):
-    """What one look into the store found, and what it took.
+    """What one look into the store found, and what it took."""
 
-    Attributes:
-        kv: The chunk's entry, or None: encode it and `ChunkStore.put` it.
-        tier: Where it was found; ``"none"`` on a miss.
-        bytes_read: Bytes of keys, values and ids that the chunk has; 0 on a miss.
-        lookup_s: Seconds spent finding out whether it is there.
-        load_s: Seconds spent reading, verifying and moving it.
-    """
-
-    kv: Entry | None
-    tier: Tier
-    bytes_read: int
-    lookup_s: float
-    load_s: float
+    kv: Entry | None  # the chunk's entry, or None: encode it and `ChunkStore.put` it
+    tier: Tier  # where it was found; ``"none"`` on a miss
+    bytes_read: int  # bytes of keys, values and ids that the chunk has; 0 on a miss
+    lookup_s: float  # seconds spent finding out whether it is there
+    load_s: float  # seconds spent reading, verifying and moving it
 
 
 @dataclass

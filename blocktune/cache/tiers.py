@@ -25,8 +25,7 @@ from blocktune.cache.ledger import About, Ledger, Row
 from blocktune.cache.listing import open_index, row_of
 from blocktune.cache.stats import TierStats
 
-RETRY_S = 10.0
-"""Seconds after a failure in which a tier is left alone."""
+RETRY_S = 10.0  # seconds after a failure in which a tier is left alone
 REFRESH_S = 60.0
 """Seconds after which a remote with a budget is listed again: other machines write there too."""
 _WAITING, _FINISH_S = 64, 10.0

@@ -11,8 +11,7 @@ from typing import TextIO
 from blocktune.cache.chunk_kv import Entry
 from blocktune.cache.ledger import About
 
-_REMEMBERED = 1 << 16
-"""Keys whose last use is remembered."""
+_REMEMBERED = 1 << 16  # keys whose last use is remembered
 _SHOWN = 16
 
 

@@ -19,8 +19,8 @@ from transformers import (
 from blocktune.attention import planned_forward
 from blocktune.attention.cached import CachePlan
 from blocktune.cache import cut_exact
+from blocktune.cache.decode_cache import DecodingCache
 from blocktune.engine.assemble import Assembled
-from blocktune.engine.decode_cache import DecodingCache
 from blocktune.engine.layer_schedule import Prefill
 from blocktune.engine.rows import decoded_rows
 from blocktune.engine.state import ServedBatch

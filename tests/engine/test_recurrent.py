@@ -135,7 +135,7 @@ def test_mamba_1_goes_on_one_token_at_a_time():
 
 def test_a_model_with_a_cache_of_its_own_is_refused():
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
-    config = MiniMaxConfig(**sizes, intermediate_size=48, num_local_experts=2, vocab_size=101)
+    config = MiniMaxConfig(**sizes, num_key_value_heads=2, num_local_experts=2, vocab_size=101)
     with pytest.raises(ValueError, match="MiniMaxForCausalLM does not go on from its own cache"):
         find_recurrence(AutoModelForCausalLM.from_config(config).eval())
 
