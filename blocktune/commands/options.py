@@ -104,6 +104,8 @@ def quiet_libraries() -> None:
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true")
+    # A tied embedding gets its own weights where an adapter changes one end.
+    warnings.filterwarnings("ignore", message="(?s).*ensure_weight_tying")
     # A filter, since they set their own level on import; it does not reach a logger's children.
     for name in (
         *("bitsandbytes", "bitsandbytes.autograd._functions", "bitsandbytes.backends.cpu.ops"),

@@ -10,6 +10,7 @@ import torch
 from trl import SFTConfig
 
 from blocktune.adapter.scope import SCOPES
+from blocktune.parsing import mapping, parse_yaml
 from blocktune.prompt import LayoutSpec, PromptFormat
 from blocktune.training.collator import Augmentation
 from blocktune.training.distillation import Distillation
@@ -167,6 +168,7 @@ class BlockSFTConfig(LayoutOptions, ObjectiveOptions, BatchOptions, SFTConfig):
     overwrite: bool = option(False, "Start again, where output_dir holds an earlier run")
 
     def __post_init__(self):
+        self._check_types()
         if self.bf16 is None:  # TRL would choose bfloat16 on CPUs too
             self.bf16 = not self.fp16 and torch.cuda.is_available()
         # Else the Trainer refuses bf16, and several processes train alone.
@@ -184,6 +186,15 @@ class BlockSFTConfig(LayoutOptions, ObjectiveOptions, BatchOptions, SFTConfig):
         self.router_aux_loss_coef = 0.0
         self._check_own()
 
+    def _check_types(self) -> None:
+        """What the libraries below would fail on: numbers that are none, text for a mapping."""
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if isinstance(value, float) and not 0 <= value < math.inf:
+                raise ValueError(f"{one.name} must be a number of at least 0, got {value}")
+            if isinstance(value, str) and one.name.endswith("_kwargs"):
+                setattr(self, one.name, mapping(parse_yaml(value, one.name), one.name))
+
     def _check_own(self) -> None:
         if not self.output_dir:
             raise ValueError("output_dir is empty; name a folder for the adapter")
@@ -193,9 +204,6 @@ class BlockSFTConfig(LayoutOptions, ObjectiveOptions, BatchOptions, SFTConfig):
         for name in _AT_LEAST_1:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        for name, value in vars(self).items():
-            if isinstance(value, float) and not 0 <= value < math.inf:
-                raise ValueError(f"{name} must be a number of at least 0, got {value}")
         if self.max_steps <= 0 and self.num_train_epochs <= 0:
             raise ValueError(
                 f"num_train_epochs must be above 0, got {self.num_train_epochs}; or set max_steps"

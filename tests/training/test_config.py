@@ -81,6 +81,8 @@ def test_every_key_is_listed_once_with_what_it_means():
         ({"attention_execution": "flex"}, "no backward on a CPU"),
         ({"num_links": "many"}, "run.yaml: num_links: invalid int value: 'many'"),
         ({"num_links": -1}, "layout 'num_links' must be an integer of at least 0"),
+        ({"save_steps": float("inf")}, "save_steps must be a number of at least 0, got inf"),
+        ({"dataset_kwargs": "a"}, "dataset_kwargs: must be a mapping of keys to values, got 'a'"),
         ({"output_dir": ""}, "output_dir is empty; name a folder"),
         ({"env": {"A=B": 1}}, "run.yaml: env: illegal environment variable name, got 'A=B': 1"),
         ({"block_share": 1.5}, "block_share must be in [0, 1], got 1.5"),
