@@ -9,10 +9,9 @@ __getattr__, __dir__, __all__ = exports(
         "blocktune.cache.fingerprint": "chunk_key key_after model_fingerprint states_key "
         "stored_key weights_hash",
         "blocktune.cache.exact": "ExactKV cut_exact",
-        "blocktune.cache.prefill_cache": "PrefillCache",
         "blocktune.cache.prefix_tree": "PrefixMatch PrefixTree",
-        "blocktune.cache.row_cache": "SKIP RowCache",
-        "blocktune.cache.stats": "Lookup StoreStats TierStats",
+        "blocktune.cache.row_cache": "SKIP PrefillCache RowCache",
+        "blocktune.cache.config": "Lookup StoreStats TierStats",
         "blocktune.cache.store": "ChunkStore",
     },
 )

@@ -11,9 +11,11 @@ import json
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from blocktune.cache.ledger import Row
 
 MANIFESTS = "manifests"
 SECRET, SECRET_FILE = "BLOCKTUNE_STORE_KEY", "BLOCKTUNE_STORE_KEY_FILE"
@@ -40,6 +42,17 @@ class FileFacts(NamedTuple):
     size: int
     used: float
 
+    def row(self, key: str) -> Row:
+        """As an index has it."""
+        header = self.header
+        try:
+            seconds, expires = (float(header.get(name, 0.0)) for name in ("seconds", "expires"))
+        except ValueError:
+            seconds = expires = 0.0
+        texts = (header.get(n, "") for n in ("kind", "fingerprint", "document", "tenant"))
+        times = {"created": self.used, "used": self.used, "expires": expires or None}
+        return Row(self.num_tokens, *texts, seconds, key=key, size=self.size, uses=1, **times)
+
 
 class Head(NamedTuple):
     """The first bytes of a file, its size, and when it was last used or written."""
@@ -55,14 +68,18 @@ class Blob(ABC):
     Attributes:
         size: Its bytes.
         identity: Changes when the file does: hash it once for each. None: unknown.
+        changed: When it last did, in seconds of the epoch; ``used``: when it was last used or
+            written.
     """
 
     size: int
     identity: tuple | None = None
+    changed: float = 0.0
+    used: float = 0.0
 
     @abstractmethod
-    def read_into(self, buffer: memoryview, start: int) -> int:
-        """Fills ``buffer`` from byte ``start``; bytes read."""
+    def read_into(self, buffers: Sequence[memoryview], start: int) -> int:
+        """Fills some buffers, one after the other, from byte ``start``; bytes read."""
 
 
 class Bytes(Blob):
@@ -71,11 +88,14 @@ class Bytes(Blob):
     def __init__(self, data: bytes):
         self.data, self.size = memoryview(data), len(data)
 
-    def read_into(self, buffer: memoryview, start: int) -> int:
+    def read_into(self, buffers: Sequence[memoryview], start: int) -> int:
         """See `Blob.read_into`."""
-        part = self.data[start : start + len(buffer)]
-        buffer[: len(part)] = part
-        return len(part)
+        done = 0
+        for buffer in buffers:
+            part = self.data[start + done : start + done + len(buffer)]
+            buffer[: len(part)] = part
+            done += len(part)
+        return done
 
 
 def is_key(text: str) -> bool:
@@ -107,19 +127,6 @@ def secret_from_environment() -> bytes | None:
         return text.encode() if text is not None else Path(path).read_bytes().strip()
     except OSError as error:
         raise ValueError(f"{SECRET_FILE}: cannot read '{path}': {error.strerror}") from None
-
-
-class Fetched:
-    """One file that was read from a place, to be verified as there."""
-
-    def __init__(self, blobs: Blobs, key: str):
-        """Reads it; raises as `Blobs.open` does."""
-        self.secret, self.require_signed = blobs.secret, blobs.require_signed
-        self.blob = blobs.open(key)
-
-    def open(self, key: str) -> Blob:
-        """The file; ``key`` is its own."""
-        return self.blob
 
 
 def read_facts(data: bytes, size: int, used: float) -> FileFacts:
@@ -242,7 +249,7 @@ class Blobs(ABC):
             raise ValueError("it is not signed with the key of this store")
 
     def write_manifest(self, record: Mapping[str, Any]) -> None:
-        """Writes the manifest of a model, see `blocktune.cache.manifest`; raises as `write`."""
+        """Writes the manifest of a model, see `blocktune.cache.fingerprint`; raises as `write`."""
         signed = {} if self.secret is None else {"signature": self.sign(record)}
         text = json.dumps(dict(record) | signed, indent=1, ensure_ascii=False) + "\n"
         self._write_manifest(_fingerprint(record["fingerprint"]), text.encode())

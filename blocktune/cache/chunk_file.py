@@ -1,24 +1,32 @@
-"""One entry in one safetensors file: written whole or not at all, verified when read."""
+"""One entry in one safetensors file: coded with fewer bits or as it is, verified when read.
+
+A codec turns one layer's keys and values into named tensors and back. What the store hands out
+after `round_trip` is what a file gives back later, so an answer does not depend on where a chunk
+was found.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Generic, TypeVar
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 import xxhash
 from safetensors.torch import save
 from torch import Tensor
 
-from blocktune.cache.blobs import MOST_HEADER, Blobs
-from blocktune.cache.chunk_kv import Entry
-from blocktune.cache.codecs import decoded, encoded
-from blocktune.cache.ledger import About
-from blocktune.positions import RopeSpec
+from blocktune.cache.blobs import MOST_HEADER, Blob, Blobs, Bytes, FileFacts
+from blocktune.cache.chunk_kv import ChunkKV, Entry, Read
+from blocktune.cache.config import CODECS
+from blocktune.cache.ledger import About, Row
+from blocktune.positions import LayerRope, RopeSpec
+from blocktune.positions.relocation import relocate_keys
 
 FORMAT = "blocktune chunk 3"
 DTYPES = {
@@ -34,10 +42,23 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 """Of a safetensors header."""
-_PROVEN: dict[tuple, None] = {}
-"""Files whose SHA-256 sums this process compared; those with a key only."""
-_MOST_PROVEN = 1 << 20
+_PROVEN: dict[tuple, set[str]] = {}
+"""Tensors (or `_ALL`) that this process has verified, by file in one state and kind of sums."""
+_ALL = "*"
+_MOST_PROVEN = 1 << 16
+SETTLED_S = 2.0
+"""A file that changed this recently may change again without another date."""
 NOTHING = About()
+FP8 = torch.float8_e4m3fn
+GROUP = {8: 64, 4: 32}
+"""Most numbers that share a scale and an offset, by bits."""
+_HALF_LIMIT = 6e4
+_BITS = {"fp8": 0, "int8": 8, "int4": 4}
+
+
+class Expired(FileNotFoundError):
+    """The time of an entry is over."""
+
 
 AnyEntry = TypeVar("AnyEntry", bound=Entry)
 
@@ -46,19 +67,20 @@ class ChunkFile(Generic[AnyEntry]):
     """An open file of a store. Header and token ids are verified at once, tensors when read.
 
     xxh3 finds damage, at the speed of memory. A store with a key also needs what nobody can forge:
-    SHA-256 sums under the key's signature, compared once for each state of a file and process.
+    SHA-256 sums under the key's signature. Both are compared once for each state of a file and
+    process.
     """
 
     def __init__(self, blobs: Blobs, key: str, kind: type[AnyEntry] | None = None):
         """Opens the entry of ``key``; without a ``kind`` only `verify` can use it.
 
         Raises:
-            FileNotFoundError: If there is none, or its time is over.
+            FileNotFoundError: If there is none; `Expired` if its time is over.
             ValueError: If the file is not what `pack_chunk` made for this key, or not signed
                 with the store's key; says why.
             OSError: If the place cannot be reached.
         """
-        self.kind, self._blob = kind, blobs.open(key)
+        self.key, self.kind, self._blob = key, kind, blobs.open(key)
         with _readable():
             self._tensors = json.loads(self._header_text())
             self._header = dict(self._tensors.pop("__metadata__"))
@@ -73,15 +95,29 @@ class ChunkFile(Generic[AnyEntry]):
             raise ValueError("its header does not match its checksum")
         blobs.require_signed(self._header, signature)
         if 0 < float(self._header.get("expires", 0)) <= time.time():
-            raise FileNotFoundError(key)
-        self._file = (key, self._blob.identity)
-        self._prove = blobs.secret is not None
+            raise Expired(key)
+        self._prove, self._data = blobs.secret is not None, None
+        self._proven = _proven(key, self._blob, self._prove)
         self.token_ids = self.read("token_ids")
+
+    @property
+    def codec(self) -> str:
+        """How its tensors are stored."""
+        return self._header.get("codec", "as-is")
 
     @property
     def fingerprint(self) -> str:
         """Of the model that made it."""
         return self._header["fingerprint"]
+
+    def row(self) -> Row:
+        """What an index says of it."""
+        facts = FileFacts(self._header, len(self.token_ids), self._blob.size, self._blob.used)
+        return facts.row(self.key)
+
+    def content(self) -> bytes | None:
+        """The whole file, if it was fetched from a remote."""
+        return bytes(self._blob.data) if isinstance(self._blob, Bytes) else None
 
     def fact(self, name: str) -> int:
         """A number of the header."""
@@ -97,23 +133,51 @@ class ChunkFile(Generic[AnyEntry]):
         with _readable():
             told = self._tensors[name]
             start, end = told["data_offsets"]
-            shape, dtype = told["shape"], DTYPES[told["dtype"]]
-            if not 0 <= start <= end <= self._blob.size - self._start:
-                raise ValueError("it is cut off")
-            raw = torch.empty(end - start, dtype=torch.uint8)
-            if raw.numel():
-                done = self._blob.read_into(memoryview(raw.numpy()), self._start + start)
-                if done != raw.numel():
-                    raise ValueError("it is cut off")
-            tensor = raw.view(dtype).view(shape)
+            raw = self._fetch(start, end) if self._data is None else self._data[start:end]
+            tensor = raw.view(DTYPES[told["dtype"]]).view(told["shape"])
         self._verify(name, tensor)
         return tensor
 
-    def entry(self) -> AnyEntry:
-        """All of it, verified, on the CPU."""
+    def read_into(self, name: str, out: Tensor) -> None:
+        """Writes one tensor, stored as it is and verified, over ``out`` ``(K, S, D)``.
+
+        Each of its ``K`` parts must be contiguous, in the CPU's memory; raises as `read` does.
+        """
         with _readable():
+            start, end = self._tensors[name]["data_offsets"]
+            parts = [memoryview(part.view(torch.uint8).numpy()).cast("B") for part in out]
+            if sum(map(len, parts)) != end - start or self._data is not None:
+                raise ValueError("it is of another size")
+            self._fill(parts, start, end)
+        if not self._is_proven(name):
+            self._verify(name, out.contiguous())
+
+    def entry(self) -> AnyEntry:
+        """All of it, verified, on the CPU; its tensors share their memory."""
+        with _readable():
+            self._data = self._fetch(0, self._blob.size - self._start)
             read = decoded(self._header, self.read, len(self.token_ids))
-            return self.kind.restore(self._header, read, self.token_ids, self.fingerprint)
+            made = self.kind.restore(self._header, read, self.token_ids, self.fingerprint)
+        if self._sums.keys() <= self._proven:
+            self._proven.clear()
+            self._proven.add(_ALL)
+        return made
+
+    def like(self) -> AnyEntry:
+        """An entry of its shapes and types, without its numbers."""
+
+        def empty(name: str) -> Tensor:
+            if self.codec == "as-is":
+                told = self._tensors[name]
+                return torch.empty((), dtype=DTYPES[told["dtype"]]).expand(told["shape"])
+            kind, _, layer = name.partition(".")
+            dim = json.loads(self._header["dims"])[int(layer)][kind == "value"]
+            heads = self._tensors[f"{name}.codes"]["shape"][0]
+            dtype = getattr(torch, self._header["dtype"])
+            return torch.empty((), dtype=dtype).expand(heads, len(self.token_ids), dim)
+
+        with _readable():
+            return self.kind.restore(self._header, empty, self.token_ids, self.fingerprint)
 
     def tensor(self, name: str) -> Tensor:
         """One tensor of the entry, verified and decoded; raises as `read` does."""
@@ -121,9 +185,28 @@ class ChunkFile(Generic[AnyEntry]):
             return decoded(self._header, self.read, len(self.token_ids))(name)
 
     def verify(self) -> None:
-        """Reads every tensor; raises as `read` does."""
+        """Reads every tensor, whatever was verified before; raises as `read` does."""
+        self._proven = set()
+        self.prove()
+
+    def prove(self) -> None:
+        """Reads every tensor that this process has not verified; raises as `read` does."""
         for name in self._sums:
-            self.read(name)
+            if not self._is_proven(name):
+                self.read(name)
+        self._proven.clear()
+        self._proven.add(_ALL)
+
+    def _fetch(self, start: int, end: int) -> Tensor:
+        if not 0 <= start <= end <= self._blob.size - self._start:
+            raise ValueError("it is cut off")
+        raw = torch.empty(end - start, dtype=torch.uint8)
+        self._fill([memoryview(raw.numpy())], start, end)
+        return raw
+
+    def _fill(self, buffers: list[memoryview], start: int, end: int) -> None:
+        if self._blob.read_into(buffers, self._start + start) != end - start:
+            raise ValueError("it is cut off")
 
     def _header_text(self) -> bytes:
         length = int.from_bytes(self._bytes(0, 8), "little")
@@ -134,26 +217,84 @@ class ChunkFile(Generic[AnyEntry]):
 
     def _bytes(self, start: int, length: int) -> bytes:
         data = bytearray(length)
-        if self._blob.read_into(memoryview(data), start) != length:
+        if self._blob.read_into([memoryview(data)], start) != length:
             raise ValueError("it is cut off")
         return bytes(data)
 
+    def _is_proven(self, name: str) -> bool:
+        return name in self._proven or _ALL in self._proven
+
     def _verify(self, name: str, tensor: Tensor) -> None:
+        if self._is_proven(name):
+            return
         if self._sums.get(name) != _checksum(xxhash.xxh3_128, name, tensor):
             raise ValueError(f"'{name}' does not match its checksum")
-        proven = (*self._file, name)
-        if not self._prove or (self._blob.identity is not None and proven in _PROVEN):
-            return
-        if self._sha256.get(name) != _checksum(hashlib.sha256, name, tensor):
+        if self._prove and self._sha256.get(name) != _checksum(hashlib.sha256, name, tensor):
             raise ValueError(f"'{name}' does not match its signed checksum")
-        while len(_PROVEN) >= _MOST_PROVEN:
-            _PROVEN.pop(next(iter(_PROVEN)), None)
-        _PROVEN[proven] = None
+        self._proven.add(name)
 
 
-def read_chunk(blobs: Blobs, key: str, kind: type[AnyEntry]) -> AnyEntry:
-    """Reads one entry; raises as `ChunkFile` does."""
-    return ChunkFile(blobs, key, kind).entry()
+class FileKV:
+    """A chunk whose layers are read from its file each time; read like a `ChunkKV`.
+
+    It is verified once, before: of a file that is damaged after that, `ValueError` comes late.
+
+    Attributes:
+        like: Shapes and types.
+    """
+
+    kind = ChunkKV.kind
+
+    def __init__(self, file: ChunkFile[ChunkKV]):
+        """Of a file whose tensors are stored as they are."""
+        self.file, self.key, self.like = file, file.key, file.like()
+        self.token_ids, self.fingerprint = file.token_ids, file.fingerprint
+        self.num_tokens, self.num_bytes = self.like.num_tokens, self.like.num_bytes
+        self.num_layers, self.origin = self.like.num_layers, self.like.origin
+        self.keys, self.values = _Half(self, "key"), _Half(self, "value")
+
+    matches = ChunkKV.matches
+
+    @classmethod
+    def read(cls, file: ChunkFile[ChunkKV]) -> FileKV | ChunkKV:
+        """Of a verified file; the whole entry if it is coded."""
+        if file.codec != "as-is":
+            return file.entry()
+        file.prove()
+        return cls(file)
+
+    def to(self, device: torch.device | str) -> FileKV:
+        """As it is: layers are read into the CPU's memory."""
+        return self
+
+    def tensor(self, name: str) -> Tensor:
+        """Of a layer, such as ``key.0``, in new memory."""
+        return self.file.read(name)
+
+    def read_into(self, name: str, out: Tensor) -> None:
+        """Writes a layer's tensor over ``out`` ``(K, S, D)``."""
+        self.file.read_into(name, out)
+
+
+@dataclass(frozen=True)
+class _Half(Sequence):
+    kv: FileKV
+    name: str
+
+    def __getitem__(self, layer: int) -> Tensor:
+        return self.kv.tensor(f"{self.name}.{layer}")
+
+    def __len__(self) -> int:
+        return self.kv.num_layers
+
+
+def _proven(key: str, blob: Blob, with_key: bool) -> set[str]:
+    """What was verified of a file before; a set that nobody keeps if its state is not known."""
+    if blob.identity is None or time.time() - blob.changed < SETTLED_S:
+        return set()
+    while len(_PROVEN) >= _MOST_PROVEN:
+        _PROVEN.pop(next(iter(_PROVEN)), None)
+    return _PROVEN.setdefault((key, with_key, blob.identity), set())
 
 
 def pack_chunk(
@@ -171,7 +312,7 @@ def pack_chunk(
         key: Of the entry.
         entry: Its tensors may be on any device.
         about: What an index of the place needs when it is made again.
-        codec: How the tensors are stored, see `blocktune.cache.codecs`.
+        codec: How the tensors are stored, see `blocktune.cache.chunk_file`.
         rope: As there.
     """
     entry = entry.to("cpu").compact()
@@ -222,3 +363,148 @@ def _checksum(hasher, name: str, tensor: Tensor) -> str:
     if tensor.numel():  # an empty tensor has no buffer to view
         digest.update(memoryview(tensor.view(torch.uint8).numpy()).cast("B"))
     return digest.hexdigest()
+
+
+class CodecError(NamedTuple):
+    """What a codec costs: bytes of a file's tensors per token, and root mean square errors.
+
+    Errors are relative to the root mean square of the keys (as stored, rotated) and the values.
+    """
+
+    bytes_per_token: float
+    key_error: float
+    value_error: float
+
+
+def encoded(
+    entry: Entry, codec: str, rope: RopeSpec | None = None
+) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Facts for the header and tensors for the file.
+
+    Args:
+        entry: On any device; entries other than `ChunkKV` are stored as they are.
+        codec: One of `CODECS`.
+        rope: Of the model that made the chunk; ``int8`` and ``int4`` need it.
+
+    Raises:
+        ValueError: If the codec is unknown, or needs a ``rope`` and got none.
+    """
+    if codec not in CODECS:
+        raise ValueError(f"unknown codec '{codec}'; available: {', '.join(CODECS)}")
+    if codec == "as-is" or not isinstance(entry, ChunkKV):
+        return {}, dict(entry.tensors())
+    tensors, bits = {}, _BITS[codec]
+    if bits:
+        tensors = _rope_tensors(entry, rope)
+        forms = [(one.start, one.interleaved) for one in rope.layers]
+    for layer, (key, value) in enumerate(zip(entry.keys, entry.values, strict=True)):
+        if bits:
+            form = LayerRope(tensors[f"rope.{layer}"], *forms[layer])
+            key = _turned(key, entry.origin, form, -1).transpose(1, 2)
+        for name, tensor in ((f"key.{layer}", key), (f"value.{layer}", value)):
+            parts = _pack(tensor, bits) if bits else _scale(tensor)
+            tensors |= {f"{name}.{part}": held.contiguous() for part, held in parts.items()}
+    dims = [(key.shape[2], value.shape[2]) for key, value in zip(entry.keys, entry.values)]  # noqa: B905
+    dtype = str(entry.dtype).removeprefix("torch.")
+    facts = {"codec": codec, "dtype": dtype, "dims": json.dumps(dims)}
+    return facts | ({"rope": json.dumps(forms)} if bits else {}), tensors
+
+
+def decoded(header: Mapping[str, str], read: Read, num_tokens: int) -> Read:
+    """Reads decoded tensors, given how to ``read`` those of the file; raises as that does."""
+    codec = header.get("codec", "as-is")
+    if codec == "as-is":
+        return read
+    if codec not in CODECS:
+        raise ValueError(f"it is stored by the unknown codec '{codec}'")
+    dtype = getattr(torch, header["dtype"])
+    dims, bits = json.loads(header["dims"]), _BITS[codec]
+
+    def decode(name: str) -> Tensor:
+        kind, _, layer = name.partition(".")
+        parts = {part: read(f"{name}.{part}") for part in ("codes", "scale")}
+        if not bits:
+            return (parts["codes"].float() * parts["scale"]).to(dtype)
+        parts["low"] = read(f"{name}.low")
+        if kind == "value":
+            return _unpack(parts, bits, dims[int(layer)][1]).to(dtype)
+        key = _unpack(parts, bits, num_tokens).transpose(1, 2)
+        form = LayerRope(read(f"rope.{layer}"), *json.loads(header["rope"])[int(layer)])
+        return _turned(key, int(header["origin"]), form, 1).to(dtype).contiguous()
+
+    return decode
+
+
+def round_trip(entry: Entry, codec: str, rope: RopeSpec | None = None) -> Entry:
+    """The entry as a file of this codec gives it back."""
+    facts, tensors = encoded(entry, codec, rope)
+    if not facts:
+        return entry
+    facts |= {name: str(fact) for name, fact in entry.facts().items()}
+    read = decoded(facts, tensors.__getitem__, entry.num_tokens)
+    return type(entry).restore(facts, read, entry.token_ids, entry.fingerprint)
+
+
+def codec_error(entry: ChunkKV, codec: str, rope: RopeSpec | None = None) -> CodecError:
+    """What a codec costs for one chunk."""
+    tensors, back = encoded(entry, codec, rope)[1], round_trip(entry, codec, rope)
+
+    def error(of: Callable[[ChunkKV], tuple[Tensor, ...]]) -> float:
+        pairs = list(zip(of(entry), of(back), strict=True))
+        wrong = sum(float((one.double() - other.double()).square().sum()) for one, other in pairs)
+        return math.sqrt(wrong / sum(float(one.double().square().sum()) for one, _ in pairs))
+
+    num_bytes = sum(tensor.nbytes for tensor in tensors.values()) / entry.num_tokens
+    return CodecError(num_bytes, error(lambda kv: kv.keys), error(lambda kv: kv.values))
+
+
+def _scale(tensor: Tensor) -> dict[str, Tensor]:
+    """Eight-bit floats with one scale per head, ``(K, 1, 1)``."""
+    top = tensor.float().abs().amax(dim=(1, 2), keepdim=True)
+    scale = (top / torch.finfo(FP8).max).clamp_min(1e-12)
+    return {"codes": (tensor.float() / scale).to(FP8), "scale": scale}
+
+
+def _pack(tensor: Tensor, bits: int) -> dict[str, Tensor]:
+    """Integers with a scale and an offset for each group along the last axis.
+
+    Source: KIVI, arXiv:2402.02750: keys by channel (here also before rotation, as KVQuant,
+    arXiv:2401.18079), values by token.
+    """
+    length = tensor.shape[-1]
+    group = -(-length // -(-length // GROUP[bits]))  # equal groups: little is filled up
+    group += group % 2
+    last = tensor[..., -1:].expand(*tensor.shape[:-1], -length % group)
+    groups = torch.cat((tensor, last), dim=-1).float().unflatten(-1, (-1, group))
+    low, high = groups.aminmax(dim=-1, keepdim=True)
+    held = torch.float16 if float(groups.abs().max()) < _HALF_LIMIT else torch.float32
+    low = low.to(held)
+    scale = ((high - low.float()) / (2**bits - 1)).clamp_min(6e-5).to(held)
+    codes = ((groups - low.float()) / scale.float()).round().clamp(0, 2**bits - 1).to(torch.uint8)
+    if bits == 4:
+        codes = codes[..., ::2] | codes[..., 1::2] << 4
+    return {"codes": codes, "scale": scale, "low": low}
+
+
+def _unpack(parts: Mapping[str, Tensor], bits: int, length: int) -> Tensor:
+    codes = parts["codes"]
+    if bits == 4:
+        codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)
+    return (codes * parts["scale"].float() + parts["low"].float()).flatten(-2)[..., :length]
+
+
+def _rope_tensors(entry: ChunkKV, rope: RopeSpec | None) -> dict[str, Tensor]:
+    if rope is None:
+        raise ValueError(
+            "int8 and int4 quantise keys before their rotation and need the model's frequencies; "
+            "open the store through an engine, or use fp8"
+        )
+    # Where the values are what is rotated, keys are as they are.
+    kept = [one.inv_freq[: 0 if one.in_values else None] for one in rope.layers]
+    return {f"rope.{layer}": one.float().cpu().clone() for layer, one in enumerate(kept)}
+
+
+def _turned(keys: Tensor, origin: int, rope: LayerRope, sign: int) -> Tensor:
+    """Keys ``(K, S, D)`` without their rotation (-1), or with it (1)."""
+    positions = torch.arange(origin, origin + keys.shape[1], device=keys.device)[None]
+    return relocate_keys(keys.float()[None], sign * positions, rope)[0]

@@ -13,6 +13,8 @@ from torch import Tensor
 
 Read = Callable[[str], Tensor]
 """Gives the tensor of a name."""
+State = tuple[Tensor | None, ...]
+"""The recurrent state of one prompt at one depth, layer by layer."""
 
 
 class Entry(ABC):

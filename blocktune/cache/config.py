@@ -1,15 +1,29 @@
-"""Where a store keeps chunks and within which limits, as one line of text says it. No torch."""
+"""What a store is told: place and limits, as one line of text; and what it tells: counters, traces.
+
+No torch.
+"""
 
 from __future__ import annotations
 
+import json
 import re
-from dataclasses import dataclass, fields
+import time
+from collections import Counter, OrderedDict
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple, TextIO
 
-from blocktune.cache.ledger import POLICIES
+from blocktune.cache.ledger import POLICIES, About
+
+if TYPE_CHECKING:
+    from blocktune.cache.chunk_kv import Entry
 
 CODECS = ("as-is", "fp8", "int8", "int4")
 MEMORY = 4 << 30
+Tier = Literal["memory", "cpu", "disk", "remote", "none"]
+_REMEMBERED = 1 << 20
+"""Keys whose last use a trace remembers."""
+_SHOWN = 16
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -53,7 +67,7 @@ class StoreConfig:
             as the folder was last opened with, else ``lru``.
         quota: Bytes of each tier that one tenant may hold; None: no limit.
         ttl: Seconds after which a chunk is encoded again; None: never.
-        codec: How files hold keys and values, see `blocktune.cache.codecs`.
+        codec: How files hold keys and values, see `blocktune.cache.chunk_file`.
         trace: File that gets a JSON line for every look-up and write; None: none.
 
     Raises:
@@ -127,3 +141,156 @@ def _value(name: str, text: str):
     if name == "ttl":
         return parse_seconds(text)
     return Path(text) if name == "trace" else text
+
+
+class Lookup(NamedTuple):
+    """What one look into the store found, and what it took.
+
+    Attributes:
+        kv: The chunk's entry, or None: encode it and `ChunkStore.put` it.
+        tier: Where it was found; ``"none"`` on a miss.
+        bytes_read: Bytes of keys, values and ids that the chunk has; 0 on a miss.
+        lookup_s: Seconds spent finding out whether it is there.
+        load_s: Seconds spent reading, verifying and moving it.
+    """
+
+    kv: Entry | None
+    tier: Tier
+    bytes_read: int
+    lookup_s: float
+    load_s: float
+
+
+@dataclass
+class TierStats:
+    """Counters of one tier since the store was opened.
+
+    ``expired`` entries are also misses. ``unwritten`` ones could not be kept; ``failures`` are
+    requests that the tier did not answer.
+    """
+
+    hits: int = 0
+    misses: int = 0
+    bytes_read: int = 0
+    bytes_written: int = 0
+    read_s: float = 0.0
+    write_s: float = 0.0
+    evictions: int = 0
+    expired: int = 0
+    unwritten: int = 0
+    failures: int = 0
+
+
+@dataclass
+class StoreStats:
+    """Counters since the store was opened.
+
+    ``rejected`` entries (damaged, forged, of other tokens or another model) are also counted as
+    misses; ``first_rejected`` says why the first was. ``unwritten`` ones could not be kept in the
+    folder or the remote. ``tiers`` has the counters of each tier.
+    """
+
+    misses: int = 0
+    rejected: int = 0
+    first_rejected: str = ""
+    memory_bytes: int = 0
+    memory_chunks: int = 0
+    tiers: dict[str, TierStats] = field(default_factory=dict)
+
+    @property
+    def memory_hits(self) -> int:
+        """Hits in memory, of the device or the host."""
+        return self._sum("hits", "memory", "cpu")
+
+    @property
+    def disk_hits(self) -> int:
+        """Hits in the folder or the remote."""
+        return self._sum("hits", "disk", "remote")
+
+    @property
+    def evictions(self) -> int:
+        """Entries that left the memory of the device."""
+        return self._sum("evictions", "memory")
+
+    @property
+    def unwritten(self) -> int:
+        """Entries that the folder or the remote could not keep."""
+        return self._sum("unwritten", "disk", "remote")
+
+    @property
+    def memory_bytes_read(self) -> int:
+        """Bytes of the hits in memory."""
+        return self._sum("bytes_read", "memory", "cpu")
+
+    @property
+    def disk_bytes_read(self) -> int:
+        """Bytes of the hits in the folder or the remote."""
+        return self._sum("bytes_read", "disk", "remote")
+
+    @property
+    def disk_bytes_written(self) -> int:
+        """Bytes of the files that were written."""
+        return self._sum("bytes_written", "disk", "remote")
+
+    def _sum(self, name: str, *tiers: str) -> int:
+        return sum(getattr(self.tiers[tier], name) for tier in tiers if tier in self.tiers)
+
+
+class Tracer:
+    """Counts uses, and writes them to a file of JSON lines if it gets a path.
+
+    Lines: ``{"t", "op": "get" or "put", "key", "tokens", "bytes", "tier" or "seconds", ...}``, with
+    ``t`` in seconds of the epoch. Lines of several processes may share a file.
+    """
+
+    def __init__(self, path: Path | None = None):
+        """Raises ValueError if the file cannot be written."""
+        self._file: TextIO | None = None
+        self._count, self._last = 0, OrderedDict()
+        self._distances, self._lifetimes = Counter(), Counter()
+        if path is not None:
+            try:
+                self._file = path.open("a", encoding="utf-8", buffering=1)
+            except OSError as error:
+                raise ValueError(f"cannot write the trace '{path}': {error.strerror}") from None
+
+    def looked_up(self, key: str, tokens: int, tier: str, num_bytes: int, seconds: float) -> None:
+        """Notes a look-up; ``tier`` is ``"none"`` for a miss, ``seconds`` what it took."""
+        self._count += 1
+        now, last = time.monotonic(), self._last.pop(key, None)
+        if last is not None:
+            self._distances[(self._count - last[0]).bit_length() - 1] += 1
+            self._lifetimes[int(now - last[1]).bit_length()] += 1
+        self._last[key] = (self._count, last[1] if last else now)
+        if len(self._last) > _REMEMBERED:
+            self._last.popitem(last=False)
+        self._write(op="get", key=key, tokens=tokens, bytes=num_bytes, tier=tier, load_s=seconds)
+
+    def put(self, key: str, kv: Entry, about: About) -> None:
+        """Notes a write."""
+        self._write(
+            op="put",
+            key=key,
+            tokens=kv.num_tokens,
+            bytes=kv.num_bytes,
+            seconds=about.seconds,
+            tenant=about.tenant,
+        )
+
+    def histograms(self) -> dict[str, dict[int, int]]:
+        """Counts by powers of two.
+
+        Returns:
+            ``reuse_distance``: look-ups between two of the same key; ``lifetime_s``: age of a key,
+            since it was first asked for, at each use. Each maps the upper end of a bucket to its
+            count.
+        """
+        return {
+            "reuse_distance": {2 ** (n + 1): c for n, c in sorted(self._distances.items())},
+            "lifetime_s": {2**n: c for n, c in sorted(self._lifetimes.items())},
+        }
+
+    def _write(self, key: str, **record) -> None:
+        if self._file is not None:
+            line = json.dumps({"t": round(time.time(), 6), "key": key[:_SHOWN]} | record)
+            self._file.write(line + "\n")

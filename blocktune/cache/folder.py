@@ -13,7 +13,7 @@ import re
 import stat
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -25,6 +25,8 @@ WRITING = ".writing"
 _UNFINISHED = re.compile(r"\.[0-9a-f]{64}-[0-9a-f]{32}\.part")
 _UNFINISHED_BEFORE = re.compile(r"\.[0-9a-f]{64}-[a-z0-9_]{8}\.safetensors")  # of older versions
 _ABANDONED_S = 3600
+_MOST_BUFFERS = 1024
+"""Of one call."""
 _TAKEN = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 
 
@@ -44,18 +46,23 @@ class OpenFile(Blob):
     def __init__(self, descriptor: int):
         """Owns the descriptor."""
         self._descriptor = descriptor
-        self.status = status = os.fstat(descriptor)
+        status = os.fstat(descriptor)
         self.size = status.st_size
         self.identity = (status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns)
+        self.changed, self.used = status.st_ctime, status.st_mtime
 
-    def read_into(self, buffer: memoryview, start: int) -> int:
+    def read_into(self, buffers: Sequence[memoryview], start: int) -> int:
         """See `Blob.read_into`."""
-        done = 0
-        while done < len(buffer):
-            count = os.preadv(self._descriptor, [buffer[done:]], start + done)
+        done, left = 0, [buffer for buffer in buffers if len(buffer)]
+        while left:
+            count = os.preadv(self._descriptor, left[:_MOST_BUFFERS], start + done)
             if not count:
                 break
             done += count
+            while left and count >= len(left[0]):
+                count -= len(left.pop(0))
+            if count:
+                left[0] = left[0][count:]
         return done
 
     def __del__(self):
@@ -116,8 +123,8 @@ class ChunkFolder(Blobs):
         """See `Blobs.head`."""
         file = self.open(key)
         data = bytearray(min(length, file.size))
-        count = file.read_into(memoryview(data), 0)
-        return Head(bytes(data[:count]), file.size, file.status.st_mtime)
+        count = file.read_into([memoryview(data)], 0)
+        return Head(bytes(data[:count]), file.size, file.used)
 
     def write(self, key: str, data: bytes) -> None:
         """Writes a file so that readers see the old one, none, or the whole new one.

@@ -12,9 +12,10 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from contextlib import contextmanager, suppress
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
 
 POLICIES = {
     "lru": "used",
@@ -30,7 +31,8 @@ POLICIES = {
 INDEX = "index.sqlite"
 """Name of the file in a folder."""
 _FORMAT = 1
-_BUFFERED, _BUFFER_S = 512, 1.0
+_BUFFER_S = 1.0
+"""Seconds after which hits are written to the file, by a thread: no look-up waits for that."""
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS entries (
     key TEXT PRIMARY KEY, size INTEGER, num_tokens INTEGER, kind TEXT, fingerprint TEXT,
@@ -103,8 +105,20 @@ class Row(About):
         return About(*(getattr(self, field.name) for field in fields(About)))
 
 
+class _Use(NamedTuple):
+    """Hits of one entry that are not written yet."""
+
+    count: int
+    at: float
+    row: Row | None
+
+
 _USE = "UPDATE entries SET uses = uses + ?, used = max(used, ?), clock = ? WHERE key = ?"
 _COLUMNS = tuple(field.name for field in fields(Row))
+_FILL = (
+    f"INSERT OR IGNORE INTO entries ({', '.join(_COLUMNS)}, clock, worth) "
+    f"VALUES ({', '.join('?' * len(_COLUMNS))}, 0.0, 0.0)"
+)
 _SELECT = f"SELECT {', '.join(_COLUMNS)} FROM entries"
 
 
@@ -136,8 +150,9 @@ class Ledger:
             raise ValueError(f"unknown policy '{policy}'; available: {', '.join(POLICIES)}")
         self.path, self.max_bytes, self.policy = path, max_bytes, policy
         self.quota, self._clock = quota, clock
-        self._lock, self._now, self._flushed = threading.RLock(), 0.0, 0.0
-        self._uses: dict[str, list] = {}
+        self._lock, self._noting, self._now = threading.RLock(), threading.Lock(), 0.0
+        self._uses: dict[str, _Use] = {}
+        self._writer = 0  # process in which a thread is to write them
         self._connect()
         weakref.finalize(self, _close, self._pid, self._database, self._uses)
 
@@ -172,17 +187,26 @@ class Ledger:
                 (key, max(size, 1), *record, 0.0, old[1], about.expires),
             )
 
-    def use(self, key: str) -> None:
-        """Notes a hit; written later, with others."""
-        with self._lock:
+    def use(self, key: str, row: Row | None = None) -> None:
+        """Notes a hit, which is written later with others; ``row``: what to enter if it is new."""
+        with self._noting:
             now = self.now()
-            count = self._uses.pop(key, (0, 0.0, key))[0]
-            self._uses[key] = [count + 1, now, key]
-            if len(self._uses) >= _BUFFERED or now - self._flushed > _BUFFER_S:
-                self.flush()
+            count = self._uses[key].count if key in self._uses else 0
+            self._uses[key] = _Use(count + 1, now, row)
+            start = self.path is not None and self._writer != os.getpid()
+            if start:
+                self._writer = os.getpid()
+        if start:
+            timer = threading.Timer(_BUFFER_S, _write, (weakref.ref(self),))
+            timer.daemon = True
+            timer.start()
 
     def remove(self, keys: Iterable[str]) -> None:
         """Strikes entries."""
+        keys = list(keys)
+        with self._noting:
+            for key in keys:
+                self._uses.pop(key, None)
         with self.transaction() as database:
             database.executemany("DELETE FROM entries WHERE key = ?", [(key,) for key in keys])
 
@@ -228,13 +252,6 @@ class Ledger:
         with self._lock:
             return int(self._open().execute("SELECT total(entries) FROM totals").fetchone()[0])
 
-    def expired(self, key: str) -> bool:
-        """Whether the entry's time is over."""
-        with self._lock:
-            found = self._open().execute("SELECT expires FROM entries WHERE key = ?", (key,))
-            [expires] = found.fetchone() or [None]
-            return expires is not None and expires <= self.now()
-
     def row(self, key: str) -> Row | None:
         """One entry, without hits that are not written yet."""
         with self._lock:
@@ -258,13 +275,13 @@ class Ledger:
         for record in found:
             yield Row(**dict(zip(_COLUMNS, record, strict=True)))
 
-    def counts(self, column: str) -> dict[str, tuple[int, int, int]]:
-        """Entries, tokens and bytes by the values of a column."""
+    def counts(self, column: str) -> dict[str, dict[str, int]]:
+        """``chunks``, ``tokens`` and ``bytes`` by the values of a column."""
         assert column in _COLUMNS, column
-        sums = "count(*), total(num_tokens), total(size)"
+        sums, names = "count(*), total(num_tokens), total(size)", ("chunks", "tokens", "bytes")
         with self._lock:
             found = self._open().execute(f"SELECT {column}, {sums} FROM entries GROUP BY {column}")
-            return {name: tuple(map(int, sums)) for name, *sums in found}
+            return {name: dict(zip(names, map(int, own), strict=True)) for name, *own in found}
 
     def pin(self, keys: Iterable[str], pinned: bool = True) -> int:
         """Entries that never leave for others, or may again; how many there were."""
@@ -276,30 +293,24 @@ class Ledger:
 
     def flush(self) -> None:
         """Writes the hits that were noted."""
-        with self._lock:
-            self._flushed = self.now()
-            if self._uses:
-                with self.transaction() as database:
-                    clock = self._faded()
-                    database.executemany(
-                        _USE, [(*use[:2], clock, use[2]) for use in self._uses.values()]
-                    )
-                self._uses.clear()
+        with self._noting:
+            uses = dict(self._uses)
+            self._uses.clear()
+        if uses:
+            with self.transaction() as database:
+                _write_uses(database, uses, self._faded())
 
     def clear(self) -> None:
         """Strikes everything."""
-        with self.transaction() as database:
+        with self._noting:
             self._uses.clear()
+        with self.transaction() as database:
             database.execute("DELETE FROM entries")
 
     def fill(self, rows: Iterable[Row]) -> None:
         """Enters what was found by listing: times and uses as given, nothing else changes."""
         with self.transaction() as database:
-            database.executemany(
-                f"INSERT OR IGNORE INTO entries ({', '.join(_COLUMNS)}, clock, worth) "
-                f"VALUES ({', '.join('?' * (len(_COLUMNS) + 2))})",
-                ([*(getattr(row, n) for n in _COLUMNS), 0.0, 0.0] for row in rows),
-            )
+            database.executemany(_FILL, (astuple(row) for row in rows))
 
     def now(self) -> float:
         """The time, later than at every call before."""
@@ -355,12 +366,23 @@ class Ledger:
         self._database.executescript(_VALUED.format(POLICIES[self.policy]))
 
 
-def _close(pid: int, database: sqlite3.Connection, uses: dict[str, list]) -> None:
+def _write(owner: weakref.ref[Ledger]) -> None:
+    """Writes the hits of a ledger that is still there; if that fails, dates of use are lost."""
+    ledger = owner()
+    if ledger is not None:
+        ledger._writer = 0
+        with suppress(sqlite3.Error):
+            ledger.flush()
+
+
+def _close(pid: int, database: sqlite3.Connection, uses: dict[str, _Use]) -> None:
     """Writes what is left when a ledger or its process ends."""
     if pid == os.getpid():
-        try:
-            if uses:
-                database.executemany(_USE, [(*use[:2], 0.0, use[2]) for use in uses.values()])
+        with suppress(sqlite3.Error):  # only dates of use are lost
+            _write_uses(database, uses, 0.0)
             database.close()
-        except sqlite3.Error:
-            pass  # only dates of use are lost
+
+
+def _write_uses(database: sqlite3.Connection, uses: dict[str, _Use], clock: float) -> None:
+    database.executemany(_FILL, [astuple(u.row) for u in uses.values() if u.row is not None])
+    database.executemany(_USE, [(use.count, use.at, clock, key) for key, use in uses.items()])

@@ -1,4 +1,4 @@
-"""The cache of one batch of prompts, in a form that stock transformers models accept."""
+"""The cache of a batch of prompts, or of one, in a form that stock transformers models accept."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers import DynamicCache
+from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
+
+from blocktune.cache.chunk_kv import State
 
 SKIP = -1
 """Column of a padding row: its keys and values are not stored."""
@@ -40,6 +43,7 @@ class _RowLayer(CacheLayerMixin):
         self.num_columns = num_columns
         self.spare = spare
         self.target: _Target | None = None
+        self._unwritten: Tensor | None = None  # columns that are not zero yet, (B, N + spare)
         self.observer: Observer | None = None
 
     @property
@@ -51,20 +55,47 @@ class _RowLayer(CacheLayerMixin):
     def keys(self, keys: Tensor | None) -> None:
         self._keys = keys
 
+    @property
+    def values(self) -> Tensor | None:
+        self.settle()
+        return self._values
+
+    @values.setter
+    def values(self, values: Tensor | None) -> None:
+        self._values = values
+
     def settle(self) -> None:
+        # What was postponed, then zeros where nothing was written: masked columns must be finite.
         pending, self.pending = self.pending, []
         for fill in pending:
             fill()
+        if self._unwritten is not None:
+            prompt, column = self._unwritten.nonzero(as_tuple=True)
+            self._unwritten = None
+            for store in self._stores:
+                store[prompt, :, column] = 0
+
+    def room(self, prompt: int, columns: slice, keys: Tensor, values: Tensor) -> tuple:
+        if self.pending:
+            self.settle()
+        if not self.is_initialized:
+            self._make(keys[None], values[None])
+        if self._unwritten is not None:
+            self._unwritten[prompt, columns] = False
+        return tuple(store[prompt, :, columns] for store in self._stores)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        # Zeros, so that masked columns are finite.
+        self._make(key_states, value_states)
+        self.settle()
+
+    def _make(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
+        columns = self.num_columns + self.spare
         self._stores = tuple(
-            states.new_zeros(
-                self.batch_size, states.shape[1], self.num_columns + self.spare, states.shape[3]
-            )
+            states.new_empty(self.batch_size, states.shape[1], columns, states.shape[3])
             for states in (key_states, value_states)
         )
+        self._unwritten = torch.ones(self.batch_size, columns, dtype=torch.bool, device=self.device)
         self.is_initialized = True
         self._show()
 
@@ -205,17 +236,14 @@ class RowCache(Cache):
         *,
         exact: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Views ``(K, columns, D)`` of one prompt's keys and values, to write cached states into.
+        """Views ``(K, columns, D)`` of one prompt's keys and values, to be written over at once.
 
         ``keys`` and ``values`` are any of the model's in that layer, ``(K, S, D)``: for shape and
         dtype. ``exact`` says that the states come from a full prefill of the same prompt; else the
         cache is not exact from now on.
         """
         self.exact = self.exact and exact
-        row_layer = self.layers[layer]
-        if not row_layer.is_initialized:
-            row_layer.lazy_initialization(keys[None], values[None])
-        return row_layer.keys[prompt, :, columns], row_layer.values[prompt, :, columns]
+        return self.layers[layer].room(prompt, columns, keys, values)
 
     def defer(self, layer: int, fill: Callable[[], None]) -> None:
         """Postpones ``fill``, which writes by `room`, until a forward pass enters the layer."""
@@ -257,3 +285,54 @@ class RowCache(Cache):
             )
         batch, row = (columns != SKIP).nonzero(as_tuple=True)
         return _Target(columns, batch, row, columns[batch, row])
+
+
+class PrefillCache(DynamicCache):
+    """Transformers' own cache, filled from the first token on or resumed from an exact prefix.
+
+    For models with recurrent layers, one prompt each.
+
+    Attributes:
+        exact: Whatever fills it is: tokens are computed in order, and only what a `PrefixMatch`
+            holds, exact states, is loaded.
+        num_columns: Tokens in it; whoever runs the model adds them.
+    """
+
+    exact = True
+
+    def __init__(self, config):
+        """Takes the model's configuration."""
+        super().__init__(config=config)
+        self.num_columns = 0
+
+    def state(self) -> State:
+        """A copy of the recurrent state after the tokens so far."""
+        pairs = [(la.conv_states[i], la.recurrent_states[i]) for la, i in self._recurrent()]
+        return tuple(None if t is None else t.clone() for pair in pairs for t in pair)
+
+    def resume(
+        self, num_tokens: int, layers: Iterable[tuple[list[Tensor], list[Tensor]]], state: State
+    ) -> None:
+        """Fills the empty cache with a known prefix, as a `PrefixMatch` has it."""
+        with_keys = [layer for layer in self.layers if hasattr(layer, "keys")]
+        for layer, (keys, values) in zip(with_keys, layers, strict=True):
+            layer.update(torch.cat(keys, 1)[None], torch.cat(values, 1)[None])
+        states = iter(state)
+        for layer, index in self._recurrent():
+            _put(layer.update_conv_state, next(states), index)
+            _put(layer.update_recurrent_state, next(states), index)
+        self.num_columns = num_tokens
+
+    def key_bytes(self) -> int:
+        """Bytes of keys and values."""
+        kinds = (getattr(layer, kind, None) for layer in self.layers for kind in ("keys", "values"))
+        return sum(tensor.nbytes for tensor in kinds if tensor is not None)
+
+    def _recurrent(self) -> list[tuple[LinearAttentionCacheLayerMixin, int]]:
+        layers = [x for x in self.layers if isinstance(x, LinearAttentionCacheLayerMixin)]
+        return [(layer, index) for layer in layers for index in range(layer.number_of_states)]
+
+
+def _put(update, state: Tensor | None, index: int) -> None:
+    if state is not None:
+        update(state, index)  # copies it into memory of the cache's own

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -13,17 +14,14 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from blocktune.cache.blobs import Blobs, secret_from_environment
-from blocktune.cache.chunk_file import pack_chunk, read_chunk
+from blocktune.cache.blobs import secret_from_environment
+from blocktune.cache.chunk_file import ChunkFile, pack_chunk, round_trip
 from blocktune.cache.chunk_kv import ChunkKV, Entry
-from blocktune.cache.codecs import round_trip
-from blocktune.cache.config import MEMORY, StoreConfig
+from blocktune.cache.config import MEMORY, Lookup, StoreConfig, StoreStats, Tracer
 from blocktune.cache.folder import ChunkFolder
 from blocktune.cache.ledger import About, Ledger
 from blocktune.cache.remote import open_remote
-from blocktune.cache.stats import Lookup, StoreStats
 from blocktune.cache.tiers import RETRY_S, BlobTier, MemoryTier
-from blocktune.cache.trace import Tracer
 from blocktune.positions import RopeSpec
 
 __all__ = ["RETRY_S", "ChunkStore", "Lookup", "StoreStats"]
@@ -141,7 +139,7 @@ class ChunkStore:
         fingerprint: str,
         kind: type[Entry] = ChunkKV,
         *,
-        read: Callable[[Blobs, str, type[Entry]], Entry] = read_chunk,
+        read: Callable[[ChunkFile], Entry] = ChunkFile.entry,
         keep: bool = True,
     ) -> Lookup:
         """Looks for a chunk and says where it was and how long that took.
@@ -151,7 +149,7 @@ class ChunkStore:
             token_ids: The tokens it must hold, ``(S,)``.
             fingerprint: The model it must come from, `model_fingerprint`.
             kind: What the entry must be.
-            read: Reads it from the folder, raising what `read_chunk` raises.
+            read: Reads it from its file, raising what `ChunkFile.read` raises.
             keep: Whether what was read is kept in memory.
         """
         started = time.perf_counter()
@@ -174,12 +172,12 @@ class ChunkStore:
                 with self._lock:
                     tier.stats.misses += 1
                 continue
-            kv, about, data = loaded
+            kv, row, data = loaded
             if data is not None and tier is not self._blobs[0]:
-                self._blobs[0].save(key, lambda data=data: data, about)
+                self._blobs[0].save(key, lambda data=data: data, row.about)
             with self._lock:
                 if keep:
-                    self._remember(key, kv, about)
+                    self._remember(key, kv, row.about)
                 return self._hit(key, kv, tier, started, found)
         with self._lock:
             self._stats.misses += 1
@@ -195,6 +193,7 @@ class ChunkStore:
         seconds: float = 0.0,
         document: str = "",
         tenant: str = "",
+        keep: bool = True,
     ) -> Entry:
         """Keeps a chunk, in the folder first, then in memory; replaces what was there.
 
@@ -204,6 +203,7 @@ class ChunkStore:
             seconds: That encoding it took: what the policy ``gdsf`` saves.
             document: Name by which it can be removed.
             tenant: Whose it is, for quotas.
+            keep: Whether memory keeps it, too.
 
         Returns:
             The entry as the store will give it: with a codec, with fewer bits.
@@ -231,8 +231,14 @@ class ChunkStore:
             self._save(tier, key, kv, about)
         with self._lock:
             self._tracer.put(key, kept, about)
-            self._remember(key, kept, about)
+            if keep:
+                self._remember(key, kept, about)
         return kept
+
+    @property
+    def is_on_disk(self) -> bool:
+        """Whether no memory holds entries, and the CPU reads them."""
+        return self.config.memory + self.config.cpu == 0 and self.device.type == "cpu"
 
     def flush(self) -> None:
         """Waits until the remote has what was put, or has refused it."""
@@ -272,6 +278,13 @@ class ChunkStore:
             rows = [one.row(key) for one in ledgers if one is not None]
         return any(row is not None and row.pinned for row in rows)
 
+    def files(self, kind: type[Entry], fingerprint: str, tenant: str = "") -> Iterator[ChunkFile]:
+        """The folder's files of one kind, model and tenant, as its index knows them; sound ones."""
+        for tier in self._blobs[: self.folder is not None]:
+            for key in tier.keys_where(kind=kind.kind, fingerprint=fingerprint, tenant=tenant):
+                with suppress(OSError, ValueError):
+                    yield ChunkFile(tier.blobs, key, kind)
+
     def describe(
         self, fingerprint: str, make: Callable[[], dict[str, Any]], rope: RopeSpec | None = None
     ) -> None:
@@ -279,7 +292,7 @@ class ChunkStore:
 
         Args:
             fingerprint: The model's.
-            make: Makes the manifest, see `blocktune.cache.manifest`; called if it is missing.
+            make: Makes the manifest, see `blocktune.cache.fingerprint`; called if it is missing.
             rope: Its frequencies: codecs quantise keys before their rotation.
         """
         if rope is not None:
@@ -347,7 +360,7 @@ class ChunkStore:
 
     def _load(self, tier: BlobTier, key: str, token_ids, fingerprint, kind, read, rejected):
         try:
-            loaded = tier.load(key, lambda blobs, key: read(blobs, key, kind).to(self.device))
+            loaded = tier.load(key, kind, lambda file: read(file).to(self.device))
         except ValueError as error:
             self._reject(f"{tier.blobs.name(key)}: {error}", rejected)
             return None
@@ -355,7 +368,7 @@ class ChunkStore:
             loaded[0], key, token_ids, fingerprint, kind, rejected
         ):
             return None
-        tier.used(key)
+        tier.used(loaded[1])
         return loaded
 
     def _accept(self, kv: Entry, key: str, token_ids, fingerprint, kind, rejected) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial, reduce
 
 import torch
@@ -32,13 +33,11 @@ def prefill_batch(
     if state.recurrence is not None:
         return prefill_recurrent(state, prompts, pieces, method)
     loader = method.loader(state.encoder.store, state.encoder.fingerprint)
-    if loader is not None:
-        try:
-            with loader:
-                return BatchPrefill(state, prompts, pieces, method, loader).run()
-        except DamagedChunk:
-            pass  # without the loader the store rejects the chunk, and it is encoded again
-    return BatchPrefill(state, prompts, pieces, method).run()
+    try:
+        with loader or nullcontext():
+            return BatchPrefill(state, prompts, pieces, method, loader).run()
+    except DamagedChunk:  # read as a whole, the store rejects the chunk, and it is encoded again
+        return BatchPrefill(state, prompts, pieces, method, lazy=False).run()
 
 
 class BatchPrefill:
@@ -51,14 +50,17 @@ class BatchPrefill:
         pieces: Sequence[Pieces],
         method: Method,
         loader: ChunkLoader | None = None,
+        lazy: bool = True,
     ):
         """Stacks prompts, laid out for the method, over an empty cache.
 
-        Without a ``loader`` all chunks are loaded before anything is computed.
+        Without a ``loader`` all chunks are loaded before anything is computed; ``lazy``: into
+        their place at once, where no memory is to hold them.
         """
         self.watch = Stopwatch(state.model.device)
         self.watch.start()
         self.state, self.pieces, self.method, self.loader = state, pieces, method, loader
+        self.lazy = lazy
         self.batch = stack(prompts, state.pad_id).to(state.model.device)
         self.columns = column_rows(self.batch.layout)
         reshape = method.reshape()
@@ -133,7 +135,8 @@ class BatchPrefill:
         if self.method.cached is Cached.CHUNKS:
             widens = self.selection.widens(state.num_layers)
             encoder, rope, watch = state.encoder, state.rope, self.watch
-            return from_chunks(batch, pieces, cache, encoder, rope, watch, widens, self.loader)
+            how = (widens, self.loader, self.lazy)
+            return from_chunks(batch, pieces, cache, encoder, rope, watch, *how)
         if self.method.cached is Cached.EXACT_PREFIX:
             tree, fingerprint = state.prefix_tree, state.encoder.fingerprint
             return from_prefix(batch, pieces, cache, tree, fingerprint, self.watch)

@@ -23,6 +23,7 @@ from blocktune.cache import (
     states_key,
     stored_key,
 )
+from blocktune.cache.chunk_file import ChunkFile, FileKV
 from blocktune.engine.usage import Stopwatch
 from blocktune.layout import GLOBAL
 from blocktune.methods.hooks import ChunkLoader
@@ -112,19 +113,21 @@ class Encoder:
         layers: Sequence[int] = (),
         loader: ChunkLoader | None = None,
         documents: Mapping[Piece, str] | None = None,
+        lazy: bool = False,
     ) -> Found:
         """Looks every piece up (by the ``loader``, if given) and encodes what is missing, once.
 
         The input states of ``layers`` (0-based) are wanted too: a piece that was encoded without
         them is encoded again. ``watch`` gets ``lookup_s``, ``load_s`` and ``encode_s``. What is
-        encoded can be removed by the names of ``documents``.
+        encoded can be removed by the names of ``documents``. A ``lazy`` reader gets chunks that no
+        memory will hold as `FileKV`: their layers are read when they are asked for.
         """
         kvs: dict[Piece, ChunkKV] = {}
         states: dict[tuple[Piece, int], ChunkStates] = {}
         missing = []
         for piece in dict.fromkeys(pieces):
             key = self.key(piece)
-            entry = self._look_up(key, piece, ChunkKV, watch, loader)
+            entry = self._look_up(key, piece, ChunkKV, watch, loader, lazy)
             inputs = {
                 layer: self._look_up(states_key(key, layer), piece, ChunkStates, watch)
                 for layer in layers
@@ -150,11 +153,14 @@ class Encoder:
         watch.stop("encode_s")
         return Found(kvs, hits, frozenset(missing), states)
 
-    def _look_up(self, key: str, piece: Piece, kind: type[Entry], watch, loader=None):
-        if loader is None:
-            found = self.store.lookup(key, piece.ids, self.fingerprint, kind)
-        else:
+    def _look_up(
+        self, key: str, piece: Piece, kind: type[Entry], watch, loader=None, lazy: bool = False
+    ):
+        if loader is not None:
             found = loader.lookup(key, piece.ids, self.fingerprint)
+        else:
+            read = FileKV.read if lazy and self.store.is_on_disk else ChunkFile.entry
+            found = self.store.lookup(key, piece.ids, self.fingerprint, kind, read=read)
         watch.add("lookup_s", found.lookup_s)
         watch.add("load_s", found.load_s)
         return found.kv

@@ -17,8 +17,8 @@ from blocktune.adapter import AdapterInfo, scope_of
 from blocktune.adapter.load import load_model
 from blocktune.attention import attach
 from blocktune.cache import ChunkStore, PrefixTree, model_fingerprint
-from blocktune.cache.manifest import manifest
-from blocktune.cache.miss_queue import MissQueue
+from blocktune.cache.fingerprint import manifest
+from blocktune.cache.shelf import MissQueue
 from blocktune.data.example import RagExample, read_chunks
 from blocktune.engine import context_cache
 from blocktune.engine.batch_prefill import prefill_batch
@@ -84,7 +84,8 @@ class Engine:
             adapter: What the model's adapter was trained for, if it has one.
             adapter_folder: Where its files are: they count in the cache's fingerprint.
             store: Where encoded chunks are kept; default: memory.
-            prefix_tree: Where exact prefixes are kept; default: memory.
+            prefix_tree: Where exact prefixes are kept; default: memory, and the folder of ``store``
+                for what must leave it.
 
         Raises:
             ValueError: If the model cannot be served from moved chunk caches, or ``format``
@@ -127,7 +128,7 @@ class Engine:
             model,
             tokenizer,
             encoder,
-            PrefixTree() if prefix_tree is None else prefix_tree,
+            PrefixTree(store=self.store) if prefix_tree is None else prefix_tree,
             rope,
             pad_id,
             Auxiliaries(model, tokenizer),
@@ -210,7 +211,7 @@ class Engine:
         return EncodeReport(len(chunks), len(new), tokens, watch.seconds.get("encode_s", 0.0))
 
     def encode_wanted(self, most: int = 256) -> int:
-        """Encodes chunks that readers of the store missed, see `blocktune.cache.miss_queue`.
+        """Encodes chunks that readers of the store missed, see `blocktune.cache.shelf`.
 
         Args:
             most: Chunks at a time.
@@ -280,9 +281,7 @@ class Engine:
 
     def forget_prefixes(self) -> None:
         """Empties the exact prefix cache: the next prompt finds nothing of those before it."""
-        old = self._state.prefix_tree
-        tree = PrefixTree(old.max_bytes, old.checkpoints)
-        self._state = dataclasses.replace(self._state, prefix_tree=tree)
+        self._state.prefix_tree.clear()
 
     def answer(
         self,

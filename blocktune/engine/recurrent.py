@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from blocktune.cache import PrefillCache, cut_exact
-from blocktune.cache.exact import State, state_bytes
+from blocktune.cache.chunk_kv import State
+from blocktune.cache.exact import state_bytes
 from blocktune.engine.assemble import Assembled
 from blocktune.engine.generation import Generation
 from blocktune.engine.rows import column_rows
@@ -83,7 +84,7 @@ def prefill_recurrent(
         logits.append(run.logits)
         caches.append(run.cache)
         if method.cached is Cached.EXACT_PREFIX:
-            facts = run.start, run.bytes_read
+            facts = run.start, run.bytes_read, run.disk_tokens
             assembled.found_prefix(batch.layout, index, piece, *facts)
         context = columns.kind[index, run.start :] == Kind.CHUNK
         made.context_tokens.append(int(context.sum()))
@@ -115,7 +116,7 @@ class _Run:
         self, state: EngineState, ids: Sequence[int], pieces: Pieces, exact: bool, watch: Stopwatch
     ):
         self.state, self.cache = state, PrefillCache(state.model.config)
-        self.macs = self.start = self.bytes_read = 0
+        self.macs = self.start = self.bytes_read = self.disk_tokens = 0
         self.whole = torch.tensor([ids], device=state.model.device)
         context, states = pieces.context, {}
         tree, fingerprint = state.prefix_tree, state.encoder.fingerprint
@@ -123,9 +124,10 @@ class _Run:
         if exact:
             with tree.match(fingerprint, context) as match:
                 watch.stop("lookup_s")
-                if self._pays(len(ids) - match.num_tokens):
-                    self.cache.resume(match)
+                if match.num_tokens and self._pays(len(ids) - match.num_tokens):
+                    self.cache.resume(match.num_tokens, match.layers(), match.state)
                     self.start, self.bytes_read = match.num_tokens, match.num_bytes
+                    self.disk_tokens = match.disk_tokens
                 watch.stop("load_s")
             ends = accumulate(map(len, (pieces.prefix, *pieces.chunks)))
             stops = tree.checkpoints_for(fingerprint, len(context), ends)

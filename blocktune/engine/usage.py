@@ -70,6 +70,7 @@ class Usage:
             and the layers that were reshaped; None if the method reshapes nothing.
         loading: What the method's `ChunkLoader` reports; None if it has none.
         prefix_tokens: Tokens whose exact state an earlier prompt with the same beginning left.
+        prefix_disk_tokens: Those of them that were read from the store's folder.
     """
 
     prompt_tokens: int
@@ -86,6 +87,7 @@ class Usage:
     query_entropy: float | None = None
     loading: Any = None
     prefix_tokens: int = 0
+    prefix_disk_tokens: int = 0
 
     @property
     def recompute_ratio(self) -> float:

@@ -21,7 +21,7 @@ from cachetools import LRUCache
 from torch import Tensor
 
 from blocktune.cache import ChunkKV, ChunkStore
-from blocktune.cache.view import StoreView
+from blocktune.cache.shelf import StoreView
 from blocktune.positions import LayerRope, Rotation, rotate_keys
 from blocktune.vllm.plan import LoadPlan, Segment, heads_of, slots_of
 

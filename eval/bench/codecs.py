@@ -12,7 +12,7 @@ from pathlib import Path
 
 from blocktune import Engine
 from blocktune.cache import ChunkKV, ChunkStore
-from blocktune.cache.codecs import codec_error
+from blocktune.cache.chunk_file import codec_error
 from blocktune.cache.config import CODECS
 from blocktune.data import load_examples
 from blocktune.evaluation.runner import run_suite

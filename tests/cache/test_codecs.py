@@ -7,7 +7,7 @@ from engine.served import ASK, engine_of
 from families import FAMILIES
 
 from blocktune.cache import ChunkStates, ChunkStore, chunk_key, states_key
-from blocktune.cache.codecs import codec_error, encoded, round_trip
+from blocktune.cache.chunk_file import codec_error, encoded, round_trip
 from blocktune.cache.config import CODECS, StoreConfig
 from blocktune.positions import LayerRope, RopeSpec
 from blocktune.positions.relocation import relocate_keys
