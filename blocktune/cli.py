@@ -20,7 +20,8 @@ for topic in (
     "make_data",
     "methods",
     "store",
-    "measure",
+    "check",
+    "bench",
     "adapter",
 ):
     import_module(f"blocktune.commands.{topic}")

@@ -18,11 +18,8 @@ def replacing(path: str | Path, staging: str | Path | None = None) -> Iterator[P
     """Yields a temporary path of the same suffix; what is written there replaces ``path``.
 
     If the block fails, ``path`` is as before and nothing is left behind. Several processes may
-    write the same path at once: the last rename wins. Missing folders are created.
-
-    Args:
-        path: The file.
-        staging: Folder for the temporary file, on the same file system; default: beside ``path``.
+    write the same path at once: the last rename wins. Missing folders are created. ``staging`` is
+    where the temporary file goes, on the same file system; None: beside ``path``.
     """
     path = Path(path)
     folder = path.parent if staging is None else Path(staging)
@@ -104,11 +101,7 @@ def append_lines(path: str | Path, lines: Iterable[str]) -> None:
 
 @contextmanager
 def locked(path: str | Path) -> Iterator[None]:
-    """Holds ``path``, created if missing, until the block or the process ends.
-
-    Raises:
-        ValueError: If another process holds it.
-    """
+    """Holds ``path``, created if missing, until the end; ValueError if another process holds it."""
     import fcntl  # POSIX only; nothing else here is
 
     path = Path(path)

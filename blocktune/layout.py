@@ -143,7 +143,7 @@ class Layout(Rows):
     def written(self) -> Tensor | None:
         """Rows computed while their chunk is encoded alone, its blanks too, ``(B, S)`` bool.
 
-        All others are computed at answering time. None if there are no such rows: full attention.
+        None if there are no such rows: full attention.
         """
         rows = (self.group != GLOBAL) & ~self.is_pad
         return rows if bool(rows.any()) else None
@@ -184,21 +184,15 @@ class Layout(Rows):
 
 @dataclass(frozen=True)
 class LayerRule:
-    """The part of the rule that depends on the layer.
+    """The part of the rule that depends on the layer."""
 
-    Attributes:
-        layer: 0-based layer index; only rows with ``until > layer`` exist.
-        window: Sliding window in tokens of ``order`` (a row sees itself and ``window - 1``
-            before it), or None.
-    """
-
-    layer: int = 0
-    window: int | None = None
+    layer: int = 0  # 0-based; only rows with ``until > layer`` exist
+    window: int | None = None  # a row sees itself and ``window - 1`` before it, by ``order``
 
     def first_alike(self, endings: tuple[int, ...]) -> LayerRule:
-        """The rule of the first layer with the same rows (of these `Layout.endings`).
+        """The rule of the first layer with the same rows, for layers that can share a mask.
 
-        All layers with that rule can share a mask.
+        ``endings`` are those of the `Layout`.
         """
         return replace(self, layer=max((end for end in endings if end <= self.layer), default=0))
 

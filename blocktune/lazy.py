@@ -16,10 +16,8 @@ def exports(
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
     """Makes a package's ``__getattr__``, ``__dir__`` and ``__all__``.
 
-    Args:
-        package: Its dotted name.
-        homes: The public names of each module, with spaces between, by the module's dotted name. No
-            name may be that of a module of the package: once imported, the module would hide it.
+    ``homes`` are the public names of each module, with spaces between, by the module's dotted name.
+    No name may be that of a module of the package: once imported, the module would hide it.
     """
     home_of = {name: module for module, names in homes.items() for name in names.split()}
 

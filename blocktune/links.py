@@ -74,8 +74,8 @@ def install_links(model: PreTrainedModel, table: LinkTable) -> None:
     """Makes ``model`` look up ids ``vocab_size + slot`` in ``table``; nothing else changes.
 
     Install links after PEFT has wrapped the model, since PEFT replaces embeddings that it trains.
-    The table becomes a submodule of the base model, so DDP, ZeRO and ``.to()`` handle it like any
-    other weight.
+    The table becomes a submodule of the base, so DDP, ZeRO and ``.to()`` handle it like any other
+    weight.
 
     Raises:
         ValueError: If links are installed already, the width differs, or the model has a second
@@ -122,11 +122,7 @@ def save_links(table: LinkTable, folder: str | Path) -> Path:
 
 
 def load_links(folder: str | Path) -> LinkTable:
-    """Reads `save_links`' file.
-
-    Raises:
-        ValueError: If there is no such file, or it holds no ``(num_links, hidden)`` weight.
-    """
+    """Reads `save_links`' file; ValueError if there is none, or it holds something else."""
     path = Path(folder) / LINKS_FILE
     if not path.is_file():
         raise ValueError(f"no {LINKS_FILE} in {folder}; its adapter was trained with link tokens")
@@ -158,10 +154,7 @@ def add_link_tokens(
         rows: Trained rows of a table, ``(num_links, hidden)``, instead of new ones.
 
     Returns:
-        Contiguous ids; the first is the prompt's ``link_base``.
-
-    Raises:
-        ValueError: If the tokenizer does not give the new tokens contiguous ids.
+        Contiguous ids (else ValueError); the first is the prompt's ``link_base``.
     """
     tokens = [AddedToken(f"<|link_{slot}|>", special=True) for slot in range(num_links)]
     tokenizer.add_tokens(tokens, special_tokens=True)

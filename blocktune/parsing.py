@@ -19,21 +19,13 @@ Spec = TypeVar("Spec")
 
 
 class Wanted(NamedTuple):
-    """What a field may hold.
+    """What a field may hold."""
 
-    Attributes:
-        types: Of a decoded value, for `isinstance`.
-        what: As an error calls them.
-        read: Reads an option string.
-        text: As an error calls such a string; ``what`` without "or null" unless given.
-        items: Of a list, the types of its entries.
-    """
-
-    types: Any
-    what: str
-    read: Callable[[str], Any]
-    text: str = ""
-    items: Any = None
+    types: Any  # of a decoded value, for `isinstance`
+    what: str  # as an error calls them
+    read: Callable[[str], Any]  # reads an option string
+    text: str = ""  # as an error calls such a string; ``what`` without "or null" unless given
+    items: Any = None  # of a list, the types of its entries
 
 
 def _several(read: Callable[[str], Any]) -> Callable[[str], tuple]:
@@ -86,11 +78,9 @@ _reported: set[str] = set()
 def current_keys(record: Mapping[str, Any], known: Collection[str], where: str) -> dict[str, Any]:
     """Replaces keys of earlier versions by their current names; see `RENAMED`.
 
-    A key among the ``known`` ones is kept as it is. The first use of each old key in a process is
-    logged in one line, which ``where`` opens.
-
-    Raises:
-        ValueError: If the record has an old key and its current name.
+    A key among the ``known`` ones is kept. The first use of each old key in a process is logged in
+    one line, which ``where`` opens. Raises ValueError if the record has an old key and its current
+    name.
     """
     current: dict[str, Any] = {}
     for key, value in record.items():
@@ -119,10 +109,9 @@ class _Loader(yaml.SafeLoader):
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """Decodes YAML or JSON; ``where`` (the file's name) opens every error.
+    """Decodes YAML or JSON; ``where`` (the file's name) opens every ValueError.
 
-    Raises:
-        ValueError: If it is not YAML or gives a key twice; names line and column.
+    Raises ValueError, with line and column, if it is not YAML or gives a key twice.
     """
     try:
         return yaml.load(text, _Loader)
@@ -138,9 +127,7 @@ def parse_yaml(text: str, where: str) -> Any:
 def load_yaml(path: str | Path, what: str, hint: str) -> Any:
     """Reads a YAML file; ``what`` it should be and a ``hint`` where to look are for the error.
 
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: See `parse_yaml`.
+    Raises FileNotFoundError if there is none, else as `parse_yaml`.
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
@@ -157,15 +144,10 @@ def load_spec(path: str | Path, what: str, hint: str, parse: Callable[[Any, str]
 
 
 def read(spec: type[Spec], record: Any, where: str) -> Spec:
-    """Builds ``spec`` from a mapping whose keys are its fields.
+    """Builds ``spec`` from a mapping (decoded YAML or JSON) whose keys are its fields.
 
-    Args:
-        spec: A dataclass; fields of a type that `WANTED` does not know are taken as they are.
-        record: Decoded YAML or JSON.
-        where: Opens every error.
-
-    Raises:
-        ValueError: If a key is unknown or missing, or a value is not of its type.
+    Fields of a type that `WANTED` does not know are taken as they are. Raises ValueError, opened by
+    ``where``, if a key is unknown or missing, or a value is not of its type.
     """
     record = _known(spec, record, where)
     values = {f.name: _value(f, record[f.name], where) for f in fields(spec) if f.name in record}
@@ -173,11 +155,7 @@ def read(spec: type[Spec], record: Any, where: str) -> Spec:
 
 
 def build_strict(spec: type[Spec], record: Any, what: str) -> Spec:
-    """Like `read`, for a ``spec`` that checks its own values.
-
-    Raises:
-        ValueError: If ``record`` is not a mapping or has an unknown key; ``what`` names it.
-    """
+    """Like `read`, for a ``spec`` that checks its own values; ``what`` names it in errors."""
     return spec(**_known(spec, record, what))
 
 
@@ -196,17 +174,11 @@ def build_config(
     names: Mapping[str, str] | None = None,
     **given: Any,
 ) -> Spec:
-    """Builds ``spec`` from option strings, each read as its field's type says.
+    """Builds ``spec`` from option strings by field, each read as the field's type says.
 
-    Args:
-        spec: A dataclass whose fields `WANTED` knows; lists are written with commas.
-        options: By field.
-        where: Opens every error: ``worlds:test``.
-        names: Options that are called otherwise than their fields, and these fields.
-        given: Fields that are no options, with their values.
-
-    Raises:
-        ValueError: If an option is unknown or its value cannot be read.
+    ``names`` are options that are called otherwise than their fields, and these fields; ``given``
+    are fields that are no options. ``where`` (``worlds:test``) opens every error: ValueError if an
+    option is unknown or cannot be read.
     """
     called = {field: option for option, field in (names or {}).items()}
     known = {called.get(f.name, f.name): f for f in fields(spec) if f.name not in given}

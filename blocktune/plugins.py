@@ -27,8 +27,8 @@ _loaded: set[str] = set()
 def add(plugin: str) -> None:
     """Names a plug-in for this process and those it starts; it is imported when first needed.
 
-    Raises:
-        ValueError: If it names a Python file, not the dotted name of a module, that does not exist.
+    Raises ValueError if it names a Python file, not the dotted name of a module, that does not
+    exist.
     """
     if _is_file(plugin):
         if not Path(plugin).is_file():
@@ -45,8 +45,7 @@ def _named() -> list[str]:
 def load_all() -> None:
     """Imports the plug-ins of the package, of entry points and those that are named, each once.
 
-    Raises:
-        ValueError: If one cannot be imported: which, and why.
+    Raises ValueError if one cannot be imported: which, and why.
     """
     for plugin in [*_installed(tuple(sys.path)), *_named()]:
         if plugin not in _loaded:

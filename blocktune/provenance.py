@@ -20,6 +20,7 @@ MASK = "HIDDEN"
 _TOKEN_OPTION = re.compile(r"(--?[\w-]*token)(?:=.*)?", re.IGNORECASE | re.DOTALL)
 # Options may be abbreviated (--hub_tok), so a token of the Hub is also known by its own look.
 _TOKEN = re.compile(r"(?<![A-Za-z0-9])(?:hf|api_org)_[A-Za-z0-9]{20,}")
+_ABSOLUTE = re.compile(r"(?<![\w/.])/(?!/)(?:[^\s'\"?,:/]+/)+([^\s'\"?,:/]+)")
 
 
 def provenance(seed: int | None = None, command: list[str] | None = None) -> dict[str, Any]:
@@ -54,6 +55,30 @@ def without_secrets(words: list[str]) -> list[str]:
 def without_tokens(text: str) -> str:
     """Text with `MASK` for whatever looks like a token of the Hugging Face Hub."""
     return _TOKEN.sub(MASK, text)
+
+
+def public(value: Any) -> Any:
+    """Provenance without this machine's folders and without tokens of the Hub.
+
+    Of an absolute path the last name stays. Adapters trained before commands were recorded
+    without their secrets may hold one.
+    """
+    if isinstance(value, dict):
+        return {
+            key: public(_bare(inner) if key == "command" and isinstance(inner, str) else inner)
+            for key, inner in value.items()
+        }
+    if isinstance(value, list):
+        return [public(inner) for inner in value]
+    return _ABSOLUTE.sub(r"\1", without_tokens(value)) if isinstance(value, str) else value
+
+
+def _bare(command: str) -> str:
+    try:
+        words = shlex.split(command)
+    except ValueError:  # no command line: a quote is left open
+        words = command.split()
+    return shlex.join(without_secrets(words))
 
 
 def _program() -> list[str]:

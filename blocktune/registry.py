@@ -34,8 +34,7 @@ class Registry:
     def register(self, name: str) -> Callable[[Entry], Entry]:
         """Registers a class under its published name, and makes it a frozen dataclass.
 
-        Raises:
-            ValueError: If another class has the name.
+        Raises ValueError if another class has the name.
         """
 
         def enter(cls: Entry) -> Entry:
@@ -54,11 +53,7 @@ class Registry:
         return enter
 
     def table(self) -> Mapping[str, type]:
-        """All entries by name.
-
-        Raises:
-            ValueError: If a plug-in cannot be loaded.
-        """
+        """All entries by name; ValueError if a plug-in cannot be loaded."""
         if not self._found:
             package = importlib.import_module(self.package)
             for module in pkgutil.iter_modules(package.__path__, f"{self.package}."):
@@ -72,22 +67,14 @@ class Registry:
         return sorted(self.table())
 
     def find(self, name: str) -> type:
-        """The class of a name.
-
-        Raises:
-            ValueError: If nothing has that name; the error lists all names.
-        """
+        """The class of a name; the ValueError for an unknown one lists all names."""
         if name not in self.table():
             names = ", ".join(self.available())
             raise ValueError(f"unknown {self.what} '{name}'; available: {names}")
         return self._entries[name]
 
     def build(self, name: str, **parameters: Any) -> Any:
-        """Makes an entry from its name and parameters.
-
-        Raises:
-            ValueError: If the name or a parameter is unknown, or a value is out of range.
-        """
+        """Makes an entry; ValueError if a name is unknown or a value is out of range."""
         cls = self.find(name)
         known = [field.name for field in fields(cls)]
         parameters = current_keys(parameters, known, f"{self.what} '{name}'")

@@ -29,12 +29,7 @@ FORMS: dict[str, Callable[[float], str]] = {
 
 
 def written(form: str, value: float | None) -> str:
-    """A number as text; a dash for None.
-
-    Args:
-        form: Of `FORMS`.
-        value: The number.
-    """
+    """A number as text, in a form of `FORMS`; a dash for None."""
     return ABSENT if value is None else FORMS[form](value)
 
 
@@ -53,21 +48,13 @@ def with_half(mean: float, ends: Sequence[float], digits: int = 0) -> str:
 
 
 class Table(NamedTuple):
-    """Headings and rows of cells; the first cell of a row names it.
+    """Headings and rows of cells; the first cell of a row names it."""
 
-    Attributes:
-        headings: Of the columns; a line break shortens a column in the terminal.
-        rows: Of the cells' text.
-        title: Above it in the terminal.
-        note: Below it in the terminal.
-        left: Headings of columns of words, which may take several lines; others are numbers.
-    """
-
-    headings: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    title: str = ""
-    note: str = ""
-    left: Sequence[str] = ()
+    headings: Sequence[str]  # a line break shortens a column in the terminal
+    rows: Sequence[Sequence[str]]  # the cells' text
+    title: str = ""  # above it in the terminal
+    note: str = ""  # below it
+    left: Sequence[str] = ()  # columns of words, which may take several lines; others are numbers
 
     def markdown(self, *, right: bool = False) -> str:
         """The table as Markdown; columns but the first are set right if ``right``."""

@@ -18,7 +18,7 @@ from rich.panel import Panel
 
 from blocktune.commands.options import quiet_libraries
 from blocktune.evaluation.report.terminal import run_and_show
-from blocktune.evaluation.stats.findings import findings
+from blocktune.evaluation.stats.compare import findings
 from blocktune.evaluation.suite import load_suite
 
 OUTPUT = Path("out/demo")

@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from blocktune.adapter.scope import SCOPES
+from blocktune.adapter.scope import SCOPES, scope_of
 from blocktune.files import replace_json
 from blocktune.links import link_base
 from blocktune.parsing import build_strict
@@ -31,41 +31,27 @@ LINK_MODES = ("table", "added_tokens")
 class AdapterInfo:
     """What serving must know of an adapter: the contents of ``blocktune.json``.
 
-    Attributes:
-        base_model: Name or path of the base as the run was given it, or `OWN_WEIGHTS`.
-        base_fingerprint: See `blocktune.models.identity.base_fingerprint`.
-        tokenizer_hash: See `blocktune.models.identity.tokenizer_hash`, without link tokens.
-        layout: How prompts were laid out in training, and must be in serving.
-        format: How prompts were worded.
-        link_mode: ``table`` or ``added_tokens``; has no effect without learned tokens.
-        link_seed: Seed of the initial rows of added link tokens.
-        link_token: The first learned token, where they are tokens.
-        scope: Rows that LoRA acts on, one of `blocktune.adapter.scope.SCOPES`.
-        base_revision: The base's commit on the Hub, or the requested revision, or None.
-        quantization: How the base was quantised in training (`blocktune.models.quantize`), or None.
-        rope: The base's RoPE, as in its configuration; for readers (`base_fingerprint` is what is
-            compared).
-        training: Provenance: commit, versions, data, seed, steps.
-        format_version: Of this file.
+    Prompts are laid out and worded as in training; fingerprint and hash are those of
+    `blocktune.models.identity`, of the tokenizer without link tokens.
 
     Raises:
         ValueError: If the version, the link mode or the scope is unknown.
     """
 
-    base_model: str
-    base_fingerprint: str
-    tokenizer_hash: str
-    layout: LayoutSpec
-    format: PromptFormat
-    link_mode: str = "table"
-    link_seed: int = 0
-    link_token: str = "<|link_0|>"
-    scope: str = "both"
-    base_revision: str | None = None
-    quantization: str | None = None
-    rope: dict[str, Any] = field(default_factory=dict)
-    training: dict[str, Any] = field(default_factory=dict)
-    format_version: int = FORMAT_VERSION
+    base_model: str  # name or path of the base as the run was given it, or `OWN_WEIGHTS`
+    base_fingerprint: str  # see `blocktune.models.identity.base_fingerprint`
+    tokenizer_hash: str  # see `blocktune.models.identity.tokenizer_hash`, without link tokens
+    layout: LayoutSpec  # how prompts were laid out in training, and must be in serving
+    format: PromptFormat  # how prompts were worded
+    link_mode: str = "table"  # one of `LINK_MODES`; no effect without learned tokens
+    link_seed: int = 0  # seed of the initial rows of added link tokens
+    link_token: str = "<|link_0|>"  # the first learned token, where they are tokens
+    scope: str = "both"  # rows that LoRA acts on, one of `SCOPES`
+    base_revision: str | None = None  # its commit on the Hub, or the requested revision
+    quantization: str | None = None  # of the base in training
+    rope: dict[str, Any] = field(default_factory=dict)  # the base's, for readers
+    training: dict[str, Any] = field(default_factory=dict)  # provenance
+    format_version: int = FORMAT_VERSION  # of this file
 
     def __post_init__(self):
         if self.format_version != FORMAT_VERSION:
@@ -103,17 +89,26 @@ class AdapterInfo:
             return link_base(model)
         return tokenizer.convert_tokens_to_ids(self.link_token)
 
+    def require_served(self, model: PreTrainedModel, format: PromptFormat) -> None:
+        """Raises ValueError if ``model`` has another scope, or ``format`` differs from training."""
+        if format != self.format:
+            raise ValueError(
+                f"the adapter was trained with the prompt format {self.format}, got {format}; "
+                "leave the format out to use the adapter's"
+            )
+        if self.scope != scope_of(model):
+            raise ValueError(
+                f"the adapter has scope '{self.scope}' and the model '{scope_of(model)}'; call "
+                "blocktune.adapter.attach_links on what PEFT loaded (a merged model cannot be used)"
+            )
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, every field."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> AdapterInfo:
-        """Inverse of `to_dict`.
-
-        Raises:
-            ValueError: If a key is unknown or missing.
-        """
+        """Inverse of `to_dict`; raises ValueError if a key is unknown or missing."""
         wanted = ("base_model", "base_fingerprint", "tokenizer_hash", "layout", "format")
         if missing := [name for name in wanted if name not in values]:
             raise ValueError(f"{INFO_FILE} lacks '{missing[0]}'; train the adapter again")
@@ -131,11 +126,7 @@ class AdapterInfo:
 
     @classmethod
     def load(cls, folder: str | Path) -> AdapterInfo:
-        """Reads ``blocktune.json``.
-
-        Raises:
-            ValueError: If ``folder`` is not a blocktune adapter, or its file cannot be read.
-        """
+        """Reads ``blocktune.json``; raises ValueError if there is none, or it cannot be read."""
         path = Path(folder) / INFO_FILE
         if not path.is_file():
             raise ValueError(f"{folder} is not a blocktune adapter: it has no {INFO_FILE}")

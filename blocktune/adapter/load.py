@@ -39,12 +39,8 @@ def load_adapter(
         tokenizer: The base's; gets the link tokens that the adapter added.
         adapter: A local folder, or a repository's name on the Hugging Face Hub.
         revision: Of the repository.
-        merge: Merge LoRA weights into the base; links are installed afterwards, since merging
-            replaces an embedding that PEFT trained.
+        merge: Merge LoRA weights into the base.
         links: Install the link table, if the adapter has one.
-
-    Returns:
-        The model to run and the adapter's info.
 
     Raises:
         ValueError: If there is no such adapter, it is damaged, or it was made for another base
@@ -77,8 +73,8 @@ def load_adapter(
 def _merged(model: PeftModel) -> PreTrainedModel:
     """The base with the adapter's weights added.
 
-    Where an embedding is tied to the output head and the adapter changes one of them, the head
-    gets its own weights first: PEFT alone would change both.
+    Where an embedding is tied to the output head and the adapter changes one of them, the head gets
+    its own weights first: PEFT alone would change both.
     """
     from peft.tuners.lora import LoraLayer
     from peft.utils import ModulesToSaveWrapper
@@ -120,16 +116,11 @@ def attach_links(
     ```
 
     PEFT loads the base by the name in its own configuration, and resizes it if the adapter's
-    tokenizer has more tokens than the base's.
-
-    Args:
-        model: What PEFT returned, or that model merged.
-        adapter: Folder or repository that it was loaded from.
-        revision: Of the repository.
+    tokenizer has more tokens. The model may be merged, unless the adapter's scope is another than
+    ``both``.
 
     Raises:
-        ValueError: If there is no such adapter, its table does not fit the model, or the adapter
-            was merged although its scope is not ``both``.
+        ValueError: If there is no such adapter, or its table or scope does not fit the model.
     """
     folder = adapter_folder(adapter, revision)
     info = AdapterInfo.load(folder)
@@ -183,14 +174,14 @@ def load_model(
 
     Args:
         model: Folder or repository of the Hub, optionally with ``@REVISION``; None: the adapter's
-            own base, at the revision it was trained on. A folder that holds an adapter
-            (``blocktune.json``) is taken as ``adapter``.
+            own base, at the revision it was trained on. A folder that holds an adapter is taken
+            as ``adapter``.
         adapter: Folder or repository of the Hub, optionally with ``@REVISION``, or
             ``release:NAME`` for one of `blocktune.adapter.RELEASES`, or None.
-        dtype: ``auto`` (as saved), ``float32``, ``bfloat16`` or ``float16``.
+        dtype: See `blocktune.models.load.load_base`, as device, revision and quantize.
         device: Default: CUDA if there is one, else the CPU.
         revision: Of the model's repository.
-        quantize: One of `blocktune.models.quantize.QUANTIZATIONS`, or None: as saved.
+        quantize: None: as saved.
         merge: False leaves the adapter to PEFT, as a reference.
 
     Raises:
@@ -203,19 +194,10 @@ def load_model(
 def load_models(
     model: str | None, adapters: Sequence[str | Path | None], merge: bool = True, **options: Any
 ) -> list[Loaded]:
-    """Loads a model with each of several adapters; those of one base share its weights.
+    """Loads a model with each of several adapters (None: the bare model); see `load_model`.
 
-    An adapter that has its base to itself is merged into it, like that of `load_model`. Adapters
-    that share one stay beside it (PEFT), each in separate modules.
-
-    Args:
-        model: See `load_model`.
-        adapters: None is the bare model.
-        merge: See `load_model`.
-        options: ``dtype``, ``device``, ``revision`` and ``quantize`` as in `load_model`.
-
-    Raises:
-        ValueError: As `load_model`.
+    An adapter that has its base to itself is merged into it. Adapters that share one stay beside it
+    (PEFT), each in separate modules. ``options`` are dtype, device, revision and quantize.
     """
     wanted = [_source(model, adapter, options.get("revision")) for adapter in adapters]
     loaded: list[Loaded | None] = [None] * len(wanted)

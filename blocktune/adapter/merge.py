@@ -26,27 +26,15 @@ PROBE = (
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What was merged and how far the saved model is from the adapter on its base.
+    """What was merged and how far the saved model is from the adapter on its base."""
 
-    Attributes:
-        output: The merged model's folder.
-        link_mode: Where learned tokens are: ``table`` or ``added_tokens``; None if there are none.
-        quantization: How the base was quantised in training, or None. The merged weights are
-            plain: the dequantised base plus LoRA.
-        max_abs_logit: Largest logit of the probe, the scale of the differences.
-        max_abs_diff: Largest difference of logits from the adapter on its base, after saving.
-        same_top1: Share of the probe's rows with the same most likely token.
-        requantised_max_abs_diff: Like ``max_abs_diff``, for the merged model quantised as its
-            base was; None for a plain base.
-    """
-
-    output: Path
-    link_mode: str | None
-    quantization: str | None
-    max_abs_logit: float
-    max_abs_diff: float
-    same_top1: float
-    requantised_max_abs_diff: float | None = None
+    output: Path  # the merged model's folder
+    link_mode: str | None  # of the learned tokens; None if there are none
+    quantization: str | None  # of the base in training; the merged weights are plain
+    max_abs_logit: float  # largest logit of the probe, the scale of the differences
+    max_abs_diff: float  # largest difference of logits from the adapter on its base
+    same_top1: float  # share of the probe's rows with the same most likely token
+    requantised_max_abs_diff: float | None = None  # merged, then quantised as the base was
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -76,9 +64,7 @@ def merge_adapter(
         links: ``table`` beside the model, or ``added_tokens`` in its vocabulary; None: as trained.
 
     Raises:
-        ValueError: If the output is not empty, there is nothing to merge, ``links`` is ``table``
-            for tokens that were trained in the vocabulary, adapter and base do not fit, or the
-            adapter acts on some rows only.
+        ValueError: If the output is not empty, or this adapter cannot be merged so.
     """
     folder, output = adapter_folder(adapter), Path(output)
     info = AdapterInfo.load(folder)

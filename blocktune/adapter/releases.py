@@ -1,14 +1,16 @@
 """Models that others trained and released: the prompt and layout to serve them with.
 
-They are whole models without a ``blocktune.json``. ``--adapter release:NAME`` (with ``--model`` for
-a local copy) supplies what that file would say.
+They are whole models without a ``blocktune.json``: ``releases.yaml`` has what that file would say,
+for ``--adapter release:NAME`` (with ``--model`` for a local copy).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
+import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blocktune.adapter.info import OWN_WEIGHTS, AdapterInfo
@@ -46,11 +48,8 @@ class Release:
     def fit(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> AdapterInfo:
         """Puts the release's template on its tokenizer; returns what the model is served with.
 
-        The tokenizer's chat template is changed, and BOS is removed if prompts have none.
-
-        Raises:
-            ValueError: If the tokenizer has other ids for the tokens that were trained, or the
-                model has no embeddings for them.
+        BOS is removed from the tokenizer if prompts have none. Raises ValueError if it has other
+        ids for the tokens that were trained, or the model has no embeddings for them.
         """
         for token, wanted in self.tokens.items():
             came = tokenizer.convert_tokens_to_ids(token)
@@ -81,135 +80,19 @@ class Release:
         )
 
 
-_BLOCK_ATTENTION = "https://github.com/TemporaryLoRA/Block-Attention"
-_LAZY_ATTENTION = "https://github.com/illinoisdata/lazy-attention"
+def _read(text: str) -> dict[str, Release]:
+    """The releases of each family: what a model does not say, its family does."""
+    releases = {}
+    for family in yaml.safe_load(text).values():
+        models = family.pop("models")
+        for name, own in models.items():
+            layout = LayoutSpec.from_dict(family.get("layout", {}) | own.get("layout", {}))
+            format = PromptFormat.from_dict(family["format"] | own.get("format", {}))
+            releases[name] = Release(**family | own | {"layout": layout, "format": format})
+    return releases
 
 
-def _tulu(
-    repository: str, source: str = _BLOCK_ATTENTION, *, block: bool = True, tag: str = ""
-) -> Release:
-    """Models trained on Block-Attention's data: Tulu's turns, no BOS, everything stripped."""
-    return Release(
-        repository=repository,
-        source=source,
-        layout=LayoutSpec(block=block),
-        format=PromptFormat(
-            instruction=(
-                "You are an intelligent AI assistant. Please answer questions based on the user's "
-                "instructions. Below are some reference documents that may help you in answering "
-                "the user's question."
-            ),
-            titled="- Title: {title}\n{text}\n",
-            untitled="- {text}\n",
-            question=(
-                "\n\nPlease write a high-quality answer for the given question using only the "
-                "provided search documents (some of which might be irrelevant).\n"
-                "Question: {question}"
-            ),
-            block_tag=tag,
-            tag_place="prompt",
-            strip=True,
-        ),
-        chat_template=(
-            "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}"
-            "{{ eos_token if m.role == 'assistant' else '\n' }}{% endfor %}"
-            "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
-        ),
-        begins_with_bos=False,
-    )
-
-
-_KVLINK_TOKENS = {
-    "<|reserved_special_token_3|>": 128_011,  # the first link
-    "<|reserved_special_token_246|>": 128_254,  # opens the documents
-    "<|reserved_special_token_247|>": 128_255,  # closes them
-}
-_HEADER = "<|start_header_id|>{}<|end_header_id|>\n\n"
-
-
-def _kvlink(repository: str, system: str, question: str, chat_template: str) -> Release:
-    """KVLink with 5 links a document.
-
-    The authors number the documents of a prompt. A text that depends on its place cannot be cached,
-    so every document is number 1 here.
-    """
-    return Release(
-        repository=repository,
-        source="https://github.com/UCSB-NLP-Chang/KVLink",
-        layout=LayoutSpec(num_links=5, link_table="chunk", max_chunks=40),
-        format=PromptFormat(
-            instruction="",
-            system=system,
-            titled="Document [1](Title: {title}) {text}\n",
-            untitled="Document [1] {text}\n",
-            question=question,
-        ),
-        chat_template=chat_template,
-        tokens=_KVLINK_TOKENS,
-        link_token="<|reserved_special_token_3|>",
-    )
-
-
-def _kvlink_trained(repository: str) -> Release:
-    """As in training: documents between the system turn and the user's; one of four system texts.
-
-    The turn of the system leaves the documents open, the user's text opens its own turn.
-    """
-    return _kvlink(
-        repository,
-        system=(
-            "You are an AI assistant. Use the provided documents to answer the user\u2019s "
-            "question. If the information is insufficient, acknowledge the gap or request "
-            "clarification."
-        ),
-        question=(
-            "<|reserved_special_token_247|><|eot_id|>" + _HEADER.format("user") + "{question}"
-        ),
-        chat_template=(
-            "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}"
-            "{% else %}" + _HEADER.format("{{ m.role }}") + "{{ m.content }}"
-            "{% endif %}<|eot_id|>"
-            "{{ '<|reserved_special_token_246|>' if m.role == 'system' else '' }}{% endfor %}"
-            "{% if add_generation_prompt %}" + _HEADER.format("assistant") + "{% endif %}"
-        ),
-    )
-
-
-def _kvlink_evaluated(repository: str) -> Release:
-    """As in the evaluation that the paper reports: documents inside the user's turn."""
-    return _kvlink(
-        repository,
-        system=(
-            "You are a intelligent AI assistant. Please answer questions based on the user's "
-            "instruction. Below are some reference documents that may help you in answering the "
-            "user's question."
-        ),
-        question="<|reserved_special_token_247|>{question}",
-        chat_template=(
-            "{{ bos_token }}{% for m in messages %}"
-            + _HEADER.format("{{ m.role }}")
-            # Documents are in the first turn of the user alone.
-            + "{% if m.role == 'user' and loop.index < 3 %}"
-            "<|reserved_special_token_246|>{% endif %}"
-            "{{ m.content }}<|eot_id|>{% endfor %}"
-            "{% if add_generation_prompt %}" + _HEADER.format("assistant") + "{% endif %}"
-        ),
-    )
-
-
-_KVLINK_1B, _KVLINK_3B = "Shiyu-Lab/Llama1B-KVLink5", "Shiyu-Lab/Llama3B-KVLink5"
-RELEASES = {
-    "tulu3-block-ft": _tulu("ldsjmdy/Tulu3-Block-FT", tag="[Block-Attention]"),
-    "tulu3-rag": _tulu("ldsjmdy/Tulu3-RAG", block=False),
-    "tulu3-sft": _tulu("ldsjmdy/Tulu3-SFT", block=False),
-    "block-ft-llama-1b": _tulu("hxia7/Llama-3.2-1B-Block-FT", _LAZY_ATTENTION),
-    "block-ft-llama-8b": _tulu("hxia7/Llama-3.1-8B-Block-FT", _LAZY_ATTENTION),
-    "block-ft-qwen3-8b": _tulu("hxia7/Qwen3-8B-Block-FT", _LAZY_ATTENTION),
-    "kvlink-1b": _kvlink_trained(_KVLINK_1B),
-    "kvlink-3b": _kvlink_trained(_KVLINK_3B),
-    "kvlink-1b-eval": _kvlink_evaluated(_KVLINK_1B),
-    "kvlink-3b-eval": _kvlink_evaluated(_KVLINK_3B),
-}
+RELEASES = _read(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 
 
 def find_release(adapter: str) -> Release | None:

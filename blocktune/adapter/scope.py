@@ -39,11 +39,8 @@ def scope_adapter(model: nn.Module, scope: str) -> None:
     """Restricts the LoRA of a PEFT model to some rows, in training and in serving.
 
     Rows are those of the pass's layout, see `Layout.written`; a pass without one attends in full.
-    Nothing happens if the model has this scope already.
-
-    Args:
-        model: A PEFT model with plain LoRA (also rsLoRA) on linear modules of its layers.
-        scope: ``encode``, ``read``, or ``both``, which restricts nothing.
+    The adapter must be plain LoRA (also rsLoRA) on linear modules of the model's layers. Scope
+    ``both`` restricts nothing.
 
     Raises:
         ValueError: If the model has no adapter, has another scope, or something of its adapter
@@ -99,7 +96,7 @@ class _Rows:
     ) -> Tensor:
         """A LoRA layer's forward, which leaves LoRA out where it acts on no row.
 
-        Not in training: what no row needs would have no gradient, and DDP waits for all of them.
+        Not in training: weights without a gradient would make DDP wait.
         """
         if self.scope == "encode" and self._written is None and not torch.is_grad_enabled():
             return layer.base_layer(x, *args, **kwargs)

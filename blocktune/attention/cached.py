@@ -19,9 +19,6 @@ ROW_BLOCK = 128
 class Reshaping(Protocol):
     """What changes scores before softmax: `ReshapedAttention` of `blocktune.methods`."""
 
-    def wrote(self, layer: int, columns: Tensor) -> None:
-        """Notes that a layer's keys in ``columns`` ``(B, R)`` were recomputed; -1 is padding."""
-
     def attend(
         self,
         band: RowBand,
@@ -32,10 +29,9 @@ class Reshaping(Protocol):
         rule: LayerRule,
         params: AttentionParams,
     ) -> Tensor | None:
-        """Attends rows over columns; None where a layer's scores are left unchanged.
+        """Attends the rows that were written into ``columns`` ``(B, R)``, -1 for padding.
 
-        ``columns`` ``(B, R)`` are where the band's rows were written, -1 for padding. Query and
-        result are ``(B, H, R, D)``, ``key`` and ``value`` ``(B, K, N, D)``.
+        Returns ``(B, H, R, D)``, or None where a layer's scores are left unchanged.
         """
 
 
@@ -44,13 +40,8 @@ class CachePlan:
 
     A fresh row overwrites the column of its original before any row attends, so the columns always
     hold what a global row may see; order, window and padding are left to the rule. The plan counts
-    what it executes, for the usage of an answer.
-
-    Attributes:
-        query: Facts of the computed rows, ``(B, R)``.
-        context_rows: Rows of chunk tokens among the query rows of each prompt, ``(B,)``.
-        executed: Layers whose attention ran by this plan, in order.
-        columns: Columns that the rows were written into, ``(B, R)``, -1 for padding.
+    what it executes: ``executed`` are the layers whose attention ran by it, ``context_rows``
+    ``(B,)`` the rows of chunk tokens among its ``query`` rows ``(B, R)``.
     """
 
     def __init__(
@@ -63,9 +54,8 @@ class CachePlan:
     ):
         """Prepares rows ``query`` ``(B, R)`` over the columns ``key`` ``(B, N)``, by order.
 
-        ``reshaping`` (one object for all plans of a batch) is how they see reused keys.
-        ``columns`` ``(B, R)`` are those that the rows were written into, -1 for padding; None: each
-        row's order. ``kept_cells`` is the most mask elements to keep.
+        ``reshaping`` (one for all plans of a batch) is how they see reused keys. ``columns`` ``(B,
+        R)`` are those that the rows were written into, -1 for padding; None: each row's order.
         """
         self.query = query
         self.context_rows = (query.kind == Kind.CHUNK).sum(1)
@@ -114,9 +104,9 @@ class CachePlan:
 
 
 class Tail(NamedTuple):
-    """Prompts whose computed rows are the last of their columns: causal, no mask needed.
+    """Prompts whose computed ``rows`` are the last of their ``columns``: causal, without a mask.
 
-    ``rows`` are without the padding before them, ``columns`` without that after them.
+    Both are without padding.
     """
 
     prompts: slice
@@ -134,8 +124,8 @@ def find_tails(query: Rows, key: Rows) -> list[Tail]:
     """Tails that cover the whole batch, or none if a prompt computes other rows than its last.
 
     Computed rows ``(B, R)`` have padding before them, columns ``(B, N)`` after them. Few rows after
-    many columns are left to a mask, which is small; a causal kernel would need padding rows for the
-    columns. A single row per prompt needs neither if all prompts have the same length.
+    many columns are left to a mask, which is small: a causal kernel would need as many padding
+    rows. A single row needs neither.
     """
     rows = (query.kind != Kind.PAD).sum(1)
     columns = (key.kind != Kind.PAD).sum(1)

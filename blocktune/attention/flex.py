@@ -45,8 +45,7 @@ def _range(field: Tensor, keep: Tensor) -> _Range:
 def block_pairs(layout: Layout, rule: LayerRule) -> Tensor:
     """Pairs of 128-row blocks that may hold a visible cell, ``(B, ceil(S / 128), ...)`` bool.
 
-    Never False where a cell is visible; may be True where none is, since the exact rule decides
-    inside the block.
+    Never False where a cell is visible; the exact rule decides inside a block.
     """
     alive = ~layout.is_pad & (layout.until > rule.layer)
     local = alive & (layout.group != GLOBAL)
@@ -96,12 +95,7 @@ class FlexPlan:
         self._masks: dict[LayerRule, BlockMask] = {}
 
     def attend(self, query, key, value, rule, params) -> Tensor:
-        """Implements `Plan.attend`.
-
-        Raises:
-            ValueError: If the model uses attention dropout, or is trained on a CPU: FlexAttention
-                supports neither.
-        """
+        """Implements `Plan.attend`; refuses attention dropout, and gradients on a CPU."""
         check_rows(self.layout.kind.shape, query, key)
         if params.dropout:
             raise ValueError(

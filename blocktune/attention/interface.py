@@ -45,32 +45,24 @@ _ENTERED: ContextVar[Plan | None] = ContextVar("plan of the layer that was enter
 class Plan(Protocol):
     """An execution of the visibility rule, prepared once per batch and used by all layers.
 
-    One over a layout has its `Layout.written` as an attribute of that name, and one that attends
-    by another keeps that one as ``plan``; see `written_rows`.
+    One over a layout has its `Layout.written` as ``written``; one around another has that as
+    ``plan``.
     """
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, rule: LayerRule, params: AttentionParams
     ) -> Tensor:
-        """Attends by the layout the plan was made for.
+        """Attends ``query`` ``(B, H, R, D)`` over ``key`` and ``value`` ``(B, K, N, D)``.
 
-        Args:
-            query: ``(B, H, R, D)``.
-            key: ``(B, K, N, D)``.
-            value: ``(B, K, N, D)``.
-            rule: The layer's part of the rule.
-            params: Scaling, soft-capping, dropout and sinks.
-
-        Returns:
-            ``(B, R, H, D)``, as transformers wants it.
+        ``rule`` is the layer's part of the rule. Returns ``(B, R, H, D)``, as transformers wants
+        it.
         """
 
 
 def written_rows(plan: Plan | None) -> Tensor | None:
     """Which rows of a pass are those of chunks being encoded (`Layout.written`); None: no row.
 
-    In serving all rows but those of the encoder are computed at answering time: plans over a cache
-    have none. Without a plan the model attends in full.
+    Plans over a cache have none: serving computes all other rows at answering time.
     """
     while (inner := getattr(plan, "plan", None)) is not None:
         plan = inner
@@ -81,15 +73,10 @@ EXECUTIONS = {"dense": DensePlan, "flex": FlexPlan, "split": SplitPlan}
 
 
 def make_plan(execution: str, layout: Layout) -> Plan:
-    """Prepares an execution of ``layout``.
+    """Prepares an execution of ``layout`` ``(B, S)``, on the model's device.
 
-    Args:
-        execution: ``split`` (CPU and CUDA, forward and backward), ``flex`` (CUDA; forward only
-            on CPU) or ``dense`` (the N x N oracle).
-        layout: Rows ``(B, S)``, on the model's device.
-
-    Raises:
-        ValueError: If the execution is unknown.
+    ``split`` runs forward and backward on CPU and CUDA, ``flex`` on CUDA (on a CPU only forward);
+    ``dense`` is the N x N oracle. Raises ValueError if the execution is unknown.
     """
     return _execution(execution)(layout)
 
@@ -107,8 +94,8 @@ def attach(model: PreTrainedModel, execution: str = "split") -> None:
         execution: How layouts are attended, see `make_plan`.
 
     Raises:
-        ValueError: If the model cannot switch its attention implementation, its own is not one of
-            `STOCK`, or the execution is unknown.
+        ValueError: If the model cannot switch its attention implementation, or its own is not
+            one of `STOCK`.
     """
     _execution(execution)
     decoder, stock = decoder_of(model), _stock(model)

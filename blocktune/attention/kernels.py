@@ -20,20 +20,12 @@ Mask = Tensor | Callable[[], Tensor] | None
 
 
 class AttentionParams(NamedTuple):
-    """What a layer of a model passes to attention besides q, k and v.
+    """What a layer of a model passes to attention besides q, k and v."""
 
-    Attributes:
-        scaling: Factor on the scores, usually ``D ** -0.5``.
-        softcap: Gemma 2's bound on the scores, ``softcap * tanh(score / softcap)``, or None.
-        dropout: Probability of dropping an attention weight; 0 in evaluation.
-        sinks: GPT-OSS's logit of each query head, ``(H,)``, that takes part in every row's softmax
-            once and has no value, or None.
-    """
-
-    scaling: float
-    softcap: float | None = None
-    dropout: float = 0.0
-    sinks: Tensor | None = None
+    scaling: float  # factor on the scores, usually ``D ** -0.5``
+    softcap: float | None = None  # gemma 2's bound: ``softcap * tanh(score / softcap)``
+    dropout: float = 0.0  # probability of dropping an attention weight; 0 in evaluation
+    sinks: Tensor | None = None  # GPT-OSS's, ``(H,)``: a logit of each head that has no value
 
     @property
     def is_plain(self) -> bool:
@@ -52,25 +44,16 @@ def check_rows(shape: torch.Size, query: Tensor, key: Tensor) -> None:
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
-    """Row ``i`` attends to rows ``0..i``: `masked_attention` with ``R = N`` and that mask.
+    """`masked_attention` where row ``i`` attends to rows ``0..i``; nothing of size N x N is kept.
 
-    Nothing of size N x N is kept; where soft-capping or sinks need the scores, they are made for
-    one block of rows at a time.
+    Where soft-capping or sinks need the scores, they are made for one block of rows at a time.
     """
     if params.is_plain:
         if query.is_cuda and query.dtype == torch.float32:
             # The fused kernel for float32 on CUDA cannot share heads, so K/V are copied.
             shared = query.shape[1] // key.shape[1]
             key, value = (states.repeat_interleave(shared, dim=1) for states in (key, value))
-        return F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            is_causal=True,
-            scale=params.scaling,
-            dropout_p=params.dropout,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
+        return _fused(query, key, value, params, is_causal=True)
     size = query.shape[2]
     blocks = []
     for start in range(0, size, ROW_BLOCK):
@@ -88,8 +71,7 @@ def _causal_mask(start: int, stop: int, device: torch.device) -> Tensor:
 def tail_attention(query: Tensor, key: Tensor, value: Tensor, params: AttentionParams) -> Tensor:
     """The last ``R`` of ``N`` rows attend causally; shapes as in `masked_attention`.
 
-    A single row sees everything; several get padding rows before them, since PyTorch's causal
-    kernel aligns the first row with the first key.
+    Several rows get padding before them, since PyTorch aligns the first row with the first key.
     """
     rows, missing = query.shape[2], key.shape[2] - query.shape[2]
     if rows == 1:
@@ -105,19 +87,11 @@ ROW_BLOCK = 512
 def masked_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Mask, params: AttentionParams
 ) -> Tensor:
-    """Rows attend to the keys that ``mask`` shows them.
+    """Rows ``(G, H, R, D)`` attend to the keys ``(G, K, N, D)`` that ``mask`` shows them.
 
-    Args:
-        query: ``(G, H, R, D)``.
-        key: ``(G, K, N, D)``.
-        value: ``(G, K, N, D)``.
-        mask: Broadcastable to ``(G, 1, R, N)``. Bool, True where visible, or (without
-            soft-capping and sinks) additive in the dtype of ``query``, best in `masks.mask_form`.
-            Every row must have a visible key. None: all rows see all keys.
-        params: Scaling, soft-capping, dropout and sinks.
-
-    Returns:
-        ``(G, H, R, D)``.
+    The mask is broadcastable to ``(G, 1, R, N)``: bool, True where visible, or (without
+    soft-capping and sinks) additive in the dtype of ``query``, best in `masks.mask_form`. Every row
+    must have a visible key. None: all rows see all keys.
     """
     has_gradient = any(states.requires_grad for states in (query, key, value))
     # Scores made here would be kept for backward as well: rows x keys x heads.
@@ -135,15 +109,13 @@ def _by_kernel(
         return plain_attention(query, key, value, mask, params)
     if query.is_cuda:
         return folded_attention(query, key, value, mask, params)
-    return F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=mask,
-        scale=params.scaling,
-        dropout_p=params.dropout,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
+    return _fused(query, key, value, params, attn_mask=mask)
+
+
+def _fused(query: Tensor, key: Tensor, value: Tensor, params: AttentionParams, **mask) -> Tensor:
+    options = {"scale": params.scaling, "dropout_p": params.dropout}
+    options["enable_gqa"] = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(query, key, value, **mask, **options)
 
 
 def folded_attention(
@@ -162,9 +134,7 @@ def folded_attention(
         query = query.reshape(groups, key.shape[1], shared * rows, dim)
         if mask is not None and mask.shape[-2] != shared * rows:
             mask = mask.expand(groups, 1, rows, key.shape[2]).repeat(1, 1, shared, 1)
-    out = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, scale=params.scaling, dropout_p=params.dropout
-    )
+    out = _fused(query, key, value, params, attn_mask=mask)
     return out.reshape(groups, heads, rows, -1)
 
 

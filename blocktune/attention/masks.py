@@ -40,8 +40,8 @@ class MaskRoom:
 class MaskForm(NamedTuple):
     """The form of a mask that a kernel takes without a copy, which autograd would keep per layer.
 
-    ``dtype`` is bool or, for an additive mask, that of the scores. Rows are repeated ``copies``
-    times, for query heads that are folded into rows, each at a multiple of ``align`` elements.
+    ``dtype`` is bool, or that of the scores for an additive mask. Rows are repeated ``copies``
+    times, for query heads folded into rows, each at a multiple of ``align`` elements.
     """
 
     dtype: torch.dtype
@@ -102,22 +102,15 @@ class RowBand:
     the first key in reach), so neither mask nor work covers keys that no row sees. Masks are made
     once per rule and kept while there is room; the others are made block by block in each layer,
     and again in its backward.
-
-    Attributes:
-        query: Facts of the query rows, ``(G, R)``; ``query_exists`` is False for padding.
-        key: Facts of the keys, ``(G, N)``; ``key_exists`` is False for padding.
-        superseded_until: `Layout.superseded_until` of the keys, ``(G, N)``.
-        row_block: Rows of a block; with fewer, less work is spent on keys after a row.
-        room: Space for masks, shared by the bands of a plan.
     """
 
-    query: Rows
-    key: Rows
-    superseded_until: Tensor
+    query: Rows  # facts of the query rows, ``(G, R)``
+    key: Rows  # facts of the keys, ``(G, N)``
+    superseded_until: Tensor  # `Layout.superseded_until` of the keys, ``(G, N)``
     query_exists: Tensor
     key_exists: Tensor
-    row_block: int = ROW_BLOCK
-    room: MaskRoom = field(default_factory=MaskRoom)
+    row_block: int = ROW_BLOCK  # rows of a block
+    room: MaskRoom = field(default_factory=MaskRoom)  # shared by the bands of a plan
     _spans: dict = field(default_factory=dict, repr=False)
     _masks: dict = field(default_factory=dict, repr=False)
 
@@ -197,16 +190,11 @@ class RowBand:
 
 
 def dense_mask(layout: Layout, rule: LayerRule = FIRST_LAYER) -> Tensor:
-    """Visibility of every row for every row.
+    """Visibility of every row of a layout ``(B, S)`` for every row.
 
-    Args:
-        layout: Rows ``(B, S)``.
-        rule: Which layer it is and how far its window reaches.
-
-    Returns:
-        Bool ``(B, 1, S, S)``, True where the row (third axis) sees the key (last axis). Stock
-        models take it as a 4-D ``attention_mask`` with ``sdpa``; for ``eager`` it must be made
-        additive, since a bool mask is silently added there.
+    Returns bool ``(B, 1, S, S)``, True where the row (third axis) sees the key (last axis). Stock
+    models take it as a 4-D ``attention_mask`` with ``sdpa``; for ``eager`` it must be made
+    additive, since a bool mask is silently added there.
     """
     query = layout.rows().map(lambda field: field[:, None, :, None])
     key = layout.rows().map(lambda field: field[:, None, None, :])

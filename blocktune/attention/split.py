@@ -21,19 +21,12 @@ NARROW_BLOCK = 64
 
 
 class Segment(NamedTuple):
-    """Rows that attend together, as indices into the flattened ``B * S`` rows, by order.
+    """Rows that attend together, as indices into the flattened ``B * S`` rows, by order."""
 
-    Attributes:
-        query: The seeing rows.
-        key: The rows they may see.
-        own: Whether the keys are the query rows themselves.
-        causal: Whether each row sees exactly the segment's rows up to itself.
-    """
-
-    query: list[int]
-    key: list[int]
-    own: bool
-    causal: bool
+    query: list[int]  # the seeing rows
+    key: list[int]  # the rows they may see
+    own: bool  # whether the keys are the query rows themselves
+    causal: bool  # whether each row sees exactly the segment's rows up to itself
 
 
 def find_segments(layout: Layout) -> list[Segment]:
@@ -135,10 +128,7 @@ class SplitPlan:
     def __init__(self, layout: Layout, kept_cells: int = KEPT_CELLS):
         """Finds the segments of ``layout`` (on the CPU, once per batch) and stacks them.
 
-        ``kept_cells`` is the most mask elements to keep.
-
-        Raises:
-            ValueError: If the layout holds nothing but padding.
+        ``kept_cells`` is the most mask elements to keep. Raises ValueError if all rows are padding.
         """
         self.shape, self.written = layout.kind.shape, layout.written
         self._endings = layout.endings

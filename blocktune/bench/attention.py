@@ -27,21 +27,8 @@ def bench_attention(tokens: int = 8192, chunk: int = 512, repeats: int = 5) -> d
 
     Split attention, full causal SDPA (``full``) and SDPA with the same visibility as a dense mask
     (``dense``) take turns. Masks and plans are made beforehand, as a batch makes them once for all
-    layers.
-
-    Args:
-        tokens: Rows of the prompt.
-        chunk: Tokens per chunk; the last ``chunk`` tokens are the query, which sees everything.
-        repeats: Timed rounds, after one that is not timed.
-
-    Returns:
-        ``split_over_full`` and ``split_over_dense`` (medians of the ratios within each round),
-        ``bound`` (the same two ratios if time were visible cells alone), ``seconds`` per
-        attention (median, least, greatest), the measured matmul rate and the share of it that
-        each attention reaches, the setting and the provenance.
-
-    Raises:
-        ValueError: If ``tokens`` is not at least two whole chunks.
+    layers. The last ``chunk`` tokens are the query, which sees everything. ``bound`` has the two
+    ratios if time were visible cells alone; ``share_of_matmul`` is of the machine's measured rate.
     """
     if chunk < 1 or tokens % chunk or tokens < 2 * chunk:
         raise ValueError(

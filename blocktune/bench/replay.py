@@ -21,19 +21,12 @@ WINDOWS = 10
 
 @dataclass(frozen=True)
 class Costs:
-    """What a token costs. The defaults are of the size of Llama-3.1-8B in bfloat16 on one GPU.
+    """What a token costs. The defaults are of the size of Llama-3.1-8B in bfloat16 on one GPU."""
 
-    Attributes:
-        token_bytes: Bytes of a token's keys and values.
-        token_s: Seconds to encode a token.
-        pair_s: Seconds more for each earlier token that it attends to.
-        load_bytes_s: Bytes per second that are loaded and moved.
-    """
-
-    token_bytes: int = 131_072
-    token_s: float = 1e-4
-    pair_s: float = 1e-8
-    load_bytes_s: float = 4e9
+    token_bytes: int = 131_072  # bytes of a token's keys and values
+    token_s: float = 1e-4  # seconds to encode a token
+    pair_s: float = 1e-8  # seconds more for each earlier token that it attends to
+    load_bytes_s: float = 4e9  # bytes per second that are loaded and moved
 
     def encode_s(self, tokens: int, before: int = 0) -> float:
         """Seconds to encode tokens after ``before`` others."""
@@ -52,25 +45,15 @@ class Costs:
 
 
 class Outcome(NamedTuple):
-    """What one size and policy gives.
+    """What one size and policy gives."""
 
-    Attributes:
-        policy: See `blocktune.cache.ledger.POLICIES`.
-        budget: Bytes.
-        hit_rate: Hits per look-up.
-        saved_s: Seconds of encoding that hits saved, less those of loading.
-        saved: The same as a share of encoding everything.
-        peak_bytes: Most that it held.
-        windows: ``hit_rate`` of each tenth of the trace.
-    """
-
-    policy: str
-    budget: int
-    hit_rate: float
-    saved_s: float
-    saved: float
-    peak_bytes: int
-    windows: list[float]
+    policy: str  # see `blocktune.cache.ledger.POLICIES`
+    budget: int  # bytes
+    hit_rate: float  # hits per look-up
+    saved_s: float  # seconds of encoding that hits saved, less those of loading
+    saved: float  # the same as a share of encoding everything
+    peak_bytes: int  # most that it held
+    windows: list[float]  # ``hit_rate`` of each tenth of the trace
 
 
 def touched_bytes(requests: Iterable[Request], costs: Costs = Costs()) -> int:
@@ -82,14 +65,7 @@ def touched_bytes(requests: Iterable[Request], costs: Costs = Costs()) -> int:
 def replay(
     requests: Sequence[Request], budget: int, policy: str = "lru", costs: Costs = Costs()
 ) -> Outcome:
-    """Plays a trace against one tier.
-
-    Args:
-        requests: The trace.
-        budget: Bytes of the tier.
-        policy: See `blocktune.cache.ledger.POLICIES`.
-        costs: Of what the trace does not say.
-    """
+    """Plays a trace against one tier of ``budget`` bytes; ``costs`` are of what it does not say."""
     clock = itertools.count(1)
     ledger = Ledger(max_bytes=budget, policy=policy, clock=lambda: next(clock) * 1e-4)
     there: dict[str, int] = {}
@@ -139,15 +115,8 @@ def break_even(
     """Chunk reuse against prefix caching over the share of chunks that were seen before.
 
     Retrieval orders chunks freely, so a prefix is shared only if it begins with the same chunks in
-    the same order. Both caches are unbounded.
-
-    Args:
-        recompute: Share of the reused tokens that the method computes again.
-        chunks: Of each request.
-        tokens: Of each chunk.
-        requests: For each point.
-        costs: Of a token.
-        seed: Of what is drawn.
+    the same order. Both caches are unbounded. ``recompute`` is the share of the reused tokens that
+    the method computes again; each point has ``requests`` of ``chunks`` of ``tokens`` tokens.
     """
     found = []
     for step in range(10):  # without any new chunk a request would be one chunk

@@ -35,11 +35,7 @@ PRODUCT, COPIED = 2048, 1 << 28
 
 @dataclass(frozen=True)
 class ReuseBench:
-    """A random Llama in float32, and a prompt of random tokens whose chunks are in memory.
-
-    Raises:
-        ValueError: If the prompt has no room for two chunks and the question.
-    """
+    """A random Llama in float32, and a prompt of random tokens whose chunks are in memory."""
 
     tokens: int = 8192  # of the prompt
     chunk: int = 512  # tokens per chunk; the last one takes what is left
@@ -160,16 +156,11 @@ def threads(count: int) -> Iterator[None]:
 def bench_reuse(bench: ReuseBench | None = None) -> dict[str, Any]:
     """Times prefills by several methods in turn, chunks encoded beforehand and kept in memory.
 
-    A method's time covers everything from token pieces to the logits after the question: looking
-    up chunks, moving their keys, joining caches, selecting, computing. ``full`` is the faster of
-    this engine's and the stock model's full prefill in each round; ``query_only`` computes the
-    question over an assembled cache.
-
-    Returns:
-        The ratios of `TARGETS` (medians of the ratios within each round), their ``spread`` over
-        the rounds (median, least, greatest) and the targets; ``seconds`` of each, likewise; per
-        method the bytes it moved, the operations it computed, and the seconds these take at the
-        measured copy and matmul rates; the setting and the provenance.
+    A method's time covers everything from token pieces to the logits after the question: looking up
+    chunks, moving their keys, joining caches, selecting, computing. ``full`` is the faster of this
+    engine's and the stock model's full prefill in each round; ``query_only`` computes the question
+    over an assembled cache. Ratios are medians of those within each round; ``cost`` is what each
+    method moved and computed, and the seconds for it at the machine's measured rates.
     """
     bench = bench or ReuseBench()
     with threads(bench.threads), torch.no_grad():
@@ -251,15 +242,8 @@ def bench_loading(bench: ReuseBench | None = None, folder: Path | None = None) -
 
     Before each prefill every file is dropped from the page cache, so that it is read from disk (on
     Linux; other systems may not allow it). Both methods recompute the same share of layer-tokens.
-
-    Args:
-        bench: The setting; `LOADING` if None.
-        folder: Where the chunks are written, on the disk to measure; None: a temporary folder.
-
-    Returns:
-        ``overlapped_over_serial``, and ``bound_over_serial`` for perfect overlap, the longer of
-        loading and the rest: medians of the ratios within each round, their ``spread``, ``seconds``
-        likewise; the bytes that a prompt reads; the setting and the provenance.
+    ``bound_over_serial`` is that of perfect overlap: the longer of loading and the rest. The
+    ``folder`` for the chunks is on the disk to measure; None: a temporary one.
     """
     bench = bench or LOADING
     share = 1 / bench.layers + bench.ratio * (1 - 1 / bench.layers)

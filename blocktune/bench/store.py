@@ -16,15 +16,15 @@ from pathlib import Path
 import torch
 
 from blocktune.bench.reuse import ReuseBench, ratios, spread, threads
-from blocktune.cache import ChunkKV, ChunkStore, RowCache, chunk_key
+from blocktune.cache import ChunkKV, ChunkStore, chunk_key
 from blocktune.cache.chunk_file import SETTLED_S, codec_error
 from blocktune.cache.config import CODECS, StoreConfig
 from blocktune.cache.ledger import INDEX, Ledger, Row
 from blocktune.engine import Engine
 from blocktune.engine.assemble import from_chunks
-from blocktune.engine.usage import Stopwatch
+from blocktune.engine.state import ServedBatch
 from blocktune.methods import build
-from blocktune.prompt import Batch, Pieces, stack
+from blocktune.prompt import Pieces, Prompt
 from blocktune.provenance import provenance
 
 TARGETS = {"disk_over_copy": 0.6, "memory_over_copy": 0.8, "lookup_p99_s": 1e-3}
@@ -34,26 +34,19 @@ TARGETS = {"disk_over_copy": 0.6, "memory_over_copy": 0.8, "lookup_p99_s": 1e-3}
 def bench_store(
     setting: ReuseBench, folder: Path | None = None, keys: int = 1_000_000
 ) -> dict[str, object]:
-    """Times loading and joining a prompt's chunks, look-ups, and what codecs cost.
+    """Times loading and joining a prompt's chunks, look-ups among ``keys``, and what codecs cost.
 
     Copying reads the same files into new memory, or clones the same tensors. All files are in the
     page cache, and this process has verified them before. ``joined`` moves no key: what rotating
     takes is the difference to the others.
-
-    Args:
-        setting: Model and prompt.
-        folder: Where chunks are written; default: the system's temporary folder.
-        keys: That the index holds when look-ups are timed.
-
-    Returns:
-        Ratios of bandwidths with their spread over rounds, in wall time and (``cpu_ratios``) in
-        the process's CPU time; seconds of look-ups; bytes and errors by codec; and the machine.
+    ``ratios`` are of bandwidths in wall time, ``cpu_ratios`` in the process's CPU time. Chunks are
+    written into ``folder``, by default the system's temporary one.
     """
     with tempfile.TemporaryDirectory(dir=folder) as place, threads(setting.threads):
         disk = setting.engine(ChunkStore(0, Path(place) / "disk"))
         memory = setting.engine(ChunkStore(1 << 40))
         pieces = setting.pieces(len(disk.tokenizer))
-        moved = stack([disk.lay_out(pieces, build("naive"), 1)], disk.state.pad_id)
+        moved = disk.lay_out(pieces, build("naive"), 1)
         works: dict[str, Callable[[], object]] = {}
         for name, engine in (("disk", disk), ("memory", memory)):
             works[name] = partial(_load, engine, moved, pieces)
@@ -82,20 +75,17 @@ def bench_store(
     }
 
 
-def _load(engine: Engine, batch: Batch, pieces: Pieces) -> None:
+def _load(engine: Engine, prompt: Prompt, pieces: Pieces) -> None:
     """Everything from token pieces to a cache that holds their chunks in place."""
-    state = engine.state
-    cache = RowCache(state.num_layers, *batch.layout.position.shape)
-    watch = Stopwatch(state.model.device)
-    from_chunks(batch, [pieces], cache, state.encoder, state.rope, watch)
+    from_chunks(ServedBatch.stacked(engine.state, [prompt], [pieces], build("naive")))
 
 
-def _unmoved(batch: Batch, pieces: Pieces) -> Batch:
+def _unmoved(prompt: Prompt, pieces: Pieces) -> Prompt:
     """The prompt with every chunk at the positions that it was encoded at."""
     rows = [*chain.from_iterable(range(len(chunk)) for chunk in pieces.chunks)]
-    position = batch.layout.position.clone()
+    position = prompt.layout.position.clone()
     position[0, : len(rows)] = torch.tensor(rows)
-    return replace(batch, layout=replace(batch.layout, position=position))
+    return replace(prompt, layout=replace(prompt.layout, position=position))
 
 
 def _take_turns(

@@ -12,14 +12,12 @@ import gzip
 import json
 import random
 from collections.abc import Iterator
-from itertools import groupby, pairwise
+from itertools import accumulate, chain, groupby, islice, pairwise
 from pathlib import Path
 from typing import IO, NamedTuple
 
-BLOCK = 512
-"""Tokens of a block of Mooncake's traces, and of drawn chunks."""
-SAME_REQUEST_S = 0.001
-"""Look-ups of a recorded store this close to each other are one request."""
+BLOCK = 512  # tokens of a block of Mooncake's traces, and of drawn chunks
+SAME_REQUEST_S = 0.001  # look-ups of a recorded store this close to each other are one request
 
 
 class Use(NamedTuple):
@@ -57,27 +55,15 @@ def zipf_requests(
 
 
 def read_requests(path: str | Path, limit: int | None = None, seed: int = 0) -> list[Request]:
-    """Requests of a file, or of ``zipf``.
-
-    Args:
-        path: The file, or ``zipf`` for `zipf_requests`.
-        limit: Read at most this many requests.
-        seed: Of what is drawn.
-
-    Raises:
-        ValueError: If the file is none of those above; names the line.
-    """
+    """Requests of a file, or drawn where ``path`` is ``zipf``; a ValueError names a wrong line."""
     if str(path) == "zipf":
         return list(zipf_requests(limit or 10_000, seed=seed))
     try:
         with _opened(Path(path)) as file:
             first = file.readline()
             lines = iter((first, *file))
-            if first.startswith("TIMESTAMP,"):
-                found = _azure(lines, seed)
-            else:
-                found = _json_lines(lines, path)
-            return [request for _, request in zip(range(limit or 1 << 62), found, strict=False)]
+            azure = first.startswith("TIMESTAMP,")
+            return list(islice(_azure(lines, seed) if azure else _json_lines(lines, path), limit))
     except OSError as error:
         raise ValueError(f"cannot read the trace '{path}': {error}") from None
 
@@ -92,7 +78,7 @@ def _json_lines(lines: Iterator[str], path: str | Path) -> Iterator[Request]:
     if first is None:
         raise ValueError(f"{path}: an empty trace")
     if "hash_ids" in first:
-        for record in _again(first, records):
+        for record in chain([first], records):
             left = record["input_length"]
             uses = []
             for block in record["hash_ids"]:
@@ -102,13 +88,11 @@ def _json_lines(lines: Iterator[str], path: str | Path) -> Iterator[Request]:
         return
     if "op" not in first:
         raise ValueError(f"{path}: neither a trace of a store nor Mooncake's; see `--help`")
-    everything = list(_again(first, records))
+    everything = [first, *records]
     made = {record["key"]: record for record in everything if record["op"] == "put"}
     gets = [record for record in everything if record["op"] == "get"]
     ends = [b["t"] - b["load_s"] - a["t"] > SAME_REQUEST_S for a, b in pairwise(gets)]
-    numbers = [0]
-    for end in ends:
-        numbers.append(numbers[-1] + end)
+    numbers = accumulate(ends, initial=0)
     for _, group in groupby(zip(numbers, gets, strict=True), key=lambda pair: pair[0]):
         yield tuple(_use(record, made.get(record["key"], {})) for _, record in group)
 
@@ -116,11 +100,6 @@ def _json_lines(lines: Iterator[str], path: str | Path) -> Iterator[Request]:
 def _use(got: dict, put: dict) -> Use:
     num_bytes = put.get("bytes") or got["bytes"]
     return Use(got["key"], got["tokens"], num_bytes, put.get("seconds", 0.0), put.get("tenant", ""))
-
-
-def _again(first: dict, rest: Iterator[dict]) -> Iterator[dict]:
-    yield first
-    yield from rest
 
 
 def _records(lines: Iterator[str], path: str | Path) -> Iterator[dict]:

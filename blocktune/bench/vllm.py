@@ -20,8 +20,8 @@ from blocktune.provenance import provenance
 from blocktune.testing import byte_tokenizer, random_llama
 from blocktune.vllm import ChunkLLM, Rendered
 
-TARGETS = {"cached_over_full": 0.06, "requests_over_prefix_cache": 3.0}
-"""Goals of the project: at 4,096 tokens on two cores, and on the trace."""
+TARGETS = {"cached_over_full": 0.06, "growth_over_copy": 2.0, "requests_over_prefix_cache": 3.0}
+"""Goals of the project: at 4,096 tokens, from the shortest to the longest, and on the trace."""
 GOAL_AT = 4096
 
 
@@ -51,18 +51,14 @@ TINY = VllmBench((256, 512), 64, 16, 2, 128, 4, 2, repeats=2, corpus=4, most=2, 
 
 
 def bench_vllm(setting: VllmBench, **options: Any) -> dict[str, Any]:
-    """Times first tokens and a trace.
+    """Times first tokens and a trace; ``options`` are those of `vllm.LLM`.
 
-    Args:
-        setting: What is timed.
-        options: Of `vllm.LLM`.
-
-    Returns:
-        For each length seconds of processor time (``cpu_s``, all threads of this process) and of
-        the clock (``wall_s``) of a full prefill, of cached chunks in memory (``cached``) and on
-        disk (``disk``); ``cached_over_full`` in processor time; ``bytes`` of keys and values, and
-        ``copy_s``, the seconds that copying them once takes. Then the trace, with
-        ``requests_over_prefix_cache``.
+    For each length the seconds of processor time (``cpu_s``, all threads of this process) and of
+    the clock (``wall_s``) of a full prefill, of cached chunks in memory (``cached``) and on disk
+    (``disk``), and of another question over chunks that vLLM still has in its pages (``paged``:
+    nothing is loaded); ``cached_over_full`` is in processor time; ``copy_s`` is the processor time
+    of copying the keys and values once. ``growth_over_copy``: how much longer the longest cached
+    prompt takes than the shortest, in copies of the bytes that are more; ``load`` is its part.
     """
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # its processor time is ours
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its log goes where the JSON goes
@@ -78,6 +74,7 @@ def bench_vllm(setting: VllmBench, **options: Any) -> dict[str, Any]:
         trace = _time_trace(llm, setting, draw)
     goal = str(min(setting.tokens, key=lambda n: abs(n - GOAL_AT)))
     found = {"cached_over_full": lengths[goal]["cached_over_full"]}
+    found |= _growth(lengths)
     found["requests_over_prefix_cache"] = trace["requests_over_prefix_cache"]
     record = {"setting": asdict(setting), "targets": TARGETS, "found": found}
     return record | {"lengths": lengths, "trace": trace, "provenance": provenance()}
@@ -115,16 +112,18 @@ def _prompt(llm: ChunkLLM, chunks: Sequence[tuple[int, ...]], question) -> Rende
 def _time_length(llm: ChunkLLM, setting: VllmBench, tokens: int, draw) -> dict[str, Any]:
     count = (tokens - setting.question) // setting.chunk
     chunks = [_ids(draw, setting.chunk) for _ in range(count)]
-    times: dict[str, list[tuple[float, float]]] = {"full": [], "cached": [], "disk": []}
+    times: dict[str, list[tuple[float, float]]] = {}
     for _ in range(setting.repeats + 1):  # the first round is not counted
-        cached = _prompt(llm, chunks, _ids(draw, setting.question))
+        cached, other = (_prompt(llm, chunks, _ids(draw, setting.question)) for _ in range(2))
         for name, one in (
             ("full", cached._replace(plan=None)),
             ("disk", cached),
             ("cached", cached),
+            ("paged", other),
         ):
-            llm.llm.reset_prefix_cache(reset_connector=name == "disk")
-            times[name].append(_timed(llm, [one]))
+            if name != "paged":
+                llm.llm.reset_prefix_cache(reset_connector=name == "disk")
+            times.setdefault(name, []).append(_timed(llm, [one]))
     found: dict[str, Any] = {
         name: {
             "cpu_s": statistics.median(cpu for cpu, _ in values[1:]),
@@ -140,13 +139,20 @@ def _time_length(llm: ChunkLLM, setting: VllmBench, tokens: int, draw) -> dict[s
 
 
 def _copy_s(count: int) -> float:
-    source = torch.ones(count // 4)
+    source, target = torch.ones(count // 4), torch.zeros(count // 4)
     times = []
     for _ in range(5):
-        started = time.perf_counter()
-        source.clone()
-        times.append(time.perf_counter() - started)
+        started = time.process_time()
+        target.copy_(source)
+        times.append(time.process_time() - started)
     return min(times)
+
+
+def _growth(lengths: dict[str, Any]) -> dict[str, float]:
+    least, most = (lengths[name] for name in (min(lengths, key=int), max(lengths, key=int)))
+    copied = most["copy_s"] - least["copy_s"]
+    grown, paged = (most[n]["cpu_s"] - least[n]["cpu_s"] for n in ("cached", "paged"))
+    return {"growth_over_copy": grown / copied, "load_growth_over_copy": (grown - paged) / copied}
 
 
 def _timed(llm: ChunkLLM, rendered: Sequence[Rendered]) -> tuple[float, float]:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
@@ -54,6 +55,10 @@ GROUP = {8: 64, 4: 32}
 """Most numbers that share a scale and an offset, by bits."""
 _HALF_LIMIT = 6e4
 _BITS = {"fp8": 0, "int8": 8, "int4": 4}
+Share = tuple[int, int]
+"""A tensor parallel rank, and how many there are."""
+_BY_HEAD = ("key.", "value.")
+"""Tensors whose first axis is heads."""
 
 
 class Expired(FileNotFoundError):
@@ -86,6 +91,7 @@ class ChunkFile(Generic[AnyEntry]):
             self._header = dict(self._tensors.pop("__metadata__"))
             checksum, signature = (self._header.pop(n, None) for n in ("checksum", "signature"))
             self._sums = dict(json.loads(self._header["checksums"]))
+            self._heads = {} if blobs.secret else json.loads(self._header.get("heads", "{}"))
             self._sha256 = dict(json.loads(self._header.get("sha256", "{}")))
             named = (self._header["format"], self._header["kind"], self._header["key"])
         wanted_kind = named[1] if kind is None else kind.kind
@@ -124,19 +130,30 @@ class ChunkFile(Generic[AnyEntry]):
         with _readable():
             return int(self._header[name])
 
-    def read(self, name: str) -> Tensor:
-        """One tensor, verified, in its own memory.
+    def read(self, name: str, share: Share | None = None) -> Tensor:
+        """One tensor, or a rank's heads of it, verified, in its own memory.
 
         Raises:
             ValueError: If it is not what was written.
         """
         with _readable():
             told = self._tensors[name]
-            start, end = told["data_offsets"]
+            (start, end), shape = told["data_offsets"], told["shape"]
+            share = share if name.startswith(_BY_HEAD) else None
+            rows = slice(0, None) if share is None else heads_of(*share, shape[0])
+            by_head = share is not None and name in self._heads
+            if by_head:
+                row = (end - start) // shape[0]
+                start, end = start + rows.start * row, start + rows.stop * row
+                shape = [rows.stop - rows.start, *shape[1:]]
             raw = self._fetch(start, end) if self._data is None else self._data[start:end]
-            tensor = raw.view(DTYPES[told["dtype"]]).view(told["shape"])
+            tensor = raw.view(DTYPES[told["dtype"]]).view(shape)
+            if by_head:
+                if _head_sums(tensor) != self._heads[name][16 * rows.start : 16 * rows.stop]:
+                    raise ValueError(f"'{name}' does not match its checksum")
+                return tensor
         self._verify(name, tensor)
-        return tensor
+        return tensor if share is None else tensor[rows].clone()
 
     def read_into(self, name: str, out: Tensor) -> None:
         """Writes one tensor, stored as it is and verified, over ``out`` ``(K, S, D)``.
@@ -152,11 +169,16 @@ class ChunkFile(Generic[AnyEntry]):
         if not self._is_proven(name):
             self._verify(name, out.contiguous())
 
-    def entry(self) -> AnyEntry:
-        """All of it, verified, on the CPU; its tensors share their memory."""
+    def entry(self, share: Share | None = None) -> AnyEntry:
+        """All of it, verified, on the CPU; its tensors share their memory.
+
+        Of keys and values only a rank's heads, if it has a ``share``. Only they are read from a
+        folder, unless it is signed or the file is of before they had checksums of their own.
+        """
         with _readable():
-            self._data = self._fetch(0, self._blob.size - self._start)
-            read = decoded(self._header, self.read, len(self.token_ids))
+            if share is None:
+                self._data = self._fetch(0, self._blob.size - self._start)
+            read = decoded(self._header, partial(self.read, share=share), len(self.token_ids))
             made = self.kind.restore(self._header, read, self.token_ids, self.fingerprint)
         if self._sums.keys() <= self._proven:
             self._proven.clear()
@@ -297,6 +319,13 @@ def _proven(key: str, blob: Blob, with_key: bool) -> set[str]:
     return _PROVEN.setdefault((key, with_key, blob.identity), set())
 
 
+def heads_of(rank: int, size: int, num_heads: int) -> slice:
+    """The kv heads of one tensor parallel rank; several ranks share one if there are too few."""
+    count = max(1, num_heads // size)
+    start = rank * num_heads // size
+    return slice(start, start + count)
+
+
 def pack_chunk(
     blobs: Blobs,
     key: str,
@@ -322,7 +351,10 @@ def pack_chunk(
     told = {name: getattr(about, name) for name in ("document", "tenant", "seconds", "expires")}
     header |= {name: str(value) for name, value in told.items() if value}
     signed = {}
-    if blobs.secret is not None:
+    if blobs.secret is None:
+        by_head = {name: _head_sums(t) for name, t in tensors.items() if name.startswith(_BY_HEAD)}
+        header |= {"heads": json.dumps(by_head)} if by_head else {}
+    else:
         header["sha256"] = _sums(hashlib.sha256, tensors)
         signed = {"signature": blobs.sign(header)}
     return save(tensors, metadata=header | {"checksum": _digest(header)} | signed)
@@ -352,6 +384,12 @@ def _header(key: str, entry: Entry, tensors: dict[str, Tensor]) -> dict[str, str
 def _sums(hasher, tensors: dict[str, Tensor]) -> str:
     sums = {name: _checksum(hasher, name, tensor) for name, tensor in tensors.items()}
     return json.dumps(sums, sort_keys=True)
+
+
+def _head_sums(tensor: Tensor) -> str:
+    """16 hex digits for each head."""
+    heads = tensor.view(torch.uint8) if tensor.numel() else ()  # an empty one has no buffer
+    return "".join(xxhash.xxh3_64_hexdigest(memoryview(one.numpy()).cast("B")) for one in heads)
 
 
 def _digest(header: dict[str, str]) -> str:

@@ -20,12 +20,8 @@ from blocktune.prompt import make_pieces
 def check_adapter(model: str | None, adapter: str | Path, **how: Any) -> list[Check]:
     """Runs `check_model`, and compares full prefill with stock PEFT, unmerged.
 
-    Base and adapter are loaded twice, one after the other.
-
-    Args:
-        model: The base; None: the adapter's own.
-        adapter: Folder or repository of the Hub.
-        how: ``dtype``, ``device`` and ``quantize``, as `Engine.from_pretrained` has them.
+    Base (None: the adapter's own) and adapter are loaded twice, one after the other. ``how`` are
+    ``dtype``, ``device`` and ``quantize``.
     """
     folder = adapter_folder(adapter)
     stock = _stock_logits(model, folder, how) if (folder / PEFT_FILE).is_file() else None

@@ -63,15 +63,10 @@ ALONE_CLAIM = "one chunk alone = full prefill, or a declared exception"
 
 
 def check_method(method: Method, engine: Engine | None = None) -> list[Check]:
-    """Checks every claim that applies to a method.
+    """Checks every claim that applies to a method, a preset or a composition.
 
-    Args:
-        method: A preset, or a composition.
-        engine: With the weights that the method needs; None: a small random model. Its caches are
-            emptied. The claim about one chunk alone always uses a small random model.
-
-    Returns:
-        One `Check` per claim; the method keeps its contract if all passed.
+    The ``engine`` has the weights that the method needs (None: a small random model), and its
+    caches are emptied. The claim about one chunk alone always uses a small random model.
     """
     bare = small_engine(method.weights, bare=True)
     subject = Subject(method, engine or small_engine(method.weights), bare)

@@ -42,27 +42,15 @@ CHUNK, BETWEEN, AROUND = 16, 2, 40
 
 @dataclass(frozen=True)
 class Family:
-    """What was found of one class.
+    """What was found of one class; differences are of logits, as a share of the largest."""
 
-    Attributes:
-        model_type: As configurations name it.
-        name: The class.
-        verdict: ``exact``, ``exact up to a length``, ``refused``, or ``wrong`` (a defect of
-            blocktune: nothing may be).
-        note: Why it was refused or what is wrong.
-        max_tokens: Length up to which a model of the default configuration is exact.
-        full: Largest difference of logits to the stock model, in full attention, as a share of the
-            largest logit.
-        block: The same from cached chunks, to the stock model under the dense mask.
-    """
-
-    model_type: str
-    name: str
-    verdict: str
-    note: str = ""
-    max_tokens: int | None = None
-    full: float | None = None
-    block: float | None = None
+    model_type: str  # as configurations name it
+    name: str  # the class
+    verdict: str  # exact, exact up to a length, refused, or wrong: a defect
+    note: str = ""  # why it was refused, or what is wrong
+    max_tokens: int | None = None  # up to which the default configuration is exact
+    full: float | None = None  # difference to the stock model in full attention
+    block: float | None = None  # the same, from cached chunks, under the dense mask
 
     def to_dict(self) -> dict:
         """Plain JSON types."""
@@ -70,11 +58,7 @@ class Family:
 
 
 def model_types(only: Sequence[str] = ()) -> tuple[str, ...]:
-    """All model types of causal language models, or these.
-
-    Raises:
-        ValueError: If transformers has no causal language model of such a type.
-    """
+    """All model types of causal language models, or these; ValueError if one is unknown."""
     for name in only:
         if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             close = difflib.get_close_matches(name, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, n=3)
@@ -153,11 +137,7 @@ MISSING = {
 
 
 def _tiny(model_type: str) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
-    """A small configuration of a model type and its class; of some, the default one, for the gate.
-
-    Raises:
-        Refused: If the default configuration is not valid.
-    """
+    """A small configuration of a model type (of some, the default one) and the model's class."""
     try:
         whole = CONFIG_MAPPING[model_type]()
         text = whole.get_text_config(decoder=True)

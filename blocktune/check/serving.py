@@ -69,7 +69,7 @@ class Check:
     """The outcome of one claim.
 
     ``tolerance`` is the largest accepted difference; for the claim that the checks can fail at all,
-    the smallest accepted one: a multiple of the other claims' differences.
+    the smallest accepted one.
     """
 
     name: str  # the claim
@@ -236,11 +236,7 @@ def reach(engine: Engine, method: Method, ask: Ask) -> float:
 
 
 def check_model(engine: Engine) -> list[Check]:
-    """Runs all checks of a model, with its adapter if it has one; the engine's caches are used.
-
-    Returns:
-        One `Check` per claim; reuse is sound on the model if all passed.
-    """
+    """Runs all checks of a model, with its adapter if it has one; the engine's caches are used."""
     with torch.no_grad():
         return list(_checks(engine))
 

@@ -14,8 +14,7 @@ from blocktune.commands import command
 from blocktune.commands import options as opt
 from blocktune.commands.errors import resumable
 
-FOLLOW_S = 0.1
-"""Seconds between two looks into an empty queue."""
+FOLLOW_S = 0.1  # seconds between two looks into an empty queue
 of_decoding = partial(Option, rich_help_panel="Decoding")
 
 

@@ -21,8 +21,7 @@ EXTRAS = {
     "gguf": ("gguf",),
 }
 """Packages by the extra that they come with."""
-RENAMED = {"intervals": "profile-layers"}
-"""Commands of earlier versions, and their names now."""
+RENAMED = {"intervals": "profile-layers"}  # commands of earlier versions, and their names now
 FAILURES = "BLOCKTUNE_FAILURES"
 """Variable of launched processes: a folder to leave ``RANK.txt`` in, instead of printing."""
 PLUGIN = "--plugin"

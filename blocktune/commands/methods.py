@@ -68,15 +68,10 @@ def _print_groups(found: list) -> None:
             continue
         console.print(Text(f"\n{heading}", style="bold"))
         for entry in entries:
-            console.print(Padding(_heading(entry), (0, 0, 0, 2)))
+            parts = [(entry.name, "cyan")]
+            if entry.weights != "any":
+                parts.append((f"  for {entry.weights}", "magenta"))
+            for name, value in entry.parameters.items():
+                parts.append((f"  {name}=" + json.dumps(value).strip('"'), ""))
+            console.print(Padding(Text.assemble(*parts), (0, 0, 0, 2)))
             console.print(Padding(Text(entry.summary, style="dim"), (0, 0, 0, 6)))
-
-
-def _heading(entry: Any) -> Any:
-    from rich.text import Text
-
-    parts = [(entry.name, "cyan")]
-    if entry.weights != "any":
-        parts.append((f"  for {entry.weights}", "magenta"))
-    values = ((name, json.dumps(value).strip('"')) for name, value in entry.parameters.items())
-    return Text.assemble(*parts, *((f"  {name}={value}", "") for name, value in values))

@@ -13,8 +13,7 @@ if TYPE_CHECKING:
     from blocktune.cache import ChunkStore, StoreStats
     from blocktune.engine import Engine
 
-MODEL, PROMPT = "Model", "Prompt"
-"""Panels of the help."""
+MODEL, PROMPT = "Model", "Prompt"  # panels of the help
 of_model = partial(Option, rich_help_panel=MODEL)
 of_prompt = partial(Option, rich_help_panel=PROMPT)
 

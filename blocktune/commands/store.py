@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from blocktune.cache.shelf import Shelf
 
 HELP = "Look into a store of encoded chunks (`--store`), verify it, and remove from it."
-SHORT = 12
-"""Digits of a key or fingerprint that are shown."""
+SHORT = 12  # digits of a key or fingerprint that are shown
 LEAST_DIGITS = 6
 
 Place = Annotated[str, typer.Argument(metavar="STORE", help="Folder or URL of the store.")]

@@ -50,10 +50,9 @@ def chunk_mentions(chunk: Chunk, answers: Iterable[str]) -> bool:
 
 
 def evidence(example: RagExample) -> frozenset[int]:
-    """Indices of chunks that must not be dropped.
+    """Indices of chunks that must not be dropped: the supporting ones, else those with an answer.
 
-    The supporting ones; if there are none, those that mention an answer other than yes and no; if
-    none does, all.
+    If there are neither, all. An answer that is yes or no is nowhere.
     """
     if example.supporting:
         return frozenset(example.supporting)

@@ -19,20 +19,14 @@ Range = tuple[int, int]
 
 @dataclass(frozen=True)
 class Augment:
-    """How contexts are varied; chunks with `evidence` are never dropped.
+    """How contexts are varied; chunks with `evidence` are never dropped."""
 
-    Attributes:
-        shuffle: Put the chunks into a random order.
-        num_chunks: Chunks in the context: a number or the smallest and the largest, one of which
-            is drawn per example; None keeps the number.
-        num_distractors: The same for chunks that hold no evidence. Not both.
-        seed: Of all draws; example ``i`` of a source is always varied in the same way.
-    """
-
-    shuffle: bool = False
+    shuffle: bool = False  # put the chunks into a random order
+    # chunks in the context: a number or the smallest and the largest, one of which is drawn per
+    # example; None keeps the number
     num_chunks: Range | None = None
-    num_distractors: Range | None = None
-    seed: int = 0
+    num_distractors: Range | None = None  # the same for chunks that hold no evidence. Not both
+    seed: int = 0  # of all draws; example ``i`` of a source is always varied in the same way
 
     def __post_init__(self):
         for name, least in (("num_chunks", 1), ("num_distractors", 0)):
@@ -47,10 +41,8 @@ def augment(
     """A new example with a varied context; its number ``index`` and ``how.seed`` decide all draws.
 
     Distractors come from the ``pool`` of other examples' chunks if its own are too few, except
-    those that mention an accepted answer or are in the context already.
-
-    Raises:
-        ValueError: If the pool holds too few distractors for the number that was drawn.
+    those that mention an accepted answer or are in the context already. A ValueError if there are
+    too few for the number that was drawn.
     """
     rng = Random(f"augment/{how.seed}/{index}")
     needed = evidence(example)

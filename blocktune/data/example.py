@@ -96,11 +96,7 @@ class RagExample:
 
     @property
     def target(self) -> str:
-        """What training asks the model to write: ``response``, else the first answer.
-
-        Raises:
-            ValueError: If the example has neither.
-        """
+        """What training asks the model to write: ``response``, else the first answer."""
         if self.response is None and not self.answers:
             name = self.id or self.question
             raise ValueError(f"example '{name}' has no answer to train on; give it 'answers'")
@@ -121,15 +117,9 @@ class RagExample:
         """Reads one record: a line of a file, or a row of a Hugging Face data set.
 
         ``answer`` is read as ``answers``. Fields that are not known are kept in ``meta``, unless
-        one is a misspelling of a field that is missing. A field that is null is left out, as
-        tables write it where rows differ.
-
-        Args:
-            record: A decoded JSON object.
-            where: Named first in errors, e.g. ``'docs.jsonl, line 7'``.
-
-        Raises:
-            ValueError: In one line: where, which field, what was wanted and what came.
+        one is a misspelling of a field that is missing. A field that is null is left out, as tables
+        write it where rows differ. A ValueError, which ``where`` (such as ``'docs.jsonl, line 7'``)
+        opens, names the field, what was wanted and what came.
         """
         try:
             return cls(**_decode(record))
@@ -137,8 +127,7 @@ class RagExample:
             raise ValueError(f"{where}: {error}" if where else str(error)) from None
 
 
-FIELDS = tuple(f.name for f in fields(RagExample))
-"""Names of the fields of a record."""
+FIELDS = tuple(f.name for f in fields(RagExample))  # names of the fields of a record
 
 
 def unknown_fields(record: Mapping[str, Any]) -> list[str]:

@@ -24,32 +24,26 @@ DRAWS = ("duplication", "sampling")
 
 @dataclass(frozen=True)
 class Part:
-    """One source of a mixture.
+    """One source of a mixture."""
 
-    Attributes:
-        source: What `load_examples` reads.
-        mode: ``block``: chunks see only themselves; ``full``: stock causal attention; ``both``:
-            every example twice, once in each (duplication only).
-        weight: Under sampling the share of all examples, relative to the other parts' weights;
-            under duplication how often the part's examples are taken, 0.5 for half of them.
-        limit: Load the first examples only.
-        split: Of a Hub data set, ``train`` unless the source names another.
-        chunker: Cuts conversations and documents; None uses the source's default.
-        augment: How contexts are varied, drawn again each time an example is taken.
-        format: Fields of `PromptFormat` that differ for this part, e.g. ``instruction``:
-            conversations do not ask for an answer "from the passages below".
-        turns: In full attention, make conversations turns of the chat template (as KVLink trains)
-            instead of chunks of one turn; those whose roles do not alternate stay chunks.
-    """
-
-    source: str
+    source: str  # what `load_examples` reads
+    # ``block``: chunks see only themselves; ``full``: stock causal attention; ``both``: every
+    # example twice, once in each (duplication only)
     mode: str = BLOCK
+    # under sampling the share of all examples, relative to the other parts' weights; under
+    # duplication how often the part's examples are taken, 0.5 for half of them
     weight: float = 1.0
-    limit: int | None = None
-    split: str | None = None
+    limit: int | None = None  # load the first examples only
+    split: str | None = None  # of a Hub data set, ``train`` unless the source names another
+    # cuts conversations and documents; None uses the source's default
     chunker: Chunker | None = None
+    # how contexts are varied, drawn again each time an example is taken
     augment: Augment | None = None
+    # fields of `PromptFormat` that differ for this part, e.g. ``instruction``: conversations do not
+    # ask for an answer "from the passages below"
     format: Mapping[str, Any] | None = None
+    # in full attention, make conversations turns of the chat template (as KVLink trains) instead of
+    # chunks of one turn; those whose roles do not alternate stay chunks
     turns: bool = False
 
     def __post_init__(self):
@@ -67,20 +61,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Mixture:
-    """What a model is trained on.
+    """What a model is trained on."""
 
-    Attributes:
-        parts: The sources.
-        draw: ``duplication``: every part in full, in each of its modes (Block-Attention);
-            ``sampling``: ``size`` examples, shared out by weight (KVLink: 60 full to 40 block).
-        size: Total number of examples, for sampling only.
-        seed: Of the order and the draws.
-    """
-
-    parts: tuple[Part, ...]
+    parts: tuple[Part, ...]  # the sources
+    # ``duplication``: every part in full, in each of its modes (Block-Attention); ``sampling``:
+    # ``size`` examples, shared out by weight (KVLink: 60 full to 40 block)
     draw: str = "duplication"
-    size: int | None = None
-    seed: int = 0
+    size: int | None = None  # total number of examples, for sampling only
+    seed: int = 0  # of the order and the draws
 
     def __post_init__(self):
         if not self.parts:
@@ -109,11 +97,7 @@ class Mixture:
 
 
 def load_mixture(path: str | Path) -> Mixture:
-    """Reads a mixture; relative paths in it start from the current directory.
-
-    Raises:
-        ValueError: In one line: the file, the place in it, what was wanted and what came.
-    """
+    """Reads a mixture; relative paths in it start from the current directory."""
     try:
         return load_spec(path, "mixture", "give a YAML file", parse_mixture)
     except FileNotFoundError as error:
@@ -162,17 +146,11 @@ class Mixed(NamedTuple):
 
 
 def mix(mixture: Mixture, *, tokenizer: PreTrainedTokenizerBase | None = None) -> Mixed:
-    """Loads all parts, draws and shuffles.
+    """Loads all parts, draws and shuffles; ``tokenizer`` is for chunkers that count tokens.
 
     A part's rows are taken in a seeded order, each once before any is taken again, and augmented
-    again each time. Under duplication an example has the same context in both modes.
-
-    Args:
-        mixture: What to mix.
-        tokenizer: Of the model, for chunkers and generators that count tokens.
-
-    Raises:
-        ValueError: As the loaders and `augment` do; or if a part's weight selects no example.
+    again each time. Under duplication an example has the same context in both modes. A ValueError
+    if a part's weight selects no example.
     """
     loaded = [
         load_examples(

@@ -33,30 +33,21 @@ NEEDLE = "One of the special magic numbers for {key} is: {value}."
 QUESTION = "What is the special magic number for {key} mentioned in the provided text?"
 LEAD = "The special magic number for {key} mentioned in the provided text is"
 """How RULER opens the answer for the model."""
-MAX_NEW_TOKENS = 128
-"""Tokens of an answer, part of the length as RULER counts it."""
+MAX_NEW_TOKENS = 128  # tokens of an answer, part of the length as RULER counts it
 
 
 @dataclass(frozen=True)
 class NeedleConfig:
-    """What to generate.
+    """What to generate."""
 
-    Attributes:
-        lengths: Tokens of the prompt with its answer.
-        depths: Percent of the context before the needle.
-        n: Examples of each length and depth.
-        seed: Another seed gives other needles.
-        chunk: Tokens of a chunk.
-        haystack: File of prose (text, or JSON with ``"text"``); None generates prose.
-        tokenizer: Folder or Hub name of the tokenizer that counts; None takes the model's.
-    """
-
-    lengths: tuple[int, ...] = (1024, 2048, 4096)
-    depths: tuple[float, ...] = (0, 25, 50, 75, 100)
-    n: int = 10
-    seed: int = 0
-    chunk: int = 256
+    lengths: tuple[int, ...] = (1024, 2048, 4096)  # tokens of the prompt with its answer
+    depths: tuple[float, ...] = (0, 25, 50, 75, 100)  # percent of the context before the needle
+    n: int = 10  # examples of each length and depth
+    seed: int = 0  # another seed gives other needles
+    chunk: int = 256  # tokens of a chunk
+    # file of prose (text, or JSON with ``"text"``); None generates prose
     haystack: str | None = None
+    # folder or Hub name of the tokenizer that counts; None takes the model's
     tokenizer: str | None = None
 
     def __post_init__(self):
@@ -74,13 +65,11 @@ def generate_needles(
 ) -> Iterator[RagExample]:
     """Yields the grid, length by length; ``kind`` names the cell: ``4096 tokens, depth 25 %``.
 
-    Every cell of a seed hides the same needles in the same prose.
-
-    Raises:
-        ValueError: If a length does not hold even the question.
+    Every cell of a seed hides the same needles in the same prose. A ValueError if a length does not
+    hold even the question.
 
     Source: RULER's niah_single_2 (arXiv:2404.06654), at depths of our own and in chunks; RULER
-        takes Paul Graham's essays, which cannot be shipped: name them by ``haystack``.
+    takes Paul Graham's essays, which cannot be shipped: name them by ``haystack``.
     """
     prose = Prose(config.haystack)
     for length in config.lengths:

@@ -46,15 +46,9 @@ def regenerate(
     Answers are kept in ``OUTPUT.part`` a batch at a time; the same command continues after the last
     whole batch and writes the same file as an uninterrupted run. ``OUTPUT`` appears at the end.
 
-    Args:
-        examples: What to answer.
-        answer: The model.
-        output: JSONL file to write.
-        facts: All else that decides the answers (model, decoding), recorded in ``meta`` and
-            compared before a run is continued.
-        batch_size: Examples per batch; part of what must be the same.
-        only_correct: Leave out what gives no accepted answer, see `gives_answer`.
-        on_batch: Told how many examples are done, after each batch.
+    ``facts`` are all else that decides the answers (model, decoding): they and ``batch_size`` must
+    be the same when a run is continued, and ``meta`` records them. ``only_correct`` leaves out what
+    gives no accepted answer, see `gives_answer`. ``on_batch`` is told how many examples are done.
 
     Raises:
         ValueError: If the part was started by another command, an example has no accepted answer

@@ -45,10 +45,7 @@ class Bm25:
         self._index.index(self._tokens(texts), show_progress=False)
 
     def search(self, questions: Sequence[str], k: int) -> list[list[Hit]]:
-        """The ``k`` best chunks of each question (all, if there are fewer), best first.
-
-        Equal scores keep the order of the corpus.
-        """
+        """The ``k`` best chunks of each question; equal scores keep the order of the corpus."""
         best, k = [], min(k, len(self.chunks))
         for words in self._tokens(list(questions), as_ids=False):
             scores = self._index.get_scores(words) if words else np.zeros(len(self.chunks))
@@ -77,11 +74,7 @@ class Question(NamedTuple):
 def read_questions(
     source: str | Path, *, limit: int | None = None, split: str | None = None
 ) -> Iterator[Question]:
-    """Reads the questions of a file, or of a Hub data set by a short name or ``hf:NAME``.
-
-    Raises:
-        ValueError: If the source is unknown or a record has no question; names file and line.
-    """
+    """Reads the questions of a file, or of a Hub data set by a short name or ``hf:NAME``."""
     named = parse_source(str(source))
     known = named.name in CATALOG or named.name.startswith("hf:") or Path(named.name).is_file()
     if not known:
@@ -117,17 +110,15 @@ def _answers(record: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 class Retrieved(NamedTuple):
-    """Passages found by a retriever, best first, by question id and by question."""
+    """Passages found by a retriever, best first, by ("id", ID) and by ("question", TEXT)."""
 
     where: str
-    by_id: Mapping[str, tuple[Chunk, ...]]
-    by_question: Mapping[str, tuple[Chunk, ...]]
+    passages: Mapping[tuple[str, str], tuple[Chunk, ...]]
 
     def find(self, question: Question) -> tuple[Chunk, ...]:
         """The passages of a question."""
-        found = self.by_id.get(question.id) if question.id else None
-        found = found or self.by_question.get(question.question)
-        if not found:
+        found = self.passages.get(("id", question.id)) if question.id else None
+        if not (found := found or self.passages.get(("question", question.question))):
             name = question.id or question.question
             raise ValueError(f"{self.where} has no passages for question '{name:.60}'")
         return found
@@ -137,20 +128,14 @@ def read_retrieved(path: str | Path) -> Retrieved:
     """Reads a retriever's output: a line a question, best passage first.
 
     A record has ``id`` or ``question`` (or both) and ``passages``, ``ctxs`` (DPR, FiD) or another
-    of `PASSAGES`, in any form that `RagExample` reads; a passage's id and score stay with it.
-
-    Raises:
-        ValueError: If a record is wrong; names file, line and field.
+    of `PASSAGES`, in any form that `RagExample` reads; a passage's id and score stay with it. Else
+    a ValueError names file, line and field.
     """
-    by_id: dict[str, tuple[Chunk, ...]] = {}
-    by_question: dict[str, tuple[Chunk, ...]] = {}
+    found: dict[tuple[str, str], tuple[Chunk, ...]] = {}
     for record in read_records(path):
         key, question, chunks = at(record, _retrieved)
-        if key:
-            by_id[key] = chunks
-        if question:
-            by_question[question] = chunks
-    return Retrieved(Path(path).name, by_id, by_question)
+        found |= {name: chunks for name in (("id", key), ("question", question)) if name[1]}
+    return Retrieved(Path(path).name, found)
 
 
 def from_corpus(questions: Iterable[Question], corpus: Sequence[Chunk], k: int) -> list[RagExample]:
@@ -158,14 +143,12 @@ def from_corpus(questions: Iterable[Question], corpus: Sequence[Chunk], k: int) 
     index = Bm25(corpus)
     questions = list(questions)
     found = index.search([question.question for question in questions], k)
-    return [
-        _example(
-            question,
-            tuple(index.chunks[hit.index] for hit in hits),
-            {"retriever": "bm25", "scores": [round(hit.score, 4) for hit in hits]},
-        )
-        for question, hits in zip(questions, found, strict=True)
-    ]
+    examples = []
+    for question, hits in zip(questions, found, strict=True):
+        meta = {"retriever": "bm25", "scores": [round(hit.score, 4) for hit in hits]}
+        chunks = tuple(index.chunks[hit.index] for hit in hits)
+        examples.append(_example(question, chunks, meta))
+    return examples
 
 
 def from_retriever(

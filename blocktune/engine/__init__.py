@@ -7,7 +7,8 @@ __getattr__, __dir__, __all__ = exports(
     {
         "blocktune.adapter.load": "Loaded load_model",
         "blocktune.engine.context_cache": "CachedContext",
-        "blocktune.engine.engine": "EncodeReport Engine",
+        "blocktune.engine.encode": "EncodeReport",
+        "blocktune.engine.engine": "Engine",
         "blocktune.engine.generation": "Answer Sampling",
         "blocktune.engine.prompts": "Request",
         "blocktune.engine.usage": "Ttft Usage",

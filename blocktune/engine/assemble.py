@@ -11,10 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from blocktune.cache import ChunkKV, PrefixTree, RowCache
+from blocktune.cache import ChunkKV, RowCache
 from blocktune.cache.chunk_file import FileKV
-from blocktune.engine.encode import Encoder, Piece
-from blocktune.engine.usage import Stopwatch
+from blocktune.engine.encode import Piece
+from blocktune.engine.state import ServedBatch
 from blocktune.layout import GLOBAL, Kind, Layout
 from blocktune.methods.hooks import ChunkLoader, DamagedChunk
 from blocktune.positions import RopeSpec, Rotation, rotate_keys
@@ -23,25 +23,15 @@ from blocktune.prompt import Batch, Pieces
 
 @dataclass
 class Assembled:
-    """A batch whose cache is filled as far as a method's caches go.
+    """A batch whose cache is filled as far as a method's caches go."""
 
-    Attributes:
-        cached: Rows that need no computing, ``(B, S)`` bool.
-        bytes_read: Bytes put into the cache, per prompt.
-        hits: Chunks found, per prompt; ``misses`` were encoded first.
-        prefix_tokens: Tokens of an exact prefix found, per prompt.
-        prefix_disk_tokens: Those of them that were read from the store's folder.
-        states: What each column's token carried into the layers asked for, ``(B, N, hidden)``, by
-            layer; zeros where nothing is stored.
-    """
-
-    cached: Tensor
-    bytes_read: list[int]
-    hits: list[int]
+    cached: Tensor  # rows that need no computing, ``(B, S)`` bool
+    bytes_read: list[int]  # bytes put into the cache, per prompt
+    hits: list[int]  # chunks found, per prompt; ``misses`` were encoded first
     misses: list[int]
-    prefix_tokens: list[int]
-    prefix_disk_tokens: list[int]
-    states: dict[int, Tensor] = field(default_factory=dict)
+    prefix_tokens: list[int]  # tokens of an exact prefix found, per prompt
+    prefix_disk_tokens: list[int]  # those of them that were read from the store's folder
+    states: dict[int, Tensor] = field(default_factory=dict)  # by layer, (B, N, hidden)
 
     @classmethod
     def empty(cls, batch: Batch) -> Assembled:
@@ -62,12 +52,7 @@ class Assembled:
 
 
 def from_chunks(
-    batch: Batch,
-    pieces: Sequence[Pieces],
-    cache: RowCache,
-    encoder: Encoder,
-    rope: RopeSpec,
-    watch: Stopwatch,
+    served: ServedBatch,
     layers: Sequence[int] = (),
     loader: ChunkLoader | None = None,
     lazy: bool = True,
@@ -75,34 +60,32 @@ def from_chunks(
     """Fills the cache with the prefix and the chunks, each encoded alone and moved into place.
 
     What they carried into ``layers`` is laid out beside it. With a ``loader`` a layer is
-    filled when the forward pass comes to it.
-
-    Raises:
-        DamagedChunk: If a file fails only now, which a ``lazy`` reader may find out late.
+    filled when the forward pass comes to it. ``lazy``: chunks that no memory will hold are read
+    into their place at once; one that fails only then raises `DamagedChunk`.
     """
+    batch, cache, watch, state = served.batch, served.cache, served.watch, served.state
     layout = batch.layout
     wanted = [wanted_pieces(batch, index) for index in range(layout.batch_size)]
-    asked = [piece for prompt in wanted for piece in prompt]
-    found = encoder.find(asked, watch, layers, loader, lazy=lazy)
+    together = [piece for prompt in wanted for piece in prompt]
+    found = state.encoder.find(together, watch, layers, loader, lazy=lazy)
     result = Assembled.empty(batch)
     result.cached = (layout.kind == Kind.PREFIX) | is_held(layout)
     watch.start()
     if loader is not None:
         loader.start()
     for index, prompt in enumerate(wanted):
-        result.misses[index] = len(pieces[index].chunks)
+        result.misses[index] = len(served.pieces[index].chunks)
         if not prompt:  # computed in full, and without a prefix
             continue
         kvs = [found.kvs[piece] for piece in prompt]
         rows = (result.cached[index]).nonzero().squeeze(1)
         columns, positions = layout.order[index, rows], layout.position[index, rows]
-        fill = relocator(cache, index, kvs, columns, positions, rope)
+        fill = relocator(cache, index, kvs, columns, positions, state.rope)
         for layer in range(len(cache)):
             if loader is None:
                 fill(layer)
             else:
                 cache.defer(layer, partial(fill, layer))
-        chunks = prompt[1:] if pieces[index].prefix else prompt
         result.bytes_read[index] = sum(kv.num_bytes for kv in kvs)
         for layer in layers:
             stored = [found.states[piece, layer] for piece in prompt]
@@ -112,9 +95,24 @@ def from_chunks(
                 result.states[layer] = joined.new_zeros(shape)
             result.states[layer][index].index_copy_(0, columns, joined)
             result.bytes_read[index] += sum(states.num_bytes for states in stored)
+        chunks = [piece for piece in prompt if not piece.is_prefix]
         result.hits[index] = sum(piece in found.hits for piece in chunks)
         result.misses[index] -= result.hits[index]
     watch.stop("relocate_s")
+    return result
+
+
+def from_prefix(served: ServedBatch) -> Assembled:
+    """Fills the cache with the longest exact prefix that an earlier prompt left behind."""
+    result, state, watch = Assembled.empty(served.batch), served.state, served.watch
+    for index, prompt in enumerate(served.pieces):
+        watch.start()
+        with state.prefix_tree.match(state.encoder.fingerprint, prompt.context) as match:
+            watch.stop("lookup_s")
+            match.load(served.cache, index)
+            facts = match.num_tokens, match.num_bytes, match.disk_tokens
+            result.found_prefix(served.batch.layout, index, prompt, *facts)
+            watch.stop("load_s")
     return result
 
 
@@ -136,27 +134,6 @@ def wanted_pieces(batch: Batch, index: int) -> list[Piece]:
 def is_held(layout: Layout) -> Tensor:
     """Rows that chunk caches hold; in a prompt of full attention there are none, ``(B, S)``."""
     return layout.is_encoded & (layout.group != GLOBAL)
-
-
-def from_prefix(
-    batch: Batch,
-    pieces: Sequence[Pieces],
-    cache: RowCache,
-    tree: PrefixTree,
-    fingerprint: str,
-    watch: Stopwatch,
-) -> Assembled:
-    """Fills the cache with the longest exact prefix that an earlier prompt left behind."""
-    result = Assembled.empty(batch)
-    for index, prompt in enumerate(pieces):
-        watch.start()
-        with tree.match(fingerprint, prompt.context) as match:
-            watch.stop("lookup_s")
-            match.load(cache, index)
-            facts = match.num_tokens, match.num_bytes, match.disk_tokens
-            result.found_prefix(batch.layout, index, prompt, *facts)
-            watch.stop("load_s")
-    return result
 
 
 def relocator(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -13,15 +12,14 @@ from transformers import PreTrainedModel
 from blocktune.attention import Plan, SplitPlan
 from blocktune.attention.cached import CachePlan
 from blocktune.attention.kernels import AttentionParams, attention_weights, plain_scores
-from blocktune.cache import ChunkStore, RowCache
+from blocktune.cache import RowCache
 from blocktune.engine.rows import computed_rows, of_columns
-from blocktune.engine.state import Auxiliaries
+from blocktune.engine.state import ServedBatch
 from blocktune.engine.usage import Executed, ModelCost
 from blocktune.layout import GLOBAL, Kind, LayerRule, Rows, visible
-from blocktune.methods.reshaped_attention import ReshapedAttention
 from blocktune.methods.select import QueryScores, Truth, distance
-from blocktune.positions import RopeSpec, relocate_keys
-from blocktune.prompt import Batch, LayoutSpec, Pieces, lay_out, stack
+from blocktune.positions import relocate_keys
+from blocktune.prompt import LayoutSpec, lay_out, stack
 
 DEFAULT_SCORES = QueryScores()
 OVER = {"prompt": (), "cached": (Kind.PREFIX, Kind.CHUNK, Kind.WRAP), "chunks": (Kind.CHUNK,)}
@@ -52,9 +50,9 @@ class Probe:
     ) -> Iterator[tuple[slice, Tensor]]:
         """Blocks of rows and their scores ``(B, H, block, N)`` before softmax.
 
-        Rows ``(B, R)`` see all of ``columns`` ``(B, N)`` before them, in the rule's window. A block
-        may hold more than the ``wanted`` rows, ``(B, R)`` bool. ``query`` is ``(B, H, R, D)``,
-        ``key`` ``(B, K, N, D)``.
+        Rows ``(B, R)`` see all of ``columns`` ``(B, N)`` before them, in the rule's window; a block
+        may hold more than the ``wanted`` ones. ``query`` is ``(B, H, R, D)``, ``key`` ``(B, K, N,
+        D)``.
         """
         window = LayerRule(window=rule.window)
         read = wanted.any(0).nonzero().squeeze(1).tolist()
@@ -75,10 +73,8 @@ class Probe:
 class ChunkAttention(Probe):
     """What the question's rows, and rows of chunks that no cache held, pay each chunk.
 
-    Attributes:
-        mass: Attention weight that each column's row pays each chunk, mean over heads, summed over
-            the layers read, ``(B, N, C)`` float32; zero for rows that are not read.
-        layers: Layers read.
+    ``mass`` ``(B, N, C)`` float32 is the attention weight that each column's row pays each chunk,
+    mean over heads, summed over the ``layers`` read; zero for rows that are not read.
     """
 
     def __init__(self, columns: Rows):
@@ -113,9 +109,8 @@ class ChunkAttention(Probe):
 class QueryProbe(Probe):
     """Attends by another plan, and reads what the question's rows attend to.
 
-    Attributes:
-        by_layer: The attention weight of each key, mean over the heads, pooled over the question's
-            rows, ``(B, N)`` float32, by layer.
+    ``by_layer`` has, of each layer read, the attention weight of each key, mean over the heads,
+    pooled over the question's rows, ``(B, N)`` float32.
     """
 
     def __init__(
@@ -162,8 +157,7 @@ class QueryProbe(Probe):
 class OutsideProbe(Probe):
     """Reads, in the first layer, how much attention leaves the row's own chunk; then ends the pass.
 
-    Attributes:
-        share: Share of each row's attention that goes elsewhere, mean over the heads, ``(B, R)``.
+    ``share`` is that of each row's attention that goes elsewhere, mean over the heads, ``(B, R)``.
     """
 
     def __init__(self, rows: Rows):
@@ -184,39 +178,27 @@ class OutsideProbe(Probe):
         raise ProbeDone
 
 
-@dataclass
 class ScoringPasses:
-    """Passes over one batch.
+    """Passes over one batch, ``executed`` in order; its cache keeps what chunks put into it."""
 
-    Attributes:
-        auxiliaries: Models besides the served one.
-        columns: Facts of the cache's columns, ``(B, N)``.
-        cache: Assembled; the passes leave what chunks put there as it is.
-        cached: Rows whose states are in the cache, ``(B, S)`` bool.
-        executed: What the passes computed, in order.
-    """
-
-    model: PreTrainedModel
-    auxiliaries: Auxiliaries
-    batch: Batch
-    pieces: Sequence[Pieces]
-    columns: Rows
-    cache: RowCache
-    cached: Tensor
-    rope: RopeSpec
-    store: ChunkStore
-    fingerprint: str
-    executed: list[Executed] = field(default_factory=list)
+    def __init__(self, served: ServedBatch, cached: Tensor):
+        """Takes which rows' states are in the batch's cache, ``(B, S)`` bool."""
+        self.served, self.cached = served, cached
+        self.batch, self.pieces, self.columns = served.batch, served.pieces, served.columns
+        self.model, self.cache = served.state.model, served.cache
+        encoder = served.state.encoder
+        self.store, self.fingerprint = encoder.store, encoder.fingerprint
+        self.executed: list[Executed] = []
 
     def query_attention(self, how: QueryScores | None = None) -> Tensor:
         """See `Passes.query_attention`."""
-        how, chosen = how or QueryScores(), self._rows & ~self.cached
+        how, chosen = how or DEFAULT_SCORES, self._rows & ~self.cached
         if how.positions == "prompt":
             return self._prefill(chosen, self.cache, how)
         shift = _to_encoded(self.columns)
         cache = RowCache(len(self.cache), *self.columns.kind.shape)
         for index, layer in enumerate(self.cache.layers):
-            moved, rope = [layer.keys, layer.values], self.rope.layers[index]
+            moved, rope = [layer.keys, layer.values], self.served.state.rope.layers[index]
             moved[rope.in_values] = relocate_keys(moved[rope.in_values], shift, rope)
             for prompt, states in enumerate(zip(*moved, strict=True)):
                 rooms = cache.room(index, prompt, slice(None), *states)
@@ -249,7 +231,7 @@ class ScoringPasses:
 
     def auxiliary_attention(self, model: str) -> Tensor:
         """See `Passes.auxiliary_attention`."""
-        other = self.auxiliaries.get(model)
+        other = self.served.state.auxiliaries.get(model)
         spec, layout = LayoutSpec(block=False), self.batch.layout
         prompts = [lay_out(pieces, spec) for pieces in self.pieces]
         batch = stack(prompts, pad_id=0).to(other.device)
@@ -274,10 +256,11 @@ class ScoringPasses:
         result[layout.is_context] = probe.by_layer[last][batch.layout.is_context].to(result.device)
         return result
 
-    def look_ahead(self, reshaping: ReshapedAttention) -> None:
+    def look_ahead(self) -> None:
         """Computes the question over what is cached, for a reshape that wants to see that first."""
         computed = computed_rows(self.batch, self._rows & ~self.cached)
         self.cache.select(computed.columns)
+        reshaping = self.served.reshaping
         plan = CachePlan(computed.rows, self.columns, reshaping)
         with reshaping.looking_ahead():
             self._run(self.model, computed.ids, computed.rows.position, plan, self.cache)
@@ -299,7 +282,7 @@ class ScoringPasses:
 
         ``shift`` moves the rows of each column, ``(B, N)``.
         """
-        how, computed = how or QueryScores(), computed_rows(self.batch, chosen)
+        how, computed = how or DEFAULT_SCORES, computed_rows(self.batch, chosen)
         cache.select(computed.columns)
         plan = CachePlan(computed.rows, self.columns)
         layers = range(how.depth or len(cache))
@@ -309,12 +292,10 @@ class ScoringPasses:
         if shift is not None:
             position = position + shift.gather(1, computed.columns.clamp(min=0))
         self._run(self.model, computed.ids, position, probe, cache)
+        # Where the pass ends early, the last layer that is read made keys and queries only.
+        heads, probes = (1, {}) if how.depth is None else (0, {last: plan})
         extra = probe.multiply_adds
-        if how.depth is not None:  # the last layer that is read made keys and queries only
-            cost, rows = ModelCost.of(self.model), plan.num_rows()
-            extra = extra + rows * cost.layers[last].probe
-        heads = 1 if how.depth is None else 0
-        self.executed.append(Executed(self.model, [plan], heads=heads, extra=extra))
+        self.executed.append(Executed(self.model, [plan], probes, heads=heads, extra=extra))
         scores = torch.stack([probe.by_layer[layer] for layer in layers])
         return of_columns(scores, self.batch.layout)
 

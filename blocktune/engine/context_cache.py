@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +11,14 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from blocktune.engine.generation import Generation
+from blocktune.data.example import RagExample
+from blocktune.engine.batch_prefill import prefill_batch, warm_up
+from blocktune.engine.prompts import PromptMaker
+from blocktune.engine.state import EngineState
 from blocktune.layout import Kind
 from blocktune.methods import Method
-from blocktune.prompt import Prompt
+from blocktune.models.recurrent import REUSE_REFUSED
+from blocktune.prompt import Chunk, Pieces, Prompt
 
 
 @dataclass(frozen=True)
@@ -47,13 +51,10 @@ class CachedContext:
     def inputs(self, question: str | None = None) -> dict[str, Any]:
         """Keyword arguments for `generate` that ask a question over the context.
 
-        Args:
-            question: May be left out if the cache was made for one.
-
-        Returns:
-            ``input_ids``, ``attention_mask`` and ``position_ids`` of the whole prompt, ``(1, N +
-            Q)``; ``past_key_values``, a copy, since `generate` appends to it; ``eos_token_id`` and
-            ``pad_token_id``. The output repeats the prompt: new tokens start at ``N + Q``.
+        The question may be left out if the cache was made for one. ``input_ids``,
+        ``attention_mask`` and ``position_ids`` are of the whole prompt, ``(1, N + Q)``;
+        ``past_key_values`` is a copy, since `generate` appends to it. The output repeats the
+        prompt: new tokens start at ``N + Q``.
 
         Raises:
             ValueError: If there is no question, or the cache was made for another one.
@@ -80,30 +81,37 @@ class CachedContext:
         }
 
 
-def require_cacheable(method: Method, num_layers: int, question: str | None) -> None:
-    """Raises ValueError if the method reshapes attention, or lacks the question that it needs."""
+def make_context(
+    state: EngineState,
+    prompts: PromptMaker,
+    chunks: Sequence[Chunk],
+    method: Method,
+    question: str | None,
+) -> CachedContext:
+    """See `Engine.cache`."""
+    if state.recurrence is not None:
+        raise ValueError(REUSE_REFUSED.format("a cache of the context"))
     if method.reshape() is not None:
         raise ValueError(
             f"method '{method.name}' reshapes attention to the chunks, which a stock model does "
             "not do; use engine.answer, or a method without a reshape"
         )
-    if question is None and method.select_for(num_layers).needs_question:
+    if question is None and method.select_for(state.num_layers).needs_question:
         raise ValueError(
             f"method '{method.name}' chooses tokens by the question; give "
             "engine.cache(chunks, method, question=...)"
         )
 
+    def pieces(asked: str) -> Pieces:
+        return prompts.pieces(RagExample(asked, chunks), method)
 
-def cut_context(
-    run: Generation,
-    question: str | None,
-    lay_out: Callable[[str], Prompt],
-    decoding: dict[str, Any],
-) -> CachedContext:
-    """Copies the columns before the question out of the cache of one prompt, after its prefill.
+    def lay_out(asked: str) -> Prompt:
+        return prompts.prompt(pieces(asked), prompts.spec(method))
 
-    ``lay_out`` makes the prompt of another question; ``decoding`` are arguments of `generate`.
-    """
+    prompt = pieces("?" if question is None else question)
+    warm_up(state, prompts, [prompt], method)
+    laid = prompts.lay_out(prompt, method, state.encoder)
+    run = prefill_batch(state, [laid], [prompt], method)
     layout = run.batch.layout
     count = int(layout.order[layout.kind == Kind.QUERY].min())
     cache = DynamicCache()
@@ -112,4 +120,5 @@ def cut_context(
     ids = run.batch.input_ids.new_zeros(1, count)
     stored = (layout.kind[0] != Kind.BLANK) & (layout.order[0] < count)
     ids[0, layout.order[0, stored]] = run.batch.input_ids[0, stored]
+    decoding = {"eos_token_id": sorted(state.stop_ids()), "pad_token_id": state.pad_id}
     return CachedContext(cache, ids, run.columns.position[:, :count], question, lay_out, decoding)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
+import copy
+import hashlib
 import time
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -15,17 +16,10 @@ from transformers import DynamicCache
 
 from blocktune.adapter import scope_of
 from blocktune.attention import Plan, SplitPlan
-from blocktune.cache import (
-    ChunkKV,
-    ChunkStates,
-    ChunkStore,
-    Entry,
-    states_key,
-    stored_key,
-)
+from blocktune.cache import ChunkKV, ChunkStates, ChunkStore, Entry, states_key, stored_key
 from blocktune.cache.chunk_file import ChunkFile, FileKV
+from blocktune.cache.shelf import MissQueue
 from blocktune.engine.usage import Stopwatch
-from blocktune.layout import GLOBAL
 from blocktune.methods.hooks import ChunkLoader
 from blocktune.prompt import LayoutSpec, Pieces, Prompt, lay_out, stack
 
@@ -36,31 +30,19 @@ TOKENS_PER_PASS = 16_384
 
 @dataclass(frozen=True)
 class Piece:
-    """What is encoded by itself and stored: the prefix, or a chunk after its blanks.
+    """What is encoded by itself and stored: the prefix, or a chunk after its blanks."""
 
-    Attributes:
-        ids: Tokens that are stored.
-        blanks: Tokens before it during encoding, whose own states are dropped.
-        is_prefix: Whether it is the prefix, which no adapter of scope ``encode`` writes.
-    """
-
-    ids: Ids
-    blanks: Ids = ()
-    is_prefix: bool = False
+    ids: Ids  # tokens that are stored
+    blanks: Ids = ()  # tokens before it during encoding, whose own states are dropped
+    is_prefix: bool = False  # whether it is the prefix, which no adapter of scope ``encode`` writes
 
 
 def alone(piece: Piece) -> Prompt:
     """The rows of a piece by itself: its tokens from position 0, its blanks before that."""
     if piece.is_prefix:
         return lay_out(Pieces(prefix=piece.ids, chunks=(), query=()), LayoutSpec())
-    spec = LayoutSpec(shared_prefix=bool(piece.blanks))
-    prompt = lay_out(Pieces(prefix=piece.blanks, chunks=(piece.ids,), query=()), spec)
-    keep = (prompt.layout.group != GLOBAL)[0]
-    layout = prompt.layout.map(lambda field: field[:, keep])
-    moved = layout.position - len(piece.blanks)
-    ids = torch.tensor(prompt.ids)[keep].tolist()
-    labels = torch.tensor(prompt.labels)[keep].tolist()
-    return Prompt(tuple(ids), dataclasses.replace(layout, position=moved), tuple(labels))
+    chunk = Pieces(prefix=(), chunks=(piece.ids,), query=())
+    return lay_out(chunk, LayoutSpec(), contexts=[piece.blanks])
 
 
 def grouped(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
@@ -79,11 +61,19 @@ def _size(piece: Piece) -> int:
     return len(piece.blanks) + len(piece.ids)
 
 
-class Found(NamedTuple):
-    """Encoded pieces and what finding them took.
+class EncodeReport(NamedTuple):
+    """What `Engine.encode` did: chunks given, newly encoded, tokens and seconds of those."""
 
-    ``hits`` were in the store, ``misses`` had to be encoded. ``states`` are what each piece carried
-    into the layers that were asked for.
+    num_chunks: int
+    num_encoded: int
+    num_tokens: int
+    encode_s: float
+
+
+class Found(NamedTuple):
+    """Encoded pieces: ``hits`` were in the store, ``misses`` had to be encoded.
+
+    ``states`` are what each piece carried into the layers that were asked for.
     """
 
     kvs: dict[Piece, ChunkKV]
@@ -152,6 +142,47 @@ class Encoder:
                     states[piece, layer] = self.store.put(key, entering, **about)
         watch.stop("encode_s")
         return Found(kvs, hits, frozenset(missing), states)
+
+    def encode(
+        self,
+        prefix: Piece | None,
+        chunks: Sequence[Piece],
+        documents: Sequence[str],
+        progress: Callable[[int, int], None] | None,
+    ) -> EncodeReport:
+        """See `Engine.encode`; ``documents`` are the names of the chunks'."""
+        watch = Stopwatch(self.model.device)
+        wanted = dict.fromkeys([*([prefix] if prefix else []), *chunks])
+        names = dict(zip(chunks, documents, strict=True))
+        new: set[Piece] = set()
+        done, total = 0, sum(len(piece.ids) for piece in wanted)
+        for group in grouped(wanted):  # only the store keeps them: a corpus does not fit in memory
+            new |= self.find(group, watch, documents=names).misses
+            done += sum(len(piece.ids) for piece in group)
+            if progress is not None:
+                progress(done, total)
+        new.discard(prefix)
+        tokens = sum(len(piece.ids) for piece in new)
+        return EncodeReport(len(chunks), len(new), tokens, watch.seconds.get("encode_s", 0.0))
+
+    def encode_wanted(self, most: int, longest: int) -> int:
+        """See `Engine.encode_wanted`; chunks of more than ``longest`` tokens are left out."""
+        queue = MissQueue(self.store.folder)
+        wanted = queue.take(self.fingerprint, most)
+        watch = Stopwatch(self.model.device)
+        pieces = [Piece(*one) for one in wanted]
+        for group in grouped(piece for piece in pieces if _size(piece) <= longest):
+            self.find(group, watch)
+        queue.done(self.fingerprint, wanted)
+        return len(wanted)
+
+    def salted(self, salt: str) -> Encoder:
+        """See `Engine.salted`."""
+        other = copy.copy(self)
+        other.fingerprint = hashlib.sha256(f"{self.fingerprint} salt {salt}".encode()).hexdigest()
+        other.tenant = other.fingerprint[:12]
+        self.store.share_rope(self.fingerprint, other.fingerprint)
+        return other
 
     def _look_up(
         self, key: str, piece: Piece, kind: type[Entry], watch, loader=None, lazy: bool = False

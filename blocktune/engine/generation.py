@@ -15,15 +15,17 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from blocktune.attention.cached import CachePlan, Reshaping
-from blocktune.cache import RowCache
+from blocktune.attention.cached import CachePlan
+from blocktune.cache import cut_exact
 from blocktune.engine.assemble import Assembled
 from blocktune.engine.layer_schedule import Prefill
 from blocktune.engine.rows import decoded_rows
-from blocktune.engine.state import EngineState
-from blocktune.engine.usage import Executed, Stopwatch, Ttft, Usage
+from blocktune.engine.state import ServedBatch
+from blocktune.engine.usage import Executed, Ttft, Usage
 from blocktune.layout import Kind, Rows
-from blocktune.prompt import Batch, Chunk
+from blocktune.methods import Cached
+from blocktune.methods.hooks import PrefilledBatch
+from blocktune.prompt import Chunk
 
 Pick = Callable[[Tensor], Tensor]
 """From logits ``(B, V)`` to tokens ``(B, 1)``."""
@@ -57,12 +59,9 @@ class Sampling:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
 
     def picker(self, device: torch.device, streams: Sequence[int]) -> Pick:
-        """A function from logits ``(B, V)`` to tokens ``(B, 1)``.
+        """A function from logits ``(B, V)`` on ``device`` to tokens ``(B, 1)``.
 
-        Args:
-            device: Of the logits.
-            streams: One number per prompt. The same seed and number give the same draws, whatever
-                else is in the batch.
+        The same seed and number of ``streams`` (one a prompt) give the same draws in any batch.
         """
         if self.temperature == 0:
             return lambda logits: logits.argmax(-1, keepdim=True)
@@ -99,33 +98,33 @@ class Answer:
     chunks: tuple[Chunk, ...] = ()
 
 
-@dataclass
-class Generation:
-    """A batch after its prefill, up to its answers.
+@dataclass(kw_only=True)
+class Generation(ServedBatch):
+    """A batch after its prefill, up to its answers."""
 
-    Attributes:
-        columns: Facts of the columns of ``cache``, ``(B, N)``.
-        last: Facts of each prompt's last row, ``(B, 1)``.
-        assembled: What came from caches.
-        prefill: Logits, and what was executed for them.
-        executed: All passes, for counting operations.
-        remember: Keeps what later prompts can use; called once, after the first token.
-        reshaping: How rows see reused keys, or None.
-        loading: What the method's loader reports, or None.
-    """
+    last: Rows  # facts of each prompt's last row, ``(B, 1)``
+    assembled: Assembled  # what came from caches
+    prefill: Prefill  # logits, and what was executed for them
+    executed: list[Executed]  # all passes, for counting operations
+    loading: Any = None  # what the method's loader reports, or None
 
-    state: EngineState
-    batch: Batch
-    columns: Rows
-    last: Rows
-    cache: RowCache
-    assembled: Assembled
-    prefill: Prefill
-    executed: list[Executed]
-    watch: Stopwatch
-    remember: Callable[[], None]
-    reshaping: Reshaping | None = None
-    loading: Any = None
+    def remember(self) -> None:
+        """Keeps what later prompts can use: exact prefixes, and what the method's history wants.
+
+        To be called once, after the first token, so that it does not delay it.
+        """
+        encoder, history = self.state.encoder, self.method.history
+        if self.cache.exact and self.method.cached is Cached.EXACT_PREFIX:
+            for index, prompt in enumerate(self.pieces):
+                ids, start = prompt.context, self.assembled.prefix_tokens[index]
+                if start < len(ids):
+                    kept = cut_exact(self.cache, index, ids, encoder.fingerprint, start=start)
+                    self.state.prefix_tree.insert(kept)
+        if history is not None:
+            probe = self.prefill.chunk_probe
+            attention = probe.mass / probe.layers  # mean over heads and layers, (B, N, C)
+            batch = PrefilledBatch(self.pieces, self.columns, self.cache, attention)
+            history.update(encoder.store, encoder.fingerprint, batch)
 
     def tokens(
         self, sampling: Sampling, max_new_tokens: int, streams: Sequence[int] = (0,)
@@ -137,6 +136,20 @@ class Generation:
         """
         for token, _ in self._steps(sampling, max_new_tokens, streams):
             yield token
+
+    def texts(self, sampling: Sampling, max_new_tokens: int) -> Iterator[str]:
+        """Decodes the answer of a single prompt; the pieces join to its text."""
+        ids: list[int] = []
+        shown = ""
+        for token in self.tokens(sampling, max_new_tokens):
+            ids.append(int(token))
+            text = self.state.text(ids)
+            # A character may need several tokens; until then its bytes do not decode.
+            if not text.endswith("\ufffd"):
+                yield text[len(shown) :]
+                shown = text
+        if tail := self.state.text(ids)[len(shown) :]:
+            yield tail
 
     def _steps(
         self, sampling: Sampling, max_new_tokens: int, streams: Sequence[int]
@@ -153,7 +166,7 @@ class Generation:
             token = pick(logits)
             if step == 0:
                 self.watch.stop("first_token_s")
-                self.remember()  # after the first token, so that it does not delay it
+                self.remember()
             yield token[:, 0].masked_fill(ended, -1), logits
             ended |= torch.isin(token[:, 0], stops)
             if step + 1 == max_new_tokens or bool(ended.all()):

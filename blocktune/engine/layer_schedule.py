@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blocktune.attention.cached import CachePlan, Reshaping
+from blocktune.attention.cached import CachePlan
 from blocktune.cache import RowCache
 from blocktune.engine.attention_probes import ChunkAttention
-from blocktune.engine.cache_repair import CacheRepair
 from blocktune.engine.rows import Computed, RowSubset, as_index
-from blocktune.engine.usage import Executed, Stopwatch
+from blocktune.engine.state import ServedBatch
+from blocktune.engine.usage import Executed
 from blocktune.layout import GLOBAL, Kind, Rows
+from blocktune.methods.repaired_cache import RepairedCache
 from blocktune.methods.select import LayerCheck, LayerKV, Selection
 from blocktune.models.gate import decoder_layers
 
@@ -26,44 +27,28 @@ class _StatesMade(Exception):
 
 @dataclass(frozen=True)
 class LayerSchedule:
-    """What decides the rows of each layer.
+    """Which of the candidate rows each layer computes."""
 
-    Attributes:
-        start: Rows of the candidates that the first layer computes, ``(B, U)`` bool.
-        widen: Rows that are added at the entry of a layer, ``(B, U)`` bool, by layer.
-        states: What each column's token carried into that layer, ``(B, N, hidden)``, by layer.
-        selection: Asked at its check layers.
-        watches_chunks: Whether what rows pay chunks is read, for the selection or to be learnt.
-    """
-
-    start: Tensor
-    widen: Mapping[int, Tensor]
-    states: Mapping[int, Tensor]
-    selection: Selection
-    watches_chunks: bool = False
+    selection: Selection  # asked at its check layers
+    start: Tensor  # (B, U) bool: candidates that the first layer computes
+    widen: Mapping[int, Tensor]  # by layer, (B, U) bool: added at its entry
+    states: Mapping[int, Tensor]  # by layer: what each column's token carried into it
 
 
 class SchedulePlan:
     """A plan whose rows change from layer to layer; for one forward pass. See `Prefill`."""
 
-    def __init__(
-        self,
-        candidates: Computed,
-        columns: Rows,
-        cache: RowCache,
-        schedule: LayerSchedule,
-        watch: Stopwatch,
-        reshaping: Reshaping | None = None,
-        repair: CacheRepair | None = None,
-    ):
+    def __init__(self, served: ServedBatch, candidates: Computed, schedule: LayerSchedule):
         """Selects the candidates' columns; from the first layer on, `enter` narrows them."""
-        self.candidates, self.columns, self.cache = candidates, columns, cache
-        self.schedule, self.watch, self.reshaping = schedule, watch, reshaping
-        self.repair = repair
+        self.candidates, self.schedule, self.watch = candidates, schedule, served.watch
+        self.columns, self.cache, self.reshaping = served.columns, served.cache, served.reshaping
+        repair, selection = served.method.repair(), schedule.selection
+        self.repair = repair and RepairedCache(repair, self.columns, self.cache)
         self.plans: list[CachePlan] = []
         self.probes: dict[int, CachePlan] = {}
-        self._checks = frozenset(schedule.selection.checks(len(cache)))
-        self.chunk_probe = ChunkAttention(columns) if schedule.watches_chunks else None
+        self._checks = frozenset(selection.checks(len(self.cache)))
+        watches = selection.watches_chunks or served.method.history is not None
+        self.chunk_probe = ChunkAttention(self.columns) if watches else None
         self._go_on(0, RowSubset(candidates))
 
     def attend(self, query, key, value, rule, params) -> Tensor:
@@ -84,7 +69,7 @@ class SchedulePlan:
             hidden = self._change(index, hidden, widened)
         current = self._current
         if self.repair is not None:
-            self.repair.watch(index, current.rows)
+            self.repair.watch(index, current.rows.columns)
         return (hidden, *current.positional(args[1:])), current.arguments(kwargs)
 
     def _narrow(self, index: int, layer: nn.Module, args: tuple, kwargs: dict) -> Tensor:
@@ -104,7 +89,7 @@ class SchedulePlan:
             self.probes[index] = self.plans[-1]
             cached = LayerKV(*self.cache.held(index))
             if self.repair is not None:
-                self.repair.compared(self._current.rows, made[0], cached)
+                self.repair.compared(self._current.rows.columns, made[0], cached)
             return made[0], cached
 
         check = LayerCheck(
@@ -175,19 +160,12 @@ def _seeing_future(query: Rows, columns: Rows) -> Rows:
 
 @dataclass
 class Prefill:
-    """What a prefill gave and what was executed for it.
+    """What a prefill gave and what was executed for it."""
 
-    Attributes:
-        logits: After each prompt's last row, ``(B, V)``.
-        plans: The attention plans that ran, each with the layers it ran in.
-        probes: Plans of whose rows a layer made keys and values for a choice only, by layer.
-        chunk_probe: What rows paid chunks, where that is read; else None.
-    """
-
-    logits: Tensor
-    plans: list[CachePlan]
-    probes: dict[int, CachePlan]
-    chunk_probe: ChunkAttention | None = None
+    logits: Tensor  # after each prompt's last row, ``(B, V)``
+    plans: list[CachePlan]  # the attention plans that ran, each with the layers it ran in
+    probes: dict[int, CachePlan]  # by layer: rows whose states were made for a choice only
+    chunk_probe: ChunkAttention | None = None  # what rows paid chunks, where it is read
 
     def layer_tokens(self, num_layers: int) -> Tensor:
         """Context tokens computed in each layer, ``(B, layers)``."""
@@ -216,40 +194,24 @@ class Prefill:
 
 
 @torch.no_grad()
-def prefill(
-    model: nn.Module,
-    candidates: Computed,
-    columns: Rows,
-    cache: RowCache,
-    schedule: LayerSchedule,
-    watch: Stopwatch,
-    reshaping: Reshaping | None = None,
-    repair: CacheRepair | None = None,
-) -> Prefill:
-    """Computes rows into the cache, layer by layer, and the logits after the last one.
+def prefill(served: ServedBatch, candidates: Computed, schedule: LayerSchedule) -> Prefill:
+    """Computes rows into the batch's cache, layer by layer, and the logits after the last one.
 
-    Args:
-        model: Attached to blocktune's attention, its layers hooked by `install`.
-        candidates: The rows that any layer computes.
-        columns: Facts of the cache's columns, ``(B, N)``.
-        cache: Holds the states of all columns that are not computed.
-        schedule: Which of the rows each layer computes.
-        watch: Gets ``select_s``, and ``recompute_s`` up to where it chooses.
-        reshaping: How rows see reused keys.
-        repair: How reused keys and values are changed.
+    The cache holds the states of all columns that are not among the ``candidates``. The watch gets
+    ``select_s``, and ``recompute_s`` up to where rows are chosen.
     """
-    schedule = SchedulePlan(candidates, columns, cache, schedule, watch, reshaping, repair)
-    output = model(
+    plan = SchedulePlan(served, candidates, schedule)
+    output = served.state.model(
         candidates.ids,
         position_ids=candidates.rows.position,
-        plan=schedule,
-        past_key_values=cache,
+        plan=plan,
+        past_key_values=served.cache,
         use_cache=True,
         logits_to_keep=1,
     )
-    for layer in range(len(cache)) if repair is not None else ():
-        cache.observe(layer, None)  # decoded tokens change nothing
-    return Prefill(output.logits[:, -1], schedule.plans, schedule.probes, schedule.chunk_probe)
+    for layer in range(len(served.cache)) if plan.repair is not None else ():
+        served.cache.observe(layer, None)  # decoded tokens change nothing
+    return Prefill(output.logits[:, -1], plan.plans, plan.probes, plan.chunk_probe)
 
 
 @dataclass(frozen=True)
@@ -265,11 +227,7 @@ class Enter:
 
 
 def install(model: nn.Module) -> None:
-    """Puts the hooks on, once; without a plan that enters they change nothing.
-
-    Raises:
-        ValueError: See `decoder_layers`.
-    """
+    """Puts the hooks on, once; without a plan that enters they change nothing."""
     for index, layer in enumerate(decoder_layers(model)):
         if Enter(index) not in layer._forward_pre_hooks.values():
             layer.register_forward_pre_hook(Enter(index), with_kwargs=True)

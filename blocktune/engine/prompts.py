@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from transformers import PreTrainedTokenizerBase
 
 from blocktune.data.example import RagExample
-from blocktune.engine.encode import Piece
+from blocktune.engine.encode import Encoder, Piece
 from blocktune.layout import Kind
 from blocktune.methods import Cached, Method
 from blocktune.models.recurrent import REUSE_REFUSED
@@ -32,39 +32,23 @@ class Request(Protocol):
 
 
 def as_request(example: Request | Mapping[str, Any]) -> Request:
-    """An example itself, or a row such as ``{"question", "chunks"}`` read as a `RagExample`.
-
-    Raises:
-        ValueError: If the row is not an example; names the field.
-    """
+    """An example itself, or a row read as a `RagExample`; ValueError names a wrong field."""
     return RagExample.from_json(example) if isinstance(example, Mapping) else example
 
 
 @dataclass(frozen=True)
 class PromptMaker:
-    """Makes prompts for one model.
+    """Makes prompts for one model."""
 
-    Attributes:
-        tokenizer: The model's.
-        format: Wording.
-        trained: Layout that the model's adapter was trained for, or None.
-        link_base: Id of link slot 0, or None without links.
-        max_tokens: Tokens that the model's context holds.
-        exact_tokens: Length up to which reuse is exact, where the context is longer.
-        num_layers: Decoder layers of the model.
-        num_tokens: Rows of the model's embedding, without a link table's.
-        recurrent: Whether some of them are recurrent, so that no chunk can be reused.
-    """
-
-    tokenizer: PreTrainedTokenizerBase
-    format: PromptFormat
-    trained: LayoutSpec | None
-    link_base: int | None
-    max_tokens: int
-    num_layers: int
-    num_tokens: int
-    recurrent: bool = False
-    exact_tokens: int | None = None
+    tokenizer: PreTrainedTokenizerBase  # the model's
+    format: PromptFormat  # wording
+    trained: LayoutSpec | None  # layout that the model's adapter was trained for, or None
+    link_base: int | None  # id of link slot 0, or None without links
+    max_tokens: int  # tokens that the model's context holds
+    num_layers: int  # decoder layers of the model
+    num_tokens: int  # rows of the model's embedding, without a link table's
+    recurrent: bool = False  # whether some of them are recurrent, so that no chunk can be reused
+    exact_tokens: int | None = None  # up to which reuse is exact, if that is less
 
     def pieces(self, request: Request | Mapping[str, Any], method: Method) -> Pieces:
         """Token pieces of a request as ``method`` reads it."""
@@ -77,9 +61,8 @@ class PromptMaker:
     def spec(self, method: Method) -> LayoutSpec:
         """The rows that ``method`` wants.
 
-        Raises:
-            ValueError: If the method needs another adapter than the model's, or more layers, or
-                reuses chunks of a recurrent model.
+        Raises ValueError if it needs another adapter than the model's, or more layers, or reuses
+        chunks of a recurrent model.
         """
         if self.recurrent and method.cached is Cached.CHUNKS:
             raise ValueError(REUSE_REFUSED.format(f"method '{method.name}'"))
@@ -108,9 +91,8 @@ class PromptMaker:
     ) -> Prompt:
         """Lays pieces out; ``contexts`` as in `blocktune.prompt.lay_out`.
 
-        Raises:
-            ValueError: If they and the answer do not fit into the model's context, or hold a
-                token that it does not embed.
+        Raises ValueError if they and the answer do not fit into the model's context, or hold a
+        token that it does not embed.
         """
         require_embedded(
             self.tokenizer, self.num_tokens, pieces.prefix, *pieces.chunks, pieces.query
@@ -126,12 +108,21 @@ class PromptMaker:
         self._require_room(max(stored, reach) + max_new_tokens, what)
         return prompt
 
+    def lay_out(
+        self, pieces: Pieces, method: Method, encoder: Encoder, max_new_tokens: int = 0
+    ) -> Prompt:
+        """See `Engine.lay_out`; ``encoder`` has the chunks that earlier prompts left behind."""
+        spec = self.spec(method)
+        if method.history is None:
+            return self.prompt(pieces, spec, max_new_tokens)
+        contexts = method.history.lookup(encoder.store, encoder.fingerprint, pieces)
+        spec = LayoutSpec(block=False) if contexts is None else spec
+        return self.prompt(pieces, spec, max_new_tokens, contexts)
+
     def encodable(self, chunks: Sequence[Chunk]) -> tuple[Piece | None, list[Piece]]:
         """The prefix (None if empty) and the chunks, as they are encoded for plain reuse.
 
-        Raises:
-            ValueError: If a chunk does not fit into the model's context, or holds a token that it
-                does not embed.
+        Raises ValueError as `prompt`.
         """
         if self.recurrent:
             raise ValueError(REUSE_REFUSED.format("encoding"))

@@ -7,7 +7,7 @@ stretch between the checkpoints that the prefix tree asks for.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
@@ -18,49 +18,45 @@ from blocktune.cache.chunk_kv import State
 from blocktune.cache.exact import state_bytes
 from blocktune.engine.assemble import Assembled
 from blocktune.engine.generation import Generation
-from blocktune.engine.rows import column_rows
-from blocktune.engine.state import EngineState
-from blocktune.engine.usage import ModelCost, Stopwatch
+from blocktune.engine.state import EngineState, ServedBatch
+from blocktune.engine.usage import ModelCost
 from blocktune.layout import Kind, Rows
 from blocktune.methods import Cached, Method
-from blocktune.prompt import Pieces, Prompt, stack
+from blocktune.prompt import Pieces, Prompt
 
 
 @dataclass
 class RecurrentPrefill:
-    """What the prefill gave and executed, prompt by prompt.
+    """What the prefill gave and executed, prompt by prompt; has the methods of `Prefill`."""
 
-    Attributes:
-        logits: After each prompt's last token, ``(B, V)``.
-        context_tokens: Tokens of chunks that were computed.
-        macs: Multiply-adds.
-        written: Bytes of keys, values and states that computing made.
-    """
-
-    logits: Tensor
-    context_tokens: list[int] = field(default_factory=list)
-    macs: list[int] = field(default_factory=list)
-    written: list[int] = field(default_factory=list)
+    logits: Tensor  # after each prompt's last token, ``(B, V)``
+    runs: list[_Run]
 
     def layer_tokens(self, num_layers: int) -> Tensor:
         """Context tokens computed in each layer, ``(B, layers)``."""
-        return torch.tensor(self.context_tokens)[:, None].expand(-1, num_layers)
+        return self._each("context_tokens")[:, None].expand(-1, num_layers)
 
     def probed(self) -> Tensor:
         """Nothing is computed for choices only, ``(B,)``."""
-        return torch.zeros(len(self.context_tokens), dtype=torch.int64)
+        return torch.zeros(len(self.runs), dtype=torch.int64)
 
     def bytes_written(self, caches: object) -> Tensor:
-        """Bytes that computing put into the caches, ``(B,)``."""
-        return torch.tensor(self.written)
+        """Bytes of keys, values and states that computing made, ``(B,)``."""
+        return self._each("written")
 
     def flops(self) -> Tensor:
         """Floating-point operations of matrices and attention, ``(B,)``; scans are left out."""
-        return 2 * torch.tensor(self.macs)
+        return 2 * self._each("macs")
+
+    def _each(self, name: str) -> Tensor:
+        return torch.tensor([getattr(run, name) for run in self.runs])
 
 
 class RecurrentGeneration(Generation):
     """A batch after its prefill whose ``cache`` is a list, one `PrefillCache` a prompt."""
+
+    def remember(self) -> None:
+        """Does nothing: each prompt was kept before the next one was looked up."""
 
     @torch.no_grad()
     def _decode(self, token: Tensor, rows: Rows, keys: Rows, step: int) -> Tensor:
@@ -73,35 +69,19 @@ def prefill_recurrent(
     state: EngineState, prompts: Sequence[Prompt], pieces: Sequence[Pieces], method: Method
 ) -> RecurrentGeneration:
     """Resumes each prompt from the prefix tree if the method does, and computes the rest."""
-    watch = Stopwatch(state.model.device)
-    watch.start()
-    batch = stack(prompts, state.pad_id).to(state.model.device)
-    assembled, columns = Assembled.empty(batch), column_rows(batch.layout)
-    watch.stop("prompt_s")
-    caches, logits, made = [], [], RecurrentPrefill(torch.empty(0))
-    for index, (prompt, piece) in enumerate(zip(prompts, pieces, strict=True)):
-        run = _Run(state, prompt.ids, piece, method.cached is Cached.EXACT_PREFIX, watch)
-        logits.append(run.logits)
-        caches.append(run.cache)
-        if method.cached is Cached.EXACT_PREFIX:
-            facts = run.start, run.bytes_read, run.disk_tokens
-            assembled.found_prefix(batch.layout, index, piece, *facts)
-        context = columns.kind[index, run.start :] == Kind.CHUNK
-        made.context_tokens.append(int(context.sum()))
-        made.macs.append(run.macs)
-        made.written.append(run.cache.key_bytes() + state_bytes(run.cache.state()) - run.bytes_read)
-    made.logits = torch.cat(logits)
+    served = ServedBatch.stacked(state, prompts, pieces, method)
+    runs = [_Run(served, index, prompt.ids) for index, prompt in enumerate(prompts)]
+    assembled = Assembled.empty(served.batch)
+    for index, run in enumerate(runs if method.cached is Cached.EXACT_PREFIX else ()):
+        facts = run.start, run.bytes_read, run.disk_tokens
+        assembled.found_prefix(served.batch.layout, index, pieces[index], *facts)
+    made = RecurrentPrefill(torch.cat([run.logits for run in runs]), runs)
     return RecurrentGeneration(
-        state=state,
-        batch=batch,
-        columns=columns,
-        last=columns.map(lambda facts: facts[:, -1:]),
-        cache=caches,
+        **vars(served) | {"cache": [run.cache for run in runs]},
+        last=served.columns.map(lambda facts: facts[:, -1:]),
         assembled=assembled,
         prefill=made,
         executed=[made],
-        watch=watch,
-        remember=lambda: None,  # each prompt was kept before the next one was looked up
     )
 
 
@@ -110,16 +90,16 @@ TOKENS_PER_PASS = 32
 
 
 class _Run:
-    """One prompt's prefill."""
+    """One prompt's prefill, from the ``start`` that was resumed; ``macs`` are multiply-adds."""
 
-    def __init__(
-        self, state: EngineState, ids: Sequence[int], pieces: Pieces, exact: bool, watch: Stopwatch
-    ):
+    def __init__(self, served: ServedBatch, index: int, ids: Sequence[int]):
+        state, pieces, watch = served.state, served.pieces[index], served.watch
         self.state, self.cache = state, PrefillCache(state.model.config)
         self.macs = self.start = self.bytes_read = self.disk_tokens = 0
         self.whole = torch.tensor([ids], device=state.model.device)
         context, states = pieces.context, {}
         tree, fingerprint = state.prefix_tree, state.encoder.fingerprint
+        exact = served.method.cached is Cached.EXACT_PREFIX
         watch.start()
         if exact:
             with tree.match(fingerprint, context) as match:
@@ -137,6 +117,8 @@ class _Run:
         if exact:
             kept = cut_exact(self.cache, 0, context, fingerprint, start=self.start, states=states)
             tree.insert(kept)
+        self.context_tokens = int((served.columns.kind[index, self.start :] == Kind.CHUNK).sum())
+        self.written = self.cache.key_bytes() + state_bytes(self.cache.state()) - self.bytes_read
 
     def _pays(self, left: int) -> bool:
         """Whether to resume where ``left`` tokens are then left, perhaps one pass each."""

@@ -14,20 +14,12 @@ from blocktune.prompt import Batch
 
 
 class Computed(NamedTuple):
-    """Rows to compute, by order, padded on the left so that the last row is every prompt's last.
+    """Rows to compute, by order, padded on the left so that the last row is every prompt's last."""
 
-    Attributes:
-        ids: Token ids, ``(B, R)``.
-        rows: Their facts, ``(B, R)``; padding has kind PAD. All are global: what is computed at
-            answering time sees everything before it.
-        columns: Column of each row in the cache, `SKIP` for padding, ``(B, R)``.
-        index: Row of the layout that each one is, ``(B, R)``.
-    """
-
-    ids: Tensor
-    rows: Rows
-    columns: Tensor
-    index: Tensor
+    ids: Tensor  # token ids, ``(B, R)``
+    rows: Rows  # their facts, ``(B, R)``; all are global
+    columns: Tensor  # of the cache, `SKIP` for padding, ``(B, R)``
+    index: Tensor  # row of the layout that each one is, ``(B, R)``
 
     def of(self, chosen: Tensor) -> Tensor:
         """Of rows of the layout ``(B, S)`` bool, the computed ones that are chosen, ``(B, R)``."""
@@ -76,16 +68,15 @@ def of_columns(scores: Tensor, layout: Layout) -> Tensor:
 def decoded_rows(last: Rows, steps: int) -> Rows:
     """Facts of the rows that ``steps`` tokens after the prompts' ``last`` rows ``(B, 1)`` have."""
     ahead = torch.arange(1, steps + 1, device=last.order.device)
-    return Rows(
-        kind=torch.full_like(last.kind, Kind.ANSWER).expand(-1, steps),
-        chunk=last.chunk.expand(-1, steps),
-        offset=(ahead - 1).expand(len(last.kind), -1),
-        position=last.position + ahead,
-        order=last.order + ahead,
-        group=torch.full_like(last.group, GLOBAL).expand(-1, steps),
-        sample=last.sample.expand(-1, steps),
-        supersedes=torch.full_like(last.supersedes, NO_ROW).expand(-1, steps),
-        until=last.until.expand(-1, steps),
+    rows = last.map(lambda field: field.expand(-1, steps))
+    return replace(
+        rows,
+        kind=torch.full_like(rows.kind, Kind.ANSWER),
+        offset=(ahead - 1).expand_as(rows.offset),
+        position=rows.position + ahead,
+        order=rows.order + ahead,
+        group=torch.full_like(rows.group, GLOBAL),
+        supersedes=torch.full_like(rows.supersedes, NO_ROW),
     )
 
 
@@ -146,10 +137,7 @@ class RowSubset:
         }
 
     def positional(self, args: tuple) -> tuple:
-        """A layer's other positional arguments: those with a row for each candidate are picked.
-
-        Gemma 3n and 4 hand their layers inputs of their own this way.
-        """
+        """A layer's other positional arguments; those with a row for each candidate are picked."""
         if self._all:
             return args
         count = self._candidates.rows.kind.shape[1]

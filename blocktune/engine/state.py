@@ -1,20 +1,26 @@
-"""What all batches of an engine share: the model, other models it may ask, and the caches."""
+"""What all batches of an engine share, and what the steps of serving one batch share."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blocktune.adapter.load import load_model
 from blocktune.attention import attach
-from blocktune.cache import PrefixTree
+from blocktune.cache import PrefixTree, RowCache
 from blocktune.engine.encode import Encoder
+from blocktune.engine.rows import column_rows
+from blocktune.engine.usage import Stopwatch
+from blocktune.layout import Rows
+from blocktune.methods import Cached, Method
+from blocktune.methods.reshaped_attention import ReshapedAttention
 from blocktune.models.recurrent import Recurrence
 from blocktune.positions import RopeSpec
-from blocktune.prompt import end_of_turn
+from blocktune.prompt import Batch, Pieces, Prompt, end_of_turn, stack
 
 SELF = "self"
 """The name of the served model itself among the auxiliary models."""
@@ -29,11 +35,8 @@ class Auxiliaries:
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
         """Serves ``model`` as `SELF`; the others must share its ``tokenizer``."""
-        self.tokenizer = tokenizer
-        self._models = {SELF: model}
-        self._device = model.device
-        self.may_load = True
-        self._lock = threading.Lock()
+        self.tokenizer, self.may_load = tokenizer, True
+        self._models, self._lock = {SELF: model}, threading.Lock()
 
     def add(self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """Adds a loaded model; its attention becomes blocktune's.
@@ -58,7 +61,7 @@ class Auxiliaries:
             if name not in self._models:
                 if not self.may_load:
                     raise ValueError(f"no auxiliary model '{name}' is served; use '{SELF}'")
-                loaded = load_model(name, device=str(self._device))
+                loaded = load_model(name, device=str(self._models[SELF].device))
                 self.add(name, loaded.model, loaded.tokenizer)
             return self._models[name]
 
@@ -95,3 +98,37 @@ class EngineState:
     def text(self, ids: Sequence[int]) -> str:
         """Decoded, without special tokens and surrounding space."""
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+@dataclass
+class ServedBatch:
+    """One batch of prompts on its way from layout to answers."""
+
+    state: EngineState
+    method: Method
+    pieces: Sequence[Pieces]  # token pieces of each prompt
+    watch: Stopwatch
+    batch: Batch  # the prompts, laid out for ``method`` and stacked, on the model's device
+    columns: Rows  # facts of the columns of ``cache``, ``(B, N)``
+    cache: RowCache
+    reshaping: ReshapedAttention | None  # how rows see reused keys, or None
+
+    @classmethod
+    def stacked(
+        cls,
+        state: EngineState,
+        prompts: Sequence[Prompt],
+        pieces: Sequence[Pieces],
+        method: Method,
+    ) -> Self:
+        """Stacks prompts, laid out for the method, over an empty cache."""
+        watch = Stopwatch(state.model.device)
+        watch.start()
+        batch = stack(prompts, state.pad_id).to(state.model.device)
+        columns, reshape = column_rows(batch.layout), method.reshape()
+        reshaping = None if reshape is None else ReshapedAttention(reshape, columns)
+        # The states of a full prefill may be kept as exact prefixes.
+        exact = method.cached is not Cached.CHUNKS and reshape is None
+        cache = RowCache(state.num_layers, *columns.kind.shape, spare=64, exact=exact)
+        watch.stop("prompt_s")
+        return cls(state, method, pieces, watch, batch, columns, cache, reshaping)

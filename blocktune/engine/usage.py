@@ -21,26 +21,16 @@ class Ttft:
     """Seconds from request to first token, split by what they were spent on.
 
     Prompts of one batch are served together: each carries the batch's times.
-
-    Attributes:
-        prompt_s: Tokenising and laying the prompt out.
-        lookup_s: Finding out which chunks are cached.
-        load_s: Reading, verifying and moving them.
-        encode_s: Encoding the chunks that were not cached (0 when warm).
-        relocate_s: Rotating keys to their positions and joining caches.
-        select_s: Choosing tokens to recompute, with the passes and probes it takes.
-        recompute_s: Computing them, the links and the question.
-        first_token_s: Picking the first token.
     """
 
-    prompt_s: float = 0.0
-    lookup_s: float = 0.0
-    load_s: float = 0.0
-    encode_s: float = 0.0
-    relocate_s: float = 0.0
-    select_s: float = 0.0
-    recompute_s: float = 0.0
-    first_token_s: float = 0.0
+    prompt_s: float = 0.0  # tokenising and laying the prompt out
+    lookup_s: float = 0.0  # finding out which chunks are cached
+    load_s: float = 0.0  # reading, verifying and moving them
+    encode_s: float = 0.0  # encoding the chunks that were not cached (0 when warm)
+    relocate_s: float = 0.0  # rotating keys to their positions and joining caches
+    select_s: float = 0.0  # choosing tokens to recompute, with the passes and probes it takes
+    recompute_s: float = 0.0  # computing them, the links and the question
+    first_token_s: float = 0.0  # picking the first token
 
     @property
     def total_s(self) -> float:
@@ -138,17 +128,11 @@ OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj")
 
 @dataclass(frozen=True)
 class LayerCost:
-    """Multiply-adds of one layer.
+    """Multiply-adds of one layer."""
 
-    Attributes:
-        row: Of its matrices, per row; of a mixture of experts, those that a row is sent to.
-        probe: Of the projections that make keys and values (and queries), per row.
-        pair: Of attention, per row and key: the score and the weighted value.
-    """
-
-    row: int
-    probe: int
-    pair: int
+    row: int  # of its matrices, per row; of a mixture of experts, those that a row is sent to
+    probe: int  # of the projections that make keys and values (and queries), per row
+    pair: int  # of attention, per row and key: the score and the weighted value
 
     @classmethod
     def of(cls, layer: nn.Module, share: float, pair: int, has_lora: bool = True) -> LayerCost:
@@ -187,21 +171,13 @@ class ModelCost:
 
 @dataclass
 class Executed:
-    """What one pass of a model computed, for `flops`.
+    """What one pass of a model computed, for `flops`."""
 
-    Attributes:
-        model: The one that ran; its modules are counted when `flops` is called.
-        plans: Attention plans, which say in which layers they ran.
-        probes: Plans whose rows' keys and values a layer made for a choice only, by layer.
-        heads: Rows of each prompt that went through the head.
-        extra: Further multiply-adds, per prompt, ``(B,)``.
-    """
-
-    model: nn.Module
-    plans: list[CachePlan] = field(default_factory=list)
-    probes: Mapping[int, CachePlan] = field(default_factory=dict)
-    heads: int = 1
-    extra: Tensor | None = None
+    model: nn.Module  # the one that ran
+    plans: list[CachePlan] = field(default_factory=list)  # they say in which layers they ran
+    probes: Mapping[int, CachePlan] = field(default_factory=dict)  # by layer: made for choices only
+    heads: int = 1  # rows of each prompt that went through the head
+    extra: Tensor | None = None  # further multiply-adds of each prompt, ``(B,)``
 
     def flops(self) -> Tensor:
         """Floating-point operations of each prompt, two per multiply-add, ``(B,)`` int64.

@@ -38,23 +38,16 @@ COSTS = (
 
 @dataclass(frozen=True)
 class Exam:
-    """One subset: its questions, and what stands around chunks and question in every prompt.
+    """One subset: its questions, and what stands around chunks and question in every prompt."""
 
-    Attributes:
-        subset: One of `SUBSETS`.
-        rows: With ``_id``, ``input``, ``answers`` and ``chunks``, in the arena's order.
-        sha256: Of the file of questions.
-        system: The system turn.
-        around: Text before the chunks, between them and the question, and after it.
-        max_new_tokens: Tokens to decode at most.
-    """
-
-    subset: str
+    subset: str  # one of `SUBSETS`
+    # with ``_id``, ``input``, ``answers`` and ``chunks``, in the arena's order
     rows: tuple[Mapping[str, Any], ...]
-    sha256: str
-    system: str
+    sha256: str  # of the file of questions
+    system: str  # the system turn
+    # text before the chunks, between them and the question, and after it
     around: tuple[str, str, str]
-    max_new_tokens: int
+    max_new_tokens: int  # tokens to decode at most
 
     def pieces(self, row: Mapping[str, Any], engine: Engine) -> Pieces:
         """The tokens of a prompt: every chunk is tokenised by itself, as the arena does."""
@@ -68,11 +61,7 @@ class Exam:
 
 
 def load_exam(folder: Path, subset: str) -> Exam:
-    """Reads a subset from a clone of the arena's repository.
-
-    Raises:
-        ValueError: If a file is missing, its checksum is another, or a record lacks a field.
-    """
+    """Reads a subset from a clone; a ValueError if a file or field is missing, or was changed."""
     if subset not in SUBSETS:
         raise ValueError(f"unknown subset '{subset}'; the arena has {', '.join(SUBSETS)}")
     name = f"{subset}_n100.jsonl"
@@ -114,19 +103,12 @@ def run_exam(
     port: str = "port",
     step: Callable[[], None] = lambda: None,
 ) -> Path:
-    """Answers an exam and writes its result file; what is there already is not answered again.
+    """Answers an exam, writes its result file, and returns its path; a stopped run continues.
 
-    Args:
-        engine: Its store and memory of prefixes are emptied after every question.
-        method: Encodes every chunk without the question, as the arena asks.
-        exam: The questions.
-        output: Folder of the result file and of the rows so far.
-        limit: Answer the first questions only; ``kva validate`` then refuses the file.
-        port: Who made the method: ``official``, ``port`` or ``reference``.
-        step: Called after each answer.
-
-    Returns:
-        The result file.
+    The engine's store and memory of prefixes are emptied after every question. ``output`` gets the
+    rows so far, too. Under a ``limit`` the file is not what ``kva validate`` wants. ``port`` says
+    who made the method: ``official``, ``port`` or ``reference``. ``step`` is called after each
+    answer.
 
     Raises:
         ValueError: If chunks of the method come from earlier prompts, a prompt does not fit into

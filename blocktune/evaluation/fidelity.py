@@ -17,26 +17,15 @@ from blocktune.methods import build
 
 
 class Agreement(NamedTuple):
-    """Closeness over the tokens of full prefill's own answer.
+    """Closeness over the tokens of full prefill's own answer."""
 
-    Attributes:
-        kl: Mean of KL(full prefill || method), in nats.
-        top1: Share of tokens that both find likeliest.
-        tokens: How many were compared.
-    """
-
-    kl: float
-    top1: float
-    tokens: int
+    kl: float  # mean of KL(full prefill || method), in nats
+    top1: float  # share of tokens that both find likeliest
+    tokens: int  # how many were compared
 
 
 def agreement(full: Tensor, own: Tensor) -> Agreement:
-    """Compares next-token distributions.
-
-    Args:
-        full: Logits of full prefill after the same tokens, ``(T, V)``.
-        own: The method's, ``(T, V)``.
-    """
+    """Compares next-token distributions after the same tokens, given as logits ``(T, V)``."""
     wanted, given = full.double().log_softmax(-1), own.double().log_softmax(-1)
     kl = (wanted.exp() * (wanted - given)).sum(-1).mean().item()
     same = (wanted.argmax(-1) == given.argmax(-1)).double().mean().item()
@@ -72,14 +61,8 @@ def forced_logits(run: Any, num_tokens: int, ids: list[int] | None = None) -> Fo
 def measure_fidelity(ready: Ready, step: Callable[[], None]) -> dict[str, dict[str, float]]:
     """Every method against full prefill on the same weights, on the first questions of each task.
 
-    Tuning moves distributions too; here only what reuse changes is measured.
-
-    Args:
-        ready: A suite with ``fidelity``.
-        step: Called after every prompt, for a progress bar.
-
-    Returns:
-        Label -> ``kl``, ``top1``, ``tokens``: means over prompts.
+    Tuning moves distributions too; here only what reuse changes is measured. ``step`` is called
+    after every prompt. Returns label -> means over prompts of the fields of `Agreement`.
     """
     suite = ready.suite
     found: dict[str, list[dict[str, Any]]] = {spec.label: [] for spec in suite.methods}
@@ -104,24 +87,17 @@ def _compare(engine: Any, example: RagExample, method: Any, num_tokens: int) -> 
 
 @dataclass(frozen=True)
 class ProfiledRange:
-    """One range of layers that was recomputed.
+    """One range of layers that was recomputed."""
 
-    Attributes:
-        first_layer: First of them, 0-based.
-        num_layers: How many.
-        ratio: Share of the model's layers: with ``first_layer`` the parameters of ``droidspeak``.
-        divergence: Nats by which the first answer token's distribution differs from a full
-            prefill's (KL from full prefill), mean over the examples.
-        agreement: Share of the examples whose likeliest first token is the full prefill's.
-        efficient: Whether no range of as few layers diverges less.
-    """
-
-    first_layer: int
-    num_layers: int
+    first_layer: int  # first of them, 0-based
+    num_layers: int  # how many
+    # share of the model's layers: with ``first_layer`` the parameters of ``droidspeak``
     ratio: float
+    # nats by which the first answer token's distribution differs from a full prefill's (KL from
+    # full prefill), mean over the examples
     divergence: float
-    agreement: float
-    efficient: bool = False
+    agreement: float  # share of the examples whose likeliest first token is the full prefill's
+    efficient: bool = False  # whether no range of as few layers diverges less
 
 
 @torch.no_grad()
@@ -135,15 +111,8 @@ def profile_layers(
 ) -> list[ProfiledRange]:
     """Tries every contiguous range of layers on held-out examples: O(layers squared) passes.
 
-    Args:
-        engine: Its model is profiled.
-        examples: Not of the split that results are reported on.
-        most_layers: Longest range tried; None: all lengths.
-        batch_size: Prompts served together.
-        progress: Wraps the list of ranges ``(first, length)`` to try.
-
-    Returns:
-        The ranges by length, then first layer; the efficient ones are marked.
+    ``progress`` wraps the ranges ``(first, length)`` to try, up to ``most_layers`` long. The
+    results are ordered by length, then first layer; the efficient ones are marked.
 
     Raises:
         ValueError: If there is no example, or ``most_layers`` is out of range.

@@ -183,15 +183,10 @@ ScoreText = Callable[[str, Sequence[str], PreTrainedTokenizerBase], float]
 
 
 class Metric(NamedTuple):
-    """A score in [0, 1].
+    """A score in [0, 1]."""
 
-    Attributes:
-        title: As tables call it.
-        score: From the output, the accepted answers and the model's tokenizer.
-    """
-
-    title: str
-    score: ScoreText
+    title: str  # as tables call it
+    score: ScoreText  # from the output, the accepted answers and the model's tokenizer
 
 
 def _plain(title: str, metric: Callable[[str, Sequence[str]], float]) -> Metric:
@@ -219,33 +214,24 @@ def require_metrics(names: Iterable[str]) -> None:
 
 
 class AdjustedF1(NamedTuple):
-    """Mean F1 over the examples that full prefill does not fail, and what this filter hides.
+    """Mean F1 over the examples that full prefill does not fail, and what this filter hides."""
 
-    Attributes:
-        mean: None where full prefill fails all.
-        num_kept: Examples that full prefill does not fail.
-        bias: F1 that the method earns on the others, per kept example: by so much the adjusted gap
-            to full prefill is wider than the raw gap. None where nothing is kept.
-        reverse: Full prefill's mean F1 where the method scores above zero, the filter turned
-            round; None where it never does.
-    """
-
-    mean: float | None
-    num_kept: int
+    mean: float | None  # None where full prefill fails all
+    num_kept: int  # examples that full prefill does not fail
+    # F1 that the method earns on the others, per kept example: by so much the adjusted gap to full
+    # prefill is wider than the raw gap. None where nothing is kept
     bias: float | None
+    # full prefill's mean F1 where the method scores above zero, the filter turned round; None where
+    # it never does
     reverse: float | None
 
 
 def adjusted_f1(f1: Sequence[float], full_prefill_f1: Sequence[float]) -> AdjustedF1:
     """Mean F1 over the examples on which full prefill scores above zero.
 
-    It asks what reuse loses of what the model could do, so it drops questions that the model
-    cannot answer. The filter looks at full prefill's own luck and thus favours it: read it beside
-    the raw F1 and the ``bias``.
-
-    Args:
-        f1: The method's F1 per example.
-        full_prefill_f1: Full prefill's F1 on the same examples.
+    It asks what reuse loses of what the model could do, so it drops questions that the model cannot
+    answer. The filter looks at full prefill's own luck and thus favours it: read it beside the raw
+    F1 and the ``bias``. Both arguments are F1 of the same examples.
 
     Source: arXiv:2603.20218, evaluation set-up.
     """

@@ -20,8 +20,7 @@ from blocktune.prompt import PromptFormat, make_pieces
 
 logger = logging.getLogger("blocktune")
 
-Load = Callable[[Suite, str | None], Any]
-"""``(suite, adapter) -> engine``."""
+Load = Callable[[Suite, str | None], Any]  # ``(suite, adapter) -> engine``
 
 
 class TaskQuestion(NamedTuple):
@@ -34,22 +33,16 @@ class TaskQuestion(NamedTuple):
 
 @dataclass(frozen=True)
 class Ready:
-    """A suite that can run.
+    """A suite that can run."""
 
-    Attributes:
-        suite: What was asked for.
-        methods: Label -> built method.
-        engines: Adapter (None is the base) -> engine; all stay loaded, to be timed in turn.
-        questions: Of all tasks, in order.
-        timed: Examples that time to first token is measured on; empty if it is not.
-        worded: (adapter, task) -> the engine in the task's wording.
-    """
-
-    suite: Suite
-    methods: Mapping[str, Method]
+    suite: Suite  # what was asked for
+    methods: Mapping[str, Method]  # label -> built method
+    # adapter (None is the base) -> engine; all stay loaded, to be timed in turn
     engines: Mapping[str | None, Any]
-    questions: tuple[TaskQuestion, ...]
+    questions: tuple[TaskQuestion, ...]  # of all tasks, in order
+    # examples that time to first token is measured on; empty if it is not
     timed: tuple[RagExample, ...]
+    # (adapter, task) -> the engine in the task's wording
     worded: Mapping[tuple[str | None, str], Any]
 
     def engine(self, spec: MethodSpec, task: TaskSpec) -> Any:
@@ -61,10 +54,7 @@ class Ready:
         return [q.example for q in self.questions if q.task is task][:limit]
 
     def fingerprints(self) -> dict[str, Any]:
-        """Digests of the base and of the adapters by name, for the provenance.
-
-        Published releases of other projects have none.
-        """
+        """Digests of the base and, by name, of adapters (not of releases), for the provenance."""
         if None in self.engines:
             base = base_fingerprint(self.engines[None].model)
         else:  # adapters are merged into the model; each was held to the base
@@ -121,10 +111,7 @@ def _worded(suite: Suite, engines: Mapping[str | None, Any]) -> dict[tuple[str |
 def tell_rewording(
     engines: Mapping[str | None, Any], worded: Mapping[tuple[str | None, str], Any]
 ) -> None:
-    """Warns where an adapter is asked in other words than it was trained in.
-
-    ``engines`` are by adapter (None is the base) in their own wording, ``worded`` in the task's.
-    """
+    """Warns where an adapter is asked (``worded``) in other words than it was trained in."""
     for (adapter, task), engine in worded.items():
         changed = _changed(engines[adapter].format, engine.format)
         if adapter is not None and changed:
@@ -184,14 +171,10 @@ def _check_fit(ready: Ready) -> None:
 
 
 def check_prompts(engines: Mapping[str, Any], example: RagExample) -> None:
-    """Checks that all engines build the same sound prompt, apart from tags.
+    """Checks that all engines, by name, build the same sound prompt of a question, apart from tags.
 
     A doubled BOS or an assistant turn that was never opened lowers all methods, full prefill most,
     and makes reuse look free. These checks do not trust the function that builds prompts.
-
-    Args:
-        engines: Name -> engine, with its ``tokenizer`` and prompt ``format``.
-        example: Any question of the suite.
 
     Raises:
         ValueError: If BOS does not open the prompt exactly once where the tokenizer or its

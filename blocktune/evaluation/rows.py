@@ -18,46 +18,28 @@ from blocktune.evaluation.suite import MethodSpec
 from blocktune.evaluation.task import TaskSpec
 from blocktune.files import replace_text, whole_lines
 
-EVERY = ("em", "f1", "substring_em")
-"""Metrics that every row has, of the extracted answer."""
+EVERY = ("em", "f1", "substring_em")  # metrics that every row has, of the extracted answer
 
 
 @dataclass(frozen=True)
 class Row:
-    """What one method answered to one question.
+    """What one method answered to one question."""
 
-    Attributes:
-        key: Digest of everything that decides the answer; see `row_key`.
-        task: The task's name.
-        id: The question's identifier in its source, or its number.
-        kind: Its kind, e.g. ``2-hop``.
-        prediction: What the model wrote.
-        answer: What of it is scored.
-        em: Exact match, 0 or 1.
-        f1: Word F1.
-        substring_em: Substring match, 0 or 1.
-        recompute_ratio: Share of context tokens recomputed, over all layers.
-        usage: Everything that `Usage` counts; no times.
-        score: The task's headline metric.
-        scores: Its further metrics, by name.
-        prompt_hash: Digest of the prompt's token ids.
-        place: Position of the evidence among the chunks, from 0 (first) to 1 (last), or None.
-    """
-
-    key: str
-    task: str
-    id: str
-    kind: str
-    prediction: str
-    answer: str
-    em: float
-    f1: float
-    substring_em: float
-    recompute_ratio: float
-    usage: Mapping[str, Any]
-    score: float
-    scores: Mapping[str, float] = field(default_factory=dict)
-    prompt_hash: str = ""
+    key: str  # digest of everything that decides the answer; see `row_key`
+    task: str  # the task's name
+    id: str  # the question's identifier in its source, or its number
+    kind: str  # its kind, e.g. ``2-hop``
+    prediction: str  # what the model wrote
+    answer: str  # what of it is scored
+    em: float  # exact match, 0 or 1
+    f1: float  # word F1
+    substring_em: float  # substring match, 0 or 1
+    recompute_ratio: float  # share of context tokens recomputed, over all layers
+    usage: Mapping[str, Any]  # everything that `Usage` counts; no times
+    score: float  # the task's headline metric
+    scores: Mapping[str, float] = field(default_factory=dict)  # its further metrics, by name
+    prompt_hash: str = ""  # digest of the prompt's token ids
+    # position of the evidence among the chunks, from 0 (first) to 1 (last), or None
     place: float | None = None
 
 
@@ -85,11 +67,8 @@ def code_digest() -> str:
 def row_key(method: MethodSpec, task: TaskSpec, example: RagExample, fingerprint: str) -> str:
     """Digest of weights, method, code, wording, decoding and question: equal keys, equal rows.
 
-    Args:
-        method: What answers; its label and the adapter's path do not count.
-        task: How the answer is asked, decoded and scored.
-        example: The question with its chunks and accepted answers.
-        fingerprint: Of the weights, tokenizer, prompt format and dtype; see `Engine`.
+    The method's label and the adapter's path do not count. ``fingerprint`` is that of `Engine`: of
+    weights, tokenizer, prompt format and dtype.
     """
     entry = method.entry()
     if "preset" in entry:  # then the name is but a label
@@ -153,15 +132,9 @@ ROWS = "rows"
 class RowFile:
     """The rows of one method, ``LABEL.jsonl``; while a run lasts, a part for each process.
 
-    Opening only reads: rows of another run (other weights, questions, code) are left out, and so
-    is a last line that a stopped run left half-written. All processes of a run must have opened
-    before one of them appends.
-
-    Args:
-        folder: Its folder.
-        label: Of the method.
-        keys: `row_key` of every row of this run, in order.
-        rank: Number of this process.
+    Opening only reads: rows of another run (other weights, questions, code) are left out, and so is
+    a last line that a stopped run left half-written. All processes of a run must have opened before
+    one of them appends. ``keys`` has the `row_key` of every row of this run, in order.
     """
 
     def __init__(self, folder: Path, label: str, keys: Iterable[str], rank: int = 0):
@@ -186,10 +159,7 @@ class RowFile:
     def merge(self) -> list[Row]:
         """Joins all parts into one file in the order of the questions, and returns its rows.
 
-        Only one process may call it, when all have ended.
-
-        Raises:
-            KeyError: If a question is not answered yet.
+        Only one process may call it, when all have ended. A KeyError if a question has no row.
         """
         known = self._known()
         rows = [known[key] for key in self.keys]
@@ -210,11 +180,7 @@ class RowFile:
 
 
 def read_all(folder: Path, labels: Sequence[str]) -> dict[str, list[Row]]:
-    """The rows of a finished run by label.
-
-    Raises:
-        ValueError: If a label has no rows there.
-    """
+    """The rows of a finished run by label; a ValueError if a label has none there."""
     found = {label: list(read_rows(folder / ROWS / f"{label}.jsonl")) for label in labels}
     if missing := [label for label, rows in found.items() if not rows]:
         raise ValueError(f"no rows of '{missing[0]}' in '{folder / ROWS}'; finish the run first")
@@ -222,11 +188,7 @@ def read_all(folder: Path, labels: Sequence[str]) -> dict[str, list[Row]]:
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """Rows of a file, up to a line that a stopped run left half-written.
-
-    Raises:
-        ValueError: If a whole line is not a row.
-    """
+    """Whole lines of a file as rows; a ValueError if one is not a row."""
     for number, line in enumerate(whole_lines(path), start=1):
         try:
             yield Row(**json.loads(line))

@@ -27,25 +27,17 @@ from blocktune.files import replace_json
 from blocktune.provenance import hardware, provenance, versions
 
 Item = TypeVar("Item")
-PATIENCE = timedelta(days=7)
-"""How long one process waits for another before the run is given up."""
+PATIENCE = timedelta(days=7)  # how long one process waits for another before the run is given up
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those of the run.
+    """This process among those of the run."""
 
-    Attributes:
-        rank: Its number, from 0.
-        count: How many there are.
-        device: Where it runs; None leaves that to the suite.
-        wait: Returns once every process has called it.
-    """
-
-    rank: int = 0
-    count: int = 1
-    device: str | None = None
-    wait: Callable[[], None] = lambda: None
+    rank: int = 0  # its number, from 0
+    count: int = 1  # how many there are
+    device: str | None = None  # where it runs; None leaves that to the suite
+    wait: Callable[[], None] = lambda: None  # returns once every process has called it
 
     @property
     def is_main(self) -> bool:
@@ -98,7 +90,7 @@ def run_suite(
     Args:
         suite: What to run.
         output: Folder for ``rows/<label>.jsonl``, ``ttft.json`` and ``results.json``.
-        command: What the user typed, for the provenance.
+        command: What the user typed, for the provenance; by default ``sys.argv``.
         console: Where progress is shown; standard error by default.
         load: How weights are loaded.
         processes: Those that share the run; by default this one alone.

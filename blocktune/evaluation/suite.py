@@ -11,38 +11,29 @@ from blocktune.evaluation.task import TaskSpec, parse_task
 from blocktune.methods.composition import KEEP
 from blocktune.parsing import entries, load_spec, mapping, read, refuse_doubles
 
-SEED = "{seed}"
-"""Placeholder of the seed in the adapter's folder of an entry with ``seeds``."""
+SEED = "{seed}"  # placeholder of the seed in the adapter's folder of an entry with ``seeds``
 
 
 @dataclass(frozen=True)
 class MethodSpec:
-    """One row of the table: a method, its parameters, and the weights it runs on.
+    """One row of the table: a method, its parameters, and the weights it runs on."""
 
-    Attributes:
-        name: A registered method, or a composition as text (``kvlink + epic``).
-        adapter: Folder of the adapter it runs with; None runs the base.
-        label: Its name in results; ``name`` unless given.
-        params: Fields of the method that differ from their defaults.
-        preset: The method to change by the keys below; ``name`` is then only a name for the result.
-        select: Which tokens are recomputed: a selector's name, or ``{name: {parameter: value}}``.
-        repair: How reused keys and values are changed, likewise; null leaves them as they are.
-        reshape: How later rows see reused keys, likewise; null leaves them as they are.
-        layout: Fields of the layout to set: where chunks are placed, what they are encoded after.
-        budget: Share of the context tokens that the selector may choose.
-        layer_budget: Share of the context's layer-tokens that the method may spend, instead.
-    """
-
-    name: str
-    adapter: str | None = None
-    label: str = ""
+    name: str  # a registered method, or a composition as text (``kvlink + epic``)
+    adapter: str | None = None  # folder of the adapter it runs with; None runs the base
+    label: str = ""  # its name in results; ``name`` unless given
+    # fields of the method that differ from their defaults
     params: Mapping[str, Any] = field(default_factory=dict)
+    # the method to change by the keys below; ``name`` is then only a name for the result
     preset: str | None = None
+    # which tokens are recomputed: a selector's name, or ``{name: {parameter: value}}``
     select: Any = KEEP
+    # how reused keys and values are changed, likewise; null leaves them as they are
     repair: Any = KEEP
-    reshape: Any = KEEP
+    reshape: Any = KEEP  # how later rows see reused keys, likewise; null leaves them as they are
+    # fields of the layout to set: where chunks are placed, what they are encoded after
     layout: Mapping[str, Any] = field(default_factory=dict)
-    budget: float | None = None
+    budget: float | None = None  # share of the context tokens that the selector may choose
+    # share of the context's layer-tokens that the method may spend, instead
     layer_budget: float | None = None
 
     def __post_init__(self):
@@ -67,15 +58,11 @@ class MethodSpec:
 
 @dataclass(frozen=True)
 class TtftSpec:
-    """How time to first token is measured.
+    """How time to first token is measured."""
 
-    Attributes:
-        num: Prompts of the first task; 0 measures none.
-        chunks: Fill each prompt up to this many chunks with those of the following questions;
-            None leaves prompts as they are. Short prompts measure overhead, not attention.
-    """
-
-    num: int = 20
+    num: int = 20  # prompts of the first task; 0 measures none
+    # fill each prompt up to this many chunks with those of the following questions; None leaves
+    # prompts as they are. Short prompts measure overhead, not attention
     chunks: int | None = None
 
     def __post_init__(self):
@@ -84,14 +71,10 @@ class TtftSpec:
 
 @dataclass(frozen=True)
 class FidelitySpec:
-    """How closeness of the answer's distribution to full prefill's is measured.
+    """How closeness of the answer's distribution to full prefill's is measured."""
 
-    Attributes:
-        num: Questions of each task; 0 measures none.
-        tokens: Tokens of full prefill's own answer that are compared, each given those before it.
-    """
-
-    num: int = 0
+    num: int = 0  # questions of each task; 0 measures none
+    # tokens of full prefill's own answer that are compared, each given those before it
     tokens: int = 4
 
     def __post_init__(self):
@@ -108,35 +91,23 @@ def _check_counts(num: int, **least_one: int) -> None:
 
 @dataclass(frozen=True)
 class Suite:
-    """A whole comparison; see ``eval/suites/`` for examples.
+    """A whole comparison; see ``eval/suites/`` for examples."""
 
-    Attributes:
-        model: Path or hub name of the base model.
-        methods: What is compared, in the order of the table.
-        tasks: What is asked.
-        dtype: Of weights and caches; ``auto`` takes the checkpoint's.
-        quantize: How the base is quantised as it is loaded, ``nf4`` or ``int8``; None: not.
-        device: Where to run; None takes a GPU when there is one.
-        store: Place, limits and codec of the chunks, see `ChunkStore.open`; None: memory.
-        seed: Of the sign-flip test, and recorded with the results.
-        batch_size: Prompts answered at a time; timing always runs one.
-        ttft: How time to first token is measured.
-        fidelity: How closeness to full prefill is measured.
-        pool: Name -> labels of methods that differ in a seed only; the results show their mean
-            instead. An entry of a method with ``seeds`` makes its own, see `parse_methods`.
-    """
-
-    model: str
-    methods: tuple[MethodSpec, ...]
-    tasks: tuple[TaskSpec, ...]
-    dtype: str = "auto"
+    model: str  # path or hub name of the base model
+    methods: tuple[MethodSpec, ...]  # what is compared, in the order of the table
+    tasks: tuple[TaskSpec, ...]  # what is asked
+    dtype: str = "auto"  # of weights and caches; ``auto`` takes the checkpoint's
+    # how the base is quantised as it is loaded, ``nf4`` or ``int8``; None: not
     quantize: str | None = None
-    device: str | None = None
+    device: str | None = None  # where to run; None takes a GPU when there is one
+    # place, limits and codec of the chunks, see `ChunkStore.open`; None: memory
     store: str | None = None
-    seed: int = 0
-    batch_size: int = 16
-    ttft: TtftSpec = TtftSpec()
-    fidelity: FidelitySpec = FidelitySpec()
+    seed: int = 0  # of the sign-flip test, and recorded with the results
+    batch_size: int = 16  # prompts answered at a time; timing always runs one
+    ttft: TtftSpec = TtftSpec()  # how time to first token is measured
+    fidelity: FidelitySpec = FidelitySpec()  # how closeness to full prefill is measured
+    # name -> labels of methods that differ in a seed only; the results show their mean instead. An
+    # entry of a method with ``seeds`` makes its own, see `parse_methods`
     pool: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -168,11 +139,7 @@ def changed(
 
 
 def parse_suite(record: Any, where: str = "suite") -> Suite:
-    """Builds a suite from decoded YAML; ``where`` opens every error.
-
-    Raises:
-        ValueError: If a key is unknown or missing, or a value is not of its type.
-    """
+    """Builds a suite from decoded YAML; ``where`` opens every error, a ValueError."""
     values = dict(mapping(record, where))
     if "methods" in values:
         values["methods"], seeds = parse_methods(values["methods"], f"{where}: methods")
@@ -187,21 +154,11 @@ def parse_suite(record: Any, where: str = "suite") -> Suite:
 
 
 def parse_methods(record: Any, where: str) -> tuple[tuple[MethodSpec, ...], dict[str, list[str]]]:
-    """Builds a list of methods: names alone, or mappings of their keys.
+    """Builds the methods of a suite, names alone or mappings of their keys, and the pools of seeds.
 
     An entry with ``seeds`` is one method for each: ``{name: kvlink, adapter: "out/kvlink-{seed}",
-    seeds: [0, 1]}`` is ``kvlink-0`` and ``kvlink-1``, pooled as ``kvlink``.
-
-    Args:
-        record: Decoded YAML: the list of a suite's methods.
-        where: Opens every error.
-
-    Returns:
-        The methods, and the pools that those with ``seeds`` make.
-
-    Raises:
-        ValueError: If there is none, an entry is wrong, seeds are no list of numbers, or the
-            adapter does not say where they go.
+    seeds: [0, 1]}`` is ``kvlink-0`` and ``kvlink-1``, pooled as ``kvlink``. ``where`` opens every
+    error, a ValueError.
     """
     methods, pools = [], {}
     for index, entry in enumerate(entries(record, where)):

@@ -36,34 +36,23 @@ class Point(NamedTuple):
 class TuneSpec:
     """A tuning run.
 
-    Attributes:
-        model: Path or hub name of the base model.
-        method: A name, a composition as text, or an entry as in a suite.
-        grid: Values to try, by what they are of: a parameter of the preset (``ratio``), ``budget``,
-            or a path into the entry (``layout.num_blanks``, ``select.deviation.ratio``).
-        task: Held-out questions to choose by; its ``metric`` decides.
-        adapter: Folder of the adapter, or None.
-        dtype: Of weights and caches.
-        quantize: As in a suite.
-        device: As in a suite.
-        seed: Of the sign-flip test.
-        batch_size: Prompts answered at a time.
-
     Raises:
         ValueError: If the grid is empty, a value is not a list, a method cannot be built, or the
             questions are of a test split.
     """
 
-    model: str
-    method: Any
+    model: str  # path or hub name of the base model
+    method: Any  # a name, a composition as text, or an entry as in a suite
+    # values to try, by what they are of: a parameter of the preset (``ratio``), ``budget``, or a
+    # path into the entry (``layout.num_blanks``, ``select.deviation.ratio``)
     grid: Mapping[str, Any]
-    task: TaskSpec
-    adapter: str | None = None
-    dtype: str = "auto"
-    quantize: str | None = None
-    device: str | None = None
-    seed: int = 0
-    batch_size: int = 16
+    task: TaskSpec  # held-out questions to choose by; its ``metric`` decides
+    adapter: str | None = None  # folder of the adapter, or None
+    dtype: str = "auto"  # of weights and caches
+    quantize: str | None = None  # as in a suite
+    device: str | None = None  # as in a suite
+    seed: int = 0  # of the sign-flip test
+    batch_size: int = 16  # prompts answered at a time
 
     def __post_init__(self):
         refuse_test(self.task.source)
@@ -141,15 +130,9 @@ def tune(
     command: list[str] | None = None,
     load: Load = load_engine,
 ) -> dict[str, Any]:
-    """Tries every point; a stopped run resumes.
+    """Tries every point; a stopped run resumes. For the other arguments see `run_suite`.
 
-    Args:
-        spec: What to try, on which questions.
-        output: Folder for rows, ``results.json`` and ``tuned.json``.
-        processes: Processes of this machine that share the questions; several load weights by
-            `load_engine`.
-        command: What the user typed, for the provenance.
-        load: How weights are loaded.
+    Several ``processes`` of this machine share the questions, and load weights by `load_engine`.
 
     Returns:
         What ``tuned.json`` holds: ``best`` (values, entry, score with interval, cost), all
@@ -164,13 +147,6 @@ def tune(
         results = run_suite(suite, output, command=command, load=load)
     else:
         results = _together(suite, output, processes, command)
-    tuned = _ranked(spec, results)
-    replace_json(output / TUNED, tuned)
-    return tuned
-
-
-def _ranked(spec: TuneSpec, results: Mapping[str, Any]) -> dict[str, Any]:
-    """Points by score, the cheaper one first where two are equal."""
     kept = ("score", "score_ci95", "n", "recompute_ratio")
     points = [
         {"label": point.label, "values": point.values, "entry": point.entry}
@@ -178,21 +154,22 @@ def _ranked(spec: TuneSpec, results: Mapping[str, Any]) -> dict[str, Any]:
         for point in spec.points()
     ]
     points.sort(key=lambda point: (-point["score"], point["recompute_ratio"]))
-    task = {"name": spec.task.name, "source": spec.task.source, "metric": spec.task.metric}
-    provenance = results["provenance"]
-    return {"best": points[0], "points": points, "task": task, "provenance": provenance}
+    task = {key: getattr(spec.task, key) for key in ("name", "source", "metric")}
+    tuned = {"best": points[0], "points": points, "task": task}
+    tuned |= {"provenance": results["provenance"]}
+    replace_json(output / TUNED, tuned)
+    return tuned
 
 
 def _together(suite: Suite, output: Path, count: int, command: list[str] | None) -> dict[str, Any]:
     """Runs a suite in several processes; this one is the first, and reports."""
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(count)
-    others = [
-        context.Process(target=_share, args=(suite, output, rank, count, barrier), daemon=True)
-        for rank in range(1, count)
-    ]
-    for other in others:
-        other.start()
+    others = []
+    for rank in range(1, count):
+        given = suite, output, rank, count, barrier
+        others.append(context.Process(target=_share, args=given, daemon=True))
+        others[-1].start()
     try:
         return run_suite(suite, output, command=command, processes=_sharing(0, count, barrier))
     except BrokenBarrierError:

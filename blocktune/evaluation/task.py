@@ -13,45 +13,30 @@ from blocktune.parsing import load_yaml, mapping, read
 from blocktune.prompt import PromptFormat
 
 HINT = "see eval/tasks/ for examples"
-FILE_KEYS = ("task", "variant")
-"""Keys of a suite's entry that are not the task's own."""
+FILE_KEYS = ("task", "variant")  # keys of a suite's entry that are not the task's own
 
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """One set of questions and how they are asked and scored.
+    """One set of questions and how they are asked and scored."""
 
-    Attributes:
-        name: Its name in results.
-        source: What `load_examples` reads: a path, ``musique``, ``worlds:test?n=300``.
-        version: Of the task file; raised whenever a change moves scores.
-        limit: Use only the first ones; None uses all.
-        prompt: Wording, keys of `PromptFormat`; what it leaves out is each model's own, such as
-            the tag of a mode that an adapter was trained with.
-        chunking: How the source cuts: a chunker and its parameters, ``{chunker: fixed, size:
-            512}``, or a generator's ``{chunk: 128}``; empty leaves it to the source.
-        answer_marker: The text after it is scored; None scores the whole output.
-        stop: The output ends before the first of these texts.
-        max_new_tokens: Longest answer, in tokens.
-        metric: Its headline score, a name of `METRICS`.
-        metrics: Further scores.
-        by_kind: Whether results are also given for each kind of question.
-        cite: Where data and wording come from.
-    """
-
-    name: str
-    source: str
-    version: int = 1
-    limit: int | None = None
+    name: str  # its name in results
+    source: str  # what `load_examples` reads: a path, ``musique``, ``worlds:test?n=300``
+    version: int = 1  # of the task file; raised whenever a change moves scores
+    limit: int | None = None  # use only the first ones; None uses all
+    # wording, keys of `PromptFormat`; what it leaves out is each model's own, such as the tag of a
+    # mode that an adapter was trained with
     prompt: Mapping[str, Any] | None = None
+    # how the source cuts: a chunker and its parameters, ``{chunker: fixed, size: 512}``, or a
+    # generator's ``{chunk: 128}``; empty leaves it to the source
     chunking: Mapping[str, Any] = field(default_factory=dict)
-    answer_marker: str | None = None
-    stop: tuple[str, ...] = ()
-    max_new_tokens: int = 32
-    metric: str = "em"
-    metrics: tuple[str, ...] = ()
-    by_kind: bool = True
-    cite: str = ""
+    answer_marker: str | None = None  # the text after it is scored; None scores the whole output
+    stop: tuple[str, ...] = ()  # the output ends before the first of these texts
+    max_new_tokens: int = 32  # longest answer, in tokens
+    metric: str = "em"  # its headline score, a name of `METRICS`
+    metrics: tuple[str, ...] = ()  # further scores
+    by_kind: bool = True  # whether results are also given for each kind of question
+    cite: str = ""  # where data and wording come from
 
     def __post_init__(self):
         for name in ("limit", "max_new_tokens", "version"):
@@ -90,14 +75,10 @@ class TaskSpec:
 
 
 def parse_task(record: Any, where: str = "task") -> TaskSpec:
-    """Builds a task from an entry of a suite.
+    """Builds a task from an entry of a suite; ``where`` opens every ValueError.
 
     The entry holds the task's own keys; or ``task`` (a file), ``variant`` (one of its variants) and
     keys that replace the file's.
-
-    Raises:
-        ValueError: If a key is unknown or missing, or a value is not accepted.
-        FileNotFoundError: If there is no such task file.
     """
     record = dict(mapping(record, where))
     path, variant = (record.pop(key, None) for key in FILE_KEYS)
@@ -112,11 +93,7 @@ def load_task(path: str | Path, variant: str | None = None) -> dict[str, Any]:
     """Keys of a task file, with those of one of its variants over them.
 
     Besides the keys of `TaskSpec` a file may hold ``variants``: name -> keys; results of a variant
-    are named ``NAME-VARIANT``.
-
-    Raises:
-        ValueError: If it is not YAML, has unknown keys, or no such variant.
-        FileNotFoundError: If there is no such file.
+    are named ``NAME-VARIANT``. A ValueError if it is not YAML or has no such variant.
     """
     values = dict(mapping(load_yaml(path, "task", HINT), str(path)))
     variants = mapping(values.pop("variants", {}), f"{path}: variants")

@@ -14,10 +14,7 @@ from blocktune.data import RagExample
 
 
 class TtftSummary(NamedTuple):
-    """Seconds from request to first token over ``num`` prompts: median and quartiles.
-
-    ``context_tokens`` is the median length of their contexts.
-    """
+    """Seconds to the first token over ``num`` prompts, and the median length of their contexts."""
 
     median: float
     q25: float
@@ -64,8 +61,7 @@ def measure_ttft(
 def fill(examples: Sequence[RagExample], num: int, chunks: int | None) -> list[RagExample]:
     """The first ``num`` examples, each with ``chunks`` chunks, taken from those that follow it.
 
-    Raises:
-        ValueError: If all examples together hold fewer chunks than that.
+    A ValueError if all examples together hold fewer chunks than that.
     """
     if chunks is None:
         return list(examples[:num])

@@ -18,10 +18,10 @@ from blocktune.adapter import OWN_WEIGHTS, AdapterInfo
 from blocktune.adapter.scope import SCOPED_ROWS
 from blocktune.check import Check
 from blocktune.data.sources.catalog import data_sets_in
-from blocktune.hub.files import public
 from blocktune.methods import BOTH_LEARNED, Weights, available, build
 from blocktune.models.identity import adapter_fingerprint, same_base
 from blocktune.prompt import LayoutSpec
+from blocktune.provenance import public
 from blocktune.tables import Table, with_interval, written
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
@@ -31,19 +31,13 @@ MARKED = "turborag"
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What the adapter's folder does not know.
+    """What the adapter's folder does not know."""
 
-    Attributes:
-        base_model: The base's name on the Hub; None: as the adapter says.
-        license: Identifier that the Hub knows; None: the base's own.
-        datasets: Names on the Hub, besides those that the adapter's provenance names.
-        results: ``results.json`` of `blocktune eval`, or None.
-    """
-
-    base_model: str | None = None
-    license: str | None = None
+    base_model: str | None = None  # the base's name on the Hub; None: as the adapter says
+    license: str | None = None  # identifier that the Hub knows; None: the base's own
+    # names on the Hub, besides those that the adapter's provenance names
     datasets: tuple[str, ...] = ()
-    results: Path | None = None
+    results: Path | None = None  # ``results.json`` of `blocktune eval`, or None
 
 
 def card(
@@ -96,11 +90,7 @@ def card(
 
 
 def served_by(layout: LayoutSpec) -> str:
-    """The method, as ``--method`` takes it, that serves an adapter with nothing recomputed.
-
-    Raises:
-        ValueError: If none does.
-    """
+    """The method, as ``--method`` takes it, that serves an adapter with nothing recomputed."""
     if not layout.block:
         return "full-prefill"
     if layout.num_links and layout.num_headers + layout.num_trailers:
@@ -161,11 +151,7 @@ def _table(rows: Mapping[str, Any], heading: tuple[str, str] = ("", "")) -> str:
 
 
 def datasets_of(training: Mapping[str, Any]) -> dict[str, str]:
-    """Data sets on the Hub that an adapter was trained on, with their licences.
-
-    ``training`` is `AdapterInfo`'s: ``data`` a source or a mixture, ``data_sets`` what the
-    examples themselves say.
-    """
+    """Data sets on the Hub that a run (`AdapterInfo.training`) trained on, with their licences."""
     found = dict(training.get("data_sets") or {})
     for source in _texts(training.get("data")):
         found |= data_sets_in(source)
@@ -251,8 +237,7 @@ NOTE = (
     "prefill of the base answers. Recomputed: share of context tokens. TTFT: time to first token, "
     "chunks cached."
 )
-SHOWN = ("EM", "F1")
-"""Titles of headline scores that have a column in any case."""
+SHOWN = ("EM", "F1")  # titles of headline scores that have a column in any case
 INTERVALS = (("em", "ci95"), ("f1", "f1_ci95"))
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,11 +15,71 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import httpx, validate_repo_id
 from rich.console import Console
 
-from blocktune.adapter import OWN_WEIGHTS, AdapterInfo
+from blocktune.adapter import INFO_FILE, OWN_WEIGHTS, PEFT_FILE, AdapterInfo
 from blocktune.check import check_adapter
 from blocktune.hub.card import CardFacts, card, read_results, served_by
-from blocktune.hub.files import Source, files_of, is_published
 from blocktune.prompt import LayoutSpec
+from blocktune.provenance import public
+
+PUBLISHED = (
+    *("*.safetensors", "*.safetensors.index.json", PEFT_FILE, INFO_FILE, "config.json"),
+    *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model"),
+    *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+)
+"""Names of what is published; checkpoints, logs and optimizer states stay at home."""
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_OF_THE_RUN = ("training_args.bin",)
+_OF_A_CHECKPOINT = ("optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*.pth")
+
+Source = Path | bytes
+
+
+def files_of(folder: Path, info: AdapterInfo, base: str) -> dict[str, Source]:
+    """What is sent of a folder, by name; JSON that names the base gets its name on the Hub."""
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    for name in names:
+        if any(fnmatch(name, pattern) for pattern in _OF_A_CHECKPOINT):
+            raise ValueError(
+                f"'{folder}' is a checkpoint to resume from (it holds '{name}'); push "
+                f"the finished adapter, '{folder.parent}', or a copy of this folder without "
+                "*.pt and *.pth"
+            )
+        if any(fnmatch(name, pattern) for pattern in PICKLES) and name not in _OF_THE_RUN:
+            raise ValueError(
+                f"'{folder}' holds '{name}', a pickle, which can run code where it is loaded; "
+                "save its weights as safetensors and remove it"
+            )
+    kept = {name: folder / name for name in names if is_published(name)}
+    if not any(name.endswith(".safetensors") for name in kept):
+        raise ValueError(f"'{folder}' holds no weights (*.safetensors); nothing to publish")
+    rewritten: dict[str, Source] = {INFO_FILE: _info(info, base)}
+    if PEFT_FILE in kept:
+        rewritten[PEFT_FILE] = _peft(folder / PEFT_FILE, info, base)
+    return kept | rewritten
+
+
+def is_published(name: str) -> bool:
+    """Whether a file of this name is one that `files_of` publishes."""
+    return any(fnmatch(name, pattern) for pattern in PUBLISHED)
+
+
+def _info(info: AdapterInfo, base: str) -> bytes:
+    training = public(info.training)
+    whole = info.base_model == OWN_WEIGHTS
+    if whole and "started_from" in training:
+        training["started_from"] = base
+    named = replace(info, base_model=OWN_WEIGHTS if whole else base, training=training)
+    return _json(named.to_dict())
+
+
+def _peft(path: Path, info: AdapterInfo, base: str) -> bytes:
+    values = json.loads(path.read_text(encoding="utf-8"))
+    return _json(values | {"base_model_name_or_path": base, "revision": info.base_revision})
+
+
+def _json(values: dict) -> bytes:
+    return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
+
 
 CARD_FILE = "README.md"
 
@@ -54,14 +116,8 @@ def prepare(
 ) -> Publication:
     """Checks an adapter's folder and gathers what is published of it; nothing is sent.
 
-    Args:
-        adapter: Its folder.
-        repo: ``USER/NAME``.
-        facts: For the card.
-        model: The base for the check, which runs in ``dtype`` on ``device``; None: the adapter's.
-        dtype: As `Engine.from_pretrained` has it.
-        device: As `Engine.from_pretrained` has it.
-        token: Of the Hub, to ask for the base's licence; None: as `send`.
+    The check runs on the base ``model`` (default: the adapter's own). ``token`` is to ask the Hub
+    for the base's licence.
 
     Raises:
         ValueError: In one line, if a check fails, others cannot load the base, the licence is
@@ -90,14 +146,11 @@ def prepare(
 
 
 def send(publication: Publication, *, private: bool = False, token: str | None = None) -> Sent:
-    """Creates the repository if needed and commits all files at once.
+    """Creates the repository if needed and commits all files at once; a ValueError if refused.
 
     Files of an earlier push that this one does not have are deleted: weights left over would be
-    loaded with the new ones. ``private`` is for a new repository; without a ``token``, that of
-    ``hf auth login`` or ``HF_TOKEN`` is taken.
-
-    Raises:
-        ValueError: If the Hub refuses.
+    loaded with the new ones. ``private`` is for a new repository; without a ``token``, that of ``hf
+    auth login`` or ``HF_TOKEN`` is taken.
     """
     api = HfApi(token=token)
     try:

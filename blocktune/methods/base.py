@@ -66,29 +66,19 @@ class Axis(Enum):
 
 @dataclass(frozen=True)
 class Method:
-    """A reuse method. Subclasses are frozen dataclasses; their fields are their parameters.
+    """A reuse method. Subclasses are frozen dataclasses; their fields are their parameters."""
 
-    Class attributes:
-        source: Paper or code it follows; may be empty.
-        weights: What the model must be trained for.
-        cached: What comes from a cache.
-        history: Where chunks of earlier prompts come from, a `PromptHistory`; None: each is encoded
-            alone.
-        warm_up: Prompts over the same chunks that are served before each one, in full, in another
-            order and off the clock: a history for measurements that begin with empty caches.
-        keeps_context: False only for the baseline that answers without chunks.
-        exact_on_one_chunk: Whether one chunk with nothing before it equals full prefill.
-        layer_budget: Share of the context's layer-tokens to recompute, or None: what follows from
-            the parameters of its selector.
-    """
-
-    source: ClassVar[str] = ""
-    weights: ClassVar[Weights] = Weights.ANY
-    cached: ClassVar[Cached] = Cached.CHUNKS
+    source: ClassVar[str] = ""  # paper or code it follows
+    weights: ClassVar[Weights] = Weights.ANY  # what the model must be trained for
+    cached: ClassVar[Cached] = Cached.CHUNKS  # what comes from a cache
+    # Where chunks of earlier prompts come from; None: each is encoded alone.
     history: ClassVar[PromptHistory | None] = None
+    # Prompts over the same chunks that are served before each one, in full, in another order and
+    # off the clock: a history for measurements that begin with empty caches.
     warm_up: ClassVar[int] = 0
-    keeps_context: ClassVar[bool] = True
-    exact_on_one_chunk: ClassVar[bool] = True
+    keeps_context: ClassVar[bool] = True  # False: the baseline that answers without chunks
+    exact_on_one_chunk: ClassVar[bool] = True  # equal to full prefill, with nothing before it
+    # Share of the context's layer-tokens to recompute; None: by the selector's parameters.
     layer_budget: ClassVar[float | None] = None
 
     @property
@@ -103,14 +93,10 @@ class Method:
         return frozenset(a for a in Axis if getattr(own, a.value) is not getattr(Method, a.value))
 
     def layout_for(self, trained: LayoutSpec | None) -> LayoutSpec:
-        """The layout to serve with, given what the model was trained for.
+        """The layout to serve with, given the one that the model's adapter was trained with.
 
-        Args:
-            trained: The layout that the model's adapter was trained with, or None without one.
-
-        Raises:
-            ValueError: If the method needs another adapter, or does not declare that it serves the
-                learned tokens of this one.
+        Raises ValueError if the method needs another adapter, or does not declare that it serves
+        the learned tokens of this one.
         """
         # An adapter trained in full attention has no layout of chunks to serve.
         block = trained if trained is not None and trained.block else None
@@ -155,8 +141,7 @@ class Method:
     def select_for(self, num_layers: int) -> Selection:
         """The selector for a model of ``num_layers``, at the layer budget if there is one.
 
-        Raises:
-            ValueError: If the budget cannot be met.
+        Raises ValueError if the budget cannot be met.
         """
         if self.layer_budget is None:
             return self.select()

@@ -122,16 +122,12 @@ def compose(
         reshape: The reshape, likewise.
         layout: Fields of `LayoutSpec` to set, of those in `LAYOUT_FIELDS`.
         budget: Share of the context tokens that the selector may choose, in [0, 1].
-        layer_budget: Share of the context's layer-tokens to recompute, in [0, 1]: the
-            `recompute_ratio` of an answer, layers that are computed in full included.
+        layer_budget: Share of the context's layer-tokens to recompute, in [0, 1].
         name: Its name in tables; by default as it is written on the command line.
 
-    Returns:
-        A method like any other.
-
     Raises:
-        ValueError: In one line, if a name, a key or a value is unknown, presets decide the same
-            axis or need different weights, or a preset takes nothing from cached chunks.
+        ValueError: If a name, a key or a value is unknown, presets decide the same axis or need
+            different weights, or a preset takes nothing from cached chunks.
     """
     terms = tuple(
         METHODS.build(term) if isinstance(term, str) else term for term in (base, *others)
@@ -147,11 +143,7 @@ def compose(
         if budget is not None:
             raise ValueError("budget and layer_budget exclude each other; drop one")
     if layout:
-        layout = current_keys(layout, LAYOUT_FIELDS, "layout")
-        if unknown := sorted(layout.keys() - set(LAYOUT_FIELDS)):
-            known = ", ".join(LAYOUT_FIELDS)
-            raise ValueError(f"layout: cannot set '{unknown[0]}' of a method; known: {known}")
-        given[Axis.LAYOUT] = layout
+        given[Axis.LAYOUT] = layout = _layout_changes(layout)
     spending = "" if layer_budget is None else f" at {layer_budget:.1%} of the layer-tokens"
     made = Composition(
         label=name or format_method(terms, given) + spending,
@@ -168,6 +160,14 @@ def compose(
     )
     made.layout(LayoutSpec())  # a value out of range is refused here
     return made
+
+
+def _layout_changes(layout: Mapping[str, Any]) -> dict[str, Any]:
+    layout = current_keys(layout, LAYOUT_FIELDS, "layout")
+    if unknown := sorted(layout.keys() - set(LAYOUT_FIELDS)):
+        known = ", ".join(LAYOUT_FIELDS)
+        raise ValueError(f"layout: cannot set '{unknown[0]}' of a method; known: {known}")
+    return layout
 
 
 def _choose(axis: Axis, choice: Any) -> Any:

@@ -48,11 +48,7 @@ class Description(NamedTuple):
 
 
 def describe_method(name: str) -> Description:
-    """The row of one preset.
-
-    Raises:
-        ValueError: If the name is unknown.
-    """
+    """The row of one preset; ValueError if the name is unknown."""
     method = METHODS.find(name)()
     axes = tuple(sorted(axis.value for axis in method.axes))
     if method.cached is not Cached.CHUNKS:

@@ -28,9 +28,8 @@ Ids = tuple[int, ...]
 class PrefilledBatch(NamedTuple):
     """A batch after its prefill.
 
-    A chunk's tokens have the group `GLOBAL` if its prompt was computed in full.
-    ``chunk_attention`` is what each column's row pays each chunk, mean over heads and layers,
-    ``(B, N, C)``; made for rows of the question and of prompts computed in full.
+    A chunk's tokens have the group `GLOBAL` if its prompt was computed in full. ``chunk_attention``
+    is made for rows of the question and of prompts computed in full.
     """
 
     pieces: Sequence[Pieces]  # the prompts
@@ -40,21 +39,15 @@ class PrefilledBatch(NamedTuple):
 
 
 class PromptHistory(ABC):
-    """Serves chunks as earlier prompts computed them, instead of encoding each alone.
+    """Serves chunks as earlier prompts computed them, instead of encoding each alone."""
 
-    Attributes:
-        exact_alone: Whether a prompt of one chunk with nothing before it equals full prefill.
-    """
-
-    exact_alone: bool = False
+    exact_alone: bool = False  # whether one chunk with nothing before it equals full prefill
 
     @abstractmethod
     def lookup(self, store: ChunkStore, fingerprint: str, pieces: Pieces) -> list[Ids] | None:
         """The tokens that each chunk of a prompt was encoded after, in the entry to be used.
 
-        Returns:
-            One tuple a chunk, `blocktune.cache.key_after` names the entries; or None: this prompt
-            is computed in full.
+        Entries are named by `blocktune.cache.key_after`. None: this prompt is computed in full.
         """
 
     @abstractmethod
@@ -75,14 +68,10 @@ class ChunkLoader(ABC):
 
     When `DamagedChunk` is raised inside, the engine serves the batch again without the loader:
     the store then rejects the chunk, and it is encoded again.
-
-    Attributes:
-        waited_s: Seconds that the prefill waited for chunks: they count as loading.
-        report: What `Usage.loading` shows, a dataclass or None.
     """
 
-    waited_s: float = 0.0
-    report: Any = None
+    waited_s: float = 0.0  # seconds that the prefill waited for chunks: they count as loading
+    report: Any = None  # what `Usage.loading` shows, a dataclass or None
 
     @abstractmethod
     def lookup(self, key: str, token_ids: Sequence[int] | Tensor, fingerprint: str) -> Lookup:

@@ -36,14 +36,10 @@ ENTRY_KEYS = (
 
 
 def build(method: str, **parameters: Any) -> Method:
-    """Builds a method from its name, or from a composition.
+    """Builds a method from its name, or a composition such as ``naive + deviation 15 %``.
 
-    Args:
-        method: Such as ``epic``, ``kvlink + epic``, ``block-attention + deviation 15 %``.
-        parameters: Of the first preset, instead of its defaults.
-
-    Raises:
-        ValueError: In one line, if it cannot be parsed, or a name, a parameter or a value is wrong.
+    ``parameters`` are the first preset's. Raises ValueError, in one line, if it cannot be parsed,
+    or a name, a parameter or a value is wrong.
     """
     texts = [" ".join(part.split()) for part in re.split(r"\s\+\s", f" {method} ")]
     first, *others = map(_match, texts)
@@ -66,15 +62,11 @@ def build(method: str, **parameters: Any) -> Method:
 
 
 def build_entry(entry: str | Mapping[str, Any]) -> Method:
-    """Builds a method from a YAML entry.
+    """Builds a method from a YAML entry: what `build` takes, or a mapping.
 
-    Args:
-        entry: What `build` takes, or a mapping such as ``{name: mine, preset: block-attention,
-            select: {deviation: {ratio: 0.15}}}``. Without ``preset``, ``name`` is the method;
-            ``params`` are the preset's; the other keys are those of `compose`.
-
-    Raises:
-        ValueError: If a key is unknown or a value is not accepted.
+    Such as ``{name: mine, preset: block-attention, select: {deviation: {ratio: 0.15}}}``. Without
+    ``preset``, ``name`` is the method; ``params`` are the preset's; the other keys are those of
+    `compose`. Raises ValueError if a key is unknown or a value is not accepted.
     """
     if isinstance(entry, str):
         return build(entry)
@@ -103,8 +95,7 @@ def default_method(trained: LayoutSpec | None) -> Method:
 def parse_method(text: str, parameters: Mapping[str, Any] | None = None) -> Method:
     """Builds a method from the command line: what `build` takes, or a YAML or JSON mapping.
 
-    Raises:
-        ValueError: If it cannot be parsed, or parameters are given twice.
+    Raises ValueError if it cannot be parsed, or parameters are given twice.
     """
     if not text.lstrip().startswith("{"):
         return build(text, **(parameters or {}))

@@ -56,13 +56,7 @@ class ReshapedAttention:
     It keeps a bitmap of reused tokens per layer, at first all tokens of chunks: the rows that a
     plan attends with were just written over their columns. So the bitmap follows what was executed,
     also where a selector drops or adds rows between layers, and decoded tokens read the same one.
-
-    Args:
-        reshape: Changes the scores.
-        columns: Facts of the cache's columns, ``(B, N)``.
-
-    Attributes:
-        multiply_adds: Of surveys, which compute scores of their own, ``(B,)``.
+    Surveys compute scores of their own: ``multiply_adds`` ``(B,)``.
     """
 
     def __init__(self, reshape: Reshape, columns: Rows):

@@ -27,11 +27,8 @@ ATTENDING = ("full_attention", "sliding_attention", "chunked_attention", "attent
 def require_supported(model: PreTrainedModel) -> RopeSpec:
     """Refuses a model whose cached chunks could not be moved; returns how to move them.
 
-    The frequencies are those that this model itself rotates with. The model may be a PEFT model,
-    quantised or split over processes: nothing runs through it.
-
-    Raises:
-        Refused: In one line, the property that stands in the way.
+    The frequencies are those that this model itself rotates with. It may be a PEFT model, quantised
+    or split over processes: nothing runs through it. `Refused` names what stands in the way.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = base.config.get_text_config()
@@ -44,12 +41,8 @@ def require_supported(model: PreTrainedModel) -> RopeSpec:
 def examine(config: PreTrainedConfig, cls: type[PreTrainedModel] | None = None) -> Structure:
     """Asks whether chunk reuse is exact on the models of a configuration, before any is loaded.
 
-    Args:
-        config: Of the text model or of a multimodal one around it.
-        cls: The model's class; None: the causal language model that transformers has for it.
-
-    Raises:
-        Refused: See `require_supported`.
+    ``config`` is of the text model or of a multimodal one around it; ``cls`` the model's class, by
+    default what transformers has for it. `Refused` names what stands in the way.
     """
     whole, config = config, config.get_text_config(decoder=True)
     cls = cls or causal_class(config) or causal_class(whole)
@@ -135,11 +128,7 @@ def exact_length(config: PreTrainedConfig) -> int | None:
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The model's decoder layers, through a PEFT wrapper or not.
-
-    Raises:
-        Refused: If no list has as many layers as the config says.
-    """
+    """The model's decoder layers, through a PEFT wrapper or not; else raises `Refused`."""
     depth = model.config.get_text_config().num_hidden_layers
     for name, module in model.named_modules():
         if name.endswith("layers") and isinstance(module, nn.ModuleList) and len(module) == depth:

@@ -36,7 +36,7 @@ def base_fingerprint(model: PreTrainedModel, state: Mapping[str, Tensor] | None 
         state: The weights by name, if a launch has split those in ``model`` over processes.
 
     Returns:
-        Three parts joined by ``-``: architecture, plain weights, linear weights or `QUANTISED`.
+        Architecture, plain weights and linear weights (or `QUANTISED`), joined by ``-``.
 
     Raises:
         ValueError: If a weight is not in memory.

@@ -52,7 +52,7 @@ def load_base(
     recurrent: bool = False,
     what: str = "a language model",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads a causal language model without any adapter, and its tokenizer.
+    """Loads a causal language model without any adapter, and its tokenizer, in evaluation mode.
 
     Of a multimodal model, the text model is loaded. GGUF weights are dequantised.
 
@@ -64,20 +64,14 @@ def load_base(
         revision: Of the repository.
         quantize: One of `blocktune.models.quantize.QUANTIZATIONS` or a configuration; None: as
             saved.
-        place: Whether to move the weights to the device. A trainer that moves or splits them
-            itself says False; quantised weights are made on the device in any case.
-        recurrent: Whether to load a model with recurrent layers, too: prompts in full are all that
-            it can be used for.
+        place: Whether to move the weights to the device; quantised ones are made there in any case.
+        recurrent: Whether to load a model with recurrent layers, too: for prompts in full only.
         what: What is loaded, for the error.
-
-    Returns:
-        The model in evaluation mode, and the tokenizer.
 
     Raises:
         ValueError: If there is no such model, device, dtype or quantization, or the model is
             saved quantised and ``quantize`` is given.
-        Refused: If chunk reuse would be wrong on the model, before its weights are read; see
-            `blocktune.models.gate`.
+        Refused: If chunk reuse would be wrong on the model, before its weights are read.
     """
     bare, revision = pinned(name, revision)
     bare, extra = _gguf(bare)
@@ -104,12 +98,7 @@ def load_base(
 
 
 def examine_base(name: str) -> None:
-    """Asks `examine` about a model by its name, without loading it.
-
-    Raises:
-        ValueError: If there is no such model.
-        Refused: If chunk reuse would be wrong on it.
-    """
+    """Asks `examine` about a model by its name, without loading it; ValueError if there is none."""
     bare, revision = pinned(name)
     bare, extra = _gguf(bare)
     with _explained(name, "a language model"):
@@ -234,8 +223,7 @@ def check_dtype(name: str) -> None:
 def pinned(name: str | Path, revision: str | None = None) -> tuple[str, str | None]:
     """Splits ``USER/NAME@REVISION``, or takes a separate revision; a local folder has none.
 
-    Raises:
-        ValueError: If two revisions are given, or an empty one.
+    Raises ValueError if two revisions are given, or an empty one.
     """
     if Path(name).exists():
         return str(name), revision
@@ -248,11 +236,7 @@ def pinned(name: str | Path, revision: str | None = None) -> tuple[str, str | No
 
 
 def adapter_folder(adapter: str | Path, revision: str | None = None) -> Path:
-    """The adapter's local folder, fetched from the Hub if it is not local.
-
-    Raises:
-        ValueError: If it is neither a folder nor a repository that can be reached.
-    """
+    """The adapter's local folder, fetched from the Hub if need be; ValueError if there is none."""
     name, revision = pinned(adapter, revision)
     if Path(name).is_dir():
         return Path(name)

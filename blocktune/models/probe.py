@@ -47,17 +47,11 @@ class Rotated(NamedTuple):
 
 
 class Structure(NamedTuple):
-    """What `examine` found.
+    """What `examine` found."""
 
-    Attributes:
-        layers: How each layer rotates its keys.
-        windows: Sliding window of each layer, in tokens.
-        max_tokens: Length up to which reuse is exact, None without such a limit.
-    """
-
-    layers: tuple[Rotated, ...]
-    windows: tuple[int | None, ...]
-    max_tokens: int | None
+    layers: tuple[Rotated, ...]  # how each layer rotates its keys
+    windows: tuple[int | None, ...]  # sliding window of each layer, in tokens
+    max_tokens: int | None  # length up to which reuse is exact, None without such a limit
 
 
 NO_ROTARY = (
@@ -103,13 +97,10 @@ class Probe:
     def __init__(
         self, name: str, model: PreTrainedModel, length: int | None, small_length: int | None
     ):
-        """Runs and attaches ``model``.
+        """Runs and attaches ``model``, a small one that is not used afterwards.
 
-        Args:
-            name: Of its class, for refusals.
-            model: Small, and not used afterwards.
-            length: Up to which reuse is exact on the models that it stands for, None: any.
-            small_length: The same of ``model`` itself.
+        ``name`` is its class's, for refusals; ``length`` that up to which reuse is exact on the
+        models it stands for (None: any), ``small_length`` that of the small model.
         """
         self.name, self.decoder, self.length = name, decoder_of(model), length
         self.depth = self.decoder.config.num_hidden_layers
@@ -266,22 +257,11 @@ class Probe:
 
 def _full(rows: int) -> Layout:
     """A prompt in full attention."""
-    count = torch.arange(rows)[None]
-
-    def all_rows(value: int) -> Tensor:
-        return torch.full_like(count, value)
-
-    return Layout(
-        kind=all_rows(int(Kind.QUERY)),
-        chunk=all_rows(NO_CHUNK),
-        offset=count,
-        position=count,
-        order=count,
-        group=all_rows(GLOBAL),
-        sample=all_rows(0),
-        supersedes=all_rows(NO_ROW),
-        until=all_rows(FOREVER),
-    )
+    at = torch.arange(rows)[None]
+    values = {"kind": int(Kind.QUERY), "chunk": NO_CHUNK, "group": GLOBAL, "sample": 0}
+    values |= {"supersedes": NO_ROW, "until": FOREVER}
+    same = {name: torch.full_like(at, value) for name, value in values.items()}
+    return Layout(offset=at, position=at, order=at, **same)
 
 
 def _layers(missing: list[int]) -> str:

@@ -17,10 +17,8 @@ QUANTIZATIONS = ("nf4", "nf4-double", "fp4", "fp4-double", "int8")
 def quantization_config(name: str, dtype: torch.dtype) -> BitsAndBytesConfig:
     """How transformers quantises a base (one of `QUANTIZATIONS`) while it loads it.
 
-    4-bit weights are computed with in ``dtype``; 8-bit weights are multiplied as integers.
-
-    Raises:
-        ValueError: If the name is unknown, or bitsandbytes is not installed.
+    4-bit weights are computed with in ``dtype``; 8-bit weights are multiplied as integers. Raises
+    ValueError if the name is unknown, or bitsandbytes is not installed.
 
     Source: QLoRA, arXiv:2305.14314; LLM.int8(), arXiv:2208.07339.
     """
@@ -62,9 +60,8 @@ def keep_stored_codes(model: nn.Module) -> None:
     """Keeps 4-bit weights as they were stored, on every CPU.
 
     On a CPU with AVX512-BF16, bitsandbytes 0.50 rewrites them in place at the first forward pass
-    without gradients: their scales lose 16 bits, products are bfloat16 even in a float32 model,
-    and a later pass with gradients runs through a kernel that has none. What is served would differ
-    from what was trained, and a cache would carry the name of weights that no longer exist.
+    without gradients: their scales lose 16 bits, products are bfloat16 even in a float32 model, and
+    a later pass with gradients has no kernel. A cache would name weights that no longer exist.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

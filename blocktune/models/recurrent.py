@@ -24,22 +24,15 @@ REUSE_REFUSED = (
 class Recurrence:
     """How a model continues from a cache.
 
-    Attributes:
-        argument: What its `forward` calls the cache.
-        several: Whether one pass over several tokens continues from a state. Mamba-1 layers (Jamba)
-            start from zero unless they get one token at a time.
-        last_only: Whether it can leave out the logits of all tokens but the last.
+    Mamba-1 layers (Jamba) start from zero unless they get one token at a time: not ``several``.
     """
 
-    argument: str
-    several: bool
-    last_only: bool
+    argument: str  # what its `forward` calls the cache
+    several: bool  # whether a pass over several tokens continues from a state
+    last_only: bool  # whether it can leave out all logits but the last
 
     def run(self, model: PreTrainedModel, cache: DynamicCache, ids: Tensor, fresh: bool) -> Tensor:
-        """Logits ``(1, V)`` after ``ids`` ``(1, S)``, which the cache then holds, too.
-
-        ``fresh``: Whether it holds nothing yet.
-        """
+        """Logits ``(1, V)`` after ``ids`` ``(1, S)``, which the cache holds then."""
         more = {"logits_to_keep": 1} if self.last_only else {}
         steps = [ids] if fresh or self.several else ids.split(1, dim=1)
         for step in steps:
@@ -52,9 +45,7 @@ def find_recurrence(model: PreTrainedModel) -> Recurrence | None:
     """How a model with recurrent layers continues from a cache; None if it has no such layer.
 
     Eight tokens are run, in one pass and in two, to see that the second continues from the first.
-
-    Raises:
-        ValueError: If the model does not continue its own cache, or has sliding windows as well.
+    Raises ValueError if it does not, or the model has sliding windows as well.
     """
     try:
         cache = DynamicCache(config=model.config)

@@ -26,10 +26,7 @@ def gathered(*weights: Tensor, write: bool = False) -> Iterator[None]:
 
 
 def fill(weight: Tensor, values: Tensor) -> None:
-    """Writes values of the whole shape, the same in every process, into a parameter.
-
-    ZeRO-3 or FSDP2 may have split the parameter.
-    """
+    """Writes values of the whole shape, equal in every process, into a parameter, split or not."""
     if hasattr(weight, "device_mesh"):  # FSDP2's
         from torch.distributed.tensor import distribute_tensor
 

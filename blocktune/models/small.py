@@ -41,9 +41,9 @@ _DROPPED = ("quantization_config", "dtype", "transformers_version", "architectur
 
 
 def config_value(config: PreTrainedConfig, *names: str) -> Any:
-    """The first of several fields that has a value; of one that differs by layer, the common one.
+    """The first of several fields that has a value, or None.
 
-    Names are transformers' standard ones or the configuration's own. None if none has a value.
+    Names are transformers' standard ones or the configuration's own.
     """
     values = config.to_dict()
     given = (values.get(config.attribute_map.get(name, name)) for name in names)
@@ -59,12 +59,10 @@ def causal_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
 def small_config(
     config: PreTrainedConfig, *, heads: int = 2, layers: int | None = None
 ) -> PreTrainedConfig:
-    """A copy with small widths.
+    """A copy of a text model's configuration with small widths.
 
-    Args:
-        config: Of a text model.
-        heads: Query heads; half as many for keys where the model shares them.
-        layers: Keep only the first ones; None: all.
+    It has ``heads`` query heads (half as many for keys where they are shared), and only the first
+    ``layers``; None: all.
     """
     values = {k: v for k, v in config.to_dict().items() if k not in _DROPPED}
     names = config.attribute_map
@@ -122,10 +120,7 @@ def small_model(config: PreTrainedConfig, cls: type[PreTrainedModel]) -> PreTrai
     """A random float32 model on the CPU, in evaluation mode; the same at every call.
 
     Matrices keep the size of what they are applied to, and norms and biases are random too, so that
-    everything counts. The state of torch's random numbers is left as it was.
-
-    Raises:
-        ValueError: If it would not be small.
+    everything counts. Torch's random state is left as it was. Raises ValueError if it is not small.
     """
     with torch.device("meta"), quiet(), suppress(RuntimeError):  # some need values to be built
         count = sum(weight.numel() for weight in cls(config).parameters())

@@ -10,15 +10,10 @@ PLACEMENTS = ("sequential", "parallel", "composite", "reserved")
 
 
 class Placement(NamedTuple):
-    """First position of each piece.
+    """First position of each piece."""
 
-    Attributes:
-        chunks: Of each chunk (with the links that belong to it).
-        query: Of the query.
-    """
-
-    chunks: tuple[int, ...]
-    query: int
+    chunks: tuple[int, ...]  # of each chunk (with the links that belong to it)
+    query: int  # of the query
 
 
 def place(
@@ -39,8 +34,7 @@ def place(
     Raises:
         ValueError: If the placement is unknown, or a chunk does not fit into its slot.
 
-    Source: APE arXiv:2502.05431 (parallel), TurboRAG arXiv:2410.07590 (composite), PromptCache
-    arXiv:2311.04934 (reserved).
+    Source: APE arXiv:2502.05431, TurboRAG arXiv:2410.07590, PromptCache arXiv:2311.04934.
     """
     total = prefix_length + sum(chunk_lengths)
     if placement == "sequential":

@@ -9,22 +9,12 @@ from torch import Tensor
 
 
 class LayerRope(NamedTuple):
-    """How one layer rotates its keys.
+    """How one layer rotates its keys."""
 
-    Attributes:
-        inv_freq: Radians per position of each pair of dimensions, float32 ``(P,)``; empty if the
-            layer does not rotate its keys.
-        start: First rotated dimension of a head; ``2 P`` are rotated, the others are not.
-        interleaved: Whether pairs are neighbours, ``(0, 1), (2, 3), ...`` (GPT-J, Cohere, GLM),
-            instead of one dimension of each half, ``(0, P), (1, P + 1), ...`` (GPT-NeoX, Llama).
-        in_values: Whether the cache keeps what is rotated in the place of its values: DeepSeek's
-            keeps latents as keys, and the rotated part of the keys as values.
-    """
-
-    inv_freq: Tensor
-    start: int = 0
-    interleaved: bool = False
-    in_values: bool = False
+    inv_freq: Tensor  # radians per position of each pair, float32 (P,); may be empty
+    start: int = 0  # first of the 2 P rotated dimensions of a head
+    interleaved: bool = False  # pairs are neighbours (GPT-J, Cohere), not halves (Llama)
+    in_values: bool = False  # what is rotated is cached as values (DeepSeek's latents)
 
     def of_keys(self, dim: int) -> LayerRope:
         """The rotation of keys of ``dim`` dimensions, as attention sees them."""
@@ -33,32 +23,19 @@ class LayerRope(NamedTuple):
 
 
 class RopeSpec(NamedTuple):
-    """How a model rotates its keys; `blocktune.models.gate.require_supported` finds it.
+    """How a model rotates its keys; `blocktune.models.gate.require_supported` finds it."""
 
-    Attributes:
-        layers: Of each layer.
-        max_tokens: Prompt length up to which moving keys is exact, where that is less than the
-            model's context (see `blocktune.models.gate`), else None.
-    """
-
-    layers: tuple[LayerRope, ...]
-    max_tokens: int | None = None
+    layers: tuple[LayerRope, ...]  # of each layer
+    max_tokens: int | None = None  # length up to which moving keys is exact, if limited
 
 
 class Rotation(NamedTuple):
-    """The rotation that moves each token, the same for all heads.
+    """The rotation that moves each token, the same for all heads."""
 
-    Attributes:
-        cos: ``(..., S, P)`` float32, of unit norm with ``sin``.
-        sin: Likewise.
-        start: As in `LayerRope`.
-        interleaved: As in `LayerRope`.
-    """
-
-    cos: Tensor
-    sin: Tensor
-    start: int = 0
-    interleaved: bool = False
+    cos: Tensor  # ``(..., S, P)`` float32, of unit norm with ``sin``
+    sin: Tensor  # likewise
+    start: int = 0  # as in `LayerRope`
+    interleaved: bool = False  # as in `LayerRope`
 
     @classmethod
     def of(cls, shift: Tensor, rope: LayerRope) -> Rotation:
@@ -110,12 +87,10 @@ def relocate_keys(keys: Tensor, shift: Tensor, rope: LayerRope) -> Tensor:
 
 
 def rotate_keys(keys: Tensor, rotation: Rotation, out: Tensor | None = None) -> Tensor:
-    """Rotates keys; see `relocate_keys`.
+    """Rotates keys ``(B, K, S, D)``; see `relocate_keys`.
 
-    Args:
-        keys: ``(B, K, S, D)``.
-        rotation: Broadcastable to the rotated dimensions.
-        out: Where the result goes, shaped like ``keys`` and no part of them; not differentiable.
+    ``rotation`` is broadcastable to the rotated dimensions. The result goes into ``out``, shaped
+    like the keys and no part of them, if given; it is then not differentiable.
     """
     cos, sin = rotation.cos, rotation.sin
     result = keys.clone() if out is None else out

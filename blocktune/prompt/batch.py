@@ -34,13 +34,8 @@ class Batch:
 def stack(prompts: Sequence[Prompt], pad_id: int, side: str = "right") -> Batch:
     """Pads prompts to the longest, one row of the batch each.
 
-    Args:
-        prompts: At least one.
-        pad_id: Token id of pad rows, which see nothing and are not seen.
-        side: Where the pads go, ``'right'`` or ``'left'``.
-
-    Raises:
-        ValueError: If there is no prompt or ``side`` is unknown.
+    Pad rows of token ``pad_id`` stand at ``side`` (``'right'`` or ``'left'``); they see nothing and
+    are not seen. Raises ValueError if there is no prompt or the side is unknown.
     """
     if not prompts:
         raise ValueError("stack needs at least one prompt, got none")
@@ -66,12 +61,9 @@ def stack(prompts: Sequence[Prompt], pad_id: int, side: str = "right") -> Batch:
 
 
 def pack(prompts: Sequence[Prompt]) -> Prompt:
-    """Joins prompts into one row of a batch that never see each other.
+    """Joins prompts, at least one, into one row of a batch that never see each other.
 
     Every prompt has its own positions; ``order`` continues and ``sample`` counts the prompts.
-
-    Raises:
-        ValueError: If there is no prompt.
     """
     if not prompts:
         raise ValueError("pack needs at least one prompt, got none")
@@ -95,10 +87,7 @@ def _renumber(layout: Layout, rows_before: int) -> Layout:
 
 
 def show(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
-    """Decodes a prompt run by run, each under a line that describes its rows.
-
-    Learned tokens have no text and are written as ``<link 0>``. Pads are left out.
-    """
+    """Decodes a prompt run by run, each under a line that describes its rows; pads are left out."""
     names = ("sample", "kind", "chunk", "group", "position", "offset")
     columns = [getattr(prompt.layout, name)[0].tolist() for name in names]
     runs = groupby(zip(*columns, prompt.ids, strict=True), key=lambda row: row[:4])

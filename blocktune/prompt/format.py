@@ -42,11 +42,7 @@ class Chunk:
 
 
 def require_unicode(text: str, name: str) -> None:
-    """Refuses half of a surrogate pair, which JSON can spell and no tokenizer can read.
-
-    Raises:
-        ValueError: If the text holds one; ``name`` opens the message.
-    """
+    """Raises ValueError for half of a surrogate pair, which JSON can spell, but is not text."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -136,11 +132,7 @@ class PromptFormat:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PromptFormat:
-        """Inverse of `to_dict`; fields left out keep their default.
-
-        Raises:
-            ValueError: If a key is unknown or a value is not accepted.
-        """
+        """Inverse of `to_dict`; ValueError if a key is unknown. Fields may be left out."""
         return build_strict(cls, values, "prompt format")
 
 

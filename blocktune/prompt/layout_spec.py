@@ -127,11 +127,7 @@ class LayoutSpec:
         return range(self._link_rows + self.num_headers, self.num_learned)
 
     def link_rows(self, chunk: int) -> tuple[int, ...]:
-        """Table rows of the links of the ``chunk``-th chunk, slot by slot.
-
-        Raises:
-            ValueError: If the table goes by chunk and has no rows for this one.
-        """
+        """Table rows of the ``chunk``-th chunk's links, slot by slot; ValueError if it has none."""
         if self.max_chunks and chunk >= self.max_chunks:
             raise ValueError(
                 f"the link table has rows for {self.max_chunks} chunks (max_chunks), a prompt has "
@@ -154,11 +150,7 @@ class LayoutSpec:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LayoutSpec:
-        """Inverse of `to_dict`; fields left out keep their default.
-
-        Raises:
-            ValueError: If a key is unknown or a value is not accepted.
-        """
+        """Inverse of `to_dict`; ValueError if a key is unknown. Fields may be left out."""
         return build_strict(cls, values, "layout")
 
     def _require(self, name: str, accepted: bool, wanted: str) -> None:

@@ -14,21 +14,13 @@ from blocktune.prompt.template import render_conversation, render_frame, render_
 
 
 class Pieces(NamedTuple):
-    """Token ids of one prompt, piece by piece.
+    """Token ids of one prompt, piece by piece."""
 
-    Attributes:
-        prefix: BOS (if the model has one), system turn, opening of the user turn, instruction.
-        chunks: A tuple for each chunk; depends only on the chunk, the format and the tokenizer.
-        query: Question, end of the user turn, opening of the assistant's.
-        answer: Response and end of turn; empty when serving.
-        followups: Further turns in training: the ids of a query and of its answer.
-    """
-
-    prefix: Ids
-    chunks: tuple[Ids, ...]
-    query: Ids
-    answer: Ids = ()
-    followups: tuple[tuple[Ids, Ids], ...] = ()
+    prefix: Ids  # BOS, system turn, opening of the user turn, instruction
+    chunks: tuple[Ids, ...]  # of each: depends only on chunk, format and tokenizer
+    query: Ids  # question, end of the user turn, opening of the assistant's
+    answer: Ids = ()  # response and end of turn; empty when serving
+    followups: tuple[tuple[Ids, Ids], ...] = ()  # further turns in training: query and answer
 
     @property
     def context(self) -> Ids:
@@ -63,9 +55,8 @@ def make_pieces(
         followups: Questions after the answer, and their responses.
 
     Raises:
-        ValueError: If there is no chunk, a chunk has no tokens, the template does not hold user
-            text, followups are given without a response, or BOS does not stand exactly once in
-            the pieces although the model has one.
+        ValueError: If there is no chunk or one has no tokens, the template does not hold user
+            text, followups have no response before, or BOS is not exactly once in the pieces.
     """
     if not chunks:
         raise ValueError("a prompt needs at least one chunk, got an empty list")
@@ -105,9 +96,7 @@ def chunk_ids(tokenizer: PreTrainedTokenizerBase, fmt: PromptFormat, chunk: Chun
     """Tokens of one chunk, wherever it stands: what is encoded, stored and looked up.
 
     Special tokens written out in a passage (``<|eot_id|>``) stay text: it cannot end the turn.
-
-    Raises:
-        ValueError: If the chunk has no tokens.
+    Raises ValueError if the chunk has no tokens.
     """
     ids = encode(tokenizer, fmt.render_chunk(chunk), split_special_tokens=True)
     if not ids:
@@ -132,8 +121,7 @@ def _lead(tokenizer) -> str:
 def next_query_ids(tokenizer: PreTrainedTokenizerBase, fmt: PromptFormat, question: str) -> Ids:
     """Tokens between the end of an assistant's turn and the start of its next: a question.
 
-    Raises:
-        ValueError: If the template does not end the assistant's turn as `end_of_turn` does.
+    Raises ValueError if the template does not end the assistant's turn as `end_of_turn` does.
     """
     texts = UserText(tokenizer)
     ids = texts.encode(render_next(tokenizer, fmt.render_question(question, texts.safe)))
@@ -151,11 +139,8 @@ def next_query_ids(tokenizer: PreTrainedTokenizerBase, fmt: PromptFormat, questi
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> Ids:
     """Tokens that end the assistant's turn; generation stops at the last of them.
 
-    These are what the template writes after the assistant's text, up to the first special token,
-    or the tokenizer's EOS.
-
-    Raises:
-        ValueError: If there is neither.
+    These are what the template writes after the assistant's text, up to the first special token, or
+    the tokenizer's EOS. Raises ValueError if there is neither.
     """
     ids = encode(tokenizer, reply_end(tokenizer))
     known = {*special.special_tokens(tokenizer).values(), tokenizer.eos_token_id}
@@ -179,10 +164,7 @@ def conversation_pieces(
     """Tokenises messages (role, text) and the response: all but the response is the prefix.
 
     The format's ``full_tag`` opens the first message of the user, or the prompt; its ``system`` is
-    the system turn if there is none. Instruction and ``question`` are not used.
-
-    Raises:
-        ValueError: If there is no template, or it does not render these messages.
+    the system turn if there is none. Raises ValueError if no template renders these messages.
 
     Source: KVLink trains on Tulu-3 in full attention this way (``sft``), arXiv:2502.16002.
     """

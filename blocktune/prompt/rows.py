@@ -14,23 +14,16 @@ from blocktune.positions import place
 from blocktune.prompt.layout_spec import LayoutSpec
 from blocktune.prompt.pieces import Pieces
 
-IGNORED = -100
-"""Label of a row that carries no loss."""
+IGNORED = -100  # label of a row that carries no loss
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One row of a batch: token ids, what each row is, and what is learnt.
+    """One row of a batch: token ids, what each row is, and what is learnt."""
 
-    Attributes:
-        ids: Token id of every row, ``S`` of them; link rows hold ``link_base + slot``.
-        layout: ``(1, S)``.
-        labels: ``ids`` on answer rows and -100 elsewhere, not shifted.
-    """
-
-    ids: tuple[int, ...]
-    layout: Layout
-    labels: tuple[int, ...]
+    ids: tuple[int, ...]  # of every row, ``S`` of them; link rows hold ``link_base + slot``
+    layout: Layout  # ``(1, S)``
+    labels: tuple[int, ...]  # ``ids`` on answer rows and -100 elsewhere, not shifted
 
 
 def lay_out(

@@ -12,8 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 Ids = tuple[int, ...]
 
-MOST_TOKENS = 1_000_000
-"""Token ids that are remembered for one tokenizer: about 40 MB."""
+MOST_TOKENS = 1_000_000  # token ids that are remembered for one tokenizer: about 40 MB
 
 _LOCK = threading.Lock()
 """``split_special_tokens`` is a state of a fast tokenizer that every call sets: a call of another
@@ -111,12 +110,7 @@ class UserText:
 
 
 def require_embedded(tokenizer: PreTrainedTokenizerBase, num_rows: int, *pieces: Ids) -> None:
-    """Refuses tokens without an embedding, such as those added to the tokenizer alone.
-
-    Raises:
-        ValueError: If an id is not below ``num_rows``, the rows of the model's embedding; names
-            the token.
-    """
+    """Raises ValueError for a token whose id is not below ``num_rows``, those of the embedding."""
     last = max(max(piece, default=0) for piece in pieces)
     if last >= num_rows:
         raise ValueError(

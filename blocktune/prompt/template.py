@@ -39,10 +39,8 @@ def render_frame(
     """Renders one user turn ``head + chunks + tail`` and opens the assistant's turn.
 
     If the template refuses or drops the system turn (Gemma), its text opens the user turn; None
-    leaves the template's default. Without a chat template the frame is plain text.
-
-    Raises:
-        ValueError: If the template does not render the user's text exactly once.
+    leaves the template's default. Without a chat template the frame is plain text. Raises
+    ValueError if the template does not render the user's text exactly once.
     """
     if tokenizer.chat_template is None:
         parts = [part for part in (system, head) if part]
@@ -74,8 +72,7 @@ def reply_end(tokenizer: PreTrainedTokenizerBase) -> str:
 def render_next(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
     """What follows an assistant's text when the user asks again, up to the next reply.
 
-    Raises:
-        ValueError: If the template does not render a second user turn after a reply.
+    Raises ValueError if the template does not render a second user turn.
     """
     if tokenizer.chat_template is None:
         return f"\n\n{question}{PLAIN_REPLY_CUE}"
@@ -95,8 +92,7 @@ def render_conversation(
 ) -> str:
     """Renders turns (role, text), the user's first and last, and opens the assistant's next.
 
-    Raises:
-        ValueError: If there is no template, or it leaves out some text.
+    Raises ValueError if there is no template, or it leaves out some text.
     """
     wanted = [text.strip() for role, text in turns if role == "user"] + [(system or "").strip()]
     for first in _conversations(system, turns[0][1]) if tokenizer.chat_template else ():

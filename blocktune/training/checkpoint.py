@@ -28,7 +28,6 @@ from blocktune.files import move_entries, move_folder
 from blocktune.models.identity import base_fingerprint, tokenizer_hash
 from blocktune.models.quantize import quantization_of
 from blocktune.models.sharded import fill
-from blocktune.prompt import LayoutSpec, PromptFormat
 from blocktune.provenance import provenance
 from blocktune.training import resume
 from blocktune.training.collator import BlockDataCollator
@@ -43,18 +42,12 @@ def settings(args: TrainingArguments) -> dict[str, Any]:
 
 
 def adapter_info(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    layout: LayoutSpec,
-    fmt: PromptFormat,
-    training: Mapping[str, Any],
-    link_mode: str = "table",
-    link_seed: int = 0,
-    scope: str = "both",
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **named: Any
 ) -> AdapterInfo:
     """The `AdapterInfo` of a model (bare or PEFT) that is about to be trained.
 
-    Neither the model nor the tokenizer has got its link tokens yet.
+    Neither the model nor the tokenizer has got its link tokens yet; ``named`` has the fields that
+    they do not tell.
     """
     config = model.config.get_text_config()
     return AdapterInfo(
@@ -64,28 +57,18 @@ def adapter_info(
         rope=dict(config.rope_parameters or {}),
         base_fingerprint=base_fingerprint(model),
         tokenizer_hash=tokenizer_hash(tokenizer),
-        layout=layout,
-        format=fmt,
-        link_mode=link_mode,
-        link_seed=link_seed,
-        scope=scope,
-        training=dict(training),
+        **named,
     )
 
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """Writes and restores what is blocktune's own in an adapter's folder.
+    """Writes and restores what is blocktune's own in an adapter's folder."""
 
-    Attributes:
-        info: Becomes ``blocktune.json``.
-        config: Every setting of the run; becomes ``resolved_config.yaml``.
-        links_only: The base is frozen and has no PEFT adapter, so it is not written.
-    """
-
-    info: AdapterInfo
+    info: AdapterInfo  # becomes ``blocktune.json``
+    # every setting of the run; becomes ``resolved_config.yaml``
     config: Mapping[str, Any] = field(default_factory=dict)
-    links_only: bool = False
+    links_only: bool = False  # the base is frozen and has no PEFT adapter, so it is not written
 
     def described(self, config: Mapping[str, Any] | None = None, **training: Any) -> AdapterFiles:
         """With more settings, and more of the run's provenance."""
@@ -157,8 +140,8 @@ class SaveLayoutCallback(TrainerCallback):
         collator = self.collator
         collator.num_tokens = links.link_base(model)
         tokenizer, origin = collator.tokenizer, provenance(args.seed)
-        shape = collator.layout, collator.format
-        info = adapter_info(model, tokenizer, *shape, origin, scope=scope_of(model))
+        named = {"layout": collator.layout, "format": collator.format, "training": origin}
+        info = adapter_info(model, tokenizer, **named, scope=scope_of(model))
         files = AdapterFiles(info, {"training": settings(args)})
         save = model.save_pretrained
 
@@ -190,9 +173,8 @@ class StagedSaving(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """As the Trainer's, without what a killed run was about to save.
 
-        Raises:
-            ValueError: If the checkpoint to continue from is damaged, or of a run with other
-                settings, data or base; names what differs.
+        A ValueError names what differs if the checkpoint to continue from is damaged, or of a run
+        with other settings, data or base.
         """
         if resume_from_checkpoint:
             self._continue_from(resume_from_checkpoint)

@@ -35,19 +35,12 @@ def draw_of(seed: int, epoch: int, *keys: object) -> random.Random:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What varies in the layout of a block example.
+    """What varies in the layout of a block example."""
 
-    Attributes:
-        block_dropout: Chance that a chunk joins the group of the one before it, so that it sees
-            that one as in full attention (arXiv:2605.15913).
-        position_jitter: Before every chunk, and before the question, positions jump by 0 to
-            this many.
-
-    Raises:
-        ValueError: If a value is out of range.
-    """
-
+    # chance that a chunk joins the group of the one before it, so that it sees that one as in full
+    # attention (arXiv:2605.15913)
     block_dropout: float = 0.0
+    # before every chunk, and before the question, positions jump by 0 to this many
     position_jitter: int = 0
 
     def __post_init__(self):
@@ -76,10 +69,8 @@ class Augmentation:
 
 
 FULL_ATTENTION = LayoutSpec(block=False)
-NO_SHARE = -1.0
-"""Share of a packed prompt whose fresh rows are not chosen in a layer."""
-MAX_CACHED = 20_000
-"""Rows whose tokens a collator keeps; later ones are tokenised in every epoch."""
+NO_SHARE = -1.0  # share of a packed prompt whose fresh rows are not chosen in a layer
+MAX_CACHED = 20_000  # rows whose tokens a collator keeps; later ones are tokenised in every epoch
 
 
 class LaidOut(NamedTuple):
@@ -232,12 +223,9 @@ class EpochOrder(Sampler[int]):
     Transformers draws groups of similar length from the global stream, which a resume finds in
     another state and dropout may move apart between ranks: rows would come twice or never.
 
-    Args:
-        lengths: Of the rows, in tokens.
-        num_blank: Rows at the end that teach nothing; only the last batch of an epoch has them.
-        group: Rows of one optimizer step, over accumulation and ranks, to be of similar length;
-            None mixes all.
-        seed: Of the order; so is ``epoch``, which is to be set before an epoch begins.
+    The last ``num_blank`` rows teach nothing and come last. The ``group`` rows of one optimizer
+    step, over accumulation and ranks, are of similar length; None mixes all. ``epoch`` is to be set
+    before an epoch begins.
     """
 
     def __init__(self, lengths: Sequence[int], num_blank: int, group: int | None, seed: int):

@@ -38,24 +38,16 @@ PART = {
 }
 FEATURES = Features({"parts": [PART], "length": Value("int32"), "answer_length": Value("int32")})
 COLUMNS = list(FEATURES)
-ROWS_AT_A_TIME = 100
-"""Rows that become columns together: as lists of numbers they are large."""
+ROWS_AT_A_TIME = 100  # rows that become columns together: as lists of numbers they are large
 
 
 class Sample(NamedTuple):
-    """An example in one mode, and how it is said there.
+    """An example in one mode, and how it is said there."""
 
-    Attributes:
-        example: A conversation or a question over chunks.
-        block: In block layout; else in full attention.
-        wording: Its own, or None for the run's.
-        turns: A conversation in full attention is turns of the chat template.
-    """
-
-    example: RagExample
-    block: bool
-    wording: PromptFormat | None = None
-    turns: bool = False
+    example: RagExample  # a conversation or a question over chunks
+    block: bool  # in block layout; else in full attention
+    wording: PromptFormat | None = None  # its own, or None for the run's
+    turns: bool = False  # a conversation in full attention is turns of the chat template
 
 
 def to_sample(row: Any, tokenizer: PreTrainedTokenizerBase, fmt: PromptFormat) -> Sample:
@@ -113,25 +105,18 @@ def _messages(row: Mapping[str, Any], name: str, role: str) -> Sequence[Mapping[
 
 @dataclass(frozen=True)
 class Prepared:
-    """A dataset of pieces and what was left out of it.
+    """A dataset of pieces and what was left out of it."""
 
-    Attributes:
-        dataset: Columns `COLUMNS`: a row is the examples packed into it, one without packing;
-            ``length`` counts rows that are neither blanks nor fresh. Rows with an
-            ``answer_length`` of 0 teach nothing; they stand last, see ``multiple_of``.
-        num_examples: In the dataset; one in both modes counts twice.
-        num_block: Those of them in block layout.
-        num_dropped: Examples longer than the limit.
-        data_sets: Those of the Hub that the examples say they are from, with licences.
-        digest: Of all tokens, in order: 16 hex digits.
-    """
-
+    # columns `COLUMNS`: a row is the examples packed into it, one without packing; ``length``
+    # counts rows that are neither blanks nor fresh. Rows with an ``answer_length`` of 0 teach
+    # nothing; they stand last, see ``multiple_of``
     dataset: Dataset
-    num_examples: int
-    num_block: int
-    num_dropped: int
+    num_examples: int  # in the dataset; one in both modes counts twice
+    num_block: int  # those of them in block layout
+    num_dropped: int  # examples longer than the limit
+    # those of the Hub that the examples say they are from, with licences
     data_sets: Mapping[str, str] = field(default_factory=dict)
-    digest: str = ""
+    digest: str = ""  # of all tokens, in order: 16 hex digits
 
 
 def in_modes(
@@ -168,10 +153,10 @@ def prepare(
     has_teacher: bool = False,
     num_tokens: int | None = None,
 ) -> Prepared:
-    """Tokenises examples, and packs them where asked.
+    """Tokenises examples with an answer each, and packs them where asked.
 
     Args:
-        samples: Examples with an answer each, and their modes.
+        samples: Examples and their modes.
         tokenizer: Of the model.
         fmt: The wording of samples that have none of their own.
         spec: The block layout, for the count of learned tokens.
@@ -210,15 +195,16 @@ def prepare(
             f"{min(limit, pack_length or limit)} tokens; check source, max_length and pack_length"
         )
     rows = [[part] for part in parts] if pack_length is None else best_fit(parts, pack_length)
-    rows += [[_unanswered(min(parts, key=lambda part: part["length"]))]] * (
-        -len(rows) % multiple_of
-    )
+    blank = _unanswered(min(parts, key=lambda part: part["length"]))
+    rows += [[blank]] * (-len(rows) % multiple_of)
+    num_block, named = sum(p["block"] for p in parts), data_sets_of(s.example for s in samples)
+    return Prepared(_columns(rows), len(parts), num_block, num_dropped, named, _digest(parts))
+
+
+def _columns(rows: list[list[dict[str, Any]]]) -> Dataset:
     starts = range(0, len(rows), ROWS_AT_A_TIME)
     columns = ([_record(row) for row in rows[a : a + ROWS_AT_A_TIME]] for a in starts)
-    dataset = concatenate_datasets([Dataset.from_list(c, features=FEATURES) for c in columns])
-    named = data_sets_of(sample.example for sample in samples)
-    num_block, digest = sum(part["block"] for part in parts), _digest(parts)
-    return Prepared(dataset, len(parts), num_block, num_dropped, named, digest)
+    return concatenate_datasets([Dataset.from_list(c, features=FEATURES) for c in columns])
 
 
 def best_fit(parts: Sequence[dict[str, Any]], room: int) -> list[list[dict[str, Any]]]:
@@ -258,11 +244,7 @@ class PartReader:
     num_tokens: int | None = None
 
     def __call__(self, index: int, sample: Sample) -> dict[str, Any]:
-        """The part; ``index`` names the example in errors and in draws.
-
-        Raises:
-            ValueError: If the example has no answer, or cannot be tokenised.
-        """
+        """The part; ``index`` names the example in errors and in draws."""
         block, fmt = sample.block, sample.wording or self.fmt
         target = sample.example.target
         try:

@@ -28,26 +28,18 @@ EPSILON = 1e-9
 
 @dataclass(frozen=True)
 class Distillation:
-    """What the student learns from the teacher.
+    """What the student learns from the teacher."""
 
-    Attributes:
-        weight: Share of the divergence in the loss, in [0, 1]; the rest is cross-entropy.
-        temperature: Both distributions are taken at it; the divergence is scaled by its square.
-        top_k: Tokens of the teacher that are kept per answer row; all others count as one. None
-            keeps all. Bounds what is held of the teacher to ``2 * top_k`` numbers a row.
-        states: States of the question's rows that are matched too: ``hidden`` (every layer's
-            output), ``kv`` (every layer's keys and values) or ``none``.
-        states_weight: Factor on their relative squared error.
-
-    Raises:
-        ValueError: If a value is out of range.
-    """
-
-    weight: float = 0.0
+    weight: float = 0.0  # share of the divergence in the loss, in [0, 1]; the rest is cross-entropy
+    # both distributions are taken at it; the divergence is scaled by its square
     temperature: float = 1.0
+    # tokens of the teacher that are kept per answer row; all others count as one. None keeps all.
+    # Bounds what is held of the teacher to ``2 * top_k`` numbers a row
     top_k: int | None = None
+    # states of the question's rows that are matched too: ``hidden`` (every layer's output), ``kv``
+    # (every layer's keys and values) or ``none``
     states: str = "none"
-    states_weight: float = 1.0
+    states_weight: float = 1.0  # factor on their relative squared error
 
     def __post_init__(self):
         if not 0.0 <= self.weight <= 1.0:
@@ -147,15 +139,10 @@ def find_teacher(
 ) -> Teacher | None:
     """The teacher of a run, or None where nothing is distilled.
 
-    Args:
-        name: ``self``, or a folder or repository name.
-        how: What is learnt from it.
-        model: The student, ready to train.
-        tokenizer: Of the student.
-        base_is_frozen: Whether the student without its adapter stays what it was.
+    It is ``self``, or a folder or repository name. ``model`` and ``tokenizer`` are the student's,
+    ready to train; ``base_is_frozen`` says whether it stays what it was without its adapter.
 
-    Raises:
-        ValueError: If the teacher cannot be found, or does not fit the student.
+    A ValueError if the teacher cannot be found, or does not fit the student.
     """
     if not how.is_on:
         return None
@@ -261,10 +248,8 @@ def kv_errors(student: Recorder, teacher: Recorder, shift: Tensor, rope: RopeSpe
     """How far the student's keys and values are from the teacher's, mean over layers, ``(rows,)``.
 
     Both recorded the same rows in the same order. ``shift`` ``(rows,)`` is the distance from each
-    row's position to that in the teacher's layout; keys are moved by it first.
-
-    Raises:
-        ValueError: If no gradient can reach the student's states.
+    row's position to that in the teacher's layout; keys are moved by it first. A ValueError if no
+    gradient can reach the student's states.
     """
     if torch.is_grad_enabled() and not any(k.requires_grad for k, _ in student.states.values()):
         raise ValueError(

@@ -123,10 +123,8 @@ def refuse_lost_launch(accelerator: Accelerator, n_gpu: int, uses_deepspeed: boo
 def wait_for_builds() -> None:
     """Looks for builds of DeepSpeed's operators, which a process would wait for without a word.
 
-    Says that it waits for one that runs. A build that was killed leaves its lock behind.
-
-    Raises:
-        ValueError: If no process of this machine holds a lock; names the file to remove.
+    Says that it waits for one that runs. A build that was killed leaves its lock behind: if no
+    process of this machine holds it, a ValueError names the file to remove.
     """
     from torch.utils.cpp_extension import get_default_build_root  # seconds to import
 

@@ -27,61 +27,50 @@ from blocktune.training.distillation import (
 )
 
 
-class AnswerLoss(NamedTuple):
-    """Sums over the answer tokens of one batch.
+class Sums(NamedTuple):
+    """Sums over answer tokens: of one batch (tensors), or of all since the last log (numbers)."""
 
-    ``total`` is that of the negative log-likelihoods in nats, float32, differentiable;
-    ``num_correct`` counts the tokens that were the most likely ones.
-    """
+    tokens: Any = 0.0  # how many
+    correct: Any = 0.0  # those that were the likeliest
+    rows: Any = 0.0  # rows of the batch that are not padding
+    total: Any = 0.0  # what is minimised, in nats; as a tensor float32 and differentiable
+    cross_entropy: Any = 0.0  # in nats
+    divergence: Any = 0.0  # from the teacher over answer rows, in nats; 0 without a teacher
+    states: Any = 0.0  # weighted errors of the states; 0 where they are not matched
 
-    total: Tensor
-    num_tokens: Tensor
-    num_correct: Tensor
+    def means(self, has_teacher: bool) -> dict[str, float]:
+        """Per answer token; the parts of the loss only where there are several."""
+        if not self.tokens:
+            return {}
+        names = ("cross_entropy", "divergence", "states") if has_teacher else ()
+        means = {name: getattr(self, name) / self.tokens for name in names}
+        return {"mean_token_accuracy": self.correct / self.tokens} | means
 
 
 class AnswerRows(NamedTuple):
-    """A model's outputs on the rows before answer tokens, prompt by prompt in their order.
+    """A model's outputs on the rows before answer tokens, prompt by prompt in their order."""
 
-    Attributes:
-        logits: ``(T, V)``, T answer tokens.
-        targets: The tokens, ``(T,)``.
-        hidden: Every layer's output ``(B, S, hidden)`` after the embeddings', if asked for.
-    """
-
-    logits: Tensor
-    targets: Tensor
+    logits: Tensor  # ``(T, V)``, T answer tokens
+    targets: Tensor  # the tokens, ``(T,)``
+    # every layer's output ``(B, S, hidden)`` after the embeddings', if asked for
     hidden: tuple[Tensor, ...] | None = None
 
-    def cross_entropy(self) -> AnswerLoss:
-        """Scores the answers."""
+    def sums(self, layout: Layout) -> Sums:
+        """Scores the answers of a batch: cross-entropy alone."""
         logits = self.logits.float()
         total = F.cross_entropy(logits, self.targets, reduction="sum")
         with torch.no_grad():
             correct = (logits.argmax(-1) == self.targets).sum()
-        return AnswerLoss(total, torch.tensor(len(self.targets), device=total.device), correct)
-
-
-def answer_loss(
-    model: nn.Module, input_ids: Tensor, layout: Layout, labels: Tensor, execution: str = "split"
-) -> AnswerLoss:
-    """Runs a model under a layout and scores its answers.
-
-    Args:
-        model: With blocktune's attention attached; may be wrapped by PEFT, DDP or DeepSpeed.
-        input_ids: ``(B, S)``, like ``layout`` and ``labels``.
-        layout: What each row is.
-        labels: Not shifted, -100 where nothing is learnt.
-        execution: Of attention, see `blocktune.attention.make_plan`.
-    """
-    batch = Batch(input_ids, layout, labels)
-    return answer_rows(model, batch, make_plan(execution, layout)).cross_entropy()
+        tokens = torch.tensor(len(self.targets), device=total.device)
+        none = torch.zeros_like(total)
+        return Sums(tokens, correct, (~layout.is_pad).sum(), total, total.detach(), none, none)
 
 
 def answer_rows(model: nn.Module, batch: Batch, plan: Plan, hidden: bool = False) -> AnswerRows:
-    """Runs a model and keeps the logits of the rows before answer tokens; see `answer_loss`.
+    """Runs a model and keeps the logits of the rows before answer tokens.
 
-    Raises:
-        ValueError: If the model does not honour ``logits_to_keep``.
+    The model has blocktune's attention attached, and may be wrapped by PEFT, DDP or DeepSpeed. A
+    ValueError if it does not honour ``logits_to_keep``.
     """
     targets = batch.labels[:, 1:]
     # One index for all prompts of the batch: the rows before any prompt's answer tokens.
@@ -102,46 +91,22 @@ def answer_rows(model: nn.Module, batch: Batch, plan: Plan, hidden: bool = False
     )
 
 
-class StepLoss(NamedTuple):
-    """Sums over the answer tokens of a batch.
-
-    Attributes:
-        total: What is minimised, differentiable.
-        answers: Cross-entropy, counts of tokens.
-        divergence: Sum over answer rows in nats; 0 without a teacher.
-        states: Weighted sum of the states' errors; 0 where they are not matched.
-    """
-
-    total: Tensor
-    answers: AnswerLoss
-    divergence: Tensor
-    states: Tensor
-
-
 @dataclass(frozen=True)
 class Objective:
-    """Computes the loss of a batch.
+    """Computes the loss of a batch."""
 
-    Attributes:
-        execution: Of attention.
-        distillation: What is learnt from the teacher.
-        teacher: Opens the teacher of a step, given the unwrapped student; None without one.
-        rope: The model's frequencies, where keys are matched.
-    """
-
-    execution: str
-    distillation: Distillation
+    execution: str  # of attention
+    distillation: Distillation  # what is learnt from the teacher
+    # opens the teacher of a step, given the unwrapped student; None without one
     teacher: Callable[[nn.Module], AbstractContextManager[nn.Module]] | None = None
-    rope: RopeSpec | None = None
+    rope: RopeSpec | None = None  # the model's frequencies, where keys are matched
 
-    def __call__(self, model: nn.Module, inputs: dict[str, Tensor], bare: nn.Module) -> StepLoss:
+    def __call__(self, model: nn.Module, inputs: dict[str, Tensor], bare: nn.Module) -> Sums:
         """The loss of a collated batch; ``bare`` is the model unwrapped, for the teacher's pass."""
         student = batch_of(inputs)
         if self.teacher is None:
             plan = make_plan(self.execution, student.layout)
-            answers = answer_rows(model, student, plan).cross_entropy()
-            none = torch.zeros_like(answers.total)
-            return StepLoss(answers.total, answers, none, none)
+            return answer_rows(model, student, plan).sums(student.layout)
         how, teacher_batch = self.distillation, batch_of(inputs, "teacher_")
         # The teacher goes first: activation checkpointing runs the student's layers again later.
         with self.teacher(bare) as teacher:
@@ -149,14 +114,14 @@ class Objective:
             probs = teacher_probs(known.logits, how.temperature, how.top_k)
             del known
         output, states = self._run(model, student)
-        answers = output.cross_entropy()
+        answers = output.sums(student.layout)
         apart = divergence(output.logits, probs, how.temperature)
         total = (1 - how.weight) * answers.total + how.weight * apart
         error = torch.zeros_like(total)
         if how.matches_states:
             error = self._error(student, teacher_batch, states, its_states)
             total = total + how.states_weight * error
-        return StepLoss(total, answers, apart.detach(), error.detach())
+        return answers._replace(total=total, divergence=apart.detach(), states=error.detach())
 
     def _run(self, model: nn.Module, batch: Batch) -> tuple[AnswerRows, Any]:
         """A model's outputs, and the states that are matched: a `Recorder`, hidden ones or None."""
@@ -181,31 +146,3 @@ def batch_of(inputs: dict[str, Tensor], prefix: str = "") -> Batch:
     """The student's rows of a collated batch, or the teacher's (``prefix="teacher_"``)."""
     layout = Layout.unpack(inputs[f"{prefix}layout"])
     return Batch(inputs[f"{prefix}input_ids"], layout, inputs[f"{prefix}labels"])
-
-
-class Sums(NamedTuple):
-    """Sums over batches and ranks since the last log.
-
-    ``tokens`` are answer tokens, ``correct`` those that were the likeliest, ``rows`` those that are
-    not padding; ``total`` is what is minimised. The others are as in `StepLoss`, in nats.
-    """
-
-    tokens: float = 0.0
-    correct: float = 0.0
-    rows: float = 0.0
-    total: float = 0.0
-    cross_entropy: float = 0.0
-    divergence: float = 0.0
-    states: float = 0.0
-
-    def plus(self, other: Sums) -> Sums:
-        """Both together."""
-        return Sums(*(own + more for own, more in zip(self, other, strict=True)))
-
-    def means(self, has_teacher: bool) -> dict[str, float]:
-        """Per answer token; the parts of the loss only where there are several."""
-        if not self.tokens:
-            return {}
-        names = ("cross_entropy", "divergence", "states") if has_teacher else ()
-        means = {name: getattr(self, name) / self.tokens for name in names}
-        return {"mean_token_accuracy": self.correct / self.tokens} | means

@@ -23,38 +23,26 @@ from blocktune.prompt import LayoutSpec
 from blocktune.tables import written
 from blocktune.training.console import SteadyConsole, duration
 
-ADAM_BYTES = 8
-"""Two float32 moments per trainable parameter."""
+ADAM_BYTES = 8  # two float32 moments per trainable parameter
 HIDDEN_COPIES, FFN_COPIES = 12, 4
 """States that a layer keeps per row for backward, in units of the model's width (norms, q, k, v,
 output, residuals and their upcasts) and of its feed-forward width (gate, up, activation, product).
 Estimated; a kernel may keep fewer."""
 LOGIT_BYTES = 12
 """Logits, their log-softmax and its gradient in float32, per answer row and vocabulary entry."""
-EFFICIENCY = 0.4
-"""Share of the measured matmul rate that a training step is expected to reach."""
+EFFICIENCY = 0.4  # share of the measured matmul rate that a training step is expected to reach
 
 
 class Size(NamedTuple):
-    """A model's sizes that matter to cost.
+    """A model's sizes that matter to cost."""
 
-    Attributes:
-        config: The decoder's configuration, for its widths.
-        matmul: Weights that every row is multiplied with; active experts only, no output head.
-        trained: Those of them that get gradients.
-        parameters: Number of all parameters.
-        trainable: Number of those that get gradients.
-        fixed_bytes: All parameters as they are stored, gradients and Adam's moments.
-        state_bytes: Bytes of one number in an activation.
-    """
-
-    config: Any
-    matmul: int
-    trained: int
-    parameters: int
-    trainable: int
-    fixed_bytes: int
-    state_bytes: int
+    config: Any  # the decoder's configuration, for its widths
+    matmul: int  # weights that every row is multiplied with; active experts only, no output head
+    trained: int  # those of them that get gradients
+    parameters: int  # number of all parameters
+    trainable: int  # number of those that get gradients
+    fixed_bytes: int  # all parameters as they are stored, gradients and Adam's moments
+    state_bytes: int  # bytes of one number in an activation
 
 
 def size_of(model: nn.Module, state_bytes: int) -> Size:
@@ -130,15 +118,10 @@ def _wait(device: torch.device) -> None:
 
 @dataclass
 class Speedometer:
-    """Turns counts of tokens into rates, from one log to the next.
+    """Turns counts of tokens into rates, from one log to the next."""
 
-    Attributes:
-        flops_per_token: Operations of one row, see `row_flops`.
-        rate: Operations per second of matrix products on all processes together.
-    """
-
-    flops_per_token: float
-    rate: float
+    flops_per_token: float  # operations of one row, see `row_flops`
+    rate: float  # operations per second of matrix products on all processes together
     _last: tuple[float, float, int] = field(default=(0.0, 0.0, 0), init=False)
 
     def start(self, tokens: float, step: int) -> None:

@@ -22,19 +22,14 @@ from blocktune.prompt import IGNORED, Prompt
 class RecomputeSampler:
     """Chooses the fresh tokens of a prompt by a selector of `blocktune.methods.select`.
 
-    Attributes:
-        selection: The selector; its budget is set per prompt.
-        low: Smallest share of the context tokens.
-        high: Largest share; a prompt's own is drawn between the two.
-
     Raises:
         ValueError: If the shares are out of range, or the selector asks for more than keys at
             one layer.
     """
 
-    selection: Selection
-    low: float = 0.15
-    high: float = 0.15
+    selection: Selection  # the selector; its budget is set per prompt
+    low: float = 0.15  # smallest share of the context tokens
+    high: float = 0.15  # largest share; a prompt's own is drawn between the two
 
     def __post_init__(self):
         if not 0.0 <= self.low <= self.high <= 1.0:
@@ -52,11 +47,7 @@ class RecomputeSampler:
 
     @classmethod
     def named(cls, text: str, low: float, high: float) -> RecomputeSampler:
-        """The sampler of a selector written as ``deviation check_layer=2 by=values``.
-
-        Raises:
-            ValueError: If a word is not ``key=value``, or the selector refuses a value.
-        """
+        """The sampler of a selector written as ``deviation check_layer=2 by=values``."""
         name, *words = text.split() or [""]
         pairs = [word.partition("=") for word in words]
         for key, equals, value in pairs:
@@ -79,8 +70,7 @@ class RecomputeSampler:
     def check_layer(self, num_layers: int) -> int | None:
         """Layer at which the choice is narrowed, or None where it is made beforehand.
 
-        Raises:
-            ValueError: If the selector is asked more than once, or adds rows on the way up.
+        A ValueError if the selector is asked more than once, or adds rows on the way up.
         """
         chosen = self.selection
         checks = chosen.checks(num_layers)

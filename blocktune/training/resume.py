@@ -60,16 +60,11 @@ def is_longer(folder: Path, config: Mapping[str, Any]) -> bool:
 def require_same_run(
     folder: Path, config: Mapping[str, Any], world_size: int | None = None
 ) -> None:
-    """Refuses to continue a run by other settings than it was started with.
+    """Refuses to continue a run by other settings than it was started with; names all that differ.
 
-    Args:
-        folder: A checkpoint, or the folder of a finished run.
-        config: Settings by group, as in `CONFIG_FILE`. Groups that only one side has (a
-            `BlockSFTTrainer` knows no data source) are not compared.
-        world_size: Processes that share a step's rows now; None if not known yet.
-
-    Raises:
-        ValueError: Names every key that differs, with its old and its new value.
+    ``folder`` is a checkpoint, or a finished run's. ``config`` has settings by group, as in
+    `CONFIG_FILE`; groups that only one side has (a `BlockSFTTrainer` knows no data source) are not
+    compared. ``world_size`` are the processes that share a step's rows; None if not known yet.
     """
     old, new = _settings_of(folder), yaml.safe_load(yaml.safe_dump(dict(config)))
     changed = list(_differences(old, new))

@@ -9,9 +9,9 @@ import argparse
 import contextlib
 import difflib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, get_type_hints
+from typing import Any, get_type_hints
 
 from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
@@ -23,7 +23,7 @@ from blocktune.data.mixture import BLOCK, load_mixture, mix
 from blocktune.data.sources.load import training_split
 from blocktune.models import load
 from blocktune.parsing import load_yaml, mapping
-from blocktune.prompt import LayoutSpec, PromptFormat
+from blocktune.prompt import PromptFormat
 from blocktune.training import launch_checks, resume
 from blocktune.training.checkpoint import settings
 from blocktune.training.collator import BlockDataCollator
@@ -41,11 +41,7 @@ FINISHED = "the run is finished; --overwrite starts again"
 
 
 class Parser(TrlParser):
-    """TRL's parser over all options of a run; what is typed wins over the YAML.
-
-    Args:
-        argv: Command line without the program's name.
-    """
+    """TRL's parser over all options of a run; what is typed in ``argv`` wins over the YAML."""
 
     def __init__(self, argv: Sequence[str] = ()):
         super().__init__(_HOLDERS, prog="blocktune train", allow_abbrev=False)
@@ -54,11 +50,8 @@ class Parser(TrlParser):
     def set_defaults_from(self, path: str) -> list[str]:
         """Takes what a YAML file says; returns its unknown keys.
 
-        Every value is read as if it were typed, so that a wrong type is refused here. The source
-        of examples is left out if another one is typed.
-
-        Raises:
-            ValueError: If the file is not a mapping, or a value is not of its type; names the file.
+        Every value is read as if it were typed, so that a wrong type is refused here, by a
+        ValueError that names the file. The source of examples is left out if another one is typed.
         """
         values = dict(mapping(load_yaml(path, "config", "see recipes/ for examples"), path))
         for name, value in mapping(values.pop("env", {}), f"{path}: env").items():
@@ -100,8 +93,7 @@ class Parser(TrlParser):
 def parse(argv: Sequence[str]) -> tuple[DataArgs, BlockSFTConfig, ModelConfig]:
     """Reads ``--config FILE`` and the options that override it.
 
-    Raises:
-        ValueError: On an unknown key or option, a value of the wrong type, or a missing file.
+    A ValueError on an unknown key or option, a value of the wrong type, or a missing file.
     """
     if argv and Path(argv[0]).suffix in (".yaml", ".yml") and not argv[0].startswith("-"):
         raise ValueError(f"unexpected argument '{argv[0]}'; did you mean '--config {argv[0]}'?")
@@ -124,14 +116,15 @@ def parse(argv: Sequence[str]) -> tuple[DataArgs, BlockSFTConfig, ModelConfig]:
 def train(
     argv: Sequence[str],
     callbacks: Sequence[TrainerCallback] = (),
-    publisher: Publisher | None = None,
+    publisher: Any = None,
 ) -> Path | None:
     """Trains as told, saves the adapter, and publishes it where ``push_to_hub`` says so.
 
     Args:
         argv: Command line without the program's name, e.g. ``["--config", "run.yaml"]``.
         callbacks: More callbacks of transformers' Trainer, e.g. evaluation.
-        publisher: What ``push_to_hub`` is served by.
+        publisher: What ``push_to_hub`` is served by: `blocktune.hub.Publisher`, handed in since
+            training knows nothing of serving and checking.
 
     Returns:
         The adapter's folder, or None after a dry run.
@@ -180,10 +173,8 @@ def earlier_run(
     """Where a run continues: None for a new one, ``output_dir`` itself if it is finished.
 
     Without ``resume_from_checkpoint`` that is the last checkpoint in ``output_dir``, if there is
-    one. ``world_size`` is the number of processes, None if not known yet.
-
-    Raises:
-        ValueError: If the earlier run had other settings, or there is no such checkpoint.
+    one. ``world_size`` is the number of processes, None if not known yet. A ValueError if the
+    earlier run had other settings, or there is no such checkpoint.
     """
     named, folder = str(args.resume_from_checkpoint or ""), Path(args.output_dir)
     wanted = named.lower() not in ("", "false")
@@ -261,9 +252,8 @@ def resolved(data: DataArgs, args: BlockSFTConfig, choice: ModelConfig) -> dict[
 def load_base(choice: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads the base and its tokenizer by TRL's `ModelConfig`.
 
-    Raises:
-        ValueError: If no model is named, it cannot be loaded, or an attention implementation is
-            asked for: blocktune attaches its own.
+    A ValueError if no model is named, it cannot be loaded, or an attention implementation is asked
+    for: blocktune attaches its own.
     """
     name = choice.model_name_or_path
     if not name:
@@ -295,8 +285,7 @@ def samples_of(
 ) -> list[Sample]:
     """The training examples and the modes they are trained in.
 
-    Raises:
-        ValueError: If a mixture and the options of one source are mixed, or disagree.
+    A ValueError if a mixture and the options of one source are mixed, or disagree.
     """
     if data.mixture is None:
         launch_checks.refuse_test(data.train_data)
@@ -329,23 +318,10 @@ _PUSH_OPTIONS = {
 """Options of transformers' own push that a single push at the end would ignore."""
 
 
-class Publisher(Protocol):
-    """Publishes adapters; handed in, since training knows nothing of serving and checking.
-
-    ``check`` refuses before a run what ``publish`` could not publish after it.
-    """
-
-    check: Callable[[str, str, LayoutSpec, str | None], None]
-    """Repository, base model, layout and token."""
-    publish: Callable[[Path, str, bool, str | None], None]
-    """Folder, repository, whether it is private, and token."""
-
-
-def checked_repo(args: BlockSFTConfig, base_model: str, publisher: Publisher | None) -> str | None:
+def checked_repo(args: BlockSFTConfig, base_model: str, publisher: Any) -> str | None:
     """Where a run is pushed to, or None; the Trainer, which would push unchecked, is not told.
 
-    Raises:
-        ValueError: If it cannot be pushed, or not as the options say.
+    A ValueError if it cannot be pushed, or not as the options say.
     """
     if not args.push_to_hub:
         return None

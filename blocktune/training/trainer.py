@@ -22,6 +22,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
+from blocktune.adapter import AdapterInfo
 from blocktune.attention import attach
 from blocktune.data.example import RagExample
 from blocktune.layout import Layout
@@ -36,7 +37,7 @@ from blocktune.training.dataset import COLUMNS, Prepared, Sample, in_modes, prep
 from blocktune.training.distillation import evaluating, find_teacher
 from blocktune.training.launch_checks import launch_name, refuse_lost_launch, refuse_parallelism
 from blocktune.training.lora import make_trainable, precision_kept
-from blocktune.training.loss import Objective, StepLoss, Sums
+from blocktune.training.loss import Objective, Sums
 from blocktune.training.plan import Speedometer, describe_objective, matmul_rate, row_flops, size_of
 from blocktune.training.recompute import narrowed, states_at
 
@@ -88,62 +89,24 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
         preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
         peft_config: PeftConfig | None = None,
     ):
-        if args is None:
-            name = model if isinstance(model, str) else model.config._name_or_path
-            args = BlockSFTConfig(output_dir=f"{name.split('/')[-1]}-BlockSFT")
-        if not isinstance(args, BlockSFTConfig):
-            raise ValueError(f"args must be a BlockSFTConfig, got {type(args).__name__}")
+        args = _checked_config(args, model)
         if train_dataset is None:
             raise ValueError("train_dataset is missing; pass rows with question, chunks, answers")
         if isinstance(model, str):
             model, loaded = load_base(model, dtype="float32", place=False, what="base model")
             processing_class = processing_class or loaded
         tokenizer = processing_class or AutoTokenizer.from_pretrained(model.config._name_or_path)
-        collator = data_collator
-        if collator is None:
-            collator = BlockDataCollator(tokenizer, args.layout)
-        if not isinstance(collator, BlockDataCollator):
-            name = type(collator).__name__
-            raise ValueError(f"data_collator must be a BlockDataCollator, got {name}")
-        if collator.layout != args.layout:
-            raise ValueError(
-                f"data_collator lays out {collator.layout}, the configuration says {args.layout}; "
-                "make the collator with layout=args.layout"
-            )
-        self.args, self.processing_class, self.collator = args, tokenizer, collator
+        self.args, self.processing_class = args, tokenizer
+        self.collator = _checked_collator(data_collator, args, tokenizer)
         rope = require_supported(model)
         self._num_tokens = link_base(model)
         context = model.config.get_text_config().max_position_embeddings
         self._longest = min(args.max_length or context, rope.max_tokens or context)
         self.prepared = self._prepare(train_dataset, args.train_batch_size, args.pack_length)
-        full = self.prepared.num_examples - self.prepared.num_block
-        origin = provenance(args.seed) | {
-            "data_sets": dict(self.prepared.data_sets),
-            "data_digest": self.prepared.digest,
-            "examples": self.prepared.num_examples,
-            "modes": {"block": self.prepared.num_block, "full": full},
-            "objective": describe_objective(args),
-        }
-        if args.scope == "encode" and full:
-            raise ValueError(
-                f"scope 'encode' trains on rows of chunks, and {full:,} examples in full attention "
-                "have none; set block_share: 1.0 without both_modes, or another scope"
-            )
-        trained = args.link_mode, args.seed, args.scope
-        info = adapter_info(model, tokenizer, args.layout, collator.format, origin, *trained)
+        info = self._describe(model)
         model = make_trainable(model, tokenizer, args, peft_config)
         attach(model, args.attention_execution)
-        sampler, layers = args.sampler, model.config.get_text_config().num_hidden_layers
-        self.collator = replace(
-            collator,
-            link_base=info.link_base(model, tokenizer),
-            augmentation=args.augmentation,
-            num_tokens=link_base(model),
-            sampler=sampler,
-            check_layer=sampler.check_layer(layers) if sampler else None,
-            has_teacher=args.distillation.is_on,
-            seed=args.seed,
-        )
+        self.collator = self._completed_collator(model, info)
         how, frozen = args.distillation, args.freeze_base or hasattr(model, "peft_config")
         teacher = find_teacher(args.distill_teacher, how, model, tokenizer, frozen)
         self.objective = Objective(args.attention_execution, how, teacher, rope)
@@ -162,12 +125,50 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
                 optimizers=optimizers,
                 preprocess_logits_for_metrics=preprocess_logits_for_metrics,
             )
+        self._finish(info)
+
+    def _describe(self, model: PreTrainedModel) -> AdapterInfo:
+        """What the adapter's folder will say of the run."""
+        args, prepared = self.args, self.prepared
+        full = prepared.num_examples - prepared.num_block
+        if args.scope == "encode" and full:
+            raise ValueError(
+                f"scope 'encode' trains on rows of chunks, and {full:,} examples in full attention "
+                "have none; set block_share: 1.0 without both_modes, or another scope"
+            )
+        origin = provenance(args.seed) | {
+            "data_sets": dict(prepared.data_sets),
+            "data_digest": prepared.digest,
+            "examples": prepared.num_examples,
+            "modes": {"block": prepared.num_block, "full": full},
+            "objective": describe_objective(args),
+        }
+        named = {"link_mode": args.link_mode, "link_seed": args.seed, "scope": args.scope}
+        named |= {"layout": args.layout, "format": self.collator.format, "training": origin}
+        return adapter_info(model, self.processing_class, **named)
+
+    def _completed_collator(self, model: nn.Module, info: AdapterInfo) -> BlockDataCollator:
+        args, layers = self.args, model.config.get_text_config().num_hidden_layers
+        return replace(
+            self.collator,
+            link_base=info.link_base(model, self.processing_class),
+            augmentation=args.augmentation,
+            num_tokens=link_base(model),
+            sampler=args.sampler,
+            check_layer=args.sampler.check_layer(layers) if args.sampler else None,
+            has_teacher=args.distillation.is_on,
+            seed=args.seed,
+        )
+
+    def _finish(self, info: AdapterInfo) -> None:
+        """What needs the Trainer's own set-up: the launch, the speed, the files."""
+        args, model = self.args, self.model
         # The Trainer then counts the answer tokens of all accumulation steps and ranks.
         self.model_accepts_loss_kwargs = True
         refuse_parallelism(self.accelerator)
         refuse_lost_launch(self.accelerator, args.n_gpu, self.is_deepspeed_enabled)
         state_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.dtype
-        self.size = size_of(self.model, state_dtype.itemsize)
+        self.size = size_of(model, state_dtype.itemsize)
         self.speed = Speedometer(
             row_flops(self.size, self.objective.teacher is not None),
             matmul_rate(args.device, state_dtype) * self.accelerator.num_processes,
@@ -214,9 +215,9 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
         bare = self.accelerator.unwrap_model(model)
         inputs = self._narrowed(bare, inputs)
         result = self.objective(model, inputs, bare)
-        self._count(result, Layout.unpack(inputs["layout"]))
+        self._count(result)
         if num_items_in_batch is None:
-            loss = result.total / result.answers.num_tokens
+            loss = result.total / result.tokens
         else:
             # DDP and DeepSpeed average gradients over ranks; the token count is over all ranks.
             loss = result.total * self.accelerator.num_processes / num_items_in_batch
@@ -238,15 +239,12 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
         layout = narrowed(layout, states, layer, layers, self.collator.sampler, shares)
         return {**inputs, "layout": layout.pack()}
 
-    def _count(self, result: StepLoss, layout: Layout) -> None:
+    def _count(self, result: Sums) -> None:
         """Adds up over ranks; means of micro-batches would weigh their tokens unequally."""
         mode = "train" if self.model.training else "eval"
-        answers = result.answers
-        counts = [answers.num_tokens, answers.num_correct, (~layout.is_pad).sum()]
-        nats = [result.total.detach(), answers.total.detach(), result.divergence, result.states]
-        both = torch.stack([value.double() for value in (*counts, *nats)])
-        sums = Sums(*self.accelerator.gather(both).view(-1, len(both)).sum(0).tolist())
-        self._sums[mode] = self._sums[mode].plus(sums)
+        own = torch.stack([value.detach().double() for value in result])
+        sums = Sums(*self.accelerator.gather(own).view(-1, len(own)).sum(0).tolist())
+        self._sums[mode] = Sums(*map(sum, zip(self._sums[mode], sums, strict=True)))
         if mode == "train":
             self._total_train_tokens += int(sums.rows)
             self.state.num_input_tokens_seen = self._total_train_tokens  # a checkpoint keeps it
@@ -302,6 +300,30 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
 
     def _send_telemetry(self) -> None:
         """None is sent."""
+
+
+def _checked_config(args: BlockSFTConfig | None, model: str | PreTrainedModel) -> BlockSFTConfig:
+    if args is None:
+        name = model if isinstance(model, str) else model.config._name_or_path
+        args = BlockSFTConfig(output_dir=f"{name.split('/')[-1]}-BlockSFT")
+    if not isinstance(args, BlockSFTConfig):
+        raise ValueError(f"args must be a BlockSFTConfig, got {type(args).__name__}")
+    return args
+
+
+def _checked_collator(
+    collator: Any, args: BlockSFTConfig, tokenizer: PreTrainedTokenizerBase
+) -> BlockDataCollator:
+    collator = BlockDataCollator(tokenizer, args.layout) if collator is None else collator
+    if not isinstance(collator, BlockDataCollator):
+        name = type(collator).__name__
+        raise ValueError(f"data_collator must be a BlockDataCollator, got {name}")
+    if collator.layout != args.layout:
+        raise ValueError(
+            f"data_collator lays out {collator.layout}, the configuration says {args.layout}; "
+            "make the collator with layout=args.layout"
+        )
+    return collator
 
 
 class _Rhythm(TrainerCallback):

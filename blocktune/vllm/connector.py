@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from vllm.config import CUDAGraphMode
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorRole,
     KVConnectorTransferResults,
     SupportsHMA,
 )
-from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from blocktune.cache.shelf import StoreView
@@ -45,28 +45,16 @@ class BlocktuneConnector(KVConnectorBase_V1, SupportsHMA):
     def __init__(self, vllm_config, role, kv_cache_config):
         super().__init__(vllm_config, role, kv_cache_config)
         require_served_config(vllm_config)
-        extra = self._kv_transfer_config.kv_connector_extra_config
-        store = StoreView(extra["store"])
+        store = StoreView(self._kv_transfer_config.kv_connector_extra_config["store"])
+        groups = kv_cache_config.kv_cache_groups
         self.scheduler = self.worker = None
-        if role is KVConnectorRole.SCHEDULER:
-            self.scheduler = SchedulerSide(store)
+        if role is KVConnectorRole.WORKER:
+            self.worker = WorkerSide(store, vllm_config, groups)
             return
-        from vllm.distributed import get_tensor_model_parallel_rank
-
-        groups = [
-            (g.layer_names, g.kv_cache_spec.block_size) for g in kv_cache_config.kv_cache_groups
-        ]
-        self.worker = WorkerSide(
-            store,
-            groups,
-            {name: extract_layer_index(name) for names, _ in groups for name in names},
-            vllm_config.model_config.dtype,
-            vllm_config.model_config.hf_text_config.num_hidden_layers,
-            get_tensor_model_parallel_rank(),
-            vllm_config.parallel_config.tensor_parallel_size,
-            int(float(extra.get("host_gb", 1)) * 2**30),
-            int(extra.get("threads", 2)),
-        )
+        # Of one group, blocks that failed can be named; a graph captured whole waits for nothing.
+        graphs = vllm_config.compilation_config.cudagraph_mode or CUDAGraphMode.NONE
+        may_layer = len(groups) == 1 and graphs.mixed_mode() != CUDAGraphMode.FULL
+        self.scheduler = SchedulerSide(store, may_layer)
 
     # In the scheduler.
 
@@ -74,9 +62,7 @@ class BlocktuneConnector(KVConnectorBase_V1, SupportsHMA):
         self.scheduler.admit(request)
 
     def get_num_new_matched_tokens(self, request, num_computed_tokens) -> tuple[int, bool]:
-        """Tokens to load, always between steps."""
-        count = self.scheduler.matched(request, num_computed_tokens)
-        return count, count > 0
+        return self.scheduler.matched(request, num_computed_tokens)
 
     def update_state_after_alloc(self, request, blocks, num_external_tokens) -> None:
         self.scheduler.allocated(request, blocks, num_external_tokens)
@@ -102,6 +88,9 @@ class BlocktuneConnector(KVConnectorBase_V1, SupportsHMA):
         ended, failed = self.worker.finished()
         return KVConnectorTransferResults(finished_recving=ended, failed_recving=failed)
 
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        return self.worker.take_invalid()
+
     def get_kv_connector_stats(self) -> LoadStats | None:
         if self.worker is None or not self.worker.counts:
             return None
@@ -109,7 +98,7 @@ class BlocktuneConnector(KVConnectorBase_V1, SupportsHMA):
         return LoadStats(data=dict(counts))
 
     def wait_for_layer_load(self, layer_name) -> None:
-        """Nothing: a request is only scheduled once all of its layers are there."""
+        self.worker.wait_for_layer(layer_name)
 
     def save_kv_layer(self, layer_name, kv_layer, attn_metadata, **kwargs) -> None:
         """Nothing: chunks are encoded by blocktune."""

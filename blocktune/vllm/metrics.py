@@ -12,6 +12,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
 
 COUNTS = {
     "loads": "Requests whose chunks were loaded.",
+    "layered": "Of them those beside the forward pass, which waited layer by layer.",
     "failed": "Requests that failed because chunks were missing or damaged.",
     "tokens": "Tokens written into vLLM's cache.",
     "store_reads": "Chunks read from the store.",

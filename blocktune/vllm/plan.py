@@ -195,13 +195,6 @@ def slots_of(
     return rows[kept], (owner * block_size + rows % block_size)[kept]
 
 
-def heads_of(rank: int, size: int, num_heads: int) -> slice:
-    """The kv heads of one tensor parallel rank; several ranks share one if there are too few."""
-    count = max(1, num_heads // size)
-    start = rank * num_heads // size
-    return slice(start, start + count)
-
-
 def require_served(method: Method, spec: LayoutSpec) -> None:
     """Checks that a connector can serve a method: it loads chunks and does nothing else.
 

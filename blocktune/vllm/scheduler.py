@@ -32,6 +32,7 @@ class Load:
         start: Tokens that vLLM has already; it loads up to the end of the plan.
         blocks: The request's blocks, by kv cache group.
         fault: Why the request fails.
+        layered: Whether the forward pass of this step waits for each layer.
     """
 
     request_id: str
@@ -39,6 +40,7 @@ class Load:
     start: int
     blocks: tuple[list[int], ...]
     fault: str = ""
+    layered: bool = False
 
 
 @dataclass
@@ -52,15 +54,22 @@ class LoadMeta(KVConnectorMetadata):
 class SchedulerSide:
     """Admits requests, and passes their loads to the workers."""
 
-    def __init__(self, store: StoreView):
-        """Serves from ``store``, and asks for what it lacks."""
-        self.store = store
+    def __init__(self, store: StoreView, may_layer: bool):
+        """Serves from ``store``, and asks for what it lacks.
+
+        With ``may_layer`` a request that is alone is loaded beside its own forward pass; with
+        others there, that would hold up their decoding.
+        """
+        self.store, self.may_layer = store, may_layer
+        self._live: set[str] = set()
+        self._layered: str | None = None
         self._asked: dict[str, LoadPlan | str] = {}
         self._pending: list[Load] = []
         self.forget = False
 
     def admit(self, request: Request) -> None:
         """Reads a new request's plan, and gives it its own namespace in vLLM's cache."""
+        self._live.add(request.request_id)
         try:
             plan = LoadPlan.read(request.kv_transfer_params, request.prompt_token_ids)
         except ValueError as error:
@@ -75,17 +84,24 @@ class SchedulerSide:
         request.block_hashes.clear()
         request.update_block_hashes()
 
-    def matched(self, request: Request, computed: int) -> int:
-        """Tokens to load beyond the first ``computed``; 0 for a request that loads nothing."""
-        asked = self._asked.get(request.request_id)
+    def matched(self, request: Request, computed: int) -> tuple[int, bool]:
+        """Tokens to load beyond the first ``computed``, and whether the request waits for them.
+
+        No tokens for a request that loads nothing.
+        """
+        asked, self._layered = self._asked.get(request.request_id), None
         if asked is None:
-            return 0
+            return 0, False
         if isinstance(asked, LoadPlan):
             if computed >= asked.num_tokens:
-                return 0
+                return 0, False
             if not self._lacks(request, asked, computed):
-                return asked.num_tokens - computed
-        return 1  # any number: the request fails while it waits for them
+                # One token alone may be decoded by a captured graph, which waits for nothing.
+                several = request.num_tokens > asked.num_tokens + 1
+                if self.may_layer and several and self._live == {request.request_id}:
+                    self._layered = request.request_id
+                return asked.num_tokens - computed, self._layered is None
+        return 1, True  # any number: the request fails while it waits for them
 
     def _lacks(self, request: Request, plan: LoadPlan, computed: int) -> bool:
         missing = plan.missing(self.store.has, computed)
@@ -107,7 +123,8 @@ class SchedulerSide:
             load = Load(request.request_id, None, 0, (), asked)
         else:
             start = asked.num_tokens - num_external
-            load = Load(request.request_id, asked, start, blocks.get_block_ids())
+            layered = self._layered == request.request_id
+            load = Load(request.request_id, asked, start, blocks.get_block_ids(), "", layered)
         self._pending.append(load)
 
     def take(self) -> LoadMeta:
@@ -118,3 +135,4 @@ class SchedulerSide:
     def finished(self, request: Request) -> None:
         """Forgets a request."""
         self._asked.pop(request.request_id, None)
+        self._live.discard(request.request_id)

@@ -2,7 +2,8 @@
 
 Chunks are read, verified and packed once; hot ones stay in memory. A load copies them to the device
 layer by layer, moves the keys to their positions there, and writes them through vLLM's own kernel,
-which knows the cache's layout.
+which knows the cache's layout. Most loads run between steps, while other requests are decoded. One
+that is layered runs beside the forward pass, which waits for each layer as it comes to it.
 """
 
 from __future__ import annotations
@@ -11,21 +12,28 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from cachetools import LRUCache
 from torch import Tensor
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.model_executor.models.utils import extract_layer_index
 
 from blocktune.cache import ChunkKV, ChunkStore
+from blocktune.cache.chunk_file import ChunkFile
 from blocktune.cache.shelf import StoreView
 from blocktune.positions import LayerRope, Rotation, rotate_keys
-from blocktune.vllm.plan import LoadPlan, Segment, heads_of, slots_of
+from blocktune.vllm.plan import LoadPlan, slots_of
 
 if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheGroupSpec
+
     from blocktune.vllm.scheduler import Load
 
 IDLE_S = 0.002
@@ -51,13 +59,9 @@ class Packed(NamedTuple):
     states: list[Tensor]
 
     @classmethod
-    def of(cls, kv: ChunkKV, rank: int, size: int) -> Packed:
-        """Cuts the heads of a tensor parallel rank out of a chunk."""
-        own = [
-            states[heads_of(rank, size, states.shape[0])].transpose(0, 1)
-            for pair in zip(kv.keys, kv.values, strict=True)
-            for states in pair
-        ]
+    def of(cls, kv: ChunkKV) -> Packed:
+        """Copies a chunk."""
+        own = [states.transpose(0, 1) for _, states in kv.tensors()]
         sizes = [states.numel() for states in own]
         pinned = torch.cuda.is_available()
         buffer = torch.empty(sum(sizes), dtype=kv.dtype, pin_memory=pinned)
@@ -69,10 +73,41 @@ class Packed(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """An attention layer of this rank: the module, and its group in vLLM's cache."""
+    """An attention layer of this rank: the module, its index, and its group in vLLM's cache."""
 
     module: Any
+    index: int
     group: int
+
+
+class _Part(NamedTuple):
+    """Segments that are written at once.
+
+    On a CPU each alone: its keys stay in the processor's cache between rotation and write, and
+    nothing is joined. On other devices all of them: fewer kernels.
+
+    Attributes:
+        packed: The segments.
+        turns: How their keys are moved, for each rotation of the model; None: they stay.
+        slots: For each group, which of the tokens are kept, and where.
+    """
+
+    packed: list[Packed]
+    turns: list[Rotation | None]
+    slots: list[tuple[Tensor, Tensor]]
+
+    def states(self, number: int, device: torch.device) -> Tensor:
+        """Keys or values of a layer, ``(S, K, D)``; shared with the packed chunk if it is one."""
+        moved = [one.states[number].to(device, non_blocking=True) for one in self.packed]
+        return moved[0] if len(moved) == 1 else torch.cat(moved)
+
+
+class _Job(NamedTuple):
+    """A load in work; ``layers``: done when written, by name, if a forward pass waits for them."""
+
+    load: Load
+    future: Future[Counter[str]]
+    layers: dict[str, Future[torch.cuda.Event | None]]
 
 
 class WorkerSide:
@@ -80,45 +115,32 @@ class WorkerSide:
 
     Args:
         view: The store.
-        groups: Names of the layers in each kv cache group, and the group's block size.
-        layer_index: Index of a layer of the decoder by its name in vLLM.
-        dtype: Of keys and values in vLLM's kernels.
-        num_layers: Of the whole decoder.
-        rank: Tensor parallel rank.
-        size: Tensor parallel ranks.
-        host_bytes: Memory for hot chunks.
-        threads: Loads at a time.
+        config: vLLM's.
+        groups: Layers that share blocks, vLLM's ``kv_cache_groups``.
     """
 
-    def __init__(
-        self,
-        view: StoreView,
-        groups: list[tuple[list[str], int]],
-        layer_index: Mapping[str, int],
-        dtype: torch.dtype,
-        num_layers: int,
-        rank: int,
-        size: int,
-        host_bytes: int,
-        threads: int,
-    ):
-        self.view, self.dtype, self.num_layers = view, dtype, num_layers
-        self.rank, self.size = rank, size
+    def __init__(self, view: StoreView, config: VllmConfig, groups: list[KVCacheGroupSpec]):
+        extra = config.kv_transfer_config.kv_connector_extra_config
+        self.view, self.dtype = view, config.model_config.dtype
+        self.num_layers = config.model_config.hf_text_config.num_hidden_layers
+        self.share = get_tensor_model_parallel_rank(), config.parallel_config.tensor_parallel_size
         self.store = ChunkStore(config=view.config)  # `_hot` keeps what is read, packed
+        host_bytes = int(float(extra.get("host_gb", 1)) * 2**30)
         self._hot = LRUCache(host_bytes, getsizeof=lambda packed: packed.buffer.nbytes)
         self._lock = threading.Lock()
         self.counts: Counter[str] = Counter()
-        self._groups = [block_size for _, block_size in groups]
+        self._block_sizes = [group.kv_cache_spec.block_size for group in groups]
         self._names = {
-            name: (layer_index[name], number)
-            for number, (names, _) in enumerate(groups)
-            for name in names
+            name: (extract_layer_index(name), number)
+            for number, group in enumerate(groups)
+            for name in group.layer_names
         }
-        self._places: dict[int, _Place] = {}
+        self._places: dict[str, _Place] = {}
         self._rope: dict[str, _Rope] = {}
-        self._pool = ThreadPoolExecutor(threads, "blocktune-load")
-        self._jobs: dict[str, Future[None]] = {}
+        self._pool = ThreadPoolExecutor(int(extra.get("threads", 2)), "blocktune-load")
+        self._jobs: list[_Job] = []
         self._idle = False
+        self._invalid: set[int] = set()
         self._stream: torch.cuda.Stream | None = None
 
     def start(self, loads: list[Load], modules: Mapping[str, Any], idle: bool) -> None:
@@ -131,79 +153,133 @@ class WorkerSide:
         """
         self._idle = idle
         if loads and not self._places:
-            self._places = {
-                index: _Place(modules[name], group) for name, (index, group) in self._names.items()
-            }
+            self._places = {name: _Place(modules[name], *at) for name, at in self._names.items()}
         ready = None
         if loads and torch.cuda.is_available():
             # After what the device still does to these blocks, such as zeroing.
             self._stream = self._stream or torch.cuda.Stream()
             ready = torch.cuda.current_stream().record_event()
         for load in loads:
-            self._jobs[load.request_id] = self._pool.submit(self._run, load, ready)
+            layers = {name: Future() for name in self._places} if load.layered else {}
+            future = self._pool.submit(self._run, load, ready, layers)
+            self._jobs.append(_Job(load, future, layers))
+
+    def wait_for_layer(self, name: str) -> None:
+        """Waits until a layered load has written a layer, or has failed."""
+        for job in self._jobs:
+            # What stays in `layers` was not waited for.
+            written = job.layers.pop(name, None)
+            if written is not None and (event := written.result()) is not None:
+                torch.cuda.current_stream().wait_event(event)
 
     def finished(self) -> tuple[set[str], set[str]]:
-        """Requests whose loads ended since the last call, and those of them that failed."""
-        if self._idle and self._jobs:
-            wait(self._jobs.values(), IDLE_S, FIRST_COMPLETED)
-        ended = {name for name, job in self._jobs.items() if job.done()}
-        failed = set()
-        for name in ended:
-            job = self._jobs.pop(name)
-            if (error := job.exception()) is None:
-                self.counts.update(job.result())
+        """Requests whose loads ended since the last call, and those of them that failed.
+
+        Those of layered loads are not among them: see `take_invalid`.
+        """
+        waiting = [job.future for job in self._jobs if not job.load.layered]
+        if self._idle and waiting:
+            wait(waiting, IDLE_S, FIRST_COMPLETED)
+        ended, failed, left = set(), set(), []
+        for job in self._jobs:
+            name, layered = job.load.request_id, job.load.layered
+            if not job.future.done() and not layered:
+                left.append(job)
+                continue
+            error = job.future.exception()
+            if error is None and job.layers:  # a captured graph calls no hooks
+                error = RuntimeError("the forward pass did not wait for each layer")
+            if error is None:
+                self.counts.update(job.future.result())
             else:
-                failed.add(name)
                 self.counts["failed"] += 1
                 _LOG.warning("request %s fails: %s", name, error)
+            if layered:
+                self._invalid.update(() if error is None else job.load.blocks[0])
+            else:
+                ended.add(name)
+                failed.update(() if error is None else {name})
+        self._jobs = left
         return ended, failed
+
+    def take_invalid(self) -> set[int]:
+        """Blocks of layered loads that failed since the last call."""
+        taken, self._invalid = self._invalid, set()
+        return taken
 
     def close(self) -> None:
         """Ends background work."""
         self._pool.shutdown(cancel_futures=True)
 
     @torch.inference_mode()
-    def _run(self, load: Load, ready: torch.cuda.Event | None) -> Counter[str]:
-        started, counts = time.perf_counter(), Counter(loads=1)
-        if load.plan is None:
-            raise Missing(load.fault)
-        with nullcontext() if ready is None else torch.cuda.stream(self._stream):
-            if ready is not None:
-                self._stream.wait_event(ready)
-            self._fill(load, load.plan, counts)
-            if ready is not None:
-                self._stream.synchronize()
+    def _run(
+        self,
+        load: Load,
+        ready: torch.cuda.Event | None,
+        layers: Mapping[str, Future[torch.cuda.Event | None]],
+    ) -> Counter[str]:
+        started, counts, layers = time.perf_counter(), Counter(loads=1), dict(layers)
+        counts["layered"] += load.layered
+        try:
+            if load.plan is None:
+                raise Missing(load.fault)
+            with nullcontext() if ready is None else torch.cuda.stream(self._stream):
+                if ready is not None:
+                    self._stream.wait_event(ready)
+                for name in self._fill(load, load.plan, counts):
+                    if name in layers:
+                        event = None if ready is None else self._stream.record_event()
+                        layers.pop(name).set_result(event)
+                if ready is not None:
+                    self._stream.synchronize()
+        finally:
+            for one in layers.values():
+                one.set_result(None)
         counts["tokens"] = load.plan.num_tokens - load.start
         counts["load_us"] = int(1e6 * (time.perf_counter() - started))
         return counts
 
-    def _fill(self, load: Load, plan: LoadPlan, counts: Counter[str]) -> None:
-        wanted, rope = plan.wanted(load.start), self._frequencies(plan.fingerprint)
-        packed = [self._packed(plan, index, counts) for index in wanted]
+    def _fill(self, load: Load, plan: LoadPlan, counts: Counter[str]) -> Iterator[str]:
+        """Writes layer by layer; yields the name of each that is written."""
+        rope = self._frequencies(plan.fingerprint)
+        packed = {index: self._packed(plan, index, counts) for index in plan.wanted(load.start)}
         device = next(iter(self._places.values())).module.kv_cache.device
-        shift = _shifts([plan.segments[index] for index in wanted], packed).to(device)
-        slots, first = [], plan.starts[wanted[0]]
-        for blocks, size in zip(load.blocks, self._groups, strict=True):
-            rows, where = slots_of(blocks, size, load.start, plan.num_tokens)
+        each = [[index] for index in packed] if device.type == "cpu" else [list(packed)]
+        parts = [self._part(load, plan, {i: packed[i] for i in one}, rope, device) for one in each]
+        for name, (module, index, group) in self._places.items():
+            for part in parts:
+                rows, where = part.slots[group]
+                if not len(rows):  # outside of the window
+                    continue
+                keys, values = (part.states(2 * index + half, device) for half in (0, 1))
+                self._require_shape(module, keys)
+                if (turn := part.turns[rope.layer[index]]) is not None:
+                    keys = rotate_keys(keys, turn, out=torch.empty_like(keys))
+                if len(rows) < len(keys):
+                    keys, values = keys[rows], values[rows]
+                keys, values = keys.to(self.dtype), values.to(self.dtype)
+                module.impl.do_kv_cache_update(module, keys, values, module.kv_cache, where)
+            yield name
+
+    def _part(
+        self, load: Load, plan: LoadPlan, packed: dict[int, Packed], rope: _Rope, device
+    ) -> _Part:
+        numbers = list(packed)
+        first, stop = plan.starts[numbers[0]], plan.starts[numbers[-1] + 1]
+        slots = []
+        for blocks, size in zip(load.blocks, self._block_sizes, strict=True):
+            rows, where = slots_of(blocks, size, max(first, load.start), stop)
             slots.append(((rows - first).to(device), where.to(device)))
-        turns: dict[int, Rotation] = {}
-        for index, (module, group) in self._places.items():
-            rows, where = slots[group]
-            keys, values = (
-                torch.cat([one.states[part].to(device, non_blocking=True) for one in packed])
-                for part in (2 * index, 2 * index + 1)
-            )
-            self._require_shape(module, keys)
-            name = rope.layer[index]
-            if name not in turns:
-                turn = Rotation.of(shift[None], rope.forms[name])
-                cos, sin = turn.cos[0, 0, :, None], turn.sin[0, 0, :, None]
-                turns[name] = turn._replace(cos=cos, sin=sin)
-            keys = rotate_keys(keys, turns[name])
-            if len(rows) < len(keys):
-                keys, values = keys[rows], values[rows]
-            keys, values = keys.to(self.dtype), values.to(self.dtype)
-            module.impl.do_kv_cache_update(module, keys, values, module.kv_cache, where)
+        moves = torch.tensor([plan.segments[i].position - one.origin for i, one in packed.items()])
+        turns: list[Rotation | None] = [None] * len(rope.forms)
+        if moves.any():
+            if len(packed) > 1:
+                lengths = [len(plan.segments[number].ids) for number in numbers]
+                moves = moves.repeat_interleave(torch.tensor(lengths))
+            turned = [Rotation.of(moves[None].to(device), form) for form in rope.forms]
+            # From (1, 1, S, P) to (S, 1, P); one segment moves as a whole, and S is 1.
+            turns = [t._replace(cos=t.cos[0, 0, :, None], sin=t.sin[0, 0, :, None]) for t in turned]
+        return _Part(list(packed.values()), turns, slots)
 
     def _require_shape(self, module: Any, keys: Tensor) -> None:
         wanted = (module.num_kv_heads, module.head_size)
@@ -220,14 +296,19 @@ class WorkerSide:
         if held is not None:
             counts["host_hits"] += 1
             return held
-        kv = self.store.get(key, plan.segments[index].ids, plan.fingerprint)
+        kv = self.store.lookup(
+            key,
+            plan.segments[index].ids,
+            plan.fingerprint,
+            read=partial(ChunkFile.entry, share=self.share),
+        ).kv
         if kv is None:  # an encoder verifies it too, and encodes it again
             self.view.ask_for(plan.fingerprint, [plan.segments[index].wanted])
             reason = self.store.stats().first_rejected or "it is not there"
             raise Missing(f"chunk {key[:12]} cannot be read from the store: {reason}")
         counts["store_reads"] += 1
         counts["store_bytes"] += kv.num_bytes
-        packed = Packed.of(kv, self.rank, self.size)
+        packed = Packed.of(kv)
         with self._lock, suppress(ValueError):  # larger than the memory
             self._hot[key] = packed
         return packed
@@ -263,13 +344,3 @@ class _Rope(NamedTuple):
 
     forms: list[LayerRope]
     layer: list[int]
-
-
-def _shifts(segments: list[Segment], packed: list[Packed]) -> Tensor:
-    """How far each token's key is moved, ``(S,)``."""
-    return torch.cat(
-        [
-            torch.full((len(segment.ids),), segment.position - one.origin)
-            for segment, one in zip(segments, packed, strict=True)
-        ]
-    )

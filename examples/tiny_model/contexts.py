@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerFast
 
-from blocktune.data.worlds import Context, WorldConfig, draw_context
-from blocktune.data.worlds.questions import MARKER
+from blocktune.data.worlds import MARKER, Context, WorldConfig, draw_context
 from blocktune.prompt import PromptFormat
 from examples.tiny_model.config import PretrainConfig, Stage
 from examples.tiny_model.tokenizer import ASSISTANT, BOS, EOS, RESTATE, USER

@@ -10,7 +10,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from blocktune.attention import dense_mask
 from blocktune.data.example import RagExample
-from blocktune.data.worlds.questions import MARKER
+from blocktune.data.worlds import MARKER
 from blocktune.prompt import LayoutSpec, Prompt, PromptFormat, lay_out, make_pieces, stack
 
 SETTINGS = ("full", "naive", "no-context", "bridge-deleted")

@@ -13,8 +13,7 @@ import torch
 from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from blocktune.data.worlds import WorldConfig, generate_examples
-from blocktune.data.worlds.questions import QUESTION_KINDS
+from blocktune.data.worlds import QUESTION_KINDS, WorldConfig, generate_examples
 from blocktune.evaluation.report.style import (
     COLOURS,
     Ground,

@@ -9,10 +9,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from cache.made import MODEL, assert_same_chunk
 from cache.writers import BUDGET, CHUNK, KEY, LIMIT
 
 from blocktune.cache import ChunkStore
+from blocktune.cache.chunk_file import heads_of
 from blocktune.cache.folder import WRITING, chunk_path
 from blocktune.cache.shelf import Shelf
 
@@ -86,3 +88,9 @@ def test_two_processes_keep_one_budget(ended):
     files = {path.stem: path.stat().st_size for path in ended.bounded.rglob("*.safetensors")}
     assert BUDGET / 2 < sum(files.values()) <= BUDGET
     assert {row.key: row.size for row in Shelf.open(str(ended.bounded)).rows()} == files
+
+
+def test_ranks_share_out_the_heads():
+    states = torch.arange(8)
+    assert [states[heads_of(rank, 4, 8)].tolist() for rank in (0, 3)] == [[0, 1], [6, 7]]
+    assert [heads_of(rank, 4, 2).start for rank in range(4)] == [0, 0, 1, 1]

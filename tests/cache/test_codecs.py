@@ -1,14 +1,18 @@
 """Codecs: errors and bytes, files equal to what was handed out, keys before their rotation."""
 
+import json
+from functools import partial
+
 import pytest
 import torch
 from cache.made import MODEL, assert_same_chunk, made_chunk
 from engine.served import ASK, engine_of
 from families import FAMILIES
 
-from blocktune.cache import ChunkStates, ChunkStore, chunk_key, states_key
-from blocktune.cache.chunk_file import codec_error, encoded, round_trip
+from blocktune.cache import ChunkStates, ChunkStore, chunk_file, chunk_key, states_key
+from blocktune.cache.chunk_file import ChunkFile, codec_error, encoded, round_trip
 from blocktune.cache.config import CODECS, StoreConfig
+from blocktune.cache.folder import OpenFile
 from blocktune.positions import LayerRope, RopeSpec
 from blocktune.positions.relocation import relocate_keys
 
@@ -118,3 +122,64 @@ def test_an_answer_does_not_depend_on_where_a_chunk_was_found(tokenizer, tmp_pat
     assert usages[0][0] == 0
     assert all(misses == 0 for _, misses in usages[1:])
     assert len({tuple(text) for text in texts}) == 1
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_rank_reads_and_verifies_only_its_heads(codec, tmp_path, monkeypatch):
+    kv = rotated(100, dtype=torch.float32)
+    ids, key = kv.token_ids.tolist(), chunk_key(MODEL, kv.token_ids.tolist())
+    store = ChunkStore(config=StoreConfig(folder=tmp_path, memory=0, codec=codec))
+    store.describe(MODEL, lambda: {"fingerprint": MODEL}, ROPE)
+    store.put(key, kv)
+    size = count_reads(monkeypatch)
+
+    def part(*share):
+        size.clear()
+        return store.lookup(
+            key, ids, MODEL, read=partial(ChunkFile.entry, share=share), keep=False
+        ).kv
+
+    whole = part(0, 1)
+    most, halves = sum(size), [part(rank, 2) for rank in (0, 1)]
+    # The second layer has one head, which both ranks need.
+    assert sum(size) < 0.7 * most
+    for rank, half in enumerate(halves):
+        assert torch.equal(half.keys[0], whole.keys[0][rank : rank + 1])
+        assert torch.equal(half.values[0], whole.values[0][rank : rank + 1])
+        assert torch.equal(half.keys[1], whole.keys[1])
+    [path] = tmp_path.rglob("*.safetensors")
+    data = bytearray(path.read_bytes())
+    start = 8 + int.from_bytes(data[:8], "little")
+    told = json.loads(data[8:start])["value.0" if codec == "as-is" else "value.0.codes"]
+    data[start + told["data_offsets"][1] - 1] ^= 1  # in the last head
+    path.write_bytes(data)
+    assert part(0, 2) is not None
+    assert part(1, 2) is part(0, 1) is None
+
+
+def test_signed_and_older_files_are_verified_whole(tmp_path, monkeypatch):
+    kv, secret = rotated(100), b"k" * 16
+    key, ids = chunk_key(MODEL, kv.token_ids.tolist()), kv.token_ids.tolist()
+    size = count_reads(monkeypatch)
+    for folder, used, sums in (("signed", secret, True), ("old", None, False)):
+        if not sums:
+            monkeypatch.setattr(chunk_file, "_BY_HEAD", ())
+        store = ChunkStore(config=StoreConfig(folder=tmp_path / folder, memory=0), secret=used)
+        store.put(key, kv)
+        monkeypatch.setattr(chunk_file, "_BY_HEAD", ("key.", "value."))
+        size.clear()
+        half = store.lookup(key, ids, MODEL, read=partial(ChunkFile.entry, share=(1, 2))).kv
+        assert sum(size) > kv.num_bytes
+        assert torch.equal(half.keys[0], kv.keys[0][1:])
+
+
+def count_reads(monkeypatch) -> list[int]:
+    """Bytes of each read from a file, from now on."""
+    read, sizes = OpenFile.read_into, []
+
+    def counted(self, buffers, start):
+        sizes.append(sum(map(len, buffers)))
+        return read(self, buffers, start)
+
+    monkeypatch.setattr(OpenFile, "read_into", counted)
+    return sizes

@@ -5,7 +5,7 @@ import re
 import pytest
 import typer
 
-from blocktune.commands import launching
+from blocktune.commands import train as launching
 
 PROGRAM = """
 import os, sys, typer

@@ -9,7 +9,6 @@ import pytest
 from source_records import OWN
 
 from blocktune.data import RagExample, load_chunks, load_examples
-from blocktune.data.sources.load import load_source
 from blocktune.data.sources.options import with_fields
 from blocktune.prompt import Chunk
 
@@ -200,14 +199,14 @@ def test_squad(tmp_path, nested, indent):
     assert load_examples(path, limit=3) == examples[:3]
 
 
-def test_squad_without_answers_and_as_on_the_hub(tmp_path):
+def test_squad_without_answers_and_as_on_the_hub(tmp_path, caplog):
     asked = {"id": "i", "question": "?", "answers": [], "is_impossible": True}
     article = {
         "title": "T",
         "paragraphs": [SQUAD["paragraphs"][0], {"context": "c", "qas": [asked]}],
     }
-    loaded = load_source(save(tmp_path / "v2.jsonl", article, SQUAD))
-    assert (len(loaded.examples), sum(loaded.left_out.values())) == (15, 1)
+    assert len(load_examples(save(tmp_path / "v2.jsonl", article, SQUAD))) == 15
+    assert "v2.jsonl: left out 1 rows" in caplog.text
     flat = {"id": "f", "title": "T", "context": "It is here.", "question": "Where?"}
     flat |= {"answers": {"text": ["here", "here"], "answer_start": [6, 6]}}
     (example,) = load_examples(save(tmp_path / "flat.jsonl", flat))
@@ -231,11 +230,10 @@ def test_longbench(tmp_path):
     assert len(cut.chunks) == 2
 
 
-def test_sessions_of_mt_rag(tmp_path):
+def test_sessions_of_mt_rag(tmp_path, caplog):
     path = save(tmp_path / "m.jsonl", SESSION | {"contexts": []}, SESSION)
-    loaded = load_source(path)
-    (example,) = loaded.examples
-    assert loaded.left_out == {"no passages in contexts": 1}
+    (example,) = load_examples(path)
+    assert "left out 1 rows: no passages in contexts" in caplog.text
     assert example.chunks[0].metadata == {"document_id": "d1", "score": 3.5}
     assert example.question.splitlines()[1:] == ["Assistant: A town.", "User: Where?"]
     assert (example.answers, example.id, example.meta) == (

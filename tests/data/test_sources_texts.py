@@ -5,7 +5,6 @@ import json
 import pytest
 
 from blocktune.data import build_chunker, load_examples
-from blocktune.data.sources.load import load_source
 from blocktune.data.sources.texts import CONTINUE, SUMMARIZE
 from blocktune.prompt import Chunk
 
@@ -66,36 +65,30 @@ def test_what_follows_the_last_reply_is_dropped(save):
     assert only(save({"messages": longer})).question == "Where?"
 
 
-def test_conversations_that_cannot_be_cut_are_counted(save):
+def test_conversations_that_cannot_be_cut_are_counted(save, caplog):
     single = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Anna."}]
     silent = [{"role": "user", "content": "Who?"}]
-    loaded = load_source(save({"messages": single}, {"messages": silent}, CHAT))
-    assert len(loaded.examples) == 1
-    assert loaded.left_out == {
-        "a single message that the chunker leaves whole": 1,
-        "no user message with a reply": 1,
-    }
+    assert only(save({"messages": single}, {"messages": silent}, CHAT))
+    assert "left out 1 rows: a single message that the chunker leaves whole" in caplog.text
+    assert "left out 1 rows: no user message with a reply" in caplog.text
     system = [{"role": "system", "content": "Be brief."}, *single]
     assert only(save({"messages": system})).chunks == (Chunk("System: Be brief."),)
 
 
-def test_code_keeps_its_indent_and_is_not_cut_out_of_a_single_message(save):
+def test_code_keeps_its_indent_and_is_not_cut_out_of_a_single_message(save, caplog):
     code = "def sign(x):\n    return -1"
     asked = {"role": "user", "content": f"Explain:\n{code}"}
     reply = {"role": "assistant", "content": "Minus one."}
-    loaded = load_source(
-        save({"messages": [asked, reply]}, {"messages": [asked, reply, asked, reply]})
-    )
-    assert loaded.left_out == {"a single message that holds code": 1}
-    (example,) = loaded.examples
+    example = only(save({"messages": [asked, reply]}, {"messages": [asked, reply] * 2}))
+    assert "left out 1 rows: a single message that holds code" in caplog.text
     assert code in example.chunks[0].text
     assert example.question == f"Explain:\n{code}"
 
 
-def test_null_is_a_row_without_it(save):
-    loaded = load_source(save({"dialogue": None, "summary": "x"}, *SAMSUM))
-    assert len(loaded.examples) == len(SAMSUM)
-    assert loaded.left_out == {'"dialogue" is blank': 1}
+def test_null_is_a_row_without_it(save, caplog):
+    path = save({"dialogue": None, "summary": "x"}, *SAMSUM)
+    assert len(load_examples(path)) == len(SAMSUM)
+    assert 'left out 1 rows: "dialogue" is blank' in caplog.text
 
 
 def test_document_ends_with_what_the_model_writes(save):

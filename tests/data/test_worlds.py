@@ -6,8 +6,14 @@ from random import Random
 
 import pytest
 
-from blocktune.data.worlds import DEFAULT_KINDS, WorldConfig, generate_examples
-from blocktune.data.worlds.questions import MARKER, QUESTION_KINDS, candidates
+from blocktune.data.worlds import (
+    DEFAULT_KINDS,
+    MARKER,
+    QUESTION_KINDS,
+    WorldConfig,
+    candidates,
+    generate_examples,
+)
 from blocktune.data.worlds.vocabulary import ROOT, SPLITS, names
 from blocktune.data.worlds.world import draw_world, write_passages
 

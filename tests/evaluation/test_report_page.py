@@ -15,7 +15,7 @@ from blocktune.evaluation.report.charts import charts_of
 from blocktune.evaluation.report.page import pointer
 from blocktune.evaluation.report.style import COLOURS, DARK, LIGHT, PHONE_INCHES, mark, zoomed_start
 from blocktune.evaluation.report.style import METHODS as LOOKS
-from blocktune.evaluation.stats.findings import power_notes
+from blocktune.evaluation.stats.compare import power_notes
 from blocktune.files import replace_json
 from blocktune.tables import FORMS
 

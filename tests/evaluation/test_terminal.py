@@ -10,7 +10,7 @@ from rich.console import Console
 
 from blocktune.evaluation.report.charts import draw_results
 from blocktune.evaluation.report.terminal import results_table
-from blocktune.evaluation.stats.findings import findings, power_notes
+from blocktune.evaluation.stats.compare import findings, power_notes
 from blocktune.evaluation.stats.results import build_results
 
 SCHEMA = {

@@ -4,7 +4,7 @@ import pytest
 
 from blocktune.adapter import AdapterInfo
 from blocktune.hub.card import CardFacts, card, datasets_of, served_by
-from blocktune.hub.files import public
+from blocktune.hub.push import public
 from blocktune.methods import build
 from blocktune.prompt import LayoutSpec, PromptFormat
 

@@ -5,13 +5,13 @@ import torch
 from training.runs import make_trainer
 from training.toy import toy_examples, toy_model, toy_tokenizer
 
-from blocktune.attention import attach
+from blocktune.attention import attach, make_plan
 from blocktune.layout import Layout
 from blocktune.links import install_links, link_base, new_links
-from blocktune.prompt import LayoutSpec, PromptFormat
+from blocktune.prompt import Batch, LayoutSpec, PromptFormat
 from blocktune.training.collator import BlockDataCollator
 from blocktune.training.dataset import in_modes, prepare
-from blocktune.training.loss import answer_loss
+from blocktune.training.loss import answer_rows
 
 SPEC = LayoutSpec(num_links=2)
 
@@ -22,6 +22,11 @@ def model():
     install_links(model, new_links(model, 2))
     attach(model)
     return model
+
+
+def answer_loss(model, ids, layout, labels, execution="split"):
+    plan = make_plan(execution, layout)
+    return answer_rows(model, Batch(ids, layout, labels), plan).sums(layout)
 
 
 def batches(model, size, share=0.5):
@@ -36,7 +41,7 @@ def batches(model, size, share=0.5):
 def total_and_gradients(model, size, execution="split"):
     model.zero_grad()
     results = [answer_loss(model, *batch, execution) for batch in batches(model, size)]
-    num_tokens = sum(int(result.num_tokens) for result in results)
+    num_tokens = sum(int(result.tokens) for result in results)
     for result in results:
         (result.total / num_tokens).backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -69,8 +74,6 @@ def test_the_layout_matters_to_the_loss(model):
 
 
 def test_loss_matches_cross_entropy_over_all_logits(model):
-    from blocktune.attention import make_plan
-
     ids, layout, labels = next(batches(model, 8))
     plan = make_plan("dense", layout)
     logits = model(ids, position_ids=layout.position, plan=plan, use_cache=False).logits
@@ -79,9 +82,9 @@ def test_loss_matches_cross_entropy_over_all_logits(model):
     )
     result = answer_loss(model, ids, layout, labels, "dense")
     torch.testing.assert_close(result.total, expected)
-    assert int(result.num_tokens) == int((labels != -100).sum())
+    assert int(result.tokens) == int((labels != -100).sum())
     hits = (logits[:, :-1].argmax(-1) == labels[:, 1:]).sum()
-    assert int(result.num_correct) == int(hits)
+    assert int(result.correct) == int(hits)
 
 
 def first_step(folder, **overrides):

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import pytest
 
 collect_ignore = [] if find_spec("vllm.config") else ["test_engine.py", "test_models.py"]
-collect_ignore += [] if find_spec("vllm.config") else ["test_http.py"]
+collect_ignore += [] if find_spec("vllm.config") else ["test_http.py", "test_stores.py"]
 os.environ |= {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

@@ -1,6 +1,7 @@
 """vLLM over cached chunks gives the answers of blocktune's own engine, and never a mixture."""
 
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -148,12 +149,13 @@ def test_hazard_2_prompt_log_probabilities_are_refused(llm):
         llm.answer(questions(1, 1), sampling=unread)
 
 
-@pytest.mark.parametrize("how", ["missing", "damaged"])
+@pytest.mark.parametrize("how", ["missing", "damaged", "damaged, not alone"])
 def test_hazard_3_without_a_chunk_nothing_is_answered(llm, engine, store, how):
-    [example] = questions(8 if how == "missing" else 9, 1)
+    [example] = questions({"missing": 8, "damaged": 9}.get(how, 7), 1)
     llm.answer([example])
     forget(llm)
     made = llm.client.read(example)
+    others = [plain(llm, one) for one in questions(1, 2)] if "not alone" in how else []
     key, queue = made.plan.keys[2], MissQueue(store)
     path = store / key[:2] / key[2:4] / f"{key}.safetensors"
     if how == "missing":
@@ -163,12 +165,50 @@ def test_hazard_3_without_a_chunk_nothing_is_answered(llm, engine, store, how):
         data[-5] ^= 1
         path.write_bytes(data)
     with pytest.raises(ValueError, match="could not be loaded"):
-        llm.generate([made], GREEDY)
+        llm.generate([*others, made], GREEDY)
     wanted = queue.take(made.plan.fingerprint)
     assert [one.ids for one in wanted] == [made.plan.segments[2].ids]
     queue.done(made.plan.fingerprint, wanted)
     # `answer` has it encoded again.
     require_same(llm.answer([example], sampling=GREEDY), engine, [example], "naive")
+
+
+def test_a_request_that_is_alone_is_loaded_beside_its_forward_pass(llm, engine, monkeypatch):
+    [example] = questions(14, 1)
+    llm.answer([example])
+    forget(llm)
+    worker, order, before = connector(llm), [], counter(llm, "vllm:blocktune_layered")
+    fill, waited = worker._fill, worker.wait_for_layer
+
+    def slowly(*args):
+        for name in fill(*args):
+            order.append(("written", name))
+            yield name
+            time.sleep(0.05)
+
+    monkeypatch.setattr(worker, "_fill", slowly)
+    monkeypatch.setattr(
+        worker, "wait_for_layer", lambda name: (waited(name), order.append(("waited", name)))
+    )
+    require_same(llm.answer([example], sampling=GREEDY), engine, [example], "naive")
+    names = list(dict.fromkeys(name for _, name in order))
+    assert order[: 2 * len(names)] == [(did, n) for n in names for did in ("written", "waited")]
+    forget(llm)
+    order.clear()
+    llm.answer([example, *questions(15, 1)], max_new_tokens=1)
+    assert [did for did, _ in order[: len(names)]] == ["written"] * len(names)
+    assert counter(llm, "vllm:blocktune_layered") == before + 1
+
+
+def test_a_forward_pass_that_waits_for_nothing_answers_nothing(llm, engine, monkeypatch):
+    [example] = questions(14, 1)
+    forget(llm)
+    made = llm.client.read(example)
+    with monkeypatch.context() as patch:
+        patch.setattr(connector(llm), "wait_for_layer", lambda name: None)
+        with pytest.raises(ValueError, match="could not be loaded"):
+            llm.generate([made], GREEDY)
+    require_same(llm.generate([made], GREEDY), engine, [example], "naive")
 
 
 def test_a_request_that_is_no_plan_fails_alone(llm, engine):

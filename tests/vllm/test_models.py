@@ -39,6 +39,7 @@ MODELS = {
     "partial rope": lambda: Phi3Config(
         **SHAPE, rope_parameters=rope("default", partial_rotary_factor=0.5)
     ),
+    "llama3": lambda: LlamaConfig(**SHAPE, rope_parameters=LLAMA3),
     "llama3, bfloat16": lambda: LlamaConfig(**SHAPE, rope_parameters=LLAMA3),
 }
 

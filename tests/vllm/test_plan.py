@@ -1,11 +1,10 @@
 """Plans of loads: read and written, their slots, heads and salts, and what is refused."""
 
 import pytest
-import torch
 
 from blocktune.methods import build
 from blocktune.prompt import LayoutSpec
-from blocktune.vllm.plan import LoadPlan, Segment, heads_of, require_served, slots_of
+from blocktune.vllm.plan import LoadPlan, Segment, require_served, slots_of
 
 MODEL = "a" * 64
 PLAN = LoadPlan(MODEL, (Segment((5, 6, 7), 0), Segment((900, 8), 0, (4,)), Segment((9,), 5)))
@@ -60,12 +59,6 @@ def test_slots_leave_out_what_lies_outside_of_a_window():
     assert rows.tolist() == [2, 3, 8, 9, 10]
     assert slots.tolist() == [30, 31, 12, 13, 14]
     assert slots_of([7], 4, 4, 4)[0].tolist() == []
-
-
-def test_ranks_share_out_the_heads():
-    states = torch.arange(8)
-    assert [states[heads_of(rank, 4, 8)].tolist() for rank in (0, 3)] == [[0, 1], [6, 7]]
-    assert [heads_of(rank, 4, 2).start for rank in range(4)] == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize(

@@ -37,24 +37,13 @@ class Message(NamedTuple):
 
 @dataclass(frozen=True)
 class Chunker(ABC):
-    """Cuts text into spans without changing it.
-
-    The fields of a subclass, all with defaults, are its keys in YAML.
-    """
+    """Cuts text into spans without changing it; the fields of a subclass are its keys in YAML."""
 
     needs_tokenizer: ClassVar[bool] = False
 
     @abstractmethod
     def split(self, text: str, tokenizer: PreTrainedTokenizerBase | None = None) -> list[str]:
-        """Spans of a text, in order.
-
-        Args:
-            text: Any text.
-            tokenizer: For chunkers that count tokens.
-
-        Raises:
-            ValueError: If the chunker counts tokens and there is no tokenizer.
-        """
+        """Spans of a text, in order; one that counts tokens needs the tokenizer."""
 
     def split_messages(
         self, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase | None = None

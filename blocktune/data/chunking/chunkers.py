@@ -20,16 +20,13 @@ UNITS = ("turn", "message")
 class Delimiter(Chunker):
     """Cuts after each occurrence of one delimiter, then joins the shortest neighbours.
 
-    Attributes:
-        delimiter: What to cut after; None uses the first of a blank line, ``---``, ``===``,
-            newline and tab, newline, that the text contains.
-        max_chunks: Neighbours with the fewest characters are joined down to this number.
-
     Source: Block-Attention, ``src/data/tools.py`` (fewer than 15 chunks).
     """
 
+    # what to cut after; None uses the first of a blank line, ``---``, ``===``, newline and tab,
+    # newline, that the text contains
     delimiter: str | None = None
-    max_chunks: int = 14
+    max_chunks: int = 14  # neighbours with the fewest characters are joined down to this number
 
     def __post_init__(self):
         given, count = self.delimiter, self.max_chunks
@@ -68,16 +65,12 @@ class Fixed(Chunker):
     Spans are slices of the text, found by the tokenizer's offsets; tokenized separately, a span
     may have one token more or less at its ends.
 
-    Attributes:
-        size: Tokens of a span.
-        overlap: Tokens that a span shares with the previous one.
-
     Source: KVLink cuts XSum every 100 tokens; TurboRAG documents every 512 with 10 of overlap.
     """
 
     needs_tokenizer: ClassVar[bool] = True
-    size: int = 100
-    overlap: int = 0
+    size: int = 100  # tokens of a span
+    overlap: int = 0  # tokens that a span shares with the previous one
 
     def __post_init__(self):
         self._require("size", type(self.size) is int and self.size >= 1, "an integer of at least 1")
@@ -113,15 +106,10 @@ class Fixed(Chunker):
 @CHUNKERS.register("sentence")
 @dataclass(frozen=True)
 class Sentence(Chunker):
-    """Groups whole sentences, found by the library sentencex.
+    """Groups whole sentences, found by the library sentencex."""
 
-    Attributes:
-        size: Sentences of a span.
-        language: ISO code of one of about 240 languages.
-    """
-
-    size: int = 4
-    language: str = "en"
+    size: int = 4  # sentences of a span
+    language: str = "en"  # ISO code of one of about 240 languages
 
     def __post_init__(self):
         self._require("size", type(self.size) is int and self.size >= 1, "an integer of at least 1")
@@ -152,9 +140,7 @@ def sentences_of(text: str, language: str = "en") -> list[str]:
 class PerMessage(Chunker):
     """Makes each turn or message a chunk; a single text is cut at its delimiters.
 
-    Attributes:
-        unit: ``turn``, a user message with its replies (KVLink), or ``message`` (Block-Attention).
-            A system message is a separate chunk.
+    A turn is a user message with its replies (KVLink). A system message is a chunk of its own.
 
     Source: Block-Attention cuts conversations by message and single questions by delimiter.
     """

@@ -11,10 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from blocktune.data.example import RagExample
+import yaml
 
-PARQUET = "refs/convert/parquet"
-"""The Hub's own parquet copy, for repositories that still hold a loading script."""
+from blocktune.data.example import RagExample
 
 DATA_SETS = "data_sets"
 """Key in an example's ``meta``: name on the Hub -> licence. A file does not name its data set."""
@@ -24,23 +23,18 @@ _ON_HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[^/]*)?")
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set on the Hugging Face Hub, its licence as stated, and what a record becomes.
-
-    Attributes:
-        shape: As in ``as=``; None if the fields tell it, or for questions without passages.
-        revision: Branch, if not the main one.
-        split: The default split.
-        streamed: Too large to download as a whole; a limit is needed.
-    """
+    """A data set on the Hugging Face Hub, its licence as stated, and what a record becomes."""
 
     hub: str
     licence: str
     becomes: str
     config: str | None = None
+    # as in ``as=``; None if the fields tell it, or for questions without passages
     shape: str | None = None
+    # branch, if not the main one: the Hub's own parquet copy of a repository with a loading script
     revision: str | None = None
-    split: str = "validation"
-    streamed: bool = False
+    split: str = "validation"  # the default split
+    streamed: bool = False  # too large to download as a whole; a limit is needed
 
     @property
     def at(self) -> str:
@@ -48,75 +42,8 @@ class DataSet:
         return self.hub + (f":{self.config}" if self.config else "")
 
 
-CATALOG = {
-    "2wikimultihopqa": DataSet(
-        "framolfese/2WikiMultihopQA", "Apache-2.0", "question over its 10 paragraphs", shape="wiki"
-    ),
-    "hotpotqa": DataSet(
-        "hotpotqa/hotpot_qa",
-        "CC BY-SA 4.0",
-        "question over its 10 paragraphs",
-        "distractor",
-        "wiki",
-    ),
-    "musique": DataSet(
-        "dgslibisey/MuSiQue", "CC BY 4.0", "question over its 20 paragraphs", shape="musique"
-    ),
-    "triviaqa": DataSet(
-        "mandarjoshi/trivia_qa",
-        "not stated on the Hub (code Apache-2.0)",
-        "question over its evidence pages, cut; then `data passages` for the best",
-        config="rc",
-        shape="triviaqa",
-    ),
-    "triviaqa-questions": DataSet(
-        "mandarjoshi/trivia_qa",
-        "not stated on the Hub (code Apache-2.0)",
-        "question without passages, for `data passages`",
-        config="rc.nocontext",
-    ),
-    "nq": DataSet(
-        "google-research-datasets/nq_open",
-        "CC BY-SA 3.0",
-        "question without passages, for `data passages`",
-    ),
-    "tulu-3": DataSet(
-        "allenai/tulu-3-sft-mixture",
-        "ODC-BY 1.0; parts have their own, some non-commercial",
-        "conversation, a chunk per earlier turn or piece of the message",
-        shape="chat",
-        split="train",
-    ),
-    "xsum": DataSet(
-        "EdinburghNLP/xsum",
-        "not stated",
-        "article, cut, and its summary",
-        shape="summary",
-        revision=PARQUET,
-    ),
-    "multi-news": DataSet(
-        "alexfabbri/multi_news",
-        "other: non-commercial research and education",
-        "articles, a chunk each, and their summary",
-        shape="summary",
-        revision=PARQUET,
-    ),
-    "samsum": DataSet(
-        "knkarthick/samsum",
-        "CC BY-NC-ND 4.0",
-        "dialogue to summarise, solved ones as chunks",
-        shape="few-shot",
-    ),
-    "fineweb": DataSet(
-        "HuggingFaceFW/fineweb",
-        "ODC-BY 1.0, and Common Crawl's terms of use",
-        "web page, cut; the model writes the last piece",
-        config="sample-10BT",
-        shape="document",
-        split="train",
-        streamed=True,
-    ),
-}
+_FILE = Path(__file__).with_name("catalog.yaml")
+CATALOG = {name: DataSet(**entry) for name, entry in yaml.safe_load(_FILE.read_text()).items()}
 """By short name."""
 
 

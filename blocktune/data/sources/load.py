@@ -10,7 +10,6 @@ from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from random import Random
-from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -22,7 +21,6 @@ from blocktune.data.sources.options import (
     SourceName,
     generate,
     generators,
-    is_generated,
     parse_source,
     read_options,
 )
@@ -33,16 +31,7 @@ from blocktune.prompt.format import Chunk
 
 logger = logging.getLogger("blocktune")
 
-SNIFFED = 200
-"""Records looked at to tell the shape; the first rows of a set may lack their context."""
-
-
-class Loaded(NamedTuple):
-    """Examples of a source, the number of rows left out by reason, and fields kept in ``meta``."""
-
-    examples: list[RagExample]
-    left_out: dict[str, int]
-    kept: tuple[str, ...] = ()
+SNIFFED = 200  # records looked at to tell the shape; the first rows of a set may lack their context
 
 
 def load_examples(
@@ -53,28 +42,10 @@ def load_examples(
     tokenizer: PreTrainedTokenizerBase | None = None,
     chunker: Chunker | None = None,
 ) -> list[RagExample]:
-    """Loads examples from a file, the Hub or a generator; see `load_source` for the names.
+    """Loads examples from a file, the Hub or a generator.
 
     Rows that cannot be asked (2WikiMultihopQA without its context) are left out; their number is
     logged, and so are the fields that are kept in ``meta``, once each.
-    """
-    loaded = load_source(source, limit=limit, split=split, tokenizer=tokenizer, chunker=chunker)
-    for reason, count in loaded.left_out.items():
-        logger.warning("%s: left out %d rows: %s", source, count, reason)
-    if loaded.kept:
-        logger.warning("%s: kept in meta: %s", source, ", ".join(loaded.kept))
-    return loaded.examples
-
-
-def load_source(
-    source: str | Path,
-    *,
-    limit: int | None = None,
-    split: str | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    chunker: Chunker | None = None,
-) -> Loaded:
-    """Loads examples and counts the rows left out.
 
     Args:
         source: One of: a path, whose records are told apart by their fields; a short name of
@@ -96,16 +67,16 @@ def load_source(
         raise ValueError(f"limit must be at least 1 or None, got {limit}")
     named = parse_source(str(source))
     if not _on_the_hub(named) and not Path(named.name).is_file():
-        if not is_generated(named):
+        if (generated := generate(named, tokenizer)) is None:
             raise ValueError(_no_source(source))
         _refuse_split(source, split)
-        return Loaded(list(islice(generate(named, tokenizer), limit)), {})
+        return list(islice(generated, limit))
     reading = read_options(named, split=split, tokenizer=tokenizer, chunker=chunker)
     records = open_records(named, reading, limit)
     shots = None
     if reading.shots_from is not None:
         shots = open_records(named, replace(reading, split=reading.shots_from), POOL)
-    return parse_records(records, named.name, reading, limit, shots)
+    return parse_records(records, named, reading, limit, shots)
 
 
 def training_split(source: str | Path) -> str | None:
@@ -132,11 +103,7 @@ def open_records(named: SourceName, reading: Reading, limit: int | None) -> Iter
 
 
 def load_chunks(source: str | Path) -> list[Chunk]:
-    """Distinct chunks of a file, in order: of its questions, or one passage a record.
-
-    Raises:
-        ValueError: If the file holds neither; names file, line and field.
-    """
+    """Distinct chunks of a file, in order: of its questions, or one passage a record."""
     named = parse_source(str(source))
     reading = read_options(named)
     records = open_records(named, reading, None)
@@ -147,19 +114,19 @@ def load_chunks(source: str | Path) -> list[Chunk]:
     if isinstance(value, str) or (a_passage and "question" not in value):
         read = partial(read_chunk, name="text")
         return list(dict.fromkeys(at(record, read) for record in records))
-    examples = parse_records(records, named.name, reading).examples
+    examples = parse_records(records, named, reading)
     return list(dict.fromkeys(chunk for example in examples for chunk in example.chunks))
 
 
 def parse_records(
     records: Iterable[Record],
-    name: str,
+    named: SourceName,
     reading: Reading,
     limit: int | None = None,
     shots: Iterable[Record] | None = None,
-) -> Loaded:
+) -> list[RagExample]:
     """Turns records of one shape into examples; few-shot ones are drawn from ``shots``."""
-    records = iter(records)
+    records, name = iter(records), named.name
     head = list(islice(records, SNIFFED))
     key = reading.shape or (CATALOG[name].shape if name in CATALOG else None)
     shape = named_shape(key) if key else find_shape((record.value for record in head), name)
@@ -188,7 +155,11 @@ def parse_records(
     if not found and left_out:
         reason, count = left_out.most_common(1)[0]
         raise ValueError(f"{name}: no example in it, {count} rows left out: {reason}")
-    return Loaded(found, dict(left_out), tuple(kept))
+    for reason, count in left_out.items():
+        logger.warning("%s: left out %d rows: %s", named.text, count, reason)
+    if kept:
+        logger.warning("%s: kept in meta: %s", named.text, ", ".join(kept))
+    return found
 
 
 def _on_the_hub(named: SourceName) -> bool:

@@ -64,29 +64,20 @@ WHOLE = ("shots", "seed", "shuffle")
 
 @dataclass(frozen=True)
 class Reading:
-    """What the options after ``?`` say; all other options are the chunker's.
+    """What the options after ``?`` say; all other options are the chunker's."""
 
-    Attributes:
-        split: Of a Hub data set.
-        shape: Record shape (``as=``), or None to tell it by the fields.
-        fields: Fields to rename before a record is read: new name -> old name.
-        chunker: Cuts records that have no chunks of their own.
-        tokenizer: Counts tokens for the chunker.
-        shots: Solved examples given as chunks, for the shape ``few-shot``; None means 5.
-        shots_from: Split that they are drawn from; None means the one that is read.
-        seed: Of that draw; None means 0.
-        shuffle: Seed of a random order, so that a limit samples the whole set (MuSiQue's files are
-            sorted by hops); None keeps the order.
-    """
-
-    split: str | None = None
-    shape: str | None = None
+    split: str | None = None  # of a Hub data set
+    shape: str | None = None  # record shape (``as=``), or None to tell it by the fields
+    # fields to rename before a record is read: new name -> old name
     fields: Mapping[str, str] | None = None
-    chunker: Chunker | None = None
-    tokenizer: PreTrainedTokenizerBase | None = None
+    chunker: Chunker | None = None  # cuts records that have no chunks of their own
+    tokenizer: PreTrainedTokenizerBase | None = None  # counts tokens for the chunker
+    # solved examples given as chunks, for the shape ``few-shot``; None means 5
     shots: int | None = None
-    shots_from: str | None = None
-    seed: int | None = None
+    shots_from: str | None = None  # split that they are drawn from; None means the one that is read
+    seed: int | None = None  # of that draw; None means 0
+    # seed of a random order, so that a limit samples the whole set (MuSiQue's files are sorted by
+    # hops); None keeps the order
     shuffle: int | None = None
 
     def __post_init__(self):
@@ -101,11 +92,7 @@ def read_options(
     tokenizer: PreTrainedTokenizerBase | None = None,
     chunker: Chunker | None = None,
 ) -> Reading:
-    """Reads a source's options; arguments override them.
-
-    Raises:
-        ValueError: If an option is unknown or its value cannot be read; names the source.
-    """
+    """Reads a source's options; arguments override them. A ValueError names the source."""
     options = dict(source.options)
     own = {key: options.pop(key) for key in KNOWN if key in options}
     if options and "chunker" not in own:
@@ -173,15 +160,11 @@ def generators() -> dict[str, Generator]:
     return GENERATORS
 
 
-def is_generated(source: SourceName) -> bool:
-    """Whether a source is a generator's; an unknown prefix loads the plug-ins."""
-    prefix, colon, _ = source.name.partition(":")
-    return bool(colon) and (prefix in GENERATORS or prefix in generators())
-
-
-def generate(source: SourceName, tokenizer: Tokenizer) -> Examples:
-    """Examples of a generated source."""
-    prefix, _, rest = source.name.partition(":")
+def generate(source: SourceName, tokenizer: Tokenizer) -> Examples | None:
+    """Examples of a generated source, or None; an unknown prefix loads the plug-ins."""
+    prefix, colon, rest = source.name.partition(":")
+    if not colon or (prefix not in GENERATORS and prefix not in generators()):
+        return None
     return GENERATORS[prefix].read(rest, source.options, tokenizer)
 
 

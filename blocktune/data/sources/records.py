@@ -30,8 +30,7 @@ _OTHERS = {
     b"\xff\xfe": "UTF-16 text",
     b"\xfe\xff": "UTF-16 text",
 }
-_LONE = re.compile(r"\\u[dD][89a-fA-F]")
-"""How JSON spells half of a surrogate pair, or a whole one."""
+_LONE = re.compile(r"\\u[dD][89a-fA-F]")  # how JSON spells half of a surrogate pair, or a whole one
 
 MOST_PARAGRAPHS = 10
 """Paragraphs of a SQuAD article that one question is asked over, as in HotpotQA."""
@@ -51,11 +50,8 @@ class LeftOut(Exception):
 def read_records(path: str | Path) -> Iterator[Record]:
     """Reads a file; the format is detected by its content, and CSV by its suffix.
 
-    SQuAD's articles give one record per question.
-
-    Raises:
-        ValueError: If the file is missing, empty or of no known format, or a string in it is not
-            text; names file and line.
+    SQuAD's articles give one record per question. A ValueError names file and line if the file is
+    missing, empty or of no known format, or a string in it is not text.
     """
     path = Path(path)
     if not path.is_file():

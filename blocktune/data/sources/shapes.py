@@ -14,24 +14,18 @@ from blocktune.data.sources import schemas, texts
 
 
 class Shape(NamedTuple):
-    """One record shape.
+    """One record shape."""
 
-    Attributes:
-        key: Its name in ``as=``.
-        keys: Sets of fields, any of which identifies it; empty if only ``as=`` can name it.
-        parse: Turns a record into an example, given a ``cutter`` where there is a ``chunker``;
-            raises `LeftOut`, or ValueError that names a field.
-        chunker: Name of the chunker it is cut by unless another is given; None has chunks already.
-        may_cut: Has chunks already, but may hold one text instead, which a chunker cuts.
-        in_shots: Whether other examples of the source become the chunks.
-    """
-
-    key: str
+    key: str  # its name in ``as=``
+    # sets of fields, any of which identifies it; empty if only ``as=`` can name it
     keys: tuple[tuple[str, ...], ...]
+    # turns a record into an example, given a ``cutter`` where there is a ``chunker``; raises
+    # `LeftOut`, or ValueError that names a field
     parse: Callable[..., RagExample]
+    # name of the chunker it is cut by unless another is given; None has chunks already
     chunker: str | None = None
-    may_cut: bool = False
-    in_shots: bool = False
+    may_cut: bool = False  # has chunks already, but may hold one text instead, which a chunker cuts
+    in_shots: bool = False  # whether other examples of the source become the chunks
 
     def fits(self, value: Any) -> bool:
         """Whether ``value`` is a record of this shape."""

@@ -20,16 +20,14 @@ from blocktune.data.sources.schemas import SUMMARIZE, Cutter, id_of
 from blocktune.prompt.format import Chunk
 
 CONTINUE = "Continue the text above."
-POOL = 1000
-"""Instances that shots are drawn from: the first of a source, whatever its limit."""
+POOL = 1000  # instances that shots are drawn from: the first of a source, whatever its limit
 _ROLES = {role: role for role in SPEAKERS} | {
     "human": "user",
     "gpt": "assistant",
     "bot": "assistant",
     "agent": "assistant",
 }
-_CODE = re.compile(r"```|\n(?: {4}|\t)[^\s]")
-"""A fence, or a line indented like code."""
+_CODE = re.compile(r"```|\n(?: {4}|\t)[^\s]")  # a fence, or a line indented like code
 _PAIRS = (
     ("dialogue", "summary", "Dialogue", "Summary"),
     ("document", "summary", "Document", "Summary"),

@@ -7,15 +7,133 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import combinations
 from random import Random
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from blocktune.data.example import RagExample
-from blocktune.data.worlds.questions import QUESTION_KINDS, WorldQuestion, ask, candidates, state
-from blocktune.data.worlds.vocabulary import SPLITS
-from blocktune.data.worlds.world import draw_world, write_passages
+from blocktune.data.worlds import world as worlds
+from blocktune.data.worlds.vocabulary import COMPARED, SPLITS
+from blocktune.data.worlds.world import Fact, Passages, Place, World, refer
 from blocktune.prompt import Chunk
+
+QUESTION_KINDS = ("self-contained", "cross-chunk", "2-hop", "3-hop", "comparison", "referred")
+"""The last asks by the words of a later chunk ("Where was she born?"): following a reference, by
+itself, for pre-training."""
+MARKER = "Answer: "  # precedes the scored answer when a response names other values first
+
+
+@dataclass(frozen=True)
+class WorldQuestion:
+    """One question of a world, of one of `QUESTION_KINDS`, with its one correct answer.
+
+    ``response`` is what a model is trained to say: the answer, or the values on the way, then
+    `MARKER` and the answer. ``supporting`` are the chunks that are needed; for ``meta`` see `ask`.
+    """
+
+    kind: str
+    text: str
+    answer: str
+    response: str
+    supporting: tuple[int, ...]
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+def chains(world: World, hops: int) -> Iterator[tuple[Fact, ...]]:
+    """Yields every chain of facts whose values are the next facts' subjects, never going back."""
+    paths = [(fact,) for fact in world.facts.values()]
+    by_subject: dict[str, list[Fact]] = {}
+    for fact in world.facts.values():
+        by_subject.setdefault(fact.subject.name, []).append(fact)
+    for _ in range(hops - 1):
+        paths = [
+            (*path, fact)
+            for path in paths
+            if path[-1].target and not path[-1].relation.place
+            for fact in by_subject.get(path[-1].value, ())
+            if fact.value not in {past.subject.name for past in path}
+        ]
+    yield from paths
+
+
+def candidates(world: World, passages: Passages) -> dict[str, list[tuple[Fact, ...]]]:
+    """Groups everything that can be asked about a world by the kind of the question."""
+    found: dict[str, list[tuple[Fact, ...]]] = {kind: [] for kind in QUESTION_KINDS}
+    for fact in world.facts.values():
+        place = _place(passages, fact)
+        kind = "self-contained" if place.chunk == place.first else "cross-chunk"
+        found[kind].append((fact,))
+        # Whether its chunk's words for its subject alone tell which fact is asked for.
+        if place.mention not in ("name", "list"):
+            words = refer(fact.subject, place.mention)
+            alike = (f.subject for f in world.facts.values() if f.relation == fact.relation)
+            if [words == refer(one, place.mention) for one in alike].count(True) == 1:
+                found["referred"].append((fact,))
+    found["2-hop"] = list(chains(world, 2))
+    found["3-hop"] = list(chains(world, 3))
+    dated = [fact for fact in world.facts.values() if fact.relation.name in COMPARED]
+    for one, other in combinations(dated, 2):
+        if one.relation == other.relation and one.value != other.value:
+            found["comparison"].append((one, other))
+    return {kind: facts for kind, facts in found.items() if facts}
+
+
+def ask(rng: Random, kind: str, facts: tuple[Fact, ...], passages: Passages) -> WorldQuestion:
+    """Words a question.
+
+    Its ``meta`` holds ``relations``; ``mentions``, how each fact's chunk refers to its subject
+    (``name`` if titled); ``fact_chunks``, the chunk that states each fact; and for chains
+    ``bridges``, the names between the question and the answer.
+    """
+    places = [_place(passages, fact) for fact in facts]
+    meta: dict[str, Any] = {
+        "relations": [fact.relation.name for fact in facts],
+        "mentions": [place.mention for place in places],
+        "fact_chunks": [place.chunk for place in places],
+    }
+    if kind == "comparison":
+        text, answer, said = _compare(rng, *facts)
+    elif kind == "referred":
+        words = refer(facts[0].subject, places[0].mention)
+        text = rng.choice(facts[0].relation.questions).format(s=words)
+        answer, said = facts[0].value, []
+    else:
+        *before, last = facts
+        subject = facts[0].subject.name
+        for fact in before:
+            subject = fact.relation.role.format(s=subject)
+        by_role = rng.random() < passages.roles
+        wordings = (last.relation.plain_question,) if by_role else last.relation.questions
+        text, answer = rng.choice(wordings).format(s=subject), last.value
+        said = meta["bridges"] = [fact.value for fact in before]
+    response = f"{', '.join(said)}. {MARKER}{answer}" if said else answer
+    supporting = tuple(sorted({i for place in places for i in (place.first, place.chunk)}))
+    return WorldQuestion(kind, text, answer, response, supporting, meta)
+
+
+def state(rng: Random, fact: Fact, roles: float) -> tuple[str, str, str]:
+    """States a fact in full: the words up to the value, the value, and the rest."""
+    relation = fact.relation
+    by_role = relation.place or rng.random() < roles
+    wording = relation.plain_fact if by_role else rng.choice(relation.facts)
+    before, after = wording.format(s=fact.subject.name, o="|").split("|")
+    return before, fact.value, after
+
+
+def _place(passages: Passages, fact: Fact) -> Place:
+    return passages.places[fact.subject.name, fact.relation.name]
+
+
+def _compare(rng: Random, one: Fact, other: Fact) -> tuple[str, str, list[str]]:
+    if rng.random() < 0.5:
+        one, other = other, one
+    later = rng.random() < 0.5
+    names = {"a": one.subject.name, "b": other.subject.name}
+    text = COMPARED[one.relation.name].format(when="later" if later else "earlier", **names)
+    winner = (max if later else min)(one, other, key=lambda fact: int(fact.value))
+    return text, winner.subject.name, [one.value, other.value]
+
 
 DEFAULT_KINDS = MappingProxyType(
     {"self-contained": 0.3, "cross-chunk": 0.3, "2-hop": 0.3, "3-hop": 0.05, "comparison": 0.05}
@@ -24,34 +142,28 @@ DEFAULT_KINDS = MappingProxyType(
 
 @dataclass(frozen=True)
 class WorldConfig:
-    """What to generate.
+    """What to generate."""
 
-    Attributes:
-        split: Whose names to use: ``train``, ``dev`` or ``test``; no two splits share a name.
-        seed: Another seed gives other worlds of the same names.
-        num_examples: Number of questions in all.
-        num_passages: Chunks in each context: a number, or the smallest and the largest.
-        kinds: Weight of each kind of question; kinds left out are not asked.
-        questions_per_world: Questions that share a context.
-        turns: Questions that each example asks in turn about its context, for training: the
-            first, then its followups; fewer if the world has no more.
-        aliased: Share of the continued documents (lists excluded) whose later chunks use an alias;
-            the others say "she" or "the film", which the question reveals.
-        crowded: Any number of documents of a kind continue in other chunks, instead of one: then
-            only the chunk before tells to which document a later chunk belongs.
-        plain: Every statement names its entity, in one wording, and no document continues in
-            another chunk; the first stage of pre-training.
-    """
-
+    # whose names to use: ``train``, ``dev`` or ``test``; no two splits share a name
     split: str = "train"
-    seed: int = 0
-    num_examples: int = 1000
+    seed: int = 0  # another seed gives other worlds of the same names
+    num_examples: int = 1000  # number of questions in all
+    # chunks in each context: a number, or the smallest and the largest
     num_passages: int | tuple[int, int] = 10
+    # weight of each kind of question; kinds left out are not asked
     kinds: Mapping[str, float] = field(default_factory=lambda: DEFAULT_KINDS)
-    questions_per_world: int = 1
+    questions_per_world: int = 1  # questions that share a context
+    # questions that each example asks in turn about its context, for training: the first, then its
+    # followups; fewer if the world has no more
     turns: int = 1
+    # share of the continued documents (lists excluded) whose later chunks use an alias; the others
+    # say "she" or "the film", which the question reveals
     aliased: float = 0.5
+    # any number of documents of a kind continue in other chunks, instead of one: then only the
+    # chunk before tells to which document a later chunk belongs
     crowded: bool = False
+    # every statement names its entity, in one wording, and no document continues in another chunk;
+    # the first stage of pre-training
     plain: bool = False
 
     def __post_init__(self):
@@ -95,8 +207,7 @@ def generate_examples(config: WorldConfig) -> Iterator[RagExample]:
         index += 1
 
 
-MOST_WORLDS = 5000
-"""Worlds drawn in search of a question before giving up."""
+MOST_WORLDS = 5000  # worlds drawn in search of a question before giving up
 
 
 class Context(NamedTuple):
@@ -119,8 +230,8 @@ def draw_context(rng: Random, config: WorldConfig, num_questions: int) -> Contex
     for _ in range(MOST_WORLDS):
         size = rng.randint(*config.passage_range)
         how = {"aliased": config.aliased, "crowded": config.crowded, "plain": config.plain}
-        world = draw_world(rng, config.split, size, **how)
-        passages = write_passages(rng, world)
+        world = worlds.draw_world(rng, config.split, size, **how)
+        passages = worlds.write_passages(rng, world)
         pools = candidates(world, passages)
         if wanted in pools:
             break

@@ -21,8 +21,9 @@ from blocktune.prompt import Chunk
 class Entity:
     """Someone or something with a name that is unique in its world.
 
-    ``noun`` is what a definite description calls it: ``woman``, ``man``, or its kind. ``root`` is
-    not of its name: later passages may call it by it (``the Webb``), its first explains that.
+    ``noun`` is what a description calls it: ``woman``, ``man``, or its kind. Later passages may
+    call it by its ``root`` (``the Webb``), which is not of its name: its first passage explains
+    that.
     """
 
     name: str
@@ -44,27 +45,17 @@ class Fact:
 
 @dataclass(frozen=True)
 class Style:
-    """How one world is laid out; drawn for each world, since a fixed format teaches positions.
+    """How one world is laid out; drawn for each world, since a fixed format teaches positions."""
 
-    Attributes:
-        kind_weights: How often each of ``KINDS`` is drawn.
-        split: Probability that a document continues in another chunk.
-        facts: Most facts in a chunk.
-        linked: Probability that a value names an entity of this world.
-        introduced: Probability that a document opens with what its entity is.
-        filler: Probability of a filler sentence before a fact.
-        variety: Most relations of one kind of entity in this world; few make many candidates.
-        roles: Probability that a sentence that names its entity begins with the relation
-            (`Relation.plain_fact`), and that a question ends in the name.
-    """
-
-    kind_weights: tuple[float, ...]
-    split: float
-    facts: int
-    linked: float
-    introduced: float
-    filler: float
-    variety: int
+    kind_weights: tuple[float, ...]  # how often each of ``KINDS`` is drawn
+    split: float  # probability that a document continues in another chunk
+    facts: int  # most facts in a chunk
+    linked: float  # probability that a value names an entity of this world
+    introduced: float  # probability that a document opens with what its entity is
+    filler: float  # probability of a filler sentence before a fact
+    variety: int  # most relations of one kind of entity in this world; few make many candidates
+    # probability that a sentence that names its entity begins with the relation
+    # (`Relation.plain_fact`), and that a question ends in the name
     roles: float
 
 

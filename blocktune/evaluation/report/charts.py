@@ -28,21 +28,13 @@ _COSTS = {
 
 
 class Chart(NamedTuple):
-    """A picture of the report.
+    """A picture of the report."""
 
-    Attributes:
-        name: Of its PNG.
-        title: Above it.
-        about: What it shows, in a sentence; also for screen readers.
-        draw: Draws it.
-        height: In inches.
-    """
-
-    name: str
-    title: str
-    about: str
-    draw: style.Draw
-    height: float
+    name: str  # of its PNG
+    title: str  # above it
+    about: str  # what it shows, in a sentence; also for screen readers
+    draw: style.Draw  # draws it
+    height: float  # in inches
 
 
 def charts_of(results: Results) -> list[Chart]:
@@ -59,13 +51,7 @@ def groups_of(methods: Mapping[str, Any]) -> list[str]:
 
 
 def cost_chart(methods: Mapping[str, Any], pareto: Mapping[str, Sequence[str]], cost: str) -> Chart:
-    """Score of every method against one of its costs, and the Pareto front.
-
-    Args:
-        methods: Of ``results.json``.
-        pareto: Its fronts by cost.
-        cost: ``ttft_s`` or ``recompute_ratio``.
-    """
+    """Score of the methods of ``results.json`` against a cost, and the Pareto front (by cost)."""
     name, _, _ = _COSTS[cost]
 
     def draw(figure: Figure, ground: Ground) -> None:
@@ -119,14 +105,7 @@ def _group_chart(methods: Mapping[str, Any], group: str) -> Chart:
 
 
 def draw_rows(axes: Axes, ground: Ground, methods: Mapping[str, Any], group: str) -> None:
-    """A row a method: its score on one group of questions, with the interval and as a number.
-
-    Args:
-        axes: Where to draw.
-        ground: Of the picture.
-        methods: Of ``results.json``, from top to bottom.
-        group: One of their tasks or kinds.
-    """
+    """A row a method: its score on one task or kind, with the interval and as a number."""
     cells = {label: summary["tasks"][group] for label, summary in methods.items()}
     style.zoom(axes, ground, start := _start(methods.values(), grouped=True), "score", axis="x")
     for row, (label, cell) in enumerate(reversed(cells.items())):
@@ -202,13 +181,9 @@ def draw_panels(
     title: str,
     last: Callable[[Axes, Ground], None] | None = None,
 ) -> Path:
-    """Draws one panel for each group of questions, a row a method, as one PNG; returns its path.
+    """One panel for each group of questions, a row a method, as one PNG; returns its path.
 
-    Args:
-        methods: Of ``results.json``, from top to bottom.
-        path: The picture's.
-        title: Above all panels.
-        last: Draws one more panel at the right.
+    ``methods`` are those of ``results.json``; ``last`` draws one more panel at the right.
     """
     groups = groups_of(methods)
 

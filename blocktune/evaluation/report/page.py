@@ -14,8 +14,7 @@ from markupsafe import Markup
 
 from blocktune.evaluation.report.charts import Chart, charts_of
 from blocktune.evaluation.report.style import DARK, LIGHT, mark, to_png, to_svg
-from blocktune.evaluation.stats.compare import load_results, verdict
-from blocktune.evaluation.stats.findings import findings, power_notes
+from blocktune.evaluation.stats.compare import findings, load_results, power_notes, verdict
 from blocktune.evaluation.stats.results import ORACLE, plain_label
 from blocktune.files import replace_text
 from blocktune.tables import ABSENT, written
@@ -25,18 +24,7 @@ PAGE, PICTURES = "report.html", "report"
 
 
 def write_report(folder: str | Path, title: str | None = None) -> Path:
-    """Writes the report of a finished run beside its results.
-
-    Args:
-        folder: The run's.
-        title: Of the page; by default the folder's name.
-
-    Returns:
-        The page's path.
-
-    Raises:
-        ValueError: If the folder holds no results.
-    """
+    """Writes the report of a finished run beside its results, and returns the page's path."""
     folder = Path(folder)
     results = load_results(folder)
     charts = charts_of(results)

@@ -21,19 +21,13 @@ from blocktune.files import replacing
 
 
 class Ground(NamedTuple):
-    """Colours of a picture.
+    """Colours of a picture."""
 
-    Attributes:
-        paper: Behind it.
-        ink: Text and axes.
-        faint: Grid lines and secondary lines.
-        series: In the order of `COLOURS`: Okabe and Ito's palette, told apart by all common forms
-            of colour vision.
-    """
-
-    paper: str
-    ink: str
-    faint: str
+    paper: str  # behind it
+    ink: str  # text and axes
+    faint: str  # grid lines and secondary lines
+    # in the order of `COLOURS`: Okabe and Ito's palette, told apart by all common forms of colour
+    # vision
     series: tuple[str, ...]
 
 
@@ -67,10 +61,8 @@ _LOOKS = {
 METHODS = {name: (colour, m) for colour, own in _LOOKS.items() for name, m in own.items()}
 """Colour and marker of each method, the same in every picture."""
 COLOURS, MARKERS = tuple(_LOOKS), "sDv<o>^Xhp*Pd"
-PHONE_INCHES = 4.6
-"""Width of a picture whose text is still read at 358 pixels, a phone's page."""
-SMALL = 8.5
-"""Points of a label inside a picture."""
+PHONE_INCHES = 4.6  # width of a picture whose text is still read at 358 pixels, a phone's page
+SMALL = 8.5  # points of a label inside a picture
 
 Draw = Callable[[Figure, Ground], None]
 
@@ -184,9 +176,7 @@ def zoom(axes: Axes, ground: Ground, start: float, name: str, axis: str = "y") -
 def label_ends(axes: Axes, ends: Mapping[str, tuple[float, str]]) -> None:
     """Writes each line's name at its right end, moved apart where ends are close.
 
-    Args:
-        axes: With the limits that it keeps.
-        ends: Name -> height of the line's end in data, and the colour.
+    ``ends`` are name -> height of the end in data, and colour; ``axes`` has its final limits.
     """
     figure, low, high = axes.figure, *axes.get_ylim()
     ranked = sorted(ends, key=lambda name: ends[name][0])
@@ -214,13 +204,7 @@ def label_ends(axes: Axes, ends: Mapping[str, tuple[float, str]]) -> None:
 
 
 def label_points(axes: Axes, ground: Ground, points: Sequence[tuple[float, float, str]]) -> None:
-    """Writes a name beside each point, at the nearest place that no other name or point has.
-
-    Args:
-        axes: With the limits that it keeps.
-        ground: Of the picture.
-        points: Horizontal and vertical place in data, and the name.
-    """
+    """Writes each point's name beside it, at the nearest place that no other name or point has."""
     figure = axes.figure
     figure.draw_without_rendering()
     scale, inside = figure.dpi / 72, figure.bbox

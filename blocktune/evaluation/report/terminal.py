@@ -10,7 +10,7 @@ from rich.console import Console
 
 from blocktune.evaluation.report.charts import draw_results
 from blocktune.evaluation.runner import Processes, launched, run_suite
-from blocktune.evaluation.stats.findings import power_notes
+from blocktune.evaluation.stats.compare import power_notes
 from blocktune.evaluation.stats.results import RESULTS
 from blocktune.evaluation.suite import Suite
 from blocktune.tables import Table, with_half, written
@@ -32,17 +32,9 @@ def run_and_show(
     command: list[str] | None = None,
     processes: Processes | None = None,
 ) -> dict[str, Any] | None:
-    """Runs a suite, prints its table and draws its picture; returns the results.
+    """Runs a suite, prints its table and draws its picture; for other arguments see `run_suite`.
 
-    Args:
-        suite: What to run.
-        output: Folder for all of it.
-        title: Above the table.
-        command: What the user typed, for the provenance; by default ``sys.argv``.
-        processes: Those that share the run; by default the ones that a launcher started.
-
-    Returns:
-        The results; None in all processes but the main one.
+    Returns the results; None in all processes but the main one.
     """
     processes = processes or launched()
     suite = processes.placed(suite)

@@ -19,22 +19,14 @@ NEAR = 0.02
 
 
 def pareto(methods: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
-    """Labels that no other method beats in score without costing more, cheapest first.
-
-    Args:
-        methods: Of ``results.json``.
-
-    Returns:
-        For each of `COSTS` that was measured for all methods.
-    """
-    fronts = {}
+    """For each known cost, a label that no other beats without costing more; the cheapest first."""
+    fronts: dict[str, list[str]] = {}
     for cost in COSTS:
         if all(summary[cost] is not None for summary in methods.values()):
-            front: list[str] = []
+            front = fronts[cost] = []
             for label in sorted(methods, key=lambda n: (methods[n][cost], -methods[n]["score"])):
                 if not front or methods[label]["score"] > methods[front[-1]]["score"]:
                     front.append(label)
-            fronts[cost] = front
     return fronts
 
 
@@ -43,9 +35,6 @@ def matched(methods: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
 
     The budget is the share of the context's layer-tokens that is computed at answering time. It
     counts CacheBlend's full first layers, unlike the ratio that papers state.
-
-    Args:
-        methods: Of ``results.json``.
     """
     pairs = []
     for one, other in combinations(methods, 2):
@@ -57,8 +46,7 @@ def matched(methods: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     return sorted(pairs, key=lambda pair: pair["budget"])
 
 
-SCORES = ("em", "f1", "score")
-"""What gets an interval."""
+SCORES = ("em", "f1", "score")  # what gets an interval
 
 
 def summarize(
@@ -66,11 +54,8 @@ def summarize(
 ) -> dict[str, dict[str, Any]]:
     """Label -> scores over all of ``rows``, with intervals and differences.
 
-    Args:
-        rows: Label -> rows of the same questions, in the same order.
-        full: Label of full prefill on the base model, or None.
-        naive: Label of naive reuse on it, or None.
-        seed: Of the sign flips.
+    All labels have rows of the same questions, in the same order. ``full`` and ``naive`` are the
+    baselines' labels on the base model, or None; ``seed`` is that of the sign flips.
     """
     scores = {
         name: {label: [getattr(row, name) for row in own] for label, own in rows.items()}
@@ -100,21 +85,19 @@ def summarize(
             "recompute_ratio": fmean(row.recompute_ratio for row in own),
             "flops_over_full_prefill": _flops_over(own, full and rows[full]),
             **_recovered(paired, label, full, naive),
-            # McNemar's p of one comparison, not of many.
-            "em_minus": {
-                other: _difference(paired["em"], label, other)
-                | {"p": significance.mcnemar_exact(scores["em"][label], scores["em"][other])}
-                for other in rows
-                if other != label
-            },
-            "score_minus": {
-                other: _difference(paired["score"], label, other)
-                | (tested := p_values[frozenset((label, other))])
-                | _power(scores["score"][label], scores["score"][other], tested)
-                for other in rows
-                if other != label
-            },
+            "em_minus": {},
+            "score_minus": {},
         }
+        for other in (one for one in rows if one != label):
+            em, score = ((scores[name][label], scores[name][other]) for name in ("em", "score"))
+            tested = p_values[frozenset((label, other))]
+            able = significance.power(*score, **tested)
+            power = able._asdict() if able else dict.fromkeys(significance.Power._fields)
+            # McNemar's p of one comparison, not of many.
+            p = {"p": significance.mcnemar_exact(*em)}
+            summaries[label]["em_minus"][other] = _difference(paired["em"], label, other) | p
+            above = _difference(paired["score"], label, other)
+            summaries[label]["score_minus"][other] = above | tested | power
     return summaries
 
 
@@ -153,29 +136,16 @@ def _difference(paired: significance.PairedScores, label: str, other: str) -> di
     return {"mean": mean, "ci95": ci95}
 
 
-def _power(
-    own: Sequence[float], other: Sequence[float], tested: Mapping[str, float]
-) -> dict[str, Any]:
-    """What this many questions can show; ``tested`` has the p-values of the two methods."""
-    able = significance.power(own, other, **tested)
-    return able._asdict() if able else dict.fromkeys(significance.Power._fields)
-
-
 NUM_BINS = 5
-MIN_ROWS = 5
-"""Bins with fewer questions are left out."""
+MIN_ROWS = 5  # bins with fewer questions are left out
 
 
 def sweeps(rows: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
     """Score in bins of equal numbers of questions, for every method.
 
-    Args:
-        rows: Label -> rows of the same questions, in the same order.
-
-    Returns:
-        ``place`` (of the evidence among the chunks, 0 first, 1 last) and ``context_tokens``, each
-        ``[{"from", "to", "n", "scores": {LABEL: {"score", "ci95"}}}]``; empty where the questions
-        do not differ in it.
+    By ``place`` (of the evidence among the chunks, 0 first, 1 last) and ``context_tokens``, each
+    ``[{"from", "to", "n", "scores": {LABEL: {"score", "ci95"}}}]``; empty where the questions do
+    not differ in it. All labels have rows of the same questions, in the same order.
     """
     return {
         "place": _sweep(rows, lambda row: row.place),

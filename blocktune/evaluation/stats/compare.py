@@ -1,50 +1,38 @@
-"""Two finished runs side by side: who changed, by how much, on the same questions."""
+"""What differs, beyond chance: two runs in a table, one run in sentences."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from operator import gt, lt
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from blocktune.evaluation.rows import Row, read_all
-from blocktune.evaluation.stats.results import RESULTS, with_pools
+from blocktune.evaluation.stats.results import FLOOR, ORACLE, RESULTS, plain_label, with_pools
 from blocktune.evaluation.stats.significance import ALPHA, PairedScores, holm, p_value, power
 from blocktune.tables import Table, with_interval, written
 
 
 class Change(NamedTuple):
-    """One method in two runs, B minus A over the ``n`` questions that both answered.
-
-    Attributes:
-        before: Score in A.
-        after: Score in B.
-        mean: The difference, with its interval ``ci95``.
-        p: For this comparison alone; ``p_holm``: for all methods of the table together.
-        wins: Questions on which B is better; ``losses``: on which A is.
-        n_needed: Questions that would show this difference, or None.
-    """
+    """One method in two runs, B minus A over the ``n`` questions that both answered."""
 
     label: str
     n: int
-    before: float
-    after: float
-    mean: float
+    before: float  # score in A
+    after: float  # score in B
+    mean: float  # the difference, with its interval ``ci95``
     ci95: tuple[float, float]
-    p: float
+    p: float  # for this comparison alone; ``p_holm``: for all methods of the table together
     p_holm: float
-    wins: int
+    wins: int  # questions on which B is better; ``losses``: on which A is
     losses: int
-    n_needed: int | None
+    n_needed: int | None  # questions that would show this difference, or None
 
 
 def load_results(folder: str | Path) -> dict[str, Any]:
-    """Reads ``results.json`` of a finished run.
-
-    Raises:
-        ValueError: If the folder has none.
-    """
+    """Reads ``results.json`` of a finished run; a ValueError if the folder has none."""
     path = Path(folder) / RESULTS
     if not path.is_file():
         raise ValueError(f"no {RESULTS} in '{folder}'; give the --output of a finished run")
@@ -52,16 +40,7 @@ def load_results(folder: str | Path) -> dict[str, Any]:
 
 
 def compare(before: str | Path, after: str | Path, *, seed: int = 0) -> list[Change]:
-    """Compares the methods that two runs share.
-
-    Args:
-        before: Folder of run A.
-        after: Folder of run B.
-        seed: Of the sign flips of scores that are not 0 or 1.
-
-    Raises:
-        ValueError: If they share no method, or no question of one.
-    """
+    """Compares the methods that the runs in two folders share; a ValueError if there is none."""
     old, new = load_results(before)["methods"], load_results(after)["methods"]
     shared = [label for label in old if label in new]
     if not shared:
@@ -72,8 +51,16 @@ def compare(before: str | Path, after: str | Path, *, seed: int = 0) -> list[Cha
     left, right = _rows(before, old, shared), _rows(after, new, shared)
     pairs = {label: _paired(label, left[label], right[label]) for label in shared}
     p = {label: p_value(b, a, seed=seed) for label, (a, b) in pairs.items()}
-    adjusted = holm(p)
-    return [_change(label, *pairs[label], p[label], adjusted[label]) for label in shared]
+    adjusted, changes = holm(p), []
+    for label, (a, b) in pairs.items():
+        scored = PairedScores({"old": a, "new": b})
+        mean, *ci95 = scored.difference("new", "old")
+        able = power(b, a, p=p[label], p_holm=adjusted[label])
+        means = scored.mean("old").mean, scored.mean("new").mean, mean
+        wins, losses = sum(map(gt, b, a)), sum(map(lt, b, a))
+        tested = p[label], adjusted[label], wins, losses, able and able.n_needed
+        changes.append(Change(label, len(a), *means, tuple(ci95), *tested))
+    return changes
 
 
 def _rows(
@@ -83,20 +70,6 @@ def _rows(
     pools = {label: list(seeds) for label in labels if (seeds := methods[label].get("seeds"))}
     read = [one for label in labels for one in pools.get(label, [label])]
     return with_pools(read_all(Path(folder), read), pools)
-
-
-def _change(
-    label: str, old: Sequence[float], new: Sequence[float], p: float, p_holm: float
-) -> Change:
-    paired = PairedScores({"old": old, "new": new})
-    mean, *ci95 = paired.difference("new", "old")
-    able = power(new, old, p=p, p_holm=p_holm)
-    wins = sum(b > a for a, b in zip(old, new, strict=True))
-    losses = sum(b < a for a, b in zip(old, new, strict=True))
-    means = paired.mean("old").mean, paired.mean("new").mean, mean
-    return Change(
-        label, len(old), *means, tuple(ci95), p, p_holm, wins, losses, able and able.n_needed
-    )
 
 
 def _paired(
@@ -150,3 +123,107 @@ def verdict(mean: float, p: float, n: int, needed: int | None) -> str:
     if needed is not None and needed > n:
         return f"chance at this n; needs about {needed:,}"
     return "within chance"
+
+
+MOST = 8  # methods that are worth a sentence each; more are worth a table
+
+
+def findings(results: Mapping[str, Any]) -> list[str]:
+    """Sentences about results: what naive reuse loses, what each other method wins back.
+
+    A difference counts as real if Holm's p over all pairs of the run is below `ALPHA`, as in the
+    tables' verdicts and in `power_notes`. Methods with an adapter are also compared with one
+    another. Of more than `MOST` methods only those are named that nothing beats at less
+    recomputation. Without both baselines there is nothing to say.
+    """
+    methods = results["methods"]
+    baselines = (plain_label(results, ORACLE), plain_label(results, FLOOR))
+    if None in baselines:
+        return []
+    full, naive = baselines
+    tuned = [label for label, summary in methods.items() if summary["adapter"]]
+    others = [n for n in methods if n not in baselines and methods[n]["method"] != "no-context"]
+    lost = methods[full]["score_minus"][naive]
+    loss = _loss(methods, full, naive, _named(results))
+    if not (is_shown(lost) and lost["mean"] > 0):
+        return [loss, *_between(methods, tuned)]
+    if len(others) <= MOST:
+        return [loss, *(_gain(methods, label) for label in others), *_between(methods, tuned)]
+    front = [n for n in results["budget"]["pareto"]["recompute_ratio"] if n in others]
+    rest = (
+        f"{len(others) - len(front)} other methods score no higher than one of these, or than a "
+        "baseline, that recomputes no more; the table holds them."
+    )
+    return [loss, *(_gain(methods, label) for label in front), rest]
+
+
+def is_shown(difference: Mapping[str, Any]) -> bool:
+    """Whether a difference of results is more than chance, all pairs of the run considered."""
+    return difference["p_holm"] < ALPHA
+
+
+def power_notes(results: Mapping[str, Any]) -> list[str]:
+    """Sentences about what this many questions cannot tell apart.
+
+    Methods are compared with full prefill and naive reuse; a difference that Holm's correction
+    leaves within chance is named with the number of questions that would show it.
+    """
+    notes = []
+    for other in filter(None, (plain_label(results, name) for name in (ORACLE, FLOOR))):
+        unclear = [
+            (label, minus["mean"], minus["n_needed"])
+            for label, summary in results["methods"].items()
+            if (minus := summary["score_minus"].get(other))
+            and not is_shown(minus)
+            and (minus["n_needed"] or 0) > summary["n"]
+        ]
+        if unclear:
+            named = "; ".join(
+                f"{n}: {written('score', mean)}, needs {needed:,}" for n, mean, needed in unclear
+            )
+            count = next(iter(results["methods"].values()))["n"]
+            notes.append(f"{count:,} questions are too few to tell from {other}: {named}.")
+    return notes
+
+
+def _named(results: Mapping[str, Any]) -> str:
+    """The headline metric, where all tasks share one."""
+    titles = {task["title"] for task in results["tasks"].values()}
+    if len(titles) > 1:
+        return "score"
+    return "exact match" if titles == {"EM"} else next(iter(titles))
+
+
+def _loss(methods: Mapping[str, Any], full: str, naive: str, named: str) -> str:
+    by_kind = ", ".join(
+        f"{written('score', methods[full]['tasks'][kind]['score'] - cell['score'])} on {kind}"
+        for kind, cell in methods[naive]["tasks"].items()
+    )
+    loss = methods[full]["score_minus"][naive]
+    points = f"{with_interval('score', loss['mean'], loss['ci95'])} points of {named}"
+    if is_shown(loss):
+        return f"Naive reuse loses {points} ({by_kind})."
+    p = f"p = {loss['p_holm']:.2g}, corrected for all pairs"
+    return f"Full prefill minus naive reuse: {points}, within chance ({p})."
+
+
+def _gain(methods: Mapping[str, Any], label: str) -> str:
+    summary = methods[label]
+    if summary["score_gap_recovered"] is None:
+        return f"{label}: the gap is too uncertain for a share of it."
+    low, high = summary["score_gap_recovered_ci95"]
+    fresh = summary["recompute_ratio"]
+    cost = f"recomputing {100 * fresh:.0f} % of the context" if fresh else "recomputing nothing"
+    ratio = summary["ttft_over_full_prefill"]
+    time = f", first token after {ratio:.2f} of full prefill's time" if ratio else ""
+    share = f"{100 * summary['score_gap_recovered']:.0f} % ({100 * low:.0f} to {100 * high:.0f})"
+    return f"{label} closes {share} of that gap, {cost}{time}."
+
+
+def _between(methods: Mapping[str, Any], tuned: list[str]) -> Iterator[str]:
+    for index, other in enumerate(tuned):
+        for label in tuned[index + 1 :]:
+            found = methods[label]["score_minus"][other]
+            verdict = "" if is_shown(found) else ": within chance at this number of questions"
+            points = with_interval("score", found["mean"], found["ci95"])
+            yield f"{label} minus {other}: {points} points{verdict}."

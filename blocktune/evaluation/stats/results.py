@@ -7,7 +7,7 @@ from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
-from blocktune.data.worlds.questions import QUESTION_KINDS
+from blocktune.data.worlds import QUESTION_KINDS
 from blocktune.evaluation.rows import Row
 from blocktune.evaluation.stats.aggregate import matched, pareto, summarize, sweeps
 from blocktune.evaluation.suite import Suite
@@ -33,17 +33,9 @@ def build_results(
     second to the first. Both are None where the suite lacks a baseline or there is no gap.
     ``score`` is each task's own headline metric; ``em`` is always exact match.
 
-    Args:
-        suite: What was run.
-        rows: Label -> one row per question, in the same order for all.
-        ttft: Label -> measured times; labels may be missing.
-        provenance: Where the numbers come from.
-        fidelity: Label -> closeness to full prefill; empty if it was not measured.
-
-    Returns:
-        Plain JSON types. A pool replaces its members; their scores are its ``seeds``, its time is
-        that of the first: ``{"methods": {LABEL: {...}}, "tasks":
-        {NAME: {...}}, "budget": {...}, "sweeps": {...}, "provenance": {...}}``.
+    Rows of all labels are in the same order. Times and fidelity may lack labels. In the result, all
+    of it plain JSON, a pool replaces its members; their scores are its ``seeds``, its time is that
+    of the first.
     """
     full, naive = base_label(suite, ORACLE), base_label(suite, FLOOR)
     seeds = {label: fmean(row.score for row in own) for label, own in rows.items()}

@@ -14,11 +14,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-ALPHA = 0.05
-"""Two-sided error of the first kind, of a verdict and of an interval."""
+ALPHA = 0.05  # two-sided error of the first kind, of a verdict and of an interval
 NUM_FLIPS = 10_000
-FEW = 50
-"""Differences up to which signs are drawn."""
+FEW = 50  # differences up to which signs are drawn
 
 
 class Interval(NamedTuple):
@@ -30,15 +28,10 @@ class Interval(NamedTuple):
 
 
 class Power(NamedTuple):
-    """What a number of questions can show of one paired difference.
+    """What a number of questions can show of one paired difference."""
 
-    Attributes:
-        detectable: Smallest difference that this many questions show, with the given power.
-        n_needed: Questions that would show the observed difference; None where it is 0.
-    """
-
-    detectable: float
-    n_needed: int | None
+    detectable: float  # smallest difference that this many questions show, with the given power
+    n_needed: int | None  # questions that would show the observed difference; None where it is 0
 
 
 class PairedScores:
@@ -96,9 +89,7 @@ class PairedScores:
 
         The interval holds each share ``s`` for which ``(name - floor) - s (ceiling - floor)`` may
         have a mean of 0, by the interval of `difference`. Floor and ceiling are 0 and 1 themselves.
-
-        Returns:
-            None where the interval of the gap itself reaches zero.
+        None where the interval of the gap itself reaches zero.
 
         Source: Fieller, Some Problems in Interval Estimation (1954).
         """
@@ -183,18 +174,9 @@ def power(
 
     A verdict needs Holm's p below `ALPHA`, so power is asked at the level that the correction
     leaves to this comparison, ``ALPHA * p / p_holm``: a difference that the verdict calls within
-    chance needs more questions than there are, not fewer.
-
-    Args:
-        own: One method's scores, ``(n,)``.
-        other: The other's on the same questions.
-        p: Of this comparison alone.
-        p_holm: Of this comparison, corrected.
-        wanted: Chance to find a difference that is there.
-
-    Returns:
-        None with fewer than two questions, or where all differences are equal: their spread is
-        not known.
+    chance needs more questions than there are, not fewer. ``wanted`` is the chance to find a
+    difference that is there. None with fewer than two questions, or where all differences are
+    equal: their spread is not known.
 
     Source: the sample size of a paired z-test, e.g. Cohen, Statistical Power Analysis (1988).
     """

@@ -19,8 +19,7 @@ from blocktune.cache import ChunkKV, ChunkStore, Lookup
 from blocktune.cache.chunk_file import ChunkFile, FileKV
 from blocktune.methods import ChunkLoader, Selection
 
-KEEP = 0.8
-"""Weight of what was measured before; the rest is the latest measurement's."""
+KEEP = 0.8  # weight of what was measured before; the rest is the latest measurement's
 
 
 @dataclass(frozen=True)
@@ -57,11 +56,13 @@ class LoadingController:
         self._lock = threading.Lock()
 
     def saw_reading(self, num_bytes: int, seconds: float) -> None:
+        """Takes a measurement of loading."""
         if num_bytes and seconds > 0:
             with self._lock:
                 self.bytes_per_s = _mixed(self.bytes_per_s, num_bytes / seconds)
 
     def saw_computing(self, row_layers: int, seconds: float) -> None:
+        """Takes a measurement of computing rows, counted once in each layer."""
         if row_layers and seconds > 0:
             with self._lock:
                 self.row_layer_s = _mixed(self.row_layer_s, seconds / row_layers)
@@ -99,6 +100,7 @@ class StreamedKV(FileKV):
         self._layers: list[Future] = []
 
     def submit(self, layer: int, pool: ThreadPoolExecutor) -> None:
+        """Lets a thread read the next layer."""
         self._layers.append(pool.submit(self._read, layer))
 
     def tensor(self, name: str) -> Tensor:
@@ -113,6 +115,7 @@ class StreamedKV(FileKV):
         out.copy_(self.tensor(name))
 
     def whole(self) -> ChunkKV:
+        """All layers in memory."""
         pairs = [future.result() for future in self._layers]
         keys, values = zip(*pairs, strict=True)
         return ChunkKV(keys, values, self.token_ids, self.fingerprint, self.origin)
@@ -139,6 +142,7 @@ class LayerLoader(ChunkLoader):
 
     @property
     def num_bytes(self) -> int:
+        """Bytes of all chunks that are read."""
         return sum(chunk.num_bytes for chunk in self.chunks)
 
     def lookup(self, key: str, token_ids: Sequence[int] | Tensor, fingerprint: str) -> Lookup:

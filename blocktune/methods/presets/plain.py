@@ -226,8 +226,11 @@ class Sel(Method):
         return TopChunks(chunks=self.chunks, aggregation=self.aggregation)
 
 
-@dataclass(frozen=True)
-class _Recompute(Method):
+@register("r")
+class R(Method):
+    """PSR's ablation R: recomputes the tokens whose keys deviate most, and nothing else."""
+
+    source: ClassVar[str] = "https://arxiv.org/abs/2603.20218"
     ratio: float = 0.15
     check_layer: int = 1
 
@@ -236,7 +239,7 @@ class _Recompute(Method):
 
 
 @register("psr")
-class Psr(_Scale, _Recompute, Link0):
+class Psr(_Scale, R, Link0):
     """Combines blanks before chunks, recomputation by key deviation, and scaled attention.
 
     Recomputed tokens are not scaled, and attend to reused ones scaled, as the question does. The
@@ -248,13 +251,6 @@ class Psr(_Scale, _Recompute, Link0):
 @register("p+s+r")
 class Whole(Psr):
     """PSR under the name that it has among its own ablations: blanks, scale and recompute."""
-
-
-@register("r")
-class R(_Recompute):
-    """PSR's ablation R: recomputes the tokens whose keys deviate most, and nothing else."""
-
-    source: ClassVar[str] = "https://arxiv.org/abs/2603.20218"
 
 
 @register("s")

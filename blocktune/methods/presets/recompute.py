@@ -7,26 +7,9 @@ from dataclasses import replace
 from functools import partial
 from typing import ClassVar
 
-from blocktune.methods import (
-    AttentionDeviation,
-    AuxiliaryAttention,
-    ChunkProbes,
-    Deviation,
-    FirstK,
-    GradualDeviation,
-    LayerRange,
-    MeanShift,
-    Method,
-    Oracle,
-    QueryAttention,
-    Random,
-    Recency,
-    Repair,
-    Reselect,
-    Selection,
-    register,
-    require_one_of,
-)
+from blocktune.methods import Method, Repair, Selection, register, require_one_of
+from blocktune.methods import repair as repairs
+from blocktune.methods import select as selectors
 from blocktune.prompt import LayoutSpec
 
 
@@ -50,7 +33,7 @@ class Epic(_Recompute):
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2410.15332"
-    selector = FirstK
+    selector = selectors.FirstK
     k: int = 16
     share: float | None = None
     last: int = 0
@@ -67,7 +50,7 @@ class CacheBlend(_Recompute):
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2405.16444"
-    selector = Deviation
+    selector = selectors.Deviation
     ratio: float = 0.15
     check_layer: int = 1
 
@@ -83,23 +66,22 @@ class CacheBlendLMCache(_Recompute):
     """
 
     source: ClassVar[str] = "https://github.com/LMCache/LMCache"
-    selector = staticmethod(partial(Deviation, squared=True, of="cached"))
+    selector = staticmethod(partial(selectors.Deviation, squared=True, of="cached"))
     ratio: float = 0.15
     check_layer: int = 1
 
 
 @register("cacheblend-lmcache-flash")
-class CacheBlendLMCacheFlash(_Recompute):
+class CacheBlendLMCacheFlash(CacheBlendLMCache):
     """CacheBlend as in LMCache's FlashAttention path, where recomputed tokens see later ones.
 
     As ``cacheblend-lmcache``, under the mask of a causal kernel that takes the selected tokens for
     the last of the prompt (issue 1152 of the repository): to reproduce, not to serve with.
     """
 
-    source: ClassVar[str] = "https://github.com/LMCache/LMCache"
-    selector = staticmethod(partial(Deviation, squared=True, of="cached", sees_future=True))
-    ratio: float = 0.15
-    check_layer: int = 1
+    selector = staticmethod(
+        partial(selectors.Deviation, squared=True, of="cached", sees_future=True)
+    )
 
 
 @register("cacheblend-paper")
@@ -110,7 +92,7 @@ class CacheBlendPaper(_Recompute):
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2405.16444"
-    selector = GradualDeviation
+    selector = selectors.GradualDeviation
     ratio: float = 0.15
     spread: float = 0.2
     check_layer: int = 1
@@ -130,7 +112,7 @@ class CacheBlendRepo(_Recompute):
 
     source: ClassVar[str] = "https://github.com/YaoJiayi/CacheBlend"
     selector = staticmethod(
-        partial(Deviation, by="values", squared=True, of="cached", keeps_keys=True)
+        partial(selectors.Deviation, by="values", squared=True, of="cached", keeps_keys=True)
     )
     ratio: float = 0.16
     check_layer: int = 1
@@ -150,7 +132,7 @@ class DroidSpeak(_Recompute):
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2411.02820"
-    selector = LayerRange
+    selector = selectors.LayerRange
     first_layer: int = 1
     ratio: float = 0.11
 
@@ -164,7 +146,7 @@ class DroidSpeakCLC(_Recompute):
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2603.20218"
-    selector = Reselect
+    selector = selectors.Reselect
     ratio: float = 0.15
     check_layer: int = 1
     restart_layer: int = 5
@@ -179,7 +161,7 @@ class QueryAttentionMethod(_Recompute):
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2602.02579"
-    selector = QueryAttention
+    selector = selectors.QueryAttention
     ratio: float = 0.2
     fuse: str = "mean"
     last_layers: int | None = None
@@ -198,7 +180,7 @@ class ProphetKV(_Recompute):
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2602.02579"
-    selector = staticmethod(partial(QueryAttention, over="cached"))
+    selector = staticmethod(partial(selectors.QueryAttention, over="cached"))
     ratio: float = 0.2
 
 
@@ -213,7 +195,7 @@ class InfoFlow(_Recompute):
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2603.05353"
-    selector = staticmethod(partial(QueryAttention, pool="norm"))
+    selector = staticmethod(partial(selectors.QueryAttention, pool="norm"))
     ratio: float = 0.15
     last_layers: int = 2
     positions: str = "prompt"
@@ -229,7 +211,7 @@ class A3(_Recompute):
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2511.17560"
-    selector = staticmethod(partial(QueryAttention, fuse="first", over="chunks"))
+    selector = staticmethod(partial(selectors.QueryAttention, fuse="first", over="chunks"))
     ratio: float = 0.15
 
 
@@ -247,10 +229,10 @@ class AgentKVShift(Method):
     check_layer: int = 1
 
     def select(self) -> Selection:
-        return ChunkProbes(ratio=self.ratio, check_layer=self.check_layer)
+        return selectors.ChunkProbes(ratio=self.ratio, check_layer=self.check_layer)
 
     def repair(self) -> Repair:
-        return MeanShift(share=self.ratio)
+        return repairs.MeanShift(share=self.ratio)
 
 
 @register("cacheclip")
@@ -272,7 +254,7 @@ class CacheClip(Method):
         return replace(spec, block=True, shared_prefix=True, num_blanks=0)
 
     def select(self) -> Selection:
-        return AuxiliaryAttention(ratio=self.ratio, model=self.auxiliary, window=self.window)
+        return selectors.AuxiliaryAttention(self.ratio, self.auxiliary, self.window)
 
 
 @register("selective-reconstruction")
@@ -287,7 +269,7 @@ class SelectiveReconstruction(Method):
     impact: str = "attention"
 
     def select(self) -> Selection:
-        kinds = {"attention": AttentionDeviation, "recency": Recency}
+        kinds = {"attention": selectors.AttentionDeviation, "recency": selectors.Recency}
         require_one_of("impact", self.impact, kinds)
         return kinds[self.impact](ratio=self.ratio)
 
@@ -300,7 +282,7 @@ class OracleMethod(_Recompute):
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2603.20218"
-    selector = Oracle
+    selector = selectors.Oracle
     ratio: float = 0.15
     by: str = "influence"
 
@@ -310,6 +292,6 @@ class RandomMethod(_Recompute):
     """Recomputes random tokens: what any other choice must beat."""
 
     source: ClassVar[str] = "https://arxiv.org/abs/2603.20218"
-    selector = Random
+    selector = selectors.Random
     ratio: float = 0.15
     seed: int = 0

@@ -18,22 +18,13 @@ class Residual(NamedTuple):
     """What one layer recomputed of the chunks, for its keys or for its values.
 
     Columns are those of the prompt, N of them; recomputed tokens are at theirs.
-
-    Attributes:
-        change: Recomputed minus cached state of each recomputed token, ``(B, K, N, D)`` float32,
-            zero elsewhere.
-        recomputed: Tokens that this layer recomputes, ``(B, N)`` bool.
-        reused: Tokens whose cached state stays, ``(B, N)`` bool.
-        chunk: Of each token, ``(B, N)``; -1 outside of chunks.
-        deviation: How far each token's state was from the cached one at the selector's check layer,
-            over all heads, ``(B, N)`` float32; None where nothing was compared.
     """
 
-    change: Tensor
-    recomputed: Tensor
-    reused: Tensor
-    chunk: Tensor
-    deviation: Tensor | None
+    change: Tensor  # recomputed minus cached state, (B, K, N, D) float32, else 0
+    recomputed: Tensor  # tokens that this layer recomputes, ``(B, N)`` bool
+    reused: Tensor  # tokens whose cached state stays, ``(B, N)`` bool
+    chunk: Tensor  # of each token, ``(B, N)``; -1 outside of chunks
+    deviation: Tensor | None  # from the cached state at the check layer, (B, N)
 
 
 class Repair(ABC):
@@ -41,12 +32,9 @@ class Repair(ABC):
 
     It is asked in every layer that recomputes some tokens of the chunks and reuses others, before
     any row attends there. Tokens before the first check layer of the selector are never repaired.
-
-    Class attributes:
-        source: Paper or code it follows.
     """
 
-    source: ClassVar[str] = ""
+    source: ClassVar[str] = ""  # paper or code it follows
 
     @abstractmethod
     def offset(self, seen: Residual) -> Tensor:

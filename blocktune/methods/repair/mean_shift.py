@@ -16,12 +16,10 @@ if TYPE_CHECKING:
 class MeanShift(Repair):
     """Adds to a chunk's reused states the mean change of its recomputed ones, layer by layer.
 
-    A token that deviates by less than 1 at the check layer gets that share of it. Where nothing was
-    compared, all recomputed tokens count and every reused one gets the whole mean.
-
-    Attributes:
-        share: Of a chunk's tokens, rounded up, those recomputed ones that count: the most deviating
-            ones, for keys and values apart.
+    Of a chunk's tokens, those recomputed ones count that deviate most, up to ``share`` (rounded
+    up), for keys and values apart. A token that deviates by less than 1 at the check layer gets
+    that share of the mean. Where nothing was compared, all recomputed tokens count and every reused
+    one gets the whole mean.
 
     Source: AgentKVShift arXiv:2607.21604, algorithm 1. It has no public code and does not say
     whether keys are averaged before or after rotation; here after, as they are cached.

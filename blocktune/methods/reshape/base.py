@@ -48,22 +48,15 @@ class Reshape(ABC):
     column (future, window, padding). Only rows over a cache are reshaped: never a chunk while it is
     encoded alone.
 
-    Class attributes:
-        source: Paper or code it follows.
-        surveys: Whether `scores` needs what `choose` decides from the `survey` of all rows.
-        exact_on_one_chunk: Whether a single chunk is seen unchanged, whatever the parameters.
-        keeps_causality: False if the rows of a question decide together, so that a later token of
-            the question changes an earlier row of it (and never a row before it).
-
-    Attributes:
-        looks_ahead: Whether `choose` wants a survey of all layers before any is reshaped: the
-            question is then computed once more before the prefill, and every row gets its survey,
-            summed over layers, heads and the question's rows.
+    A reshape ``surveys`` if `scores` needs what `choose` decides from the `survey` of all rows. If
+    it ``looks_ahead``, the question is computed once more before the prefill, and every row gets
+    its survey, summed over layers, heads and the question's rows.
     """
 
-    source: ClassVar[str] = ""
+    source: ClassVar[str] = ""  # paper or code it follows
     surveys: ClassVar[bool] = False
-    exact_on_one_chunk: ClassVar[bool] = False
+    exact_on_one_chunk: ClassVar[bool] = False  # a single one is unchanged by any parameters
+    # False: the question's rows decide together, so its later tokens change its earlier rows.
     keeps_causality: bool = True
     looks_ahead: bool = False
 
@@ -73,12 +66,9 @@ class Reshape(ABC):
 
     @abstractmethod
     def scores(self, scores: Tensor, seen: Seen, choice: Tensor | None) -> Tensor:
-        """The scores to take softmax of; they may be changed in place.
+        """The scores ``(B, H, R, N)`` to take softmax of; they may be changed in place.
 
-        Args:
-            scores: ``(B, H, R, N)``.
-            seen: What they are about.
-            choice: What `choose` decided for these rows; None if the reshape does not survey.
+        ``choice`` is what `choose` decided for these rows; None if the reshape does not survey.
         """
 
     def acts(self, seen: Seen) -> bool:
@@ -86,21 +76,12 @@ class Reshape(ABC):
         return True
 
     def survey(self, scores: Tensor, seen: Seen) -> Tensor:
-        """What `choose` must know of a block of rows before any row is reshaped.
+        """What `choose` must know of a block of rows before any row is reshaped: ``(B, H, R, X)``.
 
-        Args:
-            scores: ``(B, H, R, N)``, not to be changed.
-            seen: What they are about; ``seen.key`` may lack columns that none of the rows sees.
-
-        Returns:
-            ``(B, H, R, X)`` with the same ``X`` for all blocks.
+        ``X`` is the same for all blocks; ``seen.key`` may lack columns that none of the rows sees.
         """
         raise AssertionError(f"{type(self).__name__} does not survey")
 
     def choose(self, survey: Tensor, query: Rows) -> Tensor:
-        """Decides from the survey ``(B, H, R, X)`` of all rows ``query`` ``(B, R)``.
-
-        Returns:
-            ``(B, H or 1, R, ...)``, handed to `scores` a block of rows at a time.
-        """
+        """Decides from the survey ``(B, H, R, X)`` of all rows; ``(B, H or 1, R, ...)``."""
         raise AssertionError(f"{type(self).__name__} does not choose")

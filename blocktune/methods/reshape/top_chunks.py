@@ -46,14 +46,10 @@ class TopChunks(Reshape):
 
     A chunk's score is the sum of its five largest attention probabilities. Prefix, links, question
     and answer are never hidden, nor is the own chunk of a recomputed row. Recomputed tokens belong
-    to their chunk. The rows of the question may sum their scores and choose together; a decoded or
-    recomputed row chooses alone (with ``LHT`` it follows the question's choice).
-
-    Attributes:
-        chunks: Chunks that stay visible, at least 1.
-        aggregation: What scores are summed over: ``none`` (each row and head decides alone), ``T``
-            the question's rows, ``HT`` also heads, ``LHT`` also layers, from a pass of the question
-            over the caches before the prefill.
+    to their chunk. ``aggregation`` says what scores are summed over: ``none`` (each row and head
+    decides alone), ``T`` the question's rows, ``HT`` also heads, ``LHT`` also layers, from a pass
+    of the question over the caches before the prefill. A decoded or recomputed row chooses alone
+    (with ``LHT`` it follows the question's choice).
 
     Source: arXiv:2412.16545, section 5.2; its default is ``HT`` with 2 chunks. It does not say what
     decoded rows do.
@@ -62,7 +58,7 @@ class TopChunks(Reshape):
     source: ClassVar[str] = "https://arxiv.org/abs/2412.16545"
     surveys: ClassVar[bool] = True
     exact_on_one_chunk: ClassVar[bool] = True
-    chunks: int = 2
+    chunks: int = 2  # that stay visible, at least 1
     aggregation: str = "HT"
 
     def __post_init__(self):

@@ -26,26 +26,18 @@ class Selection(ABC):
 
     A simple selector only defines `start`. One that needs scores overrides `begin`, one that drops
     tokens at deeper layers `checks` and `refine`, one that adds tokens there `widens` and `widen`.
-    A field ``ratio`` is the share of the context tokens to recompute, in [0, 1]; None if that
-    is the default. A parameter out of range is a `ValueError`.
-
-    Class attributes:
-        source: Paper or code it follows; empty for the two trivial selectors.
-        watches_chunks: Whether `refine` reads the question's attention to each chunk.
-        needs_question: Whether the choice depends on the question; a cache of the context then
-            serves this question alone.
-
-    Attributes:
-        keeps_keys: What a row that `refine` drops leaves in the cache at that layer: the keys and
-            values just computed to compare it (CacheBlend's code), or the cached ones.
-        sees_future: Reproduces the mask of CacheBlend's code, in which row ``r`` of ``R`` computed
-            rows sees all but the last ``R - 1 - r`` columns. Do not serve with it.
+    A field ``ratio`` is the share of the context tokens to recompute, in [0, 1]; None if that is
+    the default. A parameter out of range is a `ValueError`.
     """
 
-    source: ClassVar[str] = ""
-    watches_chunks: ClassVar[bool] = False
-    needs_question: ClassVar[bool] = False
+    source: ClassVar[str] = ""  # paper or code it follows
+    watches_chunks: ClassVar[bool] = False  # `refine` reads the question's attention to chunks
+    needs_question: ClassVar[bool] = False  # so a cache of the context serves this one alone
+    # Whether a row that `refine` drops leaves the keys and values that were computed to compare it
+    # in the cache of that layer (CacheBlend's code), or the cached ones.
     keeps_keys: bool = False
+    # Reproduces the mask of CacheBlend's code, in which row ``r`` of ``R`` computed rows sees all
+    # but the last ``R - 1 - r`` columns. Do not serve with it.
     sees_future: bool = False
 
     def __post_init__(self):
@@ -54,13 +46,10 @@ class Selection(ABC):
             require_share("ratio", ratio)
 
     def with_budget(self, ratio: float) -> Selection:
-        """The same selector with a share of the context tokens to spend.
+        """The same selector with a share of the context tokens to spend; ValueError if it has none.
 
-        Methods are compared at equal budgets through this, and the contract tests use both ends:
-        0 selects nothing, 1 everything. Override it if the share is not the field ``ratio``.
-
-        Raises:
-            ValueError: If it has no budget, or ``ratio`` is not in [0, 1].
+        Methods are compared at equal budgets through this, and the contract tests use both ends: 0
+        selects nothing, 1 everything. Override it if the share is not the field ``ratio``.
         """
         if "ratio" not in {field.name for field in fields(self)}:
             raise ValueError(
@@ -82,14 +71,7 @@ class Selection(ABC):
 
     @abstractmethod
     def start(self, layout: Layout) -> Tensor:
-        """Tokens that are recomputed from layer 0 on.
-
-        Args:
-            layout: Rows ``(B, S)``, nothing recomputed yet.
-
-        Returns:
-            Bool ``(B, S)``, True only where ``layout.is_context``.
-        """
+        """Tokens recomputed from layer 0 on: bool ``(B, S)``, only where ``layout.is_context``."""
 
     def begin(self, layout: Layout, passes: Passes) -> Tensor:
         """What the engine calls: `start`, or for a scored selector a choice from ``passes``."""
@@ -103,11 +85,7 @@ class Selection(ABC):
         return ()
 
     def refine(self, check: LayerCheck) -> Tensor:
-        """Rows that are still recomputed from ``check.layer`` on.
-
-        Returns:
-            Bool ``(B, R)``, True only where ``check.eligible``.
-        """
+        """Rows still recomputed from there on: bool ``(B, R)``, only where ``check.eligible``."""
         raise AssertionError(f"{type(self).__name__} has no check layer")
 
     def widens(self, num_layers: int) -> tuple[int, ...]:
@@ -134,22 +112,15 @@ class Truth(NamedTuple):
 class QueryScores:
     """How the question's attention over the reused cache becomes one score a token.
 
-    Attributes:
-        over: Keys that a row's weights sum to 1 over: of the whole ``prompt``, of what is
-            ``cached`` (prefix and chunks), or of the ``chunks``.
-        pool: Over the question's rows, of the mean over heads: ``mean``, or Euclidean ``norm``.
-        positions: Of the keys: those of the ``prompt``, or those that each chunk was ``encoded``
-            at, from 0, with the question after the longest.
-        depth: First layers that are read, the pass ends there; None: all.
-
-    Raises:
-        ValueError: If a choice is unknown.
+    A row's weights sum to 1 over the keys of the whole ``prompt``, of what is ``cached`` (prefix
+    and chunks) or of the ``chunks``. Keys are at the positions of the ``prompt``, or where each
+    chunk was ``encoded``, from 0, with the question after the longest.
     """
 
     over: str = "prompt"
-    pool: str = "mean"
+    pool: str = "mean"  # over the question's rows: ``mean``, or Euclidean ``norm``
     positions: str = "prompt"
-    depth: int | None = None
+    depth: int | None = None  # first layers that are read, the pass ends there; None: all
 
     def __post_init__(self):
         require_one_of("over", self.over, ("prompt", "cached", "chunks"))
@@ -177,16 +148,10 @@ class Passes(Protocol):
     def auxiliary_attention(self, model: str) -> Tensor:
         """Computes the whole prompt with another model that has the same tokenizer.
 
-        Args:
-            model: Folder or repository name, a name that the engine was given a model for, or
-                ``self`` for the served model.
-
-        Returns:
-            Attention weight of each row at that model's last layer, mean over the question's
-            rows and the heads: ``(B, S)``.
-
-        Raises:
-            ValueError: If there is no such model, or its tokenizer is another one.
+        ``model`` is a folder or repository name, a name that the engine was given, or ``self`` for
+        the served model. Returns ``(B, S)``: the attention weight of each row at the model's last
+        layer, mean over the question's rows and the heads. Raises ValueError if there is no such
+        model.
         """
 
     def outside_attention(self) -> Tensor:

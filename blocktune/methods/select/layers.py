@@ -35,6 +35,8 @@ def distance(fresh: Tensor, cached: Tensor, squared: bool = False) -> Tensor:
 class _Deviating(Selection):
     """All tokens up to ``check_layer``, then those whose states, named by ``by``, deviate most."""
 
+    by: ClassVar[str] = "keys"
+
     def __post_init__(self):
         super().__post_init__()
         require_count("check_layer", self.check_layer, 1, FIRST)
@@ -47,6 +49,9 @@ class _Deviating(Selection):
     def start(self, layout: Layout) -> Tensor:
         return selectable(layout) & (self.ratio > 0)
 
+    def checks(self, num_layers: int) -> tuple[int, ...]:
+        return (self.check_layer,)
+
     def _scores(self, check: LayerCheck, squared: bool = False) -> Tensor:
         fresh, cached = check.fresh, check.cached
         names = STATES[self.by]
@@ -57,27 +62,20 @@ class _Deviating(Selection):
 class Deviation(_Deviating):
     """All tokens up to a check layer, then the share whose keys or values deviate most.
 
-    Attributes:
-        ratio: Share of the tokens recomputed after the check layer, in [0, 1]; 0 recomputes
-            nothing, in no layer.
-        check_layer: Layer (0-based) at which keys or values are compared. Layers below it are
-            computed in full, and so are the compared keys and values of the layer itself.
-        by: What is compared: ``keys``, ``values`` or ``both``.
-        squared: Square distances before averaging over heads.
-        of: What the ratio is a share of: the ``context`` tokens, rounded up; or all ``cached``
-            tokens, a cached prefix included, rounded down (the code of CacheBlend and LMCache).
-        keeps_keys: See `Selection`.
-        sees_future: See `Selection`.
+    Layers below the check layer are computed in full, and so are the keys and values that are
+    compared there. A ratio of 0 recomputes nothing, in no layer. It is a share ``of`` the context
+    tokens, rounded up, or of all cached tokens, a cached prefix included, rounded down.
 
-    Source: CacheBlend arXiv:2405.16444; the defaults are the form of arXiv:2603.20218.
+    Source: CacheBlend arXiv:2405.16444; the defaults are the form of arXiv:2603.20218. Squares and
+    ``of=cached``: the code of CacheBlend and LMCache.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2405.16444"
-    ratio: float = 0.15
-    check_layer: int = 1
-    by: str = "keys"
-    squared: bool = False
-    of: str = "context"
+    ratio: float = 0.15  # of the tokens recomputed after the check layer
+    check_layer: int = 1  # layer (0-based) at which states are compared
+    by: str = "keys"  # ``keys``, ``values`` or ``both``
+    squared: bool = False  # square distances before averaging over heads
+    of: str = "context"  # or ``cached``
     keeps_keys: bool = False
     sees_future: bool = False
 
@@ -92,9 +90,6 @@ class Deviation(_Deviating):
             return None
         return (self.check_layer + self.ratio * (num_layers - self.check_layer)) / num_layers
 
-    def checks(self, num_layers: int) -> tuple[int, ...]:
-        return (self.check_layer,)
-
     def refine(self, check: LayerCheck) -> Tensor:
         count = share_count(check.context_tokens, self.ratio)
         if self.of == "cached":
@@ -106,11 +101,9 @@ class Deviation(_Deviating):
 class ChunkProbes(_Deviating):
     """All tokens up to a check layer, then those of each chunk that deviate most.
 
-    Attributes:
-        ratio: Share of each chunk's tokens, rounded up, taken by keys and again by values: between
-            one and two times as many are recomputed.
-        check_layer: Layer (0-based) at which both are compared, over all heads together.
-        by: ``keys``, ``values`` or ``both``, the union.
+    ``ratio`` of each chunk's tokens, rounded up, are taken by keys and again by values: between one
+    and two times as many are recomputed. Both are compared over all heads together; ``by=both`` is
+    the union.
 
     Source: AgentKVShift arXiv:2607.21604, algorithm 1.
     """
@@ -122,9 +115,6 @@ class ChunkProbes(_Deviating):
 
     def spends(self, num_layers: int) -> float | None:
         return {0.0: 0.0, 1.0: 1.0}.get(self.ratio)
-
-    def checks(self, num_layers: int) -> tuple[int, ...]:
-        return (self.check_layer,)
 
     def refine(self, check: LayerCheck) -> Tensor:
         chosen = check.eligible & False
@@ -144,21 +134,15 @@ class GradualDeviation(_Deviating):
     ``ratio * (1 - spread)`` in the last one, so its mean is ``ratio``. The paper only says that
     the shares fall from slightly above the mean to slightly below; the straight line is ours.
 
-    Attributes:
-        ratio: Mean share of the context tokens over the layers from the check layer on.
-        spread: Relative distance of the first and the last share from the mean, in [0, 1].
-        check_layer: First layer (0-based) that compares; the layers below are computed in full.
-        by: What is compared: ``keys``, ``values`` or ``both``.
-
     Source: CacheBlend arXiv:2405.16444, gradual filtering.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2405.16444"
     keeps_keys: ClassVar[bool] = True  # a layer's states serve that layer and choose for the next
-    ratio: float = 0.15
-    spread: float = 0.2
-    check_layer: int = 1
-    by: str = "both"
+    ratio: float = 0.15  # mean share of the context tokens from the check layer on
+    spread: float = 0.2  # of the first and the last share around the mean, in [0, 1]
+    check_layer: int = 1  # first layer (0-based) that compares; all below compute in full
+    by: str = "both"  # ``keys``, ``values`` or ``both``
 
     def __post_init__(self):
         super().__post_init__()
@@ -190,18 +174,14 @@ class LayerRange(Selection):
 
     The first of these layers starts from the stored hidden states of the chunks.
 
-    Attributes:
-        first_layer: First layer (0-based) of the range.
-        ratio: Share of the model's layers in the range, rounded up.
-
     Source: DroidSpeak arXiv:2411.02820: on average 11 % of the layers are critical. Measure which
     ones with `blocktune profile-layers`; the default starts at the first layer whose keys
     depend on the context.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2411.02820"
-    first_layer: int = 1
-    ratio: float = 0.11
+    first_layer: int = 1  # first layer (0-based) of the range
+    ratio: float = 0.11  # share of the model's layers in the range, rounded up
 
     def __post_init__(self):
         super().__post_init__()
@@ -239,29 +219,23 @@ class LayerRange(Selection):
 
 
 @SELECTORS.register("reselect")
-class Reselect(Selection):
+class Reselect(_Deviating):
     """Chooses by key deviation at one layer, and again among all tokens at a deeper one.
 
     At ``restart_layer`` the dropped tokens come back with the hidden states stored for their
     chunks; that layer is computed for all tokens, and the keys of the next one decide. (Keys of the
     restart layer itself cannot: computed from stored states, they equal the cached ones.)
 
-    Attributes:
-        ratio: Share of the context tokens recomputed after each choice, in [0, 1].
-        check_layer: Layer (0-based) of the first choice.
-        restart_layer: Layer that is computed for all tokens again.
-
     Source: DroidSpeak (arXiv:2411.02820) as arXiv:2603.20218, section 4.1, adapts it to chunks.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2603.20218"
-    ratio: float = 0.15
-    check_layer: int = 1
-    restart_layer: int = 5
+    ratio: float = 0.15  # share of the context tokens recomputed after each choice, in [0, 1]
+    check_layer: int = 1  # layer (0-based) of the first choice
+    restart_layer: int = 5  # layer that is computed for all tokens again
 
     def __post_init__(self):
         super().__post_init__()
-        require_count("check_layer", self.check_layer, 1, FIRST)
         after = self.check_layer + 1
         require_count("restart_layer", self.restart_layer, after, "after the check layer")
 
@@ -275,9 +249,6 @@ class Reselect(Selection):
         full = self.check_layer + 1
         return (full + self.ratio * (num_layers - full)) / num_layers
 
-    def start(self, layout: Layout) -> Tensor:
-        return selectable(layout) & (self.ratio > 0)
-
     def checks(self, num_layers: int) -> tuple[int, ...]:
         return (self.check_layer, self.restart_layer + 1)
 
@@ -285,5 +256,4 @@ class Reselect(Selection):
         return (self.restart_layer,) if self.ratio else ()
 
     def refine(self, check: LayerCheck) -> Tensor:
-        scores = distance(check.fresh.keys, check.cached.keys)
-        return top_share(scores, check.eligible, check.context_tokens, self.ratio)
+        return top_share(self._scores(check), check.eligible, check.context_tokens, self.ratio)

@@ -19,20 +19,14 @@ if TYPE_CHECKING:
 class FirstK(Selection):
     """The first ``k`` and the last ``last`` tokens of every chunk, or a share of each chunk.
 
-    Attributes:
-        k: First tokens of each chunk; ignored if ``share`` is given.
-        share: Share of each chunk's tokens, rounded up, or None.
-        last: Last tokens of each chunk; ignored if ``share`` is given.
-        last_share: Part of ``share`` taken from the end of the chunk, in [0, 1].
-
     Source: EPIC / LegoLink, arXiv:2410.15332; with both ends: its code, ``kvlink-a-b``.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2410.15332"
-    k: int = 16
-    share: float | None = None
-    last: int = 0
-    last_share: float = 0.0
+    k: int = 16  # first tokens of each chunk; ignored if ``share`` is given
+    share: float | None = None  # share of each chunk's tokens, rounded up, or None
+    last: int = 0  # last tokens of each chunk; ignored if ``share`` is given
+    last_share: float = 0.0  # part of ``share`` taken from the end of the chunk, in [0, 1]
 
     def __post_init__(self):
         require_count("k", self.k)
@@ -74,9 +68,7 @@ class Recency(Selection):
 class Random(Selection):
     """Random tokens: a lower bound for any choice.
 
-    Attributes:
-        seed: Of the draw, which also depends on the lengths of a prompt's pieces but not on the
-            other prompts of a batch.
+    The draw depends on the seed and the lengths of a prompt's pieces, but not on other prompts.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2603.20218"

@@ -33,13 +33,8 @@ class Scored(Selection):
 class QueryAttention(Scored):
     """The tokens that the question attends to most when it is computed over the reused cache.
 
-    Attributes:
-        fuse: How scores of the layers are combined: ``mean``, ``max``, or only the ``first`` or the
-            ``last`` layer.
-        last_layers: Only this many last layers are combined; None: all.
-        over: See `QueryScores`, as the other two.
-        pool: See `QueryScores`.
-        positions: See `QueryScores`.
+    Layers (or only the ``last_layers``) are combined by ``fuse``: ``mean``, ``max``, or only the
+    ``first`` or the ``last``. For the other fields see `QueryScores`.
 
     Source: ProphetKV arXiv:2602.02579 (two stages, layers fused into one set).
     """
@@ -79,14 +74,10 @@ class QueryAttention(Scored):
 class AuxiliaryAttention(Scored):
     """Windows of tokens that the question attends to most in the last layer of a small model.
 
-    Windows are consecutive tokens of one chunk, taken by their mean score.
-
-    Attributes:
-        ratio: See `Selection`; the last window may exceed it.
-        model: Folder or repository name of a model with the same tokenizer. ``self`` is the served
-            model: an upper bound for any auxiliary model, at the cost of a full prefill.
-        window: Tokens per window, 1 or more; the last one of a chunk may be shorter. The paper's
-            value is not public.
+    Windows are consecutive tokens of one chunk, taken by their mean score; the last one may exceed
+    the ratio. ``model`` is a folder or repository name of a model with the same tokenizer; ``self``
+    is the served model: an upper bound, at the cost of a full prefill. The paper's window is not
+    public.
 
     Source: CacheClip arXiv:2510.10129.
     """
@@ -95,7 +86,7 @@ class AuxiliaryAttention(Scored):
     needs_question: ClassVar[bool] = True
     ratio: float = 0.15
     model: str = "self"
-    window: int = 8
+    window: int = 8  # tokens; the last one of a chunk may be shorter
 
     def __post_init__(self):
         super().__post_init__()
@@ -136,10 +127,9 @@ class AttentionDeviation(Scored):
 class Oracle(Scored):
     """Tokens chosen with the knowledge of a full prefill: an upper bound for any choice.
 
-    Attributes:
-        by: ``influence``: distance of the true values from the cached ones, weighted by the
-            question's true attention; ``attention``: that attention alone; ``deviation``: distance
-            of the true keys and values from the cached ones. Each is summed over the layers.
+    ``influence`` is the distance of the true values from the cached ones, weighted by the
+    question's true ``attention``; ``deviation`` that of the true keys and values. Each is summed
+    over the layers.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2603.20218"

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from blocktune.cache import RowCache
-from blocktune.engine.rows import Computed
 from blocktune.layout import GLOBAL, Kind, Rows
 from blocktune.methods.repair import Repair, Residual
 from blocktune.methods.select import LayerKV
 
 
-class CacheRepair:
+class RepairedCache:
     """Shared by all layers of a batch's prefill.
 
     It watches the writes of the cache: in every layer it adds the repair's offsets to the columns
@@ -28,22 +27,22 @@ class CacheRepair:
         self._is_cached = (columns.kind == Kind.CHUNK) & (columns.group != GLOBAL)
         self._deviations: tuple[Tensor, Tensor] | None = None
 
-    def compared(self, rows: Computed, fresh: LayerKV, cached: LayerKV) -> None:
-        """Keeps how far ``rows`` were from the cache at the first layer that compared them."""
+    def compared(self, columns: Tensor, fresh: LayerKV, cached: LayerKV) -> None:
+        """Keeps how far the rows of ``columns`` were from the cache at the first check layer."""
         if self._deviations is None:
             pairs = zip(fresh, cached, strict=True)
             norms = [(a.float() - b.float()).square().sum((1, 3)).sqrt() for a, b in pairs]
-            self._deviations = tuple(self._at_columns(norm, rows.columns) for norm in norms)
+            self._deviations = tuple(self._at_columns(norm, columns) for norm in norms)
 
-    def watch(self, layer: int, rows: Computed) -> None:
-        """Repairs ``layer`` when it writes these ``rows``, which are all that it computes."""
-        recomputed = self._at_columns(torch.ones_like(rows.columns), rows.columns).bool()
+    def watch(self, layer: int, columns: Tensor) -> None:
+        """Repairs ``layer`` when it writes these ``columns``, which are all that it computes."""
+        recomputed = self._at_columns(torch.ones_like(columns), columns).bool()
         recomputed = recomputed & self._is_cached
         some = bool(recomputed.any()) and bool((self._is_cached & ~recomputed).any())
-        repair = partial(self._repair, layer, rows, recomputed) if some else None
+        repair = partial(self._repair, layer, columns, recomputed) if some else None
         self.cache.observe(layer, repair)
 
-    def _repair(self, layer: int, rows: Computed, recomputed: Tensor, *fresh: Tensor) -> None:
+    def _repair(self, layer: int, columns: Tensor, recomputed: Tensor, *fresh: Tensor) -> None:
         held, states = self.cache.held(layer), self.cache.layers[layer]
         reused = self._is_cached & ~recomputed
         chunk = torch.where(self._is_cached, self.columns.chunk, -1)
@@ -51,7 +50,7 @@ class CacheRepair:
         stored = states.keys, states.values
         for new, old, deviation, whole in zip(fresh, held, deviations, stored, strict=True):
             moved = (new.float() - old.float()).transpose(1, 2)
-            change = self._at_columns(moved, rows.columns).transpose(1, 2)
+            change = self._at_columns(moved, columns).transpose(1, 2)
             change = change * recomputed[:, None, :, None]
             seen = Residual(change, recomputed, reused, chunk, deviation)
             offset = self.repair.offset(seen) * reused[:, None, :, None]

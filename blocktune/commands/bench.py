@@ -1,164 +1,18 @@
-"""`blocktune check`, `blocktune profile-layers`, `blocktune replay` and `blocktune bench`."""
+"""`blocktune replay` and `blocktune bench`: the speed of this machine, and what a store saves."""
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 from typer import Option
 
 from blocktune.commands import app, command
 from blocktune.commands import options as opt
-
-
-@command(
-    "check",
-    "blocktune check --model data/tiny",
-    "blocktune check --method 'naive + first-k 8'   # the contract of one method",
-    "blocktune check --method mine --plugin mine.py",
-    "blocktune check --model Qwen/Qwen3-8B --dtype float32 --json",
-    "blocktune check --families --json       # every model class of the installed transformers",
-    "blocktune check --families --only cohere --only gpt_oss",
-    "The exit code is 0 if every check passed, else 1.",
-)
-def check(
-    model: opt.Model = None,
-    adapter: opt.Adapter = None,
-    method: Annotated[
-        str | None,
-        Option(
-            help="Check the contract of this method instead; without --model on a small random one."
-        ),
-    ] = None,
-    dtype: opt.Dtype = "auto",
-    quantize: opt.Quantize = None,
-    device: opt.Device = None,
-    families: Annotated[
-        bool,
-        Option("--families", help="Check a tiny model of every causal model class instead."),
-    ] = False,
-    only: Annotated[
-        list[str] | None, Option(help="With --families: only this model type; repeatable.")
-    ] = None,
-    as_json: opt.AsJson = False,
-) -> None:
-    """Check that reuse is exact on your model: masks, relocation and caches against dense."""
-    if only and not families:
-        raise ValueError("--only names a model type of --families; add --families")
-    if families:
-        _check_families(only or (), as_json)
-    from blocktune.adapter.releases import find_release
-    from blocktune.check import check_adapter, check_method, check_model
-    from blocktune.methods import parse_method
-    from blocktune.tables import Table
-
-    built = None if method is None else parse_method(method)
-    opt.quiet_libraries()
-    limit = None
-    if built is None and adapter is not None and find_release(adapter) is None:
-        checks = check_adapter(model, adapter, dtype=dtype, device=device, quantize=quantize)
-    else:
-        engine = None
-        if built is None or model is not None or adapter is not None:
-            engine = opt.load_engine(model, adapter, None, dtype, device, quantize)
-            limit = engine.prompts.exact_tokens
-        checks = check_model(engine) if built is None else check_method(built, engine)
-    sound = all(one.passed for one in checks)
-    if as_json:
-        typer.echo(json.dumps({"checks": [one.to_dict() for one in checks]}, indent=2))
-    else:
-        verdicts = {True: "[green]ok[/green]", False: "[red]FAILED[/red]"}
-        rows = [
-            (verdicts[one.passed], one.name, f"{one.max_abs_diff:.1e}", f"{one.tolerance:.1e}")
-            for one in checks
-        ]
-        Table(("", "check", "difference", "tolerance"), rows, left=("check",)).show()
-        where = "on this model" if built is None else f"by '{built.name}'"
-        extent = "" if limit is None else f" up to {limit:,} tokens"
-        typer.echo(
-            f"Reuse {where} is sound{extent}." if sound else f"Do not serve: reuse {where} fails."
-        )
-    raise typer.Exit(0 if sound else 1)
-
-
-def _check_families(only: Sequence[str], as_json: bool) -> NoReturn:
-    from rich.console import Console
-    from rich.progress import track
-
-    from blocktune.check.families import check_families, model_types, table
-
-    opt.quiet_libraries()
-    names = model_types(only)
-    console = Console(stderr=True)
-    shown = track(check_families(names), "checking", total=len(names), console=console)
-    found = list(shown)
-    if as_json:
-        typer.echo(json.dumps({"families": [one.to_dict() for one in found]}, indent=2))
-    else:
-        table(found).show()
-    raise typer.Exit(int(any(one.verdict == "wrong" for one in found)))
-
-
-@command(
-    "profile-layers",
-    "blocktune profile-layers -m data/tiny -i 'worlds:dev?n=32'",
-    "blocktune profile-layers -m M -i held_out.jsonl --limit 50 --most-layers 8 --json",
-    "Use the result as parameters of the method:",
-    "blocktune answer -m M -i q.jsonl --method 'droidspeak first_layer=9 ratio=0.125'",
-)
-def profile_layers(
-    source: Annotated[
-        str, Option("--input", "-i", help="Held-out questions: JSONL or any data source.")
-    ],
-    model: opt.Model = None,
-    adapter: opt.Adapter = None,
-    limit: opt.Limit = None,
-    most_layers: Annotated[
-        int | None, Option(min=1, help="Longest range of layers to try. Default: all.")
-    ] = None,
-    batch_size: Annotated[int, Option(min=1, help="Questions per batch.")] = 8,
-    dtype: opt.Dtype = "auto",
-    quantize: opt.Quantize = None,
-    device: opt.Device = None,
-    as_json: opt.AsJson = False,
-) -> None:
-    """Measure which layers are worth recomputing for all chunks: the profile for `droidspeak`."""
-    from rich.console import Console
-    from rich.progress import track
-
-    from blocktune.commands.answering import read_examples
-    from blocktune.evaluation.fidelity import profile_layers
-    from blocktune.tables import Table
-
-    examples = read_examples(source, limit, None, [])
-    engine = opt.load_engine(model, adapter, None, dtype, device, quantize)
-    console = Console(stderr=True)
-    found = profile_layers(
-        engine,
-        examples,
-        most_layers=most_layers,
-        batch_size=batch_size,
-        progress=lambda ranges: iter(track(ranges, "profiling", console=console)),
-    )
-    if as_json:
-        typer.echo(json.dumps([asdict(one) for one in found], indent=2))
-        return
-    rows = [
-        (
-            str(one.first_layer),
-            f"{one.ratio:.4g}",
-            f"{one.first_layer}-{one.first_layer + one.num_layers - 1}",
-            f"{one.divergence:.4f}",
-            f"{one.agreement:.0%}",
-        )
-        for one in found
-        if one.efficient
-    ]
-    Table(("first_layer", "ratio", "layers", "divergence", "agreement"), rows).show()
 
 
 @command(
@@ -202,11 +56,8 @@ def replay(
     touched = played.touched_bytes(requests, costs)
     shares = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
     budgets = [parse_bytes(b) for b in budget or ()] or [int(touched * s) for s in shares]
-    outcomes = [
-        played.replay(requests, most, name, costs)
-        for name in policy or POLICIES
-        for most in budgets
-    ]
+    pairs = itertools.product(policy or POLICIES, budgets)
+    outcomes = [played.replay(requests, most, name, costs) for name, most in pairs]
     found = {"trace": str(trace), "requests": len(requests), "touched_bytes": touched}
     found["outcomes"] = [outcome._asdict() for outcome in outcomes]
     if output is not None:
@@ -219,16 +70,10 @@ def replay(
     if as_json:
         typer.echo(json.dumps(found, indent=2))
         return
-    rows = [
-        (
-            o.policy,
-            f"{o.budget / 1e9:,.2f}",
-            f"{o.hit_rate:.1%}",
-            f"{o.saved:.1%}",
-            f"{o.saved_s:.1f}",
-        )
-        for o in outcomes
-    ]
+    rows = []
+    for o in outcomes:
+        shares = f"{o.hit_rate:.1%}", f"{o.saved:.1%}"
+        rows.append((o.policy, f"{o.budget / 1e9:,.2f}", *shares, f"{o.saved_s:.1f}"))
     typer.echo(f"{len(requests):,} requests ask for {touched / 1e9:,.1f} GB of different chunks")
     Table(("policy", "GB", "hits", "saved", "saved s"), rows, left=("policy",)).show()
 
@@ -236,6 +81,9 @@ def replay(
 Tokens = Annotated[int, Option(min=2, help="Length of the prompt, in tokens.")]
 ChunkTokens = Annotated[int, Option(min=1, help="Tokens per chunk.")]
 Repeats = Annotated[int, Option(min=1, help="Rounds; medians are shown.")]
+Folder = Annotated[
+    Path | None, Option(help="Folder for the chunks. Default: the system's temporary one.")
+]
 Output = Annotated[Path | None, Option(help="JSON file to write as well.")]
 Tiny = Annotated[bool, Option("--tiny", help="A toy model and prompt, for a quick try.")]
 
@@ -289,9 +137,7 @@ def loading(
     tokens: Tokens = 8192,
     chunk: ChunkTokens = 512,
     repeats: Repeats = 5,
-    folder: Annotated[
-        Path | None, Option(help="Folder for the chunks. Default: the system's temporary one.")
-    ] = None,
+    folder: Folder = None,
     tiny: Tiny = False,
     output: Output = None,
     as_json: opt.AsJson = False,
@@ -314,9 +160,7 @@ def store(
     chunk: ChunkTokens = 512,
     repeats: Repeats = 5,
     keys: Annotated[int, Option(min=1, help="Keys in the index for look-ups.")] = 1_000_000,
-    folder: Annotated[
-        Path | None, Option(help="Folder for the chunks. Default: the system's temporary one.")
-    ] = None,
+    folder: Folder = None,
     tiny: Tiny = False,
     output: Output = None,
     as_json: opt.AsJson = False,

@@ -1,0 +1,153 @@
+"""`blocktune check` and `blocktune profile-layers`: what holds for a model of your own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Annotated, NoReturn
+
+import typer
+from typer import Option
+
+from blocktune.commands import command
+from blocktune.commands import options as opt
+
+
+@command(
+    "check",
+    "blocktune check --model data/tiny",
+    "blocktune check --method 'naive + first-k 8'   # the contract of one method",
+    "blocktune check --method mine --plugin mine.py",
+    "blocktune check --model Qwen/Qwen3-8B --dtype float32 --json",
+    "blocktune check --families --json       # every model class of the installed transformers",
+    "blocktune check --families --only cohere --only gpt_oss",
+    "The exit code is 0 if every check passed, else 1.",
+)
+def check(
+    model: opt.Model = None,
+    adapter: opt.Adapter = None,
+    method: Annotated[
+        str | None,
+        Option(
+            help="Check the contract of this method instead; without --model on a small random one."
+        ),
+    ] = None,
+    dtype: opt.Dtype = "auto",
+    quantize: opt.Quantize = None,
+    device: opt.Device = None,
+    families: Annotated[
+        bool,
+        Option("--families", help="Check a tiny model of every causal model class instead."),
+    ] = False,
+    only: Annotated[
+        list[str] | None, Option(help="With --families: only this model type; repeatable.")
+    ] = None,
+    as_json: opt.AsJson = False,
+) -> None:
+    """Check that reuse is exact on your model: masks, relocation and caches against dense."""
+    if only and not families:
+        raise ValueError("--only names a model type of --families; add --families")
+    if families:
+        _check_families(only or (), as_json)
+    from blocktune.adapter.releases import find_release
+    from blocktune.check import check_adapter, check_method, check_model
+    from blocktune.methods import parse_method
+    from blocktune.tables import Table
+
+    built = None if method is None else parse_method(method)
+    opt.quiet_libraries()
+    limit = None
+    if built is None and adapter is not None and find_release(adapter) is None:
+        checks = check_adapter(model, adapter, dtype=dtype, device=device, quantize=quantize)
+    else:
+        engine = None
+        if built is None or model is not None or adapter is not None:
+            engine = opt.load_engine(model, adapter, None, dtype, device, quantize)
+            limit = engine.prompts.exact_tokens
+        checks = check_model(engine) if built is None else check_method(built, engine)
+    sound = all(one.passed for one in checks)
+    if as_json:
+        typer.echo(json.dumps({"checks": [one.to_dict() for one in checks]}, indent=2))
+    else:
+        rows = []
+        for one in checks:
+            verdict = "[green]ok[/green]" if one.passed else "[red]FAILED[/red]"
+            rows.append((verdict, one.name, f"{one.max_abs_diff:.1e}", f"{one.tolerance:.1e}"))
+        Table(("", "check", "difference", "tolerance"), rows, left=("check",)).show()
+        where = "on this model" if built is None else f"by '{built.name}'"
+        extent = "" if limit is None else f" up to {limit:,} tokens"
+        typer.echo(
+            f"Reuse {where} is sound{extent}." if sound else f"Do not serve: reuse {where} fails."
+        )
+    raise typer.Exit(0 if sound else 1)
+
+
+def _check_families(only: Sequence[str], as_json: bool) -> NoReturn:
+    from rich.console import Console
+    from rich.progress import track
+
+    from blocktune.check.families import check_families, model_types, table
+
+    opt.quiet_libraries()
+    names = model_types(only)
+    console = Console(stderr=True)
+    shown = track(check_families(names), "checking", total=len(names), console=console)
+    found = list(shown)
+    if as_json:
+        typer.echo(json.dumps({"families": [one.to_dict() for one in found]}, indent=2))
+    else:
+        table(found).show()
+    raise typer.Exit(int(any(one.verdict == "wrong" for one in found)))
+
+
+@command(
+    "profile-layers",
+    "blocktune profile-layers -m data/tiny -i 'worlds:dev?n=32'",
+    "blocktune profile-layers -m M -i held_out.jsonl --limit 50 --most-layers 8 --json",
+    "Use the result as parameters of the method:",
+    "blocktune answer -m M -i q.jsonl --method 'droidspeak first_layer=9 ratio=0.125'",
+)
+def profile_layers(
+    source: Annotated[
+        str, Option("--input", "-i", help="Held-out questions: JSONL or any data source.")
+    ],
+    model: opt.Model = None,
+    adapter: opt.Adapter = None,
+    limit: opt.Limit = None,
+    most_layers: Annotated[
+        int | None, Option(min=1, help="Longest range of layers to try. Default: all.")
+    ] = None,
+    batch_size: Annotated[int, Option(min=1, help="Questions per batch.")] = 8,
+    dtype: opt.Dtype = "auto",
+    quantize: opt.Quantize = None,
+    device: opt.Device = None,
+    as_json: opt.AsJson = False,
+) -> None:
+    """Measure which layers are worth recomputing for all chunks: the profile for `droidspeak`."""
+    from rich.console import Console
+    from rich.progress import track
+
+    from blocktune.commands.answering import read_examples
+    from blocktune.evaluation.fidelity import profile_layers
+    from blocktune.tables import Table
+
+    examples = read_examples(source, limit, None, [])
+    engine = opt.load_engine(model, adapter, None, dtype, device, quantize)
+    console = Console(stderr=True)
+    found = profile_layers(
+        engine,
+        examples,
+        most_layers=most_layers,
+        batch_size=batch_size,
+        progress=lambda ranges: iter(track(ranges, "profiling", console=console)),
+    )
+    if as_json:
+        typer.echo(json.dumps([asdict(one) for one in found], indent=2))
+        return
+    rows = []
+    for one in (one for one in found if one.efficient):
+        layers = f"{one.first_layer}-{one.first_layer + one.num_layers - 1}"
+        ends = f"{one.divergence:.4f}", f"{one.agreement:.0%}"
+        rows.append((str(one.first_layer), f"{one.ratio:.4g}", layers, *ends))
+    Table(("first_layer", "ratio", "layers", "divergence", "agreement"), rows).show()
