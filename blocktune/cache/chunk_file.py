@@ -1,21 +1,15 @@
-"""One entry in one safetensors file: coded with fewer bits or as it is, verified when read.
-
-A codec turns one layer's keys and values into named tensors and back. What the store hands out
-after `round_trip` is what a file gives back later, so an answer does not depend on where a chunk
-was found.
-"""
+"""One entry in one safetensors file: written whole or not at all, verified when read."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 import xxhash
@@ -23,11 +17,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from blocktune.cache.blobs import MOST_HEADER, Blob, Blobs, Bytes, FileFacts
-from blocktune.cache.chunk_kv import ChunkKV, Entry, Read
-from blocktune.cache.config import CODECS
+from blocktune.cache.chunk_kv import ChunkKV, Entry, decoded, encoded
 from blocktune.cache.ledger import About, Row
-from blocktune.positions import LayerRope, RopeSpec
-from blocktune.positions.relocation import relocate_keys
+from blocktune.positions import RopeSpec
 
 FORMAT = "blocktune chunk 3"
 DTYPES = {
@@ -50,11 +42,6 @@ _MOST_PROVEN = 1 << 16
 SETTLED_S = 2.0
 """A file that changed this recently may change again without another date."""
 NOTHING = About()
-FP8 = torch.float8_e4m3fn
-GROUP = {8: 64, 4: 32}
-"""Most numbers that share a scale and an offset, by bits."""
-_HALF_LIMIT = 6e4
-_BITS = {"fp8": 0, "int8": 8, "int4": 4}
 Share = tuple[int, int]
 """A tensor parallel rank, and how many there are."""
 _BY_HEAD = ("key.", "value.")
@@ -79,11 +66,9 @@ class ChunkFile(Generic[AnyEntry]):
     def __init__(self, blobs: Blobs, key: str, kind: type[AnyEntry] | None = None):
         """Opens the entry of ``key``; without a ``kind`` only `verify` can use it.
 
-        Raises:
-            FileNotFoundError: If there is none; `Expired` if its time is over.
-            ValueError: If the file is not what `pack_chunk` made for this key, or not signed
-                with the store's key; says why.
-            OSError: If the place cannot be reached.
+        FileNotFoundError: there is none; `Expired`: its time is over. ValueError: the file is not
+        what `pack_chunk` made for this key, or not signed with the store's key. OSError: the place
+        cannot be reached.
         """
         self.key, self.kind, self._blob = key, kind, blobs.open(key)
         with _readable():
@@ -125,17 +110,8 @@ class ChunkFile(Generic[AnyEntry]):
         """The whole file, if it was fetched from a remote."""
         return bytes(self._blob.data) if isinstance(self._blob, Bytes) else None
 
-    def fact(self, name: str) -> int:
-        """A number of the header."""
-        with _readable():
-            return int(self._header[name])
-
     def read(self, name: str, share: Share | None = None) -> Tensor:
-        """One tensor, or a rank's heads of it, verified, in its own memory.
-
-        Raises:
-            ValueError: If it is not what was written.
-        """
+        """One tensor, or a rank's heads of it, verified; ValueError if it is damaged."""
         with _readable():
             told = self._tensors[name]
             (start, end), shape = told["data_offsets"], told["shape"]
@@ -334,15 +310,9 @@ def pack_chunk(
     codec: str = "as-is",
     rope: RopeSpec | None = None,
 ) -> bytes:
-    """The content of an entry's file, signed with the key of ``blobs``.
+    """The content of an entry's file, signed with the key of ``blobs``; see `encoded`.
 
-    Args:
-        blobs: Where it will be written.
-        key: Of the entry.
-        entry: Its tensors may be on any device.
-        about: What an index of the place needs when it is made again.
-        codec: How the tensors are stored, see `blocktune.cache.chunk_file`.
-        rope: As there.
+    ``about`` is what an index of the place needs when it is made again.
     """
     entry = entry.to("cpu").compact()
     facts, tensors = encoded(entry, codec, rope)
@@ -401,148 +371,3 @@ def _checksum(hasher, name: str, tensor: Tensor) -> str:
     if tensor.numel():  # an empty tensor has no buffer to view
         digest.update(memoryview(tensor.view(torch.uint8).numpy()).cast("B"))
     return digest.hexdigest()
-
-
-class CodecError(NamedTuple):
-    """What a codec costs: bytes of a file's tensors per token, and root mean square errors.
-
-    Errors are relative to the root mean square of the keys (as stored, rotated) and the values.
-    """
-
-    bytes_per_token: float
-    key_error: float
-    value_error: float
-
-
-def encoded(
-    entry: Entry, codec: str, rope: RopeSpec | None = None
-) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Facts for the header and tensors for the file.
-
-    Args:
-        entry: On any device; entries other than `ChunkKV` are stored as they are.
-        codec: One of `CODECS`.
-        rope: Of the model that made the chunk; ``int8`` and ``int4`` need it.
-
-    Raises:
-        ValueError: If the codec is unknown, or needs a ``rope`` and got none.
-    """
-    if codec not in CODECS:
-        raise ValueError(f"unknown codec '{codec}'; available: {', '.join(CODECS)}")
-    if codec == "as-is" or not isinstance(entry, ChunkKV):
-        return {}, dict(entry.tensors())
-    tensors, bits = {}, _BITS[codec]
-    if bits:
-        tensors = _rope_tensors(entry, rope)
-        forms = [(one.start, one.interleaved) for one in rope.layers]
-    for layer, (key, value) in enumerate(zip(entry.keys, entry.values, strict=True)):
-        if bits:
-            form = LayerRope(tensors[f"rope.{layer}"], *forms[layer])
-            key = _turned(key, entry.origin, form, -1).transpose(1, 2)
-        for name, tensor in ((f"key.{layer}", key), (f"value.{layer}", value)):
-            parts = _pack(tensor, bits) if bits else _scale(tensor)
-            tensors |= {f"{name}.{part}": held.contiguous() for part, held in parts.items()}
-    dims = [(key.shape[2], value.shape[2]) for key, value in zip(entry.keys, entry.values)]  # noqa: B905
-    dtype = str(entry.dtype).removeprefix("torch.")
-    facts = {"codec": codec, "dtype": dtype, "dims": json.dumps(dims)}
-    return facts | ({"rope": json.dumps(forms)} if bits else {}), tensors
-
-
-def decoded(header: Mapping[str, str], read: Read, num_tokens: int) -> Read:
-    """Reads decoded tensors, given how to ``read`` those of the file; raises as that does."""
-    codec = header.get("codec", "as-is")
-    if codec == "as-is":
-        return read
-    if codec not in CODECS:
-        raise ValueError(f"it is stored by the unknown codec '{codec}'")
-    dtype = getattr(torch, header["dtype"])
-    dims, bits = json.loads(header["dims"]), _BITS[codec]
-
-    def decode(name: str) -> Tensor:
-        kind, _, layer = name.partition(".")
-        parts = {part: read(f"{name}.{part}") for part in ("codes", "scale")}
-        if not bits:
-            return (parts["codes"].float() * parts["scale"]).to(dtype)
-        parts["low"] = read(f"{name}.low")
-        if kind == "value":
-            return _unpack(parts, bits, dims[int(layer)][1]).to(dtype)
-        key = _unpack(parts, bits, num_tokens).transpose(1, 2)
-        form = LayerRope(read(f"rope.{layer}"), *json.loads(header["rope"])[int(layer)])
-        return _turned(key, int(header["origin"]), form, 1).to(dtype).contiguous()
-
-    return decode
-
-
-def round_trip(entry: Entry, codec: str, rope: RopeSpec | None = None) -> Entry:
-    """The entry as a file of this codec gives it back."""
-    facts, tensors = encoded(entry, codec, rope)
-    if not facts:
-        return entry
-    facts |= {name: str(fact) for name, fact in entry.facts().items()}
-    read = decoded(facts, tensors.__getitem__, entry.num_tokens)
-    return type(entry).restore(facts, read, entry.token_ids, entry.fingerprint)
-
-
-def codec_error(entry: ChunkKV, codec: str, rope: RopeSpec | None = None) -> CodecError:
-    """What a codec costs for one chunk."""
-    tensors, back = encoded(entry, codec, rope)[1], round_trip(entry, codec, rope)
-
-    def error(of: Callable[[ChunkKV], tuple[Tensor, ...]]) -> float:
-        pairs = list(zip(of(entry), of(back), strict=True))
-        wrong = sum(float((one.double() - other.double()).square().sum()) for one, other in pairs)
-        return math.sqrt(wrong / sum(float(one.double().square().sum()) for one, _ in pairs))
-
-    num_bytes = sum(tensor.nbytes for tensor in tensors.values()) / entry.num_tokens
-    return CodecError(num_bytes, error(lambda kv: kv.keys), error(lambda kv: kv.values))
-
-
-def _scale(tensor: Tensor) -> dict[str, Tensor]:
-    """Eight-bit floats with one scale per head, ``(K, 1, 1)``."""
-    top = tensor.float().abs().amax(dim=(1, 2), keepdim=True)
-    scale = (top / torch.finfo(FP8).max).clamp_min(1e-12)
-    return {"codes": (tensor.float() / scale).to(FP8), "scale": scale}
-
-
-def _pack(tensor: Tensor, bits: int) -> dict[str, Tensor]:
-    """Integers with a scale and an offset for each group along the last axis.
-
-    Source: KIVI, arXiv:2402.02750: keys by channel (here also before rotation, as KVQuant,
-    arXiv:2401.18079), values by token.
-    """
-    length = tensor.shape[-1]
-    group = -(-length // -(-length // GROUP[bits]))  # equal groups: little is filled up
-    group += group % 2
-    last = tensor[..., -1:].expand(*tensor.shape[:-1], -length % group)
-    groups = torch.cat((tensor, last), dim=-1).float().unflatten(-1, (-1, group))
-    low, high = groups.aminmax(dim=-1, keepdim=True)
-    held = torch.float16 if float(groups.abs().max()) < _HALF_LIMIT else torch.float32
-    low = low.to(held)
-    scale = ((high - low.float()) / (2**bits - 1)).clamp_min(6e-5).to(held)
-    codes = ((groups - low.float()) / scale.float()).round().clamp(0, 2**bits - 1).to(torch.uint8)
-    if bits == 4:
-        codes = codes[..., ::2] | codes[..., 1::2] << 4
-    return {"codes": codes, "scale": scale, "low": low}
-
-
-def _unpack(parts: Mapping[str, Tensor], bits: int, length: int) -> Tensor:
-    codes = parts["codes"]
-    if bits == 4:
-        codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)
-    return (codes * parts["scale"].float() + parts["low"].float()).flatten(-2)[..., :length]
-
-
-def _rope_tensors(entry: ChunkKV, rope: RopeSpec | None) -> dict[str, Tensor]:
-    if rope is None:
-        raise ValueError(
-            "int8 and int4 quantise keys before their rotation and need the model's frequencies; "
-            "open the store through an engine, or use fp8"
-        )
-    # Where the values are what is rotated, keys are as they are.
-    kept = [one.inv_freq[: 0 if one.in_values else None] for one in rope.layers]
-    return {f"rope.{layer}": one.float().cpu().clone() for layer, one in enumerate(kept)}
-
-
-def _turned(keys: Tensor, origin: int, rope: LayerRope, sign: int) -> Tensor:
-    """Keys ``(K, S, D)`` without their rotation (-1), or with it (1)."""
-    positions = torch.arange(origin, origin + keys.shape[1], device=keys.device)[None]
-    return relocate_keys(keys.float()[None], sign * positions, rope)[0]

@@ -29,11 +29,7 @@ _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes of a text such as ``50GB``.
-
-    Raises:
-        ValueError: If it is not a size.
-    """
+    """Bytes of a text such as ``50GB``."""
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([kmgt]?)b?", text.strip().lower())
     if not found:
         raise ValueError(f"a size is a number with kB, MB, GB or TB, got '{text}'")
@@ -41,11 +37,7 @@ def parse_bytes(text: str) -> int:
 
 
 def parse_seconds(text: str) -> float:
-    """Seconds of a text such as ``30d``.
-
-    Raises:
-        ValueError: If it is not a time.
-    """
+    """Seconds of a text such as ``30d``."""
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([smhd]?)", text.strip().lower())
     if not found:
         raise ValueError(f"a time is a number with s, m, h or d, got '{text}'")
@@ -54,37 +46,19 @@ def parse_seconds(text: str) -> float:
 
 @dataclass(frozen=True)
 class StoreConfig:
-    """A store, its tiers and their limits.
+    """A store, its tiers and their limits in bytes; ValueError if a value is out of range."""
 
-    Attributes:
-        folder: Of the files; None: none on disk.
-        remote: URL that machines share, see `blocktune.cache.remote`; None: none.
-        memory: Bytes on the model's device.
-        cpu: Bytes of host memory, for what leaves the device.
-        disk: Bytes of the folder; None: no limit.
-        remote_bytes: Bytes of the remote; None: no limit.
-        policy: What leaves first in every tier, one of `blocktune.cache.ledger.POLICIES`; None:
-            as the folder was last opened with, else ``lru``.
-        quota: Bytes of each tier that one tenant may hold; None: no limit.
-        ttl: Seconds after which a chunk is encoded again; None: never.
-        codec: How files hold keys and values, see `blocktune.cache.chunk_file`.
-        trace: File that gets a JSON line for every look-up and write; None: none.
-
-    Raises:
-        ValueError: If a value is out of range.
-    """
-
-    folder: Path | None = None
-    remote: str | None = None
-    memory: int = MEMORY
-    cpu: int = 0
-    disk: int | None = None
+    folder: Path | None = None  # of the files; None: none on disk
+    remote: str | None = None  # URL that machines share, see `open_remote`; None: none
+    memory: int = MEMORY  # on the model's device
+    cpu: int = 0  # of the host, for what leaves the device
+    disk: int | None = None  # of the folder; None: no limit
     remote_bytes: int | None = None
-    policy: str | None = None
-    quota: int | None = None
-    ttl: float | None = None
-    codec: str = "as-is"
-    trace: Path | None = None
+    policy: str | None = None  # one of `POLICIES`; None: as the folder was last opened with
+    quota: int | None = None  # of each tier that one tenant may hold
+    ttl: float | None = None  # seconds after which a chunk is encoded again
+    codec: str = "as-is"  # how files hold keys and values, one of `CODECS`
+    trace: Path | None = None  # file that gets a JSON line for every look-up and write
 
     def __post_init__(self):
         places = self.folder is not None or self.remote is not None
@@ -144,30 +118,18 @@ def _value(name: str, text: str):
 
 
 class Lookup(NamedTuple):
-    """What one look into the store found, and what it took.
+    """What one look into the store found, and what it took."""
 
-    Attributes:
-        kv: The chunk's entry, or None: encode it and `ChunkStore.put` it.
-        tier: Where it was found; ``"none"`` on a miss.
-        bytes_read: Bytes of keys, values and ids that the chunk has; 0 on a miss.
-        lookup_s: Seconds spent finding out whether it is there.
-        load_s: Seconds spent reading, verifying and moving it.
-    """
-
-    kv: Entry | None
-    tier: Tier
-    bytes_read: int
-    lookup_s: float
-    load_s: float
+    kv: Entry | None  # None: encode it and `ChunkStore.put` it
+    tier: Tier  # where it was found
+    bytes_read: int  # of keys, values and ids; 0 on a miss
+    lookup_s: float  # seconds spent finding out whether it is there
+    load_s: float  # seconds spent reading, verifying and moving it
 
 
 @dataclass
 class TierStats:
-    """Counters of one tier since the store was opened.
-
-    ``expired`` entries are also misses. ``unwritten`` ones could not be kept; ``failures`` are
-    requests that the tier did not answer.
-    """
+    """Counters of one tier since the store was opened."""
 
     hits: int = 0
     misses: int = 0
@@ -176,23 +138,18 @@ class TierStats:
     read_s: float = 0.0
     write_s: float = 0.0
     evictions: int = 0
-    expired: int = 0
-    unwritten: int = 0
-    failures: int = 0
+    expired: int = 0  # also misses
+    unwritten: int = 0  # that could not be kept
+    failures: int = 0  # requests that the tier did not answer
 
 
 @dataclass
 class StoreStats:
-    """Counters since the store was opened.
-
-    ``rejected`` entries (damaged, forged, of other tokens or another model) are also counted as
-    misses; ``first_rejected`` says why the first was. ``unwritten`` ones could not be kept in the
-    folder or the remote. ``tiers`` has the counters of each tier.
-    """
+    """Counters since the store was opened."""
 
     misses: int = 0
-    rejected: int = 0
-    first_rejected: str = ""
+    rejected: int = 0  # of them: damaged, forged, of other tokens or another model
+    first_rejected: str = ""  # why the first was
     memory_bytes: int = 0
     memory_chunks: int = 0
     tiers: dict[str, TierStats] = field(default_factory=dict)
@@ -268,22 +225,14 @@ class Tracer:
 
     def put(self, key: str, kv: Entry, about: About) -> None:
         """Notes a write."""
-        self._write(
-            op="put",
-            key=key,
-            tokens=kv.num_tokens,
-            bytes=kv.num_bytes,
-            seconds=about.seconds,
-            tenant=about.tenant,
-        )
+        facts = {"tokens": kv.num_tokens, "bytes": kv.num_bytes}
+        self._write(op="put", key=key, **facts, seconds=about.seconds, tenant=about.tenant)
 
     def histograms(self) -> dict[str, dict[int, int]]:
-        """Counts by powers of two.
+        """Counts by the upper ends of buckets, powers of two.
 
-        Returns:
-            ``reuse_distance``: look-ups between two of the same key; ``lifetime_s``: age of a key,
-            since it was first asked for, at each use. Each maps the upper end of a bucket to its
-            count.
+        ``reuse_distance``: look-ups between two of the same key; ``lifetime_s``: age of a key,
+        since it was first asked for, at each use.
         """
         return {
             "reuse_distance": {2 ** (n + 1): c for n, c in sorted(self._distances.items())},

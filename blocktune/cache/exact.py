@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import InitVar, dataclass, replace
 from itertools import accumulate
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from blocktune.cache.chunk_kv import Entry, Read, State, own
 from blocktune.cache.fingerprint import chunk_key
+from blocktune.cache.row_cache import RowCache
 from blocktune.cache.store import ChunkStore
 
 _FULL_PREFILL = object()
@@ -34,26 +35,17 @@ _FULL_PREFILL = object()
 class ExactKV(Entry):
     """The state of a run of a prompt's tokens, computed after exactly the tokens before it.
 
-    Attributes:
-        token_ids: The run, ``(S,)`` int64.
-        context: The tokens before it, likewise.
-        keys: Of each layer that has any, ``(K, S, D)``, at their true positions.
-        values: Likewise.
-        fingerprint: Of the model that ran.
-        states: Of recurrent layers, at some depths (tokens before the state) from the end of
-            ``context`` to the end of the run: only there can a prompt be resumed. None: the model
-            has no recurrent layer, and resumes anywhere. A file keeps that at the end only.
-
-    Raises:
-        ValueError: If made by anything but `cut_exact` or a file.
+    ``states`` are of recurrent layers, at some depths (tokens before the state) from the end of
+    ``context`` to the end of the run: only there can a prompt be resumed. None: the model has no
+    recurrent layer, and resumes anywhere. A file keeps that at the end only.
     """
 
     kind: ClassVar[str] = "prefix"
-    token_ids: Tensor
-    context: Tensor
-    keys: tuple[Tensor, ...]
+    token_ids: Tensor  # the run, ``(S,)`` int64
+    context: Tensor  # the tokens before it, likewise
+    keys: tuple[Tensor, ...]  # of each layer that has any, ``(K, S, D)``, at their true positions
     values: tuple[Tensor, ...]
-    fingerprint: str
+    fingerprint: str  # of the model that ran
     states: Mapping[int, State] | None = None
     proof: InitVar[object] = None
 
@@ -84,7 +76,6 @@ class ExactKV(Entry):
         return replace(self, context=context, states=states, proof=_FULL_PREFILL)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """See `Entry.tensors`."""
         yield "context", self.context
         for layer, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
             yield f"key.{layer}", key
@@ -102,7 +93,6 @@ class ExactKV(Entry):
 
     @classmethod
     def restore(cls, facts: Mapping, read: Read, token_ids: Tensor, fingerprint: str) -> Self:
-        """See `Entry.restore`."""
         layers, held = range(int(facts["num_layers"])), int(facts["held"])
         pair = (tuple(read(f"{n}.{layer}") for layer in layers) for n in ("key", "value"))
         context, count = read("context"), int(facts["num_states"])
@@ -126,7 +116,7 @@ def cut_exact(
     start: int = 0,
     states: Mapping[int, State] | None = None,
 ) -> ExactKV:
-    """Cuts what the exact prefix cache may keep from the cache of a full prefill.
+    """Copies what the exact prefix cache may keep from the cache of a full prefill.
 
     Args:
         cache: A `RowCache` or `PrefillCache` after the prefill. Its columns ``0, 1, ..`` hold
@@ -136,9 +126,6 @@ def cut_exact(
         fingerprint: Of the model that ran.
         start: Tokens that are left out, since the tree has them.
         states: Of recurrent layers, by depth.
-
-    Returns:
-        The state, in new memory.
 
     Raises:
         ValueError: If approximate states were ever loaded into the cache, or it was not
@@ -162,6 +149,61 @@ def cut_exact(
         states,
         proof=_FULL_PREFILL,
     )
+
+
+class PrefixMatch:
+    """The longest known prefix of a prompt, locked against eviction until the block ends."""
+
+    def __init__(
+        self,
+        parts: Sequence[tuple[ExactKV, int]],  # where it is: runs, and how many of their tokens
+        state: State | None,  # of recurrent layers at this depth
+        overlap: int,  # tokens in the tree: more than ``num_tokens`` if there is no state there
+        disk_tokens: int,  # those of ``num_tokens`` that were read from files
+        release: Callable[[], None],
+    ):
+        self.parts, self.state, self.overlap = tuple(parts), state, overlap
+        self.disk_tokens, self._release = disk_tokens, release
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens whose state is known: the prompt is computed from there on."""
+        return sum(count for _, count in self.parts)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that are read to resume."""
+        parts = ((e.num_bytes * count) // len(e.token_ids) for e, count in self.parts)
+        return sum(parts) + state_bytes(self.state)
+
+    def layers(self) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+        """Keys and values of each layer that has any, run by run, ``(K, S, D)``."""
+        for layer in range(len(self.parts[0][0].keys) if self.parts else 0):
+            yield tuple(
+                [getattr(exact, kind)[layer][:, :count] for exact, count in self.parts]
+                for kind in ("keys", "values")
+            )
+
+    def load(self, cache: RowCache, prompt: int) -> None:
+        """Puts the states into the first columns of one prompt of ``cache``, which stays exact."""
+        for layer, pair in enumerate(self.layers()):
+            at = 0
+            for keys, values in zip(*pair, strict=True):
+                columns = slice(at, at := at + keys.shape[1])
+                room = cache.room(layer, prompt, columns, keys, values, exact=True)
+                room[0].copy_(keys)
+                room[1].copy_(values)
+
+    def release(self) -> None:
+        """Lets the runs be evicted again; leaving the ``with`` block calls it."""
+        release, self._release = self._release, lambda: None
+        release()
+
+    def __enter__(self) -> PrefixMatch:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.release()
 
 
 class PrefixFiles:

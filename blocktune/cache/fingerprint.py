@@ -54,7 +54,10 @@ def model_fingerprint(
     prompt_format: Mapping,
     dtype: torch.dtype | None = None,
 ) -> str:
-    """Digest of everything but the chunk itself that decides a chunk's keys and values.
+    """Digest, 64 hex digits, of all but the chunk itself that decides its keys and values.
+
+    Compute it again after any change of the weights. ValueError if a weight is not in memory, or
+    the format is not plain JSON.
 
     Args:
         model: As it will run: base, or with its adapter attached or merged.
@@ -62,12 +65,6 @@ def model_fingerprint(
         tokenizer: Its vocabulary, merges, added tokens, special tokens and chat template count.
         prompt_format: Fields of the prompt format, e.g. ``dataclasses.asdict(format)``.
         dtype: That the model computes in; None: that of its parameters.
-
-    Returns:
-        64 hex digits. Compute it again after any change of the weights.
-
-    Raises:
-        ValueError: If a weight is not in memory, or the format is not plain JSON.
     """
     return _digest(
         cache_format=CACHE_FORMAT,

@@ -52,7 +52,6 @@ class OpenFile(Blob):
         self.changed, self.used = status.st_ctime, status.st_mtime
 
     def read_into(self, buffers: Sequence[memoryview], start: int) -> int:
-        """See `Blob.read_into`."""
         done, left = 0, [buffer for buffer in buffers if len(buffer)]
         while left:
             count = os.preadv(self._descriptor, left[:_MOST_BUFFERS], start + done)
@@ -80,9 +79,7 @@ class ChunkFolder(Blobs):
     def prepare(self) -> None:
         """Makes the folder, checks that it can be written, removes unfinished files.
 
-        Raises:
-            ValueError: If something other than a folder is there.
-            OSError: If it cannot be written.
+        ValueError if something other than a folder is there, OSError if it cannot be written.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -97,11 +94,7 @@ class ChunkFolder(Blobs):
         self.clean()
 
     def clean(self) -> int:
-        """Removes what stopped writers left behind, and nothing that a running one still needs.
-
-        Returns:
-            Files removed.
-        """
+        """Removes what stopped writers left, nothing that a running one needs; how many files."""
         removed = 0
         for entry in self._entries(self.path / WRITING):
             with suppress(OSError, ValueError):  # gone meanwhile, or another user's
@@ -120,7 +113,6 @@ class ChunkFolder(Blobs):
         return OpenFile(_plain(path, os.O_RDONLY | os.O_NONBLOCK))
 
     def head(self, key: str, length: int) -> Head:
-        """See `Blobs.head`."""
         file = self.open(key)
         data = bytearray(min(length, file.size))
         count = file.read_into([memoryview(data)], 0)
@@ -129,11 +121,8 @@ class ChunkFolder(Blobs):
     def write(self, key: str, data: bytes) -> None:
         """Writes a file so that readers see the old one, none, or the whole new one.
 
-        Several processes may write the same key at once: the last one stays.
-
-        Raises:
-            OSError: If the disk refuses; nothing is left behind. One that `is_taken` if something
-                that is not the store's is at the file's path.
+        Several processes may write the same key at once: the last one stays. If the disk refuses,
+        nothing is left behind; `is_taken` says whether something foreign is at the file's path.
         """
         path = chunk_path(self.path, key)
         self._make(path.parent.parent)
@@ -141,11 +130,6 @@ class ChunkFolder(Blobs):
         self._replace(path, key, data)
 
     def remove(self, key: str) -> bool:
-        """Removes the file of ``key``; whether there was one of ours.
-
-        Raises:
-            OSError: If the disk refuses.
-        """
         try:
             self.open(key)
         except (FileNotFoundError, ValueError):
@@ -178,7 +162,6 @@ class ChunkFolder(Blobs):
             os.utime(chunk_path(self.path, key), follow_symlinks=False)
 
     def fingerprints(self) -> list[str]:
-        """See `Blobs.fingerprints`."""
         names = (entry.name.removesuffix(".json") for entry in self._entries(self.path / MANIFESTS))
         return sorted(filter(is_key, names))
 

@@ -67,25 +67,15 @@ END;
 
 @dataclass(frozen=True)
 class About:
-    """What is known of an entry beside its key and size.
-
-    Attributes:
-        num_tokens: Tokens of the chunk.
-        kind: Of the entry.
-        fingerprint: Of the model that made it.
-        document: Whose passage it is, as the user names it.
-        tenant: Whose it is; counts for quotas.
-        seconds: That encoding it took: what a hit saves.
-        expires: When it counts as gone, in seconds of the epoch; None: never.
-    """
+    """What is known of an entry beside its key and size."""
 
     num_tokens: int = 0
     kind: str = ""
-    fingerprint: str = ""
-    document: str = ""
-    tenant: str = ""
-    seconds: float = 0.0
-    expires: float | None = None
+    fingerprint: str = ""  # of the model that made it
+    document: str = ""  # whose passage it is, as the user names it
+    tenant: str = ""  # whose it is; counts for quotas
+    seconds: float = 0.0  # that encoding it took: what a hit saves
+    expires: float | None = None  # when it counts as gone, in seconds of the epoch; None: never
 
 
 @dataclass(frozen=True)
@@ -115,9 +105,9 @@ class _Use(NamedTuple):
 
 _USE = "UPDATE entries SET uses = uses + ?, used = max(used, ?), clock = ? WHERE key = ?"
 _COLUMNS = tuple(field.name for field in fields(Row))
-_FILL = (
+_ADD = (
     f"INSERT OR IGNORE INTO entries ({', '.join(_COLUMNS)}, clock, worth) "
-    f"VALUES ({', '.join('?' * len(_COLUMNS))}, 0.0, 0.0)"
+    f"VALUES ({', '.join('?' * len(_COLUMNS))}, ?, 0.0)"
 )
 _SELECT = f"SELECT {', '.join(_COLUMNS)} FROM entries"
 
@@ -125,26 +115,18 @@ _SELECT = f"SELECT {', '.join(_COLUMNS)} FROM entries"
 class Ledger:
     """Entries of one tier and their order of leaving. Several threads may use it.
 
-    Args:
-        path: File; None: in memory.
-        max_bytes: That the tier may hold; None: no limit.
-        policy: One of `POLICIES`; None: that of the file, or ``lru``.
-        quota: Bytes that one tenant may hold; None: no limit.
-        clock: Seconds of the epoch.
-
-    Raises:
-        ValueError: If the policy is unknown.
-        sqlite3.Error: From every method, if the file cannot be used.
+    Every method raises ``sqlite3.Error`` if the file cannot be used, and ValueError comes of an
+    unknown policy.
     """
 
     def __init__(
         self,
-        path: Path | None = None,
+        path: Path | None = None,  # in memory
         *,
-        max_bytes: int | None = None,
-        policy: str | None = None,
-        quota: int | None = None,
-        clock: Callable[[], float] = time.time,
+        max_bytes: int | None = None,  # that the tier may hold
+        policy: str | None = None,  # one of `POLICIES`; that of the file, or ``lru``
+        quota: int | None = None,  # bytes that one tenant may hold
+        clock: Callable[[], float] = time.time,  # seconds of the epoch
     ):
         if policy is not None and policy not in POLICIES:
             raise ValueError(f"unknown policy '{policy}'; available: {', '.join(POLICIES)}")
@@ -176,16 +158,11 @@ class Ledger:
         """Enters an entry, or replaces it: pin and uses stay."""
         with self.transaction() as database:
             now = self.now()
-            old = database.execute(
-                "SELECT uses, pinned FROM entries WHERE key = ?", (key,)
-            ).fetchone() or (0, 0)
-            record = (about.num_tokens, about.kind, about.fingerprint, about.document)
-            record += (about.tenant, about.seconds, now, now, old[0] + 1, self._faded())
+            found = database.execute("SELECT uses, pinned FROM entries WHERE key = ?", (key,))
+            uses, pinned = found.fetchone() or (0, 0)
             database.execute("DELETE FROM entries WHERE key = ?", (key,))
-            database.execute(
-                f"INSERT INTO entries VALUES ({', '.join('?' * 15)})",
-                (key, max(size, 1), *record, 0.0, old[1], about.expires),
-            )
+            row = (*astuple(about), key, max(size, 1), now, now, uses + 1, pinned, self._faded())
+            database.execute(_ADD, row)
 
     def use(self, key: str, row: Row | None = None) -> None:
         """Notes a hit, which is written later with others; ``row``: what to enter if it is new."""
@@ -211,24 +188,16 @@ class Ledger:
             database.executemany("DELETE FROM entries WHERE key = ?", [(key,) for key in keys])
 
     def leaving(self, size: int, tenant: str = "", key: str = "") -> list[str] | None:
-        """Which entries must leave for one of ``size`` bytes, and those whose time is over.
+        """Keys that must leave for ``size`` bytes, and those whose time is over; None: no room.
 
-        The worth of the last one becomes the clock. Strike them with `remove` once they have left.
-
-        Args:
-            size: Bytes to come.
-            tenant: Whose they are.
-            key: Of the entry to come: one that is there already makes room itself.
-
-        Returns:
-            Keys; None if there cannot be room.
+        An entry of ``key`` that is there makes room itself. The worth of the last one becomes the
+        clock. Strike them with `remove` once they have left.
         """
         with self._lock:
             self.flush()
             database, now = self._open(), self.now()
-            gone = dict(
-                database.execute("SELECT key, size FROM entries WHERE expires <= ?", (now,))
-            )
+            over = database.execute("SELECT key, size FROM entries WHERE expires <= ?", (now,))
+            gone = dict(over)
             old = database.execute("SELECT size, tenant FROM entries WHERE key = ?", (key,))
             old_size, old_tenant = old.fetchone() or (0, tenant)
             for limit, whose in ((self.quota, tenant), (self.max_bytes, None)):
@@ -256,10 +225,10 @@ class Ledger:
         """One entry, without hits that are not written yet."""
         with self._lock:
             found = self._open().execute(f"{_SELECT} WHERE key = ?", (key,)).fetchone()
-        return found and Row(**dict(zip(_COLUMNS, found, strict=True)))
+        return found and Row(*found)
 
     def rows(self, **wanted: str) -> Iterator[Row]:
-        """Entries in order of their keys, those whose columns equal what is ``wanted``.
+        """In order of their keys, those whose columns equal what is ``wanted``.
 
         ``start`` wants the first digits of the key.
         """
@@ -273,7 +242,7 @@ class Ledger:
             self.flush()
             found = self._open().execute(f"{_SELECT}{where} ORDER BY key", values).fetchall()
         for record in found:
-            yield Row(**dict(zip(_COLUMNS, record, strict=True)))
+            yield Row(*record)
 
     def counts(self, column: str) -> dict[str, dict[str, int]]:
         """``chunks``, ``tokens`` and ``bytes`` by the values of a column."""
@@ -310,7 +279,7 @@ class Ledger:
     def fill(self, rows: Iterable[Row]) -> None:
         """Enters what was found by listing: times and uses as given, nothing else changes."""
         with self.transaction() as database:
-            database.executemany(_FILL, (astuple(row) for row in rows))
+            database.executemany(_ADD, ((*astuple(row), 0.0) for row in rows))
 
     def now(self) -> float:
         """The time, later than at every call before."""
@@ -384,5 +353,5 @@ def _close(pid: int, database: sqlite3.Connection, uses: dict[str, _Use]) -> Non
 
 
 def _write_uses(database: sqlite3.Connection, uses: dict[str, _Use], clock: float) -> None:
-    database.executemany(_FILL, [astuple(u.row) for u in uses.values() if u.row is not None])
+    database.executemany(_ADD, [(*astuple(u.row), 0.0) for u in uses.values() if u.row])
     database.executemany(_USE, [(use.count, use.at, clock, key) for key, use in uses.items()])

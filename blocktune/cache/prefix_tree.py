@@ -16,15 +16,14 @@ import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from blocktune.cache.chunk_kv import State
-from blocktune.cache.exact import ExactKV, PrefixFiles, place_checkpoints, state_bytes
-from blocktune.cache.row_cache import RowCache
+from blocktune.cache.exact import ExactKV, PrefixFiles, PrefixMatch, place_checkpoints, state_bytes
 from blocktune.cache.store import ChunkStore
 
 _NO_IDS = torch.empty(0, dtype=torch.int64)
@@ -58,11 +57,7 @@ class _Node:
 
 
 class PrefixStats(NamedTuple):
-    """What the tree holds in memory and did, in tokens.
-
-    ``declined``: those that no room was made for. ``disk_tokens`` are in files only;
-    ``disk_hit_tokens``, of ``hit_tokens``, were read from there.
-    """
+    """What the tree holds in memory and did, in tokens."""
 
     num_bytes: int
     num_tokens: int
@@ -70,84 +65,19 @@ class PrefixStats(NamedTuple):
     hit_tokens: int
     missed_tokens: int
     evictions: int
-    declined: int
-    disk_tokens: int
-    disk_hit_tokens: int
-
-
-class PrefixMatch:
-    """The longest known prefix of a prompt, locked against eviction until the block ends.
-
-    Attributes:
-        num_tokens: Tokens whose state is known: the prompt is computed from there on.
-        disk_tokens: Those of them that were read from files.
-        parts: Where it is: runs, and how many of their tokens.
-        state: Of recurrent layers at this depth; None if the model has none, or at depth 0.
-        overlap: Tokens in the tree: more than ``num_tokens`` if there is no recurrent state there.
-    """
-
-    def __init__(self, tree: PrefixTree, path: list[tuple[_Node, int]], read: set[_Node]):
-        self._tree = tree
-        self._last = path[-1][0] if path else None
-        self.overlap = sum(count for _, count in path)
-        while path and path[-1][0].exact.states is not None and not _resumes(*path[-1]):
-            path = path[:-1]
-        self.parts = tuple((node.exact, count) for node, count in path)
-        self.num_tokens = sum(count for _, count in path)
-        self.disk_tokens = sum(count for node, count in path if node in read)
-        self.state = path[-1][0].state if path else None
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes that are read to resume."""
-        parts = ((e.num_bytes * count) // len(e.token_ids) for e, count in self.parts)
-        return sum(parts) + state_bytes(self.state)
-
-    def layers(self) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-        """Keys and values of each layer that has any, run by run, ``(K, S, D)``."""
-        for layer in range(len(self.parts[0][0].keys) if self.parts else 0):
-            yield tuple(
-                [getattr(exact, kind)[layer][:, :count] for exact, count in self.parts]
-                for kind in ("keys", "values")
-            )
-
-    def load(self, cache: RowCache, prompt: int) -> None:
-        """Puts the states into the first columns of one prompt of ``cache``, which stays exact."""
-        for layer, pair in enumerate(self.layers()):
-            at = 0
-            for keys, values in zip(*pair, strict=True):
-                columns = slice(at, at := at + keys.shape[1])
-                room = cache.room(layer, prompt, columns, keys, values, exact=True)
-                room[0].copy_(keys)
-                room[1].copy_(values)
-
-    def release(self) -> None:
-        """Lets the runs be evicted again; leaving the ``with`` block calls it."""
-        last, self._last = self._last, None
-        self._tree._lock(last, -1)
-
-    def __enter__(self) -> PrefixMatch:
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self.release()
-
-
-def _resumes(node: _Node, count: int) -> bool:
-    return node.state is not None and count == len(node.ids)
+    declined: int  # that no room was made for
+    disk_tokens: int  # in files only
+    disk_hit_tokens: int  # of ``hit_tokens``, those that were read from there
 
 
 class PrefixTree:
-    """Exact states of prompt prefixes in ``max_bytes``, the least recently used first out.
-
-    Args:
-        max_bytes: Of all states together.
-        checkpoints: States of recurrent layers kept along one prompt, at most.
-        store: Its folder gets what leaves memory; None, or without a folder: that is lost.
-    """
+    """Exact states of prompt prefixes in ``max_bytes``, the least recently used first out."""
 
     def __init__(
-        self, max_bytes: int = 4 << 30, checkpoints: int = 8, store: ChunkStore | None = None
+        self,
+        max_bytes: int = 4 << 30,
+        checkpoints: int = 8,  # recurrent states kept along one prompt, at most
+        store: ChunkStore | None = None,  # its folder gets what leaves memory, else that is lost
     ):
         if max_bytes <= 0:
             raise ValueError(f"a prefix cache needs memory; got {max_bytes} bytes")
@@ -162,20 +92,26 @@ class PrefixTree:
         self._counts, self._bytes = Counter(), 0
 
     def match(self, fingerprint: str, token_ids: Sequence[int], *, salt: str = "") -> PrefixMatch:
-        """Finds the longest known prefix; use it in a ``with`` block.
+        """Finds the longest known prefix of a prompt for a model; use it in a ``with`` block.
 
-        Args:
-            fingerprint: Of the model that runs; others' states are never seen.
-            token_ids: Of the prompt, as far as it may be cached.
-            salt: Separates tenants that must not see each other's hits.
+        ``salt`` separates tenants that must not see each other's hits.
         """
         ids = np.asarray(token_ids, dtype=np.int64)
         with self._mutex:
             root = self._root(fingerprint, salt)
             path, read = self._loaded(self._walk(root, ids), fingerprint)
-            match = PrefixMatch(self, path, read)
-            self._lock(match._last, 1)
-            root.overlaps.append(match.overlap)
+            last, overlap = path[-1][0] if path else None, sum(count for _, count in path)
+            while path and path[-1][0].exact.states is not None and not _resumes(*path[-1]):
+                path = path[:-1]
+            match = PrefixMatch(
+                [(node.exact, count) for node, count in path],
+                path[-1][0].state if path else None,
+                overlap,
+                sum(count for node, count in path if node in read),
+                partial(self._lock, last, -1),
+            )
+            self._lock(last, 1)
+            root.overlaps.append(overlap)
             self._counts["hit"] += match.num_tokens
             self._counts["disk"] += match.disk_tokens
             self._counts["missed"] += len(ids) - match.num_tokens
@@ -195,18 +131,11 @@ class PrefixTree:
         return place_checkpoints(Counter([*seen, *ends]), self.checkpoints)
 
     def insert(self, exact: ExactKV, *, salt: str = "") -> int:
-        """Adds a run behind the tokens that are known; what is known stays as it is.
-
-        Args:
-            exact: From `cut_exact`.
-            salt: As in `match`.
+        """Adds a run of `cut_exact` behind the tokens that are known; these stay as they are.
 
         Returns:
             Tokens added: fewer than are new if no room can be made (`PrefixStats.declined`), or
             if what was before them has left.
-
-        Raises:
-            ValueError: If the state is not exact.
         """
         if not isinstance(exact, ExactKV):
             raise ValueError(
@@ -299,10 +228,10 @@ class PrefixTree:
         if found is None:
             del node.parent.children[int(node.ids[0])]
             return False
-        state = (found.states or {}).get(found.end)
-        if not self._make_room(found.num_bytes + state_bytes(state)):
+        bare, state = _bare(found), (found.states or {}).get(found.end)
+        if not self._make_room(bare.num_bytes + state_bytes(state)):
             return False
-        node.exact, node.state = _bare(found), state
+        node.exact, node.state = bare, state
         self._bytes += node.num_bytes
         return True
 
@@ -412,3 +341,7 @@ def _common(left: np.ndarray, right: np.ndarray) -> int:
     differ = left[:count] != right[:count]
     first = int(differ.argmax()) if count else 0
     return first if count and differ[first] else count
+
+
+def _resumes(node: _Node, count: int) -> bool:
+    return node.state is not None and count == len(node.ids)

@@ -29,9 +29,7 @@ _LOG = logging.getLogger(__name__)
 def open_index(folder: ChunkFolder, **budget) -> Ledger | None:
     """The index of a folder, made from its files if it is lost or damaged; None if it cannot be.
 
-    Args:
-        folder: Of the store.
-        budget: As for `Ledger`; without a ``policy`` the index keeps its own.
+    The ``budget`` is that of `Ledger`; without a ``policy`` the index keeps its own.
     """
     path = folder.path / INDEX
     for _ in range(3):
@@ -71,9 +69,6 @@ class Shelf:
 
     A folder has an index. That of a remote, or of a folder that has none and cannot be written, is
     made from the headers of its files when it is asked.
-
-    Attributes:
-        blobs: The files.
     """
 
     def __init__(self, blobs: Blobs):
@@ -86,11 +81,7 @@ class Shelf:
 
     @classmethod
     def open(cls, place: str, make: bool = False) -> Self:
-        """Opens a place as ``--store`` names it; ``make`` makes a folder that is missing.
-
-        Raises:
-            ValueError: If there is no such folder, or the URL is wrong.
-        """
+        """Opens a place as ``--store`` names it; ``make`` makes a folder that is missing."""
         config, secret = StoreConfig.parse(place), secret_from_environment()
         if config.folder is None and config.remote is None:
             raise ValueError(f"'{place}' names no folder and no URL")
@@ -130,11 +121,7 @@ class Shelf:
             return "(no manifest)", None
 
     def clean(self) -> int:
-        """Removes what stopped writers left and makes the index agree with the files.
-
-        Returns:
-            Unfinished files that were removed.
-        """
+        """Removes unfinished files (how many), and makes the index agree with the others."""
         if self._index is not None:
             known, there = {row.key for row in self._index.rows()}, set(self.blobs.keys())
             self._index.remove(known - there)
@@ -148,11 +135,7 @@ class Shelf:
         return done
 
     def pin(self, keys: Iterable[str], pinned: bool) -> int:
-        """Pins entries or lets them leave again; how many.
-
-        Raises:
-            ValueError: If the place has no index.
-        """
+        """Pins entries or lets them leave again; how many."""
         if self._index is None:
             raise ValueError(f"'{self.blobs.place}' has no index that could remember a pin")
         try:
@@ -223,19 +206,10 @@ class MissQueue:
 
 
 class StoreView:
-    """The files of a store's folder and remote; nothing is written but what is asked for.
-
-    Attributes:
-        config: Of the store, without memory.
-        place: Folder or URL, for messages.
-    """
+    """The files of a store's folder and remote; nothing is written but what is asked for."""
 
     def __init__(self, store: str | Path):
-        """Of a store as ``--store`` names it.
-
-        Raises:
-            ValueError: If the text is wrong, or names no place.
-        """
+        """Of a store as ``--store`` names it."""
         self.config = StoreConfig.parse(store, memory=0)
         self.place = self.config.place
         secret = secret_from_environment()

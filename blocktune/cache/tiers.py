@@ -38,16 +38,11 @@ _LOG = logging.getLogger(__name__)
 
 
 class MemoryTier:
-    """Entries in the memory of a device.
+    """Entries in the memory of a device; that of the host is pinned where there is a GPU."""
 
-    Args:
-        name: Of the tier.
-        device: Where they live; host memory is pinned where there is a GPU.
-        ledger: With the budget.
-    """
-
-    def __init__(self, name: str, device: torch.device, ledger: Ledger):
-        self.name, self.device, self.ledger = name, device, ledger
+    def __init__(self, name: str, device: torch.device, **budget):
+        """The budget is ``max_bytes``, ``policy`` and ``quota`` of its `Ledger`."""
+        self.name, self.device, self.ledger = name, device, Ledger(**budget)
         self.entries: dict[str, Entry] = {}
         self._ends: dict[str, float] = {}
         self.stats = TierStats()
@@ -99,16 +94,10 @@ class MemoryTier:
 
 
 class BlobTier:
-    """Files of entries in a folder or a remote.
-
-    Args:
-        name: Of the tier.
-        blobs: The files.
-        must_write: Whether a write that fails is an error.
-        budget: ``max_bytes``, ``policy`` and ``quota`` of its `Ledger`.
-    """
+    """Files of entries in a folder or a remote."""
 
     def __init__(self, name: str, blobs: Blobs, must_write: bool = False, **budget):
+        """Makes the folder and opens its index; if it ``must_write``, a failing write raises."""
         self.name, self.blobs, self.must_write, self._budget = name, blobs, must_write, budget
         self.stats = TierStats()
         self._lock = threading.Lock()
@@ -117,28 +106,21 @@ class BlobTier:
         self._is_folder = isinstance(blobs, ChunkFolder)
         self.ledger = None if self._is_folder else Ledger(**budget)
         self._queue = None if self._is_folder or must_write else _in_background(self)
-
-    def prepare(self) -> None:
-        """Makes the folder and opens its index."""
-        if not self._is_folder:
-            return
-        try:
-            self.blobs.prepare()
-        except OSError as error:
-            self.failed(error, "write")
-        self.ledger = open_index(self.blobs, **self._budget)
-        if self.ledger is None and self._budget["max_bytes"] is not None:
-            _LOG.warning("'%s': no index can be kept, so nothing is written", self.blobs.place)
+        if self._is_folder:
+            try:
+                blobs.prepare()
+            except OSError as error:
+                self.failed(error, "write")
+            self.ledger = open_index(blobs, **budget)
+            if self.ledger is None and budget["max_bytes"] is not None:
+                _LOG.warning("'%s': no index can be kept, so nothing is written", blobs.place)
 
     def load(
         self, key: str, kind: type[Entry], read: Callable[[ChunkFile], Entry]
     ) -> tuple[Entry, Row, bytes | None] | None:
         """An entry by ``read``, what is known of it, and the content of a remote's file.
 
-        None if there is none, or the tier does not answer.
-
-        Raises:
-            ValueError: If the file is not sound.
+        None if there is none, or the tier does not answer; ValueError if the file is not sound.
         """
         if time.monotonic() < self._next["read"]:
             return None
@@ -231,8 +213,7 @@ class BlobTier:
     def failed(self, error: OSError, what: str) -> None:
         """Says once that the tier is out of reach, and leaves it alone for a while.
 
-        Raises:
-            ValueError: If writing failed and the store must write.
+        ValueError, if writing failed and the store must write.
         """
         verb = "write to" if what == "write" else "read"
         reason = f"cannot {verb} the store '{self.blobs.place}': {error.strerror or error}"

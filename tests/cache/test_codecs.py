@@ -9,8 +9,10 @@ from cache.made import MODEL, assert_same_chunk, made_chunk
 from engine.served import ASK, engine_of
 from families import FAMILIES
 
+from blocktune.bench.store import codec_error
 from blocktune.cache import ChunkStates, ChunkStore, chunk_file, chunk_key, states_key
-from blocktune.cache.chunk_file import ChunkFile, codec_error, encoded, round_trip
+from blocktune.cache.chunk_file import ChunkFile
+from blocktune.cache.chunk_kv import encoded, round_trip
 from blocktune.cache.config import CODECS, StoreConfig
 from blocktune.cache.folder import OpenFile
 from blocktune.positions import LayerRope, RopeSpec
@@ -122,6 +124,30 @@ def test_an_answer_does_not_depend_on_where_a_chunk_was_found(tokenizer, tmp_pat
     assert usages[0][0] == 0
     assert all(misses == 0 for _, misses in usages[1:])
     assert len({tuple(text) for text in texts}) == 1
+
+
+def test_a_file_that_fails_when_its_layers_are_read_is_looked_at_again(
+    tokenizer, tmp_path, monkeypatch
+):
+    def engine():
+        store = ChunkStore(config=StoreConfig(folder=tmp_path, memory=0))
+        return engine_of(FAMILIES["llama"](), tokenizer, store=store)
+
+    [expected] = engine().answer([ASK], "naive", max_new_tokens=4)
+    calls = []
+
+    def fails(self, name, out):
+        calls.append(name)
+        raise ValueError("it is cut off")
+
+    monkeypatch.setattr(chunk_file.ChunkFile, "read_into", fails)
+    [answer] = engine().answer([ASK], "naive", max_new_tokens=4)
+    assert (answer.token_ids, len(calls)) == (expected.token_ids, 1)
+    assert (answer.usage.chunk_hits, answer.usage.chunk_misses) == (3, 0)
+    for path in tmp_path.rglob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:-100])
+    [answer] = engine().answer([ASK], "naive", max_new_tokens=4)
+    assert (answer.token_ids, answer.usage.chunk_misses) == (expected.token_ids, 3)
 
 
 @pytest.mark.parametrize("codec", CODECS)
