@@ -12,12 +12,12 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from blocktune.cache.config import CODECS
+from blocktune.cache.config import CODECS, Tier
 from blocktune.positions import LayerRope, RopeSpec
 from blocktune.positions.relocation import relocate_keys
 
@@ -79,6 +79,16 @@ class Entry(ABC):
         tensors = dict(self.tensors())
         ids = own(self.token_ids.cpu())
         return self.restore(self.facts(), lambda n: function(tensors[n]), ids, self.fingerprint)
+
+
+class Lookup(NamedTuple):
+    """What one look into the store found, and what it took."""
+
+    kv: Entry | None  # None: encode it and `ChunkStore.put` it
+    tier: Tier  # where it was found
+    bytes_read: int  # of keys, values and ids; 0 on a miss
+    lookup_s: float  # seconds spent finding out whether it is there
+    load_s: float  # seconds spent reading, verifying and moving it
 
 
 def own(tensor: Tensor) -> Tensor:

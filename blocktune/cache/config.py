@@ -11,12 +11,9 @@ import time
 from collections import Counter, OrderedDict
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple, TextIO
+from typing import Literal, TextIO
 
 from blocktune.cache.ledger import POLICIES, About
-
-if TYPE_CHECKING:
-    from blocktune.cache.chunk_kv import Entry
 
 CODECS = ("as-is", "fp8", "int8", "int4")
 MEMORY = 4 << 30
@@ -117,16 +114,6 @@ def _value(name: str, text: str):
     return Path(text) if name == "trace" else text
 
 
-class Lookup(NamedTuple):
-    """What one look into the store found, and what it took."""
-
-    kv: Entry | None  # None: encode it and `ChunkStore.put` it
-    tier: Tier  # where it was found
-    bytes_read: int  # of keys, values and ids; 0 on a miss
-    lookup_s: float  # seconds spent finding out whether it is there
-    load_s: float  # seconds spent reading, verifying and moving it
-
-
 @dataclass
 class TierStats:
     """Counters of one tier since the store was opened."""
@@ -223,9 +210,9 @@ class Tracer:
             self._last.popitem(last=False)
         self._write(op="get", key=key, tokens=tokens, bytes=num_bytes, tier=tier, load_s=seconds)
 
-    def put(self, key: str, kv: Entry, about: About) -> None:
+    def put(self, key: str, num_bytes: int, about: About) -> None:
         """Notes a write."""
-        facts = {"tokens": kv.num_tokens, "bytes": kv.num_bytes}
+        facts = {"tokens": about.num_tokens, "bytes": num_bytes}
         self._write(op="put", key=key, **facts, seconds=about.seconds, tenant=about.tenant)
 
     def histograms(self) -> dict[str, dict[int, int]]:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from blocktune.cache.blobs import secret_from_environment
 from blocktune.cache.chunk_file import ChunkFile, pack_chunk
-from blocktune.cache.chunk_kv import ChunkKV, Entry, round_trip
-from blocktune.cache.config import MEMORY, Lookup, StoreConfig, StoreStats, Tracer
+from blocktune.cache.chunk_kv import ChunkKV, Entry, Lookup, round_trip
+from blocktune.cache.config import MEMORY, StoreConfig, StoreStats, Tracer
 from blocktune.cache.folder import ChunkFolder
 from blocktune.cache.ledger import About, Ledger
 from blocktune.cache.remote import open_remote
@@ -182,7 +182,7 @@ class ChunkStore:
         for tier in self._blobs:
             self._save(tier, key, kv, about)
         with self._lock:
-            self._tracer.put(key, kept, about)
+            self._tracer.put(key, kept.num_bytes, about)
             if keep:
                 self._remember(key, kept, about)
         return kept

@@ -27,13 +27,14 @@ Place = Annotated[str, typer.Argument(metavar="STORE", help="Folder or URL of th
 Model = Annotated[str, typer.Option(metavar="FINGERPRINT", help="Only chunks of this model.")]
 Document = Annotated[str, typer.Option(help="Only chunks of this document: its id, or its title.")]
 Key = Annotated[str, typer.Argument(help="Key of the chunk; its first digits are enough.")]
-Keys = Annotated[list[str] | None, typer.Argument(help="Keys, or their first digits.")]
+Keys = Annotated[list[str], typer.Argument(help="Keys, or their first digits.")]
+Undo = Annotated[bool, typer.Option("--undo", help="Let them leave again.")]
+Other = Annotated[str, typer.Argument(help="Folder or URL of the other store.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be removed.")]
-
 
 group = typer.Typer(
     no_args_is_help=True,
-    help=HELP,
+    help="Look into a store of encoded chunks (`--store`), verify it, and remove from it.",
     rich_markup_mode="rich",
     epilog=teach(
         "blocktune store stat cache/",
@@ -55,8 +56,7 @@ def stat(store: Place, as_json: AsJson = False) -> None:
     unreadable = models.pop("", {"chunks": 0})["chunks"]
     for fingerprint, sums in models.items():
         sums["base"], sums["adapter"] = shelf.names(fingerprint)
-    names = ("chunks", "tokens", "bytes")
-    total = {name: sum(sums[name] for sums in models.values()) for name in names}
+    total = {n: sum(m[n] for m in models.values()) for n in ("chunks", "tokens", "bytes")}
     kinds = {name: sums for name, sums in shelf.counts("kind").items() if name}
     tenants = {name: sums["bytes"] for name, sums in shelf.counts("tenant").items() if name}
     record = total | {"unreadable": unreadable, "kinds": kinds, "tenants": tenants}
@@ -133,8 +133,7 @@ def gc(
 
     limit = parse_bytes(max_size) if max_size else None
     shelf = _opened(store)
-    unfinished = 0 if dry_run else shelf.clean()
-    now, kept, doomed = time.time(), [], {}
+    unfinished, now, kept, doomed = 0 if dry_run else shelf.clean(), time.time(), [], {}
     for row in shelf.rows():
         over = row.expires is not None and row.expires <= now
         if over or (damaged and _problem(shelf.blobs, row.key)):
@@ -151,12 +150,7 @@ def gc(
 
 
 @group.command()
-def pin(
-    store: Place,
-    keys: Annotated[list[str], typer.Argument(help="Keys, or their first digits.")],
-    undo: Annotated[bool, typer.Option("--undo", help="Let them leave again.")] = False,
-    as_json: AsJson = False,
-) -> None:
+def pin(store: Place, keys: Keys, undo: Undo = False, as_json: AsJson = False) -> None:
     """Keep chunks of a folder whatever its budget is; only `rm` removes them."""
     shelf = _opened(store)
     wanted = [row.key for row in _rows(shelf, keys)]
@@ -168,7 +162,7 @@ def pin(
 @group.command()
 def rm(
     store: Place,
-    keys: Keys = None,
+    keys: Annotated[list[str] | None, typer.Argument(help="Keys, or their first digits.")] = None,
     model: Model = "",
     document: Document = "",
     adapter: Annotated[str, typer.Option(help="Only of this adapter, as in `stat`.")] = "",
@@ -178,9 +172,7 @@ def rm(
     """Remove chunks by their keys, or all of a model, an adapter or a document."""
     shelf = _opened(store)
     if sum(map(bool, (keys, model, document, adapter))) != 1:
-        raise ValueError(
-            "give either keys of chunks, --model FINGERPRINT, --adapter NAME or --document NAME"
-        )
+        raise ValueError("give either keys, --model FINGERPRINT, --adapter NAME or --document NAME")
     if keys:
         rows = _rows(shelf, keys)
     elif adapter:
@@ -193,11 +185,7 @@ def rm(
 
 @group.command("export")
 def export_chunks(
-    store: Place,
-    target: Annotated[str, typer.Argument(help="Folder or URL that gets the chunks.")],
-    model: Model = "",
-    document: Document = "",
-    as_json: AsJson = False,
+    store: Place, target: Other, model: Model = "", document: Document = "", as_json: AsJson = False
 ) -> None:
     """Copy chunks and manifests to another store, each verified; what is there is skipped."""
     _copy(_opened(store), _opened(target, make=True), model, document, as_json)
@@ -205,11 +193,7 @@ def export_chunks(
 
 @group.command("import")
 def import_chunks(
-    store: Place,
-    source: Annotated[str, typer.Argument(help="Folder or URL that has the chunks.")],
-    model: Model = "",
-    document: Document = "",
-    as_json: AsJson = False,
+    store: Place, source: Other, model: Model = "", document: Document = "", as_json: AsJson = False
 ) -> None:
     """Copy chunks and manifests from another store, each verified; what is there is skipped."""
     _copy(_opened(source), _opened(store, make=True), model, document, as_json)
@@ -221,10 +205,9 @@ def manifest(store: Place, model: Model = "", as_json: AsJson = False) -> None:
     blobs = _opened(store).blobs
     wanted = [one for one in blobs.fingerprints() if one.startswith(model)]
     if not wanted:
-        raise ValueError(
-            f"no manifest{f' of {model}' if model else ''} in '{store}'; "
-            "`blocktune encode` and `answer --store` write one for each model"
-        )
+        which = f" of {model}" if model else ""
+        known = "`blocktune encode` and `answer --store` write one for each model"
+        raise ValueError(f"no manifest{which} in '{store}'; {known}")
     records = [blobs.manifest(fingerprint) for fingerprint in wanted]
     facts = [(name, json.dumps(value)) for record in records for name, value in record.items()]
     lines = (f"{name:14} {text[:300]}{' ... (--json)' * (len(text) > 300)}" for name, text in facts)
@@ -245,12 +228,11 @@ def _problem(blobs: Blobs, key: str) -> str | None:
     from blocktune.cache.chunk_file import ChunkFile
 
     try:
-        ChunkFile(blobs, key).verify()
+        return ChunkFile(blobs, key).verify()
     except FileNotFoundError:
         return None
     except ValueError as error:
         return " ".join(str(error).split())
-    return None
 
 
 def _remove(
@@ -278,12 +260,9 @@ def _copy(source: Shelf, target: Shelf, model: str, document: str, as_json: bool
         record = source.blobs.manifest(fingerprint)
         if whole in ("", fingerprint) and target.blobs.manifest(fingerprint) is None:
             target.blobs.write_manifest(record)
-    _say(
-        counts,
-        as_json,
-        f"copied {counts['copied']:,} chunks ({_size(counts['bytes'])}) to {target.blobs.place}, "
-        f"{counts['there']:,} were there, {counts['unsound']:,} are not sound and stayed behind",
-    )
+    line = f"copied {counts['copied']:,} chunks ({_size(counts['bytes'])}) to {target.blobs.place}"
+    line += f", {counts['there']:,} were there, {counts['unsound']:,} are not sound and stayed"
+    _say(counts, as_json, f"{line} behind")
 
 
 def _rows(shelf: Shelf, starts: list[str]) -> list[Row]:
