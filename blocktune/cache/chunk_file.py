@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Generic, TypeVar
 
 import torch
 import xxhash
@@ -52,23 +51,18 @@ class Expired(FileNotFoundError):
     """The time of an entry is over."""
 
 
-AnyEntry = TypeVar("AnyEntry", bound=Entry)
-
-
-class ChunkFile(Generic[AnyEntry]):
+class ChunkFile:
     """An open file of a store. Header and token ids are verified at once, tensors when read.
 
-    xxh3 finds damage, at the speed of memory. A store with a key also needs what nobody can forge:
-    SHA-256 sums under the key's signature. Both are compared once for each state of a file and
-    process.
+    xxh3 finds damage; a store with a key also needs what nobody can forge: SHA-256 sums under its
+    signature. Both are compared once for each state of a file and process.
     """
 
-    def __init__(self, blobs: Blobs, key: str, kind: type[AnyEntry] | None = None):
+    def __init__(self, blobs: Blobs, key: str, kind: type[Entry] | None = None):
         """Opens the entry of ``key``; without a ``kind`` only `verify` can use it.
 
-        FileNotFoundError: there is none; `Expired`: its time is over. ValueError: the file is not
-        what `pack_chunk` made for this key, or not signed with the store's key. OSError: the place
-        cannot be reached.
+        FileNotFoundError: there is none; `Expired`: its time is over. ValueError: it is not what
+        `pack_chunk` made for this key, or not signed. OSError: the place cannot be reached.
         """
         self.key, self.kind, self._blob = key, kind, blobs.open(key)
         with _readable():
@@ -79,8 +73,9 @@ class ChunkFile(Generic[AnyEntry]):
             self._heads = {} if blobs.secret else json.loads(self._header.get("heads", "{}"))
             self._sha256 = dict(json.loads(self._header.get("sha256", "{}")))
             named = (self._header["format"], self._header["kind"], self._header["key"])
-        wanted_kind = named[1] if kind is None else kind.kind
-        if named != (FORMAT, wanted_kind, key):
+            self.fingerprint = self._header["fingerprint"]
+            self.codec = self._header.get("codec", "as-is")
+        if named != (FORMAT, named[1] if kind is None else kind.kind, key):
             raise ValueError("its header names another chunk or cache format")
         if checksum != _digest(self._header):
             raise ValueError("its header does not match its checksum")
@@ -90,16 +85,6 @@ class ChunkFile(Generic[AnyEntry]):
         self._prove, self._data = blobs.secret is not None, None
         self._proven = _proven(key, self._blob, self._prove)
         self.token_ids = self.read("token_ids")
-
-    @property
-    def codec(self) -> str:
-        """How its tensors are stored."""
-        return self._header.get("codec", "as-is")
-
-    @property
-    def fingerprint(self) -> str:
-        """Of the model that made it."""
-        return self._header["fingerprint"]
 
     def row(self) -> Row:
         """What an index says of it."""
@@ -145,7 +130,7 @@ class ChunkFile(Generic[AnyEntry]):
         if not self._is_proven(name):
             self._verify(name, out.contiguous())
 
-    def entry(self, share: Share | None = None) -> AnyEntry:
+    def entry(self, share: Share | None = None) -> Entry:
         """All of it, verified, on the CPU; its tensors share their memory.
 
         Of keys and values only a rank's heads, if it has a ``share``. Only they are read from a
@@ -161,7 +146,7 @@ class ChunkFile(Generic[AnyEntry]):
             self._proven.add(_ALL)
         return made
 
-    def like(self) -> AnyEntry:
+    def like(self) -> Entry:
         """An entry of its shapes and types, without its numbers."""
 
         def empty(name: str) -> Tensor:
@@ -196,7 +181,7 @@ class ChunkFile(Generic[AnyEntry]):
         self._proven.add(_ALL)
 
     def _fetch(self, start: int, end: int) -> Tensor:
-        if not 0 <= start <= end <= self._blob.size - self._start:
+        if not -self._start <= start <= end <= self._blob.size - self._start:
             raise ValueError("it is cut off")
         raw = torch.empty(end - start, dtype=torch.uint8)
         self._fill([memoryview(raw.numpy())], start, end)
@@ -207,17 +192,12 @@ class ChunkFile(Generic[AnyEntry]):
             raise ValueError("it is cut off")
 
     def _header_text(self) -> bytes:
-        length = int.from_bytes(self._bytes(0, 8), "little")
+        self._start = 0
+        length = int.from_bytes(self._fetch(0, 8).numpy().tobytes(), "little")
         if length > min(self._blob.size - 8, MOST_HEADER):
             raise ValueError("its header is cut off")
         self._start = 8 + length
-        return self._bytes(8, length)
-
-    def _bytes(self, start: int, length: int) -> bytes:
-        data = bytearray(length)
-        if self._blob.read_into([memoryview(data)], start) != length:
-            raise ValueError("it is cut off")
-        return bytes(data)
+        return self._fetch(-length, 0).numpy().tobytes()
 
     def _is_proven(self, name: str) -> bool:
         return name in self._proven or (_ALL in self._proven and name in self._sums)
@@ -236,15 +216,11 @@ class FileKV:
     """A chunk whose layers are read from its file each time; read like a `ChunkKV`.
 
     It is verified once, before: of a file that is damaged after that, `ValueError` comes late.
-
-    Attributes:
-        like: Shapes and types.
     """
 
     kind = ChunkKV.kind
 
-    def __init__(self, file: ChunkFile[ChunkKV]):
-        """Of a file whose tensors are stored as they are."""
+    def __init__(self, file: ChunkFile):
         self.file, self.key, self.like = file, file.key, file.like()
         self.token_ids, self.fingerprint = file.token_ids, file.fingerprint
         self.num_tokens, self.num_bytes = self.like.num_tokens, self.like.num_bytes
@@ -254,7 +230,7 @@ class FileKV:
     matches = ChunkKV.matches
 
     @classmethod
-    def read(cls, file: ChunkFile[ChunkKV]) -> FileKV | ChunkKV:
+    def read(cls, file: ChunkFile) -> FileKV | ChunkKV:
         """Of a verified file; the whole entry if it is coded."""
         if file.codec != "as-is":
             return file.entry()

@@ -13,8 +13,17 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal, TextIO
 
-from blocktune.cache.ledger import POLICIES, About
+POLICIES = {
+    "lru": "used",
+    "lfu": "uses",
+    "fifo": "created",
+    "gdsf": "clock + uses * seconds * 1e9 / size",
+}
+"""What an entry is worth, in SQL over its columns: the least leaves first, then the least used.
 
+``gdsf``: seconds of encoding saved per byte (Cherkasova, Greedy-Dual-Size-Frequency, HPL-98-69R1);
+``clock`` is the worth of what left last when the entry was used, so that old fame fades.
+"""
 CODECS = ("as-is", "fp8", "int8", "int4")
 MEMORY = 4 << 30
 Tier = Literal["memory", "cpu", "disk", "remote", "none"]
@@ -23,6 +32,36 @@ _REMEMBERED = 1 << 20
 _SHOWN = 16
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+@dataclass(frozen=True)
+class About:
+    """What is known of an entry beside its key and size."""
+
+    num_tokens: int = 0
+    kind: str = ""
+    fingerprint: str = ""  # of the model that made it
+    document: str = ""  # whose passage it is, as the user names it
+    tenant: str = ""  # whose it is; counts for quotas
+    seconds: float = 0.0  # that encoding it took: what a hit saves
+    expires: float | None = None  # when it counts as gone, in seconds of the epoch; None: never
+
+
+@dataclass(frozen=True)
+class Row(About):
+    """An entry as the ledger has it; times are seconds of the epoch."""
+
+    key: str = ""
+    size: int = 0
+    created: float = 0.0
+    used: float = 0.0
+    uses: int = 0
+    pinned: bool = False
+
+    @property
+    def about(self) -> About:
+        """Without key, size and uses."""
+        return About(*(getattr(self, field.name) for field in fields(About)))
 
 
 def parse_bytes(text: str) -> int:

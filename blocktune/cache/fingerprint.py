@@ -139,33 +139,22 @@ def weights_hash(model: nn.Module) -> str:
 def manifest(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompt_format: Mapping[str, Any],
+    prompt_format: Mapping[str, Any],  # fields, as in `model_fingerprint`
     adapter: AdapterInfo | None,
     adapter_folder: str | Path | None,
     rope: RopeSpec,
-    sample: ChunkKV,
+    sample: ChunkKV,  # any chunk that the model encoded: it has shapes and the fingerprint
 ) -> dict[str, Any]:
-    """The manifest of a model, as plain JSON values.
+    """The manifest of a model as it runs, in plain JSON values.
 
-    Args:
-        model: As it runs.
-        tokenizer: The model's.
-        prompt_format: Fields of the prompt format, as in `model_fingerprint`.
-        adapter: What the adapter was trained for, or None.
-        adapter_folder: Where its files are, or None.
-        rope: The frequencies of the keys.
-        sample: Any chunk that the model encoded: it has the shapes and the fingerprint.
-
-    Returns:
-        ``fingerprint``; ``format`` and ``chunk_format``; ``base``, ``adapter`` (or None) and
-        ``tokenizer`` with names, revisions and digests; the adapter's ``scope`` (if it is
-        ``encode``, the plain base reads its chunks); ``prompt_format``; ``dtype``; ``layers``,
-        those that store keys, each with the shapes of ``key`` and ``value`` (kv heads, head dim);
-        ``rope``: ``frequencies``, lists of radians per position of the rotated dimensions'
-        pairs, with the first rotated dimension (``start``) and whether pairs are neighbours
-        (``interleaved``) of each, whether it is the values that are rotated (``in_values``), and
-        ``layer``, the index into them for each decoder layer. Keys are stored rotated, the chunk's
-        first token at ``origin``.
+    ``fingerprint``; ``format`` and ``chunk_format``; ``base``, ``adapter`` (or None) and
+    ``tokenizer`` with names, revisions and digests; the adapter's ``scope`` (if it is ``encode``,
+    the plain base reads its chunks); ``prompt_format``; ``dtype``; ``layers``, those that store
+    keys, each with the shapes of ``key`` and ``value`` (kv heads, head dim); ``rope``:
+    ``frequencies``, lists of radians per position of the rotated dimensions' pairs, with the first
+    rotated dimension (``start``) and whether pairs are neighbours (``interleaved``) of each,
+    whether it is the values that are rotated (``in_values``), and ``layer``, the index into them
+    for each decoder layer. Keys are stored rotated, the chunk's first token at ``origin``.
     """
     name, revision = model.config._name_or_path, getattr(model.config, "_commit_hash", None)
     base = adapter.base_fingerprint if adapter else base_fingerprint(model)

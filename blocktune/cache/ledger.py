@@ -13,21 +13,12 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, fields
 from pathlib import Path
 from typing import NamedTuple
 
-POLICIES = {
-    "lru": "used",
-    "lfu": "uses",
-    "fifo": "created",
-    "gdsf": "clock + uses * seconds * 1e9 / size",
-}
-"""What an entry is worth, in SQL over its columns: the least leaves first, then the least used.
+from blocktune.cache.config import POLICIES, About, Row
 
-``gdsf``: seconds of encoding saved per byte (Cherkasova, Greedy-Dual-Size-Frequency, HPL-98-69R1);
-``clock`` is the worth of what left last when the entry was used, so that old fame fades.
-"""
 INDEX = "index.sqlite"
 """Name of the file in a folder."""
 _FORMAT = 1
@@ -63,36 +54,6 @@ CREATE TEMP TRIGGER valued_anew AFTER UPDATE OF uses ON entries BEGIN
     UPDATE entries SET worth = {0} WHERE key = new.key;
 END;
 """
-
-
-@dataclass(frozen=True)
-class About:
-    """What is known of an entry beside its key and size."""
-
-    num_tokens: int = 0
-    kind: str = ""
-    fingerprint: str = ""  # of the model that made it
-    document: str = ""  # whose passage it is, as the user names it
-    tenant: str = ""  # whose it is; counts for quotas
-    seconds: float = 0.0  # that encoding it took: what a hit saves
-    expires: float | None = None  # when it counts as gone, in seconds of the epoch; None: never
-
-
-@dataclass(frozen=True)
-class Row(About):
-    """An entry as the ledger has it; times are seconds of the epoch."""
-
-    key: str = ""
-    size: int = 0
-    created: float = 0.0
-    used: float = 0.0
-    uses: int = 0
-    pinned: bool = False
-
-    @property
-    def about(self) -> About:
-        """Without key, size and uses."""
-        return About(*(getattr(self, field.name) for field in fields(About)))
 
 
 class _Use(NamedTuple):

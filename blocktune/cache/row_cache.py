@@ -170,22 +170,17 @@ class RowCache(Cache):
     ``past_key_values=cache`` and an explicit mask over all columns (or blocktune's attention
     plan), `append` and run again for every decoded token.
 
-    Args:
-        num_layers: Layers of the model.
-        batch_size: Prompts, ``B``.
-        num_columns: Columns of every layer, ``N``.
-        spare: Extra columns to allocate, e.g. the number of tokens to decode.
-        exact: Declares a full prefill: every row is computed after everything before it. Only
-            such a cache may feed the exact prefix cache; writing reused states ends it for good.
+    An ``exact`` one is that of a full prefill: every row is computed after everything before it.
+    Only such a cache may feed the exact prefix cache; writing reused states ends it for good.
     """
 
     def __init__(
         self,
         num_layers: int,
-        batch_size: int,
-        num_columns: int,
+        batch_size: int,  # prompts, ``B``
+        num_columns: int,  # of every layer, ``N``
         *,
-        spare: int = 0,
+        spare: int = 0,  # more columns to allocate, e.g. the number of tokens to decode
         exact: bool = False,
     ):
         layers = [_RowLayer(i, batch_size, num_columns, spare) for i in range(num_layers)]
@@ -198,25 +193,16 @@ class RowCache(Cache):
         return self.layers[0].num_columns
 
     def select(self, columns: Tensor, layers: Iterable[int] | None = None) -> None:
-        """Says where the rows of the following forward passes go.
+        """Says where the rows of the following forward passes go, in some ``layers`` or in all.
 
-        Args:
-            columns: ``(B, R)`` int64, each row's column, or `SKIP` for a padding row.
-            layers: Layers it holds for, where the set of rows changes on the way; None: all.
-
-        Raises:
-            ValueError: If a column does not exist or comes twice.
+        ``columns`` ``(B, R)`` int64 are each row's column, or `SKIP` for a padding row.
         """
         target = self._target(columns)
         for layer in range(len(self)) if layers is None else layers:
             self.layers[layer].target = target
 
     def append(self, count: int = 1) -> Tensor:
-        """Adds columns at the end of every prompt and selects them in all layers.
-
-        Returns:
-            The new columns, ``(B, count)``.
-        """
+        """Adds columns ``(B, count)`` at the end of every prompt and selects them in all layers."""
         start = self.num_columns
         for layer in self.layers:
             layer.grow(count)
@@ -291,19 +277,14 @@ class PrefillCache(DynamicCache):
     """Transformers' own cache, filled from the first token on or resumed from an exact prefix.
 
     For models with recurrent layers, one prompt each.
-
-    Attributes:
-        exact: Whatever fills it is: tokens are computed in order, and only what a `PrefixMatch`
-            holds, exact states, is loaded.
-        num_columns: Tokens in it; whoever runs the model adds them.
     """
 
-    exact = True
+    exact = True  # tokens are computed in order, and only what a `PrefixMatch` holds is loaded
 
     def __init__(self, config):
         """Takes the model's configuration."""
         super().__init__(config=config)
-        self.num_columns = 0
+        self.num_columns = 0  # tokens in it; whoever runs the model adds them
 
     def state(self) -> State:
         """A copy of the recurrent state after the tokens so far."""

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -174,13 +175,12 @@ class ChunkStore:
             *(kv.num_tokens, kv.kind, kv.fingerprint, document, tenant, seconds),
             expires=None if self.config.ttl is None else time.time() + self.config.ttl,
         )
-        if self.config.codec != "as-is":
-            rope = self._ropes.get(kv.fingerprint)
-            kept = round_trip(kv.to("cpu"), self.config.codec, rope).to(self.device).compact()
-        else:
-            kept = kv.to(self.device).compact()
+        kept, codec, rope = kv, self.config.codec, self._ropes.get(kv.fingerprint)
+        if codec != "as-is":
+            kept = round_trip(kv.to("cpu"), codec, rope)
+        kept = kept.to(self.device).compact()
         for tier in self._blobs:
-            self._save(tier, key, kv, about)
+            tier.save(key, partial(pack_chunk, tier.blobs, key, kv, about, codec, rope), about)
         with self._lock:
             self._tracer.put(key, kept.num_bytes, about)
             if keep:
@@ -193,7 +193,7 @@ class ChunkStore:
         return self.config.memory + self.config.cpu == 0 and self.device.type == "cpu"
 
     def flush(self) -> None:
-        """Waits until the remote has what was put, or has refused it."""
+        """Waits until the remote has what was put, or refused it, and the index what was used."""
         for tier in self._blobs:
             tier.flush()
 
@@ -340,10 +340,6 @@ class ChunkStore:
         level = logging.WARNING if first else logging.INFO
         more = "; more are counted, and named at level INFO" if first else ""
         _LOG.log(level, "cached chunk not used, it is encoded again: %s%s", reason, more)
-
-    def _save(self, tier: BlobTier, key: str, kv: Entry, about: About) -> None:
-        rope, codec = self._ropes.get(kv.fingerprint), self.config.codec
-        tier.save(key, lambda: pack_chunk(tier.blobs, key, kv, about, codec, rope), about)
 
     def _remember(self, key: str, kv: Entry, about: About) -> None:
         """Keeps an entry on the device; what leaves it goes to the host."""
