@@ -47,34 +47,20 @@ class Rows:
     """Facts of each row; every field is an int64 tensor of the same shape.
 
     The shape is ``(B, S)`` in a `Layout`; masks are built from two views that broadcast,
-    ``(..., R, 1)`` against ``(..., 1, N)``.
-
-    Attributes:
-        kind: A `Kind`.
-        chunk: Index of the row's chunk in its prompt, or `NO_CHUNK`. A link belongs to the
-            chunk it follows.
-        offset: Index of the token in its piece (chunk, prefix, query); link slot for links.
-        position: Position for RoPE. May repeat (parallel placement) or jump.
-        order: Place in the causal order, in tokens; independent of ``position``. The original and
-            the fresh row of a token share it. Sliding windows are measured in it.
-        group: Rows of `GLOBAL` see all rows before them, others only their own group (a chunk by
-            default, several under block dropout).
-        sample: Which packed prompt the row belongs to.
-        supersedes: Row index of the original that this row replaces for later global rows,
-            or `NO_ROW`.
-        until: First layer (0-based) at which the row no longer exists, or `FOREVER`. So
-            CacheBlend recomputes all tokens in its first layers and few in the others.
+    ``(..., R, 1)`` against ``(..., 1, N)``. The original and the fresh row of a token share their
+    order. A group is a chunk by default, several under block dropout. Rows that end early let
+    CacheBlend recompute all tokens in its first layers and few in the others.
     """
 
-    kind: Tensor
-    chunk: Tensor
-    offset: Tensor
-    position: Tensor
-    order: Tensor
-    group: Tensor
-    sample: Tensor
-    supersedes: Tensor
-    until: Tensor
+    kind: Tensor  # a `Kind`
+    chunk: Tensor  # index of its chunk in the prompt, or `NO_CHUNK`; a link has that before it
+    offset: Tensor  # index of the token in its piece (chunk, prefix, query); of links: the slot
+    position: Tensor  # for RoPE; may repeat (parallel placement) or jump
+    order: Tensor  # place in the causal order, in tokens; windows are measured in it
+    group: Tensor  # `GLOBAL` rows see all rows before them, others only their own group
+    sample: Tensor  # which packed prompt it belongs to
+    supersedes: Tensor  # original that it replaces for later global rows, or `NO_ROW`
+    until: Tensor  # first layer (0-based) at which it no longer exists, or `FOREVER`
 
     def map(self, function) -> Rows:
         """Applies ``function`` to every field."""

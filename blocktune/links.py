@@ -30,12 +30,9 @@ NOISE = 0.1
 class LinkTable(nn.Module):
     """Embeddings of learned tokens: ``weight`` is ``(num_links, hidden)``, as the embedding's.
 
-    The order of the rows is that of `LayoutSpec`: links, headers, trailers. For a model that scales
-    embeddings inside its lookup (Gemma 3) the rows are scaled already; a model that scales after
-    the lookup (Gemma 2, Granite) scales these rows too.
-
-    Raises:
-        ValueError: If there is no slot.
+    The order of the rows is that of `LayoutSpec`: links, headers, trailers; there is at least one.
+    For a model that scales embeddings inside its lookup (Gemma 3) the rows are scaled already; a
+    model that scales after the lookup (Gemma 2, Granite) scales these rows too.
     """
 
     def __init__(self, num_links: int, hidden: int, dtype: torch.dtype = torch.float32):
@@ -143,18 +140,12 @@ def add_link_tokens(
 ) -> range:
     """Adds real tokens ``<|link_0|>`` ... instead of a table, before PEFT wraps the base.
 
-    Deterministic, so that a loader makes the same rows that training started from. Train the rows
-    with PEFT's ``trainable_token_indices`` and save with ``save_embedding_layers=False``.
+    Deterministic, so that a loader makes the same rows that training started from: those of
+    `new_links` for ``seed``, or the ``rows`` ``(num_links, hidden)`` of a trained table. The base
+    is resized if its embedding has no room. Train the rows with PEFT's ``trainable_token_indices``
+    and save with ``save_embedding_layers=False``.
 
-    Args:
-        model: The bare base; resized if its embedding has no room.
-        tokenizer: The base's; gets the tokens.
-        num_links: How many.
-        seed: Of new rows, see `new_links`.
-        rows: Trained rows of a table, ``(num_links, hidden)``, instead of new ones.
-
-    Returns:
-        Contiguous ids (else ValueError); the first is the prompt's ``link_base``.
+    Returns contiguous ids (else raises ValueError); the first is the prompt's ``link_base``.
     """
     tokens = [AddedToken(f"<|link_{slot}|>", special=True) for slot in range(num_links)]
     tokenizer.add_tokens(tokens, special_tokens=True)

@@ -32,15 +32,11 @@ def load_adapter(
     merge: bool = False,
     links: bool = True,
 ) -> tuple[PreTrainedModel, AdapterInfo]:
-    """Puts an adapter on a bare base model: LoRA by PEFT, link table or link tokens.
+    """Puts an adapter, a folder or a repository of the Hub, on a bare base model.
 
-    Args:
-        model: The base, as loaded; its weights are wrapped in place.
-        tokenizer: The base's; gets the link tokens that the adapter added.
-        adapter: A local folder, or a repository's name on the Hugging Face Hub.
-        revision: Of the repository.
-        merge: Merge LoRA weights into the base.
-        links: Install the link table, if the adapter has one.
+    The base's weights are wrapped in place by PEFT, or LoRA weights are added to them (``merge``).
+    Its tokenizer gets the link tokens that the adapter added. ``links``: install the link table, if
+    the adapter has one.
 
     Raises:
         ValueError: If there is no such adapter, it is damaged, or it was made for another base

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from blocktune.attention.kernels import AttentionParams, tail_attention
 from blocktune.attention.masks import KEPT_CELLS, MaskRoom, RowBand
-from blocktune.layout import Kind, LayerRule, Rows
+from blocktune.layout import GLOBAL, Kind, LayerRule, Rows
 
 ROW_BLOCK = 128
 """Computed rows are few and far apart: a block of them spans many columns after its first row."""
@@ -146,4 +146,5 @@ def _is_tail(query: Rows, key: Rows, tail: Tail) -> bool:
     count = tail.rows.stop - tail.rows.start
     order = key.order[tail.prompts, tail.columns][:, -count:]
     dense = (key.kind[tail.prompts, tail.columns] != Kind.PAD).all()
+    dense &= (query.group[tail.prompts, tail.rows] == GLOBAL).all()  # else a row sees less
     return bool(dense) and count > 0 and torch.equal(query.order[tail.prompts, tail.rows], order)

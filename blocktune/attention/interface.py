@@ -36,7 +36,7 @@ from blocktune.layout import LayerRule, Layout
 NAME = "blocktune_"
 """Prefix of the attention implementations' names in transformers; the model's own one follows."""
 STOCK = ("sdpa", "eager")
-"""The models' own implementations that forwards without a layout can go on with."""
+"""The models' own implementations, which forwards without a layout can keep."""
 _HANDLE = "_blocktune_attached"
 _ENTERED: ContextVar[Plan | None] = ContextVar("plan of the layer that was entered", default=None)
 """For layers that do not hand their attention what they were given (StableLM, Nemotron)."""
@@ -79,6 +79,17 @@ def make_plan(execution: str, layout: Layout) -> Plan:
     ``dense`` is the N x N oracle. Raises ValueError if the execution is unknown.
     """
     return _execution(execution)(layout)
+
+
+def planned_forward(
+    model: nn.Module, ids: Tensor, positions: Tensor, plan: Plan, cache: Any = None, **options: Any
+) -> Any:
+    """Runs an attached model on ``ids`` at ``positions``, both ``(B, R)``, by a plan.
+
+    Their keys and values go into the ``cache``, if there is one.
+    """
+    states = {"past_key_values": cache, "use_cache": cache is not None}
+    return model(ids, position_ids=positions, plan=plan, **states, **options)
 
 
 def attach(model: PreTrainedModel, execution: str = "split") -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from blocktune.attention.kernels import (
     ROW_BLOCK,
     AttentionParams,
+    Mask,
     check_rows,
     masked_attention,
     plain_attention,
@@ -118,20 +119,16 @@ class RowBand:
         self, query: Tensor, key: Tensor, value: Tensor, rule: LayerRule, params: AttentionParams
     ) -> Tensor:
         """Attends ``query`` ``(G, H, R, D)`` over ``(G, K, N, D)``; returns ``(G, H, R, D)``."""
-        form = mask_form(query, key, params)
-        kept = self._kept(rule, form)
         outs = []
-        for i, span in enumerate(self.spans(rule.window)):
-            states = (query[:, :, span.rows], key[:, :, span.keys], value[:, :, span.keys])
-            mask = partial(self._mask, span, rule, form) if kept is None else kept[i]
+        for (rows, keys), mask in self._masked(rule, mask_form(query, key, params)):
+            states = query[:, :, rows], key[:, :, keys], value[:, :, keys]
             outs.append(masked_attention(*states, mask, params))
         return torch.cat(outs, dim=2) if len(outs) > 1 else outs[0]
 
     def blocks(self, rule: LayerRule) -> Iterator[Block]:
         """Blocks with bool masks; all of them together hold rows x keys elements."""
-        kept = self._kept(rule, SEEN)
-        for i, span in enumerate(self.spans(rule.window)):
-            yield Block(*span, self._mask(span, rule, SEEN) if kept is None else kept[i])
+        for span, mask in self._masked(rule, SEEN):
+            yield Block(*span, mask() if callable(mask) else mask)
 
     def forget(self) -> None:
         """Drops the masks of a band that will not attend again."""
@@ -163,16 +160,15 @@ class RowBand:
         columns = seen.any(0).nonzero().squeeze(1)
         return slice(int(columns[0]), int(columns[-1]) + 1) if len(columns) else slice(0, 1)
 
-    def _kept(self, rule: LayerRule, form: MaskForm) -> list[Tensor] | None:
-        """The masks of all blocks, or None if there was no room when they were first needed."""
+    def _masked(self, rule: LayerRule, form: MaskForm) -> Iterator[tuple[Span, Mask]]:
+        """Blocks with masks, or with what makes these, if there was no room at first for all."""
+        spans = self.spans(rule.window)
+        make = [partial(self._mask, span, rule, form) for span in spans]
         if (rule, form) not in self._masks:
-            spans = self.spans(rule.window)
             cells = sum((s.rows.stop - s.rows.start) * s.num_keys for s in spans)
-            cells *= len(self.query.kind)
-            fits = self.room.take(cells * form.copies)
-            made = [self._mask(span, rule, form) for span in spans] if fits else None
-            self._masks[rule, form] = made
-        return self._masks[rule, form]
+            fits = self.room.take(cells * len(self.query.kind) * form.copies)
+            self._masks[rule, form] = [one() for one in make] if fits else None
+        return zip(spans, self._masks[rule, form] or make, strict=True)
 
     def _mask(self, span: Span, rule: LayerRule, form: MaskForm) -> Tensor:
         rows, keys = span

@@ -20,7 +20,7 @@ NARROW_BLOCK = 64
 """Rows attended at a time on a CPU where many rows share few keys; see `_stack`."""
 
 
-class Segment(NamedTuple):
+class RowSegment(NamedTuple):
     """Rows that attend together, as indices into the flattened ``B * S`` rows, by order."""
 
     query: list[int]  # the seeing rows
@@ -29,7 +29,7 @@ class Segment(NamedTuple):
     causal: bool  # whether each row sees exactly the segment's rows up to itself
 
 
-def find_segments(layout: Layout) -> list[Segment]:
+def find_segments(layout: Layout) -> list[RowSegment]:
     """Splits the rows into causal segments and global rows over everything.
 
     Each group (a chunk with its blanks) is causal. So are the global rows before the first chunk:
@@ -51,7 +51,7 @@ def find_segments(layout: Layout) -> list[Segment]:
             segments.append(_own(lead))
         if tail:
             keys = _index([row for row in rows if not row.blank])
-            segments.append(Segment(_index(tail), keys or _index(tail), own=False, causal=False))
+            segments.append(RowSegment(_index(tail), keys or _index(tail), own=False, causal=False))
     return segments
 
 
@@ -83,11 +83,11 @@ def _rows_by_sample(layout: Layout) -> dict[tuple[int, int], list[_Row]]:
     return {sample: sorted(rows) for sample, rows in samples.items()}
 
 
-def _own(rows: list[_Row]) -> Segment:
+def _own(rows: list[_Row]) -> RowSegment:
     """Rows that see only themselves; causal unless some end early or share an order."""
     in_order = all(a.order < b.order for a, b in pairwise(rows))
     causal = in_order and not any(row.ends for row in rows)
-    return Segment(_index(rows), _index(rows), own=True, causal=causal)
+    return RowSegment(_index(rows), _index(rows), own=True, causal=causal)
 
 
 def _index(rows: list[_Row]) -> list[int]:
@@ -179,9 +179,9 @@ def _row_map(index: Iterable[Tensor], layout: Layout) -> RowMap:
     return RowMap(torch.cat([none, *(part.flatten() for part in index)]), layout.kind.numel())
 
 
-def _by_length(segments: list[Segment], slack: float = 1.25) -> list[list[Segment]]:
+def _by_length(segments: list[RowSegment], slack: float = 1.25) -> list[list[RowSegment]]:
     """Groups segments so that padding wastes at most a quarter of any bucket's rows."""
-    buckets: list[list[Segment]] = []
+    buckets: list[list[RowSegment]] = []
     for segment in sorted(segments, key=lambda s: (s.own, s.causal, len(s.key), len(s.query))):
         first = buckets[-1][0] if buckets else None
         fits = (
@@ -197,7 +197,7 @@ def _by_length(segments: list[Segment], slack: float = 1.25) -> list[list[Segmen
     return buckets
 
 
-def _stack(segments: list[Segment], layout: Layout, room: MaskRoom) -> _Bucket:
+def _stack(segments: list[RowSegment], layout: Layout, room: MaskRoom) -> _Bucket:
     query = _pad([segment.query for segment in segments]).to(layout.device)
     key = _pad([segment.key for segment in segments]).to(layout.device)
     flat = layout.rows().map(lambda field: field.flatten())

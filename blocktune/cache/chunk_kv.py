@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Self
@@ -64,8 +65,12 @@ class Entry(ABC):
 
     def matches(self, token_ids: Sequence[int] | Tensor, fingerprint: str) -> bool:
         """Whether this is the state of exactly these tokens under exactly this model."""
-        wanted = torch.as_tensor(token_ids, dtype=torch.int64)
-        return fingerprint == self.fingerprint and torch.equal(wanted.cpu(), self.token_ids.cpu())
+        own = self.token_ids.cpu()
+        if isinstance(token_ids, Tensor):
+            same = torch.equal(token_ids.to("cpu", torch.int64), own)
+        else:  # a look-up of each chunk comes here: no tensor is made
+            same = own.numpy().tobytes() == array("q", token_ids).tobytes()
+        return fingerprint == self.fingerprint and same
 
     def to(self, device: torch.device | str) -> Self:
         """Moves the tensors; token ids stay where comparing is cheap, on the CPU."""

@@ -27,7 +27,7 @@ POLICIES = {
 CODECS = ("as-is", "fp8", "int8", "int4")
 MEMORY = 4 << 30
 Tier = Literal["memory", "cpu", "disk", "remote", "none"]
-_REMEMBERED = 1 << 20
+_REMEMBERED = 1 << 16
 """Keys whose last use a trace remembers."""
 _SHOWN = 16
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -94,6 +94,7 @@ class StoreConfig:
     quota: int | None = None  # of each tier that one tenant may hold
     ttl: float | None = None  # seconds after which a chunk is encoded again
     codec: str = "as-is"  # how files hold keys and values, one of `CODECS`
+    press: str | None = None  # ``NAME:RATIO`` of kvpress, which thins chunks before they are kept
     trace: Path | None = None  # file that gets a JSON line for every look-up and write
 
     def __post_init__(self):

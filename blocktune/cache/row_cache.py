@@ -174,6 +174,8 @@ class RowCache(Cache):
     Only such a cache may feed the exact prefix cache; writing reused states ends it for good.
     """
 
+    first_column = 0  # that later rows see
+
     def __init__(
         self,
         num_layers: int,
@@ -298,7 +300,7 @@ class PrefillCache(DynamicCache):
         with_keys = [layer for layer in self.layers if hasattr(layer, "keys")]
         for layer, (keys, values) in zip(with_keys, layers, strict=True):
             layer.update(torch.cat(keys, 1)[None], torch.cat(values, 1)[None])
-        states = iter(state)
+        states = iter(state or ())
         for layer, index in self._recurrent():
             _put(layer.update_conv_state, next(states), index)
             _put(layer.update_recurrent_state, next(states), index)

@@ -28,6 +28,8 @@ from blocktune.positions import RopeSpec
 __all__ = ["RETRY_S", "ChunkStore", "Lookup", "StoreStats"]
 
 _LOG = logging.getLogger(__name__)
+_TENANTS = 1024
+"""Tenants whose frequencies are known at a time; each request tells its own again."""
 
 
 class ChunkStore:
@@ -64,10 +66,11 @@ class ChunkStore:
             config = StoreConfig(folder=place, memory=max_bytes)
         self.config, self.folder, self.place = config, config.folder, config.place
         self.device = torch.device(device)
-        self.notes: dict[Hashable, Any] = {}  # of plug-ins, while the process lives
+        self.notes: dict[Hashable, Any] = {}  # of plug-ins, until it is cleared
         self.must_write, self.warn_rejected = must_write, True  # the first one; else level INFO
         self._stats, self._lock = StoreStats(), threading.RLock()
         self._ropes: dict[str, RopeSpec] = {}
+        self._shared_ropes: dict[str, RopeSpec] = {}
         self._tracer = Tracer(config.trace)
         limits = {"policy": config.policy, "quota": config.quota}
         self._memories = [MemoryTier("memory", self.device, max_bytes=config.memory, **limits)]
@@ -175,7 +178,7 @@ class ChunkStore:
             *(kv.num_tokens, kv.kind, kv.fingerprint, document, tenant, seconds),
             expires=None if self.config.ttl is None else time.time() + self.config.ttl,
         )
-        kept, codec, rope = kv, self.config.codec, self._ropes.get(kv.fingerprint)
+        kept, codec, rope = kv, self.config.codec, self._rope(kv.fingerprint)
         if codec != "as-is":
             kept = round_trip(kv.to("cpu"), codec, rope)
         kept = kept.to(self.device).compact()
@@ -251,13 +254,21 @@ class ChunkStore:
             tier.describe(fingerprint, make)
 
     def share_rope(self, fingerprint: str, other: str) -> None:
-        """The frequencies of one fingerprint are also those of another."""
-        if fingerprint in self._ropes:
-            self._ropes[other] = self._ropes[fingerprint]
+        """The frequencies of one fingerprint are also those of another, of a tenant now at work."""
+        if (rope := self._ropes.get(fingerprint)) is not None:
+            with self._lock:
+                self._shared_ropes.pop(other, None)
+                self._shared_ropes[other] = rope
+                if len(self._shared_ropes) > _TENANTS:  # there are as many as clients make up
+                    del self._shared_ropes[next(iter(self._shared_ropes))]
+
+    def _rope(self, fingerprint: str) -> RopeSpec | None:
+        return self._ropes.get(fingerprint) or self._shared_ropes.get(fingerprint)
 
     def clear(self) -> None:
-        """Empties the memory; a folder and a remote keep their files."""
+        """Empties the memory and the notes; a folder and a remote keep their files."""
         with self._lock:
+            self.notes.clear()
             for tier in self._memories:
                 tier.clear()
 

@@ -56,8 +56,7 @@ def subjects() -> dict[str, Method]:
     return presets | {method.name: method for method in made}
 
 
-Pairs = Iterator[tuple[Tensor, Tensor]]
-"""Tensors that must be equal."""
+Pairs = Iterator[tuple[Tensor, Tensor]]  # tensors that must be equal
 Claim = Callable[[Subject], Check]
 ALONE_CLAIM = "one chunk alone = full prefill, or a declared exception"
 
@@ -93,7 +92,7 @@ def claims(method: Method) -> dict[str, Claim]:
             fresh, rows = "everything fresh = full prefill of the same rows", all_visible
         whole = _neutral(compose(method, select=Everything()))
         pairs[fresh] = partial(_is_dense, method=whole, rows=rows)
-        if method.history is not None:
+        if method.history is not None and method.history.begins_in_full:
             pairs["without a history = full prefill"] = _without_history
         if takes_budget(method.select()):
             pairs["a budget of nothing or all = nothing or all"] = _budget_ends

@@ -33,8 +33,7 @@ from blocktune.testing import WORDS, byte_tokenizer
 
 TOKENS = 500
 LAYERS = 8
-TOLERANCE = 1e-4
-"""Of the largest logit."""
+TOLERANCE = 1e-4  # of the largest logit
 TIMEOUT_S = 180
 CHUNK, BETWEEN, AROUND = 16, 2, 40
 """Tokens of a chunk, between two, and of instruction, question and template."""

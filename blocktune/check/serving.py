@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from blocktune.adapter import scope_of
-from blocktune.attention import DensePlan, SplitPlan
+from blocktune.attention import DensePlan, SplitPlan, planned_forward
 from blocktune.cache import ChunkStore
 from blocktune.engine import Engine, Sampling
 from blocktune.engine.generation import Generation
@@ -68,8 +68,8 @@ of the largest logit on small models). 4-bit bases round only weights, once."""
 class Check:
     """The outcome of one claim.
 
-    ``tolerance`` is the largest accepted difference; for the claim that the checks can fail at all,
-    the smallest accepted one.
+    ``tolerance`` is the largest accepted difference; where it is claimed that checks can fail, the
+    smallest.
     """
 
     name: str  # the claim
@@ -99,7 +99,7 @@ POSITIONS = 256
 RowChange = Callable[[Tensor, Layout], tuple[Tensor, Layout]]
 
 
-class Served(NamedTuple):
+class ServedRequest(NamedTuple):
     """A request after its prefill."""
 
     logits: Tensor  # after the prompt, (V,)
@@ -130,7 +130,7 @@ class Subject:
         pieces = self.engine.prompts.pieces(ask, method)._replace(answer=answer)
         return self.engine.start([pieces], method)
 
-    def serve(self, method: Method, ask: Ask = ASK) -> Served:
+    def serve(self, method: Method, ask: Ask = ASK) -> ServedRequest:
         """A request, or what is known of it."""
         key = facts_served(method), ask
         if key not in self.known:
@@ -168,11 +168,11 @@ def facts_served(method: Method) -> tuple:
     return repr(choices), kept, own_loader
 
 
-def _served(run: Generation) -> Served:
+def _served(run: Generation) -> ServedRequest:
     layout = run.batch.layout
     question = int(layout.order[layout.kind == Kind.QUERY].min())
     last = layout.is_context & (layout.chunk == layout.chunk.max())
-    return Served(
+    return ServedRequest(
         run.prefill.logits[0],
         tuple((layer.keys, layer.values) for layer in run.cache.layers),
         computed_columns(run),
@@ -202,10 +202,9 @@ def batch_of(engine: Engine, method: Method, ask: Ask = ASK) -> Batch:
     return stack([prompt], pad_id=0).to(engine.model.device)
 
 
-def forward_dense(engine: Engine, ids: Tensor, layout: Layout) -> Tensor:
-    """Logits ``(1, S, V)`` of one forward under the dense mask."""
-    plan = DensePlan(layout)
-    return engine.model(ids, position_ids=layout.position, plan=plan, use_cache=False).logits
+def forward_dense(engine: Engine, ids: Tensor, layout: Layout, plan=DensePlan) -> Tensor:
+    """Logits ``(1, S, V)`` of one forward under the dense mask, or by another kind of plan."""
+    return planned_forward(engine.model, ids, layout.position, plan(layout)).logits
 
 
 def all_visible(ids: Tensor, layout: Layout) -> tuple[Tensor, Layout]:
@@ -264,13 +263,8 @@ def _checks(engine: Engine) -> Iterator[Check]:
         with engine.model.disable_adapter():
             moved = difference(stock, engine.model(whole.input_ids, use_cache=False).logits[:, -1])
         yield Check("full attention = the base, bit for bit", moved == 0, moved, 0.0)
-    split = engine.model(
-        block.input_ids,
-        position_ids=block.layout.position,
-        plan=SplitPlan(block.layout),
-        use_cache=False,
-    )
-    yield close("split = dense mask", split.logits[:, -1], dense)
+    split = forward_dense(engine, block.input_ids, block.layout, SplitPlan)
+    yield close("split = dense mask", split[:, -1], dense)
     yield close("cached chunks = dense mask", engine.next_logits([ASK], plain), dense)
     spec = engine.prompts.spec(plain)
     # A chunk with nothing before it is not recomputed: what a writer made of it stays.

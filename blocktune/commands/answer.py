@@ -60,7 +60,7 @@ def answer(
         list[str] | None, Option(help="Parameter of the method, as name=value; repeatable.")
     ] = None,
     store: opt.Store = None,
-    batch_size: Annotated[int, Option(min=1, help="Questions per batch.")] = 8,
+    batch_size: opt.BatchSize = 8,
     output: Annotated[
         Path | None,
         Option(
@@ -82,7 +82,16 @@ def answer(
     top_p: Annotated[
         float, of_decoding(help="Nucleus sampling: keep tokens up to this cumulative probability.")
     ] = 1.0,
-    seed: Annotated[int, of_decoding(help="Random seed for sampling.")] = 0,
+    seed: Annotated[int | None, of_decoding(help="Random seed for sampling. Default: 0.")] = None,
+    response_cache: opt.Responses = None,
+    decode_cache: Annotated[
+        str | None,
+        of_decoding(
+            metavar="KIND",
+            help="How keys are held while decoding: sliding:TOKENS, fp8, quanto, hqq or offloaded "
+            "(needs a GPU). Default: as after the prefill.",
+        ),
+    ] = None,
 ) -> None:
     """Answer questions from separately cached chunks, and report what each answer cost."""
     from blocktune.commands import answering as ways
@@ -95,6 +104,9 @@ def answer(
     held = store is not None and ways.holds_chunks(store)
     engine = opt.load_engine(model, adapter, store, dtype, device, quantize)
     engine = opt.reworded(engine, instruction, system, wording)
+    if decode_cache is not None:
+        engine = engine.decoding_on(decode_cache)
+    engine.responses = opt.responses(response_cache, engine.store)
     run = ways.Run(engine, built, max_new_tokens, sampling, batch_size)
     run.require_room(examples)
     if show_prompt:
@@ -144,7 +156,7 @@ def encode(
     """Encode chunks ahead of time into a store that `answer --store` reads."""
     from blocktune.adapter import INFO_FILE
     from blocktune.cache import ChunkStore
-    from blocktune.commands.answering import encoding_progress
+    from blocktune.commands.answering import encoding_progress, report_encoded
     from blocktune.data import load_chunks
     from blocktune.engine import EncodeReport
     from blocktune.evaluation.runner import launched
@@ -167,19 +179,9 @@ def encode(
         encoding_progress(processes.is_main) as progress,
     ):
         report = engine.encode(mine, progress) if mine else EncodeReport(0, 0, 0, 0.0)
-    known = report.num_chunks - report.num_encoded
-    stats = kept.stats()
-    written = stats.disk_bytes_written
-    each = f", {written / report.num_tokens / 1e3:,.1f} kB a token" if report.num_tokens else ""
-    typer.echo(
-        (f"process {processes.rank + 1} of {processes.count}: " if processes.count > 1 else "")
-        + f"encoded {report.num_encoded:,} chunks ({report.num_tokens:,} tokens) in "
-        f"{report.encode_s:.1f} s, {known:,} were there; {written / 1e6:,.1f} MB written to "
-        f"{kept.place}{each}"
-    )
+    who = f"process {processes.rank + 1} of {processes.count}: " if processes.count > 1 else ""
+    report_encoded(report, kept, who)
     processes.wait()
-    if problem := opt.rejected(stats, kept.place):
-        typer.echo(problem, err=True)
     while follow:
         if count := engine.encode_wanted():
             typer.echo(f"{count:,} chunks were wanted, and are encoded")

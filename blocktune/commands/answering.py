@@ -24,7 +24,7 @@ from blocktune.cache.folder import ChunkFolder
 from blocktune.commands.errors import resumable
 from blocktune.commands.options import rejected
 from blocktune.data import RagExample, load_examples
-from blocktune.engine import Answer, Engine, Sampling, Usage
+from blocktune.engine import Answer, EncodeReport, Engine, Sampling, Usage
 from blocktune.files import append_lines, locked, truncate_lines, whole_lines
 from blocktune.methods import Method, parse_method
 from blocktune.prompt import Chunk, show
@@ -178,6 +178,20 @@ def encoding_progress(shown: bool) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(
             task, completed=done, total=total, tokens=f"{done:,} of {total:,} tokens"
         )
+
+
+def report_encoded(report: EncodeReport, store: ChunkStore, who: str) -> None:
+    """Says how many chunks were encoded, and what could not be used; ``who`` opens the line."""
+    stats, known = store.stats(), report.num_chunks - report.num_encoded
+    written = stats.disk_bytes_written
+    each = f", {written / report.num_tokens / 1e3:,.1f} kB a token" if report.num_tokens else ""
+    typer.echo(
+        f"{who}encoded {report.num_encoded:,} chunks ({report.num_tokens:,} tokens) in "
+        f"{report.encode_s:.1f} s, {known:,} were there; {written / 1e6:,.1f} MB written to "
+        f"{store.place}{each}"
+    )
+    if problem := rejected(stats, store.place):
+        typer.echo(problem, err=True)
 
 
 def holds_chunks(store: str) -> bool:

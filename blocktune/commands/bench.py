@@ -128,6 +128,46 @@ def reuse(
 
 
 @command(
+    "ttft",
+    "blocktune bench ttft --model data/tiny --tokens 512,1024 --picture out/ttft.png",
+    "blocktune bench ttft --adapter out/block --repeats 5 --json",
+    of=group,
+)
+def ttft(
+    model: opt.Model = None,
+    adapter: opt.Adapter = None,
+    tokens: Annotated[
+        str, Option(metavar="N,N,...", help="Lengths of the prompt, question included.")
+    ] = "512,1024,2048,4096,8192",
+    chunk: ChunkTokens = 128,
+    repeats: Repeats = 3,
+    threads: Annotated[int, Option(min=1, help="Threads that PyTorch may use.")] = 2,
+    dtype: opt.Dtype = "float32",
+    device: opt.Device = None,
+    picture: Annotated[Path | None, Option(help="PNG to draw: seconds against length.")] = None,
+    output: Output = None,
+    as_json: opt.AsJson = False,
+) -> None:
+    """Time first tokens with all chunks cached, in parts beside their limits, and in full."""
+    from blocktune.bench.ttft import bench_ttft, draw_ttft, table
+    from blocktune.files import replace_json
+
+    if not all(part.strip().isdecimal() for part in tokens.split(",")):
+        raise ValueError(f"--tokens must be lengths such as 512,8192, got '{tokens}'")
+    lengths = [int(part) for part in tokens.split(",")]
+    engine = opt.load_engine(model, adapter, None, dtype, device)
+    found = bench_ttft(engine, lengths, chunk=chunk, repeats=repeats, num_threads=threads)
+    if output is not None:
+        replace_json(output, found)
+    if picture is not None:
+        draw_ttft(found, picture)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        table(found).show()
+
+
+@command(
     "loading",
     "blocktune bench loading --folder /mnt/slow   # the disk to measure",
     "blocktune bench loading --tiny --json",

@@ -118,7 +118,7 @@ def profile_layers(
     most_layers: Annotated[
         int | None, Option(min=1, help="Longest range of layers to try. Default: all.")
     ] = None,
-    batch_size: Annotated[int, Option(min=1, help="Questions per batch.")] = 8,
+    batch_size: opt.BatchSize = 8,
     dtype: opt.Dtype = "auto",
     quantize: opt.Quantize = None,
     device: opt.Device = None,

@@ -40,6 +40,18 @@ def passages(
     own: Annotated[
         bool, Option("--own", help="Keep the best of each question's own passages, by BM25.")
     ] = False,
+    embedder: Annotated[
+        str | None,
+        Option(
+            metavar="MODEL",
+            help="Search --corpus by sentence embeddings of this model instead of BM25, such as "
+            "sentence-transformers/all-MiniLM-L6-v2.",
+        ),
+    ] = None,
+    store: Annotated[
+        str | None,
+        Option(metavar="PLACE[,NAME=VALUE...]", help="Keep the embeddings, as `answer --store`."),
+    ] = None,
     k: Annotated[int, Option(min=1, help="Passages per question.")] = 10,
     answerable: Annotated[
         bool, Option("--answerable", help="Leave out questions whose passages hold no answer.")
@@ -51,6 +63,8 @@ def passages(
     """Give questions their passages: by BM25, from your own retriever, or the best of their own."""
     if [corpus is not None, retrieved is not None, own].count(True) != 1:
         raise ValueError("give one of --corpus FILE, --retrieved FILE and --own")
+    if (embedder is not None and corpus is None) or (store is not None and embedder is None):
+        raise ValueError("--embedder searches --corpus, and --store keeps what it embeds")
     opt.quiet_libraries()
     from blocktune.data import load_chunks, retrieval
     from blocktune.data.answers import holds_answer, is_verdict
@@ -64,7 +78,8 @@ def passages(
         mapped = with_fields(source, fields)
         questions = retrieval.read_questions(mapped, limit=limit, split=split)
         if corpus is not None:
-            examples = retrieval.from_corpus(questions, load_chunks(corpus), k)
+            embed = opt.embedder(embedder, store)
+            examples = retrieval.from_corpus(questions, load_chunks(corpus), k, embed)
         else:
             found = retrieval.read_retrieved(retrieved)
             examples = list(retrieval.from_retriever(questions, found, k))
@@ -97,13 +112,11 @@ def answer(
     limit: Limit = None,
     split: Split = None,
     fields: Fields = None,
-    max_new_tokens: Annotated[int, Option(min=1, help="Longest answer, in tokens.")] = 200,
-    temperature: Annotated[float, Option(help="0 is greedy; KVLink took 0.7.")] = 0.0,
-    top_p: Annotated[
-        float, Option(help="Nucleus sampling: keep tokens up to this cumulative probability.")
-    ] = 1.0,
-    seed: Annotated[int, Option(help="Seed of the sampling.")] = 0,
-    batch_size: Annotated[int, Option(min=1, help="Questions answered at a time.")] = 16,
+    max_new_tokens: opt.MaxNewTokens = 200,
+    temperature: opt.Temperature = 0.0,
+    top_p: opt.TopP = 1.0,
+    seed: opt.Seed = 0,
+    batch_size: opt.BatchSize = 16,
     only_correct: Annotated[
         bool, Option("--only-correct", help="Leave out answers that mention no accepted one.")
     ] = False,

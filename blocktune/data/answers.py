@@ -50,9 +50,9 @@ def chunk_mentions(chunk: Chunk, answers: Iterable[str]) -> bool:
 
 
 def evidence(example: RagExample) -> frozenset[int]:
-    """Indices of chunks that must not be dropped: the supporting ones, else those with an answer.
+    """Indices of chunks that must not be dropped.
 
-    If there are neither, all. An answer that is yes or no is nowhere.
+    The supporting ones, else those that mention an answer other than yes and no, else all.
     """
     if example.supporting:
         return frozenset(example.supporting)

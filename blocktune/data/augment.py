@@ -22,9 +22,7 @@ class Augment:
     """How contexts are varied; chunks with `evidence` are never dropped."""
 
     shuffle: bool = False  # put the chunks into a random order
-    # chunks in the context: a number or the smallest and the largest, one of which is drawn per
-    # example; None keeps the number
-    num_chunks: Range | None = None
+    num_chunks: Range | None = None  # chunks in the context: N, or [low, high]; None: as it is
     num_distractors: Range | None = None  # the same for chunks that hold no evidence. Not both
     seed: int = 0  # of all draws; example ``i`` of a source is always varied in the same way
 

@@ -27,18 +27,14 @@ class Part:
     """One source of a mixture."""
 
     source: str  # what `load_examples` reads
-    # ``block``: chunks see only themselves; ``full``: stock causal attention; ``both``: every
-    # example twice, once in each (duplication only)
-    mode: str = BLOCK
+    mode: str = BLOCK  # attention: ``block``, ``full``, or ``both``: each example twice
     # under sampling the share of all examples, relative to the other parts' weights; under
     # duplication how often the part's examples are taken, 0.5 for half of them
     weight: float = 1.0
     limit: int | None = None  # load the first examples only
     split: str | None = None  # of a Hub data set, ``train`` unless the source names another
-    # cuts conversations and documents; None uses the source's default
-    chunker: Chunker | None = None
-    # how contexts are varied, drawn again each time an example is taken
-    augment: Augment | None = None
+    chunker: Chunker | None = None  # cuts conversations and documents; None: the source's own
+    augment: Augment | None = None  # how contexts are varied, each time an example is taken
     # fields of `PromptFormat` that differ for this part, e.g. ``instruction``: conversations do not
     # ask for an answer "from the passages below"
     format: Mapping[str, Any] | None = None

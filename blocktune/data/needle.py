@@ -45,10 +45,8 @@ class NeedleConfig:
     n: int = 10  # examples of each length and depth
     seed: int = 0  # another seed gives other needles
     chunk: int = 256  # tokens of a chunk
-    # file of prose (text, or JSON with ``"text"``); None generates prose
-    haystack: str | None = None
-    # folder or Hub name of the tokenizer that counts; None takes the model's
-    tokenizer: str | None = None
+    haystack: str | None = None  # file of prose, or JSON with ``"text"``; None: generated
+    tokenizer: str | None = None  # folder or name of the one that counts; None: the model's
 
     def __post_init__(self):
         if not self.lengths or min(self.lengths) < 1:

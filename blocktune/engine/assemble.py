@@ -13,7 +13,7 @@ from torch import Tensor
 
 from blocktune.cache import ChunkKV, RowCache
 from blocktune.cache.chunk_file import FileKV
-from blocktune.engine.encode import Piece
+from blocktune.engine.encode import Found
 from blocktune.engine.state import ServedBatch
 from blocktune.layout import GLOBAL, Kind, Layout
 from blocktune.methods.hooks import ChunkLoader, DamagedChunk
@@ -55,25 +55,28 @@ def from_chunks(
     served: ServedBatch,
     layers: Sequence[int] = (),
     loader: ChunkLoader | None = None,
+    found: Found | None = None,
     lazy: bool = True,
 ) -> Assembled:
     """Fills the cache with the prefix and the chunks, each encoded alone and moved into place.
 
     What they carried into ``layers`` is laid out beside it. With a ``loader`` a layer is
-    filled when the forward pass comes to it. ``lazy``: chunks that no memory will hold are read
-    into their place at once; one that fails only then raises `DamagedChunk`.
+    filled when the forward pass comes to it. ``found``: the chunks, if they were looked up.
+    ``lazy``: chunks that no memory will hold are read into their place at once; one that fails
+    only then raises `DamagedChunk`.
     """
     batch, cache, watch, state = served.batch, served.cache, served.watch, served.state
     layout = batch.layout
-    wanted = [wanted_pieces(batch, index) for index in range(layout.batch_size)]
-    together = [piece for prompt in wanted for piece in prompt]
-    found = state.encoder.find(together, watch, layers, loader, lazy=lazy)
+    if found is None:
+        together = [piece for prompt in served.wanted for piece in prompt]
+        found = state.encoder.find(together, watch, layers, loader, lazy=lazy)
+    hits = found.hits
     result = Assembled.empty(batch)
     result.cached = (layout.kind == Kind.PREFIX) | is_held(layout)
     watch.start()
     if loader is not None:
         loader.start()
-    for index, prompt in enumerate(wanted):
+    for index, prompt in enumerate(served.wanted):
         result.misses[index] = len(served.pieces[index].chunks)
         if not prompt:  # computed in full, and without a prefix
             continue
@@ -96,7 +99,7 @@ def from_chunks(
             result.states[layer][index].index_copy_(0, columns, joined)
             result.bytes_read[index] += sum(states.num_bytes for states in stored)
         chunks = [piece for piece in prompt if not piece.is_prefix]
-        result.hits[index] = sum(piece in found.hits for piece in chunks)
+        result.hits[index] = sum(piece in hits for piece in chunks)
         result.misses[index] -= result.hits[index]
     watch.stop("relocate_s")
     return result
@@ -105,30 +108,16 @@ def from_chunks(
 def from_prefix(served: ServedBatch) -> Assembled:
     """Fills the cache with the longest exact prefix that an earlier prompt left behind."""
     result, state, watch = Assembled.empty(served.batch), served.state, served.watch
+    tree = state.prefixes(served.method)
     for index, prompt in enumerate(served.pieces):
         watch.start()
-        with state.prefix_tree.match(state.encoder.fingerprint, prompt.context) as match:
+        with tree.match(state.encoder.fingerprint, prompt.context) as match:
             watch.stop("lookup_s")
             match.load(served.cache, index)
             facts = match.num_tokens, match.num_bytes, match.disk_tokens
             result.found_prefix(served.batch.layout, index, prompt, *facts)
             watch.stop("load_s")
     return result
-
-
-def wanted_pieces(batch: Batch, index: int) -> list[Piece]:
-    """The prefix (if any), then the chunks, each with the blanks it is encoded after."""
-    layout, ids = batch.layout, batch.input_ids[index]
-    kind, chunk = layout.kind[index], layout.chunk[index]
-    encoded, blank = is_held(layout)[index], kind == Kind.BLANK
-
-    def taken(rows: Tensor) -> tuple[int, ...]:
-        return tuple(ids[rows].tolist())
-
-    masks = [chunk == index for index in chunk[encoded].unique().tolist()]
-    chunks = [Piece(taken(encoded & own), taken(blank & own)) for own in masks]
-    prefix = taken(kind == Kind.PREFIX)
-    return [Piece(prefix, is_prefix=True), *chunks] if prefix else chunks
 
 
 def is_held(layout: Layout) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from blocktune.attention import Plan, SplitPlan
+from blocktune.attention import Plan, SplitPlan, planned_forward
 from blocktune.attention.cached import CachePlan
 from blocktune.attention.kernels import AttentionParams, attention_weights, plain_scores
 from blocktune.cache import RowCache
@@ -32,7 +32,7 @@ class ProbeDone(Exception):
     """Ends a forward pass: what was wanted of it is known."""
 
 
-class Probe:
+class ScoreReader:
     """Computes the scores of some rows a second time, and counts ``multiply_adds`` ``(B,)``."""
 
     def __init__(self, batch_size: int):
@@ -70,7 +70,7 @@ class Probe:
         self.multiply_adds += (wanted.sum(1) * macs).cpu()
 
 
-class ChunkAttention(Probe):
+class ChunkAttention(ScoreReader):
     """What the question's rows, and rows of chunks that no cache held, pay each chunk.
 
     ``mass`` ``(B, N, C)`` float32 is the attention weight that each column's row pays each chunk,
@@ -90,7 +90,7 @@ class ChunkAttention(Probe):
     def read(
         self, rows: Rows, query: Tensor, key: Tensor, rule: LayerRule, params: AttentionParams
     ) -> None:
-        """Adds one layer's weights; arguments as in `Probe.scores`, a row's order is its column."""
+        """Adds one layer's weights; arguments as in `scores`, a row's order is its column."""
         column = rows.order.clamp(min=0)
         uncached = self.columns.group.gather(1, column) == GLOBAL
         wanted = (rows.kind == Kind.QUERY) | ((rows.kind == Kind.CHUNK) & uncached)
@@ -106,7 +106,7 @@ class ChunkAttention(Probe):
         return torch.where(asks[..., None], self.mass, 0.0).sum(1)
 
 
-class QueryProbe(Probe):
+class QueryProbe(ScoreReader):
     """Attends by another plan, and reads what the question's rows attend to.
 
     ``by_layer`` has, of each layer read, the attention weight of each key, mean over the heads,
@@ -154,7 +154,7 @@ class QueryProbe(Probe):
         return self.plan.attend(query, key, value, rule, params)
 
 
-class OutsideProbe(Probe):
+class OutsideProbe(ScoreReader):
     """Reads, in the first layer, how much attention leaves the row's own chunk; then ends the pass.
 
     ``share`` is that of each row's attention that goes elsewhere, mean over the heads, ``(B, R)``.
@@ -301,9 +301,8 @@ class ScoringPasses:
 
     @torch.no_grad()
     def _run(self, model: PreTrainedModel, ids: Tensor, position: Tensor, plan, cache=None) -> None:
-        options = {"past_key_values": cache, "use_cache": cache is not None, "logits_to_keep": 1}
         with suppress(ProbeDone):
-            model(ids, position_ids=position, plan=plan, **options)
+            planned_forward(model, ids, position, plan, cache, logits_to_keep=1)
 
 
 def _to_encoded(columns: Rows) -> Tensor:

@@ -5,38 +5,49 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import reduce
+from typing import Any
 
 import torch
 
 from blocktune.engine.assemble import Assembled, from_chunks, from_prefix
 from blocktune.engine.attention_probes import ScoringPasses
+from blocktune.engine.encode import Found
 from blocktune.engine.generation import Generation, Sampling
 from blocktune.engine.layer_schedule import LayerSchedule, prefill
 from blocktune.engine.prompts import PromptMaker
 from blocktune.engine.recurrent import prefill_recurrent
-from blocktune.engine.rows import Computed, computed_rows
+from blocktune.engine.rows import Computed, computed_rows, to_columns
 from blocktune.engine.state import EngineState, ServedBatch
 from blocktune.engine.usage import Executed
-from blocktune.layout import Kind
+from blocktune.layout import FOREVER, Kind
 from blocktune.methods import Cached, Method, Selection
 from blocktune.methods.hooks import ChunkLoader, DamagedChunk
+from blocktune.methods.select.base import selectable
 from blocktune.prompt import LayoutSpec, Pieces, Prompt
 
 
 @torch.no_grad()
 def prefill_batch(
-    state: EngineState, prompts: Sequence[Prompt], pieces: Sequence[Pieces], method: Method
+    state: EngineState,
+    prompts: Sequence[Prompt],
+    pieces: Sequence[Pieces],
+    method: Method,
+    found: Found | None = None,
 ) -> Generation:
-    """Assembles what is cached, computes the rest, and stops before the first token."""
+    """Assembles what is cached, computes the rest, and stops before the first token.
+
+    ``found``: the prompts' chunks, if they were looked up.
+    """
     batch = state, prompts, pieces, method
     if state.recurrence is not None:
         return prefill_recurrent(*batch)
     loader = method.loader(state.encoder.store, state.encoder.fingerprint)
     try:
         with loader or nullcontext():
-            return _prefill(ServedBatch.stacked(*batch), loader)
+            looked = found if loader is None else None
+            return _prefill(ServedBatch.stacked(*batch), loader, looked)
     except DamagedChunk:  # read as a whole, the store rejects the chunk, and it is encoded again
-        return _prefill(ServedBatch.stacked(*batch), None, lazy=False)
+        return _prefill(ServedBatch.stacked(*batch), None, None, lazy=False)
 
 
 def warm_up(
@@ -51,11 +62,13 @@ def warm_up(
         next(prefill_batch(state, laid, earlier, method).tokens(Sampling(), 1))
 
 
-def _prefill(served: ServedBatch, loader: ChunkLoader | None, lazy: bool = True) -> Generation:
+def _prefill(
+    served: ServedBatch, loader: ChunkLoader | None, found: Found | None, lazy: bool = True
+) -> Generation:
     """Assembles, chooses and computes; without a loader, chunks are loaded before any of it."""
     state, method, watch = served.state, served.method, served.watch
     selection = method.select_for(state.num_layers)
-    assembled = _assemble(served, selection, loader, lazy)
+    assembled = _assemble(served, selection, loader, found, lazy)
     watch.start()
     if loader is not None and method.layer_budget is None:
         tokens = int(served.batch.layout.is_context.sum())
@@ -86,11 +99,9 @@ def _prefill(served: ServedBatch, loader: ChunkLoader | None, lazy: bool = True)
     )
 
 
-def _assemble(
-    served: ServedBatch, selection: Selection, loader: ChunkLoader | None, lazy: bool
-) -> Assembled:
+def _assemble(served: ServedBatch, selection: Selection, *how: Any) -> Assembled:
     if served.method.cached is Cached.CHUNKS:
-        return from_chunks(served, selection.widens(served.state.num_layers), loader, lazy)
+        return from_chunks(served, selection.widens(served.state.num_layers), *how)
     if served.method.cached is Cached.EXACT_PREFIX:
         return from_prefix(served)
     return Assembled.empty(served.batch)
@@ -104,8 +115,14 @@ def _choose(
     # What no cache holds is computed anyway, and a chunk's token when it is selected (its
     # original is overwritten then).
     start = ~assembled.cached & ~layout.is_pad & (layout.kind != Kind.BLANK)
+    depth = hidden = None
     if served.method.cached is Cached.CHUNKS:
-        start = start | selection.begin(layout, passes)
+        begun = selection.begin(layout, passes)
+        if begun.dtype != torch.bool:  # in so many layers
+            depth = begun.masked_fill(start, FOREVER)
+        start = start | (begun > 0)
+    if selection.sees == "chosen":
+        hidden = to_columns(selectable(layout) & ~start, layout, served.columns)
     layers = selection.widens(served.state.num_layers)
     widened = {layer: selection.widen(layer, layout) for layer in layers}
     candidates = computed_rows(served.batch, reduce(torch.logical_or, widened.values(), start))
@@ -114,4 +131,6 @@ def _choose(
         start=candidates.of(start),
         widen={layer: candidates.of(mask) for layer, mask in widened.items()},
         states=assembled.states,
+        depth=None if depth is None else depth.gather(1, candidates.index),
+        hidden=hidden,
     )

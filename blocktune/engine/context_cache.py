@@ -17,7 +17,6 @@ from blocktune.engine.prompts import PromptMaker
 from blocktune.engine.state import EngineState
 from blocktune.layout import Kind
 from blocktune.methods import Method
-from blocktune.models.recurrent import REUSE_REFUSED
 from blocktune.prompt import Chunk, Pieces, Prompt
 
 
@@ -31,20 +30,12 @@ class CachedContext:
     output = engine.model.generate(**inputs, max_new_tokens=32)
     text = engine.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :])
     ```
-
-    Attributes:
-        past_key_values: Keys, rotated to their positions, and values of ``N`` tokens. No layer
-            drops tokens: the model's own mask applies a sliding window.
-        input_ids: The tokens, ``(1, N)``.
-        position_ids: Their positions, ``(1, N)``. With reserved or parallel placement they are not
-            0 to N - 1, and `generate` needs them.
-        question: What the method chose its tokens by; None: the cache serves any question.
     """
 
-    past_key_values: DynamicCache
-    input_ids: Tensor
-    position_ids: Tensor
-    question: str | None
+    past_key_values: DynamicCache  # of N tokens, keys rotated to their positions
+    input_ids: Tensor  # ``(1, N)``
+    position_ids: Tensor  # ``(1, N)``; of reserved or parallel placement not 0 to N - 1
+    question: str | None  # that the method chose its tokens by; None: serves any question
     _lay_out: Callable[[str], Prompt]
     _decoding: dict[str, Any]
 
@@ -90,7 +81,7 @@ def make_context(
 ) -> CachedContext:
     """See `Engine.cache`."""
     if state.recurrence is not None:
-        raise ValueError(REUSE_REFUSED.format("a cache of the context"))
+        raise ValueError(state.recurrence.refusal.format("a cache of the context"))
     if method.reshape() is not None:
         raise ValueError(
             f"method '{method.name}' reshapes attention to the chunks, which a stock model does "

@@ -6,21 +6,24 @@ import copy
 import hashlib
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import NamedTuple
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
 from blocktune.adapter import scope_of
-from blocktune.attention import Plan, SplitPlan
-from blocktune.cache import ChunkKV, ChunkStates, ChunkStore, Entry, states_key, stored_key
-from blocktune.cache.chunk_file import ChunkFile, FileKV
+from blocktune.attention import Plan, SplitPlan, planned_forward
+from blocktune.cache import ChunkKV, ChunkStates, ChunkStore, states_key, stored_key
+from blocktune.cache.chunk_file import FileKV
 from blocktune.cache.shelf import MissQueue
+from blocktune.engine.press import Press
 from blocktune.engine.usage import Stopwatch
 from blocktune.methods.hooks import ChunkLoader
+from blocktune.positions import RopeSpec
 from blocktune.prompt import LayoutSpec, Pieces, Prompt, lay_out, stack
 
 Ids = tuple[int, ...]
@@ -35,6 +38,19 @@ class Piece:
     ids: Ids  # tokens that are stored
     blanks: Ids = ()  # tokens before it during encoding, whose own states are dropped
     is_prefix: bool = False  # whether it is the prefix, which no adapter of scope ``encode`` writes
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.ids, self.blanks, self.is_prefix))
+
+    def __hash__(self):  # once for each piece: a prompt asks many times for each
+        return self._hash
+
+
+def wanted_pieces(prompt: Prompt) -> list[Piece]:
+    """The prefix (if any), then the chunks, each with the blanks it is encoded after."""
+    prefix = [Piece(prompt.prefix, is_prefix=True)] if prompt.prefix else []
+    return prefix + [Piece(*chunk) for chunk in prompt.chunks]
 
 
 def alone(piece: Piece) -> Prompt:
@@ -70,30 +86,55 @@ class EncodeReport(NamedTuple):
     encode_s: float
 
 
-class Found(NamedTuple):
-    """Encoded pieces: ``hits`` were in the store, ``misses`` had to be encoded.
+@dataclass
+class Found:
+    """Encoded pieces, and the tier of the store that had each (``none``: it had to be encoded)."""
 
-    ``states`` are what each piece carried into the layers that were asked for.
-    """
+    kvs: dict[Piece, ChunkKV] = field(default_factory=dict)
+    states: dict[tuple[Piece, int], ChunkStates] = field(default_factory=dict)  # of layers asked
+    tiers: dict[Piece, str] = field(default_factory=dict)
 
-    kvs: dict[Piece, ChunkKV]
-    hits: frozenset[Piece]
-    misses: frozenset[Piece]
-    states: dict[tuple[Piece, int], ChunkStates]
+    @property
+    def hits(self) -> set[Piece]:
+        """Pieces that the store had."""
+        return {piece for piece, tier in self.tiers.items() if tier != "none"}
+
+    @property
+    def misses(self) -> set[Piece]:
+        """Pieces that had to be encoded."""
+        return self.tiers.keys() - self.hits
 
 
-# A request asks several times for the key of each chunk: 0.1 ms for 512 tokens.
-_stored_key = lru_cache(1024)(stored_key)
+REMEMBERED = 1024
+"""Tokens of a piece whose key is remembered at most: keys of 512 tokens take 0.1 ms to make."""
+
+
+@lru_cache(2048)
+def _stored_key(fingerprint: str, piece: Piece, scoped: bool) -> str:
+    return stored_key(fingerprint, piece.ids, piece.blanks, scoped)
+
+
 _Encoded = tuple[Piece, ChunkKV, dict[int, ChunkStates]]
 
 
 class Encoder:
     """Turns pieces into their keys and values, through the store."""
 
-    def __init__(self, model: nn.Module, store: ChunkStore, fingerprint: str, pad_id: int):
-        """Encodes with ``model`` (attached to blocktune's attention) and keeps in ``store``."""
+    def __init__(
+        self,
+        model: nn.Module,
+        store: ChunkStore,
+        fingerprint: str,
+        pad_id: int,
+        rope: RopeSpec | None = None,
+        press: Press | None = None,
+    ):
+        """Encodes with ``model`` (attached to blocktune's attention) and keeps in ``store``.
+
+        ``rope`` is the model's; ``press`` drops keys of the chunks.
+        """
         self.model, self.store, self.tenant = model, store, ""
-        self.fingerprint, self.pad_id = fingerprint, pad_id
+        self.fingerprint, self.pad_id, self.rope, self.press = fingerprint, pad_id, rope, press
         self._is_scoped = scope_of(model) != "both"
 
     def find(
@@ -112,36 +153,48 @@ class Encoder:
         encoded can be removed by the names of ``documents``. A ``lazy`` reader gets chunks that no
         memory will hold as `FileKV`: their layers are read when they are asked for.
         """
-        kvs: dict[Piece, ChunkKV] = {}
-        states: dict[tuple[Piece, int], ChunkStates] = {}
-        missing = []
-        for piece in dict.fromkeys(pieces):
-            key = self.key(piece)
-            entry = self._look_up(key, piece, ChunkKV, watch, loader, lazy)
-            inputs = {
-                layer: self._look_up(states_key(key, layer), piece, ChunkStates, watch)
-                for layer in layers
-            }
-            if entry is None or None in inputs.values():
-                missing.append(piece)
-                continue
-            kvs[piece] = entry
-            states |= {(piece, layer): found for layer, found in inputs.items()}
-        hits = frozenset(kvs)
+        found = self.look_up(pieces, watch, layers, loader, lazy)
         watch.start()
-        for group in grouped(missing):
+        for group in grouped(piece for piece in found.tiers if piece not in found.kvs):
             started, tokens = time.perf_counter(), sum(map(_size, group))
             made = self._encode_together(group, layers)
             token_s = (time.perf_counter() - started) / tokens
             for piece, kv, inputs in made:
                 about = {"seconds": token_s * _size(piece), "tenant": self.tenant}
                 about["document"] = (documents or {}).get(piece, "")
-                kvs[piece] = self.store.put(self.key(piece), kv, **about)
+                found.kvs[piece] = self.store.put(self.key(piece), kv, **about)
                 for layer, entering in inputs.items():
                     key = states_key(self.key(piece), layer)
-                    states[piece, layer] = self.store.put(key, entering, **about)
+                    found.states[piece, layer] = self.store.put(key, entering, **about)
         watch.stop("encode_s")
-        return Found(kvs, hits, frozenset(missing), states)
+        return found
+
+    def look_up(
+        self,
+        pieces: Iterable[Piece],
+        watch: Stopwatch,
+        layers: Sequence[int] = (),
+        loader: ChunkLoader | None = None,
+        lazy: bool = False,
+    ) -> Found:
+        """What the store has of the pieces; see `find`, which encodes the others."""
+        found, model = Found(), self.fingerprint
+        for piece in dict.fromkeys(pieces):
+            key = self.key(piece)
+            how = {"read": FileKV.read} if lazy and not loader and self.store.is_on_disk else {}
+            looked = [(loader or self.store).lookup(key, piece.ids, model, **how)]
+            for layer in layers:
+                own = states_key(key, layer)
+                looked.append(self.store.lookup(own, piece.ids, model, ChunkStates))
+            watch.add("lookup_s", sum(one.lookup_s for one in looked))
+            watch.add("load_s", sum(one.load_s for one in looked))
+            if any(one.kv is None for one in looked):
+                found.tiers[piece] = "none"
+                continue
+            found.tiers[piece], found.kvs[piece] = looked[0].tier, looked[0].kv
+            for layer, one in zip(layers, looked[1:], strict=True):
+                found.states[piece, layer] = one.kv
+        return found
 
     def encode(
         self,
@@ -176,30 +229,19 @@ class Encoder:
         queue.done(self.fingerprint, wanted)
         return len(wanted)
 
-    def salted(self, salt: str) -> Encoder:
+    def salted(self, salt: str, what: str = "salt") -> Encoder:
         """See `Engine.salted`."""
-        other = copy.copy(self)
-        other.fingerprint = hashlib.sha256(f"{self.fingerprint} salt {salt}".encode()).hexdigest()
+        other, mixed = copy.copy(self), f"{self.fingerprint} {what} {salt}"
+        other.fingerprint = hashlib.sha256(mixed.encode()).hexdigest()
         other.tenant = other.fingerprint[:12]
         self.store.share_rope(self.fingerprint, other.fingerprint)
         return other
 
-    def _look_up(
-        self, key: str, piece: Piece, kind: type[Entry], watch, loader=None, lazy: bool = False
-    ):
-        if loader is not None:
-            found = loader.lookup(key, piece.ids, self.fingerprint)
-        else:
-            read = FileKV.read if lazy and self.store.is_on_disk else ChunkFile.entry
-            found = self.store.lookup(key, piece.ids, self.fingerprint, kind, read=read)
-        watch.add("lookup_s", found.lookup_s)
-        watch.add("load_s", found.load_s)
-        return found.kv
-
     def key(self, piece: Piece) -> str:
         """Under which the store keeps a piece."""
         scoped = piece.is_prefix and self._is_scoped
-        return _stored_key(self.fingerprint, piece.ids, piece.blanks, scoped)
+        make = _stored_key if _size(piece) <= REMEMBERED else _stored_key.__wrapped__
+        return make(self.fingerprint, piece, scoped)
 
     def sample(self) -> ChunkKV:
         """One token's keys and values, for their shapes and dtype."""
@@ -208,23 +250,38 @@ class Encoder:
 
     @torch.no_grad()
     def _encode_together(self, pieces: list[Piece], layers: Sequence[int]) -> list[_Encoded]:
-        batch = stack([alone(piece) for piece in pieces], self.pad_id).to(self.model.device)
+        whole = [alone(self._whole(piece)) for piece in pieces]
+        batch = stack(whole, self.pad_id).to(self.model.device)
         cache = DynamicCache()
         plan = InputRecorder(SplitPlan(batch.layout), layers)
-        self.model(
-            batch.input_ids,
-            position_ids=batch.layout.position,
-            plan=plan,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return [self._cut(cache, plan.inputs, index, piece) for index, piece in enumerate(pieces)]
+        positions = batch.layout.position
+        with nullcontext() if self.press is None else self.press.watching(self.model) as seen:
+            planned_forward(self.model, batch.input_ids, positions, plan, cache, logits_to_keep=1)
+        made = cache, plan.inputs, seen
+        return [self._cut(*made, index, piece) for index, piece in enumerate(pieces)]
 
-    def _cut(self, cache: DynamicCache, inputs: dict[int, Tensor], index: int, piece: Piece):
-        span, ids = slice(len(piece.blanks), _size(piece)), torch.tensor(piece.ids)
+    def _whole(self, piece: Piece) -> Piece:
+        """What is encoded: of a chunk that is thinned, the tokens that are dropped, too."""
+        if self.press is None or piece.is_prefix:
+            return piece
+        return Piece(piece.ids + piece.blanks)
+
+    def _cut(
+        self,
+        cache: DynamicCache,
+        inputs: dict[int, Tensor],
+        seen: list[dict[str, Any]] | None,
+        index: int,
+        piece: Piece,
+    ) -> _Encoded:
+        whole, ids = self._whole(piece), torch.tensor(piece.ids)
+        span = slice(len(whole.blanks), _size(whole))
         keys = tuple(layer.keys[index, :, span] for layer in cache.layers)
         values = tuple(layer.values[index, :, span] for layer in cache.layers)
+        if self.press is not None and not piece.is_prefix:
+            layers = zip(seen, keys, values, strict=True)
+            thin = [self.press.thin(one, index, *kv) for one, *kv in layers]
+            keys, values = (tuple(kind) for kind in zip(*thin, strict=True))
         states = {
             layer: ChunkStates(made[index, span], layer, ids, self.fingerprint).compact()
             for layer, made in inputs.items()

@@ -17,17 +17,22 @@ from blocktune.adapter.load import load_model
 from blocktune.attention import attach
 from blocktune.cache import ChunkStore, PrefixTree, model_fingerprint
 from blocktune.cache.fingerprint import manifest
+from blocktune.cache.responses import ResponseCache
 from blocktune.data.example import read_chunks
 from blocktune.engine.batch_prefill import prefill_batch, warm_up
 from blocktune.engine.context_cache import CachedContext, make_context
+from blocktune.engine.decode_cache import DecodeCache
 from blocktune.engine.encode import Encoder, EncodeReport
 from blocktune.engine.generation import Answer, Generation, Sampling
 from blocktune.engine.layer_schedule import install
+from blocktune.engine.press import Press
 from blocktune.engine.prompts import PromptMaker, Request, as_request
+from blocktune.engine.recall import Recall
 from blocktune.engine.state import Auxiliaries, EngineState
 from blocktune.links import link_base
 from blocktune.methods import Method, build
 from blocktune.models.gate import require_supported
+from blocktune.models.probe import NoRotary
 from blocktune.models.recurrent import find_recurrence
 from blocktune.prompt import Chunk, Pieces, Prompt, PromptFormat
 from blocktune.prompt.special_tokens import padding_id
@@ -46,8 +51,10 @@ class Engine:
     ```
 
     Several threads may answer at once: what a request changes is its own, and its caches are
-    locked.
+    locked. Set ``responses`` to a `blocktune.cache.responses.ResponseCache` to keep whole answers.
     """
+
+    responses: ResponseCache | None = None
 
     def __init__(
         self,
@@ -64,7 +71,8 @@ class Engine:
 
         Args:
             model: A RoPE decoder, with its adapter attached or merged; or one with recurrent layers
-                (Mamba-2, Qwen3-Next, ...), which serves only methods that reuse no chunk.
+                (Mamba-2, Qwen3-Next, ...) or absolute positions (GPT-2), which serves only methods
+                that reuse no chunk.
             tokenizer: The model's.
             format: Wording of prompts; default: the adapter's, else `PromptFormat`'s.
             adapter: What the model's adapter was trained for, if it has one.
@@ -77,9 +85,12 @@ class Engine:
         """
         recurrence, rope = find_recurrence(model), None
         if recurrence is None:
-            rope = require_supported(model)
-            attach(model)
-            install(model)
+            try:
+                rope = require_supported(model)
+                attach(model)
+                install(model)
+            except NoRotary:
+                recurrence = find_recurrence(model, always=True)
         self.model, self.tokenizer, self.adapter = model.eval(), tokenizer, adapter
         self.format = format or (adapter.format if adapter else PromptFormat())
         if adapter:
@@ -88,10 +99,14 @@ class Engine:
         words, num_tokens = dataclasses.asdict(self.format), link_base(model)
         self.fingerprint = model_fingerprint(model, adapter_folder, tokenizer, words)
         pad_id = padding_id(tokenizer, num_tokens)
-        encoder = Encoder(model, self.store, self.fingerprint, pad_id)
+        press = None if self.store.config.press is None else Press(self.store.config.press)
+        encoder = Encoder(model, self.store, self.fingerprint, pad_id, rope, press)
         if rope is not None:
             facts = model, tokenizer, words, adapter, adapter_folder, rope
             self.store.describe(self.fingerprint, lambda: manifest(*facts, encoder.sample()), rope)
+        if press is not None:  # thinned chunks are no other engine's
+            encoder = encoder.salted(press.text, "press")
+            encoder.tenant, self.fingerprint = "", encoder.fingerprint
         tree = PrefixTree(store=self.store) if prefix_tree is None else prefix_tree
         auxiliaries = Auxiliaries(model, tokenizer)
         self._state = EngineState(
@@ -105,9 +120,10 @@ class Engine:
             link_base=adapter.link_base(model, tokenizer) if adapter else None,
             max_tokens=getattr(config, "max_position_embeddings", NO_LIMIT),  # Mamba has none
             num_layers=config.num_hidden_layers,
-            recurrent=recurrence is not None,
+            refusal=recurrence and recurrence.refusal,
             num_tokens=num_tokens,
             exact_tokens=rope.max_tokens if rope else None,
+            press=press,
         )
 
     @classmethod
@@ -158,7 +174,7 @@ class Engine:
     def encode_wanted(self, most: int = 256) -> int:
         """Encodes up to ``most`` chunks that readers of the store missed; returns how many it was.
 
-        See `blocktune.cache.miss_queue`. Raises ValueError if the store has no folder.
+        See `MissQueue`. Raises ValueError if the store has no folder.
         """
         if self.store.folder is None:
             raise ValueError("chunks are wanted in a folder; give the engine a store with one")
@@ -198,6 +214,19 @@ class Engine:
         other._state = dataclasses.replace(self._state, encoder=encoder)
         return other
 
+    def decoding_on(self, text: str) -> Engine:
+        """The same model and caches; answers are decoded on another kind of cache.
+
+        ``text`` is ``sliding:TOKENS``, ``fp8``, ``quanto``, ``hqq`` or ``offloaded``, see
+        `blocktune.engine.decode_cache.DecodeCache`. Raises ValueError as that does, or if the model
+        decodes on a cache of its own.
+        """
+        if self._state.recurrence is not None:
+            raise ValueError("this model decodes on its own cache; leave the decode cache out")
+        other = copy.copy(self)
+        other._state = dataclasses.replace(self._state, decode_cache=DecodeCache.parse(text))
+        return other
+
     @property
     def state(self) -> EngineState:
         """The model and the caches that its batches share."""
@@ -233,15 +262,20 @@ class Engine:
             ValueError: If the method is unknown or does not fit the model's adapter, or a prompt
                 does not fit the model's context.
         """
-        method = built(method)
+        method, sampling = built(method), sampling or Sampling()
         started = time.perf_counter()
         examples = [as_request(example) for example in examples]
         pieces, prompts = self._read(examples, method, max_new_tokens)
         read_s = (time.perf_counter() - started) / max(1, len(examples))
-        order = list(range(len(examples)))
+        asked = zip(range(len(pieces)), pieces, [e.question for e in examples], strict=True)
+        decoding = sampling, max_new_tokens
+        recalls = [Recall.of(self.responses, self._state, method, decoding, a) for a in asked]
+        answers = [one and one.answer() for one in recalls]
+        order = [index for index, known in enumerate(answers) if known is None]
         if method.history is None:  # what one prompt leaves behind serves the next
             order.sort(key=lambda index: len(prompts[index].ids))
-        answers: list[Answer | None] = [None] * len(examples)
+        held = self._state.decode_cache
+        batch_size = 1 if held is not None and held.window else batch_size
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             warm_up(self._state, self.prompts, [pieces[i] for i in batch], method)
@@ -250,11 +284,15 @@ class Engine:
                 laid = [self.lay_out(pieces[i], method, max_new_tokens) for i in batch]
             run = prefill_batch(self._state, laid, [pieces[i] for i in batch], method)
             run.watch.add("prompt_s", read_s * len(batch))
-            made = run.answers(sampling or Sampling(), max_new_tokens, streams=batch)
+            made = run.answers(sampling, max_new_tokens, streams=batch)
             for index, answer in zip(batch, made, strict=True):
-                chunks = tuple(examples[index].chunks)
-                answers[index] = dataclasses.replace(answer, chunks=chunks)
-        return answers
+                answers[index] = answer
+                if (recall := recalls[index]) is not None:
+                    recall.keep(answer.text, answer.token_ids, answer.usage.ttft_s)
+        return [
+            dataclasses.replace(answer, chunks=tuple(example.chunks))
+            for answer, example in zip(answers, examples, strict=True)
+        ]
 
     def stream(
         self,
@@ -265,11 +303,20 @@ class Engine:
         sampling: Sampling | None = None,
     ) -> Iterator[str]:
         """Yields an answer's text as it is made; the pieces join to `answer`'s text."""
-        method = built(method)
-        warm_up(self._state, self.prompts, [self.prompts.pieces(example, method)], method)
+        method, sampling, example = built(method), sampling or Sampling(), as_request(example)
+        asked = 0, self.prompts.pieces(example, method), example.question
+        decoding = sampling, max_new_tokens
+        recall = Recall.of(self.responses, self._state, method, decoding, asked)
+        if recall is not None and (known := recall.answer()) is not None:
+            yield known.text
+            return
+        warm_up(self._state, self.prompts, [asked[1]], method)
         pieces, prompts = self._read([example], method, max_new_tokens)
         run = prefill_batch(self._state, prompts, pieces, method)
-        yield from run.texts(sampling or Sampling(), max_new_tokens)
+        ids: list[int] = []
+        yield from run.texts(sampling, max_new_tokens, ids)
+        if recall is not None:
+            recall.keep(self._state.text(ids), ids)
 
     def cache(
         self, chunks: Any, method: str | Method = "naive", question: str | None = None

@@ -10,14 +10,17 @@ import torch
 from torch import Tensor
 from transformers import (
     LogitsProcessorList,
+    PreTrainedTokenizerBase,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
+from blocktune.attention import planned_forward
 from blocktune.attention.cached import CachePlan
 from blocktune.cache import cut_exact
 from blocktune.engine.assemble import Assembled
+from blocktune.engine.decode_cache import DecodingCache
 from blocktune.engine.layer_schedule import Prefill
 from blocktune.engine.rows import decoded_rows
 from blocktune.engine.state import ServedBatch
@@ -35,20 +38,14 @@ Pick = Callable[[Tensor], Tensor]
 class Sampling:
     """How the next token is picked. The default is greedy.
 
-    Attributes:
-        temperature: 0 is greedy; above, logits are divided by it.
-        top_k: Keep this many of the likeliest tokens; 0 keeps all.
-        top_p: Nucleus sampling: keep the likeliest tokens up to this cumulative probability.
-        seed: The same seed gives the same answers, in batches of any size.
-
     Raises:
         ValueError: If a value is out of range.
     """
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
+    temperature: float = 0.0  # 0 is greedy; above, logits are divided by it
+    top_k: int = 0  # keep this many of the likeliest tokens; 0 keeps all
+    top_p: float = 1.0  # keep the likeliest tokens up to this cumulative probability
+    seed: int | None = None  # the same one gives the same answers; None is 0, but never kept
 
     def __post_init__(self):
         if self.temperature < 0:
@@ -70,7 +67,7 @@ class Sampling:
             warpers.append(TopKLogitsWarper(self.top_k))
         if self.top_p < 1:
             warpers.append(TopPLogitsWarper(float(self.top_p)))
-        seeds = [(self.seed * 1_000_003 + stream) % (1 << 63) for stream in streams]
+        seeds = [((self.seed or 0) * 1_000_003 + stream) % (1 << 63) for stream in streams]
         generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
         def draw(logits: Tensor) -> Tensor:
@@ -81,21 +78,79 @@ class Sampling:
         return draw
 
 
-@dataclass(frozen=True)
-class Answer:
-    """An answer and what it cost.
+class TextStream:
+    """Decodes token after token; its pieces join to the decoded whole.
+
+    Text is held back while its last character is incomplete, while it may be the beginning of a
+    stop text, and at its end while it is space that would be dropped.
 
     Attributes:
-        text: Decoded, without the end of turn.
-        token_ids: As generated, the end of turn included.
-        usage: The cost.
-        chunks: What was asked over, with the metadata that came with each chunk.
+        stopped: Whether a stop text came.
     """
 
-    text: str
-    token_ids: tuple[int, ...]
-    usage: Usage
-    chunks: tuple[Chunk, ...] = ()
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str] = (), strips: bool = True
+    ):
+        self.tokenizer, self.stops, self.strips = tokenizer, stops, strips
+        self.stopped = False
+        self._ids: list[int] = []
+        self._text, self._shown = "", 0
+        # Tokens are decoded together with those before them, whose text is known.
+        self._from, self._known = 0, 0
+
+    def push(self, token: int) -> str:
+        """The text that can be shown after one more token; often empty."""
+        self._ids.append(token)
+        before = self._decode(self._from, self._known)
+        after = self._decode(self._from, len(self._ids))
+        if len(after) > len(before) and not after.endswith("\ufffd"):
+            self._add(after[len(before) :])
+            self._from, self._known = self._known, len(self._ids)
+        return "" if self.stopped else self._show(len(self._text) - self._held())
+
+    def finish(self) -> str:
+        """What is left to show at the end."""
+        if not self.stopped:
+            before = self._decode(self._from, self._known)
+            self._add(self._decode(self._from, len(self._ids))[len(before) :])
+        return self._show(len(self._text))
+
+    def _decode(self, start: int, stop: int) -> str:
+        return self.tokenizer.decode(self._ids[start:stop], skip_special_tokens=True)
+
+    def _add(self, text: str) -> None:
+        begin = len(self._text)
+        self._text += text
+        found = [
+            at
+            for stop in self.stops
+            if (at := self._text.find(stop, max(0, begin - len(stop)))) >= 0
+        ]
+        if found:
+            self._text, self.stopped = self._text[: min(found)], True
+
+    def _held(self) -> int:
+        """Characters at the end that a stop text begins with."""
+        return max(
+            (n for stop in self.stops for n in range(len(stop)) if self._text.endswith(stop[:n])),
+            default=0,
+        )
+
+    def _show(self, until: int) -> str:
+        text = self._text[:until]
+        text = text.strip() if self.strips else text
+        new, self._shown = text[self._shown :], max(self._shown, len(text))
+        return new
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer and what it cost."""
+
+    text: str  # decoded, without the end of turn
+    token_ids: tuple[int, ...]  # as generated, the end of turn included
+    usage: Usage  # the cost
+    chunks: tuple[Chunk, ...] = ()  # asked over, with their metadata
 
 
 @dataclass(kw_only=True)
@@ -119,7 +174,7 @@ class Generation(ServedBatch):
                 ids, start = prompt.context, self.assembled.prefix_tokens[index]
                 if start < len(ids):
                     kept = cut_exact(self.cache, index, ids, encoder.fingerprint, start=start)
-                    self.state.prefix_tree.insert(kept)
+                    self.state.prefixes(self.method).insert(kept)
         if history is not None:
             probe = self.prefill.chunk_probe
             attention = probe.mass / probe.layers  # mean over heads and layers, (B, N, C)
@@ -137,19 +192,13 @@ class Generation(ServedBatch):
         for token, _ in self._steps(sampling, max_new_tokens, streams):
             yield token
 
-    def texts(self, sampling: Sampling, max_new_tokens: int) -> Iterator[str]:
-        """Decodes the answer of a single prompt; the pieces join to its text."""
-        ids: list[int] = []
-        shown = ""
+    def texts(self, sampling: Sampling, max_new_tokens: int, ids: list[int]) -> Iterator[str]:
+        """Decodes the answer of a single prompt into ``ids``; the pieces join to its text."""
+        stream = TextStream(self.state.tokenizer)
         for token in self.tokens(sampling, max_new_tokens):
             ids.append(int(token))
-            text = self.state.text(ids)
-            # A character may need several tokens; until then its bytes do not decode.
-            if not text.endswith("\ufffd"):
-                yield text[len(shown) :]
-                shown = text
-        if tail := self.state.text(ids)[len(shown) :]:
-            yield tail
+            yield stream.push(ids[-1])
+        yield stream.finish()
 
     def _steps(
         self, sampling: Sampling, max_new_tokens: int, streams: Sequence[int]
@@ -167,6 +216,9 @@ class Generation(ServedBatch):
             if step == 0:
                 self.watch.stop("first_token_s")
                 self.remember()
+                if self.state.decode_cache is not None:
+                    how, reshapes = self.state.decode_cache, self.reshaping is not None
+                    self.cache = DecodingCache(how, self.cache, reshapes)
             yield token[:, 0].masked_fill(ended, -1), logits
             ended |= torch.isin(token[:, 0], stops)
             if step + 1 == max_new_tokens or bool(ended.all()):
@@ -178,14 +230,10 @@ class Generation(ServedBatch):
         """Logits ``(B, V)`` after one more token ``(B, 1)``, whose column is appended."""
         self.cache.append()
         query = rows.map(lambda field: field[:, step : step + 1])
-        seen = keys.map(lambda field: field[:, : self.cache.num_columns])
-        output = self.state.model(
-            token,
-            position_ids=query.position,
-            plan=CachePlan(query, seen, self.reshaping),
-            past_key_values=self.cache,
-            use_cache=True,
-        )
+        span = slice(self.cache.first_column, self.cache.num_columns)
+        seen = keys.map(lambda field: field[:, span])
+        plan = CachePlan(query, seen, self.reshaping)
+        output = planned_forward(self.state.model, token, query.position, plan, self.cache)
         return output.logits[:, -1]
 
     def answers(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from blocktune.attention import planned_forward
 from blocktune.attention.cached import CachePlan
 from blocktune.cache import RowCache
 from blocktune.engine.attention_probes import ChunkAttention
@@ -33,6 +34,8 @@ class LayerSchedule:
     start: Tensor  # (B, U) bool: candidates that the first layer computes
     widen: Mapping[int, Tensor]  # by layer, (B, U) bool: added at its entry
     states: Mapping[int, Tensor]  # by layer: what each column's token carried into it
+    depth: Tensor | None = None  # (B, U): how many layers, from the first, compute each; None: all
+    hidden: Tensor | None = None  # (B, N) bool: columns that no recomputed token of a chunk sees
 
 
 class SchedulePlan:
@@ -47,6 +50,7 @@ class SchedulePlan:
         self.plans: list[CachePlan] = []
         self.probes: dict[int, CachePlan] = {}
         self._checks = frozenset(selection.checks(len(self.cache)))
+        self._ends = frozenset(() if schedule.depth is None else schedule.depth.unique().tolist())
         watches = selection.watches_chunks or served.method.history is not None
         self.chunk_probe = ChunkAttention(self.columns) if watches else None
         self._go_on(0, RowSubset(candidates))
@@ -62,6 +66,9 @@ class SchedulePlan:
         hidden = args[0]
         if index == 0 and not torch.equal(self.schedule.start, self._current.exists):
             hidden = self._change(index, hidden, self.schedule.start)
+        if index and index in self._ends:
+            kept = self._current.of_candidates(self._current.exists)
+            hidden = self._change(index, hidden, kept & (self.schedule.depth > index))
         if index in self._checks:
             hidden = self._narrow(index, layer, (hidden, *args[1:]), kwargs)
         if index in self.schedule.widen:
@@ -143,10 +150,12 @@ class SchedulePlan:
         if self.plans:
             self.plans[-1].forget()
         self._current, rows = current, current.rows
-        facts = rows.rows
+        facts, columns = rows.rows, self.columns
+        if self.schedule.hidden is not None:
+            facts, columns = _seeing_chosen(facts, columns, self.schedule.hidden)
         if self.schedule.selection.sees_future and layer >= min(self._checks, default=0):
             facts = _seeing_future(facts, self.columns)
-        self.plans.append(CachePlan(facts, self.columns, self.reshaping, rows.columns))
+        self.plans.append(CachePlan(facts, columns, self.reshaping, rows.columns))
         self.cache.select(rows.columns, range(layer, len(self.cache)))
 
 
@@ -156,6 +165,14 @@ def _seeing_future(query: Rows, columns: Rows) -> Rows:
     before_last = exists.flip(1).cumsum(1).flip(1) - 1
     order = columns.order.amax(1, keepdim=True) - before_last
     return replace(query, order=torch.where(exists, order, query.order))
+
+
+def _seeing_chosen(query: Rows, columns: Rows, hidden: Tensor) -> tuple[Rows, Rows]:
+    """Rows of chunks form a group with all columns that are not hidden; others see everything."""
+    group = columns.group.max() + 1
+    own = query.group.masked_fill(query.kind == Kind.CHUNK, group)
+    shown = torch.where(hidden, columns.group, group)
+    return replace(query, group=own), replace(columns, group=shown)
 
 
 @dataclass
@@ -201,14 +218,8 @@ def prefill(served: ServedBatch, candidates: Computed, schedule: LayerSchedule) 
     ``select_s``, and ``recompute_s`` up to where rows are chosen.
     """
     plan = SchedulePlan(served, candidates, schedule)
-    output = served.state.model(
-        candidates.ids,
-        position_ids=candidates.rows.position,
-        plan=plan,
-        past_key_values=served.cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
+    model, positions = served.state.model, candidates.rows.position
+    output = planned_forward(model, candidates.ids, positions, plan, served.cache, logits_to_keep=1)
     for layer in range(len(served.cache)) if plan.repair is not None else ():
         served.cache.observe(layer, None)  # decoded tokens change nothing
     return Prefill(output.logits[:, -1], plan.plans, plan.probes, plan.chunk_probe)

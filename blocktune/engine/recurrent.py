@@ -1,7 +1,8 @@
-"""Prompts of models with recurrent layers: in full, or resumed from the deepest checkpoint.
+"""Prompts of models whose chunks cannot be moved: in full, or resumed from an exact prefix.
 
-Every prompt is computed by itself, by stock transformers: its tokens in order, in one pass for each
-stretch between the checkpoints that the prefix tree asks for.
+Models with recurrent layers resume from the deepest checkpoint, those without rotary positions
+anywhere. Every prompt is computed by itself, by stock transformers: its tokens in order, in one
+pass for each stretch between the checkpoints that the prefix tree asks for.
 """
 
 from __future__ import annotations
@@ -97,8 +98,9 @@ class _Run:
         self.state, self.cache = state, PrefillCache(state.model.config)
         self.macs = self.start = self.bytes_read = self.disk_tokens = 0
         self.whole = torch.tensor([ids], device=state.model.device)
-        context, states = pieces.context, {}
-        tree, fingerprint = state.prefix_tree, state.encoder.fingerprint
+        context, has_states = pieces.context, state.recurrence.has_states
+        states = {} if has_states else None
+        tree, fingerprint = state.prefixes(served.method), state.encoder.fingerprint
         exact = served.method.cached is Cached.EXACT_PREFIX
         watch.start()
         if exact:
@@ -109,9 +111,10 @@ class _Run:
                     self.start, self.bytes_read = match.num_tokens, match.num_bytes
                     self.disk_tokens = match.disk_tokens
                 watch.stop("load_s")
-            ends = accumulate(map(len, (pieces.prefix, *pieces.chunks)))
-            stops = tree.checkpoints_for(fingerprint, len(context), ends)
-            states = self._states([stop for stop in stops if stop > self.start])
+            if has_states:
+                ends = accumulate(map(len, (pieces.prefix, *pieces.chunks)))
+                stops = tree.checkpoints_for(fingerprint, len(context), ends)
+                states = self._states([stop for stop in stops if stop > self.start])
         self.logits = self._compute(self.cache, len(ids))
         watch.stop("recompute_s")
         if exact:

@@ -50,9 +50,12 @@ def computed_rows(batch: Batch, chosen: Tensor) -> Computed:
 def column_rows(layout: Layout) -> Rows:
     """Facts of the cache's columns, ``(B, N)``: the rows that are not blanks, by order."""
     stored = ~layout.is_pad & (layout.kind != Kind.BLANK)
-    count = int(stored.sum(1).max())
-    last = layout.order.max() + 1
-    index = torch.where(stored, layout.order, last).argsort(dim=1, stable=True)[:, :count]
+    count, width = int(stored.sum(1).max()), layout.num_rows
+    # The orders of a prompt's stored rows count from 0: a place for each, no need to sort.
+    place = torch.where(stored, layout.order, width)
+    index = torch.zeros(len(place), width + 1, dtype=torch.int64, device=place.device)
+    index = index.scatter(1, place, torch.arange(width, device=place.device).expand_as(place))
+    index = index[:, :count]
     rows = layout.rows().map(lambda field: field.gather(1, index))
     exists = torch.arange(count, device=layout.device) < stored.sum(1)[:, None]
     return replace(rows, kind=rows.kind.masked_fill(~exists, Kind.PAD))
@@ -63,6 +66,12 @@ def of_columns(scores: Tensor, layout: Layout) -> Tensor:
     stored = ~layout.is_pad & (layout.kind != Kind.BLANK)
     column = torch.where(stored, layout.order, 0).expand(*scores.shape[:-1], -1)
     return scores.gather(-1, column) * stored
+
+
+def to_columns(rows: Tensor, layout: Layout, columns: Rows) -> Tensor:
+    """Rows of the layout ``(B, S)`` bool, all of them stored, at their ``columns`` ``(B, N)``."""
+    found = torch.zeros_like(columns.kind)
+    return found.scatter_reduce(1, layout.order * rows, rows.long(), "amax").bool()
 
 
 def decoded_rows(last: Rows, steps: int) -> Rows:
@@ -84,8 +93,11 @@ def left_padded(chosen: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
     """Indices of the chosen rows by order, ``(B, R)``, and which of them are not padding."""
     count = chosen.sum(1)
     width = int(count.max())
-    index = torch.where(chosen, order, -1).argsort(dim=1, stable=True)[:, chosen.shape[1] - width :]
     exists = torch.arange(width, device=chosen.device) >= width - count[:, None]
+    index = torch.zeros_like(exists, dtype=torch.int64)
+    prompt, row = chosen.nonzero(as_tuple=True)  # few rows of many: only these are sorted
+    rank = (prompt * (order.max() + 1) + order[prompt, row]).argsort()
+    index[exists] = row[rank]
     return index, exists
 
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -40,44 +41,24 @@ class Ttft:
 
 @dataclass(frozen=True)
 class Usage:
-    """The cost of one answer.
+    """The cost of one answer."""
 
-    Attributes:
-        prompt_tokens: Tokens of prefix, chunks, links and question.
-        context_tokens: Tokens of chunks.
-        layer_tokens: Context tokens computed at answering time, per layer.
-        probed_tokens: Context tokens for which only keys and values were made, at check layers.
-        flops: Floating-point operations up to the first token: matrices and attention, passes
-            for choosing tokens included, encoding of chunks that were not cached left out.
-        bytes_read: Bytes of cached keys and values that were put into the prompt.
-        bytes_moved: Bytes read from chunk caches and written into the prompt's, by loading and
-            by computing.
-        chunk_hits: Chunks found in the cache.
-        chunk_misses: Chunks that had to be encoded first.
-        answer_tokens: Tokens decoded.
-        ttft: Times to the first token.
-        query_entropy: Entropy of the question's attention in nats, mean over its rows, the heads
-            and the layers that were reshaped; None if the method reshapes nothing.
-        loading: What the method's `ChunkLoader` reports; None if it has none.
-        prefix_tokens: Tokens whose exact state an earlier prompt with the same beginning left.
-        prefix_disk_tokens: Those of them that were read from the store's folder.
-    """
-
-    prompt_tokens: int
-    context_tokens: int
-    layer_tokens: tuple[int, ...]
-    probed_tokens: int
-    flops: int
-    bytes_read: int
-    bytes_moved: int
-    chunk_hits: int
-    chunk_misses: int
-    answer_tokens: int
-    ttft: Ttft
-    query_entropy: float | None = None
-    loading: Any = None
-    prefix_tokens: int = 0
-    prefix_disk_tokens: int = 0
+    prompt_tokens: int  # of prefix, chunks, links and question
+    context_tokens: int  # tokens of chunks
+    layer_tokens: tuple[int, ...]  # context tokens computed when answering, per layer
+    probed_tokens: int  # context tokens whose states were made for choices only
+    flops: int  # up to the first token, passes for choosing included, encoding left out
+    bytes_read: int  # of cached keys and values that were put into the prompt
+    bytes_moved: int  # read from chunk caches, and written into the prompt's
+    chunk_hits: int  # chunks found in the cache
+    chunk_misses: int  # had to be encoded first
+    answer_tokens: int  # tokens decoded
+    ttft: Ttft  # times to the first token
+    query_entropy: float | None = None  # of the question's attention, in nats, if it is reshaped
+    loading: Any = None  # what the method's `ChunkLoader` reports
+    prefix_tokens: int = 0  # in the exact state that an earlier prompt left
+    prefix_disk_tokens: int = 0  # those of them that were read from the store's folder
+    recalled: float | None = None  # 1.0: from a response cache; less: a similar question's answer
 
     @property
     def recompute_ratio(self) -> float:
@@ -156,7 +137,9 @@ class ModelCost:
 
     @classmethod
     def of(cls, model: nn.Module) -> ModelCost:
-        """Reads the model's modules. Norms, activations and rotations are left out."""
+        """Reads the model's modules, once. Norms, activations and rotations are left out."""
+        if (known := _COSTS.get(model)) is not None:
+            return known
         config = model.config.get_text_config()
         experts, chosen = config_value(config, *EXPERTS), config_value(config, *CHOSEN)
         share = chosen / experts if experts and chosen else 1.0
@@ -166,7 +149,10 @@ class ModelCost:
         has_lora = scope_of(model) != "encode"  # such an adapter computes nothing here
         layers = decoder_layers(model)
         layers = tuple(LayerCost.of(layer, share, pair, has_lora) for layer in layers)
-        return cls(layers, config.hidden_size * config.vocab_size)
+        return _COSTS.setdefault(model, cls(layers, config.hidden_size * config.vocab_size))
+
+
+_COSTS: WeakKeyDictionary[nn.Module, ModelCost] = WeakKeyDictionary()
 
 
 @dataclass

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from blocktune.engine import Engine, Sampling
-from blocktune.engine.assemble import wanted_pieces
+from blocktune.engine.encode import wanted_pieces
 from blocktune.engine.usage import Stopwatch
 from blocktune.evaluation.metrics import qa_f1
 from blocktune.files import append_lines, replace_json, whole_lines
 from blocktune.methods import Method
-from blocktune.prompt import Pieces, encode, stack
+from blocktune.prompt import Pieces, encode
 from blocktune.prompt.special_tokens import UserText, with_bos
 from blocktune.prompt.template import render_frame
 from blocktune.provenance import provenance
@@ -41,12 +41,10 @@ class Exam:
     """One subset: its questions, and what stands around chunks and question in every prompt."""
 
     subset: str  # one of `SUBSETS`
-    # with ``_id``, ``input``, ``answers`` and ``chunks``, in the arena's order
-    rows: tuple[Mapping[str, Any], ...]
+    rows: tuple[Mapping[str, Any], ...]  # ``_id``, ``input``, ``answers`` and ``chunks``, in order
     sha256: str  # of the file of questions
     system: str  # the system turn
-    # text before the chunks, between them and the question, and after it
-    around: tuple[str, str, str]
+    around: tuple[str, str, str]  # text before the chunks, before the question, after it
     max_new_tokens: int  # tokens to decode at most
 
     def pieces(self, row: Mapping[str, Any], engine: Engine) -> Pieces:
@@ -147,9 +145,8 @@ def answered(engine: Engine, method: Method, exam: Exam, row: Mapping[str, Any])
     if not method.keeps_context:
         pieces = pieces._replace(chunks=())
     prompt, state = engine.lay_out(pieces, method, exam.max_new_tokens), engine.state
-    batch = stack([prompt], state.pad_id).to(engine.model.device)
     layers = method.select_for(state.num_layers).widens(state.num_layers)
-    wanted = wanted_pieces(batch, 0) if method.cached is method.cached.CHUNKS else []
+    wanted = wanted_pieces(prompt) if method.cached is method.cached.CHUNKS else []
     state.encoder.find(wanted, Stopwatch(engine.model.device), layers)
     run = engine.start([pieces], method)
     [answer] = run.answers(Sampling(), exam.max_new_tokens, streams=[0])

@@ -91,8 +91,7 @@ class ProfiledRange:
 
     first_layer: int  # first of them, 0-based
     num_layers: int  # how many
-    # share of the model's layers: with ``first_layer`` the parameters of ``droidspeak``
-    ratio: float
+    ratio: float  # share of the layers, as ``droidspeak`` takes it
     # nats by which the first answer token's distribution differs from a full prefill's (KL from
     # full prefill), mean over the examples
     divergence: float

@@ -37,13 +37,10 @@ class Ready:
 
     suite: Suite  # what was asked for
     methods: Mapping[str, Method]  # label -> built method
-    # adapter (None is the base) -> engine; all stay loaded, to be timed in turn
-    engines: Mapping[str | None, Any]
+    engines: Mapping[str | None, Any]  # by adapter (None: base); all loaded, to be timed in turn
     questions: tuple[TaskQuestion, ...]  # of all tasks, in order
-    # examples that time to first token is measured on; empty if it is not
-    timed: tuple[RagExample, ...]
-    # (adapter, task) -> the engine in the task's wording
-    worded: Mapping[tuple[str | None, str], Any]
+    timed: tuple[RagExample, ...]  # examples to time; empty if that is not asked for
+    worded: Mapping[tuple[str | None, str], Any]  # by (adapter, task), in the task's wording
 
     def engine(self, spec: MethodSpec, task: TaskSpec) -> Any:
         """The engine that has the method's weights and asks in the task's wording."""

@@ -39,8 +39,7 @@ class Row:
     score: float  # the task's headline metric
     scores: Mapping[str, float] = field(default_factory=dict)  # its further metrics, by name
     prompt_hash: str = ""  # digest of the prompt's token ids
-    # position of the evidence among the chunks, from 0 (first) to 1 (last), or None
-    place: float | None = None
+    place: float | None = None  # mean place of the evidence, 0 (first chunk) to 1 (last)
 
 
 PARTS = ("layout.py", "links.py", "registry.py", "models", "positions", "attention", "prompt")

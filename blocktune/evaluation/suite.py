@@ -23,18 +23,14 @@ class MethodSpec:
     label: str = ""  # its name in results; ``name`` unless given
     # fields of the method that differ from their defaults
     params: Mapping[str, Any] = field(default_factory=dict)
-    # the method to change by the keys below; ``name`` is then only a name for the result
-    preset: str | None = None
-    # which tokens are recomputed: a selector's name, or ``{name: {parameter: value}}``
-    select: Any = KEEP
-    # how reused keys and values are changed, likewise; null leaves them as they are
-    repair: Any = KEEP
+    preset: str | None = None  # the method to change by the keys below; then ``name`` is a label
+    select: Any = KEEP  # which tokens are recomputed: NAME, or ``{NAME: {parameter: value}}``
+    repair: Any = KEEP  # how reused keys and values are changed, likewise; null: not at all
     reshape: Any = KEEP  # how later rows see reused keys, likewise; null leaves them as they are
     # fields of the layout to set: where chunks are placed, what they are encoded after
     layout: Mapping[str, Any] = field(default_factory=dict)
     budget: float | None = None  # share of the context tokens that the selector may choose
-    # share of the context's layer-tokens that the method may spend, instead
-    layer_budget: float | None = None
+    layer_budget: float | None = None  # share of layer-tokens to spend, instead
 
     def __post_init__(self):
         if not self.label:
@@ -61,9 +57,7 @@ class TtftSpec:
     """How time to first token is measured."""
 
     num: int = 20  # prompts of the first task; 0 measures none
-    # fill each prompt up to this many chunks with those of the following questions; None leaves
-    # prompts as they are. Short prompts measure overhead, not attention
-    chunks: int | None = None
+    chunks: int | None = None  # fill prompts up to this many chunks with those that follow
 
     def __post_init__(self):
         _check_counts(num=self.num, chunks=1 if self.chunks is None else self.chunks)
@@ -74,8 +68,7 @@ class FidelitySpec:
     """How closeness of the answer's distribution to full prefill's is measured."""
 
     num: int = 0  # questions of each task; 0 measures none
-    # tokens of full prefill's own answer that are compared, each given those before it
-    tokens: int = 4
+    tokens: int = 4  # of full prefill's own answer, each compared given those before
 
     def __post_init__(self):
         _check_counts(num=self.num, tokens=self.tokens)
@@ -97,11 +90,9 @@ class Suite:
     methods: tuple[MethodSpec, ...]  # what is compared, in the order of the table
     tasks: tuple[TaskSpec, ...]  # what is asked
     dtype: str = "auto"  # of weights and caches; ``auto`` takes the checkpoint's
-    # how the base is quantised as it is loaded, ``nf4`` or ``int8``; None: not
-    quantize: str | None = None
+    quantize: str | None = None  # of the base as it is loaded: ``nf4`` or ``int8``
     device: str | None = None  # where to run; None takes a GPU when there is one
-    # place, limits and codec of the chunks, see `ChunkStore.open`; None: memory
-    store: str | None = None
+    store: str | None = None  # place and limits of chunks (`ChunkStore.open`); None: memory
     seed: int = 0  # of the sign-flip test, and recorded with the results
     batch_size: int = 16  # prompts answered at a time; timing always runs one
     ttft: TtftSpec = TtftSpec()  # how time to first token is measured

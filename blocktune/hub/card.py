@@ -35,8 +35,7 @@ class CardFacts:
 
     base_model: str | None = None  # the base's name on the Hub; None: as the adapter says
     license: str | None = None  # identifier that the Hub knows; None: the base's own
-    # names on the Hub, besides those that the adapter's provenance names
-    datasets: tuple[str, ...] = ()
+    datasets: tuple[str, ...] = ()  # names on the Hub, besides those of its provenance
     results: Path | None = None  # ``results.json`` of `blocktune eval`, or None
 
 

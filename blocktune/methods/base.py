@@ -12,9 +12,10 @@ once; presets, selectors and reshapes do so in their functions only.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from blocktune.methods.select.base import Nothing, Selection
 from blocktune.methods.select.budget import matched
@@ -153,6 +154,13 @@ class Method:
 
     def reshape(self) -> Reshape | None:
         """Axis reshape: how later rows attend to reused keys; None changes nothing."""
+        return None
+
+    def prefixes(self, store: ChunkStore, read: Callable[[Sequence[int]], str]) -> Any:
+        """What keeps its exact prefixes, like a `PrefixTree`; None: the engine's tree.
+
+        ``read`` turns token ids into text.
+        """
         return None
 
     def loader(self, store: ChunkStore, fingerprint: str) -> ChunkLoader | None:

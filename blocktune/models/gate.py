@@ -3,7 +3,7 @@
 Chunk reuse and block training are exact on a decoder if four properties hold: attention is all that
 mixes tokens, every layer attends by the function that blocktune hands it and keeps keys of its own,
 positions enter by rotating queries and keys alone, and a layer attends to what it tells that
-function. `examine` proves them, or names the one that stands in the way. Nothing is decided by a
+function. `examine` proves them, or names the one that is missing. Nothing is decided by a
 model's name.
 """
 
@@ -16,7 +16,15 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from blocktune.attention.interface import decoder_of
-from blocktune.models.probe import NO_ROTARY, Mixes, Probe, Refused, Structure, mixes_tokens
+from blocktune.models.probe import (
+    NO_ROTARY,
+    Mixes,
+    NoRotary,
+    Probe,
+    Refused,
+    Structure,
+    mixes_tokens,
+)
 from blocktune.models.small import causal_class, quiet, small_config, small_model
 from blocktune.positions import RopeSpec
 
@@ -93,7 +101,7 @@ def _examine(cls: type[PreTrainedModel], config: PreTrainedConfig) -> Structure:
         raise
     except Exception as error:
         if not any(key.endswith("inv_freq") for key, _ in model.named_buffers()):
-            raise Refused(NO_ROTARY.format(name)) from error
+            raise NoRotary(NO_ROTARY.format(name)) from error
         raise Refused(
             f"{name} does not run with blocktune's attention ({_line(error)}); use a decoder whose "
             "attention can be switched by set_attn_implementation"
@@ -131,7 +139,8 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The model's decoder layers, through a PEFT wrapper or not; else raises `Refused`."""
     depth = model.config.get_text_config().num_hidden_layers
     for name, module in model.named_modules():
-        if name.endswith("layers") and isinstance(module, nn.ModuleList) and len(module) == depth:
+        named = name.endswith(("layers", ".h"))
+        if named and isinstance(module, nn.ModuleList) and len(module) == depth:
             return module
     raise Refused(
         f"{type(model).__name__} has no list of {depth} decoder layers to hook into, one for each "

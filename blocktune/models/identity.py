@@ -29,17 +29,11 @@ def base_fingerprint(model: PreTrainedModel, state: Mapping[str, Tensor] | None 
     """Digest of a base model, the same with and without a PEFT adapter or links around it.
 
     Weights are sampled and compared as bfloat16, so a checkpoint loaded in float32 and in bfloat16
-    has one digest. Of a 4- or 8-bit base only embeddings and norms are compared.
+    has one digest. Of a 4- or 8-bit base only embeddings and norms are compared. The model must not
+    be merged or resized; ``state`` has its weights by name, if a launch has split those in it.
 
-    Args:
-        model: Base model or PEFT wrapper; not merged, not resized.
-        state: The weights by name, if a launch has split those in ``model`` over processes.
-
-    Returns:
-        Architecture, plain weights and linear weights (or `QUANTISED`), joined by ``-``.
-
-    Raises:
-        ValueError: If a weight is not in memory.
+    Returns architecture, plain weights and linear weights (or `QUANTISED`), joined by ``-``. Raises
+    ValueError if a weight is not in memory.
     """
     config = model.config.get_text_config().to_dict()
     shape = {name: config.get(name) for name in _ARCHITECTURE}

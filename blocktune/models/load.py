@@ -155,13 +155,10 @@ def text_model(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def sharing(model: PreTrainedModel, own_embeddings: bool = False) -> PreTrainedModel:
-    """The same model as separate modules over the same weights.
+    """The same model as separate modules over the same weights, or with ``own_embeddings``.
 
-    Hooks, LoRA or a link table that are put on one do not change the other.
-
-    Args:
-        model: As loaded; its weights must not be changed in place any more.
-        own_embeddings: Copy the weights of input and output embeddings.
+    Hooks, LoRA or a link table that are put on one do not change the other. The weights must not be
+    changed in place any more.
     """
     kept = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     if own_embeddings:

@@ -30,6 +30,10 @@ class Mixes(Refused):
     """A model that mixes tokens otherwise than by attention: a hybrid, for one."""
 
 
+class NoRotary(Mixes):
+    """A model that only attends, whose positions are not rotations: prefixes can be resumed."""
+
+
 class Rotated(NamedTuple):
     """A `LayerRope` by the frequencies in ``buffer`` of the decoder times ``sign``; "": none."""
 
@@ -56,7 +60,8 @@ class Structure(NamedTuple):
 
 NO_ROTARY = (
     "{} has no rotary position embedding, or adds positions to its states as well; blocktune moves "
-    "cached chunks by rotating their keys: use a RoPE model"
+    "cached chunks by rotating their keys: use a RoPE model, or answer by a method that reuses no "
+    "chunks (recycle, prefix-cache, full-prefill, no-context)"
 )
 
 
@@ -197,7 +202,7 @@ class Probe:
     def _positions_only_rotate(self, made: _Pass) -> tuple[Rotated, ...]:
         hidden = made.hidden[0]
         if _differ(hidden[1:], hidden[:1].expand_as(hidden[1:])):
-            raise Refused(NO_ROTARY.format(self.name))
+            raise NoRotary(NO_ROTARY.format(self.name))
         buffers = {
             name: buffer
             for name, buffer in self.decoder.named_buffers()

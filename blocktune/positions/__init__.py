@@ -1,4 +1,4 @@
-"""Where chunks stand, and how cached keys are moved there."""
+"""Where chunks are placed, and how cached keys are moved there."""
 
 from blocktune.lazy import exports
 

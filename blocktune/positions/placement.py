@@ -1,4 +1,4 @@
-"""Where chunks stand in a prompt."""
+"""Where chunks are placed in a prompt."""
 
 from __future__ import annotations
 
@@ -19,22 +19,16 @@ class Placement(NamedTuple):
 def place(
     placement: str, prefix_length: int, chunk_lengths: Sequence[int], slot: int = 0
 ) -> Placement:
-    """Positions at which the pieces of a prompt start.
+    """Positions at which a prompt's prefix, chunks (links included) and query start.
 
-    Args:
-        placement: ``sequential`` (one after the other, as in an ordinary prompt), ``parallel``
-            (every chunk right after the prefix, the query after the longest; APE), ``composite``
-            (every chunk where it was encoded, from 0, and the query where the cache ends;
-            TurboRAG) or ``reserved`` (every chunk at the start of its slot, the query after the
-            last slot; PromptCache).
-        prefix_length: Tokens of the prefix.
-        chunk_lengths: Tokens of each chunk, its links included.
-        slot: Positions reserved for each chunk; only read by ``reserved``.
+    ``sequential`` chunks are one after the other, as in an ordinary prompt; ``parallel`` ones right
+    after the prefix, with the query after the longest; ``composite`` ones where they were encoded,
+    from 0, with the query where the cache ends; ``reserved`` ones at the start of their slots of
+    ``slot`` positions, with the query after the last. Raises ValueError if the placement is
+    unknown, or a chunk does not fit into its slot.
 
-    Raises:
-        ValueError: If the placement is unknown, or a chunk does not fit into its slot.
-
-    Source: APE arXiv:2502.05431, TurboRAG arXiv:2410.07590, PromptCache arXiv:2311.04934.
+    Source: APE arXiv:2502.05431 (parallel), TurboRAG arXiv:2410.07590 (composite), PromptCache
+    arXiv:2311.04934 (reserved).
     """
     total = prefix_length + sum(chunk_lengths)
     if placement == "sequential":

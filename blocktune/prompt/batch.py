@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from blocktune.layout import FOREVER, GLOBAL, NO_CHUNK, NO_ROW, Kind, Layout
-from blocktune.prompt.rows import IGNORED, Prompt
+from blocktune.prompt.rows import Prompt, labels_of, tensor_of
 
 SIDES = ("right", "left")
 _PAD_ROW = {"kind": int(Kind.PAD), "chunk": NO_CHUNK, "group": GLOBAL, "until": FOREVER}
@@ -55,9 +55,8 @@ def stack(prompts: Sequence[Prompt], pad_id: int, side: str = "right") -> Batch:
         f.name: torch.cat([padded(getattr(layout, f.name), _PAD_ROW[f.name]) for layout in layouts])
         for f in fields(Layout)
     }
-    ids = torch.stack([padded(torch.tensor(prompt.ids), pad_id) for prompt in prompts])
-    labels = torch.stack([padded(torch.tensor(prompt.labels), IGNORED) for prompt in prompts])
-    return Batch(ids, Layout(**rows), labels)
+    ids = torch.stack([padded(tensor_of(prompt.ids), pad_id) for prompt in prompts])
+    return Batch(ids, Layout(**rows), labels_of(ids, rows["kind"]))
 
 
 def pack(prompts: Sequence[Prompt]) -> Prompt:
@@ -76,8 +75,7 @@ def pack(prompts: Sequence[Prompt]) -> Prompt:
         order, sample = int(layout.order.max()) + 1, int(layout.sample.max()) + 1
     rows = {f.name: torch.cat([getattr(p, f.name) for p in layouts], 1) for f in fields(Layout)}
     ids = tuple(token for prompt in prompts for token in prompt.ids)
-    labels = tuple(label for prompt in prompts for label in prompt.labels)
-    return Prompt(ids, Layout(**rows), labels)
+    return Prompt(ids, Layout(**rows))
 
 
 def _renumber(layout: Layout, rows_before: int) -> Layout:

@@ -23,46 +23,29 @@ _COUNTS = ("num_links", "num_blanks", "max_chunks", "num_headers", "num_trailers
 class LayoutSpec:
     """How pieces become rows. Saved beside every adapter, so that it is served as trained.
 
-    Attributes:
-        block: Chunks see only themselves; False is full causal attention.
-        num_links: Link tokens per chunk, which see everything before them.
-        link_side: Where the links of a chunk stand. KVLink: after.
-        link_table: Which links share a row of the table: all (``shared``), those of one slot
-            (``slot``), or none: each slot of each chunk index has a row (``chunk``, the code of
-            KVLink).
-        max_chunks: Chunks that a table by ``chunk`` has rows for (KVLink: 40), else 0.
-        num_headers: Learned tokens that open a chunk, encoded and cached with it (KV Packet: 8;
-            TurboRAG's ``<|doc_start|>``: 1).
-        num_trailers: Learned tokens that close it.
-        placement: Positions of the chunks: ``sequential`` contiguous (Block-Attention),
-            ``parallel`` all from the end of the prefix (APE), ``composite`` all from 0 (TurboRAG),
-            ``reserved`` each at the start of a slot of ``slot`` positions (PromptCache).
-        slot: Positions reserved for each chunk under ``reserved``, else 0.
-        num_blanks: Blank tokens before each chunk while it is encoded, hidden afterwards (Link0).
-        shared_prefix: Whether each chunk is encoded after a copy of the prefix, hidden afterwards
-            (APE, CacheClip).
-        bos: A chunk's own BOS: ``none``; ``drop``: encoded after one, then hidden (CacheBlend's
-            code); ``keep``: stored and served as the chunk's first token; ``keep-all``: and one
-            before the question, too (EPIC's code).
-
     The rows of the table of learned tokens are the links', then the headers', then the trailers'.
+    All links share a row of the table (``shared``), those of one slot do (``slot``), or each slot
+    of each chunk index has its own (``chunk``, the code of KVLink). ``bos`` is ``none``; ``drop``:
+    a chunk is encoded after one, which is then hidden (CacheBlend's code); ``keep``: stored and
+    served as the chunk's first token; or ``keep-all``: and one before the question, too (EPIC's
+    code).
 
     Raises:
         ValueError: If a value is not accepted, or fields exclude each other.
     """
 
-    block: bool = True
-    num_links: int = 0
-    link_side: str = "after"
-    placement: str = "sequential"
-    num_blanks: int = 0
-    shared_prefix: bool = False
-    link_table: str = "slot"
-    max_chunks: int = 0
-    num_headers: int = 0
-    num_trailers: int = 0
-    slot: int = 0
-    bos: str = "none"
+    block: bool = True  # chunks see only themselves; False is full causal attention
+    num_links: int = 0  # link tokens per chunk, which see everything before them
+    link_side: str = "after"  # of its chunk; KVLink: after
+    placement: str = "sequential"  # see `blocktune.positions.place`
+    num_blanks: int = 0  # before each chunk while it is encoded, then hidden (Link0)
+    shared_prefix: bool = False  # encoded after a copy of it, then hidden (APE, CacheClip)
+    link_table: str = "slot"  # links that share a row of the table
+    max_chunks: int = 0  # that a table by ``chunk`` has rows for (KVLink: 40), else 0
+    num_headers: int = 0  # learned tokens that open a chunk, cached with it (KV Packet: 8)
+    num_trailers: int = 0  # likewise, that close it
+    slot: int = 0  # positions reserved for each chunk under ``reserved``, else 0
+    bos: str = "none"  # a chunk's own BOS
 
     def __post_init__(self):
         for name in ("block", "shared_prefix"):

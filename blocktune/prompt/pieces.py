@@ -45,14 +45,9 @@ def make_pieces(
 ) -> Pieces:
     """Tokenises prefix, chunks, query and answer, through the tokenizer's chat template.
 
-    Args:
-        tokenizer: Tokenizer of the model; without a chat template the prompt is plain text.
-        fmt: The wording.
-        chunks: Retrieved passages in prompt order, at least one.
-        question: The question.
-        response: What the model is trained to write, or None when serving.
-        block: Whether chunks see only themselves; the format may have a tag for it.
-        followups: Questions after the answer, and their responses.
+    Without a template the prompt is plain text. The format may have a tag for ``block`` attention.
+    ``response`` is what the model is trained to write (None when serving), ``followups`` are
+    questions after it, and their responses.
 
     Raises:
         ValueError: If there is no chunk or one has no tokens, the template does not hold user
@@ -142,6 +137,11 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> Ids:
     These are what the template writes after the assistant's text, up to the first special token, or
     the tokenizer's EOS. Raises ValueError if there is neither.
     """
+    state = tokenizer.chat_template, tokenizer.eos_token_id, len(tokenizer)
+    return special.remembered(tokenizer, ("end", str(state)), lambda: _end_of_turn(tokenizer))
+
+
+def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> Ids:
     ids = encode(tokenizer, reply_end(tokenizer))
     known = {*special.special_tokens(tokenizer).values(), tokenizer.eos_token_id}
     ends = [index for index, token in enumerate(ids) if token in known]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedTokenizerBase
 
 Ids = tuple[int, ...]
+T = TypeVar("T")
 
 MOST_TOKENS = 1_000_000  # token ids that are remembered for one tokenizer: about 40 MB
 
@@ -20,12 +22,12 @@ thread in between would change how the text is read."""
 
 
 class _Recent:
-    """Token ids by text and options, least recently used first; and the special tokens."""
+    """Token ids by text and options, least recently used first; and facts of the tokenizer."""
 
     def __init__(self):
         self.ids: OrderedDict[tuple, Ids] = OrderedDict()
         self.tokens = 0
-        self.special: dict[int, Mapping[str, int]] = {}
+        self.facts: dict[Hashable, Any] = {}
 
     def put(self, key: tuple, ids: Ids) -> None:
         self.ids[key] = ids
@@ -64,18 +66,26 @@ def encode(
         return ids
 
 
+def remembered(tokenizer: PreTrainedTokenizerBase, key: Hashable, make: Callable[[], T]) -> T:
+    """What ``make`` says of a tokenizer; it is called once for each ``key``."""
+    with _LOCK:
+        facts = _RECENT.setdefault(tokenizer, _Recent()).facts
+    if key not in facts:
+        facts[key] = make()
+    return facts[key]
+
+
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> Mapping[str, int]:
     """Ids of the special tokens by their text.
 
-    Cached, since tokenizers rebuild the list of added tokens each time; Gemma 3 has 6,000.
+    Remembered, since tokenizers rebuild the list of added tokens each time; Gemma 3 has 6,000.
     """
-    with _LOCK:
-        known = _RECENT.setdefault(tokenizer, _Recent()).special
-        size = len(tokenizer)
-        if size not in known:
-            added = tokenizer.added_tokens_decoder.items()
-            known[size] = {token.content: index for index, token in added if token.special}
-        return known[size]
+
+    def read() -> Mapping[str, int]:
+        added = tokenizer.added_tokens_decoder.items()
+        return {token.content: index for index, token in added if token.special}
+
+    return remembered(tokenizer, ("special", len(tokenizer)), read)
 
 
 class UserText:

@@ -10,7 +10,6 @@ from typing import Any
 from blocktune.engine.encode import Piece
 from blocktune.server.config import Tenant
 from blocktune.server.decoding import TokenLogprob
-from blocktune.server.front import usage_body
 from blocktune.server.job import Delta, Event, Report, usage_fields
 from blocktune.server.schemas import ChunkList, ChunkStatus
 from blocktune.server.service import Asked
@@ -35,14 +34,14 @@ def _chunks(
     """Per document its id, size, key and where it was found; ``pieces`` end with the documents'."""
     count = len(asked.sources)
     pieces = pieces[-count:] if len(pieces) >= count else ()  # none if none was looked up
-    tiers, encoder = dict(report.tiers), asked.job.engine.state.encoder
+    encoder = asked.job.engine.state.encoder
     return [
         {
             "index": index,
             "id": source.id,
             "title": source.chunk.title,
             "tokens": len(piece.ids),
-            "cached": tiers.get(piece, "none"),
+            "cached": report.tiers.get(piece, "none"),
             "key": tenant.sign(encoder.key(piece)),
         }
         for index, (source, piece) in enumerate(zip(asked.sources, pieces, strict=False))
@@ -145,7 +144,13 @@ class Bodies:
         }
 
     def _counts(self, report: Report) -> dict[str, Any]:
-        usage = usage_body(report.usage.prompt_tokens, report.cached_tokens, report.answer_tokens)
+        read, written = report.usage.prompt_tokens, report.answer_tokens
+        usage = {
+            "prompt_tokens": read,
+            "completion_tokens": written,
+            "total_tokens": read + written,
+            "prompt_tokens_details": {"cached_tokens": report.cached_tokens},
+        }
         return {"usage": usage, "blocktune": self._extension(report)}
 
     def _extension(self, report: Report) -> dict[str, Any]:

@@ -20,14 +20,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from blocktune.attention.cached import CachePlan
 from blocktune.attention.kernels import AttentionParams
 from blocktune.cache import RowCache
 from blocktune.engine import Sampling
-from blocktune.engine.generation import Generation
+from blocktune.engine.generation import Generation, TextStream
 from blocktune.engine.rows import decoded_rows
 from blocktune.layout import LayerRule
 
@@ -44,109 +43,27 @@ class TokenLogprob(NamedTuple):
 
 @dataclass(frozen=True)
 class Settings:
-    """How a request is decoded.
+    """How a request is decoded."""
 
-    Attributes:
-        max_new_tokens: At least 1.
-        sampling: How tokens are picked; each choice draws from a stream of its own.
-        choices: Answers to make.
-        stops: Texts that end an answer and are left out of it.
-        logprobs: Likeliest tokens to report at each step; None: none and no log probabilities.
-        strips: Whether the space around the answer is dropped, as `Engine.answer` does.
-    """
-
-    max_new_tokens: int
-    sampling: Sampling = GREEDY
-    choices: int = 1
-    stops: tuple[str, ...] = ()
+    max_new_tokens: int  # at least 1
+    sampling: Sampling = GREEDY  # how tokens are picked; each choice draws from a stream of its own
+    choices: int = 1  # answers to make
+    stops: tuple[str, ...] = ()  # texts that end an answer and are left out of it
+    # likeliest tokens to report at each step; None: none and no log probabilities
     logprobs: int | None = None
-    strips: bool = True
-
-
-class TextStream:
-    """Decodes token after token; its pieces join to the decoded whole.
-
-    Text is held back while its last character is incomplete, while it may be the beginning of a
-    stop text, and at its end while it is space that would be dropped.
-
-    Attributes:
-        stopped: Whether a stop text came.
-    """
-
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str] = (), strips: bool = True
-    ):
-        self.tokenizer, self.stops, self.strips = tokenizer, stops, strips
-        self.stopped = False
-        self._ids: list[int] = []
-        self._text, self._shown = "", 0
-        # Tokens are decoded together with those before them, whose text is known.
-        self._from, self._known = 0, 0
-
-    def push(self, token: int) -> str:
-        """The text that can be shown after one more token; often empty."""
-        self._ids.append(token)
-        before = self._decode(self._from, self._known)
-        after = self._decode(self._from, len(self._ids))
-        if len(after) > len(before) and not after.endswith("\ufffd"):
-            self._add(after[len(before) :])
-            self._from, self._known = self._known, len(self._ids)
-        return "" if self.stopped else self._show(len(self._text) - self._held())
-
-    def finish(self) -> str:
-        """What is left to show at the end."""
-        if not self.stopped:
-            before = self._decode(self._from, self._known)
-            self._add(self._decode(self._from, len(self._ids))[len(before) :])
-        return self._show(len(self._text))
-
-    def _decode(self, start: int, stop: int) -> str:
-        return self.tokenizer.decode(self._ids[start:stop], skip_special_tokens=True)
-
-    def _add(self, text: str) -> None:
-        begin = len(self._text)
-        self._text += text
-        found = [
-            at
-            for stop in self.stops
-            if (at := self._text.find(stop, max(0, begin - len(stop)))) >= 0
-        ]
-        if found:
-            self._text, self.stopped = self._text[: min(found)], True
-
-    def _held(self) -> int:
-        """Characters at the end that a stop text begins with."""
-        return max(
-            (n for stop in self.stops for n in range(len(stop)) if self._text.endswith(stop[:n])),
-            default=0,
-        )
-
-    def _show(self, until: int) -> str:
-        text = self._text[:until]
-        text = text.strip() if self.strips else text
-        new, self._shown = text[self._shown :], max(self._shown, len(text))
-        return new
+    strips: bool = True  # whether the space around the answer is dropped, as `Engine.answer` does
 
 
 @dataclass(eq=False)
 class Choice:
-    """One answer that is being decoded.
+    """One answer that is being decoded."""
 
-    Attributes:
-        index: Among the choices of its request.
-        run: After its prefill, of a single prompt.
-        settings: How.
-        cache: Keys and values of its columns.
-        ids: Tokens so far.
-        finish: Why it ended, or None.
-    """
-
-    index: int
-    run: Generation
-    settings: Settings
-    cache: RowCache = field(init=False)
-    ids: list[int] = field(default_factory=list)
-    finish: str | None = None
+    index: int  # among the choices of its request
+    run: Generation  # after its prefill, of a single prompt
+    settings: Settings  # how
+    cache: RowCache = field(init=False)  # keys and values of its columns
+    ids: list[int] = field(default_factory=list)  # tokens so far
+    finish: str | None = None  # why it ended, or None
 
     def __post_init__(self):
         run, settings = self.run, self.settings

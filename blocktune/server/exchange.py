@@ -12,10 +12,12 @@ from typing import Any
 from fastapi import HTTPException, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
+from blocktune.methods.base import METHODS
 from blocktune.server.bodies import Bodies
 from blocktune.server.config import Tenant
 from blocktune.server.job import Busy, Delta, Event, Failure, Report
 from blocktune.server.middleware import error_body
+from blocktune.server.recall import recall
 from blocktune.server.schemas import ChatRequest, CompletionRequest
 from blocktune.server.service import Asked, Service, UnknownModel
 
@@ -43,7 +45,8 @@ async def begin(
         raise Busy(wait, f"the quota of '{tenant.name}' is used up")
     exchange = Exchange(service, asked, tenant, request)
     try:
-        service.scheduler.submit(asked.job)
+        if not await asyncio.to_thread(recall, service.responses, asked.job, asked.question):
+            service.scheduler.submit(asked.job)
     except ValueError as error:
         exchange.close()
         raise HTTPException(400, str(error)) from None
@@ -146,13 +149,14 @@ class Exchange:
     def _log(self, report: Report, bodies: Bodies) -> None:
         job, usage = self.asked.job, report.usage
         total_s = time.perf_counter() - job.created
-        labels = (self.asked.served.name, job.method.name, self.tenant.name)
-        self.service.metrics.book(labels, report, total_s)
+        model, tenant = self.asked.served.name, self.tenant.name
+        # Not the name of a composition: parameters would make a series of each request.
+        self.service.metrics.book((model, METHODS.name_of(job.method), tenant), report, total_s)
         _LOG.info(
             "%s model=%s method=%r tenant=%s prompt=%d cached=%d answer=%d queue=%.4fs "
             "ttft=%.4fs total=%.4fs%s",
-            *(bodies.id, *labels, usage.prompt_tokens, report.cached_tokens),
-            *(report.answer_tokens, report.queue_s, report.ttft_s, total_s),
+            *(bodies.id, model, job.method.name, tenant, usage.prompt_tokens),
+            *(report.cached_tokens, report.answer_tokens, report.queue_s, report.ttft_s, total_s),
             f" text={bodies.texts}" if self.service.config.log_texts else "",
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from dataclasses import fields
 from pathlib import Path
@@ -11,7 +12,8 @@ from blocktune.adapter.load import load_models
 from blocktune.cache import ChunkStore, PrefixTree
 from blocktune.cache.config import StoreConfig
 from blocktune.engine import Engine
-from blocktune.server.config import Limits
+from blocktune.server.config import Limits, ServerConfig
+from blocktune.server.middleware import hurried
 
 
 def load_engines(
@@ -33,7 +35,7 @@ def load_engines(
         options: See `blocktune.adapter.load.load_models`.
 
     Raises:
-        ValueError: If two have the same name, or a model has recurrent layers.
+        ValueError: If two have the same name, or a model only resumes prefixes.
     """
     split = [text.partition("=") for text in adapters]
     wanted = [(head, tail) if equals else (_short(head), head) for head, equals, tail in split]
@@ -54,8 +56,8 @@ def load_engines(
     for label, engine in engines.items():
         if engine.state.recurrence is not None:
             raise ValueError(
-                f"'{label}' has recurrent layers, which the server's joint decoding does not "
-                "batch; use `blocktune answer --method prefix-cache`"
+                f"'{label}' has recurrent layers or absolute positions, which the server's joint "
+                "decoding does not batch; use `blocktune answer --method prefix-cache`"
             )
     return engines
 
@@ -66,11 +68,7 @@ def _short(source: str) -> str:
 
 
 def read_limits(pairs: list[str]) -> Limits:
-    """Limits from ``name=value`` pairs.
-
-    Raises:
-        ValueError: If one is not a pair, or its name or value is wrong.
-    """
+    """Limits from ``name=value`` pairs; a ValueError if a name or a value is wrong."""
     known = {f.name: type(f.default) for f in fields(Limits)}
     values = {}
     for pair in pairs:
@@ -84,8 +82,21 @@ def read_limits(pairs: list[str]) -> Limits:
     return Limits(**values)
 
 
-def set_up_logs() -> None:
-    """One line a request on standard error."""
+def uvicorn_options(config: ServerConfig, drain_s: int) -> dict[str, Any]:
+    """How uvicorn runs the application, after setting up the log and the garbage collector.
+
+    The log has one line a request, on standard error. What lives as long as the process is not
+    looked through at every collection, which takes longer than a request.
+    """
+    gc.collect()
+    gc.freeze()
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     for name in ("blocktune.server", "uvicorn.error"):
         logging.getLogger(name).setLevel(logging.INFO)
+    return {
+        "http": hurried(config.limits.body_s),
+        "log_config": None,
+        "access_log": False,
+        "server_header": False,
+        "timeout_graceful_shutdown": drain_s,
+    }

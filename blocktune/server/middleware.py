@@ -58,7 +58,7 @@ class Metrics:
         self.prompt.labels("computed").inc(report.usage.prompt_tokens - report.cached_tokens)
         self.generated.inc(report.answer_tokens)
         self.queries.inc(len(report.tiers))
-        for _, tier in report.tiers:
+        for tier in report.tiers.values():
             if tier != "none":
                 self.hits.labels(tier).inc()
         self.ttft.observe(report.ttft_s)

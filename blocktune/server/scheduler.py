@@ -13,19 +13,18 @@ import itertools
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from itertools import groupby
 
 import torch
 
-from blocktune.cache import ChunkKV, Entry
+from blocktune.cache import ChunkKV
 from blocktune.engine import Engine
-from blocktune.engine.assemble import wanted_pieces
 from blocktune.engine.batch_prefill import prefill_batch
-from blocktune.engine.encode import Piece, grouped
+from blocktune.engine.encode import Found, Piece, grouped, wanted_pieces
 from blocktune.engine.usage import Stopwatch
 from blocktune.methods import Cached, build
-from blocktune.prompt import Pieces, stack
+from blocktune.prompt import Pieces
 from blocktune.server.config import Limits
 from blocktune.server.decoding import Choice, decode_step
 from blocktune.server.job import (
@@ -36,7 +35,6 @@ from blocktune.server.job import (
     Job,
     Report,
     account,
-    bytes_per_token,
     failure_of,
     late,
 )
@@ -88,7 +86,6 @@ class Scheduler:
             Busy: If too many wait, or the server stops.
             ValueError: If its answers would never fit into the memory for keys and values.
         """
-        job.reserved = job.num_tokens * bytes_per_token(job.engine)
         if job.reserved > self.limits.kv_bytes:
             raise ValueError(
                 f"the prompt and its answers need {job.reserved:,} bytes of keys and values, the "
@@ -167,7 +164,7 @@ class Scheduler:
         self.kv_bytes -= job.reserved
         # A job and the request that waits for it refer to each other, so without this its keys and
         # values would stay until Python looks for cycles.
-        job.run, job.choices = None, []
+        job.run, job.choices, job.found = None, [], Found()
 
     @staticmethod
     def _tell(job: Job, event: Event) -> None:
@@ -195,17 +192,14 @@ class Scheduler:
                 return False
         if job.missing:
             group = job.missing.popleft()
-            layers = () if job.method is None else widened(job)
-            found = job.engine.state.encoder.find(group, job.watch, layers)
-            self._pin(job, found.kvs)
-            for piece in found.hits:  # another request encoded it meanwhile
-                job.tiers[piece] = "memory"
+            # What another request has encoded meanwhile counts as found.
+            self._note(job, job.engine.state.encoder.find(group, job.watch, widened(job)))
             if job.missing:
                 return False
         if job.method is None:
+            report = Report(tiers=job.found.tiers, encode_s=job.watch.seconds.get("encode_s", 0.0))
             self._release(job)
-            encode_s = job.watch.seconds.get("encode_s", 0.0)
-            self._tell(job, Report(tiers=tuple(job.tiers.items()), encode_s=encode_s))
+            self._tell(job, report)
             return True
         self._prefill(job)
         return True
@@ -221,34 +215,35 @@ class Scheduler:
                 job.prompt = engine.lay_out(job.pieces, job.method, job.settings.max_new_tokens)
             if job.method.cached is not Cached.CHUNKS:
                 return
-            job.looked_up = wanted = wanted_pieces(stack([job.prompt], engine.state.pad_id), 0)
+            job.looked_up = wanted = wanted_pieces(job.prompt)
             if job.method.loader(encoder.store, encoder.fingerprint) is not None:
-                for piece in wanted:  # read and encoded in the prefill, by the method's own loader
-                    job.tiers[piece] = "disk" if encoder.key(piece) in encoder.store else "none"
+                held = encoder.store  # read in the prefill, by the method's own loader
+                job.found.tiers = {p: "disk" if encoder.key(p) in held else "none" for p in wanted}
                 return
-        for piece in dict.fromkeys(wanted):
-            key = encoder.key(piece)
-            found = encoder.store.lookup(key, piece.ids, encoder.fingerprint)
-            self._pin(job, {piece: found.kv})
-            job.watch.add("lookup_s", found.lookup_s)
-            job.watch.add("load_s", found.load_s)
-            job.tiers[piece] = found.tier
-        missing = [piece for piece, tier in job.tiers.items() if tier == "none"]
+        found = encoder.look_up(wanted, job.watch, widened(job))
+        self._note(job, found)
+        missing = [piece for piece in found.tiers if piece not in found.kvs]
         if job.has_turns and wanted[0] in missing and not widened(job):
             missing.remove(wanted[0])
-            job.prefix_hits = continue_prefix(engine, wanted[0], job.watch)
+            made, job.prefix_hits = continue_prefix(engine, wanted[0], job.watch)
+            job.found.kvs[wanted[0]] = made
         job.missing = deque(parts(missing, self.limits.prefill_tokens))
 
-    def _pin(self, job: Job, kvs: Mapping[Piece, Entry | None]) -> None:
+    def _note(self, job: Job, found: Found) -> None:
+        """Keeps what was found until the prefill, whatever leaves the store meanwhile; pins it."""
+        job.found.tiers |= found.tiers
+        if job.method is not None:
+            job.found.kvs |= found.kvs
+            job.found.states |= found.states
         encoder = job.engine.state.encoder
-        for piece in job.pins & kvs.keys():
-            key, entry = encoder.key(piece), kvs[piece]
-            if entry is not None and encoder.store.pin(key):
-                self.pinned[key] = entry.num_bytes
+        for piece in job.pins & found.kvs.keys():
+            if encoder.store.pin(encoder.key(piece)):
+                self.pinned[encoder.key(piece)] = found.kvs[piece].num_bytes
 
     def _prefill(self, job: Job) -> None:
-        state = job.engine.state
-        run = prefill_batch(state, [job.prompt], [job.pieces], job.method)
+        state, found = job.engine.state, job.found if job.found.kvs else None
+        run = prefill_batch(state, [job.prompt], [job.pieces], job.method, found)
+        job.found.kvs, job.found.states = {}, {}
         for name, seconds in job.watch.seconds.items():
             run.watch.add(name, seconds)
         job.run = run
@@ -299,15 +294,16 @@ class Scheduler:
 
 def widened(job: Job) -> list[int]:
     """Layers for which the method needs what entered them, beside keys and values."""
+    if job.method is None:
+        return []
     num_layers = job.engine.state.num_layers
     return list(job.method.select_for(num_layers).widens(num_layers))
 
 
-def continue_prefix(engine: Engine, prefix: Piece, watch: Stopwatch) -> int:
+def continue_prefix(engine: Engine, prefix: Piece, watch: Stopwatch) -> tuple[ChunkKV, int]:
     """Computes a conversation's prefix from where an earlier one ended, and stores it.
 
-    Returns:
-        Tokens of it that were in the exact prefix cache.
+    Returns its keys and values, and how many of its tokens were in the exact prefix cache.
     """
     state, method = engine.state, build("prefix-cache")
     pieces = Pieces(prefix.ids[:-1], (), prefix.ids[-1:])
@@ -319,9 +315,9 @@ def continue_prefix(engine: Engine, prefix: Piece, watch: Stopwatch) -> int:
     values = tuple(layer.values[0, :, span] for layer in run.cache.layers)
     encoder = state.encoder
     kv = ChunkKV(keys, values, torch.tensor(prefix.ids), encoder.fingerprint)
-    encoder.store.put(encoder.key(prefix), kv.compact())
+    kept = encoder.store.put(encoder.key(prefix), kv.compact())
     watch.stop("encode_s")
-    return int(run.assembled.cached.sum())
+    return kept, int(run.assembled.cached.sum())
 
 
 def parts(pieces: Iterable[Piece], tokens: int) -> list[list[Piece]]:

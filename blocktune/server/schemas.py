@@ -73,10 +73,10 @@ Block = Annotated[TextBlock | DocumentBlock, Field(discriminator="type")]
 
 
 class Message(BaseModel):
-    """One turn. ``developer`` is read as ``system``."""
+    """One turn. ``developer`` is read as ``system``, no content as an empty text."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[Block], Field(max_length=MOST_DOCUMENTS)]
+    content: Text | Annotated[list[Block], Field(max_length=MOST_DOCUMENTS)] | None = None
 
 
 class Extension(Strict):

@@ -66,8 +66,7 @@ class AdapterFiles:
     """Writes and restores what is blocktune's own in an adapter's folder."""
 
     info: AdapterInfo  # becomes ``blocktune.json``
-    # every setting of the run; becomes ``resolved_config.yaml``
-    config: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)  # becomes `CONFIG_FILE`
     links_only: bool = False  # the base is frozen and has no PEFT adapter, so it is not written
 
     def described(self, config: Mapping[str, Any] | None = None, **training: Any) -> AdapterFiles:

@@ -37,11 +37,8 @@ def draw_of(seed: int, epoch: int, *keys: object) -> random.Random:
 class Augmentation:
     """What varies in the layout of a block example."""
 
-    # chance that a chunk joins the group of the one before it, so that it sees that one as in full
-    # attention (arXiv:2605.15913)
-    block_dropout: float = 0.0
-    # before every chunk, and before the question, positions jump by 0 to this many
-    position_jitter: int = 0
+    block_dropout: float = 0.0  # chance that a chunk sees the one before (arXiv:2605.15913)
+    position_jitter: int = 0  # jump in positions before each chunk and the question
 
     def __post_init__(self):
         if not 0.0 <= self.block_dropout <= 1.0:
@@ -202,7 +199,7 @@ class BlockDataCollator:
     ) -> LaidOut:
         prompt = lay_out(pieces, self.layout, self.link_base)
         varied = self.augmentation.vary(prompt.layout, draw)
-        prompt = Prompt(prompt.ids, varied, prompt.labels)
+        prompt = Prompt(prompt.ids, varied)
         if self.sampler is None:
             return LaidOut(prompt, teacher, NO_SHARE)
         share = self.sampler.share(draw)

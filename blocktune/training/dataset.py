@@ -114,8 +114,7 @@ class Prepared:
     num_examples: int  # in the dataset; one in both modes counts twice
     num_block: int  # those of them in block layout
     num_dropped: int  # examples longer than the limit
-    # those of the Hub that the examples say they are from, with licences
-    data_sets: Mapping[str, str] = field(default_factory=dict)
+    data_sets: Mapping[str, str] = field(default_factory=dict)  # on the Hub, with licences
     digest: str = ""  # of all tokens, in order: 16 hex digits
 
 

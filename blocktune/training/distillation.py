@@ -31,8 +31,7 @@ class Distillation:
     """What the student learns from the teacher."""
 
     weight: float = 0.0  # share of the divergence in the loss, in [0, 1]; the rest is cross-entropy
-    # both distributions are taken at it; the divergence is scaled by its square
-    temperature: float = 1.0
+    temperature: float = 1.0  # of both distributions; its square scales the divergence
     # tokens of the teacher that are kept per answer row; all others count as one. None keeps all.
     # Bounds what is held of the teacher to ``2 * top_k`` numbers a row
     top_k: int | None = None

@@ -52,8 +52,7 @@ class AnswerRows(NamedTuple):
 
     logits: Tensor  # ``(T, V)``, T answer tokens
     targets: Tensor  # the tokens, ``(T,)``
-    # every layer's output ``(B, S, hidden)`` after the embeddings', if asked for
-    hidden: tuple[Tensor, ...] | None = None
+    hidden: tuple[Tensor, ...] | None = None  # each layer's ``(B, S, hidden)``, if asked for
 
     def sums(self, layout: Layout) -> Sums:
         """Scores the answers of a batch: cross-entropy alone."""

@@ -15,7 +15,7 @@ from blocktune.attention import Plan, make_plan
 from blocktune.layout import FOREVER, GLOBAL, Kind, Layout
 from blocktune.methods.select import SELECTORS, Selection
 from blocktune.methods.select.base import LayerCheck, LayerKV
-from blocktune.prompt import IGNORED, Prompt
+from blocktune.prompt import Prompt
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,7 @@ def with_fresh_rows(prompt: Prompt, chosen: Tensor, until: int = FOREVER) -> Pro
     )
     joined = torch.cat([prompt.layout.pack(), second.pack()], dim=1)
     ids = prompt.ids + tuple(prompt.ids[row] for row in rows.tolist())
-    labels = prompt.labels + (IGNORED,) * len(rows)
-    return Prompt(ids, Layout.unpack(joined), labels)
+    return Prompt(ids, Layout.unpack(joined))
 
 
 class _Seen(Exception):

@@ -18,28 +18,25 @@ from blocktune.adapter import AdapterInfo
 from blocktune.adapter.info import INFO_FILE, OWN_WEIGHTS
 from blocktune.adapter.load import PEFT_FILE
 from blocktune.cache.shelf import StoreView
-from blocktune.engine.assemble import is_held, wanted_pieces
+from blocktune.engine.assemble import is_held
+from blocktune.engine.encode import wanted_pieces
 from blocktune.engine.prompts import PromptMaker, Request
 from blocktune.layout import Kind
 from blocktune.methods import Method, build, default_method
 from blocktune.models.gate import exact_length
 from blocktune.models.identity import adapter_fingerprint, tokenizer_hash
 from blocktune.models.load import adapter_folder, pinned
-from blocktune.prompt import Pieces, PromptFormat, end_of_turn, stack
+from blocktune.prompt import Pieces, PromptFormat, end_of_turn
 from blocktune.prompt.special_tokens import padding_id
 from blocktune.vllm.plan import LoadPlan, Segment, require_served
 
 
 class Rendered(NamedTuple):
-    """What vLLM is sent for one prompt.
+    """What vLLM is sent for one prompt."""
 
-    Attributes:
-        prompt_ids: All tokens; a token that vLLM does not know (a learned one) is another here.
-        plan: What is loaded instead of computed; None for a prompt without chunks.
-    """
-
+    # all tokens; a token that vLLM does not know (a learned one) is another here
     prompt_ids: list[int]
-    plan: LoadPlan | None
+    plan: LoadPlan | None  # what is loaded instead of computed; None for a prompt without chunks
 
     @property
     def transfer_params(self) -> dict[str, Any] | None:
@@ -121,11 +118,7 @@ class ChunkClient:
 
     @property
     def fingerprint(self) -> str:
-        """Of the model that encodes the chunks.
-
-        Raises:
-            ValueError: If the store describes no such model, or several.
-        """
+        """Of the model that encodes the chunks; a ValueError if the store has none, or several."""
         if self._fingerprint is None:
             self._fingerprint = self._find_fingerprint()
         return self._fingerprint
@@ -162,18 +155,13 @@ class ChunkClient:
     ) -> Rendered:
         """The request of a question with its chunks.
 
-        Raises:
-            ValueError: If vLLM cannot serve the method, or the prompt does not fit the model.
+        A ValueError if vLLM cannot serve the method, or the prompt does not fit the model.
         """
         method = self.built(method)
         return self.render(self.prompts.pieces(example, method), method, max_new_tokens)
 
     def built(self, method: str | Method | None) -> Method:
-        """A method by its name; None: the default.
-
-        Raises:
-            ValueError: If vLLM cannot serve it, or it does not fit the adapter.
-        """
+        """A method by its name; None: the default. A ValueError if it cannot be served."""
         method = build(method) if isinstance(method, str) else method or self.method
         require_served(method, self.prompts.spec(method))
         return method
@@ -191,7 +179,7 @@ class ChunkClient:
         stored = (layout.kind == Kind.PREFIX) | is_held(layout)
         positions = layout.position[stored].tolist()
         segments, start = [], 0
-        for piece in wanted_pieces(stack([prompt], pad_id), 0):
+        for piece in wanted_pieces(prompt):
             scoped = piece.is_prefix and self._scope in ("encode", "read")
             segments.append(Segment(piece.ids, positions[start], piece.blanks, scoped))
             start += len(piece.ids)

@@ -36,8 +36,7 @@ if TYPE_CHECKING:
 
     from blocktune.vllm.scheduler import Load
 
-IDLE_S = 0.002
-"""Seconds that a step without a forward pass waits for loads, rather than spin."""
+IDLE_S = 0.002  # seconds that a step without a forward pass waits for loads, rather than spin
 _LOG = logging.getLogger(__name__)
 
 
@@ -46,17 +45,11 @@ class Missing(ValueError):
 
 
 class Packed(NamedTuple):
-    """One segment's keys and values of this rank's heads, ready to copy.
+    """One segment's keys and values of this rank's heads, ready to copy."""
 
-    Attributes:
-        origin: Position at which the first token was encoded.
-        buffer: All of them, one after the other.
-        states: Keys and values ``(S, K, D)`` of each layer in turn: views of the buffer.
-    """
-
-    origin: int
-    buffer: Tensor
-    states: list[Tensor]
+    origin: int  # position at which the first token was encoded
+    buffer: Tensor  # all of them, one after the other
+    states: list[Tensor]  # keys and values ``(S, K, D)`` of each layer in turn: views of the buffer
 
     @classmethod
     def of(cls, kv: ChunkKV) -> Packed:
@@ -85,16 +78,12 @@ class _Part(NamedTuple):
 
     On a CPU each alone: its keys stay in the processor's cache between rotation and write, and
     nothing is joined. On other devices all of them: fewer kernels.
-
-    Attributes:
-        packed: The segments.
-        turns: How their keys are moved, for each rotation of the model; None: they stay.
-        slots: For each group, which of the tokens are kept, and where.
     """
 
-    packed: list[Packed]
+    packed: list[Packed]  # the segments
+    # how their keys are moved, for each rotation of the model; None: they stay
     turns: list[Rotation | None]
-    slots: list[tuple[Tensor, Tensor]]
+    slots: list[tuple[Tensor, Tensor]]  # for each group, which of the tokens are kept, and where
 
     def states(self, number: int, device: torch.device) -> Tensor:
         """Keys or values of a layer, ``(S, K, D)``; shared with the packed chunk if it is one."""
@@ -113,10 +102,7 @@ class _Job(NamedTuple):
 class WorkerSide:
     """Loads in the background; a request waits for its own load only.
 
-    Args:
-        view: The store.
-        config: vLLM's.
-        groups: Layers that share blocks, vLLM's ``kv_cache_groups``.
+    ``groups`` are the layers that share blocks, vLLM's ``kv_cache_groups``.
     """
 
     def __init__(self, view: StoreView, config: VllmConfig, groups: list[KVCacheGroupSpec]):
@@ -144,13 +130,7 @@ class WorkerSide:
         self._stream: torch.cuda.Stream | None = None
 
     def start(self, loads: list[Load], modules: Mapping[str, Any], idle: bool) -> None:
-        """Begins loads.
-
-        Args:
-            loads: Of this step.
-            modules: vLLM's layers by name.
-            idle: Whether the step has no forward pass.
-        """
+        """Begins the loads of a step; ``idle`` if it has no forward pass."""
         self._idle = idle
         if loads and not self._places:
             self._places = {name: _Place(modules[name], *at) for name, at in self._names.items()}
@@ -161,7 +141,7 @@ class WorkerSide:
             ready = torch.cuda.current_stream().record_event()
         for load in loads:
             layers = {name: Future() for name in self._places} if load.layered else {}
-            future = self._pool.submit(self._run, load, ready, layers)
+            future = self._pool.submit(self._run, load, ready, dict(layers))
             self._jobs.append(_Job(load, future, layers))
 
     def wait_for_layer(self, name: str) -> None:
@@ -182,25 +162,27 @@ class WorkerSide:
             wait(waiting, IDLE_S, FIRST_COMPLETED)
         ended, failed, left = set(), set(), []
         for job in self._jobs:
-            name, layered = job.load.request_id, job.load.layered
-            if not job.future.done() and not layered:
-                left.append(job)
-                continue
-            error = job.future.exception()
-            if error is None and job.layers:  # a captured graph calls no hooks
-                error = RuntimeError("the forward pass did not wait for each layer")
-            if error is None:
-                self.counts.update(job.future.result())
-            else:
-                self.counts["failed"] += 1
-                _LOG.warning("request %s fails: %s", name, error)
-            if layered:
-                self._invalid.update(() if error is None else job.load.blocks[0])
-            else:
+            name = job.load.request_id
+            if job.load.layered:
+                self._invalid.update(() if self._loaded(job) else job.load.blocks[0])
+            elif job.future.done():
                 ended.add(name)
-                failed.update(() if error is None else {name})
+                failed.update(() if self._loaded(job) else {name})
+            else:
+                left.append(job)
         self._jobs = left
         return ended, failed
+
+    def _loaded(self, job: _Job) -> bool:
+        error = job.future.exception()
+        if error is None and job.layers:  # a captured graph calls no hooks
+            error = RuntimeError("the forward pass did not wait for each layer")
+        if error is None:
+            self.counts.update(job.future.result())
+        else:
+            self.counts["failed"] += 1
+            _LOG.warning("request %s fails: %s", job.load.request_id, error)
+        return error is None
 
     def take_invalid(self) -> set[int]:
         """Blocks of layered loads that failed since the last call."""
@@ -216,10 +198,9 @@ class WorkerSide:
         self,
         load: Load,
         ready: torch.cuda.Event | None,
-        layers: Mapping[str, Future[torch.cuda.Event | None]],
+        layers: dict[str, Future[torch.cuda.Event | None]],
     ) -> Counter[str]:
-        started, counts, layers = time.perf_counter(), Counter(loads=1), dict(layers)
-        counts["layered"] += load.layered
+        started, counts = time.perf_counter(), Counter(loads=1, layered=int(load.layered))
         try:
             if load.plan is None:
                 raise Missing(load.fault)

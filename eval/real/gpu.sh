@@ -23,7 +23,7 @@ elif [ -n "${MODEL:-}" ]; then
   options+=(--model "$MODEL")
 fi
 [ "$settings" = dry ] && options+=(--results "$out/results")
-[ $# -gt 0 ] || set -- prepare base choice tune test report
+[ $# -gt 0 ] || set -- prepare base choice tune test long place report
 for step in "$@"; do
   start=$SECONDS
   "$python" eval/real/study.py "$step" "${options[@]}"

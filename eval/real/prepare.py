@@ -93,15 +93,73 @@ def prepare(data: Path, output: Path, settings: dict) -> dict:
         made[part] = _ask_more(rows, _own(pools["squad"], part), TURNS[part]) if shared else rows
         if any(_key(c) in seen for row in made[part] for c in row.chunks):
             raise AssertionError(f"{part} holds a passage of an evaluation question")
+    counts = _write(made, output)
+    counts |= {f"pool of {name}": len(pool) for name, pool in pools.items()}
+    (output / "counts.json").write_text(json.dumps(counts, indent=1) + "\n", encoding="utf-8")
+    return counts
+
+
+PLACES = ("first", "middle", "last")
+"""Where the evidence stands among a fixed number of passages."""
+
+
+def prepare_long(data: Path, output: Path, settings: dict) -> dict:
+    """Writes ``long-N/SET.jsonl`` for many passages, and ``{first,middle,last}-N`` by place.
+
+    The questions are those of ``test``. What a question's own record lacks comes from the passages
+    of the set's other test questions, the hardest by BM25 first, without those that hold an answer.
+
+    Args:
+        data: Folder of the question sets.
+        output: Folder to write to.
+        settings: As for `prepare`, and in ``long``: numbers of ``passages``, the one for ``place``,
+            the most ``characters`` of a context, which may hold fewer passages then, and a
+            ``limit`` of questions a set.
+    """
+    own, seed = settings["long"], settings["prepare"]["seed"]
+    sets = _split(data, random.Random(f"split {seed}"))[1]["test"]
+    made: dict[str, list[RagExample]] = {}
+    for name, items in sets.items():
+        found = dict.fromkeys(c for i in items for c in (*i.example.chunks, *i.others))
+        index = _Index([c for c in found if len(c.text) <= settings["prepare"]["longest"]])
+        wide = [_widened(item, index, max(*own["passages"], own["place"])) for item in items]
+        wide = [_within(item, own["characters"]) for item in wide[: own["limit"]]]
+        rng = random.Random(f"long {name} {seed}")
+        for number in own["passages"]:
+            made[f"long-{number}/{name}"] = [_row(item, number, rng) for item in wide]
+        for place in PLACES:
+            rows = [_row(item, own["place"], rng, place) for item in wide]
+            made[f"{place}-{own['place']}/{name}"] = rows
+    return _write(made, output)
+
+
+def _widened(item: Item, index: _Index, number: int) -> Item:
+    """The item with more other passages, of which none holds an answer."""
+    known = {_key(chunk) for chunk in (*item.example.chunks, *item.others)}
+    answers = [a.lower() for a in item.example.answers if len(a) > 3]
+    more = [c for c in index.best(item.example.question, 3 * number) if _key(c) not in known]
+    more = [c for c in more if not any(answer in c.text.lower() for answer in answers)]
+    return Item(item.example, [*item.others, *more])
+
+
+def _within(item: Item, characters: int) -> Item:
+    """The item with as many of its other passages as fit."""
+    left, kept = characters - sum(len(c.text) for c in item.example.chunks), []
+    for chunk in item.others:
+        left -= len(chunk.text)
+        if left < 0:
+            break
+        kept.append(chunk)
+    return Item(item.example, kept)
+
+
+def _write(made: dict[str, list[RagExample]], output: Path) -> dict[str, int]:
     for name, rows in made.items():
         path = output / f"{name}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = [json.dumps(row.to_json(), ensure_ascii=False) + "\n" for row in rows]
         path.write_text("".join(lines), encoding="utf-8")
-    counts = {name: len(rows) for name, rows in made.items()}
-    counts |= {f"pool of {name}": len(pool) for name, pool in pools.items()}
-    (output / "counts.json").write_text(json.dumps(counts, indent=1) + "\n", encoding="utf-8")
-    return counts
+    return {name: len(rows) for name, rows in made.items()}
 
 
 def _split(data: Path, rng: random.Random) -> tuple[dict, dict]:
@@ -184,10 +242,10 @@ class _Index:
         texts = [f"{c.title or ''} {c.text}" for c in chunks]
         self.bm25.index(_words(texts), show_progress=False)
 
-    def best(self, question: str) -> list[Chunk]:
+    def best(self, question: str, most: int = 30) -> list[Chunk]:
         words = _words([question], return_ids=False)[0]
         scores = self.bm25.get_scores(words) if words else np.zeros(len(self.chunks))
-        return [self.chunks[i] for i in np.argsort(-scores, kind="stable")[:30]]
+        return [self.chunks[i] for i in np.argsort(-scores, kind="stable")[:most]]
 
 
 def _words(texts: list[str], return_ids: bool = True):
@@ -260,10 +318,17 @@ def _ask_more(rows: list[RagExample], squad: list[Item], most: int) -> list[RagE
     return found
 
 
-def _row(item: Item, number: int, rng: random.Random) -> RagExample:
-    """The question over its gold passages and the hardest others, in a drawn order."""
+def _row(item: Item, number: int, rng: random.Random, place: str | None = None) -> RagExample:
+    """The question over its gold passages and the hardest others, in a drawn order.
+
+    With a ``place`` the gold passages stand there, together.
+    """
     gold = item.example.chunks
     chunks = [*gold, *item.others[: max(0, number - len(gold))]]
     order = rng.sample(range(len(chunks)), len(chunks))
+    if place is not None:
+        others = [i for i in order if i >= len(gold)]
+        start = PLACES.index(place) * len(others) // 2
+        order = [*others[:start], *(i for i in order if i < len(gold)), *others[start:]]
     places = tuple(sorted(order.index(i) for i in item.example.supporting))
     return replace(item.example, chunks=tuple(chunks[i] for i in order), supporting=places)

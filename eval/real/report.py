@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from prepare import PLACES
 
 FULL, NONE, CONTROL, BLEND = "full-prefill", "no-context", "full_control", "cacheblend 15 %"
 MULTI_HOP = ("hotpotqa", "2wiki", "musique")
@@ -59,6 +60,10 @@ def _run(folder: Path) -> dict[str, Any]:
     if not common:
         raise ValueError(f"{folder}: no question has been answered by all methods yet")
     f1 = {m: np.array([own[key]["f1"] for key in common]) for m, own in rows.items()}
+    same = {
+        m: float(np.mean([own[key]["answer"] == rows[FULL][key]["answer"] for key in common]))
+        for m, own in rows.items()
+    }
     sets = np.array([key[0] for key in common])
     cost = {
         m: float(np.mean([own[k]["recompute_ratio"] for k in common])) for m, own in rows.items()
@@ -69,7 +74,7 @@ def _run(folder: Path) -> dict[str, Any]:
         "questions": {name: int((sets == name).sum()) for name in dict.fromkeys(sets.tolist())},
         "methods": {
             method: _scores(method, f1, sets)
-            | {"recomputed": cost[method]}
+            | {"recomputed": cost[method], "same_answer_as_full": same[method]}
             | {"ttft_over_full": timed.get(method, {}).get("ttft_over_full_prefill")}
             for method in f1
         },
@@ -161,6 +166,7 @@ def _page(found: dict[str, Any]) -> str:
         asked = ", ".join(f"{key} {n}" for key, n in run["questions"].items())
         sets = [*run["questions"], "multi-hop"]
         head = ["method", *sets, "minus full", "adjusted", "PGR", "of control", "recomputed"]
+        head += ["TTFT, of full", "same answer"]
         lines += [f"## {name}", "", f"Questions: {asked}. F1 in %, 95 % intervals.", ""]
         lines += [_line(head), _line(["---"] * len(head))]
         for method, scores in run["methods"].items():
@@ -168,12 +174,25 @@ def _page(found: dict[str, Any]) -> str:
             cells = [_points(scores[s]["f1"]) if s in scores else "" for s in sets]
             cells += [_points(whole["minus_full"]), _points(whole["adjusted_f1"])]
             cells += [_points(whole.get("pgr")), _points(whole.get("of_control"))]
-            lines.append(_line([method, *cells, f"{100 * scores['recomputed']:.0f} %"]))
+            timed = scores["ttft_over_full"]
+            cells += [f"{100 * scores['recomputed']:.0f} %", f"{timed:.2f}" if timed else ""]
+            lines.append(_line([method, *cells, f"{100 * scores['same_answer_as_full']:.0f} %"]))
         lines.append("")
     lines += [
-        "The columns after *multi-hop* are over those sets, the recomputed share over all.",
+        "The columns after *multi-hop* are over those sets, the last three over all. *Same "
+        "answer*: word for word that of the base's full prefill.",
         "",
     ]
+    wide = {n: run for n, run in found["runs"].items() if n.startswith(("long-", *PLACES))}
+    if wide:
+        lines += ["## Many passages, and the place of the evidence", ""]
+        lines += ["F1 over the multi-hop sets, in %.", "", _line(["method", *wide])]
+        lines += [_line(["---"] * (len(wide) + 1))]
+        for method in dict.fromkeys(m for run in wide.values() for m in run["methods"]):
+            found_in = [run["methods"].get(method) for run in wide.values()]
+            cells = [(one and _points(one["multi-hop"]["f1"])) or "" for one in found_in]
+            lines.append(_line([method, *cells]))
+        lines.append("")
     for name, run in found["trainings"].items():
         lines.append(
             f"- `{name}`: {run['steps']} steps, {run['tokens']:,} tokens, at `{run['commit'][:7]}`"

@@ -9,6 +9,8 @@ Steps, in this order; each can be repeated, and continues where it stopped:
     choice     does the base read? by full prefill, no context, naive, CacheBlend
     tune       every recipe from the base, on the same rows
     test       all methods and recipes on the questions of the tables
+    long       the main ones over 20 passages and more, up to 8k tokens
+    place      the same with the evidence first, in the middle or last
     report     tables with paired intervals, as Markdown and JSON
 
 All numbers of a run are in settings.yaml; a changed setting needs a new --output.
@@ -27,12 +29,12 @@ from typing import Any
 
 import torch
 import yaml
-from prepare import prepare
+from prepare import PLACES, prepare, prepare_long
 from report import write_report
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 HERE = Path(__file__).parent
-STEPS = ("prepare", "base", "choice", "tune", "test", "report")
+STEPS = ("prepare", "base", "choice", "tune", "test", "long", "place", "report")
 SETS = ("hotpotqa", "2wiki", "squad", "musique")
 """The last is never trained on: nothing is chosen by it."""
 INSTRUCTION = "Answer the question from the passages below. Give only the answer, in a few words."
@@ -42,9 +44,15 @@ RECIPES = {
     "kvlink": "kvlink",
     "turborag": "turborag",
     "kv_packet": "kv-packet",
+    "writer": "block-attention",
+    "writer_packet": "kv-packet",
     "full_control": "full-prefill",
 }
 """Recipe -> the method that serves it."""
+VARIANTS = {"writer_packet": ("writer", {"num_headers": 8, "num_trailers": 8})}
+"""Recipes that are another file with other options."""
+BLENDED = ("block_attention", "block_distill")
+"""Recipes that are also served with 15 % recomputed on top."""
 UNTUNED = [
     "full-prefill",
     "no-context",
@@ -52,9 +60,19 @@ UNTUNED = [
     {"name": "epic", "label": "epic 15 %", "params": {"share": 0.15}},
     {"name": "cacheblend", "label": "cacheblend 15 %", "params": {"ratio": 0.15}},
     "psr",
-    {"name": "query-attention", "label": "query-attention 15 %", "params": {"ratio": 0.15}},
+    {"name": "cache-craft", "params": {"warm_up": 1}, "budget": 0.15},
+    {"name": "prophetkv", "label": "prophetkv 15 %", "params": {"ratio": 0.15}},
+    "infoflow",
+    "a3",
+    "agentkvshift",
+    "relaxkv",
+    {"name": "fusionrag", "params": {"neighbours": 5}},
 ]
+"""cache-craft has every chunk from one earlier prompt; fusionrag's neighbours are of the same batch
+of prompts. The others' shares are 15 % of the tokens, agentkvshift's twice 10 % a chunk."""
 CHOICE = [UNTUNED[0], UNTUNED[1], UNTUNED[2], UNTUNED[4]]
+LONG = [*UNTUNED[:5], UNTUNED[7], UNTUNED[8]]
+LONG_TUNED = ("block_attention", "block_distill", "kvlink", "writer", "full_control")
 
 
 def convert(gguf: Path, output: Path) -> None:
@@ -107,6 +125,15 @@ class Study:
             raise ValueError("prepare needs --data, the folder of the question sets; see README.md")
         print(prepare(self.args.data, self.out / "data", self.settings["prepare"]))
 
+    def prepare_long(self) -> dict[str, Any]:
+        """Writes the data of `long` and `place` once; returns their settings."""
+        own = self.settings["long"]
+        if not (self.out / f"data/last-{own['place']}").exists():
+            if not self.args.data:
+                raise ValueError("long and place need --data, the folder of the question sets")
+            print(prepare_long(self.args.data, self.out / "data", self.settings))
+        return own
+
     def base(self) -> None:
         adapter = self.out / "base-adapter"
         options = {"train_data": self.out / "data/base.jsonl"} | self.settings["base"]
@@ -116,7 +143,9 @@ class Study:
             self.run("merge", adapter, "--output", self.out / "base", "--dtype", "float32")
 
     def choice(self) -> None:
-        self.ask("choice", CHOICE, self.settings.get("choice_limit"), SETS[:-1])
+        limit = self.settings.get("choice_limit")
+        for number in self.settings["passages"]:
+            self.ask(f"choice-{number}", CHOICE, limit, SETS[:-1])
 
     def tune(self) -> None:
         options = {"train_data": self.out / "data/rows.jsonl"} | self.settings["tune"]
@@ -124,10 +153,37 @@ class Study:
         with ThreadPoolExecutor(self.args.jobs) as pool:
             runs = [(name, seed) for seed in self.seeds for name in self.names]
             list(pool.map(lambda r: self.train(r[0], self.adapter(*r), model, options, r[1]), runs))
+        for adapter in [self.adapter(*run) for run in runs if run[0] == "writer"]:
+            # among others: full attention is the base's, bit for bit
+            self.run("check", "--model", model, "--adapter", adapter, "--dtype", "float32")
 
     def test(self) -> None:
+        tuned = self.tuned(self.names)
+        for entry in list(tuned):
+            if entry["label"] in BLENDED:
+                tuned.append(entry | UNTUNED[4] | {"label": f"{entry['label']} + 15 %"})
+            if entry["label"] in ("block_attention", "writer"):
+                label = f"{entry['label']} in full"
+                tuned.append(entry | {"name": "full-prefill", "label": label})
+        for number in self.settings["passages"]:
+            self.ask(f"test-{number}", UNTUNED + tuned, self.settings.get("test_limit"), SETS)
+
+    def long(self) -> None:
+        own = self.prepare_long()
+        methods = LONG + self.tuned([n for n in self.names if n in LONG_TUNED])
+        for number in own["passages"]:
+            self.ask(f"long-{number}", methods, own["limit"], SETS)
+
+    def place(self) -> None:
+        own = self.prepare_long()
+        methods = LONG + self.tuned([n for n in self.names if n in LONG_TUNED])
+        for place in PLACES:
+            self.ask(f"{place}-{own['place']}", methods, own["limit"], SETS)
+
+    def tuned(self, names: list[str]) -> list[dict[str, Any]]:
+        """Methods of a suite: these recipes, as far as they are trained."""
         tuned: list[dict[str, Any]] = []
-        for name in self.names:
+        for name in names:
             trained = [seed for seed in self.seeds if _is_complete(self.adapter(name, seed))]
             if len(trained) == 1:
                 which = {"adapter": str(self.adapter(name, trained[0]))}
@@ -136,11 +192,7 @@ class Study:
             else:
                 continue
             tuned.append({"name": RECIPES[name], "label": name} | which)
-        for entry in [e for e in tuned if e["label"] == "block_attention"]:
-            blend = UNTUNED[4] | {"label": "block_attention + 15 %"}
-            full = {"name": "full-prefill", "label": "block_attention in full"}
-            tuned += [entry | blend, entry | full]
-        self.ask("test", UNTUNED + tuned, self.settings.get("test_limit"), SETS)
+        return tuned
 
     def report(self) -> None:
         write_report(self.out, self.args.results, self.args.settings, self.args.steps)
@@ -152,10 +204,12 @@ class Study:
         """Trains one adapter, from its last checkpoint if it has one."""
         if _is_complete(folder):
             return
-        path = Path("recipes") / f"{recipe}.yaml"
+        file, more = VARIANTS.get(recipe, (recipe, {}))
+        path = Path("recipes") / f"{file}.yaml"
         if not yaml.safe_load(path.read_text()).get("use_peft"):
             options = {k: v for k, v in options.items() if not k.startswith(("lora_", "learning_"))}
         options = {"model_name_or_path": model, **options, "instruction": INSTRUCTION, "seed": seed}
+        options |= more
         options |= self.settings.get("recipes", {}).get(recipe, {})
         if list(folder.glob("checkpoint-*")):
             options["resume_from_checkpoint"] = True
@@ -163,21 +217,20 @@ class Study:
         self.run("train", "--config", path, "--output_dir", folder, *words, log=f"{folder}.log")
 
     def ask(self, part: str, methods: list, limit: int | None, sets: tuple[str, ...]) -> None:
-        """Answers the questions of a part, for every number of passages."""
-        for number in self.settings["passages"]:
-            tasks = [
-                {"task": "eval/tasks/jsonl.yaml", "name": name}
-                | {"source": str(self.out / f"data/{part}-{number}/{name}.jsonl")}
-                | ({"limit": limit} if limit else {})
-                for name in sets
-            ]
-            suite = {"model": str(self.out / "base"), "dtype": self.settings["dtype"]}
-            suite |= {"methods": methods, "tasks": tasks, "ttft": {"num": self.settings["ttft"]}}
-            folder = self.out / f"{part}-{number}"
-            folder.mkdir(exist_ok=True)
-            path = folder / "suite.yaml"
-            path.write_text(yaml.safe_dump(suite, sort_keys=False), encoding="utf-8")
-            self.run("eval", "--suite", path, "--output", folder)
+        """Answers the questions of a part of the data."""
+        tasks = [
+            {"task": "eval/tasks/jsonl.yaml", "name": name}
+            | {"source": str(self.out / f"data/{part}/{name}.jsonl")}
+            | ({"limit": limit} if limit else {})
+            for name in sets
+        ]
+        suite = {"model": str(self.out / "base"), "dtype": self.settings["dtype"]}
+        suite |= {"methods": methods, "tasks": tasks, "ttft": {"num": self.settings["ttft"]}}
+        folder = self.out / part
+        folder.mkdir(exist_ok=True)
+        path = folder / "suite.yaml"
+        path.write_text(yaml.safe_dump(suite, sort_keys=False), encoding="utf-8")
+        self.run("eval", "--suite", path, "--output", folder)
 
     def run(self, *words: Any, log: str | None = None) -> None:
         """Runs `blocktune`, or with --plan only prints the command."""
@@ -215,7 +268,7 @@ def main() -> int:
     add("--results", type=Path, default=Path("eval/results/real"), help="tables")
     add("--recipes", nargs="+", choices=RECIPES, help="tune and test only these")
     add("--jobs", type=int, default=1, help="trainings, and processes that answer")
-    add("--plan", action="store_true", help="print the commands of base, choice, tune and test")
+    add("--plan", action="store_true", help="print the commands of the steps after prepare")
     args = parser.parse_args()
     study = Study(args)
     try:

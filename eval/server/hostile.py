@@ -4,8 +4,10 @@
 
 Generated from the OpenAPI schema (schemathesis), made by hand, and sockets that send half a
 request, byte by byte, or read nothing. They come from one tenant; another has chunks in the same
-store, which must not be found. Writes statuses, memory and open files of the server before, between
-and after, and what went wrong. The exit code is 1 if anything did.
+store, which must not be found. First the server's caches (chunks, exact prefixes, token ids of
+recent texts) are filled up to their limits, so that what grows afterwards is a leak. Writes
+statuses, memory and open files of the server before, between and after, and what went wrong. The
+exit code is 1 if anything did, or the memory grew by more than 5 % after the first eighth.
 """
 
 from __future__ import annotations
@@ -115,6 +117,17 @@ class Run:
         response = self.client.post(CHAT, json=GOOD)
         if response.status_code != 200:
             self.wrong.append(f"a good request was answered {response.status_code}")
+
+    def fill(self, rng: random.Random) -> None:
+        """Fills the server's caches with requests that are new in every word."""
+        for _ in range(40):
+            words = " ".join(f"{rng.getrandbits(40):x}" for _ in range(3000))
+            long = {"prompt": words * 3, "max_tokens": 1}  # refused, but only when tokenised
+            self.client.post("/v1/completions", json=long)
+            body = {"documents": [words[at : at + 700] for at in range(0, 16 * 700, 700)]}
+            self.client.post("/v1/chunks", json=body)
+            body = {"prompt": words[:4000], "max_tokens": 1}
+            self.client.post("/v1/completions", json=body)
 
     def by_hand(self, rng: random.Random) -> None:
         """One request with one or two fields that are wrong, or a body that is no request."""
@@ -242,6 +255,7 @@ def attack(run: Run, server: psutil.Process, asked: argparse.Namespace) -> dict[
     rng = random.Random(asked.seed)
     for _ in range(20):
         run.good()
+    run.fill(rng)
     run.theirs()
     begin, started = held(server), time.time()
     by_hand = [begin]
@@ -258,13 +272,18 @@ def attack(run: Run, server: psutil.Process, asked: argparse.Namespace) -> dict[
     run.theirs()
     time.sleep(7)
     run.good()
+    memory = [*by_hand, held(server)]
+    growth = memory[-1]["rss_mb"] / memory[1]["rss_mb"] - 1
+    if growth > 0.05:
+        run.wrong.append(f"the memory grew by {growth:.1%}")
     return {
         "command": " ".join(["python", *sys.argv]),
         "machine": machine(),
         "requests": run.count,
         "seconds": round(time.time() - started, 1),
         "statuses": dict(sorted(run.statuses.items())),
-        "held": [*by_hand, held(server)],
+        "held": memory,
+        "growth": round(growth, 4),
         "wrong": run.wrong[:20],
     }
 

@@ -2,11 +2,13 @@
 
     python eval/server/soak.py data/tiny --minutes 30 --output eval/results/server/soak.json
 
-Every answer is compared with what the engine says in this process. In turns, the second replica is
-killed (SIGKILL, so while it writes) and started again, and the store's folder is moved away for
-some seconds and moved back, or replaced by a file. Writes the counts, the memory of the first
-replica over time, and a plot of it beside the output. The exit code is 1 if an answer was wrong or
-lost, or the memory of the second half of the time grew by more than 5 %.
+Every answer is compared with what the engine says in this process. Each replica has a folder of
+its own over one Valkey (if there is a valkey-server or redis-server; else they share a folder). In
+turns, the second replica is killed (SIGKILL, so while it writes) and started again, the first one's
+folder is moved away for some seconds and moved back, or replaced by a file, and Valkey is killed
+and started again, empty. Writes the counts, the memory of the first replica over time, and a plot
+of it beside the output. The exit code is 1 if an answer was wrong or lost, or the memory of the
+second half of the time grew by more than 5 %.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,7 @@ from traffic import (
 )
 
 METHODS = ("naive", "cacheblend", "epic", "full-prefill")
+VALKEY = shutil.which("valkey-server") or shutil.which("redis-server")
 
 
 def expected(model: str, asks: list, tokens: int) -> dict[tuple[int, str], str]:
@@ -157,36 +160,87 @@ def main() -> int:
     return int(bool(made["wrong"] or made["lost"] or made["growth"] > 0.05))
 
 
+class Faults:
+    """What is done to the servers, in turns; `counts` says how often.
+
+    Args:
+        asked: The command line.
+        folder: Of stores and logs.
+    """
+
+    def __init__(self, asked: argparse.Namespace, folder: Path):
+        self.log, self.pause = folder / "servers.log", min(10, asked.every / 3)
+        self.ports, self.valkey_port = [free_port(), free_port()], free_port()
+        self.valkey = self._start_valkey() if VALKEY else None
+        places = [folder / "first", folder / "second" if VALKEY else folder / "first"]
+        remote = f",remote=valkey://127.0.0.1:{self.valkey_port}/0" if VALKEY else ""
+        self.store = places[0]
+        self.commands = [
+            blocktune_command(
+                *(asked.model, port, "--store", f"{place}{remote}"),
+                *("--store-gb", str(asked.store_gb)),
+            )
+            for port, place in zip(self.ports, places, strict=True)
+        ]
+        self.second = self._start(self.commands[1])
+        names = ["kill_replica", "folder_gone", "folder_a_file", *(["kill_valkey"] * bool(VALKEY))]
+        self.counts = dict.fromkeys(names, 0)
+        self._turns = itertools.cycle(names)
+
+    def next(self) -> None:
+        """Does the next one."""
+        name = next(self._turns)
+        getattr(self, name)()
+        self.counts[name] += 1
+
+    def kill_replica(self) -> None:
+        self.second.send_signal(signal.SIGKILL)
+        self.second.wait()
+        self.second = self._start(self.commands[1])
+
+    def folder_gone(self) -> None:
+        take_away(self.store, self.pause, as_file=False)
+
+    def folder_a_file(self) -> None:
+        take_away(self.store, self.pause, as_file=True)
+
+    def kill_valkey(self) -> None:
+        self.valkey.kill()
+        self.valkey.wait()
+        time.sleep(self.pause)
+        self.valkey = self._start_valkey()
+
+    def close(self) -> None:
+        for process in filter(None, (self.second, self.valkey)):
+            process.kill()
+            process.wait()
+
+    def _start(self, command: list[str]) -> subprocess.Popen:
+        with self.log.open("a") as file:
+            return subprocess.Popen(command, stdout=file, stderr=file)
+
+    def _start_valkey(self) -> subprocess.Popen:
+        return self._start([VALKEY, "--port", str(self.valkey_port), "--save", ""])
+
+
 def run(asked: argparse.Namespace, asks: list, truth: dict, folder: Path) -> dict[str, Any]:
-    store, log = folder / "store", folder / "servers.log"
-    ports = [free_port(), free_port()]
-    options = ("--store", str(store), "--store-gb", str(asked.store_gb))
-    commands = [blocktune_command(asked.model, port, *options) for port in ports]
-    faults, samples = {"kills": 0, "folder gone": 0, "folder a file": 0}, []
-    with server(commands[0], ports[0], log) as (url, first):
-        second = start(commands[1], log)
-        other = f"http://127.0.0.1:{ports[1]}"
-        wait_for(other, second, log)
+    samples, faults = [], Faults(asked, folder)
+    with (
+        closing(faults),
+        server(faults.commands[0], faults.ports[0], faults.log) as (url, first),
+    ):
+        other = f"http://127.0.0.1:{faults.ports[1]}"
+        wait_for(other, faults.second, faults.log)
         soak = Soak([url, other], asks, truth, asked.tokens)
-        memory, started = psutil.Process(first.pid), time.monotonic()
-        next_fault, kinds = asked.every, itertools.cycle(faults)
+        memory, started, next_fault = psutil.Process(first.pid), time.monotonic(), asked.every
         with clients(soak, asked.clients):
             while (now := time.monotonic() - started) < 60 * asked.minutes:
                 facts = memory.memory_info().rss, memory.num_fds(), soak.counts["answers"]
                 samples.append((round(now, 1), *facts))
                 if now > next_fault:
-                    kind = next(kinds)
-                    if kind == "kills":
-                        second.send_signal(signal.SIGKILL)
-                        second.wait()
-                        second = start(commands[1], log)
-                    else:
-                        take_away(store, min(10, asked.every / 3), kind == "folder a file")
-                    faults[kind] += 1
+                    faults.next()
                     next_fault = now + asked.every
                 time.sleep(min(5, asked.every / 10))
-        second.kill()
-        second.wait()
         end = httpx.get(f"{url}/metrics").text
     half = [rss for at, rss, _, _ in samples if at > samples[-1][0] / 2]
     quarter = max(1, len(half) // 4)
@@ -195,18 +249,12 @@ def run(asked: argparse.Namespace, asks: list, truth: dict, folder: Path) -> dic
         "command": " ".join(["python", *sys.argv]),
         "machine": machine(),
         **soak.counts,
-        "faults": faults,
+        "faults": faults.counts,
         "growth": round(growth, 4),
         "unfinished": [line for line in end.splitlines() if line.startswith("blocktune_kv_bytes ")],
         "first_wrong": soak.first_wrong,
         "samples": samples,
     }
-
-
-def start(command: list[str], log: Path) -> subprocess.Popen:
-    """A replica that is not waited for."""
-    with log.open("a") as file:
-        return subprocess.Popen(command, stdout=file, stderr=file)
 
 
 def plot(made: dict[str, Any], path: Path) -> None:

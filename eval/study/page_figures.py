@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from page_tables import chosen
+from states import Chosen, cumulative_of
 
-from blocktune.evaluation.report.charts import cost_chart, draw_panels
+from blocktune.evaluation.report.charts import cost_chart
 from blocktune.evaluation.report.style import (
     Ground,
     as_share,
@@ -29,22 +32,6 @@ LAYERED = {
     "accrued": "Deviation held by the top 15 % of tokens",
 }
 """Shares by layer that `choice_of` measures."""
-ABLATION = ("r", "s", "s+p", "psr")
-"""Recompute; blanks; blanks and scaled attention; all three."""
-
-
-def panels(
-    results: Results,
-    path: Path,
-    methods: Sequence[str] | None = None,
-    title: str = "Score by kind of question, with 95 % intervals",
-) -> Path:
-    """Methods on every kind of question, a panel for each.
-
-    Raises:
-        ValueError: If the results lack a method.
-    """
-    return draw_panels(chosen(results, methods), path, title)
 
 
 def cost(
@@ -80,14 +67,6 @@ def layers(results: Results, path: Path, methods: Sequence[str], what: str = "be
     return to_png(draw, path, height=3.4, width=5.5)
 
 
-def overlap(results: Results, path: Path, method: str = "naive") -> Path:
-    """How many tokens chosen at one layer are chosen at another: mean over prompts."""
-    shares = results["methods"][method]["fidelity"]["choice"]["overlap"]
-    return draw_overlap(
-        [row[1:] for row in shares[1:]], path, f"{method}: choices shared by layers"
-    )
-
-
 def draw_overlap(shares: Sequence[Sequence[float]], path: Path, title: str, first: int = 1) -> Path:
     """Heat map: how many tokens chosen at one layer are chosen at another.
 
@@ -113,11 +92,6 @@ def draw_overlap(shares: Sequence[Sequence[float]], path: Path, title: str, firs
     return to_png(draw, path, height=4.0)
 
 
-def trace(results: Results, path: Path, pattern: str) -> Path:
-    """Score against storage on one trace."""
-    return draw_trace(results["traces"][pattern]["cells"], path, pattern)
-
-
 def draw_trace(cells: Sequence[Mapping[str, Any]], path: Path, title: str) -> Path:
     """Score against bytes stored; a larger point waits longer for its first token."""
     slowest = max(cell["ttft_s"] for cell in cells)
@@ -140,35 +114,49 @@ def draw_trace(cells: Sequence[Mapping[str, Any]], path: Path, title: str) -> Pa
     return to_png(draw, path, 4.2, width=6.5)
 
 
-def psr(results: Results, path: Path) -> Path:
-    """The ablation of prefix, scale and recompute."""
-    return panels(results, path, psr_methods(results), "PSR's ablation by kind of question")
+def draw_deviation(chosen: Chosen, path: Path, title: str) -> Path:
+    """Heat map: tokens that are among the highest in at least one layer, by layer."""
+    shown = np.flatnonzero(chosen.top.any(0))
+    strength = chosen.deviation / chosen.deviation.max(1, keepdims=True).clip(1e-12)
+    picture = np.where(chosen.top, strength, np.nan)[:, shown]
+    starts = np.flatnonzero(np.diff(chosen.chunk[shown], prepend=-1))
 
-
-def psr_methods(results: Mapping[str, Any]) -> list[str]:
-    """Labels of the ablation of prefix, scale and recompute, with the two baselines.
-
-    Raises:
-        ValueError: If the results lack one of them.
-    """
-    found = {}
-    for label, summary in results["methods"].items():
-        if summary["adapter"] is None:
-            found.setdefault(summary["method"], label)
-    if missing := [name for name in ABLATION if name not in found]:
-        raise ValueError(
-            f"the ablation needs the methods {', '.join(ABLATION)}, these results lack "
-            f"'{missing[0]}'; run eval/suites/psr.yaml"
+    def draw(figure: Figure, ground: Ground) -> None:
+        axes = figure.subplots()
+        axes.grid(visible=False)
+        image = axes.imshow(
+            picture, aspect="auto", origin="lower", interpolation="nearest", cmap="viridis_r"
         )
-    return [found[name] for name in ("naive", *ABLATION, "full-prefill") if name in found]
+        for start in starts:
+            axes.axvline(start - 0.5, color=ground.faint, linewidth=0.6)
+        whole_numbers(axes.yaxis)
+        axes.set_xlabel("tokens chosen in any layer, by place; lines: chunks begin")
+        axes.set_ylabel("layer")
+        axes.set_title(title)
+        figure.colorbar(image, ax=axes, label="deviation, of the layer's highest", pad=0.02)
+
+    return to_png(draw, path, height=3.6, width=7.5)
 
 
-FIGURES: Mapping[str, Callable[..., Path]] = {
-    "panels": panels,
-    "cost": cost,
-    "layers": layers,
-    "overlap": overlap,
-    "trace": trace,
-    "psr": psr,
-}
-"""By the name that a page uses."""
+def draw_cumulative(
+    deviations: Mapping[str, NDArray[np.float64]], path: Path, layer: int, title: str
+) -> Path:
+    """Deviation accrued over tokens, the highest first, for several methods at one layer."""
+
+    def draw(figure: Figure, ground: Ground) -> None:
+        axes, ends = figure.subplots(), {}
+        for label, keys in deviations.items():
+            accrued = cumulative_of(keys)[layer]
+            places = np.arange(1, len(accrued) + 1) / len(accrued)
+            color = mark(ground, label)["color"]
+            axes.plot(places, accrued, color=color)
+            ends[label] = accrued[-1], color
+        as_share(axes.xaxis)
+        axes.set_xlim(0, 1)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("context tokens, highest deviation first")
+        axes.set_ylabel("deviation of keys, accrued")
+        axes.set_title(title)
+        label_ends(axes, ends)
+
+    return to_png(draw, path, height=3.6)

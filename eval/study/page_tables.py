@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from blocktune.evaluation.stats.compare import verdict
-from blocktune.tables import ABSENT, Table, with_half, with_interval, written
+from blocktune.tables import Table, with_half, with_interval, written
 
 Results = Mapping[str, Any]
 
@@ -61,29 +61,6 @@ def pairs(results: Results, pairs: Sequence[Sequence[str]]) -> str:
     return Table(("pair", "points", "p (Holm)", "n", "verdict"), rows).markdown()
 
 
-def seeds(results: Results, methods: Sequence[str] | None = None) -> str:
-    """Scores of every training seed beside their mean."""
-    rows = [
-        (label, written("score", summary["score"]), ", ".join(_each(summary["seeds"].values())))
-        for label, summary in chosen(results, methods).items()
-        if summary["seeds"]
-    ]
-    return Table(("method", "mean", "by seed"), rows).markdown()
-
-
-def fidelity(results: Results, methods: Sequence[str] | None = None) -> str:
-    """Closeness to full prefill on the same weights; distances are means over layers after 0."""
-    rows = []
-    for label, summary in chosen(results, methods).items():
-        own = summary["fidelity"]
-        keys, values = (_later(own.get(name)) for name in ("keys", "values"))
-        entropy = _later(own.get("entropy"))
-        closeness = (written("nats", own["kl"]), written("share", own["top1"]))
-        rows.append((label, *closeness, keys, values, entropy))
-    headings = ("method", "KL, nats", "same top token", "keys off by", "values off by", "entropy")
-    return Table(headings, rows).markdown()
-
-
 def choice(results: Results, method: str = "naive") -> str:
     """Layer by layer: where the tokens are that deviate most, and which layers choose them too."""
     own = _known(results, method)["fidelity"]["choice"]
@@ -130,49 +107,6 @@ def _gap(summary: Mapping[str, Any]) -> str:
     return f"{written('share', summary['score_gap_recovered'])} ({low} to {high})"
 
 
-def _each(values: Iterable[float]) -> list[str]:
-    return [written("score", value) for value in values]
-
-
-def _later(layers: Sequence[float] | None) -> str:
-    """The mean over layers; layer 0 is left out, whose states know no context."""
-    return ABSENT if not layers else written("nats", sum(layers[1:]) / len(layers[1:]))
-
-
-HEADINGS = (
-    "trace", "method", "score", "over naive", "over full prefill", "stored, MiB", "recomputed",
-    "TTFT, ms",
-)  # fmt: skip
-
-
-def traces(results: Results, methods: Sequence[str] | None = None) -> str:
-    """A row a method and trace: score, gain over naive reuse and full prefill, storage and time."""
-    rows = [
-        (name, *_cells(cell))
-        for name, trace in results["traces"].items()
-        for cell in trace["cells"]
-        if methods is None or cell["method"] in methods
-    ]
-    return Table(HEADINGS, rows).markdown()
-
-
-def _cells(cell: Mapping[str, Any]) -> tuple[str, ...]:
-    limit = f" of {cell['store_mib']}" if cell["store_mib"] else ""
-    return (
-        cell["method"],
-        with_half(cell["score"], cell["ci95"], 1),
-        _gain(cell["minus"].get("naive")),
-        _gain(cell["minus"].get("full-prefill")),
-        f"{cell['stored_bytes'] / (1 << 20):.1f}{limit}",
-        written("share", cell["recompute_ratio"]),
-        written("ms", cell["ttft_s"]),
-    )
-
-
-def _gain(minus: Mapping[str, Any] | None) -> str:
-    return ABSENT if minus is None else with_interval("points", minus["mean"], minus["ci95"])
-
-
 def origin(results: Mapping[str, Any]) -> str:
     """The command, commit, machine and number of questions behind a page's results."""
     about = results["provenance"]
@@ -183,10 +117,6 @@ def origin(results: Mapping[str, Any]) -> str:
 
 
 def _asked(results: Mapping[str, Any]) -> str:
-    if "traces" in results:
-        cells = [cell for trace in results["traces"].values() for cell in trace["cells"]]
-        asked, questions = max((cell["n"], cell["questions"]) for cell in cells)
-        return f"{asked:,} requests of {questions:,} questions in each trace."
     count = max(summary["n"] for summary in results["methods"].values())
     return f"{count:,} questions, {len(results['methods'])} methods."
 
@@ -194,16 +124,3 @@ def _asked(results: Mapping[str, Any]) -> str:
 def _commit(about: Mapping[str, Any]) -> str:
     head, plus, changes = (about["commit"] or "unknown").partition("+")
     return head[:12] + plus + changes
-
-
-TABLES: Mapping[str, Callable[..., str]] = {
-    "scores": scores,
-    "f1": f1,
-    "pairs": pairs,
-    "seeds": seeds,
-    "fidelity": fidelity,
-    "choice": choice,
-    "traces": traces,
-    "origin": origin,
-}
-"""By the name that a page uses."""

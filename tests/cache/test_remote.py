@@ -2,14 +2,14 @@
 
 import logging
 import os
-import shutil
 import socket
-import subprocess
 import threading
 import time
 
 import pytest
+import valkey_server
 from cache.made import MODEL, assert_same_chunk, made_chunk
+from valkey_server import free_port
 
 from blocktune.cache import ChunkStore, chunk_key, remote
 from blocktune.cache.config import StoreConfig
@@ -18,8 +18,7 @@ from blocktune.cache.shelf import Shelf
 
 CHUNKS = [made_chunk(5, seed=10 * n) for n in range(4)]
 KEYS = [chunk_key(MODEL, kv.token_ids) for kv in CHUNKS]
-SERVER = shutil.which("valkey-server") or shutil.which("redis-server")
-KINDS = ["file", "s3", *(["valkey"] if SERVER else [])]
+KINDS = ["file", "s3", *(["valkey"] if valkey_server.PROGRAM else [])]
 """A machine without a Valkey server tests the others."""
 
 
@@ -28,12 +27,6 @@ def patience(request, monkeypatch):
     """A busy machine answers late; only where a time-out is tested it must be short."""
     if "out_of_reach" not in request.node.name:
         monkeypatch.setattr(remote, "TIMEOUT_S", 30.0)
-
-
-def free_port():
-    with socket.socket() as made:
-        made.bind(("127.0.0.1", 0))
-        return made.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -55,16 +48,10 @@ def servers():
 
     s3fs.S3FileSystem(skip_instance_cache=True).mkdir("bucket")
     urls, valkey = {"s3": "s3://bucket/chunks"}, None
-    if SERVER:
+    if valkey_server.PROGRAM:
         port = free_port()
-        command = [SERVER, "--port", str(port), "--save", "", "--appendonly", "no"]
-        valkey = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        valkey = valkey_server.start(port)
         urls["valkey"] = f"valkey://127.0.0.1:{port}/0"
-        for _ in range(100):
-            with socket.socket() as asked:
-                if not asked.connect_ex(("127.0.0.1", port)):
-                    break
-            time.sleep(0.05)
     yield urls
     moto.stop()
     if valkey is not None:

@@ -31,9 +31,3 @@ def test_a_model_is_refused_before_its_weights_are_read(refused, tmp_path, name,
     }[command]
     assert reason in refused(*line)
     assert not out.exists()
-
-
-def test_a_model_without_rope_is_not_answered_with(refused, tmp_path):
-    model = only_configured(tmp_path / "other", MODELS["gpt2"][0]())
-    line = refused("answer", "--model", model, "--question", "Who?", "--chunk", "She.")
-    assert MODELS["gpt2"][1] in line

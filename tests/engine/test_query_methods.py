@@ -1,5 +1,6 @@
 """Methods that score by the question or repair by a shift, against stock models worked by hand."""
 
+import dataclasses
 import math
 
 import pytest
@@ -12,7 +13,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repea
 
 from blocktune.engine.batch_prefill import prefill_batch
 from blocktune.layout import Kind
-from blocktune.methods import build, compose
+from blocktune.methods import Selection, build, compose
 from blocktune.positions import LayerRope, relocate_keys
 
 LAYERS = 3
@@ -155,6 +156,78 @@ def test_dropping_the_rest_after_the_first_layer_is_choosing_before_it(engine):
 
 
 @torch.no_grad()
+def relaxed_by_hand(stock, engine, columns, ratio: float, sees: str) -> torch.Tensor:
+    """RelaxKV on a stock Llama: a choice of each layer, its closure, and what those rows see."""
+    inputs, is_chunk = inputs_of(engine), columns.kind == Kind.CHUNK
+    model, ids, at = stock.model, inputs["input_ids"], inputs["position_ids"]
+    cache, total = inputs["past_key_values"], ids.shape[1]
+    count, depth = cache.get_seq_length(), torch.zeros(total, dtype=torch.int64)
+    for index, weights in enumerate(attention(stock, inputs_of(engine), columns, "prompt")):
+        depth[list(top(weights.mean(0), columns, ratio))] = index + 1
+    assert depth.unique().tolist() == [0, 1, 2, 3], "layers choose differently"
+    shown = ~is_chunk | (depth > 0) | (sees == "all")
+    depth[count:] = LAYERS
+    rows = (depth > 0).nonzero().flatten()
+    hidden = model.embed_tokens(ids)
+    cos, sin = model.rotary_emb(hidden, at)
+    hidden = hidden[:, rows]
+    for index, layer in enumerate(model.layers):
+        kept = depth[rows] > index
+        rows, hidden = rows[kept], hidden[:, kept]
+        attend, norm = layer.self_attn, layer.input_layernorm(hidden)
+        query, keys, values = (
+            projection(norm).unflatten(-1, (-1, attend.head_dim)).transpose(1, 2)
+            for projection in (attend.q_proj, attend.k_proj, attend.v_proj)
+        )
+        query, keys = apply_rotary_pos_emb(query, keys, cos[:, rows], sin[:, rows])
+        stored = []
+        for old, new in ((cache.layers[index].keys, keys), (cache.layers[index].values, values)):
+            whole = torch.cat([old, new.new_zeros(*old.shape[:2], total - count, old.shape[3])], 2)
+            whole[:, :, rows] = new
+            stored.append(repeat_kv(whole, attend.num_key_value_groups))
+        seen = (torch.arange(total) <= rows[:, None]) & (shown | ~is_chunk[rows][:, None])
+        scores = (query @ stored[0].transpose(2, 3) * attend.scaling).masked_fill(~seen, -math.inf)
+        out = scores.softmax(-1) @ stored[1]
+        hidden = hidden + attend.o_proj(out.transpose(1, 2).flatten(2))
+        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    return stock.lm_head(model.norm(hidden))[0, -1]
+
+
+def test_relaxkv_is_its_choice_of_targets_and_context_worked_by_hand(engine, stock, columns):
+    got = {}
+    for sees in ("chosen", "all"):
+        got[sees] = engine.next_logits([ASK], build("relaxkv", ratio=0.3, sees=sees))[0]
+        expected = relaxed_by_hand(stock, engine, columns, 0.3, sees)
+        torch.testing.assert_close(got[sees], expected, rtol=0, atol=1e-4)
+    assert (got["chosen"] - got["all"]).abs().max() > 1e-3
+
+
+def test_recomputed_tokens_at_the_end_do_not_see_hidden_ones_before_them(engine):
+    """All but the first chunk's tokens are recomputed: the kernel for tails sees too much."""
+    late = compose("naive", select=Late())
+    columns = engine.prefilled([ASK], late).columns
+    hidden = (columns.chunk == 0) & (columns.kind == Kind.CHUNK)
+    assert 4 * int(hidden.sum()) < hidden.shape[1]
+    seeing = engine.next_logits([ASK], compose("naive", select=Late(sees="all")))
+    pieces = engine.prompts.pieces(ASK, late)
+    changed = pieces._replace(chunks=(pieces.chunks[0][::-1], *pieces.chunks[1:]))
+    states = [engine.start([one], late).cache.layers[-1].keys for one in (pieces, changed)]
+    recomputed = (columns.chunk > 0) & (columns.kind == Kind.CHUNK)
+    assert torch.equal(*(one[0][:, recomputed[0]] for one in states))
+    assert (engine.next_logits([ASK], late) - seeing).abs().max() > 1e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class Late(Selection):
+    """Every chunk but the first."""
+
+    sees: str = "chosen"
+
+    def start(self, layout):
+        return layout.is_context & (layout.chunk > 0)
+
+
+@torch.no_grad()
 def shifted_by_hand(stock, inputs, columns, ratio: float) -> torch.Tensor:
     """AgentKVShift's algorithm 1 on a stock Llama, layer by layer, one prompt; logits ``(V,)``."""
     model, ids, at = stock.model, inputs["input_ids"], inputs["position_ids"]
@@ -276,6 +349,7 @@ def test_a_repaired_context_is_a_stock_cache(engine):
         ("query-attention over=heads", "over must be one of prompt, cached, chunks"),
         ("query-attention pool=max", "pool must be one of mean, norm"),
         ("query-attention positions=global", "positions must be one of prompt, encoded"),
+        ("query-attention sees=past", "sees must be one of all, chosen"),
         ("infoflow last_layers=0", "last_layers must be a whole number, at least 1"),
         ("naive + mean-shift share=2", "share must be a share in"),
         ("naive + mean-shift 20 %", "a repair takes no budget"),

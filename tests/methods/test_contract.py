@@ -31,6 +31,7 @@ for _name, _method in SUBJECTS.items():
 CASES = [(name, claim) for name in ALIKE.values() for claim in claims(SUBJECTS[name])]
 EXCEPTIONS = {
     "ape",
+    "fusionrag",
     "kv-packet",
     "kvlink",
     "link0",

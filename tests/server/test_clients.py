@@ -4,6 +4,7 @@ The openai client of Python is always run, the others where they are: `BLOCKTUNE
 folder with a Python environment and ``node_modules``; by default it is this Python's.
 """
 
+import json
 import os
 import re
 import shutil
@@ -12,7 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from server.support import DOCUMENTS, ROOT, process
+from server.support import ROOT, process
 
 FOLDER = Path(os.environ.get("BLOCKTUNE_CLIENTS", sys.prefix))
 PYTHON, MODULES = FOLDER / "bin" / "python", FOLDER / "node_modules"
@@ -60,36 +61,86 @@ def test_a_client_works_unchanged(server, name, tmp_path):
     assert cached[1] > 0
 
 
-def test_what_open_webui_asks_is_answered(server):
-    """Its list of models, its check of a connection, and its chat requests, as its backend sends.
+WEBUI = {
+    "model": "tiny",
+    "messages": [
+        {"role": "system", "content": 'Be brief.\n<context><source id="1">Anna</source></context>'},
+        {"role": "user", "content": "Who is she?"},
+        {"role": "assistant", "content": "A chemist.", "id": "m-2", "timestamp": 1790000000},
+        {"role": "assistant", "content": None, "tool_calls": []},
+        {
+            "role": "user",
+            "content": [
+                {
+                    "type": "text",
+                    "text": "Where is Anna Belt?",
+                    "cache_control": {"type": "ephemeral"},
+                }
+            ],
+        },
+    ],
+    "max_tokens": 16,
+    "temperature": 0.0,
+    "user": "someone",
+}
+"""What Open WebUI always sends: its documents stand in the messages."""
+WEBUI_MORE = {
+    "stream": {"stream": True, "stream_options": {"include_usage": True}},
+    "chat": {
+        "stream": True,
+        "metadata": {"user_id": "u", "chat_id": "c", "message_id": "m", "files": [{"id": "f"}]},
+        "features": {"web_search": False, "image_generation": False, "memory": False},
+        "files": [{"type": "file", "id": "f", "name": "a.md", "collection_name": "file-f"}],
+        "params": {},
+        "tool_ids": [],
+        "tool_servers": [],
+        "filter_ids": [],
+        "variables": {"{{USER_NAME}}": "Anna"},
+        "session_id": "s",
+        "chat_id": "c",
+        "id": "m",
+        "background_tasks": {"title_generation": True, "tags_generation": True},
+        "stream_options": None,
+    },
+    "tuned": {
+        "stream": False,
+        "top_p": 0.9,
+        "frequency_penalty": 0.0,
+        "presence_penalty": 0,
+        "seed": 7,
+        "stop": ["\n\n\n"],
+        "logit_bias": {},
+        "tools": [],
+        "tool_choice": "auto",
+        "reasoning": {"effort": "low"},
+        "response_format": {"type": "text"},
+    },
+    "title": {"stream": False, "max_tokens": None, "max_completion_tokens": 50},
+}
 
-    See backend/open_webui/routers/openai.py in its repository.
-    """
-    headers = {"authorization": "Bearer sk-none"}
-    listed = server.get("/v1/models", headers=headers).json()
+
+def test_open_webui_reads_the_list_of_models(client):
+    """Ids with which it asks, after its check of the connection, with any key."""
+    headers = {"authorization": "Bearer sk-none", "x-openwebui-user-name": "Anna%20Belt"}
+    listed = client.get("/v1/models", headers=headers).json()
     assert listed["object"] == "list"
     for model in listed["data"]:
-        assert isinstance(model["id"], str)
-        assert model["object"] == "model"
-        assert isinstance(model["created"], int)
+        assert (model["object"], type(model["id"]), type(model["created"])) == ("model", str, int)
         assert isinstance(model["owned_by"], str)
-    body = {
-        "model": listed["data"][0]["id"],
-        "messages": [
-            {"role": "system", "content": "Be brief."},
-            {"role": "user", "content": [{"type": "text", "text": "Where is Anna Belt?"}]},
-        ],
-        "stream": True,
-        "stream_options": {"include_usage": True},
-        "max_tokens": 16,
-        "user": "someone",
-        "documents": DOCUMENTS,
-    }
-    with server.stream("POST", "/v1/chat/completions", json=body, headers=headers) as response:
-        assert response.headers["content-type"].startswith("text/event-stream")
-        lines = [line for line in response.iter_lines() if line]
+
+
+@pytest.mark.parametrize("kind", WEBUI_MORE)
+def test_bodies_as_open_webui_sends_them_are_answered(client, kind):
+    """Fields of its own pass; see ``backend/open_webui`` (routers, utils) in its repository."""
+    body = WEBUI | WEBUI_MORE[kind]
+    response = client.post("/v1/chat/completions", json=body)
+    assert response.status_code == 200, response.text
+    if not body["stream"]:
+        assert response.json()["choices"][0]["message"]["content"]
+        return
+    assert response.headers["content-type"].startswith("text/event-stream")
+    lines = [line for line in response.iter_lines() if line]
     assert lines[-1] == "data: [DONE]"
-    title = body | {"stream": False, "max_completion_tokens": 50}
-    title.pop("max_tokens"), title.pop("stream_options")
-    made = server.post("/v1/chat/completions", json=title, headers=headers).json()
-    assert made["choices"][0]["message"]["content"]
+    parts = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+    assert "".join(c["delta"].get("content", "") for part in parts for c in part["choices"])
+    assert ("usage" in parts[-1]) == bool(body["stream_options"])

@@ -369,10 +369,10 @@ def test_a_failure_is_of_one_request(client, monkeypatch):
 
     real = scheduler.prefill_batch
 
-    def fail(state, prompts, pieces, method):
+    def fail(state, prompts, pieces, method, found):
         if method.name == "epic":
             raise RuntimeError("secret path /etc/passwd")
-        return real(state, prompts, pieces, method)
+        return real(state, prompts, pieces, method, found)
 
     monkeypatch.setattr(scheduler, "prefill_batch", fail)
     response = client.post(CHAT, json=chat(blocktune={"method": "epic"}))

@@ -1,17 +1,12 @@
 """What reuse leaves in the cache: zero where nothing differs, by hand where it can be."""
 
 import copy
-import json
-from types import SimpleNamespace
 
 import pytest
 import torch
-import yaml
 from engine.served import ASK, engine_of
 from families import FAMILIES
-from matplotlib.image import imread
-from page_figures import draw_overlap
-from state_figures import add_states, draw_cumulative, draw_deviation, main
+from page_figures import draw_cumulative, draw_deviation, draw_overlap
 from states import (
     Deviation,
     attention_entropy,
@@ -24,8 +19,6 @@ from states import (
     overlap_of,
     states_of,
 )
-from tiny_llama import tiny_llama
-from tiny_tokenizer import build_tokenizer
 from transformers import AutoModelForCausalLM
 
 from blocktune.data import RagExample
@@ -34,20 +27,11 @@ from blocktune.methods import build
 from blocktune.prompt import PromptFormat
 
 EXAMPLE = RagExample(ASK.question, ASK.chunks, ("Noel Fisher",))
-WORLDS = "worlds:test?seed=1&n=4&passages=2&kinds=self-contained"
 
 
 @pytest.fixture(scope="module")
 def engine(tokenizer):
     return engine_of(FAMILIES["llama"](), tokenizer)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder, tokenizer = tmp_path_factory.mktemp("model"), build_tokenizer()
-    tiny_llama(tokenizer, 1024, initializer_range=0.2).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 def test_deviation_is_zero_for_the_first_chunk_and_where_all_is_fresh(engine):
@@ -120,45 +104,3 @@ def test_the_tag_of_a_mode_is_no_deviation(engine):
     assert found == by_layer(both, EXAMPLE, build("naive"))
     assert len(found["values"]) == len(found["entropy"]) == 2
     assert by_layer(engine, EXAMPLE, build("full-prefill")) == {}
-
-
-def test_numbers_by_layer_join_those_of_a_finished_run(engine):
-    methods = {name: build(name) for name in ("full-prefill", "naive")}
-    specs = [SimpleNamespace(label=name) for name in methods]
-    suite = SimpleNamespace(
-        methods=specs, tasks=[object()], fidelity=SimpleNamespace(num=1), pool={}
-    )
-    ready = SimpleNamespace(
-        suite=suite,
-        methods=methods,
-        engine=lambda spec, task: engine,
-        of=lambda task, limit: [EXAMPLE][:limit],
-    )
-    before = {"methods": {name: {"fidelity": {"kl": 0.5}} for name in methods}}
-    found = add_states(ready, before)["methods"]
-    assert found["full-prefill"]["fidelity"] == {"kl": 0.5}
-    assert found["naive"]["fidelity"]["kl"] == 0.5
-    assert len(found["naive"]["fidelity"]["choice"]["beginnings"]) == 2
-    json.dumps(found, allow_nan=False)
-
-
-def test_the_studys_figures_are_drawn_on_a_model(model, tmp_path):
-    ask = ("--model", model, "-i", WORLDS)
-    for name, more in (("deviation", ()), ("overlap", ()), ("cumulative", ("--layer", "1"))):
-        assert main([name, *ask, "-o", str(tmp_path / f"{name}.png"), *more]) == 0
-        assert imread(tmp_path / f"{name}.png").shape[0] > 300
-
-
-def test_what_is_not_there_is_said_in_one_line(model, tmp_path, capsys):
-    ask = ("--model", model, "-i", WORLDS, "-o", str(tmp_path / "x.png"))
-    (tmp_path / "s.yaml").write_text(yaml.safe_dump({"model": model}))
-    for given, word in (
-        (("overlap", *ask, "--index", "9"), "--index 9"),
-        (("cumulative", *ask, "--layer", "7"), "--layer"),
-        (("add", "--suite", str(tmp_path / "s.yaml"), "--output", str(tmp_path)), "results.json"),
-    ):
-        assert main(list(given)) == 2
-        said = capsys.readouterr().err
-        assert word in said
-        assert said.count("\n") == 1
-    assert not (tmp_path / "x.png").exists()

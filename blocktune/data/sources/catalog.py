@@ -29,8 +29,7 @@ class DataSet:
     licence: str
     becomes: str
     config: str | None = None
-    # as in ``as=``; None if the fields tell it, or for questions without passages
-    shape: str | None = None
+    shape: str | None = None  # as in ``as=``; None if fields tell it, or without passages
     # branch, if not the main one: the Hub's own parquet copy of a repository with a loading script
     revision: str | None = None
     split: str = "validation"  # the default split

@@ -68,12 +68,10 @@ class Reading:
 
     split: str | None = None  # of a Hub data set
     shape: str | None = None  # record shape (``as=``), or None to tell it by the fields
-    # fields to rename before a record is read: new name -> old name
-    fields: Mapping[str, str] | None = None
+    fields: Mapping[str, str] | None = None  # to rename first: new name -> old name
     chunker: Chunker | None = None  # cuts records that have no chunks of their own
     tokenizer: PreTrainedTokenizerBase | None = None  # counts tokens for the chunker
-    # solved examples given as chunks, for the shape ``few-shot``; None means 5
-    shots: int | None = None
+    shots: int | None = None  # solved examples as chunks, for ``few-shot``; None means 5
     shots_from: str | None = None  # split that they are drawn from; None means the one that is read
     seed: int | None = None  # of that draw; None means 0
     # seed of a random order, so that a limit samples the whole set (MuSiQue's files are sorted by

@@ -17,13 +17,11 @@ class Shape(NamedTuple):
     """One record shape."""
 
     key: str  # its name in ``as=``
-    # sets of fields, any of which identifies it; empty if only ``as=`` can name it
-    keys: tuple[tuple[str, ...], ...]
+    keys: tuple[tuple[str, ...], ...]  # sets of fields, any of which tells it; empty: only ``as=``
     # turns a record into an example, given a ``cutter`` where there is a ``chunker``; raises
     # `LeftOut`, or ValueError that names a field
     parse: Callable[..., RagExample]
-    # name of the chunker it is cut by unless another is given; None has chunks already
-    chunker: str | None = None
+    chunker: str | None = None  # the one it is cut by by default; None has chunks already
     may_cut: bool = False  # has chunks already, but may hold one text instead, which a chunker cuts
     in_shots: bool = False  # whether other examples of the source become the chunks
 

@@ -144,12 +144,10 @@ DEFAULT_KINDS = MappingProxyType(
 class WorldConfig:
     """What to generate."""
 
-    # whose names to use: ``train``, ``dev`` or ``test``; no two splits share a name
-    split: str = "train"
+    split: str = "train"  # whose names to use: no two of ``SPLITS`` share a name
     seed: int = 0  # another seed gives other worlds of the same names
     num_examples: int = 1000  # number of questions in all
-    # chunks in each context: a number, or the smallest and the largest
-    num_passages: int | tuple[int, int] = 10
+    num_passages: int | tuple[int, int] = 10  # chunks in each context, or smallest and largest
     # weight of each kind of question; kinds left out are not asked
     kinds: Mapping[str, float] = field(default_factory=lambda: DEFAULT_KINDS)
     questions_per_world: int = 1  # questions that share a context

@@ -15,28 +15,9 @@ import yaml
 SPLITS = ("train", "dev", "test")
 
 
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(text.split())
-
-
-ROOT = _words("""
-    Abbot Alder Archer Baker Barrow Bishop Calder Carter Corby Dalton Denver Draper Elgin Ellis
-    Emery Fenwick Fisher Foster Garner Garth Gibson Harper Hexham Hollow Ingram Irving Jarrow
-    Jensen Jordan Keller Kirby Knight Lang Linden Ludlow Mason Melrose Miller Newbury Nolan Norris
-    Oakham Olsen Orford Parker Penrith Quill Ramsey Reed Ross Sawyer Selby Sutton Tanner Tarn
-    Turner Upton Vance Walsh Webb Whitby Yarrow Yates York
-""")
-"""The word that identifies a name; the other word tells its kind."""
-
-FEMALE = _words("Anna Clara Dora Edith Fiona Greta Helen Iris Julia Karen Laura Maria")
-MALE = _words("Adam Boris Carl David Evan Frank George Henry Ivan Jack Kevin Leo")
-PLACE = _words("Port Lake New Old Fort Mount East West North South Upper Lower")
-MOOD = _words(
-    "Silent Broken Golden Hidden Crimson Frozen Bitter Burning Distant Empty Gentle Lonely"
-)
-WORK = _words("Letters Songs Tales Maps Clocks Birds Bells Doors Rivers Stars Walls Winds")
-FIRM = _words("Studio Bank House Radio Hotel Circus Theatre Garage Mill Press Gallery Casino")
-
+_DATA = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
+_WORDS = {name: tuple(text.split()) for name, text in _DATA["words"].items()}
+ROOT, COMPARED, FILLERS = _WORDS["root"], _DATA["compared"], tuple(_DATA["fillers"])
 YEARS = tuple(str(year) for year in range(1950, 1990))
 
 
@@ -47,14 +28,9 @@ def split_of(name: str) -> str:
 
 
 _FORMS = {
-    "woman": (("{} {}", FEMALE),),
-    "man": (("{} {}", MALE),),
-    "city": (("{} {}", PLACE),),
-    "film": (("{} {}", MOOD), ("The {} {}", MOOD)),
-    "book": (("{} of {}", WORK),),
-    "company": (("{} {}", FIRM),),
+    kind: tuple((pattern, _WORDS[own]) for pattern, own in forms.items())
+    for kind, forms in _DATA["forms"].items()
 }
-"""The forms of a kind's names, which are equally likely: pattern and first words."""
 
 
 @cache
@@ -104,8 +80,7 @@ class Relation:
     name: str  # unique name
     subject: str  # kind of the entity that it is said of
     target: str  # kind of the value: a kind of entity, or ``year``
-    # sentences with ``{s}`` (always first, so that a pronoun fits) and ``{o}``
-    facts: tuple[str, ...]
+    facts: tuple[str, ...]  # sentences with ``{s}``, always first (as a pronoun), and ``{o}``
     questions: tuple[str, ...]  # questions with ``{s}``, whose answer is the value
     role: str  # noun phrase with ``{s}`` for the value, also used within longer questions
     place: int = 0  # number of the list item, 0 if the relation is not an item of a list
@@ -126,18 +101,7 @@ def _read(record: dict[str, Any]) -> Relation:
     return Relation(**record | several)
 
 
-_FILE = Path(__file__).with_name("relations.yaml")
-RELATIONS = tuple(map(_read, yaml.safe_load(_FILE.read_text())))
-
-COMPARED = {"film.year": "Which film came out {when}, {a} or {b}?"}
-"""Questions about two years of one relation; ``{when}`` is ``earlier`` or ``later``."""
-
-FILLERS = (
-    "The weather was mild that year.",
-    "Little else is known.",
-    "Many people remember this well.",
-    "The archive keeps a copy.",
-)
+RELATIONS = tuple(map(_read, _DATA["relations"]))
 
 
 def relations_of(kind: str, *, listed: bool = False) -> tuple[Relation, ...]:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from blocktune.cache import ChunkStore
     from blocktune.extras.cache_craft.variants import Ids
     from blocktune.layout import Layout
-    from blocktune.methods import LayerCheck, Passes, PrefilledBatch
+    from blocktune.methods import LayerCheck, Passes, PrefilledBatch, ServedModel
     from blocktune.prompt import Pieces
 
 
@@ -47,7 +47,9 @@ class VariantHistory(PromptHistory):
     def without_selection(self) -> VariantHistory:
         return replace(self, refresh=1.0)  # only a chunk without a variant makes a prompt full
 
-    def lookup(self, store: ChunkStore, fingerprint: str, pieces: Pieces) -> list[Ids] | None:
+    def lookup(
+        self, store: ChunkStore, fingerprint: str, pieces: Pieces, model: ServedModel
+    ) -> list[Ids] | None:
         from blocktune.extras.cache_craft.variants import VariantStore
 
         variants, chunks = VariantStore.of(store, fingerprint), pieces.chunks

@@ -156,8 +156,8 @@ class DroidSpeakCLC(_Recompute):
 class QueryAttentionMethod(_Recompute):
     """Computes the question over the reused cache, then recomputes the tokens it attends to.
 
-    The general form of ``prophetkv``, ``infoflow`` and ``a3``, which differ in the keys that the
-    weights are over, in the pooling of rows and in the layers.
+    The general form of ``prophetkv``, ``infoflow``, ``a3`` and ``relaxkv``, which differ in the
+    keys that the weights are over, in the pooling of rows, in the layers and in what they see.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2602.02579"
@@ -168,6 +168,7 @@ class QueryAttentionMethod(_Recompute):
     over: str = "prompt"
     pool: str = "mean"
     positions: str = "prompt"
+    sees: str = "all"
 
 
 @register("prophetkv")
@@ -213,6 +214,23 @@ class A3(_Recompute):
     source: ClassVar[str] = "https://arxiv.org/abs/2511.17560"
     selector = staticmethod(partial(selectors.QueryAttention, fuse="first", over="chunks"))
     ratio: float = 0.15
+
+
+@register("relaxkv")
+class RelaxKV(_Recompute):
+    """Recomputes what each layer's question attends to, and lets it see only what is recomputed.
+
+    ``ratio`` of the chunks' tokens are anchors in each layer, by the question's weights over the
+    reused cache. A token is recomputed up to the last layer that chose it, so more than ``ratio``
+    of the layer-tokens are. ``sees=all`` lets the recomputed tokens see everything before them, as
+    in ProphetKV. No code is public; the prefix of the prompt stays visible here, and the scores
+    that are hidden are made and masked, so that less attention does not become less time.
+    """
+
+    source: ClassVar[str] = "https://arxiv.org/abs/2609.33503"
+    selector = staticmethod(partial(selectors.QueryAttention, fuse="each"))
+    ratio: float = 0.15
+    sees: str = "chosen"
 
 
 @register("agentkvshift")

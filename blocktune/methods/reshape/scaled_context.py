@@ -18,8 +18,7 @@ class ScaledContext(Reshape):
     Let ``lse_c`` be the log-sum-exp of a row's scores over reused keys divided by ``temperature``,
     and ``lse_o`` that over all other keys, recomputed ones included. The two outputs are averaged
     by ``softmax([scale * temperature * lse_c, lse_o])``. This equals one softmax in which each
-    reused key's score is ``score / temperature + (scale * temperature - 1) * lse_c``, which is how
-    it is computed.
+    reused key's score is ``score / temperature + (scale * temperature - 1) * lse_c``.
 
     Source: APE arXiv:2502.05431 and its code; the treatment of recomputed keys is arXiv:2603.20218,
     section 5. With soft-capping, the capped scores are divided.

@@ -39,11 +39,15 @@ class Selection(ABC):
     # Reproduces the mask of CacheBlend's code, in which row ``r`` of ``R`` computed rows sees all
     # but the last ``R - 1 - r`` columns. Do not serve with it.
     sees_future: bool = False
+    # What a recomputed token attends to: ``all`` before it, or of the chunks only what is
+    # ``chosen`` in some layer, and what is exact anyway.
+    sees: str = "all"
 
     def __post_init__(self):
         ratio, default = getattr(self, "ratio", None), getattr(type(self), "ratio", None)
         if (ratio, default) != (None, None):
             require_share("ratio", ratio)
+        require_one_of("sees", self.sees, ("all", "chosen"))
 
     def with_budget(self, ratio: float) -> Selection:
         """The same selector with a share of the context tokens to spend; ValueError if it has none.
@@ -74,7 +78,11 @@ class Selection(ABC):
         """Tokens recomputed from layer 0 on: bool ``(B, S)``, only where ``layout.is_context``."""
 
     def begin(self, layout: Layout, passes: Passes) -> Tensor:
-        """What the engine calls: `start`, or for a scored selector a choice from ``passes``."""
+        """What the engine calls: `start`, or for a scored selector a choice from ``passes``.
+
+        Returns:
+            As `start`; or int64, how many layers recompute a token, counted from the first.
+        """
         return self.start(layout)
 
     def checks(self, num_layers: int) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from functools import reduce
 from typing import TYPE_CHECKING, ClassVar
 
 from blocktune.methods.select.base import SELECTORS, QueryScores, Selection, selectable
@@ -34,9 +35,12 @@ class QueryAttention(Scored):
     """The tokens that the question attends to most when it is computed over the reused cache.
 
     Layers (or only the ``last_layers``) are combined by ``fuse``: ``mean``, ``max``, or only the
-    ``first`` or the ``last``. For the other fields see `QueryScores`.
+    ``first`` or the ``last``. ``each``: every layer chooses the share by its own scores, and a
+    token is recomputed up to the last layer that chose it, since that one needs its input. For
+    ``sees`` see `Selection`, for the other fields `QueryScores`.
 
-    Source: ProphetKV arXiv:2602.02579 (two stages, layers fused into one set).
+    Source: ProphetKV arXiv:2602.02579 (two stages, layers fused into one set); ``each`` and
+    ``sees``: RelaxKV arXiv:2609.33503.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2602.02579"
@@ -47,10 +51,11 @@ class QueryAttention(Scored):
     over: str = "prompt"
     pool: str = "mean"
     positions: str = "prompt"
+    sees: str = "all"
 
     def __post_init__(self):
         super().__post_init__()
-        require_one_of("fuse", self.fuse, ("mean", "max", "first", "last"))
+        require_one_of("fuse", self.fuse, ("mean", "max", "first", "last", "each"))
         if self.last_layers is not None:
             require_count("last_layers", self.last_layers, least=1)
         _ = self._how  # checks the others
@@ -64,8 +69,18 @@ class QueryAttention(Scored):
         depth = 1 if self.fuse == "first" else None
         return QueryScores(self.over, self.pool, self.positions, depth)
 
+    def spends(self, num_layers: int) -> float | None:
+        only_ends = {0.0: 0.0, 1.0: 1.0}.get(self.ratio)
+        return only_ends if self.fuse == "each" else self.ratio
+
     def begin(self, layout: Layout, passes: Passes) -> Tensor:
-        layers = passes.query_attention(self._how)[-(self.last_layers or 0) :]
+        every = passes.query_attention(self._how)
+        layers = every[-(self.last_layers or 0) :]
+        if self.fuse == "each":
+            chosen = [top_of_context(scores, layout, self.ratio) for scores in layers]
+            first = len(every) - len(layers) + 1
+            depths = (choice.long() * (first + i) for i, choice in enumerate(chosen))
+            return reduce(lambda a, b: a.maximum(b), depths)
         fused = {"mean": layers.mean(0), "max": layers.amax(0), "last": layers[-1]}
         return top_of_context(fused.get(self.fuse, layers[0]), layout, self.ratio)
 

@@ -1,0 +1,61 @@
+"""Time to first token by length: what is timed, its parts, and the command."""
+
+import json
+
+import pytest
+from commands.conftest import blocktune  # noqa: F401
+
+from blocktune.bench import reuse
+from blocktune.bench.ttft import PARTS, bench_ttft, draw_ttft, table
+from blocktune.methods import Weights
+from blocktune.testing import small_engine
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_rates():
+    """The rates of a machine take seconds to measure well; not here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reuse, "PRODUCT", 64)
+        patch.setattr(reuse, "COPIED", 1 << 16)
+        yield
+
+
+@pytest.fixture(scope="module")
+def found(small_rates):
+    options = {"chunk": 16, "question": 8, "repeats": 1, "num_threads": 1}
+    return bench_ttft(small_engine(Weights.ANY), (48, 96), **options)
+
+
+def test_each_length_has_its_parts_and_their_limits(found):
+    assert list(found["lengths"]) == ["48", "96"]
+    assert found["method"] == "naive"
+    for one in found["lengths"].values():
+        assert one["cached_over_full"] > 0
+        assert one["parts"].keys() == set(PARTS)
+        assert [name for name in PARTS if one["parts"][name]["limit"] is None] == ["lookup"]
+        assert one["parts"]["join"]["seconds"] < one["seconds"]["cached"]
+    held = [one["parts"]["join"]["limit"] for one in found["lengths"].values()]
+    assert held[1] / held[0] == pytest.approx(95 / 47, rel=1e-6)
+
+
+def test_it_is_shown_as_a_table_and_as_a_picture(found, tmp_path):
+    text = table(found).markdown()
+    assert "| 96 |" in text
+    assert text.count("(") == 6
+    assert draw_ttft(found, tmp_path / "ttft.png").stat().st_size > 5000
+
+
+def test_a_prompt_without_room_is_refused():
+    with pytest.raises(ValueError, match="no room for a question of 32"):
+        bench_ttft(small_engine(Weights.ANY), (32,))
+
+
+def test_the_command_measures_a_model(blocktune, tmp_path):  # noqa: F811
+    kept = tmp_path / "ttft.json"
+    options = ["--tokens", "64,128", "--chunk", "16", "--repeats", "1", "--threads", "1"]
+    done = blocktune("bench", "ttft", "--model", "data/tiny", *options, "--output", kept)
+    assert "of full" in done.stdout
+    assert list(json.loads(kept.read_text())["lengths"]) == ["64", "128"]
+    wrong = blocktune("bench", "ttft", "--model", "data/tiny", "--tokens", "many")
+    assert wrong.exit_code == 2
+    assert "--tokens must be lengths such as 512,8192, got 'many'" in wrong.stderr

@@ -1,0 +1,51 @@
+"""The demo of a real model, on the tiny one, and the passages that it asks about."""
+
+import json
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+from blocktune.bench import reuse
+from blocktune.evaluation.metrics import normalize_answer
+
+_spec = spec_from_file_location("demo_smollm2", "recipes/demo_smollm2.py")
+demo = module_from_spec(_spec)
+_spec.loader.exec_module(demo)
+LINES = Path("data/passages.jsonl").read_text(encoding="utf-8").splitlines()
+
+
+def test_passages_hold_the_answers_to_their_questions():
+    passages = [json.loads(line) for line in LINES]
+    assert len(passages) == len({p["title"] for p in passages}) == 30
+    for passage in passages:
+        words = set(normalize_answer(passage["text"]).split())
+        for asked in passage["questions"]:
+            wanted = normalize_answer(asked["answer"]).split()
+            found = [w for w in wanted if w in words or w.rstrip("s") in words or w + "s" in words]
+            assert 2 * len(found) >= len(wanted) > 0, asked
+
+
+def test_a_question_stands_over_its_passage_and_hard_ones():
+    examples = demo.ask(10, 5)
+    assert len(examples) == 10
+    for example in examples:
+        [gold] = example.supporting
+        own = next(json.loads(line) for line in LINES if example.chunks[gold].text in line)
+        assert example.question in [asked["question"] for asked in own["questions"]]
+        assert len(set(example.chunks)) == 5
+
+
+def test_it_answers_twice_and_draws_the_wait(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(reuse, "PRODUCT", 64)
+    monkeypatch.setattr(reuse, "COPIED", 1 << 16)
+    monkeypatch.setattr(demo, "OUTPUT", tmp_path)
+    options = ["--model", "data/tiny", "--adapter", "none", "--questions", "2"]
+    monkeypatch.setattr("sys.argv", ["demo", *options, "--tokens", "128,256"])
+    assert demo.main() == 0, capsys.readouterr().err
+    said = capsys.readouterr().out
+    assert "The same answer, word for word:" in said
+    assert (tmp_path / "ttft.png").stat().st_size > 5000
+    options[1] = "nowhere"
+    monkeypatch.setattr("sys.argv", ["demo", *options])
+    assert demo.main() == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
