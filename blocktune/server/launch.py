@@ -46,12 +46,9 @@ def load_engines(
         raise ValueError(f"two models are called '{twice[0]}'; write --adapter NAME=ADAPTER")
     loaded = load_models(model, [adapter for _, adapter in wanted], **options)
     device = loaded[0].model.device
-    kept = {
-        "store": ChunkStore(
-            device=device, config=StoreConfig.parse(store or "", memory=store_bytes)
-        ),
-        "prefix_tree": PrefixTree(max(1, store_bytes)),
-    }
+    config = StoreConfig.parse(store or "", memory=store_bytes)
+    kept = {"store": ChunkStore(device=device, config=config)}
+    kept["prefix_tree"] = PrefixTree(max(1, store_bytes), store=kept["store"])
     engines = {
         label: Engine(base, tokenizer, adapter=info, adapter_folder=folder, **kept)
         for label, (base, tokenizer, info, folder) in zip(labels, loaded, strict=True)
