@@ -103,7 +103,8 @@ def answer(
     built = ways.build_method(method, param or [])
     sampling = ways.Sampling(temperature, top_k, top_p, seed)
     held = store is not None and ways.holds_chunks(store)
-    engine = opt.load_engine(model, adapter, store, dtype, device, quantize)
+    how = (store, dtype, device, quantize)
+    engine = opt.load_engine(model, adapter, *how, recurrent=not built.reuses_chunks)
     engine = opt.reworded(engine, instruction, system, wording)
     if decode_cache is not None:
         engine = engine.decoding_on(decode_cache)

@@ -136,7 +136,7 @@ def answer(
     device: opt.Device = None,
 ) -> None:
     """Let a model write the answers that it will be trained on, reading all chunks in full."""
-    engine = opt.load_engine(model, adapter, None, dtype, device)
+    engine = opt.load_engine(model, adapter, None, dtype, device, recurrent=True)
     from rich.console import Console
     from rich.progress import Progress
 

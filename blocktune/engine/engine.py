@@ -125,6 +125,7 @@ class Engine:
         revision: str | None = None,
         quantize: str | None = None,
         format: PromptFormat | None = None,
+        recurrent: bool = True,
     ) -> Engine:
         """Loads a model (and an adapter trained by blocktune) from a folder or the HF Hub.
 
@@ -137,6 +138,7 @@ class Engine:
             ValueError: If there is no such model or adapter, or they do not fit.
         """
         options = {"dtype": dtype, "device": device, "revision": revision, "quantize": quantize}
+        options |= {"recurrent": recurrent}
         base, tokenizer, info, folder = load_model(model, adapter, **options)
         if isinstance(store, str | Path):
             store = ChunkStore.open(store, device=base.device)

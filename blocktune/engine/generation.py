@@ -205,6 +205,11 @@ class Generation(ServedBatch):
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Tokens as in `tokens`, each with the logits ``(B, V)`` that it was picked by."""
         logits = self.prefill.logits
+        if logits.isnan().any():
+            raise ValueError(
+                f"the model's logits are no numbers in {logits.dtype}: its weights hold NaN, or "
+                "overflow there; try dtype float32, or copy the files again"
+            )
         pick = sampling.picker(logits.device, streams)
         stops = torch.tensor(sorted(self.state.stop_ids()), device=logits.device)
         ended = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
