@@ -63,7 +63,7 @@ def generate_needles(
 ) -> Iterator[RagExample]:
     """Yields the grid, length by length; ``kind`` names the cell: ``4096 tokens, depth 25 %``.
 
-    Every cell of a seed hides the same needles in the same prose. Raises ValueError if a length does
+    Every cell of a seed hides the same needles in the same prose. ValueError if a length does
     not hold even the question.
 
     Source: RULER's niah_single_2 (arXiv:2404.06654), at depths of our own and in chunks; RULER
