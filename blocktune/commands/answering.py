@@ -243,7 +243,8 @@ def _usage_table(usage: Usage) -> Table:
     table.add_row("context", f"{usage.context_tokens:,} of {usage.prompt_tokens:,} tokens")
     table.add_row("recomputed", f"{usage.recompute_ratio:.1%} (tokens per layer: {per_layer})")
     if usage.prefix_tokens:
-        table.add_row("prefix", f"{usage.prefix_tokens:,} tokens of earlier prompts")
+        disk = f", {usage.prefix_disk_tokens:,} from disk" if usage.prefix_disk_tokens else ""
+        table.add_row("prefix", f"{usage.prefix_tokens:,} tokens of earlier prompts{disk}")
     table.add_row("chunks", f"{usage.chunk_hits} cached, {usage.chunk_misses} encoded now")
     table.add_row("read", f"{usage.bytes_read / 1e6:,.2f} MB")
     table.add_row("first token", f"{1000 * usage.ttft_s:.1f} ms ({split})")

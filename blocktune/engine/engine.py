@@ -16,7 +16,7 @@ from blocktune.adapter import AdapterInfo
 from blocktune.adapter.load import load_model
 from blocktune.cache import ChunkStore, PrefixTree, model_fingerprint
 from blocktune.cache.decode_cache import DecodeCache
-from blocktune.cache.manifest import manifest
+from blocktune.cache.fingerprint import manifest
 from blocktune.cache.responses import ResponseCache
 from blocktune.data.example import read_chunks
 from blocktune.engine.batch_prefill import prefill_batch, warm_up
@@ -74,7 +74,7 @@ class Engine:
             adapter: What the model's adapter was trained for, if it has one.
             adapter_folder: Its files, which count in the cache's fingerprint.
             store: Where encoded chunks are kept; default: memory.
-            prefix_tree: Where exact prefixes are kept; default: memory.
+            prefix_tree: Where exact prefixes are kept; default: memory, then the store's folder.
 
         Raises:
             ValueError: If cached chunks of the model cannot be moved, or it has another adapter.
@@ -96,7 +96,7 @@ class Engine:
         if press is not None:  # thinned chunks are no other engine's
             encoder = encoder.salted(press.text, "press")
             encoder.tenant, self.fingerprint = "", encoder.fingerprint
-        tree = PrefixTree() if prefix_tree is None else prefix_tree
+        tree = PrefixTree(store=self.store) if prefix_tree is None else prefix_tree
         caches, auxiliaries = (encoder, tree, rope, pad_id), Auxiliaries(model, tokenizer)
         self._state = EngineState(model, tokenizer, *caches, auxiliaries, recurrence)
         config = model.config.get_text_config()
@@ -160,7 +160,7 @@ class Engine:
     def encode_wanted(self, most: int = 256) -> int:
         """Encodes up to ``most`` chunks that readers of the store missed; returns how many it was.
 
-        See `blocktune.cache.miss_queue`. Raises ValueError if the store has no folder.
+        See `MissQueue`. Raises ValueError if the store has no folder.
         """
         if self.store.folder is None:
             raise ValueError("chunks are wanted in a folder; give the engine a store with one")
@@ -217,9 +217,7 @@ class Engine:
 
     def forget_prefixes(self) -> None:
         """Empties the exact prefix cache: the next prompt finds nothing of those before it."""
-        old = self._state.prefix_tree
-        tree = PrefixTree(old.max_bytes, old.checkpoints)
-        self._state = dataclasses.replace(self._state, prefix_tree=tree)
+        self._state.prefix_tree.clear()
 
     def answer(
         self,

@@ -282,6 +282,7 @@ class Generation(ServedBatch):
                 query_entropy=entropy[index],
                 loading=self.loading,
                 prefix_tokens=found.prefix_tokens[index],
+                prefix_disk_tokens=found.prefix_disk_tokens[index],
             )
             for index, ids in enumerate(made)
         ]

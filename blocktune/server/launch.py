@@ -47,12 +47,9 @@ def load_engines(
     names = [adapter for _, adapter in wanted]
     loaded = load_models(model, names, recurrent=False, **options)
     device = loaded[0].model.device
-    kept = {
-        "store": ChunkStore(
-            device=device, config=StoreConfig.parse(store or "", memory=store_bytes)
-        ),
-        "prefix_tree": PrefixTree(max(1, store_bytes)),
-    }
+    config = StoreConfig.parse(store or "", memory=store_bytes)
+    kept = {"store": ChunkStore(device=device, config=config)}
+    kept["prefix_tree"] = PrefixTree(max(1, store_bytes), store=kept["store"])
     return {
         label: Engine(base, tokenizer, adapter=info, adapter_folder=folder, **kept)
         for label, (base, tokenizer, info, folder) in zip(labels, loaded, strict=True)
@@ -65,7 +62,7 @@ def _short(source: str) -> str:
 
 
 def read_limits(pairs: list[str]) -> Limits:
-    """Limits from ``name=value`` pairs; a ValueError if a name or a value is wrong."""
+    """Limits from ``name=value`` pairs; raises ValueError if a name or a value is wrong."""
     known = {f.name: type(f.default) for f in fields(Limits)}
     values = {}
     for pair in pairs:
