@@ -265,7 +265,7 @@ def test_a_store_is_one_text(text, expected):
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [
-        ("c,disc=2GB", "policy, quota"),
+        ("c,disc=2GB", "policy, press, quota"),
         ("c,disk", "PLACE,name=value"),
         ("c,disk=much", "kB, MB, GB"),
         ("c,policy=best", "lru, lfu, fifo, gdsf"),
