@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from blocktune.cache.embeddings import Embedder
-from blocktune.cache.exact import ExactKV, Ids
+from blocktune.cache.exact import ExactKV, PrefixMatch
 from blocktune.cache.fingerprint import chunk_key
-from blocktune.cache.prefix_tree import PrefixMatch
 from blocktune.cache.records import Nearest, Record, keep
 from blocktune.cache.store import ChunkStore
+
+Ids = tuple[int, ...]
 
 
 class _Run(NamedTuple):
@@ -29,18 +30,6 @@ class _Run(NamedTuple):
     keys: Sequence[Tensor]
     values: Sequence[Tensor]
     num_bytes: int
-
-
-class RecycledMatch(PrefixMatch):
-    """A `PrefixMatch` of one stored prompt, or of none. Nothing is locked: the tensors are held."""
-
-    def __init__(self, run: _Run | None):
-        self.parts = () if run is None else ((run, len(run.token_ids)),)
-        self.num_tokens = self.overlap = 0 if run is None else len(run.token_ids)
-        self.state = None
-
-    def release(self) -> None:
-        """Nothing to let go."""
 
 
 class Recycler:
@@ -59,7 +48,7 @@ class Recycler:
     ):
         self.store, self.read, self.embed, self.candidates = store, read, embed, candidates
 
-    def match(self, fingerprint: str, token_ids: Sequence[int]) -> RecycledMatch:
+    def match(self, fingerprint: str, token_ids: Sequence[int]) -> PrefixMatch:
         """The nearest earlier prompt whose tokens are all a prefix of these."""
         ids = tuple(token_ids)
         near = self._list(fingerprint).find(self._vector(ids), self.candidates) if ids else ()
@@ -67,8 +56,8 @@ class Recycler:
             known = ids[: hit.num_tokens]
             # The key is a digest of the model and of the tokens, which the store compares as well.
             if self._key(fingerprint, known) == hit.key and (run := self._run(fingerprint, known)):
-                return RecycledMatch(run)
-        return RecycledMatch(None)
+                return _match([(run, len(known))])
+        return _match([])
 
     def insert(self, exact: ExactKV) -> int:
         """Stores a prompt, joined to the recycled one that it continues; the tokens added.
@@ -78,19 +67,20 @@ class Recycler:
         if not isinstance(exact, ExactKV):
             raise ValueError(f"only an `ExactKV` can be recycled, got a {type(exact).__name__}")
         keys, values = exact.keys, exact.values
-        if exact.context and exact.token_ids:
-            before = self._run(exact.fingerprint, exact.context)
+        context, added = (tuple(ids.tolist()) for ids in (exact.context, exact.token_ids))
+        if context and added:
+            before = self._run(exact.fingerprint, context)
             if before is None:  # it left the store meanwhile
                 return 0
             pairs = ((before.keys, keys), (before.values, values))
             keys, values = ([torch.cat(pair, 1) for pair in zip(*p, strict=True)] for p in pairs)
-        ids = exact.context + exact.token_ids
+        ids = context + added
         key = self._key(exact.fingerprint, ids)
         record = Record((*keys, *values), torch.tensor(ids), exact.fingerprint)
-        if not exact.token_ids or not keep(self.store, key, record):
+        if not added or not keep(self.store, key, record):
             return 0
         self._list(exact.fingerprint).add(key, len(ids), self._vector(ids))
-        return len(exact.token_ids)
+        return len(added)
 
     def _run(self, fingerprint: str, ids: Ids) -> _Run | None:
         found = self.store.get(self._key(fingerprint, ids), ids, fingerprint, Record)
@@ -108,3 +98,8 @@ class Recycler:
 
     def _vector(self, ids: Ids) -> Tensor:
         return self.embed([self.read(ids)])[0]
+
+
+def _match(parts: list[tuple[_Run, int]]) -> PrefixMatch:
+    """Of one stored prompt, or of none. Nothing is locked: the tensors are held."""
+    return PrefixMatch(parts, None, sum(count for _, count in parts), 0, lambda: None)

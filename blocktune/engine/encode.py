@@ -18,12 +18,13 @@ from transformers import DynamicCache
 from blocktune.adapter import scope_of
 from blocktune.attention import Plan, SplitPlan, planned_forward
 from blocktune.cache import ChunkKV, ChunkStates, ChunkStore, states_key, stored_key
-from blocktune.cache.miss_queue import MissQueue
-from blocktune.engine.press import Press
+from blocktune.cache.chunk_file import FileKV
+from blocktune.cache.shelf import MissQueue
 from blocktune.engine.usage import Stopwatch
 from blocktune.methods.hooks import ChunkLoader
+from blocktune.methods.press import Press
 from blocktune.positions import RopeSpec
-from blocktune.prompt import LayoutSpec, Pieces, Prompt, lay_out, stack
+from blocktune.prompt import Chunk, LayoutSpec, Pieces, Prompt, lay_out, stack
 
 Ids = tuple[int, ...]
 TOKENS_PER_PASS = 16_384
@@ -74,6 +75,11 @@ def grouped(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 
 def _size(piece: Piece) -> int:
     return len(piece.blanks) + len(piece.ids)
+
+
+def _document(chunk: Chunk) -> str:
+    names = (chunk.metadata.get("document"), chunk.metadata.get("id"), chunk.title)
+    return str(next((name for name in names if name is not None), ""))
 
 
 class EncodeReport(NamedTuple):
@@ -143,14 +149,16 @@ class Encoder:
         layers: Sequence[int] = (),
         loader: ChunkLoader | None = None,
         documents: Mapping[Piece, str] | None = None,
+        lazy: bool = False,
     ) -> Found:
         """Looks every piece up (by the ``loader``, if given) and encodes what is missing, once.
 
         The input states of ``layers`` (0-based) are wanted too: a piece that was encoded without
         them is encoded again. ``watch`` gets ``lookup_s``, ``load_s`` and ``encode_s``. What is
-        encoded can be removed by the names of ``documents``.
+        encoded can be removed by the names of ``documents``. A ``lazy`` reader gets chunks that no
+        memory will hold as `FileKV`: their layers are read when they are asked for.
         """
-        found = self.look_up(pieces, watch, layers, loader)
+        found = self.look_up(pieces, watch, layers, loader, lazy)
         watch.start()
         for group in grouped(piece for piece in found.tiers if piece not in found.kvs):
             started, tokens = time.perf_counter(), sum(map(_size, group))
@@ -172,12 +180,14 @@ class Encoder:
         watch: Stopwatch,
         layers: Sequence[int] = (),
         loader: ChunkLoader | None = None,
+        lazy: bool = False,
     ) -> Found:
         """What the store has of the pieces; see `find`, which encodes the others."""
         found, model = Found(), self.fingerprint
         for piece in dict.fromkeys(pieces):
             key = self.key(piece)
-            looked = [(loader or self.store).lookup(key, piece.ids, model)]
+            how = {"read": FileKV.read} if lazy and not loader and self.store.is_on_disk else {}
+            looked = [(loader or self.store).lookup(key, piece.ids, model, **how)]
             for layer in layers:
                 own = states_key(key, layer)
                 looked.append(self.store.lookup(own, piece.ids, model, ChunkStates))
@@ -194,14 +204,14 @@ class Encoder:
     def encode(
         self,
         prefix: Piece | None,
-        chunks: Sequence[Piece],
-        documents: Sequence[str],
+        pieces: Sequence[Piece],
+        chunks: Sequence[Chunk],
         progress: Callable[[int, int], None] | None,
     ) -> EncodeReport:
-        """See `Engine.encode`; ``documents`` are the names of the chunks'."""
+        """See `Engine.encode`; ``pieces`` are those of the ``chunks``."""
         watch = Stopwatch(self.model.device)
-        wanted = dict.fromkeys([*([prefix] if prefix else []), *chunks])
-        names = dict(zip(chunks, documents, strict=True))
+        wanted = dict.fromkeys([*([prefix] if prefix else []), *pieces])
+        names = {piece: _document(chunk) for piece, chunk in zip(pieces, chunks, strict=True)}
         new: set[Piece] = set()
         done, total = 0, sum(len(piece.ids) for piece in wanted)
         for group in grouped(wanted):  # only the store keeps them: a corpus does not fit in memory

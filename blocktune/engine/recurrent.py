@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from blocktune.cache import PrefillCache, cut_exact
-from blocktune.cache.exact import State, state_bytes
+from blocktune.cache.chunk_kv import State
+from blocktune.cache.exact import state_bytes
 from blocktune.engine.assemble import Assembled
 from blocktune.engine.generation import Generation
 from blocktune.engine.state import EngineState, ServedBatch
@@ -73,7 +74,7 @@ def prefill_recurrent(
     runs = [_Run(served, index, prompt.ids) for index, prompt in enumerate(prompts)]
     assembled = Assembled.empty(served.batch)
     for index, run in enumerate(runs if method.cached is Cached.EXACT_PREFIX else ()):
-        facts = run.start, run.bytes_read
+        facts = run.start, run.bytes_read, run.disk_tokens
         assembled.found_prefix(served.batch.layout, index, pieces[index], *facts)
     made = RecurrentPrefill(torch.cat([run.logits for run in runs]), runs)
     return RecurrentGeneration(
@@ -95,7 +96,7 @@ class _Run:
     def __init__(self, served: ServedBatch, index: int, ids: Sequence[int]):
         state, pieces, watch = served.state, served.pieces[index], served.watch
         self.state, self.cache = state, PrefillCache(state.model.config)
-        self.macs = self.start = self.bytes_read = 0
+        self.macs = self.start = self.bytes_read = self.disk_tokens = 0
         self.whole = torch.tensor([ids], device=state.model.device)
         context, has_states = pieces.context, state.recurrence.has_states
         states = {} if has_states else None
@@ -105,9 +106,10 @@ class _Run:
         if exact:
             with tree.match(fingerprint, context) as match:
                 watch.stop("lookup_s")
-                if self._pays(len(ids) - match.num_tokens):
-                    self.cache.resume(match)
+                if match.num_tokens and self._pays(len(ids) - match.num_tokens):
+                    self.cache.resume(match.num_tokens, match.layers(), match.state)
                     self.start, self.bytes_read = match.num_tokens, match.num_bytes
+                    self.disk_tokens = match.disk_tokens
                 watch.stop("load_s")
             if has_states:
                 ends = accumulate(map(len, (pieces.prefix, *pieces.chunks)))

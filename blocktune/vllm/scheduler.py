@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
 
-from blocktune.cache.view import StoreView
+from blocktune.cache.shelf import StoreView
 from blocktune.vllm.plan import LoadPlan
 
 if TYPE_CHECKING:

@@ -24,8 +24,8 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.models.utils import extract_layer_index
 
 from blocktune.cache import ChunkKV, ChunkStore
-from blocktune.cache.chunk_file import read_chunk
-from blocktune.cache.view import StoreView
+from blocktune.cache.chunk_file import ChunkFile
+from blocktune.cache.shelf import StoreView
 from blocktune.positions import LayerRope, Rotation, rotate_keys
 from blocktune.vllm.plan import LoadPlan, slots_of
 
@@ -253,7 +253,7 @@ class WorkerSide:
 
     def _chunk(self, plan: LoadPlan, index: int, counts: Counter[str]) -> ChunkKV:
         key, segment = plan.keys[index], plan.segments[index]
-        read = partial(read_chunk, share=self.share)
+        read = partial(ChunkFile.entry, share=self.share)
         found = self.store.lookup(key, segment.ids, plan.fingerprint, read=read)
         if found.kv is None:  # an encoder verifies it too, and encodes it again
             self.view.ask_for(plan.fingerprint, [segment.wanted])

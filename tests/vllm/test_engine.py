@@ -10,7 +10,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm_cases import SMALL, TINY, close, first_logprobs, make_adapter, questions, worst
 
 from blocktune import Engine
-from blocktune.cache.miss_queue import MissQueue
+from blocktune.cache.shelf import MissQueue
 from blocktune.prompt import LayoutSpec
 from blocktune.vllm import ChunkLLM
 from blocktune.vllm.plan import LoadPlan
