@@ -1,6 +1,6 @@
 """Three clients on `blocktune vllm serve`, requests with documents and without them mixed.
 
-    python eval/server/vllm_soak.py data/tiny --minutes 5 --output eval/results/server/vllm.json
+    python eval/server/vllm_soak.py data/tiny --minutes 5 --output eval/results/bench/vllm_soak.json
 
 Run it where vLLM and blocktune are installed. Every answer is compared: with documents, with what
 the engine says in this process; without, with the server's own answer before the load. The exit
