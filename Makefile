@@ -50,6 +50,7 @@ $(STAMP): pyproject.toml constraints.txt | python
 	grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
 	$(PIP) "$(TORCH)"
 	$(PIP) "$(TORCH)" --editable ".[$(EXTRAS)]"
+	$(PIP) --no-deps kvpress  # for the tests of presses; it pins an older transformers
 	touch $@
 
 demo: setup ## fine-tune two adapters, answer with every method; then a real model (12 minutes, 2 cores)

@@ -17,33 +17,22 @@ from blocktune.adapter.info import OWN_WEIGHTS, AdapterInfo
 from blocktune.models.identity import base_fingerprint, tokenizer_hash
 from blocktune.prompt import LayoutSpec, PromptFormat
 
-PREFIX = "release:"
-"""Start of an adapter's name that names a release."""
+PREFIX = "release:"  # start of an adapter's name that names a release
 
 
 @dataclass(frozen=True)
 class Release:
-    """A released model.
+    """A released model."""
 
-    Attributes:
-        repository: On the Hugging Face Hub.
-        source: Code or paper that states layout and wording.
-        layout: How prompts were laid out in training.
-        format: Wording of the prompts.
-        chat_template: Renders the turns around the chunks.
-        begins_with_bos: Whether a prompt begins with BOS.
-        tokens: Special tokens that the layout or the template uses, with the ids they must have.
-        link_token: The first link token, where the layout has links.
-    """
-
-    repository: str
-    source: str
-    layout: LayoutSpec
-    format: PromptFormat
-    chat_template: str
-    begins_with_bos: bool = True
+    repository: str  # on the Hugging Face Hub
+    source: str  # code or paper that states layout and wording
+    layout: LayoutSpec  # how prompts were laid out in training
+    format: PromptFormat  # wording of the prompts
+    chat_template: str  # renders the turns around the chunks
+    begins_with_bos: bool = True  # whether a prompt begins with BOS
+    # special tokens that the layout or the template uses, with the ids they must have
     tokens: Mapping[str, int] = field(default_factory=dict)
-    link_token: str | None = None
+    link_token: str | None = None  # the first link token, where the layout has links
 
     def fit(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> AdapterInfo:
         """Puts the release's template on its tokenizer; returns what the model is served with.

@@ -143,41 +143,56 @@ def break_even(
     return found
 
 
-def plot_replay(outcomes: Sequence[Outcome], path: Path) -> None:
+COLOURS = {"gdsf": 2, "lru": 3, "lfu": 4, "fifo": 1}
+"""Of each policy, its place in the palette."""
+
+
+def plot_replay(outcomes: Sequence[Outcome], path: Path) -> Path:
     """Hit rate and the share of seconds saved against the budget, and hit rate over time."""
-    from matplotlib.figure import Figure
+    from blocktune.evaluation.report import style
 
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
-    axes = figure.subplots(1, 3)
     largest = max(outcome.budget for outcome in outcomes)
-    for policy in dict.fromkeys(outcome.policy for outcome in outcomes):
-        mine = sorted((one for one in outcomes if one.policy == policy), key=lambda o: o.budget)
-        budgets = [one.budget / 1e9 for one in mine]
-        axes[0].plot(budgets, [100 * one.hit_rate for one in mine], "o-", label=policy)
-        axes[1].plot(budgets, [100 * one.saved for one in mine], "o-", label=policy)
-        axes[2].plot(range(1, WINDOWS + 1), [100 * rate for rate in mine[-1].windows], label=policy)
-    names = ("hits (%)", "encoding time saved (%)", f"hits at {largest / 1e9:.3g} GB (%)")
-    for axis, name in zip(axes, names, strict=True):
-        axis.set(ylabel=name, ylim=(0, None), xlabel="budget (GB)")
-    axes[2].set_xlabel("tenth of the trace")
-    axes[0].legend()
-    figure.savefig(path, dpi=150)
+
+    def draw(figure, ground) -> None:
+        axes, ends = figure.subplots(1, 3), {}
+        for policy in dict.fromkeys(outcome.policy for outcome in outcomes):
+            mine = sorted((o for o in outcomes if o.policy == policy), key=lambda o: o.budget)
+            budgets, colour = [o.budget / 1e9 for o in mine], ground.series[COLOURS[policy]]
+            look = {"color": colour, "marker": "o", "markersize": 3}
+            axes[0].plot(budgets, [o.hit_rate for o in mine], **look)
+            axes[1].plot(budgets, [o.saved for o in mine], **look)
+            axes[2].plot(range(1, WINDOWS + 1), mine[-1].windows, **look)
+            ends[policy] = mine[-1].windows[-1], colour
+        titles = ("Hits", "Encoding time saved", f"Hits at {largest / 1e9:.3g} GB")
+        for axis, title in zip(axes, titles, strict=True):
+            axis.set(title=title, ylim=(0, None), xlabel="budget, GB", xscale="log")
+            style.as_share(axis.yaxis)
+        axes[2].set(xlabel="tenth of the trace", xscale="linear", xlim=(1, WINDOWS))
+        style.label_ends(axes[2], ends)
+
+    return style.to_png(draw, path, height=3.0, width=9.0)
 
 
-def plot_break_even(by_recompute: dict[float, Sequence[BreakEven]], path: Path) -> None:
+def plot_break_even(by_recompute: dict[float, Sequence[BreakEven]], path: Path) -> Path:
     """Mean time to first token over the share of repeated chunks."""
-    from matplotlib.figure import Figure
+    from blocktune.evaluation.report import style
 
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
-    axis = figure.subplots()
     first = next(iter(by_recompute.values()))
-    axis.plot([p.repeated for p in first], [1e3 * p.none_s for p in first], "k:", label="no cache")
-    axis.plot(
-        [p.repeated for p in first], [1e3 * p.prefix_s for p in first], "k-", label="prefix caching"
-    )
-    for recompute, points in by_recompute.items():
-        label = f"chunk reuse, {recompute:.0%} recomputed"
-        axis.plot([p.repeated for p in points], [1e3 * p.reuse_s for p in points], label=label)
-    axis.set(xlabel="share of chunks seen before", ylabel="to first token (ms)", ylim=(0, None))
-    axis.legend()
-    figure.savefig(path, dpi=150)
+
+    def draw(figure, ground) -> None:
+        axis, ends = figure.subplots(), {}
+        lines = [("no cache", 1, ":", [p.none_s for p in first])]
+        lines.append(("prefix caching", 0, "-", [p.prefix_s for p in first]))
+        for number, (recompute, points) in enumerate(by_recompute.items()):
+            name = f"chunk reuse\n{recompute:.0%} recomputed"
+            lines.append((name, 2 + number, "-", [p.reuse_s for p in points]))
+        for name, colour, line, seconds in lines:
+            colour = ground.series[colour]
+            axis.plot([p.repeated for p in first], seconds, line, color=colour)
+            ends[name] = seconds[-1], colour
+        axis.set(xlabel="chunks seen before", ylabel="to the first token, s", ylim=(0, None))
+        axis.set_xlim(0, first[-1].repeated)
+        style.as_share(axis.xaxis)
+        style.label_ends(axis, ends)
+
+    return style.to_png(draw, path, height=3.0, width=5.6)

@@ -5,14 +5,13 @@ from blocktune.lazy import exports
 __getattr__, __dir__, __all__ = exports(
     __name__,
     {
-        "blocktune.cache.chunk_kv": "ChunkKV ChunkStates Entry",
+        "blocktune.cache.chunk_kv": "ChunkKV ChunkStates Entry Lookup",
         "blocktune.cache.fingerprint": "chunk_key key_after model_fingerprint states_key "
         "stored_key weights_hash",
-        "blocktune.cache.exact": "ExactKV cut_exact",
-        "blocktune.cache.prefill_cache": "PrefillCache",
-        "blocktune.cache.prefix_tree": "PrefixMatch PrefixTree",
-        "blocktune.cache.row_cache": "SKIP RowCache",
-        "blocktune.cache.stats": "Lookup StoreStats TierStats",
+        "blocktune.cache.exact": "ExactKV PrefixMatch cut_exact",
+        "blocktune.cache.prefix_tree": "PrefixTree",
+        "blocktune.cache.row_cache": "SKIP PrefillCache RowCache",
+        "blocktune.cache.config": "StoreStats TierStats",
         "blocktune.cache.store": "ChunkStore",
     },
 )

@@ -11,9 +11,11 @@ import json
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from blocktune.cache.ledger import Row
 
 MANIFESTS = "manifests"
 SECRET, SECRET_FILE = "BLOCKTUNE_STORE_KEY", "BLOCKTUNE_STORE_KEY_FILE"
@@ -26,19 +28,23 @@ _KEY = re.compile(r"[0-9a-f]{64}")
 
 
 class FileFacts(NamedTuple):
-    """What a listing says of one entry, not verified.
+    """What a listing says of one entry, not verified."""
 
-    Attributes:
-        header: What `blocktune.cache.chunk_file` wrote about it.
-        num_tokens: Tokens of the chunk.
-        size: Bytes of the file.
-        used: When it was last used or written, in seconds of the epoch.
-    """
-
-    header: dict[str, str]
+    header: dict[str, str]  # what `ChunkFile` reads
     num_tokens: int
-    size: int
-    used: float
+    size: int  # bytes of the file
+    used: float  # when it was last used or written, in seconds of the epoch
+
+    def row(self, key: str) -> Row:
+        """As an index has it."""
+        header = self.header
+        try:
+            seconds, expires = (float(header.get(name, 0.0)) for name in ("seconds", "expires"))
+        except ValueError:
+            seconds = expires = 0.0
+        texts = (header.get(n, "") for n in ("kind", "fingerprint", "document", "tenant"))
+        times = {"created": self.used, "used": self.used, "expires": expires or None}
+        return Row(self.num_tokens, *texts, seconds, key=key, size=self.size, uses=1, **times)
 
 
 class Head(NamedTuple):
@@ -50,19 +56,16 @@ class Head(NamedTuple):
 
 
 class Blob(ABC):
-    """An open file.
-
-    Attributes:
-        size: Its bytes.
-        identity: Changes when the file does: hash it once for each. None: unknown.
-    """
+    """An open file; times are seconds of the epoch."""
 
     size: int
-    identity: tuple | None = None
+    identity: tuple | None = None  # changes when the file does: hash it once for each
+    changed: float = 0.0  # when it last did
+    used: float = 0.0  # when it was last used or written
 
     @abstractmethod
-    def read_into(self, buffer: memoryview, start: int) -> int:
-        """Fills ``buffer`` from byte ``start``; bytes read."""
+    def read_into(self, buffers: Sequence[memoryview], start: int) -> int:
+        """Fills some buffers, one after the other, from byte ``start``; bytes read."""
 
 
 class Bytes(Blob):
@@ -71,11 +74,14 @@ class Bytes(Blob):
     def __init__(self, data: bytes):
         self.data, self.size = memoryview(data), len(data)
 
-    def read_into(self, buffer: memoryview, start: int) -> int:
+    def read_into(self, buffers: Sequence[memoryview], start: int) -> int:
         """See `Blob.read_into`."""
-        part = self.data[start : start + len(buffer)]
-        buffer[: len(part)] = part
-        return len(part)
+        done = 0
+        for buffer in buffers:
+            part = self.data[start + done : start + done + len(buffer)]
+            buffer[: len(part)] = part
+            done += len(part)
+        return done
 
 
 def is_key(text: str) -> bool:
@@ -84,22 +90,14 @@ def is_key(text: str) -> bool:
 
 
 def relative_path(key: str) -> str:
-    """Where a chunk is stored below its folder: two levels keep each folder short.
-
-    Raises:
-        ValueError: If the key is not one that `chunk_key` makes.
-    """
+    """Where a chunk is stored below its folder: two levels keep each folder short."""
     if not is_key(key):
         raise ValueError(f"a chunk key is 64 hex digits, see `chunk_key`; got {key!r}")
     return f"{key[:2]}/{key[2:4]}/{key}.safetensors"
 
 
 def secret_from_environment() -> bytes | None:
-    """The key that signs entries: `SECRET`, or the content of the file `SECRET_FILE`; or None.
-
-    Raises:
-        ValueError: If the file cannot be read.
-    """
+    """The key that signs entries: `SECRET`, or the content of the file `SECRET_FILE`; or None."""
     text, path = os.environ.get(SECRET), os.environ.get(SECRET_FILE)
     if text is None and path is None:
         return None
@@ -109,25 +107,8 @@ def secret_from_environment() -> bytes | None:
         raise ValueError(f"{SECRET_FILE}: cannot read '{path}': {error.strerror}") from None
 
 
-class Fetched:
-    """One file that was read from a place, to be verified as there."""
-
-    def __init__(self, blobs: Blobs, key: str):
-        """Reads it; raises as `Blobs.open` does."""
-        self.secret, self.require_signed = blobs.secret, blobs.require_signed
-        self.blob = blobs.open(key)
-
-    def open(self, key: str) -> Blob:
-        """The file; ``key`` is its own."""
-        return self.blob
-
-
 def read_facts(data: bytes, size: int, used: float) -> FileFacts:
-    """What the header of a file says, from its first bytes.
-
-    Raises:
-        ValueError: If the header cannot be read.
-    """
+    """What the header of a file says, from its first bytes."""
     length = int.from_bytes(data[:8], "little")
     if length + 8 > len(data):
         raise ValueError("its header is cut off")
@@ -141,21 +122,12 @@ def read_facts(data: bytes, size: int, used: float) -> FileFacts:
 
 
 class Blobs(ABC):
-    """The files of a store. ``OSError`` is raised wherever the place cannot be reached.
+    """The files of a store. ``OSError`` is raised wherever the place cannot be reached."""
 
-    Attributes:
-        place: Folder or URL, for messages.
-        secret: Signs what is written, and must have signed the rest.
-    """
-
-    place: str
+    place: str  # folder or URL, for messages
 
     def __init__(self, secret: bytes | None = None):
-        """With a ``secret``, or none.
-
-        Raises:
-            ValueError: If ``secret`` is too short.
-        """
+        """With a ``secret`` that signs what is written, and must have signed the rest; or none."""
         self.secret = secret
         if secret is not None and len(secret) < LEAST_SECRET:
             raise ValueError(
@@ -165,12 +137,7 @@ class Blobs(ABC):
 
     @abstractmethod
     def open(self, key: str) -> Blob:
-        """The file of ``key``, to read.
-
-        Raises:
-            FileNotFoundError: If there is none.
-            ValueError: If something else is in its place.
-        """
+        """The file of ``key``; FileNotFoundError, or ValueError if something else is there."""
 
     @abstractmethod
     def head(self, key: str, length: int) -> Head:
@@ -213,12 +180,7 @@ class Blobs(ABC):
         return
 
     def facts(self, key: str) -> FileFacts:
-        """What the header of a file says, without reading its tensors.
-
-        Raises:
-            FileNotFoundError: If there is none.
-            ValueError: If the header cannot be read.
-        """
+        """What the header of a file says, without its tensors; raises as `open` does."""
         data, size, used = self.head(key, FIRST_READ)
         length = int.from_bytes(data[:8], "little")
         if len(data) < length + 8 <= min(size, MOST_HEADER):
@@ -231,28 +193,20 @@ class Blobs(ABC):
         return hmac.new(self.secret, text, hashlib.sha256).hexdigest()
 
     def require_signed(self, record: Mapping[str, Any], signature: str | None) -> None:
-        """With a key, requires that it signed the record; without one, accepts all.
-
-        Raises:
-            ValueError: If it did not.
-        """
+        """With a key, ValueError unless it signed the record; without one, accepts all."""
         if self.secret is None:
             return
         if not hmac.compare_digest(str(signature or "").encode(), self.sign(record).encode()):
             raise ValueError("it is not signed with the key of this store")
 
     def write_manifest(self, record: Mapping[str, Any]) -> None:
-        """Writes the manifest of a model, see `blocktune.cache.manifest`; raises as `write`."""
+        """Writes the manifest of a model, see `blocktune.cache.fingerprint`; raises as `write`."""
         signed = {} if self.secret is None else {"signature": self.sign(record)}
         text = json.dumps(dict(record) | signed, indent=1, ensure_ascii=False) + "\n"
         self._write_manifest(_fingerprint(record["fingerprint"]), text.encode())
 
     def manifest(self, fingerprint: str) -> dict[str, Any] | None:
-        """The manifest of a model, or None.
-
-        Raises:
-            ValueError: If it cannot be read, or a key is set that did not sign it.
-        """
+        """The manifest of a model, or None; ValueError if it is damaged, or not signed."""
         where = f"{self.place}/{MANIFESTS}/{_fingerprint(fingerprint)}.json"
         try:
             record = json.loads(self._read_manifest(fingerprint))

@@ -5,20 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
-from typing import Generic, TypeVar
 
 import torch
 import xxhash
 from safetensors.torch import save
 from torch import Tensor
 
-from blocktune.cache.blobs import MOST_HEADER, Blobs
-from blocktune.cache.chunk_kv import Entry
-from blocktune.cache.codecs import decoded, encoded
-from blocktune.cache.ledger import About
+from blocktune.cache.blobs import MOST_HEADER, Blob, Blobs, Bytes, FileFacts
+from blocktune.cache.chunk_kv import ChunkKV, Entry, decoded, encoded
+from blocktune.cache.ledger import About, Row
 from blocktune.positions import RopeSpec
 
 FORMAT = "blocktune chunk 3"
@@ -35,35 +34,37 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 """Of a safetensors header."""
-_PROVEN: dict[tuple, None] = {}
-"""Files whose SHA-256 sums this process compared; those with a key only."""
-_MOST_PROVEN = 1 << 20
+_PROVEN: dict[tuple, set[str]] = {}
+"""Tensors (or `_ALL`) that this process has verified, by file in one state and kind of sums."""
+_ALL = "*"
+_MOST_PROVEN = 1 << 16
+SETTLED_S = 2.0
+"""A file that changed this recently may change again without another date."""
 NOTHING = About()
 Share = tuple[int, int]
 """A tensor parallel rank, and how many there are."""
 _BY_HEAD = ("key.", "value.")
 """Tensors whose first axis is heads."""
 
-AnyEntry = TypeVar("AnyEntry", bound=Entry)
+
+class Expired(FileNotFoundError):
+    """The time of an entry is over."""
 
 
-class ChunkFile(Generic[AnyEntry]):
+class ChunkFile:
     """An open file of a store. Header and token ids are verified at once, tensors when read.
 
-    xxh3 finds damage, at the speed of memory. A store with a key also needs what nobody can forge:
-    SHA-256 sums under the key's signature, compared once for each state of a file and process.
+    xxh3 finds damage; a store with a key also needs what nobody can forge: SHA-256 sums under its
+    signature. Both are compared once for each state of a file and process.
     """
 
-    def __init__(self, blobs: Blobs, key: str, kind: type[AnyEntry] | None = None):
+    def __init__(self, blobs: Blobs, key: str, kind: type[Entry] | None = None):
         """Opens the entry of ``key``; without a ``kind`` only `verify` can use it.
 
-        Raises:
-            FileNotFoundError: If there is none, or its time is over.
-            ValueError: If the file is not what `pack_chunk` made for this key, or not signed
-                with the store's key; says why.
-            OSError: If the place cannot be reached.
+        FileNotFoundError: there is none; `Expired`: its time is over. ValueError: it is not what
+        `pack_chunk` made for this key, or not signed. OSError: the place cannot be reached.
         """
-        self.kind, self._blob = kind, blobs.open(key)
+        self.key, self.kind, self._blob = key, kind, blobs.open(key)
         with _readable():
             self._tensors = json.loads(self._header_text())
             self._header = dict(self._tensors.pop("__metadata__"))
@@ -72,40 +73,33 @@ class ChunkFile(Generic[AnyEntry]):
             self._heads = {} if blobs.secret else json.loads(self._header.get("heads", "{}"))
             self._sha256 = dict(json.loads(self._header.get("sha256", "{}")))
             named = (self._header["format"], self._header["kind"], self._header["key"])
-        wanted_kind = named[1] if kind is None else kind.kind
-        if named != (FORMAT, wanted_kind, key):
+            self.fingerprint = self._header["fingerprint"]
+            self.codec = self._header.get("codec", "as-is")
+        if named != (FORMAT, named[1] if kind is None else kind.kind, key):
             raise ValueError("its header names another chunk or cache format")
         if checksum != _digest(self._header):
             raise ValueError("its header does not match its checksum")
         blobs.require_signed(self._header, signature)
         if 0 < float(self._header.get("expires", 0)) <= time.time():
-            raise FileNotFoundError(key)
-        self._file = (key, self._blob.identity)
-        self._prove = blobs.secret is not None
+            raise Expired(key)
+        self._prove, self._data = blobs.secret is not None, None
+        self._proven = _proven(key, self._blob, self._prove)
         self.token_ids = self.read("token_ids")
 
-    @property
-    def fingerprint(self) -> str:
-        """Of the model that made it."""
-        return self._header["fingerprint"]
+    def row(self) -> Row:
+        """What an index says of it."""
+        facts = FileFacts(self._header, len(self.token_ids), self._blob.size, self._blob.used)
+        return facts.row(self.key)
 
-    def fact(self, name: str) -> int:
-        """A number of the header."""
-        with _readable():
-            return int(self._header[name])
+    def content(self) -> bytes | None:
+        """The whole file, if it was fetched from a remote."""
+        return bytes(self._blob.data) if isinstance(self._blob, Bytes) else None
 
     def read(self, name: str, share: Share | None = None) -> Tensor:
-        """One tensor, or a rank's heads of it, verified, in its own memory.
-
-        Raises:
-            ValueError: If it is not what was written.
-        """
+        """One tensor, or a rank's heads of it, verified; ValueError if it is damaged."""
         with _readable():
             told = self._tensors[name]
-            start, end = told["data_offsets"]
-            shape, dtype = told["shape"], DTYPES[told["dtype"]]
-            if not 0 <= start <= end <= self._blob.size - self._start:
-                raise ValueError("it is cut off")
+            (start, end), shape = told["data_offsets"], told["shape"]
             share = share if name.startswith(_BY_HEAD) else None
             rows = slice(0, None) if share is None else heads_of(*share, shape[0])
             by_head = share is not None and name in self._heads
@@ -113,12 +107,8 @@ class ChunkFile(Generic[AnyEntry]):
                 row = (end - start) // shape[0]
                 start, end = start + rows.start * row, start + rows.stop * row
                 shape = [rows.stop - rows.start, *shape[1:]]
-            raw = torch.empty(end - start, dtype=torch.uint8)
-            if raw.numel():
-                done = self._blob.read_into(memoryview(raw.numpy()), self._start + start)
-                if done != raw.numel():
-                    raise ValueError("it is cut off")
-            tensor = raw.view(dtype).view(shape)
+            raw = self._fetch(start, end) if self._data is None else self._data[start:end]
+            tensor = raw.view(DTYPES[told["dtype"]]).view(shape)
             if by_head:
                 if _head_sums(tensor) != self._heads[name][16 * rows.start : 16 * rows.stop]:
                     raise ValueError(f"'{name}' does not match its checksum")
@@ -126,11 +116,51 @@ class ChunkFile(Generic[AnyEntry]):
         self._verify(name, tensor)
         return tensor if share is None else tensor[rows].clone()
 
-    def entry(self, share: Share | None = None) -> AnyEntry:
-        """All of it, or of its keys and values a rank's heads, verified, on the CPU."""
+    def read_into(self, name: str, out: Tensor) -> None:
+        """Writes one tensor, stored as it is and verified, over ``out`` ``(K, S, D)``.
+
+        Each of its ``K`` parts must be contiguous, in the CPU's memory; raises as `read` does.
+        """
         with _readable():
+            start, end = self._tensors[name]["data_offsets"]
+            parts = [memoryview(part.view(torch.uint8).numpy()).cast("B") for part in out]
+            if sum(map(len, parts)) != end - start or self._data is not None:
+                raise ValueError("it is of another size")
+            self._fill(parts, start, end)
+        if not self._is_proven(name):
+            self._verify(name, out.contiguous())
+
+    def entry(self, share: Share | None = None) -> Entry:
+        """All of it, verified, on the CPU; its tensors share their memory.
+
+        Of keys and values only a rank's heads, if it has a ``share``. Only they are read from a
+        folder, unless it is signed or the file is of before they had checksums of their own.
+        """
+        with _readable():
+            if share is None:
+                self._data = self._fetch(0, self._blob.size - self._start)
             read = decoded(self._header, partial(self.read, share=share), len(self.token_ids))
-            return self.kind.restore(self._header, read, self.token_ids, self.fingerprint)
+            made = self.kind.restore(self._header, read, self.token_ids, self.fingerprint)
+        if self._sums.keys() <= self._proven:
+            self._proven.clear()
+            self._proven.add(_ALL)
+        return made
+
+    def like(self) -> Entry:
+        """An entry of its shapes and types, without its numbers."""
+
+        def empty(name: str) -> Tensor:
+            if self.codec == "as-is":
+                told = self._tensors[name]
+                return torch.empty((), dtype=DTYPES[told["dtype"]]).expand(told["shape"])
+            kind, _, layer = name.partition(".")
+            dim = json.loads(self._header["dims"])[int(layer)][kind == "value"]
+            heads = self._tensors[f"{name}.codes"]["shape"][0]
+            dtype = getattr(torch, self._header["dtype"])
+            return torch.empty((), dtype=dtype).expand(heads, len(self.token_ids), dim)
+
+        with _readable():
+            return self.kind.restore(self._header, empty, self.token_ids, self.fingerprint)
 
     def tensor(self, name: str) -> Tensor:
         """One tensor of the entry, verified and decoded; raises as `read` does."""
@@ -138,45 +168,107 @@ class ChunkFile(Generic[AnyEntry]):
             return decoded(self._header, self.read, len(self.token_ids))(name)
 
     def verify(self) -> None:
-        """Reads every tensor; raises as `read` does."""
+        """Reads every tensor, whatever was verified before; raises as `read` does."""
+        self._proven = set()
+        self.prove()
+
+    def prove(self) -> None:
+        """Reads every tensor that this process has not verified; raises as `read` does."""
         for name in self._sums:
-            self.read(name)
+            if not self._is_proven(name):
+                self.read(name)
+        self._proven.clear()
+        self._proven.add(_ALL)
+
+    def _fetch(self, start: int, end: int) -> Tensor:
+        if not -self._start <= start <= end <= self._blob.size - self._start:
+            raise ValueError("it is cut off")
+        raw = torch.empty(end - start, dtype=torch.uint8)
+        self._fill([memoryview(raw.numpy())], start, end)
+        return raw
+
+    def _fill(self, buffers: list[memoryview], start: int, end: int) -> None:
+        if self._blob.read_into(buffers, self._start + start) != end - start:
+            raise ValueError("it is cut off")
 
     def _header_text(self) -> bytes:
-        length = int.from_bytes(self._bytes(0, 8), "little")
+        self._start = 0
+        length = int.from_bytes(self._fetch(0, 8).numpy().tobytes(), "little")
         if length > min(self._blob.size - 8, MOST_HEADER):
             raise ValueError("its header is cut off")
         self._start = 8 + length
-        return self._bytes(8, length)
+        return self._fetch(-length, 0).numpy().tobytes()
 
-    def _bytes(self, start: int, length: int) -> bytes:
-        data = bytearray(length)
-        if self._blob.read_into(memoryview(data), start) != length:
-            raise ValueError("it is cut off")
-        return bytes(data)
+    def _is_proven(self, name: str) -> bool:
+        return name in self._proven or (_ALL in self._proven and name in self._sums)
 
     def _verify(self, name: str, tensor: Tensor) -> None:
+        if self._is_proven(name):
+            return
         if self._sums.get(name) != _checksum(xxhash.xxh3_128, name, tensor):
             raise ValueError(f"'{name}' does not match its checksum")
-        proven = (*self._file, name)
-        if not self._prove or (self._blob.identity is not None and proven in _PROVEN):
-            return
-        if self._sha256.get(name) != _checksum(hashlib.sha256, name, tensor):
+        if self._prove and self._sha256.get(name) != _checksum(hashlib.sha256, name, tensor):
             raise ValueError(f"'{name}' does not match its signed checksum")
-        while len(_PROVEN) >= _MOST_PROVEN:
-            _PROVEN.pop(next(iter(_PROVEN)), None)
-        _PROVEN[proven] = None
+        self._proven.add(name)
 
 
-def read_chunk(
-    blobs: Blobs, key: str, kind: type[AnyEntry], share: Share | None = None
-) -> AnyEntry:
-    """Reads one entry, or the heads of a tensor parallel rank; raises as `ChunkFile` does.
+class FileKV:
+    """A chunk whose layers are read from its file each time; read like a `ChunkKV`.
 
-    Only those heads are read from a folder, unless it is signed or the file is of before they had
-    checksums of their own.
+    It is verified once, before: of a file that is damaged after that, `ValueError` comes late.
     """
-    return ChunkFile(blobs, key, kind).entry(share)
+
+    kind = ChunkKV.kind
+
+    def __init__(self, file: ChunkFile):
+        self.file, self.key, self.like = file, file.key, file.like()
+        self.token_ids, self.fingerprint = file.token_ids, file.fingerprint
+        self.num_tokens, self.num_bytes = self.like.num_tokens, self.like.num_bytes
+        self.num_layers, self.origin = self.like.num_layers, self.like.origin
+        self.keys, self.values = _Half(self, "key"), _Half(self, "value")
+
+    matches = ChunkKV.matches
+
+    @classmethod
+    def read(cls, file: ChunkFile) -> FileKV | ChunkKV:
+        """Of a verified file; the whole entry if it is coded."""
+        if file.codec != "as-is":
+            return file.entry()
+        file.prove()
+        return cls(file)
+
+    def to(self, device: torch.device | str) -> FileKV:
+        """As it is: layers are read into the CPU's memory."""
+        return self
+
+    def tensor(self, name: str) -> Tensor:
+        """Of a layer, such as ``key.0``, in new memory."""
+        return self.file.read(name)
+
+    def read_into(self, name: str, out: Tensor) -> None:
+        """Writes a layer's tensor over ``out`` ``(K, S, D)``."""
+        self.file.read_into(name, out)
+
+
+@dataclass(frozen=True)
+class _Half(Sequence):
+    kv: FileKV
+    name: str
+
+    def __getitem__(self, layer: int) -> Tensor:
+        return self.kv.tensor(f"{self.name}.{layer}")
+
+    def __len__(self) -> int:
+        return self.kv.num_layers
+
+
+def _proven(key: str, blob: Blob, with_key: bool) -> set[str]:
+    """What was verified of a file before; a set that nobody keeps if its state is not known."""
+    if blob.identity is None or time.time() - blob.changed < SETTLED_S:
+        return set()
+    while len(_PROVEN) >= _MOST_PROVEN:
+        _PROVEN.pop(next(iter(_PROVEN)), None)
+    return _PROVEN.setdefault((key, with_key, blob.identity), set())
 
 
 def heads_of(rank: int, size: int, num_heads: int) -> slice:
@@ -194,15 +286,9 @@ def pack_chunk(
     codec: str = "as-is",
     rope: RopeSpec | None = None,
 ) -> bytes:
-    """The content of an entry's file, signed with the key of ``blobs``.
+    """The content of an entry's file, signed with the key of ``blobs``; see `encoded`.
 
-    Args:
-        blobs: Where it will be written.
-        key: Of the entry.
-        entry: Its tensors may be on any device.
-        about: What an index of the place needs when it is made again.
-        codec: How the tensors are stored, see `blocktune.cache.codecs`.
-        rope: As there.
+    ``about`` is what an index of the place needs when it is made again.
     """
     entry = entry.to("cpu").compact()
     facts, tensors = encoded(entry, codec, rope)

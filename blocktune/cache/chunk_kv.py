@@ -1,35 +1,44 @@
-"""What a store keeps of a chunk: its keys and values, and hidden states at some layers."""
+"""What a store keeps of a chunk: keys and values, hidden states; as they are or with fewer bits.
+
+A codec turns one layer's keys and values into named tensors and back. What the store hands out
+after `round_trip` is what a file gives back later, so an answer does not depend on where a chunk
+was found.
+"""
 
 from __future__ import annotations
 
+import json
 import re
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
+from blocktune.cache.config import CODECS, Tier
+from blocktune.positions import LayerRope, RopeSpec
+from blocktune.positions.relocation import relocate_keys
+
 Read = Callable[[str], Tensor]
 """Gives the tensor of a name."""
+FP8 = torch.float8_e4m3fn
+GROUP = {8: 64, 4: 32}
+"""Most numbers that share a scale and an offset, by bits."""
+_HALF_LIMIT = 6e4
+_BITS = {"fp8": 0, "int8": 8, "int4": 4}
+State = tuple[Tensor | None, ...]
+"""The recurrent state of one prompt at one depth, layer by layer."""
 
 
 class Entry(ABC):
-    """One chunk's tensors of one kind. Tensors are shared: never write into them.
+    """One chunk's tensors of one kind. Tensors are shared: never write into them."""
 
-    Class attributes:
-        kind: Name of the kind; part of the file's header.
-
-    Attributes:
-        token_ids: What was encoded, ``(S,)`` int64.
-        fingerprint: Hex digest of the model that encoded it, `model_fingerprint`.
-    """
-
-    kind: ClassVar[str]
-    token_ids: Tensor
-    fingerprint: str
+    kind: ClassVar[str]  # its name, part of the file's header
+    token_ids: Tensor  # what was encoded, ``(S,)`` int64
+    fingerprint: str  # hex digest of the model that encoded it, `model_fingerprint`
 
     @abstractmethod
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -42,12 +51,7 @@ class Entry(ABC):
     @classmethod
     @abstractmethod
     def restore(cls, facts: Mapping, read: Read, token_ids: Tensor, fingerprint: str) -> Self:
-        """Inverse of `facts` and `tensors`.
-
-        Raises:
-            KeyError: If a fact is missing.
-            ValueError: If the tensors do not make an entry of this kind.
-        """
+        """Inverse of `facts` and `tensors`; KeyError or ValueError if they make no entry."""
 
     @property
     def num_tokens(self) -> int:
@@ -82,6 +86,16 @@ class Entry(ABC):
         return self.restore(self.facts(), lambda n: function(tensors[n]), ids, self.fingerprint)
 
 
+class Lookup(NamedTuple):
+    """What one look into the store found, and what it took."""
+
+    kv: Entry | None  # None: encode it and `ChunkStore.put` it
+    tier: Tier  # where it was found
+    bytes_read: int  # of keys, values and ids; 0 on a miss
+    lookup_s: float  # seconds spent finding out whether it is there
+    load_s: float  # seconds spent reading, verifying and moving it
+
+
 def own(tensor: Tensor) -> Tensor:
     """The tensor, copied if it is a view or not contiguous."""
     if tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes:
@@ -96,25 +110,17 @@ _HEX = re.compile(r"[0-9a-f]+")
 class ChunkKV(Entry):
     """The attention state of one encoded chunk. Tensors are shared: never write into them.
 
-    Attributes:
-        keys: One tensor ``(K, S, D)`` per layer that stores any, RoPE applied at the positions
-            ``origin .. origin + S - 1``. Layers may differ in ``K`` and ``D``.
-        values: One tensor ``(K, S, D)`` per layer; ``D`` may differ from the keys'.
-        token_ids: What was encoded, ``(S,)`` int64, without the blanks before it.
-        fingerprint: Hex digest of the model that encoded it, `fingerprint.model_fingerprint`.
-        origin: Position at which the first stored token was encoded, e.g. the number of
-            blanks before it. Relocation starts from here.
-
-    Raises:
-        ValueError: If the tensors do not describe one chunk.
+    Keys are ``(K, S, D)`` for each layer that stores any, RoPE applied at the positions
+    ``origin .. origin + S - 1``, from where relocation starts; layers may differ in ``K`` and
+    ``D``. Values likewise; their ``D`` may differ from the keys'.
     """
 
     kind: ClassVar[str] = "chunk"
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
-    token_ids: Tensor
+    token_ids: Tensor  # ``(S,)`` int64, without the blanks before it
     fingerprint: str
-    origin: int = 0
+    origin: int = 0  # position of the first stored token, e.g. the number of blanks before it
 
     def __post_init__(self):
         if not self.keys or len(self.keys) != len(self.values):
@@ -165,12 +171,10 @@ class ChunkKV(Entry):
             yield f"value.{layer}", value
 
     def facts(self) -> dict[str, int]:
-        """See `Entry.facts`."""
         return {"num_layers": self.num_layers, "origin": self.origin}
 
     @classmethod
     def restore(cls, facts: Mapping, read: Read, token_ids: Tensor, fingerprint: str) -> Self:
-        """See `Entry.restore`."""
         layers = range(int(facts["num_layers"]))
         return cls(
             keys=tuple(read(f"key.{layer}") for layer in layers),
@@ -188,21 +192,12 @@ class ChunkStates(Entry):
     From them that layer can be computed again for all tokens (DroidSpeak's E-cache,
     arXiv:2411.02820). They take ``hidden`` numbers a token where keys and values take ``2 *
     kv_heads * head_dim``, so only the layers that a method starts from are stored.
-
-    Attributes:
-        states: ``(S, hidden)``, before the layer's norm. Free of positions: nothing to relocate.
-        layer: 0-based layer that they enter.
-        token_ids: What was encoded, ``(S,)`` int64, without the blanks before it.
-        fingerprint: Hex digest of the model that encoded it.
-
-    Raises:
-        ValueError: If the tensors do not describe one chunk at one layer.
     """
 
     kind: ClassVar[str] = "states"
-    states: Tensor
-    layer: int
-    token_ids: Tensor
+    states: Tensor  # ``(S, hidden)``, before the layer's norm: free of positions
+    layer: int  # 0-based, that they enter
+    token_ids: Tensor  # ``(S,)`` int64, without the blanks before it
     fingerprint: str
 
     def __post_init__(self):
@@ -217,16 +212,13 @@ class ChunkStates(Entry):
             raise ValueError(f"states enter a layer >= 0; got {self.layer}")
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """See `Entry.tensors`."""
         yield "states", self.states
 
     def facts(self) -> dict[str, int]:
-        """See `Entry.facts`."""
         return {"layer": self.layer}
 
     @classmethod
     def restore(cls, facts: Mapping, read: Read, token_ids: Tensor, fingerprint: str) -> Self:
-        """See `Entry.restore`."""
         return cls(read("states"), int(facts["layer"]), token_ids, fingerprint)
 
 
@@ -236,3 +228,118 @@ def _check_ids(token_ids: Tensor) -> None:
             "a chunk's token ids must be one int64 row (tokens,); "
             f"got {tuple(token_ids.shape)} {token_ids.dtype}"
         )
+
+
+def encoded(
+    entry: Entry, codec: str, rope: RopeSpec | None = None
+) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Facts for the header and tensors for the file, by one of `CODECS`.
+
+    ``int8`` and ``int4`` need the model's ``rope``. Entries other than `ChunkKV` stay as they are.
+    """
+    if codec not in CODECS:
+        raise ValueError(f"unknown codec '{codec}'; available: {', '.join(CODECS)}")
+    if codec == "as-is" or not isinstance(entry, ChunkKV):
+        return {}, dict(entry.tensors())
+    tensors, bits = {}, _BITS[codec]
+    if bits:
+        tensors = _rope_tensors(entry, rope)
+        forms = [(one.start, one.interleaved) for one in rope.layers]
+    for layer, (key, value) in enumerate(zip(entry.keys, entry.values, strict=True)):
+        if bits:
+            form = LayerRope(tensors[f"rope.{layer}"], *forms[layer])
+            key = _turned(key, entry.origin, form, -1).transpose(1, 2)
+        for name, tensor in ((f"key.{layer}", key), (f"value.{layer}", value)):
+            parts = _pack(tensor, bits) if bits else _scale(tensor)
+            tensors |= {f"{name}.{part}": held.contiguous() for part, held in parts.items()}
+    dims = [(key.shape[2], value.shape[2]) for key, value in zip(entry.keys, entry.values)]  # noqa: B905
+    dtype = str(entry.dtype).removeprefix("torch.")
+    facts = {"codec": codec, "dtype": dtype, "dims": json.dumps(dims)}
+    return facts | ({"rope": json.dumps(forms)} if bits else {}), tensors
+
+
+def decoded(header: Mapping[str, str], read: Read, num_tokens: int) -> Read:
+    """Reads decoded tensors, given how to ``read`` those of the file; raises as that does."""
+    codec = header.get("codec", "as-is")
+    if codec == "as-is":
+        return read
+    if codec not in CODECS:
+        raise ValueError(f"it is stored by the unknown codec '{codec}'")
+    dtype = getattr(torch, header["dtype"])
+    dims, bits = json.loads(header["dims"]), _BITS[codec]
+
+    def decode(name: str) -> Tensor:
+        kind, _, layer = name.partition(".")
+        parts = {part: read(f"{name}.{part}") for part in ("codes", "scale")}
+        if not bits:
+            return (parts["codes"].float() * parts["scale"]).to(dtype)
+        parts["low"] = read(f"{name}.low")
+        if kind == "value":
+            return _unpack(parts, bits, dims[int(layer)][1]).to(dtype)
+        key = _unpack(parts, bits, num_tokens).transpose(1, 2)
+        form = LayerRope(read(f"rope.{layer}"), *json.loads(header["rope"])[int(layer)])
+        return _turned(key, int(header["origin"]), form, 1).to(dtype).contiguous()
+
+    return decode
+
+
+def round_trip(entry: Entry, codec: str, rope: RopeSpec | None = None) -> Entry:
+    """The entry as a file of this codec gives it back."""
+    facts, tensors = encoded(entry, codec, rope)
+    if not facts:
+        return entry
+    facts |= {name: str(fact) for name, fact in entry.facts().items()}
+    read = decoded(facts, tensors.__getitem__, entry.num_tokens)
+    return type(entry).restore(facts, read, entry.token_ids, entry.fingerprint)
+
+
+def _scale(tensor: Tensor) -> dict[str, Tensor]:
+    """Eight-bit floats with one scale per head, ``(K, 1, 1)``."""
+    top = tensor.float().abs().amax(dim=(1, 2), keepdim=True)
+    scale = (top / torch.finfo(FP8).max).clamp_min(1e-12)
+    return {"codes": (tensor.float() / scale).to(FP8), "scale": scale}
+
+
+def _pack(tensor: Tensor, bits: int) -> dict[str, Tensor]:
+    """Integers with a scale and an offset for each group along the last axis.
+
+    Source: KIVI, arXiv:2402.02750: keys by channel (here also before rotation, as KVQuant,
+    arXiv:2401.18079), values by token.
+    """
+    length = tensor.shape[-1]
+    group = -(-length // -(-length // GROUP[bits]))  # equal groups: little is filled up
+    group += group % 2
+    last = tensor[..., -1:].expand(*tensor.shape[:-1], -length % group)
+    groups = torch.cat((tensor, last), dim=-1).float().unflatten(-1, (-1, group))
+    low, high = groups.aminmax(dim=-1, keepdim=True)
+    held = torch.float16 if float(groups.abs().max()) < _HALF_LIMIT else torch.float32
+    low = low.to(held)
+    scale = ((high - low.float()) / (2**bits - 1)).clamp_min(6e-5).to(held)
+    codes = ((groups - low.float()) / scale.float()).round().clamp(0, 2**bits - 1).to(torch.uint8)
+    if bits == 4:
+        codes = codes[..., ::2] | codes[..., 1::2] << 4
+    return {"codes": codes, "scale": scale, "low": low}
+
+
+def _unpack(parts: Mapping[str, Tensor], bits: int, length: int) -> Tensor:
+    codes = parts["codes"]
+    if bits == 4:
+        codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)
+    return (codes * parts["scale"].float() + parts["low"].float()).flatten(-2)[..., :length]
+
+
+def _rope_tensors(entry: ChunkKV, rope: RopeSpec | None) -> dict[str, Tensor]:
+    if rope is None:
+        raise ValueError(
+            "int8 and int4 quantise keys before their rotation and need the model's frequencies; "
+            "open the store through an engine, or use fp8"
+        )
+    # Where the values are what is rotated, keys are as they are.
+    kept = [one.inv_freq[: 0 if one.in_values else None] for one in rope.layers]
+    return {f"rope.{layer}": one.float().cpu().clone() for layer, one in enumerate(kept)}
+
+
+def _turned(keys: Tensor, origin: int, rope: LayerRope, sign: int) -> Tensor:
+    """Keys ``(K, S, D)`` without their rotation (-1), or with it (1)."""
+    positions = torch.arange(origin, origin + keys.shape[1], device=keys.device)[None]
+    return relocate_keys(keys.float()[None], sign * positions, rope)[0]

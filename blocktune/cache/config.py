@@ -1,25 +1,71 @@
-"""Where a store keeps chunks and within which limits, as one line of text says it. No torch."""
+"""What a store is told: place and limits, as one line of text; and what it tells: counters, traces.
+
+No torch.
+"""
 
 from __future__ import annotations
 
+import json
 import re
-from dataclasses import dataclass, fields
+import time
+from collections import Counter, OrderedDict
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Literal, TextIO
 
-from blocktune.cache.ledger import POLICIES
+POLICIES = {
+    "lru": "used",
+    "lfu": "uses",
+    "fifo": "created",
+    "gdsf": "clock + uses * seconds * 1e9 / size",
+}
+"""What an entry is worth, in SQL over its columns: the least leaves first, then the least used.
 
+``gdsf``: seconds of encoding saved per byte (Cherkasova, Greedy-Dual-Size-Frequency, HPL-98-69R1);
+``clock`` is the worth of what left last when the entry was used, so that old fame fades.
+"""
 CODECS = ("as-is", "fp8", "int8", "int4")
 MEMORY = 4 << 30
+Tier = Literal["memory", "cpu", "disk", "remote", "none"]
+_REMEMBERED = 1 << 16
+"""Keys whose last use a trace remembers."""
+_SHOWN = 16
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
-def parse_bytes(text: str) -> int:
-    """Bytes of a text such as ``50GB``.
+@dataclass(frozen=True)
+class About:
+    """What is known of an entry beside its key and size."""
 
-    Raises:
-        ValueError: If it is not a size.
-    """
+    num_tokens: int = 0
+    kind: str = ""
+    fingerprint: str = ""  # of the model that made it
+    document: str = ""  # whose passage it is, as the user names it
+    tenant: str = ""  # whose it is; counts for quotas
+    seconds: float = 0.0  # that encoding it took: what a hit saves
+    expires: float | None = None  # when it counts as gone, in seconds of the epoch; None: never
+
+
+@dataclass(frozen=True)
+class Row(About):
+    """An entry as the ledger has it; times are seconds of the epoch."""
+
+    key: str = ""
+    size: int = 0
+    created: float = 0.0
+    used: float = 0.0
+    uses: int = 0
+    pinned: bool = False
+
+    @property
+    def about(self) -> About:
+        """Without key, size and uses."""
+        return About(*(getattr(self, field.name) for field in fields(About)))
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of a text such as ``50GB``."""
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([kmgt]?)b?", text.strip().lower())
     if not found:
         raise ValueError(f"a size is a number with kB, MB, GB or TB, got '{text}'")
@@ -27,11 +73,7 @@ def parse_bytes(text: str) -> int:
 
 
 def parse_seconds(text: str) -> float:
-    """Seconds of a text such as ``30d``.
-
-    Raises:
-        ValueError: If it is not a time.
-    """
+    """Seconds of a text such as ``30d``."""
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([smhd]?)", text.strip().lower())
     if not found:
         raise ValueError(f"a time is a number with s, m, h or d, got '{text}'")
@@ -40,37 +82,20 @@ def parse_seconds(text: str) -> float:
 
 @dataclass(frozen=True)
 class StoreConfig:
-    """A store, its tiers and their limits.
+    """A store, its tiers and their limits in bytes; ValueError if a value is out of range."""
 
-    Attributes:
-        folder: Of the files; None: none on disk.
-        remote: URL that machines share, see `blocktune.cache.remote`; None: none.
-        memory: Bytes on the model's device.
-        cpu: Bytes of host memory, for what leaves the device.
-        disk: Bytes of the folder; None: no limit.
-        remote_bytes: Bytes of the remote; None: no limit.
-        policy: What leaves first in every tier, one of `blocktune.cache.ledger.POLICIES`; None:
-            as the folder was last opened with, else ``lru``.
-        quota: Bytes of each tier that one tenant may hold; None: no limit.
-        ttl: Seconds after which a chunk is encoded again; None: never.
-        codec: How files hold keys and values, see `blocktune.cache.codecs`.
-        trace: File that gets a JSON line for every look-up and write; None: none.
-
-    Raises:
-        ValueError: If a value is out of range.
-    """
-
-    folder: Path | None = None
-    remote: str | None = None
-    memory: int = MEMORY
-    cpu: int = 0
-    disk: int | None = None
+    folder: Path | None = None  # of the files; None: none on disk
+    remote: str | None = None  # URL that machines share, see `open_remote`; None: none
+    memory: int = MEMORY  # on the model's device
+    cpu: int = 0  # of the host, for what leaves the device
+    disk: int | None = None  # of the folder; None: no limit
     remote_bytes: int | None = None
-    policy: str | None = None
-    quota: int | None = None
-    ttl: float | None = None
-    codec: str = "as-is"
-    trace: Path | None = None
+    policy: str | None = None  # one of `POLICIES`; None: as the folder was last opened with
+    quota: int | None = None  # of each tier that one tenant may hold
+    ttl: float | None = None  # seconds after which a chunk is encoded again
+    codec: str = "as-is"  # how files hold keys and values, one of `CODECS`
+    press: str | None = None  # ``NAME:RATIO`` of kvpress, which thins chunks before they are kept
+    trace: Path | None = None  # file that gets a JSON line for every look-up and write
 
     def __post_init__(self):
         places = self.folder is not None or self.remote is not None
@@ -127,3 +152,121 @@ def _value(name: str, text: str):
     if name == "ttl":
         return parse_seconds(text)
     return Path(text) if name == "trace" else text
+
+
+@dataclass
+class TierStats:
+    """Counters of one tier since the store was opened."""
+
+    hits: int = 0
+    misses: int = 0
+    bytes_read: int = 0
+    bytes_written: int = 0
+    read_s: float = 0.0
+    write_s: float = 0.0
+    evictions: int = 0
+    expired: int = 0  # also misses
+    unwritten: int = 0  # that could not be kept
+    failures: int = 0  # requests that the tier did not answer
+
+
+@dataclass
+class StoreStats:
+    """Counters since the store was opened."""
+
+    misses: int = 0
+    rejected: int = 0  # of them: damaged, forged, of other tokens or another model
+    first_rejected: str = ""  # why the first was
+    memory_bytes: int = 0
+    memory_chunks: int = 0
+    tiers: dict[str, TierStats] = field(default_factory=dict)
+
+    @property
+    def memory_hits(self) -> int:
+        """Hits in memory, of the device or the host."""
+        return self._sum("hits", "memory", "cpu")
+
+    @property
+    def disk_hits(self) -> int:
+        """Hits in the folder or the remote."""
+        return self._sum("hits", "disk", "remote")
+
+    @property
+    def evictions(self) -> int:
+        """Entries that left the memory of the device."""
+        return self._sum("evictions", "memory")
+
+    @property
+    def unwritten(self) -> int:
+        """Entries that the folder or the remote could not keep."""
+        return self._sum("unwritten", "disk", "remote")
+
+    @property
+    def memory_bytes_read(self) -> int:
+        """Bytes of the hits in memory."""
+        return self._sum("bytes_read", "memory", "cpu")
+
+    @property
+    def disk_bytes_read(self) -> int:
+        """Bytes of the hits in the folder or the remote."""
+        return self._sum("bytes_read", "disk", "remote")
+
+    @property
+    def disk_bytes_written(self) -> int:
+        """Bytes of the files that were written."""
+        return self._sum("bytes_written", "disk", "remote")
+
+    def _sum(self, name: str, *tiers: str) -> int:
+        return sum(getattr(self.tiers[tier], name) for tier in tiers if tier in self.tiers)
+
+
+class Tracer:
+    """Counts uses, and writes them to a file of JSON lines if it gets a path.
+
+    Lines: ``{"t", "op": "get" or "put", "key", "tokens", "bytes", "tier" or "seconds", ...}``, with
+    ``t`` in seconds of the epoch. Lines of several processes may share a file.
+    """
+
+    def __init__(self, path: Path | None = None):
+        """Raises ValueError if the file cannot be written."""
+        self._file: TextIO | None = None
+        self._count, self._last = 0, OrderedDict()
+        self._distances, self._lifetimes = Counter(), Counter()
+        if path is not None:
+            try:
+                self._file = path.open("a", encoding="utf-8", buffering=1)
+            except OSError as error:
+                raise ValueError(f"cannot write the trace '{path}': {error.strerror}") from None
+
+    def looked_up(self, key: str, tokens: int, tier: str, num_bytes: int, seconds: float) -> None:
+        """Notes a look-up; ``tier`` is ``"none"`` for a miss, ``seconds`` what it took."""
+        self._count += 1
+        now, last = time.monotonic(), self._last.pop(key, None)
+        if last is not None:
+            self._distances[(self._count - last[0]).bit_length() - 1] += 1
+            self._lifetimes[int(now - last[1]).bit_length()] += 1
+        self._last[key] = (self._count, last[1] if last else now)
+        if len(self._last) > _REMEMBERED:
+            self._last.popitem(last=False)
+        self._write(op="get", key=key, tokens=tokens, bytes=num_bytes, tier=tier, load_s=seconds)
+
+    def put(self, key: str, num_bytes: int, about: About) -> None:
+        """Notes a write."""
+        facts = {"tokens": about.num_tokens, "bytes": num_bytes}
+        self._write(op="put", key=key, **facts, seconds=about.seconds, tenant=about.tenant)
+
+    def histograms(self) -> dict[str, dict[int, int]]:
+        """Counts by the upper ends of buckets, powers of two.
+
+        ``reuse_distance``: look-ups between two of the same key; ``lifetime_s``: age of a key,
+        since it was first asked for, at each use.
+        """
+        return {
+            "reuse_distance": {2 ** (n + 1): c for n, c in sorted(self._distances.items())},
+            "lifetime_s": {2**n: c for n, c in sorted(self._lifetimes.items())},
+        }
+
+    def _write(self, key: str, **record) -> None:
+        if self._file is not None:
+            line = json.dumps({"t": round(time.time(), 6), "key": key[:_SHOWN]} | record)
+            self._file.write(line + "\n")

@@ -1,8 +1,10 @@
-"""Names of what is cached: a key that changes whenever the cached numbers would.
+"""Names of what is cached: a key that changes whenever the cached numbers would; and manifests.
 
 Two digests. The *fingerprint* covers everything that all chunks of an engine share: model,
 weights, adapter, tokenizer, prompt format, dtype, RoPE. The *chunk key* adds the token ids and how
-they were encoded. Nothing here names a path or a date, so the same model on two machines agrees.
+they were encoded. No digest covers a path or a date, so the same model on two machines agrees.
+A *manifest* says in plain JSON what made the chunks of a model: another engine needs it to use
+them. `Blobs.write_manifest` stores it.
 """
 
 from __future__ import annotations
@@ -11,12 +13,19 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from blocktune.models.identity import tokenizer_hash
+from blocktune.adapter import AdapterInfo
+from blocktune.cache.chunk_file import FORMAT
+from blocktune.cache.chunk_kv import ChunkKV
+from blocktune.models.identity import adapter_fingerprint, base_fingerprint, tokenizer_hash
+from blocktune.positions import RopeSpec
 
+MANIFEST_FORMAT = "blocktune manifest 1"
 CACHE_FORMAT = 2
 """Version of what is stored and of how it is named; part of every fingerprint and file."""
 
@@ -45,7 +54,10 @@ def model_fingerprint(
     prompt_format: Mapping,
     dtype: torch.dtype | None = None,
 ) -> str:
-    """Digest of everything but the chunk itself that decides a chunk's keys and values.
+    """Digest, 64 hex digits, of all but the chunk itself that decides its keys and values.
+
+    Compute it again after any change of the weights. ValueError if a weight is not in memory, or
+    the format is not plain JSON.
 
     Args:
         model: As it will run: base, or with its adapter attached or merged.
@@ -53,12 +65,6 @@ def model_fingerprint(
         tokenizer: Its vocabulary, merges, added tokens, special tokens and chat template count.
         prompt_format: Fields of the prompt format, e.g. ``dataclasses.asdict(format)``.
         dtype: That the model computes in; None: that of its parameters.
-
-    Returns:
-        64 hex digits. Compute it again after any change of the weights.
-
-    Raises:
-        ValueError: If a weight is not in memory, or the format is not plain JSON.
     """
     return _digest(
         cache_format=CACHE_FORMAT,
@@ -130,6 +136,55 @@ def weights_hash(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def manifest(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_format: Mapping[str, Any],  # fields, as in `model_fingerprint`
+    adapter: AdapterInfo | None,
+    adapter_folder: str | Path | None,
+    rope: RopeSpec,
+    sample: ChunkKV,  # any chunk that the model encoded: it has shapes and the fingerprint
+) -> dict[str, Any]:
+    """The manifest of a model as it runs, in plain JSON values.
+
+    ``fingerprint``; ``format`` and ``chunk_format``; ``base``, ``adapter`` (or None) and
+    ``tokenizer`` with names, revisions and digests; the adapter's ``scope`` (if it is ``encode``,
+    the plain base reads its chunks); ``prompt_format``; ``dtype``; ``layers``, those that store
+    keys, each with the shapes of ``key`` and ``value`` (kv heads, head dim); ``rope``:
+    ``frequencies``, lists of radians per position of the rotated dimensions' pairs, with the first
+    rotated dimension (``start``) and whether pairs are neighbours (``interleaved``) of each,
+    whether it is the values that are rotated (``in_values``), and ``layer``, the index into them
+    for each decoder layer. Keys are stored rotated, the chunk's first token at ``origin``.
+    """
+    name, revision = model.config._name_or_path, getattr(model.config, "_commit_hash", None)
+    base = adapter.base_fingerprint if adapter else base_fingerprint(model)
+    template = str(tokenizer.chat_template or "").encode()
+    return {
+        "format": MANIFEST_FORMAT,
+        "chunk_format": FORMAT,
+        "fingerprint": sample.fingerprint,
+        "base": {
+            "name": (adapter.base_model if adapter else None) or name,
+            "revision": (adapter.base_revision if adapter else None) or revision,
+            "architecture": model.config.get_text_config().model_type,
+            "fingerprint": base,
+        },
+        "adapter": _named_adapter(adapter_folder, adapter.scope if adapter else "both"),
+        "tokenizer": {
+            "name": tokenizer.name_or_path,
+            "hash": tokenizer_hash(tokenizer),
+            "template_hash": hashlib.sha256(template).hexdigest(),
+        },
+        "prompt_format": dict(prompt_format),
+        "dtype": str(sample.dtype).removeprefix("torch."),
+        "layers": [
+            {"key": [key.shape[0], key.shape[2]], "value": [value.shape[0], value.shape[2]]}
+            for key, value in zip(sample.keys, sample.values, strict=True)
+        ],
+        "rope": _rope(rope),
+    }
+
+
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in model.named_parameters():
         yield name, parameter
@@ -185,3 +240,27 @@ def _digest(**parts) -> str:
             f"a cache key is made of plain JSON values (text, numbers, lists): {error}"
         ) from None
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _named_adapter(folder: str | Path | None, scope: str) -> dict[str, Any] | None:
+    if folder is None:
+        return None
+    folder, name, revision = Path(folder), str(folder), None
+    for cached in (folder, *folder.parents):  # a repository in the cache of the Hub
+        if cached.parent.name == "snapshots" and cached.parent.parent.name.startswith("models--"):
+            name = cached.parent.parent.name.removeprefix("models--").replace("--", "/")
+            revision = cached.name
+    known = {"name": name, "revision": revision, "scope": scope}
+    return known | {"fingerprint": adapter_fingerprint(folder)}
+
+
+def _rope(rope: RopeSpec) -> dict[str, Any]:
+    layers = [(tuple(one.inv_freq.float().tolist()), *one[1:]) for one in rope.layers]
+    different = list(dict.fromkeys(layers))
+    return {
+        "frequencies": [list(one[0]) for one in different],
+        "start": [one[1] for one in different],
+        "interleaved": [one[2] for one in different],
+        "in_values": [one[3] for one in different],
+        "layer": [different.index(one) for one in layers],
+    }

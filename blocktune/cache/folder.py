@@ -13,7 +13,7 @@ import re
 import stat
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -25,6 +25,8 @@ WRITING = ".writing"
 _UNFINISHED = re.compile(r"\.[0-9a-f]{64}-[0-9a-f]{32}\.part")
 _UNFINISHED_BEFORE = re.compile(r"\.[0-9a-f]{64}-[a-z0-9_]{8}\.safetensors")  # of older versions
 _ABANDONED_S = 3600
+_MOST_BUFFERS = 1024
+"""Of one call."""
 _TAKEN = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 
 
@@ -44,18 +46,22 @@ class OpenFile(Blob):
     def __init__(self, descriptor: int):
         """Owns the descriptor."""
         self._descriptor = descriptor
-        self.status = status = os.fstat(descriptor)
+        status = os.fstat(descriptor)
         self.size = status.st_size
         self.identity = (status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns)
+        self.changed, self.used = status.st_ctime, status.st_mtime
 
-    def read_into(self, buffer: memoryview, start: int) -> int:
-        """See `Blob.read_into`."""
-        done = 0
-        while done < len(buffer):
-            count = os.preadv(self._descriptor, [buffer[done:]], start + done)
+    def read_into(self, buffers: Sequence[memoryview], start: int) -> int:
+        done, left = 0, [buffer for buffer in buffers if len(buffer)]
+        while left:
+            count = os.preadv(self._descriptor, left[:_MOST_BUFFERS], start + done)
             if not count:
                 break
             done += count
+            while left and count >= len(left[0]):
+                count -= len(left.pop(0))
+            if count:
+                left[0] = left[0][count:]
         return done
 
     def __del__(self):
@@ -73,9 +79,7 @@ class ChunkFolder(Blobs):
     def prepare(self) -> None:
         """Makes the folder, checks that it can be written, removes unfinished files.
 
-        Raises:
-            ValueError: If something other than a folder is there.
-            OSError: If it cannot be written.
+        ValueError if something other than a folder is there, OSError if it cannot be written.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -90,11 +94,7 @@ class ChunkFolder(Blobs):
         self.clean()
 
     def clean(self) -> int:
-        """Removes what stopped writers left behind, and nothing that a running one still needs.
-
-        Returns:
-            Files removed.
-        """
+        """Removes what stopped writers left, nothing that a running one needs; how many files."""
         removed = 0
         for entry in self._entries(self.path / WRITING):
             with suppress(OSError, ValueError):  # gone meanwhile, or another user's
@@ -113,20 +113,16 @@ class ChunkFolder(Blobs):
         return OpenFile(_plain(path, os.O_RDONLY | os.O_NONBLOCK))
 
     def head(self, key: str, length: int) -> Head:
-        """See `Blobs.head`."""
         file = self.open(key)
         data = bytearray(min(length, file.size))
-        count = file.read_into(memoryview(data), 0)
-        return Head(bytes(data[:count]), file.size, file.status.st_mtime)
+        count = file.read_into([memoryview(data)], 0)
+        return Head(bytes(data[:count]), file.size, file.used)
 
     def write(self, key: str, data: bytes) -> None:
         """Writes a file so that readers see the old one, none, or the whole new one.
 
-        Several processes may write the same key at once: the last one stays.
-
-        Raises:
-            OSError: If the disk refuses; nothing is left behind. One that `is_taken` if something
-                that is not the store's is at the file's path.
+        Several processes may write the same key at once: the last one stays. If the disk refuses,
+        nothing is left behind; `is_taken` says whether something foreign is at the file's path.
         """
         path = chunk_path(self.path, key)
         self._make(path.parent.parent)
@@ -134,11 +130,6 @@ class ChunkFolder(Blobs):
         self._replace(path, key, data)
 
     def remove(self, key: str) -> bool:
-        """Removes the file of ``key``; whether there was one of ours.
-
-        Raises:
-            OSError: If the disk refuses.
-        """
         try:
             self.open(key)
         except (FileNotFoundError, ValueError):
@@ -171,7 +162,6 @@ class ChunkFolder(Blobs):
             os.utime(chunk_path(self.path, key), follow_symlinks=False)
 
     def fingerprints(self) -> list[str]:
-        """See `Blobs.fingerprints`."""
         names = (entry.name.removesuffix(".json") for entry in self._entries(self.path / MANIFESTS))
         return sorted(filter(is_key, names))
 

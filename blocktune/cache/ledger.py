@@ -12,25 +12,18 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from contextlib import contextmanager, suppress
+from dataclasses import astuple, fields
 from pathlib import Path
+from typing import NamedTuple
 
-POLICIES = {
-    "lru": "used",
-    "lfu": "uses",
-    "fifo": "created",
-    "gdsf": "clock + uses * seconds * 1e9 / size",
-}
-"""What an entry is worth, in SQL over its columns: the least leaves first, then the least used.
+from blocktune.cache.config import POLICIES, About, Row
 
-``gdsf``: seconds of encoding saved per byte (Cherkasova, Greedy-Dual-Size-Frequency, HPL-98-69R1);
-``clock`` is the worth of what left last when the entry was used, so that old fame fades.
-"""
 INDEX = "index.sqlite"
 """Name of the file in a folder."""
 _FORMAT = 1
-_BUFFERED, _BUFFER_S = 512, 1.0
+_BUFFER_S = 1.0
+"""Seconds after which hits are written to the file, by a thread: no look-up waits for that."""
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS entries (
     key TEXT PRIMARY KEY, size INTEGER, num_tokens INTEGER, kind TEXT, fingerprint TEXT,
@@ -63,81 +56,46 @@ END;
 """
 
 
-@dataclass(frozen=True)
-class About:
-    """What is known of an entry beside its key and size.
+class _Use(NamedTuple):
+    """Hits of one entry that are not written yet."""
 
-    Attributes:
-        num_tokens: Tokens of the chunk.
-        kind: Of the entry.
-        fingerprint: Of the model that made it.
-        document: Whose passage it is, as the user names it.
-        tenant: Whose it is; counts for quotas.
-        seconds: That encoding it took: what a hit saves.
-        expires: When it counts as gone, in seconds of the epoch; None: never.
-    """
-
-    num_tokens: int = 0
-    kind: str = ""
-    fingerprint: str = ""
-    document: str = ""
-    tenant: str = ""
-    seconds: float = 0.0
-    expires: float | None = None
-
-
-@dataclass(frozen=True)
-class Row(About):
-    """An entry as the ledger has it; times are seconds of the epoch."""
-
-    key: str = ""
-    size: int = 0
-    created: float = 0.0
-    used: float = 0.0
-    uses: int = 0
-    pinned: bool = False
-
-    @property
-    def about(self) -> About:
-        """Without key, size and uses."""
-        return About(*(getattr(self, field.name) for field in fields(About)))
+    count: int
+    at: float
+    row: Row | None
 
 
 _USE = "UPDATE entries SET uses = uses + ?, used = max(used, ?), clock = ? WHERE key = ?"
 _COLUMNS = tuple(field.name for field in fields(Row))
+_ADD = (
+    f"INSERT OR IGNORE INTO entries ({', '.join(_COLUMNS)}, clock, worth) "
+    f"VALUES ({', '.join('?' * len(_COLUMNS))}, ?, 0.0)"
+)
 _SELECT = f"SELECT {', '.join(_COLUMNS)} FROM entries"
 
 
 class Ledger:
     """Entries of one tier and their order of leaving. Several threads may use it.
 
-    Args:
-        path: File; None: in memory.
-        max_bytes: That the tier may hold; None: no limit.
-        policy: One of `POLICIES`; None: that of the file, or ``lru``.
-        quota: Bytes that one tenant may hold; None: no limit.
-        clock: Seconds of the epoch.
-
-    Raises:
-        ValueError: If the policy is unknown.
-        sqlite3.Error: From every method, if the file cannot be used.
+    Every method raises ``sqlite3.Error`` if the file cannot be used, and ValueError comes of an
+    unknown policy.
     """
 
     def __init__(
         self,
-        path: Path | None = None,
+        path: Path | None = None,  # in memory
         *,
-        max_bytes: int | None = None,
-        policy: str | None = None,
-        quota: int | None = None,
-        clock: Callable[[], float] = time.time,
+        max_bytes: int | None = None,  # that the tier may hold
+        policy: str | None = None,  # one of `POLICIES`; that of the file, or ``lru``
+        quota: int | None = None,  # bytes that one tenant may hold
+        clock: Callable[[], float] = time.time,  # seconds of the epoch
     ):
         if policy is not None and policy not in POLICIES:
             raise ValueError(f"unknown policy '{policy}'; available: {', '.join(POLICIES)}")
         self.path, self.max_bytes, self.policy = path, max_bytes, policy
         self.quota, self._clock = quota, clock
-        self._lock, self._now, self._flushed = threading.RLock(), 0.0, 0.0
-        self._uses: dict[str, list] = {}
+        self._lock, self._noting, self._now = threading.RLock(), threading.Lock(), 0.0
+        self._uses: dict[str, _Use] = {}
+        self._writer = 0  # process in which a thread is to write them
         self._connect()
         weakref.finalize(self, _close, self._pid, self._database, self._uses)
 
@@ -161,50 +119,46 @@ class Ledger:
         """Enters an entry, or replaces it: pin and uses stay."""
         with self.transaction() as database:
             now = self.now()
-            old = database.execute(
-                "SELECT uses, pinned FROM entries WHERE key = ?", (key,)
-            ).fetchone() or (0, 0)
-            record = (about.num_tokens, about.kind, about.fingerprint, about.document)
-            record += (about.tenant, about.seconds, now, now, old[0] + 1, self._faded())
+            found = database.execute("SELECT uses, pinned FROM entries WHERE key = ?", (key,))
+            uses, pinned = found.fetchone() or (0, 0)
             database.execute("DELETE FROM entries WHERE key = ?", (key,))
-            database.execute(
-                f"INSERT INTO entries VALUES ({', '.join('?' * 15)})",
-                (key, max(size, 1), *record, 0.0, old[1], about.expires),
-            )
+            row = (*astuple(about), key, max(size, 1), now, now, uses + 1, pinned, self._faded())
+            database.execute(_ADD, row)
 
-    def use(self, key: str) -> None:
-        """Notes a hit; written later, with others."""
-        with self._lock:
+    def use(self, key: str, row: Row | None = None) -> None:
+        """Notes a hit, which is written later with others; ``row``: what to enter if it is new."""
+        with self._noting:
             now = self.now()
-            count = self._uses.pop(key, (0, 0.0, key))[0]
-            self._uses[key] = [count + 1, now, key]
-            if len(self._uses) >= _BUFFERED or now - self._flushed > _BUFFER_S:
-                self.flush()
+            count = self._uses[key].count if key in self._uses else 0
+            self._uses[key] = _Use(count + 1, now, row)
+            start = self.path is not None and self._writer != os.getpid()
+            if start:
+                self._writer = os.getpid()
+        if start:
+            timer = threading.Timer(_BUFFER_S, _write, (weakref.ref(self),))
+            timer.daemon = True
+            timer.start()
 
     def remove(self, keys: Iterable[str]) -> None:
         """Strikes entries."""
+        keys = list(keys)
+        with self._noting:
+            for key in keys:
+                self._uses.pop(key, None)
         with self.transaction() as database:
             database.executemany("DELETE FROM entries WHERE key = ?", [(key,) for key in keys])
 
     def leaving(self, size: int, tenant: str = "", key: str = "") -> list[str] | None:
-        """Which entries must leave for one of ``size`` bytes, and those whose time is over.
+        """Keys that must leave for ``size`` bytes, and those whose time is over; None: no room.
 
-        The worth of the last one becomes the clock. Strike them with `remove` once they have left.
-
-        Args:
-            size: Bytes to come.
-            tenant: Whose they are.
-            key: Of the entry to come: one that is there already makes room itself.
-
-        Returns:
-            Keys; None if there cannot be room.
+        An entry of ``key`` that is there makes room itself. The worth of the last one becomes the
+        clock. Strike them with `remove` once they have left.
         """
         with self._lock:
             self.flush()
             database, now = self._open(), self.now()
-            gone = dict(
-                database.execute("SELECT key, size FROM entries WHERE expires <= ?", (now,))
-            )
+            over = database.execute("SELECT key, size FROM entries WHERE expires <= ?", (now,))
+            gone = dict(over)
             old = database.execute("SELECT size, tenant FROM entries WHERE key = ?", (key,))
             old_size, old_tenant = old.fetchone() or (0, tenant)
             for limit, whose in ((self.quota, tenant), (self.max_bytes, None)):
@@ -228,21 +182,14 @@ class Ledger:
         with self._lock:
             return int(self._open().execute("SELECT total(entries) FROM totals").fetchone()[0])
 
-    def expired(self, key: str) -> bool:
-        """Whether the entry's time is over."""
-        with self._lock:
-            found = self._open().execute("SELECT expires FROM entries WHERE key = ?", (key,))
-            [expires] = found.fetchone() or [None]
-            return expires is not None and expires <= self.now()
-
     def row(self, key: str) -> Row | None:
         """One entry, without hits that are not written yet."""
         with self._lock:
             found = self._open().execute(f"{_SELECT} WHERE key = ?", (key,)).fetchone()
-        return found and Row(**dict(zip(_COLUMNS, found, strict=True)))
+        return found and Row(*found)
 
     def rows(self, **wanted: str) -> Iterator[Row]:
-        """Entries in order of their keys, those whose columns equal what is ``wanted``.
+        """In order of their keys, those whose columns equal what is ``wanted``.
 
         ``start`` wants the first digits of the key.
         """
@@ -256,15 +203,15 @@ class Ledger:
             self.flush()
             found = self._open().execute(f"{_SELECT}{where} ORDER BY key", values).fetchall()
         for record in found:
-            yield Row(**dict(zip(_COLUMNS, record, strict=True)))
+            yield Row(*record)
 
-    def counts(self, column: str) -> dict[str, tuple[int, int, int]]:
-        """Entries, tokens and bytes by the values of a column."""
+    def counts(self, column: str) -> dict[str, dict[str, int]]:
+        """``chunks``, ``tokens`` and ``bytes`` by the values of a column."""
         assert column in _COLUMNS, column
-        sums = "count(*), total(num_tokens), total(size)"
+        sums, names = "count(*), total(num_tokens), total(size)", ("chunks", "tokens", "bytes")
         with self._lock:
             found = self._open().execute(f"SELECT {column}, {sums} FROM entries GROUP BY {column}")
-            return {name: tuple(map(int, sums)) for name, *sums in found}
+            return {name: dict(zip(names, map(int, own), strict=True)) for name, *own in found}
 
     def pin(self, keys: Iterable[str], pinned: bool = True) -> int:
         """Entries that never leave for others, or may again; how many there were."""
@@ -276,30 +223,24 @@ class Ledger:
 
     def flush(self) -> None:
         """Writes the hits that were noted."""
-        with self._lock:
-            self._flushed = self.now()
-            if self._uses:
-                with self.transaction() as database:
-                    clock = self._faded()
-                    database.executemany(
-                        _USE, [(*use[:2], clock, use[2]) for use in self._uses.values()]
-                    )
-                self._uses.clear()
+        with self._noting:
+            uses = dict(self._uses)
+            self._uses.clear()
+        if uses:
+            with self.transaction() as database:
+                _write_uses(database, uses, self._faded())
 
     def clear(self) -> None:
         """Strikes everything."""
-        with self.transaction() as database:
+        with self._noting:
             self._uses.clear()
+        with self.transaction() as database:
             database.execute("DELETE FROM entries")
 
     def fill(self, rows: Iterable[Row]) -> None:
         """Enters what was found by listing: times and uses as given, nothing else changes."""
         with self.transaction() as database:
-            database.executemany(
-                f"INSERT OR IGNORE INTO entries ({', '.join(_COLUMNS)}, clock, worth) "
-                f"VALUES ({', '.join('?' * (len(_COLUMNS) + 2))})",
-                ([*(getattr(row, n) for n in _COLUMNS), 0.0, 0.0] for row in rows),
-            )
+            database.executemany(_ADD, ((*astuple(row), 0.0) for row in rows))
 
     def now(self) -> float:
         """The time, later than at every call before."""
@@ -355,12 +296,23 @@ class Ledger:
         self._database.executescript(_VALUED.format(POLICIES[self.policy]))
 
 
-def _close(pid: int, database: sqlite3.Connection, uses: dict[str, list]) -> None:
+def _write(owner: weakref.ref[Ledger]) -> None:
+    """Writes the hits of a ledger that is still there; if that fails, dates of use are lost."""
+    ledger = owner()
+    if ledger is not None:
+        ledger._writer = 0
+        with suppress(sqlite3.Error):
+            ledger.flush()
+
+
+def _close(pid: int, database: sqlite3.Connection, uses: dict[str, _Use]) -> None:
     """Writes what is left when a ledger or its process ends."""
     if pid == os.getpid():
-        try:
-            if uses:
-                database.executemany(_USE, [(*use[:2], 0.0, use[2]) for use in uses.values()])
+        with suppress(sqlite3.Error):  # only dates of use are lost
+            _write_uses(database, uses, 0.0)
             database.close()
-        except sqlite3.Error:
-            pass  # only dates of use are lost
+
+
+def _write_uses(database: sqlite3.Connection, uses: dict[str, _Use], clock: float) -> None:
+    database.executemany(_ADD, [(*astuple(u.row), 0.0) for u in uses.values() if u.row])
+    database.executemany(_USE, [(use.count, use.at, clock, key) for key, use in uses.items()])

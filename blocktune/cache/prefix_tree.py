@@ -3,8 +3,9 @@
 A radix tree over tokens, as SGLang's RadixAttention: an edge holds the state of a run of tokens,
 computed after exactly the tokens on the path to it, and is cut where a later prompt turns off it.
 Paths are locked while a request reads them; leaves that nobody reads leave first, the least
-recently used before the others. Recurrent layers have a state only at some depths, which
-`checkpoints` chooses. Only exact states may enter, see `exact`.
+recently used before the others. With a store of chunks that has a folder, they leave for files
+there, where later processes find them too. Recurrent layers have a state only at some depths,
+which `place_checkpoints` chooses. Only exact states may enter, see `exact`.
 """
 
 from __future__ import annotations
@@ -15,14 +16,17 @@ import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
-from torch import Tensor
+import numpy as np
+import torch
 
-from blocktune.cache.checkpoints import place_checkpoints
-from blocktune.cache.exact import ExactKV, Ids, State, state_bytes
-from blocktune.cache.row_cache import RowCache
+from blocktune.cache.chunk_kv import State
+from blocktune.cache.exact import ExactKV, PrefixFiles, PrefixMatch, place_checkpoints, state_bytes
+from blocktune.cache.store import ChunkStore
 
+_NO_IDS = torch.empty(0, dtype=torch.int64)
 _HISTORY = 256
 """Prompts whose shared depth is remembered, of each model and tenant."""
 
@@ -30,20 +34,30 @@ _HISTORY = 256
 @dataclass(eq=False)
 class _Node:
     parent: _Node | None = None
-    exact: ExactKV | None = None  # None in roots
+    ids: np.ndarray = field(default_factory=_NO_IDS.numpy)
+    exact: ExactKV | None = None  # of the run, its context left out; None: in a file, or a root
     state: State | None = None  # of recurrent layers, at the end of the run
     children: dict[int, _Node] = field(default_factory=dict)  # by their first token
     locks: int = 0
     used: int = 0
+    key: str = ""  # of its file; it may be in memory as well
+    salt: str = ""  # in roots
     overlaps: deque[int] = field(default_factory=lambda: deque(maxlen=_HISTORY))  # in roots
 
     @property
     def num_bytes(self) -> int:
-        return self.exact.num_bytes + state_bytes(self.state)
+        held = () if self.exact is None else (*self.exact.keys, *self.exact.values)
+        return sum(t.nbytes for t in held) + 8 * len(self.ids) + state_bytes(self.state)
+
+    @property
+    def is_leaf(self) -> bool:
+        """Whether it may leave: nothing in memory or in use is below it."""
+        children = self.children.values()
+        return self.exact is not None and not self.locks and all(c.exact is None for c in children)
 
 
 class PrefixStats(NamedTuple):
-    """What the tree holds and did, in tokens. ``declined``: those that no room was made for."""
+    """What the tree holds in memory and did, in tokens."""
 
     num_bytes: int
     num_tokens: int
@@ -51,101 +65,56 @@ class PrefixStats(NamedTuple):
     hit_tokens: int
     missed_tokens: int
     evictions: int
-    declined: int
-
-
-class PrefixMatch:
-    """The longest known prefix of a prompt, locked against eviction until the block ends.
-
-    Attributes:
-        num_tokens: Tokens whose state is known: the prompt is computed from there on.
-        parts: Where it is: runs, and how many of their tokens.
-        state: Of recurrent layers at this depth; None if the model has none, or at depth 0.
-        overlap: Tokens in the tree: more than ``num_tokens`` if there is no recurrent state there.
-    """
-
-    def __init__(self, tree: PrefixTree, path: list[tuple[_Node, int]]):
-        self._tree = tree
-        self._last = path[-1][0] if path else None
-        self.overlap = sum(count for _, count in path)
-        while path and path[-1][0].exact.states is not None and not _resumes(*path[-1]):
-            path = path[:-1]
-        self.parts = tuple((node.exact, count) for node, count in path)
-        self.num_tokens = sum(count for _, count in path)
-        self.state = path[-1][0].state if path else None
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes that are read to resume."""
-        parts = ((e.num_bytes * count) // len(e.token_ids) for e, count in self.parts)
-        return sum(parts) + state_bytes(self.state)
-
-    def layers(self) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-        """Keys and values of each layer that has any, run by run, ``(K, S, D)``."""
-        for layer in range(len(self.parts[0][0].keys) if self.parts else 0):
-            yield tuple(
-                [getattr(exact, kind)[layer][:, :count] for exact, count in self.parts]
-                for kind in ("keys", "values")
-            )
-
-    def load(self, cache: RowCache, prompt: int) -> None:
-        """Puts the states into the first columns of one prompt of ``cache``, which stays exact."""
-        for layer, pair in enumerate(self.layers()):
-            at = 0
-            for keys, values in zip(*pair, strict=True):
-                columns = slice(at, at := at + keys.shape[1])
-                room = cache.room(layer, prompt, columns, keys, values, exact=True)
-                room[0].copy_(keys)
-                room[1].copy_(values)
-
-    def release(self) -> None:
-        """Lets the runs be evicted again; leaving the ``with`` block calls it."""
-        last, self._last = self._last, None
-        self._tree._lock(last, -1)
-
-    def __enter__(self) -> PrefixMatch:
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self.release()
-
-
-def _resumes(node: _Node, count: int) -> bool:
-    return node.state is not None and count == len(node.exact.token_ids)
+    declined: int  # that no room was made for
+    disk_tokens: int  # in files only
+    disk_hit_tokens: int  # of ``hit_tokens``, those that were read from there
 
 
 class PrefixTree:
-    """Exact states of prompt prefixes in ``max_bytes``, the least recently used first out.
+    """Exact states of prompt prefixes in ``max_bytes``, the least recently used first out."""
 
-    Args:
-        max_bytes: Of all states together.
-        checkpoints: States of recurrent layers kept along one prompt, at most.
-    """
-
-    def __init__(self, max_bytes: int = 4 << 30, checkpoints: int = 8):
+    def __init__(
+        self,
+        max_bytes: int = 4 << 30,
+        checkpoints: int = 8,  # recurrent states kept along one prompt, at most
+        store: ChunkStore | None = None,  # its folder gets what leaves memory, else that is lost
+    ):
         if max_bytes <= 0:
             raise ValueError(f"a prefix cache needs memory; got {max_bytes} bytes")
         self.max_bytes, self.checkpoints = max_bytes, checkpoints
+        kept = store is not None and store.folder is not None
+        self._files = PrefixFiles(store) if kept else None
         self._roots: dict[tuple[str, str], _Node] = {}
+        self._listed: set[tuple[str, str]] = set()  # whose files are in the tree
+        self._lists = kept
         self._clock = itertools.count(1)
         self._mutex = threading.RLock()
-        self._bytes = self._hits = self._misses = self._evictions = self._declined = 0
+        self._counts, self._bytes = Counter(), 0
 
     def match(self, fingerprint: str, token_ids: Sequence[int], *, salt: str = "") -> PrefixMatch:
-        """Finds the longest known prefix; use it in a ``with`` block.
+        """Finds the longest known prefix of a prompt for a model; use it in a ``with`` block.
 
-        Args:
-            fingerprint: Of the model that runs; others' states are never seen.
-            token_ids: Of the prompt, as far as it may be cached.
-            salt: Separates tenants that must not see each other's hits.
+        ``salt`` separates tenants that must not see each other's hits.
         """
+        ids = np.asarray(token_ids, dtype=np.int64)
         with self._mutex:
-            root = self._roots.get((fingerprint, salt), _Node())
-            match = PrefixMatch(self, self._walk(root, tuple(token_ids)))
-            self._lock(match._last, 1)
-            root.overlaps.append(match.overlap)
-            self._hits += match.num_tokens
-            self._misses += len(token_ids) - match.num_tokens
+            root = self._root(fingerprint, salt)
+            path, read = self._loaded(self._walk(root, ids), fingerprint)
+            last, overlap = path[-1][0] if path else None, sum(count for _, count in path)
+            while path and path[-1][0].exact.states is not None and not _resumes(*path[-1]):
+                path = path[:-1]
+            match = PrefixMatch(
+                [(node.exact, count) for node, count in path],
+                path[-1][0].state if path else None,
+                overlap,
+                sum(count for node, count in path if node in read),
+                partial(self._lock, last, -1),
+            )
+            self._lock(last, 1)
+            root.overlaps.append(overlap)
+            self._counts["hit"] += match.num_tokens
+            self._counts["disk"] += match.disk_tokens
+            self._counts["missed"] += len(ids) - match.num_tokens
             return match
 
     def checkpoints_for(
@@ -162,92 +131,162 @@ class PrefixTree:
         return place_checkpoints(Counter([*seen, *ends]), self.checkpoints)
 
     def insert(self, exact: ExactKV, *, salt: str = "") -> int:
-        """Adds a run behind the tokens that are known; what is known stays as it is.
-
-        Args:
-            exact: From `cut_exact`.
-            salt: As in `match`.
+        """Adds a run of `cut_exact` behind the tokens that are known; these stay as they are.
 
         Returns:
             Tokens added: fewer than are new if no room can be made (`PrefixStats.declined`), or
             if what was before them has left.
-
-        Raises:
-            ValueError: If the state is not exact.
         """
         if not isinstance(exact, ExactKV):
             raise ValueError(
                 f"this is a {type(exact).__name__}, which may be approximate; "
                 "the prefix cache takes only an `ExactKV` of a full prefill"
             )
-        ids = exact.context + exact.token_ids
+        ids = torch.cat((exact.context, exact.token_ids)).numpy()
         with self._mutex:
-            root = self._roots.setdefault((exact.fingerprint, salt), _Node())
-            path = self._walk(root, ids)
+            root = self._root(exact.fingerprint, salt)
+            self._roots[exact.fingerprint, salt] = root
+            path, _ = self._loaded(self._walk(root, ids), exact.fingerprint)
             known = sum(count for _, count in path)
             if known < len(exact.context):
-                self._declined += len(ids) - known
+                self._counts["declined"] += len(ids) - known
                 return 0
             added = 0
             if known < len(ids):
                 parent = self._cut(*path[-1]) if path else root
-                added = self._add(parent, exact.cut(known - len(exact.context), len(ids)))
+                new = slice(known - len(exact.context), len(exact.token_ids))
+                added = self._add(parent, exact.cut(new.start, new.stop))
             for depth, state in sorted((exact.states or {}).items()):
-                self._keep_state(root, ids[:depth], state)
+                self._keep_state(root, ids[:depth], exact.fingerprint, state)
             return added
+
+    def clear(self) -> None:
+        """Forgets everything: files stay, but only other trees find them."""
+        with self._mutex:
+            self._roots, self._bytes, self._lists = {}, 0, False
 
     def stats(self) -> PrefixStats:
         """Counters since the tree was made."""
         with self._mutex:
-            nodes = list(self._nodes())
-            tokens = sum(len(node.exact.token_ids) for node in nodes)
-            states = sum(node.state is not None for node in nodes)
-            counters = (self._hits, self._misses, self._evictions, self._declined)
-            return PrefixStats(self._bytes, tokens, states, *counters)
+            nodes, counts = list(self._nodes()), self._counts
+            held = [node for node in nodes if node.exact is not None]
+            tokens = sum(len(node.ids) for node in held)
+            return PrefixStats(
+                self._bytes,
+                tokens,
+                sum(node.state is not None for node in held),
+                *(counts[name] for name in ("hit", "missed", "evicted", "declined")),
+                sum(len(node.ids) for node in nodes) - tokens,
+                counts["disk"],
+            )
 
-    def _walk(self, root: _Node, ids: Ids) -> list[tuple[_Node, int]]:
+    def _root(self, fingerprint: str, salt: str) -> _Node:
+        """Of a name space, with what its files hold; one that is new stays out of the tree."""
+        place = fingerprint, salt
+        root = self._roots.get(place) or _Node(salt=salt)
+        if self._lists and place not in self._listed:
+            self._listed.add(place)
+            for context, ids, key in self._files.find(fingerprint, salt):
+                path = self._walk(root, torch.cat((context, ids)).numpy())
+                last, count = path[-1] if path else (root, 0)
+                # What turns off within another file's run, or is in it, is left out.
+                if sum(count for _, count in path) == len(context) and count == len(last.ids):
+                    last.children[int(ids[0])] = _Node(last, ids.numpy(), key=key)
+                    self._roots[place] = root
+        return root
+
+    def _walk(self, root: _Node, ids: np.ndarray) -> list[tuple[_Node, int]]:
         """The nodes along ``ids``, each with how many of its tokens are those."""
         node, at, path = root, 0, []
-        while at < len(ids) and (child := node.children.get(ids[at])) is not None:
-            tokens = child.exact.token_ids
-            count = _common(tokens, ids[at : at + len(tokens)])
+        while at < len(ids) and (child := node.children.get(int(ids[at]))) is not None:
+            count = _common(child.ids, ids[at:])
             child.used = next(self._clock)
             path.append((child, count))
-            if count < len(tokens):
+            if count < len(child.ids):
                 break
             node, at = child, at + count
         return path
 
+    def _loaded(
+        self, path: list[tuple[_Node, int]], fingerprint: str
+    ) -> tuple[list[tuple[_Node, int]], set[_Node]]:
+        """The path as far as it is or can be got into memory, and what was read for that."""
+        read, last = set(), path[-1][0] if path else None
+        self._lock(last, 1)
+        for index, (node, _) in enumerate(path):
+            if node.exact is None:
+                if not self._read(node, fingerprint):
+                    path = path[:index]
+                    break
+                read.add(node)
+        self._lock(last, -1)
+        return path, read
+
+    def _read(self, node: _Node, fingerprint: str) -> bool:
+        """Gets a run from its file; one that is gone takes what is below it along."""
+        found = self._files.read(node.key, torch.from_numpy(node.ids), fingerprint)
+        if found is None:
+            del node.parent.children[int(node.ids[0])]
+            return False
+        bare, state = _bare(found), (found.states or {}).get(found.end)
+        if not self._make_room(bare.num_bytes + state_bytes(state)):
+            return False
+        node.exact, node.state = bare, state
+        self._bytes += node.num_bytes
+        return True
+
+    def _write(self, node: _Node) -> bool:
+        """Keeps a run in a file; whether it is there."""
+        if self._files is None:
+            return False
+        if not node.key:
+            runs, root = [], node.parent
+            while root.parent is not None:
+                runs.append(torch.from_numpy(root.ids))
+                root = root.parent
+            context, states = torch.cat((_NO_IDS, *reversed(runs))), node.exact.states
+            if node.state is not None:
+                states = {len(context) + len(node.ids): node.state}
+            node.key = self._files.write(node.exact.placed(context, states), root.salt)
+        return self._files.has(node.key)
+
+    def _forget_file(self, node: _Node) -> None:
+        if node.key:
+            self._files.remove(node.key)
+            node.key = ""
+
     def _cut(self, node: _Node, at: int) -> _Node:
         """The node that ends after ``at`` of a node's tokens, made by cutting it if need be."""
-        tokens = node.exact.token_ids
-        if at == len(tokens):
+        if at == len(node.ids):
             return node
-        upper = _Node(node.parent, node.exact.cut(0, at), locks=node.locks, used=node.used)
-        upper.children[tokens[at]] = node
-        node.parent.children[tokens[0]] = upper
-        node.parent, node.exact = upper, node.exact.cut(at, len(tokens))
+        self._forget_file(node)
+        first, last = node.exact.cut(0, at), node.exact.cut(at, len(node.ids))
+        upper = _Node(node.parent, node.ids[:at], _bare(first), locks=node.locks, used=node.used)
+        upper.children[int(node.ids[at])] = node
+        node.parent.children[int(node.ids[0])] = upper
+        node.parent, node.ids, node.exact = upper, node.ids[at:], _bare(last)
         return upper
 
     def _add(self, parent: _Node, exact: ExactKV) -> int:
+        node = _Node(parent, exact.token_ids.numpy(), _bare(exact), used=next(self._clock))
         self._lock(parent, 1)
-        room = self._make_room(exact.num_bytes)
+        room = self._make_room(node.num_bytes)
         self._lock(parent, -1)
         if not room:
-            self._declined += len(exact.token_ids)
+            self._counts["declined"] += len(node.ids)
             return 0
-        node = _Node(parent, exact, used=next(self._clock))
-        parent.children[exact.token_ids[0]] = node
+        parent.children[int(node.ids[0])] = node
         self._bytes += node.num_bytes
-        return len(exact.token_ids)
+        return len(node.ids)
 
-    def _keep_state(self, root: _Node, ids: Ids, state: State) -> None:
-        path = self._walk(root, ids)
+    def _keep_state(self, root: _Node, ids: np.ndarray, fingerprint: str, state: State) -> None:
+        path, _ = self._loaded(self._walk(root, ids), fingerprint)
         if sum(count for _, count in path) < len(ids):
             return  # its tokens found no room
         node = self._cut(*path[-1])
         self._lock(node, 1)
         if node.state is None and self._make_room(state_bytes(state)):
+            self._forget_file(node)
             node.state = state
             self._bytes += state_bytes(state)
         self._lock(node, -1)
@@ -257,15 +296,18 @@ class PrefixTree:
             return False
         if self._bytes + num_bytes <= self.max_bytes:
             return True
-        leaves = [(n.used, id(n), n) for n in self._nodes() if not n.children and not n.locks]
+        leaves = [(node.used, id(node), node) for node in self._nodes() if node.is_leaf]
         heapq.heapify(leaves)
         while leaves and self._bytes + num_bytes > self.max_bytes:
             *_, leaf = heapq.heappop(leaves)
             parent = leaf.parent
-            del parent.children[leaf.exact.token_ids[0]]
             self._bytes -= leaf.num_bytes
-            self._evictions += 1
-            if parent.exact is not None and not parent.children and not parent.locks:
+            self._counts["evicted"] += 1
+            if self._write(leaf):
+                leaf.exact = leaf.state = None
+            else:
+                del parent.children[int(leaf.ids[0])]
+            if parent.is_leaf:
                 heapq.heappush(leaves, (parent.used, id(parent), parent))
         self._roots = {
             key: root for key, root in self._roots.items() if root.children or root.locks
@@ -277,7 +319,7 @@ class PrefixTree:
         while waiting:
             node = waiting.pop()
             waiting.extend(node.children.values())
-            if node.exact is not None:
+            if node.parent is not None:
                 yield node
 
     def _lock(self, node: _Node | None, count: int) -> None:
@@ -288,9 +330,18 @@ class PrefixTree:
                 node = node.parent
 
 
-def _common(left: Ids, right: Ids) -> int:
+def _bare(exact: ExactKV) -> ExactKV:
+    """Without the tokens before it and states: the tree has them."""
+    return exact.placed(_NO_IDS, None if exact.states is None else {})
+
+
+def _common(left: np.ndarray, right: np.ndarray) -> int:
     """How many tokens two runs share from their first on."""
-    if left[: len(right)] == right:
-        return len(right)
-    pairs = enumerate(zip(left, right, strict=False))
-    return next((at for at, (a, b) in pairs if a != b), min(len(left), len(right)))
+    count = min(len(left), len(right))
+    differ = left[:count] != right[:count]
+    first = int(differ.argmax()) if count else 0
+    return first if count and differ[first] else count
+
+
+def _resumes(node: _Node, count: int) -> bool:
+    return node.state is not None and count == len(node.ids)

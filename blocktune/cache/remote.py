@@ -14,8 +14,7 @@ from urllib.parse import parse_qs, urlsplit, urlunsplit
 
 from blocktune.cache.blobs import MANIFESTS, Blobs, Bytes, Head, is_key, relative_path
 
-TIMEOUT_S = 2.0
-"""Seconds that a remote may take to answer."""
+TIMEOUT_S = 2.0  # seconds that a remote may take to answer
 VALKEY = ("valkey", "valkeys", "redis", "rediss", "unix")
 PREFIX = "blocktune"
 
@@ -23,14 +22,9 @@ PREFIX = "blocktune"
 def open_remote(url: str, secret: bytes | None = None, timeout_s: float | None = None) -> Blobs:
     """The files at a URL; connects when they are used.
 
-    Args:
-        url: ``valkey://HOST:PORT/DB`` (with ``?prefix=NAME``; default ``blocktune``) or whatever
-            fsspec opens: ``s3://BUCKET/PREFIX``, ``gs://...``, ``file:///...``.
-        secret: As in `Blobs`.
-        timeout_s: Seconds that one request may take; None: `TIMEOUT_S`.
-
-    Raises:
-        ValueError: If the URL is wrong, or the package that opens it is missing.
+    ``valkey://HOST:PORT/DB`` (with ``?prefix=NAME``; default ``blocktune``) or whatever fsspec
+    opens: ``s3://BUCKET/PREFIX``, ``gs://...``, ``file:///...``. ValueError if the URL is wrong,
+    or the package that opens it is missing.
     """
     scheme = urlsplit(url).scheme
     try:
@@ -71,28 +65,23 @@ class FsspecBlobs(Blobs):
         self._async = getattr(self._fs, "async_impl", False)
 
     def open(self, key: str) -> Bytes:
-        """See `Blobs.open`."""
         return Bytes(self._call("cat_file", self._path(relative_path(key))))
 
     def head(self, key: str, length: int) -> Head:
-        """See `Blobs.head`."""
         path = self._path(relative_path(key))
         size, used = _told(self._call("info", path))
         return Head(self._call("cat_file", path, start=0, end=min(length, size)), size, used)
 
     def write(self, key: str, data: bytes) -> None:
-        """See `Blobs.write`."""
         self._write(self._path(relative_path(key)), data)
 
     def remove(self, key: str) -> bool:
-        """See `Blobs.remove`."""
         if not self.has(key):
             return False
         self._call("rm_file", self._path(relative_path(key)))
         return True
 
     def has(self, key: str) -> bool:
-        """See `Blobs.has`."""
         try:
             self._call("info", self._path(relative_path(key)))
         except OSError:
@@ -100,7 +89,6 @@ class FsspecBlobs(Blobs):
         return True
 
     def keys(self) -> Iterator[str]:
-        """See `Blobs.keys`."""
         yield from (key for key, _, _ in self.listing())
 
     def listing(self) -> list[tuple[str, int, float]]:
@@ -116,7 +104,6 @@ class FsspecBlobs(Blobs):
         ]
 
     def fingerprints(self) -> list[str]:
-        """See `Blobs.fingerprints`."""
         try:
             names = _reached(self._fs.ls, self._path(MANIFESTS), detail=False)
         except FileNotFoundError:
@@ -174,15 +161,12 @@ class ValkeyBlobs(Blobs):
             raise ValueError(f"'{self.place}': {error}") from None
 
     def name(self, key: str) -> str:
-        """See `Blobs.name`."""
         return f"{self.place} {self._key(key)}"
 
     def open(self, key: str) -> Bytes:
-        """See `Blobs.open`."""
         return Bytes(self._get(self._key(key)))
 
     def head(self, key: str, length: int) -> Head:
-        """See `Blobs.head`."""
         name = self._key(key)
         data = _reached(self._client.getrange, name, 0, length - 1)
         if not data:
@@ -191,22 +175,18 @@ class ValkeyBlobs(Blobs):
         return Head(data, size, time.time() - idle)
 
     def write(self, key: str, data: bytes) -> None:
-        """See `Blobs.write`."""
         _reached(self._client.set, self._key(key), data)
 
     def remove(self, key: str) -> bool:
-        """See `Blobs.remove`."""
         return bool(_reached(self._client.delete, self._key(key)))
 
     def has(self, key: str) -> bool:
-        """See `Blobs.has`."""
         try:
             return bool(_reached(self._client.exists, self._key(key)))
         except OSError:
             return False
 
     def keys(self) -> Iterator[str]:
-        """See `Blobs.keys`."""
         yield from (key for key, _, _ in self.listing())
 
     def listing(self) -> list[tuple[str, int, float]]:
@@ -216,7 +196,6 @@ class ValkeyBlobs(Blobs):
         return [(key, size, now - idle) for key, (size, idle) in zip(keys, told, strict=True)]
 
     def fingerprints(self) -> list[str]:
-        """See `Blobs.fingerprints`."""
         return sorted(filter(is_key, self._names("manifest:")))
 
     def _read_manifest(self, fingerprint: str) -> bytes:

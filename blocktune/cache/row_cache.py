@@ -1,4 +1,4 @@
-"""The cache of one batch of prompts, in a form that stock transformers models accept."""
+"""The cache of a batch of prompts, or of one, in a form that stock transformers models accept."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers import DynamicCache
+from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
+
+from blocktune.cache.chunk_kv import State
 
 SKIP = -1
 """Column of a padding row: its keys and values are not stored."""
@@ -40,6 +43,7 @@ class _RowLayer(CacheLayerMixin):
         self.num_columns = num_columns
         self.spare = spare
         self.target: _Target | None = None
+        self._unwritten: Tensor | None = None  # columns that are not zero yet, (B, N + spare)
         self.observer: Observer | None = None
 
     @property
@@ -51,20 +55,47 @@ class _RowLayer(CacheLayerMixin):
     def keys(self, keys: Tensor | None) -> None:
         self._keys = keys
 
+    @property
+    def values(self) -> Tensor | None:
+        self.settle()
+        return self._values
+
+    @values.setter
+    def values(self, values: Tensor | None) -> None:
+        self._values = values
+
     def settle(self) -> None:
+        # What was postponed, then zeros where nothing was written: masked columns must be finite.
         pending, self.pending = self.pending, []
         for fill in pending:
             fill()
+        if self._unwritten is not None:
+            prompt, column = self._unwritten.nonzero(as_tuple=True)
+            self._unwritten = None
+            for store in self._stores:
+                store[prompt, :, column] = 0
+
+    def room(self, prompt: int, columns: slice, keys: Tensor, values: Tensor) -> tuple:
+        if self.pending:
+            self.settle()
+        if not self.is_initialized:
+            self._make(keys[None], values[None])
+        if self._unwritten is not None:
+            self._unwritten[prompt, columns] = False
+        return tuple(store[prompt, :, columns] for store in self._stores)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        # Zeros, so that masked columns are finite.
+        self._make(key_states, value_states)
+        self.settle()
+
+    def _make(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
+        columns = self.num_columns + self.spare
         self._stores = tuple(
-            states.new_zeros(
-                self.batch_size, states.shape[1], self.num_columns + self.spare, states.shape[3]
-            )
+            states.new_empty(self.batch_size, states.shape[1], columns, states.shape[3])
             for states in (key_states, value_states)
         )
+        self._unwritten = torch.ones(self.batch_size, columns, dtype=torch.bool, device=self.device)
         self.is_initialized = True
         self._show()
 
@@ -139,22 +170,19 @@ class RowCache(Cache):
     ``past_key_values=cache`` and an explicit mask over all columns (or blocktune's attention
     plan), `append` and run again for every decoded token.
 
-    Args:
-        num_layers: Layers of the model.
-        batch_size: Prompts, ``B``.
-        num_columns: Columns of every layer, ``N``.
-        spare: Extra columns to allocate, e.g. the number of tokens to decode.
-        exact: Declares a full prefill: every row is computed after everything before it. Only
-            such a cache may feed the exact prefix cache; writing reused states ends it for good.
+    An ``exact`` one is that of a full prefill: every row is computed after everything before it.
+    Only such a cache may feed the exact prefix cache; writing reused states ends it for good.
     """
+
+    first_column = 0  # that later rows see
 
     def __init__(
         self,
         num_layers: int,
-        batch_size: int,
-        num_columns: int,
+        batch_size: int,  # prompts, ``B``
+        num_columns: int,  # of every layer, ``N``
         *,
-        spare: int = 0,
+        spare: int = 0,  # more columns to allocate, e.g. the number of tokens to decode
         exact: bool = False,
     ):
         layers = [_RowLayer(i, batch_size, num_columns, spare) for i in range(num_layers)]
@@ -167,25 +195,16 @@ class RowCache(Cache):
         return self.layers[0].num_columns
 
     def select(self, columns: Tensor, layers: Iterable[int] | None = None) -> None:
-        """Says where the rows of the following forward passes go.
+        """Says where the rows of the following forward passes go, in some ``layers`` or in all.
 
-        Args:
-            columns: ``(B, R)`` int64, each row's column, or `SKIP` for a padding row.
-            layers: Layers it holds for, where the set of rows changes on the way; None: all.
-
-        Raises:
-            ValueError: If a column does not exist or comes twice.
+        ``columns`` ``(B, R)`` int64 are each row's column, or `SKIP` for a padding row.
         """
         target = self._target(columns)
         for layer in range(len(self)) if layers is None else layers:
             self.layers[layer].target = target
 
     def append(self, count: int = 1) -> Tensor:
-        """Adds columns at the end of every prompt and selects them in all layers.
-
-        Returns:
-            The new columns, ``(B, count)``.
-        """
+        """Adds columns ``(B, count)`` at the end of every prompt and selects them in all layers."""
         start = self.num_columns
         for layer in self.layers:
             layer.grow(count)
@@ -205,17 +224,14 @@ class RowCache(Cache):
         *,
         exact: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Views ``(K, columns, D)`` of one prompt's keys and values, to write cached states into.
+        """Views ``(K, columns, D)`` of one prompt's keys and values, to be written over at once.
 
         ``keys`` and ``values`` are any of the model's in that layer, ``(K, S, D)``: for shape and
         dtype. ``exact`` says that the states come from a full prefill of the same prompt; else the
         cache is not exact from now on.
         """
         self.exact = self.exact and exact
-        row_layer = self.layers[layer]
-        if not row_layer.is_initialized:
-            row_layer.lazy_initialization(keys[None], values[None])
-        return row_layer.keys[prompt, :, columns], row_layer.values[prompt, :, columns]
+        return self.layers[layer].room(prompt, columns, keys, values)
 
     def defer(self, layer: int, fill: Callable[[], None]) -> None:
         """Postpones ``fill``, which writes by `room`, until a forward pass enters the layer."""
@@ -257,3 +273,49 @@ class RowCache(Cache):
             )
         batch, row = (columns != SKIP).nonzero(as_tuple=True)
         return _Target(columns, batch, row, columns[batch, row])
+
+
+class PrefillCache(DynamicCache):
+    """Transformers' own cache, filled from the first token on or resumed from an exact prefix.
+
+    For models with recurrent layers, one prompt each.
+    """
+
+    exact = True  # tokens are computed in order, and only what a `PrefixMatch` holds is loaded
+
+    def __init__(self, config):
+        """Takes the model's configuration."""
+        super().__init__(config=config)
+        self.num_columns = 0  # tokens in it; whoever runs the model adds them
+
+    def state(self) -> State:
+        """A copy of the recurrent state after the tokens so far."""
+        pairs = [(la.conv_states[i], la.recurrent_states[i]) for la, i in self._recurrent()]
+        return tuple(None if t is None else t.clone() for pair in pairs for t in pair)
+
+    def resume(
+        self, num_tokens: int, layers: Iterable[tuple[list[Tensor], list[Tensor]]], state: State
+    ) -> None:
+        """Fills the empty cache with a known prefix, as a `PrefixMatch` has it."""
+        with_keys = [layer for layer in self.layers if hasattr(layer, "keys")]
+        for layer, (keys, values) in zip(with_keys, layers, strict=True):
+            layer.update(torch.cat(keys, 1)[None], torch.cat(values, 1)[None])
+        states = iter(state or ())
+        for layer, index in self._recurrent():
+            _put(layer.update_conv_state, next(states), index)
+            _put(layer.update_recurrent_state, next(states), index)
+        self.num_columns = num_tokens
+
+    def key_bytes(self) -> int:
+        """Bytes of keys and values."""
+        kinds = (getattr(layer, kind, None) for layer in self.layers for kind in ("keys", "values"))
+        return sum(tensor.nbytes for tensor in kinds if tensor is not None)
+
+    def _recurrent(self) -> list[tuple[LinearAttentionCacheLayerMixin, int]]:
+        layers = [x for x in self.layers if isinstance(x, LinearAttentionCacheLayerMixin)]
+        return [(layer, index) for layer in layers for index in range(layer.number_of_states)]
+
+
+def _put(update, state: Tensor | None, index: int) -> None:
+    if state is not None:
+        update(state, index)  # copies it into memory of the cache's own

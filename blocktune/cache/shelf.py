@@ -1,18 +1,67 @@
-"""A store as `blocktune store` sees it: its files and what is known of them. No torch."""
+"""A store without its tensors: its index, its files, and what readers missed. No torch.
+
+`Shelf` is what `blocktune store` looks into, `StoreView` what another engine's processes see.
+"""
 
 from __future__ import annotations
 
+import json
+import logging
 import sqlite3
+import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Self
+from typing import Any, NamedTuple, Self
 
-from blocktune.cache.blobs import Blobs, secret_from_environment
+from blocktune.cache.blobs import Blobs, FileFacts, secret_from_environment
 from blocktune.cache.config import StoreConfig
 from blocktune.cache.folder import ChunkFolder
-from blocktune.cache.ledger import Ledger, Row
-from blocktune.cache.listing import found_rows, open_index
+from blocktune.cache.ledger import INDEX, Ledger, Row
 from blocktune.cache.remote import open_remote
+from blocktune.files import replace_json
+
+WANTED = "wanted"
+"""Folder of a store with the chunks that readers did not find."""
+_LOG = logging.getLogger(__name__)
+
+
+def open_index(folder: ChunkFolder, **budget) -> Ledger | None:
+    """The index of a folder, made from its files if it is lost or damaged; None if it cannot be.
+
+    The ``budget`` is that of `Ledger`; without a ``policy`` the index keeps its own.
+    """
+    path = folder.path / INDEX
+    for _ in range(3):
+        fresh = not path.exists()
+        if path.is_symlink() or not (fresh or path.is_file()):
+            _LOG.warning("'%s' is not the index of the store; it is not used", path)
+            return None
+        try:
+            ledger = Ledger(path, **budget)
+            if fresh:
+                ledger.fill(found_rows(folder))
+            return ledger
+        except sqlite3.OperationalError as error:  # read-only, or held too long
+            if "locked" not in str(error):
+                return None
+            time.sleep(0.1)
+        except sqlite3.DatabaseError:
+            for suffix in ("", "-wal", "-shm"):
+                path.with_name(INDEX + suffix).unlink(missing_ok=True)
+    return None
+
+
+def found_rows(blobs: Blobs, keys: Iterable[str] | None = None) -> Iterator[Row]:
+    """Rows of all files or of some, from their headers; one that cannot be read has no model."""
+    for key in blobs.keys() if keys is None else keys:
+        try:
+            facts = blobs.facts(key)
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError):
+            facts = FileFacts({}, 0, 1, time.time())
+        yield facts.row(key)
 
 
 class Shelf:
@@ -20,9 +69,6 @@ class Shelf:
 
     A folder has an index. That of a remote, or of a folder that has none and cannot be written, is
     made from the headers of its files when it is asked.
-
-    Attributes:
-        blobs: The files.
     """
 
     def __init__(self, blobs: Blobs):
@@ -35,11 +81,7 @@ class Shelf:
 
     @classmethod
     def open(cls, place: str, make: bool = False) -> Self:
-        """Opens a place as ``--store`` names it; ``make`` makes a folder that is missing.
-
-        Raises:
-            ValueError: If there is no such folder, or the URL is wrong.
-        """
+        """Opens a place as ``--store`` names it; ``make`` makes a folder that is missing."""
         config, secret = StoreConfig.parse(place), secret_from_environment()
         if config.folder is None and config.remote is None:
             raise ValueError(f"'{place}' names no folder and no URL")
@@ -66,8 +108,8 @@ class Shelf:
         rows = self.ledger.rows(start=start, **wanted)
         return (row for row in rows if row.fingerprint.startswith(model))
 
-    def counts(self, column: str) -> dict[str, tuple[int, int, int]]:
-        """Entries, tokens and bytes by the values of a column."""
+    def counts(self, column: str) -> dict[str, dict[str, int]]:
+        """See `Ledger.counts`."""
         return self.ledger.counts(column)
 
     def names(self, fingerprint: str) -> tuple[str, str | None]:
@@ -79,11 +121,7 @@ class Shelf:
             return "(no manifest)", None
 
     def clean(self) -> int:
-        """Removes what stopped writers left and makes the index agree with the files.
-
-        Returns:
-            Unfinished files that were removed.
-        """
+        """Removes unfinished files (how many), and makes the index agree with the others."""
         if self._index is not None:
             known, there = {row.key for row in self._index.rows()}, set(self.blobs.keys())
             self._index.remove(known - there)
@@ -97,11 +135,7 @@ class Shelf:
         return done
 
     def pin(self, keys: Iterable[str], pinned: bool) -> int:
-        """Pins entries or lets them leave again; how many.
-
-        Raises:
-            ValueError: If the place has no index.
-        """
+        """Pins entries or lets them leave again; how many."""
         if self._index is None:
             raise ValueError(f"'{self.blobs.place}' has no index that could remember a pin")
         try:
@@ -113,7 +147,99 @@ class Shelf:
         """Copies a file to another place, and what is known of it; bytes."""
         file = self.blobs.open(row.key)
         data = bytearray(file.size)
-        file.read_into(memoryview(data), 0)
+        file.read_into([memoryview(data)], 0)
         target.blobs.write(row.key, bytes(data))
         target.ledger.fill([row])
         return len(data)
+
+
+class Wanted(NamedTuple):
+    """A chunk to encode: its tokens, what they are encoded after, whether it is a scoped prefix."""
+
+    ids: tuple[int, ...]
+    blanks: tuple[int, ...] = ()
+    prefix: bool = False
+
+
+class MissQueue:
+    """Chunks that readers missed, for `blocktune encode --follow`; any process may add or take.
+
+    One file a chunk in the store's folder, named by the chunk's key: the same chunk is wanted once.
+    """
+
+    def __init__(self, store: str | Path):
+        """Of the store at ``store``; the folder is made by the first `add`."""
+        self.folder = Path(store) / WANTED
+
+    def add(self, fingerprint: str, chunks: Iterable[Wanted]) -> None:
+        """Asks for chunks of the model ``fingerprint``."""
+        for one in chunks:
+            path = self._path(fingerprint, one)
+            if not path.exists():
+                replace_json(path, {"fingerprint": fingerprint, **one._asdict()})
+
+    def take(self, fingerprint: str, most: int = 256) -> list[Wanted]:
+        """Wanted chunks of a model, at most ``most``; they stay until `done`."""
+        found: list[Wanted] = []
+        for path in self._files():
+            with suppress(OSError, ValueError, KeyError, TypeError):  # gone, or not ours
+                record = json.loads(path.read_text())
+                if record["fingerprint"] == fingerprint:
+                    ids, blanks = tuple(record["ids"]), tuple(record["blanks"])
+                    found.append(Wanted(ids, blanks, bool(record["prefix"])))
+            if len(found) == most:
+                break
+        return found
+
+    def done(self, fingerprint: str, chunks: Iterable[Wanted]) -> None:
+        """Removes chunks from the queue, because they are stored or cannot be encoded."""
+        for one in chunks:
+            self._path(fingerprint, one).unlink(missing_ok=True)
+
+    def _path(self, fingerprint: str, one: Wanted) -> Path:
+        from blocktune.cache.fingerprint import stored_key  # which takes torch
+
+        return self.folder / f"{stored_key(fingerprint, *one)}.json"
+
+    def _files(self) -> list[Path]:
+        return sorted(self.folder.glob("*.json")) if self.folder.is_dir() else []
+
+
+class StoreView:
+    """The files of a store's folder and remote; nothing is written but what is asked for."""
+
+    def __init__(self, store: str | Path):
+        """Of a store as ``--store`` names it."""
+        self.config = StoreConfig.parse(store, memory=0)
+        self.place = self.config.place
+        secret = secret_from_environment()
+        self._blobs: list[Blobs] = []
+        if self.config.folder is not None:
+            self._blobs.append(ChunkFolder(self.config.folder, secret))
+        if self.config.remote is not None:
+            self._blobs.append(open_remote(self.config.remote, secret))
+
+    def has(self, key: str) -> bool:
+        """Whether a chunk is somewhere; not verified."""
+        return any(blobs.has(key) for blobs in self._blobs)
+
+    def manifest(self, fingerprint: str) -> dict[str, Any] | None:
+        """As `Blobs.manifest`, of the first place that has one."""
+        found = (blobs.manifest(fingerprint) for blobs in self._blobs)
+        return next((record for record in found if record is not None), None)
+
+    def manifests(self) -> list[dict[str, Any]]:
+        """Of all models."""
+        names = {name for blobs in self._blobs for name in blobs.fingerprints()}
+        found = (self.manifest(name) for name in sorted(names))
+        return [record for record in found if record is not None]
+
+    def ask_for(self, fingerprint: str, chunks: list[Wanted]) -> None:
+        """Queues chunks for `blocktune encode --follow`, if the store has a folder for that."""
+        if self.config.folder is not None:
+            MissQueue(self.config.folder).add(fingerprint, chunks)
+
+    def encoded(self, fingerprint: str, chunks: list[Wanted]) -> None:
+        """Takes chunks out of the queue."""
+        if self.config.folder is not None:
+            MissQueue(self.config.folder).done(fingerprint, chunks)

@@ -5,25 +5,24 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from blocktune.cache.blobs import Blobs, secret_from_environment
-from blocktune.cache.chunk_file import pack_chunk, read_chunk
-from blocktune.cache.chunk_kv import ChunkKV, Entry
-from blocktune.cache.codecs import round_trip
-from blocktune.cache.config import MEMORY, StoreConfig
+from blocktune.cache.blobs import secret_from_environment
+from blocktune.cache.chunk_file import ChunkFile, pack_chunk
+from blocktune.cache.chunk_kv import ChunkKV, Entry, Lookup, round_trip
+from blocktune.cache.config import MEMORY, StoreConfig, StoreStats, Tracer
 from blocktune.cache.folder import ChunkFolder
 from blocktune.cache.ledger import About, Ledger
 from blocktune.cache.remote import open_remote
-from blocktune.cache.stats import Lookup, StoreStats
 from blocktune.cache.tiers import RETRY_S, BlobTier, MemoryTier
-from blocktune.cache.trace import Tracer
 from blocktune.positions import RopeSpec
 
 __all__ = ["RETRY_S", "ChunkStore", "Lookup", "StoreStats"]
@@ -36,72 +35,48 @@ _TENANTS = 1024
 class ChunkStore:
     """Keeps entries of chunks under their keys, for several threads; processes may share a folder.
 
-    A chunk's keys and values (`ChunkKV`) and the states that enter a layer (`ChunkStates`) are
-    entries of their own; all share the memory.
-
-    Tiers are asked in the order device, host, folder, remote. An entry is written to all of the
-    last two, and to the device; what leaves the device goes to the host. A hit moves up. Each tier
-    has a budget, and the policy says what leaves it first. The remote is written in the background.
+    A chunk's keys and values, the states that enter a layer and exact prefixes are entries of
+    their own kinds; all share the tiers. These are asked in the order device, host, folder,
+    remote. An entry is written to all of the last two, and to the device; what leaves the device
+    goes to the host. A hit moves up. Each tier has a budget, and the policy says what leaves it
+    first. The remote is written in the background.
 
     What is found is compared with what is wanted (token ids and fingerprint) before it is handed
     out. A file or entry that differs, or does not verify, is counted as ``rejected`` and answered
-    as a miss; the `put` that follows replaces it. The first is logged as a
-    warning, the others at level INFO.
+    as a miss; the `put` that follows replaces it. The first is logged as a warning, the others at
+    level INFO. A tier that cannot be written or reached is left out. One warning says so, and what
+    could not be kept is counted as ``unwritten``.
 
-    A tier that cannot be written or reached is left out. One warning says so, and what could not
-    be kept is counted as ``unwritten``.
-
-    Args:
-        max_bytes: Memory for chunks, in bytes; 0 keeps none. Chunks that must leave memory stay
-            in the folder, or are lost without one.
-        folder: Every chunk put is also written here, one file each; None: memory only.
-        device: Where chunks in memory live, and onto which those from the folder are loaded.
-        secret: Key that signs the entries of the folder (HMAC-SHA-256): others are rejected.
-            None: the environment's, see `blocktune.cache.blobs.secret_from_environment`.
-        must_write: Whether a folder that cannot be written is an error, as for `blocktune encode`.
-        config: All tiers and limits, in place of ``max_bytes`` and ``folder``.
-
-    Attributes:
-        warn_rejected: Whether the first rejected entry is a warning; the others are level INFO.
-        notes: What plug-ins remember of this store until it is cleared, by keys of their own.
-
-    Raises:
-        ValueError: If there is nowhere to keep anything, the folder is none, or the key is too
-            short; with ``must_write`` also if the folder cannot be written.
+    Raises ValueError if there is nowhere to keep anything, the folder is none, or the key is too
+    short; with ``must_write`` also if the folder cannot be written.
     """
 
     def __init__(
         self,
-        max_bytes: int = MEMORY,
-        folder: str | Path | None = None,
-        device: torch.device | str = "cpu",
+        max_bytes: int = MEMORY,  # memory for chunks; 0 keeps none
+        folder: str | Path | None = None,  # gets every chunk that is put, one file each
+        device: torch.device | str = "cpu",  # where chunks in memory live
         *,
-        secret: bytes | None = None,
-        must_write: bool = False,
-        config: StoreConfig | None = None,
+        secret: bytes | None = None,  # signs the files; None: `secret_from_environment`
+        must_write: bool = False,  # whether a folder that cannot be written is an error
+        config: StoreConfig | None = None,  # all limits, in place of ``max_bytes`` and ``folder``
     ):
         if config is None:
             place = None if folder is None else Path(folder)
             config = StoreConfig(folder=place, memory=max_bytes)
         self.config, self.folder, self.place = config, config.folder, config.place
         self.device = torch.device(device)
-        self.notes: dict[Hashable, Any] = {}
-        self.must_write, self.warn_rejected = must_write, True
+        self.notes: dict[Hashable, Any] = {}  # of plug-ins, until it is cleared
+        self.must_write, self.warn_rejected = must_write, True  # the first one; else level INFO
         self._stats, self._lock = StoreStats(), threading.RLock()
         self._ropes: dict[str, RopeSpec] = {}
         self._shared_ropes: dict[str, RopeSpec] = {}
         self._tracer = Tracer(config.trace)
         limits = {"policy": config.policy, "quota": config.quota}
-        budgets = {"memory": config.memory, "cpu": config.cpu}
-        self._memories = [
-            MemoryTier(
-                name,
-                self.device if name == "memory" else torch.device("cpu"),
-                Ledger(max_bytes=budget, **limits),
-            )
-            for name, budget in budgets.items()
-            if budget or name == "memory"
-        ]
+        self._memories = [MemoryTier("memory", self.device, max_bytes=config.memory, **limits)]
+        if config.cpu:
+            host = torch.device("cpu")
+            self._memories.append(MemoryTier("cpu", host, max_bytes=config.cpu, **limits))
         secret = secret_from_environment() if secret is None else secret
         self._blobs: list[BlobTier] = []
         if config.folder is not None:
@@ -110,21 +85,10 @@ class ChunkStore:
         if config.remote is not None:
             files, most = open_remote(config.remote, secret), config.remote_bytes
             self._blobs.append(BlobTier("remote", files, must_write, max_bytes=most, **limits))
-        for tier in self._blobs:
-            tier.prepare()
 
     @classmethod
     def open(cls, text: str | Path, device: torch.device | str = "cpu", **options) -> Self:
-        """The store of a text such as ``chunks/,disk=50GB``, see `StoreConfig.parse`.
-
-        Args:
-            text: Place and budgets.
-            device: As above.
-            options: ``secret`` and ``must_write``, as above.
-
-        Raises:
-            ValueError: If the text is wrong; else as above.
-        """
+        """The store of a text such as ``chunks/,disk=50GB``, see `StoreConfig.parse`."""
         return cls(device=device, config=StoreConfig.parse(text), **options)
 
     def get(
@@ -144,18 +108,13 @@ class ChunkStore:
         fingerprint: str,
         kind: type[Entry] = ChunkKV,
         *,
-        read: Callable[[Blobs, str, type[Entry]], Entry] = read_chunk,
+        read: Callable[[ChunkFile], Entry] = ChunkFile.entry,
         keep: bool = True,
     ) -> Lookup:
-        """Looks for a chunk and says where it was and how long that took.
+        """Looks for an entry of some tokens and model; says where it was and how long that took.
 
-        Args:
-            key: From `chunk_key` or `states_key`.
-            token_ids: The tokens it must hold, ``(S,)``.
-            fingerprint: The model it must come from, `model_fingerprint`.
-            kind: What the entry must be.
-            read: Reads it from the folder, raising what `read_chunk` raises.
-            keep: Whether what was read is kept in memory.
+        It is read from its file by ``read``, which raises what `ChunkFile.read` raises. ``keep``:
+        memory keeps it.
         """
         started = time.perf_counter()
         rejected: set[str] = set()
@@ -177,12 +136,12 @@ class ChunkStore:
                 with self._lock:
                     tier.stats.misses += 1
                 continue
-            kv, about, data = loaded
+            kv, row, data = loaded
             if data is not None and tier is not self._blobs[0]:
-                self._blobs[0].save(key, lambda data=data: data, about)
+                self._blobs[0].save(key, lambda data=data: data, row.about)
             with self._lock:
                 if keep:
-                    self._remember(key, kv, about)
+                    self._remember(key, kv, row.about)
                 return self._hit(key, kv, tier, started, found)
         with self._lock:
             self._stats.misses += 1
@@ -198,22 +157,16 @@ class ChunkStore:
         seconds: float = 0.0,
         document: str = "",
         tenant: str = "",
+        keep: bool = True,
     ) -> Entry:
-        """Keeps a chunk, in the folder first, then in memory; replaces what was there.
+        """Keeps an entry, in the folder first, then (``keep``) in memory; replaces what was there.
 
-        Args:
-            key: From `chunk_key` or `states_key`.
-            kv: The entry.
-            seconds: That encoding it took: what the policy ``gdsf`` saves.
-            document: Name by which it can be removed.
-            tenant: Whose it is, for quotas.
+        It took ``seconds`` to encode: what the policy ``gdsf`` saves. It can be removed by the
+        name of its ``document``, and counts for the quota of its ``tenant``. ValueError: it is
+        larger than the memory and there is no folder, or the folder must be written and cannot.
 
         Returns:
             The entry as the store will give it: with a codec, with fewer bits.
-
-        Raises:
-            ValueError: If it is larger than the memory allowed and there is no folder, or, with
-                ``must_write``, if the folder cannot be written.
         """
         most = max(tier.ledger.max_bytes for tier in self._memories)
         if not self._blobs and kv.num_bytes > most:
@@ -225,20 +178,25 @@ class ChunkStore:
             *(kv.num_tokens, kv.kind, kv.fingerprint, document, tenant, seconds),
             expires=None if self.config.ttl is None else time.time() + self.config.ttl,
         )
-        if self.config.codec != "as-is":
-            rope = self._rope(kv.fingerprint)
-            kept = round_trip(kv.to("cpu"), self.config.codec, rope).to(self.device).compact()
-        else:
-            kept = kv.to(self.device).compact()
+        kept, codec, rope = kv, self.config.codec, self._rope(kv.fingerprint)
+        if codec != "as-is":
+            kept = round_trip(kv.to("cpu"), codec, rope)
+        kept = kept.to(self.device).compact()
         for tier in self._blobs:
-            self._save(tier, key, kv, about)
+            tier.save(key, partial(pack_chunk, tier.blobs, key, kv, about, codec, rope), about)
         with self._lock:
-            self._tracer.put(key, kept, about)
-            self._remember(key, kept, about)
+            self._tracer.put(key, kept.num_bytes, about)
+            if keep:
+                self._remember(key, kept, about)
         return kept
 
+    @property
+    def is_on_disk(self) -> bool:
+        """Whether no memory holds entries, and the CPU reads them."""
+        return self.config.memory + self.config.cpu == 0 and self.device.type == "cpu"
+
     def flush(self) -> None:
-        """Waits until the remote has what was put, or has refused it."""
+        """Waits until the remote has what was put, or refused it, and the index what was used."""
         for tier in self._blobs:
             tier.flush()
 
@@ -255,35 +213,40 @@ class ChunkStore:
 
         Remotes are searched only by what their files' names and this process say.
         """
-        ledgers = [tier.ledger for tier in (*self._memories, *self._blobs)]
         with self._lock:
-            keys = {row.key for one in ledgers if one is not None for row in one.rows(**wanted)}
+            keys = {row.key for ledger in self._ledgers() for row in ledger.rows(**wanted)}
         for key in keys:
             self.discard(key)
         return len(keys)
 
     def pin(self, key: str, pinned: bool = True) -> bool:
         """Keeps an entry from leaving for others, or lets it; whether a tier holds it."""
-        ledgers = [tier.ledger for tier in (*self._memories, *self._blobs)]
         with self._lock:
-            return sum(one.pin([key], pinned) for one in ledgers if one is not None) > 0
+            return sum(ledger.pin([key], pinned) for ledger in self._ledgers()) > 0
 
     def is_pinned(self, key: str) -> bool:
         """Whether some tier holds an entry pinned."""
-        ledgers = [tier.ledger for tier in (*self._memories, *self._blobs)]
         with self._lock:
-            rows = [one.row(key) for one in ledgers if one is not None]
+            rows = [ledger.row(key) for ledger in self._ledgers()]
         return any(row is not None and row.pinned for row in rows)
+
+    def _ledgers(self) -> list[Ledger]:
+        found = (tier.ledger for tier in (*self._memories, *self._blobs))
+        return [ledger for ledger in found if ledger is not None]
+
+    def files(self, kind: type[Entry], fingerprint: str, tenant: str = "") -> Iterator[ChunkFile]:
+        """The folder's files of one kind, model and tenant, as its index knows them; sound ones."""
+        for tier in self._blobs[: self.folder is not None]:
+            for key in tier.keys_where(kind=kind.kind, fingerprint=fingerprint, tenant=tenant):
+                with suppress(OSError, ValueError):
+                    yield ChunkFile(tier.blobs, key, kind)
 
     def describe(
         self, fingerprint: str, make: Callable[[], dict[str, Any]], rope: RopeSpec | None = None
     ) -> None:
-        """Writes the manifest of a model into the folder and the remote, unless they hold one.
+        """Writes a model's `manifest`, made if it is missing, into the folder and the remote.
 
-        Args:
-            fingerprint: The model's.
-            make: Makes the manifest, see `blocktune.cache.manifest`; called if it is missing.
-            rope: Its frequencies: codecs quantise keys before their rotation.
+        Codecs quantise keys before their rotation, and so need the ``rope``.
         """
         if rope is not None:
             self._ropes[fingerprint] = rope
@@ -358,7 +321,7 @@ class ChunkStore:
 
     def _load(self, tier: BlobTier, key: str, token_ids, fingerprint, kind, read, rejected):
         try:
-            loaded = tier.load(key, lambda blobs, key: read(blobs, key, kind).to(self.device))
+            loaded = tier.load(key, kind, lambda file: read(file).to(self.device))
         except ValueError as error:
             self._reject(f"{tier.blobs.name(key)}: {error}", rejected)
             return None
@@ -366,7 +329,7 @@ class ChunkStore:
             loaded[0], key, token_ids, fingerprint, kind, rejected
         ):
             return None
-        tier.used(key)
+        tier.used(loaded[1])
         return loaded
 
     def _accept(self, kv: Entry, key: str, token_ids, fingerprint, kind, rejected) -> bool:
@@ -388,10 +351,6 @@ class ChunkStore:
         level = logging.WARNING if first else logging.INFO
         more = "; more are counted, and named at level INFO" if first else ""
         _LOG.log(level, "cached chunk not used, it is encoded again: %s%s", reason, more)
-
-    def _save(self, tier: BlobTier, key: str, kv: Entry, about: About) -> None:
-        rope, codec = self._rope(kv.fingerprint), self.config.codec
-        tier.save(key, lambda: pack_chunk(tier.blobs, key, kv, about, codec, rope), about)
 
     def _remember(self, key: str, kv: Entry, about: About) -> None:
         """Keeps an entry on the device; what leaves it goes to the host."""

@@ -18,71 +18,71 @@ from typing import Any
 
 import torch
 
-from blocktune.cache.blobs import Blobs, Fetched, read_facts
+from blocktune.cache.blobs import Blobs
+from blocktune.cache.chunk_file import ChunkFile, Expired
 from blocktune.cache.chunk_kv import Entry
+from blocktune.cache.config import TierStats
 from blocktune.cache.folder import ChunkFolder, is_taken
 from blocktune.cache.ledger import About, Ledger, Row
-from blocktune.cache.listing import open_index, row_of
-from blocktune.cache.stats import TierStats
+from blocktune.cache.shelf import open_index
 
-RETRY_S = 10.0
-"""Seconds after a failure in which a tier is left alone."""
+RETRY_S = 10.0  # seconds after a failure in which a tier is left alone
 REFRESH_S = 60.0
 """Seconds after which a remote with a budget is listed again: other machines write there too."""
+TOUCH_S = 86400.0
+"""Seconds after which a file that is used gets a new date, for when its index is lost."""
 _WAITING, _FINISH_S = 64, 10.0
 """Files that may wait for a remote, and seconds that a process which ends gives them."""
 _LOG = logging.getLogger(__name__)
 
 
 class MemoryTier:
-    """Entries in the memory of a device.
+    """Entries in the memory of a device; that of the host is pinned where there is a GPU."""
 
-    Args:
-        name: Of the tier.
-        device: Where they live; host memory is pinned where there is a GPU.
-        ledger: With the budget.
-    """
-
-    def __init__(self, name: str, device: torch.device, ledger: Ledger):
-        self.name, self.device, self.ledger = name, device, ledger
+    def __init__(self, name: str, device: torch.device, **budget):
+        """The budget is ``max_bytes``, ``policy`` and ``quota`` of its `Ledger`."""
+        self.name, self.device, self.ledger = name, device, Ledger(**budget)
         self.entries: dict[str, Entry] = {}
+        self._ends: dict[str, float] = {}
         self.stats = TierStats()
 
     def get(self, key: str) -> Entry | None:
         """The entry of ``key``, or None."""
-        entry = self.entries.get(key)
-        if entry is not None and self.ledger.expired(key):
+        if key in self._ends and self._ends[key] <= self.ledger.now():
             self.remove(key)
             self.stats.expired += 1
-            return None
-        return entry
+        return self.entries.get(key)
 
     def put(self, key: str, entry: Entry, about: About) -> list[tuple[str, Entry, About]]:
         """Keeps an entry if it can; returns what had to leave, or the entry itself."""
-        doomed = self.ledger.leaving(entry.num_bytes, about.tenant, key)
+        fits = entry.num_bytes <= self.ledger.max_bytes
+        doomed = self.ledger.leaving(entry.num_bytes, about.tenant, key) if fits else None
         if doomed is None:
             self.remove(key)
             return [(key, entry, about)]
-        left = [
-            (one, self.entries.pop(one), self.ledger.row(one).about)
-            for one in doomed
-            if one in self.entries
-        ]
-        self.ledger.remove(doomed)
+        held = (one for one in doomed if one in self.entries)
+        left = [(one, self.entries[one], self.ledger.row(one).about) for one in held]
+        for one in doomed:
+            self.remove(one)
         self.stats.evictions += len(left)
         self.entries[key] = self._moved(entry)
+        self._ends.pop(key, None)
+        if about.expires is not None:
+            self._ends[key] = about.expires
         self.ledger.add(key, entry.num_bytes, about)
         self.stats.bytes_written += entry.num_bytes
         return left
 
     def remove(self, key: str) -> None:
         """Drops the entry of ``key``, if there is one."""
+        self._ends.pop(key, None)
         if self.entries.pop(key, None) is not None:
             self.ledger.remove([key])
 
     def clear(self) -> None:
         """Drops everything."""
         self.entries.clear()
+        self._ends.clear()
         self.ledger.clear()
 
     def _moved(self, entry: Entry) -> Entry:
@@ -93,16 +93,10 @@ class MemoryTier:
 
 
 class BlobTier:
-    """Files of entries in a folder or a remote.
-
-    Args:
-        name: Of the tier.
-        blobs: The files.
-        must_write: Whether a write that fails is an error.
-        budget: ``max_bytes``, ``policy`` and ``quota`` of its `Ledger`.
-    """
+    """Files of entries in a folder or a remote."""
 
     def __init__(self, name: str, blobs: Blobs, must_write: bool = False, **budget):
+        """Makes the folder and opens its index; if it ``must_write``, a failing write raises."""
         self.name, self.blobs, self.must_write, self._budget = name, blobs, must_write, budget
         self.stats = TierStats()
         self._lock = threading.Lock()
@@ -111,59 +105,46 @@ class BlobTier:
         self._is_folder = isinstance(blobs, ChunkFolder)
         self.ledger = None if self._is_folder else Ledger(**budget)
         self._queue = None if self._is_folder or must_write else _in_background(self)
-
-    def prepare(self) -> None:
-        """Makes the folder and opens its index."""
-        if not self._is_folder:
-            return
-        try:
-            self.blobs.prepare()
-        except OSError as error:
-            self.failed(error, "write")
-        self.ledger = open_index(self.blobs, **self._budget)
-        if self.ledger is None and self._budget["max_bytes"] is not None:
-            _LOG.warning("'%s': no index can be kept, so nothing is written", self.blobs.place)
+        if self._is_folder:
+            try:
+                blobs.prepare()
+            except OSError as error:
+                self.failed(error, "write")
+            self.ledger = open_index(blobs, **budget)
+            if self.ledger is None and budget["max_bytes"] is not None:
+                _LOG.warning("'%s': no index can be kept, so nothing is written", blobs.place)
 
     def load(
-        self, key: str, read: Callable[[Blobs, str], Entry]
-    ) -> tuple[Entry, About, bytes | None] | None:
+        self, key: str, kind: type[Entry], read: Callable[[ChunkFile], Entry]
+    ) -> tuple[Entry, Row, bytes | None] | None:
         """An entry by ``read``, what is known of it, and the content of a remote's file.
 
-        None if there is none, or the tier does not answer.
-
-        Raises:
-            ValueError: If the file is not sound.
+        None if there is none, or the tier does not answer; ValueError if the file is not sound.
         """
         if time.monotonic() < self._next["read"]:
             return None
         try:
-            if self._noted(lambda ledger: ledger.expired(key)):
-                self.remove(key)
-                self.stats.expired += 1
-                return None
-            if self._is_folder:
-                entry = read(self.blobs, key)
-                return entry, self._about(key), None
-            fetched = Fetched(self.blobs, key)
-            entry, data = read(fetched, key), bytes(fetched.blob.data)
-            return entry, row_of(key, read_facts(data, len(data), 0.0)).about, data
+            file = ChunkFile(self.blobs, key, kind)
+            return read(file), file.row(), file.content()
+        except Expired:
+            self.remove(key)
+            self.stats.expired += 1
         except FileNotFoundError:
-            return None
+            pass
         except OSError as error:
             self.failed(error, "read")
-            return None
+        return None
 
-    def _about(self, key: str) -> About:
-        row = self._noted(lambda ledger: ledger.row(key))
-        if row is None:  # written by a version without an index, or lost from it
-            row = row_of(key, self.blobs.facts(key))
-            self._noted(lambda ledger: ledger.fill([row]))
-        return row.about
-
-    def used(self, key: str) -> None:
+    def used(self, row: Row) -> None:
         """Notes a hit."""
-        self.blobs.touch(key)
-        self._noted(lambda ledger: ledger.use(key))
+        if time.time() - row.used > TOUCH_S:
+            self.blobs.touch(row.key)
+        new = row if self._is_folder else None  # a remote is listed
+        self._noted(lambda ledger: ledger.use(row.key, new))
+
+    def keys_where(self, **wanted: str) -> list[str]:
+        """Entries whose columns in the index equal what is ``wanted``."""
+        return self._noted(lambda ledger: [row.key for row in ledger.rows(**wanted)], [])
 
     def save(self, key: str, make: Callable[[], bytes], about: About) -> None:
         """Keeps the file that ``make`` packs if place and budget allow; others leave for it.
@@ -179,9 +160,10 @@ class BlobTier:
             self._count_unwritten()
 
     def flush(self) -> None:
-        """Waits until what was saved is written, or refused."""
+        """Waits until what was saved and used is written, or refused."""
         if self._queue is not None:
             self._queue.join()
+        self._noted(lambda ledger: ledger.flush())
 
     def _save(self, key: str, make: Callable[[], bytes], about: About) -> None:
         if not self.must_write and time.monotonic() < self._next["write"]:
@@ -230,8 +212,7 @@ class BlobTier:
     def failed(self, error: OSError, what: str) -> None:
         """Says once that the tier is out of reach, and leaves it alone for a while.
 
-        Raises:
-            ValueError: If writing failed and the store must write.
+        ValueError, if writing failed and the store must write.
         """
         verb = "write to" if what == "write" else "read"
         reason = f"cannot {verb} the store '{self.blobs.place}': {error.strerror or error}"

@@ -56,8 +56,7 @@ def subjects() -> dict[str, Method]:
     return presets | {method.name: method for method in made}
 
 
-Pairs = Iterator[tuple[Tensor, Tensor]]
-"""Tensors that must be equal."""
+Pairs = Iterator[tuple[Tensor, Tensor]]  # tensors that must be equal
 Claim = Callable[[Subject], Check]
 ALONE_CLAIM = "one chunk alone = full prefill, or a declared exception"
 

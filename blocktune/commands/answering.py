@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import typer
-import yaml
 from rich.console import Console, Group
 from rich.panel import Panel
 from rich.progress import Progress, TextColumn, track
@@ -27,6 +26,7 @@ from blocktune.data import RagExample, load_examples
 from blocktune.engine import Answer, EncodeReport, Engine, Sampling, Usage
 from blocktune.files import append_lines, locked, truncate_lines, whole_lines
 from blocktune.methods import Method, parse_method
+from blocktune.parsing import parse_yaml
 from blocktune.prompt import Chunk, show
 
 
@@ -54,7 +54,7 @@ def build_method(name: str, parameters: Sequence[str]) -> Method:
         key, equals, value = parameter.partition("=")
         if not equals:
             raise ValueError(f"--param must be name=value, got '{parameter}'")
-        values[key] = yaml.safe_load(value)
+        values[key] = parse_yaml(value, f"--param {key}")
     return parse_method(name, values)
 
 
@@ -243,7 +243,8 @@ def _usage_table(usage: Usage) -> Table:
     table.add_row("context", f"{usage.context_tokens:,} of {usage.prompt_tokens:,} tokens")
     table.add_row("recomputed", f"{usage.recompute_ratio:.1%} (tokens per layer: {per_layer})")
     if usage.prefix_tokens:
-        table.add_row("prefix", f"{usage.prefix_tokens:,} tokens of earlier prompts")
+        disk = f", {usage.prefix_disk_tokens:,} from disk" if usage.prefix_disk_tokens else ""
+        table.add_row("prefix", f"{usage.prefix_tokens:,} tokens of earlier prompts{disk}")
     table.add_row("chunks", f"{usage.chunk_hits} cached, {usage.chunk_misses} encoded now")
     table.add_row("read", f"{usage.bytes_read / 1e6:,.2f} MB")
     table.add_row("first token", f"{1000 * usage.ttft_s:.1f} ms ({split})")

@@ -40,6 +40,18 @@ def passages(
     own: Annotated[
         bool, Option("--own", help="Keep the best of each question's own passages, by BM25.")
     ] = False,
+    embedder: Annotated[
+        str | None,
+        Option(
+            metavar="MODEL",
+            help="Search --corpus by sentence embeddings of this model instead of BM25, such as "
+            "sentence-transformers/all-MiniLM-L6-v2.",
+        ),
+    ] = None,
+    store: Annotated[
+        str | None,
+        Option(metavar="PLACE[,NAME=VALUE...]", help="Keep the embeddings, as `answer --store`."),
+    ] = None,
     k: Annotated[int, Option(min=1, help="Passages per question.")] = 10,
     answerable: Annotated[
         bool, Option("--answerable", help="Leave out questions whose passages hold no answer.")
@@ -51,9 +63,10 @@ def passages(
     """Give questions their passages: by BM25, from your own retriever, or the best of their own."""
     if [corpus is not None, retrieved is not None, own].count(True) != 1:
         raise ValueError("give one of --corpus FILE, --retrieved FILE and --own")
+    if (embedder is not None and corpus is None) or (store is not None and embedder is None):
+        raise ValueError("--embedder searches --corpus, and --store keeps what it embeds")
     opt.quiet_libraries()
     from blocktune.data import load_chunks, retrieval
-    from blocktune.data.answers import holds_answer, is_verdict
     from blocktune.data.sources.options import with_fields
 
     whole = None
@@ -64,10 +77,24 @@ def passages(
         mapped = with_fields(source, fields)
         questions = retrieval.read_questions(mapped, limit=limit, split=split)
         if corpus is not None:
-            examples = retrieval.from_corpus(questions, load_chunks(corpus), k)
+            embed = opt.embedder(embedder, store)
+            examples = retrieval.from_corpus(questions, load_chunks(corpus), k, embed)
         else:
             found = retrieval.read_retrieved(retrieved)
             examples = list(retrieval.from_retriever(questions, found, k))
+    _write_found(source, output, examples, whole, answerable)
+
+
+def _write_found(
+    source: str,
+    output: Path,
+    examples: list[RagExample],
+    whole: list[RagExample] | None,
+    answerable: bool,
+) -> None:
+    """Writes questions with their passages; ``whole``: the same with all of their own."""
+    from blocktune.data.answers import holds_answer, is_verdict
+
     held = list(map(holds_answer, examples, whole or repeat(None)))
     kept = [e for e, holds in zip(examples, held, strict=True) if holds or not answerable]
     if not kept:
@@ -109,7 +136,7 @@ def answer(
     device: opt.Device = None,
 ) -> None:
     """Let a model write the answers that it will be trained on, reading all chunks in full."""
-    engine = opt.load_engine(model, adapter, None, dtype, device)
+    engine = opt.load_engine(model, adapter, None, dtype, device, recurrent=True)
     from rich.console import Console
     from rich.progress import Progress
 

@@ -11,6 +11,8 @@ from typer import Option
 
 if TYPE_CHECKING:
     from blocktune.cache import ChunkStore, StoreStats
+    from blocktune.cache.embeddings import Embedder
+    from blocktune.cache.responses import ResponseCache
     from blocktune.engine import Engine
 
 MODEL, PROMPT = "Model", "Prompt"  # panels of the help
@@ -38,8 +40,16 @@ Store = Annotated[
         metavar="PLACE[,NAME=VALUE...]",
         help="Encoded chunks, read and added to: a folder or a URL (s3://, valkey://), then "
         "memory, cpu, disk, remote, remote_bytes, policy (lru, lfu, fifo, gdsf), quota, ttl, codec "
-        "(as-is, fp8, int8, int4), trace. Such as chunks/,disk=50GB,policy=gdsf. Default: memory "
-        "only.",
+        "(as-is, fp8, int8, int4), press (NAME:RATIO of kvpress), trace. Such as "
+        "chunks/,disk=50GB,policy=gdsf. Default: memory only.",
+    ),
+]
+Responses = Annotated[
+    str | None,
+    Option(
+        metavar="exact|semantic:SIMILARITY[:MODEL]",
+        help="Keep whole answers in the store: for the same prompt, or also for questions over the "
+        "same chunks whose sentence embeddings are that similar (such as 0.95). Default: none.",
     ),
 ]
 Dtype = Annotated[
@@ -111,16 +121,36 @@ def load_engine(
     dtype: str,
     device: str | None,
     quantize: str | None = None,
+    recurrent: bool = False,
 ) -> Engine:
-    """Loads an engine."""
+    """Loads an engine; ``recurrent``: also one with recurrent layers, which reuses no chunks."""
     quiet_libraries()
     from blocktune.engine import Engine
 
     engine = Engine.from_pretrained(
-        model, adapter, store=store, dtype=dtype, device=device, quantize=quantize
+        *(model, adapter),
+        **{"store": store, "dtype": dtype, "device": device, "quantize": quantize},
+        recurrent=recurrent,
     )
     engine.store.warn_rejected = False  # `rejected` says it in one line at the end
     return engine
+
+
+def responses(text: str | None, store: ChunkStore) -> ResponseCache | None:
+    """The response cache that an option asks for."""
+    from blocktune.cache.responses import ResponseCache
+
+    return None if text is None else ResponseCache.parse(text, store)
+
+
+def embedder(model: str | None, store: str | None) -> Embedder | None:
+    """The embedding model of two options; its results are kept if there is a store."""
+    if model is None:
+        return None
+    from blocktune.cache import ChunkStore
+    from blocktune.cache.embeddings import Embedder
+
+    return Embedder(model, None if store is None else ChunkStore.open(store))
 
 
 def rejected(stats: StoreStats, place: str | None) -> str:

@@ -13,8 +13,10 @@ from blocktune.commands.options import (
     Dtype,
     Model,
     Quantize,
+    Responses,
     Store,
     quiet_libraries,
+    responses,
 )
 
 SAFETY, LIMITS = {"rich_help_panel": "Safety"}, {"rich_help_panel": "Limits"}
@@ -106,6 +108,7 @@ def serve(
     name: Name = None,
     method: Method = None,
     store: Store = None,
+    response_cache: Responses = None,
     store_gb: StoreGb = 4.0,
     dtype: Dtype = "auto",
     quantize: Quantize = None,
@@ -143,7 +146,8 @@ def serve(
         *(model, adapter or [], name, store, int(store_gb * 2**30)),
         **{"dtype": dtype, "device": device, "quantize": quantize},
     )
-    service = Service(engines, config, method, checked=not skip_check)
+    kept = responses(response_cache, next(iter(engines.values())).store)
+    service = Service(engines, config, method, not skip_check, kept)
     uvicorn.run(
         create_app(service), host=host, port=port, **launch.uvicorn_options(config, drain_s)
     )

@@ -6,6 +6,7 @@ import json
 import re
 import time
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -23,20 +24,17 @@ SHORT = 12  # digits of a key or fingerprint that are shown
 LEAST_DIGITS = 6
 
 Place = Annotated[str, typer.Argument(metavar="STORE", help="Folder or URL of the store.")]
-Model = Annotated[
-    str, typer.Option("--model", metavar="FINGERPRINT", help="Only chunks of this model.")
-]
-Document = Annotated[
-    str, typer.Option(help="Only chunks of this document: its id, or else its title.")
-]
+Model = Annotated[str, typer.Option(metavar="FINGERPRINT", help="Only chunks of this model.")]
+Document = Annotated[str, typer.Option(help="Only chunks of this document: its id, or its title.")]
 Key = Annotated[str, typer.Argument(help="Key of the chunk; its first digits are enough.")]
-Keys = Annotated[list[str] | None, typer.Argument(help="Keys, or their first digits.")]
+Keys = Annotated[list[str], typer.Argument(help="Keys, or their first digits.")]
+Undo = Annotated[bool, typer.Option("--undo", help="Let them leave again.")]
+Other = Annotated[str, typer.Argument(help="Folder or URL of the other store.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be removed.")]
-
 
 group = typer.Typer(
     no_args_is_help=True,
-    help=HELP,
+    help="Look into a store of encoded chunks (`--store`), verify it, and remove from it.",
     rich_markup_mode="rich",
     epilog=teach(
         "blocktune store stat cache/",
@@ -52,29 +50,23 @@ app.add_typer(group, name="store")
 
 @group.command()
 def stat(store: Place, as_json: AsJson = False) -> None:
-    """Chunks and bytes, by model."""
+    """Chunks and bytes, by model, and how many of them are exact prefixes or states."""
     shelf = _opened(store)
-    models = {
-        name: dict(zip(("chunks", "tokens", "bytes"), sums, strict=True))
-        for name, sums in shelf.counts("fingerprint").items()
-    }
+    models = shelf.counts("fingerprint")
     unreadable = models.pop("", {"chunks": 0})["chunks"]
-    for fingerprint, counts in models.items():
-        counts["base"], counts["adapter"] = shelf.names(fingerprint)
-    total = {
-        name: sum(model[name] for model in models.values())
-        for name in ("chunks", "tokens", "bytes")
-    }
-    tenants = {name: sums[2] for name, sums in shelf.counts("tenant").items() if name}
-    record = total | {"unreadable": unreadable, "tenants": tenants, "models": models}
-    if as_json:
-        typer.echo(json.dumps(record, indent=2))
-        return
+    for fingerprint, sums in models.items():
+        sums["base"], sums["adapter"] = shelf.names(fingerprint)
+    total = {n: sum(m[n] for m in models.values()) for n in ("chunks", "tokens", "bytes")}
+    kinds = {name: sums for name, sums in shelf.counts("kind").items() if name}
+    tenants = {name: sums["bytes"] for name, sums in shelf.counts("tenant").items() if name}
+    record = total | {"unreadable": unreadable, "kinds": kinds, "tenants": tenants}
     damaged = f", {unreadable:,} unreadable" if unreadable else ""
-    typer.echo(f"{_counted(total)}, {len(models)} models{damaged}")
-    for fingerprint, counts in models.items():
-        adapter = f" + {counts['adapter']}" if counts["adapter"] else ""
-        typer.echo(f"  {fingerprint[:SHORT]}  {_counted(counts)}  {counts['base']}{adapter}")
+    lines = [f"{_counted(total)}, {len(models)} models{damaged}"]
+    for fingerprint, sums in models.items():
+        adapter = f" + {sums['adapter']}" if sums["adapter"] else ""
+        lines.append(f"  {fingerprint[:SHORT]}  {_counted(sums)}  {sums['base']}{adapter}")
+    lines += [f"  of kind {kind}: {_counted(s)}" for kind, s in kinds.items() if kind != "chunk"]
+    _say(record | {"models": models}, as_json, *lines)
 
 
 @group.command()
@@ -84,14 +76,12 @@ def ls(store: Place, model: Model = "", document: Document = "", as_json: AsJson
         if not row.fingerprint:
             continue
         record = _record(row)
-        if as_json:
-            typer.echo(json.dumps(record))
-        else:
-            typer.echo(
-                f"{row.key[:SHORT]}  {row.kind:8} {row.num_tokens:>7,} tokens "
-                f"{_size(row.size):>9}  {record['used']}  {row.fingerprint[:SHORT]}"
-                f"{'  pinned' if row.pinned else ''}  {row.document}".rstrip()
-            )
+        pinned = "  pinned" if row.pinned else ""
+        line = (
+            f"{row.key[:SHORT]}  {row.kind:8} {row.num_tokens:>7,} tokens {_size(row.size):>9}  "
+            f"{record['used']}  {row.fingerprint[:SHORT]}{pinned}  {row.document}".rstrip()
+        )
+        typer.echo(json.dumps(record) if as_json else line)
 
 
 @group.command()
@@ -100,36 +90,26 @@ def show(store: Place, key: Key, as_json: AsJson = False) -> None:
     from blocktune.cache.chunk_file import ChunkFile
 
     shelf = _opened(store)
-    row = _whole(shelf, [key])[0]
+    [row] = _rows(shelf, [key])
     header = shelf.blobs.facts(row.key).header
     problem = _problem(shelf.blobs, row.key)
     record = _record(row) | {"sound": problem is None, "problem": problem}
     record |= {"signed": "signature" in header, "codec": header.get("codec", "as-is")}
     if problem is None:
         record["token_ids"] = ChunkFile(shelf.blobs, row.key).token_ids.tolist()
-    if as_json:
-        typer.echo(json.dumps(record))
-    else:
-        for name, value in record.items():
-            typer.echo(f"{name:12} {value}")
+    _say(record, as_json, *(f"{name:12} {value}" for name, value in record.items()))
 
 
 @group.command()
 def verify(store: Place, as_json: AsJson = False) -> None:
     """Read every file, compare it with its checksums (and signature); exit code 1 if one fails."""
-    shelf = _opened(store)
-    problems, count = {}, 0
-    for key in shelf.blobs.keys():  # noqa: SIM118
-        count += 1
-        if problem := _problem(shelf.blobs, key):
-            problems[key] = problem
-    if as_json:
-        typer.echo(json.dumps({"chunks": count, "damaged": problems}, indent=2))
-    else:
-        for key, problem in problems.items():
-            typer.echo(f"{key}: {problem}")
-        signed = "" if shelf.blobs.secret is None else " and signed"
-        typer.echo(f"{count - len(problems):,} of {count:,} chunks are sound{signed}")
+    blobs = _opened(store).blobs
+    found = {key: _problem(blobs, key) for key in blobs.keys()}  # noqa: SIM118
+    problems = {key: problem for key, problem in found.items() if problem}
+    signed = "" if blobs.secret is None else " and signed"
+    sound = f"{len(found) - len(problems):,} of {len(found):,} chunks are sound{signed}"
+    lines = [f"{key}: {problem}" for key, problem in problems.items()]
+    _say({"chunks": len(found), "damaged": problems}, as_json, *lines, sound)
     if problems:
         raise typer.Exit(1)
 
@@ -137,14 +117,10 @@ def verify(store: Place, as_json: AsJson = False) -> None:
 @group.command()
 def gc(
     store: Place,
-    max_size: Annotated[
-        str | None, typer.Option(help="Such as 50GB: remove what was used longest ago.")
-    ] = None,
-    unused_days: Annotated[
-        float | None, typer.Option(min=0, help="Remove entries not used for this many days.")
-    ] = None,
+    max_size: Annotated[str, typer.Option(help="50GB: remove what was used longest ago.")] = "",
+    unused_days: Annotated[float | None, typer.Option(min=0, help="Remove what is older.")] = None,
     damaged: Annotated[
-        bool, typer.Option("--damaged", help="Remove what does not verify, or is not signed.")
+        bool, typer.Option("--damaged", help="Remove what does not verify.")
     ] = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
@@ -155,79 +131,61 @@ def gc(
     """
     from blocktune.cache.config import parse_bytes
 
-    limit = None if max_size is None else parse_bytes(max_size)
+    limit = parse_bytes(max_size) if max_size else None
     shelf = _opened(store)
-    unfinished = 0 if dry_run else shelf.clean()
-    now, kept, doomed = time.time(), [], {}
+    unfinished, now, kept, doomed = 0 if dry_run else shelf.clean(), time.time(), [], {}
     for row in shelf.rows():
         over = row.expires is not None and row.expires <= now
         if over or (damaged and _problem(shelf.blobs, row.key)):
             doomed[row.key] = row.size
         elif row.fingerprint and not row.pinned:
             kept.append((row.used, row.key, row.size))
-    kept.sort()
     total = sum(size for _, _, size in kept)
     oldest = None if unused_days is None else now - unused_days * 86400
-    for used, key, size in kept:
+    for used, key, size in sorted(kept):
         if (oldest is not None and used < oldest) or (limit is not None and total > limit):
             doomed[key] = size
             total -= size
-    _remove(shelf, doomed, dry_run, as_json, {"unfinished": unfinished})
+    _remove(shelf, doomed, dry_run, as_json, unfinished=unfinished)
 
 
 @group.command()
-def pin(
-    store: Place,
-    keys: Annotated[list[str], typer.Argument(help="Keys, or their first digits.")],
-    undo: Annotated[bool, typer.Option("--undo", help="Let them leave again.")] = False,
-    as_json: AsJson = False,
-) -> None:
+def pin(store: Place, keys: Keys, undo: Undo = False, as_json: AsJson = False) -> None:
     """Keep chunks of a folder whatever its budget is; only `rm` removes them."""
     shelf = _opened(store)
-    wanted = [row.key for row in _whole(shelf, keys)]
+    wanted = [row.key for row in _rows(shelf, keys)]
     count = shelf.pin(wanted, not undo)
-    if as_json:
-        typer.echo(json.dumps({"chunks": count, "pinned": not undo, "keys": wanted}))
-    else:
-        typer.echo(f"{'unpinned' if undo else 'pinned'} {count:,} chunks")
+    record = {"chunks": count, "pinned": not undo, "keys": wanted}
+    _say(record, as_json, f"{'unpinned' if undo else 'pinned'} {count:,} chunks")
 
 
 @group.command()
 def rm(
     store: Place,
-    keys: Keys = None,
+    keys: Annotated[list[str] | None, typer.Argument(help="Keys, or their first digits.")] = None,
     model: Model = "",
     document: Document = "",
-    adapter: Annotated[
-        str, typer.Option(help="Only chunks of this adapter, as `stat` names it.")
-    ] = "",
+    adapter: Annotated[str, typer.Option(help="Only of this adapter, as in `stat`.")] = "",
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Remove chunks by their keys, or all of a model, an adapter or a document."""
     shelf = _opened(store)
     if sum(map(bool, (keys, model, document, adapter))) != 1:
-        raise ValueError(
-            "give either keys of chunks, --model FINGERPRINT, --adapter NAME or --document NAME"
-        )
+        raise ValueError("give either keys, --model FINGERPRINT, --adapter NAME or --document NAME")
     if keys:
-        rows = _whole(shelf, keys)
+        rows = _rows(shelf, keys)
     elif adapter:
         models = [one for one in shelf.counts("fingerprint") if shelf.names(one)[1] == adapter]
         rows = [row for one in models for row in shelf.rows(model=one)]
     else:
-        whole = model and _one(model, shelf.counts("fingerprint"), "model")
-        rows = shelf.rows(model=whole, document=document)
-    _remove(shelf, {row.key: row.size for row in rows}, dry_run, as_json, {})
+        rows = shelf.rows(model=_model(shelf, model), document=document)
+    _remove(shelf, {row.key: row.size for row in rows}, dry_run, as_json)
 
 
 @group.command("export")
 def export_chunks(
-    store: Place,
-    target: Annotated[str, typer.Argument(help="Folder or URL that gets the chunks.")],
-    model: Model = "",
-    document: Document = "",
-    as_json: AsJson = False,
+    store: Place, target: Other, model: Model = "", document: Document = "", as_json: AsJson = False
 ) -> None:
     """Copy chunks and manifests to another store, each verified; what is there is skipped."""
     _copy(_opened(store), _opened(target, make=True), model, document, as_json)
@@ -235,11 +193,7 @@ def export_chunks(
 
 @group.command("import")
 def import_chunks(
-    store: Place,
-    source: Annotated[str, typer.Argument(help="Folder or URL that has the chunks.")],
-    model: Model = "",
-    document: Document = "",
-    as_json: AsJson = False,
+    store: Place, source: Other, model: Model = "", document: Document = "", as_json: AsJson = False
 ) -> None:
     """Copy chunks and manifests from another store, each verified; what is there is skipped."""
     _copy(_opened(source), _opened(store, make=True), model, document, as_json)
@@ -251,19 +205,13 @@ def manifest(store: Place, model: Model = "", as_json: AsJson = False) -> None:
     blobs = _opened(store).blobs
     wanted = [one for one in blobs.fingerprints() if one.startswith(model)]
     if not wanted:
-        raise ValueError(
-            f"no manifest{f' of {model}' if model else ''} in '{store}'; "
-            "`blocktune encode` and `answer --store` write one for each model"
-        )
+        which = f" of {model}" if model else ""
+        known = "`blocktune encode` and `answer --store` write one for each model"
+        raise ValueError(f"no manifest{which} in '{store}'; {known}")
     records = [blobs.manifest(fingerprint) for fingerprint in wanted]
-    if as_json:
-        typer.echo(json.dumps(records, indent=2, ensure_ascii=False))
-        return
-    for record in records:
-        for name, value in record.items():
-            text = json.dumps(value, ensure_ascii=False)
-            typer.echo(f"{name:14} {text if len(text) <= 300 else text[:300] + ' ... (--json)'}")
-        typer.echo()
+    facts = [(name, json.dumps(value)) for record in records for name, value in record.items()]
+    lines = (f"{name:14} {text[:300]}{' ... (--json)' * (len(text) > 300)}" for name, text in facts)
+    _say(records, as_json, *lines)
 
 
 def _opened(place: str, make: bool = False) -> Shelf:
@@ -272,33 +220,33 @@ def _opened(place: str, make: bool = False) -> Shelf:
     return Shelf.open(place, make)
 
 
+def _say(record: Any, as_json: bool, *lines: str) -> None:
+    typer.echo(json.dumps(record, indent=2, ensure_ascii=False) if as_json else "\n".join(lines))
+
+
 def _problem(blobs: Blobs, key: str) -> str | None:
     from blocktune.cache.chunk_file import ChunkFile
 
     try:
-        ChunkFile(blobs, key).verify()
+        return ChunkFile(blobs, key).verify()
     except FileNotFoundError:
         return None
     except ValueError as error:
         return " ".join(str(error).split())
-    return None
 
 
 def _remove(
-    shelf: Shelf, doomed: dict[str, int], dry_run: bool, as_json: bool, more: dict[str, int]
+    shelf: Shelf, doomed: dict[str, int], dry_run: bool, as_json: bool, **more: int
 ) -> None:
     removed = {key: size for key, size in doomed.items() if dry_run or shelf.remove(key)}
     record = {"chunks": len(removed), "bytes": sum(removed.values()), "dry_run": dry_run} | more
-    if as_json:
-        typer.echo(json.dumps(record | {"keys": list(removed)}))
-        return
     left = f", {more['unfinished']:,} unfinished files" if more.get("unfinished") else ""
-    verb = "would remove" if dry_run else "removed"
-    typer.echo(f"{verb} {len(removed):,} chunks ({_size(record['bytes'])}){left}")
+    line = f"{'would remove' if dry_run else 'removed'} {len(removed):,} chunks"
+    _say(record | {"keys": list(removed)}, as_json, f"{line} ({_size(record['bytes'])}){left}")
 
 
 def _copy(source: Shelf, target: Shelf, model: str, document: str, as_json: bool) -> None:
-    whole = model and _one(model, source.counts("fingerprint"), "model")
+    whole = _model(source, model)
     counts = {"copied": 0, "bytes": 0, "there": 0, "unsound": 0}
     for row in source.rows(model=whole, document=document):
         if target.blobs.has(row.key):
@@ -312,61 +260,39 @@ def _copy(source: Shelf, target: Shelf, model: str, document: str, as_json: bool
         record = source.blobs.manifest(fingerprint)
         if whole in ("", fingerprint) and target.blobs.manifest(fingerprint) is None:
             target.blobs.write_manifest(record)
-    if as_json:
-        typer.echo(json.dumps(counts))
-        return
-    typer.echo(
-        f"copied {counts['copied']:,} chunks ({_size(counts['bytes'])}) to {target.blobs.place}, "
-        f"{counts['there']:,} were there, {counts['unsound']:,} are not sound and stayed behind"
-    )
+    line = f"copied {counts['copied']:,} chunks ({_size(counts['bytes'])}) to {target.blobs.place}"
+    line += f", {counts['there']:,} were there, {counts['unsound']:,} are not sound and stayed"
+    _say(counts, as_json, f"{line} behind")
 
 
-def _whole(shelf: Shelf, starts: list[str]) -> list[Row]:
-    found = []
-    for start in starts:
-        _digits(start, "chunk")
-        rows = list(shelf.rows(start=start))
-        _single(rows, start, "chunk")
-        found += rows
-    return found
+def _rows(shelf: Shelf, starts: list[str]) -> list[Row]:
+    return [_only(start, shelf.rows(start=start), "chunk") for start in starts]
 
 
-def _one(start: str, among: Iterable[str], what: str) -> str:
-    _digits(start, what)
-    found = [one for one in among if one.startswith(start)]
-    _single(found, start, what)
+def _model(shelf: Shelf, start: str) -> str:
+    known = (one for one in shelf.counts("fingerprint") if one.startswith(start))
+    return start and _only(start, known, "model")
+
+
+def _only(start: str, found: Iterable, what: str) -> Any:
+    """What is named by its first digits."""
+    if not re.fullmatch(rf"[0-9a-f]{{{LEAST_DIGITS},64}}", start):
+        raise ValueError(f"a {what} is named by {LEAST_DIGITS} to 64 hex digits, got '{start}'")
+    found = list(found)
+    if len(found) != 1:
+        raise ValueError(f"{len(found)} of the store's {what}s begin with '{start}'; see `ls`")
     return found[0]
 
 
-def _digits(start: str, what: str) -> None:
-    if not re.fullmatch(rf"[0-9a-f]{{{LEAST_DIGITS},64}}", start):
-        raise ValueError(f"a {what} is named by {LEAST_DIGITS} to 64 hex digits, got '{start}'")
-
-
-def _single(found: list, start: str, what: str) -> None:
-    if len(found) != 1:
-        raise ValueError(f"{len(found)} of the store's {what}s begin with '{start}'; see `ls`")
-
-
 def _record(row: Row) -> dict[str, Any]:
-    return {
-        "key": row.key,
-        "kind": row.kind,
-        "tokens": row.num_tokens,
-        "bytes": row.size,
-        "used": time.strftime("%Y-%m-%d %H:%M", time.localtime(row.used)),
-        "uses": row.uses,
-        "fingerprint": row.fingerprint,
-        "document": row.document,
-        "tenant": row.tenant,
-        "seconds": row.seconds,
-        "pinned": bool(row.pinned),
-        "expires": row.expires,
-    }
+    record = asdict(row) | {"pinned": bool(row.pinned)}
+    for name in ("created", "used"):
+        record[name] = time.strftime("%Y-%m-%d %H:%M", time.localtime(record[name]))
+    return {"tokens": record.pop("num_tokens"), "bytes": record.pop("size")} | record
 
 
-def _counted(counts: dict[str, Any]) -> str:
-    return f"{counts['chunks']:,} chunks, {counts['tokens']:,} tokens, {_size(counts['bytes'])}"
+def _counted(sums: dict[str, Any]) -> str:
+    return f"{sums['chunks']:,} chunks, {sums['tokens']:,} tokens, {_size(sums['bytes'])}"
 
 
 def _size(count: int) -> str:

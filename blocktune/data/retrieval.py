@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -59,6 +59,24 @@ class Bm25:
         return self._bm25s.tokenize(
             texts, stopwords="en", return_ids=as_ids, show_progress=False, allow_empty=True
         )
+
+
+class Dense:
+    """The same by embeddings: ``embed`` gives texts vectors of length 1, ``(N, D)``."""
+
+    def __init__(self, chunks: Sequence[Chunk], embed: Callable[[Sequence[str]], Any]):
+        if not chunks:
+            raise ValueError("an index needs at least one chunk, got none")
+        self.chunks, self._embed = list(chunks), embed
+        self._vectors = np.asarray(embed([f"{c.title or ''} {c.text}".strip() for c in chunks]))
+
+    def search(self, questions: Sequence[str], k: int) -> list[list[Hit]]:
+        """As `Bm25.search`, by cosine similarity."""
+        best = []
+        for scores in np.asarray(self._embed(questions)) @ self._vectors.T:
+            order = np.argsort(-scores, kind="stable")[:k]
+            best.append([Hit(int(index), float(scores[index])) for index in order])
+        return best
 
 
 class Question(NamedTuple):
@@ -138,14 +156,20 @@ def read_retrieved(path: str | Path) -> Retrieved:
     return Retrieved(Path(path).name, found)
 
 
-def from_corpus(questions: Iterable[Question], corpus: Sequence[Chunk], k: int) -> list[RagExample]:
-    """The ``k`` best passages of a corpus by BM25, best first; ``meta`` holds their scores."""
-    index = Bm25(corpus)
+def from_corpus(
+    questions: Iterable[Question],
+    corpus: Sequence[Chunk],
+    k: int,
+    embed: Callable[[Sequence[str]], Any] | None = None,
+) -> list[RagExample]:
+    """The ``k`` best passages of a corpus, best first; ``meta`` holds their scores."""
+    index = Bm25(corpus) if embed is None else Dense(corpus, embed)
     questions = list(questions)
     found = index.search([question.question for question in questions], k)
     examples = []
     for question, hits in zip(questions, found, strict=True):
-        meta = {"retriever": "bm25", "scores": [round(hit.score, 4) for hit in hits]}
+        scores = [round(hit.score, 4) for hit in hits]
+        meta = {"retriever": "bm25" if embed is None else "dense", "scores": scores}
         chunks = tuple(index.chunks[hit.index] for hit in hits)
         examples.append(_example(question, chunks, meta))
     return examples

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from blocktune.cache import ChunkKV, RowCache
+from blocktune.cache.chunk_file import FileKV
 from blocktune.engine.encode import Found
 from blocktune.engine.state import ServedBatch
 from blocktune.layout import GLOBAL, Kind, Layout
-from blocktune.methods.hooks import ChunkLoader
+from blocktune.methods.hooks import ChunkLoader, DamagedChunk
 from blocktune.positions import RopeSpec, Rotation, rotate_keys
 from blocktune.prompt import Batch, Pieces
 
@@ -29,21 +30,23 @@ class Assembled:
     hits: list[int]  # chunks found, per prompt; ``misses`` were encoded first
     misses: list[int]
     prefix_tokens: list[int]  # tokens of an exact prefix found, per prompt
+    prefix_disk_tokens: list[int]  # those of them that were read from the store's folder
     states: dict[int, Tensor] = field(default_factory=dict)  # by layer, (B, N, hidden)
 
     @classmethod
     def empty(cls, batch: Batch) -> Assembled:
         """Nothing cached."""
         count = batch.layout.batch_size
-        return cls(torch.zeros_like(batch.layout.is_pad), *([0] * count for _ in range(4)))
+        return cls(torch.zeros_like(batch.layout.is_pad), *([0] * count for _ in range(5)))
 
     def found_prefix(
-        self, layout: Layout, index: int, pieces: Pieces, num_tokens: int, num_bytes: int
+        self, layout: Layout, index: int, pieces: Pieces, num_tokens: int, num_bytes: int, disk: int
     ) -> None:
-        """Notes the exact prefix of ``num_tokens`` tokens that one prompt starts from."""
+        """Notes the exact prefix of ``num_tokens`` tokens, ``disk`` of them from files."""
         ends = [*accumulate(map(len, pieces.chunks), initial=len(pieces.prefix))][1:]
         self.cached[index] = ~layout.is_pad[index] & (layout.order[index] < num_tokens)
         self.bytes_read[index], self.prefix_tokens[index] = num_bytes, num_tokens
+        self.prefix_disk_tokens[index] = disk
         self.hits[index] = sum(end <= num_tokens for end in ends)
         self.misses[index] = len(ends) - self.hits[index]
 
@@ -53,17 +56,20 @@ def from_chunks(
     layers: Sequence[int] = (),
     loader: ChunkLoader | None = None,
     found: Found | None = None,
+    lazy: bool = True,
 ) -> Assembled:
     """Fills the cache with the prefix and the chunks, each encoded alone and moved into place.
 
     What they carried into ``layers`` is laid out beside it. With a ``loader`` a layer is
     filled when the forward pass comes to it. ``found``: the chunks, if they were looked up.
+    ``lazy``: chunks that no memory will hold are read into their place at once; one that fails
+    only then raises `DamagedChunk`.
     """
     batch, cache, watch, state = served.batch, served.cache, served.watch, served.state
     layout = batch.layout
     if found is None:
         together = [piece for prompt in served.wanted for piece in prompt]
-        found = state.encoder.find(together, watch, layers, loader)
+        found = state.encoder.find(together, watch, layers, loader, lazy=lazy)
     hits = found.hits
     result = Assembled.empty(batch)
     result.cached = (layout.kind == Kind.PREFIX) | is_held(layout)
@@ -102,12 +108,13 @@ def from_chunks(
 def from_prefix(served: ServedBatch) -> Assembled:
     """Fills the cache with the longest exact prefix that an earlier prompt left behind."""
     result, state, watch = Assembled.empty(served.batch), served.state, served.watch
+    tree = state.prefixes(served.method)
     for index, prompt in enumerate(served.pieces):
         watch.start()
-        with state.prefix_tree.match(state.encoder.fingerprint, prompt.context) as match:
+        with tree.match(state.encoder.fingerprint, prompt.context) as match:
             watch.stop("lookup_s")
             match.load(served.cache, index)
-            facts = match.num_tokens, match.num_bytes
+            facts = match.num_tokens, match.num_bytes, match.disk_tokens
             result.found_prefix(served.batch.layout, index, prompt, *facts)
             watch.stop("load_s")
     return result
@@ -133,15 +140,18 @@ def relocator(
     runs = _segments(kvs, columns)
 
     def fill(layer: int) -> None:
+        rotated = None if turns is None else ("key", "value")[rope.layers[layer].in_values]
         for run in runs:
-            states = [joined.to(columns.device) for joined in run.states(layer)]
-            own = cache.room(layer, prompt, run.columns, *states)
-            rotated = int(rope.layers[layer].in_values)
-            own[1 - rotated].copy_(states[1 - rotated])
-            if turns is None:
-                own[rotated].copy_(states[rotated])
-            else:
-                rotate_keys(states[rotated], turns.of(layer).cut(run.tokens), own[rotated])
+            room = cache.room(layer, prompt, run.columns, *run.like(layer, columns.device))
+            for name, out in zip(("key", "value"), room, strict=True):
+                try:
+                    if name == rotated:
+                        turn = turns.of(layer).cut(run.tokens)
+                        rotate_keys(run.states(layer, name).to(out.device), turn, out)
+                    else:
+                        run.put(layer, name, out)
+                except ValueError as error:  # of a file
+                    raise DamagedChunk(f"layer {layer}: {error}") from None
 
     return fill
 
@@ -153,14 +163,23 @@ class _Segment(NamedTuple):
     tokens: slice
     columns: slice
 
-    def states(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Their keys and values, ``(K, S, D)``."""
-        pairs = [(kv.keys[layer], kv.values[layer]) for kv in self.kvs]
-        return (
-            pairs[0]
-            if len(pairs) == 1
-            else tuple(torch.cat(s, 1) for s in zip(*pairs, strict=True))
-        )
+    def like(self, layer: int, device: torch.device) -> list[Tensor]:
+        """Tensors of the shapes and types of the first one's keys and values."""
+        kv = self.kvs[0].like if isinstance(self.kvs[0], FileKV) else self.kvs[0]
+        pair = (kv.keys[layer], kv.values[layer])
+        return [one.new_empty((), device=device).expand_as(one) for one in pair]
+
+    def states(self, layer: int, name: str) -> Tensor:
+        """Their keys or values, ``(K, S, D)``."""
+        found = [(kv.keys if name == "key" else kv.values)[layer] for kv in self.kvs]
+        return found[0] if len(found) == 1 else torch.cat(found, 1)
+
+    def put(self, layer: int, name: str, out: Tensor) -> None:
+        """Writes their keys or values over ``out``."""
+        if isinstance(self.kvs[0], FileKV) and len(self.kvs) == 1:
+            self.kvs[0].read_into(f"{name}.{layer}", out)
+        else:
+            out.copy_(self.states(layer, name))
 
 
 def _segments(kvs: list[ChunkKV], columns: Tensor) -> list[_Segment]:

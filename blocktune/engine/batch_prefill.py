@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import reduce
+from typing import Any
 
 import torch
 
@@ -40,13 +42,12 @@ def prefill_batch(
     if state.recurrence is not None:
         return prefill_recurrent(*batch)
     loader = method.loader(state.encoder.store, state.encoder.fingerprint)
-    if loader is not None:
-        try:
-            with loader:
-                return _prefill(ServedBatch.stacked(*batch), loader, None)
-        except DamagedChunk:
-            pass  # without the loader the store rejects the chunk, and it is encoded again
-    return _prefill(ServedBatch.stacked(*batch), None, found)
+    try:
+        with loader or nullcontext():
+            looked = found if loader is None else None
+            return _prefill(ServedBatch.stacked(*batch), loader, looked)
+    except DamagedChunk:  # read as a whole, the store rejects the chunk, and it is encoded again
+        return _prefill(ServedBatch.stacked(*batch), None, None, lazy=False)
 
 
 def warm_up(
@@ -61,11 +62,13 @@ def warm_up(
         next(prefill_batch(state, laid, earlier, method).tokens(Sampling(), 1))
 
 
-def _prefill(served: ServedBatch, loader: ChunkLoader | None, found: Found | None) -> Generation:
+def _prefill(
+    served: ServedBatch, loader: ChunkLoader | None, found: Found | None, lazy: bool = True
+) -> Generation:
     """Assembles, chooses and computes; without a loader, chunks are loaded before any of it."""
     state, method, watch = served.state, served.method, served.watch
     selection = method.select_for(state.num_layers)
-    assembled = _assemble(served, selection, loader, found)
+    assembled = _assemble(served, selection, loader, found, lazy)
     watch.start()
     if loader is not None and method.layer_budget is None:
         tokens = int(served.batch.layout.is_context.sum())
@@ -96,11 +99,9 @@ def _prefill(served: ServedBatch, loader: ChunkLoader | None, found: Found | Non
     )
 
 
-def _assemble(
-    served: ServedBatch, selection: Selection, loader: ChunkLoader | None, found: Found | None
-) -> Assembled:
+def _assemble(served: ServedBatch, selection: Selection, *how: Any) -> Assembled:
     if served.method.cached is Cached.CHUNKS:
-        return from_chunks(served, selection.widens(served.state.num_layers), loader, found)
+        return from_chunks(served, selection.widens(served.state.num_layers), *how)
     if served.method.cached is Cached.EXACT_PREFIX:
         return from_prefix(served)
     return Assembled.empty(served.batch)

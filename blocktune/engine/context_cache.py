@@ -17,7 +17,6 @@ from blocktune.engine.prompts import PromptMaker
 from blocktune.engine.state import EngineState
 from blocktune.layout import Kind
 from blocktune.methods import Method
-from blocktune.models.recurrent import REUSE_REFUSED
 from blocktune.prompt import Chunk, Pieces, Prompt
 
 
@@ -82,7 +81,7 @@ def make_context(
 ) -> CachedContext:
     """See `Engine.cache`."""
     if state.recurrence is not None:
-        raise ValueError(REUSE_REFUSED.format("a cache of the context"))
+        raise ValueError(state.recurrence.refusal.format("a cache of the context"))
     if method.reshape() is not None:
         raise ValueError(
             f"method '{method.name}' reshapes attention to the chunks, which a stock model does "

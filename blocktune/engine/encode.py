@@ -6,21 +6,25 @@ import copy
 import hashlib
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
 from blocktune.adapter import scope_of
-from blocktune.attention import Plan, SplitPlan
+from blocktune.attention import Plan, SplitPlan, planned_forward
 from blocktune.cache import ChunkKV, ChunkStates, ChunkStore, states_key, stored_key
-from blocktune.cache.miss_queue import MissQueue
+from blocktune.cache.chunk_file import FileKV
+from blocktune.cache.shelf import MissQueue
 from blocktune.engine.usage import Stopwatch
 from blocktune.methods.hooks import ChunkLoader
-from blocktune.prompt import LayoutSpec, Pieces, Prompt, lay_out, stack
+from blocktune.methods.press import Press
+from blocktune.positions import RopeSpec
+from blocktune.prompt import Chunk, LayoutSpec, Pieces, Prompt, lay_out, stack
 
 Ids = tuple[int, ...]
 TOKENS_PER_PASS = 16_384
@@ -73,6 +77,11 @@ def _size(piece: Piece) -> int:
     return len(piece.blanks) + len(piece.ids)
 
 
+def _document(chunk: Chunk) -> str:
+    names = (chunk.metadata.get("document"), chunk.metadata.get("id"), chunk.title)
+    return str(next((name for name in names if name is not None), ""))
+
+
 class EncodeReport(NamedTuple):
     """What `Engine.encode` did: chunks given, newly encoded, tokens and seconds of those."""
 
@@ -116,10 +125,21 @@ _Encoded = tuple[Piece, ChunkKV, dict[int, ChunkStates]]
 class Encoder:
     """Turns pieces into their keys and values, through the store."""
 
-    def __init__(self, model: nn.Module, store: ChunkStore, fingerprint: str, pad_id: int):
-        """Encodes with ``model`` (attached to blocktune's attention) and keeps in ``store``."""
+    def __init__(
+        self,
+        model: nn.Module,
+        store: ChunkStore,
+        fingerprint: str,
+        pad_id: int,
+        rope: RopeSpec | None = None,
+        press: Press | None = None,
+    ):
+        """Encodes with ``model`` (attached to blocktune's attention) and keeps in ``store``.
+
+        ``rope`` is the model's; ``press`` drops keys of the chunks.
+        """
         self.model, self.store, self.tenant = model, store, ""
-        self.fingerprint, self.pad_id = fingerprint, pad_id
+        self.fingerprint, self.pad_id, self.rope, self.press = fingerprint, pad_id, rope, press
         self._is_scoped = scope_of(model) != "both"
 
     def find(
@@ -129,14 +149,16 @@ class Encoder:
         layers: Sequence[int] = (),
         loader: ChunkLoader | None = None,
         documents: Mapping[Piece, str] | None = None,
+        lazy: bool = False,
     ) -> Found:
         """Looks every piece up (by the ``loader``, if given) and encodes what is missing, once.
 
         The input states of ``layers`` (0-based) are wanted too: a piece that was encoded without
         them is encoded again. ``watch`` gets ``lookup_s``, ``load_s`` and ``encode_s``. What is
-        encoded can be removed by the names of ``documents``.
+        encoded can be removed by the names of ``documents``. A ``lazy`` reader gets chunks that no
+        memory will hold as `FileKV`: their layers are read when they are asked for.
         """
-        found = self.look_up(pieces, watch, layers, loader)
+        found = self.look_up(pieces, watch, layers, loader, lazy)
         watch.start()
         for group in grouped(piece for piece in found.tiers if piece not in found.kvs):
             started, tokens = time.perf_counter(), sum(map(_size, group))
@@ -158,12 +180,14 @@ class Encoder:
         watch: Stopwatch,
         layers: Sequence[int] = (),
         loader: ChunkLoader | None = None,
+        lazy: bool = False,
     ) -> Found:
         """What the store has of the pieces; see `find`, which encodes the others."""
         found, model = Found(), self.fingerprint
         for piece in dict.fromkeys(pieces):
             key = self.key(piece)
-            looked = [(loader or self.store).lookup(key, piece.ids, model)]
+            how = {"read": FileKV.read} if lazy and not loader and self.store.is_on_disk else {}
+            looked = [(loader or self.store).lookup(key, piece.ids, model, **how)]
             for layer in layers:
                 own = states_key(key, layer)
                 looked.append(self.store.lookup(own, piece.ids, model, ChunkStates))
@@ -180,14 +204,14 @@ class Encoder:
     def encode(
         self,
         prefix: Piece | None,
-        chunks: Sequence[Piece],
-        documents: Sequence[str],
+        pieces: Sequence[Piece],
+        chunks: Sequence[Chunk],
         progress: Callable[[int, int], None] | None,
     ) -> EncodeReport:
-        """See `Engine.encode`; ``documents`` are the names of the chunks'."""
+        """See `Engine.encode`; ``pieces`` are those of the ``chunks``."""
         watch = Stopwatch(self.model.device)
-        wanted = dict.fromkeys([*([prefix] if prefix else []), *chunks])
-        names = dict(zip(chunks, documents, strict=True))
+        wanted = dict.fromkeys([*([prefix] if prefix else []), *pieces])
+        names = {piece: _document(chunk) for piece, chunk in zip(pieces, chunks, strict=True)}
         new: set[Piece] = set()
         done, total = 0, sum(len(piece.ids) for piece in wanted)
         for group in grouped(wanted):  # only the store keeps them: a corpus does not fit in memory
@@ -210,10 +234,10 @@ class Encoder:
         queue.done(self.fingerprint, wanted)
         return len(wanted)
 
-    def salted(self, salt: str) -> Encoder:
+    def salted(self, salt: str, what: str = "salt") -> Encoder:
         """See `Engine.salted`."""
-        other = copy.copy(self)
-        other.fingerprint = hashlib.sha256(f"{self.fingerprint} salt {salt}".encode()).hexdigest()
+        other, mixed = copy.copy(self), f"{self.fingerprint} {what} {salt}"
+        other.fingerprint = hashlib.sha256(mixed.encode()).hexdigest()
         other.tenant = other.fingerprint[:12]
         self.store.share_rope(self.fingerprint, other.fingerprint)
         return other
@@ -231,23 +255,38 @@ class Encoder:
 
     @torch.no_grad()
     def _encode_together(self, pieces: list[Piece], layers: Sequence[int]) -> list[_Encoded]:
-        batch = stack([alone(piece) for piece in pieces], self.pad_id).to(self.model.device)
+        whole = [alone(self._whole(piece)) for piece in pieces]
+        batch = stack(whole, self.pad_id).to(self.model.device)
         cache = DynamicCache()
         plan = InputRecorder(SplitPlan(batch.layout), layers)
-        self.model(
-            batch.input_ids,
-            position_ids=batch.layout.position,
-            plan=plan,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return [self._cut(cache, plan.inputs, index, piece) for index, piece in enumerate(pieces)]
+        positions = batch.layout.position
+        with nullcontext() if self.press is None else self.press.watching(self.model) as seen:
+            planned_forward(self.model, batch.input_ids, positions, plan, cache, logits_to_keep=1)
+        made = cache, plan.inputs, seen
+        return [self._cut(*made, index, piece) for index, piece in enumerate(pieces)]
 
-    def _cut(self, cache: DynamicCache, inputs: dict[int, Tensor], index: int, piece: Piece):
-        span, ids = slice(len(piece.blanks), _size(piece)), torch.tensor(piece.ids)
+    def _whole(self, piece: Piece) -> Piece:
+        """What is encoded: of a chunk that is thinned, the tokens that are dropped, too."""
+        if self.press is None or piece.is_prefix:
+            return piece
+        return Piece(piece.ids + piece.blanks)
+
+    def _cut(
+        self,
+        cache: DynamicCache,
+        inputs: dict[int, Tensor],
+        seen: list[dict[str, Any]] | None,
+        index: int,
+        piece: Piece,
+    ) -> _Encoded:
+        whole, ids = self._whole(piece), torch.tensor(piece.ids)
+        span = slice(len(whole.blanks), _size(whole))
         keys = tuple(layer.keys[index, :, span] for layer in cache.layers)
         values = tuple(layer.values[index, :, span] for layer in cache.layers)
+        if self.press is not None and not piece.is_prefix:
+            layers = zip(seen, keys, values, strict=True)
+            thin = [self.press.thin(one, index, *kv) for one, *kv in layers]
+            keys, values = (tuple(kind) for kind in zip(*thin, strict=True))
         states = {
             layer: ChunkStates(made[index, span], layer, ids, self.fingerprint).compact()
             for layer, made in inputs.items()

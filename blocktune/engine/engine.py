@@ -14,22 +14,23 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blocktune.adapter import AdapterInfo
 from blocktune.adapter.load import load_model
-from blocktune.attention import attach
 from blocktune.cache import ChunkStore, PrefixTree, model_fingerprint
-from blocktune.cache.manifest import manifest
+from blocktune.cache.decode_cache import DecodeCache
+from blocktune.cache.fingerprint import manifest
+from blocktune.cache.responses import ResponseCache
 from blocktune.data.example import read_chunks
 from blocktune.engine.batch_prefill import prefill_batch, warm_up
 from blocktune.engine.context_cache import CachedContext, make_context
 from blocktune.engine.encode import Encoder, EncodeReport
 from blocktune.engine.generation import Answer, Generation, Sampling
-from blocktune.engine.layer_schedule import install
-from blocktune.engine.prompts import PromptMaker, Request, as_request
+from blocktune.engine.layer_schedule import hook
+from blocktune.engine.prompts import PromptMaker, Request, as_request, built
+from blocktune.engine.recall import Recall
 from blocktune.engine.state import Auxiliaries, EngineState
 from blocktune.links import link_base
-from blocktune.methods import Method, build
-from blocktune.models.gate import require_supported
-from blocktune.models.recurrent import find_recurrence
-from blocktune.prompt import Chunk, Pieces, Prompt, PromptFormat
+from blocktune.methods import Method
+from blocktune.methods.press import Press
+from blocktune.prompt import Pieces, Prompt, PromptFormat
 from blocktune.prompt.special_tokens import padding_id
 
 NO_LIMIT = 1 << 30
@@ -49,6 +50,8 @@ class Engine:
     locked.
     """
 
+    responses: ResponseCache | None = None  # set it to keep whole answers
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -64,22 +67,19 @@ class Engine:
 
         Args:
             model: A RoPE decoder, with its adapter attached or merged; or one with recurrent layers
-                (Mamba-2, Qwen3-Next, ...), which serves only methods that reuse no chunk.
+                (Mamba-2, Qwen3-Next, ...) or absolute positions (GPT-2), which serves only methods
+                that reuse no chunk.
             tokenizer: The model's.
             format: Wording of prompts; default: the adapter's, else `PromptFormat`'s.
             adapter: What the model's adapter was trained for, if it has one.
             adapter_folder: Its files, which count in the cache's fingerprint.
             store: Where encoded chunks are kept; default: memory.
-            prefix_tree: Where exact prefixes are kept; default: memory.
+            prefix_tree: Where exact prefixes are kept; default: memory, then the store's folder.
 
         Raises:
             ValueError: If cached chunks of the model cannot be moved, or it has another adapter.
         """
-        recurrence, rope = find_recurrence(model), None
-        if recurrence is None:
-            rope = require_supported(model)
-            attach(model)
-            install(model)
+        rope, recurrence = hook(model)
         self.model, self.tokenizer, self.adapter = model.eval(), tokenizer, adapter
         self.format = format or (adapter.format if adapter else PromptFormat())
         if adapter:
@@ -88,15 +88,17 @@ class Engine:
         words, num_tokens = dataclasses.asdict(self.format), link_base(model)
         self.fingerprint = model_fingerprint(model, adapter_folder, tokenizer, words)
         pad_id = padding_id(tokenizer, num_tokens)
-        encoder = Encoder(model, self.store, self.fingerprint, pad_id)
+        press = None if self.store.config.press is None else Press(self.store.config.press)
+        encoder = Encoder(model, self.store, self.fingerprint, pad_id, rope, press)
         if rope is not None:
             facts = model, tokenizer, words, adapter, adapter_folder, rope
             self.store.describe(self.fingerprint, lambda: manifest(*facts, encoder.sample()), rope)
-        tree = PrefixTree() if prefix_tree is None else prefix_tree
-        auxiliaries = Auxiliaries(model, tokenizer)
-        self._state = EngineState(
-            model, tokenizer, encoder, tree, rope, pad_id, auxiliaries, recurrence
-        )
+        if press is not None:  # thinned chunks are no other engine's
+            encoder = encoder.salted(press.text, "press")
+            encoder.tenant, self.fingerprint = "", encoder.fingerprint
+        tree = PrefixTree(store=self.store) if prefix_tree is None else prefix_tree
+        caches, auxiliaries = (encoder, tree, rope, pad_id), Auxiliaries(model, tokenizer)
+        self._state = EngineState(model, tokenizer, *caches, auxiliaries, recurrence)
         config = model.config.get_text_config()
         self.prompts = PromptMaker(
             tokenizer,
@@ -105,9 +107,10 @@ class Engine:
             link_base=adapter.link_base(model, tokenizer) if adapter else None,
             max_tokens=getattr(config, "max_position_embeddings", NO_LIMIT),  # Mamba has none
             num_layers=config.num_hidden_layers,
-            recurrent=recurrence is not None,
+            refusal=recurrence and recurrence.refusal,
             num_tokens=num_tokens,
             exact_tokens=rope.max_tokens if rope else None,
+            press=press,
         )
 
     @classmethod
@@ -122,6 +125,7 @@ class Engine:
         revision: str | None = None,
         quantize: str | None = None,
         format: PromptFormat | None = None,
+        recurrent: bool = True,
     ) -> Engine:
         """Loads a model (and an adapter trained by blocktune) from a folder or the HF Hub.
 
@@ -134,6 +138,7 @@ class Engine:
             ValueError: If there is no such model or adapter, or they do not fit.
         """
         options = {"dtype": dtype, "device": device, "revision": revision, "quantize": quantize}
+        options |= {"recurrent": recurrent}
         base, tokenizer, info, folder = load_model(model, adapter, **options)
         if isinstance(store, str | Path):
             store = ChunkStore.open(store, device=base.device)
@@ -144,21 +149,18 @@ class Engine:
     ) -> EncodeReport:
         """Encodes chunks (and the prefix of all prompts) into the store ahead of any request.
 
-        Each is kept under the name of its document: ``document`` or ``id`` of its metadata, else
-        its title. `ChunkStore.discard_where` and `blocktune store rm --document` remove by it.
-
-        Args:
-            chunks: Passages in any form that `RagExample.chunks` takes.
-            progress: Called with tokens done and tokens in all after each pass.
+        Each, in any form that `RagExample.chunks` takes, is kept under the name of its document:
+        ``document`` or ``id`` of its metadata, else its title; `blocktune store rm --document`
+        removes by it. ``progress`` is called with tokens done and in all after each pass.
         """
         chunks = read_chunks(chunks)
         pieces = self.prompts.encodable(chunks)
-        return self._state.encoder.encode(*pieces, list(map(_document, chunks)), progress)
+        return self._state.encoder.encode(*pieces, chunks, progress)
 
     def encode_wanted(self, most: int = 256) -> int:
         """Encodes up to ``most`` chunks that readers of the store missed; returns how many it was.
 
-        See `blocktune.cache.miss_queue`. Raises ValueError if the store has no folder.
+        See `MissQueue`. Raises ValueError if the store has no folder.
         """
         if self.store.folder is None:
             raise ValueError("chunks are wanted in a folder; give the engine a store with one")
@@ -169,8 +171,7 @@ class Engine:
     ) -> None:
         """Gives a loaded model a name by which selectors may ask it (``cacheclip``).
 
-        Folders and repository names are loaded on first use. Raises ValueError if the model's
-        tokenizer is not the served one's.
+        Folders need no name. Raises ValueError if its tokenizer is not the served model's.
         """
         self._state.auxiliaries.add(name, model, tokenizer)
 
@@ -188,14 +189,25 @@ class Engine:
     def salted(self, salt: str) -> Engine:
         """The same model, whose chunks and prefixes only engines of the same salt find.
 
-        The salt, a tenant's, goes into the fingerprint, and so into every key of the store. An
-        empty one returns this engine.
+        The salt goes into the fingerprint, and so into every key; an empty one changes nothing.
         """
         if not salt:
             return self
         other, encoder = copy.copy(self), self._state.encoder.salted(salt)
         other.fingerprint = encoder.fingerprint
         other._state = dataclasses.replace(self._state, encoder=encoder)
+        return other
+
+    def decoding_on(self, text: str) -> Engine:
+        """The same model and caches; answers are decoded on the kind of cache that ``text`` names.
+
+        See `blocktune.cache.decode_cache.DecodeCache`. Raises ValueError as that does, or if the
+        model decodes on a cache of its own.
+        """
+        if self._state.recurrence is not None:
+            raise ValueError("this model decodes on its own cache; leave the decode cache out")
+        other = copy.copy(self)
+        other._state = dataclasses.replace(self._state, decode_cache=DecodeCache.parse(text))
         return other
 
     @property
@@ -205,9 +217,7 @@ class Engine:
 
     def forget_prefixes(self) -> None:
         """Empties the exact prefix cache: the next prompt finds nothing of those before it."""
-        old = self._state.prefix_tree
-        tree = PrefixTree(old.max_bytes, old.checkpoints)
-        self._state = dataclasses.replace(self._state, prefix_tree=tree)
+        self._state.prefix_tree.clear()
 
     def answer(
         self,
@@ -228,22 +238,24 @@ class Engine:
             sampling: How tokens are picked; default greedy.
             batch_size: Prompts served together.
 
-        Returns:
-            One answer per example, in their order, with the chunks as they were read.
-
-        Raises:
-            ValueError: If the method is unknown or does not fit the model's adapter, or a prompt
-                does not fit the model's context.
+        Returns one answer per example, in their order, with the chunks as they were read. Raises
+        ValueError if the method is unknown or does not fit the model's adapter, or a prompt does
+        not fit the model's context.
         """
-        method = built(method)
+        method, sampling = built(method), sampling or Sampling()
         started = time.perf_counter()
         examples = [as_request(example) for example in examples]
         pieces, prompts = self._read(examples, method, max_new_tokens)
         read_s = (time.perf_counter() - started) / max(1, len(examples))
-        order = list(range(len(examples)))
+        asked = zip(range(len(pieces)), pieces, [e.question for e in examples], strict=True)
+        how = self.responses, self._state, method, (sampling, max_new_tokens)
+        recalls = [Recall.of(*how, one) for one in asked]
+        answers = [one and one.answer() for one in recalls]
+        order = [index for index, known in enumerate(answers) if known is None]
         if method.history is None:  # what one prompt leaves behind serves the next
             order.sort(key=lambda index: len(prompts[index].ids))
-        answers: list[Answer | None] = [None] * len(examples)
+        held = self._state.decode_cache
+        batch_size = 1 if held is not None and held.window else batch_size
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             warm_up(self._state, self.prompts, [pieces[i] for i in batch], method)
@@ -252,11 +264,15 @@ class Engine:
                 laid = [self.lay_out(pieces[i], method, max_new_tokens) for i in batch]
             run = prefill_batch(self._state, laid, [pieces[i] for i in batch], method)
             run.watch.add("prompt_s", read_s * len(batch))
-            made = run.answers(sampling or Sampling(), max_new_tokens, streams=batch)
+            made = run.answers(sampling, max_new_tokens, streams=batch)
             for index, answer in zip(batch, made, strict=True):
-                chunks = tuple(examples[index].chunks)
-                answers[index] = dataclasses.replace(answer, chunks=chunks)
-        return answers
+                answers[index] = answer
+                if (recall := recalls[index]) is not None:
+                    recall.keep(answer.text, answer.token_ids, answer.usage.ttft_s)
+        return [
+            dataclasses.replace(answer, chunks=tuple(example.chunks))
+            for answer, example in zip(answers, examples, strict=True)
+        ]
 
     def stream(
         self,
@@ -267,26 +283,30 @@ class Engine:
         sampling: Sampling | None = None,
     ) -> Iterator[str]:
         """Yields an answer's text as it is made; the pieces join to `answer`'s text."""
-        method = built(method)
-        warm_up(self._state, self.prompts, [self.prompts.pieces(example, method)], method)
+        method, sampling, example = built(method), sampling or Sampling(), as_request(example)
+        asked = 0, self.prompts.pieces(example, method), example.question
+        how = self.responses, self._state, method, (sampling, max_new_tokens)
+        recall = Recall.of(*how, asked)
+        if recall is not None and (known := recall.answer()) is not None:
+            yield known.text
+            return
+        warm_up(self._state, self.prompts, [asked[1]], method)
         pieces, prompts = self._read([example], method, max_new_tokens)
         run = prefill_batch(self._state, prompts, pieces, method)
-        yield from run.texts(sampling or Sampling(), max_new_tokens)
+        ids: list[int] = []
+        yield from run.texts(sampling, max_new_tokens, ids)
+        if recall is not None:
+            recall.keep(self._state.text(ids), ids)
 
     def cache(
         self, chunks: Any, method: str | Method = "naive", question: str | None = None
     ) -> CachedContext:
         """The prompt up to its question as a cache that stock `generate` continues.
 
-        Greedy decoding over it writes the tokens of `answer`.
-
-        Args:
-            chunks: Passages in prompt order, in any form that `RagExample.chunks` takes.
-            method: Any method without a reshape.
-            question: For methods that choose tokens by it; without one the cache serves any.
-
-        Raises:
-            ValueError: If the method reshapes attention or needs a question, or as `answer` does.
+        Greedy decoding over it writes the tokens of `answer`. ``chunks`` are passages in prompt
+        order, in any form that `RagExample.chunks` takes; ``question`` is for methods that choose
+        tokens by it: without one the cache serves any. Raises ValueError if the method reshapes
+        attention or needs a question, or as `answer` does.
         """
         chunks = read_chunks(chunks)
         return make_context(self._state, self.prompts, chunks, built(method), question)
@@ -294,7 +314,8 @@ class Engine:
     def start(self, pieces: Sequence[Pieces], method: str | Method) -> Generation:
         """Serves prompts given as token pieces up to their first logits."""
         method = built(method)
-        return prefill_batch(self._state, [self.lay_out(p, method) for p in pieces], pieces, method)
+        laid = [self.lay_out(one, method) for one in pieces]
+        return prefill_batch(self._state, laid, pieces, method)
 
     def prefilled(self, examples: Sequence[Request], method: str | Method) -> Generation:
         """Like `start`, of examples."""
@@ -316,8 +337,7 @@ class Engine:
     def lay_out(self, pieces: Pieces, method: Method, max_new_tokens: int = 0) -> Prompt:
         """The rows of a prompt as ``method`` serves it now, by what earlier prompts left behind.
 
-        Raises:
-            ValueError: If the method does not fit the model's adapter, or the prompt its context.
+        Raises ValueError if the method does not fit the adapter, or the prompt the model's context.
         """
         return self.prompts.lay_out(pieces, method, self._state.encoder, max_new_tokens)
 
@@ -328,13 +348,3 @@ class Engine:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         pieces = [self.prompts.pieces(example, method) for example in examples]
         return pieces, [self.lay_out(piece, method, max_new_tokens) for piece in pieces]
-
-
-def built(method: str | Method) -> Method:
-    """A method by its name, or the method itself."""
-    return build(method) if isinstance(method, str) else method
-
-
-def _document(chunk: Chunk) -> str:
-    names = (chunk.metadata.get("document"), chunk.metadata.get("id"), chunk.title)
-    return str(next((name for name in names if name is not None), ""))

@@ -19,6 +19,7 @@ from transformers import (
 from blocktune.attention import planned_forward
 from blocktune.attention.cached import CachePlan
 from blocktune.cache import cut_exact
+from blocktune.cache.decode_cache import DecodingCache
 from blocktune.engine.assemble import Assembled
 from blocktune.engine.layer_schedule import Prefill
 from blocktune.engine.rows import decoded_rows
@@ -44,7 +45,7 @@ class Sampling:
     temperature: float = 0.0  # 0 is greedy; above, logits are divided by it
     top_k: int = 0  # keep this many of the likeliest tokens; 0 keeps all
     top_p: float = 1.0  # keep the likeliest tokens up to this cumulative probability
-    seed: int = 0  # the same seed gives the same answers, in batches of any size
+    seed: int | None = None  # the same one gives the same answers; None is 0, but never kept
 
     def __post_init__(self):
         if self.temperature < 0:
@@ -66,7 +67,7 @@ class Sampling:
             warpers.append(TopKLogitsWarper(self.top_k))
         if self.top_p < 1:
             warpers.append(TopPLogitsWarper(float(self.top_p)))
-        seeds = [(self.seed * 1_000_003 + stream) % (1 << 63) for stream in streams]
+        seeds = [((self.seed or 0) * 1_000_003 + stream) % (1 << 63) for stream in streams]
         generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
         def draw(logits: Tensor) -> Tensor:
@@ -173,7 +174,7 @@ class Generation(ServedBatch):
                 ids, start = prompt.context, self.assembled.prefix_tokens[index]
                 if start < len(ids):
                     kept = cut_exact(self.cache, index, ids, encoder.fingerprint, start=start)
-                    self.state.prefix_tree.insert(kept)
+                    self.state.prefixes(self.method).insert(kept)
         if history is not None:
             probe = self.prefill.chunk_probe
             attention = probe.mass / probe.layers  # mean over heads and layers, (B, N, C)
@@ -191,11 +192,12 @@ class Generation(ServedBatch):
         for token, _ in self._steps(sampling, max_new_tokens, streams):
             yield token
 
-    def texts(self, sampling: Sampling, max_new_tokens: int) -> Iterator[str]:
-        """Decodes the answer of a single prompt; the pieces join to its text."""
+    def texts(self, sampling: Sampling, max_new_tokens: int, ids: list[int]) -> Iterator[str]:
+        """Decodes the answer of a single prompt into ``ids``; the pieces join to its text."""
         stream = TextStream(self.state.tokenizer)
         for token in self.tokens(sampling, max_new_tokens):
-            yield stream.push(int(token))
+            ids.append(int(token))
+            yield stream.push(ids[-1])
         yield stream.finish()
 
     def _steps(
@@ -203,6 +205,11 @@ class Generation(ServedBatch):
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Tokens as in `tokens`, each with the logits ``(B, V)`` that it was picked by."""
         logits = self.prefill.logits
+        if logits.isnan().any():
+            raise ValueError(
+                f"the model's logits are no numbers in {logits.dtype}: its weights hold NaN, or "
+                "overflow there; try dtype float32, or copy the files again"
+            )
         pick = sampling.picker(logits.device, streams)
         stops = torch.tensor(sorted(self.state.stop_ids()), device=logits.device)
         ended = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
@@ -214,6 +221,9 @@ class Generation(ServedBatch):
             if step == 0:
                 self.watch.stop("first_token_s")
                 self.remember()
+                if self.state.decode_cache is not None:
+                    how, reshapes = self.state.decode_cache, self.reshaping is not None
+                    self.cache = DecodingCache(how, self.cache, reshapes)
             yield token[:, 0].masked_fill(ended, -1), logits
             ended |= torch.isin(token[:, 0], stops)
             if step + 1 == max_new_tokens or bool(ended.all()):
@@ -225,7 +235,8 @@ class Generation(ServedBatch):
         """Logits ``(B, V)`` after one more token ``(B, 1)``, whose column is appended."""
         self.cache.append()
         query = rows.map(lambda field: field[:, step : step + 1])
-        seen = keys.map(lambda field: field[:, : self.cache.num_columns])
+        span = slice(self.cache.first_column, self.cache.num_columns)
+        seen = keys.map(lambda field: field[:, span])
         plan = CachePlan(query, seen, self.reshaping)
         output = planned_forward(self.state.model, token, query.position, plan, self.cache)
         return output.logits[:, -1]
@@ -271,6 +282,7 @@ class Generation(ServedBatch):
                 query_entropy=entropy[index],
                 loading=self.loading,
                 prefix_tokens=found.prefix_tokens[index],
+                prefix_disk_tokens=found.prefix_disk_tokens[index],
             )
             for index, ids in enumerate(made)
         ]

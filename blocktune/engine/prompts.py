@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from blocktune.data.example import RagExample
 from blocktune.engine.encode import Encoder, Piece
 from blocktune.layout import Kind
-from blocktune.methods import Cached, Method
-from blocktune.models.recurrent import REUSE_REFUSED
+from blocktune.methods import Method, ServedModel, build
+from blocktune.methods.press import Press
 from blocktune.prompt import Chunk, LayoutSpec, Pieces, Prompt, PromptFormat, encode
 from blocktune.prompt.pieces import chunk_ids, make_pieces, prefix_ids
 from blocktune.prompt.rows import lay_out, sink_ids, wrapped
@@ -36,6 +36,11 @@ def as_request(example: Request | Mapping[str, Any]) -> Request:
     return RagExample.from_json(example) if isinstance(example, Mapping) else example
 
 
+def built(method: str | Method) -> Method:
+    """A method by its name, or the method itself."""
+    return build(method) if isinstance(method, str) else method
+
+
 @dataclass(frozen=True)
 class PromptMaker:
     """Makes prompts for one model."""
@@ -47,8 +52,9 @@ class PromptMaker:
     max_tokens: int  # tokens that the model's context holds
     num_layers: int  # decoder layers of the model
     num_tokens: int  # rows of the model's embedding, without a link table's
-    recurrent: bool = False  # whether some of them are recurrent, so that no chunk can be reused
+    refusal: str | None = None  # why no chunk can be reused, with a gap for who wants to
     exact_tokens: int | None = None  # up to which reuse is exact, if that is less
+    press: Press | None = None  # drops keys of the chunks that are encoded
 
     def pieces(self, request: Request | Mapping[str, Any], method: Method) -> Pieces:
         """Token pieces of a request as ``method`` reads it."""
@@ -62,10 +68,10 @@ class PromptMaker:
         """The rows that ``method`` wants.
 
         Raises ValueError if it needs another adapter than the model's, or more layers, or reuses
-        chunks of a recurrent model.
+        chunks of a model where none can be moved.
         """
-        if self.recurrent and method.cached is Cached.CHUNKS:
-            raise ValueError(REUSE_REFUSED.format(f"method '{method.name}'"))
+        if self.refusal and method.reuses_chunks:
+            raise ValueError(self.refusal.format(f"method '{method.name}'"))
         wanted = method.select().min_layers
         if wanted > self.num_layers:
             raise ValueError(
@@ -74,6 +80,8 @@ class PromptMaker:
             )
         method.select_for(self.num_layers)  # a budget that cannot be met is refused here
         layout = method.layout_for(self.trained)
+        if self.press is not None:
+            self.press.require(method, layout)
         if self.exact_tokens is not None and (layout.num_blanks or layout.shared_prefix):
             raise ValueError(
                 f"method '{method.name}' encodes chunks after blanks or a prefix, at positions "
@@ -97,10 +105,15 @@ class PromptMaker:
         require_embedded(
             self.tokenizer, self.num_tokens, pieces.prefix, *pieces.chunks, pieces.query
         )
-        prompt = lay_out(
-            pieces, spec, self.link_base, self._blank_id(spec), self._bos_id(spec), contexts
-        )
-        longest = max(map(len, pieces.chunks), default=0)
+        spans, whole = None, pieces
+        if self.press is not None and spec.block:
+            spans = [len(chunk) for chunk in whole.chunks]
+            kept = list(zip(whole.chunks, map(self.press.count, spans), strict=True))
+            contexts = [chunk[count:] for chunk, count in kept]
+            pieces = pieces._replace(chunks=tuple(chunk[:count] for chunk, count in kept))
+        ids = self.link_base, self._blank_id(spec), self._bos_id(spec)
+        prompt = lay_out(pieces, spec, *ids, contexts, spans)
+        longest = max(map(len, whole.chunks), default=0)
         self._require_room(longest, "the longest chunk")
         what = f"a prompt of {len(pieces.chunks)} chunks with {max_new_tokens} tokens to answer"
         stored = int((prompt.layout.kind != Kind.BLANK).sum())
@@ -115,7 +128,8 @@ class PromptMaker:
         spec = self.spec(method)
         if method.history is None:
             return self.prompt(pieces, spec, max_new_tokens)
-        contexts = method.history.lookup(encoder.store, encoder.fingerprint, pieces)
+        model = ServedModel(encoder.model.get_input_embeddings(), encoder.rope)
+        contexts = method.history.lookup(encoder.store, encoder.fingerprint, pieces, model)
         spec = LayoutSpec(block=False) if contexts is None else spec
         return self.prompt(pieces, spec, max_new_tokens, contexts)
 
@@ -124,8 +138,8 @@ class PromptMaker:
 
         Raises ValueError as `prompt`.
         """
-        if self.recurrent:
-            raise ValueError(REUSE_REFUSED.format("encoding"))
+        if self.refusal:
+            raise ValueError(self.refusal.format("encoding"))
         spec = self.trained if self.trained and self.trained.block else LayoutSpec()
         prefix = prefix_ids(self.tokenizer, self.format)
         bos_id = self._bos_id(spec)
@@ -137,6 +151,10 @@ class PromptMaker:
             ids = wrapped(ids, spec, self.link_base, bos_id)
             name = chunk.title or chunk.text.strip()[:40]
             self._require_room(len(blanks) + len(ids), f"chunk {index} ({name!r})")
+            if self.press is not None:
+                self.press.require(build("naive"), spec)
+                count = self.press.count(len(ids))
+                ids, blanks = ids[:count], ids[count:]
             pieces.append(Piece(ids, blanks))
         return (Piece(prefix, is_prefix=True) if prefix else None), pieces
 

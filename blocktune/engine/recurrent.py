@@ -1,7 +1,8 @@
-"""Prompts of models with recurrent layers: in full, or resumed from the deepest checkpoint.
+"""Prompts of models whose chunks cannot be moved: in full, or resumed from an exact prefix.
 
-Every prompt is computed by itself, by stock transformers: its tokens in order, in one pass for each
-stretch between the checkpoints that the prefix tree asks for.
+Models with recurrent layers resume from the deepest checkpoint, those without rotary positions
+anywhere. Every prompt is computed by itself, by stock transformers: its tokens in order, in one
+pass for each stretch between the checkpoints that the prefix tree asks for.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor
 
 from blocktune.cache import PrefillCache, cut_exact
-from blocktune.cache.exact import State, state_bytes
+from blocktune.cache.chunk_kv import State
+from blocktune.cache.exact import state_bytes
 from blocktune.engine.assemble import Assembled
 from blocktune.engine.generation import Generation
 from blocktune.engine.state import EngineState, ServedBatch
@@ -72,7 +74,7 @@ def prefill_recurrent(
     runs = [_Run(served, index, prompt.ids) for index, prompt in enumerate(prompts)]
     assembled = Assembled.empty(served.batch)
     for index, run in enumerate(runs if method.cached is Cached.EXACT_PREFIX else ()):
-        facts = run.start, run.bytes_read
+        facts = run.start, run.bytes_read, run.disk_tokens
         assembled.found_prefix(served.batch.layout, index, pieces[index], *facts)
     made = RecurrentPrefill(torch.cat([run.logits for run in runs]), runs)
     return RecurrentGeneration(
@@ -94,22 +96,25 @@ class _Run:
     def __init__(self, served: ServedBatch, index: int, ids: Sequence[int]):
         state, pieces, watch = served.state, served.pieces[index], served.watch
         self.state, self.cache = state, PrefillCache(state.model.config)
-        self.macs = self.start = self.bytes_read = 0
+        self.macs = self.start = self.bytes_read = self.disk_tokens = 0
         self.whole = torch.tensor([ids], device=state.model.device)
-        context, states = pieces.context, {}
-        tree, fingerprint = state.prefix_tree, state.encoder.fingerprint
+        context, has_states = pieces.context, state.recurrence.has_states
+        states = {} if has_states else None
+        tree, fingerprint = state.prefixes(served.method), state.encoder.fingerprint
         exact = served.method.cached is Cached.EXACT_PREFIX
         watch.start()
         if exact:
             with tree.match(fingerprint, context) as match:
                 watch.stop("lookup_s")
-                if self._pays(len(ids) - match.num_tokens):
-                    self.cache.resume(match)
+                if match.num_tokens and self._pays(len(ids) - match.num_tokens):
+                    self.cache.resume(match.num_tokens, match.layers(), match.state)
                     self.start, self.bytes_read = match.num_tokens, match.num_bytes
+                    self.disk_tokens = match.disk_tokens
                 watch.stop("load_s")
-            ends = accumulate(map(len, (pieces.prefix, *pieces.chunks)))
-            stops = tree.checkpoints_for(fingerprint, len(context), ends)
-            states = self._states([stop for stop in stops if stop > self.start])
+            if has_states:
+                ends = accumulate(map(len, (pieces.prefix, *pieces.chunks)))
+                stops = tree.checkpoints_for(fingerprint, len(context), ends)
+                states = self._states([stop for stop in stops if stop > self.start])
         self.logits = self._compute(self.cache, len(ids))
         watch.stop("recompute_s")
         if exact:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blocktune.adapter.load import load_model
 from blocktune.attention import attach
 from blocktune.cache import PrefixTree, RowCache
+from blocktune.cache.decode_cache import DecodeCache
 from blocktune.engine.encode import Encoder, Piece, wanted_pieces
 from blocktune.engine.rows import column_rows
 from blocktune.engine.usage import Stopwatch
@@ -72,7 +73,8 @@ class EngineState:
 
     ``encoder`` has the store of chunks, ``prefix_tree`` the exact prefixes of earlier prompts;
     ``rope`` says how keys are moved, or ``recurrence`` how a model with recurrent layers, whose
-    chunks cannot be, continues from a state; ``pad_id`` is the token of padding rows.
+    chunks cannot be, continues from a state; ``pad_id`` is the token of padding rows;
+    ``decode_cache`` says how keys are held while decoding, None: as after the prefill.
     """
 
     model: PreTrainedModel
@@ -83,11 +85,22 @@ class EngineState:
     pad_id: int
     auxiliaries: Auxiliaries
     recurrence: Recurrence | None = None
+    decode_cache: DecodeCache | None = None
 
     @property
     def num_layers(self) -> int:
         """Decoder layers."""
         return self.model.config.get_text_config().num_hidden_layers
+
+    def prefixes(self, method: Method) -> Any:
+        """Where exact prefixes of a method's prompts are kept, like a `PrefixTree`."""
+        own = method.prefixes(self.encoder.store, self.tokenizer.decode)
+        if own is not None and self.recurrence is not None and self.recurrence.has_states:
+            raise ValueError(
+                f"method '{method.name}' keeps keys and values alone, and this model has recurrent "
+                "layers; use prefix-cache"
+            )
+        return self.prefix_tree if own is None else own
 
     def stop_ids(self) -> frozenset[int]:
         """Tokens that end an answer: the template's end of turn and the model's own."""

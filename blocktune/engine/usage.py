@@ -57,6 +57,8 @@ class Usage:
     query_entropy: float | None = None  # of the question's attention, in nats, if it is reshaped
     loading: Any = None  # what the method's `ChunkLoader` reports
     prefix_tokens: int = 0  # in the exact state that an earlier prompt left
+    prefix_disk_tokens: int = 0  # those of them that were read from the store's folder
+    recalled: float | None = None  # 1.0: from a response cache; less: a similar question's answer
 
     @property
     def recompute_ratio(self) -> float:

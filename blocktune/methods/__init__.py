@@ -14,7 +14,8 @@ __getattr__, __dir__, __all__ = exports(
         "blocktune.methods.base": "BOTH_LEARNED Axis Cached Method Weights available register",
         "blocktune.methods.composition": "Composition compose format_method",
         "blocktune.methods.describe": "describe_all describe_method",
-        "blocktune.methods.hooks": "ChunkLoader DamagedChunk PrefilledBatch PromptHistory",
+        "blocktune.methods.hooks": "ChunkLoader DamagedChunk PrefilledBatch PromptHistory "
+        "ServedModel",
         "blocktune.methods.method_parser": "build build_entry default_method parse_method",
         "blocktune.methods.repair": " ".join(repair.__all__),
         "blocktune.methods.reshape": " ".join(reshape.__all__),

@@ -12,9 +12,10 @@ once; presets, selectors and reshapes do so in their functions only.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from blocktune.methods.select.base import Nothing, Selection
 from blocktune.methods.select.budget import matched
@@ -130,6 +131,11 @@ class Method:
                 )
         return spec
 
+    @property
+    def reuses_chunks(self) -> bool:
+        """Whether chunks come from a cache, wherever they stand in the prompt."""
+        return self.cached is Cached.CHUNKS
+
     def layout(self, spec: LayoutSpec) -> LayoutSpec:
         """Axis layout: what the method changes in the layout that the model was trained with."""
         return spec
@@ -153,6 +159,13 @@ class Method:
 
     def reshape(self) -> Reshape | None:
         """Axis reshape: how later rows attend to reused keys; None changes nothing."""
+        return None
+
+    def prefixes(self, store: ChunkStore, read: Callable[[Sequence[int]], str]) -> Any:
+        """What keeps its exact prefixes, like a `PrefixTree`; None: the engine's tree.
+
+        ``read`` turns token ids into text.
+        """
         return None
 
     def loader(self, store: ChunkStore, fingerprint: str) -> ChunkLoader | None:

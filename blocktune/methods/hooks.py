@@ -15,11 +15,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from blocktune.cache import ChunkStore, Lookup, RowCache
     from blocktune.layout import Rows
     from blocktune.methods.select.base import Selection
+    from blocktune.positions import RopeSpec
     from blocktune.prompt import Pieces
 
 Ids = tuple[int, ...]
@@ -38,6 +39,13 @@ class PrefilledBatch(NamedTuple):
     chunk_attention: Tensor
 
 
+class ServedModel(NamedTuple):
+    """What a history may ask of the model beside its fingerprint."""
+
+    embed: nn.Embedding  # of its tokens
+    rope: RopeSpec  # how it rotates keys
+
+
 class PromptHistory(ABC):
     """Serves chunks as earlier prompts computed them, or after others, instead of each alone."""
 
@@ -45,7 +53,9 @@ class PromptHistory(ABC):
     begins_in_full: ClassVar[bool] = True  # whether a prompt without a history is computed in full
 
     @abstractmethod
-    def lookup(self, store: ChunkStore, fingerprint: str, pieces: Pieces) -> list[Ids] | None:
+    def lookup(
+        self, store: ChunkStore, fingerprint: str, pieces: Pieces, model: ServedModel
+    ) -> list[Ids] | None:
         """The tokens that each chunk of a prompt was encoded after, in the entry to be used.
 
         Entries are named by `blocktune.cache.key_after`. None: this prompt is computed in full.

@@ -1,7 +1,8 @@
-"""Models whose layers carry a state from token to token: Mamba, gated delta rules, hybrids.
+"""Models that stock transformers runs: recurrent (Mamba, gated delta rules, hybrids) or GPT-2.
 
 A state mixes all tokens before it, so a chunk of such a model cannot be encoded alone and reused
-elsewhere. A whole prefix can: its state after the last token is all that it takes to go on.
+elsewhere, nor can one of a model that adds absolute positions to its states. A whole prefix can:
+its state after the last token is all that it takes to go on.
 """
 
 from __future__ import annotations
@@ -14,10 +15,13 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
-REUSE_REFUSED = (
-    "{} reuses chunks, but this model has recurrent layers, whose state mixes a chunk "
-    "with all tokens before it; use prefix-cache, full-prefill or no-context"
-)
+REUSE_REFUSED = {
+    True: "{} reuses chunks, but this model has recurrent layers, whose state mixes a chunk "
+    "with all tokens before it; use prefix-cache, full-prefill or no-context",
+    False: "{} reuses chunks, but this model has no rotary position embedding (RoPE), so cached "
+    "chunks cannot be moved; use recycle, prefix-cache, full-prefill or no-context",
+}
+"""Why no chunk is reused, by whether the model has recurrent layers."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,12 @@ class Recurrence:
     argument: str  # what its `forward` calls the cache
     several: bool  # whether a pass over several tokens continues from a state
     last_only: bool  # whether it can leave out all logits but the last
+    has_states: bool = True  # whether layers are recurrent; else it attends at absolute positions
+
+    @property
+    def refusal(self) -> str:
+        """Why no chunk is reused; its gap names who wants to."""
+        return REUSE_REFUSED[self.has_states]
 
     def run(self, model: PreTrainedModel, cache: DynamicCache, ids: Tensor, fresh: bool) -> Tensor:
         """Logits ``(1, V)`` after ``ids`` ``(1, S)``, which the cache holds then."""
@@ -41,8 +51,10 @@ class Recurrence:
 
 
 @torch.no_grad()
-def find_recurrence(model: PreTrainedModel) -> Recurrence | None:
+def find_recurrence(model: PreTrainedModel, always: bool = False) -> Recurrence | None:
     """How a model with recurrent layers continues from a cache; None if it has no such layer.
+
+    ``always`` asks it of a model that only attends, too.
 
     Eight tokens are run, in one pass and in two, to see that the second continues from the first.
     Raises ValueError if it does not, or the model has sliding windows as well.
@@ -51,7 +63,8 @@ def find_recurrence(model: PreTrainedModel) -> Recurrence | None:
         cache = DynamicCache(config=model.config)
     except (KeyError, AttributeError):  # a kind of layer that this cache does not know
         return None
-    if not any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers):
+    has_states = any(isinstance(la, LinearAttentionCacheLayerMixin) for la in cache.layers)
+    if not has_states and not always:
         return None
     name = type(model).__name__
     if any(cache.is_sliding):
@@ -63,10 +76,13 @@ def find_recurrence(model: PreTrainedModel) -> Recurrence | None:
     ids = (torch.arange(8, device=model.device) % model.config.vocab_size)[None]
     whole, alone = (model(part, use_cache=False).logits[:, -1] for part in (ids, ids[:, 4:]))
     for several in (True, False):
-        made = Recurrence(argument, several, "logits_to_keep" in takes)
+        made = Recurrence(argument, several, "logits_to_keep" in takes, has_states)
         cache = DynamicCache(config=model.config)
-        made.run(model, cache, ids[:, :4], fresh=True)
-        error = (made.run(model, cache, ids[:, 4:], fresh=False) - whole).abs().max()
+        try:
+            made.run(model, cache, ids[:, :4], fresh=True)
+            error = (made.run(model, cache, ids[:, 4:], fresh=False) - whole).abs().max()
+        except (ValueError, TypeError, AttributeError):  # takes a cache of its own only (MiniMax)
+            break
         # Rounding is far below what the first four tokens change, a lost state is not.
         if error <= 0.1 * (alone - whole).abs().max():
             return made

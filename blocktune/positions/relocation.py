@@ -93,7 +93,9 @@ def rotate_keys(keys: Tensor, rotation: Rotation, out: Tensor | None = None) -> 
     like the keys and no part of them, if given; it is then not differentiable.
     """
     cos, sin = rotation.cos, rotation.sin
-    result = keys.clone() if out is None else out.copy_(keys)
+    result = keys.clone() if out is None else out
+    if out is not None and 2 * cos.shape[-1] < keys.shape[-1]:
+        out.copy_(keys)  # dimensions that are not rotated
     (left, right), (first, second) = rotation.pairs(keys), rotation.pairs(result)
     if out is None or keys.dtype != torch.float32:
         left, right = left.float(), right.float()

@@ -51,6 +51,7 @@ def lay_out(
     blank_id: int | None = None,
     bos_id: int | None = None,
     contexts: Sequence[Ids] | None = None,
+    spans: Sequence[int] | None = None,
 ) -> Prompt:
     """Lays pieces out: prefix, per chunk its blanks, tokens and links, query, answer, followups.
 
@@ -62,7 +63,8 @@ def lay_out(
     ``link_base``, ``blank_id`` and ``bos_id`` are the ids of the first learned token (such as the
     model's vocabulary size), of a blank and of BOS; ValueError if the layout needs one that was not
     given. ``contexts`` are, for each chunk, the tokens that it was encoded after in an earlier
-    prompt, as its blanks; None: what ``spec`` says, the same for all.
+    prompt, as its blanks; None: what ``spec`` says, the same for all. ``spans`` are the positions
+    that each chunk takes; None: as many as it has tokens.
     """
     if spec.num_learned and link_base is None:
         raise ValueError("this layout has link tokens: lay_out needs link_base (vocabulary size)")
@@ -78,7 +80,7 @@ def lay_out(
         pieces = pieces._replace(chunks=tuple((bos_id, *chunk) for chunk in pieces.chunks))
     if spec.bos == "keep-all":
         pieces = pieces._replace(query=(bos_id, *pieces.query))
-    made = _to_prompt(list(_segments(pieces, spec, link_base or 0, contexts)))
+    made = _to_prompt(list(_segments(pieces, spec, link_base or 0, contexts, spans)))
     chunks = tuple(zip(stored, contexts, strict=True)) if spec.block else ()
     return replace(made, prefix=pieces.prefix, chunks=chunks)
 
@@ -109,11 +111,15 @@ class _Segment(NamedTuple):
 
 
 def _segments(
-    pieces: Pieces, spec: LayoutSpec, base: int, contexts: Sequence[Ids]
+    pieces: Pieces,
+    spec: LayoutSpec,
+    base: int,
+    contexts: Sequence[Ids],
+    spans: Sequence[int] | None,
 ) -> Iterator[_Segment]:
     around = spec.num_headers + spec.num_trailers + spec.num_links
     lengths = [len(chunk) + around for chunk in pieces.chunks]
-    starts, query_start = place(spec.placement, len(pieces.prefix), lengths, spec.slot)
+    starts, query_start = place(spec.placement, len(pieces.prefix), spans or lengths, spec.slot)
     yield _Segment(pieces.prefix, Kind.PREFIX, 0, 0)
     order = len(pieces.prefix)
     for index, (chunk, blanks) in enumerate(zip(pieces.chunks, contexts, strict=True)):

@@ -102,15 +102,16 @@ def _add_errors(app: FastAPI) -> None:
         return reply(429, str(error), **{"Retry-After": str(max(1, round(error.retry_after)))})
 
 
-def service_of(request: Request) -> Service:
+async def service_of(request: Request) -> Service:
     """What the application was made around."""
     return request.app.state.service
 
 
+# Dependencies are coroutines: functions would each wait for a thread.
 Serving = Annotated[Service, Depends(service_of)]
 
 
-def tenant_of(request: Request, service: Serving) -> Tenant:
+async def tenant_of(request: Request, service: Serving) -> Tenant:
     """Who calls.
 
     Raises:
@@ -125,7 +126,7 @@ def tenant_of(request: Request, service: Serving) -> Tenant:
 Caller = Annotated[Tenant, Depends(tenant_of)]
 
 
-def own_key(key: str, tenant: Caller) -> str:
+async def own_key(key: str, tenant: Caller) -> str:
     """The store's key in the name of a chunk.
 
     Raises:

@@ -18,39 +18,22 @@ FIX = "give a YAML mapping of tenant names to {key, max_requests, tokens_per_min
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request, and all of them together, may take.
+    """What one request, and all of them together, may take; each is positive."""
 
-    Attributes:
-        body_bytes: Size of a request's body.
-        body_s: Seconds in which it must arrive.
-        chunks: Documents of a request.
-        prompt_tokens: Tokens of a prompt; the model's context is a limit as well.
-        new_tokens: Tokens of an answer.
-        default_new_tokens: Tokens of an answer if the request does not say.
-        choices: ``n`` of a request.
-        request_s: Seconds from a request's arrival to its last token.
-        queue: Requests that may wait; the next one is answered 429.
-        running: Answers that are decoded at the same time.
-        kv_bytes: Bytes of keys and values of all running answers. Requests wait for room.
-        pinned_bytes: Bytes of chunks that clients may pin in the store.
-        prefill_tokens: Tokens of missing chunks that are encoded between two decoding steps.
-
-    Raises:
-        ValueError: If one is not positive.
-    """
-
-    body_bytes: int = 8 << 20
-    body_s: float = 30.0
-    chunks: int = 256
-    prompt_tokens: int = 131_072
-    new_tokens: int = 4096
-    default_new_tokens: int = 256
-    choices: int = 8
-    request_s: float = 300.0
-    queue: int = 64
-    running: int = 16
+    body_bytes: int = 8 << 20  # size of a request's body
+    body_s: float = 30.0  # seconds in which it must arrive
+    chunks: int = 256  # documents of a request
+    prompt_tokens: int = 131_072  # tokens of a prompt; the model's context is a limit as well
+    new_tokens: int = 4096  # tokens of an answer
+    default_new_tokens: int = 256  # tokens of an answer if the request does not say
+    choices: int = 8  # ``n`` of a request
+    request_s: float = 300.0  # seconds from a request's arrival to its last token
+    queue: int = 64  # requests that may wait; the next one is answered 429
+    running: int = 16  # answers that are decoded at the same time
+    # bytes of keys and values of all running answers. Requests wait for room
     kv_bytes: int = 4 << 30
-    pinned_bytes: int = 1 << 30
+    pinned_bytes: int = 1 << 30  # bytes of chunks that clients may pin in the store
+    # tokens of missing chunks that are encoded between two decoding steps
     prefill_tokens: int = 2048
 
     def __post_init__(self):
@@ -61,19 +44,13 @@ class Limits:
 
 @dataclass(frozen=True)
 class Tenant:
-    """One who may call the server.
+    """One who may call the server."""
 
-    Attributes:
-        name: In logs and metrics.
-        key: Its API key; None lets everybody in.
-        max_requests: Requests at a time, waiting ones included; None: as many as the server takes.
-        tokens_per_minute: Prompt and answer tokens; None: no quota.
-    """
-
-    name: str = "default"
-    key: str | None = field(default=None, repr=False)
+    name: str = "default"  # in logs and metrics
+    key: str | None = field(default=None, repr=False)  # its API key; None lets everybody in
+    # requests at a time, waiting ones included; None: as many as the server takes
     max_requests: int | None = None
-    tokens_per_minute: int | None = None
+    tokens_per_minute: int | None = None  # prompt and answer tokens; None: no quota
 
     def __post_init__(self):
         if self.key is not None and (not isinstance(self.key, str) or len(self.key) < 8):
@@ -84,10 +61,9 @@ class Tenant:
                 raise ValueError(f"tenant '{self.name}': {name} must be at least 1, got {value!r}")
 
     def salt(self, asked: str | None) -> str:
-        """What goes into the keys of its chunks: tenants with keys never share any.
+        """What goes into the keys of its chunks (``asked``: the request's ``cache_salt``).
 
-        Args:
-            asked: The request's ``cache_salt``.
+        Tenants with keys never share any.
         """
         if self.key is None:
             return asked or ""
@@ -106,11 +82,7 @@ class Tenant:
 
 
 def load_tenants(path: Path) -> tuple[Tenant, ...]:
-    """Reads tenants from YAML: ``{acme: {key: ..., tokens_per_minute: 100000}}``.
-
-    Raises:
-        ValueError: If the file is not such a mapping, or two tenants have one key.
-    """
+    """Reads tenants from YAML: ``{acme: {key: ..., tokens_per_minute: 100000}}``; or ValueError."""
     values = load_yaml(path, "tenants", FIX)
     if not isinstance(values, Mapping) or not values:
         raise ValueError(f"{path}: {FIX}")
@@ -128,19 +100,12 @@ def _tenant(path: Path, name: Any, value: Any) -> Tenant:
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """The whole of it.
+    """The whole of it."""
 
-    Attributes:
-        limits: See `Limits`.
-        tenants: With keys; empty: everybody is the same tenant.
-        hosts: Accepted Host headers; ``("*",)`` accepts all.
-        log_texts: Whether questions and answers are logged.
-    """
-
-    limits: Limits = Limits()
-    tenants: tuple[Tenant, ...] = ()
-    hosts: tuple[str, ...] = ("*",)
-    log_texts: bool = False
+    limits: Limits = Limits()  # see `Limits`
+    tenants: tuple[Tenant, ...] = ()  # with keys; empty: everybody is the same tenant
+    hosts: tuple[str, ...] = ("*",)  # accepted Host headers; ``("*",)`` accepts all
+    log_texts: bool = False  # whether questions and answers are logged
 
     def tenant_of(self, authorization: str | None) -> Tenant | None:
         """The tenant of an ``Authorization`` header, or None if it must not be served."""

@@ -43,44 +43,27 @@ class TokenLogprob(NamedTuple):
 
 @dataclass(frozen=True)
 class Settings:
-    """How a request is decoded.
+    """How a request is decoded."""
 
-    Attributes:
-        max_new_tokens: At least 1.
-        sampling: How tokens are picked; each choice draws from a stream of its own.
-        choices: Answers to make.
-        stops: Texts that end an answer and are left out of it.
-        logprobs: Likeliest tokens to report at each step; None: none and no log probabilities.
-        strips: Whether the space around the answer is dropped, as `Engine.answer` does.
-    """
-
-    max_new_tokens: int
-    sampling: Sampling = GREEDY
-    choices: int = 1
-    stops: tuple[str, ...] = ()
+    max_new_tokens: int  # at least 1
+    sampling: Sampling = GREEDY  # how tokens are picked; each choice draws from a stream of its own
+    choices: int = 1  # answers to make
+    stops: tuple[str, ...] = ()  # texts that end an answer and are left out of it
+    # likeliest tokens to report at each step; None: none and no log probabilities
     logprobs: int | None = None
-    strips: bool = True
+    strips: bool = True  # whether the space around the answer is dropped, as `Engine.answer` does
 
 
 @dataclass(eq=False)
 class Choice:
-    """One answer that is being decoded.
+    """One answer that is being decoded."""
 
-    Attributes:
-        index: Among the choices of its request.
-        run: After its prefill, of a single prompt.
-        settings: How.
-        cache: Keys and values of its columns.
-        ids: Tokens so far.
-        finish: Why it ended, or None.
-    """
-
-    index: int
-    run: Generation
-    settings: Settings
-    cache: RowCache = field(init=False)
-    ids: list[int] = field(default_factory=list)
-    finish: str | None = None
+    index: int  # among the choices of its request
+    run: Generation  # after its prefill, of a single prompt
+    settings: Settings  # how
+    cache: RowCache = field(init=False)  # keys and values of its columns
+    ids: list[int] = field(default_factory=list)  # tokens so far
+    finish: str | None = None  # why it ended, or None
 
     def __post_init__(self):
         run, settings = self.run, self.settings

@@ -17,6 +17,7 @@ from blocktune.server.bodies import Bodies
 from blocktune.server.config import Tenant
 from blocktune.server.job import Busy, Delta, Event, Failure, Report
 from blocktune.server.middleware import error_body
+from blocktune.server.recall import recall
 from blocktune.server.schemas import ChatRequest, CompletionRequest
 from blocktune.server.service import Asked, Service, UnknownModel
 
@@ -44,7 +45,8 @@ async def begin(
         raise Busy(wait, f"the quota of '{tenant.name}' is used up")
     exchange = Exchange(service, asked, tenant, request)
     try:
-        service.scheduler.submit(asked.job)
+        if not await asyncio.to_thread(recall, service.responses, asked.job, asked.question):
+            service.scheduler.submit(asked.job)
     except ValueError as error:
         exchange.close()
         raise HTTPException(400, str(error)) from None

@@ -27,8 +27,7 @@ from blocktune.prompt.template import (
 )
 from blocktune.server.schemas import CohereDocument, Document, DocumentBlock, Message
 
-Turn = tuple[str, str]
-"""Role and text."""
+Turn = tuple[str, str]  # role and text
 
 
 class Source(NamedTuple):
@@ -39,19 +38,12 @@ class Source(NamedTuple):
 
 
 class Conversation(NamedTuple):
-    """The messages of a request.
+    """The messages of a request."""
 
-    Attributes:
-        system: Text of the system's turns, or None.
-        earlier: The turns before the last one.
-        question: The user's last turn, without its documents.
-        documents: Blocks in the messages, in their order.
-    """
-
-    system: str | None
-    earlier: tuple[Turn, ...]
-    question: str
-    documents: tuple[DocumentBlock, ...]
+    system: str | None  # text of the system's turns, or None
+    earlier: tuple[Turn, ...]  # the turns before the last one
+    question: str  # the user's last turn, without its documents
+    documents: tuple[DocumentBlock, ...]  # blocks in the messages, in their order
 
 
 def read_document(document: Document, where: str) -> Source:
@@ -91,10 +83,8 @@ def _of_fields(data: str | Mapping[str, str]) -> Chunk:
 def read_messages(messages: Sequence[Message]) -> Conversation:
     """Splits messages into system text, earlier turns, the question and document blocks.
 
-    Turns of one role in a row are joined, since most templates refuse them.
-
-    Raises:
-        ValueError: If the last message is not the user's, or a text is not text.
+    Turns of one role in a row are joined, since most templates refuse them. A ValueError if the
+    last message is not the user's, or a text is not text.
     """
     system: list[str] = []
     turns: list[Turn] = []
@@ -130,17 +120,9 @@ def chat_pieces(
 ) -> Pieces:
     """Tokenises a conversation over chunks; of a single question as `make_pieces` does.
 
-    Without chunks the question is sent as it is: instruction and wording are about passages.
-
-    Args:
-        tokenizer: Of the model.
-        fmt: The wording. The request's system text replaces its own.
-        chunks: May be empty.
-        conversation: From `read_messages`.
-        block: Whether chunks see only themselves; the format may have a tag for it.
-
-    Raises:
-        ValueError: If the chat template does not render the turns, or a chunk has no tokens.
+    Without chunks the question is sent as it is: instruction and wording are about passages. The
+    request's system text replaces that of ``fmt``. A ValueError if the chat template does not
+    render the turns, or a chunk has no tokens.
     """
     texts = UserText(tokenizer)
     head, tail = "", texts.safe(conversation.question)
@@ -195,10 +177,8 @@ def plain_pieces(
 ) -> Pieces:
     """Tokenises chunks and a text that is continued, without a chat template.
 
-    Special tokens written out in ``prompt`` are read as such: it is the caller's whole prompt.
-
-    Raises:
-        ValueError: If the prompt has no tokens, or ids that the tokenizer does not have.
+    Special tokens written out in ``prompt`` are read as such: it is the caller's whole prompt. A
+    ValueError if it has no tokens, or ids that the tokenizer does not have.
     """
     if isinstance(prompt, str):
         require_unicode(prompt, "prompt")

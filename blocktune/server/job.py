@@ -46,27 +46,18 @@ class Delta:
 
 @dataclass(frozen=True)
 class Report:
-    """The end of a request.
+    """The end of a request."""
 
-    Attributes:
-        usage: Of the prompt; None if chunks were only encoded.
-        tiers: Where each piece was found: ``memory``, ``disk``, or ``none`` (encoded).
-        cached_tokens: Prompt tokens whose keys and values were in a cache.
-        answer_tokens: Of all choices.
-        queue_s: Seconds before preparation began.
-        ttft_s: Seconds from arrival to the first token.
-        strip: The prompt's tokens and what became of each, if asked.
-        encode_s: Seconds of encoding.
-    """
-
-    usage: Usage | None = None
+    usage: Usage | None = None  # of the prompt; None if chunks were only encoded
+    # where each piece was found: ``memory``, ``disk``, or ``none`` (encoded)
     tiers: Mapping[Piece, str] = field(default_factory=dict)
-    cached_tokens: int = 0
-    answer_tokens: int = 0
-    queue_s: float = 0.0
-    ttft_s: float = 0.0
+    cached_tokens: int = 0  # prompt tokens whose keys and values were in a cache
+    answer_tokens: int = 0  # of all choices
+    queue_s: float = 0.0  # seconds before preparation began
+    ttft_s: float = 0.0  # seconds from arrival to the first token
+    # the prompt's tokens and what became of each, if asked
     strip: list[dict[str, Any]] | None = None
-    encode_s: float = 0.0
+    encode_s: float = 0.0  # seconds of encoding
 
 
 @dataclass(frozen=True)
@@ -82,36 +73,24 @@ Event = Delta | Report | Failure
 
 @dataclass(eq=False)
 class Job:
-    """A request for an engine.
+    """A request for an engine."""
 
-    Attributes:
-        engine: Salted for its tenant.
-        emit: Gets its events, from the scheduler's thread; the last is a Report or a Failure.
-        method: How chunks are reused; None: chunks are encoded and nothing is answered.
-        pieces: Tokens of the prompt.
-        prompt: Laid out; None for a method with a history, whose layout depends on it.
-        wanted: Pieces to encode, where nothing is answered.
-        settings: How it is decoded.
-        tenant: Whose turn it is; tenants wait in queues of their own, served in turn.
-        timeout_s: Seconds until it is given up.
-        strip: Whether to report what became of each token.
-        has_turns: Whether its prefix holds earlier turns of a conversation.
-        pins: Of ``wanted``, those to keep in memory until they are deleted.
-        token_bytes: Bytes of one token's keys and values.
-    """
-
-    engine: Engine
+    engine: Engine  # salted for its tenant
+    # how chunks are reused; None: chunks are encoded and nothing is answered
     method: Method | None = None
-    pieces: Pieces | None = None
+    pieces: Pieces | None = None  # tokens of the prompt
+    # laid out; None for a method with a history, whose layout depends on it
     prompt: Prompt | None = None
-    wanted: Sequence[Piece] = ()
-    settings: Settings = ONE_TOKEN
-    tenant: str = "default"
-    timeout_s: float = 300.0
-    strip: bool = False
-    has_turns: bool = False
+    wanted: Sequence[Piece] = ()  # pieces to encode, where nothing is answered
+    settings: Settings = ONE_TOKEN  # how it is decoded
+    tenant: str = "default"  # whose turn it is; tenants wait in queues of their own, served in turn
+    timeout_s: float = 300.0  # seconds until it is given up
+    strip: bool = False  # whether to report what became of each token
+    has_turns: bool = False  # whether its prefix holds earlier turns of a conversation
+    # of ``wanted``, those to keep in memory until they are deleted
     pins: frozenset[Piece] = frozenset()
-    token_bytes: int = 0
+    token_bytes: int = 0  # bytes of one token's keys and values
+    # gets its events, from the scheduler's thread; the last is a Report or a Failure
     emit: Callable[[Event], None] = lambda event: None
     created: float = field(default_factory=time.perf_counter)
     cancelled: bool = False

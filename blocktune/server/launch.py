@@ -35,7 +35,7 @@ def load_engines(
         options: See `blocktune.adapter.load.load_models`.
 
     Raises:
-        ValueError: If two have the same name, or a model has recurrent layers.
+        ValueError: If two have the same name, or a model only resumes prefixes.
     """
     split = [text.partition("=") for text in adapters]
     wanted = [(head, tail) if equals else (_short(head), head) for head, equals, tail in split]
@@ -44,25 +44,16 @@ def load_engines(
     labels = [label for label, _ in wanted]
     if twice := [label for label in labels if labels.count(label) > 1]:
         raise ValueError(f"two models are called '{twice[0]}'; write --adapter NAME=ADAPTER")
-    loaded = load_models(model, [adapter for _, adapter in wanted], **options)
+    names = [adapter for _, adapter in wanted]
+    loaded = load_models(model, names, recurrent=False, **options)
     device = loaded[0].model.device
-    kept = {
-        "store": ChunkStore(
-            device=device, config=StoreConfig.parse(store or "", memory=store_bytes)
-        ),
-        "prefix_tree": PrefixTree(max(1, store_bytes)),
-    }
-    engines = {
+    config = StoreConfig.parse(store or "", memory=store_bytes)
+    kept = {"store": ChunkStore(device=device, config=config)}
+    kept["prefix_tree"] = PrefixTree(max(1, store_bytes), store=kept["store"])
+    return {
         label: Engine(base, tokenizer, adapter=info, adapter_folder=folder, **kept)
         for label, (base, tokenizer, info, folder) in zip(labels, loaded, strict=True)
     }
-    for label, engine in engines.items():
-        if engine.state.recurrence is not None:
-            raise ValueError(
-                f"'{label}' has recurrent layers, which the server's joint decoding does not "
-                "batch; use `blocktune answer --method prefix-cache`"
-            )
-    return engines
 
 
 def _short(source: str) -> str:
@@ -71,11 +62,7 @@ def _short(source: str) -> str:
 
 
 def read_limits(pairs: list[str]) -> Limits:
-    """Limits from ``name=value`` pairs.
-
-    Raises:
-        ValueError: If one is not a pair, or its name or value is wrong.
-    """
+    """Limits from ``name=value`` pairs; a ValueError if a name or a value is wrong."""
     known = {f.name: type(f.default) for f in fields(Limits)}
     values = {}
     for pair in pairs:

@@ -303,8 +303,7 @@ def widened(job: Job) -> list[int]:
 def continue_prefix(engine: Engine, prefix: Piece, watch: Stopwatch) -> tuple[ChunkKV, int]:
     """Computes a conversation's prefix from where an earlier one ended, and stores it.
 
-    Returns:
-        Its keys and values, and how many of its tokens were in the exact prefix cache.
+    Returns its keys and values, and how many of its tokens were in the exact prefix cache.
     """
     state, method = engine.state, build("prefix-cache")
     pieces = Pieces(prefix.ids[:-1], (), prefix.ids[-1:])

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from blocktune.cache.responses import ResponseCache
 from blocktune.check import check_model
 from blocktune.engine import Engine, Sampling
 from blocktune.layout import Kind
@@ -67,11 +68,13 @@ class Asked(NamedTuple):
         job: Not yet submitted; its ``emit`` does nothing.
         served: The model.
         sources: The documents, in prompt order.
+        question: Text that a response cache compares; empty: none.
     """
 
     job: Job
     served: Served
     sources: tuple[Source, ...]
+    question: str = ""
 
 
 class Service:
@@ -82,6 +85,7 @@ class Service:
         config: Limits and tenants.
         method: Of requests that name none; None: what each model was trained for.
         checked: Whether every model must pass `check_model` before the first answer.
+        responses: Keeps whole answers; None: every answer is made.
 
     Raises:
         ValueError: If the method does not fit a model.
@@ -93,8 +97,9 @@ class Service:
         config: ServerConfig,
         method: str | None = None,
         checked: bool = True,
+        responses: ResponseCache | None = None,
     ):
-        self.config, self.created = config, int(time.time())
+        self.config, self.created, self.responses = config, int(time.time()), responses
         self.models = {
             name: Served(
                 name,
@@ -153,7 +158,7 @@ class Service:
         pieces = chat_pieces(prompts.tokenizer, prompts.format, chunks, conversation, block)
         job = self._job(served, body, tenant, method, pieces, True)
         job.has_turns = bool(conversation.earlier)
-        return Asked(job, served, sources)
+        return Asked(job, served, sources, conversation.question)
 
     def completion(self, body: CompletionRequest, tenant: Tenant) -> Asked:
         """The job of a plain completion.
@@ -167,7 +172,9 @@ class Service:
         prompts = served.engine.prompts
         chunks = [source.chunk for source in sources]
         pieces = plain_pieces(prompts.tokenizer, prompts.format, chunks, body.prompt)
-        return Asked(self._job(served, body, tenant, method, pieces, False), served, sources)
+        question = body.prompt if isinstance(body.prompt, str) else ""
+        job = self._job(served, body, tenant, method, pieces, False)
+        return Asked(job, served, sources, question)
 
     def encoding(self, body: ChunksRequest, tenant: Tenant) -> Asked:
         """The job that encodes documents ahead, as the model's default method reads them.
@@ -283,7 +290,7 @@ class Service:
             new_tokens = min(new_tokens, prompts.max_tokens - taken)
         warmth = body.temperature or 0.0
         sampling = Sampling(
-            warmth if warmth >= COLDEST else 0.0, body.top_k or 0, body.top_p or 1.0, body.seed or 0
+            warmth if warmth >= COLDEST else 0.0, body.top_k or 0, body.top_p or 1.0, body.seed
         )
         return Job(
             served.engine.salted(tenant.salt(body.cache_salt)),

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from blocktune.adapter import AdapterInfo
 from blocktune.adapter.info import INFO_FILE, OWN_WEIGHTS
 from blocktune.adapter.load import PEFT_FILE
-from blocktune.cache.view import StoreView
+from blocktune.cache.shelf import StoreView
 from blocktune.engine.assemble import is_held
 from blocktune.engine.encode import wanted_pieces
 from blocktune.engine.prompts import PromptMaker, Request
@@ -32,15 +32,11 @@ from blocktune.vllm.plan import LoadPlan, Segment, require_served
 
 
 class Rendered(NamedTuple):
-    """What vLLM is sent for one prompt.
+    """What vLLM is sent for one prompt."""
 
-    Attributes:
-        prompt_ids: All tokens; a token that vLLM does not know (a learned one) is another here.
-        plan: What is loaded instead of computed; None for a prompt without chunks.
-    """
-
+    # all tokens; a token that vLLM does not know (a learned one) is another here
     prompt_ids: list[int]
-    plan: LoadPlan | None
+    plan: LoadPlan | None  # what is loaded instead of computed; None for a prompt without chunks
 
     @property
     def transfer_params(self) -> dict[str, Any] | None:
@@ -122,11 +118,7 @@ class ChunkClient:
 
     @property
     def fingerprint(self) -> str:
-        """Of the model that encodes the chunks.
-
-        Raises:
-            ValueError: If the store describes no such model, or several.
-        """
+        """Of the model that encodes the chunks; a ValueError if the store has none, or several."""
         if self._fingerprint is None:
             self._fingerprint = self._find_fingerprint()
         return self._fingerprint
@@ -163,18 +155,13 @@ class ChunkClient:
     ) -> Rendered:
         """The request of a question with its chunks.
 
-        Raises:
-            ValueError: If vLLM cannot serve the method, or the prompt does not fit the model.
+        A ValueError if vLLM cannot serve the method, or the prompt does not fit the model.
         """
         method = self.built(method)
         return self.render(self.prompts.pieces(example, method), method, max_new_tokens)
 
     def built(self, method: str | Method | None) -> Method:
-        """A method by its name; None: the default.
-
-        Raises:
-            ValueError: If vLLM cannot serve it, or it does not fit the adapter.
-        """
+        """A method by its name; None: the default. A ValueError if it cannot be served."""
         method = build(method) if isinstance(method, str) else method or self.method
         require_served(method, self.prompts.spec(method))
         return method

@@ -16,7 +16,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
-from blocktune.cache.view import StoreView
+from blocktune.cache.shelf import StoreView
 from blocktune.vllm import guard
 from blocktune.vllm.metrics import LoadMetrics, LoadStats
 from blocktune.vllm.scheduler import LoadMeta, SchedulerSide
@@ -34,10 +34,8 @@ class BlocktuneConnector(KVConnectorBase_V1, SupportsHMA):
     """Serves the first tokens of a prompt from a blocktune store.
 
     ``kv_connector_extra_config``: ``store``, as ``--store``; ``host_gb``, memory of each rank for
-    hot chunks (1); ``threads``, loads at a time (2). Other keys are the route's.
-
-    Raises:
-        ValueError: If the configuration cannot be served; says in one line why.
+    hot chunks (1); ``threads``, loads at a time (2). Other keys are the route's. A ValueError says
+    in one line why a configuration cannot be served.
     """
 
     _cache_hit_source = CacheHitSource.DISK
@@ -132,11 +130,7 @@ class BlocktuneConnector(KVConnectorBase_V1, SupportsHMA):
 
 
 def require_served_config(config: VllmConfig) -> None:
-    """Refuses what was never shown to be right.
-
-    Raises:
-        ValueError: In one line.
-    """
+    """Refuses what was never shown to be right, by a ValueError of one line."""
     cache, transfer = config.cache_config.cache_dtype, config.kv_transfer_config
     if not transfer.kv_connector_extra_config.get("store"):
         raise ValueError("BlocktuneConnector needs kv_connector_extra_config {'store': FOLDER}")

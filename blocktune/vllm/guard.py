@@ -15,9 +15,8 @@ MARK = "_blocktune"
 def require_loadable(params: SamplingParams) -> None:
     """Checks the sampling parameters of a request that has a plan.
 
-    Raises:
-        VLLMValidationError: HTTP 400, if it asks for log probabilities of the prompt: vLLM would
-            compute the prompt in full attention and keep that under the plan's name.
+    A VLLMValidationError, HTTP 400, if it asks for log probabilities of the prompt: vLLM would
+    compute the prompt in full attention and keep that under the plan's name.
     """
     transfer = (params.extra_args or {}).get("kv_transfer_params")
     if not isinstance(transfer, dict) or transfer.get(PARAMS) is None:

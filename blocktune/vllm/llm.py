@@ -31,21 +31,13 @@ class LoadFailed(ValueError):
 
 @dataclass(frozen=True)
 class Completion:
-    """An answer of vLLM.
+    """An answer of vLLM."""
 
-    Attributes:
-        text: Decoded, without the end of turn.
-        token_ids: As generated.
-        prompt_tokens: Of the whole prompt.
-        cached_tokens: Of them those that were loaded, or in vLLM's own cache.
-        output: What vLLM returned.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    prompt_tokens: int
-    cached_tokens: int
-    output: RequestOutput
+    text: str  # decoded, without the end of turn
+    token_ids: tuple[int, ...]  # as generated
+    prompt_tokens: int  # of the whole prompt
+    cached_tokens: int  # of them those that were loaded, or in vLLM's own cache
+    output: RequestOutput  # what vLLM returned
 
 
 class ChunkLLM:
@@ -188,8 +180,7 @@ class ChunkLLM:
     def generate(self, rendered: Sequence[Rendered], sampling: SamplingParams) -> list[Completion]:
         """Answers prompts whose chunks are stored; prompts with and without chunks may be mixed.
 
-        Raises:
-            LoadFailed: If the chunks of one could not be loaded.
+        `LoadFailed` if the chunks of one could not be loaded.
         """
         from vllm import TokensPrompt
 

@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 
 from blocktune.cache import stored_key
-from blocktune.cache.miss_queue import Wanted
+from blocktune.cache.shelf import Wanted
 from blocktune.methods import Cached, Method, Nothing
 from blocktune.prompt import LayoutSpec
 
-PARAMS = "blocktune"
-"""Key of a plan in vLLM's ``kv_transfer_params``."""
+PARAMS = "blocktune"  # key of a plan in vLLM's ``kv_transfer_params``
 NULL_BLOCK = 0
 """vLLM's block of tokens that no layer of a group keeps (outside of a sliding window)."""
 FORM = (
@@ -32,19 +31,13 @@ _FIELDS = {"tokens", "position", "blanks", "prefix", "ids"}
 
 
 class Segment(NamedTuple):
-    """Tokens that were encoded together: the prefix, or a chunk.
+    """Tokens that were encoded together: the prefix, or a chunk."""
 
-    Attributes:
-        ids: As they were encoded; learned tokens have ids that vLLM does not know.
-        position: Of the first one in the prompt.
-        blanks: What they were encoded after.
-        prefix: Whether it is a prefix that an adapter of another scope than ``both`` makes differ
-            from a chunk of the same tokens.
-    """
-
-    ids: tuple[int, ...]
-    position: int
-    blanks: tuple[int, ...] = ()
+    ids: tuple[int, ...]  # as they were encoded; learned tokens have ids that vLLM does not know
+    position: int  # of the first one in the prompt
+    blanks: tuple[int, ...] = ()  # what they were encoded after
+    # whether it is a prefix that an adapter of another scope than ``both`` makes differ from a
+    # chunk of the same tokens
     prefix: bool = False
 
     @property
@@ -59,15 +52,10 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True)
 class LoadPlan:
-    """The start of a prompt, as stored segments one after the other.
+    """The start of a prompt, as stored segments one after the other."""
 
-    Attributes:
-        fingerprint: Of the model that encoded them.
-        segments: In prompt order; the first begins with the prompt's first token.
-    """
-
-    fingerprint: str
-    segments: tuple[Segment, ...]
+    fingerprint: str  # of the model that encoded them
+    segments: tuple[Segment, ...]  # in prompt order; the first begins with the prompt's first token
 
     @cached_property
     def keys(self) -> tuple[str, ...]:
@@ -96,23 +84,16 @@ class LoadPlan:
         return [self.segments[i] for i in self.wanted(start) if not has(self.keys[i])]
 
     def salt(self, own: str | None = None) -> str:
-        """Name space of vLLM's prefix cache for this plan.
+        """Name space of vLLM's prefix cache for this plan; ``own`` is the request's ``cache_salt``.
 
         Cached blocks are named by the tokens before them, as if all had been computed in full
         attention. Reused chunks were not: only a prompt with the same segments may find them.
-
-        Args:
-            own: The request's ``cache_salt``.
         """
         named = [self.keys, [segment.position for segment in self.segments], own]
         return f"{PARAMS}:{hashlib.sha256(json.dumps(named).encode()).hexdigest()}"
 
     def params(self, prompt_ids: Sequence[int]) -> dict[str, Any]:
-        """The plan for ``kv_transfer_params``; inverse of `read`.
-
-        Args:
-            prompt_ids: What vLLM gets: ids that differ from these are sent.
-        """
+        """The plan for ``kv_transfer_params``; ids that differ from ``prompt_ids`` are sent."""
         segments: list[Any] = []
         for segment, start in zip(self.segments, self.starts, strict=False):
             count = len(segment.ids)
@@ -134,8 +115,7 @@ class LoadPlan:
     ) -> LoadPlan | None:
         """The plan in a request, or None if it has none.
 
-        Raises:
-            ValueError: If it is not a plan of this prompt; vLLM's process must not stop over it.
+        A ValueError if it is not a plan of this prompt; vLLM's process must not stop over it.
         """
         if not isinstance(params, Mapping) or params.get(PARAMS) is None:
             return None
@@ -178,16 +158,9 @@ def _ids(values: Any) -> tuple[int, ...]:
 def slots_of(
     blocks: Sequence[int], block_size: int, start: int, stop: int
 ) -> tuple[Tensor, Tensor]:
-    """Where tokens ``start .. stop - 1`` of a prompt are kept in a paged cache.
+    """Where tokens ``start .. stop - 1`` of a prompt are kept in a paged cache of ``block_size``.
 
-    Args:
-        blocks: The request's blocks, in prompt order.
-        block_size: Tokens of each.
-        start: First token.
-        stop: After the last.
-
-    Returns:
-        Those tokens that have a slot (none outside of a sliding window), and the slots; int64.
+    Returns those tokens that have a slot (none outside of a sliding window), and the slots; int64.
     """
     rows = torch.arange(start, stop)
     owner = torch.tensor(blocks, dtype=torch.int64)[rows // block_size]
@@ -198,12 +171,8 @@ def slots_of(
 def require_served(method: Method, spec: LayoutSpec) -> None:
     """Checks that a connector can serve a method: it loads chunks and does nothing else.
 
-    Args:
-        method: As asked.
-        spec: What `Method.layout_for` makes of the adapter's layout.
-
-    Raises:
-        ValueError: In one line, what the method does that vLLM's forward pass does not.
+    ``spec`` is what `Method.layout_for` makes of the adapter's layout. A ValueError says in one
+    line what the method does that vLLM's forward pass does not.
     """
     selects = method.select() != Nothing() or method.layer_budget is not None
     reasons = {

@@ -21,9 +21,9 @@ from vllm.entrypoints.openai.chat_completion.api_router import create_chat_compl
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 
-from blocktune.methods import build, build_entry
 from blocktune.server.front import chat_pieces, read_document, read_messages
 from blocktune.server.schemas import MOST_DOCUMENTS, Document, Extension, Message
+from blocktune.server.service import read_method
 from blocktune.vllm.client import ChunkClient, Rendered
 
 POLL_S = 0.05
@@ -112,11 +112,8 @@ def _render(client: ChunkClient, asked: Asked) -> Rendered:
     conversation = read_messages(asked.messages)
     documents = [*(asked.documents or ()), *conversation.documents]
     sources = [read_document(one, f"documents[{i}]") for i, one in enumerate(documents)]
-    wanted, params = asked.blocktune.method, asked.blocktune.params
-    method = client.method
-    if wanted is not None:
-        method = build(wanted, **params) if isinstance(wanted, str) else build_entry(wanted)
-    method = client.built(method)
+    own = asked.blocktune.method is not None or asked.blocktune.params
+    method = client.built(read_method(asked.blocktune, client.method.name) if own else None)
     block = client.prompts.spec(method).block
     chunks = [source.chunk for source in sources]
     pieces = chat_pieces(client.tokenizer, client.format, chunks, conversation, block)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
 
-from blocktune.cache.view import StoreView
+from blocktune.cache.shelf import StoreView
 from blocktune.vllm.plan import LoadPlan
 
 if TYPE_CHECKING:
@@ -24,23 +24,14 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Load:
-    """One request's load.
+    """One request's load."""
 
-    Attributes:
-        request_id: Of the request.
-        plan: What is loaded, or None if the request fails.
-        start: Tokens that vLLM has already; it loads up to the end of the plan.
-        blocks: The request's blocks, by kv cache group.
-        fault: Why the request fails.
-        layered: Whether the forward pass of this step waits for each layer.
-    """
-
-    request_id: str
-    plan: LoadPlan | None
-    start: int
-    blocks: tuple[list[int], ...]
-    fault: str = ""
-    layered: bool = False
+    request_id: str  # of the request
+    plan: LoadPlan | None  # what is loaded, or None if the request fails
+    start: int  # tokens that vLLM has already; it loads up to the end of the plan
+    blocks: tuple[list[int], ...]  # the request's blocks, by kv cache group
+    fault: str = ""  # why the request fails
+    layered: bool = False  # whether the forward pass of this step waits for each layer
 
 
 @dataclass

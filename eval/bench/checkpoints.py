@@ -17,7 +17,7 @@ from random import Random
 from statistics import fmean
 from typing import NamedTuple
 
-from blocktune.cache.checkpoints import place_checkpoints, recomputed_tokens
+from blocktune.cache.exact import place_checkpoints, recomputed_tokens
 from blocktune.evaluation.report.style import Ground, to_png
 
 BUDGETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)

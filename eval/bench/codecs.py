@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from blocktune import Engine
+from blocktune.bench.store import codec_error
 from blocktune.cache import ChunkKV, ChunkStore
-from blocktune.cache.codecs import codec_error
 from blocktune.cache.config import CODECS
 from blocktune.data import load_examples
 from blocktune.evaluation.runner import run_suite

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The vLLM connector on CUDA: its tests, then `blocktune bench vllm`. Needs vLLM (VLLM_VENV).
 # Proven on CPUs only so far; unproven until this has run: CUDA paged layouts (FlashAttention,
-# FlashInfer, Triton), the V2 model runner, CUDA graphs, loads on a stream of their own, speed.
+# FlashInfer, Triton), the V2 model runner, CUDA graphs, loads on a stream of their own and the
+# forward pass that waits for their layers, speed.
 #
 #   VLLM_VENV=/opt/vllm bash eval/bench/vllm_gpu.sh [OUTPUT.json]
 set -euo pipefail

@@ -13,10 +13,12 @@ import torch
 from cache.made import MODEL, assert_same_chunk
 from cache.writers import BUDGET, CHUNK, KEY, LIMIT
 
-from blocktune.cache import ChunkStore
-from blocktune.cache.chunk_file import heads_of
-from blocktune.cache.folder import WRITING, chunk_path
+from blocktune.cache import ChunkKV, ChunkStore, chunk_file
+from blocktune.cache.chunk_file import ChunkFile, FileKV, heads_of
+from blocktune.cache.config import CODECS, StoreConfig
+from blocktune.cache.folder import WRITING, ChunkFolder, OpenFile, chunk_path
 from blocktune.cache.shelf import Shelf
+from blocktune.positions import LayerRope, RopeSpec
 
 SCRIPT = Path(__file__).with_name("writers.py")
 
@@ -94,3 +96,69 @@ def test_ranks_share_out_the_heads():
     states = torch.arange(8)
     assert [states[heads_of(rank, 4, 8)].tolist() for rank in (0, 3)] == [[0, 1], [6, 7]]
     assert [heads_of(rank, 4, 2).start for rank in range(4)] == [0, 0, 1, 1]
+
+
+def opened(folder, name=KEY):
+    return ChunkFile(ChunkFolder(folder), name, ChunkKV)
+
+
+def test_a_file_is_verified_once_for_each_state_and_process(tmp_path, monkeypatch):
+    ChunkStore(0, tmp_path).put(KEY, CHUNK)
+    real, names = chunk_file._checksum, []
+    monkeypatch.setattr(chunk_file, "_checksum", lambda *args: names.append(args[1]) or real(*args))
+    monkeypatch.setattr(chunk_file, "SETTLED_S", -1.0)
+    assert_same_chunk(opened(tmp_path).entry(), CHUNK)
+    assert len(names) == 5
+    assert_same_chunk(opened(tmp_path).entry(), CHUNK)
+    FileKV.read(opened(tmp_path))
+    assert len(names) == 5
+    opened(tmp_path).verify()  # whoever asks for it gets it
+    assert len(names) == 10
+    path = chunk_path(tmp_path, KEY)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="does not match its checksum"):
+        FileKV.read(opened(tmp_path))
+
+
+def test_a_file_that_just_changed_is_verified_each_time(tmp_path, monkeypatch):
+    ChunkStore(0, tmp_path).put(KEY, CHUNK)
+    path, status = chunk_path(tmp_path, KEY), os.stat(chunk_path(tmp_path, KEY))
+    assert_same_chunk(opened(tmp_path).entry(), CHUNK)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    # The clock of a file system is coarse: the date may be the same.
+    identity = (status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns)
+    monkeypatch.setattr(OpenFile, "identity", property(lambda _: identity), raising=False)
+    monkeypatch.setattr(OpenFile, "__setattr__", _but_identity)
+    with pytest.raises(ValueError, match="does not match its checksum"):
+        opened(tmp_path).entry()
+
+
+def _but_identity(self, name, value):
+    if name != "identity":
+        object.__setattr__(self, name, value)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_layers_are_read_from_a_file_as_they_are_in_memory(tmp_path, codec):
+    rope = RopeSpec((LayerRope(torch.linspace(1, 0.1, 16)),) * 2)
+    store = ChunkStore(config=StoreConfig(folder=tmp_path, memory=0, codec=codec))
+    store.describe(MODEL, lambda: {"fingerprint": MODEL}, rope)
+    whole = store.put(KEY, CHUNK)
+    found = store.lookup(KEY, CHUNK.token_ids, MODEL, read=FileKV.read)
+    assert found.bytes_read == found.kv.num_bytes == whole.num_bytes
+    for layer in range(2):
+        assert torch.equal(found.kv.keys[layer], whole.keys[layer])
+        assert torch.equal(found.kv.values[layer], whole.values[layer])
+    like = opened(tmp_path).like()
+    assert [key.shape for key in like.keys] == [key.shape for key in whole.keys]
+    if codec == "as-is":
+        room = torch.zeros(2, 5000, 32)
+        found.kv.read_into("value.1", room[:, 500:4500])
+        assert torch.equal(room[:, 500:4500], CHUNK.values[1])
+        assert not room[:, :500].any()
+        with pytest.raises(ValueError, match="another size"):
+            found.kv.read_into("value.1", room)

@@ -9,9 +9,10 @@ from cache.made import MODEL, assert_same_chunk, made_chunk
 from engine.served import ASK, engine_of
 from families import FAMILIES
 
+from blocktune.bench.store import codec_error
 from blocktune.cache import ChunkStates, ChunkStore, chunk_file, chunk_key, states_key
-from blocktune.cache.chunk_file import read_chunk
-from blocktune.cache.codecs import codec_error, encoded, round_trip
+from blocktune.cache.chunk_file import ChunkFile
+from blocktune.cache.chunk_kv import encoded, round_trip
 from blocktune.cache.config import CODECS, StoreConfig
 from blocktune.cache.folder import OpenFile
 from blocktune.positions import LayerRope, RopeSpec
@@ -125,6 +126,30 @@ def test_an_answer_does_not_depend_on_where_a_chunk_was_found(tokenizer, tmp_pat
     assert len({tuple(text) for text in texts}) == 1
 
 
+def test_a_file_that_fails_when_its_layers_are_read_is_looked_at_again(
+    tokenizer, tmp_path, monkeypatch
+):
+    def engine():
+        store = ChunkStore(config=StoreConfig(folder=tmp_path, memory=0))
+        return engine_of(FAMILIES["llama"](), tokenizer, store=store)
+
+    [expected] = engine().answer([ASK], "naive", max_new_tokens=4)
+    calls = []
+
+    def fails(self, name, out):
+        calls.append(name)
+        raise ValueError("it is cut off")
+
+    monkeypatch.setattr(chunk_file.ChunkFile, "read_into", fails)
+    [answer] = engine().answer([ASK], "naive", max_new_tokens=4)
+    assert (answer.token_ids, len(calls)) == (expected.token_ids, 1)
+    assert (answer.usage.chunk_hits, answer.usage.chunk_misses) == (3, 0)
+    for path in tmp_path.rglob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:-100])
+    [answer] = engine().answer([ASK], "naive", max_new_tokens=4)
+    assert (answer.token_ids, answer.usage.chunk_misses) == (expected.token_ids, 3)
+
+
 @pytest.mark.parametrize("codec", CODECS)
 def test_a_rank_reads_and_verifies_only_its_heads(codec, tmp_path, monkeypatch):
     kv = rotated(100, dtype=torch.float32)
@@ -136,7 +161,9 @@ def test_a_rank_reads_and_verifies_only_its_heads(codec, tmp_path, monkeypatch):
 
     def part(*share):
         size.clear()
-        return store.lookup(key, ids, MODEL, read=partial(read_chunk, share=share), keep=False).kv
+        return store.lookup(
+            key, ids, MODEL, read=partial(ChunkFile.entry, share=share), keep=False
+        ).kv
 
     whole = part(0, 1)
     most, halves = sum(size), [part(rank, 2) for rank in (0, 1)]
@@ -167,7 +194,7 @@ def test_signed_and_older_files_are_verified_whole(tmp_path, monkeypatch):
         store.put(key, kv)
         monkeypatch.setattr(chunk_file, "_BY_HEAD", ("key.", "value."))
         size.clear()
-        half = store.lookup(key, ids, MODEL, read=partial(read_chunk, share=(1, 2))).kv
+        half = store.lookup(key, ids, MODEL, read=partial(ChunkFile.entry, share=(1, 2))).kv
         assert sum(size) > kv.num_bytes
         assert torch.equal(half.keys[0], kv.keys[0][1:])
 
@@ -176,9 +203,9 @@ def count_reads(monkeypatch) -> list[int]:
     """Bytes of each read from a file, from now on."""
     read, sizes = OpenFile.read_into, []
 
-    def counted(self, buffer, start):
-        sizes.append(len(buffer))
-        return read(self, buffer, start)
+    def counted(self, buffers, start):
+        sizes.append(sum(map(len, buffers)))
+        return read(self, buffers, start)
 
     monkeypatch.setattr(OpenFile, "read_into", counted)
     return sizes

@@ -4,7 +4,7 @@ import pytest
 from typer.testing import CliRunner
 
 from blocktune.cache import ChunkStore, key_after
-from blocktune.cache.miss_queue import MissQueue, Wanted
+from blocktune.cache.shelf import MissQueue, Wanted
 from blocktune.cli import app
 from blocktune.engine import Engine
 from blocktune.testing import small_engine

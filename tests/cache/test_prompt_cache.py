@@ -276,3 +276,20 @@ def test_a_pass_of_other_rows_than_selected_is_refused():
         cache.update(states, states, 0)
     with pytest.raises(ValueError, match="does not serve beam search"):
         cache.reorder_cache(torch.tensor([0]))
+
+
+def test_columns_that_nobody_wrote_are_zeros(monkeypatch):
+    """Also where the memory held something else: masked columns must be finite."""
+    empty = torch.Tensor.new_empty
+    poisoned = lambda self, *args, **kw: empty(self, *args, **kw).fill_(float("nan"))  # noqa: E731
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    cache, states = RowCache(1, 2, 6, spare=2), torch.ones(1, 2, 3)
+    for prompt, columns in ((0, slice(1, 3)), (1, slice(0, 2))):
+        for part in cache.room(0, prompt, columns, states, states):
+            part.copy_(states)
+    layer = cache.layers[0]
+    assert layer.values[:, 0, :, 0].tolist() == [[0, 1, 1, 0, 0, 0], [1, 1, 0, 0, 0, 0]]
+    cache.append(2)
+    cache.store(0, torch.ones(2, 1, 2, 3), torch.ones(2, 1, 2, 3))
+    assert layer.keys[:, 0, :, 0].sum(1).tolist() == [4, 4]
+    assert cache.layers[0].values.isfinite().all()

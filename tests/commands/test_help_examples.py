@@ -51,6 +51,7 @@ LESS_WORK = {
     "bench reuse": ["--tiny", "--repeats", "1"],
     "bench loading": ["--tiny", "--repeats", "1"],
     "bench store": ["--tiny"],
+    "bench ttft": ["--tokens", "64", "--repeats", "1"],
     "eval --suite": ["--limit", "1"],
     "tune": ["--limit", "1"],
     "profile-layers": ["--limit", "1", "--most-layers", "1"],

@@ -7,11 +7,20 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from cache.made import MODEL, OTHER_MODEL, made_chunk
 from evaluation.launches import SHARED
 from typer.testing import CliRunner
 
-from blocktune.cache import ChunkStates, ChunkStore, chunk_key, states_key
+from blocktune.cache import (
+    ChunkStates,
+    ChunkStore,
+    PrefixTree,
+    RowCache,
+    chunk_key,
+    cut_exact,
+    states_key,
+)
 from blocktune.cache.blobs import SECRET
 from blocktune.cache.folder import WRITING, chunk_path
 from blocktune.cache.ledger import INDEX
@@ -70,11 +79,25 @@ def test_stat_counts_by_model(blocktune, folder, asked):
     assert (record["chunks"], record["tokens"], record["bytes"]) == (3, 17, sum(sizes))
     assert record["unreadable"] == 1
     assert record["models"][MODEL]["chunks"] == 2
+    assert record["kinds"]["chunk"]["tokens"] == 17
     assert record["models"][OTHER_MODEL]["tokens"] == 7
     text = blocktune("store", "stat", folder).stdout
     assert "3 chunks, 17 tokens" in text
     assert "1 unreadable" in text
     assert f"{MODEL[:12]}  2 chunks" in text
+
+
+def test_stat_shows_exact_prefixes(blocktune, folder, asked):
+    cache = RowCache(1, 1, 6, exact=True)
+    cache.select(torch.arange(6)[None])
+    cache.update(torch.ones(1, 1, 6, 2), torch.ones(1, 1, 6, 2), 0)
+    tree = PrefixTree(200, store=ChunkStore(0, folder))
+    for ids in ((1, 2, 3, 4, 5, 6), (7, 8, 9)):
+        tree.insert(cut_exact(cache, 0, ids, MODEL))
+    record = asked("stat")
+    assert (record["kinds"]["prefix"]["chunks"], record["kinds"]["prefix"]["tokens"]) == (1, 6)
+    assert "of kind prefix: 1 chunks, 6 tokens" in blocktune("store", "stat", folder).stdout
+    assert asked("verify") == {"chunks": 4, "damaged": {}}
 
 
 def test_ls_and_show_name_every_chunk(blocktune, folder, asked):

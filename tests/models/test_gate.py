@@ -157,12 +157,12 @@ def test_a_branch_beside_attention_is_found_where_the_configuration_does_not_tel
 
 
 def test_training_and_serving_refuse_a_model_in_the_same_words(tmp_path):
-    model, lines = only_configured(tmp_path / "other", REFUSED["gpt2"][0]()), []
+    model, lines = only_configured(tmp_path / "other", REFUSED["gemma3n"][0]()), []
     for door in (
         lambda: Engine.from_pretrained(model, device="cpu"),
         lambda: make_trainer(tmp_path, model_name_or_path=model),
     ):
-        with pytest.raises(Refused, match="GPT2LMHeadModel has no rotary") as refusal:
+        with pytest.raises(Refused, match=REFUSED["gemma3n"][1]) as refusal:
             door()
         lines.append(str(refusal.value))
     assert lines[0] == lines[1]

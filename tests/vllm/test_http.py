@@ -159,6 +159,7 @@ def test_a_request_without_documents_is_vllms(server):
         ({"prompt_logprobs": 1}, 400, "prompt_logprobs is not supported with documents"),
         ({"blocktune": {"method": "cacheblend"}}, 400, "vLLM cannot serve 'cacheblend'"),
         ({"blocktune": {"method": "kv-packet"}}, 400, "needs an adapter"),
+        ({"blocktune": {"method": "link0", "params": {"blanks": "x"}}}, 400, "blanks"),
         ({"blocktune": {"strange": 1}}, 400, "strange"),
         ({"model": "other"}, 404, "no model 'other'"),
         ({"documents": ["x " * 2000]}, 400, "context holds"),

@@ -16,7 +16,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=8, logprobs=20)
 def llm():
     engine = Engine.from_pretrained(TINY, store=REMOTE, dtype="float32", device="cpu")
     engine.encode(questions(40, 1)[0].chunks)
-    engine.state.store.flush()
+    engine.store.flush()
     llm = ChunkLLM(TINY, store=REMOTE, **SMALL)
     yield llm
     close(llm)
@@ -28,7 +28,7 @@ def test_answers_are_the_engines(llm, codec):
     options = {"dtype": "float32", "device": "cpu"}
     engine = Engine.from_pretrained(TINY, store=f"{REMOTE},codec={codec}", **options)
     wanted = engine.answer(examples, max_new_tokens=8)
-    engine.state.store.flush()
+    engine.store.flush()
     plans = [llm.client.read(one).plan for one in examples]
     assert not any(llm.client.missing(plan) for plan in plans)
     made = llm.answer(examples, sampling=GREEDY)

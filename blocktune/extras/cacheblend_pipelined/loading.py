@@ -13,13 +13,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Self
 
-import torch
 from torch import Tensor
 
 from blocktune.cache import ChunkKV, ChunkStore, Lookup
-from blocktune.cache.blobs import Blobs
-from blocktune.cache.chunk_file import ChunkFile
-from blocktune.methods import ChunkLoader, DamagedChunk, Selection
+from blocktune.cache.chunk_file import ChunkFile, FileKV
+from blocktune.methods import ChunkLoader, Selection
 
 KEEP = 0.8  # weight of what was measured before; the rest is the latest measurement's
 
@@ -90,44 +88,31 @@ def _mixed(old: float | None, new: float) -> float:
     return new if old is None else KEEP * old + (1 - KEEP) * new
 
 
-class StreamedKV:
-    """One chunk whose layers arrive one after the other; read like a `ChunkKV`.
+class StreamedKV(FileKV):
+    """One chunk whose layers arrive one after the other, each verified when it does.
 
-    Its header, token ids and model are verified before it is handed out, each layer before it is
-    used. ``file``, stored under ``key``, is read when ``loader`` is started.
+    They are read when ``loader`` is started.
     """
 
-    kind = ChunkKV.kind
-
-    def __init__(self, key: str, file: ChunkFile, loader: LayerLoader):
-        self.key, self._file, self._loader = key, file, loader
-        self.token_ids, self.fingerprint = file.token_ids, file.fingerprint
-        self.num_tokens = self.token_ids.shape[0]
-        self.num_layers, self.origin, self.num_bytes = (
-            file.fact(name) for name in ("num_layers", "origin", "num_bytes")
-        )
+    def __init__(self, file: ChunkFile, loader: LayerLoader):
+        super().__init__(file)
+        self._loader = loader
         self._layers: list[Future] = []
-        self.keys, self.values = _Half(self, 0), _Half(self, 1)
-
-    matches = ChunkKV.matches
-
-    def to(self, device: torch.device | str) -> Self:
-        """Itself: layers go to the store's device as they arrive."""
-        return self
 
     def submit(self, layer: int, pool: ThreadPoolExecutor) -> None:
         """Lets a thread read the next layer."""
         self._layers.append(pool.submit(self._read, layer))
 
-    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values ``(K, S, D)``, when they are there; `DamagedChunk` if they are wrong."""
+    def tensor(self, name: str) -> Tensor:
+        half, _, layer = name.partition(".")
         started = time.perf_counter()
         try:
-            return self._layers[layer].result()
-        except ValueError as error:
-            raise DamagedChunk(f"chunk {self.key[:12]}, layer {layer}: {error}") from None
+            return self._layers[int(layer)].result()[half == "value"]
         finally:
             self._loader.waited_s += time.perf_counter() - started
+
+    def read_into(self, name: str, out: Tensor) -> None:
+        out.copy_(self.tensor(name))
 
     def whole(self) -> ChunkKV:
         """All layers in memory."""
@@ -137,22 +122,10 @@ class StreamedKV:
 
     def _read(self, layer: int) -> tuple[Tensor, Tensor]:
         started = time.perf_counter()
-        pair = tuple(self._file.tensor(f"{half}.{layer}") for half in ("key", "value"))
+        pair = tuple(self.file.tensor(f"{half}.{layer}") for half in ("key", "value"))
         moved = tuple(tensor.to(self._loader.store.device) for tensor in pair)
         self._loader.read_s += time.perf_counter() - started
         return moved
-
-
-@dataclass(frozen=True)
-class _Half(Sequence):
-    kv: StreamedKV
-    half: int
-
-    def __getitem__(self, layer: int) -> Tensor:
-        return self.kv.layer(layer)[self.half]
-
-    def __len__(self) -> int:
-        return self.kv.num_layers
 
 
 class LayerLoader(ChunkLoader):
@@ -200,5 +173,5 @@ class LayerLoader(ChunkLoader):
     def __exit__(self, *exception) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def _open(self, blobs: Blobs, key: str, kind: type[ChunkKV]) -> StreamedKV:
-        return StreamedKV(key, ChunkFile(blobs, key, kind), self)
+    def _open(self, file: ChunkFile) -> StreamedKV:
+        return StreamedKV(file, self)

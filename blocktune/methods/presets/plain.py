@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from blocktune.methods import (
     Cached,
@@ -20,6 +21,10 @@ from blocktune.methods import (
     require_one_of,
 )
 from blocktune.prompt import LayoutSpec
+
+if TYPE_CHECKING:
+    from blocktune.cache import ChunkStore
+    from blocktune.cache.recycle import Recycler
 
 
 class _InFull(Method):
@@ -58,6 +63,33 @@ class PrefixCache(_InFull):
 
     def select(self) -> Selection:
         return Everything()
+
+
+@register("recycle")
+class Recycle(PrefixCache):
+    """Resumes from the nearest earlier prompt by sentence embedding if it is an exact prefix.
+
+    The nearest ``candidates`` are tested token by token (the paper tests one). Prompts are kept
+    whole, as records of the chunk store. ``model`` makes the embeddings.
+    """
+
+    source: ClassVar[str] = "https://arxiv.org/abs/2512.11851"
+    model: str = "sentence-transformers/all-MiniLM-L6-v2"
+    candidates: int = 1
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_count("candidates", self.candidates, least=1)
+
+    def prefixes(self, store: ChunkStore, read: Callable[[Sequence[int]], str]) -> Recycler:
+        from blocktune.cache.embeddings import Embedder
+        from blocktune.cache.recycle import Recycler
+
+        key = ("recycle", self.model, self.candidates)
+        if key not in store.notes:
+            embed = Embedder.of(store, self.model)
+            store.notes[key] = Recycler(store, read, embed, self.candidates)
+        return store.notes[key]
 
 
 @register("no-context")

@@ -1,0 +1,94 @@
+"""Decoding on transformers' own cache layers: a sliding window, quantised, or offloaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import cache_utils
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from blocktune.cache.row_cache import RowCache
+
+LAYERS = {
+    "sliding": "DynamicSlidingWindowLayer",
+    "fp8": "Fp8QuantizedLayer",
+    "quanto": "QuantoQuantizedLayer",
+    "hqq": "HQQQuantizedLayer",
+    "offloaded": "DynamicLayer",
+}
+
+
+@dataclass(frozen=True)
+class DecodeCache:
+    """How keys and values are held while an answer is decoded, after its prefill.
+
+    ``sliding`` keeps and sees the last ``window`` tokens; ``fp8`` has a scale for each layer and
+    batch; ``quanto`` and ``hqq`` (4 bits) need their packages; ``offloaded`` keeps all layers but
+    the one that computes on the CPU. Raises ValueError if the kind cannot be used here.
+    """
+
+    kind: str
+    window: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> DecodeCache:
+        """Reads ``sliding:1024`` or the name of another kind."""
+        kind, _, window = text.partition(":")
+        return cls(kind, int(window)) if window.isdigit() else cls(text)
+
+    def __post_init__(self):
+        if self.kind not in LAYERS or (self.kind == "sliding") != (self.window > 1):
+            known = ", ".join(name.replace("sliding", "sliding:TOKENS") for name in LAYERS)
+            named = f"{self.kind}:{self.window}" if self.window else self.kind
+            raise ValueError(f"a decode cache is one of {known}; got '{named}'")
+        if self.kind == "offloaded" and not torch.cuda.is_available():
+            raise ValueError("decode cache 'offloaded' moves keys off a GPU, and there is none")
+        self.layer()
+
+    def layer(self) -> CacheLayerMixin:
+        """An empty layer of transformers."""
+        try:
+            cls = getattr(cache_utils, LAYERS[self.kind])
+            return cls(self.window) if self.window else cls()
+        except (AttributeError, ImportError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"decode cache '{self.kind}' cannot be used here: {reason}") from None
+
+
+class DecodingCache(Cache):
+    """A `RowCache` after its prefill, on layers of transformers: columns are only appended."""
+
+    def __init__(self, how: DecodeCache, rows: RowCache, reshapes: bool):
+        """Copies layer by layer; the layers of ``rows`` are freed on the way.
+
+        Raises ValueError if a window would hide columns that a reshape changes, or there are
+        several prompts: it would end in the padding of one.
+        """
+        if how.window and (reshapes or rows.layers[0].batch_size > 1):
+            raise ValueError(
+                "a sliding decode cache holds one prompt, by a method without a reshape; use a "
+                "batch size of 1 and another method"
+            )
+        layers = [how.layer() for _ in rows.layers]
+        super().__init__(layers=layers, offloading=how.kind == "offloaded")
+        self.num_columns, self.window = rows.num_columns, how.window
+        self._bytes = [rows.bytes_per_column(index) for index in range(len(layers))]
+        for index, layer in enumerate(layers):
+            self.update(rows.layers[index].keys, rows.layers[index].values, index)
+            if how.window:  # views of the whole
+                layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
+            rows.layers[index] = layer
+
+    @property
+    def first_column(self) -> int:
+        """The first one that the next row sees."""
+        return max(0, self.num_columns - self.window) if self.window else 0
+
+    def append(self, count: int = 1) -> None:
+        """The next forward pass adds a column."""
+        self.num_columns += count
+
+    def bytes_per_column(self, layer: int) -> int:
+        """Of the prefill's cache."""
+        return self._bytes[layer]
