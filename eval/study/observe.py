@@ -264,9 +264,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     replace_json(given.results / "observations.json", results)
     tuned = [text.partition("=")[0] for text in given.adapter]
-    about = (
-        f"Model `{Path(given.model).name}`, questions `{given.data.stem}`, {given.limit} at most."
-    )
+    about = f"Model `{Path(given.model).name}`, questions `{given.data.stem}`."
     replace_text(given.results / "README.md", page(json.loads(json.dumps(results)), tuned, about))
     print(given.results / "README.md")
     return 0
