@@ -39,8 +39,8 @@ def augment(
     """A new example with a varied context; its number ``index`` and ``how.seed`` decide all draws.
 
     Distractors come from the ``pool`` of other examples' chunks if its own are too few, except
-    those that mention an accepted answer or are in the context already. A ValueError if there are
-    too few for the number that was drawn.
+    those that mention an accepted answer or are in the context already. Raises ValueError if there
+    are too few for the number that was drawn.
     """
     rng = Random(f"augment/{how.seed}/{index}")
     needed = evidence(example)

@@ -63,8 +63,8 @@ def generate_needles(
 ) -> Iterator[RagExample]:
     """Yields the grid, length by length; ``kind`` names the cell: ``4096 tokens, depth 25 %``.
 
-    Every cell of a seed hides the same needles in the same prose. A ValueError if a length does not
-    hold even the question.
+    Every cell of a seed hides the same needles in the same prose. ValueError if a length does
+    not hold even the question.
 
     Source: RULER's niah_single_2 (arXiv:2404.06654), at depths of our own and in chunks; RULER
     takes Paul Graham's essays, which cannot be shipped: name them by ``haystack``.

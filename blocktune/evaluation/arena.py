@@ -59,7 +59,7 @@ class Exam:
 
 
 def load_exam(folder: Path, subset: str) -> Exam:
-    """Reads a subset from a clone; a ValueError if a file or field is missing, or was changed."""
+    """Reads a subset from a clone; ValueError if a file or field is missing or changed."""
     if subset not in SUBSETS:
         raise ValueError(f"unknown subset '{subset}'; the arena has {', '.join(SUBSETS)}")
     name = f"{subset}_n100.jsonl"

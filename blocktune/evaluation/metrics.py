@@ -91,7 +91,7 @@ def extract_answer(text: str, marker: str | None = None) -> str:
 
 
 def best(metric: Callable[[str], float], answers: Sequence[str]) -> float:
-    """The highest score over the accepted answers; a ValueError if there is none."""
+    """The highest score over the accepted answers; raises ValueError if there is none."""
     return max(map(metric, _accepted(answers)))
 
 

@@ -179,7 +179,7 @@ class RowFile:
 
 
 def read_all(folder: Path, labels: Sequence[str]) -> dict[str, list[Row]]:
-    """The rows of a finished run by label; a ValueError if a label has none there."""
+    """The rows of a finished run by label; raises ValueError if a label has none there."""
     found = {label: list(read_rows(folder / ROWS / f"{label}.jsonl")) for label in labels}
     if missing := [label for label, rows in found.items() if not rows]:
         raise ValueError(f"no rows of '{missing[0]}' in '{folder / ROWS}'; finish the run first")
@@ -187,7 +187,7 @@ def read_all(folder: Path, labels: Sequence[str]) -> dict[str, list[Row]]:
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """Whole lines of a file as rows; a ValueError if one is not a row."""
+    """Whole lines of a file as rows; raises ValueError if one is not a row."""
     for number, line in enumerate(whole_lines(path), start=1):
         try:
             yield Row(**json.loads(line))

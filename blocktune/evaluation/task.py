@@ -93,7 +93,7 @@ def load_task(path: str | Path, variant: str | None = None) -> dict[str, Any]:
     """Keys of a task file, with those of one of its variants over them.
 
     Besides the keys of `TaskSpec` a file may hold ``variants``: name -> keys; results of a variant
-    are named ``NAME-VARIANT``. A ValueError if it is not YAML or has no such variant.
+    are named ``NAME-VARIANT``. Raises ValueError if it is not YAML or has no such variant.
     """
     values = dict(mapping(load_yaml(path, "task", HINT), str(path)))
     variants = mapping(values.pop("variants", {}), f"{path}: variants")

@@ -61,7 +61,7 @@ def measure_ttft(
 def fill(examples: Sequence[RagExample], num: int, chunks: int | None) -> list[RagExample]:
     """The first ``num`` examples, each with ``chunks`` chunks, taken from those that follow it.
 
-    A ValueError if all examples together hold fewer chunks than that.
+    Raises ValueError if all examples together hold fewer chunks than that.
     """
     if chunks is None:
         return list(examples[:num])

@@ -146,7 +146,7 @@ def prepare(
 
 
 def send(publication: Publication, *, private: bool = False, token: str | None = None) -> Sent:
-    """Creates the repository if needed and commits all files at once; a ValueError if refused.
+    """Creates the repository if needed and commits all files at once; raises ValueError if refused.
 
     Files of an earlier push that this one does not have are deleted: weights left over would be
     loaded with the new ones. ``private`` is for a new repository; without a ``token``, that of ``hf

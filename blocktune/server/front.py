@@ -83,8 +83,8 @@ def _of_fields(data: str | Mapping[str, str]) -> Chunk:
 def read_messages(messages: Sequence[Message]) -> Conversation:
     """Splits messages into system text, earlier turns, the question and document blocks.
 
-    Turns of one role in a row are joined, since most templates refuse them. A ValueError if the
-    last message is not the user's, or a text is not text.
+    Turns of one role in a row are joined, since most templates refuse them. Raises ValueError if
+    the last message is not the user's, or a text is not text.
     """
     system: list[str] = []
     turns: list[Turn] = []
@@ -121,7 +121,7 @@ def chat_pieces(
     """Tokenises a conversation over chunks; of a single question as `make_pieces` does.
 
     Without chunks the question is sent as it is: instruction and wording are about passages. The
-    request's system text replaces that of ``fmt``. A ValueError if the chat template does not
+    request's system text replaces that of ``fmt``. Raises ValueError if the chat template does not
     render the turns, or a chunk has no tokens.
     """
     texts = UserText(tokenizer)

@@ -62,7 +62,7 @@ def _short(source: str) -> str:
 
 
 def read_limits(pairs: list[str]) -> Limits:
-    """Limits from ``name=value`` pairs; a ValueError if a name or a value is wrong."""
+    """Limits from ``name=value`` pairs; raises ValueError if a name or a value is wrong."""
     known = {f.name: type(f.default) for f in fields(Limits)}
     values = {}
     for pair in pairs:

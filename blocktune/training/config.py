@@ -155,8 +155,8 @@ _HINTS = {"packing": "pack_length packs by layout", "padding_free": "pack_length
 class BlockSFTConfig(LayoutOptions, ObjectiveOptions, BatchOptions, SFTConfig):
     """TRL's `SFTConfig` with the layout, the objective and the execution of attention.
 
-    A ValueError for a value that is not accepted, or an option of TRL that would change prompts or
-    the loss in a way the layout knows nothing of.
+    ValueError for a value that is not accepted, or an option of TRL that would change prompts
+    or the loss in a way the layout knows nothing of.
     """
 
     scope: Literal["both", "encode", "read"] = option(

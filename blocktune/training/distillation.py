@@ -141,7 +141,7 @@ def find_teacher(
     It is ``self``, or a folder or repository name. ``model`` and ``tokenizer`` are the student's,
     ready to train; ``base_is_frozen`` says whether it stays what it was without its adapter.
 
-    A ValueError if the teacher cannot be found, or does not fit the student.
+    Raises ValueError if the teacher cannot be found, or does not fit the student.
     """
     if not how.is_on:
         return None
@@ -247,8 +247,8 @@ def kv_errors(student: Recorder, teacher: Recorder, shift: Tensor, rope: RopeSpe
     """How far the student's keys and values are from the teacher's, mean over layers, ``(rows,)``.
 
     Both recorded the same rows in the same order. ``shift`` ``(rows,)`` is the distance from each
-    row's position to that in the teacher's layout; keys are moved by it first. A ValueError if no
-    gradient can reach the student's states.
+    row's position to that in the teacher's layout; keys are moved by it first. Raises ValueError if
+    no gradient can reach the student's states.
     """
     if torch.is_grad_enabled() and not any(k.requires_grad for k, _ in student.states.values()):
         raise ValueError(

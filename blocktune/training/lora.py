@@ -28,7 +28,7 @@ def make_trainable(
     """Gives a base its learned tokens and its adapter, and freezes the rest.
 
     A PEFT model is trained as it is. Under ``link_mode: added_tokens`` the tokenizer gets them too.
-    A ValueError if nothing would be trained, or the settings exclude each other.
+    Raises ValueError if nothing would be trained, or the settings exclude each other.
     """
     learned, added = args.layout.num_learned, range(0)
     is_wrapped = hasattr(model, "peft_config")

@@ -70,7 +70,7 @@ class RecomputeSampler:
     def check_layer(self, num_layers: int) -> int | None:
         """Layer at which the choice is narrowed, or None where it is made beforehand.
 
-        A ValueError if the selector is asked more than once, or adds rows on the way up.
+        Raises ValueError if the selector is asked more than once, or adds rows on the way up.
         """
         chosen = self.selection
         checks = chosen.checks(num_layers)

@@ -98,7 +98,7 @@ class Parser(TrlParser):
 def parse(argv: Sequence[str]) -> tuple[DataArgs, BlockSFTConfig, ModelConfig]:
     """Reads ``--config FILE`` and the options that override it.
 
-    A ValueError on an unknown key or option, a value of the wrong type, or a missing file.
+    Raises ValueError on an unknown key or option, a value of the wrong type, or a missing file.
     """
     if argv and Path(argv[0]).suffix in (".yaml", ".yml") and not argv[0].startswith("-"):
         raise ValueError(f"unexpected argument '{argv[0]}'; did you mean '--config {argv[0]}'?")
@@ -180,7 +180,7 @@ def earlier_run(
     """Where a run continues: None for a new one, ``output_dir`` itself if it is finished.
 
     Without ``resume_from_checkpoint`` that is the last checkpoint in ``output_dir``, if there is
-    one. ``world_size`` is the number of processes, None if not known yet. A ValueError if the
+    one. ``world_size`` is the number of processes, None if not known yet. Raises ValueError if the
     earlier run had other settings, or there is no such checkpoint.
     """
     named, folder = str(args.resume_from_checkpoint or ""), Path(args.output_dir)
@@ -259,8 +259,8 @@ def resolved(data: DataArgs, args: BlockSFTConfig, choice: ModelConfig) -> dict[
 def load_base(choice: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads the base and its tokenizer by TRL's `ModelConfig`.
 
-    A ValueError if no model is named, it cannot be loaded, or an attention implementation is asked
-    for: blocktune attaches its own.
+    Raises ValueError if no model is named, it cannot be loaded, or an attention implementation is
+    asked for: blocktune attaches its own.
     """
     name = choice.model_name_or_path
     if not name:
@@ -292,7 +292,7 @@ def samples_of(
 ) -> list[Sample]:
     """The training examples and the modes they are trained in.
 
-    A ValueError if a mixture and the options of one source are mixed, or disagree.
+    Raises ValueError if a mixture and the options of one source are mixed, or disagree.
     """
     if data.mixture is None:
         launch_checks.refuse_test(data.train_data)
@@ -328,7 +328,7 @@ _PUSH_OPTIONS = {
 def checked_repo(args: BlockSFTConfig, base_model: str, publisher: Any) -> str | None:
     """Where a run is pushed to, or None; the Trainer, which would push unchecked, is not told.
 
-    A ValueError if it cannot be pushed, or not as the options say.
+    Raises ValueError if it cannot be pushed, or not as the options say.
     """
     if not args.push_to_hub:
         return None

@@ -118,7 +118,7 @@ class ChunkClient:
 
     @property
     def fingerprint(self) -> str:
-        """Of the model that encodes the chunks; a ValueError if the store has none, or several."""
+        """Of the model that encodes the chunks; ValueError if the store has none or several."""
         if self._fingerprint is None:
             self._fingerprint = self._find_fingerprint()
         return self._fingerprint
@@ -155,13 +155,13 @@ class ChunkClient:
     ) -> Rendered:
         """The request of a question with its chunks.
 
-        A ValueError if vLLM cannot serve the method, or the prompt does not fit the model.
+        Raises ValueError if vLLM cannot serve the method, or the prompt does not fit the model.
         """
         method = self.built(method)
         return self.render(self.prompts.pieces(example, method), method, max_new_tokens)
 
     def built(self, method: str | Method | None) -> Method:
-        """A method by its name; None: the default. A ValueError if it cannot be served."""
+        """A method by its name; None: the default. Raises ValueError if it cannot be served."""
         method = build(method) if isinstance(method, str) else method or self.method
         require_served(method, self.prompts.spec(method))
         return method

@@ -115,7 +115,7 @@ class LoadPlan:
     ) -> LoadPlan | None:
         """The plan in a request, or None if it has none.
 
-        A ValueError if it is not a plan of this prompt; vLLM's process must not stop over it.
+        Raises ValueError if it is not a plan of this prompt; vLLM's process must not stop over it.
         """
         if not isinstance(params, Mapping) or params.get(PARAMS) is None:
             return None

@@ -32,7 +32,7 @@ class Change(NamedTuple):
 
 
 def load_results(folder: str | Path) -> dict[str, Any]:
-    """Reads ``results.json`` of a finished run; a ValueError if the folder has none."""
+    """Reads ``results.json`` of a finished run; raises ValueError if the folder has none."""
     path = Path(folder) / RESULTS
     if not path.is_file():
         raise ValueError(f"no {RESULTS} in '{folder}'; give the --output of a finished run")
@@ -40,7 +40,7 @@ def load_results(folder: str | Path) -> dict[str, Any]:
 
 
 def compare(before: str | Path, after: str | Path, *, seed: int = 0) -> list[Change]:
-    """Compares the methods that the runs in two folders share; a ValueError if there is none."""
+    """Compares the methods that the runs in two folders share; ValueError if there is none."""
     old, new = load_results(before)["methods"], load_results(after)["methods"]
     shared = [label for label in old if label in new]
     if not shared:
