@@ -23,7 +23,7 @@ def engine(tokenizer):
 def contexts(engine, ask, method):
     """The tokens that each chunk of a prompt is encoded after, without the prefix."""
     pieces = engine.prompts.pieces(ask, method)
-    after = method.history.lookup(engine.store, engine.fingerprint, pieces)
+    after = method.history.lookup(engine.store, engine.fingerprint, pieces, None)
     assert all(ids[: len(pieces.prefix)] == pieces.prefix for ids in after)
     return pieces.chunks, [ids[len(pieces.prefix) :] for ids in after]
 
