@@ -41,6 +41,7 @@ EXCEPTIONS = {
     "psr",
     "s",
     "s+p",
+    "semsharekv",
     "turborag",
 }
 

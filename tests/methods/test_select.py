@@ -288,7 +288,7 @@ def test_a_budget_below_what_the_first_layers_cost_is_refused():
         (
             "query-attention",
             {"fuse": "sum"},
-            "fuse must be one of mean, max, first, last, got 'sum'",
+            "fuse must be one of mean, max, first, last, each, got 'sum'",
         ),
         ("auxiliary-attention", {"window": 0}, "window must be .* at least 1, got 0"),
         ("oracle", {"by": "luck"}, "by must be one of influence, attention, deviation, got 'luck'"),
