@@ -41,7 +41,6 @@ EXCEPTIONS = {
     "psr",
     "s",
     "s+p",
-    "semsharekv",
     "turborag",
 }
 

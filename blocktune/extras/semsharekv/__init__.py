@@ -112,7 +112,6 @@ class SemShareKV(Method):
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2509.24832"
-    exact_on_one_chunk: ClassVar[bool] = False
     ratio: float = 0.4
     threshold: float = 0.8
     references: int = 8
