@@ -76,11 +76,11 @@ def move_entries(source: str | Path, target: str | Path, last: str) -> None:
 
 
 def whole_lines(path: str | Path) -> list[str]:
-    """Lines of a UTF-8 file without their ends; none if there is no file.
+    """Lines of a UTF-8 file without their ends; none if there is no file, or it is a device.
 
     A last line that a stopped process left half-written is not among them.
     """
-    if not Path(path).exists():
+    if not Path(path).is_file():  # /dev/full would be read without end
         return []
     text = Path(path).read_bytes()
     return text[: text.rfind(b"\n") + 1].decode("utf-8").split("\n")[:-1]
@@ -88,15 +88,17 @@ def whole_lines(path: str | Path) -> list[str]:
 
 def truncate_lines(path: str | Path, count: int) -> None:
     """Cuts a file behind its first ``count`` lines, in place: a lock on it stays."""
-    os.truncate(path, sum(len(line.encode()) + 1 for line in whole_lines(path)[:count]))
+    if Path(path).is_file():
+        os.truncate(path, sum(len(line.encode()) + 1 for line in whole_lines(path)[:count]))
 
 
 def append_lines(path: str | Path, lines: Iterable[str]) -> None:
-    """Adds lines to a file, on disk before it returns."""
+    """Adds lines to a file, on disk before it returns; or writes them to a pipe or device."""
     with open(path, "a", encoding="utf-8") as out:
         out.writelines(line + "\n" for line in lines)
         out.flush()
-        os.fsync(out.fileno())
+        if Path(path).is_file():
+            os.fsync(out.fileno())
 
 
 @contextmanager

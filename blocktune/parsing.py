@@ -120,8 +120,10 @@ def parse_yaml(text: str, where: str) -> Any:
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         problem = " ".join((error.problem or str(error)).split())
         raise ValueError(f"{where}: not YAML: {place}{problem}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # such as a date with a 13th month
         raise ValueError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ValueError(f"{where}: nests lists or mappings too deeply") from None
 
 
 def load_yaml(path: str | Path, what: str, hint: str) -> Any:

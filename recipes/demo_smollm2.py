@@ -57,7 +57,8 @@ def ask(count: int, passages: int) -> list[RagExample]:
     examples = []
     for question, gold in asked[:: max(1, len(asked) // count)][:count]:
         [hits] = index.search([question["question"]], passages)
-        found = sorted({gold, *(hit.index for hit in hits[: passages - 1])})
+        others = [hit.index for hit in hits if hit.index != gold]
+        found = sorted([gold, *others[: passages - 1]])
         chunks = tuple(index.chunks[i] for i in found)
         examples.append(
             RagExample(

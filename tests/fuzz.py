@@ -32,6 +32,8 @@ WORDS += ["naive + epic", "cacheblend ratio=2", "kvlink", "worlds:test?n=2", "wo
 WORDS += ["needle:", "hf:a/b?split=test", "nq", "--", "-x", "%", "q.jsonl?as=chat", "s.yaml"]
 SKIPPED = ("serve", "bench", "vllm")
 """Commands that do not return, measure for seconds, or need vLLM."""
+LEFT_OUT = {"--help", "--help-all", "--plugin", "--processes", "--families", "--follow"}
+"""Options that end a command at once, take minutes, or do not return."""
 SHAPES = {"eval": 0, "tune": 1, "train": 2}
 """Shape of the YAML that a command wants; others want a wording."""
 OFTEN = ("--model", "--input", "--config", "--suite", "--output")
@@ -197,7 +199,7 @@ def _commands(command, path):
                     parameter.required,
                 )
                 for parameter in command.params
-                if not set(parameter.opts) & {"--help", "--help-all", "--plugin", "--processes"}
+                if not set(parameter.opts) & LEFT_OUT
             ],
         )
 

@@ -7,6 +7,7 @@ from transformers import (
     GraniteMoeHybridConfig,
     JambaConfig,
     Lfm2Config,
+    Lfm2MoeConfig,
     Mamba2Config,
     Qwen3NextConfig,
 )
@@ -53,6 +54,15 @@ HYBRIDS = {
         num_local_experts=0,
         num_experts_per_tok=0,
         shared_intermediate_size=32,
+    ),
+    "lfm2-moe": lambda: Lfm2MoeConfig(
+        **SIZES,
+        **HEADS,
+        layer_types=["conv", "full_attention"],
+        num_experts=4,
+        num_experts_per_tok=2,
+        num_dense_layers=1,
+        moe_intermediate_size=16,
     ),
     "lfm2": lambda: Lfm2Config(**SIZES, **HEADS, full_attn_idxs=[1]),
 }

@@ -43,7 +43,7 @@ ALLOWED = {
     "check": SERVING | {"testing"},
     "evaluation": SERVING | {"data"},
     "hub": SERVING | {"data", "check"},
-    "bench": SERVING | {"testing", "vllm", "evaluation.report.style"},
+    "bench": SERVING | {"testing", "vllm", "evaluation.report.style"},  # how pictures look
     "server": SERVING | {"data", "check"},
     "vllm": SERVING | {"data", "server"},
     "commands": SERVING

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -55,8 +56,10 @@ def load_adapter(
         from peft import PeftModel  # serving without an adapter needs no PEFT
 
         try:
-            model = PeftModel.from_pretrained(model, folder)
-        except (ValueError, OSError, TypeError, KeyError) as error:
+            with warnings.catch_warnings():  # what is missing would be random
+                warnings.filterwarnings("error", message="Found missing adapter keys")
+                model = PeftModel.from_pretrained(model, folder)
+        except Exception as error:  # of any type, since files may hold anything
             reason = " ".join(str(error).split())
             raise ValueError(f"PEFT cannot load '{folder}' ({PEFT_FILE}): {reason}") from None
         model = _merged(model) if merge else model
@@ -162,6 +165,7 @@ def load_model(
     revision: str | None = None,
     quantize: str | None = None,
     merge: bool = True,
+    recurrent: bool = True,
 ) -> Loaded:
     """Loads a causal language model, and puts an adapter on it.
 
@@ -179,16 +183,21 @@ def load_model(
         revision: Of the model's repository.
         quantize: None: as saved.
         merge: False leaves the adapter to PEFT, as a reference.
+        recurrent: False refuses a model with recurrent layers before its weights are read.
 
     Raises:
         ValueError: If there is no such model or adapter, or they do not fit each other.
     """
     options = {"dtype": dtype, "device": device, "revision": revision, "quantize": quantize}
-    return load_models(model, [adapter], merge=merge, **options)[0]
+    return load_models(model, [adapter], merge=merge, recurrent=recurrent, **options)[0]
 
 
 def load_models(
-    model: str | None, adapters: Sequence[str | Path | None], merge: bool = True, **options: Any
+    model: str | None,
+    adapters: Sequence[str | Path | None],
+    merge: bool = True,
+    recurrent: bool = True,
+    **options: Any,
 ) -> list[Loaded]:
     """Loads a model with each of several adapters (None: the bare model); see `load_model`.
 
@@ -198,7 +207,7 @@ def load_models(
     wanted = [_source(model, adapter, options.get("revision")) for adapter in adapters]
     loaded: list[Loaded | None] = [None] * len(wanted)
     for name, revision in dict.fromkeys((source.base, source.revision) for source in wanted):
-        base, tokenizer = load_base(name, **options | {"revision": revision}, recurrent=True)
+        base, tokenizer = load_base(name, **options | {"revision": revision}, recurrent=recurrent)
         users = [i for i, one in enumerate(wanted) if (one.base, one.revision) == (name, revision)]
         for index in users:
             loaded[index] = _put_on(wanted[index], base, tokenizer, len(users) == 1, merge)

@@ -37,6 +37,10 @@ NAME = "blocktune_"
 """Prefix of the attention implementations' names in transformers; the model's own one follows."""
 STOCK = ("sdpa", "eager")
 """The models' own implementations, which forwards without a layout can keep."""
+OWN_ATTENTION = (
+    "{} computes attention in code of its own, which no mask of blocktune's reaches; use a decoder "
+    "that attends by transformers' attention interface"
+)
 _HANDLE = "_blocktune_attached"
 _ENTERED: ContextVar[Plan | None] = ContextVar("plan of the layer that was entered", default=None)
 """For layers that do not hand their attention what they were given (StableLM, Nemotron)."""
@@ -121,10 +125,7 @@ def attach(model: PreTrainedModel, execution: str = "split") -> None:
     AttentionMaskInterface.register(NAME + stock, ALL_MASK_ATTENTION_FUNCTIONS[stock])
     model.set_attn_implementation(NAME + stock)
     if model.config.get_text_config()._attn_implementation != NAME + stock:
-        raise ValueError(
-            f"{type(model).__name__} does not take transformers' attention interface; "
-            "blocktune needs a model whose attention can be switched by set_attn_implementation"
-        )
+        raise ValueError(OWN_ATTENTION.format(type(model).__name__))
     _remove_hooks(decoder)
     reader = decoder.register_forward_pre_hook(partial(_read_layout, execution), with_kwargs=True)
     leaver = decoder.register_forward_hook(_leave, always_call=True)
@@ -134,6 +135,11 @@ def attach(model: PreTrainedModel, execution: str = "split") -> None:
         if any(hasattr(child, "layer_idx") for child in module.children())
     ]
     setattr(decoder, _HANDLE, [reader, leaver, *layers])
+
+
+def can_switch(cls: type[PreTrainedModel]) -> bool:
+    """Whether transformers can switch the attention of a class; True where it does not tell."""
+    return getattr(cls, "_can_set_attn_implementation", lambda: True)()
 
 
 def detach(model: PreTrainedModel) -> None:

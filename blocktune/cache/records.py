@@ -16,18 +16,12 @@ from blocktune.cache.store import ChunkStore
 
 @dataclass(frozen=True, eq=False)
 class Record(Entry):
-    """Tensors of any shape, kept as they are by every codec, and found by what they belong to.
-
-    Attributes:
-        data: The tensors.
-        token_ids: What it is the record of: token ids, or the bytes of a text, ``(S,)`` int64.
-        fingerprint: Hex digest of what made it.
-    """
+    """Tensors of any shape, kept as they are by every codec, and found by what they belong to."""
 
     kind: ClassVar[str] = "record"
-    data: tuple[Tensor, ...]
-    token_ids: Tensor
-    fingerprint: str
+    data: tuple[Tensor, ...]  # the tensors
+    token_ids: Tensor  # what it is the record of: token ids, or the bytes of a text, ``(S,)`` int64
+    fingerprint: str  # hex digest of what made it
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """See `Entry.tensors`."""

@@ -14,8 +14,7 @@ from urllib.parse import parse_qs, urlsplit, urlunsplit
 
 from blocktune.cache.blobs import MANIFESTS, Blobs, Bytes, Head, is_key, relative_path
 
-TIMEOUT_S = 2.0
-"""Seconds that a remote may take to answer."""
+TIMEOUT_S = 2.0  # seconds that a remote may take to answer
 VALKEY = ("valkey", "valkeys", "redis", "rediss", "unix")
 PREFIX = "blocktune"
 

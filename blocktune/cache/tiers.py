@@ -26,8 +26,7 @@ from blocktune.cache.folder import ChunkFolder, is_taken
 from blocktune.cache.ledger import About, Ledger, Row
 from blocktune.cache.shelf import open_index
 
-RETRY_S = 10.0
-"""Seconds after a failure in which a tier is left alone."""
+RETRY_S = 10.0  # seconds after a failure in which a tier is left alone
 REFRESH_S = 60.0
 """Seconds after which a remote with a budget is listed again: other machines write there too."""
 TOUCH_S = 86400.0

@@ -133,12 +133,34 @@ MISSING = {
     "n_shared_experts": 1,
 }
 """Values of fields that some default configurations leave open, though their models need them."""
+_CONVOLUTIONS = {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8}
+_AS_SAVED: dict[str, dict] = {
+    "cohere_compass_text": {
+        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10_000.0}}
+    },
+    "gemma4_assistant": {
+        "text_config": {
+            "model_type": "gemma4_text",
+            "hidden_size_per_layer_input": 0,
+            "vocab_size_per_layer_input": 0,
+        }
+    },
+    "dbrx": {"attn_config": {"rope_theta": 10_000.0, "clip_qkv": 8.0}},
+    "lfm2": _CONVOLUTIONS,
+    "lfm2_moe": _CONVOLUTIONS,
+    "reformer": {"is_decoder": True},
+}
+"""What all published models of a type say, and its default configuration does not."""
+
+
+def _default(model_type: str) -> PreTrainedConfig:
+    return CONFIG_MAPPING[model_type](**_AS_SAVED.get(model_type, {}))
 
 
 def _tiny(model_type: str) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
     """A small configuration of a model type (of some, the default one) and the model's class."""
     try:
-        whole = CONFIG_MAPPING[model_type]()
+        whole = _default(model_type)
         text = whole.get_text_config(decoder=True)
     except Exception as error:
         line = " ".join(str(error).split())
@@ -147,10 +169,10 @@ def _tiny(model_type: str) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
     open_ones = {k: v for k, v in MISSING.items() if k in given and given[k] is None}
     if given.get("attention_multiplier") == 1:  # Granite's default, under which float32 is noise
         open_ones["attention_multiplier"] = 0.1
-    if given.get("num_kv_shared_layers"):
-        open_ones["num_kv_shared_layers"] = 3
     for name, value in open_ones.items():
         setattr(text, name, value)
+    if given.get("num_kv_shared_layers"):  # refused, with the numbers of a whole model
+        return text, cls
     differing = [1 + int(index) for index in given.get("per_layer_config") or ()]
     try:
         depth = min(text.num_hidden_layers, LAYERS)
@@ -164,7 +186,7 @@ def _tiny(model_type: str) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
 def _default_limit(model_type: str, structure: Structure) -> int | None:
     if structure.max_tokens is None:
         return None
-    return examine(CONFIG_MAPPING[model_type]()).max_tokens
+    return examine(_default(model_type)).max_tokens
 
 
 def _compared(

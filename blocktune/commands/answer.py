@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +14,44 @@ from blocktune.commands import options as opt
 from blocktune.commands.errors import resumable
 
 FOLLOW_S = 0.1  # seconds between two looks into an empty queue
-of_decoding = partial(Option, rich_help_panel="Decoding")
+
+Question = Annotated[str | None, opt.of_prompt("--question", "-q", help="One question.")]
+Passages = Annotated[
+    list[str] | None, opt.of_prompt("--chunk", "-c", help="A passage for --question; repeatable.")
+]
+Questions = Annotated[
+    str | None,
+    opt.of_prompt("--input", "-i", help="Questions with their chunks: JSONL or any data source."),
+]
+ShowPrompt = Annotated[
+    bool, opt.of_prompt("--show-prompt", help="Print the prompt, row by row, first.")
+]
+MethodName = Annotated[
+    str, Option(help="Reuse method, see `blocktune methods`; 'A + B 15 %' composes.")
+]
+Parameters = Annotated[
+    list[str] | None, Option(help="Parameter of the method, as name=value; repeatable.")
+]
+Output = Annotated[
+    Path | None,
+    Option(
+        "--output",
+        "-o",
+        help="JSONL file for the answers, written as they come. Questions that it already answers "
+        "are skipped.",
+    ),
+]
+Stream = Annotated[bool, Option("--stream", help="Print one answer while it is generated.")]
+TopK = Annotated[int, opt.of_decoding(help="Sample from the K likeliest tokens; 0: from all.")]
+OwnSeed = Annotated[int | None, opt.of_decoding(help="Random seed for sampling. Default: 0.")]
+DecodeCache = Annotated[
+    str | None,
+    opt.of_decoding(
+        metavar="KIND",
+        help="How keys are held while decoding: sliding:TOKENS, fp8, quanto, hqq or offloaded "
+        "(needs a GPU). Default: as after the prefill.",
+    ),
+]
 
 
 @command(
@@ -30,68 +66,33 @@ of_decoding = partial(Option, rich_help_panel="Decoding")
     "A stopped command that writes to a file continues where it stopped: repeat it.",
 )
 def answer(
-    question: Annotated[str | None, opt.of_prompt("--question", "-q", help="One question.")] = None,
-    chunk: Annotated[
-        list[str] | None,
-        opt.of_prompt("--chunk", "-c", help="A passage for --question; repeatable."),
-    ] = None,
-    source: Annotated[
-        str | None,
-        opt.of_prompt(
-            "--input", "-i", help="Questions with their chunks: JSONL or any data source."
-        ),
-    ] = None,
+    question: Question = None,
+    chunk: Passages = None,
+    source: Questions = None,
     limit: opt.Limit = None,
     instruction: opt.Instruction = None,
     system: opt.System = None,
     wording: opt.Format = None,
-    show_prompt: Annotated[
-        bool, opt.of_prompt("--show-prompt", help="Print the prompt, row by row, first.")
-    ] = False,
+    show_prompt: ShowPrompt = False,
     model: opt.Model = None,
     adapter: opt.Adapter = None,
     dtype: opt.Dtype = "auto",
     quantize: opt.Quantize = None,
     device: opt.Device = None,
-    method: Annotated[
-        str, Option(help="Reuse method, see `blocktune methods`; 'A + B 15 %' composes.")
-    ] = "naive",
-    param: Annotated[
-        list[str] | None, Option(help="Parameter of the method, as name=value; repeatable.")
-    ] = None,
+    method: MethodName = "naive",
+    param: Parameters = None,
     store: opt.Store = None,
     batch_size: opt.BatchSize = 8,
-    output: Annotated[
-        Path | None,
-        Option(
-            "--output",
-            "-o",
-            help="JSONL file for the answers, written as they come. Questions that it already "
-            "answers are skipped.",
-        ),
-    ] = None,
-    stream: Annotated[
-        bool, Option("--stream", help="Print one answer while it is generated.")
-    ] = False,
+    output: Output = None,
+    stream: Stream = False,
     as_json: opt.AsJson = False,
-    max_new_tokens: Annotated[int, of_decoding(min=1, help="Longest answer, in tokens.")] = 32,
-    temperature: Annotated[
-        float, of_decoding(help="0 picks the likeliest token; higher values sample more evenly.")
-    ] = 0.0,
-    top_k: Annotated[int, of_decoding(help="Sample from the K likeliest tokens; 0: from all.")] = 0,
-    top_p: Annotated[
-        float, of_decoding(help="Nucleus sampling: keep tokens up to this cumulative probability.")
-    ] = 1.0,
-    seed: Annotated[int | None, of_decoding(help="Random seed for sampling. Default: 0.")] = None,
+    max_new_tokens: opt.MaxNewTokens = 32,
+    temperature: opt.Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: opt.TopP = 1.0,
+    seed: OwnSeed = None,
     response_cache: opt.Responses = None,
-    decode_cache: Annotated[
-        str | None,
-        of_decoding(
-            metavar="KIND",
-            help="How keys are held while decoding: sliding:TOKENS, fp8, quanto, hqq or offloaded "
-            "(needs a GPU). Default: as after the prefill.",
-        ),
-    ] = None,
+    decode_cache: DecodeCache = None,
 ) -> None:
     """Answer questions from separately cached chunks, and report what each answer cost."""
     from blocktune.commands import answering as ways
@@ -102,7 +103,8 @@ def answer(
     built = ways.build_method(method, param or [])
     sampling = ways.Sampling(temperature, top_k, top_p, seed)
     held = store is not None and ways.holds_chunks(store)
-    engine = opt.load_engine(model, adapter, store, dtype, device, quantize)
+    how = (store, dtype, device, quantize)
+    engine = opt.load_engine(model, adapter, *how, recurrent=not built.reuses_chunks)
     engine = opt.reworded(engine, instruction, system, wording)
     if decode_cache is not None:
         engine = engine.decoding_on(decode_cache)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import typer
-import yaml
 from rich.console import Console, Group
 from rich.panel import Panel
 from rich.progress import Progress, TextColumn, track
@@ -27,6 +26,7 @@ from blocktune.data import RagExample, load_examples
 from blocktune.engine import Answer, EncodeReport, Engine, Sampling, Usage
 from blocktune.files import append_lines, locked, truncate_lines, whole_lines
 from blocktune.methods import Method, parse_method
+from blocktune.parsing import parse_yaml
 from blocktune.prompt import Chunk, show
 
 
@@ -54,7 +54,7 @@ def build_method(name: str, parameters: Sequence[str]) -> Method:
         key, equals, value = parameter.partition("=")
         if not equals:
             raise ValueError(f"--param must be name=value, got '{parameter}'")
-        values[key] = yaml.safe_load(value)
+        values[key] = parse_yaml(value, f"--param {key}")
     return parse_method(name, values)
 
 

@@ -133,7 +133,8 @@ def arena(
     from blocktune.evaluation.arena import exams, run_exam
 
     known = list(exams(questions, subset or ()))  # what is missing is said before a model loads
-    engine = opt.load_engine(model, adapter, None, dtype, device, quantize)
+    how = (None, dtype, device, quantize)
+    engine = opt.load_engine(model, adapter, *how, recurrent=not chosen.reuses_chunks)
     for exam in known:
         with resumable(f"the rows so far are in {output}"):
             path = run_exam(engine, chosen, exam, output, limit=limit, port=port)

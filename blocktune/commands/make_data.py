@@ -67,7 +67,6 @@ def passages(
         raise ValueError("--embedder searches --corpus, and --store keeps what it embeds")
     opt.quiet_libraries()
     from blocktune.data import load_chunks, retrieval
-    from blocktune.data.answers import holds_answer, is_verdict
     from blocktune.data.sources.options import with_fields
 
     whole = None
@@ -83,6 +82,19 @@ def passages(
         else:
             found = retrieval.read_retrieved(retrieved)
             examples = list(retrieval.from_retriever(questions, found, k))
+    _write_found(source, output, examples, whole, answerable)
+
+
+def _write_found(
+    source: str,
+    output: Path,
+    examples: list[RagExample],
+    whole: list[RagExample] | None,
+    answerable: bool,
+) -> None:
+    """Writes questions with their passages; ``whole``: the same with all of their own."""
+    from blocktune.data.answers import holds_answer, is_verdict
+
     held = list(map(holds_answer, examples, whole or repeat(None)))
     kept = [e for e, holds in zip(examples, held, strict=True) if holds or not answerable]
     if not kept:
@@ -124,7 +136,7 @@ def answer(
     device: opt.Device = None,
 ) -> None:
     """Let a model write the answers that it will be trained on, reading all chunks in full."""
-    engine = opt.load_engine(model, adapter, None, dtype, device)
+    engine = opt.load_engine(model, adapter, None, dtype, device, recurrent=True)
     from rich.console import Console
     from rich.progress import Progress
 

@@ -121,13 +121,16 @@ def load_engine(
     dtype: str,
     device: str | None,
     quantize: str | None = None,
+    recurrent: bool = False,
 ) -> Engine:
-    """Loads an engine."""
+    """Loads an engine; ``recurrent``: also one with recurrent layers, which reuses no chunks."""
     quiet_libraries()
     from blocktune.engine import Engine
 
     engine = Engine.from_pretrained(
-        model, adapter, store=store, dtype=dtype, device=device, quantize=quantize
+        *(model, adapter),
+        **{"store": store, "dtype": dtype, "device": device, "quantize": quantize},
+        recurrent=recurrent,
     )
     engine.store.warn_rejected = False  # `rejected` says it in one line at the end
     return engine

@@ -12,8 +12,10 @@ from typing import Any
 from blocktune.prompt.format import Chunk, require_unicode
 
 TEXT_KEYS = ("text", "page_content", "contents", "content", "paragraph_text", "sentences")
-TEXT_KEYS += ("snippet", "data")
+TEXT_KEYS += ("passage", "passage_text", "body", "snippet", "data")
 """Where a passage's text is found, the first that is present (LangChain, Pyserini, Cohere)."""
+_INNER = ("data", "document", "node", "payload", "_source")
+"""Where a search engine's hit holds the passage itself, beside the score and the id."""
 
 CHUNK_WANTED = 'a string or {"text", "title"?}'
 
@@ -28,7 +30,8 @@ class RagExample:
             pairs, objects with one of `TEXT_KEYS`, columns (``{"title": [...], "text": [...]}``)
             and LangChain documents are converted to a tuple of `Chunk`; keys other than text and
             title become the chunk's ``metadata``.
-        answers: Accepted answers, the preferred one first; empty if unknown. One string is one.
+        answers: Accepted answers, the preferred one first; empty if unknown. One text is one, and
+            numbers are taken as text.
         response: What a model should write when it differs from ``answers[0]``
             (``'Anna Belt. Answer: Port Alder'``), or None.
         kind: Reported separately, e.g. ``'2-hop'`` or ``'comparison'``.
@@ -59,12 +62,11 @@ class RagExample:
     def __post_init__(self):
         set_field = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
         set_field("chunks", read_chunks(self.chunks))
-        if isinstance(self.answers, str):
-            set_field("answers", (self.answers,))
+        several = self.answers if isinstance(self.answers, list | tuple) else (self.answers,)
+        set_field("answers", tuple(map(_as_text, several)))
         if type(self.id) is int:
             set_field("id", str(self.id))
-        for name in ("answers", "supporting"):
-            set_field(name, _as_tuple(getattr(self, name)))
+        set_field("supporting", _as_tuple(self.supporting))
         for name in ("followups", "conversation"):
             turns = _as_tuple(getattr(self, name))
             set_field(name, tuple(map(_as_tuple, turns)) if isinstance(turns, tuple) else turns)
@@ -218,10 +220,11 @@ def chunk_fields(value: Any, name: str) -> dict[str, Any]:
         value = {key: given for key, given in known.items() if given is not None}
     elif isinstance(value, Mapping) and isinstance(value.get("kwargs"), Mapping):
         value = value["kwargs"]  # LangChain's Document as its `dumps` writes it
-    elif isinstance(value, Mapping) and isinstance(value.get("data"), Mapping):
-        value = {**value, "data": None, **value["data"]}  # Cohere's {"id", "data"}
     if not isinstance(value, Mapping):
         raise field_error(name, CHUNK_WANTED, value)
+    for key in _INNER:
+        if isinstance(value.get(key), Mapping):
+            value = {**value, key: None, **value[key]}
     key = next((key for key in TEXT_KEYS if value.get(key) is not None), None)
     missing = ["text"] * (key is None) + ["title"] * ("title" not in value)
     meant = near_miss((k for k in value if k not in TEXT_KEYS), missing)
@@ -236,7 +239,7 @@ def chunk_fields(value: Any, name: str) -> dict[str, Any]:
     if isinstance(known, Mapping):
         del metadata["metadata"]
         metadata = {**known, **metadata}
-    return {"text": text, "title": value.get("title"), "metadata": metadata}
+    return {"text": text, "title": _as_text(value.get("title")), "metadata": metadata}
 
 
 def read_answers(value: Any, name: str = "answers") -> tuple[str, ...]:
@@ -245,7 +248,7 @@ def read_answers(value: Any, name: str = "answers") -> tuple[str, ...]:
     Blank aliases, which public sets hold, are dropped; if all are blank, all stay.
     """
     wanted = 'text, a list of texts, {"text"} or {"value", "aliases"}'
-    several = value
+    several = value = _as_text(value)
     if isinstance(value, str):
         several = [value]
     elif isinstance(value, Mapping) and "value" in value:
@@ -255,7 +258,7 @@ def read_answers(value: Any, name: str = "answers") -> tuple[str, ...]:
         several = [several] if isinstance(several, str) else several
     if not isinstance(several, list | tuple):
         raise field_error(name, wanted, value)
-    texts = [a.get("text") if isinstance(a, Mapping) else a for a in several]
+    texts = [a.get("text") if isinstance(a, Mapping) else _as_text(a) for a in several]
     if not all(isinstance(text, str) for text in texts):
         raise field_error(name, wanted, value)
     once = tuple(dict.fromkeys(texts))
@@ -299,6 +302,10 @@ def _decode(record: Any) -> dict[str, Any]:
             raise ValueError(f'field "{twice[0]}" is given twice, in the record and in "meta"')
         values["meta"] = values["meta"] | {key: given[key] for key in unknown}
     return values
+
+
+def _as_text(value: Any) -> Any:
+    return str(value) if type(value) in (int, float) else value
 
 
 def _as_tuple(value: Any) -> Any:

@@ -20,11 +20,11 @@ from blocktune.attention import Plan, SplitPlan, planned_forward
 from blocktune.cache import ChunkKV, ChunkStates, ChunkStore, states_key, stored_key
 from blocktune.cache.chunk_file import FileKV
 from blocktune.cache.shelf import MissQueue
-from blocktune.engine.press import Press
 from blocktune.engine.usage import Stopwatch
 from blocktune.methods.hooks import ChunkLoader
+from blocktune.methods.press import Press
 from blocktune.positions import RopeSpec
-from blocktune.prompt import LayoutSpec, Pieces, Prompt, lay_out, stack
+from blocktune.prompt import Chunk, LayoutSpec, Pieces, Prompt, lay_out, stack
 
 Ids = tuple[int, ...]
 TOKENS_PER_PASS = 16_384
@@ -75,6 +75,11 @@ def grouped(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 
 def _size(piece: Piece) -> int:
     return len(piece.blanks) + len(piece.ids)
+
+
+def _document(chunk: Chunk) -> str:
+    names = (chunk.metadata.get("document"), chunk.metadata.get("id"), chunk.title)
+    return str(next((name for name in names if name is not None), ""))
 
 
 class EncodeReport(NamedTuple):
@@ -199,14 +204,14 @@ class Encoder:
     def encode(
         self,
         prefix: Piece | None,
-        chunks: Sequence[Piece],
-        documents: Sequence[str],
+        pieces: Sequence[Piece],
+        chunks: Sequence[Chunk],
         progress: Callable[[int, int], None] | None,
     ) -> EncodeReport:
-        """See `Engine.encode`; ``documents`` are the names of the chunks'."""
+        """See `Engine.encode`; ``pieces`` are those of the ``chunks``."""
         watch = Stopwatch(self.model.device)
-        wanted = dict.fromkeys([*([prefix] if prefix else []), *chunks])
-        names = dict(zip(chunks, documents, strict=True))
+        wanted = dict.fromkeys([*([prefix] if prefix else []), *pieces])
+        names = {piece: _document(chunk) for piece, chunk in zip(pieces, chunks, strict=True)}
         new: set[Piece] = set()
         done, total = 0, sum(len(piece.ids) for piece in wanted)
         for group in grouped(wanted):  # only the store keeps them: a corpus does not fit in memory

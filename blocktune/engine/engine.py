@@ -14,27 +14,23 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blocktune.adapter import AdapterInfo
 from blocktune.adapter.load import load_model
-from blocktune.attention import attach
 from blocktune.cache import ChunkStore, PrefixTree, model_fingerprint
+from blocktune.cache.decode_cache import DecodeCache
 from blocktune.cache.fingerprint import manifest
 from blocktune.cache.responses import ResponseCache
 from blocktune.data.example import read_chunks
 from blocktune.engine.batch_prefill import prefill_batch, warm_up
 from blocktune.engine.context_cache import CachedContext, make_context
-from blocktune.engine.decode_cache import DecodeCache
 from blocktune.engine.encode import Encoder, EncodeReport
 from blocktune.engine.generation import Answer, Generation, Sampling
-from blocktune.engine.layer_schedule import install
-from blocktune.engine.press import Press
-from blocktune.engine.prompts import PromptMaker, Request, as_request
+from blocktune.engine.layer_schedule import hook
+from blocktune.engine.prompts import PromptMaker, Request, as_request, built
 from blocktune.engine.recall import Recall
 from blocktune.engine.state import Auxiliaries, EngineState
 from blocktune.links import link_base
-from blocktune.methods import Method, build
-from blocktune.models.gate import require_supported
-from blocktune.models.probe import NoRotary
-from blocktune.models.recurrent import find_recurrence
-from blocktune.prompt import Chunk, Pieces, Prompt, PromptFormat
+from blocktune.methods import Method
+from blocktune.methods.press import Press
+from blocktune.prompt import Pieces, Prompt, PromptFormat
 from blocktune.prompt.special_tokens import padding_id
 
 NO_LIMIT = 1 << 30
@@ -51,10 +47,10 @@ class Engine:
     ```
 
     Several threads may answer at once: what a request changes is its own, and its caches are
-    locked. Set ``responses`` to a `blocktune.cache.responses.ResponseCache` to keep whole answers.
+    locked.
     """
 
-    responses: ResponseCache | None = None
+    responses: ResponseCache | None = None  # set it to keep whole answers
 
     def __init__(
         self,
@@ -83,14 +79,7 @@ class Engine:
         Raises:
             ValueError: If cached chunks of the model cannot be moved, or it has another adapter.
         """
-        recurrence, rope = find_recurrence(model), None
-        if recurrence is None:
-            try:
-                rope = require_supported(model)
-                attach(model)
-                install(model)
-            except NoRotary:
-                recurrence = find_recurrence(model, always=True)
+        rope, recurrence = hook(model)
         self.model, self.tokenizer, self.adapter = model.eval(), tokenizer, adapter
         self.format = format or (adapter.format if adapter else PromptFormat())
         if adapter:
@@ -108,10 +97,8 @@ class Engine:
             encoder = encoder.salted(press.text, "press")
             encoder.tenant, self.fingerprint = "", encoder.fingerprint
         tree = PrefixTree(store=self.store) if prefix_tree is None else prefix_tree
-        auxiliaries = Auxiliaries(model, tokenizer)
-        self._state = EngineState(
-            model, tokenizer, encoder, tree, rope, pad_id, auxiliaries, recurrence
-        )
+        caches, auxiliaries = (encoder, tree, rope, pad_id), Auxiliaries(model, tokenizer)
+        self._state = EngineState(model, tokenizer, *caches, auxiliaries, recurrence)
         config = model.config.get_text_config()
         self.prompts = PromptMaker(
             tokenizer,
@@ -138,6 +125,7 @@ class Engine:
         revision: str | None = None,
         quantize: str | None = None,
         format: PromptFormat | None = None,
+        recurrent: bool = True,
     ) -> Engine:
         """Loads a model (and an adapter trained by blocktune) from a folder or the HF Hub.
 
@@ -150,6 +138,7 @@ class Engine:
             ValueError: If there is no such model or adapter, or they do not fit.
         """
         options = {"dtype": dtype, "device": device, "revision": revision, "quantize": quantize}
+        options |= {"recurrent": recurrent}
         base, tokenizer, info, folder = load_model(model, adapter, **options)
         if isinstance(store, str | Path):
             store = ChunkStore.open(store, device=base.device)
@@ -160,16 +149,13 @@ class Engine:
     ) -> EncodeReport:
         """Encodes chunks (and the prefix of all prompts) into the store ahead of any request.
 
-        Each is kept under the name of its document: ``document`` or ``id`` of its metadata, else
-        its title. `ChunkStore.discard_where` and `blocktune store rm --document` remove by it.
-
-        Args:
-            chunks: Passages in any form that `RagExample.chunks` takes.
-            progress: Called with tokens done and tokens in all after each pass.
+        Each, in any form that `RagExample.chunks` takes, is kept under the name of its document:
+        ``document`` or ``id`` of its metadata, else its title; `blocktune store rm --document`
+        removes by it. ``progress`` is called with tokens done and in all after each pass.
         """
         chunks = read_chunks(chunks)
         pieces = self.prompts.encodable(chunks)
-        return self._state.encoder.encode(*pieces, list(map(_document, chunks)), progress)
+        return self._state.encoder.encode(*pieces, chunks, progress)
 
     def encode_wanted(self, most: int = 256) -> int:
         """Encodes up to ``most`` chunks that readers of the store missed; returns how many it was.
@@ -185,8 +171,7 @@ class Engine:
     ) -> None:
         """Gives a loaded model a name by which selectors may ask it (``cacheclip``).
 
-        Folders and repository names are loaded on first use. Raises ValueError if the model's
-        tokenizer is not the served one's.
+        Folders need no name. Raises ValueError if its tokenizer is not the served model's.
         """
         self._state.auxiliaries.add(name, model, tokenizer)
 
@@ -204,8 +189,7 @@ class Engine:
     def salted(self, salt: str) -> Engine:
         """The same model, whose chunks and prefixes only engines of the same salt find.
 
-        The salt, a tenant's, goes into the fingerprint, and so into every key of the store. An
-        empty one returns this engine.
+        The salt goes into the fingerprint, and so into every key; an empty one changes nothing.
         """
         if not salt:
             return self
@@ -215,11 +199,10 @@ class Engine:
         return other
 
     def decoding_on(self, text: str) -> Engine:
-        """The same model and caches; answers are decoded on another kind of cache.
+        """The same model and caches; answers are decoded on the kind of cache that ``text`` names.
 
-        ``text`` is ``sliding:TOKENS``, ``fp8``, ``quanto``, ``hqq`` or ``offloaded``, see
-        `blocktune.engine.decode_cache.DecodeCache`. Raises ValueError as that does, or if the model
-        decodes on a cache of its own.
+        See `blocktune.cache.decode_cache.DecodeCache`. Raises ValueError as that does, or if the
+        model decodes on a cache of its own.
         """
         if self._state.recurrence is not None:
             raise ValueError("this model decodes on its own cache; leave the decode cache out")
@@ -255,12 +238,9 @@ class Engine:
             sampling: How tokens are picked; default greedy.
             batch_size: Prompts served together.
 
-        Returns:
-            One answer per example, in their order, with the chunks as they were read.
-
-        Raises:
-            ValueError: If the method is unknown or does not fit the model's adapter, or a prompt
-                does not fit the model's context.
+        Returns one answer per example, in their order, with the chunks as they were read. Raises
+        ValueError if the method is unknown or does not fit the model's adapter, or a prompt does
+        not fit the model's context.
         """
         method, sampling = built(method), sampling or Sampling()
         started = time.perf_counter()
@@ -268,8 +248,8 @@ class Engine:
         pieces, prompts = self._read(examples, method, max_new_tokens)
         read_s = (time.perf_counter() - started) / max(1, len(examples))
         asked = zip(range(len(pieces)), pieces, [e.question for e in examples], strict=True)
-        decoding = sampling, max_new_tokens
-        recalls = [Recall.of(self.responses, self._state, method, decoding, a) for a in asked]
+        how = self.responses, self._state, method, (sampling, max_new_tokens)
+        recalls = [Recall.of(*how, one) for one in asked]
         answers = [one and one.answer() for one in recalls]
         order = [index for index, known in enumerate(answers) if known is None]
         if method.history is None:  # what one prompt leaves behind serves the next
@@ -305,8 +285,8 @@ class Engine:
         """Yields an answer's text as it is made; the pieces join to `answer`'s text."""
         method, sampling, example = built(method), sampling or Sampling(), as_request(example)
         asked = 0, self.prompts.pieces(example, method), example.question
-        decoding = sampling, max_new_tokens
-        recall = Recall.of(self.responses, self._state, method, decoding, asked)
+        how = self.responses, self._state, method, (sampling, max_new_tokens)
+        recall = Recall.of(*how, asked)
         if recall is not None and (known := recall.answer()) is not None:
             yield known.text
             return
@@ -323,15 +303,10 @@ class Engine:
     ) -> CachedContext:
         """The prompt up to its question as a cache that stock `generate` continues.
 
-        Greedy decoding over it writes the tokens of `answer`.
-
-        Args:
-            chunks: Passages in prompt order, in any form that `RagExample.chunks` takes.
-            method: Any method without a reshape.
-            question: For methods that choose tokens by it; without one the cache serves any.
-
-        Raises:
-            ValueError: If the method reshapes attention or needs a question, or as `answer` does.
+        Greedy decoding over it writes the tokens of `answer`. ``chunks`` are passages in prompt
+        order, in any form that `RagExample.chunks` takes; ``question`` is for methods that choose
+        tokens by it: without one the cache serves any. Raises ValueError if the method reshapes
+        attention or needs a question, or as `answer` does.
         """
         chunks = read_chunks(chunks)
         return make_context(self._state, self.prompts, chunks, built(method), question)
@@ -339,7 +314,8 @@ class Engine:
     def start(self, pieces: Sequence[Pieces], method: str | Method) -> Generation:
         """Serves prompts given as token pieces up to their first logits."""
         method = built(method)
-        return prefill_batch(self._state, [self.lay_out(p, method) for p in pieces], pieces, method)
+        laid = [self.lay_out(one, method) for one in pieces]
+        return prefill_batch(self._state, laid, pieces, method)
 
     def prefilled(self, examples: Sequence[Request], method: str | Method) -> Generation:
         """Like `start`, of examples."""
@@ -361,8 +337,7 @@ class Engine:
     def lay_out(self, pieces: Pieces, method: Method, max_new_tokens: int = 0) -> Prompt:
         """The rows of a prompt as ``method`` serves it now, by what earlier prompts left behind.
 
-        Raises:
-            ValueError: If the method does not fit the model's adapter, or the prompt its context.
+        Raises ValueError if the method does not fit the adapter, or the prompt the model's context.
         """
         return self.prompts.lay_out(pieces, method, self._state.encoder, max_new_tokens)
 
@@ -373,13 +348,3 @@ class Engine:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         pieces = [self.prompts.pieces(example, method) for example in examples]
         return pieces, [self.lay_out(piece, method, max_new_tokens) for piece in pieces]
-
-
-def built(method: str | Method) -> Method:
-    """A method by its name, or the method itself."""
-    return build(method) if isinstance(method, str) else method
-
-
-def _document(chunk: Chunk) -> str:
-    names = (chunk.metadata.get("document"), chunk.metadata.get("id"), chunk.title)
-    return str(next((name for name in names if name is not None), ""))

@@ -19,8 +19,8 @@ from transformers import (
 from blocktune.attention import planned_forward
 from blocktune.attention.cached import CachePlan
 from blocktune.cache import cut_exact
+from blocktune.cache.decode_cache import DecodingCache
 from blocktune.engine.assemble import Assembled
-from blocktune.engine.decode_cache import DecodingCache
 from blocktune.engine.layer_schedule import Prefill
 from blocktune.engine.rows import decoded_rows
 from blocktune.engine.state import ServedBatch
@@ -205,6 +205,11 @@ class Generation(ServedBatch):
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Tokens as in `tokens`, each with the logits ``(B, V)`` that it was picked by."""
         logits = self.prefill.logits
+        if logits.isnan().any():
+            raise ValueError(
+                f"the model's logits are no numbers in {logits.dtype}: its weights hold NaN, or "
+                "overflow there; try dtype float32, or copy the files again"
+            )
         pick = sampling.picker(logits.device, streams)
         stops = torch.tensor(sorted(self.state.stop_ids()), device=logits.device)
         ended = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from blocktune.attention import planned_forward
+from blocktune.attention import attach, planned_forward
 from blocktune.attention.cached import CachePlan
 from blocktune.cache import RowCache
 from blocktune.engine.attention_probes import ChunkAttention
@@ -19,7 +20,10 @@ from blocktune.engine.usage import Executed
 from blocktune.layout import GLOBAL, Kind, Rows
 from blocktune.methods.repaired_cache import RepairedCache
 from blocktune.methods.select import LayerCheck, LayerKV, Selection
-from blocktune.models.gate import decoder_layers
+from blocktune.models.gate import decoder_layers, require_supported
+from blocktune.models.probe import NoRotary
+from blocktune.models.recurrent import Recurrence, find_recurrence
+from blocktune.positions import RopeSpec
 
 
 class _StatesMade(Exception):
@@ -237,7 +241,24 @@ class Enter:
         return None if enter is None else enter(self.index, layer, args, kwargs)
 
 
-def install(model: nn.Module) -> None:
+def hook(model: PreTrainedModel) -> tuple[RopeSpec | None, Recurrence | None]:
+    """Attaches blocktune to a model; how its chunks are moved, or how it continues from a cache.
+
+    Of the latter kind are models with recurrent layers or absolute positions: they are left alone.
+    Raises ValueError if the model is of neither kind.
+    """
+    if (recurrence := find_recurrence(model)) is not None:
+        return None, recurrence
+    try:
+        rope = require_supported(model)
+    except NoRotary:
+        return None, find_recurrence(model, always=True)
+    attach(model)
+    _install(model)
+    return rope, None
+
+
+def _install(model: nn.Module) -> None:
     """Puts the hooks on, once; without a plan that enters they change nothing."""
     for index, layer in enumerate(decoder_layers(model)):
         if Enter(index) not in layer._forward_pre_hooks.values():

@@ -10,9 +10,9 @@ from transformers import PreTrainedTokenizerBase
 
 from blocktune.data.example import RagExample
 from blocktune.engine.encode import Encoder, Piece
-from blocktune.engine.press import Press
 from blocktune.layout import Kind
-from blocktune.methods import Cached, Method, ServedModel, build
+from blocktune.methods import Method, ServedModel, build
+from blocktune.methods.press import Press
 from blocktune.prompt import Chunk, LayoutSpec, Pieces, Prompt, PromptFormat, encode
 from blocktune.prompt.pieces import chunk_ids, make_pieces, prefix_ids
 from blocktune.prompt.rows import lay_out, sink_ids, wrapped
@@ -34,6 +34,11 @@ class Request(Protocol):
 def as_request(example: Request | Mapping[str, Any]) -> Request:
     """An example itself, or a row read as a `RagExample`; ValueError names a wrong field."""
     return RagExample.from_json(example) if isinstance(example, Mapping) else example
+
+
+def built(method: str | Method) -> Method:
+    """A method by its name, or the method itself."""
+    return build(method) if isinstance(method, str) else method
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,7 @@ class PromptMaker:
         Raises ValueError if it needs another adapter than the model's, or more layers, or reuses
         chunks of a model where none can be moved.
         """
-        if self.refusal and method.cached is Cached.CHUNKS:
+        if self.refusal and method.reuses_chunks:
             raise ValueError(self.refusal.format(f"method '{method.name}'"))
         wanted = method.select().min_layers
         if wanted > self.num_layers:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from blocktune.adapter.load import load_model
 from blocktune.attention import attach
 from blocktune.cache import PrefixTree, RowCache
-from blocktune.engine.decode_cache import DecodeCache
+from blocktune.cache.decode_cache import DecodeCache
 from blocktune.engine.encode import Encoder, Piece, wanted_pieces
 from blocktune.engine.rows import column_rows
 from blocktune.engine.usage import Stopwatch

@@ -66,6 +66,7 @@ class Ready:
 def load_engine(suite: Suite, adapter: str | None) -> Engine:
     """The base model of a suite, with one of its adapters or none."""
     how = {"dtype": suite.dtype, "device": suite.device, "quantize": suite.quantize}
+    how["recurrent"] = not any(build_entry(one.entry()).reuses_chunks for one in suite.methods)
     return Engine.from_pretrained(suite.model, adapter, store=suite.store, **how)
 
 

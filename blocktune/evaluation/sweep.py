@@ -105,10 +105,11 @@ def refuse_test(source: str) -> None:
 
 def _entry(method: Any, chosen: Mapping[str, Any]) -> dict[str, Any]:
     """The method's entry with the chosen values in it."""
-    entry = {"name": method} if isinstance(method, str) else deepcopy(dict(method))
+    entry = {"name": method} if isinstance(method, str) else dict(mapping(method, "method"))
+    entry = deepcopy(entry)
     entry.setdefault("name", entry.get("preset"))
     for path, value in chosen.items():
-        first, *rest = path.split(".")
+        first, *rest = str(path).split(".")
         keys = [first, *rest] if rest or first in OWN_KEYS else ["params", first]
         inner = entry
         for key in keys[:-1]:

@@ -22,12 +22,11 @@ from blocktune.prompt import LayoutSpec
 
 if TYPE_CHECKING:
     from blocktune.cache import ChunkStore
-    from blocktune.methods import PrefilledBatch
+    from blocktune.methods import PrefilledBatch, ServedModel
     from blocktune.prompt import Pieces
 
 Ids = tuple[int, ...]
-MOST = 4096
-"""Chunks that are remembered; the one that was not asked for the longest leaves first."""
+MOST = 4096  # chunks that are remembered; the one that was not asked for the longest leaves first
 
 
 class KnownChunks:
@@ -80,7 +79,9 @@ class Neighbours(PromptHistory):
     begins_in_full: ClassVar[bool] = False
     most: int
 
-    def lookup(self, store: ChunkStore, fingerprint: str, pieces: Pieces) -> list[Ids]:
+    def lookup(
+        self, store: ChunkStore, fingerprint: str, pieces: Pieces, model: ServedModel
+    ) -> list[Ids]:
         known = KnownChunks.of(store, fingerprint)
         known.add(pieces.chunks)
         found = (known.like(chunk, self.most) for chunk in pieces.chunks)

@@ -131,6 +131,11 @@ class Method:
                 )
         return spec
 
+    @property
+    def reuses_chunks(self) -> bool:
+        """Whether chunks come from a cache, wherever they stand in the prompt."""
+        return self.cached is Cached.CHUNKS
+
     def layout(self, spec: LayoutSpec) -> LayoutSpec:
         """Axis layout: what the method changes in the layout that the model was trained with."""
         return spec

@@ -17,8 +17,6 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-import yaml
-
 from blocktune.methods.base import METHODS, Axis, Method
 from blocktune.methods.composition import TABLES, compose
 from blocktune.parsing import parse_yaml
@@ -135,12 +133,12 @@ def _share(term: re.Match) -> float:
 
 def _parameters(term: re.Match, cls: type) -> dict[str, Any]:
     pairs = [pair.partition("=") for pair in term["pairs"].split()]
-    parameters = {key: yaml.safe_load(value) for key, _, value in pairs}
+    parameters = {key: parse_yaml(value, key) for key, _, value in pairs}
     if term["number"] and not term["percent"]:
         known = [field.name for field in fields(cls)]
         if not known:
             raise ValueError(f"'{term['name']}' takes no parameters, got '{term[0]}'")
-        parameters = {known[0]: yaml.safe_load(term["number"])} | parameters
+        parameters = {known[0]: parse_yaml(term["number"], known[0])} | parameters
     return parameters
 
 

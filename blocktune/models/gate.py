@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from blocktune.attention.interface import decoder_of
+from blocktune.attention.interface import OWN_ATTENTION, can_switch, decoder_of
 from blocktune.models.probe import (
     NO_ROTARY,
     Mixes,
@@ -24,8 +24,9 @@ from blocktune.models.probe import (
     Refused,
     Structure,
     mixes_tokens,
+    without_keys,
 )
-from blocktune.models.small import causal_class, quiet, small_config, small_model
+from blocktune.models.small import causal_class, config_value, quiet, small_config, small_model
 from blocktune.positions import RopeSpec
 
 ATTENDING = ("full_attention", "sliding_attention", "chunked_attention", "attention")
@@ -68,6 +69,18 @@ def examine(config: PreTrainedConfig, cls: type[PreTrainedModel] | None = None) 
     others = [index for index, kind in enumerate(kinds) if kind not in ATTENDING]
     if others:
         raise Mixes(mixes_tokens(cls.__name__, f"'{kinds[others[0]]}'", others[0], len(others)))
+    depth, heads = (config_value(config, f"num_{x}") for x in ("hidden_layers", "attention_heads"))
+    if not depth or depth < 1:
+        raise Refused(
+            f"{cls.__name__} is not one stack of layers over tokens (num_hidden_layers of its "
+            f"configuration is {depth}), so chunks have no one set of keys to keep; use a decoder"
+        )
+    if heads is None:
+        raise Mixes(mixes_tokens(cls.__name__, "a recurrence", 0, depth))
+    if shared := getattr(config, "num_kv_shared_layers", None):
+        raise Refused(without_keys(cls.__name__, list(range(depth - shared, depth))))
+    if not can_switch(cls):
+        raise Refused(OWN_ATTENTION.format(cls.__name__))
     key = json.dumps(config.to_dict(), sort_keys=True, default=str)
     if (cls, key) not in _KNOWN:
         _KNOWN[cls, key] = _examine(cls, config)
@@ -79,37 +92,28 @@ _KNOWN: dict[tuple[type, str], Structure] = {}
 
 
 def _examine(cls: type[PreTrainedModel], config: PreTrainedConfig) -> Structure:
-    name = cls.__name__
-    try:
-        small = small_config(config)
-        model = small_model(small, cls)
-    except Exception as error:
-        raise Refused(f"{name}: no small model of its kind can be made: {_line(error)}") from error
-    with quiet(), torch.no_grad():
-        try:
-            probe = Probe(name, model, exact_length(config), exact_length(small))
-        except Refused:
-            raise
-        except Exception as error:
-            raise Refused(f"{name}: no small model of its kind runs: {_line(error)}") from error
+    name, model, kind = cls.__name__, None, Refused
+    what, fix = "cannot be built from its configuration", "correct config.json, or "
     try:
         with quiet(), torch.no_grad():
+            small = small_config(config)
+            model = small_model(small, cls)
+            what, fix = "does not run on a plain sequence of tokens", ""
+            probe = Probe(name, model, exact_length(config), exact_length(small))
+            what, kind = "works on its attention mask or its cache in code of its own", NoRotary
             found = probe.run()
         decoder_layers(model)
         return found
     except Refused:
         raise
     except Exception as error:
-        if not any(key.endswith("inv_freq") for key, _ in model.named_buffers()):
-            raise NoRotary(NO_ROTARY.format(name)) from error
+        if model and not any(key.endswith("inv_freq") for key, _ in model.named_buffers()):
+            raise kind(NO_ROTARY.format(name)) from error
+        line = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise Refused(
-            f"{name} does not run with blocktune's attention ({_line(error)}); use a decoder whose "
-            "attention can be switched by set_attn_implementation"
+            f"{name} {what}, so nothing is known of chunk reuse on it; {fix}use a decoder that "
+            f"leaves masks and caches to transformers ({line})"
         ) from error
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def exact_length(config: PreTrainedConfig) -> int | None:
@@ -139,7 +143,7 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The model's decoder layers, through a PEFT wrapper or not; else raises `Refused`."""
     depth = model.config.get_text_config().num_hidden_layers
     for name, module in model.named_modules():
-        named = name.endswith(("layers", ".h"))
+        named = name.endswith(("layers", "blocks", ".h"))
         if named and isinstance(module, nn.ModuleList) and len(module) == depth:
             return module
     raise Refused(

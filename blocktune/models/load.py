@@ -7,18 +7,19 @@ that chunk reuse is wrong on before its weights are read.
 from __future__ import annotations
 
 import copy
+import hashlib
 import logging
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import httpx
-from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -28,13 +29,21 @@ from transformers import (
 )
 
 from blocktune.attention.interface import decoder_of
+from blocktune.files import move_folder
 from blocktune.models.gate import examine
 from blocktune.models.probe import Mixes, Refused
 from blocktune.models.quantize import keep_stored_codes, quantization_config
 from blocktune.models.small import causal_class
 
 if TYPE_CHECKING:
-    from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import (
+        BitsAndBytesConfig,
+        PreTrainedConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+    )
+
+logger = logging.getLogger("blocktune")
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ADAPTER_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model")
@@ -54,7 +63,8 @@ def load_base(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a causal language model without any adapter, and its tokenizer, in evaluation mode.
 
-    Of a multimodal model, the text model is loaded. GGUF weights are dequantised.
+    Of a multimodal model, the text model is loaded. GGUF weights are dequantised once and kept as
+    safetensors in the cache of the Hub.
 
     Args:
         name: Folder or repository of the Hub, optionally with ``@REVISION``; or a GGUF file, or a
@@ -69,51 +79,73 @@ def load_base(
         what: What is loaded, for the error.
 
     Raises:
-        ValueError: If there is no such model, device, dtype or quantization, or the model is
-            saved quantised and ``quantize`` is given.
+        ValueError: If there is no such model, device, dtype or quantization, its files are damaged
+            or lack weights, or it is saved quantised and ``quantize`` is given.
         Refused: If chunk reuse would be wrong on the model, before its weights are read.
     """
     bare, revision = pinned(name, revision)
-    bare, extra = _gguf(bare)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
     check_dtype(dtype)
-    with _explained(name, what):
-        config = AutoConfig.from_pretrained(bare, revision=revision, **extra)
+    config = _config(name, revision, what)
     try:
         examine(config)
     except Mixes:
         if not recurrent:
             raise
-    with _explained(name, what):
-        tokenizer = AutoTokenizer.from_pretrained(bare, revision=revision, **extra)
     kwargs = _quantised(config, dtype, device, quantize)
+    file = gguf_file(bare)
     known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
     auto = AutoModelForCausalLM if known else AutoModelForImageTextToText
     with _explained(name, what):
-        model = auto.from_pretrained(bare, revision=revision, dtype=dtype, **extra, **kwargs)
+        bare = bare if file is None else _dequantised(file, dtype)
+        model, found = auto.from_pretrained(
+            bare, revision=revision, dtype=dtype, output_loading_info=True, **kwargs
+        )
+        _require_all(found, name)
+    with _explained(name, "a tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(bare, revision=revision)
+    if file is not None:
+        model.config._name_or_path = name
     model = text_model(model)
     keep_stored_codes(model)
     return (model.to(device) if place and not kwargs else model), tokenizer
 
 
+def _require_all(found: Mapping[str, Any], name: str) -> None:
+    """Refuses what transformers filled with random weights, and tells what it left unused."""
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(f"its files lack {len(missing)} weights, such as {missing[0]}")
+    if unused := sorted(key for key in found["unexpected_keys"] if "inv_freq" not in key):
+        logger.warning("%s: %d weights are not used, such as %s", name, len(unused), unused[0])
+
+
 def examine_base(name: str) -> None:
     """Asks `examine` about a model by its name, without loading it; ValueError if there is none."""
-    bare, revision = pinned(name)
-    bare, extra = _gguf(bare)
-    with _explained(name, "a language model"):
-        config = AutoConfig.from_pretrained(bare, revision=revision, **extra)
-    examine(config)
+    examine(_config(name, None, "a language model"))
 
 
-def _gguf(name: str) -> tuple[str, dict[str, str]]:
-    """The folder to load from, and the option that names the GGUF file in it, if it is one."""
+def _config(name: str, revision: str | None, what: str) -> PreTrainedConfig:
+    bare, revision = pinned(name, revision)
+    file = gguf_file(bare)
+    with _explained(name, what):
+        if file is None:
+            return AutoConfig.from_pretrained(bare, revision=revision)
+        return AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+
+
+def gguf_file(name: str) -> Path | None:
+    """The GGUF file that is meant by its own name, or by that of a folder; None: another model.
+
+    Raises:
+        ValueError: If there is no such file, a folder has several, or the package gguf is missing.
+    """
     path = Path(name)
     files = [path] if path.suffix == ".gguf" else []
     if path.is_dir() and not (path / "config.json").exists():
         files = sorted(path.glob("*.gguf"))
     if not files:
-        return name, {}
+        return None
     if len(files) > 1:
         names = ", ".join(file.name for file in files)
         raise ValueError(f"'{name}' holds several GGUF files ({names}); name one of them")
@@ -121,11 +153,29 @@ def _gguf(name: str) -> tuple[str, dict[str, str]]:
         raise ValueError(f"no GGUF file '{name}'")
     if find_spec("gguf") is None:
         raise ValueError(f"'{files[0]}' needs the package gguf; run pip install 'blocktune[gguf]'")
-    logging.getLogger("blocktune").warning(
-        "dequantising %s, each time it is loaded; save it by save_pretrained to load it at once",
-        files[0].name,
-    )
-    return str(files[0].parent), {"gguf_file": files[0].name}
+    return files[0]
+
+
+def _dequantised(file: Path, dtype: str) -> str:
+    """A folder that holds what a GGUF file does, as safetensors; made once for each dtype."""
+    about = file.stat()
+    made_of = f"{file.resolve()} {about.st_size} {about.st_mtime_ns} {dtype}"
+    key = hashlib.sha256(made_of.encode()).hexdigest()[:16]
+    kept = Path(constants.HF_HOME, "blocktune", "gguf", f"{file.stem}-{key}")
+    if kept.is_dir():
+        return str(kept)
+    logger.warning("dequantising %s once, into %s", file.name, kept)
+    options = {"gguf_file": file.name}
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
+    model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=dtype, **options)
+    model.hf_quantizer = None  # its weights are plain now
+    vars(model.config).pop("quantization_config", None)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=kept.parent, ignore_cleanup_errors=True) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        move_folder(folder, kept)
+    return str(kept)
 
 
 def text_model(model: PreTrainedModel) -> PreTrainedModel:
@@ -171,15 +221,19 @@ def sharing(model: PreTrainedModel, own_embeddings: bool = False) -> PreTrainedM
 def _explained(name: str, what: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (Refused, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # of any type, since files may hold anything
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        if "ignore_mismatched_sizes" in reason:
+            reason = "weights in its files have other shapes than its configuration says"
         raise ValueError(
             f"cannot load {what} from '{name}': {reason}; give a folder saved by save_pretrained "
             "or a repository name on the Hugging Face Hub"
         ) from None
 
 
-def _quantised(config, dtype: str, device: str, quantize) -> dict[str, Any]:
+def _quantised(config: PreTrainedConfig, dtype: str, device: str, quantize) -> dict[str, Any]:
     """What a quantised model is loaded with: it is made on its device, not moved there."""
     saved = getattr(config, "quantization_config", None)
     if saved is None and quantize is None:

@@ -59,9 +59,9 @@ class Structure(NamedTuple):
 
 
 NO_ROTARY = (
-    "{} has no rotary position embedding, or adds positions to its states as well; blocktune moves "
-    "cached chunks by rotating their keys: use a RoPE model, or answer by a method that reuses no "
-    "chunks (recycle, prefix-cache, full-prefill, no-context)"
+    "{} has no rotary position embedding (RoPE), or adds positions to its states as well; cached "
+    "chunks are moved by rotating their keys: use a RoPE model, or in `blocktune answer` use "
+    "recycle, prefix-cache, full-prefill or no-context"
 )
 
 
@@ -71,8 +71,17 @@ def mixes_tokens(name: str, what: str, layer: int, count: int = 1) -> str:
     return (
         f"{name}: {what} in layer {layer}{more} mixes tokens otherwise than by attention under a "
         "mask (a recurrence, a convolution, or a choice of tokens of its own), so a chunk's states "
-        "depend on the text before it; use a decoder that only attends, or methods that reuse no "
-        "chunks (full-prefill, no-context, prefix-cache)"
+        "depend on the text before it; use a decoder that only attends, or `blocktune answer` by a "
+        "method that reuses no chunks (full-prefill, no-context, prefix-cache)"
+    )
+
+
+def without_keys(name: str, missing: list[int]) -> str:
+    """Why a model is refused whose layers ``missing`` keep no keys."""
+    return (
+        f"{name}: {_layers(missing)} no keys of their own (they use those of other layers, or "
+        "cache none); blocktune caches the keys of every layer: use a decoder in which every layer "
+        "keeps them"
     )
 
 
@@ -114,14 +123,16 @@ class Probe:
             getattr(self.decoder.config, "max_position_embeddings", 1 << 30),
         )
         self.positions = [p for p in POSITIONS if p < reach]
+        if len(self.positions) < 2:
+            raise Refused(f"{name}: a context of {reach} tokens holds no chunks; use a longer one")
         generator = torch.Generator().manual_seed(1)
         shape = (1, min(ROWS, small_length or ROWS))
         self.ids = torch.randint(1, VOCABULARY - 1, shape, generator=generator)
-        self.stock = self.decoder(self.ids, use_cache=False)[0]
         try:
             attach(model)
         except ValueError as error:
             raise Refused(str(error)) from error
+        self.stock = self.decoder(self.ids, use_cache=False)[0]
 
     def run(self) -> Structure:
         """Asks for all of them, the ones that explain others first."""
@@ -193,11 +204,7 @@ class Probe:
             )
         kept = {i for i, layer in enumerate(made.cache.layers) if layer.is_initialized}
         if missing := sorted(every - kept):
-            raise Refused(
-                f"{self.name}: {_layers(missing)} no keys of their own (they use those of other "
-                "layers, or cache none); blocktune caches the keys of every layer: use a decoder "
-                "in which every layer keeps them"
-            )
+            raise Refused(without_keys(self.name, missing))
 
     def _positions_only_rotate(self, made: _Pass) -> tuple[Rotated, ...]:
         hidden = made.hidden[0]

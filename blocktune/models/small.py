@@ -7,7 +7,7 @@ vocabulary become small, and windows short, so that a short input reaches past t
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -35,8 +35,11 @@ _SIZES = {
     r"index_topk_blocks": 2,
     r"[qk]v?_lora_rank|o_lora_rank|hidden_size_per_layer_input|router_hidden_size": 32,
     r"qk_nope_head_dim|v_head_dim": 16,
+    r"kv_n_heads": 1,
 }
 """Sizes of a small model, by the name of the configuration's field."""
+_PARTS = _SIZES | {r"num_hidden_layers|num_blocks|depth": 2}
+"""The same in the configurations of its parts: encoders of images, an attention of its own."""
 _DROPPED = ("quantization_config", "dtype", "transformers_version", "architectures", "model_type")
 
 
@@ -99,17 +102,19 @@ def small_config(
     return type(config)(**values | {names.get(key, key): v for key, v in standard.items()})
 
 
-def _small(name: str, value: Any) -> Any:
+def _small(name: str, value: Any, sizes: Mapping[str, int] = _SIZES) -> Any:
     """A field's value in a small configuration."""
+    if isinstance(value, dict):
+        return {key: _small(key, one, _PARTS) for key, one in value.items()}
     if isinstance(value, list) and value and all(map(_is_count, value)):
-        return [_small(name, one) for one in value]
+        return [_small(name, one, sizes) for one in value]
     if not _is_count(value):
         return value
     if name.endswith("_token_id"):
         return 0
-    if "vocab_size" in name:
+    if "vocab_size" in name or name.endswith("_vocab"):
         return VOCABULARY
-    return min(value, next((s for key, s in _SIZES.items() if re.fullmatch(key, name)), value))
+    return min(value, next((s for key, s in sizes.items() if re.fullmatch(key, name)), value))
 
 
 def _is_count(value: Any) -> bool:

@@ -44,22 +44,16 @@ def load_engines(
     labels = [label for label, _ in wanted]
     if twice := [label for label in labels if labels.count(label) > 1]:
         raise ValueError(f"two models are called '{twice[0]}'; write --adapter NAME=ADAPTER")
-    loaded = load_models(model, [adapter for _, adapter in wanted], **options)
+    names = [adapter for _, adapter in wanted]
+    loaded = load_models(model, names, recurrent=False, **options)
     device = loaded[0].model.device
     config = StoreConfig.parse(store or "", memory=store_bytes)
     kept = {"store": ChunkStore(device=device, config=config)}
     kept["prefix_tree"] = PrefixTree(max(1, store_bytes), store=kept["store"])
-    engines = {
+    return {
         label: Engine(base, tokenizer, adapter=info, adapter_folder=folder, **kept)
         for label, (base, tokenizer, info, folder) in zip(labels, loaded, strict=True)
     }
-    for label, engine in engines.items():
-        if engine.state.recurrence is not None:
-            raise ValueError(
-                f"'{label}' has recurrent layers or absolute positions, which the server's joint "
-                "decoding does not batch; use `blocktune answer --method prefix-cache`"
-            )
-    return engines
 
 
 def _short(source: str) -> str:

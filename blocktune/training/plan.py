@@ -153,7 +153,7 @@ def make_plan(trainer: Trainer) -> dict[str, str]:
     of the measured matmul rate.
     """
     args, info, prepared = trainer.args, trainer.files.info, trainer.prepared
-    size, examples = trainer.size, prepared.num_examples
+    size, examples, limit = trainer.size, prepared.num_examples, trainer.exact_tokens
     rows = zip(prepared.dataset["length"], prepared.dataset["answer_length"], strict=True)
     lengths = [length for length, answer in rows if answer]
     mean = sum(lengths) / len(lengths)
@@ -179,6 +179,7 @@ def make_plan(trainer: Trainer) -> dict[str, str]:
         "trainable": trained,
         "examples": f"{examples:,} ({prepared.num_dropped:,} dropped as too long)",
         "tokens": f"{packed}{mean:,.0f} a row, longest {max(lengths):,}",
+        "exact up to": limit and f"{limit:,} tokens; longer examples are dropped",
         "device": _device(args),
         "batch": f"{batch} rows over {args.world_size} process(es)",
         "tokens per step": f"{round(mean * batch):,}",

@@ -8,13 +8,13 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
-import yaml
 from torch import Tensor, nn
 
 from blocktune.attention import Plan, make_plan
 from blocktune.layout import FOREVER, GLOBAL, Kind, Layout
 from blocktune.methods.select import SELECTORS, Selection
 from blocktune.methods.select.base import LayerCheck, LayerKV
+from blocktune.parsing import parse_yaml
 from blocktune.prompt import Prompt
 
 
@@ -53,7 +53,7 @@ class RecomputeSampler:
         for key, equals, value in pairs:
             if not (key and equals and value):
                 raise ValueError(f"recompute must be a selector and KEY=VALUE pairs, got '{text}'")
-        parameters = {key: yaml.safe_load(value) for key, _, value in pairs}
+        parameters = {key: parse_yaml(value, f"recompute {key}") for key, _, value in pairs}
         return cls(SELECTORS.build(name, **parameters), low, high)
 
     def share(self, draw: random.Random) -> float:

@@ -108,22 +108,33 @@ def _rows_per_step(config: Mapping[str, Any], world_size: int) -> int:
     return rows * world_size
 
 
+_FIX = "remove the checkpoint to continue from the one before, or start again with --overwrite"
+_STATES = {
+    "optimiser's state": ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*"),
+    "schedule": ("scheduler.pt", "global_step*"),
+    "random numbers": ("rng_state*.pth",),
+}
+"""Files of a checkpoint: without one transformers would start that part anew, and say nothing."""
+
+
 def require_loadable(checkpoint: Path) -> None:
-    """Refuses a checkpoint of which a file is cut off, before anything is loaded.
+    """Refuses a checkpoint of which a file is cut off or missing, before anything is loaded.
 
     Raises:
         ValueError: Names the file.
     """
-    fix = "remove the checkpoint to continue from the one before, or start again with --overwrite"
+    for what, names in _STATES.items():
+        if not any(found for name in names for found in checkpoint.glob(name)):
+            raise ValueError(f"'{checkpoint}' lacks the {what} ({names[0]}); {_FIX}")
     for path in sorted(checkpoint.rglob("*")):
         is_archive = path.suffix in (".pt", ".pth", ".bin")  # torch.save writes zip files
         if is_archive and not zipfile.is_zipfile(path):
-            raise ValueError(f"'{path}' is damaged or incomplete; {fix}")
+            raise ValueError(f"'{path}' is damaged or incomplete; {_FIX}")
     try:
         json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
         require_whole(checkpoint)
     except (OSError, ValueError) as error:
-        raise ValueError(f"'{checkpoint}' is damaged or incomplete: {error}; {fix}") from None
+        raise ValueError(f"'{checkpoint}' is damaged or incomplete: {error}; {_FIX}") from None
 
 
 def history(checkpoint: Path) -> dict[str, Any]:
@@ -136,17 +147,23 @@ def history(checkpoint: Path) -> dict[str, Any]:
 
 
 def _training(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / INFO_FILE).read_text())["training"]
+    try:
+        return json.loads((folder / INFO_FILE).read_text())["training"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        name = folder / INFO_FILE
+        raise ValueError(f"'{name}' is damaged or incomplete ({error}); {_FIX}") from None
 
 
 def remove_run(folder: Path) -> None:
     """Removes what an earlier run left: the adapter and the checkpoints, no other files."""
+    is_run = (folder / INFO_FILE).is_file()
     (folder / INFO_FILE).unlink(missing_ok=True)  # first: without it nothing loads
     for path in folder.glob("checkpoint-*"):
         if re.fullmatch(r"checkpoint-\d+", path.name):
             shutil.rmtree(path)
     own = (PEFT_FILE, CONFIG_FILE, TRAINER_STATE_NAME)
-    for path in (*(folder / name for name in own), *folder.glob("*.safetensors")):
+    weights = folder.glob("*.safetensors") if is_run else ()
+    for path in (*(folder / name for name in own), *weights):
         path.unlink(missing_ok=True)
 
 

@@ -55,7 +55,10 @@ class Parser(TrlParser):
         """
         values = dict(mapping(load_yaml(path, "config", "see recipes/ for examples"), path))
         for name, value in mapping(values.pop("env", {}), f"{path}: env").items():
-            os.environ[str(name)] = str(value)
+            try:
+                os.environ[str(name)] = str(value)
+            except ValueError as error:  # "A=B" is no name, and NUL no text of a variable
+                raise ValueError(f"{path}: env: {error}, got {name!r}: {value!r}") from None
         one_source, mixture = {"train_data", "train_limit"}, {"mixture"}
         for typed, instead in (("__mixture", one_source), ("__train_data", mixture)):
             if typed in self._typed:
@@ -75,6 +78,8 @@ class Parser(TrlParser):
         for kind, several in ((Mapping, "dict"), (list, "list")):
             if isinstance(value, kind) and several not in _TYPES.get(action.dest, ""):
                 raise ValueError(f"must be one value, got {value!r:.60}")
+        if value is None and action.default is not None:
+            raise ValueError(f"must have a value; leave it out for the default, {action.default}")
         if value is None or isinstance(value, Mapping):
             return value
         if isinstance(value, list):
@@ -142,7 +147,9 @@ def train(
 
 def _train(data, args, choice, callbacks) -> Path | None:
     launch_checks.refuse_unasked_evaluation(data.eval_data, args)
-    folder = Path(args.output_dir)
+    folder, base = Path(args.output_dir), choice.model_name_or_path
+    if base and folder.exists() and folder.resolve() == Path(base).resolve():
+        raise ValueError(f"output_dir is the folder of the base model, '{folder}'; name another")
     checkpoint = earlier_run(data, args, choice, int(os.environ.get("WORLD_SIZE", "1")))
     if checkpoint == folder and not args.dry_run:
         launch_checks.say(FINISHED)

@@ -101,6 +101,7 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
         rope = require_supported(model)
         self._num_tokens = link_base(model)
         context = model.config.get_text_config().max_position_embeddings
+        self.exact_tokens = rope.max_tokens
         self._longest = min(args.max_length or context, rope.max_tokens or context)
         self.prepared = self._prepare(train_dataset, args.train_batch_size, args.pack_length)
         info = self._describe(model)

@@ -1,25 +1,24 @@
 """The connector's half in a worker: from the store into this rank's paged cache, in threads.
 
-Chunks are read, verified and packed once; hot ones stay in memory. A load copies them to the device
-layer by layer, moves the keys to their positions there, and writes them through vLLM's own kernel,
-which knows the cache's layout. Most loads run between steps, while other requests are decoded. One
+Chunks are read and verified once; hot ones stay in memory. A load copies them to the device layer
+by layer, moves the keys to their positions there, and writes them through vLLM's own kernel, which
+knows the cache's layout. Most loads run between steps, while other requests are decoded. One
 that is layered runs beside the forward pass, which waits for each layer as it comes to it.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from cachetools import LRUCache
 from torch import Tensor
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.models.utils import extract_layer_index
@@ -44,27 +43,6 @@ class Missing(ValueError):
     """A chunk that is not in the store, or is damaged."""
 
 
-class Packed(NamedTuple):
-    """One segment's keys and values of this rank's heads, ready to copy."""
-
-    origin: int  # position at which the first token was encoded
-    buffer: Tensor  # all of them, one after the other
-    states: list[Tensor]  # keys and values ``(S, K, D)`` of each layer in turn: views of the buffer
-
-    @classmethod
-    def of(cls, kv: ChunkKV) -> Packed:
-        """Copies a chunk."""
-        own = [states.transpose(0, 1) for _, states in kv.tensors()]
-        sizes = [states.numel() for states in own]
-        pinned = torch.cuda.is_available()
-        buffer = torch.empty(sum(sizes), dtype=kv.dtype, pin_memory=pinned)
-        views = [
-            part.view(states.shape).copy_(states)
-            for part, states in zip(buffer.split(sizes), own, strict=True)
-        ]
-        return cls(kv.origin, buffer, views)
-
-
 class _Place(NamedTuple):
     """An attention layer of this rank: the module, its index, and its group in vLLM's cache."""
 
@@ -80,15 +58,19 @@ class _Part(NamedTuple):
     nothing is joined. On other devices all of them: fewer kernels.
     """
 
-    packed: list[Packed]  # the segments
+    chunks: list[ChunkKV]  # what is stored of them, this rank's heads
     # how their keys are moved, for each rotation of the model; None: they stay
     turns: list[Rotation | None]
     slots: list[tuple[Tensor, Tensor]]  # for each group, which of the tokens are kept, and where
 
-    def states(self, number: int, device: torch.device) -> Tensor:
-        """Keys or values of a layer, ``(S, K, D)``; shared with the packed chunk if it is one."""
-        moved = [one.states[number].to(device, non_blocking=True) for one in self.packed]
-        return moved[0] if len(moved) == 1 else torch.cat(moved)
+    def layer(self, index: int, device: torch.device) -> list[Tensor]:
+        """Keys and values of a layer, ``(S, K, D)``; shared with the chunk if it is one."""
+        pairs = [(chunk.keys[index], chunk.values[index]) for chunk in self.chunks]
+        joined = []
+        for states in zip(*pairs, strict=True):
+            moved = [one.to(device, non_blocking=True).transpose(0, 1) for one in states]
+            joined.append(moved[0] if len(moved) == 1 else torch.cat(moved))
+        return joined
 
 
 class _Job(NamedTuple):
@@ -110,10 +92,8 @@ class WorkerSide:
         self.view, self.dtype = view, config.model_config.dtype
         self.num_layers = config.model_config.hf_text_config.num_hidden_layers
         self.share = get_tensor_model_parallel_rank(), config.parallel_config.tensor_parallel_size
-        self.store = ChunkStore(config=view.config)  # `_hot` keeps what is read, packed
         host_bytes = int(float(extra.get("host_gb", 1)) * 2**30)
-        self._hot = LRUCache(host_bytes, getsizeof=lambda packed: packed.buffer.nbytes)
-        self._lock = threading.Lock()
+        self.store = ChunkStore(config=replace(view.config, memory=host_bytes, cpu=0))
         self.counts: Counter[str] = Counter()
         self._block_sizes = [group.kv_cache_spec.block_size for group in groups]
         self._names = {
@@ -223,44 +203,45 @@ class WorkerSide:
     def _fill(self, load: Load, plan: LoadPlan, counts: Counter[str]) -> Iterator[str]:
         """Writes layer by layer; yields the name of each that is written."""
         rope = self._frequencies(plan.fingerprint)
-        packed = {index: self._packed(plan, index, counts) for index in plan.wanted(load.start)}
+        chunks = {index: self._chunk(plan, index, counts) for index in plan.wanted(load.start)}
         device = next(iter(self._places.values())).module.kv_cache.device
-        each = [[index] for index in packed] if device.type == "cpu" else [list(packed)]
-        parts = [self._part(load, plan, {i: packed[i] for i in one}, rope, device) for one in each]
+        each = [[index] for index in chunks] if device.type == "cpu" else [list(chunks)]
+        parts = [self._part(load, plan, {i: chunks[i] for i in one}, rope, device) for one in each]
         for name, (module, index, group) in self._places.items():
             for part in parts:
                 rows, where = part.slots[group]
                 if not len(rows):  # outside of the window
                     continue
-                keys, values = (part.states(2 * index + half, device) for half in (0, 1))
+                keys, values = part.layer(index, device)
                 self._require_shape(module, keys)
                 if (turn := part.turns[rope.layer[index]]) is not None:
-                    keys = rotate_keys(keys, turn, out=torch.empty_like(keys))
+                    moved = torch.empty(keys.shape, dtype=keys.dtype, device=device)
+                    keys = rotate_keys(keys, turn, out=moved)
                 if len(rows) < len(keys):
                     keys, values = keys[rows], values[rows]
-                keys, values = keys.to(self.dtype), values.to(self.dtype)
+                keys, values = (one.to(self.dtype).contiguous() for one in (keys, values))
                 module.impl.do_kv_cache_update(module, keys, values, module.kv_cache, where)
             yield name
 
     def _part(
-        self, load: Load, plan: LoadPlan, packed: dict[int, Packed], rope: _Rope, device
+        self, load: Load, plan: LoadPlan, chunks: dict[int, ChunkKV], rope: _Rope, device
     ) -> _Part:
-        numbers = list(packed)
+        numbers = list(chunks)
         first, stop = plan.starts[numbers[0]], plan.starts[numbers[-1] + 1]
         slots = []
         for blocks, size in zip(load.blocks, self._block_sizes, strict=True):
             rows, where = slots_of(blocks, size, max(first, load.start), stop)
             slots.append(((rows - first).to(device), where.to(device)))
-        moves = torch.tensor([plan.segments[i].position - one.origin for i, one in packed.items()])
+        moves = torch.tensor([plan.segments[i].position - one.origin for i, one in chunks.items()])
         turns: list[Rotation | None] = [None] * len(rope.forms)
         if moves.any():
-            if len(packed) > 1:
+            if len(chunks) > 1:
                 lengths = [len(plan.segments[number].ids) for number in numbers]
                 moves = moves.repeat_interleave(torch.tensor(lengths))
             turned = [Rotation.of(moves[None].to(device), form) for form in rope.forms]
             # From (1, 1, S, P) to (S, 1, P); one segment moves as a whole, and S is 1.
             turns = [t._replace(cos=t.cos[0, 0, :, None], sin=t.sin[0, 0, :, None]) for t in turned]
-        return _Part(list(packed.values()), turns, slots)
+        return _Part(list(chunks.values()), turns, slots)
 
     def _require_shape(self, module: Any, keys: Tensor) -> None:
         wanted = (module.num_kv_heads, module.head_size)
@@ -270,29 +251,20 @@ class WorkerSide:
                 f"vLLM's model {wanted}; they are of another model"
             )
 
-    def _packed(self, plan: LoadPlan, index: int, counts: Counter[str]) -> Packed:
-        key = plan.keys[index]
-        with self._lock:
-            held = self._hot.get(key)
-        if held is not None:
-            counts["host_hits"] += 1
-            return held
-        kv = self.store.lookup(
-            key,
-            plan.segments[index].ids,
-            plan.fingerprint,
-            read=partial(ChunkFile.entry, share=self.share),
-        ).kv
-        if kv is None:  # an encoder verifies it too, and encodes it again
-            self.view.ask_for(plan.fingerprint, [plan.segments[index].wanted])
+    def _chunk(self, plan: LoadPlan, index: int, counts: Counter[str]) -> ChunkKV:
+        key, segment = plan.keys[index], plan.segments[index]
+        read = partial(ChunkFile.entry, share=self.share)
+        found = self.store.lookup(key, segment.ids, plan.fingerprint, read=read)
+        if found.kv is None:  # an encoder verifies it too, and encodes it again
+            self.view.ask_for(plan.fingerprint, [segment.wanted])
             reason = self.store.stats().first_rejected or "it is not there"
             raise Missing(f"chunk {key[:12]} cannot be read from the store: {reason}")
-        counts["store_reads"] += 1
-        counts["store_bytes"] += kv.num_bytes
-        packed = Packed.of(kv)
-        with self._lock, suppress(ValueError):  # larger than the memory
-            self._hot[key] = packed
-        return packed
+        if found.tier == "memory":
+            counts["host_hits"] += 1
+        else:
+            counts["store_reads"] += 1
+            counts["store_bytes"] += found.kv.num_bytes
+        return found.kv
 
     def _frequencies(self, fingerprint: str) -> _Rope:
         if fingerprint not in self._rope:
@@ -316,8 +288,7 @@ class WorkerSide:
 
     def forget(self) -> None:
         """Drops the hot chunks."""
-        with self._lock:
-            self._hot.clear()
+        self.store.clear()
 
 
 class _Rope(NamedTuple):

@@ -4,9 +4,9 @@
       --output data/smollm2-block --base-model HuggingFaceTB/SmolLM2-135M-Instruct \\
       --license apache-2.0
 
-Of each module the sum of both products is cut to the rank by its singular values and kept in
-bfloat16. Prints how far the products are off, and the logits on a probe; then runs the checks of
-`blocktune push` and writes its card beside the adapter.
+Of each module the sum of both products is cut by its singular values and kept in bfloat16; modules
+whose sums lose more get higher ranks, on average --rank. Prints how far the products are off, and
+the logits on a probe; then runs the checks of `blocktune push` and writes its card beside them.
 """
 
 from __future__ import annotations
@@ -67,6 +67,23 @@ def fold(pairs: list[tuple[Tensor, Tensor]], rank: int) -> Folded:
     return Folded(new_a, new_b, lost, float(sizes.norm()))
 
 
+def share_out(spectra: dict[str, Tensor], sizes: dict[str, int], rank: int) -> dict[str, int]:
+    """Ranks of modules that keep the most of their products together.
+
+    Args:
+        spectra: Singular values of each module's product, falling.
+        sizes: Numbers that one rank of it takes.
+        rank: All ranks take no more than this one everywhere would.
+    """
+    left, found = rank * sum(sizes.values()), dict.fromkeys(spectra, 0)
+    steps = [(float(s) ** 2 / sizes[m], m) for m, own in spectra.items() for s in own]
+    for gain, module in sorted(steps, reverse=True):
+        if gain > 0 and sizes[module] <= left:
+            found[module] += 1
+            left -= sizes[module]
+    return {module: own for module, own in found.items() if own}
+
+
 def read_lora(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
     """``A`` and the scaled ``B`` of each module of a PEFT adapter.
 
@@ -95,7 +112,7 @@ def ship(base: Path, tuned: Path, output: Path, rank: int, name: str) -> dict[st
         base: Adapter of the RAG base.
         tuned: Adapter that was tuned on the merged base.
         output: New folder.
-        rank: Of every module.
+        rank: Of the modules, on average.
         name: Of the stock model, for those who load the adapter.
 
     Returns:
@@ -114,7 +131,11 @@ def ship(base: Path, tuned: Path, output: Path, rank: int, name: str) -> dict[st
             )
     parts = [read_lora(base), read_lora(tuned)]
     modules = sorted(set().union(*parts))
-    folded = {m: fold([part[m] for part in parts if m in part], rank) for m in modules}
+    sums = {m: [part[m] for part in parts if m in part] for m in modules}
+    spectra = {m: torch.linalg.svdvals(sum(b @ a for a, b in own)) for m, own in sums.items()}
+    sizes = {m: own[0][0].shape[1] + own[0][1].shape[0] for m, own in sums.items()}
+    ranks = share_out(spectra, sizes, rank)
+    folded = {m: fold(own, ranks.get(m, 0)) for m, own in sums.items()}
     size = sum(2 * (one.a.numel() + one.b.numel()) for one in folded.values())
     if size > MOST_BYTES:
         fits = rank * MOST_BYTES // size
@@ -123,13 +144,13 @@ def ship(base: Path, tuned: Path, output: Path, rank: int, name: str) -> dict[st
     if not any(norms):
         raise ValueError(f"'{base}' and '{tuned}' change nothing: all their products are 0")
     output.mkdir(parents=True)
-    tensors = {
-        f"{m}.lora_{k}.weight": getattr(f, k.lower()) for m, f in folded.items() for k in "AB"
-    }
+    tensors = {f"{m}.lora_{k}.weight": getattr(folded[m], k.lower()) for m in ranks for k in "AB"}
     save_file(tensors, output / WEIGHTS, metadata={"format": "pt"})
     config = json.loads((tuned / CONFIG).read_text(encoding="utf-8"))
     config |= {"r": rank, "lora_alpha": rank, "use_rslora": False, "base_model_name_or_path": name}
-    config["target_modules"] = [m.removeprefix("base_model.model.") for m in modules]
+    named = {m.removeprefix("base_model.model."): own for m, own in ranks.items()}
+    config["target_modules"] = list(named)
+    config["rank_pattern"] = config["alpha_pattern"] = named  # a scale of 1
     text = json.dumps(config, indent=2) + "\n"
     (output / CONFIG).write_text(text, encoding="utf-8")
     for path in tuned.iterdir():

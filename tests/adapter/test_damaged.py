@@ -1,8 +1,10 @@
 """Files of a model or an adapter that are cut off: one line that names the file."""
 
+import json
 import shutil
 
 import pytest
+from safetensors.torch import load_file, save_file
 from training.runs import write_run
 
 from blocktune import Engine
@@ -41,3 +43,22 @@ def test_a_damaged_file_is_named(trained, tmp_path, name, how):
     line = str(refused.value)
     assert "\n" not in line
     assert path.parent.name in line or path.name in line
+
+
+def test_an_adapter_that_lacks_weights_or_has_another_rank_is_refused(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    folder = tmp_path / "run/out"
+
+    def refusal() -> str:
+        with pytest.raises(ValueError, match="PEFT cannot load") as refused:
+            Engine.from_pretrained(str(tmp_path / "run/base"), adapter=folder, device="cpu")
+        return str(refused.value)
+
+    path, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    whole, options = load_file(path), json.loads(config.read_text())
+    gone = sorted(whole)[0]
+    save_file({k: v for k, v in whole.items() if k != gone}, path, {"format": "pt"})
+    assert "missing adapter keys" in refusal()
+    save_file(whole, path, {"format": "pt"})
+    config.write_text(json.dumps(options | {"r": 2 * options["r"]}))
+    assert "size mismatch" in refusal()

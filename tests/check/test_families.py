@@ -10,8 +10,22 @@ from blocktune.check.families import check_families, check_family, model_types
 from blocktune.cli import app
 
 EXACT = ("llama", "cohere2", "gpt_neox", "stablelm", "nemotron", "gpt_oss", "afmoe", "deepseek_v3")
+EXACT += ("dbrx", "phi4_multimodal", "cohere_compass_text")
 LIMITED = ("ministral3", "llama4_text")
-REFUSED = {"gpt2": "no rotary", "qwen3_next": "linear_attention", "bloom": "attention interface"}
+REFUSED = {
+    "gpt2": "no rotary",
+    "musicgen": "no rotary",
+    "qwen3_next": "'linear_attention' in layer 0",
+    "lfm2_moe": "'conv' in layer 0",
+    "xlstm": "a recurrence in layer 0",
+    "bloom": "computes attention in code of its own",
+    "codegen": "computes attention in code of its own",
+    "reformer": "computes attention in code of its own",
+    "blt": "is not one stack of layers over tokens",
+    "gemma3n": "15 layers (first: 20) have no keys of their own",
+    "gemma4_assistant": "30 layers (first: 0) have no keys of their own",
+    "doge": "works on its attention mask or its cache in code of its own",
+}
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -34,6 +48,7 @@ def test_refused_classes(name):
     found = check_family(name)
     assert found.verdict == "refused"
     assert REFUSED[name] in found.note
+    assert "use a " in found.note
 
 
 def test_a_wrong_rotation_is_found(monkeypatch):

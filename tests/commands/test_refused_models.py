@@ -16,7 +16,7 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("command", ["train", "dry-run", "encode"])
+@pytest.mark.parametrize("command", ["train", "dry-run", "encode", "check", "answer", "serve"])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_is_refused_before_its_weights_are_read(refused, tmp_path, name, command):
     config, reason = MODELS[name]
@@ -27,6 +27,9 @@ def test_a_model_is_refused_before_its_weights_are_read(refused, tmp_path, name,
     line = {
         "train": ("train", "--config", run),
         "dry-run": ("train", "--config", run, "--dry-run"),
+        "check": ("check", "--model", model),
+        "answer": ("answer", "--model", model, "--question", "Who?", "--chunk", "She."),
+        "serve": ("serve", "--model", model),
         "encode": ("encode", "--model", model, "--input", documents, "--store", out),
     }[command]
     assert reason in refused(*line)

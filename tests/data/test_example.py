@@ -75,7 +75,7 @@ def test_target():
         ({"chunks": {"title": ["A"], "text": []}}, "chunks", "one length"),
         ({"question": " "}, "question", 'got " "'),
         ({"question": "\udc00 half"}, "question", "lone surrogate"),
-        ({"answers": ["a", 1]}, "answers", '["a", 1]'),
+        ({"answers": ["a", True]}, "answers", '["a", true]'),
         ({"answers": {"start": 1}}, "answers", '{"start": 1}'),
         ({"response": 1}, "response", "got 1"),
         ({"conversation": [["user", "a"], ["assistant", "b"]]}, "conversation", "[role, text]"),

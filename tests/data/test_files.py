@@ -307,11 +307,92 @@ def test_an_unknown_shape_says_the_mapping_that_reads_it(tmp_path, record, wante
         ({"timestamp": "2023-11-16 18:17", "input_length": 4}, "None of them holds text"),
         ({"note": "some words here"}, "question:FIELD,chunks:FIELD"),
         ({"question": "Who is it?", "answer": "Ann"}, "blocktune data passages"),
+        (
+            {"instruction": "Who?", "input": "Ann.", "output": "Ann"},
+            "question:instruction,chunks:i",
+        ),
+        ({"question": {"text": "Who?"}, "document": {"tokens": ["a"]}}, "question:question.text,"),
+        ({"Question": "Who?", "Context": "Ann.", "Answer": "Ann"}, "chunks:Context,answers:Answer"),
     ],
 )
 def test_what_no_mapping_reads_is_told(tmp_path, record, word):
     with pytest.raises(ValueError, match=word):
         load_examples(save(tmp_path / "odd.jsonl", record))
+
+
+ASKED = {"question": "Who is it?", "context": "It is Ann."}
+HOLDERS = {
+    "a list beside which nothing is long": {"version": "1", "examples": [ASKED, ASKED]},
+    "the viewer's rows": {"rows": [{"row_idx": i, "row": ASKED} for i in range(2)], "partial": 0},
+    "columns": {key: [value, value] for key, value in ASKED.items()},
+    "names of questions": {"q1": ASKED, "q2": ASKED},
+}
+
+
+@pytest.mark.parametrize("form", HOLDERS)
+def test_one_object_that_holds_all_records(tmp_path, form):
+    path = tmp_path / "held.json"
+    path.write_text(json.dumps(HOLDERS[form]))
+    assert [e.question for e in load_examples(path)] == [ASKED["question"]] * 2
+
+
+HITS = [
+    {"document": {"text": "one", "title": "T"}, "score": 1.5},
+    {"node": {"text": "one", "title": "T"}},
+    {"id": 7, "payload": {"body": "one", "title": "T"}},
+    {"_source": {"passage": "one", "title": "T"}, "_score": 2},
+    {"passage_text": "one", "title": "T", "is_selected": 1},
+]
+
+
+@pytest.mark.parametrize("hit", HITS)
+def test_hits_of_search_engines_are_passages(hit):
+    (chunk,) = RagExample("Who?", [hit]).chunks
+    assert (chunk.text, chunk.title) == ("one", "T")
+
+
+def test_numbers_are_answers_and_titles():
+    example = RagExample("When?", [{"text": "In that year.", "title": 1966}], [1966, 2.5])
+    assert (example.chunks[0].title, example.answers) == ("1966", ("1966", "2.5"))
+
+
+ZIPPED = gzip.compress(b" ".join(b"%d" % number for number in range(9000)))
+BROKEN = {
+    "twice.jsonl": (b'{"question": "A?", "question": "B?", "chunks": ["c"]}', "line 1: .*twice"),
+    "twice.json": (
+        b'[{"question": "A?", "question": "B?", "chunks": ["c"]}]',
+        "twice.json: .*twice",
+    ),
+    "big.jsonl": (
+        b'{"question": "A?", "chunks": ["c"], "id": ' + b"9" * 5000 + b"}",
+        "line 1: not",
+    ),
+    "twice.csv": (b"question,question,chunks\nA?,B?,c\n", "gives the column 'question' twice"),
+    "mid.gz": (ZIPPED[:1000] + b"junk" * 10 + ZIPPED[1040:], "mid.gz is damaged"),
+    "mid.bz2": (b"BZh9" + b"junk" * 90, "mid.bz2 is damaged"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_file_is_named(tmp_path, name):
+    content, words = BROKEN[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=words) as refusal:
+        load_examples(tmp_path / name)
+    assert name in str(refusal.value)
+
+
+@pytest.mark.parametrize("mark", [",", ";", "\t"])
+def test_what_separates_columns_is_found(tmp_path, mark):
+    path = tmp_path / "table.csv"
+    path.write_text(f'question{mark}chunks\n"Who, then?"{mark}Ann is here.\n')
+    (example,) = load_examples(path)
+    assert example.question == "Who, then?"
+
+
+def test_a_name_may_hold_a_question_mark(tmp_path):
+    path = save(tmp_path / "what?.jsonl", *ROWS)
+    assert load_examples(path) == WANTED
 
 
 def test_fields_are_renamed_at_any_depth_and_for_any_shape(tmp_path):

@@ -118,7 +118,7 @@ def test_from_retriever(tmp_path):
     [
         ({"id": "q", "passages": []}, 'field "passages" must be a non-empty list'),
         ({"passages": ["x"]}, 'needs the question\'s "id" or the "question"'),
-        ({"id": "q", "ctxs": [{"body": "x"}]}, r'field "ctxs\[0\]" must be a string or'),
+        ({"id": "q", "ctxs": [{"words": "x"}]}, r'field "ctxs\[0\]" must be a string or'),
         ({"id": "q", "passages": ["a", " "]}, r'field "passages\[1\]": a chunk\'s text must be'),
         (3, "must be an object"),
     ],
@@ -153,7 +153,7 @@ def test_questions_of_every_shape(tmp_path):
     ("record", "message"),
     [
         ({"answer": "x"}, 'field "question" must be a non-blank string, got null'),
-        ({"question": "q", "answer": 3}, 'field "answer" must be text, a list of texts'),
+        ({"question": "q", "answer": True}, 'field "answer" must be text, a list of texts'),
         ({"question": "q", "answer": {"x": 1}}, 'field "answer" must be text, a list of texts'),
         ({"question": "q", "answer": ["", " "]}, 'field "answer" must be text that is not blank'),
     ],

@@ -129,7 +129,7 @@ def test_line_seven(tmp_path):
     ("records", "field"),
     [
         ([MUSIQUE, MUSIQUE | {"paragraphs": []}], "paragraphs"),
-        ([WIKI, WIKI | {"answer": 3}], "answer"),
+        ([WIKI, WIKI | {"answer": True}], "answer"),
         ([WIKI, WIKI | {"answer": " "}], "answers"),
         ([WIKI, WIKI | {"context": [["A"]]}], "context[0]"),
         ([WIKI, WIKI | {"context": [["A", "b", "c"]]}], "context[0]"),
@@ -138,7 +138,7 @@ def test_line_seven(tmp_path):
         ([WIKI, WIKI | {"supporting_facts": [{}]}], "supporting_facts"),
         ([CTXS, CTXS | {"ctxs": 7}], "ctxs"),
         ([CTXS, CTXS | {"ctxs": [{"title": "T"}]}], "ctxs[0]"),
-        ([CTXS, CTXS | {"answers": 7}], "answers"),
+        ([CTXS, CTXS | {"answers": True}], "answers"),
         ([OWN, OWN | {"anwsers": ["a"]}], "anwsers"),
     ],
 )

@@ -9,8 +9,8 @@ from tiny_llama import tiny_llama
 from transformers import LlamaForCausalLM
 from transformers.cache_utils import DynamicSlidingWindowLayer, Fp8QuantizedLayer
 
+from blocktune.cache.decode_cache import DecodeCache
 from blocktune.engine import Engine
-from blocktune.engine.decode_cache import DecodeCache
 from blocktune.methods import build
 
 

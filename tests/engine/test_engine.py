@@ -52,6 +52,13 @@ def test_the_usage_matches_the_rows_that_the_layers_executed(engine, method):
     assert answer.usage.recompute_ratio == pytest.approx(share)
 
 
+def test_weights_that_are_no_numbers_answer_nothing(engine):
+    engine.model.model.norm.weight.data.fill_(float("nan"))
+    for method in ("naive", "full-prefill"):
+        with pytest.raises(ValueError, match="logits are no numbers"):
+            engine.answer([ASK], method)
+
+
 def test_cacheblend_keeps_its_share_and_computes_the_first_layer_in_full(engine):
     usage = engine.answer([ASK], build("cacheblend", ratio=0.5), max_new_tokens=1)[0].usage
     assert usage.layer_tokens[0] == usage.context_tokens == usage.probed_tokens

@@ -10,9 +10,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from blocktune.cache import ChunkStore
 from blocktune.engine import Engine
-from blocktune.engine.press import Press
 from blocktune.layout import Kind
 from blocktune.methods import build
+from blocktune.methods.press import Press
 from blocktune.prompt import Chunk
 
 

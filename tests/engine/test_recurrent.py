@@ -6,7 +6,7 @@ import pytest
 import torch
 from engine.served import ASK, FORMAT, SHORT, Ask
 from hybrids import HYBRIDS, build_hybrid
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, MiniMaxConfig
 
 from blocktune.cache import PrefixTree
 from blocktune.engine import Engine, recurrent
@@ -131,6 +131,13 @@ def test_mamba_1_goes_on_one_token_at_a_time():
     assert {name: find_recurrence(build_hybrid(name)).several for name in HYBRIDS} == {
         name: name != "jamba" for name in HYBRIDS
     }
+
+
+def test_a_model_with_a_cache_of_its_own_is_refused():
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
+    config = MiniMaxConfig(**sizes, num_key_value_heads=2, num_local_experts=2, vocab_size=101)
+    with pytest.raises(ValueError, match="MiniMaxForCausalLM does not go on from its own cache"):
+        find_recurrence(AutoModelForCausalLM.from_config(config).eval())
 
 
 def test_a_model_that_forgets_its_state_is_refused(monkeypatch):

@@ -43,6 +43,8 @@ def test_a_grid_names_parameters_of_presets_axes_and_layouts():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"method": 1.5}, "t.yaml: method: must be a mapping of keys to values, got 1.5"),
+        ({"method": "epic", "grid": {5: [1]}}, "'epic' takes k, .* got unknown 5"),
         ({"grid": {}}, "t.yaml: grid must name at least one parameter"),
         ({"grid": {"k": 3}}, "grid 'k': must be a list with at least one entry, got 3"),
         ({"method": "epic", "grid": {"kk": [3]}}, "'epic' takes k, .* got unknown kk"),

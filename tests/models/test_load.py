@@ -1,10 +1,13 @@
 """GGUF files and multimodal models: what is loaded is the text model, with its own weights."""
 
+import json
+
 import gguf
 import numpy as np
 import pytest
 import torch
 from families import BASE, build
+from safetensors.torch import load_file, save_file
 from training.toy import toy_tokenizer
 from transformers import (
     AutoModelForImageTextToText,
@@ -59,7 +62,8 @@ def write_gguf(path, model, tokenizer):
     writer.close()
 
 
-def test_a_gguf_file_or_its_folder_is_dequantised_and_served(tmp_path, caplog):
+def test_a_gguf_file_or_its_folder_is_dequantised_once_and_served(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "hub"))
     tokenizer = toy_tokenizer()
     model = build(Qwen2Config(**BASE | {"vocab_size": len(tokenizer)}))
     folder = tmp_path / "g"
@@ -69,12 +73,83 @@ def test_a_gguf_file_or_its_folder_is_dequantised_and_served(tmp_path, caplog):
         loaded, _ = load_base(str(name), device="cpu")
         ids = torch.arange(3, 30)[None]
         torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=0, atol=1e-5)
-    assert "dequantising tiny.gguf" in caplog.text
+        assert loaded.config._name_or_path == str(name)
+    assert caplog.text.count("dequantising tiny.gguf once, into") == 1
+    [kept] = (tmp_path / "hub/blocktune/gguf").iterdir()
+    assert (kept / "model.safetensors").is_file()
+    write_gguf(folder / "tiny.gguf", build(model.config, seed=1), tokenizer)  # another content
+    changed, _ = load_base(str(folder), device="cpu")
+    assert not torch.allclose(changed(ids).logits, model(ids).logits)
     (folder / "other.gguf").touch()
     with pytest.raises(ValueError, match=r"several GGUF files \(other.gguf, tiny.gguf\)"):
         load_base(str(folder), device="cpu")
     with pytest.raises(ValueError, match=r"no GGUF file .*absent.gguf"):
         load_base(str(folder / "absent.gguf"), device="cpu")
+
+
+def in_config(**changes):
+    """Changes the configuration of a folder."""
+
+    def change(folder):
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return change
+
+
+def without_a_weight(folder):
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+DAMAGED = {
+    "a weight is gone": (without_a_weight, "lack 1 weights, such as model.layers.1.mlp.up_proj"),
+    "more layers": (
+        in_config(num_hidden_layers=3, layer_types=["full_attention"] * 3),
+        r"lack \d+ weights, such as model.layers.2",
+    ),
+    "no layers": (
+        in_config(num_hidden_layers=0, layer_types=[]),
+        "num_hidden_layers of its configuration is 0",
+    ),
+    "other shapes": (in_config(intermediate_size=64), "have other shapes than its configuration"),
+    "a wrong type": (in_config(num_hidden_layers="2"), "cannot load a language model from"),
+    "heads that do not divide": (in_config(num_attention_heads=3), "have other shapes"),
+    "an unknown dtype": (in_config(dtype="float31"), "no attribute 'float31'"),
+    "an unknown rope": (in_config(rope_parameters={"rope_type": "x"}), "correct config.json"),
+    "no context": (in_config(max_position_embeddings=1), "a context of 1 tokens holds no chunks"),
+    "a codec that is not installed": (
+        in_config(quantization_config={"quant_method": "gptq", "bits": 4}),
+        "GPTQ quantized model requires",
+    ),
+    "null": (lambda folder: (folder / "config.json").write_text("null"), "cannot load"),
+    "half a tokenizer": (
+        lambda folder: (folder / "tokenizer.json").write_text('{"version'),
+        "cannot load a tokenizer from",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_model_is_refused_in_one_line(tmp_path, name):
+    change, message = DAMAGED[name]
+    tokenizer = toy_tokenizer()
+    build(Qwen2Config(**BASE | {"vocab_size": len(tokenizer)})).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    change(tmp_path)
+    with pytest.raises(ValueError, match=message) as refusal:
+        load_base(str(tmp_path), device="cpu")
+    assert "\n" not in str(refusal.value)
+
+
+def test_weights_that_have_no_place_are_told(tmp_path, caplog):
+    tokenizer = toy_tokenizer()
+    build(Qwen2Config(**BASE | {"vocab_size": len(tokenizer)})).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    in_config(num_hidden_layers=1, layer_types=["full_attention"])(tmp_path)
+    load_base(str(tmp_path), device="cpu")
+    assert "weights are not used, such as model.layers.1" in caplog.text
 
 
 def test_of_a_multimodal_model_the_text_model_is_served(tmp_path):

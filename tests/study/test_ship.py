@@ -11,6 +11,7 @@ _spec = spec_from_file_location("ship", "eval/real/ship.py")  # beside it lies a
 ship = module_from_spec(_spec)
 _spec.loader.exec_module(ship)
 CONFIG, WEIGHTS, fold, read_lora = ship.CONFIG, ship.WEIGHTS, ship.fold, ship.read_lora
+share_out, zeros = ship.share_out, torch.zeros
 
 
 def products(*ranks):
@@ -38,6 +39,13 @@ def test_a_smaller_rank_loses_the_smallest_singular_values():
     tail = float(torch.linalg.svdvals(whole)[4:].norm())
     assert fold(pairs, 4).lost == pytest.approx(tail, rel=0.01)
     assert tail > 0.1 * float(whole.norm())
+
+
+def test_ranks_go_where_they_keep_the_most():
+    spectra = {"a": torch.tensor([9.0, 8.0, 1.0]), "b": torch.tensor([2.0, 1.0]), "c": zeros(2)}
+    assert share_out(spectra, {"a": 10, "b": 10, "c": 10}, 1) == {"a": 2, "b": 1}
+    # A rank of a wide module costs more.
+    assert share_out(spectra, {"a": 400, "b": 10, "c": 10}, 1) == {"a": 1, "b": 2}
 
 
 def test_the_scale_is_in_b_and_more_than_plain_lora_is_refused(tmp_path):

@@ -81,7 +81,12 @@ def test_every_key_is_listed_once_with_what_it_means():
         ({"attention_execution": "flex"}, "no backward on a CPU"),
         ({"num_links": "many"}, "run.yaml: num_links: invalid int value: 'many'"),
         ({"num_links": -1}, "layout 'num_links' must be an integer of at least 0"),
+        ({"output_dir": ""}, "output_dir is empty; name a folder"),
+        ({"env": {"A=B": 1}}, "run.yaml: env: illegal environment variable name, got 'A=B': 1"),
         ({"block_share": 1.5}, "block_share must be in [0, 1], got 1.5"),
+        ({"learning_rate": float("nan")}, "learning_rate must be a number of at least 0, got nan"),
+        ({"max_grad_norm": float("inf")}, "max_grad_norm must be a number of at least 0, got inf"),
+        ({"weight_decay": -1.0}, "weight_decay must be a number of at least 0, got -1.0"),
         ({"packing": True}, "block training needs packing: False, got True"),
         ({"padding_free": True}, "block training needs padding_free: False"),
         ({"use_liger_kernel": True}, "block training needs use_liger_kernel: False"),
@@ -129,6 +134,13 @@ def test_flash_attention_is_refused(tmp_path):
 def test_what_no_base_can_be(tmp_path, overrides, line):
     with pytest.raises(ValueError, match=re.escape(line)):
         make_trainer(tmp_path, **overrides)
+
+
+def test_a_key_without_a_value_is_refused_where_it_needs_one(tmp_path):
+    path = write_run(tmp_path)
+    path.write_text(path.read_text() + "lora_alpha:\nmax_length:\n")
+    with pytest.raises(ValueError, match=r"run.yaml: lora_alpha: must have a value; .* 32"):
+        parse(["--config", str(path)])
 
 
 def test_an_unknown_base_is_named(tmp_path):

@@ -1,5 +1,6 @@
 """The plan before a run and the log during it: what they count; a closed pipe ends nothing."""
 
+import json
 import multiprocessing
 import os
 import sys
@@ -128,6 +129,16 @@ def plan_of(folder, **options) -> str:
     console = Console(record=True, width=120, file=open(os.devnull, "w"))  # noqa: SIM115
     print_plan(make_plan(built(folder, **options)), console)
     return console.export_text()
+
+
+def test_the_plan_says_up_to_which_length_reuse_is_exact(tmp_path):
+    assert "exact up to" not in make_plan(make_trainer(tmp_path))
+    path = tmp_path / "base/config.json"
+    config = json.loads(path.read_text())
+    config["rope_parameters"] = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+    path.write_text(json.dumps(config))
+    said = make_plan(make_trainer(tmp_path))["exact up to"]
+    assert said == f"{config['max_position_embeddings']:,} tokens; longer examples are dropped"
 
 
 def test_the_plan_says_what_is_trained_and_how(tmp_path):

@@ -13,6 +13,7 @@ from blocktune import BlockSFTConfig, BlockSFTTrainer
 from blocktune.adapter import AdapterInfo
 from blocktune.adapter.load import load_model
 from blocktune.data import write_jsonl
+from blocktune.training import resume
 from blocktune.training.checkpoint import StagedSaving
 from blocktune.training.run import train
 
@@ -126,6 +127,16 @@ def test_other_data_under_the_same_name_is_refused(stopped, tmp_path):
         run(stopped)
 
 
+def test_a_base_is_not_trained_into_its_own_folder(tmp_path):
+    path = write_run(tmp_path, **OPTIONS, output_dir=str(tmp_path / "base"))
+    before = sorted((tmp_path / "base").iterdir())
+    for more in ((), ("--overwrite",)):
+        with pytest.raises(ValueError, match="output_dir is the folder of the base model"):
+            run(path, *more)
+    resume.remove_run(tmp_path / "base")  # of another trainer, not of blocktune
+    assert sorted((tmp_path / "base").iterdir()) == before
+
+
 def test_overwrite_removes_the_earlier_run_alone(tmp_path):
     path = write_run(tmp_path, num_links=1, **OPTIONS)
     run(path)
@@ -147,6 +158,12 @@ def test_a_damaged_checkpoint_is_one_line(stopped, tmp_path, name):
     path = tmp_path / "out/checkpoint-2" / name
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(ValueError, match=f"{name}' is damaged or incomplete"):
+        run(stopped)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"lacks (the|one of) .*remove the checkpoint"):
+        run(stopped)
+    (path.parent / "blocktune.json").write_bytes(b"\x80")
+    with pytest.raises(ValueError, match=r"blocktune.json' is damaged or incomplete"):
         run(stopped)
     shutil.rmtree(path.parent)
     run(stopped)  # from the start

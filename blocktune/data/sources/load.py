@@ -167,6 +167,8 @@ def _on_the_hub(named: SourceName) -> bool:
 
 
 def _no_source(source: str | Path) -> str:
+    if tables := sorted(Path(source).glob("data-*.arrow")):  # as Dataset.save_to_disk leaves them
+        return f"'{source}' is a folder; give a file in it, such as '{tables[0]}'"
     if Path(source).is_dir():
         return f"'{source}' is a folder; give a file in it, or 'hf:{source}' for a data set"
     return (

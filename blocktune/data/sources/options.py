@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, quote
 
-import yaml
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from blocktune import plugins
 from blocktune.data.chunking import Chunker, build_chunker
 from blocktune.data.example import RagExample
-from blocktune.parsing import build_config
+from blocktune.parsing import build_config, parse_yaml
 
 
 class SourceName(NamedTuple):
@@ -25,7 +25,9 @@ class SourceName(NamedTuple):
 
 
 def parse_source(source: str) -> SourceName:
-    """Parses a source."""
+    """Parses a source; a file whose name holds a question mark has no options."""
+    if Path(source).is_file():
+        return SourceName(source, source, {})
     name, _, query = source.partition("?")
     try:
         pairs = parse_qsl(query, strict_parsing=True) if query else []
@@ -125,8 +127,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 def _value(text: str) -> Any:
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
+        return parse_yaml(text, "")
+    except ValueError:
         return text
 
 

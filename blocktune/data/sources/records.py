@@ -10,7 +10,9 @@ import json
 import lzma
 import re
 import sys
-from collections.abc import Iterator, Mapping
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -36,6 +38,10 @@ MOST_PARAGRAPHS = 10
 """Paragraphs of a SQuAD article that one question is asked over, as in HotpotQA."""
 
 
+_WRAPPERS = ("data", "rows", "examples", "instances", "records", "questions")
+"""Fields that hold a file's records where the file is one object."""
+
+
 class Record(NamedTuple):
     """A decoded record and its place, e.g. ``'docs.jsonl, line 7'``."""
 
@@ -51,7 +57,7 @@ def read_records(path: str | Path) -> Iterator[Record]:
     """Reads a file; the format is detected by its content, and CSV by its suffix.
 
     SQuAD's articles give one record per question. A ValueError names file and line if the file is
-    missing, empty or of no known format, or a string in it is not text.
+    missing, empty or of no known format, an object has a key twice, or a string is not text.
     """
     path = Path(path)
     if not path.is_file():
@@ -66,8 +72,8 @@ def read_records(path: str | Path) -> Iterator[Record]:
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     try:
         with opener(path, "rt", encoding="utf-8-sig", newline="") as stream:
-            if table := next((s for s in (".csv", ".tsv") if s in suffixes), None):
-                yield from _from_csv(path.name, stream, "\t" if table == ".tsv" else ",")
+            if {".csv", ".tsv"}.intersection(suffixes):
+                yield from _from_csv(path.name, stream)
                 return
             for record in _from_json(path.name, stream):
                 yield from _unfolded(record)
@@ -75,7 +81,7 @@ def read_records(path: str | Path) -> Iterator[Record]:
         raise ValueError(f"{path.name} is not UTF-8 text ({error}); give {WANTED}") from None
     except RecursionError:
         raise ValueError(f"{path.name} nests lists or objects too deeply to be records") from None
-    except (EOFError, gzip.BadGzipFile, lzma.LZMAError) as error:
+    except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
         raise ValueError(f"{path.name} is damaged ({error}); copy it again") from None
 
 
@@ -96,25 +102,36 @@ def _from_json(name: str, stream) -> Iterator[Record]:
         if line.strip():
             where = f"{name}, line {number}"
             try:
-                value = json.loads(line)
-            except json.JSONDecodeError as error:
+                value = json.loads(line, object_pairs_hook=_each_once)
+            except ValueError as error:  # also a key given twice, or a number of 5,000 digits
+                reason = getattr(error, "msg", error)
                 wanted = "a file is a JSON list or one object a line"
-                raise ValueError(f"{where}: not JSON ({error.msg}); {wanted}") from None
+                raise ValueError(f"{where}: not JSON ({reason}); {wanted}") from None
             yield _checked(Record(where, value), line)
 
 
 def _from_whole(name: str, stream) -> Iterator[Record]:
     text = stream.read()
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_each_once)
     except json.JSONDecodeError as error:
         raise ValueError(f"{name}, line {error.lineno}: not JSON ({error.msg})") from None
+    except ValueError as error:
+        raise ValueError(f"{name}: not JSON ({error})") from None
     if not isinstance(value, list):
         yield _checked(Record(f"{name}, line 1", value), text)
         return
     lone = text if _LONE.search(text) else ""
     for number, entry in enumerate(value, start=1):
         yield _checked(Record(f"{name}, record {number}", entry), lone)
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"'{key}' is given twice in one object")
+    return made
 
 
 def _checked(record: Record, text: str) -> Record:
@@ -135,11 +152,19 @@ def _require_text(value: Any, name: str, where: str) -> None:
             _require_text(entry, f"{name}.{key}" if name else key, where)
 
 
-def _from_csv(name: str, stream, delimiter: str) -> Iterator[Record]:
-    """Rows by the header's names; a cell that holds a list or an object is decoded."""
+def _from_csv(name: str, stream) -> Iterator[Record]:
+    """Rows by the header's names; a cell that holds a list or an object is decoded.
+
+    What separates the header's names is the most frequent of comma, tab and semicolon.
+    """
     csv.field_size_limit(sys.maxsize)  # a context is longer than the default of 128 KiB
-    rows = csv.DictReader(stream, delimiter=delimiter)
+    header = stream.readline()
+    stream.seek(0)
+    rows = csv.DictReader(stream, delimiter=max(",\t;", key=header.count))
     try:
+        names = rows.fieldnames or []
+        if twice := [column for column in names if names.count(column) > 1]:
+            raise ValueError(f"{name}: the header gives the column '{twice[0]}' twice")
         for row in rows:
             where = f"{name}, line {rows.line_num}"
             if None in row or None in row.values():
@@ -147,7 +172,7 @@ def _from_csv(name: str, stream, delimiter: str) -> Iterator[Record]:
             yield Record(where, {key: _cell(text) for key, text in row.items()})
     except csv.Error as error:
         raise ValueError(f"{name}, line {rows.line_num}: not CSV ({error})") from None
-    if not rows.fieldnames:
+    if not names:
         raise ValueError(f"{name} is empty; give {WANTED}")
 
 
@@ -185,12 +210,29 @@ def _from_table(path: Path, kind: str) -> Iterator[Record]:
 
 
 def _unfolded(record: Record) -> Iterator[Record]:
-    """A record, or what one of SQuAD's nested ones holds: articles, then questions."""
+    """A record, or those that it holds.
+
+    They are in a list beside which nothing is long, in columns, under the names of questions, or
+    nested as in SQuAD: articles, then questions.
+    """
     value = record.value if isinstance(record.value, Mapping) else {}
-    entries, paragraphs = value.get("data"), value.get("paragraphs")
-    if isinstance(entries, list) and "question" not in value:
-        for index, entry in enumerate(entries):
-            yield from _unfolded(Record(f"{record.where}, data[{index}]", entry))
+    lists = [key for key, one in value.items() if isinstance(one, list | dict)]
+    paragraphs, question = value.get("paragraphs"), value.get("question")
+    held: Iterable[tuple[str, Any]] = ()
+    if len(lists) == 1 and lists[0] in _WRAPPERS and question is None:
+        held = ((f"{lists[0]}[{index}]", one) for index, one in enumerate(value[lists[0]]))
+    elif isinstance(question, list) and all(
+        isinstance(column, list) and len(column) == len(question) for column in value.values()
+    ):
+        rows = (dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True))
+        held = ((f"row {index}", row) for index, row in enumerate(rows, start=1))
+    elif {"row_idx", "row"} <= value.keys():  # as the Hub's viewer gives them
+        held = [("row", value["row"])]
+    elif value and all(isinstance(one, Mapping) and "question" in one for one in value.values()):
+        held = ((str(key), {"id": str(key)} | one) for key, one in value.items())
+    if held:
+        for name, one in held:
+            yield from _unfolded(Record(f"{record.where}, {name}", one))
     elif isinstance(paragraphs, list) and any(
         isinstance(p, Mapping) and {"context", "qas"} <= p.keys() for p in paragraphs
     ):

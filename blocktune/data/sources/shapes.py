@@ -93,8 +93,9 @@ def rename(record: Any, fields: Mapping[str, str]) -> Any:
     return renamed
 
 
-_QUESTION_KEYS = ("question", "query", "user_input", "input", "prompt", "instruction", "q", "key")
+_QUESTION_KEYS = ("question", "query", "user_input", "instruction", "prompt", "input", "q", "key")
 _ANSWER_KEYS = ("answers", "answer", "outputs", "output", "target", "response", "label", "value")
+_PASSAGE_KEYS = ("context", "passage", "article", "document", "story", "input")
 
 
 def no_shape(first: Any, source: str) -> str:
@@ -103,10 +104,16 @@ def no_shape(first: Any, source: str) -> str:
         kind = "there is none" if not first else f"the first is {type(first).__name__}"
         return f'{source} holds no records with fields ({kind}); give {{"question", "chunks"}}'
     told = f"{source}: no known shape; the first record has: {', '.join(map(str, first))}"
-    question = next((k for k in _QUESTION_KEYS if isinstance(first.get(k), str)), None)
-    answers = next((key for key in _ANSWER_KEYS if first.get(key) is not None), None)
+    keys = {str(key).lower(): key for key, value in first.items() if value is not None}
+    asked = [keys[key] for key in _QUESTION_KEYS if key in keys]
+    question = next((key for key in asked if isinstance(first[key], str)), None)
+    nested = (key for key in asked if isinstance(first[key], Mapping) and "text" in first[key])
+    question = question or next((f"{key}.text" for key in nested), None)  # Natural Questions
+    answers = next((keys[key] for key in _ANSWER_KEYS if key in keys), None)
     others = {k: v for k, v in first.items() if k not in (question, answers, "answer_aliases")}
-    passages = next((k for k, v in others.items() if _holds_passages(v)), None)
+    named = (keys[key] for key in _PASSAGE_KEYS if keys.get(key) in others)
+    passages = next((key for key in named if isinstance(first[key], str)), None)
+    passages = passages or next((k for k, v in others.items() if _holds_passages(v)), None)
     text = next((key for key in TEXT_KEYS if isinstance(first.get(key), str)), None)
     if question is None and text:
         named = "" if text == "text" else f"&fields=text:{text}"
@@ -116,8 +123,12 @@ def no_shape(first: Any, source: str) -> str:
         )
     if question and answers and passages is None:
         return f"{told}. It holds questions without passages; add them: `blocktune data passages`"
-    if passages is None and not any(
-        isinstance(v, str) and sum(map(str.isalpha, v.split())) > 1 for v in first.values()
+    if (
+        passages is None
+        and question is None
+        and not any(
+            isinstance(v, str) and sum(map(str.isalpha, v.split())) > 1 for v in first.values()
+        )
     ):
         return f"{told}. None of them holds text; questions with their passages are wanted"
     mapping = f"question:{question or 'FIELD'},chunks:{passages or 'FIELD'}"
@@ -126,7 +137,9 @@ def no_shape(first: Any, source: str) -> str:
 
 
 def _holds_passages(value: Any) -> bool:
-    """Whether a value may be a question's passages: a list of texts or objects, or a long text."""
+    """Whether a value may be a question's passages: texts or objects, columns, or a long text."""
     if isinstance(value, str):
         return len(value) > 400
+    if isinstance(value, Mapping):
+        return any(isinstance(column, list) for column in value.values())
     return isinstance(value, list) and bool(value) and isinstance(value[0], str | list | Mapping)

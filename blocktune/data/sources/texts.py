@@ -26,6 +26,9 @@ _ROLES = {role: role for role in SPEAKERS} | {
     "gpt": "assistant",
     "bot": "assistant",
     "agent": "assistant",
+    "model": "assistant",
+    "developer": "system",
+    "function": "tool",
 }
 _CODE = re.compile(r"```|\n(?: {4}|\t)[^\s]")  # a fence, or a line indented like code
 _PAIRS = (

@@ -105,12 +105,6 @@ class StoredContext(Scored):
     is computed in full. After a share ``focus`` of the layers, the chunks that the question does
     not attend to are dropped.
 
-    Attributes:
-        alpha: Factor of the fix overhead.
-        ratio: Share of the context tokens instead of the fix overhead, or None.
-        focus: Share of the layers after which chunks are dropped; 1: never.
-        hold: The chunks that hold this share of the question's attention stay.
-
     Source: Cache-Craft arXiv:2502.15734. It says that for most questions the focused chunks are
     clear after 10 to 15 of 32 layers, and not what makes one focused: ``hold`` is ours.
     """
@@ -118,10 +112,10 @@ class StoredContext(Scored):
     source: ClassVar[str] = "https://arxiv.org/abs/2502.15734"
     watches_chunks: ClassVar[bool] = True
     needs_question: ClassVar[bool] = True
-    alpha: float = 1.0
-    ratio: float | None = None
-    focus: float = 0.4
-    hold: float = 0.8
+    alpha: float = 1.0  # factor of the fix overhead
+    ratio: float | None = None  # share of the context tokens instead of the fix overhead, or None
+    focus: float = 0.4  # share of the layers after which chunks are dropped; 1: never
+    hold: float = 0.8  # the chunks that hold this share of the question's attention stay
 
     def __post_init__(self):
         super().__post_init__()

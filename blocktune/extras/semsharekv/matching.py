@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 Ids = tuple[int, ...]
 BITS, BASE = 256, 10_000.0
 """Random hyperplanes of a token's signature, and the base of the rotation before it."""
-MOST = 256
-"""Chunks that are laid out and not yet served, at most."""
+MOST = 256  # chunks that are laid out and not yet served, at most
 
 
 def signatures(ids: Ids, model: ServedModel) -> Tensor:

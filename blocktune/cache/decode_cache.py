@@ -8,7 +8,7 @@ import torch
 from transformers import cache_utils
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from blocktune.cache import RowCache
+from blocktune.cache.row_cache import RowCache
 
 LAYERS = {
     "sliding": "DynamicSlidingWindowLayer",
