@@ -161,7 +161,7 @@ def _training(path: Path) -> dict[str, Any]:
 def _page(found: dict[str, Any]) -> str:
     lines = [f"# Real questions, settings `{found['settings']}`", ""]
     where = found["provenance"]
-    lines += [f"`{where['command']}` at `{where['commit'][:7]}`, {where['machine']}.", ""]
+    lines += [f"`{where['command']}` at `{(where['commit'] or 'unknown')[:7]}`, {where['machine']}.", ""]
     for name, run in found["runs"].items():
         asked = ", ".join(f"{key} {n}" for key, n in run["questions"].items())
         sets = [*run["questions"], "multi-hop"]
@@ -195,7 +195,7 @@ def _page(found: dict[str, Any]) -> str:
         lines.append("")
     for name, run in found["trainings"].items():
         lines.append(
-            f"- `{name}`: {run['steps']} steps, {run['tokens']:,} tokens, at `{run['commit'][:7]}`"
+            f"- `{name}`: {run['steps']} steps, {run['tokens']:,} tokens, at `{(run['commit'] or 'unknown')[:7]}`"
         )
     return "\n".join(lines) + "\n"
 
