@@ -88,13 +88,13 @@ class WorkerSide:
     ``groups`` are the layers that share blocks, vLLM's ``kv_cache_groups``.
     """
 
-    def __init__(self, view: StoreView, config: VllmConfig, groups: list[KVCacheGroupSpec]):
+    def __init__(self, config: VllmConfig, groups: list[KVCacheGroupSpec]):
         extra = config.kv_transfer_config.kv_connector_extra_config
-        self.view, self.dtype = view, config.model_config.dtype
+        self.view, self.dtype = StoreView(extra["store"]), config.model_config.dtype
         self.num_layers = config.model_config.hf_text_config.num_hidden_layers
         self.share = get_tensor_model_parallel_rank(), config.parallel_config.tensor_parallel_size
         host_bytes = int(float(extra.get("host_gb", 1)) * 2**30)
-        self.store = ChunkStore(config=replace(view.config, memory=host_bytes, cpu=0))
+        self.store = ChunkStore(config=replace(self.view.config, memory=host_bytes, cpu=0))
         self.counts: Counter[str] = Counter()
         self._block_sizes = [group.kv_cache_spec.block_size for group in groups]
         self._names = {
@@ -204,7 +204,7 @@ class WorkerSide:
     def _fill(self, load: Load, plan: LoadPlan, counts: Counter[str]) -> Iterator[str]:
         """Writes layer by layer; yields the name of each that is written."""
         rope = self._frequencies(plan.fingerprint)
-        chunks = {index: self._chunk(plan, index, counts) for index in plan.wanted(load.start)}
+        chunks = self._chunks(plan, load.start, counts)
         device = next(iter(self.places.values())).module.kv_cache.device
         each = [[index] for index in chunks] if device.type == "cpu" else [list(chunks)]
         parts = [self._part(load, plan, {i: chunks[i] for i in one}, rope, device) for one in each]
@@ -253,20 +253,30 @@ class WorkerSide:
                 f"vLLM's model {wanted}; they are of another model"
             )
 
-    def _chunk(self, plan: LoadPlan, index: int, counts: Counter[str]) -> ChunkKV:
-        key, segment = plan.keys[index], plan.segments[index]
-        read = partial(ChunkFile.entry, share=self.share)
-        found = self.store.lookup(key, segment.ids, plan.fingerprint, read=read)
-        if found.kv is None:  # an encoder verifies it too, and encodes it again
-            self.view.ask_for(plan.fingerprint, [segment.wanted])
-            reason = self.store.stats().first_rejected or "it is not there"
-            raise Missing(f"chunk {key[:12]} cannot be read from the store: {reason}")
-        if found.tier == "memory":
-            counts["host_hits"] += 1
-        else:
-            counts["store_reads"] += 1
-            counts["store_bytes"] += found.kv.num_bytes
-        return found.kv
+    def _chunks(self, plan: LoadPlan, start: int, counts: Counter[str]) -> dict[int, ChunkKV]:
+        """All segments from index ``start`` on; `Missing`, and they are asked for."""
+        read, found, lacking = partial(ChunkFile.entry, share=self.share), {}, []
+        for index in plan.wanted(start):
+            key, segment = plan.keys[index], plan.segments[index]
+            made = self.store.lookup(key, segment.ids, plan.fingerprint, read=read)
+            if made.kv is None:  # an encoder verifies it too, and encodes it again
+                lacking.append(segment.wanted)
+                continue
+            found[index] = made.kv
+            if made.tier == "memory":
+                counts["host_hits"] += 1
+            else:
+                counts["store_reads"] += 1
+                counts["store_bytes"] += made.kv.num_bytes
+        if lacking:
+            self.view.ask_for(plan.fingerprint, lacking)
+            reason = self.store.stats().first_rejected or "they are not there"
+            raise Missing(
+                f"{len(lacking)} of {len(plan.segments)} segments cannot be read from the store "
+                f"'{self.view.place}': {reason}; encode them (`blocktune encode --follow`) and ask "
+                "again"
+            )
+        return found
 
     def _frequencies(self, fingerprint: str) -> _Rope:
         if fingerprint not in self._rope:
