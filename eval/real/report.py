@@ -161,7 +161,10 @@ def _training(path: Path) -> dict[str, Any]:
 def _page(found: dict[str, Any]) -> str:
     lines = [f"# Real questions, settings `{found['settings']}`", ""]
     where = found["provenance"]
-    lines += [f"`{where['command']}` at `{(where['commit'] or 'unknown')[:7]}`, {where['machine']}.", ""]
+    lines += [
+        f"`{where['command']}` at `{(where['commit'] or 'unknown')[:7]}`, {where['machine']}.",
+        "",
+    ]
     for name, run in found["runs"].items():
         asked = ", ".join(f"{key} {n}" for key, n in run["questions"].items())
         sets = [*run["questions"], "multi-hop"]
