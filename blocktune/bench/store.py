@@ -46,8 +46,8 @@ def bench_store(
     """Times loading and joining a prompt's chunks, look-ups among ``keys``, and what codecs cost.
 
     Copying reads the same files, or copies the same tensors, into memory that the process has
-    written before, and loading finds such memory as well (`_keep_freed_memory`). All files are in the page cache, and this process
-    has verified them. ``joined`` moves no key: rotating takes the difference to the others.
+    written before, and loading finds such memory as well. All files are in the page cache, and this
+    process has verified them. ``joined`` moves no key: rotating takes the difference to the others.
     ``ratios`` are of bandwidths in wall time, ``cpu_ratios`` in the process's CPU time. Chunks are
     written into ``folder``, by default the system's temporary one.
     """
@@ -113,7 +113,7 @@ def codec_error(entry: ChunkKV, codec: str, rope: RopeSpec | None = None) -> Cod
 
 
 def _keep_freed_memory() -> None:
-    """Makes glibc reuse what was freed: getting zeroed pages anew takes longer than all the rest."""
+    """Makes glibc reuse what was freed: zeroed pages of the system take longer than loading."""
     with suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
