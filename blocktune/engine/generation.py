@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -174,7 +173,6 @@ class Generation(ServedBatch):
     assembled: Assembled  # what came from caches
     prefill: Prefill  # logits, and what was executed for them
     executed: list[Executed]  # all passes, for counting operations
-    loading: Any = None  # what the method's loader reports, or None
 
     def remember(self) -> None:
         """Keeps what later prompts can use: exact prefixes, and what the method's history wants.
@@ -289,7 +287,6 @@ class Generation(ServedBatch):
                 answer_tokens=len(ids),
                 ttft=ttft,
                 query_entropy=entropy[index],
-                loading=self.loading,
                 prefix_tokens=found.prefix_tokens[index],
                 prefix_disk_tokens=found.prefix_disk_tokens[index],
             )
