@@ -226,6 +226,4 @@ def strip_of(run: Generation) -> list[dict[str, Any]]:
 
 def usage_fields(usage: Usage) -> dict[str, Any]:
     """A usage as plain JSON types."""
-    values = asdict(usage)
-    values.pop("loading")
-    return values | {"recompute_ratio": usage.recompute_ratio}
+    return asdict(usage) | {"recompute_ratio": usage.recompute_ratio}

@@ -49,7 +49,7 @@ VALUES = [
 METHODS = [
     *("epic 0", "epic 1e9", "link0 64", "cacheclip auxiliary=/tmp", "random 100 %", "naive + x"),
     *("naive + layout slot=1 placement=reserved", "ape", "oracle", "no-context", "cacheblend 0 %"),
-    *("{a: b}", "naive + deviation 100 %", "prompt-cache-schema slot=1", "p+s+r", "sel", "psr"),
+    *("{a: b}", "naive + deviation 100 %", "prompt-cache-schema slot=1", "sel", "psr"),
 ]
 FIELDS = [
     *("messages", "documents", "temperature", "top_p", "top_k", "n", "seed", "stop", "max_tokens"),
