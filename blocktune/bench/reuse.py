@@ -91,20 +91,27 @@ def usage_of(engine: Engine, pieces: Pieces, method: Method) -> Usage:
     return engine.start([pieces], method).answers(Sampling(), 1, (0,))[0].usage
 
 
+WARM_S = 3.0
+"""A work of this many seconds or more needs no round to warm up."""
+
+
 def take_turns(works: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
     """Seconds of every round, by name: in turn, so that other load affects all works alike.
 
-    The first round warms up and does not count. A work may return its own seconds as a float.
+    The first round warms up and does not count, but of a work that takes longer than `WARM_S` it
+    does: there is nothing to warm up. A work may return its own seconds as a float.
     """
     times: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(repeats + 1):
         for name, work in works.items():
+            if len(times[name]) == repeats:
+                continue
             gc.collect()
             gc.freeze()  # the next collection looks at new objects only
             start = time.perf_counter()
             own = work()
             seconds = own if isinstance(own, float) else time.perf_counter() - start
-            if turn:
+            if turn or seconds > WARM_S:
                 times[name].append(seconds)
     gc.unfreeze()
     return times
