@@ -29,7 +29,7 @@ def engine(store):
 def llm(store, engine):
     # 40 blocks hold six of these prompts: more at once are preempted.
     options = SMALL | {"enable_lora": True, "max_lora_rank": 8, "max_num_batched_tokens": 128}
-    llm = ChunkLLM(TINY, store=store, num_gpu_blocks_override=40, **options)
+    llm = ChunkLLM(TINY, store=store, **options | {"num_gpu_blocks_override": 40})
     yield llm
     close(llm)
 
