@@ -58,7 +58,9 @@ def test_answers_are_the_engines(name, tmp_path, monkeypatch):
     engine = Engine.from_pretrained(folder, store=store, dtype=dtype, device="cpu")
     wanted = engine.answer(examples, "naive", max_new_tokens=8)
     greedy = SamplingParams(temperature=0, max_tokens=8, logprobs=20)
-    llm = ChunkLLM(folder, store=store, **SMALL | {"dtype": dtype})
+    prefixes = not name.startswith("window")  # a cache of prefixes changes nothing
+    options = SMALL | {"dtype": dtype, "enable_prefix_caching": prefixes}
+    llm = ChunkLLM(folder, store=store, **options)
     try:
         made = llm.answer(examples, sampling=greedy)
         errors = [
