@@ -70,7 +70,7 @@ VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check
 
 $(VLLM_VENV)/.setup: | python
 	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_PIP) install --quiet "$(VLLM)" "peft>=0.21" "pytest>=9.0" --editable .
+	$(VLLM_PIP) install --quiet "$(VLLM)" "peft>=0.21" "pytest>=9.0" "moto[server]>=5.1" --editable ".[remote]"
 	$(VLLM_PIP) uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
