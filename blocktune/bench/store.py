@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import math
 import os
@@ -9,6 +10,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import chain
@@ -43,12 +45,13 @@ def bench_store(
 ) -> dict[str, object]:
     """Times loading and joining a prompt's chunks, look-ups among ``keys``, and what codecs cost.
 
-    Copying reads the same files into new memory, or clones the same tensors. All files are in the
-    page cache, and this process has verified them before. ``joined`` moves no key: what rotating
-    takes is the difference to the others.
+    Copying reads the same files, or copies the same tensors, into memory that the process has
+    written before, and loading finds such memory as well. All files are in the page cache, and this
+    process has verified them. ``joined`` moves no key: rotating takes the difference to the others.
     ``ratios`` are of bandwidths in wall time, ``cpu_ratios`` in the process's CPU time. Chunks are
     written into ``folder``, by default the system's temporary one.
     """
+    _keep_freed_memory()
     with tempfile.TemporaryDirectory(dir=folder) as place, threads(setting.threads):
         disk = setting.engine(ChunkStore(0, Path(place) / "disk"))
         memory = setting.engine(ChunkStore(1 << 40))
@@ -62,10 +65,12 @@ def bench_store(
         files = sorted((Path(place) / "disk").rglob("*.safetensors"))
         held = list(memory.store.held().values())
         time.sleep(SETTLED_S + 0.1)  # a file that is younger is verified each time
-        times, cpu = _take_turns(
-            works | {"read": partial(_read, files), "clone": partial(_clone, held)},
-            setting.repeats,
-        )
+        tensors = [tensor for entry in held for _, tensor in entry.tensors()]
+        copies = [tensor.clone() for tensor in tensors]
+        works["copy"] = lambda: [new.copy_(old) for new, old in zip(copies, tensors, strict=True)]
+        buffers = [memoryview(bytearray(path.stat().st_size)) for path in files]
+        works["read"] = partial(_read, files, buffers)
+        times, cpu = _take_turns(works, setting.repeats)
         lookups = _lookups(Path(place) / "many", keys)
     chunk = next(entry for entry in held if isinstance(entry, ChunkKV))
     return {
@@ -107,6 +112,14 @@ def codec_error(entry: ChunkKV, codec: str, rope: RopeSpec | None = None) -> Cod
     return CodecError(num_bytes, error(lambda kv: kv.keys), error(lambda kv: kv.values))
 
 
+def _keep_freed_memory() -> None:
+    """Makes glibc reuse what was freed: zeroed pages of the system take longer than loading."""
+    with suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        mallopt(-4, 0)  # M_MMAP_MAX
+
+
 def _load(engine: Engine, prompt: Prompt, pieces: Pieces) -> None:
     """Everything from token pieces to a cache that holds their chunks in place."""
     from_chunks(ServedBatch.stacked(engine.state, [prompt], [pieces], build("naive")))
@@ -137,7 +150,7 @@ def _take_turns(
 
 
 def _over_copy(times: Mapping[str, list[float]]) -> dict[str, dict[str, float]]:
-    copies = {"disk": "read", "memory": "clone"}
+    copies = {"disk": "read", "memory": "copy"}
     return {
         f"{place}{way}_over_copy": spread(ratios(times, copy, f"{place}{way}"))
         for place, copy in copies.items()
@@ -145,17 +158,11 @@ def _over_copy(times: Mapping[str, list[float]]) -> dict[str, dict[str, float]]:
     }
 
 
-def _read(files: list[Path]) -> None:
-    held = []  # as a prompt's chunks, all are held
-    for path in files:
-        held.append(torch.empty(path.stat().st_size, dtype=torch.uint8))
+def _read(files: list[Path], buffers: list[memoryview]) -> None:
+    for path, buffer in zip(files, buffers, strict=True):
         descriptor = os.open(path, os.O_RDONLY)
-        os.preadv(descriptor, [memoryview(held[-1].numpy())], 0)
+        os.preadv(descriptor, [buffer], 0)
         os.close(descriptor)
-
-
-def _clone(entries: list) -> list:
-    return [tensor.clone() for entry in entries for _, tensor in entry.tensors()]
 
 
 def _lookups(folder: Path, count: int, timed: int = 2000) -> dict[str, float]:

@@ -123,7 +123,7 @@ class ChunkFile:
         """
         with _readable():
             start, end = self._tensors[name]["data_offsets"]
-            parts = [memoryview(part.view(torch.uint8).numpy()).cast("B") for part in out]
+            parts = [memoryview(part).cast("B") for part in out.view(torch.uint8).numpy()]
             if sum(map(len, parts)) != end - start or self._data is not None:
                 raise ValueError("it is of another size")
             self._fill(parts, start, end)

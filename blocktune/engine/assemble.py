@@ -130,17 +130,18 @@ def relocator(
     encoded_at = torch.cat([torch.arange(kv.num_tokens) + kv.origin for kv in kvs])
     shift = positions - encoded_at.to(positions.device)
     turns = _Rotations(shift, rope) if bool(shift.any()) else None
-    runs = _segments(kvs, columns)
+    runs, spare = _segments(kvs, columns), {}
 
     def fill(layer: int) -> None:
         rotated = None if turns is None else ("key", "value")[rope.layers[layer].in_values]
+        like = runs[0].like(layer, columns.device)
         for run in runs:
-            room = cache.room(layer, prompt, run.columns, *run.like(layer, columns.device))
+            room = cache.room(layer, prompt, run.columns, *like)
             for name, out in zip(("key", "value"), room, strict=True):
                 try:
                     if name == rotated:
-                        turn = turns.of(layer).cut(run.tokens)
-                        rotate_keys(run.states(layer, name).to(out.device), turn, out)
+                        turn = turns.of(layer, out.shape[-1]).cut(run.tokens)
+                        rotate_keys(run.states(layer, name, spare).to(out.device), turn, out)
                     else:
                         run.put(layer, name, out)
                 except ValueError as error:  # of a file
@@ -156,23 +157,34 @@ class _Segment(NamedTuple):
     tokens: slice
     columns: slice
 
+    @property
+    def is_file(self) -> bool:
+        """Whether it is read from one file."""
+        return isinstance(self.kvs[0], FileKV) and len(self.kvs) == 1
+
     def like(self, layer: int, device: torch.device) -> list[Tensor]:
         """Tensors of the shapes and types of the first one's keys and values."""
         kv = self.kvs[0].like if isinstance(self.kvs[0], FileKV) else self.kvs[0]
         pair = (kv.keys[layer], kv.values[layer])
         return [one.new_empty((), device=device).expand_as(one) for one in pair]
 
-    def states(self, layer: int, name: str) -> Tensor:
-        """Their keys or values, ``(K, S, D)``."""
-        found = [(kv.keys if name == "key" else kv.values)[layer] for kv in self.kvs]
+    def states(self, layer: int, name: str, spare: dict[torch.Size, Tensor]) -> Tensor:
+        """Their keys or values, ``(K, S, D)``; one file is read into ``spare`` memory."""
+        if self.is_file:
+            like = getattr(self.kvs[0].like, f"{name}s")[layer]
+            if like.shape not in spare:  # new memory for each would take longer than reading
+                spare[like.shape] = like.new_empty(like.shape)
+            self.kvs[0].read_into(f"{name}.{layer}", spare[like.shape])
+            return spare[like.shape]
+        found = [getattr(kv, f"{name}s")[layer] for kv in self.kvs]
         return found[0] if len(found) == 1 else torch.cat(found, 1)
 
     def put(self, layer: int, name: str, out: Tensor) -> None:
         """Writes their keys or values over ``out``."""
-        if isinstance(self.kvs[0], FileKV) and len(self.kvs) == 1:
+        if self.is_file:
             self.kvs[0].read_into(f"{name}.{layer}", out)
         else:
-            out.copy_(self.states(layer, name))
+            out.copy_(self.states(layer, name, {}))
 
 
 def _segments(kvs: list[ChunkKV], columns: Tensor) -> list[_Segment]:
@@ -200,10 +212,10 @@ class _Rotations:
         self._made: dict[tuple, Rotation] = {}
         self._keys = [(tuple(one.inv_freq.tolist()), *one[1:]) for one in rope.layers]
 
-    def of(self, layer: int) -> Rotation:
-        """Axes ``(1, S, P)``."""
-        key = self._keys[layer]
+    def of(self, layer: int, dim: int) -> Rotation:
+        """Axes ``(1, S, P)``, for heads of ``dim`` dimensions."""
+        key = (dim, self._keys[layer])
         if key not in self._made:
             turn = Rotation.of(self.shift[None], self.rope.layers[layer])
-            self._made[key] = turn._replace(cos=turn.cos[0], sin=turn.sin[0])
+            self._made[key] = turn._replace(cos=turn.cos[0], sin=turn.sin[0]).over(dim)
         return self._made[key]

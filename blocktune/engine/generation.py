@@ -33,6 +33,19 @@ Pick = Callable[[Tensor], Tensor]
 """From logits ``(B, V)`` to tokens ``(B, 1)``."""
 
 
+class NoNumbers(ValueError):
+    """The model's logits are not numbers."""
+
+
+def require_numbers(logits: Tensor) -> None:
+    """Raises `NoNumbers` if nothing can be picked by these logits."""
+    if logits.isnan().any():
+        raise NoNumbers(
+            f"the model's logits are no numbers in {logits.dtype}: its weights hold NaN, or "
+            "overflow there; try dtype float32, or copy the files again"
+        )
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is picked. The default is greedy.
@@ -203,11 +216,7 @@ class Generation(ServedBatch):
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Tokens as in `tokens`, each with the logits ``(B, V)`` that it was picked by."""
         logits = self.prefill.logits
-        if logits.isnan().any():
-            raise ValueError(
-                f"the model's logits are no numbers in {logits.dtype}: its weights hold NaN, or "
-                "overflow there; try dtype float32, or copy the files again"
-            )
+        require_numbers(logits)
         pick = sampling.picker(logits.device, streams)
         stops = torch.tensor(sorted(self.state.stop_ids()), device=logits.device)
         ended = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)

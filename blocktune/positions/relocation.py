@@ -36,6 +36,7 @@ class Rotation(NamedTuple):
     sin: Tensor  # likewise
     start: int = 0  # as in `LayerRope`
     interleaved: bool = False  # as in `LayerRope`
+    scale: Tensor | None = None  # ``(..., S, D)``: cos of each dimension, see `over`
 
     @classmethod
     def of(cls, shift: Tensor, rope: LayerRope) -> Rotation:
@@ -43,9 +44,18 @@ class Rotation(NamedTuple):
         angle = shift[:, None, :, None].float() * rope.inv_freq.to(shift.device).float()
         return cls(angle.cos(), angle.sin(), rope.start, rope.interleaved)
 
+    def over(self, dim: int) -> Rotation:
+        """With ``scale`` of heads of ``dim`` dimensions: 1 where nothing is rotated."""
+        scale = self.cos.new_ones(*self.cos.shape[:-1], dim)
+        for part in self.pairs(scale):
+            part.copy_(self.cos)
+        return self._replace(scale=scale)
+
     def cut(self, rows: slice) -> Rotation:
         """Of some of the tokens."""
-        return self._replace(cos=self.cos[..., rows, :], sin=self.sin[..., rows, :])
+        scale = None if self.scale is None else self.scale[..., rows, :]
+        cos, sin = self.cos[..., rows, :], self.sin[..., rows, :]
+        return self._replace(cos=cos, sin=sin, scale=scale)
 
     def pairs(self, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Views of the first and the second dimension of each rotated pair, ``(..., S, P)``."""
@@ -94,14 +104,16 @@ def rotate_keys(keys: Tensor, rotation: Rotation, out: Tensor | None = None) -> 
     """
     cos, sin = rotation.cos, rotation.sin
     result = keys.clone() if out is None else out
+    (left, right), (first, second) = rotation.pairs(keys), rotation.pairs(result)
+    if out is not None and keys.dtype == torch.float32:
+        rotation = rotation if rotation.scale is not None else rotation.over(keys.shape[-1])
+        torch.mul(keys, rotation.scale, out=out)  # whole rows: twice as fast as halves
+        first.addcmul_(right, sin, value=-1)
+        second.addcmul_(left, sin)
+        return out
     if out is not None and 2 * cos.shape[-1] < keys.shape[-1]:
         out.copy_(keys)  # dimensions that are not rotated
-    (left, right), (first, second) = rotation.pairs(keys), rotation.pairs(result)
-    if out is None or keys.dtype != torch.float32:
-        left, right = left.float(), right.float()
-        first.copy_(left * cos - right * sin)
-        second.copy_(right * cos + left * sin)
-    else:
-        torch.mul(left, cos, out=first).addcmul_(right, sin, value=-1)
-        torch.mul(right, cos, out=second).addcmul_(left, sin)
+    left, right = left.float(), right.float()
+    first.copy_(left * cos - right * sin)
+    second.copy_(right * cos + left * sin)
     return result
