@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -183,24 +183,17 @@ def bench_reuse(bench: ReuseBench | None = None) -> dict[str, Any]:
         times = take_turns(works, bench.repeats)
         copy, matmul = copy_rate(bench.repeats), matmul_rate(bench.repeats)
     times["full"] = list(map(min, times["full_engine"], times["full_stock"]))
+    over = {name: spread(ratios(times, *name.split("_over_"))) for name in TARGETS}
     return {
-        **_compared(times, TARGETS),
+        **{name: one["median"] for name, one in over.items()},
+        "spread": over,
+        "seconds": {name: spread(values) for name, values in times.items()},
         "targets": TARGETS,
         "bytes_per_s_copied": copy,
         "flops_per_s_matmul": matmul,
         "cost": {name: _cost(usage, copy, matmul) for name, usage in usages.items()},
         "setting": {**asdict(bench), "dtype": "float32"},
         **provenance(bench.seed),
-    }
-
-
-def _compared(times: Mapping[str, list[float]], names: Iterable[str]) -> dict[str, Any]:
-    """Medians of the ratios that are named ``A_over_B``, their spread, and that of the seconds."""
-    found = {name: spread(ratios(times, *name.split("_over_"))) for name in names}
-    return {
-        **{name: over["median"] for name, over in found.items()},
-        "spread": found,
-        "seconds": {name: spread(values) for name, values in times.items()},
     }
 
 
