@@ -212,7 +212,7 @@ def test_the_direction_has_no_circle_and_keeps_training_from_serving():
 
 
 def test_no_part_names_an_extra():
-    words = {"cache_craft", "cacheblend_pipelined", "cache-craft", "cacheblend-pipelined"}
+    words = {"cache_craft", "semsharekv", "cache-craft", "SemShareKV"}
     for path in SOURCES:
         if part_of(path) in {"engine", "cache", "methods", "plugins", "registry"}:
             assert not [word for word in words if word in path.read_text(encoding="utf-8")], path

@@ -18,10 +18,16 @@ def start(port: int) -> subprocess.Popen:
     """Starts it, empty, and waits until it listens."""
     command = [PROGRAM, "--port", str(port), "--save", "", "--appendonly", "no"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    for _ in range(200):
+    wait_for(port, process)
+    return process
+
+
+def wait_for(port: int, process: subprocess.Popen) -> None:
+    """Waits until a server listens."""
+    for _ in range(600):
         with socket.socket() as asked:
             if not asked.connect_ex(("127.0.0.1", port)):
-                return process
+                return
         time.sleep(0.05)
     process.kill()
     raise AssertionError("the server does not listen")

@@ -28,9 +28,9 @@ def first_logprobs(engine: Engine, example, method: str) -> torch.Tensor:
     return torch.log_softmax(engine.next_logits([example], method)[0].float(), -1)
 
 
-def worst(completion, reference: torch.Tensor) -> float:
+def worst(completion, reference: torch.Tensor, choice: int = 0) -> float:
     """Largest difference to a reference's log probabilities at the first token."""
-    made = completion.output.outputs[0].logprobs[0]
+    made = completion.output.outputs[choice].logprobs[0]
     return max(abs(one.logprob - float(reference[token])) for token, one in made.items())
 
 
@@ -52,6 +52,11 @@ def make_adapter(folder, layout: LayoutSpec, lora: bool, scope: str = "both"):
         tuned.save_pretrained(folder)
     info.save(folder)
     return folder
+
+
+def forget(llm):
+    """Empties vLLM's cache and the hot chunks."""
+    assert llm.llm.reset_prefix_cache(reset_connector=True)
 
 
 def close(llm):

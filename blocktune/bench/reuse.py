@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import gc
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -22,7 +19,7 @@ from blocktune.engine import Engine, Sampling, Usage
 from blocktune.engine.generation import Generation
 from blocktune.engine.rows import computed_rows
 from blocktune.layout import Kind
-from blocktune.methods import Method, build, compose
+from blocktune.methods import Method, build
 from blocktune.prompt import Pieces
 from blocktune.provenance import provenance
 from blocktune.testing import byte_tokenizer, random_llama
@@ -82,9 +79,6 @@ class ReuseBench:
         chunks = tuple(context[start : start + self.chunk] for start in starts)
         return Pieces((), chunks, ids[-self.question :])
 
-
-LOADING = ReuseBench(width=256, intermediate=512, heads=4, kv_heads=4, threads=1)
-"""One core computes while another can load; so narrow that loading is a tenth of the time."""
 
 TINY = ReuseBench(
     256, 64, 16, layers=2, width=64, intermediate=128, heads=4, kv_heads=2, threads=1, repeats=1
@@ -231,53 +225,3 @@ def _cost(usage: Usage, copy: float, matmul: float) -> dict[str, float]:
         "flops": usage.flops,
         "flops_over_matmul_rate_s": usage.flops / matmul,
     }
-
-
-LOADED = {"serial": "cacheblend", "overlapped": "cacheblend-pipelined"}
-"""They compute the same rows; the second loads a layer while it computes the one before."""
-
-
-def bench_loading(bench: ReuseBench | None = None, folder: Path | None = None) -> dict[str, Any]:
-    """Times CacheBlend over chunks in a folder that is not in the page cache.
-
-    Before each prefill every file is dropped from the page cache, so that it is read from disk (on
-    Linux; other systems may not allow it). Both methods recompute the same share of layer-tokens.
-    ``bound_over_serial`` is that of perfect overlap: the longer of loading and the rest. The
-    ``folder`` for the chunks is on the disk to measure; None: a temporary one.
-    """
-    bench = bench or LOADING
-    share = 1 / bench.layers + bench.ratio * (1 - 1 / bench.layers)
-    methods = {name: compose(m, layer_budget=share) for name, m in LOADED.items()}
-    loads: dict[str, list[float]] = {name: [] for name in methods}
-    with TemporaryDirectory(dir=folder) as temporary, threads(bench.threads), torch.no_grad():
-        engine = bench.engine(ChunkStore(max_bytes=0, folder=Path(temporary)))
-        pieces = bench.pieces(len(engine.tokenizer))
-        engine.start([pieces], "naive")
-
-        def cold_prefill(name: str) -> float:
-            drop_cached(Path(temporary))
-            started = time.perf_counter()
-            run = engine.start([pieces], methods[name])
-            seconds = time.perf_counter() - started
-            loads[name].append(run.watch.seconds["load_s"])
-            return seconds
-
-        times = take_turns({name: partial(cold_prefill, name) for name in methods}, bench.repeats)
-        read = usage_of(engine, pieces, methods["serial"]).bytes_read
-    times["serial_load"] = loads["serial"][1:]  # the first round warms up
-    pairs = zip(times["serial_load"], times["serial"], strict=True)
-    times["bound"] = [max(load, whole - load) for load, whole in pairs]
-    return {
-        **_compared(times, ("overlapped_over_serial", "bound_over_serial")),
-        "bytes_read": read,
-        "setting": {**asdict(bench), "layer_budget": share, "dtype": "float32"},
-        **provenance(bench.seed),
-    }
-
-
-def drop_cached(folder: Path) -> None:
-    """Drops the files of a folder from the page cache."""
-    for path in filter(Path.is_file, folder.rglob("*")):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

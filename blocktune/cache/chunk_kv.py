@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, NamedTuple, Self
 
 import torch
@@ -58,19 +59,24 @@ class Entry(ABC):
         """Tokens stored."""
         return self.token_ids.shape[0]
 
-    @property
+    @cached_property
     def num_bytes(self) -> int:
         """Bytes of all tensors and the token ids: what it costs to hold or to read."""
         return sum(tensor.nbytes for _, tensor in self.tensors()) + self.token_ids.nbytes
 
     def matches(self, token_ids: Sequence[int] | Tensor, fingerprint: str) -> bool:
         """Whether this is the state of exactly these tokens under exactly this model."""
+        if fingerprint != self.fingerprint:
+            return False
+        if token_ids is vars(self).get("_matched"):  # the same object: texts' ids are remembered
+            return True
         own = self.token_ids.cpu()
         if isinstance(token_ids, Tensor):
-            same = torch.equal(token_ids.to("cpu", torch.int64), own)
-        else:  # a look-up of each chunk comes here: no tensor is made
-            same = own.numpy().tobytes() == array("q", token_ids).tobytes()
-        return fingerprint == self.fingerprint and same
+            return torch.equal(token_ids.to("cpu", torch.int64), own)
+        same = own.numpy().tobytes() == array("q", token_ids).tobytes()  # faster than a tensor
+        if same and isinstance(token_ids, tuple):
+            vars(self)["_matched"] = token_ids
+        return same
 
     def to(self, device: torch.device | str) -> Self:
         """Moves the tensors; token ids stay where comparing is cheap, on the CPU."""

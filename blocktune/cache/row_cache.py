@@ -36,7 +36,6 @@ class _RowLayer(CacheLayerMixin):
     supports_early_init = False
 
     def __init__(self, index: int, batch_size: int, num_columns: int, spare: int):
-        self.pending: list[Callable[[], None]] = []
         super().__init__()
         self.index = index
         self.batch_size = batch_size
@@ -65,10 +64,7 @@ class _RowLayer(CacheLayerMixin):
         self._values = values
 
     def settle(self) -> None:
-        # What was postponed, then zeros where nothing was written: masked columns must be finite.
-        pending, self.pending = self.pending, []
-        for fill in pending:
-            fill()
+        # Zeros where nothing was written: masked columns must be finite.
         if self._unwritten is not None:
             prompt, column = self._unwritten.nonzero(as_tuple=True)
             self._unwritten = None
@@ -76,8 +72,6 @@ class _RowLayer(CacheLayerMixin):
                 store[prompt, :, column] = 0
 
     def room(self, prompt: int, columns: slice, keys: Tensor, values: Tensor) -> tuple:
-        if self.pending:
-            self.settle()
         if not self.is_initialized:
             self._make(keys[None], values[None])
         if self._unwritten is not None:
@@ -232,10 +226,6 @@ class RowCache(Cache):
         """
         self.exact = self.exact and exact
         return self.layers[layer].room(prompt, columns, keys, values)
-
-    def defer(self, layer: int, fill: Callable[[], None]) -> None:
-        """Postpones ``fill``, which writes by `room`, until a forward pass enters the layer."""
-        self.layers[layer].pending.append(fill)
 
     def observe(self, layer: int, observer: Observer | None) -> None:
         """Calls ``observer`` with a layer's fresh keys and values before they are written.

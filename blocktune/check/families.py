@@ -11,7 +11,7 @@ import difflib
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -50,10 +50,6 @@ class Family:
     max_tokens: int | None = None  # up to which the default configuration is exact
     full: float | None = None  # difference to the stock model in full attention
     block: float | None = None  # the same, from cached chunks, under the dense mask
-
-    def to_dict(self) -> dict:
-        """Plain JSON types."""
-        return asdict(self)
 
 
 def model_types(only: Sequence[str] = ()) -> tuple[str, ...]:

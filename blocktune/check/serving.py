@@ -8,7 +8,7 @@ tokenizer and template, before it is served.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -76,10 +76,6 @@ class Check:
     passed: bool
     max_abs_diff: float  # of logits
     tolerance: float
-
-    def to_dict(self) -> dict:
-        """Plain JSON types."""
-        return asdict(self)
 
 
 def tolerance_of(engine: Engine, logits: Tensor) -> float:

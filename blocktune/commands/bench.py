@@ -170,28 +170,6 @@ def ttft(
 
 
 @command(
-    "loading",
-    "blocktune bench loading --folder /mnt/slow   # the disk to measure",
-    "blocktune bench loading --tiny --json",
-    of=group,
-)
-def loading(
-    tokens: Tokens = 8192,
-    chunk: ChunkTokens = 512,
-    repeats: Repeats = 5,
-    folder: Folder = None,
-    tiny: Tiny = False,
-    output: Output = None,
-    as_json: opt.AsJson = False,
-) -> None:
-    """Time cacheblend with chunks on disk: loaded before computing, or while computing."""
-    from blocktune.bench.reuse import LOADING, TINY, bench_loading
-
-    setting = TINY if tiny else replace(LOADING, tokens=tokens, chunk=chunk)
-    _show(bench_loading(replace(setting, repeats=repeats), folder), as_json, output)
-
-
-@command(
     "store",
     "blocktune bench store --json",
     "blocktune bench store --folder /mnt/nvme --output out/store.json",

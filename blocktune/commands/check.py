@@ -68,7 +68,7 @@ def check(
         checks = check_model(engine) if built is None else check_method(built, engine)
     sound = all(one.passed for one in checks)
     if as_json:
-        typer.echo(json.dumps({"checks": [one.to_dict() for one in checks]}, indent=2))
+        typer.echo(json.dumps({"checks": [asdict(one) for one in checks]}, indent=2))
     else:
         rows = []
         for one in checks:
@@ -95,7 +95,7 @@ def _check_families(only: Sequence[str], as_json: bool) -> NoReturn:
     shown = track(check_families(names), "checking", total=len(names), console=console)
     found = list(shown)
     if as_json:
-        typer.echo(json.dumps({"families": [one.to_dict() for one in found]}, indent=2))
+        typer.echo(json.dumps({"families": [asdict(one) for one in found]}, indent=2))
     else:
         table(found).show()
     raise typer.Exit(int(any(one.verdict == "wrong" for one in found)))

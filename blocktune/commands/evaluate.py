@@ -130,9 +130,10 @@ def arena(
     from blocktune.methods import parse_method
 
     chosen = parse_method(method)
-    from blocktune.evaluation.arena import exams, run_exam
+    from blocktune.evaluation.arena import SUBSETS, load_exam, run_exam
 
-    known = list(exams(questions, subset or ()))  # what is missing is said before a model loads
+    # What is missing is said before a model loads.
+    known = [load_exam(questions, name) for name in subset or SUBSETS]
     how = (None, dtype, device, quantize)
     engine = opt.load_engine(model, adapter, *how, recurrent=not chosen.reuses_chunks)
     for exam in known:

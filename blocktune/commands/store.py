@@ -34,7 +34,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be remov
 
 group = typer.Typer(
     no_args_is_help=True,
-    help="Look into a store of encoded chunks (`--store`), verify it, and remove from it.",
+    help=HELP,
     rich_markup_mode="rich",
     epilog=teach(
         "blocktune store stat cache/",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -53,10 +52,9 @@ def serve(
     ] = None,
 ) -> None:
     """Start vLLM's server with cached chunks, and chat completions over `documents`."""
-    from blocktune.vllm.launch import server_command
+    from blocktune.vllm import launch
 
     parts = [text.partition("=") for text in adapter or ()]
     named = {name if tail else Path(name).name: tail or name for name, _, tail in parts}
     extra = {"encode_wait_s": encode_wait, "host_gb": host_gb, "fingerprint": fingerprint}
-    line, env = server_command(model, named, store, context.args, **extra)
-    os.execve(line[0], line, env)
+    launch.serve(model, named, store, context.args, **extra)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
@@ -27,56 +29,55 @@ class Hit(NamedTuple):
     score: float
 
 
-class Bm25:
-    """An index over at least one chunk, titles included.
+class Index(ABC):
+    """An index over at least one chunk, titles included."""
 
-    Source: Lucene's variant, as bm25s has it (arXiv:2407.03618); English stop words are dropped.
-    """
-
-    def __init__(self, chunks: Sequence[Chunk], k1: float = 1.5, b: float = 0.75):
-        import bm25s
-
+    def __init__(self, chunks: Sequence[Chunk]):
         if not chunks:
-            raise ValueError("a BM25 index needs at least one chunk, got none")
+            raise ValueError("an index needs at least one chunk, got none")
         self.chunks = list(chunks)
-        self._bm25s = bm25s
-        self._index = bm25s.BM25(k1=k1, b=b)
-        texts = [f"{chunk.title or ''} {chunk.text}" for chunk in chunks]
-        self._index.index(self._tokens(texts), show_progress=False)
+        self.texts = [f"{chunk.title or ''} {chunk.text}".strip() for chunk in chunks]
 
     def search(self, questions: Sequence[str], k: int) -> list[list[Hit]]:
         """The ``k`` best chunks of each question; equal scores keep the order of the corpus."""
         best, k = [], min(k, len(self.chunks))
-        for words in self._tokens(list(questions), as_ids=False):
-            scores = self._index.get_scores(words) if words else np.zeros(len(self.chunks))
+        for scores in self._scores(list(questions)):
             # All that reach the k-th score: equal ones keep the order of the corpus.
             (near,) = np.nonzero(scores >= -np.partition(-scores, k - 1)[k - 1])
             order = near[np.argsort(-scores[near], kind="stable")][:k]
             best.append([Hit(int(index), float(scores[index])) for index in order])
         return best
 
-    def _tokens(self, texts: list[str], as_ids: bool = True):
-        return self._bm25s.tokenize(
-            texts, stopwords="en", return_ids=as_ids, show_progress=False, allow_empty=True
-        )
+    @abstractmethod
+    def _scores(self, questions: list[str]) -> Iterable[np.ndarray]:
+        """A score for each chunk, question by question."""
 
 
-class Dense:
-    """The same by embeddings: ``embed`` gives texts vectors of length 1, ``(N, D)``."""
+class Bm25(Index):
+    """Lucene's BM25, as bm25s has it (arXiv:2407.03618); English stop words are dropped."""
+
+    def __init__(self, chunks: Sequence[Chunk]):
+        import bm25s
+
+        super().__init__(chunks)
+        how = {"stopwords": "en", "show_progress": False, "allow_empty": True}
+        self._tokens, self._index = partial(bm25s.tokenize, **how), bm25s.BM25()
+        self._index.index(self._tokens(self.texts), show_progress=False)
+
+    def _scores(self, questions: list[str]) -> Iterator[np.ndarray]:
+        for words in self._tokens(questions, return_ids=False):
+            yield self._index.get_scores(words) if words else np.zeros(len(self.chunks))
+
+
+class Dense(Index):
+    """Cosine similarity: ``embed`` gives texts vectors of length 1, ``(N, D)``."""
 
     def __init__(self, chunks: Sequence[Chunk], embed: Callable[[Sequence[str]], Any]):
-        if not chunks:
-            raise ValueError("an index needs at least one chunk, got none")
-        self.chunks, self._embed = list(chunks), embed
-        self._vectors = np.asarray(embed([f"{c.title or ''} {c.text}".strip() for c in chunks]))
+        super().__init__(chunks)
+        self._embed, self._vectors = embed, np.asarray(embed(self.texts))
 
-    def search(self, questions: Sequence[str], k: int) -> list[list[Hit]]:
-        """As `Bm25.search`, by cosine similarity."""
-        best = []
-        for scores in np.asarray(self._embed(questions)) @ self._vectors.T:
-            order = np.argsort(-scores, kind="stable")[:k]
-            best.append([Hit(int(index), float(scores[index])) for index in order])
-        return best
+    def _scores(self, questions: list[str]) -> np.ndarray:
+        return np.asarray(self._embed(questions)) @ self._vectors.T
 
 
 class Question(NamedTuple):

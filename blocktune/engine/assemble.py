@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -60,10 +59,9 @@ def from_chunks(
 ) -> Assembled:
     """Fills the cache with the prefix and the chunks, each encoded alone and moved into place.
 
-    What they carried into ``layers`` is laid out beside it. With a ``loader`` a layer is
-    filled when the forward pass comes to it. ``found``: the chunks, if they were looked up.
-    ``lazy``: chunks that no memory will hold are read into their place at once; one that fails
-    only then raises `DamagedChunk`.
+    What they carried into ``layers`` is laid out beside it. ``found``: the chunks, if they were
+    looked up; else the ``loader`` or the store is asked. ``lazy``: chunks that no memory will hold
+    are read into their place at once; one that fails only then raises `DamagedChunk`.
     """
     batch, cache, watch, state = served.batch, served.cache, served.watch, served.state
     layout = batch.layout
@@ -74,8 +72,6 @@ def from_chunks(
     result = Assembled.empty(batch)
     result.cached = (layout.kind == Kind.PREFIX) | is_held(layout)
     watch.start()
-    if loader is not None:
-        loader.start()
     for index, prompt in enumerate(served.wanted):
         result.misses[index] = len(served.pieces[index].chunks)
         if not prompt:  # computed in full, and without a prefix
@@ -85,10 +81,7 @@ def from_chunks(
         columns, positions = layout.order[index, rows], layout.position[index, rows]
         fill = relocator(cache, index, kvs, columns, positions, state.rope)
         for layer in range(len(cache)):
-            if loader is None:
-                fill(layer)
-            else:
-                cache.defer(layer, partial(fill, layer))
+            fill(layer)
         result.bytes_read[index] = sum(kv.num_bytes for kv in kvs)
         for layer in layers:
             stored = [found.states[piece, layer] for piece in prompt]

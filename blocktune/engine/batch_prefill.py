@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import reduce
 from typing import Any
 
@@ -42,10 +41,9 @@ def prefill_batch(
     if state.recurrence is not None:
         return prefill_recurrent(*batch)
     loader = method.loader(state.encoder.store, state.encoder.fingerprint)
+    looked = found if loader is None else None
     try:
-        with loader or nullcontext():
-            looked = found if loader is None else None
-            return _prefill(ServedBatch.stacked(*batch), loader, looked)
+        return _prefill(ServedBatch.stacked(*batch), loader, looked)
     except DamagedChunk:  # read as a whole, the store rejects the chunk, and it is encoded again
         return _prefill(ServedBatch.stacked(*batch), None, None, lazy=False)
 
@@ -65,14 +63,11 @@ def warm_up(
 def _prefill(
     served: ServedBatch, loader: ChunkLoader | None, found: Found | None, lazy: bool = True
 ) -> Generation:
-    """Assembles, chooses and computes; without a loader, chunks are loaded before any of it."""
-    state, method, watch = served.state, served.method, served.watch
-    selection = method.select_for(state.num_layers)
+    """Assembles, chooses and computes."""
+    state, watch = served.state, served.watch
+    selection = served.method.select_for(state.num_layers)
     assembled = _assemble(served, selection, loader, found, lazy)
     watch.start()
-    if loader is not None and method.layer_budget is None:
-        tokens = int(served.batch.layout.is_context.sum())
-        selection = loader.choose(selection, tokens, state.num_layers)
     passes = ScoringPasses(served, assembled.cached)
     if served.reshaping is not None and served.reshaping.reshape.looks_ahead:
         passes.look_ahead()
@@ -80,11 +75,6 @@ def _prefill(
     watch.stop("select_s")
     made = prefill(served, candidates, schedule)
     watch.stop("recompute_s")
-    if loader is not None:  # waiting counts as loading
-        watch.add("recompute_s", -loader.waited_s)
-        watch.add("load_s", loader.waited_s)
-        rows = sum(int(plan.num_rows().sum()) * len(plan.executed) for plan in made.plans)
-        loader.done(rows, watch.seconds["recompute_s"])
     executed = [*passes.executed, made.executed(state.model)]
     if served.reshaping is not None:  # decoding will add its own to the same tensor
         extra = served.reshaping.multiply_adds.clone()
@@ -95,7 +85,6 @@ def _prefill(
         assembled=assembled,
         prefill=made,
         executed=executed,
-        loading=None if loader is None else loader.report,
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +31,19 @@ from blocktune.prompt import Chunk
 
 Pick = Callable[[Tensor], Tensor]
 """From logits ``(B, V)`` to tokens ``(B, 1)``."""
+
+
+class NoNumbers(ValueError):
+    """The model's logits are not numbers."""
+
+
+def require_numbers(logits: Tensor) -> None:
+    """Raises `NoNumbers` if nothing can be picked by these logits."""
+    if logits.isnan().any():
+        raise NoNumbers(
+            f"the model's logits are no numbers in {logits.dtype}: its weights hold NaN, or "
+            "overflow there; try dtype float32, or copy the files again"
+        )
 
 
 @dataclass(frozen=True)
@@ -161,7 +173,6 @@ class Generation(ServedBatch):
     assembled: Assembled  # what came from caches
     prefill: Prefill  # logits, and what was executed for them
     executed: list[Executed]  # all passes, for counting operations
-    loading: Any = None  # what the method's loader reports, or None
 
     def remember(self) -> None:
         """Keeps what later prompts can use: exact prefixes, and what the method's history wants.
@@ -205,11 +216,7 @@ class Generation(ServedBatch):
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Tokens as in `tokens`, each with the logits ``(B, V)`` that it was picked by."""
         logits = self.prefill.logits
-        if logits.isnan().any():
-            raise ValueError(
-                f"the model's logits are no numbers in {logits.dtype}: its weights hold NaN, or "
-                "overflow there; try dtype float32, or copy the files again"
-            )
+        require_numbers(logits)
         pick = sampling.picker(logits.device, streams)
         stops = torch.tensor(sorted(self.state.stop_ids()), device=logits.device)
         ended = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
@@ -280,7 +287,6 @@ class Generation(ServedBatch):
                 answer_tokens=len(ids),
                 ttft=ttft,
                 query_entropy=entropy[index],
-                loading=self.loading,
                 prefix_tokens=found.prefix_tokens[index],
                 prefix_disk_tokens=found.prefix_disk_tokens[index],
             )

@@ -53,8 +53,11 @@ def column_rows(layout: Layout) -> Rows:
     count, width = int(stored.sum(1).max()), layout.num_rows
     # The orders of a prompt's stored rows count from 0: a place for each, no need to sort.
     place = torch.where(stored, layout.order, width)
+    columns = torch.arange(width, device=place.device).expand_as(place)
+    if torch.equal(place, columns):
+        return layout.rows()
     index = torch.zeros(len(place), width + 1, dtype=torch.int64, device=place.device)
-    index = index.scatter(1, place, torch.arange(width, device=place.device).expand_as(place))
+    index = index.scatter(1, place, columns)
     index = index[:, :count]
     rows = layout.rows().map(lambda field: field.gather(1, index))
     exists = torch.arange(count, device=layout.device) < stored.sum(1)[:, None]

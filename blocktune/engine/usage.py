@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -55,7 +54,6 @@ class Usage:
     answer_tokens: int  # tokens decoded
     ttft: Ttft  # times to the first token
     query_entropy: float | None = None  # of the question's attention, in nats, if it is reshaped
-    loading: Any = None  # what the method's `ChunkLoader` reports
     prefix_tokens: int = 0  # in the exact state that an earlier prompt left
     prefix_disk_tokens: int = 0  # those of them that were read from the store's folder
     recalled: float | None = None  # 1.0: from a response cache; less: a similar question's answer

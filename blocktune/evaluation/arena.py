@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,14 +99,12 @@ def run_exam(
     *,
     limit: int | None = None,
     port: str = "port",
-    step: Callable[[], None] = lambda: None,
 ) -> Path:
     """Answers an exam, writes its result file, and returns its path; a stopped run continues.
 
     The engine's store and memory of prefixes are emptied after every question. ``output`` gets the
     rows so far, too. Under a ``limit`` the file is not what ``kva validate`` wants. ``port`` says
-    who made the method: ``official``, ``port`` or ``reference``. ``step`` is called after each
-    answer.
+    who made the method: ``official``, ``port`` or ``reference``.
 
     Raises:
         ValueError: If chunks of the method come from earlier prompts, a prompt does not fit into
@@ -132,7 +130,6 @@ def run_exam(
         if row["_id"] not in known:
             known[row["_id"]] = answered(engine, method, exam, row)
             append_lines(rows_file, [json.dumps(known[row["_id"]])])
-        step()
     results = [known[row["_id"]] for row in asked]
     path = output / f"{slug}_re_{exam.subset}.json"
     replace_json(path, _document(engine, method, exam, results, slug, port))
@@ -202,9 +199,3 @@ def _document(engine, method, exam: Exam, results: Sequence[dict], slug, port) -
         "source": method.source,
     }
     return {"schema": SCHEMA, "summary": summary, "results": results, "method_card": card}
-
-
-def exams(folder: Path, subsets: Sequence[str]) -> Iterator[Exam]:
-    """The subsets in this order; without any, all of them."""
-    for subset in subsets or SUBSETS:
-        yield load_exam(folder, subset)

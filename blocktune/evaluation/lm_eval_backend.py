@@ -20,7 +20,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from blocktune.attention import make_plan
 from blocktune.engine import Engine, Sampling
-from blocktune.methods import build
+from blocktune.methods import build, default_method
 from blocktune.prompt import IGNORED, Pieces, stack
 
 MODES = ("block", "full")
@@ -65,11 +65,8 @@ class BlocktuneLM(LM):
             device = None if device == "cuda:0" and not torch.cuda.is_available() else device
             engine = Engine.from_pretrained(pretrained, adapter, dtype=dtype, device=device)
         self.engine, self.separator = engine, separator.replace("\\n", "\n")
-        name, layout = "full-prefill", engine.adapter.layout if engine.adapter else None
-        if mode == "block":  # plain reuse, as the weights were trained for it
-            name = "naive" if layout is None or not layout.block else "block-attention"
-            name = "kvlink" if name == "block-attention" and layout.num_links else name
-        self.method = build(name)
+        trained = default_method(engine.prompts.trained)
+        self.method = trained if mode == "block" else build("full-prefill")
         self.batch_size = 8 if batch_size == "auto" else int(batch_size)
         self.max_gen_toks = max_gen_toks
 

@@ -169,5 +169,5 @@ class Method:
         return None
 
     def loader(self, store: ChunkStore, fingerprint: str) -> ChunkLoader | None:
-        """What loads the chunks of a batch; None: the engine, all of them at once."""
+        """Where the chunks of a batch are looked up; None: in the store."""
         return None

@@ -1,7 +1,7 @@
 """Two hooks for methods that need more than a layout, a selector and a reshape.
 
 - `Method.history`: chunks come out of earlier prompts (`PromptHistory`).
-- `Method.loader`: chunks are loaded in another way than all at once (`ChunkLoader`).
+- `Method.loader`: chunks are looked up elsewhere than in the store alone (`ChunkLoader`).
 
 The engine calls them and names no method; ``blocktune/extras`` has an example of each. Both are
 told which store holds an engine's chunks, and the fingerprint of its model. What a hook must keep
@@ -12,14 +12,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from blocktune.cache import ChunkStore, Lookup, RowCache
     from blocktune.layout import Rows
-    from blocktune.methods.select.base import Selection
     from blocktune.positions import RopeSpec
     from blocktune.prompt import Pieces
 
@@ -75,34 +74,8 @@ class DamagedChunk(ValueError):
 
 
 class ChunkLoader(ABC):
-    """Loads the chunks of one batch; a context manager around its prefill.
-
-    When `DamagedChunk` is raised inside, the engine serves the batch again without the loader:
-    the store then rejects the chunk, and it is encoded again.
-    """
-
-    waited_s: float = 0.0  # seconds that the prefill waited for chunks: they count as loading
-    report: Any = None  # what `Usage.loading` shows, a dataclass or None
+    """Finds the chunks of one batch; those that it does not find are encoded."""
 
     @abstractmethod
     def lookup(self, key: str, token_ids: Sequence[int] | Tensor, fingerprint: str) -> Lookup:
-        """As `ChunkStore.lookup`; the layers of what is found may arrive when they are read."""
-
-    @abstractmethod
-    def start(self) -> None:
-        """All chunks of the batch are looked up; each layer is read when the prefill enters it."""
-
-    def choose(self, selection: Selection, context_tokens: int, num_layers: int) -> Selection:
-        """The selector to use; not asked where the method has a layer budget."""
-        return selection
-
-    @abstractmethod
-    def done(self, row_layers: int, compute_s: float) -> None:
-        """The prefill computed ``row_layers`` rows, counted once per layer, in ``compute_s``."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    @abstractmethod
-    def __exit__(self, *exception) -> None:
-        """Ends background work."""
+        """As `ChunkStore.lookup`."""

@@ -37,6 +37,8 @@ def base_fingerprint(model: PreTrainedModel, state: Mapping[str, Tensor] | None 
     """
     config = model.config.get_text_config().to_dict()
     shape = {name: config.get(name) for name in _ARCHITECTURE}
+    if eps := shape["rms_norm_eps"]:
+        shape["rms_norm_eps"] = float(f"{eps:.6g}")  # GGUF files hold it in float32
     plain, linear = hashlib.sha256(), hashlib.sha256()
     quantised = False
     for name, weight in _base_weights(model, state):

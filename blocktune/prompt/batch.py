@@ -45,16 +45,20 @@ def stack(prompts: Sequence[Prompt], pad_id: int, side: str = "right") -> Batch:
 
     def padded(values: Tensor, fill: int) -> Tensor:
         missing = length - values.shape[-1]
+        if not missing:
+            return values
         around = (missing, 0) if side == "left" else (0, missing)
         return torch.nn.functional.pad(values, around, value=fill)
 
     layouts = [prompt.layout for prompt in prompts]
     if side == "left":
         layouts = [_renumber(layout, length - layout.num_rows) for layout in layouts]
-    rows = {
-        f.name: torch.cat([padded(getattr(layout, f.name), _PAD_ROW[f.name]) for layout in layouts])
-        for f in fields(Layout)
-    }
+
+    def joined(name: str) -> Tensor:
+        parts = [padded(getattr(layout, name), _PAD_ROW[name]) for layout in layouts]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    rows = {field.name: joined(field.name) for field in fields(Layout)}
     ids = torch.stack([padded(tensor_of(prompt.ids), pad_id) for prompt in prompts])
     return Batch(ids, Layout(**rows), labels_of(ids, rows["kind"]))
 

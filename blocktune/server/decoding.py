@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -26,9 +27,9 @@ from blocktune.attention.cached import CachePlan
 from blocktune.attention.kernels import AttentionParams
 from blocktune.cache import RowCache
 from blocktune.engine import Sampling
-from blocktune.engine.generation import Generation, TextStream
+from blocktune.engine.generation import Generation, TextStream, require_numbers
 from blocktune.engine.rows import decoded_rows
-from blocktune.layout import LayerRule
+from blocktune.layout import LayerRule, Rows
 
 GREEDY = Sampling()
 
@@ -70,12 +71,16 @@ class Choice:
         last = self.index == settings.choices - 1  # the others decode on copies
         self.cache = run.cache if last else copy.deepcopy(run.cache)
         self.reshaping = run.reshaping if last else copy.deepcopy(run.reshaping)
-        rows = decoded_rows(run.last, settings.max_new_tokens)
-        self._rows, self._keys = rows, run.columns.concat(rows)
+        self._rows = decoded_rows(run.last, settings.max_new_tokens)
         device = run.prefill.logits.device
         self._pick = settings.sampling.picker(device, (self.index,))
         self._stop_ids = run.state.stop_ids()
         self._text = TextStream(run.state.tokenizer, settings.stops, settings.strips)
+
+    @cached_property
+    def _keys(self) -> Rows:
+        """Facts of all columns that the answer may have."""
+        return self.run.columns.concat(self._rows)
 
     @property
     def position(self) -> Tensor:
@@ -85,8 +90,9 @@ class Choice:
     def take(self, logits: Tensor) -> tuple[str, TokenLogprob | None]:
         """Picks a token by the logits ``(1, V)``; the new text, and its log probability if asked.
 
-        Sets `finish` if it was the last.
+        Sets `finish` if it was the last. Raises `NoNumbers`.
         """
+        require_numbers(logits)
         token = int(self._pick(logits))
         self.ids.append(token)
         ended = token in self._stop_ids

@@ -45,7 +45,8 @@ async def begin(
         raise Busy(wait, f"the quota of '{tenant.name}' is used up")
     exchange = Exchange(service, asked, tenant, request)
     try:
-        if not await asyncio.to_thread(recall, service.responses, asked.job, asked.question):
+        cache = service.responses
+        if not cache or not await asyncio.to_thread(recall, cache, asked.job, asked.question):
             service.scheduler.submit(asked.job)
     except ValueError as error:
         exchange.close()

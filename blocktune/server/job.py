@@ -14,7 +14,7 @@ import torch
 
 from blocktune.engine import Engine
 from blocktune.engine.encode import Found, Piece
-from blocktune.engine.generation import Generation
+from blocktune.engine.generation import Generation, NoNumbers
 from blocktune.engine.usage import Stopwatch, Usage
 from blocktune.layout import Kind
 from blocktune.methods import Method
@@ -144,6 +144,9 @@ def late(job: Job) -> Failure:
 
 def failure_of(error: Exception) -> Failure:
     """What a client is told of an exception; what it did not cause is logged."""
+    if isinstance(error, NoNumbers):
+        _LOG.error("%s", error)
+        return Failure(500, str(error))
     if isinstance(error, ValueError):
         return Failure(400, " ".join(str(error).split()))
     if isinstance(error, torch.OutOfMemoryError):

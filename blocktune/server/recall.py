@@ -9,7 +9,7 @@ from blocktune.engine.recall import Recall
 from blocktune.server.job import Delta, Event, Job, Report
 
 
-def recall(cache: ResponseCache | None, job: Job, question: str) -> bool:
+def recall(cache: ResponseCache, job: Job, question: str) -> bool:
     """Answers a job from the cache (True), or has its answer kept when it has come.
 
     Requests for several choices, log probabilities or the prompt's strip, and those that draw

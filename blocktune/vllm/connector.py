@@ -16,7 +16,6 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
-from blocktune.cache.shelf import StoreView
 from blocktune.vllm import guard
 from blocktune.vllm.metrics import LoadMetrics, LoadStats
 from blocktune.vllm.scheduler import LoadMeta, SchedulerSide
@@ -43,16 +42,15 @@ class BlocktuneConnector(KVConnectorBase_V1, SupportsHMA):
     def __init__(self, vllm_config, role, kv_cache_config):
         super().__init__(vllm_config, role, kv_cache_config)
         require_served_config(vllm_config)
-        store = StoreView(self._kv_transfer_config.kv_connector_extra_config["store"])
         groups = kv_cache_config.kv_cache_groups
         self.scheduler = self.worker = None
         if role is KVConnectorRole.WORKER:
-            self.worker = WorkerSide(store, vllm_config, groups)
+            self.worker = WorkerSide(vllm_config, groups)
             return
         # Of one group, blocks that failed can be named; a graph captured whole waits for nothing.
         graphs = vllm_config.compilation_config.cudagraph_mode or CUDAGraphMode.NONE
         may_layer = len(groups) == 1 and graphs.mixed_mode() != CUDAGraphMode.FULL
-        self.scheduler = SchedulerSide(store, may_layer)
+        self.scheduler = SchedulerSide(may_layer)
 
     # In the scheduler.
 

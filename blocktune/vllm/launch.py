@@ -1,24 +1,24 @@
-"""The command line of vLLM's server for `blocktune vllm serve`."""
+"""VLLM's server over a store, for `blocktune vllm serve`."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
+from importlib import import_module
 from importlib.metadata import entry_points
-from importlib.util import find_spec
 from typing import Any
 
-from blocktune.vllm.client import ChunkClient, lora_rank, transfer_config
-
-SERVER = "vllm.entrypoints.openai.api_server"
+SERVER = "vllm.entrypoints.launchers.api_server.entry"
 GROUPS = ("vllm.general_plugins", "vllm.endpoint_plugins")
 
 
-def server_command(
+def serve(
     model: str, adapters: dict[str, str], store: str, options: list[str], **extra: Any
-) -> tuple[list[str], dict[str, str]]:
-    """VLLM's command line and environment.
+) -> None:
+    """Runs vLLM's server until it is stopped.
+
+    It runs in this process: what was imported to look into the store is not imported again.
 
     Args:
         model: As vLLM takes it.
@@ -31,28 +31,40 @@ def server_command(
         ValueError: If vLLM is not there or would not find blocktune, an adapter cannot be served,
             or the store has no chunks of the default model.
     """
-    if find_spec("vllm.config") is None:
+    try:
+        import_module("vllm.config")  # before torch: it prepares the environment
+    except ModuleNotFoundError:
         raise ValueError(
             "vLLM is not installed here; it needs its own environment, docs/serving.md"
-        )
+        ) from None
     known = {one.name for group in GROUPS for one in entry_points(group=group)}
     if "blocktune" not in known:
         raise ValueError(
             "vLLM looks for plug-ins among installed packages, and blocktune is not installed "
             "here; run `pip install .` in its folder"
         )
+    from blocktune.vllm.client import ChunkClient, lora_rank, transfer_config
+
     clients = {name: ChunkClient(model, one, store=store) for name, one in adapters.items()}
     base = ChunkClient(model, store=store, fingerprint=extra.get("fingerprint"))
-    _ = next(iter(clients.values()), base).fingerprint
+    allowed = os.environ.get("VLLM_PLUGINS")
+    names = known if allowed is None else {*allowed.split(","), "blocktune"}
+    os.environ["VLLM_PLUGINS"] = ",".join(sorted(names))
+    first = next(iter(clients.values()), base).fingerprint
     loras = {name: one.lora for name, one in clients.items() if one.lora is not None}
     folders = {name: str(one.adapter) for name, one in clients.items()}
     transfer = transfer_config(store, adapters=folders, **extra)
-    command = [sys.executable, "-m", SERVER, "--model", model, "--enable-prompt-tokens-details"]
-    command += ["--kv-transfer-config", json.dumps(transfer)]
+    line = ["--model", model, "--enable-prompt-tokens-details"]
+    line += ["--kv-transfer-config", json.dumps(transfer)]
     if loras:
         rank = max(lora_rank(folder) for folder in loras.values())
-        command += ["--enable-lora", "--max-lora-rank", str(rank), "--lora-modules"]
-        command += [f"{name}={folder}" for name, folder in loras.items()]
-    allowed = os.environ.get("VLLM_PLUGINS")
-    names = known if allowed is None else {*allowed.split(","), "blocktune"}
-    return [*command, *options], os.environ | {"VLLM_PLUGINS": ",".join(sorted(names))}
+        line += ["--enable-lora", "--max-lora-rank", str(rank), "--lora-modules"]
+        line += [f"{name}={folder}" for name, folder in loras.items()]
+    print(
+        f"chunks of {model} ({first[:12]}) in '{store}'; vLLM starts in about a minute (its log "
+        'follows), and is ready at "Application startup complete"',
+        file=sys.stderr,
+        flush=True,
+    )
+    sys.argv[1:] = [*line, *options]
+    import_module(SERVER).main()

@@ -6,20 +6,16 @@ vLLM would do that in full attention, which is neither what was asked nor what i
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
 
-from blocktune.cache.shelf import StoreView
 from blocktune.vllm.plan import LoadPlan
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.request import Request
-
-_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -45,13 +41,12 @@ class LoadMeta(KVConnectorMetadata):
 class SchedulerSide:
     """Admits requests, and passes their loads to the workers."""
 
-    def __init__(self, store: StoreView, may_layer: bool):
-        """Serves from ``store``, and asks for what it lacks.
+    def __init__(self, may_layer: bool):
+        """With ``may_layer`` a request that is alone is loaded beside its own forward pass.
 
-        With ``may_layer`` a request that is alone is loaded beside its own forward pass; with
-        others there, that would hold up their decoding.
+        With others there, that would hold up their decoding.
         """
-        self.store, self.may_layer = store, may_layer
+        self.may_layer = may_layer
         self._live: set[str] = set()
         self._layered: str | None = None
         self._asked: dict[str, LoadPlan | str] = {}
@@ -66,8 +61,8 @@ class SchedulerSide:
         except ValueError as error:
             self._asked[request.request_id] = str(error)
             return
-        # Prompt log probabilities switch connectors off: such a request (the guard refuses it
-        # where it can) is computed in full, so it must not be filed with the plan's.
+        # Prompt log probabilities switch connectors off: such a request (the guard refuses it) is
+        # computed in full, so it must not be filed with the plan's.
         if plan is None or request.skip_reading_prefix_cache:
             return
         self._asked[request.request_id] = plan
@@ -81,28 +76,15 @@ class SchedulerSide:
         No tokens for a request that loads nothing.
         """
         asked, self._layered = self._asked.get(request.request_id), None
-        if asked is None:
+        if isinstance(asked, str):
+            return 1, True  # any number: the request fails while it waits for them
+        if asked is None or computed >= asked.num_tokens:
             return 0, False
-        if isinstance(asked, LoadPlan):
-            if computed >= asked.num_tokens:
-                return 0, False
-            if not self._lacks(request, asked, computed):
-                # One token alone may be decoded by a captured graph, which waits for nothing.
-                several = request.num_tokens > asked.num_tokens + 1
-                if self.may_layer and several and self._live == {request.request_id}:
-                    self._layered = request.request_id
-                return asked.num_tokens - computed, self._layered is None
-        return 1, True  # any number: the request fails while it waits for them
-
-    def _lacks(self, request: Request, plan: LoadPlan, computed: int) -> bool:
-        missing = plan.missing(self.store.has, computed)
-        if missing:
-            self.store.ask_for(plan.fingerprint, [one.wanted for one in missing])
-            self._asked[request.request_id] = (
-                f"{len(missing)} of {len(plan.segments)} segments are not in the store "
-                f"'{self.store.place}'; encode them (`blocktune encode --follow`) and ask again"
-            )
-        return bool(missing)
+        # One token alone may be decoded by a captured graph, which waits for nothing.
+        several = request.num_tokens > asked.num_tokens + 1
+        if self.may_layer and several and self._live == {request.request_id}:
+            self._layered = request.request_id
+        return asked.num_tokens - computed, self._layered is None
 
     def allocated(self, request: Request, blocks: KVCacheBlocks, num_external: int) -> None:
         """Notes a load once the request has blocks for it."""
@@ -110,7 +92,6 @@ class SchedulerSide:
             return
         asked = self._asked[request.request_id]
         if isinstance(asked, str):
-            _LOG.warning("request %s fails: %s", request.request_id, asked)
             load = Load(request.request_id, None, 0, (), asked)
         else:
             start = asked.num_tokens - num_external

@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from vllm import _custom_ops as ops
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.models.utils import extract_layer_index
 
 from blocktune.cache import ChunkKV, ChunkStore
 from blocktune.cache.chunk_file import ChunkFile
 from blocktune.cache.shelf import StoreView
-from blocktune.positions import LayerRope, Rotation, rotate_keys
+from blocktune.positions import LayerRope
 from blocktune.vllm.plan import LoadPlan, slots_of
 
 if TYPE_CHECKING:
@@ -54,23 +55,23 @@ class _Place(NamedTuple):
 class _Part(NamedTuple):
     """Segments that are written at once.
 
-    On a CPU each alone: its keys stay in the processor's cache between rotation and write, and
-    nothing is joined. On other devices all of them: fewer kernels.
+    On a CPU each alone: its keys stay in the processor's cache between rotation and write. On
+    other devices all of them: fewer kernels.
     """
 
     chunks: list[ChunkKV]  # what is stored of them, this rank's heads
-    # how their keys are moved, for each rotation of the model; None: they stay
-    turns: list[Rotation | None]
+    # (segments, 2 P): cosines and sines of how far each is moved, for each rotation of the model
+    turns: list[Tensor]
+    owner: Tensor | None  # (S,): which of the segments a token is of; None: all stay
     slots: list[tuple[Tensor, Tensor]]  # for each group, which of the tokens are kept, and where
 
     def layer(self, index: int, device: torch.device) -> list[Tensor]:
-        """Keys and values of a layer, ``(S, K, D)``; shared with the chunk if it is one."""
+        """Keys and values of a layer, ``(S, K, D)``, in new memory."""
         pairs = [(chunk.keys[index], chunk.values[index]) for chunk in self.chunks]
-        joined = []
-        for states in zip(*pairs, strict=True):
-            moved = [one.to(device, non_blocking=True).transpose(0, 1) for one in states]
-            joined.append(moved[0] if len(moved) == 1 else torch.cat(moved))
-        return joined
+        return [
+            torch.cat([one.to(device, non_blocking=True).transpose(0, 1) for one in states])
+            for states in zip(*pairs, strict=True)
+        ]
 
 
 class _Job(NamedTuple):
@@ -87,13 +88,13 @@ class WorkerSide:
     ``groups`` are the layers that share blocks, vLLM's ``kv_cache_groups``.
     """
 
-    def __init__(self, view: StoreView, config: VllmConfig, groups: list[KVCacheGroupSpec]):
+    def __init__(self, config: VllmConfig, groups: list[KVCacheGroupSpec]):
         extra = config.kv_transfer_config.kv_connector_extra_config
-        self.view, self.dtype = view, config.model_config.dtype
+        self.view, self.dtype = StoreView(extra["store"]), config.model_config.dtype
         self.num_layers = config.model_config.hf_text_config.num_hidden_layers
         self.share = get_tensor_model_parallel_rank(), config.parallel_config.tensor_parallel_size
         host_bytes = int(float(extra.get("host_gb", 1)) * 2**30)
-        self.store = ChunkStore(config=replace(view.config, memory=host_bytes, cpu=0))
+        self.store = ChunkStore(config=replace(self.view.config, memory=host_bytes, cpu=0))
         self.counts: Counter[str] = Counter()
         self._block_sizes = [group.kv_cache_spec.block_size for group in groups]
         self._names = {
@@ -101,7 +102,7 @@ class WorkerSide:
             for number, group in enumerate(groups)
             for name in group.layer_names
         }
-        self._places: dict[str, _Place] = {}
+        self.places: dict[str, _Place] = {}
         self._rope: dict[str, _Rope] = {}
         self._pool = ThreadPoolExecutor(int(extra.get("threads", 2)), "blocktune-load")
         self._jobs: list[_Job] = []
@@ -112,15 +113,15 @@ class WorkerSide:
     def start(self, loads: list[Load], modules: Mapping[str, Any], idle: bool) -> None:
         """Begins the loads of a step; ``idle`` if it has no forward pass."""
         self._idle = idle
-        if loads and not self._places:
-            self._places = {name: _Place(modules[name], *at) for name, at in self._names.items()}
+        if loads and not self.places:
+            self.places = {name: _Place(modules[name], *at) for name, at in self._names.items()}
         ready = None
         if loads and torch.cuda.is_available():
             # After what the device still does to these blocks, such as zeroing.
             self._stream = self._stream or torch.cuda.Stream()
             ready = torch.cuda.current_stream().record_event()
         for load in loads:
-            layers = {name: Future() for name in self._places} if load.layered else {}
+            layers = {name: Future() for name in self.places} if load.layered else {}
             future = self._pool.submit(self._run, load, ready, dict(layers))
             self._jobs.append(_Job(load, future, layers))
 
@@ -203,23 +204,26 @@ class WorkerSide:
     def _fill(self, load: Load, plan: LoadPlan, counts: Counter[str]) -> Iterator[str]:
         """Writes layer by layer; yields the name of each that is written."""
         rope = self._frequencies(plan.fingerprint)
-        chunks = {index: self._chunk(plan, index, counts) for index in plan.wanted(load.start)}
-        device = next(iter(self._places.values())).module.kv_cache.device
+        chunks = self._chunks(plan, load.start, counts)
+        device = next(iter(self.places.values())).module.kv_cache.device
         each = [[index] for index in chunks] if device.type == "cpu" else [list(chunks)]
         parts = [self._part(load, plan, {i: chunks[i] for i in one}, rope, device) for one in each]
-        for name, (module, index, group) in self._places.items():
+        for name, (module, index, group) in self.places.items():
             for part in parts:
                 rows, where = part.slots[group]
                 if not len(rows):  # outside of the window
                     continue
                 keys, values = part.layer(index, device)
                 self._require_shape(module, keys)
-                if (turn := part.turns[rope.layer[index]]) is not None:
-                    moved = torch.empty(keys.shape, dtype=keys.dtype, device=device)
-                    keys = rotate_keys(keys, turn, out=moved)
+                form = rope.forms[rope.layer[index]]
+                if part.owner is not None and len(form.inv_freq):
+                    keys = keys.float()  # bfloat16 cannot hold the angles' cosines
+                    turn, halves = part.turns[rope.layer[index]], not form.interleaved
+                    where_from = keys.flatten(1), None, keys.shape[-1]
+                    ops.rotary_embedding(part.owner, *where_from, turn, halves, form.start)
                 if len(rows) < len(keys):
                     keys, values = keys[rows], values[rows]
-                keys, values = (one.to(self.dtype).contiguous() for one in (keys, values))
+                keys, values = keys.to(self.dtype), values.to(self.dtype)
                 module.impl.do_kv_cache_update(module, keys, values, module.kv_cache, where)
             yield name
 
@@ -233,15 +237,13 @@ class WorkerSide:
             rows, where = slots_of(blocks, size, max(first, load.start), stop)
             slots.append(((rows - first).to(device), where.to(device)))
         moves = torch.tensor([plan.segments[i].position - one.origin for i, one in chunks.items()])
-        turns: list[Rotation | None] = [None] * len(rope.forms)
+        owner, turns = None, []
         if moves.any():
-            if len(chunks) > 1:
-                lengths = [len(plan.segments[number].ids) for number in numbers]
-                moves = moves.repeat_interleave(torch.tensor(lengths))
-            turned = [Rotation.of(moves[None].to(device), form) for form in rope.forms]
-            # From (1, 1, S, P) to (S, 1, P); one segment moves as a whole, and S is 1.
-            turns = [t._replace(cos=t.cos[0, 0, :, None], sin=t.sin[0, 0, :, None]) for t in turned]
-        return _Part(list(chunks.values()), turns, slots)
+            lengths = torch.tensor([len(plan.segments[number].ids) for number in numbers])
+            owner = torch.arange(len(numbers)).repeat_interleave(lengths).to(device)
+            angles = [moves[:, None].float() * form.inv_freq for form in rope.forms]
+            turns = [torch.cat([one.cos(), one.sin()], -1).to(device) for one in angles]
+        return _Part(list(chunks.values()), turns, owner, slots)
 
     def _require_shape(self, module: Any, keys: Tensor) -> None:
         wanted = (module.num_kv_heads, module.head_size)
@@ -251,20 +253,30 @@ class WorkerSide:
                 f"vLLM's model {wanted}; they are of another model"
             )
 
-    def _chunk(self, plan: LoadPlan, index: int, counts: Counter[str]) -> ChunkKV:
-        key, segment = plan.keys[index], plan.segments[index]
-        read = partial(ChunkFile.entry, share=self.share)
-        found = self.store.lookup(key, segment.ids, plan.fingerprint, read=read)
-        if found.kv is None:  # an encoder verifies it too, and encodes it again
-            self.view.ask_for(plan.fingerprint, [segment.wanted])
-            reason = self.store.stats().first_rejected or "it is not there"
-            raise Missing(f"chunk {key[:12]} cannot be read from the store: {reason}")
-        if found.tier == "memory":
-            counts["host_hits"] += 1
-        else:
-            counts["store_reads"] += 1
-            counts["store_bytes"] += found.kv.num_bytes
-        return found.kv
+    def _chunks(self, plan: LoadPlan, start: int, counts: Counter[str]) -> dict[int, ChunkKV]:
+        """All segments from index ``start`` on; `Missing`, and they are asked for."""
+        read, found, lacking = partial(ChunkFile.entry, share=self.share), {}, []
+        for index in plan.wanted(start):
+            key, segment = plan.keys[index], plan.segments[index]
+            made = self.store.lookup(key, segment.ids, plan.fingerprint, read=read)
+            if made.kv is None:  # an encoder verifies it too, and encodes it again
+                lacking.append(segment.wanted)
+                continue
+            found[index] = made.kv
+            if made.tier == "memory":
+                counts["host_hits"] += 1
+            else:
+                counts["store_reads"] += 1
+                counts["store_bytes"] += made.kv.num_bytes
+        if lacking:
+            self.view.ask_for(plan.fingerprint, lacking)
+            reason = self.store.stats().first_rejected or "they are not there"
+            raise Missing(
+                f"{len(lacking)} of {len(plan.segments)} segments cannot be read from the store "
+                f"'{self.view.place}': {reason}; encode them (`blocktune encode --follow`) and ask "
+                "again"
+            )
+        return found
 
     def _frequencies(self, fingerprint: str) -> _Rope:
         if fingerprint not in self._rope:

@@ -161,10 +161,8 @@ def _training(path: Path) -> dict[str, Any]:
 def _page(found: dict[str, Any]) -> str:
     lines = [f"# Real questions, settings `{found['settings']}`", ""]
     where = found["provenance"]
-    lines += [
-        f"`{where['command']}` at `{(where['commit'] or 'unknown')[:7]}`, {where['machine']}.",
-        "",
-    ]
+    commit = (where["commit"] or "unknown")[:7]
+    lines += [f"`{where['command']}` at `{commit}`, {where['machine']}.", ""]
     for name, run in found["runs"].items():
         asked = ", ".join(f"{key} {n}" for key, n in run["questions"].items())
         sets = [*run["questions"], "multi-hop"]
@@ -197,9 +195,8 @@ def _page(found: dict[str, Any]) -> str:
             lines.append(_line([method, *cells]))
         lines.append("")
     for name, run in found["trainings"].items():
-        lines.append(
-            f"- `{name}`: {run['steps']} steps, {run['tokens']:,} tokens, at `{(run['commit'] or 'unknown')[:7]}`"
-        )
+        commit = (run["commit"] or "unknown")[:7]
+        lines.append(f"- `{name}`: {run['steps']} steps, {run['tokens']:,} tokens, at `{commit}`")
     return "\n".join(lines) + "\n"
 
 

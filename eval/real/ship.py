@@ -146,6 +146,7 @@ def ship(base: Path, tuned: Path, output: Path, rank: int, name: str) -> dict[st
     output.mkdir(parents=True)
     tensors = {f"{m}.lora_{k}.weight": getattr(folded[m], k.lower()) for m in ranks for k in "AB"}
     save_file(tensors, output / WEIGHTS, metadata={"format": "pt"})
+    (output / WEIGHTS).chmod(0o644)
     config = json.loads((tuned / CONFIG).read_text(encoding="utf-8"))
     config |= {"r": rank, "lora_alpha": rank, "use_rslora": False, "base_model_name_or_path": name}
     named = {m.removeprefix("base_model.model."): own for m, own in ranks.items()}
@@ -204,7 +205,7 @@ def main() -> int:
     add("--license", required=True, help="of the adapter, such as apache-2.0")
     add("--dataset", action="append", default=[], help="on the Hub; repeatable")
     add("--model", help="the stock model to check on; default: what the base names")
-    add("--repo", help="USER/NAME in the card; default: the output, such as data/smollm2-block")
+    add("--repo", help="USER/NAME in the card; default: USER and the folder's name")
     given = parser.parse_args()
     quiet_libraries()
     try:
@@ -212,9 +213,8 @@ def main() -> int:
         found = ship(given.base, given.tuned, given.output, given.rank, given.base_model)
         found |= logits_off(model, given.base, given.tuned, given.output)
         facts = CardFacts(given.base_model, given.license, tuple(given.dataset))
-        publication = prepare(
-            given.output, given.repo or str(given.output), facts, model=model, dtype="float32"
-        )
+        repo = given.repo or f"USER/{given.output.name}"
+        publication = prepare(given.output, repo, facts, model=model, dtype="float32")
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

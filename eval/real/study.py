@@ -218,6 +218,12 @@ class Study:
 
     def ask(self, part: str, methods: list, limit: int | None, sets: tuple[str, ...]) -> None:
         """Answers the questions of a part of the data."""
+        sets = tuple(name for name in sets if name in (self.args.sets or sets))
+        if wanted := self.args.methods:
+            labels = [m if isinstance(m, str) else m.get("label", m["name"]) for m in methods]
+            if unknown := sorted(set(wanted) - set(labels)):
+                raise ValueError(f"--methods {unknown}: {part} asks {', '.join(labels)}")
+            methods = [m for m, label in zip(methods, labels, strict=True) if label in wanted]
         tasks = [
             {"task": "eval/tasks/jsonl.yaml", "name": name}
             | {"source": str(self.out / f"data/{part}/{name}.jsonl")}
@@ -267,6 +273,8 @@ def main() -> int:
     add("--output", type=Path, default=Path("out/real"), help="data, weights and rows")
     add("--results", type=Path, default=Path("eval/results/real"), help="tables")
     add("--recipes", nargs="+", choices=RECIPES, help="tune and test only these")
+    add("--methods", nargs="+", help="ask only these, by label, such as 'cacheblend 15 %%'")
+    add("--sets", nargs="+", choices=SETS, help="ask questions of these sets only")
     add("--jobs", type=int, default=1, help="trainings, and processes that answer")
     add("--plan", action="store_true", help="print the commands of the steps after prepare")
     args = parser.parse_args()

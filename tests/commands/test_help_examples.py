@@ -49,7 +49,6 @@ LESS_WORK = {
     "data answer": ["--max-new-tokens", "2"],
     "bench attention": ["--tokens", "256", "--chunk", "64", "--repeats", "1"],
     "bench reuse": ["--tiny", "--repeats", "1"],
-    "bench loading": ["--tiny", "--repeats", "1"],
     "bench store": ["--tiny"],
     "bench ttft": ["--tokens", "64", "--repeats", "1"],
     "eval --suite": ["--limit", "1"],

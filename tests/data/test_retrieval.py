@@ -38,7 +38,7 @@ def test_bm25_finds_words_in_text_and_title_and_keeps_order_on_ties():
     assert [[hit.index for hit in hits] for hits in found] == [[0, 1], [2, 1], [0, 1], [0, 1]]
     assert found[0][0].score > 0 == found[2][0].score
     assert len(index.search(["x"], 99)[0]) == 4
-    with pytest.raises(ValueError, match="a BM25 index needs at least one chunk"):
+    with pytest.raises(ValueError, match="an index needs at least one chunk"):
         Bm25([])
 
 

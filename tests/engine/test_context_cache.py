@@ -56,7 +56,7 @@ def test_generate_writes_the_engines_tokens(family, tokenizer):
 
 @pytest.mark.parametrize(
     "name",
-    ["query-attention", "cacheblend-lmcache", "oracle", "cache-craft", "cacheblend-pipelined"],
+    ["query-attention", "cacheblend-lmcache", "oracle", "cache-craft"],
 )
 def test_a_choice_by_the_question_is_cached_for_this_question(name, tokenizer):
     engine = sliding("gemma2", tokenizer)

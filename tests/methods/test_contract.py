@@ -25,7 +25,7 @@ COMPOSITIONS = (
 )
 SUBJECTS = subjects() | {name: build(name) for name in COMPOSITIONS}
 ALIKE = {}
-"""Of methods that are served alike, such as `r` and `cacheblend`, only the first is checked."""
+"""Of methods that are served alike, such as two names for one choice, only the first is checked."""
 for _name, _method in SUBJECTS.items():
     ALIKE.setdefault((facts_served(_method), _method.exact_on_one_chunk), _name)
 CASES = [(name, claim) for name in ALIKE.values() for claim in claims(SUBJECTS[name])]
@@ -36,10 +36,8 @@ EXCEPTIONS = {
     "kvlink",
     "link0",
     "no-context",
-    "p+s+r",
     "prompt-cache-schema",
     "psr",
-    "s",
     "s+p",
     "turborag",
 }

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from blocktune.engine import Engine
+from blocktune.models.identity import base_fingerprint
 from blocktune.models.load import load_base
 
 QUESTION = {"question": "Where was she born?", "chunks": ["She was born there.", "He was not."]}
@@ -74,6 +75,7 @@ def test_a_gguf_file_or_its_folder_is_dequantised_once_and_served(tmp_path, capl
         ids = torch.arange(3, 30)[None]
         torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=0, atol=1e-5)
         assert loaded.config._name_or_path == str(name)
+        assert base_fingerprint(loaded) == base_fingerprint(model)  # epsilon is float32 in GGUF
     assert caplog.text.count("dequantising tiny.gguf once, into") == 1
     [kept] = (tmp_path / "hub/blocktune/gguf").iterdir()
     assert (kept / "model.safetensors").is_file()

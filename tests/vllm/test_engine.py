@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
-from vllm_cases import SMALL, TINY, close, first_logprobs, make_adapter, questions, worst
+from vllm_cases import SMALL, TINY, close, first_logprobs, forget, make_adapter, questions, worst
 
 from blocktune import Engine
 from blocktune.cache.shelf import MissQueue
 from blocktune.prompt import LayoutSpec
-from blocktune.vllm import ChunkLLM
+from blocktune.vllm import ChunkLLM, guard
 from blocktune.vllm.plan import LoadPlan
 
 TOKENS = 12
@@ -46,11 +46,6 @@ def connector(llm):
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
     return get_kv_transfer_group().worker
-
-
-def forget(llm):
-    """Empties vLLM's cache and the hot chunks."""
-    assert llm.llm.reset_prefix_cache(reset_connector=True)
 
 
 def plain(llm, example):
@@ -211,13 +206,46 @@ def test_a_forward_pass_that_waits_for_nothing_answers_nothing(llm, engine, monk
     require_same(llm.generate([made], GREEDY), engine, [example], "naive")
 
 
-def test_a_request_that_is_no_plan_fails_alone(llm, engine):
+@pytest.mark.parametrize("guarded", [True, False])
+def test_a_request_that_is_no_plan_fails_alone(llm, engine, monkeypatch, guarded):
     [example] = questions(10, 1)
     llm.answer([example])
     made = llm.client.read(example)
     broken = made._replace(prompt_ids=made.prompt_ids[:40])
+    with monkeypatch.context() as patch:
+        if not guarded:
+            patch.setattr(guard, "require_loadable", lambda request: None)
+        expected = (VLLMValidationError, "longer prompt") if guarded else (ValueError, "loaded")
+        with pytest.raises(expected[0], match=expected[1]):
+            llm.generate([broken], GREEDY)
+    require_same(llm.answer([example], sampling=GREEDY), engine, [example], "naive")
+
+
+def test_several_choices_are_the_same_prompts(llm, engine):
+    [example] = questions(10, 1)
+    llm.answer([example])
+    forget(llm)
+    asked = SamplingParams(n=3, temperature=1, seed=0, max_tokens=2, logprobs=20)
+    [made] = llm.answer([example], sampling=asked)
+    wanted = first_logprobs(engine, example, "naive")
+    assert [worst(made, wanted, choice) < TOLERANCE for choice in range(3)] == [True] * 3
+
+
+def test_odd_documents_are_the_engines(llm, engine):
+    """The same one twice, one of a single letter, and none."""
+    [one] = questions(16, 1)
+    texts = [one.chunks[0], one.chunks[0], "a", one.chunks[1]]
+    examples = [{"question": one.question, "chunks": chunks} for chunks in (texts, ["a"], [])]
+    require_same(llm.answer(examples, "naive", sampling=GREEDY), engine, examples, "naive")
+
+
+def test_a_store_of_another_model_gives_nothing(llm, engine):
+    [example] = questions(10, 1)
+    made = llm.client.read(example)
+    other = LoadPlan("0" * 64, made.plan.segments)
+    forget(llm)
     with pytest.raises(ValueError, match="could not be loaded"):
-        llm.generate([broken], GREEDY)
+        llm.generate([made._replace(plan=other)], GREEDY)
     require_same(llm.answer([example], sampling=GREEDY), engine, [example], "naive")
 
 

@@ -179,6 +179,10 @@ def test_raw_requests_are_guarded_too(server):
     assert refused.status_code == 400
     assert "prompt_logprobs cannot" in refused.text
     assert httpx.post(url, json=asked, timeout=60).status_code == 500  # its chunks are missing
+    plan["blocktune"]["segments"] = [9]
+    refused = httpx.post(url, json=asked, timeout=60)
+    assert refused.status_code == 400
+    assert "longer prompt" in refused.text
 
 
 def test_missing_chunks_are_encoded_by_a_follower(server, engines, env, store):

@@ -52,11 +52,10 @@ _LOOKS = {
     | {"selective-reconstruction": "s"},
     "pink": {"cacheblend": "^", "cacheblend-lmcache": "<", "cacheblend-paper": ">"}
     | {"cacheblend-lmcache-flash": "8"}
-    | {"cacheblend-pipelined": "v", "cacheblend-repo": "D", "r": "s"}
+    | {"cacheblend-repo": "D"}
     | {"droidspeak": "p", "droidspeak-clc": "h"},
-    "orange": {"epic": "P", "link0": "X", "cache-craft": "d", "s": "o", "s+p": "s"},
-    "sky": {"recompute-aware": "p", "dual-mode": "d", "ape": "h", "sel": "o", "psr": "*"}
-    | {"p+s+r": "^"},
+    "orange": {"epic": "P", "link0": "X", "cache-craft": "d", "s+p": "s"},
+    "sky": {"recompute-aware": "p", "dual-mode": "d", "ape": "h", "sel": "o", "psr": "*"},
 }
 METHODS = {name: (colour, m) for colour, own in _LOOKS.items() for name, m in own.items()}
 """Colour and marker of each method, the same in every picture."""

@@ -90,12 +90,6 @@ class FuzzyLoader(ChunkLoader):
         kv = make()
         return Lookup(kv, "memory", kv.num_bytes, 0.0, 0.0)
 
-    def start(self) -> None: ...
-
-    def done(self, row_layers: int, compute_s: float) -> None: ...
-
-    def __exit__(self, *exception) -> None: ...
-
 
 @register("semsharekv")
 class SemShareKV(Method):

@@ -258,20 +258,17 @@ class Sel(Method):
         return TopChunks(chunks=self.chunks, aggregation=self.aggregation)
 
 
-@register("r")
-class R(Method):
-    """PSR's ablation R: recomputes the tokens whose keys deviate most, and nothing else."""
+@register("s+p")
+class SP(_Scale, Link0):
+    """PSR's ablation S+P: encodes chunks after blanks and scales attention to them.
 
-    source: ClassVar[str] = "https://arxiv.org/abs/2603.20218"
-    ratio: float = 0.15
-    check_layer: int = 1
-
-    def select(self) -> Selection:
-        return Deviation(ratio=self.ratio, check_layer=self.check_layer)
+    The study describes it as Link0 with APE; chunks follow one another, as everywhere in it. Its
+    other ablations are other methods: S is ``link0``, R ``cacheblend``, P+S+R ``psr``.
+    """
 
 
 @register("psr")
-class Psr(_Scale, R, Link0):
+class Psr(SP):
     """Combines blanks before chunks, recomputation by key deviation, and scaled attention.
 
     Recomputed tokens are not scaled, and attend to reused ones scaled, as the question does. The
@@ -279,23 +276,8 @@ class Psr(_Scale, R, Link0):
     here are one blank, and the temperature and scale of APE's code.
     """
 
+    ratio: float = 0.15
+    check_layer: int = 1
 
-@register("p+s+r")
-class Whole(Psr):
-    """PSR under the name that it has among its own ablations: blanks, scale and recompute."""
-
-
-@register("s")
-class S(Link0):
-    """PSR's ablation S: encodes chunks after blanks that are then dropped, and nothing else.
-
-    The study calls this part S and says that it equals Link0, although it is P in the full name.
-    """
-
-
-@register("s+p")
-class SP(_Scale, Link0):
-    """PSR's ablation S+P: encodes chunks after blanks and scales attention to them.
-
-    The study describes it as Link0 with APE; chunks follow one another, as everywhere in it.
-    """
+    def select(self) -> Selection:
+        return Deviation(ratio=self.ratio, check_layer=self.check_layer)
