@@ -53,6 +53,7 @@ def replay(
     from blocktune.cache.config import parse_bytes
     from blocktune.cache.ledger import POLICIES
     from blocktune.files import replace_json
+    from blocktune.provenance import provenance
     from blocktune.tables import Table
 
     costs = played.Costs(token_bytes=token_bytes, token_s=token_us / 1e6)
@@ -67,6 +68,7 @@ def replay(
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
         points = {share: played.break_even(share, costs=costs) for share in (0.0, 0.15)}
+        found["provenance"] = provenance()
         found["break_even"] = {s: [p._asdict() for p in line] for s, line in points.items()}
         replace_json(output / "replay.json", found)
         played.plot_replay(outcomes, output / "replay.png")
