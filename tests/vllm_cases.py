@@ -15,6 +15,7 @@ from blocktune.prompt import LayoutSpec, PromptFormat
 TINY = "data/tiny"
 SMALL = {"enforce_eager": True, "max_model_len": 1024, "block_size": 32, "max_num_seqs": 8}
 SMALL |= {"distributed_executor_backend": "uni", "disable_log_stats": False, "dtype": "float32"}
+SMALL |= {"num_gpu_blocks_override": 256}  # eight prompts; a GB of zeros takes a second to write
 """Options of vLLM on a CPU."""
 
 

@@ -50,6 +50,9 @@ def serve(
     allowed = os.environ.get("VLLM_PLUGINS")
     names = known if allowed is None else {*allowed.split(","), "blocktune"}
     os.environ["VLLM_PLUGINS"] = ",".join(sorted(names))
+    if not any(one.startswith(("--kv-cache-memory", "--gpu-memory")) for one in options):
+        # On a CPU vLLM would take most of the machine's memory, and not start if that is used.
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
     first = next(iter(clients.values()), base).fingerprint
     loras = {name: one.lora for name, one in clients.items() if one.lora is not None}
     folders = {name: str(one.adapter) for name, one in clients.items()}

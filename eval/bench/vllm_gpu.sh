@@ -2,7 +2,7 @@
 # The vLLM connector on CUDA: its tests, then `blocktune bench vllm`. Needs vLLM (VLLM_VENV).
 # Proven on CPUs only so far; unproven until this has run: CUDA paged layouts (FlashAttention,
 # FlashInfer, Triton), the V2 model runner, CUDA graphs, loads on a stream of their own and the
-# forward pass that waits for their layers, speed.
+# forward pass that waits for their layers, vLLM's rotary kernel with tables in float32, speed.
 #
 #   VLLM_VENV=/opt/vllm bash eval/bench/vllm_gpu.sh [OUTPUT.json]
 set -euo pipefail

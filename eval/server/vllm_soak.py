@@ -80,7 +80,7 @@ def main() -> int:
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     memory, wrong, counts = [], [], {True: 0, False: 0}
     try:
-        client = httpx.Client(base_url=f"http://127.0.0.1:{PORT}", timeout=60)
+        client = httpx.Client(base_url=f"http://127.0.0.1:{PORT}", timeout=300)
         while True:
             assert server.poll() is None, "the server has stopped"
             try:

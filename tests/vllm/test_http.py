@@ -163,6 +163,8 @@ def test_a_request_without_documents_is_vllms(server):
         ({"blocktune": {"strange": 1}}, 400, "strange"),
         ({"model": "other"}, 404, "no model 'other'"),
         ({"documents": ["x " * 2000]}, 400, "context holds"),
+        ({"documents": ["x", " "]}, 400, "documents[1]"),
+        ({"max_tokens": 1000}, 400, "context"),
     ],
 )
 def test_mistakes_are_one_line(server, more, status, reason):
