@@ -210,6 +210,18 @@ def test_a_remote_out_of_reach_costs_one_wait_and_one_line(kind, silent, servers
     assert f"the store '{url}'" in record.getMessage()
 
 
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("foo://x/y", r"no store opens there \(Protocol not known: foo\); name a folder, valkey:"),
+        ("valkey://127.0.0.1:1/0", r"cannot read the store 'valkey://127.0.0.1:1/0': Connection"),
+    ],
+)
+def test_looking_into_what_does_not_open_says_what_and_why(place, message):
+    with pytest.raises(ValueError, match=message):
+        Shelf.open(place)
+
+
 def test_a_url_never_shows_its_password():
     blobs = open_remote("valkey://user:hidden@host:1/0")
     assert "hidden" not in blobs.place + blobs.name(KEYS[0])

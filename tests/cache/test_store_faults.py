@@ -241,6 +241,13 @@ def test_foreign_files_are_not_counted_and_stay(tmp_path):
     assert all(file.read_text() == "text" for file in foreign)
 
 
+def test_a_file_in_the_folders_place_is_no_store_and_holds_nothing(tmp_path):
+    (tmp_path / "st").write_text("mine")
+    assert list(ChunkFolder(tmp_path / "st").keys()) == []
+    with pytest.raises(ValueError, match=r"cannot use '.*st' as a chunk store: File exists; name"):
+        ChunkStore(0, tmp_path / "st")
+
+
 def test_hundreds_of_damaged_files_are_one_line(tmp_path, caplog):
     chunks = [made_chunk(2, seed=seed, shapes=((1, 2),)) for seed in range(300)]
     keys = [chunk_key(MODEL, kv.token_ids) for kv in chunks]
