@@ -9,7 +9,7 @@ EXTRAS ?= train,eval,dev
 # look for it on, e.g. PyTorch's index of CPU-only wheels; empty means pip's own configuration.
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
-# Test processes; the tests marked `alone` run by themselves.
+# Test processes.
 JOBS ?= 2
 
 BIN := $(VENV)/bin
@@ -53,13 +53,12 @@ $(STAMP): pyproject.toml constraints.txt | python
 	$(PIP) --no-deps kvpress  # for the tests of presses; it pins an older transformers
 	touch $@
 
-demo: setup ## fine-tune two adapters, answer with every method; then a real model (12 minutes, 2 cores)
+demo: setup ## fine-tune two adapters, answer with every method; then a real model (10 minutes, 2 cores)
 	$(RUN) $(BIN)/python recipes/demo.py
 	$(RUN) $(BIN)/python recipes/demo_smollm2.py
 
-test: setup ## the whole suite, offline: first what needs the machine to itself, then the rest
-	$(PYTEST) -m alone; alone=$$?; \
-	OMP_NUM_THREADS=1 $(PYTEST) -m "not alone" -n $(JOBS) && exit $$alone
+test: setup ## the whole suite, offline, the longest tests first
+	OMP_NUM_THREADS=1 $(PYTEST) -n $(JOBS) --dist worksteal
 
 # vLLM pins other versions than ours, so it has an environment of its own. On a CPU it is a third
 # party's build, whose torchvision and torchaudio stop transformers from starting. An environment

@@ -37,6 +37,11 @@ def tokenizer():
     return build_tokenizer()
 
 
+def pytest_collection_modifyitems(items):
+    """The longest tests first: one process works through them while the others take the rest."""
+    items.sort(key=lambda item: item.get_closest_marker("alone") is None)
+
+
 def pytest_runtest_setup(item):
     on_cuda = item.config.getoption("--gpu-tests-on") == "cuda"
     if item.get_closest_marker("gpu") and on_cuda and not has_gpu():

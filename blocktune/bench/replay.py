@@ -119,13 +119,13 @@ def break_even(
     the method computes again; each point has ``requests`` of ``chunks`` of ``tokens`` tokens.
     """
     found = []
-    for step in range(10):  # without any new chunk a request would be one chunk
-        novel = 1 - step / 10
-        totals = [0.0, 0.0, 0.0]
+    for step in range(11):
+        totals, counts = [0.0, 0.0, 0.0], [0, 0]
         seen: set[str] = set()
         prefixes: set[tuple[str, ...]] = set()
         draw = random.Random(seed)
-        for request in zipf_requests(requests, chunks, novel, seed=seed):
+        novel = 1 - step / 10
+        for request in zipf_requests(requests, chunks, novel, seed=seed, catalogue=requests):
             keys = [use.key for use in request]
             draw.shuffle(keys)
             whole = costs.encode_s(len(keys) * tokens)
@@ -135,11 +135,12 @@ def break_even(
             totals[0] += whole
             totals[1] += whole - costs.encode_s(shared * tokens) + costs.load_s(shared * tokens)
             hits = len(seen.intersection(keys))
+            counts = [counts[0] + hits, counts[1] + len(keys)]
             totals[2] += (len(keys) - hits) * costs.encode_s(tokens)
             totals[2] += costs.load_s(hits * tokens) + recompute * whole
             seen.update(keys)
             prefixes.update(tuple(keys[:n]) for n in range(1, len(keys) + 1))
-        found.append(BreakEven(1 - novel, *(total / requests for total in totals)))
+        found.append(BreakEven(counts[0] / counts[1], *(total / requests for total in totals)))
     return found
 
 
@@ -152,6 +153,7 @@ def plot_replay(outcomes: Sequence[Outcome], path: Path) -> Path:
     from blocktune.evaluation.report import style
 
     largest = max(outcome.budget for outcome in outcomes)
+    ticks = sorted({outcome.budget / 1e9 for outcome in outcomes})
 
     def draw(figure, ground) -> None:
         axes, ends = figure.subplots(1, 3), {}
@@ -166,8 +168,11 @@ def plot_replay(outcomes: Sequence[Outcome], path: Path) -> Path:
         titles = ("Hits", "Encoding time saved", f"Hits at {largest / 1e9:.3g} GB")
         for axis, title in zip(axes, titles, strict=True):
             axis.set(title=title, ylim=(0, None), xlabel="budget, GB", xscale="log")
+            axis.set_xticks(ticks, [f"{tick:.{1 if tick < 10 else 0}f}" for tick in ticks])
+            axis.minorticks_off()
             style.as_share(axis.yaxis)
         axes[2].set(xlabel="tenth of the trace", xscale="linear", xlim=(1, WINDOWS))
+        axes[2].set_xticks(range(1, WINDOWS + 1))
         style.label_ends(axes[2], ends)
 
     return style.to_png(draw, path, height=3.0, width=9.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -91,20 +91,27 @@ def usage_of(engine: Engine, pieces: Pieces, method: Method) -> Usage:
     return engine.start([pieces], method).answers(Sampling(), 1, (0,))[0].usage
 
 
+WARM_S = 3.0
+"""A work of this many seconds or more needs no round to warm up."""
+
+
 def take_turns(works: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
     """Seconds of every round, by name: in turn, so that other load affects all works alike.
 
-    The first round warms up and does not count. A work may return its own seconds as a float.
+    The first round warms up and does not count, but of a work that takes longer than `WARM_S` it
+    does: there is nothing to warm up. A work may return its own seconds as a float.
     """
     times: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(repeats + 1):
         for name, work in works.items():
+            if len(times[name]) == repeats:
+                continue
             gc.collect()
             gc.freeze()  # the next collection looks at new objects only
             start = time.perf_counter()
             own = work()
             seconds = own if isinstance(own, float) else time.perf_counter() - start
-            if turn:
+            if turn or seconds > WARM_S:
                 times[name].append(seconds)
     gc.unfreeze()
     return times
@@ -176,24 +183,17 @@ def bench_reuse(bench: ReuseBench | None = None) -> dict[str, Any]:
         times = take_turns(works, bench.repeats)
         copy, matmul = copy_rate(bench.repeats), matmul_rate(bench.repeats)
     times["full"] = list(map(min, times["full_engine"], times["full_stock"]))
+    over = {name: spread(ratios(times, *name.split("_over_"))) for name in TARGETS}
     return {
-        **_compared(times, TARGETS),
+        **{name: one["median"] for name, one in over.items()},
+        "spread": over,
+        "seconds": {name: spread(values) for name, values in times.items()},
         "targets": TARGETS,
         "bytes_per_s_copied": copy,
         "flops_per_s_matmul": matmul,
         "cost": {name: _cost(usage, copy, matmul) for name, usage in usages.items()},
         "setting": {**asdict(bench), "dtype": "float32"},
         **provenance(bench.seed),
-    }
-
-
-def _compared(times: Mapping[str, list[float]], names: Iterable[str]) -> dict[str, Any]:
-    """Medians of the ratios that are named ``A_over_B``, their spread, and that of the seconds."""
-    found = {name: spread(ratios(times, *name.split("_over_"))) for name in names}
-    return {
-        **{name: over["median"] for name, over in found.items()},
-        "spread": found,
-        "seconds": {name: spread(values) for name, values in times.items()},
     }
 
 

@@ -34,24 +34,31 @@ Request = tuple[Use, ...]
 
 
 def zipf_requests(
-    count: int = 10_000, chunks: int = 10, novel: float = 0.3, exponent: float = 0.9, seed: int = 0
+    count: int = 10_000,
+    chunks: int = 10,
+    novel: float = 0.3,
+    exponent: float = 0.9,
+    seed: int = 0,
+    catalogue: int = 10_000,
 ) -> Iterator[Request]:
     """Sustained novelty: chunks that recur by a Zipf law among ever new ones.
 
-    A chunk of a request is new with probability ``novel``; else one of those seen before, the
-    ``n``-th oldest with weight ``n ** -exponent``. Lengths are 64 to 2,048 tokens, in octaves, so
-    that chunks differ in what encoding them saves per byte.
+    A chunk of a request is new with probability ``novel``, and never comes back; else it is the
+    ``n``-th of a ``catalogue`` with weight ``n ** -exponent``. Lengths are 64 to 2,048 tokens, in
+    octaves, so that chunks differ in what encoding them saves per byte.
     """
-    draw, seen = random.Random(seed), []
+    draw = random.Random(seed)
+    sizes = [2 ** draw.randrange(6, 12) for _ in range(catalogue)]
     for _ in range(count):
-        uses = []
-        for _ in range(chunks):
-            if not seen or draw.random() < novel:
-                seen.append(Use(f"drawn {len(seen)}", 2 ** draw.randrange(6, 12)))
-                uses.append(seen[-1])
+        uses = {}
+        while len(uses) < chunks:
+            number = len(sizes)
+            if draw.random() < novel:
+                sizes.append(2 ** draw.randrange(6, 12))
             else:
-                uses.append(seen[_rank(draw, len(seen), exponent) - 1])
-        yield tuple(dict.fromkeys(uses))
+                number = _rank(draw, catalogue, exponent) - 1
+            uses[number] = Use(f"drawn {number}", sizes[number])
+        yield tuple(uses.values())
 
 
 def read_requests(path: str | Path, limit: int | None = None, seed: int = 0) -> list[Request]:

@@ -306,13 +306,19 @@ def pack_chunk(
     return save(tensors, metadata=header | {"checksum": _digest(header)} | signed)
 
 
+class _Unreadable(ValueError):
+    """Said once, however many calls it passes."""
+
+
 @contextmanager
 def _readable() -> Iterator[None]:
     """One kind of error for whatever a damaged file makes the libraries raise."""
     try:
         yield
+    except _Unreadable:
+        raise
     except (OSError, LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise ValueError(f"unreadable ({error})") from None
+        raise _Unreadable(f"unreadable ({error})") from None
 
 
 def _header(key: str, entry: Entry, tensors: dict[str, Tensor]) -> dict[str, str]:

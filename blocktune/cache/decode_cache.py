@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -46,11 +47,13 @@ class DecodeCache:
             raise ValueError("decode cache 'offloaded' moves keys off a GPU, and there is none")
         self.layer()
 
-    def layer(self) -> CacheLayerMixin:
-        """An empty layer of transformers."""
+    def layer(self, *dims: int) -> CacheLayerMixin:
+        """An empty layer of transformers, for keys and values of heads of ``dims`` dimensions."""
+        grouped = self.kind in ("quanto", "hqq")
+        options = {"q_group_size": math.gcd(64, *dims)} if grouped else {}
         try:
             cls = getattr(cache_utils, LAYERS[self.kind])
-            return cls(self.window) if self.window else cls()
+            return cls(self.window) if self.window else cls(**options)
         except (AttributeError, ImportError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"decode cache '{self.kind}' cannot be used here: {reason}") from None
@@ -70,7 +73,9 @@ class DecodingCache(Cache):
                 "a sliding decode cache holds one prompt, by a method without a reshape; use a "
                 "batch size of 1 and another method"
             )
-        layers = [how.layer() for _ in rows.layers]
+        pairs = [(layer.keys, layer.values) for layer in rows.layers]
+        layers = [how.layer(*(states.shape[-1] for states in pair)) for pair in pairs]
+        del pairs
         super().__init__(layers=layers, offloading=how.kind == "offloaded")
         self.num_columns, self.window = rows.num_columns, how.window
         self._bytes = [rows.bytes_per_column(index) for index in range(len(layers))]

@@ -220,7 +220,7 @@ class ChunkFolder(Blobs):
             if path != self.path and not stat.S_ISDIR(os.lstat(path).st_mode):
                 return []
             return sorted(os.scandir(path), key=lambda entry: entry.name)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
 
 

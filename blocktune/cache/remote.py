@@ -59,9 +59,14 @@ class FsspecBlobs(Blobs):
         if urlsplit(url).scheme in ("s3", "s3a"):
             times = {"connect_timeout": timeout_s, "read_timeout": timeout_s}
             options["config_kwargs"] = times | {"retries": {"max_attempts": 1}}
-        self._fs, self._root = fsspec.core.url_to_fs(
-            url, use_listings_cache=False, skip_instance_cache=True, **options
-        )
+        options |= {"use_listings_cache": False, "skip_instance_cache": True}
+        try:
+            self._fs, self._root = fsspec.core.url_to_fs(url, **options)
+        except ValueError as error:
+            raise ValueError(
+                f"no store opens there ({error}); name a folder, valkey://HOST:PORT/DB or what "
+                "fsspec opens, such as s3://BUCKET/PREFIX"
+            ) from None
         self._async = getattr(self._fs, "async_impl", False)
 
     def open(self, key: str) -> Bytes:

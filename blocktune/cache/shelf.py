@@ -86,7 +86,12 @@ class Shelf:
         if config.folder is None and config.remote is None:
             raise ValueError(f"'{place}' names no folder and no URL")
         if config.folder is None:
-            return cls(open_remote(config.remote, secret))
+            remote = open_remote(config.remote, secret)
+            try:
+                remote.fingerprints()
+            except OSError as error:
+                raise ValueError(f"cannot read the store '{remote.place}': {error}") from None
+            return cls(remote)
         folder = ChunkFolder(config.folder, secret)
         if make:
             folder.prepare()

@@ -207,7 +207,7 @@ def report_store(store: ChunkStore, held: bool) -> None:
     store.flush()
     stats = store.stats()
     line = f"{stats.disk_hits:,} chunks read from {store.place}, {stats.misses:,} encoded now"
-    if held and stats.misses and not stats.disk_hits:
+    if held and stats.misses > stats.rejected and not stats.disk_hits:
         line += (
             "; the chunks in it are other passages, or of another model, adapter, dtype, "
             "quantisation or wording"

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from typer import Option
 
 from blocktune.commands import app, command
 from blocktune.commands import options as opt
+
+if TYPE_CHECKING:
+    from blocktune.tables import Table
 
 
 @command(
@@ -49,6 +53,7 @@ def replay(
     from blocktune.cache.config import parse_bytes
     from blocktune.cache.ledger import POLICIES
     from blocktune.files import replace_json
+    from blocktune.provenance import provenance
     from blocktune.tables import Table
 
     costs = played.Costs(token_bytes=token_bytes, token_s=token_us / 1e6)
@@ -63,6 +68,7 @@ def replay(
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
         points = {share: played.break_even(share, costs=costs) for share in (0.0, 0.15)}
+        found["provenance"] = provenance()
         found["break_even"] = {s: [p._asdict() for p in line] for s, line in points.items()}
         replace_json(output / "replay.json", found)
         played.plot_replay(outcomes, output / "replay.png")
@@ -150,21 +156,15 @@ def ttft(
 ) -> None:
     """Time first tokens with all chunks cached, in parts beside their limits, and in full."""
     from blocktune.bench.ttft import bench_ttft, draw_ttft, table
-    from blocktune.files import replace_json
 
     if not all(part.strip().isdecimal() for part in tokens.split(",")):
         raise ValueError(f"--tokens must be lengths such as 512,8192, got '{tokens}'")
     lengths = [int(part) for part in tokens.split(",")]
     engine = opt.load_engine(model, adapter, None, dtype, device)
     found = bench_ttft(engine, lengths, chunk=chunk, repeats=repeats, num_threads=threads)
-    if output is not None:
-        replace_json(output, found)
     if picture is not None:
         draw_ttft(found, picture)
-    if as_json:
-        typer.echo(json.dumps(found, indent=2))
-    else:
-        table(found).show()
+    _show(found, as_json, output, table)
 
 
 @command(
@@ -203,12 +203,18 @@ def vllm(tiny: Tiny = False, output: Output = None, as_json: opt.AsJson = False)
     _show(bench_vllm(TINY if tiny else VllmBench()), as_json, output)
 
 
-def _show(found: dict, as_json: bool, output: Path | None) -> None:
+def _show(
+    found: dict, as_json: bool, output: Path | None, table: Callable[[dict], Table] | None = None
+) -> None:
+    """Prints what was found: as JSON, in the table made of it, or in lines."""
     from blocktune.files import replace_json
 
     if output is not None:
         replace_json(output, found)
-    typer.echo(json.dumps(found, indent=2) if as_json else "\n".join(_lines(found)))
+    if table is not None and not as_json:
+        table(found).show()
+    else:
+        typer.echo(json.dumps(found, indent=2) if as_json else "\n".join(_lines(found)))
 
 
 def _lines(found: dict, indent: str = "") -> list[str]:

@@ -265,30 +265,23 @@ class Generation(ServedBatch):
 
     def usages(self, made: list[tuple[int, ...]]) -> list[Usage]:
         """What answers of these tokens cost, one of each prompt."""
-        computed = self.prefill.layer_tokens(self.state.num_layers).tolist()
-        probed = self.prefill.probed().tolist()
-        flops = sum(executed.flops() for executed in self.executed).tolist()
-        written = self.prefill.bytes_written(self.cache).tolist()
-        prompt = (self.columns.kind != Kind.PAD).sum(1).tolist()
-        context = self.batch.layout.is_context.sum(1).tolist()
-        ttft, found = Ttft(**self.watch.seconds), self.assembled
-        entropy = [None] * len(prompt) if self.reshaping is None else self.reshaping.query_entropy()
-        return [
-            Usage(
-                prompt_tokens=prompt[index],
-                context_tokens=context[index],
-                layer_tokens=tuple(computed[index]),
-                probed_tokens=probed[index],
-                flops=flops[index],
-                bytes_read=found.bytes_read[index],
-                bytes_moved=2 * found.bytes_read[index] + written[index],
-                chunk_hits=found.hits[index],
-                chunk_misses=found.misses[index],
-                answer_tokens=len(ids),
-                ttft=ttft,
-                query_entropy=entropy[index],
-                prefix_tokens=found.prefix_tokens[index],
-                prefix_disk_tokens=found.prefix_disk_tokens[index],
-            )
-            for index, ids in enumerate(made)
-        ]
+        found, layout = self.assembled, self.batch.layout
+        moved = zip(found.bytes_read, self.prefill.bytes_written(self.cache).tolist(), strict=True)
+        reshaping, ttft = self.reshaping, Ttft(**self.watch.seconds)
+        each = {
+            "prompt_tokens": (self.columns.kind != Kind.PAD).sum(1).tolist(),
+            "context_tokens": layout.is_context.sum(1).tolist(),
+            "layer_tokens": map(tuple, self.prefill.layer_tokens(self.state.num_layers).tolist()),
+            "probed_tokens": self.prefill.probed().tolist(),
+            "flops": sum(executed.flops() for executed in self.executed).tolist(),
+            "bytes_read": found.bytes_read,
+            "bytes_moved": [2 * read + written for read, written in moved],
+            "chunk_hits": found.hits,
+            "chunk_misses": found.misses,
+            "answer_tokens": map(len, made),
+            "query_entropy": reshaping.query_entropy() if reshaping else [None] * len(made),
+            "prefix_tokens": found.prefix_tokens,
+            "prefix_disk_tokens": found.prefix_disk_tokens,
+        }
+        rows = zip(*each.values(), strict=True)
+        return [Usage(ttft=ttft, **dict(zip(each, row, strict=True))) for row in rows]

@@ -78,7 +78,6 @@ def run_suite(
     output: str | Path,
     *,
     command: list[str] | None = None,
-    console: Console | None = None,
     load: Load = load_engine,
     processes: Processes | None = None,
 ) -> dict[str, Any] | None:
@@ -91,7 +90,6 @@ def run_suite(
         suite: What to run.
         output: Folder for ``rows/<label>.jsonl``, ``ttft.json`` and ``results.json``.
         command: What the user typed, for the provenance; by default ``sys.argv``.
-        console: Where progress is shown; standard error by default.
         load: How weights are loaded.
         processes: Those that share the run; by default this one alone.
 
@@ -106,7 +104,7 @@ def run_suite(
     weights = ready.fingerprints()  # now: an adapter may be retrained during the run
     files = {spec.label: _open(ready, spec, output, processes) for spec in suite.methods}
     processes.wait()  # nobody writes before all have read
-    with progress_bars(console, shown=processes.is_main) as progress:
+    with progress_bars(shown=processes.is_main) as progress:
         _answer_all(ready, files, processes, progress)
         processes.wait()
         if not processes.is_main:
@@ -233,7 +231,7 @@ def _known_or(
     return found
 
 
-def progress_bars(console: Console | None, shown: bool = True) -> Progress:
+def progress_bars(console: Console | None = None, shown: bool = True) -> Progress:
     """Bars on standard error, or on ``console``; of several processes only one shows them."""
     done = (bars.TextColumn("{task.description}"), bars.BarColumn(), bars.MofNCompleteColumn())
     times = (bars.TimeElapsedColumn(), bars.TextColumn("left"), bars.TimeRemainingColumn())

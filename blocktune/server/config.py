@@ -39,7 +39,7 @@ class Limits:
     def __post_init__(self):
         for name, value in vars(self).items():
             if not value > 0:
-                raise ValueError(f"limit '{name}' must be positive, got {value}")
+                raise ValueError(f"'{name}' must be positive, got {value}")
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from blocktune.adapter.load import load_models
 from blocktune.cache import ChunkStore, PrefixTree
 from blocktune.cache.config import StoreConfig
 from blocktune.engine import Engine
+from blocktune.parsing import build_config
 from blocktune.server.config import Limits, ServerConfig
 from blocktune.server.middleware import hurried
 
@@ -63,17 +63,7 @@ def _short(source: str) -> str:
 
 def read_limits(pairs: list[str]) -> Limits:
     """Limits from ``name=value`` pairs; raises ValueError if a name or a value is wrong."""
-    known = {f.name: type(f.default) for f in fields(Limits)}
-    values = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals or key not in known:
-            raise ValueError(f"--limit must be name=value of {', '.join(known)}; got '{pair}'")
-        try:
-            values[key] = known[key](value)
-        except ValueError:
-            raise ValueError(f"--limit {key}: a number is wanted, got '{value}'") from None
-    return Limits(**values)
+    return build_config(Limits, dict(pair.partition("=")[::2] for pair in pairs), "--limit")
 
 
 def uvicorn_options(config: ServerConfig, drain_s: int) -> dict[str, Any]:

@@ -9,6 +9,7 @@ the whole prompt), and so are chunks for methods that load them layer by layer.
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import threading
 import time
@@ -38,6 +39,16 @@ from blocktune.server.job import (
     failure_of,
     late,
 )
+
+IDLE_S = 1.0
+"""Seconds without a request after which freed memory goes back to the system."""
+
+
+def give_back() -> None:
+    """Lets the C library return what it keeps of freed memory: of one large prompt, all of it."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)
 
 
 class Scheduler:
@@ -104,10 +115,11 @@ class Scheduler:
             self._before()
         while True:
             with self._wake:
-                while not (self.waiting or self.preparing or self.running):
-                    if self._stopping:
-                        return
-                    self._wake.wait()
+                if not self._wake.wait_for(self._is_called, IDLE_S):
+                    give_back()
+                    self._wake.wait_for(self._is_called)
+                if not self._has_work():
+                    return
                 over = self._give_up_waiting()
                 self._admit()
             for job in over:
@@ -115,6 +127,12 @@ class Scheduler:
             self._drop_ended()
             self._prepare_one()
             self._decode_all()
+
+    def _has_work(self) -> bool:
+        return bool(self.waiting or self.preparing or self.running)
+
+    def _is_called(self) -> bool:
+        return self._stopping or self._has_work()
 
     def _give_up_waiting(self) -> list[Job]:
         """Takes out of the queues what nobody waits for any more, or has waited too long."""

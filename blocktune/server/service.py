@@ -14,6 +14,7 @@ from blocktune.check import check_model
 from blocktune.engine import Engine, Sampling
 from blocktune.layout import Kind
 from blocktune.methods import Method, build, build_entry, default_method
+from blocktune.prompt.special_tokens import OWNER
 from blocktune.server.config import Quotas, ServerConfig, Tenant
 from blocktune.server.decoding import Settings
 from blocktune.server.front import (
@@ -147,7 +148,7 @@ class Service:
         Raises:
             ValueError: If the request cannot be answered; the line says why.
         """
-        served = self.model(body.model)
+        served = self._served(body, tenant)
         conversation = read_messages(body.messages)
         documents = [*(body.documents or ()), *conversation.documents]
         sources = self._sources(served, documents, [m.content for m in body.messages])
@@ -166,7 +167,7 @@ class Service:
         Raises:
             ValueError: If the request cannot be answered; the line says why.
         """
-        served = self.model(body.model)
+        served = self._served(body, tenant)
         sources = self._sources(served, body.documents or (), [body.prompt])
         method = self._method(served, body.blocktune, bool(sources))
         prompts = served.engine.prompts
@@ -182,9 +183,8 @@ class Service:
         Raises:
             ValueError: If one does not fit into the model's context, or there is no room to pin.
         """
-        served, limits = self.model(body.model), self.config.limits
-        sources = self._sources(served, body.documents, [])
-        engine = served.engine.salted(tenant.salt(body.cache_salt))
+        served, limits = self._served(body, tenant), self.config.limits
+        sources, engine = self._sources(served, body.documents, []), served.engine
         prefix, pieces = engine.prompts.encodable([source.chunk for source in sources])
         if body.pin:
             keys = {engine.state.encoder.key(piece): len(piece.ids) for piece in pieces}
@@ -231,6 +231,12 @@ class Service:
             max_model_len=served.engine.prompts.max_tokens,
             method=served.method.name,
         )
+
+    def _served(self, body: Decoding | ChunksRequest, tenant: Tenant) -> Served:
+        """A request's model, its caches and the memory of tokenised texts those of who asks."""
+        served, salt = self.model(body.model), tenant.salt(body.cache_salt)
+        OWNER.set(salt)  # each request is read in a context of its own
+        return served._replace(engine=served.engine.salted(salt))
 
     def _sources(
         self, served: Served, documents: Sequence[Any], texts: Iterable[Any]
@@ -293,7 +299,7 @@ class Service:
             warmth if warmth >= COLDEST else 0.0, body.top_k or 0, body.top_p or 1.0, body.seed
         )
         return Job(
-            served.engine.salted(tenant.salt(body.cache_salt)),
+            served.engine,
             method=method,
             pieces=pieces,
             prompt=prompt if method.history is None else None,

@@ -289,7 +289,8 @@ def attack(run: Run, server: psutil.Process, asked: argparse.Namespace) -> dict[
 
 
 def held(server: psutil.Process) -> dict[str, float]:
-    """Memory, open files and sockets of the server."""
+    """Memory, open files and sockets of the server when it has been idle for a while."""
+    time.sleep(3)
     return {
         "rss_mb": round(server.memory_info().rss / 1e6, 1),
         "files": server.num_fds(),

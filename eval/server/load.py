@@ -101,20 +101,6 @@ def encode(url: str, documents: list[tuple[str, str]]) -> None:
         httpx.post(f"{url}/v1/chunks", json={"documents": part}, timeout=3600).raise_for_status()
 
 
-def overhead_at(tokens: int, asked: argparse.Namespace, log: Path) -> dict[str, Any]:
-    """The overhead of warm requests of one size."""
-    chunk = min(asked.chunk_tokens, 512)
-    documents = corpus(asked.model, tokens // chunk, chunk, seed=1)
-    bodies = [one.body(1, asked.method[0]) for one in zipf(documents, 8, len(documents), 0.0)]
-    port = free_port()
-    with server(blocktune_command(asked.model, port), port, log) as (url, _):
-        encode(url, documents)
-        ask_all(url, bodies[:3], 1)
-        made, _ = ask_all(url, bodies[3:], 1)
-    wrong = [one.error for one in made if one.error]
-    return {"error": wrong[0]} if wrong else {"tokens": tokens, **own_numbers(made)}
-
-
 def ratios(own: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
     """Ours by the other's: below 1 is better for times, above 1 for requests a second."""
     names = ("ttft_s", "itl_s", "together_ttft_s", "together_itl_s", "requests_per_s")
@@ -143,7 +129,6 @@ def main() -> None:
     parser.add_argument("--power", type=float, default=1.2)
     parser.add_argument("--tokens", type=int, default=16, help="of an answer at most")
     parser.add_argument("--ahead", action="store_true", help="encode the corpus before asking")
-    parser.add_argument("--overhead", type=int, default=0, help="also measure at so many tokens")
     parser.add_argument("--peer", default=ROOM, help="options of transformers serve")
     parser.add_argument("--peer-requests", type=int, help="the first so many; 0: without it")
     parser.add_argument("--output", type=Path, required=True)
@@ -161,11 +146,9 @@ def main() -> None:
     for own in sides[: len(asked.method)]:
         others = sides[len(asked.method) :]
         made["ratios"][own["side"]] = {other["side"]: ratios(own, other) for other in others}
-    if asked.overhead:
-        made["overhead"] = overhead_at(asked.overhead, asked, log)
     asked.output.write_text(json.dumps(made, indent=1) + "\n")
     print(table(sides))
-    print(json.dumps(made["ratios"], indent=1), made.get("overhead", ""))
+    print(json.dumps(made["ratios"], indent=1))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from page_tables import chosen
 from states import Chosen, cumulative_of
@@ -20,7 +21,6 @@ from blocktune.evaluation.report.style import (
     label_points,
     mark,
     to_png,
-    whole_numbers,
     zoom,
     zoomed_start,
 )
@@ -56,7 +56,7 @@ def layers(results: Results, path: Path, methods: Sequence[str], what: str = "be
         if what == "beginnings":
             axes.axhline(own["first_share"], color=ground.ink, linestyle=":", linewidth=1)
             ends["by chance"] = own["first_share"], ground.ink
-        whole_numbers(axes.xaxis)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("layer")
         axes.set_title(LAYERED[what])
         axes.set_ylim(bottom=0)
@@ -82,8 +82,8 @@ def draw_overlap(shares: Sequence[Sequence[float]], path: Path, title: str, firs
         axes.grid(visible=False)
         reach = (first - 0.5, first + len(shares) - 0.5) * 2
         image = axes.imshow(shares, origin="lower", vmin=0, vmax=1, cmap="viridis", extent=reach)
-        whole_numbers(axes.xaxis)
-        whole_numbers(axes.yaxis)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("layer that is asked")
         axes.set_ylabel("layer that chose")
         axes.set_title(title)
@@ -129,7 +129,7 @@ def draw_deviation(chosen: Chosen, path: Path, title: str) -> Path:
         )
         for start in starts:
             axes.axvline(start - 0.5, color=ground.faint, linewidth=0.6)
-        whole_numbers(axes.yaxis)
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("tokens chosen in any layer, by place; lines: chunks begin")
         axes.set_ylabel("layer")
         axes.set_title(title)

@@ -88,11 +88,23 @@ def test_a_prompt_without_room_is_refused():
 
 
 def test_rounds_are_compared_within_and_the_first_is_not_counted():
-    seconds = iter([9.0, 9.0, 1.0, 2.0, 3.0, 4.0, 1.0, 4.0])
+    seconds = iter([2.5, 2.5, 1.0, 2.0, 3.0, 4.0, 1.0, 4.0])
     times = take_turns({"a": lambda: next(seconds), "b": lambda: next(seconds)}, 3)
     assert times == {"a": [1.0, 3.0, 1.0], "b": [2.0, 4.0, 4.0]}
     assert ratios(times, "a", "b") == [0.5, 0.75, 0.25]
     assert spread(times["a"]) == {"median": 1.0, "least": 1.0, "greatest": 3.0}
+
+
+def test_a_long_work_is_not_warmed_up():
+    calls = []
+
+    def work(name, seconds):
+        calls.append(name)
+        return seconds
+
+    times = take_turns({"long": lambda: work("long", 9.0), "short": lambda: work("short", 1.0)}, 2)
+    assert times == {"long": [9.0, 9.0], "short": [1.0, 1.0]}
+    assert calls == ["long", "short", "long", "short", "short"]
 
 
 def test_the_command_prints_them_and_writes_them(blocktune, found, tmp_path):  # noqa: F811

@@ -1,6 +1,7 @@
 """Decoding on transformers' own layers: quantised, in a window, offloaded."""
 
 import copy
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from tiny_llama import tiny_llama
 from transformers import LlamaForCausalLM
 from transformers.cache_utils import DynamicSlidingWindowLayer, Fp8QuantizedLayer
 
-from blocktune.cache.decode_cache import DecodeCache
+from blocktune.cache.decode_cache import LAYERS, DecodeCache
 from blocktune.engine import Engine
 from blocktune.methods import build
 
@@ -70,6 +71,18 @@ def test_eight_bits_take_a_quarter_and_stay_close(engine):
     assert 0 < error < 0.2
 
 
+@pytest.mark.parametrize(("kind", "package"), [("hqq", "hqq"), ("quanto", "optimum.quanto")])
+def test_four_bits_of_a_package_stay_close(engine, kind, package):
+    pytest.importorskip(package)
+    other = engine.decoding_on(kind)
+    run = other.start([other.prompts.pieces(ASK, build("naive"))], "naive")
+    plain = engine.start([engine.prompts.pieces(ASK, build("naive"))], "naive")
+    (_, logits), (_, wanted) = run.continued(1), plain.continued(1)
+    assert {type(layer).__name__ for layer in run.cache.layers} == {LAYERS[kind]}
+    assert 0 < (logits - wanted).norm() / wanted.norm() < 0.5
+    assert len(ids(other, count=200, method="naive")) > 0  # past the 128 tokens that stay whole
+
+
 def test_a_batch_of_both_lengths_decodes_as_alone(engine):
     for kind in ("fp8", "sliding:16"):
         other = engine.decoding_on(kind)
@@ -98,5 +111,6 @@ def test_what_is_not_there_is_refused_in_one_line():
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="moves keys off a GPU, and there is none"):
             DecodeCache("offloaded")
-    with pytest.raises(ValueError, match="decode cache 'hqq' cannot be used here: You need"):
-        DecodeCache("hqq")
+    if find_spec("hqq") is None:
+        with pytest.raises(ValueError, match="decode cache 'hqq' cannot be used here: You need"):
+            DecodeCache("hqq")

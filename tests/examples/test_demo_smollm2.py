@@ -49,3 +49,15 @@ def test_it_answers_twice_and_draws_the_wait(monkeypatch, tmp_path, capsys):
     assert demo.main() == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
+
+
+def test_without_a_network_it_is_left_out_in_one_line(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(demo, "OUTPUT", tmp_path)
+    for name, value in {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": "/dev/null"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.argv", ["demo"])
+    assert demo.main() == 0
+    error = capsys.readouterr().err
+    assert error.startswith("left out: ")
+    assert error.count("\n") == 1
+    assert demo.PACKAGE in error

@@ -382,6 +382,52 @@ def test_a_failure_is_of_one_request(client, monkeypatch):
     assert client.service.scheduler.kv_bytes == 0
 
 
+@pytest.mark.parametrize("when", ["prefill", "decoding"])
+def test_logits_that_are_no_numbers_fail_their_request(client, engine, monkeypatch, when):
+    head, calls = engine.model.lm_head.forward, []
+
+    def broken(hidden):
+        calls.append(hidden.shape[0])
+        return head(hidden) * (float("nan") if len(calls) > (when == "decoding") else 1.0)
+
+    client.post(CHAT, json=chat())
+    monkeypatch.setattr(engine.model.lm_head, "forward", broken)
+    for temperature in (0, 1):
+        calls.clear()
+        refused(client.post(CHAT, json=chat(temperature=temperature)), 500, "no numbers")
+    monkeypatch.undo()
+    assert client.post(CHAT, json=chat()).status_code == 200
+
+
+def test_token_ids_of_another_ones_texts_are_not_remembered(client, engine, monkeypatch):
+    """Else who sends a text could tell by the time whether somebody had sent it before."""
+    read, kind = [], type(engine.tokenizer)
+    real = kind.__call__
+
+    def seen(self, text, **options):
+        read.append(text)
+        return real(self, text, **options)
+
+    monkeypatch.setattr(kind, "__call__", seen)
+    for salt in ("one", "other", "one"):
+        client.post(CHAT, json=chat(documents=["The harbour was moved."], cache_salt=salt))
+    assert sum("The harbour was moved." in text for text in read) == 2
+
+
+def test_streamed_choices_have_their_own_texts_and_log_probabilities(client):
+    body = chat(n=3, temperature=3.0, seed=7, logprobs=True, top_logprobs=2)
+    whole = client.post(CHAT, json=body).json()["choices"]
+    lines = client.post(CHAT, json=body | {"stream": True}).text.split("\n\n")
+    parts = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    for index, one in enumerate(whole):
+        own = [c for part in parts for c in part["choices"] if c["index"] == index]
+        text = "".join(c["delta"].get("content", "") for c in own)
+        assert text == one["message"]["content"]
+        assert own[-1]["finish_reason"] == one["finish_reason"]
+        logs = [log["token"] for c in own if c["logprobs"] for log in c["logprobs"]["content"]]
+        assert logs == [log["token"] for log in one["logprobs"]["content"]]
+
+
 def test_ready_means_that_the_check_passed(serve, monkeypatch):
     client = serve(checked=True)
     wait_until(lambda: client.get("/ready").status_code == 200)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -162,45 +162,25 @@ def draw_results(results: Results, path: str | Path, title: str = "") -> Path:
     Left: the headline score by kind with 95 % intervals. Right: it against time to first token
     as a share of full prefill's or, where that was not measured, the recomputed share.
     """
-    methods = results["methods"]
+    methods, groups = results["methods"], groups_of(results["methods"])
     timed = all(m["ttft_over_full_prefill"] is not None for m in methods.values())
     cost = "ttft_over_full_prefill" if timed else "recompute_ratio"
-
-    def last(axes: Axes, ground: Ground) -> None:
-        _draw_costs(axes, ground, methods, cost)
-        axes.set_title("against cost: up and left is better")
-
     titles = {task["title"] for task in results["tasks"].values()}
     metric = "Score" if len(titles) > 1 else next(iter(titles)).replace("EM", "Exact match")
-    return draw_panels(methods, path, f"{metric}: {title}", last)
-
-
-def draw_panels(
-    methods: Mapping[str, Any],
-    path: str | Path,
-    title: str,
-    last: Callable[[Axes, Ground], None] | None = None,
-) -> Path:
-    """One panel for each group of questions, a row a method, as one PNG; returns its path.
-
-    ``methods`` are those of ``results.json``; ``last`` draws one more panel at the right.
-    """
-    groups = groups_of(methods)
 
     def draw(figure: Figure, ground: Ground) -> None:
-        widths = [1.0] * len(groups) + [1.9] * bool(last)
-        panels = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
-        for index, group in enumerate(groups):
-            draw_rows(panels[index], ground, methods, group)
+        widths = [1.0] * len(groups) + [1.9]
+        *panels, last = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
+        for index, (axes, group) in enumerate(zip(panels, groups, strict=True)):
+            draw_rows(axes, ground, methods, group)
             if index:
-                panels[index].set_yticklabels([])
-        figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
-        if last:
-            last(panels[-1], ground)
+                axes.set_yticklabels([])
+        figure.suptitle(f"{metric}: {title}", x=0.01, ha="left", fontsize=12, fontweight="bold")
+        _draw_costs(last, ground, methods, cost)
+        last.set_title("against cost: up and left is better")
 
-    width = 1.0 + 0.07 * max(map(len, methods)) + 2.2 * len(groups) + 3.6 * bool(last)
-    height = 1.3 + max(0.26 * len(methods), 2.4 * bool(last))
-    return style.to_png(draw, path, height, min(width, 15))
+    width = 4.6 + 0.07 * max(map(len, methods)) + 2.2 * len(groups)
+    return style.to_png(draw, path, 1.3 + max(0.26 * len(methods), 2.4), min(width, 15))
 
 
 def _points(

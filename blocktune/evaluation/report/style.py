@@ -135,11 +135,6 @@ def as_share(axis: Any) -> None:
     axis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
 
 
-def whole_numbers(axis: Any) -> None:
-    """Puts ticks of an axis at whole numbers only, such as layers."""
-    axis.set_major_locator(MaxNLocator(integer=True))
-
-
 def zoomed_start(values: Sequence[float]) -> float:
     """Where an axis of shares starts: the ten per cent below all ``values``, 0 if that is low."""
     start = math.floor(10 * min(values, default=0.0) - 0.1) / 10

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from blocktune.evaluation.report.charts import draw_results
-from blocktune.evaluation.runner import Processes, launched, run_suite
+from blocktune.evaluation.runner import launched, run_suite
 from blocktune.evaluation.stats.compare import power_notes
 from blocktune.evaluation.stats.results import RESULTS
 from blocktune.evaluation.suite import Suite
@@ -30,13 +30,12 @@ def run_and_show(
     output: Path,
     title: str,
     command: list[str] | None = None,
-    processes: Processes | None = None,
 ) -> dict[str, Any] | None:
     """Runs a suite, prints its table and draws its picture; for other arguments see `run_suite`.
 
     Returns the results; None in all processes but the main one.
     """
-    processes = processes or launched()
+    processes = launched()
     suite = processes.placed(suite)
     results = run_suite(suite, output, command=command, processes=processes)
     if results is None:

@@ -39,20 +39,17 @@ class PairedScores:
 
     Args:
         scores: Method -> one score in [0, 1] per question, ``(n,)``, n at least 1, in one order.
-        confidence: Coverage in (0, 1).
 
     Raises:
         ValueError: If there is no question, or methods differ in their number.
     """
 
-    def __init__(self, scores: Mapping[Hashable, ArrayLike], *, confidence: float = 1 - ALPHA):
-        if not 0 < confidence < 1:
-            raise ValueError(f"confidence must lie between 0 and 1, got {confidence}")
+    def __init__(self, scores: Mapping[Hashable, ArrayLike]):
         counts = {name: len(values) for name, values in scores.items()}
         if len(set(counts.values())) != 1 or 0 in counts.values():
             raise ValueError(f"paired scores need one number of questions, 1 or more, got {counts}")
         self._scores = {name: np.asarray(own, dtype=np.float64) for name, own in scores.items()}
-        self._z = NormalDist().inv_cdf((1 + confidence) / 2)
+        self._z = NormalDist().inv_cdf(1 - ALPHA / 2)
 
     def mean(self, name: Hashable) -> Interval:
         """A method's mean, in Wilson's interval.
