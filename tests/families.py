@@ -118,3 +118,20 @@ def windows(config) -> list[int | None]:
     uniform = window if config.model_type in ("mistral", "mixtral", "phi3") else None
     by_kind = {"sliding_attention": window, "full_attention": None, "uniform": uniform}
     return [by_kind[kind] for kind in kinds]
+
+
+def dealt(families, cases, every=3) -> list[tuple]:
+    """Pairs to test: all of `WHOLE`'s, of other families each ``every``-th case, in turn.
+
+    Every family meets a share of the cases and every case a share of the families.
+    """
+    return [
+        (family, case)
+        for at, family in enumerate(families)
+        for number, case in enumerate(cases)
+        if family in WHOLE or (at + number) % every == 0
+    ]
+
+
+WHOLE = ("llama", "mistral", "gemma3")
+"""No windows, windows alone, both with two frequencies: what choosing and placing meet."""

@@ -126,3 +126,11 @@ def test_heads_folded_into_rows_match_plain_attention():
     mask[..., 0] = True
     expected = plain_attention(*qkv, mask, AttentionParams(0.3))
     torch.testing.assert_close(folded_attention(*qkv, mask, AttentionParams(0.3)), expected)
+
+
+def test_rows_of_a_group_are_no_tail():
+    """They see their own group alone: the causal kernel would show them all before."""
+    query, key = case("all but a prefix")
+    assert find_tails(query, key)
+    query.group[0, 5] = 0
+    assert find_tails(query, key) == []

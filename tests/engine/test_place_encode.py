@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from engine.served import ASK, FORMAT, SHORT, dense_logits, engine_of, served_spans
-from families import FAMILIES, ROPES, build
+from families import FAMILIES, ROPES, build, dealt
 
 from blocktune.adapter import AdapterInfo
 from blocktune.attention import DensePlan
@@ -56,7 +56,7 @@ def made(changes: dict[str, Any], select: Selection | None = None) -> Made:
     return Made(tuple(changes.items()), select or Nothing())
 
 
-@pytest.fixture(params=MODELS)
+@pytest.fixture
 def engine(request, tokenizer):
     config = MODELS[request.param]()
     if request.param == "mistral":  # all layers slide: the last row must still reach a seam
@@ -75,7 +75,7 @@ def wrapping_engine(config, tokenizer, layout=WRAPPED) -> Engine:
     return Engine(model, tokenizer, adapter=info)
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize(("engine", "name"), dealt(MODELS, SPECS), indirect=["engine"])
 def test_served_logits_match_one_dense_forward(engine, name):
     plain = dense_logits(engine, ASK, made({}))
     for select in (Nothing(), FirstK(k=3)):
@@ -85,7 +85,7 @@ def test_served_logits_match_one_dense_forward(engine, name):
         assert (served - plain).abs().max() > 10 * TOLERANCE["atol"]
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize(("engine", "name"), dealt(MODELS, SPECS), indirect=["engine"])
 def test_everything_fresh_matches_full_attention_at_the_same_positions(engine, name):
     method = made(SPECS[name], Everything())
     served = engine.next_logits([ASK], method)[0]

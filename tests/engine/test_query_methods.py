@@ -14,6 +14,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repea
 from blocktune.engine.batch_prefill import prefill_batch
 from blocktune.layout import Kind
 from blocktune.methods import Selection, build, compose
+from blocktune.methods.repair.base import Residual
+from blocktune.methods.repair.mean_shift import MeanShift
 from blocktune.positions import LayerRope, relocate_keys
 
 LAYERS = 3
@@ -328,6 +330,16 @@ def test_a_repair_without_a_comparison_gives_every_token_the_whole_mean(engine):
             mean = (new[:, probes] - old[:, probes]).mean(1, keepdim=True)
             assert mean.abs().max() > 1e-3
             torch.testing.assert_close(repaired[:, rest], old[:, rest] + mean, rtol=0, atol=1e-5)
+
+
+def test_a_token_that_barely_deviates_moves_by_that_share_of_the_mean():
+    """A chunk of four, the last recomputed with a change of 2; the others deviate by these."""
+    change = torch.zeros(1, 1, 4, 1)
+    change[0, 0, 3] = 2.0
+    recomputed = torch.tensor([[False, False, False, True]])
+    deviation = torch.tensor([[0.25, 1.0, 3.0, 4.0]])
+    seen = Residual(change, recomputed, ~recomputed, torch.zeros(1, 4, dtype=int), deviation)
+    assert MeanShift(share=0.25).offset(seen)[0, 0, :, 0].tolist() == [0.5, 2.0, 2.0, 2.0]
 
 
 def test_a_repaired_context_is_a_stock_cache(engine):

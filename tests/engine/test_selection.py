@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from engine.served import ASK, FOREVER, FORMAT, SHORT, dense_logits, engine_of, served_spans
-from families import FAMILIES
+from families import FAMILIES, dealt
 from families import build as model_of
 
 from blocktune.engine import Engine
@@ -90,10 +90,12 @@ def deep(family: str, layers: int = 4):
 
 
 def label(value) -> str:
+    if isinstance(value, Selection):
+        return type(value).__name__
     return getattr(value, "name", None) or str(value)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module")
 def engine(request, tokenizer):
     return engine_of(deep(request.param), tokenizer)
 
@@ -103,7 +105,13 @@ def llama(tokenizer):
     return engine_of(deep("llama"), tokenizer)
 
 
-@pytest.mark.parametrize("method", METHODS, ids=label)
+@pytest.mark.parametrize(
+    ("engine", "method"),
+    dealt(FAMILIES, METHODS),
+    ids=label,
+    indirect=["engine"],
+    scope="module",
+)
 def test_served_logits_match_one_dense_forward(engine, method):
     served, spans = served_spans(engine, ASK, method)
     torch.testing.assert_close(served, dense_logits(engine, ASK, method, spans), **TOLERANCE)
@@ -114,7 +122,13 @@ def test_served_logits_match_one_dense_forward(engine, method):
     assert moved > 10 * TOLERANCE["atol"]
 
 
-@pytest.mark.parametrize("selector", SELECTORS, ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize(
+    ("engine", "selector"),
+    dealt(FAMILIES, SELECTORS),
+    ids=label,
+    indirect=["engine"],
+    scope="module",
+)
 def test_the_whole_budget_is_a_full_prefill_and_none_is_plain_reuse(engine, selector):
     everything, nothing = (Chooses(selector.with_budget(ratio)) for ratio in (1.0, 0.0))
     full, naive = (engine.next_logits([ASK], name) for name in ("full-prefill", "naive"))

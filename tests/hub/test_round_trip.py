@@ -33,19 +33,19 @@ def test_a_run_pushes_itself_and_its_card_works(tmp_path):
         assert "license: mit" in card
 
         snippet = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
-        came = python(hub, tmp_path / "elsewhere", "-c", snippet)
-        assert came.returncode == 0, came.stderr
         typed = re.search(r"```bash\n(blocktune .*?)```", card, re.DOTALL)[1]
         words = shlex.split(typed.replace("\\\n", " "))[1:]
-        told = blocktune(hub, tmp_path / "elsewhere", *words, "--json")
-        assert told.returncode == 0, told.stderr
+        both = f"{snippet}\nfrom blocktune.cli import app\nprint('---')\napp({[*words, '--json']})"
+        done = python(hub, tmp_path / "elsewhere", "-c", both)
+        assert done.returncode == 0, done.stderr
+        came, told = done.stdout.split("---\n")
         assert hub.unknown == []
     here = Engine.from_pretrained(str(tmp_path / "base"), tmp_path / "out")
     chunks = (Chunk("Anna was born in Kirby."), Chunk("Kirby is a harbour."))
     example = RagExample("Where was Anna born?", chunks)
     [answer] = here.answer([example], "turborag positions=composite")
-    assert came.stdout.strip() == answer.text.strip()
-    assert json.loads(told.stdout)["answer"] == answer.text
+    assert came.strip() == answer.text.strip()
+    assert json.loads(told)["answer"] == answer.text
 
 
 def test_what_was_pushed_comes_back(run, tmp_path, monkeypatch):
