@@ -20,7 +20,7 @@ from blocktune.provenance import provenance
 from blocktune.testing import byte_tokenizer, random_llama
 from blocktune.vllm import ChunkLLM, Rendered
 
-TARGETS = {"cached_over_full": 0.06, "load_over_write": 2.0, "requests_over_prefix_cache": 3.0}
+TARGETS = {"cached_over_full": 0.06, "cached_over_copy": 2.0, "requests_over_prefix_cache": 3.0}
 """Goals of the project: at 4,096 tokens, from the shortest to the longest, and on the trace."""
 GOAL_AT = 4096
 
