@@ -31,11 +31,11 @@ def recall(cache: ResponseCache, job: Job, question: str) -> bool:
     def listen(event: Event) -> None:
         if isinstance(event, Delta):
             said.append(event)
-        emit(event)
-        if isinstance(event, Report):
+        if isinstance(event, Report):  # kept before the client knows that its answer has ended
             facts = {"finish": said[-1].finish, "count": event.answer_tokens}
             text, seconds = "".join(delta.text for delta in said), time.perf_counter() - job.created
             own.keep(text, (), seconds, **facts)
+        emit(event)
 
     job.emit = listen
     return False
