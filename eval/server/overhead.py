@@ -2,9 +2,9 @@
 
     python eval/server/overhead.py data/tiny --output eval/results/server/overhead.json
 
-The application runs in this process and is called as uvicorn calls it: a streamed chat request of
-so many tokens, all of its chunks in memory. All clocks count the processor time of their thread,
-so that the numbers hold on a busy machine too. Up to the first piece of the answer it adds up
+The application runs in this process and is called as uvicorn calls it, with streamed chat requests
+whose chunks are all in memory. Every clock counts the processor time of its thread, so the numbers
+also hold on a busy machine. Up to the first piece of the answer, the overhead is the sum of
 
 - ``http``: the event loop's thread, from the request's first byte to that piece;
 - ``front``: the thread that makes the job: messages, tokens, layout;
