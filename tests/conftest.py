@@ -1,6 +1,7 @@
 """What holds for every test: no network, and no skip but a `gpu` test where there is no GPU."""
 
 import functools
+import gc
 import os
 
 import pytest
@@ -25,8 +26,8 @@ def has_gpu() -> bool:
 
 
 def pytest_addoption(parser):
-    help = "cpu runs the `gpu` tests without a GPU, in small sizes, so that they cannot rot"
-    parser.addoption("--gpu-tests-on", choices=["cuda", "cpu"], default="cuda", help=help)
+    help = "device of tests/gpu; default: cuda where there is one, else cpu, in small sizes"
+    parser.addoption("--gpu-tests-on", choices=["cuda", "cpu"], help=help)
 
 
 @pytest.fixture(scope="session")
@@ -37,14 +38,32 @@ def tokenizer():
     return build_tokenizer()
 
 
+@pytest.fixture(scope="module")
+def small_benches():
+    """What a machine can do takes seconds to measure well; not where the numbers are not asked."""
+    from blocktune.bench import reuse, store
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reuse, "PRODUCT", 64)
+        patch.setattr(reuse, "COPIED", 1 << 16)
+        patch.setattr(store, "_lookups", functools.partial(store._lookups, timed=50))
+        patch.setattr(store, "_matches", functools.partial(store._matches, length=256, timed=50))
+        yield
+
+
 def pytest_collection_modifyitems(items):
     """The longest tests first: one process works through them while the others take the rest."""
     items.sort(key=lambda item: item.get_closest_marker("alone") is None)
 
 
+def pytest_collection_finish():
+    """What is imported by now stays: Python's collector, which training asks for, leaves it out."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_runtest_setup(item):
-    on_cuda = item.config.getoption("--gpu-tests-on") == "cuda"
-    if item.get_closest_marker("gpu") and on_cuda and not has_gpu():
+    if item.get_closest_marker("gpu") and not has_gpu():
         pytest.skip(NO_GPU)
 
 

@@ -1,7 +1,6 @@
-"""One training step in a process of its own: python memory_of_training.py TOKENS PLAN COUNT.
+"""Training steps in a process of their own: python memory_of_training.py TOKENS..., ascending.
 
-Prints the peak of resident memory above what the process held before the step (bytes, COUNT
-``rss``), or the elements of the largest tensor that was made (COUNT ``numel``).
+Prints, for each length, the peak of resident memory above what the process held before (bytes).
 """
 
 import json
@@ -10,7 +9,6 @@ import sys
 from pathlib import Path
 
 import torch
-from largest_tensor import LargestTensor
 from layouts import layout, prompt
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -52,20 +50,25 @@ def peak_bytes():
     return int(mark.split()[1]) * 1024
 
 
-def main(tokens, execution, count):
-    torch.set_num_threads(2)
+def model():
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SHAPE))
     attach(model)
-    step(model, 512, execution)  # what the first step loads is not the prompt's
+    return model
+
+
+def main(lengths):
+    torch.set_num_threads(2)
+    one, peaks = model(), []
+    step(one, 512, "split")  # what the first step loads is not the prompt's
     before = peak_bytes()
-    if count == "rss":
-        step(model, tokens, execution)
-        return peak_bytes() - before
-    with LargestTensor() as largest:
-        step(model, tokens, execution)
-    return largest.numel
+    for tokens in lengths:
+        step(one, tokens, "split")
+        peaks.append(peak_bytes() - before)
+    return peaks
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(int(sys.argv[1]), *sys.argv[2:])))
+    lengths = [int(word) for word in sys.argv[1:]]
+    assert lengths == sorted(lengths), "a peak is of all steps so far"
+    print(json.dumps(main(lengths)))

@@ -6,7 +6,6 @@ import pytest
 import torch
 from commands.conftest import blocktune  # noqa: F401
 
-from blocktune.bench import reuse
 from blocktune.bench.reuse import (
     TARGETS,
     TINY,
@@ -22,17 +21,11 @@ from blocktune.methods import build
 METHODS = {"full", "naive", "epic", "cacheblend"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def small_rates():
-    """The rates of a machine take seconds to measure well; not here."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reuse, "PRODUCT", 64)
-        patch.setattr(reuse, "COPIED", 1 << 16)
-        yield
+pytestmark = pytest.mark.usefixtures("small_benches")
 
 
 @pytest.fixture(scope="module")
-def found(small_rates):
+def found(small_benches):
     return bench_reuse(TINY)
 
 

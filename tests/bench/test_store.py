@@ -8,7 +8,7 @@ from blocktune.bench.store import _lookups
 from blocktune.cli import app
 
 
-def test_a_small_run_reports_every_number():
+def test_a_small_run_reports_every_number(small_benches):
     done = CliRunner().invoke(app, ["bench", "store", "--tiny", "--json"])
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)

@@ -5,23 +5,15 @@ import json
 import pytest
 from commands.conftest import blocktune  # noqa: F401
 
-from blocktune.bench import reuse
 from blocktune.bench.ttft import PARTS, bench_ttft, draw_ttft, table
 from blocktune.methods import Weights
 from blocktune.testing import small_engine
 
-
-@pytest.fixture(scope="module", autouse=True)
-def small_rates():
-    """The rates of a machine take seconds to measure well; not here."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reuse, "PRODUCT", 64)
-        patch.setattr(reuse, "COPIED", 1 << 16)
-        yield
+pytestmark = pytest.mark.usefixtures("small_benches")
 
 
 @pytest.fixture(scope="module")
-def found(small_rates):
+def found(small_benches):
     options = {"chunk": 16, "question": 8, "repeats": 1, "num_threads": 1}
     return bench_ttft(small_engine(Weights.ANY), (48, 96), **options)
 

@@ -3,11 +3,10 @@
 import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import forked
 import pytest
 import torch
 from cache.made import MODEL, assert_same_chunk
@@ -40,14 +39,8 @@ def ended(tmp_path_factory):
         ("write_within", "bounded"),
         ("write_within", "bounded"),
     ]
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), *(f"{what}={folders[name]}" for what, name in scenarios)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=True,
-    )
+    done = forked.run([SCRIPT, *(f"{what}={folders[name]}" for what, name in scenarios)])
+    assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     status = [int(word) for word in done.stdout.split()]
     return SimpleNamespace(**folders, status=status, before=before)

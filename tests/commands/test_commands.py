@@ -190,7 +190,7 @@ def test_eval_writes_results_table_and_picture(blocktune, model, questions, tmp_
     assert sorted(path.name for path in output.iterdir()) == names
 
 
-def test_bench_gives_the_ratios(blocktune, tmp_path):
+def test_bench_gives_the_ratios(small_benches, blocktune, tmp_path):
     arguments = ("--tokens", 256, "--chunk", 64, "--repeats", 1, "--json")
     path = tmp_path / "made" / "bench.json"
     found = json.loads(blocktune("bench", "attention", *arguments, "--output", path).stdout)

@@ -90,7 +90,7 @@ def write_smaller(source, target, pattern, smaller):
 
 
 @pytest.fixture
-def there(tmp_path, monkeypatch, blocktune):
+def there(tmp_path, monkeypatch, blocktune, small_benches):
     """A clone's folders, the files that the examples name, and adapters."""
     for name in ("data", "recipes", "eval"):
         (tmp_path / name).symlink_to(ROOT / name)

@@ -3,13 +3,11 @@
 import errno
 import json
 import os
-import subprocess
-import sys
 
+import forked
 import pytest
 import torch
 from cache.made import MODEL, OTHER_MODEL, made_chunk
-from evaluation.launches import SHARED
 from typer.testing import CliRunner
 
 from blocktune.cache import (
@@ -235,15 +233,13 @@ def test_the_manifest_is_shown_without_the_model(answers, blocktune, model):
     assert model in blocktune("store", "stat", folder).stdout
 
 
-@pytest.mark.alone
 def test_processes_share_a_corpus_into_one_store_and_resume(model, tmp_path):
     documents, folder = tmp_path / "docs.jsonl", tmp_path / "store"
     texts = [f"Place {n} is in region {n * 7}." for n in range(10)]
     records = [{"text": text, "id": f"d{n % 2}"} for n, text in enumerate(texts)]
     documents.write_text("".join(json.dumps(record) + "\n" for record in records))
     encode = ("encode", "-m", model, "-i", documents, "--store", f"{folder},disk=1GB")
-    command = [sys.executable, *SHARED, "-m", "blocktune.cli", *encode]
-    launched = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300)
+    launched = forked.run_ranks(2, ["-m", "blocktune.cli", *encode])
     assert launched.returncode == 0, launched.stderr
     said = sorted(line for line in launched.stdout.splitlines() if line.startswith("process "))
     assert [line.partition(": ")[0] for line in said] == ["process 1 of 2", "process 2 of 2"]

@@ -1,16 +1,11 @@
 """Runs of the evaluation in processes of their own, on a tiny random model."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import yaml
 from tiny_llama import tiny_llama
 from tiny_tokenizer import build_tokenizer
-
-SHARED = "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2
-"""By torchrun: on CPUs `accelerate launch` starts one process, whatever it is asked for."""
 
 
 def write_suite(folder: Path) -> Path:
@@ -35,13 +30,7 @@ def rows_of(output) -> dict[str, str]:
     return {path.name: path.read_text() for path in sorted((output / "rows").iterdir())}
 
 
-def start(output, suite, *launcher) -> None:
-    command = [*launcher, "-m", "blocktune.cli", "eval", "--suite", suite, "--output", output]
-    done = subprocess.run(
-        [sys.executable, *map(str, command)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def start(output, suite, processes: int = 1) -> None:
+    words = ["-m", "blocktune.cli", "eval", "--suite", suite, "--output", output]
+    done = forked.run_ranks(processes, words)
     assert done.returncode == 0, done.stderr

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from evaluation.launches import SHARED, rows_of, start, write_suite
+from evaluation.launches import rows_of, start, write_suite
 
 from blocktune.evaluation.runner import Processes, launched
 
@@ -55,10 +55,9 @@ def test_more_processes_than_gpus_take_turns_on_them(monkeypatch, gpus, local, d
     assert asked == [on_cpu]
 
 
-@pytest.mark.alone
 def test_two_processes_give_the_rows_of_one(suite, tmp_path):
     start(tmp_path / "one", suite)
-    start(tmp_path / "two", suite, *SHARED)
+    start(tmp_path / "two", suite, processes=2)
     assert rows_of(tmp_path / "one") == rows_of(tmp_path / "two")
     one, two = (json.loads((tmp_path / n / "results.json").read_text()) for n in ("one", "two"))
     assert one["methods"] == two["methods"]

@@ -4,7 +4,6 @@ import json
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
-from blocktune.bench import reuse
 from blocktune.evaluation.metrics import normalize_answer
 
 _spec = spec_from_file_location("demo_smollm2", "recipes/demo_smollm2.py")
@@ -34,9 +33,7 @@ def test_a_question_stands_over_its_passage_and_hard_ones():
         assert len(set(example.chunks)) == 5
 
 
-def test_it_answers_twice_and_draws_the_wait(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(reuse, "PRODUCT", 64)
-    monkeypatch.setattr(reuse, "COPIED", 1 << 16)
+def test_it_answers_twice_and_draws_the_wait(small_benches, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(demo, "OUTPUT", tmp_path)
     options = ["--model", "data/tiny", "--adapter", "none", "--questions", "2"]
     monkeypatch.setattr("sys.argv", ["demo", *options, "--tokens", "128,256"])

@@ -1,17 +1,15 @@
-"""The examples, run as a user runs them: they train alike, and what they made is served."""
+"""The examples train alike, and what they made is served."""
 
 import json
-import os
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 
 import pytest
 
 from blocktune import Engine, load_examples
+from blocktune.training.run import train
 
 ROOT = Path(__file__).resolve().parents[2]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 SETTINGS = {
     "model_name_or_path": "data/tiny",
     "train_data": "worlds:train?seed=1&n=160&turns=8",
@@ -29,17 +27,6 @@ SETTINGS = {
     "lora_target_modules": "all-linear",
     "seed": 42,
 }
-COMMAND = ["-m", "blocktune.cli", "train", *(f"--{k}={v}" for k, v in SETTINGS.items())]
-
-pytestmark = pytest.mark.alone
-
-
-def run(*words) -> None:
-    command = [sys.executable, *map(str, words)]
-    done = subprocess.run(
-        command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def losses(folder: Path) -> list[float]:
@@ -50,7 +37,7 @@ def losses(folder: Path) -> list[float]:
 @pytest.fixture(scope="module")
 def by_command(tmp_path_factory):
     folder = tmp_path_factory.mktemp("train")
-    run(*COMMAND, f"--output_dir={folder}")
+    train([*(f"--{name}={value}" for name, value in SETTINGS.items()), f"--output_dir={folder}"])
     return losses(folder)
 
 
@@ -60,11 +47,12 @@ def test_an_example_trains_as_the_command_and_is_served(
 ):
     script = ROOT / f"examples/{name}.py"
     assert len(script.read_text().splitlines()) < lines
-    run(script, tmp_path / "out")
+    monkeypatch.chdir(ROOT)  # the adapter names its base, data/tiny
+    monkeypatch.setattr("sys.argv", [str(script), str(tmp_path / "out")])
+    runpy.run_path(str(script), run_name="__main__")
     found = losses(tmp_path / "out")
     assert len(found) == 10
     assert found == pytest.approx(by_command, abs=1e-5)
-    monkeypatch.chdir(ROOT)  # the adapter names its base, data/tiny
     asked = load_examples("worlds:test?seed=1&n=2")
     folders = [tmp_path / "out", tmp_path / "out/checkpoint-10"]
     engines = [Engine.from_pretrained(str(folder), device="cpu") for folder in folders]

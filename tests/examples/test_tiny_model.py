@@ -109,7 +109,9 @@ def test_a_word_starts_out_alike_with_and_without_its_space(tokenizer):
     assert torch.equal(rows[vocabulary["Port"]], rows[vocabulary["ĠPort"]])
 
 
-def test_the_same_seed_makes_the_same_model(tmp_path):
+def test_the_same_seed_makes_the_same_model(tmp_path, monkeypatch):
+    forked = partial(torch.multiprocessing.start_processes, start_method="fork")
+    monkeypatch.setattr(torch.multiprocessing, "spawn", forked)  # which imports torch every time
     config = replace(SMALL, workers=2, stages=SMALL.stages[1:])
     for name in ("one", "two"):
         pretrain(config, tmp_path / name)

@@ -10,8 +10,6 @@ from blocktune.attention.kernels import AttentionParams
 from blocktune.layout import LayerRule
 from blocktune.prompt import LayoutSpec, Pieces, lay_out
 
-pytestmark = pytest.mark.gpu
-
 # bfloat16 keeps 8 bits: the output of the kernel and of the oracle may differ in the last one.
 # In float32 the kernels sum in another order, over up to 700 keys.
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2}

@@ -7,8 +7,6 @@ from measure import METHODS, measure_cached_answer, random_example, word_tokeniz
 from blocktune.engine import Engine
 from blocktune.methods import build
 
-pytestmark = pytest.mark.gpu
-
 
 @pytest.fixture(scope="module")
 def engine(shape) -> Engine:

@@ -12,8 +12,6 @@ from blocktune.layout import Kind, LayerRule
 from blocktune.methods import compose
 from blocktune.prompt import LayoutSpec, Pieces, lay_out
 
-pytestmark = pytest.mark.gpu
-
 FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2}
 WHICH = {"few": slice(3, None, 7), "tail": slice(40, None), "one": slice(-1, None)}

@@ -8,8 +8,6 @@ from examples.tiny_model.config import PretrainConfig, Stage
 from examples.tiny_model.contexts import MicroBatch
 from examples.tiny_model.stepping import Stepper
 
-pytestmark = pytest.mark.gpu
-
 VOCAB, LENGTH, ROWS, STEPS = 64, 32, 4, 6
 
 
@@ -43,8 +41,7 @@ def stepped(device: str, recorded: bool) -> tuple[list[float], torch.Tensor]:
     return losses, model.get_input_embeddings().weight.detach().float().cpu()
 
 
-def test_a_recorded_step_is_the_step_that_is_launched(request):
-    device = request.config.getoption("--gpu-tests-on")
+def test_a_recorded_step_is_the_step_that_is_launched(device):
     losses, weights = stepped(device, recorded=True)
     expected, wanted = stepped(device, recorded=False)
     assert losses == pytest.approx(expected, rel=1e-2)

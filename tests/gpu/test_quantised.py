@@ -7,8 +7,6 @@ from training.toy import toy_examples
 
 from blocktune.engine import Engine
 
-pytestmark = pytest.mark.gpu
-
 
 @pytest.mark.parametrize(("name", "flag"), [("nf4", "load_in_4bit"), ("int8", "load_in_8bit")])
 def test_an_adapter_is_trained_and_served_on_a_quantised_base(tmp_path, shape, name, flag):

@@ -2,10 +2,7 @@
 
 import math
 
-import pytest
 from measure import measure_attention, measure_training
-
-pytestmark = pytest.mark.gpu
 
 
 def test_training_steps_lower_the_loss(shape):

@@ -1,18 +1,17 @@
-"""Results as `blocktune eval` writes them, and programs that have the stand-in as their Hub."""
+"""Results as `blocktune eval` writes them, and the stand-in as the Hub of this process."""
 
 import json
-import os
-import subprocess
-import sys
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 from hub.stand_in import TOKEN
+from huggingface_hub import constants
 
 from blocktune.adapter import AdapterInfo
 from blocktune.hub import CardFacts
 from blocktune.models.identity import adapter_fingerprint
 
-ROOT = Path(__file__).resolve().parents[2]
 FACTS = CardFacts(base_model="org/base", license="apache-2.0")
 
 
@@ -33,19 +32,17 @@ def write_results(path: Path, folder: Path, **changes) -> Path:
     return path
 
 
-def blocktune(hub, home: Path, *arguments, **variables):
-    """The command line in a process of its own, with the stand-in as its Hub."""
-    return python(hub, home, "-m", "blocktune.cli", *arguments, **variables)
-
-
-def python(hub, home: Path, *arguments, **variables):
-    """Python with ``variables`` in its environment; ``home`` holds what it downloads."""
-    env = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    env |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_TOKEN": TOKEN}
-    env |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "COLUMNS": "200"}
-    env |= {"PYTHONPATH": str(ROOT)} | variables
-    command = [sys.executable, *(str(part) for part in arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+@contextmanager
+def online(hub, home: Path):
+    """This process has the stand-in as its Hub; ``home`` holds what it downloads."""
+    found = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    changes = {"ENDPOINT": hub.url, "HUGGINGFACE_CO_URL_TEMPLATE": found, "HF_HUB_OFFLINE": False}
+    changes |= {"HF_HUB_DISABLE_XET": True, "HF_HUB_CACHE": str(home / "hub")}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in changes.items():
+            patch.setattr(constants, name, value)
+        patch.setenv("HF_TOKEN", TOKEN)
+        yield
 
 
 def put_base(hub, folder: Path):

@@ -5,7 +5,7 @@ import re
 import shlex
 
 from hub.stand_in import TOKEN, running_hub
-from hub.support import blocktune, put_base, python
+from hub.support import online, put_base
 from training.runs import write_run
 from typer.testing import CliRunner
 
@@ -15,16 +15,21 @@ from blocktune.engine import Engine
 from blocktune.prompt import Chunk
 
 
-def test_a_run_pushes_itself_and_its_card_works(tmp_path):
+def blocktune(*words):
+    return CliRunner().invoke(app, [*map(str, words)])
+
+
+def test_a_run_pushes_itself_and_its_card_works(tmp_path, monkeypatch, capsys):
     """Of an adapter whose method has parameters: they stand quoted in the card's command."""
     markers = {"num_headers": 1, "num_trailers": 1, "placement": "composite"}
     push = {"push_to_hub": True, "hub_model_id": "me/mine", "model_name_or_path": "org/base"}
     config = write_run(tmp_path, **markers, **push, max_steps=1)
     with running_hub() as hub:
         put_base(hub, tmp_path)
-        command = ("train", "--config", config, "--hub_token", TOKEN)
-        done = blocktune(hub, tmp_path / "home", *command, HF_TOKEN="hf_other")
-        assert done.returncode == 0, done.stderr
+        with online(hub, tmp_path / "home"):
+            monkeypatch.setenv("HF_TOKEN", "hf_other")
+            done = blocktune("train", "--config", config, "--hub_token", TOKEN)
+        assert done.exit_code == 0, done.output
         revision = hub.repos["me/mine"].commits[-1][0]
         assert f"pushed to {hub.url}/me/mine, commit {revision}" in done.stdout
         files = hub.files("me/mine")
@@ -35,31 +40,29 @@ def test_a_run_pushes_itself_and_its_card_works(tmp_path):
         snippet = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
         typed = re.search(r"```bash\n(blocktune .*?)```", card, re.DOTALL)[1]
         words = shlex.split(typed.replace("\\\n", " "))[1:]
-        both = f"{snippet}\nfrom blocktune.cli import app\nprint('---')\napp({[*words, '--json']})"
-        done = python(hub, tmp_path / "elsewhere", "-c", both)
-        assert done.returncode == 0, done.stderr
-        came, told = done.stdout.split("---\n")
+        with online(hub, tmp_path / "elsewhere"):
+            capsys.readouterr()
+            exec(compile(snippet, "card", "exec"), {})
+            came = capsys.readouterr().out
+            told = blocktune(*words, "--json")
+        assert told.exit_code == 0, told.output
         assert hub.unknown == []
     here = Engine.from_pretrained(str(tmp_path / "base"), tmp_path / "out")
     chunks = (Chunk("Anna was born in Kirby."), Chunk("Kirby is a harbour."))
     example = RagExample("Where was Anna born?", chunks)
     [answer] = here.answer([example], "turborag positions=composite")
     assert came.strip() == answer.text.strip()
-    assert json.loads(told)["answer"] == answer.text
+    assert json.loads(told.stdout)["answer"] == answer.text
 
 
-def test_what_was_pushed_comes_back(run, tmp_path, monkeypatch):
+def test_what_was_pushed_comes_back(run, tmp_path):
     passage = "Anna lives in Elm."
     question = ("--question", "Where does Anna live?", "--chunk", passage)
     push = ["push", run / "out", "--repo", "me/mine", "--base-model", "org/base"]
-    push = [str(word) for word in (*push, "--model", run / "base")]
-    with running_hub() as hub:
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
+    push += ["--model", run / "base"]
+    with running_hub() as hub, online(hub, tmp_path):
         put_base(hub, run)
-        shown = CliRunner().invoke(app, [*push, "--dry-run"])
+        shown = blocktune(*push, "--dry-run")
         assert shown.exit_code == 0, shown.output
         assert set(hub.repos) == {"org/base"}, "a dry run sends nothing"
         assert "me/mine: 8 files, nothing sent" in shown.stdout
@@ -67,7 +70,7 @@ def test_what_was_pushed_comes_back(run, tmp_path, monkeypatch):
             assert line in shown.stdout
 
         hub.put("me/mine", {"adapter_model.bin.safetensors": b"old", "notes.txt": b"kept"})
-        pushed = CliRunner().invoke(app, push)
+        pushed = blocktune(*push)
         assert pushed.exit_code == 0, pushed.output
         files = hub.files("me/mine")
         assert files["links.safetensors"] == (run / "out/links.safetensors").read_bytes()
@@ -79,8 +82,8 @@ def test_what_was_pushed_comes_back(run, tmp_path, monkeypatch):
 
         hub.put("me/mine", {"blocktune.json": b"{}"})  # a later commit that cannot be loaded
         ask = ("answer", "--adapter", f"me/mine@{revision}", "--method", "kvlink", *question)
-        came = blocktune(hub, tmp_path, *ask, "--json")
-        assert came.returncode == 0, came.stderr
+        came = blocktune(*ask, "--json")
+        assert came.exit_code == 0, came.output
         assert hub.unknown == []
     here = Engine.from_pretrained(str(run / "base"), run / "out")
     [answer] = here.answer([RagExample(question[1], (Chunk(passage),))], "kvlink")

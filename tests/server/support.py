@@ -1,13 +1,11 @@
 """Servers over data/tiny: in this process, and as a process of its own."""
 
-import os
 import re
-import subprocess
-import sys
-import threading
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import forked
 import httpx
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,28 +26,15 @@ def chat(question: str = QUESTION, documents=DOCUMENTS, **more) -> dict:
 
 @contextmanager
 def process(*options: str):
-    """`blocktune serve` on a free port; its address and the process."""
-    command = [sys.executable, "-u", "-m", "blocktune.cli", "serve", "--model", str(TINY)]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    running = subprocess.Popen(
-        [*command, "--port", "0", "--skip-check", *options],
-        stderr=subprocess.PIPE,
-        text=True,
-        env=env,
-        cwd=ROOT,
-    )
-    lines: list[str] = []
+    """`blocktune serve` on a free port: a client, the process, and what it has written so far."""
+    command = ["-m", "blocktune.cli", "serve", "--model", str(TINY), "--port", "0", "--skip-check"]
+    running = forked.Program([*command, *options])
     try:
-        for line in running.stderr:
-            lines.append(line)
-            if found := re.search(r"running on (http://[\d.]+:\d+)", line):
-                break
-        else:
-            raise AssertionError("".join(lines))
-        reader = threading.Thread(target=lambda: lines.extend(running.stderr), daemon=True)
-        reader.start()
+        while not (found := re.search(r"running on (http://[\d.]+:\d+)", running.err.read_text())):
+            assert running.poll() is None, running.err.read_text()
+            time.sleep(0.02)
         with httpx.Client(base_url=found[1], timeout=60) as client:
-            yield client, running, lines
+            yield client, running
     finally:
         running.kill()
         running.wait()

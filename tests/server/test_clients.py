@@ -37,7 +37,7 @@ def installed() -> dict[str, list]:
 
 @pytest.fixture(scope="module")
 def server():
-    with process() as (client, _, _):
+    with process() as (client, _):
         yield client
 
 

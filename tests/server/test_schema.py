@@ -2,11 +2,8 @@
 
 from contextlib import suppress
 
-import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.errors import Unsatisfiable
-from schemathesis import Case
-from schemathesis.generation import GenerationMode
 from server.support import chat
 
 
@@ -18,6 +15,9 @@ def test_the_schema_describes_every_route(client):
 
 
 def test_no_generated_request_fails_the_server(client):
+    import schemathesis  # takes seconds, for this test alone
+    from schemathesis.generation import GenerationMode
+
     schema = schemathesis.openapi.from_dict(client.get("/openapi.json").json())
     quick = settings(
         max_examples=12,
@@ -29,7 +29,7 @@ def test_no_generated_request_fails_the_server(client):
     )
     tried = []
 
-    def send(case: Case) -> None:
+    def send(case) -> None:
         arguments = case.as_transport_kwargs(base_url="http://localhost")
         left_out = ("url", "cookies")
         arguments = {k: v for k, v in arguments.items() if k not in left_out}

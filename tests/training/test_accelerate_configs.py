@@ -1,5 +1,6 @@
 """Every configuration under recipes/accelerate/ means to accelerate what its name says."""
 
+import runpy
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from torch.distributed.fsdp import CPUOffloadPolicy
+from training.runs import write_run
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes/accelerate"
 ZERO = {"zero2": (2, False), "zero2_offload": (2, True)}
@@ -71,7 +73,9 @@ def test_deepspeed_on_several_machines_needs_no_hostfile(name, launched):
 
 
 @pytest.mark.parametrize("name", FSDP)
-def test_fsdp_reads_its_version_and_offload(name, launched, monkeypatch):
+def test_fsdp_reads_its_version_and_offload_and_is_refused_on_cpus(
+    name, launched, monkeypatch, tmp_path, capsys
+):
     launcher, args = launched(name)
     assert launcher == "multi_gpu_launcher"
     for variable, value in prepare_multi_gpu_env(args).items():
@@ -82,3 +86,10 @@ def test_fsdp_reads_its_version_and_offload(name, launched, monkeypatch):
     assert "FULL_STATE_DICT" in str(plugin.state_dict_type)
     assert plugin.cpu_ram_efficient_loading is False
     assert isinstance(plugin.cpu_offload, CPUOffloadPolicy) is FSDP[name]
+    recipe = FOLDER.parent / "train.py"
+    monkeypatch.setattr("sys.argv", [str(recipe), "--config", str(write_run(tmp_path))])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(recipe), run_name="__main__")
+    assert capsys.readouterr().err.endswith(
+        "use recipes/accelerate/ddp.yaml, zero2.yaml or zero3.yaml there\n"
+    )

@@ -1,13 +1,10 @@
 """A run that was killed resumes as if nothing had happened."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from training.runs import write_run
@@ -17,8 +14,6 @@ from blocktune.training.run import train
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 900
 STEPS, SAVE = 24, 10
-
-pytestmark = pytest.mark.alone
 
 # Everything that draws: dropout, the order of data, modes, fresh rows, groups, gaps. Eight steps an
 # epoch, so that the checkpoint lies in the middle of the second.
@@ -41,14 +36,6 @@ OPTIONS = {
 }
 
 
-def start(path: Path) -> subprocess.Popen:
-    command = [sys.executable, str(ROOT / "recipes/train.py"), "--config", str(path)]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=env, cwd=ROOT
-    )
-
-
 @pytest.fixture
 def one_thread():
     """Runs of this process compute as those of another, which has one thread."""
@@ -66,13 +53,13 @@ def history(folder: Path) -> list[tuple[int, float]]:
 def test_a_killed_run_resumes_to_the_same_trajectory(tmp_path, one_thread):
     path = write_run(tmp_path / "killed", **OPTIONS)
     out = tmp_path / "killed/out"
-    killed = start(path)
+    killed = forked.Program([ROOT / "recipes/train.py", "--config", path])
     deadline = time.monotonic() + TIMEOUT_S
     while not (out / f"checkpoint-{SAVE}").exists():
-        assert killed.poll() is None, killed.stderr.read().decode()[-2000:]
+        assert killed.poll() is None, killed.err.read_text()[-2000:]
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    killed.send_signal(signal.SIGKILL)
+    killed.kill()
     killed.wait()
     assert not (out / "blocktune.json").exists()  # it had not finished
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from hub.stand_in import TOKEN, running_hub
+from hub.support import put_base
 from safetensors.torch import load_file
-from training.launching.trained_logits import FILE, probe
+from training.launching.several_runs import FILE, probe
 from training.runs import make_trainer, write_run
 
 from blocktune.adapter import AdapterInfo
@@ -19,11 +19,10 @@ from blocktune.adapter.load import load_model
 from blocktune.training.launch_checks import refuse_lost_launch
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPE = ROOT / "recipes/train.py"
 LAUNCHING = Path(__file__).parent / "launching"
 STEPS = 20
 GLOBAL_BATCH = 4
-TIMEOUT_S = 1800  # DeepSpeed compiles an operator the first time
+TIMEOUT_S = 1800
 
 pytestmark = pytest.mark.alone
 
@@ -34,32 +33,41 @@ LAUNCHES = {
     "zero3": (2, "DEEPSPEED stage 3"),
     "fsdp2": (2, "FSDP version 2"),
 }
-PROGRAMS = {"fsdp2": LAUNCHING / "fsdp_on_cpu.py"}
+OBJECTIVE = {
+    "distill_weight": 0.5,
+    "distill_top_k": 8,
+    "distill_states": "kv",
+    "recompute": "deviation",
+    "recompute_min": 0.0,
+    "recompute_max": 0.5,
+}
+"""Teacher and fresh rows: a second forward, and one that may stop halfway."""
 
 
-def run(name: str, program: Path, config: Path, **variables: str) -> subprocess.CompletedProcess:
-    """A program under one of the recipes' accelerate configs, with ``variables`` set."""
+def launch(name: str, *configs: Path, **variables: str) -> None:
+    """Runs under one of the recipes' accelerate configs, with ``variables`` set."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
     command += [str(ROOT / f"recipes/accelerate/{name}.yaml"), "--main_process_port", "0"]
-    command += [str(program), "--config", str(config)]
+    program = ("fsdp_on_cpu.py", "--config") if name == "fsdp2" else ("several_runs.py",)
+    command += [str(LAUNCHING / program[0]), *program[1:], *map(str, configs)]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # ninja
     env = os.environ | {"OMP_NUM_THREADS": "1", "PATH": path, "PYTHONPATH": str(ROOT)} | variables
-    return subprocess.run(
+    done = subprocess.run(
         command, capture_output=True, text=True, timeout=TIMEOUT_S, env=env, check=False
     )
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
-def launch(name: str, folder: Path, **more) -> tuple[list[float], AdapterInfo]:
-    """Runs the recipe, with ``more`` options; its losses and the adapter's metadata.
+def config(name: str, folder: Path, **more) -> Path:
+    """A run's configuration, with ``more`` options.
 
     The last of 16 steps an epoch has one row, so that one of two ranks has none to learn from.
     """
-    world_size, _ = LAUNCHES[name]
     options = {
         "max_steps": STEPS,
         "train_limit": 61,
         "train_sampling_strategy": "group_by_length",
-        "per_device_train_batch_size": GLOBAL_BATCH // world_size,
+        "per_device_train_batch_size": GLOBAL_BATCH // LAUNCHES[name][0],
         "num_links": 2,
         "block_share": 0.5,
         "learning_rate": 2e-3,
@@ -67,34 +75,45 @@ def launch(name: str, folder: Path, **more) -> tuple[list[float], AdapterInfo]:
     }
     if name == "ddp" and not torch.cuda.is_available():
         options["use_cpu"] = None  # chosen where there is no GPU
-    done = run(name, PROGRAMS.get(name, RECIPE), write_run(folder, **options | more))
-    assert done.returncode == 0, done.stderr[-3000:]
-    return losses_of(folder), AdapterInfo.load(folder / "out")
+    return write_run(folder, **options | more)
 
 
-def losses_of(folder: Path) -> list[float]:
+def losses(folder: Path) -> list[float]:
     state = json.loads((folder / "out/trainer_state.json").read_text())
     return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
 
 
-def logits_of(folder: Path) -> torch.Tensor:
+def logits_of(folder: Path, **options) -> torch.Tensor:
     """The saved adapter's, on a base loaded here."""
-    model = load_model(str(folder / "base"), folder / "out").model
+    model = load_model(str(folder / "base"), folder / "out", **options).model
     with torch.no_grad():
         return model(probe(model.config.vocab_size, 2), use_cache=False).logits
 
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory):
+    """Folders of a plain run and of one with every objective, by one process."""
     folder = tmp_path_factory.mktemp("single")
-    return *launch("single", folder), logits_of(folder)
+    plain, taught = folder / "plain", folder / "taught"
+    launch("single", config("single", plain), config("single", taught, **OBJECTIVE))
+    return plain, taught
+
+
+def require_same_run(name: str, folder: Path, other: Path) -> None:
+    info = AdapterInfo.load(folder / "out")
+    assert (info.training["world_size"], info.training["launch"]) == LAUNCHES[name]
+    assert losses(folder) == pytest.approx(losses(other), abs=1e-3)
+    assert info.base_fingerprint == AdapterInfo.load(other / "out").base_fingerprint
+    # What was saved is what was trained: 20 steps of float32 rounding apart, not a lost shard.
+    torch.testing.assert_close(logits_of(folder), logits_of(other), rtol=0, atol=5e-2)
 
 
 def test_one_process_is_one_process(single):
-    losses, info, _ = single
-    assert (info.training["world_size"], info.training["launch"]) == LAUNCHES["single"]
-    assert len(losses) == STEPS
-    assert losses[-1] < 0.7 * losses[0]
+    for folder in single:
+        info = AdapterInfo.load(folder / "out")
+        assert (info.training["world_size"], info.training["launch"]) == LAUNCHES["single"]
+        assert len(losses(folder)) == STEPS
+        assert losses(folder)[-1] < 0.7 * losses(folder)[0]
 
 
 @pytest.mark.parametrize(
@@ -112,57 +131,47 @@ def test_no_launch_is_lost_in_silence(tmp_path, monkeypatch, variable, value, li
         refuse_lost_launch(trainer.accelerator, 0, False)
 
 
-@pytest.mark.parametrize("name", ["ddp", "zero2", "zero3", "fsdp2"])
-def test_two_processes_match_one(name, single, tmp_path):
-    losses, info = launch(name, tmp_path)
-    assert (info.training["world_size"], info.training["launch"]) == LAUNCHES[name]
-    assert losses == pytest.approx(single[0], abs=1e-3)
-    assert info.base_fingerprint == single[1].base_fingerprint
-    # What was saved is what was trained: 20 steps of float32 rounding apart, not a lost shard.
-    torch.testing.assert_close(logits_of(tmp_path), single[2], rtol=0, atol=5e-2)
-
-
-def test_two_processes_resume_as_if_never_stopped(tmp_path):
-    """From the middle of the second epoch, and with dropout: ranks draw apart, their data not."""
+def test_ddp_matches_one_process_and_resumes_as_if_never_stopped(single, tmp_path):
+    """Stopped in the middle of the second epoch, with dropout: ranks draw apart, their data not."""
     options = {"train_limit": 13, "lora_dropout": 0.1, "max_steps": 8}
     options |= {"save_strategy": "steps", "save_steps": 6}
-    expected, _ = launch("ddp", tmp_path, **options)
-    shutil.rmtree(tmp_path / "out/checkpoint-8")
-    (tmp_path / "out/trainer_state.json").unlink()
-    resumed, _ = launch("ddp", tmp_path, **options, resume_from_checkpoint=True)
-    assert len(set(expected)) == 8
-    assert resumed == expected
+    plain, taught, whole, resumed = (tmp_path / n for n in ("plain", "taught", "whole", "resumed"))
+    runs = [config("ddp", plain), config("ddp", taught, **OBJECTIVE)]
+    runs.append(config("ddp", whole, **options))
+    options |= {"model_name_or_path": f"{whole}/base", "train_data": f"{whole}/train.jsonl"}
+    options |= {"resume_from_checkpoint": f"{whole}/out/checkpoint-6"}
+    launch("ddp", *runs, config("ddp", resumed, **options))
+    for folder, other in zip((plain, taught), single, strict=True):
+        require_same_run("ddp", folder, other)
+    assert len(set(losses(whole))) == 8
+    assert losses(resumed) == losses(whole)
 
 
-def test_fsdp_on_cpus_is_refused(tmp_path):
-    done = run("fsdp2", RECIPE, write_run(tmp_path))
-    assert done.returncode != 0
-    assert "error: the launcher asked for FSDP" in done.stderr
-
-
-def test_a_run_under_zero3_is_pushed_by_one_of_its_processes(tmp_path):
-    """That one loads the base, checks and sends, while the other has nothing left to do."""
-    push = {"push_to_hub": True, "hub_model_id": "me/mine", "hub_token": TOKEN}
-    config = write_run(tmp_path, **push, num_links=2, max_steps=1, model_name_or_path="org/base")
-    with running_hub() as hub:
-        base = {path.name: path.read_bytes() for path in (tmp_path / "base").iterdir()}
-        hub.put("org/base", base | {"README.md": b"---\nlicense: mit\n---\n"})
-        home = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
-        done = run("zero3", RECIPE, config, **home, HF_HUB_DISABLE_XET="1")
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert hub.files("me/mine")["links.safetensors"]
-    assert AdapterInfo.load(tmp_path / "out").training["launch"] == LAUNCHES["zero3"][1]
-
-
-def test_qlora_with_links_under_zero2_reloads_elsewhere(tmp_path):
-    quantised = {"load_in_4bit": True, "dtype": "float32", "num_links": 2}
-    done = run("zero2", LAUNCHING / "trained_logits.py", write_run(tmp_path, **quantised))
-    assert done.returncode == 0, done.stderr[-3000:]
-    out = tmp_path / "out"
-    info = AdapterInfo.load(out)
+def test_zero2_matches_one_process_and_qlora_with_links_reloads_elsewhere(single, tmp_path):
+    taught, quantised = tmp_path / "taught", tmp_path / "quantised"
+    options = {"load_in_4bit": True, "dtype": "float32", "num_links": 2}
+    launch("zero2", config("zero2", taught, **OBJECTIVE), write_run(quantised, **options))
+    require_same_run("zero2", taught, single[1])
+    info = AdapterInfo.load(quantised / "out")
     assert (info.training["world_size"], info.training["launch"]) == LAUNCHES["zero2"]
     assert info.quantization == "nf4"
-    loaded = load_model(str(tmp_path / "base"), out, quantize="nf4")
-    with torch.no_grad():
-        logits = loaded.model(probe(loaded.model.config.vocab_size, 2), use_cache=False).logits
-    torch.testing.assert_close(logits, load_file(out / FILE)["logits"], rtol=0, atol=1e-5)
+    for folder, more in ((taught, {}), (quantised, {"quantize": "nf4"})):
+        trained = load_file(folder / FILE)["logits"]
+        torch.testing.assert_close(logits_of(folder, **more), trained, rtol=0, atol=1e-5)
+
+
+def test_zero3_matches_one_process_and_one_of_its_processes_pushes(single, tmp_path):
+    """That one loads the base, checks and sends, while the other has nothing left to do."""
+    push = {"push_to_hub": True, "hub_model_id": "me/mine", "hub_token": TOKEN}
+    path = config("zero3", tmp_path, **OBJECTIVE, **push, model_name_or_path="org/base")
+    with running_hub() as hub:
+        put_base(hub, tmp_path)
+        home = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
+        launch("zero3", path, **home, HF_HUB_DISABLE_XET="1")
+        assert hub.files("me/mine")["links.safetensors"]
+    require_same_run("zero3", tmp_path, single[1])
+
+
+def test_fsdp2_matches_one_process(single, tmp_path):
+    launch("fsdp2", config("fsdp2", tmp_path, **OBJECTIVE))
+    require_same_run("fsdp2", tmp_path, single[1])
