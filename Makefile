@@ -17,11 +17,12 @@ STAMP := $(VENV)/.setup
 # Tools that packages start by name (ninja for DeepSpeed, accelerate) come from .venv.
 RUN := PATH="$(abspath $(BIN)):$$PATH"
 PYTEST := $(RUN) $(BIN)/python -m pytest -q
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet \
+# Python compiles what it imports when it first does: a tenth of what would be compiled here.
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile \
 	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --constraint $(VENV)/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-vllm lint bench clean python
+.PHONY: help setup setup-vllm demo test test-vllm lint bench clean python
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -69,11 +70,13 @@ VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check
 
 $(VLLM_VENV)/.setup: | python
 	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_PIP) install --quiet "$(VLLM)" "peft>=0.21" "pytest>=9.0" "moto[server]>=5.1" --editable ".[remote]"
+	$(VLLM_PIP) install --quiet --no-compile "$(VLLM)" "peft>=0.21" "pytest>=9.0" "moto[server]>=5.1" --editable ".[remote]"
 	$(VLLM_PIP) uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
-test-vllm: $(if $(filter file,$(origin VLLM_VENV)),$(VLLM_VENV)/.setup) ## the tests of blocktune/vllm, in an environment with vLLM (VLLM_VENV=)
+setup-vllm: $(if $(filter file,$(origin VLLM_VENV)),$(VLLM_VENV)/.setup)
+
+test-vllm: setup-vllm ## the tests of blocktune/vllm, in an environment with vLLM (VLLM_VENV=)
 	PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest -q tests/vllm
 
 lint: setup ## ruff: rules and format

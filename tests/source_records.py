@@ -1,5 +1,7 @@
 """One record of every shape that blocktune reads, written for the tests."""
 
+import json
+
 MUSIQUE = {
     "id": "3hop1__11_22_33",
     "paragraphs": [
@@ -37,3 +39,12 @@ CTXS = {
     "answers": ["ann", "anna"],
 }
 OWN = {"question": "q", "chunks": ["one", "two"]}
+
+
+def json_lines(records):
+    return "\n".join(json.dumps(record, ensure_ascii=False) for record in records)
+
+
+def save(path, *records):
+    path.write_text(json_lines(records), encoding="utf-8")
+    return path

@@ -95,6 +95,12 @@ def label(value) -> str:
     return getattr(value, "name", None) or str(value)
 
 
+def on_families(name, cases):
+    """A share of the cases on every family."""
+    pairs, on = dealt(FAMILIES, cases), ["engine"]
+    return pytest.mark.parametrize(("engine", name), pairs, ids=label, indirect=on, scope="module")
+
+
 @pytest.fixture(scope="module")
 def engine(request, tokenizer):
     return engine_of(deep(request.param), tokenizer)
@@ -105,13 +111,7 @@ def llama(tokenizer):
     return engine_of(deep("llama"), tokenizer)
 
 
-@pytest.mark.parametrize(
-    ("engine", "method"),
-    dealt(FAMILIES, METHODS),
-    ids=label,
-    indirect=["engine"],
-    scope="module",
-)
+@on_families("method", METHODS)
 def test_served_logits_match_one_dense_forward(engine, method):
     served, spans = served_spans(engine, ASK, method)
     torch.testing.assert_close(served, dense_logits(engine, ASK, method, spans), **TOLERANCE)
@@ -122,13 +122,7 @@ def test_served_logits_match_one_dense_forward(engine, method):
     assert moved > 10 * TOLERANCE["atol"]
 
 
-@pytest.mark.parametrize(
-    ("engine", "selector"),
-    dealt(FAMILIES, SELECTORS),
-    ids=label,
-    indirect=["engine"],
-    scope="module",
-)
+@on_families("selector", SELECTORS)
 def test_the_whole_budget_is_a_full_prefill_and_none_is_plain_reuse(engine, selector):
     everything, nothing = (Chooses(selector.with_budget(ratio)) for ratio in (1.0, 0.0))
     full, naive = (engine.next_logits([ASK], name) for name in ("full-prefill", "naive"))

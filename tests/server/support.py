@@ -10,6 +10,7 @@ import httpx
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "data" / "tiny"
+CHAT = "/v1/chat/completions"
 QUESTION = "Where is Anna Belt?"
 DOCUMENTS = [
     {"id": "a", "title": "Anna Belt", "text": "Anna Belt is in Kirby."},
@@ -43,3 +44,19 @@ def process(*options: str):
 def metric(text: str, name: str) -> float:
     """The value of a metric in Prometheus' text."""
     return float(re.search(rf"^blocktune_{re.escape(name)} (\S+)$", text, re.MULTILINE)[1])
+
+
+def refused(response, status: int, *words: str) -> None:
+    assert response.status_code == status, response.text
+    message = response.json()["error"]["message"]
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def wait_until(condition) -> None:
+    for _ in range(1000):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it did not come to that")

@@ -9,9 +9,8 @@ import time
 import httpx
 import pytest
 from openai import NotFoundError, OpenAI
-from server.support import DOCUMENTS, QUESTION, chat, metric, process
+from server.support import CHAT, DOCUMENTS, QUESTION, chat, metric, process
 
-CHAT = "/v1/chat/completions"
 LONG = {"max_tokens": 2000, "temperature": 100, "seed": 5}
 """Nearly uniform draws: the end of turn is one token of a thousand."""
 

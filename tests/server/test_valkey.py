@@ -6,12 +6,11 @@ import time
 
 import pytest
 import valkey_server
-from server.support import chat
+from server.support import CHAT, chat
 
 from blocktune.cache import ChunkStore, remote, tiers
 from blocktune.engine import Engine
 
-CHAT = "/v1/chat/completions"
 METHODS = ("naive", "cacheblend", "epic")
 ASKED = [
     chat(

@@ -49,7 +49,7 @@ def run(monkeypatch, capsys):
 
     def run(folder, *arguments):
         recipes = [str(folder / f"{name}.yaml") for name in ("joined", "control")]
-        sizes = ["--questions", "8", "--alone", "4", "--dev-questions", "4", "--seeds", "0", "1"]
+        sizes = ["--questions", "4", "--alone", "2", "--dev-questions", "2", "--seeds", "0", "1"]
         places = ["--output", str(folder / "out"), "--results", str(folder / "results")]
         sizes += ["--worlds", "crowded=1"]
         words = ["lora_2000.py", "--recipes", *recipes, *sizes, *places, *arguments]
@@ -69,13 +69,13 @@ def test_it_trains_asks_judges_and_resumes_where_it_was(run, tmp_path):
     for name in ("best", "full_prefill", "cacheblend"):
         low, high = found[name]["ci95"]
         assert low <= found[name]["adjusted_f1"] <= high
-        assert 0 < found[name]["n"] <= found[name]["asked"] == 8
+        assert 0 < found[name]["n"] <= found[name]["asked"] == 4
     assert [(one["recipe"], one["seed"]) for one in found["runs"]] == [
         ("joined", 0), ("joined", 1), ("control", 0), ("control", 1),
     ]  # fmt: skip
     assert found["best"]["method"] == "block-attention"
     assert found["control"]["method"] == "full-prefill"
-    assert found["best"]["full_attention"]["n"] == 12
+    assert found["best"]["full_attention"]["n"] == 6
     cost = found["runs"][0]["cost"]
     assert cost["steps"] == 2
     assert cost["trainable_parameters"] > 0

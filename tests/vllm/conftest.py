@@ -21,3 +21,16 @@ os.environ |= {
 @pytest.fixture(scope="session")
 def store(tmp_path_factory):
     return tmp_path_factory.mktemp("store")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def serving(request, tmp_path_factory):
+    """The server of test_http.py, which takes long to start: from the first test on."""
+    if not any(item.path.name == "test_http.py" for item in request.session.items):
+        yield None
+        return
+    from vllm_server import Serving
+
+    started = Serving(tmp_path_factory.mktemp("serving"))
+    yield started
+    started.close()

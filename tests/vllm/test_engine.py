@@ -250,8 +250,8 @@ def test_a_store_of_another_model_gives_nothing(llm, engine):
 
 
 def test_preempted_requests_load_again(llm):
-    examples = questions(11, 12)
-    long = SamplingParams(temperature=0, max_tokens=90, ignore_eos=True)
+    examples = questions(11, 8)
+    long = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
     before = counter(llm, "vllm:num_preemptions")
     llm.answer(examples, max_new_tokens=1)
     rendered = [llm.client.read(one) for one in examples]

@@ -1,90 +1,26 @@
 """The server as users start it: two ranks, a LoRA adapter, an encoder beside it."""
 
-import os
-import socket
 import subprocess
 import sys
-import time
-import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import openai
 import pytest
-from vllm_cases import TINY, make_adapter, questions
-
-import blocktune
-from blocktune import Engine
-from blocktune.prompt import LayoutSpec
+from vllm_cases import TINY, questions
 
 ROOT = Path(__file__).resolve().parents[2]
-OPTIONS = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--block-size", "32"]
-OPTIONS += ["--tensor-parallel-size", "2", "--max-num-seqs", "8"]
 
 
 @pytest.fixture(scope="module")
-def adapter(tmp_path_factory):
-    return make_adapter(tmp_path_factory.mktemp("lora") / "tuned", LayoutSpec(), True)
+def engines(serving):
+    return serving.engines
 
 
 @pytest.fixture(scope="module")
-def engines(store, adapter):
-    """The references; the store is warm when the server starts."""
-    options = {"store": store, "dtype": "float32", "device": "cpu"}
-    engines = {TINY: Engine.from_pretrained(TINY, **options)}
-    engines["tuned"] = Engine.from_pretrained(TINY, adapter, **options)
-    for engine in engines.values():
-        engine.encode([chunk for one in questions(31) for chunk in one.chunks])
-    return engines
-
-
-@pytest.fixture(scope="module")
-def env(tmp_path_factory):
-    """The checkout as an installed package: vLLM finds its plug-ins."""
-    folder = tmp_path_factory.mktemp("site")
-    info = folder / f"blocktune-{blocktune.__version__}.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text(f"Name: blocktune\nVersion: {blocktune.__version__}\n")
-    points = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
-    lines = [
-        [f"[{group}]", *(f"{k} = {v}" for k, v in one.items())] for group, one in points.items()
-    ]
-    (info / "entry_points.txt").write_text("\n".join(line for part in lines for line in part))
-    one_process = ("VLLM_ENABLE_V1_MULTIPROCESSING",)
-    kept = {key: value for key, value in os.environ.items() if key not in one_process}
-    return kept | {"PYTHONPATH": f"{ROOT}:{folder}", "OMP_NUM_THREADS": "1"}
-
-
-@pytest.fixture(scope="module")
-def server(store, adapter, engines, env):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "blocktune.cli", "vllm", "serve", TINY, "--store", str(store)]
-    command += ["--adapter", str(adapter), "--port", str(port), "--host", "127.0.0.1"]
-    command += ["--encode-wait", "120"]
-    log = store.parent / "server.log"
-    with log.open("w") as file:
-        running = subprocess.Popen(
-            [*command, *OPTIONS], cwd=ROOT, env=env, stdout=file, stderr=file
-        )
-        url = f"http://127.0.0.1:{port}"
-        try:
-            while not _answers(url):
-                assert running.poll() is None, log.read_text()[-3000:]
-                time.sleep(0.3)
-            yield url
-        finally:
-            running.terminate()
-            running.wait(30)
-
-
-def _answers(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/health").status_code == 200
-    except httpx.TransportError:
-        return False
+def server(serving):
+    return serving.url()
 
 
 def body(example, model=TINY, **more):
@@ -187,19 +123,19 @@ def test_raw_requests_are_guarded_too(server):
     assert "its ids are 4" in refused.text
 
 
-def test_missing_chunks_are_encoded_by_a_follower(server, engines, env, store):
+def test_missing_chunks_are_encoded_by_a_follower(server, serving):
     example = questions(32, 1)[0]
-    command = [sys.executable, "-m", "blocktune.cli", "encode", "--follow", "--store", str(store)]
-    command += ["--model", TINY, "--dtype", "float32", "--device", "cpu"]
+    command = [sys.executable, "-m", "blocktune.cli", "encode", "--follow", "--store"]
+    command += [str(serving.store), "--model", TINY, "--dtype", "float32", "--device", "cpu"]
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(ask, server, example)
-        encoder = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE)
+        encoder = subprocess.Popen(command, cwd=ROOT, env=serving.env, stdout=subprocess.PIPE)
         try:
             made = text_of(waiting.result(130))
         finally:
             encoder.terminate()
             encoder.wait()
-    [wanted] = engines[TINY].answer([example], max_new_tokens=12)
+    [wanted] = serving.engines[TINY].answer([example], max_new_tokens=12)
     assert made == wanted.text
 
 
