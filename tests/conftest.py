@@ -3,6 +3,7 @@
 import functools
 import gc
 import os
+import sys
 
 import pytest
 
@@ -62,13 +63,24 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.get_closest_marker("alone") is None)
 
 
+frozen = 0
+
+
+def freeze_what_is_imported():
+    """Modules stay: Python's collector, which training and benches ask for, leaves them out."""
+    global frozen
+    if len(sys.modules) > frozen + 100:
+        gc.collect()
+        gc.freeze()
+        frozen = len(sys.modules)
+
+
 def pytest_collection_finish():
-    """What is imported by now stays: Python's collector, which training asks for, leaves it out."""
-    gc.collect()
-    gc.freeze()
+    freeze_what_is_imported()
 
 
 def pytest_runtest_setup(item):
+    freeze_what_is_imported()
     if item.get_closest_marker("gpu") and not has_gpu():
         pytest.skip(NO_GPU)
 

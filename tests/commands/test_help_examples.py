@@ -1,5 +1,6 @@
 """The examples that the help shows run, one after the other, with small stand-ins for names."""
 
+import gc
 import gzip
 import json
 import re
@@ -122,6 +123,8 @@ def there(tmp_path, monkeypatch, blocktune, small_benches):
         own = ("--max_steps", "1", "--output_dir", f"out/{name}")
         done = blocktune("train", "--config", f"{name}.yaml", *own)
         assert done.exit_code == 0, done.output
+    gc.collect()
+    gc.freeze()  # as tests/conftest.py, since all of this is one test
     return tmp_path
 
 
