@@ -221,7 +221,7 @@ def test_what_cannot_run_is_refused_before_anything_does(engine):
     with pytest.raises(ValueError, match="max_new_tokens must be at least 1, got 0"):
         engine.answer([ASK], "naive", max_new_tokens=0)
     for single in ({"question": "Who?", "chunks": ["Anna."]}, "Who?"):
-        with pytest.raises(ValueError, match="got str .*; answer takes a list"):
+        with pytest.raises(ValueError, match=r"got str .*; answer takes a list"):
             engine.answer(single)
     with pytest.raises(ValueError, match="method must be a name or a Method, got NoneType"):
         engine.answer([ASK], None)
