@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from transformers import PreTrainedTokenizerBase
 
@@ -19,6 +19,7 @@ from blocktune.prompt.rows import lay_out, sink_ids, wrapped
 from blocktune.prompt.special_tokens import require_embedded
 
 
+@runtime_checkable
 class Request(Protocol):
     """What the engine needs of an example: `blocktune.data.RagExample` is one."""
 
@@ -33,12 +34,21 @@ class Request(Protocol):
 
 def as_request(example: Request | Mapping[str, Any]) -> Request:
     """An example itself, or a row read as a `RagExample`; ValueError names a wrong field."""
-    return RagExample.from_json(example) if isinstance(example, Mapping) else example
+    example = RagExample.from_json(example) if isinstance(example, Mapping) else example
+    if not isinstance(example, Request):
+        raise ValueError(
+            f"a question must be a dict with question and chunks, got {type(example).__name__} "
+            f"'{example!s:.40}'; answer takes a list of them"
+        )
+    return example
 
 
 def built(method: str | Method) -> Method:
-    """A method by its name, or the method itself."""
-    return build(method) if isinstance(method, str) else method
+    """A method by its name, or the method itself; ValueError for anything else."""
+    made = build(method) if isinstance(method, str) else method
+    if not isinstance(made, Method):
+        raise ValueError(f"method must be a name or a Method, got {type(method).__name__}")
+    return made
 
 
 @dataclass(frozen=True)

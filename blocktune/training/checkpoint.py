@@ -19,7 +19,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
-from transformers.trainer import TRAINING_ARGS_NAME, rotate_checkpoints
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME, rotate_checkpoints
 
 from blocktune import links
 from blocktune.adapter import INFO_FILE, OWN_WEIGHTS, AdapterInfo, scope_of
@@ -168,6 +168,7 @@ class StagedSaving(Trainer):
 
     files: AdapterFiles
     _staging: bool = False
+    _best: bool = False  # whether the weights are the best checkpoint's, not the last step's
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """As the Trainer's, without what a killed run was about to save.
@@ -175,6 +176,7 @@ class StagedSaving(Trainer):
         A ValueError names what differs if the checkpoint to continue from is damaged, or of a run
         with other settings, data or base.
         """
+        self._best = False
         if resume_from_checkpoint:
             self._continue_from(resume_from_checkpoint)
         if self.args.should_save:
@@ -215,9 +217,14 @@ class StagedSaving(Trainer):
         finally:
             self._staging = False
         self.accelerator.wait_for_everyone()
+        run_dir = Path(self._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
+        is_best = self.state.best_model_checkpoint == str(run_dir / STAGING / name)
+        if is_best:
+            self.state.best_model_checkpoint = str(run_dir / name)
         if self.args.should_save:
-            run_dir = Path(self._get_output_dir(trial))
-            name = f"checkpoint-{self.state.global_step}"
+            if is_best:
+                self.state.save_to_json(str(run_dir / STAGING / name / TRAINER_STATE_NAME))
             move_folder(run_dir / STAGING / name, run_dir / name)
             rotate_checkpoints(
                 output_dir=str(run_dir),
@@ -248,16 +255,30 @@ class StagedSaving(Trainer):
         self.files.write_weights(model, folder, state_dict)
         self.processing_class.save_pretrained(folder)
         torch.save(self.args, folder / TRAINING_ARGS_NAME)
-        files = self.files.described(steps=self.state.global_step)
-        files.write_info(model, folder, state_dict)
+        steps = self.state.best_global_step if self._best else self.state.global_step
+        self.files.described(steps=steps).write_info(model, folder, state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         model = self.model if model is None else model
-        weights = {path.name for path in Path(resume_from_checkpoint).glob("*.safetensors")}
-        if weights != {links.LINKS_FILE}:
+        if _has_model(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_links(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        if _has_model(best):
+            super()._load_best_model()
+        self._load_links(best, self.model)
+        self._best = True
+
+    def _load_links(self, folder: str, model: nn.Module) -> None:
         table = links.installed_links(self.accelerator.unwrap_model(model))
         if table is not None:
-            weight, saved = table.weight, links.load_links(resume_from_checkpoint).weight
+            weight, saved = table.weight, links.load_links(folder).weight
             with torch.no_grad():
                 fill(weight, saved.to(weight.device, weight.dtype))
+
+
+def _has_model(folder: str) -> bool:
+    """Whether a checkpoint has more weights than a link table's."""
+    return {path.name for path in Path(folder).glob("*.safetensors")} != {links.LINKS_FILE}

@@ -133,7 +133,6 @@ _MUST_BE = {
     "chat_template_path": None,
     "eos_token": None,
     "pad_to_multiple_of": None,
-    "load_best_model_at_end": False,
     "average_tokens_across_devices": True,
     "dataloader_persistent_workers": False,
     "model_init_kwargs": None,

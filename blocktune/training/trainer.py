@@ -181,8 +181,13 @@ class BlockSFTTrainer(StagedSaving, SFTTrainer):
 
     def _prepare(self, rows: Rows, batch: int, pack_length: int | None = None) -> Prepared:
         args, tokenizer, fmt = self.args, self.processing_class, self.collator.format
+        if isinstance(rows, str | Mapping):
+            raise ValueError(
+                f"a dataset must be rows, got {type(rows).__name__}; pass one split "
+                "(dataset['train']), or load_examples(PATH)"
+            )
         samples = [to_sample(row, tokenizer, fmt) for row in rows]
-        if not (isinstance(rows, list) and isinstance(rows[0], Sample)):
+        if not (isinstance(rows, list) and rows and isinstance(rows[0], Sample)):
             samples = in_modes(samples, args.block_share, args.both_modes, args.seed)
         return prepare(
             samples,

@@ -12,6 +12,7 @@ import asyncio
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import wraps
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, HTTPException, Request
@@ -19,17 +20,22 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, Field, ValidationError
 from vllm.entrypoints.openai.chat_completion.api_router import create_chat_completion
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
+from vllm.exceptions import VLLMValidationError
 
 from blocktune.server.front import chat_pieces, read_document, read_messages
 from blocktune.server.schemas import MOST_DOCUMENTS, Document, Extension, Message
 from blocktune.server.service import read_method
 from blocktune.vllm.client import ChunkClient, Rendered
+from blocktune.vllm.plan import PARAMS
 
 POLL_S = 0.05
 REFUSED = (
     *("prompt_logprobs", "echo", "tools", "functions", "continue_final_message"),
-    *("truncate_prompt_tokens", "chat_template", "add_special_tokens", "return_token_offsets"),
+    *("truncate_prompt_tokens", "chat_template", "chat_template_kwargs", "add_special_tokens"),
+    *("reasoning_effort", "return_token_offsets", "return_prompt_text", "kv_transfer_params"),
+    "use_beam_search",  # vLLM's makes requests of its own, without the chunks
 )
 """Fields that change the prompt, or read what was not computed."""
 
@@ -62,7 +68,10 @@ class Front:
         if not _has_documents(body):
             return body
         asked = Asked.model_validate(body)
-        if refused := next((name for name in REFUSED if body.get(name)), None):
+        refused = next((name for name in REFUSED if body.get(name)), None)
+        if refused is None and body.get("add_generation_prompt") is False:
+            refused = "add_generation_prompt: false"
+        if refused:
             raise ValueError(f"{refused} is not supported with documents; leave it out")
         name = next(iter(self.clients)) if asked.model is None else asked.model
         if name not in self.clients:
@@ -93,8 +102,8 @@ class Front:
         if missing:
             raise HTTPException(
                 503,
-                f"{len(missing)} chunks are not encoded yet; they are queued for `blocktune "
-                "encode --follow`, ask again later",
+                f"chunks not encoded yet: {len(missing)}; they are queued for `blocktune encode "
+                "--follow`, ask again later",
                 {"Retry-After": "5"},
             )
 
@@ -121,6 +130,19 @@ def _render(client: ChunkClient, asked: Asked) -> Rendered:
     return client.render(pieces, method, most)
 
 
+def _refuse_beams(kind: type[BaseModel]) -> None:
+    """Makes beam search refuse a plan, which vLLM's requests for beams do not carry."""
+    make = kind.to_beam_search_params
+
+    @wraps(make)
+    def checked(self, *args, **kwargs):
+        if (self.kv_transfer_params or {}).get(PARAMS) is not None:
+            raise VLLMValidationError("use_beam_search excludes cached chunks; leave it out")
+        return make(self, *args, **kwargs)
+
+    kind.to_beam_search_params = checked
+
+
 class DocumentsRoute:
     """The plug-in; see vLLM's ``EndpointPlugin``."""
 
@@ -129,17 +151,21 @@ class DocumentsRoute:
 
     def attach_router(self, app: FastAPI) -> None:
         """Takes the place of vLLM's route."""
+        for kind in (ChatCompletionRequest, CompletionRequest):
+            _refuse_beams(kind)
 
         @app.post("/v1/chat/completions", dependencies=[Depends(validate_json_request)])
         async def chat(raw_request: Request) -> Any:
             """OpenAI's chat completions, with documents."""
-            body = await raw_request.json()
             try:
+                body = await raw_request.json()
                 if isinstance(body, dict):
                     body = await raw_request.app.state.blocktune.prepare(body)
                 request = ChatCompletionRequest.model_validate(body)
             except ValidationError as error:
                 raise RequestValidationError(error.errors(), body=body) from None
+            except RecursionError:
+                raise HTTPException(400, "the request is nested too deeply") from None
             except ValueError as error:
                 raise HTTPException(400, " ".join(str(error).split())) from None
             return await create_chat_completion(request, raw_request)

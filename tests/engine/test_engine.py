@@ -220,6 +220,11 @@ def test_what_cannot_run_is_refused_before_anything_does(engine):
         engine.answer([ASK], build("cacheblend", check_layer=7))
     with pytest.raises(ValueError, match="max_new_tokens must be at least 1, got 0"):
         engine.answer([ASK], "naive", max_new_tokens=0)
+    for single in ({"question": "Who?", "chunks": ["Anna."]}, "Who?"):
+        with pytest.raises(ValueError, match=r"got str .*; answer takes a list"):
+            engine.answer(single)
+    with pytest.raises(ValueError, match="method must be a name or a Method, got NoneType"):
+        engine.answer([ASK], None)
     assert len(engine.store) == 0
 
 

@@ -5,9 +5,13 @@ import shutil
 
 import pytest
 import torch
-from training.runs import losses, make_trainer
+from safetensors.torch import load_file
+from training.runs import losses, make_trainer, write_run
 from training.test_trainer import MODES
+from training.toy import toy_examples
 
+from blocktune.adapter import AdapterInfo
+from blocktune.data.example import write_jsonl
 from blocktune.links import load_links
 
 
@@ -38,6 +42,30 @@ def test_resume_matches_no_stop(tmp_path, mode):
     assert counted(resumed) == counted(whole)
     for one, other in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("mode", RESUMABLE)
+def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path, mode):
+    falling = iter((3.0, 2.0, 1.0))
+    options = RESUMABLE[mode] | {"max_steps": 3, "learning_rate": 0.1, "save_total_limit": 1}
+    options |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_score"}
+    options |= {"greater_is_better": True, "eval_strategy": "steps", "eval_steps": 1}
+    options |= {"save_strategy": "steps", "save_steps": 1}
+    write_run(tmp_path)
+    write_jsonl(tmp_path / "eval.jsonl", toy_examples(2))
+    trainer = make_trainer(tmp_path, eval_data=str(tmp_path / "eval.jsonl"), **options)
+    trainer.compute_metrics = lambda _: {"score": next(falling)}
+    trainer.train()
+    best = tmp_path / "out/checkpoint-1"
+    assert trainer.state.best_model_checkpoint == str(best)
+    assert json.loads((best / "trainer_state.json").read_text())["best_model_checkpoint"] == str(
+        best
+    )
+    trainer.save_model()
+    for path in best.glob("*.safetensors"):
+        saved, final = load_file(path), load_file(tmp_path / "out" / path.name)
+        assert all(torch.equal(saved[name], final[name]) for name in saved | final)
+    assert AdapterInfo.load(tmp_path / "out").training["steps"] == 1
 
 
 def test_what_a_killed_run_was_about_to_save_is_left_out(tmp_path):

@@ -181,6 +181,8 @@ def test_the_trainer_takes_what_trl_users_pass(base, tmp_path):
         ({"args": TrainingArguments}, "args must be a BlockSFTConfig, got TrainingArguments"),
         ({"data_collator": list}, "data_collator must be a BlockDataCollator, got list"),
         ({"train_dataset": None}, "train_dataset is missing"),
+        ({"train_dataset": list}, "no example to train on"),
+        ({"train_dataset": dict}, r"rows, got dict; pass one split \(dataset\['train'\]\)"),
         (
             {"data_collator": lambda: BlockDataCollator(toy_tokenizer(), LayoutSpec(num_links=1))},
             "num_links=1.*layout=args.layout",

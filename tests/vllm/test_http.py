@@ -93,6 +93,10 @@ def test_a_request_without_documents_is_vllms(server):
     ("more", "status", "reason"),
     [
         ({"prompt_logprobs": 1}, 400, "prompt_logprobs is not supported with documents"),
+        ({"use_beam_search": True, "n": 2}, 400, "use_beam_search is not supported"),
+        ({"chat_template_kwargs": {"x": 1}}, 400, "chat_template_kwargs is not supported"),
+        ({"add_generation_prompt": False}, 400, "add_generation_prompt: false is not"),
+        ({"kv_transfer_params": {"x": 1}}, 400, "kv_transfer_params is not supported"),
         ({"blocktune": {"method": "cacheblend"}}, 400, "vLLM cannot serve 'cacheblend'"),
         ({"blocktune": {"method": "kv-packet"}}, 400, "needs an adapter"),
         ({"blocktune": {"method": "link0", "params": {"blanks": "x"}}}, 400, "blanks"),
@@ -109,6 +113,13 @@ def test_mistakes_are_one_line(server, more, status, reason):
     assert reason in made.text
 
 
+def test_a_request_that_is_nested_too_deeply_is_refused(server):
+    deep = b'{"documents":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+    sent = {"content": deep, "headers": {"Content-Type": "application/json"}}
+    made = httpx.post(f"{server}/v1/chat/completions", **sent, timeout=60)
+    assert made.status_code == 400, made.text
+
+
 def test_raw_requests_are_guarded_too(server):
     plan = {"blocktune": {"fingerprint": "0" * 64, "segments": [2]}}
     asked = {"model": TINY, "prompt": [5, 6, 7, 8], "max_tokens": 2, "kv_transfer_params": plan}
@@ -116,6 +127,9 @@ def test_raw_requests_are_guarded_too(server):
     refused = httpx.post(url, json=asked | {"prompt_logprobs": 1}, timeout=60)
     assert refused.status_code == 400
     assert "prompt_logprobs cannot" in refused.text
+    refused = httpx.post(url, json=asked | {"use_beam_search": True, "n": 2}, timeout=60)
+    assert refused.status_code == 400
+    assert "use_beam_search excludes" in refused.text
     assert httpx.post(url, json=asked, timeout=60).status_code == 500  # its chunks are missing
     plan["blocktune"]["segments"] = [9]
     refused = httpx.post(url, json=asked, timeout=60)
