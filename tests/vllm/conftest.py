@@ -18,6 +18,15 @@ os.environ |= {
 }
 
 
+@pytest.fixture(scope="session", autouse=True)
+def inspected_here():
+    """vLLM asks what a model class can do in a process of its own, which imports all of it."""
+    if find_spec("vllm.config"):
+        from vllm.model_executor.models import registry
+
+        registry._run_in_subprocess = lambda inspect: inspect()
+
+
 @pytest.fixture(scope="session")
 def store(tmp_path_factory):
     return tmp_path_factory.mktemp("store")

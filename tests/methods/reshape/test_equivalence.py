@@ -3,7 +3,7 @@
 import pytest
 import torch
 from engine.served import ASK, FOREVER, SHORT, engine_of, served_spans
-from families import FAMILIES
+from families import FAMILIES, dealt
 from methods.reshape.oracle import BestChunks, TwoSoftmaxes, logits_by, rows_of
 
 from blocktune.attention.masks import MaskRoom
@@ -57,7 +57,7 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("engine", "name"), dealt(FAMILIES, METHODS), indirect=["engine"])
 def test_prefill_and_decode_match_the_merge_of_two_softmaxes(engine, name):
     method = METHODS[name]
     run = start(engine, [ASK], method)
