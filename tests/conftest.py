@@ -52,12 +52,6 @@ def small_benches():
         yield
 
 
-@pytest.fixture
-def without_pictures(monkeypatch):
-    """Reports without charts, which take seconds: evaluation/test_report_page.py draws them."""
-    monkeypatch.setattr("blocktune.evaluation.report.page.charts_of", lambda results: [])
-
-
 def pytest_collection_modifyitems(items):
     """The longest tests first: one process works through them while the others take the rest."""
     items.sort(key=lambda item: item.get_closest_marker("alone") is None)
