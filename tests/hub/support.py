@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from hub.stand_in import TOKEN
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_api
 
 from blocktune.adapter import AdapterInfo
 from blocktune.hub import CardFacts
@@ -41,6 +41,7 @@ def online(hub, home: Path):
     with pytest.MonkeyPatch.context() as patch:
         for name, value in changes.items():
             patch.setattr(constants, name, value)
+        patch.setattr(hf_api.api, "endpoint", hub.url)  # made when the library was imported
         patch.setenv("HF_TOKEN", TOKEN)
         yield
 
