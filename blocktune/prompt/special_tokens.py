@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
@@ -15,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 Ids = tuple[int, ...]
 T = TypeVar("T")
 
-MOST_TOKENS = 1_000_000  # token ids that are remembered for one tokenizer: 8 MB
+MOST_BYTES = 16 << 20  # of texts and their token ids that are remembered for one tokenizer
 
 OWNER: ContextVar[str] = ContextVar("owner", default="")
 """Whose texts are tokenised: nobody is answered faster because somebody else sent the same text."""
@@ -29,15 +30,20 @@ class _Recent:
 
     def __init__(self):
         self.ids: OrderedDict[tuple, Ids] = OrderedDict()
-        self.tokens = 0
+        self.num_bytes = 0
         self.numbers: dict[int, int] = {}  # one object for each token, not for each occurrence
         self.facts: dict[Hashable, Any] = {}
 
     def put(self, key: tuple, ids: Ids) -> None:
         self.ids[key] = ids
-        self.tokens += len(ids)
-        while self.tokens > MOST_TOKENS:
-            self.tokens -= len(self.ids.popitem(last=False)[1])
+        self.num_bytes += _size(key, ids)
+        while self.num_bytes > MOST_BYTES:
+            self.num_bytes -= _size(*self.ids.popitem(last=False))
+
+
+def _size(key: tuple, ids: Ids) -> int:
+    """Bytes of a text and its ids, with what is around them: there may be many short ones."""
+    return sys.getsizeof(key[1]) + 8 * len(ids) + 400
 
 
 _RECENT: WeakKeyDictionary[PreTrainedTokenizerBase, _Recent] = WeakKeyDictionary()

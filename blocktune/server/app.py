@@ -10,9 +10,10 @@ from importlib.resources import files
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
@@ -31,6 +32,7 @@ from blocktune.server.schemas import (
     ErrorBody,
     ModelCard,
     ModelList,
+    WrongField,
 )
 from blocktune.server.service import Service, UnknownModel
 
@@ -42,6 +44,7 @@ ERRORS = {
         404: "No such model or chunk.",
         408: "Not answered in time.",
         413: "The body is too large.",
+        415: "The body is not JSON.",
         429: "Too many requests; see Retry-After.",
     }.items()
 }
@@ -73,6 +76,15 @@ def create_app(service: Service) -> FastAPI:
     _add_errors(app)
     app.include_router(tenants)
     app.include_router(everybody)
+    describe, kinds = app.openapi, (ChatRequest, CompletionRequest, ChunksRequest)
+
+    def described() -> dict[str, Any]:
+        made, place = describe(), "#/components/schemas/{model}"
+        found = models_json_schema([(kind, "validation") for kind in kinds], ref_template=place)
+        made["components"]["schemas"] |= found[1]["$defs"]
+        return made
+
+    app.openapi = described
     return app
 
 
@@ -82,12 +94,9 @@ def _add_errors(app: FastAPI) -> None:
     def reply(status: int, message: str, param: str | None = None, **headers: str) -> JSONResponse:
         return JSONResponse(error_body(message, status, param), status, headers=headers or None)
 
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"][1:])[:200]
-        place = place.encode(errors="replace").decode()
-        return reply(400, f"{place}: {first['msg']}" if place else first["msg"], place or None)
+    @app.exception_handler(WrongField)
+    async def invalid(request: Request, error: WrongField) -> JSONResponse:
+        return reply(400, str(error), error.param)
 
     @app.exception_handler(StarletteHTTPException)
     async def refused(request: Request, error: StarletteHTTPException) -> JSONResponse:
@@ -143,19 +152,23 @@ tenants = APIRouter(responses=ERRORS, dependencies=[Depends(tenant_of)])
 everybody = APIRouter()
 
 
-@tenants.post("/v1/chat/completions", response_model=None)
-async def chat(body: ChatRequest, request: Request, tenant: Caller, service: Serving) -> Response:
+def reads(kind: type[BaseModel]) -> dict[str, Any]:
+    """What the interface's description says of a body that `begin` reads."""
+    schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+@tenants.post("/v1/chat/completions", response_model=None, openapi_extra=reads(ChatRequest))
+async def chat(request: Request, tenant: Caller, service: Serving) -> Response:
     """Answers the user's last message from the documents."""
-    exchange = await begin(service, tenant, request, lambda: service.chat(body, tenant))
+    exchange, body = await begin(service, tenant, request, ChatRequest, service.chat)
     return await exchange.respond(ChatBodies, body)
 
 
-@tenants.post("/v1/completions", response_model=None)
-async def complete(
-    body: CompletionRequest, request: Request, tenant: Caller, service: Serving
-) -> Response:
+@tenants.post("/v1/completions", response_model=None, openapi_extra=reads(CompletionRequest))
+async def complete(request: Request, tenant: Caller, service: Serving) -> Response:
     """Continues a text, after documents if there are any."""
-    exchange = await begin(service, tenant, request, lambda: service.completion(body, tenant))
+    exchange, body = await begin(service, tenant, request, CompletionRequest, service.completion)
     return await exchange.respond(TextBodies, body)
 
 
@@ -171,12 +184,10 @@ async def model(name: str, service: Serving) -> ModelCard:
     return service.card(name)
 
 
-@tenants.post("/v1/chunks")
-async def encode(
-    body: ChunksRequest, request: Request, tenant: Caller, service: Serving
-) -> ChunkList:
+@tenants.post("/v1/chunks", openapi_extra=reads(ChunksRequest))
+async def encode(request: Request, tenant: Caller, service: Serving) -> ChunkList:
     """Encodes documents ahead of any question, and pins them if asked."""
-    exchange = await begin(service, tenant, request, lambda: service.encoding(body, tenant))
+    exchange, _ = await begin(service, tenant, request, ChunksRequest, service.encoding)
     return chunk_list(exchange.asked, tenant, await exchange.report())
 
 

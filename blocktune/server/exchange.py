@@ -7,10 +7,11 @@ import json
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import HTTPException, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from pydantic import BaseModel
 
 from blocktune.methods.base import METHODS
 from blocktune.server.bodies import Bodies
@@ -18,25 +19,42 @@ from blocktune.server.config import Tenant
 from blocktune.server.job import Busy, Delta, Event, Failure, Report
 from blocktune.server.middleware import error_body
 from blocktune.server.recall import recall
-from blocktune.server.schemas import ChatRequest, CompletionRequest
+from blocktune.server.schemas import ChatRequest, CompletionRequest, WrongField, read_body
 from blocktune.server.service import Asked, Service, UnknownModel
 
 _LOG = logging.getLogger("blocktune.server")
 
 
+T = TypeVar("T", bound=BaseModel)
+
+
 async def begin(
-    service: Service, tenant: Tenant, request: Request, make: Callable[[], Asked]
-) -> Exchange:
-    """Makes the job of a request, if its tenant has quota left, and queues it.
+    service: Service,
+    tenant: Tenant,
+    request: Request,
+    kind: type[T],
+    make: Callable[[T, Tenant], Asked],
+) -> tuple[Exchange, T]:
+    """Reads a request of some kind, makes its job, and queues that.
+
+    Both are done in another thread: a long body does not hold up other clients.
 
     Raises:
-        HTTPException: If the request is wrong, or would never fit.
+        HTTPException: If the request is no JSON or wrong, or would never fit.
+        WrongField: If a field is wrong.
         UnknownModel: If it names none that is served.
-        Busy: If too many wait, or the quota is used up.
+        Busy: If too many wait, or its tenant's quota is used up.
     """
+    _require_json(request)
+    raw, most = await request.body(), 2 * service.config.limits.prompt_tokens
+
+    def read() -> tuple[T, Asked]:
+        body = read_body(kind, raw, most)
+        return body, make(body, tenant)
+
     try:
-        asked = await asyncio.to_thread(make)
-    except UnknownModel:
+        body, asked = await asyncio.to_thread(read)
+    except (UnknownModel, WrongField):
         raise
     except ValueError as error:
         raise HTTPException(400, " ".join(str(error).split())) from None
@@ -54,7 +72,18 @@ async def begin(
     except BaseException:
         exchange.close()
         raise
-    return exchange
+    return exchange, body
+
+
+def _require_json(request: Request) -> None:
+    """Also for safety: pages of other sites can send forms and text/plain, but not JSON."""
+    kind, _, options = request.headers.get("content-type", "").partition(";")
+    kind, charset = kind.strip().lower(), options.partition("charset=")[2].strip(' "').lower()
+    if kind != "application/json" or charset not in ("", "utf-8", "utf8"):
+        raise HTTPException(415, "send JSON in UTF-8, as Content-Type: application/json")
+    coding = request.headers.get("content-encoding", "identity")
+    if coding != "identity":
+        raise HTTPException(415, f"Content-Encoding '{coding:.40}' is not read; send plain JSON")
 
 
 class Exchange:

@@ -112,7 +112,9 @@ class Service:
         }
         for served in self.models.values():
             served.engine.prompts.spec(served.method)
-            served.engine.state.auxiliaries.may_load = False
+            served.engine.state.prefixes(served.method)  # loads the method's own embedding model
+        for served in self.models.values():  # requests load none
+            served.engine.state.auxiliaries.may_load = served.engine.store.may_load = False
         self.faults: list[str] = []
         self.ready = self.draining = False
         self._checked = checked
@@ -152,7 +154,7 @@ class Service:
         conversation = read_messages(body.messages)
         documents = [*(body.documents or ()), *conversation.documents]
         sources = self._sources(served, documents, [m.content for m in body.messages])
-        method = self._method(served, body.blocktune, bool(sources))
+        method = self._method(served, body.blocktune or Extension(), bool(sources))
         chunks = [source.chunk for source in sources]
         prompts = served.engine.prompts
         block = prompts.spec(method).block
@@ -169,7 +171,7 @@ class Service:
         """
         served = self._served(body, tenant)
         sources = self._sources(served, body.documents or (), [body.prompt])
-        method = self._method(served, body.blocktune, bool(sources))
+        method = self._method(served, body.blocktune or Extension(), bool(sources))
         prompts = served.engine.prompts
         chunks = [source.chunk for source in sources]
         pieces = plain_pieces(prompts.tokenizer, prompts.format, chunks, body.prompt)
@@ -296,7 +298,10 @@ class Service:
             new_tokens = min(new_tokens, prompts.max_tokens - taken)
         warmth = body.temperature or 0.0
         sampling = Sampling(
-            warmth if warmth >= COLDEST else 0.0, body.top_k or 0, body.top_p or 1.0, body.seed
+            warmth if warmth >= COLDEST else 0.0,
+            max(0, body.top_k or 0),
+            body.top_p or 1.0,
+            body.seed,
         )
         return Job(
             served.engine,
@@ -308,7 +313,7 @@ class Service:
             ),
             tenant=tenant.name,
             timeout_s=limits.request_s,
-            strip=body.blocktune.strip,
+            strip=bool(body.blocktune and body.blocktune.strip),
             token_bytes=served.token_bytes,
         )
 
@@ -322,7 +327,7 @@ def read_method(asked: Extension, default: str) -> Method:
     text = default if asked.method is None else asked.method
     try:
         if isinstance(text, str):
-            method = build(text, **asked.params)
+            method = build(text, **(asked.params or {}))
         elif asked.params:
             raise ValueError("a method given as a mapping takes its parameters in it, as 'params'")
         else:

@@ -112,7 +112,7 @@ def test_a_form_of_another_site_is_not_read(client):
     """Browsers send text/plain anywhere without asking; JSON they ask for, and are refused."""
     body = json.dumps(chat()).encode()
     plain = client.post(CHAT, content=body, headers={"content-type": "text/plain"})
-    assert plain.status_code == 400
+    refused(plain, 415, "application/json")
     asked = client.options(
         CHAT, headers={"origin": "http://evil", "access-control-request-method": "POST"}
     )
