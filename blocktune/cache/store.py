@@ -68,7 +68,7 @@ class ChunkStore:
         self.config, self.folder, self.place = config, config.folder, config.place
         self.device = torch.device(device)
         self.notes: dict[Hashable, Any] = {}  # of plug-ins, until it is cleared
-        self.may_load = True  # whether a method may load models from folders and the Hub
+        self.may_load = True  # whether a method may load any model, from folders and the Hub
         self._tenants_notes: dict[Hashable, Any] = {}
         self.must_write, self.warn_rejected = must_write, True  # the first one; else level INFO
         self._stats, self._lock = StoreStats(), threading.RLock()

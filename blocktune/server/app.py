@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from importlib.resources import files
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
@@ -20,7 +21,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 import blocktune
 from blocktune.server.bodies import ChatBodies, TextBodies, chunk_list
 from blocktune.server.config import Tenant
-from blocktune.server.exchange import begin
+from blocktune.server.exchange import authorized, begin
 from blocktune.server.job import Busy
 from blocktune.server.middleware import Guard, error_body
 from blocktune.server.schemas import (
@@ -66,6 +67,7 @@ def create_app(service: Service) -> FastAPI:
         await asyncio.to_thread(service.scheduler.stop)
 
     app = FastAPI(title="blocktune", version=blocktune.__version__, lifespan=lifespan)
+    app.router.redirect_slashes = False
     app.state.service, config = service, service.config
     limits = config.limits
     if config.hosts != ("*",):
@@ -74,8 +76,8 @@ def create_app(service: Service) -> FastAPI:
         Guard, max_bytes=limits.body_bytes, max_s=limits.body_s, metrics=service.metrics
     )
     _add_errors(app)
-    app.include_router(tenants)
-    app.include_router(everybody)
+    for router in (work, tenants, everybody):
+        app.include_router(router)
     describe, kinds = app.openapi, (ChatRequest, CompletionRequest, ChunksRequest)
 
     def described() -> dict[str, Any]:
@@ -111,27 +113,18 @@ def _add_errors(app: FastAPI) -> None:
         return reply(429, str(error), **{"Retry-After": str(max(1, round(error.retry_after)))})
 
 
+# Dependencies are coroutines: functions would each wait for a thread.
 async def service_of(request: Request) -> Service:
     """What the application was made around."""
     return request.app.state.service
 
 
-# Dependencies are coroutines: functions would each wait for a thread.
+async def tenant_of(request: Request) -> Tenant:
+    """Who calls; see `authorized`."""
+    return authorized(request)
+
+
 Serving = Annotated[Service, Depends(service_of)]
-
-
-async def tenant_of(request: Request, service: Serving) -> Tenant:
-    """Who calls.
-
-    Raises:
-        HTTPException: If the request has no key of a tenant.
-    """
-    tenant = service.config.tenant_of(request.headers.get("authorization"))
-    if tenant is None:
-        raise HTTPException(401, "no API key, or a wrong one; send Authorization: Bearer KEY")
-    return tenant
-
-
 Caller = Annotated[Tenant, Depends(tenant_of)]
 
 
@@ -152,24 +145,44 @@ tenants = APIRouter(responses=ERRORS, dependencies=[Depends(tenant_of)])
 everybody = APIRouter()
 
 
+class Plain(APIRoute):
+    """A route whose function takes the request and makes the response, without dependencies."""
+
+    def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:
+        """The function itself."""
+        return self.endpoint
+
+
+work = APIRouter(responses=ERRORS, route_class=Plain)
+"""What `begin` reads and authorizes by itself: 0.3 ms of FastAPI's for each request less."""
+
+
 def reads(kind: type[BaseModel]) -> dict[str, Any]:
     """What the interface's description says of a body that `begin` reads."""
     schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
-@tenants.post("/v1/chat/completions", response_model=None, openapi_extra=reads(ChatRequest))
-async def chat(request: Request, tenant: Caller, service: Serving) -> Response:
+@work.post("/v1/chat/completions", response_model=None, openapi_extra=reads(ChatRequest))
+async def chat(request: Request) -> Response:
     """Answers the user's last message from the documents."""
-    exchange, body = await begin(service, tenant, request, ChatRequest, service.chat)
+    exchange, body = await begin(request, ChatRequest, Service.chat)
     return await exchange.respond(ChatBodies, body)
 
 
-@tenants.post("/v1/completions", response_model=None, openapi_extra=reads(CompletionRequest))
-async def complete(request: Request, tenant: Caller, service: Serving) -> Response:
+@work.post("/v1/completions", response_model=None, openapi_extra=reads(CompletionRequest))
+async def complete(request: Request) -> Response:
     """Continues a text, after documents if there are any."""
-    exchange, body = await begin(service, tenant, request, CompletionRequest, service.completion)
+    exchange, body = await begin(request, CompletionRequest, Service.completion)
     return await exchange.respond(TextBodies, body)
+
+
+@work.post("/v1/chunks", response_model=ChunkList, openapi_extra=reads(ChunksRequest))
+async def encode(request: Request) -> Response:
+    """Encodes documents ahead of any question, and pins them if asked."""
+    exchange, _ = await begin(request, ChunksRequest, Service.encoding)
+    made = chunk_list(exchange.asked, exchange.tenant, await exchange.report())
+    return JSONResponse(made.model_dump())
 
 
 @tenants.get("/v1/models")
@@ -182,13 +195,6 @@ async def models(service: Serving) -> ModelList:
 async def model(name: str, service: Serving) -> ModelCard:
     """One of them."""
     return service.card(name)
-
-
-@tenants.post("/v1/chunks", openapi_extra=reads(ChunksRequest))
-async def encode(request: Request, tenant: Caller, service: Serving) -> ChunkList:
-    """Encodes documents ahead of any question, and pins them if asked."""
-    exchange, _ = await begin(service, tenant, request, ChunksRequest, service.encoding)
-    return chunk_list(exchange.asked, tenant, await exchange.report())
 
 
 @tenants.get("/v1/chunks/{key}")

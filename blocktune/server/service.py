@@ -7,6 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from blocktune.cache.responses import ResponseCache
@@ -14,6 +15,7 @@ from blocktune.check import check_model
 from blocktune.engine import Engine, Sampling
 from blocktune.layout import Kind
 from blocktune.methods import Method, build, build_entry, default_method
+from blocktune.prompt import LayoutSpec, Pieces
 from blocktune.prompt.special_tokens import OWNER
 from blocktune.server.config import Quotas, ServerConfig, Tenant
 from blocktune.server.decoding import Settings
@@ -157,9 +159,9 @@ class Service:
         method = self._method(served, body.blocktune or Extension(), bool(sources))
         chunks = [source.chunk for source in sources]
         prompts = served.engine.prompts
-        block = prompts.spec(method).block
-        pieces = chat_pieces(prompts.tokenizer, prompts.format, chunks, conversation, block)
-        job = self._job(served, body, tenant, method, pieces, True)
+        spec = prompts.spec(method)
+        pieces = chat_pieces(prompts.tokenizer, prompts.format, chunks, conversation, spec.block)
+        job = self._job(served, body, tenant, method, spec, pieces, True)
         job.has_turns = bool(conversation.earlier)
         return Asked(job, served, sources, conversation.question)
 
@@ -176,7 +178,7 @@ class Service:
         chunks = [source.chunk for source in sources]
         pieces = plain_pieces(prompts.tokenizer, prompts.format, chunks, body.prompt)
         question = body.prompt if isinstance(body.prompt, str) else ""
-        job = self._job(served, body, tenant, method, pieces, False)
+        job = self._job(served, body, tenant, method, prompts.spec(method), pieces, False)
         return Asked(job, served, sources, question)
 
     def encoding(self, body: ChunksRequest, tenant: Tenant) -> Asked:
@@ -263,6 +265,8 @@ class Service:
     def _method(self, served: Served, asked: Extension, has_chunks: bool) -> Method:
         if asked.method is None and not asked.params:
             method = served.method
+        elif isinstance(asked.method, str) and not asked.params:
+            method = _named(asked.method)
         else:
             method = read_method(asked, served.method.name)
         if method.warm_up:
@@ -270,12 +274,18 @@ class Service:
         return method if has_chunks else build(WITHOUT_CHUNKS)
 
     def _job(
-        self, served: Served, body: Decoding, tenant: Tenant, method: Method, pieces, strips: bool
+        self,
+        served: Served,
+        body: Decoding,
+        tenant: Tenant,
+        method: Method,
+        spec: LayoutSpec,
+        pieces: Pieces,
+        strips: bool,
     ) -> Job:
         limits, prompts = self.config.limits, served.engine.prompts
         if not method.keeps_context:
             pieces = pieces._replace(chunks=())
-        spec = prompts.spec(method)
         if spec.num_blanks > MOST_BLANKS:
             raise ValueError(f"blocktune: at most {MOST_BLANKS} blanks, got {spec.num_blanks}")
         if pieces.num_tokens > limits.prompt_tokens:
@@ -316,6 +326,11 @@ class Service:
             strip=bool(body.blocktune and body.blocktune.strip),
             token_bytes=served.token_bytes,
         )
+
+
+@lru_cache(256)
+def _named(text: str) -> Method:
+    return read_method(Extension(method=text), "")
 
 
 def read_method(asked: Extension, default: str) -> Method:
