@@ -86,7 +86,7 @@ def test_pieces_join_to_what_is_stored(name, record, title):
         one_line(error)
         return
     for chunk, ids in zip(example.chunks, pieces.chunks, strict=True):
-        assert ids == chunk_ids(tokenizer, fmt, chunk)
+        assert (ids,) == chunk_ids(tokenizer, fmt, [chunk])
         assert tokenizer.decode(ids) == fmt.render_chunk(chunk)
         # Alone or among others, in any place: the same tokens.
         others = (Chunk("Other."), chunk)

@@ -248,7 +248,10 @@ class Tracer:
         self._last[key] = (self._count, last[1] if last else now)
         if len(self._last) > _REMEMBERED:
             self._last.popitem(last=False)
-        self._write(op="get", key=key, tokens=tokens, bytes=num_bytes, tier=tier, load_s=seconds)
+        if self._file is not None:
+            self._write(
+                op="get", key=key, tokens=tokens, bytes=num_bytes, tier=tier, load_s=seconds
+            )
 
     def put(self, key: str, num_bytes: int, about: About) -> None:
         """Notes a write."""

@@ -34,6 +34,11 @@ class Embedder:
     def of(cls, store: ChunkStore, model: str) -> Embedder:
         """The one that all users of a store share while the process lives."""
         if (Embedder, model) not in store.notes:
+            if not store.may_load and model != MODEL:
+                raise ValueError(
+                    f"no embedding model '{model:.80}' is served; start the server with a method "
+                    "or a response cache that uses it"
+                )
             store.notes[Embedder, model] = cls(model, store)
         return store.notes[Embedder, model]
 

@@ -27,6 +27,8 @@ from blocktune.cache.exact import ExactKV, PrefixFiles, PrefixMatch, place_check
 from blocktune.cache.store import ChunkStore
 
 _NO_IDS = torch.empty(0, dtype=torch.int64)
+_TENANTS = 1 << 16
+"""Name spaces whose files are listed once; of more, again: clients may make up any number."""
 _HISTORY = 256
 """Prompts whose shared depth is remembered, of each model and tenant."""
 
@@ -85,7 +87,7 @@ class PrefixTree:
         kept = store is not None and store.folder is not None
         self._files = PrefixFiles(store) if kept else None
         self._roots: dict[tuple[str, str], _Node] = {}
-        self._listed: set[tuple[str, str]] = set()  # whose files are in the tree
+        self._listed: dict[tuple[str, str], None] = {}  # whose files are in the tree
         self._lists = kept
         self._clock = itertools.count(1)
         self._mutex = threading.RLock()
@@ -185,7 +187,9 @@ class PrefixTree:
         place = fingerprint, salt
         root = self._roots.get(place) or _Node(salt=salt)
         if self._lists and place not in self._listed:
-            self._listed.add(place)
+            self._listed[place] = None
+            if len(self._listed) > _TENANTS:
+                del self._listed[next(iter(self._listed))]
             for context, ids, key in self._files.find(fingerprint, salt):
                 path = self._walk(root, torch.cat((context, ids)).numpy())
                 last, count = path[-1] if path else (root, 0)

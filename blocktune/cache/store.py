@@ -28,8 +28,9 @@ from blocktune.positions import RopeSpec
 __all__ = ["RETRY_S", "ChunkStore", "Lookup", "StoreStats"]
 
 _LOG = logging.getLogger(__name__)
-_TENANTS = 1024
-"""Tenants whose frequencies are known at a time; each request tells its own again."""
+_TENANTS, _NOTED = 1024, 64
+"""Tenants whose frequencies are known at a time, and that plug-ins have notes of: clients may make
+up any number of them. Each request tells its own again."""
 
 
 class ChunkStore:
@@ -67,6 +68,8 @@ class ChunkStore:
         self.config, self.folder, self.place = config, config.folder, config.place
         self.device = torch.device(device)
         self.notes: dict[Hashable, Any] = {}  # of plug-ins, until it is cleared
+        self.may_load = True  # whether a method may load any model, from folders and the Hub
+        self._tenants_notes: dict[Hashable, Any] = {}
         self.must_write, self.warn_rejected = must_write, True  # the first one; else level INFO
         self._stats, self._lock = StoreStats(), threading.RLock()
         self._ropes: dict[str, RopeSpec] = {}
@@ -262,6 +265,14 @@ class ChunkStore:
                 if len(self._shared_ropes) > _TENANTS:  # there are as many as clients make up
                     del self._shared_ropes[next(iter(self._shared_ropes))]
 
+    def note(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What a plug-in knows of one fingerprint, made if it is not there (any more)."""
+        with self._lock:
+            made = self._tenants_notes[key] = self._tenants_notes.pop(key, None) or make()
+            if len(self._tenants_notes) > _NOTED:
+                del self._tenants_notes[next(iter(self._tenants_notes))]
+            return made
+
     def _rope(self, fingerprint: str) -> RopeSpec | None:
         return self._ropes.get(fingerprint) or self._shared_ropes.get(fingerprint)
 
@@ -269,6 +280,7 @@ class ChunkStore:
         """Empties the memory and the notes; a folder and a remote keep their files."""
         with self._lock:
             self.notes.clear()
+            self._tenants_notes.clear()
             for tier in self._memories:
                 tier.clear()
 

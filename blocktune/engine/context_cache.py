@@ -61,7 +61,7 @@ class CachedContext:
         prompt = self._lay_out(asked)
         rows = (prompt.layout.kind[0] != Kind.BLANK).nonzero().squeeze(1)  # no column holds a blank
         rows = rows[prompt.layout.order[0, rows].argsort()]
-        ids, positions = torch.tensor(prompt.ids)[rows][None], prompt.layout.position[:, rows]
+        ids, positions = prompt.input_ids[rows][None], prompt.layout.position[:, rows]
         device = self.input_ids.device
         return {
             "input_ids": ids.to(device),

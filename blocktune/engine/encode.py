@@ -183,22 +183,28 @@ class Encoder:
         lazy: bool = False,
     ) -> Found:
         """What the store has of the pieces; see `find`, which encodes the others."""
-        found, model = Found(), self.fingerprint
+        found, model, lookup_s, load_s = Found(), self.fingerprint, 0.0, 0.0
+        look = (loader or self.store).lookup
+        how = {"read": FileKV.read} if lazy and not loader and self.store.is_on_disk else {}
         for piece in dict.fromkeys(pieces):
             key = self.key(piece)
-            how = {"read": FileKV.read} if lazy and not loader and self.store.is_on_disk else {}
-            looked = [(loader or self.store).lookup(key, piece.ids, model, **how)]
+            looked = [look(key, piece.ids, model, **how)]
             for layer in layers:
                 own = states_key(key, layer)
                 looked.append(self.store.lookup(own, piece.ids, model, ChunkStates))
-            watch.add("lookup_s", sum(one.lookup_s for one in looked))
-            watch.add("load_s", sum(one.load_s for one in looked))
-            if any(one.kv is None for one in looked):
+            complete = True
+            for one in looked:
+                lookup_s += one.lookup_s
+                load_s += one.load_s
+                complete = complete and one.kv is not None
+            if not complete:
                 found.tiers[piece] = "none"
                 continue
             found.tiers[piece], found.kvs[piece] = looked[0].tier, looked[0].kv
             for layer, one in zip(layers, looked[1:], strict=True):
                 found.states[piece, layer] = one.kv
+        watch.add("lookup_s", lookup_s)
+        watch.add("load_s", load_s)
         return found
 
     def encode(

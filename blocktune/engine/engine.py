@@ -253,7 +253,7 @@ class Engine:
         answers = [one and one.answer() for one in recalls]
         order = [index for index, known in enumerate(answers) if known is None]
         if method.history is None:  # what one prompt leaves behind serves the next
-            order.sort(key=lambda index: len(prompts[index].ids))
+            order.sort(key=lambda index: len(prompts[index].input_ids))
         held = self._state.decode_cache
         batch_size = 1 if held is not None and held.window else batch_size
         for start in range(0, len(order), batch_size):

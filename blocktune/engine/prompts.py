@@ -155,8 +155,8 @@ class PromptMaker:
         bos_id = self._bos_id(spec)
         blanks = sink_ids(spec, prefix, self._blank_id(spec), bos_id)
         pieces = []
-        for index, chunk in enumerate(chunks):
-            ids = chunk_ids(self.tokenizer, self.format, chunk)
+        made = chunk_ids(self.tokenizer, self.format, chunks)
+        for index, (chunk, ids) in enumerate(zip(chunks, made, strict=True)):
             require_embedded(self.tokenizer, self.num_tokens, prefix, ids)
             ids = wrapped(ids, spec, self.link_base, bos_id)
             name = chunk.title or chunk.text.strip()[:40]

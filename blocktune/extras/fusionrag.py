@@ -44,7 +44,7 @@ class KnownChunks:
     @classmethod
     def of(cls, store: ChunkStore, fingerprint: str) -> Self:
         """The one of a store and model."""
-        return store.notes.setdefault((cls, fingerprint), cls())
+        return store.note((cls, fingerprint), cls)
 
     def add(self, chunks: Sequence[Ids]) -> None:
         """Remembers chunks."""

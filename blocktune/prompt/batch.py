@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from blocktune.layout import FOREVER, GLOBAL, NO_CHUNK, NO_ROW, Kind, Layout
-from blocktune.prompt.rows import Prompt, labels_of, tensor_of
+from blocktune.prompt.rows import Prompt, labels_of
 
 SIDES = ("right", "left")
 _PAD_ROW = {"kind": int(Kind.PAD), "chunk": NO_CHUNK, "group": GLOBAL, "until": FOREVER}
@@ -41,7 +41,7 @@ def stack(prompts: Sequence[Prompt], pad_id: int, side: str = "right") -> Batch:
         raise ValueError("stack needs at least one prompt, got none")
     if side not in SIDES:
         raise ValueError(f"padding side must be {' or '.join(SIDES)}, got {side!r}")
-    length = max(len(prompt.ids) for prompt in prompts)
+    length = max(len(prompt.input_ids) for prompt in prompts)
 
     def padded(values: Tensor, fill: int) -> Tensor:
         missing = length - values.shape[-1]
@@ -59,7 +59,7 @@ def stack(prompts: Sequence[Prompt], pad_id: int, side: str = "right") -> Batch:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     rows = {field.name: joined(field.name) for field in fields(Layout)}
-    ids = torch.stack([padded(tensor_of(prompt.ids), pad_id) for prompt in prompts])
+    ids = torch.stack([padded(prompt.input_ids, pad_id) for prompt in prompts])
     return Batch(ids, Layout(**rows), labels_of(ids, rows["kind"]))
 
 
@@ -78,8 +78,7 @@ def pack(prompts: Sequence[Prompt]) -> Prompt:
         row += layout.num_rows
         order, sample = int(layout.order.max()) + 1, int(layout.sample.max()) + 1
     rows = {f.name: torch.cat([getattr(p, f.name) for p in layouts], 1) for f in fields(Layout)}
-    ids = tuple(token for prompt in prompts for token in prompt.ids)
-    return Prompt(ids, Layout(**rows))
+    return Prompt(torch.cat([prompt.input_ids for prompt in prompts]), Layout(**rows))
 
 
 def _renumber(layout: Layout, rows_before: int) -> Layout:

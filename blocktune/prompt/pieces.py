@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from blocktune.prompt import special_tokens as special
 from blocktune.prompt.format import Chunk, PromptFormat
-from blocktune.prompt.special_tokens import Ids, UserText, encode
+from blocktune.prompt.special_tokens import Ids, UserText, encode, encode_all
 from blocktune.prompt.template import render_conversation, render_frame, render_next, reply_end
 
 
@@ -62,7 +62,7 @@ def make_pieces(
     texts = UserText(tokenizer)
     frame = render_frame(tokenizer, fmt.system, head, fmt.render_question(question, texts.safe))
     prefix = open_prompt(tokenizer, fmt, encode(tokenizer, frame.before), block)
-    bodies = tuple(chunk_ids(tokenizer, fmt, chunk) for chunk in chunks)
+    bodies = chunk_ids(tokenizer, fmt, chunks)
     query = texts.encode(frame.after)
     answer = () if response is None else answer_ids(tokenizer, response)
     turns = tuple(
@@ -87,16 +87,19 @@ def open_prompt(
     return ids[:bos] + encode(tokenizer, fmt.tag(block, "prompt")) + ids[bos:]
 
 
-def chunk_ids(tokenizer: PreTrainedTokenizerBase, fmt: PromptFormat, chunk: Chunk) -> Ids:
-    """Tokens of one chunk, wherever it stands: what is encoded, stored and looked up.
+def chunk_ids(
+    tokenizer: PreTrainedTokenizerBase, fmt: PromptFormat, chunks: Sequence[Chunk]
+) -> tuple[Ids, ...]:
+    """Tokens of each chunk, wherever it stands: what is encoded, stored and looked up.
 
     Special tokens written out in a passage (``<|eot_id|>``) stay text: it cannot end the turn.
-    Raises ValueError if the chunk has no tokens.
+    Raises ValueError if a chunk has no tokens.
     """
-    ids = encode(tokenizer, fmt.render_chunk(chunk), split_special_tokens=True)
-    if not ids:
-        raise ValueError(f"the tokenizer makes no token of chunk {chunk!r:.60}")
-    return ids
+    made = encode_all(tokenizer, map(fmt.render_chunk, chunks), split_special_tokens=True)
+    for chunk, ids in zip(chunks, made, strict=True):
+        if not ids:
+            raise ValueError(f"the tokenizer makes no token of chunk {chunk!r:.60}")
+    return tuple(made)
 
 
 def answer_ids(tokenizer: PreTrainedTokenizerBase, response: str) -> Ids:
@@ -137,8 +140,8 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> Ids:
     These are what the template writes after the assistant's text, up to the first special token, or
     the tokenizer's EOS. Raises ValueError if there is neither.
     """
-    state = tokenizer.chat_template, tokenizer.eos_token_id, len(tokenizer)
-    return special.remembered(tokenizer, ("end", str(state)), lambda: _end_of_turn(tokenizer))
+    key = "end", str(tokenizer.chat_template), tokenizer.eos_token_id, len(tokenizer)
+    return special.remembered(tokenizer, key, lambda: _end_of_turn(tokenizer))
 
 
 def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> Ids:

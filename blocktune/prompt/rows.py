@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from blocktune.layout import FOREVER, GLOBAL, NO_CHUNK, NO_ROW, Kind, Layout
 from blocktune.positions import place
 from blocktune.prompt.layout_spec import LayoutSpec
 from blocktune.prompt.pieces import Ids, Pieces
+from blocktune.prompt.special_tokens import TokenIds, int64
 
 IGNORED = -100  # label of a row that carries no loss
 
@@ -23,20 +25,25 @@ IGNORED = -100  # label of a row that carries no loss
 class Prompt:
     """One row of a batch: token ids, what each row is, and what of it is stored."""
 
-    ids: Ids  # of every row, ``S`` of them; link rows hold ``link_base + slot``
+    input_ids: Tensor  # of every row, ``(S,)`` int64; link rows hold ``link_base + slot``
     layout: Layout  # ``(1, S)``
     prefix: Ids = ()
     chunks: tuple[tuple[Ids, Ids], ...] = ()  # tokens and the blanks before them; full: none
 
+    @cached_property
+    def ids(self) -> Ids:
+        """The same as numbers."""
+        return tuple(self.input_ids.tolist())
+
     @property
     def labels(self) -> Ids:
         """What is learnt: ``ids`` on answer rows and -100 elsewhere, not shifted."""
-        return tuple(labels_of(tensor_of(self.ids), self.layout.kind[0]).tolist())
+        return tuple(labels_of(self.input_ids, self.layout.kind[0]).tolist())
 
 
-def tensor_of(ids: Sequence[int]) -> Tensor:
-    """An int64 tensor of ids, several times as fast as `torch.tensor`."""
-    return torch.frombuffer(array("q", ids), dtype=torch.int64) if ids else torch.tensor(ids)
+def array_of(ids: Sequence[int]) -> np.ndarray:
+    """Ids as int64, not to be written to."""
+    return ids.array if isinstance(ids, TokenIds) else int64(ids)
 
 
 def labels_of(ids: Tensor, kind: Tensor) -> Tensor:
@@ -80,9 +87,10 @@ def lay_out(
         pieces = pieces._replace(chunks=tuple((bos_id, *chunk) for chunk in pieces.chunks))
     if spec.bos == "keep-all":
         pieces = pieces._replace(query=(bos_id, *pieces.query))
-    made = _to_prompt(list(_segments(pieces, spec, link_base or 0, contexts, spans)))
+    segments = list(_segments(pieces, spec, link_base or 0, contexts, spans))
     chunks = tuple(zip(stored, contexts, strict=True)) if spec.block else ()
-    return replace(made, prefix=pieces.prefix, chunks=chunks)
+    ids = torch.from_numpy(np.concatenate([array_of(one.ids) for one in segments]))
+    return Prompt(ids, _layout(segments), pieces.prefix, chunks)
 
 
 def sink_ids(spec: LayoutSpec, prefix: Ids, blank_id: int | None, bos_id: int | None) -> Ids:
@@ -123,16 +131,19 @@ def _segments(
     lengths = [len(chunk) + around for chunk in pieces.chunks]
     starts, query_start = place(spec.placement, len(pieces.prefix), spans or lengths, spec.slot)
     yield _Segment(pieces.prefix, Kind.PREFIX, 0, 0)
-    order, wraps = len(pieces.prefix), (_ids(base, spec.header_rows), _ids(base, spec.trailer_rows))
+    order = len(pieces.prefix)
+    header, trailer = _ids(base, spec.header_rows), _ids(base, spec.trailer_rows)
     for index, (chunk, blanks) in enumerate(zip(pieces.chunks, contexts, strict=True)):
-        header, trailer = wraps
-        body = [(blanks, Kind.BLANK), (header, Kind.WRAP), (chunk, Kind.CHUNK)]
-        body.append((trailer, Kind.WRAP))
+        body = [(chunk, Kind.CHUNK)]
+        if header or trailer:
+            body = [(header, Kind.WRAP), *body, (trailer, Kind.WRAP)]
+        if blanks:
+            body.insert(0, (blanks, Kind.BLANK))
         links = [(_ids(base, spec.link_rows(index)), Kind.LINK)] if spec.num_links else []
         at, group = starts[index] - order, index if spec.block else GLOBAL
         for ids, kind in links + body if spec.link_side == "before" else body + links:
-            back = len(ids) if kind == Kind.BLANK else 0
-            own = GLOBAL if kind == Kind.LINK else group
+            back = len(ids) if kind is Kind.BLANK else 0
+            own = GLOBAL if kind is Kind.LINK else group
             if ids:
                 yield _Segment(ids, kind, at + order - back, order - back, index, own)
             order += len(ids) - back
@@ -147,24 +158,25 @@ def _ids(base: int, rows: Iterable[int]) -> Ids:
     return tuple(base + row for row in rows)
 
 
-def _to_prompt(segments: list[_Segment]) -> Prompt:
-    ids, facts, lengths = [], [], [len(segment.ids) for segment in segments]
-    for segment in segments:
-        facts += (*segment[1:], len(ids))
-        ids += segment.ids
-    columns = tensor_of(facts).view(len(segments), -1).T.numpy()
-    repeated = torch.from_numpy(np.repeat(columns, lengths, axis=1))  # torch's takes 20 times that
-    kind, position, order, chunk, group, first = repeated[:, None]
-    offset = torch.arange(len(ids)) - first
-    layout = Layout(
-        kind=kind,
-        chunk=chunk,
-        offset=offset,
-        position=position + offset,
-        order=order + offset,
-        group=group,
-        sample=torch.zeros_like(offset),
-        supersedes=torch.full_like(offset, NO_ROW),
-        until=torch.full_like(offset, FOREVER),
+def _layout(segments: list[_Segment]) -> Layout:
+    lengths = [len(segment.ids) for segment in segments]
+    firsts = accumulate(lengths, initial=0)
+    facts = [(*segment[1:], first) for segment, first in zip(segments, firsts, strict=False)]
+    columns = np.repeat(np.array(facts, dtype=np.int64).T, lengths, axis=1)  # torch takes 20 times
+    _, position, order, _, _, offset = columns  # that; in place: prompts are long
+    np.subtract(np.arange(len(offset)), offset, out=offset)
+    position += offset
+    order += offset
+    of_all = torch.tensor((0, NO_ROW, FOREVER)).expand(len(offset), 3).T[:, None]
+    rows = torch.from_numpy(columns)[:, None]
+    return Layout(
+        kind=rows[0],
+        chunk=rows[3],
+        offset=rows[5],
+        position=rows[1],
+        order=rows[2],
+        group=rows[4],
+        sample=of_all[0],
+        supersedes=of_all[1],
+        until=of_all[2],
     )
-    return Prompt(tuple(ids), layout)

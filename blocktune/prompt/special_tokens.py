@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import re
+import sys
 import threading
+from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
+from functools import cached_property
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 Ids = tuple[int, ...]
 T = TypeVar("T")
 
-MOST_TOKENS = 1_000_000  # token ids that are remembered for one tokenizer: 8 MB
+MOST_BYTES = 16 << 20  # of texts and their token ids that are remembered for one tokenizer
 
 OWNER: ContextVar[str] = ContextVar("owner", default="")
 """Whose texts are tokenised: nobody is answered faster because somebody else sent the same text."""
@@ -24,20 +28,69 @@ _LOCK = threading.Lock()
 thread in between would change how the text is read."""
 
 
+def int64(ids: Sequence[int]) -> np.ndarray:
+    """An array of ids, several times as fast as `numpy.array`."""
+    return np.frombuffer(array("q", ids), np.int64) if ids else np.empty(0, np.int64)
+
+
+class TokenIds(tuple):
+    """Token ids of a remembered text, with what every prompt over it asks: worked out once."""
+
+    @cached_property
+    def largest(self) -> int:
+        """The largest id; 0 if there is none."""
+        return max(self, default=0)
+
+    @cached_property
+    def array(self) -> np.ndarray:
+        """As int64, not to be written to."""
+        return int64(self)
+
+    @cached_property
+    def _hash(self) -> int:
+        return super().__hash__()
+
+    def __hash__(self):
+        return self._hash
+
+    @cached_property
+    def _counts(self) -> dict[int, int]:
+        return {}
+
+    def count(self, value: int) -> int:
+        """How often an id occurs."""
+        if value not in self._counts:
+            self._counts[value] = super().count(value)
+        return self._counts[value]
+
+
 class _Recent:
     """Token ids by text and options, least recently used first; and facts of the tokenizer."""
 
     def __init__(self):
         self.ids: OrderedDict[tuple, Ids] = OrderedDict()
-        self.tokens = 0
+        self.num_bytes = 0
         self.numbers: dict[int, int] = {}  # one object for each token, not for each occurrence
         self.facts: dict[Hashable, Any] = {}
 
-    def put(self, key: tuple, ids: Ids) -> None:
-        self.ids[key] = ids
-        self.tokens += len(ids)
-        while self.tokens > MOST_TOKENS:
-            self.tokens -= len(self.ids.popitem(last=False)[1])
+    def get(self, key: tuple) -> TokenIds | None:
+        if (ids := self.ids.get(key)) is not None:
+            self.ids.move_to_end(key)
+        return ids
+
+    def put(self, key: tuple, ids: Sequence[int]) -> TokenIds:
+        made = TokenIds(self.numbers.setdefault(token, token) for token in ids)
+        if key not in self.ids:  # another thread may have been first
+            self.ids[key] = made
+            self.num_bytes += _size(key, made)
+        while self.num_bytes > MOST_BYTES:
+            self.num_bytes -= _size(*self.ids.popitem(last=False))
+        return made
+
+
+def _size(key: tuple, ids: Ids) -> int:
+    """Bytes of a text and its ids, with what is around them: there may be many short ones."""
+    return sys.getsizeof(key[0]) + 16 * len(ids) + 500
 
 
 _RECENT: WeakKeyDictionary[PreTrainedTokenizerBase, _Recent] = WeakKeyDictionary()
@@ -50,25 +103,39 @@ def encode(
     add_special_tokens: bool = False,
     split_special_tokens: bool = False,
 ) -> Ids:
-    """Token ids of a text; those of recent texts are remembered.
+    """Token ids of a text, see `encode_all`."""
+    options = {"add_special_tokens": add_special_tokens}
+    options["split_special_tokens"] = split_special_tokens
+    return encode_all(tokenizer, [text], **options)[0]
+
+
+def encode_all(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[str],
+    *,
+    add_special_tokens: bool = False,
+    split_special_tokens: bool = False,
+) -> list[Ids]:
+    """Token ids of texts; those of recent ones are remembered.
 
     Tokenising 16,000 tokens takes 20 ms, as long as everything else that a prompt of cached chunks
     needs on a GPU. Threads may share the tokenizer; tokens may be added to it, but not changed.
     ``add_special_tokens`` puts the tokenizer's own around the text; with ``split_special_tokens``
     those written out in the text stay text.
     """
-    key = OWNER.get(), text, add_special_tokens, split_special_tokens, len(tokenizer)
+    how = OWNER.get(), add_special_tokens, split_special_tokens, len(tokenizer)
+    options = {"add_special_tokens": add_special_tokens, "verbose": False}
+    keys = [(text, how) for text in texts]
     with _LOCK:
         recent = _RECENT.setdefault(tokenizer, _Recent())
-        if key in recent.ids:
-            recent.ids.move_to_end(key)
-            return recent.ids[key]
-        options = {"add_special_tokens": add_special_tokens, "verbose": False}
-        encoded = tokenizer(text, split_special_tokens=split_special_tokens, **options)
-        numbers = recent.numbers
-        ids = tuple(numbers.setdefault(token, token) for token in encoded["input_ids"])
-        recent.put(key, ids)
-        return ids
+        made = [recent.get(key) for key in keys]
+    for index in [index for index, ids in enumerate(made) if ids is None]:
+        with _LOCK:  # for each, so that nobody waits for all of them
+            encoded = tokenizer(
+                keys[index][0], split_special_tokens=split_special_tokens, **options
+            )
+            made[index] = recent.put(keys[index], encoded["input_ids"])
+    return made
 
 
 def remembered(tokenizer: PreTrainedTokenizerBase, key: Hashable, make: Callable[[], T]) -> T:
@@ -126,7 +193,7 @@ class UserText:
 
 def require_embedded(tokenizer: PreTrainedTokenizerBase, num_rows: int, *pieces: Ids) -> None:
     """Raises ValueError for a token whose id is not below ``num_rows``, those of the embedding."""
-    last = max(max(piece, default=0) for piece in pieces)
+    last = max(p.largest if isinstance(p, TokenIds) else max(p, default=0) for p in pieces)
     if last >= num_rows:
         raise ValueError(
             f"token {tokenizer.convert_ids_to_tokens(last)!r} has id {last}, and the model embeds "

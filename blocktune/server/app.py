@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from importlib.resources import files
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 import blocktune
 from blocktune.server.bodies import ChatBodies, TextBodies, chunk_list
 from blocktune.server.config import Tenant
-from blocktune.server.exchange import begin
+from blocktune.server.exchange import authorized, begin
 from blocktune.server.job import Busy
 from blocktune.server.middleware import Guard, error_body
 from blocktune.server.schemas import (
@@ -31,6 +33,7 @@ from blocktune.server.schemas import (
     ErrorBody,
     ModelCard,
     ModelList,
+    WrongField,
 )
 from blocktune.server.service import Service, UnknownModel
 
@@ -42,6 +45,7 @@ ERRORS = {
         404: "No such model or chunk.",
         408: "Not answered in time.",
         413: "The body is too large.",
+        415: "The body is not JSON.",
         429: "Too many requests; see Retry-After.",
     }.items()
 }
@@ -63,6 +67,7 @@ def create_app(service: Service) -> FastAPI:
         await asyncio.to_thread(service.scheduler.stop)
 
     app = FastAPI(title="blocktune", version=blocktune.__version__, lifespan=lifespan)
+    app.router.redirect_slashes = False
     app.state.service, config = service, service.config
     limits = config.limits
     if config.hosts != ("*",):
@@ -71,8 +76,17 @@ def create_app(service: Service) -> FastAPI:
         Guard, max_bytes=limits.body_bytes, max_s=limits.body_s, metrics=service.metrics
     )
     _add_errors(app)
-    app.include_router(tenants)
-    app.include_router(everybody)
+    for router in (work, tenants, everybody):
+        app.include_router(router)
+    describe, kinds = app.openapi, (ChatRequest, CompletionRequest, ChunksRequest)
+
+    def described() -> dict[str, Any]:
+        made, place = describe(), "#/components/schemas/{model}"
+        found = models_json_schema([(kind, "validation") for kind in kinds], ref_template=place)
+        made["components"]["schemas"] |= found[1]["$defs"]
+        return made
+
+    app.openapi = described
     return app
 
 
@@ -82,12 +96,9 @@ def _add_errors(app: FastAPI) -> None:
     def reply(status: int, message: str, param: str | None = None, **headers: str) -> JSONResponse:
         return JSONResponse(error_body(message, status, param), status, headers=headers or None)
 
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"][1:])[:200]
-        place = place.encode(errors="replace").decode()
-        return reply(400, f"{place}: {first['msg']}" if place else first["msg"], place or None)
+    @app.exception_handler(WrongField)
+    async def invalid(request: Request, error: WrongField) -> JSONResponse:
+        return reply(400, str(error), error.param)
 
     @app.exception_handler(StarletteHTTPException)
     async def refused(request: Request, error: StarletteHTTPException) -> JSONResponse:
@@ -102,27 +113,18 @@ def _add_errors(app: FastAPI) -> None:
         return reply(429, str(error), **{"Retry-After": str(max(1, round(error.retry_after)))})
 
 
+# Dependencies are coroutines: functions would each wait for a thread.
 async def service_of(request: Request) -> Service:
     """What the application was made around."""
     return request.app.state.service
 
 
-# Dependencies are coroutines: functions would each wait for a thread.
+async def tenant_of(request: Request) -> Tenant:
+    """Who calls; see `authorized`."""
+    return authorized(request)
+
+
 Serving = Annotated[Service, Depends(service_of)]
-
-
-async def tenant_of(request: Request, service: Serving) -> Tenant:
-    """Who calls.
-
-    Raises:
-        HTTPException: If the request has no key of a tenant.
-    """
-    tenant = service.config.tenant_of(request.headers.get("authorization"))
-    if tenant is None:
-        raise HTTPException(401, "no API key, or a wrong one; send Authorization: Bearer KEY")
-    return tenant
-
-
 Caller = Annotated[Tenant, Depends(tenant_of)]
 
 
@@ -143,20 +145,44 @@ tenants = APIRouter(responses=ERRORS, dependencies=[Depends(tenant_of)])
 everybody = APIRouter()
 
 
-@tenants.post("/v1/chat/completions", response_model=None)
-async def chat(body: ChatRequest, request: Request, tenant: Caller, service: Serving) -> Response:
+class Plain(APIRoute):
+    """A route whose function takes the request and makes the response, without dependencies."""
+
+    def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:
+        """The function itself."""
+        return self.endpoint
+
+
+work = APIRouter(responses=ERRORS, route_class=Plain)
+"""What `begin` reads and authorizes by itself: 0.3 ms of FastAPI's for each request less."""
+
+
+def reads(kind: type[BaseModel]) -> dict[str, Any]:
+    """What the interface's description says of a body that `begin` reads."""
+    schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+@work.post("/v1/chat/completions", response_model=None, openapi_extra=reads(ChatRequest))
+async def chat(request: Request) -> Response:
     """Answers the user's last message from the documents."""
-    exchange = await begin(service, tenant, request, lambda: service.chat(body, tenant))
+    exchange, body = await begin(request, ChatRequest, Service.chat)
     return await exchange.respond(ChatBodies, body)
 
 
-@tenants.post("/v1/completions", response_model=None)
-async def complete(
-    body: CompletionRequest, request: Request, tenant: Caller, service: Serving
-) -> Response:
+@work.post("/v1/completions", response_model=None, openapi_extra=reads(CompletionRequest))
+async def complete(request: Request) -> Response:
     """Continues a text, after documents if there are any."""
-    exchange = await begin(service, tenant, request, lambda: service.completion(body, tenant))
+    exchange, body = await begin(request, CompletionRequest, Service.completion)
     return await exchange.respond(TextBodies, body)
+
+
+@work.post("/v1/chunks", response_model=ChunkList, openapi_extra=reads(ChunksRequest))
+async def encode(request: Request) -> Response:
+    """Encodes documents ahead of any question, and pins them if asked."""
+    exchange, _ = await begin(request, ChunksRequest, Service.encoding)
+    made = chunk_list(exchange.asked, exchange.tenant, await exchange.report())
+    return JSONResponse(made.model_dump())
 
 
 @tenants.get("/v1/models")
@@ -169,15 +195,6 @@ async def models(service: Serving) -> ModelList:
 async def model(name: str, service: Serving) -> ModelCard:
     """One of them."""
     return service.card(name)
-
-
-@tenants.post("/v1/chunks")
-async def encode(
-    body: ChunksRequest, request: Request, tenant: Caller, service: Serving
-) -> ChunkList:
-    """Encodes documents ahead of any question, and pins them if asked."""
-    exchange = await begin(service, tenant, request, lambda: service.encoding(body, tenant))
-    return chunk_list(exchange.asked, tenant, await exchange.report())
 
 
 @tenants.get("/v1/chunks/{key}")

@@ -71,11 +71,15 @@ class Choice:
         last = self.index == settings.choices - 1  # the others decode on copies
         self.cache = run.cache if last else copy.deepcopy(run.cache)
         self.reshaping = run.reshaping if last else copy.deepcopy(run.reshaping)
-        self._rows = decoded_rows(run.last, settings.max_new_tokens)
         device = run.prefill.logits.device
         self._pick = settings.sampling.picker(device, (self.index,))
         self._stop_ids = run.state.stop_ids()
         self._text = TextStream(run.state.tokenizer, settings.stops, settings.strips)
+
+    @cached_property
+    def _rows(self) -> Rows:
+        """Facts of the rows that its tokens will have: none of the first is read."""
+        return decoded_rows(self.run.last, self.settings.max_new_tokens)
 
     @cached_property
     def _keys(self) -> Rows:

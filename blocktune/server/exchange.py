@@ -7,10 +7,12 @@ import json
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import HTTPException, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel
+from starlette.types import Receive, Scope, Send
 
 from blocktune.methods.base import METHODS
 from blocktune.server.bodies import Bodies
@@ -18,25 +20,51 @@ from blocktune.server.config import Tenant
 from blocktune.server.job import Busy, Delta, Event, Failure, Report
 from blocktune.server.middleware import error_body
 from blocktune.server.recall import recall
-from blocktune.server.schemas import ChatRequest, CompletionRequest
+from blocktune.server.schemas import ChatRequest, CompletionRequest, WrongField, read_body
 from blocktune.server.service import Asked, Service, UnknownModel
 
 _LOG = logging.getLogger("blocktune.server")
 
 
-async def begin(
-    service: Service, tenant: Tenant, request: Request, make: Callable[[], Asked]
-) -> Exchange:
-    """Makes the job of a request, if its tenant has quota left, and queues it.
+T = TypeVar("T", bound=BaseModel)
+
+
+def authorized(request: Request) -> Tenant:
+    """Who calls.
 
     Raises:
-        HTTPException: If the request is wrong, or would never fit.
-        UnknownModel: If it names none that is served.
-        Busy: If too many wait, or the quota is used up.
+        HTTPException: If the request has no key of a tenant.
     """
+    tenant = request.app.state.service.config.tenant_of(request.headers.get("authorization"))
+    if tenant is None:
+        raise HTTPException(401, "no API key, or a wrong one; send Authorization: Bearer KEY")
+    return tenant
+
+
+async def begin(
+    request: Request, kind: type[T], make: Callable[[Service, T, Tenant], Asked]
+) -> tuple[Exchange, T]:
+    """Reads a request of some kind, makes its job, and queues that.
+
+    Both are done in another thread: a long body does not hold up other clients.
+
+    Raises:
+        HTTPException: If the request is no JSON or wrong, would never fit, or has no key.
+        WrongField: If a field is wrong.
+        UnknownModel: If it names none that is served.
+        Busy: If too many wait, or its tenant's quota is used up.
+    """
+    service, tenant = request.app.state.service, authorized(request)
+    _require_json(request)
+    raw, most = await request.body(), 2 * service.config.limits.prompt_tokens
+
+    def read() -> tuple[T, Asked]:
+        body = read_body(kind, raw, most)
+        return body, make(service, body, tenant)
+
     try:
-        asked = await asyncio.to_thread(make)
-    except UnknownModel:
+        body, asked = await asyncio.to_thread(read)
+    except (UnknownModel, WrongField):
         raise
     except ValueError as error:
         raise HTTPException(400, " ".join(str(error).split())) from None
@@ -54,7 +82,18 @@ async def begin(
     except BaseException:
         exchange.close()
         raise
-    return exchange
+    return exchange, body
+
+
+def _require_json(request: Request) -> None:
+    """Also for safety: pages of other sites can send forms and text/plain, but not JSON."""
+    kind, _, options = request.headers.get("content-type", "").partition(";")
+    kind, charset = kind.strip().lower(), options.partition("charset=")[2].strip(' "').lower()
+    if kind != "application/json" or charset not in ("", "utf-8", "utf8"):
+        raise HTTPException(415, "send JSON in UTF-8, as Content-Type: application/json")
+    coding = request.headers.get("content-encoding", "identity")
+    if coding != "identity":
+        raise HTTPException(415, f"Content-Encoding '{coding:.40}' is not read; send plain JSON")
 
 
 class Exchange:
@@ -118,9 +157,7 @@ class Exchange:
         if body.stream:
             options = body.stream_options
             stream = self._stream(bodies, first, events, bool(options and options.include_usage))
-            return StreamingResponse(
-                stream, media_type="text/event-stream", headers={"cache-control": "no-cache"}
-            )
+            return EventStream(stream)
         bodies.add(first)
         async for event in events:
             bodies.add(event)
@@ -160,6 +197,24 @@ class Exchange:
             *(report.cached_tokens, report.answer_tokens, report.queue_s, report.ttft_s, total_s),
             f" text={bodies.texts}" if self.service.config.log_texts else "",
         )
+
+
+class EventStream(Response):
+    """Server-sent events; the exchange sees for itself when the client leaves."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncIterator[bytes]):
+        self.events, self.status_code, self.background = events, 200, None
+        self.init_headers({"cache-control": "no-cache"})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ASGI."""
+        head = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        await send(head)
+        async for data in self.events:
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
 
 
 def _sse(*bodies: dict[str, Any]) -> bytes:

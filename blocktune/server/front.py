@@ -136,7 +136,7 @@ def chat_pieces(
     opening = texts.encode(frame.before)
     tagged = fmt if chunks else fmt.untagged
     prefix = open_prompt(tokenizer, tagged, opening, block)
-    bodies = tuple(chunk_ids(tokenizer, fmt, chunk) for chunk in chunks)
+    bodies = chunk_ids(tokenizer, fmt, chunks)
     query = texts.encode(frame.after)
     check_bos(tokenizer, prefix, *bodies, query)
     return Pieces(prefix, bodies, query)
@@ -195,4 +195,4 @@ def plain_pieces(
         raise ValueError("prompt: it has no tokens")
     if not query:
         prefix, query = (), prefix
-    return Pieces(prefix, tuple(chunk_ids(tokenizer, fmt, chunk) for chunk in chunks), query)
+    return Pieces(prefix, chunk_ids(tokenizer, fmt, chunks), query)

@@ -6,7 +6,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -123,7 +123,7 @@ class Job:
         """Columns that its answers need at most."""
         if self.pieces is None:
             return 0
-        rows = self.pieces.num_tokens if self.prompt is None else len(self.prompt.ids)
+        rows = self.pieces.num_tokens if self.prompt is None else len(self.prompt.input_ids)
         return self.settings.choices * (rows + self.settings.max_new_tokens)
 
 
@@ -226,4 +226,5 @@ def strip_of(run: Generation) -> list[dict[str, Any]]:
 
 def usage_fields(usage: Usage) -> dict[str, Any]:
     """A usage as plain JSON types."""
-    return asdict(usage) | {"recompute_ratio": usage.recompute_ratio}
+    plain = vars(usage) | {"ttft": dict(vars(usage.ttft))}
+    return plain | {"recompute_ratio": usage.recompute_ratio}

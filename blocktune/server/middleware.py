@@ -15,6 +15,10 @@ from blocktune.server.scheduler import Report, Scheduler
 TTFT = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 
 
+AT_ONCE = 16
+"""Bodies of the largest size that may be coming at once, or as many bytes of smaller ones."""
+
+
 class Metrics:
     """Counters of one server, in a registry of their own.
 
@@ -75,6 +79,7 @@ class Guard:
 
     def __init__(self, app: Callable, *, max_bytes: int, max_s: float, metrics: Metrics):
         self.app, self.max_bytes, self.max_s, self.metrics = app, max_bytes, max_s, metrics
+        self.held = 0  # bytes of bodies that are still coming
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
         """See ASGI."""
@@ -97,6 +102,9 @@ class Guard:
             return
         except ConnectionAbortedError:
             return
+        except BufferError:
+            await _refuse(counted, 429, "too many bodies are coming at once; try again later")
+            return
         if body is None:
             await _refuse(counted, 413, f"the body is larger than {self.max_bytes:,} bytes")
             return
@@ -114,15 +122,22 @@ class Guard:
 
     async def _read(self, receive: Callable) -> bytes | None:
         body = bytearray()
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise ConnectionAbortedError
-            body += message.get("body", b"")
-            if len(body) > self.max_bytes:
-                return None
-            if not message.get("more_body"):
-                return bytes(body)
+        try:
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ConnectionAbortedError
+                part = message.get("body", b"")
+                body += part
+                self.held += len(part)
+                if len(body) > self.max_bytes:
+                    return None
+                if not message.get("more_body"):
+                    return bytes(body)
+                if self.held > AT_ONCE * self.max_bytes:
+                    raise BufferError
+        finally:
+            self.held -= len(body)
 
 
 def hurried(seconds: float) -> type[AutoHTTPProtocol]:

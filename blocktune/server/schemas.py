@@ -8,9 +8,18 @@ nothing here are ignored; those that would change the answer are refused.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import re
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 Text = Annotated[str, Field(max_length=4_000_000)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -18,6 +27,41 @@ INT64 = 1 << 63
 MOST_DOCUMENTS = 4096
 """Of a request, whatever the server's own limit: more are refused before they are read."""
 Id = Annotated[str, Field(max_length=512)]
+Stop = Annotated[str, Field(max_length=256)]
+T = TypeVar("T", bound=BaseModel)
+
+
+_FORM = re.compile(r"\w+\(\)|constrained-str|.*\[.*")
+"""Alternatives of a field, which pydantic names in the place of an error."""
+
+
+class WrongField(ValueError):
+    """A request with a wrong field. ``param`` is its place, as ``messages.0.role``, or None."""
+
+    def __init__(self, message: str, param: str | None):
+        super().__init__(message)
+        self.param = param
+
+
+def read_body(kind: type[T], body: bytes, most: int) -> T:
+    """The request in a body of JSON, of at most ``most`` values (about).
+
+    Eight megabytes of ``[],[],[]`` would become 200 of objects, so they are counted before.
+
+    Raises:
+        WrongField: If it is none; the line says what is wrong with its first wrong field.
+    """
+    values = sum(map(body.count, (b",", b"[", b"{")))
+    if values > most:
+        raise WrongField(f"the body has {values:,} values, the server reads {most:,} at most", None)
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        found = error.errors(include_url=False, include_input=False, include_context=False)
+    first = max(found, key=lambda one: len(one["loc"]))  # the deepest knows best what was meant
+    place = ".".join(part for part in map(str, first["loc"]) if not _FORM.fullmatch(part))[:200]
+    told = first["msg"].removeprefix("Value error, ")
+    raise WrongField(" ".join((f"{place}: {told}" if place else told).split()), place or None)
 
 
 class Strict(BaseModel):
@@ -66,17 +110,29 @@ class DocumentBlock(BaseModel):
     context: Text | None = None
 
 
-Document = Text | CohereDocument | TitledDocument | DocumentBlock
+def _form(document: Any) -> str:
+    if not isinstance(document, dict):
+        return "text()" if isinstance(document, str) else "titled()"
+    return "data()" if "data" in document else "block()" if "source" in document else "titled()"
 
 
+Document = Annotated[
+    Annotated[Text, Tag("text()")]
+    | Annotated[CohereDocument, Tag("data()")]
+    | Annotated[DocumentBlock, Tag("block()")]
+    | Annotated[TitledDocument, Tag("titled()")],
+    Discriminator(_form),
+]
+Documents = Annotated[list[Document], Field(max_length=MOST_DOCUMENTS, fail_fast=True)]
 Block = Annotated[TextBlock | DocumentBlock, Field(discriminator="type")]
+Blocks = Annotated[list[Block], Field(max_length=MOST_DOCUMENTS, fail_fast=True)]
 
 
 class Message(BaseModel):
     """One turn. ``developer`` is read as ``system``, no content as an empty text."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[Block], Field(max_length=MOST_DOCUMENTS)] | None = None
+    content: Text | Blocks | None = None
 
 
 class Extension(Strict):
@@ -88,33 +144,33 @@ class Extension(Strict):
     """
 
     method: Annotated[str, Field(min_length=1, max_length=300)] | dict[str, Any] | None = None
-    params: dict[str, Any] = {}
-    strip: bool = False
+    params: dict[str, Any] | None = None
+    strip: bool | None = False
 
 
 class StreamOptions(BaseModel):
     """OpenAI's."""
 
-    include_usage: bool = False
+    include_usage: bool | None = False
 
 
 class Decoding(BaseModel):
     """What chat and plain completions share. Without a temperature answers are greedy."""
 
     model: str | None = None
-    documents: Annotated[list[Document], Field(max_length=MOST_DOCUMENTS)] | None = None
+    documents: Documents | None = None
     max_tokens: Annotated[int, Field(ge=1, lt=INT64)] | None = None
     temperature: Annotated[Number, Field(ge=0, le=100)] | None = None
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=1 << 31)] | None = None  # -1: all, as vLLM has it
     seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
-    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     n: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=512)] | None = None
     user: str | None = None
-    blocktune: Extension = Extension()
+    blocktune: Extension | None = None
     frequency_penalty: Number | None = None
     presence_penalty: Number | None = None
     logit_bias: dict[str, Number] | None = None
@@ -136,7 +192,7 @@ class Decoding(BaseModel):
 class ChatRequest(Decoding):
     """``POST /v1/chat/completions``."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=1024)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=1024, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1, lt=INT64)] | None = None
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -166,7 +222,7 @@ class ChatRequest(Decoding):
 class CompletionRequest(Decoding):
     """``POST /v1/completions``: a text is continued as it is, without a chat template."""
 
-    prompt: Text | Annotated[list[int], Field(min_length=1, max_length=1 << 20)]
+    prompt: Text | Annotated[list[int], Field(min_length=1, max_length=1 << 20, fail_fast=True)]
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool | None = False
     best_of: int | None = None
@@ -199,9 +255,9 @@ class ChunksRequest(Strict):
     """
 
     model: str | None = None
-    documents: Annotated[list[Document], Field(min_length=1, max_length=MOST_DOCUMENTS)]
+    documents: Annotated[Documents, Field(min_length=1)]
     cache_salt: Annotated[str, Field(min_length=1, max_length=512)] | None = None
-    pin: bool = False
+    pin: bool | None = False
 
 
 class ErrorDetail(BaseModel):

@@ -7,6 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from blocktune.cache.responses import ResponseCache
@@ -14,6 +15,7 @@ from blocktune.check import check_model
 from blocktune.engine import Engine, Sampling
 from blocktune.layout import Kind
 from blocktune.methods import Method, build, build_entry, default_method
+from blocktune.prompt import LayoutSpec, Pieces
 from blocktune.prompt.special_tokens import OWNER
 from blocktune.server.config import Quotas, ServerConfig, Tenant
 from blocktune.server.decoding import Settings
@@ -112,7 +114,9 @@ class Service:
         }
         for served in self.models.values():
             served.engine.prompts.spec(served.method)
-            served.engine.state.auxiliaries.may_load = False
+            served.engine.state.prefixes(served.method)  # loads the method's own embedding model
+        for served in self.models.values():  # requests load none
+            served.engine.state.auxiliaries.may_load = served.engine.store.may_load = False
         self.faults: list[str] = []
         self.ready = self.draining = False
         self._checked = checked
@@ -152,12 +156,12 @@ class Service:
         conversation = read_messages(body.messages)
         documents = [*(body.documents or ()), *conversation.documents]
         sources = self._sources(served, documents, [m.content for m in body.messages])
-        method = self._method(served, body.blocktune, bool(sources))
+        method = self._method(served, body.blocktune or Extension(), bool(sources))
         chunks = [source.chunk for source in sources]
         prompts = served.engine.prompts
-        block = prompts.spec(method).block
-        pieces = chat_pieces(prompts.tokenizer, prompts.format, chunks, conversation, block)
-        job = self._job(served, body, tenant, method, pieces, True)
+        spec = prompts.spec(method)
+        pieces = chat_pieces(prompts.tokenizer, prompts.format, chunks, conversation, spec.block)
+        job = self._job(served, body, tenant, method, spec, pieces, True)
         job.has_turns = bool(conversation.earlier)
         return Asked(job, served, sources, conversation.question)
 
@@ -169,12 +173,12 @@ class Service:
         """
         served = self._served(body, tenant)
         sources = self._sources(served, body.documents or (), [body.prompt])
-        method = self._method(served, body.blocktune, bool(sources))
+        method = self._method(served, body.blocktune or Extension(), bool(sources))
         prompts = served.engine.prompts
         chunks = [source.chunk for source in sources]
         pieces = plain_pieces(prompts.tokenizer, prompts.format, chunks, body.prompt)
         question = body.prompt if isinstance(body.prompt, str) else ""
-        job = self._job(served, body, tenant, method, pieces, False)
+        job = self._job(served, body, tenant, method, prompts.spec(method), pieces, False)
         return Asked(job, served, sources, question)
 
     def encoding(self, body: ChunksRequest, tenant: Tenant) -> Asked:
@@ -261,6 +265,8 @@ class Service:
     def _method(self, served: Served, asked: Extension, has_chunks: bool) -> Method:
         if asked.method is None and not asked.params:
             method = served.method
+        elif isinstance(asked.method, str) and not asked.params:
+            method = _named(asked.method)
         else:
             method = read_method(asked, served.method.name)
         if method.warm_up:
@@ -268,12 +274,18 @@ class Service:
         return method if has_chunks else build(WITHOUT_CHUNKS)
 
     def _job(
-        self, served: Served, body: Decoding, tenant: Tenant, method: Method, pieces, strips: bool
+        self,
+        served: Served,
+        body: Decoding,
+        tenant: Tenant,
+        method: Method,
+        spec: LayoutSpec,
+        pieces: Pieces,
+        strips: bool,
     ) -> Job:
         limits, prompts = self.config.limits, served.engine.prompts
         if not method.keeps_context:
             pieces = pieces._replace(chunks=())
-        spec = prompts.spec(method)
         if spec.num_blanks > MOST_BLANKS:
             raise ValueError(f"blocktune: at most {MOST_BLANKS} blanks, got {spec.num_blanks}")
         if pieces.num_tokens > limits.prompt_tokens:
@@ -296,7 +308,10 @@ class Service:
             new_tokens = min(new_tokens, prompts.max_tokens - taken)
         warmth = body.temperature or 0.0
         sampling = Sampling(
-            warmth if warmth >= COLDEST else 0.0, body.top_k or 0, body.top_p or 1.0, body.seed
+            warmth if warmth >= COLDEST else 0.0,
+            max(0, body.top_k or 0),
+            body.top_p or 1.0,
+            body.seed,
         )
         return Job(
             served.engine,
@@ -308,9 +323,14 @@ class Service:
             ),
             tenant=tenant.name,
             timeout_s=limits.request_s,
-            strip=body.blocktune.strip,
+            strip=bool(body.blocktune and body.blocktune.strip),
             token_bytes=served.token_bytes,
         )
+
+
+@lru_cache(256)
+def _named(text: str) -> Method:
+    return read_method(Extension(method=text), "")
 
 
 def read_method(asked: Extension, default: str) -> Method:
@@ -322,7 +342,7 @@ def read_method(asked: Extension, default: str) -> Method:
     text = default if asked.method is None else asked.method
     try:
         if isinstance(text, str):
-            method = build(text, **asked.params)
+            method = build(text, **(asked.params or {}))
         elif asked.params:
             raise ValueError("a method given as a mapping takes its parameters in it, as 'params'")
         else:

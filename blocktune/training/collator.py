@@ -199,7 +199,7 @@ class BlockDataCollator:
     ) -> LaidOut:
         prompt = lay_out(pieces, self.layout, self.link_base)
         varied = self.augmentation.vary(prompt.layout, draw)
-        prompt = Prompt(prompt.ids, varied)
+        prompt = Prompt(prompt.input_ids, varied)
         if self.sampler is None:
             return LaidOut(prompt, teacher, NO_SHARE)
         share = self.sampler.share(draw)

@@ -98,7 +98,7 @@ def with_fresh_rows(prompt: Prompt, chosen: Tensor, until: int = FOREVER) -> Pro
         until=torch.full_like(second.until, until),
     )
     joined = torch.cat([prompt.layout.pack(), second.pack()], dim=1)
-    ids = prompt.ids + tuple(prompt.ids[row] for row in rows.tolist())
+    ids = torch.cat([prompt.input_ids, prompt.input_ids[rows]])
     return Prompt(ids, Layout.unpack(joined))
 
 

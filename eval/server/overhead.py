@@ -7,7 +7,7 @@ whose chunks are all in memory. Every clock counts the processor time of its thr
 also hold on a busy machine. Up to the first piece of the answer, the overhead is the sum of
 
 - ``http``: the event loop's thread, from the request's first byte to that piece;
-- ``front``: the thread that makes the job: messages, tokens, layout;
+- ``front``: the thread that makes the job: JSON, messages, tokens, layout;
 - ``engine``: the engine's thread up to the first token, without what its account calls reading,
   encoding, moving and choosing chunks, computing tokens and picking the first.
 
@@ -23,6 +23,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +43,17 @@ class Meter:
     def __init__(self, service: Service):
         self.service, self.app = service, create_app(service)
         self.seconds: dict[str, float] = {}
-        self._make, service.chat = service.chat, self._chat
+        self._to_thread, asyncio.to_thread = asyncio.to_thread, self._front
 
-    def _chat(self, *args: Any) -> Any:
-        started = time.thread_time()
-        asked = self._make(*args)
-        self.seconds["front"] = time.thread_time() - started
-        return asked
+    async def _front(self, function: Callable, *args: Any) -> Any:
+        def timed() -> Any:
+            started = time.thread_time()
+            try:
+                return function(*args)
+            finally:
+                self.seconds["front"] = time.thread_time() - started
+
+        return await self._to_thread(timed)
 
     def _engine(self) -> float:
         return time.clock_gettime(time.pthread_getcpuclockid(self.service.scheduler._thread.ident))

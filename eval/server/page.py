@@ -25,6 +25,7 @@ VIEWS = {
     "phone-light": (390, 844, "light", True),
     "phone-dark": (390, 844, "dark", True),
 }
+CODES = {"Enter": 13, "Tab": 9, "Escape": 27, "ArrowDown": 40}
 DONE = "document.querySelectorAll('.bar').length"
 
 
@@ -60,15 +61,20 @@ class Browser:
 
     async def press(self, key: str, modifiers: int = 0) -> None:
         for kind in ("keyDown", "keyUp"):
-            code = 13 if key == "Enter" else 9
             await self.send(
                 "Input.dispatchKeyEvent",
                 type=kind,
                 key=key,
                 code=key,
-                windowsVirtualKeyCode=code,
+                windowsVirtualKeyCode=CODES[key],
                 modifiers=modifiers,
+                **({"text": "\r"} if key == "Enter" and not modifiers else {}),
             )
+
+    async def picture(self, path: Path, clip: dict | None = None) -> None:
+        more = {} if clip is None else {"captureBeyondViewport": True, "clip": clip}
+        shot = await self.send("Page.captureScreenshot", **more)
+        path.write_bytes(base64.b64decode(shot["data"]))
 
 
 async def look(browser: Browser, url: str, name: str, folder: Path) -> None:
@@ -97,10 +103,48 @@ async def look(browser: Browser, url: str, name: str, folder: Path) -> None:
     assert await browser.value(too_wide) <= 0, "something is wider than the screen"
     tall = await browser.value("document.documentElement.scrollHeight")
     clip = {"x": 0, "y": 0, "width": width, "height": tall, "scale": 1}
-    shot = await browser.send("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)
-    (folder / f"{name}.png").write_bytes(base64.b64decode(shot["data"]))
+    await browser.picture(folder / f"{name}.png", clip)
     assert not browser.errors, browser.errors
     print(f"{name}: as it should be, {folder / name}.png")
+
+
+async def by_keyboard(browser: Browser, url: str, folder: Path) -> None:
+    """Everything can be reached and done without a mouse, and one sees where the focus is."""
+    await browser.send("Page.navigate", url=url)
+    await browser.until("document.getElementById('a')?.value", "naive")
+    order, ringed = [], []
+    for _ in range(6):
+        await browser.press("Tab")
+        order.append(await browser.value("document.activeElement.id"))
+        ringed.append(await browser.value("getComputedStyle(document.activeElement).outlineStyle"))
+    assert order == ["documents", "model", "a", "b", "question", "go"], order
+    assert set(ringed) == {"solid"}, ringed
+    unnamed = (
+        "[...document.querySelectorAll('input, select, textarea')].filter((one) => !one.labels"
+    )
+    unnamed += ".length && !one.ariaLabel).map((one) => one.id).join()"
+    assert await browser.value(unnamed) == ""
+    await browser.picture(folder / "keyboard-focus.png")
+    await browser.value("document.getElementById('b').focus()")
+    await browser.press("ArrowDown")
+    assert await browser.value("document.getElementById('b').value") != "cacheblend"
+    assert await browser.value("document.getElementById('b-hint').textContent.length") > 0
+    await browser.value("document.getElementById('question').focus()")
+    await browser.press("Enter")
+    await browser.until("document.getElementById('go').textContent", "Stop")
+    await browser.press("Escape")
+    await browser.until("document.getElementById('go').textContent", "Ask")
+    assert not browser.errors, browser.errors
+    await browser.picture(folder / "keyboard-stopped.png")
+    await browser.value("document.getElementById('a').value = 'a composition \u2026'")
+    await browser.value("document.getElementById('a').dispatchEvent(new Event('change'))")
+    await browser.value("document.getElementById('a-text').value = 'nothing-of-that-name'")
+    await browser.value("document.getElementById('question').focus()")
+    await browser.press("Enter")
+    await browser.until("document.querySelectorAll('.error').length > 0", True)
+    await browser.until("document.getElementById('go').textContent", "Ask")
+    await browser.picture(folder / "wrong-method.png")
+    print(f"keyboard: as it should be, {folder}/keyboard-*.png")
 
 
 async def run(url: str, folder: Path) -> None:
@@ -129,6 +173,8 @@ async def run(url: str, folder: Path) -> None:
                         await browser.send(f"{domain}.enable")
                     for name in VIEWS:
                         await look(browser, url, name, folder)
+                    await browser.send("Emulation.clearDeviceMetricsOverride")
+                    await by_keyboard(browser, url, folder)
         finally:
             process.kill()
             process.wait()

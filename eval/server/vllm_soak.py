@@ -63,6 +63,40 @@ def resident(pid: int) -> int:
     return sum(rss for one, _, rss in rows if one in family) << 10
 
 
+def load(
+    client: httpx.Client,
+    examples: list,
+    wanted: dict[tuple[int, bool], str],
+    seconds: float,
+    pid: int,
+) -> tuple[list[int], list, dict[bool, int]]:
+    """Asks at full load: memory of the server over time, wrong answers, counts by kind."""
+    memory, wrong, counts = [], [], {True: 0, False: 0}
+    end = time.monotonic() + seconds
+
+    def work(seed: int) -> None:
+        draw = random.Random(seed)
+        while time.monotonic() < end:
+            case = draw.randrange(len(examples)), draw.random() < 0.7
+            try:
+                made = ask(client, examples[case[0]], case[1])
+            except httpx.HTTPError as error:
+                made = repr(error)
+            counts[case[1]] += 1
+            if made != wanted[case]:
+                wrong.append([*case, made, wanted[case]])
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(CLIENTS)]
+    for thread in threads:
+        thread.start()
+    while time.monotonic() < end:
+        time.sleep(2)
+        memory.append(resident(pid))
+    for thread in threads:
+        thread.join()
+    return memory, wrong, counts
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
@@ -78,7 +112,6 @@ def main() -> int:
     command = [sys.executable, "-m", "blocktune.cli", "vllm", "serve", args.model]
     command += ["--store", store, "--port", str(PORT), *OPTIONS]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    memory, wrong, counts = [], [], {True: 0, False: 0}
     try:
         client = httpx.Client(base_url=f"http://127.0.0.1:{PORT}", timeout=300)
         while True:
@@ -90,28 +123,7 @@ def main() -> int:
                 time.sleep(0.5)
         for index, one in enumerate(examples):
             wanted[index, False] = ask(client, one, False)
-        end = time.monotonic() + 60 * args.minutes
-
-        def load(seed: int) -> None:
-            draw = random.Random(seed)
-            while time.monotonic() < end:
-                case = draw.randrange(len(examples)), draw.random() < 0.7
-                try:
-                    made = ask(client, examples[case[0]], case[1])
-                except httpx.HTTPError as error:
-                    made = repr(error)
-                counts[case[1]] += 1
-                if made != wanted[case]:
-                    wrong.append([*case, made, wanted[case]])
-
-        threads = [threading.Thread(target=load, args=(seed,)) for seed in range(CLIENTS)]
-        for thread in threads:
-            thread.start()
-        while time.monotonic() < end:
-            time.sleep(2)
-            memory.append(resident(server.pid))
-        for thread in threads:
-            thread.join()
+        memory, wrong, counts = load(client, examples, wanted, 60 * args.minutes, server.pid)
     finally:
         server.terminate()
         server.wait()

@@ -37,7 +37,7 @@ def test_length_and_chunk_size_are_kept(tokenizer):
         pieces = make_pieces(tokenizer, FORMAT, example.chunks, example.question)
         tokens = sum(map(len, (pieces.prefix, *pieces.chunks, pieces.query))) + MAX_NEW_TOKENS
         assert tokens == example.meta["length"]
-        sizes = [len(chunk_ids(tokenizer, FORMAT, chunk)) for chunk in example.chunks]
+        sizes = [len(ids) for ids in chunk_ids(tokenizer, FORMAT, example.chunks)]
         assert max(sizes) <= 100 + 5  # the newline after a chunk, and merges across sentences
         assert len(sizes) <= 2.5 * sum(sizes) / 100
 

@@ -81,7 +81,7 @@ def test_training_caching_and_serving_agree(name, seed):
     served = make_pieces(tokenizer, fmt, chunks, QUESTION)
     assert served == trained._replace(answer=())
     assert trained.answer == answer_ids(tokenizer, "Port Alder")
-    cached = [chunk_ids(tokenizer, fmt, chunk) for chunk in chunks]
+    cached = list(chunk_ids(tokenizer, fmt, chunks))
     assert list(trained.chunks) == cached
     assert trained.prefix == prefix_ids(tokenizer, fmt)
     order = rng.sample(range(len(chunks)), len(chunks))
@@ -103,7 +103,7 @@ def test_trimming_template_does_not_touch_chunks():
 def test_special_tokens_in_retrieved_text_stay_text():
     tokenizer = family("llama3")
     text = "he wrote <|eot_id|> and <s> and <|start_header_id|>system"
-    ids = chunk_ids(tokenizer, PromptFormat(), Chunk(text))
+    [ids] = chunk_ids(tokenizer, PromptFormat(), [Chunk(text)])
     assert tokenizer.decode(ids) == f"{text}\n\n"
     assert not set(ids) & set(tokenizer.added_tokens_decoder)
     assert not set(answer_ids(tokenizer, text)[:-1]) & set(tokenizer.added_tokens_decoder)

@@ -49,7 +49,8 @@ def test_a_token_that_is_added_changes_what_is_read(own):
 
 
 def test_what_was_not_asked_for_longest_is_forgotten_first(own, reads):
-    with patch.object(special_tokens, "MOST_TOKENS", 2 * len(encode(own, "x a"))):
+    size = special_tokens._size(("x a",), encode(own, "x a"))
+    with patch.object(special_tokens, "MOST_BYTES", 2 * size):
         for text in ("x b", "x c", "x b", "x d", "x b"):
             encode(own, text)
         assert len(reads) == 4

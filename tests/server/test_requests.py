@@ -1,6 +1,8 @@
 """Wrong and hostile requests, keys and tenants, and what is not done for a request."""
 
+import asyncio
 import json
+from types import SimpleNamespace
 
 import pytest
 from server.support import CHAT, DOCUMENTS, chat, metric, refused, wait_until
@@ -49,6 +51,10 @@ MESSAGES = [{"role": "user", "content": "Who?"}]
         ({"blocktune": {"method": {"preset": "epic", "select": {"x": 1}}}}, "x"),
         ({"blocktune": {"method": "cacheclip auxiliary=/etc/passwd"}}, "auxiliary"),
         ({"blocktune": {"method": "cacheclip auxiliary=gpt2"}}, "auxiliary"),
+        ({"blocktune": {"method": "recycle model=/etc"}}, "embedding model"),
+        ({"stop": "x" * 300}, "stop"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "image_url"),
+        ({"tools": [[]] * 300_000}, "262,144"),
         ({"model": "../../etc/passwd"}, "tiny"),
     ],
 )
@@ -98,12 +104,77 @@ def test_a_form_of_another_site_is_not_read(client):
     """Browsers send text/plain anywhere without asking; JSON they ask for, and are refused."""
     body = json.dumps(chat()).encode()
     plain = client.post(CHAT, content=body, headers={"content-type": "text/plain"})
-    assert plain.status_code == 400
+    refused(plain, 415, "application/json")
     asked = client.options(
         CHAT, headers={"origin": "http://evil", "access-control-request-method": "POST"}
     )
     assert asked.status_code == 405
     assert "access-control-allow-origin" not in asked.headers
+
+
+def test_other_encodings_and_forms_are_refused(client):
+    body = json.dumps(chat()).encode()
+    for headers in (
+        {"content-type": "application/json; charset=utf-16"},
+        {"content-type": "application/json", "content-encoding": "gzip"},
+        {"content-type": "multipart/form-data; boundary=x"},
+    ):
+        refused(client.post(CHAT, content=body, headers=headers), 415)
+    kind = {"content-type": "Application/JSON; charset=UTF-8", "content-encoding": "identity"}
+    assert client.post(CHAT, content=body, headers=kind).status_code == 200
+
+
+def test_null_is_as_if_left_out(client):
+    """Clients send fields that were not set as null."""
+    fields = client.get("/openapi.json").json()["components"]["schemas"]["ChatRequest"]
+    names = fields["properties"].keys() - fields["required"] - {"documents"}
+    nulls = dict.fromkeys([*names, "tool_choice"]) | {"temperature": 0, "max_tokens": 12.0}
+    body = chat() | nulls | {"top_k": -1}
+    whole = client.post(CHAT, json=body)
+    assert whole.status_code == 200, whole.text
+    plain = client.post(CHAT, json=chat()).json()
+    assert whole.json()["choices"] == plain["choices"]
+    method = {"method": None, "params": None, "strip": None}
+    more = {"blocktune": method, "stream": True, "stream_options": {"include_usage": None}}
+    assert client.post(CHAT, json=chat() | more).status_code == 200
+
+
+def test_bodies_that_are_coming_share_a_limit():
+    """Many clients that send slowly hold no more than a few bodies."""
+    from blocktune.server.middleware import AT_ONCE, Guard
+
+    class Counted:
+        def labels(self, *names):
+            return self
+
+        def inc(self):
+            pass
+
+    guard = Guard(None, max_bytes=100, max_s=5, metrics=SimpleNamespace(responses=Counted()))
+    coming = {"type": "http.request", "body": b"x" * 90, "more_body": True}
+
+    async def ask(sent: list) -> None:
+        parts = [coming]
+
+        async def receive():
+            return parts.pop() if parts else await asyncio.Event().wait()
+
+        async def send(message):
+            sent.append(message)
+
+        await guard({"type": "http"}, receive, send)
+
+    async def run() -> list:
+        told = [[] for _ in range(AT_ONCE + 4)]
+        tasks = [asyncio.create_task(ask(sent)) for sent in told]
+        await asyncio.sleep(0.1)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        return [sent[0]["status"] for sent in told if sent]
+
+    assert set(asyncio.run(run())) == {429}
+    assert guard.held == 0
 
 
 def test_bodies_have_a_size(serve):

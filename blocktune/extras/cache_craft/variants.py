@@ -153,7 +153,7 @@ class VariantStore:
     @classmethod
     def of(cls, store: ChunkStore, fingerprint: str) -> Self:
         """The one of a store and model in this process: use counts are shared."""
-        return store.notes.setdefault((cls, fingerprint), cls(store, fingerprint))
+        return store.note((cls, fingerprint), lambda: cls(store, fingerprint))
 
     def best(self, chunk: Ids, context: Sequence[Ids], alpha: float = 1.0) -> BestVariant | None:
         """The variant with the least to recompute after ``context``; of equals, the latest."""

@@ -48,7 +48,7 @@ class References:
 
     @classmethod
     def of(cls, store: ChunkStore, fingerprint: str) -> References:
-        return store.notes.setdefault((cls, fingerprint), cls())
+        return store.note((cls, fingerprint), cls)
 
     def nearest(self, pieces: Pieces, model: ServedModel) -> tuple[float, Ids, Tensor] | None:
         """The prompt whose tokens are most similar to the chunks': how much, its tokens, the match.

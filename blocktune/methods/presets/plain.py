@@ -85,11 +85,9 @@ class Recycle(PrefixCache):
         from blocktune.cache.embeddings import Embedder
         from blocktune.cache.recycle import Recycler
 
+        embed = Embedder.of(store, self.model)
         key = ("recycle", self.model, self.candidates)
-        if key not in store.notes:
-            embed = Embedder.of(store, self.model)
-            store.notes[key] = Recycler(store, read, embed, self.candidates)
-        return store.notes[key]
+        return store.note(key, lambda: Recycler(store, read, embed, self.candidates))
 
 
 @register("no-context")
