@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -40,6 +40,7 @@ _ALL = "*"
 _MOST_PROVEN = 1 << 16
 SETTLED_S = 2.0
 """A file that changed this recently may change again without another date."""
+PAGE = 4096
 NOTHING = About()
 Share = tuple[int, int]
 """A tensor parallel rank, and how many there are."""
@@ -116,19 +117,27 @@ class ChunkFile:
         self._verify(name, tensor)
         return tensor if share is None else tensor[rows].clone()
 
-    def read_into(self, name: str, out: Tensor) -> None:
-        """Writes one tensor, stored as it is and verified, over ``out`` ``(K, S, D)``.
+    def read_into(self, outs: Mapping[str, Tensor]) -> None:
+        """Writes tensors, stored as they are and verified, over those named, ``(K, S, D)``.
 
-        Each of its ``K`` parts must be contiguous, in the CPU's memory; raises as `read` does.
+        Those that lie side by side are read by one call. Each of the ``K`` parts must be
+        contiguous, in the CPU's memory; raises as `read` does.
         """
         with _readable():
-            start, end = self._tensors[name]["data_offsets"]
-            parts = [memoryview(part).cast("B") for part in out.view(torch.uint8).numpy()]
-            if sum(map(len, parts)) != end - start or self._data is not None:
-                raise ValueError("it is of another size")
-            self._fill(parts, start, end)
-        if not self._is_proven(name):
-            self._verify(name, out.contiguous())
+            spans = sorted((*self._tensors[name]["data_offsets"], name) for name in outs)
+            buffers, first = [], 0
+            for index, (start, end, name) in enumerate(spans):
+                parts = outs[name].view(torch.uint8).numpy()
+                if parts.size != end - start or self._data is not None:
+                    raise ValueError("it is of another size")
+                first = first if buffers else start
+                buffers += [memoryview(part).cast("B") for part in parts]
+                if index + 1 == len(spans) or spans[index + 1][0] != end:
+                    self._fill(buffers, first, end)
+                    buffers = []
+        for name, out in outs.items():
+            if not self._is_proven(name):
+                self._verify(name, out.contiguous())
 
     def entry(self, share: Share | None = None) -> Entry:
         """All of it, verified, on the CPU; its tensors share their memory.
@@ -245,9 +254,9 @@ class FileKV:
         """Of a layer, such as ``key.0``, in new memory."""
         return self.file.read(name)
 
-    def read_into(self, name: str, out: Tensor) -> None:
-        """Writes a layer's tensor over ``out`` ``(K, S, D)``."""
-        self.file.read_into(name, out)
+    def read_into(self, outs: Mapping[str, Tensor]) -> None:
+        """See `ChunkFile.read_into`."""
+        self.file.read_into(outs)
 
 
 @dataclass(frozen=True)
@@ -303,7 +312,19 @@ def pack_chunk(
     else:
         header["sha256"] = _sums(hashlib.sha256, tensors)
         signed = {"signature": blobs.sign(header)}
-    return save(tensors, metadata=header | {"checksum": _digest(header)} | signed)
+    data = save(tensors, metadata=header | {"checksum": _digest(header)} | signed)
+    return _aligned(data, entry.token_ids.nbytes)
+
+
+def _aligned(data: bytes, skipped: int) -> bytes:
+    """The file with spaces after its header, so that what follows the token ids opens a page.
+
+    The system copies out of the page cache up to half as fast where it must shift bytes.
+    """
+    length = int.from_bytes(data[:8], "little")
+    spaces = -(8 + length + skipped) % PAGE
+    head = (length + spaces).to_bytes(8, "little"), data[8 : 8 + length], b" " * spaces
+    return b"".join((*head, memoryview(data)[8 + length :]))
 
 
 class _Unreadable(ValueError):

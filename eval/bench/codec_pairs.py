@@ -4,7 +4,7 @@
         --output eval/results/bench/codec_pairs.json
 
 ``BASE`` and ``DATA`` are the base and a part of the data of `eval/real/study.py`, such as ``base``
-and ``data/test-5``. Writes a row a question, and continues where it stopped. Differences are paired.
+and ``data/test-5``. Writes a row a question, and continues where it stopped.
 """
 
 import argparse
