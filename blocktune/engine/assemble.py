@@ -154,7 +154,10 @@ _Part = tuple[str, Tensor, Rotation | None]
 
 
 def _read(kv: FileKV, parts: list[_Part], spare: dict[torch.Size, Tensor]) -> None:
-    """Reads what is not rotated into its place, and the rest, layer by layer, by ``spare``."""
+    """Reads what is not rotated into its place in one go, and the rest, one by one, by ``spare``.
+
+    What was just read is rotated while a core's cache has it.
+    """
     kv.read_into({name: out for name, out, turn in parts if turn is None})
     for name, out, turn in parts:
         if turn is not None:
@@ -209,7 +212,8 @@ class _Rotations:
         self.shift, self.rope, self.device = shift, rope, device
         moves = bool(shift.any())
         self._kinds = [("key", "value")[one.in_values] if moves else "" for one in rope.layers]
-        self._keys = [(tuple(one.inv_freq.tolist()), *one[1:]) for one in rope.layers]
+        known = [(tuple(one.inv_freq.tolist()), *one[1:]) for one in rope.layers]
+        self._same = [known.index(one) for one in known]  # the first layer of the same rotation
         self._made: dict[tuple, Rotation] = {}
 
     def of(self, kind: str, layer: int, tokens: slice, dim: int) -> Rotation | None:
@@ -219,7 +223,7 @@ class _Rotations:
         """
         if kind != self._kinds[layer]:
             return None
-        key = self._keys[layer], tokens.start, dim
+        key = self._same[layer], tokens.start, dim
         if key not in self._made:
             shift = self.shift[tokens]
             if bool((shift == shift[0]).all()):  # a chunk's tokens do

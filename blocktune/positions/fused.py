@@ -41,20 +41,23 @@ def _wide(bits):
     return np.uint32(np.uint32(bits) << 16).view(np.float32)
 
 
-_FLAT = {name: types.Array(name, 1, "C") for name in (types.float32, types.uint16)}
-_TURN = types.Array(types.float32, 2, "C")
-_SIGNATURES = [types.void(kind, kind, *[types.int64] * 6, _TURN, _TURN) for kind in _FLAT.values()]
+_FLAT = {torch.float32: torch.float32, torch.bfloat16: torch.uint16}
+_TURN = types.Array(types.float32, 3, "C")
+_SIGNATURES = [
+    types.void(flat, flat, *[types.int64] * 6, _TURN, _TURN)
+    for flat in (types.Array(kind, 1, "C") for kind in (types.float32, types.uint16))
+]
 
 
 @njit(_SIGNATURES, cache=True, nogil=True, error_model="numpy")
 def _rotate(keys, out, heads, rows, dim, key_step, out_step, start, cos, sin):
-    half, each = cos.shape[1], int(cos.shape[0] > 1)
+    half, each = cos.shape[2], int(cos.shape[1] > 1)
     plus, minus = np.float32(1), np.float32(-1)
     for head in range(heads):
         for row in range(rows):
             at, to, turn = head * key_step + row * dim, head * out_step + row * dim, row * each
             one, other = keys[at : at + dim], out[to : to + dim]
-            c, s = cos[turn], sin[turn]
+            c, s = cos[0, turn], sin[0, turn]
             for i in range(start):
                 other[i] = one[i]
             for i in range(start + 2 * half, dim):
@@ -68,20 +71,15 @@ def _rotate(keys, out, heads, rows, dim, key_step, out_step, start, cos, sin):
 
 def rotate_into(keys: Tensor, rotation: Rotation, out: Tensor) -> bool:
     """Rotates keys ``(K, S, D)`` into ``out``; False, and nothing, if it does not know the form."""
-    known = keys.dtype in (torch.float32, torch.bfloat16) and not rotation.interleaved
-    plain = [one.ndim == 3 and one.stride()[1:] == (one.shape[2], 1) for one in (keys, out)]
-    if not known or not all(plain) or keys.requires_grad or out.is_cuda:
+    if keys.dtype not in _FLAT or keys.ndim != 3 or rotation.interleaved or keys.requires_grad:
         return False
-    count, rows, dim = keys.shape
-    steps = keys.stride(0), out.stride(0)
-    cos, sin = (one[0].contiguous().numpy() for one in (rotation.cos, rotation.sin))
-    flat = [_flat(one) for one in (keys, out)]
-    _rotate(*flat, count, rows, dim, *steps, rotation.start, cos, sin)
+    (heads, rows, dim), step, out_step = keys.shape, keys.stride(), out.stride()
+    if step[1:] != (dim, 1) or out_step[1:] != (dim, 1) or out.is_cuda:
+        return False
+    cos, sin = rotation.cos.contiguous().numpy(), rotation.sin.contiguous().numpy()
+    flat = [
+        one.as_strided(((heads - 1) * first + rows * dim,), (1,)).view(_FLAT[keys.dtype]).numpy()
+        for one, first in ((keys, step[0]), (out, out_step[0]))
+    ]
+    _rotate(*flat, heads, rows, dim, step[0], out_step[0], rotation.start, cos, sin)
     return True
-
-
-def _flat(tensor: Tensor) -> np.ndarray:
-    """The memory from its first to its last element."""
-    span = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
-    flat = tensor.as_strided((span + 1,), (1,))
-    return (flat if tensor.dtype == torch.float32 else flat.view(torch.uint16)).numpy()
