@@ -129,17 +129,20 @@ def relocate(
     turns = _Rotations(positions.cpu() - encoded_at, rope, columns.device)
     runs = _segments(kvs, columns)
     waiting: list[list[_Part]] = [[] for _ in runs]
+    blocks = _adjacent(runs)
     for layer, shapes in enumerate(runs[0].like(columns.device)):
-        for run, parts in zip(runs, waiting, strict=True):
-            room = cache.room(layer, prompt, run.columns, *shapes)
-            for kind, out in zip(("key", "value"), room, strict=True):
-                turn = turns.of(kind, layer, run.tokens, out.shape[-1])
-                if run.is_file:
-                    parts.append((f"{kind}.{layer}", out, turn))
-                elif turn is None:
-                    out.copy_(run.states(kind, layer))
-                else:
-                    rotate_keys(run.states(kind, layer).to(out.device), turn, out)
+        for span, members in blocks:
+            room = cache.room(layer, prompt, span, *shapes)
+            for kind, whole in zip(("key", "value"), room, strict=True):
+                sizes = [runs[index].columns.stop - runs[index].columns.start for index in members]
+                for index, out in zip(members, whole.split(sizes, 1), strict=True):
+                    run, turn = runs[index], turns.of(kind, layer, runs[index].tokens, out.shape[2])
+                    if run.is_file:
+                        waiting[index].append((f"{kind}.{layer}", out, turn))
+                    elif turn is None:
+                        out.copy_(run.states(kind, layer))
+                    else:
+                        rotate_keys(run.states(kind, layer).to(out.device), turn, out)
     spare: dict[torch.Size, Tensor] = {}  # new memory for each would take longer than reading
     for run, parts in zip(runs, waiting, strict=True):
         try:
@@ -202,6 +205,18 @@ def _segments(kvs: list[ChunkKV], columns: Tensor) -> list[_Segment]:
         else:
             runs.append(_Segment([kv], tokens, span, isinstance(kv, FileKV)))
     return runs
+
+
+def _adjacent(runs: list[_Segment]) -> list[tuple[slice, list[int]]]:
+    """Columns without a gap, and the runs in them: one view of a layer for all."""
+    found: list[tuple[slice, list[int]]] = []
+    for index, run in enumerate(runs):
+        if found and found[-1][0].stop == run.columns.start:
+            span, members = found.pop()
+            found.append((slice(span.start, run.columns.stop), [*members, index]))
+        else:
+            found.append((run.columns, [index]))
+    return found
 
 
 class _Rotations:
