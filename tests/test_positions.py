@@ -1,5 +1,7 @@
 """Keys move exactly: over all supported rotations, and never where they cannot."""
 
+import sys
+
 import pytest
 import torch
 from families import ROPES, VOCAB, build
@@ -8,7 +10,16 @@ from transformers import DynamicCache
 
 from blocktune.attention import SplitPlan, attach
 from blocktune.models.gate import require_supported
-from blocktune.positions import LayerRope, Rotation, place, relocate_keys, rotate_keys
+from blocktune.positions import (
+    LayerRope,
+    Rotation,
+    load_fused,
+    place,
+    relocate_keys,
+    relocation,
+    rotate_keys,
+)
+from blocktune.positions.fused import rotate_into
 
 SHIFTS = [1, -3, 1000, 30_000]
 
@@ -89,6 +100,48 @@ def test_keys_turned_into_place_are_the_relocated_ones(name, dtype):
     torch.testing.assert_close(store[:, :, 2:5], expected, rtol=0, atol=1e-6)
     assert not store[:, :, :2].any()
     assert not store[:, :, 5:].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dim", "pairs", "start"), [(64, 32, 0), (64, 8, 0), (48, 16, 16), (6, 2, 1)]
+)
+@pytest.mark.parametrize("alike", [True, False])
+def test_keys_turned_in_one_pass_are_those_of_torch_bit_by_bit(dtype, dim, pairs, start, alike):
+    keys = torch.randn(3, 37, dim).to(dtype)
+    shift = torch.randint(-99, 9999, (1, 1 if alike else 37))
+    turn = Rotation.of(shift, LayerRope(torch.rand(pairs), start))
+    turn = turn._replace(cos=turn.cos[0], sin=turn.sin[0])
+    one, two = torch.zeros(2, 3, 50, dim, dtype=dtype)
+    assert rotate_into(keys[:, 2:], turn if alike else turn.cut(slice(2, 37)), one[:, 9:44])
+    relocation._fused, held = None, relocation._fused
+    rotate_keys(keys[:, 2:], turn if alike else turn.cut(slice(2, 37)), two[:, 9:44])
+    relocation._fused = held
+    assert torch.equal(one, two)
+    assert not torch.equal(one[:, 9:44], keys[:, 2:])
+
+
+def test_forms_that_one_pass_does_not_know_are_left_to_torch():
+    turn = Rotation(torch.ones(1, 1, 4), torch.zeros(1, 1, 4))
+    keys = torch.randn(2, 3, 8)
+    for other in (
+        keys.half(),
+        keys.double(),
+        keys.mT.contiguous().mT,
+        keys.clone().requires_grad_(),
+    ):
+        assert not rotate_into(other, turn, torch.zeros(2, 3, 8, dtype=other.dtype))
+    assert not rotate_into(keys, turn._replace(interleaved=True), torch.zeros(2, 3, 8))
+
+
+def test_without_numba_torch_rotates(monkeypatch):
+    monkeypatch.setitem(sys.modules, "blocktune.positions.fused", None)
+    monkeypatch.setattr(relocation, "_fused", None)
+    load_fused()
+    assert relocation._fused is None
+    monkeypatch.undo()
+    load_fused()
+    assert relocation._fused is rotate_into
 
 
 def test_shift_of_another_shape_is_refused():

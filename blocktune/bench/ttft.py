@@ -21,7 +21,7 @@ from blocktune.bench.reuse import (
 )
 from blocktune.cache import RowCache
 from blocktune.engine import Engine
-from blocktune.engine.assemble import relocator
+from blocktune.engine.assemble import relocate
 from blocktune.engine.generation import Generation
 from blocktune.engine.usage import Stopwatch
 from blocktune.methods import Method, build, default_method
@@ -145,9 +145,7 @@ def _assembling(engine: Engine, run: Generation) -> dict[str, Callable[[], objec
 
     def join(positions):
         cache = RowCache(state.num_layers, 1, run.columns.kind.shape[1], spare=64)
-        fill = relocator(cache, 0, kvs, columns, positions, state.rope)
-        for layer in range(state.num_layers):
-            fill(layer)
+        relocate(cache, 0, kvs, columns, positions, state.rope)
 
     moved = layout.position[0, rows]
     return {"lookup": lookup, "join": partial(join, still), "joined": partial(join, moved)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache
@@ -42,7 +43,7 @@ class _RowLayer(CacheLayerMixin):
         self.num_columns = num_columns
         self.spare = spare
         self.target: _Target | None = None
-        self._unwritten: Tensor | None = None  # columns that are not zero yet, (B, N + spare)
+        self._unwritten: np.ndarray | None = None  # columns not written yet, bool (B, N + spare)
         self.observer: Observer | None = None
 
     @property
@@ -66,7 +67,8 @@ class _RowLayer(CacheLayerMixin):
     def settle(self) -> None:
         # Zeros where nothing was written: masked columns must be finite.
         if self._unwritten is not None:
-            prompt, column = self._unwritten.nonzero(as_tuple=True)
+            unwritten = torch.from_numpy(self._unwritten).nonzero(as_tuple=True)
+            prompt, column = (index.to(self.device) for index in unwritten)
             self._unwritten = None
             for store in self._stores:
                 store[prompt, :, column] = 0
@@ -89,7 +91,9 @@ class _RowLayer(CacheLayerMixin):
             states.new_empty(self.batch_size, states.shape[1], columns, states.shape[3])
             for states in (key_states, value_states)
         )
-        self._unwritten = torch.ones(self.batch_size, columns, dtype=torch.bool, device=self.device)
+        self._unwritten = np.ones(
+            (self.batch_size, columns), bool
+        )  # of tensors, marks cost 10 times
         self.is_initialized = True
         self._show()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import NamedTuple
@@ -79,9 +79,7 @@ def from_chunks(
         kvs = [found.kvs[piece] for piece in prompt]
         rows = (result.cached[index]).nonzero().squeeze(1)
         columns, positions = layout.order[index, rows], layout.position[index, rows]
-        fill = relocator(cache, index, kvs, columns, positions, state.rope)
-        for layer in range(len(cache)):
-            fill(layer)
+        relocate(cache, index, kvs, columns, positions, state.rope)
         result.bytes_read[index] = sum(kv.num_bytes for kv in kvs)
         for layer in layers:
             stored = [found.states[piece, layer] for piece in prompt]
@@ -118,36 +116,58 @@ def is_held(layout: Layout) -> Tensor:
     return layout.is_encoded & (layout.group != GLOBAL)
 
 
-def relocator(
+def relocate(
     cache: RowCache,
     prompt: int,
     kvs: list[ChunkKV],
     columns: Tensor,
     positions: Tensor,
     rope: RopeSpec,
-) -> Callable[[int], None]:
-    """Moves one prompt's pieces to ``positions`` ``(S,)`` and into ``columns``, layer by layer."""
+) -> None:
+    """Moves one prompt's pieces to ``positions`` ``(S,)`` and writes them into ``columns``."""
     encoded_at = torch.cat([torch.arange(kv.num_tokens) + kv.origin for kv in kvs])
-    shift = positions - encoded_at.to(positions.device)
-    turns = _Rotations(shift, rope) if bool(shift.any()) else None
-    runs, spare = _segments(kvs, columns), {}
-
-    def fill(layer: int) -> None:
-        rotated = None if turns is None else ("key", "value")[rope.layers[layer].in_values]
-        like = runs[0].like(layer, columns.device)
-        for run in runs:
-            room = cache.room(layer, prompt, run.columns, *like)
-            for name, out in zip(("key", "value"), room, strict=True):
-                try:
-                    if name == rotated:
-                        turn = turns.of(layer, out.shape[-1]).cut(run.tokens)
-                        rotate_keys(run.states(layer, name, spare).to(out.device), turn, out)
+    turns = _Rotations(positions.cpu() - encoded_at, rope, columns.device)
+    runs = _segments(kvs, columns)
+    waiting: list[list[_Part]] = [[] for _ in runs]
+    blocks = _adjacent(runs)
+    for layer, shapes in enumerate(runs[0].like(columns.device)):
+        for span, members in blocks:
+            room = cache.room(layer, prompt, span, *shapes)
+            for kind, whole in zip(("key", "value"), room, strict=True):
+                sizes = [runs[index].columns.stop - runs[index].columns.start for index in members]
+                for index, out in zip(members, whole.split(sizes, 1), strict=True):
+                    run, turn = runs[index], turns.of(kind, layer, runs[index].tokens, out.shape[2])
+                    if run.is_file:
+                        waiting[index].append((f"{kind}.{layer}", out, turn))
+                    elif turn is None:
+                        out.copy_(run.states(kind, layer))
                     else:
-                        run.put(layer, name, out)
-                except ValueError as error:  # of a file
-                    raise DamagedChunk(f"layer {layer}: {error}") from None
+                        rotate_keys(run.states(kind, layer).to(out.device), turn, out)
+    spare: dict[torch.Size, Tensor] = {}  # new memory for each would take longer than reading
+    for run, parts in zip(runs, waiting, strict=True):
+        try:
+            if parts:
+                _read(run.kvs[0], parts, spare)
+        except ValueError as error:
+            raise DamagedChunk(str(error)) from None
 
-    return fill
+
+_Part = tuple[str, Tensor, Rotation | None]
+"""The name of a tensor in a file, where it goes, and how it is rotated."""
+
+
+def _read(kv: FileKV, parts: list[_Part], spare: dict[torch.Size, Tensor]) -> None:
+    """Reads what is not rotated into its place in one go, and the rest, one by one, by ``spare``.
+
+    What was just read is rotated while a core's cache has it.
+    """
+    kv.read_into({name: out for name, out, turn in parts if turn is None})
+    for name, out, turn in parts:
+        if turn is not None:
+            if out.shape not in spare:
+                spare[out.shape] = out.new_empty(out.shape)
+            kv.read_into({name: spare[out.shape]})
+            rotate_keys(spare[out.shape], turn, out)
 
 
 class _Segment(NamedTuple):
@@ -156,35 +176,18 @@ class _Segment(NamedTuple):
     kvs: list[ChunkKV]
     tokens: slice
     columns: slice
+    is_file: bool  # whether it is one file, to be read into the CPU's memory
 
-    @property
-    def is_file(self) -> bool:
-        """Whether it is read from one file."""
-        return isinstance(self.kvs[0], FileKV) and len(self.kvs) == 1
-
-    def like(self, layer: int, device: torch.device) -> list[Tensor]:
-        """Tensors of the shapes and types of the first one's keys and values."""
+    def like(self, device: torch.device) -> list[list[Tensor]]:
+        """Of each layer, tensors of the shapes and types of the first one's keys and values."""
         kv = self.kvs[0].like if isinstance(self.kvs[0], FileKV) else self.kvs[0]
-        pair = (kv.keys[layer], kv.values[layer])
-        return [one.new_empty((), device=device).expand_as(one) for one in pair]
+        pairs = zip(kv.keys, kv.values, strict=True)
+        return [[one.new_empty((), device=device).expand_as(one) for one in pair] for pair in pairs]
 
-    def states(self, layer: int, name: str, spare: dict[torch.Size, Tensor]) -> Tensor:
-        """Their keys or values, ``(K, S, D)``; one file is read into ``spare`` memory."""
-        if self.is_file:
-            like = getattr(self.kvs[0].like, f"{name}s")[layer]
-            if like.shape not in spare:  # new memory for each would take longer than reading
-                spare[like.shape] = like.new_empty(like.shape)
-            self.kvs[0].read_into(f"{name}.{layer}", spare[like.shape])
-            return spare[like.shape]
-        found = [getattr(kv, f"{name}s")[layer] for kv in self.kvs]
+    def states(self, kind: str, layer: int) -> Tensor:
+        """Their keys or values, ``(K, S, D)``."""
+        found = [getattr(kv, f"{kind}s")[layer] for kv in self.kvs]
         return found[0] if len(found) == 1 else torch.cat(found, 1)
-
-    def put(self, layer: int, name: str, out: Tensor) -> None:
-        """Writes their keys or values over ``out``."""
-        if self.is_file:
-            self.kvs[0].read_into(f"{name}.{layer}", out)
-        else:
-            out.copy_(self.states(layer, name, {}))
 
 
 def _segments(kvs: list[ChunkKV], columns: Tensor) -> list[_Segment]:
@@ -198,24 +201,48 @@ def _segments(kvs: list[ChunkKV], columns: Tensor) -> list[_Segment]:
         if columns.is_cuda and last is not None and last.columns.stop == column:
             tokens = slice(last.tokens.start, end)
             span = slice(last.columns.start, span.stop)
-            runs[-1] = _Segment([*last.kvs, kv], tokens, span)
+            runs[-1] = _Segment([*last.kvs, kv], tokens, span, False)
         else:
-            runs.append(_Segment([kv], tokens, span))
+            runs.append(_Segment([kv], tokens, span, isinstance(kv, FileKV)))
     return runs
 
 
+def _adjacent(runs: list[_Segment]) -> list[tuple[slice, list[int]]]:
+    """Columns without a gap, and the runs in them: one view of a layer for all."""
+    found: list[tuple[slice, list[int]]] = []
+    for index, run in enumerate(runs):
+        if found and found[-1][0].stop == run.columns.start:
+            span, members = found.pop()
+            found.append((slice(span.start, run.columns.stop), [*members, index]))
+        else:
+            found.append((run.columns, [index]))
+    return found
+
+
 class _Rotations:
-    """Rotations by layer; layers that share their frequencies share the rotation."""
+    """Rotations of the runs of a prompt; layers that share their frequencies share them."""
 
-    def __init__(self, shift: Tensor, rope: RopeSpec):
-        self.shift, self.rope = shift, rope
+    def __init__(self, shift: Tensor, rope: RopeSpec, device: torch.device):
+        """By ``shift`` ``(S,)`` positions, on the CPU; rotations are made on ``device``."""
+        self.shift, self.rope, self.device = shift, rope, device
+        moves = bool(shift.any())
+        self._kinds = [("key", "value")[one.in_values] if moves else "" for one in rope.layers]
+        known = [(tuple(one.inv_freq.tolist()), *one[1:]) for one in rope.layers]
+        self._same = [known.index(one) for one in known]  # the first layer of the same rotation
         self._made: dict[tuple, Rotation] = {}
-        self._keys = [(tuple(one.inv_freq.tolist()), *one[1:]) for one in rope.layers]
 
-    def of(self, layer: int, dim: int) -> Rotation:
-        """Axes ``(1, S, P)``, for heads of ``dim`` dimensions."""
-        key = (dim, self._keys[layer])
+    def of(self, kind: str, layer: int, tokens: slice, dim: int) -> Rotation | None:
+        """Of heads of ``dim`` dimensions: ``(1, S, P)``, or ``(1, 1, P)`` where all move alike.
+
+        None: there is nothing to rotate.
+        """
+        if kind != self._kinds[layer]:
+            return None
+        key = self._same[layer], tokens.start, dim
         if key not in self._made:
-            turn = Rotation.of(self.shift[None], self.rope.layers[layer])
+            shift = self.shift[tokens]
+            if bool((shift == shift[0]).all()):  # a chunk's tokens do
+                shift = shift[:1]
+            turn = Rotation.of(shift[None].to(self.device), self.rope.layers[layer])
             self._made[key] = turn._replace(cos=turn.cos[0], sin=turn.sin[0]).over(dim)
         return self._made[key]

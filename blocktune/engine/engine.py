@@ -30,6 +30,7 @@ from blocktune.engine.state import Auxiliaries, EngineState
 from blocktune.links import link_base
 from blocktune.methods import Method
 from blocktune.methods.press import Press
+from blocktune.positions import load_fused
 from blocktune.prompt import Pieces, Prompt, PromptFormat
 from blocktune.prompt.special_tokens import padding_id
 
@@ -80,6 +81,8 @@ class Engine:
             ValueError: If cached chunks of the model cannot be moved, or it has another adapter.
         """
         rope, recurrence = hook(model)
+        if rope is not None and model.device.type == "cpu":
+            load_fused()
         self.model, self.tokenizer, self.adapter = model.eval(), tokenizer, adapter
         self.format = format or (adapter.format if adapter else PromptFormat())
         if adapter:

@@ -6,6 +6,7 @@ __getattr__, __dir__, __all__ = exports(
     __name__,
     {
         "blocktune.positions.placement": "PLACEMENTS Placement place",
-        "blocktune.positions.relocation": "LayerRope RopeSpec Rotation relocate_keys rotate_keys",
+        "blocktune.positions.relocation": "LayerRope RopeSpec Rotation load_fused relocate_keys "
+        "rotate_keys",
     },
 )

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+_LOG = logging.getLogger(__name__)
 
 
 class LayerRope(NamedTuple):
@@ -102,6 +106,8 @@ def rotate_keys(keys: Tensor, rotation: Rotation, out: Tensor | None = None) -> 
     ``rotation`` is broadcastable to the rotated dimensions. The result goes into ``out``, shaped
     like the keys and no part of them, if given; it is then not differentiable.
     """
+    if out is not None and _fused is not None and _fused(keys, rotation, out):
+        return out
     cos, sin = rotation.cos, rotation.sin
     result = keys.clone() if out is None else out
     (left, right), (first, second) = rotation.pairs(keys), rotation.pairs(result)
@@ -117,3 +123,18 @@ def rotate_keys(keys: Tensor, rotation: Rotation, out: Tensor | None = None) -> 
     first.copy_(left * cos - right * sin)
     second.copy_(right * cos + left * sin)
     return result
+
+
+_fused: Callable[[Tensor, Rotation, Tensor], bool] | None = None
+
+
+def load_fused() -> None:
+    """Rotates on CPUs by `blocktune.positions.fused` from now on, if numba is installed.
+
+    The first time ever it is compiled, which takes seconds; so ask before the first question.
+    """
+    global _fused
+    try:
+        from blocktune.positions.fused import rotate_into as _fused
+    except (ImportError, RuntimeError) as error:  # none, or nowhere to keep what is compiled
+        _LOG.info("keys are rotated by torch: %s", error)

@@ -1,5 +1,6 @@
 """Writing a chunk file: with other writers, without space, and killed half-way."""
 
+import json
 import os
 import re
 import signal
@@ -11,6 +12,7 @@ import pytest
 import torch
 from cache.made import MODEL, assert_same_chunk
 from cache.writers import BUDGET, CHUNK, KEY, LIMIT
+from safetensors.torch import load_file
 
 from blocktune.cache import ChunkKV, ChunkStore, chunk_file
 from blocktune.cache.chunk_file import ChunkFile, FileKV, heads_of
@@ -150,8 +152,22 @@ def test_layers_are_read_from_a_file_as_they_are_in_memory(tmp_path, codec):
     assert [key.shape for key in like.keys] == [key.shape for key in whole.keys]
     if codec == "as-is":
         room = torch.zeros(2, 5000, 32)
-        found.kv.read_into("value.1", room[:, 500:4500])
+        parts = {name: torch.zeros(2, 4000, 32) for name in ("value.0", "key.1", "key.0")}
+        found.kv.read_into(parts | {"value.1": room[:, 500:4500]})
+        assert torch.equal(parts["value.0"], CHUNK.values[0])
+        assert all(torch.equal(parts[f"key.{layer}"], CHUNK.keys[layer]) for layer in range(2))
         assert torch.equal(room[:, 500:4500], CHUNK.values[1])
         assert not room[:, :500].any()
         with pytest.raises(ValueError, match="another size"):
-            found.kv.read_into("value.1", room)
+            found.kv.read_into({"value.1": room})
+
+
+@pytest.mark.parametrize("num_tokens", [1, 7, 512])
+def test_keys_begin_on_a_page_of_the_file(tmp_path, num_tokens):
+    pairs = [tuple(torch.ones(2, num_tokens, 32) for _ in range(2)) for _ in ("keys", "values")]
+    kv = ChunkKV(*pairs, torch.arange(num_tokens), MODEL)
+    ChunkStore(0, tmp_path).put(KEY, kv)
+    data = chunk_path(tmp_path, KEY).read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    assert (start + json.loads(data[8:start])["key.0"]["data_offsets"][0]) % 4096 == 0
+    assert load_file(chunk_path(tmp_path, KEY)).keys() == dict(kv.tensors()).keys() | {"token_ids"}
