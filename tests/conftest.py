@@ -52,6 +52,20 @@ def small_benches():
         yield
 
 
+@pytest.fixture
+def clean(monkeypatch):
+    """Tables and plug-ins are afterwards as they were."""
+    from blocktune import plugins
+    from blocktune.methods.base import METHODS
+    from blocktune.methods.reshape import RESHAPES
+    from blocktune.methods.select import SELECTORS
+
+    monkeypatch.setenv(plugins.VARIABLE, "")
+    monkeypatch.setattr(plugins, "_loaded", set())
+    for table in (METHODS, SELECTORS, RESHAPES):
+        monkeypatch.setattr(table, "_entries", dict(table.table()))
+
+
 def pytest_collection_modifyitems(items):
     """The longest tests first: one process works through them while the others take the rest."""
     items.sort(key=lambda item: item.get_closest_marker("alone") is None)

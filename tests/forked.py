@@ -55,9 +55,12 @@ def run(words, env=None, cwd=ROOT) -> subprocess.CompletedProcess:
     return Program(words, env, cwd).done()
 
 
-def run_ranks(count: int, words) -> subprocess.CompletedProcess:
+def run_ranks(count: int, words, env=None) -> subprocess.CompletedProcess:
     """Runs a program in several processes that meet, as a launcher would start them."""
-    one_machine = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(valkey_server.free_port())}
+    if count == 1:
+        return run(words, env)
+    port = str(valkey_server.free_port())
+    one_machine = (env or {}) | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     one_machine |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(count))
     ranks = [
         Program(words, one_machine | {"RANK": str(rank), "LOCAL_RANK": str(rank)})

@@ -91,7 +91,7 @@ def write_smaller(source, target, pattern, smaller):
 
 
 @pytest.fixture
-def there(tmp_path, monkeypatch, blocktune, small_benches):
+def there(tmp_path, monkeypatch, blocktune, small_benches, clean):
     """A clone's folders, the files that the examples name, and adapters."""
     for name in ("data", "recipes", "eval"):
         (tmp_path / name).symlink_to(ROOT / name)

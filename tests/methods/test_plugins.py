@@ -12,9 +12,6 @@ from blocktune import plugins
 from blocktune.check import check_method, claims, subjects
 from blocktune.data import load_examples, write_jsonl
 from blocktune.methods import build
-from blocktune.methods.base import METHODS
-from blocktune.methods.reshape import RESHAPES
-from blocktune.methods.select import SELECTORS
 
 PLUGIN = '''
 from dataclasses import dataclass
@@ -60,15 +57,6 @@ class Nth(Method):
     def select(self):
         return EveryNth(self.n)
 '''
-
-
-@pytest.fixture
-def clean(monkeypatch):
-    """Tables and plug-ins are afterwards as they were."""
-    monkeypatch.setenv(plugins.VARIABLE, "")
-    monkeypatch.setattr(plugins, "_loaded", set())
-    for table in (METHODS, SELECTORS, RESHAPES):
-        monkeypatch.setattr(table, "_entries", dict(table.table()))
 
 
 @pytest.fixture

@@ -6,8 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
+from accelerate.commands import launch as accelerate
+from accelerate.utils.launch import (
+    prepare_deepspeed_cmd_env,
+    prepare_multi_gpu_env,
+    prepare_simple_launcher_cmd_env,
+)
 from hub.stand_in import TOKEN, running_hub
 from hub.support import put_base
 from safetensors.torch import load_file
@@ -22,7 +29,6 @@ ROOT = Path(__file__).resolve().parents[2]
 LAUNCHING = Path(__file__).parent / "launching"
 STEPS = 20
 GLOBAL_BATCH = 4
-TIMEOUT_S = 1800
 
 pytestmark = pytest.mark.alone
 
@@ -33,6 +39,12 @@ LAUNCHES = {
     "zero3": (2, "DEEPSPEED stage 3"),
     "fsdp2": (2, "FSDP version 2"),
 }
+PREPARED = {
+    "single": prepare_simple_launcher_cmd_env,
+    "zero2": prepare_deepspeed_cmd_env,
+    "fsdp2": prepare_multi_gpu_env,
+}
+"""What accelerate gives to processes of these configurations; it starts those of the others."""
 OBJECTIVE = {
     "distill_weight": 0.5,
     "distill_top_k": 8,
@@ -45,16 +57,27 @@ OBJECTIVE = {
 
 
 def launch(name: str, *configs: Path, **variables: str) -> None:
-    """Runs under one of the recipes' accelerate configs, with ``variables`` set."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
-    command += [str(ROOT / f"recipes/accelerate/{name}.yaml"), "--main_process_port", "0"]
+    """Runs under one of the recipes' accelerate configs: started by accelerate, or as it would."""
+    given = ["--config_file", str(ROOT / f"recipes/accelerate/{name}.yaml")]
+    given += ["--main_process_port", "0"]
     program = ("fsdp_on_cpu.py", "--config") if name == "fsdp2" else ("several_runs.py",)
-    command += [str(LAUNCHING / program[0]), *program[1:], *map(str, configs)]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # ninja
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PATH": path, "PYTHONPATH": str(ROOT)} | variables
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=TIMEOUT_S, env=env, check=False
-    )
+    words = [str(LAUNCHING / program[0]), *program[1:], *map(str, configs)]
+    if name in PREPARED:
+        seen = []
+        with pytest.MonkeyPatch.context() as patch:
+            for launcher in ("simple_launcher", "deepspeed_launcher", "multi_gpu_launcher"):
+                patch.setattr(accelerate, launcher, seen.append)
+            accelerate.launch_command(
+                accelerate.launch_command_parser().parse_args([*given, *words])
+            )
+        made = PREPARED[name](*seen)
+        env = made if name == "fsdp2" else made[1]
+        done = forked.run_ranks(LAUNCHES[name][0], words, env | variables)
+    else:
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # ninja
+        env = os.environ | {"OMP_NUM_THREADS": "1", "PATH": path, "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-m", "accelerate.commands.launch", *given, *words]
+        done = subprocess.run(command, capture_output=True, text=True, env=env | variables)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
