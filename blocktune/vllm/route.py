@@ -21,9 +21,8 @@ from vllm.entrypoints.openai.chat_completion.api_router import create_chat_compl
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 
-from blocktune.server.front import chat_pieces, read_document, read_messages
+from blocktune.server.front import chat_pieces, read_document, read_messages, read_method
 from blocktune.server.schemas import MOST_DOCUMENTS, Document, Extension, Message
-from blocktune.server.service import read_method
 from blocktune.vllm.client import ChunkClient, Rendered
 
 POLL_S = 0.05
