@@ -3,11 +3,12 @@
     python eval/server/hostile.py data/tiny --output eval/results/server/hostile.json
 
 Generated from the OpenAPI schema (schemathesis), made by hand, large ones from 16 clients at once,
-and sockets that send half a request, byte by byte, or read nothing. They come from one tenant; another has chunks in the same
-store, which must not be found. First the server's caches (chunks, exact prefixes, token ids of
-recent texts) are filled up to their limits, so that what grows afterwards is a leak. Writes
-statuses, memory and open files of the server before, between and after, and what went wrong. The
-exit code is 1 if anything did, or the memory grew by more than 5 % after the first eighth.
+and sockets that send half a request, byte by byte, or read nothing. They come from one tenant;
+another has chunks in the same store, which must not be found. First the server's caches (chunks,
+exact prefixes, token ids of recent texts) are filled, so that what grows afterwards is a leak.
+Writes statuses, memory and open files of the server before, between and after, and what went
+wrong. The exit code is 1 if anything did, or the memory grew by more than 5 % after the first
+eighth.
 """
 
 from __future__ import annotations
