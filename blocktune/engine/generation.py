@@ -128,6 +128,8 @@ class TextStream:
         return self._show(len(self._text))
 
     def _decode(self, start: int, stop: int) -> str:
+        if start == stop:
+            return ""
         return self.tokenizer.decode(self._ids[start:stop], skip_special_tokens=True)
 
     def _add(self, text: str) -> None:

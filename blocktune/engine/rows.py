@@ -50,12 +50,12 @@ def computed_rows(batch: Batch, chosen: Tensor) -> Computed:
 def column_rows(layout: Layout) -> Rows:
     """Facts of the cache's columns, ``(B, N)``: the rows that are not blanks, by order."""
     stored = ~layout.is_pad & (layout.kind != Kind.BLANK)
-    count, width = int(stored.sum(1).max()), layout.num_rows
-    # The orders of a prompt's stored rows count from 0: a place for each, no need to sort.
-    place = torch.where(stored, layout.order, width)
-    columns = torch.arange(width, device=place.device).expand_as(place)
-    if torch.equal(place, columns):
+    width = layout.num_rows
+    columns = torch.arange(width, device=layout.device).expand_as(layout.order)
+    if torch.equal(layout.order, columns) and bool(stored.all()):
         return layout.rows()
+    # The orders of a prompt's stored rows count from 0: a place for each, no need to sort.
+    place, count = torch.where(stored, layout.order, width), int(stored.sum(1).max())
     index = torch.zeros(len(place), width + 1, dtype=torch.int64, device=place.device)
     index = index.scatter(1, place, columns)
     index = index[:, :count]

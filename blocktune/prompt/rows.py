@@ -158,25 +158,18 @@ def _ids(base: int, rows: Iterable[int]) -> Ids:
     return tuple(base + row for row in rows)
 
 
+_OF_ALL = torch.tensor((0, NO_ROW, FOREVER))[:, None, None]
+"""``sample``, ``supersedes`` and ``until`` of every row."""
+
+
 def _layout(segments: list[_Segment]) -> Layout:
     lengths = [len(segment.ids) for segment in segments]
     firsts = accumulate(lengths, initial=0)
     facts = [(*segment[1:], first) for segment, first in zip(segments, firsts, strict=False)]
     columns = np.repeat(np.array(facts, dtype=np.int64).T, lengths, axis=1)  # torch takes 20 times
-    _, position, order, _, _, offset = columns  # that; in place: prompts are long
+    offset = columns[-1]  # that; in place: prompts are long
     np.subtract(np.arange(len(offset)), offset, out=offset)
-    position += offset
-    order += offset
-    of_all = torch.tensor((0, NO_ROW, FOREVER)).expand(len(offset), 3).T[:, None]
-    rows = torch.from_numpy(columns)[:, None]
-    return Layout(
-        kind=rows[0],
-        chunk=rows[3],
-        offset=rows[5],
-        position=rows[1],
-        order=rows[2],
-        group=rows[4],
-        sample=of_all[0],
-        supersedes=of_all[1],
-        until=of_all[2],
-    )
+    columns[1:3] += offset  # positions and orders
+    kind, position, order, chunk, group, offset = torch.from_numpy(columns)[:, None].unbind()
+    sample, supersedes, until = _OF_ALL.expand(3, 1, len(columns[0])).unbind()
+    return Layout(kind, chunk, offset, position, order, group, sample, supersedes, until)

@@ -99,13 +99,12 @@ class Bodies:
         if not event.text and event.finish is None and event.logprob is None:
             return []  # part of a character, or the beginning of a stop text
         logs = None if event.logprob is None else self.shown([event.logprob], before)
-        choice = {
-            "index": event.index,
-            **self.piece(event.text),
-            "logprobs": logs,
-            "finish_reason": event.finish,
-        }
-        return [self._frame(self.chunk_name, [choice])]
+        return [self._choice(event.index, self.piece(event.text), logs, event.finish)]
+
+    def _choice(self, index: int, piece: dict, logs=None, finish=None) -> dict[str, Any]:
+        """A body of a stream with news of one choice."""
+        choice = {"index": index, **piece, "logprobs": logs, "finish_reason": finish}
+        return self._frame(self.chunk_name, [choice])
 
     def closing(self, report: Report) -> dict[str, Any]:
         """The last chunk of a stream, with the usage."""
@@ -181,20 +180,8 @@ class ChatBodies(Bodies):
 
     def opening(self) -> list[dict[str, Any]]:
         """The role of every choice."""
-        return [
-            self._frame(
-                self.chunk_name,
-                [
-                    {
-                        "index": index,
-                        "delta": {"role": "assistant", "content": ""},
-                        "logprobs": None,
-                        "finish_reason": None,
-                    }
-                ],
-            )
-            for index in range(len(self.texts))
-        ]
+        first = {"delta": {"role": "assistant", "content": ""}}
+        return [self._choice(index, first) for index in range(len(self.texts))]
 
     def message(self, text: str) -> dict[str, Any]:
         """A message of the assistant."""

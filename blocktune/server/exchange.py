@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeVar
 
 from fastapi import HTTPException, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
@@ -157,7 +157,7 @@ class Exchange:
         if body.stream:
             options = body.stream_options
             stream = self._stream(bodies, first, events, bool(options and options.include_usage))
-            return EventStream(stream)
+            return EventStream(stream, headers={"cache-control": "no-cache"})
         bodies.add(first)
         async for event in events:
             bodies.add(event)
@@ -199,22 +199,14 @@ class Exchange:
         )
 
 
-class EventStream(Response):
+class EventStream(StreamingResponse):
     """Server-sent events; the exchange sees for itself when the client leaves."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[bytes]):
-        self.events, self.status_code, self.background = events, 200, None
-        self.init_headers({"cache-control": "no-cache"})
-
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
-        head = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-        await send(head)
-        async for data in self.events:
-            await send({"type": "http.response.body", "body": data, "more_body": True})
-        await send({"type": "http.response.body", "body": b""})
+        await self.stream_response(send)
 
 
 def _sse(*bodies: dict[str, Any]) -> bytes:

@@ -1,4 +1,4 @@
-"""From a request's messages and documents to token pieces.
+"""From a request's messages, documents and method to token pieces.
 
 No engine and no model is needed here: a server on another engine reads requests the same way.
 
@@ -9,11 +9,15 @@ so that a conversation over the same documents finds them in the cache in every 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from blocktune.methods import Method, build, build_entry
 from blocktune.prompt import Chunk, Pieces, PromptFormat, chunk_ids, encode
 from blocktune.prompt.format import require_unicode
 from blocktune.prompt.pieces import open_prompt
@@ -25,9 +29,11 @@ from blocktune.prompt.template import (
     render_conversation,
     render_frame,
 )
-from blocktune.server.schemas import CohereDocument, Document, DocumentBlock, Message
+from blocktune.server.schemas import CohereDocument, Document, DocumentBlock, Extension, Message
 
 Turn = tuple[str, str]  # role and text
+MOST = 1e9
+"""Largest number in a method's parameters; larger ones overflow somewhere."""
 
 
 class Source(NamedTuple):
@@ -44,6 +50,11 @@ class Conversation(NamedTuple):
     earlier: tuple[Turn, ...]  # the turns before the last one
     question: str  # the user's last turn, without its documents
     documents: tuple[DocumentBlock, ...]  # blocks in the messages, in their order
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """What is read of it, without the documents."""
+        return (self.system or "", *(text for _, text in self.earlier), self.question)
 
 
 def read_document(document: Document, where: str) -> Source:
@@ -196,3 +207,46 @@ def plain_pieces(
     if not query:
         prefix, query = (), prefix
     return Pieces(prefix, chunk_ids(tokenizer, fmt, chunks), query)
+
+
+@lru_cache(256)
+def named_method(text: str) -> Method:
+    """`read_method` of a text without parameters; remembered, since most requests name the same."""
+    return read_method(Extension(method=text), "")
+
+
+def read_method(asked: Extension, default: str) -> Method:
+    """Builds the method of a request.
+
+    Raises:
+        ValueError: If it cannot be built, or a number is out of all reason.
+    """
+    text = default if asked.method is None else asked.method
+    try:
+        if isinstance(text, str):
+            method = build(text, **(asked.params or {}))
+        elif asked.params:
+            raise ValueError("a method given as a mapping takes its parameters in it, as 'params'")
+        else:
+            method = build_entry(text)
+        values = list(_values(dataclasses.asdict(method)))
+    except (TypeError, ArithmeticError, LookupError, AttributeError, RecursionError) as error:
+        raise ValueError(f"blocktune.method: {error}") from None
+    wrong = [v for v in values if isinstance(v, int | float) and not _is_sane(v)]
+    if wrong:
+        raise ValueError(f"blocktune.method: numbers are at most {MOST:g}, got {wrong[0]!r:.40}")
+    return method
+
+
+def _is_sane(value: float) -> bool:
+    return math.isfinite(value) and abs(value) <= MOST
+
+
+def _values(value: Any) -> Iterator[Any]:
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
+    if isinstance(value, list | tuple | set | frozenset):
+        for one in value:
+            yield from _values(one)
+    else:
+        yield value

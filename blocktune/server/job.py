@@ -118,6 +118,14 @@ class Job:
         """Bytes of keys and values that its answers need at most."""
         return self.num_tokens * self.token_bytes
 
+    @cached_property
+    def widened(self) -> list[int]:
+        """Layers for which the method needs what entered them, beside keys and values."""
+        if self.method is None:
+            return []
+        num_layers = self.engine.state.num_layers
+        return list(self.method.select_for(num_layers).widens(num_layers))
+
     @property
     def num_tokens(self) -> int:
         """Columns that its answers need at most."""

@@ -211,7 +211,7 @@ class Scheduler:
         if job.missing:
             group = job.missing.popleft()
             # What another request has encoded meanwhile counts as found.
-            self._note(job, job.engine.state.encoder.find(group, job.watch, widened(job)))
+            self._note(job, job.engine.state.encoder.find(group, job.watch, job.widened))
             if job.missing:
                 return False
         if job.method is None:
@@ -238,10 +238,10 @@ class Scheduler:
                 held = encoder.store  # read in the prefill, by the method's own loader
                 job.found.tiers = {p: "disk" if encoder.key(p) in held else "none" for p in wanted}
                 return
-        found = encoder.look_up(wanted, job.watch, widened(job))
+        found = encoder.look_up(wanted, job.watch, job.widened)
         self._note(job, found)
         missing = [piece for piece in found.tiers if piece not in found.kvs]
-        if job.has_turns and wanted[0] in missing and not widened(job):
+        if job.has_turns and wanted[0] in missing and not job.widened:
             missing.remove(wanted[0])
             made, job.prefix_hits = continue_prefix(engine, wanted[0], job.watch)
             job.found.kvs[wanted[0]] = made
@@ -308,14 +308,6 @@ class Scheduler:
         report = account(job)
         self._release(job)
         self._tell(job, report)
-
-
-def widened(job: Job) -> list[int]:
-    """Layers for which the method needs what entered them, beside keys and values."""
-    if job.method is None:
-        return []
-    num_layers = job.engine.state.num_layers
-    return list(job.method.select_for(num_layers).widens(num_layers))
 
 
 def continue_prefix(engine: Engine, prefix: Piece, watch: Stopwatch) -> tuple[ChunkKV, int]:

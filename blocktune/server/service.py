@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from blocktune.cache.responses import ResponseCache
 from blocktune.check import check_model
 from blocktune.engine import Engine, Sampling
 from blocktune.layout import Kind
-from blocktune.methods import Method, build, build_entry, default_method
-from blocktune.prompt import LayoutSpec, Pieces
+from blocktune.methods import Method, build, default_method
+from blocktune.prompt import Pieces
 from blocktune.prompt.special_tokens import OWNER
 from blocktune.server.config import Quotas, ServerConfig, Tenant
 from blocktune.server.decoding import Settings
 from blocktune.server.front import (
     Source,
     chat_pieces,
+    named_method,
     plain_pieces,
     read_document,
     read_messages,
+    read_method,
 )
 from blocktune.server.job import Job, bytes_per_token
 from blocktune.server.middleware import Metrics
@@ -40,8 +39,6 @@ from blocktune.server.schemas import (
 )
 
 _LOG = logging.getLogger(__name__)
-MOST = 1e9
-"""Largest number in a method's parameters; larger ones overflow somewhere."""
 MOST_BLANKS = 64
 COLDEST = 1e-4
 """Lowest temperature that is drawn with; below it, logits overflow, and the limit is greedy."""
@@ -155,13 +152,12 @@ class Service:
         served = self._served(body, tenant)
         conversation = read_messages(body.messages)
         documents = [*(body.documents or ()), *conversation.documents]
-        sources = self._sources(served, documents, [m.content for m in body.messages])
-        method = self._method(served, body.blocktune or Extension(), bool(sources))
-        chunks = [source.chunk for source in sources]
-        prompts = served.engine.prompts
-        spec = prompts.spec(method)
-        pieces = chat_pieces(prompts.tokenizer, prompts.format, chunks, conversation, spec.block)
-        job = self._job(served, body, tenant, method, spec, pieces, True)
+        sources = self._sources(served, documents, conversation.texts)
+
+        def read(*how: Any, block: bool) -> Pieces:
+            return chat_pieces(*how, conversation, block)
+
+        job = self._job(served, body, tenant, sources, read, True)
         job.has_turns = bool(conversation.earlier)
         return Asked(job, served, sources, conversation.question)
 
@@ -172,14 +168,14 @@ class Service:
             ValueError: If the request cannot be answered; the line says why.
         """
         served = self._served(body, tenant)
-        sources = self._sources(served, body.documents or (), [body.prompt])
-        method = self._method(served, body.blocktune or Extension(), bool(sources))
-        prompts = served.engine.prompts
-        chunks = [source.chunk for source in sources]
-        pieces = plain_pieces(prompts.tokenizer, prompts.format, chunks, body.prompt)
-        question = body.prompt if isinstance(body.prompt, str) else ""
-        job = self._job(served, body, tenant, method, prompts.spec(method), pieces, False)
-        return Asked(job, served, sources, question)
+        texts = [body.prompt] if isinstance(body.prompt, str) else []
+        sources = self._sources(served, body.documents or (), texts)
+
+        def read(*how: Any, block: bool) -> Pieces:
+            return plain_pieces(*how, body.prompt)
+
+        job = self._job(served, body, tenant, sources, read, False)
+        return Asked(job, served, sources, "".join(texts))
 
     def encoding(self, body: ChunksRequest, tenant: Tenant) -> Asked:
         """The job that encodes documents ahead, as the model's default method reads them.
@@ -243,7 +239,7 @@ class Service:
         return served._replace(engine=served.engine.salted(salt))
 
     def _sources(
-        self, served: Served, documents: Sequence[Any], texts: Iterable[Any]
+        self, served: Served, documents: Sequence[Any], texts: Iterable[str]
     ) -> tuple[Source, ...]:
         limits = self.config.limits
         if len(documents) > limits.chunks:
@@ -256,7 +252,7 @@ class Service:
             for index, document in enumerate(documents)
         )
         whole = sum(len(s.chunk.text) + len(s.chunk.title or "") for s in sources)
-        whole += sum(len(text) for text in texts if isinstance(text, str))
+        whole += sum(map(len, texts))
         room = CHARACTERS * min(limits.prompt_tokens, served.engine.prompts.max_tokens)
         if whole > room:
             raise ValueError(f"{whole:,} characters were given, the model reads {room:,} at most")
@@ -266,7 +262,7 @@ class Service:
         if asked.method is None and not asked.params:
             method = served.method
         elif isinstance(asked.method, str) and not asked.params:
-            method = _named(asked.method)
+            method = named_method(asked.method)
         else:
             method = read_method(asked, served.method.name)
         if method.warm_up:
@@ -278,12 +274,14 @@ class Service:
         served: Served,
         body: Decoding,
         tenant: Tenant,
-        method: Method,
-        spec: LayoutSpec,
-        pieces: Pieces,
+        sources: Sequence[Source],
+        read: Callable[..., Pieces],
         strips: bool,
     ) -> Job:
         limits, prompts = self.config.limits, served.engine.prompts
+        method = self._method(served, body.blocktune or Extension(), bool(sources))
+        spec, chunks = prompts.spec(method), [source.chunk for source in sources]
+        pieces = read(prompts.tokenizer, prompts.format, chunks, block=spec.block)
         if not method.keeps_context:
             pieces = pieces._replace(chunks=())
         if spec.num_blanks > MOST_BLANKS:
@@ -293,10 +291,8 @@ class Service:
                 f"the prompt has {pieces.num_tokens:,} tokens, the server takes "
                 f"{limits.prompt_tokens:,}; cut chunks smaller or retrieve fewer"
             )
-        for name, value, most in (
-            ("max_tokens", body.asked_tokens, limits.new_tokens),
-            ("n", body.n, limits.choices),
-        ):
+        asked = (body.asked_tokens, limits.new_tokens), (body.n, limits.choices)
+        for name, (value, most) in zip(("max_tokens", "n"), asked, strict=True):
             if value is not None and value > most:
                 raise ValueError(f"{name} must be at most {most:,}, got {value:,}")
         prompt = prompts.prompt(pieces, spec, body.asked_tokens or 1)
@@ -306,65 +302,17 @@ class Service:
             taken = max(taken, int(prompt.layout.position.max()) + 1)
             new_tokens = min(limits.default_new_tokens, limits.new_tokens)
             new_tokens = min(new_tokens, prompts.max_tokens - taken)
-        warmth = body.temperature or 0.0
-        sampling = Sampling(
-            warmth if warmth >= COLDEST else 0.0,
-            max(0, body.top_k or 0),
-            body.top_p or 1.0,
-            body.seed,
-        )
+        warmth = body.temperature if (body.temperature or 0) >= COLDEST else 0.0
+        kept = max(0, body.top_k or 0), body.top_p or 1.0
+        settings = new_tokens, Sampling(warmth, *kept, body.seed), body.n or 1, body.stops
         return Job(
             served.engine,
             method=method,
             pieces=pieces,
             prompt=prompt if method.history is None else None,
-            settings=Settings(
-                new_tokens, sampling, body.n or 1, body.stops, body.num_logprobs, strips
-            ),
+            settings=Settings(*settings, body.num_logprobs, strips),
             tenant=tenant.name,
             timeout_s=limits.request_s,
             strip=bool(body.blocktune and body.blocktune.strip),
             token_bytes=served.token_bytes,
         )
-
-
-@lru_cache(256)
-def _named(text: str) -> Method:
-    return read_method(Extension(method=text), "")
-
-
-def read_method(asked: Extension, default: str) -> Method:
-    """Builds the method of a request.
-
-    Raises:
-        ValueError: If it cannot be built, or a number is out of all reason.
-    """
-    text = default if asked.method is None else asked.method
-    try:
-        if isinstance(text, str):
-            method = build(text, **(asked.params or {}))
-        elif asked.params:
-            raise ValueError("a method given as a mapping takes its parameters in it, as 'params'")
-        else:
-            method = build_entry(text)
-        values = list(_values(dataclasses.asdict(method)))
-    except (TypeError, ArithmeticError, LookupError, AttributeError, RecursionError) as error:
-        raise ValueError(f"blocktune.method: {error}") from None
-    wrong = [v for v in values if isinstance(v, int | float) and not _is_sane(v)]
-    if wrong:
-        raise ValueError(f"blocktune.method: numbers are at most {MOST:g}, got {wrong[0]!r:.40}")
-    return method
-
-
-def _is_sane(value: float) -> bool:
-    return math.isfinite(value) and abs(value) <= MOST
-
-
-def _values(value: Any) -> Iterator[Any]:
-    if isinstance(value, Mapping):
-        value = tuple(value.values())
-    if isinstance(value, list | tuple | set | frozenset):
-        for one in value:
-            yield from _values(one)
-    else:
-        yield value

@@ -24,9 +24,8 @@ from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
 from vllm.exceptions import VLLMValidationError
 
-from blocktune.server.front import chat_pieces, read_document, read_messages
+from blocktune.server.front import chat_pieces, read_document, read_messages, read_method
 from blocktune.server.schemas import MOST_DOCUMENTS, Document, Extension, Message
-from blocktune.server.service import read_method
 from blocktune.vllm.client import ChunkClient, Rendered
 from blocktune.vllm.plan import PARAMS
 

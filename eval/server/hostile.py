@@ -2,12 +2,13 @@
 
     python eval/server/hostile.py data/tiny --output eval/results/server/hostile.json
 
-Generated from the OpenAPI schema (schemathesis), made by hand, and sockets that send half a
-request, byte by byte, or read nothing. They come from one tenant; another has chunks in the same
-store, which must not be found. First the server's caches (chunks, exact prefixes, token ids of
-recent texts) are filled up to their limits, so that what grows afterwards is a leak. Writes
-statuses, memory and open files of the server before, between and after, and what went wrong. The
-exit code is 1 if anything did, or the memory grew by more than 5 % after the first eighth.
+Generated from the OpenAPI schema (schemathesis), made by hand, large ones from 16 clients at once,
+and sockets that send half a request, byte by byte, or read nothing. They come from one tenant;
+another has chunks in the same store, which must not be found. First the server's caches (chunks,
+exact prefixes, token ids of recent texts) are filled, so that what grows afterwards is a leak.
+Writes statuses, memory and open files of the server before, between and after, and what went
+wrong. The exit code is 1 if anything did, or the memory grew by more than 5 % after the first
+eighth.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import sys
 import tempfile
 import time
 import urllib.parse
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -82,6 +84,15 @@ RAW = [
     b'{"messages": [{"role": "user", "content": "a"}], "temperature": NaN}',
     b'{"messages": [{"role": "user", "content": "a"}], "top_p": Infinity}',
     b'{"messages": [{"role": "user", "content": "a"}], "documents": [' + b'"a",' * 10**6 + b'"a"]}',
+    b'{"messages": [{"role": "user", "content": "a"}], "x": [' + b"[]," * 2_600_000 + b"1]}",
+    b'{"messages": [{"role": "user", "content": "a"}], "x": [' + b'{"a":1},' * 900_000 + b"1]}",
+    b'{"messages": [{"role": "user", "content": "a"}], "stop": "' + b"a" * 7_000_000 + b'"}',
+    b'{"messages": [{"role": "user", "content": [{"type": "text", "text": "'
+    + b"a b " * 900_000
+    + b'"}]}]}',
+    b'{"messages": [{"role": "user", "content": "a"}], "documents": ['
+    + b",".join(b'{"wrong": %d}' % index for index in range(4096))
+    + b"]}",
 ]
 
 
@@ -154,6 +165,13 @@ class Run:
             for name in rng.sample(FIELDS, rng.choice([1, 2])):
                 body[name] = rng.choice(VALUES)
         self.send("POST", path, content=json.dumps(body).encode(), headers=headers)
+
+    def at_once(self) -> None:
+        """Large bodies from many clients at the same time."""
+        headers = {"content-type": "application/json"}
+        bodies = [body for body in RAW if len(body) > 1 << 20] * 8
+        with ThreadPoolExecutor(16) as pool:
+            list(pool.map(lambda b: self.send("POST", CHAT, content=b, headers=headers), bodies))
 
     def sockets(self, rng: random.Random) -> None:
         """One that sends part of a request and stays, and one that sends no HTTP."""
@@ -266,6 +284,7 @@ def attack(run: Run, server: psutil.Process, asked: argparse.Namespace) -> dict[
             run.good()
         if run.count >= len(by_hand) * asked.requests // 8:
             by_hand.append(held(server))
+    run.at_once()
     generated(run, asked.requests)
     for sock in run.slow:
         sock.close()
