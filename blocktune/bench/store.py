@@ -24,7 +24,7 @@ from torch import Tensor
 from blocktune.bench.reuse import ReuseBench, ratios, spread, threads
 from blocktune.cache import ChunkKV, ChunkStore, PrefixTree, chunk_key, cut_exact
 from blocktune.cache.chunk_file import SETTLED_S
-from blocktune.cache.chunk_kv import encoded, round_trip
+from blocktune.cache.codecs import encoded, round_trip
 from blocktune.cache.config import CODECS, StoreConfig
 from blocktune.cache.ledger import INDEX, Ledger, Row
 from blocktune.engine import Engine

@@ -17,7 +17,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from blocktune.cache.blobs import MOST_HEADER, Blobs, Bytes, FileFacts
-from blocktune.cache.chunk_kv import ChunkKV, Entry, decoded, encoded
+from blocktune.cache.chunk_kv import ChunkKV, Entry
+from blocktune.cache.codecs import decoded, encoded
 from blocktune.cache.ledger import About, Row
 from blocktune.positions import RopeSpec
 

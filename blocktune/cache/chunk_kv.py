@@ -1,13 +1,7 @@
-"""What a store keeps of a chunk: keys and values, hidden states; as they are or with fewer bits.
-
-A codec turns one layer's keys and values into named tensors and back. What the store hands out
-after `round_trip` is what a file gives back later, so an answer does not depend on where a chunk
-was found.
-"""
+"""What a store keeps of a chunk: keys and values, hidden states."""
 
 from __future__ import annotations
 
-import json
 import re
 from abc import ABC, abstractmethod
 from array import array
@@ -19,17 +13,10 @@ from typing import ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from blocktune.cache.config import CODECS, Tier
-from blocktune.positions import LayerRope, RopeSpec
-from blocktune.positions.relocation import relocate_keys
+from blocktune.cache.config import Tier
 
 Read = Callable[[str], Tensor]
 """Gives the tensor of a name."""
-FP8 = torch.float8_e4m3fn
-GROUP = {8: 64, 4: 32}
-"""Most numbers that share a scale and an offset, by bits."""
-_HALF_LIMIT = 6e4
-_BITS = {"fp8": 0, "int8": 8, "int4": 4}
 State = tuple[Tensor | None, ...]
 """The recurrent state of one prompt at one depth, layer by layer."""
 
@@ -234,118 +221,3 @@ def _check_ids(token_ids: Tensor) -> None:
             "a chunk's token ids must be one int64 row (tokens,); "
             f"got {tuple(token_ids.shape)} {token_ids.dtype}"
         )
-
-
-def encoded(
-    entry: Entry, codec: str, rope: RopeSpec | None = None
-) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Facts for the header and tensors for the file, by one of `CODECS`.
-
-    ``int8`` and ``int4`` need the model's ``rope``. Entries other than `ChunkKV` stay as they are.
-    """
-    if codec not in CODECS:
-        raise ValueError(f"unknown codec '{codec}'; available: {', '.join(CODECS)}")
-    if codec == "as-is" or not isinstance(entry, ChunkKV):
-        return {}, dict(entry.tensors())
-    tensors, bits = {}, _BITS[codec]
-    if bits:
-        tensors = _rope_tensors(entry, rope)
-        forms = [(one.start, one.interleaved) for one in rope.layers]
-    for layer, (key, value) in enumerate(zip(entry.keys, entry.values, strict=True)):
-        if bits:
-            form = LayerRope(tensors[f"rope.{layer}"], *forms[layer])
-            key = _turned(key, entry.origin, form, -1).transpose(1, 2)
-        for name, tensor in ((f"key.{layer}", key), (f"value.{layer}", value)):
-            parts = _pack(tensor, bits) if bits else _scale(tensor)
-            tensors |= {f"{name}.{part}": held.contiguous() for part, held in parts.items()}
-    dims = [(key.shape[2], value.shape[2]) for key, value in zip(entry.keys, entry.values)]  # noqa: B905
-    dtype = str(entry.dtype).removeprefix("torch.")
-    facts = {"codec": codec, "dtype": dtype, "dims": json.dumps(dims)}
-    return facts | ({"rope": json.dumps(forms)} if bits else {}), tensors
-
-
-def decoded(header: Mapping[str, str], read: Read, num_tokens: int) -> Read:
-    """Reads decoded tensors, given how to ``read`` those of the file; raises as that does."""
-    codec = header.get("codec", "as-is")
-    if codec == "as-is":
-        return read
-    if codec not in CODECS:
-        raise ValueError(f"it is stored by the unknown codec '{codec}'")
-    dtype = getattr(torch, header["dtype"])
-    dims, bits = json.loads(header["dims"]), _BITS[codec]
-
-    def decode(name: str) -> Tensor:
-        kind, _, layer = name.partition(".")
-        parts = {part: read(f"{name}.{part}") for part in ("codes", "scale")}
-        if not bits:
-            return (parts["codes"].float() * parts["scale"]).to(dtype)
-        parts["low"] = read(f"{name}.low")
-        if kind == "value":
-            return _unpack(parts, bits, dims[int(layer)][1]).to(dtype)
-        key = _unpack(parts, bits, num_tokens).transpose(1, 2)
-        form = LayerRope(read(f"rope.{layer}"), *json.loads(header["rope"])[int(layer)])
-        return _turned(key, int(header["origin"]), form, 1).to(dtype).contiguous()
-
-    return decode
-
-
-def round_trip(entry: Entry, codec: str, rope: RopeSpec | None = None) -> Entry:
-    """The entry as a file of this codec gives it back."""
-    facts, tensors = encoded(entry, codec, rope)
-    if not facts:
-        return entry
-    facts |= {name: str(fact) for name, fact in entry.facts().items()}
-    read = decoded(facts, tensors.__getitem__, entry.num_tokens)
-    return type(entry).restore(facts, read, entry.token_ids, entry.fingerprint)
-
-
-def _scale(tensor: Tensor) -> dict[str, Tensor]:
-    """Eight-bit floats with one scale per head, ``(K, 1, 1)``."""
-    top = tensor.float().abs().amax(dim=(1, 2), keepdim=True)
-    scale = (top / torch.finfo(FP8).max).clamp_min(1e-12)
-    return {"codes": (tensor.float() / scale).to(FP8), "scale": scale}
-
-
-def _pack(tensor: Tensor, bits: int) -> dict[str, Tensor]:
-    """Integers with a scale and an offset for each group along the last axis.
-
-    Source: KIVI, arXiv:2402.02750: keys by channel (here also before rotation, as KVQuant,
-    arXiv:2401.18079), values by token.
-    """
-    length = tensor.shape[-1]
-    group = -(-length // -(-length // GROUP[bits]))  # equal groups: little is filled up
-    group += group % 2
-    last = tensor[..., -1:].expand(*tensor.shape[:-1], -length % group)
-    groups = torch.cat((tensor, last), dim=-1).float().unflatten(-1, (-1, group))
-    low, high = groups.aminmax(dim=-1, keepdim=True)
-    held = torch.float16 if float(groups.abs().max()) < _HALF_LIMIT else torch.float32
-    low = low.to(held)
-    scale = ((high - low.float()) / (2**bits - 1)).clamp_min(6e-5).to(held)
-    codes = ((groups - low.float()) / scale.float()).round().clamp(0, 2**bits - 1).to(torch.uint8)
-    if bits == 4:
-        codes = codes[..., ::2] | codes[..., 1::2] << 4
-    return {"codes": codes, "scale": scale, "low": low}
-
-
-def _unpack(parts: Mapping[str, Tensor], bits: int, length: int) -> Tensor:
-    codes = parts["codes"]
-    if bits == 4:
-        codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)
-    return (codes * parts["scale"].float() + parts["low"].float()).flatten(-2)[..., :length]
-
-
-def _rope_tensors(entry: ChunkKV, rope: RopeSpec | None) -> dict[str, Tensor]:
-    if rope is None:
-        raise ValueError(
-            "int8 and int4 quantise keys before their rotation and need the model's frequencies; "
-            "open the store through an engine, or use fp8"
-        )
-    # Where the values are what is rotated, keys are as they are.
-    kept = [one.inv_freq[: 0 if one.in_values else None] for one in rope.layers]
-    return {f"rope.{layer}": one.float().cpu().clone() for layer, one in enumerate(kept)}
-
-
-def _turned(keys: Tensor, origin: int, rope: LayerRope, sign: int) -> Tensor:
-    """Keys ``(K, S, D)`` without their rotation (-1), or with it (1)."""
-    positions = torch.arange(origin, origin + keys.shape[1], device=keys.device)[None]
-    return relocate_keys(keys.float()[None], sign * positions, rope)[0]

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from blocktune.cache.blobs import secret_from_environment
 from blocktune.cache.chunk_file import ChunkFile, pack_chunk
-from blocktune.cache.chunk_kv import ChunkKV, Entry, Lookup, round_trip
+from blocktune.cache.chunk_kv import ChunkKV, Entry, Lookup
+from blocktune.cache.codecs import round_trip
 from blocktune.cache.config import MEMORY, StoreConfig, StoreStats, Tracer
 from blocktune.cache.folder import ChunkFolder
 from blocktune.cache.ledger import About, Ledger

@@ -13,7 +13,7 @@ from itertools import chain, zip_longest
 from pathlib import Path
 
 from blocktune import Engine
-from blocktune.cache.chunk_kv import round_trip
+from blocktune.cache.codecs import round_trip
 from blocktune.data import load_examples
 from blocktune.evaluation.metrics import METRICS, extract_answer
 from blocktune.evaluation.stats.significance import PairedScores

@@ -12,7 +12,7 @@ from families import FAMILIES
 from blocktune.bench.store import codec_error
 from blocktune.cache import ChunkStates, ChunkStore, chunk_file, chunk_key, states_key
 from blocktune.cache.chunk_file import ChunkFile
-from blocktune.cache.chunk_kv import encoded, round_trip
+from blocktune.cache.codecs import encoded, round_trip
 from blocktune.cache.config import CODECS, StoreConfig
 from blocktune.cache.folder import OpenFile
 from blocktune.positions import LayerRope, RopeSpec
