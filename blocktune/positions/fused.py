@@ -5,13 +5,16 @@ Torch takes three passes. Results are the same, bit by bit, as long as torch has
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 from numba import njit, types
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
-from blocktune.positions.relocation import Rotation
+if TYPE_CHECKING:
+    from blocktune.positions.relocation import Rotation
 
 
 @intrinsic
