@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from importlib import import_module
 from typing import NamedTuple
 
 import torch
@@ -135,6 +136,6 @@ def load_fused() -> None:
     """
     global _fused
     try:
-        from blocktune.positions.fused import rotate_into as _fused
+        _fused = import_module("blocktune.positions.fused").rotate_into
     except (ImportError, RuntimeError) as error:  # none, or nowhere to keep what is compiled
         _LOG.info("keys are rotated by torch: %s", error)
