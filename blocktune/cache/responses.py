@@ -43,8 +43,13 @@ class ResponseCache:
                 f"(0, 1], got '{text}'"
             )
         made = cls(store, float(share), model or MODEL)
-        Embedder.of(store, made.model)
+        made.load()
         return made
+
+    def load(self) -> None:
+        """Loads the embedding model, if questions are compared; ValueError if there is none."""
+        if self.threshold is not None:
+            Embedder.of(self.store, self.model)
 
     def find(self, place: str, query: Sequence[int], question: str) -> tuple[Any, float] | None:
         """What was kept for a question's tokens, and 1.0; or for a similar text, and how similar.
