@@ -45,7 +45,16 @@ class DecodeCache:
             raise ValueError(f"a decode cache is one of {known}; got '{named}'")
         if self.kind == "offloaded" and not torch.cuda.is_available():
             raise ValueError("decode cache 'offloaded' moves keys off a GPU, and there is none")
-        self.layer()
+        layer = self.layer()
+        if self.kind == "quanto":  # compiles an extension at its first use: now, not in an answer
+            try:
+                layer.update(torch.zeros(1, 1, 2, 64), torch.zeros(1, 1, 2, 64))
+            except Exception as error:  # of torch's, the compiler's or the linker's
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                raise ValueError(
+                    f"decode cache 'quanto' compiles an extension, which failed ({reason}); install "
+                    "a C++ compiler and ninja, or use fp8 or hqq"
+                ) from None
 
     def layer(self, *dims: int) -> CacheLayerMixin:
         """An empty layer of transformers, for keys and values of heads of ``dims`` dimensions."""

@@ -126,12 +126,25 @@ class Shelf:
             return "(no manifest)", None
 
     def clean(self) -> int:
-        """Removes unfinished files (how many), and makes the index agree with the others."""
-        if self._index is not None:
-            known, there = {row.key for row in self._index.rows()}, set(self.blobs.keys())
-            self._index.remove(known - there)
-            self._index.fill(found_rows(self.blobs, sorted(there - known)))
+        """Removes what stopped writers left; how many files."""
         return self.blobs.clean() if isinstance(self.blobs, ChunkFolder) else 0
+
+    def mend(self) -> dict[str, int]:
+        """Makes the index agree with the files; how many entries it had too many, and too few.
+
+        A full disk or a kill may leave either. ValueError: the index cannot be written.
+        """
+        if self._index is None:
+            return {"without_file": 0, "not_indexed": 0}
+        try:
+            known, there = {row.key for row in self._index.rows()}, set(self.blobs.keys())
+            # Another process enters a file in the index before it writes it.
+            gone = {key for key in known - there if not self.blobs.has(key)}
+            self._index.remove(gone)
+            self._index.fill(found_rows(self.blobs, sorted(there - known)))
+        except sqlite3.Error as error:
+            raise ValueError(f"the index of '{self.blobs.place}': {error}") from None
+        return {"without_file": len(gone), "not_indexed": len(there - known)}
 
     def remove(self, key: str) -> bool:
         """Removes one file; whether there was one."""

@@ -6,6 +6,7 @@ import json
 import re
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -91,8 +92,9 @@ def show(store: Place, key: Key, as_json: AsJson = False) -> None:
 
     shelf = _opened(store)
     [row] = _rows(shelf, [key])
-    header = shelf.blobs.facts(row.key).header
-    problem = _problem(shelf.blobs, row.key)
+    problem, header = _problem(shelf.blobs, row.key), {}
+    with suppress(OSError, ValueError):  # damaged, or gone: the problem says so
+        header = shelf.blobs.facts(row.key).header
     record = _record(row) | {"sound": problem is None, "problem": problem}
     record |= {"signed": "signature" in header, "codec": header.get("codec", "as-is")}
     if problem is None:
@@ -102,14 +104,18 @@ def show(store: Place, key: Key, as_json: AsJson = False) -> None:
 
 @group.command()
 def verify(store: Place, as_json: AsJson = False) -> None:
-    """Read every file, compare it with its checksums (and signature); exit code 1 if one fails."""
-    blobs = _opened(store).blobs
+    """Read every file, compare it with its checksums (and signature); exit code 1 if one fails.
+
+    The index of a folder that can be written is mended first.
+    """
+    shelf = _opened(store)
+    blobs, index = shelf.blobs, shelf.mend()
     found = {key: _problem(blobs, key) for key in blobs.keys()}  # noqa: SIM118
     problems = {key: problem for key, problem in found.items() if problem}
     signed = "" if blobs.secret is None else " and signed"
     sound = f"{len(found) - len(problems):,} of {len(found):,} chunks are sound{signed}"
-    lines = [f"{key}: {problem}" for key, problem in problems.items()]
-    _say({"chunks": len(found), "damaged": problems}, as_json, *lines, sound)
+    lines = [*_mended(index), *(f"{key}: {problem}" for key, problem in problems.items())]
+    _say({"chunks": len(found), "damaged": problems, "index": index}, as_json, *lines, sound)
     if problems:
         raise typer.Exit(1)
 
@@ -133,7 +139,8 @@ def gc(
 
     limit = parse_bytes(max_size) if max_size else None
     shelf = _opened(store)
-    unfinished, now, kept, doomed = 0 if dry_run else shelf.clean(), time.time(), [], {}
+    unfinished, index = (0, {}) if dry_run else (shelf.clean(), shelf.mend())
+    now, kept, doomed = time.time(), [], {}
     for row in shelf.rows():
         over = row.expires is not None and row.expires <= now
         if over or (damaged and _problem(shelf.blobs, row.key)):
@@ -146,7 +153,9 @@ def gc(
         if (oldest is not None and used < oldest) or (limit is not None and total > limit):
             doomed[key] = size
             total -= size
-    _remove(shelf, doomed, dry_run, as_json, unfinished=unfinished)
+    if not as_json:
+        _say(None, False, *_mended(index))
+    _remove(shelf, doomed, dry_run, as_json, unfinished=unfinished, index=index)
 
 
 @group.command()
@@ -221,7 +230,9 @@ def _opened(place: str, make: bool = False) -> Shelf:
 
 
 def _say(record: Any, as_json: bool, *lines: str) -> None:
-    typer.echo(json.dumps(record, indent=2, ensure_ascii=False) if as_json else "\n".join(lines))
+    text = json.dumps(record, indent=2, ensure_ascii=False) if as_json else "\n".join(lines)
+    if text:
+        typer.echo(text)
 
 
 def _problem(blobs: Blobs, key: str) -> str | None:
@@ -231,12 +242,19 @@ def _problem(blobs: Blobs, key: str) -> str | None:
         return ChunkFile(blobs, key).verify()
     except FileNotFoundError:
         return None
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         return " ".join(str(error).split())
 
 
+def _mended(index: dict[str, int]) -> list[str]:
+    found = ", ".join(
+        f"{count:,} {name.replace('_', ' ')}" for name, count in index.items() if count
+    )
+    return [f"index mended: {found}"] if found else []
+
+
 def _remove(
-    shelf: Shelf, doomed: dict[str, int], dry_run: bool, as_json: bool, **more: int
+    shelf: Shelf, doomed: dict[str, int], dry_run: bool, as_json: bool, **more: Any
 ) -> None:
     removed = {key: size for key, size in doomed.items() if dry_run or shelf.remove(key)}
     record = {"chunks": len(removed), "bytes": sum(removed.values()), "dry_run": dry_run} | more
@@ -254,7 +272,11 @@ def _copy(source: Shelf, target: Shelf, model: str, document: str, as_json: bool
         elif _problem(source.blobs, row.key):
             counts["unsound"] += 1
         else:
-            counts["bytes"] += source.copy(row, target)
+            try:
+                counts["bytes"] += source.copy(row, target)
+            except OSError as error:
+                done = f"after {counts['copied']:,} chunks"
+                raise ValueError(f"'{target.blobs.place}', {done}: {error.strerror}") from None
             counts["copied"] += 1
     for fingerprint in source.blobs.fingerprints():
         record = source.blobs.manifest(fingerprint)

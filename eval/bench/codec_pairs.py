@@ -3,8 +3,9 @@
     python eval/bench/codec_pairs.py BASE DATA --rows out/rows.jsonl \\
         --output eval/results/bench/codec_pairs.json
 
-``BASE`` and ``DATA`` are the base and a part of the data of `eval/real/study.py`, such as ``base``
-and ``data/test-5``. Writes a row a question, and continues where it stopped.
+``BASE`` and ``DATA`` are a model and a source of worlds, such as ``data/tiny`` and
+``worlds:test?seed=1&n=200``, or the base and a part of the data of `eval/real/study.py`, such as
+``base`` and ``data/test-5``. Writes a row a question, and continues where it stopped.
 """
 
 import argparse
@@ -77,7 +78,11 @@ if __name__ == "__main__":
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
     task = parse_task({"task": "eval/tasks/jsonl.yaml"})
-    sets = [load_examples(given.data / f"{name}.jsonl") for name in given.sets]
+    if given.data.is_dir():
+        sets = [load_examples(given.data / f"{name}.jsonl") for name in given.sets]
+    else:
+        task = parse_task({"name": "worlds", "source": str(given.data), "answer_marker": "Answer:"})
+        sets = [load_examples(str(given.data))]
     asked = [sorted(one, key=length)[: given.questions] for one in sets]
     asked = [one for one in chain(*zip_longest(*asked)) if one is not None]
     known = [json.loads(line) for line in whole_lines(given.rows)] if given.rows.exists() else []

@@ -217,7 +217,7 @@ def test_files_that_the_index_does_not_know_are_found_by_use_and_by_gc(folder):
     store.flush()
     assert {row.key for row in shelf.rows()} == {KEYS[0], KEYS[2]}
     chunk_path(folder, KEYS[2]).unlink()
-    shelf.clean()
+    shelf.mend()
     assert {row.key for row in shelf.rows()} == {KEYS[0], KEYS[1]}
 
 

@@ -139,7 +139,7 @@ def test_export_and_import_copy_what_is_sound(blocktune_json, url, tmp_path):
     assert blocktune_json("store", "import", tmp_path / "new", url)["there"] == 3
     record = blocktune_json("store", "stat", url)
     assert (record["chunks"], record["models"][MODEL]["tokens"]) == (3, 15)
-    assert blocktune_json("store", "verify", url) == {"chunks": 3, "damaged": {}}
+    assert blocktune_json("store", "verify", url)["damaged"] == {}
     assert len(blocktune_json("store", "rm", url, "--model", MODEL[:6])["keys"]) == 3
     new = store_of(None, tmp_path / "new")
     assert_same_chunk(new.get(KEYS[1], CHUNKS[1].token_ids, MODEL), CHUNKS[1])

@@ -29,6 +29,8 @@ CHUNKS = [made_chunk(5, seed=seed) for seed in (0, 10)]
 OTHER = made_chunk(7, seed=20, fingerprint=OTHER_MODEL)
 KEYS = [chunk_key(kv.fingerprint, kv.token_ids) for kv in (*CHUNKS, OTHER)]
 
+MENDED = {"without_file": 0, "not_indexed": 0}
+
 
 @pytest.fixture
 def folder(tmp_path):
@@ -95,7 +97,7 @@ def test_stat_shows_exact_prefixes(blocktune, folder, asked):
     record = asked("stat")
     assert (record["kinds"]["prefix"]["chunks"], record["kinds"]["prefix"]["tokens"]) == (1, 6)
     assert "of kind prefix: 1 chunks, 6 tokens" in blocktune("store", "stat", folder).stdout
-    assert asked("verify") == {"chunks": 4, "damaged": {}}
+    assert asked("verify") == {"chunks": 4, "damaged": {}, "index": MENDED}
 
 
 def test_ls_and_show_name_every_chunk(blocktune, folder, asked):
@@ -113,7 +115,7 @@ def test_ls_and_show_name_every_chunk(blocktune, folder, asked):
 
 
 def test_verify_names_what_is_damaged(blocktune, folder, asked):
-    assert asked("verify") == {"chunks": 3, "damaged": {}}
+    assert asked("verify") == {"chunks": 3, "damaged": {}, "index": MENDED}
     damage(folder, KEYS[1])
     record = asked("verify", code=1)
     assert record["damaged"].keys() == {KEYS[1]}
@@ -266,3 +268,39 @@ def test_pinned_chunks_outlive_budgets(folder, asked, refused):
 def asked_line(command, folder, key):
     done = CliRunner().invoke(app, ["store", command, str(folder), "--json"])
     return next(line for line in done.stdout.splitlines() if key in line)
+
+
+@pytest.mark.parametrize("command", ["gc", "verify"])
+def test_an_index_that_disagrees_with_the_files_is_mended(blocktune, folder, asked, command):
+    asked("stat")  # makes the index
+    path, new = chunk_path(folder, KEYS[0]), made_chunk(5, seed=30)
+    path.unlink()
+    asked("gc", "--dry-run")
+    assert len(blocktune("store", "ls", folder).stdout.splitlines()) == 3
+    key = chunk_key(MODEL, new.token_ids)
+    ChunkStore(0, folder.parent / "other").put(key, new)
+    chunk_path(folder, key).parent.mkdir(parents=True)
+    chunk_path(folder.parent / "other", key).rename(chunk_path(folder, key))
+    text = blocktune("store", command, folder).stdout
+    assert text.startswith("index mended: 1 without file, 1 not indexed\n")
+    assert asked(command)["index"] == MENDED
+    listed = [line.split()[0] for line in blocktune("store", "ls", folder).stdout.splitlines()]
+    assert listed == sorted(one[:12] for one in (KEYS[1], KEYS[2], key))
+
+
+def test_a_file_without_a_header_is_shown_with_its_problem(folder, asked):
+    chunk_path(folder, KEYS[0]).write_bytes(b"")
+    shown = asked("show", KEYS[0])
+    assert (shown["sound"], shown["problem"]) == (False, "unreadable (it is cut off)")
+
+
+def test_a_copy_to_a_full_place_names_the_place(blocktune, folder, tmp_path, monkeypatch):
+    def full(self, key, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("blocktune.cache.folder.ChunkFolder.write", full)
+    done = blocktune("store", "export", folder, tmp_path / "other")
+    assert done.exit_code == 2
+    assert f"'{tmp_path / 'other'}', after 0 chunks: No space left" in done.output.replace(
+        "\n", " "
+    )

@@ -7,7 +7,7 @@ import pytest
 import torch
 from engine.served import ASK, FORMAT, SHORT
 from tiny_llama import tiny_llama
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, cache_utils
 from transformers.cache_utils import DynamicSlidingWindowLayer, Fp8QuantizedLayer
 
 from blocktune.cache.decode_cache import LAYERS, DecodeCache
@@ -103,6 +103,20 @@ def test_an_unknown_kind_is_refused(text):
     with pytest.raises(ValueError, match="a decode cache is one of sliding:TOKENS, fp8") as error:
         DecodeCache.parse(text)
     assert text in str(error.value)
+
+
+def test_an_extension_that_cannot_be_compiled_is_refused_in_one_line(monkeypatch):
+    class Layer:
+        def __init__(self, **_):
+            pass
+
+        def update(self, keys, values):
+            raise RuntimeError("Ninja is required to load C++ extensions\nmore")
+
+    monkeypatch.setattr(cache_utils, LAYERS["quanto"], Layer)
+    with pytest.raises(ValueError, match="C\\+\\+ compiler and ninja, or use fp8") as error:
+        DecodeCache("quanto")
+    assert "\n" not in str(error.value)
 
 
 def test_what_is_not_there_is_refused_in_one_line():
