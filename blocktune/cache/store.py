@@ -269,7 +269,8 @@ class ChunkStore:
     def note(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """What a plug-in knows of one fingerprint, made if it is not there (any more)."""
         with self._lock:
-            made = self._tenants_notes[key] = self._tenants_notes.pop(key, None) or make()
+            made = self._tenants_notes.pop(key, None)
+            made = self._tenants_notes[key] = make() if made is None else made
             if len(self._tenants_notes) > _NOTED:
                 del self._tenants_notes[next(iter(self._tenants_notes))]
             return made

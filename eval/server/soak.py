@@ -154,7 +154,7 @@ def main() -> int:
     truth = expected(asked.model, asks, asked.tokens)
     with tempfile.TemporaryDirectory() as folder:
         made = run(asked, asks, truth, Path(folder))
-    asked.output.write_text(json.dumps(made, indent=1) + "\n")
+    asked.output.write_text(json.dumps(made) + "\n")
     plot(made, asked.output.with_suffix(".png"))
     print(json.dumps({k: v for k, v in made.items() if k != "samples"}, indent=1))
     return int(bool(made["wrong"] or made["lost"] or made["growth"] > 0.05))

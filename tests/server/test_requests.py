@@ -223,6 +223,26 @@ def test_tenants_and_salts_share_no_chunks(serve, engine):
     refused(client.delete(f"/v1/chunks/{key[:64]}", headers=b), 404)
 
 
+def test_made_up_salts_leave_little_behind(client, engine, monkeypatch):
+    """Clients may send a new salt with every request."""
+    from blocktune.cache import prefix_tree, store
+
+    monkeypatch.setattr(store, "_NOTED", 3)
+    monkeypatch.setattr(store, "_TENANTS", 3)
+    monkeypatch.setattr(prefix_tree, "_TENANTS", 3)
+    tree = engine.state.prefix_tree
+    held = engine.store._tenants_notes, engine.store._shared_ropes, tree._listed
+    before = [max(3, len(one)) for one in held]
+    for index in range(6):
+        for method in ("cache-craft", "fusionrag", "prefix-cache"):
+            body = chat(cache_salt=f"salt {index}", blocktune={"method": method})
+            response = client.post(CHAT, json=body)
+            assert response.status_code == 200, response.text
+    assert held[0]
+    assert all(len(one) <= most for one, most in zip(held, before, strict=True))
+    assert engine.store.note("x", dict) is engine.store.note("x", dict)
+
+
 def test_exact_prefixes_are_not_shared_either(client, engine):
     engine.forget()
     body = chat(blocktune={"method": "prefix-cache"})
