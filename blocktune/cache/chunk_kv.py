@@ -28,8 +28,7 @@ Read = Callable[[str], Tensor]
 FP8 = torch.float8_e4m3fn
 GROUP = {8: 64, 4: 32}
 """Most numbers that share a scale and an offset, by bits."""
-_HALF_LIMIT = 6e4
-_BITS = {"fp8": 0, "int8": 8, "int4": 4}
+_HALF_LIMIT, _BITS = 6e4, {"fp8": 0, "int8": 8, "int4": 4}
 State = tuple[Tensor | None, ...]
 """The recurrent state of one prompt at one depth, layer by layer."""
 
