@@ -52,8 +52,8 @@ class DecodeCache:
             except Exception as error:  # of torch's, the compiler's or the linker's
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 raise ValueError(
-                    f"decode cache 'quanto' compiles an extension, which failed ({reason}); install "
-                    "a C++ compiler and ninja, or use fp8 or hqq"
+                    f"decode cache 'quanto' compiles an extension, which failed ({reason}); "
+                    "install a C++ compiler and ninja, or use fp8 or hqq"
                 ) from None
 
     def layer(self, *dims: int) -> CacheLayerMixin:

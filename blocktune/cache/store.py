@@ -182,7 +182,11 @@ class ChunkStore:
             *(kv.num_tokens, kv.kind, kv.fingerprint, document, tenant, seconds),
             expires=None if self.config.ttl is None else time.time() + self.config.ttl,
         )
-        kept, codec, rope = kv, self.config.codec, self._rope(kv.fingerprint)
+        kept, codec, rope = (
+            kv,
+            self.config.codec,
+            self._ropes.get(kv.fingerprint) or self._shared_ropes.get(kv.fingerprint),
+        )
         if codec != "as-is":
             kept = round_trip(kv.to("cpu"), codec, rope)
         kept = kept.to(self.device).compact()
@@ -275,9 +279,6 @@ class ChunkStore:
                 del self._tenants_notes[next(iter(self._tenants_notes))]
             return made
 
-    def _rope(self, fingerprint: str) -> RopeSpec | None:
-        return self._ropes.get(fingerprint) or self._shared_ropes.get(fingerprint)
-
     def clear(self) -> None:
         """Empties the memory and the notes; a folder and a remote keep their files."""
         with self._lock:
@@ -318,11 +319,6 @@ class ChunkStore:
         """Entries in memory, by their keys."""
         with self._lock:
             return {key: kv for tier in self._memories for key, kv in tier.entries.items()}
-
-    def remember(self, key: str, kv: Entry) -> None:
-        """Keeps in memory what was read from the folder."""
-        with self._lock:
-            self._remember(key, kv, About(kv.num_tokens, kv.kind, kv.fingerprint))
 
     def _hit(self, key: str, kv: Entry, tier, started: float, found: float) -> Lookup:
         now = time.perf_counter()

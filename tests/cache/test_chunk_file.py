@@ -15,8 +15,9 @@ from cache.writers import BUDGET, CHUNK, KEY, LIMIT
 from safetensors.torch import load_file
 
 from blocktune.cache import ChunkKV, ChunkStore, chunk_file
-from blocktune.cache.chunk_file import ChunkFile, FileKV, heads_of
+from blocktune.cache.chunk_file import ChunkFile, heads_of
 from blocktune.cache.config import CODECS, StoreConfig
+from blocktune.cache.file_kv import FileKV
 from blocktune.cache.folder import WRITING, ChunkFolder, OpenFile, chunk_path
 from blocktune.cache.shelf import Shelf
 from blocktune.positions import LayerRope, RopeSpec
