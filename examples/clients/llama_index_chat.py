@@ -12,7 +12,7 @@ from llama_index.llms.openai_like import OpenAILike
 
 def main(url: str = "http://127.0.0.1:8000/v1", model: str = "tiny") -> None:
     """Prints the answer while it comes."""
-    nodes = [TextNode(text="Anna Belt is in Kirby.", metadata={"title": "Anna Belt"})]
+    nodes = [TextNode(text="Anna Belt is in Lower Kirby.", metadata={"title": "Anna Belt"})]
     documents = [{"id": n.node_id, "title": n.metadata["title"], "text": n.text} for n in nodes]
     llm = OpenAILike(api_base=url, api_key="none", model=model, is_chat_model=True, temperature=0)
     messages = [ChatMessage(role="user", content="Where is Anna Belt?")]

@@ -9,7 +9,7 @@ const stream = await client.chat.completions.create({
   model,
   temperature: 0,
   messages: [{ role: "user", content: "Where is Anna Belt?" }],
-  documents: [{ id: "a", title: "Anna Belt", text: "Anna Belt is in Kirby." }],
+  documents: [{ id: "a", title: "Anna Belt", text: "Anna Belt is in Lower Kirby." }],
   stream: true,
   stream_options: { include_usage: true },
 });
