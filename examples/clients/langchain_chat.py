@@ -12,7 +12,7 @@ from langchain_openai import ChatOpenAI
 
 def main(url: str = "http://127.0.0.1:8000/v1", model: str = "tiny") -> None:
     """Prints the answer while it comes, and how much of the prompt was cached."""
-    found = [Document("Anna Belt is in Lower Kirby.", metadata={"title": "Anna Belt"})]  # of a retriever
+    found = [Document("Anna Belt is in Lower Kirby.", metadata={"title": "Anna Belt"})]
     documents = [{"title": d.metadata["title"], "text": d.page_content} for d in found]
     chat = ChatOpenAI(base_url=url, api_key="none", model=model, temperature=0, stream_usage=True)
     chain = ChatPromptTemplate([("user", "{question}")]) | chat.bind(
