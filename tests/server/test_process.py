@@ -27,7 +27,7 @@ def lines_of(response) -> list[dict]:
 
 
 def test_an_answer_is_read_while_it_is_written(server):
-    with server.stream("POST", CHAT, json=chat(stream=True) | LONG) as response:
+    with server.stream("POST", CHAT, json=chat(stream=True, n=8) | LONG) as response:
         assert response.headers["content-type"].startswith("text/event-stream")
         assert next(response.iter_lines()).startswith("data: ")
         assert metric(server.get("/metrics").text, "num_requests_running") == 1
