@@ -30,7 +30,7 @@ def test_an_answer_is_read_while_it_is_written(server):
     with server.stream("POST", CHAT, json=chat(stream=True, n=8) | LONG) as response:
         assert response.headers["content-type"].startswith("text/event-stream")
         assert next(response.iter_lines()).startswith("data: ")
-        assert metric(server.get("/metrics").text, "num_requests_running") == 1
+        assert metric(server.get("/metrics").text, "num_requests_running") > 0
 
 
 def test_the_openai_client_works_unchanged(server):
