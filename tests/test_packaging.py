@@ -68,7 +68,7 @@ def test_wheel_metadata_states_version_licence_and_extras(wheel):
     metadata = Parser().parsestr(archive.read(name).decode())
     assert metadata["Version"] == blocktune.__version__
     assert metadata["License-Expression"] == "Apache-2.0"
-    extras = {"train", "serve", "eval", "data", "remote", "gguf", "gpu", "recycle", "dev"}
+    extras = {"train", "serve", "eval", "data", "remote", "gguf", "gpu", "recycle", "fast", "dev"}
     assert set(metadata.get_all("Provides-Extra")) == extras
 
 
@@ -127,7 +127,7 @@ def test_constraints_pin_every_dependency_exactly():
     extras = project["optional-dependencies"]
     wanted = [*project["dependencies"], *extras["train"], *extras["eval"], *extras["data"]]
     wanted += extras["gpu"] + extras["serve"] + extras["remote"] + extras["gguf"]
-    wanted += extras["recycle"]
+    wanted += extras["recycle"] + extras["fast"]
     pinned = {name.lower().replace("_", "-") for name in pins}
     assert [r for r in wanted if r.split(">=")[0].lower().replace("_", "-") not in pinned] == []
 
