@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from importlib import import_module
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -133,8 +134,11 @@ def load_fused() -> None:
     """Rotates on CPUs by `blocktune.positions.fused` from now on, if numba is installed.
 
     The first time ever it is compiled, which takes seconds; so ask before the first question.
+    Not where vLLM is installed, which brings numba: 0.32 fails in a process that has loaded it.
     """
     global _fused
+    if find_spec("vllm") is not None:
+        return
     try:
         _fused = import_module("blocktune.positions.fused").rotate_into
     except (ImportError, RuntimeError) as error:  # none, or nowhere to keep what is compiled
