@@ -137,7 +137,7 @@ def load_fused() -> None:
     Not where vLLM is installed, which brings numba: 0.32 fails in a process that has loaded it.
     """
     global _fused
-    if find_spec("vllm") is not None:
+    if (vllm := find_spec("vllm")) is not None and vllm.origin:  # not just a folder of that name
         return
     try:
         _fused = import_module("blocktune.positions.fused").rotate_into
