@@ -90,7 +90,7 @@ def open_prompt(
 def chunk_ids(
     tokenizer: PreTrainedTokenizerBase, fmt: PromptFormat, chunks: Sequence[Chunk]
 ) -> tuple[Ids, ...]:
-    """Tokens of each chunk, wherever it stands: what is encoded, stored and looked up.
+    """Token ids of each chunk, the same at any place in a prompt: what is encoded and stored.
 
     Special tokens written out in a passage (``<|eot_id|>``) stay text: it cannot end the turn.
     Raises ValueError if a chunk has no tokens.

@@ -49,7 +49,7 @@ async def begin(
     Both are done in another thread: a long body does not hold up other clients.
 
     Raises:
-        HTTPException: If the request is no JSON or wrong, would never fit, or has no key.
+        HTTPException: If the body is not JSON, the request is invalid or can never fit.
         WrongField: If a field is wrong.
         UnknownModel: If it names none that is served.
         Busy: If too many wait, or its tenant's quota is used up.

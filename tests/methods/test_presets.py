@@ -71,7 +71,7 @@ def test_the_presets_of_the_field_exist():
 def test_nothing_asks_what_kind_of_method_or_axis_value_it_has():
     tables = (METHODS, SELECTORS, REPAIRS, RESHAPES)
     kinds = {cls.__name__ for table in tables for cls in table.table().values()}
-    # A `Method` is no kind: the engine's door tells it from what is no method at all.
+    # `Method` is not listed: the engine checks that what it was given is a method at all.
     kinds |= {"Composition", "Selection", "Scored", "Repair", "Reshape"}
     for path in Path(blocktune.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

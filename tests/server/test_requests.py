@@ -356,10 +356,3 @@ def test_metrics_count(serve, engine):
     assert metric(text, 'chunk_cache_hits_total{tier="memory"}') >= 3
     assert metric(text, "time_to_first_token_seconds_count") == 2
     assert metric(text, "generation_tokens_total") >= 2
-
-
-def test_models_are_listed_as_clients_expect(client):
-    [model] = client.get("/v1/models").json()["data"]
-    assert (model["id"], model["object"]) == ("tiny", "model")
-    assert client.get("/v1/models/tiny").json() == model
-    refused(client.get("/v1/models/other"), 404, "tiny")

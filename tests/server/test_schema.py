@@ -4,7 +4,7 @@ from contextlib import suppress
 
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.errors import Unsatisfiable
-from server.support import chat
+from server.support import chat, refused
 
 
 def test_the_schema_describes_every_route(client):
@@ -44,3 +44,10 @@ def test_no_generated_request_fails_the_server(client):
                 quick(given(case=operation.as_strategy(generation_mode=mode))(send))()
     assert len(tried) > 50
     assert client.post("/v1/chat/completions", json=chat()).status_code == 200
+
+
+def test_models_are_listed_as_clients_expect(client):
+    [model] = client.get("/v1/models").json()["data"]
+    assert (model["id"], model["object"]) == ("tiny", "model")
+    assert client.get("/v1/models/tiny").json() == model
+    refused(client.get("/v1/models/other"), 404, "tiny")
