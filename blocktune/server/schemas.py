@@ -18,6 +18,7 @@ from pydantic import (
     Field,
     Tag,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -227,6 +228,16 @@ class CompletionRequest(Decoding):
     echo: bool | None = False
     best_of: int | None = None
     suffix: str | None = None
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _take_the_only_one(cls, value: Any) -> Any:
+        """Clients send several prompts as a list, and many a list of one."""
+        if not isinstance(value, list) or not all(isinstance(one, (str, list)) for one in value):
+            return value
+        if len(value) != 1:
+            raise ValueError(f"must be one prompt, got {len(value)}; send a request for each")
+        return value[0]
 
     @model_validator(mode="after")
     def _refuse_echo(self):

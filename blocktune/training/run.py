@@ -6,6 +6,7 @@ Reads the options, loads base and data, hands them to `BlockSFTTrainer`, trains,
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import difflib
 import os
@@ -13,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -138,11 +140,21 @@ def train(
         ValueError: On anything a user can mend, in one line.
     """
     data, args, choice = parse(argv)
+    atexit.register(_leave_the_others)
     repo = checked_repo(args, choice.model_name_or_path, publisher)
     folder = _train(data, args, choice, callbacks)
     if repo and folder and os.environ.get("RANK", "0") == "0":
         publisher.publish(folder, repo, bool(args.hub_private_repo), args.hub_token)
     return folder
+
+
+def _leave_the_others() -> None:
+    """Ends the threads of the process group, which may abort a process that ends before them.
+
+    The launcher would then end the other processes too, as the one that still publishes.
+    """
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _train(data, args, choice, callbacks) -> Path | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hub.stand_in import TOKEN
 from huggingface_hub import constants, hf_api
+from transformers.utils import hub as transformers_hub
 
 from blocktune.adapter import AdapterInfo
 from blocktune.hub import CardFacts
@@ -42,6 +43,7 @@ def online(hub, home: Path):
         for name, value in changes.items():
             patch.setattr(constants, name, value)
         patch.setattr(hf_api.api, "endpoint", hub.url)  # made when the library was imported
+        patch.setattr(transformers_hub, "_hf_api", None)  # and this one when it was first asked
         patch.setenv("HF_TOKEN", TOKEN)
         yield
 

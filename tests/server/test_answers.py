@@ -152,6 +152,19 @@ def test_logprobs_and_lengths(client):
     assert len(logs["tokens"]) == len(logs["token_logprobs"]) == 3
 
 
+def test_a_list_of_one_prompt_is_that_prompt_and_of_several_refused(client, engine):
+    text = "The city of"
+    ids = engine.tokenizer(text)["input_ids"]
+    bodies = [{"prompt": one, "max_tokens": 3} for one in (text, [text], ids, [ids])]
+    answers = [client.post("/v1/completions", json=body).json() for body in bodies]
+    assert len({answer["choices"][0]["text"] for answer in answers}) == 1
+    for several in ([text, text], []):
+        refused = client.post("/v1/completions", json={"prompt": several, "max_tokens": 3})
+        error = refused.json()["error"]
+        assert (refused.status_code, error["param"]) == (400, "prompt")
+        assert f"one prompt, got {len(several)}" in error["message"]
+
+
 def test_a_single_question_is_tokenised_as_everywhere(engine):
     conversation = read_messages([Message(role="user", content=QUESTION)])
     fmt, tokenizer = engine.format, engine.tokenizer
