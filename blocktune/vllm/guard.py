@@ -1,13 +1,14 @@
-"""Refuses what a plan excludes when a request arrives, for every route and for Python."""
+"""Refuses what cannot be answered from a plan when a request arrives, on every route."""
 
 from __future__ import annotations
 
-from functools import wraps
+from functools import cache, wraps
 from typing import TYPE_CHECKING
 
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine.input_processor import InputProcessor
 
+from blocktune.cache.shelf import StoreView
 from blocktune.vllm.plan import PARAMS, LoadPlan
 
 if TYPE_CHECKING:
@@ -16,11 +17,12 @@ if TYPE_CHECKING:
 MARK = "_blocktune"
 
 
-def require_loadable(request: EngineCoreRequest) -> None:
+def require_loadable(request: EngineCoreRequest, store: str | None) -> None:
     """Checks a request that has a plan; a VLLMValidationError, HTTP 400, says what is wrong.
 
     Log probabilities of the prompt are refused: vLLM would compute the prompt in full attention
-    and keep that under the plan's name.
+    and keep that under the plan's name. Chunks that a folder lacks are queued for encoding; a
+    remote is not asked, which takes too long here: such a request fails when it is loaded.
     """
     params = request.sampling_params
     transfer = params and (params.extra_args or {}).get("kv_transfer_params")
@@ -35,9 +37,21 @@ def require_loadable(request: EngineCoreRequest) -> None:
     if params.skip_reading_prefix_cache:
         raise VLLMValidationError("skip_reading_prefix_cache excludes cached chunks; leave it out")
     try:
-        LoadPlan.read(transfer, request.prompt_token_ids)
+        plan = LoadPlan.read(transfer, request.prompt_token_ids)
     except ValueError as error:
         raise VLLMValidationError(str(error)) from None
+    view = None if store is None else _view(store)
+    if view is None or view.config.remote is not None:
+        return
+    if missing := plan.missing(view.has):
+        view.ask_for(plan.fingerprint, [one.wanted for one in missing])
+        raise VLLMValidationError(
+            f"{len(missing)} of {len(plan.segments)} segments are not in the store "
+            f"'{view.place}'; encode them (`blocktune encode --follow`) and ask again"
+        )
+
+
+_view = cache(StoreView)
 
 
 def install() -> None:
@@ -49,7 +63,9 @@ def install() -> None:
     @wraps(process)
     def checked(self, *args, **kwargs):
         request = process(self, *args, **kwargs)
-        require_loadable(request)
+        transfer = self.vllm_config.kv_transfer_config
+        extra = transfer.kv_connector_extra_config if transfer else {}
+        require_loadable(request, extra.get("store"))
         return request
 
     setattr(checked, MARK, True)

@@ -10,7 +10,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm_cases import SMALL, TINY, close, first_logprobs, forget, make_adapter, questions, worst
 
 from blocktune import Engine
-from blocktune.cache.shelf import MissQueue
+from blocktune.cache.shelf import MissQueue, StoreView
 from blocktune.prompt import LayoutSpec
 from blocktune.vllm import ChunkLLM, guard
 from blocktune.vllm.plan import LoadPlan
@@ -145,7 +145,7 @@ def test_hazard_2_prompt_log_probabilities_are_refused(llm):
 
 
 @pytest.mark.parametrize("how", ["missing", "damaged", "damaged, not alone"])
-def test_hazard_3_without_a_chunk_nothing_is_answered(llm, engine, store, how):
+def test_hazard_3_without_a_chunk_nothing_is_answered(llm, engine, store, how, monkeypatch):
     [example] = questions({"missing": 8, "damaged": 9}.get(how, 7), 1)
     llm.answer([example])
     forget(llm)
@@ -159,8 +159,13 @@ def test_hazard_3_without_a_chunk_nothing_is_answered(llm, engine, store, how):
         data = bytearray(path.read_bytes())
         data[-5] ^= 1
         path.write_bytes(data)
+    if how == "missing":
+        with pytest.raises(VLLMValidationError, match="segments are not in the store"):
+            llm.generate([made], GREEDY)
+        monkeypatch.setattr(StoreView, "has", lambda *_: True)  # it vanishes after that check
     with pytest.raises(ValueError, match="could not be loaded"):
         llm.generate([*others, made], GREEDY)
+    monkeypatch.undo()
     wanted = queue.take(made.plan.fingerprint)
     assert [one.ids for one in wanted] == [made.plan.segments[2].ids]
     queue.done(made.plan.fingerprint, wanted)
@@ -214,7 +219,7 @@ def test_a_request_that_is_no_plan_fails_alone(llm, engine, monkeypatch, guarded
     broken = made._replace(prompt_ids=made.prompt_ids[:40])
     with monkeypatch.context() as patch:
         if not guarded:
-            patch.setattr(guard, "require_loadable", lambda request: None)
+            patch.setattr(guard, "require_loadable", lambda *_: None)
         expected = (VLLMValidationError, "longer prompt") if guarded else (ValueError, "loaded")
         with pytest.raises(expected[0], match=expected[1]):
             llm.generate([broken], GREEDY)
@@ -244,7 +249,7 @@ def test_a_store_of_another_model_gives_nothing(llm, engine):
     made = llm.client.read(example)
     other = LoadPlan("0" * 64, made.plan.segments)
     forget(llm)
-    with pytest.raises(ValueError, match="could not be loaded"):
+    with pytest.raises(VLLMValidationError, match="not in the store"):
         llm.generate([made._replace(plan=other)], GREEDY)
     require_same(llm.answer([example], sampling=GREEDY), engine, [example], "naive")
 

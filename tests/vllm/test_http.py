@@ -130,7 +130,9 @@ def test_raw_requests_are_guarded_too(server):
     refused = httpx.post(url, json=asked | {"use_beam_search": True, "n": 2}, timeout=60)
     assert refused.status_code == 400
     assert "use_beam_search excludes" in refused.text
-    assert httpx.post(url, json=asked, timeout=60).status_code == 500  # its chunks are missing
+    refused = httpx.post(url, json=asked, timeout=60)
+    assert refused.status_code == 400
+    assert "1 of 1 segments are not in the store" in refused.text
     plan["blocktune"]["segments"] = [9]
     refused = httpx.post(url, json=asked, timeout=60)
     assert refused.status_code == 400

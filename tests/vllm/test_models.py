@@ -86,7 +86,7 @@ def test_answers_are_the_engines(name, tmp_path, monkeypatch):
 
 def prompt_logprobs_poison_nothing(llm, examples, wanted, greedy, monkeypatch):
     """Where the guard does not run, such a request is a plain one."""
-    monkeypatch.setattr(guard, "require_loadable", lambda request: None)
+    monkeypatch.setattr(guard, "require_loadable", lambda *_: None)
     assert llm.llm.reset_prefix_cache()
     asked = SamplingParams(temperature=0, max_tokens=2, prompt_logprobs=1)
     assert llm.answer(examples, sampling=asked)[0].cached_tokens == 0
