@@ -80,7 +80,7 @@ def test_chunks_are_encoded_once_and_their_bytes_are_counted(engine):
 
 def test_encoding_a_corpus_holds_one_pass_of_it_at_a_time(engine, monkeypatch):
     monkeypatch.setattr("blocktune.engine.encode.TOKENS_PER_PASS", 40)
-    encoder, held = engine._state.encoder, []
+    encoder, held = engine.state.encoder, []
     find = encoder.find
 
     def seen(group, watch, **options):
@@ -265,7 +265,7 @@ def test_later_text_never_changes_an_earlier_column(tall, name):
     keys = []
     for ask in (ASK, later):
         pieces, prompts = tall._read([ask], method)
-        run = prefill_batch(tall._state, prompts, pieces, method)
+        run = prefill_batch(tall.state, prompts, pieces, method)
         until = int((run.columns.kind == Kind.QUERY).long().argmax())
         keys.append([layer.keys[0, :, :until].clone() for layer in run.cache.layers])
     for left, right in zip(*keys, strict=True):
