@@ -104,6 +104,8 @@ class StoreConfig:
             raise ValueError(
                 f"a chunk store needs memory or a folder; got {self.memory} bytes, folder None"
             )
+        if self.ttl is not None and self.ttl <= 0:
+            raise ValueError(f"ttl must be more than 0 seconds, got {self.ttl}")
         for name, known in (("policy", POLICIES), ("codec", CODECS)):
             if getattr(self, name) not in (*known, None):
                 raise ValueError(
@@ -143,6 +145,8 @@ class StoreConfig:
                 raise ValueError(
                     f"--store is PLACE,name=value,... with {', '.join(sorted(known))}; got '{pair}'"
                 )
+            if name in values and name not in defaults:
+                raise ValueError(f"--store: '{name}' is given twice; give it once")
             values[name] = _value(name, value)
         return cls(**values)
 

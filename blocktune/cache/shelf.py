@@ -95,7 +95,8 @@ class Shelf:
         folder = ChunkFolder(config.folder, secret)
         if make:
             folder.prepare()
-        if not Path(config.folder).is_dir():
+        known = (folder.is_store(), next(folder.keys(), None), folder.fingerprints())
+        if not make and not any(known):
             raise ValueError(f"no store at '{place}'; `blocktune encode --store` makes one")
         return cls(folder)
 

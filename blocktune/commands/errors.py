@@ -116,7 +116,9 @@ def explain(error: Exception) -> str | None:
         extra = next((name for name, packages in EXTRAS.items() if package in packages), None)
         return extra and f"this needs the package '{package}'; run pip install 'blocktune[{extra}]'"
     if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.strerror}: '{error.filename}'"
+        # A folder is made where a file is, in its place or on the way there.
+        reason = "Not a folder" if isinstance(error, FileExistsError) else error.strerror
+        return f"{reason}: '{error.filename}'"
     if not isinstance(error, ValueError | OSError):
         return None
     return " ".join(str(error).split())

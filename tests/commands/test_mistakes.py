@@ -99,7 +99,13 @@ def test_an_unknown_method_or_parameter(refused, model, suite, tmp_path):
     ask = ("answer", "--model", model, *QUESTION, *CHUNK)
     assert "unknown reuse method 'magic'; available: " in refused(*ask, "--method", "magic")
     assert "got unknown kk" in refused(*ask, "--method", "epic", "--param", "kk=3")
-    assert "--param must be name=value" in refused(*ask, "--method", "epic", "--param", "k")
+    for text in ("k", "=3", "k="):
+        assert "must be name=value" in refused(*ask, "--method", "epic", "--param", text)
+    twice = refused(*ask, "--method", "epic", "--param", "k=3", "--param", "k = 4")
+    assert "--param 'k' is given 2 times" in twice
+    assert "'epic': 'k' is given 2 times" in refused(*ask, "--method", "naive + epic k=3 k=4")
+    for number in ("nan", "inf"):
+        assert f"got {number}" in refused(*ask, "--temperature", number)
     assert "unknown reuse method 'magic'" in refused(*suite(methods=["naive", "magic"]))
     assert "adapter trained with link tokens" in refused(*suite(methods=["naive", "kvlink"]))
     assert not (tmp_path / "out").exists()
@@ -142,6 +148,14 @@ def test_a_wording_that_is_none(refused, model, tmp_path):
     ):
         path.write_text(text)
         assert word in refused(*ask, path)
+
+
+def test_the_only_line_of_a_file_is_not_taken_for_a_torn_answer(refused, model, tmp_path):
+    record = [{"question": "Who?", "chunks": ["Anna."]}]
+    path = tmp_path / "questions.json"
+    path.write_text(json.dumps(record))
+    assert "no log of this command" in refused("answer", "-m", model, "-i", path, "-o", path)
+    assert json.loads(path.read_text()) == record
 
 
 def test_an_output_of_something_else(refused, model, questions, tmp_path):
