@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import locale
 import os
 import sys
 import traceback
@@ -121,7 +122,9 @@ def explain(error: Exception) -> str | None:
         return f"{reason}: '{error.filename}'"
     if not isinstance(error, ValueError | OSError):
         return None
-    return " ".join(str(error).split())
+    hint = "; set PYTHONUTF8=1, since this locale is none of UTF-8"
+    is_narrow = isinstance(error, UnicodeError) and locale.getencoding().lower() != "utf-8"
+    return " ".join(str(error).split()) + hint * is_narrow
 
 
 def _say(line: str) -> None:

@@ -62,6 +62,8 @@ def regenerate(
                 "or give it 'answers'"
             )
     output = Path(output)
+    if output.is_dir():
+        raise ValueError(f"'{output}' is a folder; name a file")
     part = output.with_name(output.name + ".part")
     record = [[example.to_json() for example in examples], dict(facts), batch_size]
     text = json.dumps(record, sort_keys=True, ensure_ascii=False)

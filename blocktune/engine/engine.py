@@ -33,6 +33,7 @@ from blocktune.methods.press import Press
 from blocktune.positions import load_fused
 from blocktune.prompt import Pieces, Prompt, PromptFormat
 from blocktune.prompt.special_tokens import padding_id
+from blocktune.registry import require_count
 
 NO_LIMIT = 1 << 30
 """Tokens of a context where the model's configuration names no limit."""
@@ -240,6 +241,7 @@ class Engine:
         ValueError if the method is unknown or does not fit the model's adapter, or a prompt does
         not fit the model's context.
         """
+        require_count("batch_size", batch_size, least=1)
         method, sampling = built(method), sampling or Sampling()
         started = time.perf_counter()
         examples = [as_request(example) for example in examples]
@@ -342,7 +344,6 @@ class Engine:
     def _read(
         self, examples: Sequence[Request], method: Method, max_new_tokens: int = 1
     ) -> tuple[list[Pieces], list[Prompt]]:
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        require_count("max_new_tokens", max_new_tokens, least=1)
         pieces = [self.prompts.pieces(example, method) for example in examples]
         return pieces, [self.lay_out(piece, method, max_new_tokens) for piece in pieces]

@@ -1,6 +1,8 @@
 """What a user can get wrong: one clear line, exit code 2, nothing half-written."""
 
 import json
+import locale
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,9 @@ import pytest
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+from blocktune import cli
 from blocktune.adapter import AdapterInfo
+from blocktune.commands.errors import explain
 from blocktune.data import RagExample, write_jsonl
 from blocktune.models.identity import base_fingerprint, tokenizer_hash
 from blocktune.prompt import Chunk, LayoutSpec, PromptFormat
@@ -247,6 +251,22 @@ def test_passages_under_another_name(refused, model, tmp_path):
 def test_a_recipe_without_config(refused):
     line = refused("train", "recipes/kvlink.yaml")
     assert "did you mean '--config recipes/kvlink.yaml'?" in line
+
+
+def test_a_pipe_is_no_source(refused, model, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert "is a pipe" in refused("answer", "-m", model, "-i", tmp_path / "pipe")
+
+
+def test_a_terminal_without_size_or_utf8(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "0")  # as of a container before it knows its terminal
+    monkeypatch.setattr(sys, "argv", ["blocktune", "--help"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "answer" in capsys.readouterr().out
+    monkeypatch.setattr(locale, "getencoding", lambda: "ANSI_X3.4-1968")
+    assert "PYTHONUTF8=1" in explain(UnicodeEncodeError("ascii", "ü", 0, 1, "no"))
+    assert "PYTHONUTF8" not in explain(ValueError("no"))
 
 
 def test_a_reader_that_stops_early_is_no_error():

@@ -125,6 +125,14 @@ DAMAGED = {
         in_config(quantization_config={"quant_method": "gptq", "bits": 4}),
         "GPTQ quantized model requires",
     ),
+    "half a generation config": (
+        lambda folder: (folder / "generation_config.json").write_text('{"eos'),
+        "generation_config.json: not JSON",
+    ),
+    "words for stop tokens": (
+        lambda folder: (folder / "generation_config.json").write_text('{"eos_token_id": ["</s>"]}'),
+        "eos_token_id of its generation config must be token ids",
+    ),
     "null": (lambda folder: (folder / "config.json").write_text("null"), "cannot load"),
     "half a tokenizer": (
         lambda folder: (folder / "tokenizer.json").write_text('{"version'),
