@@ -111,8 +111,10 @@ def run_suite(
 def _alone(folder: Path) -> Iterator[None]:
     lock = folder / ".lock"
     with locked(lock):
-        yield
-        lock.unlink()
+        try:
+            yield
+        finally:
+            lock.unlink()
 
 
 def _run(

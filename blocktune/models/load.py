@@ -89,7 +89,7 @@ def load_base(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
     check_dtype(dtype)
-    config = _config(name, revision, what)
+    config = _config(bare, revision, what)
     try:
         examine(config)
     except Mixes:

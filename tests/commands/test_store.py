@@ -163,6 +163,8 @@ def test_rm_removes_by_key_or_model(refused, folder, asked):
     assert "6 to 64 hex digits" in refused("store", "rm", folder, "../..")
     assert "either keys" in refused("store", "rm", folder)
     assert "kB, MB" in refused("store", "gc", folder, "--max-size", "much")
+    for option in ("codec=int4", "disk=1kB", "remote=file:///x"):
+        assert "name the place alone" in refused("store", "export", folder, f"new,{option}")
     for place in (folder / "none", folder.parent):  # a folder that holds one is none itself
         assert "no store at" in refused("store", "verify", place)
     assert "no manifest" in refused("store", "manifest", folder)

@@ -218,6 +218,8 @@ def test_a_chunk_longer_than_the_context_is_refused(engine):
 def test_what_cannot_run_is_refused_before_anything_does(engine):
     with pytest.raises(ValueError, match=r"'cacheblend' needs .* at least 8 layers, .* 2"):
         engine.answer([ASK], build("cacheblend", check_layer=7))
+    with pytest.raises(ValueError, match=r"blanks of method .* context holds 512"):
+        engine.answer([ASK], f"naive + layout num_blanks={10**12}")
     for name, value in (("max_new_tokens", 0), ("max_new_tokens", 1.5), ("batch_size", -1)):
         with pytest.raises(ValueError, match=f"{name} must be a whole number.*got {value}"):
             engine.answer([ASK], "naive", **{name: value})
