@@ -1,5 +1,6 @@
 """The command line: commands are in ``blocktune/commands``, imported without torch."""
 
+import os
 from importlib import import_module
 from typing import Annotated
 
@@ -61,6 +62,8 @@ def root(
 
 def main() -> None:
     """Entry point of the console script."""
+    if os.environ.get("COLUMNS") == "0":  # a terminal without a size yet: rich would print nothing
+        del os.environ["COLUMNS"]
     app()
 
 

@@ -14,18 +14,23 @@ from typing import Any
 
 
 @contextmanager
-def replacing(path: str | Path, staging: str | Path | None = None) -> Iterator[Path]:
+def replacing(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path of the same suffix; what is written there replaces ``path``.
 
     If the block fails, ``path`` is as before and nothing is left behind. Several processes may
-    write the same path at once: the last rename wins. Missing folders are created. ``staging`` is
-    where the temporary file goes, on the same file system; None: beside ``path``.
+    write the same path at once: the last rename wins. Missing folders are created. A link stays
+    one, and its file is replaced; a device or pipe, which a rename would remove, is written to.
     """
     path = Path(path)
-    folder = path.parent if staging is None else Path(staging)
+    if path.exists() and not path.is_file():  # a folder is refused by who opens it
+        yield path
+        return
+    path = path.resolve() if path.is_symlink() else path
     path.parent.mkdir(parents=True, exist_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=folder)
+    try:
+        handle, name = tempfile.mkstemp(path.suffix, f".{path.stem}-", path.parent)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
     os.close(handle)
     try:
         yield Path(name)
@@ -78,12 +83,15 @@ def move_entries(source: str | Path, target: str | Path, last: str) -> None:
 def whole_lines(path: str | Path) -> list[str]:
     """Lines of a UTF-8 file without their ends; none if there is no file, or it is a device.
 
-    A last line that a stopped process left half-written is not among them.
+    A last line that a stopped process left half-written is not among them. ValueError: not UTF-8.
     """
     if not Path(path).is_file():  # /dev/full would be read without end
         return []
     text = Path(path).read_bytes()
-    return text[: text.rfind(b"\n") + 1].decode("utf-8").split("\n")[:-1]
+    try:
+        return text[: text.rfind(b"\n") + 1].decode("utf-8").split("\n")[:-1]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"'{path}': not UTF-8 text, byte {error.start}; move it away") from None
 
 
 def truncate_lines(path: str | Path, count: int) -> None:
@@ -108,12 +116,38 @@ def locked(path: str | Path) -> Iterator[None]:
 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_char_device() or path.is_fifo():  # which all may write to
+        yield
+        return
     with path.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"another process is writing '{path}'; wait for it to end") from None
         yield
+
+
+@contextmanager
+def resumed(path: str | Path) -> Iterator[list[str]]:
+    """Holds a log of JSON lines as `locked` does; yields its whole lines, behind which it is cut.
+
+    ValueError if it ends with what no stopped writer left: the file is none of ours.
+    """
+    with locked(path):
+        lines = whole_lines(path)
+        if Path(path).is_file() and not _is_torn(Path(path).read_bytes().rpartition(b"\n")[2]):
+            raise ValueError(f"'{path}' is no log of this command; name another file or remove it")
+        truncate_lines(path, len(lines))
+        yield lines
+
+
+def _is_torn(end: bytes) -> bool:
+    """Whether it may be what was written of a line of JSON, or nothing."""
+    try:
+        json.loads(end)
+    except ValueError:
+        return end[:2] in (b"", b"{", b"[", b'{"', b'["')
+    return False
 
 
 def sync(path: str | Path) -> None:

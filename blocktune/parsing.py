@@ -5,6 +5,7 @@ Whatever does not fit is reported in one line: where it is, what was wanted and 
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
@@ -140,6 +141,14 @@ def load_yaml(path: str | Path, what: str, hint: str) -> Any:
     return parse_yaml(text, str(path))
 
 
+def load_json(path: str | Path) -> Any:
+    """Decodes a file of JSON; a ValueError names one that is none."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); damaged, or of another program") from None
+
+
 def load_spec(path: str | Path, what: str, hint: str, parse: Callable[[Any, str], Spec]) -> Spec:
     """Reads what a YAML file describes, like `load_yaml`; ``parse`` gets its content and name."""
     return parse(load_yaml(path, what, hint), str(path))
@@ -245,6 +254,6 @@ def entries(record: Any, where: str) -> list:
 
 def refuse_doubles(what: str, names: list[str], fix: str) -> None:
     """Raises ValueError for the most frequent of names that are given twice, with the fix."""
-    name, count = Counter(names).most_common(1)[0]
-    if count > 1:
-        raise ValueError(f"{what} '{name}' is given {count} times; {fix}")
+    for name, count in Counter(names).most_common(1):
+        if count > 1:
+            raise ValueError(f"{what} '{name}' is given {count} times; {fix}")

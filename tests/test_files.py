@@ -15,6 +15,7 @@ from blocktune.files import (
     replace_json,
     replace_text,
     replacing,
+    resumed,
     truncate_lines,
     whole_lines,
 )
@@ -25,17 +26,15 @@ def names(folder):
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
-    path, staging = tmp_path / "a.txt", tmp_path / "staging"
+    path = tmp_path / "a.txt"
     replace_text(path, "old")
-    for where in (None, staging):
-        with pytest.raises(KeyError), replacing(path, where) as temporary:  # noqa: PT012
-            temporary.write_text("new")
-            raise KeyError
+    with pytest.raises(KeyError), replacing(path) as temporary:  # noqa: PT012
+        temporary.write_text("new")
+        raise KeyError
     with pytest.raises(ValueError, match="JSON"):
         replace_json(path, {"score": float("nan")})
     assert path.read_text() == "old"
-    assert names(tmp_path) == ["a.txt", "staging"]
-    assert names(staging) == []
+    assert names(tmp_path) == ["a.txt"]
 
 
 def test_a_write_replaces_with_usual_permissions(tmp_path):
@@ -45,11 +44,44 @@ def test_a_write_replaces_with_usual_permissions(tmp_path):
     plain = tmp_path / "plain"
     plain.touch()
     assert path.stat().st_mode == plain.stat().st_mode
-    with replacing(path, tmp_path / "staging") as temporary:
-        assert temporary.parent.name == "staging"
+    with replacing(path) as temporary:
         assert temporary.suffix == ".json"
         temporary.write_text("2")
     assert path.read_text() == "2"
+
+
+def test_a_link_a_pipe_and_a_folder_stay_what_they_are(tmp_path):
+    """A rename would replace a link, and remove ``/dev/null``."""
+    (tmp_path / "link").symlink_to("file")
+    replace_text(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "file").read_text() == "new"
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    with locked(tmp_path / "pipe"), locked(tmp_path / "pipe"):
+        replace_text(tmp_path / "pipe", "said")
+    assert os.read(reader, 9) == b"said"
+    os.close(reader)
+    assert (tmp_path / "pipe").is_fifo()
+    with pytest.raises(IsADirectoryError):
+        replace_text(tmp_path, "x")
+    with pytest.raises(OSError, match=r"/proc/x\.txt"):  # not of the temporary file
+        replace_text("/proc/x.txt", "x")
+
+
+@pytest.mark.parametrize("end", ["my only line", '[{"a": 1}]', '{"a": 1}', "\x80"])
+def test_no_file_of_others_is_cut_as_a_torn_log(tmp_path, end):
+    path = tmp_path / "mine"
+    for text in (end, "first\n" + end):
+        path.write_text(text, encoding="latin-1")
+        with pytest.raises(ValueError, match="mine"), resumed(path):
+            pass
+        assert path.read_text(encoding="latin-1") == text
+    for torn in ("", "[", '{"a": [1', '["\u00c3'):
+        path.write_text("first\n" + torn, encoding="latin-1")
+        with resumed(path) as lines:
+            assert lines == ["first"]
+        assert path.read_text() == "first\n"
 
 
 def test_a_folder_replaces_a_folder(tmp_path):

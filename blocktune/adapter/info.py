@@ -6,7 +6,6 @@ has a link table) and ``blocktune.json``, which is written last; nothing loads w
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from blocktune.adapter.scope import SCOPES, scope_of
 from blocktune.files import replace_json
 from blocktune.links import link_base
-from blocktune.parsing import build_strict
+from blocktune.parsing import build_strict, load_json
 from blocktune.prompt import LayoutSpec, PromptFormat
 
 INFO_FILE = "blocktune.json"
@@ -131,6 +130,6 @@ class AdapterInfo:
         if not path.is_file():
             raise ValueError(f"{folder} is not a blocktune adapter: it has no {INFO_FILE}")
         try:
-            return cls.from_dict(json.loads(path.read_text()))
-        except (json.JSONDecodeError, TypeError) as error:
+            return cls.from_dict(load_json(path))
+        except TypeError as error:
             raise ValueError(f"{path} is not a {INFO_FILE} of blocktune: {error}") from None

@@ -11,6 +11,7 @@ import csv
 import gzip
 import json
 import random
+import zlib
 from collections.abc import Iterator
 from itertools import accumulate, chain, groupby, islice, pairwise
 from pathlib import Path
@@ -70,20 +71,29 @@ def read_requests(path: str | Path, limit: int | None = None, seed: int = 0) -> 
             first = file.readline()
             lines = iter((first, *file))
             azure = first.startswith("TIMESTAMP,")
-            return list(islice(_azure(lines, seed) if azure else _json_lines(lines, path), limit))
-    except OSError as error:
-        raise ValueError(f"cannot read the trace '{path}': {error}") from None
+            made = islice(_azure(lines, seed) if azure else _json_lines(lines), limit)
+            requests = [request for request in made if all(map(_checked, request))]
+    except (OSError, EOFError, zlib.error, LookupError, TypeError, ValueError) as error:
+        kind = "" if type(error) is ValueError else f"{type(error).__name__} "
+        raise ValueError(f"cannot read the trace '{path}': {kind}{error}") from None
+    if not any(requests):
+        raise ValueError(f"{path}: an empty trace")
+    return requests
+
+
+def _checked(use: Use) -> bool:
+    if use.num_tokens < 1 or use.num_bytes < 0 or use.seconds < 0:
+        raise ValueError(f"a chunk has tokens, and no less than 0 bytes and seconds; got {use}")
+    return True
 
 
 def _opened(path: Path) -> IO[str]:
     return gzip.open(path, "rt") if path.suffix == ".gz" else path.open(encoding="utf-8")
 
 
-def _json_lines(lines: Iterator[str], path: str | Path) -> Iterator[Request]:
-    records = _records(lines, path)
-    first = next(records, None)
-    if first is None:
-        raise ValueError(f"{path}: an empty trace")
+def _json_lines(lines: Iterator[str]) -> Iterator[Request]:
+    records = _records(lines)
+    first = next(records, {"op": ""})
     if "hash_ids" in first:
         for record in chain([first], records):
             left = record["input_length"]
@@ -94,13 +104,13 @@ def _json_lines(lines: Iterator[str], path: str | Path) -> Iterator[Request]:
             yield tuple(uses)
         return
     if "op" not in first:
-        raise ValueError(f"{path}: neither a trace of a store nor Mooncake's; see `--help`")
+        raise ValueError("neither of a store nor Mooncake's; see `--help`")
     everything = [first, *records]
     made = {record["key"]: record for record in everything if record["op"] == "put"}
     gets = [record for record in everything if record["op"] == "get"]
     ends = [b["t"] - b["load_s"] - a["t"] > SAME_REQUEST_S for a, b in pairwise(gets)]
-    numbers = accumulate(ends, initial=0)
-    for _, group in groupby(zip(numbers, gets, strict=True), key=lambda pair: pair[0]):
+    numbers = accumulate(ends, initial=0)  # one number even of no look-up
+    for _, group in groupby(zip(numbers, gets, strict=False), key=lambda pair: pair[0]):
         yield tuple(_use(record, made.get(record["key"], {})) for _, record in group)
 
 
@@ -109,7 +119,7 @@ def _use(got: dict, put: dict) -> Use:
     return Use(got["key"], got["tokens"], num_bytes, put.get("seconds", 0.0), put.get("tenant", ""))
 
 
-def _records(lines: Iterator[str], path: str | Path) -> Iterator[dict]:
+def _records(lines: Iterator[str]) -> Iterator[dict]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -117,8 +127,10 @@ def _records(lines: Iterator[str], path: str | Path) -> Iterator[dict]:
             record = json.loads(line)
         except ValueError:
             record = None
+        if record is None and not line.endswith("\n"):
+            return  # a stopped store left it half-written
         if not isinstance(record, dict):
-            raise ValueError(f"{path}, line {number}: not a JSON object")
+            raise ValueError(f"line {number}: not a JSON object")
         yield record
 
 

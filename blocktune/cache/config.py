@@ -9,9 +9,10 @@ import json
 import re
 import time
 from collections import Counter, OrderedDict
+from collections.abc import Hashable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal, TextIO
+from typing import Any, Literal, TextIO
 
 POLICIES = {
     "lru": "used",
@@ -103,6 +104,8 @@ class StoreConfig:
             raise ValueError(
                 f"a chunk store needs memory or a folder; got {self.memory} bytes, folder None"
             )
+        if self.ttl is not None and self.ttl <= 0:
+            raise ValueError(f"ttl must be more than 0 seconds, got {self.ttl}")
         for name, known in (("policy", POLICIES), ("codec", CODECS)):
             if getattr(self, name) not in (*known, None):
                 raise ValueError(
@@ -142,6 +145,8 @@ class StoreConfig:
                 raise ValueError(
                     f"--store is PLACE,name=value,... with {', '.join(sorted(known))}; got '{pair}'"
                 )
+            if name in values and name not in defaults:
+                raise ValueError(f"--store: '{name}' is given twice; give it once")
             values[name] = _value(name, value)
         return cls(**values)
 
@@ -220,6 +225,20 @@ class StoreStats:
         return sum(getattr(self.tiers[tier], name) for tier in tiers if tier in self.tiers)
 
 
+class Recent(OrderedDict):
+    """A mapping of the ``most`` entries that were set last: clients may make up any number."""
+
+    def __init__(self, most: int):
+        super().__init__()
+        self.most = most
+
+    def __setitem__(self, key: Hashable, value: Any) -> None:
+        super().__setitem__(key, value)
+        self.move_to_end(key)
+        while len(self) > self.most:
+            self.popitem(last=False)
+
+
 class Tracer:
     """Counts uses, and writes them to a file of JSON lines if it gets a path.
 
@@ -230,7 +249,7 @@ class Tracer:
     def __init__(self, path: Path | None = None):
         """Raises ValueError if the file cannot be written."""
         self._file: TextIO | None = None
-        self._count, self._last = 0, OrderedDict()
+        self._count, self._last = 0, Recent(_REMEMBERED)
         self._distances, self._lifetimes = Counter(), Counter()
         if path is not None:
             try:
@@ -241,13 +260,11 @@ class Tracer:
     def looked_up(self, key: str, tokens: int, tier: str, num_bytes: int, seconds: float) -> None:
         """Notes a look-up; ``tier`` is ``"none"`` for a miss, ``seconds`` what it took."""
         self._count += 1
-        now, last = time.monotonic(), self._last.pop(key, None)
+        now, last = time.monotonic(), self._last.get(key)
         if last is not None:
             self._distances[(self._count - last[0]).bit_length() - 1] += 1
             self._lifetimes[int(now - last[1]).bit_length()] += 1
         self._last[key] = (self._count, last[1] if last else now)
-        if len(self._last) > _REMEMBERED:
-            self._last.popitem(last=False)
         if self._file is not None:
             self._write(
                 op="get", key=key, tokens=tokens, bytes=num_bytes, tier=tier, load_s=seconds

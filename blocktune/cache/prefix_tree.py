@@ -23,12 +23,13 @@ import numpy as np
 import torch
 
 from blocktune.cache.chunk_kv import State
+from blocktune.cache.config import Recent
 from blocktune.cache.exact import ExactKV, PrefixFiles, PrefixMatch, place_checkpoints, state_bytes
 from blocktune.cache.store import ChunkStore
 
 _NO_IDS = torch.empty(0, dtype=torch.int64)
 _TENANTS = 1 << 16
-"""Name spaces whose files are listed once; of more, again: clients may make up any number."""
+"""Name spaces whose files are listed once; of more, again."""
 _HISTORY = 256
 """Prompts whose shared depth is remembered, of each model and tenant."""
 
@@ -87,7 +88,7 @@ class PrefixTree:
         kept = store is not None and store.folder is not None
         self._files = PrefixFiles(store) if kept else None
         self._roots: dict[tuple[str, str], _Node] = {}
-        self._listed: dict[tuple[str, str], None] = {}  # whose files are in the tree
+        self._listed: dict[tuple[str, str], None] = Recent(_TENANTS)  # whose files are in the tree
         self._lists = kept
         self._clock = itertools.count(1)
         self._mutex = threading.RLock()
@@ -188,8 +189,6 @@ class PrefixTree:
         root = self._roots.get(place) or _Node(salt=salt)
         if self._lists and place not in self._listed:
             self._listed[place] = None
-            if len(self._listed) > _TENANTS:
-                del self._listed[next(iter(self._listed))]
             for context, ids, key in self._files.find(fingerprint, salt):
                 path = self._walk(root, torch.cat((context, ids)).numpy())
                 last, count = path[-1] if path else (root, 0)

@@ -85,6 +85,9 @@ class Shelf:
         config, secret = StoreConfig.parse(place), secret_from_environment()
         if config.folder is None and config.remote is None:
             raise ValueError(f"'{place}' names no folder and no URL")
+        plain = StoreConfig(folder=config.folder, remote=None if config.folder else config.remote)
+        if make and config != plain:
+            raise ValueError(f"'{place}': chunks are copied as they are; name the place alone")
         if config.folder is None:
             remote = open_remote(config.remote, secret)
             try:
@@ -95,7 +98,8 @@ class Shelf:
         folder = ChunkFolder(config.folder, secret)
         if make:
             folder.prepare()
-        if not Path(config.folder).is_dir():
+        known = (folder.is_store(), next(folder.keys(), None), folder.fingerprints())
+        if not make and not any(known):
             raise ValueError(f"no store at '{place}'; `blocktune encode --store` makes one")
         return cls(folder)
 

@@ -19,19 +19,15 @@ from blocktune.cache.blobs import secret_from_environment
 from blocktune.cache.chunk_file import ChunkFile, pack_chunk
 from blocktune.cache.chunk_kv import ChunkKV, Entry, Lookup
 from blocktune.cache.codecs import round_trip
-from blocktune.cache.config import MEMORY, StoreConfig, StoreStats, Tracer
+from blocktune.cache.config import MEMORY, Recent, StoreConfig, StoreStats, Tracer
 from blocktune.cache.folder import ChunkFolder
 from blocktune.cache.ledger import About, Ledger
 from blocktune.cache.remote import open_remote
-from blocktune.cache.tiers import RETRY_S, BlobTier, MemoryTier
+from blocktune.cache.tiers import BlobTier, MemoryTier
 from blocktune.positions import RopeSpec
 
-__all__ = ["RETRY_S", "ChunkStore", "Lookup", "StoreStats"]
-
 _LOG = logging.getLogger(__name__)
-_TENANTS, _NOTED = 1024, 64
-"""Tenants whose frequencies are known at a time, and that plug-ins have notes of: clients may make
-up any number of them. Each request tells its own again."""
+_TENANTS, _NOTED = 1024, 64  # whose frequencies and notes are kept: a request tells its own again
 
 
 class ChunkStore:
@@ -64,17 +60,16 @@ class ChunkStore:
         config: StoreConfig | None = None,  # all limits, in place of ``max_bytes`` and ``folder``
     ):
         if config is None:
-            place = None if folder is None else Path(folder)
-            config = StoreConfig(folder=place, memory=max_bytes)
+            config = StoreConfig(folder=None if folder is None else Path(folder), memory=max_bytes)
         self.config, self.folder, self.place = config, config.folder, config.place
         self.device = torch.device(device)
         self.notes: dict[Hashable, Any] = {}  # of plug-ins, until it is cleared
         self.may_load = True  # whether a method may load any model, from folders and the Hub
-        self._tenants_notes: dict[Hashable, Any] = {}
+        self._tenants_notes: dict[Hashable, Any] = Recent(_NOTED)
         self.must_write, self.warn_rejected = must_write, True  # the first one; else level INFO
         self._stats, self._lock = StoreStats(), threading.RLock()
         self._ropes: dict[str, RopeSpec] = {}
-        self._shared_ropes: dict[str, RopeSpec] = {}
+        self._shared_ropes: dict[str, RopeSpec] = Recent(_TENANTS)
         self._tracer = Tracer(config.trace)
         limits = {"policy": config.policy, "quota": config.quota}
         self._memories = [MemoryTier("memory", self.device, max_bytes=config.memory, **limits)]
@@ -122,10 +117,11 @@ class ChunkStore:
         """
         started = time.perf_counter()
         rejected: set[str] = set()
+        accept = partial(self._accept, key, token_ids, fingerprint, kind, rejected)
         with self._lock:
             for tier in self._memories:
                 kv = tier.get(key)
-                if kv is not None and self._accept(kv, key, token_ids, fingerprint, kind, rejected):
+                if kv is not None and accept(kv):
                     if tier.name != "memory":
                         self._remember(key, kv, tier.ledger.row(key).about)
                         kv = self._memories[0].entries.get(key) or kv.to(self.device)
@@ -135,7 +131,7 @@ class ChunkStore:
         found = time.perf_counter()
         # Outside the lock: a slow disk must not stop hits in memory.
         for tier in self._blobs:
-            loaded = self._load(tier, key, token_ids, fingerprint, kind, read, rejected)
+            loaded = self._load(tier, key, kind, read, accept, rejected)
             if loaded is None:
                 with self._lock:
                     tier.stats.misses += 1
@@ -178,15 +174,11 @@ class ChunkStore:
                 f"a chunk of {kv.num_tokens} tokens takes {kv.num_bytes:,} bytes, the store may "
                 f"hold {most:,}; allow more memory or give the store a folder"
             )
-        about = About(
-            *(kv.num_tokens, kv.kind, kv.fingerprint, document, tenant, seconds),
-            expires=None if self.config.ttl is None else time.time() + self.config.ttl,
-        )
-        kept, codec, rope = (
-            kv,
-            self.config.codec,
-            self._ropes.get(kv.fingerprint) or self._shared_ropes.get(kv.fingerprint),
-        )
+        expires = None if self.config.ttl is None else time.time() + self.config.ttl
+        facts = kv.num_tokens, kv.kind, kv.fingerprint, document, tenant, seconds
+        about = About(*facts, expires=expires)
+        kept, codec = kv, self.config.codec
+        rope = self._ropes.get(kv.fingerprint) or self._shared_ropes.get(kv.fingerprint)
         if codec != "as-is":
             kept = round_trip(kv.to("cpu"), codec, rope)
         kept = kept.to(self.device).compact()
@@ -197,11 +189,6 @@ class ChunkStore:
             if keep:
                 self._remember(key, kept, about)
         return kept
-
-    @property
-    def is_on_disk(self) -> bool:
-        """Whether no memory holds entries, and the CPU reads them."""
-        return self.config.memory + self.config.cpu == 0 and self.device.type == "cpu"
 
     def flush(self) -> None:
         """Waits until the remote has what was put, or refused it, and the index what was used."""
@@ -265,18 +252,13 @@ class ChunkStore:
         """The frequencies of one fingerprint are also those of another, of a tenant now at work."""
         if (rope := self._ropes.get(fingerprint)) is not None:
             with self._lock:
-                self._shared_ropes.pop(other, None)
                 self._shared_ropes[other] = rope
-                if len(self._shared_ropes) > _TENANTS:  # there are as many as clients make up
-                    del self._shared_ropes[next(iter(self._shared_ropes))]
 
     def note(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """What a plug-in knows of one fingerprint, made if it is not there (any more)."""
         with self._lock:
-            made = self._tenants_notes.pop(key, None)
-            made = self._tenants_notes[key] = make() if made is None else made
-            if len(self._tenants_notes) > _NOTED:
-                del self._tenants_notes[next(iter(self._tenants_notes))]
+            known = self._tenants_notes.get(key)
+            made = self._tenants_notes[key] = make() if known is None else known
             return made
 
     def clear(self) -> None:
@@ -312,8 +294,7 @@ class ChunkStore:
     def __len__(self) -> int:
         """Chunks in any tier, each counted once."""
         files = [key for tier in self._blobs for key in tier.blobs.keys()]  # noqa: SIM118
-        with self._lock:
-            return len({*files, *(key for tier in self._memories for key in tier.entries)})
+        return len({*files, *self.held()})
 
     def held(self) -> dict[str, Entry]:
         """Entries in memory, by their keys."""
@@ -329,20 +310,18 @@ class ChunkStore:
         load_s = 0.0 if tier in self._memories else now - found
         return Lookup(kv, tier.name, kv.num_bytes, now - started - load_s, load_s)
 
-    def _load(self, tier: BlobTier, key: str, token_ids, fingerprint, kind, read, rejected):
+    def _load(self, tier: BlobTier, key: str, kind, read, accept, rejected: set[str]):
         try:
             loaded = tier.load(key, kind, lambda file: read(file).to(self.device))
         except ValueError as error:
             self._reject(f"{tier.blobs.name(key)}: {error}", rejected)
             return None
-        if loaded is None or not self._accept(
-            loaded[0], key, token_ids, fingerprint, kind, rejected
-        ):
+        if loaded is None or not accept(loaded[0]):
             return None
         tier.used(loaded[1])
         return loaded
 
-    def _accept(self, kv: Entry, key: str, token_ids, fingerprint, kind, rejected) -> bool:
+    def _accept(self, key: str, token_ids, fingerprint, kind, rejected, kv: Entry) -> bool:
         if kv.kind == kind.kind and kv.matches(token_ids, fingerprint):
             return True
         what = "model" if kv.fingerprint != fingerprint else "tokens"

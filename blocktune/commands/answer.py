@@ -173,6 +173,8 @@ def encode(
         examine_base(model)  # before anything is written
     # Before a model is loaded; on the CPU, since nothing is read back.
     kept, processes = ChunkStore.open(store, must_write=True), launched()
+    if kept.place is None:
+        raise ValueError(f"--store '{store}' names no folder and no URL to keep chunks in")
     engine = opt.load_engine(model, adapter, kept, dtype, device or processes.device, quantize)
     engine = opt.reworded(engine, instruction, system, wording)
     mine = processes.share(chunks)
@@ -184,6 +186,11 @@ def encode(
     who = f"process {processes.rank + 1} of {processes.count}: " if processes.count > 1 else ""
     report_encoded(report, kept, who)
     processes.wait()
+    if lost := kept.stats().unwritten:
+        raise ValueError(
+            f"{lost:,} chunks are not kept: they do not fit into the limits of --store '{store}' "
+            "(disk, remote_bytes, quota); raise them"
+        )
     while follow:
         if count := engine.encode_wanted():
             typer.echo(f"{count:,} chunks were wanted, and are encoded")

@@ -24,9 +24,9 @@ from blocktune.commands.errors import resumable
 from blocktune.commands.options import rejected
 from blocktune.data import RagExample, load_examples
 from blocktune.engine import Answer, EncodeReport, Engine, Sampling, Usage
-from blocktune.files import append_lines, locked, truncate_lines, whole_lines
+from blocktune.files import append_lines, resumed, truncate_lines
 from blocktune.methods import Method, parse_method
-from blocktune.parsing import parse_yaml
+from blocktune.parsing import parse_yaml, refuse_doubles
 from blocktune.prompt import Chunk, show
 
 
@@ -49,13 +49,12 @@ def read_examples(
 
 def build_method(name: str, parameters: Sequence[str]) -> Method:
     """Builds a method from its text and ``name=value`` pairs, read as YAML."""
-    values = {}
-    for parameter in parameters:
-        key, equals, value = parameter.partition("=")
-        if not equals:
-            raise ValueError(f"--param must be name=value, got '{parameter}'")
-        values[key] = parse_yaml(value, f"--param {key}")
-    return parse_method(name, values)
+    pairs = [[part.strip() for part in text.partition("=")] for text in parameters]
+    for text, (key, _, value) in zip(parameters, pairs, strict=True):
+        if not (key and value):
+            raise ValueError(f"--param must be name=value, got '{text}'")
+    refuse_doubles("--param", [key for key, *_ in pairs], "give it once")
+    return parse_method(name, {key: parse_yaml(text, f"--param {key}") for key, _, text in pairs})
 
 
 @dataclass(frozen=True)
@@ -108,8 +107,8 @@ class Run:
         Each line carries a key: a digest of all that decides its answer, ``method`` as typed too.
         """
         keys = [self._key(example, method) for example in examples]
-        with locked(output), resumable(f"the answers so far are in {output}"):
-            done = _answered(output, keys)
+        with resumed(output) as lines, resumable(f"the answers so far are in {output}"):
+            done = _answered(output, lines, keys)
             # Batches are the same after a stop, and with them what is drawn.
             done -= done % self.batch_size if done < len(keys) else 0
             truncate_lines(output, done)
@@ -152,9 +151,9 @@ def _line(record: dict[str, Any]) -> str:
     return json.dumps(record, ensure_ascii=False, default=str)
 
 
-def _answered(output: Path, keys: Sequence[str]) -> int:
+def _answered(output: Path, lines: Sequence[str], keys: Sequence[str]) -> int:
     """How many of the questions a file answers, in their order."""
-    for number, line in enumerate(whole_lines(output)):
+    for number, line in enumerate(lines):
         try:
             known = json.loads(line)["key"]
         except (ValueError, KeyError, TypeError):
@@ -164,7 +163,7 @@ def _answered(output: Path, keys: Sequence[str]) -> int:
                 f"'{output}', line {number + 1}: not an answer of this command; another command, "
                 "other questions or other settings wrote it; choose another --output or remove it"
             )
-    return len(whole_lines(output))
+    return len(lines)
 
 
 @contextmanager
@@ -185,6 +184,8 @@ def report_encoded(report: EncodeReport, store: ChunkStore, who: str) -> None:
     stats, known = store.stats(), report.num_chunks - report.num_encoded
     written = stats.disk_bytes_written
     each = f", {written / report.num_tokens / 1e3:,.1f} kB a token" if report.num_tokens else ""
+    if left := sum(stats.tiers[t].evictions for t in ("disk", "remote") if t in stats.tiers):
+        each += f"; {left:,} chunks left for them, to stay within its limits"
     typer.echo(
         f"{who}encoded {report.num_encoded:,} chunks ({report.num_tokens:,} tokens) in "
         f"{report.encode_s:.1f} s, {known:,} were there; {written / 1e6:,.1f} MB written to "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import locale
 import os
 import sys
 import traceback
@@ -116,10 +117,14 @@ def explain(error: Exception) -> str | None:
         extra = next((name for name, packages in EXTRAS.items() if package in packages), None)
         return extra and f"this needs the package '{package}'; run pip install 'blocktune[{extra}]'"
     if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.strerror}: '{error.filename}'"
+        # A folder is made where a file is, in its place or on the way there.
+        reason = "Not a folder" if isinstance(error, FileExistsError) else error.strerror
+        return f"{reason}: '{error.filename}'"
     if not isinstance(error, ValueError | OSError):
         return None
-    return " ".join(str(error).split())
+    hint = "; set PYTHONUTF8=1, since this locale is none of UTF-8"
+    is_narrow = isinstance(error, UnicodeError) and locale.getencoding().lower() != "utf-8"
+    return " ".join(str(error).split()) + hint * is_narrow
 
 
 def _say(line: str) -> None:

@@ -13,6 +13,7 @@ from typer import Argument, Option, echo
 from blocktune.commands import command, data
 from blocktune.commands import options as opt
 from blocktune.commands.data import Counter, Fields, Limit, Output, Source, Split, group
+from blocktune.commands.errors import resumable
 
 if TYPE_CHECKING:
     from blocktune.data import RagExample
@@ -155,7 +156,8 @@ def answer(
         length = {"max_new_tokens": max_new_tokens, "batch_size": len(batch)}
         return [a.text for a in engine.answer(batch, "full-prefill", sampling=drawn, **length)]
 
-    with Progress(console=Console(stderr=True)) as progress:
+    kept = resumable(f"the answers so far are in {output}.part")
+    with kept, Progress(console=Console(stderr=True)) as progress:
         bar = progress.add_task("answering", total=len(examples))
         done = regenerate(
             examples,

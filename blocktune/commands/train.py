@@ -54,7 +54,8 @@ def train(
 
         print_options()
         return
-    from blocktune.training.run import FINISHED, earlier_run, how_to_continue, parse, train
+    from blocktune.training.resume import stoppable
+    from blocktune.training.run import FINISHED, earlier_run, parse, train
 
     if processes is None and launcher is None:
         from blocktune.hub import Publisher
@@ -66,10 +67,8 @@ def train(
     if found == Path(args.output_dir) and not args.dry_run:
         typer.echo(FINISHED)
         return
-    try:
+    with stoppable(args.output_dir, args.overwrite):
         launch(processes, launcher, ["-m", "blocktune.cli", "train", *arguments])
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(how_to_continue(args)) from None
 
 
 def launch(processes: int | None, launcher: str | None, program: list[str]) -> None:

@@ -134,8 +134,8 @@ FIELDS = tuple(f.name for f in fields(RagExample))  # names of the fields of a r
 
 def unknown_fields(record: Mapping[str, Any]) -> list[str]:
     """Fields of a record that `RagExample.from_json` keeps in ``meta``."""
-    known = {*FIELDS, "answer"} if record.get("answers") is None else {*FIELDS}
-    return [key for key, value in record.items() if key not in known and value is not None]
+    known = {*FIELDS, "answer"} if _is_null(record.get("answers")) else {*FIELDS}
+    return [key for key, value in record.items() if key not in known and not _is_null(value)]
 
 
 def write_jsonl(path: str | Path, examples: Iterable[RagExample]) -> int:
@@ -222,6 +222,7 @@ def chunk_fields(value: Any, name: str) -> dict[str, Any]:
         value = value["kwargs"]  # LangChain's Document as its `dumps` writes it
     if not isinstance(value, Mapping):
         raise field_error(name, CHUNK_WANTED, value)
+    value = {key: None if _is_null(one) else one for key, one in value.items()}
     for key in _INNER:
         if isinstance(value.get(key), Mapping):
             value = {**value, key: None, **value[key]}
@@ -285,7 +286,7 @@ def chunk_to_json(chunk: Chunk) -> dict[str, Any]:
 def _decode(record: Any) -> dict[str, Any]:
     if not isinstance(record, Mapping):
         raise ValueError(f"must be an object, got {brief(record)}")
-    given = {key: value for key, value in record.items() if value is not None}
+    given = {key: value for key, value in record.items() if not _is_null(value)}
     unknown = unknown_fields(record)
     if meant := near_miss(unknown, [name for name in FIELDS if name not in given]):
         known = ", ".join(FIELDS)
@@ -304,8 +305,13 @@ def _decode(record: Any) -> dict[str, Any]:
     return values
 
 
+def _is_null(value: Any) -> bool:
+    """Whether a field is left out: null, or NaN, which pandas writes in its place."""
+    return value is None or (isinstance(value, float) and value != value)
+
+
 def _as_text(value: Any) -> Any:
-    return str(value) if type(value) in (int, float) else value
+    return str(value) if type(value) in (int, float) and not _is_null(value) else value
 
 
 def _as_tuple(value: Any) -> Any:

@@ -104,7 +104,10 @@ def _sentences_of_file(file: str) -> Iterator[str]:
     path = Path(file)
     if not path.is_file():
         raise ValueError(f"no haystack at '{file}'; give a text file, or JSON with a \"text\"")
-    text = path.read_text(encoding="utf-8-sig")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path.name} is not UTF-8 text (byte {error.start})") from None
     if path.suffix == ".json":
         try:
             text = json.loads(text)["text"]

@@ -15,7 +15,7 @@ from typing import Any
 
 from blocktune.data.answers import gives_answer
 from blocktune.data.example import RagExample, write_jsonl
-from blocktune.files import append_lines, replacing, truncate_lines, whole_lines
+from blocktune.files import append_lines, replacing, resumed
 
 Answerer = Callable[[Sequence[RagExample], int], Sequence[str]]
 """From a batch and its number to one answer each; the number seeds what is drawn."""
@@ -62,21 +62,23 @@ def regenerate(
                 "or give it 'answers'"
             )
     output = Path(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
+    if output.is_dir():
+        raise ValueError(f"'{output}' is a folder; name a file")
     part = output.with_name(output.name + ".part")
     record = [[example.to_json() for example in examples], dict(facts), batch_size]
     text = json.dumps(record, sort_keys=True, ensure_ascii=False)
-    answers = _resume(part, hashlib.sha256(text.encode()).hexdigest())
-    resumed = len(answers)
-    on_batch(resumed)
-    for start in range(resumed, len(examples), batch_size):
-        batch = examples[start : start + batch_size]
-        texts = list(answer(batch, start // batch_size))
-        if len(texts) != len(batch):
-            raise RuntimeError(f"{len(batch)} questions got {len(texts)} answers")
-        append_lines(part, [json.dumps(texts, ensure_ascii=False)])
-        answers += texts
-        on_batch(len(answers))
+    with resumed(part) as lines:
+        answers = _answers(part, lines, hashlib.sha256(text.encode()).hexdigest())
+        before = len(answers)
+        on_batch(before)
+        for start in range(before, len(examples), batch_size):
+            batch = examples[start : start + batch_size]
+            texts = list(answer(batch, start // batch_size))
+            if len(texts) != len(batch):
+                raise RuntimeError(f"{len(batch)} questions got {len(texts)} answers")
+            append_lines(part, [json.dumps(texts, ensure_ascii=False)])
+            answers += texts
+            on_batch(len(answers))
     kept = list(_kept(examples, answers, dict(facts), only_correct))
     written = [example for example in kept if isinstance(example, RagExample)]
     empty, wrong = kept.count("empty"), kept.count("wrong")
@@ -88,7 +90,7 @@ def regenerate(
     with replacing(output) as temporary:
         write_jsonl(temporary, written)
     part.unlink()
-    return Regenerated(len(written), resumed, empty, wrong)
+    return Regenerated(len(written), before, empty, wrong)
 
 
 def _kept(
@@ -105,17 +107,14 @@ def _kept(
             yield replace(example, response=text.strip(), meta=meta)
 
 
-def _resume(part: Path, key: str) -> list[str]:
-    """Answers of the whole batches in the part; a torn last line is cut off."""
+def _answers(part: Path, lines: Sequence[str], key: str) -> list[str]:
+    """Answers of the whole batches in the part, which begins with the key."""
     header = json.dumps({"key": key})
-    lines = whole_lines(part)
-    if not lines:  # stopped before the first line was whole
-        part.write_text(header + "\n", encoding="utf-8")
-        return []
-    if lines[0] != header:
+    if not lines:
+        append_lines(part, [header])
+    elif lines[0] != header:
         raise ValueError(
             f"{part.name} was started with other questions, model or decoding; repeat "
             f"that command, or remove '{part}' to start over"
         )
-    truncate_lines(part, len(lines))
     return [text for line in lines[1:] for text in json.loads(line)]

@@ -48,9 +48,15 @@ class CachedContext:
         prompt: new tokens start at ``N + Q``.
 
         Raises:
-            ValueError: If there is no question, or the cache was made for another one.
+            ValueError: If there is no question, the cache was made for another one, or it was
+                itself continued.
         """
-        asked = question or self.question
+        if self.past_key_values.get_seq_length() != self.input_ids.shape[1]:
+            raise ValueError(
+                "past_key_values was continued, and is no cache of the context any more; make one "
+                "by engine.cache, and give generate what inputs() returns"
+            )
+        asked = self.question if question is None else question
         if asked is None:
             raise ValueError("inputs() needs a question; this cache was made without one")
         if self.question not in (None, asked):

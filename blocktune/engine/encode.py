@@ -185,7 +185,9 @@ class Encoder:
         """What the store has of the pieces; see `find`, which encodes the others."""
         found, model, lookup_s, load_s = Found(), self.fingerprint, 0.0, 0.0
         look = (loader or self.store).lookup
-        how = {"read": FileKV.read} if lazy and not loader and self.store.is_on_disk else {}
+        limits = self.store.config
+        lazy = lazy and self.store.device.type == "cpu" and limits.memory + limits.cpu == 0
+        how = {"read": FileKV.read} if lazy and not loader else {}
         for piece in dict.fromkeys(pieces):
             key = self.key(piece)
             looked = [look(key, piece.ids, model, **how)]

@@ -33,6 +33,7 @@ from blocktune.methods.press import Press
 from blocktune.positions import load_fused
 from blocktune.prompt import Pieces, Prompt, PromptFormat
 from blocktune.prompt.special_tokens import padding_id
+from blocktune.registry import require_count
 
 NO_LIMIT = 1 << 30
 """Tokens of a context where the model's configuration names no limit."""
@@ -101,7 +102,7 @@ class Engine:
             encoder.tenant, self.fingerprint = "", encoder.fingerprint
         tree = PrefixTree(store=self.store) if prefix_tree is None else prefix_tree
         caches, auxiliaries = (encoder, tree, rope, pad_id), Auxiliaries(model, tokenizer)
-        self._state = EngineState(model, tokenizer, *caches, auxiliaries, recurrence)
+        self.state = EngineState(model, tokenizer, *caches, auxiliaries, recurrence)
         config = model.config.get_text_config()
         self.prompts = PromptMaker(
             tokenizer,
@@ -158,7 +159,7 @@ class Engine:
         """
         chunks = read_chunks(chunks)
         pieces = self.prompts.encodable(chunks)
-        return self._state.encoder.encode(*pieces, chunks, progress)
+        return self.state.encoder.encode(*pieces, chunks, progress)
 
     def encode_wanted(self, most: int = 256) -> int:
         """Encodes up to ``most`` chunks that readers of the store missed; returns how many it was.
@@ -167,7 +168,7 @@ class Engine:
         """
         if self.store.folder is None:
             raise ValueError("chunks are wanted in a folder; give the engine a store with one")
-        return self._state.encoder.encode_wanted(most, self.prompts.max_tokens)
+        return self.state.encoder.encode_wanted(most, self.prompts.max_tokens)
 
     def add_auxiliary(
         self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
@@ -176,7 +177,7 @@ class Engine:
 
         Folders need no name. Raises ValueError if its tokenizer is not the served model's.
         """
-        self._state.auxiliaries.add(name, model, tokenizer)
+        self.state.auxiliaries.add(name, model, tokenizer)
 
     def forget(self) -> None:
         """Empties the memory of chunks and of exact prefixes: the next answer finds nothing."""
@@ -196,9 +197,9 @@ class Engine:
         """
         if not salt:
             return self
-        other, encoder = copy.copy(self), self._state.encoder.salted(salt)
+        other, encoder = copy.copy(self), self.state.encoder.salted(salt)
         other.fingerprint = encoder.fingerprint
-        other._state = dataclasses.replace(self._state, encoder=encoder)
+        other.state = dataclasses.replace(self.state, encoder=encoder)
         return other
 
     def decoding_on(self, text: str) -> Engine:
@@ -207,20 +208,15 @@ class Engine:
         See `blocktune.cache.decode_cache.DecodeCache`. Raises ValueError as that does, or if the
         model decodes on a cache of its own.
         """
-        if self._state.recurrence is not None:
+        if self.state.recurrence is not None:
             raise ValueError("this model decodes on its own cache; leave the decode cache out")
         other = copy.copy(self)
-        other._state = dataclasses.replace(self._state, decode_cache=DecodeCache.parse(text))
+        other.state = dataclasses.replace(self.state, decode_cache=DecodeCache.parse(text))
         return other
-
-    @property
-    def state(self) -> EngineState:
-        """The model and the caches that its batches share."""
-        return self._state
 
     def forget_prefixes(self) -> None:
         """Empties the exact prefix cache: the next prompt finds nothing of those before it."""
-        self._state.prefix_tree.clear()
+        self.state.prefix_tree.clear()
 
     def answer(
         self,
@@ -245,27 +241,28 @@ class Engine:
         ValueError if the method is unknown or does not fit the model's adapter, or a prompt does
         not fit the model's context.
         """
+        require_count("batch_size", batch_size, least=1)
         method, sampling = built(method), sampling or Sampling()
         started = time.perf_counter()
         examples = [as_request(example) for example in examples]
         pieces, prompts = self._read(examples, method, max_new_tokens)
         read_s = (time.perf_counter() - started) / max(1, len(examples))
         asked = zip(range(len(pieces)), pieces, [e.question for e in examples], strict=True)
-        how = self.responses, self._state, method, (sampling, max_new_tokens)
+        how = self.responses, self.state, method, (sampling, max_new_tokens)
         recalls = [Recall.of(*how, one) for one in asked]
         answers = [one and one.answer() for one in recalls]
         order = [index for index, known in enumerate(answers) if known is None]
         if method.history is None:  # what one prompt leaves behind serves the next
             order.sort(key=lambda index: len(prompts[index].input_ids))
-        held = self._state.decode_cache
+        held = self.state.decode_cache
         batch_size = 1 if held is not None and held.window else batch_size
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            warm_up(self._state, self.prompts, [pieces[i] for i in batch], method)
+            warm_up(self.state, self.prompts, [pieces[i] for i in batch], method)
             laid = [prompts[i] for i in batch]
             if method.history is not None:
                 laid = [self.lay_out(pieces[i], method, max_new_tokens) for i in batch]
-            run = prefill_batch(self._state, laid, [pieces[i] for i in batch], method)
+            run = prefill_batch(self.state, laid, [pieces[i] for i in batch], method)
             run.watch.add("prompt_s", read_s * len(batch))
             made = run.answers(sampling, max_new_tokens, streams=batch)
             for index, answer in zip(batch, made, strict=True):
@@ -288,18 +285,18 @@ class Engine:
         """Yields an answer's text as it is made; the pieces join to `answer`'s text."""
         method, sampling, example = built(method), sampling or Sampling(), as_request(example)
         asked = 0, self.prompts.pieces(example, method), example.question
-        how = self.responses, self._state, method, (sampling, max_new_tokens)
+        how = self.responses, self.state, method, (sampling, max_new_tokens)
         recall = Recall.of(*how, asked)
         if recall is not None and (known := recall.answer()) is not None:
             yield known.text
             return
-        warm_up(self._state, self.prompts, [asked[1]], method)
+        warm_up(self.state, self.prompts, [asked[1]], method)
         pieces, prompts = self._read([example], method, max_new_tokens)
-        run = prefill_batch(self._state, prompts, pieces, method)
+        run = prefill_batch(self.state, prompts, pieces, method)
         ids: list[int] = []
         yield from run.texts(sampling, max_new_tokens, ids)
         if recall is not None:
-            recall.keep(self._state.text(ids), ids)
+            recall.keep(self.state.text(ids), ids)
 
     def cache(
         self, chunks: Any, method: str | Method = "naive", question: str | None = None
@@ -312,13 +309,13 @@ class Engine:
         attention or needs a question, or as `answer` does.
         """
         chunks = read_chunks(chunks)
-        return make_context(self._state, self.prompts, chunks, built(method), question)
+        return make_context(self.state, self.prompts, chunks, built(method), question)
 
     def start(self, pieces: Sequence[Pieces], method: str | Method) -> Generation:
         """Serves prompts given as token pieces up to their first logits."""
         method = built(method)
         laid = [self.lay_out(one, method) for one in pieces]
-        return prefill_batch(self._state, laid, pieces, method)
+        return prefill_batch(self.state, laid, pieces, method)
 
     def prefilled(self, examples: Sequence[Request], method: str | Method) -> Generation:
         """Like `start`, of examples."""
@@ -335,19 +332,18 @@ class Engine:
         """Decodes ``num_tokens`` greedily; their ids, and the logits ``(1, V)`` after them."""
         method = built(method)
         pieces, prompts = self._read([example], method, num_tokens + 1)
-        return prefill_batch(self._state, prompts, pieces, method).continued(num_tokens)
+        return prefill_batch(self.state, prompts, pieces, method).continued(num_tokens)
 
     def lay_out(self, pieces: Pieces, method: Method, max_new_tokens: int = 0) -> Prompt:
         """The rows of a prompt as ``method`` serves it now, by what earlier prompts left behind.
 
         Raises ValueError if the method does not fit the adapter, or the prompt the model's context.
         """
-        return self.prompts.lay_out(pieces, method, self._state.encoder, max_new_tokens)
+        return self.prompts.lay_out(pieces, method, self.state.encoder, max_new_tokens)
 
     def _read(
         self, examples: Sequence[Request], method: Method, max_new_tokens: int = 1
     ) -> tuple[list[Pieces], list[Prompt]]:
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        require_count("max_new_tokens", max_new_tokens, least=1)
         pieces = [self.prompts.pieces(example, method) for example in examples]
         return pieces, [self.lay_out(piece, method, max_new_tokens) for piece in pieces]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -60,7 +61,7 @@ class Sampling:
     seed: int | None = None  # the same one gives the same answers; None is 0, but never kept
 
     def __post_init__(self):
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature must be at least 0 (greedy), got {self.temperature}")
         if self.top_k < 0:
             raise ValueError(f"top_k must be at least 0 (all tokens), got {self.top_k}")

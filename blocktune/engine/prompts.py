@@ -90,6 +90,7 @@ class PromptMaker:
             )
         method.select_for(self.num_layers)  # a budget that cannot be met is refused here
         layout = method.layout_for(self.trained)
+        self._require_room(layout.num_blanks, f"the blanks of method '{method.name}'")
         if self.press is not None:
             self.press.require(method, layout)
         if self.exact_tokens is not None and (layout.num_blanks or layout.shared_prefix):

@@ -19,7 +19,7 @@ from blocktune.engine import Engine, Sampling
 from blocktune.engine.encode import wanted_pieces
 from blocktune.engine.usage import Stopwatch
 from blocktune.evaluation.metrics import qa_f1
-from blocktune.files import append_lines, replace_json, whole_lines
+from blocktune.files import append_lines, replace_json, resumed
 from blocktune.methods import Method
 from blocktune.prompt import Pieces, encode
 from blocktune.prompt.special_tokens import UserText, with_bos
@@ -116,20 +116,21 @@ def run_exam(
             "encoded by itself; choose another method"
         )
     slug = re.sub(r"[^a-z0-9_.-]+", "-", method.name.lower()).strip("-")
-    output.mkdir(parents=True, exist_ok=True)
     rows_file = output / f"{slug}_re_{exam.subset}.rows.jsonl"
     about = {"fingerprint": engine.fingerprint, "method": repr(method), "sha256": exam.sha256}
-    lines = [json.loads(line) for line in whole_lines(rows_file)] if rows_file.exists() else []
-    if lines and lines[0] != about:
-        raise ValueError(f"{rows_file} is of other weights, method or questions; name a new output")
-    if not lines:
-        append_lines(rows_file, [json.dumps(about)])
-    known = {row["_id"]: row for row in lines[1:]}
     asked = exam.rows[:limit]
-    for row in asked:
-        if row["_id"] not in known:
-            known[row["_id"]] = answered(engine, method, exam, row)
-            append_lines(rows_file, [json.dumps(known[row["_id"]])])
+    with resumed(rows_file) as lines:
+        if lines and lines[0] != json.dumps(about):
+            raise ValueError(
+                f"{rows_file} is of other weights, method or questions; name a new output"
+            )
+        if not lines:
+            append_lines(rows_file, [json.dumps(about)])
+        known = {row["_id"]: row for row in map(json.loads, lines[1:])}
+        for row in asked:
+            if row["_id"] not in known:
+                known[row["_id"]] = answered(engine, method, exam, row)
+                append_lines(rows_file, [json.dumps(known[row["_id"]])])
     results = [known[row["_id"]] for row in asked]
     path = output / f"{slug}_re_{exam.subset}.json"
     replace_json(path, _document(engine, method, exam, results, slug, port))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import atexit
-import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import groupby
@@ -23,7 +23,8 @@ from blocktune.evaluation.rows import ROWS, Row, RowFile, code_digest, digest_of
 from blocktune.evaluation.stats.results import RESULTS, build_results
 from blocktune.evaluation.suite import MethodSpec, Suite
 from blocktune.evaluation.ttft import TtftSummary, measure_ttft
-from blocktune.files import replace_json
+from blocktune.files import locked, replace_json
+from blocktune.parsing import load_json
 from blocktune.provenance import hardware, provenance, versions
 
 Item = TypeVar("Item")
@@ -101,6 +102,25 @@ def run_suite(
     """
     processes = processes or Processes()
     output, ready = Path(output), prepare(suite, load)
+    (output / ROWS).mkdir(parents=True, exist_ok=True)
+    with _alone(output / ROWS) if processes.is_main else nullcontext():
+        return _run(ready, output, command, processes)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    lock = folder / ".lock"
+    with locked(lock):
+        try:
+            yield
+        finally:
+            lock.unlink()
+
+
+def _run(
+    ready: Ready, output: Path, command: list[str] | None, processes: Processes
+) -> dict[str, Any] | None:
+    suite = ready.suite
     weights = ready.fingerprints()  # now: an adapter may be retrained during the run
     files = {spec.label: _open(ready, spec, output, processes) for spec in suite.methods}
     processes.wait()  # nobody writes before all have read
@@ -121,7 +141,6 @@ def run_suite(
 def _open(ready: Ready, spec: MethodSpec, output: Path, processes: Processes) -> RowFile:
     fingerprint = ready.engines[spec.adapter].fingerprint
     keys = [row_key(spec, q.task, q.example, fingerprint) for q in ready.questions]
-    (output / ROWS).mkdir(parents=True, exist_ok=True)
     return RowFile(output / ROWS, spec.label, keys, processes.rank)
 
 
@@ -223,7 +242,7 @@ def _known_or(
     path = output / f"{name}.json"
     first = {label: [row.key for row in own[:num]] for label, own in rows.items()}
     keys = digest_of([path.name, spec, first, code_digest(), hardware(), versions()])
-    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    known = load_json(path) if path.exists() else {}
     if known.get("keys") == keys:
         return known[name]
     found = measure()

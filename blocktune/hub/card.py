@@ -5,7 +5,6 @@ Results must be of the very adapter.
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from blocktune.check import Check
 from blocktune.data.sources.catalog import data_sets_in
 from blocktune.methods import BOTH_LEARNED, Weights, available, build
 from blocktune.models.identity import adapter_fingerprint, same_base
+from blocktune.parsing import load_json
 from blocktune.prompt import LayoutSpec
 from blocktune.provenance import public
 from blocktune.tables import Table, with_interval, written
@@ -216,11 +216,9 @@ def read_results(path: Path, folder: Path, info: AdapterInfo) -> Measured:
 
 def _read(path: Path) -> Mapping[str, Any]:
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = load_json(path)
     except OSError:
         raise ValueError(f"no results at '{path}'; make them with `blocktune eval`") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
     methods = record.get("methods") if isinstance(record, dict) else None
     wanted = {"n", "em", "ci95", "adapter"}
     if not isinstance(methods, dict) or not all(wanted <= own.keys() for own in methods.values()):

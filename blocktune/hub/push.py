@@ -18,6 +18,7 @@ from rich.console import Console
 from blocktune.adapter import INFO_FILE, OWN_WEIGHTS, PEFT_FILE, AdapterInfo
 from blocktune.check import check_adapter
 from blocktune.hub.card import CardFacts, card, read_results, served_by
+from blocktune.parsing import load_json
 from blocktune.prompt import LayoutSpec
 from blocktune.provenance import public
 
@@ -73,7 +74,7 @@ def _info(info: AdapterInfo, base: str) -> bytes:
 
 
 def _peft(path: Path, info: AdapterInfo, base: str) -> bytes:
-    values = json.loads(path.read_text(encoding="utf-8"))
+    values = load_json(path)
     return _json(values | {"base_model_name_or_path": base, "revision": info.base_revision})
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from blocktune.methods.base import METHODS, Axis, Method
 from blocktune.methods.composition import TABLES, compose
-from blocktune.parsing import parse_yaml
+from blocktune.parsing import parse_yaml, refuse_doubles
 from blocktune.prompt.layout_spec import LayoutSpec
 
 TERM = re.compile(
@@ -133,6 +133,7 @@ def _share(term: re.Match) -> float:
 
 def _parameters(term: re.Match, cls: type) -> dict[str, Any]:
     pairs = [pair.partition("=") for pair in term["pairs"].split()]
+    refuse_doubles(f"'{term['name']}':", [key for key, *_ in pairs], "give it once")
     parameters = {key: parse_yaml(value, key) for key, _, value in pairs}
     if term["number"] and not term["percent"]:
         known = [field.name for field in fields(cls)]

@@ -27,6 +27,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoTokenizer,
 )
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from blocktune.attention.interface import decoder_of
 from blocktune.files import move_folder
@@ -34,6 +35,7 @@ from blocktune.models.gate import examine
 from blocktune.models.probe import Mixes, Refused
 from blocktune.models.quantize import keep_stored_codes, quantization_config
 from blocktune.models.small import causal_class
+from blocktune.parsing import load_json
 
 if TYPE_CHECKING:
     from transformers import (
@@ -87,7 +89,7 @@ def load_base(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
     check_dtype(dtype)
-    config = _config(name, revision, what)
+    config = _config(bare, revision, what)
     try:
         examine(config)
     except Mixes:
@@ -103,6 +105,7 @@ def load_base(
             bare, revision=revision, dtype=dtype, output_loading_info=True, **kwargs
         )
         _require_all(found, name)
+        _require_stops(Path(bare) / GENERATION_CONFIG_NAME, model.generation_config.eos_token_id)
     with _explained(name, "a tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(bare, revision=revision)
     if file is not None:
@@ -118,6 +121,14 @@ def _require_all(found: Mapping[str, Any], name: str) -> None:
         raise ValueError(f"its files lack {len(missing)} weights, such as {missing[0]}")
     if unused := sorted(key for key in found["unexpected_keys"] if "inv_freq" not in key):
         logger.warning("%s: %d weights are not used, such as %s", name, len(unused), unused[0])
+
+
+def _require_stops(path: Path, eos: Any) -> None:
+    """Refuses a file that transformers would go on without, and stop tokens that are none."""
+    if path.is_file():
+        load_json(path)
+    if not all(isinstance(one, int | None) for one in (eos if isinstance(eos, list) else [eos])):
+        raise ValueError(f"eos_token_id of its generation config must be token ids, got {eos!r}")
 
 
 def examine_base(name: str) -> None:

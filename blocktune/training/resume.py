@@ -57,6 +57,19 @@ def is_longer(folder: Path, config: Mapping[str, Any]) -> bool:
     return is_constant and any(new[key] > old[key] for key in _LENGTH)
 
 
+@contextmanager
+def stoppable(output_dir: str | Path, overwrite: bool) -> Iterator[None]:
+    """Inside the block, Ctrl-C says what a run left, and how to continue it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        found = last_checkpoint(output_dir)
+        how = " without --overwrite" if overwrite else ""
+        left = f"the last checkpoint is {found}; repeat the command{how} to continue"
+        nothing = "no checkpoint is saved yet; repeat the command to start again"
+        raise KeyboardInterrupt(left if found else nothing) from None
+
+
 def require_same_run(
     folder: Path, config: Mapping[str, Any], world_size: int | None = None
 ) -> None:

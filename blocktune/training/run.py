@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import argparse
 import atexit
-import contextlib
 import difflib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -170,7 +169,7 @@ def _train(data, args, choice, callbacks) -> Path | None:
         launch_checks.say(f"continuing from {checkpoint}; --overwrite starts again")
     if launch_checks.is_set("ACCELERATE_USE_DEEPSPEED"):
         launch_checks.wait_for_builds()
-    with resume.leaving_no_empty_folder(folder), _stoppable(args):
+    with resume.leaving_no_empty_folder(folder), resume.stoppable(folder, args.overwrite):
         trainer = build(data, args, choice, callbacks)
         is_first = trainer.is_world_process_zero()
         if is_first:
@@ -214,23 +213,6 @@ def earlier_run(
     if found is not None:
         resume.require_same_run(found, config, world_size)
     return found
-
-
-@contextlib.contextmanager
-def _stoppable(args: BlockSFTConfig) -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(how_to_continue(args)) from None
-
-
-def how_to_continue(args: BlockSFTConfig) -> str:
-    """What a stopped run left, and how to continue it."""
-    found = resume.last_checkpoint(args.output_dir)
-    if found is None:
-        return "no checkpoint is saved yet; repeat the command to start again"
-    how = " without --overwrite" if args.overwrite else ""
-    return f"the last checkpoint is {found}; repeat the command{how} to continue"
 
 
 def build(

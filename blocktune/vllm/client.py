@@ -7,7 +7,6 @@ manifest says which chunks are the model's.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +25,7 @@ from blocktune.methods import Method, build, default_method
 from blocktune.models.gate import exact_length
 from blocktune.models.identity import adapter_fingerprint, tokenizer_hash
 from blocktune.models.load import adapter_folder, pinned
+from blocktune.parsing import load_json
 from blocktune.prompt import Pieces, PromptFormat, end_of_turn
 from blocktune.prompt.special_tokens import padding_id
 from blocktune.vllm.plan import LoadPlan, Segment, require_served
@@ -199,7 +199,7 @@ def _is_lora(adapter: Path | None) -> bool:
     """Whether vLLM needs the adapter; it must be able to load all that was trained."""
     if adapter is None or not (adapter / PEFT_FILE).is_file():
         return False
-    config = json.loads((adapter / PEFT_FILE).read_text())
+    config = load_json(adapter / PEFT_FILE)
     extra = [key for key in ("modules_to_save", "trainable_token_indices") if config.get(key)]
     if extra:
         raise ValueError(
@@ -230,7 +230,7 @@ def _stop_ids(tokenizer, model: str, revision: str | None, config) -> set[int]:
 
 def lora_rank(folder: Path) -> int:
     """The smallest ``max_lora_rank`` of vLLM's that holds an adapter."""
-    config = json.loads((folder / PEFT_FILE).read_text())
+    config = load_json(folder / PEFT_FILE)
     rank = max(config["r"], *(config.get("rank_pattern") or {"": 0}).values())
     return next(one for one in (8, 16, 32, 64, 128, 256, 320, 512) if one >= rank)
 

@@ -57,14 +57,32 @@ def test_a_store_records_what_replay_reads(tmp_path):
     assert (round(outcome.hit_rate, 3), outcome.peak_bytes) == (0.333, 2 * size)
     assert store.histograms()["reuse_distance"] == {4: 1}
     assert store.stats().tiers["disk"].hits == 1
+    with trace.open("a") as file:
+        file.write('{"op": "ge')  # a kill
+    assert len(read_requests(trace)) == 3
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("", "an empty trace"), ("[1]\n", "line 1: not a JSON"), ('{"a": 1}\n', "neither a trace")],
+    [
+        ("", "an empty trace"),
+        ("TIMESTAMP,ContextTokens,GeneratedTokens\n", "an empty trace"),
+        ("TIMESTAMP,ContextTokens,GeneratedTokens\n1,abc,2\n", "'abc'"),
+        ("[1]\n", "line 1: not a JSON"),
+        ('{"a": 1}\n', "neither of a store"),
+        ("\x80", "utf-8"),
+        ('{"hash_ids": [1], "input_length": null}\n', "NoneType"),
+        ('{"hash_ids": [], "input_length": 9}\n', "an empty trace"),
+        ('{"op": "get", "key": "a"}\n', "bytes"),
+        ('{"op": "put", "key": "a"}\n', "an empty trace"),
+        ('{"op": "get", "key": "a", "tokens": -1, "bytes": 2}\n', "num_tokens=-1"),
+    ],
 )
 def test_other_files_are_refused(tmp_path, text, message):
-    (tmp_path / "x").write_text(text)
+    (tmp_path / "x").write_text(text, encoding="latin-1")
+    (tmp_path / "x.gz").write_bytes(gzip.compress(b"text")[:-9])
+    with pytest.raises(ValueError, match=r"x\.gz': EOFError"):
+        read_requests(tmp_path / "x.gz")
     with pytest.raises(ValueError, match=message):
         read_requests(tmp_path / "x")
     with pytest.raises(ValueError, match="cannot read the trace"):

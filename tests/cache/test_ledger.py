@@ -288,5 +288,6 @@ def test_a_folder_with_a_comma_is_a_folder(tmp_path):
 
 def test_looking_into_a_folder_that_is_no_store_makes_nothing(tmp_path):
     (tmp_path / "notes.txt").write_text("text")
-    assert list(Shelf.open(str(tmp_path)).rows()) == []
+    with pytest.raises(ValueError, match="no store at"):
+        Shelf.open(str(tmp_path))
     assert os.listdir(tmp_path) == ["notes.txt"]

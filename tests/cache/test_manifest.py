@@ -24,15 +24,15 @@ def test_the_engine_describes_its_chunks(tokenizer, tmp_path, family):
     assert record["adapter"] is None
     piece = engine.prompts.encodable(ASK.chunks)[1][0]
     engine.encode(ASK.chunks)
-    encoder = engine._state.encoder
+    encoder = engine.state.encoder
     kv = engine.store.get(encoder.key(piece), piece.ids, engine.fingerprint)
     assert record["dtype"] == str(kv.dtype).removeprefix("torch.")
     shapes = [(k["key"], k["value"]) for k in record["layers"]]
     pairs = zip(kv.keys, kv.values, strict=True)
     assert shapes == [([k.shape[0], k.shape[2]], [v.shape[0], v.shape[2]]) for k, v in pairs]
     rope = record["rope"]
-    assert len(rope["layer"]) == len(engine._state.rope.layers)
-    for index, expected in zip(rope["layer"], engine._state.rope.layers, strict=True):
+    assert len(rope["layer"]) == len(engine.state.rope.layers)
+    for index, expected in zip(rope["layer"], engine.state.rope.layers, strict=True):
         assert torch.equal(torch.tensor(rope["frequencies"][index]), expected.inv_freq.float())
         form = tuple(rope[name][index] for name in ("start", "interleaved", "in_values"))
         assert form == expected[1:]

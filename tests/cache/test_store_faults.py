@@ -9,7 +9,7 @@ import socket
 import pytest
 from cache.made import MODEL, assert_same_chunk, made_chunk
 
-from blocktune.cache import ChunkStore, chunk_key
+from blocktune.cache import ChunkStore, chunk_key, tiers
 from blocktune.cache import store as store_module
 from blocktune.cache.blobs import SECRET, SECRET_FILE
 from blocktune.cache.folder import WRITING, ChunkFolder, chunk_path
@@ -93,7 +93,7 @@ def test_writing_goes_on_when_the_disk_has_room_again(tmp_path, broken, monkeypa
     store.put(KEY, CHUNK)  # too early
     assert (found(store), store.stats().unwritten) == (None, 2)
     now = store_module.time.monotonic()
-    monkeypatch.setattr(store_module.time, "monotonic", lambda: now + store_module.RETRY_S + 1)
+    monkeypatch.setattr(store_module.time, "monotonic", lambda: now + tiers.RETRY_S + 1)
     store.put(KEY, CHUNK)
     assert_same_chunk(found(store), CHUNK)
 

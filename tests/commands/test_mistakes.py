@@ -1,6 +1,8 @@
 """What a user can get wrong: one clear line, exit code 2, nothing half-written."""
 
 import json
+import locale
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,9 @@ import pytest
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+from blocktune import cli
 from blocktune.adapter import AdapterInfo
+from blocktune.commands.errors import explain
 from blocktune.data import RagExample, write_jsonl
 from blocktune.models.identity import base_fingerprint, tokenizer_hash
 from blocktune.prompt import Chunk, LayoutSpec, PromptFormat
@@ -99,7 +103,13 @@ def test_an_unknown_method_or_parameter(refused, model, suite, tmp_path):
     ask = ("answer", "--model", model, *QUESTION, *CHUNK)
     assert "unknown reuse method 'magic'; available: " in refused(*ask, "--method", "magic")
     assert "got unknown kk" in refused(*ask, "--method", "epic", "--param", "kk=3")
-    assert "--param must be name=value" in refused(*ask, "--method", "epic", "--param", "k")
+    for text in ("k", "=3", "k="):
+        assert "must be name=value" in refused(*ask, "--method", "epic", "--param", text)
+    twice = refused(*ask, "--method", "epic", "--param", "k=3", "--param", "k = 4")
+    assert "--param 'k' is given 2 times" in twice
+    assert "'epic': 'k' is given 2 times" in refused(*ask, "--method", "naive + epic k=3 k=4")
+    for number in ("nan", "inf"):
+        assert f"got {number}" in refused(*ask, "--temperature", number)
     assert "unknown reuse method 'magic'" in refused(*suite(methods=["naive", "magic"]))
     assert "adapter trained with link tokens" in refused(*suite(methods=["naive", "kvlink"]))
     assert not (tmp_path / "out").exists()
@@ -142,6 +152,14 @@ def test_a_wording_that_is_none(refused, model, tmp_path):
     ):
         path.write_text(text)
         assert word in refused(*ask, path)
+
+
+def test_the_only_line_of_a_file_is_not_taken_for_a_torn_answer(refused, model, tmp_path):
+    record = [{"question": "Who?", "chunks": ["Anna."]}]
+    path = tmp_path / "questions.json"
+    path.write_text(json.dumps(record))
+    assert "no log of this command" in refused("answer", "-m", model, "-i", path, "-o", path)
+    assert json.loads(path.read_text()) == record
 
 
 def test_an_output_of_something_else(refused, model, questions, tmp_path):
@@ -233,6 +251,22 @@ def test_passages_under_another_name(refused, model, tmp_path):
 def test_a_recipe_without_config(refused):
     line = refused("train", "recipes/kvlink.yaml")
     assert "did you mean '--config recipes/kvlink.yaml'?" in line
+
+
+def test_a_pipe_is_no_source(refused, model, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert "is a pipe" in refused("answer", "-m", model, "-i", tmp_path / "pipe")
+
+
+def test_a_terminal_without_size_or_utf8(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "0")  # as of a container before it knows its terminal
+    monkeypatch.setattr(sys, "argv", ["blocktune", "--help"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "answer" in capsys.readouterr().out
+    monkeypatch.setattr(locale, "getencoding", lambda: "ANSI_X3.4-1968")
+    assert "PYTHONUTF8=1" in explain(UnicodeEncodeError("ascii", "ü", 0, 1, "no"))
+    assert "PYTHONUTF8" not in explain(ValueError("no"))
 
 
 def test_a_reader_that_stops_early_is_no_error():

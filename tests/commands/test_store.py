@@ -163,8 +163,30 @@ def test_rm_removes_by_key_or_model(refused, folder, asked):
     assert "6 to 64 hex digits" in refused("store", "rm", folder, "../..")
     assert "either keys" in refused("store", "rm", folder)
     assert "kB, MB" in refused("store", "gc", folder, "--max-size", "much")
-    assert "no store at" in refused("store", "stat", folder / "none")
+    for option in ("codec=int4", "disk=1kB", "remote=file:///x"):
+        assert "name the place alone" in refused("store", "export", folder, f"new,{option}")
+    for place in (folder / "none", folder.parent):  # a folder that holds one is none itself
+        assert "no store at" in refused("store", "verify", place)
     assert "no manifest" in refused("store", "manifest", folder)
+
+
+def test_encode_says_what_the_store_does_not_keep(blocktune, refused, model, tmp_path):
+    documents = tmp_path / "docs.jsonl"
+    documents.write_text("".join(f'{{"text": "Town {n} is small."}}\n' for n in range(3)))
+    encode = ("encode", "-m", model, "-i", documents, "--store")
+    for limit in ("disk=1kB", "quota=1kB"):
+        done = blocktune(*encode, f"{tmp_path / 'small'},{limit}")
+        assert done.exit_code == 2
+        assert "4 chunks are not kept" in done.stderr  # and the prefix
+    done = blocktune(*encode, tmp_path / "whole")
+    assert "left for them" not in done.output
+    size = max(path.stat().st_size for path in (tmp_path / "whole").rglob("*.safetensors"))
+    done = blocktune(*encode, f"{tmp_path / 'one'},disk={size // 1000 + 1}kB")
+    assert done.exit_code == 0
+    assert "3 chunks left for them" in done.output  # the prefix too
+    for place, word in (("", "no folder"), ("memory=1GB", "no folder"), ("x,ttl=0", "ttl")):
+        assert word in refused(*encode, place)
+    assert "'ttl' is given twice" in refused(*encode, "x,ttl=1s,ttl=2s")
 
 
 ANSWER = ("-q", "Where was Anna born?", "--max-new-tokens", 2, "--json")

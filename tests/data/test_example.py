@@ -5,6 +5,7 @@ import json
 import pytest
 
 from blocktune.data import RagExample, load_examples, write_jsonl
+from blocktune.data.example import read_chunk
 from blocktune.prompt import Chunk
 
 FULL = RagExample(
@@ -45,6 +46,13 @@ def test_null_is_a_field_left_out():
         ("answers", "response", "kind", "id", "supporting", "meta", "followups", "conversation")
     )
     assert RagExample.from_json(GOOD | nulls) == RagExample.from_json(GOOD)
+    nan = float("nan")  # as pandas writes null
+    plain = RagExample.from_json(GOOD)
+    assert RagExample.from_json(GOOD | dict.fromkeys([*nulls, "other"], nan)) == plain
+    chunk = read_chunk({"text": "one", "title": nan, "score": nan}, "x")
+    assert (chunk.title, dict(chunk.metadata)) == (None, {})
+    with pytest.raises(ValueError, match='"answers" must be a list of non-blank'):
+        RagExample.from_json(GOOD | {"answers": [nan]})
     with pytest.raises(ValueError, match='field "question" is missing'):
         RagExample.from_json(GOOD | {"question": None})
 

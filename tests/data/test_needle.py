@@ -87,3 +87,9 @@ def test_bad_options_are_one_line(tokenizer, source, message):
     with pytest.raises(ValueError, match=message) as error:
         load_examples(source, tokenizer=tokenizer)
     assert "\n" not in str(error.value)
+
+
+def test_a_haystack_of_another_encoding_is_named(tokenizer, tmp_path):
+    (tmp_path / "prose.txt").write_bytes("Größe.".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"prose\.txt is not UTF-8"):
+        load_examples(f"needle:?haystack={tmp_path / 'prose.txt'}", tokenizer=tokenizer)

@@ -77,6 +77,8 @@ def test_torn_and_stopped_again(tmp_path):
 def test_a_part_with_a_torn_header_begins_anew(tmp_path):
     (tmp_path / "out.jsonl.part").write_text('{"ke')
     assert run(tmp_path / "out.jsonl", Model()).resumed == 0
+    with pytest.raises(ValueError, match="is a folder"):
+        run(tmp_path, Model())
 
 
 @pytest.mark.parametrize("changes", [{"facts": {"model": "other"}}, {"batch_size": 2}])

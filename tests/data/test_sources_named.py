@@ -1,5 +1,6 @@
 """Sources that are named, not files: the Hub (a folder stands in for it) and worlds."""
 
+import gzip
 import json
 from dataclasses import replace
 
@@ -82,7 +83,11 @@ def test_wrong_record_is_named(folder):
         load_examples(f"hf:{path}")
 
 
-def test_unreachable_set_is_one_line():
+def test_unreachable_set_is_one_line(tmp_path):
+    (tmp_path / "damaged.jsonl.gz").write_bytes(gzip.compress(b"{}")[:-9])
+    for name in ("hf:", f"hf:{tmp_path}"):  # datasets raises anything
+        with pytest.raises(ValueError, match=f"^cannot load '{name}'"):
+            load_examples(name)
     with pytest.raises(
         ValueError, match=r"^cannot load 'hf:nobody/no-set' \(split 'train'\): "
     ) as e:

@@ -207,6 +207,7 @@ def test_without_the_bridge_chunk_nothing_says_the_last_fact(examples):
         ({"num_passages": 0}, "at least 1"),
         ({"num_passages": (4, 2)}, "ascending"),
         ({"questions_per_world": 0}, "at least 1"),
+        ({"num_examples": -1}, "at least 1"),
         ({"aliased": 1.5}, "share from 0 to 1, got 1.5"),
         ({"kinds": {"cross-chunk": 1}, "num_passages": 1}, "needs two passages"),
     ],

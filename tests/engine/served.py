@@ -107,7 +107,7 @@ def with_fresh_rows(ids, layout: Layout, spans) -> tuple[torch.Tensor, Layout]:
 def served_spans(engine: Engine, ask: Ask, method: Method) -> tuple[torch.Tensor, list[Span]]:
     """Logits ``(V,)`` of a served request, and which tokens were computed in which layers."""
     pieces, prompts = engine._read([ask], method)
-    run = prefill_batch(engine._state, prompts, pieces, method)
+    run = prefill_batch(engine.state, prompts, pieces, method)
     depth = len(run.cache)
     fresh: list[set[int]] = [set() for _ in range(depth)]
     for plan in run.prefill.plans:

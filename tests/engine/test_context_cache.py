@@ -89,6 +89,12 @@ def test_one_cache_serves_many_questions_and_stays_as_it_was(tokenizer):
     assert torch.equal(keys, before)
     with pytest.raises(ValueError, match="needs a question"):
         context.inputs()
+    with pytest.raises(ValueError, match='"question" must be a non-blank'):
+        context.inputs("")
+    inputs = context.inputs("Who?") | {"past_key_values": context.past_key_values}
+    engine.model.generate(**inputs, max_new_tokens=2)
+    with pytest.raises(ValueError, match="past_key_values was continued"):
+        context.inputs("Who?")
 
 
 def test_positions_with_gaps_are_needed(tokenizer):

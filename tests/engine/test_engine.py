@@ -80,7 +80,7 @@ def test_chunks_are_encoded_once_and_their_bytes_are_counted(engine):
 
 def test_encoding_a_corpus_holds_one_pass_of_it_at_a_time(engine, monkeypatch):
     monkeypatch.setattr("blocktune.engine.encode.TOKENS_PER_PASS", 40)
-    encoder, held = engine._state.encoder, []
+    encoder, held = engine.state.encoder, []
     find = encoder.find
 
     def seen(group, watch, **options):
@@ -218,8 +218,11 @@ def test_a_chunk_longer_than_the_context_is_refused(engine):
 def test_what_cannot_run_is_refused_before_anything_does(engine):
     with pytest.raises(ValueError, match=r"'cacheblend' needs .* at least 8 layers, .* 2"):
         engine.answer([ASK], build("cacheblend", check_layer=7))
-    with pytest.raises(ValueError, match="max_new_tokens must be at least 1, got 0"):
-        engine.answer([ASK], "naive", max_new_tokens=0)
+    with pytest.raises(ValueError, match=r"blanks of method .* context holds 512"):
+        engine.answer([ASK], f"naive + layout num_blanks={10**12}")
+    for name, value in (("max_new_tokens", 0), ("max_new_tokens", 1.5), ("batch_size", -1)):
+        with pytest.raises(ValueError, match=f"{name} must be a whole number.*got {value}"):
+            engine.answer([ASK], "naive", **{name: value})
     for single in ({"question": "Who?", "chunks": ["Anna."]}, "Who?"):
         with pytest.raises(ValueError, match=r"got str .*; answer takes a list"):
             engine.answer(single)
@@ -265,7 +268,7 @@ def test_later_text_never_changes_an_earlier_column(tall, name):
     keys = []
     for ask in (ASK, later):
         pieces, prompts = tall._read([ask], method)
-        run = prefill_batch(tall._state, prompts, pieces, method)
+        run = prefill_batch(tall.state, prompts, pieces, method)
         until = int((run.columns.kind == Kind.QUERY).long().argmax())
         keys.append([layer.keys[0, :, :until].clone() for layer in run.cache.layers])
     for left, right in zip(*keys, strict=True):

@@ -16,7 +16,7 @@ PIECES = [Piece((11, 12, 13, 14, 15)), Piece((21, 22, 23), blanks=(9, 8)), Piece
 
 def found(engine, layers=(1,), pieces=PIECES):
     watch = Stopwatch(torch.device("cpu"))
-    return engine._state.encoder.find(pieces, watch, layers)
+    return engine.state.encoder.find(pieces, watch, layers)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -54,7 +54,7 @@ def test_states_are_made_on_demand_and_found_again_in_the_folder(tokenizer, tmp_
 def test_a_chunk_whose_states_were_lost_is_encoded_again(tokenizer):
     engine = engine_of(FAMILIES["llama"](), tokenizer)
     before = found(engine).states
-    encoder = engine._state.encoder
+    encoder = engine.state.encoder
     key = states_key(encoder.key(PIECES[0]), 1)
     foreign = ChunkStates(torch.zeros(5, 32), 1, torch.tensor([1, 2, 3, 4, 5]), engine.fingerprint)
     engine.store.put(key, foreign)

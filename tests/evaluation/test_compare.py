@@ -75,6 +75,10 @@ def test_verdicts_name_the_questions_that_are_missing():
 def test_runs_that_do_not_compare_are_refused(runs, tmp_path):
     with pytest.raises(ValueError, match=r"no results\.json in"):
         load_results(tmp_path)
+    for text, message in (("{}x", "results.json: not JSON"), ("[]", "it has no 'methods'")):
+        (tmp_path / "results.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            load_results(tmp_path)
     other = fake_results() | {"methods": {"mine": {}}}
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "results.json").write_text(json.dumps(other))

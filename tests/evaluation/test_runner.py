@@ -11,6 +11,7 @@ from blocktune.data import load_examples, write_jsonl
 from blocktune.engine import Engine
 from blocktune.evaluation.runner import run_suite
 from blocktune.evaluation.suite import parse_suite
+from blocktune.files import locked
 
 METHODS = ["full-prefill", "no-context", "naive", {"name": "epic", "params": {"k": 2}}]
 SOURCE = "worlds:test?seed=1&n=7&passages=2&kinds=self-contained,cross-chunk"
@@ -154,3 +155,8 @@ def _scores(results):
         {key: value for key, value in summary.items() if key not in timed}
         for summary in results["methods"].values()
     ]
+
+
+def test_a_second_run_into_the_same_folder_is_refused(tmp_path):
+    with locked(tmp_path / "rows" / ".lock"), pytest.raises(ValueError, match="another process is"):
+        run(tmp_path, make_engine())

@@ -10,6 +10,7 @@ from families import BASE, build
 from safetensors.torch import load_file, save_file
 from training.toy import toy_tokenizer
 from transformers import (
+    AutoConfig,
     AutoModelForImageTextToText,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
@@ -125,6 +126,14 @@ DAMAGED = {
         in_config(quantization_config={"quant_method": "gptq", "bits": 4}),
         "GPTQ quantized model requires",
     ),
+    "half a generation config": (
+        lambda folder: (folder / "generation_config.json").write_text('{"eos'),
+        "generation_config.json: not JSON",
+    ),
+    "words for stop tokens": (
+        lambda folder: (folder / "generation_config.json").write_text('{"eos_token_id": ["</s>"]}'),
+        "eos_token_id of its generation config must be token ids",
+    ),
     "null": (lambda folder: (folder / "config.json").write_text("null"), "cannot load"),
     "half a tokenizer": (
         lambda folder: (folder / "tokenizer.json").write_text('{"version'),
@@ -172,3 +181,17 @@ def test_of_a_multimodal_model_the_text_model_is_served(tmp_path):
     torch.testing.assert_close(model(ids).logits, whole(ids).logits)
     engine = Engine.from_pretrained(str(tmp_path), device="cpu")
     assert engine.answer([QUESTION], max_new_tokens=2)[0].usage.answer_tokens
+
+
+def test_a_revision_in_the_name_is_the_one_that_is_loaded(monkeypatch):
+    asked = []
+
+    def fetch(name, revision):
+        asked.append((name, revision))
+        raise OSError("offline")
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", fetch)
+    for name, revision in (("me/mine@v1", None), ("me/mine", "v1")):
+        with pytest.raises(ValueError, match="offline"):
+            load_base(name, revision=revision, device="cpu")
+    assert asked == [("me/mine", "v1")] * 2

@@ -171,6 +171,8 @@ def _no_source(source: str | Path) -> str:
         return f"'{source}' is a folder; give a file in it, such as '{tables[0]}'"
     if Path(source).is_dir():
         return f"'{source}' is a folder; give a file in it, or 'hf:{source}' for a data set"
+    if Path(source).exists():
+        return f"'{source}' is a pipe or a device, which is not read; write it into a file first"
     return (
         f"no file '{source}'; a source is a file of records, 'hf:NAME[:CONFIG]', one of "
         f"{', '.join(CATALOG)}, or generated: {', '.join(f'{name}:' for name in generators())}; "

@@ -297,8 +297,8 @@ def read_hub(
             numbered = ((index + 1, rows[index]) for index in order)
         for number, row in numbered:  # as in the set, except in a shuffled stream
             yield Record(f"{name} ({split}), record {number}", row)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
+    except Exception as error:  # of any type, since files may hold anything
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"cannot load 'hf:{name}' (split '{split}'): {reason}") from None
 
 

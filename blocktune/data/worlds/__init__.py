@@ -180,8 +180,9 @@ class WorldConfig:
             raise ValueError("kind 'cross-chunk' needs two passages, and worlds that are not plain")
         if not 0 <= self.aliased <= 1:
             raise ValueError(f"aliased must be a share from 0 to 1, got {self.aliased}")
-        if (fewest := min(self.questions_per_world, self.turns)) < 1:
-            raise ValueError(f"questions_per_world and turns must be at least 1, got {fewest}")
+        for name in ("num_examples", "questions_per_world", "turns"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.questions_per_world > 1 and self.turns > 1:
             raise ValueError(
                 "a world's questions are examples or turns of one: set only one of "

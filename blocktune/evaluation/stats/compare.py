@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from operator import gt, lt
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 from blocktune.evaluation.rows import Row, read_all
 from blocktune.evaluation.stats.results import FLOOR, ORACLE, RESULTS, plain_label, with_pools
 from blocktune.evaluation.stats.significance import ALPHA, PairedScores, holm, p_value, power
+from blocktune.parsing import load_json
 from blocktune.tables import Table, with_interval, written
 
 
@@ -36,7 +36,10 @@ def load_results(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / RESULTS
     if not path.is_file():
         raise ValueError(f"no {RESULTS} in '{folder}'; give the --output of a finished run")
-    return json.loads(path.read_text(encoding="utf-8"))
+    record = load_json(path)
+    if not isinstance(record, dict) or not isinstance(record.get("methods"), dict):
+        raise ValueError(f"{path}: not a {RESULTS} of `blocktune eval`; it has no 'methods'")
+    return record
 
 
 def compare(before: str | Path, after: str | Path, *, seed: int = 0) -> list[Change]:

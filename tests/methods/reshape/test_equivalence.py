@@ -35,7 +35,7 @@ def served(family, tokenizer):
 
 def start(engine, asks, method):
     pieces, prompts = engine._read(asks, method)
-    return prefill_batch(engine._state, prompts, pieces, method)
+    return prefill_batch(engine.state, prompts, pieces, method)
 
 
 def merged(engine, method, answer=(), fresh=None, moved=None):
