@@ -47,8 +47,15 @@ def read_examples(
     return [RagExample(question, tuple(Chunk(text) for text in chunks))]
 
 
-def build_method(name: str, parameters: Sequence[str]) -> Method:
-    """Builds a method from its text and ``name=value`` pairs, read as YAML."""
+def build_method(name: str | None, parameters: Sequence[str]) -> Method | None:
+    """Builds a method from its text and ``name=value`` pairs, read as YAML; None if none is named.
+
+    Raises ValueError if there are parameters and no method.
+    """
+    if name is None and parameters:
+        raise ValueError("--param needs the --method that it is of")
+    if name is None:
+        return None
     pairs = [[part.strip() for part in text.partition("=")] for text in parameters]
     for text, (key, _, value) in zip(parameters, pairs, strict=True):
         if not (key and value):

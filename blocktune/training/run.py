@@ -182,6 +182,7 @@ def _train(data, args, choice, callbacks) -> Path | None:
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         trainer.save_model()
         trainer.save_state()
+        launch_checks.say(f"saved in {folder}: blocktune answer --model {base} --adapter {folder}")
     return folder
 
 
