@@ -15,7 +15,7 @@ import xxhash
 from safetensors.torch import save
 from torch import Tensor
 
-from blocktune.cache.blobs import MOST_HEADER, Blobs, Bytes, FileFacts
+from blocktune.cache.blobs import MOST_HEADER, Blobs
 from blocktune.cache.chunk_kv import Entry
 from blocktune.cache.codecs import decoded, encoded
 from blocktune.cache.ledger import About, Row
@@ -107,12 +107,12 @@ class ChunkFile:
 
     def row(self) -> Row:
         """What an index says of it."""
-        facts = FileFacts(self._header, len(self.token_ids), self._blob.size, self._blob.used)
-        return facts.row(self.key)
+        size, used = self._blob.size, self._blob.used
+        return Row.of(self._header, len(self.token_ids), self.key, size, used)
 
     def content(self) -> bytes | None:
         """The whole file, if it was fetched from a remote."""
-        return bytes(self._blob.data) if isinstance(self._blob, Bytes) else None
+        return None if self._blob.data is None else bytes(self._blob.data)
 
     def read(self, name: str, share: Share | None = None) -> Tensor:
         """One tensor, or a rank's heads of it, verified; ValueError if it is damaged."""

@@ -67,13 +67,14 @@ class Entry(ABC):
 
     def to(self, device: torch.device | str) -> Self:
         """Moves the tensors; token ids stay where comparing is cheap, on the CPU."""
-        return self._map(lambda tensor: tensor.to(device))
+        return self.map(lambda tensor: tensor.to(device))
 
     def compact(self) -> Self:
         """Copies tensors that are views, so that holding a chunk never holds its batch."""
-        return self._map(own)
+        return self.map(own)
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """With other tensors in the place of its own."""
         tensors = dict(self.tensors())
         ids = own(self.token_ids.cpu())
         return self.restore(self.facts(), lambda n: function(tensors[n]), ids, self.fingerprint)

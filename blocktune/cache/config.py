@@ -9,9 +9,10 @@ import json
 import re
 import time
 from collections import Counter, OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal, TextIO
+from typing import Literal, Self, TextIO
 
 POLICIES = {
     "lru": "used",
@@ -57,6 +58,18 @@ class Row(About):
     used: float = 0.0
     uses: int = 0
     pinned: bool = False
+
+    @classmethod
+    def of(
+        cls, header: Mapping[str, str], num_tokens: int, key: str, size: int, used: float
+    ) -> Self:
+        """Of a file, by what its header says."""
+        try:
+            seconds, expires = (float(header.get(name, 0.0)) for name in ("seconds", "expires"))
+        except ValueError:
+            seconds = expires = 0.0
+        texts = (header.get(n, "") for n in ("kind", "fingerprint", "document", "tenant"))
+        return cls(num_tokens, *texts, seconds, expires or None, key, size, used, used, 1)
 
     @property
     def about(self) -> About:

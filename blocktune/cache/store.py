@@ -15,14 +15,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from blocktune.cache.blobs import secret_from_environment
 from blocktune.cache.chunk_file import ChunkFile, pack_chunk
 from blocktune.cache.chunk_kv import ChunkKV, Entry, Lookup
 from blocktune.cache.codecs import round_trip
 from blocktune.cache.config import MEMORY, StoreConfig, StoreStats, Tracer
-from blocktune.cache.folder import ChunkFolder
 from blocktune.cache.ledger import About, Ledger
-from blocktune.cache.remote import open_remote
+from blocktune.cache.shelf import open_places
 from blocktune.cache.tiers import RETRY_S, BlobTier, MemoryTier
 from blocktune.positions import RopeSpec
 
@@ -76,19 +74,9 @@ class ChunkStore:
         self._ropes: dict[str, RopeSpec] = {}
         self._shared_ropes: dict[str, RopeSpec] = {}
         self._tracer = Tracer(config.trace)
-        limits = {"policy": config.policy, "quota": config.quota}
-        self._memories = [MemoryTier("memory", self.device, max_bytes=config.memory, **limits)]
-        if config.cpu:
-            host = torch.device("cpu")
-            self._memories.append(MemoryTier("cpu", host, max_bytes=config.cpu, **limits))
-        secret = secret_from_environment() if secret is None else secret
-        self._blobs: list[BlobTier] = []
-        if config.folder is not None:
-            files = ChunkFolder(config.folder, secret)
-            self._blobs.append(BlobTier("disk", files, must_write, max_bytes=config.disk, **limits))
-        if config.remote is not None:
-            files, most = open_remote(config.remote, secret), config.remote_bytes
-            self._blobs.append(BlobTier("remote", files, must_write, max_bytes=most, **limits))
+        self._memories = [MemoryTier("memory", self.device, config)]
+        self._memories += [MemoryTier("cpu", torch.device("cpu"), config)] if config.cpu else []
+        self._blobs = [BlobTier(b, config, must_write) for b in open_places(config, secret)]
 
     @classmethod
     def open(cls, text: str | Path, device: torch.device | str = "cpu", **options) -> Self:

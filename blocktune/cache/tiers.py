@@ -21,7 +21,7 @@ import torch
 from blocktune.cache.blobs import Blobs
 from blocktune.cache.chunk_file import ChunkFile, Expired
 from blocktune.cache.chunk_kv import Entry
-from blocktune.cache.config import TierStats
+from blocktune.cache.config import StoreConfig, TierStats
 from blocktune.cache.folder import ChunkFolder, is_taken
 from blocktune.cache.ledger import About, Ledger, Row
 from blocktune.cache.shelf import open_index
@@ -39,9 +39,11 @@ _LOG = logging.getLogger(__name__)
 class MemoryTier:
     """Entries in the memory of a device; that of the host is pinned where there is a GPU."""
 
-    def __init__(self, name: str, device: torch.device, **budget):
-        """The budget is ``max_bytes``, ``policy`` and ``quota`` of its `Ledger`."""
-        self.name, self.device, self.ledger = name, device, Ledger(**budget)
+    def __init__(self, name: str, device: torch.device, config: StoreConfig):
+        """``memory`` of the device or ``cpu``; the ``config`` has its budget."""
+        self.name, self.device = name, device
+        most = getattr(config, name)
+        self.ledger = Ledger(max_bytes=most, policy=config.policy, quota=config.quota)
         self.entries: dict[str, Entry] = {}
         self._ends: dict[str, float] = {}
         self.stats = TierStats()
@@ -65,7 +67,10 @@ class MemoryTier:
         for one in doomed:
             self.remove(one)
         self.stats.evictions += len(left)
-        self.entries[key] = self._moved(entry)
+        entry = entry.to(self.device)
+        if self.device.type == "cpu" and torch.cuda.is_available():
+            entry = entry.map(lambda tensor: tensor.pin_memory())
+        self.entries[key] = entry
         self._ends.pop(key, None)
         if about.expires is not None:
             self._ends[key] = about.expires
@@ -85,33 +90,29 @@ class MemoryTier:
         self._ends.clear()
         self.ledger.clear()
 
-    def _moved(self, entry: Entry) -> Entry:
-        entry = entry.to(self.device)
-        if self.device.type == "cpu" and torch.cuda.is_available():
-            return entry._map(lambda tensor: tensor.pin_memory())
-        return entry
-
 
 class BlobTier:
     """Files of entries in a folder or a remote."""
 
-    def __init__(self, name: str, blobs: Blobs, must_write: bool = False, **budget):
+    def __init__(self, blobs: Blobs, config: StoreConfig, must_write: bool = False):
         """Makes the folder and opens its index; if it ``must_write``, a failing write raises."""
-        self.name, self.blobs, self.must_write, self._budget = name, blobs, must_write, budget
-        self.stats = TierStats()
-        self._lock = threading.Lock()
-        self._next = {"read": 0.0, "write": 0.0, "index": 0.0}
-        self._warned, self._listed = False, 0.0
+        self.blobs, self.must_write, self.stats = blobs, must_write, TierStats()
         self._is_folder = isinstance(blobs, ChunkFolder)
-        self.ledger = None if self._is_folder else Ledger(**budget)
+        self.name, most = "remote", config.remote_bytes
+        if self._is_folder:
+            self.name, most = "disk", config.disk
+        self._budget = {"max_bytes": most, "policy": config.policy, "quota": config.quota}
+        self._lock, self._warned, self._listed = threading.Lock(), False, 0.0
+        self._next = {"read": 0.0, "write": 0.0, "index": 0.0}
+        self.ledger = None if self._is_folder else Ledger(**self._budget)
         self._queue = None if self._is_folder or must_write else _in_background(self)
         if self._is_folder:
             try:
                 blobs.prepare()
             except OSError as error:
                 self.failed(error, "write")
-            self.ledger = open_index(blobs, **budget)
-            if self.ledger is None and budget["max_bytes"] is not None:
+            self.ledger = open_index(blobs, **self._budget)
+            if self.ledger is None and most is not None:
                 _LOG.warning("'%s': no index can be kept, so nothing is written", blobs.place)
 
     def load(
@@ -250,11 +251,10 @@ class BlobTier:
             return doomed
 
     def _relist(self) -> None:
-        with self._lock:
-            if time.monotonic() < self._listed:
-                return
-            self._listed = time.monotonic() + REFRESH_S
-        rows = self.blobs.listing()
+        if time.monotonic() < self._listed:
+            return
+        self._listed = time.monotonic() + REFRESH_S
+        rows = list(self.blobs.listing())
         gone = {row.key for row in self.ledger.rows()} - {key for key, _, _ in rows}
         self.ledger.remove(gone)
         self.ledger.fill(Row(key=k, size=n, created=at, used=at, uses=1) for k, n, at in rows)

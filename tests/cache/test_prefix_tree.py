@@ -23,7 +23,7 @@ from cache.prompts import (
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from blocktune.cache import ExactKV, PrefixTree, RowCache, cut_exact
-from blocktune.cache.exact import place_checkpoints, recomputed_tokens
+from blocktune.cache.exact import place_checkpoints
 
 
 def test_a_cut_holds_its_tokens_at_their_place_and_nothing_else():
@@ -184,6 +184,11 @@ def test_checkpoints_go_where_earlier_prompts_were_shared():
     assert tree.checkpoints_for(MODEL, 9, (2, 5, 9)) == (5, 7)
     assert tree.checkpoints_for(MODEL, 6, (2, 6)) == (2, 6)
     assert tree.checkpoints_for(MODEL, 9, (2,), salt="another") == (2,)
+
+
+def recomputed_tokens(weights, placed):
+    nearest = {depth: max(p for p in (0, *placed) if p <= depth) for depth in weights}
+    return sum(weight * (depth - nearest[depth]) for depth, weight in weights.items())
 
 
 def test_the_dynamic_programme_is_the_best_of_all_placements():

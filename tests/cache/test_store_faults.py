@@ -301,7 +301,7 @@ def test_a_signature_belongs_to_one_key_and_content(tmp_path):
     store = open_store(tmp_path, secret=SECRET_A)
     store.put(KEY, CHUNK)
     store.put(OTHER_KEY, OTHER)
-    header = ChunkFolder(tmp_path).facts(OTHER_KEY).header
+    header = ChunkFolder(tmp_path).facts(OTHER_KEY)[0]
     forged(tmp_path, {"signature": header["signature"]})
     assert found(store) is None
     os.replace(chunk_path(tmp_path, OTHER_KEY), chunk_path(tmp_path, KEY))
