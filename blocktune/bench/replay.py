@@ -1,22 +1,42 @@
 """What a store of a given size and policy would have saved on a trace, and when reuse pays at all.
 
-Simulated: nothing is encoded. Costs come from the trace where a store recorded them, else from
-`Costs`.
+Simulated: nothing is encoded. A trace is requests and the chunks that they ask for: recorded by a
+store (the JSON lines of ``--store ...,trace=FILE``), published (Mooncake's ``hash_ids``, blocks of
+512 tokens; Azure's CSV, ``TIMESTAMP,ContextTokens,GeneratedTokens``, which names no contents: its
+lengths are filled with drawn chunks), or drawn. A name that ends in ``.gz`` is read as it is. Costs
+come from the trace where a store recorded them, else from `Costs`.
 """
 
 from __future__ import annotations
 
-import itertools
+import csv
+import gzip
+import json
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain, count, groupby, islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from blocktune.bench.traces import Request, Use, zipf_requests
 from blocktune.cache.ledger import About, Ledger
 
 WINDOWS = 10
+BLOCK = 512  # tokens of a block of Mooncake's traces, and of drawn chunks
+SAME_REQUEST_S = 0.001  # look-ups of a recorded store this close to each other are one request
+
+
+class Use(NamedTuple):
+    """A chunk that a request asks for; ``num_bytes`` and ``seconds`` are 0 where unknown."""
+
+    key: str
+    num_tokens: int
+    num_bytes: int = 0
+    seconds: float = 0.0
+    tenant: str = ""
+
+
+Request = tuple[Use, ...]
 
 
 @dataclass(frozen=True)
@@ -66,7 +86,7 @@ def replay(
     requests: Sequence[Request], budget: int, policy: str = "lru", costs: Costs = Costs()
 ) -> Outcome:
     """Plays a trace against one tier of ``budget`` bytes; ``costs`` are of what it does not say."""
-    clock = itertools.count(1)
+    clock = count(1)
     ledger = Ledger(max_bytes=budget, policy=policy, clock=lambda: next(clock) * 1e-4)
     there: dict[str, int] = {}
     windows = [[0, 0] for _ in range(WINDOWS)]
@@ -201,3 +221,105 @@ def plot_break_even(by_recompute: dict[float, Sequence[BreakEven]], path: Path) 
         style.label_ends(axis, ends)
 
     return style.to_png(draw, path, height=3.0, width=5.6)
+
+
+def zipf_requests(
+    requests: int = 10_000,
+    chunks: int = 10,
+    novel: float = 0.3,
+    exponent: float = 0.9,
+    seed: int = 0,
+    catalogue: int = 10_000,
+) -> Iterator[Request]:
+    """Sustained novelty: chunks that recur by a Zipf law among ever new ones.
+
+    A chunk of a request is new with probability ``novel``, and never comes back; else it is the
+    ``n``-th of a ``catalogue`` with weight ``n ** -exponent``. Lengths are 64 to 2,048 tokens, in
+    octaves, so that chunks differ in what encoding them saves per byte.
+    """
+    draw = random.Random(seed)
+    sizes = [2 ** draw.randrange(6, 12) for _ in range(catalogue)]
+    for _ in range(requests):
+        uses = {}
+        while len(uses) < chunks:
+            number = len(sizes)
+            if draw.random() < novel:
+                sizes.append(2 ** draw.randrange(6, 12))
+            else:
+                number = _rank(draw, catalogue, exponent) - 1
+            uses[number] = Use(f"drawn {number}", sizes[number])
+        yield tuple(uses.values())
+
+
+def read_requests(path: str | Path, limit: int | None = None, seed: int = 0) -> list[Request]:
+    """Requests of a file, or drawn where ``path`` is ``zipf``; a ValueError names a wrong line."""
+    if str(path) == "zipf":
+        return list(zipf_requests(limit or 10_000, seed=seed))
+    opened = gzip.open if str(path).endswith(".gz") else open
+    try:
+        with opened(path, "rt", encoding="utf-8") as file:
+            first = file.readline()
+            lines = iter((first, *file))
+            azure = first.startswith("TIMESTAMP,")
+            return list(islice(_azure(lines, seed) if azure else _json_lines(lines, path), limit))
+    except OSError as error:
+        raise ValueError(f"cannot read the trace '{path}': {error}") from None
+
+
+def _json_lines(lines: Iterator[str], path: str | Path) -> Iterator[Request]:
+    records = _records(lines, path)
+    first = next(records, None)
+    if first is None:
+        raise ValueError(f"{path}: an empty trace")
+    if "hash_ids" in first:
+        for record in chain([first], records):
+            left = count(record["input_length"], -BLOCK)
+            sizes = zip(record["hash_ids"], left, strict=False)  # the lengths have no end
+            yield tuple(Use(str(block), max(1, min(BLOCK, size))) for block, size in sizes)
+        return
+    if "op" not in first:
+        raise ValueError(f"{path}: neither a trace of a store nor Mooncake's; see `--help`")
+    everything = [first, *records]
+    made = {record["key"]: record for record in everything if record["op"] == "put"}
+    gets = [record for record in everything if record["op"] == "get"]
+    ends = [b["t"] - b["load_s"] - a["t"] > SAME_REQUEST_S for a, b in pairwise(gets)]
+    numbers = accumulate(ends, initial=0)
+    for _, group in groupby(zip(numbers, gets, strict=True), key=lambda pair: pair[0]):
+        yield tuple(_use(record, made.get(record["key"], {})) for _, record in group)
+
+
+def _use(got: dict, put: dict) -> Use:
+    num_bytes = put.get("bytes") or got["bytes"]
+    return Use(got["key"], got["tokens"], num_bytes, put.get("seconds", 0.0), put.get("tenant", ""))
+
+
+def _records(lines: Iterator[str], path: str | Path) -> Iterator[dict]:
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line) if line.strip() else {}
+        except ValueError:
+            record = None
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}, line {number}: not a JSON object")
+        if record:
+            yield record
+
+
+def _azure(lines: Iterator[str], seed: int) -> Iterator[Request]:
+    draw, seen = random.Random(seed), 0
+    for row in csv.DictReader(lines):
+        uses = {}
+        for left in range(int(row["ContextTokens"]), 0, -BLOCK):
+            if not seen or draw.random() < 0.5:
+                seen += 1
+                rank = seen
+            else:
+                rank = _rank(draw, seen, 0.9)
+            uses[rank] = Use(f"drawn {rank}", min(BLOCK, left))
+        yield tuple(uses.values())
+
+
+def _rank(draw: random.Random, count: int, exponent: float) -> int:
+    """1 to ``count`` with weights ``rank ** -exponent``, by inverting the integral."""
+    power = 1 - exponent
+    return min(count, int((1 + draw.random() * ((count + 1) ** power - 1)) ** (1 / power)))

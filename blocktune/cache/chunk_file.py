@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from blocktune.cache.blobs import MOST_HEADER, Blobs
-from blocktune.cache.chunk_kv import Entry
+from blocktune.cache.chunk_kv import ChunkKV, Entry
 from blocktune.cache.codecs import decoded, encoded
 from blocktune.cache.ledger import About, Row
 from blocktune.positions import RopeSpec
@@ -44,7 +45,6 @@ _MOST_PROVEN, _MOST_HEADERS = 1 << 16, 1 << 10
 SETTLED_S = 2.0
 """A file that changed this recently may change again without another date."""
 PAGE = 4096
-NOTHING = About()
 Share = tuple[int, int]
 """A tensor parallel rank, and how many there are."""
 _BY_HEAD = ("key.", "value.")
@@ -175,25 +175,14 @@ class ChunkFile:
         return made
 
     def like(self) -> Entry:
-        """An entry of its shapes and types, without its numbers."""
+        """An entry of its shapes and types, stored as they are, without its numbers."""
 
         def empty(name: str) -> Tensor:
-            if self.codec == "as-is":
-                told = self._tensors[name]
-                return torch.empty((), dtype=DTYPES[told["dtype"]]).expand(told["shape"])
-            kind, _, layer = name.partition(".")
-            dim = json.loads(self._header["dims"])[int(layer)][kind == "value"]
-            heads = self._tensors[f"{name}.codes"]["shape"][0]
-            dtype = getattr(torch, self._header["dtype"])
-            return torch.empty((), dtype=dtype).expand(heads, len(self.token_ids), dim)
+            told = self._tensors[name]
+            return torch.empty((), dtype=DTYPES[told["dtype"]]).expand(told["shape"])
 
         with _readable():
             return self.kind.restore(self._header, empty, self.token_ids, self.fingerprint)
-
-    def tensor(self, name: str) -> Tensor:
-        """One tensor of the entry, verified and decoded; raises as `read` does."""
-        with _readable():
-            return decoded(self._header, self.read, len(self.token_ids))(name)
 
     def verify(self) -> None:
         """Reads every tensor, whatever was verified before; raises as `read` does."""
@@ -254,13 +243,48 @@ def heads_of(rank: int, size: int, num_heads: int) -> slice:
     return slice(start, start + count)
 
 
+class FileKV(ChunkKV):
+    """A chunk whose layers are read from its ``file`` each time; ``like`` has no numbers.
+
+    It is verified once, before: of a file that is damaged after that, `ValueError` comes late.
+    """
+
+    def __init__(self, file: ChunkFile):
+        vars(self).update(vars(like := file.like()), file=file, like=like, num_bytes=like.num_bytes)
+        vars(self).update(keys=_Half(self, "key"), values=_Half(self, "value"))
+
+    @classmethod
+    def read(cls, file: ChunkFile) -> ChunkKV:
+        """Of a verified file; the whole entry if it is coded."""
+        if file.codec != "as-is":
+            return file.entry()
+        file.prove()
+        return cls(file)
+
+    def to(self, device: torch.device | str) -> FileKV:
+        """As it is: layers are read into the CPU's memory."""
+        return self
+
+
+@dataclass(frozen=True)
+class _Half(Sequence):
+    kv: FileKV
+    name: str
+
+    def __getitem__(self, layer: int) -> Tensor:
+        return self.kv.file.read(f"{self.name}.{layer}")
+
+    def __len__(self) -> int:
+        return len(self.kv.like.keys)
+
+
 def pack_chunk(
     blobs: Blobs,
     key: str,
     entry: Entry,
-    about: About = NOTHING,
-    codec: str = "as-is",
-    rope: RopeSpec | None = None,
+    about: About,
+    codec: str,
+    rope: RopeSpec | None,
 ) -> bytes:
     """The content of an entry's file, signed with the key of ``blobs``; see `encoded`.
 
@@ -269,7 +293,9 @@ def pack_chunk(
     entry = entry.to("cpu").compact()
     facts, tensors = encoded(entry, codec, rope)
     tensors |= {"token_ids": entry.token_ids}
-    header = _header(key, entry, tensors) | facts
+    header = {"format": FORMAT, "kind": entry.kind, "key": key, "fingerprint": entry.fingerprint}
+    header |= {"num_bytes": str(entry.num_bytes), "checksums": _sums(xxhash.xxh3_128, tensors)}
+    header |= {name: str(fact) for name, fact in entry.facts().items()} | facts
     told = {name: getattr(about, name) for name in ("document", "tenant", "seconds", "expires")}
     header |= {name: str(value) for name, value in told.items() if value}
     signed = {}
@@ -307,18 +333,6 @@ def _readable() -> Iterator[None]:
         raise
     except (OSError, LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise _Unreadable(f"unreadable ({error})") from None
-
-
-def _header(key: str, entry: Entry, tensors: dict[str, Tensor]) -> dict[str, str]:
-    """The file's header: what the entry is, and a checksum of each tensor."""
-    return {
-        "format": FORMAT,
-        "kind": entry.kind,
-        "key": key,
-        "fingerprint": entry.fingerprint,
-        "num_bytes": str(entry.num_bytes),
-        "checksums": _sums(xxhash.xxh3_128, tensors),
-    } | {name: str(fact) for name, fact in entry.facts().items()}
 
 
 def _sums(hasher, tensors: dict[str, Tensor]) -> str:

@@ -9,27 +9,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
-from blocktune.cache.embeddings import Embedder
 from blocktune.cache.exact import ExactKV, PrefixMatch
 from blocktune.cache.fingerprint import chunk_key
-from blocktune.cache.records import Nearest, Record, keep
+from blocktune.cache.records import Embedder, Nearest, Record, keep
 from blocktune.cache.store import ChunkStore
 
 Ids = tuple[int, ...]
-
-
-class _Run(NamedTuple):
-    """A stored prompt, as `PrefixMatch` reads it."""
-
-    token_ids: Ids
-    keys: Sequence[Tensor]
-    values: Sequence[Tensor]
-    num_bytes: int
 
 
 class Recycler:
@@ -52,12 +42,14 @@ class Recycler:
         """The nearest earlier prompt whose tokens are all a prefix of these."""
         ids = tuple(token_ids)
         near = self._list(fingerprint).find(self._vector(ids), self.candidates) if ids else ()
-        for hit in near:
-            known = ids[: hit.num_tokens]
+        parts: list[tuple[SimpleNamespace, int]] = []
+        for key, size, _ in near:
             # The key is a digest of the model and of the tokens, which the store compares as well.
-            if self._key(fingerprint, known) == hit.key and (run := self._run(fingerprint, known)):
-                return _match([(run, len(known))])
-        return _match([])
+            if not parts and self._key(fingerprint, ids[:size]) == key:
+                run = self._run(fingerprint, ids[:size])
+                parts += [(run, size)] if run else []
+        # Nothing is locked: the tensors are held.
+        return PrefixMatch(parts, None, sum(size for _, size in parts), 0, lambda: None)
 
     def insert(self, exact: ExactKV) -> int:
         """Stores a prompt, joined to the recycled one that it continues; the tokens added.
@@ -82,12 +74,13 @@ class Recycler:
         self._list(exact.fingerprint).add(key, len(ids), self._vector(ids))
         return len(added)
 
-    def _run(self, fingerprint: str, ids: Ids) -> _Run | None:
+    def _run(self, fingerprint: str, ids: Ids) -> SimpleNamespace | None:
+        """A stored prompt, as `PrefixMatch` reads it."""
         found = self.store.get(self._key(fingerprint, ids), ids, fingerprint, Record)
         if found is None:
             return None
-        half = len(found.data) // 2
-        return _Run(ids, found.data[:half], found.data[half:], found.num_bytes)
+        half, facts = len(found.data) // 2, {"token_ids": ids, "num_bytes": found.num_bytes}
+        return SimpleNamespace(keys=found.data[:half], values=found.data[half:], **facts)
 
     def _list(self, fingerprint: str) -> Nearest:
         scope = hashlib.sha256(f"{fingerprint} {self.embed.fingerprint}".encode()).hexdigest()
@@ -98,8 +91,3 @@ class Recycler:
 
     def _vector(self, ids: Ids) -> Tensor:
         return self.embed([self.read(ids)])[0]
-
-
-def _match(parts: list[tuple[_Run, int]]) -> PrefixMatch:
-    """Of one stored prompt, or of none. Nothing is locked: the tensors are held."""
-    return PrefixMatch(parts, None, sum(count for _, count in parts), 0, lambda: None)

@@ -82,7 +82,7 @@ class Recycle(PrefixCache):
         require_count("candidates", self.candidates, least=1)
 
     def prefixes(self, store: ChunkStore, read: Callable[[Sequence[int]], str]) -> Recycler:
-        from blocktune.cache.embeddings import Embedder
+        from blocktune.cache.records import Embedder
         from blocktune.cache.recycle import Recycler
 
         embed = Embedder.of(store, self.model)
