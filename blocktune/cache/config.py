@@ -155,16 +155,12 @@ class StoreConfig:
                 raise ValueError(
                     f"--store is PLACE,name=value,... with {', '.join(sorted(known))}; got '{pair}'"
                 )
-            values[name] = _value(name, value)
+            values[name] = _READ.get(name, str)(value)
         return cls(**values)
 
 
-def _value(name: str, text: str):
-    if name in ("memory", "cpu", "disk", "remote_bytes", "quota"):
-        return parse_bytes(text)
-    if name == "ttl":
-        return parse_seconds(text)
-    return Path(text) if name == "trace" else text
+_READ = dict.fromkeys(("memory", "cpu", "disk", "remote_bytes", "quota"), parse_bytes)
+_READ |= {"ttl": parse_seconds, "trace": Path}
 
 
 @dataclass
@@ -195,42 +191,23 @@ class StoreStats:
     tiers: dict[str, TierStats] = field(default_factory=dict)
 
     @property
-    def memory_hits(self) -> int:
-        """Hits in memory, of the device or the host."""
-        return self._sum("hits", "memory", "cpu")
-
-    @property
     def disk_hits(self) -> int:
         """Hits in the folder or the remote."""
-        return self._sum("hits", "disk", "remote")
-
-    @property
-    def evictions(self) -> int:
-        """Entries that left the memory of the device."""
-        return self._sum("evictions", "memory")
+        return self._sum("hits")
 
     @property
     def unwritten(self) -> int:
         """Entries that the folder or the remote could not keep."""
-        return self._sum("unwritten", "disk", "remote")
-
-    @property
-    def memory_bytes_read(self) -> int:
-        """Bytes of the hits in memory."""
-        return self._sum("bytes_read", "memory", "cpu")
-
-    @property
-    def disk_bytes_read(self) -> int:
-        """Bytes of the hits in the folder or the remote."""
-        return self._sum("bytes_read", "disk", "remote")
+        return self._sum("unwritten")
 
     @property
     def disk_bytes_written(self) -> int:
         """Bytes of the files that were written."""
-        return self._sum("bytes_written", "disk", "remote")
+        return self._sum("bytes_written")
 
-    def _sum(self, name: str, *tiers: str) -> int:
-        return sum(getattr(self.tiers[tier], name) for tier in tiers if tier in self.tiers)
+    def _sum(self, name: str) -> int:
+        tiers = (self.tiers[tier] for tier in ("disk", "remote") if tier in self.tiers)
+        return sum(getattr(tier, name) for tier in tiers)
 
 
 class Tracer:

@@ -140,7 +140,6 @@ class ChunkFolder(Blobs):
         (self.path / name).unlink(missing_ok=True)
 
     def listing(self) -> Iterator[tuple[str, int, float]]:
-        """See `Blobs.listing`; in order of the keys."""
         for first in self._folders(self.path):
             for second in self._folders(first):
                 for entry in self._entries(second):

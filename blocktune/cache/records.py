@@ -31,16 +31,13 @@ class Record(Entry):
     fingerprint: str  # hex digest of what made it
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """See `Entry.tensors`."""
         yield from ((f"data.{index}", tensor) for index, tensor in enumerate(self.data))
 
     def facts(self) -> dict[str, int]:
-        """See `Entry.facts`."""
         return {"num_tensors": len(self.data)}
 
     @classmethod
     def restore(cls, facts: Mapping, read: Read, token_ids: Tensor, fingerprint: str) -> Self:
-        """See `Entry.restore`."""
         count = int(facts["num_tensors"])
         return cls(tuple(read(f"data.{index}") for index in range(count)), token_ids, fingerprint)
 

@@ -85,7 +85,6 @@ class FsspecBlobs(Blobs):
         self._call("rm_file", self._path(name))
 
     def listing(self) -> list[tuple[str, int, float]]:
-        """See `Blobs.listing`."""
         found = _reached(self._fs.find, self._root, detail=True)
         names = ((PurePosixPath(name), info) for name, info in sorted(found.items()))
         return [
@@ -172,7 +171,6 @@ class ValkeyBlobs(Blobs):
             return False
 
     def listing(self) -> list[tuple[str, int, float]]:
-        """See `Blobs.listing`."""
         now, keys = time.time(), sorted(filter(is_key, self._names("")))
         told = _reached(self._sizes, [f"{self._prefix}:{key}" for key in keys])
         return [(key, size, now - idle) for key, (size, idle) in zip(keys, told, strict=True)]

@@ -170,13 +170,9 @@ class ChunkStore:
             *(kv.num_tokens, kv.kind, kv.fingerprint, document, tenant, seconds),
             expires=None if self.config.ttl is None else time.time() + self.config.ttl,
         )
-        kept, codec, rope = (
-            kv,
-            self.config.codec,
-            self._ropes.get(kv.fingerprint) or self._shared_ropes.get(kv.fingerprint),
-        )
-        if codec != "as-is":
-            kept = round_trip(kv.to("cpu"), codec, rope)
+        codec, ropes = self.config.codec, (self._ropes, self._shared_ropes)
+        rope = next((known[kv.fingerprint] for known in ropes if kv.fingerprint in known), None)
+        kept = kv if codec == "as-is" else round_trip(kv.to("cpu"), codec, rope)
         kept = kept.to(self.device).compact()
         for tier in self._blobs:
             tier.save(key, partial(pack_chunk, tier.blobs, key, kv, about, codec, rope), about)
@@ -223,8 +219,7 @@ class ChunkStore:
     def is_pinned(self, key: str) -> bool:
         """Whether some tier holds an entry pinned."""
         with self._lock:
-            rows = [ledger.row(key) for ledger in self._ledgers()]
-        return any(row is not None and row.pinned for row in rows)
+            return any((row := one.row(key)) and row.pinned for one in self._ledgers())
 
     def _ledgers(self) -> list[Ledger]:
         found = (tier.ledger for tier in (*self._memories, *self._blobs))
