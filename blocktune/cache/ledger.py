@@ -149,9 +149,8 @@ class Ledger:
         with self._lock:
             self.flush()
             database, now = self._open(), self.now()
-            gone = dict(
-                database.execute("SELECT key, size FROM entries WHERE expires <= ?", (now,))
-            )
+            over = database.execute("SELECT key, size FROM entries WHERE expires <= ?", (now,))
+            gone = dict(over)
             old = database.execute("SELECT size, tenant FROM entries WHERE key = ?", (key,))
             old_size, old_tenant = old.fetchone() or (0, tenant)
             for limit, whose in ((self.quota, tenant), (self.max_bytes, None)):
@@ -187,7 +186,7 @@ class Ledger:
         find, values = f"{_SELECT} WHERE {' AND '.join(clauses)} ORDER BY key", wanted.values()
         with self._lock:
             self.flush()
-            found = self._open().execute(find, (start, f"{start}g", *values)).fetchall()
+            found = self._open().execute(find, (start, f"{start}~", *values)).fetchall()
         return (Row(*record) for record in found)
 
     def counts(self, column: str) -> dict[str, dict[str, int]]:
