@@ -9,10 +9,10 @@ import json
 import re
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal, Self, TextIO
+from typing import Any, Literal, Self, TextIO
 
 POLICIES = {
     "lru": "used",
@@ -163,6 +163,14 @@ _READ = dict.fromkeys(("memory", "cpu", "disk", "remote_bytes", "quota"), parse_
 _READ |= {"ttl": parse_seconds, "trace": Path}
 
 
+def keep_latest(known: dict, key: Hashable, value: Any, most: int) -> None:
+    """Puts a value last, and drops the first ones of too many: clients may make up any number."""
+    known.pop(key, None)
+    known[key] = value
+    while len(known) > most:
+        del known[next(iter(known))]
+
+
 @dataclass
 class TierStats:
     """Counters of one tier since the store was opened."""
@@ -231,17 +239,13 @@ class Tracer:
     def looked_up(self, key: str, tokens: int, tier: str, num_bytes: int, seconds: float) -> None:
         """Notes a look-up; ``tier`` is ``"none"`` for a miss, ``seconds`` what it took."""
         self._count += 1
-        now, last = time.monotonic(), self._last.pop(key, None)
+        now, last = time.monotonic(), self._last.get(key)
         if last is not None:
             self._distances[(self._count - last[0]).bit_length() - 1] += 1
             self._lifetimes[int(now - last[1]).bit_length()] += 1
-        self._last[key] = (self._count, last[1] if last else now)
-        if len(self._last) > _REMEMBERED:
-            self._last.popitem(last=False)
-        if self._file is not None:
-            self._write(
-                op="get", key=key, tokens=tokens, bytes=num_bytes, tier=tier, load_s=seconds
-            )
+        keep_latest(self._last, key, (self._count, last[1] if last else now), _REMEMBERED)
+        facts = {"tokens": tokens, "bytes": num_bytes, "tier": tier, "load_s": seconds}
+        self._write(op="get", key=key, **facts)
 
     def put(self, key: str, num_bytes: int, about: About) -> None:
         """Notes a write."""

@@ -25,12 +25,13 @@ import numpy as np
 import torch
 
 from blocktune.cache.chunk_kv import State
+from blocktune.cache.config import keep_latest
 from blocktune.cache.exact import NO_IDS, ExactKV, PrefixMatch, place_checkpoints, state_bytes
 from blocktune.cache.fingerprint import chunk_key
 from blocktune.cache.store import ChunkStore
 
 _TENANTS = 1 << 16
-"""Name spaces whose files are listed once; of more, again: clients may make up any number."""
+"""Name spaces whose files are listed once; of more, again."""
 _HISTORY = 256
 """Prompts whose shared depth is remembered, of each model and tenant."""
 
@@ -194,9 +195,7 @@ class PrefixTree:
         place = fingerprint, salt
         root = self._roots.get(place) or _Node(salt=salt)
         if self._lists and place not in self._listed:
-            self._listed[place] = None
-            if len(self._listed) > _TENANTS:
-                del self._listed[next(iter(self._listed))]
+            keep_latest(self._listed, place, None, _TENANTS)
             found = []
             for file in self._store.files(ExactKV, fingerprint, tenant=_tag(salt)):
                 with suppress(ValueError):  # damaged: an answer without it

@@ -18,7 +18,7 @@ from torch import Tensor
 from blocktune.cache.chunk_file import ChunkFile, pack_chunk
 from blocktune.cache.chunk_kv import ChunkKV, Entry, Lookup
 from blocktune.cache.codecs import round_trip
-from blocktune.cache.config import MEMORY, StoreConfig, StoreStats, Tracer
+from blocktune.cache.config import MEMORY, StoreConfig, StoreStats, Tracer, keep_latest
 from blocktune.cache.ledger import About, Ledger
 from blocktune.cache.shelf import open_places
 from blocktune.cache.tiers import RETRY_S, BlobTier, MemoryTier
@@ -28,8 +28,8 @@ __all__ = ["RETRY_S", "ChunkStore", "Lookup", "StoreStats"]
 
 _LOG = logging.getLogger(__name__)
 _TENANTS, _NOTED = 1024, 64
-"""Tenants whose frequencies are known at a time, and that plug-ins have notes of: clients may make
-up any number of them. Each request tells its own again."""
+"""Tenants whose frequencies are known at a time, and that plug-ins have notes of. Each request
+tells its own again."""
 
 
 class ChunkStore:
@@ -110,10 +110,11 @@ class ChunkStore:
         """
         started = time.perf_counter()
         rejected: set[str] = set()
+        accept = partial(self._accept, key, token_ids, fingerprint, kind, rejected)
         with self._lock:
             for tier in self._memories:
                 kv = tier.get(key)
-                if kv is not None and self._accept(kv, key, token_ids, fingerprint, kind, rejected):
+                if kv is not None and accept(kv):
                     if tier.name != "memory":
                         self._remember(key, kv, tier.ledger.row(key).about)
                         kv = self._memories[0].entries.get(key) or kv.to(self.device)
@@ -123,12 +124,17 @@ class ChunkStore:
         found = time.perf_counter()
         # Outside the lock: a slow disk must not stop hits in memory.
         for tier in self._blobs:
-            loaded = self._load(tier, key, token_ids, fingerprint, kind, read, rejected)
-            if loaded is None:
+            loaded = None
+            try:
+                loaded = tier.load(key, kind, lambda file: read(file).to(self.device))
+            except ValueError as error:
+                self._reject(f"{tier.blobs.name(key)}: {error}", rejected)
+            if loaded is None or not accept(loaded[0]):
                 with self._lock:
                     tier.stats.misses += 1
                 continue
             kv, row, data = loaded
+            tier.used(row)
             if data is not None and tier is not self._blobs[0]:
                 self._blobs[0].save(key, lambda data=data: data, row.about)
             with self._lock:
@@ -248,18 +254,14 @@ class ChunkStore:
         """The frequencies of one fingerprint are also those of another, of a tenant now at work."""
         if (rope := self._ropes.get(fingerprint)) is not None:
             with self._lock:
-                self._shared_ropes.pop(other, None)
-                self._shared_ropes[other] = rope
-                if len(self._shared_ropes) > _TENANTS:  # there are as many as clients make up
-                    del self._shared_ropes[next(iter(self._shared_ropes))]
+                keep_latest(self._shared_ropes, other, rope, _TENANTS)
 
     def note(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """What a plug-in knows of one fingerprint, made if it is not there (any more)."""
         with self._lock:
-            made = self._tenants_notes.pop(key, None)
-            made = self._tenants_notes[key] = make() if made is None else made
-            if len(self._tenants_notes) > _NOTED:
-                del self._tenants_notes[next(iter(self._tenants_notes))]
+            made = self._tenants_notes.get(key)
+            made = make() if made is None else made
+            keep_latest(self._tenants_notes, key, made, _NOTED)
             return made
 
     def clear(self) -> None:
@@ -312,20 +314,7 @@ class ChunkStore:
         load_s = 0.0 if tier in self._memories else now - found
         return Lookup(kv, tier.name, kv.num_bytes, now - started - load_s, load_s)
 
-    def _load(self, tier: BlobTier, key: str, token_ids, fingerprint, kind, read, rejected):
-        try:
-            loaded = tier.load(key, kind, lambda file: read(file).to(self.device))
-        except ValueError as error:
-            self._reject(f"{tier.blobs.name(key)}: {error}", rejected)
-            return None
-        if loaded is None or not self._accept(
-            loaded[0], key, token_ids, fingerprint, kind, rejected
-        ):
-            return None
-        tier.used(loaded[1])
-        return loaded
-
-    def _accept(self, kv: Entry, key: str, token_ids, fingerprint, kind, rejected) -> bool:
+    def _accept(self, key: str, token_ids, fingerprint, kind, rejected, kv: Entry) -> bool:
         if kv.kind == kind.kind and kv.matches(token_ids, fingerprint):
             return True
         what = "model" if kv.fingerprint != fingerprint else "tokens"
