@@ -90,15 +90,19 @@ class ChunkFile:
     def _read_header(self, blobs: Blobs) -> dict[str, Any]:
         """What the header says, verified: attributes of a file of this state."""
         with _readable():
-            tensors = json.loads(self._header_text())
+            self._start = 0
+            length = int.from_bytes(self._fetch(0, 8).numpy().tobytes(), "little")
+            if length > min(self._blob.size - 8, MOST_HEADER):
+                raise ValueError("its header is cut off")
+            self._start = 8 + length
+            tensors = json.loads(self._fetch(-length, 0).numpy().tobytes())
             header = dict(tensors.pop("__metadata__"))
             checksum, signature = (header.pop(n, None) for n in ("checksum", "signature"))
             known = {"_tensors": tensors, "_header": header, "_start": self._start}
             known["_sums"] = dict(json.loads(header["checksums"]))
             known["_heads"] = {} if blobs.secret else json.loads(header.get("heads", "{}"))
             known["_sha256"] = dict(json.loads(header.get("sha256", "{}")))
-            known["fingerprint"] = header["fingerprint"]
-            known["codec"] = header.get("codec", "as-is")
+            known |= {"fingerprint": header["fingerprint"], "codec": header.get("codec", "as-is")}
             header["format"], header["kind"], header["key"]
         if checksum != _digest(header):
             raise ValueError("its header does not match its checksum")
@@ -184,13 +188,9 @@ class ChunkFile:
         with _readable():
             return self.kind.restore(self._header, empty, self.token_ids, self.fingerprint)
 
-    def verify(self) -> None:
-        """Reads every tensor, whatever was verified before; raises as `read` does."""
-        self._proven = set()
-        self.prove()
-
-    def prove(self) -> None:
-        """Reads every tensor that this process has not verified; raises as `read` does."""
+    def verify(self, anew: bool = True) -> None:
+        """Reads every tensor, or those that this process has not verified; raises as `read`."""
+        self._proven = set() if anew else self._proven
         for name in self._sums:
             if not self._is_proven(name):
                 self.read(name)
@@ -207,14 +207,6 @@ class ChunkFile:
     def _fill(self, buffers: list[memoryview], start: int, end: int) -> None:
         if self._blob.read_into(buffers, self._start + start) != end - start:
             raise ValueError("it is cut off")
-
-    def _header_text(self) -> bytes:
-        self._start = 0
-        length = int.from_bytes(self._fetch(0, 8).numpy().tobytes(), "little")
-        if length > min(self._blob.size - 8, MOST_HEADER):
-            raise ValueError("its header is cut off")
-        self._start = 8 + length
-        return self._fetch(-length, 0).numpy().tobytes()
 
     def _is_proven(self, name: str) -> bool:
         return name in self._proven or (_ALL in self._proven and name in self._sums)
@@ -258,7 +250,7 @@ class FileKV(ChunkKV):
         """Of a verified file; the whole entry if it is coded."""
         if file.codec != "as-is":
             return file.entry()
-        file.prove()
+        file.verify(anew=False)
         return cls(file)
 
     def to(self, device: torch.device | str) -> FileKV:
@@ -279,12 +271,7 @@ class _Half(Sequence):
 
 
 def pack_chunk(
-    blobs: Blobs,
-    key: str,
-    entry: Entry,
-    about: About,
-    codec: str,
-    rope: RopeSpec | None,
+    blobs: Blobs, key: str, entry: Entry, about: About, codec: str, rope: RopeSpec | None
 ) -> bytes:
     """The content of an entry's file, signed with the key of ``blobs``; see `encoded`.
 
@@ -306,16 +293,10 @@ def pack_chunk(
         header["sha256"] = _sums(hashlib.sha256, tensors)
         signed = {"signature": blobs.sign(header)}
     data = save(tensors, metadata=header | {"checksum": _digest(header)} | signed)
-    return _aligned(data, entry.token_ids.nbytes)
-
-
-def _aligned(data: bytes, skipped: int) -> bytes:
-    """The file with spaces after its header, so that what follows the token ids opens a page.
-
-    The system copies out of the page cache up to half as fast where it must shift bytes.
-    """
+    # Spaces after the header, so that what follows the token ids opens a page: the system copies
+    # out of the page cache up to half as fast where it must shift bytes.
     length = int.from_bytes(data[:8], "little")
-    spaces = -(8 + length + skipped) % PAGE
+    spaces = -(8 + length + entry.token_ids.nbytes) % PAGE
     head = (length + spaces).to_bytes(8, "little"), data[8 : 8 + length], b" " * spaces
     return b"".join((*head, memoryview(data)[8 + length :]))
 
