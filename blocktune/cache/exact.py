@@ -100,28 +100,18 @@ def state_bytes(state: State | None) -> int:
 
 
 def cut_exact(
-    cache: Any,
-    prompt: int,
-    token_ids: Sequence[int],
-    fingerprint: str,
+    cache: Any,  # a `RowCache` or `PrefillCache` whose columns 0, 1, .. hold the tokens, in order
+    prompt: int,  # index in the batch
+    token_ids: Sequence[int],  # of the prompt, from its first on
+    fingerprint: str,  # of the model that ran
     *,
-    start: int = 0,
-    states: Mapping[int, State] | None = None,
+    start: int = 0,  # tokens that are left out, since the tree has them
+    states: Mapping[int, State] | None = None,  # of recurrent layers, by depth
 ) -> ExactKV:
     """Copies what the exact prefix cache may keep from the cache of a full prefill.
 
-    Args:
-        cache: A `RowCache` or `PrefillCache` after the prefill. Its columns ``0, 1, ..`` hold
-            ``token_ids``, at positions equal to the columns.
-        prompt: Index in the batch.
-        token_ids: Tokens of the prompt, from its first on.
-        fingerprint: Of the model that ran.
-        start: Tokens that are left out, since the tree has them.
-        states: Of recurrent layers, by depth.
-
-    Raises:
-        ValueError: If approximate states were ever loaded into the cache, or it was not
-            declared exact, or is shorter than the tokens.
+    Raises ValueError if approximate states were ever loaded into the cache, or it was not declared
+    exact, or is shorter than the tokens.
     """
     if not cache.exact:
         raise ValueError(
@@ -138,19 +128,15 @@ def cut_exact(
     return ExactKV(*made, proof=_FULL_PREFILL)
 
 
+@dataclass
 class PrefixMatch:
     """The longest known prefix of a prompt, locked against eviction until the block ends."""
 
-    def __init__(
-        self,
-        parts: Sequence[tuple[ExactKV, int]],  # where it is: runs, and how many of their tokens
-        state: State | None,  # of recurrent layers at this depth
-        overlap: int,  # tokens in the tree: more than ``num_tokens`` if there is no state there
-        disk_tokens: int,  # those of ``num_tokens`` that were read from files
-        release: Callable[[], None],
-    ):
-        self.parts, self.state, self.overlap = tuple(parts), state, overlap
-        self.disk_tokens, self._release = disk_tokens, release
+    parts: Sequence[tuple[ExactKV, int]]  # where it is: runs, and how many of their tokens
+    state: State | None  # of recurrent layers at this depth
+    overlap: int  # tokens in the tree: more than ``num_tokens`` if there is no state there
+    disk_tokens: int  # those of ``num_tokens`` that were read from files
+    unlock: Callable[[], None]
 
     @property
     def num_tokens(self) -> int:
@@ -175,16 +161,16 @@ class PrefixMatch:
         """Puts the states into the first columns of one prompt of ``cache``, which stays exact."""
         for layer, pair in enumerate(self.layers()):
             at = 0
-            for keys, values in zip(*pair, strict=True):
-                columns = slice(at, at := at + keys.shape[1])
-                room = cache.room(layer, prompt, columns, keys, values, exact=True)
-                room[0].copy_(keys)
-                room[1].copy_(values)
+            for states in zip(*pair, strict=True):
+                columns = slice(at, at := at + states[0].shape[1])
+                room = cache.room(layer, prompt, columns, *states, exact=True)
+                room[0].copy_(states[0])
+                room[1].copy_(states[1])
 
     def release(self) -> None:
         """Lets the runs be evicted again; leaving the ``with`` block calls it."""
-        release, self._release = self._release, lambda: None
-        release()
+        unlock, self.unlock = self.unlock, lambda: None
+        unlock()
 
     def __enter__(self) -> PrefixMatch:
         return self
@@ -194,19 +180,13 @@ class PrefixMatch:
 
 
 def place_checkpoints(weights: Mapping[int, int], budget: int) -> tuple[int, ...]:
-    """The depths, at most ``budget``, from which the fewest tokens are computed again.
+    """The rising depths, at most ``budget``, from which the fewest tokens are computed again.
 
+    ``weights`` say how often prompts were shared up to each depth (in tokens). Deterministic.
     Only depths that occur are candidates: a checkpoint between two of them is never better than at
     the next one. With the last checkpoint at depth ``i``, the cost up to depth ``j`` is a line in
     the number of prompts before ``j`` whose slope is ``-i``; both only grow, so that the lowest
     line of each ``j`` is found in constant time on average.
-
-    Args:
-        weights: How often prompts were shared up to each depth (in tokens).
-        budget: Checkpoints to place.
-
-    Returns:
-        Rising depths. Deterministic: of equal placements, one.
     """
     depths = sorted(depth for depth, weight in weights.items() if depth > 0 and weight > 0)
     count = len(depths)

@@ -48,23 +48,16 @@ _ADAPTER_FILES = (".safetensors", ".bin", "adapter_config.json", "blocktune.json
 
 
 def model_fingerprint(
-    model: nn.Module,
-    adapter: str | Path | None,
-    tokenizer,
-    prompt_format: Mapping,
-    dtype: torch.dtype | None = None,
+    model: nn.Module,  # as it will run: base, or with its adapter attached or merged
+    adapter: str | Path | None,  # folder of the adapter; its weights and configuration files count
+    tokenizer,  # vocabulary, merges, added tokens, special tokens and chat template count
+    prompt_format: Mapping,  # fields of the prompt format, e.g. ``dataclasses.asdict(format)``
+    dtype: torch.dtype | None = None,  # that the model computes in; None: that of its parameters
 ) -> str:
     """Digest, 64 hex digits, of all but the chunk itself that decides its keys and values.
 
     Compute it again after any change of the weights. ValueError if a weight is not in memory, or
     the format is not plain JSON.
-
-    Args:
-        model: As it will run: base, or with its adapter attached or merged.
-        adapter: Folder of the adapter, or None; its weights and configuration files count.
-        tokenizer: Its vocabulary, merges, added tokens, special tokens and chat template count.
-        prompt_format: Fields of the prompt format, e.g. ``dataclasses.asdict(format)``.
-        dtype: That the model computes in; None: that of its parameters.
     """
     return _digest(
         cache_format=CACHE_FORMAT,

@@ -60,12 +60,8 @@ class Nearest:
     """Keys of records by their embeddings: the latest ``most``, compared one by one.
 
     The list is a record itself, so that other processes start with it. Of two changes at once one
-    is lost: what it listed is not found, never found wrong.
-
-    Args:
-        store: Where the list is kept.
-        scope: Hex digest of what may share records: model, tenant and purpose.
-        most: Longest list.
+    is lost: what it listed is not found, never found wrong. ``scope`` is a hex digest of what may
+    share records: model, tenant and purpose.
     """
 
     def __init__(self, store: ChunkStore, scope: str, most: int = 1024):

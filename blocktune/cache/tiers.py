@@ -170,21 +170,19 @@ class BlobTier:
         if not self.must_write and time.monotonic() < self._next["write"]:
             self._count_unwritten()
             return
-        started, data = time.perf_counter(), make()
+        started, data, kept = time.perf_counter(), make(), False
         try:
             if self._make_room(len(data), key, about):
                 self.blobs.write(key, data)
-            else:
-                self._count_unwritten()
-                return
+                kept = True
         except OSError as error:
             self._noted(lambda ledger: ledger.remove([key]))
-            self._count_unwritten()
             self.failed(error, "write")
-            return
-        with self._lock:
-            self.stats.bytes_written += len(data)
-            self.stats.write_s += time.perf_counter() - started
+        finally:
+            with self._lock:
+                self.stats.unwritten += not kept
+                self.stats.bytes_written += kept * len(data)
+                self.stats.write_s += kept * (time.perf_counter() - started)
 
     def remove(self, key: str) -> bool:
         """Removes the file of ``key``; whether there was one."""
@@ -200,13 +198,11 @@ class BlobTier:
         """Writes a model's manifest unless there is one; ``make`` is called if it is missing."""
         if time.monotonic() < self._next["write"]:
             return
+        with suppress(OSError, ValueError):  # damaged, or not signed: written again
+            if self.blobs.manifest(fingerprint) is not None:
+                return
         try:
-            known = self.blobs.manifest(fingerprint) is not None
-        except (OSError, ValueError):
-            known = False  # damaged, or not signed: written again
-        try:
-            if not known:
-                self.blobs.write_manifest(make())
+            self.blobs.write_manifest(make())
         except OSError as error:
             self.failed(error, "write")
 
@@ -226,8 +222,8 @@ class BlobTier:
             warned, self._warned = self._warned, True
         if not warned:
             lost = "a chunk is" if is_taken(error) else "new chunks are"
-            writing = f"what it holds is used, {lost} not kept there"
-            then = writing if what == "write" else "its chunks are encoded instead"
+            then = f"what it holds is used, {lost} not kept there"
+            then = then if what == "write" else "its chunks are encoded instead"
             _LOG.warning("%s; %s", reason.replace("\n", " "), then)
 
     def _make_room(self, size: int, key: str, about: About) -> bool:
