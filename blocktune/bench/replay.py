@@ -15,13 +15,14 @@ import json
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain, count, groupby, islice, pairwise
+from itertools import accumulate, chain, count, groupby, islice, pairwise, takewhile
 from pathlib import Path
 from typing import NamedTuple
 
 from blocktune.cache.ledger import About, Ledger
 
 WINDOWS = 10
+CHUNKS, EXPONENT = 10, 0.9  # of a drawn request, and of the law by which they recur
 BLOCK = 512  # tokens of a block of Mooncake's traces, and of drawn chunks
 SAME_REQUEST_S = 0.001  # look-ups of a recorded store this close to each other are one request
 
@@ -111,7 +112,7 @@ def replay(
                 ledger.add(use.key, use.num_bytes, About(seconds=use.seconds, tenant=use.tenant))
                 there[use.key] = use.num_bytes
     hits, lookups = (sum(window[n] for window in windows) for n in (0, 1))
-    rates = [hit / max(count, 1) for hit, count in windows]
+    rates = [hit / max(uses, 1) for hit, uses in windows]
     return Outcome(policy, budget, hits / max(lookups, 1), saved_s, saved_s / whole_s, peak, rates)
 
 
@@ -125,42 +126,31 @@ class BreakEven(NamedTuple):
 
 
 def break_even(
-    recompute: float = 0.0,
-    chunks: int = 10,
-    tokens: int = 512,
-    requests: int = 2000,
-    costs: Costs = Costs(),
-    seed: int = 0,
+    recompute: float = 0.0, requests: int = 2000, costs: Costs = Costs()
 ) -> list[BreakEven]:
     """Chunk reuse against prefix caching over the share of chunks that were seen before.
 
     Retrieval orders chunks freely, so a prefix is shared only if it begins with the same chunks in
     the same order. Both caches are unbounded. ``recompute`` is the share of the reused tokens that
-    the method computes again; each point has ``requests`` of ``chunks`` of ``tokens`` tokens.
+    the method computes again; each point has ``requests`` of `CHUNKS` of `BLOCK` tokens.
     """
-    found = []
+    found, whole = [], costs.encode_s(CHUNKS * BLOCK)
     for step in range(11):
-        totals, counts = [0.0, 0.0, 0.0], [0, 0]
+        prefix_s, hits, draw = 0.0, 0, random.Random(0)
         seen: set[str] = set()
         prefixes: set[tuple[str, ...]] = set()
-        draw = random.Random(seed)
-        novel = 1 - step / 10
-        for request in zipf_requests(requests, chunks, novel, seed=seed, catalogue=requests):
+        for request in zipf_requests(requests, 1 - step / 10, catalogue=requests):
             keys = [use.key for use in request]
             draw.shuffle(keys)
-            whole = costs.encode_s(len(keys) * tokens)
-            shared = 0
-            while shared < len(keys) and tuple(keys[: shared + 1]) in prefixes:
-                shared += 1
-            totals[0] += whole
-            totals[1] += whole - costs.encode_s(shared * tokens) + costs.load_s(shared * tokens)
-            hits = len(seen.intersection(keys))
-            counts = [counts[0] + hits, counts[1] + len(keys)]
-            totals[2] += (len(keys) - hits) * costs.encode_s(tokens)
-            totals[2] += costs.load_s(hits * tokens) + recompute * whole
+            starts = [tuple(keys[: n + 1]) for n in range(CHUNKS)]
+            shared = BLOCK * len(list(takewhile(prefixes.__contains__, starts)))
+            prefix_s += whole - costs.encode_s(shared) + costs.load_s(shared)
+            hits += len(seen.intersection(keys))
             seen.update(keys)
-            prefixes.update(tuple(keys[:n]) for n in range(1, len(keys) + 1))
-        found.append(BreakEven(counts[0] / counts[1], *(total / requests for total in totals)))
+            prefixes.update(starts)
+        reuse_s = (requests * CHUNKS - hits) * costs.encode_s(BLOCK) + costs.load_s(hits * BLOCK)
+        reuse_s = reuse_s / requests + recompute * whole
+        found.append(BreakEven(hits / requests / CHUNKS, whole, prefix_s / requests, reuse_s))
     return found
 
 
@@ -224,44 +214,39 @@ def plot_break_even(by_recompute: dict[float, Sequence[BreakEven]], path: Path) 
 
 
 def zipf_requests(
-    requests: int = 10_000,
-    chunks: int = 10,
-    novel: float = 0.3,
-    exponent: float = 0.9,
-    seed: int = 0,
-    catalogue: int = 10_000,
+    requests: int = 10_000, novel: float = 0.3, seed: int = 0, catalogue: int = 10_000
 ) -> Iterator[Request]:
     """Sustained novelty: chunks that recur by a Zipf law among ever new ones.
 
     A chunk of a request is new with probability ``novel``, and never comes back; else it is the
-    ``n``-th of a ``catalogue`` with weight ``n ** -exponent``. Lengths are 64 to 2,048 tokens, in
+    ``n``-th of a ``catalogue`` with weight ``n ** -EXPONENT``. Lengths are 64 to 2,048 tokens, in
     octaves, so that chunks differ in what encoding them saves per byte.
     """
     draw = random.Random(seed)
     sizes = [2 ** draw.randrange(6, 12) for _ in range(catalogue)]
     for _ in range(requests):
         uses = {}
-        while len(uses) < chunks:
+        while len(uses) < CHUNKS:
             number = len(sizes)
             if draw.random() < novel:
                 sizes.append(2 ** draw.randrange(6, 12))
             else:
-                number = _rank(draw, catalogue, exponent) - 1
+                number = _rank(draw, catalogue) - 1
             uses[number] = Use(f"drawn {number}", sizes[number])
         yield tuple(uses.values())
 
 
-def read_requests(path: str | Path, limit: int | None = None, seed: int = 0) -> list[Request]:
+def read_requests(path: str | Path, limit: int | None = None) -> list[Request]:
     """Requests of a file, or drawn where ``path`` is ``zipf``; a ValueError names a wrong line."""
     if str(path) == "zipf":
-        return list(zipf_requests(limit or 10_000, seed=seed))
+        return list(zipf_requests(limit or 10_000))
     opened = gzip.open if str(path).endswith(".gz") else open
     try:
         with opened(path, "rt", encoding="utf-8") as file:
             first = file.readline()
             lines = iter((first, *file))
             azure = first.startswith("TIMESTAMP,")
-            return list(islice(_azure(lines, seed) if azure else _json_lines(lines, path), limit))
+            return list(islice(_azure(lines) if azure else _json_lines(lines, path), limit))
     except OSError as error:
         raise ValueError(f"cannot read the trace '{path}': {error}") from None
 
@@ -305,8 +290,8 @@ def _records(lines: Iterator[str], path: str | Path) -> Iterator[dict]:
             yield record
 
 
-def _azure(lines: Iterator[str], seed: int) -> Iterator[Request]:
-    draw, seen = random.Random(seed), 0
+def _azure(lines: Iterator[str]) -> Iterator[Request]:
+    draw, seen = random.Random(0), 0
     for row in csv.DictReader(lines):
         uses = {}
         for left in range(int(row["ContextTokens"]), 0, -BLOCK):
@@ -314,12 +299,12 @@ def _azure(lines: Iterator[str], seed: int) -> Iterator[Request]:
                 seen += 1
                 rank = seen
             else:
-                rank = _rank(draw, seen, 0.9)
+                rank = _rank(draw, seen)
             uses[rank] = Use(f"drawn {rank}", min(BLOCK, left))
         yield tuple(uses.values())
 
 
-def _rank(draw: random.Random, count: int, exponent: float) -> int:
-    """1 to ``count`` with weights ``rank ** -exponent``, by inverting the integral."""
-    power = 1 - exponent
-    return min(count, int((1 + draw.random() * ((count + 1) ** power - 1)) ** (1 / power)))
+def _rank(draw: random.Random, most: int) -> int:
+    """1 to ``most`` with weights ``rank ** -EXPONENT``, by inverting the integral."""
+    power = 1 - EXPONENT
+    return min(most, int((1 + draw.random() * ((most + 1) ** power - 1)) ** (1 / power)))

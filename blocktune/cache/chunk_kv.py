@@ -17,6 +17,8 @@ from blocktune.cache.config import Tier
 
 Read = Callable[[str], Tensor]
 """Gives the tensor of a name."""
+Ids = Sequence[int] | Tensor
+"""Token ids, ``(S,)``."""
 State = tuple[Tensor | None, ...]
 """The recurrent state of one prompt at one depth, layer by layer."""
 
@@ -51,7 +53,7 @@ class Entry(ABC):
         """Bytes of all tensors and the token ids: what it costs to hold or to read."""
         return sum(tensor.nbytes for _, tensor in self.tensors()) + self.token_ids.nbytes
 
-    def matches(self, token_ids: Sequence[int] | Tensor, fingerprint: str) -> bool:
+    def matches(self, token_ids: Ids, fingerprint: str) -> bool:
         """Whether this is the state of exactly these tokens under exactly this model."""
         if fingerprint != self.fingerprint:
             return False

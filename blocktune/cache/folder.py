@@ -153,7 +153,7 @@ class ChunkFolder(Blobs):
                             yield key, status.st_size, status.st_mtime
 
     def touch(self, key: str) -> None:
-        """Notes that the file of ``key`` was used, where the disk lets us: `FileFacts.used`."""
+        """Notes that the file of ``key`` was used, where the disk lets us: `Blob.used`."""
         with suppress(OSError):
             os.utime(chunk_path(self.path, key), follow_symlinks=False)
 

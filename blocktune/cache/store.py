@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import Tensor
 
 from blocktune.cache.chunk_file import ChunkFile, pack_chunk
-from blocktune.cache.chunk_kv import ChunkKV, Entry, Lookup
+from blocktune.cache.chunk_kv import ChunkKV, Entry, Ids, Lookup
 from blocktune.cache.codecs import round_trip
 from blocktune.cache.config import MEMORY, StoreConfig, StoreStats, Tracer, keep_latest
 from blocktune.cache.ledger import About, Ledger
@@ -84,11 +83,7 @@ class ChunkStore:
         return cls(device=device, config=StoreConfig.parse(text), **options)
 
     def get(
-        self,
-        key: str,
-        token_ids: Sequence[int] | Tensor,
-        fingerprint: str,
-        kind: type[Entry] = ChunkKV,
+        self, key: str, token_ids: Ids, fingerprint: str, kind: type[Entry] = ChunkKV
     ) -> Entry | None:
         """The entry stored under ``key``, or None; see `lookup`."""
         return self.lookup(key, token_ids, fingerprint, kind).kv
@@ -96,7 +91,7 @@ class ChunkStore:
     def lookup(
         self,
         key: str,
-        token_ids: Sequence[int] | Tensor,
+        token_ids: Ids,
         fingerprint: str,
         kind: type[Entry] = ChunkKV,
         *,
