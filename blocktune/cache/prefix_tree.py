@@ -10,7 +10,6 @@ which `place_checkpoints` chooses. Only exact states may enter, see `exact`.
 
 from __future__ import annotations
 
-import hashlib
 import heapq
 import itertools
 import threading
@@ -46,7 +45,6 @@ class _Node:
     locks: int = 0
     used: int = 0
     key: str = ""  # of its file; it may be in memory as well
-    salt: str = ""  # in roots
     overlaps: deque[int] = field(default_factory=lambda: deque(maxlen=_HISTORY))  # in roots
 
     @property
@@ -88,21 +86,18 @@ class PrefixTree:
             raise ValueError(f"a prefix cache needs memory; got {max_bytes} bytes")
         self.max_bytes, self.checkpoints = max_bytes, checkpoints
         self._store = None if store is None or store.folder is None else store
-        self._roots: dict[tuple[str, str], _Node] = {}
-        self._listed: dict[tuple[str, str], None] = {}  # whose files are in the tree
+        self._roots: dict[str, _Node] = {}  # by fingerprints: a tenant has its own
+        self._listed: dict[str, None] = {}  # whose files are in the tree
         self._lists = self._store is not None
         self._clock = itertools.count(1)
         self._mutex = threading.RLock()
         self._counts, self._bytes = Counter(), 0
 
-    def match(self, fingerprint: str, token_ids: Sequence[int], *, salt: str = "") -> PrefixMatch:
-        """Finds the longest known prefix of a prompt for a model; use it in a ``with`` block.
-
-        ``salt`` separates tenants that must not see each other's hits.
-        """
+    def match(self, fingerprint: str, token_ids: Sequence[int]) -> PrefixMatch:
+        """Finds the longest known prefix of a prompt for a model; use it in a ``with`` block."""
         ids = np.asarray(token_ids, dtype=np.int64)
         with self._mutex:
-            root = self._root(fingerprint, salt)
+            root = self._root(fingerprint)
             path, read = self._loaded(self._walk(root, ids), fingerprint)
             last, overlap = path[-1][0] if path else None, sum(count for _, count in path)
             while path and path[-1][0].exact.states is not None and not _resumes(*path[-1]):
@@ -122,7 +117,7 @@ class PrefixTree:
             return match
 
     def checkpoints_for(
-        self, fingerprint: str, num_tokens: int, ends: Iterable[int] = (), *, salt: str = ""
+        self, fingerprint: str, num_tokens: int, ends: Iterable[int] = ()
     ) -> tuple[int, ...]:
         """Depths at which to keep the recurrent states of a prompt of ``num_tokens`` tokens.
 
@@ -130,11 +125,11 @@ class PrefixTree:
         or up to one of ``ends``, where pieces of the prompt end.
         """
         with self._mutex:
-            root = self._roots.get((fingerprint, salt), _Node())
+            root = self._roots.get(fingerprint, _Node())
             seen = [min(depth, num_tokens) for depth in root.overlaps]
         return place_checkpoints(Counter([*seen, *ends]), self.checkpoints)
 
-    def insert(self, exact: ExactKV, *, salt: str = "") -> int:
+    def insert(self, exact: ExactKV) -> int:
         """Adds a run of `cut_exact` behind the tokens that are known; these stay as they are.
 
         Returns:
@@ -148,8 +143,7 @@ class PrefixTree:
             )
         ids = torch.cat((exact.context, exact.token_ids)).numpy()
         with self._mutex:
-            root = self._root(exact.fingerprint, salt)
-            self._roots[exact.fingerprint, salt] = root
+            root = self._roots[exact.fingerprint] = self._root(exact.fingerprint)
             path, _ = self._loaded(self._walk(root, ids), exact.fingerprint)
             known = sum(count for _, count in path)
             if known < len(exact.context):
@@ -190,14 +184,13 @@ class PrefixTree:
                 counts["disk"],
             )
 
-    def _root(self, fingerprint: str, salt: str) -> _Node:
+    def _root(self, fingerprint: str) -> _Node:
         """Of a name space, with what its files hold; one that is new stays out of the tree."""
-        place = fingerprint, salt
-        root = self._roots.get(place) or _Node(salt=salt)
-        if self._lists and place not in self._listed:
-            keep_latest(self._listed, place, None, _TENANTS)
+        root = self._roots.get(fingerprint) or _Node()
+        if self._lists and fingerprint not in self._listed:
+            keep_latest(self._listed, fingerprint, None, _TENANTS)
             found = []
-            for file in self._store.files(ExactKV, fingerprint, tenant=_tag(salt)):
+            for file in self._store.files(ExactKV, fingerprint):
                 with suppress(ValueError):  # damaged: an answer without it
                     found.append((file.read("context"), file.token_ids, file.key))
             for context, ids, key in sorted(found, key=lambda one: (len(one[0]), len(one[1]))):
@@ -206,7 +199,7 @@ class PrefixTree:
                 # What turns off within another file's run, or is in it, is left out.
                 if sum(count for _, count in path) == len(context) and count == len(last.ids):
                     last.children[int(ids[0])] = _Node(last, ids.numpy(), key=key)
-                    self._roots[place] = root
+                    self._roots[fingerprint] = root
         return root
 
     def _walk(self, root: _Node, ids: np.ndarray) -> list[tuple[_Node, int]]:
@@ -253,17 +246,17 @@ class PrefixTree:
         if self._store is None:
             return False
         if not node.key:
-            runs, root = [], node.parent
-            while root.parent is not None:
-                runs.append(torch.from_numpy(root.ids))
-                root = root.parent
+            runs, above = [], node.parent
+            while above.parent is not None:
+                runs.append(torch.from_numpy(above.ids))
+                above = above.parent
             context, states = torch.cat((NO_IDS, *reversed(runs))), node.exact.states
             if node.state is not None:
                 states = {len(context) + len(node.ids): node.state}
             exact = node.exact.placed(context, states)
-            ids, how = torch.cat((context, exact.token_ids)), {"exact": root.salt}
-            node.key = chunk_key(exact.fingerprint, ids, how | {"start": len(context)})
-            self._store.put(node.key, exact, tenant=_tag(root.salt), keep=False)
+            ids, how = torch.cat((context, exact.token_ids)), {"exact": "", "start": len(context)}
+            node.key = chunk_key(exact.fingerprint, ids, how)
+            self._store.put(node.key, exact, keep=False)
         return node.key in self._store
 
     def _forget_file(self, node: _Node) -> None:
@@ -331,11 +324,6 @@ class PrefixTree:
             while node is not None:
                 node.locks += count
                 node = node.parent
-
-
-def _tag(salt: str) -> str:
-    """Tells name spaces apart in a folder, and does not say their salt."""
-    return hashlib.sha256(salt.encode()).hexdigest()[:12] if salt else ""
 
 
 def _common(left: np.ndarray, right: np.ndarray) -> int:

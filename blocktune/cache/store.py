@@ -226,10 +226,10 @@ class ChunkStore:
         found = (tier.ledger for tier in (*self._memories, *self._blobs))
         return [ledger for ledger in found if ledger is not None]
 
-    def files(self, kind: type[Entry], fingerprint: str, tenant: str = "") -> Iterator[ChunkFile]:
-        """The folder's files of one kind, model and tenant, as its index knows them; sound ones."""
+    def files(self, kind: type[Entry], fingerprint: str) -> Iterator[ChunkFile]:
+        """The folder's files of one kind and model, as its index knows them; sound ones."""
         for tier in self._blobs[: self.folder is not None]:
-            for key in tier.keys_where(kind=kind.kind, fingerprint=fingerprint, tenant=tenant):
+            for key in tier.keys_where(kind=kind.kind, fingerprint=fingerprint, tenant=""):
                 with suppress(OSError, ValueError):
                     yield ChunkFile(tier.blobs, key, kind)
 
