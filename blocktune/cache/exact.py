@@ -13,7 +13,7 @@ Source: sparse prefix caching, arXiv:2605.05219, a dynamic programme of O(N M) s
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import InitVar, dataclass, replace
 from itertools import accumulate
 from typing import Any, ClassVar, Self
@@ -128,15 +128,14 @@ def cut_exact(
     return ExactKV(*made, proof=_FULL_PREFILL)
 
 
-@dataclass
+@dataclass(frozen=True)
 class PrefixMatch:
-    """The longest known prefix of a prompt, locked against eviction until the block ends."""
+    """The longest known prefix of a prompt."""
 
     parts: Sequence[tuple[ExactKV, int]]  # where it is: runs, and how many of their tokens
     state: State | None  # of recurrent layers at this depth
     overlap: int  # tokens in the tree: more than ``num_tokens`` if there is no state there
     disk_tokens: int  # those of ``num_tokens`` that were read from files
-    unlock: Callable[[], None]
 
     @property
     def num_tokens(self) -> int:
@@ -166,17 +165,6 @@ class PrefixMatch:
                 room = cache.room(layer, prompt, columns, *states, exact=True)
                 room[0].copy_(states[0])
                 room[1].copy_(states[1])
-
-    def release(self) -> None:
-        """Lets the runs be evicted again; leaving the ``with`` block calls it."""
-        unlock, self.unlock = self.unlock, lambda: None
-        unlock()
-
-    def __enter__(self) -> PrefixMatch:
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self.release()
 
 
 def place_checkpoints(weights: Mapping[int, int], budget: int) -> tuple[int, ...]:

@@ -209,10 +209,9 @@ def _plain(path: Path, flags: int) -> int:
 def _locked_new(path: Path):
     """A new file, locked while its writer lives: `ChunkFolder.clean` leaves it alone."""
     while True:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        file = os.fdopen(descriptor, "wb")
-        _lock(descriptor, fcntl.LOCK_EX)
-        if os.fstat(descriptor).st_nlink:
+        file = path.open("xb")
+        _lock(file.fileno(), fcntl.LOCK_EX)
+        if os.fstat(file.fileno()).st_nlink:
             return file
         file.close()  # removed as abandoned between the two calls
 
@@ -237,9 +236,9 @@ def _remove_unfinished(path: Path, old: bool) -> bool:
     descriptor = _plain(path, os.O_RDWR | os.O_NONBLOCK)
     try:
         free = _lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if free or (free is None and old):
+        abandoned = old if free is None else free
+        if abandoned:
             path.unlink()
-            return True
-        return False
+        return abandoned
     finally:
         os.close(descriptor)

@@ -15,9 +15,8 @@ import itertools
 import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -93,8 +92,9 @@ class PrefixTree:
         self._mutex = threading.RLock()
         self._counts, self._bytes = Counter(), 0
 
-    def match(self, fingerprint: str, token_ids: Sequence[int]) -> PrefixMatch:
-        """Finds the longest known prefix of a prompt for a model; use it in a ``with`` block."""
+    @contextmanager
+    def match(self, fingerprint: str, token_ids: Sequence[int]) -> Iterator[PrefixMatch]:
+        """Finds a model's longest known prefix of a prompt, and locks it inside the block."""
         ids = np.asarray(token_ids, dtype=np.int64)
         with self._mutex:
             root = self._root(fingerprint)
@@ -102,19 +102,19 @@ class PrefixTree:
             last, overlap = path[-1][0] if path else None, sum(count for _, count in path)
             while path and path[-1][0].exact.states is not None and not _resumes(*path[-1]):
                 path = path[:-1]
-            match = PrefixMatch(
-                [(node.exact, count) for node, count in path],
-                path[-1][0].state if path else None,
-                overlap,
-                sum(count for node, count in path if node in read),
-                partial(self._lock, last, -1),
-            )
+            parts = [(node.exact, count) for node, count in path]
+            from_disk = sum(count for node, count in path if node in read)
+            state = path[-1][0].state if path else None
+            match = PrefixMatch(parts, state, overlap, from_disk)
             self._lock(last, 1)
             root.overlaps.append(overlap)
             self._counts["hit"] += match.num_tokens
             self._counts["disk"] += match.disk_tokens
             self._counts["missed"] += len(ids) - match.num_tokens
-            return match
+        try:
+            yield match
+        finally:
+            self._lock(last, -1)
 
     def checkpoints_for(
         self, fingerprint: str, num_tokens: int, ends: Iterable[int] = ()

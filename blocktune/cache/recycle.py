@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import torch
@@ -38,7 +39,7 @@ class Recycler:
     ):
         self.store, self.read, self.embed, self.candidates = store, read, embed, candidates
 
-    def match(self, fingerprint: str, token_ids: Sequence[int]) -> PrefixMatch:
+    def match(self, fingerprint: str, token_ids: Sequence[int]) -> nullcontext[PrefixMatch]:
         """The nearest earlier prompt whose tokens are all a prefix of these."""
         ids = tuple(token_ids)
         near = self._list(fingerprint).find(self._vector(ids), self.candidates) if ids else ()
@@ -49,7 +50,7 @@ class Recycler:
                 run = self._run(fingerprint, ids[:size])
                 parts += [(run, size)] if run else []
         # Nothing is locked: the tensors are held.
-        return PrefixMatch(parts, None, sum(size for _, size in parts), 0, lambda: None)
+        return nullcontext(PrefixMatch(parts, None, sum(size for _, size in parts), 0))
 
     def insert(self, exact: ExactKV) -> int:
         """Stores a prompt, joined to the recycled one that it continues; the tokens added.

@@ -49,17 +49,30 @@ def signatures(ids: Ids, model: ServedModel) -> Tensor:
     return torch.where(torch.cat(turned, 1) @ planes > 0, 1.0, -1.0)
 
 
-class References:
-    """Earlier prompts of one model, latest last, and chunks that wait to be made from them."""
+class References(ChunkLoader):
+    """Earlier prompts of one model, latest last, and chunks that wait to be made from them.
 
-    def __init__(self):
+    Other chunks come from the store.
+    """
+
+    def __init__(self, store: ChunkStore):
+        self.store = store
         self.prompts: dict[Ids, Tensor | None] = {}
         self.waiting: dict[str, Callable[[], ChunkKV]] = {}
         self.lock = threading.Lock()
 
     @classmethod
     def of(cls, store: ChunkStore, fingerprint: str) -> References:
-        return store.note((cls, fingerprint), cls)
+        return store.note((cls, fingerprint), lambda: cls(store))
+
+    def lookup(self, key: str, token_ids, fingerprint: str) -> Lookup:
+        from blocktune.cache import Lookup
+
+        make = self.waiting.pop(key, None)
+        if make is None:
+            return self.store.lookup(key, token_ids, fingerprint)
+        kv = make()
+        return Lookup(kv, "memory", kv.num_bytes, 0.0, 0.0)
 
     def nearest(self, pieces: Pieces, model: ServedModel) -> tuple[float, Ids, Tensor] | None:
         """The prompt whose tokens are most similar to the chunks': how much, its tokens, the match.
@@ -158,22 +171,6 @@ class FuzzyHistory(PromptHistory):
                 known.keep(known.prompts, ids, known.prompts.get(ids), self.references)
 
 
-class FuzzyLoader(ChunkLoader):
-    """Makes the chunks that `FuzzyHistory` laid out; others come from the store."""
-
-    def __init__(self, store: ChunkStore, known: References):
-        self.store, self.known = store, known
-
-    def lookup(self, key: str, token_ids, fingerprint: str) -> Lookup:
-        from blocktune.cache import Lookup
-
-        make = self.known.waiting.pop(key, None)
-        if make is None:
-            return self.store.lookup(key, token_ids, fingerprint)
-        kv = make()
-        return Lookup(kv, "memory", kv.num_bytes, 0.0, 0.0)
-
-
 @register("semsharekv")
 class SemShareKV(Method):
     """Gives each token the state of its nearest in a similar earlier prompt; recomputes a share.
@@ -204,8 +201,8 @@ class SemShareKV(Method):
     def history(self) -> FuzzyHistory:
         return FuzzyHistory(self.threshold, self.references)
 
-    def loader(self, store: ChunkStore, fingerprint: str) -> FuzzyLoader:
-        return FuzzyLoader(store, References.of(store, fingerprint))
+    def loader(self, store: ChunkStore, fingerprint: str) -> References:
+        return References.of(store, fingerprint)
 
     def layout(self, spec: LayoutSpec) -> LayoutSpec:
         plain = {"block": True, "num_blanks": 0, "shared_prefix": False}

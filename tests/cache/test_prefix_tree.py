@@ -120,11 +120,10 @@ def test_namespaces_that_nobody_fills_leave_nothing():
 def test_what_is_in_use_stays_even_if_it_is_cut():
     tree = PrefixTree(max_bytes=5 * TOKEN_BYTES)
     tree.insert(exact_of(PREFIX, ONE))
-    with tree.match(MODEL, PREFIX + ONE) as match:
+    with tree.match(MODEL, PREFIX + ONE):
         assert tree.insert(exact_of(PREFIX, TWO)) == 0  # which cuts the run
         assert tree.stats().declined == 1
         assert matched(tree, PREFIX, ONE) == 5
-    match.release()  # a second time changes nothing
     assert tree.insert(exact_of(PREFIX, TWO)) == 1
     assert matched(tree, PREFIX, ONE) == 2
 
