@@ -158,13 +158,6 @@ class Shelf:
         except sqlite3.OperationalError as error:
             raise ValueError(f"'{self.blobs.place}': {error}") from None
 
-    def copy(self, row: Row, target: Shelf) -> int:
-        """Copies a file to another place, and what is known of it; bytes."""
-        data = self.blobs.open(row.key).content()
-        target.blobs.write(row.key, data)
-        target.ledger.fill([row])
-        return len(data)
-
 
 class Wanted(NamedTuple):
     """A chunk to encode: its tokens, what they are encoded after, whether it is a scoped prefix."""

@@ -227,9 +227,14 @@ class BlobTier:
             _LOG.warning("%s; %s", reason.replace("\n", " "), then)
 
     def _make_room(self, size: int, key: str, about: About) -> bool:
-        if not self._is_folder and self.ledger.max_bytes is not None:
-            self._relist()
-        unknown = [] if self._budget["max_bytes"] is None else None  # a limit holds, or no write
+        most = self._budget["max_bytes"]
+        if not self._is_folder and most is not None and time.monotonic() >= self._listed:
+            self._listed = time.monotonic() + REFRESH_S
+            rows = list(self.blobs.listing())
+            gone = {row.key for row in self.ledger.rows()} - {key for key, _, _ in rows}
+            self.ledger.remove(gone)
+            self.ledger.fill(Row(key=k, size=n, created=t, used=t, uses=1) for k, n, t in rows)
+        unknown = [] if most is None else None  # a limit holds, or nothing is written
         doomed = self._noted(lambda ledger: (self._admit(ledger, size, key, about),), (unknown,))[0]
         with self._lock:
             self.stats.evictions += len(doomed or ())
@@ -245,15 +250,6 @@ class BlobTier:
                 ledger.remove(doomed)
                 ledger.add(key, size, about)
             return doomed
-
-    def _relist(self) -> None:
-        if time.monotonic() < self._listed:
-            return
-        self._listed = time.monotonic() + REFRESH_S
-        rows = list(self.blobs.listing())
-        gone = {row.key for row in self.ledger.rows()} - {key for key, _, _ in rows}
-        self.ledger.remove(gone)
-        self.ledger.fill(Row(key=k, size=n, created=at, used=at, uses=1) for k, n, at in rows)
 
     def _noted(self, act: Callable[[Ledger], object], otherwise: object = None):
         """What the ledger says; an index that fails is left alone for a while, or made again."""
