@@ -49,9 +49,9 @@ class Costs:
     pair_s: float = 1e-8  # seconds more for each earlier token that it attends to
     load_bytes_s: float = 4e9  # bytes per second that are loaded and moved
 
-    def encode_s(self, tokens: int, before: int = 0) -> float:
-        """Seconds to encode tokens after ``before`` others."""
-        return self.token_s * tokens + self.pair_s * tokens * (before + tokens / 2)
+    def encode_s(self, tokens: int) -> float:
+        """Seconds to encode tokens after nothing."""
+        return self.token_s * tokens + self.pair_s * tokens * tokens / 2
 
     def load_s(self, tokens: int) -> float:
         """Seconds to load tokens."""

@@ -71,11 +71,6 @@ class Row(About):
         texts = (header.get(n, "") for n in ("kind", "fingerprint", "document", "tenant"))
         return cls(num_tokens, *texts, seconds, expires or None, key, size, used, used, 1)
 
-    @property
-    def about(self) -> About:
-        """Without key, size and uses."""
-        return About(*(getattr(self, field.name) for field in fields(About)))
-
 
 def parse_bytes(text: str) -> int:
     """Bytes of a text such as ``50GB``."""

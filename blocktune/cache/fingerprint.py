@@ -31,18 +31,10 @@ CACHE_FORMAT = 2
 
 _SAMPLES = 4096
 _VOLATILE = {
-    "_name_or_path",
-    "_attn_implementation",
-    "_attn_implementation_internal",
-    "attn_implementation",
-    "architectures",
-    "dtype",  # the dtype that counts is the one the model runs in
-    "torch_dtype",
-    "transformers_version",
-    "use_cache",
-    "output_attentions",
-    "output_hidden_states",
-    "return_dict",
+    *("_name_or_path", "architectures", "transformers_version", "use_cache", "return_dict"),
+    *("_attn_implementation", "_attn_implementation_internal", "attn_implementation"),
+    *("output_attentions", "output_hidden_states"),
+    *("dtype", "torch_dtype"),  # the dtype that counts is the one the model runs in
 }
 _ADAPTER_FILES = (".safetensors", ".bin", "adapter_config.json", "blocktune.json")
 

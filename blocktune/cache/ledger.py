@@ -115,7 +115,8 @@ class Ledger:
             found = database.execute("SELECT uses, pinned FROM entries WHERE key = ?", (key,))
             uses, pinned = found.fetchone() or (0, 0)
             database.execute("DELETE FROM entries WHERE key = ?", (key,))
-            row = (*astuple(about), key, max(size, 1), now, now, uses + 1, pinned, self._faded())
+            known = (getattr(about, field.name) for field in fields(About))
+            row = (*known, key, max(size, 1), now, now, uses + 1, pinned, self._faded())
             database.execute(_ADD, row)
 
     def use(self, key: str, row: Row | None = None) -> None:
@@ -164,10 +165,9 @@ class Ledger:
 
     def size(self, tenant: str | None = None) -> int:
         """Bytes that are entered, of one tenant or of all."""
-        where, values = ("", ()) if tenant is None else (" WHERE tenant = ?", (tenant,))
+        find = "SELECT total(size) FROM totals WHERE tenant = coalesce(?, tenant)"
         with self._lock:
-            found = self._open().execute(f"SELECT total(size) FROM totals{where}", values)
-            return int(found.fetchone()[0])
+            return int(self._open().execute(find, (tenant,)).fetchone()[0])
 
     def row(self, key: str) -> Row | None:
         """One entry, without hits that are not written yet."""

@@ -111,7 +111,7 @@ class ChunkStore:
                 kv = tier.get(key)
                 if kv is not None and accept(kv):
                     if tier.name != "memory":
-                        self._remember(key, kv, tier.ledger.row(key).about)
+                        self._remember(key, kv, tier.ledger.row(key))
                         kv = self._memories[0].entries.get(key) or kv.to(self.device)
                     self._memories[0].ledger.use(key)
                     return self._hit(key, kv, tier, started, time.perf_counter())
@@ -131,10 +131,10 @@ class ChunkStore:
             kv, row, data = loaded
             tier.used(row)
             if data is not None and tier is not self._blobs[0]:
-                self._blobs[0].save(key, lambda data=data: data, row.about)
+                self._blobs[0].save(key, lambda data=data: data, row)
             with self._lock:
                 if keep:
-                    self._remember(key, kv, row.about)
+                    self._remember(key, kv, row)
                 return self._hit(key, kv, tier, started, found)
         with self._lock:
             self._stats.misses += 1

@@ -63,7 +63,7 @@ class MemoryTier:
             self.remove(key)
             return [(key, entry, about)]
         held = (one for one in doomed if one in self.entries)
-        left = [(one, self.entries[one], self.ledger.row(one).about) for one in held]
+        left = [(one, self.entries[one], self.ledger.row(one)) for one in held]
         for one in doomed:
             self.remove(one)
         self.stats.evictions += len(left)
