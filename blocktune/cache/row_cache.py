@@ -17,7 +17,8 @@ SKIP = -1
 """Column of a padding row: its keys and values are not stored."""
 
 Observer = Callable[[Tensor, Tensor], None]
-"""Called as ``observer(keys, values)``, both ``(B, K, R, D)``, before they are written."""
+"""Called as ``observer(keys, values)``, both ``(B, K, R, D)``, before they are written; if it
+raises, the forward pass ends with the layer as it was."""
 
 
 class _Target(NamedTuple):
@@ -100,9 +101,18 @@ class _RowLayer(CacheLayerMixin):
         return self.keys, self.values
 
     def store(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Writes rows ``(B, K, R, D)`` into the selected columns without a forward pass."""
         _, batch, row, column = self.target
         self.keys[batch, :, column] = key_states[batch, :, row]
         self.values[batch, :, column] = value_states[batch, :, row]
+
+    def held(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of the selected columns, ``(B, K, R, D)``; arbitrary in padding."""
+        columns = self.target.columns.clamp(min=0)[:, None, :, None]
+        return tuple(
+            states.gather(2, columns.expand(-1, states.shape[1], -1, states.shape[3]))
+            for states in (self.keys, self.values)
+        )
 
     def grow(self, count: int) -> None:
         self.num_columns += count
@@ -207,30 +217,10 @@ class RowCache(Cache):
         self.exact = self.exact and exact
         return self.layers[layer].room(prompt, columns, keys, values)
 
-    def observe(self, layer: int, observer: Observer | None) -> None:
-        """Calls ``observer`` with a layer's fresh keys and values before they are written.
-
-        If it raises, the forward pass ends with the layer as it was. None: no observer.
-        """
-        self.layers[layer].observer = observer
-
     def bytes_per_column(self, layer: int) -> int:
         """Bytes of one token's keys and values in a layer that holds any."""
         states = (self.layers[layer].keys, self.layers[layer].values)
         return sum(s.shape[1] * s.shape[3] * s.element_size() for s in states)
-
-    def held(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of a layer's selected columns, ``(B, K, R, D)``; arbitrary in padding."""
-        one = self.layers[layer]
-        columns = one.target.columns.clamp(min=0)[:, None, :, None]
-        return tuple(
-            states.gather(2, columns.expand(-1, states.shape[1], -1, states.shape[3]))
-            for states in (one.keys, one.values)
-        )
-
-    def store(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Writes rows ``(B, K, R, D)`` into a layer's selected columns without a forward pass."""
-        self.layers[layer].store(keys, values)
 
     def _target(self, columns: Tensor) -> _Target:
         expected = self.layers[0].batch_size

@@ -143,12 +143,6 @@ class Shelf:
             raise ValueError(f"the index of '{self.blobs.place}': {error}") from None
         return {"without_file": len(gone), "not_indexed": len(there - known)}
 
-    def remove(self, key: str) -> bool:
-        """Removes one file; whether there was one."""
-        done = self.blobs.remove(key)
-        self.ledger.remove([key])
-        return done
-
     def pin(self, keys: Iterable[str], pinned: bool) -> int:
         """Pins entries or lets them leave again; how many."""
         if self._index is None:

@@ -244,7 +244,9 @@ def _mended(index: dict[str, int]) -> list[str]:
 def _remove(
     shelf: Shelf, doomed: dict[str, int], dry_run: bool, as_json: bool, **more: Any
 ) -> None:
-    removed = {key: size for key, size in doomed.items() if dry_run or shelf.remove(key)}
+    removed = {key: size for key, size in doomed.items() if dry_run or shelf.blobs.remove(key)}
+    if not dry_run:
+        shelf.ledger.remove(doomed)
     record = {"chunks": len(removed), "bytes": sum(removed.values()), "dry_run": dry_run} | more
     left = f", {more['unfinished']:,} unfinished files" if more.get("unfinished") else ""
     line = f"{'would remove' if dry_run else 'removed'} {len(removed):,} chunks"
