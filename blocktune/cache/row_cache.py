@@ -63,13 +63,6 @@ class _RowLayer(CacheLayerMixin):
         self.unwritten: np.ndarray | None = None  # columns not written yet, bool (B, N + spare)
         self.observer: Observer | None = None
 
-    def room(self, prompt: int, columns: slice, keys: Tensor, values: Tensor) -> tuple:
-        if not self.is_initialized:
-            self.lazy_initialization(keys[None], values[None])
-        if self.unwritten is not None:
-            self.unwritten[prompt, columns] = False
-        return tuple(store[prompt, :, columns] for store in self.stores)
-
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         columns = self.num_columns + self.spare
@@ -214,8 +207,12 @@ class RowCache(Cache):
         dtype. ``exact`` says that the states come from a full prefill of the same prompt; else the
         cache is not exact from now on.
         """
-        self.exact = self.exact and exact
-        return self.layers[layer].room(prompt, columns, keys, values)
+        self.exact, one = self.exact and exact, self.layers[layer]
+        if not one.is_initialized:
+            one.lazy_initialization(keys[None], values[None])
+        if one.unwritten is not None:
+            one.unwritten[prompt, columns] = False
+        return tuple(store[prompt, :, columns] for store in one.stores)
 
     def bytes_per_column(self, layer: int) -> int:
         """Bytes of one token's keys and values in a layer that holds any."""
