@@ -128,7 +128,7 @@ class Ledger:
             if start:
                 self._writer = os.getpid()
         if start:
-            timer = threading.Timer(_BUFFER_S, self._write)
+            timer = threading.Timer(_BUFFER_S, _write, (weakref.ref(self),))
             timer.daemon = True
             timer.start()
 
@@ -226,11 +226,6 @@ class Ledger:
         with self.transaction() as database:
             database.executemany(_ADD, ((*astuple(row), 0.0) for row in rows))
 
-    def _write(self) -> None:
-        self._writer = 0
-        with suppress(sqlite3.Error):  # only dates of use are lost
-            self.flush()
-
     def now(self) -> float:
         """The time, later than at every call before."""
         self._now = max(self._clock(), self._now + 1e-6)
@@ -283,6 +278,14 @@ class Ledger:
                 database.execute("INSERT OR REPLACE INTO meta VALUES ('policy', ?)", (self.policy,))
                 database.execute(f"UPDATE entries SET worth = {POLICIES[self.policy]}")
         self._database.executescript(_VALUED.format(POLICIES[self.policy]))
+
+
+def _write(owner: weakref.ref[Ledger]) -> None:
+    """Writes the hits of a ledger that is still there; if that fails, dates of use are lost."""
+    if (ledger := owner()) is not None:
+        ledger._writer = 0
+        with suppress(sqlite3.Error):
+            ledger.flush()
 
 
 def _close(pid: int, database: sqlite3.Connection, uses: dict[str, _Use]) -> None:
