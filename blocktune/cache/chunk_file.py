@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -36,12 +36,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 """Of a safetensors header."""
-_PROVEN: dict[tuple, set[str]] = {}
-"""Tensors (or `_ALL`) that this process has verified, by file in one state and kind of sums."""
 _ALL = "*"
-_HEADERS: dict[tuple, dict[str, Any]] = {}
-"""Headers and token ids that this process has verified, likewise."""
-_MOST_PROVEN, _MOST_HEADERS = 1 << 16, 1 << 10
 SETTLED_S = 2.0
 """A file that changed this recently may change again without another date."""
 PAGE = 4096
@@ -72,20 +67,17 @@ class ChunkFile:
         self._prove, self._data = blobs.secret is not None, None
         settled = self._blob.identity is not None and time.time() - self._blob.changed >= SETTLED_S
         state = key, blobs.secret, self._blob.identity
-        self._proven = _kept(_PROVEN, _MOST_PROVEN, state, set()) if settled else set()
-        known = _HEADERS.get(state) if settled else None
-        if known is None:
-            known = self._read_header(blobs)
-        vars(self).update(known)
+        self._proven, known = (_proven(state), _known(state)) if settled else (set(), {})
+        fresh = {} if known else self._read_header(blobs)
+        vars(self).update(known or fresh)
         named = (self._header["format"], self._header["kind"], self._header["key"])
         if named != (FORMAT, named[1] if kind is None else kind.kind, key):
             raise ValueError("its header names another chunk or cache format")
         if 0 < float(self._header.get("expires", 0)) <= time.time():
             raise Expired(key)
-        if "token_ids" not in known:
-            known["token_ids"] = self.token_ids = self.read("token_ids")
-            if settled:
-                _kept(_HEADERS, _MOST_HEADERS, state, known)
+        if fresh:
+            fresh["token_ids"] = self.token_ids = self.read("token_ids")
+            known.update(fresh)
 
     def _read_header(self, blobs: Blobs) -> dict[str, Any]:
         """What the header says, verified: attributes of a file of this state."""
@@ -221,11 +213,16 @@ class ChunkFile:
         self._proven.add(name)
 
 
-def _kept(known: dict, most: int, state: tuple, value: Any) -> Any:
-    """What is known of a file in one state, or the value, kept from now on."""
-    while len(known) >= most:
-        known.pop(next(iter(known)), None)
-    return known.setdefault(state, value)
+@lru_cache(1 << 16)
+def _proven(state: tuple) -> set[str]:
+    """Tensors (or `_ALL`) that this process has verified, of a file in one state and its key."""
+    return set()
+
+
+@lru_cache(1 << 10)
+def _known(state: tuple) -> dict[str, Any]:
+    """What it has verified of the header, and the token ids."""
+    return {}
 
 
 def heads_of(rank: int, size: int, num_heads: int) -> slice:
