@@ -14,6 +14,7 @@ import time
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -156,7 +157,7 @@ class BlobTier:
             self._save(key, make, about)
             return
         try:
-            self._queue.put_nowait((self, key, make, about))
+            self._queue.put_nowait(partial(self._save, key, make, about))
         except queue.Full:  # a slow remote must not hold up answers
             self._count_unwritten()
 
@@ -274,10 +275,9 @@ def _in_background(tier: BlobTier) -> queue.Queue:
     waiting: queue.Queue = queue.Queue(_WAITING)
 
     def work() -> None:
-        while (item := waiting.get()) is not None:
-            owner, *what = item  # what waits keeps the tier alive, the thread does not
-            owner._save(*what)
-            del owner, what, item
+        while (save := waiting.get()) is not None:
+            save()
+            del save  # what waits keeps the tier alive, the thread does not
             waiting.task_done()
 
     def finish() -> None:
