@@ -234,13 +234,16 @@ class Tracer:
     def looked_up(self, key: str, tokens: int, tier: str, num_bytes: int, seconds: float) -> None:
         """Notes a look-up; ``tier`` is ``"none"`` for a miss, ``seconds`` what it took."""
         self._count += 1
-        now, last = time.monotonic(), self._last.get(key)
+        now, last = time.monotonic(), self._last.pop(key, None)
         if last is not None:
             self._distances[(self._count - last[0]).bit_length() - 1] += 1
             self._lifetimes[int(now - last[1]).bit_length()] += 1
-        keep_latest(self._last, key, (self._count, last[1] if last else now), _REMEMBERED)
-        facts = {"tokens": tokens, "bytes": num_bytes, "tier": tier, "load_s": seconds}
-        self._write(op="get", key=key, **facts)
+        self._last[key] = (self._count, last[1] if last else now)
+        if len(self._last) > _REMEMBERED:
+            self._last.popitem(last=False)
+        if self._file is not None:  # facts are made for it alone: look-ups are short
+            facts = {"tokens": tokens, "bytes": num_bytes, "tier": tier, "load_s": seconds}
+            self._write(op="get", key=key, **facts)
 
     def put(self, key: str, num_bytes: int, about: About) -> None:
         """Notes a write."""

@@ -105,11 +105,11 @@ class ChunkStore:
         """
         started = time.perf_counter()
         rejected: set[str] = set()
-        accept = partial(self._accept, key, token_ids, fingerprint, kind, rejected)
+        wanted = key, token_ids, fingerprint, kind, rejected
         with self._lock:
             for tier in self._memories:
                 kv = tier.get(key)
-                if kv is not None and accept(kv):
+                if kv is not None and self._accept(kv, *wanted):
                     if tier.name != "memory":
                         self._remember(key, kv, tier.ledger.row(key))
                         kv = self._memories[0].entries.get(key) or kv.to(self.device)
@@ -124,7 +124,7 @@ class ChunkStore:
                 loaded = tier.load(key, kind, lambda file: read(file).to(self.device))
             except ValueError as error:
                 self._reject(f"{tier.blobs.name(key)}: {error}", rejected)
-            if loaded is None or not accept(loaded[0]):
+            if loaded is None or not self._accept(loaded[0], *wanted):
                 with self._lock:
                     tier.stats.misses += 1
                 continue
@@ -309,7 +309,7 @@ class ChunkStore:
         load_s = 0.0 if tier in self._memories else now - found
         return Lookup(kv, tier.name, kv.num_bytes, now - started - load_s, load_s)
 
-    def _accept(self, key: str, token_ids, fingerprint, kind, rejected, kv: Entry) -> bool:
+    def _accept(self, kv: Entry, key: str, token_ids, fingerprint, kind, rejected) -> bool:
         if kv.kind == kind.kind and kv.matches(token_ids, fingerprint):
             return True
         what = "model" if kv.fingerprint != fingerprint else "tokens"
