@@ -187,42 +187,27 @@ class StoreStats:
     tiers: dict[str, TierStats] = field(default_factory=dict)
 
     @property
-    def memory_hits(self) -> int:
-        """Hits in memory, of the device or the host."""
-        return self._sum("hits", "memory", "cpu")
-
-    @property
     def disk_hits(self) -> int:
         """Hits in the folder or the remote."""
-        return self._sum("hits", "disk", "remote")
-
-    @property
-    def evictions(self) -> int:
-        """Entries that left the memory of the device."""
-        return self._sum("evictions", "memory")
+        return self._sum("hits")
 
     @property
     def unwritten(self) -> int:
         """Entries that the folder or the remote could not keep."""
-        return self._sum("unwritten", "disk", "remote")
+        return self._sum("unwritten")
 
     @property
-    def memory_bytes_read(self) -> int:
-        """Bytes of the hits in memory."""
-        return self._sum("bytes_read", "memory", "cpu")
-
-    @property
-    def disk_bytes_read(self) -> int:
-        """Bytes of the hits in the folder or the remote."""
-        return self._sum("bytes_read", "disk", "remote")
+    def disk_evictions(self) -> int:
+        """Entries that left the folder or the remote for others."""
+        return self._sum("evictions")
 
     @property
     def disk_bytes_written(self) -> int:
         """Bytes of the files that were written."""
-        return self._sum("bytes_written", "disk", "remote")
+        return self._sum("bytes_written")
 
-    def _sum(self, name: str, *tiers: str) -> int:
-        return sum(getattr(self.tiers[tier], name) for tier in tiers if tier in self.tiers)
+    def _sum(self, name: str) -> int:
+        return sum(getattr(self.tiers[t], name) for t in ("disk", "remote") if t in self.tiers)
 
 
 class Recent(OrderedDict):
