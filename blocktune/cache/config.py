@@ -208,6 +208,11 @@ class StoreStats:
         return self._sum("unwritten")
 
     @property
+    def disk_evictions(self) -> int:
+        """Entries that left the folder or the remote for others."""
+        return self._sum("evictions")
+
+    @property
     def disk_bytes_written(self) -> int:
         """Bytes of the files that were written."""
         return self._sum("bytes_written")

@@ -186,11 +186,11 @@ class ValkeyBlobs(Blobs):
     def _sizes(self, names: Sequence[str]) -> list[tuple[int, int]]:
         pipe = self._client.pipeline(transaction=False)
         for name in names:
+            pipe.object("IDLETIME", name)  # first: to read the size is a use
             pipe.strlen(name)
-            pipe.object("IDLETIME", name)
         found = pipe.execute(raise_on_error=False)
         numbers = [one if isinstance(one, int) else 0 for one in found]
-        return list(zip(numbers[::2], numbers[1::2], strict=True))
+        return list(zip(numbers[1::2], numbers[::2], strict=True))
 
     def _key(self, name: str) -> str:
         kind = "manifest:" if name.startswith(f"{MANIFESTS}/") else ""

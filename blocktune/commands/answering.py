@@ -191,7 +191,7 @@ def report_encoded(report: EncodeReport, store: ChunkStore, who: str) -> None:
     stats, known = store.stats(), report.num_chunks - report.num_encoded
     written = stats.disk_bytes_written
     each = f", {written / report.num_tokens / 1e3:,.1f} kB a token" if report.num_tokens else ""
-    if left := sum(stats.tiers[t].evictions for t in ("disk", "remote") if t in stats.tiers):
+    if left := stats.disk_evictions:
         each += f"; {left:,} chunks left for them, to stay within its limits"
     typer.echo(
         f"{who}encoded {report.num_encoded:,} chunks ({report.num_tokens:,} tokens) in "
