@@ -109,9 +109,8 @@ def answer(
     sampling = ways.Sampling(temperature, top_k, top_p, seed)
     held = store is not None and ways.holds_chunks(store)
     how = (store, dtype, device, quantize)
-    engine = opt.load_engine(
-        model, adapter, *how, recurrent=asked is not None and not asked.reuses_chunks
-    )
+    whole = asked is not None and not asked.reuses_chunks
+    engine = opt.load_engine(model, adapter, *how, recurrent=whole)
     engine = opt.reworded(engine, instruction, system, wording)
     if decode_cache is not None:
         engine = engine.decoding_on(decode_cache)
