@@ -71,8 +71,9 @@ class Registry:
         """The class of a name; the ValueError for an unknown one lists all names."""
         if name not in self.table():
             close = difflib.get_close_matches(name, self.table(), n=1)
-            meant, names = close and f"; did you mean '{close[0]}'?", ", ".join(self.available())
-            raise ValueError(f"unknown {self.what} '{name}'{meant or ''}; available: {names}")
+            meant = f"did you mean '{close[0]}'? " if close else ""
+            names = ", ".join(self.available())
+            raise ValueError(f"unknown {self.what} '{name}'; {meant}available: {names}")
         return self._entries[name]
 
     def build(self, name: str, **parameters: Any) -> Any:

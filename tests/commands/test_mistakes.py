@@ -3,6 +3,7 @@
 import json
 import locale
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,24 @@ def test_an_empty_chunk_list(refused, model, tmp_path):
     path.write_text(json.dumps({"question": "Where?", "chunks": []}) + "\n")
     line = refused("answer", "--model", model, "--input", path)
     assert 'q.jsonl, line 1: field "chunks" must be a non-empty list' in line
+
+
+def test_a_model_that_is_nowhere(refused):
+    for name in ("data/tinny", "/tmp/nothing/there"):
+        line = refused("answer", "--model", name, *QUESTION, *CHUNK)
+        assert f"from '{name}': there is no such folder" in line
+
+
+def test_a_parameter_of_no_method(refused, model):
+    line = refused("answer", "--model", model, *QUESTION, *CHUNK, "--param", "k=2")
+    assert "--param needs the --method" in line
+
+
+def test_a_port_that_is_taken(refused, model):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        line = refused("serve", "--model", model, "--port", port)
+    assert f"127.0.0.1:{port}" in line
 
 
 def test_a_chunk_longer_than_the_context(refused, model, tmp_path):

@@ -155,6 +155,7 @@ def test_wrong_record_is_named(tmp_path, records, field):
     [
         ("", r"set\.json is empty"),
         ("[1, 2", r"set\.json, line 1: not JSON"),
+        ("# Kirby\n\nKirby is a harbour.", r'line 1: not JSON .*\{"text": "a passage"\}'),
         ('{"question": "q", "chunks": ["c"]}\n{"question', r"set\.json, line 2: not JSON"),
         ('{\n "question": "q",\n "chunks": ["c"\n', r"set\.json, line 4: not JSON"),
         ("[]", "holds no records"),
@@ -173,6 +174,8 @@ def test_chunks_of_a_file(tmp_path):
     lines = [{"text": "one", "title": "T"}, {"text": "two"}, {"text": "one", "title": "T"}]
     path = as_lines(tmp_path / "docs.jsonl", lines)
     assert load_chunks(path) == [Chunk("one", "T"), Chunk("two")]
+    with_questions = as_lines(tmp_path / "q.jsonl", [lines[1] | {"questions": [{"question": "?"}]}])
+    assert load_chunks(with_questions)[0].text == "two"
     asked = as_lines(tmp_path / "asked.jsonl", [OWN, OWN | {"chunks": ["two", "three"]}])
     assert load_chunks(asked) == [Chunk("one"), Chunk("two"), Chunk("three")]
     wrong = as_lines(tmp_path / "wrong.jsonl", [*lines, {"text": "a", "titel": "b"}])

@@ -43,7 +43,11 @@ def test_the_methods_of_the_spine_exist():
 @pytest.mark.parametrize(
     ("name", "parameters", "message"),
     [
-        ("cacheblnd", {}, "unknown reuse method 'cacheblnd'; available: a3, agentkvshift, ape, "),
+        (
+            "cacheblnd",
+            {},
+            "unknown reuse method 'cacheblnd'; did you mean 'cacheblend'? available: a3, agentkvshift, ape, ",
+        ),
         ("epic", {"n": 3}, "'epic' takes k, share, .* got unknown n"),
         ("naive", {"k": 3}, "'naive' takes no parameters, got unknown k"),
         ("epic", {"k": -1}, "k must be .* at least 0, got -1"),

@@ -41,6 +41,7 @@ MESSAGES = [{"role": "user", "content": "Who?"}]
         ({"frequency_penalty": 1.0}, "frequency_penalty"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"blocktune": {"methd": "naive"}}, "methd"),
+        ({"method": "epic"}, "blocktune: {'method'"),
         ({"blocktune": {"method": "nothing-of-that-name"}}, "nothing-of-that-name"),
         ({"blocktune": {"method": "epic", "params": {"k": 10**30}}}, "1e+09"),
         ({"blocktune": {"method": "epic 99999999999"}}, "1e+09"),
