@@ -242,8 +242,8 @@ def _explained(name: str, what: str) -> Iterator[None]:
         reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
         if any(told in reason for told in _NOT_THERE) and not Path(name).exists():
             raise ValueError(
-                f"cannot load {what} from '{name}': there is no such folder, and no such repository "
-                "in the Hub's cache or, unless this process is offline, on the Hub; check the name"
+                f"cannot load {what} from '{name}': there is no such folder, and no repository of "
+                "that name in the Hub's cache or, unless this process is offline, on the Hub"
             ) from None
         if "ignore_mismatched_sizes" in reason:
             reason = "weights in its files have other shapes than its configuration says"

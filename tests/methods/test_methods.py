@@ -46,7 +46,7 @@ def test_the_methods_of_the_spine_exist():
         (
             "cacheblnd",
             {},
-            "unknown reuse method 'cacheblnd'; did you mean 'cacheblend'? available: a3, agentkvshift, ape, ",
+            "'cacheblnd'; did you mean 'cacheblend'. available: a3, agentkvshift, ape, ",
         ),
         ("epic", {"n": 3}, "'epic' takes k, share, .* got unknown n"),
         ("naive", {"k": 3}, "'naive' takes no parameters, got unknown k"),

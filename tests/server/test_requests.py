@@ -226,10 +226,13 @@ def test_tenants_and_salts_share_no_chunks(serve, engine):
 
 def test_made_up_salts_leave_little_behind(client, engine, monkeypatch):
     """Clients may send a new salt with every request."""
+    from blocktune.cache import prefix_tree, store
+
+    monkeypatch.setattr(store, "_NOTED", 3)
+    monkeypatch.setattr(store, "_TENANTS", 3)
+    monkeypatch.setattr(prefix_tree, "_TENANTS", 3)
     tree = engine.state.prefix_tree
     held = engine.store._tenants_notes, engine.store._shared_ropes, tree._listed
-    for one in held:
-        monkeypatch.setattr(one, "most", 3)
     before = [max(3, len(one)) for one in held]
     for index in range(6):
         for method in ("cache-craft", "fusionrag", "prefix-cache"):
