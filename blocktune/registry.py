@@ -6,6 +6,7 @@ A registry finds the modules of its package, and those of plug-ins.
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import inspect
 import pkgutil
@@ -69,8 +70,9 @@ class Registry:
     def find(self, name: str) -> type:
         """The class of a name; the ValueError for an unknown one lists all names."""
         if name not in self.table():
-            names = ", ".join(self.available())
-            raise ValueError(f"unknown {self.what} '{name}'; available: {names}")
+            close = difflib.get_close_matches(name, self.table(), n=1)
+            meant, names = close and f"; did you mean '{close[0]}'?", ", ".join(self.available())
+            raise ValueError(f"unknown {self.what} '{name}'{meant or ''}; available: {names}")
         return self._entries[name]
 
     def build(self, name: str, **parameters: Any) -> Any:

@@ -23,7 +23,8 @@ def sections(folder: str) -> list[Chunk]:
 
 def main(folder: str, question: str, url: str = "http://127.0.0.1:8000/v1", k: int = 5) -> None:
     """Prints the answer while it comes."""
-    client, corpus = OpenAI(base_url=url, api_key="none"), sections(folder)
+    client = OpenAI(base_url=url, api_key="none")
+    corpus = sections(folder) or sys.exit(f"no section of Markdown in '{folder}'")
     best = [corpus[hit.index] for hit in Bm25(corpus).search([question], k)[0]]
     stream = client.chat.completions.create(
         model=client.models.list().data[0].id,

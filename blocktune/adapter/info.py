@@ -128,7 +128,10 @@ class AdapterInfo:
         """Reads ``blocktune.json``; raises ValueError if there is none, or it cannot be read."""
         path = Path(folder) / INFO_FILE
         if not path.is_file():
-            raise ValueError(f"{folder} is not a blocktune adapter: it has no {INFO_FILE}")
+            raise ValueError(
+                f"{folder} is not a blocktune adapter: it has no {INFO_FILE}; a trainer leaves one "
+                "with callbacks=[SaveLayoutCallback(collator)]"
+            )
         try:
             return cls.from_dict(load_json(path))
         except TypeError as error:

@@ -1,22 +1,44 @@
 """What a store of a given size and policy would have saved on a trace, and when reuse pays at all.
 
-Simulated: nothing is encoded. Costs come from the trace where a store recorded them, else from
-`Costs`.
+Simulated: nothing is encoded. A trace is requests and the chunks that they ask for: recorded by a
+store (the JSON lines of ``--store ...,trace=FILE``), published (Mooncake's ``hash_ids``, blocks of
+512 tokens; Azure's CSV, ``TIMESTAMP,ContextTokens,GeneratedTokens``, which names no contents: its
+lengths are filled with drawn chunks), or drawn. A name that ends in ``.gz`` is read as it is. Costs
+come from the trace where a store recorded them, else from `Costs`.
 """
 
 from __future__ import annotations
 
-import itertools
+import csv
+import gzip
+import json
 import random
-from collections.abc import Iterable, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain, count, groupby, islice, pairwise, takewhile
 from pathlib import Path
 from typing import NamedTuple
 
-from blocktune.bench.traces import Request, Use, zipf_requests
 from blocktune.cache.ledger import About, Ledger
 
 WINDOWS = 10
+CHUNKS, EXPONENT = 10, 0.9  # of a drawn request, and of the law by which they recur
+BLOCK = 512  # tokens of a block of Mooncake's traces, and of drawn chunks
+SAME_REQUEST_S = 0.001  # look-ups of a recorded store this close to each other are one request
+
+
+class Use(NamedTuple):
+    """A chunk that a request asks for; ``num_bytes`` and ``seconds`` are 0 where unknown."""
+
+    key: str
+    num_tokens: int
+    num_bytes: int = 0
+    seconds: float = 0.0
+    tenant: str = ""
+
+
+Request = tuple[Use, ...]
 
 
 @dataclass(frozen=True)
@@ -28,9 +50,9 @@ class Costs:
     pair_s: float = 1e-8  # seconds more for each earlier token that it attends to
     load_bytes_s: float = 4e9  # bytes per second that are loaded and moved
 
-    def encode_s(self, tokens: int, before: int = 0) -> float:
-        """Seconds to encode tokens after ``before`` others."""
-        return self.token_s * tokens + self.pair_s * tokens * (before + tokens / 2)
+    def encode_s(self, tokens: int) -> float:
+        """Seconds to encode tokens after nothing."""
+        return self.token_s * tokens + self.pair_s * tokens * tokens / 2
 
     def load_s(self, tokens: int) -> float:
         """Seconds to load tokens."""
@@ -66,7 +88,7 @@ def replay(
     requests: Sequence[Request], budget: int, policy: str = "lru", costs: Costs = Costs()
 ) -> Outcome:
     """Plays a trace against one tier of ``budget`` bytes; ``costs`` are of what it does not say."""
-    clock = itertools.count(1)
+    clock = count(1)
     ledger = Ledger(max_bytes=budget, policy=policy, clock=lambda: next(clock) * 1e-4)
     there: dict[str, int] = {}
     windows = [[0, 0] for _ in range(WINDOWS)]
@@ -91,7 +113,7 @@ def replay(
                 ledger.add(use.key, use.num_bytes, About(seconds=use.seconds, tenant=use.tenant))
                 there[use.key] = use.num_bytes
     hits, lookups = (sum(window[n] for window in windows) for n in (0, 1))
-    rates = [hit / max(count, 1) for hit, count in windows]
+    rates = [hit / max(uses, 1) for hit, uses in windows]
     return Outcome(policy, budget, hits / max(lookups, 1), saved_s, saved_s / whole_s, peak, rates)
 
 
@@ -105,42 +127,31 @@ class BreakEven(NamedTuple):
 
 
 def break_even(
-    recompute: float = 0.0,
-    chunks: int = 10,
-    tokens: int = 512,
-    requests: int = 2000,
-    costs: Costs = Costs(),
-    seed: int = 0,
+    recompute: float = 0.0, requests: int = 2000, costs: Costs = Costs()
 ) -> list[BreakEven]:
     """Chunk reuse against prefix caching over the share of chunks that were seen before.
 
     Retrieval orders chunks freely, so a prefix is shared only if it begins with the same chunks in
     the same order. Both caches are unbounded. ``recompute`` is the share of the reused tokens that
-    the method computes again; each point has ``requests`` of ``chunks`` of ``tokens`` tokens.
+    the method computes again; each point has ``requests`` of `CHUNKS` of `BLOCK` tokens.
     """
-    found = []
+    found, whole = [], costs.encode_s(CHUNKS * BLOCK)
     for step in range(11):
-        totals, counts = [0.0, 0.0, 0.0], [0, 0]
+        prefix_s, hits, draw = 0.0, 0, random.Random(0)
         seen: set[str] = set()
         prefixes: set[tuple[str, ...]] = set()
-        draw = random.Random(seed)
-        novel = 1 - step / 10
-        for request in zipf_requests(requests, chunks, novel, seed=seed, catalogue=requests):
+        for request in zipf_requests(requests, 1 - step / 10, catalogue=requests):
             keys = [use.key for use in request]
             draw.shuffle(keys)
-            whole = costs.encode_s(len(keys) * tokens)
-            shared = 0
-            while shared < len(keys) and tuple(keys[: shared + 1]) in prefixes:
-                shared += 1
-            totals[0] += whole
-            totals[1] += whole - costs.encode_s(shared * tokens) + costs.load_s(shared * tokens)
-            hits = len(seen.intersection(keys))
-            counts = [counts[0] + hits, counts[1] + len(keys)]
-            totals[2] += (len(keys) - hits) * costs.encode_s(tokens)
-            totals[2] += costs.load_s(hits * tokens) + recompute * whole
+            starts = [tuple(keys[: n + 1]) for n in range(CHUNKS)]
+            shared = BLOCK * len(list(takewhile(prefixes.__contains__, starts)))
+            prefix_s += whole - costs.encode_s(shared) + costs.load_s(shared)
+            hits += len(seen.intersection(keys))
             seen.update(keys)
-            prefixes.update(tuple(keys[:n]) for n in range(1, len(keys) + 1))
-        found.append(BreakEven(counts[0] / counts[1], *(total / requests for total in totals)))
+            prefixes.update(starts)
+        reuse_s = (requests * CHUNKS - hits) * costs.encode_s(BLOCK) + costs.load_s(hits * BLOCK)
+        reuse_s = reuse_s / requests + recompute * whole
+        found.append(BreakEven(hits / requests / CHUNKS, whole, prefix_s / requests, reuse_s))
     return found
 
 
@@ -201,3 +212,111 @@ def plot_break_even(by_recompute: dict[float, Sequence[BreakEven]], path: Path) 
         style.label_ends(axis, ends)
 
     return style.to_png(draw, path, height=3.0, width=5.6)
+
+
+def zipf_requests(
+    requests: int = 10_000, novel: float = 0.3, seed: int = 0, catalogue: int = 10_000
+) -> Iterator[Request]:
+    """Sustained novelty: chunks that recur by a Zipf law among ever new ones.
+
+    A chunk of a request is new with probability ``novel``, and never comes back; else it is the
+    ``n``-th of a ``catalogue`` with weight ``n ** -EXPONENT``. Lengths are 64 to 2,048 tokens, in
+    octaves, so that chunks differ in what encoding them saves per byte.
+    """
+    draw = random.Random(seed)
+    sizes = [2 ** draw.randrange(6, 12) for _ in range(catalogue)]
+    for _ in range(requests):
+        uses = {}
+        while len(uses) < CHUNKS:
+            number = len(sizes)
+            if draw.random() < novel:
+                sizes.append(2 ** draw.randrange(6, 12))
+            else:
+                number = _rank(draw, catalogue) - 1
+            uses[number] = Use(f"drawn {number}", sizes[number])
+        yield tuple(uses.values())
+
+
+def read_requests(path: str | Path, limit: int | None = None) -> list[Request]:
+    """Requests of a file, or drawn where ``path`` is ``zipf``; a ValueError names a wrong line."""
+    if str(path) == "zipf":
+        return list(zipf_requests(limit or 10_000))
+    opened = gzip.open if str(path).endswith(".gz") else open
+    try:
+        with opened(path, "rt", encoding="utf-8") as file:
+            first = file.readline()
+            lines = iter((first, *file))
+            azure = first.startswith("TIMESTAMP,")
+            made = islice(_azure(lines) if azure else _json_lines(lines), limit)
+            requests = [request for request in made if all(map(_checked, request))]
+    except (OSError, EOFError, zlib.error, LookupError, TypeError, ValueError) as error:
+        kind = "" if type(error) is ValueError else f"{type(error).__name__} "
+        raise ValueError(f"cannot read the trace '{path}': {kind}{error}") from None
+    if not any(requests):
+        raise ValueError(f"{path}: an empty trace")
+    return requests
+
+
+def _checked(use: Use) -> bool:
+    if use.num_tokens < 1 or use.num_bytes < 0 or use.seconds < 0:
+        raise ValueError(f"a chunk has tokens, and no less than 0 bytes and seconds; got {use}")
+    return True
+
+
+def _json_lines(lines: Iterator[str]) -> Iterator[Request]:
+    records = _records(lines)
+    first = next(records, {"op": ""})
+    if "hash_ids" in first:
+        for record in chain([first], records):
+            left = count(record["input_length"], -BLOCK)
+            sizes = zip(record["hash_ids"], left, strict=False)  # the lengths have no end
+            yield tuple(Use(str(block), max(1, min(BLOCK, size))) for block, size in sizes)
+        return
+    if "op" not in first:
+        raise ValueError("neither of a store nor Mooncake's; see `--help`")
+    everything = [first, *records]
+    made = {record["key"]: record for record in everything if record["op"] == "put"}
+    gets = [record for record in everything if record["op"] == "get"]
+    ends = [b["t"] - b["load_s"] - a["t"] > SAME_REQUEST_S for a, b in pairwise(gets)]
+    numbers = accumulate(ends, initial=0)  # one number even of no look-up
+    for _, group in groupby(zip(numbers, gets, strict=False), key=lambda pair: pair[0]):
+        yield tuple(_use(record, made.get(record["key"], {})) for _, record in group)
+
+
+def _use(got: dict, put: dict) -> Use:
+    num_bytes = put.get("bytes") or got["bytes"]
+    return Use(got["key"], got["tokens"], num_bytes, put.get("seconds", 0.0), put.get("tenant", ""))
+
+
+def _records(lines: Iterator[str]) -> Iterator[dict]:
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line) if line.strip() else {}
+        except ValueError:
+            record = None
+        if record is None and not line.endswith("\n"):
+            return  # a stopped store left it half-written
+        if not isinstance(record, dict):
+            raise ValueError(f"line {number}: not a JSON object")
+        if record:
+            yield record
+
+
+def _azure(lines: Iterator[str]) -> Iterator[Request]:
+    draw, seen = random.Random(0), 0
+    for row in csv.DictReader(lines):
+        uses = {}
+        for left in range(int(row["ContextTokens"]), 0, -BLOCK):
+            if not seen or draw.random() < 0.5:
+                seen += 1
+                rank = seen
+            else:
+                rank = _rank(draw, seen)
+            uses[rank] = Use(f"drawn {rank}", min(BLOCK, left))
+        yield tuple(uses.values())
+
+
+def _rank(draw: random.Random, most: int) -> int:
+    """1 to ``most`` with weights ``rank ** -EXPONENT``, by inverting the integral."""
+    power = 1 - EXPONENT
+    return min(most, int((1 + draw.random() * ((most + 1) ** power - 1)) ** (1 / power)))

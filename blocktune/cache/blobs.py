@@ -11,11 +11,11 @@ import json
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from blocktune.cache.ledger import Row
+from blocktune.cache.config import Row
 
 MANIFESTS = "manifests"
 SECRET, SECRET_FILE = "BLOCKTUNE_STORE_KEY", "BLOCKTUNE_STORE_KEY_FILE"
@@ -27,61 +27,30 @@ FIRST_READ = 1 << 16
 _KEY = re.compile(r"[0-9a-f]{64}")
 
 
-class FileFacts(NamedTuple):
-    """What a listing says of one entry, not verified."""
+class Blob:
+    """A file in memory, or its beginning; times are seconds of the epoch."""
 
-    header: dict[str, str]  # what `ChunkFile` reads
-    num_tokens: int
-    size: int  # bytes of the file
-    used: float  # when it was last used or written, in seconds of the epoch
-
-    def row(self, key: str) -> Row:
-        """As an index has it."""
-        header = self.header
-        try:
-            seconds, expires = (float(header.get(name, 0.0)) for name in ("seconds", "expires"))
-        except ValueError:
-            seconds = expires = 0.0
-        texts = (header.get(n, "") for n in ("kind", "fingerprint", "document", "tenant"))
-        times = {"created": self.used, "used": self.used, "expires": expires or None}
-        return Row(self.num_tokens, *texts, seconds, key=key, size=self.size, uses=1, **times)
-
-
-class Head(NamedTuple):
-    """The first bytes of a file, its size, and when it was last used or written."""
-
-    data: bytes
-    size: int
-    used: float
-
-
-class Blob(ABC):
-    """An open file; times are seconds of the epoch."""
-
-    size: int
     identity: tuple | None = None  # changes when the file does: hash it once for each
-    changed: float = 0.0  # when it last did
-    used: float = 0.0  # when it was last used or written
+    changed = 0.0  # when it last did
 
-    @abstractmethod
+    def __init__(self, data: bytes, size: int | None = None, used: float = 0.0):
+        """``size`` is that of the whole file, which was last ``used`` or written then."""
+        self.data: memoryview | None = memoryview(data)
+        self.size, self.used = len(data) if size is None else size, used
+
     def read_into(self, buffers: Sequence[memoryview], start: int) -> int:
         """Fills some buffers, one after the other, from byte ``start``; bytes read."""
-
-
-class Bytes(Blob):
-    """A file in memory."""
-
-    def __init__(self, data: bytes):
-        self.data, self.size = memoryview(data), len(data)
-
-    def read_into(self, buffers: Sequence[memoryview], start: int) -> int:
-        """See `Blob.read_into`."""
         done = 0
         for buffer in buffers:
             part = self.data[start + done : start + done + len(buffer)]
             buffer[: len(part)] = part
             done += len(part)
         return done
+
+    def content(self, most: int | None = None) -> bytes:
+        """All of it, or the first bytes."""
+        data = bytearray(self.size if most is None else min(most, self.size))
+        return bytes(data[: self.read_into([memoryview(data)], 0)])
 
 
 def is_key(text: str) -> bool:
@@ -107,22 +76,11 @@ def secret_from_environment() -> bytes | None:
         raise ValueError(f"{SECRET_FILE}: cannot read '{path}': {error.strerror}") from None
 
 
-def read_facts(data: bytes, size: int, used: float) -> FileFacts:
-    """What the header of a file says, from its first bytes."""
-    length = int.from_bytes(data[:8], "little")
-    if length + 8 > len(data):
-        raise ValueError("its header is cut off")
-    try:
-        header = json.loads(data[8 : 8 + length])
-        [num_tokens] = header["token_ids"]["shape"]
-        facts = {str(name): str(text) for name, text in header["__metadata__"].items()}
-        return FileFacts(facts, int(num_tokens), size, used)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise ValueError("its header is not that of a chunk") from None
-
-
 class Blobs(ABC):
-    """The files of a store. ``OSError`` is raised wherever the place cannot be reached."""
+    """The files of a store, by names such as ``ab/cd/KEY.safetensors``.
+
+    ``OSError`` is raised wherever the place cannot be reached.
+    """
 
     place: str  # folder or URL, for messages
 
@@ -136,40 +94,56 @@ class Blobs(ABC):
             )
 
     @abstractmethod
-    def open(self, key: str) -> Blob:
-        """The file of ``key``; FileNotFoundError, or ValueError if something else is there."""
+    def _open(self, name: str, most: int | None) -> Blob:
+        """See `open`."""
 
     @abstractmethod
-    def head(self, key: str, length: int) -> Head:
-        """The first ``length`` bytes of a file; raises as `open` does."""
+    def _write(self, name: str, data: bytes) -> None:
+        """See `write`."""
 
     @abstractmethod
+    def _remove(self, name: str) -> None:
+        """Removes a file that was there a moment ago."""
+
+    @abstractmethod
+    def listing(self) -> Iterable[tuple[str, int, float]]:
+        """Key, size and date of last use of every file, found by listing the place."""
+
+    @abstractmethod
+    def _manifests(self) -> Iterable[str]:
+        """Names of all manifests, without their ending."""
+
+    def open(self, key: str, most: int | None = None) -> Blob:
+        """The file of ``key``, of which only the first ``most`` bytes are wanted.
+
+        FileNotFoundError, or ValueError if something else is there.
+        """
+        return self._open(relative_path(key), most)
+
     def write(self, key: str, data: bytes) -> None:
         """Writes a file, whole or not at all; the last of several writers stays."""
+        self._write(relative_path(key), data)
 
-    @abstractmethod
     def remove(self, key: str) -> bool:
         """Removes the file of ``key``; whether there was one of ours."""
+        try:
+            self.open(key, 0)
+        except (FileNotFoundError, ValueError):
+            return False
+        self._remove(relative_path(key))
+        return True
 
-    @abstractmethod
     def has(self, key: str) -> bool:
         """Whether there is a file of ``key``; not verified."""
+        try:
+            self.open(key, 0)
+        except (OSError, ValueError):
+            return False
+        return True
 
-    @abstractmethod
     def keys(self) -> Iterator[str]:
-        """Keys of all files, found by listing the place."""
-
-    @abstractmethod
-    def fingerprints(self) -> list[str]:
-        """Models that have a manifest."""
-
-    @abstractmethod
-    def _read_manifest(self, fingerprint: str) -> bytes:
-        """Content of a manifest; FileNotFoundError if there is none."""
-
-    @abstractmethod
-    def _write_manifest(self, fingerprint: str, data: bytes) -> None:
-        """Writes a manifest, whole or not at all."""
+        """Keys of all files, in order."""
+        return (key for key, _, _ in self.listing())
 
     def name(self, key: str) -> str:
         """Where the file of ``key`` is, for messages."""
@@ -179,13 +153,26 @@ class Blobs(ABC):
         """Notes that the file of ``key`` was used, where the place has a date for that."""
         return
 
-    def facts(self, key: str) -> FileFacts:
-        """What the header of a file says, without its tensors; raises as `open` does."""
-        data, size, used = self.head(key, FIRST_READ)
-        length = int.from_bytes(data[:8], "little")
-        if len(data) < length + 8 <= min(size, MOST_HEADER):
-            data = self.head(key, length + 8).data
-        return read_facts(data, size, used)
+    def clean(self) -> int:
+        """Removes what stopped writers left, where they leave anything; how many files."""
+        return 0
+
+    def facts(self, key: str) -> tuple[dict[str, str], Row]:
+        """A file's header and what an index says of it, not verified; raises as `open` does."""
+        file = self.open(key, FIRST_READ)
+        data = file.content(FIRST_READ)
+        end = 8 + int.from_bytes(data[:8], "little")
+        if len(data) < end <= min(file.size, MOST_HEADER):
+            data = self.open(key, end).content(end)
+        if end > len(data):
+            raise ValueError("its header is cut off")
+        try:
+            header = json.loads(data[8:end])
+            [num_tokens] = header["token_ids"]["shape"]
+            facts = {str(name): str(text) for name, text in header["__metadata__"].items()}
+            return facts, Row.of(facts, int(num_tokens), key, file.size, file.used)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise ValueError("its header is not that of a chunk") from None
 
     def sign(self, record: Mapping[str, Any]) -> str:
         """HMAC-SHA-256 of plain JSON values under the store's key, in hex; needs a key."""
@@ -199,31 +186,35 @@ class Blobs(ABC):
         if not hmac.compare_digest(str(signature or "").encode(), self.sign(record).encode()):
             raise ValueError("it is not signed with the key of this store")
 
+    def fingerprints(self) -> list[str]:
+        """Models that have a manifest."""
+        return sorted(filter(is_key, self._manifests()))
+
     def write_manifest(self, record: Mapping[str, Any]) -> None:
         """Writes the manifest of a model, see `blocktune.cache.fingerprint`; raises as `write`."""
         signed = {} if self.secret is None else {"signature": self.sign(record)}
         text = json.dumps(dict(record) | signed, indent=1, ensure_ascii=False) + "\n"
-        self._write_manifest(_fingerprint(record["fingerprint"]), text.encode())
+        self._write(_manifest(record["fingerprint"]), text.encode())
 
     def manifest(self, fingerprint: str) -> dict[str, Any] | None:
         """The manifest of a model, or None; ValueError if it is damaged, or not signed."""
-        where = f"{self.place}/{MANIFESTS}/{_fingerprint(fingerprint)}.json"
+        name = _manifest(fingerprint)
         try:
-            record = json.loads(self._read_manifest(fingerprint))
+            record = json.loads(self._open(name, None).content())
+            if not isinstance(record, dict) or record.get("fingerprint") != fingerprint:
+                raise ValueError(f"not that of {fingerprint[:12]}")
         except FileNotFoundError:
             return None
         except ValueError as error:
-            raise ValueError(f"{where}: not a manifest ({error})") from None
-        if not isinstance(record, dict) or record.get("fingerprint") != fingerprint:
-            raise ValueError(f"{where}: not a manifest of {fingerprint[:12]}")
+            raise ValueError(f"{self.place}/{name}: not a manifest ({error})") from None
         try:
             self.require_signed(record, record.pop("signature", None))
         except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
+            raise ValueError(f"{self.place}/{name}: {error}") from None
         return record
 
 
-def _fingerprint(text: str) -> str:
-    if not is_key(text):
-        raise ValueError(f"a fingerprint is 64 hex digits; got {text!r}")
-    return text
+def _manifest(fingerprint: str) -> str:
+    if not is_key(fingerprint):
+        raise ValueError(f"a fingerprint is 64 hex digits; got {fingerprint!r}")
+    return f"{MANIFESTS}/{fingerprint}.json"

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -15,8 +16,8 @@ import xxhash
 from safetensors.torch import save
 from torch import Tensor
 
-from blocktune.cache.blobs import MOST_HEADER, Blobs, Bytes, FileFacts
-from blocktune.cache.chunk_kv import Entry
+from blocktune.cache.blobs import MOST_HEADER, Blobs
+from blocktune.cache.chunk_kv import ChunkKV, Entry
 from blocktune.cache.codecs import decoded, encoded
 from blocktune.cache.ledger import About, Row
 from blocktune.positions import RopeSpec
@@ -35,16 +36,10 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 """Of a safetensors header."""
-_PROVEN: dict[tuple, set[str]] = {}
-"""Tensors (or `_ALL`) that this process has verified, by file in one state and kind of sums."""
 _ALL = "*"
-_HEADERS: dict[tuple, dict[str, Any]] = {}
-"""Headers and token ids that this process has verified, likewise."""
-_MOST_PROVEN, _MOST_HEADERS = 1 << 16, 1 << 10
 SETTLED_S = 2.0
 """A file that changed this recently may change again without another date."""
 PAGE = 4096
-NOTHING = About()
 Share = tuple[int, int]
 """A tensor parallel rank, and how many there are."""
 _BY_HEAD = ("key.", "value.")
@@ -72,33 +67,34 @@ class ChunkFile:
         self._prove, self._data = blobs.secret is not None, None
         settled = self._blob.identity is not None and time.time() - self._blob.changed >= SETTLED_S
         state = key, blobs.secret, self._blob.identity
-        self._proven = _kept(_PROVEN, _MOST_PROVEN, state, set()) if settled else set()
-        known = _HEADERS.get(state) if settled else None
-        if known is None:
-            known = self._read_header(blobs)
-        vars(self).update(known)
+        self._proven, known = (_proven(state), _known(state)) if settled else (set(), {})
+        fresh = {} if known else self._read_header(blobs)
+        vars(self).update(known or fresh)
         named = (self._header["format"], self._header["kind"], self._header["key"])
         if named != (FORMAT, named[1] if kind is None else kind.kind, key):
             raise ValueError("its header names another chunk or cache format")
         if 0 < float(self._header.get("expires", 0)) <= time.time():
             raise Expired(key)
-        if "token_ids" not in known:
-            known["token_ids"] = self.token_ids = self.read("token_ids")
-            if settled:
-                _kept(_HEADERS, _MOST_HEADERS, state, known)
+        if fresh:
+            fresh["token_ids"] = self.token_ids = self.read("token_ids")
+            known.update(fresh)
 
     def _read_header(self, blobs: Blobs) -> dict[str, Any]:
         """What the header says, verified: attributes of a file of this state."""
         with _readable():
-            tensors = json.loads(self._header_text())
+            self._start = 0
+            length = int.from_bytes(self._fetch(0, 8).numpy().tobytes(), "little")
+            if length > min(self._blob.size - 8, MOST_HEADER):
+                raise ValueError("its header is cut off")
+            self._start = 8 + length
+            tensors = json.loads(self._fetch(-length, 0).numpy().tobytes())
             header = dict(tensors.pop("__metadata__"))
             checksum, signature = (header.pop(n, None) for n in ("checksum", "signature"))
             known = {"_tensors": tensors, "_header": header, "_start": self._start}
             known["_sums"] = dict(json.loads(header["checksums"]))
             known["_heads"] = {} if blobs.secret else json.loads(header.get("heads", "{}"))
             known["_sha256"] = dict(json.loads(header.get("sha256", "{}")))
-            known["fingerprint"] = header["fingerprint"]
-            known["codec"] = header.get("codec", "as-is")
+            known |= {"fingerprint": header["fingerprint"], "codec": header.get("codec", "as-is")}
             header["format"], header["kind"], header["key"]
         if checksum != _digest(header):
             raise ValueError("its header does not match its checksum")
@@ -107,12 +103,12 @@ class ChunkFile:
 
     def row(self) -> Row:
         """What an index says of it."""
-        facts = FileFacts(self._header, len(self.token_ids), self._blob.size, self._blob.used)
-        return facts.row(self.key)
+        size, used = self._blob.size, self._blob.used
+        return Row.of(self._header, len(self.token_ids), self.key, size, used)
 
     def content(self) -> bytes | None:
         """The whole file, if it was fetched from a remote."""
-        return bytes(self._blob.data) if isinstance(self._blob, Bytes) else None
+        return None if self._blob.data is None else bytes(self._blob.data)
 
     def read(self, name: str, share: Share | None = None) -> Tensor:
         """One tensor, or a rank's heads of it, verified; ValueError if it is damaged."""
@@ -175,33 +171,18 @@ class ChunkFile:
         return made
 
     def like(self) -> Entry:
-        """An entry of its shapes and types, without its numbers."""
+        """An entry of its shapes and types, stored as they are, without its numbers."""
 
         def empty(name: str) -> Tensor:
-            if self.codec == "as-is":
-                told = self._tensors[name]
-                return torch.empty((), dtype=DTYPES[told["dtype"]]).expand(told["shape"])
-            kind, _, layer = name.partition(".")
-            dim = json.loads(self._header["dims"])[int(layer)][kind == "value"]
-            heads = self._tensors[f"{name}.codes"]["shape"][0]
-            dtype = getattr(torch, self._header["dtype"])
-            return torch.empty((), dtype=dtype).expand(heads, len(self.token_ids), dim)
+            told = self._tensors[name]
+            return torch.empty((), dtype=DTYPES[told["dtype"]]).expand(told["shape"])
 
         with _readable():
             return self.kind.restore(self._header, empty, self.token_ids, self.fingerprint)
 
-    def tensor(self, name: str) -> Tensor:
-        """One tensor of the entry, verified and decoded; raises as `read` does."""
-        with _readable():
-            return decoded(self._header, self.read, len(self.token_ids))(name)
-
-    def verify(self) -> None:
-        """Reads every tensor, whatever was verified before; raises as `read` does."""
-        self._proven = set()
-        self.prove()
-
-    def prove(self) -> None:
-        """Reads every tensor that this process has not verified; raises as `read` does."""
+    def verify(self, anew: bool = True) -> None:
+        """Reads every tensor, or those that this process has not verified; raises as `read`."""
+        self._proven = set() if anew else self._proven
         for name in self._sums:
             if not self._is_proven(name):
                 self.read(name)
@@ -219,14 +200,6 @@ class ChunkFile:
         if self._blob.read_into(buffers, self._start + start) != end - start:
             raise ValueError("it is cut off")
 
-    def _header_text(self) -> bytes:
-        self._start = 0
-        length = int.from_bytes(self._fetch(0, 8).numpy().tobytes(), "little")
-        if length > min(self._blob.size - 8, MOST_HEADER):
-            raise ValueError("its header is cut off")
-        self._start = 8 + length
-        return self._fetch(-length, 0).numpy().tobytes()
-
     def _is_proven(self, name: str) -> bool:
         return name in self._proven or (_ALL in self._proven and name in self._sums)
 
@@ -240,11 +213,16 @@ class ChunkFile:
         self._proven.add(name)
 
 
-def _kept(known: dict, most: int, state: tuple, value: Any) -> Any:
-    """What is known of a file in one state, or the value, kept from now on."""
-    while len(known) >= most:
-        known.pop(next(iter(known)), None)
-    return known.setdefault(state, value)
+@lru_cache(1 << 16)
+def _proven(state: tuple) -> set[str]:
+    """Tensors (or `_ALL`) that this process has verified, of a file in one state and its key."""
+    return set()
+
+
+@lru_cache(1 << 10)
+def _known(state: tuple) -> dict[str, Any]:
+    """What it has verified of the header, and the token ids."""
+    return {}
 
 
 def heads_of(rank: int, size: int, num_heads: int) -> slice:
@@ -254,13 +232,43 @@ def heads_of(rank: int, size: int, num_heads: int) -> slice:
     return slice(start, start + count)
 
 
+class FileKV(ChunkKV):
+    """A chunk whose layers are read from its ``file`` each time; ``like`` has no numbers.
+
+    It is verified once, before: of a file that is damaged after that, `ValueError` comes late.
+    """
+
+    def __init__(self, file: ChunkFile):
+        vars(self).update(vars(like := file.like()), file=file, like=like, num_bytes=like.num_bytes)
+        vars(self).update(keys=_Half(self, "key"), values=_Half(self, "value"))
+
+    @classmethod
+    def read(cls, file: ChunkFile) -> ChunkKV:
+        """Of a verified file; the whole entry if it is coded."""
+        if file.codec != "as-is":
+            return file.entry()
+        file.verify(anew=False)
+        return cls(file)
+
+    def to(self, device: torch.device | str) -> FileKV:
+        """As it is: layers are read into the CPU's memory."""
+        return self
+
+
+@dataclass(frozen=True)
+class _Half(Sequence):
+    kv: FileKV
+    name: str
+
+    def __getitem__(self, layer: int) -> Tensor:
+        return self.kv.file.read(f"{self.name}.{layer}")
+
+    def __len__(self) -> int:
+        return len(self.kv.like.keys)
+
+
 def pack_chunk(
-    blobs: Blobs,
-    key: str,
-    entry: Entry,
-    about: About = NOTHING,
-    codec: str = "as-is",
-    rope: RopeSpec | None = None,
+    blobs: Blobs, key: str, entry: Entry, about: About, codec: str, rope: RopeSpec | None
 ) -> bytes:
     """The content of an entry's file, signed with the key of ``blobs``; see `encoded`.
 
@@ -269,7 +277,9 @@ def pack_chunk(
     entry = entry.to("cpu").compact()
     facts, tensors = encoded(entry, codec, rope)
     tensors |= {"token_ids": entry.token_ids}
-    header = _header(key, entry, tensors) | facts
+    header = {"format": FORMAT, "kind": entry.kind, "key": key, "fingerprint": entry.fingerprint}
+    header |= {"num_bytes": str(entry.num_bytes), "checksums": _sums(xxhash.xxh3_128, tensors)}
+    header |= {name: str(fact) for name, fact in entry.facts().items()} | facts
     told = {name: getattr(about, name) for name in ("document", "tenant", "seconds", "expires")}
     header |= {name: str(value) for name, value in told.items() if value}
     signed = {}
@@ -280,16 +290,10 @@ def pack_chunk(
         header["sha256"] = _sums(hashlib.sha256, tensors)
         signed = {"signature": blobs.sign(header)}
     data = save(tensors, metadata=header | {"checksum": _digest(header)} | signed)
-    return _aligned(data, entry.token_ids.nbytes)
-
-
-def _aligned(data: bytes, skipped: int) -> bytes:
-    """The file with spaces after its header, so that what follows the token ids opens a page.
-
-    The system copies out of the page cache up to half as fast where it must shift bytes.
-    """
+    # Spaces after the header, so that what follows the token ids opens a page: the system copies
+    # out of the page cache up to half as fast where it must shift bytes.
     length = int.from_bytes(data[:8], "little")
-    spaces = -(8 + length + skipped) % PAGE
+    spaces = -(8 + length + entry.token_ids.nbytes) % PAGE
     head = (length + spaces).to_bytes(8, "little"), data[8 : 8 + length], b" " * spaces
     return b"".join((*head, memoryview(data)[8 + length :]))
 
@@ -307,18 +311,6 @@ def _readable() -> Iterator[None]:
         raise
     except (OSError, LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise _Unreadable(f"unreadable ({error})") from None
-
-
-def _header(key: str, entry: Entry, tensors: dict[str, Tensor]) -> dict[str, str]:
-    """The file's header: what the entry is, and a checksum of each tensor."""
-    return {
-        "format": FORMAT,
-        "kind": entry.kind,
-        "key": key,
-        "fingerprint": entry.fingerprint,
-        "num_bytes": str(entry.num_bytes),
-        "checksums": _sums(xxhash.xxh3_128, tensors),
-    } | {name: str(fact) for name, fact in entry.facts().items()}
 
 
 def _sums(hasher, tensors: dict[str, Tensor]) -> str:

@@ -17,6 +17,8 @@ from blocktune.cache.config import Tier
 
 Read = Callable[[str], Tensor]
 """Gives the tensor of a name."""
+Ids = Sequence[int] | Tensor
+"""Token ids, ``(S,)``."""
 State = tuple[Tensor | None, ...]
 """The recurrent state of one prompt at one depth, layer by layer."""
 
@@ -51,7 +53,7 @@ class Entry(ABC):
         """Bytes of all tensors and the token ids: what it costs to hold or to read."""
         return sum(tensor.nbytes for _, tensor in self.tensors()) + self.token_ids.nbytes
 
-    def matches(self, token_ids: Sequence[int] | Tensor, fingerprint: str) -> bool:
+    def matches(self, token_ids: Ids, fingerprint: str) -> bool:
         """Whether this is the state of exactly these tokens under exactly this model."""
         if fingerprint != self.fingerprint:
             return False
@@ -67,13 +69,14 @@ class Entry(ABC):
 
     def to(self, device: torch.device | str) -> Self:
         """Moves the tensors; token ids stay where comparing is cheap, on the CPU."""
-        return self._map(lambda tensor: tensor.to(device))
+        return self.map(lambda tensor: tensor.to(device))
 
     def compact(self) -> Self:
         """Copies tensors that are views, so that holding a chunk never holds its batch."""
-        return self._map(own)
+        return self.map(own)
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """With other tensors in the place of its own."""
         tensors = dict(self.tensors())
         ids = own(self.token_ids.cpu())
         return self.restore(self.facts(), lambda n: function(tensors[n]), ids, self.fingerprint)

@@ -38,7 +38,14 @@ def encoded(
         return {}, dict(entry.tensors())
     tensors, bits = {}, _BITS[codec]
     if bits:
-        tensors = _rope_tensors(entry, rope)
+        if rope is None:
+            raise ValueError(
+                "int8 and int4 quantise keys before their rotation and need the model's "
+                "frequencies; open the store through an engine, or use fp8"
+            )
+        # Where the values are what is rotated, keys are as they are.
+        kept = [one.inv_freq[: 0 if one.in_values else None] for one in rope.layers]
+        tensors = {f"rope.{layer}": f.float().cpu().clone() for layer, f in enumerate(kept)}
         forms = [(one.start, one.interleaved) for one in rope.layers]
     for layer, (key, value) in enumerate(zip(entry.keys, entry.values, strict=True)):
         if bits:
@@ -121,17 +128,6 @@ def _unpack(parts: Mapping[str, Tensor], bits: int, length: int) -> Tensor:
     if bits == 4:
         codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)
     return (codes * parts["scale"].float() + parts["low"].float()).flatten(-2)[..., :length]
-
-
-def _rope_tensors(entry: ChunkKV, rope: RopeSpec | None) -> dict[str, Tensor]:
-    if rope is None:
-        raise ValueError(
-            "int8 and int4 quantise keys before their rotation and need the model's frequencies; "
-            "open the store through an engine, or use fp8"
-        )
-    # Where the values are what is rotated, keys are as they are.
-    kept = [one.inv_freq[: 0 if one.in_values else None] for one in rope.layers]
-    return {f"rope.{layer}": one.float().cpu().clone() for layer, one in enumerate(kept)}
 
 
 def _turned(keys: Tensor, origin: int, rope: LayerRope, sign: int) -> Tensor:

@@ -9,10 +9,10 @@ import json
 import re
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal, Self, TextIO
 
 POLICIES = {
     "lru": "used",
@@ -59,10 +59,17 @@ class Row(About):
     uses: int = 0
     pinned: bool = False
 
-    @property
-    def about(self) -> About:
-        """Without key, size and uses."""
-        return About(*(getattr(self, field.name) for field in fields(About)))
+    @classmethod
+    def of(
+        cls, header: Mapping[str, str], num_tokens: int, key: str, size: int, used: float
+    ) -> Self:
+        """Of a file, by what its header says."""
+        try:
+            seconds, expires = (float(header.get(name, 0.0)) for name in ("seconds", "expires"))
+        except ValueError:
+            seconds = expires = 0.0
+        texts = (header.get(n, "") for n in ("kind", "fingerprint", "document", "tenant"))
+        return cls(num_tokens, *texts, seconds, expires or None, key, size, used, used, 1)
 
 
 def parse_bytes(text: str) -> int:
@@ -147,16 +154,20 @@ class StoreConfig:
                 )
             if name in values and name not in defaults:
                 raise ValueError(f"--store: '{name}' is given twice; give it once")
-            values[name] = _value(name, value)
+            values[name] = _READ.get(name, str)(value)
         return cls(**values)
 
 
-def _value(name: str, text: str):
-    if name in ("memory", "cpu", "disk", "remote_bytes", "quota"):
-        return parse_bytes(text)
-    if name == "ttl":
-        return parse_seconds(text)
-    return Path(text) if name == "trace" else text
+_READ = dict.fromkeys(("memory", "cpu", "disk", "remote_bytes", "quota"), parse_bytes)
+_READ |= {"ttl": parse_seconds, "trace": Path}
+
+
+def keep_latest(known: dict, key: Hashable, value: Any, most: int) -> None:
+    """Puts a value last, and drops the first ones of too many: clients may make up any number."""
+    known.pop(key, None)
+    known[key] = value
+    while len(known) > most:
+        del known[next(iter(known))]
 
 
 @dataclass
@@ -187,56 +198,28 @@ class StoreStats:
     tiers: dict[str, TierStats] = field(default_factory=dict)
 
     @property
-    def memory_hits(self) -> int:
-        """Hits in memory, of the device or the host."""
-        return self._sum("hits", "memory", "cpu")
-
-    @property
     def disk_hits(self) -> int:
         """Hits in the folder or the remote."""
-        return self._sum("hits", "disk", "remote")
-
-    @property
-    def evictions(self) -> int:
-        """Entries that left the memory of the device."""
-        return self._sum("evictions", "memory")
+        return self._sum("hits")
 
     @property
     def unwritten(self) -> int:
         """Entries that the folder or the remote could not keep."""
-        return self._sum("unwritten", "disk", "remote")
+        return self._sum("unwritten")
 
     @property
-    def memory_bytes_read(self) -> int:
-        """Bytes of the hits in memory."""
-        return self._sum("bytes_read", "memory", "cpu")
-
-    @property
-    def disk_bytes_read(self) -> int:
-        """Bytes of the hits in the folder or the remote."""
-        return self._sum("bytes_read", "disk", "remote")
+    def disk_evictions(self) -> int:
+        """Entries that left the folder or the remote for others."""
+        return self._sum("evictions")
 
     @property
     def disk_bytes_written(self) -> int:
         """Bytes of the files that were written."""
-        return self._sum("bytes_written", "disk", "remote")
+        return self._sum("bytes_written")
 
-    def _sum(self, name: str, *tiers: str) -> int:
-        return sum(getattr(self.tiers[tier], name) for tier in tiers if tier in self.tiers)
-
-
-class Recent(OrderedDict):
-    """A mapping of the ``most`` entries that were set last: clients may make up any number."""
-
-    def __init__(self, most: int):
-        super().__init__()
-        self.most = most
-
-    def __setitem__(self, key: Hashable, value: Any) -> None:
-        super().__setitem__(key, value)
-        self.move_to_end(key)
-        while len(self) > self.most:
-            self.popitem(last=False)
+    def _sum(self, name: str) -> int:
+        tiers = (self.tiers[tier] for tier in ("disk", "remote") if tier in self.tiers)
+        return sum(getattr(tier, name) for tier in tiers)
 
 
 class Tracer:
@@ -249,7 +232,7 @@ class Tracer:
     def __init__(self, path: Path | None = None):
         """Raises ValueError if the file cannot be written."""
         self._file: TextIO | None = None
-        self._count, self._last = 0, Recent(_REMEMBERED)
+        self._count, self._last = 0, OrderedDict()
         self._distances, self._lifetimes = Counter(), Counter()
         if path is not None:
             try:
@@ -260,15 +243,16 @@ class Tracer:
     def looked_up(self, key: str, tokens: int, tier: str, num_bytes: int, seconds: float) -> None:
         """Notes a look-up; ``tier`` is ``"none"`` for a miss, ``seconds`` what it took."""
         self._count += 1
-        now, last = time.monotonic(), self._last.get(key)
+        now, last = time.monotonic(), self._last.pop(key, None)
         if last is not None:
             self._distances[(self._count - last[0]).bit_length() - 1] += 1
             self._lifetimes[int(now - last[1]).bit_length()] += 1
         self._last[key] = (self._count, last[1] if last else now)
-        if self._file is not None:
-            self._write(
-                op="get", key=key, tokens=tokens, bytes=num_bytes, tier=tier, load_s=seconds
-            )
+        if len(self._last) > _REMEMBERED:
+            self._last.popitem(last=False)
+        if self._file is not None:  # facts are made for it alone: look-ups are short
+            facts = {"tokens": tokens, "bytes": num_bytes, "tier": tier, "load_s": seconds}
+            self._write(op="get", key=key, **facts)
 
     def put(self, key: str, num_bytes: int, about: About) -> None:
         """Notes a write."""

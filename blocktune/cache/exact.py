@@ -12,10 +12,8 @@ Source: sparse prefix caching, arXiv:2605.05219, a dynamic programme of O(N M) s
 
 from __future__ import annotations
 
-import hashlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import InitVar, dataclass, replace
 from itertools import accumulate
 from typing import Any, ClassVar, Self
@@ -24,11 +22,10 @@ import torch
 from torch import Tensor
 
 from blocktune.cache.chunk_kv import Entry, Read, State, own
-from blocktune.cache.fingerprint import chunk_key
 from blocktune.cache.row_cache import RowCache
-from blocktune.cache.store import ChunkStore
 
 _FULL_PREFILL = object()
+NO_IDS = torch.empty(0, dtype=torch.int64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,15 +58,10 @@ class ExactKV(Entry):
         return len(self.context) + len(self.token_ids)
 
     def cut(self, start: int, stop: int) -> ExactKV:
-        """The tokens ``start`` to ``stop`` of the run, without states, in new memory."""
-        return ExactKV(
-            own(self.token_ids[start:stop]),
-            torch.cat((self.context, self.token_ids[:start])),
-            *(tuple(own(t[:, start:stop]) for t in kind) for kind in (self.keys, self.values)),
-            self.fingerprint,
-            None if self.states is None else {},
-            proof=_FULL_PREFILL,
-        )
+        """The tokens ``start`` to ``stop`` of the run in new memory, without context and states."""
+        pair = (tuple(own(t[:, start:stop]) for t in kind) for kind in (self.keys, self.values))
+        ids, states = own(self.token_ids[start:stop]), None if self.states is None else {}
+        return ExactKV(ids, NO_IDS, *pair, self.fingerprint, states, proof=_FULL_PREFILL)
 
     def placed(self, context: Tensor, states: Mapping[int, State] | None) -> ExactKV:
         """The same run, with what is said of the tokens before it and of recurrent states."""
@@ -108,28 +100,18 @@ def state_bytes(state: State | None) -> int:
 
 
 def cut_exact(
-    cache: Any,
-    prompt: int,
-    token_ids: Sequence[int],
-    fingerprint: str,
+    cache: Any,  # a `RowCache` or `PrefillCache` whose columns 0, 1, .. hold the tokens, in order
+    prompt: int,  # index in the batch
+    token_ids: Sequence[int],  # of the prompt, from its first on
+    fingerprint: str,  # of the model that ran
     *,
-    start: int = 0,
-    states: Mapping[int, State] | None = None,
+    start: int = 0,  # tokens that are left out, since the tree has them
+    states: Mapping[int, State] | None = None,  # of recurrent layers, by depth
 ) -> ExactKV:
     """Copies what the exact prefix cache may keep from the cache of a full prefill.
 
-    Args:
-        cache: A `RowCache` or `PrefillCache` after the prefill. Its columns ``0, 1, ..`` hold
-            ``token_ids``, at positions equal to the columns.
-        prompt: Index in the batch.
-        token_ids: Tokens of the prompt, from its first on.
-        fingerprint: Of the model that ran.
-        start: Tokens that are left out, since the tree has them.
-        states: Of recurrent layers, by depth.
-
-    Raises:
-        ValueError: If approximate states were ever loaded into the cache, or it was not
-            declared exact, or is shorter than the tokens.
+    Raises ValueError if approximate states were ever loaded into the cache, or it was not declared
+    exact, or is shorter than the tokens.
     """
     if not cache.exact:
         raise ValueError(
@@ -140,30 +122,20 @@ def cut_exact(
         raise ValueError(f"{len(token_ids)} tokens, but the cache has {cache.num_columns} columns")
     layers = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
     span, ids = slice(start, len(token_ids)), torch.tensor(token_ids, dtype=torch.int64)
-    return ExactKV(
-        ids[span].clone(),
-        ids[:start].clone(),
-        tuple(layer.keys[prompt, :, span].clone() for layer in layers),
-        tuple(layer.values[prompt, :, span].clone() for layer in layers),
-        fingerprint,
-        states,
-        proof=_FULL_PREFILL,
-    )
+    keys = tuple(layer.keys[prompt, :, span].clone() for layer in layers)
+    values = tuple(layer.values[prompt, :, span].clone() for layer in layers)
+    made = ids[span].clone(), ids[:start].clone(), keys, values, fingerprint, states
+    return ExactKV(*made, proof=_FULL_PREFILL)
 
 
+@dataclass(frozen=True)
 class PrefixMatch:
-    """The longest known prefix of a prompt, locked against eviction until the block ends."""
+    """The longest known prefix of a prompt."""
 
-    def __init__(
-        self,
-        parts: Sequence[tuple[ExactKV, int]],  # where it is: runs, and how many of their tokens
-        state: State | None,  # of recurrent layers at this depth
-        overlap: int,  # tokens in the tree: more than ``num_tokens`` if there is no state there
-        disk_tokens: int,  # those of ``num_tokens`` that were read from files
-        release: Callable[[], None],
-    ):
-        self.parts, self.state, self.overlap = tuple(parts), state, overlap
-        self.disk_tokens, self._release = disk_tokens, release
+    parts: Sequence[tuple[ExactKV, int]]  # where it is: runs, and how many of their tokens
+    state: State | None  # of recurrent layers at this depth
+    overlap: int  # tokens in the tree: more than ``num_tokens`` if there is no state there
+    disk_tokens: int  # those of ``num_tokens`` that were read from files
 
     @property
     def num_tokens(self) -> int:
@@ -188,79 +160,21 @@ class PrefixMatch:
         """Puts the states into the first columns of one prompt of ``cache``, which stays exact."""
         for layer, pair in enumerate(self.layers()):
             at = 0
-            for keys, values in zip(*pair, strict=True):
-                columns = slice(at, at := at + keys.shape[1])
-                room = cache.room(layer, prompt, columns, keys, values, exact=True)
-                room[0].copy_(keys)
-                room[1].copy_(values)
-
-    def release(self) -> None:
-        """Lets the runs be evicted again; leaving the ``with`` block calls it."""
-        release, self._release = self._release, lambda: None
-        release()
-
-    def __enter__(self) -> PrefixMatch:
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self.release()
-
-
-class PrefixFiles:
-    """Runs of exact states in the folder of a store, by the tokens up to their end."""
-
-    def __init__(self, store: ChunkStore):
-        """In a store that has a folder."""
-        self.store = store
-
-    def find(self, fingerprint: str, salt: str) -> list[tuple[Tensor, Tensor, str]]:
-        """Context, tokens and key of each run, those of short contexts first."""
-        found = []
-        for file in self.store.files(ExactKV, fingerprint, tenant=_tag(salt)):
-            with suppress(ValueError):  # damaged: an answer without it
-                found.append((file.read("context"), file.token_ids, file.key))
-        return sorted(found, key=lambda one: (len(one[0]), len(one[1])))
-
-    def read(self, key: str, ids: Tensor, fingerprint: str) -> ExactKV | None:
-        """A run, verified, or None if it is gone."""
-        return self.store.lookup(key, ids, fingerprint, ExactKV, keep=False).kv
-
-    def write(self, exact: ExactKV, salt: str) -> str:
-        """Keeps a run; its key, empty if the folder cannot keep it."""
-        ids = torch.cat((exact.context, exact.token_ids))
-        encoding = {"exact": salt, "start": len(exact.context)}
-        key = chunk_key(exact.fingerprint, ids, encoding)
-        self.store.put(key, exact, tenant=_tag(salt), keep=False)
-        return key if self.has(key) else ""
-
-    def has(self, key: str) -> bool:
-        """Whether a run is still there."""
-        return bool(key) and key in self.store
-
-    def remove(self, key: str) -> None:
-        """Drops a run."""
-        self.store.discard(key)
-
-
-def _tag(salt: str) -> str:
-    """Tells name spaces apart in a folder, and does not say their salt."""
-    return hashlib.sha256(salt.encode()).hexdigest()[:12] if salt else ""
+            for states in zip(*pair, strict=True):
+                columns = slice(at, at := at + states[0].shape[1])
+                room = cache.room(layer, prompt, columns, *states, exact=True)
+                room[0].copy_(states[0])
+                room[1].copy_(states[1])
 
 
 def place_checkpoints(weights: Mapping[int, int], budget: int) -> tuple[int, ...]:
-    """The depths, at most ``budget``, from which the fewest tokens are computed again.
+    """The rising depths, at most ``budget``, from which the fewest tokens are computed again.
 
+    ``weights`` say how often prompts were shared up to each depth (in tokens). Deterministic.
     Only depths that occur are candidates: a checkpoint between two of them is never better than at
     the next one. With the last checkpoint at depth ``i``, the cost up to depth ``j`` is a line in
     the number of prompts before ``j`` whose slope is ``-i``; both only grow, so that the lowest
     line of each ``j`` is found in constant time on average.
-
-    Args:
-        weights: How often prompts were shared up to each depth (in tokens).
-        budget: Checkpoints to place.
-
-    Returns:
-        Rising depths. Deterministic: of equal placements, one.
     """
     depths = sorted(depth for depth, weight in weights.items() if depth > 0 and weight > 0)
     count = len(depths)
@@ -306,12 +220,3 @@ def _hidden(first: tuple, middle: tuple, last: tuple) -> bool:
     return (last[1] - first[1]) * (first[0] - middle[0]) <= (middle[1] - first[1]) * (
         first[0] - last[0]
     )
-
-
-def recomputed_tokens(weights: Mapping[int, int], checkpoints: Iterable[int]) -> float:
-    """Mean tokens between the deepest checkpoint that serves a prompt and its shared depth."""
-    placed = sorted({0, *checkpoints})
-    total = 0
-    for depth, weight in weights.items():
-        total += weight * (depth - max(point for point in placed if point <= depth))
-    return total / sum(weights.values())

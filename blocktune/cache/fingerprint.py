@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blocktune.adapter import AdapterInfo
 from blocktune.cache.chunk_file import FORMAT
-from blocktune.cache.chunk_kv import ChunkKV
+from blocktune.cache.chunk_kv import ChunkKV, Ids
 from blocktune.models.identity import adapter_fingerprint, base_fingerprint, tokenizer_hash
 from blocktune.positions import RopeSpec
 
@@ -31,40 +31,25 @@ CACHE_FORMAT = 2
 
 _SAMPLES = 4096
 _VOLATILE = {
-    "_name_or_path",
-    "_attn_implementation",
-    "_attn_implementation_internal",
-    "attn_implementation",
-    "architectures",
-    "dtype",  # the dtype that counts is the one the model runs in
-    "torch_dtype",
-    "transformers_version",
-    "use_cache",
-    "output_attentions",
-    "output_hidden_states",
-    "return_dict",
+    *("_name_or_path", "architectures", "transformers_version", "use_cache", "return_dict"),
+    *("_attn_implementation", "_attn_implementation_internal", "attn_implementation"),
+    *("output_attentions", "output_hidden_states"),
+    *("dtype", "torch_dtype"),  # the dtype that counts is the one the model runs in
 }
 _ADAPTER_FILES = (".safetensors", ".bin", "adapter_config.json", "blocktune.json")
 
 
 def model_fingerprint(
-    model: nn.Module,
-    adapter: str | Path | None,
-    tokenizer,
-    prompt_format: Mapping,
-    dtype: torch.dtype | None = None,
+    model: nn.Module,  # as it will run: base, or with its adapter attached or merged
+    adapter: str | Path | None,  # folder of the adapter; its weights and configuration files count
+    tokenizer,  # vocabulary, merges, added tokens, special tokens and chat template count
+    prompt_format: Mapping,  # fields of the prompt format, e.g. ``dataclasses.asdict(format)``
+    dtype: torch.dtype | None = None,  # that the model computes in; None: that of its parameters
 ) -> str:
     """Digest, 64 hex digits, of all but the chunk itself that decides its keys and values.
 
     Compute it again after any change of the weights. ValueError if a weight is not in memory, or
     the format is not plain JSON.
-
-    Args:
-        model: As it will run: base, or with its adapter attached or merged.
-        adapter: Folder of the adapter, or None; its weights and configuration files count.
-        tokenizer: Its vocabulary, merges, added tokens, special tokens and chat template count.
-        prompt_format: Fields of the prompt format, e.g. ``dataclasses.asdict(format)``.
-        dtype: That the model computes in; None: that of its parameters.
     """
     return _digest(
         cache_format=CACHE_FORMAT,
@@ -77,9 +62,7 @@ def model_fingerprint(
     )
 
 
-def chunk_key(
-    fingerprint: str, token_ids: Sequence[int] | Tensor, encoding: Mapping | None = None
-) -> str:
+def chunk_key(fingerprint: str, token_ids: Ids, encoding: Mapping | None = None) -> str:
     """Digest, 64 hex digits, under which the encoded chunk of ``token_ids`` ``(S,)`` is stored.
 
     ``encoding`` says how, in plain JSON values: blanks and their token, ids of a shared prefix, BOS
@@ -89,15 +72,13 @@ def chunk_key(
     return _digest(fingerprint=fingerprint, token_ids=ids, encoding=dict(encoding or {}))
 
 
-def key_after(fingerprint: str, token_ids: Sequence[int] | Tensor, blanks: Sequence[int]) -> str:
+def key_after(fingerprint: str, token_ids: Ids, blanks: Sequence[int]) -> str:
     """`chunk_key` of a chunk that was encoded after ``blanks``, whose own states were dropped."""
     encoding = {"ghosts": list(blanks)}  # the word in the keys of stores that exist
     return chunk_key(fingerprint, token_ids, encoding)
 
 
-def stored_key(
-    fingerprint: str, ids: Sequence[int] | Tensor, blanks: Sequence[int], scoped_prefix: bool
-) -> str:
+def stored_key(fingerprint: str, ids: Ids, blanks: Sequence[int], scoped_prefix: bool) -> str:
     """`key_after`, or the key of a prefix that a scoped adapter encodes unlike a chunk."""
     if scoped_prefix:
         return chunk_key(fingerprint, ids, {"prefix": True})
@@ -112,13 +93,11 @@ def states_key(chunk_key: str, layer: int) -> str:
 def weights_hash(model: nn.Module) -> str:
     """Digest of names, shapes, dtypes and contents of all parameters and buffers.
 
-    Reading a model of 8 B parameters through SHA-256 takes more than ten seconds, so of each
-    tensor it takes 4,096 elements at even strides and the wrapping sum of all its bytes read
-    as 64-bit integers (at memory speed). A change of any single weight changes the sum, a
-    reordering changes the sample unless it moves only elements between the samples: not proof
-    against an adversary, who could as well replace the cache.
-
-    Quantised weights count with their scales, adapters with their scaling and state.
+    SHA-256 of 8 B parameters takes more than ten seconds, so of each tensor it takes 4,096 elements
+    at even strides and the wrapping sum of all its bytes as 64-bit integers. A change of any single
+    weight changes the sum, a reordering the sample, unless it moves only elements between samples:
+    not proof against an adversary, who could as well replace the cache. Quantised weights count
+    with their scales, adapters with their scaling and state.
     """
     digest = hashlib.sha256()
     for name, tensor in _tensors(model):

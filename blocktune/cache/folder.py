@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from blocktune.cache.blobs import MANIFESTS, Blob, Blobs, Head, is_key, relative_path
+from blocktune.cache.blobs import MANIFESTS, Blob, Blobs, is_key, relative_path
 from blocktune.files import sync
 
 WRITING = ".writing"
@@ -42,6 +42,8 @@ def is_taken(error: OSError) -> bool:
 
 class OpenFile(Blob):
     """A plain file, by its descriptor: its path may become something else meanwhile."""
+
+    data = None
 
     def __init__(self, descriptor: int):
         """Owns the descriptor."""
@@ -87,7 +89,6 @@ class ChunkFolder(Blobs):
             raise ValueError(
                 f"cannot use '{self.path}' as a chunk store: {error.strerror}; name a folder"
             ) from None
-        self._make(self.path / WRITING)
         probe = self._unfinished("0" * 64)
         os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
         probe.unlink(missing_ok=True)
@@ -103,93 +104,27 @@ class ChunkFolder(Blobs):
                     removed += _remove_unfinished(Path(entry.path), age > _ABANDONED_S)
         return removed
 
-    def open(self, key: str) -> OpenFile:
-        """See `Blobs.open`; a link, a folder or a pipe is something else."""
-        path = chunk_path(self.path, key)
-        for parent in (path.parent.parent, path.parent):
-            if not stat.S_ISDIR(os.lstat(parent).st_mode):
-                raise ValueError(f"'{parent}' is not a folder of the store")
+    def _open(self, name: str, most: int | None) -> OpenFile:
+        try:
+            path = self._path(name)
+        except FileExistsError as error:
+            raise ValueError(error.strerror) from None
         # Without O_NONBLOCK a pipe would wait for a writer.
         return OpenFile(_plain(path, os.O_RDONLY | os.O_NONBLOCK))
 
-    def head(self, key: str, length: int) -> Head:
-        file = self.open(key)
-        data = bytearray(min(length, file.size))
-        count = file.read_into([memoryview(data)], 0)
-        return Head(bytes(data[:count]), file.size, file.used)
-
-    def write(self, key: str, data: bytes) -> None:
+    def _write(self, name: str, data: bytes) -> None:
         """Writes a file so that readers see the old one, none, or the whole new one.
 
-        Several processes may write the same key at once: the last one stays. If the disk refuses,
+        Several processes may write the same one at once: the last one stays. If the disk refuses,
         nothing is left behind; `is_taken` says whether something foreign is at the file's path.
         """
-        path = chunk_path(self.path, key)
-        self._make(path.parent.parent)
-        self._make(path.parent)
-        self._replace(path, key, data)
-
-    def remove(self, key: str) -> bool:
-        try:
-            self.open(key)
-        except (FileNotFoundError, ValueError):
-            return False
-        chunk_path(self.path, key).unlink(missing_ok=True)
-        return True
-
-    def has(self, key: str) -> bool:
-        """Whether there is a file of ``key``; not verified."""
-        try:
-            self.open(key)
-        except (OSError, ValueError):
-            return False
-        return True
-
-    def keys(self) -> Iterator[str]:
-        """Keys of all files, in order."""
-        for first in self._folders(self.path):
-            for second in self._folders(first):
-                for entry in self._entries(second):
-                    key, _, suffix = entry.name.partition(".")
-                    named = suffix == "safetensors" and is_key(key)
-                    here = named and Path(entry.path) == chunk_path(self.path, key)
-                    if here and entry.is_file(follow_symlinks=False):
-                        yield key
-
-    def touch(self, key: str) -> None:
-        """Notes that the file of ``key`` was used, where the disk lets us: `FileFacts.used`."""
-        with suppress(OSError):
-            os.utime(chunk_path(self.path, key), follow_symlinks=False)
-
-    def fingerprints(self) -> list[str]:
-        names = (entry.name.removesuffix(".json") for entry in self._entries(self.path / MANIFESTS))
-        return sorted(filter(is_key, names))
-
-    def _read_manifest(self, fingerprint: str) -> bytes:
-        path = self.path / MANIFESTS / f"{fingerprint}.json"
-        with os.fdopen(_plain(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-            return file.read()
-
-    def _write_manifest(self, fingerprint: str, data: bytes) -> None:
-        self._make(self.path / MANIFESTS)
-        self._replace(self.path / MANIFESTS / f"{fingerprint}.json", fingerprint, data)
-
-    def is_store(self) -> bool:
-        """Whether a store was opened here before."""
-        return (self.path / WRITING).is_dir()
-
-    def _unfinished(self, key: str) -> Path:
-        return self.path / WRITING / f".{key}-{uuid.uuid4().hex}.part"
-
-    def _replace(self, path: Path, key: str, data: bytes) -> None:
-        self._make(self.path / WRITING)
+        path, unfinished = self._path(name, make=True), self._unfinished(Path(name).stem)
         try:
             os.close(_plain(path, os.O_RDONLY | os.O_NONBLOCK))
         except FileNotFoundError:
             pass
         except ValueError as error:
             raise FileExistsError(errno.EEXIST, str(error), str(path)) from None
-        unfinished = self._unfinished(key)
         try:
             with _locked_new(unfinished) as file:
                 file.write(data)
@@ -201,14 +136,46 @@ class ChunkFolder(Blobs):
             raise
         sync(path.parent)
 
-    def _make(self, folder: Path) -> None:
-        """A real folder: through a link, files of others would be touched."""
-        with suppress(FileExistsError):
-            folder.mkdir(exist_ok=True)
-        if not stat.S_ISDIR(os.lstat(folder).st_mode):
-            raise FileExistsError(
-                errno.EEXIST, f"'{folder.name}' is not a folder of the store", str(folder)
-            )
+    def _remove(self, name: str) -> None:
+        (self.path / name).unlink(missing_ok=True)
+
+    def listing(self) -> Iterator[tuple[str, int, float]]:
+        for first in self._folders(self.path):
+            for second in self._folders(first):
+                for entry in self._entries(second):
+                    key, _, suffix = entry.name.partition(".")
+                    if suffix != "safetensors" or not is_key(key):
+                        continue
+                    with suppress(FileNotFoundError):
+                        status = entry.stat(follow_symlinks=False)
+                        here = Path(entry.path) == chunk_path(self.path, key)
+                        if here and stat.S_ISREG(status.st_mode):
+                            yield key, status.st_size, status.st_mtime
+
+    def touch(self, key: str) -> None:
+        """Notes that the file of ``key`` was used, where the disk lets us: `Blob.used`."""
+        with suppress(OSError):
+            os.utime(chunk_path(self.path, key), follow_symlinks=False)
+
+    def _manifests(self) -> Iterator[str]:
+        return (one.name.removesuffix(".json") for one in self._entries(self.path / MANIFESTS))
+
+    def _unfinished(self, stem: str) -> Path:
+        return self._path(f"{WRITING}/.{stem}-{uuid.uuid4().hex}.part", make=True)
+
+    def _path(self, name: str, make: bool = False) -> Path:
+        """Of a file in real folders: through a link, files of others would be touched."""
+        *folders, last = name.split("/")
+        path = self.path
+        for folder in folders:
+            path = path / folder
+            if make:
+                with suppress(FileExistsError):
+                    path.mkdir(exist_ok=True)
+            if not stat.S_ISDIR(os.lstat(path).st_mode):
+                reason = f"'{path}' is not a folder of the store"
+                raise FileExistsError(errno.EEXIST, reason, str(path))
+        return path / last
 
     def _folders(self, path: Path) -> list[Path]:
         entries = (e for e in self._entries(path) if re.fullmatch(r"[0-9a-f]{2}", e.name))
@@ -242,10 +209,9 @@ def _plain(path: Path, flags: int) -> int:
 def _locked_new(path: Path):
     """A new file, locked while its writer lives: `ChunkFolder.clean` leaves it alone."""
     while True:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        file = os.fdopen(descriptor, "wb")
-        _lock(descriptor, fcntl.LOCK_EX)
-        if os.fstat(descriptor).st_nlink:
+        file = path.open("xb")
+        _lock(file.fileno(), fcntl.LOCK_EX)
+        if os.fstat(file.fileno()).st_nlink:
             return file
         file.close()  # removed as abandoned between the two calls
 
@@ -270,9 +236,9 @@ def _remove_unfinished(path: Path, old: bool) -> bool:
     descriptor = _plain(path, os.O_RDWR | os.O_NONBLOCK)
     try:
         free = _lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if free or (free is None and old):
+        abandoned = old if free is None else free
+        if abandoned:
             path.unlink()
-            return True
-        return False
+        return abandoned
     finally:
         os.close(descriptor)

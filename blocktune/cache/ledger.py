@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import astuple, fields
 from pathlib import Path
-from typing import NamedTuple
 
 from blocktune.cache.config import POLICIES, About, Row
 
@@ -56,14 +55,8 @@ END;
 """
 
 
-class _Use(NamedTuple):
-    """Hits of one entry that are not written yet."""
-
-    count: int
-    at: float
-    row: Row | None
-
-
+_Use = tuple[int, float, Row | None]
+"""Hits of one entry, when the last was, and what to enter if it is new."""
 _USE = "UPDATE entries SET uses = uses + ?, used = max(used, ?), clock = ? WHERE key = ?"
 _COLUMNS = tuple(field.name for field in fields(Row))
 _ADD = (
@@ -94,7 +87,7 @@ class Ledger:
         self.path, self.max_bytes, self.policy = path, max_bytes, policy
         self.quota, self._clock = quota, clock
         self._lock, self._noting, self._now = threading.RLock(), threading.Lock(), 0.0
-        self._uses: dict[str, _Use] = {}
+        self._uses: dict[str, _Use] = {}  # hits that are not written yet
         self._writer = 0  # process in which a thread is to write them
         self._connect()
         weakref.finalize(self, _close, self._pid, self._database, self._uses)
@@ -122,15 +115,15 @@ class Ledger:
             found = database.execute("SELECT uses, pinned FROM entries WHERE key = ?", (key,))
             uses, pinned = found.fetchone() or (0, 0)
             database.execute("DELETE FROM entries WHERE key = ?", (key,))
-            row = (*astuple(about), key, max(size, 1), now, now, uses + 1, pinned, self._faded())
+            known = (getattr(about, field.name) for field in fields(About))
+            row = (*known, key, max(size, 1), now, now, uses + 1, pinned, self._faded())
             database.execute(_ADD, row)
 
     def use(self, key: str, row: Row | None = None) -> None:
         """Notes a hit, which is written later with others; ``row``: what to enter if it is new."""
         with self._noting:
             now = self.now()
-            count = self._uses[key].count if key in self._uses else 0
-            self._uses[key] = _Use(count + 1, now, row)
+            self._uses[key] = self._uses.get(key, (0,))[0] + 1, now, row
             start = self.path is not None and self._writer != os.getpid()
             if start:
                 self._writer = os.getpid()
@@ -172,15 +165,9 @@ class Ledger:
 
     def size(self, tenant: str | None = None) -> int:
         """Bytes that are entered, of one tenant or of all."""
-        where, values = ("", ()) if tenant is None else (" WHERE tenant = ?", (tenant,))
+        find = "SELECT total(size) FROM totals WHERE tenant = coalesce(?, tenant)"
         with self._lock:
-            found = self._open().execute(f"SELECT total(size) FROM totals{where}", values)
-            return int(found.fetchone()[0])
-
-    def __len__(self) -> int:
-        """Entries."""
-        with self._lock:
-            return int(self._open().execute("SELECT total(entries) FROM totals").fetchone()[0])
+            return int(self._open().execute(find, (tenant,)).fetchone()[0])
 
     def row(self, key: str) -> Row | None:
         """One entry, without hits that are not written yet."""
@@ -194,16 +181,13 @@ class Ledger:
         ``start`` wants the first digits of the key.
         """
         start = wanted.pop("start", "")
-        clauses = [f"{name} = ?" for name in wanted if name in _COLUMNS]
-        assert len(clauses) == len(wanted), wanted
-        clauses += ["key >= ?", "key < ?"] if start else []
-        values = [*wanted.values(), *([start, start + "g"] if start else [])]
-        where = f" WHERE {' AND '.join(clauses)}" if clauses else ""
+        clauses = ["key >= ?", "key < ?", *(f"{name} = ?" for name in wanted if name in _COLUMNS)]
+        assert len(clauses) == 2 + len(wanted), wanted
+        find, values = f"{_SELECT} WHERE {' AND '.join(clauses)} ORDER BY key", wanted.values()
         with self._lock:
             self.flush()
-            found = self._open().execute(f"{_SELECT}{where} ORDER BY key", values).fetchall()
-        for record in found:
-            yield Row(*record)
+            found = self._open().execute(find, (start, f"{start}~", *values)).fetchall()
+        return (Row(*record) for record in found)
 
     def counts(self, column: str) -> dict[str, dict[str, int]]:
         """``chunks``, ``tokens`` and ``bytes`` by the values of a column."""
@@ -298,8 +282,7 @@ class Ledger:
 
 def _write(owner: weakref.ref[Ledger]) -> None:
     """Writes the hits of a ledger that is still there; if that fails, dates of use are lost."""
-    ledger = owner()
-    if ledger is not None:
+    if (ledger := owner()) is not None:
         ledger._writer = 0
         with suppress(sqlite3.Error):
             ledger.flush()
@@ -314,5 +297,5 @@ def _close(pid: int, database: sqlite3.Connection, uses: dict[str, _Use]) -> Non
 
 
 def _write_uses(database: sqlite3.Connection, uses: dict[str, _Use], clock: float) -> None:
-    database.executemany(_ADD, [(*astuple(u.row), 0.0) for u in uses.values() if u.row])
-    database.executemany(_USE, [(use.count, use.at, clock, key) for key, use in uses.items()])
+    database.executemany(_ADD, [(*astuple(row), 0.0) for *_, row in uses.values() if row])
+    database.executemany(_USE, [(n, at, clock, key) for key, (n, at, _) in uses.items()])

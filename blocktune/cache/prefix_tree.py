@@ -15,19 +15,19 @@ import itertools
 import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from blocktune.cache.chunk_kv import State
-from blocktune.cache.config import Recent
-from blocktune.cache.exact import ExactKV, PrefixFiles, PrefixMatch, place_checkpoints, state_bytes
+from blocktune.cache.config import keep_latest
+from blocktune.cache.exact import NO_IDS, ExactKV, PrefixMatch, place_checkpoints, state_bytes
+from blocktune.cache.fingerprint import chunk_key
 from blocktune.cache.store import ChunkStore
 
-_NO_IDS = torch.empty(0, dtype=torch.int64)
 _TENANTS = 1 << 16
 """Name spaces whose files are listed once; of more, again."""
 _HISTORY = 256
@@ -37,14 +37,13 @@ _HISTORY = 256
 @dataclass(eq=False)
 class _Node:
     parent: _Node | None = None
-    ids: np.ndarray = field(default_factory=_NO_IDS.numpy)
+    ids: np.ndarray = field(default_factory=NO_IDS.numpy)
     exact: ExactKV | None = None  # of the run, its context left out; None: in a file, or a root
     state: State | None = None  # of recurrent layers, at the end of the run
     children: dict[int, _Node] = field(default_factory=dict)  # by their first token
     locks: int = 0
     used: int = 0
     key: str = ""  # of its file; it may be in memory as well
-    salt: str = ""  # in roots
     overlaps: deque[int] = field(default_factory=lambda: deque(maxlen=_HISTORY))  # in roots
 
     @property
@@ -85,43 +84,40 @@ class PrefixTree:
         if max_bytes <= 0:
             raise ValueError(f"a prefix cache needs memory; got {max_bytes} bytes")
         self.max_bytes, self.checkpoints = max_bytes, checkpoints
-        kept = store is not None and store.folder is not None
-        self._files = PrefixFiles(store) if kept else None
-        self._roots: dict[tuple[str, str], _Node] = {}
-        self._listed: dict[tuple[str, str], None] = Recent(_TENANTS)  # whose files are in the tree
-        self._lists = kept
+        self._store = None if store is None or store.folder is None else store
+        self._roots: dict[str, _Node] = {}  # by fingerprints: a tenant has its own
+        self._listed: dict[str, None] = {}  # whose files are in the tree
+        self._lists = self._store is not None
         self._clock = itertools.count(1)
         self._mutex = threading.RLock()
         self._counts, self._bytes = Counter(), 0
 
-    def match(self, fingerprint: str, token_ids: Sequence[int], *, salt: str = "") -> PrefixMatch:
-        """Finds the longest known prefix of a prompt for a model; use it in a ``with`` block.
-
-        ``salt`` separates tenants that must not see each other's hits.
-        """
+    @contextmanager
+    def match(self, fingerprint: str, token_ids: Sequence[int]) -> Iterator[PrefixMatch]:
+        """Finds a model's longest known prefix of a prompt, and locks it inside the block."""
         ids = np.asarray(token_ids, dtype=np.int64)
         with self._mutex:
-            root = self._root(fingerprint, salt)
+            root = self._root(fingerprint)
             path, read = self._loaded(self._walk(root, ids), fingerprint)
             last, overlap = path[-1][0] if path else None, sum(count for _, count in path)
             while path and path[-1][0].exact.states is not None and not _resumes(*path[-1]):
                 path = path[:-1]
-            match = PrefixMatch(
-                [(node.exact, count) for node, count in path],
-                path[-1][0].state if path else None,
-                overlap,
-                sum(count for node, count in path if node in read),
-                partial(self._lock, last, -1),
-            )
+            parts = [(node.exact, count) for node, count in path]
+            from_disk = sum(count for node, count in path if node in read)
+            state = path[-1][0].state if path else None
+            match = PrefixMatch(parts, state, overlap, from_disk)
             self._lock(last, 1)
             root.overlaps.append(overlap)
             self._counts["hit"] += match.num_tokens
             self._counts["disk"] += match.disk_tokens
             self._counts["missed"] += len(ids) - match.num_tokens
-            return match
+        try:
+            yield match
+        finally:
+            self._lock(last, -1)
 
     def checkpoints_for(
-        self, fingerprint: str, num_tokens: int, ends: Iterable[int] = (), *, salt: str = ""
+        self, fingerprint: str, num_tokens: int, ends: Iterable[int] = ()
     ) -> tuple[int, ...]:
         """Depths at which to keep the recurrent states of a prompt of ``num_tokens`` tokens.
 
@@ -129,11 +125,11 @@ class PrefixTree:
         or up to one of ``ends``, where pieces of the prompt end.
         """
         with self._mutex:
-            root = self._roots.get((fingerprint, salt), _Node())
+            root = self._roots.get(fingerprint, _Node())
             seen = [min(depth, num_tokens) for depth in root.overlaps]
         return place_checkpoints(Counter([*seen, *ends]), self.checkpoints)
 
-    def insert(self, exact: ExactKV, *, salt: str = "") -> int:
+    def insert(self, exact: ExactKV) -> int:
         """Adds a run of `cut_exact` behind the tokens that are known; these stay as they are.
 
         Returns:
@@ -147,8 +143,7 @@ class PrefixTree:
             )
         ids = torch.cat((exact.context, exact.token_ids)).numpy()
         with self._mutex:
-            root = self._root(exact.fingerprint, salt)
-            self._roots[exact.fingerprint, salt] = root
+            root = self._roots[exact.fingerprint] = self._root(exact.fingerprint)
             path, _ = self._loaded(self._walk(root, ids), exact.fingerprint)
             known = sum(count for _, count in path)
             if known < len(exact.context):
@@ -157,8 +152,14 @@ class PrefixTree:
             added = 0
             if known < len(ids):
                 parent = self._cut(*path[-1]) if path else root
-                new = slice(known - len(exact.context), len(exact.token_ids))
-                added = self._add(parent, exact.cut(new.start, new.stop))
+                run = exact.cut(known - len(exact.context), len(exact.token_ids))
+                node = _Node(parent, run.token_ids.numpy(), run, used=next(self._clock))
+                if self._make_room(node.num_bytes, parent):
+                    parent.children[int(node.ids[0])] = node
+                    self._bytes += node.num_bytes
+                    added = len(node.ids)
+                else:
+                    self._counts["declined"] += len(node.ids)
             for depth, state in sorted((exact.states or {}).items()):
                 self._keep_state(root, ids[:depth], exact.fingerprint, state)
             return added
@@ -183,19 +184,22 @@ class PrefixTree:
                 counts["disk"],
             )
 
-    def _root(self, fingerprint: str, salt: str) -> _Node:
+    def _root(self, fingerprint: str) -> _Node:
         """Of a name space, with what its files hold; one that is new stays out of the tree."""
-        place = fingerprint, salt
-        root = self._roots.get(place) or _Node(salt=salt)
-        if self._lists and place not in self._listed:
-            self._listed[place] = None
-            for context, ids, key in self._files.find(fingerprint, salt):
+        root = self._roots.get(fingerprint) or _Node()
+        if self._lists and fingerprint not in self._listed:
+            keep_latest(self._listed, fingerprint, None, _TENANTS)
+            found = []
+            for file in self._store.files(ExactKV, fingerprint):
+                with suppress(ValueError):  # damaged: an answer without it
+                    found.append((file.read("context"), file.token_ids, file.key))
+            for context, ids, key in sorted(found, key=lambda one: (len(one[0]), len(one[1]))):
                 path = self._walk(root, torch.cat((context, ids)).numpy())
                 last, count = path[-1] if path else (root, 0)
                 # What turns off within another file's run, or is in it, is left out.
                 if sum(count for _, count in path) == len(context) and count == len(last.ids):
                     last.children[int(ids[0])] = _Node(last, ids.numpy(), key=key)
-                    self._roots[place] = root
+                    self._roots[fingerprint] = root
         return root
 
     def _walk(self, root: _Node, ids: np.ndarray) -> list[tuple[_Node, int]]:
@@ -214,25 +218,24 @@ class PrefixTree:
         self, path: list[tuple[_Node, int]], fingerprint: str
     ) -> tuple[list[tuple[_Node, int]], set[_Node]]:
         """The path as far as it is or can be got into memory, and what was read for that."""
-        read, last = set(), path[-1][0] if path else None
-        self._lock(last, 1)
+        read = set()
         for index, (node, _) in enumerate(path):
             if node.exact is None:
-                if not self._read(node, fingerprint):
-                    path = path[:index]
-                    break
+                if not self._read(node, path[-1][0], fingerprint):
+                    return path[:index], read
                 read.add(node)
-        self._lock(last, -1)
         return path, read
 
-    def _read(self, node: _Node, fingerprint: str) -> bool:
-        """Gets a run from its file; one that is gone takes what is below it along."""
-        found = self._files.read(node.key, torch.from_numpy(node.ids), fingerprint)
+    def _read(self, node: _Node, last: _Node, fingerprint: str) -> bool:
+        """Gets a run on the path to ``last`` from its file; one that is gone takes all below it."""
+        ids = torch.from_numpy(node.ids)
+        found = self._store.lookup(node.key, ids, fingerprint, ExactKV, keep=False).kv
         if found is None:
             del node.parent.children[int(node.ids[0])]
             return False
-        bare, state = _bare(found), (found.states or {}).get(found.end)
-        if not self._make_room(bare.num_bytes + state_bytes(state)):
+        state = (found.states or {}).get(found.end)
+        bare = found.placed(NO_IDS, None if found.states is None else {})
+        if not self._make_room(bare.num_bytes + state_bytes(state), last):
             return False
         node.exact, node.state = bare, state
         self._bytes += node.num_bytes
@@ -240,22 +243,25 @@ class PrefixTree:
 
     def _write(self, node: _Node) -> bool:
         """Keeps a run in a file; whether it is there."""
-        if self._files is None:
+        if self._store is None:
             return False
         if not node.key:
-            runs, root = [], node.parent
-            while root.parent is not None:
-                runs.append(torch.from_numpy(root.ids))
-                root = root.parent
-            context, states = torch.cat((_NO_IDS, *reversed(runs))), node.exact.states
+            runs, above = [], node.parent
+            while above.parent is not None:
+                runs.append(torch.from_numpy(above.ids))
+                above = above.parent
+            context, states = torch.cat((NO_IDS, *reversed(runs))), node.exact.states
             if node.state is not None:
                 states = {len(context) + len(node.ids): node.state}
-            node.key = self._files.write(node.exact.placed(context, states), root.salt)
-        return self._files.has(node.key)
+            exact = node.exact.placed(context, states)
+            ids, how = torch.cat((context, exact.token_ids)), {"exact": "", "start": len(context)}
+            node.key = chunk_key(exact.fingerprint, ids, how)
+            self._store.put(node.key, exact, keep=False)
+        return node.key in self._store
 
     def _forget_file(self, node: _Node) -> None:
         if node.key:
-            self._files.remove(node.key)
+            self._store.discard(node.key)
             node.key = ""
 
     def _cut(self, node: _Node, at: int) -> _Node:
@@ -264,41 +270,27 @@ class PrefixTree:
             return node
         self._forget_file(node)
         first, last = node.exact.cut(0, at), node.exact.cut(at, len(node.ids))
-        upper = _Node(node.parent, node.ids[:at], _bare(first), locks=node.locks, used=node.used)
+        upper = _Node(node.parent, node.ids[:at], first, locks=node.locks, used=node.used)
         upper.children[int(node.ids[at])] = node
         node.parent.children[int(node.ids[0])] = upper
-        node.parent, node.ids, node.exact = upper, node.ids[at:], _bare(last)
+        node.parent, node.ids, node.exact = upper, node.ids[at:], last
         return upper
-
-    def _add(self, parent: _Node, exact: ExactKV) -> int:
-        node = _Node(parent, exact.token_ids.numpy(), _bare(exact), used=next(self._clock))
-        self._lock(parent, 1)
-        room = self._make_room(node.num_bytes)
-        self._lock(parent, -1)
-        if not room:
-            self._counts["declined"] += len(node.ids)
-            return 0
-        parent.children[int(node.ids[0])] = node
-        self._bytes += node.num_bytes
-        return len(node.ids)
 
     def _keep_state(self, root: _Node, ids: np.ndarray, fingerprint: str, state: State) -> None:
         path, _ = self._loaded(self._walk(root, ids), fingerprint)
         if sum(count for _, count in path) < len(ids):
             return  # its tokens found no room
         node = self._cut(*path[-1])
-        self._lock(node, 1)
-        if node.state is None and self._make_room(state_bytes(state)):
+        if node.state is None and self._make_room(state_bytes(state), node):
             self._forget_file(node)
             node.state = state
             self._bytes += state_bytes(state)
-        self._lock(node, -1)
 
-    def _make_room(self, num_bytes: int) -> bool:
-        if num_bytes > self.max_bytes:
-            return False
-        if self._bytes + num_bytes <= self.max_bytes:
-            return True
+    def _make_room(self, num_bytes: int, beside: _Node) -> bool:
+        """Whether bytes fit, once leaves have left; a node and all above it stay."""
+        if num_bytes > self.max_bytes or self._bytes + num_bytes <= self.max_bytes:
+            return num_bytes <= self.max_bytes
+        self._lock(beside, 1)
         leaves = [(node.used, id(node), node) for node in self._nodes() if node.is_leaf]
         heapq.heapify(leaves)
         while leaves and self._bytes + num_bytes > self.max_bytes:
@@ -315,6 +307,7 @@ class PrefixTree:
         self._roots = {
             key: root for key, root in self._roots.items() if root.children or root.locks
         }
+        self._lock(beside, -1)
         return self._bytes + num_bytes <= self.max_bytes
 
     def _nodes(self) -> Iterator[_Node]:
@@ -333,17 +326,11 @@ class PrefixTree:
                 node = node.parent
 
 
-def _bare(exact: ExactKV) -> ExactKV:
-    """Without the tokens before it and states: the tree has them."""
-    return exact.placed(_NO_IDS, None if exact.states is None else {})
-
-
 def _common(left: np.ndarray, right: np.ndarray) -> int:
     """How many tokens two runs share from their first on."""
     count = min(len(left), len(right))
-    differ = left[:count] != right[:count]
-    first = int(differ.argmax()) if count else 0
-    return first if count and differ[first] else count
+    differ = np.flatnonzero(left[:count] != right[:count])
+    return int(differ[0]) if len(differ) else count
 
 
 def _resumes(node: _Node, count: int) -> bool:

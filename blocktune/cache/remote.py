@@ -6,20 +6,20 @@ Files have the names that they have in a folder, so a synchronised copy of a fol
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import parse_qs, urlsplit, urlunsplit
 
-from blocktune.cache.blobs import MANIFESTS, Blobs, Bytes, Head, is_key, relative_path
+from blocktune.cache.blobs import MANIFESTS, Blob, Blobs, is_key, relative_path
 
 TIMEOUT_S = 2.0  # seconds that a remote may take to answer
 VALKEY = ("valkey", "valkeys", "redis", "rediss", "unix")
 PREFIX = "blocktune"
 
 
-def open_remote(url: str, secret: bytes | None = None, timeout_s: float | None = None) -> Blobs:
+def open_remote(url: str, secret: bytes | None = None) -> Blobs:
     """The files at a URL; connects when they are used.
 
     ``valkey://HOST:PORT/DB`` (with ``?prefix=NAME``; default ``blocktune``) or whatever fsspec
@@ -28,8 +28,7 @@ def open_remote(url: str, secret: bytes | None = None, timeout_s: float | None =
     """
     scheme = urlsplit(url).scheme
     try:
-        remote = ValkeyBlobs if scheme in VALKEY else FsspecBlobs
-        return remote(url, secret, TIMEOUT_S if timeout_s is None else timeout_s)
+        return (ValkeyBlobs if scheme in VALKEY else FsspecBlobs)(url, secret)
     except ImportError as error:
         raise ValueError(
             f"'{url}' needs the package '{error.name or error}'; `pip install 'blocktune[remote]'`"
@@ -49,15 +48,14 @@ def _reached(call: Callable, *args, **kwargs) -> Any:
 class FsspecBlobs(Blobs):
     """Files below a URL of fsspec; the credentials are those of its file system."""
 
-    def __init__(self, url: str, secret: bytes | None, timeout_s: float):
+    def __init__(self, url: str, secret: bytes | None):
         """See `open_remote`."""
         import fsspec
 
         super().__init__(secret)
-        self.place, self.timeout_s = url.rstrip("/"), timeout_s
-        options = {}
+        self.place, self._timeout_s, options = url.rstrip("/"), TIMEOUT_S, {}
         if urlsplit(url).scheme in ("s3", "s3a"):
-            times = {"connect_timeout": timeout_s, "read_timeout": timeout_s}
+            times = {"connect_timeout": TIMEOUT_S, "read_timeout": TIMEOUT_S}
             options["config_kwargs"] = times | {"retries": {"max_attempts": 1}}
         options |= {"use_listings_cache": False, "skip_instance_cache": True}
         try:
@@ -69,35 +67,24 @@ class FsspecBlobs(Blobs):
             ) from None
         self._async = getattr(self._fs, "async_impl", False)
 
-    def open(self, key: str) -> Bytes:
-        return Bytes(self._call("cat_file", self._path(relative_path(key))))
-
-    def head(self, key: str, length: int) -> Head:
-        path = self._path(relative_path(key))
+    def _open(self, name: str, most: int | None) -> Blob:
+        path = self._path(name)
+        if most is None:
+            return Blob(self._call("cat_file", path))
         size, used = _told(self._call("info", path))
-        return Head(self._call("cat_file", path, start=0, end=min(length, size)), size, used)
+        end = min(most, size)
+        return Blob(self._call("cat_file", path, start=0, end=end) if end else b"", size, used)
 
-    def write(self, key: str, data: bytes) -> None:
-        self._write(self._path(relative_path(key)), data)
+    def _write(self, name: str, data: bytes) -> None:
+        path = self._path(name)
+        if not self._async:
+            _reached(self._fs.makedirs, self._fs._parent(path), exist_ok=True)
+        self._call("pipe_file", path, data)
 
-    def remove(self, key: str) -> bool:
-        if not self.has(key):
-            return False
-        self._call("rm_file", self._path(relative_path(key)))
-        return True
-
-    def has(self, key: str) -> bool:
-        try:
-            self._call("info", self._path(relative_path(key)))
-        except OSError:
-            return False
-        return True
-
-    def keys(self) -> Iterator[str]:
-        yield from (key for key, _, _ in self.listing())
+    def _remove(self, name: str) -> None:
+        self._call("rm_file", self._path(name))
 
     def listing(self) -> list[tuple[str, int, float]]:
-        """Key, size and date of every file, in one listing."""
         found = _reached(self._fs.find, self._root, detail=True)
         names = ((PurePosixPath(name), info) for name, info in sorted(found.items()))
         return [
@@ -108,23 +95,12 @@ class FsspecBlobs(Blobs):
             and name.as_posix().endswith(relative_path(name.stem))
         ]
 
-    def fingerprints(self) -> list[str]:
+    def _manifests(self) -> Iterable[str]:
         try:
             names = _reached(self._fs.ls, self._path(MANIFESTS), detail=False)
         except FileNotFoundError:
-            return []
-        return sorted(filter(is_key, (PurePosixPath(name).stem for name in names)))
-
-    def _read_manifest(self, fingerprint: str) -> bytes:
-        return self._call("cat_file", self._path(f"{MANIFESTS}/{fingerprint}.json"))
-
-    def _write_manifest(self, fingerprint: str, data: bytes) -> None:
-        self._write(self._path(f"{MANIFESTS}/{fingerprint}.json"), data)
-
-    def _write(self, path: str, data: bytes) -> None:
-        if not self._async:
-            _reached(self._fs.makedirs, self._fs._parent(path), exist_ok=True)
-        self._call("pipe_file", path, data)
+            return ()
+        return (PurePosixPath(name).stem for name in names)
 
     def _path(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}"
@@ -135,7 +111,7 @@ class FsspecBlobs(Blobs):
         from fsspec.asyn import sync
 
         call = getattr(self._fs, f"_{name}")
-        return _reached(sync, self._fs.loop, call, *args, timeout=self.timeout_s, **kwargs)
+        return _reached(sync, self._fs.loop, call, *args, timeout=self._timeout_s, **kwargs)
 
 
 def _told(info: dict[str, Any]) -> tuple[int, float]:
@@ -148,7 +124,7 @@ def _told(info: dict[str, Any]) -> tuple[int, float]:
 class ValkeyBlobs(Blobs):
     """Values of a Valkey or Redis server, under ``PREFIX:KEY`` and ``PREFIX:manifest:MODEL``."""
 
-    def __init__(self, url: str, secret: bytes | None, timeout_s: float):
+    def __init__(self, url: str, secret: bytes | None):
         """See `open_remote`."""
         import valkey
 
@@ -159,61 +135,48 @@ class ValkeyBlobs(Blobs):
         try:
             self._client = valkey.from_url(
                 urlunsplit(parts._replace(query="")),
-                socket_timeout=timeout_s,
-                socket_connect_timeout=timeout_s,
+                socket_timeout=TIMEOUT_S,
+                socket_connect_timeout=TIMEOUT_S,
             )
         except ValueError as error:
             raise ValueError(f"'{self.place}': {error}") from None
 
     def name(self, key: str) -> str:
-        return f"{self.place} {self._key(key)}"
+        return f"{self.place} {self._key(relative_path(key))}"
 
-    def open(self, key: str) -> Bytes:
-        return Bytes(self._get(self._key(key)))
-
-    def head(self, key: str, length: int) -> Head:
-        name = self._key(key)
-        data = _reached(self._client.getrange, name, 0, length - 1)
+    def _open(self, name: str, most: int | None) -> Blob:
+        key = self._key(name)
+        if most is None:
+            data = _reached(self._client.get, key)
+            if data is None:
+                raise FileNotFoundError(key)
+            return Blob(data)
+        data = _reached(self._client.getrange, key, 0, max(most, 1) - 1)
         if not data:
-            raise FileNotFoundError(name)
-        size, idle = _reached(self._sizes, [name])[0]
-        return Head(data, size, time.time() - idle)
+            raise FileNotFoundError(key)
+        size, idle = _reached(self._sizes, [key])[0]
+        return Blob(data, size, time.time() - idle)
 
-    def write(self, key: str, data: bytes) -> None:
-        _reached(self._client.set, self._key(key), data)
+    def _write(self, name: str, data: bytes) -> None:
+        _reached(self._client.set, self._key(name), data)
 
-    def remove(self, key: str) -> bool:
-        return bool(_reached(self._client.delete, self._key(key)))
+    def _remove(self, name: str) -> None:
+        _reached(self._client.delete, self._key(name))
 
     def has(self, key: str) -> bool:
+        """See `Blobs.has`: asking is no use of the value."""
         try:
-            return bool(_reached(self._client.exists, self._key(key)))
+            return bool(_reached(self._client.exists, self._key(relative_path(key))))
         except OSError:
             return False
 
-    def keys(self) -> Iterator[str]:
-        yield from (key for key, _, _ in self.listing())
-
     def listing(self) -> list[tuple[str, int, float]]:
-        """Key, size and date of last use of every value."""
         now, keys = time.time(), sorted(filter(is_key, self._names("")))
-        told = _reached(self._sizes, [self._key(key) for key in keys])
+        told = _reached(self._sizes, [f"{self._prefix}:{key}" for key in keys])
         return [(key, size, now - idle) for key, (size, idle) in zip(keys, told, strict=True)]
 
-    def fingerprints(self) -> list[str]:
-        return sorted(filter(is_key, self._names("manifest:")))
-
-    def _read_manifest(self, fingerprint: str) -> bytes:
-        return self._get(f"{self._prefix}:manifest:{fingerprint}")
-
-    def _write_manifest(self, fingerprint: str, data: bytes) -> None:
-        _reached(self._client.set, f"{self._prefix}:manifest:{fingerprint}", data)
-
-    def _get(self, name: str) -> bytes:
-        data = _reached(self._client.get, name)
-        if data is None:
-            raise FileNotFoundError(name)
-        return data
+    def _manifests(self) -> Iterable[str]:
+        return self._names("manifest:")
 
     def _names(self, kind: str) -> list[str]:
         start = f"{self._prefix}:{kind}"
@@ -223,12 +186,12 @@ class ValkeyBlobs(Blobs):
     def _sizes(self, names: Sequence[str]) -> list[tuple[int, int]]:
         pipe = self._client.pipeline(transaction=False)
         for name in names:
+            pipe.object("IDLETIME", name)  # first: to read the size is a use
             pipe.strlen(name)
-            pipe.object("IDLETIME", name)
         found = pipe.execute(raise_on_error=False)
         numbers = [one if isinstance(one, int) else 0 for one in found]
-        return list(zip(numbers[::2], numbers[1::2], strict=True))
+        return list(zip(numbers[1::2], numbers[::2], strict=True))
 
-    def _key(self, key: str) -> str:
-        relative_path(key)  # checks it
-        return f"{self._prefix}:{key}"
+    def _key(self, name: str) -> str:
+        kind = "manifest:" if name.startswith(f"{MANIFESTS}/") else ""
+        return f"{self._prefix}:{kind}{PurePosixPath(name).stem}"

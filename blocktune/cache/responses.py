@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 
-from blocktune.cache.embeddings import MODEL, Embedder
 from blocktune.cache.fingerprint import chunk_key
-from blocktune.cache.records import Nearest, Record, keep, text_bytes
+from blocktune.cache.records import MODEL, Embedder, Nearest, Record, keep, text_bytes
 from blocktune.cache.store import ChunkStore
 
 

@@ -17,7 +17,8 @@ SKIP = -1
 """Column of a padding row: its keys and values are not stored."""
 
 Observer = Callable[[Tensor, Tensor], None]
-"""Called as ``observer(keys, values)``, both ``(B, K, R, D)``, before they are written."""
+"""Called as ``observer(keys, values)``, both ``(B, K, R, D)``, before they are written; if it
+raises, the forward pass ends with the layer as it was."""
 
 
 class _Target(NamedTuple):
@@ -29,12 +30,28 @@ class _Target(NamedTuple):
     column: Tensor
 
 
+def _settled(name: str) -> property:
+    """Keys or values, with zeros where nothing was written: masked columns must be finite."""
+
+    def get(layer: _RowLayer) -> Tensor | None:
+        if layer.unwritten is not None:
+            unwritten = torch.from_numpy(layer.unwritten).nonzero(as_tuple=True)
+            prompt, column = (index.to(layer.device) for index in unwritten)
+            layer.unwritten = None
+            for store in layer.stores:
+                store[prompt, :, column] = 0
+        return getattr(layer, name)
+
+    return property(get, lambda layer, tensor: setattr(layer, name, tensor))
+
+
 class _RowLayer(CacheLayerMixin):
     """One layer of a `RowCache`: keys and values ``(B, K, N, D)``, made at the first write."""
 
     is_sliding = False
     is_compileable = False
     supports_early_init = False
+    keys, values = _settled("_keys"), _settled("_values")
 
     def __init__(self, index: int, batch_size: int, num_columns: int, spare: int):
         super().__init__()
@@ -43,57 +60,18 @@ class _RowLayer(CacheLayerMixin):
         self.num_columns = num_columns
         self.spare = spare
         self.target: _Target | None = None
-        self._unwritten: np.ndarray | None = None  # columns not written yet, bool (B, N + spare)
+        self.unwritten: np.ndarray | None = None  # columns not written yet, bool (B, N + spare)
         self.observer: Observer | None = None
 
-    @property
-    def keys(self) -> Tensor | None:
-        self.settle()
-        return self._keys
-
-    @keys.setter
-    def keys(self, keys: Tensor | None) -> None:
-        self._keys = keys
-
-    @property
-    def values(self) -> Tensor | None:
-        self.settle()
-        return self._values
-
-    @values.setter
-    def values(self, values: Tensor | None) -> None:
-        self._values = values
-
-    def settle(self) -> None:
-        # Zeros where nothing was written: masked columns must be finite.
-        if self._unwritten is not None:
-            unwritten = torch.from_numpy(self._unwritten).nonzero(as_tuple=True)
-            prompt, column = (index.to(self.device) for index in unwritten)
-            self._unwritten = None
-            for store in self._stores:
-                store[prompt, :, column] = 0
-
-    def room(self, prompt: int, columns: slice, keys: Tensor, values: Tensor) -> tuple:
-        if not self.is_initialized:
-            self._make(keys[None], values[None])
-        if self._unwritten is not None:
-            self._unwritten[prompt, columns] = False
-        return tuple(store[prompt, :, columns] for store in self._stores)
-
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self._make(key_states, value_states)
-        self.settle()
-
-    def _make(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         columns = self.num_columns + self.spare
-        self._stores = tuple(
+        self.stores = tuple(
             states.new_empty(self.batch_size, states.shape[1], columns, states.shape[3])
             for states in (key_states, value_states)
         )
-        self._unwritten = np.ones(
-            (self.batch_size, columns), bool
-        )  # of tensors, marks cost 10 times
+        # In NumPy: marks of tensors cost ten times as much.
+        self.unwritten = np.ones((self.batch_size, columns), bool)
         self.is_initialized = True
         self._show()
 
@@ -108,7 +86,6 @@ class _RowLayer(CacheLayerMixin):
                 f"{key_states.shape[0]} prompts, but columns were selected for {wanted}; "
                 "call `RowCache.select` or `append` before every forward pass"
             )
-        self.settle()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.observer is not None:
@@ -117,11 +94,13 @@ class _RowLayer(CacheLayerMixin):
         return self.keys, self.values
 
     def store(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Writes rows ``(B, K, R, D)`` into the selected columns without a forward pass."""
         _, batch, row, column = self.target
         self.keys[batch, :, column] = key_states[batch, :, row]
         self.values[batch, :, column] = value_states[batch, :, row]
 
     def held(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of the selected columns, ``(B, K, R, D)``; arbitrary in padding."""
         columns = self.target.columns.clamp(min=0)[:, None, :, None]
         return tuple(
             states.gather(2, columns.expand(-1, states.shape[1], -1, states.shape[3]))
@@ -132,13 +111,13 @@ class _RowLayer(CacheLayerMixin):
         self.num_columns += count
         if not self.is_initialized:
             return
-        missing = self.num_columns - self._stores[0].shape[2]
+        missing = self.num_columns - self.stores[0].shape[2]
         if missing > 0:
             # By half as much again: decoding copies each column a bounded number of times.
             extra = missing + self.num_columns // 2
-            self._stores = tuple(
+            self.stores = tuple(
                 torch.cat([s, s.new_zeros(*s.shape[:2], extra, s.shape[3])], dim=2)
-                for s in self._stores
+                for s in self.stores
             )
         self._show()
 
@@ -157,7 +136,7 @@ class _RowLayer(CacheLayerMixin):
         raise ValueError("a RowCache does not serve beam search; use greedy decoding or sampling")
 
     def _show(self) -> None:
-        self.keys, self.values = (store[:, :, : self.num_columns] for store in self._stores)
+        self.keys, self.values = (store[:, :, : self.num_columns] for store in self.stores)
 
 
 class RowCache(Cache):
@@ -228,28 +207,17 @@ class RowCache(Cache):
         dtype. ``exact`` says that the states come from a full prefill of the same prompt; else the
         cache is not exact from now on.
         """
-        self.exact = self.exact and exact
-        return self.layers[layer].room(prompt, columns, keys, values)
-
-    def observe(self, layer: int, observer: Observer | None) -> None:
-        """Calls ``observer`` with a layer's fresh keys and values before they are written.
-
-        If it raises, the forward pass ends with the layer as it was. None: no observer.
-        """
-        self.layers[layer].observer = observer
+        self.exact, one = self.exact and exact, self.layers[layer]
+        if not one.is_initialized:
+            one.lazy_initialization(keys[None], values[None])
+        if one.unwritten is not None:
+            one.unwritten[prompt, columns] = False
+        return tuple(store[prompt, :, columns] for store in one.stores)
 
     def bytes_per_column(self, layer: int) -> int:
         """Bytes of one token's keys and values in a layer that holds any."""
         states = (self.layers[layer].keys, self.layers[layer].values)
         return sum(s.shape[1] * s.shape[3] * s.element_size() for s in states)
-
-    def held(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of a layer's selected columns, ``(B, K, R, D)``; arbitrary in padding."""
-        return self.layers[layer].held()
-
-    def store(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Writes rows ``(B, K, R, D)`` into a layer's selected columns without a forward pass."""
-        self.layers[layer].store(keys, values)
 
     def _target(self, columns: Tensor) -> _Target:
         expected = self.layers[0].batch_size

@@ -11,19 +11,27 @@ import sqlite3
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from blocktune.cache.blobs import Blobs, FileFacts, secret_from_environment
-from blocktune.cache.config import StoreConfig
-from blocktune.cache.folder import ChunkFolder
-from blocktune.cache.ledger import INDEX, Ledger, Row
+from blocktune.cache.blobs import Blobs, secret_from_environment
+from blocktune.cache.config import Row, StoreConfig
+from blocktune.cache.folder import WRITING, ChunkFolder
+from blocktune.cache.ledger import INDEX, Ledger
 from blocktune.cache.remote import open_remote
 from blocktune.files import replace_json
 
 WANTED = "wanted"
 """Folder of a store with the chunks that readers did not find."""
 _LOG = logging.getLogger(__name__)
+
+
+def open_places(config: StoreConfig, secret: bytes | None = None) -> list[Blobs]:
+    """The folder and the remote of a store that has them; the environment may have the secret."""
+    secret = secret_from_environment() if secret is None else secret
+    found = [] if config.folder is None else [ChunkFolder(config.folder, secret)]
+    return found if config.remote is None else [*found, open_remote(config.remote, secret)]
 
 
 def open_index(folder: ChunkFolder, **budget) -> Ledger | None:
@@ -56,12 +64,11 @@ def found_rows(blobs: Blobs, keys: Iterable[str] | None = None) -> Iterator[Row]
     """Rows of all files or of some, from their headers; one that cannot be read has no model."""
     for key in blobs.keys() if keys is None else keys:
         try:
-            facts = blobs.facts(key)
+            yield blobs.facts(key)[1]
         except FileNotFoundError:
             continue
         except (OSError, ValueError):
-            facts = FileFacts({}, 0, 1, time.time())
-        yield facts.row(key)
+            yield Row.of({}, 0, key, 1, time.time())
 
 
 class Shelf:
@@ -74,52 +81,48 @@ class Shelf:
     def __init__(self, blobs: Blobs):
         """Of a place that is there."""
         self.blobs = blobs
-        is_folder = isinstance(blobs, ChunkFolder)
         # Nothing is created in a folder that is not a store.
-        self._index = open_index(blobs) if is_folder and blobs.is_store() else None
-        self._ledger: Ledger | None = self._index
+        self._index = open_index(blobs) if self._is_store(blobs) else None
+
+    @staticmethod
+    def _is_store(blobs: Blobs) -> bool:
+        return isinstance(blobs, ChunkFolder) and (blobs.path / WRITING).is_dir()
 
     @classmethod
     def open(cls, place: str, make: bool = False) -> Self:
         """Opens a place as ``--store`` names it; ``make`` makes a folder that is missing."""
-        config, secret = StoreConfig.parse(place), secret_from_environment()
-        if config.folder is None and config.remote is None:
+        config = StoreConfig.parse(place)
+        if config.place is None:
             raise ValueError(f"'{place}' names no folder and no URL")
         plain = StoreConfig(folder=config.folder, remote=None if config.folder else config.remote)
         if make and config != plain:
             raise ValueError(f"'{place}': chunks are copied as they are; name the place alone")
+        blobs = open_places(config)[0]
         if config.folder is None:
-            remote = open_remote(config.remote, secret)
             try:
-                remote.fingerprints()
+                blobs.fingerprints()
             except OSError as error:
-                raise ValueError(f"cannot read the store '{remote.place}': {error}") from None
-            return cls(remote)
-        folder = ChunkFolder(config.folder, secret)
-        if make:
-            folder.prepare()
-        known = (folder.is_store(), next(folder.keys(), None), folder.fingerprints())
-        if not make and not any(known):
+                raise ValueError(f"cannot read the store '{blobs.place}': {error}") from None
+        elif make:
+            blobs.prepare()
+        elif not any((cls._is_store(blobs), next(blobs.keys(), None), blobs.fingerprints())):
             raise ValueError(f"no store at '{place}'; `blocktune encode --store` makes one")
-        return cls(folder)
+        return cls(blobs)
 
-    @property
+    @cached_property
     def ledger(self) -> Ledger:
         """What is known of the files."""
-        if self._ledger is None:
-            self._ledger = Ledger()
-            self._ledger.fill(found_rows(self.blobs))
-        return self._ledger
+        if self._index is not None:
+            return self._index
+        ledger = Ledger()
+        ledger.fill(found_rows(self.blobs))
+        return ledger
 
     def rows(self, model: str = "", document: str = "", start: str = "") -> Iterator[Row]:
         """Entries in order of their keys: of models and keys that start so, and of a document."""
         wanted = {"document": document} if document else {}
         rows = self.ledger.rows(start=start, **wanted)
         return (row for row in rows if row.fingerprint.startswith(model))
-
-    def counts(self, column: str) -> dict[str, dict[str, int]]:
-        """See `Ledger.counts`."""
-        return self.ledger.counts(column)
 
     def names(self, fingerprint: str) -> tuple[str, str | None]:
         """Base and adapter of a model, as its manifest names them."""
@@ -128,10 +131,6 @@ class Shelf:
             return record["base"]["name"], record["adapter"] and record["adapter"]["name"]
         except (OSError, ValueError, KeyError, TypeError):  # none, or unsound
             return "(no manifest)", None
-
-    def clean(self) -> int:
-        """Removes what stopped writers left; how many files."""
-        return self.blobs.clean() if isinstance(self.blobs, ChunkFolder) else 0
 
     def mend(self) -> dict[str, int]:
         """Makes the index agree with the files; how many entries it had too many, and too few.
@@ -150,12 +149,6 @@ class Shelf:
             raise ValueError(f"the index of '{self.blobs.place}': {error}") from None
         return {"without_file": len(gone), "not_indexed": len(there - known)}
 
-    def remove(self, key: str) -> bool:
-        """Removes one file; whether there was one."""
-        done = self.blobs.remove(key)
-        self.ledger.remove([key])
-        return done
-
     def pin(self, keys: Iterable[str], pinned: bool) -> int:
         """Pins entries or lets them leave again; how many."""
         if self._index is None:
@@ -164,15 +157,6 @@ class Shelf:
             return self._index.pin(keys, pinned)
         except sqlite3.OperationalError as error:
             raise ValueError(f"'{self.blobs.place}': {error}") from None
-
-    def copy(self, row: Row, target: Shelf) -> int:
-        """Copies a file to another place, and what is known of it; bytes."""
-        file = self.blobs.open(row.key)
-        data = bytearray(file.size)
-        file.read_into([memoryview(data)], 0)
-        target.blobs.write(row.key, bytes(data))
-        target.ledger.fill([row])
-        return len(data)
 
 
 class Wanted(NamedTuple):
@@ -189,21 +173,20 @@ class MissQueue:
     One file a chunk in the store's folder, named by the chunk's key: the same chunk is wanted once.
     """
 
-    def __init__(self, store: str | Path):
-        """Of the store at ``store``; the folder is made by the first `add`."""
-        self.folder = Path(store) / WANTED
+    def __init__(self, store: str | Path | None):
+        """Of the store at ``store``, whose folder the first `add` makes; None keeps nothing."""
+        self.folder = None if store is None else Path(store) / WANTED
 
     def add(self, fingerprint: str, chunks: Iterable[Wanted]) -> None:
         """Asks for chunks of the model ``fingerprint``."""
-        for one in chunks:
-            path = self._path(fingerprint, one)
+        for path, one in self._paths(fingerprint, chunks):
             if not path.exists():
                 replace_json(path, {"fingerprint": fingerprint, **one._asdict()})
 
     def take(self, fingerprint: str, most: int = 256) -> list[Wanted]:
         """Wanted chunks of a model, at most ``most``; they stay until `done`."""
         found: list[Wanted] = []
-        for path in self._files():
+        for path in sorted(self.folder.glob("*.json")):
             with suppress(OSError, ValueError, KeyError, TypeError):  # gone, or not ours
                 record = json.loads(path.read_text())
                 if record["fingerprint"] == fingerprint:
@@ -215,31 +198,24 @@ class MissQueue:
 
     def done(self, fingerprint: str, chunks: Iterable[Wanted]) -> None:
         """Removes chunks from the queue, because they are stored or cannot be encoded."""
-        for one in chunks:
-            self._path(fingerprint, one).unlink(missing_ok=True)
+        for path, _ in self._paths(fingerprint, chunks):
+            path.unlink(missing_ok=True)
 
-    def _path(self, fingerprint: str, one: Wanted) -> Path:
+    def _paths(self, fingerprint: str, chunks: Iterable[Wanted]) -> Iterator[tuple[Path, Wanted]]:
         from blocktune.cache.fingerprint import stored_key  # which takes torch
 
-        return self.folder / f"{stored_key(fingerprint, *one)}.json"
-
-    def _files(self) -> list[Path]:
-        return sorted(self.folder.glob("*.json")) if self.folder.is_dir() else []
+        for one in chunks if self.folder is not None else ():
+            yield self.folder / f"{stored_key(fingerprint, *one)}.json", one
 
 
 class StoreView:
-    """The files of a store's folder and remote; nothing is written but what is asked for."""
+    """The files of a store's folder and remote, without an index; nothing is written."""
 
     def __init__(self, store: str | Path):
-        """Of a store as ``--store`` names it."""
+        """Of a store as ``--store`` names it; its ``queue`` is of chunks to encode."""
         self.config = StoreConfig.parse(store, memory=0)
-        self.place = self.config.place
-        secret = secret_from_environment()
-        self._blobs: list[Blobs] = []
-        if self.config.folder is not None:
-            self._blobs.append(ChunkFolder(self.config.folder, secret))
-        if self.config.remote is not None:
-            self._blobs.append(open_remote(self.config.remote, secret))
+        self.place, self.queue = self.config.place, MissQueue(self.config.folder)
+        self._blobs = open_places(self.config)
 
     def has(self, key: str) -> bool:
         """Whether a chunk is somewhere; not verified."""
@@ -255,13 +231,3 @@ class StoreView:
         names = {name for blobs in self._blobs for name in blobs.fingerprints()}
         found = (self.manifest(name) for name in sorted(names))
         return [record for record in found if record is not None]
-
-    def ask_for(self, fingerprint: str, chunks: list[Wanted]) -> None:
-        """Queues chunks for `blocktune encode --follow`, if the store has a folder for that."""
-        if self.config.folder is not None:
-            MissQueue(self.config.folder).add(fingerprint, chunks)
-
-    def encoded(self, fingerprint: str, chunks: list[Wanted]) -> None:
-        """Takes chunks out of the queue."""
-        if self.config.folder is not None:
-            MissQueue(self.config.folder).done(fingerprint, chunks)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -13,21 +13,22 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import Tensor
 
-from blocktune.cache.blobs import secret_from_environment
 from blocktune.cache.chunk_file import ChunkFile, pack_chunk
-from blocktune.cache.chunk_kv import ChunkKV, Entry, Lookup
+from blocktune.cache.chunk_kv import ChunkKV, Entry, Ids, Lookup
 from blocktune.cache.codecs import round_trip
-from blocktune.cache.config import MEMORY, Recent, StoreConfig, StoreStats, Tracer
-from blocktune.cache.folder import ChunkFolder
+from blocktune.cache.config import MEMORY, StoreConfig, StoreStats, Tracer, keep_latest
 from blocktune.cache.ledger import About, Ledger
-from blocktune.cache.remote import open_remote
-from blocktune.cache.tiers import BlobTier, MemoryTier
+from blocktune.cache.shelf import open_places
+from blocktune.cache.tiers import RETRY_S, BlobTier, MemoryTier
 from blocktune.positions import RopeSpec
 
+__all__ = ["RETRY_S", "ChunkStore", "Lookup", "StoreStats"]
+
 _LOG = logging.getLogger(__name__)
-_TENANTS, _NOTED = 1024, 64  # whose frequencies and notes are kept: a request tells its own again
+_TENANTS, _NOTED = 1024, 64
+"""Tenants whose frequencies are known at a time, and that plug-ins have notes of. Each request
+tells its own again."""
 
 
 class ChunkStore:
@@ -60,30 +61,21 @@ class ChunkStore:
         config: StoreConfig | None = None,  # all limits, in place of ``max_bytes`` and ``folder``
     ):
         if config is None:
-            config = StoreConfig(folder=None if folder is None else Path(folder), memory=max_bytes)
+            place = None if folder is None else Path(folder)
+            config = StoreConfig(folder=place, memory=max_bytes)
         self.config, self.folder, self.place = config, config.folder, config.place
         self.device = torch.device(device)
         self.notes: dict[Hashable, Any] = {}  # of plug-ins, until it is cleared
         self.may_load = True  # whether a method may load any model, from folders and the Hub
-        self._tenants_notes: dict[Hashable, Any] = Recent(_NOTED)
+        self._tenants_notes: dict[Hashable, Any] = {}
         self.must_write, self.warn_rejected = must_write, True  # the first one; else level INFO
         self._stats, self._lock = StoreStats(), threading.RLock()
         self._ropes: dict[str, RopeSpec] = {}
-        self._shared_ropes: dict[str, RopeSpec] = Recent(_TENANTS)
+        self._shared_ropes: dict[str, RopeSpec] = {}
         self._tracer = Tracer(config.trace)
-        limits = {"policy": config.policy, "quota": config.quota}
-        self._memories = [MemoryTier("memory", self.device, max_bytes=config.memory, **limits)]
-        if config.cpu:
-            host = torch.device("cpu")
-            self._memories.append(MemoryTier("cpu", host, max_bytes=config.cpu, **limits))
-        secret = secret_from_environment() if secret is None else secret
-        self._blobs: list[BlobTier] = []
-        if config.folder is not None:
-            files = ChunkFolder(config.folder, secret)
-            self._blobs.append(BlobTier("disk", files, must_write, max_bytes=config.disk, **limits))
-        if config.remote is not None:
-            files, most = open_remote(config.remote, secret), config.remote_bytes
-            self._blobs.append(BlobTier("remote", files, must_write, max_bytes=most, **limits))
+        self._memories = [MemoryTier("memory", self.device, config)]
+        self._memories += [MemoryTier("cpu", torch.device("cpu"), config)] if config.cpu else []
+        self._blobs = [BlobTier(b, config, must_write) for b in open_places(config, secret)]
 
     @classmethod
     def open(cls, text: str | Path, device: torch.device | str = "cpu", **options) -> Self:
@@ -91,11 +83,7 @@ class ChunkStore:
         return cls(device=device, config=StoreConfig.parse(text), **options)
 
     def get(
-        self,
-        key: str,
-        token_ids: Sequence[int] | Tensor,
-        fingerprint: str,
-        kind: type[Entry] = ChunkKV,
+        self, key: str, token_ids: Ids, fingerprint: str, kind: type[Entry] = ChunkKV
     ) -> Entry | None:
         """The entry stored under ``key``, or None; see `lookup`."""
         return self.lookup(key, token_ids, fingerprint, kind).kv
@@ -103,7 +91,7 @@ class ChunkStore:
     def lookup(
         self,
         key: str,
-        token_ids: Sequence[int] | Tensor,
+        token_ids: Ids,
         fingerprint: str,
         kind: type[Entry] = ChunkKV,
         *,
@@ -117,13 +105,13 @@ class ChunkStore:
         """
         started = time.perf_counter()
         rejected: set[str] = set()
-        accept = partial(self._accept, key, token_ids, fingerprint, kind, rejected)
+        wanted = key, token_ids, fingerprint, kind, rejected
         with self._lock:
             for tier in self._memories:
                 kv = tier.get(key)
-                if kv is not None and accept(kv):
+                if kv is not None and self._accept(kv, *wanted):
                     if tier.name != "memory":
-                        self._remember(key, kv, tier.ledger.row(key).about)
+                        self._remember(key, kv, tier.ledger.row(key))
                         kv = self._memories[0].entries.get(key) or kv.to(self.device)
                     self._memories[0].ledger.use(key)
                     return self._hit(key, kv, tier, started, time.perf_counter())
@@ -131,17 +119,22 @@ class ChunkStore:
         found = time.perf_counter()
         # Outside the lock: a slow disk must not stop hits in memory.
         for tier in self._blobs:
-            loaded = self._load(tier, key, kind, read, accept, rejected)
-            if loaded is None:
+            loaded = None
+            try:
+                loaded = tier.load(key, kind, lambda file: read(file).to(self.device))
+            except ValueError as error:
+                self._reject(f"{tier.blobs.name(key)}: {error}", rejected)
+            if loaded is None or not self._accept(loaded[0], *wanted):
                 with self._lock:
                     tier.stats.misses += 1
                 continue
             kv, row, data = loaded
+            tier.used(row)
             if data is not None and tier is not self._blobs[0]:
-                self._blobs[0].save(key, lambda data=data: data, row.about)
+                self._blobs[0].save(key, lambda data=data: data, row)
             with self._lock:
                 if keep:
-                    self._remember(key, kv, row.about)
+                    self._remember(key, kv, row)
                 return self._hit(key, kv, tier, started, found)
         with self._lock:
             self._stats.misses += 1
@@ -174,13 +167,13 @@ class ChunkStore:
                 f"a chunk of {kv.num_tokens} tokens takes {kv.num_bytes:,} bytes, the store may "
                 f"hold {most:,}; allow more memory or give the store a folder"
             )
-        expires = None if self.config.ttl is None else time.time() + self.config.ttl
-        facts = kv.num_tokens, kv.kind, kv.fingerprint, document, tenant, seconds
-        about = About(*facts, expires=expires)
-        kept, codec = kv, self.config.codec
-        rope = self._ropes.get(kv.fingerprint) or self._shared_ropes.get(kv.fingerprint)
-        if codec != "as-is":
-            kept = round_trip(kv.to("cpu"), codec, rope)
+        about = About(
+            *(kv.num_tokens, kv.kind, kv.fingerprint, document, tenant, seconds),
+            expires=None if self.config.ttl is None else time.time() + self.config.ttl,
+        )
+        codec, ropes = self.config.codec, (self._ropes, self._shared_ropes)
+        rope = next((known[kv.fingerprint] for known in ropes if kv.fingerprint in known), None)
+        kept = kv if codec == "as-is" else round_trip(kv.to("cpu"), codec, rope)
         kept = kept.to(self.device).compact()
         for tier in self._blobs:
             tier.save(key, partial(pack_chunk, tier.blobs, key, kv, about, codec, rope), about)
@@ -222,17 +215,16 @@ class ChunkStore:
     def is_pinned(self, key: str) -> bool:
         """Whether some tier holds an entry pinned."""
         with self._lock:
-            rows = [ledger.row(key) for ledger in self._ledgers()]
-        return any(row is not None and row.pinned for row in rows)
+            return any((row := one.row(key)) and row.pinned for one in self._ledgers())
 
     def _ledgers(self) -> list[Ledger]:
         found = (tier.ledger for tier in (*self._memories, *self._blobs))
         return [ledger for ledger in found if ledger is not None]
 
-    def files(self, kind: type[Entry], fingerprint: str, tenant: str = "") -> Iterator[ChunkFile]:
-        """The folder's files of one kind, model and tenant, as its index knows them; sound ones."""
+    def files(self, kind: type[Entry], fingerprint: str) -> Iterator[ChunkFile]:
+        """The folder's files of one kind and model, as its index knows them; sound ones."""
         for tier in self._blobs[: self.folder is not None]:
-            for key in tier.keys_where(kind=kind.kind, fingerprint=fingerprint, tenant=tenant):
+            for key in tier.keys_where(kind=kind.kind, fingerprint=fingerprint, tenant=""):
                 with suppress(OSError, ValueError):
                     yield ChunkFile(tier.blobs, key, kind)
 
@@ -252,13 +244,14 @@ class ChunkStore:
         """The frequencies of one fingerprint are also those of another, of a tenant now at work."""
         if (rope := self._ropes.get(fingerprint)) is not None:
             with self._lock:
-                self._shared_ropes[other] = rope
+                keep_latest(self._shared_ropes, other, rope, _TENANTS)
 
     def note(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """What a plug-in knows of one fingerprint, made if it is not there (any more)."""
         with self._lock:
-            known = self._tenants_notes.get(key)
-            made = self._tenants_notes[key] = make() if known is None else known
+            made = self._tenants_notes.get(key)
+            made = make() if made is None else made
+            keep_latest(self._tenants_notes, key, made, _NOTED)
             return made
 
     def clear(self) -> None:
@@ -294,7 +287,8 @@ class ChunkStore:
     def __len__(self) -> int:
         """Chunks in any tier, each counted once."""
         files = [key for tier in self._blobs for key in tier.blobs.keys()]  # noqa: SIM118
-        return len({*files, *self.held()})
+        with self._lock:
+            return len({*files, *(key for tier in self._memories for key in tier.entries)})
 
     def held(self) -> dict[str, Entry]:
         """Entries in memory, by their keys."""
@@ -310,18 +304,7 @@ class ChunkStore:
         load_s = 0.0 if tier in self._memories else now - found
         return Lookup(kv, tier.name, kv.num_bytes, now - started - load_s, load_s)
 
-    def _load(self, tier: BlobTier, key: str, kind, read, accept, rejected: set[str]):
-        try:
-            loaded = tier.load(key, kind, lambda file: read(file).to(self.device))
-        except ValueError as error:
-            self._reject(f"{tier.blobs.name(key)}: {error}", rejected)
-            return None
-        if loaded is None or not accept(loaded[0]):
-            return None
-        tier.used(loaded[1])
-        return loaded
-
-    def _accept(self, key: str, token_ids, fingerprint, kind, rejected, kv: Entry) -> bool:
+    def _accept(self, kv: Entry, key: str, token_ids, fingerprint, kind, rejected) -> bool:
         if kv.kind == kind.kind and kv.matches(token_ids, fingerprint):
             return True
         what = "model" if kv.fingerprint != fingerprint else "tokens"

@@ -14,6 +14,7 @@ import time
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ import torch
 from blocktune.cache.blobs import Blobs
 from blocktune.cache.chunk_file import ChunkFile, Expired
 from blocktune.cache.chunk_kv import Entry
-from blocktune.cache.config import TierStats
+from blocktune.cache.config import StoreConfig, TierStats
 from blocktune.cache.folder import ChunkFolder, is_taken
 from blocktune.cache.ledger import About, Ledger, Row
 from blocktune.cache.shelf import open_index
@@ -39,9 +40,11 @@ _LOG = logging.getLogger(__name__)
 class MemoryTier:
     """Entries in the memory of a device; that of the host is pinned where there is a GPU."""
 
-    def __init__(self, name: str, device: torch.device, **budget):
-        """The budget is ``max_bytes``, ``policy`` and ``quota`` of its `Ledger`."""
-        self.name, self.device, self.ledger = name, device, Ledger(**budget)
+    def __init__(self, name: str, device: torch.device, config: StoreConfig):
+        """``memory`` of the device or ``cpu``; the ``config`` has its budget."""
+        self.name, self.device = name, device
+        most = getattr(config, name)
+        self.ledger = Ledger(max_bytes=most, policy=config.policy, quota=config.quota)
         self.entries: dict[str, Entry] = {}
         self._ends: dict[str, float] = {}
         self.stats = TierStats()
@@ -61,11 +64,14 @@ class MemoryTier:
             self.remove(key)
             return [(key, entry, about)]
         held = (one for one in doomed if one in self.entries)
-        left = [(one, self.entries[one], self.ledger.row(one).about) for one in held]
+        left = [(one, self.entries[one], self.ledger.row(one)) for one in held]
         for one in doomed:
             self.remove(one)
         self.stats.evictions += len(left)
-        self.entries[key] = self._moved(entry)
+        entry = entry.to(self.device)
+        if self.device.type == "cpu" and torch.cuda.is_available():
+            entry = entry.map(lambda tensor: tensor.pin_memory())
+        self.entries[key] = entry
         self._ends.pop(key, None)
         if about.expires is not None:
             self._ends[key] = about.expires
@@ -85,33 +91,29 @@ class MemoryTier:
         self._ends.clear()
         self.ledger.clear()
 
-    def _moved(self, entry: Entry) -> Entry:
-        entry = entry.to(self.device)
-        if self.device.type == "cpu" and torch.cuda.is_available():
-            return entry._map(lambda tensor: tensor.pin_memory())
-        return entry
-
 
 class BlobTier:
     """Files of entries in a folder or a remote."""
 
-    def __init__(self, name: str, blobs: Blobs, must_write: bool = False, **budget):
+    def __init__(self, blobs: Blobs, config: StoreConfig, must_write: bool = False):
         """Makes the folder and opens its index; if it ``must_write``, a failing write raises."""
-        self.name, self.blobs, self.must_write, self._budget = name, blobs, must_write, budget
-        self.stats = TierStats()
-        self._lock = threading.Lock()
-        self._next = {"read": 0.0, "write": 0.0, "index": 0.0}
-        self._warned, self._listed = False, 0.0
+        self.blobs, self.must_write, self.stats = blobs, must_write, TierStats()
         self._is_folder = isinstance(blobs, ChunkFolder)
-        self.ledger = None if self._is_folder else Ledger(**budget)
+        self.name, most = "remote", config.remote_bytes
+        if self._is_folder:
+            self.name, most = "disk", config.disk
+        self._budget = {"max_bytes": most, "policy": config.policy, "quota": config.quota}
+        self._lock, self._warned, self._listed = threading.Lock(), False, 0.0
+        self._next = {"read": 0.0, "write": 0.0, "index": 0.0}
+        self.ledger = None if self._is_folder else Ledger(**self._budget)
         self._queue = None if self._is_folder or must_write else _in_background(self)
         if self._is_folder:
             try:
                 blobs.prepare()
             except OSError as error:
                 self.failed(error, "write")
-            self.ledger = open_index(blobs, **budget)
-            if self.ledger is None and budget["max_bytes"] is not None:
+            self.ledger = open_index(blobs, **self._budget)
+            if self.ledger is None and most is not None:
                 _LOG.warning("'%s': no index can be kept, so nothing is written", blobs.place)
 
     def load(
@@ -155,7 +157,7 @@ class BlobTier:
             self._save(key, make, about)
             return
         try:
-            self._queue.put_nowait((self, key, make, about))
+            self._queue.put_nowait(partial(self._save, key, make, about))
         except queue.Full:  # a slow remote must not hold up answers
             self._count_unwritten()
 
@@ -169,21 +171,19 @@ class BlobTier:
         if not self.must_write and time.monotonic() < self._next["write"]:
             self._count_unwritten()
             return
-        started, data = time.perf_counter(), make()
+        started, data, kept = time.perf_counter(), make(), False
         try:
             if self._make_room(len(data), key, about):
                 self.blobs.write(key, data)
-            else:
-                self._count_unwritten()
-                return
+                kept = True
         except OSError as error:
             self._noted(lambda ledger: ledger.remove([key]))
-            self._count_unwritten()
             self.failed(error, "write")
-            return
-        with self._lock:
-            self.stats.bytes_written += len(data)
-            self.stats.write_s += time.perf_counter() - started
+        finally:
+            with self._lock:
+                self.stats.unwritten += not kept
+                self.stats.bytes_written += kept * len(data)
+                self.stats.write_s += kept * (time.perf_counter() - started)
 
     def remove(self, key: str) -> bool:
         """Removes the file of ``key``; whether there was one."""
@@ -199,13 +199,11 @@ class BlobTier:
         """Writes a model's manifest unless there is one; ``make`` is called if it is missing."""
         if time.monotonic() < self._next["write"]:
             return
+        with suppress(OSError, ValueError):  # damaged, or not signed: written again
+            if self.blobs.manifest(fingerprint) is not None:
+                return
         try:
-            known = self.blobs.manifest(fingerprint) is not None
-        except (OSError, ValueError):
-            known = False  # damaged, or not signed: written again
-        try:
-            if not known:
-                self.blobs.write_manifest(make())
+            self.blobs.write_manifest(make())
         except OSError as error:
             self.failed(error, "write")
 
@@ -225,14 +223,19 @@ class BlobTier:
             warned, self._warned = self._warned, True
         if not warned:
             lost = "a chunk is" if is_taken(error) else "new chunks are"
-            writing = f"what it holds is used, {lost} not kept there"
-            then = writing if what == "write" else "its chunks are encoded instead"
+            then = f"what it holds is used, {lost} not kept there"
+            then = then if what == "write" else "its chunks are encoded instead"
             _LOG.warning("%s; %s", reason.replace("\n", " "), then)
 
     def _make_room(self, size: int, key: str, about: About) -> bool:
-        if not self._is_folder and self.ledger.max_bytes is not None:
-            self._relist()
-        unknown = [] if self._budget["max_bytes"] is None else None  # a limit holds, or no write
+        most = self._budget["max_bytes"]
+        if not self._is_folder and most is not None and time.monotonic() >= self._listed:
+            self._listed = time.monotonic() + REFRESH_S
+            rows = list(self.blobs.listing())
+            gone = {row.key for row in self.ledger.rows()} - {key for key, _, _ in rows}
+            self.ledger.remove(gone)
+            self.ledger.fill(Row(key=k, size=n, created=t, used=t, uses=1) for k, n, t in rows)
+        unknown = [] if most is None else None  # a limit holds, or nothing is written
         doomed = self._noted(lambda ledger: (self._admit(ledger, size, key, about),), (unknown,))[0]
         with self._lock:
             self.stats.evictions += len(doomed or ())
@@ -248,16 +251,6 @@ class BlobTier:
                 ledger.remove(doomed)
                 ledger.add(key, size, about)
             return doomed
-
-    def _relist(self) -> None:
-        with self._lock:
-            if time.monotonic() < self._listed:
-                return
-            self._listed = time.monotonic() + REFRESH_S
-        rows = self.blobs.listing()
-        gone = {row.key for row in self.ledger.rows()} - {key for key, _, _ in rows}
-        self.ledger.remove(gone)
-        self.ledger.fill(Row(key=k, size=n, created=at, used=at, uses=1) for k, n, at in rows)
 
     def _noted(self, act: Callable[[Ledger], object], otherwise: object = None):
         """What the ledger says; an index that fails is left alone for a while, or made again."""
@@ -282,10 +275,9 @@ def _in_background(tier: BlobTier) -> queue.Queue:
     waiting: queue.Queue = queue.Queue(_WAITING)
 
     def work() -> None:
-        while (item := waiting.get()) is not None:
-            owner, *what = item  # what waits keeps the tier alive, the thread does not
-            owner._save(*what)
-            del owner, what, item
+        while (save := waiting.get()) is not None:
+            save()
+            del save  # what waits keeps the tier alive, the thread does not
             waiting.task_done()
 
     def finish() -> None:

@@ -27,7 +27,11 @@ ShowPrompt = Annotated[
     bool, opt.of_prompt("--show-prompt", help="Print the prompt, row by row, first.")
 ]
 MethodName = Annotated[
-    str, Option(help="Reuse method, see `blocktune methods`; 'A + B 15 %' composes.")
+    str | None,
+    Option(
+        help="Reuse method, see `blocktune methods`; 'A + B 15 %' composes. Default: what the "
+        "adapter was trained for, else naive."
+    ),
 ]
 Parameters = Annotated[
     list[str] | None, Option(help="Parameter of the method, as name=value; repeatable.")
@@ -79,7 +83,7 @@ def answer(
     dtype: opt.Dtype = "auto",
     quantize: opt.Quantize = None,
     device: opt.Device = None,
-    method: MethodName = "naive",
+    method: MethodName = None,
     param: Parameters = None,
     store: opt.Store = None,
     batch_size: opt.BatchSize = 8,
@@ -96,19 +100,22 @@ def answer(
 ) -> None:
     """Answer questions from separately cached chunks, and report what each answer cost."""
     from blocktune.commands import answering as ways
+    from blocktune.methods import default_method
 
     examples = ways.read_examples(source, limit, question, chunk or [])
     if stream and (len(examples) > 1 or output or as_json):
         raise ValueError("--stream prints one answer; leave out --output and --json")
-    built = ways.build_method(method, param or [])
+    asked = ways.build_method(method, param or [])
     sampling = ways.Sampling(temperature, top_k, top_p, seed)
     held = store is not None and ways.holds_chunks(store)
     how = (store, dtype, device, quantize)
-    engine = opt.load_engine(model, adapter, *how, recurrent=not built.reuses_chunks)
+    whole = asked is not None and not asked.reuses_chunks
+    engine = opt.load_engine(model, adapter, *how, recurrent=whole)
     engine = opt.reworded(engine, instruction, system, wording)
     if decode_cache is not None:
         engine = engine.decoding_on(decode_cache)
     engine.responses = opt.responses(response_cache, engine.store)
+    built = asked or default_method(engine.prompts.trained)
     run = ways.Run(engine, built, max_new_tokens, sampling, batch_size)
     run.require_room(examples)
     if show_prompt:
@@ -116,7 +123,7 @@ def answer(
     if stream:
         run.print_stream(examples[0])
     elif output is not None:
-        run.write(examples, output, [" ".join(method.split()), *(param or [])])
+        run.write(examples, output, [" ".join((method or built.name).split()), *(param or [])])
     else:
         run.print_answers(examples, as_json)
     ways.report_store(engine.store, held)

@@ -47,8 +47,15 @@ def read_examples(
     return [RagExample(question, tuple(Chunk(text) for text in chunks))]
 
 
-def build_method(name: str, parameters: Sequence[str]) -> Method:
-    """Builds a method from its text and ``name=value`` pairs, read as YAML."""
+def build_method(name: str | None, parameters: Sequence[str]) -> Method | None:
+    """Builds a method from its text and ``name=value`` pairs, read as YAML; None if none is named.
+
+    Raises ValueError if there are parameters and no method.
+    """
+    if name is None and parameters:
+        raise ValueError("--param needs the --method that it is of")
+    if name is None:
+        return None
     pairs = [[part.strip() for part in text.partition("=")] for text in parameters]
     for text, (key, _, value) in zip(parameters, pairs, strict=True):
         if not (key and value):
@@ -184,7 +191,7 @@ def report_encoded(report: EncodeReport, store: ChunkStore, who: str) -> None:
     stats, known = store.stats(), report.num_chunks - report.num_encoded
     written = stats.disk_bytes_written
     each = f", {written / report.num_tokens / 1e3:,.1f} kB a token" if report.num_tokens else ""
-    if left := sum(stats.tiers[t].evictions for t in ("disk", "remote") if t in stats.tiers):
+    if left := stats.disk_evictions:
         each += f"; {left:,} chunks left for them, to stay within its limits"
     typer.echo(
         f"{who}encoded {report.num_encoded:,} chunks ({report.num_tokens:,} tokens) in "

@@ -49,7 +49,6 @@ def replay(
 ) -> None:
     """Play a trace against stores of several sizes and policies: hits and seconds saved."""
     from blocktune.bench import replay as played
-    from blocktune.bench.traces import read_requests
     from blocktune.cache.config import parse_bytes
     from blocktune.cache.ledger import POLICIES
     from blocktune.files import replace_json
@@ -57,7 +56,7 @@ def replay(
     from blocktune.tables import Table
 
     costs = played.Costs(token_bytes=token_bytes, token_s=token_us / 1e6)
-    requests = read_requests(trace, limit)
+    requests = played.read_requests(trace, limit)
     touched = played.touched_bytes(requests, costs)
     shares = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
     budgets = [parse_bytes(b) for b in budget or ()] or [int(touched * s) for s in shares]

@@ -73,7 +73,9 @@ def check(
         rows = []
         for one in checks:
             verdict = "[green]ok[/green]" if one.passed else "[red]FAILED[/red]"
-            rows.append((verdict, one.name, f"{one.max_abs_diff:.1e}", f"{one.tolerance:.1e}"))
+            is_least = one.passed == (one.max_abs_diff > one.tolerance)
+            accepted = f"{'at least ' * is_least}{one.tolerance:.1e}"
+            rows.append((verdict, one.name, f"{one.max_abs_diff:.1e}", accepted))
         Table(("", "check", "difference", "tolerance"), rows, left=("check",)).show()
         where = "on this model" if built is None else f"by '{built.name}'"
         extent = "" if limit is None else f" up to {limit:,} tokens"

@@ -11,7 +11,7 @@ from typer import Option
 
 if TYPE_CHECKING:
     from blocktune.cache import ChunkStore, StoreStats
-    from blocktune.cache.embeddings import Embedder
+    from blocktune.cache.records import Embedder
     from blocktune.cache.responses import ResponseCache
     from blocktune.engine import Engine
 
@@ -150,7 +150,7 @@ def embedder(model: str | None, store: str | None) -> Embedder | None:
     if model is None:
         return None
     from blocktune.cache import ChunkStore
-    from blocktune.cache.embeddings import Embedder
+    from blocktune.cache.records import Embedder
 
     return Embedder(model, None if store is None else ChunkStore.open(store))
 

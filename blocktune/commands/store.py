@@ -8,17 +8,15 @@ import time
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+from blocktune.cache.blobs import Blobs
+from blocktune.cache.config import Row, parse_bytes
+from blocktune.cache.shelf import Shelf
 from blocktune.commands import app
 from blocktune.commands.options import AsJson, teach
-
-if TYPE_CHECKING:
-    from blocktune.cache.blobs import Blobs
-    from blocktune.cache.ledger import Row
-    from blocktune.cache.shelf import Shelf
 
 HELP = "Look into a store of encoded chunks (`--store`), verify it, and remove from it."
 SHORT = 12  # digits of a key or fingerprint that are shown
@@ -52,14 +50,14 @@ app.add_typer(group, name="store")
 @group.command()
 def stat(store: Place, as_json: AsJson = False) -> None:
     """Chunks and bytes, by model, and how many of them are exact prefixes or states."""
-    shelf = _opened(store)
-    models = shelf.counts("fingerprint")
+    shelf = Shelf.open(store)
+    models, kinds, tenants = map(shelf.ledger.counts, ("fingerprint", "kind", "tenant"))
     unreadable = models.pop("", {"chunks": 0})["chunks"]
     for fingerprint, sums in models.items():
         sums["base"], sums["adapter"] = shelf.names(fingerprint)
     total = {n: sum(m[n] for m in models.values()) for n in ("chunks", "tokens", "bytes")}
-    kinds = {name: sums for name, sums in shelf.counts("kind").items() if name}
-    tenants = {name: sums["bytes"] for name, sums in shelf.counts("tenant").items() if name}
+    kinds = {name: sums for name, sums in kinds.items() if name}
+    tenants = {name: sums["bytes"] for name, sums in tenants.items() if name}
     record = total | {"unreadable": unreadable, "kinds": kinds, "tenants": tenants}
     damaged = f", {unreadable:,} unreadable" if unreadable else ""
     lines = [f"{_counted(total)}, {len(models)} models{damaged}"]
@@ -73,28 +71,26 @@ def stat(store: Place, as_json: AsJson = False) -> None:
 @group.command()
 def ls(store: Place, model: Model = "", document: Document = "", as_json: AsJson = False) -> None:
     """List chunks, one a line: key, kind, tokens, bytes, last use, model, document."""
-    for row in _opened(store).rows(model=model, document=document):
-        if not row.fingerprint:
-            continue
-        record = _record(row)
-        pinned = "  pinned" if row.pinned else ""
+    for row in Shelf.open(store).rows(model=model, document=document):
+        record, pinned = _record(row), "  pinned" if row.pinned else ""
         line = (
             f"{row.key[:SHORT]}  {row.kind:8} {row.num_tokens:>7,} tokens {_size(row.size):>9}  "
             f"{record['used']}  {row.fingerprint[:SHORT]}{pinned}  {row.document}".rstrip()
         )
-        typer.echo(json.dumps(record) if as_json else line)
+        if row.fingerprint:
+            typer.echo(json.dumps(record) if as_json else line)
 
 
 @group.command()
 def show(store: Place, key: Key, as_json: AsJson = False) -> None:
     """One chunk: header, token ids, and whether it is sound."""
-    from blocktune.cache.chunk_file import ChunkFile
+    from blocktune.cache.chunk_file import ChunkFile  # which takes torch
 
-    shelf = _opened(store)
+    shelf = Shelf.open(store)
     [row] = _rows(shelf, [key])
     problem, header = _problem(shelf.blobs, row.key), {}
     with suppress(OSError, ValueError):  # damaged, or gone: the problem says so
-        header = shelf.blobs.facts(row.key).header
+        header, _ = shelf.blobs.facts(row.key)
     record = _record(row) | {"sound": problem is None, "problem": problem}
     record |= {"signed": "signature" in header, "codec": header.get("codec", "as-is")}
     if problem is None:
@@ -108,7 +104,7 @@ def verify(store: Place, as_json: AsJson = False) -> None:
 
     The index of a folder that can be written is mended first.
     """
-    shelf = _opened(store)
+    shelf = Shelf.open(store)
     blobs, index = shelf.blobs, shelf.mend()
     found = {key: _problem(blobs, key) for key in blobs.keys()}  # noqa: SIM118
     problems = {key: problem for key, problem in found.items() if problem}
@@ -135,11 +131,8 @@ def gc(
 
     The index of a folder is compared with its files first. Pinned chunks stay.
     """
-    from blocktune.cache.config import parse_bytes
-
-    limit = parse_bytes(max_size) if max_size else None
-    shelf = _opened(store)
-    unfinished, index = (0, {}) if dry_run else (shelf.clean(), shelf.mend())
+    limit, shelf = parse_bytes(max_size) if max_size else None, Shelf.open(store)
+    unfinished, index = (0, {}) if dry_run else (shelf.blobs.clean(), shelf.mend())
     now, kept, doomed = time.time(), [], {}
     for row in shelf.rows():
         over = row.expires is not None and row.expires <= now
@@ -161,7 +154,7 @@ def gc(
 @group.command()
 def pin(store: Place, keys: Keys, undo: Undo = False, as_json: AsJson = False) -> None:
     """Keep chunks of a folder whatever its budget is; only `rm` removes them."""
-    shelf = _opened(store)
+    shelf = Shelf.open(store)
     wanted = [row.key for row in _rows(shelf, keys)]
     count = shelf.pin(wanted, not undo)
     record = {"chunks": count, "pinned": not undo, "keys": wanted}
@@ -179,14 +172,15 @@ def rm(
     as_json: AsJson = False,
 ) -> None:
     """Remove chunks by their keys, or all of a model, an adapter or a document."""
-    shelf = _opened(store)
+    shelf = Shelf.open(store)
     if sum(map(bool, (keys, model, document, adapter))) != 1:
         raise ValueError("give either keys, --model FINGERPRINT, --adapter NAME or --document NAME")
     if keys:
         rows = _rows(shelf, keys)
     elif adapter:
-        models = [one for one in shelf.counts("fingerprint") if shelf.names(one)[1] == adapter]
-        rows = [row for one in models for row in shelf.rows(model=one)]
+        models = shelf.ledger.counts("fingerprint")
+        wanted = {fingerprint for fingerprint in models if shelf.names(fingerprint)[1] == adapter}
+        rows = [row for row in shelf.rows() if row.fingerprint in wanted]
     else:
         rows = shelf.rows(model=_model(shelf, model), document=document)
     _remove(shelf, {row.key: row.size for row in rows}, dry_run, as_json)
@@ -197,7 +191,7 @@ def export_chunks(
     store: Place, target: Other, model: Model = "", document: Document = "", as_json: AsJson = False
 ) -> None:
     """Copy chunks and manifests to another store, each verified; what is there is skipped."""
-    _copy(_opened(store), _opened(target, make=True), model, document, as_json)
+    _copy(Shelf.open(store), Shelf.open(target, make=True), model, document, as_json)
 
 
 @group.command("import")
@@ -205,13 +199,13 @@ def import_chunks(
     store: Place, source: Other, model: Model = "", document: Document = "", as_json: AsJson = False
 ) -> None:
     """Copy chunks and manifests from another store, each verified; what is there is skipped."""
-    _copy(_opened(source), _opened(store, make=True), model, document, as_json)
+    _copy(Shelf.open(source), Shelf.open(store, make=True), model, document, as_json)
 
 
 @group.command()
 def manifest(store: Place, model: Model = "", as_json: AsJson = False) -> None:
     """What other programs need to use the chunks: model, tokenizer, wording, shapes, RoPE."""
-    blobs = _opened(store).blobs
+    blobs = Shelf.open(store).blobs
     wanted = [one for one in blobs.fingerprints() if one.startswith(model)]
     if not wanted:
         which = f" of {model}" if model else ""
@@ -221,12 +215,6 @@ def manifest(store: Place, model: Model = "", as_json: AsJson = False) -> None:
     facts = [(name, json.dumps(value)) for record in records for name, value in record.items()]
     lines = (f"{name:14} {text[:300]}{' ... (--json)' * (len(text) > 300)}" for name, text in facts)
     _say(records, as_json, *lines)
-
-
-def _opened(place: str, make: bool = False) -> Shelf:
-    from blocktune.cache.shelf import Shelf
-
-    return Shelf.open(place, make)
 
 
 def _say(record: Any, as_json: bool, *lines: str) -> None:
@@ -256,7 +244,9 @@ def _mended(index: dict[str, int]) -> list[str]:
 def _remove(
     shelf: Shelf, doomed: dict[str, int], dry_run: bool, as_json: bool, **more: Any
 ) -> None:
-    removed = {key: size for key, size in doomed.items() if dry_run or shelf.remove(key)}
+    removed = {key: size for key, size in doomed.items() if dry_run or shelf.blobs.remove(key)}
+    if not dry_run:
+        shelf.ledger.remove(doomed)
     record = {"chunks": len(removed), "bytes": sum(removed.values()), "dry_run": dry_run} | more
     left = f", {more['unfinished']:,} unfinished files" if more.get("unfinished") else ""
     line = f"{'would remove' if dry_run else 'removed'} {len(removed):,} chunks"
@@ -273,11 +263,14 @@ def _copy(source: Shelf, target: Shelf, model: str, document: str, as_json: bool
             counts["unsound"] += 1
         else:
             try:
-                counts["bytes"] += source.copy(row, target)
+                data = source.blobs.open(row.key).content()
+                target.blobs.write(row.key, data)
+                target.ledger.fill([row])
             except OSError as error:
                 done = f"after {counts['copied']:,} chunks"
                 raise ValueError(f"'{target.blobs.place}', {done}: {error.strerror}") from None
             counts["copied"] += 1
+            counts["bytes"] += len(data)
     for fingerprint in source.blobs.fingerprints():
         record = source.blobs.manifest(fingerprint)
         if whole in ("", fingerprint) and target.blobs.manifest(fingerprint) is None:
@@ -292,7 +285,7 @@ def _rows(shelf: Shelf, starts: list[str]) -> list[Row]:
 
 
 def _model(shelf: Shelf, start: str) -> str:
-    known = (one for one in shelf.counts("fingerprint") if one.startswith(start))
+    known = (one for one in shelf.ledger.counts("fingerprint") if one.startswith(start))
     return start and _only(start, known, "model")
 
 

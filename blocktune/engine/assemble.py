@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from blocktune.cache import ChunkKV, RowCache
-from blocktune.cache.file_kv import FileKV
+from blocktune.cache.chunk_file import FileKV
 from blocktune.engine.encode import Found
 from blocktune.engine.state import ServedBatch
 from blocktune.layout import GLOBAL, Kind, Layout
@@ -161,12 +161,12 @@ def _read(kv: FileKV, parts: list[_Part], spare: dict[torch.Size, Tensor]) -> No
 
     What was just read is rotated while a core's cache has it.
     """
-    kv.read_into({name: out for name, out, turn in parts if turn is None})
+    kv.file.read_into({name: out for name, out, turn in parts if turn is None})
     for name, out, turn in parts:
         if turn is not None:
             if out.shape not in spare:
                 spare[out.shape] = out.new_empty(out.shape)
-            kv.read_into({name: spare[out.shape]})
+            kv.file.read_into({name: spare[out.shape]})
             rotate_keys(spare[out.shape], turn, out)
 
 

@@ -18,7 +18,7 @@ from transformers import DynamicCache
 from blocktune.adapter import scope_of
 from blocktune.attention import Plan, SplitPlan, planned_forward
 from blocktune.cache import ChunkKV, ChunkStates, ChunkStore, states_key, stored_key
-from blocktune.cache.file_kv import FileKV
+from blocktune.cache.chunk_file import FileKV
 from blocktune.cache.shelf import MissQueue
 from blocktune.engine.usage import Stopwatch
 from blocktune.methods.hooks import ChunkLoader

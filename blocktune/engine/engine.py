@@ -28,7 +28,7 @@ from blocktune.engine.prompts import PromptMaker, Request, as_request, built
 from blocktune.engine.recall import Recall
 from blocktune.engine.state import Auxiliaries, EngineState
 from blocktune.links import link_base
-from blocktune.methods import Method
+from blocktune.methods import Method, default_method
 from blocktune.methods.press import Press
 from blocktune.positions import load_fused
 from blocktune.prompt import Pieces, Prompt, PromptFormat
@@ -221,7 +221,7 @@ class Engine:
     def answer(
         self,
         examples: Sequence[Request | Mapping[str, Any]],
-        method: str | Method = "naive",
+        method: str | Method | None = None,
         *,
         max_new_tokens: int = 32,
         sampling: Sampling | None = None,
@@ -232,7 +232,7 @@ class Engine:
         Args:
             examples: Questions with their chunks: `RagExample`, or rows of a data set such as
                 ``{"question": ..., "chunks": [...]}``, with chunks in any form it takes.
-            method: Name or a built `Method`.
+            method: Name or a built `Method`; None: what the adapter was trained for, else naive.
             max_new_tokens: Tokens to decode at most.
             sampling: How tokens are picked; default greedy.
             batch_size: Prompts served together.
@@ -242,7 +242,7 @@ class Engine:
         not fit the model's context.
         """
         require_count("batch_size", batch_size, least=1)
-        method, sampling = built(method), sampling or Sampling()
+        method, sampling = self._built(method), sampling or Sampling()
         started = time.perf_counter()
         examples = [as_request(example) for example in examples]
         pieces, prompts = self._read(examples, method, max_new_tokens)
@@ -277,13 +277,13 @@ class Engine:
     def stream(
         self,
         example: Request | Mapping[str, Any],
-        method: str | Method = "naive",
+        method: str | Method | None = None,
         *,
         max_new_tokens: int = 32,
         sampling: Sampling | None = None,
     ) -> Iterator[str]:
         """Yields an answer's text as it is made; the pieces join to `answer`'s text."""
-        method, sampling, example = built(method), sampling or Sampling(), as_request(example)
+        method, sampling, example = self._built(method), sampling or Sampling(), as_request(example)
         asked = 0, self.prompts.pieces(example, method), example.question
         how = self.responses, self.state, method, (sampling, max_new_tokens)
         recall = Recall.of(*how, asked)
@@ -299,7 +299,7 @@ class Engine:
             recall.keep(self.state.text(ids), ids)
 
     def cache(
-        self, chunks: Any, method: str | Method = "naive", question: str | None = None
+        self, chunks: Any, method: str | Method | None = None, question: str | None = None
     ) -> CachedContext:
         """The prompt up to its question as a cache that stock `generate` continues.
 
@@ -309,7 +309,10 @@ class Engine:
         attention or needs a question, or as `answer` does.
         """
         chunks = read_chunks(chunks)
-        return make_context(self.state, self.prompts, chunks, built(method), question)
+        return make_context(self.state, self.prompts, chunks, self._built(method), question)
+
+    def _built(self, method: str | Method | None) -> Method:
+        return default_method(self.prompts.trained) if method is None else built(method)
 
     def start(self, pieces: Sequence[Pieces], method: str | Method) -> Generation:
         """Serves prompts given as token pieces up to their first logits."""

@@ -98,7 +98,7 @@ class SchedulePlan:
             given = (args[0], *current.positional(args[1:]))
             made.append(self._probe(index, layer, given, current.arguments(kwargs)))
             self.probes[index] = self.plans[-1]
-            cached = LayerKV(*self.cache.held(index))
+            cached = LayerKV(*self.cache.layers[index].held())
             if self.repair is not None:
                 self.repair.compared(self._current.rows.columns, made[0], cached)
             return made[0], cached
@@ -115,7 +115,7 @@ class SchedulePlan:
         )
         kept = self.schedule.selection.refine(check) & eligible
         if made and self.schedule.selection.keeps_keys:
-            self.cache.store(index, *made[0])
+            self.cache.layers[index].store(*made[0])
             if self.reshaping is not None:
                 self.reshaping.wrote(index, self._current.rows.columns)
         mask = self._current.of_candidates(kept | (exists & ~eligible))
@@ -127,13 +127,13 @@ class SchedulePlan:
         def stop(keys: Tensor, values: Tensor) -> None:
             raise _StatesMade(keys, values)
 
-        self.cache.observe(index, stop)
+        self.cache.layers[index].observer = stop
         try:
             layer.forward(*args, **kwargs)
         except _StatesMade as made:
             return LayerKV(*made.args)
         finally:
-            self.cache.observe(index, None)
+            self.cache.layers[index].observer = None
         raise AssertionError(f"layer {index} never updated its cache")
 
     def _change(self, layer: int, hidden: Tensor, mask: Tensor) -> Tensor:
@@ -225,7 +225,7 @@ def prefill(served: ServedBatch, candidates: Computed, schedule: LayerSchedule) 
     model, positions = served.state.model, candidates.rows.position
     output = planned_forward(model, candidates.ids, positions, plan, served.cache, logits_to_keep=1)
     for layer in range(len(served.cache)) if plan.repair is not None else ():
-        served.cache.observe(layer, None)  # decoded tokens change nothing
+        served.cache.layers[layer].observer = None  # decoded tokens change nothing
     return Prefill(output.logits[:, -1], plan.plans, plan.probes, plan.chunk_probe)
 
 

@@ -46,8 +46,7 @@ class Recall:
         drawn = (sampling, stream) if sampling.temperature > 0 else "greedy"
         answering = method, drawn, settings, sorted(state.stop_ids()), state.decode_cache
         place = repr((state.encoder.fingerprint, answering, pieces.prefix, pieces.chunks))
-        digest = hashlib.sha256(place.encode()).hexdigest()
-        return cls(cache, state, pieces, question, digest)
+        return cls(cache, state, pieces, question, hashlib.sha256(place.encode()).hexdigest())
 
     def find(self) -> tuple[Mapping[str, Any], Usage] | None:
         """What was kept, and the usage of an answer from it."""

@@ -106,7 +106,8 @@ class _Run:
         if exact:
             with tree.match(fingerprint, context) as match:
                 watch.stop("lookup_s")
-                if match.num_tokens and self._pays(len(ids) - match.num_tokens):
+                left = 0 if state.recurrence.several else len(ids) - match.num_tokens
+                if match.num_tokens and left * TOKENS_PER_PASS <= len(ids):  # a pass for each
                     self.cache.resume(match.num_tokens, match.layers(), match.state)
                     self.start, self.bytes_read = match.num_tokens, match.num_bytes
                     self.disk_tokens = match.disk_tokens
@@ -122,11 +123,6 @@ class _Run:
             tree.insert(kept)
         self.context_tokens = int((served.columns.kind[index, self.start :] == Kind.CHUNK).sum())
         self.written = self.cache.key_bytes() + state_bytes(self.cache.state()) - self.bytes_read
-
-    def _pays(self, left: int) -> bool:
-        """Whether to resume where ``left`` tokens are then left, perhaps one pass each."""
-        once = self.state.recurrence.several
-        return once or left * TOKENS_PER_PASS <= self.whole.shape[1]
 
     def _states(self, stops: Sequence[int]) -> dict[int, State]:
         """The states at some depths, on the way, or where that takes a pass a token, apart."""

@@ -115,8 +115,8 @@ class Method:
                 came = "one with link tokens (use 'kvlink')"
             raise ValueError(
                 f"method '{self.name}' needs an adapter trained with {self.weights.value}, got "
-                f"{came}; train one with {recipe}, and pass it with --adapter, or in a suite as "
-                "`adapter:` of the method"
+                f"{came}; train one with {recipe}, and load the model with it (--adapter, or "
+                "`adapter:` in a suite)"
             )
         spec = self.layout(block or LayoutSpec())
         wraps = spec.num_headers + spec.num_trailers

@@ -9,7 +9,7 @@ as blanks are.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -62,18 +62,16 @@ class Press:
         def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
             seen.append({"module": module, **kwargs})
 
-        rotary, hooks = getattr(decoder_of(model), "rotary_emb", None), []
-        try:
+        rotary = getattr(decoder_of(model), "rotary_emb", None)
+        with ExitStack() as hooks:
             for layer in decoder_layers(model):
                 if not hasattr(layer, "self_attn"):
                     raise ValueError(f"presses need '.self_attn', {type(layer).__name__} has none")
                 # Where kvpress puts it; it is no submodule of the model's.
                 vars(layer.self_attn).setdefault("rotary_emb", rotary)
-                hooks.append(layer.self_attn.register_forward_pre_hook(note, with_kwargs=True))
+                hook = layer.self_attn.register_forward_pre_hook(note, with_kwargs=True)
+                hooks.callback(hook.remove)
             yield seen
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def thin(
         self, seen: dict[str, Any], prompt: int, keys: Tensor, values: Tensor

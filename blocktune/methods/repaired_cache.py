@@ -40,14 +40,14 @@ class RepairedCache:
         recomputed = recomputed & self._is_cached
         some = bool(recomputed.any()) and bool((self._is_cached & ~recomputed).any())
         repair = partial(self._repair, layer, columns, recomputed) if some else None
-        self.cache.observe(layer, repair)
+        self.cache.layers[layer].observer = repair
 
     def _repair(self, layer: int, columns: Tensor, recomputed: Tensor, *fresh: Tensor) -> None:
-        held, states = self.cache.held(layer), self.cache.layers[layer]
+        states = self.cache.layers[layer]
         reused = self._is_cached & ~recomputed
         chunk = torch.where(self._is_cached, self.columns.chunk, -1)
         deviations = self._deviations or (None, None)
-        stored = states.keys, states.values
+        held, stored = states.held(), (states.keys, states.values)
         for new, old, deviation, whole in zip(fresh, held, deviations, stored, strict=True):
             moved = (new.float() - old.float()).transpose(1, 2)
             change = self._at_columns(moved, columns).transpose(1, 2)

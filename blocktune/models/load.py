@@ -228,6 +228,10 @@ def sharing(model: PreTrainedModel, own_embeddings: bool = False) -> PreTrainedM
     return copy.deepcopy(model, kept)
 
 
+_NOT_THERE = ("couldn't connect to", "Repo id must", "not a valid model identifier")
+"""Of what transformers says of a name that is neither a folder nor a repository."""
+
+
 @contextmanager
 def _explained(name: str, what: str) -> Iterator[None]:
     try:
@@ -235,7 +239,12 @@ def _explained(name: str, what: str) -> Iterator[None]:
     except (Refused, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # of any type, since files may hold anything
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
+        if any(told in reason for told in _NOT_THERE) and not Path(name).exists():
+            raise ValueError(
+                f"cannot load {what}: there is no folder '{name}', and no such repository in the "
+                "Hub's cache or, unless this process is offline, on the Hub; check the name"
+            ) from None
         if "ignore_mismatched_sizes" in reason:
             reason = "weights in its files have other shapes than its configuration says"
         raise ValueError(

@@ -15,14 +15,6 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
-REUSE_REFUSED = {
-    True: "{} reuses chunks, but this model has recurrent layers, whose state mixes a chunk "
-    "with all tokens before it; use prefix-cache, full-prefill or no-context",
-    False: "{} reuses chunks, but this model has no rotary position embedding (RoPE), so cached "
-    "chunks cannot be moved; use recycle, prefix-cache, full-prefill or no-context",
-}
-"""Why no chunk is reused, by whether the model has recurrent layers."""
-
 
 @dataclass(frozen=True)
 class Recurrence:
@@ -39,7 +31,15 @@ class Recurrence:
     @property
     def refusal(self) -> str:
         """Why no chunk is reused; its gap names who wants to."""
-        return REUSE_REFUSED[self.has_states]
+        if self.has_states:
+            return (
+                "{} reuses chunks, but this model has recurrent layers, whose state mixes a chunk "
+                "with all tokens before it; use prefix-cache, full-prefill or no-context"
+            )
+        return (
+            "{} reuses chunks, but this model has no rotary position embedding (RoPE), so cached "
+            "chunks cannot be moved; use recycle, prefix-cache, full-prefill or no-context"
+        )
 
     def run(self, model: PreTrainedModel, cache: DynamicCache, ids: Tensor, fresh: bool) -> Tensor:
         """Logits ``(1, V)`` after ``ids`` ``(1, S)``, which the cache holds then."""

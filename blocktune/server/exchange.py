@@ -17,9 +17,8 @@ from starlette.types import Receive, Scope, Send
 from blocktune.methods.base import METHODS
 from blocktune.server.bodies import Bodies
 from blocktune.server.config import Tenant
-from blocktune.server.job import Busy, Delta, Event, Failure, Report
+from blocktune.server.job import Busy, Delta, Event, Failure, Report, recall
 from blocktune.server.middleware import error_body
-from blocktune.server.recall import recall
 from blocktune.server.schemas import ChatRequest, CompletionRequest, WrongField, read_body
 from blocktune.server.service import Asked, Service, UnknownModel
 

@@ -12,15 +12,19 @@ import re
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
+    AfterValidator,
+    AliasChoices,
     BaseModel,
     ConfigDict,
     Discriminator,
     Field,
     Tag,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
+from pydantic.json_schema import SkipJsonSchema
 
 Text = Annotated[str, Field(max_length=4_000_000)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -76,7 +80,7 @@ class TitledDocument(BaseModel):
 
     id: Id | None = None
     title: Text | None = None
-    text: Text
+    text: Text = Field(validation_alias=AliasChoices("text", "content", "page_content", "contents"))
 
 
 class CohereDocument(BaseModel):
@@ -155,6 +159,15 @@ class StreamOptions(BaseModel):
     include_usage: bool | None = False
 
 
+def _misplaced(value: Any, field: ValidationInfo) -> None:
+    if value is not None:
+        raise ValueError(f"belongs into the field blocktune: {{'{field.field_name}': ...}}")
+
+
+Misplaced = Annotated[SkipJsonSchema[Any], AfterValidator(_misplaced)]
+"""A field of `Extension` beside OpenAI's, where it would be ignored."""
+
+
 class Decoding(BaseModel):
     """What chat and plain completions share. Without a temperature answers are greedy."""
 
@@ -168,6 +181,9 @@ class Decoding(BaseModel):
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     n: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
     stream: bool | None = False
+    method: Misplaced = None
+    params: Misplaced = None
+    strip: Misplaced = None
     stream_options: StreamOptions | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=512)] | None = None
     user: str | None = None

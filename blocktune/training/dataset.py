@@ -17,7 +17,7 @@ from datasets import Dataset, Features, Value, concatenate_datasets
 from datasets import Sequence as ListOf
 from transformers import PreTrainedTokenizerBase
 
-from blocktune.data.example import RagExample, field_error, read_chunks
+from blocktune.data.example import RagExample
 from blocktune.data.sources.catalog import data_sets_of
 from blocktune.data.sources.shapes import find_shape
 from blocktune.prompt import LayoutSpec, Pieces, PromptFormat
@@ -65,42 +65,20 @@ def to_sample(row: Any, tokenizer: PreTrainedTokenizerBase, fmt: PromptFormat) -
     """
     if isinstance(row, Sample):
         return row
-    if isinstance(row, RagExample):
-        return Sample(row, True)
-    if not isinstance(row, Mapping):
-        raise ValueError(f"a row must be a dict of columns, got {type(row).__name__}")
-    if row.get("documents") is not None:
-        return _with_documents(row, fmt)
-    shape = find_shape([row], "a row")
-    known = RagExample.__dataclass_fields__
-    kept = {k: v for k, v in row.items() if k in known} if shape.key == "blocktune" else row
-    return Sample(shape.parser(None, tokenizer)(kept), True)
+    if not isinstance(row, RagExample):
+        if not isinstance(row, Mapping):
+            raise ValueError(f"a row must be a dict of columns, got {type(row).__name__}")
+        shape, known = find_shape([row], "a row"), RagExample.__dataclass_fields__
+        if shape.key == "blocktune":
+            row = {key: value for key, value in row.items() if key in known}
+        row = shape.parser(None, tokenizer)(row)
+    return Sample(row, True, own_wording(row, fmt))
 
 
-def _with_documents(row: Mapping[str, Any], fmt: PromptFormat) -> Sample:
-    chunks = read_chunks(row["documents"], "documents")
-    messages = row.get("messages")
-    if messages is None:
-        messages = [*_messages(row, "prompt", "user"), *_messages(row, "completion", "assistant")]
-    turns = [(turn["role"], turn["content"]) for turn in messages]
-    system = None
-    if turns and turns[0][0] == "system":
-        (_, system), *turns = turns
-    roles = [role for role, _ in turns]
-    if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
-        raise field_error("messages", "user and assistant in turn, the assistant's last", roles)
-    question, response, *more = (text for _, text in turns)
-    followups = tuple(zip(more[::2], more[1::2], strict=True))
-    name = str(row.get("id") or "")
-    example = RagExample(question, chunks, response=response, followups=followups, id=name)
-    return Sample(example, True, None if system is None else replace(fmt, system=system))
-
-
-def _messages(row: Mapping[str, Any], name: str, role: str) -> Sequence[Mapping[str, str]]:
-    value = row.get(name)
-    if value is None:
-        raise field_error(name, "text or messages beside documents", value)
-    return [{"role": role, "content": value}] if isinstance(value, str) else value
+def own_wording(example: RagExample, fmt: PromptFormat) -> PromptFormat | None:
+    """The run's wording with the system's turn of an example that has one (``meta``); or None."""
+    system = example.meta.get("system")
+    return replace(fmt, system=system) if isinstance(system, str) else None
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from blocktune.training.checkpoint import settings
 from blocktune.training.collator import BlockDataCollator
 from blocktune.training.config import BlockSFTConfig, DataArgs
 from blocktune.training.console import LogLines
-from blocktune.training.dataset import Sample, in_modes
+from blocktune.training.dataset import Sample, in_modes, own_wording, to_sample
 from blocktune.training.plan import make_plan, print_plan
 from blocktune.training.trainer import BlockSFTTrainer
 
@@ -182,6 +182,7 @@ def _train(data, args, choice, callbacks) -> Path | None:
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         trainer.save_model()
         trainer.save_state()
+        launch_checks.say(f"saved in {folder}: blocktune answer --model {base} --adapter {folder}")
     return folder
 
 
@@ -292,7 +293,8 @@ def samples_of(
         launch_checks.refuse_test(data.train_data)
         source, split = data.train_data, training_split(data.train_data)
         examples = load_examples(source, limit=data.train_limit, split=split, tokenizer=tokenizer)
-        return in_modes(examples, args.block_share, args.both_modes, args.seed)
+        samples = [to_sample(example, tokenizer, data.format) for example in examples]
+        return in_modes(samples, args.block_share, args.both_modes, args.seed)
     if args.both_modes:
         raise ValueError("a mixture says the mode of each source; leave both_modes out")
     mixture = load_mixture(data.mixture)
@@ -301,10 +303,11 @@ def samples_of(
     # A part's own wording: what it does not say is the run's.
     run = data.format.to_dict()
     worded = [p.format and PromptFormat.from_dict(run | dict(p.format)) for p in mixture.parts]
-    samples = [
-        Sample(one.example, one.mode == BLOCK, worded[one.part], mixture.parts[one.part].turns)
-        for one in mix(mixture, tokenizer=tokenizer).examples
-    ]
+    samples = []
+    for one in mix(mixture, tokenizer=tokenizer).examples:
+        wording = own_wording(one.example, worded[one.part] or data.format) or worded[one.part]
+        turns = mixture.parts[one.part].turns
+        samples.append(Sample(one.example, one.mode == BLOCK, wording, turns))
     if args.has_block != any(sample.block for sample in samples):
         wanted = "0 (full attention alone)" if args.has_block else "left out"
         raise ValueError(f"the mixture's modes and block_share disagree: it should be {wanted}")

@@ -192,7 +192,7 @@ class ChunkClient:
 
     def ask_for(self, missing: Sequence[Segment]) -> None:
         """Queues segments for `blocktune encode --follow`."""
-        self.store.ask_for(self.fingerprint, [one.wanted for one in missing])
+        self.store.queue.add(self.fingerprint, [one.wanted for one in missing])
 
 
 def _is_lora(adapter: Path | None) -> bool:

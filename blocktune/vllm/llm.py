@@ -136,7 +136,7 @@ class ChunkLLM:
         wanted = [segment.wanted for segment in segments]
         pieces = [Piece(*one) for one in wanted]
         engine.state.encoder.find(pieces, Stopwatch(engine.model.device))
-        self.client.store.encoded(engine.fingerprint, wanted)
+        self.client.store.queue.done(engine.fingerprint, wanted)
 
     def answer(
         self,

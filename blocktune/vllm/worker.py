@@ -269,7 +269,7 @@ class WorkerSide:
                 counts["store_reads"] += 1
                 counts["store_bytes"] += made.kv.num_bytes
         if lacking:
-            self.view.ask_for(plan.fingerprint, lacking)
+            self.view.queue.add(plan.fingerprint, lacking)
             reason = self.store.stats().first_rejected or "they are not there"
             raise Missing(
                 f"{len(lacking)} of {len(plan.segments)} segments cannot be read from the store "

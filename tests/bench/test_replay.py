@@ -8,7 +8,7 @@ import pytest
 from cache.made import MODEL, made_chunk
 
 from blocktune.bench import replay as played
-from blocktune.bench.traces import Use, read_requests, zipf_requests
+from blocktune.bench.replay import Use, read_requests, zipf_requests
 from blocktune.cache import ChunkStore, chunk_key
 from blocktune.cache.config import StoreConfig
 

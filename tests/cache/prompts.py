@@ -29,11 +29,11 @@ def exact_of(*pieces, fingerprint=MODEL, start=0, states=None):
     return cut_exact(prefill(ids), 0, ids, fingerprint, start=start, states=states)
 
 
-def matched(tree, *pieces, **options):
+def matched(tree, *pieces, model=MODEL):
     """Tokens known of a prompt; their keys must say so, too."""
     ids = sum(pieces, ())
     cache = RowCache(1, 1, len(ids) + 1, exact=True)
-    with tree.match(MODEL, ids, **options) as match:
+    with tree.match(model, ids) as match:
         match.load(cache, 0)
         if match.num_tokens:
             keys = cache.layers[0].keys[0, 0, : match.num_tokens, 0]

@@ -23,7 +23,7 @@ from cache.prompts import (
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from blocktune.cache import ExactKV, PrefixTree, RowCache, cut_exact
-from blocktune.cache.exact import place_checkpoints, recomputed_tokens
+from blocktune.cache.exact import place_checkpoints
 
 
 def test_a_cut_holds_its_tokens_at_their_place_and_nothing_else():
@@ -82,14 +82,11 @@ def test_random_prompts_find_what_a_list_of_them_finds():
     assert tree.stats().num_tokens == len(distinct)
 
 
-def test_models_and_salts_do_not_see_each_other():
+def test_models_do_not_see_each_other():
     tree = PrefixTree()
-    tree.insert(exact_of(PREFIX, ONE), salt="tenant a")
-    assert matched(tree, PREFIX, ONE) == 0
-    assert matched(tree, PREFIX, ONE, salt="tenant b") == 0
-    assert matched(tree, PREFIX, ONE, salt="tenant a") == 5
-    with tree.match(OTHER_MODEL, PREFIX + ONE, salt="tenant a") as match:
-        assert match.num_tokens == 0
+    tree.insert(exact_of(PREFIX, ONE))
+    assert matched(tree, PREFIX, ONE) == 5
+    assert matched(tree, PREFIX, ONE, model=OTHER_MODEL) == 0
 
 
 def test_the_least_recently_used_leaf_leaves_first():
@@ -115,19 +112,18 @@ def test_a_parent_leaves_only_after_its_children():
 def test_namespaces_that_nobody_fills_leave_nothing():
     tree = PrefixTree(max_bytes=4 * TOKEN_BYTES)
     for tenant in range(50):
-        assert matched(tree, ONE, salt=f"asks only {tenant}") == 0
-        tree.insert(exact_of(ONE), salt=f"fills {tenant}")
+        assert matched(tree, ONE, model=f"a{tenant}") == 0
+        tree.insert(exact_of(ONE, fingerprint=f"b{tenant}"))
     assert len(tree._roots) == 1
 
 
 def test_what_is_in_use_stays_even_if_it_is_cut():
     tree = PrefixTree(max_bytes=5 * TOKEN_BYTES)
     tree.insert(exact_of(PREFIX, ONE))
-    with tree.match(MODEL, PREFIX + ONE) as match:
+    with tree.match(MODEL, PREFIX + ONE):
         assert tree.insert(exact_of(PREFIX, TWO)) == 0  # which cuts the run
         assert tree.stats().declined == 1
         assert matched(tree, PREFIX, ONE) == 5
-    match.release()  # a second time changes nothing
     assert tree.insert(exact_of(PREFIX, TWO)) == 1
     assert matched(tree, PREFIX, ONE) == 2
 
@@ -183,7 +179,12 @@ def test_checkpoints_go_where_earlier_prompts_were_shared():
             pass
     assert tree.checkpoints_for(MODEL, 9, (2, 5, 9)) == (5, 7)
     assert tree.checkpoints_for(MODEL, 6, (2, 6)) == (2, 6)
-    assert tree.checkpoints_for(MODEL, 9, (2,), salt="another") == (2,)
+    assert tree.checkpoints_for(OTHER_MODEL, 9, (2,)) == (2,)
+
+
+def recomputed_tokens(weights, placed):
+    nearest = {depth: max(p for p in (0, *placed) if p <= depth) for depth in weights}
+    return sum(weight * (depth - nearest[depth]) for depth, weight in weights.items())
 
 
 def test_the_dynamic_programme_is_the_best_of_all_placements():

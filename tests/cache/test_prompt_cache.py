@@ -217,10 +217,10 @@ def test_an_observer_sees_fresh_states_beside_the_held_ones_and_may_stop_the_pas
     seen = []
 
     def observer(keys, values):
-        seen.append((keys.clone(), cache.held(1)[0].clone()))
+        seen.append((keys.clone(), cache.layers[1].held()[0].clone()))
         raise Stop
 
-    cache.observe(1, observer)
+    cache.layers[1].observer = observer
     columns = torch.tensor([[8, 5, 6, 7]])
     with pytest.raises(Stop):
         run(model, "llama", cache, changed, columns)
@@ -232,7 +232,7 @@ def test_an_observer_sees_fresh_states_beside_the_held_ones_and_may_stop_the_pas
     assert not torch.equal(cache.layers[0].keys, before[0])
     assert torch.equal(cache.layers[1].keys, before[1])
     assert torch.equal(cache.layers[2].keys, before[2])
-    cache.observe(1, None)
+    cache.layers[1].observer = None
     run(model, "llama", cache, changed, columns)
     assert len(seen) == 1
 
@@ -290,6 +290,6 @@ def test_columns_that_nobody_wrote_are_zeros(monkeypatch):
     layer = cache.layers[0]
     assert layer.values[:, 0, :, 0].tolist() == [[0, 1, 1, 0, 0, 0], [1, 1, 0, 0, 0, 0]]
     cache.append(2)
-    cache.store(0, torch.ones(2, 1, 2, 3), torch.ones(2, 1, 2, 3))
+    cache.layers[0].store(torch.ones(2, 1, 2, 3), torch.ones(2, 1, 2, 3))
     assert layer.keys[:, 0, :, 0].sum(1).tolist() == [4, 4]
     assert cache.layers[0].values.isfinite().all()

@@ -10,8 +10,7 @@ from tiny_llama import tiny_llama
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from blocktune.cache import ChunkStore
-from blocktune.cache.embeddings import Embedder
-from blocktune.cache.recycle import Recycler
+from blocktune.cache.records import Embedder, Recycler
 from blocktune.engine import Engine
 from blocktune.methods import build
 from blocktune.prompt import Chunk

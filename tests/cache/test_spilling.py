@@ -42,17 +42,17 @@ def test_what_leaves_memory_is_read_from_the_folder(tmp_path):
     assert matched(tree, PREFIX, ONE) == 0
 
 
-def test_another_process_finds_the_files_and_only_its_own_tenants(tmp_path):
+def test_another_process_finds_the_files_and_only_its_own_models(tmp_path):
     tree = spilling(tmp_path, 5)
-    for salt, pieces in (("", (PREFIX, ONE)), ("acme", (TWO, THREE)), ("", (ONE, TWO))):
-        tree.insert(exact_of(*pieces), salt=salt)
+    runs = (MODEL, (PREFIX, ONE)), (OTHER_MODEL, (TWO, THREE)), (MODEL, (ONE, TWO))
+    for model, pieces in runs:
+        tree.insert(exact_of(*pieces, fingerprint=model))
     other = spilling(tmp_path, 50)
     assert matched(other, PREFIX, ONE) == 5
     assert matched(other, TWO, THREE) == 0
-    assert matched(other, TWO, THREE, salt="acme") == 3
+    assert matched(other, TWO, THREE, model=OTHER_MODEL) == 3
     assert matched(other, ONE, TWO) == 0  # it is in the memory of the first
-    with other.match(OTHER_MODEL, PREFIX + ONE) as match:
-        assert match.num_tokens == 0
+    assert matched(other, PREFIX, ONE, model=OTHER_MODEL) == 0
 
 
 def test_a_prompt_that_turns_off_within_a_file_cuts_it(tmp_path):

@@ -53,7 +53,7 @@ def test_states_and_chunks_share_the_memory():
     store = ChunkStore(max_bytes=chunk.num_bytes + states.num_bytes)
     store.put(KEY, chunk)
     store.put(states_key(KEY, 3), states)
-    assert store.stats().evictions == 0
+    assert store.stats().tiers["memory"].evictions == 0
     store.put(states_key(KEY, 4), made_states(4))
     assert store.get(KEY, IDS, MODEL) is None  # it was the oldest
     assert store.get(states_key(KEY, 4), IDS, MODEL, ChunkStates) is not None

@@ -29,8 +29,9 @@ def test_memory_hit_and_miss_are_counted():
     assert found.lookup_s > 0
     assert_same_chunk(found.kv, CHUNK)
     stats = store.stats()
-    assert (stats.memory_hits, stats.disk_hits, stats.misses, stats.rejected) == (1, 0, 1, 0)
-    assert (stats.memory_bytes_read, stats.memory_bytes) == (CHUNK.num_bytes, CHUNK.num_bytes)
+    memory = stats.tiers["memory"]
+    assert (memory.hits, stats.disk_hits, stats.misses, stats.rejected) == (1, 0, 1, 0)
+    assert (memory.bytes_read, stats.memory_bytes) == (CHUNK.num_bytes, CHUNK.num_bytes)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -46,8 +47,8 @@ def test_a_folder_gives_every_bit_back_to_another_store(tmp_path, dtype):
     assert torch.signbit(found.kv.keys[0][0, 0, 1])
     assert store.lookup(KEY, IDS, MODEL).tier == "memory"  # promoted
     stats = store.stats()
-    assert (stats.disk_hits, stats.memory_hits, stats.misses) == (1, 1, 0)
-    assert stats.disk_bytes_read == chunk.num_bytes
+    assert (stats.disk_hits, stats.tiers["memory"].hits, stats.misses) == (1, 1, 0)
+    assert stats.tiers["disk"].bytes_read == chunk.num_bytes
 
 
 def test_the_least_recently_used_chunk_leaves_first():
@@ -59,7 +60,7 @@ def test_the_least_recently_used_chunk_leaves_first():
     assert store.get(keys[0], chunks[0].token_ids, MODEL) is not None  # now 1 is the oldest
     store.put(keys[3], chunks[3])
     assert [key in store for key in keys] == [True, False, True, True]
-    assert (len(store), store.stats().evictions) == (3, 1)
+    assert (len(store), store.stats().tiers["memory"].evictions) == (3, 1)
     assert store.stats().memory_bytes == 3 * chunks[0].num_bytes
 
 
@@ -89,7 +90,7 @@ def test_a_chunk_larger_than_memory_lives_in_the_folder_or_is_refused(tmp_path):
         store = ChunkStore(max_bytes=max_bytes, folder=tmp_path)
         store.put(KEY, CHUNK)
         assert store.lookup(KEY, IDS, MODEL).tier == "disk"
-        assert (store.stats().memory_bytes, store.stats().evictions) == (0, 0)
+        assert (store.stats().memory_bytes, store.stats().tiers["memory"].evictions) == (0, 0)
 
 
 def test_a_large_chunk_does_not_empty_the_memory(tmp_path):
@@ -226,6 +227,6 @@ def test_threads_share_one_store(tmp_path):
         thread.join()
     assert failures == []
     stats = store.stats()
-    assert stats.memory_hits + stats.disk_hits + stats.misses == 6 * 40
+    assert stats.tiers["memory"].hits + stats.disk_hits + stats.misses == 6 * 40
     assert (stats.rejected, stats.memory_chunks) == (0, 3)
     assert stats.memory_bytes == 3 * chunks[0].num_bytes

@@ -301,7 +301,7 @@ def test_a_signature_belongs_to_one_key_and_content(tmp_path):
     store = open_store(tmp_path, secret=SECRET_A)
     store.put(KEY, CHUNK)
     store.put(OTHER_KEY, OTHER)
-    header = ChunkFolder(tmp_path).facts(OTHER_KEY).header
+    header = ChunkFolder(tmp_path).facts(OTHER_KEY)[0]
     forged(tmp_path, {"signature": header["signature"]})
     assert found(store) is None
     os.replace(chunk_path(tmp_path, OTHER_KEY), chunk_path(tmp_path, KEY))
@@ -341,8 +341,8 @@ def test_the_key_comes_from_the_environment_or_a_file(tmp_path, monkeypatch):
 def test_a_header_of_a_forger_is_a_miss_and_no_traceback(tmp_path, monkeypatch, change):
     from blocktune.cache import chunk_file
 
-    real = chunk_file._header
-    monkeypatch.setattr(chunk_file, "_header", lambda *args: real(*args) | change)
+    real = chunk_file.encoded
+    monkeypatch.setattr(chunk_file, "encoded", lambda *args: (change, real(*args)[1]))
     store = open_store(tmp_path)
     store.put(KEY, CHUNK)
     assert found(store) is None

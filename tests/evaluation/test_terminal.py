@@ -159,4 +159,4 @@ def test_what_the_verdict_calls_chance_is_no_loss():
     assert "within chance" in first
     assert "loses" not in first
     assert not any("closes" in sentence for sentence in rest)
-    assert any("naive: -12.5, needs 900" in note for note in power_notes(results))
+    assert any("naive (-12.5 points; 900 would be enough)" in note for note in power_notes(results))

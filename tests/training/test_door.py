@@ -20,6 +20,7 @@ from blocktune import (
     SaveLayoutCallback,
     attach,
 )
+from blocktune.data import load_examples
 from blocktune.layout import Kind, Layout
 from blocktune.training.dataset import to_sample
 from blocktune.training.run import train
@@ -43,6 +44,9 @@ ROWS = {
     "prompt": {
         "prompt": EXAMPLE.question, "completion": EXAMPLE.answers[0], "documents": TEXTS
     },
+    "question and documents": {
+        "question": EXAMPLE.question, "documents": TEXTS, "answers": list(EXAMPLE.answers)
+    },
     "prompt as messages": {"prompt": [ASKED], "completion": [SAID], "documents": TEXTS},
 }  # fmt: skip
 LORA = {"r": 4, "lora_alpha": 32, "target_modules": "all-linear"}
@@ -54,7 +58,7 @@ def options(**more) -> dict:
 
 
 @pytest.mark.parametrize("form", ROWS)
-def test_rows_of_every_form_are_the_same_batch(form):
+def test_rows_of_every_form_are_the_same_batch(form, tmp_path):
     collator = BlockDataCollator(toy_tokenizer(), LayoutSpec())
     batch, expected = collator([ROWS[form]]), collator([EXAMPLE])
     assert batch.keys() == {"input_ids", "labels", "layout", "attention_mask"}
@@ -66,15 +70,21 @@ def test_rows_of_every_form_are_the_same_batch(form):
     assert layout.group[layout.kind == Kind.CHUNK].unique().tolist() == [0, 1, 2]
     (through,) = Dataset.from_list([ROWS[form]])
     assert torch.equal(collator([through])["input_ids"], expected["input_ids"])
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(ROWS[form]) + "\n")
+    assert torch.equal(collator(load_examples(file))["input_ids"], expected["input_ids"])
 
 
-def test_a_system_turn_and_later_turns_are_kept():
+def test_a_system_turn_and_later_turns_are_kept(tmp_path):
     later = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
     system = {"role": "system", "content": "Be brief."}
     row = {"messages": [system, ASKED, SAID, *later], "documents": TEXTS}
     sample = to_sample(row, toy_tokenizer(), PromptFormat())
     assert sample.wording.system == "Be brief."
     assert sample.example.followups == (("Why?", "So."),)
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    assert to_sample(load_examples(file)[0], toy_tokenizer(), PromptFormat()) == sample
     batch = BlockDataCollator(toy_tokenizer())([row])
     text = toy_tokenizer().decode(batch["input_ids"][0])
     assert text.index("Be brief.") < text.index(TEXTS[0]) < text.index("Why?")
@@ -86,8 +96,9 @@ def test_a_system_turn_and_later_turns_are_kept():
     ("row", "words"),
     [
         ({"title": "x"}, "no known shape"),
-        ({"messages": [ASKED], "documents": TEXTS}, '"messages" must be .*assistant'),
-        ({"prompt": "Who?", "documents": TEXTS}, '"completion" must be'),
+        ({"messages": [ASKED], "documents": TEXTS}, "no answer to train on"),
+        ({"messages": [SAID, ASKED], "documents": TEXTS}, '"messages" must be .*assistant'),
+        ({"prompt": "Who?", "documents": TEXTS}, "no answer to train on"),
         (
             {"prompt": "a", "completion": "b", "documents": [{"title": "x"}]},
             r'"documents\[0\]" must',

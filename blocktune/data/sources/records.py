@@ -17,6 +17,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
+from blocktune.data.example import TEXT_KEYS
 from blocktune.data.sources.catalog import DataSet
 from blocktune.prompt.format import require_unicode
 
@@ -106,6 +107,8 @@ def _from_json(name: str, stream) -> Iterator[Record]:
             except ValueError as error:  # also a key given twice, or a number of 5,000 digits
                 reason = getattr(error, "msg", error)
                 wanted = "a file is a JSON list or one object a line"
+                if not line.lstrip().startswith(("{", "[", '"')):
+                    wanted += ', such as {"text": "a passage"}'
                 raise ValueError(f"{where}: not JSON ({reason}); {wanted}") from None
             yield _checked(Record(where, value), line)
 
@@ -212,14 +215,15 @@ def _from_table(path: Path, kind: str) -> Iterator[Record]:
 def _unfolded(record: Record) -> Iterator[Record]:
     """A record, or those that it holds.
 
-    They are in a list beside which nothing is long, in columns, under the names of questions, or
-    nested as in SQuAD: articles, then questions.
+    They are in a list beside which there is no passage, in columns, under the names of questions,
+    or nested as in SQuAD: articles, then questions.
     """
     value = record.value if isinstance(record.value, Mapping) else {}
     lists = [key for key, one in value.items() if isinstance(one, list | dict)]
+    is_passage = any(isinstance(value.get(key), str) for key in TEXT_KEYS)
     paragraphs, question = value.get("paragraphs"), value.get("question")
     held: Iterable[tuple[str, Any]] = ()
-    if len(lists) == 1 and lists[0] in _WRAPPERS and question is None:
+    if len(lists) == 1 and lists[0] in _WRAPPERS and question is None and not is_passage:
         held = ((f"{lists[0]}[{index}]", one) for index, one in enumerate(value[lists[0]]))
     elif isinstance(question, list) and all(
         isinstance(column, list) and len(column) == len(question) for column in value.values()

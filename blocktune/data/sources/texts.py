@@ -76,6 +76,39 @@ def parse_chat(record: Mapping[str, Any], cutter: Cutter) -> RagExample:
     )
 
 
+def parse_grounded(record: Mapping[str, Any]) -> RagExample:
+    """A conversation over ``documents``: the user asks, every reply is one to learn.
+
+    ``meta["system"]`` is the system's turn, which training puts into the prompt.
+    """
+    if record.get("messages") is not None:
+        messages = _messages(record, "messages")
+    else:
+        messages = [*_said(record, "prompt"), *_said(record, "completion")]
+    meta = {"system": messages.pop(0).text} if messages and messages[0].role == "system" else {}
+    roles = [message.role for message in messages]
+    if roles != ["user"] and (not roles or roles != ["user", "assistant"] * (len(roles) // 2)):
+        raise field_error("messages", "user and assistant in turn, the assistant's last", roles)
+    question, response, *more = [*(message.text for message in messages), None][: len(roles) + 1]
+    return RagExample(
+        question=question,
+        chunks=read_chunks(record["documents"], "documents"),
+        response=response,
+        followups=tuple(zip(more[::2], more[1::2], strict=False)),
+        id=id_of(record),
+        meta=meta,
+    )
+
+
+def _said(record: Mapping[str, Any], name: str) -> list[Message]:
+    """The messages of TRL's ``prompt`` or ``completion``, either of which may be a text."""
+    value = record.get(name)
+    if isinstance(value, str | None):
+        role = "user" if name == "prompt" else "assistant"
+        return [Message(role, value)] if (value or "").strip() else []
+    return _messages(record, name)
+
+
 def parse_document(record: Mapping[str, Any], cutter: Cutter) -> RagExample:
     """A plain text: all spans but the last are chunks, the last is what the model writes.
 

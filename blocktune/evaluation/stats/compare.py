@@ -182,7 +182,8 @@ def power_notes(results: Mapping[str, Any]) -> list[str]:
         ]
         if unclear:
             named = "; ".join(
-                f"{n}: {written('score', mean)}, needs {needed:,}" for n, mean, needed in unclear
+                f"{n} ({written('score', mean)} points; {needed:,} would be enough)"
+                for n, mean, needed in unclear
             )
             count = next(iter(results["methods"].values()))["n"]
             notes.append(f"{count:,} questions are too few to tell from {other}: {named}.")
