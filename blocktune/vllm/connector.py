@@ -1,6 +1,6 @@
 """vLLM's connector interface; `SchedulerSide` and `WorkerSide` do the work.
 
-The interface is experimental: it was tried with the versions in docs/serving.md.
+The interface is experimental: it was tried with the versions in docs/vllm.md.
 """
 
 from __future__ import annotations

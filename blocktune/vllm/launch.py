@@ -35,7 +35,7 @@ def serve(
         import_module("vllm.config")  # before torch: it prepares the environment
     except ModuleNotFoundError:
         raise ValueError(
-            "vLLM is not installed here; it needs its own environment, docs/serving.md"
+            "vLLM is not installed here; it needs its own environment, docs/vllm.md"
         ) from None
     known = {one.name for group in GROUPS for one in entry_points(group=group)}
     if "blocktune" not in known:

@@ -2,7 +2,7 @@
 
     python eval/bench/codecs.py --output eval/results/bench/codecs.json
 
-Writes the numbers and prints the table of docs/serving.md.
+Writes the numbers and prints the table of docs/store.md.
 """
 
 import argparse

@@ -287,11 +287,11 @@ def test_a_method_that_vllm_cannot_serve_is_refused(llm):
 
 
 def test_the_documented_python_runs(llm, monkeypatch, capsys):
-    page = (Path(__file__).parents[2] / "docs/serving.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs/vllm.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
     [text] = [block for block in blocks if "blocktune.vllm" in block]
     monkeypatch.setattr("blocktune.vllm.ChunkLLM", lambda *args, **options: llm, raising=False)
-    exec(compile(text, "serving.md", "exec"), {})
+    exec(compile(text, "vllm.md", "exec"), {})
     assert " of " in capsys.readouterr().out
 
 
