@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import InitVar, dataclass, replace
 from itertools import accumulate
@@ -306,12 +306,3 @@ def _hidden(first: tuple, middle: tuple, last: tuple) -> bool:
     return (last[1] - first[1]) * (first[0] - middle[0]) <= (middle[1] - first[1]) * (
         first[0] - last[0]
     )
-
-
-def recomputed_tokens(weights: Mapping[int, int], checkpoints: Iterable[int]) -> float:
-    """Mean tokens between the deepest checkpoint that serves a prompt and its shared depth."""
-    placed = sorted({0, *checkpoints})
-    total = 0
-    for depth, weight in weights.items():
-        total += weight * (depth - max(point for point in placed if point <= depth))
-    return total / sum(weights.values())

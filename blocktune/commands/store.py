@@ -77,10 +77,10 @@ def ls(store: Place, model: Model = "", document: Document = "", as_json: AsJson
         if not row.fingerprint:
             continue
         record = _record(row)
-        pinned = "  pinned" if row.pinned else ""
+        name = "  pinned" * bool(row.pinned) + "  " + " ".join(row.document.split())
         line = (
             f"{row.key[:SHORT]}  {row.kind:8} {row.num_tokens:>7,} tokens {_size(row.size):>9}  "
-            f"{record['used']}  {row.fingerprint[:SHORT]}{pinned}  {row.document}".rstrip()
+            f"{record['used']}  {row.fingerprint[:SHORT]}{name}".rstrip()
         )
         typer.echo(json.dumps(record) if as_json else line)
 

@@ -17,7 +17,7 @@ from random import Random
 from statistics import fmean
 from typing import NamedTuple
 
-from blocktune.cache.exact import place_checkpoints, recomputed_tokens
+from blocktune.cache.exact import place_checkpoints
 from blocktune.evaluation.report.style import Ground, to_png
 
 BUDGETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
@@ -77,6 +77,15 @@ def placements(entry: Entry) -> dict[str, list[tuple[int, ...]]]:
         "halving": [tuple({tokens >> i for i in range(m)} - {0}) for m in BUDGETS],
         "blocks": [tuple(range(size, tokens + 1, size)) for size in BLOCKS],
     }
+
+
+def recomputed_tokens(weights: Counter[int], checkpoints: tuple[int, ...]) -> float:
+    """Mean tokens between the deepest checkpoint that serves a prompt and its shared depth."""
+    placed = sorted({0, *checkpoints})
+    total = 0
+    for depth, weight in weights.items():
+        total += weight * (depth - max(point for point in placed if point <= depth))
+    return total / sum(weights.values())
 
 
 def measure(entries: list[Entry]) -> dict[str, list[tuple[float, float]]]:
