@@ -47,6 +47,10 @@ def require_numbers(logits: Tensor) -> None:
         )
 
 
+GREEDY = 1e-5
+"""Temperatures below pick the likeliest token, as at 0: divided by them, logits overflow."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is picked. The default is greedy.
@@ -73,7 +77,7 @@ class Sampling:
 
         The same seed and number of ``streams`` (one a prompt) give the same draws in any batch.
         """
-        if self.temperature == 0:
+        if self.temperature < GREEDY:
             return lambda logits: logits.argmax(-1, keepdim=True)
         warpers = LogitsProcessorList([TemperatureLogitsWarper(float(self.temperature))])
         if self.top_k:
