@@ -47,8 +47,8 @@ def require_numbers(logits: Tensor) -> None:
         )
 
 
-GREEDY = 1e-5
-"""Temperatures below pick the likeliest token, as at 0: divided by them, logits overflow."""
+COLDEST = 1e-4
+"""Lowest temperature that is drawn with; below it, logits overflow, and the limit is greedy."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,8 @@ class Sampling:
     def __post_init__(self):
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature must be at least 0 (greedy), got {self.temperature}")
+        if self.temperature < COLDEST:
+            object.__setattr__(self, "temperature", 0.0)
         if self.top_k < 0:
             raise ValueError(f"top_k must be at least 0 (all tokens), got {self.top_k}")
         if not 0 < self.top_p <= 1:
@@ -77,7 +79,7 @@ class Sampling:
 
         The same seed and number of ``streams`` (one a prompt) give the same draws in any batch.
         """
-        if self.temperature < GREEDY:
+        if self.temperature == 0:
             return lambda logits: logits.argmax(-1, keepdim=True)
         warpers = LogitsProcessorList([TemperatureLogitsWarper(float(self.temperature))])
         if self.top_k:
