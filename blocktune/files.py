@@ -25,10 +25,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
     if path.exists() and not path.is_file():  # a folder is refused by who opens it
         yield path
         return
-    path = path.resolve() if path.is_symlink() else path
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        handle, name = tempfile.mkstemp(path.suffix, f".{path.stem}-", path.parent)
+        handle, name = tempfile.mkstemp(path.suffix, f".{path.stem[:32]}-", path.parent)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
     os.close(handle)

@@ -71,7 +71,7 @@ class Table(NamedTuple):
         for block in self._blocks(console):
             console.print(block, "")
         if self.note:
-            console.print(f"[dim]{self.note}[/dim]", highlight=False)
+            console.print(self.note, style="dim", markup=False, highlight=False)
 
     def _blocks(self, console: Console) -> list[RichTable]:
         """Tables of as many columns as the console has room for, each with the first column."""
@@ -103,17 +103,17 @@ class Table(NamedTuple):
         return max(min(WORDS, natural), *(len(word) for line in lines for word in line.split()))
 
     def _lines(self, index: int) -> list[str]:
-        from rich.text import Text
-
         cells = [self.headings[index], *(row[index] for row in self.rows)]
-        return [line for cell in cells for line in Text.from_markup(cell).plain.split("\n")]
+        return [line for cell in cells for line in cell.split("\n")]
 
     def _rich(self, widths: Mapping[int, int], *, first: bool) -> RichTable:
         from rich import box
+        from rich.markup import escape
         from rich.table import Table as RichTable
+        from rich.text import Text
 
         table = RichTable(
-            title=self.title if first and self.title else None,
+            title=escape(self.title) if first and self.title else None,
             title_justify="left",
             box=box.SIMPLE_HEAD,
             pad_edge=False,
@@ -124,14 +124,14 @@ class Table(NamedTuple):
             name = self.headings[index]
             left = index == 0 or name in self.left
             table.add_column(
-                name,
+                Text(name),  # as all that is shown: names may hold brackets
                 justify="left" if left else "right",
                 vertical="top" if self.left else "bottom",
                 width=width,
                 overflow="fold",
             )
         for row in self.rows:
-            table.add_row(*(row[index] for index in widths))
+            table.add_row(*(Text(row[index]) for index in widths))
         return table
 
     def _words(self) -> list[str]:

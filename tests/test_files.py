@@ -56,6 +56,10 @@ def test_a_link_a_pipe_and_a_folder_stay_what_they_are(tmp_path):
     replace_text(tmp_path / "link", "new")
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "file").read_text() == "new"
+    (tmp_path / "loop").symlink_to("loop")
+    for name in ("loop", "x" * 250):  # of a link to nowhere, a file is made
+        replace_text(tmp_path / name, "new")
+        assert (tmp_path / name).read_text() == "new"
     os.mkfifo(tmp_path / "pipe")
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
     with locked(tmp_path / "pipe"), locked(tmp_path / "pipe"):

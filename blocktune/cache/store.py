@@ -196,17 +196,6 @@ class ChunkStore:
         for tier in self._blobs:
             tier.remove(key)
 
-    def discard_where(self, **wanted: str) -> int:
-        """Drops entries by ``fingerprint``, ``document`` or ``tenant``; how many there were.
-
-        Remotes are searched only by what their files' names and this process say.
-        """
-        with self._lock:
-            keys = {row.key for ledger in self._ledgers() for row in ledger.rows(**wanted)}
-        for key in keys:
-            self.discard(key)
-        return len(keys)
-
     def pin(self, key: str, pinned: bool = True) -> bool:
         """Keeps an entry from leaving for others, or lets it; whether a tier holds it."""
         with self._lock:

@@ -231,7 +231,7 @@ def _panel(example: RagExample, answer: Answer, method: str) -> Panel:
     text = Text(answer.text or "(no text)", style="bold")
     return Panel(
         Group(Text(example.question, style="dim"), text, "", _usage_table(answer.usage)),
-        title=method,
+        title=Text(method),
         title_align="left",
         width=min(100, Console().width),
     )

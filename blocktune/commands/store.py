@@ -72,10 +72,11 @@ def stat(store: Place, as_json: AsJson = False) -> None:
 def ls(store: Place, model: Model = "", document: Document = "", as_json: AsJson = False) -> None:
     """List chunks, one a line: key, kind, tokens, bytes, last use, model, document."""
     for row in Shelf.open(store).rows(model=model, document=document):
-        record, pinned = _record(row), "  pinned" if row.pinned else ""
+        record = _record(row)
+        name = "  pinned" * bool(row.pinned) + "  " + " ".join(row.document.split())
         line = (
             f"{row.key[:SHORT]}  {row.kind:8} {row.num_tokens:>7,} tokens {_size(row.size):>9}  "
-            f"{record['used']}  {row.fingerprint[:SHORT]}{pinned}  {row.document}".rstrip()
+            f"{record['used']}  {row.fingerprint[:SHORT]}{name}".rstrip()
         )
         if row.fingerprint:
             typer.echo(json.dumps(record) if as_json else line)

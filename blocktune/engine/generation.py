@@ -47,6 +47,10 @@ def require_numbers(logits: Tensor) -> None:
         )
 
 
+COLDEST = 1e-4
+"""Lowest temperature that is drawn with; below it, logits overflow, and the limit is greedy."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is picked. The default is greedy.
@@ -63,6 +67,8 @@ class Sampling:
     def __post_init__(self):
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature must be at least 0 (greedy), got {self.temperature}")
+        if self.temperature < COLDEST:
+            object.__setattr__(self, "temperature", 0.0)
         if self.top_k < 0:
             raise ValueError(f"top_k must be at least 0 (all tokens), got {self.top_k}")
         if not 0 < self.top_p <= 1:

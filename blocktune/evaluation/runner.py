@@ -252,6 +252,7 @@ def _known_or(
 
 def progress_bars(console: Console | None = None, shown: bool = True) -> Progress:
     """Bars on standard error, or on ``console``; of several processes only one shows them."""
-    done = (bars.TextColumn("{task.description}"), bars.BarColumn(), bars.MofNCompleteColumn())
+    name = bars.TextColumn("{task.description}", markup=False)  # a label may hold brackets
+    done = (name, bars.BarColumn(), bars.MofNCompleteColumn())
     times = (bars.TimeElapsedColumn(), bars.TextColumn("left"), bars.TimeRemainingColumn())
     return Progress(*done, *times, console=console or Console(stderr=True), disable=not shown)

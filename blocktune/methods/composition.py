@@ -11,22 +11,21 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import yaml
 
 from blocktune.methods.base import METHODS, Axis, Cached, Method, Weights
-from blocktune.methods.repair.base import REPAIRS
-from blocktune.methods.reshape.base import RESHAPES
+from blocktune.methods.repair.base import REPAIRS, Repair
+from blocktune.methods.reshape.base import RESHAPES, Reshape
 from blocktune.methods.select.base import SELECTORS, Nothing, Selection
-from blocktune.parsing import current_keys
+from blocktune.parsing import current_keys, mapping
 from blocktune.prompt.layout_spec import LayoutSpec
 from blocktune.registry import require_share
 
 if TYPE_CHECKING:
     from blocktune.cache import ChunkStore
     from blocktune.methods.hooks import ChunkLoader, PromptHistory
-    from blocktune.methods.repair import Repair
-    from blocktune.methods.reshape import Reshape
 
 TABLES = {Axis.SELECT: SELECTORS, Axis.REPAIR: REPAIRS, Axis.RESHAPE: RESHAPES}
 """The axes whose values are registered; values of the axis layout are fields of `LayoutSpec`."""
 
+_BASES = {Axis.SELECT: Selection, Axis.REPAIR: Repair, Axis.RESHAPE: Reshape}
 LAYOUT_FIELDS = ("placement", "slot", "num_blanks", "shared_prefix", "bos")
 """Fields of `LayoutSpec` that a method chooses; the others are facts of what was trained."""
 
@@ -163,7 +162,7 @@ def compose(
 
 
 def _layout_changes(layout: Mapping[str, Any]) -> dict[str, Any]:
-    layout = current_keys(layout, LAYOUT_FIELDS, "layout")
+    layout = current_keys(mapping(layout, "layout"), LAYOUT_FIELDS, "layout")
     if unknown := sorted(layout.keys() - set(LAYOUT_FIELDS)):
         known = ", ".join(LAYOUT_FIELDS)
         raise ValueError(f"layout: cannot set '{unknown[0]}' of a method; known: {known}")
@@ -174,9 +173,9 @@ def _choose(axis: Axis, choice: Any) -> Any:
     registry = TABLES[axis]
     if isinstance(choice, str):
         return registry.build(choice)
-    if not isinstance(choice, Mapping):
+    if choice is None or isinstance(choice, _BASES[axis]):
         return choice
-    if len(choice) != 1:
+    if not isinstance(choice, Mapping) or len(choice) != 1:
         raise ValueError(
             f"a {registry.what} is written as {{name: {{parameter: value}}}}, got {choice!r:.60}"
         )

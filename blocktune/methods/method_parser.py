@@ -19,7 +19,7 @@ from typing import Any
 
 from blocktune.methods.base import METHODS, Axis, Method
 from blocktune.methods.composition import TABLES, compose
-from blocktune.parsing import parse_yaml, refuse_doubles
+from blocktune.parsing import mapping, parse_yaml, refuse_doubles
 from blocktune.prompt.layout_spec import LayoutSpec
 
 TERM = re.compile(
@@ -68,12 +68,13 @@ def build_entry(entry: str | Mapping[str, Any]) -> Method:
     """
     if isinstance(entry, str):
         return build(entry)
-    if unknown := sorted(entry.keys() - set(ENTRY_KEYS)):
+    if unknown := sorted(mapping(entry, "a method").keys() - set(ENTRY_KEYS), key=str):
         raise ValueError(f"unknown key '{unknown[0]}'; known: {', '.join(ENTRY_KEYS)}")
     preset = entry.get("preset") or entry.get("name")
     if not isinstance(preset, str):
         raise ValueError(f"a method needs a 'name' or a 'preset', got {dict(entry)!r:.60}")
-    base = build(preset, **(entry.get("params") or {}))
+    parameters = mapping(entry.get("params") or {}, f"'{preset}': params")
+    base = build(preset, **{str(key): value for key, value in parameters.items()})
     given = {key: entry[key] for key in ENTRY_KEYS[3:] if key in entry}
     if not given:
         return base

@@ -181,8 +181,7 @@ class Decoding(BaseModel):
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     n: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
     stream: bool | None = False
-    method: Misplaced = None
-    params: Misplaced = None
+    method: Misplaced = None  # clients send ``params`` of their own
     strip: Misplaced = None
     stream_options: StreamOptions | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=512)] | None = None

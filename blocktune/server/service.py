@@ -40,8 +40,6 @@ from blocktune.server.schemas import (
 
 _LOG = logging.getLogger(__name__)
 MOST_BLANKS = 64
-COLDEST = 1e-4
-"""Lowest temperature that is drawn with; below it, logits overflow, and the limit is greedy."""
 CHARACTERS = 32
 """Characters of a token at most, for refusing long texts before they are tokenised."""
 WITHOUT_CHUNKS = "prefix-cache"
@@ -305,9 +303,8 @@ class Service:
             taken = max(taken, int(prompt.layout.position.max()) + 1)
             new_tokens = min(limits.default_new_tokens, limits.new_tokens)
             new_tokens = min(new_tokens, prompts.max_tokens - taken)
-        warmth = body.temperature if (body.temperature or 0) >= COLDEST else 0.0
-        kept = max(0, body.top_k or 0), body.top_p or 1.0
-        settings = new_tokens, Sampling(warmth, *kept, body.seed), body.n or 1, body.stops
+        warmth = body.temperature or 0.0, max(0, body.top_k or 0), body.top_p or 1.0
+        settings = new_tokens, Sampling(*warmth, body.seed), body.n or 1, body.stops
         return Job(
             served.engine,
             method=method,

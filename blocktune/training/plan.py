@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
@@ -259,5 +260,5 @@ def print_plan(plan: dict[str, str], console: Console | None = None) -> None:
     """Prints the plan as a table."""
     table = Table("", "", title="training plan", show_header=False, title_justify="left")
     for row in plan.items():
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     (console or SteadyConsole()).print(table)

@@ -116,7 +116,11 @@ def parse(argv: Sequence[str]) -> tuple[DataArgs, BlockSFTConfig, ModelConfig]:
         close = difflib.get_close_matches(name.lstrip("-"), known, n=1)
         hint = f"did you mean '{close[0]}'?" if close else "see blocktune train --help-all"
         raise ValueError(f"unknown key or option '{name.lstrip('-')}'; {hint}")
-    return tuple(parser.parse_args_into_dataclasses(rest))
+    data, args, choice = parser.parse_args_into_dataclasses(rest)
+    if choice.model_name_or_path and choice.model_revision == "main":  # TRL's default
+        choice.model_name_or_path, inside = load.pinned(choice.model_name_or_path)
+        choice.model_revision = inside or "main"
+    return data, args, choice
 
 
 def train(

@@ -71,7 +71,7 @@ def test_a_store_records_what_replay_reads(tmp_path):
         ("[1]\n", "line 1: not a JSON"),
         ('{"a": 1}\n', "neither of a store"),
         ("\x80", "utf-8"),
-        ('{"hash_ids": [1], "input_length": null}\n', "NoneType"),
+        ('{"hash_ids": [1], "input_length": null}\n', "TypeError"),
         ('{"hash_ids": [], "input_length": 9}\n', "an empty trace"),
         ('{"op": "get", "key": "a"}\n', "bytes"),
         ('{"op": "put", "key": "a"}\n', "an empty trace"),

@@ -102,13 +102,14 @@ def test_stat_shows_exact_prefixes(blocktune, folder, asked):
 
 def test_ls_and_show_name_every_chunk(blocktune, folder, asked):
     states = ChunkStates(CHUNKS[0].keys[0][0], 3, CHUNKS[0].token_ids, MODEL)
-    ChunkStore(folder=folder).put(states_key(KEYS[0], 3), states)
+    ChunkStore(folder=folder).put(states_key(KEYS[0], 3), states, document="two\nlines")
     lines = blocktune("store", "ls", folder, "--json").stdout.splitlines()
     records = {record["key"]: record for record in map(json.loads, lines)}
     assert records.keys() == {*KEYS, states_key(KEYS[0], 3)}
     assert records[KEYS[2]]["fingerprint"] == OTHER_MODEL
     assert {r["kind"] for r in records.values()} == {CHUNKS[0].kind, "states"}
     assert len(blocktune("store", "ls", folder, "--model", "cdcdcd").stdout.splitlines()) == 1
+    assert blocktune("store", "ls", folder).stdout.count("\n") == 4  # one each
     shown = asked("show", KEYS[1][:10])
     assert shown["token_ids"] == CHUNKS[1].token_ids.tolist()
     assert (shown["sound"], shown["signed"]) == (True, False)

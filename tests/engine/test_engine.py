@@ -148,6 +148,8 @@ def test_sampling_draws_from_the_nucleus_and_the_top_tokens_alone(options, kept)
     logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
     pick = Sampling(temperature=1.0, **options).picker(logits.device, [0])
     assert {int(pick(logits)) for _ in range(100)} == kept
+    tiny = Sampling(temperature=1e-45, **options).picker(logits.device, [0])
+    assert int(tiny(logits)) == 0
 
 
 def test_sampling_does_not_depend_on_the_batches_and_draws_anew_for_every_request(engine):

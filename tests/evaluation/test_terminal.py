@@ -10,8 +10,10 @@ from rich.console import Console
 
 from blocktune.evaluation.report.charts import draw_results
 from blocktune.evaluation.report.terminal import results_table
+from blocktune.evaluation.runner import progress_bars
 from blocktune.evaluation.stats.compare import findings, power_notes
 from blocktune.evaluation.stats.results import build_results
+from blocktune.tables import Table
 
 SCHEMA = {
     "em",
@@ -89,6 +91,16 @@ def test_no_column_of_the_table_is_cut(width):
     numbers = " ".join(" ".join(line[1:]) for line in lines if line[0] == "kvlink")
     assert numbers == "97.0 ±4 92.0 ±5 79.0 ±8 76.0 ±8 98.6 0 % 12.0 0.30x 95 %"
     assert set(METHODS) <= {line[0] for line in lines}
+
+
+def test_names_in_brackets_are_no_markup():
+    console = Console(width=80, record=True, file=io.StringIO())
+    names = ("[bold]x", "a[k]b", "t[x]", "n[/y]", "m[z]")
+    Table((names[4], "n"), [(names[0], "1"), (names[1], "2")], names[2], names[3]).show(console)
+    with progress_bars(console) as bars:
+        bars.add_task("l[w]")
+    text = console.export_text()
+    assert [name for name in (*names, "l[w]") if name not in text] == []
 
 
 def test_findings_say_gaps_with_intervals_and_what_is_chance():

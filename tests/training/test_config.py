@@ -37,6 +37,9 @@ def test_the_command_line_overrides_the_yaml(tmp_path):
     path = write_run(tmp_path, num_links=3)
     args = parse(["--config", str(path), "--num_links", "1"])[1]
     assert args.num_links == 1
+    for pinned in (["me/x@v1"], ["me/x", "--model_revision", "v1"]):
+        model = parse(["--config", str(path), "--model_name_or_path", *pinned])[2]
+        assert (model.model_name_or_path, model.model_revision) == ("me/x", "v1")
 
 
 def test_a_source_that_is_typed_replaces_the_kind_that_the_yaml_names(tmp_path):

@@ -46,8 +46,9 @@ def run_and_show(
     console = Console()
     results_table(results, title).show(console)
     for note in power_notes(results):
-        console.print(f"[dim]{note}[/dim]", highlight=False)
-    console.print(f"[dim]{output / RESULTS}  {picture}  {output / 'rows'}/[/dim]")
+        console.print(note, style="dim", markup=False, highlight=False)
+    places = f"{output / RESULTS}  {picture}  {output / 'rows'}/"
+    console.print(places, style="dim", markup=False)
     return results
 
 
