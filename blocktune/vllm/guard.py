@@ -44,7 +44,7 @@ def require_loadable(request: EngineCoreRequest, store: str | None) -> None:
     if view is None or view.config.remote is not None:
         return
     if missing := plan.missing(view.has):
-        view.ask_for(plan.fingerprint, [one.wanted for one in missing])
+        view.queue.add(plan.fingerprint, [one.wanted for one in missing])
         raise VLLMValidationError(
             f"{len(missing)} of {len(plan.segments)} segments are not in the store "
             f"'{view.place}'; encode them (`blocktune encode --follow`) and ask again"
