@@ -28,7 +28,7 @@ from blocktune.engine.prompts import PromptMaker, Request, as_request, built
 from blocktune.engine.recall import Recall
 from blocktune.engine.state import Auxiliaries, EngineState
 from blocktune.links import link_base
-from blocktune.methods import Method, default_method
+from blocktune.methods import Method
 from blocktune.methods.press import Press
 from blocktune.positions import load_fused
 from blocktune.prompt import Pieces, Prompt, PromptFormat
@@ -242,7 +242,7 @@ class Engine:
         not fit the model's context.
         """
         require_count("batch_size", batch_size, least=1)
-        method, sampling = self._built(method), sampling or Sampling()
+        method, sampling = built(method, self.prompts.trained), sampling or Sampling()
         started = time.perf_counter()
         examples = [as_request(example) for example in examples]
         pieces, prompts = self._read(examples, method, max_new_tokens)
@@ -283,7 +283,8 @@ class Engine:
         sampling: Sampling | None = None,
     ) -> Iterator[str]:
         """Yields an answer's text as it is made; the pieces join to `answer`'s text."""
-        method, sampling, example = self._built(method), sampling or Sampling(), as_request(example)
+        method, example = built(method, self.prompts.trained), as_request(example)
+        sampling = sampling or Sampling()
         asked = 0, self.prompts.pieces(example, method), example.question
         how = self.responses, self.state, method, (sampling, max_new_tokens)
         recall = Recall.of(*how, asked)
@@ -308,11 +309,8 @@ class Engine:
         tokens by it: without one the cache serves any. Raises ValueError if the method reshapes
         attention or needs a question, or as `answer` does.
         """
-        chunks = read_chunks(chunks)
-        return make_context(self.state, self.prompts, chunks, self._built(method), question)
-
-    def _built(self, method: str | Method | None) -> Method:
-        return default_method(self.prompts.trained) if method is None else built(method)
+        chunks, made = read_chunks(chunks), built(method, self.prompts.trained)
+        return make_context(self.state, self.prompts, chunks, made, question)
 
     def start(self, pieces: Sequence[Pieces], method: str | Method) -> Generation:
         """Serves prompts given as token pieces up to their first logits."""

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from blocktune.data.example import RagExample
 from blocktune.engine.encode import Encoder, Piece
 from blocktune.layout import Kind
-from blocktune.methods import Method, ServedModel, build
+from blocktune.methods import Method, ServedModel, build, default_method
 from blocktune.methods.press import Press
 from blocktune.prompt import Chunk, LayoutSpec, Pieces, Prompt, PromptFormat, encode
 from blocktune.prompt.pieces import chunk_ids, make_pieces, prefix_ids
@@ -43,9 +43,10 @@ def as_request(example: Request | Mapping[str, Any]) -> Request:
     return example
 
 
-def built(method: str | Method) -> Method:
-    """A method by its name, or the method itself; ValueError for anything else."""
-    made = build(method) if isinstance(method, str) else method
+def built(method: str | Method | None, trained: LayoutSpec | None = None) -> Method:
+    """A method by its name, or itself; None: what an adapter of that layout was trained for."""
+    made = default_method(trained) if method is None else method
+    made = build(made) if isinstance(made, str) else made
     if not isinstance(made, Method):
         raise ValueError(f"method must be a name or a Method, got {type(method).__name__}")
     return made
