@@ -180,9 +180,9 @@ class ChunkFile:
         with _readable():
             return self.kind.restore(self._header, empty, self.token_ids, self.fingerprint)
 
-    def verify(self, anew: bool = True) -> None:
-        """Reads every tensor, or those that this process has not verified; raises as `read`."""
-        self._proven = set() if anew else self._proven
+    def verify(self, force: bool = True) -> None:
+        """Reads every tensor; without ``force`` only those not verified yet; raises as `read`."""
+        self._proven = set() if force else self._proven
         for name in self._sums:
             if not self._is_proven(name):
                 self.read(name)
@@ -247,7 +247,7 @@ class FileKV(ChunkKV):
         """Of a verified file; the whole entry if it is coded."""
         if file.codec != "as-is":
             return file.entry()
-        file.verify(anew=False)
+        file.verify(force=False)
         return cls(file)
 
     def to(self, device: torch.device | str) -> FileKV:

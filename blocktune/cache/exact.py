@@ -134,7 +134,7 @@ class PrefixMatch:
 
     parts: Sequence[tuple[ExactKV, int]]  # where it is: runs, and how many of their tokens
     state: State | None  # of recurrent layers at this depth
-    overlap: int  # tokens in the tree: more than ``num_tokens`` if there is no state there
+    overlap: int  # matching tokens in the tree; ``num_tokens`` of them have a state to resume from
     disk_tokens: int  # those of ``num_tokens`` that were read from files
 
     @property

@@ -164,7 +164,7 @@ class ValkeyBlobs(Blobs):
         _reached(self._client.delete, self._key(name))
 
     def has(self, key: str) -> bool:
-        """See `Blobs.has`: asking is no use of the value."""
+        """See `Blobs.has`; it does not count as a use."""
         try:
             return bool(_reached(self._client.exists, self._key(relative_path(key))))
         except OSError:

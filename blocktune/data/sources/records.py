@@ -215,8 +215,8 @@ def _from_table(path: Path, kind: str) -> Iterator[Record]:
 def _unfolded(record: Record) -> Iterator[Record]:
     """A record, or those that it holds.
 
-    They are in a list beside which there is no passage, in columns, under the names of questions,
-    or nested as in SQuAD: articles, then questions.
+    A record may hold them in a list (unless it is a passage itself), in columns, keyed by question
+    id, or nested as in SQuAD: articles, then questions.
     """
     value = record.value if isinstance(record.value, Mapping) else {}
     lists = [key for key, one in value.items() if isinstance(one, list | dict)]
