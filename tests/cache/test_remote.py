@@ -11,7 +11,7 @@ import valkey_server
 from cache.made import MODEL, assert_same_chunk, made_chunk
 from valkey_server import free_port
 
-from blocktune.cache import ChunkStore, chunk_key, remote
+from blocktune.cache import ChunkStore, chunk_key, remote, tiers
 from blocktune.cache.config import StoreConfig
 from blocktune.cache.remote import open_remote
 from blocktune.cache.shelf import Shelf
@@ -27,6 +27,8 @@ def patience(request, monkeypatch):
     """A busy machine answers late; only where a time-out is tested it must be short."""
     if "out_of_reach" not in request.node.name:
         monkeypatch.setattr(remote, "TIMEOUT_S", 30.0)
+    else:
+        monkeypatch.setattr(tiers, "RETRY_S", 600.0)  # no second try, however slow the machine
 
 
 @pytest.fixture(scope="module")
@@ -195,16 +197,15 @@ def test_a_remote_out_of_reach_costs_one_wait_and_one_line(kind, silent, servers
             patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
             url = "s3://bucket/chunks"
         store = store_of(url, tmp_path)
-        started = time.monotonic()
         for key, kv in zip(KEYS, CHUNKS, strict=True):
             assert store.get(key, kv.token_ids, MODEL) is None
             store.put(key, kv)
             assert_same_chunk(store.get(key, kv.token_ids, MODEL), kv)
-        assert time.monotonic() - started < 8  # one wait, not one for every chunk
         store.flush()
     stats = store.stats()
     assert (stats.misses, stats.disk_hits, stats.rejected) == (4, 4, 0)
-    assert stats.tiers["remote"].failures >= 1
+    # One wait to read and one to write (on its own thread), not one for every chunk.
+    assert stats.tiers["remote"].failures in (1, 2)
     assert stats.tiers["remote"].unwritten == 4
     [record] = caplog.records
     assert "\n" not in record.getMessage()
