@@ -10,7 +10,7 @@ import re
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import astuple, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Self, TextIO
 
@@ -106,11 +106,11 @@ class StoreConfig:
     trace: Path | None = None  # file that gets a JSON line for every look-up and write
 
     def __post_init__(self):
-        places = self.folder is not None or self.remote is not None
-        if self.memory < 0 or (self.memory + self.cpu == 0 and not places):
-            raise ValueError(
-                f"a chunk store needs memory or a folder; got {self.memory} bytes, folder None"
-            )
+        if self.memory + self.cpu == 0 and self.place is None:
+            raise ValueError("a chunk store needs memory or a folder; got 0 bytes, folder None")
+        for name in ("memory", "cpu", "disk", "remote_bytes", "quota"):
+            if (size := getattr(self, name)) is not None and size < 0:
+                raise ValueError(f"{name} is a number of bytes, 0 or more; got {size}")
         if self.ttl is not None and self.ttl <= 0:
             raise ValueError(f"ttl must be more than 0 seconds, got {self.ttl}")
         for name, known in (("policy", POLICIES), ("codec", CODECS)):
@@ -194,32 +194,13 @@ class StoreStats:
     rejected: int = 0  # of them: damaged, forged, of other tokens or another model
     first_rejected: str = ""  # why the first was
     memory_bytes: int = 0
-    memory_chunks: int = 0
     tiers: dict[str, TierStats] = field(default_factory=dict)
 
     @property
-    def disk_hits(self) -> int:
-        """Hits in the folder or the remote."""
-        return self._sum("hits")
-
-    @property
-    def unwritten(self) -> int:
-        """Entries that the folder or the remote could not keep."""
-        return self._sum("unwritten")
-
-    @property
-    def disk_evictions(self) -> int:
-        """Entries that left the folder or the remote for others."""
-        return self._sum("evictions")
-
-    @property
-    def disk_bytes_written(self) -> int:
-        """Bytes of the files that were written."""
-        return self._sum("bytes_written")
-
-    def _sum(self, name: str) -> int:
-        tiers = (self.tiers[tier] for tier in ("disk", "remote") if tier in self.tiers)
-        return sum(getattr(tier, name) for tier in tiers)
+    def files(self) -> TierStats:
+        """Counters of the folder and the remote, added up."""
+        held = (astuple(self.tiers[name]) for name in ("disk", "remote") if name in self.tiers)
+        return TierStats(*map(sum, zip(*held, strict=True)))
 
 
 class Tracer:

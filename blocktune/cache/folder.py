@@ -23,7 +23,6 @@ from blocktune.files import sync
 WRITING = ".writing"
 """Folder inside a store for unfinished files: the same file system, so renaming is atomic."""
 _UNFINISHED = re.compile(r"\.[0-9a-f]{64}-[0-9a-f]{32}\.part")
-_UNFINISHED_BEFORE = re.compile(r"\.[0-9a-f]{64}-[a-z0-9_]{8}\.safetensors")  # of older versions
 _ABANDONED_S = 3600
 _MOST_BUFFERS = 1024
 """Of one call."""
@@ -228,9 +227,6 @@ def _lock(descriptor: int, how: int) -> bool | None:
 
 
 def _remove_unfinished(path: Path, old: bool) -> bool:
-    if _UNFINISHED_BEFORE.fullmatch(path.name) and old:
-        path.unlink()
-        return True
     if not _UNFINISHED.fullmatch(path.name):
         return False
     descriptor = _plain(path, os.O_RDWR | os.O_NONBLOCK)

@@ -257,7 +257,6 @@ class ChunkStore:
             return replace(
                 self._stats,
                 memory_bytes=sum(tier.ledger.size() for tier in self._memories),
-                memory_chunks=sum(len(tier.entries) for tier in self._memories),
                 tiers={t.name: replace(t.stats) for t in (*self._memories, *self._blobs)},
             )
 

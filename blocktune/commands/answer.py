@@ -193,7 +193,7 @@ def encode(
     who = f"process {processes.rank + 1} of {processes.count}: " if processes.count > 1 else ""
     report_encoded(report, kept, who)
     processes.wait()
-    if lost := kept.stats().unwritten:
+    if lost := kept.stats().files.unwritten:
         raise ValueError(
             f"{lost:,} chunks are not kept: they do not fit into the limits of --store '{store}' "
             "(disk, remote_bytes, quota); raise them"

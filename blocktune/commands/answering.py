@@ -189,9 +189,9 @@ def encoding_progress(shown: bool) -> Iterator[Callable[[int, int], None]]:
 def report_encoded(report: EncodeReport, store: ChunkStore, who: str) -> None:
     """Says how many chunks were encoded, and what could not be used; ``who`` opens the line."""
     stats, known = store.stats(), report.num_chunks - report.num_encoded
-    written = stats.disk_bytes_written
+    files, written = stats.files, stats.files.bytes_written
     each = f", {written / report.num_tokens / 1e3:,.1f} kB a token" if report.num_tokens else ""
-    if left := stats.disk_evictions:
+    if left := files.evictions:
         each += f"; {left:,} chunks left for them, to stay within its limits"
     typer.echo(
         f"{who}encoded {report.num_encoded:,} chunks ({report.num_tokens:,} tokens) in "
@@ -214,14 +214,15 @@ def report_store(store: ChunkStore, held: bool) -> None:
         return
     store.flush()
     stats = store.stats()
-    line = f"{stats.disk_hits:,} chunks read from {store.place}, {stats.misses:,} encoded now"
-    if held and stats.misses > stats.rejected and not stats.disk_hits:
+    files = stats.files
+    line = f"{files.hits:,} chunks read from {store.place}, {stats.misses:,} encoded now"
+    if held and stats.misses > stats.rejected and not files.hits:
         line += (
             "; the chunks in it are other passages, or of another model, adapter, dtype, "
             "quantisation or wording"
         )
-    if stats.unwritten:
-        line += f", {stats.unwritten:,} of them not kept: the store cannot be written"
+    if files.unwritten:
+        line += f", {files.unwritten:,} of them not kept: the store cannot be written"
     typer.echo(line, err=True)
     if problem := rejected(stats, store.place):
         typer.echo(problem, err=True)

@@ -273,9 +273,17 @@ def _copy(source: Shelf, target: Shelf, model: str, document: str, as_json: bool
             counts["copied"] += 1
             counts["bytes"] += len(data)
     for fingerprint in source.blobs.fingerprints():
-        record = source.blobs.manifest(fingerprint)
-        if whole in ("", fingerprint) and target.blobs.manifest(fingerprint) is None:
-            target.blobs.write_manifest(record)
+        if whole not in ("", fingerprint):
+            continue
+        try:
+            record = source.blobs.manifest(fingerprint)
+        except ValueError as error:  # the chunks are there all the same
+            typer.echo(f"manifest not copied: {error}", err=True)
+            continue
+        with suppress(ValueError):  # damaged: written again
+            if target.blobs.manifest(fingerprint) is not None:
+                continue
+        target.blobs.write_manifest(record)
     line = f"copied {counts['copied']:,} chunks ({_size(counts['bytes'])}) to {target.blobs.place}"
     line += f", {counts['there']:,} were there, {counts['unsound']:,} are not sound and stayed"
     _say(counts, as_json, f"{line} behind")

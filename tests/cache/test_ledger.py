@@ -206,7 +206,7 @@ def test_an_index_that_is_a_link_is_not_followed(folder, tmp_path_factory):
     limited = store_of(folder, disk=10**9)
     limited.discard(KEYS[0])
     limited.put(KEYS[0], CHUNKS[0])
-    assert (KEYS[0] in limited, limited.stats().unwritten) == (False, 1)
+    assert (KEYS[0] in limited, limited.stats().files.unwritten) == (False, 1)
 
 
 def test_files_that_the_index_does_not_know_are_found_by_use_and_by_gc(folder):

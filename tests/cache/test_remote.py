@@ -148,6 +148,21 @@ def test_export_and_import_copy_what_is_sound(blocktune_json, url, tmp_path):
     assert_same_chunk(new.get(KEYS[1], CHUNKS[1].token_ids, MODEL), CHUNKS[1])
 
 
+def test_a_damaged_manifest_stays_behind_and_is_replaced_by_a_sound_one(blocktune_json, tmp_path):
+    places = [tmp_path / name for name in ("here", "there")]
+    blobs = []
+    for place in places:
+        store_of(None, place).put(KEYS[1], CHUNKS[1])
+        blobs.append(Shelf.open(str(place)).blobs)
+    (places[0] / "manifests").mkdir()
+    (places[0] / "manifests" / f"{MODEL}.json").write_text("{")
+    assert blocktune_json("store", "export", *places)["there"] == 1
+    assert blobs[1].manifest(MODEL) is None
+    blobs[1].write_manifest({"fingerprint": MODEL})
+    blocktune_json("store", "import", *places)
+    assert blobs[0].manifest(MODEL) == {"fingerprint": MODEL}
+
+
 @pytest.fixture
 def blocktune_json():
     import json
@@ -203,7 +218,7 @@ def test_a_remote_out_of_reach_costs_one_wait_and_one_line(kind, silent, servers
             assert_same_chunk(store.get(key, kv.token_ids, MODEL), kv)
         store.flush()
     stats = store.stats()
-    assert (stats.misses, stats.disk_hits, stats.rejected) == (4, 4, 0)
+    assert (stats.misses, stats.files.hits, stats.rejected) == (4, 4, 0)
     # One wait to read and one to write (on its own thread), not one for every chunk.
     assert stats.tiers["remote"].failures in (1, 2)
     assert stats.tiers["remote"].unwritten == 4

@@ -9,6 +9,7 @@ import torch
 from cache.made import MODEL, OTHER_MODEL, assert_same_chunk, made_chunk
 
 from blocktune.cache import ChunkStore, chunk_key
+from blocktune.cache.config import StoreConfig
 from blocktune.cache.folder import chunk_path
 
 IDS = range(5)
@@ -30,7 +31,7 @@ def test_memory_hit_and_miss_are_counted():
     assert_same_chunk(found.kv, CHUNK)
     stats = store.stats()
     memory = stats.tiers["memory"]
-    assert (memory.hits, stats.disk_hits, stats.misses, stats.rejected) == (1, 0, 1, 0)
+    assert (memory.hits, stats.files.hits, stats.misses, stats.rejected) == (1, 0, 1, 0)
     assert (memory.bytes_read, stats.memory_bytes) == (CHUNK.num_bytes, CHUNK.num_bytes)
 
 
@@ -47,7 +48,7 @@ def test_a_folder_gives_every_bit_back_to_another_store(tmp_path, dtype):
     assert torch.signbit(found.kv.keys[0][0, 0, 1])
     assert store.lookup(KEY, IDS, MODEL).tier == "memory"  # promoted
     stats = store.stats()
-    assert (stats.disk_hits, stats.tiers["memory"].hits, stats.misses) == (1, 1, 0)
+    assert (stats.files.hits, stats.tiers["memory"].hits, stats.misses) == (1, 1, 0)
     assert stats.tiers["disk"].bytes_read == chunk.num_bytes
 
 
@@ -80,7 +81,7 @@ def test_evicted_chunks_are_read_again_from_the_folder(tmp_path):
     assert len(store) == 3
     for key, kv in zip(keys_of(chunks), chunks, strict=True):
         assert_same_chunk(store.get(key, kv.token_ids, MODEL), kv)
-    assert store.stats().memory_chunks == 1
+    assert len(store.held()) == 1
 
 
 def test_a_chunk_larger_than_memory_lives_in_the_folder_or_is_refused(tmp_path):
@@ -191,8 +192,9 @@ def test_a_store_needs_a_place_it_can_use(tmp_path):
         assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="needs memory or a folder; got 0 bytes, folder None"):
         ChunkStore(max_bytes=0)
-    with pytest.raises(ValueError, match="got -1 bytes"):
-        ChunkStore(max_bytes=-1, folder=tmp_path)
+    for name in ("memory", "cpu", "disk", "remote_bytes", "quota"):
+        with pytest.raises(ValueError, match=f"{name} is a number of bytes.*got -1"):
+            StoreConfig(**{"folder": tmp_path, name: -1})
     assert file.read_text() == "not a folder"
 
 
@@ -227,6 +229,6 @@ def test_threads_share_one_store(tmp_path):
         thread.join()
     assert failures == []
     stats = store.stats()
-    assert stats.tiers["memory"].hits + stats.disk_hits + stats.misses == 6 * 40
-    assert (stats.rejected, stats.memory_chunks) == (0, 3)
+    assert stats.tiers["memory"].hits + stats.files.hits + stats.misses == 6 * 40
+    assert (stats.rejected, len(store.held())) == (0, 3)
     assert stats.memory_bytes == 3 * chunks[0].num_bytes

@@ -70,7 +70,7 @@ def test_a_store_that_cannot_be_written_serves_what_it_holds(
         assert found(store, OTHER_KEY, OTHER) is None
     store.discard(KEY)
     stats = store.stats()
-    assert (stats.unwritten, stats.disk_hits, stats.misses, stats.rejected) == (3, 3, 3, 0)
+    assert (stats.files.unwritten, stats.files.hits, stats.misses, stats.rejected) == (3, 3, 3, 0)
     [record] = caplog.records
     assert os.strerror(number) in record.getMessage()
     assert str(tmp_path) in record.getMessage()
@@ -81,7 +81,7 @@ def test_a_folder_that_cannot_be_made_leaves_the_memory(tmp_path, broken, caplog
     store = ChunkStore(folder=tmp_path / "new" / "store")
     store.put(KEY, CHUNK)
     assert_same_chunk(found(store), CHUNK)
-    assert (len(store), store.stats().unwritten, len(caplog.records)) == (1, 1, 1)
+    assert (len(store), store.stats().files.unwritten, len(caplog.records)) == (1, 1, 1)
 
 
 def test_writing_goes_on_when_the_disk_has_room_again(tmp_path, broken, monkeypatch):
@@ -91,7 +91,7 @@ def test_writing_goes_on_when_the_disk_has_room_again(tmp_path, broken, monkeypa
         store.put(KEY, CHUNK)
     monkeypatch.undo()
     store.put(KEY, CHUNK)  # too early
-    assert (found(store), store.stats().unwritten) == (None, 2)
+    assert (found(store), store.stats().files.unwritten) == (None, 2)
     now = store_module.time.monotonic()
     monkeypatch.setattr(store_module.time, "monotonic", lambda: now + tiers.RETRY_S + 1)
     store.put(KEY, CHUNK)
@@ -115,7 +115,7 @@ def test_a_disk_that_fills_while_writing_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     store.put(KEY, CHUNK)
-    assert store.stats().unwritten == 1
+    assert store.stats().files.unwritten == 1
     assert list((tmp_path / WRITING).iterdir()) == []
     assert KEY not in store
 
@@ -172,7 +172,7 @@ def test_what_is_no_file_of_the_store_is_a_miss_and_stays(tmp_path, caplog, kind
     assert found(store) is None
     store.discard(KEY)
     assert len(store) == 0
-    assert (store.stats().rejected, store.stats().unwritten) == (2, 1)
+    assert (store.stats().rejected, store.stats().files.unwritten) == (2, 1)
     after = seen(tmp_path)
     assert before.keys() == after.keys()
     assert all(before[p].st_ino == after[p].st_ino for p in before)
@@ -195,7 +195,7 @@ def test_a_linked_folder_of_unfinished_files_is_never_cleared_or_written(tmp_pat
     store = open_store(folder)
     store.put(KEY, CHUNK)
     assert sorted(p.name for p in foreign.iterdir()) == sorted(names)
-    assert store.stats().unwritten == 1
+    assert store.stats().files.unwritten == 1
     assert len(caplog.records) == 1
 
 
@@ -204,11 +204,10 @@ def test_opening_removes_only_what_stopped_writers_left(tmp_path):
     writing = tmp_path / WRITING
     left = writing / f".{KEY}-{'0' * 32}.part"
     live = writing / f".{KEY}-{'1' * 32}.part"
-    before, young = (writing / f".{KEY}-{n}.safetensors" for n in ("abcd_123", "abcd_124"))
     foreign = [writing / "precious", writing / f".{KEY}.part", writing / "notes.safetensors"]
-    for file in (left, live, before, young, *foreign):
+    for file in (left, live, *foreign):
         file.write_text("half")
-    for file in (live, before, *foreign):
+    for file in (live, *foreign):
         os.utime(file, (0, 0))
     link, folder = writing / f".{KEY}-{'2' * 32}.part", writing / f".{KEY}-{'3' * 32}.part"
     link.symlink_to(foreign[0])
@@ -216,7 +215,7 @@ def test_opening_removes_only_what_stopped_writers_left(tmp_path):
     with live.open("rb") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         assert len(open_store(tmp_path)) == 1
-        kept = {live, young, *foreign, link, folder}
+        kept = {live, *foreign, link, folder}
         assert set(writing.iterdir()) == kept
     open_store(tmp_path)
     assert set(writing.iterdir()) == kept - {live}

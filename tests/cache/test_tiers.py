@@ -29,7 +29,7 @@ def test_what_leaves_the_device_goes_to_the_host_and_comes_back():
     assert [tier_of(store, n) for n in (4, 1)] == ["memory", "memory"]
     assert tier_of(store, 3) == "cpu"  # it made room for 1
     stats = store.stats()
-    assert (stats.memory_chunks, stats.memory_bytes) == (4, 4 * SIZE)
+    assert (len(store.held()), stats.memory_bytes) == (4, 4 * SIZE)
     assert (stats.tiers["memory"].hits, stats.tiers["cpu"].hits) == (3, 2)
     assert stats.tiers["cpu"].bytes_read == 2 * SIZE
     assert tier_of(store, 0) == "none"

@@ -37,7 +37,7 @@ def write_within(folder):
         store.put(chunk_key(MODEL, kv.token_ids), kv)
         store.get(chunk_key(MODEL, kv.token_ids), kv.token_ids, MODEL)
     stats = store.stats()
-    assert (stats.unwritten, stats.rejected) == (0, 0)
+    assert (stats.files.unwritten, stats.rejected) == (0, 0)
 
 
 def die_in_the_middle(folder):
