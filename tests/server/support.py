@@ -55,7 +55,7 @@ def refused(response, status: int, *words: str) -> None:
 
 
 def wait_until(condition) -> None:
-    for _ in range(1000):
+    for _ in range(6000):
         if condition():
             return
         time.sleep(0.01)

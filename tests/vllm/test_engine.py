@@ -180,11 +180,16 @@ def test_a_request_that_is_alone_is_loaded_beside_its_forward_pass(llm, engine, 
     worker, order, before = connector(llm), [], counter(llm, "vllm:blocktune_layered")
     fill, waited = worker._fill, worker.wait_for_layer
 
+    alone = True
+
     def slowly(*args):
         for name in fill(*args):
             order.append(("written", name))
             yield name
-            time.sleep(0.05)
+            deadline = time.monotonic() + 60
+            while alone and ("waited", name) not in order:
+                assert time.monotonic() < deadline, "the forward pass never waited for this layer"
+                time.sleep(0.001)
 
     monkeypatch.setattr(worker, "_fill", slowly)
     monkeypatch.setattr(
@@ -195,6 +200,7 @@ def test_a_request_that_is_alone_is_loaded_beside_its_forward_pass(llm, engine, 
     assert order[: 2 * len(names)] == [(did, n) for n in names for did in ("written", "waited")]
     forget(llm)
     order.clear()
+    alone = False
     llm.answer([example, *questions(15, 1)], max_new_tokens=1)
     assert [did for did, _ in order[: len(names)]] == ["written"] * len(names)
     assert counter(llm, "vllm:blocktune_layered") == before + 1
