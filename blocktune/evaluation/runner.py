@@ -17,13 +17,17 @@ from rich.console import Console
 from rich.progress import Progress
 
 from blocktune.data import RagExample
+from blocktune.engine.encode import wanted_pieces
+from blocktune.engine.engine import Engine
+from blocktune.engine.usage import Stopwatch
 from blocktune.evaluation.fidelity import measure_fidelity
-from blocktune.evaluation.prepare import Load, Ready, TaskQuestion, load_engine, prepare
+from blocktune.evaluation.prepare import Load, Ready, load_engine, prepare
 from blocktune.evaluation.rows import ROWS, Row, RowFile, code_digest, digest_of, make_row, row_key
 from blocktune.evaluation.stats.results import RESULTS, build_results
 from blocktune.evaluation.suite import MethodSpec, Suite
 from blocktune.evaluation.ttft import TtftSummary, measure_ttft
 from blocktune.files import locked, replace_json
+from blocktune.methods import Cached, Method
 from blocktune.parsing import load_json
 from blocktune.provenance import hardware, provenance, versions
 
@@ -85,7 +89,7 @@ def run_suite(
     """Answers, times and scores; a stopped run resumes.
 
     Rows do not depend on where a run was stopped nor on how many processes share it: batches are
-    always the same ones, and each is answered from empty caches.
+    always the same ones, and caches hold no more than the chunks of the batch.
 
     Args:
         suite: What to run.
@@ -147,47 +151,86 @@ def _open(ready: Ready, spec: MethodSpec, output: Path, processes: Processes) ->
 def _answer_all(
     ready: Ready, files: Mapping[str, RowFile], processes: Processes, progress: Progress
 ) -> None:
-    methods = ready.suite.methods
-    work = [_missing(ready, files[spec.label], processes) for spec in methods]
-    whole = progress.add_task("all methods", total=sum(len(b) for own in work for b in own))
-    for spec, batches in zip(methods, work, strict=True):
-        bar = progress.add_task(spec.label, total=sum(map(len, batches)))
-        for batch in batches:
-            files[spec.label].append(_answer_batch(ready, spec, batch))
+    """Answers batch by batch, each by all methods: they share chunks, and a stopped run is even."""
+    work, chunks = processes.share(_missing(ready, files)), _BatchChunks()
+    bar = progress.add_task("", total=sum(len(batch) * len(specs) for batch, specs in work))
+    for batch, specs in work:
+        for spec in specs:
+            progress.update(bar, description=spec.label)
+            files[spec.label].append(_answer_batch(ready, spec, batch, files[spec.label], chunks))
             progress.advance(bar, len(batch))
-            progress.advance(whole, len(batch))
 
 
 def _answer_batch(
-    ready: Ready, spec: MethodSpec, batch: Sequence[tuple[str, TaskQuestion]]
+    ready: Ready, spec: MethodSpec, batch: range, file: RowFile, chunks: _BatchChunks
 ) -> list[Row]:
-    task, examples = batch[0][1].task, [question.example for _, question in batch]
+    questions = [ready.questions[index] for index in batch]
+    task, examples = questions[0].task, [question.example for question in questions]
     engine, method = ready.engine(spec, task), ready.methods[spec.label]
-    engine.forget()  # what other questions left in the caches must not show in a row
+    chunks.encode(engine, method, examples)
     answers = engine.answer(
         examples, method, max_new_tokens=task.max_new_tokens, batch_size=len(examples)
     )
     return [
-        make_row(key, task, question.example, question.name, answer, engine, method)
-        for (key, question), answer in zip(batch, answers, strict=True)
+        make_row(file.keys[index], task, question.example, question.name, answer, engine, method)
+        for index, question, answer in zip(batch, questions, answers, strict=True)
     ]
 
 
-def _missing(
-    ready: Ready, file: RowFile, processes: Processes
-) -> Sequence[list[tuple[str, TaskQuestion]]]:
-    """This process's share of the batches that are not answered yet.
+class _BatchChunks:
+    """Encodes the chunks of a batch once for all methods that reuse the same ones.
+
+    No row depends on what earlier questions or methods left in the caches: they are emptied, unless
+    they hold exactly what the method would encode.
+    """
+
+    def __init__(self):
+        self._held: tuple | None = None
+
+    def encode(self, engine: Engine, method: Method, examples: Sequence[RagExample]) -> None:
+        """Fills the engine's store with what the method reuses, or empties its caches."""
+        encoder, store = engine.state.encoder, engine.store
+        makes_own = method.history or method.loader(store, engine.fingerprint)
+        if method.cached is Cached.NOTHING and not makes_own:
+            return
+        if method.cached is not Cached.CHUNKS or makes_own:
+            engine.forget()
+            self._held = None
+            return
+        laid = [engine.lay_out(engine.prompts.pieces(one, method), method) for one in examples]
+        laid.sort(key=lambda prompt: len(prompt.input_ids))  # as `Engine.answer` does
+        pieces = [piece for prompt in laid for piece in wanted_pieces(prompt)]
+        layers = method.select_for(engine.state.num_layers).widens(engine.state.num_layers)
+        wanted = store, engine.fingerprint, pieces, tuple(layers)
+        if self._held != wanted:
+            engine.forget()
+            encoder.find(pieces, Stopwatch(engine.model.device), layers)
+            self._held = wanted
+        if any(encoder.key(piece) not in store for piece in pieces):  # too much for its memory
+            engine.forget()
+            self._held = None
+
+
+def _missing(ready: Ready, files: Mapping[str, RowFile]) -> list[tuple[range, list[MethodSpec]]]:
+    """Batches, as indices of questions, and the methods that have not answered them yet.
 
     Batches hold one task and are always the same ones, so that a resumed run repeats whole ones.
+    Methods of one adapter follow each other.
     """
-    keyed = zip(file.keys, ready.questions, strict=True)
-    batches = [
-        own[start : start + ready.suite.batch_size]
-        for _, same in groupby(keyed, key=lambda item: item[1].task.name)
-        for own in [list(same)]
-        for start in range(0, len(own), ready.suite.batch_size)
-    ]
-    return processes.share([b for b in batches if not all(key in file for key, _ in b)])
+    specs = sorted(ready.suite.methods, key=lambda spec: list(ready.engines).index(spec.adapter))
+    found, start = [], 0
+    for _, same in groupby(ready.questions, key=lambda question: question.task.name):
+        stop = start + len(list(same))
+        for first in range(start, stop, ready.suite.batch_size):
+            batch = range(first, min(first + ready.suite.batch_size, stop))
+            left = [
+                spec
+                for spec in specs
+                if any(files[spec.label].keys[index] not in files[spec.label] for index in batch)
+            ]
+            found += [(batch, left)] if left else []
+        start = stop
+    return found
 
 
 def _time_all(

@@ -9,6 +9,7 @@ from tiny_tokenizer import build_tokenizer
 
 from blocktune.data import load_examples, write_jsonl
 from blocktune.engine import Engine
+from blocktune.engine.encode import Encoder
 from blocktune.evaluation.runner import run_suite
 from blocktune.evaluation.suite import parse_suite
 from blocktune.files import locked
@@ -88,6 +89,27 @@ def test_a_stopped_run_goes_on_and_ends_the_same(whole, tmp_path):
     for path in (whole[0] / "rows").iterdir():
         assert (tmp_path / "rows" / path.name).read_text() == path.read_text()
     assert _scores(results) == _scores(whole[1])
+
+
+def test_methods_share_the_chunks_of_a_batch_and_no_row_depends_on_their_order(
+    tmp_path, monkeypatch
+):
+    encoded = []
+    encode = Encoder._encode_together
+    monkeypatch.setattr(
+        Encoder, "_encode_together", lambda *args: encoded.append(args[1]) or encode(*args)
+    )
+    labels = ["naive", "epic", "cache-craft", "full-prefill", "prefix-cache", "link0", "cacheblend"]
+    counts = {}
+    for name, methods in {"": labels, "turned": labels[::-1], "two": labels[:2]}.items():
+        encoded.clear()
+        run(tmp_path / name, make_engine(), methods=methods, ttft={"num": 0})
+        counts[name] = sum(map(len, encoded))
+    for label in labels:
+        rows = [tmp_path / name / f"rows/{label}.jsonl" for name in ("", "turned")]
+        assert rows[0].read_text() == rows[1].read_text()
+    prefixes = 3  # one of each batch
+    assert counts["two"] == prefixes + sum(len(one.chunks) for one in load_examples(SOURCE))
 
 
 def test_a_finished_run_computes_nothing_again(whole, tmp_path):
