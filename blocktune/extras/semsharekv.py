@@ -135,21 +135,21 @@ class FuzzyHistory(PromptHistory):
     ) -> list[Ids] | None:
         from blocktune.cache import key_after
 
-        known = References.of(store, fingerprint)
-        nearest = known.nearest(pieces, model) if pieces.chunks else None
+        earlier = References.of(store, fingerprint)
+        nearest = earlier.nearest(pieces, model) if pieces.chunks else None
         if nearest is None or nearest[0] < self.threshold:
             return None
         _, prompt, match = nearest
         record = store.get(*record_query(prompt, fingerprint))
         if record is None:  # evicted
-            known.prompts.pop(prompt, None)
+            earlier.prompts.pop(prompt, None)
             return None
         contexts, start = [], len(pieces.prefix)
         for index, chunk in enumerate(pieces.chunks):
             # The tokens before it: the chunk is encoded after them if it is not built in time.
             before = pieces._replace(chunks=pieces.chunks[:index]).context or chunk[:1]
             make = partial(assemble, record, match, chunk, start, model)
-            known.keep(known.waiting, key_after(fingerprint, chunk, before), make, MOST)
+            earlier.keep(earlier.waiting, key_after(fingerprint, chunk, before), make, MOST)
             contexts.append(before)
             start += len(chunk)
         return contexts
@@ -160,7 +160,7 @@ class FuzzyHistory(PromptHistory):
         from blocktune.cache.records import Record, keep
         from blocktune.layout import GLOBAL
 
-        known = References.of(store, fingerprint)
+        earlier = References.of(store, fingerprint)
         for index, prompt in enumerate(batch.pieces):
             ids = prompt.context
             if not prompt.chunks or (batch.columns.group[index, : len(ids)] != GLOBAL).any():
@@ -169,7 +169,7 @@ class FuzzyHistory(PromptHistory):
             data = tuple(t[index, :, : len(ids)].clone() for kind in zip(*states) for t in kind)  # noqa: B905
             record = Record(data, torch.tensor(ids), fingerprint)
             if keep(store, record_query(ids, fingerprint)[0], record):
-                known.keep(known.prompts, ids, known.prompts.get(ids), self.references)
+                earlier.keep(earlier.prompts, ids, earlier.prompts.get(ids), self.references)
 
 
 @register("semsharekv")

@@ -137,10 +137,10 @@ def _parameters(term: re.Match, cls: type) -> dict[str, Any]:
     refuse_doubles(f"'{term['name']}':", [key for key, *_ in pairs], "give it once")
     parameters = {key: parse_yaml(value, key) for key, _, value in pairs}
     if term["number"] and not term["percent"]:
-        known = [field.name for field in fields(cls)]
-        if not known:
+        names = [field.name for field in fields(cls)]
+        if not names:
             raise ValueError(f"'{term['name']}' takes no parameters, got '{term[0]}'")
-        parameters = {known[0]: parse_yaml(term["number"], known[0])} | parameters
+        parameters = {names[0]: parse_yaml(term["number"], names[0])} | parameters
     return parameters
 
 

@@ -29,13 +29,13 @@ class Press:
 
     def __init__(self, text: str):
         name, _, ratio = text.partition(":")
-        known = _presses()
-        if name not in known or not ratio.replace(".", "", 1).isdigit() or not float(ratio) < 1:
+        presses = _presses()
+        if name not in presses or not ratio.replace(".", "", 1).isdigit() or not float(ratio) < 1:
             raise ValueError(
                 f"a press is NAME:RATIO with a ratio of keys to drop in [0, 1) and a name of "
-                f"{', '.join(sorted(known))}; got '{text}'"
+                f"{', '.join(sorted(presses))}; got '{text}'"
             )
-        self.text, self._press = text, known[name](compression_ratio=float(ratio))
+        self.text, self._press = text, presses[name](compression_ratio=float(ratio))
 
     def count(self, num_tokens: int) -> int:
         """Number of keys that remain of a chunk; one too short to score is kept whole."""

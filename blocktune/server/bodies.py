@@ -201,7 +201,7 @@ class ChatBodies(Bodies):
 
         return {
             "content": [
-                entry(one.token, one.logprob) | {"top_logprobs": [entry(*top) for top in one.top]}
-                for one in logs
+                entry(log.token, log.logprob) | {"top_logprobs": [entry(*top) for top in log.top]}
+                for log in logs
             ]
         }

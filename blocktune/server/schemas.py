@@ -63,7 +63,7 @@ def read_body(kind: type[T], body: bytes, most: int) -> T:
         return kind.model_validate_json(body)
     except ValidationError as error:
         errors = error.errors(include_url=False, include_input=False, include_context=False)
-    deepest = max(errors, key=lambda one: len(one["loc"]))  # of the alternative that fits best
+    deepest = max(errors, key=lambda item: len(item["loc"]))  # of the alternative that fits best
     path = ".".join(part for part in map(str, deepest["loc"]) if not _FORM.fullmatch(part))[:200]
     message = deepest["msg"].removeprefix("Value error, ")
     raise WrongField(" ".join((f"{path}: {message}" if path else message).split()), path or None)
@@ -248,7 +248,7 @@ class CompletionRequest(Decoding):
     @classmethod
     def _take_the_only_one(cls, value: Any) -> Any:
         """Unwraps a list of one prompt, which many clients send."""
-        if not isinstance(value, list) or not all(isinstance(one, (str, list)) for one in value):
+        if not isinstance(value, list) or not all(isinstance(item, (str, list)) for item in value):
             return value
         if len(value) != 1:
             raise ValueError(f"must be one prompt, got {len(value)}; send a request for each")

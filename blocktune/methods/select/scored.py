@@ -70,8 +70,7 @@ class QueryAttention(Scored):
         return QueryScores(self.over, self.pool, self.positions, depth)
 
     def spends(self, num_layers: int) -> float | None:
-        known = {0.0: 0.0, 1.0: 1.0}.get(self.ratio)
-        return known if self.fuse == "each" else self.ratio
+        return {0.0: 0.0, 1.0: 1.0}.get(self.ratio) if self.fuse == "each" else self.ratio
 
     def begin(self, layout: Layout, passes: Passes) -> Tensor:
         every = passes.query_attention(self._how)
