@@ -31,7 +31,7 @@ def require_loadable(request: EngineCoreRequest, store: str | None) -> None:
     wants_logprobs = params.prompt_logprobs is not None
     if wants_logprobs or getattr(params, "prompt_logprob_token_ids", None) is not None:
         raise VLLMValidationError(
-            "prompt_logprobs is not supported for a prompt from cached chunks; leave it out, or "
+            "prompt_logprobs cannot be computed for a prompt from cached chunks; leave it out, or "
             "send the prompt without documents"
         )
     if params.skip_reading_prefix_cache:
