@@ -1,4 +1,4 @@
-"""FusionRAG: each chunk is encoded after the known chunks that are most like it."""
+"""FusionRAG: each chunk is encoded after the known chunks that are most similar to it."""
 
 from __future__ import annotations
 
@@ -26,49 +26,49 @@ if TYPE_CHECKING:
     from blocktune.prompt import Pieces
 
 Ids = tuple[int, ...]
-MOST = 4096  # chunks that are remembered; the one that was not asked for the longest leaves first
+MOST = 4096  # chunks that are remembered; the least recently requested is dropped first
 
 
 class KnownChunks:
-    """The chunks that a store was asked for in this process: the knowledge base, as far as known.
+    """The chunks that this process has requested of a store: the known part of the knowledge base.
 
-    Likeness counts the tokens that two chunks share, each by ``log(1 + chunks / chunks with it)``,
-    over the root of the product of their numbers of different tokens.
+    Two chunks are as similar as the sum of ``log(1 + chunks / chunks with the token)`` over their
+    common tokens, divided by the geometric mean of their numbers of distinct tokens.
     """
 
     def __init__(self) -> None:
         self._chunks: dict[Ids, frozenset[int]] = {}
-        self._having: dict[int, set[Ids]] = defaultdict(set)
+        self._with_token: dict[int, set[Ids]] = defaultdict(set)
         self._lock = threading.Lock()
 
     @classmethod
     def of(cls, store: ChunkStore, fingerprint: str) -> Self:
-        """The one of a store and model."""
+        """The instance of a store and model."""
         return store.note((cls, fingerprint), cls)
 
     def add(self, chunks: Sequence[Ids]) -> None:
-        """Remembers chunks."""
+        """Remembers chunks as the most recently requested."""
         with self._lock:
             for chunk in chunks:
                 tokens = self._chunks.pop(chunk, None) or frozenset(chunk)
                 self._chunks[chunk] = tokens
                 for token in tokens:
-                    self._having[token].add(chunk)
+                    self._with_token[token].add(chunk)
             for oldest in list(self._chunks)[: max(0, len(self._chunks) - MOST)]:
                 for token in self._chunks.pop(oldest):
-                    self._having[token].discard(oldest)
+                    self._with_token[token].discard(oldest)
 
     def like(self, chunk: Ids, most: int) -> list[Ids]:
         """Other chunks that share a token with this one, the most similar first."""
         with self._lock:
             shared: dict[Ids, float] = defaultdict(float)
             for token in self._chunks[chunk]:
-                weight = math.log1p(len(self._chunks) / len(self._having[token]))
-                for other in self._having[token]:
+                weight = math.log1p(len(self._chunks) / len(self._with_token[token]))
+                for other in self._with_token[token]:
                     shared[other] += weight
             shared.pop(chunk)
             scores = {o: score / math.sqrt(len(self._chunks[o])) for o, score in shared.items()}
-        # Of equals the same one, whatever was asked first.
+        # Ties are broken by the tokens, so that the order of requests does not matter.
         return heapq.nsmallest(most, scores, key=lambda other: (-scores[other], other))
 
 
@@ -84,27 +84,27 @@ class Neighbours(PromptHistory):
     ) -> list[Ids]:
         known = KnownChunks.of(store, fingerprint)
         known.add(pieces.chunks)
-        found = (known.like(chunk, self.most) for chunk in pieces.chunks)
-        return [sum(like, pieces.prefix) for like in found]
+        neighbours = (known.like(chunk, self.most) for chunk in pieces.chunks)
+        return [sum(chunks, pieces.prefix) for chunks in neighbours]
 
     def update(self, store: ChunkStore, fingerprint: str, batch: PrefilledBatch) -> None:
-        """Learns nothing: `lookup` has seen the chunks."""
+        """Learns nothing more: `lookup` has added the chunks."""
 
 
 @register("fusionrag")
 class FusionRAG(Method):
     """Encodes each chunk after its likely neighbours, drops those, and recomputes a few tokens.
 
-    Neighbours are the ``neighbours`` most similar chunks of those that the process has served so
-    far, this prompt's included: serve or encode a corpus by this method first, as the paper's
-    offline stage does; a chunk whose neighbours change is encoded again. Recomputed are the tokens
-    that the question attends to most in the last layer. The paper finds neighbours by embeddings
-    (BGE-M3) and lets a chunk see them as each was encoded alone; here they share rare tokens and
-    see each other. Its asynchronous loading and kernels are not part of the method.
+    They are the ``neighbours`` most similar chunks among those that the process has served so far,
+    including this prompt's: first serve or encode a corpus by this method, as in the paper's
+    offline stage. A chunk whose neighbours change is encoded again. Then the tokens that the
+    question attends to most in the last layer are recomputed. The paper finds neighbours by
+    embeddings (BGE-M3), each encoded alone; here they are chunks with common rare tokens, and see
+    each other. The paper's asynchronous loading and kernels are not reproduced.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2601.12904"
-    # Other known chunks come before it.
+    # The chunk is encoded after other known chunks.
     exact_on_one_chunk: ClassVar[bool] = False
     neighbours: int = 10
     ratio: float = 0.15

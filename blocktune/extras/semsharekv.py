@@ -1,4 +1,4 @@
-"""SemShareKV: the keys and values of a similar earlier prompt, token by token."""
+"""SemShareKV: takes keys and values, token by token, from a similar earlier prompt."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 Ids = tuple[int, ...]
 BITS, BASE = 256, 10_000.0
 """Random hyperplanes of a token's signature, and the base of the rotation before it."""
-MOST = 256  # chunks that are laid out and not yet served, at most
+MOST = 256  # most chunks that are announced by `lookup` and not yet built
 
 
 def signatures(ids: Ids, model: ServedModel) -> Tensor:
-    """Sides of random hyperplanes that the rotated embeddings are on, ``(S, BITS)`` of +-1."""
+    """On which side of random hyperplanes each rotated embedding is, ``(S, BITS)`` of +-1."""
     import torch
 
     device = model.embed.weight.device
@@ -44,13 +44,13 @@ def signatures(ids: Ids, model: ServedModel) -> Tensor:
     half = second.shape[1]
     angle = torch.arange(len(ids))[:, None] * BASE ** (-torch.arange(half) / half)
     cos, sin = angle.cos().to(device), angle.sin().to(device)
-    turned = (first[:, :half] * cos - second * sin, second * cos + first[:, :half] * sin)
+    rotated = (first[:, :half] * cos - second * sin, second * cos + first[:, :half] * sin)
     planes = torch.randn(2 * half, BITS, generator=torch.Generator().manual_seed(0)).to(device)
-    return torch.where(torch.cat(turned, 1) @ planes > 0, 1.0, -1.0)
+    return torch.where(torch.cat(rotated, 1) @ planes > 0, 1.0, -1.0)
 
 
 class References(ChunkLoader):
-    """Earlier prompts of one model, latest last, and chunks that wait to be made from them.
+    """Earlier prompts of one model, latest last, and chunks that will be built from them.
 
     Other chunks come from the store.
     """
@@ -75,21 +75,21 @@ class References(ChunkLoader):
         return Lookup(kv, "memory", kv.num_bytes, 0.0, 0.0)
 
     def nearest(self, pieces: Pieces, model: ServedModel) -> tuple[float, Ids, Tensor] | None:
-        """The prompt whose tokens are most similar to the chunks': how much, its tokens, the match.
+        """The most similar earlier prompt: similarity, tokens, and which of them match each token.
 
-        Similarity is 1 for equal signatures and about 0 for unrelated ones, mean over the tokens.
+        Similarity is the mean over tokens of 1 for equal and about 0 for unrelated signatures.
         """
-        own, start, found = signatures(pieces.context, model), len(pieces.prefix), None
+        own, start, nearest = signatures(pieces.context, model), len(pieces.prefix), None
         with self.lock:
-            known = list(self.prompts.items())
-        for other, theirs in known:
+            prompts = list(self.prompts.items())
+        for other, theirs in prompts:
             if theirs is None:
                 self.prompts[other] = theirs = signatures(other, model)
             best = (own @ theirs.T).max(1)
             similarity = float(best.values[start:].mean() / BITS)
-            if found is None or similarity > found[0]:
-                found = similarity, other, best.indices
-        return found
+            if nearest is None or similarity > nearest[0]:
+                nearest = similarity, other, best.indices
+        return nearest
 
     def keep(self, kept: dict, key, value, most: int) -> None:
         from blocktune.cache.config import keep_latest
@@ -98,16 +98,16 @@ class References(ChunkLoader):
             keep_latest(kept, key, value, most)
 
 
-def entry_of(ids: Ids, fingerprint: str) -> tuple[str, Ids, str, type[Record]]:
-    """How a store is asked for a prompt."""
+def record_query(ids: Ids, fingerprint: str) -> tuple[str, Ids, str, type[Record]]:
+    """Arguments of `ChunkStore.get` for an earlier prompt."""
     from blocktune.cache import chunk_key
     from blocktune.cache.records import Record
 
     return chunk_key(fingerprint, ids, {"reference": True}), ids, fingerprint, Record
 
 
-def made_from(record: Record, match: Tensor, chunk: Ids, start: int, model: ServedModel) -> ChunkKV:
-    """A chunk at ``start`` whose tokens have the states of those that they match, moved to them."""
+def assemble(record: Record, match: Tensor, chunk: Ids, start: int, model: ServedModel) -> ChunkKV:
+    """A chunk at ``start``: each token has the state of its match, moved to its own position."""
     import torch
 
     from blocktune.cache import ChunkKV
@@ -117,8 +117,8 @@ def made_from(record: Record, match: Tensor, chunk: Ids, start: int, model: Serv
     shift = (torch.arange(start, start + len(chunk), device=rows.device) - rows)[None]
     states, half = [tensor[:, rows] for tensor in record.data], len(record.data) // 2
     for layer, rope in enumerate(model.rope.layers):
-        place = layer + half * rope.in_values
-        states[place] = relocate_keys(states[place][None], shift, rope)[0]
+        index = layer + half * rope.in_values
+        states[index] = relocate_keys(states[index][None], shift, rope)[0]
     keys, values = tuple(states[:half]), tuple(states[half:])
     return ChunkKV(keys, values, torch.tensor(chunk), record.fingerprint, start).compact()
 
@@ -135,20 +135,21 @@ class FuzzyHistory(PromptHistory):
     ) -> list[Ids] | None:
         from blocktune.cache import key_after
 
-        known = References.of(store, fingerprint)
-        found = known.nearest(pieces, model) if pieces.chunks else None
-        if found is None or found[0] < self.threshold:
+        earlier = References.of(store, fingerprint)
+        nearest = earlier.nearest(pieces, model) if pieces.chunks else None
+        if nearest is None or nearest[0] < self.threshold:
             return None
-        record = store.get(*entry_of(found[1], fingerprint))
-        if record is None:  # it left the store
-            known.prompts.pop(found[1], None)
+        _, prompt, match = nearest
+        record = store.get(*record_query(prompt, fingerprint))
+        if record is None:  # evicted
+            earlier.prompts.pop(prompt, None)
             return None
         contexts, start = [], len(pieces.prefix)
         for index, chunk in enumerate(pieces.chunks):
-            # What stands before it: the chunk is encoded after that if it is not made in time.
+            # The tokens before it: the chunk is encoded after them if it is not built in time.
             before = pieces._replace(chunks=pieces.chunks[:index]).context or chunk[:1]
-            make = partial(made_from, record, found[2], chunk, start, model)
-            known.keep(known.waiting, key_after(fingerprint, chunk, before), make, MOST)
+            make = partial(assemble, record, match, chunk, start, model)
+            earlier.keep(earlier.waiting, key_after(fingerprint, chunk, before), make, MOST)
             contexts.append(before)
             start += len(chunk)
         return contexts
@@ -159,7 +160,7 @@ class FuzzyHistory(PromptHistory):
         from blocktune.cache.records import Record, keep
         from blocktune.layout import GLOBAL
 
-        known = References.of(store, fingerprint)
+        earlier = References.of(store, fingerprint)
         for index, prompt in enumerate(batch.pieces):
             ids = prompt.context
             if not prompt.chunks or (batch.columns.group[index, : len(ids)] != GLOBAL).any():
@@ -167,22 +168,22 @@ class FuzzyHistory(PromptHistory):
             states = [(layer.keys, layer.values) for layer in batch.cache.layers]
             data = tuple(t[index, :, : len(ids)].clone() for kind in zip(*states) for t in kind)  # noqa: B905
             record = Record(data, torch.tensor(ids), fingerprint)
-            if keep(store, entry_of(ids, fingerprint)[0], record):
-                known.keep(known.prompts, ids, known.prompts.get(ids), self.references)
+            if keep(store, record_query(ids, fingerprint)[0], record):
+                earlier.keep(earlier.prompts, ids, earlier.prompts.get(ids), self.references)
 
 
 @register("semsharekv")
 class SemShareKV(Method):
     """Gives each token the state of its nearest in a similar earlier prompt; recomputes a share.
 
-    Nearest by locality-sensitive hashing of rotated token embeddings. A prompt without a reference
-    of similarity ``threshold`` is computed in full, and becomes one of the last ``references``.
-    After the first layer, the ``ratio`` of the tokens whose keys and values deviate most stay.
+    Tokens are matched by locality-sensitive hashing of rotated embeddings. A prompt without a
+    reference of similarity ``threshold`` is computed in full, and becomes one of the last
+    ``references``. After the first layer, only the ``ratio`` of tokens that deviate most stay.
 
-    From a third party's notes on the paper: rotation, one match for each token, 0.8, 40 %. Ours:
+    From a third party's notes on the paper: rotation, one match per token, 0.8, 40 %. Ours: the
     similarity is the mean correlation of signatures (the paper scales a distance of up to 30). Left
-    out: tokens added at deeper layers by attention, and dropping keys from the cache. ``warm_up``
-    prompts of the same chunks in another order give a single question a history.
+    out: tokens added at deeper layers by attention, and dropping keys. ``warm_up`` prompts of the
+    same chunks in another order give a question its history.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2509.24832"

@@ -1,13 +1,13 @@
-"""A reuse method as a choice on independent axes, and the table of the named ones.
+"""A reuse method as a choice on four independent axes, and the registry of named methods.
 
-- layout: where chunks are placed and what they are encoded after, fields of a `LayoutSpec`;
+- layout: where chunks are placed and which tokens they are encoded after, fields of a `LayoutSpec`;
 - select: which context tokens are recomputed, a `Selection`;
-- repair: how reused keys and values are changed, a `Repair`;
+- repair: how reused keys and values are corrected, a `Repair`;
 - reshape: how later rows attend to reused keys, a `Reshape`.
 
 `Weights` says what the model must be trained for. A published method is a preset: one class in
-``presets/`` that makes these choices. Nothing here imports torch, so that methods can be listed at
-once; presets, selectors and reshapes do so in their functions only.
+``presets/`` that makes these choices. Importing torch is left to functions, here and in presets,
+selectors, repairs and reshapes, so that listing the methods is fast.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Weights(Enum):
 
 
 class Axis(Enum):
-    """A choice that a method makes, by the name of the method of `Method` that makes it."""
+    """A choice that a method makes; the value names the member of `Method` that makes it."""
 
     LAYOUT = "layout"
     SELECT = "select"
@@ -72,13 +72,13 @@ class Method:
     source: ClassVar[str] = ""  # paper or code it follows
     weights: ClassVar[Weights] = Weights.ANY  # what the model must be trained for
     cached: ClassVar[Cached] = Cached.CHUNKS  # what comes from a cache
-    # Where chunks of earlier prompts come from; None: each is encoded alone.
+    # Serves chunks as earlier prompts computed them; None: each chunk is encoded alone.
     history: ClassVar[PromptHistory | None] = None
-    # Prompts over the same chunks that are served before each one, in full, in another order and
-    # off the clock: a history for measurements that begin with empty caches.
+    # Number of prompts over the same chunks, in other orders, that are served untimed before each
+    # question: the history for measurements that begin with empty caches.
     warm_up: ClassVar[int] = 0
-    keeps_context: ClassVar[bool] = True  # False: the baseline that answers without chunks
-    exact_on_one_chunk: ClassVar[bool] = True  # equal to full prefill, with nothing before it
+    keeps_context: ClassVar[bool] = True  # False: the baseline without chunks
+    exact_on_one_chunk: ClassVar[bool] = True  # whether one chunk alone equals full prefill
     # Share of the context's layer-tokens to recompute; None: by the selector's parameters.
     layer_budget: ClassVar[float | None] = None
 
@@ -89,33 +89,33 @@ class Method:
 
     @property
     def axes(self) -> frozenset[Axis]:
-        """The axes that it decides; on the others it is naive reuse."""
+        """The axes that it decides; on the others it does the same as naive reuse."""
         own = type(self)
         return frozenset(a for a in Axis if getattr(own, a.value) is not getattr(Method, a.value))
 
     def layout_for(self, trained: LayoutSpec | None) -> LayoutSpec:
         """The layout to serve with, given the one that the model's adapter was trained with.
 
-        Raises ValueError if the method needs another adapter, or does not declare that it serves
-        the learned tokens of this one.
+        Raises ValueError if the method needs another adapter, or does not serve the learned tokens
+        of this one.
         """
         # An adapter trained in full attention has no layout of chunks to serve.
         block = trained if trained is not None and trained.block else None
         has_links = block is not None and block.num_links > 0
         has_wraps = block is not None and block.num_headers + block.num_trailers > 0
-        met, recipe = {
+        is_met, recipe = {
             Weights.ANY: (True, ""),
             Weights.BLOCK: (block is not None and not has_links, "recipes/block_attention.yaml"),
             Weights.LINKS: (has_links, "recipes/kvlink.yaml"),
             Weights.WRAPS: (has_wraps, "num_headers and num_trailers"),
         }[self.weights]
-        if not met:
-            came = "none" if block is None else "one without"
+        if not is_met:
+            given = "none" if block is None else "one without"
             if self.weights is Weights.BLOCK and has_links:
-                came = "one with link tokens (use 'kvlink')"
+                given = "one with link tokens (use 'kvlink')"
             raise ValueError(
                 f"method '{self.name}' needs an adapter trained with {self.weights.value}, got "
-                f"{came}; train one with {recipe}, and load the model with it: --adapter, or "
+                f"{given}; train one with {recipe}, and load the model with it: --adapter, or "
                 "`adapter:` in a suite"
             )
         spec = self.layout(block or LayoutSpec())
@@ -133,11 +133,11 @@ class Method:
 
     @property
     def reuses_chunks(self) -> bool:
-        """Whether chunks come from a cache, wherever they stand in the prompt."""
+        """Whether chunks come from a cache, at any place in the prompt."""
         return self.cached is Cached.CHUNKS
 
     def layout(self, spec: LayoutSpec) -> LayoutSpec:
-        """Axis layout: what the method changes in the layout that the model was trained with."""
+        """Axis layout: the layout that the method serves with, given the model's trained one."""
         return spec
 
     def select(self) -> Selection:
@@ -162,12 +162,12 @@ class Method:
         return None
 
     def prefixes(self, store: ChunkStore, read: Callable[[Sequence[int]], str]) -> Any:
-        """What keeps its exact prefixes, like a `PrefixTree`; None: the engine's tree.
+        """Its own cache of exact prefixes, used like a `PrefixTree`; None: the engine's tree.
 
         ``read`` turns token ids into text.
         """
         return None
 
     def loader(self, store: ChunkStore, fingerprint: str) -> ChunkLoader | None:
-        """Where the chunks of a batch are looked up; None: in the store."""
+        """Looks up the chunks of a batch; None: the store does."""
         return None

@@ -1,4 +1,4 @@
-"""Methods composed of presets and of values of single axes."""
+"""Composes methods of presets and of values for single axes."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ if TYPE_CHECKING:
     from blocktune.methods.hooks import ChunkLoader, PromptHistory
 
 TABLES = {Axis.SELECT: SELECTORS, Axis.REPAIR: REPAIRS, Axis.RESHAPE: RESHAPES}
-"""The axes whose values are registered; values of the axis layout are fields of `LayoutSpec`."""
+"""Registries of axis values; the axis layout has fields of `LayoutSpec` instead."""
 
 _BASES = {Axis.SELECT: Selection, Axis.REPAIR: Repair, Axis.RESHAPE: Reshape}
 LAYOUT_FIELDS = ("placement", "slot", "num_blanks", "shared_prefix", "bos")
-"""Fields of `LayoutSpec` that a method chooses; the others are facts of what was trained."""
+"""Fields of `LayoutSpec` that a method chooses; the others depend on the adapter's training."""
 
 
 Keep = Enum("Keep", "KEEP")
 KEEP = Keep.KEEP
-"""Leaves an axis as the presets decide it; None means naive reuse on that axis."""
+"""The presets decide this axis; None means naive reuse on it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Composition(Method):
-    """Presets, and axes decided for them; made by `compose`."""
+    """Presets, some of whose axes may be overridden; made by `compose`."""
 
     cached: ClassVar[Cached] = Cached.CHUNKS
     keeps_context: ClassVar[bool] = True
-    label: str  # its name in tables and results
+    label: str  # name in tables and results
     terms: tuple[Method, ...]  # the presets
     source: str
     weights: Weights
@@ -49,7 +49,7 @@ class Composition(Method):
     selected: Selection
     repaired: Repair | None
     reshaped: Reshape | None
-    changes: tuple[tuple[str, Any], ...]  # of the layout, after the presets' own changes
+    changes: tuple[tuple[str, Any], ...]  # layout fields set after the presets' own changes
     decided: frozenset[Axis]
     layer_budget: float | None
 
@@ -70,24 +70,24 @@ class Composition(Method):
         return None
 
     def loader(self, store: ChunkStore, fingerprint: str) -> ChunkLoader | None:
-        made = (term.loader(store, fingerprint) for term in self.terms)
-        return next(filter(None, made), None)
+        loaders = (term.loader(store, fingerprint) for term in self.terms)
+        return next(filter(None, loaders), None)
 
     @property
     def exact_on_one_chunk(self) -> bool:
-        shape, changed = self.reshaped, dict(self.changes)
+        reshape, changes = self.reshaped, dict(self.changes)
         return (
             all(term.exact_on_one_chunk for term in self.terms)
             and (self.history is None or self.history.exact_alone)
-            and (shape is None or shape.exact_on_one_chunk or shape == shape.neutral())
+            and (reshape is None or reshape.exact_on_one_chunk or reshape == reshape.neutral())
             # Blanks and a BOS come before the chunk, an unfilled slot between it and the question.
-            and not (changed.get("num_blanks") or changed.get("slot"))
-            and changed.get("bos", "none") == "none"
+            and not (changes.get("num_blanks") or changes.get("slot"))
+            and changes.get("bos", "none") == "none"
         )
 
     def layout(self, spec: LayoutSpec) -> LayoutSpec:
-        made = reduce(lambda made, term: term.layout(made), self.terms, spec)
-        return replace(made, **dict(self.changes))
+        spec = reduce(lambda spec, term: term.layout(spec), self.terms, spec)
+        return replace(spec, **dict(self.changes))
 
     def select(self) -> Selection:
         return self.selected
@@ -110,19 +110,19 @@ def compose(
     layer_budget: float | None = None,
     name: str | None = None,
 ) -> Composition:
-    """Puts a method together.
+    """Composes a method of presets and values for single axes.
 
     Args:
-        base: A preset, by name or built.
-        others: More presets, each deciding axes that the others leave open.
+        base: A preset: its name, or an instance.
+        others: More presets; no two may decide the same axis.
         select: The selector, instead of the presets' own: an instance, a registered name,
             ``{name: {parameter: value}}``, or None for naive reuse.
         repair: The repair, likewise.
         reshape: The reshape, likewise.
-        layout: Fields of `LayoutSpec` to set, of those in `LAYOUT_FIELDS`.
+        layout: Fields of `LayoutSpec` to set, out of `LAYOUT_FIELDS`.
         budget: Share of the context tokens that the selector may choose, in [0, 1].
         layer_budget: Share of the context's layer-tokens to recompute, in [0, 1].
-        name: Its name in tables; by default as it is written on the command line.
+        name: Name in tables; by default the method as written on the command line.
 
     Raises:
         ValueError: If a name, a key or a value is unknown, presets decide the same axis or need
@@ -143,9 +143,9 @@ def compose(
             raise ValueError("budget and layer_budget exclude each other; drop one")
     if layout:
         given[Axis.LAYOUT] = layout = _layout_changes(layout)
-    spending = "" if layer_budget is None else f" at {layer_budget:.1%} of the layer-tokens"
-    made = Composition(
-        label=name or format_method(terms, given) + spending,
+    at_budget = "" if layer_budget is None else f" at {layer_budget:.1%} of the layer-tokens"
+    composed = Composition(
+        label=name or format_method(terms, given) + at_budget,
         terms=terms,
         source=terms[0].source,
         weights=weights,
@@ -157,8 +157,8 @@ def compose(
         decided=frozenset(given).union(*(term.axes for term in terms)),
         layer_budget=layer_budget,
     )
-    made.layout(LayoutSpec())  # a value out of range is refused here
-    return made
+    composed.layout(LayoutSpec())  # a value out of range is refused here
+    return composed
 
 
 def _layout_changes(layout: Mapping[str, Any]) -> dict[str, Any]:
@@ -188,8 +188,8 @@ def _choose(axis: Axis, choice: Any) -> Any:
 
 
 def format_method(terms: tuple[Method, ...], given: Mapping[Axis, Any]) -> str:
-    """A composition of ``terms`` as on the command line, with the axes decided for them."""
-    # The name of a composition says all of it.
+    """Writes a composition of ``terms``, with the ``given`` axis values, as on the command line."""
+    # The name of a nested composition already has its parameters.
     parts = [
         _format_entry(term.name, term) if METHODS.name_of(term) == term.name else term.name
         for term in terms
@@ -199,14 +199,14 @@ def format_method(terms: tuple[Method, ...], given: Mapping[Axis, Any]) -> str:
     for axis, table in TABLES.items():
         if axis in given:
             value = given[axis]
-            known = "nothing" if axis is Axis.SELECT else f"no {table.what}"
-            parts.append(_format_entry(table.name_of(value), value) if value else known)
+            none = "nothing" if axis is Axis.SELECT else f"no {table.what}"
+            parts.append(_format_entry(table.name_of(value), value) if value else none)
     return " + ".join(parts)
 
 
 def _format_entry(name: str, entry: Any) -> str:
-    known = [(f.name, f.default, getattr(entry, f.name)) for f in fields(entry)]
-    changed = [(n, v) for n, default, v in known if default is not MISSING and v != default]
+    values = [(f.name, f.default, getattr(entry, f.name)) for f in fields(entry)]
+    changed = [(n, v) for n, default, v in values if default is not MISSING and v != default]
     return " ".join([name, *(_pair(*pair) for pair in changed)])
 
 

@@ -1,4 +1,4 @@
-"""What tables say of each method and of each value of an axis."""
+"""Descriptions of all methods and of all values of the axes, for tables."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ GROUPS = {
     "value of reshape": "Reshapes: compose with 'PRESET + NAME'",
     "value of layout": "Layouts: compose with 'PRESET + layout KEY=VALUE'",
 }
-"""Headings of the tables, in order."""
+"""Headings of the table, in order."""
 
 LAYOUT_SUMMARIES = {
     "placement": "Where chunks are placed: sequential, parallel, composite or reserved.",
@@ -40,7 +40,7 @@ class Description(NamedTuple):
     name: str  # on the command line
     kind: str  # method, selector, repair, reshape or layout
     group: str  # a key of `GROUPS`
-    axes: tuple[str, ...]  # that it decides
+    axes: tuple[str, ...]  # the axes that it decides
     summary: str  # first line of its docstring
     weights: str  # what the model must be trained for
     parameters: dict[str, Any]  # defaults by name
@@ -48,7 +48,7 @@ class Description(NamedTuple):
 
 
 def describe_method(name: str) -> Description:
-    """The row of one preset; ValueError if the name is unknown."""
+    """Describes one preset; ValueError if the name is unknown."""
     method = METHODS.find(name)()
     axes = tuple(sorted(axis.value for axis in method.axes))
     if method.cached is not Cached.CHUNKS:
@@ -62,17 +62,17 @@ def describe_method(name: str) -> Description:
 
 def describe_all() -> list[Description]:
     """All methods, then all values of the axes, each sorted by name."""
-    found = [describe_method(name) for name in METHODS.available()]
+    rows = [describe_method(name) for name in METHODS.available()]
     for axis, table in TABLES.items():
-        place = table.what, f"value of {axis.value}", (axis.value,)
-        found += [Description(n, *place, *_facts(table.find(n))) for n in table.available()]
+        where = table.what, f"value of {axis.value}", (axis.value,)
+        rows += [Description(n, *where, *_facts(table.find(n))) for n in table.available()]
     plain, any_, axis = LayoutSpec(), Weights.ANY.value, Axis.LAYOUT.value
     for name, summary in LAYOUT_SUMMARIES.items():
         default = {name: getattr(plain, name)}
-        found.append(
+        rows.append(
             Description(name, axis, f"value of {axis}", (axis,), summary, any_, default, "")
         )
-    return found
+    return rows
 
 
 def _facts(cls: type, weights: Weights = Weights.ANY) -> tuple[str, str, dict[str, Any], str]:

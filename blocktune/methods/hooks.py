@@ -1,11 +1,11 @@
 """Two hooks for methods that need more than a layout, a selector and a reshape.
 
-- `Method.history`: chunks come out of earlier prompts (`PromptHistory`).
-- `Method.loader`: chunks are looked up elsewhere than in the store alone (`ChunkLoader`).
+- `Method.history` takes chunks from earlier prompts (`PromptHistory`).
+- `Method.loader` looks chunks up, in the store and elsewhere (`ChunkLoader`).
 
-The engine calls them and names no method; ``blocktune/extras`` has an example of each. Both are
-told which store holds an engine's chunks, and the fingerprint of its model. What a hook must keep
-between requests goes into the store as entries, or, for this process only, into `ChunkStore.notes`.
+The engine calls them without knowing the method; ``blocktune/extras`` has an example of each. Both
+get the store of the engine's chunks and the fingerprint of its model. State that lasts between
+requests goes into the store as entries, or, for this process only, into `ChunkStore.notes`.
 """
 
 from __future__ import annotations
@@ -28,53 +28,53 @@ Ids = tuple[int, ...]
 class PrefilledBatch(NamedTuple):
     """A batch after its prefill.
 
-    A chunk's tokens have the group `GLOBAL` if its prompt was computed in full. ``chunk_attention``
-    is made for rows of the question and of prompts computed in full.
+    If a prompt was computed in full, the tokens of its chunks have the group `GLOBAL`.
+    ``chunk_attention`` is only filled for rows of the question and of prompts computed in full.
     """
 
     pieces: Sequence[Pieces]  # the prompts
-    columns: Rows  # facts of the cache's columns, (B, N)
+    columns: Rows  # what the cache's columns are, (B, N)
     cache: RowCache  # keys and values of all columns
-    chunk_attention: Tensor
+    chunk_attention: Tensor  # each row's attention to each chunk, (B, N, C)
 
 
 class ServedModel(NamedTuple):
-    """What a history may ask of the model beside its fingerprint."""
+    """The parts of the model that a history may use."""
 
-    embed: nn.Embedding  # of its tokens
+    embed: nn.Embedding  # token embeddings
     rope: RopeSpec  # how it rotates keys
 
 
 class PromptHistory(ABC):
-    """Serves chunks as earlier prompts computed them, or after others, instead of each alone."""
+    """Serves chunks as computed in earlier prompts or after other chunks, not encoded alone."""
 
-    exact_alone: bool = False  # whether one chunk with nothing before it equals full prefill
+    exact_alone: bool = False  # whether a single chunk equals full prefill
     begins_in_full: ClassVar[bool] = True  # whether a prompt without a history is computed in full
 
     @abstractmethod
     def lookup(
         self, store: ChunkStore, fingerprint: str, pieces: Pieces, model: ServedModel
     ) -> list[Ids] | None:
-        """The tokens that each chunk of a prompt was encoded after, in the entry to be used.
+        """Returns, for each chunk of a prompt, the tokens that the entry to use was encoded after.
 
-        Entries are named by `blocktune.cache.key_after`. None: this prompt is computed in full.
+        They give its key (`blocktune.cache.key_after`). None: the prompt is computed in full.
         """
 
     @abstractmethod
     def update(self, store: ChunkStore, fingerprint: str, batch: PrefilledBatch) -> None:
-        """Learns from a batch that was served; runs after its first token."""
+        """Learns from a served batch; called after its first token."""
 
     def without_selection(self) -> PromptHistory:
-        """The same where the tokens to recompute are chosen by another selector or a budget."""
+        """The same history for a method with another selector or with a budget."""
         return self
 
 
 class DamagedChunk(ValueError):
-    """A chunk that was already handed out is not what was written: the batch starts again."""
+    """A chunk that was already returned turns out to be damaged: the batch is started again."""
 
 
 class ChunkLoader(ABC):
-    """Finds the chunks of one batch; those that it does not find are encoded."""
+    """Looks up the chunks of one batch; missing ones are encoded."""
 
     @abstractmethod
     def lookup(self, key: str, token_ids: Sequence[int] | Tensor, fingerprint: str) -> Lookup:

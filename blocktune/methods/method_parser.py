@@ -4,7 +4,7 @@
 method = term { " + " term }
 term   = NAME [ NUMBER [ "%" ] ] { KEY=VALUE }
 ```
-For example ``block-attention + deviation 15 %``. The first term is a preset. Each further one is a
+For example ``block-attention + deviation 15 %``. The first term is a preset. Each further term is a
 selector, a repair, a reshape, another preset, or ``layout KEY=VALUE``. A number with ``%`` is a
 budget: the share of the context tokens to recompute. A number without it is the first parameter of
 the term: ``epic 8`` is ``epic k=8``. Values are YAML without spaces.
@@ -39,13 +39,13 @@ def build(method: str, **parameters: Any) -> Method:
     ``parameters`` are the first preset's. Raises ValueError, in one line, if it cannot be parsed,
     or a name, a parameter or a value is wrong.
     """
-    texts = [" ".join(part.split()) for part in re.split(r"\s\+\s", f" {method} ")]
-    first, *others = map(_match, texts)
-    name, whole = first["name"], " + ".join(texts)
+    terms = [" ".join(part.split()) for part in re.split(r"\s\+\s", f" {method} ")]
+    first, *others = map(_match, terms)
+    name, whole = first["name"], " + ".join(terms)
     for table in TABLES.values():
         if name in table.table() and name not in METHODS.table():
             raise ValueError(
-                f"'{name}' is a {table.what}; start with a preset: 'naive + {texts[0]}'"
+                f"'{name}' is a {table.what}; start with a preset: 'naive + {terms[0]}'"
             )
     presets, given = [_preset(first, parameters)], {}
     for term in others:
@@ -62,7 +62,7 @@ def build(method: str, **parameters: Any) -> Method:
 def build_entry(entry: str | Mapping[str, Any]) -> Method:
     """Builds a method from a YAML entry: what `build` takes, or a mapping.
 
-    Such as ``{name: mine, preset: block-attention, select: {deviation: {ratio: 0.15}}}``. Without
+    Example: ``{name: mine, preset: block-attention, select: {deviation: {ratio: 0.15}}}``. Without
     ``preset``, ``name`` is the method; ``params`` are the preset's; the other keys are those of
     `compose`. Raises ValueError if a key is unknown or a value is not accepted.
     """
@@ -83,7 +83,7 @@ def build_entry(entry: str | Mapping[str, Any]) -> Method:
 
 
 def default_method(trained: LayoutSpec | None) -> Method:
-    """What a model was trained for, by its adapter's layout; naive reuse without an adapter."""
+    """The method that an adapter's layout was trained for; naive reuse without an adapter."""
     if trained is None or not trained.block:
         return build("naive")
     if not trained.num_learned:
@@ -105,7 +105,7 @@ def parse_method(text: str, parameters: Mapping[str, Any] | None = None) -> Meth
 
 
 def _value(term: re.Match) -> tuple[str | None, Any]:
-    """A term as an argument of `compose`: its name, or None for a preset, and its value."""
+    """A term as a keyword argument of `compose`, or (None, preset)."""
     name = term["name"]
     if name == LAYOUT:
         return LAYOUT, _parameters(term, LayoutSpec)
@@ -137,10 +137,10 @@ def _parameters(term: re.Match, cls: type) -> dict[str, Any]:
     refuse_doubles(f"'{term['name']}':", [key for key, *_ in pairs], "give it once")
     parameters = {key: parse_yaml(value, key) for key, _, value in pairs}
     if term["number"] and not term["percent"]:
-        known = [field.name for field in fields(cls)]
-        if not known:
+        names = [field.name for field in fields(cls)]
+        if not names:
             raise ValueError(f"'{term['name']}' takes no parameters, got '{term[0]}'")
-        parameters = {known[0]: parse_yaml(term["number"], known[0])} | parameters
+        parameters = {names[0]: parse_yaml(term["number"], names[0])} | parameters
     return parameters
 
 

@@ -1,7 +1,7 @@
-"""Chunks thinned by a press of kvpress before they are stored: fewer keys than positions.
+"""Drops some keys of each chunk before it is stored, by a press of kvpress.
 
-A press scores the keys of a chunk, head by head, by what its layer saw while the chunk was encoded,
-and drops the lowest. The others keep the positions that they had. What remains of ``S`` tokens is
+While a chunk is encoded, a press scores its keys from the inputs of each layer, head by head, and
+drops the lowest. The others keep their positions. The ``n`` keys that remain of ``S`` tokens are
 stored and laid out as the chunk's first ``n`` rows; its last ``S - n`` are rows without a column,
 as blanks are.
 """
@@ -24,28 +24,28 @@ from blocktune.prompt import LayoutSpec
 class Press:
     """A press by its name and ratio: ``snapkv:0.5`` drops half of the keys.
 
-    Raises ValueError if kvpress is not installed, has no such press, or the ratio is no share.
+    Raises ValueError if kvpress is not installed or has no such press, or a ratio not in [0, 1).
     """
 
     def __init__(self, text: str):
         name, _, ratio = text.partition(":")
-        known = _presses()
-        if name not in known or not ratio.replace(".", "", 1).isdigit() or not float(ratio) < 1:
+        presses = _presses()
+        if name not in presses or not ratio.replace(".", "", 1).isdigit() or not float(ratio) < 1:
             raise ValueError(
                 f"a press is NAME:RATIO with a ratio of keys to drop in [0, 1) and a name of "
-                f"{', '.join(sorted(known))}; got '{text}'"
+                f"{', '.join(sorted(presses))}; got '{text}'"
             )
-        self.text, self._press = text, known[name](compression_ratio=float(ratio))
+        self.text, self._press = text, presses[name](compression_ratio=float(ratio))
 
     def count(self, num_tokens: int) -> int:
-        """Keys that remain of a chunk; one that the press cannot score is kept whole."""
-        own = (getattr(self._press, name, 0) for name in ("window_size", "n_sink", "n_local"))
-        if num_tokens <= max(own):
+        """Number of keys that remain of a chunk; one too short to score is kept whole."""
+        unscored = (getattr(self._press, name, 0) for name in ("window_size", "n_sink", "n_local"))
+        if num_tokens <= max(unscored):
             return num_tokens
         return int(num_tokens * (1 - self._press.compression_ratio)) or num_tokens
 
     def require(self, method: Method, spec: LayoutSpec) -> None:
-        """Raises ValueError if a method needs tokens that are dropped, or encodes others, too."""
+        """Raises ValueError if a method recomputes tokens of chunks, or adds tokens to them."""
         plain = type(method.select()) is Nothing and method.history is None and spec.block
         others = spec.num_learned or spec.sinks or spec.keeps_bos
         if method.cached is Cached.CHUNKS and (others or not plain):
@@ -56,52 +56,53 @@ class Press:
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[list[dict[str, Any]]]:
-        """Inside the block, a forward pass fills what it yields: the inputs of each attention."""
-        seen: list[dict[str, Any]] = []
+        """Yields a list that a forward pass inside the block fills with each attention's inputs."""
+        inputs: list[dict[str, Any]] = []
 
-        def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            seen.append({"module": module, **kwargs})
+        def record(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            inputs.append({"module": module, **kwargs})
 
         rotary = getattr(decoder_of(model), "rotary_emb", None)
         with ExitStack() as hooks:
             for layer in decoder_layers(model):
                 if not hasattr(layer, "self_attn"):
                     raise ValueError(f"presses need '.self_attn', {type(layer).__name__} has none")
-                # Where kvpress puts it; it is no submodule of the model's.
+                # kvpress reads it there; set this way it is no submodule.
                 vars(layer.self_attn).setdefault("rotary_emb", rotary)
-                hook = layer.self_attn.register_forward_pre_hook(note, with_kwargs=True)
+                hook = layer.self_attn.register_forward_pre_hook(record, with_kwargs=True)
                 hooks.callback(hook.remove)
-            yield seen
+            yield inputs
 
     def thin(
-        self, seen: dict[str, Any], prompt: int, keys: Tensor, values: Tensor
+        self, inputs: dict[str, Any], prompt: int, keys: Tensor, values: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Keys and values ``(K, n, D)`` that remain of a layer's ``(K, S, D)`` of one prompt.
+        """Keys and values ``(K, n, D)`` that remain of one layer's ``(K, S, D)`` of one prompt.
 
-        Raises ValueError if the press does not drop the same number in every layer.
+        ``inputs`` are from `watching`. Raises ValueError if the press cannot score them, or drops
+        different numbers in different layers.
         """
-        size, wanted = keys.shape[1], self.count(keys.shape[1])
-        if wanted == size:
+        size, remaining = keys.shape[1], self.count(keys.shape[1])
+        if remaining == size:
             return keys, values
-        hidden = seen["hidden_states"][prompt, None, :size]
-        turns = [part[prompt % len(part), None, :size] for part in seen["position_embeddings"]]
-        about = {"position_embeddings": turns, "hidden_states": hidden}
+        hidden = inputs["hidden_states"][prompt, None, :size]
+        angles = [part[prompt % len(part), None, :size] for part in inputs["position_embeddings"]]
+        kwargs = {"position_embeddings": angles, "hidden_states": hidden}
         states = keys[None], values[None]
         try:
-            made = self._press.compress(seen["module"], hidden, *states, None, about)
+            pressed = self._press.compress(inputs["module"], hidden, *states, None, kwargs)
         except Exception as error:  # it needs statistics, attention weights or another model
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ValueError(f"press '{self.text}' cannot score these chunks: {reason}") from error
-        if any(part.shape[2] != wanted for part in made):
+        if any(part.shape[2] != remaining for part in pressed):
             raise ValueError(
-                f"press '{self.text}' leaves {made[0].shape[2]} keys of {size} in one layer and "
-                f"{wanted} in another; use one that drops as many in every layer, such as snapkv"
+                f"press '{self.text}' leaves {pressed[0].shape[2]} keys of {size} in one layer and "
+                f"{remaining} in another; use one that drops as many in every layer, such as snapkv"
             )
-        return made[0][0], made[1][0]
+        return pressed[0][0], pressed[1][0]
 
 
 def _presses() -> dict[str, type]:
-    """Those that score keys by what a layer sees of a chunk, by their names in small letters."""
+    """Presses that score keys by their layer's inputs, by lower-case name."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     before = dict(ALL_ATTENTION_FUNCTIONS.items())
@@ -112,7 +113,7 @@ def _presses() -> dict[str, type]:
             f"presses need the package kvpress ({error}), which pins an older transformers; run "
             "pip install --no-deps kvpress 'cachetools<6' fire termcolor"
         ) from None
-    for name, function in before.items():  # it wraps all of them when it is first imported
+    for name, function in before.items():  # its first import wraps all of them
         ALL_ATTENTION_FUNCTIONS[name] = function
     base = kvpress.ScorerPress
     classes = [cls for cls in vars(kvpress).values() if isinstance(cls, type)]

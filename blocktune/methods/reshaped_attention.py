@@ -1,4 +1,4 @@
-"""Applies a reshape to one batch: tracks which columns are reused, and attends with new scores."""
+"""Applies a reshape to one batch: tracks reused columns, and attends with reshaped scores."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from blocktune.layout import Kind, LayerRule, Rows
 from blocktune.methods.reshape.base import Reshape, Seen, in_chunk
 
 CELLS = 1 << 25
-"""Largest number of scores in memory at once, unless a single row has more."""
+"""Most scores held in memory at once, unless a single row has more."""
 
 
 class _States(NamedTuple):
     query: Tensor
-    key: Tensor  # float32, and so is the value
+    key: Tensor  # float32, like the value
     value: Tensor
     params: AttentionParams
 
@@ -45,18 +45,18 @@ class _Pass(NamedTuple):
     """What all layers of a forward pass share."""
 
     band: RowBand
-    writes: bool  # whether rows are written into columns of the prompt: not in decoding
-    asks: Tensor  # rows of the question, (B, R) bool
+    writes: bool  # whether rows are written into the prompt's columns; False in decoding
+    asks: Tensor  # whether a row is of the question, (B, R) bool
     has_question: bool
 
 
 class ReshapedAttention:
     """Shared by all attention plans of a batch, from the prefill to the last decoded token.
 
-    It keeps a bitmap of reused tokens per layer, at first all tokens of chunks: the rows that a
-    plan attends with were just written over their columns. So the bitmap follows what was executed,
-    also where a selector drops or adds rows between layers, and decoded tokens read the same one.
-    Surveys compute scores of their own: ``multiply_adds`` ``(B,)``.
+    It keeps a bitmap of reused tokens per layer. It starts with all tokens of chunks; the rows that
+    a plan attends with have just overwritten their columns, and are taken out. So it stays correct
+    if a selector drops or adds rows between layers. Decoded tokens read the same bitmap.
+    ``multiply_adds`` ``(B,)`` counts the extra scores that surveys compute.
     """
 
     def __init__(self, reshape: Reshape, columns: Rows):
@@ -69,11 +69,11 @@ class ReshapedAttention:
         self._pass: _Pass | None = None
         self._entropy: list[Tensor] = []
         self._looking = False
-        self._ahead: Tensor | None = None  # surveys of a pass ahead, summed, (B, 1, 1, X)
+        self._ahead: Tensor | None = None  # summed surveys of the look-ahead pass, (B, 1, 1, X)
 
     @contextmanager
     def looking_ahead(self) -> Iterator[None]:
-        """Inside the block, passes are surveyed and not reshaped."""
+        """Inside the block, forward passes only survey scores, without reshaping them."""
         self._looking, self._ahead = True, None
         try:
             yield
@@ -117,7 +117,7 @@ class ReshapedAttention:
         """Entropy of the question's attention as executed, in nats, per prompt.
 
         Mean over its rows, the heads and the layers that were reshaped; None if there are none.
-        Source: arXiv:2412.16545, which finds that it goes with lost accuracy.
+        Source: arXiv:2412.16545, which finds that it correlates with lost accuracy.
         """
         if not self._entropy:
             return [None] * len(self._is_chunk)
@@ -138,7 +138,7 @@ class ReshapedAttention:
         return seen
 
     def _blocks(self, rule: LayerRule, query: Tensor) -> Iterator[Block]:
-        # One block at a time, its scores within `CELLS`: all masks would be rows x columns.
+        # At most `CELLS` scores at a time: all masks together have rows x columns.
         for rows, keys, mask in self._pass.band.blocks(rule):
             step = max(1, CELLS // (len(query) * query.shape[1] * mask.shape[-1]))
             for start in range(rows.start, rows.stop, step):
@@ -150,7 +150,7 @@ class ReshapedAttention:
         if not self.reshape.surveys:
             return None
         if self.reshape.looks_ahead and not self._looking:
-            assert self._ahead is not None, "no pass ahead was run for a reshape that looks ahead"
+            assert self._ahead is not None, "the look-ahead pass of this reshape was not run"
             rows = seen.query.kind.shape[1]
             return self.reshape.choose(self._ahead.expand(-1, 1, rows, -1), seen.query)
         blocks = self._blocks(rule, states.query)

@@ -1,4 +1,4 @@
-"""The routes: OpenAI's interface, the chunks, the page, health and metrics."""
+"""The routes: OpenAI's interface, chunks, the demo page, health and metrics."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from blocktune.server.service import Service, UnknownModel
 ERRORS = {
     status: {"model": ErrorBody, "description": text}
     for status, text in {
-        400: "The request is wrong; the message says what.",
+        400: "The request is invalid; the message says why.",
         401: "No API key, or a wrong one.",
         404: "No such model or chunk.",
         408: "Not answered in time.",
@@ -76,22 +76,22 @@ def create_app(service: Service) -> FastAPI:
         Guard, max_bytes=limits.body_bytes, max_s=limits.body_s, metrics=service.metrics
     )
     _add_errors(app)
-    for router in (work, tenants, everybody):
+    for router in (work, tenants, public):
         app.include_router(router)
     describe, kinds = app.openapi, (ChatRequest, CompletionRequest, ChunksRequest)
 
-    def described() -> dict[str, Any]:
-        made, place = describe(), "#/components/schemas/{model}"
-        found = models_json_schema([(kind, "validation") for kind in kinds], ref_template=place)
-        made["components"]["schemas"] |= found[1]["$defs"]
-        return made
+    def with_bodies() -> dict[str, Any]:
+        schema, template = describe(), "#/components/schemas/{model}"
+        bodies = models_json_schema([(kind, "validation") for kind in kinds], ref_template=template)
+        schema["components"]["schemas"] |= bodies[1]["$defs"]
+        return schema
 
-    app.openapi = described
+    app.openapi = with_bodies
     return app
 
 
 def _add_errors(app: FastAPI) -> None:
-    """Every error in OpenAI's form, in one line."""
+    """Returns every error in OpenAI's format, in one line."""
 
     def reply(status: int, message: str, param: str | None = None, **headers: str) -> JSONResponse:
         return JSONResponse(error_body(message, status, param), status, headers=headers or None)
@@ -113,14 +113,14 @@ def _add_errors(app: FastAPI) -> None:
         return reply(429, str(error), **{"Retry-After": str(max(1, round(error.retry_after)))})
 
 
-# Dependencies are coroutines: functions would each wait for a thread.
+# Dependencies are coroutines: FastAPI runs plain functions in threads.
 async def service_of(request: Request) -> Service:
-    """What the application was made around."""
+    """The application's service."""
     return request.app.state.service
 
 
 async def tenant_of(request: Request) -> Tenant:
-    """Who calls; see `authorized`."""
+    """The tenant that sends the request; see `authorized`."""
     return authorized(request)
 
 
@@ -129,60 +129,60 @@ Caller = Annotated[Tenant, Depends(tenant_of)]
 
 
 async def own_key(key: str, tenant: Caller) -> str:
-    """The store's key in the name of a chunk.
+    """The store key of a chunk that a request names by its signed ``key``.
 
     Raises:
-        HTTPException: If the caller was never told that name.
+        HTTPException: If the server did not give this tenant that name.
     """
-    known = tenant.verify(key) if KEY.fullmatch(key) else None
-    if known is None:
+    store_key = tenant.verify(key) if KEY.fullmatch(key) else None
+    if store_key is None:
         raise HTTPException(404, "no such chunk")
-    return known
+    return store_key
 
 
 OwnKey = Annotated[str, Depends(own_key)]
 tenants = APIRouter(responses=ERRORS, dependencies=[Depends(tenant_of)])
-everybody = APIRouter()
+public = APIRouter()
 
 
 class Plain(APIRoute):
-    """A route whose function takes the request and makes the response, without dependencies."""
+    """A route whose function takes the request and returns the response, without dependencies."""
 
     def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:
-        """The function itself."""
+        """The route's function itself."""
         return self.endpoint
 
 
 work = APIRouter(responses=ERRORS, route_class=Plain)
-"""What `begin` reads and authorizes by itself: 0.3 ms of FastAPI's for each request less."""
+"""Routes whose requests `begin` reads and authorizes: without FastAPI's 0.3 ms per request."""
 
 
-def reads(kind: type[BaseModel]) -> dict[str, Any]:
-    """What the interface's description says of a body that `begin` reads."""
+def body_schema(kind: type[BaseModel]) -> dict[str, Any]:
+    """The OpenAPI description of a body that `begin` reads."""
     schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
-@work.post("/v1/chat/completions", response_model=None, openapi_extra=reads(ChatRequest))
+@work.post("/v1/chat/completions", response_model=None, openapi_extra=body_schema(ChatRequest))
 async def chat(request: Request) -> Response:
     """Answers the user's last message from the documents."""
     exchange, body = await begin(request, ChatRequest, Service.chat)
     return await exchange.respond(ChatBodies, body)
 
 
-@work.post("/v1/completions", response_model=None, openapi_extra=reads(CompletionRequest))
+@work.post("/v1/completions", response_model=None, openapi_extra=body_schema(CompletionRequest))
 async def complete(request: Request) -> Response:
     """Continues a text, after documents if there are any."""
     exchange, body = await begin(request, CompletionRequest, Service.completion)
     return await exchange.respond(TextBodies, body)
 
 
-@work.post("/v1/chunks", response_model=ChunkList, openapi_extra=reads(ChunksRequest))
+@work.post("/v1/chunks", response_model=ChunkList, openapi_extra=body_schema(ChunksRequest))
 async def encode(request: Request) -> Response:
-    """Encodes documents ahead of any question, and pins them if asked."""
+    """Encodes documents ahead of time, and pins them if requested."""
     exchange, _ = await begin(request, ChunksRequest, Service.encoding)
-    made = chunk_list(exchange.asked, exchange.tenant, await exchange.report())
-    return JSONResponse(made.model_dump())
+    chunks = chunk_list(exchange.submission, exchange.tenant, await exchange.report())
+    return JSONResponse(chunks.model_dump())
 
 
 @tenants.get("/v1/models")
@@ -193,21 +193,21 @@ async def models(service: Serving) -> ModelList:
 
 @tenants.get("/v1/models/{name:path}")
 async def model(name: str, service: Serving) -> ModelCard:
-    """One of them."""
+    """One model or adapter."""
     return service.card(name)
 
 
 @tenants.get("/v1/chunks/{key}")
-async def status(key: str, known: OwnKey, service: Serving) -> ChunkStatus:
+async def status(key: str, store_key: OwnKey, service: Serving) -> ChunkStatus:
     """Whether a chunk is in the store; ``key`` is from ``POST /v1/chunks`` or an answer."""
-    return service.chunk(key, known)
+    return service.chunk(key, store_key)
 
 
 @tenants.delete("/v1/chunks/{key}")
-async def delete(key: str, known: OwnKey, service: Serving) -> ChunkStatus:
-    """Drops a chunk from memory and from the folder, pinned or not."""
-    await asyncio.to_thread(service.discard, known)
-    return service.chunk(key, known)
+async def delete(key: str, store_key: OwnKey, service: Serving) -> ChunkStatus:
+    """Removes a chunk from memory and from the folder, pinned or not."""
+    await asyncio.to_thread(service.discard, store_key)
+    return service.chunk(key, store_key)
 
 
 @tenants.get("/v1/methods")
@@ -216,34 +216,34 @@ async def methods() -> list[dict[str, Any]]:
     from blocktune.methods import describe_all
 
     return [
-        {"name": one.name, "kind": one.kind, "weights": one.weights, "summary": one.summary}
-        for one in describe_all()
+        {"name": row.name, "kind": row.kind, "weights": row.weights, "summary": row.summary}
+        for row in describe_all()
     ]
 
 
 @tenants.get("/metrics", response_class=Response)
 async def metrics(service: Serving) -> Response:
-    """In Prometheus' text format."""
+    """Metrics in Prometheus' text format."""
     return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
-@everybody.get("/health")
+@public.get("/health")
 async def health() -> dict[str, str]:
-    """Whether the process answers."""
+    """Whether the process runs."""
     return {"status": "ok"}
 
 
-@everybody.get("/ready", responses={503: {"model": ErrorBody}})
+@public.get("/ready", responses={503: {"model": ErrorBody}})
 async def ready(service: Serving) -> Response:
-    """Whether the correctness check has passed and requests are taken."""
+    """Whether the correctness check has passed and requests are accepted."""
     if service.ready and not service.draining:
         return JSONResponse({"status": "ready"})
     reason = "; ".join(service.faults) or ("draining" if service.draining else "checking")
     return JSONResponse(error_body(reason, 503), 503)
 
 
-@everybody.get("/", response_class=HTMLResponse, include_in_schema=False)
+@public.get("/", response_class=HTMLResponse, include_in_schema=False)
 async def page() -> HTMLResponse:
-    """A page to ask and to see what was reused."""
+    """A demo page that asks questions and shows what was reused."""
     text = files("blocktune.server").joinpath("page.html").read_text(encoding="utf-8")
     return HTMLResponse(text, headers={"content-security-policy": POLICY})

@@ -12,32 +12,32 @@ from blocktune.server.config import Tenant
 from blocktune.server.decoding import TokenLogprob
 from blocktune.server.job import Delta, Event, Report, usage_fields
 from blocktune.server.schemas import ChunkList, ChunkStatus
-from blocktune.server.service import Asked
+from blocktune.server.service import Submission
 
 _IDS = random.Random()
-"""Ids of answers are no secrets; the system's randomness takes longer than the rest of a body."""
+"""Answer ids are not secret, and the system's randomness takes longer than the rest of a body."""
 
 
-def chunk_list(asked: Asked, tenant: Tenant, report: Report) -> ChunkList:
-    """What ``POST /v1/chunks`` answers."""
+def chunk_list(submission: Submission, tenant: Tenant, report: Report) -> ChunkList:
+    """The response of ``POST /v1/chunks``."""
     data = [
         ChunkStatus(
-            **{name: one[name] for name in ("key", "id", "tokens", "cached")},
-            encoded=one["cached"] == "none",
-            pinned=bool(asked.job.pins),
+            **{name: chunk[name] for name in ("key", "id", "tokens", "cached")},
+            encoded=chunk["cached"] == "none",
+            pinned=bool(submission.job.pins),
         )
-        for one in _chunks(asked, tenant, report, asked.job.wanted)
+        for chunk in _chunks(submission, tenant, report, submission.job.wanted)
     ]
     return ChunkList(data=data, encode_s=report.encode_s)
 
 
 def _chunks(
-    asked: Asked, tenant: Tenant, report: Report, pieces: Sequence[Piece]
+    submission: Submission, tenant: Tenant, report: Report, pieces: Sequence[Piece]
 ) -> list[dict[str, Any]]:
-    """Per document its id, size, key and where it was found; ``pieces`` end with the documents'."""
-    count = len(asked.sources)
-    pieces = pieces[-count:] if len(pieces) >= count else ()  # none if none was looked up
-    encoder = asked.job.engine.state.encoder
+    """Each document's id, size, key and tier; the last ``pieces`` are the documents."""
+    count = len(submission.sources)
+    pieces = pieces[-count:] if len(pieces) >= count else ()  # empty if none was looked up
+    encoder = submission.job.engine.state.encoder
     return [
         {
             "index": index,
@@ -47,19 +47,19 @@ def _chunks(
             "cached": report.tiers.get(piece, "none"),
             "key": tenant.sign(encoder.key(piece)),
         }
-        for index, (source, piece) in enumerate(zip(asked.sources, pieces, strict=False))
+        for index, (source, piece) in enumerate(zip(submission.sources, pieces, strict=False))
     ]
 
 
 class Bodies:
-    """Response bodies of one route. ``texts`` are the answers so far."""
+    """Response bodies of one route; ``texts`` are the answers so far."""
 
     prefix = object_name = chunk_name = ""
 
-    def __init__(self, asked: Asked, tenant: Tenant):
-        self.asked, self.tenant = asked, tenant
+    def __init__(self, submission: Submission, tenant: Tenant):
+        self.submission, self.tenant = submission, tenant
         self.id, self.created = f"{_IDS.getrandbits(96):024x}", int(time.time())
-        job = asked.job
+        job = submission.job
         self.texts = [""] * job.settings.choices
         self.finish: list[str | None] = [None] * job.settings.choices
         self.logprobs: list[list[TokenLogprob]] = [[] for _ in self.texts]
@@ -67,7 +67,7 @@ class Bodies:
         self.wants_logprobs = job.settings.logprobs is not None
 
     def add(self, event: Event) -> None:
-        """Takes a delta in."""
+        """Adds a delta to its choice."""
         if isinstance(event, Delta):
             self.texts[event.index] += event.text
             self.finish[event.index] = event.finish
@@ -76,19 +76,20 @@ class Bodies:
 
     def whole(self, report: Report) -> dict[str, Any]:
         """The body of an answer that is not streamed."""
+        answers = zip(self.texts, self.logprobs, self.finish, strict=True)
         choices = [
             {
                 "index": index,
                 **self.message(text),
-                "logprobs": self.shown(self.logprobs[index], 0) if self.wants_logprobs else None,
-                "finish_reason": self.finish[index],
+                "logprobs": self.format_logprobs(logs, 0) if self.wants_logprobs else None,
+                "finish_reason": finish,
             }
-            for index, text in enumerate(self.texts)
+            for index, (text, logs, finish) in enumerate(answers)
         ]
         return self._frame(self.object_name, choices) | self._counts(report)
 
     def opening(self) -> list[dict[str, Any]]:
-        """What a stream begins with."""
+        """The first bodies of a stream."""
         return []
 
     def delta(self, event: Event) -> list[dict[str, Any]]:
@@ -97,12 +98,12 @@ class Bodies:
         before = len(self.texts[event.index])
         self.add(event)
         if not event.text and event.finish is None and event.logprob is None:
-            return []  # part of a character, or the beginning of a stop text
-        logs = None if event.logprob is None else self.shown([event.logprob], before)
+            return []  # part of a character, or perhaps the start of a stop text
+        logs = None if event.logprob is None else self.format_logprobs([event.logprob], before)
         return [self._choice(event.index, self.piece(event.text), logs, event.finish)]
 
     def _choice(self, index: int, piece: dict, logs=None, finish=None) -> dict[str, Any]:
-        """A body of a stream with news of one choice."""
+        """A body of a stream with a change of one choice."""
         choice = {"index": index, **piece, "logprobs": logs, "finish_reason": finish}
         return self._frame(self.chunk_name, [choice])
 
@@ -115,20 +116,20 @@ class Bodies:
         return {"text": text}
 
     def piece(self, text: str) -> dict[str, Any]:
-        """The text of a streamed one."""
+        """The new text of a streamed choice."""
         return {"text": text}
 
-    def shown(self, logs: list[TokenLogprob], offset: int) -> dict[str, Any]:
-        """Log probabilities as the route's clients want them; ``offset`` in characters."""
-        names = [self.token(one.token) for one in logs]
+    def format_logprobs(self, logs: list[TokenLogprob], offset: int) -> dict[str, Any]:
+        """Log probabilities in the route's format; ``offset`` in characters."""
+        names = [self.token(entry.token) for entry in logs]
         offsets = []
         for name in names:
             offsets.append(offset)
             offset += len(name)
         return {
             "tokens": names,
-            "token_logprobs": [one.logprob for one in logs],
-            "top_logprobs": [{self.token(i): value for i, value in one.top} for one in logs],
+            "token_logprobs": [entry.logprob for entry in logs],
+            "top_logprobs": [{self.token(i): value for i, value in entry.top} for entry in logs],
             "text_offset": offsets,
         }
 
@@ -141,7 +142,7 @@ class Bodies:
             "id": f"{self.prefix}-{self.id}",
             "object": name,
             "created": self.created,
-            "model": self.asked.served.name,
+            "model": self.submission.served.name,
             "choices": choices,
         }
 
@@ -159,22 +160,22 @@ class Bodies:
         """The ``blocktune`` field of an answer."""
         usage = usage_fields(report.usage)
         ttft = usage.pop("ttft") | {"queue_s": report.queue_s, "total_s": report.ttft_s}
-        chunks = _chunks(self.asked, self.tenant, report, self.asked.job.looked_up)
-        for index, source in enumerate(self.asked.sources if not chunks else ()):
+        chunks = _chunks(self.submission, self.tenant, report, self.submission.job.looked_up)
+        for index, source in enumerate(self.submission.sources if not chunks else ()):
             chunks.append({"index": index, "id": source.id, "title": source.chunk.title})
-        made = {"method": self.asked.job.method.name, "chunks": chunks, "usage": usage}
-        made["ttft"] = ttft
-        return made | ({} if report.strip is None else {"strip": report.strip})
+        fields = {"method": self.submission.job.method.name, "chunks": chunks, "usage": usage}
+        fields["ttft"] = ttft
+        return fields | ({} if report.strip is None else {"strip": report.strip})
 
 
 class TextBodies(Bodies):
-    """Of ``/v1/completions``."""
+    """Bodies of ``/v1/completions``."""
 
     prefix, object_name, chunk_name = "cmpl", "text_completion", "text_completion"
 
 
 class ChatBodies(Bodies):
-    """Of ``/v1/chat/completions``."""
+    """Bodies of ``/v1/chat/completions``."""
 
     prefix, object_name, chunk_name = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
@@ -184,14 +185,14 @@ class ChatBodies(Bodies):
         return [self._choice(index, first) for index in range(len(self.texts))]
 
     def message(self, text: str) -> dict[str, Any]:
-        """A message of the assistant."""
+        """The assistant's message."""
         return {"message": {"role": "assistant", "content": text}}
 
     def piece(self, text: str) -> dict[str, Any]:
-        """New text of it."""
+        """New text of the message."""
         return {"delta": {"content": text} if text else {}}
 
-    def shown(self, logs: list[TokenLogprob], offset: int) -> dict[str, Any]:
+    def format_logprobs(self, logs: list[TokenLogprob], offset: int) -> dict[str, Any]:
         """Log probabilities with bytes and alternatives."""
 
         def entry(index: int, value: float) -> dict[str, Any]:
@@ -200,7 +201,7 @@ class ChatBodies(Bodies):
 
         return {
             "content": [
-                entry(one.token, one.logprob) | {"top_logprobs": [entry(*top) for top in one.top]}
-                for one in logs
+                entry(log.token, log.logprob) | {"top_logprobs": [entry(*top) for top in log.top]}
+                for log in logs
             ]
         }

@@ -1,4 +1,4 @@
-"""What a server is told when it starts: limits, tenants and defaults."""
+"""The configuration of a server: limits, tenants and defaults."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ FIX = "give a YAML mapping of tenant names to {key, max_requests, tokens_per_min
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request, and all of them together, may take; each is positive."""
+    """Limits of one request and of all together; each is positive."""
 
     body_bytes: int = 8 << 20  # size of a request's body
-    body_s: float = 30.0  # seconds in which it must arrive
+    body_s: float = 30.0  # seconds within which the body must arrive
     chunks: int = 256  # documents of a request
-    prompt_tokens: int = 131_072  # tokens of a prompt; the model's context is a limit as well
+    prompt_tokens: int = 131_072  # tokens of a prompt; the model's context also limits them
     new_tokens: int = 4096  # tokens of an answer
-    default_new_tokens: int = 256  # tokens of an answer if the request does not say
+    default_new_tokens: int = 256  # tokens of an answer if the request has no limit
     choices: int = 8  # ``n`` of a request
     request_s: float = 300.0  # seconds from a request's arrival to its last token
-    queue: int = 64  # requests that may wait; the next one is answered 429
+    queue: int = 64  # requests that may wait; further ones get HTTP 429
     running: int = 16  # answers that are decoded at the same time
-    # bytes of keys and values of all running answers. Requests wait for room
+    # bytes of keys and values of all running answers; requests wait until theirs fit
     kv_bytes: int = 4 << 30
     pinned_bytes: int = 1 << 30  # bytes of chunks that clients may pin in the store
     # tokens of missing chunks that are encoded between two decoding steps
@@ -44,11 +44,11 @@ class Limits:
 
 @dataclass(frozen=True)
 class Tenant:
-    """One who may call the server."""
+    """A client with its own key, quota and cache."""
 
     name: str = "default"  # in logs and metrics
-    key: str | None = field(default=None, repr=False)  # its API key; None lets everybody in
-    # requests at a time, waiting ones included; None: as many as the server takes
+    key: str | None = field(default=None, repr=False)  # its API key; None: no key is needed
+    # requests at a time, including waiting ones; None: no limit of its own
     max_requests: int | None = None
     tokens_per_minute: int | None = None  # prompt and answer tokens; None: no quota
 
@@ -60,23 +60,23 @@ class Tenant:
             if value is not None and (type(value) is not int or value < 1):
                 raise ValueError(f"tenant '{self.name}': {name} must be at least 1, got {value!r}")
 
-    def salt(self, asked: str | None) -> str:
-        """What goes into the keys of its chunks (``asked``: the request's ``cache_salt``).
+    def salt(self, cache_salt: str | None) -> str:
+        """The salt in the keys of its chunks, from the request's ``cache_salt``.
 
-        Tenants with keys never share any.
+        Tenants with API keys never share a salt.
         """
         if self.key is None:
-            return asked or ""
-        return hashlib.sha256(f"{self.name}\0{asked or ''}".encode()).hexdigest()
+            return cache_salt or ""
+        return hashlib.sha256(f"{self.name}\0{cache_salt or ''}".encode()).hexdigest()
 
     def sign(self, key: str) -> str:
-        """The name under which the tenant is told of a chunk's ``key``; `verify` inverts it."""
+        """The tenant's signed name for a chunk's store ``key``; `verify` inverts it."""
         if self.key is None:
             return key
         return f"{key}-{hmac.new(self.key.encode(), key.encode(), hashlib.sha256).hexdigest()[:16]}"
 
     def verify(self, name: str) -> str | None:
-        """The chunk's key in a name that this tenant was told, or None."""
+        """The store key in one of this tenant's signed names; None if the signature is wrong."""
         key = name.partition("-")[0]
         return key if hmac.compare_digest(self.sign(key), name) else None
 
@@ -100,10 +100,10 @@ def _tenant(path: Path, name: Any, value: Any) -> Tenant:
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """The whole of it."""
+    """The whole configuration."""
 
-    limits: Limits = Limits()  # see `Limits`
-    tenants: tuple[Tenant, ...] = ()  # with keys; empty: everybody is the same tenant
+    limits: Limits = Limits()
+    tenants: tuple[Tenant, ...] = ()  # with keys; empty: all clients are one tenant
     hosts: tuple[str, ...] = ("*",)  # accepted Host headers; ``("*",)`` accepts all
     log_texts: bool = False  # whether questions and answers are logged
 
@@ -111,21 +111,21 @@ class ServerConfig:
         """The tenant of an ``Authorization`` header, or None if it must not be served."""
         if not self.tenants:
             return Tenant()
-        scheme, _, given = (authorization or "").partition(" ")
-        found = None
-        for tenant in self.tenants:  # all of them, so that the time tells nothing
-            same = hmac.compare_digest((tenant.key or "").encode(), given.strip().encode())
-            found = tenant if same and scheme.lower() == "bearer" else found
-        return found
+        scheme, _, key = (authorization or "").partition(" ")
+        match = None
+        for tenant in self.tenants:  # always compares all, so that the time reveals nothing
+            is_same = hmac.compare_digest((tenant.key or "").encode(), key.strip().encode())
+            match = tenant if is_same and scheme.lower() == "bearer" else match
+        return match
 
 
 class Quotas:
-    """Counts what tenants use. Thread-safe."""
+    """Counts the running requests and recent tokens of tenants. Thread-safe."""
 
     def __init__(self):
         self._lock = threading.Lock()
         self._requests: dict[str, int] = {}
-        self._tokens: dict[str, tuple[float, float]] = {}  # what is left, and when that was
+        self._tokens: dict[str, tuple[float, float]] = {}  # tokens left, and at what time
 
     def enter(self, tenant: Tenant, tokens: int) -> float | None:
         """Admits a request of at most ``tokens``, or returns the seconds to wait."""

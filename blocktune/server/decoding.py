@@ -2,8 +2,8 @@
 
 Each answer keeps the cache of its own prompt: positions with gaps, recomputed columns, reshaped
 scores. The matrices of the model are applied to all answers together; attention is computed for
-each over its own cache, by the very plan that a single answer decodes by. So nothing is padded or
-copied when an answer joins or leaves, and what an answer reads does not depend on the others.
+each over its own cache, with the same plan that `Engine` decodes a single answer with. So nothing
+is padded or copied when an answer joins or leaves, and answers do not depend on each other.
 
 transformers' continuous batching is not used: its paged cache fills a request's blocks by running
 the model over the request's own tokens in order, one position after the other. It has no way to
@@ -35,7 +35,7 @@ GREEDY = Sampling()
 
 
 class TokenLogprob(NamedTuple):
-    """A token, its log probability, and the likeliest ones as (id, log probability)."""
+    """A token, its log probability, and the most likely tokens as (id, log probability)."""
 
     token: int
     logprob: float
@@ -50,9 +50,9 @@ class Settings:
     sampling: Sampling = GREEDY  # how tokens are picked; each choice draws from a stream of its own
     choices: int = 1  # answers to make
     stops: tuple[str, ...] = ()  # texts that end an answer and are left out of it
-    # likeliest tokens to report at each step; None: none and no log probabilities
+    # most likely tokens to report at each step; None: no log probabilities at all
     logprobs: int | None = None
-    strips: bool = True  # whether the space around the answer is dropped, as `Engine.answer` does
+    strips: bool = True  # whether to strip space around the answer, as `Engine.answer` does
 
 
 @dataclass(eq=False)
@@ -61,7 +61,7 @@ class Choice:
 
     index: int  # among the choices of its request
     run: Generation  # after its prefill, of a single prompt
-    settings: Settings  # how
+    settings: Settings
     cache: RowCache = field(init=False)  # keys and values of its columns
     ids: list[int] = field(default_factory=list)  # tokens so far
     finish: str | None = None  # why it ended, or None
@@ -78,23 +78,23 @@ class Choice:
 
     @cached_property
     def _rows(self) -> Rows:
-        """Facts of the rows that its tokens will have: none of the first is read."""
+        """The rows of its future tokens; they do not depend on the first token."""
         return decoded_rows(self.run.last, self.settings.max_new_tokens)
 
     @cached_property
     def _keys(self) -> Rows:
-        """Facts of all columns that the answer may have."""
+        """All columns that the answer may have."""
         return self.run.columns.concat(self._rows)
 
     @property
     def position(self) -> Tensor:
-        """Of the last token, ``(1, 1)``."""
+        """Position of the last token, ``(1, 1)``."""
         return self._rows.position[:, len(self.ids) - 1, None]
 
     def take(self, logits: Tensor) -> tuple[str, TokenLogprob | None]:
-        """Picks a token by the logits ``(1, V)``; the new text, and its log probability if asked.
+        """Picks a token by logits ``(1, V)``; returns the new text and, if requested, logprobs.
 
-        Sets `finish` if it was the last. Raises `NoNumbers`.
+        Sets `finish` if it was the last token. Raises `NoNumbers`.
         """
         require_numbers(logits)
         token = int(self._pick(logits))
@@ -110,7 +110,7 @@ class Choice:
         return text, self._logprob(logits[0], token)
 
     def plan(self) -> CachePlan:
-        """Appends a column for the last token and says what its row sees."""
+        """Appends a column for the last token and returns the plan of its attention."""
         step = len(self.ids) - 1
         self.cache.append()
         query = self._rows.map(lambda row: row[:, step : step + 1])
@@ -127,7 +127,7 @@ class Choice:
 
 
 class _Layer(CacheLayerMixin):
-    """Writes each row into the cache of its own answer; attention reads them there."""
+    """Writes each row into the cache of its own answer, where attention reads it."""
 
     is_sliding = False
     is_compileable = False
@@ -137,7 +137,7 @@ class _Layer(CacheLayerMixin):
         self.layers = layers
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to do: each answer's cache is there."""
+        """Does nothing, since each answer's cache already exists."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
         for index, layer in enumerate(self.layers):
@@ -168,17 +168,17 @@ class RaggedPlan:
         self, query: Tensor, key: Tensor, value: Tensor, rule: LayerRule, params: AttentionParams
     ) -> Tensor:
         """See `blocktune.attention.interface.Plan.attend`; ``key`` and ``value`` are not read."""
-        made = []
+        outputs = []
         for index, (plan, cache) in enumerate(zip(self.plans, self.caches, strict=True)):
             layer = cache.layers[rule.layer]
             rows = query[index, None]
-            made.append(plan.attend(rows, layer.keys, layer.values, rule, params))
-        return torch.cat(made)
+            outputs.append(plan.attend(rows, layer.keys, layer.values, rule, params))
+        return torch.cat(outputs)
 
 
 @torch.no_grad()
 def decode_step(choices: Sequence[Choice]) -> Tensor:
-    """Logits ``(B, V)`` after each answer's last token; all are of one model."""
+    """Logits ``(B, V)`` after the last token of each answer; all answers are of one model."""
     plan = RaggedPlan(choices)
     layers = zip(*(choice.cache.layers for choice in choices), strict=True)
     model = choices[0].run.state.model

@@ -1,4 +1,4 @@
-"""One request with its job: passes events on, and cancels the job when the client leaves."""
+"""One HTTP request with its job: passes events on, and cancels the job if the client leaves."""
 
 from __future__ import annotations
 
@@ -20,16 +20,14 @@ from blocktune.server.config import Tenant
 from blocktune.server.job import Busy, Delta, Event, Failure, Report, recall
 from blocktune.server.middleware import error_body
 from blocktune.server.schemas import ChatRequest, CompletionRequest, WrongField, read_body
-from blocktune.server.service import Asked, Service, UnknownModel
+from blocktune.server.service import Service, Submission, UnknownModel
 
 _LOG = logging.getLogger("blocktune.server")
-
-
 T = TypeVar("T", bound=BaseModel)
 
 
 def authorized(request: Request) -> Tenant:
-    """Who calls.
+    """The tenant that sends a request.
 
     Raises:
         HTTPException: If the request has no key of a tenant.
@@ -41,40 +39,41 @@ def authorized(request: Request) -> Tenant:
 
 
 async def begin(
-    request: Request, kind: type[T], make: Callable[[Service, T, Tenant], Asked]
+    request: Request, kind: type[T], make: Callable[[Service, T, Tenant], Submission]
 ) -> tuple[Exchange, T]:
-    """Reads a request of some kind, makes its job, and queues that.
+    """Reads a request of some kind, makes its job, and queues it.
 
-    Both are done in another thread: a long body does not hold up other clients.
+    Reading runs in a worker thread, so that a long body does not delay other clients.
 
     Raises:
-        HTTPException: If the body is not JSON, the request is invalid or can never fit.
+        HTTPException: If the body is not JSON, or the request is invalid or can never fit.
         WrongField: If a field is wrong.
-        UnknownModel: If it names none that is served.
-        Busy: If too many wait, or its tenant's quota is used up.
+        UnknownModel: If it names a model that is not served.
+        Busy: If too many requests wait, or its tenant's quota is used up.
     """
     service, tenant = request.app.state.service, authorized(request)
     _require_json(request)
     raw, most = await request.body(), 2 * service.config.limits.prompt_tokens
 
-    def read() -> tuple[T, Asked]:
+    def read() -> tuple[T, Submission]:
         body = read_body(kind, raw, most)
         return body, make(service, body, tenant)
 
     try:
-        body, asked = await asyncio.to_thread(read)
+        body, submission = await asyncio.to_thread(read)
     except (UnknownModel, WrongField):
         raise
     except ValueError as error:
         raise HTTPException(400, " ".join(str(error).split())) from None
-    wait = service.quotas.enter(tenant, asked.job.quota_tokens)
+    wait = service.quotas.enter(tenant, submission.job.quota_tokens)
     if wait is not None:
         raise Busy(wait, f"the quota of '{tenant.name}' is used up")
-    exchange = Exchange(service, asked, tenant, request)
+    exchange = Exchange(service, submission, tenant, request)
     try:
         cache = service.responses
-        if not cache or not await asyncio.to_thread(recall, cache, asked.job, asked.question):
-            service.scheduler.submit(asked.job)
+        job, question = submission.job, submission.question
+        if not cache or not await asyncio.to_thread(recall, cache, job, question):
+            service.scheduler.submit(job)
     except ValueError as error:
         exchange.close()
         raise HTTPException(400, str(error)) from None
@@ -85,7 +84,7 @@ async def begin(
 
 
 def _require_json(request: Request) -> None:
-    """Also for safety: pages of other sites can send forms and text/plain, but not JSON."""
+    """Refuses other content types; pages of other sites can send text/plain, but not JSON."""
     kind, _, options = request.headers.get("content-type", "").partition(";")
     kind, charset = kind.strip().lower(), options.partition("charset=")[2].strip(' "').lower()
     if kind != "application/json" or charset not in ("", "utf-8", "utf8"):
@@ -96,10 +95,11 @@ def _require_json(request: Request) -> None:
 
 
 class Exchange:
-    """A request whose tenant was admitted, its job not yet queued."""
+    """A request that its tenant's quota admitted; its job need not be queued yet."""
 
-    def __init__(self, service: Service, asked: Asked, tenant: Tenant, request: Request):
-        self.service, self.asked, self.tenant, self.request = service, asked, tenant, request
+    def __init__(self, service: Service, submission: Submission, tenant: Tenant, request: Request):
+        self.service, self.submission = service, submission
+        self.tenant, self.request = tenant, request
         self._queue: asyncio.Queue[Event] = asyncio.Queue()
         self._open = True
         loop = asyncio.get_running_loop()
@@ -107,14 +107,14 @@ class Exchange:
         def emit(event: Event) -> None:
             try:
                 loop.call_soon_threadsafe(self._queue.put_nowait, event)
-            except RuntimeError:  # the loop is closed: nobody waits
-                asked.job.cancel()
+            except RuntimeError:  # the loop is closed: no client waits any more
+                submission.job.cancel()
 
-        asked.job.emit = emit
+        submission.job.emit = emit
 
     def close(self) -> None:
-        """Ends the exchange; what of the job is not done is not done any more."""
-        self.asked.job.cancel()
+        """Ends the exchange and cancels the rest of its job."""
+        self.submission.job.cancel()
         if self._open:
             self._open = False
             self.service.quotas.leave(self.tenant)
@@ -123,7 +123,7 @@ class Exchange:
         """The job's events, the report last.
 
         Raises:
-            HTTPException: If it fails, or the client has left (499, which nobody reads).
+            HTTPException: If the job fails, or the client has left (499, which nobody receives).
         """
         watch = asyncio.create_task(self._watch())
         try:
@@ -139,19 +139,19 @@ class Exchange:
             self.close()
 
     async def _watch(self) -> None:
-        """Ends the job when the client leaves."""
+        """Cancels the job when the client leaves."""
         while (await self.request.receive())["type"] != "http.disconnect":
             pass
-        self.asked.job.cancel()
+        self.submission.job.cancel()
         self._queue.put_nowait(Failure(499, "the client has left"))
 
     async def report(self) -> Report:
-        """Waits for the end of a job without an answer."""
+        """Waits for the end of a job that only encodes."""
         return [event async for event in self.events()][-1]
 
     async def respond(self, kind: type[Bodies], body: ChatRequest | CompletionRequest) -> Response:
-        """The whole answer, or a stream whose first event has come."""
-        bodies, events = kind(self.asked, self.tenant), self.events()
+        """The whole answer, or a stream, as soon as its first event is there."""
+        bodies, events = kind(self.submission, self.tenant), self.events()
         first = await anext(events)
         if body.stream:
             options = body.stream_options
@@ -166,7 +166,7 @@ class Exchange:
     async def _stream(
         self, bodies: Bodies, first: Event, events: AsyncIterator[Event], with_usage: bool
     ) -> AsyncIterator[bytes]:
-        """Server-sent events, as OpenAI sends them."""
+        """Server-sent events in OpenAI's format."""
         try:
             yield _sse(*bodies.opening())
             yield _sse(*bodies.delta(first))
@@ -184,11 +184,11 @@ class Exchange:
             self.close()
 
     def _log(self, report: Report, bodies: Bodies) -> None:
-        job, usage = self.asked.job, report.usage
+        job, usage = self.submission.job, report.usage
         total_s = time.perf_counter() - job.created
-        model, tenant = self.asked.served.name, self.tenant.name
-        # Not the name of a composition: parameters would make a series of each request.
-        self.service.metrics.book((model, METHODS.name_of(job.method), tenant), report, total_s)
+        model, tenant = self.submission.served.name, self.tenant.name
+        # Without parameters: each combination of them would be a time series of its own.
+        self.service.metrics.record((model, METHODS.name_of(job.method), tenant), report, total_s)
         _LOG.info(
             "%s model=%s method=%r tenant=%s prompt=%d cached=%d answer=%d queue=%.4fs "
             "ttft=%.4fs total=%.4fs%s",
@@ -199,7 +199,7 @@ class Exchange:
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events; the exchange sees for itself when the client leaves."""
+    """Server-sent events; `Exchange` itself notices when the client leaves."""
 
     media_type = "text/event-stream"
 

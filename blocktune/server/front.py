@@ -1,10 +1,10 @@
-"""From a request's messages, documents and method to token pieces.
+"""Reads messages, documents and the method of a request, and makes token pieces.
 
-No engine and no model is needed here: a server on another engine reads requests the same way.
+It needs no engine and no model, so that a server on another engine can use it.
 
-The chunks stand in the last turn of the user, as a single question has them. What was said before
-is the prefix: exact, computed with full attention. Documents of earlier messages are chunks too,
-so that a conversation over the same documents finds them in the cache in every turn.
+The chunks are placed in the user's last turn, as for a single question. Earlier turns are the
+prefix: exact, computed in full attention. Documents of earlier messages are chunks too, so that a
+conversation over the same documents finds them in the cache in every turn.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from blocktune.prompt.template import (
 from blocktune.server.schemas import CohereDocument, Document, DocumentBlock, Extension, Message
 
 Turn = tuple[str, str]  # role and text
-MOST = 1e9
-"""Largest number in a method's parameters; larger ones overflow somewhere."""
+LARGEST = 1e9
+"""Largest number in a method's parameters; larger ones could overflow."""
 
 
 class Source(NamedTuple):
-    """A document of a request: the client's name for it, and the chunk."""
+    """A document of a request: the client's id, and the chunk."""
 
     id: str | None
     chunk: Chunk
@@ -49,23 +49,23 @@ class Conversation(NamedTuple):
     system: str | None  # text of the system's turns, or None
     earlier: tuple[Turn, ...]  # the turns before the last one
     question: str  # the user's last turn, without its documents
-    documents: tuple[DocumentBlock, ...]  # blocks in the messages, in their order
+    documents: tuple[DocumentBlock, ...]  # document blocks of all messages, in order
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """What is read of it, without the documents."""
+        """All its texts, without the documents."""
         return (self.system or "", *(text for _, text in self.earlier), self.question)
 
 
 def read_document(document: Document, where: str) -> Source:
-    """One chunk, whatever form it came in.
+    """Makes a chunk of a document in any of the accepted forms.
 
     Args:
-        document: As validated.
-        where: The field, for errors.
+        document: A validated document.
+        where: Its field, for errors.
 
     Raises:
-        ValueError: If there is no text in it.
+        ValueError: If it has no text.
     """
     try:
         if isinstance(document, str):
@@ -81,7 +81,7 @@ def read_document(document: Document, where: str) -> Source:
 
 
 def _of_fields(data: str | Mapping[str, str]) -> Chunk:
-    """Cohere's data: one field is the text, others go before it, each on a line ``name: value``."""
+    """Cohere's data: one field is the text; the others precede it as lines ``name: value``."""
     if isinstance(data, str):
         return Chunk(data)
     rest = dict(data)
@@ -94,8 +94,8 @@ def _of_fields(data: str | Mapping[str, str]) -> Chunk:
 def read_messages(messages: Sequence[Message]) -> Conversation:
     """Splits messages into system text, earlier turns, the question and document blocks.
 
-    Turns of one role in a row are joined, since most templates refuse them. Raises ValueError if
-    the last message is not the user's, or a text is not text.
+    Consecutive turns of one role are joined, since most templates refuse them. Raises ValueError
+    if the last message is not the user's, or a text is not valid Unicode.
     """
     system: list[str] = []
     turns: list[Turn] = []
@@ -129,11 +129,11 @@ def chat_pieces(
     conversation: Conversation,
     block: bool = True,
 ) -> Pieces:
-    """Tokenises a conversation over chunks; of a single question as `make_pieces` does.
+    """Tokenises a conversation over chunks; a single question gives the same as `make_pieces`.
 
-    Without chunks the question is sent as it is: instruction and wording are about passages. The
-    request's system text replaces that of ``fmt``. Raises ValueError if the chat template does not
-    render the turns, or a chunk has no tokens.
+    Without chunks the question is used unchanged, since instruction and wording are about passages.
+    The request's system text replaces that of ``fmt``. Raises ValueError if the chat template does
+    not render the turns, or a chunk has no tokens.
     """
     texts = UserText(tokenizer)
     head, tail = "", texts.safe(conversation.question)
@@ -163,11 +163,11 @@ def _render(
     if not earlier:
         return render_frame(tokenizer, system, head, tail)
     if tokenizer.chat_template is None:
-        said = "".join(
+        dialogue = "".join(
             f" {text}\n\n" if role == "assistant" else text + PLAIN_REPLY_CUE
             for role, text in earlier
         )
-        frame = render_frame(tokenizer, system, said + head, tail)
+        frame = render_frame(tokenizer, system, dialogue + head, tail)
     else:
         turns = [*earlier, ("user", head + SENTINEL + tail)]
         whole = render_conversation(tokenizer, system, turns)
@@ -186,10 +186,10 @@ def plain_pieces(
     chunks: Sequence[Chunk],
     prompt: str | Sequence[int],
 ) -> Pieces:
-    """Tokenises chunks and a text that is continued, without a chat template.
+    """Tokenises chunks and a text to continue, without a chat template.
 
-    Special tokens written out in ``prompt`` are read as such: it is the caller's whole prompt. A
-    ValueError if it has no tokens, or ids that the tokenizer does not have.
+    Special tokens written out in ``prompt`` are parsed, since it is the caller's whole prompt.
+    Raises ValueError if it has no tokens, or ids that the tokenizer does not have.
     """
     if isinstance(prompt, str):
         require_unicode(prompt, "prompt")
@@ -211,21 +211,21 @@ def plain_pieces(
 
 @lru_cache(256)
 def named_method(text: str) -> Method:
-    """`read_method` of a text without parameters; remembered, since most requests name the same."""
+    """`read_method` of a text without parameters, cached, since most requests use the same one."""
     return read_method(Extension(method=text), "")
 
 
-def read_method(asked: Extension, default: str) -> Method:
+def read_method(extension: Extension, default: str) -> Method:
     """Builds the method of a request.
 
     Raises:
-        ValueError: If it cannot be built, or a number is out of all reason.
+        ValueError: If it cannot be built, or a number is too large.
     """
-    text = default if asked.method is None else asked.method
+    text = default if extension.method is None else extension.method
     try:
         if isinstance(text, str):
-            method = build(text, **(asked.params or {}))
-        elif asked.params:
+            method = build(text, **(extension.params or {}))
+        elif extension.params:
             raise ValueError("a method given as a mapping takes its parameters in it, as 'params'")
         else:
             method = build_entry(text)
@@ -234,19 +234,19 @@ def read_method(asked: Extension, default: str) -> Method:
         raise ValueError(f"blocktune.method: {error}") from None
     wrong = [v for v in values if isinstance(v, int | float) and not _is_sane(v)]
     if wrong:
-        raise ValueError(f"blocktune.method: numbers are at most {MOST:g}, got {wrong[0]!r:.40}")
+        raise ValueError(f"blocktune.method: numbers are at most {LARGEST:g}, got {wrong[0]!r:.40}")
     return method
 
 
 def _is_sane(value: float) -> bool:
-    return math.isfinite(value) and abs(value) <= MOST
+    return math.isfinite(value) and abs(value) <= LARGEST
 
 
 def _values(value: Any) -> Iterator[Any]:
     if isinstance(value, Mapping):
         value = tuple(value.values())
     if isinstance(value, list | tuple | set | frozenset):
-        for one in value:
-            yield from _values(one)
+        for item in value:
+            yield from _values(item)
     else:
         yield value

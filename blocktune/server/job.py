@@ -1,4 +1,4 @@
-"""A request for an engine: what it asks, what it is told, and the account of its end."""
+"""A request for an engine: its job, the events that it emits, and its final report."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ONE_TOKEN = Settings(1)
 
 
 class Busy(Exception):
-    """The queue is full, or the server is shutting down: try again after some seconds."""
+    """The queue is full or the server shuts down; ``retry_after`` is in seconds."""
 
     def __init__(self, retry_after: float, message: str):
         super().__init__(message)
@@ -38,7 +38,7 @@ class Busy(Exception):
 
 @dataclass(frozen=True)
 class Delta:
-    """New text of a choice. ``finish``: why it ended, ``stop`` or ``length``, or None."""
+    """New text of a choice; ``finish`` is why it ended, ``stop`` or ``length``, or None."""
 
     index: int
     text: str
@@ -50,21 +50,21 @@ class Delta:
 class Report:
     """The end of a request."""
 
-    usage: Usage | None = None  # of the prompt; None if chunks were only encoded
-    # where each piece was found: ``memory``, ``disk``, or ``none`` (encoded)
+    usage: Usage | None = None  # the work; None if chunks were only encoded
+    # where each piece was found: ``memory``, ``disk``, or ``none`` (encoded now)
     tiers: Mapping[Piece, str] = field(default_factory=dict)
     cached_tokens: int = 0  # prompt tokens whose keys and values were in a cache
-    answer_tokens: int = 0  # of all choices
-    queue_s: float = 0.0  # seconds before preparation began
+    answer_tokens: int = 0  # tokens of all choices
+    queue_s: float = 0.0  # seconds in the queue
     ttft_s: float = 0.0  # seconds from arrival to the first token
-    # the prompt's tokens and what became of each, if asked
+    # the prompt's tokens and whether each was reused, if requested; see `strip_of`
     strip: list[dict[str, Any]] | None = None
-    encode_s: float = 0.0  # seconds of encoding
+    encode_s: float = 0.0  # seconds spent encoding
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A request that ended without an answer. ``status`` is HTTP's."""
+    """The end of a request without an answer; ``status`` is the HTTP status."""
 
     status: int
     message: str
@@ -77,22 +77,22 @@ Event = Delta | Report | Failure
 class Job:
     """A request for an engine."""
 
-    engine: Engine  # salted for its tenant
-    # how chunks are reused; None: chunks are encoded and nothing is answered
+    engine: Engine  # with the tenant's salt
+    # how chunks are reused; None: chunks are only encoded
     method: Method | None = None
     pieces: Pieces | None = None  # tokens of the prompt
-    # laid out; None for a method with a history, whose layout depends on it
+    # its layout; None for a method with a history, which decides the layout later
     prompt: Prompt | None = None
-    wanted: Sequence[Piece] = ()  # pieces to encode, where nothing is answered
+    wanted: Sequence[Piece] = ()  # pieces to encode, if nothing is answered
     settings: Settings = ONE_TOKEN  # how it is decoded
-    tenant: str = "default"  # whose turn it is; tenants wait in queues of their own, served in turn
-    timeout_s: float = 300.0  # seconds until it is given up
-    strip: bool = False  # whether to report what became of each token
+    tenant: str = "default"  # decides its queue; the queues are served in turn
+    timeout_s: float = 300.0  # seconds after which it fails
+    strip: bool = False  # whether to report how each token was computed
     has_turns: bool = False  # whether its prefix holds earlier turns of a conversation
-    # of ``wanted``, those to keep in memory until they are deleted
+    # pieces of ``wanted`` to pin in the store until they are deleted
     pins: frozenset[Piece] = frozenset()
     token_bytes: int = 0  # bytes of one token's keys and values
-    # gets its events, from the scheduler's thread; the last is a Report or a Failure
+    # called with its events in the scheduler's thread; the last is a Report or a Failure
     emit: Callable[[Event], None] = lambda event: None
     created: float = field(default_factory=time.perf_counter)
     cancelled: bool = False
@@ -107,22 +107,22 @@ class Job:
     watch: Stopwatch | None = None
 
     def cancel(self) -> None:
-        """Its next step is not made."""
+        """Stops it before its next step."""
         self.cancelled = True
 
     @property
     def quota_tokens(self) -> int:
-        """What its tenant's quota is charged: tokens read and to be written."""
+        """Tokens charged to its tenant's quota: those of the prompt, the answers and the chunks."""
         return self.num_tokens + sum(len(piece.ids) for piece in self.wanted)
 
     @cached_property
     def reserved(self) -> int:
-        """Bytes of keys and values that its answers need at most."""
+        """Most bytes of keys and values that its answers need."""
         return self.num_tokens * self.token_bytes
 
     @cached_property
     def widened(self) -> list[int]:
-        """Layers for which the method needs what entered them, beside keys and values."""
+        """Layers of which the method needs the chunks' input hidden states."""
         if self.method is None:
             return []
         num_layers = self.engine.state.num_layers
@@ -130,7 +130,7 @@ class Job:
 
     @property
     def num_tokens(self) -> int:
-        """Columns that its answers need at most."""
+        """Most columns that its answers need."""
         if self.pieces is None:
             return 0
         rows = self.pieces.num_tokens if self.prompt is None else len(self.prompt.input_ids)
@@ -138,7 +138,7 @@ class Job:
 
 
 def bytes_per_token(engine: Engine) -> int:
-    """Of keys and values of one column in all layers."""
+    """Bytes of the keys and values of one column in all layers."""
     config = engine.model.config.get_text_config()
     heads = config_value(config, "num_key_value_heads", "num_attention_heads")
     dim = config_value(config, "head_dim") or config.hidden_size // config_value(
@@ -147,13 +147,13 @@ def bytes_per_token(engine: Engine) -> int:
     return 2 * config.num_hidden_layers * heads * dim * engine.model.dtype.itemsize
 
 
-def late(job: Job) -> Failure:
-    """Of a request that took too long."""
+def timed_out(job: Job) -> Failure:
+    """The failure of a request that took too long."""
     return Failure(408, f"not answered within {job.timeout_s:g} s")
 
 
 def failure_of(error: Exception) -> Failure:
-    """What a client is told of an exception; what it did not cause is logged."""
+    """Turns an exception into a failure; those not caused by the client are logged."""
     if isinstance(error, NoNumbers):
         _LOG.error("%s", error)
         return Failure(500, str(error))
@@ -166,17 +166,17 @@ def failure_of(error: Exception) -> Failure:
     return Failure(500, "internal error; the server's log says more")
 
 
-def account(job: Job) -> Report:
-    """The end of a job whose choices are all finished."""
+def report_of(job: Job) -> Report:
+    """The report of a job whose choices are all finished."""
     ids = tuple(token for choice in job.choices for token in choice.ids)
     usage = job.run.usages([ids])[0]
     usage = replace(usage, prefix_tokens=usage.prefix_tokens + job.prefix_hits)
-    lost = sum(len(piece.ids) for piece in job.found.misses)
-    lost -= job.prefix_hits  # of a conversation's earlier turns
+    encoded = sum(len(piece.ids) for piece in job.found.misses)
+    encoded -= job.prefix_hits  # a conversation's earlier turns that were in a cache
     return Report(
         usage=usage,
         tiers=job.found.tiers,
-        cached_tokens=max(0, int(job.run.assembled.cached.sum()) - lost),
+        cached_tokens=max(0, int(job.run.assembled.cached.sum()) - encoded),
         answer_tokens=len(ids),
         queue_s=job.begun - job.created,
         ttft_s=job.first - job.created,
@@ -185,16 +185,16 @@ def account(job: Job) -> Report:
 
 
 FATES = ("reused", "relocated", "recomputed", "computed")
-"""What became of a prompt's token: cached keys and values as they were, cached and rotated to
-another position, cached but computed again in some layers, or not cached at all."""
+"""What happened to a prompt's token: its cached keys and values were used unchanged, moved to
+another position, or computed again in some layers; or it was not cached."""
 
 
 def strip_of(run: Generation) -> list[dict[str, Any]]:
-    """The prompt's tokens in runs of one kind, chunk and fate.
+    """The prompt's tokens, grouped in runs of the same kind, chunk and fate.
 
     Returns:
-        Per run ``kind``, ``chunk`` (or None), ``fate``, ``layers`` (share of the layers that were
-        computed) and ``tokens``, their texts.
+        For each run: ``kind``, ``chunk`` (or None), ``fate``, ``layers`` (share of the layers that
+        were computed) and ``tokens``, their texts.
     """
     layout, state = run.batch.layout, run.state
     stored = (layout.kind[0] != Kind.PAD) & (layout.kind[0] != Kind.BLANK)
@@ -214,24 +214,24 @@ def strip_of(run: Generation) -> list[dict[str, Any]]:
         strict=True,
     )
     first: dict[int, int] = {}
-    made: list[dict[str, Any]] = []
-    names, vocabulary = state.tokenizer, len(state.tokenizer)
+    runs: list[dict[str, Any]] = []
+    tokenizer, vocabulary = state.tokenizer, len(state.tokenizer)
     for kind, chunk, cached, layers, position, token in facts:
         start = first.setdefault(chunk if kind != Kind.PREFIX else -2, position)
         moved = kind != Kind.PREFIX and start != 0
         fate = FATES[3] if not cached else FATES[2] if layers else FATES[1 if moved else 0]
-        one = {
+        entry = {
             "kind": Kind(kind).name.lower(),
             "chunk": chunk if kind in (Kind.CHUNK, Kind.LINK, Kind.WRAP) else None,
             "fate": fate,
             "layers": layers / state.num_layers,
         }
-        text = names.decode([token]) if token < vocabulary else "\u29c9"
-        if made and all(made[-1][name] == value for name, value in one.items()):
-            made[-1]["tokens"].append(text)
+        text = tokenizer.decode([token]) if token < vocabulary else "\u29c9"
+        if runs and all(runs[-1][name] == value for name, value in entry.items()):
+            runs[-1]["tokens"].append(text)
         else:
-            made.append(one | {"tokens": [text]})
-    return made
+            runs.append(entry | {"tokens": [text]})
+    return runs
 
 
 def usage_fields(usage: Usage) -> dict[str, Any]:
@@ -241,31 +241,32 @@ def usage_fields(usage: Usage) -> dict[str, Any]:
 
 
 def recall(cache: ResponseCache, job: Job, question: str) -> bool:
-    """Answers a job from the cache (True), or has its answer kept when it has come.
+    """Answers a job from the cache (True), or arranges for its answer to be cached (False).
 
-    Requests for several choices, log probabilities or the prompt's strip, and those that draw
-    without a seed, pass by. Nothing is kept of an answer whose client left.
+    Requests for several choices, log probabilities or the strip, and those that sample without a
+    seed, are ignored. The answer of a client that left is not kept.
     """
-    settings, emit, said = job.settings, job.emit, []
+    settings, emit, deltas = job.settings, job.emit, []
     if job.pieces is None or job.strip or settings.choices > 1 or settings.logprobs is not None:
         return False
-    decoding, asked = (settings.sampling, settings), (0, job.pieces, question)
-    own = Recall.of(cache, job.engine.state, job.method, decoding, asked)
-    if own is None:
+    decoding, prompt = (settings.sampling, settings), (0, job.pieces, question)
+    entry = Recall.of(cache, job.engine.state, job.method, decoding, prompt)
+    if entry is None:
         return False
-    if (known := own.find()) is not None:
-        emit(Delta(0, known[0]["text"], None, known[0]["finish"]))
+    if (hit := entry.find()) is not None:
+        answer, usage = hit
+        emit(Delta(0, answer["text"], None, answer["finish"]))
         ttft_s = time.perf_counter() - job.created
-        emit(Report(usage=known[1], answer_tokens=known[0]["count"], ttft_s=ttft_s))
+        emit(Report(usage=usage, answer_tokens=answer["count"], ttft_s=ttft_s))
         return True
 
     def listen(event: Event) -> None:
         if isinstance(event, Delta):
-            said.append(event)
+            deltas.append(event)
         if isinstance(event, Report):  # kept before the client knows that its answer has ended
-            facts = {"finish": said[-1].finish, "count": event.answer_tokens}
-            text, seconds = "".join(delta.text for delta in said), time.perf_counter() - job.created
-            own.keep(text, (), seconds, **facts)
+            facts = {"finish": deltas[-1].finish, "count": event.answer_tokens}
+            seconds = time.perf_counter() - job.created
+            entry.keep("".join(delta.text for delta in deltas), (), seconds, **facts)
         emit(event)
 
     job.emit = listen

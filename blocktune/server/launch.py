@@ -1,4 +1,4 @@
-"""What `blocktune serve` makes of its options: engines, limits and a log."""
+"""Turns the options of `blocktune serve` into engines, limits and a log."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from blocktune.cache.config import StoreConfig
 from blocktune.engine import Engine
 from blocktune.parsing import build_config
 from blocktune.server.config import Limits, ServerConfig
-from blocktune.server.middleware import hurried
+from blocktune.server.middleware import with_timeout
 
 
 def load_engines(
@@ -27,15 +27,15 @@ def load_engines(
     """An engine for each adapter and for the bare model, over one base's weights and one store.
 
     Args:
-        model: Name or folder; None: the adapters' own base.
+        model: Name or folder; None: the adapters' base.
         adapters: Each ``ADAPTER`` or ``NAME=ADAPTER``.
-        name: That requests use for the bare model; without one it is not served beside adapters.
+        name: Name of the bare model in requests; without it, adapters are served alone.
         store: Place and limits of the chunks, see `ChunkStore.open`.
-        store_bytes: Memory for chunks, and as much for exact prefixes.
+        store_bytes: Memory for chunks, and the same again for exact prefixes.
         options: See `blocktune.adapter.load.load_models`.
 
     Raises:
-        ValueError: If two have the same name, or a model only resumes prefixes.
+        ValueError: If two have the same name, or a model cannot reuse chunks.
     """
     split = [text.partition("=") for text in adapters]
     wanted = [(head, tail) if equals else (_short(head), head) for head, equals, tail in split]
@@ -57,7 +57,7 @@ def load_engines(
 
 
 def _short(source: str) -> str:
-    """A folder's name; other names as they are."""
+    """The last part of a folder's path; other names are unchanged."""
     return Path(source).resolve().name if Path(source).exists() else source
 
 
@@ -67,10 +67,10 @@ def read_limits(pairs: list[str]) -> Limits:
 
 
 def uvicorn_options(config: ServerConfig, drain_s: int) -> dict[str, Any]:
-    """How uvicorn runs the application, after setting up the log and the garbage collector.
+    """Options of uvicorn; also sets up the log and the garbage collector.
 
-    The log has one line a request, on standard error. What lives as long as the process is not
-    looked through at every collection, which takes longer than a request.
+    The log has one line per request, on standard error. Objects that live as long as the process
+    are excluded from garbage collection, which would take longer than a request.
     """
     gc.collect()
     gc.freeze()
@@ -78,7 +78,7 @@ def uvicorn_options(config: ServerConfig, drain_s: int) -> dict[str, Any]:
     for name in ("blocktune.server", "uvicorn.error"):
         logging.getLogger(name).setLevel(logging.INFO)
     return {
-        "http": hurried(config.limits.body_s),
+        "http": with_timeout(config.limits.body_s),
         "log_config": None,
         "access_log": False,
         "server_header": False,

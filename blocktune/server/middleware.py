@@ -1,4 +1,4 @@
-"""Around all routes: the size and time of a request's body, and Prometheus metrics."""
+"""Around all routes: limits on the size and time of a request's body, and Prometheus metrics."""
 
 from __future__ import annotations
 
@@ -13,16 +13,14 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 from blocktune.server.scheduler import Report, Scheduler
 
 TTFT = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
-
-
 AT_ONCE = 16
-"""Bodies of the largest size that may be coming at once, or as many bytes of smaller ones."""
+"""Bodies of the largest size that may arrive at once, or as many bytes of smaller ones."""
 
 
 class Metrics:
-    """Counters of one server, in a registry of their own.
+    """Counters of one server, in their own registry.
 
-    Names are those of vLLM after the prefix, so that dashboards carry over.
+    After the prefix the names are vLLM's, so that its dashboards can be used.
     """
 
     def __init__(self, scheduler: Scheduler):
@@ -55,7 +53,7 @@ class Metrics:
             Histogram, "e2e_request_latency_seconds", "From arrival to the end.", buckets=TTFT
         )
 
-    def book(self, labels: tuple[str, str, str], report: Report, total_s: float) -> None:
+    def record(self, labels: tuple[str, str, str], report: Report, total_s: float) -> None:
         """Counts one answered request; ``labels`` are model, method and tenant."""
         self.requests.labels(*labels).inc()
         self.prompt.labels("cache").inc(report.cached_tokens)
@@ -72,14 +70,14 @@ class Metrics:
 
 
 class Guard:
-    """ASGI middleware: reads a request's body whole, within its limits, and counts responses.
+    """ASGI middleware: reads a request's whole body within the limits, and counts responses.
 
-    A client that sends too much or too slowly is answered before anything is parsed.
+    A client that sends too much or too slowly gets an error before anything is parsed.
     """
 
     def __init__(self, app: Callable, *, max_bytes: int, max_s: float, metrics: Metrics):
         self.app, self.max_bytes, self.max_s, self.metrics = app, max_bytes, max_s, metrics
-        self.held = 0  # bytes of bodies that are still coming
+        self.held = 0  # bytes of bodies that are still arriving
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
         """See ASGI."""
@@ -140,10 +138,10 @@ class Guard:
             self.held -= len(body)
 
 
-def hurried(seconds: float) -> type[AutoHTTPProtocol]:
-    """Uvicorn's protocol, which also closes connections that send no whole head in time."""
+def with_timeout(seconds: float) -> type[AutoHTTPProtocol]:
+    """Uvicorn's protocol, extended to close connections that send no whole header in time."""
 
-    class Hurried(AutoHTTPProtocol):
+    class TimedProtocol(AutoHTTPProtocol):
         def connection_made(self, transport: asyncio.Transport) -> None:
             super().connection_made(transport)
             self._last: object = None
@@ -154,14 +152,14 @@ def hurried(seconds: float) -> type[AutoHTTPProtocol]:
             super().connection_lost(exc)
 
         def _look(self) -> None:
-            """Closes if there was no request since the last look, and none is being answered."""
+            """Closes if no request came since the last check, and none is being answered."""
             if self.cycle is self._last and (self.cycle is None or self.cycle.response_complete):
                 self.transport.close()
                 return
             self._last = self.cycle
             self._timer = self.loop.call_later(seconds, self._look)
 
-    return Hurried
+    return TimedProtocol
 
 
 async def _refuse(send: Callable, status: int, message: str) -> None:
@@ -176,7 +174,7 @@ KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_e
 
 
 def error_body(message: str, status: int, param: str | None = None) -> dict[str, Any]:
-    """An error as OpenAI's interface has it; half surrogates become question marks."""
+    """An error in OpenAI's format; unpaired surrogates become question marks."""
     kind = KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
     text = message.encode(errors="replace").decode()
     return {"error": {"message": text, "type": kind, "param": param, "code": None}}

@@ -1,10 +1,10 @@
 """One thread that runs the engines: it prepares waiting requests and decodes running ones.
 
-A step of the loop does two things: one piece of preparation (encode missing chunks of one request
+A step of the loop does two things: one unit of preparation (encode missing chunks of one request,
 up to a number of tokens, or prefill one request), then one token for every running answer. So
 requests join and leave while others decode, and a request with many missing chunks delays the
-others by one piece at a time. Two limits: the prefill of a prompt is one piece (in full prefill,
-the whole prompt), and so are chunks for methods that load them layer by layer.
+others by one unit at a time. There are two limits: the prefill of a prompt is one unit (in full
+prefill, the whole prompt), and so is encoding for methods with a loader of their own.
 """
 
 from __future__ import annotations
@@ -35,29 +35,29 @@ from blocktune.server.job import (
     Failure,
     Job,
     Report,
-    account,
     failure_of,
-    late,
+    report_of,
+    timed_out,
 )
 
 IDLE_S = 1.0
-"""Seconds without a request after which freed memory goes back to the system."""
+"""Seconds without a request after which freed memory is returned to the system."""
 
 
-def give_back() -> None:
-    """Lets the C library return what it keeps of freed memory: of one large prompt, all of it."""
+def trim_memory() -> None:
+    """Makes the C library return freed memory, which it may keep after a large prompt."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
     if trim is not None:
         trim(0)
 
 
 class Scheduler:
-    """See the module. `start` runs `before` first; `submit` may be called by any thread.
+    """Runs jobs; ``before`` is called first, in its thread. Any thread may call `submit`.
 
     Attributes:
-        preparing: Admitted requests that do not decode yet, by the order of their turns.
+        preparing: Admitted requests that do not decode yet, in the order of their turns.
         running: Answers that are decoded.
-        kv_bytes: Reserved for them.
+        kv_bytes: Bytes reserved for the keys and values of both.
         pinned: Bytes of each chunk that clients have pinned in the store, by its key.
     """
 
@@ -115,43 +115,43 @@ class Scheduler:
             self._before()
         while True:
             with self._wake:
-                if not self._wake.wait_for(self._is_called, IDLE_S):
-                    give_back()
-                    self._wake.wait_for(self._is_called)
+                if not self._wake.wait_for(self._should_wake, IDLE_S):
+                    trim_memory()
+                    self._wake.wait_for(self._should_wake)
                 if not self._has_work():
                     return
-                over = self._give_up_waiting()
+                expired = self._remove_expired()
                 self._admit()
-            for job in over:
-                self._tell(job, late(job))
-            self._drop_ended()
+            for job in expired:
+                self._emit(job, timed_out(job))
+            self._fail_expired()
             self._prepare_one()
             self._decode_all()
 
     def _has_work(self) -> bool:
         return bool(self.waiting or self.preparing or self.running)
 
-    def _is_called(self) -> bool:
+    def _should_wake(self) -> bool:
         return self._stopping or self._has_work()
 
-    def _give_up_waiting(self) -> list[Job]:
-        """Takes out of the queues what nobody waits for any more, or has waited too long."""
-        over = [job for queue in self._queues.values() for job in queue if self._is_over(job)]
-        for tenant, queue in list(self._queues.items()) if over else ():
-            self._queues[tenant] = deque(job for job in queue if job not in over)
+    def _remove_expired(self) -> list[Job]:
+        """Removes requests from the queues whose client left, or that waited too long."""
+        expired = [job for queue in self._queues.values() for job in queue if self._is_expired(job)]
+        for tenant, queue in list(self._queues.items()) if expired else ():
+            self._queues[tenant] = deque(job for job in queue if job not in expired)
             if not self._queues[tenant]:
                 del self._queues[tenant]
-        return over
+        return expired
 
     def _admit(self) -> None:
-        """Takes requests out of the queues, tenants in turn, while there is room for them."""
+        """Admits requests from the queues, tenants in turn, while there is room."""
         while self._queues:
             tenant, queue = next(iter(self._queues.items()))
             job = queue[0]
-            live = len(self.running) + sum(one.settings.choices for one in self.preparing.values())
-            full = live + job.settings.choices > max(self.limits.running, job.settings.choices)
-            if full or self.kv_bytes + job.reserved > self.limits.kv_bytes:
-                return  # whose turn it is waits for room: nobody overtakes a large request
+            live = len(self.running) + sum(j.settings.choices for j in self.preparing.values())
+            is_full = live + job.settings.choices > max(self.limits.running, job.settings.choices)
+            if is_full or self.kv_bytes + job.reserved > self.limits.kv_bytes:
+                return  # the next request waits for room: no other overtakes a large one
             queue.popleft()
             del self._queues[tenant]
             if queue:
@@ -160,70 +160,70 @@ class Scheduler:
             job.begun = time.perf_counter()
             self.preparing[next(self._count)] = job
 
-    def _is_over(self, job: Job) -> bool:
+    def _is_expired(self, job: Job) -> bool:
         return job.cancelled or time.perf_counter() - job.created > job.timeout_s
 
-    def _drop_ended(self) -> None:
-        """Forgets requests whose client left, and gives up those that take too long."""
-        over = [(key, job) for key, job in self.preparing.items() if self._is_over(job)]
-        for key, job in over:
+    def _fail_expired(self) -> None:
+        """Ends admitted requests whose client left, or that take too long."""
+        expired = [(key, job) for key, job in self.preparing.items() if self._is_expired(job)]
+        for key, job in expired:
             del self.preparing[key]
-            self._fail(job, late(job))
+            self._fail(job, timed_out(job))
         for job in dict.fromkeys(self.running.values()):
-            if self._is_over(job):
-                self._fail(job, late(job))
+            if self._is_expired(job):
+                self._fail(job, timed_out(job))
 
     def _fail(self, job: Job, failure: Failure) -> None:
-        self.running = {one: its for one, its in self.running.items() if its is not job}
+        self.running = {choice: j for choice, j in self.running.items() if j is not job}
         self._release(job)
-        self._tell(job, failure)
+        self._emit(job, failure)
 
     def _release(self, job: Job) -> None:
         self.kv_bytes -= job.reserved
-        # A job and the request that waits for it refer to each other, so without this its keys and
-        # values would stay until Python looks for cycles.
+        # A job and its request refer to each other, so without this its keys and values would stay
+        # until Python collects reference cycles.
         job.run, job.choices, job.found = None, [], Found()
 
     @staticmethod
-    def _tell(job: Job, event: Event) -> None:
+    def _emit(job: Job, event: Event) -> None:
         if not job.cancelled:
             job.emit(event)
 
     def _prepare_one(self) -> None:
-        """One piece of work for the request whose turn it is."""
+        """Does one unit of work for the request whose turn it is."""
         if not self.preparing:
             return
         key, job = self.preparing.popitem(last=False)
         try:
             if self._prepare(job):
                 return
-            self.preparing[key] = job  # the next one's turn
+            self.preparing[key] = job  # to the end of the line
         except Exception as error:
             self._fail(job, failure_of(error))
 
     @torch.no_grad()
     def _prepare(self, job: Job) -> bool:
-        """Whether the request is ready, and decoding or done."""
+        """Does one unit of work; returns whether the request is now decoding or done."""
         if job.missing is None:
             self._look_up(job)
             if job.missing and job.method is not None:
                 return False
         if job.missing:
             group = job.missing.popleft()
-            # What another request has encoded meanwhile counts as found.
-            self._note(job, job.engine.state.encoder.find(group, job.watch, job.widened))
+            # Pieces that another request has encoded meanwhile count as found.
+            self._keep(job, job.engine.state.encoder.find(group, job.watch, job.widened))
             if job.missing:
                 return False
         if job.method is None:
             report = Report(tiers=job.found.tiers, encode_s=job.watch.seconds.get("encode_s", 0.0))
             self._release(job)
-            self._tell(job, report)
+            self._emit(job, report)
             return True
         self._prefill(job)
         return True
 
     def _look_up(self, job: Job) -> None:
-        """Which pieces are cached where, and which must be encoded."""
+        """Finds out which pieces are cached where, and which must be encoded."""
         engine, encoder = job.engine, job.engine.state.encoder
         job.watch = Stopwatch(engine.model.device)
         job.missing = deque()
@@ -235,20 +235,20 @@ class Scheduler:
                 return
             job.looked_up = wanted = wanted_pieces(job.prompt)
             if job.method.loader(encoder.store, encoder.fingerprint) is not None:
-                held = encoder.store  # read in the prefill, by the method's own loader
-                job.found.tiers = {p: "disk" if encoder.key(p) in held else "none" for p in wanted}
+                store = encoder.store  # read in the prefill, by the method's own loader
+                job.found.tiers = {p: "disk" if encoder.key(p) in store else "none" for p in wanted}
                 return
         found = encoder.look_up(wanted, job.watch, job.widened)
-        self._note(job, found)
+        self._keep(job, found)
         missing = [piece for piece in found.tiers if piece not in found.kvs]
         if job.has_turns and wanted[0] in missing and not job.widened:
             missing.remove(wanted[0])
-            made, job.prefix_hits = continue_prefix(engine, wanted[0], job.watch)
-            job.found.kvs[wanted[0]] = made
-        job.missing = deque(parts(missing, self.limits.prefill_tokens))
+            kv, job.prefix_hits = continue_prefix(engine, wanted[0], job.watch)
+            job.found.kvs[wanted[0]] = kv
+        job.missing = deque(groups_of(missing, self.limits.prefill_tokens))
 
-    def _note(self, job: Job, found: Found) -> None:
-        """Keeps what was found until the prefill, whatever leaves the store meanwhile; pins it."""
+    def _keep(self, job: Job, found: Found) -> None:
+        """Keeps what was found until the prefill, even if the store evicts it, and pins chunks."""
         job.found.tiers |= found.tiers
         if job.method is not None:
             job.found.kvs |= found.kvs
@@ -277,12 +277,12 @@ class Scheduler:
     def _take(self, job: Job, choice: Choice, logits: torch.Tensor) -> None:
         text, logprob = choice.take(logits)
         job.first = job.first or time.perf_counter()
-        self._tell(job, Delta(choice.index, text, logprob, choice.finish))
+        self._emit(job, Delta(choice.index, text, logprob, choice.finish))
 
     def _decode_all(self) -> None:
-        """One token for every running answer, those of one model together."""
-        by_model = sorted(self.running, key=lambda one: id(one.run.state.model))
-        for _, group in groupby(by_model, key=lambda one: id(one.run.state.model)):
+        """Decodes one token for every running answer, those of one model together."""
+        by_model = sorted(self.running, key=lambda choice: id(choice.run.state.model))
+        for _, group in groupby(by_model, key=lambda choice: id(choice.run.state.model)):
             choices = list(group)
             jobs = dict.fromkeys(self.running[choice] for choice in choices)
             try:
@@ -302,16 +302,16 @@ class Scheduler:
                     self._fail(job, failure_of(error))
 
     def _finish(self, job: Job) -> None:
-        self.running = {one: its for one, its in self.running.items() if one.finish is None}
+        self.running = {choice: j for choice, j in self.running.items() if choice.finish is None}
         if any(choice.finish is None for choice in job.choices):
             return
-        report = account(job)
+        report = report_of(job)
         self._release(job)
-        self._tell(job, report)
+        self._emit(job, report)
 
 
 def continue_prefix(engine: Engine, prefix: Piece, watch: Stopwatch) -> tuple[ChunkKV, int]:
-    """Computes a conversation's prefix from where an earlier one ended, and stores it.
+    """Computes a conversation's prefix, resumed from an earlier turn, and stores it.
 
     Returns its keys and values, and how many of its tokens were in the exact prefix cache.
     """
@@ -325,21 +325,21 @@ def continue_prefix(engine: Engine, prefix: Piece, watch: Stopwatch) -> tuple[Ch
     values = tuple(layer.values[0, :, span] for layer in run.cache.layers)
     encoder = state.encoder
     kv = ChunkKV(keys, values, torch.tensor(prefix.ids), encoder.fingerprint)
-    kept = encoder.store.put(encoder.key(prefix), kv.compact())
+    stored = encoder.store.put(encoder.key(prefix), kv.compact())
     watch.stop("encode_s")
-    return kept, int(run.assembled.cached.sum())
+    return stored, int(run.assembled.cached.sum())
 
 
-def parts(pieces: Iterable[Piece], tokens: int) -> list[list[Piece]]:
-    """Pieces in groups of similar length and about this many tokens, at least one per group."""
-    made: list[list[Piece]] = []
+def groups_of(pieces: Iterable[Piece], tokens: int) -> list[list[Piece]]:
+    """Groups pieces by similar length, with about ``tokens`` tokens or one piece per group."""
+    groups: list[list[Piece]] = []
     for group in grouped(pieces):
         room = 0
         for piece in group:
             size = len(piece.blanks) + len(piece.ids)
             if size > room:
-                made.append([])
+                groups.append([])
                 room = tokens
-            made[-1].append(piece)
+            groups[-1].append(piece)
             room -= size
-    return made
+    return groups

@@ -1,9 +1,9 @@
-"""Requests and responses: OpenAI's, with documents and a ``blocktune`` field of our own.
+"""Requests and responses: OpenAI's, with documents and a field ``blocktune``.
 
-Documents come in the forms that other interfaces have: strings, ``{"title", "text"}`` (Hugging
+Documents come in the formats of other interfaces: strings, ``{"title", "text"}`` (Hugging
 Face's chat templates, vLLM), ``{"id", "data": {...}}`` (Cohere), and blocks ``{"type":
-"document", "source": ...}`` in a message (Anthropic). Fields that clients send and that mean
-nothing here are ignored; those that would change the answer are refused.
+"document", "source": ...}`` in a message (Anthropic). Unsupported fields are refused if they
+would change the answer, and ignored otherwise.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ Text = Annotated[str, Field(max_length=4_000_000)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 INT64 = 1 << 63
 MOST_DOCUMENTS = 4096
-"""Of a request, whatever the server's own limit: more are refused before they are read."""
+"""Most documents of a request at any server's limit; more are refused before they are read."""
 Id = Annotated[str, Field(max_length=512)]
 Stop = Annotated[str, Field(max_length=256)]
 T = TypeVar("T", bound=BaseModel)
 
 
 _FORM = re.compile(r"\w+\(\)|constrained-str|.*\[.*")
-"""Alternatives of a field, which pydantic names in the place of an error."""
+"""Names of a field's alternatives, which pydantic adds to the location of an error."""
 
 
 class WrongField(ValueError):
-    """A request with a wrong field. ``param`` is its place, as ``messages.0.role``, or None."""
+    """A request with a wrong field; ``param`` is its path, as ``messages.0.role``, or None."""
 
     def __init__(self, message: str, param: str | None):
         super().__init__(message)
@@ -49,12 +49,12 @@ class WrongField(ValueError):
 
 
 def read_body(kind: type[T], body: bytes, most: int) -> T:
-    """The request in a body of JSON, of at most ``most`` values (about).
+    """Parses a JSON body of at most about ``most`` values.
 
-    Eight megabytes of ``[],[],[]`` would become 200 of objects, so they are counted before.
+    Values are counted first, since 8 MB of ``[],[],[]`` would become 200 MB of objects.
 
     Raises:
-        WrongField: If it is none; the line says what is wrong with its first wrong field.
+        WrongField: If it is not a request of this kind; the message is one line.
     """
     values = sum(map(body.count, (b",", b"[", b"{")))
     if values > most:
@@ -62,21 +62,21 @@ def read_body(kind: type[T], body: bytes, most: int) -> T:
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
-        found = error.errors(include_url=False, include_input=False, include_context=False)
-    first = max(found, key=lambda one: len(one["loc"]))  # the deepest knows best what was meant
-    place = ".".join(part for part in map(str, first["loc"]) if not _FORM.fullmatch(part))[:200]
-    told = first["msg"].removeprefix("Value error, ")
-    raise WrongField(" ".join((f"{place}: {told}" if place else told).split()), place or None)
+        errors = error.errors(include_url=False, include_input=False, include_context=False)
+    deepest = max(errors, key=lambda item: len(item["loc"]))  # of the alternative that fits best
+    path = ".".join(part for part in map(str, deepest["loc"]) if not _FORM.fullmatch(part))[:200]
+    message = deepest["msg"].removeprefix("Value error, ")
+    raise WrongField(" ".join((f"{path}: {message}" if path else message).split()), path or None)
 
 
 class Strict(BaseModel):
-    """Refuses fields that it does not know."""
+    """A model that refuses unknown fields."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 class TitledDocument(BaseModel):
-    """``{"title", "text"}``, with an ``id`` of the client's if it has one."""
+    """``{"title", "text"}``, with an optional ``id`` of the client's."""
 
     id: Id | None = None
     title: Text | None = None
@@ -99,7 +99,7 @@ class TextSource(BaseModel):
 
 
 class TextBlock(BaseModel):
-    """A part of a message that is text."""
+    """A text part of a message."""
 
     type: Literal["text"]
     text: Text
@@ -141,11 +141,11 @@ class Message(BaseModel):
 
 
 class Extension(Strict):
-    """What OpenAI's interface has no word for.
+    """The field ``blocktune``: what OpenAI's interface does not have.
 
-    ``method`` is a method as the command line takes it (``kvlink + deviation 15 %``) or a mapping
-    as in a suite; ``params`` are of its first preset. ``strip`` asks for the prompt's tokens and
-    what became of each.
+    ``method`` is a method as on the command line (``kvlink + deviation 15 %``) or a mapping as in a
+    suite; ``params`` are its first preset's. ``strip`` requests the prompt's tokens with whether
+    each was reused, moved, recomputed or computed.
     """
 
     method: Annotated[str, Field(min_length=1, max_length=300)] | dict[str, Any] | None = None
@@ -154,7 +154,7 @@ class Extension(Strict):
 
 
 class StreamOptions(BaseModel):
-    """OpenAI's."""
+    """OpenAI's options of a stream."""
 
     include_usage: bool | None = False
 
@@ -165,11 +165,11 @@ def _misplaced(value: Any, field: ValidationInfo) -> None:
 
 
 Misplaced = Annotated[SkipJsonSchema[Any], AfterValidator(_misplaced)]
-"""A field of `Extension` beside OpenAI's, where it would be ignored."""
+"""A field of `Extension` at the top level, where it would be ignored."""
 
 
 class Decoding(BaseModel):
-    """What chat and plain completions share. Without a temperature answers are greedy."""
+    """Fields of chat and plain completions; without a temperature decoding is greedy."""
 
     model: str | None = None
     documents: Documents | None = None
@@ -181,7 +181,7 @@ class Decoding(BaseModel):
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     n: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
     stream: bool | None = False
-    method: Misplaced = None  # clients send ``params`` of their own
+    method: Misplaced = None  # no ``params``: clients send such a field of their own
     strip: Misplaced = None
     stream_options: StreamOptions | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=512)] | None = None
@@ -200,7 +200,7 @@ class Decoding(BaseModel):
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """Texts that end an answer; empty ones end nothing."""
+        """Texts that end an answer; empty ones are ignored."""
         given = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return tuple(text for text in given if text)
 
@@ -226,7 +226,7 @@ class ChatRequest(Decoding):
 
     @property
     def asked_tokens(self) -> int | None:
-        """The limit of the answer's length under either name."""
+        """The limit on the answer's length, under either name."""
         return self.max_completion_tokens or self.max_tokens
 
     @property
@@ -236,7 +236,7 @@ class ChatRequest(Decoding):
 
 
 class CompletionRequest(Decoding):
-    """``POST /v1/completions``: a text is continued as it is, without a chat template."""
+    """``POST /v1/completions``: continues a text without a chat template."""
 
     prompt: Text | Annotated[list[int], Field(min_length=1, max_length=1 << 20, fail_fast=True)]
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -247,8 +247,8 @@ class CompletionRequest(Decoding):
     @field_validator("prompt", mode="before")
     @classmethod
     def _take_the_only_one(cls, value: Any) -> Any:
-        """Clients send several prompts as a list, and many a list of one."""
-        if not isinstance(value, list) or not all(isinstance(one, (str, list)) for one in value):
+        """Unwraps a list of one prompt, which many clients send."""
+        if not isinstance(value, list) or not all(isinstance(item, (str, list)) for item in value):
             return value
         if len(value) != 1:
             raise ValueError(f"must be one prompt, got {len(value)}; send a request for each")
@@ -265,7 +265,7 @@ class CompletionRequest(Decoding):
 
     @property
     def asked_tokens(self) -> int | None:
-        """The limit of the answer's length."""
+        """The limit on the answer's length."""
         return self.max_tokens
 
     @property
@@ -275,9 +275,9 @@ class CompletionRequest(Decoding):
 
 
 class ChunksRequest(Strict):
-    """``POST /v1/chunks``: documents to encode ahead, as the default method reads them.
+    """``POST /v1/chunks``: documents to encode ahead of time, for the default method.
 
-    Pinned ones do not leave the store for others; they stay until they are deleted.
+    Pinned chunks are never evicted; they stay until they are deleted.
     """
 
     model: str | None = None
@@ -287,7 +287,7 @@ class ChunksRequest(Strict):
 
 
 class ErrorDetail(BaseModel):
-    """OpenAI's."""
+    """An error in OpenAI's format."""
 
     message: str
     type: str
@@ -302,7 +302,7 @@ class ErrorBody(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """One entry of ``/v1/models``. ``method`` answers requests that name none."""
+    """One entry of ``/v1/models``; ``method`` is the default of its requests."""
 
     id: str
     object: Literal["model"] = "model"
@@ -320,7 +320,7 @@ class ModelList(BaseModel):
 
 
 class ChunkStatus(BaseModel):
-    """One chunk. ``cached`` is where it was found: memory, disk, or none; stored: either."""
+    """One chunk; ``cached`` is memory, disk or none, or stored for either of the first two."""
 
     key: str
     id: str | None = None
@@ -331,7 +331,7 @@ class ChunkStatus(BaseModel):
 
 
 class ChunkList(BaseModel):
-    """Answer of ``POST /v1/chunks``."""
+    """The response of ``POST /v1/chunks``."""
 
     object: Literal["list"] = "list"
     data: list[ChunkStatus]

@@ -1,4 +1,4 @@
-"""Models by name, and from a validated request to the job that answers it."""
+"""The served models, and the jobs made from validated requests."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ from blocktune.server.schemas import (
 _LOG = logging.getLogger(__name__)
 MOST_BLANKS = 64
 CHARACTERS = 32
-"""Characters of a token at most, for refusing long texts before they are tokenised."""
+"""Most characters of a token, to refuse texts that are too long before they are tokenised."""
 WITHOUT_CHUNKS = "prefix-cache"
-"""The method of prompts without documents: there is nothing but an exact prefix to reuse."""
+"""The method of prompts without documents, which can only reuse an exact prefix."""
 
 
 class UnknownModel(ValueError):
-    """No model of that name is served."""
+    """A request names a model that is not served."""
 
 
 class Served(NamedTuple):
-    """A model: its engine, the method of requests that name none, and the bytes of a token's KV."""
+    """A model: its engine, its default method, and the bytes of one token's keys and values."""
 
     name: str
     engine: Engine
@@ -59,14 +59,14 @@ class Served(NamedTuple):
     token_bytes: int
 
 
-class Asked(NamedTuple):
-    """A job, and what its response needs besides.
+class Submission(NamedTuple):
+    """A job to submit, and what its response needs besides.
 
     Attributes:
         job: Not yet submitted; its ``emit`` does nothing.
         served: The model.
         sources: The documents, in prompt order.
-        question: Text that a response cache compares; empty: none.
+        question: Text that a semantic response cache compares; empty for none.
     """
 
     job: Job
@@ -76,14 +76,14 @@ class Asked(NamedTuple):
 
 
 class Service:
-    """What the routes work with.
+    """The models, limits and scheduler behind the routes.
 
     Args:
-        engines: By the names that requests use; the first is the default.
+        engines: Engines by their names in requests; the first is the default.
         config: Limits and tenants.
-        method: Of requests that name none; None: what each model was trained for.
+        method: The default method; None: the one that each model was trained for.
         checked: Whether every model must pass `check_model` before the first answer.
-        responses: Keeps whole answers; None: every answer is made.
+        responses: Cache of whole answers, or None.
 
     Raises:
         ValueError: If the method does not fit a model.
@@ -122,10 +122,10 @@ class Service:
         self.metrics, self.quotas = Metrics(self.scheduler), Quotas()
 
     def _check(self) -> None:
-        """The correctness check, before the first request; what fails keeps `ready` False."""
+        """Runs the correctness check before the first request; a failure keeps `ready` False."""
         try:
             for name, served in self.models.items() if self._checked else ():
-                failed = [one.name for one in check_model(served.engine) if not one.passed]
+                failed = [check.name for check in check_model(served.engine) if not check.passed]
                 self.faults += [f"{name}: {fault}" for fault in failed]
         except Exception as error:
             _LOG.exception("the correctness check did not run")
@@ -136,7 +136,7 @@ class Service:
         """A model by its name; None: the first.
 
         Raises:
-            UnknownModel: If there is none.
+            UnknownModel: If no model has this name.
         """
         if name is None:
             return next(iter(self.models.values()))
@@ -144,11 +144,11 @@ class Service:
             raise UnknownModel(f"no model '{name:.80}'; served: {', '.join(self.models)}")
         return self.models[name]
 
-    def chat(self, body: ChatRequest, tenant: Tenant) -> Asked:
+    def chat(self, body: ChatRequest, tenant: Tenant) -> Submission:
         """The job of a chat request.
 
         Raises:
-            ValueError: If the request cannot be answered; the line says why.
+            ValueError: If the request cannot be answered; the message says why.
         """
         served = self._served(body, tenant)
         conversation = read_messages(body.messages)
@@ -160,13 +160,13 @@ class Service:
 
         job = self._job(served, body, tenant, sources, read, True)
         job.has_turns = bool(conversation.earlier)
-        return Asked(job, served, sources, conversation.question)
+        return Submission(job, served, sources, conversation.question)
 
-    def completion(self, body: CompletionRequest, tenant: Tenant) -> Asked:
+    def completion(self, body: CompletionRequest, tenant: Tenant) -> Submission:
         """The job of a plain completion.
 
         Raises:
-            ValueError: If the request cannot be answered; the line says why.
+            ValueError: If the request cannot be answered; the message says why.
         """
         served = self._served(body, tenant)
         texts = [body.prompt] if isinstance(body.prompt, str) else []
@@ -176,10 +176,10 @@ class Service:
             return plain_pieces(*how, body.prompt)
 
         job = self._job(served, body, tenant, sources, read, False)
-        return Asked(job, served, sources, "".join(texts))
+        return Submission(job, served, sources, "".join(texts))
 
-    def encoding(self, body: ChunksRequest, tenant: Tenant) -> Asked:
-        """The job that encodes documents ahead, as the model's default method reads them.
+    def encoding(self, body: ChunksRequest, tenant: Tenant) -> Submission:
+        """The job that encodes documents ahead of time, for the model's default method.
 
         Raises:
             ValueError: If one does not fit into the model's context, or there is no room to pin.
@@ -204,26 +204,26 @@ class Service:
             timeout_s=limits.request_s,
             pins=frozenset(pieces) if body.pin else frozenset(),
         )
-        return Asked(job, served, sources)
+        return Submission(job, served, sources)
 
     def chunk(self, name: str, key: str) -> ChunkStatus:
-        """Whether a chunk is kept; ``name`` is what the tenant calls the ``key``."""
-        stores = {one.engine.store for one in self.models.values()}
-        found = any(key in store for store in stores)
+        """Whether a chunk is stored; ``name`` is the tenant's signed name of the store ``key``."""
+        stores = {served.engine.store for served in self.models.values()}
+        is_stored = any(key in store for store in stores)
         pinned = any(store.is_pinned(key) for store in stores)
-        return ChunkStatus(key=name, cached="stored" if found else "none", pinned=pinned)
+        return ChunkStatus(key=name, cached="stored" if is_stored else "none", pinned=pinned)
 
     def discard(self, key: str) -> None:
-        """Drops a chunk from every store, pinned or not."""
+        """Removes a chunk from every store, pinned or not."""
         self.scheduler.pinned.pop(key, None)
         for served in self.models.values():
             served.engine.store.discard(key)
 
     def card(self, name: str) -> ModelCard:
-        """What clients are told of a model.
+        """The description of a model in ``/v1/models``.
 
         Raises:
-            UnknownModel: If there is none.
+            UnknownModel: If no model has this name.
         """
         served = self.model(name)
         return ModelCard(
@@ -234,9 +234,9 @@ class Service:
         )
 
     def _served(self, body: Decoding | ChunksRequest, tenant: Tenant) -> Served:
-        """A request's model, its caches and the memory of tokenised texts those of who asks."""
+        """A request's model, with the tenant's own caches of chunks and of tokenised texts."""
         served, salt = self.model(body.model), tenant.salt(body.cache_salt)
-        OWNER.set(salt)  # each request is read in a context of its own
+        OWNER.set(salt)  # a context variable, so it is set for this request only
         return served._replace(engine=served.engine.salted(salt))
 
     def _sources(
@@ -259,13 +259,13 @@ class Service:
             raise ValueError(f"{whole:,} characters were given, the model reads {room:,} at most")
         return sources
 
-    def _method(self, served: Served, asked: Extension, has_chunks: bool) -> Method:
-        if asked.method is None and not asked.params:
+    def _method(self, served: Served, extension: Extension, has_chunks: bool) -> Method:
+        if extension.method is None and not extension.params:
             method = served.method
-        elif isinstance(asked.method, str) and not asked.params:
-            method = named_method(asked.method)
+        elif isinstance(extension.method, str) and not extension.params:
+            method = named_method(extension.method)
         else:
-            method = read_method(asked, served.method.name)
+            method = read_method(extension, served.method.name)
         if method.warm_up:
             raise ValueError("blocktune: warm_up is for measurements; leave it out")
         return method if has_chunks else build(WITHOUT_CHUNKS)
@@ -292,19 +292,19 @@ class Service:
                 f"the prompt has {pieces.num_tokens:,} tokens, the server takes "
                 f"{limits.prompt_tokens:,}; cut chunks smaller or retrieve fewer"
             )
-        asked = (body.asked_tokens, limits.new_tokens), (body.n, limits.choices)
-        for name, (value, most) in zip(("max_tokens", "n"), asked, strict=True):
+        limited = (body.asked_tokens, limits.new_tokens), (body.n, limits.choices)
+        for name, (value, most) in zip(("max_tokens", "n"), limited, strict=True):
             if value is not None and value > most:
                 raise ValueError(f"{name} must be at most {most:,}, got {value:,}")
         prompt = prompts.prompt(pieces, spec, body.asked_tokens or 1)
         new_tokens = body.asked_tokens
         if new_tokens is None:
-            taken = int((prompt.layout.kind != Kind.BLANK).sum())
-            taken = max(taken, int(prompt.layout.position.max()) + 1)
+            length = int((prompt.layout.kind != Kind.BLANK).sum())
+            length = max(length, int(prompt.layout.position.max()) + 1)
             new_tokens = min(limits.default_new_tokens, limits.new_tokens)
-            new_tokens = min(new_tokens, prompts.max_tokens - taken)
-        warmth = body.temperature or 0.0, max(0, body.top_k or 0), body.top_p or 1.0
-        settings = new_tokens, Sampling(*warmth, body.seed), body.n or 1, body.stops
+            new_tokens = min(new_tokens, prompts.max_tokens - length)
+        sampling = body.temperature or 0.0, max(0, body.top_k or 0), body.top_p or 1.0
+        settings = new_tokens, Sampling(*sampling, body.seed), body.n or 1, body.stops
         return Job(
             served.engine,
             method=method,

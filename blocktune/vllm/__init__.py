@@ -1,6 +1,6 @@
 """Cached chunks on vLLM: a KV connector, a client and a route for documents.
 
-vLLM finds `register` by the entry points in pyproject.toml. Then this is all it takes::
+vLLM finds `register` by the entry points in pyproject.toml. Then it only needs the option::
 
     --kv-transfer-config '{"kv_connector": "BlocktuneConnector", "kv_role": "kv_both",
                            "kv_connector_extra_config": {"store": "chunks/"}}'
@@ -19,7 +19,7 @@ __getattr__, __dir__, __all__ = exports(
 
 
 def register() -> None:
-    """Registers the connector; vLLM calls this in each of its processes, perhaps twice."""
+    """Registers the connector; vLLM calls this in each process, sometimes twice."""
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
     from blocktune.vllm.guard import install

@@ -1,7 +1,7 @@
-"""From questions with chunks to what vLLM is sent.
+"""Turns questions with chunks into requests for vLLM.
 
-No vLLM and no model is needed here: prompts are made by `blocktune.prompt`, and the store's
-manifest says which chunks are the model's.
+It needs neither vLLM nor a model: prompts are made by `blocktune.prompt`, and the store's manifest
+says which chunks are the model's.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from blocktune.vllm.plan import LoadPlan, Segment, require_served
 
 
 class Rendered(NamedTuple):
-    """What vLLM is sent for one prompt."""
+    """What to send to vLLM for one prompt."""
 
-    # all tokens; a token that vLLM does not know (a learned one) is another here
+    # all tokens; learned tokens, which vLLM does not know, are replaced by padding
     prompt_ids: list[int]
     plan: LoadPlan | None  # what is loaded instead of computed; None for a prompt without chunks
 
     @property
     def transfer_params(self) -> dict[str, Any] | None:
-        """For ``kv_transfer_params``."""
+        """The value of ``kv_transfer_params``."""
         return None if self.plan is None else self.plan.params(self.prompt_ids)
 
 
@@ -50,14 +50,14 @@ class ChunkClient:
     Args:
         model: Folder or repository, as vLLM is given it; None: the adapter's base.
         adapter: Folder or repository of a blocktune adapter, or None.
-        store: Of the chunks: a folder or URL, as ``--store``.
+        store: The chunks' folder or URL, as ``--store``.
         format: Wording of prompts; default: the adapter's, else `PromptFormat`'s.
-        fingerprint: Of the model that encoded the chunks, where the store has several that fit.
+        fingerprint: Which model's chunks to use, if the store has several that fit.
 
     Attributes:
-        lora: Folder for vLLM's LoRA adapter, or None: the base answers (chunks may still have been
-            encoded with learned tokens).
-        method: What requests use that name no method.
+        lora: Folder of the LoRA adapter that vLLM loads; None: the base answers (chunks may still
+            have been encoded with learned tokens).
+        method: The default method.
         stop_ids: Tokens that end an answer.
 
     Raises:
@@ -98,8 +98,8 @@ class ChunkClient:
                 "rotation can undo in long prompts; use `blocktune serve`"
             )
         self._scope = info.scope if info else None
-        acts = info is not None and info.scope != "encode"  # while vLLM answers
-        self.lora = self.adapter if acts and _is_lora(self.adapter) else None
+        answers = info is not None and info.scope != "encode"  # a writer only encodes
+        self.lora = self.adapter if answers and _is_lora(self.adapter) else None
         self.format = format or (info.format if info else PromptFormat())
         self.prompts = PromptMaker(
             self.tokenizer,
@@ -118,7 +118,7 @@ class ChunkClient:
 
     @property
     def fingerprint(self) -> str:
-        """Of the model that encodes the chunks; ValueError if the store has none or several."""
+        """The fingerprint of the chunks' model; ValueError if the store has none or several."""
         if self._fingerprint is None:
             self._fingerprint = self._find_fingerprint()
         return self._fingerprint
@@ -126,12 +126,12 @@ class ChunkClient:
     def _find_fingerprint(self) -> str:
         wanted = [None if self.adapter is None else adapter_fingerprint(self.adapter), self._scope]
         fitting = [
-            record
-            for record in self.store.manifests()
-            if Path(record["base"]["name"]).name == Path(self.name).name
-            and [(record["adapter"] or {}).get(part) for part in ("fingerprint", "scope")] == wanted
-            and record["tokenizer"]["hash"] == self._tokenizer_hash
-            and record["prompt_format"] == dataclasses.asdict(self.format)
+            manifest
+            for manifest in self.store.manifests()
+            if Path(manifest["base"]["name"]).name == Path(self.name).name
+            and [(manifest["adapter"] or {}).get(k) for k in ("fingerprint", "scope")] == wanted
+            and manifest["tokenizer"]["hash"] == self._tokenizer_hash
+            and manifest["prompt_format"] == dataclasses.asdict(self.format)
         ]
         what = f"'{self.name}'" + ("" if self.adapter is None else f" with '{self.adapter}'")
         if not fitting:
@@ -140,7 +140,7 @@ class ChunkClient:
                 f"`blocktune encode --model {self.model} --store {self.store.place}` first"
             )
         if len(fitting) > 1:
-            named = ", ".join(f"{one['fingerprint'][:12]} ({one['dtype']})" for one in fitting)
+            named = ", ".join(f"{m['fingerprint'][:12]} ({m['dtype']})" for m in fitting)
             raise ValueError(
                 f"the store '{self.store.place}' has chunks of several models that fit {what}: "
                 f"{named}; name one by its fingerprint (`blocktune store manifest`)"
@@ -153,7 +153,7 @@ class ChunkClient:
         method: str | Method | None = None,
         max_new_tokens: int = 0,
     ) -> Rendered:
-        """The request of a question with its chunks.
+        """Renders the request for a question with its chunks.
 
         Raises ValueError if vLLM cannot serve the method, or the prompt does not fit the model.
         """
@@ -161,21 +161,21 @@ class ChunkClient:
         return self.render(self.prompts.pieces(example, method), method, max_new_tokens)
 
     def built(self, method: str | Method | None) -> Method:
-        """A method by its name; None: the default. Raises ValueError if it cannot be served."""
+        """A method by name or instance; None: the default. ValueError if vLLM cannot serve it."""
         method = build(method) if isinstance(method, str) else method or self.method
         require_served(method, self.prompts.spec(method))
         return method
 
     def render(self, pieces: Pieces, method: Method, max_new_tokens: int = 0) -> Rendered:
-        """The request of a prompt in pieces; `read` checks the method."""
+        """Renders the request for a prompt in pieces; the caller has checked the method."""
         if not pieces.chunks:
             return Rendered([*pieces.prefix, *pieces.query], None)
         prompt = self.prompts.prompt(pieces, self.prompts.spec(method), max_new_tokens)
         layout, pad_id = prompt.layout, padding_id(self.tokenizer, self.prompts.num_tokens)
         rows = (layout.kind[0] != Kind.BLANK).nonzero()[:, 0]
-        ids, known = [prompt.ids[row] for row in rows.tolist()], len(self.tokenizer)
+        ids, limit = [prompt.ids[row] for row in rows.tolist()], len(self.tokenizer)
         if self.prompts.link_base is not None:
-            known = min(known, self.prompts.link_base)
+            limit = min(limit, self.prompts.link_base)
         stored = (layout.kind == Kind.PREFIX) | is_held(layout)
         positions = layout.position[stored].tolist()
         segments, start = [], 0
@@ -183,7 +183,7 @@ class ChunkClient:
             scoped = piece.is_prefix and self._scope in ("encode", "read")
             segments.append(Segment(piece.ids, positions[start], piece.blanks, scoped))
             start += len(piece.ids)
-        prompt_ids = [token if token < known else pad_id for token in ids]
+        prompt_ids = [token if token < limit else pad_id for token in ids]
         return Rendered(prompt_ids, LoadPlan(self.fingerprint, tuple(segments)))
 
     def missing(self, plan: LoadPlan | None) -> list[Segment]:
@@ -192,11 +192,11 @@ class ChunkClient:
 
     def ask_for(self, missing: Sequence[Segment]) -> None:
         """Queues segments for `blocktune encode --follow`."""
-        self.store.queue.add(self.fingerprint, [one.wanted for one in missing])
+        self.store.queue.add(self.fingerprint, [segment.wanted for segment in missing])
 
 
 def _is_lora(adapter: Path | None) -> bool:
-    """Whether vLLM needs the adapter; it must be able to load all that was trained."""
+    """Whether vLLM must load the adapter; ValueError if it cannot load all of it."""
     if adapter is None or not (adapter / PEFT_FILE).is_file():
         return False
     config = load_json(adapter / PEFT_FILE)
@@ -229,14 +229,14 @@ def _stop_ids(tokenizer, model: str, revision: str | None, config) -> set[int]:
 
 
 def lora_rank(folder: Path) -> int:
-    """The smallest ``max_lora_rank`` of vLLM's that holds an adapter."""
+    """The smallest ``max_lora_rank`` that vLLM accepts and that fits an adapter."""
     config = load_json(folder / PEFT_FILE)
     rank = max(config["r"], *(config.get("rank_pattern") or {"": 0}).values())
-    return next(one for one in (8, 16, 32, 64, 128, 256, 320, 512) if one >= rank)
+    return next(size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= rank)
 
 
 def transfer_config(store: str | Path, **more: Any) -> dict[str, Any]:
-    """VLLM's ``--kv-transfer-config`` for a store, as plain JSON values."""
+    """The value of vLLM's ``--kv-transfer-config`` for a store, as plain JSON."""
     return {
         "kv_connector": "BlocktuneConnector",
         "kv_connector_module_path": "blocktune.vllm.connector",

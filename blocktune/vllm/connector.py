@@ -1,6 +1,6 @@
 """vLLM's connector interface; `SchedulerSide` and `WorkerSide` do the work.
 
-The interface is experimental: it was tried with the versions in docs/vllm.md.
+vLLM's interface is experimental; docs/vllm.md lists the tested versions.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ guard.install()
 class BlocktuneConnector(KVConnectorBase_V1, SupportsHMA):
     """Serves the first tokens of a prompt from a blocktune store.
 
-    ``kv_connector_extra_config``: ``store``, as ``--store``; ``host_gb``, memory of each rank for
-    hot chunks (1); ``threads``, loads at a time (2). Other keys are the route's. A ValueError says
-    in one line why a configuration cannot be served.
+    ``kv_connector_extra_config`` has ``store``, as ``--store``; ``host_gb``, each rank's memory for
+    recently used chunks (1); ``threads``, loads at a time (2). Other keys are the route's. Raises
+    ValueError if a configuration cannot be served.
     """
 
     _cache_hit_source = CacheHitSource.DISK
@@ -47,12 +47,12 @@ class BlocktuneConnector(KVConnectorBase_V1, SupportsHMA):
         if role is KVConnectorRole.WORKER:
             self.worker = WorkerSide(vllm_config, groups)
             return
-        # Of one group, blocks that failed can be named; a graph captured whole waits for nothing.
+        # Failed blocks can be reported of one group only, and a full CUDA graph cannot wait.
         graphs = vllm_config.compilation_config.cudagraph_mode or CUDAGraphMode.NONE
         may_layer = len(groups) == 1 and graphs.mixed_mode() != CUDAGraphMode.FULL
         self.scheduler = SchedulerSide(may_layer)
 
-    # In the scheduler.
+    # In the scheduler process:
 
     def on_new_request(self, request) -> None:
         self.scheduler.admit(request)
@@ -67,11 +67,11 @@ class BlocktuneConnector(KVConnectorBase_V1, SupportsHMA):
         return self.scheduler.take()
 
     def request_finished_all_groups(self, request, block_ids) -> tuple[bool, None]:
-        """Nothing is sent: blocks may be freed at once."""
+        """Sends nothing, so blocks may be freed at once."""
         self.scheduler.finished(request)
         return False, None
 
-    # In a worker.
+    # In a worker process:
 
     def start_load_kv(self, forward_context, **kwargs) -> None:
         meta = self._get_connector_metadata()
@@ -97,13 +97,13 @@ class BlocktuneConnector(KVConnectorBase_V1, SupportsHMA):
         self.worker.wait_for_layer(layer_name)
 
     def save_kv_layer(self, layer_name, kv_layer, attn_metadata, **kwargs) -> None:
-        """Nothing: chunks are encoded by blocktune."""
+        """Does nothing, since blocktune encodes the chunks."""
 
     def wait_for_save(self) -> None:
         pass
 
     def reset_cache(self) -> bool:
-        """Drops the hot chunks of all ranks, before the next load."""
+        """Drops the chunks in memory of all ranks before the next load."""
         self.scheduler.forget = True
         return True
 
@@ -111,11 +111,11 @@ class BlocktuneConnector(KVConnectorBase_V1, SupportsHMA):
         if self.worker is not None:
             self.worker.close()
 
-    # Anywhere.
+    # In either process:
 
     @property
     def requires_kv_delivery(self) -> bool:
-        """Nothing is handed to other engines."""
+        """False: nothing is passed to other engines."""
         return False
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Refuses what cannot be answered from a plan when a request arrives, on every route."""
+"""Refuses, on every route, requests that cannot be answered from their plan."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ MARK = "_blocktune"
 
 
 def require_loadable(request: EngineCoreRequest, store: str | None) -> None:
-    """Checks a request that has a plan; a VLLMValidationError, HTTP 400, says what is wrong.
+    """Checks a request that has a plan; raises VLLMValidationError (HTTP 400) if it is invalid.
 
     Log probabilities of the prompt are refused: vLLM would compute the prompt in full attention
-    and keep that under the plan's name. Chunks that a folder lacks are queued for encoding; a
-    remote is not asked, which takes too long here: such a request fails when it is loaded.
+    and cache the result in the plan's namespace. Chunks that a folder lacks are queued for
+    encoding. A remote is not asked, since that takes too long: its requests fail while they load.
     """
     params = request.sampling_params
     transfer = params and (params.extra_args or {}).get("kv_transfer_params")
     if not isinstance(transfer, dict) or transfer.get(PARAMS) is None:
         return
-    asked = params.prompt_logprobs is not None
-    if asked or getattr(params, "prompt_logprob_token_ids", None) is not None:
+    wants_logprobs = params.prompt_logprobs is not None
+    if wants_logprobs or getattr(params, "prompt_logprob_token_ids", None) is not None:
         raise VLLMValidationError(
-            "prompt_logprobs cannot be had of a prompt from cached chunks; leave it out, or send "
-            "the prompt without documents"
+            "prompt_logprobs cannot be computed for a prompt from cached chunks; leave it out, or "
+            "send the prompt without documents"
         )
     if params.skip_reading_prefix_cache:
         raise VLLMValidationError("skip_reading_prefix_cache excludes cached chunks; leave it out")
@@ -44,7 +44,7 @@ def require_loadable(request: EngineCoreRequest, store: str | None) -> None:
     if view is None or view.config.remote is not None:
         return
     if missing := plan.missing(view.has):
-        view.queue.add(plan.fingerprint, [one.wanted for one in missing])
+        view.queue.add(plan.fingerprint, [segment.wanted for segment in missing])
         raise VLLMValidationError(
             f"{len(missing)} of {len(plan.segments)} segments are not in the store "
             f"'{view.place}'; encode them (`blocktune encode --follow`) and ask again"
@@ -55,7 +55,7 @@ _view = cache(StoreView)
 
 
 def install() -> None:
-    """Adds `require_loadable` to what vLLM does before a request enters the engine."""
+    """Makes vLLM call `require_loadable` before a request enters the engine."""
     process = InputProcessor.process_inputs
     if hasattr(process, MARK):
         return

@@ -1,4 +1,4 @@
-"""VLLM's server over a store, for `blocktune vllm serve`."""
+"""Runs vLLM's server over a store, for `blocktune vllm serve`."""
 
 from __future__ import annotations
 
@@ -18,44 +18,44 @@ def serve(
 ) -> None:
     """Runs vLLM's server until it is stopped.
 
-    It runs in this process: what was imported to look into the store is not imported again.
+    It runs in this process, so that what was imported to open the store is not imported again.
 
     Args:
         model: As vLLM takes it.
-        adapters: Folders or repositories by the names that requests use.
-        store: Of the chunks, as ``--store``.
-        options: vLLM's own.
-        extra: More of ``kv_connector_extra_config``.
+        adapters: Folders or repositories by their names in requests.
+        store: The chunks' place, as ``--store``.
+        options: vLLM's own options.
+        extra: More keys of ``kv_connector_extra_config``.
 
     Raises:
-        ValueError: If vLLM is not there or would not find blocktune, an adapter cannot be served,
-            or the store has no chunks of the default model.
+        ValueError: If vLLM is not installed or would not find blocktune, an adapter cannot be
+            served, or the store has no chunks of the default model.
     """
     try:
-        import_module("vllm.config")  # before torch: it prepares the environment
+        import_module("vllm.config")  # before torch, since it sets environment variables
     except ModuleNotFoundError:
         raise ValueError(
             "vLLM is not installed here; it needs its own environment, docs/vllm.md"
         ) from None
-    known = {one.name for group in GROUPS for one in entry_points(group=group)}
-    if "blocktune" not in known:
+    plugins = {point.name for group in GROUPS for point in entry_points(group=group)}
+    if "blocktune" not in plugins:
         raise ValueError(
             "vLLM looks for plug-ins among installed packages, and blocktune is not installed "
             "here; run `pip install .` in its folder"
         )
     from blocktune.vllm.client import ChunkClient, lora_rank, transfer_config
 
-    clients = {name: ChunkClient(model, one, store=store) for name, one in adapters.items()}
+    clients = {name: ChunkClient(model, path, store=store) for name, path in adapters.items()}
     base = ChunkClient(model, store=store, fingerprint=extra.get("fingerprint"))
     allowed = os.environ.get("VLLM_PLUGINS")
-    names = known if allowed is None else {*allowed.split(","), "blocktune"}
+    names = plugins if allowed is None else {*allowed.split(","), "blocktune"}
     os.environ["VLLM_PLUGINS"] = ",".join(sorted(names))
-    if not any(one.startswith(("--kv-cache-memory", "--gpu-memory")) for one in options):
-        # On a CPU vLLM would take most of the machine's memory, and not start if that is used.
+    if not any(text.startswith(("--kv-cache-memory", "--gpu-memory")) for text in options):
+        # On a CPU vLLM would take most of the machine's memory, and fail if it is in use.
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
     first = next(iter(clients.values()), base).fingerprint
-    loras = {name: one.lora for name, one in clients.items() if one.lora is not None}
-    folders = {name: str(one.adapter) for name, one in clients.items()}
+    loras = {name: client.lora for name, client in clients.items() if client.lora is not None}
+    folders = {name: str(client.adapter) for name, client in clients.items()}
     transfer = transfer_config(store, adapters=folders, **extra)
     line = ["--model", model, "--enable-prompt-tokens-details"]
     line += ["--kv-transfer-config", json.dumps(transfer)]

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class LoadFailed(ValueError):
-    """Chunks were missing or damaged when vLLM wanted them; nothing was answered."""
+    """Chunks were missing or damaged when vLLM loaded them; nothing was answered."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Completion:
 
     text: str  # decoded, without the end of turn
     token_ids: tuple[int, ...]  # as generated
-    prompt_tokens: int  # of the whole prompt
-    cached_tokens: int  # of them those that were loaded, or in vLLM's own cache
+    prompt_tokens: int  # tokens of the whole prompt
+    cached_tokens: int  # how many of them were loaded, or in vLLM's own cache
     output: RequestOutput  # what vLLM returned
 
 
@@ -49,18 +49,18 @@ class ChunkLLM:
     print(answer.text, answer.cached_tokens, "of", answer.prompt_tokens)
     ```
 
-    Chunks that the store lacks are encoded first, by an `Engine` that is loaded for that.
+    Chunks that the store lacks are encoded first, by an `Engine` that is loaded when needed.
 
     Args:
-        model: As `ChunkClient` takes it.
-        adapter: Likewise.
-        store: Of the chunks: a folder or URL, as ``--store``.
-        dtype: Of vLLM, and of the engine that encodes.
-        encode_device: Where missing chunks are encoded.
+        model: See `ChunkClient`.
+        adapter: See `ChunkClient`.
+        store: The chunks' folder or URL, as ``--store``.
+        dtype: The dtype of vLLM and of the engine that encodes.
+        encode_device: Device on which missing chunks are encoded.
         format: Wording of prompts.
-        fingerprint: As `ChunkClient` takes it.
-        host_gb: Memory for hot chunks.
-        options: Of `vllm.LLM`.
+        fingerprint: See `ChunkClient`.
+        host_gb: Memory for recently used chunks, in GiB.
+        options: Options of `vllm.LLM`.
 
     Raises:
         ValueError: As `ChunkClient`.
@@ -88,7 +88,7 @@ class ChunkLLM:
 
         from blocktune.vllm import guard
 
-        guard.install()  # vLLM's engine may be another process than this one
+        guard.install()  # vLLM's engine may be in another process
         if self.client.lora is not None:
             rank = lora_rank(self.client.lora)
             options = {"enable_lora": True, "max_lora_rank": rank} | options
@@ -106,8 +106,8 @@ class ChunkLLM:
         ``max_lora_rank``.
         """
         other = copy.copy(self)
-        for made in ("_encoder", "_lora"):
-            other.__dict__.pop(made, None)
+        for cached in ("_encoder", "_lora"):
+            other.__dict__.pop(cached, None)
         other.client = ChunkClient(self.client.model, adapter, store=self._store)
         return other
 
@@ -124,9 +124,9 @@ class ChunkLLM:
     @cached_property
     def _encoder(self) -> Engine:
         client = self.client
-        kept = ChunkStore(config=client.store.config, must_write=True)
+        store = ChunkStore(config=client.store.config, must_write=True)
         engine = Engine.from_pretrained(
-            client.model, client.adapter, store=kept, dtype=self._dtype, device=self._device
+            client.model, client.adapter, store=store, dtype=self._dtype, device=self._device
         )
         return engine if engine.format == client.format else engine.reworded(client.format)
 
@@ -134,7 +134,7 @@ class ChunkLLM:
         """Encodes segments into the store."""
         engine = self._encoder
         wanted = [segment.wanted for segment in segments]
-        pieces = [Piece(*one) for one in wanted]
+        pieces = [Piece(*fields) for fields in wanted]
         engine.state.encoder.find(pieces, Stopwatch(engine.model.device))
         self.client.store.queue.done(engine.fingerprint, wanted)
 
@@ -146,13 +146,13 @@ class ChunkLLM:
         max_new_tokens: int = 32,
         sampling: SamplingParams | None = None,
     ) -> list[Completion]:
-        """Answers questions from their cached chunks, all at once.
+        """Answers questions from their cached chunks, all in one batch.
 
         Args:
-            examples: As `Engine.answer` takes them.
-            method: Any that `require_served` accepts; None: what the adapter was trained for.
-            max_new_tokens: Tokens to decode at most, without ``sampling``.
-            sampling: vLLM's parameters; default greedy, to the end of the turn.
+            examples: See `Engine.answer`.
+            method: A method that `require_served` accepts; None: what the adapter was trained for.
+            max_new_tokens: Most tokens to decode, if ``sampling`` is None.
+            sampling: vLLM's parameters; default: greedy, to the end of the turn.
 
         Raises:
             ValueError: If a method or a prompt cannot be served, or chunks could not be loaded.
@@ -166,36 +166,36 @@ class ChunkLLM:
                 self.client._fingerprint = self._encoder.fingerprint
         sampling = sampling or SamplingParams(temperature=0.0, max_tokens=max_new_tokens)
         built = self.client.built(method)
-        rendered = [self.client.read(one, built, sampling.max_tokens or 1) for one in examples]
-        missing = {one for made in rendered for one in self.client.missing(made.plan)}
+        limit = sampling.max_tokens or 1
+        rendered = [self.client.read(example, built, limit) for example in examples]
+        missing = {segment for r in rendered for segment in self.client.missing(r.plan)}
         if missing:
             self.encode(sorted(missing))
         try:
             return self.generate(rendered, sampling)
-        except LoadFailed:  # a chunk is damaged: what does not verify is encoded again
-            plans = [one.plan for one in rendered if one.plan is not None]
+        except LoadFailed:  # encoding again replaces chunks that fail verification
+            plans = [r.plan for r in rendered if r.plan is not None]
             self.encode(sorted({segment for plan in plans for segment in plan.segments}))
             return self.generate(rendered, sampling)
 
     def generate(self, rendered: Sequence[Rendered], sampling: SamplingParams) -> list[Completion]:
         """Answers prompts whose chunks are stored; prompts with and without chunks may be mixed.
 
-        `LoadFailed` if the chunks of one could not be loaded.
+        Raises `LoadFailed` if the chunks of a prompt could not be loaded.
         """
         from vllm import TokensPrompt
 
         params = []
-        for one in rendered:
+        for request in rendered:
             own = sampling.clone()
             if not own.ignore_eos:
                 own.stop_token_ids = sorted({*(own.stop_token_ids or ()), *self.client.stop_ids})
-            if one.plan is not None:
-                own.extra_args = (own.extra_args or {}) | {
-                    "kv_transfer_params": one.transfer_params
-                }
+            if request.plan is not None:
+                transfer = {"kv_transfer_params": request.transfer_params}
+                own.extra_args = (own.extra_args or {}) | transfer
             params.append(own)
         outputs = self.llm.generate(
-            [TokensPrompt(prompt_token_ids=one.prompt_ids) for one in rendered],
+            [TokensPrompt(prompt_token_ids=request.prompt_ids) for request in rendered],
             params,
             use_tqdm=False,
             lora_request=self._lora,
@@ -203,13 +203,13 @@ class ChunkLLM:
         return [self._completion(output) for output in outputs]
 
     def _completion(self, output: RequestOutput) -> Completion:
-        made = output.outputs[0]
-        if made.finish_reason == "error":
+        answer = output.outputs[0]
+        if answer.finish_reason == "error":
             raise LoadFailed("chunks could not be loaded, see the log; nothing was answered")
         tokenizer = self.client.tokenizer
         return Completion(
-            tokenizer.decode(made.token_ids, skip_special_tokens=True).strip(),
-            tuple(made.token_ids),
+            tokenizer.decode(answer.token_ids, skip_special_tokens=True).strip(),
+            tuple(answer.token_ids),
             len(output.prompt_token_ids),
             output.num_cached_tokens or 0,
             output,

@@ -1,6 +1,6 @@
 """Counters of loads for vLLM's log and its Prometheus endpoint.
 
-Tokens that were loaded also count under vLLM's own names (``vllm:external_prefix_cache_hits``).
+Loaded tokens also count in vLLM's own ``vllm:external_prefix_cache_hits``.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
 
 COUNTS = {
     "loads": "Requests whose chunks were loaded.",
-    "layered": "Of them those beside the forward pass, which waited layer by layer.",
+    "layered": "Of these, loads during the forward pass, which waited layer by layer.",
     "failed": "Requests that failed because chunks were missing or damaged.",
     "tokens": "Tokens written into vLLM's cache.",
     "store_reads": "Chunks read from the store.",
     "store_bytes": "Bytes read from the store.",
-    "host_hits": "Chunks found in the memory of hot chunks.",
-    "load_us": "Microseconds spent in loads.",
+    "host_hits": "Chunks found in the rank's memory.",
+    "load_us": "Microseconds spent on loads.",
 }
 
 
@@ -41,7 +41,7 @@ class LoadStats(KVConnectorStats):
 
 
 class LoadMetrics(KVConnectorPromMetrics):
-    """``vllm:blocktune_NAME`` for each of `COUNTS`; with tensor parallel, sums over the ranks."""
+    """``vllm:blocktune_NAME`` for each of `COUNTS`, summed over tensor-parallel ranks."""
 
     def __init__(self, config, metric_types, labelnames, values):
         super().__init__(config, metric_types, labelnames, values)
@@ -52,7 +52,7 @@ class LoadMetrics(KVConnectorPromMetrics):
             for name, text in COUNTS.items()
         }
         self._counters = {
-            engine: {name: one.labels(*labels) for name, one in counters.items()}
+            engine: {name: counter.labels(*labels) for name, counter in counters.items()}
             for engine, labels in values.items()
         }
 

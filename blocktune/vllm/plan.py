@@ -1,6 +1,6 @@
-"""What a connector loads for a prompt: segments, their keys, where they go, and the salt.
+"""What a connector loads for a prompt: segments, their keys and places, and the cache's salt.
 
-Nothing here imports vLLM. A plan is all or nothing: it is served whole, or the request fails.
+Nothing here imports vLLM. A plan is all or nothing: all of it is loaded, or the request fails.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from blocktune.prompt import LayoutSpec
 
 PARAMS = "blocktune"  # key of a plan in vLLM's ``kv_transfer_params``
 NULL_BLOCK = 0
-"""vLLM's block of tokens that no layer of a group keeps (outside of a sliding window)."""
+"""vLLM's block for tokens that a group does not keep (outside of a sliding window)."""
 FORM = (
     f"kv_transfer_params['{PARAMS}'] is {{'fingerprint': 64 hex digits, 'segments': [tokens or "
     "{'tokens', 'position', 'blanks', 'prefix', 'ids'}]}"
@@ -33,38 +33,38 @@ _FIELDS = {"tokens", "position", "blanks", "prefix", "ids"}
 class Segment(NamedTuple):
     """Tokens that were encoded together: the prefix, or a chunk."""
 
-    ids: tuple[int, ...]  # as they were encoded; learned tokens have ids that vLLM does not know
-    position: int  # of the first one in the prompt
-    blanks: tuple[int, ...] = ()  # what they were encoded after
-    # whether it is a prefix that an adapter of another scope than ``both`` makes differ from a
+    ids: tuple[int, ...]  # as encoded; learned tokens have ids that vLLM does not know
+    position: int  # position of the first token in the prompt
+    blanks: tuple[int, ...] = ()  # tokens that they were encoded after
+    # whether it is the prefix of an adapter with scope ``encode`` or ``read``, which differs from a
     # chunk of the same tokens
     prefix: bool = False
 
     @property
     def wanted(self) -> Wanted:
-        """For the queue of a store that lacks it."""
+        """Its entry in the encoding queue of a store that lacks it."""
         return Wanted(self.ids, self.blanks, self.prefix)
 
     def key(self, fingerprint: str) -> str:
-        """In the store."""
+        """Its key in the store."""
         return stored_key(fingerprint, self.ids, self.blanks, self.prefix)
 
 
 @dataclass(frozen=True)
 class LoadPlan:
-    """The start of a prompt, as stored segments one after the other."""
+    """The start of a prompt as consecutive stored segments."""
 
-    fingerprint: str  # of the model that encoded them
-    segments: tuple[Segment, ...]  # in prompt order; the first begins with the prompt's first token
+    fingerprint: str  # the model that encoded them
+    segments: tuple[Segment, ...]  # in prompt order, from the prompt's first token on
 
     @cached_property
     def keys(self) -> tuple[str, ...]:
-        """Of the segments in the store."""
+        """The segments' keys in the store."""
         return tuple(segment.key(self.fingerprint) for segment in self.segments)
 
     @cached_property
     def starts(self) -> tuple[int, ...]:
-        """Index in the prompt of each segment's first token, and the number of all tokens."""
+        """Index in the prompt of each segment's first token, then the total number of tokens."""
         starts = [0]
         for segment in self.segments:
             starts.append(starts[-1] + len(segment.ids))
@@ -72,28 +72,28 @@ class LoadPlan:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that are loaded."""
+        """Number of tokens in all segments."""
         return self.starts[-1]
 
     def wanted(self, start: int) -> range:
-        """Segments with tokens from index ``start`` on."""
+        """Indices of the segments with tokens from index ``start`` on."""
         return range(sum(end <= start for end in self.starts[1:]), len(self.segments))
 
     def missing(self, has: Callable[[str], bool], start: int = 0) -> list[Segment]:
-        """Segments from index ``start`` on that a store lacks, which ``has`` tells by their key."""
+        """Segments with tokens from ``start`` on whose key a store does not have (``has``)."""
         return [self.segments[i] for i in self.wanted(start) if not has(self.keys[i])]
 
     def salt(self, own: str | None = None) -> str:
-        """Name space of vLLM's prefix cache for this plan; ``own`` is the request's ``cache_salt``.
+        """Namespace in vLLM's prefix cache for this plan; ``own`` is the request's ``cache_salt``.
 
-        Cached blocks are named by the tokens before them, as if all had been computed in full
-        attention. Reused chunks were not: only a prompt with the same segments may find them.
+        vLLM names a cached block by the tokens up to it, assuming full attention. Reused chunks
+        were encoded separately, so only prompts with the same segments may share their blocks.
         """
         named = [self.keys, [segment.position for segment in self.segments], own]
         return f"{PARAMS}:{hashlib.sha256(json.dumps(named).encode()).hexdigest()}"
 
     def params(self, prompt_ids: Sequence[int]) -> dict[str, Any]:
-        """The plan for ``kv_transfer_params``; ids that differ from ``prompt_ids`` are sent."""
+        """The value of ``kv_transfer_params``; ids are sent only if not those of ``prompt_ids``."""
         segments: list[Any] = []
         for segment, start in zip(self.segments, self.starts, strict=False):
             count = len(segment.ids)
@@ -113,19 +113,19 @@ class LoadPlan:
     def read(
         cls, params: Mapping[str, Any] | None, prompt_ids: Sequence[int] | None
     ) -> LoadPlan | None:
-        """The plan in a request, or None if it has none.
+        """The plan in a request, or None.
 
-        Raises ValueError if it is not a plan of this prompt; vLLM's process must not stop over it.
+        Raises only ValueError, if the plan does not fit the prompt: vLLM must keep running.
         """
         if not isinstance(params, Mapping) or params.get(PARAMS) is None:
             return None
-        asked, segments, start = params[PARAMS], [], 0
-        if not isinstance(asked, Mapping) or not isinstance(asked.get("segments"), list):
+        raw, segments, start = params[PARAMS], [], 0
+        if not isinstance(raw, Mapping) or not isinstance(raw.get("segments"), list):
             raise ValueError(FORM)
-        fingerprint = asked.get("fingerprint")
+        fingerprint = raw.get("fingerprint")
         if not isinstance(fingerprint, str) or len(fingerprint) != 64:
             raise ValueError(FORM)
-        for given in asked["segments"]:
+        for given in raw["segments"]:
             given = {"tokens": given} if type(given) is int else given
             if not isinstance(given, Mapping) or given.keys() - _FIELDS:
                 raise ValueError(FORM)
@@ -150,7 +150,7 @@ class LoadPlan:
 
 
 def _ids(values: Any) -> tuple[int, ...]:
-    if not isinstance(values, list) or not all(type(one) is int and one >= 0 for one in values):
+    if not isinstance(values, list) or not all(type(v) is int and v >= 0 for v in values):
         raise ValueError(FORM)
     return tuple(values)
 
@@ -158,9 +158,9 @@ def _ids(values: Any) -> tuple[int, ...]:
 def slots_of(
     blocks: Sequence[int], block_size: int, start: int, stop: int
 ) -> tuple[Tensor, Tensor]:
-    """Where tokens ``start .. stop - 1`` of a prompt are kept in a paged cache of ``block_size``.
+    """The slots of tokens ``start .. stop - 1`` of a prompt in a paged cache of ``block_size``.
 
-    Returns those tokens that have a slot (none outside of a sliding window), and the slots; int64.
+    Returns the tokens that have a slot (those inside the sliding window), and the slots; int64.
     """
     rows = torch.arange(start, stop)
     owner = torch.tensor(blocks, dtype=torch.int64)[rows // block_size]
@@ -169,10 +169,10 @@ def slots_of(
 
 
 def require_served(method: Method, spec: LayoutSpec) -> None:
-    """Checks that a connector can serve a method: it loads chunks and does nothing else.
+    """Checks that a connector, which only loads chunks, can serve a method.
 
-    ``spec`` is what `Method.layout_for` makes of the adapter's layout. A ValueError says in one
-    line what the method does that vLLM's forward pass does not.
+    ``spec`` is the layout from `Method.layout_for`. Raises ValueError if the method does something
+    that vLLM's forward pass does not.
     """
     selects = method.select() != Nothing() or method.layer_budget is not None
     reasons = {
@@ -181,7 +181,7 @@ def require_served(method: Method, spec: LayoutSpec) -> None:
         "recomputes tokens inside the context": selects,
         "changes how chunks are attended to": method.reshape() is not None,
         "computes link tokens between the chunks": spec.num_links > 0,
-        f"places chunks '{spec.placement}', so that positions are not the tokens' numbers": (
+        f"places chunks '{spec.placement}', so that positions are not token indices": (
             spec.placement not in ("sequential", "composite")
         ),
     }

@@ -1,9 +1,9 @@
 """Chat completions with ``documents`` on vLLM's server, through ``vllm.endpoint_plugins``.
 
 A request with documents is rendered here, and waits until its chunks are stored; then vLLM's own
-route answers it. Requests without documents pass unchanged. The plug-in is loaded if it is named
-in ``VLLM_PLUGINS``; ``kv_connector_extra_config`` says the rest: ``store``, ``adapters`` (folders
-by the names that requests use), ``fingerprint`` (of the base) and ``encode_wait_s``.
+route answers it. Requests without documents are passed on unchanged. ``VLLM_PLUGINS`` must name the
+plug-in. Its configuration is in ``kv_connector_extra_config``: ``store``, ``adapters`` (folders by
+their names in requests), ``fingerprint`` (the base's) and ``encode_wait_s``.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ REFUSED = (
     *("prompt_logprobs", "echo", "tools", "functions", "continue_final_message"),
     *("truncate_prompt_tokens", "chat_template", "chat_template_kwargs", "add_special_tokens"),
     *("reasoning_effort", "return_token_offsets", "return_prompt_text", "kv_transfer_params"),
-    "use_beam_search",  # vLLM's makes requests of its own, without the chunks
+    "use_beam_search",  # vLLM then makes new requests, without the chunks
 )
-"""Fields that change the prompt, or read what was not computed."""
+"""Fields that change the prompt, or need what was not computed."""
 
 
-class Asked(BaseModel):
-    """What is read here of a request; the rest is vLLM's."""
+class DocumentRequest(BaseModel):
+    """The fields of a request that are read here; the others are vLLM's."""
 
     model: str | None = None
     messages: Annotated[list[Message], Field(min_length=1, max_length=1024)]
@@ -50,36 +50,36 @@ class Asked(BaseModel):
     max_completion_tokens: int | None = None
 
 
-class Front:
-    """Makes vLLM's requests from requests with documents."""
+class Renderer:
+    """Turns requests with documents into requests of vLLM."""
 
     def __init__(self, clients: Mapping[str, ChunkClient], base: str, wait_s: float):
-        """Of the models and adapters by name; ``base`` is vLLM's own model."""
+        """``clients`` are models and adapters by name; ``base`` is the name of vLLM's model."""
         self.clients, self.base, self.wait_s = clients, base, wait_s
 
     async def prepare(self, body: dict[str, Any]) -> dict[str, Any]:
-        """The body for vLLM.
+        """Returns the body for vLLM.
 
         Raises:
-            ValueError: If the request cannot be answered; says in one line why.
+            ValueError: If the request cannot be answered; the message is one line.
             HTTPException: 503 if its chunks are not encoded in time.
         """
         if not _has_documents(body):
             return body
-        asked = Asked.model_validate(body)
+        request = DocumentRequest.model_validate(body)
         refused = next((name for name in REFUSED if body.get(name)), None)
         if refused is None and body.get("add_generation_prompt") is False:
             refused = "add_generation_prompt: false"
         if refused:
             raise ValueError(f"{refused} is not supported with documents; leave it out")
-        name = next(iter(self.clients)) if asked.model is None else asked.model
+        name = next(iter(self.clients)) if request.model is None else request.model
         if name not in self.clients:
             raise HTTPException(404, f"no model '{name:.80}'; served: {', '.join(self.clients)}")
         client = self.clients[name]
-        rendered = await asyncio.to_thread(_render, client, asked)
+        rendered = await asyncio.to_thread(_render, client, request)
         await self._encoded(client, rendered)
         kept = {key: value for key, value in body.items() if key not in ("documents", "blocktune")}
-        question = read_messages(asked.messages[-1:]).question
+        question = read_messages(request.messages[-1:]).question
         if not body.get("ignore_eos"):
             kept["stop_token_ids"] = sorted({*(kept.get("stop_token_ids") or ()), *client.stop_ids})
         return kept | {
@@ -116,21 +116,21 @@ def _has_documents(body: Mapping[str, Any]) -> bool:
     return any(isinstance(part, Mapping) and part.get("type") == "document" for part in parts)
 
 
-def _render(client: ChunkClient, asked: Asked) -> Rendered:
-    conversation = read_messages(asked.messages)
-    documents = [*(asked.documents or ()), *conversation.documents]
-    sources = [read_document(one, f"documents[{i}]") for i, one in enumerate(documents)]
-    own = asked.blocktune.method is not None or asked.blocktune.params
-    method = client.built(read_method(asked.blocktune, client.method.name) if own else None)
+def _render(client: ChunkClient, request: DocumentRequest) -> Rendered:
+    conversation, extension = read_messages(request.messages), request.blocktune
+    documents = [*(request.documents or ()), *conversation.documents]
+    sources = [read_document(doc, f"documents[{i}]") for i, doc in enumerate(documents)]
+    own = extension.method is not None or extension.params
+    method = client.built(read_method(extension, client.method.name) if own else None)
     block = client.prompts.spec(method).block
     chunks = [source.chunk for source in sources]
     pieces = chat_pieces(client.tokenizer, client.format, chunks, conversation, block)
-    most = asked.max_completion_tokens or asked.max_tokens or 1
-    return client.render(pieces, method, most)
+    limit = request.max_completion_tokens or request.max_tokens or 1
+    return client.render(pieces, method, limit)
 
 
 def _refuse_beams(kind: type[BaseModel]) -> None:
-    """Makes beam search refuse a plan, which vLLM's requests for beams do not carry."""
+    """Makes beam search refuse a plan, since vLLM's requests for the beams would lack it."""
     make = kind.to_beam_search_params
 
     @wraps(make)
@@ -149,7 +149,7 @@ class DocumentsRoute:
     required_tasks = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
-        """Takes the place of vLLM's route."""
+        """Replaces vLLM's route."""
         for kind in (ChatCompletionRequest, CompletionRequest):
             _refuse_beams(kind)
 
@@ -184,7 +184,7 @@ class DocumentsRoute:
         clients[base] = ChunkClient(
             args.model, store=extra["store"], fingerprint=extra.get("fingerprint")
         )
-        for one in clients.values():
-            room = min(one.prompts.max_tokens, engine_client.model_config.max_model_len)
-            one.prompts = replace(one.prompts, max_tokens=room)
-        state.blocktune = Front(clients, base, float(extra.get("encode_wait_s", 30)))
+        for client in clients.values():
+            room = min(client.prompts.max_tokens, engine_client.model_config.max_model_len)
+            client.prompts = replace(client.prompts, max_tokens=room)
+        state.blocktune = Renderer(clients, base, float(extra.get("encode_wait_s", 30)))

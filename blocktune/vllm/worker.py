@@ -1,9 +1,9 @@
-"""The connector's half in a worker: from the store into this rank's paged cache, in threads.
+"""The connector's half in a worker: loads from the store into this rank's paged cache, in threads.
 
-Chunks are read and verified once; hot ones stay in memory. A load copies them to the device layer
-by layer, moves the keys to their positions there, and writes them through vLLM's own kernel, which
-knows the cache's layout. Most loads run between steps, while other requests are decoded. One
-that is layered runs beside the forward pass, which waits for each layer as it comes to it.
+Chunks are read and verified once; recently used ones stay in memory. A load copies them to the
+device layer by layer, moves the keys to their positions, and writes them by vLLM's kernel, which
+knows the cache's layout. Most loads run between steps, while other requests are decoded. A layered
+load runs during the forward pass, which waits for each layer when it reaches it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from blocktune.vllm.scheduler import Load
 
-IDLE_S = 0.002  # seconds that a step without a forward pass waits for loads, rather than spin
+IDLE_S = 0.002  # seconds that a step without a forward pass waits for loads, to avoid spinning
 _LOG = logging.getLogger(__name__)
 
 
@@ -53,29 +53,29 @@ class _Place(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """Segments that are written at once.
+    """Segments that are written together.
 
-    On a CPU each alone: its keys stay in the processor's cache between rotation and write. On
-    other devices all of them: fewer kernels.
+    On a CPU a part is one segment, whose keys stay in the processor's cache between rotation and
+    write. On other devices it is all segments, for fewer kernel launches.
     """
 
-    chunks: list[ChunkKV]  # what is stored of them, this rank's heads
-    # (segments, 2 P): cosines and sines of how far each is moved, for each rotation of the model
-    turns: list[Tensor]
-    owner: Tensor | None  # (S,): which of the segments a token is of; None: all stay
-    slots: list[tuple[Tensor, Tensor]]  # for each group, which of the tokens are kept, and where
+    chunks: list[ChunkKV]  # their stored keys and values, of this rank's heads
+    # cosines and sines of each segment's move, (segments, 2 P), for each rotation of the model
+    rotations: list[Tensor]
+    owner: Tensor | None  # index of each token's segment, (S,); None: no segment moves
+    slots: list[tuple[Tensor, Tensor]]  # for each group, which tokens are kept, and where
 
     def layer(self, index: int, device: torch.device) -> list[Tensor]:
         """Keys and values of a layer, ``(S, K, D)``, in new memory."""
         pairs = [(chunk.keys[index], chunk.values[index]) for chunk in self.chunks]
         return [
-            torch.cat([one.to(device, non_blocking=True).transpose(0, 1) for one in states])
+            torch.cat([state.to(device, non_blocking=True).transpose(0, 1) for state in states])
             for states in zip(*pairs, strict=True)
         ]
 
 
 class _Job(NamedTuple):
-    """A load in work; ``layers``: done when written, by name, if a forward pass waits for them."""
+    """A running load; ``layers`` has a future per layer name if a forward pass waits for them."""
 
     load: Load
     future: Future[Counter[str]]
@@ -83,9 +83,9 @@ class _Job(NamedTuple):
 
 
 class WorkerSide:
-    """Loads in the background; a request waits for its own load only.
+    """Loads chunks in the background; a request waits only for its own load.
 
-    ``groups`` are the layers that share blocks, vLLM's ``kv_cache_groups``.
+    ``groups`` are vLLM's ``kv_cache_groups``: layers that share blocks.
     """
 
     def __init__(self, config: VllmConfig, groups: list[KVCacheGroupSpec]):
@@ -117,7 +117,7 @@ class WorkerSide:
             self.places = {name: _Place(modules[name], *at) for name, at in self._names.items()}
         ready = None
         if loads and torch.cuda.is_available():
-            # After what the device still does to these blocks, such as zeroing.
+            # Loads wait for work that the device still does on these blocks, such as zeroing.
             self._stream = self._stream or torch.cuda.Stream()
             ready = torch.cuda.current_stream().record_event()
         for load in loads:
@@ -128,20 +128,20 @@ class WorkerSide:
     def wait_for_layer(self, name: str) -> None:
         """Waits until a layered load has written a layer, or has failed."""
         for job in self._jobs:
-            # What stays in `layers` was not waited for.
+            # Layers that stay in `layers` were not waited for.
             written = job.layers.pop(name, None)
             if written is not None and (event := written.result()) is not None:
                 torch.cuda.current_stream().wait_event(event)
 
     def finished(self) -> tuple[set[str], set[str]]:
-        """Requests whose loads ended since the last call, and those of them that failed.
+        """Requests whose loads ended since the last call, and those among them that failed.
 
-        Those of layered loads are not among them: see `take_invalid`.
+        Layered loads are not included: see `take_invalid`.
         """
         waiting = [job.future for job in self._jobs if not job.load.layered]
         if self._idle and waiting:
             wait(waiting, IDLE_S, FIRST_COMPLETED)
-        ended, failed, left = set(), set(), []
+        ended, failed, running = set(), set(), []
         for job in self._jobs:
             name = job.load.request_id
             if job.load.layered:
@@ -150,13 +150,13 @@ class WorkerSide:
                 ended.add(name)
                 failed.update(() if self._loaded(job) else {name})
             else:
-                left.append(job)
-        self._jobs = left
+                running.append(job)
+        self._jobs = running
         return ended, failed
 
     def _loaded(self, job: _Job) -> bool:
         error = job.future.exception()
-        if error is None and job.layers:  # a captured graph calls no hooks
+        if error is None and job.layers:  # for example, a captured graph calls no hooks
             error = RuntimeError("the forward pass did not wait for each layer")
         if error is None:
             self.counts.update(job.future.result())
@@ -171,7 +171,7 @@ class WorkerSide:
         return taken
 
     def close(self) -> None:
-        """Ends background work."""
+        """Stops the loading threads."""
         self._pool.shutdown(cancel_futures=True)
 
     @torch.inference_mode()
@@ -195,19 +195,19 @@ class WorkerSide:
                 if ready is not None:
                     self._stream.synchronize()
         finally:
-            for one in layers.values():
-                one.set_result(None)
+            for future in layers.values():
+                future.set_result(None)
         counts["tokens"] = load.plan.num_tokens - load.start
         counts["load_us"] = int(1e6 * (time.perf_counter() - started))
         return counts
 
     def _fill(self, load: Load, plan: LoadPlan, counts: Counter[str]) -> Iterator[str]:
-        """Writes layer by layer; yields the name of each that is written."""
+        """Writes layer by layer; yields the name of each layer once it is written."""
         rope = self._frequencies(plan.fingerprint)
         chunks = self._chunks(plan, load.start, counts)
         device = next(iter(self.places.values())).module.kv_cache.device
-        each = [[index] for index in chunks] if device.type == "cpu" else [list(chunks)]
-        parts = [self._part(load, plan, {i: chunks[i] for i in one}, rope, device) for one in each]
+        groups = [[index] for index in chunks] if device.type == "cpu" else [list(chunks)]
+        parts = [self._part(load, plan, {i: chunks[i] for i in g}, rope, device) for g in groups]
         for name, (module, index, group) in self.places.items():
             for part in parts:
                 rows, where = part.slots[group]
@@ -217,10 +217,10 @@ class WorkerSide:
                 self._require_shape(module, keys)
                 form = rope.forms[rope.layer[index]]
                 if part.owner is not None and len(form.inv_freq):
-                    keys = keys.float()  # bfloat16 cannot hold the angles' cosines
-                    turn, halves = part.turns[rope.layer[index]], not form.interleaved
-                    where_from = keys.flatten(1), None, keys.shape[-1]
-                    ops.rotary_embedding(part.owner, *where_from, turn, halves, form.start)
+                    keys = keys.float()  # bfloat16 is too coarse for the cosines
+                    rotation, is_neox = part.rotations[rope.layer[index]], not form.interleaved
+                    states = keys.flatten(1), None, keys.shape[-1]
+                    ops.rotary_embedding(part.owner, *states, rotation, is_neox, form.start)
                 if len(rows) < len(keys):
                     keys, values = keys[rows], values[rows]
                 keys, values = keys.to(self.dtype), values.to(self.dtype)
@@ -236,38 +236,38 @@ class WorkerSide:
         for blocks, size in zip(load.blocks, self._block_sizes, strict=True):
             rows, where = slots_of(blocks, size, max(first, load.start), stop)
             slots.append(((rows - first).to(device), where.to(device)))
-        moves = torch.tensor([plan.segments[i].position - one.origin for i, one in chunks.items()])
-        owner, turns = None, []
+        moves = torch.tensor([plan.segments[i].position - kv.origin for i, kv in chunks.items()])
+        owner, rotations = None, []
         if moves.any():
             lengths = torch.tensor([len(plan.segments[number].ids) for number in numbers])
             owner = torch.arange(len(numbers)).repeat_interleave(lengths).to(device)
             angles = [moves[:, None].float() * form.inv_freq for form in rope.forms]
-            turns = [torch.cat([one.cos(), one.sin()], -1).to(device) for one in angles]
-        return _Part(list(chunks.values()), turns, owner, slots)
+            rotations = [torch.cat([a.cos(), a.sin()], -1).to(device) for a in angles]
+        return _Part(list(chunks.values()), rotations, owner, slots)
 
     def _require_shape(self, module: Any, keys: Tensor) -> None:
         wanted = (module.num_kv_heads, module.head_size)
         if tuple(keys.shape[1:]) != wanted:
             raise Missing(
                 f"the chunks have (kv heads, head size) {tuple(keys.shape[1:])} on this rank, "
-                f"vLLM's model {wanted}; they are of another model"
+                f"vLLM's model {wanted}; they belong to another model"
             )
 
     def _chunks(self, plan: LoadPlan, start: int, counts: Counter[str]) -> dict[int, ChunkKV]:
-        """All segments from index ``start`` on; `Missing`, and they are asked for."""
-        read, found, lacking = partial(ChunkFile.entry, share=self.share), {}, []
+        """All segments from token ``start`` on; missing ones are queued and raise `Missing`."""
+        read, chunks, lacking = partial(ChunkFile.entry, share=self.share), {}, []
         for index in plan.wanted(start):
             key, segment = plan.keys[index], plan.segments[index]
-            made = self.store.lookup(key, segment.ids, plan.fingerprint, read=read)
-            if made.kv is None:  # an encoder verifies it too, and encodes it again
+            hit = self.store.lookup(key, segment.ids, plan.fingerprint, read=read)
+            if hit.kv is None:  # missing, or damaged: then the encoder also finds it damaged
                 lacking.append(segment.wanted)
                 continue
-            found[index] = made.kv
-            if made.tier == "memory":
+            chunks[index] = hit.kv
+            if hit.tier == "memory":
                 counts["host_hits"] += 1
             else:
                 counts["store_reads"] += 1
-                counts["store_bytes"] += made.kv.num_bytes
+                counts["store_bytes"] += hit.kv.num_bytes
         if lacking:
             self.view.queue.add(plan.fingerprint, lacking)
             reason = self.store.stats().first_rejected or "they are not there"
@@ -276,35 +276,35 @@ class WorkerSide:
                 f"'{self.view.place}': {reason}; encode them (`blocktune encode --follow`) and ask "
                 "again"
             )
-        return found
+        return chunks
 
     def _frequencies(self, fingerprint: str) -> _Rope:
         if fingerprint not in self._rope:
-            record = self.view.manifest(fingerprint)
-            if record is None:
+            manifest = self.view.manifest(fingerprint)
+            if manifest is None:
                 raise Missing(f"no manifest of {fingerprint[:12]} in '{self.view.place}'")
-            rope = record["rope"]
+            rope = manifest["rope"]
             if len(rope["layer"]) != self.num_layers:
                 raise Missing(
                     f"the chunks have {len(rope['layer'])} layers, vLLM's model {self.num_layers}; "
-                    "they are of another model"
+                    "they belong to another model"
                 )
-            lists = [torch.tensor(one) for one in rope["frequencies"]]
-            # Manifests of before these fields are of models that rotate by halves.
-            given = (rope.get(name, [0] * len(lists)) for name in LayerRope._fields[1:])
-            forms = [LayerRope(*one) for one in zip(lists, *given, strict=True)]
+            inv_freqs = [torch.tensor(values) for values in rope["frequencies"]]
+            # Older manifests lack the other fields: their models rotate by halves.
+            others = (rope.get(name, [0] * len(inv_freqs)) for name in LayerRope._fields[1:])
+            forms = [LayerRope(*values) for values in zip(inv_freqs, *others, strict=True)]
             if any(form.in_values for form in forms):
                 raise Missing("the chunks hold latent keys, which this connector does not load")
             self._rope[fingerprint] = _Rope(forms, rope["layer"])
         return self._rope[fingerprint]
 
     def forget(self) -> None:
-        """Drops the hot chunks."""
+        """Drops the chunks in memory."""
         self.store.clear()
 
 
 class _Rope(NamedTuple):
-    """Rotations, and which of them each layer has."""
+    """The model's rotations, and the index of each layer's."""
 
     forms: list[LayerRope]
     layer: list[int]

@@ -156,10 +156,10 @@ def test_keys_and_values_are_freed_when_a_request_ends(client, monkeypatch, meth
 def test_freed_memory_goes_back_to_the_system_when_idle(serve, monkeypatch):
     from blocktune.server import scheduler
 
-    scheduler.give_back()  # there is something to call, or nothing to do
+    scheduler.trim_memory()  # there is something to call, or nothing to do
     given = threading.Event()
     monkeypatch.setattr(scheduler, "IDLE_S", 0.05)
-    monkeypatch.setattr(scheduler, "give_back", given.set)
+    monkeypatch.setattr(scheduler, "trim_memory", given.set)
     assert serve().post(CHAT, json=chat()).status_code == 200
     assert given.wait(60)
 

@@ -1,4 +1,4 @@
-"""Cache-Craft: chunks from earlier full prompts, and statistics that say what to recompute."""
+"""Cache-Craft: chunks from earlier full prefills, and statistics that decide what to recompute."""
 
 from blocktune.extras.cache_craft.method import CacheCraft, StoredContext, VariantHistory
 

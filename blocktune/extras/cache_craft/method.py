@@ -35,17 +35,17 @@ if TYPE_CHECKING:
 class VariantHistory(PromptHistory):
     """Serves every chunk from its best variant, and stores those of prompts computed in full."""
 
-    refresh: float  # a prompt of which a greater share would be recomputed is computed in full
-    most: int  # variants kept of one chunk
+    refresh: float  # a prompt is computed in full if more than this share would be recomputed
+    most: int  # variants kept per chunk
     alpha: float  # of `cache_fix_overhead`
 
     @property
     def exact_alone(self) -> bool:
-        # The least fix overhead of a chunk that lost its context.
+        # A chunk that lost its context has a fix overhead of at least alpha / 2.
         return self.refresh < self.alpha / 2
 
     def without_selection(self) -> VariantHistory:
-        return replace(self, refresh=1.0)  # only a chunk without a variant makes a prompt full
+        return replace(self, refresh=1.0)  # full only if a chunk has no variant
 
     def lookup(
         self, store: ChunkStore, fingerprint: str, pieces: Pieces, model: ServedModel
@@ -53,15 +53,15 @@ class VariantHistory(PromptHistory):
         from blocktune.extras.cache_craft.variants import VariantStore
 
         variants, chunks = VariantStore.of(store, fingerprint), pieces.chunks
-        found = [variants.best(c, chunks[:i], self.alpha) for i, c in enumerate(chunks)]
-        if None in found:
+        choices = [variants.best(c, chunks[:i], self.alpha) for i, c in enumerate(chunks)]
+        if None in choices:
             return None
-        fresh = sum(best.overhead * len(c) for best, c in zip(found, chunks, strict=True))
+        fresh = sum(best.overhead * len(c) for best, c in zip(choices, chunks, strict=True))
         if fresh > self.refresh * sum(map(len, chunks)):
             return None
-        for chunk, best in zip(chunks, found, strict=True):
+        for chunk, best in zip(chunks, choices, strict=True):
             variants.used(chunk, best.variant.blanks)
-        return [best.variant.blanks for best in found]
+        return [best.variant.blanks for best in choices]
 
     def update(self, store: ChunkStore, fingerprint: str, batch: PrefilledBatch) -> None:
         import torch
@@ -85,13 +85,13 @@ class VariantHistory(PromptHistory):
                     origin=len(blanks),
                 ).compact()
                 store.put(key_after(fingerprint, chunk, blanks), kv)
-                paid = batch.chunk_attention[index, own].cpu()
+                attention = batch.chunk_attention[index, own].cpu()
                 variant = Variant(
                     prefix=prompt.prefix,
                     context=prompt.chunks[:number],
-                    inter=paid[:, :number].sum(0),
-                    tokens=paid[:, :number].sum(1),
-                    intra=float(paid[:, number].sum()),
+                    inter=attention[:, :number].sum(0),
+                    tokens=attention[:, :number].sum(1),
+                    intra=float(attention[:, number].sum()),
                 )
                 variants.learn(chunk, variant, self.most)
                 blanks = blanks + chunk
@@ -101,12 +101,12 @@ class VariantHistory(PromptHistory):
 class StoredContext(Scored):
     """The tokens of each chunk that attended most to the context it was first computed in.
 
-    How many: the chunk's fix overhead (`cache_fix_overhead`); a chunk of which nothing is known
-    is computed in full. After a share ``focus`` of the layers, the chunks that the question does
-    not attend to are dropped.
+    Their share is the chunk's fix overhead (`cache_fix_overhead`); a chunk without statistics is
+    computed in full. After a share ``focus`` of the layers, the chunks that the question does not
+    attend to are dropped.
 
     Source: Cache-Craft arXiv:2502.15734. It says that for most questions the focused chunks are
-    clear after 10 to 15 of 32 layers, and not what makes one focused: ``hold`` is ours.
+    clear after 10 to 15 of 32 layers, but not when a chunk counts as focused: ``hold`` is ours.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2502.15734"
@@ -115,7 +115,7 @@ class StoredContext(Scored):
     alpha: float = 1.0  # factor of the fix overhead
     ratio: float | None = None  # share of the context tokens instead of the fix overhead, or None
     focus: float = 0.4  # share of the layers after which chunks are dropped; 1: never
-    hold: float = 0.8  # the chunks that hold this share of the question's attention stay
+    hold: float = 0.8  # chunks stay that together hold this share of the question's attention
 
     def __post_init__(self):
         super().__post_init__()
@@ -143,7 +143,7 @@ class StoredContext(Scored):
         return chosen
 
     def _stored(self, passes: Passes) -> tuple[Tensor, Tensor]:
-        """Each row's fix overhead, and what its token paid its old context, ``(B, S)`` both."""
+        """Each row's fix overhead, and its attention to the old context, both ``(B, S)``."""
         import torch
 
         from blocktune.extras.cache_craft.variants import VariantStore, cache_fix_overhead
@@ -159,8 +159,8 @@ class StoredContext(Scored):
                 blanks = passes.batch.input_ids[index, own & (layout.kind[index] == Kind.BLANK)]
                 if variant := variants.find(chunk, tuple(blanks.tolist())):
                     rows = own & layout.is_context[index]
-                    facts = variant, len(chunk), prompt.chunks[:number], self.alpha
-                    overhead[index, rows] = cache_fix_overhead(*facts)
+                    inputs = variant, len(chunk), prompt.chunks[:number], self.alpha
+                    overhead[index, rows] = cache_fix_overhead(*inputs)
                     tokens[index, rows] = variant.tokens.to(tokens.device)
         return overhead, tokens
 
@@ -169,10 +169,10 @@ class StoredContext(Scored):
         return (layer,) if 0 < layer < num_layers else ()
 
     def refine(self, check: LayerCheck) -> Tensor:
-        mass, most = check.question_mass.sort(dim=1, descending=True)
+        mass, ranking = check.question_mass.sort(dim=1, descending=True)
         before = mass.cumsum(1) - mass
         stays = before < self.hold * mass.sum(1, keepdim=True)
-        focused = stays.gather(1, most.argsort(dim=1))  # in the order of the chunks again
+        focused = stays.gather(1, ranking.argsort(dim=1))  # back in the order of the chunks
         return check.eligible & focused.gather(1, check.chunk.clamp(min=0))
 
 
@@ -180,16 +180,16 @@ class StoredContext(Scored):
 class CacheCraft(Method):
     """Takes chunks from earlier full prompts; recomputes what depended on context now missing.
 
-    Of a chunk's variants it takes the one with the least to recompute, by how much of its context
-    returns, in order (CFO). A prompt is computed in full if no variant of a chunk is known, or if
-    more than a share ``refresh`` of its tokens would be recomputed; its chunks are then stored as
-    they are in it. So a variant is always exact where it comes from (the paper stores chunks of
-    mixed prompts too). ``variants`` of a chunk are kept; the least used leaves first (the paper
-    also weighs its cost). A budget replaces the share by CFO, ``refresh`` and early termination,
-    which ``focus: 1`` switches off.
+    Each chunk is taken from the variant with the smallest share to recompute (CFO), by how much of
+    its old context precedes it again, in order. A prompt is computed in full if a chunk has no
+    variant, or if more than a share ``refresh`` of its tokens would be recomputed; its chunks are
+    then stored. So a variant is always exact in its own prompt (the paper stores chunks of mixed
+    prompts too). ``variants`` of a chunk are kept; the least used is dropped first (the paper also
+    weighs its cost). A budget replaces CFO, ``refresh`` and early termination, which ``focus: 1``
+    switches off.
 
-    ``warm_up`` gives a single question a history: that many prompts of the same chunks before it,
-    each rotated by one chunk more.
+    ``warm_up`` prompts are served before each question to give it a history: the same chunks, each
+    time rotated by one more.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2502.15734"
@@ -211,7 +211,7 @@ class CacheCraft(Method):
 
     @property
     def exact_on_one_chunk(self) -> bool:
-        # Else it may come from the middle of an earlier prompt, and only a share is recomputed.
+        # Otherwise it may come from the middle of an earlier prompt, and be recomputed in part.
         return self.history.exact_alone
 
     def layout(self, spec: LayoutSpec) -> LayoutSpec:

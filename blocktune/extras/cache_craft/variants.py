@@ -1,4 +1,4 @@
-"""Statistics of chunk variants, the share to recompute, and the variant to take."""
+"""Statistics of chunk variants: the share of each to recompute, and the choice of one."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ Ids = tuple[int, ...]
 
 @dataclass(frozen=True, eq=False)
 class Variant:
-    """One context that a chunk was computed in; attention is a mean over heads and layers."""
+    """One context in which a chunk was computed; attention is a mean over heads and layers."""
 
     prefix: Ids  # tokens of the earlier prompt's prefix
-    context: tuple[Ids, ...]  # of the chunks between the prefix and this chunk, in order
-    inter: Tensor  # attention that the chunk's tokens paid each of these, summed, (len(context),)
-    tokens: Tensor  # attention that each token paid all of them, (S,)
-    intra: float  # attention that the tokens paid their own chunk, summed
+    context: tuple[Ids, ...]  # the chunks between the prefix and this chunk, in order
+    inter: Tensor  # attention of the chunk's tokens to each of these, summed, (len(context),)
+    tokens: Tensor  # attention of each token to all of them, (S,)
+    intra: float  # attention of the tokens to their own chunk, summed
 
     @property
     def blanks(self) -> Ids:
-        """All tokens before the chunk, what it was encoded after."""
+        """All tokens that the chunk was encoded after."""
         return self.prefix + sum(self.context, ())
 
 
 def cache_context_impact(variant: Variant, num_tokens: int) -> float:
-    """CCI in [0.5, 1): how much the chunk attended to its context, against itself.
+    """CCI in [0.5, 1]: how much the chunk attended to its context, compared with itself.
 
-    ``1 / (1 + exp(-a / b))`` with ``a`` the attention per pair of tokens to the earlier chunks and
-    ``b`` that within the chunk.
+    ``1 / (1 + exp(-a / b))``, where ``a`` is the attention per pair of tokens to the earlier chunks
+    and ``b`` that within the chunk.
     """
     pairs = zip(variant.inter.tolist(), variant.context, strict=True)
     outside = sum(mass / (num_tokens * len(chunk)) for mass, chunk in pairs)
@@ -53,7 +53,7 @@ def cache_context_impact(variant: Variant, num_tokens: int) -> float:
 def prefix_overlap(variant: Variant, context: Sequence[Ids]) -> float:
     """Beta in [0, 1]: share of the attention to old chunks that goes to chunks still before it.
 
-    1 where the variant paid no attention to any chunk: nothing can be missing.
+    1 if the variant did not attend to any chunk, since then nothing is missing.
     """
     total = sum(variant.inter.tolist())
     if total <= 0:
@@ -66,8 +66,8 @@ def prefix_overlap(variant: Variant, context: Sequence[Ids]) -> float:
 def order_penalty(old: Sequence[Ids], new: Sequence[Ids]) -> float:
     """Gamma in [0, 1]: share of pairs of common chunks in reverse order (Kendall).
 
-    A chunk that comes several times in the old context counts each time, at its first place in the
-    new one: of old ``1 0 1 1 1`` in new ``0 1`` one pair of ten is reversed.
+    A chunk that occurs several times in the old context counts each time, at its first place in the
+    new one: of old ``1 0 1 1 1`` in new ``0 1``, one pair of ten is reversed.
     """
     common = [new.index(chunk) for chunk in old if chunk in new]
     pairs = list(combinations(common, 2))
@@ -79,8 +79,8 @@ def cache_fix_overhead(
 ) -> float:
     """CFO in [0, 1]: share of the chunk's tokens to recompute after the chunks of ``context``.
 
-    ``alpha * CCI * (1 - beta * (1 - gamma))``; 0 where the chunk is in the very context of
-    the variant. The paper finds ``alpha`` on validation data.
+    ``alpha * CCI * (1 - beta * (1 - gamma))``; 0 if ``context`` is the variant's own. The paper
+    chooses ``alpha`` on validation data.
     """
     overlap = prefix_overlap(variant, context)
     overlap *= 1 - order_penalty(variant.context, context)
@@ -122,7 +122,7 @@ class ChunkVariants(Entry):
     def restore(cls, facts: Mapping, read: Read, token_ids: Tensor, fingerprint: str) -> Self:
         variants = []
         for number in range(int(facts["num_variants"])):
-            blanks = read(f"ghosts.{number}")  # the name in stores that exist
+            blanks = read(f"ghosts.{number}")  # the name in existing stores
             pieces = blanks.split(read(f"lengths.{number}").tolist())
             prefix, *context = (tuple(piece.tolist()) for piece in pieces)
             inter, tokens = read(f"inter.{number}"), read(f"tokens.{number}")
@@ -141,8 +141,8 @@ class BestVariant(NamedTuple):
 class VariantStore:
     """Statistics of chunk variants, kept in the same store as the chunks.
 
-    Two processes over one folder see each other's variants; of two that learn of one chunk at the
-    same moment, one is forgotten. Use counts live as long as the process.
+    Two processes over one folder see each other's variants; if both learn one of the same chunk at
+    once, one variant is lost. Use counts last as long as the process.
     """
 
     def __init__(self, store: ChunkStore, fingerprint: str):
@@ -152,30 +152,30 @@ class VariantStore:
 
     @classmethod
     def of(cls, store: ChunkStore, fingerprint: str) -> Self:
-        """The one of a store and model in this process: use counts are shared."""
+        """The instance of a store and model in this process, so that use counts are shared."""
         return store.note((cls, fingerprint), lambda: cls(store, fingerprint))
 
     def best(self, chunk: Ids, context: Sequence[Ids], alpha: float = 1.0) -> BestVariant | None:
-        """The variant with the least to recompute after ``context``; of equals, the latest."""
+        """The variant with the least to recompute after ``context``; the latest of equal ones."""
         latest_first = self._known(chunk)[::-1]
         costs = (cache_fix_overhead(v, len(chunk), context, alpha) for v in latest_first)
-        found = map(BestVariant, latest_first, costs)
-        return min(found, key=lambda best: best.overhead, default=None)
+        candidates = map(BestVariant, latest_first, costs)
+        return min(candidates, key=lambda best: best.overhead, default=None)
 
     def find(self, chunk: Ids, blanks: Ids) -> Variant | None:
         """The variant that was encoded after exactly ``blanks``, or None."""
         return next((v for v in self._known(chunk) if v.blanks == blanks), None)
 
     def used(self, chunk: Ids, blanks: Ids) -> None:
-        """Counts a use: what is used least makes room for what is new."""
+        """Counts a use; the least used variant is replaced first."""
         with self._lock:
             self._uses[chunk, blanks] += 1
 
     def learn(self, chunk: Ids, variant: Variant, most: int) -> None:
-        """Remembers a variant, in place of one in the same context or of the least used one.
+        """Stores a variant, in place of one with the same context or of the least used one.
 
-        ``most`` are kept, this one included. The keys and values of one that leaves are dropped
-        too, unless it had no context: so encoded a chunk serves other methods.
+        At most ``most`` are kept. The keys and values of a dropped variant are discarded too,
+        unless it had no context: other methods use those as well.
         """
         with self._lock:
             known = [v for v in self._known(chunk) if v.blanks != variant.blanks]

@@ -1,1 +1,1 @@
-"""Published methods by name. A module here enters its classes into the table when imported."""
+"""Published methods. Each module registers its classes when it is imported."""

@@ -1,4 +1,4 @@
-"""Presets that decide how chunks are encoded, placed and attended to; plain reuse and bounds."""
+"""Presets that decide how chunks are encoded, placed and attended to; naive reuse and bounds."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ class FullPrefill(_InFull):
 class PrefixCache(_InFull):
     """Reuses the longest prefix seen before, in the same order: exact, but rarely hit in RAG.
 
-    ``warm_up`` gives a single question a history: it first serves that many prompts of the same
-    chunks, each rotated by one more place.
+    ``warm_up`` prompts are served before each question to give it a history: the same chunks, each
+    time rotated by one more place.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2312.07104"
@@ -69,8 +69,8 @@ class PrefixCache(_InFull):
 class Recycle(PrefixCache):
     """Resumes from the nearest earlier prompt by sentence embedding if it is an exact prefix.
 
-    The nearest ``candidates`` are tested token by token (the paper tests one). Prompts are kept
-    whole, as records of the chunk store. ``model`` makes the embeddings.
+    The tokens of the nearest ``candidates`` are compared (the paper compares one). Prompts are kept
+    as records of the chunk store. ``model`` is the embedding model.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2512.11851"
@@ -109,11 +109,11 @@ class Naive(Method):
 class Link0(Method):
     """Encodes each chunk after blank tokens that absorb its attention sink and are then dropped.
 
-    Nothing is recomputed. The study tunes the number of blanks in {1, 2, 3, 5, 10}.
+    Nothing is recomputed. The source tunes the number of blanks in {1, 2, 3, 5, 10}.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2603.20218"
-    # The chunk was encoded after blanks, which a full prefill does not have.
+    # The chunk is encoded after blanks, which a full prefill does not have.
     exact_on_one_chunk: ClassVar[bool] = False
     blanks: int = 1
 
@@ -130,8 +130,8 @@ class PromptCacheSchema(Method):
 
     A schema of PromptCache reserves, for every module, the length of its longest alternative, and
     leaves the positions after a shorter one unused. ``slot`` is that length in tokens (it depends
-    on the corpus; the paper has no default); a longer chunk is refused. Of its markup there are
-    only slots: no unions, parameters or nested modules.
+    on the corpus; the paper has no default); a longer chunk is refused. Unions, parameters and
+    nested modules of the schema's markup are not supported.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2311.04934"
@@ -220,11 +220,11 @@ class Ape(_Scale):
     Every chunk is encoded after the prompt's prefix, whose keys are kept once, and starts where
     the prefix ends. The question and each answer token attend to the chunks with a temperature and
     a scale. The defaults, 0.9 and 0.9, are those of the authors' code; the paper searches a grid.
-    ``positions: sequential`` places the chunks one after another, as the study arXiv:2603.20218.
+    ``positions: sequential`` places the chunks one after another, as arXiv:2603.20218 does.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2502.05431"
-    # Attention to the chunk is scaled even if it is alone.
+    # Attention to a single chunk is scaled, too.
     exact_on_one_chunk: ClassVar[bool] = False
     positions: str = "parallel"
 
@@ -240,8 +240,8 @@ class Ape(_Scale):
 class Sel(Method):
     """Encodes chunks after the shared prefix; the question sees only its top-scoring chunks.
 
-    The paper's defaults for retrieved passages: two chunks, scores summed over heads and the
-    question's tokens. A single chunk is always seen, so one chunk alone equals full prefill.
+    The defaults are the paper's for retrieved passages: two chunks, scores summed over heads and
+    the question's tokens. A single chunk is always seen, so it equals full prefill.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2412.16545"
@@ -259,7 +259,7 @@ class Sel(Method):
 class SP(_Scale, Link0):
     """PSR's ablation S+P: encodes chunks after blanks and scales attention to them.
 
-    The study describes it as Link0 with APE; chunks follow one another, as everywhere in it. Its
+    The source describes it as Link0 with APE; chunks follow one another, as everywhere there. Its
     other ablations are other methods: S is ``link0``, R ``cacheblend``, P+S+R ``psr``.
     """
 
@@ -268,9 +268,9 @@ class SP(_Scale, Link0):
 class Psr(SP):
     """Combines blanks before chunks, recomputation by key deviation, and scaled attention.
 
-    Recomputed tokens are not scaled, and attend to reused ones scaled, as the question does. The
-    study recomputes 15 % and tunes the rest on a grid without reporting the result: the defaults
-    here are one blank, and the temperature and scale of APE's code.
+    Attention to reused tokens is scaled for the question and for recomputed tokens. The source
+    recomputes 15 % and tunes the rest on a grid without reporting the result; the defaults here
+    are one blank, and the temperature and scale of APE's code.
     """
 
     ratio: float = 0.15

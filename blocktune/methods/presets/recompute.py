@@ -1,4 +1,4 @@
-"""Presets that recompute some tokens of the chunks: each decides the axis select."""
+"""Presets that recompute some tokens of the chunks; each decides the axis select."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from blocktune.prompt import LayoutSpec
 
 
 class _Recompute(Method):
-    """Its parameters are those of its selector."""
+    """A method whose parameters are those of its ``selector``."""
 
     selector: ClassVar[Callable[..., Selection]]
 
@@ -26,10 +26,10 @@ class _Recompute(Method):
 class Epic(_Recompute):
     """Recomputes the first tokens of every chunk, which removes the chunk's own attention sink.
 
-    By number (``k``: the paper; ``k`` and ``last``: its code) or by share of the chunk (``share``:
-    the equal budget of the study arXiv:2603.20218; ``last_share`` is the part of it taken from the
-    end of the chunk). The authors' scripts also put a BOS before every chunk and before the
-    question, which the paper does not ask for: ``layout: {bos: keep-all}``.
+    Give a number (``k`` in the paper, ``k`` and ``last`` in its code) or a ``share`` of the chunk
+    (as in arXiv:2603.20218, for equal budgets), of which ``last_share`` is taken from its end. The
+    authors' scripts, but not the paper, also put a BOS before every chunk and before the question:
+    ``layout: {bos: keep-all}``.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2410.15332"
@@ -44,9 +44,9 @@ class Epic(_Recompute):
 class CacheBlend(_Recompute):
     """Computes layer 0 in full, then only the tokens whose keys deviate most at layer 1.
 
-    This is the form of the study arXiv:2603.20218: one selection, by the distance of keys at
-    ``check_layer``, for all later layers. For other forms see ``cacheblend-paper``,
-    ``cacheblend-repo`` and ``cacheblend-lmcache``.
+    This is the form of arXiv:2603.20218: one selection, by the distance of keys at ``check_layer``,
+    for all later layers. Other forms are ``cacheblend-paper``, ``cacheblend-repo`` and
+    ``cacheblend-lmcache``.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2405.16444"
@@ -60,9 +60,9 @@ class CacheBlendLMCache(_Recompute):
     """CacheBlend as in LMCache's sparse path: squared key distance, and the share rounded down.
 
     The share is of all tokens that come from caches, a cached prefix included; the question is
-    computed in full and does not count. The mask is the true one; ``cacheblend-lmcache-flash`` has
-    that of LMCache's other path. LMCache also stores a chunk as it first appeared inside some
-    prompt (issue 922 of the repository); here it is encoded alone.
+    computed in full and does not count. The mask is causal; ``cacheblend-lmcache-flash`` has that
+    of LMCache's other path. LMCache stores a chunk as it first appeared inside some prompt (issue
+    922 of the repository); here it is encoded alone.
     """
 
     source: ClassVar[str] = "https://github.com/LMCache/LMCache"
@@ -75,8 +75,8 @@ class CacheBlendLMCache(_Recompute):
 class CacheBlendLMCacheFlash(CacheBlendLMCache):
     """CacheBlend as in LMCache's FlashAttention path, where recomputed tokens see later ones.
 
-    As ``cacheblend-lmcache``, under the mask of a causal kernel that takes the selected tokens for
-    the last of the prompt (issue 1152 of the repository): to reproduce, not to serve with.
+    As ``cacheblend-lmcache``, but with the mask of a causal kernel that treats the selected tokens
+    as the last of the prompt (issue 1152 of the repository): to reproduce, not to serve with.
     """
 
     selector = staticmethod(
@@ -88,7 +88,8 @@ class CacheBlendLMCacheFlash(CacheBlendLMCache):
 class CacheBlendPaper(_Recompute):
     """CacheBlend as in the paper: drops the least deviating tokens again at every layer.
 
-    The mean share over the layers is ``ratio``. The paper does not say how it falls (``spread``).
+    The mean share over the layers is ``ratio``. The paper does not say how fast it falls; see
+    `GradualDeviation` for ``spread``.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2405.16444"
@@ -105,9 +106,9 @@ class CacheBlendRepo(_Recompute):
     Layers 0 and 1 get fresh keys and values for all tokens. The share is of prefix and chunks,
     rounded down. ``sees_future`` reproduces the code's mask, by which a recomputed token sees
     tokens after it (issue 21 of the repository); do not serve with it. Not reproduced: in some of
-    its scripts (suffix length 1) question tokens compete for the share and may stay stale, sliding
-    windows are dropped, and every chunk is encoded after a BOS whose own state is dropped
-    (``layout: {bos: drop}`` does that to any method).
+    its scripts (suffix length 1) question tokens compete for the share and may stay stale; sliding
+    windows are ignored; every chunk is encoded after a BOS whose own state is dropped (that is
+    ``layout: {bos: drop}``).
     """
 
     source: ClassVar[str] = "https://github.com/YaoJiayi/CacheBlend"
@@ -124,11 +125,10 @@ class DroidSpeak(_Recompute):
     """Recomputes all tokens in one range of layers, from stored activations, and none elsewhere.
 
     The paper reuses the cache of another model; here it is the chunks' own. Measure which layers
-    to recompute with `blocktune profile-layers`. ``ratio`` is the share of the layers, 11 %
-    on average in the paper. Keys and values follow from a layer's input, so the first layer of the
-    range keeps the stored ones: a range of one layer (11 % of nine layers or fewer) changes
-    nothing. The paper loads the activations first and the rest meanwhile; that changes time, not
-    values, and is not done here.
+    to recompute with `blocktune profile-layers`. ``ratio`` is the share of the layers, 11 % on
+    average in the paper. Keys and values follow from a layer's input, so those of the first layer
+    of the range do not change, and a range of one layer (11 % of nine layers or fewer) changes
+    nothing. The paper overlaps loading and computing, which changes no values; it is not done here.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2411.02820"
@@ -141,8 +141,8 @@ class DroidSpeak(_Recompute):
 class DroidSpeakCLC(_Recompute):
     """Selects tokens by key deviation at layer 1, and again among all tokens at a deeper layer.
 
-    The study's adaptation of DroidSpeak to chunks: the deeper layer starts from the hidden states
-    stored for each chunk, which no other chunk has influenced.
+    This is the source's adaptation of DroidSpeak to chunks: the deeper layer starts from the hidden
+    states stored for each chunk, which no other chunk has influenced.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2603.20218"
@@ -156,8 +156,8 @@ class DroidSpeakCLC(_Recompute):
 class QueryAttentionMethod(_Recompute):
     """Computes the question over the reused cache, then recomputes the tokens it attends to.
 
-    The general form of ``prophetkv``, ``infoflow``, ``a3`` and ``relaxkv``, which differ in the
-    keys that the weights are over, in the pooling of rows, in the layers and in what they see.
+    This is the general form of ``prophetkv``, ``infoflow``, ``a3`` and ``relaxkv``, which differ in
+    the keys that are scored, the pooling of rows, the layers, and what recomputed tokens see.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2602.02579"
@@ -175,9 +175,9 @@ class QueryAttentionMethod(_Recompute):
 class ProphetKV(_Recompute):
     """Recomputes the tokens that the question attends to most, mean over all layers.
 
-    Two stages: the question is computed over the reused cache, its weights over what is cached
-    are averaged over rows, heads and layers, and one set is recomputed in all layers. The paper
-    averages over the words of the question alone; here all rows after the chunks count.
+    First the question is computed over the reused cache, and its weights over cached tokens are
+    averaged over rows, heads and layers; then one set of tokens is recomputed in all layers. The
+    paper averages over the words of the question alone; here all rows after the chunks count.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2602.02579"
@@ -189,9 +189,9 @@ class ProphetKV(_Recompute):
 class InfoFlow(_Recompute):
     """Recomputes the tokens that single rows of the question attend to, in the last two layers.
 
-    A token's score is the Euclidean norm over the question's rows of the weight it gets, mean over
-    heads. The keys are at the prompt's own positions when they are scored, which is the paper's
-    point: ``positions=encoded`` scores them where each chunk was encoded, for comparison. The code
+    A token's score is the Euclidean norm, over the question's rows, of its attention weight (mean
+    over heads). Keys are scored at their positions in the prompt, which is the paper's point; for
+    comparison, ``positions=encoded`` scores them where each chunk was encoded. The paper's code
     takes at least one token and rounds the share down; here it is rounded up.
     """
 
@@ -207,8 +207,8 @@ class A3(_Recompute):
     """Recomputes the tokens that the question attends to most in the first layer.
 
     Weights are over the chunks' tokens alone. The published code computes the first layer for all
-    tokens and drops the others after it; keys and values of that layer do not depend on the
-    context, so computing only the chosen ones gives the same states, and costs less.
+    tokens and then drops the others. Keys and values of that layer do not depend on the context,
+    so computing only the chosen ones gives the same states at a lower cost.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2511.17560"
@@ -220,11 +220,11 @@ class A3(_Recompute):
 class RelaxKV(_Recompute):
     """Recomputes what each layer's question attends to, and lets it see only what is recomputed.
 
-    ``ratio`` of the chunks' tokens are anchors in each layer, by the question's weights over the
-    reused cache. A token is recomputed up to the last layer that chose it, so more than ``ratio``
-    of the layer-tokens are. ``sees=all`` lets the recomputed tokens see everything before them, as
-    in ProphetKV. No code is public; the prefix of the prompt stays visible here, and the scores
-    that are hidden are made and masked, so that less attention does not become less time.
+    Each layer chooses ``ratio`` of the chunks' tokens by the question's weights over the reused
+    cache. A token is recomputed up to the last layer that chose it, so more than ``ratio`` of the
+    layer-tokens are recomputed. ``sees=all`` lets recomputed tokens see everything before them, as
+    in ProphetKV. No code is public. Here the prompt's prefix stays visible, and hidden scores are
+    computed and masked, so that attending to less does not save time.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2609.33503"
@@ -237,9 +237,9 @@ class RelaxKV(_Recompute):
 class AgentKVShift(Method):
     """Recomputes the tokens of each chunk that deviate most; moves the others by the mean change.
 
-    ``ratio`` of a chunk's tokens are probes by keys, and as many by values. Layers up to
-    ``check_layer`` are computed in full, since all tokens are compared there. Set another budget
-    by ``ratio``: a budget in percent would leave the repair's ``share`` as it is.
+    ``ratio`` of a chunk's tokens are recomputed by keys, and as many by values. Layers up to
+    ``check_layer`` are computed in full, since all tokens are compared there. To change the budget,
+    set ``ratio``: a budget in percent does not change the repair's ``share``.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2607.21604"
@@ -257,10 +257,10 @@ class AgentKVShift(Method):
 class CacheClip(Method):
     """Recomputes windows of tokens that the question attends to in a small auxiliary model.
 
-    Chunks are encoded after the whole prefix of the prompt (the study arXiv:2603.20218 takes 1 to
-    10 tokens of it). ``auxiliary`` is a folder or repository name of a model with the same
-    tokenizer (Llama-3.2-1B for Llama-3.1-8B; Qwen3-0.6B for Qwen3-8B). ``self`` asks the served
-    model, which costs a full prefill: a bound, not a method.
+    Chunks are encoded after the whole prefix of the prompt (in arXiv:2603.20218, after 1 to 10 of
+    its tokens). ``auxiliary`` is a folder or repository name of a model with the same tokenizer
+    (Llama-3.2-1B for Llama-3.1-8B; Qwen3-0.6B for Qwen3-8B). ``self`` is the served model, which
+    costs a full prefill: a bound, not a practical method.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2510.10129"
@@ -279,7 +279,7 @@ class CacheClip(Method):
 class SelectiveReconstruction(Method):
     """Recomputes tokens whose first-layer attention changes in context, or the most recent ones.
 
-    ``impact`` says which: ``attention`` or ``recency``.
+    ``impact`` chooses between them: ``attention`` or ``recency``.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2603.20218"
@@ -296,7 +296,7 @@ class SelectiveReconstruction(Method):
 class OracleMethod(_Recompute):
     """Recomputes the tokens that matter most according to a full prefill run beforehand.
 
-    ``by`` says how they are ranked: by ``influence``, ``attention`` or ``deviation``.
+    ``by`` ranks them: ``influence``, ``attention`` or ``deviation`` (see `Oracle`).
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2603.20218"

@@ -1,4 +1,4 @@
-"""Repair: reused keys and values of all tokens changed, and none computed. Tensors in and out."""
+"""Repairs: reused keys and values are corrected without being computed. Tensors in and out."""
 
 from blocktune.lazy import exports
 

@@ -1,4 +1,4 @@
-"""The interface of a repair: what is added to reused keys and values, from what was recomputed."""
+"""The interface of a repair: an offset for reused states, derived from recomputed ones."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ REPAIRS = Registry("repair", "blocktune.methods.repair")
 
 
 class Residual(NamedTuple):
-    """What one layer recomputed of the chunks, for its keys or for its values.
+    """What recomputing some tokens of the chunks changed in one layer, for its keys or its values.
 
-    Columns are those of the prompt, N of them; recomputed tokens are at theirs.
+    N is the number of the prompt's columns.
     """
 
-    change: Tensor  # recomputed minus cached state, (B, K, N, D) float32, else 0
-    recomputed: Tensor  # tokens that this layer recomputes, ``(B, N)`` bool
-    reused: Tensor  # tokens whose cached state stays, ``(B, N)`` bool
-    chunk: Tensor  # of each token, ``(B, N)``; -1 outside of chunks
-    deviation: Tensor | None  # from the cached state at the check layer, (B, N)
+    change: Tensor  # recomputed minus cached state, (B, K, N, D) float32; 0 if not recomputed
+    recomputed: Tensor  # tokens that this layer recomputes, (B, N) bool
+    reused: Tensor  # tokens whose cached state stays, (B, N) bool
+    chunk: Tensor  # index of each token's chunk, (B, N); -1 outside of chunks
+    deviation: Tensor | None  # distance from the cached state at the check layer, (B, N)
 
 
 class Repair(ABC):
-    """Changes cached states from what is recomputed beside them; subclasses are frozen dataclasses.
+    """Corrects cached states by the recomputed ones; subclasses are frozen dataclasses.
 
-    It is asked in every layer that recomputes some tokens of the chunks and reuses others, before
+    It is called in every layer that recomputes some tokens of the chunks and reuses others, before
     any row attends there. Tokens before the first check layer of the selector are never repaired.
     """
 
@@ -38,8 +38,7 @@ class Repair(ABC):
 
     @abstractmethod
     def offset(self, seen: Residual) -> Tensor:
-        """What is added to each column's cached state, ``(B, K, N, D)``; read where ``reused``.
+        """The offset to add to each column's cached state, ``(B, K, N, D)``; read where ``reused``.
 
-        A chunk's offset may depend on this chunk's own tokens only: another one would make an
-        earlier text depend on a later one.
+        It may depend only on tokens of the same chunk, so that no text depends on a later one.
         """

@@ -1,4 +1,4 @@
-"""Every token of a chunk moved by the mean change of the few that were recomputed."""
+"""Moves every token of a chunk by the mean change of its few recomputed tokens."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 class MeanShift(Repair):
     """Adds to a chunk's reused states the mean change of its recomputed ones, layer by layer.
 
-    Of a chunk's tokens, those recomputed ones count that deviate most, up to ``share`` (rounded
-    up), for keys and values apart. A token that deviates by less than 1 at the check layer gets
-    that share of the mean. Where nothing was compared, all recomputed tokens count and every reused
-    one gets the whole mean.
+    The mean is over the recomputed tokens that deviate most, up to ``share`` of the chunk's tokens
+    (rounded up), separately for keys and values. A token that deviates by less than 1 at the check
+    layer gets that fraction of the mean. Without a check layer, the mean is over all recomputed
+    tokens, and every reused token gets all of it.
 
     Source: AgentKVShift arXiv:2607.21604, algorithm 1. It has no public code and does not say
     whether keys are averaged before or after rotation; here after, as they are cached.

@@ -1,4 +1,4 @@
-"""Reshape: how later rows attend to reused keys. One idea a file; scores in, scores out."""
+"""Reshapes: how later rows attend to reused keys. Scores in, scores out."""
 
 from blocktune.lazy import exports
 

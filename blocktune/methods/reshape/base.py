@@ -17,16 +17,16 @@ RESHAPES = Registry("reshape", "blocktune.methods.reshape")
 
 
 class Seen(NamedTuple):
-    """What a reshape is told about the scores it is given.
+    """What a reshape knows about the scores that it gets.
 
     ``reused`` are the columns whose keys come from a cached chunk in this layer, ``(B, N)`` bool:
     not recomputed ones, nor prefix, links, question and answer.
     """
 
-    query: Rows  # facts of the attending rows, (B, R)
-    key: Rows  # facts of the columns, (B, N)
+    query: Rows  # the attending rows, (B, R)
+    key: Rows  # the columns, (B, N)
     reused: Tensor
-    num_chunks: int  # C, of the prompt with the most
+    num_chunks: int  # C, the most of any prompt
 
     @property
     def in_chunk(self) -> Tensor:
@@ -45,17 +45,17 @@ class Reshape(ABC):
     """Changes attention scores before softmax; subclasses are frozen dataclasses.
 
     All scores are ``(B, H, R, N)`` float32, scaled and capped, with -inf where a row does not see a
-    column (future, window, padding). Only rows over a cache are reshaped: never a chunk while it is
+    column (future, window, padding). Only rows over a cache are reshaped, never a chunk while it is
     encoded alone.
 
-    A reshape ``surveys`` if `scores` needs what `choose` decides from the `survey` of all rows. If
-    it ``looks_ahead``, the question is computed once more before the prefill, and every row gets
-    its survey, summed over layers, heads and the question's rows.
+    If a reshape ``surveys``, `choose` decides from the `survey` of all rows, and `scores` gets the
+    decision. If it ``looks_ahead``, the question is first computed once more, and every row gets
+    the survey of that pass, summed over layers, heads and the question's rows.
     """
 
     source: ClassVar[str] = ""  # paper or code it follows
     surveys: ClassVar[bool] = False
-    exact_on_one_chunk: ClassVar[bool] = False  # a single one is unchanged by any parameters
+    exact_on_one_chunk: ClassVar[bool] = False  # whether a single chunk is never reshaped
     # False: the question's rows decide together, so its later tokens change its earlier rows.
     keeps_causality: bool = True
     looks_ahead: bool = False
@@ -72,11 +72,11 @@ class Reshape(ABC):
         """
 
     def acts(self, seen: Seen) -> bool:
-        """Whether any score of this layer can change; if not, a fused kernel computes it."""
+        """Whether any score of this layer can change; if not, a fused kernel attends."""
         return True
 
     def survey(self, scores: Tensor, seen: Seen) -> Tensor:
-        """What `choose` must know of a block of rows before any row is reshaped: ``(B, H, R, X)``.
+        """What `choose` needs from a block of rows before any is reshaped: ``(B, H, R, X)``.
 
         ``X`` is the same for all blocks; ``seen.key`` may lack columns that none of the rows sees.
         """

@@ -20,13 +20,13 @@ class ScaledContext(Reshape):
     by ``softmax([scale * temperature * lse_c, lse_o])``. This equals one softmax in which each
     reused key's score is ``score / temperature + (scale * temperature - 1) * lse_c``.
 
-    Source: APE arXiv:2502.05431 and its code; the treatment of recomputed keys is arXiv:2603.20218,
+    Source: APE arXiv:2502.05431 and its code; recomputed keys are treated as in arXiv:2603.20218,
     section 5. With soft-capping, the capped scores are divided.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2502.05431"
     temperature: float = 0.9  # above 0; below 1 sharpens attention among the reused keys
-    scale: float = 0.9  # above 0; sets the weight of reused keys against the others
+    scale: float = 0.9  # above 0; the weight of reused keys against the others
 
     def __post_init__(self):
         for name in ("temperature", "scale"):

@@ -1,4 +1,4 @@
-"""Attention to the few chunks that matter most to a row."""
+"""Attention to the few chunks that matter most for a row."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ EVERY_CHUNK = 1 << 30
 
 
 def chunk_scores(weights: Tensor, chunk: Tensor, num_chunks: int, top: int = 5) -> Tensor:
-    """How much a row attends to each chunk, ``(B, H, R, C)``: its ``top`` probabilities, summed.
+    """Attention of each row to each chunk, ``(B, H, R, C)``: the sum of its ``top`` probabilities.
 
-    ``weights`` are probabilities ``(B, H, R, N)``; ``chunk`` is each column's, ``(B, N)``, negative
-    for columns of no chunk. Source: arXiv:2412.16545, selective attention.
+    ``weights`` are probabilities ``(B, H, R, N)``; ``chunk`` is each column's chunk, ``(B, N)``,
+    negative outside of chunks. Source: arXiv:2412.16545, selective attention.
     """
     import torch
 
-    # Columns sorted by chunk, those of no chunk last; then a table (B, C, longest) of columns.
+    # Sort columns by chunk, those of no chunk last; then make a table (B, C, longest) of columns.
     slots = chunk.where(chunk >= 0, num_chunks)
     by_chunk = slots.argsort(dim=1, stable=True)
     counts = chunk.new_zeros(len(chunk), num_chunks + 1).scatter_add(
@@ -46,19 +46,19 @@ class TopChunks(Reshape):
 
     A chunk's score is the sum of its five largest attention probabilities. Prefix, links, question
     and answer are never hidden, nor is the own chunk of a recomputed row. Recomputed tokens belong
-    to their chunk. ``aggregation`` says what scores are summed over: ``none`` (each row and head
-    decides alone), ``T`` the question's rows, ``HT`` also heads, ``LHT`` also layers, from a pass
-    of the question over the caches before the prefill. A decoded or recomputed row chooses alone
-    (with ``LHT`` it follows the question's choice).
+    to their chunk. ``aggregation`` is what scores are summed over: ``none`` (each row and head
+    decides alone), ``T`` the question's rows, ``HT`` also heads, ``LHT`` also layers, in a pass of
+    the question over the caches before the prefill. A decoded or recomputed row decides alone (with
+    ``LHT`` it follows the question).
 
-    Source: arXiv:2412.16545, section 5.2; its default is ``HT`` with 2 chunks. It does not say what
-    decoded rows do.
+    Source: arXiv:2412.16545, section 5.2; its default is ``HT`` with 2 chunks. It does not define
+    what decoded rows do.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2412.16545"
     surveys: ClassVar[bool] = True
     exact_on_one_chunk: ClassVar[bool] = True
-    chunks: int = 2  # that stay visible, at least 1
+    chunks: int = 2  # chunks that stay visible, at least 1
     aggregation: str = "HT"
 
     def __post_init__(self):
@@ -89,9 +89,9 @@ class TopChunks(Reshape):
         from blocktune.layout import Kind
 
         if self.aggregation != "none":
-            asks = (query.kind == Kind.QUERY)[:, None, :, None]
-            total = survey.masked_fill(~asks, 0.0).sum(2, keepdim=True)
-            survey = total.where(asks, survey)
+            is_question = (query.kind == Kind.QUERY)[:, None, :, None]
+            total = survey.masked_fill(~is_question, 0.0).sum(2, keepdim=True)
+            survey = total.where(is_question, survey)
             if self.aggregation != "T":
                 survey = survey.sum(1, keepdim=True)
         own = query.chunk.where(in_chunk(query), -1)[:, None, :, None]

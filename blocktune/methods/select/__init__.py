@@ -1,4 +1,4 @@
-"""Select: which context tokens are recomputed. Tensors in, row mask out."""
+"""Selectors: which context tokens are recomputed. Tensors in, row mask out."""
 
 from blocktune.lazy import exports
 

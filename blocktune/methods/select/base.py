@@ -1,4 +1,4 @@
-"""The interface of a selector and its inputs, and the selectors of nothing and everything."""
+"""The interface of a selector, its inputs, and the two trivial selectors."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ class Selection(ABC):
 
     A simple selector only defines `start`. One that needs scores overrides `begin`, one that drops
     tokens at deeper layers `checks` and `refine`, one that adds tokens there `widens` and `widen`.
-    A field ``ratio`` is the share of the context tokens to recompute, in [0, 1]; None if that is
-    the default. A parameter out of range is a `ValueError`.
+    A field ``ratio`` is the share of the context tokens to recompute, in [0, 1], or None if None
+    is its default. A parameter out of range is a `ValueError`.
     """
 
     source: ClassVar[str] = ""  # paper or code it follows
     watches_chunks: ClassVar[bool] = False  # `refine` reads the question's attention to chunks
-    needs_question: ClassVar[bool] = False  # so a cache of the context serves this one alone
-    # Whether a row that `refine` drops leaves the keys and values that were computed to compare it
-    # in the cache of that layer (CacheBlend's code), or the cached ones.
+    needs_question: ClassVar[bool] = False  # a cache of the context then serves one question only
+    # Whether a row that `refine` drops keeps the keys and values that were computed for comparison
+    # in that layer (as in CacheBlend's code), instead of the cached ones.
     keeps_keys: bool = False
-    # Reproduces the mask of CacheBlend's code, in which row ``r`` of ``R`` computed rows sees all
+    # Reproduces the mask of CacheBlend's code, by which row ``r`` of ``R`` computed rows sees all
     # but the last ``R - 1 - r`` columns. Do not serve with it.
     sees_future: bool = False
-    # What a recomputed token attends to: ``all`` before it, or of the chunks only what is
-    # ``chosen`` in some layer, and what is exact anyway.
+    # What a recomputed token attends to: ``all`` before it, or in chunks only the tokens that are
+    # ``chosen`` in some layer or exact anyway.
     sees: str = "all"
 
     def __post_init__(self):
@@ -50,10 +50,10 @@ class Selection(ABC):
         require_one_of("sees", self.sees, ("all", "chosen"))
 
     def with_budget(self, ratio: float) -> Selection:
-        """The same selector with a share of the context tokens to spend; ValueError if it has none.
+        """The same selector with a share of the context tokens; ValueError if it takes none.
 
-        Methods are compared at equal budgets through this, and the contract tests use both ends: 0
-        selects nothing, 1 everything. Override it if the share is not the field ``ratio``.
+        Comparisons at equal budgets use it, and the contract tests try both ends: 0 selects
+        nothing, 1 everything. Override it if the share is not the field ``ratio``.
         """
         if "ratio" not in {field.name for field in fields(self)}:
             raise ValueError(
@@ -62,9 +62,9 @@ class Selection(ABC):
         return replace(self, ratio=ratio)
 
     def spends(self, num_layers: int) -> float | None:
-        """Share of the context's layer-tokens that it recomputes; None if the prompt decides.
+        """Share of the context's layer-tokens that it recomputes; None if it depends on the prompt.
 
-        Scoring passes and probes do not count here; an answer's usage counts all that was executed.
+        Scoring passes and probes do not count here; an answer's usage counts everything.
         """
         return getattr(self, "ratio", None)
 
@@ -78,10 +78,10 @@ class Selection(ABC):
         """Tokens recomputed from layer 0 on: bool ``(B, S)``, only where ``layout.is_context``."""
 
     def begin(self, layout: Layout, passes: Passes) -> Tensor:
-        """What the engine calls: `start`, or for a scored selector a choice from ``passes``.
+        """What the engine calls: `start`, or for a scored selector a choice by ``passes``.
 
         Returns:
-            As `start`; or int64, how many layers recompute a token, counted from the first.
+            As `start`; or int64 ``(B, S)``: how many layers, from the first, recompute each token.
         """
         return self.start(layout)
 
@@ -93,7 +93,7 @@ class Selection(ABC):
         return ()
 
     def refine(self, check: LayerCheck) -> Tensor:
-        """Rows still recomputed from there on: bool ``(B, R)``, only where ``check.eligible``."""
+        """Rows recomputed from this layer on: bool ``(B, R)``, only where ``check.eligible``."""
         raise AssertionError(f"{type(self).__name__} has no check layer")
 
     def widens(self, num_layers: int) -> tuple[int, ...]:
@@ -109,16 +109,16 @@ class Selection(ABC):
 
 
 class Truth(NamedTuple):
-    """What only a full prefill knows, at each layer and row of the layout, ``(L, B, S)`` each."""
+    """What only a full prefill shows, for each layer and row of the layout, ``(L, B, S)`` each."""
 
     key_deviation: Tensor  # distance of the true keys from the cached ones
     value_deviation: Tensor
-    query_attention: Tensor  # as `Passes.query_attention`, in the full prefill
+    query_attention: Tensor  # as `Passes.query_attention`, but in the full prefill
 
 
 @dataclass(frozen=True)
 class QueryScores:
-    """How the question's attention over the reused cache becomes one score a token.
+    """How the question's attention over the reused cache becomes one score per token.
 
     A row's weights sum to 1 over the keys of the whole ``prompt``, of what is ``cached`` (prefix
     and chunks) or of the ``chunks``. Keys are at the positions of the ``prompt``, or where each
@@ -128,7 +128,7 @@ class QueryScores:
     over: str = "prompt"
     pool: str = "mean"  # over the question's rows: ``mean``, or Euclidean ``norm``
     positions: str = "prompt"
-    depth: int | None = None  # first layers that are read, the pass ends there; None: all
+    depth: int | None = None  # number of layers to compute and read, from the first; None: all
 
     def __post_init__(self):
         require_one_of("over", self.over, ("prompt", "cached", "chunks"))
@@ -139,34 +139,33 @@ class QueryScores:
 class Passes(Protocol):
     """Forward passes that the engine runs on request; each is counted in the answer's usage.
 
-    All scores are float32, 0 at rows that are no columns of the cache (blanks, padding).
+    All scores are float32, and 0 at rows without a column in the cache (blanks, padding).
     """
 
     batch: Batch  # the prompts, stacked
     pieces: Sequence[Pieces]  # their tokens, chunk by chunk
-    store: ChunkStore  # for selectors that keep entries of their own beside the chunks
-    fingerprint: str  # of the model, for keys into the store
+    store: ChunkStore  # for selectors that keep their own entries beside the chunks
+    fingerprint: str  # the model's, for keys of the store
 
     def query_attention(self, how: QueryScores | None = None) -> Tensor:
         """Attention weights of the question over the reused cache, before anything is recomputed.
 
-        One number a row at each layer that ``how`` reads (None: its defaults), ``(L, B, S)``.
+        One number per row at each layer that ``how`` reads (None: its defaults), ``(L, B, S)``.
         """
 
     def auxiliary_attention(self, model: str) -> Tensor:
         """Computes the whole prompt with another model that has the same tokenizer.
 
-        ``model`` is a folder or repository name, a name that the engine was given, or ``self`` for
-        the served model. Returns ``(B, S)``: the attention weight of each row at the model's last
-        layer, mean over the question's rows and the heads. Raises ValueError if there is no such
-        model.
+        ``model`` is a folder or repository name, a name known to the engine, or ``self`` for the
+        served model. Returns ``(B, S)``: each row's attention weight in the model's last layer,
+        mean over the question's rows and the heads. Raises ValueError if there is no such model.
         """
 
     def outside_attention(self) -> Tensor:
         """Share of each row's first-layer attention that leaves its chunk, mean over heads.
 
-        ``(B, S)``. It is the total variation between the row's weights with and without the rows
-        outside: the weights inside the chunk only shrink by one factor.
+        ``(B, S)``. It equals the total variation between the row's weights with and without the
+        rows outside, since the weights inside the chunk only shrink by a common factor.
         """
 
     def full_prefill(self) -> Truth:
@@ -185,16 +184,16 @@ class LayerCheck:
     """The entry of a layer, where `Selection.refine` can drop rows.
 
     ``question_mass`` is the question's attention to each chunk in the layers below, ``(B, C)``, if
-    the selector watches chunks. ``probe`` computes this layer's keys and values of all rows: it
-    costs their projections, so it only runs when `fresh` or `cached` is read.
+    the selector watches chunks. ``probe`` projects this layer's keys and values of all rows; to
+    save this cost, it only runs when `fresh` or `cached` is read.
     """
 
     layer: int  # 0-based
     num_layers: int  # of the model
     eligible: Tensor  # computed rows that are context tokens, (B, R) bool
-    context_tokens: Tensor  # of each prompt, (B,)
-    cached_tokens: Tensor  # likewise, a cached prefix included
-    chunk: Tensor  # of each row, (B, R); -1 for rows of no chunk
+    context_tokens: Tensor  # number in each prompt, (B,)
+    cached_tokens: Tensor  # the same, with a cached prefix
+    chunk: Tensor  # index of each row's chunk, (B, R); -1 outside of chunks
     question_mass: Tensor | None
     probe: Callable[[], tuple[LayerKV, LayerKV]]
 
@@ -209,15 +208,15 @@ class LayerCheck:
 
     @property
     def cached(self) -> LayerKV:
-        """The rows' keys and values in the cache, relocated; arbitrary where not ``eligible``."""
+        """The rows' cached keys and values, relocated; arbitrary where not ``eligible``."""
         return self._states[1]
 
 
 def selectable(layout: Layout) -> Tensor:
     """Context tokens whose cached state can differ from a full prefill, ``(B, S)`` bool.
 
-    A chunk at the very start of the prompt has nothing before it: its state is exact, unless it
-    was encoded after blanks.
+    A chunk at the very start of the prompt has nothing before it: its cached state is exact,
+    unless it was encoded after blanks.
     """
     from blocktune.layout import Kind
 

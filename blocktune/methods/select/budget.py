@@ -1,4 +1,4 @@
-"""How many tokens a share is, which ones score highest, and selectors at equal cost."""
+"""Converts shares to numbers of tokens, takes the best-scoring tokens, and equalises costs."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from blocktune.layout import Layout
 
 MATCHED = 0.005
-"""Shares of layer-tokens that differ by no more count as equal."""
+"""Largest difference of two shares of layer-tokens that count as equal."""
 SMALLEST = 1e-9
-"""A ratio above 0 that chooses no token."""
+"""A ratio above 0 so small that it selects no token."""
 Selector = TypeVar("Selector", bound=Selection)
 
 
@@ -27,7 +27,7 @@ def share_count(total: Tensor, ratio: float) -> Tensor:
 def top_count(scores: Tensor, eligible: Tensor, count: Tensor) -> Tensor:
     """The ``count`` ``(B,)`` highest-scoring tokens of each prompt, bool ``(B, R)``.
 
-    Of equals, the earlier one. ``scores`` ``(B, R)``; ``eligible`` may be chosen, ``(B, R)`` bool.
+    Equal scores: the earlier token. ``scores`` ``(B, R)``; ``eligible`` may be chosen, bool.
     """
     ranked = scores.float().masked_fill(~eligible, float("-inf"))
     rank = ranked.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
@@ -40,12 +40,12 @@ def top_share(scores: Tensor, eligible: Tensor, total: Tensor, ratio: float) -> 
 
 
 def top_of_context(scores: Tensor, layout: Layout, ratio: float) -> Tensor:
-    """As `top_share`, for a share of the context tokens; scores are of the layout's rows."""
+    """As `top_share`, for a share of the context tokens; one score for each row of the layout."""
     return top_share(scores, selectable(layout), layout.is_context.sum(1), ratio)
 
 
 def takes_budget(selection: Selection) -> bool:
-    """Whether a budget can be set."""
+    """Whether the selector takes a budget."""
     try:
         selection.with_budget(1.0)
     except ValueError:
@@ -58,7 +58,7 @@ def matched(selection: Selector, layer_share: float, num_layers: int) -> Selecto
 
     Layers that a method computes in full count: CacheBlend at a ratio of 15 % spends 22 % in a
     model of 12 layers. `Selection.spends` is matched to within `MATCHED`. Raises ValueError if no
-    ratio spends that much, or the prompt decides what is spent.
+    ratio spends that much, or the share depends on the prompt.
     """
 
     def spends(ratio: float) -> float | None:
@@ -70,14 +70,14 @@ def matched(selection: Selector, layer_share: float, num_layers: int) -> Selecto
             f"model of {num_layers} layers it spends {spent}"
         )
 
-    # A ratio of 0 runs nothing at all; from the smallest ratio on, the first layers run.
+    # A ratio of 0 computes nothing; any larger one may compute the first layers in full.
     least, most = spends(SMALLEST), spends(1.0)
     if least is None or most is None:
         raise unmet("what the prompt decides")
     if not least - MATCHED <= layer_share <= most + MATCHED:
         raise unmet(f"{least:.3f} to {most:.3f}")
     linear = min(1.0, max(0.0, (layer_share - least) / max(most - least, SMALLEST)))
-    below, above = 0.0, 1.0  # not linear where whole layers are spent or shares are capped
+    below, above = 0.0, 1.0  # bisection, since whole layers and capped shares are not linear
     while above - below > SMALLEST:
         middle = (below + above) / 2
         below, above = (middle, above) if spends(middle) < layer_share else (below, middle)

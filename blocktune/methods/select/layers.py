@@ -1,4 +1,4 @@
-"""Selectors that act between layers: they compare keys and drop rows, or take a range of layers."""
+"""Selectors that act between layers: by comparing states with the cache, or by layer range."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from blocktune.methods.select.base import LayerCheck
 
 STATES = {"keys": ("keys",), "values": ("values",), "both": ("keys", "values")}
-FIRST = "at layer 0 keys do not depend on the context yet, so nothing deviates"
+REASON = "at layer 0 keys do not depend on the context yet, so nothing deviates"
 
 
 def distance(fresh: Tensor, cached: Tensor, squared: bool = False) -> Tensor:
     """Euclidean distance of fresh from cached keys or values, ``(B, K, R, D)``, mean over heads.
 
-    ``squared`` averages squared distances: ranks like the distance of all heads at once. Returns
-    ``(B, R)`` float32.
+    ``squared`` averages squared distances, which ranks like the distance over all heads together.
+    Returns ``(B, R)`` float32.
 
     Source: arXiv:2603.20218, section 4.1 (delta K); squared: the code of CacheBlend and LMCache.
     """
@@ -33,13 +33,13 @@ def distance(fresh: Tensor, cached: Tensor, squared: bool = False) -> Tensor:
 
 
 class _Deviating(Selection):
-    """All tokens up to ``check_layer``, then those whose states, named by ``by``, deviate most."""
+    """All tokens up to ``check_layer``, then those whose states (``by``) deviate most."""
 
     by: ClassVar[str] = "keys"
 
     def __post_init__(self):
         super().__post_init__()
-        require_count("check_layer", self.check_layer, 1, FIRST)
+        require_count("check_layer", self.check_layer, 1, REASON)
         require_one_of("by", self.by, STATES)
 
     @property
@@ -63,8 +63,8 @@ class Deviation(_Deviating):
     """All tokens up to a check layer, then the share whose keys or values deviate most.
 
     Layers below the check layer are computed in full, and so are the keys and values that are
-    compared there. A ratio of 0 recomputes nothing, in no layer. It is a share ``of`` the context
-    tokens, rounded up, or of all cached tokens, a cached prefix included, rounded down.
+    compared there. A ratio of 0 recomputes nothing in any layer. The ratio is a share ``of`` the
+    context tokens, rounded up, or of all cached tokens with a cached prefix, rounded down.
 
     Source: CacheBlend arXiv:2405.16444; the defaults are the form of arXiv:2603.20218. Squares and
     ``of=cached``: the code of CacheBlend and LMCache.
@@ -101,9 +101,9 @@ class Deviation(_Deviating):
 class ChunkProbes(_Deviating):
     """All tokens up to a check layer, then those of each chunk that deviate most.
 
-    ``ratio`` of each chunk's tokens, rounded up, are taken by keys and again by values: between one
-    and two times as many are recomputed. Both are compared over all heads together; ``by=both`` is
-    the union.
+    With ``by=both``, ``ratio`` of each chunk's tokens, rounded up, are taken by keys and again by
+    values, and the union is recomputed: up to twice the ratio. Distances are over all heads
+    together.
 
     Source: AgentKVShift arXiv:2607.21604, algorithm 1.
     """
@@ -140,7 +140,7 @@ class GradualDeviation(_Deviating):
     source: ClassVar[str] = "https://arxiv.org/abs/2405.16444"
     keeps_keys: ClassVar[bool] = True  # a layer's states serve that layer and choose for the next
     ratio: float = 0.15  # mean share of the context tokens from the check layer on
-    spread: float = 0.2  # of the first and the last share around the mean, in [0, 1]
+    spread: float = 0.2  # relative distance of the first and last share from the mean, in [0, 1]
     check_layer: int = 1  # first layer (0-based) that compares; all below compute in full
     by: str = "both"  # ``keys``, ``values`` or ``both``
 

@@ -1,4 +1,4 @@
-"""Selectors that need no forward pass: by place in the chunk or the prompt, or at random."""
+"""Selectors without a forward pass: by place in the chunk or the prompt, or at random."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class FirstK(Selection):
 class Recency(Selection):
     """The tokens closest to the question.
 
-    Source: "selective reconstruction", its heuristic by position.
+    Source: the position heuristic of "selective reconstruction".
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2603.20218"
@@ -68,7 +68,7 @@ class Recency(Selection):
 class Random(Selection):
     """Random tokens: a lower bound for any choice.
 
-    The draw depends on the seed and the lengths of a prompt's pieces, but not on other prompts.
+    The draw depends on the seed and on the prompt's layout, but not on other prompts of the batch.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2603.20218"
@@ -78,18 +78,18 @@ class Random(Selection):
     def start(self, layout: Layout) -> Tensor:
         import torch
 
-        def draw(shape: int) -> Tensor:
-            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + shape) % (1 << 62))
-            # Row by row: padding to a longer batch must not change what the first rows draw.
+        def draw(key: int) -> Tensor:
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + key) % (1 << 62))
+            # Drawn row by row, so that padding does not change the draws of the first rows.
             return torch.rand(layout.num_rows, generator=generator, dtype=torch.float64)
 
-        shapes = (layout.is_context * (layout.order + 1) * chunk_length(layout)).sum(1).tolist()
-        scores = torch.stack([draw(shape) for shape in shapes]).to(layout.device)
+        keys = (layout.is_context * (layout.order + 1) * chunk_length(layout)).sum(1).tolist()
+        scores = torch.stack([draw(key) for key in keys]).to(layout.device)
         return top_of_context(scores, layout, self.ratio)
 
 
 def chunk_length(layout: Layout) -> Tensor:
-    """Tokens of the chunk that each row belongs to, ``(B, S)``; 0 for rows of no chunk."""
+    """Length in tokens of each row's chunk, ``(B, S)``; 0 outside of chunks."""
     slots = layout.chunk.clamp(min=0)
     counts = slots.new_zeros(slots.shape).scatter_add(1, slots, layout.is_context.long())
     return counts.gather(1, slots) * layout.is_context

@@ -1,4 +1,4 @@
-"""Selectors by scores of a forward pass: attention, or what only a full prefill knows."""
+"""Selectors by scores from a forward pass: attention, or what only a full prefill shows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Scored(Selection):
-    """A selector that needs scores from a forward pass first; it defines `begin`."""
+    """A selector that first needs scores from a forward pass; subclasses define `begin`."""
 
     def start(self, layout: Layout) -> Tensor:
         raise ValueError(
@@ -35,9 +35,9 @@ class QueryAttention(Scored):
     """The tokens that the question attends to most when it is computed over the reused cache.
 
     Layers (or only the ``last_layers``) are combined by ``fuse``: ``mean``, ``max``, or only the
-    ``first`` or the ``last``. ``each``: every layer chooses the share by its own scores, and a
-    token is recomputed up to the last layer that chose it, since that one needs its input. For
-    ``sees`` see `Selection`, for the other fields `QueryScores`.
+    ``first`` or the ``last``. With ``each``, every layer chooses the share by its own scores, and a
+    token is recomputed up to the last layer that chose it, since that layer needs its input.
+    `Selection` explains ``sees``, `QueryScores` the other fields.
 
     Source: ProphetKV arXiv:2602.02579 (two stages, layers fused into one set); ``each`` and
     ``sees``: RelaxKV arXiv:2609.33503.
@@ -58,7 +58,7 @@ class QueryAttention(Scored):
         require_one_of("fuse", self.fuse, ("mean", "max", "first", "last", "each"))
         if self.last_layers is not None:
             require_count("last_layers", self.last_layers, least=1)
-        _ = self._how  # checks the others
+        _ = self._how  # checks the other fields
 
     @property
     def min_layers(self) -> int:
@@ -70,8 +70,7 @@ class QueryAttention(Scored):
         return QueryScores(self.over, self.pool, self.positions, depth)
 
     def spends(self, num_layers: int) -> float | None:
-        only_ends = {0.0: 0.0, 1.0: 1.0}.get(self.ratio)
-        return only_ends if self.fuse == "each" else self.ratio
+        return {0.0: 0.0, 1.0: 1.0}.get(self.ratio) if self.fuse == "each" else self.ratio
 
     def begin(self, layout: Layout, passes: Passes) -> Tensor:
         every = passes.query_attention(self._how)
@@ -89,10 +88,10 @@ class QueryAttention(Scored):
 class AuxiliaryAttention(Scored):
     """Windows of tokens that the question attends to most in the last layer of a small model.
 
-    Windows are consecutive tokens of one chunk, taken by their mean score; the last one may exceed
-    the ratio. ``model`` is a folder or repository name of a model with the same tokenizer; ``self``
-    is the served model: an upper bound, at the cost of a full prefill. The paper's window is not
-    public.
+    Windows are consecutive tokens of one chunk, taken by their mean score; the last one taken may
+    exceed the ratio. ``model`` is a folder or repository name of a model with the same tokenizer;
+    ``self`` is the served model: an upper bound, at the cost of a full prefill. The paper does not
+    state its window.
 
     Source: CacheClip arXiv:2510.10129.
     """
@@ -119,7 +118,7 @@ class AuxiliaryAttention(Scored):
         sizes = size.gather(1, order)
         wanted = share_count(layout.is_context.sum(1), self.ratio)[:, None]
         taken = sizes.cumsum(1) - sizes < wanted
-        # The inverse of the order brings the choice of each window back to its place.
+        # The inverse permutation puts each window's choice back in its place.
         return eligible & taken.gather(1, order.argsort(dim=1)).gather(1, group)
 
 
@@ -127,8 +126,8 @@ class AuxiliaryAttention(Scored):
 class AttentionDeviation(Scored):
     """The tokens whose first-layer attention changes most when they see the other chunks.
 
-    Source: "selective reconstruction", one of the texts that blocktune began from, which gives no
-    formula; ours is the total variation between a token's attention alone and in context.
+    Source: "selective reconstruction", which gives no formula; ours is the total variation between
+    a token's attention alone and in context.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2603.20218"
@@ -142,9 +141,9 @@ class AttentionDeviation(Scored):
 class Oracle(Scored):
     """Tokens chosen with the knowledge of a full prefill: an upper bound for any choice.
 
-    ``influence`` is the distance of the true values from the cached ones, weighted by the
-    question's true ``attention``; ``deviation`` that of the true keys and values. Each is summed
-    over the layers.
+    ``by`` is ``influence``, the distance of the true values from the cached ones weighted by the
+    question's true attention; ``attention``, that weight alone; or ``deviation``, the distance of
+    the true keys and values. Each is summed over the layers.
     """
 
     source: ClassVar[str] = "https://arxiv.org/abs/2603.20218"
