@@ -1,6 +1,6 @@
-"""Keys rotated while they are copied, in one pass over memory, on a CPU; needs numba.
+"""Rotates keys while copying them, in one pass over memory, on a CPU; needs numba.
 
-Torch takes three passes. Results are the same, bit by bit, as long as torch has FMA instructions.
+Torch needs three passes. Results are bitwise equal if torch uses FMA instructions.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ def _fma(context, one, two, three):
     return one(one, two, three), lambda _, builder, __, args: builder.fma(*args)
 
 
-def _turned(one, two, cos, sin, sign):
-    """``one * cos + sign * two * sin``, rounded as torch does; for each type below."""
+def _rotated(one, two, cos, sin, sign):
+    """``one * cos + sign * two * sin``, rounded as torch does; compiled for each dtype below."""
 
 
-@overload(_turned, inline="always")
+@overload(_rotated, inline="always")
 def _compiled(one, two, cos, sin, sign):
     if one == types.float32:  # addcmul
         return lambda one, two, cos, sin, sign: _fma(sign * two, sin, one * cos)
@@ -68,12 +68,12 @@ def _rotate(keys, out, heads, rows, dim, key_step, out_step, start, cos, sin):
             one, other = one[start:], other[start:]
             for i in range(half):
                 left, right = one[i], one[i + half]
-                other[i] = _turned(left, right, c[i], s[i], minus)
-                other[i + half] = _turned(right, left, c[i], s[i], plus)
+                other[i] = _rotated(left, right, c[i], s[i], minus)
+                other[i + half] = _rotated(right, left, c[i], s[i], plus)
 
 
 def rotate_into(keys: Tensor, rotation: Rotation, out: Tensor) -> bool:
-    """Rotates keys ``(K, S, D)`` into ``out``; False, and nothing, if it does not know the form."""
+    """Rotates keys ``(K, S, D)`` into ``out``. Returns False if it does not support the inputs."""
     if keys.dtype not in _FLAT or keys.ndim != 3 or rotation.interleaved or keys.requires_grad:
         return False
     (heads, rows, dim), step, out_step = keys.shape, keys.stride(), out.stride()
@@ -81,8 +81,8 @@ def rotate_into(keys: Tensor, rotation: Rotation, out: Tensor) -> bool:
         return False
     cos, sin = rotation.cos.contiguous().numpy(), rotation.sin.contiguous().numpy()
     flat = [
-        one.as_strided(((heads - 1) * first + rows * dim,), (1,)).view(_FLAT[keys.dtype]).numpy()
-        for one, first in ((keys, step[0]), (out, out_step[0]))
+        t.as_strided(((heads - 1) * first + rows * dim,), (1,)).view(_FLAT[keys.dtype]).numpy()
+        for t, first in ((keys, step[0]), (out, out_step[0]))
     ]
     _rotate(*flat, heads, rows, dim, step[0], out_step[0], rotation.start, cos, sin)
     return True
