@@ -43,12 +43,12 @@ def find_segments(layout: Layout) -> list[RowSegment]:
         for row in rows:
             groups[row.group].append(row)
         global_rows = groups.pop(GLOBAL, [])
-        segments += [_own(group) for group in groups.values()]
+        segments += [_self_segment(group) for group in groups.values()]
         start = min((row.order for row in rows if row.special or row.group != GLOBAL), default=None)
         lead = [row for row in global_rows if start is None or row.order < start]
         tail = global_rows[len(lead) :]
         if lead:
-            segments.append(_own(lead))
+            segments.append(_self_segment(lead))
         if tail:
             keys = _index([row for row in rows if not row.blank])
             segments.append(RowSegment(_index(tail), keys or _index(tail), own=False, causal=False))
@@ -83,7 +83,7 @@ def _rows_by_sample(layout: Layout) -> dict[tuple[int, int], list[_Row]]:
     return {sample: sorted(rows) for sample, rows in samples.items()}
 
 
-def _own(rows: list[_Row]) -> RowSegment:
+def _self_segment(rows: list[_Row]) -> RowSegment:
     """Segment of rows that see only each other; causal unless some end early or share an order."""
     in_order = all(a.order < b.order for a, b in pairwise(rows))
     causal = in_order and not any(row.ends for row in rows)

@@ -202,7 +202,7 @@ class Blobs(ABC):
         try:
             record = json.loads(self._open(name, None).content())
             if not isinstance(record, dict) or record.get("fingerprint") != fingerprint:
-                raise ValueError(f"not that of {fingerprint[:12]}")
+                raise ValueError(f"it does not describe model {fingerprint[:12]}")
         except FileNotFoundError:
             return None
         except ValueError as error:

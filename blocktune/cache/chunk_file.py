@@ -64,12 +64,12 @@ class ChunkFile:
         this key or it is not signed, and OSError if the storage cannot be reached.
         """
         self.key, self.kind, self._blob = key, kind, blobs.open(key)
-        self._prove, self._data = blobs.secret is not None, None
+        self._is_signed, self._data = blobs.secret is not None, None
         settled = self._blob.identity is not None and time.time() - self._blob.changed >= SETTLED_S
         state = key, blobs.secret, self._blob.identity
-        self._proven, cached = (_proven(state), _cached_header(state)) if settled else (set(), {})
-        fresh = {} if cached else self._read_header(blobs)
-        vars(self).update(cached or fresh)
+        self._verified, memo = (_verified_of(state), _header_of(state)) if settled else (set(), {})
+        fresh = {} if memo else self._read_header(blobs)
+        vars(self).update(memo or fresh)
         identity = (self._header["format"], self._header["kind"], self._header["key"])
         if identity != (FORMAT, identity[1] if kind is None else kind.kind, key):
             raise ValueError("its header names another chunk or cache format")
@@ -77,7 +77,7 @@ class ChunkFile:
             raise Expired(key)
         if fresh:
             fresh["token_ids"] = self.token_ids = self.read("token_ids")
-            cached.update(fresh)
+            memo.update(fresh)
 
     def _read_header(self, blobs: Blobs) -> dict[str, Any]:
         """Reads and verifies the header. Returns the attributes that it sets."""
@@ -151,7 +151,7 @@ class ChunkFile:
                     self._fill(buffers, first, end)
                     buffers = []
         for name, out in outs.items():
-            if not self._is_proven(name):
+            if not self._is_verified(name):
                 self._verify(name, out.contiguous())
 
     def entry(self, share: Share | None = None) -> Entry:
@@ -165,9 +165,9 @@ class ChunkFile:
                 self._data = self._fetch(0, self._blob.size - self._start)
             read = decoded(self._header, partial(self.read, share=share), len(self.token_ids))
             entry = self.kind.restore(self._header, read, self.token_ids, self.fingerprint)
-        if self._sums.keys() <= self._proven:
-            self._proven.clear()
-            self._proven.add(_ALL)
+        if self._sums.keys() <= self._verified:
+            self._verified.clear()
+            self._verified.add(_ALL)
         return entry
 
     def like(self) -> Entry:
@@ -182,12 +182,12 @@ class ChunkFile:
 
     def verify(self, force: bool = True) -> None:
         """Reads every tensor; without ``force``, those not verified yet. Raises as `read` does."""
-        self._proven = set() if force else self._proven
+        self._verified = set() if force else self._verified
         for name in self._sums:
-            if not self._is_proven(name):
+            if not self._is_verified(name):
                 self.read(name)
-        self._proven.clear()
-        self._proven.add(_ALL)
+        self._verified.clear()
+        self._verified.add(_ALL)
 
     def _fetch(self, start: int, end: int) -> Tensor:
         if not -self._start <= start <= end <= self._blob.size - self._start:
@@ -200,27 +200,27 @@ class ChunkFile:
         if self._blob.read_into(buffers, self._start + start) != end - start:
             raise ValueError("it is cut off")
 
-    def _is_proven(self, name: str) -> bool:
-        return name in self._proven or (_ALL in self._proven and name in self._sums)
+    def _is_verified(self, name: str) -> bool:
+        return name in self._verified or (_ALL in self._verified and name in self._sums)
 
     def _verify(self, name: str, tensor: Tensor) -> None:
-        if self._is_proven(name):
+        if self._is_verified(name):
             return
         if self._sums.get(name) != _checksum(xxhash.xxh3_128, name, tensor):
             raise ValueError(f"'{name}' does not match its checksum")
-        if self._prove and self._sha256.get(name) != _checksum(hashlib.sha256, name, tensor):
+        if self._is_signed and self._sha256.get(name) != _checksum(hashlib.sha256, name, tensor):
             raise ValueError(f"'{name}' does not match its signed checksum")
-        self._proven.add(name)
+        self._verified.add(name)
 
 
 @lru_cache(1 << 16)
-def _proven(state: tuple) -> set[str]:
+def _verified_of(state: tuple) -> set[str]:
     """Names of the tensors (or `_ALL`) that this process has verified of a file in one state."""
     return set()
 
 
 @lru_cache(1 << 10)
-def _cached_header(state: tuple) -> dict[str, Any]:
+def _header_of(state: tuple) -> dict[str, Any]:
     """Verified header and token ids of a file in one state; filled by `ChunkFile`."""
     return {}
 
@@ -240,7 +240,7 @@ class FileKV(ChunkKV):
 
     def __init__(self, file: ChunkFile):
         vars(self).update(vars(like := file.like()), file=file, like=like, num_bytes=like.num_bytes)
-        vars(self).update(keys=_Half(self, "key"), values=_Half(self, "value"))
+        vars(self).update(keys=_LayerTensors(self, "key"), values=_LayerTensors(self, "value"))
 
     @classmethod
     def read(cls, file: ChunkFile) -> ChunkKV:
@@ -256,7 +256,7 @@ class FileKV(ChunkKV):
 
 
 @dataclass(frozen=True)
-class _Half(Sequence):
+class _LayerTensors(Sequence):
     kv: FileKV
     name: str
 

@@ -73,12 +73,12 @@ class Entry(ABC):
 
     def compact(self) -> Self:
         """Copies tensors that are views, so that a chunk does not keep its batch in memory."""
-        return self.map(own)
+        return self.map(compact)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         """A copy with ``function`` applied to every tensor."""
         tensors = dict(self.tensors())
-        ids = own(self.token_ids.cpu())
+        ids = compact(self.token_ids.cpu())
         return self.restore(self.facts(), lambda n: function(tensors[n]), ids, self.fingerprint)
 
 
@@ -92,7 +92,7 @@ class Lookup(NamedTuple):
     load_s: float  # seconds spent reading, verifying and moving it
 
 
-def own(tensor: Tensor) -> Tensor:
+def compact(tensor: Tensor) -> Tensor:
     """The tensor, copied if it is a view or not contiguous."""
     if tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes:
         return tensor
@@ -198,8 +198,8 @@ class ChunkStates(Entry):
 
     def __post_init__(self):
         _check_ids(self.token_ids)
-        wanted = (self.states.ndim, len(self.states)) == (2, self.num_tokens)
-        if not wanted or not self.num_tokens or not self.states.dtype.is_floating_point:
+        fits = (self.states.ndim, len(self.states)) == (2, self.num_tokens)
+        if not fits or not self.num_tokens or not self.states.dtype.is_floating_point:
             raise ValueError(
                 f"states of a chunk of {self.num_tokens} tokens must be floating "
                 f"(tokens, hidden); got {tuple(self.states.shape)} {self.states.dtype}"

@@ -65,7 +65,7 @@ def decoded(header: Mapping[str, str], read: Read, num_tokens: int) -> Read:
     if codec == "as-is":
         return read
     if codec not in CODECS:
-        raise ValueError(f"it is stored by the unknown codec '{codec}'")
+        raise ValueError(f"it is stored with the unknown codec '{codec}'")
     dtype = getattr(torch, header["dtype"])
     dims, bits = json.loads(header["dims"]), _BITS[codec]
 

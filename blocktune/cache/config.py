@@ -20,10 +20,10 @@ POLICIES = {
     "fifo": "created",
     "gdsf": "clock + uses * seconds * 1e9 / size",
 }
-"""Value of an entry as SQL over its columns. The lowest value is evicted first, then the oldest.
+"""Worth of an entry as SQL over its columns. The least is evicted first; ties: the oldest use.
 
 ``gdsf``: seconds of encoding saved per byte (Cherkasova, Greedy-Dual-Size-Frequency, HPL-98-69R1).
-``clock`` is the value of the last evicted entry at the time of use, so that old uses count less.
+``clock`` is the worth of the last evicted entry at the time of use, so that old uses count less.
 """
 CODECS = ("as-is", "fp8", "int8", "int4")
 MEMORY = 4 << 30

@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from blocktune.cache.chunk_kv import Entry, Read, State, own
+from blocktune.cache.chunk_kv import Entry, Read, State, compact
 from blocktune.cache.row_cache import RowCache
 
 _FULL_PREFILL = object()
@@ -59,8 +59,8 @@ class ExactKV(Entry):
 
     def cut(self, start: int, stop: int) -> ExactKV:
         """Copies the tokens ``start`` to ``stop`` of the run, without context and states."""
-        pair = (tuple(own(t[:, start:stop]) for t in kind) for kind in (self.keys, self.values))
-        ids, states = own(self.token_ids[start:stop]), None if self.states is None else {}
+        pair = (tuple(compact(t[:, start:stop]) for t in kind) for kind in (self.keys, self.values))
+        ids, states = compact(self.token_ids[start:stop]), None if self.states is None else {}
         return ExactKV(ids, NO_IDS, *pair, self.fingerprint, states, proof=_FULL_PREFILL)
 
     def placed(self, context: Tensor, states: Mapping[int, State] | None) -> ExactKV:
@@ -79,18 +79,18 @@ class ExactKV(Entry):
     def facts(self) -> dict[str, int]:
         """See `Entry.facts`. ``held`` has a bit for each state; -1: the model has no states."""
         last = (self.states or {}).get(self.end, ())
-        held = sum(1 << index for index, state in enumerate(last) if state is not None)
-        recurrent = {"num_states": len(last), "held": -1 if self.states is None else held}
+        bits = sum(1 << index for index, state in enumerate(last) if state is not None)
+        recurrent = {"num_states": len(last), "held": -1 if self.states is None else bits}
         return {"num_layers": len(self.keys)} | recurrent
 
     @classmethod
     def restore(cls, facts: Mapping, read: Read, token_ids: Tensor, fingerprint: str) -> Self:
-        layers, held = range(int(facts["num_layers"])), int(facts["held"])
+        layers, bits = range(int(facts["num_layers"])), int(facts["held"])
         pair = (tuple(read(f"{n}.{layer}") for layer in layers) for n in ("key", "value"))
         context, count = read("context"), int(facts["num_states"])
-        last = tuple(read(f"state.{i}") if held >> i & 1 else None for i in range(count))
+        last = tuple(read(f"state.{i}") if bits >> i & 1 else None for i in range(count))
         states = {len(context) + len(token_ids): last} if count else {}
-        states = None if held < 0 else states
+        states = None if bits < 0 else states
         return cls(token_ids, context, *pair, fingerprint, states, proof=_FULL_PREFILL)
 
 
@@ -197,7 +197,7 @@ def place_checkpoints(weights: Mapping[int, int], budget: int) -> tuple[int, ...
 
 def _one_more(cost: list, depths: list, before: list, tokens: list) -> tuple[list, list]:
     """Costs with one more checkpoint, and the index of its depth for each ``j`` (None: unused)."""
-    lines: deque[tuple[int, int, int]] = deque()  # slope, intercept, index; falling slopes
+    lines: deque[tuple[int, int, int]] = deque()  # slope, intercept, index; decreasing slopes
     costs, chosen = [0], [None]
     for j in range(1, len(before)):
         i = j - 1

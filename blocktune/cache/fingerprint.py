@@ -230,8 +230,8 @@ def _named_adapter(folder: str | Path | None, scope: str) -> dict[str, Any] | No
         if cached.parent.name == "snapshots" and cached.parent.parent.name.startswith("models--"):
             name = cached.parent.parent.name.removeprefix("models--").replace("--", "/")
             revision = cached.name
-    known = {"name": name, "revision": revision, "scope": scope}
-    return known | {"fingerprint": adapter_fingerprint(folder)}
+    source = {"name": name, "revision": revision, "scope": scope}
+    return source | {"fingerprint": adapter_fingerprint(folder)}
 
 
 def _rope(rope: RopeSpec) -> dict[str, Any]:

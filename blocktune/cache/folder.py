@@ -53,16 +53,16 @@ class OpenFile(Blob):
         self.changed, self.used = status.st_ctime, status.st_mtime
 
     def read_into(self, buffers: Sequence[memoryview], start: int) -> int:
-        done, left = 0, [buffer for buffer in buffers if len(buffer)]
-        while left:
-            count = os.preadv(self._descriptor, left[:_MOST_BUFFERS], start + done)
+        done, remaining = 0, [buffer for buffer in buffers if len(buffer)]
+        while remaining:
+            count = os.preadv(self._descriptor, remaining[:_MOST_BUFFERS], start + done)
             if not count:
                 break
             done += count
-            while left and count >= len(left[0]):
-                count -= len(left.pop(0))
+            while remaining and count >= len(remaining[0]):
+                count -= len(remaining.pop(0))
             if count:
-                left[0] = left[0][count:]
+                remaining[0] = remaining[0][count:]
         return done
 
     def __del__(self):
@@ -86,7 +86,7 @@ class ChunkFolder(Blobs):
             self.path.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
             raise ValueError(
-                f"cannot use '{self.path}' as a chunk store: {error.strerror}; name a folder"
+                f"cannot use '{self.path}' as a chunk store: {error.strerror}; give a folder"
             ) from None
         probe = self._unfinished("0" * 64)
         os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
@@ -195,7 +195,7 @@ def _plain(path: Path, flags: int) -> int:
     try:
         descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
-        # ENXIO: a socket, or a pipe without a reader.
+        # ENXIO: the path is a socket, or a pipe without a reader.
         if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR, errno.ENOTDIR):
             raise ValueError("a link, folder or device is at its path") from None
         raise

@@ -1,4 +1,4 @@
-"""The ledger of a tier: its entries, their value, and which to evict when the tier is full.
+"""The ledger of a tier: its entries, their worth, and which to evict when the tier is full.
 
 It is an SQLite table: in memory for the entries of one process, or a file in the folder that
 several processes share. It holds no chunks, so losing it loses none. No torch is imported.
@@ -54,7 +54,6 @@ CREATE TEMP TRIGGER revalued AFTER UPDATE OF uses ON entries BEGIN
 END;
 """
 
-
 _Use = tuple[int, float, Row | None]
 """Number of hits of an entry, time of the last one, and the row to insert if it is new."""
 _USE = "UPDATE entries SET uses = uses + ?, used = max(used, ?), clock = ? WHERE key = ?"
@@ -86,7 +85,7 @@ class Ledger:
             raise ValueError(f"unknown policy '{policy}'; available: {', '.join(POLICIES)}")
         self.path, self.max_bytes, self.policy = path, max_bytes, policy
         self.quota, self._clock = quota, clock
-        self._lock, self._noting, self._now = threading.RLock(), threading.Lock(), 0.0
+        self._lock, self._uses_lock, self._last_time = threading.RLock(), threading.Lock(), 0.0
         self._uses: dict[str, _Use] = {}  # hits that are not written yet
         self._writer = 0  # id of the process whose timer will write them; 0: none
         self._connect()
@@ -121,7 +120,7 @@ class Ledger:
 
     def use(self, key: str, row: Row | None = None) -> None:
         """Counts a hit, to be written later. ``row`` is inserted if ``key`` has no entry."""
-        with self._noting:
+        with self._uses_lock:
             now = self.now()
             self._uses[key] = self._uses.get(key, (0,))[0] + 1, now, row
             start = self.path is not None and self._writer != os.getpid()
@@ -135,7 +134,7 @@ class Ledger:
     def remove(self, keys: Iterable[str]) -> None:
         """Deletes entries."""
         keys = list(keys)
-        with self._noting:
+        with self._uses_lock:
             for key in keys:
                 self._uses.pop(key, None)
         with self.transaction() as database:
@@ -159,7 +158,7 @@ class Ledger:
                     continue
                 used = self.size(owner) - (old_size if owner in (None, old_tenant) else 0)
                 need = used + size - limit - sum(evicted.values() if owner is None else ())
-                if need > 0 and not self._choose(owner, need, key, evicted):
+                if need > 0 and not self._select(owner, need, key, evicted):
                     return None
             return list(evicted)
 
@@ -207,7 +206,7 @@ class Ledger:
 
     def flush(self) -> None:
         """Writes the hits counted since the last write."""
-        with self._noting:
+        with self._uses_lock:
             uses = dict(self._uses)
             self._uses.clear()
         if uses:
@@ -216,7 +215,7 @@ class Ledger:
 
     def clear(self) -> None:
         """Deletes all entries."""
-        with self._noting:
+        with self._uses_lock:
             self._uses.clear()
         with self.transaction() as database:
             database.execute("DELETE FROM entries")
@@ -228,10 +227,11 @@ class Ledger:
 
     def now(self) -> float:
         """The current time, strictly increasing from call to call."""
-        self._now = max(self._clock(), self._now + 1e-6)
-        return self._now
+        self._last_time = max(self._clock(), self._last_time + 1e-6)
+        return self._last_time
 
-    def _choose(self, tenant: str | None, need: int, key: str, evicted: dict[str, int]) -> bool:
+    def _select(self, tenant: str | None, need: int, key: str, evicted: dict[str, int]) -> bool:
+        """Adds keys of least worth to ``evicted`` until ``need`` bytes are free, if possible."""
         where, values = ("", ()) if tenant is None else ("tenant = ? AND ", (tenant,))
         candidates = self._open().execute(
             f"SELECT key, size, worth FROM entries WHERE {where}pinned = 0 ORDER BY worth, used",
@@ -271,7 +271,7 @@ class Ledger:
         with self.transaction() as database:
             meta = dict(database.execute("SELECT name, value FROM meta"))
             if meta.get("format", _FORMAT) != _FORMAT:
-                raise sqlite3.DatabaseError(f"{where}: of another version")
+                raise sqlite3.DatabaseError(f"{where}: index of another version")
             database.execute("INSERT OR REPLACE INTO meta VALUES ('format', ?)", (_FORMAT,))
             self.policy = self.policy or meta.get("policy", "lru")
             if meta.get("policy") != self.policy:

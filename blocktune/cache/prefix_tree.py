@@ -48,8 +48,8 @@ class _Node:
 
     @property
     def num_bytes(self) -> int:
-        held = () if self.exact is None else (*self.exact.keys, *self.exact.values)
-        return sum(t.nbytes for t in held) + 8 * len(self.ids) + state_bytes(self.state)
+        states = () if self.exact is None else (*self.exact.keys, *self.exact.values)
+        return sum(t.nbytes for t in states) + 8 * len(self.ids) + state_bytes(self.state)
 
     @property
     def is_leaf(self) -> bool:
@@ -87,7 +87,7 @@ class PrefixTree:
         self._store = None if store is None or store.folder is None else store
         self._roots: dict[str, _Node] = {}  # by fingerprint, which differs between tenants
         self._listed: dict[str, None] = {}  # fingerprints whose files are in the tree
-        self._lists = self._store is not None
+        self._lists_files = self._store is not None
         self._clock = itertools.count(1)
         self._mutex = threading.RLock()
         self._counts, self._bytes = Counter(), 0
@@ -145,14 +145,14 @@ class PrefixTree:
         with self._mutex:
             root = self._roots[exact.fingerprint] = self._root(exact.fingerprint)
             path, _ = self._loaded(self._walk(root, ids), exact.fingerprint)
-            known = sum(count for _, count in path)
-            if known < len(exact.context):
-                self._counts["declined"] += len(ids) - known
+            matched = sum(count for _, count in path)
+            if matched < len(exact.context):
+                self._counts["declined"] += len(ids) - matched
                 return 0
             added = 0
-            if known < len(ids):
-                parent = self._cut(*path[-1]) if path else root
-                run = exact.cut(known - len(exact.context), len(exact.token_ids))
+            if matched < len(ids):
+                parent = self._split(*path[-1]) if path else root
+                run = exact.cut(matched - len(exact.context), len(exact.token_ids))
                 node = _Node(parent, run.token_ids.numpy(), run, used=next(self._clock))
                 if self._make_room(node.num_bytes, parent):
                     parent.children[int(node.ids[0])] = node
@@ -167,7 +167,7 @@ class PrefixTree:
     def clear(self) -> None:
         """Empties the tree. Its files stay, but only other trees will find them."""
         with self._mutex:
-            self._roots, self._bytes, self._lists = {}, 0, False
+            self._roots, self._bytes, self._lists_files = {}, 0, False
 
     def stats(self) -> PrefixStats:
         """Content of the tree, and counters since it was created."""
@@ -187,7 +187,7 @@ class PrefixTree:
     def _root(self, fingerprint: str) -> _Node:
         """The root of a fingerprint, with the runs in files; an empty one is not registered."""
         root = self._roots.get(fingerprint) or _Node()
-        if self._lists and fingerprint not in self._listed:
+        if self._lists_files and fingerprint not in self._listed:
             keep_latest(self._listed, fingerprint, None, _TENANTS)
             runs = []
             for file in self._store.files(ExactKV, fingerprint):
@@ -264,7 +264,7 @@ class PrefixTree:
             self._store.discard(node.key)
             node.key = ""
 
-    def _cut(self, node: _Node, at: int) -> _Node:
+    def _split(self, node: _Node, at: int) -> _Node:
         """Splits a node after ``at`` tokens, if it is longer. Returns the node that ends there."""
         if at == len(node.ids):
             return node
@@ -280,7 +280,7 @@ class PrefixTree:
         path, _ = self._loaded(self._walk(root, ids), fingerprint)
         if sum(count for _, count in path) < len(ids):
             return  # its tokens did not fit
-        node = self._cut(*path[-1])
+        node = self._split(*path[-1])
         if node.state is None and self._make_room(state_bytes(state), node):
             self._forget_file(node)
             node.state = state

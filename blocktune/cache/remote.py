@@ -62,8 +62,8 @@ class FsspecBlobs(Blobs):
             self._fs, self._root = fsspec.core.url_to_fs(url, **options)
         except ValueError as error:
             raise ValueError(
-                f"no store opens there ({error}); name a folder, valkey://HOST:PORT/DB or what "
-                "fsspec opens, such as s3://BUCKET/PREFIX"
+                f"cannot open a store there ({error}); give a folder, valkey://HOST:PORT/DB or a "
+                "URL that fsspec opens, such as s3://BUCKET/PREFIX"
             ) from None
         self._async = getattr(self._fs, "async_impl", False)
 

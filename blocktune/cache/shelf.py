@@ -61,7 +61,7 @@ def open_index(folder: ChunkFolder, **budget) -> Ledger | None:
 
 
 def found_rows(blobs: Blobs, keys: Iterable[str] | None = None) -> Iterator[Row]:
-    """Index rows of all files or of ``keys``, from their headers; empty if a header is damaged."""
+    """Index rows of all files, or of ``keys``, from their headers; blank for damaged files."""
     for key in blobs.keys() if keys is None else keys:
         try:
             yield blobs.facts(key)[1]
@@ -96,7 +96,7 @@ class Shelf:
             raise ValueError(f"'{place}' names no folder and no URL")
         plain = StoreConfig(folder=config.folder, remote=None if config.folder else config.remote)
         if make and config != plain:
-            raise ValueError(f"'{place}': chunks are copied as they are; name the place alone")
+            raise ValueError(f"'{place}': chunks are copied unchanged; name the place alone")
         blobs = open_places(config)[0]
         if config.folder is None:
             try:
@@ -152,7 +152,7 @@ class Shelf:
     def pin(self, keys: Iterable[str], pinned: bool) -> int:
         """Pins or unpins entries. Returns how many of them exist."""
         if self._index is None:
-            raise ValueError(f"'{self.blobs.place}' has no index that could remember a pin")
+            raise ValueError(f"'{self.blobs.place}' has no index, which pins are stored in")
         try:
             return self._index.pin(keys, pinned)
         except sqlite3.OperationalError as error:

@@ -173,15 +173,15 @@ class ChunkStore:
         )
         codec = self.config.codec
         rope = self._ropes.get(kv.fingerprint) or self._shared_ropes.get(kv.fingerprint)
-        kept = kv if codec == "as-is" else round_trip(kv.to("cpu"), codec, rope)
-        kept = kept.to(self.device).compact()
+        stored = kv if codec == "as-is" else round_trip(kv.to("cpu"), codec, rope)
+        stored = stored.to(self.device).compact()
         for tier in self._blobs:
             tier.save(key, partial(pack_chunk, tier.blobs, key, kv, about, codec, rope), about)
         with self._lock:
-            self._tracer.put(key, kept.num_bytes, about)
+            self._tracer.put(key, stored.num_bytes, about)
             if keep:
-                self._remember(key, kept, about)
-        return kept
+                self._remember(key, stored, about)
+        return stored
 
     def flush(self) -> None:
         """Waits until all entries are written to the remote (or refused) and hits to the index."""
@@ -309,7 +309,7 @@ class ChunkStore:
             self._stats.first_rejected = self._stats.first_rejected or reason
         before.add(reason)
         level = logging.WARNING if first else logging.INFO
-        more = "; more are counted, and named at level INFO" if first else ""
+        more = "; further ones are counted, and logged at level INFO" if first else ""
         _LOG.log(level, "cached chunk not used, it is encoded again: %s%s", reason, more)
 
     def _remember(self, key: str, kv: Entry, about: About) -> None:

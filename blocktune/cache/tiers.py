@@ -46,12 +46,12 @@ class MemoryTier:
         most = getattr(config, name)
         self.ledger = Ledger(max_bytes=most, policy=config.policy, quota=config.quota)
         self.entries: dict[str, Entry] = {}
-        self._ends: dict[str, float] = {}
+        self._expiry: dict[str, float] = {}
         self.stats = TierStats()
 
     def get(self, key: str) -> Entry | None:
         """The entry of ``key``, or None."""
-        if key in self._ends and self._ends[key] <= self.ledger.now():
+        if key in self._expiry and self._expiry[key] <= self.ledger.now():
             self.remove(key)
             self.stats.expired += 1
         return self.entries.get(key)
@@ -63,8 +63,8 @@ class MemoryTier:
         if leaving is None:
             self.remove(key)
             return [(key, entry, about)]
-        held = (old for old in leaving if old in self.entries)
-        evicted = [(old, self.entries[old], self.ledger.row(old)) for old in held]
+        present = (old for old in leaving if old in self.entries)
+        evicted = [(old, self.entries[old], self.ledger.row(old)) for old in present]
         for old in leaving:
             self.remove(old)
         self.stats.evictions += len(evicted)
@@ -72,23 +72,23 @@ class MemoryTier:
         if self.device.type == "cpu" and torch.cuda.is_available():
             entry = entry.map(lambda tensor: tensor.pin_memory())
         self.entries[key] = entry
-        self._ends.pop(key, None)
+        self._expiry.pop(key, None)
         if about.expires is not None:
-            self._ends[key] = about.expires
+            self._expiry[key] = about.expires
         self.ledger.add(key, entry.num_bytes, about)
         self.stats.bytes_written += entry.num_bytes
         return evicted
 
     def remove(self, key: str) -> None:
         """Removes the entry of ``key``, if any."""
-        self._ends.pop(key, None)
+        self._expiry.pop(key, None)
         if self.entries.pop(key, None) is not None:
             self.ledger.remove([key])
 
     def clear(self) -> None:
         """Removes all entries."""
         self.entries.clear()
-        self._ends.clear()
+        self._expiry.clear()
         self.ledger.clear()
 
 
@@ -103,8 +103,8 @@ class BlobTier:
         if self._is_folder:
             self.name, most = "disk", config.disk
         self._budget = {"max_bytes": most, "policy": config.policy, "quota": config.quota}
-        self._lock, self._warned, self._listed = threading.Lock(), False, 0.0
-        self._next = {"read": 0.0, "write": 0.0, "index": 0.0}
+        self._lock, self._warned, self._next_listing = threading.Lock(), False, 0.0
+        self._retry_at = {"read": 0.0, "write": 0.0, "index": 0.0}
         self.ledger = None if self._is_folder else Ledger(**self._budget)
         self._queue = None if self._is_folder or must_write else _in_background(self)
         if self._is_folder:
@@ -114,17 +114,16 @@ class BlobTier:
                 self.failed(error, "write")
             self.ledger = open_index(blobs, **self._budget)
             if self.ledger is None and most is not None:
-                _LOG.warning("'%s': no index can be kept, so nothing is written", blobs.place)
+                _LOG.warning("'%s' has no index to limit its size: nothing is written", blobs.place)
 
     def load(
         self, key: str, kind: type[Entry], read: Callable[[ChunkFile], Entry]
     ) -> tuple[Entry, Row, bytes | None] | None:
         """Loads an entry by ``read``. Returns it with its row and, from a remote, the file content.
 
-        Returns None if there is none or the tier is out of reach. Raises ValueError if the file is
-        damaged.
+        Returns None if there is none or the tier is out of reach. ValueError: it is damaged.
         """
-        if time.monotonic() < self._next["read"]:
+        if time.monotonic() < self._retry_at["read"]:
             return None
         try:
             file = ChunkFile(self.blobs, key, kind)
@@ -169,7 +168,7 @@ class BlobTier:
         self._on_ledger(lambda ledger: ledger.flush())
 
     def _save(self, key: str, make: Callable[[], bytes], about: About) -> None:
-        if not self.must_write and time.monotonic() < self._next["write"]:
+        if not self.must_write and time.monotonic() < self._retry_at["write"]:
             self._count_unwritten()
             return
         started, data, written = time.perf_counter(), make(), False
@@ -198,7 +197,7 @@ class BlobTier:
 
     def describe(self, fingerprint: str, make: Callable[[], dict[str, Any]]) -> None:
         """Writes a model's manifest, from ``make``, unless there is one."""
-        if time.monotonic() < self._next["write"]:
+        if time.monotonic() < self._retry_at["write"]:
             return
         with suppress(OSError, ValueError):  # damaged or not signed: write it again
             if self.blobs.manifest(fingerprint) is not None:
@@ -220,25 +219,24 @@ class BlobTier:
         with self._lock:
             self.stats.failures += 1
             if not is_taken(error):
-                self._next[what] = time.monotonic() + RETRY_S
+                self._retry_at[what] = time.monotonic() + RETRY_S
             warned, self._warned = self._warned, True
         if not warned:
             lost = "a chunk is" if is_taken(error) else "new chunks are"
-            then = f"what it holds is used, {lost} not kept there"
+            then = f"its chunks are still used, but {lost} not stored there"
             then = then if what == "write" else "its chunks are encoded instead"
             _LOG.warning("%s; %s", reason.replace("\n", " "), then)
 
     def _make_room(self, size: int, key: str, about: About) -> bool:
         most = self._budget["max_bytes"]
-        if not self._is_folder and most is not None and time.monotonic() >= self._listed:
-            self._listed = time.monotonic() + REFRESH_S
+        if not self._is_folder and most is not None and time.monotonic() >= self._next_listing:
+            self._next_listing = time.monotonic() + REFRESH_S
             rows = list(self.blobs.listing())
             gone = {row.key for row in self.ledger.rows()} - {k for k, _, _ in rows}
             self.ledger.remove(gone)
             self.ledger.fill(Row(key=k, size=n, created=t, used=t, uses=1) for k, n, t in rows)
         default = [] if most is None else None  # without an index, only a tier without limit writes
-        admit = partial(self._admit, size=size, key=key, about=about)
-        leaving = self._on_ledger(admit, default)
+        leaving = self._on_ledger(partial(self._admit, size=size, key=key, about=about), default)
         with self._lock:
             self.stats.evictions += len(leaving or ())
         return leaving is not None
@@ -256,13 +254,13 @@ class BlobTier:
 
     def _on_ledger(self, act: Callable[[Ledger], object], default: object = None):
         """Calls ``act`` on the ledger. If that fails, skips it for a while, or rebuilds it."""
-        if self.ledger is None or time.monotonic() < self._next["index"]:
+        if self.ledger is None or time.monotonic() < self._retry_at["index"]:
             return default
         try:
             return act(self.ledger)
         except sqlite3.Error as error:
             _LOG.info("index of '%s' not used: %s", self.blobs.place, error)
-            self._next["index"] = time.monotonic() + RETRY_S
+            self._retry_at["index"] = time.monotonic() + RETRY_S
             if not isinstance(error, sqlite3.OperationalError):  # damaged
                 self.ledger = open_index(self.blobs, **self._budget)
             return default

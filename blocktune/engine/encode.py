@@ -192,8 +192,8 @@ class Encoder:
             key = self.key(piece)
             results = [lookup(key, piece.ids, model, **how)]
             for layer in layers:
-                own = states_key(key, layer)
-                results.append(self.store.lookup(own, piece.ids, model, ChunkStates))
+                states_id = states_key(key, layer)
+                results.append(self.store.lookup(states_id, piece.ids, model, ChunkStates))
             complete = True
             for result in results:
                 lookup_s += result.lookup_s
@@ -218,11 +218,11 @@ class Encoder:
     ) -> EncodeReport:
         """See `Engine.encode`; ``pieces`` are those of the ``chunks``."""
         watch = Stopwatch(self.model.device)
-        wanted = dict.fromkeys([*([prefix] if prefix else []), *pieces])
+        unique = dict.fromkeys([*([prefix] if prefix else []), *pieces])
         names = {piece: _document(chunk) for piece, chunk in zip(pieces, chunks, strict=True)}
         new: set[Piece] = set()
-        done, total = 0, sum(len(piece.ids) for piece in wanted)
-        for group in grouped(wanted):  # keep no results here: a corpus does not fit in memory
+        done, total = 0, sum(len(piece.ids) for piece in unique)
+        for group in grouped(unique):  # keep no results here: a corpus does not fit in memory
             new |= self.find(group, watch, documents=names).misses
             done += sum(len(piece.ids) for piece in group)
             if progress is not None:
@@ -263,23 +263,23 @@ class Encoder:
 
     @torch.no_grad()
     def _encode_together(self, pieces: list[Piece], layers: Sequence[int]) -> list[_Encoded]:
-        whole = [alone(self._whole(piece)) for piece in pieces]
-        batch = stack(whole, self.pad_id).to(self.model.device)
+        prompts = [alone(self._unpruned(piece)) for piece in pieces]
+        batch = stack(prompts, self.pad_id).to(self.model.device)
         cache = DynamicCache()
         plan = InputRecorder(SplitPlan(batch.layout), layers)
         positions = batch.layout.position
         with nullcontext() if self.press is None else self.press.watching(self.model) as seen:
             planned_forward(self.model, batch.input_ids, positions, plan, cache, logits_to_keep=1)
         outputs = cache, plan.inputs, seen
-        return [self._cut(*outputs, index, piece) for index, piece in enumerate(pieces)]
+        return [self._extract(*outputs, index, piece) for index, piece in enumerate(pieces)]
 
-    def _whole(self, piece: Piece) -> Piece:
+    def _unpruned(self, piece: Piece) -> Piece:
         """The piece to encode: if a press prunes it, with the tokens that are dropped later."""
         if self.press is None or piece.is_prefix:
             return piece
         return Piece(piece.ids + piece.blanks)
 
-    def _cut(
+    def _extract(
         self,
         cache: DynamicCache,
         inputs: dict[int, Tensor],
@@ -287,8 +287,8 @@ class Encoder:
         index: int,
         piece: Piece,
     ) -> _Encoded:
-        whole, ids = self._whole(piece), torch.tensor(piece.ids)
-        span = slice(len(whole.blanks), _size(whole))
+        encoded, ids = self._unpruned(piece), torch.tensor(piece.ids)
+        span = slice(len(encoded.blanks), _size(encoded))
         keys = tuple(layer.keys[index, :, span] for layer in cache.layers)
         values = tuple(layer.values[index, :, span] for layer in cache.layers)
         if self.press is not None and not piece.is_prefix:

@@ -113,25 +113,25 @@ class TextStream:
         self.tokenizer, self.stops, self.strips = tokenizer, stops, strips
         self.stopped = False
         self._ids: list[int] = []
-        self._text, self._shown = "", 0
-        # New tokens are decoded together with earlier ones (from ``_from``), whose text is known.
-        self._from, self._known = 0, 0
+        self._text, self._num_shown = "", 0
+        # New tokens are decoded together with the earlier ones from the prefix offset on.
+        self._prefix_offset, self._read_offset = 0, 0
 
     def push(self, token: int) -> str:
         """Adds a token. Returns the text that can be shown now, often empty."""
         self._ids.append(token)
-        before = self._decode(self._from, self._known)
-        after = self._decode(self._from, len(self._ids))
+        before = self._decode(self._prefix_offset, self._read_offset)
+        after = self._decode(self._prefix_offset, len(self._ids))
         if len(after) > len(before) and not after.endswith("\ufffd"):
             self._add(after[len(before) :])
-            self._from, self._known = self._known, len(self._ids)
+            self._prefix_offset, self._read_offset = self._read_offset, len(self._ids)
         return "" if self.stopped else self._show(len(self._text) - self._held())
 
     def finish(self) -> str:
         """Ends the stream. Returns the rest of the text."""
         if not self.stopped:
-            before = self._decode(self._from, self._known)
-            self._add(self._decode(self._from, len(self._ids))[len(before) :])
+            before = self._decode(self._prefix_offset, self._read_offset)
+            self._add(self._decode(self._prefix_offset, len(self._ids))[len(before) :])
         return self._show(len(self._text))
 
     def _decode(self, start: int, stop: int) -> str:
@@ -160,7 +160,7 @@ class TextStream:
     def _show(self, until: int) -> str:
         text = self._text[:until]
         text = text.strip() if self.strips else text
-        new, self._shown = text[self._shown :], max(self._shown, len(text))
+        new, self._num_shown = text[self._num_shown :], max(self._num_shown, len(text))
         return new
 
 

@@ -71,8 +71,8 @@ class SchedulePlan:
         if index == 0 and not torch.equal(self.schedule.start, self._current.exists):
             hidden = self._change(index, hidden, self.schedule.start)
         if index and index in self._ends:
-            kept = self._current.of_candidates(self._current.exists)
-            hidden = self._change(index, hidden, kept & (self.schedule.depth > index))
+            rows = self._current.of_candidates(self._current.exists)
+            hidden = self._change(index, hidden, rows & (self.schedule.depth > index))
         if index in self._checks:
             hidden = self._narrow(index, layer, (hidden, *args[1:]), kwargs)
         if index in self.schedule.widen:
@@ -113,12 +113,12 @@ class SchedulePlan:
             question_mass=None if self.chunk_probe is None else self.chunk_probe.of_question(),
             probe=probe,
         )
-        kept = self.schedule.selection.refine(check) & eligible
+        selected = self.schedule.selection.refine(check) & eligible
         if fresh and self.schedule.selection.keeps_keys:
             self.cache.layers[index].store(*fresh[0])
             if self.reshaping is not None:
                 self.reshaping.wrote(index, self._current.rows.columns)
-        mask = self._current.of_candidates(kept | (exists & ~eligible))
+        mask = self._current.of_candidates(selected | (exists & ~eligible))
         hidden = self._change(index, args[0], mask)
         self.watch.stop("select_s")
         return hidden
@@ -138,14 +138,14 @@ class SchedulePlan:
 
     def _change(self, layer: int, hidden: Tensor, mask: Tensor) -> Tensor:
         """Replaces the current rows by those of ``mask`` ``(B, U)``. Returns their states."""
-        whole = hidden.new_zeros(*mask.shape, hidden.shape[-1])
+        all_hidden = hidden.new_zeros(*mask.shape, hidden.shape[-1])
         if layer in self.schedule.states and layer in self.schedule.widen:
             columns = self.candidates.columns.clamp(min=0)
             states = self.schedule.states[layer]
-            whole = states.gather(1, as_index(columns, states)).to(hidden.dtype)
-        self._current.put(hidden, whole)
+            all_hidden = states.gather(1, as_index(columns, states)).to(hidden.dtype)
+        self._current.put(hidden, all_hidden)
         self._set_rows(layer, RowSubset(self.candidates, mask))
-        return self._current.pick(whole)
+        return self._current.pick(all_hidden)
 
     def _set_rows(self, layer: int, current: RowSubset) -> None:
         """Sets the rows that are computed from ``layer`` on."""
@@ -174,9 +174,9 @@ def _seeing_future(query: Rows, columns: Rows) -> Rows:
 def _seeing_chosen(query: Rows, columns: Rows, hidden: Tensor) -> tuple[Rows, Rows]:
     """Groups chunk rows with all columns that are not hidden. Other rows still see everything."""
     group = columns.group.max() + 1
-    own = query.group.masked_fill(query.kind == Kind.CHUNK, group)
-    shown = torch.where(hidden, columns.group, group)
-    return replace(query, group=own), replace(columns, group=shown)
+    query_group = query.group.masked_fill(query.kind == Kind.CHUNK, group)
+    key_group = torch.where(hidden, columns.group, group)
+    return replace(query, group=query_group), replace(columns, group=key_group)
 
 
 @dataclass

@@ -83,11 +83,11 @@ class PromptMaker:
         """
         if self.refusal and method.reuses_chunks:
             raise ValueError(self.refusal.format(f"method '{method.name}'"))
-        wanted = method.select().min_layers
-        if wanted > self.num_layers:
+        min_layers = method.select().min_layers
+        if min_layers > self.num_layers:
             raise ValueError(
-                f"method '{method.name}' needs a model of at least {wanted} layers, this one has "
-                f"{self.num_layers}; choose an earlier layer"
+                f"method '{method.name}' needs a model of at least {min_layers} layers, this one "
+                f"has {self.num_layers}; choose an earlier layer"
             )
         method.select_for(self.num_layers)  # raises for a budget that cannot be met
         layout = method.layout_for(self.trained)
@@ -117,15 +117,15 @@ class PromptMaker:
         require_embedded(
             self.tokenizer, self.num_tokens, pieces.prefix, *pieces.chunks, pieces.query
         )
-        spans, whole = None, pieces
+        spans, uncut = None, pieces
         if self.press is not None and spec.block:
-            spans = [len(chunk) for chunk in whole.chunks]
-            counts = list(zip(whole.chunks, map(self.press.count, spans), strict=True))
+            spans = [len(chunk) for chunk in uncut.chunks]
+            counts = list(zip(uncut.chunks, map(self.press.count, spans), strict=True))
             contexts = [chunk[count:] for chunk, count in counts]
             pieces = pieces._replace(chunks=tuple(chunk[:count] for chunk, count in counts))
         ids = self.link_base, self._blank_id(spec), self._bos_id(spec)
         prompt = lay_out(pieces, spec, *ids, contexts, spans)
-        longest = max(map(len, whole.chunks), default=0)
+        longest = max(map(len, uncut.chunks), default=0)
         self._require_room(longest, "the longest chunk")
         what = f"a prompt of {len(pieces.chunks)} chunks with {max_new_tokens} tokens to answer"
         stored = int((prompt.layout.kind != Kind.BLANK).sum())

@@ -87,7 +87,7 @@ def prefill_recurrent(
 
 
 TOKENS_PER_PASS = 32
-"""A pass over one token takes about as long as a pass over this many."""
+"""A pass over one token takes about as long as a pass over this many tokens."""
 
 
 class _Run:
@@ -97,7 +97,7 @@ class _Run:
         state, pieces, watch = served.state, served.pieces[index], served.watch
         self.state, self.cache = state, PrefillCache(state.model.config)
         self.macs = self.start = self.bytes_read = self.disk_tokens = 0
-        self.whole = torch.tensor([ids], device=state.model.device)
+        self.ids = torch.tensor([ids], device=state.model.device)
         context, has_states = pieces.context, state.recurrence.has_states
         states = {} if has_states else None
         tree, fingerprint = state.prefixes(served.method), state.encoder.fingerprint
@@ -106,8 +106,8 @@ class _Run:
         if exact:
             with tree.match(fingerprint, context) as match:
                 watch.stop("lookup_s")
-                left = 0 if state.recurrence.several else len(ids) - match.num_tokens
-                if match.num_tokens and left * TOKENS_PER_PASS <= len(ids):  # a pass for each
+                passes = 0 if state.recurrence.several else len(ids) - match.num_tokens
+                if match.num_tokens and passes * TOKENS_PER_PASS <= len(ids):  # else: recompute
                     self.cache.resume(match.num_tokens, match.layers(), match.state)
                     self.start, self.bytes_read = match.num_tokens, match.num_bytes
                     self.disk_tokens = match.disk_tokens
@@ -136,7 +136,7 @@ class _Run:
 
     def _compute(self, cache: PrefillCache, stop: int) -> Tensor:
         """Computes the tokens up to ``stop`` that are not cached. Returns the last logits."""
-        state, ids = self.state, self.whole[:, cache.num_columns : stop]
+        state, ids = self.state, self.ids[:, cache.num_columns : stop]
         logits = _run(state, cache, ids)
         cost, rows = ModelCost.of(state.model), ids.shape[1]
         attending = [getattr(layer, "keys", None) is not None for layer in cache.layers]

@@ -94,13 +94,13 @@ class EngineState:
 
     def prefixes(self, method: Method) -> Any:
         """The cache of exact prefixes for a method: a `PrefixTree` or one with its interface."""
-        own = method.prefixes(self.encoder.store, self.tokenizer.decode)
-        if own is not None and self.recurrence is not None and self.recurrence.has_states:
+        method_cache = method.prefixes(self.encoder.store, self.tokenizer.decode)
+        if method_cache is not None and self.recurrence is not None and self.recurrence.has_states:
             raise ValueError(
                 f"method '{method.name}' keeps keys and values alone, and this model has recurrent "
                 "layers; use prefix-cache"
             )
-        return self.prefix_tree if own is None else own
+        return self.prefix_tree if method_cache is None else method_cache
 
     def stop_ids(self) -> frozenset[int]:
         """Tokens that end an answer: the template's end of turn and the model's own."""

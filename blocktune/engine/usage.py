@@ -64,8 +64,8 @@ class Usage:
 
         All layers count equally, including CacheBlend's first layer, which is computed in full.
         """
-        whole = self.context_tokens * len(self.layer_tokens)
-        return sum(self.layer_tokens) / whole if whole else 0.0
+        total = self.context_tokens * len(self.layer_tokens)
+        return sum(self.layer_tokens) / total if total else 0.0
 
     @property
     def ttft_s(self) -> float:
@@ -187,8 +187,8 @@ def _matrices(layer: nn.Module, share: float) -> Iterator[tuple[str, int]]:
         if isinstance(module, nn.Linear):  # includes quantised ones, whose weights differ in shape
             yield name, round(module.in_features * module.out_features * weight)
             continue
-        own = dict(module.named_parameters(recurse=False)).values()
-        stacked = sum(p.numel() for p in own if p.ndim == 3)  # all experts in one parameter
-        plain = sum(p.numel() for p in own if p.ndim == 2)  # a router
+        weights = dict(module.named_parameters(recurse=False)).values()
+        stacked = sum(p.numel() for p in weights if p.ndim == 3)  # all experts in one parameter
+        plain = sum(p.numel() for p in weights if p.ndim == 2)  # a router
         if stacked or plain:
             yield name, plain + round(stacked * share)

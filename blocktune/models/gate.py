@@ -53,8 +53,8 @@ def examine(config: PreTrainedConfig, cls: type[PreTrainedModel] | None = None) 
     ``config`` is that of a text model or of a multimodal model with one; ``cls`` is the model's
     class, by default the one in transformers. Raises `Refused`, which names the missing property.
     """
-    whole, config = config, config.get_text_config(decoder=True)
-    cls = cls or causal_class(config) or causal_class(whole)
+    outer, config = config, config.get_text_config(decoder=True)
+    cls = cls or causal_class(config) or causal_class(outer)
     if cls is None:
         raise Refused(
             f"transformers has no causal language model of type '{config.model_type}'; use a "

@@ -97,8 +97,8 @@ def load_base(
             raise
     kwargs = _quantised(config, dtype, device, quantize)
     file = gguf_file(bare)
-    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-    auto = AutoModelForCausalLM if known else AutoModelForImageTextToText
+    is_text = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    auto = AutoModelForCausalLM if is_text else AutoModelForImageTextToText
     with _explained(name, what):
         bare = bare if file is None else _dequantised(file, dtype)
         model, report = auto.from_pretrained(
@@ -259,10 +259,10 @@ def _quantised(config: PreTrainedConfig, dtype: str, device: str, quantize) -> d
     if saved is None and quantize is None:
         return {}
     if saved is not None and quantize is not None:
-        wanted = f"'{quantize}'" if isinstance(quantize, str) else "otherwise"
+        wanted = f"'{quantize}'" if isinstance(quantize, str) else "by a configuration"
         raise ValueError(
             f"the model is saved quantised ({saved.get('quant_method')}) and cannot be quantised "
-            f"{wanted} as well; leave quantize out, or name the plain model"
+            f"again ({wanted}); leave quantize out, or name the plain model"
         )
     if isinstance(quantize, str):
         compute = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)

@@ -68,11 +68,11 @@ def find_recurrence(model: PreTrainedModel, always: bool = False) -> Recurrence 
         return None
     name = type(model).__name__
     if any(cache.is_sliding):
-        raise ValueError(f"{name} has recurrent layers and sliding windows, which are not served")
+        raise ValueError(f"{name} has recurrent layers and sliding windows, which is not supported")
     takes = inspect.signature(model.forward).parameters
     argument = next((a for a in ("past_key_values", "cache_params") if a in takes), None)
     if argument is None:
-        raise ValueError(f"{name} takes no cache by a name that transformers uses")
+        raise ValueError(f"{name} has no cache argument named as in transformers")
     ids = (torch.arange(8, device=model.device) % model.config.vocab_size)[None]
     whole, alone = (model(part, use_cache=False).logits[:, -1] for part in (ids, ids[:, 4:]))
     for several in (True, False):

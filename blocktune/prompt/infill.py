@@ -73,10 +73,10 @@ class Infill:
 
 def _continued(prefix: str, parts: list[str]) -> list[str]:
     """Splits ``prefix`` into the leading ``parts`` that it starts with, and the rest."""
-    kept, at = [], 0
+    pieces, at = [], 0
     for part in parts:
         if not prefix.startswith(part, at):
             break
-        kept.append(part)
+        pieces.append(part)
         at += len(part)
-    return [*kept, prefix[at:]] if at < len(prefix) or not kept else kept
+    return [*pieces, prefix[at:]] if at < len(prefix) or not pieces else pieces

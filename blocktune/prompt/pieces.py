@@ -56,7 +56,7 @@ def make_pieces(
     if not chunks:
         raise ValueError("a prompt needs at least one chunk, got an empty list")
     if followups and response is None:
-        raise ValueError("followups come after an answer, and the first question has no response")
+        raise ValueError("followups come after an answer, but the first question has no response")
     opening = fmt.opening(block)
     head = f"{opening}\n\n" if opening else ""
     texts = UserText(tokenizer)
@@ -98,7 +98,7 @@ def chunk_ids(
     chunks_ids = encode_all(tokenizer, map(fmt.render_chunk, chunks), split_special_tokens=True)
     for chunk, ids in zip(chunks, chunks_ids, strict=True):
         if not ids:
-            raise ValueError(f"the tokenizer makes no token of chunk {chunk!r:.60}")
+            raise ValueError(f"the tokenizer produces no tokens for chunk {chunk!r:.60}")
     return tuple(chunks_ids)
 
 
@@ -128,7 +128,7 @@ def next_query_ids(tokenizer: PreTrainedTokenizerBase, fmt: PromptFormat, questi
     end = end_of_turn(tokenizer)
     if ids[: len(end)] != end:
         raise ValueError(
-            f"the chat template of '{tokenizer.name_or_path}' ends a reply in another way before a "
+            f"the chat template of '{tokenizer.name_or_path}' ends a reply differently before a "
             "second user turn; leave followups out"
         )
     return ids[len(end) :]

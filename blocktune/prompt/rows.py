@@ -143,9 +143,9 @@ def _segments(
         at, group = starts[index] - order, index if spec.block else GLOBAL
         for ids, kind in links + body if spec.link_side == "before" else body + links:
             back = len(ids) if kind is Kind.BLANK else 0
-            own = GLOBAL if kind is Kind.LINK else group
+            row_group = GLOBAL if kind is Kind.LINK else group
             if ids:
-                yield _Segment(ids, kind, at + order - back, order - back, index, own)
+                yield _Segment(ids, kind, at + order - back, order - back, index, row_group)
             order += len(ids) - back
     at = query_start - order
     for query, answer in ((pieces.query, pieces.answer), *pieces.followups):

@@ -94,11 +94,11 @@ def render_conversation(
 
     Raises ValueError if there is no template, or it drops some text.
     """
-    wanted = [text.strip() for role, text in turns if role == "user"] + [(system or "").strip()]
+    required = [text.strip() for role, text in turns if role == "user"] + [(system or "").strip()]
     for first in _conversations(system, turns[0][1]) if tokenizer.chat_template else ():
         messages = [*first, *_like(first, turns[1:])]
         text = _render(tokenizer, messages, add_generation_prompt=True)
-        if text is not None and all(part in text for part in wanted):
+        if text is not None and all(part in text for part in required):
             return text
     raise ValueError(
         f"'{tokenizer.name_or_path}' has no chat template that renders this conversation; leave "
