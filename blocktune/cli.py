@@ -1,4 +1,4 @@
-"""The command line. Commands are in ``blocktune/commands``, which is imported without torch."""
+"""The command line: commands are in ``blocktune/commands``, imported without torch."""
 
 import os
 from importlib import import_module
@@ -62,7 +62,7 @@ def root(
 
 def main() -> None:
     """Entry point of the console script."""
-    if os.environ.get("COLUMNS") == "0":  # terminal size not known yet: rich would print nothing
+    if os.environ.get("COLUMNS") == "0":  # a terminal without a size yet: rich would print nothing
         del os.environ["COLUMNS"]
     app()
 
